@@ -1,0 +1,31 @@
+"""The exceptions of tfdist.
+
+Each message says what must hold, then what was received, then what to do.
+They derive from the built-in exception a Keras user would catch.
+"""
+
+from __future__ import annotations
+
+
+class TfdistError(Exception):
+    """Base class of every error that tfdist raises on purpose."""
+
+
+class ArgumentError(TfdistError, ValueError):
+    """An argument of a public function cannot be used as it was given."""
+
+
+class ClusterError(TfdistError, ValueError):
+    """The description of the cluster (TF_CONFIG, SLURM, a host list) is malformed."""
+
+
+class StrategyError(TfdistError, RuntimeError):
+    """A strategy cannot run here, or was asked for too late."""
+
+
+class DisagreementError(TfdistError, RuntimeError):
+    """Workers were started with different programs, arguments or data."""
+
+
+class LaunchError(TfdistError, RuntimeError):
+    """The launcher could not start or keep the worker processes."""
