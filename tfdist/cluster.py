@@ -1,0 +1,284 @@
+"""One process's place in the cluster, read from the environment. No TensorFlow is needed."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from tfdist.errors import ClusterError
+from tfdist.slurm import workers_from_slurm
+
+CHIEF = "chief"
+WORKER = "worker"
+PS = "ps"
+EVALUATOR = "evaluator"
+
+_JOBS = (CHIEF, WORKER, PS, EVALUATOR)
+_EXAMPLE = (
+    '{"cluster": {"worker": ["host1:12345", "host2:12345"]}, '
+    '"task": {"type": "worker", "index": 0}}'
+)
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Which processes train together, and which of them this one is.
+
+    Attributes:
+        jobs: Each job's addresses, `"host:port"`, by the name TF_CONFIG gives the job:
+            `chief`, `worker`, `ps` or `evaluator`. Empty for a single process.
+        job: The job of this process.
+        index: The position of this process in its job.
+        source: What described the cluster: `"TF_CONFIG"`, `"SLURM"` or `"none"`.
+
+    Example:
+        >>> cluster = Cluster.from_environment({})
+        >>> cluster.num_workers, cluster.is_chief
+        (1, True)
+    """
+
+    jobs: Mapping[str, tuple[str, ...]] = field(default_factory=dict, hash=False)
+    job: str = WORKER
+    index: int = 0
+    source: str = "none"
+
+    def __post_init__(self) -> None:
+        # A frozen cluster whose jobs could be changed would not be frozen.
+        object.__setattr__(self, "jobs", MappingProxyType(dict(self.jobs)))
+
+    def __reduce__(
+        self,
+    ) -> tuple[type[Cluster], tuple[dict[str, tuple[str, ...]], str, int, str]]:
+        # A mapping proxy cannot be pickled.
+        return Cluster, (dict(self.jobs), self.job, self.index, self.source)
+
+    @classmethod
+    def from_environment(cls, environ: Mapping[str, str] = os.environ) -> Cluster:
+        """Reads the cluster from TF_CONFIG, else from SLURM's variables.
+
+        Args:
+            environ: The environment variables.
+
+        Returns:
+            This process's place; a single process where nothing describes a cluster.
+
+        Raises:
+            ClusterError: What describes the cluster is malformed.
+
+        Example:
+            >>> config = {"cluster": {"worker": ["a:1", "b:1"]}}
+            >>> config["task"] = {"type": "worker", "index": 1}
+            >>> Cluster.from_environment({"TF_CONFIG": json.dumps(config)}).task
+            'worker 1'
+        """
+        text = environ.get("TF_CONFIG", "")
+        if text.strip():
+            return _from_tf_config(text)
+        slurm = workers_from_slurm(environ)
+        if slurm is not None:
+            addresses, index = slurm
+            return cls({WORKER: addresses}, WORKER, index, "SLURM")
+        return cls()
+
+    @property
+    def workers(self) -> tuple[str, ...]:
+        """The addresses of the processes that train, the chief's first."""
+        return self.jobs.get(CHIEF, ()) + self.jobs.get(WORKER, ())
+
+    @property
+    def num_workers(self) -> int:
+        """How many processes train; 1 for a single process."""
+        return max(1, len(self.workers))
+
+    @property
+    def worker_index(self) -> int:
+        """The position of this process among the workers; the chief's is 0.
+
+        Raises:
+            ClusterError: This process is a parameter server or an evaluator.
+        """
+        if self.job == CHIEF:
+            return 0
+        if self.job == WORKER:
+            return len(self.jobs.get(CHIEF, ())) + self.index
+        raise ClusterError(
+            "Only a chief or a worker has a position among the workers. "
+            f"Received: task={self.task!r}. "
+            "Run training in the chief and worker processes only."
+        )
+
+    @property
+    def is_chief(self) -> bool:
+        """Whether this process is the one that writes: the chief, or the first worker."""
+        return self.job in (CHIEF, WORKER) and self.worker_index == 0
+
+    @property
+    def task(self) -> str:
+        """This process's name in messages, such as `"worker 1"` or `"chief"`."""
+        return self.job if self.job == CHIEF else f"{self.job} {self.index}"
+
+    @property
+    def has_parameter_servers(self) -> bool:
+        """Whether the cluster has a `ps` job."""
+        return bool(self.jobs.get(PS))
+
+    def to_tf_config(self) -> str:
+        """Returns the cluster and this process's task as TF_CONFIG's JSON."""
+        if not self.jobs:
+            return "{}"
+        return json.dumps(
+            {
+                "cluster": {job: list(addresses) for job, addresses in self.jobs.items()},
+                "task": {"type": self.job, "index": self.index},
+            }
+        )
+
+
+def check_address(address: object, name: str) -> str:
+    """Checks that an address is a host and a port.
+
+    Args:
+        address: What was given, for instance `"10.0.0.1:12345"` or `"[::1]:12345"`.
+        name: Where it was given, for the error message.
+
+    Returns:
+        The address.
+
+    Raises:
+        ClusterError: It is not `"host:port"` with a port from 1 to 65535.
+    """
+    rule = f"`{name}` must be an address 'host:port' with a port from 1 to 65535. "
+    received = f"Received: {name}={address!r}. "
+    if not isinstance(address, str) or not address.strip():
+        raise ClusterError(rule + received + "Give the address of every process.")
+    if "/" in address:
+        raise ClusterError(rule + received + "Leave out the scheme and the path.")
+    host, colon, port = address.strip().rpartition(":")
+    if not colon or not host or host.endswith(":"):
+        raise ClusterError(rule + received + "Add the port on which that process listens.")
+    if ":" in host and not (host.startswith("[") and host.endswith("]")):
+        raise ClusterError(rule + received + "Put an IPv6 address in brackets: '[::1]:12345'.")
+    if not port.isdecimal() or not 1 <= int(port) <= 65535:
+        raise ClusterError(rule + received + "Correct the port.")
+    return address.strip()
+
+
+def _from_tf_config(text: str) -> Cluster:
+    try:
+        config = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ClusterError(
+            f"`TF_CONFIG` must be JSON. Received: TF_CONFIG={_short(text)}, "
+            f"in which character {error.pos + 1} cannot be read ({error.msg}). "
+            f"Write it like {_EXAMPLE}"
+        ) from None
+    config = _object(config, "TF_CONFIG")
+    jobs = _jobs(_object(config.get("cluster") or {}, "TF_CONFIG.cluster"))
+    task = _object(config.get("task") or {}, "TF_CONFIG.task")
+    if not jobs:
+        if task:
+            raise ClusterError(
+                "`TF_CONFIG.cluster` must list the addresses of each job where there is a "
+                f"task. Received: TF_CONFIG.cluster={config.get('cluster')!r}. "
+                f"Write it like {_EXAMPLE}, or unset TF_CONFIG to train in one process."
+            )
+        return Cluster(source="TF_CONFIG")
+    if not task:
+        if sum(map(len, jobs.values())) == 1 and set(jobs) <= {CHIEF, WORKER}:
+            return Cluster(jobs, next(iter(jobs)), 0, "TF_CONFIG")
+        raise ClusterError(
+            "`TF_CONFIG.task` must say which process of the cluster this one is. "
+            f"Received: TF_CONFIG.task={config.get('task')!r}. "
+            "Add a task, different in each process, such as "
+            '"task": {"type": "worker", "index": 0}.'
+        )
+    job = _job(task, jobs)
+    return Cluster(jobs, job, _index(task, job, jobs), "TF_CONFIG")
+
+
+def _jobs(cluster: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    jobs: dict[str, tuple[str, ...]] = {}
+    seen: dict[str, str] = {}
+    for job, addresses in cluster.items():
+        name = f"TF_CONFIG.cluster.{job}"
+        if job not in _JOBS:
+            remedy = "Call it 'chief'." if job == "master" else "Rename or remove it."
+            raise ClusterError(
+                f"`TF_CONFIG.cluster` must have no other jobs than {_listed(_JOBS)}. "
+                f"Received: a job {job!r}. {remedy}"
+            )
+        if not isinstance(addresses, list):
+            raise ClusterError(
+                f"`{name}` must be a list of addresses 'host:port'. "
+                f"Received: {name}={_short(addresses)}. "
+                'Write it like ["host1:12345", "host2:12345"].'
+            )
+        if job == CHIEF and len(addresses) > 1:
+            raise ClusterError(
+                f"`{name}` must have one address. Received: {len(addresses)} addresses, "
+                f"{_short(addresses)}. Move all but the first to the job 'worker'."
+            )
+        for position, address in enumerate(addresses):
+            field_name = f"{name}[{position}]"
+            address = check_address(address, field_name)
+            if address in seen:
+                raise ClusterError(
+                    "Each process in `TF_CONFIG.cluster` must have an address of its own. "
+                    f"Received: {address!r} in both {seen[address]} and {field_name}. "
+                    "Give one of them another port."
+                )
+            seen[address] = field_name
+        if addresses:
+            jobs[job] = tuple(address.strip() for address in addresses)
+    return jobs
+
+
+def _job(task: Mapping[str, Any], jobs: Mapping[str, tuple[str, ...]]) -> str:
+    job = task.get("type")
+    # An evaluator stands outside the cluster: TensorFlow and Kubernetes leave it off the list.
+    if isinstance(job, str) and (job in jobs or job == EVALUATOR):
+        return job
+    raise ClusterError(
+        f"`TF_CONFIG.task.type` must be a job of TF_CONFIG.cluster: {_listed(tuple(jobs))}. "
+        f"Received: TF_CONFIG.task.type={job!r}. "
+        "Correct the type, or add the job's addresses to the cluster."
+    )
+
+
+def _index(task: Mapping[str, Any], job: str, jobs: Mapping[str, tuple[str, ...]]) -> int:
+    value = task.get("index")
+    # Some Kubernetes operators and shell scripts write the number as a string.
+    index = int(value) if isinstance(value, str) and value.strip().isdecimal() else value
+    count = len(jobs[job]) if job in jobs else 1
+    rule = f"`TF_CONFIG.task.index` must be a whole number from 0 to {count - 1}, as the "
+    rule += f"cluster has {count} {job} address{'' if count == 1 else 'es'}. "
+    received = f"Received: TF_CONFIG.task.index={value!r}. "
+    if not isinstance(index, int) or isinstance(index, bool):
+        raise ClusterError(rule + received + "Give each process its position in its job.")
+    if not 0 <= index < count:
+        raise ClusterError(
+            rule + received + "Count from 0, or add this process's address to the cluster."
+        )
+    return index
+
+
+def _object(value: object, name: str) -> dict[str, Any]:
+    if isinstance(value, dict):
+        return value
+    raise ClusterError(
+        f"`{name}` must be a JSON object. Received: {name}={_short(value)}. "
+        f"Write TF_CONFIG like {_EXAMPLE}"
+    )
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    return ", ".join(repr(name) for name in names)
+
+
+def _short(value: object, limit: int = 120) -> str:
+    text = repr(value)
+    return text if len(text) <= limit else text[: limit - 1] + "…"
