@@ -1,0 +1,136 @@
+"""What `tfdist run` starts in each worker: `python -m tfdist.bootstrap script.py [args]`.
+
+It ties the worker's life to the launcher's, makes the process a worker before TensorFlow
+does anything, and then runs the user's script as Python itself would.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import runpy
+import signal
+import sys
+import threading
+from contextlib import suppress
+from types import TracebackType
+from typing import NoReturn
+
+from tfdist.errors import TfdistError
+
+_EXIT_HANDLERS_S = 3.0
+
+
+def follow_launcher() -> None:
+    """Makes this process and its children end when the launcher dies, however it dies.
+
+    The launcher's end of a pipe is closed by the system even after kill -9. Does nothing in
+    a process that no launcher started.
+    """
+    text = os.environ.pop("TFDIST_LAUNCHER_FD", None)
+    if text is None:
+        return
+    fd = int(text)
+    os.set_inheritable(fd, False)
+
+    def wait() -> None:
+        with suppress(OSError):
+            while os.read(fd, 1):
+                pass
+        if os.getpgrp() == os.getpid():
+            os.killpg(os.getpgrp(), signal.SIGKILL)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=wait, name="tfdist-follow-launcher", daemon=True).start()
+
+
+def become_worker() -> None:
+    """Takes this process's place in the cluster, as the launcher's variables say.
+
+    Raises:
+        TfdistError: The cluster is malformed, or the strategy cannot run here.
+    """
+    import tfdist
+
+    tfdist.init(strategy=os.environ.get("TFDIST_STRATEGY", "auto"))
+    if os.environ.get("TFDIST_DROP_IN") == "1":
+        tfdist.drop_in()
+
+
+def run_script(arguments: list[str]) -> None:
+    """Runs a script, or after `-m` a module, as `python` would.
+
+    Args:
+        arguments: The script, or `-m` and the module, and then its own arguments.
+    """
+    is_module = arguments[0] == "-m"
+    target, *rest = arguments[1:] if is_module else arguments
+    sys.argv = [target, *rest]
+    if not sys.flags.safe_path:
+        # In place of the working directory, which `python -m tfdist.bootstrap` put there.
+        sys.path[0] = os.getcwd() if is_module else os.path.dirname(os.path.realpath(target))
+    if is_module:
+        runpy.run_module(target, run_name="__main__", alter_sys=True)
+    else:
+        runpy.run_path(target, run_name="__main__")
+
+
+def main() -> None:
+    """Runs the worker whose script and arguments are in `sys.argv`."""
+    if len(sys.argv) < 2:
+        sys.exit("usage: python -m tfdist.bootstrap [-m] script.py [args]")
+    follow_launcher()
+    arguments = sys.argv[1:]
+    try:
+        become_worker()
+    except TfdistError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        _leave(1)
+    try:
+        run_script(arguments)
+    except SystemExit as error:
+        if error.code is None or error.code == 0:
+            raise
+        if not isinstance(error.code, int):
+            print(error.code, file=sys.stderr)
+        _leave(error.code if isinstance(error.code, int) else 1)
+    except KeyboardInterrupt as error:
+        # Every worker gets the Ctrl-C: a line each says enough, and where it was.
+        print(f"interrupted{_place(error.__traceback__)}", file=sys.stderr)
+        _leave(130)
+    except BaseException as error:
+        sys.excepthook(type(error), error, _own_frames(error.__traceback__))
+        _leave(1)
+
+
+def _leave(status: int) -> NoReturn:
+    """Exits at once: TensorFlow's own shutdown would wait for peers that wait for us."""
+    handlers = threading.Thread(target=atexit._run_exitfuncs, daemon=True)
+    handlers.start()
+    handlers.join(_EXIT_HANDLERS_S)
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(status & 0xFF)
+
+
+def _own_frames(traceback: TracebackType | None) -> TracebackType | None:
+    """Drops the frames that led to the user's script."""
+    while traceback is not None and traceback.tb_frame.f_code.co_filename in (
+        __file__,
+        runpy.__file__,
+        "<frozen runpy>",
+    ):
+        traceback = traceback.tb_next
+    return traceback
+
+
+def _place(traceback: TracebackType | None) -> str:
+    own = _own_frames(traceback)
+    if own is None:
+        return ""
+    return f" at {own.tb_frame.f_code.co_filename}, line {own.tb_lineno}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""The command line: `tfdist run`, `tfdist doctor`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from tfdist._version import __version__
+from tfdist.errors import TfdistError
+from tfdist.launch import (
+    DEFAULT_PORT,
+    STRATEGIES,
+    Outcome,
+    Worker,
+    parse_hosts,
+    plan_workers,
+    run_workers,
+    script_command,
+)
+
+_CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 96}
+
+
+class _Commands(click.Group):
+    """Turns tfdist's errors into a message and exit status 1, without a traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except TfdistError as error:
+            raise click.ClickException(str(error)) from None
+
+
+@click.group(cls=_Commands, context_settings=_CONTEXT)
+@click.version_option(__version__, prog_name="tfdist", message="%(prog)s %(version)s")
+def main() -> None:
+    """Distributed training for Keras 3 on TensorFlow.
+
+    \b
+    Examples:
+      tfdist run -n 2 train.py             train in two worker processes
+      tfdist run -n 2 --drop-in train.py   the same, for a plain Keras script
+      tfdist doctor                        what can run on this machine
+    """  # noqa: D301
+
+
+@main.command(context_settings={"allow_interspersed_args": False})
+@click.option("-n", "--workers", type=int, help="Workers in all.  [default: 1]")
+@click.option("--hosts", metavar="H:N,...", help="The machines, and how many workers on each.")
+@click.option("--node-rank", type=int, metavar="I", help="Which of --hosts this machine is.")
+@click.option(
+    "--port",
+    type=int,
+    default=DEFAULT_PORT,
+    show_default=True,
+    help="With --hosts: the port of worker 0; worker k has this one + k.",
+)
+@click.option(
+    "--strategy",
+    type=click.Choice(STRATEGIES),
+    help="How to distribute; else what the script asks for, or auto.",
+)
+@click.option("--drop-in", is_flag=True, help="Distribute a script's own Model.fit.")
+@click.option(
+    "--log-dir",
+    type=click.Path(file_okay=False, path_type=Path),
+    metavar="DIR",
+    help="Also write each worker's output to DIR/worker-<i>.log.",
+)
+@click.option("-m", "--module", is_flag=True, help="SCRIPT is a module, as after python -m.")
+@click.argument("script")
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="[ARGUMENTS]...")
+def run(
+    workers: int | None,
+    hosts: str | None,
+    node_rank: int | None,
+    port: int,
+    strategy: str | None,
+    drop_in: bool,
+    log_dir: Path | None,
+    module: bool,
+    script: str,
+    arguments: tuple[str, ...],
+) -> None:
+    """Run SCRIPT in one or more worker processes.
+
+    Everything after SCRIPT belongs to the script. Cores and GPUs are shared out between the
+    workers of a machine. The first failure ends all workers.
+
+    \b
+    Examples:
+      tfdist run -n 2 train.py --epochs 5
+      tfdist run --hosts node1:4,node2:4 --node-rank 0 train.py    on node1
+      tfdist run --hosts node1:4,node2:4 --node-rank 1 train.py    on node2
+
+    Exit status: 0 when every worker succeeded, else that of the worker that failed first
+    (128 + n if signal n ended it); 130 after Ctrl-C; 1 if tfdist could not start the
+    workers, 2 for a wrong command line.
+    """  # noqa: D301
+    if not module and not Path(script).is_file():
+        raise click.BadParameter(
+            f"SCRIPT must be a Python file. Received: {script!r}, which is "
+            f"{'no file' if Path(script).exists() else 'not there'}. "
+            "Check the path; the options of `tfdist run` come before it."
+        )
+    planned = plan_workers(
+        script_command((script, *arguments), module=module),
+        workers=workers,
+        hosts=parse_hosts(hosts) if hosts is not None else (),
+        node_rank=node_rank,
+        port=port,
+        strategy=strategy,
+        drop_in=drop_in,
+    )
+    outcome = run_workers(planned, log_dir=log_dir)
+    _explain(outcome, planned, log_dir)
+    sys.exit(outcome.status)
+
+
+@main.command()
+def doctor() -> None:
+    """Show versions, devices, the cluster, and which strategies can run here.
+
+    \b
+    Example:
+      tfdist doctor
+
+    Exit status: 0 if training in one process works and the cluster is well described, else 1.
+    """  # noqa: D301
+    # Only this command draws tables.
+    from tfdist.launch.doctor import examine
+    from tfdist.launch.doctor_page import show
+
+    report = examine()
+    show(report)
+    sys.exit(0 if report.is_healthy else 1)
+
+
+def _explain(outcome: Outcome, planned: tuple[Worker, ...], log_dir: Path | None) -> None:
+    if outcome.interrupted == 13:
+        # Standard output has no reader left: Python would complain about it at its exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return
+    failure = outcome.failure
+    if failure is None:
+        return
+    lines = [click.style("Error: ", fg="red", bold=True) + failure.describe()]
+    excerpt = failure.excerpt()
+    if excerpt:
+        lines[0] += " Its last lines:"
+        bar = click.style("│", fg="red")
+        lines += ["", *(f"  {bar} {line}" for line in excerpt), ""]
+    else:
+        lines[0] += " It had written nothing."
+    if failure.blames_peer and outcome.finished:
+        lines.append(
+            f"{' and '.join(outcome.finished)} had ended before, with exit status 0: "
+            "all workers must make the same steps."
+        )
+    if log_dir is not None:
+        lines.append(f"Its whole output: {log_dir / f'worker-{failure.worker.index}.log'}")
+    if len(planned) > 1:
+        lines.append("All workers of this machine have been ended.")
+    click.echo("\n".join(lines), err=True)
+
+
+if __name__ == "__main__":
+    main()

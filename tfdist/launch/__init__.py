@@ -1,0 +1,25 @@
+"""Starts, watches and ends the worker processes of `tfdist run`. No TensorFlow is needed."""
+
+from tfdist.launch.cause import Failure
+from tfdist.launch.hosts import Host, parse_hosts
+from tfdist.launch.plan import (
+    DEFAULT_PORT,
+    STRATEGIES,
+    Worker,
+    plan_workers,
+    script_command,
+)
+from tfdist.launch.processes import Outcome, run_workers
+
+__all__ = [
+    "DEFAULT_PORT",
+    "STRATEGIES",
+    "Failure",
+    "Host",
+    "Outcome",
+    "Worker",
+    "parse_hosts",
+    "plan_workers",
+    "run_workers",
+    "script_command",
+]

@@ -1,0 +1,106 @@
+"""Which worker's failure brought the others down, and the lines that say why."""
+
+from __future__ import annotations
+
+import re
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tfdist.launch.plan import Worker
+
+_TRACEBACK = "Traceback (most recent call last):"
+# What a healthy worker reports when one of its peers is gone.
+_PEER_IS_GONE = re.compile(
+    r"UnavailableError|AbortedError|CancelledError|DeadlineExceededError"
+    r"|UNAVAILABLE:|ABORTED:|CANCELLED:|DEADLINE_EXCEEDED"
+    r"|coordination service|CoordinationService|heartbeat|[Bb]arrier"
+    r"|Connection reset by peer|Socket closed|failed to connect to all addresses"
+)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A worker that did not end well.
+
+    Attributes:
+        worker: Which one.
+        returncode: Its exit status, or the negative number of the signal that ended it.
+        lines: The last lines it wrote.
+    """
+
+    worker: Worker
+    returncode: int
+    lines: tuple[str, ...]
+
+    @property
+    def status(self) -> int:
+        """The exit status a shell would report: 128 + n for signal n."""
+        return self.returncode if self.returncode >= 0 else 128 - self.returncode
+
+    @property
+    def blames_peer(self) -> bool:
+        """Whether all it says is that another worker went away."""
+        start = _last_traceback(self.lines)
+        if start is None:
+            return any(_PEER_IS_GONE.search(line) for line in self.lines[-20:])
+        # Whatever comes after its own exception, such as TensorFlow's farewell, is no cause.
+        raised = _exception_line(self.lines, start)
+        return raised is not None and _PEER_IS_GONE.search(self.lines[raised]) is not None
+
+    def describe(self) -> str:
+        """Returns how the worker ended, in one sentence."""
+        if self.returncode >= 0:
+            return f"{self.worker.task} ended with exit status {self.returncode}."
+        number = -self.returncode
+        try:
+            name = signal.Signals(number).name
+        except ValueError:
+            name = "unknown"
+        hint = " The system does so when memory runs out." if name == "SIGKILL" else ""
+        return f"{self.worker.task} was ended by signal {number} ({name}).{hint}"
+
+    def excerpt(self, limit: int = 20) -> tuple[str, ...]:
+        """Returns the lines that tell most.
+
+        Args:
+            limit: How many lines at most.
+
+        Returns:
+            The last traceback where there is one, else the last lines.
+        """
+        start = _last_traceback(self.lines)
+        if start is None:
+            return self.lines[-limit:]
+        block = self.lines[start:]
+        if len(block) <= limit:
+            return block
+        raised = _exception_line(block, 0)
+        end = len(block) if raised is None else min(len(block), max(limit, raised + 4))
+        if end <= limit:
+            return block[:end]
+        return (block[0], "  …", *block[end - limit + 2 : end])
+
+
+def root_cause(failures: Sequence[Failure]) -> Failure:
+    """Chooses the failure to show.
+
+    Args:
+        failures: The workers that failed, in the order in which they ended.
+
+    Returns:
+        The first that failed by itself; the first of all where each only lost a peer.
+    """
+    return min(failures, key=lambda failure: failure.blames_peer)
+
+
+def _last_traceback(lines: Sequence[str]) -> int | None:
+    starts = [i for i, line in enumerate(lines) if line.endswith(_TRACEBACK)]
+    return starts[-1] if starts else None
+
+
+def _exception_line(lines: Sequence[str], start: int) -> int | None:
+    for i in range(start + 1, len(lines)):
+        if lines[i] and not lines[i].startswith((" ", "+", "|")):
+            return i
+    return None

@@ -1,0 +1,241 @@
+"""The started workers: what they write, which have ended, and how to end them all."""
+
+from __future__ import annotations
+
+import os
+import pty
+import selectors
+import signal
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from tfdist.errors import LaunchError
+from tfdist.launch.cause import Failure
+from tfdist.launch.output import Lines, Screen
+from tfdist.launch.plan import Worker
+
+LAUNCHER_FD = "TFDIST_LAUNCHER_FD"
+
+_POLL_S = 0.05
+# How long the children of a worker that has ended may take to end by themselves.
+_CHILDREN_S = 2.0
+
+
+class _Member:
+    """One started worker."""
+
+    def __init__(
+        self,
+        position: int,
+        worker: Worker,
+        process: subprocess.Popen[bytes],
+        fd: int,
+        lines: Lines,
+        is_live: bool,
+    ) -> None:
+        self.position = position
+        self.worker = worker
+        self.process = process
+        self.fd: int | None = fd
+        self.lines = lines
+        self.is_live = is_live
+        self.ended_at: float | None = None
+        self.has_group = True
+
+    def signal_group(self, number: int) -> None:
+        """Signals the worker and its children, and notes when none of them is left."""
+        try:
+            os.killpg(self.process.pid, number)
+        except ProcessLookupError:
+            self.has_group = False
+        except PermissionError:
+            # macOS answers so for a group of which only zombies are left.
+            self.has_group = self.ended_at is None
+
+
+class Crew:
+    """The workers of this machine while they run.
+
+    Attributes:
+        failures: The workers that failed, in the order in which they ended.
+        finished: The tasks that ended well.
+    """
+
+    def __init__(self, screen: Screen) -> None:
+        """Starts with no worker.
+
+        Args:
+            screen: Where their lines go.
+        """
+        self.failures: list[Failure] = []
+        self.finished: list[str] = []
+        self._screen = screen
+        self._members: list[_Member] = []
+        self._selector = selectors.DefaultSelector()
+        # Workers hold the reading end: it reports the end of file when the launcher dies.
+        self._lifeline, self._launcher_end = os.pipe()
+
+    @property
+    def is_running(self) -> bool:
+        """Whether a worker or a child of one is left."""
+        return any(member.has_group for member in self._members)
+
+    def start(self, workers: Sequence[Worker], log_dir: Path | None) -> None:
+        """Starts the workers.
+
+        Args:
+            workers: Which.
+            log_dir: A folder for each worker's whole output.
+
+        Raises:
+            LaunchError: A worker could not be started or a log file not be written.
+        """
+        for position, worker in enumerate(workers):
+            log = None
+            try:
+                if log_dir is not None:
+                    log_dir.mkdir(parents=True, exist_ok=True)
+                    log = (log_dir / f"worker-{worker.index}.log").open("wb")
+            except OSError as error:
+                raise LaunchError(
+                    "`--log-dir` must be a folder that can be written. "
+                    f"Received: --log-dir={str(log_dir)!r} ({error.strerror}). "
+                    "Choose another folder."
+                ) from None
+            # Only the chief draws a progress bar, and only on a terminal is it of use.
+            is_live = self._screen.is_terminal and worker.index == 0
+            reading, writing = _terminal(self._screen) if is_live else os.pipe()
+            try:
+                process = subprocess.Popen(
+                    worker.command,
+                    env={**worker.environment, LAUNCHER_FD: str(self._lifeline)},
+                    stdin=subprocess.DEVNULL,
+                    stdout=writing,
+                    stderr=writing,
+                    pass_fds=(self._lifeline,),
+                    start_new_session=True,
+                )
+            except OSError as error:
+                os.close(reading)
+                raise LaunchError(
+                    f"The program of {worker.task} must be one that can be started. "
+                    f"Received: {worker.command[0]!r} ({error.strerror}). "
+                    "Check that it exists and may be run."
+                ) from None
+            finally:
+                os.close(writing)
+            os.set_blocking(reading, False)
+            member = _Member(position, worker, process, reading, Lines(log), is_live)
+            self._members.append(member)
+            self._selector.register(reading, selectors.EVENT_READ, member)
+
+    def pump(self, wait: float = _POLL_S) -> None:
+        """Passes on what was written, and notes which workers have ended.
+
+        Args:
+            wait: For how many seconds at most, where nothing happens.
+        """
+        if self._selector.get_map():
+            for key, _ in self._selector.select(wait):
+                self._read(key.data)
+        else:
+            time.sleep(wait)
+        now = time.monotonic()
+        for member in self._members:
+            if member.ended_at is None and member.process.poll() is not None:
+                member.ended_at = now
+                self._drain(member)
+                self._note_end(member)
+            if member.ended_at is not None and member.has_group:
+                overdue = now - member.ended_at > _CHILDREN_S
+                member.signal_group(signal.SIGKILL if overdue else 0)
+                if overdue:
+                    # What is left of the group can only be waiting to be reaped.
+                    member.has_group = False
+
+    def end(self, steps: Sequence[tuple[int, float]], received: Sequence[int] = ()) -> None:
+        """Ends all workers and their children.
+
+        Args:
+            steps: One signal after another, each with the seconds it has to take effect.
+            received: The signals sent to the launcher; a further one cuts the rest short.
+        """
+        asked = len(received)
+        for number, grace in steps:
+            for member in self._members:
+                if member.has_group:
+                    member.signal_group(number)
+            deadline = time.monotonic() + grace
+            while self.is_running and time.monotonic() < deadline:
+                # A second Ctrl-C will not wait for the first.
+                if len(received) > asked and number != signal.SIGKILL:
+                    return self.end(((signal.SIGKILL, 5.0),))
+                self.pump()
+        return None
+
+    def close(self) -> None:
+        """Kills whatever is left and gives back what was opened."""
+        for member in self._members:
+            if member.has_group:
+                member.signal_group(signal.SIGKILL)
+            with suppress(subprocess.TimeoutExpired):
+                member.process.wait(timeout=5.0)
+            if member.fd is not None:
+                os.close(member.fd)
+        self._selector.close()
+        os.close(self._launcher_end)
+        os.close(self._lifeline)
+        with suppress(BrokenPipeError):
+            self._screen.close()
+
+    def _note_end(self, member: _Member) -> None:
+        if member.process.returncode == 0:
+            self.finished.append(member.worker.task)
+            return
+        lines = tuple(member.lines.last)
+        self.failures.append(Failure(member.worker, member.process.returncode, lines))
+
+    def _read(self, member: _Member) -> bool:
+        """Reads once; returns whether there may be more."""
+        if member.fd is None:
+            return False
+        try:
+            data = os.read(member.fd, 1 << 16)
+        except BlockingIOError:
+            return False
+        except OSError:
+            # Linux's answer on a terminal that the last writer has closed.
+            data = b""
+        if not data:
+            self._selector.unregister(member.fd)
+            os.close(member.fd)
+            member.fd = None
+            return False
+        lines = member.lines.feed(data)
+        live = member.lines.unfinished if member.is_live else None
+        self._screen.show(member.position, lines, live)
+        return True
+
+    def _drain(self, member: _Member) -> None:
+        while self._read(member):
+            pass
+        self._screen.show(
+            member.position, member.lines.finish(), "" if member.is_live else None
+        )
+
+
+def _terminal(screen: Screen) -> tuple[int, int]:
+    """Opens a terminal as wide as the room beside the prefix."""
+    outer, inner = pty.openpty()
+    settings = termios.tcgetattr(inner)
+    settings[1] &= ~termios.OPOST
+    termios.tcsetattr(inner, termios.TCSANOW, settings)
+    with suppress(OSError):
+        rows, columns = termios.tcgetwinsize(sys.stdout.fileno())
+        termios.tcsetwinsize(inner, (rows, max(20, columns - screen.prefix_width)))
+    return outer, inner

@@ -1,0 +1,216 @@
+"""What this machine has, which cluster it sees, and which strategies can run on it."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+from tfdist._version import __version__
+from tfdist.cluster import Cluster
+from tfdist.errors import ClusterError
+from tfdist.launch.resources import usable_cores
+
+_PACKAGES = ("tensorflow", "keras", "numpy", "horovod")
+_ASK_S = 120.0
+# A process of its own: nothing here imports TensorFlow, and a broken one must not end us.
+_ASK_TENSORFLOW = """
+import json
+import tensorflow as tf
+found = {"tensorflow": tf.__version__, "devices": [], "keras": None, "keras_backend": None}
+try:
+    import keras
+    found["keras"] = keras.__version__
+    found["keras_backend"] = keras.backend.backend()
+except Exception as error:
+    found["keras_error"] = f"{type(error).__name__}: {error}"
+for device in tf.config.list_physical_devices():
+    details = tf.config.experimental.get_device_details(device)
+    found["devices"].append([device.device_type, device.name, details.get("device_name", "")])
+print("tfdist-doctor " + json.dumps(found))
+"""
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device that TensorFlow lists: its kind (CPU, GPU, TPU), its name and its model."""
+
+    kind: str
+    name: str
+    model: str = ""
+
+
+@dataclass(frozen=True)
+class Readiness:
+    """Whether a strategy can run here.
+
+    Attributes:
+        strategy: Its name.
+        can_run: Whether it can.
+        reason: Why not, or on what it would run.
+    """
+
+    strategy: str
+    can_run: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that `tfdist doctor` found.
+
+    Attributes:
+        versions: A version for each package, or why there is none.
+        devices: What TensorFlow lists.
+        cores: How many cores this process may use.
+        cluster: The cluster that the environment describes; None if it is malformed.
+        cluster_error: What is malformed.
+        tensorflow_error: Why TensorFlow or Keras cannot be used; empty if they can.
+        strategies: For each strategy, whether it can run.
+    """
+
+    versions: Mapping[str, str]
+    devices: tuple[Device, ...]
+    cores: int
+    cluster: Cluster | None
+    cluster_error: str
+    tensorflow_error: str
+    strategies: tuple[Readiness, ...]
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether training in one process works and the cluster is well described."""
+        return not self.tensorflow_error and self.cluster is not None
+
+
+def examine(environ: Mapping[str, str] = os.environ) -> Report:
+    """Looks at this machine.
+
+    Args:
+        environ: The environment variables.
+
+    Returns:
+        What was found.
+    """
+    cluster, cluster_error = None, ""
+    try:
+        cluster = Cluster.from_environment(environ)
+    except ClusterError as error:
+        cluster_error = str(error)
+    answer, error_text = _ask_tensorflow(environ)
+    backend = answer.get("keras_backend")
+    if not error_text and answer.get("keras_error"):
+        error_text = f"Keras cannot be imported. {answer['keras_error']}"
+    if not error_text and backend != "tensorflow":
+        error_text = (
+            f"Keras must use its TensorFlow backend. Received: backend={backend!r}. "
+            "Set KERAS_BACKEND=tensorflow, or change it in ~/.keras/keras.json."
+        )
+    devices = tuple(Device(*device) for device in answer.get("devices", ()))
+    return Report(
+        versions=_versions(answer),
+        devices=devices,
+        cores=usable_cores(),
+        cluster=cluster,
+        cluster_error=cluster_error,
+        tensorflow_error=error_text,
+        strategies=_strategies(devices, cluster, error_text, environ),
+    )
+
+
+def _ask_tensorflow(environ: Mapping[str, str]) -> tuple[dict[str, Any], str]:
+    # TF_CONFIG is ours to judge; TensorFlow would only stumble over it.
+    variables = {"TF_CPP_MIN_LOG_LEVEL": "2", **environ}
+    variables.pop("TF_CONFIG", None)
+    try:
+        asked = subprocess.run(
+            [sys.executable, "-c", _ASK_TENSORFLOW],
+            env=variables,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=_ASK_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return {}, f"TensorFlow did not start within {_ASK_S:.0f} seconds."
+    for line in asked.stdout.splitlines():
+        if line.startswith("tfdist-doctor "):
+            answer: dict[str, Any] = json.loads(line.partition(" ")[2])
+            return answer, ""
+    said = (asked.stderr.strip() or "It wrote nothing.").splitlines()[-1]
+    if asked.returncode < 0:
+        said = f"It was ended by signal {-asked.returncode}. {said}"
+    return {}, f"TensorFlow cannot be imported. {said}"
+
+
+def _versions(answer: Mapping[str, Any]) -> dict[str, str]:
+    versions = {"python": platform.python_version(), "tfdist": __version__}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            # tensorflow-cpu, tf-nightly and others provide the same module.
+            versions[package] = answer.get(package) or "not installed"
+    if answer.get("keras_backend"):
+        versions["keras"] += f" (backend {answer['keras_backend']})"
+    return versions
+
+
+def _strategies(
+    devices: tuple[Device, ...],
+    cluster: Cluster | None,
+    tensorflow_error: str,
+    environ: Mapping[str, str],
+) -> tuple[Readiness, ...]:
+    later = tuple(
+        Readiness(name, False, "not in this release")
+        for name in ("horovod", "parameter_server")
+    )
+    names = ("single", "mirrored", "multi_worker", "tpu")
+    if tensorflow_error:
+        return (*(Readiness(name, False, tensorflow_error) for name in names), *later)
+    gpus = sum(device.kind == "GPU" for device in devices)
+    return (
+        Readiness("single", True, "one GPU" if gpus else "the processor"),
+        _mirrored(gpus),
+        _multi_worker(cluster),
+        _tpu(devices, environ),
+        *later,
+    )
+
+
+def _mirrored(gpus: int) -> Readiness:
+    if gpus > 1:
+        return Readiness("mirrored", True, f"{gpus} GPUs, one replica on each")
+    only = "the only GPU" if gpus else "the processor, as there is no GPU"
+    return Readiness("mirrored", True, f"one replica, on {only}: the same as single")
+
+
+def _multi_worker(cluster: Cluster | None) -> Readiness:
+    if cluster is None:
+        return Readiness("multi_worker", False, "the cluster's description is malformed")
+    if cluster.num_workers > 1:
+        return Readiness(
+            "multi_worker",
+            cluster.job in ("chief", "worker"),
+            f"{cluster.task} of {cluster.num_workers}, from {cluster.source}",
+        )
+    return Readiness("multi_worker", True, "start it with: tfdist run -n 2 train.py")
+
+
+def _tpu(devices: tuple[Device, ...], environ: Mapping[str, str]) -> Readiness:
+    tpus = sum(device.kind == "TPU" for device in devices)
+    if tpus:
+        return Readiness("tpu", True, f"{tpus} TPU cores")
+    name = environ.get("TPU_NAME")
+    if name:
+        return Readiness("tpu", True, f"TPU_NAME is {name}; it was not contacted")
+    return Readiness("tpu", False, "no TPU: TensorFlow lists none, and TPU_NAME is not set")

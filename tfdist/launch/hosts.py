@@ -1,0 +1,93 @@
+"""The list of hosts given to `tfdist run --hosts`, and the addresses that follow from it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tfdist.errors import ClusterError
+
+
+@dataclass(frozen=True)
+class Host:
+    """A machine and how many workers run on it.
+
+    Attributes:
+        name: Its host name or IP address, as the other machines reach it.
+        slots: How many workers run on it.
+    """
+
+    name: str
+    slots: int = 1
+
+
+def parse_hosts(text: str) -> tuple[Host, ...]:
+    """Reads a list of hosts.
+
+    Args:
+        text: Hosts separated by commas, each `host` or `host:slots`; slots are 1 unless given.
+
+    Returns:
+        The hosts, in the order given: a host's place is its node rank.
+
+    Raises:
+        ClusterError: A name is empty or given twice, or slots are not a positive number.
+
+    Example:
+        >>> parse_hosts("node1:2,node2")
+        (Host(name='node1', slots=2), Host(name='node2', slots=1))
+    """
+    hosts: list[Host] = []
+    for entry in text.split(","):
+        found = re.fullmatch(r"(\[[^\]]*\]|[^:\[\]]*)(?::(.*))?", entry.strip())
+        if found is None or not found[1].strip("[] "):
+            raise ClusterError(
+                "`--hosts` must name a host in each of its entries 'host' or 'host:slots'. "
+                f"Received: --hosts={text!r}, in which {entry!r} names none. "
+                "Write it like node1:2,node2:2 (an IPv6 address in brackets: [::1]:2)."
+            )
+        name, slots = found[1], found[2] if found[2] is not None else "1"
+        if not slots.isdecimal() or int(slots) < 1:
+            raise ClusterError(
+                "`--hosts` must give each host 1 or more slots, the number of its workers. "
+                f"Received: --hosts={text!r}, in which {entry!r} has {slots!r} slots. "
+                "Write it like node1:2,node2:2; the port is given by --port."
+            )
+        if any(name == host.name for host in hosts):
+            raise ClusterError(
+                "`--hosts` must name each host once. "
+                f"Received: --hosts={text!r}, in which {name!r} is given twice. "
+                f"Give it more slots instead, such as {name}:2."
+            )
+        hosts.append(Host(name, int(slots)))
+    return tuple(hosts)
+
+
+def worker_addresses(hosts: Sequence[Host], port: int) -> tuple[str, ...]:
+    """Gives every worker on every host an address.
+
+    Ports count through all workers rather than through those of one host, so that two names
+    of one machine (localhost and 127.0.0.1, say) do not meet on a port.
+
+    Args:
+        hosts: The hosts, in order of their node rank.
+        port: The port of worker 0; worker k has `port + k`.
+
+    Returns:
+        The addresses, worker 0's first.
+
+    Raises:
+        ClusterError: The last worker's port would be above 65535.
+
+    Example:
+        >>> worker_addresses(parse_hosts("a:2,b"), 17380)
+        ('a:17380', 'a:17381', 'b:17382')
+    """
+    names = [host.name for host in hosts for _ in range(host.slots)]
+    if not 1 <= port <= 65536 - len(names):
+        raise ClusterError(
+            f"`--port` must be from 1 to {65536 - len(names)}, so that each of {len(names)} "
+            f"workers has a port. Received: --port={port}. Choose another port."
+        )
+    return tuple(f"{name}:{port + index}" for index, name in enumerate(names))

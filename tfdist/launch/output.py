@@ -1,0 +1,205 @@
+"""What workers write: cut into lines, prefixed with their task, kept for the last word."""
+
+from __future__ import annotations
+
+import codecs
+import os
+import re
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import BinaryIO, TextIO
+
+import click
+
+_COLOURS = ("cyan", "magenta", "green", "yellow", "blue", "bright_cyan", "bright_magenta")
+_STYLE = re.compile(r"\x1b\[[\d;:]*m")
+# Cursor movements would leave the line that belongs to the worker.
+_OTHER_ESCAPES = re.compile(
+    r"\x1b\](?:[^\x07\x1b]*)(?:\x07|\x1b\\)|\x1b\[[0-?]*[ -/]*[@-ln-~]|\x1b[@-Z\\^_=>78]"
+)
+_OVERWRITTEN = re.compile(r"[^\b]\b(?=.)")
+_KEPT_LINES = 400
+
+
+def settled(line: str) -> str:
+    r"""Returns what a terminal would show of a line once its progress bar has been redrawn.
+
+    Args:
+        line: Text without a newline, perhaps with carriage returns and backspaces.
+
+    Returns:
+        The text last written over it, with its colours.
+
+    Example:
+        >>> settled("1/2\b\b\b\r2/2")
+        '2/2'
+    """
+    shown = ""
+    for part in line.split("\r"):
+        part = part.rstrip("\b")
+        while "\b" in part:
+            fewer = _OVERWRITTEN.sub("", part)
+            part = fewer if fewer != part else part.replace("\b", "")
+        shown = part or shown
+    return _OTHER_ESCAPES.sub("", shown)
+
+
+def plain(text: str) -> str:
+    """Returns text without colours."""
+    return _STYLE.sub("", text)
+
+
+class Lines:
+    """Cuts the bytes of one worker into lines.
+
+    Attributes:
+        last: The last lines, without colours.
+    """
+
+    def __init__(self, log: BinaryIO | None = None) -> None:
+        """Starts with nothing written.
+
+        Args:
+            log: A file that gets every byte as it comes.
+        """
+        self.last: deque[str] = deque(maxlen=_KEPT_LINES)
+        self._log = log
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._rest = ""
+
+    def feed(self, data: bytes) -> list[str]:
+        """Takes what the worker wrote.
+
+        Args:
+            data: Some bytes, cut anywhere.
+
+        Returns:
+            The lines that it completed, as a terminal would show them.
+        """
+        if self._log is not None:
+            self._log.write(data)
+            self._log.flush()
+        *complete, rest = (self._rest + self._decoder.decode(data)).split("\n")
+        # A whole epoch of a progress bar is one line: keep only its latest state.
+        parts = rest.split("\r")
+        written = [i for i, part in enumerate(parts) if part.strip("\b")]
+        self._rest = "\r".join(parts[written[-1] if written else -1 :])
+        lines = [settled(line) for line in complete]
+        self.last.extend(map(plain, lines))
+        return lines
+
+    @property
+    def unfinished(self) -> str:
+        """The line that has no end yet, as a terminal would show it."""
+        return settled(self._rest)
+
+    def finish(self) -> list[str]:
+        """Ends the output, closes the log, and returns the unfinished line if there is one."""
+        if self._log is not None:
+            self._log.close()
+            self._log = None
+        rest = self.unfinished
+        self._rest = ""
+        if not rest:
+            return []
+        self.last.append(plain(rest))
+        return [rest]
+
+
+class Screen:
+    """Writes the workers' lines to one stream, so that no two of them mix.
+
+    On a terminal the chief's unfinished line, its progress bar, stays at the bottom.
+    """
+
+    def __init__(
+        self, stream: TextIO, tasks: Sequence[str], environ: Mapping[str, str] = os.environ
+    ) -> None:
+        """Prepares one prefix for each worker.
+
+        Args:
+            stream: Where to write.
+            tasks: The workers' names.
+            environ: The launcher's variables; NO_COLOR and TERM are looked at.
+        """
+        self._stream = stream
+        self.is_terminal = stream.isatty() and environ.get("TERM") != "dumb"
+        self._coloured = self.is_terminal and not environ.get("NO_COLOR")
+        width = max(map(len, tasks))
+        self.prefix_width = width + 3
+        bar = "│" if _can_encode(stream, "│") else "|"
+        self._prefixes = [
+            click.style(f"{task:<{width}} {bar}", fg=_COLOURS[i % len(_COLOURS)])
+            if self._coloured
+            else f"{task:<{width}} {bar}"
+            for i, task in enumerate(tasks)
+        ]
+        self._live = ""
+
+    def show(self, worker: int, lines: Sequence[str], live: str | None = None) -> None:
+        """Writes lines of one worker.
+
+        Args:
+            worker: The worker's position in `tasks`.
+            lines: Whole lines.
+            live: The worker's unfinished line, to be kept at the bottom; None leaves the
+                one that is there.
+        """
+        if not self.is_terminal:
+            if lines:
+                self._write("".join(self._line(worker, line) + "\n" for line in lines))
+            return
+        drawn = self._live
+        if live is not None:
+            self._live = self._line(worker, _cut(live, self._columns())) if live else ""
+        if not lines and drawn == self._live:
+            return
+        text = "\r\x1b[K" if drawn else ""
+        self._write(text + "".join(self._line(worker, x) + "\n" for x in lines) + self._live)
+
+    def close(self) -> None:
+        """Ends the line at the bottom, if there is one."""
+        if self._live:
+            self._live = ""
+            self._write("\n")
+
+    def _columns(self) -> int:
+        try:
+            return max(
+                10, os.get_terminal_size(self._stream.fileno()).columns - self.prefix_width
+            )
+        except OSError:
+            return 80
+
+    def _line(self, worker: int, line: str) -> str:
+        if not self._coloured:
+            line = plain(line)
+        elif "\x1b[" in line:
+            line += "\x1b[0m"
+        return f"{self._prefixes[worker]} {line}" if line else self._prefixes[worker]
+
+    def _write(self, text: str) -> None:
+        encoding = self._stream.encoding or "utf-8"
+        self._stream.write(text.encode(encoding, "replace").decode(encoding))
+        self._stream.flush()
+
+
+def _cut(text: str, columns: int) -> str:
+    """Cuts a line to a width: one that wraps could not be erased again."""
+    room = columns - 1
+    pieces: list[str] = []
+    for piece in re.split(f"({_STYLE.pattern})", text.replace("\t", " ")):
+        if _STYLE.fullmatch(piece):
+            pieces.append(piece)
+        else:
+            pieces.append(piece[:room])
+            room -= len(pieces[-1])
+    return "".join(pieces)
+
+
+def _can_encode(stream: TextIO, text: str) -> bool:
+    try:
+        text.encode(stream.encoding or "utf-8")
+    except (UnicodeEncodeError, LookupError):
+        return False
+    return True

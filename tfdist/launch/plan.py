@@ -1,0 +1,227 @@
+"""From what the user asked for to the worker processes that this machine starts."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+from tfdist.cluster import WORKER, Cluster
+from tfdist.errors import LaunchError
+from tfdist.launch.hosts import Host, worker_addresses
+from tfdist.launch.resources import gpu_environments, thread_environment, visible_gpus
+
+DEFAULT_PORT = 17380
+ONE_PROCESS_STRATEGIES = ("single", "mirrored", "tpu")
+STRATEGIES = ("auto", *ONE_PROCESS_STRATEGIES, "multi_worker")
+
+# TensorFlow's start-up notes would bury what the workers print; its errors stay.
+_QUIET = {"TF_CPP_MIN_LOG_LEVEL": "2", "GRPC_VERBOSITY": "ERROR"}
+
+
+@dataclass(frozen=True)
+class Worker:
+    """A worker process to be started on this machine.
+
+    Attributes:
+        index: Its position among all workers of the run, on all machines.
+        command: The program and its arguments.
+        environment: All of its environment variables.
+    """
+
+    index: int
+    command: tuple[str, ...]
+    environment: Mapping[str, str]
+
+    @property
+    def task(self) -> str:
+        """The worker's name in messages, such as `"worker 1"`."""
+        return f"{WORKER} {self.index}"
+
+
+def script_command(arguments: Sequence[str], module: bool = False) -> tuple[str, ...]:
+    """Returns the command that runs a user's script inside a worker.
+
+    Args:
+        arguments: The script and its arguments.
+        module: Whether the first is the name of a module, as after `python -m`.
+    """
+    return (
+        sys.executable,
+        "-m",
+        "tfdist.bootstrap",
+        *(("-m",) if module else ()),
+        *arguments,
+    )
+
+
+def plan_workers(
+    command: Sequence[str],
+    *,
+    workers: int | None = None,
+    hosts: Sequence[Host] = (),
+    node_rank: int | None = None,
+    port: int = DEFAULT_PORT,
+    strategy: str | None = None,
+    drop_in: bool = False,
+    environ: Mapping[str, str] = os.environ,
+) -> tuple[Worker, ...]:
+    """Decides which workers this machine starts, and each one's environment.
+
+    Args:
+        command: The program each worker runs, and its arguments.
+        workers: How many workers in all; the sum of the hosts' slots unless given, else 1.
+        hosts: The machines, in the same order on each of them; empty for this one alone.
+        node_rank: This machine's position in `hosts`.
+        port: The port of worker 0, where there are several hosts; worker k has `port + k`.
+        strategy: The strategy's name, handed to the workers.
+        drop_in: Whether Keras's own `fit` is to be distributed.
+        environ: The variables that the workers inherit.
+
+    Returns:
+        The workers to start here.
+
+    Raises:
+        LaunchError: The arguments contradict each other or the environment, or a port that
+            a worker needs is in use.
+    """
+    total, first, local = _extent(workers, hosts, node_rank)
+    _check_strategy(strategy, total)
+    if not hosts and total > 1:
+        _check_alone(total, environ)
+    gpus = visible_gpus(environ) if local > 1 else ()
+    gpu_shares = gpu_environments(gpus, local)
+    if hosts:
+        addresses = worker_addresses(hosts, port)
+        _check_ports(addresses[first : first + local])
+    else:
+        addresses = free_addresses(total)
+
+    shared = {
+        **_QUIET,
+        **environ,
+        **thread_environment(local, environ),
+        "PYTHONUNBUFFERED": "1",
+    }
+    if strategy is not None:
+        shared["TFDIST_STRATEGY"] = strategy
+    if drop_in:
+        shared["TFDIST_DROP_IN"] = "1"
+    planned: list[Worker] = []
+    for local_rank in range(local):
+        index = first + local_rank
+        environment = {
+            **shared,
+            **gpu_shares[local_rank],
+            "TFDIST_LOCAL_RANK": str(local_rank),
+            "TFDIST_LOCAL_SIZE": str(local),
+        }
+        if total > 1:
+            cluster = Cluster({WORKER: addresses}, WORKER, index, "TF_CONFIG")
+            environment["TF_CONFIG"] = cluster.to_tf_config()
+        planned.append(Worker(index, tuple(command), environment))
+    return tuple(planned)
+
+
+def free_addresses(count: int) -> tuple[str, ...]:
+    """Finds ports of this machine that nobody listens on.
+
+    Args:
+        count: How many.
+
+    Returns:
+        Addresses `"127.0.0.1:port"`, all different.
+    """
+    with ExitStack() as held:
+        # All are held until the last is found, or the same port could come twice.
+        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return tuple(f"127.0.0.1:{one.getsockname()[1]}" for one in sockets)
+
+
+def _extent(
+    workers: int | None, hosts: Sequence[Host], node_rank: int | None
+) -> tuple[int, int, int]:
+    """Returns how many workers there are, the first of this machine, and how many it starts."""
+    if workers is not None and workers < 1:
+        raise LaunchError(
+            "The number of workers must be 1 or more. "
+            f"Received: -n {workers}. Leave -n out to start one."
+        )
+    if not hosts:
+        if node_rank is not None:
+            raise LaunchError(
+                "`--node-rank` must come with --hosts, whose entries it counts. "
+                f"Received: --node-rank={node_rank} without --hosts. "
+                "Add --hosts, or leave --node-rank out to train on this machine alone."
+            )
+        return workers or 1, 0, workers or 1
+    total = sum(host.slots for host in hosts)
+    if workers is not None and workers != total:
+        raise LaunchError(
+            "`-n` must equal the sum of the slots in --hosts. "
+            f"Received: -n {workers}, --hosts with {total} slots. "
+            "Leave -n out, or change the slots."
+        )
+    if node_rank is None:
+        if len(hosts) > 1:
+            raise LaunchError(
+                "`--node-rank` must say which of the hosts this machine is. "
+                f"Received: --node-rank=None, with {len(hosts)} hosts. "
+                f"Run the command on each host, with --node-rank 0 to {len(hosts) - 1}."
+            )
+        node_rank = 0
+    if not 0 <= node_rank < len(hosts):
+        raise LaunchError(
+            f"`--node-rank` must be from 0 to {len(hosts) - 1}, as --hosts names "
+            f"{len(hosts)}. Received: --node-rank={node_rank}. "
+            "Count the hosts from 0, in the order of --hosts."
+        )
+    first = sum(host.slots for host in hosts[:node_rank])
+    return total, first, hosts[node_rank].slots
+
+
+def _check_strategy(strategy: str | None, total: int) -> None:
+    if strategy is not None and strategy not in STRATEGIES:
+        raise LaunchError(
+            f"`--strategy` must be one of {', '.join(STRATEGIES)}. "
+            f"Received: --strategy={strategy}. Choose one of these."
+        )
+    if total > 1 and strategy in ONE_PROCESS_STRATEGIES:
+        raise LaunchError(
+            f"Strategy {strategy!r} trains in one process. "
+            f"Received: --strategy={strategy} with {total} workers. "
+            "Start one worker, or use --strategy multi_worker."
+        )
+
+
+def _check_alone(total: int, environ: Mapping[str, str]) -> None:
+    given = Cluster.from_environment(environ)
+    if given.num_workers > 1:
+        raise LaunchError(
+            "Several workers can be started only where no cluster is described yet. "
+            f"Received: -n {total}, where {given.source} already makes this process "
+            f"{given.task} of {given.num_workers}. Leave -n out to join that cluster, "
+            "or unset TF_CONFIG and start outside of srun."
+        )
+
+
+def _check_ports(addresses: Sequence[str]) -> None:
+    for address in addresses:
+        port = int(address.rpartition(":")[2])
+        with socket.socket() as probe:
+            # As TensorFlow's server does: a port in TIME_WAIT can be used.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("", port))
+            except OSError as error:
+                raise LaunchError(
+                    "The port of each worker on this machine must be free. "
+                    f"Received: port {port}, for {address} ({error.strerror}). "
+                    "End the program that listens there, or choose another --port, "
+                    "the same on every host."
+                ) from None

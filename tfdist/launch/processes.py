@@ -1,0 +1,121 @@
+"""Runs the workers from start to end: success, a failure, or a signal to the launcher."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import TextIO
+
+from tfdist.launch.cause import Failure, root_cause
+from tfdist.launch.crew import Crew
+from tfdist.launch.output import Screen
+from tfdist.launch.plan import Worker
+
+# How long a failure that only blames a peer waits for that peer's own.
+_PEER_FAILURE_S = 1.0
+_AFTER_FAILURE = ((signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0))
+_AFTER_INTERRUPT = ((signal.SIGINT, 3.0), *_AFTER_FAILURE)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended.
+
+    Attributes:
+        status: The exit status for the launcher.
+        failure: The worker's failure that ended the run; None if no worker failed.
+        finished: The tasks that had already ended well when it failed.
+        interrupted: The signal sent to the launcher, 0 if there was none.
+    """
+
+    status: int
+    failure: Failure | None = None
+    finished: tuple[str, ...] = ()
+    interrupted: int = 0
+
+
+def run_workers(
+    workers: Sequence[Worker], *, log_dir: Path | None = None, stream: TextIO | None = None
+) -> Outcome:
+    """Runs the workers of this machine until all have ended, or the first has failed.
+
+    After a failure, and after SIGINT, SIGTERM or SIGHUP, the other workers are asked to end
+    and then killed, children included. Should the launcher itself be killed, the workers
+    notice that their end of a pipe was closed, and end themselves.
+
+    Args:
+        workers: What to start.
+        log_dir: A folder for each worker's whole output, `worker-<i>.log`.
+        stream: Where to write the workers' lines; standard output unless given.
+
+    Returns:
+        How the run ended.
+
+    Raises:
+        LaunchError: A worker could not be started or a log file not be written.
+    """
+    screen = Screen(stream or sys.stdout, [worker.task for worker in workers])
+    crew = Crew(screen)
+    with _signals() as received:
+        try:
+            crew.start(workers, log_dir)
+            return _watch(crew, received)
+        except BrokenPipeError:
+            # Whoever read the output is gone, as after `tfdist run ... | head`.
+            return Outcome(128 + signal.SIGPIPE, interrupted=signal.SIGPIPE)
+        finally:
+            crew.close()
+
+
+def _watch(crew: Crew, received: list[int]) -> Outcome:
+    while crew.is_running and not received and not crew.failures:
+        crew.pump()
+    if crew.failures and not received:
+        deadline = time.monotonic() + _PEER_FAILURE_S
+        while (
+            crew.is_running
+            and not received
+            and time.monotonic() < deadline
+            and all(failure.blames_peer for failure in crew.failures)
+        ):
+            crew.pump()
+    failures, finished = tuple(crew.failures), tuple(crew.finished)
+    if received:
+        first = received[0]
+        crew.end(_AFTER_INTERRUPT if first == signal.SIGINT else _AFTER_FAILURE, received)
+        return Outcome(128 + first, finished=finished, interrupted=first)
+    crew.end(_AFTER_FAILURE, received)
+    if not failures:
+        return Outcome(0, finished=finished)
+    failure = root_cause(failures)
+    return Outcome(failure.status, failure, finished)
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collects the signals that end a run, in place of their usual effect."""
+    received: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    watched = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    # nohup asks that SIGHUP be ignored, and it is to stay so.
+    before = {n: signal.getsignal(n) for n in watched if signal.getsignal(n) != signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,96 @@
+"""What the workers on one machine share: its cores and its GPUs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+
+from tfdist.errors import LaunchError
+
+_THREAD_POOLS = ("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS", "OMP_NUM_THREADS")
+
+
+def usable_cores() -> int:
+    """Returns how many cores this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def thread_environment(local_workers: int, environ: Mapping[str, str]) -> dict[str, str]:
+    """Sizes a worker's thread pools so that all workers together fit the machine's cores.
+
+    Args:
+        local_workers: How many workers run on this machine.
+        environ: The launcher's variables; what the user set there is left alone.
+
+    Returns:
+        The variables to set in each worker.
+    """
+    threads = str(max(1, usable_cores() // local_workers))
+    return {name: threads for name in _THREAD_POOLS if name not in environ}
+
+
+def visible_gpus(environ: Mapping[str, str]) -> tuple[str, ...]:
+    """Lists the GPUs that the launcher's own environment allows.
+
+    Args:
+        environ: The launcher's variables.
+
+    Returns:
+        The entries of CUDA_VISIBLE_DEVICES, else the numbers of the GPUs that `nvidia-smi`
+        lists; empty where there are none.
+    """
+    if "CUDA_VISIBLE_DEVICES" in environ:
+        gpus: list[str] = []
+        for entry in environ["CUDA_VISIBLE_DEVICES"].split(","):
+            # CUDA ignores everything from the first invalid entry on.
+            if entry.strip() in ("", "-1", "NoDevFiles", "none", "void"):
+                break
+            gpus.append(entry.strip())
+        return tuple(gpus)
+    if shutil.which("nvidia-smi", path=environ.get("PATH")) is None:
+        return ()
+    try:
+        listing = subprocess.run(
+            ["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20, check=False
+        ).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return ()
+    return tuple(str(i) for i in range(sum(x.startswith("GPU ") for x in listing.splitlines())))
+
+
+def gpu_environments(gpus: Sequence[str], local_workers: int) -> tuple[dict[str, str], ...]:
+    """Splits the GPUs evenly between the workers of this machine.
+
+    Args:
+        gpus: The GPUs, as CUDA_VISIBLE_DEVICES names them.
+        local_workers: How many workers run on this machine.
+
+    Returns:
+        For each worker the variables to set, none where there is nothing to split. Every
+        worker gets as many GPUs as the others; a remainder stays idle.
+
+    Raises:
+        LaunchError: There are GPUs, but fewer than workers.
+
+    Example:
+        >>> gpu_environments(["0", "1", "2", "3"], 2)
+        ({'CUDA_VISIBLE_DEVICES': '0,1'}, {'CUDA_VISIBLE_DEVICES': '2,3'})
+    """
+    if not gpus or local_workers == 1:
+        return ({},) * local_workers
+    share = len(gpus) // local_workers
+    if share == 0:
+        raise LaunchError(
+            "Each worker of a machine with GPUs must get a GPU of its own. "
+            f"Received: workers={local_workers}, GPUs={','.join(gpus)}. "
+            f"Start {len(gpus)} worker{'' if len(gpus) == 1 else 's'}, or train on the "
+            "processor by setting CUDA_VISIBLE_DEVICES=-1."
+        )
+    return tuple(
+        {"CUDA_VISIBLE_DEVICES": ",".join(gpus[i * share : (i + 1) * share])}
+        for i in range(local_workers)
+    )
