@@ -1,0 +1,47 @@
+"""Distributed training for Keras 3 on TensorFlow: the same training, wherever it runs."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from tfdist._version import __version__
+
+if TYPE_CHECKING:
+    from tfdist import samplers
+    from tfdist.dropin import drop_in
+    from tfdist.session import init, is_chief
+    from tfdist.training import evaluate, fit, predict
+
+__all__ = [
+    "__version__",
+    "drop_in",
+    "evaluate",
+    "fit",
+    "init",
+    "is_chief",
+    "predict",
+    "samplers",
+]
+
+# TensorFlow takes seconds to import; `tfdist --help` should not wait for it.
+_HOMES = {
+    "drop_in": "tfdist.dropin",
+    "evaluate": "tfdist.training",
+    "fit": "tfdist.training",
+    "init": "tfdist.session",
+    "is_chief": "tfdist.session",
+    "predict": "tfdist.training",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "samplers":
+        return importlib.import_module("tfdist.samplers")
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'tfdist' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

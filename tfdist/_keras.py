@@ -1,0 +1,569 @@
+"""The only file that touches what Keras and its TensorFlow trainer keep private.
+
+Every touch says what it relies on; `tests/test_keras_contract.py` fails loudly when a
+Keras release changes it.
+
+Keras's own `train_step` is what tfdist runs, on every strategy. It was written for one
+process, and the functions below replace, only while a step is traced, the few places in
+which it has to know that its batch is a share of a larger one:
+
+========================  ==========================================================
+place                     what changes
+========================  ==========================================================
+the loss's reduction      no division by the number of replicas; a masked or weighted
+                          mean is over the global batch
+the optimizer's update    the backend-neutral one: each replica updates its own copy
+                          with the same, already reduced, gradient
+BatchNormalization        moments over the global batch when `synchronized=True`
+dropout, random seeds     a function of the example's place in the global batch
+Variable assignment       is noted, so that what the forward pass changed can be
+                          brought to the same value everywhere
+========================  ==========================================================
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import keras
+import numpy as np
+import tensorflow as tf
+from keras.src import backend as _backend
+from keras.src.backend.tensorflow import random as _random
+from keras.src.backend.tensorflow.core import Variable as _Variable
+from keras.src.backend.tensorflow.optimizer import TFOptimizer as _TFOptimizer
+from keras.src.losses import loss as _loss
+from keras.src.optimizers.base_optimizer import BaseOptimizer as _BaseOptimizer
+from keras.src.trainers.data_adapters.data_adapter import DataAdapter as _DataAdapter
+
+Tensor = Any
+"""A `tf.Tensor`, `tf.IndexedSlices` or what converts to one."""
+
+
+class Updates(Protocol):
+    """What stands between a replica's train step and its optimizers."""
+
+    def scale(self, optimizer: Any, loss: Tensor) -> Tensor:
+        """Changes the loss before its gradient is taken."""
+
+    def apply(
+        self, optimizer: Any, grads: list[Tensor], update: Callable[[list[Tensor]], None]
+    ) -> None:
+        """Takes a replica's gradients; sooner or later calls `update` with reduced ones."""
+
+
+@dataclass
+class ReplicaBatch:
+    """What one replica knows, while a step is traced, about its share of a global batch.
+
+    Attributes:
+        rows: Scalar int64 tensor, the examples of this replica's share. At 0 the share
+            holds one padding row, which must contribute nothing.
+        total: Scalar int64 tensor, the examples of the global batch.
+        offset: Scalar int64 tensor, the global batch's row at which the share begins.
+        all_reduce: Sums a list of tensors over all replicas.
+        updates: Receives what the train step does with optimizers, while it runs.
+        watched: Ids of the `keras.Variable`s whose assignments are noted.
+        touched: Watched variables assigned so far, with the value before, by their id.
+    """
+
+    rows: Tensor
+    total: Tensor
+    offset: Tensor
+    all_reduce: Callable[[Sequence[Tensor]], list[Tensor]]
+    updates: Updates | None = None
+    watched: frozenset[int] = frozenset()
+    touched: dict[int, tuple[Any, Tensor]] = field(default_factory=dict)
+
+    @property
+    def has_rows(self) -> Tensor:
+        """Scalar bool tensor: whether the share holds examples."""
+        return self.rows > 0
+
+    @property
+    def share(self) -> Tensor:
+        """Scalar float32 tensor: the share's part of the global batch, from 0 to 1."""
+        return tf.cast(self.rows, tf.float32) / tf.cast(self.total, tf.float32)
+
+    @property
+    def inverse_share(self) -> Tensor:
+        """Scalar float32 tensor: 1 / `share`, and 0 without examples."""
+        return tf.math.divide_no_nan(
+            tf.cast(self.total, tf.float32), tf.cast(self.rows, tf.float32)
+        )
+
+
+_current = threading.local()
+
+
+def _replica_batch() -> ReplicaBatch | None:
+    return getattr(_current, "batch", None)
+
+
+@contextlib.contextmanager
+def on_replica(batch: ReplicaBatch) -> Iterator[ReplicaBatch]:
+    """Makes `batch` what Keras's functions see in this thread, within `tracing()`.
+
+    Args:
+        batch: The replica's share. tf.distribute traces each replica in its own thread.
+
+    Yields:
+        `batch`.
+    """
+    before = _replica_batch()
+    _current.batch = batch
+    try:
+        yield batch
+    finally:
+        _current.batch = before
+
+
+@contextlib.contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    before = owner.__dict__[name]
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+@contextlib.contextmanager
+def tracing(model: Any) -> Iterator[None]:
+    """Replaces the places named at the top of this file while a step is traced.
+
+    The replacements look up the calling thread's `on_replica` batch and do what Keras
+    does when there is none.
+
+    Args:
+        model: The `keras.Model` whose optimizers are intercepted.
+    """
+    with contextlib.ExitStack() as stack:
+        for owner, name, value in _replacements():
+            stack.enter_context(_replaced(owner, name, value))
+        for optimizer in optimizers_of(model):
+            stack.enter_context(_intercepted(optimizer))
+        yield
+
+
+def _replacements() -> list[tuple[Any, str, Any]]:
+    replacements: list[tuple[Any, str, Any]] = [
+        # Called through the module by Keras's losses, trainer and CompileLoss.
+        (_loss, "scale_loss_for_distribution", lambda value: value),
+        (_loss, "unscale_loss_for_distribution", lambda value: value),
+        (_loss, "reduce_weighted_values", _reduce_weighted_values),
+        (keras.optimizers.LossScaleOptimizer, "_tf_apply", _apply_loss_scaled),
+        (keras.layers.BatchNormalization, "_moments", _moments),
+        (_Variable, "_direct_assign", _direct_assign),
+        (_random, "dropout", _dropout),
+        (_random, "draw_seed", _draw_seed),
+    ]
+    # TFOptimizer overrides these with tf.distribute's merge_call, which reduces a second
+    # time and cannot run inside tf.cond (gradient accumulation, EMA, loss scaling).
+    # The versions it overrides assign plainly, which is right on every replica because
+    # all of them hold the same weights and the same reduced gradient.
+    replacements += [
+        (_TFOptimizer, name, _BaseOptimizer.__dict__[name])
+        for name in (
+            "_apply_weight_decay",
+            "_backend_update_step",
+            "_backend_increment_gradient_accumulators",
+            "_overwrite_model_variables_with_average_value",
+        )
+    ]
+    return replacements
+
+
+# --- losses ---------------------------------------------------------------------------
+
+_keras_reduce_weighted_values = _loss.reduce_weighted_values
+
+
+def _reduce_weighted_values(
+    values: Tensor,
+    sample_weight: Tensor = None,
+    mask: Tensor = None,
+    reduction: str | None = "sum_over_batch_size",
+    dtype: Any = None,
+) -> Tensor:
+    """Reduces a loss so that its mean over replicas, weighted by their rows, is exact.
+
+    Later the result is multiplied by the replica's share and summed over replicas. For a
+    mean over rows that is all; a sum, or a mean whose divisor is a number of unmasked
+    elements or a sum of weights, is corrected here for what that will do to it.
+    """
+    local = _keras_reduce_weighted_values(
+        values, sample_weight=sample_weight, mask=mask, reduction=reduction, dtype=dtype
+    )
+    batch = _replica_batch()
+    if batch is None:
+        return local
+    if reduction in ("sum", "none", None):
+        return local * tf.cast(batch.inverse_share, local.dtype)
+    if reduction == "mean_with_sample_weight" and (sample_weight, mask) != (None, None):
+        divisor = _keras_reduce_weighted_values(
+            tf.ones_like(values), sample_weight, mask, reduction="sum", dtype=dtype
+        )
+    elif mask is not None:
+        divisor = tf.reduce_sum(tf.cast(mask, local.dtype))
+    else:
+        return local
+    divisor = tf.where(batch.has_rows, tf.cast(divisor, tf.float32), 0.0)
+    (total,) = batch.all_reduce([divisor])
+    correction = tf.math.divide_no_nan(divisor, total) * batch.inverse_share
+    return local * tf.cast(correction, local.dtype)
+
+
+# --- optimizers -----------------------------------------------------------------------
+
+
+def _apply_loss_scaled(optimizer: Any, grads: Any, trainable_variables: Any = None) -> None:
+    optimizer._common_apply(grads, trainable_variables)
+
+
+def optimizers_of(model: Any) -> list[Any]:
+    """Lists the optimizers a model holds: the compiled one and, in a GAN, its others.
+
+    Args:
+        model: A `keras.Model`.
+
+    Returns:
+        Distinct `keras.Optimizer` instances, the compiled one first.
+    """
+    held = [model.optimizer, *vars(model).values()]
+    unique = {id(o): o for o in held if isinstance(o, keras.optimizers.Optimizer)}
+    return list(unique.values())
+
+
+@contextlib.contextmanager
+def _intercepted(optimizer: Any) -> Iterator[None]:
+    """Lets the calling thread's replica stand between a train step and an optimizer."""
+    scale_loss, apply = optimizer.scale_loss, optimizer.apply
+
+    def intercepted_scale_loss(loss: Tensor) -> Tensor:
+        batch = _replica_batch()
+        if batch is None or batch.updates is None:
+            return scale_loss(loss)
+        return scale_loss(batch.updates.scale(optimizer, loss))
+
+    def intercepted_apply(grads: Sequence[Tensor], trainable_variables: Any = None) -> None:
+        batch = _replica_batch()
+        if batch is None or batch.updates is None:
+            apply(grads, trainable_variables)
+        else:
+            batch.updates.apply(
+                optimizer, list(grads), lambda reduced: apply(reduced, trainable_variables)
+            )
+
+    # Set on the instance: subclasses override these methods.
+    vars(optimizer).update(scale_loss=intercepted_scale_loss, apply=intercepted_apply)
+    try:
+        yield
+    finally:
+        del vars(optimizer)["scale_loss"], vars(optimizer)["apply"]
+
+
+# --- BatchNormalization ---------------------------------------------------------------
+
+_keras_moments = keras.layers.BatchNormalization._moments
+
+
+def _moments(layer: Any, inputs: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Gives moments over the global batch, one collective, no row counted that is padding.
+
+    Sums are taken of x - moving_mean, which is the same on every replica: E[x^2] - E[x]^2
+    then does not cancel once the moving mean has come near the mean.
+    """
+    batch = _replica_batch()
+    if batch is None or not layer.synchronized:
+        return _keras_moments(layer, inputs, mask)
+    axes = layer._reduction_axes
+    shape = [1] * len(inputs.shape)
+    shape[layer.axis] = inputs.shape[layer.axis]
+    shift = tf.stop_gradient(tf.reshape(tf.cast(layer.moving_mean, inputs.dtype), shape))
+    counted = tf.ones_like(inputs)
+    if mask is not None:
+        counted *= tf.cast(tf.expand_dims(mask, -1), inputs.dtype)
+    counted *= tf.cast(batch.has_rows, inputs.dtype)
+    shifted = tf.where(counted > 0, inputs - shift, 0.0)
+    sums = tf.stack(
+        [
+            tf.reduce_sum(shifted, axes),
+            tf.reduce_sum(tf.square(shifted), axes),
+            tf.reduce_sum(counted, axes),
+        ]
+    )
+    (reduced,) = batch.all_reduce([sums])
+    first, second, count = tf.unstack(reduced)
+    if mask is not None:
+        count += keras.config.epsilon()  # as Keras does in its masked moments
+    first, second = (
+        tf.math.divide_no_nan(first, count),
+        tf.math.divide_no_nan(second, count),
+    )
+    variance = tf.maximum(second - tf.square(first), 0.0)
+    return first + tf.reshape(shift, [-1]), variance
+
+
+def synchronized_variables(model: Any) -> set[int]:
+    """Collects the ids of variables which replicas change to the same value by themselves.
+
+    Args:
+        model: A `keras.Model`.
+
+    Returns:
+        Ids of the moving statistics of BatchNormalization layers with
+        `synchronized=True`.
+    """
+    return {
+        id(variable)
+        for layer in model._flatten_layers()
+        if isinstance(layer, keras.layers.BatchNormalization) and layer.synchronized
+        for variable in layer.non_trainable_variables
+    }
+
+
+# --- variables ------------------------------------------------------------------------
+
+_keras_direct_assign = _Variable._direct_assign
+
+
+def _direct_assign(variable: Any, value: Tensor) -> None:
+    batch = _replica_batch()
+    key = id(variable)
+    if batch is not None and key in batch.watched and key not in batch.touched:
+        batch.touched[key] = (variable, tf.identity(variable._value))
+    _keras_direct_assign(variable, value)
+
+
+def swap_value(variable: Any, value: Any) -> Any:
+    """Gives a `keras.Variable` another `tf.Variable` to live in.
+
+    Args:
+        variable: The `keras.Variable`.
+        value: A `tf.Variable` of its shape and dtype.
+
+    Returns:
+        The `tf.Variable` it lived in before.
+    """
+    before = variable._value
+    variable._value = value
+    return before
+
+
+def reindex_optimizer(optimizer: Any) -> None:
+    """Lets an optimizer find its variables after `swap_value`.
+
+    Keras indexes them by the id of the underlying `tf.Variable`, at build time.
+
+    Args:
+        optimizer: A built `keras.Optimizer`.
+    """
+    for part in (optimizer, getattr(optimizer, "inner_optimizer", None)):
+        if part is not None and part.built:
+            part._trainable_variables_indices = {
+                part._var_key(variable): index
+                for index, variable in enumerate(part._trainable_variables)
+            }
+            # The cache of which variables decay is keyed in the same way.
+            if hasattr(part, "_exclude_from_weight_decay_cache"):
+                part._exclude_from_weight_decay_cache = {}
+
+
+# --- random numbers -------------------------------------------------------------------
+
+_keras_dropout = _random.dropout
+_keras_draw_seed = _random.draw_seed
+_PHILOX = tf.random.Algorithm.PHILOX.value
+
+
+def _draw_seed(seed: Any) -> Tensor:
+    """Draws a seed that differs between replicas, so that their noise is independent."""
+    drawn = _keras_draw_seed(seed)
+    batch = _replica_batch()
+    if batch is None:
+        return drawn
+    offset = tf.cast(batch.offset, drawn.dtype)
+    return drawn + tf.stack([tf.zeros_like(offset), offset * 7919])
+
+
+def _dropout(inputs: Tensor, rate: float, noise_shape: Any = None, seed: Any = None) -> Tensor:
+    """Drops what one process would drop: noise for the global batch, the share's rows of it.
+
+    The generator is counter-based, so the rows before the share cost nothing.
+    """
+    batch = _replica_batch()
+    if batch is None or rate in (0.0, 1.0):
+        return _keras_dropout(inputs, rate, noise_shape, seed)
+    drawn = _random._cast_seed(_keras_draw_seed(seed))
+    shape = _random._get_concrete_noise_shape(inputs, noise_shape)
+    shape = tf.cast(tf.shape(inputs) if shape is None else shape, tf.int64)
+    local = tf.cast(tf.shape(inputs)[0], tf.int64)
+    # A layer may have folded other axes into the first: so many positions an example has.
+    repeats = local // tf.maximum(batch.rows, 1)
+    first = tf.where(shape[0] == local, batch.offset * repeats, 0)
+    noise = _uniform_rows(shape, first, drawn, inputs.dtype)
+    scaled = inputs * tf.cast(1.0 / (1.0 - rate), inputs.dtype)
+    return tf.where(noise >= tf.cast(rate, inputs.dtype), scaled, tf.zeros_like(scaled))
+
+
+def _uniform_rows(shape: Tensor, first: Tensor, seed: Tensor, dtype: Any) -> Tensor:
+    """Computes rows [first, first + shape[0]) of `tf.random.stateless_uniform`.
+
+    Philox turns each value of its counter into 128 bits (Salmon et al., "Parallel random
+    numbers: as easy as 1, 2, 3", SC 2011), which TensorFlow makes 4 floats or 2 doubles.
+    """
+    per_count = 2 if dtype == tf.float64 else 4
+    elements, start = tf.reduce_prod(shape), first * tf.reduce_prod(shape[1:])
+    skipped = start % per_count
+    key, counter = tf.raw_ops.StatelessRandomGetKeyCounter(seed=seed)
+    counter += tf.stack([tf.cast(start // per_count, tf.uint64), tf.constant(0, tf.uint64)])
+    numbers = tf.raw_ops.StatelessRandomUniformV2(
+        shape=[elements + skipped], key=key, counter=counter, alg=_PHILOX, dtype=dtype
+    )
+    return tf.reshape(numbers[skipped:], shape)
+
+
+# --- the loop -------------------------------------------------------------------------
+
+
+class StreamAdapter(_DataAdapter):  # type: ignore[misc]
+    """Hands a tfdist stream to Keras's loop, which takes a `DataAdapter` as it is.
+
+    Args:
+        stream: Iterable, one iteration an epoch.
+        num_batches: Steps an epoch, or None when unknown.
+        on_epoch_end: Called by Keras when an epoch of data ends.
+    """
+
+    def __init__(
+        self,
+        stream: Any,
+        num_batches: int | None,
+        on_epoch_end: Callable[[], None] | None = None,
+    ) -> None:
+        self._stream = stream
+        self._num_batches = num_batches
+        self._on_epoch_end = on_epoch_end
+
+    def get_tf_dataset(self) -> Any:
+        """Returns the stream: the default strategy's `distribute_dataset` leaves it be."""
+        return self._stream
+
+    @property
+    def num_batches(self) -> int | None:
+        """Steps an epoch, or None when unknown."""
+        return self._num_batches
+
+    @property
+    def batch_size(self) -> int | None:
+        """Unknown: shares differ in size."""
+        return None
+
+    @property
+    def has_partial_batch(self) -> bool | None:
+        """Unknown."""
+        return None
+
+    @property
+    def partial_batch_size(self) -> int | None:
+        """Unknown."""
+        return None
+
+    def on_epoch_begin(self) -> None:
+        """Nothing to do: a stream starts its epoch when its first element is drawn."""
+
+    def on_epoch_end(self) -> None:
+        """Tells the source that its epoch is over."""
+        if self._on_epoch_end is not None:
+            self._on_epoch_end()
+
+
+# As Keras defines them, whatever `tfdist.drop_in()` puts in their place.
+FIT = keras.Model.fit
+EVALUATE = keras.Model.evaluate
+PREDICT = keras.Model.predict
+
+FUNCTIONS = ("train_function", "test_function", "predict_function")
+
+
+@contextlib.contextmanager
+def loop_functions(model: Any, **functions: Callable[..., Any]) -> Iterator[None]:
+    """Makes Keras's loop call other functions than it would build for itself.
+
+    `make_train_function` and its siblings return early when the attribute is set.
+
+    Args:
+        model: A compiled `keras.Model`.
+        **functions: `train_function`, `test_function`, `predict_function`.
+    """
+    before = {name: getattr(model, name) for name in FUNCTIONS}
+    for name, function in functions.items():
+        setattr(model, name, function)
+    try:
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(model, name, function)
+
+
+def build(model: Any, batch: Any) -> None:
+    """Creates every variable that training will need, without running the model.
+
+    Variables made while a step is traced would belong to that trace.
+
+    Args:
+        model: A compiled `keras.Model`.
+        batch: One batch: a tuple `(x,)`, `(x, y)` or `(x, y, sample_weight)`.
+    """
+    model._symbolic_build(data_batch=batch)
+
+
+def compiled_state(model: Any) -> tuple[Any, ...]:
+    """Gives objects whose identity changes whenever the model is compiled again.
+
+    Args:
+        model: A compiled `keras.Model`.
+
+    Returns:
+        The loss tracker, the optimizer and the steps per execution.
+    """
+    return (model._loss_tracker, model.optimizer, model.steps_per_execution)
+
+
+def metric_variables(model: Any) -> list[Any]:
+    """Lists the variables of the model's metrics, each once.
+
+    Args:
+        model: A compiled, built `keras.Model`.
+
+    Returns:
+        `keras.Variable`s.
+    """
+    unique = {id(v): v for metric in model.metrics for v in metric.variables}
+    return list(unique.values())
+
+
+def has_own_train_step(model: Any) -> bool:
+    """Tells whether the model's class overrides `train_step`.
+
+    Args:
+        model: A `keras.Model`.
+    """
+    return bool(type(model).train_step is not keras.Model.train_step)
+
+
+def as_numpy(variables: Sequence[Any]) -> list[np.ndarray[Any, Any]]:
+    """Reads variables.
+
+    Args:
+        variables: `keras.Variable`s.
+
+    Returns:
+        Their values.
+    """
+    return [np.asarray(_backend.convert_to_numpy(v)) for v in variables]

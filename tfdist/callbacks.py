@@ -1,0 +1,99 @@
+"""Keras's callbacks on several workers: one writes, all decide the same, at the same step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import numpy as np
+
+from tfdist.steps import Stop
+from tfdist.strategies.base import Strategy
+
+_WRITERS = tuple(
+    getattr(keras.callbacks, name)
+    for name in (
+        "BackupAndRestore",
+        "CSVLogger",
+        "ModelCheckpoint",
+        "OrbaxCheckpoint",
+        "RemoteMonitor",
+        "TensorBoard",
+    )
+    if hasattr(keras.callbacks, name)
+)
+
+
+def prepare(callbacks: Any, strategy: Strategy, stop: Stop, variables: Sequence[Any]) -> Any:
+    """Makes the user's callbacks right for this process.
+
+    Every worker runs the callbacks that decide: they see the same logs. Those that write
+    (`ModelCheckpoint`, `BackupAndRestore`, `CSVLogger`, `TensorBoard` and classes derived
+    from them) run on the chief alone; what `BackupAndRestore` restores there, every worker
+    gets.
+
+    Args:
+        callbacks: A callback, a list of them, a `CallbackList`, or None.
+        strategy: Where the replicas are.
+        stop: Shared with the train function.
+        variables: The model's state, which all workers take from the chief.
+
+    Returns:
+        What `Model.fit` takes as `callbacks`.
+    """
+    if strategy.place.num_workers == 1:
+        return callbacks
+    agreement = Agreement(strategy, stop, variables)
+    if isinstance(callbacks, keras.callbacks.CallbackList):
+        if not strategy.place.is_chief:
+            callbacks.callbacks = [c for c in callbacks.callbacks if not _writes(c)]
+        callbacks.append(agreement)
+        return callbacks
+    given = callbacks if isinstance(callbacks, list | tuple) else [callbacks]
+    kept = [c for c in given if c is not None]
+    if not strategy.place.is_chief:
+        kept = [c for c in kept if not _writes(c)]
+    return [*kept, agreement]
+
+
+def _writes(callback: Any) -> bool:
+    return isinstance(callback, _WRITERS)
+
+
+class Agreement(keras.callbacks.Callback):  # type: ignore[misc]
+    """Keeps the workers together; runs after all other callbacks.
+
+    Args:
+        strategy: Where the replicas are.
+        stop: Shared with the train function.
+        variables: The model's state.
+    """
+
+    def __init__(self, strategy: Strategy, stop: Stop, variables: Sequence[Any]) -> None:
+        super().__init__()
+        self._strategy = strategy
+        self._stop = stop
+        self._variables = variables
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        """Starts every worker from the chief's state, whatever it loaded."""
+        self._strategy.agree(self._variables)
+        self.model._initial_epoch = self._strategy.broadcast_object(self.model._initial_epoch)
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        """Takes the chief's learning rate."""
+        rate = getattr(self.model.optimizer, "learning_rate", None)
+        if isinstance(rate, keras.Variable):
+            rate.assign(self._strategy.broadcast_object(np.asarray(rate.numpy())))
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        """Holds a request to stop back until all workers know of it."""
+        if self.model.stop_training:
+            self._stop.requested = True
+            self.model.stop_training = False
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        """Stops everywhere when anyone asked to."""
+        asked = self.model.stop_training or self._stop.requested or self._stop.agreed
+        self.model.stop_training = any(self._strategy.gather_objects(bool(asked)))

@@ -1,0 +1,141 @@
+"""One process's place in the cluster, its strategy and its seed."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+
+from tfdist import strategies
+from tfdist.cluster import Cluster
+from tfdist.errors import StrategyError
+from tfdist.strategies.base import Strategy
+from tfdist.strategies.tf_distribute import adopt
+
+
+@dataclass(frozen=True)
+class Session:
+    """What this process trains with.
+
+    Attributes:
+        strategy: Where the replicas are.
+        reason: Why this strategy, a few words.
+        seed: Seeds the sampler, and on several workers also weights and dropout; the same
+            on every worker.
+    """
+
+    strategy: Strategy
+    reason: str
+    seed: int
+
+    @property
+    def is_chief(self) -> bool:
+        """Whether this process writes files and shows progress."""
+        return self.strategy.place.is_chief
+
+    def describe(self, batch_size: int | None) -> str:
+        """Says in one line what was chosen, why, and how a batch is split.
+
+        Args:
+            batch_size: Examples of a full global batch, if known.
+        """
+        place = self.strategy.place
+        replicas = "1 replica" if place.num_replicas == 1 else f"{place.num_replicas} replicas"
+        workers = f" on {place.num_workers} workers" if place.num_workers > 1 else ""
+        line = f"tfdist: strategy {self.strategy.name} ({self.reason}), {replicas}{workers}"
+        if batch_size is None or place.num_replicas == 1:
+            return f"{line}."
+        edges = [batch_size * r // place.num_replicas for r in range(place.num_replicas + 1)]
+        shares = sorted({b - a for a, b in zip(edges, edges[1:], strict=False)})
+        return (
+            f"{line}, each global batch of {batch_size} split into shares of "
+            f"{' or '.join(map(str, shares))}."
+        )
+
+
+_sessions: dict[Any, Session] = {}
+_first: Session | None = None
+
+
+def init(strategy: Any = "auto", seed: int | None = None) -> Session:
+    """Connects this process to the others and seeds every worker alike.
+
+    `tfdist run` calls it before the script. A script that something else starts on several
+    workers (a TF_CONFIG from Kubernetes, `srun`) calls it right after its imports: a worker
+    must be connected before TensorFlow does anything else in it. In a single process it is
+    needed only to set a seed, and `fit` calls it when nobody did.
+
+    Args:
+        strategy: "auto" to choose from the environment; a name ("single", "mirrored",
+            "multi_worker", "tpu"); or a `tf.distribute.Strategy` instance.
+        seed: Seeds Python, NumPy, Keras and TensorFlow, and the sampler of `fit`. With None
+            a single process keeps the seeds that it has, and the workers of a cluster take
+            one that the chief draws.
+
+    Returns:
+        The session.
+
+    Raises:
+        StrategyError: The strategy cannot run here, or it is too late to connect.
+        ClusterError: The description of the cluster is malformed.
+
+    Example:
+        >>> import tfdist
+        >>> tfdist.init(seed=1).strategy.name
+        'single'
+    """
+    global _first
+    cluster = Cluster.from_environment()
+    if isinstance(strategy, str):
+        cls, reason = strategies.choose(strategy, cluster)
+        key = cls.name
+        made = _sessions[key].strategy if key in _sessions else _make(cls, cluster)
+    else:
+        key, reason = strategy, "as passed"
+        made = _sessions[key].strategy if key in _sessions else adopt(strategy)
+    if made.place.num_workers > 1 or seed is not None:
+        drawn = random.SystemRandom().getrandbits(31) if seed is None else seed
+        seed = int(made.broadcast_object(drawn))
+        keras.utils.set_random_seed(seed)
+    session = Session(made, reason, random.getrandbits(31) if seed is None else seed)
+    _sessions[key] = session
+    _first = _first or session
+    return session
+
+
+def _make(cls: type[Strategy], cluster: Cluster) -> Strategy:
+    if _first is not None and _first.strategy.place.num_workers > 1:
+        raise StrategyError(
+            "A process that is connected to other workers keeps its strategy. Received: "
+            f"strategy={cls.name!r} after {_first.strategy.name!r}."
+        )
+    return cls(cluster)
+
+
+def current(strategy: Any = "auto") -> Session:
+    """Gives the session for a strategy, beginning one if need be.
+
+    Args:
+        strategy: As in `init`; "auto" is the first session of this process, if there is one.
+    """
+    if isinstance(strategy, str) and strategy == "auto" and _first is not None:
+        return _first
+    known = _sessions.get(strategy)
+    return known if known is not None else init(strategy)
+
+
+def is_chief() -> bool:
+    """Tells whether this process is the one that writes files.
+
+    Returns:
+        True in a single process, and on one worker of a cluster.
+
+    Example:
+        >>> import tfdist
+        >>> if tfdist.is_chief():
+        ...     print("saved once")
+        saved once
+    """
+    return current().is_chief

@@ -1,0 +1,67 @@
+"""The strategies, found by entry point: a new one is one file and one entry."""
+
+from __future__ import annotations
+
+from importlib.metadata import entry_points
+
+from tfdist.cluster import Cluster
+from tfdist.errors import ArgumentError, StrategyError
+from tfdist.strategies.base import Place, Strategy
+
+__all__ = ["Place", "Strategy", "choose", "find", "names"]
+
+_GROUP = "tfdist.strategies"
+
+
+def names() -> list[str]:
+    """Lists the names that `strategy=` takes."""
+    return sorted({entry.name for entry in entry_points(group=_GROUP)})
+
+
+def find(name: str) -> type[Strategy]:
+    """Loads a strategy by its name.
+
+    Args:
+        name: As in `strategy=`.
+
+    Raises:
+        ArgumentError: There is no such strategy.
+    """
+    for entry in entry_points(group=_GROUP, name=name):
+        loaded: type[Strategy] = entry.load()
+        return loaded
+    raise ArgumentError(
+        "`strategy` must be 'auto', a tf.distribute.Strategy instance, or one of "
+        f"{', '.join(map(repr, names()))}. Received: strategy={name!r}."
+    )
+
+
+def choose(name: str, cluster: Cluster) -> tuple[type[Strategy], str]:
+    """Finds the strategy to use and says why.
+
+    Args:
+        name: As in `strategy=`; "auto" asks each strategy whether it fits the cluster.
+        cluster: This process's place.
+
+    Returns:
+        The strategy's class and the reason, a few words.
+
+    Raises:
+        StrategyError: The named strategy cannot run here.
+        ArgumentError: There is no such strategy.
+    """
+    if name != "auto":
+        strategy = find(name)
+        obstacle = strategy.unavailable(cluster)
+        if obstacle is not None:
+            raise StrategyError(
+                f"The strategy must be able to run here. Received: strategy={name!r}, but "
+                f"{obstacle}."
+            )
+        return strategy, "as asked"
+    candidates = sorted(map(find, names()), key=lambda s: s.priority, reverse=True)
+    for strategy in candidates:
+        reason = strategy.chosen_by(cluster)
+        if reason is not None and strategy.unavailable(cluster) is None:
+            return strategy, reason
+    raise StrategyError(f"No strategy fits this cluster. Received: {cluster}.")

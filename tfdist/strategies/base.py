@@ -1,0 +1,146 @@
+"""What a strategy must answer, with a default for all that one process needs not care about."""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from tfdist.cluster import Cluster
+
+Tensor = Any
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this process's replicas stand among all.
+
+    Attributes:
+        num_replicas: Copies of the model, over all workers.
+        first_replica: Global number of this process's first replica.
+        local_replicas: Replicas of this process, numbered from `first_replica` on.
+        num_workers: Processes.
+        worker_index: This process's number; 0 is the chief.
+    """
+
+    num_replicas: int = 1
+    first_replica: int = 0
+    local_replicas: int = 1
+    num_workers: int = 1
+    worker_index: int = 0
+
+    @property
+    def is_chief(self) -> bool:
+        """Whether this process writes files and shows progress."""
+        return self.worker_index == 0
+
+
+class Strategy(abc.ABC):
+    """How training is spread over devices and processes.
+
+    A subclass sets `name`, answers `unavailable` and `chosen_by` without touching a
+    device, sets `place` in its constructor, and overrides what differs from one process
+    with one device. Code inside `run` is in a replica: it may call `replica_id`,
+    `all_reduce_sum` and `all_gather`.
+
+    Attributes:
+        name: What the user passes as `strategy=`.
+        priority: `auto` asks strategies in falling order of this number.
+        place: Where this process's replicas stand.
+    """
+
+    name: ClassVar[str]
+    priority: ClassVar[int] = 0
+    place: Place
+
+    @classmethod
+    @abc.abstractmethod
+    def unavailable(cls, cluster: Cluster) -> str | None:
+        """Says why the strategy cannot run in this process, with the remedy, or None."""
+
+    @classmethod
+    def chosen_by(cls, cluster: Cluster) -> str | None:
+        """Says why `auto` should choose this strategy here, or None."""
+        return None
+
+    def run(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Runs `function` once on every local replica.
+
+        Args:
+            function: Called with `args`, each replica seeing its part of per-replica values.
+            *args: What `distribute`'s iterator gave, or the same value for all.
+
+        Returns:
+            What the first local replica returned.
+        """
+        return function(*args)
+
+    def replica_id(self) -> Tensor:
+        """The global number of the replica that is running, a scalar int32 tensor or an int."""
+        return self.place.first_replica
+
+    def all_reduce_sum(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Sums each tensor over all replicas, every replica getting the result.
+
+        Args:
+            tensors: Dense tensors of any dtypes, or `tf.IndexedSlices`.
+        """
+        return list(tensors)
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        """Concatenates a tensor of every replica along axis 0, in the order of replicas.
+
+        Args:
+            tensor: Shape [rows, ...]; `rows` may differ between replicas.
+        """
+        return tensor
+
+    def distribute(self, dataset: Callable[[], Any]) -> Iterable[Any]:
+        """Turns this process's stream of shares into one that `run` deals out to replicas.
+
+        Args:
+            dataset: Builds a `tf.data.Dataset` whose elements are the shares of the local
+                replicas in turn, `place.local_replicas` elements a step.
+        """
+        made: Iterable[Any] = dataset()
+        return made
+
+    def hold(
+        self, variables: Sequence[Any], optimizers: Sequence[Any]
+    ) -> contextlib.AbstractContextManager[None]:
+        """Makes a context in which `variables` live where the replicas can update them.
+
+        It can be entered again and again, and is to be kept with the functions traced in
+        it. On leaving, each `keras.Variable` is the plain variable it was, with the
+        trained value.
+
+        Args:
+            variables: `keras.Variable`s, built.
+            optimizers: The optimizers among whose variables they are.
+        """
+        return contextlib.nullcontext()
+
+    def agree(self, variables: Sequence[Any]) -> None:
+        """Gives `variables` the chief's values on every worker.
+
+        Args:
+            variables: `keras.Variable`s, in the same order on every worker.
+        """
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Collects a small picklable object of every worker, in the order of workers.
+
+        Args:
+            value: This worker's object.
+        """
+        return [value]
+
+    def broadcast_object(self, value: Any) -> Any:
+        """Gives every worker the chief's object.
+
+        Args:
+            value: A picklable object; only the chief's is used.
+        """
+        return self.gather_objects(value)[0]

@@ -1,0 +1,107 @@
+"""Several processes: `tf.distribute.MultiWorkerMirroredStrategy`."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import tensorflow as tf
+from tensorflow.python.eager import context as _context
+
+from tfdist.cluster import Cluster
+from tfdist.errors import StrategyError
+from tfdist.strategies.base import Place
+from tfdist.strategies.tf_distribute import TFDistribute
+
+START_TIMEOUT = "TFDIST_START_TIMEOUT"
+"""Environment variable: seconds to wait for the other workers to come up, default 300."""
+
+STEP_TIMEOUT = "TFDIST_STEP_TIMEOUT"
+"""Environment variable: seconds a worker waits for the others in a step, default 1800."""
+
+
+class MultiWorker(TFDistribute):
+    """One replica on each GPU of each worker, or one on each worker without GPUs."""
+
+    name = "multi_worker"
+    priority = 30
+
+    def __init__(self, cluster: Cluster) -> None:
+        if _context.context()._initialized:
+            raise StrategyError(
+                "In a multi-worker process tfdist must connect to the other workers before "
+                "TensorFlow does anything else (building a model is something). "
+                f"Received: a cluster of {cluster.num_workers} workers from {cluster.source}, "
+                "with TensorFlow in use already. Call tfdist.init() right after the imports, "
+                "or start the script with `tfdist run`, which does that."
+            )
+        strategy = _connect(cluster)
+        local = len(strategy.extended.worker_devices)
+        super().__init__(
+            strategy,
+            Place(
+                num_replicas=strategy.num_replicas_in_sync,
+                first_replica=cluster.worker_index * local,
+                local_replicas=local,
+                num_workers=cluster.num_workers,
+                worker_index=cluster.worker_index,
+            ),
+        )
+
+    @classmethod
+    def unavailable(cls, cluster: Cluster) -> str | None:
+        """Says why not: there is one worker, or there are parameter servers."""
+        if cluster.has_parameter_servers:
+            return "the cluster has parameter servers, which multi_worker does not use"
+        if cluster.num_workers < 2:
+            return (
+                "there is no cluster of several workers (TF_CONFIG): start the script with "
+                "`tfdist run -n 2 script.py`"
+            )
+        return None
+
+    @classmethod
+    def chosen_by(cls, cluster: Cluster) -> str | None:
+        """Says why `auto` chooses it: the cluster has several workers."""
+        if cluster.num_workers > 1 and not cluster.has_parameter_servers:
+            return f"{cluster.num_workers} workers in {cluster.source}"
+        return None
+
+
+def _seconds(variable: str, default: int) -> int:
+    return int(os.environ.get(variable, default))
+
+
+def _connect(cluster: Cluster) -> Any:
+    """Starts TensorFlow's server and waits for the other workers, not for ever."""
+    start_timeout = _seconds(START_TIMEOUT, 300)
+    jobs = {job: list(cluster.jobs[job]) for job in cluster.jobs if job in ("chief", "worker")}
+    spec = tf.train.ClusterSpec(jobs)
+    coordinated = _context.coordination_config_pb2.CoordinatedJob
+    leader = next(job for job in ("chief", "worker") if job in jobs)
+    # MultiWorkerMirroredStrategy leaves an existing configuration alone; its own waits for
+    # a worker that never comes for an hour.
+    _context.context().configure_coordination_service(
+        service_type="standalone",
+        service_leader=f"/job:{leader}/replica:0/task:0",
+        cluster_register_timeout_in_ms=start_timeout * 1000,
+        heartbeat_timeout_in_ms=10_000,
+        coordinated_jobs=[
+            coordinated(name=job, num_tasks=len(tasks)) for job, tasks in jobs.items()
+        ],
+    )
+    try:
+        return tf.distribute.MultiWorkerMirroredStrategy(
+            cluster_resolver=tf.distribute.cluster_resolver.SimpleClusterResolver(
+                spec, task_type=cluster.job, task_id=cluster.index, rpc_layer="grpc"
+            ),
+            communication_options=tf.distribute.experimental.CommunicationOptions(
+                timeout_seconds=float(_seconds(STEP_TIMEOUT, 1800))
+            ),
+        )
+    except (tf.errors.OpError, RuntimeError) as error:
+        raise StrategyError(
+            f"All {cluster.num_workers} workers must come up within {start_timeout} s "
+            f"({START_TIMEOUT}). Received: {cluster.task} of {', '.join(cluster.workers)} "
+            f"could not connect: {error}. See the output of the other workers."
+        ) from error

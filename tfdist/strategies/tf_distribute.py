@@ -1,0 +1,228 @@
+"""What the strategies built on `tf.distribute` share, and any instance a user passes."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import pickle
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from tfdist import _keras
+from tfdist.cluster import Cluster
+from tfdist.strategies.base import Place, Strategy, Tensor
+
+
+class TFDistribute(Strategy):
+    """Runs replicas through a `tf.distribute.Strategy`.
+
+    tf.distribute supplies the replicas' threads, the collectives and the input's way to
+    the devices. Its own rules for gradients, variables and losses are not used: every
+    variable is a mirrored one that aggregates nothing, so that a replica's assignment is
+    local, and equality follows from equal, explicitly reduced inputs.
+
+    Args:
+        strategy: The `tf.distribute.Strategy` instance.
+        place: Where this process's replicas stand.
+    """
+
+    name = "tf.distribute"
+
+    def __init__(self, strategy: Any, place: Place) -> None:
+        self.strategy = strategy
+        self.place = place
+
+    @classmethod
+    def unavailable(cls, cluster: Cluster) -> str | None:
+        """Says why not: whoever made the instance knows."""
+        return None
+
+    def run(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Runs `function` once on every local replica, returning the first one's result."""
+        result = self.strategy.run(function, args=args)
+        return tf.nest.map_structure(
+            lambda value: self.strategy.experimental_local_results(value)[0], result
+        )
+
+    def replica_id(self) -> Tensor:
+        """The global number of the replica that is running."""
+        return tf.distribute.get_replica_context().replica_id_in_sync_group
+
+    def all_reduce_sum(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Sums each tensor over all replicas; dense ones travel together, by dtype."""
+        summed: list[Tensor] = list(tensors)
+        if self.place.num_replicas == 1:
+            return summed
+        context = tf.distribute.get_replica_context()
+        groups: dict[Any, list[int]] = {}
+        for index, tensor in enumerate(summed):
+            kind = tensor.dtype if isinstance(tensor, tf.Tensor) else index
+            groups.setdefault(kind, []).append(index)
+        for indices in groups.values():
+            if len(indices) == 1:
+                (index,) = indices
+                summed[index] = context.all_reduce("SUM", summed[index])
+                continue
+            flat = tf.concat([tf.reshape(summed[i], [-1]) for i in indices], 0)
+            sizes = [tf.size(summed[i]) for i in indices]
+            parts = tf.split(context.all_reduce("SUM", flat), sizes, num=len(sizes))
+            for index, part in zip(indices, parts, strict=True):
+                summed[index] = tf.reshape(part, tf.shape(summed[index]))
+                summed[index].set_shape(tensors[index].shape)
+        return summed
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        """Concatenates a tensor of every replica along axis 0."""
+        if self.place.num_replicas == 1:
+            return tensor
+        return tf.distribute.get_replica_context().all_gather(tensor, axis=0)
+
+    def distribute(self, dataset: Callable[[], Any]) -> Iterable[Any]:
+        """Deals shares out to the local replicas, prefetching to their devices."""
+        if self.place.local_replicas == 1:
+            made: Iterable[Any] = dataset()
+            return made
+        distributed: Iterable[Any] = self.strategy.distribute_datasets_from_function(
+            lambda _: dataset()
+        )
+        return distributed
+
+    def hold(
+        self, variables: Sequence[Any], optimizers: Sequence[Any]
+    ) -> contextlib.AbstractContextManager[None]:
+        """Mirrors variables when the process has several replicas, leaves them otherwise."""
+        if self.place.local_replicas == 1:
+            return contextlib.nullcontext()
+        return MirroredVariables(self.strategy, variables, optimizers)
+
+    def agree(self, variables: Sequence[Any]) -> None:
+        """Gives `variables` the chief's values on every worker, in one collective a dtype."""
+        if self.place.num_workers > 1 and variables:
+            mine = [tf.convert_to_tensor(v) for v in variables]
+            for variable, value in zip(variables, self._broadcast(mine), strict=True):
+                variable.assign(value)
+
+    def _broadcast(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        @tf.function
+        def on_replicas(tensors: list[Tensor]) -> list[Tensor]:
+            def one() -> list[Tensor]:
+                is_first = tf.equal(self.replica_id(), 0)
+                # Collectives know few dtypes; int64 holds all the whole numbers in use.
+                sent = [t if t.dtype.is_floating else tf.cast(t, tf.int64) for t in tensors]
+                kept = [tf.where(is_first, t, tf.zeros_like(t)) for t in sent]
+                summed = self.all_reduce_sum(kept)
+                return [tf.cast(s, t.dtype) for s, t in zip(summed, tensors, strict=True)]
+
+            result: list[Tensor] = self.run(one)
+            return result
+
+        received: list[Tensor] = on_replicas(list(tensors))
+        return received
+
+    @functools.cached_property
+    def _gather_bytes(self) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+        @tf.function(input_signature=[tf.TensorSpec([None], tf.int32)])
+        def on_replicas(payload: Tensor) -> tuple[Tensor, Tensor]:
+            def one() -> tuple[Tensor, Tensor]:
+                # One copy a worker: its first replica's.
+                is_first = tf.equal(self.replica_id() % self.place.local_replicas, 0)
+                sent = payload[: tf.where(is_first, tf.size(payload), 0)]
+                return self.all_gather(tf.shape(sent)), self.all_gather(sent)
+
+            result: tuple[Tensor, Tensor] = self.run(one)
+            return result
+
+        gather: Callable[[Tensor], tuple[Tensor, Tensor]] = on_replicas
+        return gather
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Collects an object of every worker, in two collectives."""
+        if self.place.num_workers == 1:
+            return [value]
+        mine = np.frombuffer(pickle.dumps(value), np.uint8).astype(np.int32)
+        sizes, payloads = (t.numpy() for t in self._gather_bytes(tf.constant(mine)))
+        parts = np.split(payloads, np.cumsum([size for size in sizes if size])[:-1])
+        return [pickle.loads(part.astype(np.uint8).tobytes()) for part in parts]
+
+
+class MirroredVariables(contextlib.AbstractContextManager[None]):
+    """Moves variables to all devices of a process, and back.
+
+    While inside, a `keras.Variable` holds one copy on each device and a replica reads and
+    assigns its own. The plain `tf.Variable`s stay what they are, so what was traced with
+    them, in and outside of the context, goes on working.
+
+    Args:
+        strategy: A `tf.distribute.Strategy` with several devices in this process.
+        variables: `keras.Variable`s.
+        optimizers: The optimizers among whose variables they are.
+    """
+
+    def __init__(
+        self, strategy: Any, variables: Sequence[Any], optimizers: Sequence[Any]
+    ) -> None:
+        self._strategy = strategy
+        self._variables = variables
+        self._optimizers = optimizers
+        self._elsewhere: list[Any] = []  # the copies that are not in use
+
+    def __enter__(self) -> None:
+        if self._elsewhere:
+            for variable, mirrored in zip(self._variables, self._elsewhere, strict=True):
+                mirrored.assign(variable.value)
+        else:
+            self._elsewhere = [self._mirror(variable) for variable in self._variables]
+        self._swap()
+
+    def __exit__(self, *_: object) -> None:
+        self._swap()
+        for variable, mirrored in zip(self._variables, self._elsewhere, strict=True):
+            variable.assign(self._strategy.experimental_local_results(mirrored)[0])
+
+    def _swap(self) -> None:
+        self._elsewhere = [
+            _keras.swap_value(variable, other)
+            for variable, other in zip(self._variables, self._elsewhere, strict=True)
+        ]
+        for optimizer in self._optimizers:
+            _keras.reindex_optimizer(optimizer)
+
+    def _mirror(self, variable: Any) -> Any:
+        with self._strategy.scope():
+            return tf.Variable(
+                tf.convert_to_tensor(variable),
+                dtype=variable.dtype,
+                trainable=variable.trainable,
+                name=variable.name,
+                aggregation=tf.VariableAggregation.NONE,
+            )
+
+
+def adopt(strategy: Any) -> TFDistribute:
+    """Wraps a `tf.distribute.Strategy` instance that the user made.
+
+    Args:
+        strategy: The instance.
+
+    Returns:
+        A strategy with the place that the instance implies.
+    """
+    replicas = strategy.num_replicas_in_sync
+    local = len(strategy.extended.worker_devices)
+    resolver = strategy.cluster_resolver
+    workers, index = 1, 0
+    if replicas != local:
+        workers = replicas // local
+        index = _worker_index(resolver)
+    place = Place(replicas, index * local, local, workers, index)
+    adopted = TFDistribute(strategy, place)
+    return adopted
+
+
+def _worker_index(resolver: Any) -> int:
+    jobs = resolver.cluster_spec().as_dict()
+    chiefs = len(jobs.get("chief", ()))
+    return int(resolver.task_id) + (chiefs if resolver.task_type == "worker" else 0)
