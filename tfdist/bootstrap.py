@@ -82,11 +82,11 @@ def main() -> None:
     follow_launcher()
     arguments = sys.argv[1:]
     try:
-        become_worker()
-    except TfdistError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        _leave(1)
-    try:
+        try:
+            become_worker()
+        except TfdistError as error:
+            print(f"Error: {error}", file=sys.stderr)
+            _leave(1)
         run_script(arguments)
     except SystemExit as error:
         if error.code is None or error.code == 0:
@@ -94,12 +94,16 @@ def main() -> None:
         if not isinstance(error.code, int):
             print(error.code, file=sys.stderr)
         _leave(error.code if isinstance(error.code, int) else 1)
-    except KeyboardInterrupt as error:
-        # Every worker gets the Ctrl-C: a line each says enough, and where it was.
-        print(f"interrupted{_place(error.__traceback__)}", file=sys.stderr)
-        _leave(130)
     except BaseException as error:
-        sys.excepthook(type(error), error, _own_frames(error.__traceback__))
+        own = _own_frames(error.__traceback__)
+        if _is_interrupt(error):
+            # Every worker gets the Ctrl-C: a line each says enough, and where it was.
+            place = (
+                f" at {own.tb_frame.f_code.co_filename}, line {own.tb_lineno}" if own else ""
+            )
+            print(f"interrupted{place}", file=sys.stderr)
+            _leave(130)
+        sys.excepthook(type(error), error.with_traceback(own), own)
         _leave(1)
 
 
@@ -115,21 +119,21 @@ def _leave(status: int) -> NoReturn:
 
 
 def _own_frames(traceback: TracebackType | None) -> TracebackType | None:
-    """Drops the frames that led to the user's script."""
-    while traceback is not None and traceback.tb_frame.f_code.co_filename in (
-        __file__,
-        runpy.__file__,
-        "<frozen runpy>",
-    ):
-        traceback = traceback.tb_next
-    return traceback
-
-
-def _place(traceback: TracebackType | None) -> str:
-    own = _own_frames(traceback)
+    """Drops the frames that led to the user's script, if it came to that."""
+    own = traceback
+    while own is not None and own.tb_frame.f_code is not run_script.__code__:
+        own = own.tb_next
     if own is None:
-        return ""
-    return f" at {own.tb_frame.f_code.co_filename}, line {own.tb_lineno}"
+        return traceback
+    own = own.tb_next
+    while own is not None and "runpy" in own.tb_frame.f_code.co_filename:
+        own = own.tb_next
+    return own
+
+
+def _is_interrupt(error: BaseException) -> bool:
+    # A Ctrl-C in the middle of a TensorFlow call comes out as a RuntimeError that tells of it.
+    return isinstance(error, KeyboardInterrupt) or "KeyboardInterrupt" in str(error)
 
 
 if __name__ == "__main__":

@@ -73,13 +73,18 @@ class Failure:
         if start is None:
             return self.lines[-limit:]
         block = self.lines[start:]
-        if len(block) <= limit:
-            return block
         raised = _exception_line(block, 0)
-        end = len(block) if raised is None else min(len(block), max(limit, raised + 4))
-        if end <= limit:
-            return block[:end]
-        return (block[0], "  …", *block[end - limit + 2 : end])
+        if len(block) <= limit or raised is None:
+            return block[:limit]
+        frames, message = block[1:raised], block[raised + 1 :]
+        # TensorFlow's messages run to pages: their end says more than their middle.
+        message = _shortened(message, limit // 2)
+        return (
+            block[0],
+            *_shortened(frames, limit - 2 - len(message)),
+            block[raised],
+            *message,
+        )
 
 
 def root_cause(failures: Sequence[Failure]) -> Failure:
@@ -92,6 +97,10 @@ def root_cause(failures: Sequence[Failure]) -> Failure:
         The first that failed by itself; the first of all where each only lost a peer.
     """
     return min(failures, key=lambda failure: failure.blames_peer)
+
+
+def _shortened(lines: tuple[str, ...], limit: int) -> tuple[str, ...]:
+    return lines if len(lines) <= limit else ("  …", *lines[len(lines) - limit + 1 :])
 
 
 def _last_traceback(lines: Sequence[str]) -> int | None:

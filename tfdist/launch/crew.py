@@ -130,7 +130,8 @@ class Crew:
             finally:
                 os.close(writing)
             os.set_blocking(reading, False)
-            member = _Member(position, worker, process, reading, Lines(log), is_live)
+            lines = Lines(log, worker.is_quiet)
+            member = _Member(position, worker, process, reading, lines, is_live)
             self._members.append(member)
             self._selector.register(reading, selectors.EVENT_READ, member)
 

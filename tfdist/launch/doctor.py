@@ -106,8 +106,13 @@ def examine(environ: Mapping[str, str] = os.environ) -> Report:
     answer, error_text = _ask_tensorflow(environ)
     backend = answer.get("keras_backend")
     if not error_text and answer.get("keras_error"):
-        error_text = f"Keras cannot be imported. {answer['keras_error']}"
-    if not error_text and backend != "tensorflow":
+        error_text = (
+            "Keras must be importable, with its TensorFlow backend. "
+            f"Received: KERAS_BACKEND={environ.get('KERAS_BACKEND')!r}, "
+            f"{answer['keras_error']}. "
+            "Set KERAS_BACKEND=tensorflow, or change it in ~/.keras/keras.json."
+        )
+    elif not error_text and backend != "tensorflow":
         error_text = (
             f"Keras must use its TensorFlow backend. Received: backend={backend!r}. "
             "Set KERAS_BACKEND=tensorflow, or change it in ~/.keras/keras.json."

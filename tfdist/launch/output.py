@@ -17,8 +17,16 @@ _STYLE = re.compile(r"\x1b\[[\d;:]*m")
 _OTHER_ESCAPES = re.compile(
     r"\x1b\](?:[^\x07\x1b]*)(?:\x07|\x1b\\)|\x1b\[[0-?]*[ -/]*[@-ln-~]|\x1b[@-Z\\^_=>78]"
 )
-_OVERWRITTEN = re.compile(r"[^\b]\b(?=.)")
 _KEPT_LINES = 400
+# TensorFlow writes these while it is imported, before it looks at TF_CPP_MIN_LOG_LEVEL: notes,
+# warnings, and three errors that only say that a machine has no GPU or that two libraries
+# register the same name.
+_START_UP_NOISE = re.compile(
+    r"WARNING: All log messages before absl::InitializeLog\(\)"
+    r"|[IW]\d{4} \d\d:\d\d:[\d.]+ +\d+ [\w./-]+:\d+\] "
+    r"|To enable the following instructions: .* rebuild TensorFlow"
+    r"|E\d{4} .*(?:failed call to cuInit.*\(303\)|Unable to register cu\w+ (?:factory|plugin))"
+)
 
 
 def settled(line: str) -> str:
@@ -36,11 +44,14 @@ def settled(line: str) -> str:
     """
     shown = ""
     for part in line.split("\r"):
-        part = part.rstrip("\b")
-        while "\b" in part:
-            fewer = _OVERWRITTEN.sub("", part)
-            part = fewer if fewer != part else part.replace("\b", "")
-        shown = part or shown
+        written: list[str] = []
+        # Backspaces at the end only move the cursor: nothing is written over what is there.
+        for character in part.rstrip("\b"):
+            if character != "\b":
+                written.append(character)
+            elif written:
+                written.pop()
+        shown = "".join(written) or shown
     return _OTHER_ESCAPES.sub("", shown)
 
 
@@ -56,14 +67,16 @@ class Lines:
         last: The last lines, without colours.
     """
 
-    def __init__(self, log: BinaryIO | None = None) -> None:
+    def __init__(self, log: BinaryIO | None = None, hide_start_up: bool = False) -> None:
         """Starts with nothing written.
 
         Args:
             log: A file that gets every byte as it comes.
+            hide_start_up: Whether to leave out TensorFlow's notes about its own start.
         """
         self.last: deque[str] = deque(maxlen=_KEPT_LINES)
         self._log = log
+        self._hide_start_up = hide_start_up
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._rest = ""
 
@@ -85,6 +98,8 @@ class Lines:
         written = [i for i, part in enumerate(parts) if part.strip("\b")]
         self._rest = "\r".join(parts[written[-1] if written else -1 :])
         lines = [settled(line) for line in complete]
+        if self._hide_start_up:
+            lines = [line for line in lines if not _START_UP_NOISE.match(line)]
         self.last.extend(map(plain, lines))
         return lines
 

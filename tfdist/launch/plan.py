@@ -30,11 +30,14 @@ class Worker:
         index: Its position among all workers of the run, on all machines.
         command: The program and its arguments.
         environment: All of its environment variables.
+        is_quiet: Whether TensorFlow's notes about its own start are left out of what is
+            shown; a log file has them all the same.
     """
 
     index: int
     command: tuple[str, ...]
     environment: Mapping[str, str]
+    is_quiet: bool = False
 
     @property
     def task(self) -> str:
@@ -122,7 +125,8 @@ def plan_workers(
         if total > 1:
             cluster = Cluster({WORKER: addresses}, WORKER, index, "TF_CONFIG")
             environment["TF_CONFIG"] = cluster.to_tf_config()
-        planned.append(Worker(index, tuple(command), environment))
+        is_quiet = "TF_CPP_MIN_LOG_LEVEL" not in environ
+        planned.append(Worker(index, tuple(command), environment, is_quiet))
     return tuple(planned)
 
 

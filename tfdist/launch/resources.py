@@ -51,11 +51,12 @@ def visible_gpus(environ: Mapping[str, str]) -> tuple[str, ...]:
                 break
             gpus.append(entry.strip())
         return tuple(gpus)
-    if shutil.which("nvidia-smi", path=environ.get("PATH")) is None:
+    program = shutil.which("nvidia-smi", path=environ.get("PATH"))
+    if program is None:
         return ()
     try:
         listing = subprocess.run(
-            ["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20, check=False
+            [program, "-L"], capture_output=True, text=True, timeout=20, check=False
         ).stdout
     except (OSError, subprocess.TimeoutExpired):
         return ()

@@ -1,0 +1,240 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+import tfdist
+from tfdist import cli
+from tfdist.launch import Outcome
+
+LIMIT_S = 240
+COMMAND = [sys.executable, "-m", "tfdist.cli"]
+
+
+@pytest.fixture
+def environ() -> dict[str, str]:
+    ours = ("TF_", "SLURM_", "TFDIST_", "OMP_", "CUDA_", "KERAS_")
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+    clean["PYTHONPATH"] = str(Path(tfdist.__file__).parents[1])
+    return clean
+
+
+@pytest.fixture
+def script(tmp_path) -> Path:
+    path = tmp_path / "train.py"
+    path.write_text("")
+    return path
+
+
+@pytest.fixture
+def planned(monkeypatch) -> list[tuple]:
+    """What `tfdist run` would have started."""
+    runs: list[tuple] = []
+
+    def note(workers, log_dir=None):
+        runs.append((workers, log_dir))
+        return Outcome(0)
+
+    monkeypatch.setattr(cli, "run_workers", note)
+    return runs
+
+
+def invoke(*arguments: str):
+    return CliRunner().invoke(cli.main, list(arguments))
+
+
+@pytest.mark.quick
+class TestRun:
+    def test_what_follows_the_script_is_the_scripts(self, script, planned):
+        result = invoke(
+            "run", "-n", "2", str(script), "-n", "3", "--help", "--", "--x=1", "y z"
+        )
+        assert result.exit_code == 0, result.output
+        ((workers, log_dir),) = planned
+        assert log_dir is None
+        assert len(workers) == 2
+        expected = (
+            "-m",
+            "tfdist.bootstrap",
+            str(script),
+            "-n",
+            "3",
+            "--help",
+            "--",
+            "--x=1",
+            "y z",
+        )
+        assert workers[0].command[1:] == expected
+
+    def test_one_worker_unless_told(self, script, planned):
+        assert invoke("run", str(script)).exit_code == 0
+        assert len(planned[0][0]) == 1
+
+    def test_hosts_give_the_number_of_workers(self, script, planned):
+        hosts = ["--hosts", "a:3,b:2", "--node-rank", "1", "--port", "45680"]
+        assert invoke("run", *hosts, str(script)).exit_code == 0
+        assert [worker.index for worker in planned[0][0]] == [3, 4]
+
+    def test_module(self, planned):
+        assert invoke("run", "-m", "package.train", "-m").exit_code == 0
+        command = planned[0][0][0].command
+        assert command[1:] == ("-m", "tfdist.bootstrap", "-m", "package.train", "-m")
+
+    def test_options(self, script, planned, tmp_path):
+        options = ["--strategy", "multi_worker", "--drop-in", "--log-dir", str(tmp_path / "l")]
+        assert invoke("run", "-n", "2", *options, str(script)).exit_code == 0
+        ((workers, log_dir),) = planned
+        assert log_dir == tmp_path / "l"
+        assert workers[1].environment["TFDIST_STRATEGY"] == "multi_worker"
+        assert workers[1].environment["TFDIST_DROP_IN"] == "1"
+
+    @pytest.mark.parametrize(
+        ("arguments", "status", "message"),
+        [
+            (["-n", "0", "SCRIPT"], 1, "Error: The number of workers must be 1 or more."),
+            (["-n", "x", "SCRIPT"], 2, "'x' is not a valid integer"),
+            (["-n", "2", "--strategy", "single", "SCRIPT"], 1, "Error: Strategy 'single'"),
+            (["--strategy", "magic", "SCRIPT"], 2, "'magic' is not one of"),
+            (["--hosts", "a,a", "SCRIPT"], 1, "Error: `--hosts` must name each host once."),
+            (["--hosts", "a,b", "SCRIPT"], 1, "Error: `--node-rank` must say"),
+            (["not_there.py"], 2, "Received: 'not_there.py', which is not there."),
+            ([".."], 2, "which is no file"),
+            ([], 2, "Missing argument 'SCRIPT'"),
+            (["--unknown", "SCRIPT"], 2, "No such option '--unknown'"),
+        ],
+    )
+    def test_wrong_use(self, arguments, status, message, script, planned):
+        result = invoke("run", *(str(script) if a == "SCRIPT" else a for a in arguments))
+        assert result.exit_code == status
+        assert message in result.output
+        assert "Traceback" not in result.output
+        assert not planned
+
+    def test_malformed_cluster(self, script, planned, monkeypatch):
+        monkeypatch.setenv("TF_CONFIG", '{"cluster": {"worker": ["a"]}}')
+        result = invoke("run", "-n", "2", str(script))
+        assert result.exit_code == 1
+        assert "Error: `TF_CONFIG.cluster.worker[0]` must be" in result.output
+
+    @pytest.mark.parametrize("command", [[], ["run"], ["doctor"]])
+    def test_help_has_an_example(self, command):
+        result = invoke(*command, "--help")
+        assert result.exit_code == 0
+        assert "Example" in result.output
+
+    def test_version(self):
+        assert invoke("--version").output == f"tfdist {tfdist.__version__}\n"
+
+
+def test_starts_without_tensorflow(environ):
+    code = (
+        "import sys, tfdist.cli, tfdist.bootstrap, tfdist.launch.doctor_page\n"
+        "sys.exit(not {'tensorflow', 'keras', 'numpy'}.isdisjoint(sys.modules))"
+    )
+    asked = subprocess.run([sys.executable, "-c", code], env=environ, timeout=60, check=False)
+    assert asked.returncode == 0
+
+
+@pytest.mark.cluster
+class TestWorkers:
+    """Through the real bootstrap, on real TensorFlow."""
+
+    def run(self, environ, script, *options, arguments=()):
+        return subprocess.run(
+            [*COMMAND, "run", *options, str(script), *arguments],
+            env=environ,
+            capture_output=True,
+            text=True,
+            timeout=LIMIT_S,
+            check=False,
+        )
+
+    def test_script_runs_as_under_python(self, environ, script):
+        (script.parent / "neighbour.py").write_text("word = 'found'")
+        script.write_text(
+            "import os, sys, neighbour\n"
+            "class Thing: pass\n"
+            "import pickle; pickle.dumps(Thing())\n"
+            "print(__name__, __file__ == sys.argv[0], sys.argv[1:], neighbour.word)\n"
+            "print(sys.path[0] == os.path.dirname(__file__), 'TFDIST_LAUNCHER_FD' in os.environ)\n"
+            "sys.exit(5)\n"
+        )
+        ended = self.run(environ, script, arguments=("--a", "b c"))
+        assert ended.returncode == 5, ended.stderr
+        lines = ended.stdout.splitlines()
+        assert "worker 0 │ __main__ True ['--a', 'b c'] found" in lines
+        assert lines[-1] == "worker 0 │ True False"
+        assert "Error: worker 0 ended with exit status 5." in ended.stderr
+
+    def test_two_workers_fail_for_one_reason(self, environ, script, tmp_path):
+        script.write_text(
+            "import json, os, time\n"
+            "if json.loads(os.environ['TF_CONFIG'])['task']['index'] == 1:\n"
+            "    raise ValueError('my mistake')\n"
+            "time.sleep(300)\n"
+        )
+        ended = self.run(environ, script, "-n", "2", "--log-dir", str(tmp_path / "logs"))
+        assert ended.returncode == 1
+        assert ended.stderr.startswith("Error: worker 1 ended with exit status 1.")
+        shown = ended.stderr.splitlines()[2:7]
+        assert shown[0] == "  │ Traceback (most recent call last):"
+        assert shown[1] == f'  │   File "{script}", line 3, in <module>'
+        assert "  │ ValueError: my mistake" in shown
+        log = tmp_path / "logs" / "worker-1.log"
+        assert f"Its whole output: {log}" in ended.stderr
+        assert "ValueError: my mistake" in log.read_text()
+
+    def test_malformed_cluster_is_no_traceback(self, environ, script):
+        environ["TF_CONFIG"] = '{"cluster": {"worker": ["a:1", "a:1"]}}'
+        ended = self.run(environ, script)
+        assert ended.returncode == 1
+        assert "worker 0 │ Error: Each process in `TF_CONFIG.cluster`" in ended.stdout
+        assert "Traceback" not in ended.stdout + ended.stderr
+
+
+class TestDoctor:
+    def run(self, environ, **changes):
+        return subprocess.run(
+            [*COMMAND, "doctor"],
+            env=environ | {"COLUMNS": "200"} | changes,
+            capture_output=True,
+            text=True,
+            timeout=LIMIT_S,
+            check=False,
+        )
+
+    def test_here(self, environ):
+        ended = self.run(environ)
+        assert ended.returncode == 0, ended.stdout + ended.stderr
+        rows = {line.split()[0]: line for line in ended.stdout.splitlines() if line.strip()}
+        for name in ("python", "tfdist", "tensorflow", "keras", "numpy", "horovod"):
+            assert name in rows
+        assert "backend tensorflow" in rows["keras"]
+        assert "a single process" in rows["cluster"]
+        assert "yes" in rows["single"]
+        assert "tfdist run -n 2" in rows["multi_worker"]
+        assert "not in this release" in rows["parameter_server"]
+
+    def test_malformed_cluster(self, environ):
+        ended = self.run(environ, TF_CONFIG='{"cluster": {"worker": ["a"]}}')
+        assert ended.returncode == 1
+        assert "Error: `TF_CONFIG.cluster.worker[0]` must be an address" in ended.stdout
+        assert "Traceback" not in ended.stdout + ended.stderr
+
+    def test_cluster(self, environ):
+        config = (
+            '{"cluster": {"worker": ["a:1", "b:1"]}, "task": {"type": "worker", "index": 1}}'
+        )
+        ended = self.run(environ, TF_CONFIG=config)
+        assert "this is worker 1, from TF_CONFIG" in ended.stdout
+        assert "worker 1 of 2, from TF_CONFIG" in ended.stdout
+
+    def test_other_keras_backend(self, environ):
+        ended = self.run(environ, KERAS_BACKEND="numpy")
+        assert ended.returncode == 1
+        assert "Set KERAS_BACKEND=tensorflow" in ended.stdout
