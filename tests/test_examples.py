@@ -1,0 +1,99 @@
+"""Every example runs, in one process and in two, and prints what it promises."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("sklearn")
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+LIMIT_S = 240
+
+ALONE = pytest.param((), 1, id="python")
+TWO = pytest.param(
+    ("-m", "tfdist.cli", "run", "-n", "2"), 2, id="tfdist run -n 2", marks=pytest.mark.cluster
+)
+pytestmark = pytest.mark.timeout(LIMIT_S + 30)
+
+
+def run(launcher: tuple[str, ...], script: str, *arguments: str) -> str:
+    """Runs an example to its end and returns what it printed, without the tasks' prefixes."""
+    environ = {k: v for k, v in os.environ.items() if not k.startswith(("TF_CONFIG", "SLURM_"))}
+    environ |= {"PYTHONIOENCODING": "utf-8", "COLUMNS": "100"}
+    done = subprocess.run(
+        [sys.executable, *launcher, str(EXAMPLES / script), *arguments],
+        env=environ,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=LIMIT_S,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return re.sub(r"^worker \d │ ?", "", done.stdout, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize(("launcher", "workers"), [ALONE, TWO])
+def test_quickstart_trains_and_all_workers_hold_the_same_weights(launcher, workers):
+    printed = run(launcher, "quickstart.py")
+    rows = dict(re.findall(r"│ *([^│]*?) *│ *([^│]*?) *│", printed))
+    assert rows["strategy"] == ("single" if workers == 1 else "multi_worker")
+    assert rows["replicas"] == f"{workers} (workers: {workers})"
+    assert float(rows["examples/s"].replace(",", "")) > 0
+    assert float(rows["held-out accuracy"].split("%")[0]) > 95
+    assert rows["weights of all workers"] == "equal"
+    assert len([name for name in rows if name.startswith("sha256")]) == workers
+    assert printed.count("Epoch 8/8") == 1  # progress, from the chief alone
+
+
+@pytest.mark.cluster
+def test_quickstart_history_is_the_same_on_one_and_on_two_workers():
+    figures = r"(accuracy: \S+ - loss: \S+ - val_accuracy: \S+ - val_loss: \S+)$"
+    launch = ("-m", "tfdist.cli", "run", "-n")
+    one, two = (
+        [
+            [float(f) for f in re.findall(r"\d+\.\d+", line)]
+            for line in re.findall(figures, run((*launch, n), "quickstart.py"), re.MULTILINE)
+        ]
+        for n in ("1", "2")
+    )
+    assert len(one) == 8
+    assert two == [pytest.approx(line, abs=2e-4) for line in one]
+
+
+@pytest.mark.parametrize(("launcher", "workers"), [ALONE, TWO])
+def test_distributed_gradient_descent_equals_one_process(launcher, workers):
+    printed = run(launcher, "distributed_gradient_descent.py")
+    facts = dict(re.findall(r"^(.+?): +(.+)$", printed, re.MULTILINE))
+    assert facts["equal to one process's"] == "True"
+    assert facts[f"the same on all {workers} worker(s)"] == "True"
+    assert facts["rows of each replica"].count("..") == workers
+    assert float(facts["largest difference to one"]) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("launcher", "workers"),
+    [
+        ALONE,
+        pytest.param(
+            ("-m", "tfdist.cli", "run", "-n", "2", "--drop-in"),
+            2,
+            id="tfdist run -n 2 --drop-in",
+            marks=pytest.mark.cluster,
+        ),
+    ],
+)
+def test_unmodified_keras_script(launcher, workers, tmp_path):
+    assert "import tfdist" not in (EXAMPLES / "unmodified_keras.py").read_text()
+    printed = run(launcher, "unmodified_keras.py", str(tmp_path))
+    results = re.findall(r"held-out accuracy ([\d.]+), (\d+) of 450 right", printed)
+    assert len(results) == workers
+    assert len(set(results)) == 1
+    assert float(results[0][0]) > 0.9
+    assert [path.name for path in tmp_path.iterdir()] == ["digits.keras"]
