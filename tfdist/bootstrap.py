@@ -55,6 +55,9 @@ def become_worker() -> None:
     tfdist.init(strategy=os.environ.get("TFDIST_STRATEGY", "auto"))
     if os.environ.get("TFDIST_DROP_IN") == "1":
         tfdist.drop_in()
+    # Once connected, TensorFlow's preemption notice catches SIGTERM and the worker lives on:
+    # every run with a failure would take the launcher's whole grace. Seen with 2.21.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def run_script(arguments: list[str]) -> None:
