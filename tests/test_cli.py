@@ -161,7 +161,8 @@ class TestWorkers:
             "class Thing: pass\n"
             "import pickle; pickle.dumps(Thing())\n"
             "print(__name__, __file__ == sys.argv[0], sys.argv[1:], neighbour.word)\n"
-            "print(sys.path[0] == os.path.dirname(__file__), 'TFDIST_LAUNCHER_FD' in os.environ)\n"
+            "print(sys.path[0] == os.path.dirname(__file__), end=' ')\n"
+            "print('TFDIST_LAUNCHER_FD' in os.environ)\n"
             "sys.exit(5)\n"
         )
         ended = self.run(environ, script, arguments=("--a", "b c"))

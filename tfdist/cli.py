@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from tfdist.launch import (
 )
 
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 96}
+# Generated code, which TensorFlow quotes in its tracebacks, has lines of thousands.
+_WIDEST = 240
 
 
 class _Commands(click.Group):
@@ -107,17 +110,18 @@ def run(
             f"{'no file' if Path(script).exists() else 'not there'}. "
             "Check the path; the options of `tfdist run` come before it."
         )
+    machines = parse_hosts(hosts) if hosts is not None else ()
     planned = plan_workers(
         script_command((script, *arguments), module=module),
         workers=workers,
-        hosts=parse_hosts(hosts) if hosts is not None else (),
+        hosts=machines,
         node_rank=node_rank,
         port=port,
         strategy=strategy,
         drop_in=drop_in,
     )
     outcome = run_workers(planned, log_dir=log_dir)
-    _explain(outcome, planned, log_dir)
+    _explain(outcome, planned, log_dir, has_other_hosts=len(machines) > 1)
     sys.exit(outcome.status)
 
 
@@ -140,8 +144,13 @@ def doctor() -> None:
     sys.exit(0 if report.is_healthy else 1)
 
 
-def _explain(outcome: Outcome, planned: tuple[Worker, ...], log_dir: Path | None) -> None:
-    if outcome.interrupted == 13:
+def _explain(
+    outcome: Outcome,
+    planned: tuple[Worker, ...],
+    log_dir: Path | None,
+    has_other_hosts: bool = False,
+) -> None:
+    if outcome.interrupted == signal.SIGPIPE:
         # Standard output has no reader left: Python would complain about it at its exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return
@@ -153,7 +162,7 @@ def _explain(outcome: Outcome, planned: tuple[Worker, ...], log_dir: Path | None
     if excerpt:
         lines[0] += " Its last lines:"
         bar = click.style("│", fg="red")
-        lines += ["", *(f"  {bar} {line}" for line in excerpt), ""]
+        lines += ["", *(f"  {bar} {line[:_WIDEST]}" for line in excerpt), ""]
     else:
         lines[0] += " It had written nothing."
     if failure.blames_peer and outcome.finished:
@@ -161,10 +170,12 @@ def _explain(outcome: Outcome, planned: tuple[Worker, ...], log_dir: Path | None
             f"{' and '.join(outcome.finished)} had ended before, with exit status 0: "
             "all workers must make the same steps."
         )
+    elif failure.blames_peer and has_other_hosts:
+        lines.append("It lost another worker: the cause may be in the output of another host.")
     if log_dir is not None:
         lines.append(f"Its whole output: {log_dir / f'worker-{failure.worker.index}.log'}")
     if len(planned) > 1:
-        lines.append("All workers of this machine have been ended.")
+        lines.append("All workers on this machine have been ended.")
     click.echo("\n".join(lines), err=True)
 
 
