@@ -75,7 +75,6 @@ tfdist.fit(
     y_train,
     batch_size=BATCH_SIZE,
     epochs=EPOCHS,
-    validation_data=(x_test, y_test),
     callbacks=[stopwatch],
     seed=SEED,
 )
