@@ -4,7 +4,7 @@ Every touch says what it relies on; `tests/test_keras_contract.py` fails loudly 
 Keras release changes it.
 
 Keras's own `train_step` is what tfdist runs, on every strategy. It was written for one
-process, and the functions below replace, only while a step is traced, the few places in
+process, and the functions below replace, while several replicas train, the few places in
 which it has to know that its batch is a share of a larger one:
 
 ========================  ==========================================================
@@ -106,7 +106,7 @@ def _replica_batch() -> ReplicaBatch | None:
 
 @contextlib.contextmanager
 def on_replica(batch: ReplicaBatch) -> Iterator[ReplicaBatch]:
-    """Makes `batch` what Keras's functions see in this thread, within `tracing()`.
+    """Makes `batch` what Keras's functions see in this thread, within `replicated()`.
 
     Args:
         batch: The replica's share. tf.distribute traces each replica in its own thread.
@@ -133,8 +133,8 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def tracing(model: Any) -> Iterator[None]:
-    """Replaces the places named at the top of this file while a step is traced.
+def replicated(model: Any) -> Iterator[None]:
+    """Replaces the places named at the top of this file while a model is trained.
 
     The replacements look up the calling thread's `on_replica` batch and do what Keras
     does when there is none.
@@ -280,7 +280,7 @@ def _moments(layer: Any, inputs: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """
     batch = _replica_batch()
     if batch is None or not layer.synchronized:
-        return _keras_moments(layer, inputs, mask)
+        return _keras_moments(layer, inputs, mask)  # type: ignore[no-any-return]
     axes = layer._reduction_axes
     shape = [1] * len(inputs.shape)
     shape[layer.axis] = inputs.shape[layer.axis]
@@ -488,22 +488,40 @@ FIT = keras.Model.fit
 EVALUATE = keras.Model.evaluate
 PREDICT = keras.Model.predict
 
-FUNCTIONS = ("train_function", "test_function", "predict_function")
-
 
 @contextlib.contextmanager
-def loop_functions(model: Any, **functions: Callable[..., Any]) -> Iterator[None]:
+def loop_functions(
+    model: Any, kinds: tuple[type, ...], **functions: Callable[..., Any]
+) -> Iterator[None]:
     """Makes Keras's loop call other functions than it would build for itself.
 
-    `make_train_function` and its siblings return early when the attribute is set.
+    `make_train_function` and its siblings return early when the attribute is set. What a
+    callback evaluates or predicts meanwhile on data of its own, Keras's functions do.
 
     Args:
-        model: A compiled `keras.Model`.
-        **functions: `train_function`, `test_function`, `predict_function`.
+        model: A `keras.Model`.
+        kinds: The classes of what a `StreamAdapter`'s stream gives.
+        **functions: `train_function`, `test_function`, `predict_function`, for those.
     """
-    before = {name: getattr(model, name) for name in FUNCTIONS}
+    before = {name: getattr(model, name) for name in functions}
+    own: dict[str, Callable[..., Any]] = {}
+
+    def dispatching(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def dispatch(data: Any) -> Any:
+            first = data[0] if isinstance(data, list) else data
+            if isinstance(first, kinds):
+                return function(data)
+            if name not in own:
+                setattr(model, name, None)
+                getattr(model, f"make_{name}")()
+                own[name] = getattr(model, name)
+                setattr(model, name, dispatch)
+            return own[name](data)
+
+        return dispatch
+
     for name, function in functions.items():
-        setattr(model, name, function)
+        setattr(model, name, dispatching(name, function))
     try:
         yield
     finally:
@@ -546,6 +564,21 @@ def metric_variables(model: Any) -> list[Any]:
     """
     unique = {id(v): v for metric in model.metrics for v in metric.variables}
     return list(unique.values())
+
+
+def batch_metric_variables(model: Any) -> set[int]:
+    """Collects the ids of metric variables in which every batch counts as one.
+
+    With several losses Keras tracks each by a mean over batches, not over examples
+    (CompileLoss passes the static batch size as weight, which is unknown here): of a
+    replica's share only its part counts.
+
+    Args:
+        model: A compiled, built `keras.Model`.
+    """
+    if model._compile_loss is None:
+        return set()
+    return {id(v) for metric in model._compile_loss.metrics for v in metric.variables}
 
 
 def has_own_train_step(model: Any) -> bool:

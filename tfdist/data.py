@@ -8,6 +8,7 @@ global batch of n, and a share without rows carries one row that counts nothing.
 from __future__ import annotations
 
 import abc
+import contextlib
 import hashlib
 import itertools
 import types
@@ -37,12 +38,15 @@ class Share(NamedTuple):
         rows: Scalar int64, rows that count: 0 when the only row is padding.
         total: Scalar int64, rows of the global batch.
         offset: Scalar int64, the row of the global batch at which the share begins.
+        check: float32 of shape [4], whole numbers below 256 that differ when global batches
+            differ. Workers compare them at every step; arrays are compared beforehand.
     """
 
     data: Any
     rows: Tensor
     total: Tensor
     offset: Tensor
+    check: Tensor
 
 
 def bounds(total: Tensor, replica: Tensor, place: Place) -> tuple[Tensor, Tensor]:
@@ -87,10 +91,14 @@ class Source(abc.ABC):
         return False
 
     @abc.abstractmethod
-    def first_batch(self) -> Any:
-        """Gives the first rows of the data as NumPy arrays, for building and checking."""
+    def spec(self) -> Any:
+        """Gives the structure of a batch, with leaves that have `shape` and `dtype`."""
 
-    def on_epoch_end(self) -> None:
+    def fingerprint(self) -> str:
+        """Sums up what every worker must have alike before the first step."""
+        return str(tf.nest.map_structure(lambda s: f"{s.dtype}{list(s.shape)}", self.spec()))
+
+    def on_epoch_end(self) -> None:  # noqa: B027, most sources need nothing
         """Called when an epoch's stream has ended."""
 
 
@@ -146,15 +154,22 @@ class Arrays(Source):
             padded = tf.minimum(begin, total - 1)
             mine = rows[padded : tf.maximum(end, padded + 1)]
             data = tf.nest.map_structure(lambda column: tf.gather(column, mine), self.data)
-            return Share(data, end - begin, total, begin)
+            return Share(data, end - begin, total, begin, tf.zeros([4]))
 
         numbers = tf.data.Dataset.range(steps * local)
         return numbers.map(share, _PARALLEL, deterministic=True).prefetch(_PARALLEL)
 
-    def first_batch(self) -> Any:
-        """Gives the first rows, in the order of the data."""
-        size = min(self.batch_size, self.num_rows)
-        return tf.nest.map_structure(lambda column: column[:size].numpy(), self.data)
+    def spec(self) -> Any:
+        """Gives the shapes and dtypes of a batch."""
+        return tf.nest.map_structure(_batch_spec, self.data)
+
+    def fingerprint(self) -> str:
+        """Sums up number, shape and some rows of the arrays."""
+        rows = np.unique(np.linspace(0, self.num_rows - 1, 64).astype(np.int64))
+        digest = hashlib.sha256()
+        for column in tf.nest.flatten(self.data):
+            digest.update(np.ascontiguousarray(tf.gather(column, rows).numpy()).tobytes())
+        return f"{self.num_rows} rows of {super().fingerprint()}, {digest.hexdigest()[:12]}"
 
 
 def to_tensors(structure: Any, name: str) -> Any:
@@ -285,7 +300,7 @@ class Batches(Source):
             padded = tf.minimum(begin, total - 1)
             stop = tf.maximum(end, padded + 1)
             data = tf.nest.map_structure(lambda leaf: _slice(leaf, padded, stop), batch)
-            return Share(data, end - begin, total, begin)
+            return Share(data, end - begin, total, begin, _check(batch))
 
         def local_shares(*batch: Any) -> Any:
             whole = batch[0] if len(batch) == 1 else batch
@@ -299,6 +314,21 @@ class Batches(Source):
                 deterministic=True,
             ).prefetch(_PARALLEL)
         return batches.flat_map(local_shares).prefetch(_PARALLEL)
+
+
+def _check(batch: Any) -> Tensor:
+    """Boils the first and last row of every dense leaf down to `Share.check`."""
+    sums = tf.zeros([4])
+    for leaf in tf.nest.flatten(batch):
+        if isinstance(leaf, tf.Tensor) and leaf.dtype.is_numeric:
+            ends = tf.cast(tf.reshape(tf.stack([leaf[0], leaf[-1]]), [-1]), tf.float32)
+            position = tf.range(tf.size(ends), dtype=tf.float32)
+            factors = tf.sin(position[:, None] * [1.1, 1.7, 2.3, 3.1] + [1.0, 2.0, 3.0, 4.0])
+            sums += tf.reduce_sum(
+                tf.where(tf.math.is_finite(ends), ends, 0.0)[:, None] * factors, 0
+            )
+    # The low bits of a float are the ones that differ.
+    return tf.cast(tf.bitwise.bitwise_and(tf.bitcast(sums, tf.int32), 255), tf.float32)
 
 
 def _slice(leaf: Tensor, begin: Tensor, end: Tensor) -> Tensor:
@@ -347,14 +377,10 @@ class DatasetBatches(Batches):
         """Gives the dataset."""
         return self.dataset
 
-    def first_batch(self) -> Any:
-        """Draws one batch."""
-        for batch in self.dataset.take(1).as_numpy_iterator():
-            return batch
-        raise ArgumentError(
-            "A data set must have at least one batch. Received: a tf.data.Dataset that ends "
-            "at once. Check the filter or the path that produced it."
-        )
+    def spec(self) -> Any:
+        """Gives the shapes and dtypes of a batch."""
+        spec = self.dataset.element_spec
+        return spec if self.transform is None else _transformed(self.transform, spec)
 
 
 class GeneratorBatches(Batches):
@@ -383,12 +409,11 @@ class GeneratorBatches(Batches):
 
     def batches(self, epoch: int) -> Any:
         """Wraps what is left of the generator."""
-        signature = tf.nest.map_structure(_batch_spec, self._first)
-        return tf.data.Dataset.from_generator(lambda: self._rest, output_signature=signature)
+        return tf.data.Dataset.from_generator(lambda: self._rest, output_signature=self.spec())
 
-    def first_batch(self) -> Any:
-        """Gives the batch that was drawn ahead."""
-        return self._first
+    def spec(self) -> Any:
+        """Gives the shapes and dtypes of a batch."""
+        return tf.nest.map_structure(_batch_spec, self._first)
 
 
 class PyDatasetBatches(Batches):
@@ -421,7 +446,7 @@ class PyDatasetBatches(Batches):
         self.length = length
         self.shuffle = shuffle and length is not None
         self.seed = seed
-        self._first: Any = None
+        self._spec = tf.nest.map_structure(_batch_spec, _as_batch(dataset[0]))
 
     def on_epoch_end(self) -> None:
         """Lets the data set rearrange itself, as Keras does."""
@@ -429,8 +454,7 @@ class PyDatasetBatches(Batches):
 
     def batches(self, epoch: int) -> Any:
         """Builds the stream of an epoch."""
-        first = self.first_batch()
-        specs = [_batch_spec(leaf) for leaf in tf.nest.flatten(first)]
+        specs = tf.nest.flatten(self._spec)
 
         def number(position: Tensor) -> Tensor:
             if self.length is None:
@@ -450,16 +474,21 @@ class PyDatasetBatches(Batches):
             loaded = tf.numpy_function(load, [number(position)], [s.dtype for s in specs])
             for leaf, spec in zip(loaded, specs, strict=True):
                 leaf.set_shape(spec.shape)
-            return tf.nest.pack_sequence_as(first, loaded)
+            return tf.nest.pack_sequence_as(self._spec, loaded)
 
         numbers = tf.data.Dataset.range(self.steps if self.steps is not None else _FOREVER)
         return numbers.map(batch, max(1, self.dataset.workers), deterministic=True)
 
-    def first_batch(self) -> Any:
-        """Loads batch 0."""
-        if self._first is None:
-            self._first = _as_batch(self.dataset[0])
-        return self._first
+    def spec(self) -> Any:
+        """Gives the shapes and dtypes of a batch."""
+        if self.transform is None:
+            return self._spec
+        return _transformed(self.transform, self._spec)
+
+
+def _transformed(transform: Callable[..., Any], spec: Any) -> Any:
+    leaves = spec if isinstance(spec, tuple) else (spec,)
+    return tf.function(transform).get_concrete_function(*leaves).structured_outputs
 
 
 def _as_batch(value: Any) -> Any:
@@ -648,29 +677,14 @@ def split(x: Any, y: Any, sample_weight: Any, fraction: float) -> tuple[Any, Any
             "`validation_split` must leave examples to train and to validate on. "
             f"Received: validation_split={fraction} with {rows} examples."
         )
-    parts = [
-        tuple(c if c is None else tf.nest.map_structure(lambda t: t[s], c) for c in columns)
-        for s in (slice(0, at), slice(at, rows))
-    ]
-    return parts[0], parts[1]
 
+    def part(rows: slice) -> Any:
+        return tuple(
+            c if c is None else tf.nest.map_structure(lambda leaf: leaf[rows], c)
+            for c in columns
+        )
 
-def fingerprint(batch: Any) -> str:
-    """Sums up a batch in a short text that differs when the batch differs.
-
-    Args:
-        batch: Nested structure of NumPy arrays.
-
-    Returns:
-        Shapes, dtypes and a hash of the values.
-    """
-    digest = hashlib.sha256()
-    described = []
-    for leaf in tf.nest.flatten(batch):
-        array = np.asarray(leaf) if not hasattr(leaf, "values") else np.asarray(leaf.values)
-        digest.update(array.tobytes() if array.dtype != object else repr(array).encode())
-        described.append(f"{array.dtype}{list(array.shape)}")
-    return f"{' '.join(described)} {digest.hexdigest()[:12]}"
+    return part(slice(0, at)), part(slice(at, rows))
 
 
 def _short(value: Any) -> str:
@@ -696,6 +710,7 @@ class Stream:
         self.source = source
         self.strategy = strategy
         self.first_epoch = first_epoch
+        self.drawn = False
         self._epoch: int | None = None
         self._running: Any = None
 
@@ -732,6 +747,20 @@ class Epoch:
         if self._iterator is None:
             self._iterator = self._stream.start_epoch()
         return self._iterator
+
+    @contextlib.contextmanager
+    def drawing(self) -> Iterator[None]:
+        """Wraps the drawing of steps, to tell data that never began from data that ended."""
+        try:
+            yield
+        except tf.errors.OutOfRangeError:
+            if not self._stream.drawn:
+                raise ArgumentError(
+                    "A data set must have at least one batch. Received: one that ends at "
+                    "once. Check the filter or the path that produced it."
+                ) from None
+            raise
+        self._stream.drawn = True
 
     def take(self, wanted: int) -> int:
         """Says how many steps may be drawn now.

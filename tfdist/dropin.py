@@ -1,4 +1,4 @@
-"""Runs an unmodified Keras script distributed: `fit`, `evaluate` and `predict` become tfdist's."""
+"""Runs an unmodified Keras script distributed: its `fit` becomes tfdist's."""
 
 from __future__ import annotations
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import keras
 
@@ -48,7 +50,7 @@ class Session:
         if batch_size is None or place.num_replicas == 1:
             return f"{line}."
         edges = [batch_size * r // place.num_replicas for r in range(place.num_replicas + 1)]
-        shares = sorted({b - a for a, b in zip(edges, edges[1:], strict=False)})
+        shares = sorted({end - begin for begin, end in itertools.pairwise(edges)})
         return (
             f"{line}, each global batch of {batch_size} split into shares of "
             f"{' or '.join(map(str, shares))}."
@@ -111,7 +113,7 @@ def _make(cls: type[Strategy], cluster: Cluster) -> Strategy:
             "A process that is connected to other workers keeps its strategy. Received: "
             f"strategy={cls.name!r} after {_first.strategy.name!r}."
         )
-    return cls(cluster)
+    return cast(Callable[[Cluster], Strategy], cls)(cluster)
 
 
 def current(strategy: Any = "auto") -> Session:

@@ -7,20 +7,24 @@ are summed and need no division; metrics are summed as state; both travel togeth
 
 from __future__ import annotations
 
-import contextlib
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import tensorflow as tf
 
 from tfdist import _keras
 from tfdist._keras import ReplicaBatch
 from tfdist.data import Epoch, Share
+from tfdist.errors import DisagreementError
 from tfdist.strategies.base import Strategy
 
 Tensor = Any
 Logs = dict[str, Tensor]
+
+
+STOPPED, DISAGREED = 1, 2
 
 
 @dataclass
@@ -35,6 +39,18 @@ class Stop:
 
     requested: bool = False
     agreed: bool = False
+
+
+class Signals(NamedTuple):
+    """What the workers tell each other at every step, in the gradients' collective.
+
+    Attributes:
+        status: Scalar int32: 0, or `STOPPED` or `DISAGREED`, in which case nothing changed.
+        check: This worker's `Share.check`.
+    """
+
+    status: Tensor
+    check: Tensor
 
 
 @dataclass(frozen=True)
@@ -60,12 +76,13 @@ def make_functions(model: Any, strategy: Strategy, stop: Stop) -> Functions:
     replica = _Replica(model, strategy)
     return Functions(
         train=_over_epoch(model, strategy, replica.train, stop),
-        test=_over_epoch(model, strategy, replica.test, None),
+        test=_over_epoch(model, strategy, replica.test, Stop()),
         predict=_over_shares(model, strategy, replica.predict),
     )
 
 
 def _traced(model: Any, function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    function = tf.autograph.experimental.do_not_convert(function)
     if model.run_eagerly:
         return function
     traced: Callable[..., Any] = tf.function(function, reduce_retracing=True, **options)
@@ -73,66 +90,76 @@ def _traced(model: Any, function: Callable[..., Any], **options: Any) -> Callabl
 
 
 def _over_epoch(
-    model: Any, strategy: Strategy, step: Callable[..., Any], stop: Stop | None
+    model: Any, strategy: Strategy, step: Callable[..., Any], stop: Stop
 ) -> Callable[[Epoch], Logs]:
     """Wraps a replica's step into a function of an epoch, `steps_per_execution` at a time."""
-    alone = strategy.place.num_replicas == 1
+    Result = tuple[Logs, Signals]
 
-    @tf.autograph.experimental.do_not_convert
-    def one_step(share: Share, stopping: Tensor) -> tuple[Logs, Tensor]:
-        with contextlib.nullcontext() if alone else _keras.tracing(model):
-            result: tuple[Logs, Tensor] = strategy.run(step, share, stopping)
+    def after_data(share: Share, stopping: Tensor) -> Result:
+        # When the data is over, drawing fails, and then nothing must have been changed.
+        with tf.control_dependencies([share.rows]):
+            result: Result = step(share, stopping)
+            return result
+
+    def one_step(share: Share, stopping: Tensor) -> Result:
+        result: Result = strategy.run(after_data, share, stopping)
         return result
 
-    one_step = _traced(model, one_step, jit_compile=alone and model.jit_compile)
+    alone = strategy.place.num_replicas == 1
+    compiled_step = _traced(model, one_step, jit_compile=alone and model.jit_compile)
 
-    @tf.autograph.experimental.do_not_convert
-    def one(iterator: Any, stopping: Tensor) -> tuple[Logs, Tensor]:
-        return one_step(iterator.get_next(), stopping)
+    def one(iterator: Any, stopping: Tensor) -> Result:
+        result: Result = compiled_step(iterator.get_next(), stopping)
+        return result
 
-    @tf.autograph.experimental.do_not_convert
-    def several(iterator: Any, steps: Tensor, stopping: Tensor) -> tuple[Logs, Tensor]:
-        first = one(iterator, stopping)
-
-        def again(done: Tensor, _: Any) -> tuple[Tensor, Any]:
+    def several(iterator: Any, steps: Tensor, stopping: Tensor) -> Result:
+        def again(done: Tensor, _: Any) -> tuple[Tensor, Result]:
             return done + 1, one(iterator, stopping)
 
-        _, last = tf.while_loop(lambda done, _: done < steps, again, (1, first))
+        started = (tf.constant(1), one(iterator, stopping))
+        _, last = tf.while_loop(lambda done, _: done < steps, again, started)
         return last  # type: ignore[no-any-return]
 
-    one, several = _traced(model, one), _traced(model, several)
+    traced_one, traced_several = _traced(model, one), _traced(model, several)
 
     def function(epoch: Epoch) -> Logs:
         steps = epoch.take(model.steps_per_execution)
-        stopping = float(stop is not None and stop.requested)
-        if model.run_eagerly:
-            for _ in range(steps):
-                logs, stopped = one(epoch.iterator, stopping)
-        elif model.steps_per_execution == 1:
-            logs, stopped = one(epoch.iterator, tf.constant(stopping))
-        else:
-            logs, stopped = several(epoch.iterator, tf.constant(steps), tf.constant(stopping))
-        if stop is not None and strategy.place.num_workers > 1 and stopped > 0:
-            stop.agreed = True
-            raise StopIteration
-        return logs
+        stopping = tf.constant(float(stop.requested))
+        with epoch.drawing():
+            if model.steps_per_execution == 1:
+                logs, signals = traced_one(epoch.iterator, stopping)
+            elif model.run_eagerly:
+                for _ in range(steps):
+                    logs, signals = traced_one(epoch.iterator, stopping)
+            else:
+                logs, signals = traced_several(epoch.iterator, tf.constant(steps), stopping)
+        if strategy.place.num_workers > 1:
+            _heed(signals, stop, strategy)
+        return logs  # type: ignore[no-any-return]
 
     return function
+
+
+def _heed(signals: Signals, stop: Stop, strategy: Strategy) -> None:
+    """Does what the other workers' signals ask for, on all workers alike."""
+    if signals.status == STOPPED:
+        stop.agreed = True
+        raise StopIteration
+    if signals.status == DISAGREED:
+        checks = strategy.gather_objects([int(part) for part in signals.check])
+        listed = ", ".join(f"worker {i}: {check}" for i, check in enumerate(checks))
+        raise DisagreementError(
+            "All workers must draw the same batches in the same order. Received batches with "
+            f"different checksums: {listed}. The step that met them changed nothing. An "
+            "unseeded shuffle is the usual cause: use Dataset.shuffle(..., seed=1), and seed "
+            "what a generator or PyDataset draws."
+        )
 
 
 def _over_shares(
     model: Any, strategy: Strategy, step: Callable[..., Any]
 ) -> Callable[[list[Share]], Any]:
-    @tf.autograph.experimental.do_not_convert
-    def one_step(share: Share) -> Any:
-        with (
-            contextlib.nullcontext()
-            if strategy.place.num_replicas == 1
-            else _keras.tracing(model)
-        ):
-            return strategy.run(step, share)
-
-    one_step = _traced(model, one_step)
+    one_step = _traced(model, lambda share: strategy.run(step, share))
 
     def function(shares: list[Share]) -> Any:
         outputs = [one_step(share) for share in shares]
@@ -150,34 +177,30 @@ class _Replica:
         self.alone = strategy.place.num_replicas == 1
         self.watched = frozenset(id(v) for v in model.non_trainable_variables)
 
-    def train(self, share: Share, stopping: Tensor) -> tuple[Logs, Tensor]:
+    def train(self, share: Share, stopping: Tensor) -> tuple[Logs, Signals]:
         """Updates the weights, once."""
         if self.alone:
-            return self.model.train_step(share.data), stopping
+            return self.model.train_step(share.data), Signals(tf.constant(0), share.check)
         with _keras.on_replica(self._batch(share)) as batch:
-            updates = _Updates(
-                self.model,
-                batch,
-                stopping,
-                at_once=_keras.has_own_train_step(self.model),
-                can_stop=self.strategy.place.num_workers > 1,
-            )
+            updates = _Updates(self.model, batch, self._agreement(share, stopping))
             metrics = self._metrics_from_zero()
             batch.updates = updates
             logs = self.model.train_step(share.data)
             batch.updates = None
             updates.finish(metrics)
-            return self._logs(batch, logs), updates.stopping
+            status = updates.agreement.status
+            return self._logs(batch, logs), Signals(status, share.check)
 
-    def test(self, share: Share, stopping: Tensor) -> tuple[Logs, Tensor]:
+    def test(self, share: Share, stopping: Tensor) -> tuple[Logs, Signals]:
         """Adds a share to the metrics."""
         if self.alone:
-            return self.model.test_step(share.data), stopping
+            return self.model.test_step(share.data), Signals(tf.constant(0), share.check)
         with _keras.on_replica(self._batch(share)) as batch:
+            agreement = self._agreement(share, stopping)
             metrics = self._metrics_from_zero()
             logs = self.model.test_step(share.data)
-            metrics.assign(batch.all_reduce(metrics.changes(batch)))
-            return self._logs(batch, logs), stopping
+            metrics.assign(agreement.reduce(batch, metrics.changes(batch)))
+            return self._logs(batch, logs), Signals(agreement.status, share.check)
 
     def predict(self, share: Share) -> Any:
         """Gives the outputs for the whole global batch, in its order."""
@@ -192,31 +215,84 @@ class _Replica:
 
     def _batch(self, share: Share) -> ReplicaBatch:
         return ReplicaBatch(
-            share.rows, share.total, share.offset, self.strategy.all_reduce_sum, self.watched
+            share.rows,
+            share.total,
+            share.offset,
+            self.strategy.all_reduce_sum,
+            watched=self.watched,
         )
 
+    def _agreement(self, share: Share, stopping: Tensor) -> _Agreement:
+        return _Agreement(self.strategy, share, stopping)
+
     def _metrics_from_zero(self) -> _Metrics:
-        metrics = _Metrics(_keras.metric_variables(self.model))
+        metrics = _Metrics(self.model)
         metrics.clear()
         return metrics
 
     def _logs(self, batch: ReplicaBatch, logs: Logs) -> Logs:
-        """Gives the metrics' results, and the mean of what a step returned besides them."""
+        """Gives the reduced metrics' results, and the mean of what a step returned besides."""
         results: Logs = self.model.get_metrics_result()
+        for metric in self.model.metrics:  # an own step may return {metric.name: ...} of all
+            results.setdefault(metric.name, metric.result())
         others = {name: value for name, value in logs.items() if name not in results}
-        if others:
-            weighted = [tf.cast(v, tf.float32) * batch.share for v in others.values()]
-            means = batch.all_reduce(weighted)
-            others = dict(zip(others, means, strict=True))
-        return {name: results.get(name, others.get(name)) for name in logs} or results
+        leaves = [tf.cast(v, tf.float32) * batch.share for v in tf.nest.flatten(others)]
+        if leaves:
+            others = tf.nest.pack_sequence_as(others, batch.all_reduce(leaves))
+        return {name: results[name] if name in results else others[name] for name in logs}
+
+
+class _Agreement:
+    """Whether all workers go on with this step; known after the step's first reduction.
+
+    Attributes:
+        status: Scalar int32; see `Signals`.
+        needed: Whether there are other workers to agree with.
+    """
+
+    def __init__(self, strategy: Strategy, share: Share, stopping: Tensor) -> None:
+        self.needed = strategy.place.num_workers > 1
+        self.status: Tensor = tf.constant(0)
+        self._known = not self.needed
+        self._replicas = float(strategy.place.num_replicas)
+        self._said = tf.concat([[stopping], share.check, tf.square(share.check)], 0)
+
+    def reduce(self, batch: ReplicaBatch, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Sums tensors over all replicas; the first time the signals go with them."""
+        if self._known:
+            return batch.all_reduce(tensors)
+        *reduced, heard = batch.all_reduce([*tensors, self._said])
+        stopping, sums, squares = tf.split(heard, [1, 4, 4])
+        # Whole numbers below 256: exact in float32, and equal only if their variance is 0.
+        differ = tf.reduce_any(squares * self._replicas != tf.square(sums))
+        status = tf.where(differ, DISAGREED, tf.where(stopping[0] > 0, STOPPED, 0))
+        self.status, self._known = status, True
+        return reduced
+
+    def do(self, action: Callable[[], None]) -> None:
+        """Does something if the workers go on."""
+
+        def act() -> Tensor:
+            action()
+            return tf.constant(True)
+
+        if self.needed:
+            tf.cond(tf.equal(self.status, 0), act, lambda: tf.constant(False))
+        else:
+            action()
+
+    def choose(self, going_on: Tensor, otherwise: Tensor) -> Tensor:
+        """Gives one tensor if the workers go on, else the other."""
+        return tf.where(tf.equal(self.status, 0), going_on, otherwise)
 
 
 class _Metrics:
     """The state of the metrics before a step, and what the replica's share adds to it."""
 
-    def __init__(self, variables: Sequence[Any]) -> None:
-        self.variables = variables
-        self.before = [tf.identity(v.value) for v in variables]
+    def __init__(self, model: Any) -> None:
+        self.variables = _keras.metric_variables(model)
+        self.of_batches = _keras.batch_metric_variables(model)
+        self.before = [tf.identity(v.value) for v in self.variables]
 
     def clear(self) -> None:
         for variable in self.variables:
@@ -225,7 +301,14 @@ class _Metrics:
     def changes(self, batch: ReplicaBatch) -> list[Tensor]:
         """What the share added: nothing, when it holds no example."""
         return [
-            tf.where(batch.has_rows, v.value, tf.zeros_like(v.value)) for v in self.variables
+            tf.where(
+                batch.has_rows,
+                v.value * tf.cast(batch.share, v.value.dtype)
+                if id(v) in self.of_batches
+                else v.value,
+                tf.zeros_like(v.value),
+            )
+            for v in self.variables
         ]
 
     def assign(self, changes: Sequence[Tensor]) -> None:
@@ -241,65 +324,47 @@ class _Updates:
     weights (a GAN's second half does), so there each update is made at once.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        batch: ReplicaBatch,
-        stopping: Tensor,
-        *,
-        at_once: bool,
-        can_stop: bool,
-    ) -> None:
-        self.model = model
-        self.batch = batch
-        self.stopping = stopping
-        self.at_once = at_once
-        self.can_stop = can_stop
-        self.scaled: set[int] = set()
-        self.waiting: list[tuple[Callable[[list[Tensor]], None], list[Tensor]]] = []
+    def __init__(self, model: Any, batch: ReplicaBatch, agreement: _Agreement) -> None:
+        self.agreement = agreement
+        self._model = model
+        self._batch = batch
+        self._at_once = _keras.has_own_train_step(model)
+        self._scaled: set[int] = set()
+        self._waiting: list[tuple[Callable[[list[Tensor]], None], list[Tensor]]] = []
 
     def scale(self, optimizer: Any, loss: Tensor) -> Tensor:
         # Before the backward pass: collectives inside the model (synchronized
         # BatchNormalization) then carry gradients of the global loss.
-        self.scaled.add(id(optimizer))
-        return loss * tf.cast(self.batch.share, loss.dtype)
+        self._scaled.add(id(optimizer))
+        return loss * tf.cast(self._batch.share, loss.dtype)
 
     def apply(
         self, optimizer: Any, grads: list[Tensor], update: Callable[[list[Tensor]], None]
     ) -> None:
-        if id(optimizer) not in self.scaled:
-            share = self.batch.share
+        if id(optimizer) not in self._scaled:
+            share = self._batch.share
             grads = [g if g is None else g * tf.cast(share, g.dtype) for g in grads]
-        self.waiting.append((update, grads))
-        if self.at_once:
+        self._waiting.append((update, grads))
+        if self._at_once:
             self._reduce_and_apply([])
 
     def _reduce_and_apply(self, with_gradients: Sequence[Tensor]) -> list[Tensor]:
         """Reduces waiting gradients and some tensors in one go, and applies the gradients."""
-        grads = [g for _, grads in self.waiting for g in grads if g is not None]
-        reduced = iter(self.batch.all_reduce([*grads, *with_gradients, self.stopping]))
-        waiting, self.waiting = self.waiting, []
+        grads = [g for _, grads in self._waiting for g in grads if g is not None]
+        reduced = iter(self.agreement.reduce(self._batch, [*grads, *with_gradients]))
         ready = [
             (update, [g if g is None else next(reduced) for g in grads])
-            for update, grads in waiting
+            for update, grads in self._waiting
         ]
-        *rest, self.stopping = reduced
-
-        def apply_all() -> Tensor:
-            for update, grads in ready:
-                update(grads)
-            return tf.constant(True)
-
-        if self.can_stop:
-            tf.cond(self.stopping > 0, lambda: tf.constant(False), apply_all)
-        else:
-            apply_all()
-        return rest
+        self._waiting = []
+        for update, grads in ready:
+            self.agreement.do(functools.partial(update, grads))
+        return list(reduced)
 
     def finish(self, metrics: _Metrics) -> None:
         """Brings metrics, and what else the forward pass changed, to one value everywhere."""
-        synchronized = _keras.synchronized_variables(self.model)
-        touched = list(self.batch.touched.values())
+        synchronized = _keras.synchronized_variables(self._model)
+        touched = list(self._batch.touched.values())
         differing = [
             variable
             for variable, before in touched
@@ -307,18 +372,18 @@ class _Updates:
         ]
         weighted = [
             tf.where(
-                self.batch.has_rows,
-                v.value * tf.cast(self.batch.share, v.value.dtype),
+                self._batch.has_rows,
+                v.value * tf.cast(self._batch.share, v.value.dtype),
                 tf.zeros_like(v.value),
             )
             for v in differing
         ]
-        reduced = self._reduce_and_apply([*weighted, *metrics.changes(self.batch)])
+        reduced = self._reduce_and_apply([*weighted, *metrics.changes(self._batch)])
+        changes = reduced[len(differing) :]
         for variable, mean in zip(differing, reduced, strict=False):
             variable.assign(mean)
-        changes = reduced[len(differing) :]
-        if self.can_stop:
-            changes = [tf.where(self.stopping > 0, tf.zeros_like(c), c) for c in changes]
+        if self.agreement.needed:
+            changes = [self.agreement.choose(c, tf.zeros_like(c)) for c in changes]
             for variable, before in touched:
-                variable.assign(tf.where(self.stopping > 0, before, variable.value))
+                variable.assign(self.agreement.choose(variable.value, before))
         metrics.assign(changes)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import platform
-import random
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import keras
 import tensorflow as tf
 
-from tfdist import _keras, callbacks as tfdist_callbacks, data
+from tfdist import _keras, data
+from tfdist import callbacks as tfdist_callbacks
 from tfdist._version import __version__
 from tfdist.errors import ArgumentError, DisagreementError
 from tfdist.samplers import Sampler, Sequential, from_shuffle
@@ -304,11 +304,16 @@ class _Prepared:
         self.stop.requested = self.stop.agreed = False
         functions = _keras.loop_functions(
             self.model,
+            (data.Epoch, data.Share),
             train_function=self.functions.train,
             test_function=self.functions.test,
             predict_function=self.functions.predict,
         )
-        with self.held, functions:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self.held)
+            stack.enter_context(functions)
+            if self.strategy.place.num_replicas > 1:
+                stack.enter_context(_keras.replicated(self.model))
             yield
 
 
@@ -328,7 +333,7 @@ def _compiled(model: Any) -> Any:
 
 
 def _prepare(model: Any, session: Session, source: data.Source) -> _Prepared:
-    _keras.build(model, source.first_batch())
+    _keras.build(model, source.spec())
     known = vars(model).get(_MEMORY)
     if known is not None and known.fits(model, session.strategy):
         return known  # type: ignore[no-any-return]
@@ -410,8 +415,8 @@ def _check_agreement(
         "versions": f"tfdist {__version__}, keras {keras.__version__}, tensorflow "
         f"{tf.__version__}, python {platform.python_version()}",
         "model": [f"{v.path} {tuple(v.shape)} {v.dtype}" for v in model.variables],
-        "first batch": data.fingerprint(source.first_batch()),
-        **{name: value for name, value in asked.items()},
+        "data": source.fingerprint(),
+        **asked,
     }
     everyone = session.strategy.gather_objects(mine)
     for name in dict.fromkeys(key for facts in everyone for key in facts):
@@ -426,8 +431,7 @@ def _raise_disagreement(name: str, values: list[Any]) -> None:
         values = [[line for line in value or [] if line not in common] for value in values]
     listed = "; ".join(f"worker {i}: {value}" for i, value in enumerate(values))
     remedy = {
-        "first batch": "Give every worker the same data in the same order; seed "
-        "`Dataset.shuffle(..., seed=1)`.",
+        "data": "Give every worker the same data in the same order.",
         "versions": "Install the same versions on every host.",
     }.get(name, "Start the same script with the same arguments on every worker.")
     raise DisagreementError(

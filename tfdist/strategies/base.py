@@ -40,7 +40,7 @@ class Place:
 class Strategy(abc.ABC):
     """How training is spread over devices and processes.
 
-    A subclass sets `name`, answers `unavailable` and `chosen_by` without touching a
+    A subclass sets `name`, takes a `Cluster` in its constructor, answers `unavailable` and `chosen_by` without touching a
     device, sets `place` in its constructor, and overrides what differs from one process
     with one device. Code inside `run` is in a replica: it may call `replica_id`,
     `all_reduce_sum` and `all_gather`.
@@ -122,7 +122,7 @@ class Strategy(abc.ABC):
         """
         return contextlib.nullcontext()
 
-    def agree(self, variables: Sequence[Any]) -> None:
+    def agree(self, variables: Sequence[Any]) -> None:  # noqa: B027, one process agrees
         """Gives `variables` the chief's values on every worker.
 
         Args:

@@ -8,12 +8,16 @@ import pickle
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import keras
 import numpy as np
 import tensorflow as tf
 
 from tfdist import _keras
 from tfdist.cluster import Cluster
 from tfdist.strategies.base import Place, Strategy, Tensor
+
+_WORDS = tf.TensorSpec([None], tf.int32)
+_CHUNK = 2**22  # int32 words that travel at once: 16 MiB
 
 
 class TFDistribute(Strategy):
@@ -99,32 +103,41 @@ class TFDistribute(Strategy):
         return MirroredVariables(self.strategy, variables, optimizers)
 
     def agree(self, variables: Sequence[Any]) -> None:
-        """Gives `variables` the chief's values on every worker, in one collective a dtype."""
-        if self.place.num_workers > 1 and variables:
-            mine = [tf.convert_to_tensor(v) for v in variables]
-            for variable, value in zip(variables, self._broadcast(mine), strict=True):
-                variable.assign(value)
+        """Gives `variables` the chief's values on every worker, bit by bit."""
+        if self.place.num_workers == 1 or not variables:
+            return
+        mine = [np.asarray(keras.ops.convert_to_numpy(v)) for v in variables]
+        received = self._broadcast(b"".join(value.tobytes() for value in mine))
+        start = 0
+        for variable, value in zip(variables, mine, strict=True):
+            part = np.frombuffer(received, value.dtype, value.size, offset=start)
+            start += value.nbytes
+            variable.assign(part.reshape(value.shape))
 
-    def _broadcast(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        @tf.function
-        def on_replicas(tensors: list[Tensor]) -> list[Tensor]:
-            def one() -> list[Tensor]:
+    def _broadcast(self, content: bytes) -> bytes:
+        """Gives every worker the chief's bytes, of the same number everywhere."""
+        words = np.frombuffer(content + bytes(-len(content) % 4), np.int32)
+        received = [
+            self._broadcast_words(tf.constant(words[start : start + _CHUNK])).numpy()
+            for start in range(0, len(words), _CHUNK)
+        ]
+        return np.concatenate(received).tobytes()[: len(content)]
+
+    @functools.cached_property
+    def _broadcast_words(self) -> Callable[[Tensor], Tensor]:
+        def on_replicas(words: Tensor) -> Tensor:
+            def one() -> Tensor:
                 is_first = tf.equal(self.replica_id(), 0)
-                # Collectives know few dtypes; int64 holds all the whole numbers in use.
-                sent = [t if t.dtype.is_floating else tf.cast(t, tf.int64) for t in tensors]
-                kept = [tf.where(is_first, t, tf.zeros_like(t)) for t in sent]
-                summed = self.all_reduce_sum(kept)
-                return [tf.cast(s, t.dtype) for s, t in zip(summed, tensors, strict=True)]
+                # There is no broadcast among tf.distribute's public collectives.
+                return self.all_reduce_sum([tf.where(is_first, words, tf.zeros_like(words))])[0]
 
-            result: list[Tensor] = self.run(one)
-            return result
+            return self.run(one)
 
-        received: list[Tensor] = on_replicas(list(tensors))
-        return received
+        broadcast: Callable[[Tensor], Tensor] = tf.function(on_replicas, [_WORDS])
+        return broadcast
 
     @functools.cached_property
     def _gather_bytes(self) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-        @tf.function(input_signature=[tf.TensorSpec([None], tf.int32)])
         def on_replicas(payload: Tensor) -> tuple[Tensor, Tensor]:
             def one() -> tuple[Tensor, Tensor]:
                 # One copy a worker: its first replica's.
@@ -135,7 +148,7 @@ class TFDistribute(Strategy):
             result: tuple[Tensor, Tensor] = self.run(one)
             return result
 
-        gather: Callable[[Tensor], tuple[Tensor, Tensor]] = on_replicas
+        gather: Callable[[Tensor], tuple[Tensor, Tensor]] = tf.function(on_replicas, [_WORDS])
         return gather
 
     def gather_objects(self, value: Any) -> list[Any]:
@@ -218,8 +231,7 @@ def adopt(strategy: Any) -> TFDistribute:
         workers = replicas // local
         index = _worker_index(resolver)
     place = Place(replicas, index * local, local, workers, index)
-    adopted = TFDistribute(strategy, place)
-    return adopted
+    return TFDistribute(strategy, place)
 
 
 def _worker_index(resolver: Any) -> int:

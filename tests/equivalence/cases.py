@@ -1,0 +1,429 @@
+"""The trainings whose result must not depend on where they run.
+
+Each case is a function that trains and returns what must be equal: weights by name of the
+variable, and the history. `train(model, ...)` is `tfdist.fit` on the strategy under test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+L = keras.layers
+Train = Callable[..., Any]
+Case = Callable[[Train], tuple[Any, Any]]
+CASES: dict[str, Case] = {}
+
+
+def case(function: Case) -> Case:
+    CASES[function.__name__] = function
+    return function
+
+
+def table(rows: int = 961, columns: int = 20, classes: int = 3) -> tuple[Any, Any]:
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(rows, columns)).astype("float32")
+    return x, (x @ rng.normal(size=(columns, classes))).argmax(1)
+
+
+def sequences(rows: int = 321, length: int = 12, words: int = 50) -> tuple[Any, Any]:
+    rng = np.random.default_rng(0)
+    x = rng.integers(1, words, size=(rows, length))
+    x[np.arange(length) >= rng.integers(2, length + 1, size=(rows, 1))] = 0  # padding
+    return x, (x.sum(1) % 2).astype("float32")
+
+
+def images(rows: int = 193) -> tuple[Any, Any]:
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(rows, 8, 8, 1)).astype("float32") + 3.0
+    return x, rng.integers(0, 4, size=rows)
+
+
+def crossentropy(**options: Any) -> Any:
+    return keras.losses.SparseCategoricalCrossentropy(from_logits=True, **options)
+
+
+def mlp(optimizer: Any, loss: Any = None, **compile_options: Any) -> Any:
+    model = keras.Sequential(
+        [
+            keras.Input((20,)),
+            L.Dense(32, activation="relu", kernel_regularizer=keras.regularizers.L2(1e-3)),
+            L.LayerNormalization(),
+            L.Dense(3, bias_regularizer="l1"),
+        ]
+    )
+    compile_options.setdefault("metrics", ["accuracy"])
+    model.compile(optimizer=optimizer, loss=loss or crossentropy(), **compile_options)
+    return model
+
+
+def clipped_adam() -> Any:
+    return keras.optimizers.Adam(0.01, global_clipnorm=0.1)
+
+
+def rows_case(rows: int) -> Case:
+    def run(train: Train) -> tuple[Any, Any]:
+        model = mlp(clipped_adam())
+        x, y = table(rows)
+        return model, train(model, x, y, batch_size=64, epochs=3, validation_data=table(101))
+
+    return run
+
+
+for _rows in (960, 961, 3, 1):
+    CASES[f"rows_{_rows}"] = rows_case(_rows)
+
+
+@case
+def sgd_momentum(train: Train) -> tuple[Any, Any]:
+    model = mlp(keras.optimizers.SGD(0.05, momentum=0.9, nesterov=True, clipnorm=0.5))
+    return model, train(model, *table(), batch_size=64, epochs=2)
+
+
+@case
+def adamw_ema(train: Train) -> tuple[Any, Any]:
+    optimizer = keras.optimizers.AdamW(
+        0.01, weight_decay=0.01, use_ema=True, ema_momentum=0.9, ema_overwrite_frequency=5
+    )
+    model = mlp(optimizer)
+    return model, train(model, *table(), batch_size=64, epochs=2)
+
+
+@case
+def gradient_accumulation(train: Train) -> tuple[Any, Any]:
+    model = mlp(keras.optimizers.Adam(0.01, gradient_accumulation_steps=3))
+    return model, train(model, *table(), batch_size=64, epochs=2)
+
+
+@case
+def loss_scaling(train: Train) -> tuple[Any, Any]:
+    # The first scales overflow, so steps are skipped, on all replicas or on none.
+    optimizer = keras.optimizers.LossScaleOptimizer(
+        keras.optimizers.Adam(0.01), initial_scale=2.0**127, dynamic_growth_steps=4
+    )
+    model = mlp(optimizer)
+    return model, train(model, *table(), batch_size=64, epochs=2)
+
+
+@case
+def mixed_precision(train: Train) -> tuple[Any, Any]:
+    keras.mixed_precision.set_global_policy("mixed_float16")
+    try:
+        model = mlp(keras.optimizers.Adam(1e-4))
+        return model, train(model, *table(), batch_size=64, epochs=2)
+    finally:
+        keras.mixed_precision.set_global_policy("float32")
+
+
+@case
+def every_optimizer(train: Train) -> tuple[Any, Any]:
+    models = []
+    for name in ("Adadelta", "Adafactor", "Adagrad", "Adamax", "Ftrl", "Lamb", "Lion",
+                 "Nadam", "RMSprop"):  # fmt: skip
+        model = mlp(getattr(keras.optimizers, name)(0.01))
+        history = train(model, *table(131), batch_size=64, epochs=1)
+        models.append(model)
+    return models, history
+
+
+@case
+def cnn_synchronized_batch_norm(train: Train) -> tuple[Any, Any]:
+    model = keras.Sequential(
+        [
+            keras.Input((8, 8, 1)),
+            L.Conv2D(6, 3, use_bias=False),
+            L.BatchNormalization(synchronized=True, momentum=0.9),
+            L.ReLU(),
+            L.GlobalAveragePooling2D(),
+            L.Dense(4),
+        ]
+    )
+    model.compile("sgd", crossentropy(), metrics=["accuracy"])
+    x, y = images()
+    return model, train(model, x, y, batch_size=32, epochs=2, validation_data=(x, y))
+
+
+@case
+def embedding_lstm(train: Train) -> tuple[Any, Any]:
+    model = keras.Sequential(
+        [
+            keras.Input((12,), dtype="int32"),
+            L.Embedding(50, 8, mask_zero=True),
+            L.LSTM(8, dropout=0.2),
+            L.Dense(1, activation="sigmoid"),
+        ]
+    )
+    model.compile(
+        keras.optimizers.Adam(0.01), "binary_crossentropy", metrics=["accuracy", "auc"]
+    )
+    return model, train(model, *sequences(), batch_size=32, epochs=2)
+
+
+@case
+def masked_tagging(train: Train) -> tuple[Any, Any]:
+    words = keras.Input((12,), dtype="int32")
+    hidden = L.Embedding(50, 8, mask_zero=True)(words)
+    tags = L.Dense(2, name="tags")(L.GRU(8, return_sequences=True)(hidden))
+    last = L.Dense(1, name="last")(L.LSTM(4)(hidden))
+    model = keras.Model(words, {"tags": tags, "last": last})
+    model.compile(
+        keras.optimizers.Adam(0.01),
+        {"tags": crossentropy(), "last": "mse"},
+        loss_weights={"tags": 1.0, "last": 0.5},
+        metrics={"tags": ["accuracy"]},
+    )
+    x, y = sequences()
+    targets = {"tags": x % 2, "last": y[:, None]}
+    return model, train(model, x, targets, batch_size=32, epochs=2)
+
+
+@case
+def several_inputs_and_outputs(train: Train) -> tuple[Any, Any]:
+    a, b = keras.Input((12,), name="a"), keras.Input((8,), name="b")
+    hidden = L.Dense(16, activation="tanh")(L.Concatenate()([a, b]))
+    model = keras.Model(
+        {"a": a, "b": b},
+        {"kind": L.Dense(3, name="kind")(hidden), "size": L.Dense(1, name="size")(hidden)},
+    )
+    model.compile(
+        clipped_adam(),
+        {"kind": crossentropy(), "size": "mse"},
+        loss_weights={"kind": 1.0, "size": 0.3},
+        metrics={"kind": ["accuracy"], "size": ["mae"]},
+    )
+    x, y = table()
+    inputs = {"a": x[:, :12], "b": x[:, 12:]}
+    targets = {"kind": y, "size": x.sum(1, keepdims=True)}
+    return model, train(model, inputs, targets, batch_size=64, epochs=2, validation_split=0.2)
+
+
+class Subclassed(keras.Model):
+    """Without a config: it cannot be rebuilt, only moved."""
+
+    def __init__(self, act: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.act = act
+        self.first, self.second = L.Dense(16), L.Dense(3)
+        self.steps = self.add_weight(shape=(), trainable=False, name="steps")
+
+    def call(self, x: Any, training: bool = False) -> Any:
+        if training:
+            self.steps.assign(self.steps + 1.0)
+        return self.second(self.act(self.first(x)))
+
+
+@case
+def subclassed_by_function(train: Train) -> tuple[Any, Any]:
+    def make() -> Any:
+        model = Subclassed(lambda x: tf.sin(x))
+        model.compile(clipped_adam(), crossentropy(), metrics=["accuracy"])
+        return model
+
+    history = train(make, *table(), batch_size=64, epochs=2)
+    return history.model, history
+
+
+@case
+def sample_weight(train: Train) -> tuple[Any, Any]:
+    model = mlp(clipped_adam(), weighted_metrics=["accuracy"])
+    weights = np.random.default_rng(1).uniform(0, 3, 961).astype("float32")
+    return model, train(model, *table(), sample_weight=weights, batch_size=64, epochs=2)
+
+
+@case
+def class_weight(train: Train) -> tuple[Any, Any]:
+    model = mlp(clipped_adam())
+    return model, train(
+        model, *table(), class_weight={0: 3.0, 1: 0.5}, batch_size=64, epochs=2
+    )
+
+
+@case
+def loss_reductions(train: Train) -> tuple[Any, Any]:
+    weights = np.random.default_rng(1).uniform(0, 3, 131).astype("float32")
+    models = []
+    for reduction in ("sum", "mean_with_sample_weight"):
+        model = mlp("sgd", crossentropy(reduction=reduction))
+        model.optimizer.learning_rate = 1e-3
+        history = train(
+            model, *table(131), sample_weight=weights, batch_size=32, epochs=2
+        )
+        models.append(model)
+    return models, history
+
+
+@case
+def steps_per_execution(train: Train) -> tuple[Any, Any]:
+    model = mlp(clipped_adam(), steps_per_execution=4)
+    return model, train(
+        model, *table(), batch_size=64, epochs=2, validation_data=table(300)
+    )
+
+
+@case
+def steps_per_epoch(train: Train) -> tuple[Any, Any]:
+    model = mlp(clipped_adam())
+    return model, train(
+        model,
+        *table(),
+        batch_size=64,
+        epochs=4,
+        steps_per_epoch=6,
+        validation_data=table(300),
+        validation_steps=2,
+    )
+
+
+@case
+def dropout(train: Train) -> tuple[Any, Any]:
+    model = keras.Sequential(
+        [
+            keras.Input((8, 8, 1)),
+            L.Conv2D(6, 3, activation="relu"),
+            L.SpatialDropout2D(0.2),
+            L.Flatten(),
+            L.Dropout(0.5),
+            L.Dense(4),
+        ]
+    )
+    model.compile(keras.optimizers.Adam(0.01), crossentropy())
+    return model, train(model, *images(), batch_size=32, epochs=2)
+
+
+@case
+def tf_dataset(train: Train) -> tuple[Any, Any]:
+    def batches(rows: int) -> Any:
+        return tf.data.Dataset.from_tensor_slices(table(rows)).shuffle(200, seed=3).batch(50)
+
+    model = mlp(clipped_adam())
+    return model, train(
+        model, batches(961), epochs=2, validation_data=batches(101), class_weight={1: 2.0}
+    )
+
+
+@case
+def tf_dataset_of_unknown_length(train: Train) -> tuple[Any, Any]:
+    dataset = tf.data.Dataset.from_tensor_slices(table(300)).batch(64).filter(lambda *_: True)
+    model = mlp(clipped_adam())
+    history = train(model, dataset, epochs=2)
+    endless = tf.data.Dataset.from_tensor_slices(table(300)).repeat().batch(64)
+    train(model, endless, epochs=2, steps_per_epoch=3)
+    return model, history
+
+
+class Pages(keras.utils.PyDataset):
+    def __init__(self, x: Any, y: Any) -> None:
+        super().__init__(workers=2)
+        self.x, self.y = x, y
+
+    def __len__(self) -> int:
+        return -(-len(self.x) // 50)
+
+    def __getitem__(self, page: int) -> tuple[Any, Any]:
+        return self.x[page * 50 : page * 50 + 50], self.y[page * 50 : page * 50 + 50]
+
+
+@case
+def py_dataset(train: Train) -> tuple[Any, Any]:
+    model = mlp(clipped_adam())
+    return model, train(model, Pages(*table()), epochs=2, validation_data=Pages(*table(101)))
+
+
+@case
+def generator(train: Train) -> tuple[Any, Any]:
+    def pages() -> Any:
+        x, y = table()
+        while True:
+            for start in range(0, 961, 50):
+                yield x[start : start + 50], y[start : start + 50]
+
+    model = mlp(clipped_adam())
+    return model, train(model, pages(), epochs=2, steps_per_epoch=12)
+
+
+class OwnStep(keras.Model):
+    def train_step(self, data: Any) -> Any:
+        x, y = data
+        with tf.GradientTape() as tape:
+            logits = self(x, training=True)
+            loss = self.compute_loss(x, y, logits)
+        grads = tape.gradient(loss, self.trainable_variables)
+        self.optimizer.apply_gradients(zip(grads, self.trainable_variables, strict=True))
+        for metric in self.metrics:
+            if metric.name == "loss":
+                metric.update_state(loss, sample_weight=tf.shape(x)[0])
+            else:
+                metric.update_state(y, logits)
+        return {"raw": loss, **{m.name: m.result() for m in self.metrics}}
+
+
+@case
+def own_train_step(train: Train) -> tuple[Any, Any]:
+    inputs = keras.Input((20,))
+    model = OwnStep(inputs, L.Dense(3)(L.Dense(16, activation="relu")(inputs)))
+    model.compile(clipped_adam(), crossentropy(), metrics=["accuracy"])
+    return model, train(model, *table(), batch_size=64, epochs=2)
+
+
+class Adversaries(keras.Model):
+    """Two optimizers; the second update sees what the first one changed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maker = keras.Sequential([keras.Input((4,)), L.Dense(20)])
+        self.judge = keras.Sequential([keras.Input((20,)), L.Dense(8, "relu"), L.Dense(1)])
+        self.judge_loss = keras.metrics.Mean(name="judge_loss")
+
+    def compile(self, **options: Any) -> None:
+        super().compile(**options)
+        self.judge_optimizer = keras.optimizers.Adam(0.01)
+        self.judge_optimizer.build(self.judge.trainable_variables)
+        self.optimizer.build(self.maker.trainable_variables)
+
+    def call(self, x: Any) -> Any:
+        return self.judge(x)
+
+    def train_step(self, data: Any) -> Any:
+        (x,) = data
+        noise = x[:, :4]
+        with tf.GradientTape() as tape:
+            scores = self.judge(x) - self.judge(self.maker(noise))
+            loss = tf.reduce_mean(tf.nn.softplus(-scores))
+        grads = tape.gradient(loss, self.judge.trainable_variables)
+        self.judge_optimizer.apply(grads, self.judge.trainable_variables)
+        self.judge_loss.update_state(loss, sample_weight=tf.shape(x)[0])
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean(tf.nn.softplus(-self.judge(self.maker(noise))))
+        grads = tape.gradient(loss, self.maker.trainable_variables)
+        self.optimizer.apply(grads, self.maker.trainable_variables)
+        return {"judge_loss": self.judge_loss.result()}
+
+
+@case
+def two_optimizers(train: Train) -> tuple[Any, Any]:
+    model = Adversaries()
+    model.compile(optimizer=keras.optimizers.Adam(0.01))
+    return model, train(model, table()[0], batch_size=64, epochs=2)
+
+
+@case
+def second_fit_continues(train: Train) -> tuple[Any, Any]:
+    model = mlp(clipped_adam())
+    train(model, *table(), batch_size=64, epochs=1)
+    return model, train(model, *table(), batch_size=64, epochs=2)
+
+
+@case
+def own_compute_loss(train: Train) -> tuple[Any, Any]:
+    class OwnLoss(keras.Model):
+        def compute_loss(self, x, y, y_pred, sample_weight=None, training=True):  # type: ignore[no-untyped-def]
+            return tf.reduce_mean(tf.square(y_pred[:, 0] - tf.cast(y, tf.float32)))
+
+    inputs = keras.Input((20,))
+    model = OwnLoss(inputs, L.Dense(1)(L.BatchNormalization(synchronized=True)(inputs)))
+    model.compile(keras.optimizers.Adam(0.01))
+    return model, train(model, *table(), batch_size=64, epochs=2)

@@ -1,0 +1,61 @@
+"""Trains all cases on one strategy and writes what must be equal, a file a case.
+
+    python -m tests.equivalence.program FOLDER STRATEGY REPLICAS [CASE ...]
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import pickle
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+import tfdist
+from tests.equivalence.cases import CASES
+
+SEED = 7
+
+
+def run(name: str, target: Path, strategy: Any) -> None:
+    keras.utils.set_random_seed(SEED)
+    keras.backend.clear_session()
+    train = functools.partial(tfdist.fit, strategy=strategy, seed=SEED, verbose=0)
+    try:
+        models, history = CASES[name](train)
+        models = models if isinstance(models, list) else [models]
+        result: Any = {
+            "weights": [[np.asarray(v) for v in m.variables] for m in models],
+            "optimizer": [[np.asarray(v) for v in m.optimizer.variables] for m in models],
+            "plain": all(
+                type(v._value).__name__ == "ResourceVariable" for m in models for v in m.variables
+            ),
+            "history": history.history,
+        }
+    except Exception:
+        result = {"error": traceback.format_exc()}
+    part = target.with_suffix(f".part{os.getpid()}")
+    part.write_bytes(pickle.dumps(result))
+    part.replace(target)
+
+
+def main(folder: Path, strategy: str, replicas: int, *names: str) -> None:
+    if strategy == "mirrored":
+        (cpu,) = tf.config.list_physical_devices("CPU")
+        tf.config.set_logical_device_configuration(
+            cpu, [tf.config.LogicalDeviceConfiguration()] * replicas
+        )
+    tfdist.init(strategy, seed=SEED)
+    worker = "" if tfdist.is_chief() else ".other"
+    for name in names or CASES:
+        run(name, folder / f"{name}.{strategy}-{replicas}{worker}", strategy)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), *sys.argv[4:])
