@@ -1,4 +1,4 @@
-"""Every example runs, in one process and in two, and prints what it promises."""
+"""Examples, in one process and in two, and the Python code of the documentation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import pytest
 
 pytest.importorskip("sklearn")
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
 LIMIT_S = 240
 
 ALONE = pytest.param((), 1, id="python")
@@ -97,3 +98,33 @@ def test_unmodified_keras_script(launcher, workers, tmp_path):
     assert len(set(results)) == 1
     assert float(results[0][0]) > 0.9
     assert [path.name for path in tmp_path.iterdir()] == ["digits.keras"]
+
+
+# TensorFlow's devices are set once in a process, so the page that sets them comes first.
+RUN_PAGES = """
+import pathlib, re, sys
+pages = sorted(map(pathlib.Path, sys.argv[1:]), key=lambda page: page.name != "mirrored.md")
+for page in pages:
+    blocks = re.findall(r"^```python\\n(.*?)^```", page.read_text("utf-8"), re.M | re.S)
+    for number, block in enumerate(blocks):
+        print(f"running {page.name} {number}", flush=True)
+        exec(compile(block, f"{page.name}, block {number}", "exec"), {})
+"""
+
+
+def test_python_code_of_the_documentation(tmp_path):
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    if not (ROOT / "docs").is_dir():
+        pytest.skip("the documentation is not part of this copy")
+    done = subprocess.run(
+        [sys.executable, "-c", RUN_PAGES, *map(str, pages)],
+        cwd=tmp_path,
+        env={k: v for k, v in os.environ.items() if k != "TF_CONFIG"},
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=LIMIT_S,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert done.stdout.count("running ") >= 8
