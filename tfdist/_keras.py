@@ -234,7 +234,7 @@ def optimizers_of(model: Any) -> list[Any]:
     Returns:
         Distinct `keras.Optimizer` instances, the compiled one first.
     """
-    held = [model.optimizer, *vars(model).values()]
+    held = [getattr(model, "optimizer", None), *vars(model).values()]
     unique = {id(o): o for o in held if isinstance(o, keras.optimizers.Optimizer)}
     return list(unique.values())
 
@@ -536,9 +536,26 @@ def build(model: Any, batch: Any) -> None:
 
     Args:
         model: A compiled `keras.Model`.
-        batch: One batch: a tuple `(x,)`, `(x, y)` or `(x, y, sample_weight)`.
+        batch: What describes a batch: `x`, `(x, y)` or `(x, y, sample_weight)`, leaves with
+            shape and dtype.
     """
     model._symbolic_build(data_batch=batch)
+
+
+def build_layers(model: Any, batch: Any) -> None:
+    """Creates a model's own variables, which is all that `predict` needs.
+
+    Args:
+        model: A `keras.Model`, compiled or not.
+        batch: As in `build`.
+    """
+    if all(layer.built for layer in model._flatten_layers()):
+        return
+    x, _, _ = keras.utils.unpack_x_y_sample_weight(batch)
+    symbols = tf.nest.map_structure(
+        lambda leaf: keras.KerasTensor(leaf.shape, _backend.standardize_dtype(leaf.dtype)), x
+    )
+    _backend.compute_output_spec(model, symbols, training=False)
 
 
 def compiled_state(model: Any) -> tuple[Any, ...]:
@@ -550,7 +567,7 @@ def compiled_state(model: Any) -> tuple[Any, ...]:
     Returns:
         The loss tracker, the optimizer and the steps per execution.
     """
-    return (model._loss_tracker, model.optimizer, model.steps_per_execution)
+    return (model._loss_tracker, getattr(model, "optimizer", None), model.steps_per_execution)
 
 
 def metric_variables(model: Any) -> list[Any]:

@@ -125,7 +125,7 @@ def _over_epoch(
     def function(epoch: Epoch) -> Logs:
         steps = epoch.take(model.steps_per_execution)
         stopping = tf.constant(float(stop.requested))
-        with epoch.drawing():
+        with epoch.drawing(), strategy.waiting_for("a step"):
             if model.steps_per_execution == 1:
                 logs, signals = traced_one(epoch.iterator, stopping)
             elif model.run_eagerly:
@@ -162,7 +162,8 @@ def _over_shares(
     one_step = _traced(model, lambda share: strategy.run(step, share))
 
     def function(shares: list[Share]) -> Any:
-        outputs = [one_step(share) for share in shares]
+        with strategy.waiting_for("a step"):
+            outputs = [one_step(share) for share in shares]
         return tf.nest.map_structure(lambda *parts: tf.concat(parts, 0), *outputs)
 
     return function

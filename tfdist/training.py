@@ -128,7 +128,8 @@ def fit(
             or (batch_size if data.is_arrays(_first(validation_data)) else None),
             steps=validation_steps,
         )
-    prepared = _prepare(model, session, source)
+    _keras.build(model, source.spec())
+    prepared = _prepare(model, session)
     _check_agreement(
         session,
         model,
@@ -209,7 +210,8 @@ def evaluate(
     _check_steps(steps=steps)
     model = _compiled(model)
     source = _read_in_order(x, y, sample_weight, batch_size=batch_size, steps=steps)
-    prepared = _prepare(model, session, source)
+    _keras.build(model, source.spec())
+    prepared = _prepare(model, session)
     asked = {"batch_size": batch_size, "steps": source.steps}
     _check_agreement(session, model, asked, source)
     with prepared.running():
@@ -261,7 +263,8 @@ def predict(
     _check_steps(steps=steps)
     model = model if isinstance(model, keras.Model) else model()
     source = _read_in_order(x, None, None, batch_size=batch_size, steps=steps)
-    prepared = _prepare(model, session, source)
+    _keras.build_layers(model, source.spec())
+    prepared = _prepare(model, session)
     asked = {"batch_size": batch_size, "steps": source.steps}
     _check_agreement(session, model, asked, source)
     with prepared.running():
@@ -332,8 +335,7 @@ def _compiled(model: Any) -> Any:
     return made
 
 
-def _prepare(model: Any, session: Session, source: data.Source) -> _Prepared:
-    _keras.build(model, source.spec())
+def _prepare(model: Any, session: Session) -> _Prepared:
     known = vars(model).get(_MEMORY)
     if known is not None and known.fits(model, session.strategy):
         return known  # type: ignore[no-any-return]

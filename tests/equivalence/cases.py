@@ -237,9 +237,7 @@ def sample_weight(train: Train) -> tuple[Any, Any]:
 @case
 def class_weight(train: Train) -> tuple[Any, Any]:
     model = mlp(clipped_adam())
-    return model, train(
-        model, *table(), class_weight={0: 3.0, 1: 0.5}, batch_size=64, epochs=2
-    )
+    return model, train(model, *table(), class_weight={0: 3.0, 1: 0.5}, batch_size=64, epochs=2)
 
 
 @case
@@ -249,9 +247,7 @@ def loss_reductions(train: Train) -> tuple[Any, Any]:
     for reduction in ("sum", "mean_with_sample_weight"):
         model = mlp("sgd", crossentropy(reduction=reduction))
         model.optimizer.learning_rate = 1e-3
-        history = train(
-            model, *table(131), sample_weight=weights, batch_size=32, epochs=2
-        )
+        history = train(model, *table(131), sample_weight=weights, batch_size=32, epochs=2)
         models.append(model)
     return models, history
 
@@ -259,9 +255,7 @@ def loss_reductions(train: Train) -> tuple[Any, Any]:
 @case
 def steps_per_execution(train: Train) -> tuple[Any, Any]:
     model = mlp(clipped_adam(), steps_per_execution=4)
-    return model, train(
-        model, *table(), batch_size=64, epochs=2, validation_data=table(300)
-    )
+    return model, train(model, *table(), batch_size=64, epochs=2, validation_data=table(300))
 
 
 @case

@@ -1,13 +1,11 @@
 """Trains all cases on one strategy and writes what must be equal, a file a case.
 
-    python -m tests.equivalence.program FOLDER STRATEGY REPLICAS [CASE ...]
+python -m tests.equivalence.program FOLDER STRATEGY REPLICAS [CASE ...]
 """
 
 from __future__ import annotations
 
 import functools
-import os
-import pickle
 import sys
 import traceback
 from pathlib import Path
@@ -19,6 +17,7 @@ import tensorflow as tf
 
 import tfdist
 from tests.equivalence.cases import CASES
+from tests.jobs import write
 
 SEED = 7
 
@@ -34,15 +33,15 @@ def run(name: str, target: Path, strategy: Any) -> None:
             "weights": [[np.asarray(v) for v in m.variables] for m in models],
             "optimizer": [[np.asarray(v) for v in m.optimizer.variables] for m in models],
             "plain": all(
-                type(v._value).__name__ == "ResourceVariable" for m in models for v in m.variables
+                type(v._value).__name__ == "ResourceVariable"
+                for m in models
+                for v in m.variables
             ),
             "history": history.history,
         }
     except Exception:
         result = {"error": traceback.format_exc()}
-    part = target.with_suffix(f".part{os.getpid()}")
-    part.write_bytes(pickle.dumps(result))
-    part.replace(target)
+    write(result, target)
 
 
 def main(folder: Path, strategy: str, replicas: int, *names: str) -> None:

@@ -40,10 +40,10 @@ class Place:
 class Strategy(abc.ABC):
     """How training is spread over devices and processes.
 
-    A subclass sets `name`, takes a `Cluster` in its constructor, answers `unavailable` and `chosen_by` without touching a
-    device, sets `place` in its constructor, and overrides what differs from one process
-    with one device. Code inside `run` is in a replica: it may call `replica_id`,
-    `all_reduce_sum` and `all_gather`.
+    A subclass sets `name`, takes a `Cluster` in its constructor and sets `place` there,
+    answers `unavailable` and `chosen_by` without touching a device, and overrides what
+    differs from one process with one device. Code inside `run` is in a replica: it may call
+    `replica_id`, `all_reduce_sum` and `all_gather`.
 
     Attributes:
         name: What the user passes as `strategy=`.
@@ -136,6 +136,14 @@ class Strategy(abc.ABC):
             value: This worker's object.
         """
         return [value]
+
+    def waiting_for(self, what: str) -> contextlib.AbstractContextManager[None]:
+        """Makes a context that limits how long this process waits for others.
+
+        Args:
+            what: What it waits for, for the message.
+        """
+        return contextlib.nullcontext()
 
     def broadcast_object(self, value: Any) -> Any:
         """Gives every worker the chief's object.

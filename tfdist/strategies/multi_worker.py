@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import socket
 from typing import Any
 
 import tensorflow as tf
@@ -10,14 +12,12 @@ from tensorflow.python.eager import context as _context
 
 from tfdist.cluster import Cluster
 from tfdist.errors import StrategyError
+from tfdist.patience import Patience
 from tfdist.strategies.base import Place
 from tfdist.strategies.tf_distribute import TFDistribute
 
 START_TIMEOUT = "TFDIST_START_TIMEOUT"
 """Environment variable: seconds to wait for the other workers to come up, default 300."""
-
-STEP_TIMEOUT = "TFDIST_STEP_TIMEOUT"
-"""Environment variable: seconds a worker waits for the others in a step, default 1800."""
 
 
 class MultiWorker(TFDistribute):
@@ -47,6 +47,11 @@ class MultiWorker(TFDistribute):
                 worker_index=cluster.worker_index,
             ),
         )
+        self._patience = Patience.from_environment(cluster.task)
+
+    def waiting_for(self, what: str) -> contextlib.AbstractContextManager[None]:
+        """Limits a wait for the other workers."""
+        return self._patience.waiting_for(what)
 
     @classmethod
     def unavailable(cls, cluster: Cluster) -> str | None:
@@ -68,13 +73,24 @@ class MultiWorker(TFDistribute):
         return None
 
 
-def _seconds(variable: str, default: int) -> int:
-    return int(os.environ.get(variable, default))
+def _check_port(cluster: Cluster) -> None:
+    """Says clearly what TensorFlow says in passing, then waiting for itself."""
+    address = cluster.jobs[cluster.job][cluster.index]
+    port = int(address.rpartition(":")[2])
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            raise StrategyError(
+                f"The port of this worker must be free. Received: {cluster.task} at {address}, "
+                f"but port {port}: {error.strerror}. Stop what uses it, or choose another."
+            ) from error
 
 
 def _connect(cluster: Cluster) -> Any:
     """Starts TensorFlow's server and waits for the other workers, not for ever."""
-    start_timeout = _seconds(START_TIMEOUT, 300)
+    start_timeout = int(os.environ.get(START_TIMEOUT, "300"))
     jobs = {job: list(cluster.jobs[job]) for job in cluster.jobs if job in ("chief", "worker")}
     spec = tf.train.ClusterSpec(jobs)
     coordinated = _context.coordination_config_pb2.CoordinatedJob
@@ -90,13 +106,11 @@ def _connect(cluster: Cluster) -> Any:
             coordinated(name=job, num_tasks=len(tasks)) for job, tasks in jobs.items()
         ],
     )
+    _check_port(cluster)
     try:
         return tf.distribute.MultiWorkerMirroredStrategy(
             cluster_resolver=tf.distribute.cluster_resolver.SimpleClusterResolver(
                 spec, task_type=cluster.job, task_id=cluster.index, rpc_layer="grpc"
-            ),
-            communication_options=tf.distribute.experimental.CommunicationOptions(
-                timeout_seconds=float(_seconds(STEP_TIMEOUT, 1800))
             ),
         )
     except (tf.errors.OpError, RuntimeError) as error:

@@ -117,10 +117,11 @@ class TFDistribute(Strategy):
     def _broadcast(self, content: bytes) -> bytes:
         """Gives every worker the chief's bytes, of the same number everywhere."""
         words = np.frombuffer(content + bytes(-len(content) % 4), np.int32)
-        received = [
-            self._broadcast_words(tf.constant(words[start : start + _CHUNK])).numpy()
-            for start in range(0, len(words), _CHUNK)
-        ]
+        with self.waiting_for("the chief's weights"):
+            received = [
+                self._broadcast_words(tf.constant(words[start : start + _CHUNK])).numpy()
+                for start in range(0, len(words), _CHUNK)
+            ]
         return np.concatenate(received).tobytes()[: len(content)]
 
     @functools.cached_property
@@ -156,7 +157,8 @@ class TFDistribute(Strategy):
         if self.place.num_workers == 1:
             return [value]
         mine = np.frombuffer(pickle.dumps(value), np.uint8).astype(np.int32)
-        sizes, payloads = (t.numpy() for t in self._gather_bytes(tf.constant(mine)))
+        with self.waiting_for("an exchange of settings between workers"):
+            sizes, payloads = (t.numpy() for t in self._gather_bytes(tf.constant(mine)))
         parts = np.split(payloads, np.cumsum([size for size in sizes if size])[:-1])
         return [pickle.loads(part.astype(np.uint8).tobytes()) for part in parts]
 

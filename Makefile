@@ -1,0 +1,70 @@
+# `make demo` and `make test` need Python 3.11 or newer and a compiler, nothing else.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# The oldest versions that pyproject.toml allows, tested beside the newest.
+OLDEST := "tensorflow==2.20.*" "keras==3.12.0"
+OLDEST_VENV ?= .venv-oldest
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-newest test-oldest check format bench docs clean
+
+help:  ## Show this list.
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+
+# One stamp a set of dependencies: nothing is installed twice.
+$(VENV)/.demo: pyproject.toml | $(BIN)/python
+	@echo "Installing tfdist, TensorFlow and Keras into $(VENV) (a few minutes the first time) ..."
+	$(BIN)/python -m pip install --quiet -e . scikit-learn
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml | $(BIN)/python
+	@echo "Installing tfdist with what its tests need into $(VENV) ..."
+	$(BIN)/python -m pip install --quiet -e ".[dev]"
+	@touch $@
+
+$(VENV)/.docs: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -e ".[docs]"
+	@touch $@
+
+$(OLDEST_VENV)/.test: pyproject.toml
+	$(PYTHON) -m venv $(OLDEST_VENV)
+	$(OLDEST_VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(OLDEST_VENV)/bin/python -m pip install --quiet -e ".[test]" $(OLDEST)
+	@touch $@
+
+demo: $(VENV)/.demo  ## Train a real model over two local worker processes.
+	$(BIN)/tfdist run -n 2 examples/quickstart.py
+
+test: test-newest test-oldest  ## Run all tests, with the newest and with the oldest versions.
+
+test-newest: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+test-oldest: $(OLDEST_VENV)/.test
+	$(OLDEST_VENV)/bin/python -m pytest -m "quick or oldest"
+
+check: $(VENV)/.dev  ## Lint, type-check and run the quick tests: for every commit.
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest -m quick -q
+
+format: $(VENV)/.dev  ## Format the code.
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(VENV)/.dev  ## Measure speed, as ratios; takes a while and a quiet machine.
+	$(BIN)/python -m benchmarks
+
+docs: $(VENV)/.docs  ## Build the documentation into site/.
+	$(BIN)/mkdocs build --strict
+
+clean:  ## Remove what make created.
+	rm -rf $(VENV) $(OLDEST_VENV) site build dist *.egg-info

@@ -1,0 +1,469 @@
+"""What must hold in a single process and on every worker of a cluster alike.
+
+Each check is a function of a folder that all workers share.
+"""
+
+from __future__ import annotations
+
+import csv
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import tfdist
+from tests.equivalence.cases import clipped_adam, crossentropy, mlp, table
+from tfdist.errors import ArgumentError, DisagreementError
+
+L = keras.layers
+Check = Callable[[Path], None]
+CHECKS: dict[str, Check] = {}
+
+
+def check(function: Check) -> Check:
+    CHECKS[function.__name__] = function
+    return function
+
+
+def place() -> Any:
+    return tfdist.init(seed=7).strategy.place
+
+
+def everywhere(value: Any) -> list[Any]:
+    return tfdist.init(seed=7).strategy.gather_objects(value)
+
+
+def same_everywhere(model: Any) -> None:
+    first, *others = everywhere([np.asarray(v) for v in model.variables])
+    for other in others:
+        for a, b in zip(first, other, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def assert_weights_close(model: Any, expected: Any, tolerance: float = 1e-5) -> None:
+    for ours, theirs in zip(model.get_weights(), expected.get_weights(), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=tolerance, atol=tolerance)
+
+
+def twins(**options: Any) -> tuple[Any, Any]:
+    """Two models with the same weights, to train one with tfdist and one with Keras."""
+    models = [mlp(clipped_adam(), **options) for _ in range(2)]
+    models[1].set_weights(models[0].get_weights())
+    return models[0], models[1]
+
+
+ORDERED = {"batch_size": 64, "shuffle": False, "verbose": 0}
+
+
+@check
+def equals_plain_keras(folder: Path) -> None:
+    ours, theirs = twins()
+    options = {**ORDERED, "epochs": 2, "validation_split": 0.1}
+    a = tfdist.fit(ours, *table(), **options)
+    b = theirs.fit(*table(), **options)
+    assert_weights_close(ours, theirs)
+    assert a.history.keys() == b.history.keys()
+    for name in a.history:
+        np.testing.assert_allclose(a.history[name], b.history[name], rtol=1e-5)
+
+
+@check
+def evaluate_counts_each_example_once(folder: Path) -> None:
+    model = mlp(
+        clipped_adam(),
+        metrics=["accuracy", keras.metrics.SparseCategoricalCrossentropy(from_logits=True)],
+    )
+    for rows in (1, 3, 7, 300):
+        x, y = table(rows)
+        expected = model.evaluate(x, y, batch_size=4, verbose=0)
+        received = tfdist.evaluate(model, x, y, batch_size=4, verbose=0)
+        np.testing.assert_allclose(received, expected, rtol=1e-5)
+    named = tfdist.evaluate(model, *table(9), verbose=0, return_dict=True)
+    assert list(named) == ["accuracy", "loss", "sparse_categorical_crossentropy"]
+
+
+@check
+def predictions_are_in_order(folder: Path) -> None:
+    model = mlp(clipped_adam())
+    for rows in (1, 3, 7, 300):
+        x, _ = table(rows)
+        expected = model.predict(x, verbose=0)
+        np.testing.assert_allclose(
+            tfdist.predict(model, x, batch_size=4, verbose=0), expected, rtol=1e-5, atol=1e-6
+        )
+    dataset = tf.data.Dataset.from_tensor_slices(x).batch(7)
+    np.testing.assert_allclose(
+        tfdist.predict(model, dataset, verbose=0), expected, rtol=1e-5, atol=1e-6
+    )
+
+
+@check
+def predicts_nested_outputs_without_compiling(folder: Path) -> None:
+    inputs = keras.Input((20,))
+    model = keras.Model(inputs, {"a": L.Dense(2)(inputs), "b": L.Dense(1)(inputs)})
+    x, _ = table(11)
+    expected = model.predict(x, verbose=0)
+    received = tfdist.predict(model, x, batch_size=3, verbose=0)
+    for name in ("a", "b"):
+        np.testing.assert_allclose(received[name], expected[name], rtol=1e-5, atol=1e-6)
+
+
+@check
+def unsynchronized_batch_norm_agrees_and_is_finite(folder: Path) -> None:
+    model = keras.Sequential([keras.Input((20,)), L.BatchNormalization(), L.Dense(3)])
+    model.compile("adam", crossentropy())
+    tfdist.fit(model, *table(961), batch_size=64, epochs=2, verbose=0)  # last batch: 1 row
+    assert all(np.isfinite(w).all() for w in model.get_weights())
+    same_everywhere(model)
+
+
+@check
+def early_stopping_and_plateau_decide_alike(folder: Path) -> None:
+    ours, theirs = twins()
+
+    def callbacks() -> list[Any]:
+        return [
+            keras.callbacks.EarlyStopping("val_loss", min_delta=0.05, patience=1),
+            keras.callbacks.ReduceLROnPlateau("loss", factor=0.5, patience=1, min_delta=0.1),
+            keras.callbacks.LearningRateScheduler(lambda epoch, rate: rate * 0.9),
+        ]
+
+    options = {**ORDERED, "epochs": 12, "validation_split": 0.2}
+    a = tfdist.fit(ours, *table(), callbacks=callbacks(), **options)
+    b = theirs.fit(*table(), callbacks=callbacks(), **options)
+    assert len(a.history["loss"]) == len(b.history["loss"]) < 12
+    np.testing.assert_allclose(
+        a.history["learning_rate"], b.history["learning_rate"], rtol=1e-6
+    )
+    assert_weights_close(ours, theirs)
+    same_everywhere(ours)
+
+
+class StopAt(keras.callbacks.Callback):
+    def __init__(self, batch: int, worker: int | None) -> None:
+        super().__init__()
+        self.batch, self.worker = batch, worker
+        self.ended = 0
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        self.ended += 1
+        if batch == self.batch and self.worker in (None, place().worker_index):
+            self.model.stop_training = True
+
+
+@check
+def a_stop_on_any_worker_takes_effect_at_the_same_step(folder: Path) -> None:
+    last = 15  # of batches 0 to 15: then the epoch's end has to carry the news
+    for batch in (0, 5, last):
+        for worker in (None, place().num_workers - 1):
+            ours, theirs = twins()
+            stop = StopAt(batch, worker)
+            history = tfdist.fit(ours, *table(), callbacks=[stop], epochs=2, **ORDERED)
+            theirs.fit(*table(), callbacks=[StopAt(batch, None)], epochs=2, **ORDERED)
+            assert len(history.history["loss"]) == 1
+            assert (
+                int(ours.optimizer.iterations) == int(theirs.optimizer.iterations) == batch + 1
+            )
+            assert stop.ended == batch + 1
+            assert_weights_close(ours, theirs)
+            same_everywhere(ours)
+
+
+@check
+def terminate_on_nan_stops_everywhere(folder: Path) -> None:
+    x, y = table()
+    x[130] = np.nan  # on one replica
+    ours, theirs = twins()
+    for fit in (lambda *a, **o: tfdist.fit(ours, *a, **o), theirs.fit):
+        fit(x, y, callbacks=[keras.callbacks.TerminateOnNaN()], epochs=2, **ORDERED)
+    assert int(ours.optimizer.iterations) == int(theirs.optimizer.iterations) < 16
+
+
+@check
+def only_the_chief_writes(folder: Path) -> None:
+    model = mlp(clipped_adam())
+    tfdist.fit(
+        model,
+        *table(),
+        epochs=3,
+        callbacks=[
+            keras.callbacks.ModelCheckpoint(folder / "{epoch}.keras"),
+            keras.callbacks.CSVLogger(folder / "log.csv"),
+            keras.callbacks.TensorBoard(folder / "board", write_graph=False),
+        ],
+        **ORDERED,
+    )
+    everywhere(None)  # the chief is done writing
+    assert sorted(p.name for p in folder.glob("*.keras")) == [f"{e}.keras" for e in (1, 2, 3)]
+    with (folder / "log.csv").open() as lines:
+        assert [row["epoch"] for row in csv.DictReader(lines)] == ["0", "1", "2"]
+    assert len(list(folder.glob("board/train/events*"))) == 1
+    loaded = keras.models.load_model(folder / "3.keras")
+    assert_weights_close(loaded, model, 0)
+
+
+class Fails(keras.callbacks.Callback):
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        if epoch == 2:
+            raise KeyboardInterrupt
+
+
+@check
+def backup_and_restore_continues_on_all_workers(folder: Path) -> None:
+    whole = mlp(clipped_adam())
+    started = whole.get_weights()
+    tfdist.fit(whole, *table(), epochs=4, batch_size=64, seed=3, verbose=0)
+    first, second = mlp(clipped_adam()), mlp(clipped_adam())
+    first.set_weights(started)
+    backup = folder / "backup"
+    with pytest.raises(KeyboardInterrupt):
+        tfdist.fit(
+            first, *table(), epochs=4, batch_size=64, seed=3, verbose=0,
+            callbacks=[keras.callbacks.BackupAndRestore(backup), Fails()],
+        )  # fmt: skip
+    history = tfdist.fit(
+        second, *table(), epochs=4, batch_size=64, seed=3, verbose=0,
+        callbacks=[keras.callbacks.BackupAndRestore(backup)],
+    )  # fmt: skip
+    assert history.epoch == [2, 3]
+    assert_weights_close(second, whole)
+    same_everywhere(second)
+
+
+class Looks(keras.callbacks.Callback):
+    """Evaluates and predicts on data of its own while training goes on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Any] = []
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        x, y = table(50)
+        self.seen.append(
+            (
+                self.model.evaluate(x, y, verbose=0)[0],
+                float(self.model.predict(x, verbose=0).sum()),
+            )
+        )
+
+
+@check
+def callbacks_may_evaluate_and_predict(folder: Path) -> None:
+    ours, theirs = twins()
+    a, b = Looks(), Looks()
+    tfdist.fit(ours, *table(), callbacks=[a], epochs=2, **ORDERED)
+    theirs.fit(*table(), callbacks=[b], epochs=2, **ORDERED)
+    np.testing.assert_allclose(a.seen, b.seen, rtol=1e-4)
+
+
+class Counting(keras.Model):
+    """Counts how often it is traced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense = L.Dense(3)
+        self.calls = 0
+
+    def call(self, x: Any) -> Any:
+        self.calls += 1
+        return self.dense(x)
+
+
+@check
+def a_second_fit_traces_nothing(folder: Path) -> None:
+    model = Counting()
+    model.compile(clipped_adam(), crossentropy())
+    tfdist.fit(model, *table(), validation_data=table(100), **ORDERED)
+    traced = model.calls
+    tfdist.fit(model, *table(), validation_data=table(100), **ORDERED)
+    assert model.calls == traced
+    model.compile("sgd", crossentropy())
+    tfdist.fit(model, *table(), **ORDERED)
+    assert model.calls > traced
+
+
+@check
+def the_model_is_plain_keras_again(folder: Path) -> None:
+    model = mlp(clipped_adam())
+    optimizer = model.optimizer
+    tfdist.fit(model, *table(), **ORDERED)
+    assert model.optimizer is optimizer
+    assert int(optimizer.iterations) == 16
+    model.fit(*table(64), batch_size=64, verbose=0)
+    assert int(optimizer.iterations) == 17
+    file = folder / f"{place().worker_index}.keras"
+    model.save(file)
+    loaded = keras.models.load_model(file)
+    assert_weights_close(loaded, model, 0)
+    assert int(loaded.optimizer.iterations) == 17
+    assert "scale_loss" not in vars(optimizer)
+
+
+@check
+def pandas_frames(folder: Path) -> None:
+    pandas = pytest.importorskip("pandas")
+    ours, theirs = twins()
+    x, y = table()
+    frame, series = pandas.DataFrame(x.astype("float64")), pandas.Series(y)
+    tfdist.fit(ours, frame, series, **ORDERED)
+    theirs.fit(x, y, **ORDERED)
+    assert_weights_close(ours, theirs)
+
+
+@check
+def eagerly_too(folder: Path) -> None:
+    ours, theirs = twins()
+    ours.run_eagerly = True
+    small = table(100)
+    tfdist.fit(ours, *small, **ORDERED)
+    theirs.fit(*small, **ORDERED)
+    assert_weights_close(ours, theirs)
+    np.testing.assert_allclose(
+        tfdist.predict(ours, small[0], verbose=0),
+        theirs.predict(small[0], verbose=0),
+        1e-4,
+        1e-5,
+    )
+
+
+@check
+def initial_epoch_continues_the_sampler(folder: Path) -> None:
+    whole, halves = twins()
+    tfdist.fit(whole, *table(), batch_size=64, epochs=4, seed=3, verbose=0)
+    tfdist.fit(halves, *table(), batch_size=64, epochs=2, seed=3, verbose=0)
+    tfdist.fit(halves, *table(), batch_size=64, initial_epoch=2, epochs=4, seed=3, verbose=0)
+    assert_weights_close(halves, whole)
+
+
+# --- what must be refused ---------------------------------------------------------------
+
+
+def refused(error: type[Exception], *words: str, **arguments: Any) -> None:
+    model = arguments.pop("model", None) or mlp(clipped_adam())
+    with pytest.raises(error) as caught:
+        tfdist.fit(model, verbose=0, **arguments)
+    for word in words:
+        assert word in str(caught.value), str(caught.value)
+    assert model is arguments or int(getattr(model.optimizer, "iterations", 0)) == 0
+
+
+@check
+def bad_arguments_are_named(folder: Path) -> None:
+    x, y = table(10)
+    refused(ArgumentError, "batch_size=0", x=x, y=y, batch_size=0)
+    refused(ArgumentError, "batch_size=2.5", x=x, y=y, batch_size=2.5)
+    refused(ArgumentError, "epochs=-1", x=x, y=y, epochs=-1)
+    refused(ArgumentError, "steps_per_epoch=0", x=x, y=y, steps_per_epoch=0)
+    refused(ArgumentError, "at least one example", x=x[:0], y=y[:0])
+    refused(ArgumentError, "[10]", "[9]", x=x, y=y[:9])
+    refused(ArgumentError, "validation_split=1.0", x=x, y=y, validation_split=1.0)
+    refused(ArgumentError, "class_weight", x=x, y=y, class_weight={0: 1}, sample_weight=y)
+    refused(ArgumentError, "x='nothing'", x="nothing")
+    empty = tf.data.Dataset.from_tensor_slices(table(4)).batch(2)
+    refused(ArgumentError, "at least one batch", x=empty.take(0))
+    refused(ArgumentError, "at least one batch", x=empty.filter(lambda *_: False))
+    refused(ArgumentError, "`y`", x=empty, y=y)
+    refused(ArgumentError, "batch_size=4", x=empty, batch_size=4)
+    refused(ArgumentError, "strategy='dtensor'", "mirrored", x=x, y=y, strategy="dtensor")
+
+
+@check
+def an_uncompiled_model_is_refused(folder: Path) -> None:
+    model = keras.Sequential([keras.Input((20,)), L.Dense(3)])
+    with pytest.raises(ArgumentError, match="compile"):
+        tfdist.fit(model, *table(10))
+    with pytest.raises(ArgumentError, match="function"):
+        tfdist.fit(lambda: 3, *table(10))
+
+
+def mine(value: Any, other: Any) -> Any:
+    """Gives the last worker another value than the rest."""
+    return other if place().worker_index == place().num_workers - 1 else value
+
+
+@check
+def workers_that_disagree_are_named(folder: Path) -> None:
+    if place().num_workers == 1:
+        pytest.skip("one worker agrees with itself")
+    x, y = table(100)
+    refused(DisagreementError, "batch_size", "worker 1: 16", x=x, y=y, batch_size=mine(32, 16))
+    refused(DisagreementError, "epochs", "worker 1: 3", x=x, y=y, epochs=mine(2, 3))
+    refused(
+        DisagreementError, "data", "worker 1: 99", x=x[: mine(100, 99)], y=y[: mine(100, 99)]
+    )
+    refused(DisagreementError, "data", x=x + mine(0.0, 1.0), y=y)
+    small = keras.Sequential([keras.Input((20,)), L.Dense(mine(3, 4))])
+    small.compile("sgd", crossentropy())
+    refused(DisagreementError, "model", "(20, 4)", model=small, x=x, y=y)
+
+
+@check
+def workers_that_draw_different_batches_are_named(folder: Path) -> None:
+    if place().num_workers == 1:
+        pytest.skip("one worker agrees with itself")
+    seed = place().worker_index
+    dataset = tf.data.Dataset.from_tensor_slices(table(100)).shuffle(100, seed=seed).batch(10)
+    refused(DisagreementError, "shuffle", "worker 1", x=dataset)
+    # The same at first, and different later: found at the step that differs.
+    x, y = table(100)
+    x[55:] += mine(0.0, 1.0)
+    model = mlp(clipped_adam())
+    late = tf.data.Dataset.from_tensor_slices((x, y)).batch(10)
+    with pytest.raises(DisagreementError):
+        tfdist.fit(model, late, verbose=0)
+    assert int(model.optimizer.iterations) == 5
+
+
+@check
+def only_the_chief_shows_progress(folder: Path) -> None:
+    assert tfdist.is_chief() == (place().worker_index == 0)
+    line = tfdist.init(seed=7).describe(64)
+    if place().num_workers == 2:
+        assert line == (
+            "tfdist: strategy multi_worker (2 workers in TF_CONFIG), 2 replicas on 2 workers, "
+            "each global batch of 64 split into shares of 32."
+        )
+
+
+@check
+def drop_in_and_back(folder: Path) -> None:
+    ours, theirs = twins()
+    theirs.fit(*table(), epochs=2, validation_split=0.1, **ORDERED)
+    fit = keras.Model.fit
+    handle = tfdist.drop_in()
+    assert keras.Model.fit is not fit
+    history = ours.fit(*table(), epochs=2, validation_split=0.1, **ORDERED)
+    scores = ours.evaluate(*table(), verbose=0)
+    outputs = ours.predict(table()[0], verbose=0)
+    shared = folder / "shared.keras"
+    ours.save(shared)
+    ours.save_weights(folder / "shared.weights.h5")
+    loaded = keras.models.load_model(shared)
+    handle.undo()
+    handle.undo()
+    assert keras.Model.fit is fit
+    assert len(history.history["val_loss"]) == 2
+    assert_weights_close(ours, theirs)
+    assert_weights_close(loaded, ours, 0)
+    np.testing.assert_allclose(scores, theirs.evaluate(*table(), verbose=0), rtol=1e-4)
+    np.testing.assert_allclose(outputs, theirs.predict(table()[0], verbose=0), 1e-3, 1e-4)
+    everywhere(None)
+    assert not list(folder.glob(".saving-*"))
+
+
+class Slow(keras.callbacks.Callback):
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        time.sleep(0.02 * place().worker_index)
+
+
+@check
+def a_slow_worker_is_waited_for(folder: Path) -> None:
+    ours, theirs = twins()
+    tfdist.fit(ours, *table(), callbacks=[Slow()], **ORDERED)
+    theirs.fit(*table(), **ORDERED)
+    assert_weights_close(ours, theirs)

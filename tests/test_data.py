@@ -1,0 +1,116 @@
+"""The data road: bounds, conversion, and shares that make up each global batch."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tfdist import data
+from tfdist.errors import ArgumentError
+from tfdist.samplers import Sequential, Uniform
+from tfdist.strategies.base import Place
+
+pytestmark = pytest.mark.quick
+
+
+def settings(**changes: Any) -> data.Settings:
+    values: dict[str, Any] = {
+        "batch_size": None,
+        "steps": None,
+        "sampler": Sequential(),
+        "shuffle": False,
+        "seed": 0,
+        "training": False,
+    }
+    return data.Settings(**{**values, **changes})
+
+
+@pytest.mark.parametrize("total", [1, 2, 3, 64, 65])
+@pytest.mark.parametrize("replicas", [1, 2, 3, 4, 7])
+def test_bounds_cover_the_batch_in_order(total: int, replicas: int) -> None:
+    edges = [data.bounds(total, r, Place(replicas)) for r in range(replicas)]
+    assert edges[0][0] == 0
+    assert edges[-1][1] == total
+    assert all(a[1] == b[0] for a, b in itertools.pairwise(edges))
+    sizes = [end - begin for begin, end in edges]
+    assert max(sizes) - min(sizes) <= 1
+
+
+@pytest.mark.parametrize("kind", ["arrays", "dataset"])
+@pytest.mark.parametrize("replicas", [1, 2, 3, 5])
+def test_shares_make_up_each_global_batch(kind: str, replicas: int) -> None:
+    x = np.arange(23, dtype="int64")[:, None]
+    if kind == "arrays":
+        source = data.read(x, x, None, settings(batch_size=4))
+    else:
+        batches = tf.data.Dataset.from_tensor_slices((x, x)).batch(4)
+        source = data.read(batches, None, None, settings())
+    assert source.steps == 6
+    by_replica = [
+        list(source.shares(Place(replicas, first_replica=r), 0)) for r in range(replicas)
+    ]
+    for step, shares in enumerate(zip(*by_replica, strict=True)):
+        size = min(4, 23 - 4 * step)
+        assert all(int(s.total) == size and len(s.data[0]) >= 1 for s in shares)
+        rows = np.concatenate([s.data[0][: int(s.rows)] for s in shares])[:, 0]
+        np.testing.assert_array_equal(rows, np.arange(4 * step, 4 * step + size))
+        offsets = np.cumsum([0, *(int(s.rows) for s in shares)])[:-1]
+        assert [int(s.offset) for s in shares] == list(offsets)
+
+
+def test_local_replicas_take_turns() -> None:
+    x = np.arange(10)
+    source = data.read(x, x, None, settings(batch_size=5))
+    both = [int(s.offset) for s in source.shares(Place(2, 0, 2), 0)]
+    assert both == [0, 2, 0, 2]
+
+
+def test_training_stream_goes_through_epochs() -> None:
+    x = np.arange(10)
+    source = data.read(x, x, None, settings(batch_size=5, sampler=Uniform(), training=True))
+    first = [s.data[0].numpy() for s in source.shares(Place(), 0).take(4)]
+    later = [s.data[0].numpy() for s in source.shares(Place(), 1).take(2)]
+    np.testing.assert_array_equal(first[2:], later)
+
+
+def test_floats_become_floatx_and_nesting_stays() -> None:
+    nested = {"a": [np.ones((2, 3)), np.ones(2, "int32")], "b": tf.ones((2,), tf.float64)}
+    tensors = data.to_tensors(nested, "x")
+    assert tensors["a"][0].dtype == tf.float32
+    assert tensors["a"][1].dtype == tf.int32
+    assert tensors["b"].dtype == tf.float32
+
+
+@pytest.mark.parametrize("bad", [3, "text", [1.0, 2.0], {"a": None}])
+def test_what_is_no_array_is_named(bad: Any) -> None:
+    with pytest.raises(ArgumentError, match="x"):
+        data.to_tensors(bad, "x")
+
+
+def test_class_weights_as_in_keras() -> None:
+    weigh = data._weigher({0: 2.0, 2: 0.5})
+    for y in (np.array([0, 1, 2, 5]), np.array([[0.0], [1.0], [2.0], [5.0]])):
+        np.testing.assert_allclose(weigh(np.ones((4, 1)), tf.constant(y))[2], [2, 1, 0.5, 1])
+    one_hot = tf.one_hot([0, 1, 2, 1], 3)
+    np.testing.assert_allclose(weigh(np.ones((4, 1)), one_hot)[2], [2, 1, 0.5, 1])
+
+
+def test_check_differs_when_batches_differ() -> None:
+    rng = np.random.default_rng(0)
+    batches = [tf.constant(rng.normal(size=(8, 5)), tf.float32) for _ in range(200)]
+    checks = {tuple(data._check((b,)).numpy()) for b in batches}
+    assert len(checks) == 200
+    whole = data._check((batches[0], tf.constant(["text"] * 8))).numpy()
+    assert ((whole >= 0) & (whole < 256) & (whole == whole.round())).all()
+
+
+def test_fingerprint_sees_values_and_shapes() -> None:
+    x = np.arange(1000.0)
+    same = data.read(x, x, None, settings()).fingerprint()
+    assert same == data.read(x.copy(), x, None, settings()).fingerprint()
+    assert same != data.read(x + 1, x, None, settings()).fingerprint()
+    assert same != data.read(x[:999], x[:999], None, settings()).fingerprint()

@@ -1,0 +1,162 @@
+"""What tfdist relies on inside Keras: fails loudly when a release changes it.
+
+The behaviour is tested elsewhere; here each private place that `tfdist/_keras.py` touches
+is looked at, so that a failure names the place.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras.src.backend.tensorflow import random as keras_random
+from keras.src.backend.tensorflow.core import Variable
+from keras.src.backend.tensorflow.optimizer import TFOptimizer
+from keras.src.losses import loss as keras_loss
+from keras.src.optimizers.base_optimizer import BaseOptimizer
+from keras.src.trainers.data_adapters import get_data_adapter
+
+from tfdist import _keras
+
+pytestmark = pytest.mark.quick
+
+
+def model() -> Any:
+    made = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
+    made.compile("adam", "mse", metrics=["mae"])
+    return made
+
+
+def parameters(function: Any) -> list[str]:
+    return list(inspect.signature(function).parameters)
+
+
+def test_every_replaced_place_exists() -> None:
+    for owner, name, value in _keras._replacements():
+        assert name in vars(owner), f"{owner}.{name}"
+        assert len(parameters(value)) == len(parameters(vars(owner)[name])), name
+
+
+def test_replacing_is_undone() -> None:
+    places = [(owner, name) for owner, name, _ in _keras._replacements()]
+    before = [vars(owner)[name] for owner, name in places]
+    with _keras.replicated(model()):
+        assert [vars(owner)[name] for owner, name in places] != before
+    assert [vars(owner)[name] for owner, name in places] == before
+
+
+def test_no_other_optimizer_method_uses_tf_distribute() -> None:
+    # One that did would reduce gradients a second time, or call merge_call in a tf.cond.
+    using = {
+        name
+        for name, function in vars(TFOptimizer).items()
+        if inspect.isfunction(function)
+        and any(
+            word in inspect.getsource(function) for word in ("merge_call", "extended.update")
+        )
+    }
+    known = {
+        "_apply_weight_decay",
+        "_backend_update_step",
+        "_backend_increment_gradient_accumulators",
+        "_overwrite_model_variables_with_average_value",
+        "_distributed_tf_update_step",  # called by _backend_update_step alone
+    }
+    assert using == known
+    assert all(name in vars(BaseOptimizer) for name in known - {"_distributed_tf_update_step"})
+
+
+def test_losses_reduce_through_the_module() -> None:
+    assert "reduce_weighted_values(" in inspect.getsource(keras_loss.Loss.__call__)
+    assert "scale_loss_for_distribution(" in inspect.getsource(keras_loss.reduce_values)
+    with _keras.replicated(model()):
+        value = keras.losses.MeanSquaredError()(np.ones((3, 2)), np.zeros((3, 2)))
+    assert float(value) == 1.0
+
+
+def test_variable_lives_in_value() -> None:
+    variable = keras.Variable([1.0, 2.0])
+    other = tf.Variable([3.0, 4.0])
+    before = _keras.swap_value(variable, other)
+    assert isinstance(before, tf.Variable)
+    np.testing.assert_array_equal(variable.numpy(), [3.0, 4.0])
+    variable.assign([5.0, 6.0])
+    np.testing.assert_array_equal(other.numpy(), [5.0, 6.0])
+    assert "_direct_assign" in vars(Variable)
+
+
+def test_optimizer_finds_swapped_variables() -> None:
+    made = model()
+    made.optimizer.build(made.trainable_variables)
+    for variable in made.trainable_variables:
+        _keras.swap_value(variable, tf.Variable(variable.numpy()))
+    grads = [tf.ones(v.shape) for v in made.trainable_variables]
+    with pytest.raises(ValueError, match="Unknown variable"):
+        made.optimizer.apply(grads, made.trainable_variables)
+    _keras.reindex_optimizer(made.optimizer)
+    made.optimizer.apply(grads, made.trainable_variables)
+
+
+def test_adapter_passes_through() -> None:
+    adapter = _keras.StreamAdapter([], 3)
+    assert get_data_adapter(adapter, batch_size=None, shuffle=False) is adapter
+
+
+def test_fit_keeps_functions_that_are_set() -> None:
+    made = model()
+    marker = object()
+    made.train_function = made.test_function = made.predict_function = marker
+    for name in ("train", "test", "predict"):
+        getattr(made, f"make_{name}_function")()
+        assert getattr(made, f"{name}_function") is marker
+
+
+def test_default_strategy_leaves_a_stream_alone() -> None:
+    stream = object()
+    assert tf.distribute.get_strategy().experimental_distribute_dataset(stream) is stream
+    assert model()._distribute_strategy is None
+
+
+def test_symbolic_build_creates_all_variables() -> None:
+    made = keras.Sequential([keras.layers.Dense(2)])
+    made.compile("adam", "mse", metrics=["mae"])
+    spec = (tf.TensorSpec((None, 4)), tf.TensorSpec((None, 2)))
+    _keras.build(made, spec)
+    assert made.built
+    assert made.optimizer.built
+    assert len(_keras.metric_variables(made)) == 4
+
+
+def test_compiling_changes_the_compiled_state() -> None:
+    made = model()
+    before = _keras.compiled_state(made)
+    assert all(a is b for a, b in zip(before, _keras.compiled_state(made), strict=True))
+    made.compile("adam", "mse")
+    assert before[0] is not _keras.compiled_state(made)[0]
+
+
+@pytest.mark.parametrize("dtype", [tf.float16, tf.bfloat16, tf.float32, tf.float64])
+def test_rows_of_noise_are_those_of_the_whole(dtype: Any) -> None:
+    seed = tf.constant([5, 9])
+    whole = tf.random.stateless_uniform([11, 7], seed, dtype=dtype)
+    for first in (0, 1, 4, 5):
+        shape = tf.constant([3, 7], tf.int64)
+        rows = _keras._uniform_rows(shape, tf.constant(first, tf.int64), seed, dtype)
+        np.testing.assert_array_equal(
+            tf.cast(rows, tf.float64), tf.cast(whole[first : first + 3], tf.float64)
+        )
+
+
+def test_dropout_is_kerass_own_on_the_whole_batch() -> None:
+    inputs = tf.ones([6, 5])
+    expected = keras_random.dropout(inputs, 0.4, seed=3)
+    batch = _keras.ReplicaBatch(
+        *(tf.constant(n, tf.int64) for n in (6, 6, 0)), all_reduce=lambda tensors: list(tensors)
+    )
+    with _keras.replicated(model()), _keras.on_replica(batch):
+        received = keras_random.dropout(inputs, 0.4, seed=3)
+    np.testing.assert_array_equal(received, expected)
