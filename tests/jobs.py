@@ -10,8 +10,10 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,53 +31,69 @@ def tfdist_run(workers: int, *arguments: Any, options: Sequence[str] = ()) -> li
 
 
 class Job:
-    """A process started in a group of its own, with what it prints kept in a file."""
+    """A command run in a process group of its own, with what it prints kept in a file."""
 
     def __init__(self, command: Sequence[str], log: Path) -> None:
-        self.log = log
         self.command = command
-        with log.open("wb") as output:
-            self.process = subprocess.Popen(
-                command,
-                cwd=ROOT,
-                env=QUIET,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,
-            )
+        self.log = log
+        self.started: float | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._over = threading.Event()
+        self._unwanted = False
+
+    def run(self) -> None:
+        """Runs the command to its end, unless it was ended before it began."""
+        if not self._unwanted:
+            with self.log.open("wb") as output:
+                self._process = subprocess.Popen(
+                    self.command,
+                    cwd=ROOT,
+                    env=QUIET,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    stdin=subprocess.DEVNULL,
+                    start_new_session=True,
+                )
+            self.started = time.monotonic()
+            self._process.wait()
+        self._over.set()
 
     def wait_for(self, file: Path, seconds: float) -> Any:
-        """Reads a pickled result once the job has written it."""
-        deadline = time.monotonic() + seconds
+        """Reads a pickled result once the job has written it.
+
+        Args:
+            file: What the job writes.
+            seconds: How long the job may run until then.
+        """
         while not file.exists():
-            ended = self.process.poll() is not None
-            if (ended and not file.exists()) or time.monotonic() > deadline:
-                state = f"ended with {self.process.returncode}" if ended else "still running"
+            late = self.started is not None and time.monotonic() > self.started + seconds
+            if (self._over.is_set() and not file.exists()) or late:
                 tail = self.log.read_text(errors="replace")[-3000:]
-                raise AssertionError(f"no {file.name} from {self.command} ({state}):\n{tail}")
+                state = "took too long" if late else "ended"
+                raise AssertionError(f"no {file.name}: {self.command} {state}\n{tail}")
             time.sleep(0.1)
         return pickle.loads(file.read_bytes())
 
     def end(self) -> None:
         """Ends the process group, first kindly."""
+        self._unwanted = True
         for number in (signal.SIGTERM, signal.SIGKILL):
-            if self.process.poll() is None:
-                os.killpg(self.process.pid, number)
-                try:
-                    self.process.wait(10)
-                except subprocess.TimeoutExpired:
-                    continue
+            if self._process is not None and self._process.poll() is None:
+                os.killpg(self._process.pid, number)
+                self._over.wait(10)
 
 
 @contextmanager
-def running(command: Sequence[str], log: Path) -> Iterator[Job]:
-    """Runs a job while the context lasts."""
-    job = Job(command, log)
-    try:
-        yield job
-    finally:
-        job.end()
+def running(jobs: Sequence[Job], at_once: int = 2) -> Iterator[None]:
+    """Runs jobs in their order, some at once, while the context lasts."""
+    with ThreadPoolExecutor(at_once) as pool:
+        for job in jobs:
+            pool.submit(job.run)
+        try:
+            yield
+        finally:
+            for job in reversed(jobs):
+                job.end()
 
 
 def write(result: Any, target: Path) -> None:

@@ -38,7 +38,7 @@ class Share(NamedTuple):
         rows: Scalar int64, rows that count: 0 when the only row is padding.
         total: Scalar int64, rows of the global batch.
         offset: Scalar int64, the row of the global batch at which the share begins.
-        check: float32 of shape [4], whole numbers below 256 that differ when global batches
+        check: float32 of shape [4], whole numbers below 64 that differ when global batches
             differ. Workers compare them at every step; arrays are compared beforehand.
     """
 
@@ -328,7 +328,7 @@ def _check(batch: Any) -> Tensor:
                 tf.where(tf.math.is_finite(ends), ends, 0.0)[:, None] * factors, 0
             )
     # The low bits of a float are the ones that differ.
-    return tf.cast(tf.bitwise.bitwise_and(tf.bitcast(sums, tf.int32), 255), tf.float32)
+    return tf.cast(tf.bitwise.bitwise_and(tf.bitcast(sums, tf.int32), 63), tf.float32)
 
 
 def _slice(leaf: Tensor, begin: Tensor, end: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -24,18 +25,31 @@ class Session:
     Attributes:
         strategy: Where the replicas are.
         reason: Why this strategy, a few words.
-        seed: Seeds the sampler, and on several workers also weights and dropout; the same
-            on every worker.
+        seed: What `init` was given, for the sampler too, or None.
     """
 
     strategy: Strategy
     reason: str
-    seed: int
+    seed: int | None
 
     @property
     def is_chief(self) -> bool:
         """Whether this process writes files and shows progress."""
         return self.strategy.place.is_chief
+
+    def sampler_seed(self, seed: int | None) -> int:
+        """Chooses the seed of one `fit`.
+
+        Args:
+            seed: What `fit` was given, or None.
+
+        Returns:
+            That one, else `init`'s, else one drawn from Python's `random` (which
+            `keras.utils.set_random_seed` seeds); the same on every worker.
+        """
+        chosen = self.seed if seed is None else seed
+        drawn = random.getrandbits(31) if chosen is None else chosen
+        return int(self.strategy.broadcast_object(drawn))
 
     def describe(self, batch_size: int | None) -> str:
         """Says in one line what was chosen, why, and how a batch is split.
@@ -43,18 +57,20 @@ class Session:
         Args:
             batch_size: Examples of a full global batch, if known.
         """
-        place = self.strategy.place
-        replicas = "1 replica" if place.num_replicas == 1 else f"{place.num_replicas} replicas"
-        workers = f" on {place.num_workers} workers" if place.num_workers > 1 else ""
-        line = f"tfdist: strategy {self.strategy.name} ({self.reason}), {replicas}{workers}"
-        if batch_size is None or place.num_replicas == 1:
-            return f"{line}."
-        edges = [batch_size * r // place.num_replicas for r in range(place.num_replicas + 1)]
-        shares = sorted({end - begin for begin, end in itertools.pairwise(edges)})
-        return (
-            f"{line}, each global batch of {batch_size} split into shares of "
-            f"{' or '.join(map(str, shares))}."
+        replicas = self.strategy.place.num_replicas
+        line = f"tfdist: {self.strategy.name} ({self.reason}): {replicas} replica"
+        if replicas == 1:
+            return line
+        if batch_size is None:
+            return f"{line}s"
+        edges = [batch_size * r // replicas for r in range(replicas + 1)]
+        sizes = [end - begin for begin, end in itertools.pairwise(edges)]
+        split = (
+            " + ".join(map(str, sizes))
+            if replicas <= 4
+            else " + ".join(f"{n} x {size}" for size, n in sorted(Counter(sizes).items()))
         )
+        return f"{line}s, batch {batch_size} = {split}"
 
 
 _sessions: dict[Any, Session] = {}
@@ -99,11 +115,11 @@ def init(strategy: Any = "auto", seed: int | None = None) -> Session:
         made = _sessions[key].strategy if key in _sessions else adopt(strategy)
     if made.place.num_workers > 1 or seed is not None:
         drawn = random.SystemRandom().getrandbits(31) if seed is None else seed
-        seed = int(made.broadcast_object(drawn))
-        keras.utils.set_random_seed(seed)
-    session = Session(made, reason, random.getrandbits(31) if seed is None else seed)
+        keras.utils.set_random_seed(int(made.broadcast_object(drawn)))
+    session = Session(made, reason, seed)
     _sessions[key] = session
-    _first = _first or session
+    if _first is None or _first.strategy is made:
+        _first = session
     return session
 
 

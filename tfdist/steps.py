@@ -264,7 +264,8 @@ class _Agreement:
             return batch.all_reduce(tensors)
         *reduced, heard = batch.all_reduce([*tensors, self._said])
         stopping, sums, squares = tf.split(heard, [1, 4, 4])
-        # Whole numbers below 256: exact in float32, and equal only if their variance is 0.
+        # Whole numbers below 64: sums of squares are exact in float32 up to 4096 replicas,
+        # and equal numbers are the only ones without variance.
         differ = tf.reduce_any(squares * self._replicas != tf.square(sums))
         status = tf.where(differ, DISAGREED, tf.where(stopping[0] > 0, STOPPED, 0))
         self.status, self._known = status, True

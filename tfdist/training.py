@@ -79,7 +79,7 @@ def fit(
         strategy: "auto", "single", "mirrored", "multi_worker", "tpu", or a
             `tf.distribute.Strategy` instance.
         sampler: Which rows make up each step; overrides `shuffle`.
-        seed: Of the sampler; the session's if None.
+        seed: Of the sampler; `init`'s if None, and drawn if that is None too.
 
     Returns:
         Keras's `History`, the same on every worker.
@@ -101,6 +101,7 @@ def fit(
     session = current(strategy)
     _check_counts(epochs=epochs, initial_epoch=initial_epoch)
     _check_steps(steps_per_epoch=steps_per_epoch, validation_steps=validation_steps)
+    seed = session.sampler_seed(seed)
     model = _compiled(model)
     if validation_split and validation_data is None:
         (x, y, sample_weight), validation_data = data.split(
@@ -115,7 +116,7 @@ def fit(
             steps=steps_per_epoch,
             sampler=sampler or from_shuffle(shuffle),
             shuffle=bool(shuffle),
-            seed=session.seed if seed is None else seed,
+            seed=seed,
             training=True,
             class_weight=class_weight,
         ),
@@ -139,7 +140,6 @@ def fit(
             "initial_epoch": initial_epoch,
             "steps_per_epoch": source.steps,
             "validation steps": validation and validation.steps,
-            "seed": session.seed if seed is None else seed,
             "steps_per_execution": model.steps_per_execution,
         },
         source,

@@ -425,9 +425,23 @@ def only_the_chief_shows_progress(folder: Path) -> None:
     line = tfdist.init(seed=7).describe(64)
     if place().num_workers == 2:
         assert line == (
-            "tfdist: strategy multi_worker (2 workers in TF_CONFIG), 2 replicas on 2 workers, "
-            "each global batch of 64 split into shares of 32."
+            "tfdist: multi_worker (2 workers in TF_CONFIG): 2 replicas, batch 64 = 32 + 32"
         )
+
+
+@check
+def seeds_make_it_repeatable(folder: Path) -> None:
+    def train(**options: Any) -> Any:
+        model = mlp("sgd")
+        return tfdist.fit(model, *table(), batch_size=64, verbose=0, **options).history
+
+    tfdist.init(seed=1)
+    first = train()
+    assert train() != first
+    tfdist.init(seed=1)
+    assert train() == first
+    keras.utils.set_random_seed(1)  # as in a script that knows nothing of tfdist
+    assert train(seed=2) != first
 
 
 @check

@@ -12,9 +12,23 @@ from tests.behaviour.checks import CHECKS
 from tests.jobs import Job, running, tfdist_run
 
 PLACES = {"single-1": 1, "mirrored-2": 1, "multi_worker-2": 2}
-LIMIT = 600
+LIMIT = 900
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(LIMIT + 60)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(2 * LIMIT)]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {place: tmp_path_factory.mktemp(place) for place in PLACES}
+
+
+@pytest.fixture(scope="module")
+def jobs(folders: dict[str, Path]) -> Iterator[dict[str, Job]]:
+    made = {
+        place: Job(program(place, folders[place]), folders[place] / "log") for place in PLACES
+    }
+    with running(list(made.values())):
+        yield made
 
 
 @pytest.fixture(scope="module", params=PLACES)
@@ -23,25 +37,18 @@ def place(request: pytest.FixtureRequest) -> str:
     return name
 
 
-@pytest.fixture(scope="module")
-def folder(place: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp(place)
-
-
-@pytest.fixture(scope="module")
-def job(place: str, folder: Path) -> Iterator[Job]:
+def program(place: str, folder: Path) -> list[str]:
     strategy, replicas = place.rsplit("-", 1)
     arguments = ["-m", "tests.behaviour.program", str(folder), strategy, replicas]
-    workers = PLACES[place]
-    command = [sys.executable, *arguments] if workers == 1 else tfdist_run(workers, *arguments)
-    with running(command, folder / "log") as started:
-        yield started
+    if PLACES[place] == 1:
+        return [sys.executable, *arguments]
+    return tfdist_run(PLACES[place], *arguments)
 
 
 @pytest.mark.parametrize("check", CHECKS)
-def test_holds(check: str, place: str, job: Job, folder: Path) -> None:
+def test_holds(check: str, place: str, jobs: dict[str, Job], folders: dict[str, Path]) -> None:
     outcomes = [
-        job.wait_for(folder / f"{check}.worker-{worker}", LIMIT)
+        jobs[place].wait_for(folders[place] / f"{check}.worker-{worker}", LIMIT)
         for worker in range(PLACES[place])
     ]
     if outcomes[0].startswith("skipped"):

@@ -58,7 +58,7 @@ def choose(name: str, cluster: Cluster) -> tuple[type[Strategy], str]:
                 f"The strategy must be able to run here. Received: strategy={name!r}, but "
                 f"{obstacle}."
             )
-        return strategy, "as asked"
+        return strategy, "as asked for"
     candidates = sorted(map(find, names()), key=lambda s: s.priority, reverse=True)
     for strategy in candidates:
         reason = strategy.chosen_by(cluster)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 from typing import Any
 
 import tensorflow as tf
@@ -13,11 +12,9 @@ from tensorflow.python.eager import context as _context
 from tfdist.cluster import Cluster
 from tfdist.errors import StrategyError
 from tfdist.patience import Patience
+from tfdist.rendezvous import START_TIMEOUT, meet
 from tfdist.strategies.base import Place
 from tfdist.strategies.tf_distribute import TFDistribute
-
-START_TIMEOUT = "TFDIST_START_TIMEOUT"
-"""Environment variable: seconds to wait for the other workers to come up, default 300."""
 
 
 class MultiWorker(TFDistribute):
@@ -73,24 +70,10 @@ class MultiWorker(TFDistribute):
         return None
 
 
-def _check_port(cluster: Cluster) -> None:
-    """Says clearly what TensorFlow says in passing, then waiting for itself."""
-    address = cluster.jobs[cluster.job][cluster.index]
-    port = int(address.rpartition(":")[2])
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("", port))
-        except OSError as error:
-            raise StrategyError(
-                f"The port of this worker must be free. Received: {cluster.task} at {address}, "
-                f"but port {port}: {error.strerror}. Stop what uses it, or choose another."
-            ) from error
-
-
 def _connect(cluster: Cluster) -> Any:
     """Starts TensorFlow's server and waits for the other workers, not for ever."""
     start_timeout = int(os.environ.get(START_TIMEOUT, "300"))
+    meet(cluster, start_timeout)
     jobs = {job: list(cluster.jobs[job]) for job in cluster.jobs if job in ("chief", "worker")}
     spec = tf.train.ClusterSpec(jobs)
     coordinated = _context.coordination_config_pb2.CoordinatedJob
@@ -106,7 +89,6 @@ def _connect(cluster: Cluster) -> Any:
             coordinated(name=job, num_tasks=len(tasks)) for job, tasks in jobs.items()
         ],
     )
-    _check_port(cluster)
     try:
         return tf.distribute.MultiWorkerMirroredStrategy(
             cluster_resolver=tf.distribute.cluster_resolver.SimpleClusterResolver(
