@@ -27,6 +27,7 @@ from tfdist.strategies.base import Place, Strategy
 Tensor = Any
 _PARALLEL = tf.data.AUTOTUNE
 _FOREVER = 2**62
+_ROWS_AT_ONCE = 2**14
 
 
 class Share(NamedTuple):
@@ -61,6 +62,8 @@ def bounds(total: Tensor, replica: Tensor, place: Place) -> tuple[Tensor, Tensor
         The first row and the one after the last.
     """
     replicas = place.num_replicas
+    if replicas == 1:
+        return tf.zeros_like(total), total
     return total * replica // replicas, total * (replica + 1) // replicas
 
 
@@ -138,26 +141,49 @@ class Arrays(Source):
 
     def shares(self, place: Place, epoch: int) -> Any:
         """Builds the stream of shares; each gathers its own rows only."""
-        local, num_rows = place.local_replicas, self.num_rows
-        first_step = epoch * self.steps if self.endless else 0
-        steps = _FOREVER // local if self.endless else self.steps
 
-        def share(index: Tensor) -> Share:
-            rows = self.sampler.rows(
-                first_step + index // local,
-                num_rows=num_rows,
+        def share(rows: Tensor, total: Tensor, replica: Tensor) -> Share:
+            if place.num_replicas == 1:
+                return Share(self._gather(rows[:total]), total, total, 0, tf.zeros([4]))
+            begin, end = bounds(total, replica, place)
+            padded = tf.minimum(begin, total - 1)
+            mine = rows[padded : tf.maximum(end, padded + 1)]
+            return Share(self._gather(mine), end - begin, total, begin, tf.zeros([4]))
+
+        return _dealt(self._row_numbers(epoch), share, place)
+
+    def _gather(self, rows: Tensor) -> Any:
+        return tf.nest.map_structure(lambda column: tf.gather(column, rows), self.data)
+
+    def _row_numbers(self, epoch: int) -> Any:
+        """Builds a dataset of global batches' row numbers, padded at the end, and their count.
+
+        The sampler is asked for many steps at once, ahead of those that gather their rows.
+        """
+        at_once = max(1, min(_ROWS_AT_ONCE // self.batch_size, self.steps))
+        first_step = epoch * self.steps if self.endless else 0
+
+        def draw(first: np.int64) -> tuple[Any, Any]:
+            batches = self.sampler.batches(
+                int(first),
+                at_once,
+                num_rows=self.num_rows,
                 batch_size=self.batch_size,
                 seed=self.seed,
             )
-            total = tf.size(rows, tf.int64)
-            begin, end = bounds(total, place.first_replica + index % local, place)
-            padded = tf.minimum(begin, total - 1)
-            mine = rows[padded : tf.maximum(end, padded + 1)]
-            data = tf.nest.map_structure(lambda column: tf.gather(column, mine), self.data)
-            return Share(data, end - begin, total, begin, tf.zeros([4]))
+            sizes = np.array([len(rows) for rows in batches])
+            padded = np.zeros((at_once, sizes.max()), np.int64)
+            for row, batch in zip(padded, batches, strict=True):
+                row[: len(batch)] = batch
+            return padded, sizes
 
-        numbers = tf.data.Dataset.range(steps * local)
-        return numbers.map(share, _PARALLEL, deterministic=True).prefetch(_PARALLEL)
+        def drawn(first: Tensor) -> tuple[Tensor, Tensor]:
+            rows, sizes = tf.numpy_function(draw, [first], (tf.int64, tf.int64))
+            return tf.ensure_shape(rows, [at_once, None]), tf.ensure_shape(sizes, [at_once])
+
+        numbers = tf.data.Dataset.range(first_step, _FOREVER, at_once)
+        batches = numbers.map(drawn, 1).prefetch(1).unbatch()
+        return batches if self.endless else batches.take(self.steps)
 
     def spec(self) -> Any:
         """Gives the shapes and dtypes of a batch."""
@@ -290,7 +316,9 @@ class Batches(Source):
         if self.transform is not None:
             batches = batches.map(self.transform, _PARALLEL, deterministic=True)
 
-        def share(batch: Any, replica: Tensor) -> Share:
+        def share(*batch_and_replica: Any) -> Share:
+            *parts, replica = batch_and_replica
+            batch = parts[0] if len(parts) == 1 else tuple(parts)
             first = tf.nest.flatten(batch)[0]
             total = tf.cast(
                 first.nrows() if isinstance(first, tf.RaggedTensor) else tf.shape(first)[0],
@@ -302,18 +330,21 @@ class Batches(Source):
             data = tf.nest.map_structure(lambda leaf: _slice(leaf, padded, stop), batch)
             return Share(data, end - begin, total, begin, _check(batch))
 
-        def local_shares(*batch: Any) -> Any:
-            whole = batch[0] if len(batch) == 1 else batch
-            replicas = tf.data.Dataset.range(place.local_replicas)
-            return replicas.map(lambda i: share(whole, place.first_replica + i))
+        return _dealt(batches, share, place)
 
-        if place.local_replicas == 1:
-            return batches.map(
-                lambda *b: share(b[0] if len(b) == 1 else b, place.first_replica),
-                _PARALLEL,
-                deterministic=True,
-            ).prefetch(_PARALLEL)
-        return batches.flat_map(local_shares).prefetch(_PARALLEL)
+
+def _dealt(batches: Any, share: Callable[..., Share], place: Place) -> Any:
+    """Makes the local replicas' shares of each batch, one after the other."""
+    replicas = range(place.first_replica, place.first_replica + place.local_replicas)
+    if len(replicas) == 1:
+        (only,) = replicas
+        return batches.map(lambda *batch: share(*batch, only), _PARALLEL, deterministic=True)
+    repeated = batches.flat_map(
+        lambda *batch: tf.data.Dataset.range(replicas.start, replicas.stop).map(
+            lambda replica: (*batch, replica)
+        )
+    )
+    return repeated.map(share, _PARALLEL, deterministic=True)
 
 
 def _check(batch: Any) -> Tensor:
@@ -456,28 +487,29 @@ class PyDatasetBatches(Batches):
         """Builds the stream of an epoch."""
         specs = tf.nest.flatten(self._spec)
 
-        def number(position: Tensor) -> Tensor:
-            if self.length is None:
-                return position
-            key = tf.stack([tf.constant(self.seed, tf.int64), position // self.length + epoch])
-            inside = position % self.length
-            return permute(inside, self.length, key) if self.shuffle else inside
-
-        def load(index: np.int64) -> list[Any]:
-            leaves = tf.nest.flatten(_as_batch(self.dataset[int(index)]))
-            return [
-                np.asarray(leaf, s.dtype.as_numpy_dtype)
-                for leaf, s in zip(leaves, specs, strict=True)
-            ]
+        def load(position: np.int64) -> list[Any]:
+            batch = _as_batch(self.dataset[self._number(int(position), epoch)])
+            pairs = zip(tf.nest.flatten(batch), specs, strict=True)
+            return [np.asarray(leaf, spec.dtype.as_numpy_dtype) for leaf, spec in pairs]
 
         def batch(position: Tensor) -> Any:
-            loaded = tf.numpy_function(load, [number(position)], [s.dtype for s in specs])
+            loaded = tf.numpy_function(load, [position], [spec.dtype for spec in specs])
             for leaf, spec in zip(loaded, specs, strict=True):
                 leaf.set_shape(spec.shape)
             return tf.nest.pack_sequence_as(self._spec, loaded)
 
         numbers = tf.data.Dataset.range(self.steps if self.steps is not None else _FOREVER)
         return numbers.map(batch, max(1, self.dataset.workers), deterministic=True)
+
+    def _number(self, position: int, epoch: int) -> int:
+        """Gives the number of the batch at a position of an epoch."""
+        if self.length is None:
+            return position
+        rounds, inside = divmod(position, self.length)
+        if not self.shuffle:
+            return int(inside)
+        order = permute(np.array([inside]), self.length, (self.seed, epoch + rounds))
+        return int(order[0])
 
     def spec(self) -> Any:
         """Gives the shapes and dtypes of a batch."""

@@ -2,22 +2,37 @@
 
 Nothing else decides it: not a worker's history, its rank, or the number of workers. So
 every replica finds the same rows, takes its slice, and a run that is resumed at step t,
-on any number of workers, goes on with the examples it would have seen.
+on any number of workers, goes on with the examples it would have seen. A sampler deals in
+row numbers, as NumPy arrays; it never sees the data.
 """
 
 from __future__ import annotations
 
 import abc
+import functools
 from dataclasses import dataclass
 from typing import Any
 
-import tensorflow as tf
+import numpy as np
+from numpy.typing import NDArray
 
-Tensor = Any
+Rows = NDArray[np.int64]
 
 
 class Sampler(abc.ABC):
-    """Chooses the rows of each global step."""
+    """Chooses the rows of each global step.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> import numpy as np
+        >>> @dataclass(frozen=True)
+        ... class WithReplacement(Sampler):
+        ...     def rows(self, step, *, num_rows, batch_size, seed):
+        ...         rng = np.random.default_rng((seed, step))
+        ...         return rng.integers(num_rows, size=batch_size)
+        >>> WithReplacement().rows(5, num_rows=10, batch_size=4, seed=0).shape
+        (4,)
+    """
 
     def steps_per_epoch(self, num_rows: int, batch_size: int) -> int:
         """Says how many steps make an epoch.
@@ -32,37 +47,50 @@ class Sampler(abc.ABC):
         return -(-num_rows // batch_size)
 
     @abc.abstractmethod
-    def rows(self, step: Tensor, *, num_rows: int, batch_size: int, seed: int) -> Tensor:
+    def rows(self, step: int, *, num_rows: int, batch_size: int, seed: int) -> Rows:
         """Gives the rows of one global batch.
 
         Args:
-            step: Scalar int64 tensor, the steps before this one since training began.
+            step: The steps before this one since training began.
             num_rows: Examples in the data.
             batch_size: Examples of a full global batch.
-            seed: Any int32; another seed gives another order.
+            seed: Another seed, below 2**63, gives another order.
 
         Returns:
-            int64 tensor of shape [n], 1 <= n <= batch_size, values in [0, num_rows).
+            int64 array of shape [n], n >= 1, values in [0, num_rows).
         """
+
+    def batches(
+        self, first: int, count: int, *, num_rows: int, batch_size: int, seed: int
+    ) -> list[Rows]:
+        """Gives the rows of several steps; override it where together is cheaper.
+
+        Args:
+            first: The first step.
+            count: How many steps.
+            num_rows: As in `rows`.
+            batch_size: As in `rows`.
+            seed: As in `rows`.
+        """
+        settings = {"num_rows": num_rows, "batch_size": batch_size, "seed": seed}
+        return [self.rows(step, **settings) for step in range(first, first + count)]
 
 
 @dataclass(frozen=True)
 class Sequential(Sampler):
     """Takes rows in the order they have."""
 
-    def rows(self, step: Tensor, *, num_rows: int, batch_size: int, seed: int) -> Tensor:
+    def rows(self, step: int, *, num_rows: int, batch_size: int, seed: int) -> Rows:
         """Gives the rows of one global batch; see `Sampler.rows`."""
         start = step % self.steps_per_epoch(num_rows, batch_size) * batch_size
-        return tf.range(start, tf.minimum(start + batch_size, num_rows))
+        return np.arange(start, min(start + batch_size, num_rows))
 
 
 @dataclass(frozen=True)
 class Uniform(Sampler):
     """Draws every row once an epoch, in an order of its own each epoch. The default.
 
-    The order is a pseudo-random permutation evaluated at the positions of the batch, so
-    it needs no memory, however many rows there are. It is TensorFlow's `index_shuffle`,
-    a small-domain block cipher (Simon; Beaulieu et al., 2013).
+    The order is a pseudo-random permutation, evaluated where it is needed; see `permute`.
 
     Args:
         by_batch: Keep the rows of a batch together and shuffle the batches, as Keras's
@@ -71,30 +99,92 @@ class Uniform(Sampler):
 
     by_batch: bool = False
 
-    def rows(self, step: Tensor, *, num_rows: int, batch_size: int, seed: int) -> Tensor:
+    def rows(self, step: int, *, num_rows: int, batch_size: int, seed: int) -> Rows:
         """Gives the rows of one global batch; see `Sampler.rows`."""
+        return self.batches(step, 1, num_rows=num_rows, batch_size=batch_size, seed=seed)[0]
+
+    def batches(
+        self, first: int, count: int, *, num_rows: int, batch_size: int, seed: int
+    ) -> list[Rows]:
+        """Gives the rows of several steps, permuting each epoch's positions at once."""
         steps = self.steps_per_epoch(num_rows, batch_size)
-        key = tf.stack([tf.constant(seed, tf.int64), step // steps])
-        if self.by_batch:
-            batch = permute(step % steps, steps, key)
-            return Sequential().rows(batch, num_rows=num_rows, batch_size=batch_size, seed=0)
-        positions = Sequential().rows(step, num_rows=num_rows, batch_size=batch_size, seed=0)
-        return permute(positions, num_rows, key)
+        found: list[Rows] = []
+        while len(found) < count:
+            epoch, start = divmod(first + len(found), steps)
+            stop = min(steps, start + count - len(found))
+            key = (seed, epoch)
+            if self.by_batch:
+                chosen = permute(np.arange(start, stop), steps, key)
+                edges = [(b * batch_size, min((b + 1) * batch_size, num_rows)) for b in chosen]
+                found += [np.arange(begin, end) for begin, end in edges]
+            else:
+                positions = np.arange(start * batch_size, min(stop * batch_size, num_rows))
+                rows = permute(positions, num_rows, key)
+                found += np.split(rows, range(batch_size, len(rows), batch_size))
+        return found
 
 
-def permute(positions: Tensor, size: int, key: Tensor) -> Tensor:
+_SMALL = 2**16
+_ROUNDS = 8
+
+
+def permute(positions: Rows, size: int, key: tuple[int, int]) -> Rows:
     """Evaluates a pseudo-random permutation of range(size) at some positions.
 
+    Up to 65536 values it is a drawn one, kept for the next call. Beyond, it is a Feistel
+    network on the bits of the position, applied again while the result is not below `size`:
+    a bijection that needs no memory, however large `size` is (Mitchell et al.,
+    "Bandwidth-optimal random shuffling for GPUs", ACM TOPC 2022, section 4; Black and
+    Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002).
+
     Args:
-        positions: int64 tensor, values in [0, size).
-        size: How many values are permuted.
-        key: int64 tensor of shape [2] that chooses the permutation.
+        positions: int64 array, values in [0, size).
+        size: How many values are permuted, at most 2**62.
+        key: Two whole numbers from 0 on that choose the permutation.
 
     Returns:
-        int64 tensor of the shape of `positions`.
+        int64 array of the shape of `positions`.
     """
-    last = tf.constant(size - 1, tf.int64)
-    return tf.random.experimental.index_shuffle(positions, key, last)
+    if size <= _SMALL:
+        return _drawn_permutation(size, key)[positions]
+    bits = int(size - 1).bit_length()
+    keys = np.random.SeedSequence(key).generate_state(_ROUNDS).astype(np.uint32)
+    values = _feistel(positions, bits, keys)
+    while len(outside := np.flatnonzero(values >= size)):
+        values[outside] = _feistel(values[outside], bits, keys)
+    return values
+
+
+@functools.lru_cache(maxsize=4)
+def _drawn_permutation(size: int, key: tuple[int, int]) -> Rows:
+    # The numbers of a bit generator are the same in every version of NumPy; what a
+    # Generator makes of them need not be.
+    drawn = np.random.Philox(np.random.SeedSequence(key)).random_raw(size)
+    return np.argsort(drawn, kind="stable")
+
+
+def _feistel(values: Rows, bits: int, keys: NDArray[np.uint32]) -> Rows:
+    """Applies a keyed bijection of range(2**bits): each round changes one half by the other."""
+    low_bits = bits // 2
+    low = (values & ((1 << low_bits) - 1)).astype(np.uint32)
+    high = (values >> low_bits).astype(np.uint32)
+    for number, key in enumerate(keys):
+        if number % 2:
+            low ^= _top_bits_of_hash(high, key, low_bits)
+        else:
+            high ^= _top_bits_of_hash(low, key, bits - low_bits)
+    joined: Rows = (high.astype(np.int64) << low_bits) | low
+    return joined
+
+
+def _top_bits_of_hash(half: Any, key: np.uint32, bits: int) -> Any:
+    """Hashes 32-bit numbers: a key, two odd multipliers, and a shift between them."""
+    mixed = half ^ key
+    mixed *= np.uint32(0x85EBCA6B)
+    mixed ^= mixed >> np.uint32(15)
+    mixed *= np.uint32(0xC2B2AE35)
+    mixed >>= np.uint32(32 - bits)
+    return mixed
 
 
 def from_shuffle(shuffle: bool | str) -> Sampler:

@@ -142,10 +142,11 @@ def _over_epoch(
 
 def _heed(signals: Signals, stop: Stop, strategy: Strategy) -> None:
     """Does what the other workers' signals ask for, on all workers alike."""
-    if signals.status == STOPPED:
+    status = int(signals.status)
+    if status == STOPPED:
         stop.agreed = True
         raise StopIteration
-    if signals.status == DISAGREED:
+    if status == DISAGREED:
         checks = strategy.gather_objects([int(part) for part in signals.check])
         listed = ", ".join(f"worker {i}: {check}" for i, check in enumerate(checks))
         raise DisagreementError(
