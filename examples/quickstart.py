@@ -76,7 +76,6 @@ tfdist.fit(
     batch_size=BATCH_SIZE,
     epochs=EPOCHS,
     callbacks=[stopwatch],
-    seed=SEED,
 )
 scores = tfdist.evaluate(model, x_test, y_test, verbose=0, return_dict=True)
 # The first epoch is left out: TensorFlow traces its graphs in it.

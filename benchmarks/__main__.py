@@ -1,0 +1,12 @@
+"""Runs all benchmarks, one after the other, each in a process of its own.
+
+python -m benchmarks
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+for name in ("overhead", "input_road", "scaling"):
+    subprocess.run([sys.executable, "-m", f"benchmarks.{name}"], check=True)
