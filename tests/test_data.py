@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+import tfdist.data.read as reading
 from tfdist import data
+from tfdist.data import arrays
 from tfdist.errors import ArgumentError
 from tfdist.samplers import Sequential, Uniform
 from tfdist.strategies.base import Place
@@ -79,7 +81,7 @@ def test_training_stream_goes_through_epochs() -> None:
 
 def test_floats_become_floatx_and_nesting_stays() -> None:
     nested = {"a": [np.ones((2, 3)), np.ones(2, "int32")], "b": tf.ones((2,), tf.float64)}
-    tensors = data.to_tensors(nested, "x")
+    tensors = arrays.to_tensors(nested, "x")
     assert tensors["a"][0].dtype == tf.float32
     assert tensors["a"][1].dtype == tf.int32
     assert tensors["b"].dtype == tf.float32
@@ -88,11 +90,11 @@ def test_floats_become_floatx_and_nesting_stays() -> None:
 @pytest.mark.parametrize("bad", [3, "text", [1.0, 2.0], {"a": None}])
 def test_what_is_no_array_is_named(bad: Any) -> None:
     with pytest.raises(ArgumentError, match="x"):
-        data.to_tensors(bad, "x")
+        arrays.to_tensors(bad, "x")
 
 
 def test_class_weights_as_in_keras() -> None:
-    weigh = data._weigher({0: 2.0, 2: 0.5})
+    weigh = reading._weigher({0: 2.0, 2: 0.5})
     for y in (np.array([0, 1, 2, 5]), np.array([[0.0], [1.0], [2.0], [5.0]])):
         np.testing.assert_allclose(weigh(np.ones((4, 1)), tf.constant(y))[2], [2, 1, 0.5, 1])
     one_hot = tf.one_hot([0, 1, 2, 1], 3)
@@ -102,9 +104,9 @@ def test_class_weights_as_in_keras() -> None:
 def test_check_differs_when_batches_differ() -> None:
     rng = np.random.default_rng(0)
     batches = [tf.constant(rng.normal(size=(8, 5)), tf.float32) for _ in range(200)]
-    checks = {tuple(data._check((b,)).numpy()) for b in batches}
+    checks = {tuple(batches._check((b,)).numpy()) for b in batches}
     assert len(checks) == 200
-    whole = data._check((batches[0], tf.constant(["text"] * 8))).numpy()
+    whole = batches._check((batches[0], tf.constant(["text"] * 8))).numpy()
     assert ((whole >= 0) & (whole < 64) & (whole == whole.round())).all()
 
 

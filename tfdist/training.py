@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import platform
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import keras
-import tensorflow as tf
 
-from tfdist import _keras, data
+from tfdist import _keras, data, preflight
 from tfdist import callbacks as tfdist_callbacks
-from tfdist._version import __version__
-from tfdist.errors import ArgumentError, DisagreementError
+from tfdist.prepared import prepare
 from tfdist.samplers import Sampler, Sequential, from_shuffle
 from tfdist.session import Session, current
-from tfdist.steps import Functions, Stop, make_functions
+from tfdist.steps import Stop
 from tfdist.strategies.base import Strategy
-
-_MEMORY = "_tfdist_prepared"
 
 
 def fit(
@@ -99,10 +93,10 @@ def fit(
         2
     """
     session = current(strategy)
-    _check_counts(epochs=epochs, initial_epoch=initial_epoch)
-    _check_steps(steps_per_epoch=steps_per_epoch, validation_steps=validation_steps)
+    preflight.check_counts(epochs=epochs, initial_epoch=initial_epoch)
+    preflight.check_steps(steps_per_epoch=steps_per_epoch, validation_steps=validation_steps)
     seed = session.sampler_seed(seed)
-    model = _compiled(model)
+    model = preflight.compiled(model)
     if validation_split and validation_data is None:
         (x, y, sample_weight), validation_data = data.split(
             x, y, sample_weight, validation_split
@@ -130,8 +124,8 @@ def fit(
             steps=validation_steps,
         )
     _keras.build(model, source.spec())
-    prepared = _prepare(model, session)
-    _check_agreement(
+    prepared = prepare(model, session.strategy)
+    preflight.check_agreement(
         session,
         model,
         {
@@ -207,13 +201,13 @@ def evaluate(
         ['loss']
     """
     session = current(strategy)
-    _check_steps(steps=steps)
-    model = _compiled(model)
+    preflight.check_steps(steps=steps)
+    model = preflight.compiled(model)
     source = _read_in_order(x, y, sample_weight, batch_size=batch_size, steps=steps)
     _keras.build(model, source.spec())
-    prepared = _prepare(model, session)
+    prepared = prepare(model, session.strategy)
     asked = {"batch_size": batch_size, "steps": source.steps}
-    _check_agreement(session, model, asked, source)
+    preflight.check_agreement(session, model, asked, source)
     with prepared.running():
         return _keras.EVALUATE(
             model,
@@ -260,13 +254,13 @@ def predict(
         (5, 1)
     """
     session = current(strategy)
-    _check_steps(steps=steps)
+    preflight.check_steps(steps=steps)
     model = model if isinstance(model, keras.Model) else model()
     source = _read_in_order(x, None, None, batch_size=batch_size, steps=steps)
     _keras.build_layers(model, source.spec())
-    prepared = _prepare(model, session)
+    prepared = prepare(model, session.strategy)
     asked = {"batch_size": batch_size, "steps": source.steps}
-    _check_agreement(session, model, asked, source)
+    preflight.check_agreement(session, model, asked, source)
     with prepared.running():
         return _keras.PREDICT(
             model,
@@ -276,100 +270,11 @@ def predict(
         )
 
 
-# --- the model ------------------------------------------------------------------------
-
-
-@dataclass
-class _Prepared:
-    """A model's functions on a strategy, kept with it so that they are traced once."""
-
-    model: Any
-    strategy: Strategy
-    compiled_state: tuple[Any, ...]
-    variables: list[Any]
-    held: contextlib.AbstractContextManager[None]
-    functions: Functions
-    stop: Stop
-
-    def fits(self, model: Any, strategy: Strategy) -> bool:
-        """Tells whether the model was compiled or rebuilt since, or moved elsewhere."""
-        state = _keras.compiled_state(model)
-        return (
-            self.strategy is strategy
-            and len(state) == len(self.compiled_state)
-            and all(a is b for a, b in zip(state, self.compiled_state, strict=True))
-            and [id(v) for v in self.variables] == [id(v) for v in _variables(model)]
-        )
-
-    @contextlib.contextmanager
-    def running(self) -> Iterator[None]:
-        """Lets Keras's loop run the functions, and gives a plain model back."""
-        self.stop.requested = self.stop.agreed = False
-        functions = _keras.loop_functions(
-            self.model,
-            (data.Epoch, data.Share),
-            train_function=self.functions.train,
-            test_function=self.functions.test,
-            predict_function=self.functions.predict,
-        )
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(self.held)
-            stack.enter_context(functions)
-            if self.strategy.place.num_replicas > 1:
-                stack.enter_context(_keras.replicated(self.model))
-            yield
-
-
-def _compiled(model: Any) -> Any:
-    made = model if isinstance(model, keras.Model) or not callable(model) else model()
-    if not isinstance(made, keras.Model):
-        raise ArgumentError(
-            "`model` must be a compiled keras.Model or a function that returns one. "
-            f"Received: model={made!r}."
-        )
-    if not made.compiled:
-        raise ArgumentError(
-            "`model` must be compiled. Received: a model without optimizer and loss. "
-            "Call model.compile(optimizer=..., loss=...) first."
-        )
-    return made
-
-
-def _prepare(model: Any, session: Session) -> _Prepared:
-    known = vars(model).get(_MEMORY)
-    if known is not None and known.fits(model, session.strategy):
-        return known  # type: ignore[no-any-return]
-    variables = _variables(model)
-    stop = Stop()
-    prepared = _Prepared(
-        model,
-        session.strategy,
-        _keras.compiled_state(model),
-        variables,
-        session.strategy.hold(variables, _keras.optimizers_of(model)),
-        make_functions(model, session.strategy, stop),
-        stop,
-    )
-    vars(model)[_MEMORY] = prepared
-    return prepared
-
-
-def _variables(model: Any) -> list[Any]:
-    """Lists all state of a model: weights, seeds, optimizers', metrics'; each once."""
-    parts = [model.variables, *(o.variables for o in _keras.optimizers_of(model))]
-    if model.compiled:
-        parts.append(_keras.metric_variables(model))
-    return list({id(v): v for part in parts for v in part}.values())
-
-
 def _epochs_done(model: Any, source: data.Source) -> int:
     """Counts the epochs that the optimizer has behind it, so that data goes on after them."""
     if model.optimizer is None or not source.steps:
         return 0
     return -(-int(model.optimizer.iterations.numpy()) // source.steps)
-
-
-# --- arguments ------------------------------------------------------------------------
 
 
 def _first(validation_data: Any) -> Any:
@@ -388,57 +293,6 @@ def _read_in_order(
 def _adapt(source: data.Source, strategy: Strategy) -> Any:
     stream = data.Stream(source, strategy)
     return _keras.StreamAdapter(stream, source.steps, source.on_epoch_end)
-
-
-def _check_counts(**counts: Any) -> None:
-    for name, value in counts.items():
-        if not isinstance(value, int) or value < 0:
-            raise ArgumentError(
-                f"`{name}` must be a whole number, 0 or more. Received: {name}={value!r}."
-            )
-
-
-def _check_steps(**steps: Any) -> None:
-    for name, value in steps.items():
-        if value is not None and (not isinstance(value, int) or value < 1):
-            raise ArgumentError(
-                f"`{name}` must be a whole number of at least 1, or None for all of the data. "
-                f"Received: {name}={value!r}."
-            )
-
-
-def _check_agreement(
-    session: Session, model: Any, asked: dict[str, Any], source: data.Source
-) -> None:
-    """Compares what the workers were asked to do, before any of it is done."""
-    if session.strategy.place.num_workers == 1:
-        return
-    mine = {
-        "versions": f"tfdist {__version__}, keras {keras.__version__}, tensorflow "
-        f"{tf.__version__}, python {platform.python_version()}",
-        "model": [f"{v.path} {tuple(v.shape)} {v.dtype}" for v in model.variables],
-        "data": source.fingerprint(),
-        **asked,
-    }
-    everyone = session.strategy.gather_objects(mine)
-    for name in dict.fromkeys(key for facts in everyone for key in facts):
-        values = [facts.get(name) for facts in everyone]
-        if any(value != values[0] for value in values):
-            _raise_disagreement(name, values)
-
-
-def _raise_disagreement(name: str, values: list[Any]) -> None:
-    if isinstance(values[0], list):  # of a model's variables, only what differs
-        common = set.intersection(*(set(value or []) for value in values))
-        values = [[line for line in value or [] if line not in common] for value in values]
-    listed = "; ".join(f"worker {i}: {value}" for i, value in enumerate(values))
-    remedy = {
-        "data": "Give every worker the same data in the same order.",
-        "versions": "Install the same versions on every host.",
-    }.get(name, "Start the same script with the same arguments on every worker.")
-    raise DisagreementError(
-        f"All workers must be given the same {name}. Received: {listed}. {remedy}"
-    )
 
 
 def _announce(session: Session, verbose: Any, batch_size: int | None) -> None:

@@ -1,0 +1,23 @@
+"""From what `fit` was given to each replica's stream of shares.
+
+Two roads. Arrays have rows that a sampler chooses by number. Everything else is a
+sequence of global batches. On both, replica r of R takes rows [n*r//R, n*(r+1)//R) of a
+global batch of n, and a share without rows carries one row that counts nothing.
+"""
+
+from tfdist.data.arrays import is_arrays, split
+from tfdist.data.read import Settings, read
+from tfdist.data.source import Share, Source, bounds
+from tfdist.data.stream import Epoch, Stream
+
+__all__ = [
+    "Epoch",
+    "Settings",
+    "Share",
+    "Source",
+    "Stream",
+    "bounds",
+    "is_arrays",
+    "read",
+    "split",
+]

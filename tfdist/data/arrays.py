@@ -1,0 +1,239 @@
+"""Arrays in memory: a sampler chooses the rows of each global batch by number."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from tfdist.data.source import FOREVER, Share, Source, batch_spec, bounds, dealt, shortened
+from tfdist.errors import ArgumentError
+from tfdist.samplers import Sampler
+from tfdist.strategies.base import Place
+
+Tensor = Any
+_ROWS_AT_ONCE = 2**14
+
+
+@dataclass
+class Arrays(Source):
+    """Arrays in memory, rows chosen by a sampler.
+
+    Attributes:
+        data: Nested structure of tensors with equal first dimensions, as in `Share.data`.
+        sampler: Chooses the rows of each step.
+        batch_size: Examples of a full global batch.
+        seed: The sampler's.
+        steps: Steps an epoch; when fewer or more than the sampler's, epochs go on where
+            the last one stopped.
+        endless: Whether the stream goes through all epochs (training) or ends after one.
+    """
+
+    data: Any
+    sampler: Sampler
+    batch_size: int
+    seed: int
+    steps: int
+    endless: bool
+
+    @property
+    def num_rows(self) -> int:
+        """Examples."""
+        return int(tf.nest.flatten(self.data)[0].shape[0])
+
+    @property
+    def continues(self) -> bool:
+        """Whether one stream runs through all epochs."""
+        return self.endless
+
+    def shares(self, place: Place, epoch: int) -> Any:
+        """Builds the stream of shares; each gathers its own rows only."""
+
+        def share(rows: Tensor, total: Tensor, replica: Tensor) -> Share:
+            if place.num_replicas == 1:
+                return Share(self._gather(rows[:total]), total, total, 0, tf.zeros([4]))
+            begin, end = bounds(total, replica, place)
+            padded = tf.minimum(begin, total - 1)
+            mine = rows[padded : tf.maximum(end, padded + 1)]
+            return Share(self._gather(mine), end - begin, total, begin, tf.zeros([4]))
+
+        return dealt(self._row_numbers(epoch), share, place)
+
+    def _gather(self, rows: Tensor) -> Any:
+        return tf.nest.map_structure(lambda column: tf.gather(column, rows), self.data)
+
+    def _row_numbers(self, epoch: int) -> Any:
+        """Builds a dataset of global batches' row numbers, padded at the end, and their count.
+
+        The sampler is asked for many steps at once, ahead of those that gather their rows.
+        """
+        at_once = max(1, min(_ROWS_AT_ONCE // self.batch_size, self.steps))
+        first_step = epoch * self.steps if self.endless else 0
+
+        def draw(first: np.int64) -> tuple[Any, Any]:
+            batches = self.sampler.batches(
+                int(first),
+                at_once,
+                num_rows=self.num_rows,
+                batch_size=self.batch_size,
+                seed=self.seed,
+            )
+            sizes = np.array([len(rows) for rows in batches])
+            padded = np.zeros((at_once, sizes.max()), np.int64)
+            for row, batch in zip(padded, batches, strict=True):
+                row[: len(batch)] = batch
+            return padded, sizes
+
+        def drawn(first: Tensor) -> tuple[Tensor, Tensor]:
+            rows, sizes = tf.numpy_function(draw, [first], (tf.int64, tf.int64))
+            return tf.ensure_shape(rows, [at_once, None]), tf.ensure_shape(sizes, [at_once])
+
+        numbers = tf.data.Dataset.range(first_step, FOREVER, at_once)
+        batches = numbers.map(drawn, 1).prefetch(1).unbatch()
+        return batches if self.endless else batches.take(self.steps)
+
+    def spec(self) -> Any:
+        """Gives the shapes and dtypes of a batch."""
+        return tf.nest.map_structure(batch_spec, self.data)
+
+    def fingerprint(self) -> str:
+        """Sums up number, shape and some rows of the arrays."""
+        rows = np.unique(np.linspace(0, self.num_rows - 1, 64).astype(np.int64))
+        digest = hashlib.sha256()
+        for column in tf.nest.flatten(self.data):
+            values = tf.gather(column, rows).numpy()
+            text = values.dtype == object  # of which tobytes() would give addresses
+            digest.update(repr(values.tolist()).encode() if text else values.tobytes())
+        return f"{self.num_rows} rows of {super().fingerprint()}, {digest.hexdigest()[:12]}"
+
+
+def to_tensors(structure: Any, name: str) -> Any:
+    """Converts a nested structure of arrays to tensors on the host, floats to `floatx()`.
+
+    Args:
+        structure: Nested dicts, lists and tuples of NumPy arrays, tensors or pandas frames.
+        name: The argument's name, for messages.
+
+    Returns:
+        The structure, lists as tuples, with `tf.Tensor` leaves.
+
+    Raises:
+        ArgumentError: A leaf is not an array, or has no rows dimension.
+    """
+    if isinstance(structure, dict):
+        return {key: to_tensors(value, f"{name}[{key!r}]") for key, value in structure.items()}
+    if isinstance(structure, list | tuple):
+        return tuple(to_tensors(v, f"{name}[{i}]") for i, v in enumerate(structure))
+    array = structure
+    if type(array).__module__.startswith("pandas.") and hasattr(array, "to_numpy"):
+        array = array.to_numpy()
+        array = array[:, None] if array.ndim == 1 else array  # as Keras reads a Series
+    if not is_array(array):
+        raise ArgumentError(
+            f"`{name}` must be an array, or a dict, list or tuple of arrays. "
+            f"Received: {name}={shortened(structure)}. Convert it with np.asarray."
+        )
+    with tf.device("CPU:0"):
+        tensor = tf.convert_to_tensor(array if tf.is_tensor(array) else np.asarray(array))
+        if tensor.dtype.is_floating:
+            tensor = tf.cast(tensor, keras.config.floatx())
+    if tensor.shape.rank == 0:
+        raise ArgumentError(
+            f"`{name}` must have a first dimension of examples. Received: {name} with shape ()."
+        )
+    return tensor
+
+
+def is_array(value: Any) -> bool:
+    """Tells arrays of any library from other inputs.
+
+    Args:
+        value: Anything.
+    """
+    return tf.is_tensor(value) or (hasattr(value, "__array__") and hasattr(value, "shape"))
+
+
+def is_arrays(structure: Any) -> bool:
+    """Tells whether an input is arrays, nested or not, rather than an iterable of batches.
+
+    Args:
+        structure: What a user passed as `x`.
+    """
+    leaves = tf.nest.flatten(structure)
+    return bool(leaves) and all(
+        is_array(leaf) or type(leaf).__module__.startswith("pandas.") for leaf in leaves
+    )
+
+
+def count_rows(**columns: Any) -> int:
+    """Counts the examples of tensors that must have equally many.
+
+    Args:
+        **columns: Nested structures of tensors by the name of their argument; None is
+            skipped.
+
+    Raises:
+        ArgumentError: The counts differ, or there are no examples.
+    """
+    counts = {
+        name: sorted({int(leaf.shape[0]) for leaf in tf.nest.flatten(column)})
+        for name, column in columns.items()
+        if column is not None
+    }
+    distinct = {count for found in counts.values() for count in found}
+    received = ", ".join(f"{name} with {found} rows" for name, found in counts.items())
+    if len(distinct) > 1:
+        raise ArgumentError(
+            f"All arrays must have the same number of rows. Received: {received}."
+        )
+    if distinct == {0}:
+        raise ArgumentError(
+            f"There must be at least one example. Received: {received}. "
+            "Check the filter or the path that produced the data."
+        )
+    return distinct.pop()
+
+
+def split(x: Any, y: Any, sample_weight: Any, fraction: float) -> tuple[Any, Any]:
+    """Cuts the last rows off for validation, as Keras does.
+
+    Args:
+        x: Arrays.
+        y: Targets, or None.
+        sample_weight: Weights, or None.
+        fraction: The part to cut off, between 0 and 1.
+
+    Returns:
+        `(x, y, sample_weight)` to train on, and the same to validate on.
+
+    Raises:
+        ArgumentError: The input is not arrays, or a part would be empty.
+    """
+    if not is_arrays(x):
+        raise ArgumentError(
+            "`validation_split` needs arrays. Received: x of type "
+            f"{type(x).__name__}. Pass validation_data instead."
+        )
+    columns = [
+        None if c is None else to_tensors(c, n)
+        for c, n in ((x, "x"), (y, "y"), (sample_weight, "sample_weight"))
+    ]
+    rows = count_rows(x=columns[0], y=columns[1], sample_weight=columns[2])
+    at = int(rows * (1.0 - fraction))
+    if not 0 < at < rows:
+        raise ArgumentError(
+            "`validation_split` must leave examples to train and to validate on. "
+            f"Received: validation_split={fraction} with {rows} examples."
+        )
+
+    def part(rows: slice) -> Any:
+        return tuple(
+            c if c is None else tf.nest.map_structure(lambda leaf: leaf[rows], c)
+            for c in columns
+        )
+
+    return part(slice(0, at)), part(slice(at, rows))

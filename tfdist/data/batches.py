@@ -1,0 +1,251 @@
+"""Sequences of global batches: each replica takes its slice of each."""
+
+from __future__ import annotations
+
+import abc
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from tfdist.data.source import FOREVER, PARALLEL, Share, Source, batch_spec, bounds, dealt
+from tfdist.errors import ArgumentError
+from tfdist.samplers import permute
+from tfdist.strategies.base import Place
+
+Tensor = Any
+
+
+class Batches(Source):
+    """Global batches in an order of their own; each replica takes a slice of each.
+
+    Args:
+        steps: Batches an epoch, or None when unknown.
+        transform: Applied to each batch, for example to add class weights.
+    """
+
+    def __init__(
+        self, steps: int | None, transform: Callable[[Any], Any] | None = None
+    ) -> None:
+        self.steps = steps
+        self.transform = transform
+
+    @abc.abstractmethod
+    def batches(self, epoch: int) -> Any:
+        """Builds the `tf.data.Dataset` of global batches.
+
+        Args:
+            epoch: Epochs drawn before.
+        """
+
+    def shares(self, place: Place, epoch: int) -> Any:
+        """Builds the stream of shares by slicing each batch."""
+        batches = self.batches(epoch)
+        if self.transform is not None:
+            batches = batches.map(self.transform, PARALLEL, deterministic=True)
+
+        def share(*batch_and_replica: Any) -> Share:
+            *parts, replica = batch_and_replica
+            batch = parts[0] if len(parts) == 1 else tuple(parts)
+            first = tf.nest.flatten(batch)[0]
+            total = tf.cast(
+                first.nrows() if isinstance(first, tf.RaggedTensor) else tf.shape(first)[0],
+                tf.int64,
+            )
+            begin, end = bounds(total, replica, place)
+            padded = tf.minimum(begin, total - 1)
+            stop = tf.maximum(end, padded + 1)
+            data = tf.nest.map_structure(lambda leaf: _slice(leaf, padded, stop), batch)
+            return Share(data, end - begin, total, begin, _check(batch))
+
+        return dealt(batches, share, place)
+
+
+def _check(batch: Any) -> Tensor:
+    """Boils the first and last row of every dense leaf down to `Share.check`."""
+    sums = tf.zeros([4])
+    for leaf in tf.nest.flatten(batch):
+        if isinstance(leaf, tf.Tensor) and leaf.dtype.is_numeric:
+            ends = tf.cast(tf.reshape(tf.stack([leaf[0], leaf[-1]]), [-1]), tf.float32)
+            position = tf.range(tf.size(ends), dtype=tf.float32)
+            factors = tf.sin(position[:, None] * [1.1, 1.7, 2.3, 3.1] + [1.0, 2.0, 3.0, 4.0])
+            sums += tf.reduce_sum(
+                tf.where(tf.math.is_finite(ends), ends, 0.0)[:, None] * factors, 0
+            )
+    # The low bits of a float are the ones that differ.
+    return tf.cast(tf.bitwise.bitwise_and(tf.bitcast(sums, tf.int32), 63), tf.float32)
+
+
+def _slice(leaf: Tensor, begin: Tensor, end: Tensor) -> Tensor:
+    if isinstance(leaf, tf.SparseTensor):
+        size = tf.concat([[end - begin], tf.shape(leaf, tf.int64)[1:]], 0)
+        start = tf.concat([[begin], tf.zeros_like(size[1:])], 0)
+        return tf.sparse.slice(leaf, start, size)
+    return leaf[begin:end]
+
+
+class DatasetBatches(Batches):
+    """A `tf.data.Dataset` of global batches.
+
+    Args:
+        dataset: Yields what `Share.data` holds.
+        steps: Batches an epoch, or None to take its length.
+        continues: Whether an epoch goes on where the one before stopped.
+        transform: Applied to each batch.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        steps: int | None,
+        *,
+        continues: bool,
+        transform: Callable[[Any], Any] | None = None,
+    ) -> None:
+        length = int(dataset.cardinality())
+        if length == 0:
+            raise ArgumentError(
+                "A data set must have at least one batch. Received: a tf.data.Dataset of "
+                "length 0. Check the filter or the path that produced it."
+            )
+        known = length if length > 0 else None
+        super().__init__(steps or known, transform)
+        self.dataset = dataset
+        self._continues = continues and steps is not None
+
+    @property
+    def continues(self) -> bool:
+        """Whether one stream runs through all epochs."""
+        return self._continues
+
+    def batches(self, epoch: int) -> Any:
+        """Gives the dataset."""
+        return self.dataset
+
+    def spec(self) -> Any:
+        """Gives the shapes and dtypes of a batch."""
+        spec = self.dataset.element_spec
+        return spec if self.transform is None else _transformed(self.transform, spec)
+
+
+class GeneratorBatches(Batches):
+    """A Python generator of global batches; it can be read once.
+
+    Args:
+        generator: Yields what `Share.data` holds.
+        steps: Batches an epoch, or None when it ends by itself.
+    """
+
+    def __init__(self, generator: Iterator[Any], steps: int | None) -> None:
+        super().__init__(steps)
+        try:
+            self._first = _as_batch(next(generator))
+        except StopIteration:
+            raise ArgumentError(
+                "A generator must yield at least one batch. Received: one that ends at once. "
+                "Generators are read once: make a new one for each call."
+            ) from None
+        self._rest = itertools.chain([self._first], map(_as_batch, generator))
+
+    @property
+    def continues(self) -> bool:
+        """Whether one stream runs through all epochs."""
+        return self.steps is not None
+
+    def batches(self, epoch: int) -> Any:
+        """Wraps what is left of the generator."""
+        return tf.data.Dataset.from_generator(lambda: self._rest, output_signature=self.spec())
+
+    def spec(self) -> Any:
+        """Gives the shapes and dtypes of a batch."""
+        return tf.nest.map_structure(batch_spec, self._first)
+
+
+class PyDatasetBatches(Batches):
+    """A `keras.utils.PyDataset`: batches by number, in threads, shuffled when asked.
+
+    Args:
+        dataset: Every worker computes every batch and takes its slice.
+        steps: Batches an epoch, or None for all.
+        shuffle: Whether batches come in another order each epoch.
+        seed: Chooses the orders.
+        transform: Applied to each batch.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        steps: int | None,
+        *,
+        shuffle: bool,
+        seed: int,
+        transform: Callable[[Any], Any] | None = None,
+    ) -> None:
+        length = dataset.num_batches
+        if length == 0:
+            raise ArgumentError(
+                "A data set must have at least one batch. Received: a PyDataset of length 0."
+            )
+        super().__init__(steps or length, transform)
+        self.dataset = dataset
+        self.length = length
+        self.shuffle = shuffle and length is not None
+        self.seed = seed
+        self._spec = tf.nest.map_structure(batch_spec, _as_batch(dataset[0]))
+
+    def on_epoch_end(self) -> None:
+        """Lets the data set rearrange itself, as Keras does."""
+        self.dataset.on_epoch_end()
+
+    def batches(self, epoch: int) -> Any:
+        """Builds the stream of an epoch."""
+        specs = tf.nest.flatten(self._spec)
+
+        def load(position: np.int64) -> list[Any]:
+            batch = _as_batch(self.dataset[self._number(int(position), epoch)])
+            pairs = zip(tf.nest.flatten(batch), specs, strict=True)
+            return [np.asarray(leaf, spec.dtype.as_numpy_dtype) for leaf, spec in pairs]
+
+        def batch(position: Tensor) -> Any:
+            loaded = tf.numpy_function(load, [position], [spec.dtype for spec in specs])
+            for leaf, spec in zip(loaded, specs, strict=True):
+                leaf.set_shape(spec.shape)
+            return tf.nest.pack_sequence_as(self._spec, loaded)
+
+        numbers = tf.data.Dataset.range(self.steps if self.steps is not None else FOREVER)
+        return numbers.map(batch, max(1, self.dataset.workers), deterministic=True)
+
+    def _number(self, position: int, epoch: int) -> int:
+        """Gives the number of the batch at a position of an epoch."""
+        if self.length is None:
+            return position
+        rounds, inside = divmod(position, self.length)
+        if not self.shuffle:
+            return int(inside)
+        order = permute(np.array([inside]), self.length, (self.seed, epoch + rounds))
+        return int(order[0])
+
+    def spec(self) -> Any:
+        """Gives the shapes and dtypes of a batch."""
+        if self.transform is None:
+            return self._spec
+        return _transformed(self.transform, self._spec)
+
+
+def _transformed(transform: Callable[..., Any], spec: Any) -> Any:
+    leaves = spec if isinstance(spec, tuple) else (spec,)
+    return tf.function(transform).get_concrete_function(*leaves).structured_outputs
+
+
+def _as_batch(value: Any) -> Any:
+    """Makes NumPy arrays of what a generator or PyDataset gives, floats to `floatx()`."""
+    if isinstance(value, dict):
+        return {key: _as_batch(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        # (x, y, None) means (x, y), as it does in Keras.
+        return tuple(_as_batch(item) for item in value if item is not None)
+    array = np.asarray(value)
+    return array.astype(keras.config.floatx()) if array.dtype.kind == "f" else array

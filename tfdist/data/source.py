@@ -1,0 +1,123 @@
+"""What all data has in common: it can be dealt out to replicas in shares."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import tensorflow as tf
+
+from tfdist.strategies.base import Place
+
+Tensor = Any
+PARALLEL = tf.data.AUTOTUNE
+FOREVER = 2**62
+
+
+class Share(NamedTuple):
+    """One replica's part of a global batch.
+
+    Attributes:
+        data: What Keras's steps take: `x`, `(x, y)` or `(x, y, sample_weight)`, at least
+            one row.
+        rows: Scalar int64, rows that count: 0 when the only row is padding.
+        total: Scalar int64, rows of the global batch.
+        offset: Scalar int64, the row of the global batch at which the share begins.
+        check: float32 of shape [4], whole numbers below 64 that differ when global batches
+            differ. Workers compare them at every step; arrays are compared beforehand.
+    """
+
+    data: Any
+    rows: Tensor
+    total: Tensor
+    offset: Tensor
+    check: Tensor
+
+
+def bounds(total: Tensor, replica: Tensor, place: Place) -> tuple[Tensor, Tensor]:
+    """Says which rows of a global batch are a replica's.
+
+    Args:
+        total: Rows of the global batch.
+        replica: The replica's global number.
+        place: How many replicas there are.
+
+    Returns:
+        The first row and the one after the last.
+    """
+    replicas = place.num_replicas
+    if replicas == 1:
+        return tf.zeros_like(total), total
+    return total * replica // replicas, total * (replica + 1) // replicas
+
+
+class Source(abc.ABC):
+    """Data that can be dealt out in shares.
+
+    Attributes:
+        steps: Global batches in an epoch, or None when unknown.
+    """
+
+    steps: int | None
+
+    @abc.abstractmethod
+    def shares(self, place: Place, epoch: int) -> Any:
+        """Builds the stream of the local replicas' shares, from an epoch on.
+
+        Args:
+            place: Which replicas are local.
+            epoch: Epochs drawn before.
+
+        Returns:
+            A `tf.data.Dataset` of `Share`, `place.local_replicas` elements a step.
+        """
+
+    @property
+    def continues(self) -> bool:
+        """Whether one stream runs through all epochs, rather than one for each."""
+        return False
+
+    @abc.abstractmethod
+    def spec(self) -> Any:
+        """Gives the structure of a batch, with leaves that have `shape` and `dtype`."""
+
+    def fingerprint(self) -> str:
+        """Sums up what every worker must have alike before the first step."""
+        return str(tf.nest.map_structure(lambda s: f"{s.dtype}{list(s.shape)}", self.spec()))
+
+    def on_epoch_end(self) -> None:  # noqa: B027, most sources need nothing
+        """Called when an epoch's stream has ended."""
+
+
+def dealt(batches: Any, share: Callable[..., Share], place: Place) -> Any:
+    """Makes the local replicas' shares of each batch, one after the other."""
+    replicas = range(place.first_replica, place.first_replica + place.local_replicas)
+    if len(replicas) == 1:
+        (only,) = replicas
+        return batches.map(lambda *batch: share(*batch, only), PARALLEL, deterministic=True)
+    repeated = batches.flat_map(
+        lambda *batch: tf.data.Dataset.range(replicas.start, replicas.stop).map(
+            lambda replica: (*batch, replica)
+        )
+    )
+    return repeated.map(share, PARALLEL, deterministic=True)
+
+
+def batch_spec(leaf: Any) -> Any:
+    """Describes a batch by an array: any number of rows of its shape and dtype.
+
+    Args:
+        leaf: An array or tensor of shape [rows, ...].
+    """
+    return tf.TensorSpec((None, *leaf.shape[1:]), leaf.dtype)
+
+
+def shortened(value: Any) -> str:
+    """Gives a value's repr for a message, cut to a line.
+
+    Args:
+        value: Anything.
+    """
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

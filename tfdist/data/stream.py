@@ -1,0 +1,105 @@
+"""The loop's side of the data: what Keras iterates over."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import tensorflow as tf
+
+from tfdist.data.source import Source
+from tfdist.errors import ArgumentError
+from tfdist.strategies.base import Strategy
+
+
+class Stream:
+    """What Keras's loop iterates over: one iteration is an epoch.
+
+    Args:
+        source: The data.
+        strategy: Deals shares out to replicas.
+        first_epoch: Called when the first share is drawn: epochs drawn in earlier runs.
+    """
+
+    def __init__(
+        self, source: Source, strategy: Strategy, first_epoch: Callable[[], int] = lambda: 0
+    ) -> None:
+        self.source = source
+        self.strategy = strategy
+        self.first_epoch = first_epoch
+        self.drawn = False
+        self._epoch: int | None = None
+        self._running: Any = None
+
+    def __iter__(self) -> Epoch:
+        return Epoch(self, self.source.steps)
+
+    def start_epoch(self) -> Any:
+        """Gives an iterator over shares that stands at the beginning of the next epoch."""
+        self._epoch = self.first_epoch() if self._epoch is None else self._epoch + 1
+        if self._running is None or not self.source.continues:
+            epoch = self._epoch
+            place = self.strategy.place
+            shares = self.strategy.distribute(lambda: self.source.shares(place, epoch))
+            self._running = iter(shares)
+        return self._running
+
+
+class Epoch:
+    """One epoch's shares; begins when the first is drawn, since Keras makes more than it uses.
+
+    Args:
+        stream: Where they come from.
+        steps: How many there are, or None when only the data knows.
+    """
+
+    def __init__(self, stream: Stream, steps: int | None) -> None:
+        self._stream = stream
+        self._left = steps
+        self._iterator: Any = None
+
+    @property
+    def iterator(self) -> Any:
+        """The iterator that traced functions draw from."""
+        if self._iterator is None:
+            self._iterator = self._stream.start_epoch()
+        return self._iterator
+
+    @contextlib.contextmanager
+    def drawing(self) -> Iterator[None]:
+        """Wraps the drawing of steps, to tell data that never began from data that ended."""
+        try:
+            yield
+        except tf.errors.OutOfRangeError:
+            if not self._stream.drawn:
+                raise ArgumentError(
+                    "A data set must have at least one batch. Received: one that ends at "
+                    "once. Check the filter or the path that produced it."
+                ) from None
+            raise
+        self._stream.drawn = True
+
+    def take(self, wanted: int) -> int:
+        """Says how many steps may be drawn now.
+
+        Args:
+            wanted: At most so many.
+
+        Raises:
+            StopIteration: The epoch is over.
+        """
+        if self._left is None:
+            return wanted
+        taken = min(wanted, self._left)
+        if taken == 0:
+            raise StopIteration
+        self._left -= taken
+        return taken
+
+    def __iter__(self) -> Epoch:
+        return self
+
+    def __next__(self) -> Any:
+        self.take(1)
+        return next(self.iterator)

@@ -1,0 +1,115 @@
+"""Checks before any work: the model, the numbers, and that the workers agree."""
+
+from __future__ import annotations
+
+import platform
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from tfdist import data
+from tfdist._version import __version__
+from tfdist.errors import ArgumentError, DisagreementError
+from tfdist.session import Session
+
+
+def compiled(model: Any) -> Any:
+    """Gives the compiled model that `fit` was given, or that the given function makes.
+
+    Args:
+        model: A `keras.Model` or a function without arguments.
+
+    Raises:
+        ArgumentError: It is neither, or the model is not compiled.
+    """
+    made = model if isinstance(model, keras.Model) or not callable(model) else model()
+    if not isinstance(made, keras.Model):
+        raise ArgumentError(
+            "`model` must be a compiled keras.Model or a function that returns one. "
+            f"Received: model={made!r}."
+        )
+    if not made.compiled:
+        raise ArgumentError(
+            "`model` must be compiled. Received: a model without optimizer and loss. "
+            "Call model.compile(optimizer=..., loss=...) first."
+        )
+    return made
+
+
+def check_counts(**counts: Any) -> None:
+    """Refuses numbers of epochs that are none.
+
+    Args:
+        **counts: Values by the name of their argument.
+
+    Raises:
+        ArgumentError: One is not a whole number, or negative.
+    """
+    for name, value in counts.items():
+        if not isinstance(value, int) or value < 0:
+            raise ArgumentError(
+                f"`{name}` must be a whole number, 0 or more. Received: {name}={value!r}."
+            )
+
+
+def check_steps(**steps: Any) -> None:
+    """Refuses numbers of steps that are none.
+
+    Args:
+        **steps: Values by the name of their argument; None means all of the data.
+
+    Raises:
+        ArgumentError: One is not a whole number, or below 1.
+    """
+    for name, value in steps.items():
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise ArgumentError(
+                f"`{name}` must be a whole number of at least 1, or None for all of the data. "
+                f"Received: {name}={value!r}."
+            )
+
+
+def check_agreement(
+    session: Session, model: Any, asked: dict[str, Any], source: data.Source
+) -> None:
+    """Compares what the workers were asked to do, before any of it is done.
+
+    Args:
+        session: This process's place.
+        model: A built `keras.Model`.
+        asked: What must be the same, by name.
+        source: The data.
+
+    Raises:
+        DisagreementError: Something differs; it and each worker's value are named.
+    """
+    if session.strategy.place.num_workers == 1:
+        return
+    mine = {
+        "versions": f"tfdist {__version__}, keras {keras.__version__}, tensorflow "
+        f"{tf.__version__}, numpy {np.__version__}, python {platform.python_version()}",
+        "model": [f"{v.path} {tuple(v.shape)} {v.dtype}" for v in model.variables],
+        "data": source.fingerprint(),
+        **asked,
+    }
+    everyone = session.strategy.gather_objects(mine)
+    for name in dict.fromkeys(key for facts in everyone for key in facts):
+        values = [facts.get(name) for facts in everyone]
+        if any(value != values[0] for value in values):
+            _raise_disagreement(name, values)
+
+
+def _raise_disagreement(name: str, values: list[Any]) -> None:
+    if isinstance(values[0], list):  # of a model's variables, only what differs
+        common = set.intersection(*(set(value or []) for value in values))
+        values = [[line for line in value or [] if line not in common] for value in values]
+    listed = "; ".join(f"worker {i}: {value}" for i, value in enumerate(values))
+    remedy = {
+        "data": "Give every worker the same data in the same order.",
+        "versions": "Install the same versions on every host.",
+    }.get(name, "Start the same script with the same arguments on every worker.")
+    raise DisagreementError(
+        f"All workers must be given the same {name}. Received: {listed}. {remedy}"
+    )

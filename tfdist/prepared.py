@@ -1,0 +1,88 @@
+"""A model on a strategy: its state where the replicas are, its functions traced once."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from tfdist import _keras, data
+from tfdist.steps import Functions, Stop, make_functions
+from tfdist.strategies.base import Strategy
+
+_MEMORY = "_tfdist_prepared"
+
+
+@dataclass
+class Prepared:
+    """A model's functions on a strategy, kept with it so that they are traced once."""
+
+    model: Any
+    strategy: Strategy
+    compiled_state: tuple[Any, ...]
+    variables: list[Any]
+    held: contextlib.AbstractContextManager[None]
+    functions: Functions
+    stop: Stop
+
+    def fits(self, model: Any, strategy: Strategy) -> bool:
+        """Tells whether the model was compiled or rebuilt since, or moved elsewhere."""
+        state = _keras.compiled_state(model)
+        return (
+            self.strategy is strategy
+            and len(state) == len(self.compiled_state)
+            and all(a is b for a, b in zip(state, self.compiled_state, strict=True))
+            and [id(v) for v in self.variables] == [id(v) for v in _variables(model)]
+        )
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Lets Keras's loop run the functions, and gives a plain model back."""
+        self.stop.requested = self.stop.agreed = False
+        functions = _keras.loop_functions(
+            self.model,
+            (data.Epoch, data.Share),
+            train_function=self.functions.train,
+            test_function=self.functions.test,
+            predict_function=self.functions.predict,
+        )
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self.held)
+            stack.enter_context(functions)
+            if self.strategy.place.num_replicas > 1:
+                stack.enter_context(_keras.replicated(self.model))
+            yield
+
+
+def prepare(model: Any, strategy: Strategy) -> Prepared:
+    """Gives a model's functions on a strategy, making them when it has none that fit.
+
+    Args:
+        model: A built `keras.Model`.
+        strategy: Where its replicas are.
+    """
+    known = vars(model).get(_MEMORY)
+    if known is not None and known.fits(model, strategy):
+        return known  # type: ignore[no-any-return]
+    variables = _variables(model)
+    stop = Stop()
+    prepared = Prepared(
+        model,
+        strategy,
+        _keras.compiled_state(model),
+        variables,
+        strategy.hold(variables, _keras.optimizers_of(model)),
+        make_functions(model, strategy, stop),
+        stop,
+    )
+    vars(model)[_MEMORY] = prepared
+    return prepared
+
+
+def _variables(model: Any) -> list[Any]:
+    """Lists all state of a model: weights, seeds, optimizers', metrics'; each once."""
+    parts = [model.variables, *(o.variables for o in _keras.optimizers_of(model))]
+    if model.compiled:
+        parts.append(_keras.metric_variables(model))
+    return list({id(v): v for part in parts for v in part}.values())

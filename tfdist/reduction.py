@@ -1,0 +1,173 @@
+"""The exact reduction: what a replica contributes to a step, and what all make of it.
+
+Gradients, metrics' state, changed statistics and the workers' signals to each other travel
+in one collective where the train step allows it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from tfdist import _keras
+from tfdist._keras import ReplicaBatch
+from tfdist.data import Share
+from tfdist.strategies.base import Strategy
+
+Tensor = Any
+GOES_ON, STOPPED, DISAGREED = 0, 1, 2
+
+
+class Agreement:
+    """Whether all workers go on with this step; known after the step's first reduction.
+
+    Attributes:
+        status: Scalar int32: `GOES_ON`, or `STOPPED` or `DISAGREED`: then nothing changes.
+        needed: Whether there are other workers to agree with.
+    """
+
+    def __init__(self, strategy: Strategy, share: Share, stopping: Tensor) -> None:
+        self.needed = strategy.place.num_workers > 1
+        self.status: Tensor = tf.constant(GOES_ON)
+        self._known = not self.needed
+        self._replicas = float(strategy.place.num_replicas)
+        self._said = tf.concat([[stopping], share.check, tf.square(share.check)], 0)
+
+    def reduce(self, batch: ReplicaBatch, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Sums tensors over all replicas; the first time the signals go with them."""
+        if self._known:
+            return batch.all_reduce(tensors)
+        *reduced, heard = batch.all_reduce([*tensors, self._said])
+        stopping, sums, squares = tf.split(heard, [1, 4, 4])
+        # Whole numbers below 64: sums of squares are exact in float32 up to 4096 replicas,
+        # and equal numbers are the only ones without variance.
+        differ = tf.reduce_any(squares * self._replicas != tf.square(sums))
+        status = tf.where(differ, DISAGREED, tf.where(stopping[0] > 0, STOPPED, GOES_ON))
+        self.status, self._known = status, True
+        return reduced
+
+    def do(self, action: Callable[[], None]) -> None:
+        """Does something if the workers go on."""
+
+        def act() -> Tensor:
+            action()
+            return tf.constant(True)
+
+        if self.needed:
+            tf.cond(tf.equal(self.status, GOES_ON), act, lambda: tf.constant(False))
+        else:
+            action()
+
+    def choose(self, going_on: Tensor, otherwise: Tensor) -> Tensor:
+        """Gives one tensor if the workers go on, else the other."""
+        return tf.where(tf.equal(self.status, GOES_ON), going_on, otherwise)
+
+
+class MetricState:
+    """The state of the metrics before a step, and what the replica's share adds to it."""
+
+    def __init__(self, model: Any) -> None:
+        self.variables = _keras.metric_variables(model)
+        self.of_batches = _keras.batch_metric_variables(model)
+        self.before = [tf.identity(v.value) for v in self.variables]
+
+    def clear(self) -> None:
+        """Starts the share from zero."""
+        for variable in self.variables:
+            variable.assign(tf.zeros_like(variable.value))
+
+    def changes(self, batch: ReplicaBatch) -> list[Tensor]:
+        """What the share added: nothing, when it holds no example."""
+        return [
+            tf.where(
+                batch.has_rows,
+                v.value * tf.cast(batch.share, v.value.dtype)
+                if id(v) in self.of_batches
+                else v.value,
+                tf.zeros_like(v.value),
+            )
+            for v in self.variables
+        ]
+
+    def assign(self, changes: Sequence[Tensor]) -> None:
+        """Adds what all shares added to the state before."""
+        for variable, before, change in zip(self.variables, self.before, changes, strict=True):
+            variable.assign(before + change)
+
+
+class Updates:
+    """Stands between a train step and its optimizers, to reduce before they apply.
+
+    With Keras's `train_step` nothing after the update depends on it, so it waits for the
+    metrics and shares their collective. A model's own `train_step` may rely on updated
+    weights (a GAN's second half does), so there each update is made at once.
+    """
+
+    def __init__(self, model: Any, batch: ReplicaBatch, agreement: Agreement) -> None:
+        self.agreement = agreement
+        self._model = model
+        self._batch = batch
+        self._at_once = _keras.has_own_train_step(model)
+        self._scaled: set[int] = set()
+        self._waiting: list[tuple[Callable[[list[Tensor]], None], list[Tensor]]] = []
+
+    def scale(self, optimizer: Any, loss: Tensor) -> Tensor:
+        """Makes the loss the share's part of the global loss."""
+        # Before the backward pass: collectives inside the model (synchronized
+        # BatchNormalization) then carry gradients of the global loss.
+        self._scaled.add(id(optimizer))
+        return loss * tf.cast(self._batch.share, loss.dtype)
+
+    def apply(
+        self, optimizer: Any, grads: list[Tensor], update: Callable[[list[Tensor]], None]
+    ) -> None:
+        """Keeps the share's gradients for the reduction, or reduces and applies them now."""
+        if id(optimizer) not in self._scaled:
+            share = self._batch.share
+            grads = [g if g is None else g * tf.cast(share, g.dtype) for g in grads]
+        self._waiting.append((update, grads))
+        if self._at_once:
+            self._reduce_and_apply([])
+
+    def _reduce_and_apply(self, with_gradients: Sequence[Tensor]) -> list[Tensor]:
+        """Reduces waiting gradients and some tensors in one go, and applies the gradients."""
+        grads = [g for _, grads in self._waiting for g in grads if g is not None]
+        reduced = iter(self.agreement.reduce(self._batch, [*grads, *with_gradients]))
+        ready = [
+            (update, [g if g is None else next(reduced) for g in grads])
+            for update, grads in self._waiting
+        ]
+        self._waiting = []
+        for update, grads in ready:
+            self.agreement.do(functools.partial(update, grads))
+        return list(reduced)
+
+    def finish(self, metrics: MetricState) -> None:
+        """Brings metrics, and what else the forward pass changed, to one value everywhere."""
+        synchronized = _keras.synchronized_variables(self._model)
+        touched = list(self._batch.touched.values())
+        differing = [
+            variable
+            for variable, before in touched
+            if before.dtype.is_floating and id(variable) not in synchronized
+        ]
+        weighted = [
+            tf.where(
+                self._batch.has_rows,
+                v.value * tf.cast(self._batch.share, v.value.dtype),
+                tf.zeros_like(v.value),
+            )
+            for v in differing
+        ]
+        reduced = self._reduce_and_apply([*weighted, *metrics.changes(self._batch)])
+        changes = reduced[len(differing) :]
+        for variable, mean in zip(differing, reduced, strict=False):
+            variable.assign(mean)
+        if self.agreement.needed:
+            changes = [self.agreement.choose(c, tf.zeros_like(c)) for c in changes]
+            for variable, before in touched:
+                variable.assign(self.agreement.choose(variable.value, before))
+        metrics.assign(changes)
