@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-import tfdist.data.read as reading
 from tfdist import data
-from tfdist.data import arrays
+from tfdist.data import arrays, batches, roads
 from tfdist.errors import ArgumentError
 from tfdist.samplers import Sequential, Uniform
 from tfdist.strategies.base import Place
@@ -49,8 +48,8 @@ def test_shares_make_up_each_global_batch(kind: str, replicas: int) -> None:
     if kind == "arrays":
         source = data.read(x, x, None, settings(batch_size=4))
     else:
-        batches = tf.data.Dataset.from_tensor_slices((x, x)).batch(4)
-        source = data.read(batches, None, None, settings())
+        dataset = tf.data.Dataset.from_tensor_slices((x, x)).batch(4)
+        source = data.read(dataset, None, None, settings())
     assert source.steps == 6
     by_replica = [
         list(source.shares(Place(replicas, first_replica=r), 0)) for r in range(replicas)
@@ -94,7 +93,7 @@ def test_what_is_no_array_is_named(bad: Any) -> None:
 
 
 def test_class_weights_as_in_keras() -> None:
-    weigh = reading._weigher({0: 2.0, 2: 0.5})
+    weigh = roads._weigher({0: 2.0, 2: 0.5})
     for y in (np.array([0, 1, 2, 5]), np.array([[0.0], [1.0], [2.0], [5.0]])):
         np.testing.assert_allclose(weigh(np.ones((4, 1)), tf.constant(y))[2], [2, 1, 0.5, 1])
     one_hot = tf.one_hot([0, 1, 2, 1], 3)
@@ -103,10 +102,10 @@ def test_class_weights_as_in_keras() -> None:
 
 def test_check_differs_when_batches_differ() -> None:
     rng = np.random.default_rng(0)
-    batches = [tf.constant(rng.normal(size=(8, 5)), tf.float32) for _ in range(200)]
-    checks = {tuple(batches._check((b,)).numpy()) for b in batches}
+    drawn = [tf.constant(rng.normal(size=(8, 5)), tf.float32) for _ in range(200)]
+    checks = {tuple(batches._check((b,)).numpy()) for b in drawn}
     assert len(checks) == 200
-    whole = batches._check((batches[0], tf.constant(["text"] * 8))).numpy()
+    whole = batches._check((drawn[0], tf.constant(["text"] * 8))).numpy()
     assert ((whole >= 0) & (whole < 64) & (whole == whole.round())).all()
 
 
