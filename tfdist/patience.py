@@ -67,7 +67,7 @@ class Patience:
 
     def _give_up(self) -> None:
         print(
-            f"tfdist: {self._worker} waited more than {self._seconds:.0f} s for {self._what}. "
+            f"tfdist: {self._worker} waited more than {self._seconds:g} s for {self._what}. "
             "Another worker did not come to it: it may have left `fit` early, run another "
             "script, or hang in a callback or in reading data. See its output. If a step "
             f"really takes so long, set {STEP_TIMEOUT} to more seconds.",

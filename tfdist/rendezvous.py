@@ -19,10 +19,9 @@ START_TIMEOUT = "TFDIST_START_TIMEOUT"
 
 
 def meet(cluster: Cluster, seconds: float) -> None:
-    """Returns when every other worker listens at its address.
+    """Returns when this worker reached every other one, and every other one this.
 
-    Until then this one listens at its own, so that the others can find it; afterwards the
-    port is free for TensorFlow.
+    Until then each listens at its address; afterwards the port is free for TensorFlow.
 
     Args:
         cluster: This process's place.
@@ -31,24 +30,27 @@ def meet(cluster: Cluster, seconds: float) -> None:
     Raises:
         StrategyError: This worker's port is taken, or a worker did not come up in time.
     """
-    workers = dict(enumerate(cluster.workers))
-    mine = workers.pop(cluster.worker_index)
+    addresses = dict(enumerate(cluster.workers))
+    mine = addresses.pop(cluster.worker_index)
+    unreached, unheard = set(addresses), set(addresses)
     deadline = time.monotonic() + seconds
-    with _listening(cluster, mine):
-        while workers:
-            workers = {i: address for i, address in workers.items() if not _is_up(address)}
-            if workers and time.monotonic() > deadline:
-                missing = ", ".join(f"{i} at {address}" for i, address in workers.items())
+    with _listening(cluster, mine) as listener:
+        while unreached or unheard:
+            unreached = {i for i in unreached if not _tell(addresses[i], cluster.worker_index)}
+            unheard -= _hear(listener)
+            if time.monotonic() > deadline:
+                missing = ", ".join(
+                    f"{i} at {addresses[i]}" for i in sorted(unreached | unheard)
+                )
                 raise StrategyError(
-                    f"All {cluster.num_workers} workers must come up within {seconds:.0f} s "
+                    f"All {cluster.num_workers} workers must come up within {seconds:g} s "
                     f"({START_TIMEOUT}). Received: no answer from worker {missing}. See what "
                     "they print, and check that their addresses can be reached from here."
                 )
-            time.sleep(0.1 if workers else 0)
 
 
 @contextlib.contextmanager
-def _listening(cluster: Cluster, address: str) -> Iterator[None]:
+def _listening(cluster: Cluster, address: str) -> Iterator[socket.socket]:
     host, port = _split(address)
     # A pod's name may belong to a service in front of it: then only "" can be bound.
     interface = host if host == "localhost" or host.startswith("127.") else ""
@@ -62,15 +64,29 @@ def _listening(cluster: Cluster, address: str) -> Iterator[None]:
                 f"but port {port}: {error.strerror}. Stop what uses it, or choose another."
             ) from error
         listener.listen(cluster.num_workers)
-        yield
+        listener.settimeout(0.1)
+        yield listener
 
 
-def _is_up(address: str) -> bool:
+def _tell(address: str, worker: int) -> bool:
+    """Tells a worker that this one is up, if it listens."""
     try:
-        with socket.create_connection(_split(address), timeout=1.0):
+        with socket.create_connection(_split(address), timeout=1.0) as connection:
+            connection.sendall(b"%d\n" % worker)
             return True
     except OSError:
         return False
+
+
+def _hear(listener: socket.socket) -> set[int]:
+    """Waits a moment for a worker that tells it is up."""
+    try:
+        connection, _ = listener.accept()
+        with connection, connection.makefile("rb") as said:
+            connection.settimeout(1.0)
+            return {int(said.readline(16))}
+    except (OSError, ValueError):  # nobody, or somebody else who knocked
+        return set()
 
 
 def _split(address: str) -> tuple[str, int]:

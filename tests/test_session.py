@@ -1,0 +1,111 @@
+"""Beginning a session: too late, alone, with a port taken, and the line that describes it."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.jobs import QUIET, ROOT
+from tfdist.cluster import Cluster
+from tfdist.errors import StrategyError
+from tfdist.rendezvous import meet
+from tfdist.session import Session
+from tfdist.strategies.base import Place, Strategy
+from tfdist.strategies.single import Single
+
+pytestmark = pytest.mark.quick
+
+
+@pytest.fixture
+def addresses() -> Iterator[tuple[str, str]]:
+    with socket.socket() as one, socket.socket() as two:
+        one.bind(("127.0.0.1", 0))
+        two.bind(("127.0.0.1", 0))
+        return tuple(f"127.0.0.1:{s.getsockname()[1]}" for s in (one, two))
+
+
+def worker(addresses: tuple[str, ...], index: int) -> Cluster:
+    return Cluster({"worker": addresses}, "worker", index, "TF_CONFIG")
+
+
+def test_workers_meet(addresses: tuple[str, str]) -> None:
+    other = threading.Thread(target=meet, args=(worker(addresses, 1), 20), daemon=True)
+    other.start()
+    meet(worker(addresses, 0), 20)
+    other.join(20)
+    assert not other.is_alive()
+
+
+def test_a_missing_worker_is_named(addresses: tuple[str, str]) -> None:
+    with pytest.raises(StrategyError, match=f"no answer from worker 1 at {addresses[1]}"):
+        meet(worker(addresses, 0), 0.3)
+
+
+def test_a_port_in_use_is_named(addresses: tuple[str, str]) -> None:
+    port = int(addresses[0].rpartition(":")[2])
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", port))
+        taken.listen()
+        with pytest.raises(StrategyError, match=f"port {port}"):
+            meet(worker(addresses, 0), 5)
+
+
+def run(code: str, **environ: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**QUIET, **environ},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    return done.stdout + done.stderr
+
+
+def test_connecting_too_late_says_what_to_do(addresses: tuple[str, str]) -> None:
+    config = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": 0}}
+    code = "import keras, tfdist; keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)]);"
+    printed = run(f"{code} tfdist.init()", TF_CONFIG=json.dumps(config))
+    assert "StrategyError" in printed
+    assert "Call tfdist.init() right after the imports" in printed
+    assert "tfdist run" in printed
+
+
+def test_a_wait_for_others_has_a_limit() -> None:
+    code = (
+        "import time\nfrom tfdist.patience import Patience\n"
+        "with Patience(0.5, 'worker 1').waiting_for('a step'): time.sleep(60)"
+    )
+    printed = run(code)
+    assert "worker 1 waited more than 0.5 s for a step" in printed
+    assert "TFDIST_STEP_TIMEOUT" in printed
+
+
+class Many(Single):
+    """A strategy that claims replicas, to describe."""
+
+    def __init__(self, replicas: int) -> None:
+        self.place = Place(replicas, 0, replicas)
+
+
+@pytest.mark.parametrize(
+    ("replicas", "batch", "ending"),
+    [
+        (1, 64, "): 1 replica"),
+        (2, None, "): 2 replicas"),
+        (3, 64, "): 3 replicas, batch 64 = 21 + 21 + 22"),
+        (8, 100, "): 8 replicas, batch 100 = 4 x 12 + 4 x 13"),
+    ],
+)
+def test_one_line_says_it_all(replicas: int, batch: Any, ending: str) -> None:
+    strategy: Strategy = Many(replicas)
+    line = Session(strategy, "as asked for", None).describe(batch)
+    assert line == f"tfdist: single (as asked for{ending}"
