@@ -10,8 +10,12 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+import keras
+import numpy as np
 import pytest
+import tensorflow as tf
 
+import tfdist
 from tests.jobs import QUIET, ROOT
 from tfdist.cluster import Cluster
 from tfdist.errors import StrategyError
@@ -77,6 +81,17 @@ def test_connecting_too_late_says_what_to_do(addresses: tuple[str, str]) -> None
     assert "StrategyError" in printed
     assert "Call tfdist.init() right after the imports" in printed
     assert "tfdist run" in printed
+
+
+def test_a_strategy_instance_is_adopted() -> None:
+    strategy = tf.distribute.OneDeviceStrategy("CPU:0")
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    x = np.ones((10, 4), "float32")
+    history = tfdist.fit(model, x, x[:, :1], batch_size=4, verbose=0, strategy=strategy)
+    assert len(history.history["loss"]) == 1
+    with pytest.raises(StrategyError, match="synchronous"):
+        tfdist.fit(model, x, x[:, :1], strategy=object())
 
 
 def test_a_wait_for_others_has_a_limit() -> None:

@@ -14,6 +14,7 @@ import tensorflow as tf
 
 from tfdist import _keras
 from tfdist.cluster import Cluster
+from tfdist.errors import StrategyError
 from tfdist.strategies.base import Place, Strategy, Tensor
 
 _WORDS = tf.TensorSpec([None], tf.int32)
@@ -224,7 +225,16 @@ def adopt(strategy: Any) -> TFDistribute:
 
     Returns:
         A strategy with the place that the instance implies.
+
+    Raises:
+        StrategyError: It is not a synchronous `tf.distribute.Strategy`.
     """
+    unfit = tf.distribute.ParameterServerStrategy
+    if not isinstance(strategy, tf.distribute.Strategy) or isinstance(strategy, unfit):
+        raise StrategyError(
+            "`strategy` must be a name or a synchronous tf.distribute.Strategy. Received: "
+            f"strategy={strategy!r}. Parameter servers are not in this release."
+        )
     replicas = strategy.num_replicas_in_sync
     local = len(strategy.extended.worker_devices)
     resolver = strategy.cluster_resolver
