@@ -94,7 +94,7 @@ def _over_epoch(
 
     def after_data(share: Share, stopping: Tensor) -> Result:
         # When the data is over, drawing fails, and then nothing must have been changed.
-        with tf.control_dependencies([share.rows]):
+        with tf.control_dependencies(tf.nest.flatten(share)[:1]):
             result: Result = step(share, stopping)
             return result
 
@@ -179,7 +179,7 @@ class _Replica:
     def train(self, share: Share, stopping: Tensor) -> tuple[Logs, Signals]:
         """Updates the weights, once."""
         if self.alone:
-            return self.model.train_step(share.data), Signals(tf.constant(0), share.check)
+            return self.model.train_step(share.data), Signals(tf.constant(0), tf.zeros([4]))
         with _keras.on_replica(self._batch(share)) as batch:
             updates = Updates(self.model, batch, self._agreement(share, stopping))
             metrics = self._metrics_from_zero()
@@ -193,7 +193,7 @@ class _Replica:
     def test(self, share: Share, stopping: Tensor) -> tuple[Logs, Signals]:
         """Adds a share to the metrics."""
         if self.alone:
-            return self.model.test_step(share.data), Signals(tf.constant(0), share.check)
+            return self.model.test_step(share.data), Signals(tf.constant(0), tf.zeros([4]))
         with _keras.on_replica(self._batch(share)) as batch:
             agreement = self._agreement(share, stopping)
             metrics = self._metrics_from_zero()

@@ -53,9 +53,10 @@ class Arrays(Source):
     def shares(self, place: Place, epoch: int) -> Any:
         """Builds the stream of shares; each gathers its own rows only."""
 
-        def share(rows: Tensor, total: Tensor, replica: Tensor) -> Share:
+        def share(rows: Tensor, size: Tensor, replica: Tensor) -> Share:
             if place.num_replicas == 1:
-                return Share(self._gather(rows[:total]), total, total, 0, tf.zeros([4]))
+                return Share(self._gather(tf.slice(rows, tf.constant([0], tf.int64), size)))
+            total = size[0]
             begin, end = bounds(total, replica, place)
             padded = tf.minimum(begin, total - 1)
             mine = rows[padded : tf.maximum(end, padded + 1)]
@@ -82,7 +83,7 @@ class Arrays(Source):
                 batch_size=self.batch_size,
                 seed=self.seed,
             )
-            sizes = np.array([len(rows) for rows in batches])
+            sizes = np.array([[len(rows)] for rows in batches])
             padded = np.zeros((at_once, sizes.max()), np.int64)
             for row, batch in zip(padded, batches, strict=True):
                 row[: len(batch)] = batch
@@ -90,7 +91,7 @@ class Arrays(Source):
 
         def drawn(first: Tensor) -> tuple[Tensor, Tensor]:
             rows, sizes = tf.numpy_function(draw, [first], (tf.int64, tf.int64))
-            return tf.ensure_shape(rows, [at_once, None]), tf.ensure_shape(sizes, [at_once])
+            return tf.ensure_shape(rows, [at_once, None]), tf.ensure_shape(sizes, [at_once, 1])
 
         numbers = tf.data.Dataset.range(first_step, FOREVER, at_once)
         batches = numbers.map(drawn, 1).prefetch(1).unbatch()

@@ -50,6 +50,8 @@ class Batches(Source):
         def share(*batch_and_replica: Any) -> Share:
             *parts, replica = batch_and_replica
             batch = parts[0] if len(parts) == 1 else tuple(parts)
+            if place.num_replicas == 1:
+                return Share(batch)
             first = tf.nest.flatten(batch)[0]
             total = tf.cast(
                 first.nrows() if isinstance(first, tf.RaggedTensor) else tf.shape(first)[0],

@@ -16,7 +16,7 @@ FOREVER = 2**62
 
 
 class Share(NamedTuple):
-    """One replica's part of a global batch.
+    """One replica's part of a global batch; a single replica needs nothing but the data.
 
     Attributes:
         data: What Keras's steps take: `x`, `(x, y)` or `(x, y, sample_weight)`, at least
@@ -29,10 +29,10 @@ class Share(NamedTuple):
     """
 
     data: Any
-    rows: Tensor
-    total: Tensor
-    offset: Tensor
-    check: Tensor
+    rows: Tensor = None
+    total: Tensor = None
+    offset: Tensor = None
+    check: Tensor = None
 
 
 def bounds(total: Tensor, replica: Tensor, place: Place) -> tuple[Tensor, Tensor]:
@@ -47,8 +47,6 @@ def bounds(total: Tensor, replica: Tensor, place: Place) -> tuple[Tensor, Tensor
         The first row and the one after the last.
     """
     replicas = place.num_replicas
-    if replicas == 1:
-        return tf.zeros_like(total), total
     return total * replica // replicas, total * (replica + 1) // replicas
 
 
