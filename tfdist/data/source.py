@@ -93,13 +93,14 @@ def dealt(batches: Any, share: Callable[..., Share], place: Place) -> Any:
     replicas = range(place.first_replica, place.first_replica + place.local_replicas)
     if len(replicas) == 1:
         (only,) = replicas
-        return batches.map(lambda *batch: share(*batch, only), PARALLEL, deterministic=True)
+        shares = batches.map(lambda *batch: share(*batch, only), PARALLEL, deterministic=True)
+        return shares.prefetch(PARALLEL)
     repeated = batches.flat_map(
         lambda *batch: tf.data.Dataset.range(replicas.start, replicas.stop).map(
             lambda replica: (*batch, replica)
         )
     )
-    return repeated.map(share, PARALLEL, deterministic=True)
+    return repeated.map(share, PARALLEL, deterministic=True).prefetch(PARALLEL)
 
 
 def batch_spec(leaf: Any) -> Any:
