@@ -65,9 +65,9 @@ def efficiency(library: str, rounds: int) -> Ratio:
 
 
 def main() -> None:
-    results = [efficiency("tfdist", 5)]
+    results = [efficiency("tfdist", 3)]
     if importlib.util.find_spec("tf_keras"):
-        results.append(efficiency("tf_keras", 5))
+        results.append(efficiency("tf_keras", 3))
     show("Efficiency of two workers on a core each over one", results)
 
 
