@@ -30,7 +30,6 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import keras
-import numpy as np
 import tensorflow as tf
 from keras.src import backend as _backend
 from keras.src.backend.tensorflow import random as _random
@@ -605,15 +604,3 @@ def has_own_train_step(model: Any) -> bool:
         model: A `keras.Model`.
     """
     return bool(type(model).train_step is not keras.Model.train_step)
-
-
-def as_numpy(variables: Sequence[Any]) -> list[np.ndarray[Any, Any]]:
-    """Reads variables.
-
-    Args:
-        variables: `keras.Variable`s.
-
-    Returns:
-        Their values.
-    """
-    return [np.asarray(_backend.convert_to_numpy(v)) for v in variables]
