@@ -67,8 +67,8 @@ def main() -> None:
         slow = name.startswith("CNN")
         for batch_size in (64, 512):
             rows = 6_000 if slow else 20_000  # half a second: a noisy machine drifts slower
-            results.append(warm(name, batch_size, rows, pairs=11))
-        results.append(first(name, 64, 6_400, pairs=5))
+            results.append(warm(name, batch_size, rows, pairs=21))
+        results.append(first(name, 64, 6_400, pairs=7))
     show("tfdist.fit over Model.fit, one process", results)
 
 

@@ -30,6 +30,39 @@ def tfdist_run(workers: int, *arguments: Any, options: Sequence[str] = ()) -> li
     return [*command, *map(str, arguments)]
 
 
+def on_place(place: str, module: str, *arguments: Any) -> list[str]:
+    """Gives the command that runs a test's program on a place, such as "mirrored-2".
+
+    Args:
+        place: The name of a strategy and the number of replicas.
+        module: The program, which calls `begin(strategy, replicas)`.
+        *arguments: Its own, after strategy and replicas.
+    """
+    strategy, replicas = place.rsplit("-", 1)
+    command = ["-m", module, strategy, replicas, *map(str, arguments)]
+    workers = workers_of(place)
+    return [sys.executable, *command] if workers == 1 else tfdist_run(workers, *command)
+
+
+def workers_of(place: str) -> int:
+    """Gives the number of processes of a place."""
+    strategy, replicas = place.rsplit("-", 1)
+    return int(replicas) if strategy == "multi_worker" else 1
+
+
+def begin(strategy: str, replicas: str, seed: int) -> Any:
+    """Begins the session of a test's program, with as many devices as it needs."""
+    import tensorflow as tf
+
+    import tfdist
+
+    if strategy == "mirrored":
+        (cpu,) = tf.config.list_physical_devices("CPU")
+        devices = [tf.config.LogicalDeviceConfiguration()] * int(replicas)
+        tf.config.set_logical_device_configuration(cpu, devices)
+    return tfdist.init(strategy, seed=seed)
+
+
 class Job:
     """A command run in a process group of its own, with what it prints kept in a file."""
 

@@ -157,10 +157,10 @@ def permute(positions: Rows, size: int, key: tuple[int, int]) -> Rows:
 
 @functools.lru_cache(maxsize=4)
 def _drawn_permutation(size: int, key: tuple[int, int]) -> Rows:
-    # The numbers of a bit generator are the same in every version of NumPy; what a
-    # Generator makes of them need not be.
-    drawn = np.random.Philox(np.random.SeedSequence(key)).random_raw(size)
-    return np.argsort(drawn, kind="stable")
+    # RandomState is frozen: another version of NumPy draws the same, as a Generator need not.
+    generator = np.random.RandomState(np.random.Philox(np.random.SeedSequence(key)))
+    drawn: Rows = generator.permutation(size)
+    return drawn
 
 
 def _feistel(values: Rows, bits: int, keys: NDArray[np.uint32]) -> Rows:

@@ -11,7 +11,7 @@ import keras
 
 from tfdist import _keras, data, preflight
 from tfdist import callbacks as tfdist_callbacks
-from tfdist.prepared import prepare
+from tfdist.prepared import Prepared, prepare
 from tfdist.samplers import Sampler, Sequential, from_shuffle
 from tfdist.session import Session, current
 from tfdist.steps import Stop
@@ -124,19 +124,15 @@ def fit(
             steps=validation_steps,
         )
     _keras.build(model, source.spec())
-    prepared = prepare(model, session.strategy)
-    preflight.check_agreement(
+    prepared = _agreed(
         session,
         model,
-        {
-            "batch_size": batch_size,
-            "epochs": epochs,
-            "initial_epoch": initial_epoch,
-            "steps_per_epoch": source.steps,
-            "validation steps": validation and validation.steps,
-            "steps_per_execution": model.steps_per_execution,
-        },
         source,
+        batch_size=batch_size,
+        epochs=epochs,
+        initial_epoch=initial_epoch,
+        validation_steps=validation and validation.steps,
+        steps_per_execution=model.steps_per_execution,
     )
     announced = getattr(source, "batch_size", None)
     _announce(session, verbose, announced)
@@ -205,9 +201,7 @@ def evaluate(
     model = preflight.compiled(model)
     source = _read_in_order(x, y, sample_weight, batch_size=batch_size, steps=steps)
     _keras.build(model, source.spec())
-    prepared = prepare(model, session.strategy)
-    asked = {"batch_size": batch_size, "steps": source.steps}
-    preflight.check_agreement(session, model, asked, source)
+    prepared = _agreed(session, model, source, batch_size=batch_size)
     with prepared.running():
         return _keras.EVALUATE(
             model,
@@ -258,9 +252,7 @@ def predict(
     model = model if isinstance(model, keras.Model) else model()
     source = _read_in_order(x, None, None, batch_size=batch_size, steps=steps)
     _keras.build_layers(model, source.spec())
-    prepared = prepare(model, session.strategy)
-    asked = {"batch_size": batch_size, "steps": source.steps}
-    preflight.check_agreement(session, model, asked, source)
+    prepared = _agreed(session, model, source, batch_size=batch_size)
     with prepared.running():
         return _keras.PREDICT(
             model,
@@ -288,6 +280,13 @@ def _read_in_order(
         batch_size, steps, Sequential(), shuffle=False, seed=0, training=False
     )
     return data.read(x, y, sample_weight, settings)
+
+
+def _agreed(session: Session, model: Any, source: data.Source, **asked: Any) -> Prepared:
+    """Prepares a built model, once the workers were found to have been asked the same."""
+    prepared = prepare(model, session.strategy)
+    preflight.check_agreement(session, model, {"steps": source.steps, **asked}, source)
+    return prepared
 
 
 def _adapt(source: data.Source, strategy: Strategy) -> Any:

@@ -1,6 +1,6 @@
 """Runs all checks on this worker and writes how each ended.
 
-python -m tests.behaviour.program FOLDER STRATEGY REPLICAS
+python -m tests.behaviour.program STRATEGY REPLICAS FOLDER [CHECK ...]
 """
 
 from __future__ import annotations
@@ -11,20 +11,13 @@ from pathlib import Path
 
 import keras
 import pytest
-import tensorflow as tf
 
-import tfdist
 from tests.behaviour.checks import CHECKS
-from tests.jobs import write
+from tests.jobs import begin, write
 
 
-def main(folder: Path, strategy: str, replicas: int, *names: str) -> None:
-    if strategy == "mirrored":
-        (cpu,) = tf.config.list_physical_devices("CPU")
-        tf.config.set_logical_device_configuration(
-            cpu, [tf.config.LogicalDeviceConfiguration()] * replicas
-        )
-    place = tfdist.init(strategy, seed=7).strategy.place
+def main(strategy: str, replicas: str, folder: Path, *names: str) -> None:
+    place = begin(strategy, replicas, seed=7).strategy.place
     for name in names or CHECKS:
         keras.utils.set_random_seed(7)
         keras.backend.clear_session()
@@ -41,4 +34,4 @@ def main(folder: Path, strategy: str, replicas: int, *names: str) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), *sys.argv[4:])
+    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]), *sys.argv[4:])

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.behaviour.checks import CHECKS
-from tests.jobs import Job, running, tfdist_run
+from tests.jobs import Job, on_place, running, workers_of
 
-PLACES = {"single-1": 1, "mirrored-2": 1, "multi_worker-2": 2}
+PLACES = ["single-1", "mirrored-2", "multi_worker-2"]
 LIMIT = 900
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(2 * LIMIT)]
@@ -25,7 +24,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def jobs(folders: dict[str, Path]) -> Iterator[dict[str, Job]]:
     made = {
-        place: Job(program(place, folders[place]), folders[place] / "log") for place in PLACES
+        place: Job(on_place(place, "tests.behaviour.program", folder), folder / "log")
+        for place, folder in folders.items()
     }
     with running(list(made.values())):
         yield made
@@ -37,19 +37,11 @@ def place(request: pytest.FixtureRequest) -> str:
     return name
 
 
-def program(place: str, folder: Path) -> list[str]:
-    strategy, replicas = place.rsplit("-", 1)
-    arguments = ["-m", "tests.behaviour.program", str(folder), strategy, replicas]
-    if PLACES[place] == 1:
-        return [sys.executable, *arguments]
-    return tfdist_run(PLACES[place], *arguments)
-
-
 @pytest.mark.parametrize("check", CHECKS)
 def test_holds(check: str, place: str, jobs: dict[str, Job], folders: dict[str, Path]) -> None:
     outcomes = [
         jobs[place].wait_for(folders[place] / f"{check}.worker-{worker}", LIMIT)
-        for worker in range(PLACES[place])
+        for worker in range(workers_of(place))
     ]
     if outcomes[0].startswith("skipped"):
         pytest.skip(outcomes[0])

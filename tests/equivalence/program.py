@@ -1,6 +1,6 @@
 """Trains all cases on one strategy and writes what must be equal, a file a case.
 
-python -m tests.equivalence.program FOLDER STRATEGY REPLICAS [CASE ...]
+python -m tests.equivalence.program STRATEGY REPLICAS FOLDER [CASE ...]
 """
 
 from __future__ import annotations
@@ -13,11 +13,10 @@ from typing import Any
 
 import keras
 import numpy as np
-import tensorflow as tf
 
 import tfdist
 from tests.equivalence.cases import CASES
-from tests.jobs import write
+from tests.jobs import begin, write
 
 SEED = 7
 
@@ -44,17 +43,12 @@ def run(name: str, target: Path, strategy: Any) -> None:
     write(result, target)
 
 
-def main(folder: Path, strategy: str, replicas: int, *names: str) -> None:
-    if strategy == "mirrored":
-        (cpu,) = tf.config.list_physical_devices("CPU")
-        tf.config.set_logical_device_configuration(
-            cpu, [tf.config.LogicalDeviceConfiguration()] * replicas
-        )
-    tfdist.init(strategy, seed=SEED)
-    worker = "" if tfdist.is_chief() else ".other"
+def main(strategy: str, replicas: str, folder: Path, *names: str) -> None:
+    session = begin(strategy, replicas, SEED)
+    worker = "" if session.is_chief else ".other"
     for name in names or CASES:
         run(name, folder / f"{name}.{strategy}-{replicas}{worker}", strategy)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), *sys.argv[4:])
+    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]), *sys.argv[4:])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,19 +9,12 @@ import numpy as np
 import pytest
 
 from tests.equivalence.cases import CASES
-from tests.jobs import Job, running, tfdist_run
+from tests.jobs import Job, on_place, running, workers_of
 
-WORKERS = {  # by place, in the order of the tests
-    "multi_worker-2": 2,
-    "mirrored-2": 1,
-    "multi_worker-3": 3,
-    "mirrored-3": 1,
-    "mirrored-4": 1,
-}
+NAMES = ["multi_worker-2", "mirrored-2", "multi_worker-3", "mirrored-3", "mirrored-4"]
 OLDEST = ("multi_worker-2", "mirrored-2")
 PLACES = [
-    pytest.param(place, marks=pytest.mark.oldest if place in OLDEST else ())
-    for place in WORKERS
+    pytest.param(place, marks=pytest.mark.oldest if place in OLDEST else ()) for place in NAMES
 ]
 LIMIT = 1500  # seconds for a job
 # In half precision the sum over a share is rounded to 11 bits before shares are summed.
@@ -43,10 +35,13 @@ def jobs(request: pytest.FixtureRequest, folder: Path) -> Iterator[dict[str, Job
         for item in request.session.items
         if item.path == request.path
     }
-    made = {"single-1": Job(program("single-1", 1, folder), folder / "single-1.log")}
-    for place, workers in WORKERS.items():
-        if place in wanted:
-            made[place] = Job(program(place, workers, folder), folder / f"{place}.log")
+    made = {
+        place: Job(
+            on_place(place, "tests.equivalence.program", folder), folder / f"{place}.log"
+        )
+        for place in ("single-1", *NAMES)
+        if place in ("single-1", *wanted)
+    }
     with running(list(made.values())):
         yield made
 
@@ -55,12 +50,6 @@ def jobs(request: pytest.FixtureRequest, folder: Path) -> Iterator[dict[str, Job
 def place(request: pytest.FixtureRequest) -> str:
     name: str = request.param
     return name
-
-
-def program(place: str, workers: int, folder: Path) -> list[str]:
-    strategy, replicas = place.rsplit("-", 1)
-    arguments = ["-m", "tests.equivalence.program", str(folder), strategy, replicas]
-    return [sys.executable, *arguments] if workers == 1 else tfdist_run(workers, *arguments)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -91,7 +80,7 @@ def test_model_is_plain_afterwards(
 def test_workers_hold_the_same(
     case: str, place: str, jobs: dict[str, Job], folder: Path
 ) -> None:
-    if WORKERS[place] == 1:
+    if workers_of(place) == 1:
         pytest.skip("one process")
     chief = jobs[place].wait_for(folder / f"{case}.{place}", LIMIT)
     other = jobs[place].wait_for(folder / f"{case}.{place}.other", LIMIT)
