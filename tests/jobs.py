@@ -41,13 +41,15 @@ def on_place(place: str, module: str, *arguments: Any) -> list[str]:
     strategy, replicas = place.rsplit("-", 1)
     command = ["-m", module, strategy, replicas, *map(str, arguments)]
     workers = workers_of(place)
-    return [sys.executable, *command] if workers == 1 else tfdist_run(workers, *command)
+    if workers == 1:
+        return [sys.executable, *command]
+    return tfdist_run(workers, *command, options=["--strategy", strategy])
 
 
 def workers_of(place: str) -> int:
     """Gives the number of processes of a place."""
     strategy, replicas = place.rsplit("-", 1)
-    return int(replicas) if strategy == "multi_worker" else 1
+    return int(replicas) if strategy in ("multi_worker", "horovod") else 1
 
 
 def begin(strategy: str, replicas: str, seed: int) -> Any:

@@ -234,3 +234,41 @@ class TestSlurm:
     def test_task_counts(self):
         assert expand_task_counts("2(x3),1") == (2, 2, 2, 1)
         assert expand_task_counts("4") == (4,)
+
+
+class TestRanks:
+    def test_horovodrun(self):
+        cluster = Cluster.from_environment({"HOROVOD_RANK": "1", "HOROVOD_SIZE": "3"})
+        assert (cluster.launched, cluster.num_workers, cluster.worker_index) == (3, 3, 1)
+        assert (cluster.source, cluster.is_chief, cluster.workers) == ("Horovod", False, ())
+        assert pickle.loads(pickle.dumps(cluster)) == cluster
+
+    @pytest.mark.parametrize(
+        "environ",
+        [
+            {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2"},
+            {"PMI_RANK": "0", "PMI_SIZE": "2", "MPI_LOCALRANKID": "0"},
+        ],
+    )
+    def test_mpirun(self, environ):
+        cluster = Cluster.from_environment(environ)
+        assert (cluster.launched, cluster.is_chief, cluster.source) == (2, True, "MPI")
+
+    def test_what_is_closest_to_the_process_comes_first(self):
+        config = json.dumps({"cluster": TWO, "task": task("worker", 1)})
+        horovod = {"HOROVOD_RANK": "0", "HOROVOD_SIZE": "2"}
+        mpi = {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2"}
+        everything = {"TF_CONFIG": config, **horovod, **mpi}
+        assert Cluster.from_environment(everything).source == "Horovod"
+        assert Cluster.from_environment({"TF_CONFIG": config, **mpi}).source == "TF_CONFIG"
+        assert Cluster.from_environment(slurm(0) | mpi).source == "MPI"
+        # srun --mpi=pmi2 sets these two for every task.
+        pmi = {"PMI_RANK": "0", "PMI_SIZE": "2"}
+        assert Cluster.from_environment(slurm(0) | pmi).source == "SLURM"
+
+    @pytest.mark.parametrize(
+        ("rank", "size"), [("2", "2"), ("-1", "2"), ("a", "2"), ("0", "0")]
+    )
+    def test_malformed(self, rank, size):
+        with pytest.raises(ClusterError, match="HOROVOD_RANK"):
+            Cluster.from_environment({"HOROVOD_RANK": rank, "HOROVOD_SIZE": size})

@@ -49,7 +49,7 @@ sys.exit(outcome.status)
 
 @pytest.fixture
 def environ() -> dict[str, str]:
-    ours = ("TF_", "SLURM_", "TFDIST_", "OMP_", "CUDA_", "NO_COLOR")
+    ours = ("TF_", "SLURM_", "TFDIST_", "HOROVOD_", "OMP_", "CUDA_", "NO_COLOR")
     clean = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
     clean["PYTHONPATH"] = str(Path(tfdist.__file__).parents[1])
     return clean

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from tfdist.training import evaluate, fit, predict
 
 __all__ = [
+    "Horovod",
+    "LearningRateScaling",
+    "LearningRateWarmup",
     "__version__",
     "drop_in",
     "evaluate",
@@ -26,6 +29,9 @@ __all__ = [
 
 # TensorFlow takes seconds to import; `tfdist --help` should not wait for it.
 _HOMES = {
+    "Horovod": "tfdist.strategies.horovod",
+    "LearningRateScaling": "tfdist.learning_rate",
+    "LearningRateWarmup": "tfdist.learning_rate",
     "drop_in": "tfdist.dropin",
     "evaluate": "tfdist.training",
     "fit": "tfdist.training",

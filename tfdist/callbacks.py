@@ -8,6 +8,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from tfdist.learning_rate import LearningRateScaling, RateCallback
 from tfdist.steps import Stop
 from tfdist.strategies.base import Strategy
 
@@ -42,19 +43,27 @@ def prepare(callbacks: Any, strategy: Strategy, stop: Stop, variables: Sequence[
     Returns:
         What `Model.fit` takes as `callbacks`.
     """
-    if strategy.place.num_workers == 1:
-        return callbacks
-    agreement = Agreement(strategy, stop, variables)
     if isinstance(callbacks, keras.callbacks.CallbackList):
-        if not strategy.place.is_chief:
-            callbacks.callbacks = [c for c in callbacks.callbacks if not _writes(c)]
-        callbacks.append(agreement)
+        callbacks.callbacks = _for_process(callbacks.callbacks, strategy)
+        if strategy.place.num_workers > 1:
+            callbacks.append(Agreement(strategy, stop, variables))
         return callbacks
     given = callbacks if isinstance(callbacks, list | tuple) else [callbacks]
-    kept = [c for c in given if c is not None]
-    if not strategy.place.is_chief:
-        kept = [c for c in kept if not _writes(c)]
-    return [*kept, agreement]
+    kept = _for_process([c for c in given if c is not None], strategy)
+    return (
+        kept
+        if strategy.place.num_workers == 1
+        else [*kept, Agreement(strategy, stop, variables)]
+    )
+
+
+def _for_process(callbacks: Sequence[Any], strategy: Strategy) -> list[Any]:
+    """Leaves writers to the chief; scaling the rate comes before restoring one."""
+    kept = [c for c in callbacks if strategy.place.is_chief or not _writes(c)]
+    for callback in kept:
+        if isinstance(callback, RateCallback):
+            callback.num_replicas = strategy.place.num_replicas
+    return sorted(kept, key=lambda c: not isinstance(c, LearningRateScaling))
 
 
 def _writes(callback: Any) -> bool:

@@ -33,7 +33,10 @@ class Cluster:
             `chief`, `worker`, `ps` or `evaluator`. Empty for a single process.
         job: The job of this process.
         index: The position of this process in its job.
-        source: What described the cluster: `"TF_CONFIG"`, `"SLURM"` or `"none"`.
+        source: What described the cluster: `"TF_CONFIG"`, `"SLURM"`, `"Horovod"`, `"MPI"` or
+            `"none"`.
+        launched: How many processes `horovodrun` or `mpirun` started, which know each
+            other's rank but no addresses; 0 where none of them did.
 
     Example:
         >>> cluster = Cluster.from_environment({})
@@ -45,6 +48,7 @@ class Cluster:
     job: str = WORKER
     index: int = 0
     source: str = "none"
+    launched: int = 0
 
     def __post_init__(self) -> None:
         # A frozen cluster whose jobs could be changed would not be frozen.
@@ -52,13 +56,16 @@ class Cluster:
 
     def __reduce__(
         self,
-    ) -> tuple[type[Cluster], tuple[dict[str, tuple[str, ...]], str, int, str]]:
+    ) -> tuple[type[Cluster], tuple[dict[str, tuple[str, ...]], str, int, str, int]]:
         # A mapping proxy cannot be pickled.
-        return Cluster, (dict(self.jobs), self.job, self.index, self.source)
+        return Cluster, (dict(self.jobs), self.job, self.index, self.source, self.launched)
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] = os.environ) -> Cluster:
-        """Reads the cluster from TF_CONFIG, else from SLURM's variables.
+        """Reads the cluster from what a launcher set in the environment.
+
+        A rank that `horovodrun` gave is this process's own and comes first; then TF_CONFIG,
+        the variables of `mpirun`, and SLURM's.
 
         Args:
             environ: The environment variables.
@@ -75,9 +82,15 @@ class Cluster:
             >>> Cluster.from_environment({"TF_CONFIG": json.dumps(config)}).task
             'worker 1'
         """
+        ranked = _from_ranks(environ, _HOROVOD)
+        if ranked is not None:
+            return ranked
         text = environ.get("TF_CONFIG", "")
         if text.strip():
             return _from_tf_config(text)
+        ranked = _from_ranks(environ, _OPEN_MPI) or _from_ranks(environ, _MPICH)
+        if ranked is not None:
+            return ranked
         slurm = workers_from_slurm(environ)
         if slurm is not None:
             addresses, index = slurm
@@ -92,7 +105,7 @@ class Cluster:
     @property
     def num_workers(self) -> int:
         """How many processes train; 1 for a single process."""
-        return max(1, len(self.workers))
+        return max(1, self.launched, len(self.workers))
 
     @property
     def worker_index(self) -> int:
@@ -136,6 +149,26 @@ class Cluster:
                 "task": {"type": self.job, "index": self.index},
             }
         )
+
+
+# Names of a process's rank and of the number of processes, and one that must be there too.
+_HOROVOD = ("HOROVOD_RANK", "HOROVOD_SIZE", "HOROVOD_RANK")
+_OPEN_MPI = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK")
+_MPICH = ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID")  # SLURM's srun may set the first two
+
+
+def _from_ranks(environ: Mapping[str, str], names: tuple[str, str, str]) -> Cluster | None:
+    if not all(name in environ for name in names):
+        return None
+    (rank_name, rank), (size_name, size) = ((name, environ[name]) for name in names[:2])
+    if not (rank.isdecimal() and size.isdecimal() and int(rank) < int(size)):
+        raise ClusterError(
+            f"`{rank_name}` must be a whole number from 0 to `{size_name}` - 1. Received: "
+            f"{rank_name}={rank!r}, {size_name}={size!r}. They are set by the launcher; "
+            "unset both to train in one process."
+        )
+    source = "Horovod" if names is _HOROVOD else "MPI"
+    return Cluster({}, WORKER, int(rank), source, int(size))
 
 
 def check_address(address: object, name: str) -> str:

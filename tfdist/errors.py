@@ -27,5 +27,13 @@ class DisagreementError(TfdistError, RuntimeError):
     """Workers were started with different programs, arguments or data."""
 
 
+class PeerError(TfdistError, RuntimeError):
+    """Another process of the cluster ended or failed while this one needed it."""
+
+
 class LaunchError(TfdistError, RuntimeError):
     """The launcher could not start or keep the worker processes."""
+
+
+class BuildError(TfdistError, RuntimeError):
+    """Horovod could not be built, installed, or made to reduce."""

@@ -13,11 +13,22 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from typing import Protocol
 
 STEP_TIMEOUT = "TFDIST_STEP_TIMEOUT"
 """Environment variable: seconds a worker waits for the others, default 1800; 0 for ever."""
 
 EXIT_STATUS = 75  # EX_TEMPFAIL of sysexits.h: start me again
+
+
+class Notes(Protocol):
+    """A place where all workers write what they do last."""
+
+    def write(self, note: str) -> None:
+        """Replaces this worker's note."""
+
+    def read(self) -> dict[int, str]:
+        """Gives the notes by worker."""
 
 
 class Patience:
@@ -26,24 +37,28 @@ class Patience:
     Args:
         seconds: The limit of a wait; 0 means none.
         worker: Who waits, for the message.
+        notes: Where workers write for what they wait, if there is such a place.
     """
 
-    def __init__(self, seconds: float, worker: str) -> None:
+    def __init__(self, seconds: float, worker: str, notes: Notes | None = None) -> None:
         self._seconds = seconds
         self._worker = worker
+        self._notes = notes
+        self._written = ""
         self._since: float | None = None
         self._what = ""
         if seconds > 0:
             threading.Thread(target=self._watch, name="tfdist-patience", daemon=True).start()
 
     @classmethod
-    def from_environment(cls, worker: str) -> Patience:
+    def from_environment(cls, worker: str, notes: Notes | None = None) -> Patience:
         """Makes one with the limit that the environment sets.
 
         Args:
             worker: Who waits.
+            notes: Where workers write for what they wait.
         """
-        return cls(float(os.environ.get(STEP_TIMEOUT, "1800")), worker)
+        return cls(float(os.environ.get(STEP_TIMEOUT, "1800")), worker, notes)
 
     @contextlib.contextmanager
     def waiting_for(self, what: str) -> Iterator[None]:
@@ -62,13 +77,23 @@ class Patience:
         while True:
             time.sleep(min(5.0, self._seconds / 4))
             since = self._since
+            self._write("in" if since is not None else "after")
             if since is not None and time.monotonic() - since > self._seconds:
                 self._give_up()
 
+    def _write(self, where: str) -> None:
+        note = f"{where} {self._what}" if self._what else "before its first exchange"
+        if self._notes is not None and note != self._written:
+            self._notes.write(note)
+            self._written = note
+
     def _give_up(self) -> None:
+        notes = {} if self._notes is None else self._notes.read()
+        others = "; ".join(f"rank {rank} is {note}" for rank, note in sorted(notes.items()))
         print(
             f"tfdist: {self._worker} waited more than {self._seconds:g} s for {self._what}. "
-            "Another worker did not come to it: it may have left `fit` early, run another "
+            + (f"By what they last wrote, {others}. " if others else "")
+            + "Another worker did not come to it: it may have left `fit` early, run another "
             "script, or hang in a callback or in reading data. See its output. If a step "
             f"really takes so long, set {STEP_TIMEOUT} to more seconds.",
             file=sys.stderr,

@@ -30,24 +30,30 @@ class Agreement:
     """
 
     def __init__(self, strategy: Strategy, share: Share, stopping: Tensor) -> None:
+        self._strategy = strategy
         self.needed = strategy.place.num_workers > 1
         self.status: Tensor = tf.constant(GOES_ON)
         self._known = not self.needed
         self._replicas = float(strategy.place.num_replicas)
         self._said = tf.concat([[stopping], share.check, tf.square(share.check)], 0)
 
-    def reduce(self, batch: ReplicaBatch, tensors: Sequence[Tensor]) -> list[Tensor]:
+    def reduce(
+        self, batch: ReplicaBatch, gradients: Sequence[Tensor], others: Sequence[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor]]:
         """Sums tensors over all replicas; the first time the signals go with them."""
-        if self._known:
-            return batch.all_reduce(tensors)
-        *reduced, heard = batch.all_reduce([*tensors, self._said])
+        said = [] if self._known else [self._said]
+        gradients, others = self._strategy.reduce_step(gradients, [*others, *said], batch.share)
+        if said:
+            self._hear(others.pop())
+        return gradients, others
+
+    def _hear(self, heard: Tensor) -> None:
         stopping, sums, squares = tf.split(heard, [1, 4, 4])
         # Whole numbers below 64: sums of squares are exact in float32 up to 4096 replicas,
         # and equal numbers are the only ones without variance.
         differ = tf.reduce_any(squares * self._replicas != tf.square(sums))
         status = tf.where(differ, DISAGREED, tf.where(stopping[0] > 0, STOPPED, GOES_ON))
         self.status, self._known = status, True
-        return reduced
 
     def do(self, action: Callable[[], None]) -> None:
         """Does something if the workers go on."""
@@ -135,7 +141,8 @@ class Updates:
     def _reduce_and_apply(self, with_gradients: Sequence[Tensor]) -> list[Tensor]:
         """Reduces waiting gradients and some tensors in one go, and applies the gradients."""
         grads = [g for _, grads in self._waiting for g in grads if g is not None]
-        reduced = iter(self.agreement.reduce(self._batch, [*grads, *with_gradients]))
+        summed, others = self.agreement.reduce(self._batch, grads, with_gradients)
+        reduced = iter(summed)
         ready = [
             (update, [g if g is None else next(reduced) for g in grads])
             for update, grads in self._waiting
@@ -143,7 +150,7 @@ class Updates:
         self._waiting = []
         for update, grads in ready:
             self.agreement.do(functools.partial(update, grads))
-        return list(reduced)
+        return others
 
     def finish(self, metrics: MetricState) -> None:
         """Brings metrics, and what else the forward pass changed, to one value everywhere."""

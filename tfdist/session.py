@@ -87,7 +87,8 @@ def init(strategy: Any = "auto", seed: int | None = None) -> Session:
 
     Args:
         strategy: "auto" to choose from the environment; a name ("single", "mirrored",
-            "multi_worker", "tpu"); or a `tf.distribute.Strategy` instance.
+            "multi_worker", "horovod", "tpu"); or an instance of `tf.distribute.Strategy` or
+            `tfdist.Horovod`.
         seed: Seeds Python, NumPy, Keras and TensorFlow, and the sampler of `fit`. With None
             a single process keeps the seeds that it has, and the workers of a cluster take
             one that the chief draws.
@@ -112,7 +113,7 @@ def init(strategy: Any = "auto", seed: int | None = None) -> Session:
         made = _sessions[key].strategy if key in _sessions else _make(cls, cluster)
     else:
         key, reason = strategy, "as passed"
-        made = _sessions[key].strategy if key in _sessions else adopt(strategy)
+        made = _sessions[key].strategy if key in _sessions else _adopt(strategy)
     if made.place.num_workers > 1 or seed is not None:
         drawn = random.SystemRandom().getrandbits(31) if seed is None else seed
         keras.utils.set_random_seed(int(made.broadcast_object(drawn)))
@@ -130,6 +131,10 @@ def _make(cls: type[Strategy], cluster: Cluster) -> Strategy:
             f"strategy={cls.name!r} after {_first.strategy.name!r}."
         )
     return cast(Callable[[Cluster], Strategy], cls)(cluster)
+
+
+def _adopt(strategy: Any) -> Strategy:
+    return strategy if isinstance(strategy, Strategy) else adopt(strategy)
 
 
 def current(strategy: Any = "auto") -> Session:

@@ -122,7 +122,7 @@ def _over_epoch(
     def function(epoch: Epoch) -> Logs:
         steps = epoch.take(model.steps_per_execution)
         stopping = tf.constant(float(stop.requested))
-        with epoch.drawing(), strategy.waiting_for("a step"):
+        with epoch.drawing(), strategy.waiting_for(f"step {epoch.steps_taken}"):
             if model.steps_per_execution == 1:
                 logs, signals = traced_one(epoch.iterator, stopping)
             elif model.run_eagerly:
@@ -198,7 +198,8 @@ class _Replica:
             agreement = self._agreement(share, stopping)
             metrics = self._metrics_from_zero()
             logs = self.model.test_step(share.data)
-            metrics.assign(agreement.reduce(batch, metrics.changes(batch)))
+            _, changes = agreement.reduce(batch, [], metrics.changes(batch))
+            metrics.assign(changes)
             return self._logs(batch, logs), Signals(agreement.status, share.check)
 
     def predict(self, share: Share) -> Any:

@@ -70,8 +70,8 @@ def fit(
         validation_steps: Batches to validate on, if not all.
         validation_batch_size: As `batch_size`, for validation.
         validation_freq: Epochs between validations, or a list of epochs.
-        strategy: "auto", "single", "mirrored", "multi_worker", "tpu", or a
-            `tf.distribute.Strategy` instance.
+        strategy: "auto", "single", "mirrored", "multi_worker", "horovod", "tpu", or an
+            instance of `tf.distribute.Strategy` or `tfdist.Horovod`.
         sampler: Which rows make up each step; overrides `shuffle`.
         seed: Of the sampler; `init`'s if None, and drawn if that is None too.
 
@@ -285,7 +285,7 @@ def _read_in_order(
 def _agreed(session: Session, model: Any, source: data.Source, **asked: Any) -> Prepared:
     """Prepares a built model, once the workers were found to have been asked the same."""
     prepared = prepare(model, session.strategy)
-    preflight.check_agreement(session, model, {"steps": source.steps, **asked}, source)
+    preflight.check_agreement(session, model, {**asked, "steps": source.steps}, source)
     return prepared
 
 

@@ -13,18 +13,20 @@ import keras
 import pytest
 
 from tests.behaviour.checks import CHECKS
+from tests.behaviour.horovod_checks import HOROVOD_CHECKS
 from tests.jobs import begin, write
 
 
 def main(strategy: str, replicas: str, folder: Path, *names: str) -> None:
     place = begin(strategy, replicas, seed=7).strategy.place
-    for name in names or CHECKS:
+    checks = CHECKS | (HOROVOD_CHECKS if strategy == "horovod" else {})
+    for name in names or checks:
         keras.utils.set_random_seed(7)
         keras.backend.clear_session()
         shared = folder / name
         shared.mkdir(exist_ok=True)
         try:
-            CHECKS[name](shared)
+            checks[name](shared)
             outcome = "passed"
         except pytest.skip.Exception as reason:
             outcome = f"skipped: {reason}"

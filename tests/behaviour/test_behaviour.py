@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from tests.behaviour.checks import CHECKS
+from tests.behaviour.horovod_checks import HOROVOD_CHECKS
 from tests.jobs import Job, on_place, running, workers_of
 
-PLACES = ["single-1", "mirrored-2", "multi_worker-2"]
+PLACES = ["single-1", "mirrored-2", "multi_worker-2", "horovod-2"]
 LIMIT = 900
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(2 * LIMIT)]
@@ -39,6 +40,18 @@ def place(request: pytest.FixtureRequest) -> str:
 
 @pytest.mark.parametrize("check", CHECKS)
 def test_holds(check: str, place: str, jobs: dict[str, Job], folders: dict[str, Path]) -> None:
+    passes(check, place, jobs, folders)
+
+
+@pytest.mark.parametrize("check", HOROVOD_CHECKS)
+@pytest.mark.parametrize("place", ["horovod-2"])
+def test_horovod(
+    check: str, place: str, jobs: dict[str, Job], folders: dict[str, Path]
+) -> None:
+    passes(check, place, jobs, folders)
+
+
+def passes(check: str, place: str, jobs: dict[str, Job], folders: dict[str, Path]) -> None:
     outcomes = [
         jobs[place].wait_for(folders[place] / f"{check}.worker-{worker}", LIMIT)
         for worker in range(workers_of(place))

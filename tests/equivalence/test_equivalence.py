@@ -11,7 +11,15 @@ import pytest
 from tests.equivalence.cases import CASES
 from tests.jobs import Job, on_place, running, workers_of
 
-NAMES = ["multi_worker-2", "mirrored-2", "multi_worker-3", "mirrored-3", "mirrored-4"]
+NAMES = [
+    "multi_worker-2",
+    "mirrored-2",
+    "multi_worker-3",
+    "mirrored-3",
+    "mirrored-4",
+    "horovod-2",
+    "horovod-3",
+]
 OLDEST = ("multi_worker-2", "mirrored-2")
 PLACES = [
     pytest.param(place, marks=pytest.mark.oldest if place in OLDEST else ()) for place in NAMES

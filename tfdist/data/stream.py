@@ -29,6 +29,7 @@ class Stream:
         self.strategy = strategy
         self.first_epoch = first_epoch
         self.drawn = False
+        self.steps_taken = 0
         self._epoch: int | None = None
         self._running: Any = None
 
@@ -80,6 +81,11 @@ class Epoch:
             raise
         self._stream.drawn = True
 
+    @property
+    def steps_taken(self) -> int:
+        """Steps since the stream began, the one under way included."""
+        return self._stream.steps_taken
+
     def take(self, wanted: int) -> int:
         """Says how many steps may be drawn now.
 
@@ -89,12 +95,12 @@ class Epoch:
         Raises:
             StopIteration: The epoch is over.
         """
-        if self._left is None:
-            return wanted
-        taken = min(wanted, self._left)
+        taken = wanted if self._left is None else min(wanted, self._left)
         if taken == 0:
             raise StopIteration
-        self._left -= taken
+        if self._left is not None:
+            self._left -= taken
+        self._stream.steps_taken += taken
         return taken
 
     def __iter__(self) -> Epoch:

@@ -1,6 +1,7 @@
 """Starts, watches and ends the worker processes of `tfdist run`. No TensorFlow is needed."""
 
 from tfdist.launch.cause import Failure
+from tfdist.launch.horovod import rendezvous
 from tfdist.launch.hosts import Host, parse_hosts
 from tfdist.launch.plan import (
     DEFAULT_PORT,
@@ -20,6 +21,7 @@ __all__ = [
     "Worker",
     "parse_hosts",
     "plan_workers",
+    "rendezvous",
     "run_workers",
     "script_command",
 ]

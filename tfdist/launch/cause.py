@@ -15,6 +15,7 @@ _PEER_IS_GONE = re.compile(
     r"UnavailableError|AbortedError|CancelledError|DeadlineExceededError"
     r"|UNAVAILABLE:|ABORTED:|CANCELLED:|DEADLINE_EXCEEDED"
     r"|coordination service|CoordinationService|heartbeat|[Bb]arrier"
+    r"|PeerError|Horovod has been shut down|Horovod background loop"
     r"|Connection reset by peer|Socket closed|failed to connect to all addresses"
 )
 

@@ -30,6 +30,15 @@ try:
     found["keras_backend"] = keras.backend.backend()
 except Exception as error:
     found["keras_error"] = f"{type(error).__name__}: {error}"
+try:
+    import horovod.tensorflow as hvd
+    built = {"Gloo": hvd.gloo_built(), "MPI": hvd.mpi_built(), "NCCL": hvd.nccl_built(),
+             "CUDA": hvd.cuda_built(), "ROCm": hvd.rocm_built(), "oneCCL": hvd.ccl_built()}
+    found["horovod_operations"] = [name for name, is_built in built.items() if is_built]
+except ModuleNotFoundError:
+    pass
+except Exception as error:
+    found["horovod_error"] = f"{type(error).__name__}: {error}".splitlines()[0]
 for device in tf.config.list_physical_devices():
     details = tf.config.experimental.get_device_details(device)
     found["devices"].append([device.device_type, device.name, details.get("device_name", "")])
@@ -125,7 +134,7 @@ def examine(environ: Mapping[str, str] = os.environ) -> Report:
         cluster=cluster,
         cluster_error=cluster_error,
         tensorflow_error=error_text,
-        strategies=_strategies(devices, cluster, error_text, environ),
+        strategies=_strategies(answer, devices, cluster, error_text, environ),
     )
 
 
@@ -170,16 +179,14 @@ def _versions(answer: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _strategies(
+    answer: Mapping[str, Any],
     devices: tuple[Device, ...],
     cluster: Cluster | None,
     tensorflow_error: str,
     environ: Mapping[str, str],
 ) -> tuple[Readiness, ...]:
-    later = tuple(
-        Readiness(name, False, "not in this release")
-        for name in ("horovod", "parameter_server")
-    )
-    names = ("single", "mirrored", "multi_worker", "tpu")
+    later = (Readiness("parameter_server", False, "not in this release"),)
+    names = ("single", "mirrored", "multi_worker", "horovod", "tpu")
     if tensorflow_error:
         return (*(Readiness(name, False, tensorflow_error) for name in names), *later)
     gpus = sum(device.kind == "GPU" for device in devices)
@@ -187,6 +194,7 @@ def _strategies(
         Readiness("single", True, "one GPU" if gpus else "the processor"),
         _mirrored(gpus),
         _multi_worker(cluster),
+        _horovod(answer, cluster),
         _tpu(devices, environ),
         *later,
     )
@@ -202,6 +210,8 @@ def _mirrored(gpus: int) -> Readiness:
 def _multi_worker(cluster: Cluster | None) -> Readiness:
     if cluster is None:
         return Readiness("multi_worker", False, "the cluster's description is malformed")
+    if cluster.launched:
+        return Readiness("multi_worker", False, f"{cluster.source} gave ranks, no addresses")
     if cluster.num_workers > 1:
         return Readiness(
             "multi_worker",
@@ -209,6 +219,20 @@ def _multi_worker(cluster: Cluster | None) -> Readiness:
             f"{cluster.task} of {cluster.num_workers}, from {cluster.source}",
         )
     return Readiness("multi_worker", True, "start it with: tfdist run -n 2 train.py")
+
+
+def _horovod(answer: Mapping[str, Any], cluster: Cluster | None) -> Readiness:
+    if "horovod_error" in answer:
+        reason = f"it was built for another TensorFlow ({answer['horovod_error']}): "
+        return Readiness("horovod", False, reason + "run tfdist horovod build --force")
+    if "horovod_operations" not in answer:
+        return Readiness("horovod", False, "not installed: run tfdist horovod build")
+    built = f"built with {', '.join(answer['horovod_operations']) or 'no operations'}"
+    if cluster is not None and cluster.launched:
+        rank = f"rank {cluster.index} of {cluster.launched}, from {cluster.source}"
+        return Readiness("horovod", True, f"{rank}; {built}")
+    how = "start it with: tfdist run --strategy horovod -n 2 train.py"
+    return Readiness("horovod", bool(answer["horovod_operations"]), f"{built}; {how}")
 
 
 def _tpu(devices: tuple[Device, ...], environ: Mapping[str, str]) -> Readiness:

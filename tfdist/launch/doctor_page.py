@@ -57,6 +57,8 @@ def _machine(report: Report) -> Table:
 def _cluster(cluster: Cluster | None) -> Text:
     if cluster is None:
         return Text("malformed, see below", "red")
+    if cluster.launched:
+        return Text(f"rank {cluster.index} of {cluster.launched}, from {cluster.source}")
     if not cluster.jobs:
         return Text("none: a single process (no TF_CONFIG, not a task of a SLURM step)")
     lines = [f"this is {cluster.task}, from {cluster.source}"]

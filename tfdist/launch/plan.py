@@ -11,12 +11,13 @@ from dataclasses import dataclass
 
 from tfdist.cluster import WORKER, Cluster
 from tfdist.errors import LaunchError
+from tfdist.launch.horovod import one_host, rank_environments
 from tfdist.launch.hosts import Host, worker_addresses
 from tfdist.launch.resources import gpu_environments, thread_environment, visible_gpus
 
 DEFAULT_PORT = 17380
 ONE_PROCESS_STRATEGIES = ("single", "mirrored", "tpu")
-STRATEGIES = ("auto", *ONE_PROCESS_STRATEGIES, "multi_worker")
+STRATEGIES = ("auto", *ONE_PROCESS_STRATEGIES, "multi_worker", "horovod")
 
 # TensorFlow's start-up notes would bury what the workers print; its errors stay.
 _QUIET = {"TF_CPP_MIN_LOG_LEVEL": "2", "GRPC_VERBOSITY": "ERROR"}
@@ -97,11 +98,18 @@ def plan_workers(
         _check_alone(total, environ)
     gpus = visible_gpus(environ) if local > 1 else ()
     gpu_shares = gpu_environments(gpus, local)
-    if hosts:
-        addresses = worker_addresses(hosts, port)
-        _check_ports(addresses[first : first + local])
+    places: Sequence[Mapping[str, str]]
+    if strategy == "horovod":
+        address = f"{hosts[0].name}:{port}" if hosts else free_addresses(1)[0]
+        places = rank_environments(hosts or one_host(total), node_rank or 0, address)
+    elif total > 1:
+        addresses = worker_addresses(hosts, port) if hosts else free_addresses(total)
+        if hosts:
+            _check_ports(addresses[first : first + local])
+        clusters = [Cluster({WORKER: addresses}, WORKER, i, "TF_CONFIG") for i in range(total)]
+        places = [{"TF_CONFIG": cluster.to_tf_config()} for cluster in clusters]
     else:
-        addresses = free_addresses(total)
+        places = [{}]
 
     shared = {
         **_QUIET,
@@ -119,12 +127,10 @@ def plan_workers(
         environment = {
             **shared,
             **gpu_shares[local_rank],
+            **places[index],
             "TFDIST_LOCAL_RANK": str(local_rank),
             "TFDIST_LOCAL_SIZE": str(local),
         }
-        if total > 1:
-            cluster = Cluster({WORKER: addresses}, WORKER, index, "TF_CONFIG")
-            environment["TF_CONFIG"] = cluster.to_tf_config()
         is_quiet = "TF_CPP_MIN_LOG_LEVEL" not in environ
         planned.append(Worker(index, tuple(command), environment, is_quiet))
     return tuple(planned)
@@ -199,7 +205,7 @@ def _check_strategy(strategy: str | None, total: int) -> None:
         raise LaunchError(
             f"Strategy {strategy!r} trains in one process. "
             f"Received: --strategy={strategy} with {total} workers. "
-            "Start one worker, or use --strategy multi_worker."
+            "Start one worker, or use --strategy multi_worker or horovod."
         )
 
 

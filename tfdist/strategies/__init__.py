@@ -47,7 +47,7 @@ def choose(name: str, cluster: Cluster) -> tuple[type[Strategy], str]:
         The strategy's class and the reason, a few words.
 
     Raises:
-        StrategyError: The named strategy cannot run here.
+        StrategyError: The strategy that was named, or that fits the cluster, cannot run here.
         ArgumentError: There is no such strategy.
     """
     if name != "auto":
@@ -62,6 +62,13 @@ def choose(name: str, cluster: Cluster) -> tuple[type[Strategy], str]:
     candidates = sorted(map(find, names()), key=lambda s: s.priority, reverse=True)
     for strategy in candidates:
         reason = strategy.chosen_by(cluster)
-        if reason is not None and strategy.unavailable(cluster) is None:
-            return strategy, reason
+        if reason is None:
+            continue
+        obstacle = strategy.unavailable(cluster)
+        if obstacle is not None:  # another strategy would train unconnected processes
+            raise StrategyError(
+                f"The strategy that fits the cluster must be able to run here. Received: "
+                f"strategy='auto', which is {strategy.name!r} ({reason}), but {obstacle}."
+            )
+        return strategy, reason
     raise StrategyError(f"No strategy fits this cluster. Received: {cluster}.")

@@ -89,6 +89,22 @@ class Strategy(abc.ABC):
         """
         return list(tensors)
 
+    def reduce_step(
+        self, gradients: Sequence[Tensor], others: Sequence[Tensor], share: Tensor
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Sums what replicas contribute to a step: gradients, metrics' state and signals.
+
+        Args:
+            gradients: Each replica's part of the gradients, their sum the whole; dense, or
+                `tf.IndexedSlices`. A strategy may reduce them in a way that is not exact,
+                if the user asked for it.
+            others: To be summed exactly.
+            share: Scalar float32, the replica's part of the global batch, by which its
+                gradients were multiplied.
+        """
+        reduced = self.all_reduce_sum([*gradients, *others])
+        return reduced[: len(gradients)], reduced[len(gradients) :]
+
     def all_gather(self, tensor: Tensor) -> Tensor:
         """Concatenates a tensor of every replica along axis 0, in the order of replicas.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from typing import Any
 
@@ -43,18 +42,16 @@ class MultiWorker(TFDistribute):
                 num_workers=cluster.num_workers,
                 worker_index=cluster.worker_index,
             ),
+            Patience.from_environment(cluster.task),
         )
-        self._patience = Patience.from_environment(cluster.task)
-
-    def waiting_for(self, what: str) -> contextlib.AbstractContextManager[None]:
-        """Limits a wait for the other workers."""
-        return self._patience.waiting_for(what)
 
     @classmethod
     def unavailable(cls, cluster: Cluster) -> str | None:
         """Says why not: there is one worker, or there are parameter servers."""
         if cluster.has_parameter_servers:
             return "the cluster has parameter servers, which multi_worker does not use"
+        if cluster.launched:
+            return f"{cluster.source} started the processes, without addresses: use horovod"
         if cluster.num_workers < 2:
             return (
                 "there is no cluster of several workers (TF_CONFIG): start the script with "
@@ -65,7 +62,7 @@ class MultiWorker(TFDistribute):
     @classmethod
     def chosen_by(cls, cluster: Cluster) -> str | None:
         """Says why `auto` chooses it: the cluster has several workers."""
-        if cluster.num_workers > 1 and not cluster.has_parameter_servers:
+        if len(cluster.workers) > 1 and not cluster.has_parameter_servers:
             return f"{cluster.num_workers} workers in {cluster.source}"
         return None
 

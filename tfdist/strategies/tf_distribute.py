@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import pickle
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import keras
 import numpy as np
 import tensorflow as tf
 
 from tfdist import _keras
 from tfdist.cluster import Cluster
 from tfdist.errors import StrategyError
-from tfdist.strategies.base import Place, Strategy, Tensor
+from tfdist.patience import Patience
+from tfdist.strategies.base import Place, Tensor
+from tfdist.strategies.connected import Connected
 
 _WORDS = tf.TensorSpec([None], tf.int32)
 _CHUNK = 2**22  # int32 words that travel at once: 16 MiB
 
 
-class TFDistribute(Strategy):
+class TFDistribute(Connected):
     """Runs replicas through a `tf.distribute.Strategy`.
 
     tf.distribute supplies the replicas' threads, the collectives and the input's way to
@@ -32,11 +32,13 @@ class TFDistribute(Strategy):
     Args:
         strategy: The `tf.distribute.Strategy` instance.
         place: Where this process's replicas stand.
+        patience: Limits this process's waits for the others.
     """
 
     name = "tf.distribute"
 
-    def __init__(self, strategy: Any, place: Place) -> None:
+    def __init__(self, strategy: Any, place: Place, patience: Patience | None = None) -> None:
+        super().__init__(patience)
         self.strategy = strategy
         self.place = place
 
@@ -103,26 +105,13 @@ class TFDistribute(Strategy):
             return contextlib.nullcontext()
         return MirroredVariables(self.strategy, variables, optimizers)
 
-    def agree(self, variables: Sequence[Any]) -> None:
-        """Gives `variables` the chief's values on every worker, bit by bit."""
-        if self.place.num_workers == 1 or not variables:
-            return
-        mine = [np.asarray(keras.ops.convert_to_numpy(v)) for v in variables]
-        received = self._broadcast(b"".join(value.tobytes() for value in mine))
-        start = 0
-        for variable, value in zip(variables, mine, strict=True):
-            part = np.frombuffer(received, value.dtype, value.size, offset=start)
-            start += value.nbytes
-            variable.assign(part.reshape(value.shape))
-
-    def _broadcast(self, content: bytes) -> bytes:
-        """Gives every worker the chief's bytes, of the same number everywhere."""
+    def broadcast_bytes(self, content: bytes) -> bytes:
+        """Gives every worker the chief's bytes."""
         words = np.frombuffer(content + bytes(-len(content) % 4), np.int32)
-        with self.waiting_for("the chief's weights"):
-            received = [
-                self._broadcast_words(tf.constant(words[start : start + _CHUNK])).numpy()
-                for start in range(0, len(words), _CHUNK)
-            ]
+        received = [
+            self._broadcast_words(tf.constant(words[start : start + _CHUNK])).numpy()
+            for start in range(0, len(words), _CHUNK)
+        ]
         return np.concatenate(received).tobytes()[: len(content)]
 
     @functools.cached_property
@@ -139,7 +128,7 @@ class TFDistribute(Strategy):
         return broadcast
 
     @functools.cached_property
-    def _gather_bytes(self) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    def _gather_words(self) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
         def on_replicas(payload: Tensor) -> tuple[Tensor, Tensor]:
             def one() -> tuple[Tensor, Tensor]:
                 # One copy a worker: its first replica's.
@@ -153,15 +142,12 @@ class TFDistribute(Strategy):
         gather: Callable[[Tensor], tuple[Tensor, Tensor]] = tf.function(on_replicas, [_WORDS])
         return gather
 
-    def gather_objects(self, value: Any) -> list[Any]:
-        """Collects an object of every worker, in two collectives."""
-        if self.place.num_workers == 1:
-            return [value]
-        mine = np.frombuffer(pickle.dumps(value), np.uint8).astype(np.int32)
-        with self.waiting_for("an exchange of settings between workers"):
-            sizes, payloads = (t.numpy() for t in self._gather_bytes(tf.constant(mine)))
+    def gather_bytes(self, content: bytes) -> list[bytes]:
+        """Collects the bytes of every worker, in two collectives."""
+        mine = np.frombuffer(content, np.uint8).astype(np.int32)
+        sizes, payloads = (t.numpy() for t in self._gather_words(tf.constant(mine)))
         parts = np.split(payloads, np.cumsum([size for size in sizes if size])[:-1])
-        return [pickle.loads(part.astype(np.uint8).tobytes()) for part in parts]
+        return [part.astype(np.uint8).tobytes() for part in parts]
 
 
 class MirroredVariables(contextlib.AbstractContextManager[None]):

@@ -1,0 +1,147 @@
+"""What Horovod's users expect, on every rank; see `checks.py`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+
+import tfdist
+from tests.behaviour.checks import (
+    ORDERED,
+    Check,
+    assert_weights_close,
+    everywhere,
+    place,
+    same_everywhere,
+)
+from tests.equivalence.cases import crossentropy, mlp, table
+from tfdist.errors import ArgumentError
+
+L = keras.layers
+HOROVOD_CHECKS: dict[str, Check] = {}
+
+
+def check(function: Check) -> Check:
+    HOROVOD_CHECKS[function.__name__] = function
+    return function
+
+
+def trained(strategy: Any, **options: Any) -> tuple[Any, Any]:
+    """Trains a model with a strategy, and an equal one with Keras."""
+    ours, theirs = (mlp(keras.optimizers.SGD(0.1, momentum=0.9)) for _ in range(2))
+    theirs.set_weights(ours.get_weights())
+    tfdist.fit(ours, *table(), strategy=strategy, **ORDERED, **options)
+    theirs.fit(*table(), **ORDERED, **options)
+    same_everywhere(ours)
+    return ours, theirs
+
+
+@check
+def fp16_compression_is_close(folder: Path) -> None:
+    ours, theirs = trained(tfdist.Horovod(compression="fp16"))
+    assert_weights_close(ours, theirs, 5e-3)
+    assert any(
+        (a != b).any() for a, b in zip(ours.get_weights(), theirs.get_weights(), strict=True)
+    )
+
+
+@check
+def bf16_compression_is_close(folder: Path) -> None:
+    assert_weights_close(*trained(tfdist.Horovod(compression="bf16")), 4e-2)
+
+
+@check
+def predivided_gradients_are_exact(folder: Path) -> None:
+    assert_weights_close(*trained(tfdist.Horovod(gradient_predivide_factor=4.0)))
+
+
+@check
+def adasum_adds_orthogonal_gradients_and_averages_equal_ones(folder: Path) -> None:
+    ranks = place().num_replicas
+    model = keras.Sequential([keras.Input((ranks,)), L.Dense(1, use_bias=False)])
+    model.compile(keras.optimizers.SGD(1.0), loss=lambda y, p: -p[:, 0])
+    before = model.get_weights()[0]
+    strategy = tfdist.Horovod(op="adasum")
+    # One example a rank, each with a gradient along an axis of its own: their sum.
+    options = {"batch_size": ranks, "shuffle": False, "verbose": 0, "strategy": strategy}
+    tfdist.fit(model, np.eye(ranks, dtype="float32"), np.zeros((ranks, 1)), **options)
+    np.testing.assert_allclose(model.get_weights()[0], before + 1.0, rtol=1e-5)
+    # The same example on each: their mean.
+    x = np.ones((ranks, ranks), "float32")
+    tfdist.fit(model, x, np.zeros((ranks, 1)), **options)
+    np.testing.assert_allclose(model.get_weights()[0], before + 2.0, rtol=1e-5)
+    same_everywhere(model)
+
+
+@check
+def dense_and_gathered_rows_of_an_embedding_are_equal(folder: Path) -> None:
+    words = np.random.default_rng(0).integers(0, 20, size=(101, 6))
+    labels = (words.sum(1) % 3).astype("int64")
+    models = [
+        keras.Sequential([L.Embedding(20, 4), L.GlobalAveragePooling1D(), L.Dense(3)])
+        for _ in range(2)
+    ]
+    for model in models:
+        model.build((None, 6))
+    models[1].set_weights(models[0].get_weights())
+    for model, as_dense in zip(models, (True, False), strict=True):
+        model.compile("sgd", crossentropy())
+        strategy = tfdist.Horovod(sparse_as_dense=as_dense)
+        tfdist.fit(model, words, labels, strategy=strategy, **ORDERED)
+    assert_weights_close(*models)
+
+
+@check
+def ranks_begin_with_the_first_one_s_weights(folder: Path) -> None:
+    keras.utils.set_random_seed(place().worker_index)
+    model = mlp("adam")
+    different = everywhere(float(np.sum(model.get_weights()[0])))
+    assert len(set(different)) == len(different)
+    tfdist.fit(model, *table(65), **ORDERED)
+    same_everywhere(model)
+
+
+@check
+def backward_passes_per_step_is_gradient_accumulation(folder: Path) -> None:
+    models = [
+        mlp(keras.optimizers.SGD(0.1, gradient_accumulation_steps=2)),
+        mlp(keras.optimizers.SGD(0.1, gradient_accumulation_steps=2)),
+    ]
+    models[1].set_weights(models[0].get_weights())
+    tfdist.fit(models[0], *table(640), **ORDERED)
+    models[1].fit(*table(640), **ORDERED)
+    assert_weights_close(*models)
+
+
+@check
+def wrong_settings_are_refused(folder: Path) -> None:
+    for options, message in (
+        ({"op": "sum"}, "op='sum'"),
+        ({"compression": "fp8"}, "'fp8'"),
+        ({"gradient_predivide_factor": 0.0}, "gradient_predivide_factor=0.0"),
+        ({"op": "adasum", "gradient_predivide_factor": 2.0}, "gradient_predivide_factor=2.0"),
+        ({"process_sets": [[0]]}, "process_sets=[[0]]"),
+    ):
+        with pytest.raises(ArgumentError, match=r".*") as caught:
+            tfdist.Horovod(**options)
+        assert message in str(caught.value)
+
+
+@check
+def process_sets_train_apart(folder: Path) -> None:  # last: it connects the ranks anew
+    ranks = place().num_replicas
+    me = place().worker_index
+    strategy = tfdist.Horovod(process_sets=[[rank] for rank in range(ranks)])
+    assert strategy.place.num_replicas == 1
+    x, y = table(128 + me)
+    model = mlp("sgd")
+    expected = keras.models.clone_model(model)
+    expected.set_weights(model.get_weights())
+    expected.compile("sgd", crossentropy())
+    tfdist.fit(model, x, y, strategy=strategy, **ORDERED)
+    expected.fit(x, y, **ORDERED)
+    assert_weights_close(model, expected)

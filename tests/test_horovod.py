@@ -1,0 +1,161 @@
+"""Horovod's launchers, ours and horovodrun, with real ranks: ends that are not happy."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from tests.jobs import QUIET, ROOT, tfdist_run
+from tfdist.errors import LaunchError
+from tfdist.launch import Host, plan_workers
+from tfdist.launch.horovod import rank_environments
+from tfdist.launch.plan import free_addresses
+
+LIMIT_S = 180
+SCRIPT = """
+import os, signal, sys, time
+import keras, numpy as np, tfdist
+
+class AtStep5(keras.callbacks.Callback):
+    def on_train_batch_end(self, batch, logs=None):
+        if not tfdist.is_chief() and batch == 5:
+            if sys.argv[1] == "dies":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if sys.argv[1] == "raises":
+                raise ValueError("a bad row")
+            if sys.argv[1] == "hangs":
+                time.sleep(1000)
+
+keras.utils.set_random_seed(1)
+model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+model.compile("sgd", "mse")
+x = np.random.default_rng(0).normal(size=(641, 4)).astype("float32")
+history = tfdist.fit(model, x, x[:, :1], seed=1, epochs=2, callbacks=[AtStep5()], verbose=2)
+print("loss", *history.history["loss"], flush=True)
+"""
+
+cluster = [pytest.mark.cluster, pytest.mark.timeout(2 * LIMIT_S)]
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> str:
+    path = tmp_path / "script.py"
+    path.write_text(textwrap.dedent(SCRIPT))
+    return str(path)
+
+
+def run(command: list[str], environ: Mapping[str, str] = os.environ) -> tuple[int, str]:
+    done = subprocess.run(
+        command,
+        env={**QUIET, **environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+        check=False,
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def ranks(script: str, *arguments: str) -> list[str]:
+    return tfdist_run(2, script, *arguments, options=["--strategy", "horovod"])
+
+
+def losses(output: str) -> list[str]:
+    return re.findall(r"loss ([\d.e-]+ [\d.e-]+)", output)
+
+
+class TestPlan:
+    pytestmark = pytest.mark.quick
+
+    def test_every_rank_knows_its_place(self):
+        hosts = [Host("127.0.0.1", 2), Host("localhost", 1)]
+        first, _, last = rank_environments(hosts, 0, "127.0.0.1:4711")
+        assert (first["HOROVOD_RANK"], first["HOROVOD_LOCAL_SIZE"]) == ("0", "2")
+        assert (last["HOROVOD_RANK"], last["HOROVOD_LOCAL_RANK"]) == ("2", "0")
+        assert last["HOROVOD_CROSS_RANK"] == "1"
+        assert first["HOROVOD_GLOO_RENDEZVOUS_PORT"] == "4711"
+
+    def test_ranks_are_not_given_tf_config_too(self):
+        workers = plan_workers(("true",), workers=2, strategy="horovod", environ={})
+        assert [worker.environment["HOROVOD_RANK"] for worker in workers] == ["0", "1"]
+        assert not any("TF_CONFIG" in worker.environment for worker in workers)
+
+    def test_a_host_that_cannot_be_reached_is_named(self):
+        with pytest.raises(LaunchError, match="no-such-host"):
+            rank_environments([Host("no-such-host.invalid", 1)], 0, "no-such-host.invalid:1")
+
+
+class TestRanks:
+    pytestmark = cluster
+
+    def test_both_launchers_train_as_one_process(self, script):
+        status, alone = run([sys.executable, script, "ends"])
+        assert status == 0, alone
+        status, ours = run(ranks(script, "ends"))
+        assert status == 0, ours
+        horovodrun = [sys.executable, "-m", "horovod.runner.launch", "--gloo", "-np", "2"]
+        status, theirs = run([*horovodrun, sys.executable, script, "ends"])
+        assert status == 0, theirs
+        assert "2 ranks in Horovod" in theirs
+        expected = [float(x) for x in losses(alone)[0].split()]
+        found = [*losses(ours), *losses(theirs)]
+        assert len(found) == 4
+        for line in found:
+            assert [float(x) for x in line.split()] == pytest.approx(expected, rel=1e-5)
+
+    def test_two_hosts(self, script):
+        port = free_addresses(1)[0].rpartition(":")[2]
+        options = ["--hosts", "localhost:1,127.0.0.1:1", "--port", port]
+        command = [sys.executable, "-m", "tfdist.cli", "run", "--strategy", "horovod", *options]
+        nodes = [
+            subprocess.Popen(
+                [*command, "--node-rank", str(node), script, "ends"],
+                env={**QUIET, "PYTHONPATH": str(ROOT)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for node in range(2)
+        ]
+        try:
+            outputs = [node.communicate(timeout=LIMIT_S)[0] for node in nodes]
+        finally:
+            for node in nodes:
+                node.kill()
+        assert [node.returncode for node in nodes] == [0, 0], outputs
+        assert losses(outputs[0]) == losses(outputs[1]) != []
+
+    def test_a_rank_that_dies_ends_the_others_and_is_named(self, script):
+        status, output = run(ranks(script, "dies"))
+        assert status == 128 + 9
+        assert "worker 1 was ended by signal 9 (SIGKILL)" in output
+
+    def test_a_rank_that_fails_is_the_cause_that_is_shown(self, script):
+        start = time.monotonic()
+        status, output = run(ranks(script, "raises"))
+        assert status == 1
+        assert time.monotonic() - start < 60
+        error = output[output.index("Error: ") :]
+        assert "worker 1 ended with exit status 1" in error
+        assert "ValueError: a bad row" in error
+
+    def test_a_rank_that_does_not_come_is_reported_with_its_step(self, script):
+        status, output = run(ranks(script, "hangs"), {"TFDIST_STEP_TIMEOUT": "6"})
+        assert status == 75
+        assert "rank 0 is in step 7" in output
+        assert "rank 1 is after step 6" in output
+
+    def test_a_launcher_that_horovod_was_not_built_for(self, script):
+        environ = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"}
+        status, output = run([sys.executable, script, "ends"], environ)
+        assert status == 1
+        assert "1 connected of 2" in output
+        assert "HOROVOD_WITH_MPI=1" in output

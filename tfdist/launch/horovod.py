@@ -1,0 +1,149 @@
+"""What Horovod's ranks need from a launcher: their numbers, and a server to meet at."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from tfdist.errors import LaunchError
+from tfdist.launch.hosts import Host
+
+if TYPE_CHECKING:
+    from tfdist.launch.plan import Worker
+
+_HOST, _PORT = "HOROVOD_GLOO_RENDEZVOUS_ADDR", "HOROVOD_GLOO_RENDEZVOUS_PORT"
+
+
+def rank_environments(
+    hosts: Sequence[Host], node_rank: int, address: str
+) -> tuple[dict[str, str], ...]:
+    """Gives each rank the variables by which Horovod finds itself.
+
+    Args:
+        hosts: The machines, in order of their node rank.
+        node_rank: This machine's position in `hosts`.
+        address: "host:port" of the server at which the ranks meet, on the first host.
+
+    Returns:
+        The variables of all ranks; of another machine's, all but its own interface.
+
+    Raises:
+        LaunchError: Horovod is not installed, or an interface cannot be found.
+    """
+    host, _, port = address.rpartition(":")
+    # The first host may know its own name as a loopback address only.
+    towards = hosts[1].name if node_rank == 0 and len(hosts) > 1 else host
+    shared = {
+        "HOROVOD_CONTROLLER": "gloo",
+        "HOROVOD_CPU_OPERATIONS": "gloo",
+        "HOROVOD_GLOO_IFACE": _interface_towards(towards),
+        _HOST: _resolved(host),
+        _PORT: port,
+    }
+    return tuple(
+        {
+            **shared,
+            "HOROVOD_HOSTNAME": slot.hostname,
+            "HOROVOD_RANK": str(slot.rank),
+            "HOROVOD_SIZE": str(slot.size),
+            "HOROVOD_LOCAL_RANK": str(slot.local_rank),
+            "HOROVOD_LOCAL_SIZE": str(slot.local_size),
+            "HOROVOD_CROSS_RANK": str(slot.cross_rank),
+            "HOROVOD_CROSS_SIZE": str(slot.cross_size),
+        }
+        for slot in _slots(hosts)
+    )
+
+
+@contextmanager
+def rendezvous(workers: Sequence[Worker], hosts: Sequence[Host]) -> Iterator[None]:
+    """Runs the server at which ranks meet, where rank 0 is among those started here.
+
+    Args:
+        workers: What this machine starts.
+        hosts: The machines; empty for this one alone.
+
+    Raises:
+        LaunchError: The port is in use.
+    """
+    environment = workers[0].environment
+    if workers[0].index != 0 or _PORT not in environment:
+        yield
+        return
+    from horovod.runner.http.http_server import RendezvousHandler, RendezvousHTTPServer
+
+    port = int(environment[_PORT])
+    try:
+        interface = "" if len(hosts) > 1 else environment[_HOST]
+        server = RendezvousHTTPServer((interface, port), RendezvousHandler, verbose=0)
+    except OSError as error:
+        raise LaunchError(
+            "The port at which Horovod's ranks meet must be free on the first host. Received: "
+            f"port {port} ({error.strerror}). Choose another --port, the same on every host."
+        ) from None
+    server.init(_slots(hosts or one_host(len(workers))))
+    thread = threading.Thread(
+        target=server.serve_forever, name="tfdist-rendezvous", daemon=True
+    )
+    thread.start()
+    try:
+        yield
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def one_host(slots: int) -> tuple[Host, ...]:
+    """Names this machine alone.
+
+    Args:
+        slots: How many ranks run on it.
+    """
+    return (Host("127.0.0.1", slots),)
+
+
+def _slots(hosts: Sequence[Host]) -> list[Any]:
+    if find_spec("horovod") is None:
+        raise LaunchError(
+            "Horovod must be installed for --strategy horovod. Received: no package of that "
+            "name in this environment. Run `tfdist horovod build`."
+        )
+    from horovod.runner.common.util.hosts import get_host_assignments, parse_hosts
+
+    listed = ",".join(f"{host.name}:{host.slots}" for host in hosts)
+    total = sum(host.slots for host in hosts)
+    found: list[Any] = get_host_assignments(parse_hosts(listed), total)
+    return found
+
+
+def _resolved(host: str) -> str:
+    try:
+        return socket.gethostbyname(host)
+    except OSError as error:
+        raise LaunchError(
+            f"Each of --hosts must be a name that this machine knows. Received: {host!r} "
+            f"({error.strerror}). Correct --hosts."
+        ) from None
+
+
+def _interface_towards(host: str) -> str:
+    """Finds the network interface by which this machine reaches another, or itself."""
+    import psutil
+
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((_resolved(host), 9))  # sends nothing
+        except OSError as error:
+            raise LaunchError(
+                f"The hosts must be able to reach each other. Received: {host!r} "
+                f"({error.strerror}). Correct --hosts."
+            ) from None
+        mine = probe.getsockname()[0]
+    for interface, addresses in psutil.net_if_addrs().items():
+        if any(address.address == mine for address in addresses):
+            return str(interface)
+    raise LaunchError(f"No network interface has this machine's address {mine}.")

@@ -1,0 +1,68 @@
+"""What strategies of several processes share: weights and objects travel as bytes."""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+import pickle
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import numpy as np
+
+from tfdist.patience import Patience
+from tfdist.strategies.base import Strategy
+
+
+class Connected(Strategy):
+    """A strategy whose processes exchange bytes; a subclass says how.
+
+    Args:
+        patience: Limits this process's waits for the others.
+    """
+
+    def __init__(self, patience: Patience | None = None) -> None:
+        self._patience = patience
+
+    @abc.abstractmethod
+    def broadcast_bytes(self, content: bytes) -> bytes:
+        """Gives every worker the chief's bytes.
+
+        Args:
+            content: Of the same length on every worker.
+        """
+
+    @abc.abstractmethod
+    def gather_bytes(self, content: bytes) -> list[bytes]:
+        """Collects the bytes of every worker, in the order of workers.
+
+        Args:
+            content: Of any length but 0.
+        """
+
+    def agree(self, variables: Sequence[Any]) -> None:
+        """Gives `variables` the chief's values on every worker, bit by bit."""
+        if self.place.num_workers == 1 or not variables:
+            return
+        mine = [np.asarray(keras.ops.convert_to_numpy(v)) for v in variables]
+        with self.waiting_for("the chief's weights"):
+            received = self.broadcast_bytes(b"".join(value.tobytes() for value in mine))
+        start = 0
+        for variable, value in zip(variables, mine, strict=True):
+            part = np.frombuffer(received, value.dtype, value.size, offset=start)
+            start += value.nbytes
+            variable.assign(part.reshape(value.shape))
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Collects an object of every worker, in the order of workers."""
+        if self.place.num_workers == 1:
+            return [value]
+        with self.waiting_for("an exchange of settings between workers"):
+            return [pickle.loads(part) for part in self.gather_bytes(pickle.dumps(value))]
+
+    def waiting_for(self, what: str) -> contextlib.AbstractContextManager[None]:
+        """Limits a wait for the other workers."""
+        if self._patience is None:
+            return contextlib.nullcontext()
+        return self._patience.waiting_for(what)

@@ -1,0 +1,319 @@
+"""Processes that Horovod connects: its collectives, never its Keras layer."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from tfdist.cluster import Cluster
+from tfdist.errors import ArgumentError, PeerError, StrategyError
+from tfdist.patience import Patience
+from tfdist.strategies.base import Place, Tensor
+from tfdist.strategies.connected import Connected
+from tfdist.strategies.horovod_board import Board
+
+_COMPRESSIONS = {None: None, "fp16": tf.float16, "bf16": tf.bfloat16}
+_OPS = ("average", "adasum")
+
+
+class Horovod(Connected):
+    """One replica a rank, on one GPU or the processor; ranks exchange by Horovod.
+
+    Made by `strategy="horovod"`; pass an instance to choose what Horovod's
+    `DistributedOptimizer` has as arguments. Whatever is not the default below changes the
+    weights: only plain sums equal one process's.
+
+    Args:
+        cluster: This process's place; read from the environment if None.
+        op: "average", the exact mean over the examples of the global batch; or "adasum",
+            which adds orthogonal gradients and averages parallel ones (Maleki et al.,
+            "Scaling distributed training with adaptive summation", MLSys 2021).
+        compression: None, "fp16" or "bf16": the type in which gradients travel.
+        gradient_predivide_factor: Gradients are divided by it before the sum, and the sum
+            by `size / gradient_predivide_factor`, so that half precision does not overflow.
+        sparse_as_dense: Whether gradients of embeddings travel as dense tensors rather than
+            as gathered rows.
+        process_sets: Groups of ranks, the same on every rank; a rank trains with the group
+            that it is in, and groups train apart. All ranks are one group if None.
+
+    Raises:
+        ArgumentError: An argument is none of these.
+        StrategyError: Horovod cannot start.
+
+    Example:
+        >>> import tfdist  # doctest: +SKIP
+        >>> tfdist.fit(model, x, y, strategy=tfdist.Horovod(compression="fp16"))
+    """
+
+    name = "horovod"
+    priority = 40
+
+    def __init__(
+        self,
+        cluster: Cluster | None = None,
+        *,
+        op: str = "average",
+        compression: str | None = None,
+        gradient_predivide_factor: float = 1.0,
+        sparse_as_dense: bool = False,
+        process_sets: Sequence[Sequence[int]] | None = None,
+    ) -> None:
+        _check(op, compression, gradient_predivide_factor)
+        cluster = Cluster.from_environment() if cluster is None else cluster
+        hvd = self._hvd = _started(cluster)
+        self._process_set = (
+            _joined(hvd, process_sets) if process_sets else hvd.global_process_set
+        )
+        self._first_rank = self._process_set.ranks[0]
+        size, rank = self._process_set.size(), self._process_set.rank()
+        self.place = Place(size, rank, 1, size, rank)
+        self._op = op
+        self._wire_type = _COMPRESSIONS[compression]
+        self._predivide = gradient_predivide_factor
+        self._sparse_as_dense = sparse_as_dense
+        board = Board.from_environment(hvd.rank(), hvd.size())
+        super().__init__(Patience.from_environment(f"rank {hvd.rank()}", board))
+
+    @classmethod
+    def unavailable(cls, cluster: Cluster) -> str | None:
+        """Says why not: Horovod is not installed, or nothing started several ranks."""
+        if find_spec("horovod") is None:
+            return "Horovod is not installed: run `tfdist horovod build`"
+        if cluster.has_parameter_servers:
+            return "the cluster has parameter servers, which horovod does not use"
+        if cluster.num_workers > 1 and not cluster.launched:
+            return (
+                f"{cluster.source} describes {cluster.num_workers} workers to TensorFlow, not "
+                "to Horovod: start them with `tfdist run --strategy horovod` or `horovodrun`"
+            )
+        return None
+
+    @classmethod
+    def chosen_by(cls, cluster: Cluster) -> str | None:
+        """Says why `auto` chooses it: horovodrun or mpirun started the processes."""
+        if cluster.launched > 1:
+            return f"{cluster.launched} ranks in {cluster.source}"
+        return None
+
+    def all_reduce_sum(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Sums each tensor over all ranks, each on its way as soon as it is known."""
+        return [self._sum(tensor) for tensor in tensors]
+
+    def reduce_step(
+        self, gradients: Sequence[Tensor], others: Sequence[Tensor], share: Tensor
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Sums a step's tensors; gradients as the arguments say."""
+        if self._sparse_as_dense:
+            gradients = [tf.convert_to_tensor(g) for g in gradients]
+        if self._op == "adasum":
+            reduced = [self._adasum(tf.convert_to_tensor(g), share) for g in gradients]
+        else:
+            reduced = [self._sum_gradient(g) for g in gradients]
+        return reduced, self.all_reduce_sum(others)
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        """Concatenates a tensor of every rank along axis 0."""
+        return self._hvd.allgather(tensor, process_set=self._process_set)
+
+    @contextlib.contextmanager
+    def waiting_for(self, what: str) -> Iterator[None]:
+        """Limits a wait for the other ranks, and says what it means when Horovod gives up."""
+        try:
+            with super().waiting_for(what):
+                yield
+        except tf.errors.OpError as error:
+            if "Horovod" not in error.message:
+                raise
+            raise PeerError(
+                f"All ranks must live until training ends. Received: rank "
+                f"{self.place.worker_index} lost another in {what}. The launcher says which "
+                f"rank ended first, and that rank's output says why."
+            ) from None
+
+    def broadcast_bytes(self, content: bytes) -> bytes:
+        """Gives every rank the first one's bytes."""
+        sent: bytes = self._broadcast(tf.constant(np.frombuffer(content, np.uint8))).numpy()
+        return bytes(sent)
+
+    def gather_bytes(self, content: bytes) -> list[bytes]:
+        """Collects the bytes of every rank."""
+        mine = tf.constant(np.frombuffer(content, np.uint8))
+        sizes, payloads = (t.numpy() for t in self._gather(mine))
+        return [part.tobytes() for part in np.split(payloads, np.cumsum(sizes)[:-1])]
+
+    # Traced: an eager collective has no name of its own, by which ranks could match it.
+
+    @functools.cached_property
+    def _broadcast(self) -> Callable[[Tensor], Tensor]:
+        traced: Callable[[Tensor], Tensor] = tf.function(
+            lambda content: self._hvd.broadcast(
+                content, self._first_rank, process_set=self._process_set
+            ),
+            [tf.TensorSpec([None], tf.uint8)],
+        )
+        return traced
+
+    @functools.cached_property
+    def _gather(self) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+        traced: Callable[[Tensor], tuple[Tensor, Tensor]] = tf.function(
+            lambda content: (self.all_gather(tf.shape(content)), self.all_gather(content)),
+            [tf.TensorSpec([None], tf.uint8)],
+        )
+        return traced
+
+    def _sum(self, tensor: Tensor, before: float = 1.0, after: float = 1.0) -> Tensor:
+        if isinstance(tensor, tf.IndexedSlices):
+            return tf.IndexedSlices(
+                self.all_gather(tensor.values),
+                self.all_gather(tensor.indices),
+                tensor.dense_shape,
+            )
+        return self._hvd.allreduce(
+            tensor,
+            op=self._hvd.Sum,
+            prescale_factor=before,
+            postscale_factor=after,
+            process_set=self._process_set,
+        )
+
+    def _sum_gradient(self, gradient: Tensor) -> Tensor:
+        """Sums a gradient over the ranks, in the type that was asked for."""
+        if isinstance(gradient, tf.IndexedSlices):
+            return self._sum(gradient)
+        if self._wire_type is None and self._predivide == 1.0:
+            return self._sum(gradient)
+        # As Horovod does: mean gradients of ranks travel, and are averaged after the sum.
+        size = float(self.place.num_replicas)
+        before, after = size / self._predivide, self._predivide / size
+        if self._wire_type is None:
+            return self._sum(gradient, before, after)
+        small = tf.cast(gradient * tf.cast(before, gradient.dtype), self._wire_type)
+        summed = self._sum_bf16(small) if self._wire_type == tf.bfloat16 else self._sum(small)
+        return tf.cast(summed, gradient.dtype) * tf.cast(after, gradient.dtype)
+
+    def _sum_bf16(self, tensor: Tensor) -> Tensor:
+        """Sums in float32 what travels as bfloat16, which Horovod cannot add.
+
+        Each rank adds up its part of all ranks' tensors: an all-to-all and an all-gather,
+        as many bytes as a ring's all-reduce.
+        """
+        ranks = self.place.num_replicas
+        flat = tf.reshape(tensor, [-1])
+        part = -(-tf.size(flat) // ranks)
+        padded = tf.pad(flat, [[0, part * ranks - tf.size(flat)]])
+        received, _ = self._hvd.alltoall(
+            tf.bitcast(padded, tf.uint16),
+            tf.fill([ranks], part),
+            process_set=self._process_set,
+        )
+        parts = tf.reshape(tf.bitcast(received, tf.bfloat16), [ranks, part])
+        mine = tf.cast(tf.reduce_sum(tf.cast(parts, tf.float32), 0), tf.bfloat16)
+        joined = tf.bitcast(self.all_gather(tf.bitcast(mine, tf.uint16)), tf.bfloat16)
+        return tf.reshape(joined[: tf.size(flat)], tf.shape(tensor))
+
+    def _adasum(self, gradient: Tensor, share: Tensor) -> Tensor:
+        """Combines the ranks' mean gradients pairwise, Maleki et al., algorithm 1.
+
+        Horovod's own needs MPI; this one gathers, which costs as many times the gradient as
+        there are ranks.
+        """
+        mean = tf.math.divide_no_nan(gradient, tf.cast(share, gradient.dtype))
+        wire = mean if self._wire_type is None else tf.cast(mean, tf.float16)
+        everyone = tf.cast(self.all_gather(wire[None]), gradient.dtype)
+        level = tf.unstack(everyone, self.place.num_replicas)
+        while len(level) > 1:
+            pairs = [_adasum_pair(a, b) for a, b in zip(level[::2], level[1::2], strict=False)]
+            level = pairs + level[len(pairs) * 2 :]
+        return level[0]
+
+
+def _adasum_pair(a: Tensor, b: Tensor) -> Tensor:
+    dot = tf.reduce_sum(a * b)
+    of_a = tf.math.divide_no_nan(dot, 2.0 * tf.reduce_sum(tf.square(a)))
+    of_b = tf.math.divide_no_nan(dot, 2.0 * tf.reduce_sum(tf.square(b)))
+    return (1.0 - of_a) * a + (1.0 - of_b) * b
+
+
+def _check(op: str, compression: str | None, predivide: float) -> None:
+    if op not in _OPS:
+        raise ArgumentError(f"`op` must be one of {_OPS}. Received: op={op!r}.")
+    if compression not in _COMPRESSIONS:
+        raise ArgumentError(
+            f"`compression` must be None, 'fp16' or 'bf16'. Received: {compression!r}."
+        )
+    if not predivide > 0:
+        raise ArgumentError(
+            "`gradient_predivide_factor` must be above 0. Received: "
+            f"gradient_predivide_factor={predivide!r}."
+        )
+    if op == "adasum" and predivide != 1.0:
+        raise ArgumentError(
+            "`gradient_predivide_factor` must be 1 with op='adasum', which does not average. "
+            f"Received: gradient_predivide_factor={predivide!r}."
+        )
+
+
+def _joined(hvd: Any, groups: Sequence[Sequence[int]]) -> Any:
+    """Connects the ranks once more, in groups, and gives this rank's."""
+    everyone = sorted(rank for group in groups for rank in group)
+    if everyone != list(range(hvd.size())):
+        raise ArgumentError(
+            f"`process_sets` must name each of {hvd.size()} ranks once. Received: "
+            f"process_sets={[list(group) for group in groups]}."
+        )
+    sets = [hvd.ProcessSet(list(group)) for group in groups]
+    if len(sets) == 1:
+        return hvd.global_process_set
+    # Sets can be added later only at the price of one exchange more in every cycle.
+    hvd.shutdown()
+    hvd.init(process_sets=sets)
+    (mine,) = (one for one in sets if one.included())
+    return mine
+
+
+def _started(cluster: Cluster) -> Any:
+    """Imports Horovod, connects the ranks and gives this one a GPU of its own."""
+    obstacle = Horovod.unavailable(cluster)
+    if obstacle is not None:
+        raise StrategyError(f"Horovod must be able to run here. Received: {obstacle}.")
+    try:
+        import horovod.tensorflow as hvd
+    except (ImportError, tf.errors.NotFoundError) as error:
+        raise StrategyError(
+            "Horovod must have been built for this TensorFlow. Received: TensorFlow "
+            f"{tf.__version__}, and {error}. Run `tfdist horovod build --force`."
+        ) from error
+    if not hvd.is_initialized():
+        try:
+            hvd.init()
+        except (RuntimeError, ValueError) as error:
+            raise StrategyError(
+                f"All {cluster.num_workers} ranks must connect. Received: rank {cluster.index} "
+                f"could not: {error}. See the output of the other ranks."
+            ) from error
+    if hvd.size() != cluster.num_workers:
+        raise StrategyError(
+            f"Horovod must connect all ranks that {cluster.source} started. Received: "
+            f"{hvd.size()} connected of {cluster.num_workers}. Horovod was built without "
+            "support for this launcher: use `horovodrun --gloo` or `tfdist run`, or build it "
+            "with HOROVOD_WITH_MPI=1 tfdist horovod build --force."
+        )
+    gpus = tf.config.list_physical_devices("GPU")
+    if len(gpus) > 1:
+        # `tfdist run` has shared the GPUs out already; horovodrun shows all to each rank.
+        local = 0 if "TFDIST_LOCAL_RANK" in os.environ else hvd.local_rank() % len(gpus)
+        try:
+            tf.config.set_visible_devices(gpus[local], "GPU")
+        except RuntimeError as error:
+            raise StrategyError(
+                "A rank must choose its GPU before TensorFlow uses one. Received: TensorFlow "
+                "in use already. Call tfdist.init() right after the imports."
+            ) from error
+    return hvd
