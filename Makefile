@@ -28,11 +28,16 @@ $(VENV)/.dev: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet -e ".[dev]"
 	@touch $@
 
+# Horovod has no wheels: it is built once for each TensorFlow and kept in ~/.cache/tfdist.
+%/.horovod: %/.dev
+	$*/bin/tfdist horovod build
+	@touch $@
+
 $(VENV)/.docs: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet -e ".[docs]"
 	@touch $@
 
-$(OLDEST_VENV)/.test: pyproject.toml
+$(OLDEST_VENV)/.dev: pyproject.toml
 	$(PYTHON) -m venv $(OLDEST_VENV)
 	$(OLDEST_VENV)/bin/python -m pip install --quiet --upgrade pip
 	$(OLDEST_VENV)/bin/python -m pip install --quiet -e ".[test]" $(OLDEST)
@@ -43,10 +48,10 @@ demo: $(VENV)/.demo  ## Train a real model over two local worker processes.
 
 test: test-newest test-oldest  ## Run all tests, with the newest and with the oldest versions.
 
-test-newest: $(VENV)/.dev
+test-newest: $(VENV)/.dev $(VENV)/.horovod
 	$(BIN)/python -m pytest
 
-test-oldest: $(OLDEST_VENV)/.test
+test-oldest: $(OLDEST_VENV)/.dev $(OLDEST_VENV)/.horovod
 	$(OLDEST_VENV)/bin/python -m pytest -m "quick or oldest"
 
 check: $(VENV)/.dev  ## Lint, type-check and run the quick tests: for every commit.

@@ -45,8 +45,9 @@ def compiled(model: Any) -> Any:
     return model
 
 
-def digits(rows: int, shape: tuple[int, ...]) -> tuple[Any, Any]:
-    """Generated images with labels."""
+def digits(rows: int, shape: tuple[int, ...], dtype: str = "float32") -> tuple[Any, Any]:
+    """Generated images, or whole numbers below 1000, with labels."""
     rng = np.random.default_rng(0)
-    x = rng.normal(size=(rows, *shape)).astype("float32")
+    x = rng.normal(size=(rows, *shape))
+    x = (np.abs(x) * 100).clip(0, 999).astype(dtype) if "int" in dtype else x.astype(dtype)
     return x, rng.integers(0, 10, size=rows)

@@ -1,6 +1,6 @@
 """One worker of the scaling benchmark, pinned to a core; the chief prints examples/s.
 
-tfdist run -n 2 benchmarks/scaling_worker.py tfdist|tf_keras ROWS BATCH
+tfdist run -n 2 benchmarks/scaling_worker.py tfdist|horovod|tf_keras ROWS BATCH
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def main() -> None:
     rng = np.random.default_rng(0)
     x = rng.normal(size=(ROWS, 28, 28, 1)).astype("float32")
     y = rng.integers(0, 10, size=ROWS)
-    epoch, chief = (with_tfdist if LIBRARY == "tfdist" else with_tf_keras)(x, y)
+    epoch, chief = (with_tf_keras if LIBRARY == "tf_keras" else with_tfdist)(x, y)
     epoch()
     rates = []
     for _ in range(4):

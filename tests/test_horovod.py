@@ -73,7 +73,7 @@ def losses(output: str) -> list[str]:
 
 
 class TestPlan:
-    pytestmark = pytest.mark.quick
+    pytestmark = pytest.mark.cluster  # of no processes, but of Horovod
 
     def test_every_rank_knows_its_place(self):
         hosts = [Host("127.0.0.1", 2), Host("localhost", 1)]
@@ -96,6 +96,7 @@ class TestPlan:
 class TestRanks:
     pytestmark = cluster
 
+    @pytest.mark.oldest
     def test_both_launchers_train_as_one_process(self, script):
         status, alone = run([sys.executable, script, "ends"])
         assert status == 0, alone

@@ -1,4 +1,4 @@
-"""The command line: `tfdist run`, `tfdist doctor`."""
+"""The command line: `tfdist run`, `tfdist doctor`, `tfdist horovod`."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from tfdist.launch import (
     Worker,
     parse_hosts,
     plan_workers,
+    rendezvous,
     run_workers,
     script_command,
 )
@@ -48,6 +49,7 @@ def main() -> None:
       tfdist run -n 2 train.py             train in two worker processes
       tfdist run -n 2 --drop-in train.py   the same, for a plain Keras script
       tfdist doctor                        what can run on this machine
+      tfdist horovod build                 Horovod for the installed TensorFlow
     """  # noqa: D301
 
 
@@ -120,7 +122,8 @@ def run(
         strategy=strategy,
         drop_in=drop_in,
     )
-    outcome = run_workers(planned, log_dir=log_dir)
+    with rendezvous(planned, machines):
+        outcome = run_workers(planned, log_dir=log_dir)
     _explain(outcome, planned, log_dir, has_other_hosts=len(machines) > 1)
     sys.exit(outcome.status)
 
@@ -142,6 +145,61 @@ def doctor() -> None:
     report = examine()
     show(report)
     sys.exit(0 if report.is_healthy else 1)
+
+
+@main.group()
+def horovod() -> None:
+    """Get Horovod for the installed TensorFlow.
+
+    \b
+    Example:
+      tfdist horovod build
+    """  # noqa: D301
+
+
+@horovod.command("build")
+@click.option(
+    "--cache-dir",
+    type=click.Path(file_okay=False, path_type=Path),
+    metavar="DIR",
+    help="Where wheels are kept.  [default: TFDIST_CACHE_DIR, else ~/.cache/tfdist]",
+)
+@click.option("--force", is_flag=True, help="Build anew even if the wheel is there.")
+@click.option(
+    "--jobs",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Files compiled at once.  [default: as many as cores and memory allow]",
+)
+@click.option("--no-install", is_flag=True, help="Only make the wheel, and print its path.")
+def build_horovod(
+    cache_dir: Path | None, force: bool, jobs: int | None, no_install: bool
+) -> None:
+    """Build Horovod against the installed TensorFlow, install it and check it.
+
+    Minutes the first time; afterwards the wheel is kept, for this Horovod, TensorFlow and
+    Python. Horovod's own build options are taken from the environment. It needs compilers
+    for C and C++, make, and what `pip install "tfdist[horovod]"` brings.
+
+    \b
+    Examples:
+      tfdist horovod build
+      HOROVOD_GPU_OPERATIONS=NCCL tfdist horovod build    with NCCL, for GPUs
+
+    Exit status: 0 when two processes summed their numbers with it, else 1; 130 after Ctrl-C.
+    """  # noqa: D301
+    from tfdist.horovod.build import build, check, install
+
+    try:
+        wheel = build(cache_dir=cache_dir, force=force, jobs=jobs)
+        if no_install:
+            click.echo(wheel)
+            return
+        install(wheel)
+        check(log_folder=wheel.parent)
+    except KeyboardInterrupt:
+        click.echo("Interrupted.", err=True)
+        sys.exit(128 + signal.SIGINT)
 
 
 def _explain(

@@ -18,8 +18,12 @@ from tfdist.patience import Patience
 from tfdist.strategies.base import Place, Tensor
 from tfdist.strategies.connected import Connected
 from tfdist.strategies.horovod_board import Board
+from tfdist.strategies.packing import reduce_packed
 
 _COMPRESSIONS = {None: None, "fp16": tf.float16, "bf16": tf.bfloat16}
+# Elements. Larger tensors overlap with the backward pass and need no copy; smaller ones cost
+# less in one collective than in many (docs/performance.md).
+_LARGEST_PACKED = 2**14
 _OPS = ("average", "adasum")
 
 
@@ -103,8 +107,8 @@ class Horovod(Connected):
         return None
 
     def all_reduce_sum(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Sums each tensor over all ranks, each on its way as soon as it is known."""
-        return [self._sum(tensor) for tensor in tensors]
+        """Sums each tensor over all ranks; large ones leave as soon as they are known."""
+        return reduce_packed(tensors, self._sum, _LARGEST_PACKED)
 
     def reduce_step(
         self, gradients: Sequence[Tensor], others: Sequence[Tensor], share: Tensor
@@ -112,10 +116,12 @@ class Horovod(Connected):
         """Sums a step's tensors; gradients as the arguments say."""
         if self._sparse_as_dense:
             gradients = [tf.convert_to_tensor(g) for g in gradients]
+        if self._op == "average" and self._wire_type is None and self._predivide == 1.0:
+            return super().reduce_step(gradients, others, share)
         if self._op == "adasum":
             reduced = [self._adasum(tf.convert_to_tensor(g), share) for g in gradients]
         else:
-            reduced = [self._sum_gradient(g) for g in gradients]
+            reduced = reduce_packed(gradients, self._sum_gradient, _LARGEST_PACKED)
         return reduced, self.all_reduce_sum(others)
 
     def all_gather(self, tensor: Tensor) -> Tensor:
@@ -186,8 +192,6 @@ class Horovod(Connected):
     def _sum_gradient(self, gradient: Tensor) -> Tensor:
         """Sums a gradient over the ranks, in the type that was asked for."""
         if isinstance(gradient, tf.IndexedSlices):
-            return self._sum(gradient)
-        if self._wire_type is None and self._predivide == 1.0:
             return self._sum(gradient)
         # As Horovod does: mean gradients of ranks travel, and are averaged after the sum.
         size = float(self.place.num_replicas)

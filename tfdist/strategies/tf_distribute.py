@@ -16,6 +16,7 @@ from tfdist.errors import StrategyError
 from tfdist.patience import Patience
 from tfdist.strategies.base import Place, Tensor
 from tfdist.strategies.connected import Connected
+from tfdist.strategies.packing import reduce_packed
 
 _WORDS = tf.TensorSpec([None], tf.int32)
 _CHUNK = 2**22  # int32 words that travel at once: 16 MiB
@@ -60,26 +61,10 @@ class TFDistribute(Connected):
 
     def all_reduce_sum(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Sums each tensor over all replicas; dense ones travel together, by dtype."""
-        summed: list[Tensor] = list(tensors)
         if self.place.num_replicas == 1:
-            return summed
+            return list(tensors)
         context = tf.distribute.get_replica_context()
-        groups: dict[Any, list[int]] = {}
-        for index, tensor in enumerate(summed):
-            kind = tensor.dtype if isinstance(tensor, tf.Tensor) else index
-            groups.setdefault(kind, []).append(index)
-        for indices in groups.values():
-            if len(indices) == 1:
-                (index,) = indices
-                summed[index] = context.all_reduce("SUM", summed[index])
-                continue
-            flat = tf.concat([tf.reshape(summed[i], [-1]) for i in indices], 0)
-            sizes = [tf.size(summed[i]) for i in indices]
-            parts = tf.split(context.all_reduce("SUM", flat), sizes, num=len(sizes))
-            for index, part in zip(indices, parts, strict=True):
-                summed[index] = tf.reshape(part, tf.shape(summed[index]))
-                summed[index].set_shape(tensors[index].shape)
-        return summed
+        return reduce_packed(tensors, lambda tensor: context.all_reduce("SUM", tensor))
 
     def all_gather(self, tensor: Tensor) -> Tensor:
         """Concatenates a tensor of every replica along axis 0."""

@@ -1,0 +1,51 @@
+"""Many small tensors travel as one: a collective costs more than its bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import tensorflow as tf
+
+from tfdist.strategies.base import Tensor
+
+
+def reduce_packed(
+    tensors: Sequence[Tensor],
+    reduce: Callable[[Tensor], Tensor],
+    largest: float = float("inf"),
+) -> list[Tensor]:
+    """Reduces tensors, dense ones of one type together as one flat tensor.
+
+    Args:
+        tensors: Dense tensors, or `tf.IndexedSlices`, which are never packed.
+        reduce: Sums one tensor over all replicas.
+        largest: Elements above which a tensor travels alone; so does one whose size is
+            unknown, unless there is no such limit.
+
+    Returns:
+        The reduced tensors, in their order.
+    """
+    reduced = list(tensors)
+    packs: dict[object, list[int]] = {}
+    for index, tensor in enumerate(reduced):
+        packs.setdefault(_pack(tensor, index, largest), []).append(index)
+    for indices in packs.values():
+        if len(indices) == 1:
+            (index,) = indices
+            reduced[index] = reduce(reduced[index])
+            continue
+        flat = tf.concat([tf.reshape(reduced[i], [-1]) for i in indices], 0)
+        sizes = [tf.size(reduced[i]) for i in indices]
+        parts = tf.split(reduce(flat), sizes, num=len(sizes))
+        for index, part in zip(indices, parts, strict=True):
+            reduced[index] = tf.reshape(part, tf.shape(reduced[index]))
+            reduced[index].set_shape(tensors[index].shape)
+    return reduced
+
+
+def _pack(tensor: Tensor, index: int, largest: float) -> object:
+    if not isinstance(tensor, tf.Tensor):
+        return index
+    elements = tensor.shape.num_elements()
+    alone = largest < float("inf") and (elements is None or elements > largest)
+    return index if alone else tensor.dtype
