@@ -20,6 +20,12 @@ ALONE = pytest.param((), 1, id="python")
 TWO = pytest.param(
     ("-m", "tfdist.cli", "run", "-n", "2"), 2, id="tfdist run -n 2", marks=pytest.mark.cluster
 )
+HOROVOD = pytest.param(
+    ("-m", "tfdist.cli", "run", "--strategy", "horovod", "-n", "2"),
+    2,
+    id="tfdist run --strategy horovod -n 2",
+    marks=pytest.mark.cluster,
+)
 pytestmark = pytest.mark.timeout(LIMIT_S + 30)
 
 
@@ -76,6 +82,19 @@ def test_distributed_gradient_descent_equals_one_process(launcher, workers):
     assert facts[f"the same on all {workers} worker(s)"] == "True"
     assert facts["rows of each replica"].count("..") == workers
     assert float(facts["largest difference to one"]) < 1e-5
+
+
+@pytest.mark.parametrize(("launcher", "ranks"), [ALONE, HOROVOD])
+def test_horovod_digits_trains_and_all_ranks_hold_the_same_weights(launcher, ranks):
+    printed = run(launcher, "horovod_digits.py")
+    facts = dict(re.findall(r"^(.+?): +(.+)$", printed, re.MULTILINE))
+    assert facts["strategy"] == ("single" if ranks == 1 else "horovod")
+    assert facts["ranks"] == str(ranks)
+    assert float(facts["held-out accuracy"].split("%")[0]) > 95
+    hashes = facts["sha256 of weights"].split(", ")
+    assert len(hashes) == ranks
+    assert len(set(hashes)) == 1
+    assert printed.count("Epoch 15/15") == 1  # progress, from rank 0 alone
 
 
 @pytest.mark.parametrize(

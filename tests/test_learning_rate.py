@@ -65,15 +65,33 @@ def test_factors_are_the_number_of_replicas_unless_given():
     np.testing.assert_allclose(seen, [0.01] * 3 * STEPS, rtol=1e-6)  # one replica
 
 
-def test_another_callback_may_lower_the_rate_meanwhile():
+def test_another_callback_may_lower_the_rate_between_epochs():
     halve = keras.callbacks.LambdaCallback(
         on_epoch_end=lambda epoch, logs: halve.model.optimizer.learning_rate.assign(
             halve.model.optimizer.learning_rate * 0.5
         )
     )
-    _, seen = train(keras.optimizers.SGD(0.8), tfdist.LearningRateWarmup(2, 0.5), halve)
+    _, seen = train(keras.optimizers.SGD(0.8), halve, tfdist.LearningRateWarmup(2, 0.5))
     expected = [0.4, 0.45, 0.5, 0.55, 0.3, 0.325, 0.35, 0.375, 0.2, 0.2, 0.2, 0.2]
     np.testing.assert_allclose(seen, expected, rtol=1e-5)
+
+
+def test_a_scheduler_sets_the_rate_to_arrive_at():
+    scheduler = keras.callbacks.LearningRateScheduler(lambda epoch: 0.4 if epoch < 2 else 0.1)
+    _, seen = train("sgd", tfdist.LearningRateWarmup(1, 0.5), scheduler)
+    np.testing.assert_allclose(seen, [0.2, 0.25, 0.3, 0.35, *[0.4] * 4, *[0.1] * 4], rtol=1e-5)
+
+
+def test_resuming_within_the_warmup_goes_on_to_the_same_rate(tmp_path):
+    def callbacks() -> list[Any]:
+        backup = keras.callbacks.BackupAndRestore(tmp_path / "backup", delete_checkpoint=False)
+        return [backup, tfdist.LearningRateScaling(4), tfdist.LearningRateWarmup(3, 0.25)]
+
+    model, first = train(keras.optimizers.SGD(0.1), *callbacks(), epochs=2)
+    model, then = train(keras.optimizers.SGD(0.1), *callbacks(), epochs=4)
+    expected = 0.4 * (0.25 + 0.75 * np.minimum(1.0, np.arange(4 * STEPS) / (3 * STEPS)))
+    np.testing.assert_allclose([*first, *then], expected, rtol=1e-5)
+    assert float(model.optimizer.learning_rate.numpy()) == pytest.approx(0.1, rel=1e-6)
 
 
 def test_momentum_is_corrected_for_the_rate():

@@ -58,12 +58,15 @@ def prepare(callbacks: Any, strategy: Strategy, stop: Stop, variables: Sequence[
 
 
 def _for_process(callbacks: Sequence[Any], strategy: Strategy) -> list[Any]:
-    """Leaves writers to the chief; scaling the rate comes before restoring one."""
+    """Leaves writers to the chief; what sets the rate comes before what saves it."""
     kept = [c for c in callbacks if strategy.place.is_chief or not _writes(c)]
     for callback in kept:
         if isinstance(callback, RateCallback):
             callback.num_replicas = strategy.place.num_replicas
-    return sorted(kept, key=lambda c: not isinstance(c, LearningRateScaling))
+    order = (LearningRateScaling, RateCallback)
+    return sorted(
+        kept, key=lambda c: next((i for i, t in enumerate(order) if isinstance(c, t)), 2)
+    )
 
 
 def _writes(callback: Any) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,8 @@ def run(
         strategy=strategy,
         drop_in=drop_in,
     )
-    with rendezvous(planned, machines):
+    meeting = rendezvous(planned[0].environment, machines) if strategy == "horovod" else None
+    with meeting or nullcontext():
         outcome = run_workers(planned, log_dir=log_dir)
     _explain(outcome, planned, log_dir, has_other_hosts=len(machines) > 1)
     sys.exit(outcome.status)

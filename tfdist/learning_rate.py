@@ -91,7 +91,7 @@ class LearningRateWarmup(RateCallback):
 
     A large batch diverges at a large rate while the weights change fast (Goyal et al.,
     2017, section 2.2). SGD's momentum is corrected for the changing rate (section 3,
-    remark 2).
+    remark 2). Callbacks that change or save the rate between epochs see the whole rate.
 
     Args:
         epochs: How long, from epoch 0 on; may be a fraction.
@@ -126,11 +126,12 @@ class LearningRateWarmup(RateCallback):
         self.start = start
         self.momentum_correction = momentum_correction
         self._epoch = 0
-        self._whole = self._current = 0.0
+        self._whole: Any = None  # the rate to arrive at, while another one is set
 
     def on_train_begin(self, logs: Any = None) -> None:
-        """Takes the rate to arrive at."""
-        self._whole = self._current = float(self.rate)
+        """Refuses a schedule before any work."""
+        self._whole = None
+        _ = self.rate
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         """Notes where training stands."""
@@ -138,31 +139,30 @@ class LearningRateWarmup(RateCallback):
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
         """Sets the rate of this step."""
-        steps = self.params.get("steps") or 1
-        progress = min(1.0, (self._epoch + batch / steps) / self.epochs)
-        if progress == 1.0 and self._current == self._whole:
+        if self._epoch >= self.epochs:
             return
-        found = float(self.rate)
-        if found != self._current:  # another callback changed it
-            self._whole *= found / self._current
-        start = 1.0 / self.num_replicas if self.start is None else self.start
-        change = self._assign(self._whole * (start + (1.0 - start) * progress)) / found
+        if self._whole is None:
+            self._whole = self.rate.numpy()
+        factor = self._factor(batch)
+        self.rate.assign(self._whole * factor)
         optimizer = getattr(self.model.optimizer, "inner_optimizer", self.model.optimizer)
         if (
             self.momentum_correction
             and isinstance(optimizer, keras.optimizers.SGD)
             and optimizer.momentum
         ):
+            change = factor / self._factor(batch - 1)
             for velocity in optimizer.momentums:
                 velocity.assign(velocity * change)
 
-    def on_train_end(self, logs: Any = None) -> None:
-        """Gives the whole rate, also when training ended within the warm-up."""
-        self.rate.assign(float(self.rate) * (self._whole / self._current))
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        """Shows the whole rate to callbacks that change or save it between epochs."""
+        if self._whole is not None:
+            self.rate.assign(self._whole)
+            self._whole = None
 
-    def _assign(self, rate: float) -> float:
-        self.rate.assign(rate)
-        self._current = float(self.rate)
-        if rate == self._whole:
-            self._whole = self._current  # as float32 has it
-        return self._current
+    def _factor(self, batch: int) -> float:
+        steps = self.params.get("steps") or 1
+        progress = min(1.0, max(0.0, self._epoch + batch / steps) / self.epochs)
+        start = 1.0 / self.num_replicas if self.start is None else self.start
+        return float(start + (1.0 - start) * progress)

@@ -35,6 +35,12 @@ def compiled(model: Any) -> Any:
             "`model` must be compiled. Received: a model without optimizer and loss. "
             "Call model.compile(optimizer=..., loss=...) first."
         )
+    if type(made.optimizer).__module__.partition(".")[0] == "horovod":
+        raise ArgumentError(
+            "`model` must be compiled with a plain optimizer: Horovod's DistributedOptimizer "
+            "reduces nothing under Keras 3. Received: a model with a DistributedOptimizer. "
+            "Compile with what it wraps; tfdist.Horovod(...) has its options."
+        )
     return made
 
 

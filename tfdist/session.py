@@ -74,7 +74,7 @@ class Session:
 
 
 _sessions: dict[Any, Session] = {}
-_first: Session | None = None
+_current: Session | None = None
 
 
 def init(strategy: Any = "auto", seed: int | None = None) -> Session:
@@ -86,7 +86,8 @@ def init(strategy: Any = "auto", seed: int | None = None) -> Session:
     needed only to set a seed, and `fit` calls it when nobody did.
 
     Args:
-        strategy: "auto" to choose from the environment; a name ("single", "mirrored",
+        strategy: "auto" to keep what this process has, at first to choose from the
+            environment; a name ("single", "mirrored",
             "multi_worker", "horovod", "tpu"); or an instance of `tf.distribute.Strategy` or
             `tfdist.Horovod`.
         seed: Seeds Python, NumPy, Keras and TensorFlow, and the sampler of `fit`. With None
@@ -105,9 +106,18 @@ def init(strategy: Any = "auto", seed: int | None = None) -> Session:
         >>> tfdist.init(seed=1).strategy.name
         'single'
     """
-    global _first
+    global _current
+    _current = _begin(strategy, seed)
+    return _current
+
+
+def _begin(strategy: Any, seed: int | None) -> Session:
     cluster = Cluster.from_environment()
-    if isinstance(strategy, str):
+    key: Any
+    if isinstance(strategy, str) and strategy == "auto" and _current is not None:
+        made, reason = _current.strategy, _current.reason
+        key = next(key for key, known in _sessions.items() if known.strategy is made)
+    elif isinstance(strategy, str):
         cls, reason = strategies.choose(strategy, cluster)
         key = cls.name
         made = _sessions[key].strategy if key in _sessions else _make(cls, cluster)
@@ -117,18 +127,15 @@ def init(strategy: Any = "auto", seed: int | None = None) -> Session:
     if made.place.num_workers > 1 or seed is not None:
         drawn = random.SystemRandom().getrandbits(31) if seed is None else seed
         keras.utils.set_random_seed(int(made.broadcast_object(drawn)))
-    session = Session(made, reason, seed)
-    _sessions[key] = session
-    if _first is None or _first.strategy is made:
-        _first = session
-    return session
+    _sessions[key] = Session(made, reason, seed)
+    return _sessions[key]
 
 
 def _make(cls: type[Strategy], cluster: Cluster) -> Strategy:
-    if _first is not None and _first.strategy.place.num_workers > 1:
+    if _current is not None and _current.strategy.place.num_workers > 1:
         raise StrategyError(
             "A process that is connected to other workers keeps its strategy. Received: "
-            f"strategy={cls.name!r} after {_first.strategy.name!r}."
+            f"strategy={cls.name!r} after {_current.strategy.name!r}."
         )
     return cast(Callable[[Cluster], Strategy], cls)(cluster)
 
@@ -141,12 +148,16 @@ def current(strategy: Any = "auto") -> Session:
     """Gives the session for a strategy, beginning one if need be.
 
     Args:
-        strategy: As in `init`; "auto" is the first session of this process, if there is one.
+        strategy: As in `init`; "auto" is what `init` chose, if it was called.
     """
-    if isinstance(strategy, str) and strategy == "auto" and _first is not None:
-        return _first
+    if isinstance(strategy, str) and strategy == "auto":
+        return init() if _current is None else _current
     known = _sessions.get(strategy)
-    return known if known is not None else init(strategy)
+    if known is not None:
+        return known
+    if _current is None:
+        return init(strategy)
+    return _begin(strategy, _current.seed)
 
 
 def is_chief() -> bool:

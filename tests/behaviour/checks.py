@@ -424,11 +424,26 @@ def only_the_chief_shows_progress(folder: Path) -> None:
     assert tfdist.is_chief() == (place().worker_index == 0)
     session = tfdist.init(seed=7)
     if place().num_workers == 2:
-        why = {"multi_worker": "2 workers in TF_CONFIG", "horovod": "2 ranks in Horovod"}
-        name = session.strategy.name
         assert session.describe(64) == (
-            f"tfdist: {name} ({why[name]}): 2 replicas, batch 64 = 32 + 32"
+            f"tfdist: {session.strategy.name} (as asked for): 2 replicas, batch 64 = 32 + 32"
         )
+
+
+@check
+def learning_rate_is_scaled_and_warmed_up(folder: Path) -> None:
+    replicas = place().num_replicas
+    model, seen = mlp(keras.optimizers.SGD(0.1, momentum=0.9)), []
+    note = keras.callbacks.LambdaCallback(
+        on_train_batch_end=lambda batch, logs: seen.append(
+            float(model.optimizer.learning_rate.numpy())
+        )
+    )
+    callbacks = [tfdist.LearningRateWarmup(2), note, tfdist.LearningRateScaling()]
+    tfdist.fit(model, *table(256), epochs=3, callbacks=callbacks, **ORDERED)
+    factors = 1 / replicas + (1 - 1 / replicas) * np.minimum(np.arange(12) / 8, 1.0)
+    np.testing.assert_allclose(seen, 0.1 * replicas * factors, rtol=1e-5)
+    np.testing.assert_allclose(model.optimizer.learning_rate.numpy(), 0.1, rtol=1e-6)
+    same_everywhere(model)
 
 
 @check

@@ -60,6 +60,21 @@ def predivided_gradients_are_exact(folder: Path) -> None:
 
 
 @check
+def bfloat16_policy_trains_and_predicts(folder: Path) -> None:
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    try:
+        ours, theirs = trained("auto")
+        x, _ = table(33)
+        np.testing.assert_allclose(
+            np.asarray(tfdist.predict(ours, x, verbose=0), "float32"),
+            np.asarray(theirs.predict(x, verbose=0), "float32"),
+            atol=0.1,
+        )
+    finally:
+        keras.config.set_dtype_policy("float32")
+
+
+@check
 def adasum_adds_orthogonal_gradients_and_averages_equal_ones(folder: Path) -> None:
     ranks = place().num_replicas
     model = keras.Sequential([keras.Input((ranks,)), L.Dense(1, use_bias=False)])
@@ -72,6 +87,7 @@ def adasum_adds_orthogonal_gradients_and_averages_equal_ones(folder: Path) -> No
     np.testing.assert_allclose(model.get_weights()[0], before + 1.0, rtol=1e-5)
     # The same example on each: their mean.
     x = np.ones((ranks, ranks), "float32")
+    options["strategy"] = tfdist.Horovod(op="adasum", compression="bf16")
     tfdist.fit(model, x, np.zeros((ranks, 1)), **options)
     np.testing.assert_allclose(model.get_weights()[0], before + 2.0, rtol=1e-5)
     same_everywhere(model)
@@ -115,6 +131,28 @@ def backward_passes_per_step_is_gradient_accumulation(folder: Path) -> None:
     tfdist.fit(models[0], *table(640), **ORDERED)
     models[1].fit(*table(640), **ORDERED)
     assert_weights_close(*models)
+
+
+@check
+def init_s_strategy_and_seed_are_what_fit_uses(folder: Path) -> None:
+    before = tfdist.init()
+    half = tfdist.Horovod(compression="fp16")
+    try:
+        session = tfdist.init(half, seed=3)
+        assert tfdist.session.current().strategy is session.strategy is half
+        assert tfdist.session.current(tfdist.Horovod()).seed == 3
+    finally:
+        tfdist.init(before.strategy, seed=7)
+
+
+@check
+def horovod_s_own_optimizer_is_refused(folder: Path) -> None:
+    import horovod.tensorflow.keras as hvd
+
+    model = mlp("sgd")
+    model.compile(hvd.DistributedOptimizer(keras.optimizers.SGD(0.1)), crossentropy())
+    with pytest.raises(ArgumentError, match="DistributedOptimizer"):
+        tfdist.fit(model, *table(64), **ORDERED)
 
 
 @check

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tfdist.errors import LaunchError
 from tfdist.launch.hosts import Host
-
-if TYPE_CHECKING:
-    from tfdist.launch.plan import Worker
 
 _HOST, _PORT = "HOROVOD_GLOO_RENDEZVOUS_ADDR", "HOROVOD_GLOO_RENDEZVOUS_PORT"
 
@@ -60,32 +57,31 @@ def rank_environments(
 
 
 @contextmanager
-def rendezvous(workers: Sequence[Worker], hosts: Sequence[Host]) -> Iterator[None]:
+def rendezvous(first: Mapping[str, str], hosts: Sequence[Host]) -> Iterator[None]:
     """Runs the server at which ranks meet, where rank 0 is among those started here.
 
     Args:
-        workers: What this machine starts.
+        first: The variables of the first rank that this machine starts.
         hosts: The machines; empty for this one alone.
 
     Raises:
         LaunchError: The port is in use.
     """
-    environment = workers[0].environment
-    if workers[0].index != 0 or _PORT not in environment:
+    if first["HOROVOD_RANK"] != "0":
         yield
         return
     from horovod.runner.http.http_server import RendezvousHandler, RendezvousHTTPServer
 
-    port = int(environment[_PORT])
+    port = int(first[_PORT])
     try:
-        interface = "" if len(hosts) > 1 else environment[_HOST]
+        interface = "" if len(hosts) > 1 else first[_HOST]
         server = RendezvousHTTPServer((interface, port), RendezvousHandler, verbose=0)
     except OSError as error:
         raise LaunchError(
             "The port at which Horovod's ranks meet must be free on the first host. Received: "
             f"port {port} ({error.strerror}). Choose another --port, the same on every host."
         ) from None
-    server.init(_slots(hosts or one_host(len(workers))))
+    server.init(_slots(hosts or one_host(int(first["HOROVOD_SIZE"]))))
     thread = threading.Thread(
         target=server.serve_forever, name="tfdist-rendezvous", daemon=True
     )

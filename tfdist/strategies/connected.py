@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import hashlib
 import pickle
 from collections.abc import Sequence
 from typing import Any
@@ -46,8 +47,11 @@ class Connected(Strategy):
         if self.place.num_workers == 1 or not variables:
             return
         mine = [np.asarray(keras.ops.convert_to_numpy(v)) for v in variables]
+        content = b"".join(value.tobytes() for value in mine)
+        if len(set(self.gather_objects(hashlib.sha256(content).digest()))) == 1:
+            return  # as after every other `fit`: sending and assigning take much longer
         with self.waiting_for("the chief's weights"):
-            received = self.broadcast_bytes(b"".join(value.tobytes() for value in mine))
+            received = self.broadcast_bytes(content)
         start = 0
         for variable, value in zip(variables, mine, strict=True):
             part = np.frombuffer(received, value.dtype, value.size, offset=start)

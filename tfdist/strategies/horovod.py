@@ -18,6 +18,7 @@ from tfdist.patience import Patience
 from tfdist.strategies.base import Place, Tensor
 from tfdist.strategies.connected import Connected
 from tfdist.strategies.horovod_board import Board
+from tfdist.strategies.horovod_sums import adasum, sum_bf16
 from tfdist.strategies.packing import reduce_packed
 
 _COMPRESSIONS = {None: None, "fp16": tf.float16, "bf16": tf.bfloat16}
@@ -126,6 +127,8 @@ class Horovod(Connected):
 
     def all_gather(self, tensor: Tensor) -> Tensor:
         """Concatenates a tensor of every rank along axis 0."""
+        if tensor.dtype == tf.bfloat16:  # which Horovod does not know
+            return tf.bitcast(self.all_gather(tf.bitcast(tensor, tf.uint16)), tf.bfloat16)
         return self._hvd.allgather(tensor, process_set=self._process_set)
 
     @contextlib.contextmanager
@@ -181,6 +184,8 @@ class Horovod(Connected):
                 self.all_gather(tensor.indices),
                 tensor.dense_shape,
             )
+        if tensor.dtype == tf.bfloat16:
+            return sum_bf16(tensor, self.place.num_replicas, self._all_to_all, self.all_gather)
         return self._hvd.allreduce(
             tensor,
             op=self._hvd.Sum,
@@ -199,50 +204,18 @@ class Horovod(Connected):
         if self._wire_type is None:
             return self._sum(gradient, before, after)
         small = tf.cast(gradient * tf.cast(before, gradient.dtype), self._wire_type)
-        summed = self._sum_bf16(small) if self._wire_type == tf.bfloat16 else self._sum(small)
-        return tf.cast(summed, gradient.dtype) * tf.cast(after, gradient.dtype)
+        return tf.cast(self._sum(small), gradient.dtype) * tf.cast(after, gradient.dtype)
 
-    def _sum_bf16(self, tensor: Tensor) -> Tensor:
-        """Sums in float32 what travels as bfloat16, which Horovod cannot add.
-
-        Each rank adds up its part of all ranks' tensors: an all-to-all and an all-gather,
-        as many bytes as a ring's all-reduce.
-        """
-        ranks = self.place.num_replicas
-        flat = tf.reshape(tensor, [-1])
-        part = -(-tf.size(flat) // ranks)
-        padded = tf.pad(flat, [[0, part * ranks - tf.size(flat)]])
-        received, _ = self._hvd.alltoall(
-            tf.bitcast(padded, tf.uint16),
-            tf.fill([ranks], part),
-            process_set=self._process_set,
-        )
-        parts = tf.reshape(tf.bitcast(received, tf.bfloat16), [ranks, part])
-        mine = tf.cast(tf.reduce_sum(tf.cast(parts, tf.float32), 0), tf.bfloat16)
-        joined = tf.bitcast(self.all_gather(tf.bitcast(mine, tf.uint16)), tf.bfloat16)
-        return tf.reshape(joined[: tf.size(flat)], tf.shape(tensor))
+    def _all_to_all(self, tensor: Tensor) -> Tensor:
+        """Deals out equal parts of a vector, a part to each rank."""
+        parts = tf.fill([self.place.num_replicas], tf.size(tensor) // self.place.num_replicas)
+        received, _ = self._hvd.alltoall(tensor, parts, process_set=self._process_set)
+        return received
 
     def _adasum(self, gradient: Tensor, share: Tensor) -> Tensor:
-        """Combines the ranks' mean gradients pairwise, Maleki et al., algorithm 1.
-
-        Horovod's own needs MPI; this one gathers, which costs as many times the gradient as
-        there are ranks.
-        """
         mean = tf.math.divide_no_nan(gradient, tf.cast(share, gradient.dtype))
-        wire = mean if self._wire_type is None else tf.cast(mean, tf.float16)
-        everyone = tf.cast(self.all_gather(wire[None]), gradient.dtype)
-        level = tf.unstack(everyone, self.place.num_replicas)
-        while len(level) > 1:
-            pairs = [_adasum_pair(a, b) for a, b in zip(level[::2], level[1::2], strict=False)]
-            level = pairs + level[len(pairs) * 2 :]
-        return level[0]
-
-
-def _adasum_pair(a: Tensor, b: Tensor) -> Tensor:
-    dot = tf.reduce_sum(a * b)
-    of_a = tf.math.divide_no_nan(dot, 2.0 * tf.reduce_sum(tf.square(a)))
-    of_b = tf.math.divide_no_nan(dot, 2.0 * tf.reduce_sum(tf.square(b)))
-    return (1.0 - of_a) * a + (1.0 - of_b) * b
+        wire = tf.cast(mean, self._wire_type or gradient.dtype)
+        return tf.cast(adasum(wire, self.place.num_replicas, self.all_gather), gradient.dtype)
 
 
 def _check(op: str, compression: str | None, predivide: float) -> None:
