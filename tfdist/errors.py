@@ -31,6 +31,10 @@ class PeerError(TfdistError, RuntimeError):
     """Another process of the cluster ended or failed while this one needed it."""
 
 
+class MembersChanged(TfdistError):  # noqa: N818, `fit` catches it: nothing went wrong
+    """An elastic run has more or fewer processes from now on."""
+
+
 class LaunchError(TfdistError, RuntimeError):
     """The launcher could not start or keep the worker processes."""
 

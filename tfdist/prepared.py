@@ -9,7 +9,7 @@ from typing import Any
 
 from tfdist import _keras, data
 from tfdist.steps import Functions, Stop, make_functions
-from tfdist.strategies.base import Strategy
+from tfdist.strategies.base import Place, Strategy
 
 _MEMORY = "_tfdist_prepared"
 
@@ -20,6 +20,7 @@ class Prepared:
 
     model: Any
     strategy: Strategy
+    place: Place
     compiled_state: tuple[Any, ...]
     variables: list[Any]
     held: contextlib.AbstractContextManager[None]
@@ -31,6 +32,7 @@ class Prepared:
         state = _keras.compiled_state(model)
         return (
             self.strategy is strategy
+            and self.place == strategy.place
             and len(state) == len(self.compiled_state)
             and all(a is b for a, b in zip(state, self.compiled_state, strict=True))
             and [id(v) for v in self.variables] == [id(v) for v in _variables(model)]
@@ -39,7 +41,7 @@ class Prepared:
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         """Lets Keras's loop run the functions, and gives a plain model back."""
-        self.stop.requested = self.stop.agreed = False
+        self.stop.requested = self.stop.agreed = self.stop.members_changed = False
         functions = _keras.loop_functions(
             self.model,
             (data.Epoch, data.Share),
@@ -70,6 +72,7 @@ def prepare(model: Any, strategy: Strategy) -> Prepared:
     prepared = Prepared(
         model,
         strategy,
+        strategy.place,
         _keras.compiled_state(model),
         variables,
         strategy.hold(variables, _keras.optimizers_of(model)),

@@ -18,14 +18,14 @@ from tfdist.data import Share
 from tfdist.strategies.base import Strategy
 
 Tensor = Any
-GOES_ON, STOPPED, DISAGREED = 0, 1, 2
+GOES_ON, STOPPED, DISAGREED, MEMBERS_CHANGED = 0, 1, 2, 3
 
 
 class Agreement:
     """Whether all workers go on with this step; known after the step's first reduction.
 
     Attributes:
-        status: Scalar int32: `GOES_ON`, or `STOPPED` or `DISAGREED`: then nothing changes.
+        status: Scalar int32: `GOES_ON`; else nothing changes in this step.
         needed: Whether there are other workers to agree with.
     """
 
@@ -35,7 +35,7 @@ class Agreement:
         self.status: Tensor = tf.constant(GOES_ON)
         self._known = not self.needed
         self._replicas = float(strategy.place.num_replicas)
-        self._said = tf.concat([[stopping], share.check, tf.square(share.check)], 0)
+        self._said = tf.concat([stopping, share.check, tf.square(share.check)], 0)
 
     def reduce(
         self, batch: ReplicaBatch, gradients: Sequence[Tensor], others: Sequence[Tensor]
@@ -48,11 +48,12 @@ class Agreement:
         return gradients, others
 
     def _hear(self, heard: Tensor) -> None:
-        stopping, sums, squares = tf.split(heard, [1, 4, 4])
+        stopping, sums, squares = tf.split(heard, [2, 4, 4])
         # Whole numbers below 64: sums of squares are exact in float32 up to 4096 replicas,
         # and equal numbers are the only ones without variance.
         differ = tf.reduce_any(squares * self._replicas != tf.square(sums))
         status = tf.where(differ, DISAGREED, tf.where(stopping[0] > 0, STOPPED, GOES_ON))
+        status = tf.where(stopping[1] > 0, MEMBERS_CHANGED, status)
         self.status, self._known = status, True
 
     def do(self, action: Callable[[], None]) -> None:

@@ -16,8 +16,15 @@ import tensorflow as tf
 from tfdist import _keras
 from tfdist._keras import ReplicaBatch
 from tfdist.data import Epoch, Share
-from tfdist.errors import DisagreementError
-from tfdist.reduction import DISAGREED, STOPPED, Agreement, MetricState, Updates
+from tfdist.errors import DisagreementError, MembersChanged
+from tfdist.reduction import (
+    DISAGREED,
+    MEMBERS_CHANGED,
+    STOPPED,
+    Agreement,
+    MetricState,
+    Updates,
+)
 from tfdist.strategies.base import Strategy
 
 Tensor = Any
@@ -32,10 +39,12 @@ class Stop:
         requested: Set by this worker's callbacks; goes out with the next step.
         agreed: Set when a step learned of a request: that step changed nothing, on any
             worker, so all of them stop after the one before.
+        members_changed: Set when an elastic run's launcher said that processes came or go.
     """
 
     requested: bool = False
     agreed: bool = False
+    members_changed: bool = False
 
 
 class Signals(NamedTuple):
@@ -121,7 +130,9 @@ def _over_epoch(
 
     def function(epoch: Epoch) -> Logs:
         steps = epoch.take(model.steps_per_execution)
-        stopping = tf.constant(float(stop.requested))
+        if stop.members_changed and strategy.place.num_workers == 1:
+            raise MembersChanged("Other processes are ready to join.")
+        stopping = tf.constant([float(stop.requested), float(stop.members_changed)])
         with epoch.drawing(), strategy.waiting_for(f"step {epoch.steps_taken}"):
             if model.steps_per_execution == 1:
                 logs, signals = traced_one(epoch.iterator, stopping)
@@ -132,6 +143,7 @@ def _over_epoch(
                 logs, signals = traced_several(epoch.iterator, tf.constant(steps), stopping)
         if strategy.place.num_workers > 1:
             _heed(signals, stop, strategy)
+        epoch.note_progress(steps)
         return logs  # type: ignore[no-any-return]
 
     return function
@@ -143,6 +155,8 @@ def _heed(signals: Signals, stop: Stop, strategy: Strategy) -> None:
     if status == STOPPED:
         stop.agreed = True
         raise StopIteration
+    if status == MEMBERS_CHANGED:
+        raise MembersChanged("Processes came, or are about to go.")
     if status == DISAGREED:
         checks = strategy.gather_objects([int(part) for part in signals.check])
         listed = ", ".join(f"worker {i}: {check}" for i, check in enumerate(checks))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
 
-from tfdist import _keras, data, preflight
+from tfdist import _keras, data, elastic, preflight
 from tfdist import callbacks as tfdist_callbacks
+from tfdist.errors import ArgumentError
 from tfdist.prepared import Prepared, prepare
 from tfdist.samplers import Sampler, Sequential, from_shuffle
 from tfdist.session import Session, current
@@ -97,6 +98,7 @@ def fit(
     preflight.check_steps(steps_per_epoch=steps_per_epoch, validation_steps=validation_steps)
     seed = session.sampler_seed(seed)
     model = preflight.compiled(model)
+    run = elastic.Run(session.strategy, seed) if session.strategy.elastic else None
     if validation_split and validation_data is None:
         (x, y, sample_weight), validation_data = data.split(
             x, y, sample_weight, validation_split
@@ -110,7 +112,7 @@ def fit(
             steps=steps_per_epoch,
             sampler=sampler or from_shuffle(shuffle),
             shuffle=bool(shuffle),
-            seed=seed,
+            seed=seed if run is None else run.seed,
             training=True,
             class_weight=class_weight,
         ),
@@ -123,34 +125,57 @@ def fit(
             or (batch_size if data.is_arrays(_first(validation_data)) else None),
             steps=validation_steps,
         )
-    _keras.build(model, source.spec())
-    prepared = _agreed(
-        session,
-        model,
-        source,
-        batch_size=batch_size,
-        epochs=epochs,
-        initial_epoch=initial_epoch,
-        validation_steps=validation and validation.steps,
-        steps_per_execution=model.steps_per_execution,
-    )
-    announced = getattr(source, "batch_size", None)
-    _announce(session, verbose, announced)
-    stream = data.Stream(source, session.strategy, lambda: _epochs_done(model, source))
-    with prepared.running(), _quiet_stop(prepared.stop):
-        return _keras.FIT(
-            model,
-            _keras.StreamAdapter(stream, source.steps, source.on_epoch_end),
-            epochs=epochs,
-            verbose=verbose if session.is_chief else 0,
-            callbacks=tfdist_callbacks.prepare(
-                callbacks, session.strategy, prepared.stop, prepared.variables
-            ),
-            validation_data=validation and _adapt(validation, session.strategy),
-            shuffle=False,
-            initial_epoch=initial_epoch,
-            validation_freq=validation_freq,
+    if run is not None and not source.repeatable:
+        raise ArgumentError(
+            "`x` must be data that can be drawn again in an elastic run. Received: a "
+            "generator. Pass arrays, a tf.data.Dataset or a keras.utils.PyDataset."
         )
+    _keras.build(model, source.spec())
+
+    def attempt() -> Any:
+        prepared = _agreed(
+            session,
+            model,
+            source,
+            batch_size=batch_size,
+            epochs=epochs,
+            initial_epoch=initial_epoch,
+            validation_steps=validation and validation.steps,
+            steps_per_execution=model.steps_per_execution,
+        )
+        _announce(session, verbose, getattr(source, "batch_size", None))
+        shown = verbose if session.is_chief else 0
+        kept = tfdist_callbacks.prepare(
+            callbacks, session.strategy, prepared.stop, prepared.variables
+        )
+        start = elastic.Position(initial_epoch, 0, _epochs_done(model, source))
+        note: Callable[[int], None] = _ignore
+        if run is not None:
+            start, note = run.begin(start), run.note_step
+            kept = run.callbacks(
+                kept,
+                prepared,
+                steps=source.steps,
+                epochs=epochs,
+                verbose=shown,
+                add_progbar=shown != 0,
+                model=model,
+            )
+        stream = data.Stream(source, session.strategy, start.drawn, start.step, note)
+        with prepared.running(), _quiet_stop(prepared.stop):
+            return _keras.FIT(
+                model,
+                _keras.StreamAdapter(stream, source.steps, source.on_epoch_end),
+                epochs=epochs,
+                verbose=shown,
+                callbacks=kept,
+                validation_data=validation and _adapt(validation, session.strategy),
+                shuffle=False,
+                initial_epoch=start.epoch,
+                validation_freq=validation_freq,
+            )
+
+    return attempt() if run is None else run.train(attempt)
 
 
 def evaluate(
@@ -267,6 +292,10 @@ def _epochs_done(model: Any, source: data.Source) -> int:
     if model.optimizer is None or not source.steps:
         return 0
     return -(-int(model.optimizer.iterations.numpy()) // source.steps)
+
+
+def _ignore(step: int) -> None:
+    """Notes no step: only an elastic run goes back to one."""
 
 
 def _first(validation_data: Any) -> Any:

@@ -50,7 +50,7 @@ class Arrays(Source):
         """Whether one stream runs through all epochs."""
         return self.endless
 
-    def shares(self, place: Place, epoch: int) -> Any:
+    def shares(self, place: Place, epoch: int, skip: int = 0) -> Any:
         """Builds the stream of shares; each gathers its own rows only."""
 
         def share(rows: Tensor, size: Tensor, replica: Tensor) -> Share:
@@ -65,18 +65,18 @@ class Arrays(Source):
         # Rewriting the pipeline's graph gains it nothing, and costs time and threads.
         options = tf.data.Options()
         options.experimental_optimization.apply_default_optimizations = False
-        return dealt(self._row_numbers(epoch), share, place).with_options(options)
+        return dealt(self._row_numbers(epoch, skip), share, place).with_options(options)
 
     def _gather(self, rows: Tensor) -> Any:
         return tf.nest.map_structure(lambda column: tf.gather(column, rows), self.data)
 
-    def _row_numbers(self, epoch: int) -> Any:
+    def _row_numbers(self, epoch: int, skip: int) -> Any:
         """Builds a dataset of global batches' row numbers, padded at the end, and their count.
 
         The sampler is asked for many steps at once, ahead of those that gather their rows.
         """
         at_once = max(1, min(_ROWS_AT_ONCE // self.batch_size, self.steps))
-        first_step = epoch * self.steps if self.endless else 0
+        first_step = skip + (epoch * self.steps if self.endless else 0)
 
         def draw(first: np.int64) -> tuple[Any, Any]:
             batches = self.sampler.batches(
@@ -98,7 +98,7 @@ class Arrays(Source):
 
         numbers = tf.data.Dataset.range(first_step, FOREVER, at_once)
         batches = numbers.map(drawn, 1).prefetch(2).unbatch()
-        return batches if self.endless else batches.take(self.steps)
+        return batches if self.endless else batches.take(self.steps - skip)
 
     def spec(self) -> Any:
         """Gives the shapes and dtypes of a batch."""

@@ -41,9 +41,9 @@ class Batches(Source):
             epoch: Epochs drawn before.
         """
 
-    def shares(self, place: Place, epoch: int) -> Any:
+    def shares(self, place: Place, epoch: int, skip: int = 0) -> Any:
         """Builds the stream of shares by slicing each batch."""
-        batches = self.batches(epoch)
+        batches = self.batches(epoch).skip(skip)
         if self.transform is not None:
             batches = batches.map(self.transform, PARALLEL, deterministic=True)
 
@@ -141,6 +141,8 @@ class GeneratorBatches(Batches):
         generator: Yields what `Share.data` holds.
         steps: Batches an epoch, or None when it ends by itself.
     """
+
+    repeatable = False
 
     def __init__(self, generator: Iterator[Any], steps: int | None) -> None:
         super().__init__(steps)

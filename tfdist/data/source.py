@@ -55,17 +55,20 @@ class Source(abc.ABC):
 
     Attributes:
         steps: Global batches in an epoch, or None when unknown.
+        repeatable: Whether batches that were drawn can be drawn again.
     """
 
     steps: int | None
+    repeatable: bool = True
 
     @abc.abstractmethod
-    def shares(self, place: Place, epoch: int) -> Any:
+    def shares(self, place: Place, epoch: int, skip: int = 0) -> Any:
         """Builds the stream of the local replicas' shares, from an epoch on.
 
         Args:
             place: Which replicas are local.
             epoch: Epochs drawn before.
+            skip: Global batches of that epoch to leave out.
 
         Returns:
             A `tf.data.Dataset` of `Share`, `place.local_replicas` elements a step.

@@ -19,30 +19,44 @@ class Stream:
     Args:
         source: The data.
         strategy: Deals shares out to replicas.
-        first_epoch: Called when the first share is drawn: epochs drawn in earlier runs.
+        first_epoch: Epochs drawn before, in earlier runs.
+        skip: Steps of the first epoch that were made already.
+        on_progress: Called after each step with the steps made of the epoch.
     """
 
     def __init__(
-        self, source: Source, strategy: Strategy, first_epoch: Callable[[], int] = lambda: 0
+        self,
+        source: Source,
+        strategy: Strategy,
+        first_epoch: int = 0,
+        skip: int = 0,
+        on_progress: Callable[[int], None] = lambda step: None,
     ) -> None:
         self.source = source
         self.strategy = strategy
         self.first_epoch = first_epoch
         self.drawn = False
         self.steps_taken = 0
+        self.steps_of_epoch = 0
+        self.on_progress = on_progress
+        self._skip = skip
         self._epoch: int | None = None
         self._running: Any = None
 
     def __iter__(self) -> Epoch:
-        return Epoch(self, self.source.steps)
+        skip = self._skip if self._epoch is None else 0
+        steps = self.source.steps
+        return Epoch(self, None if steps is None else steps - skip)
 
     def start_epoch(self) -> Any:
         """Gives an iterator over shares that stands at the beginning of the next epoch."""
-        self._epoch = self.first_epoch() if self._epoch is None else self._epoch + 1
+        skip = self._skip if self._epoch is None else 0
+        self.steps_of_epoch = skip
+        self._epoch = self.first_epoch if self._epoch is None else self._epoch + 1
         if self._running is None or not self.source.continues:
             epoch = self._epoch
             place = self.strategy.place
-            shares = self.strategy.distribute(lambda: self.source.shares(place, epoch))
+            shares = self.strategy.distribute(lambda: self.source.shares(place, epoch, skip))
             self._running = iter(shares)
         return self._running
 
@@ -85,6 +99,15 @@ class Epoch:
     def steps_taken(self) -> int:
         """Steps since the stream began, the one under way included."""
         return self._stream.steps_taken
+
+    def note_progress(self, steps: int) -> None:
+        """Tells that steps were made.
+
+        Args:
+            steps: How many.
+        """
+        self._stream.steps_of_epoch += steps
+        self._stream.on_progress(self._stream.steps_of_epoch)
 
     def take(self, wanted: int) -> int:
         """Says how many steps may be drawn now.

@@ -48,12 +48,14 @@ class Strategy(abc.ABC):
     Attributes:
         name: What the user passes as `strategy=`.
         priority: `auto` asks strategies in falling order of this number.
-        place: Where this process's replicas stand.
+        place: Where this process's replicas stand; changes only in `reconnect`.
+        elastic: Whether processes may come and go while training goes on.
     """
 
     name: ClassVar[str]
     priority: ClassVar[int] = 0
     place: Place
+    elastic: bool = False
 
     @classmethod
     @abc.abstractmethod
@@ -122,6 +124,22 @@ class Strategy(abc.ABC):
         """
         made: Iterable[Any] = dataset()
         return made
+
+    def join(self) -> None:  # noqa: B027, only elastic strategies have anything to join
+        """Begins to exchange with the others: until then each is alone."""
+
+    def reconnect(self) -> None:  # noqa: B027
+        """Finds the processes that are there now; they `join` anew."""
+
+    def members_watched(
+        self, on_change: Callable[[], None]
+    ) -> contextlib.AbstractContextManager[None]:
+        """Makes a context in which a launcher's news of processes are heard.
+
+        Args:
+            on_change: Called, from any thread, when processes came or are about to go.
+        """
+        return contextlib.nullcontext()
 
     def hold(
         self, variables: Sequence[Any], optimizers: Sequence[Any]

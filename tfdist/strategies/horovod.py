@@ -77,14 +77,50 @@ class Horovod(Connected):
             _joined(hvd, process_sets) if process_sets else hvd.global_process_set
         )
         self._first_rank = self._process_set.ranks[0]
-        size, rank = self._process_set.size(), self._process_set.rank()
-        self.place = Place(size, rank, 1, size, rank)
+        self.elastic = os.environ.get("HOROVOD_ELASTIC") == "1"
+        self._joined = not self.elastic
+        self._take_place()
         self._op = op
         self._wire_type = _COMPRESSIONS[compression]
         self._predivide = gradient_predivide_factor
         self._sparse_as_dense = sparse_as_dense
         board = Board.from_environment(hvd.rank(), hvd.size())
         super().__init__(Patience.from_environment(f"rank {hvd.rank()}", board))
+
+    def _take_place(self) -> None:
+        size, rank = self._process_set.size(), self._process_set.rank()
+        self.place = Place(size, rank, 1, size, rank)
+
+    def join(self) -> None:
+        """Begins to exchange with the other ranks, which do the same."""
+        self._joined = True
+
+    def reconnect(self) -> None:
+        """Meets the ranks that are there now."""
+        self._joined = False
+        self._hvd.shutdown()
+        self._hvd.init()
+        self._take_place()
+
+    @contextlib.contextmanager
+    def members_watched(self, on_change: Callable[[], None]) -> Iterator[None]:
+        """Hears from horovodrun that hosts came or are about to go."""
+        if not self.elastic:
+            yield
+            return
+        from horovod.common.elastic import notification_manager
+
+        listener = _HostListener(on_change)
+        notification_manager.init()
+        notification_manager.register_listener(listener)
+        try:
+            yield
+        finally:
+            notification_manager.remove_listener(listener)
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Collects an object of every rank; of an elastic run's, once they have joined."""
+        return super().gather_objects(value) if self._joined else [value]
 
     @classmethod
     def unavailable(cls, cluster: Cluster) -> str | None:
@@ -216,6 +252,16 @@ class Horovod(Connected):
         mean = tf.math.divide_no_nan(gradient, tf.cast(share, gradient.dtype))
         wire = tf.cast(mean, self._wire_type or gradient.dtype)
         return tf.cast(adasum(wire, self.place.num_replicas, self.all_gather), gradient.dtype)
+
+
+class _HostListener:
+    """What Horovod's notification service calls."""
+
+    def __init__(self, on_change: Callable[[], None]) -> None:
+        self._on_change = on_change
+
+    def on_hosts_updated(self, timestamp: float, update: int) -> None:
+        self._on_change()
 
 
 def _check(op: str, compression: str | None, predivide: float) -> None:

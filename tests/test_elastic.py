@@ -1,0 +1,129 @@
+"""Elastic Horovod: a rank is killed, the others go on, its host comes back."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.jobs import QUIET, ROOT
+
+LIMIT_S = 300
+# Two hosts, by the two names of this machine. A host of which a rank failed is left out for
+# the seconds of the cooldown.
+HOSTS = ("localhost", "127.0.0.1")
+COOLDOWN = ("--blacklist-cooldown-range", "2", "4")
+TRAIN = """
+import json, os, signal, sys, time
+from pathlib import Path
+import keras, numpy as np, tfdist
+from tests.equivalence.cases import clipped_adam, mlp, table
+
+_, victim, folder, seconds = sys.argv
+host = os.environ.get("HOROVOD_HOSTNAME")
+died = Path(folder) / "died"
+tfdist.init(seed=3)
+keras.utils.set_random_seed(3)
+model = mlp(clipped_adam())
+
+class Events(keras.callbacks.Callback):
+    def on_train_batch_end(self, batch, logs=None):
+        time.sleep(float(seconds))
+        if host == victim and int(model.optimizer.iterations) == 24 and not died.exists():
+            died.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+stopping = keras.callbacks.EarlyStopping("loss", patience=3)
+checkpoint = keras.callbacks.ModelCheckpoint(Path(folder) / "{epoch}.keras")
+history = tfdist.fit(
+    model, *table(), batch_size=64, epochs=4, validation_data=table(101), verbose=0,
+    callbacks=[stopping, checkpoint, Events()],
+)
+print("RESULT", json.dumps({
+    "host": host,
+    "history": history.history,
+    "epochs": history.epoch,
+    "weights": [w.tolist() for w in model.get_weights()],
+    "steps": int(model.optimizer.iterations),
+    "replicas": tfdist.init().strategy.place.num_replicas,
+}), flush=True)
+"""
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(2 * LIMIT_S)]
+
+
+@pytest.fixture(scope="module")
+def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("elastic") / "train.py"
+    path.write_text(TRAIN)
+    return path
+
+
+def results(command: list[str]) -> tuple[list[dict], str]:
+    done = subprocess.run(
+        command,
+        env={**QUIET, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+        check=False,
+    )
+    printed = done.stdout + done.stderr
+    assert done.returncode == 0, printed
+    return [json.loads(text) for text in re.findall(r"RESULT (\{.*\})", printed)], printed
+
+
+@pytest.fixture(scope="module")
+def alone(script: Path) -> dict:
+    (result,), _ = results([sys.executable, str(script), "nobody", str(script.parent), "0"])
+    return result
+
+
+def elastic(script: Path, victim: str, folder: Path, seconds: float) -> tuple[list[dict], str]:
+    discover = folder / "discover.sh"
+    discover.write_text("#!/bin/sh\n" + "".join(f"echo {host}:1\n" for host in HOSTS))
+    discover.chmod(0o755)
+    launch = [sys.executable, "-m", "horovod.runner.launch", "--gloo", "-np", "2"]
+    options = ["--min-np", "1", "--max-np", "3", "--host-discovery-script", str(discover)]
+    train = [sys.executable, str(script), victim, str(folder), str(seconds)]
+    return results([*launch, *options, *COOLDOWN, *train])
+
+
+def assert_equal(result: dict, expected: dict) -> None:
+    assert result["steps"] == expected["steps"]
+    assert result["epochs"] == expected["epochs"]
+    assert result["history"].keys() == expected["history"].keys()
+    for name, values in expected["history"].items():
+        assert result["history"][name] == pytest.approx(values, rel=1e-5), name
+    for ours, theirs in zip(result["weights"], expected["weights"], strict=True):
+        flat = [x for row in ours for x in (row if isinstance(row, list) else [row])]
+        assert flat == pytest.approx(
+            [x for row in theirs for x in (row if isinstance(row, list) else [row])],
+            rel=1e-4,
+            abs=1e-6,
+        )
+
+
+def test_the_others_go_on_when_a_rank_is_killed(script, alone, tmp_path):
+    found, printed = elastic(script, "127.0.0.1", tmp_path, 0)
+    assert [result["host"] for result in found] == ["localhost"], printed
+    assert (tmp_path / "died").exists()
+    assert_equal(found[0], alone)
+
+
+def test_a_host_that_comes_back_joins_in_the_middle(script, alone, tmp_path):
+    # The first rank is the one that is killed: another becomes the chief, and writes.
+    found, printed = elastic(script, "localhost", tmp_path, 0.4)
+    assert sorted(result["host"] for result in found) == sorted(HOSTS), printed
+    assert "ready to join" in printed
+    for result in found:
+        assert result["replicas"] == 2
+        assert_equal(result, alone)
+    assert found[0]["weights"] == found[1]["weights"]
+    assert sorted(path.name for path in tmp_path.glob("*.keras")) == [
+        f"{epoch}.keras" for epoch in range(1, 5)
+    ]

@@ -1,0 +1,202 @@
+"""Training that goes on when processes come and go, from the last committed step.
+
+A commit is a copy of the state and the position it belongs to, made after each step on every
+process. When one is lost, the others leave Keras's loop, take the state of the last commit,
+meet whoever is there, and enter the loop again at that position. The sampler is a function
+of the step, so no example is lost or repeated. (After Horovod's elastic states.)
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import keras
+import tensorflow as tf
+
+from tfdist import _keras
+from tfdist.errors import MembersChanged, PeerError, StrategyError
+from tfdist.prepared import Prepared
+from tfdist.steps import Stop
+from tfdist.strategies.base import Strategy
+
+
+class Position(NamedTuple):
+    """Where training stands.
+
+    Attributes:
+        epoch: As Keras counts.
+        step: Steps made of it.
+        drawn: Epochs of data drawn before it, in earlier calls of `fit` too.
+    """
+
+    epoch: int
+    step: int
+    drawn: int
+
+
+_numbers = itertools.count(1)
+
+
+class Run:
+    """One `fit` of an elastic run, from the first attempt to the last.
+
+    Args:
+        strategy: Connects the processes.
+        seed: The sampler's, if this process is the one that chooses.
+
+    Attributes:
+        position: Of the last commit; None before the first.
+        seed: The sampler's, of all processes.
+    """
+
+    def __init__(self, strategy: Strategy, seed: int) -> None:
+        self.position: Position | None = None
+        self.seed = seed
+        self._number = next(_numbers)
+        self._strategy = strategy
+        self._variables: Sequence[Any] = ()
+        self._kept: Sequence[Any] = ()
+        self._copy: Callable[[], Sequence[Any]] = tuple
+        self._stop = Stop()
+        self._steps: int | None = None
+        self._start = Position(0, 0, 0)
+        self._began: dict[int, Any] = {}
+        self._join()
+
+    def train(self, attempt: Callable[[], Any]) -> Any:
+        """Trains until an attempt comes to its end.
+
+        Args:
+            attempt: Trains from `position` on and returns Keras's `History`.
+        """
+        with self._strategy.members_watched(self._note_change):
+            while True:
+                try:
+                    return self._agreed(attempt())
+                except (PeerError, MembersChanged) as reason:
+                    print(f"tfdist: {reason} Training goes on.", file=sys.stderr, flush=True)
+                    if self.position is not None:
+                        for variable, value in zip(self._variables, self._kept, strict=True):
+                            variable.assign(value)
+                    self._strategy.reconnect()
+                    self._join()
+
+    def _agreed(self, history: Any) -> Any:
+        """Gives all processes the chief's: one that came late has missed the beginning."""
+        self._strategy.agree(self._variables)
+        said = self._strategy.broadcast_object((history.epoch, history.history))
+        history.epoch, history.history = said
+        return history
+
+    def begin(self, start: Position) -> Position:
+        """Says where an attempt begins.
+
+        Args:
+            start: Where the first one does.
+        """
+        self._start = self.position or start
+        return self._start
+
+    def note_step(self, step: int) -> None:
+        """Commits after a step, but for an epoch's last: the next epoch's beginning is.
+
+        Args:
+            step: Steps made of the epoch.
+        """
+        if step != self._steps and self.position is not None:
+            self.commit(self.position._replace(step=step))
+
+    def callbacks(
+        self, given: Sequence[Any], prepared: Prepared, *, steps: int | None, **options: Any
+    ) -> Any:
+        """Makes the `CallbackList` of an attempt: what began in an earlier one goes on.
+
+        Args:
+            given: This process's callbacks.
+            prepared: The model, whose state a commit keeps.
+            steps: Of an epoch, if known.
+            **options: Of `keras.callbacks.CallbackList`.
+        """
+        self._steps, self._stop = steps, prepared.stop
+        self._variables = variables = prepared.variables
+        self._copy = tf.function(lambda: [tf.identity(v.value) for v in variables])
+        options["steps"] = steps
+        history = [c for c in self._began.values() if isinstance(c, keras.callbacks.History)]
+        made = _Continued([*history, *given, _Commits(self)], add_history=True, **options)
+        made.began = self._began
+        return made
+
+    def commit(self, position: Position) -> None:
+        """Keeps the state that belongs to a position.
+
+        Args:
+            position: Where training stands.
+        """
+        self._kept = self._copy()
+        self.position = position
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Commits at the beginning of an epoch, unless this is the rest of one.
+
+        Args:
+            epoch: As Keras counts.
+        """
+        known = self.position or self._start
+        if self.position is None or known.epoch != epoch:
+            self.commit(Position(epoch, 0, known.drawn + epoch - known.epoch))
+
+    def _join(self) -> None:
+        self._strategy.join()
+        said = self._strategy.gather_objects((self.position, self.seed, self._number))
+        if said[0][0] is None and any(position is not None for position, *_ in said):
+            raise StrategyError(
+                "The first rank must be one that was training. Received: a new one. Start "
+                "the job again, from a checkpoint."
+            )
+        self.position, self.seed, number = said[0]
+        if number != self._number:
+            raise StrategyError(
+                "A process that joins an elastic run must find it in the same `fit`. "
+                f"Received: number {number} there, number {self._number} here. Train in one "
+                "`fit`."
+            )
+
+    def _note_change(self) -> None:
+        self._stop.members_changed = True
+
+
+class _Continued(keras.callbacks.CallbackList):  # type: ignore[misc]
+    """Callbacks of which some have begun in an earlier attempt."""
+
+    callbacks: list[Any]
+    began: dict[int, Any]
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        everyone = self.callbacks
+        self.callbacks = [c for c in everyone if id(c) not in self.began]
+        self.began.update((id(c), c) for c in self.callbacks)
+        super().on_train_begin(logs)
+        self.callbacks = everyone
+
+
+class _Commits(keras.callbacks.Callback):  # type: ignore[misc]
+    """Commits at the beginning of an epoch; brings back the metrics of a broken one."""
+
+    def __init__(self, run: Run) -> None:
+        super().__init__()
+        self._run = run
+        self._counted: list[tuple[Any, Any]] = []
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        if self._run.position is not None and self._run.position.step:
+            metrics = _keras.metric_variables(self.model)
+            self._counted = [(variable, variable.numpy()) for variable in metrics]
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        for variable, value in self._counted:
+            variable.assign(value)
+        self._counted = []
+        self._run.begin_epoch(epoch)
