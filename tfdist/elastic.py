@@ -62,7 +62,7 @@ class Run:
         self._copy: Callable[[], Sequence[Any]] = tuple
         self._stop = Stop()
         self._steps: int | None = None
-        self._start = Position(0, 0, 0)
+        self._drawn: Callable[[], int] = int
         self._began: dict[int, Any] = {}
         self._join()
 
@@ -91,14 +91,21 @@ class Run:
         history.epoch, history.history = said
         return history
 
-    def begin(self, start: Position) -> Position:
+    def begin(self, epoch: int, drawn: Callable[[], int]) -> tuple[int, int, Callable[[], int]]:
         """Says where an attempt begins.
 
         Args:
-            start: Where the first one does.
+            epoch: Where the first one does.
+            drawn: Counts the epochs of data drawn before it, once callbacks have begun.
+
+        Returns:
+            The epoch, the steps made of it, and what counts the epochs drawn before it.
         """
-        self._start = self.position or start
-        return self._start
+        self._drawn = drawn
+        if self.position is not None:
+            epoch, step, before = self.position
+            return epoch, step, lambda: before
+        return epoch, 0, drawn
 
     def note_step(self, step: int) -> None:
         """Commits after a step, but for an epoch's last: the next epoch's beginning is.
@@ -144,8 +151,10 @@ class Run:
         Args:
             epoch: As Keras counts.
         """
-        known = self.position or self._start
-        if self.position is None or known.epoch != epoch:
+        known = self.position
+        if known is None:
+            self.commit(Position(epoch, 0, self._drawn()))
+        elif known.epoch != epoch:
             self.commit(Position(epoch, 0, known.drawn + epoch - known.epoch))
 
     def _join(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -148,10 +149,13 @@ def fit(
         kept = tfdist_callbacks.prepare(
             callbacks, session.strategy, prepared.stop, prepared.variables
         )
-        start = elastic.Position(initial_epoch, 0, _epochs_done(model, source))
+        # Asked for when the first share is drawn: a callback may restore the optimizer.
+        drawn: Callable[[], int] = functools.partial(_epochs_done, model, source)
         note: Callable[[int], None] = _ignore
+        epoch, step = initial_epoch, 0
         if run is not None:
-            start, note = run.begin(start), run.note_step
+            epoch, step, drawn = run.begin(initial_epoch, drawn)
+            note = run.note_step
             kept = run.callbacks(
                 kept,
                 prepared,
@@ -161,7 +165,7 @@ def fit(
                 add_progbar=shown != 0,
                 model=model,
             )
-        stream = data.Stream(source, session.strategy, start.drawn, start.step, note)
+        stream = data.Stream(source, session.strategy, drawn, step, note)
         with prepared.running(), _quiet_stop(prepared.stop):
             return _keras.FIT(
                 model,
@@ -171,7 +175,7 @@ def fit(
                 callbacks=kept,
                 validation_data=validation and _adapt(validation, session.strategy),
                 shuffle=False,
-                initial_epoch=start.epoch,
+                initial_epoch=epoch,
                 validation_freq=validation_freq,
             )
 

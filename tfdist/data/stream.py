@@ -19,7 +19,7 @@ class Stream:
     Args:
         source: The data.
         strategy: Deals shares out to replicas.
-        first_epoch: Epochs drawn before, in earlier runs.
+        first_epoch: Called when the first share is drawn: epochs drawn in earlier runs.
         skip: Steps of the first epoch that were made already.
         on_progress: Called after each step with the steps made of the epoch.
     """
@@ -28,7 +28,7 @@ class Stream:
         self,
         source: Source,
         strategy: Strategy,
-        first_epoch: int = 0,
+        first_epoch: Callable[[], int] = lambda: 0,
         skip: int = 0,
         on_progress: Callable[[int], None] = lambda step: None,
     ) -> None:
@@ -52,7 +52,7 @@ class Stream:
         """Gives an iterator over shares that stands at the beginning of the next epoch."""
         skip = self._skip if self._epoch is None else 0
         self.steps_of_epoch = skip
-        self._epoch = self.first_epoch if self._epoch is None else self._epoch + 1
+        self._epoch = self.first_epoch() if self._epoch is None else self._epoch + 1
         if self._running is None or not self.source.continues:
             epoch = self._epoch
             place = self.strategy.place
