@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,6 +63,27 @@ def begin(strategy: str, replicas: str, seed: int) -> Any:
         devices = [tf.config.LogicalDeviceConfiguration()] * int(replicas)
         tf.config.set_logical_device_configuration(cpu, devices)
     return tfdist.init(strategy, seed=seed)
+
+
+def finished(
+    command: Sequence[str], seconds: float, environ: Mapping[str, str] | None = None
+) -> tuple[int, str]:
+    """Runs a command to its end and gives its exit status and all that it printed.
+
+    Args:
+        command: The program and its arguments.
+        seconds: How long it may run.
+        environ: Variables besides `QUIET`.
+    """
+    done = subprocess.run(
+        command,
+        env={**QUIET, **(environ or {}), "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=seconds,
+        check=False,
+    )
+    return done.returncode, done.stdout + done.stderr
 
 
 class Job:

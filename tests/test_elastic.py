@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from tests.jobs import QUIET, ROOT
+from tests.jobs import finished
 
 LIMIT_S = 300
 # Two hosts, by the two names of this machine. A host of which a rank failed is left out for
@@ -64,16 +64,8 @@ def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def results(command: list[str]) -> tuple[list[dict], str]:
-    done = subprocess.run(
-        command,
-        env={**QUIET, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=LIMIT_S,
-        check=False,
-    )
-    printed = done.stdout + done.stderr
-    assert done.returncode == 0, printed
+    status, printed = finished(command, LIMIT_S)
+    assert status == 0, printed
     return [json.loads(text) for text in re.findall(r"RESULT (\{.*\})", printed)], printed
 
 
@@ -100,12 +92,7 @@ def assert_equal(result: dict, expected: dict) -> None:
     for name, values in expected["history"].items():
         assert result["history"][name] == pytest.approx(values, rel=1e-5), name
     for ours, theirs in zip(result["weights"], expected["weights"], strict=True):
-        flat = [x for row in ours for x in (row if isinstance(row, list) else [row])]
-        assert flat == pytest.approx(
-            [x for row in theirs for x in (row if isinstance(row, list) else [row])],
-            rel=1e-4,
-            abs=1e-6,
-        )
+        assert np.ravel(ours) == pytest.approx(np.ravel(theirs), rel=1e-4, abs=1e-6)
 
 
 def test_the_others_go_on_when_a_rank_is_killed(script, alone, tmp_path):

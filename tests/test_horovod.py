@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.jobs import QUIET, ROOT, tfdist_run
+from tests.jobs import QUIET, ROOT, finished, tfdist_run
 from tfdist.errors import LaunchError
 from tfdist.launch import Host, plan_workers
 from tfdist.launch.horovod import rank_environments
@@ -52,16 +51,8 @@ def script(tmp_path: Path) -> str:
     return str(path)
 
 
-def run(command: list[str], environ: Mapping[str, str] = os.environ) -> tuple[int, str]:
-    done = subprocess.run(
-        command,
-        env={**QUIET, **environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=LIMIT_S,
-        check=False,
-    )
-    return done.returncode, done.stdout + done.stderr
+def run(command: list[str], environ: Mapping[str, str] | None = None) -> tuple[int, str]:
+    return finished(command, LIMIT_S, environ)
 
 
 def ranks(script: str, *arguments: str) -> list[str]:

@@ -43,18 +43,12 @@ def prepare(callbacks: Any, strategy: Strategy, stop: Stop, variables: Sequence[
     Returns:
         What `Model.fit` takes as `callbacks`.
     """
+    agreement = [Agreement(strategy, stop, variables)] if strategy.place.num_workers > 1 else []
     if isinstance(callbacks, keras.callbacks.CallbackList):
-        callbacks.callbacks = _for_process(callbacks.callbacks, strategy)
-        if strategy.place.num_workers > 1:
-            callbacks.append(Agreement(strategy, stop, variables))
+        callbacks.callbacks = [*_for_process(callbacks.callbacks, strategy), *agreement]
         return callbacks
     given = callbacks if isinstance(callbacks, list | tuple) else [callbacks]
-    kept = _for_process([c for c in given if c is not None], strategy)
-    return (
-        kept
-        if strategy.place.num_workers == 1
-        else [*kept, Agreement(strategy, stop, variables)]
-    )
+    return [*_for_process([c for c in given if c is not None], strategy), *agreement]
 
 
 def _for_process(callbacks: Sequence[Any], strategy: Strategy) -> list[Any]:
@@ -63,9 +57,9 @@ def _for_process(callbacks: Sequence[Any], strategy: Strategy) -> list[Any]:
     for callback in kept:
         if isinstance(callback, RateCallback):
             callback.num_replicas = strategy.place.num_replicas
-    order = (LearningRateScaling, RateCallback)
     return sorted(
-        kept, key=lambda c: next((i for i, t in enumerate(order) if isinstance(c, t)), 2)
+        kept,
+        key=lambda c: (not isinstance(c, RateCallback), not isinstance(c, LearningRateScaling)),
     )
 
 

@@ -151,11 +151,12 @@ def fit(
         )
         # Asked for when the first share is drawn: a callback may restore the optimizer.
         drawn: Callable[[], int] = functools.partial(_epochs_done, model, source)
-        note: Callable[[int], None] = _ignore
-        epoch, step = initial_epoch, 0
-        if run is not None:
+        epoch = initial_epoch
+        if run is None:
+            stream = data.Stream(source, session.strategy, drawn)
+        else:
             epoch, step, drawn = run.begin(initial_epoch, drawn)
-            note = run.note_step
+            stream = data.Stream(source, session.strategy, drawn, step, run.note_step)
             kept = run.callbacks(
                 kept,
                 prepared,
@@ -165,7 +166,6 @@ def fit(
                 add_progbar=shown != 0,
                 model=model,
             )
-        stream = data.Stream(source, session.strategy, drawn, step, note)
         with prepared.running(), _quiet_stop(prepared.stop):
             return _keras.FIT(
                 model,
@@ -296,10 +296,6 @@ def _epochs_done(model: Any, source: data.Source) -> int:
     if model.optimizer is None or not source.steps:
         return 0
     return -(-int(model.optimizer.iterations.numpy()) // source.steps)
-
-
-def _ignore(step: int) -> None:
-    """Notes no step: only an elastic run goes back to one."""
 
 
 def _first(validation_data: Any) -> Any:

@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from rich.console import Console
 from tfdist.errors import BuildError
 from tfdist.horovod.progress import Display
 from tfdist.launch.output import Lines
+from tfdist.launch.signals import handled
 
 # What make writes for each file, between which the compiler's words stand.
 _COMMAND = re.compile(r"\[ *\d+%\]|g?make(?:\[\d+\])?: |/\S*/g?make |cd /|-- ")
@@ -219,19 +219,8 @@ def unwound_when_terminated() -> Iterator[None]:
     def leave(number: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + number)
 
-    if threading.current_thread() is not threading.main_thread():
+    with handled((signal.SIGTERM, signal.SIGHUP), leave):
         yield
-        return
-    watched = (signal.SIGTERM, signal.SIGHUP)
-    # nohup asks that SIGHUP be ignored, and it is to stay so.
-    before = {n: signal.getsignal(n) for n in watched if signal.getsignal(n) != signal.SIG_IGN}
-    for number in before:
-        signal.signal(number, leave)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _kept_log(shop: Workshop, folder: Path | None) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from tfdist.launch.cause import Failure, root_cause
 from tfdist.launch.crew import Crew
 from tfdist.launch.output import Screen
 from tfdist.launch.plan import Worker
+from tfdist.launch.signals import handled
 
 # How long a failure that only blames a peer waits for that peer's own.
 _PEER_FAILURE_S = 1.0
@@ -106,16 +106,5 @@ def _signals() -> Iterator[list[int]]:
     def note(number: int, frame: FrameType | None) -> None:
         received.append(number)
 
-    if threading.current_thread() is not threading.main_thread():
+    with handled((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), note):
         yield received
-        return
-    watched = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    # nohup asks that SIGHUP be ignored, and it is to stay so.
-    before = {n: signal.getsignal(n) for n in watched if signal.getsignal(n) != signal.SIG_IGN}
-    for number in before:
-        signal.signal(number, note)
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
