@@ -17,12 +17,14 @@ __all__ = [
     "Horovod",
     "LearningRateScaling",
     "LearningRateWarmup",
+    "ParameterServer",
     "__version__",
     "drop_in",
     "evaluate",
     "fit",
     "init",
     "is_chief",
+    "placement",
     "predict",
     "samplers",
 ]
@@ -32,11 +34,13 @@ _HOMES = {
     "Horovod": "tfdist.strategies.horovod",
     "LearningRateScaling": "tfdist.learning_rate",
     "LearningRateWarmup": "tfdist.learning_rate",
+    "ParameterServer": "tfdist.strategies.parameter_server",
     "drop_in": "tfdist.dropin",
     "evaluate": "tfdist.training",
     "fit": "tfdist.training",
     "init": "tfdist.session",
     "is_chief": "tfdist.session",
+    "placement": "tfdist.placement",
     "predict": "tfdist.training",
 }
 

@@ -56,6 +56,14 @@ def main() -> None:
 
 @main.command(context_settings={"allow_interspersed_args": False})
 @click.option("-n", "--workers", type=int, help="Workers in all.  [default: 1]")
+@click.option(
+    "--ps",
+    "servers",
+    type=int,
+    default=0,
+    metavar="N",
+    help="Parameter servers in all; the script then runs on a chief beside the workers.",
+)
 @click.option("--hosts", metavar="H:N,...", help="The machines, and how many workers on each.")
 @click.option("--node-rank", type=int, metavar="I", help="Which of --hosts this machine is.")
 @click.option(
@@ -77,17 +85,25 @@ def main() -> None:
     metavar="DIR",
     help="Also write each worker's output to DIR/worker-<i>.log.",
 )
+@click.option(
+    "--max-restarts",
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="With --ps: how often what was lost is started again.  [default: 3]",
+)
 @click.option("-m", "--module", is_flag=True, help="SCRIPT is a module, as after python -m.")
 @click.argument("script")
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="[ARGUMENTS]...")
 def run(
     workers: int | None,
+    servers: int,
     hosts: str | None,
     node_rank: int | None,
     port: int,
     strategy: str | None,
     drop_in: bool,
     log_dir: Path | None,
+    max_restarts: int | None,
     module: bool,
     script: str,
     arguments: tuple[str, ...],
@@ -95,11 +111,13 @@ def run(
     """Run SCRIPT in one or more worker processes.
 
     Everything after SCRIPT belongs to the script. Cores and GPUs are shared out between the
-    workers of a machine. The first failure ends all workers.
+    workers of a machine. The first failure ends all workers; with --ps, what is lost is
+    started again.
 
     \b
     Examples:
       tfdist run -n 2 train.py --epochs 5
+      tfdist run -n 2 --ps 1 train.py      with a parameter server
       tfdist run --hosts node1:4,node2:4 --node-rank 0 train.py    on node1
       tfdist run --hosts node1:4,node2:4 --node-rank 1 train.py    on node2
 
@@ -122,10 +140,16 @@ def run(
         port=port,
         strategy=strategy,
         drop_in=drop_in,
+        servers=servers,
     )
+    if max_restarts is not None and not servers:
+        raise click.BadParameter(
+            "--max-restarts must come with --ps: other strategies end with their first failure."
+        )
+    restarts = (3 if max_restarts is None else max_restarts) if servers else 0
     meeting = rendezvous(planned[0].environment, machines) if strategy == "horovod" else None
     with meeting or nullcontext():
-        outcome = run_workers(planned, log_dir=log_dir)
+        outcome = run_workers(planned, log_dir=log_dir, max_restarts=restarts)
     _explain(outcome, planned, log_dir, has_other_hosts=len(machines) > 1)
     sys.exit(outcome.status)
 
@@ -233,7 +257,7 @@ def _explain(
     elif failure.blames_peer and has_other_hosts:
         lines.append("It lost another worker: the cause may be in the output of another host.")
     if log_dir is not None:
-        lines.append(f"Its whole output: {log_dir / f'worker-{failure.worker.index}.log'}")
+        lines.append(f"Its whole output: {log_dir / failure.worker.log_name}")
     if len(planned) > 1:
         lines.append("All workers on this machine have been ended.")
     click.echo("\n".join(lines), err=True)

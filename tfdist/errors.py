@@ -7,6 +7,10 @@ They derive from the built-in exception a Keras user would catch.
 from __future__ import annotations
 
 
+START_ME_AGAIN = 75
+"""The exit status of a process that nothing is wrong with but what it lost (EX_TEMPFAIL)."""
+
+
 class TfdistError(Exception):
     """Base class of every error that tfdist raises on purpose."""
 
@@ -29,6 +33,10 @@ class DisagreementError(TfdistError, RuntimeError):
 
 class PeerError(TfdistError, RuntimeError):
     """Another process of the cluster ended or failed while this one needed it."""
+
+
+class ServerLostError(PeerError):
+    """A parameter server, or in synchronous training a worker, ended while it was needed."""
 
 
 class MembersChanged(TfdistError):  # noqa: N818, `fit` catches it: nothing went wrong

@@ -12,13 +12,13 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
+
+from tfdist.errors import START_ME_AGAIN
 
 STEP_TIMEOUT = "TFDIST_STEP_TIMEOUT"
 """Environment variable: seconds a worker waits for the others, default 1800; 0 for ever."""
-
-EXIT_STATUS = 75  # EX_TEMPFAIL of sysexits.h: start me again
 
 
 class Notes(Protocol):
@@ -38,9 +38,17 @@ class Patience:
         seconds: The limit of a wait; 0 means none.
         worker: Who waits, for the message.
         notes: Where workers write for what they wait, if there is such a place.
+        absent: Names the processes that do not answer now.
     """
 
-    def __init__(self, seconds: float, worker: str, notes: Notes | None = None) -> None:
+    def __init__(
+        self,
+        seconds: float,
+        worker: str,
+        notes: Notes | None = None,
+        absent: Callable[[], list[str]] = list,
+    ) -> None:
+        self._absent = absent
         self._seconds = seconds
         self._worker = worker
         self._notes = notes
@@ -51,14 +59,20 @@ class Patience:
             threading.Thread(target=self._watch, name="tfdist-patience", daemon=True).start()
 
     @classmethod
-    def from_environment(cls, worker: str, notes: Notes | None = None) -> Patience:
+    def from_environment(
+        cls,
+        worker: str,
+        notes: Notes | None = None,
+        absent: Callable[[], list[str]] = list,
+    ) -> Patience:
         """Makes one with the limit that the environment sets.
 
         Args:
             worker: Who waits.
             notes: Where workers write for what they wait.
+            absent: Names the processes that do not answer now.
         """
-        return cls(float(os.environ.get(STEP_TIMEOUT, "1800")), worker, notes)
+        return cls(float(os.environ.get(STEP_TIMEOUT, "1800")), worker, notes, absent)
 
     @contextlib.contextmanager
     def waiting_for(self, what: str) -> Iterator[None]:
@@ -89,14 +103,16 @@ class Patience:
 
     def _give_up(self) -> None:
         notes = {} if self._notes is None else self._notes.read()
+        absent = self._absent()
         others = "; ".join(f"rank {rank} is {note}" for rank, note in sorted(notes.items()))
         print(
             f"tfdist: {self._worker} waited more than {self._seconds:g} s for {self._what}. "
             + (f"By what they last wrote, {others}. " if others else "")
+            + (f"{' and '.join(absent)} did not answer just now. " if absent else "")
             + "Another worker did not come to it: it may have left `fit` early, run another "
             "script, or hang in a callback or in reading data. See its output. If a step "
             f"really takes so long, set {STEP_TIMEOUT} to more seconds.",
             file=sys.stderr,
             flush=True,
         )
-        os._exit(EXIT_STATUS)
+        os._exit(START_ME_AGAIN)

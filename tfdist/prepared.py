@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from tfdist import _keras, data
-from tfdist.steps import Functions, Stop, make_functions
-from tfdist.strategies.base import Place, Strategy
+from tfdist.steps import Stop, make_functions
+from tfdist.strategies.base import Functions, Place, Strategy
 
 _MEMORY = "_tfdist_prepared"
 
@@ -52,8 +52,9 @@ class Prepared:
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.held)
             stack.enter_context(functions)
-            if self.strategy.place.num_replicas > 1:
-                stack.enter_context(_keras.replicated(self.model))
+            if self.strategy.has_servers or self.strategy.place.num_replicas > 1:
+                stack.enter_context(_keras.replicated(self.model, self.strategy.has_servers))
+            stack.enter_context(self.functions.running())
             yield
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import tensorflow as tf
 
@@ -38,11 +38,17 @@ class Agreement:
         self._said = tf.concat([stopping, share.check, tf.square(share.check)], 0)
 
     def reduce(
-        self, batch: ReplicaBatch, gradients: Sequence[Tensor], others: Sequence[Tensor]
+        self,
+        batch: ReplicaBatch,
+        gradients: Sequence[Tensor],
+        others: Sequence[Tensor],
+        variables: Sequence[Any] = (),
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Sums tensors over all replicas; the first time the signals go with them."""
         said = [] if self._known else [self._said]
-        gradients, others = self._strategy.reduce_step(gradients, [*others, *said], batch.share)
+        gradients, others = self._strategy.reduce_step(
+            gradients, [*others, *said], batch.share, variables
+        )
         if said:
             self._hear(others.pop())
         return gradients, others
@@ -105,6 +111,19 @@ class MetricState:
             variable.assign(before + change)
 
 
+class _Waiting(NamedTuple):
+    """An update that needs its gradients reduced."""
+
+    update: Callable[[list[Tensor]], None]
+    grads: list[Tensor]
+    variables: Sequence[Any]
+
+    def pairs(self) -> list[tuple[Tensor, Any]]:
+        """Gives the gradients that there are, each with its variable."""
+        both = zip(self.grads, self.variables, strict=True)
+        return [(gradient, variable) for gradient, variable in both if gradient is not None]
+
+
 class Updates:
     """Stands between a train step and its optimizers, to reduce before they apply.
 
@@ -113,13 +132,16 @@ class Updates:
     weights (a GAN's second half does), so there each update is made at once.
     """
 
-    def __init__(self, model: Any, batch: ReplicaBatch, agreement: Agreement) -> None:
+    def __init__(
+        self, model: Any, batch: ReplicaBatch, agreement: Agreement, strategy: Strategy
+    ) -> None:
         self.agreement = agreement
+        self._strategy = strategy
         self._model = model
         self._batch = batch
         self._at_once = _keras.has_own_train_step(model)
         self._scaled: set[int] = set()
-        self._waiting: list[tuple[Callable[[list[Tensor]], None], list[Tensor]]] = []
+        self._waiting: list[_Waiting] = []
 
     def scale(self, optimizer: Any, loss: Tensor) -> Tensor:
         """Makes the loss the share's part of the global loss."""
@@ -129,28 +151,34 @@ class Updates:
         return loss * tf.cast(self._batch.share, loss.dtype)
 
     def apply(
-        self, optimizer: Any, grads: list[Tensor], update: Callable[[list[Tensor]], None]
+        self,
+        optimizer: Any,
+        grads: list[Tensor],
+        update: Callable[[list[Tensor]], None],
+        variables: Sequence[Any],
     ) -> None:
         """Keeps the share's gradients for the reduction, or reduces and applies them now."""
         if id(optimizer) not in self._scaled:
             share = self._batch.share
             grads = [g if g is None else g * tf.cast(share, g.dtype) for g in grads]
-        self._waiting.append((update, grads))
+        self._waiting.append(_Waiting(update, grads, variables))
         if self._at_once:
             self._reduce_and_apply([])
 
     def _reduce_and_apply(self, with_gradients: Sequence[Tensor]) -> list[Tensor]:
         """Reduces waiting gradients and some tensors in one go, and applies the gradients."""
-        grads = [g for _, grads in self._waiting for g in grads if g is not None]
-        summed, others = self.agreement.reduce(self._batch, grads, with_gradients)
+        pairs = [pair for waiting in self._waiting for pair in waiting.pairs()]
+        summed, others = self.agreement.reduce(
+            self._batch, [g for g, _ in pairs], with_gradients, [v for _, v in pairs]
+        )
         reduced = iter(summed)
         ready = [
-            (update, [g if g is None else next(reduced) for g in grads])
-            for update, grads in self._waiting
+            functools.partial(w.update, [g if g is None else next(reduced) for g in w.grads])
+            for w in self._waiting
         ]
         self._waiting = []
-        for update, grads in ready:
-            self.agreement.do(functools.partial(update, grads))
+        for update in ready:
+            self._strategy.update(functools.partial(self.agreement.do, update))
         return others
 
     def finish(self, metrics: MetricState) -> None:

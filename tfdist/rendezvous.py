@@ -7,15 +7,60 @@ meanwhile, and it does not name who is missing.
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from tfdist.cluster import Cluster
 from tfdist.errors import StrategyError
 
 START_TIMEOUT = "TFDIST_START_TIMEOUT"
 """Environment variable: seconds to wait for the other workers to come up, default 300."""
+
+
+_POLL_S = 0.2
+
+
+def start_timeout() -> int:
+    """Returns the seconds to wait for others to come up."""
+    return int(os.environ.get(START_TIMEOUT, "300"))
+
+
+def wait_until_up(addresses: Mapping[str, str], seconds: float) -> None:
+    """Returns when something listens at every address.
+
+    Args:
+        addresses: `host:port` by the name of the task.
+        seconds: The limit.
+
+    Raises:
+        StrategyError: A task did not come up in time; it is named.
+    """
+    missing = dict(addresses)
+    deadline = time.monotonic() + seconds
+    while missing := {task: a for task, a in missing.items() if not is_up(a)}:
+        if time.monotonic() > deadline:
+            listed = ", ".join(f"{task} at {address}" for task, address in missing.items())
+            raise StrategyError(
+                f"All processes must come up within {seconds:g} s ({START_TIMEOUT}). "
+                f"Received: no answer from {listed}. See what they print, and check that "
+                "their addresses can be reached from here."
+            )
+        time.sleep(_POLL_S)
+
+
+def is_up(address: str) -> bool:
+    """Tells whether something listens at an address.
+
+    Args:
+        address: `host:port`.
+    """
+    try:
+        with socket.create_connection(_split(address), timeout=1.0):
+            return True
+    except OSError:
+        return False
 
 
 def meet(cluster: Cluster, seconds: float) -> None:

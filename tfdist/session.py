@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
 import random
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -57,20 +55,8 @@ class Session:
         Args:
             batch_size: Examples of a full global batch, if known.
         """
-        replicas = self.strategy.place.num_replicas
-        line = f"tfdist: {self.strategy.name} ({self.reason}): {replicas} replica"
-        if replicas == 1:
-            return line
-        if batch_size is None:
-            return f"{line}s"
-        edges = [batch_size * r // replicas for r in range(replicas + 1)]
-        sizes = [end - begin for begin, end in itertools.pairwise(edges)]
-        split = (
-            " + ".join(map(str, sizes))
-            if replicas <= 4
-            else " + ".join(f"{n} x {size}" for size, n in sorted(Counter(sizes).items()))
-        )
-        return f"{line}s, batch {batch_size} = {split}"
+        split = self.strategy.describe(batch_size)
+        return f"tfdist: {self.strategy.name} ({self.reason}): {split}"
 
 
 _sessions: dict[Any, Session] = {}

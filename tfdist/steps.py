@@ -25,7 +25,7 @@ from tfdist.reduction import (
     MetricState,
     Updates,
 )
-from tfdist.strategies.base import Strategy
+from tfdist.strategies.base import Functions, Strategy
 
 Tensor = Any
 Logs = dict[str, Tensor]
@@ -59,15 +59,6 @@ class Signals(NamedTuple):
     check: Tensor
 
 
-@dataclass(frozen=True)
-class Functions:
-    """What Keras's loop calls instead of what it would build for itself."""
-
-    train: Callable[[Epoch], Logs]
-    test: Callable[[Epoch], Logs]
-    predict: Callable[[list[Share]], Any]
-
-
 def make_functions(model: Any, strategy: Strategy, stop: Stop) -> Functions:
     """Builds the functions of a model on a strategy; they are traced when first called.
 
@@ -79,6 +70,9 @@ def make_functions(model: Any, strategy: Strategy, stop: Stop) -> Functions:
     Returns:
         The functions for `_keras.loop_functions`.
     """
+    own = strategy.own_functions(model)
+    if own is not None:
+        return own
     replica = _Replica(model, strategy)
     return Functions(
         train=_over_epoch(model, strategy, replica.train, stop),
@@ -115,7 +109,7 @@ def _over_epoch(
     compiled_step = _traced(model, one_step, jit_compile=alone and model.jit_compile)
 
     def one(iterator: Any, stopping: Tensor) -> Result:
-        result: Result = compiled_step(iterator.get_next(), stopping)
+        result: Result = compiled_step(strategy.next_share(iterator), stopping)
         return result
 
     def several(iterator: Any, steps: Tensor, stopping: Tensor) -> Result:
@@ -136,7 +130,8 @@ def _over_epoch(
         with epoch.drawing(), strategy.waiting_for(f"step {epoch.steps_taken}"):
             if model.steps_per_execution == 1:
                 logs, signals = traced_one(epoch.iterator, stopping)
-            elif model.run_eagerly:
+            elif model.run_eagerly or strategy.has_servers:
+                # A loop in a graph on several processes goes over all of them each round.
                 for _ in range(steps):
                     logs, signals = traced_one(epoch.iterator, stopping)
             else:
@@ -195,7 +190,9 @@ class _Replica:
         if self.alone:
             return self.model.train_step(share.data), Signals(tf.constant(0), tf.zeros([4]))
         with _keras.on_replica(self._batch(share)) as batch:
-            updates = Updates(self.model, batch, self._agreement(share, stopping))
+            updates = Updates(
+                self.model, batch, self._agreement(share, stopping), self.strategy
+            )
             metrics = self._metrics_from_zero()
             batch.updates = updates
             logs = self.model.train_step(share.data)

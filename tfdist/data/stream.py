@@ -131,4 +131,4 @@ class Epoch:
 
     def __next__(self) -> Any:
         self.take(1)
-        return next(self.iterator)
+        return self._stream.strategy.next_share(self.iterator)

@@ -75,10 +75,19 @@ class Crew:
         self.failures: list[Failure] = []
         self.finished: list[str] = []
         self._screen = screen
+        self._log_dir: Path | None = None
         self._members: list[_Member] = []
         self._selector = selectors.DefaultSelector()
         # Workers hold the reading end: it reports the end of file when the launcher dies.
         self._lifeline, self._launcher_end = os.pipe()
+
+    @property
+    def is_done(self) -> bool:
+        """Whether only processes are left that serve one that has ended well."""
+        driving = [m.worker for m in self._members if not m.worker.serves]
+        return len(driving) < len(self._members) and all(
+            worker.task in self.finished for worker in driving
+        )
 
     @property
     def is_running(self) -> bool:
@@ -95,45 +104,74 @@ class Crew:
         Raises:
             LaunchError: A worker could not be started or a log file not be written.
         """
+        self._log_dir = log_dir
         for position, worker in enumerate(workers):
-            log = None
-            try:
-                if log_dir is not None:
-                    log_dir.mkdir(parents=True, exist_ok=True)
-                    log = (log_dir / f"worker-{worker.index}.log").open("wb")
-            except OSError as error:
-                raise LaunchError(
-                    "`--log-dir` must be a folder that can be written. "
-                    f"Received: --log-dir={str(log_dir)!r} ({error.strerror}). "
-                    "Choose another folder."
-                ) from None
-            # Only the chief draws a progress bar, and only on a terminal is it of use.
-            is_live = self._screen.is_terminal and worker.index == 0
-            reading, writing = _terminal(self._screen) if is_live else os.pipe()
-            try:
-                process = subprocess.Popen(
-                    worker.command,
-                    env={**worker.environment, LAUNCHER_FD: str(self._lifeline)},
-                    stdin=subprocess.DEVNULL,
-                    stdout=writing,
-                    stderr=writing,
-                    pass_fds=(self._lifeline,),
-                    start_new_session=True,
-                )
-            except OSError as error:
-                os.close(reading)
-                raise LaunchError(
-                    f"The program of {worker.task} must be one that can be started. "
-                    f"Received: {worker.command[0]!r} ({error.strerror}). "
-                    "Check that it exists and may be run."
-                ) from None
-            finally:
-                os.close(writing)
-            os.set_blocking(reading, False)
-            lines = Lines(log, worker.is_quiet)
-            member = _Member(position, worker, process, reading, lines, is_live)
-            self._members.append(member)
-            self._selector.register(reading, selectors.EVENT_READ, member)
+            self._members.append(self._started(position, worker))
+
+    def start_again(self, failure: Failure) -> int:
+        """Starts a worker that failed anew, in its place.
+
+        Args:
+            failure: The worker's; it is no failure of the run then.
+
+        Returns:
+            Its position among those started.
+        """
+        self.failures.remove(failure)
+        (position,) = (i for i, m in enumerate(self._members) if m.worker == failure.worker)
+        self._members[position].signal_group(signal.SIGKILL)
+        self._members[position] = self._started(position, failure.worker, again=True)
+        return position
+
+    def say(self, position: int, line: str) -> None:
+        """Shows a line of the launcher's own beside a worker's.
+
+        Args:
+            position: The worker's among those started.
+            line: The line.
+        """
+        self._screen.show(position, [line])
+
+    def _started(self, position: int, worker: Worker, again: bool = False) -> _Member:
+        log = None
+        log_dir = self._log_dir
+        try:
+            if log_dir is not None:
+                log_dir.mkdir(parents=True, exist_ok=True)
+                log = (log_dir / worker.log_name).open("ab" if again else "wb")
+        except OSError as error:
+            raise LaunchError(
+                "`--log-dir` must be a folder that can be written. "
+                f"Received: --log-dir={str(log_dir)!r} ({error.strerror}). "
+                "Choose another folder."
+            ) from None
+        # Only the chief draws a progress bar, and only on a terminal is it of use.
+        is_live = self._screen.is_terminal and worker.shows_progress
+        reading, writing = _terminal(self._screen) if is_live else os.pipe()
+        try:
+            process = subprocess.Popen(
+                worker.command,
+                env={**worker.environment, LAUNCHER_FD: str(self._lifeline)},
+                stdin=subprocess.DEVNULL,
+                stdout=writing,
+                stderr=writing,
+                pass_fds=(self._lifeline,),
+                start_new_session=True,
+            )
+        except OSError as error:
+            os.close(reading)
+            raise LaunchError(
+                f"The program of {worker.task} must be one that can be started. "
+                f"Received: {worker.command[0]!r} ({error.strerror}). "
+                "Check that it exists and may be run."
+            ) from None
+        finally:
+            os.close(writing)
+        os.set_blocking(reading, False)
+        lines = Lines(log, worker.is_quiet)
+        member = _Member(position, worker, process, reading, lines, is_live)
+        self._selector.register(reading, selectors.EVENT_READ, member)
+        return member
 
     def pump(self, wait: float = _POLL_S) -> None:
         """Passes on what was written, and notes which workers have ended.

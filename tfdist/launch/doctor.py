@@ -185,7 +185,7 @@ def _strategies(
     tensorflow_error: str,
     environ: Mapping[str, str],
 ) -> tuple[Readiness, ...]:
-    later = (Readiness("parameter_server", False, "not in this release"),)
+    later = ()
     names = ("single", "mirrored", "multi_worker", "horovod", "tpu")
     if tensorflow_error:
         return (*(Readiness(name, False, tensorflow_error) for name in names), *later)

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from tfdist.cluster import WORKER, Cluster
+from tfdist.cluster import CHIEF, PS, WORKER, Cluster
 from tfdist.errors import LaunchError
 from tfdist.launch.horovod import one_host, rank_environments
 from tfdist.launch.hosts import Host, worker_addresses
@@ -17,33 +17,59 @@ from tfdist.launch.resources import gpu_environments, thread_environment, visibl
 
 DEFAULT_PORT = 17380
 ONE_PROCESS_STRATEGIES = ("single", "mirrored", "tpu")
-STRATEGIES = ("auto", *ONE_PROCESS_STRATEGIES, "multi_worker", "horovod")
+STRATEGIES = (
+    "auto",
+    *ONE_PROCESS_STRATEGIES,
+    "multi_worker",
+    "horovod",
+    "parameter_server",
+)
 
 # TensorFlow's start-up notes would bury what the workers print; its errors stay.
+_GPUS = "CUDA_VISIBLE_DEVICES"
 _QUIET = {"TF_CPP_MIN_LOG_LEVEL": "2", "GRPC_VERBOSITY": "ERROR"}
 
 
 @dataclass(frozen=True)
 class Worker:
-    """A worker process to be started on this machine.
+    """A process to be started on this machine: a worker, or a task beside the workers.
 
     Attributes:
-        index: Its position among all workers of the run, on all machines.
+        index: Its position in its job, on all machines.
         command: The program and its arguments.
         environment: All of its environment variables.
         is_quiet: Whether TensorFlow's notes about its own start are left out of what is
             shown; a log file has them all the same.
+        job: `worker`, or in a run with parameter servers `chief`, `worker` or `ps`.
+        serves: Whether it only does what the chief asks for: it ends with the chief.
     """
 
     index: int
     command: tuple[str, ...]
     environment: Mapping[str, str]
     is_quiet: bool = False
+    job: str = WORKER
+    serves: bool = False
 
     @property
     def task(self) -> str:
-        """The worker's name in messages, such as `"worker 1"`."""
-        return f"{WORKER} {self.index}"
+        """Its name in messages, such as `"worker 1"` or `"chief"`."""
+        return CHIEF if self.job == CHIEF else f"{self.job} {self.index}"
+
+    @property
+    def log_name(self) -> str:
+        """The name of the file that `--log-dir` keeps its output in."""
+        return f"{self.task.replace(' ', '-')}.log"
+
+    @property
+    def is_replaceable(self) -> bool:
+        """Whether the others go on without it until it is back."""
+        return self.serves and self.job == WORKER
+
+    @property
+    def shows_progress(self) -> bool:
+        """Whether it is the one that draws a progress bar."""
+        return self.index == 0 and not self.serves
 
 
 def script_command(arguments: Sequence[str], module: bool = False) -> tuple[str, ...]:
@@ -71,6 +97,7 @@ def plan_workers(
     port: int = DEFAULT_PORT,
     strategy: str | None = None,
     drop_in: bool = False,
+    servers: int = 0,
     environ: Mapping[str, str] = os.environ,
 ) -> tuple[Worker, ...]:
     """Decides which workers this machine starts, and each one's environment.
@@ -83,6 +110,8 @@ def plan_workers(
         port: The port of worker 0, where there are several hosts; worker k has `port + k`.
         strategy: The strategy's name, handed to the workers.
         drop_in: Whether Keras's own `fit` is to be distributed.
+        servers: How many parameter servers in all; with some there is a chief beside the
+            workers, which alone runs the command's script.
         environ: The variables that the workers inherit.
 
     Returns:
@@ -93,13 +122,26 @@ def plan_workers(
             a worker needs is in use.
     """
     total, first, local = _extent(workers, hosts, node_rank)
-    _check_strategy(strategy, total)
-    if not hosts and total > 1:
+    _check_strategy(strategy, total, servers)
+    if not hosts and (total > 1 or servers):
         _check_alone(total, environ)
     gpus = visible_gpus(environ) if local > 1 else ()
     gpu_shares = gpu_environments(gpus, local)
     places: Sequence[Mapping[str, str]]
-    if strategy == "horovod":
+    beside: list[Cluster] = []
+    if servers:
+        clusters = server_clusters(hosts, total, servers, port)
+        workers_of_all = [c for c in clusters if c.job == WORKER]
+        beside = [
+            c
+            for c in clusters
+            if c.job != WORKER and c.index % max(1, len(hosts)) == (node_rank or 0)
+        ]
+        if hosts:
+            here = [*beside, *workers_of_all[first : first + local]]
+            _check_ports([c.jobs[c.job][c.index] for c in here])
+        places = [{"TF_CONFIG": c.to_tf_config()} for c in workers_of_all]
+    elif strategy == "horovod":
         address = f"{hosts[0].name}:{port}" if hosts else free_addresses(1)[0]
         places = rank_environments(hosts or one_host(total), node_rank or 0, address)
     elif total > 1:
@@ -121,7 +163,15 @@ def plan_workers(
         shared["TFDIST_STRATEGY"] = strategy
     if drop_in:
         shared["TFDIST_DROP_IN"] = "1"
+    is_quiet = "TF_CPP_MIN_LOG_LEVEL" not in environ
     planned: list[Worker] = []
+    for cluster in beside:
+        # They leave the GPUs to the workers.
+        environment = {**shared, "TF_CONFIG": cluster.to_tf_config(), _GPUS: "-1"}
+        serves = cluster.job != CHIEF
+        planned.append(
+            Worker(cluster.index, tuple(command), environment, is_quiet, cluster.job, serves)
+        )
     for local_rank in range(local):
         index = first + local_rank
         environment = {
@@ -131,9 +181,42 @@ def plan_workers(
             "TFDIST_LOCAL_RANK": str(local_rank),
             "TFDIST_LOCAL_SIZE": str(local),
         }
-        is_quiet = "TF_CPP_MIN_LOG_LEVEL" not in environ
-        planned.append(Worker(index, tuple(command), environment, is_quiet))
+        planned.append(
+            Worker(index, tuple(command), environment, is_quiet, serves=bool(servers))
+        )
     return tuple(planned)
+
+
+def server_clusters(
+    hosts: Sequence[Host], workers: int, servers: int, port: int
+) -> tuple[Cluster, ...]:
+    """Gives every process of a run with parameter servers its place.
+
+    The chief is on the first host, servers go to the hosts in turn. The chief has the port
+    after the last worker's, the servers those after it.
+
+    Args:
+        hosts: The machines; empty for this one alone.
+        workers: How many workers in all.
+        servers: How many parameter servers in all.
+        port: The port of worker 0, where there are hosts.
+
+    Returns:
+        The places of the chief, the servers and the workers, in this order.
+    """
+    if hosts:
+        after = port + workers
+        addresses = worker_addresses(hosts, port)
+        chief = f"{hosts[0].name}:{after}"
+        served = tuple(
+            f"{hosts[i % len(hosts)].name}:{after + 1 + i}" for i in range(servers)
+        )
+    else:
+        chief, *rest = free_addresses(1 + servers + workers)
+        served, addresses = tuple(rest[:servers]), tuple(rest[servers:])
+    jobs = {CHIEF: (chief,), WORKER: addresses, PS: served}
+    tasks = [(job, index) for job in (CHIEF, PS, WORKER) for index in range(len(jobs[job]))]
+    return tuple(Cluster(jobs, job, index, "TF_CONFIG") for job, index in tasks)
 
 
 def free_addresses(count: int) -> tuple[str, ...]:
@@ -195,11 +278,21 @@ def _extent(
     return total, first, hosts[node_rank].slots
 
 
-def _check_strategy(strategy: str | None, total: int) -> None:
+def _check_strategy(strategy: str | None, total: int, servers: int) -> None:
     if strategy is not None and strategy not in STRATEGIES:
         raise LaunchError(
             f"`--strategy` must be one of {', '.join(STRATEGIES)}. "
             f"Received: --strategy={strategy}. Choose one of these."
+        )
+    if servers < 0 or (strategy == "parameter_server" and not servers):
+        raise LaunchError(
+            "The number of parameter servers must be 1 or more. Received: "
+            f"--ps={servers} with --strategy={strategy}. Add --ps 1, or more."
+        )
+    if servers and strategy not in (None, "auto", "parameter_server"):
+        raise LaunchError(
+            f"Strategy {strategy!r} has no parameter servers. Received: --ps={servers} with "
+            f"--strategy={strategy}. Leave one of them out."
         )
     if total > 1 and strategy in ONE_PROCESS_STRATEGIES:
         raise LaunchError(

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TextIO
 
+from tfdist.errors import START_ME_AGAIN
 from tfdist.launch.cause import Failure, root_cause
 from tfdist.launch.crew import Crew
 from tfdist.launch.output import Screen
@@ -42,7 +43,11 @@ class Outcome:
 
 
 def run_workers(
-    workers: Sequence[Worker], *, log_dir: Path | None = None, stream: TextIO | None = None
+    workers: Sequence[Worker],
+    *,
+    log_dir: Path | None = None,
+    stream: TextIO | None = None,
+    max_restarts: int = 0,
 ) -> Outcome:
     """Runs the workers of this machine until all have ended, or the first has failed.
 
@@ -54,6 +59,8 @@ def run_workers(
         workers: What to start.
         log_dir: A folder for each worker's whole output, `worker-<i>.log`.
         stream: Where to write the workers' lines; standard output unless given.
+        max_restarts: How often what was lost is started again: a worker that serves alone,
+            else all. Only what a signal ended, or what asked for it by status 75, is lost.
 
     Returns:
         How the run ended.
@@ -62,21 +69,49 @@ def run_workers(
         LaunchError: A worker could not be started or a log file not be written.
     """
     screen = Screen(stream or sys.stdout, [worker.task for worker in workers])
-    crew = Crew(screen)
+    restarts = _Restarts(max_restarts)
     with _signals() as received:
-        try:
-            crew.start(workers, log_dir)
-            return _watch(crew, received)
-        except BrokenPipeError:
-            # Whoever read the output is gone, as after `tfdist run ... | head`.
-            return Outcome(128 + signal.SIGPIPE, interrupted=signal.SIGPIPE)
-        finally:
-            crew.close()
+        while True:
+            crew = Crew(screen)
+            try:
+                crew.start(workers, log_dir)
+                outcome = _watch(crew, received, restarts)
+                if outcome.failure is None or not restarts.allows(outcome.failure):
+                    return outcome
+                position = list(workers).index(outcome.failure.worker)
+                crew.say(position, restarts.note(outcome.failure, "All are started again"))
+            except BrokenPipeError:
+                # Whoever read the output is gone, as after `tfdist run ... | head`.
+                return Outcome(128 + signal.SIGPIPE, interrupted=signal.SIGPIPE)
+            finally:
+                crew.close()
 
 
-def _watch(crew: Crew, received: list[int]) -> Outcome:
-    while crew.is_running and not received and not crew.failures:
+class _Restarts:
+    """How many restarts are left."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._used = 0
+
+    def allows(self, failure: Failure) -> bool:
+        """Tells whether what failed was lost, and may be started again."""
+        was_lost = failure.returncode < 0 or failure.returncode == START_ME_AGAIN
+        return was_lost and self._used < self._most
+
+    def note(self, failure: Failure, what: str) -> str:
+        """Counts a restart, and says so."""
+        self._used += 1
+        return f"tfdist: {failure.describe()} {what} ({self._used} of {self._most})."
+
+
+def _watch(crew: Crew, received: list[int], restarts: _Restarts) -> Outcome:
+    while crew.is_running and not received and not crew.failures and not crew.is_done:
         crew.pump()
+        for failure in tuple(crew.failures):
+            if failure.worker.is_replaceable and restarts.allows(failure):
+                line = restarts.note(failure, "It is started again")
+                crew.say(crew.start_again(failure), line)
     if crew.failures and not received:
         deadline = time.monotonic() + _PEER_FAILURE_S
         while (

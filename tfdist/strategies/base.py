@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import itertools
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -37,6 +39,23 @@ class Place:
         return self.worker_index == 0
 
 
+@dataclass(frozen=True)
+class Functions:
+    """What Keras's loop calls instead of what it would build for itself.
+
+    Attributes:
+        train: Makes the next steps of an epoch of shares, and returns logs.
+        test: The same, for evaluation.
+        predict: Gives the outputs for a list of shares.
+        running: Makes a context that lasts as long as Keras's loop.
+    """
+
+    train: Callable[[Any], Any]
+    test: Callable[[Any], Any]
+    predict: Callable[[list[Any]], Any]
+    running: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
+
+
 class Strategy(abc.ABC):
     """How training is spread over devices and processes.
 
@@ -50,12 +69,14 @@ class Strategy(abc.ABC):
         priority: `auto` asks strategies in falling order of this number.
         place: Where this process's replicas stand; changes only in `reconnect`.
         elastic: Whether processes may come and go while training goes on.
+        has_servers: Whether `hold` leaves variables where no replica is.
     """
 
     name: ClassVar[str]
     priority: ClassVar[int] = 0
     place: Place
     elastic: bool = False
+    has_servers: bool = False
 
     @classmethod
     @abc.abstractmethod
@@ -92,7 +113,11 @@ class Strategy(abc.ABC):
         return list(tensors)
 
     def reduce_step(
-        self, gradients: Sequence[Tensor], others: Sequence[Tensor], share: Tensor
+        self,
+        gradients: Sequence[Tensor],
+        others: Sequence[Tensor],
+        share: Tensor,
+        variables: Sequence[Any],
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Sums what replicas contribute to a step: gradients, metrics' state and signals.
 
@@ -103,9 +128,18 @@ class Strategy(abc.ABC):
             others: To be summed exactly.
             share: Scalar float32, the replica's part of the global batch, by which its
                 gradients were multiplied.
+            variables: The `keras.Variable` of each gradient.
         """
         reduced = self.all_reduce_sum([*gradients, *others])
         return reduced[: len(gradients)], reduced[len(gradients) :]
+
+    def update(self, action: Callable[[], None]) -> None:
+        """Updates variables with what was reduced, on this replica.
+
+        Args:
+            action: Assigns the same values on every replica.
+        """
+        action()
 
     def all_gather(self, tensor: Tensor) -> Tensor:
         """Concatenates a tensor of every replica along axis 0, in the order of replicas.
@@ -124,6 +158,45 @@ class Strategy(abc.ABC):
         """
         made: Iterable[Any] = dataset()
         return made
+
+    def next_share(self, iterator: Any) -> Any:
+        """Draws from `distribute`'s iterator what `run` deals out.
+
+        Args:
+            iterator: The iterator.
+        """
+        return iterator.get_next()
+
+    def own_functions(self, model: Any) -> Functions | None:
+        """Makes what Keras's loop calls, where steps are not replicas' shares of one batch.
+
+        Args:
+            model: A compiled, built `keras.Model`, its variables held by the strategy.
+
+        Returns:
+            The functions, or None for those of all other strategies.
+        """
+        return None
+
+    def describe(self, batch_size: int | None) -> str:
+        """Says how many replicas there are and how a batch is split, a few words.
+
+        Args:
+            batch_size: Examples of a full global batch, if known.
+        """
+        replicas = self.place.num_replicas
+        if replicas == 1:
+            return "1 replica"
+        if batch_size is None:
+            return f"{replicas} replicas"
+        edges = [batch_size * r // replicas for r in range(replicas + 1)]
+        sizes = [end - begin for begin, end in itertools.pairwise(edges)]
+        split = (
+            " + ".join(map(str, sizes))
+            if replicas <= 4
+            else " + ".join(f"{n} x {size}" for size, n in sorted(Counter(sizes).items()))
+        )
+        return f"{replicas} replicas, batch {batch_size} = {split}"
 
     def join(self) -> None:  # noqa: B027, only elastic strategies have anything to join
         """Begins to exchange with the others: until then each is alone."""

@@ -148,13 +148,17 @@ class Horovod(Connected):
         return reduce_packed(tensors, self._sum, _LARGEST_PACKED)
 
     def reduce_step(
-        self, gradients: Sequence[Tensor], others: Sequence[Tensor], share: Tensor
+        self,
+        gradients: Sequence[Tensor],
+        others: Sequence[Tensor],
+        share: Tensor,
+        variables: Sequence[Any],
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Sums a step's tensors; gradients as the arguments say."""
         if self._sparse_as_dense:
             gradients = [tf.convert_to_tensor(g) for g in gradients]
         if self._op == "average" and self._wire_type is None and self._predivide == 1.0:
-            return super().reduce_step(gradients, others, share)
+            return super().reduce_step(gradients, others, share, variables)
         if self._op == "adasum":
             reduced = [self._adasum(tf.convert_to_tensor(g), share) for g in gradients]
         else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import tensorflow as tf
@@ -11,9 +10,9 @@ from tensorflow.python.eager import context as _context
 from tfdist.cluster import Cluster
 from tfdist.errors import StrategyError
 from tfdist.patience import Patience
-from tfdist.rendezvous import START_TIMEOUT, meet
+from tfdist.rendezvous import START_TIMEOUT, meet, start_timeout
 from tfdist.strategies.base import Place
-from tfdist.strategies.tf_distribute import TFDistribute
+from tfdist.strategies.tf_distribute import TFDistribute, require_unused_tensorflow
 
 
 class MultiWorker(TFDistribute):
@@ -23,14 +22,7 @@ class MultiWorker(TFDistribute):
     priority = 30
 
     def __init__(self, cluster: Cluster) -> None:
-        if _context.context()._initialized:
-            raise StrategyError(
-                "In a multi-worker process tfdist must connect to the other workers before "
-                "TensorFlow does anything else (building a model is something). "
-                f"Received: a cluster of {cluster.num_workers} workers from {cluster.source}, "
-                "with TensorFlow in use already. Call tfdist.init() right after the imports, "
-                "or start the script with `tfdist run`, which does that."
-            )
+        require_unused_tensorflow(cluster)
         strategy = _connect(cluster)
         local = len(strategy.extended.worker_devices)
         super().__init__(
@@ -69,8 +61,8 @@ class MultiWorker(TFDistribute):
 
 def _connect(cluster: Cluster) -> Any:
     """Starts TensorFlow's server and waits for the other workers, not for ever."""
-    start_timeout = int(os.environ.get(START_TIMEOUT, "300"))
-    meet(cluster, start_timeout)
+    seconds = start_timeout()
+    meet(cluster, seconds)
     jobs = {job: list(cluster.jobs[job]) for job in cluster.jobs if job in ("chief", "worker")}
     spec = tf.train.ClusterSpec(jobs)
     coordinated = _context.coordination_config_pb2.CoordinatedJob
@@ -80,7 +72,7 @@ def _connect(cluster: Cluster) -> Any:
     _context.context().configure_coordination_service(
         service_type="standalone",
         service_leader=f"/job:{leader}/replica:0/task:0",
-        cluster_register_timeout_in_ms=start_timeout * 1000,
+        cluster_register_timeout_in_ms=seconds * 1000,
         heartbeat_timeout_in_ms=10_000,
         coordinated_jobs=[
             coordinated(name=job, num_tasks=len(tasks)) for job, tasks in jobs.items()
@@ -94,7 +86,7 @@ def _connect(cluster: Cluster) -> Any:
         )
     except (tf.errors.OpError, RuntimeError) as error:
         raise StrategyError(
-            f"All {cluster.num_workers} workers must come up within {start_timeout} s "
+            f"All {cluster.num_workers} workers must come up within {seconds} s "
             f"({START_TIMEOUT}). Received: {cluster.task} of {', '.join(cluster.workers)} "
             f"could not connect: {error}. See the output of the other workers."
         ) from error

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import tensorflow as tf
+from tensorflow.python.eager import context as _context
 
 from tfdist import _keras
 from tfdist.cluster import Cluster
@@ -188,6 +189,25 @@ class MirroredVariables(contextlib.AbstractContextManager[None]):
             )
 
 
+def require_unused_tensorflow(cluster: Cluster) -> None:
+    """Refuses to connect a process in which TensorFlow has made its devices already.
+
+    Args:
+        cluster: The process's place.
+
+    Raises:
+        StrategyError: It is too late.
+    """
+    if _context.context()._initialized:
+        raise StrategyError(
+            "In a process of a cluster tfdist must connect to the others before TensorFlow "
+            "does anything else (building a model is something). "
+            f"Received: a cluster of {cluster.num_workers} workers from {cluster.source}, "
+            "with TensorFlow in use already. Call tfdist.init() right after the imports, "
+            "or start the script with `tfdist run`, which does that."
+        )
+
+
 def adopt(strategy: Any) -> TFDistribute:
     """Wraps a `tf.distribute.Strategy` instance that the user made.
 
@@ -204,7 +224,7 @@ def adopt(strategy: Any) -> TFDistribute:
     if not isinstance(strategy, tf.distribute.Strategy) or isinstance(strategy, unfit):
         raise StrategyError(
             "`strategy` must be a name or a synchronous tf.distribute.Strategy. Received: "
-            f"strategy={strategy!r}. Parameter servers are not in this release."
+            f"strategy={strategy!r}. For parameter servers use strategy='parameter_server'."
         )
     replicas = strategy.num_replicas_in_sync
     local = len(strategy.extended.worker_devices)

@@ -50,7 +50,11 @@ class Updates(Protocol):
         """Changes the loss before its gradient is taken."""
 
     def apply(
-        self, optimizer: Any, grads: list[Tensor], update: Callable[[list[Tensor]], None]
+        self,
+        optimizer: Any,
+        grads: list[Tensor],
+        update: Callable[[list[Tensor]], None],
+        variables: Sequence[Any],
     ) -> None:
         """Takes a replica's gradients; sooner or later calls `update` with reduced ones."""
 
@@ -132,7 +136,7 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def replicated(model: Any) -> Iterator[None]:
+def replicated(model: Any, has_servers: bool = False) -> Iterator[None]:
     """Replaces the places named at the top of this file while a model is trained.
 
     The replacements look up the calling thread's `on_replica` batch and do what Keras
@@ -140,16 +144,17 @@ def replicated(model: Any) -> Iterator[None]:
 
     Args:
         model: The `keras.Model` whose optimizers are intercepted.
+        has_servers: Whether `served` replaces the optimizer's update.
     """
     with contextlib.ExitStack() as stack:
-        for owner, name, value in _replacements():
+        for owner, name, value in _replacements(has_servers):
             stack.enter_context(_replaced(owner, name, value))
         for optimizer in optimizers_of(model):
             stack.enter_context(_intercepted(optimizer))
         yield
 
 
-def _replacements() -> list[tuple[Any, str, Any]]:
+def _replacements(has_servers: bool = False) -> list[tuple[Any, str, Any]]:
     replacements: list[tuple[Any, str, Any]] = [
         # Called through the module by Keras's losses, trainer and CompileLoss.
         (_loss, "scale_loss_for_distribution", lambda value: value),
@@ -168,8 +173,7 @@ def _replacements() -> list[tuple[Any, str, Any]]:
     replacements += [
         (_TFOptimizer, name, _BaseOptimizer.__dict__[name])
         for name in (
-            "_apply_weight_decay",
-            "_backend_update_step",
+            *(() if has_servers else ("_apply_weight_decay", "_backend_update_step")),
             "_backend_increment_gradient_accumulators",
             "_overwrite_model_variables_with_average_value",
         )
@@ -238,6 +242,15 @@ def optimizers_of(model: Any) -> list[Any]:
     return list(unique.values())
 
 
+def trained_variables(optimizer: Any) -> list[Any]:
+    """Lists the variables that an optimizer was built to train.
+
+    Args:
+        optimizer: A `keras.Optimizer`.
+    """
+    return list(optimizer._trainable_variables) if optimizer.built else []
+
+
 @contextlib.contextmanager
 def _intercepted(optimizer: Any) -> Iterator[None]:
     """Lets the calling thread's replica stand between a train step and an optimizer."""
@@ -254,8 +267,12 @@ def _intercepted(optimizer: Any) -> Iterator[None]:
         if batch is None or batch.updates is None:
             apply(grads, trainable_variables)
         else:
+            variables = trainable_variables or optimizer._trainable_variables
             batch.updates.apply(
-                optimizer, list(grads), lambda reduced: apply(reduced, trainable_variables)
+                optimizer,
+                list(grads),
+                lambda reduced: apply(reduced, trainable_variables),
+                list(variables),
             )
 
     # Set on the instance: subclasses override these methods.

@@ -1,0 +1,385 @@
+"""What is replaced in Keras while a model's variables are on parameter servers.
+
+========================  ==========================================================
+place                     what changes
+========================  ==========================================================
+the optimizer's update    each variable is updated on the server that holds it, a part
+                          of a split variable on the part's; of a variable whose
+                          gradient has rows, only these rows are read and written
+`GradientTape.gradient`   a split variable has a gradient: its parts' in one
+`Embedding.call`          reads the rows it needs, where the table is
+========================  ==========================================================
+
+(TensorFlow's own `Embedding` of Keras 2 and its `ShardedVariable` did the same.)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+from keras.src.backend.common import global_state as _global_state
+from keras.src.backend.tensorflow.optimizer import TFOptimizer as _TFOptimizer
+
+Tensor = Any
+
+# Each element is updated by its own gradient and state alone: rows can be apart.
+_ELEMENTWISE = tuple(
+    getattr(keras.optimizers, name)
+    for name in ("SGD", "RMSprop", "Adam", "AdamW", "Adadelta", "Adagrad", "Adamax", "Nadam",
+                 "Ftrl", "Lion")
+)  # fmt: skip
+
+
+class Split:
+    """A variable whose rows are on several servers; a `keras.Variable` can live in it.
+
+    Args:
+        parts: `tf.Variable`s, in the order of their rows.
+    """
+
+    def __init__(self, parts: Sequence[Any]) -> None:
+        self.parts = list(parts)
+        rows = [int(part.shape[0]) for part in parts]
+        self.edges = [0, *itertools.accumulate(rows)]
+        self.shape = tf.TensorShape([self.edges[-1], *parts[0].shape[1:]])
+        self.dtype = parts[0].dtype
+        self.device = parts[0].device
+        self.handle = None
+        self._unique_id = uuid.uuid4().hex
+        # A gradient of the whole that was made of the parts': they need not be cut out again.
+        self._known: tuple[Tensor, list[Tensor]] | None = None
+
+    def __tf_tensor__(self, dtype: Any = None, name: str | None = None) -> Tensor:
+        return tf.cast(tf.concat(self.parts, 0), dtype or self.dtype)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
+        return self.numpy().astype(dtype or self.dtype.as_numpy_dtype)
+
+    def numpy(self) -> Any:
+        """Reads all parts."""
+        return tf.convert_to_tensor(self).numpy()
+
+    def assign(self, value: Any) -> None:
+        """Writes all parts.
+
+        Args:
+            value: A tensor of the whole shape.
+        """
+        for part, rows in zip(self.parts, self.cut(tf.convert_to_tensor(value)), strict=True):
+            part.assign(rows)
+
+    def lookup(self, ids: Tensor) -> Tensor:
+        """Reads rows, each from the server that has it.
+
+        Args:
+            ids: Row numbers of any shape.
+        """
+        flat = tf.reshape(ids, [-1])
+        owner = tf.searchsorted(self.edges[1:-1], flat, side="right")
+        places = tf.dynamic_partition(tf.range(tf.size(flat)), owner, len(self.parts))
+        rows = [
+            tf.gather(part, tf.gather(flat, at) - edge)
+            for part, at, edge in zip(self.parts, places, self.edges, strict=False)
+        ]
+        found = tf.dynamic_stitch(places, rows)
+        return tf.reshape(found, tf.concat([tf.shape(ids), self.shape[1:]], 0))
+
+    def cut(self, whole: Tensor) -> list[Tensor]:
+        """Gives each part's rows of a tensor, or of `tf.IndexedSlices`.
+
+        Args:
+            whole: Of the whole shape.
+        """
+        if self._known is not None and self._known[0] is whole:
+            return self._known[1]
+        return [self._rows(whole, *edges) for edges in itertools.pairwise(self.edges)]
+
+    def _rows(self, whole: Tensor, begin: int, end: int) -> Tensor:
+        if not isinstance(whole, tf.IndexedSlices):
+            return whole[begin:end]
+        inside = (whole.indices >= begin) & (whole.indices < end)
+        return tf.IndexedSlices(
+            tf.boolean_mask(whole.values, inside),
+            tf.boolean_mask(whole.indices, inside) - begin,
+            tf.constant([end - begin, *self.shape[1:]], tf.int64),
+        )
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        """Makes one gradient of the parts' gradients, of which some may be None.
+
+        Args:
+            parts: Each part's; dense or `tf.IndexedSlices`.
+        """
+        if all(part is None for part in parts):
+            return None
+        if any(part is not None and not isinstance(part, tf.IndexedSlices) for part in parts):
+            whole = tf.concat(
+                [
+                    tf.zeros_like(variable) if part is None else tf.convert_to_tensor(part)
+                    for part, variable in zip(parts, self.parts, strict=True)
+                ],
+                0,
+            )
+            self._known = (whole, tf.split(whole, [int(p.shape[0]) for p in self.parts]))
+            return whole
+        found = [(p, edge) for p, edge in zip(parts, self.edges, strict=False) if p is not None]
+        return tf.IndexedSlices(
+            tf.concat([part.values for part, _ in found], 0),
+            tf.concat([tf.cast(part.indices, tf.int64) + edge for part, edge in found], 0),
+            tf.constant(self.shape.as_list(), tf.int64),
+        )
+
+
+class Rows:
+    """Some rows of a variable, which an optimizer takes for a variable of its own.
+
+    Args:
+        variable: The `tf.Variable`.
+        ids: Distinct row numbers, shape [rows].
+    """
+
+    def __init__(self, variable: Any, ids: Tensor) -> None:
+        self._variable = variable
+        self._ids = ids
+        self.dtype = variable.dtype
+        self.shape = tf.TensorShape([None, *variable.shape[1:]])
+        self._unique_id = variable._unique_id
+
+    def __tf_tensor__(self, dtype: Any = None, name: str | None = None) -> Tensor:
+        return tf.cast(tf.gather(self._variable, self._ids), dtype or self.dtype)
+
+    def assign(self, values: Tensor) -> None:
+        """Writes the rows."""
+        self._variable.scatter_update(tf.IndexedSlices(values, self._ids))
+
+    def assign_add(self, values: Tensor) -> None:
+        """Adds to the rows."""
+        self._variable.scatter_add(tf.IndexedSlices(values, self._ids))
+
+    def assign_sub(self, values: Tensor) -> None:
+        """Subtracts from the rows."""
+        self._variable.scatter_sub(tf.IndexedSlices(values, self._ids))
+
+
+def parts_of(variable: Any) -> list[Any]:
+    """Lists the `tf.Variable`s in which a `keras.Variable` lives.
+
+    Args:
+        variable: The `keras.Variable`.
+    """
+    value = variable._value
+    return value.parts if isinstance(value, Split) else [value]
+
+
+def trained_by(optimizer: Any) -> list[tuple[Any, list[Any]]]:
+    """Lists the variables that an optimizer trains, each with what it keeps for it.
+
+    Keras's optimizers keep lists of variables, one for each trainable variable; the
+    optimizer that a LossScaleOptimizer wraps is looked at in its place.
+
+    Args:
+        optimizer: A built `keras.Optimizer`.
+    """
+    optimizer = getattr(optimizer, "inner_optimizer", optimizer)
+    trained = optimizer._trainable_variables
+    lists = [
+        value
+        for name, value in vars(optimizer).items()
+        if name != "_trainable_variables"
+        and isinstance(value, list)
+        and len(value) == len(trained)
+        and any(isinstance(item, keras.Variable) for item in value)
+    ]
+    return [
+        (variable, [found[i] for found in lists if isinstance(found[i], keras.Variable)])
+        for i, variable in enumerate(trained)
+    ]
+
+
+def is_elementwise(optimizer: Any) -> bool:
+    """Tells whether an optimizer updates each element for itself.
+
+    Args:
+        optimizer: A `keras.Optimizer`.
+    """
+    return type(getattr(optimizer, "inner_optimizer", optimizer)) in _ELEMENTWISE
+
+
+def keeps_no_memory(optimizer: Any) -> bool:
+    """Tells whether rows without a gradient stay what they are, as Keras computes it.
+
+    Args:
+        optimizer: A `keras.Optimizer`.
+    """
+    kind = type(optimizer)
+    return kind is keras.optimizers.Adagrad or (
+        kind is keras.optimizers.SGD and not optimizer.momentum
+    )
+
+
+def register_parts(optimizer: Any) -> None:
+    """Lets an optimizer find its state by a part of a split variable.
+
+    Args:
+        optimizer: A built `keras.Optimizer`, reindexed.
+    """
+    for one in (optimizer, getattr(optimizer, "inner_optimizer", None)):
+        if one is not None and one.built:
+            for index, variable in enumerate(one._trainable_variables):
+                for part in parts_of(variable):
+                    one._trainable_variables_indices[part._unique_id] = index
+
+
+@contextlib.contextmanager
+def served(rows_only: bool) -> Iterator[None]:
+    """Replaces the places named at the top of this file.
+
+    Args:
+        rows_only: Whether every optimizer whose elements are independent updates only rows
+            with a gradient, or only those that keep no memory of rows without.
+    """
+    with contextlib.ExitStack() as stack:
+        for owner, name, value in replacements(rows_only):
+            before = owner.__dict__[name]
+            setattr(owner, name, value)
+            stack.callback(setattr, owner, name, before)
+        yield
+
+
+def replacements(rows_only: bool) -> list[tuple[Any, str, Callable[..., Any]]]:
+    """Lists the places, and what is put there; see `served`."""
+
+    def update_step(
+        optimizer: Any, grads: Sequence[Tensor], trainable_variables: Any, learning_rate: Any
+    ) -> None:
+        by_rows = is_elementwise(optimizer) and (rows_only or keeps_no_memory(optimizer))
+        kept = {id(variable): slots for variable, slots in trained_by(optimizer)}
+        for gradient, variable in zip(grads, trainable_variables, strict=True):
+            _update_where_it_is(
+                optimizer, gradient, variable, kept[id(variable)], learning_rate, by_rows
+            )
+
+    return [
+        (_TFOptimizer, "_backend_update_step", update_step),
+        (_TFOptimizer, "_apply_weight_decay", _apply_weight_decay),
+        (tf.GradientTape, "gradient", _gradient),
+        (keras.layers.Embedding, "call", _embed),
+    ]
+
+
+def _update_where_it_is(
+    optimizer: Any,
+    gradient: Tensor,
+    variable: Any,
+    slots: Sequence[Any],
+    learning_rate: Any,
+    by_rows: bool,
+) -> None:
+    value = variable._value
+    gradients = value.cut(gradient) if isinstance(value, Split) else [gradient]
+    slots_parts = [parts_of(slot) for slot in slots]
+    for i, (part, rows) in enumerate(zip(parts_of(variable), gradients, strict=True)):
+        homes = [(variable, part)]
+        homes += [(s, parts[i]) for s, parts in zip(slots, slots_parts, strict=True)]
+        with tf.device(part.device):
+            if isinstance(rows, tf.IndexedSlices) and by_rows:
+                ids, rows = _summed_by_row(rows)
+                homes = [(v, Rows(home, ids)) for v, home in homes]
+            with _living_in(homes):
+                optimizer.update_step(rows, variable, learning_rate)
+
+
+def _summed_by_row(slices: Tensor) -> tuple[Tensor, Tensor]:
+    ids, places = tf.unique(slices.indices)
+    return ids, tf.math.unsorted_segment_sum(slices.values, places, tf.size(ids))
+
+
+@contextlib.contextmanager
+def _living_in(homes: Sequence[tuple[Any, Any]]) -> Iterator[None]:
+    before = [variable._value for variable, _ in homes]
+    for variable, home in homes:
+        variable._value = home
+    try:
+        yield
+    finally:
+        for (variable, _), value in zip(homes, before, strict=True):
+            variable._value = value
+
+
+def _apply_weight_decay(optimizer: Any, variables: Sequence[Any]) -> None:
+    if optimizer.weight_decay is None:
+        return
+    for variable in variables:
+        if optimizer._use_weight_decay(variable):
+            for part in parts_of(variable):
+                with tf.device(part.device):
+                    rate = tf.cast(optimizer.learning_rate, part.dtype)
+                    part.assign_sub(part * tf.cast(optimizer.weight_decay, part.dtype) * rate)
+
+
+_tensorflow_gradient = tf.GradientTape.gradient
+
+
+def _gradient(tape: Any, target: Any, sources: Any, *args: Any, **options: Any) -> Any:
+    flat = tf.nest.flatten(sources)
+    splits = [getattr(source, "_value", None) for source in flat]
+    if not any(isinstance(value, Split) for value in splits):
+        return _tensorflow_gradient(tape, target, sources, *args, **options)
+    nested = [v.parts if isinstance(v, Split) else s for s, v in zip(flat, splits, strict=True)]
+    found = _tensorflow_gradient(tape, target, nested, *args, **options)
+    joined = [
+        v.join(part) if isinstance(v, Split) else part
+        for part, v in zip(found, splits, strict=True)
+    ]
+    return tf.nest.pack_sequence_as(sources, joined)
+
+
+_keras_embed = keras.layers.Embedding.call
+
+
+def _embed(layer: Any, inputs: Tensor) -> Tensor:
+    table = layer.__dict__.get("_embeddings")
+    value = getattr(table, "_value", None)
+    is_plain = not layer.lora_enabled and getattr(layer, "quantization_mode", None) is None
+    if value is None or not is_plain or isinstance(inputs, keras.KerasTensor):
+        return _keras_embed(layer, inputs)
+    ids = tf.convert_to_tensor(inputs)
+    ids = ids if ids.dtype in (tf.int32, tf.int64) else tf.cast(ids, tf.int32)
+    if isinstance(value, Split):
+        rows = value.lookup(ids)
+    elif isinstance(value, tf.Variable):
+        rows = tf.nn.embedding_lookup(value, ids)
+    else:
+        return _keras_embed(layer, inputs)
+    return tf.cast(rows, layer.compute_dtype)
+
+
+@contextlib.contextmanager
+def stateful() -> Iterator[None]:
+    """Lets assignments through, inside of a `keras.StatelessScope`."""
+    scope = _global_state.get_global_attribute("stateless_scope")
+    _global_state.set_global_attribute("stateless_scope", None)
+    try:
+        yield
+    finally:
+        _global_state.set_global_attribute("stateless_scope", scope)
+
+
+def averaging_variables(model: Any) -> set[int]:
+    """Collects the ids of BatchNormalization's moving statistics.
+
+    Args:
+        model: A `keras.Model`.
+    """
+    return {
+        id(variable)
+        for layer in model._flatten_layers()
+        if isinstance(layer, keras.layers.BatchNormalization)
+        for variable in layer.non_trainable_variables
+    }

@@ -1,0 +1,383 @@
+"""Asynchronous training: each worker takes the next batch, reads, computes, and updates.
+
+A step is one function that the coordinator hands to a worker. What it computes is computed
+without touching a variable: Keras's own `train_step` runs in a `keras.StatelessScope`. Then
+the gradients travel to the servers, and all that the step changes is changed in one
+section, under a lock on the first server. So updates are applied one after the other, each
+whole, to whatever the weights have become meanwhile (Dean et al., "Large scale distributed
+deep networks", NIPS 2012, section 4.1, without its races).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from tfdist import _keras
+from tfdist._keras import ReplicaBatch, served
+from tfdist.strategies.base import Functions
+from tfdist.strategies.parameter_server.servers import Servers
+
+Tensor = Any
+Logs = dict[str, Any]
+
+_REMEMBERED = 4096  # steps that may be made a second time, after a worker was lost
+_UPDATES = 8  # of one step, at most: a model's own train step may have several
+_REFRESH_S = 0.25
+
+
+@dataclass(frozen=True)
+class Staleness:
+    """How old the weights were with which gradients had been computed.
+
+    Attributes:
+        updates: Updates applied.
+        mean: Updates applied between a step's reading of the weights and its own, on average.
+        maximum: The most of them.
+    """
+
+    updates: int
+    mean: float
+    maximum: int
+
+
+class Ledger:
+    """What the first server remembers of updates: their number, their age, and a lock.
+
+    Args:
+        server: The device.
+    """
+
+    def __init__(self, server: str) -> None:
+        self.server = server
+        with tf.device(server):
+            self.section = tf.CriticalSection(name="tfdist_updates")
+            self.version = tf.Variable(0, dtype=tf.int64, trainable=False)
+            self._sum = tf.Variable(0, dtype=tf.int64, trainable=False)
+            self._most = tf.Variable(0, dtype=tf.int64, trainable=False)
+            self._made = tf.Variable(
+                tf.fill([_UPDATES, _REMEMBERED], tf.constant(-1, tf.int64)), trainable=False
+            )
+
+    def clear(self) -> None:
+        """Forgets the steps of an earlier `fit`."""
+        for variable in (self.version, self._sum, self._most):
+            variable.assign(0)
+        self._made.assign(tf.fill([_UPDATES, _REMEMBERED], tf.constant(-1, tf.int64)))
+
+    def staleness(self) -> Staleness:
+        """Reads how old weights were."""
+        updates = int(self.version.numpy())
+        mean = int(self._sum.numpy()) / updates if updates else 0.0
+        return Staleness(updates, mean, int(self._most.numpy()))
+
+    def once(self, number: Tensor, part: int, change: Callable[[], None]) -> None:
+        """Does what a step changes, unless it was done: a lost worker's step is made again.
+
+        Args:
+            number: Scalar int64, of the step.
+            part: Which of the step's changes this is.
+            change: Assigns variables.
+        """
+        with tf.device(self.server):
+            number = tf.identity(number)
+            place = number % _REMEMBERED
+
+            def do() -> Tensor:
+                change()
+                self._made.scatter_nd_update([[part, place]], [number])
+                return tf.constant(True)
+
+            def guarded() -> Tensor:
+                with tf.device(self.server):
+                    fresh = self._made[part, place] != number
+                    return tf.cond(fresh, do, lambda: tf.constant(False))
+
+            self.section.execute(guarded)
+
+    def note(self, read: Tensor) -> None:
+        """Counts an update.
+
+        Args:
+            read: The number of updates when the weights were read.
+        """
+        age = self.version - read
+        self._sum.assign_add(age)
+        self._most.assign(tf.maximum(self._most, age))
+        self.version.assign_add(1)
+
+
+class _Updates:
+    """Stands between a train step and its optimizers, on a worker."""
+
+    def __init__(self, model: Any, ledger: Ledger, number: Tensor) -> None:
+        self._ledger = ledger
+        self._number = number
+        self._at_once = _keras.has_own_train_step(model)
+        self._waiting: list[Callable[[], None]] = []
+        self._sent: list[Tensor] = []
+        self._applied = 0
+
+    def scale(self, optimizer: Any, loss: Tensor) -> Tensor:
+        """Leaves the loss: a step's batch is the whole of it."""
+        return loss
+
+    def apply(
+        self,
+        optimizer: Any,
+        grads: list[Tensor],
+        update: Callable[[list[Tensor]], None],
+        variables: Sequence[Any],
+    ) -> None:
+        """Sends gradients to their servers; applies them at the end of the step, or now."""
+        sent = [_sent(g, v) for g, v in zip(grads, variables, strict=True)]
+        self._sent += [s for s in sent if s is not None]
+        self._waiting.append(lambda: update(sent))
+        if self._at_once:
+            self.finish(lambda: None)
+
+    def finish(self, change: Callable[[], None]) -> None:
+        """Applies what waits, with a change that belongs to it."""
+        waiting, self._waiting = self._waiting, []
+
+        def everything() -> None:
+            for update in waiting:
+                update()
+            change()
+
+        if self._applied == _UPDATES:
+            raise ValueError(f"A train step may have at most {_UPDATES - 1} updates.")
+        leaves = tf.nest.flatten(self._sent, expand_composites=True)
+        with served.stateful(), tf.control_dependencies(leaves):
+            self._ledger.once(self._number, self._applied, everything)
+        self._applied += 1
+
+
+def _sent(gradient: Tensor, variable: Any) -> Tensor:
+    """Moves a gradient to where it will be applied, before anything is locked."""
+    if gradient is None:
+        return None
+    value = variable._value
+    if isinstance(value, served.Split):
+        parts = []
+        for part, rows in zip(value.parts, value.cut(gradient), strict=True):
+            with tf.device(part.device):
+                parts.append(tf.nest.map_structure(tf.identity, rows, expand_composites=True))
+        return value.join(parts)
+    with tf.device(value.device):
+        return tf.nest.map_structure(tf.identity, gradient, expand_composites=True)
+
+
+class Asynchronous:
+    """A model's functions for Keras's loop.
+
+    Args:
+        model: A compiled, built `keras.Model`, its variables on the servers.
+        servers: What the chief is connected to.
+        in_flight: Steps that may be under way, or None for enough to keep workers busy.
+        waiting_for: Limits a wait, as `Strategy.waiting_for` does.
+        on_end: Is told how old weights were, when a training has ended.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        servers: Servers,
+        in_flight: int | None,
+        waiting_for: Callable[[str], contextlib.AbstractContextManager[None]],
+        on_end: Callable[[Staleness], None],
+    ) -> None:
+        self._model = model
+        self._coordinator = servers.coordinator
+        self._num_workers = len(servers.workers)
+        # One under way on each worker, and one that is sent to it meanwhile.
+        self._in_flight = 2 * self._num_workers if in_flight is None else in_flight
+        self._waiting_for = waiting_for
+        self._on_end = on_end
+        self._ledger = Ledger(servers.servers[0])
+        self._pending: deque[Any] = deque()
+        self._number = 0
+        self._shown: Logs = {}
+        self._shown_at = 0.0
+        self._train = self._traced(self._train_steps)
+        self._test = self._traced(self._test_steps)
+        self._predict = self._traced(model.predict_step)
+
+    def functions(self) -> Functions:
+        """Gives what Keras's loop calls."""
+        return Functions(self._train_epoch, self._test_epoch, self._predict_batch, self.running)
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Makes the model's metrics those of all steps that were begun, while it lasts."""
+        own = self._model.get_metrics_result
+
+        def settled() -> Logs:
+            self._settle()
+            results: Logs = own()
+            return results
+
+        self._ledger.clear()
+        self._number, self._shown, self._shown_at = 0, {}, 0.0
+        vars(self._model)["get_metrics_result"] = settled
+        self._own_results = own
+        try:
+            yield
+            self._settle()
+            self._on_end(self._ledger.staleness())
+        finally:
+            del vars(self._model)["get_metrics_result"]
+            self._pending.clear()
+
+    # --- on the chief -----------------------------------------------------------------
+
+    def _train_epoch(self, epoch: Any) -> Logs:
+        return self._schedule(epoch, self._train)
+
+    def _test_epoch(self, epoch: Any) -> Logs:
+        return self._schedule(epoch, self._test)
+
+    def _schedule(self, epoch: Any, function: Callable[..., Any]) -> Logs:
+        steps = epoch.take(self._model.steps_per_execution)
+        batches = []
+        try:
+            with epoch.drawing():
+                for _ in range(steps):
+                    batches.append(epoch.iterator.get_next().data)
+        except tf.errors.OutOfRangeError:
+            if not batches:
+                raise
+        first = tf.constant(self._number, tf.int64)
+        self._number += len(batches)
+        with self._waiting_for(f"step {epoch.steps_taken}"):
+            self._pending.append(
+                self._coordinator.schedule(function, args=(tuple(batches), first))
+            )
+            while len(self._pending) >= max(1, self._in_flight // len(batches)):
+                self._shown |= self._pending.popleft().fetch()
+        epoch.note_progress(len(batches))
+        if time.monotonic() > self._shown_at + _REFRESH_S:
+            self._shown |= self._own_results()
+            self._shown_at = time.monotonic()
+        return dict(self._shown)
+
+    def _predict_batch(self, shares: list[Any]) -> Any:
+        """Predicts global batches, each worker a slice of each."""
+        with self._waiting_for("a step"):
+            pending = [
+                self._coordinator.schedule(self._predict, args=(piece,))
+                for share in shares
+                for piece in _pieces(share.data, self._num_workers)
+            ]
+            outputs = [one.fetch() for one in pending]
+        return tf.nest.map_structure(lambda *parts: np.concatenate(parts), *outputs)
+
+    def _settle(self) -> None:
+        """Waits until all steps that were begun are done."""
+        if self._pending:
+            with self._waiting_for("the last steps of an epoch"):
+                self._coordinator.join()
+                for one in self._pending:
+                    self._shown |= one.fetch()
+            self._pending.clear()
+
+    def _traced(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        traced: Callable[..., Any] = tf.function(
+            tf.autograph.experimental.do_not_convert(function), reduce_retracing=True
+        )
+        return traced
+
+    # --- on a worker ------------------------------------------------------------------
+
+    def _train_steps(self, batches: tuple[Any, ...], first: Tensor) -> Logs:
+        return self._several(batches, first, self._train_step)
+
+    def _test_steps(self, batches: tuple[Any, ...], first: Tensor) -> Logs:
+        return self._several(batches, first, self._test_step)
+
+    def _several(
+        self, batches: tuple[Any, ...], first: Tensor, step: Callable[[Any, Tensor], Logs]
+    ) -> Logs:
+        # Unrolled: a loop in the graph would go over all devices in each round.
+        made: list[Tensor] = []
+        for index, batch in enumerate(batches):
+            with tf.control_dependencies(made):
+                extra = step(batch, first + index)
+            made = [tf.identity(first)]
+        return extra
+
+    def _train_step(self, data: Any, number: Tensor) -> Logs:
+        model, ledger = self._model, self._ledger
+        with tf.device(ledger.server):
+            read = tf.identity(ledger.version)
+        statistics = [v for v in model.non_trainable_variables if v.dtype.startswith("float")]
+        with tf.control_dependencies([read]), self._apart(data, number) as (scope, batch):
+            before = {id(v): tf.convert_to_tensor(v) for v in statistics}
+            batch.updates = updates = _Updates(model, ledger, number)
+            logs = model.train_step(data)
+            batch.updates = None
+            averages = served.averaging_variables(model)
+
+            def change() -> None:
+                self._add_metrics(scope)
+                for variable in statistics:
+                    value = scope.get_current_value(variable)
+                    if value is None:
+                        continue
+                    # A mean that overtakes itself could leave what it is a mean of.
+                    if id(variable) in averages:
+                        variable._value.assign(value)
+                    else:
+                        variable._value.assign_add(value - before[id(variable)])
+                ledger.note(read)
+
+            updates.finish(change)
+        return self._extra(logs)
+
+    def _test_step(self, data: Any, number: Tensor) -> Logs:
+        with self._apart(data, number) as (scope, _):
+            logs = self._model.test_step(data)
+            with served.stateful():
+                self._ledger.once(number, 0, lambda: self._add_metrics(scope))
+        return self._extra(logs)
+
+    @contextlib.contextmanager
+    def _apart(self, data: Any, number: Tensor) -> Iterator[tuple[Any, ReplicaBatch]]:
+        """Computes on a batch without changing a variable; metrics begin at zero."""
+        metrics = _keras.metric_variables(self._model)
+        zeros = [(v, tf.zeros(v.shape, v.dtype)) for v in metrics]
+        rows = tf.shape(tf.nest.flatten(data)[0], tf.int64)[0]
+        # What a step drops is a function of its number, as seeds are read and not written.
+        batch = ReplicaBatch(rows, rows, number * rows, list)
+        with keras.StatelessScope(zeros, collect_losses=True) as scope, _keras.on_replica(batch):
+            yield scope, batch
+
+    def _add_metrics(self, scope: Any) -> None:
+        for variable in _keras.metric_variables(self._model):
+            variable._value.assign_add(tf.cast(scope.get_current_value(variable), variable.dtype))
+
+    def _extra(self, logs: Logs) -> Logs:
+        """Keeps what a step returned besides metrics."""
+        known = {metric.name for metric in self._model.metrics}
+        known |= set(self._own_results())
+        return {n: tf.convert_to_tensor(v) for n, v in logs.items() if n not in known}
+
+
+def _pieces(data: Any, count: int) -> list[Any]:
+    """Cuts a batch into as many pieces as there are workers, or rows."""
+    rows = int(tf.shape(tf.nest.flatten(data)[0])[0])
+    count = max(1, min(count, rows))
+    edges = [rows * i // count for i in range(count + 1)]
+    return [
+        tf.nest.map_structure(lambda leaf: leaf[begin:end], data)  # noqa: B023, used at once
+        for begin, end in zip(edges, edges[1:], strict=False)
+    ]
+

@@ -1,0 +1,306 @@
+"""The strategy: asynchronous by default, synchronous when asked."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from tfdist import _keras
+from tfdist._keras import served
+from tfdist.cluster import CHIEF, PS, Cluster
+from tfdist.errors import ArgumentError, ServerLostError, StrategyError
+from tfdist.patience import Patience
+from tfdist.strategies.base import Functions, Place, Tensor
+from tfdist.strategies.parameter_server.asynchronous import Asynchronous, Staleness
+from tfdist.strategies.parameter_server.held import ServerVariables, plan
+from tfdist.strategies.parameter_server.servers import connect, serve
+from tfdist.strategies.tf_distribute import (
+    MirroredVariables,
+    TFDistribute,
+    require_unused_tensorflow,
+)
+
+
+class ParameterServer(TFDistribute):
+    """Variables on parameter servers; workers read them, compute, and send gradients.
+
+    The script runs on the chief alone. Made by `strategy="parameter_server"`; pass an
+    instance to choose the options below.
+
+    Args:
+        cluster: This process's place; read from the environment if None.
+        synchronous: False: each worker takes a global batch of its own, and its update is
+            applied to whatever the weights have become meanwhile. True: all workers compute
+            a share of the same global batch with the same weights, which gives the weights
+            of one process.
+        max_staleness: At most so many updates may come between a step's reading of the
+            weights and its own update; no bound if None. 0 makes one step at a time.
+        min_part_bytes: A variable of at least twice as many bytes, with its optimizer's
+            state, is split by rows over servers.
+
+    Raises:
+        ArgumentError: An argument is none of these, or they contradict each other.
+        StrategyError: The cluster has no servers, or one did not come up.
+
+    Example:
+        >>> import tfdist  # doctest: +SKIP
+        >>> tfdist.fit(model, x, y, strategy=tfdist.ParameterServer(synchronous=True))
+    """
+
+    name = "parameter_server"
+    priority = 50
+    has_servers = True
+
+    def __init__(
+        self,
+        cluster: Cluster | None = None,
+        *,
+        synchronous: bool = False,
+        max_staleness: int | None = None,
+        min_part_bytes: int = 4 * 2**20,
+    ) -> None:
+        _check(synchronous, max_staleness, min_part_bytes)
+        cluster = Cluster.from_environment() if cluster is None else cluster
+        obstacle = self.unavailable(cluster)
+        if obstacle is not None:
+            raise StrategyError(
+                f"Parameter servers must be able to run here. Received: {obstacle}."
+            )
+        if cluster.job != CHIEF:
+            serve(cluster)
+        if not connect.cache_info().currsize:
+            require_unused_tensorflow(cluster)
+        self._servers = connect(cluster)
+        workers = len(self._servers.workers)
+        place = Place(workers, 0, workers) if synchronous else Place()
+        strategy = _mirrored(self._servers.workers) if synchronous else None
+        patience = Patience.from_environment("the chief", absent=self._servers.unreachable)
+        super().__init__(strategy, place, patience)
+        self.synchronous = synchronous
+        self.min_part_bytes = min_part_bytes
+        self.staleness: Staleness | None = None
+        self._in_flight = None if max_staleness is None else _window(max_staleness, workers)
+
+    @classmethod
+    def unavailable(cls, cluster: Cluster) -> str | None:
+        """Says why not: the cluster has no chief, no workers or no servers."""
+        missing = [j for j in (CHIEF, "worker", PS) if not cluster.jobs.get(j)]
+        if missing:
+            return (
+                f"the cluster has no {' and no '.join(missing)} (TF_CONFIG): start the script "
+                "with `tfdist run -n 2 --ps 1 script.py`"
+            )
+        return None
+
+    @classmethod
+    def chosen_by(cls, cluster: Cluster) -> str | None:
+        """Says why `auto` chooses it: the cluster has parameter servers."""
+        if not cluster.has_parameter_servers:
+            return None
+        workers, servers = (len(cluster.jobs.get(job, ())) for job in ("worker", PS))
+        return f"{workers} workers and {servers} servers in {cluster.source}"
+
+    def describe(self, batch_size: int | None) -> str:
+        """Says how a batch is computed."""
+        if self.synchronous:
+            return f"synchronous, {super().describe(batch_size)}"
+        each = "a batch" if batch_size is None else f"batch {batch_size}"
+        return f"asynchronous, {each} to a worker"
+
+    @property
+    def num_servers(self) -> int:
+        """How many parameter servers there are."""
+        return len(self._servers.servers)
+
+    def placed(self, variables: Sequence[Any], optimizers: Sequence[Any]) -> Any:
+        """Plans where variables go; see `plan`."""
+        return plan(variables, optimizers, self.num_servers, self.min_part_bytes)
+
+    def hold(
+        self, variables: Sequence[Any], optimizers: Sequence[Any]
+    ) -> contextlib.AbstractContextManager[None]:
+        """Moves weights and the optimizers' state to the servers, as `Strategy.hold` says.
+
+        In synchronous training each worker has a copy of what it writes in a step.
+        """
+        on_servers, copied = list(variables), []
+        if self.synchronous:
+            served_ids = {id(v) for o in optimizers for v in o.variables}
+            served_ids |= {id(v) for o in optimizers for v in _keras.trained_variables(o)}
+            on_servers = [v for v in variables if id(v) in served_ids]
+            copied = [v for v in variables if id(v) not in served_ids]
+        return _Both(
+            MirroredVariables(self.strategy, copied, optimizers) if copied else None,
+            ServerVariables(
+                self.placed(on_servers, optimizers),
+                optimizers,
+                self._servers.servers,
+                functools.partial(served.served, rows_only=not self.synchronous),
+            ),
+        )
+
+    def own_functions(self, model: Any) -> Functions | None:
+        """Makes the asynchronous steps."""
+        if self.synchronous:
+            return None
+        return Asynchronous(
+            model, self._servers, self._in_flight, self.waiting_for, self._note_staleness
+        ).functions()
+
+    def _note_staleness(self, staleness: Staleness) -> None:
+        self.staleness = staleness
+
+    # --- synchronous steps ------------------------------------------------------------
+
+    def distribute(self, dataset: Callable[[], Any]) -> Iterable[Any]:
+        """Leaves the data on the chief, which feeds the workers."""
+        made: Iterable[Any] = dataset()
+        return made
+
+    def next_share(self, iterator: Any) -> Any:
+        """Draws each worker's share."""
+        if not self.synchronous:
+            return iterator.get_next()
+        shares = [iterator.get_next() for _ in range(self.place.num_replicas)]
+        return tf.nest.map_structure(
+            lambda *leaves: self.strategy.experimental_distribute_values_from_function(
+                lambda context: leaves[context.replica_id_in_sync_group]
+            ),
+            *shares,
+        )
+
+    def reduce_step(
+        self,
+        gradients: Sequence[Tensor],
+        others: Sequence[Tensor],
+        share: Tensor,
+        variables: Sequence[Any],
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Sums gradients on the servers that hold their variables, the rest on the first."""
+        first = self._servers.servers[0]
+        devices = [v._value.device for v in variables] + [first] * len(others)
+        summed = self._summed([*gradients, *others], devices)
+        return summed[: len(gradients)], summed[len(gradients) :]
+
+    def all_reduce_sum(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Sums tensors of all workers on the first server."""
+        return self._summed(tensors, [self._servers.servers[0]] * len(tensors))
+
+    def _summed(self, tensors: Sequence[Tensor], devices: Sequence[str]) -> list[Tensor]:
+        if not tensors:
+            return []
+
+        def add(strategy: Any, given: Any) -> list[Tensor]:
+            sums = []
+            for tensor, device in zip(given, devices, strict=True):
+                parts = strategy.experimental_local_results(tensor)
+                with tf.device(device):
+                    sums.append(_sum(parts))
+            return sums
+
+        context = tf.distribute.get_replica_context()
+        result: list[Tensor] = context.merge_call(add, args=(list(tensors),))
+        return result
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        """Concatenates a tensor of every worker along axis 0."""
+
+        def join(strategy: Any, given: Any) -> Tensor:
+            with tf.device(self._servers.servers[0]):
+                return tf.concat(strategy.experimental_local_results(given), 0)
+
+        return tf.distribute.get_replica_context().merge_call(join, args=(tensor,))
+
+    def update(self, action: Callable[[], None]) -> None:
+        """Updates the variables on the servers, once for all workers."""
+
+        def once(strategy: Any) -> None:
+            with tf.device(self._servers.servers[0]):
+                action()
+
+        tf.distribute.get_replica_context().merge_call(once)
+
+    @contextlib.contextmanager
+    def waiting_for(self, what: str) -> Any:
+        """Limits a wait for workers and servers, and says what it means when one is lost."""
+        try:
+            with super().waiting_for(what):
+                yield
+        except tf.errors.UnavailableError:
+            absent = self._servers.unreachable()
+            raise ServerLostError(
+                "All workers and servers must live until training ends. Received: in "
+                f"{what}, {' and '.join(absent) or 'one of them'} did not answer. "
+                "`tfdist run` starts all processes again; with "
+                "keras.callbacks.BackupAndRestore training goes on from the last backup."
+            ) from None
+
+
+class _Both(contextlib.AbstractContextManager[None]):
+    """Variables on servers, and copies of others on the workers."""
+
+    def __init__(
+        self, copied: MirroredVariables | None, on_servers: ServerVariables
+    ) -> None:
+        self._parts = [part for part in (copied, on_servers) if part is not None]
+
+    def __enter__(self) -> None:
+        for part in self._parts:
+            part.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        for part in reversed(self._parts):
+            part.__exit__(*error)
+
+
+def _check(synchronous: bool, max_staleness: int | None, min_part_bytes: int) -> None:
+    if max_staleness is not None and (not isinstance(max_staleness, int) or max_staleness < 0):
+        raise ArgumentError(
+            "`max_staleness` must be a whole number, 0 or more, or None. Received: "
+            f"max_staleness={max_staleness!r}."
+        )
+    if synchronous and max_staleness is not None:
+        raise ArgumentError(
+            "`max_staleness` must not be passed in synchronous training, where no weights are "
+            f"stale. Received: synchronous=True, max_staleness={max_staleness!r}."
+        )
+    if not isinstance(min_part_bytes, int) or min_part_bytes < 1:
+        raise ArgumentError(
+            "`min_part_bytes` must be a whole number of at least 1. Received: "
+            f"min_part_bytes={min_part_bytes!r}."
+        )
+
+
+def _window(max_staleness: int, workers: int) -> int:
+    """Says how many steps may be under way so that no update is staler than allowed.
+
+    With w of them, an update may be overtaken by the w - 1 steps that began after it while
+    it was the oldest, and by those that were under way on other workers when it began.
+    """
+    window = 1
+    while min(workers - 1, window) + window <= max_staleness:
+        window += 1
+    return window
+
+
+def _mirrored(devices: Sequence[str]) -> Any:
+    # TensorFlow refuses devices of several processes outside of a graph; in one it does
+    # all that is needed here: to trace a function once for each device, in step.
+    with tf.Graph().as_default():
+        return tf.distribute.MirroredStrategy(
+            list(devices), cross_device_ops=tf.distribute.ReductionToOneDevice()
+        )
+
+
+def _sum(parts: Sequence[Tensor]) -> Tensor:
+    if isinstance(parts[0], tf.IndexedSlices):
+        return tf.IndexedSlices(
+            tf.concat([part.values for part in parts], 0),
+            tf.concat([part.indices for part in parts], 0),
+            parts[0].dense_shape,
+        )
+    return tf.add_n(list(parts))
