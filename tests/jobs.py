@@ -41,13 +41,15 @@ def on_place(place: str, module: str, *arguments: Any) -> list[str]:
     strategy, replicas = place.rsplit("-", 1)
     command = ["-m", module, strategy, replicas, *map(str, arguments)]
     workers = workers_of(place)
+    if strategy == "parameter_server":
+        return tfdist_run(int(replicas), *command, options=["--ps", "2"])
     if workers == 1:
         return [sys.executable, *command]
     return tfdist_run(workers, *command, options=["--strategy", strategy])
 
 
 def workers_of(place: str) -> int:
-    """Gives the number of processes of a place."""
+    """Gives the number of processes of a place that run the program."""
     strategy, replicas = place.rsplit("-", 1)
     return int(replicas) if strategy in ("multi_worker", "horovod") else 1
 
@@ -62,6 +64,8 @@ def begin(strategy: str, replicas: str, seed: int) -> Any:
         (cpu,) = tf.config.list_physical_devices("CPU")
         devices = [tf.config.LogicalDeviceConfiguration()] * int(replicas)
         tf.config.set_logical_device_configuration(cpu, devices)
+    if strategy == "parameter_server":  # parts so small that most variables are split
+        return tfdist.init(tfdist.ParameterServer(synchronous=True, min_part_bytes=256), seed)
     return tfdist.init(strategy, seed=seed)
 
 

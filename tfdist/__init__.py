@@ -40,7 +40,7 @@ _HOMES = {
     "fit": "tfdist.training",
     "init": "tfdist.session",
     "is_chief": "tfdist.session",
-    "placement": "tfdist.placement",
+    "placement": "tfdist.placements",
     "predict": "tfdist.training",
 }
 

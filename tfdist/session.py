@@ -74,8 +74,8 @@ def init(strategy: Any = "auto", seed: int | None = None) -> Session:
     Args:
         strategy: "auto" to keep what this process has, at first to choose from the
             environment; a name ("single", "mirrored",
-            "multi_worker", "horovod", "tpu"); or an instance of `tf.distribute.Strategy` or
-            `tfdist.Horovod`.
+            "multi_worker", "horovod", "parameter_server", "tpu"); or an instance of
+            `tf.distribute.Strategy`, `tfdist.Horovod` or `tfdist.ParameterServer`.
         seed: Seeds Python, NumPy, Keras and TensorFlow, and the sampler of `fit`. With None
             a single process keeps the seeds that it has, and the workers of a cluster take
             one that the chief draws.

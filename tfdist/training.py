@@ -72,8 +72,9 @@ def fit(
         validation_steps: Batches to validate on, if not all.
         validation_batch_size: As `batch_size`, for validation.
         validation_freq: Epochs between validations, or a list of epochs.
-        strategy: "auto", "single", "mirrored", "multi_worker", "horovod", "tpu", or an
-            instance of `tf.distribute.Strategy` or `tfdist.Horovod`.
+        strategy: "auto", "single", "mirrored", "multi_worker", "horovod",
+            "parameter_server", "tpu", or an instance of `tf.distribute.Strategy`,
+            `tfdist.Horovod` or `tfdist.ParameterServer`.
         sampler: Which rows make up each step; overrides `shuffle`.
         seed: Of the sampler; `init`'s if None, and drawn if that is None too.
 
@@ -167,7 +168,7 @@ def fit(
                 model=model,
             )
         with prepared.running(), _quiet_stop(prepared.stop):
-            return _keras.FIT(
+            history = _keras.FIT(
                 model,
                 _keras.StreamAdapter(stream, source.steps, source.on_epoch_end),
                 epochs=epochs,
@@ -178,6 +179,10 @@ def fit(
                 initial_epoch=epoch,
                 validation_freq=validation_freq,
             )
+        summary = session.strategy.summary()
+        if summary is not None and session.is_chief and verbose != 0:
+            print(f"tfdist: {summary}", flush=True)
+        return history
 
     return attempt() if run is None else run.train(attempt)
 

@@ -21,10 +21,10 @@ from tests.jobs import begin, write
 SEED = 7
 
 
-def run(name: str, target: Path, strategy: Any) -> None:
+def run(name: str, target: Path) -> None:
     keras.utils.set_random_seed(SEED)
     keras.backend.clear_session()
-    train = functools.partial(tfdist.fit, strategy=strategy, seed=SEED, verbose=0)
+    train = functools.partial(tfdist.fit, seed=SEED, verbose=0)
     try:
         models, history = CASES[name](train)
         models = models if isinstance(models, list) else [models]
@@ -47,7 +47,7 @@ def main(strategy: str, replicas: str, folder: Path, *names: str) -> None:
     session = begin(strategy, replicas, SEED)
     worker = "" if session.is_chief else ".other"
     for name in names or CASES:
-        run(name, folder / f"{name}.{strategy}-{replicas}{worker}", strategy)
+        run(name, folder / f"{name}.{strategy}-{replicas}{worker}")
 
 
 if __name__ == "__main__":

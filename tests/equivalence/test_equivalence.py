@@ -19,6 +19,8 @@ NAMES = [
     "mirrored-4",
     "horovod-2",
     "horovod-3",
+    "parameter_server-2",
+    "parameter_server-3",
 ]
 OLDEST = ("multi_worker-2", "mirrored-2")
 PLACES = [

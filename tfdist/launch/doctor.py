@@ -185,18 +185,17 @@ def _strategies(
     tensorflow_error: str,
     environ: Mapping[str, str],
 ) -> tuple[Readiness, ...]:
-    later = ()
-    names = ("single", "mirrored", "multi_worker", "horovod", "tpu")
+    names = ("single", "mirrored", "multi_worker", "horovod", "parameter_server", "tpu")
     if tensorflow_error:
-        return (*(Readiness(name, False, tensorflow_error) for name in names), *later)
+        return tuple(Readiness(name, False, tensorflow_error) for name in names)
     gpus = sum(device.kind == "GPU" for device in devices)
     return (
         Readiness("single", True, "one GPU" if gpus else "the processor"),
         _mirrored(gpus),
         _multi_worker(cluster),
         _horovod(answer, cluster),
+        _parameter_server(cluster),
         _tpu(devices, environ),
-        *later,
     )
 
 
@@ -212,6 +211,8 @@ def _multi_worker(cluster: Cluster | None) -> Readiness:
         return Readiness("multi_worker", False, "the cluster's description is malformed")
     if cluster.launched:
         return Readiness("multi_worker", False, f"{cluster.source} gave ranks, no addresses")
+    if cluster.has_parameter_servers:
+        return Readiness("multi_worker", False, "the cluster has parameter servers")
     if cluster.num_workers > 1:
         return Readiness(
             "multi_worker",
@@ -233,6 +234,19 @@ def _horovod(answer: Mapping[str, Any], cluster: Cluster | None) -> Readiness:
         return Readiness("horovod", True, f"{rank}; {built}")
     how = "start it with: tfdist run --strategy horovod -n 2 train.py"
     return Readiness("horovod", bool(answer["horovod_operations"]), f"{built}; {how}")
+
+
+def _parameter_server(cluster: Cluster | None) -> Readiness:
+    if cluster is None:
+        return Readiness("parameter_server", False, "the cluster's description is malformed")
+    if cluster.has_parameter_servers:
+        missing = [job for job in ("chief", "worker") if not cluster.jobs.get(job)]
+        if missing:
+            reason = f"{cluster.source} names no {' and no '.join(missing)}"
+            return Readiness("parameter_server", False, reason)
+        jobs = ", ".join(f"{len(cluster.jobs[job])} {job}" for job in ("worker", "ps"))
+        return Readiness("parameter_server", True, f"{cluster.task} beside {jobs}")
+    return Readiness("parameter_server", True, "start it with: tfdist run -n 2 --ps 1 train.py")
 
 
 def _tpu(devices: tuple[Device, ...], environ: Mapping[str, str]) -> Readiness:

@@ -18,6 +18,15 @@ _OTHER_ESCAPES = re.compile(
     r"\x1b\](?:[^\x07\x1b]*)(?:\x07|\x1b\\)|\x1b\[[0-?]*[ -/]*[@-ln-~]|\x1b[@-Z\\^_=>78]"
 )
 _KEPT_LINES = 400
+# What the chief of parameter servers writes, hundreds of times, when a worker is lost, which is
+# made good: the launcher says it in a line.
+_LOST_WORKER_NOISE = re.compile(
+    r"E\d{4} .*Failed to (?:register|remove) function remotely"
+    r"|ERROR:tensorflow:(?:Worker|Remote function on worker) /job:"
+    r"|Additional GRPC error information from remote target"
+    r"|:UNKNOWN:Error received from peer"
+    r"|This could happen if the remote target has been disconnected"
+)
 # TensorFlow writes these while it is imported, before it looks at TF_CPP_MIN_LOG_LEVEL: notes,
 # warnings, and three errors that only say that a machine has no GPU or that two libraries
 # register the same name.
@@ -27,6 +36,10 @@ _START_UP_NOISE = re.compile(
     r"|To enable the following instructions: .* rebuild TensorFlow"
     r"|E\d{4} .*(?:failed call to cuInit.*\(303\)|Unable to register cu\w+ (?:factory|plugin))"
 )
+
+
+def _is_noise(line: str) -> bool:
+    return bool(_START_UP_NOISE.match(line) or _LOST_WORKER_NOISE.match(line))
 
 
 def settled(line: str) -> str:
@@ -99,7 +112,7 @@ class Lines:
         self._rest = "\r".join(parts[written[-1] if written else -1 :])
         lines = [settled(line) for line in complete]
         if self._hide_start_up:
-            lines = [line for line in lines if not _START_UP_NOISE.match(line)]
+            lines = [line for line in lines if not _is_noise(line)]
         self.last.extend(map(plain, lines))
         return lines
 

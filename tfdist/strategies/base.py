@@ -198,6 +198,10 @@ class Strategy(abc.ABC):
         )
         return f"{replicas} replicas, batch {batch_size} = {split}"
 
+    def summary(self) -> str | None:
+        """Says what the user should know after a training, or None."""
+        return None
+
     def join(self) -> None:  # noqa: B027, only elastic strategies have anything to join
         """Begins to exchange with the others: until then each is alone."""
 

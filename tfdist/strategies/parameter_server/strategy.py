@@ -151,6 +151,16 @@ class ParameterServer(TFDistribute):
             model, self._servers, self._in_flight, self.waiting_for, self._note_staleness
         ).functions()
 
+    def summary(self) -> str | None:
+        """Says how stale weights were."""
+        seen = self.staleness
+        if seen is None or not seen.updates:
+            return None
+        return (
+            f"{seen.updates} updates, with gradients of weights that were {seen.mean:.1f} updates "
+            f"old on average, {seen.maximum} at most"
+        )
+
     def _note_staleness(self, staleness: Staleness) -> None:
         self.staleness = staleness
 
@@ -187,8 +197,14 @@ class ParameterServer(TFDistribute):
         return summed[: len(gradients)], summed[len(gradients) :]
 
     def all_reduce_sum(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Sums tensors of all workers on the first server."""
-        return self._summed(tensors, [self._servers.servers[0]] * len(tensors))
+        """Sums tensors of all workers on the first server; gradients are summed likewise."""
+        first = [self._servers.servers[0]] * len(tensors)
+
+        @tf.custom_gradient  # type: ignore[untyped-decorator]
+        def summed(*given: Tensor) -> tuple[list[Tensor], Callable[..., list[Tensor]]]:
+            return self._summed(given, first), lambda *dys: self._summed(dys, first)
+
+        return list(summed(*tensors))
 
     def _summed(self, tensors: Sequence[Tensor], devices: Sequence[str]) -> list[Tensor]:
         if not tensors:
