@@ -6,7 +6,6 @@ They derive from the built-in exception a Keras user would catch.
 
 from __future__ import annotations
 
-
 START_ME_AGAIN = 75
 """The exit status of a process that nothing is wrong with but what it lost (EX_TEMPFAIL)."""
 

@@ -10,8 +10,8 @@ import keras
 from tfdist import _keras
 from tfdist.errors import ArgumentError
 from tfdist.session import current
-from tfdist.strategies.parameter_server.held import num_bytes
 from tfdist.strategies.parameter_server import ParameterServer
+from tfdist.strategies.parameter_server.held import num_bytes
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def placement(model: Any, strategy: Any = "auto") -> Placement:
             "`model` must be a built keras.Model. Received: "
             f"model={model!r}. Give it an Input, or call it once."
         )
-    optimizers = [o for o in _keras.optimizers_of(model)]
+    optimizers = _keras.optimizers_of(model)
     for optimizer in optimizers:
         if not optimizer.built:
             optimizer.build(model.trainable_variables)

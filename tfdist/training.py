@@ -290,7 +290,7 @@ def predict(
     with prepared.running():
         return _keras.PREDICT(
             model,
-            _adapt(source, session.strategy),
+            _adapt(source, session.strategy, by_number=False),
             verbose=verbose if session.is_chief else 0,
             callbacks=callbacks,
         )
@@ -323,8 +323,8 @@ def _agreed(session: Session, model: Any, source: data.Source, **asked: Any) -> 
     return prepared
 
 
-def _adapt(source: data.Source, strategy: Strategy) -> Any:
-    stream = data.Stream(source, strategy)
+def _adapt(source: data.Source, strategy: Strategy, by_number: bool = True) -> Any:
+    stream = data.Stream(source, strategy, by_number=by_number)
     return _keras.StreamAdapter(stream, source.steps, source.on_epoch_end)
 
 

@@ -14,12 +14,15 @@ import pytest
 
 from tests.behaviour.checks import CHECKS
 from tests.behaviour.horovod_checks import HOROVOD_CHECKS
+from tests.behaviour.server_checks import SERVER_CHECKS
 from tests.jobs import begin, write
+
+OWN = {"horovod": HOROVOD_CHECKS, "parameter_server": SERVER_CHECKS}
 
 
 def main(strategy: str, replicas: str, folder: Path, *names: str) -> None:
     place = begin(strategy, replicas, seed=7).strategy.place
-    checks = CHECKS | (HOROVOD_CHECKS if strategy == "horovod" else {})
+    checks = CHECKS | OWN.get(strategy, {})
     for name in names or checks:
         keras.utils.set_random_seed(7)
         keras.backend.clear_session()

@@ -9,9 +9,10 @@ import pytest
 
 from tests.behaviour.checks import CHECKS
 from tests.behaviour.horovod_checks import HOROVOD_CHECKS
+from tests.behaviour.server_checks import SERVER_CHECKS
 from tests.jobs import Job, on_place, running, workers_of
 
-PLACES = ["single-1", "mirrored-2", "multi_worker-2", "horovod-2"]
+PLACES = ["single-1", "mirrored-2", "multi_worker-2", "horovod-2", "parameter_server-2"]
 LIMIT = 900
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(2 * LIMIT)]
@@ -46,6 +47,14 @@ def test_holds(check: str, place: str, jobs: dict[str, Job], folders: dict[str, 
 @pytest.mark.parametrize("check", HOROVOD_CHECKS)
 @pytest.mark.parametrize("place", ["horovod-2"])
 def test_horovod(
+    check: str, place: str, jobs: dict[str, Job], folders: dict[str, Path]
+) -> None:
+    passes(check, place, jobs, folders)
+
+
+@pytest.mark.parametrize("check", SERVER_CHECKS)
+@pytest.mark.parametrize("place", ["parameter_server-2"])
+def test_parameter_server(
     check: str, place: str, jobs: dict[str, Job], folders: dict[str, Path]
 ) -> None:
     passes(check, place, jobs, folders)

@@ -360,6 +360,27 @@ def _embed(layer: Any, inputs: Tensor) -> Tensor:
     return tf.cast(rows, layer.compute_dtype)
 
 
+class Apart(keras.StatelessScope):  # type: ignore[misc]
+    """A scope in which nothing is assigned, and in which only some variables have values.
+
+    Keras gives every variable a value when it trains in a `StatelessScope`, and asks the
+    scope for those that it regularizes.
+    """
+
+    def get_current_value(self, ref: Any) -> Any:
+        """Gives what a variable is in this scope."""
+        found = self.assigned(ref)
+        return ref._value if found is None else found
+
+    def assigned(self, ref: Any) -> Any:
+        """Gives what a variable began with or was assigned in this scope, or None.
+
+        Args:
+            ref: The `keras.Variable`.
+        """
+        return super().get_current_value(ref)
+
+
 @contextlib.contextmanager
 def stateful() -> Iterator[None]:
     """Lets assignments through, inside of a `keras.StatelessScope`."""

@@ -67,6 +67,19 @@ class Arrays(Source):
         options.experimental_optimization.apply_default_optimizations = False
         return dealt(self._row_numbers(epoch, skip), share, place).with_options(options)
 
+    @property
+    def columns(self) -> Any:
+        """The arrays."""
+        return self.data
+
+    def row_numbers(self, epoch: int, skip: int = 0) -> Any:
+        """Builds the stream of global batches as row numbers."""
+
+        def share(rows: Tensor, size: Tensor) -> Share:
+            return Share(tf.slice(rows, tf.constant([0], tf.int64), size))
+
+        return self._row_numbers(epoch, skip).map(share)
+
     def _gather(self, rows: Tensor) -> Any:
         return tf.nest.map_structure(lambda column: tf.gather(column, rows), self.data)
 

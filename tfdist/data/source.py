@@ -75,6 +75,23 @@ class Source(abc.ABC):
         """
 
     @property
+    def columns(self) -> Any:
+        """Tensors of which any rows can be gathered, in the structure of a batch, or None."""
+        return None
+
+    def row_numbers(self, epoch: int, skip: int = 0) -> Any:
+        """Builds the stream of global batches as numbers of rows in `columns`.
+
+        Args:
+            epoch: As in `shares`.
+            skip: As in `shares`.
+
+        Returns:
+            A `tf.data.Dataset` of `Share` whose data is an int64 tensor of shape [rows].
+        """
+        raise NotImplementedError
+
+    @property
     def continues(self) -> bool:
         """Whether one stream runs through all epochs, rather than one for each."""
         return False

@@ -22,6 +22,7 @@ class Stream:
         first_epoch: Called when the first share is drawn: epochs drawn in earlier runs.
         skip: Steps of the first epoch that were made already.
         on_progress: Called after each step with the steps made of the epoch.
+        by_number: Whether the strategy may be given row numbers in place of rows.
     """
 
     def __init__(
@@ -31,6 +32,7 @@ class Stream:
         first_epoch: Callable[[], int] = lambda: 0,
         skip: int = 0,
         on_progress: Callable[[int], None] = lambda step: None,
+        by_number: bool = True,
     ) -> None:
         self.source = source
         self.strategy = strategy
@@ -39,6 +41,7 @@ class Stream:
         self.steps_taken = 0
         self.steps_of_epoch = 0
         self.on_progress = on_progress
+        self.columns = source.columns if by_number and strategy.gathers_rows else None
         self._skip = skip
         self._epoch: int | None = None
         self._running: Any = None
@@ -56,8 +59,13 @@ class Stream:
         if self._running is None or not self.source.continues:
             epoch = self._epoch
             place = self.strategy.place
-            shares = self.strategy.distribute(lambda: self.source.shares(place, epoch, skip))
-            self._running = iter(shares)
+
+            def build() -> Any:
+                if self.columns is not None:
+                    return self.source.row_numbers(epoch, skip)
+                return self.source.shares(place, epoch, skip)
+
+            self._running = iter(self.strategy.distribute(build))
         return self._running
 
 
@@ -94,6 +102,11 @@ class Epoch:
                 ) from None
             raise
         self._stream.drawn = True
+
+    @property
+    def columns(self) -> Any:
+        """What shares are row numbers of, or None where they are rows."""
+        return self._stream.columns
 
     @property
     def steps_taken(self) -> int:

@@ -130,11 +130,11 @@ def plan_workers(
     places: Sequence[Mapping[str, str]]
     beside: list[Cluster] = []
     if servers:
-        clusters = server_clusters(hosts, total, servers, port)
-        workers_of_all = [c for c in clusters if c.job == WORKER]
+        everyone = server_clusters(hosts, total, servers, port)
+        workers_of_all = [c for c in everyone if c.job == WORKER]
         beside = [
             c
-            for c in clusters
+            for c in everyone
             if c.job != WORKER and c.index % max(1, len(hosts)) == (node_rank or 0)
         ]
         if hosts:
@@ -208,9 +208,7 @@ def server_clusters(
         after = port + workers
         addresses = worker_addresses(hosts, port)
         chief = f"{hosts[0].name}:{after}"
-        served = tuple(
-            f"{hosts[i % len(hosts)].name}:{after + 1 + i}" for i in range(servers)
-        )
+        served = tuple(f"{hosts[i % len(hosts)].name}:{after + 1 + i}" for i in range(servers))
     else:
         chief, *rest = free_addresses(1 + servers + workers)
         served, addresses = tuple(rest[:servers]), tuple(rest[servers:])

@@ -70,6 +70,7 @@ class Strategy(abc.ABC):
         place: Where this process's replicas stand; changes only in `reconnect`.
         elastic: Whether processes may come and go while training goes on.
         has_servers: Whether `hold` leaves variables where no replica is.
+        gathers_rows: Whether its own functions take row numbers where data has rows.
     """
 
     name: ClassVar[str]
@@ -77,6 +78,7 @@ class Strategy(abc.ABC):
     place: Place
     elastic: bool = False
     has_servers: bool = False
+    gathers_rows: bool = False
 
     @classmethod
     @abc.abstractmethod

@@ -11,13 +11,13 @@ deep networks", NIPS 2012, section 4.1, without its races).
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import keras
 import numpy as np
 import tensorflow as tf
 
@@ -182,7 +182,7 @@ class Asynchronous:
     Args:
         model: A compiled, built `keras.Model`, its variables on the servers.
         servers: What the chief is connected to.
-        in_flight: Steps that may be under way, or None for enough to keep workers busy.
+        max_staleness: The bound that was asked for, or None.
         waiting_for: Limits a wait, as `Strategy.waiting_for` does.
         on_end: Is told how old weights were, when a training has ended.
     """
@@ -191,19 +191,19 @@ class Asynchronous:
         self,
         model: Any,
         servers: Servers,
-        in_flight: int | None,
+        max_staleness: int | None,
         waiting_for: Callable[[str], contextlib.AbstractContextManager[None]],
         on_end: Callable[[Staleness], None],
     ) -> None:
         self._model = model
         self._coordinator = servers.coordinator
         self._num_workers = len(servers.workers)
-        # One under way on each worker, and one that is sent to it meanwhile.
-        self._in_flight = 2 * self._num_workers if in_flight is None else in_flight
+        self._max_staleness = max_staleness
         self._waiting_for = waiting_for
         self._on_end = on_end
         self._ledger = Ledger(servers.servers[0])
         self._pending: deque[Any] = deque()
+        self._resident: list[tuple[Any, Any]] = []  # columns, and where workers have them
         self._number = 0
         self._shown: Logs = {}
         self._shown_at = 0.0
@@ -236,6 +236,7 @@ class Asynchronous:
         finally:
             del vars(self._model)["get_metrics_result"]
             self._pending.clear()
+            self._resident.clear()
 
     # --- on the chief -----------------------------------------------------------------
 
@@ -251,23 +252,36 @@ class Asynchronous:
         try:
             with epoch.drawing():
                 for _ in range(steps):
-                    batches.append(epoch.iterator.get_next().data)
+                    batches.append(epoch.iterator.get_next().data)  # noqa: PERF401, may raise
         except tf.errors.OutOfRangeError:
             if not batches:
                 raise
         first = tf.constant(self._number, tf.int64)
         self._number += len(batches)
         with self._waiting_for(f"step {epoch.steps_taken}"):
+            columns = None if epoch.columns is None else self._on_workers(epoch.columns)
             self._pending.append(
-                self._coordinator.schedule(function, args=(tuple(batches), first))
+                self._coordinator.schedule(function, args=(tuple(batches), first, columns))
             )
-            while len(self._pending) >= max(1, self._in_flight // len(batches)):
+            most = window(self._max_staleness, self._num_workers, len(batches))
+            while len(self._pending) >= most:
                 self._shown |= self._pending.popleft().fetch()
         epoch.note_progress(len(batches))
         if time.monotonic() > self._shown_at + _REFRESH_S:
             self._shown |= self._own_results()
             self._shown_at = time.monotonic()
         return dict(self._shown)
+
+    def _on_workers(self, columns: Any) -> Any:
+        """Sends arrays to the workers, once; gives what a step reads them from."""
+        for known, iterator in self._resident:
+            if known is columns:
+                return iterator
+        dataset = self._coordinator.create_per_worker_dataset(
+            lambda: tf.data.Dataset.from_tensors(columns).repeat()
+        )
+        self._resident.append((columns, iter(dataset)))
+        return self._resident[-1][1]
 
     def _predict_batch(self, shares: list[Any]) -> Any:
         """Predicts global batches, each worker a slice of each."""
@@ -297,20 +311,25 @@ class Asynchronous:
 
     # --- on a worker ------------------------------------------------------------------
 
-    def _train_steps(self, batches: tuple[Any, ...], first: Tensor) -> Logs:
-        return self._several(batches, first, self._train_step)
+    def _train_steps(self, batches: tuple[Any, ...], first: Tensor, columns: Any) -> Logs:
+        return self._several(batches, first, columns, self._train_step)
 
-    def _test_steps(self, batches: tuple[Any, ...], first: Tensor) -> Logs:
-        return self._several(batches, first, self._test_step)
+    def _test_steps(self, batches: tuple[Any, ...], first: Tensor, columns: Any) -> Logs:
+        return self._several(batches, first, columns, self._test_step)
 
     def _several(
-        self, batches: tuple[Any, ...], first: Tensor, step: Callable[[Any, Tensor], Logs]
+        self,
+        batches: tuple[Any, ...],
+        first: Tensor,
+        columns: Any,
+        step: Callable[[Any, Tensor], Logs],
     ) -> Logs:
+        resident = None if columns is None else next(columns)
         # Unrolled: a loop in the graph would go over all devices in each round.
         made: list[Tensor] = []
         for index, batch in enumerate(batches):
             with tf.control_dependencies(made):
-                extra = step(batch, first + index)
+                extra = step(_rows(batch, resident), first + index)
             made = [tf.identity(first)]
         return extra
 
@@ -329,7 +348,7 @@ class Asynchronous:
             def change() -> None:
                 self._add_metrics(scope)
                 for variable in statistics:
-                    value = scope.get_current_value(variable)
+                    value = scope.assigned(variable)
                     if value is None:
                         continue
                     # A mean that overtakes itself could leave what it is a mean of.
@@ -357,18 +376,52 @@ class Asynchronous:
         rows = tf.shape(tf.nest.flatten(data)[0], tf.int64)[0]
         # What a step drops is a function of its number, as seeds are read and not written.
         batch = ReplicaBatch(rows, rows, number * rows, list)
-        with keras.StatelessScope(zeros, collect_losses=True) as scope, _keras.on_replica(batch):
+        with served.Apart(zeros, collect_losses=True) as scope, _keras.on_replica(batch):
             yield scope, batch
 
     def _add_metrics(self, scope: Any) -> None:
         for variable in _keras.metric_variables(self._model):
-            variable._value.assign_add(tf.cast(scope.get_current_value(variable), variable.dtype))
+            variable._value.assign_add(tf.cast(scope.assigned(variable), variable.dtype))
 
     def _extra(self, logs: Logs) -> Logs:
         """Keeps what a step returned besides metrics."""
         known = {metric.name for metric in self._model.metrics}
         known |= set(self._own_results())
         return {n: tf.convert_to_tensor(v) for n, v in logs.items() if n not in known}
+
+
+def window(max_staleness: int | None, workers: int, updates: int) -> int:
+    """Says how many functions may be under way so that no update is staler than allowed.
+
+    An update may be overtaken by those that were under way on other workers when it began,
+    and by those that began while it was the oldest: a function begins only if fewer than the
+    window are under way from the oldest on.
+
+    Args:
+        max_staleness: The bound, or None for a window that keeps all workers busy.
+        workers: How many there are.
+        updates: Of one function, one after the other.
+
+    Returns:
+        At least 1.
+
+    Example:
+        >>> window(None, 2, 1), window(0, 2, 1), window(2, 2, 1), window(9, 4, 2)
+        (4, 1, 2, 3)
+    """
+    if max_staleness is None:
+        return 2 * workers  # one under way on each, and one that is sent to it meanwhile
+    most = 1
+    while updates * (min(workers - 1, most) + most) <= max_staleness:
+        most += 1
+    return most
+
+
+def _rows(batch: Any, columns: Any) -> Any:
+    """Gathers a batch from the columns that a worker has, where there are some."""
+    if columns is None:
+        return batch
+    return tf.nest.map_structure(lambda column: tf.gather(column, batch), columns)
 
 
 def _pieces(data: Any, count: int) -> list[Any]:
@@ -378,6 +431,5 @@ def _pieces(data: Any, count: int) -> list[Any]:
     edges = [rows * i // count for i in range(count + 1)]
     return [
         tf.nest.map_structure(lambda leaf: leaf[begin:end], data)  # noqa: B023, used at once
-        for begin, end in zip(edges, edges[1:], strict=False)
+        for begin, end in itertools.pairwise(edges)
     ]
-

@@ -59,7 +59,7 @@ def plan(
 
 def num_bytes(variable: Any) -> int:
     """Counts the bytes of a `keras.Variable`."""
-    return math.prod(variable.shape) * int(tf.as_dtype(variable.dtype).size)
+    return math.prod(map(int, variable.shape)) * int(tf.as_dtype(variable.dtype).size)
 
 
 class ServerVariables(contextlib.AbstractContextManager[None]):

@@ -71,7 +71,9 @@ def connect(cluster: Cluster) -> Servers:
     return Servers(
         strategy,
         tuple(gpus.get(f"{task}/device:GPU:0", f"{task}/device:CPU:0") for task in tasks),
-        tuple(f"/job:{PS}/replica:0/task:{i}/device:CPU:0" for i in range(len(cluster.jobs[PS]))),
+        tuple(
+            f"/job:{PS}/replica:0/task:{i}/device:CPU:0" for i in range(len(cluster.jobs[PS]))
+        ),
         addresses,
     )
 
@@ -116,6 +118,3 @@ def serve(cluster: Cluster) -> NoReturn:
 
 def _spec(cluster: Cluster) -> Any:
     return tf.train.ClusterSpec({job: list(cluster.jobs[job]) for job in (CHIEF, WORKER, PS)})
-
-
-

@@ -39,6 +39,9 @@ class ParameterServer(TFDistribute):
             of one process.
         max_staleness: At most so many updates may come between a step's reading of the
             weights and its own update; no bound if None. 0 makes one step at a time.
+        data: "chief": the chief sends batches, of any kind of input. "workers": arrays are
+            sent to every worker once, and then only the numbers of a batch's rows; other
+            inputs are sent by the chief. Not for synchronous training.
         min_part_bytes: A variable of at least twice as many bytes, with its optimizer's
             state, is split by rows over servers.
 
@@ -61,9 +64,10 @@ class ParameterServer(TFDistribute):
         *,
         synchronous: bool = False,
         max_staleness: int | None = None,
+        data: str = "chief",
         min_part_bytes: int = 4 * 2**20,
     ) -> None:
-        _check(synchronous, max_staleness, min_part_bytes)
+        _check(synchronous, max_staleness, data, min_part_bytes)
         cluster = Cluster.from_environment() if cluster is None else cluster
         obstacle = self.unavailable(cluster)
         if obstacle is not None:
@@ -81,9 +85,10 @@ class ParameterServer(TFDistribute):
         patience = Patience.from_environment("the chief", absent=self._servers.unreachable)
         super().__init__(strategy, place, patience)
         self.synchronous = synchronous
+        self.gathers_rows = data == "workers"
         self.min_part_bytes = min_part_bytes
         self.staleness: Staleness | None = None
-        self._in_flight = None if max_staleness is None else _window(max_staleness, workers)
+        self._max_staleness = max_staleness
 
     @classmethod
     def unavailable(cls, cluster: Cluster) -> str | None:
@@ -148,7 +153,7 @@ class ParameterServer(TFDistribute):
         if self.synchronous:
             return None
         return Asynchronous(
-            model, self._servers, self._in_flight, self.waiting_for, self._note_staleness
+            model, self._servers, self._max_staleness, self.waiting_for, self._note_staleness
         ).functions()
 
     def summary(self) -> str | None:
@@ -157,8 +162,8 @@ class ParameterServer(TFDistribute):
         if seen is None or not seen.updates:
             return None
         return (
-            f"{seen.updates} updates, with gradients of weights that were {seen.mean:.1f} updates "
-            f"old on average, {seen.maximum} at most"
+            f"{seen.updates} updates, with gradients of weights that were {seen.mean:.1f} "
+            f"updates old on average, {seen.maximum} at most"
         )
 
     def _note_staleness(self, staleness: Staleness) -> None:
@@ -259,9 +264,7 @@ class ParameterServer(TFDistribute):
 class _Both(contextlib.AbstractContextManager[None]):
     """Variables on servers, and copies of others on the workers."""
 
-    def __init__(
-        self, copied: MirroredVariables | None, on_servers: ServerVariables
-    ) -> None:
+    def __init__(self, copied: MirroredVariables | None, on_servers: ServerVariables) -> None:
         self._parts = [part for part in (copied, on_servers) if part is not None]
 
     def __enter__(self) -> None:
@@ -273,7 +276,9 @@ class _Both(contextlib.AbstractContextManager[None]):
             part.__exit__(*error)
 
 
-def _check(synchronous: bool, max_staleness: int | None, min_part_bytes: int) -> None:
+def _check(
+    synchronous: bool, max_staleness: int | None, data: str, min_part_bytes: int
+) -> None:
     if max_staleness is not None and (not isinstance(max_staleness, int) or max_staleness < 0):
         raise ArgumentError(
             "`max_staleness` must be a whole number, 0 or more, or None. Received: "
@@ -284,23 +289,16 @@ def _check(synchronous: bool, max_staleness: int | None, min_part_bytes: int) ->
             "`max_staleness` must not be passed in synchronous training, where no weights are "
             f"stale. Received: synchronous=True, max_staleness={max_staleness!r}."
         )
+    if data not in ("chief", "workers") or (synchronous and data != "chief"):
+        raise ArgumentError(
+            "`data` must be 'chief' or 'workers', and 'chief' in synchronous training. "
+            f"Received: data={data!r}, synchronous={synchronous!r}."
+        )
     if not isinstance(min_part_bytes, int) or min_part_bytes < 1:
         raise ArgumentError(
             "`min_part_bytes` must be a whole number of at least 1. Received: "
             f"min_part_bytes={min_part_bytes!r}."
         )
-
-
-def _window(max_staleness: int, workers: int) -> int:
-    """Says how many steps may be under way so that no update is staler than allowed.
-
-    With w of them, an update may be overtaken by the w - 1 steps that began after it while
-    it was the oldest, and by those that were under way on other workers when it began.
-    """
-    window = 1
-    while min(workers - 1, window) + window <= max_staleness:
-        window += 1
-    return window
 
 
 def _mirrored(devices: Sequence[str]) -> Any:
