@@ -32,11 +32,17 @@ def script(tmp_path) -> Path:
 
 
 @pytest.fixture
-def planned(monkeypatch) -> list[tuple]:
-    """What `tfdist run` would have started."""
+def restarts() -> list[int]:
+    return []
+
+
+@pytest.fixture
+def planned(monkeypatch, restarts) -> list[tuple]:
+    """What `tfdist run` would have started, and how often again."""
     runs: list[tuple] = []
 
-    def note(workers, log_dir=None):
+    def note(workers, log_dir=None, max_restarts=0):
+        restarts.append(max_restarts)
         runs.append((workers, log_dir))
         return Outcome(0)
 
@@ -70,6 +76,18 @@ class TestRun:
             "y z",
         )
         assert workers[0].command[1:] == expected
+
+    def test_parameter_servers(self, script, planned, restarts):
+        assert invoke("run", "-n", "2", "--ps", "1", str(script)).exit_code == 0
+        assert [w.task for w in planned[0][0]] == ["chief", "ps 0", "worker 0", "worker 1"]
+        assert invoke("run", "--ps", "1", "--max-restarts", "7", str(script)).exit_code == 0
+        assert invoke("run", str(script)).exit_code == 0
+        assert restarts == [3, 7, 0]
+
+    def test_restarts_come_with_parameter_servers(self, script, planned):
+        ended = invoke("run", "--max-restarts", "1", str(script))
+        assert ended.exit_code == 2
+        assert "--max-restarts must come with --ps" in ended.output
 
     def test_one_worker_unless_told(self, script, planned):
         assert invoke("run", str(script)).exit_code == 0
@@ -219,7 +237,7 @@ class TestDoctor:
         assert "a single process" in rows["cluster"]
         assert "yes" in rows["single"]
         assert "tfdist run -n 2" in rows["multi_worker"]
-        assert "not in this release" in rows["parameter_server"]
+        assert "tfdist run -n 2 --ps 1" in rows["parameter_server"]
 
     def test_malformed_cluster(self, environ):
         ended = self.run(environ, TF_CONFIG='{"cluster": {"worker": ["a"]}}')

@@ -20,6 +20,7 @@ ALONE = pytest.param((), 1, id="python")
 TWO = pytest.param(
     ("-m", "tfdist.cli", "run", "-n", "2"), 2, id="tfdist run -n 2", marks=pytest.mark.cluster
 )
+SERVERS = ("-m", "tfdist.cli", "run", "-n", "2", "--ps", "2")
 HOROVOD = pytest.param(
     ("-m", "tfdist.cli", "run", "--strategy", "horovod", "-n", "2"),
     2,
@@ -43,7 +44,7 @@ def run(launcher: tuple[str, ...], script: str, *arguments: str) -> str:
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    return re.sub(r"^worker \d │ ?", "", done.stdout, flags=re.MULTILINE)
+    return re.sub(r"^(?:worker|chief|ps) *\d? *│ ?", "", done.stdout, flags=re.MULTILINE)
 
 
 @pytest.mark.parametrize(("launcher", "workers"), [ALONE, TWO])
@@ -98,6 +99,30 @@ def test_horovod_digits_trains_and_all_ranks_hold_the_same_weights(launcher, ran
     assert len(hashes) == ranks
     assert len(set(hashes)) == 1
     assert printed.count("Epoch 15/15") == 1  # progress, from rank 0 alone
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("arguments", [(), ("--synchronous",)])
+def test_parameter_server_shows_its_servers(arguments):
+    printed = run(SERVERS, "parameter_server.py", *arguments)
+    facts = dict(re.findall(r"^(.+?): +(.+)$", printed, re.MULTILINE))
+    assert float(facts["held-out accuracy"].split("%")[0]) > 95
+    assert facts["updates"] == "516 of 516 steps"
+    if arguments:
+        assert facts["staleness"] == "none, every update was computed with the newest weights"
+    else:
+        assert re.match(r"\d\.\d\d updates, \d+ at most", facts["staleness"])
+    shown = re.findall(r"epoch 12: (\S+) +on (ps \d)", printed)
+    assert {server for _, server in shown} == {"ps 0", "ps 1"}
+
+
+@pytest.mark.cluster
+def test_click_through_updates_the_rows_it_has_seen():
+    printed = run(SERVERS, "click_through.py")
+    facts = dict(re.findall(r"^(.+?): +(.+)$", printed, re.MULTILINE))
+    assert float(facts["held-out AUC"]) > 0.6
+    assert facts["rows changed"].endswith("of 300000, those of the users that were seen: True")
+    assert re.findall(r"users/embeddings .* ps (\d)", printed) == ["0", "1"]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """What tfdist relies on inside Keras: fails loudly when a release changes it.
 
-The behaviour is tested elsewhere; here each private place that `tfdist/_keras.py` touches
+The behaviour is tested elsewhere; here each private place that `tfdist/_keras` touches
 is looked at, so that a failure names the place.
 """
 
@@ -21,6 +21,7 @@ from keras.src.optimizers.base_optimizer import BaseOptimizer
 from keras.src.trainers.data_adapters import get_data_adapter
 
 from tfdist import _keras
+from tfdist._keras import served
 
 pytestmark = pytest.mark.quick
 
@@ -160,3 +161,67 @@ def test_dropout_is_kerass_own_on_the_whole_batch() -> None:
     with _keras.replicated(model()), _keras.on_replica(batch):
         received = keras_random.dropout(inputs, 0.4, seed=3)
     np.testing.assert_array_equal(received, expected)
+
+
+def test_every_served_place_exists() -> None:
+    for owner, name, value in served.replacements(rows_only=True):
+        assert name in vars(owner), f"{owner}.{name}"
+        ours, theirs = parameters(value), parameters(vars(owner)[name])
+        assert name == "gradient" or len(ours) == len(theirs), name
+
+
+def test_serving_is_undone() -> None:
+    places = [(owner, name) for owner, name, _ in served.replacements(rows_only=False)]
+    before = [vars(owner)[name] for owner, name in places]
+    with served.served(rows_only=False):
+        assert [vars(owner)[name] for owner, name in places] != before
+    assert [vars(owner)[name] for owner, name in places] == before
+
+
+@pytest.mark.parametrize(
+    ("name", "kept"),
+    [("SGD", 0), ("RMSprop", 1), ("Adam", 2), ("Adagrad", 1), ("Adadelta", 2), ("Ftrl", 2)],
+)
+def test_an_optimizers_state_is_found(name: str, kept: int) -> None:
+    made = model()
+    made.compile(getattr(keras.optimizers, name)(0.1), "mse")
+    made.optimizer.build(made.trainable_variables)
+    for variable, slots in served.trained_by(made.optimizer):
+        assert len(slots) == kept
+        assert all(slot.shape == variable.shape for slot in slots)
+
+
+def test_a_split_variable_trains_like_a_whole_one() -> None:
+    results = []
+    for split in (False, True):
+        keras.utils.set_random_seed(1)
+        made = model()
+        made.optimizer.build(made.trainable_variables)
+        if split:
+            for variable, slots in served.trained_by(made.optimizer):
+                for each in (variable, *slots):
+                    rows = each.numpy()
+                    parts = [tf.Variable(rows[:1]), tf.Variable(rows[1:])]
+                    _keras.swap_value(each, served.Split(parts))
+            _keras.reindex_optimizer(made.optimizer)
+            served.register_parts(made.optimizer)
+        with served.served(rows_only=False), _keras.replicated(made, has_servers=True):
+            for _ in range(3):
+                made.train_step((tf.ones([5, 4]), tf.ones([5, 2])))
+        results.append(
+            [np.asarray(v.value) for v in (*made.weights, *made.optimizer.variables)]
+        )
+    for whole, joined in zip(*results, strict=True):
+        np.testing.assert_allclose(joined, whole, rtol=1e-6)
+
+
+def test_a_scope_that_assigns_nothing_reads_what_is_there() -> None:
+    made = model()
+    kernel = made.trainable_variables[0]
+    with served.Apart([], collect_losses=True) as scope:
+        kernel.assign(kernel * 0)
+        assert scope.assigned(made.trainable_variables[1]) is None
+        with served.stateful():
+            made.trainable_variables[1].assign([5.0, 5.0])
+    assert np.abs(kernel.numpy()).max() > 0
+    np.testing.assert_array_equal(made.trainable_variables[1].numpy(), [5.0, 5.0])

@@ -200,7 +200,7 @@ class TestLosses:
         assert result(printed) == {"w": [-200.0] * 4, "iterations": 200, "epochs": 4}
 
     @pytest.mark.parametrize(
-        ("how", "lost"), [("asynchronous", "ps 1"), ("synchronous", "ps 0")]
+        ("how", "lost"), [("asynchronous", "ps 0"), ("synchronous", "ps 0")]
     )
     def test_after_a_killed_server_training_goes_on_from_the_backup(
         self, script, tmp_path, how, lost

@@ -50,6 +50,7 @@ class Prepared:
             predict_function=self.functions.predict,
         )
         with contextlib.ExitStack() as stack:
+            stack.enter_context(self.strategy.explaining_losses())
             stack.enter_context(self.held)
             stack.enter_context(functions)
             if self.strategy.has_servers or self.strategy.place.num_replicas > 1:

@@ -191,7 +191,7 @@ def trained_by(optimizer: Any) -> list[tuple[Any, list[Any]]]:
     lists = [
         value
         for name, value in vars(optimizer).items()
-        if name != "_trainable_variables"
+        if name not in ("_trainable_variables", "_variables")
         and isinstance(value, list)
         and len(value) == len(trained)
         and any(isinstance(item, keras.Variable) for item in value)

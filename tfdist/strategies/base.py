@@ -258,6 +258,10 @@ class Strategy(abc.ABC):
         """
         return contextlib.nullcontext()
 
+    def explaining_losses(self) -> contextlib.AbstractContextManager[None]:
+        """Makes a context, around a whole training, that says what a lost process means."""
+        return contextlib.nullcontext()
+
     def broadcast_object(self, value: Any) -> Any:
         """Gives every worker the chief's object.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -246,16 +246,15 @@ class ParameterServer(TFDistribute):
         tf.distribute.get_replica_context().merge_call(once)
 
     @contextlib.contextmanager
-    def waiting_for(self, what: str) -> Any:
-        """Limits a wait for workers and servers, and says what it means when one is lost."""
+    def explaining_losses(self) -> Iterator[None]:
+        """Says which process was lost, and what to do."""
         try:
-            with super().waiting_for(what):
-                yield
+            yield
         except tf.errors.UnavailableError:
             absent = self._servers.unreachable()
             raise ServerLostError(
-                "All workers and servers must live until training ends. Received: in "
-                f"{what}, {' and '.join(absent) or 'one of them'} did not answer. "
+                "All servers, and in synchronous training all workers, must live until "
+                f"training ends. Received: no answer from {' and '.join(absent) or 'one of them'}. "
                 "`tfdist run` starts all processes again; with "
                 "keras.callbacks.BackupAndRestore training goes on from the last backup."
             ) from None
