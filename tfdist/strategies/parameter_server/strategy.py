@@ -251,10 +251,10 @@ class ParameterServer(TFDistribute):
         try:
             yield
         except tf.errors.UnavailableError:
-            absent = self._servers.unreachable()
+            listed = " and ".join(self._servers.unreachable()) or "one of them"
             raise ServerLostError(
                 "All servers, and in synchronous training all workers, must live until "
-                f"training ends. Received: no answer from {' and '.join(absent) or 'one of them'}. "
+                f"training ends. Received: no answer from {listed}. "
                 "`tfdist run` starts all processes again; with "
                 "keras.callbacks.BackupAndRestore training goes on from the last backup."
             ) from None
