@@ -5,7 +5,7 @@ place                     what changes
 ========================  ==========================================================
 the optimizer's update    each variable is updated on the server that holds it, a part
                           of a split variable on the part's; of a variable whose
-                          gradient has rows, only these rows are read and written
+                          gradient has rows, only these, if asked for
 `GradientTape.gradient`   a split variable has a gradient: its parts' in one
 `Embedding.call`          reads the rows it needs, where the table is
 ========================  ==========================================================
@@ -211,18 +211,6 @@ def is_elementwise(optimizer: Any) -> bool:
     return type(getattr(optimizer, "inner_optimizer", optimizer)) in _ELEMENTWISE
 
 
-def keeps_no_memory(optimizer: Any) -> bool:
-    """Tells whether rows without a gradient stay what they are, as Keras computes it.
-
-    Args:
-        optimizer: A `keras.Optimizer`.
-    """
-    kind = type(optimizer)
-    return kind is keras.optimizers.Adagrad or (
-        kind is keras.optimizers.SGD and not optimizer.momentum
-    )
-
-
 def register_parts(optimizer: Any) -> None:
     """Lets an optimizer find its state by a part of a split variable.
 
@@ -241,8 +229,9 @@ def served(rows_only: bool) -> Iterator[None]:
     """Replaces the places named at the top of this file.
 
     Args:
-        rows_only: Whether every optimizer whose elements are independent updates only rows
-            with a gradient, or only those that keep no memory of rows without.
+        rows_only: Whether an optimizer whose elements are independent updates only rows that
+            have a gradient, each by the sum of its gradients. Keras's own update leaves no
+            row alone that has a moment, and takes the gradients of a row one by one.
     """
     with contextlib.ExitStack() as stack:
         for owner, name, value in replacements(rows_only):
@@ -258,7 +247,7 @@ def replacements(rows_only: bool) -> list[tuple[Any, str, Callable[..., Any]]]:
     def update_step(
         optimizer: Any, grads: Sequence[Tensor], trainable_variables: Any, learning_rate: Any
     ) -> None:
-        by_rows = is_elementwise(optimizer) and (rows_only or keeps_no_memory(optimizer))
+        by_rows = rows_only and is_elementwise(optimizer)
         kept = {id(variable): slots for variable, slots in trained_by(optimizer)}
         for gradient, variable in zip(grads, trainable_variables, strict=True):
             _update_where_it_is(
