@@ -160,3 +160,16 @@ def test_dropout_is_kerass_own_on_the_whole_batch() -> None:
     with _keras.replicated(model()), _keras.on_replica(batch):
         received = keras_random.dropout(inputs, 0.4, seed=3)
     np.testing.assert_array_equal(received, expected)
+
+
+def test_optimizers_do_not_add_up_repeated_rows() -> None:
+    """Why the gradient of an embedding does not travel as a dense one unless asked for."""
+    rows = tf.IndexedSlices(tf.ones([2, 3]), tf.constant([1, 1]), tf.constant([4, 3]))
+    results = []
+    for gradient in (rows, tf.convert_to_tensor(rows)):
+        variable = keras.Variable(tf.zeros([4, 3]))
+        optimizer = keras.optimizers.Adagrad(0.1)
+        optimizer.build([variable])
+        optimizer.apply([gradient], [variable])
+        results.append(variable.numpy()[1, 0])
+    assert abs(results[0] - results[1]) > 0.01
