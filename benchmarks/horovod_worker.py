@@ -14,6 +14,7 @@ from dataclasses import asdict
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 import tfdist
@@ -22,6 +23,7 @@ from benchmarks.report import Ratio, compare
 
 L = keras.layers
 STEPS, BATCH = 30, 64
+TABLES = (300, 1_000, 3_000, 10_000, 30_000, 100_000)
 
 
 def many_small() -> Any:
@@ -53,9 +55,8 @@ class Clock(keras.callbacks.Callback):  # type: ignore[misc]
         return (self.stop - self.start) / (STEPS - 1)
 
 
-def fit_step(model: Any, **options: Any) -> Callable[[], float]:
+def fit_step(model: Any, x: Any, y: Any, **options: Any) -> Callable[[], float]:
     """Gives a function that trains an epoch with tfdist and returns the seconds of a step."""
-    x, y = data(model)
     clock = Clock()
     options |= {"batch_size": BATCH, "verbose": 0, "seed": 1, "callbacks": [clock]}
 
@@ -67,11 +68,10 @@ def fit_step(model: Any, **options: Any) -> Callable[[], float]:
     return measure
 
 
-def bare_step(model: Any) -> Callable[[], float]:
+def bare_step(model: Any, x: Any, y: Any) -> Callable[[], float]:
     """The same by hand: local gradients, hvd.allreduce of each, the update."""
     import horovod.tensorflow as hvd
 
-    x, y = data(model)
     share = BATCH // hvd.size()
     firsts = [step * BATCH + hvd.rank() * share for step in range(STEPS)]
     batches = [(x[first : first + share], y[first : first + share]) for first in firsts]
@@ -100,12 +100,15 @@ def bare_step(model: Any) -> Callable[[], float]:
 
 def overhead(name: str, make: Callable[[], Any], pairs: int) -> Ratio:
     """A step of tfdist.fit over one of the bare loop."""
-    ours, theirs = fit_step(make()), bare_step(make())
+    x, y = data(make())
+    ours, theirs = fit_step(make(), x, y), bare_step(make(), x, y)
     return compare(f"fit over a bare loop, {name}", ours, theirs, pairs, "<= 1.03")
 
 
 def sparse(words: int, pairs: int) -> Ratio:
-    """Gathered rows of an embedding over the dense table."""
+    """Gathered rows of an embedding over the dense table; 512 rows a rank and step."""
+    x, y = digits(STEPS * BATCH, (16,), "int32")
+    x = np.random.default_rng(1).integers(0, words, size=x.shape)
 
     def training(as_dense: bool) -> Callable[[], float]:
         pooled = L.GlobalAveragePooling1D()
@@ -113,7 +116,7 @@ def sparse(words: int, pairs: int) -> Ratio:
         model = keras.Model(inputs, L.Dense(10)(pooled(L.Embedding(words, 32)(inputs))))
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
         model.compile("sgd", loss)
-        return fit_step(model, strategy=tfdist.Horovod(sparse_as_dense=as_dense))
+        return fit_step(model, x, y, strategy=tfdist.Horovod(sparse_as_dense=as_dense))
 
     name = f"gathered rows over a dense gradient, table {words:,} x 32"
     return compare(name, training(False), training(True), pairs)
@@ -126,9 +129,9 @@ def main(what: str) -> None:
         models = {"CNN": cnn, "many small variables": many_small, "few large": few_large}
         results = [asdict(overhead(name, make, 15)) for name, make in models.items()]
     elif what == "sparse":
-        results = [asdict(sparse(words, 11)) for words in (1_000, 30_000)]
+        results = [asdict(sparse(words, 11)) for words in TABLES]
     else:
-        steps = [fit_step(many_small()), fit_step(few_large())]
+        steps = [fit_step(model, *data(model)) for model in (many_small(), few_large())]
         results = [statistics.median(step() for _ in range(7)) for step in steps]
     if tfdist.is_chief():
         print("measured", repr(results), flush=True)

@@ -13,7 +13,9 @@ if LIBRARY == "tf_keras":
     os.environ["TF_USE_LEGACY_KERAS"] = "1"
 if hasattr(os, "sched_setaffinity"):
     cores = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, {cores[int(os.environ.get("TFDIST_LOCAL_RANK", "0"))]})
+    core = cores[int(os.environ.get("TFDIST_LOCAL_RANK", "0"))]
+    for thread in os.listdir("/proc/self/task"):  # Horovod's began before this script
+        os.sched_setaffinity(int(thread), {core})
 
 import time
 from collections.abc import Callable

@@ -140,10 +140,13 @@ class TestRanks:
         assert "ValueError: a bad row" in error
 
     def test_a_rank_that_does_not_come_is_reported_with_its_step(self, script):
-        status, output = run(ranks(script, "hangs"), {"TFDIST_STEP_TIMEOUT": "6"})
+        limits = {"TFDIST_STEP_TIMEOUT": "12", "HOROVOD_STALL_CHECK_TIME_SECONDS": "2"}
+        status, output = run(ranks(script, "hangs"), limits)
         assert status == 75
+        assert re.search(r"warning: rank 0 has waited \d+ s for step 7\.", output), output
         assert "rank 0 is in step 7" in output
         assert "rank 1 is after step 6" in output
+        assert "Missing ranks" in output  # says Horovod, mended by `tfdist horovod build`
 
     def test_a_launcher_that_horovod_was_not_built_for(self, script):
         environ = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"}

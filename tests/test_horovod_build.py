@@ -38,6 +38,7 @@ from tfdist.horovod.recipe import (
     recipe_for_here,
     search_path,
 )
+from tfdist.horovod.source import CHANGES, change_source
 from tfdist.horovod.steps import cause, run_step, workshop
 
 quick = pytest.mark.quick
@@ -79,6 +80,7 @@ PROJECT = {
         add_library(tensorflow SHARED ${TF_SOURCES})
         """,
     "horovod/tensorflow/mpi_ops.cc": "int one() { return 1; }\n",
+    "horovod/common/gloo/gloo_controller.cc": "  global_ranks_.reserve(size_);\n",
     "horovod/__init__.py": "",
     "setup.py": SETUP,
 }
@@ -172,6 +174,7 @@ class TestRecipe:
             "platform": "linux-aarch64-glibc2.36",
             "options": (("HOROVOD_WITH_MPI", "1"),),
             "horovod": "0.29.0",
+            "changes": "none",
         }
         assert set(changes) == {field.name for field in dataclasses.fields(Recipe)}
         others = {dataclasses.replace(self.recipe, **{n: v}).key for n, v in changes.items()}
@@ -334,19 +337,33 @@ class TestProgress:
 
 
 @quick
-class TestOneChange:
-    def test_only_the_line_goes(self, tmp_path):
-        lists = tmp_path / "horovod" / "tensorflow" / "CMakeLists.txt"
-        lists.parent.mkdir(parents=True)
-        lists.write_text('a\nlist(APPEND S "x/xla_mpi_ops.cc")\nb # mpi_ops.cc\n')
-        horovod_build.leave_out_xla(tmp_path)
-        assert lists.read_text() == "a\nb # mpi_ops.cc\n"
-        with pytest.raises(BuildError, match=r"must name xla_mpi_ops\.cc\. Received: 0"):
-            horovod_build.leave_out_xla(tmp_path)
+class TestChanges:
+    LISTS, CONTROLLER = (change.file for change in CHANGES)
 
-    def test_another_source(self, tmp_path):
+    @pytest.fixture
+    def tree(self, tmp_path):
+        lines = {
+            self.LISTS: 'a\nlist(APPEND S "x/xla_mpi_ops.cc")\nb # mpi_ops.cc\n',
+            self.CONTROLLER: "a\n  global_ranks_.reserve(size_);\n  data();\n",
+        }
+        for name, text in lines.items():
+            (tmp_path / name).parent.mkdir(parents=True)
+            (tmp_path / name).write_text(text)
+        return tmp_path
+
+    def test_only_two_lines(self, tree):
+        change_source(tree)
+        assert (tree / self.LISTS).read_text() == "a\nb # mpi_ops.cc\n"
+        mended = "a\n  global_ranks_.resize(size_);\n  data();\n"
+        assert (tree / self.CONTROLLER).read_text() == mended
+        with pytest.raises(BuildError, match=r"must hold xla_mpi_ops\.cc\. Received: 0"):
+            change_source(tree)
+
+    @pytest.mark.parametrize("name", [LISTS, CONTROLLER])
+    def test_another_source(self, tree, name):
+        (tree / name).unlink()
         with pytest.raises(BuildError, match="Received: 0"):
-            horovod_build.leave_out_xla(tmp_path)
+            change_source(tree)
 
 
 class TestCause:

@@ -225,3 +225,16 @@ def test_a_scope_that_assigns_nothing_reads_what_is_there() -> None:
             made.trainable_variables[1].assign([5.0, 5.0])
     assert np.abs(kernel.numpy()).max() > 0
     np.testing.assert_array_equal(made.trainable_variables[1].numpy(), [5.0, 5.0])
+
+
+def test_optimizers_do_not_add_up_repeated_rows() -> None:
+    """Why the gradient of an embedding does not travel as a dense one unless asked for."""
+    rows = tf.IndexedSlices(tf.ones([2, 3]), tf.constant([1, 1]), tf.constant([4, 3]))
+    results = []
+    for gradient in (rows, tf.convert_to_tensor(rows)):
+        variable = keras.Variable(tf.zeros([4, 3]))
+        optimizer = keras.optimizers.Adagrad(0.1)
+        optimizer.build([variable])
+        optimizer.apply([gradient], [variable])
+        results.append(variable.numpy()[1, 0])
+    assert abs(results[0] - results[1]) > 0.01

@@ -100,8 +100,23 @@ def test_a_wait_for_others_has_a_limit() -> None:
         "with Patience(0.5, 'worker 1').waiting_for('a step'): time.sleep(60)"
     )
     printed = run(code)
+    warning, error = printed.index("warning: worker 1 has waited"), printed.index("more than")
+    assert warning < error
+    assert printed.count("warning: ") == 1
     assert "worker 1 waited more than 0.5 s for a step" in printed
     assert "TFDIST_STEP_TIMEOUT" in printed
+
+
+def test_long_waits_are_warned_of_less_and_less() -> None:
+    code = (
+        "import time\nfrom tfdist.patience import Patience\n"
+        "patience = Patience(4, 'worker 1')\n"
+        "for wait in (0.1, 2.3, 1.8):\n"
+        "    with patience.waiting_for('a step'): time.sleep(wait)"
+    )
+    printed = run(code)
+    assert printed.count("warning: worker 1 has waited") == 1
+    assert "given up at 4 s (TFDIST_STEP_TIMEOUT)" in printed
 
 
 class Many(Single):

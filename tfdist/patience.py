@@ -20,6 +20,9 @@ from tfdist.errors import START_ME_AGAIN
 STEP_TIMEOUT = "TFDIST_STEP_TIMEOUT"
 """Environment variable: seconds a worker waits for the others, default 1800; 0 for ever."""
 
+_LONG_S = 60.0
+_LOOK_S = 5.0
+
 
 class Notes(Protocol):
     """A place where all workers write what they do last."""
@@ -33,6 +36,9 @@ class Notes(Protocol):
 
 class Patience:
     """Ends the process when one wait takes too long; a wait in a collective cannot be left.
+
+    Before, after a quarter of the limit and at most 60 s, it warns of the wait. Each warning
+    doubles that time, so that steps which really take long are not warned of each time.
 
     Args:
         seconds: The limit of a wait; 0 means none.
@@ -55,8 +61,9 @@ class Patience:
         self._written = ""
         self._since: float | None = None
         self._what = ""
-        if seconds > 0:
-            threading.Thread(target=self._watch, name="tfdist-patience", daemon=True).start()
+        self._long = min(_LONG_S, seconds / 4) if seconds > 0 else _LONG_S
+        self._warned: float | None = None
+        threading.Thread(target=self._watch, name="tfdist-patience", daemon=True).start()
 
     @classmethod
     def from_environment(
@@ -88,12 +95,20 @@ class Patience:
             self._since = None
 
     def _watch(self) -> None:
+        look = min(_LOOK_S, self._long)
         while True:
-            time.sleep(min(5.0, self._seconds / 4))
+            time.sleep(look)
             since = self._since
             self._write("in" if since is not None else "after")
-            if since is not None and time.monotonic() - since > self._seconds:
+            if since is None:
+                continue
+            waited = time.monotonic() - since
+            if 0 < self._seconds < waited:
                 self._give_up()
+            if waited > self._long and since != self._warned:
+                self._warn(waited)
+                self._warned = since
+                self._long *= 2
 
     def _write(self, where: str) -> None:
         note = f"{where} {self._what}" if self._what else "before its first exchange"
@@ -101,15 +116,28 @@ class Patience:
             self._notes.write(note)
             self._written = note
 
-    def _give_up(self) -> None:
+    def _others(self) -> str:
         notes = {} if self._notes is None else self._notes.read()
         absent = self._absent()
         others = "; ".join(f"rank {rank} is {note}" for rank, note in sorted(notes.items()))
+        return (f"By what they last wrote, {others}. " if others else "") + (
+            f"{' and '.join(absent)} did not answer just now. " if absent else ""
+        )
+
+    def _warn(self, waited: float) -> None:
+        end = f"at {self._seconds:g} s" if self._seconds > 0 else "never"
+        print(
+            f"tfdist: warning: {self._worker} has waited {waited:.0f} s for {self._what}. "
+            f"{self._others()}The wait is given up {end} ({STEP_TIMEOUT}).",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def _give_up(self) -> None:
         print(
             f"tfdist: {self._worker} waited more than {self._seconds:g} s for {self._what}. "
-            + (f"By what they last wrote, {others}. " if others else "")
-            + (f"{' and '.join(absent)} did not answer just now. " if absent else "")
-            + "Another worker did not come to it: it may have left `fit` early, run another "
+            f"{self._others()}"
+            "Another worker did not come to it: it may have left `fit` early, run another "
             "script, or hang in a callback or in reading data. See its output. If a step "
             f"really takes so long, set {STEP_TIMEOUT} to more seconds.",
             file=sys.stderr,

@@ -24,18 +24,30 @@ GOES_ON, STOPPED, DISAGREED, MEMBERS_CHANGED = 0, 1, 2, 3
 class Agreement:
     """Whether all workers go on with this step; known after the step's first reduction.
 
+    Args:
+        strategy: Where the replica is.
+        share: Its share of the batch.
+        stopping: Whether this worker was asked to stop, and whether members changed.
+        elements: Of all gradients that will be reduced; by it the strategy decides whether
+            to learn of the others' signals ahead.
+
     Attributes:
         status: Scalar int32: `GOES_ON`; else nothing changes in this step.
         needed: Whether there are other workers to agree with.
     """
 
-    def __init__(self, strategy: Strategy, share: Share, stopping: Tensor) -> None:
+    def __init__(
+        self, strategy: Strategy, share: Share, stopping: Tensor, elements: int = 0
+    ) -> None:
         self._strategy = strategy
         self.needed = strategy.place.num_workers > 1
         self.status: Tensor = tf.constant(GOES_ON)
         self._known = not self.needed
         self._replicas = float(strategy.place.num_replicas)
         self._said = tf.concat([stopping, share.check, tf.square(share.check)], 0)
+        if self.needed and strategy.signals_lead(elements):
+            (heard,) = strategy.all_reduce_sum([self._said])
+            self._hear(heard)
 
     def reduce(
         self,

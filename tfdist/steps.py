@@ -7,6 +7,7 @@ are summed and need no division; metrics are summed as state; both travel togeth
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -184,29 +185,28 @@ class _Replica:
         self.strategy = strategy
         self.alone = strategy.place.num_replicas == 1
         self.watched = frozenset(id(v) for v in model.non_trainable_variables)
+        self.elements = sum(math.prod(v.shape) for v in model.trainable_variables)
 
     def train(self, share: Share, stopping: Tensor) -> tuple[Logs, Signals]:
         """Updates the weights, once."""
         if self.alone:
             return self.model.train_step(share.data), Signals(tf.constant(0), tf.zeros([4]))
         with _keras.on_replica(self._batch(share)) as batch:
-            updates = Updates(
-                self.model, batch, self._agreement(share, stopping), self.strategy
-            )
+            agreement = Agreement(self.strategy, share, stopping, self.elements)
+            updates = Updates(self.model, batch, agreement, self.strategy)
             metrics = self._metrics_from_zero()
             batch.updates = updates
             logs = self.model.train_step(share.data)
             batch.updates = None
             updates.finish(metrics)
-            status = updates.agreement.status
-            return self._logs(batch, logs), Signals(status, share.check)
+            return self._logs(batch, logs), Signals(agreement.status, share.check)
 
     def test(self, share: Share, stopping: Tensor) -> tuple[Logs, Signals]:
         """Adds a share to the metrics."""
         if self.alone:
             return self.model.test_step(share.data), Signals(tf.constant(0), tf.zeros([4]))
         with _keras.on_replica(self._batch(share)) as batch:
-            agreement = self._agreement(share, stopping)
+            agreement = Agreement(self.strategy, share, stopping)
             metrics = self._metrics_from_zero()
             logs = self.model.test_step(share.data)
             _, changes = agreement.reduce(batch, [], metrics.changes(batch))
@@ -232,9 +232,6 @@ class _Replica:
             self.strategy.all_reduce_sum,
             watched=self.watched,
         )
-
-    def _agreement(self, share: Share, stopping: Tensor) -> Agreement:
-        return Agreement(self.strategy, share, stopping)
 
     def _metrics_from_zero(self) -> MetricState:
         metrics = MetricState(self.model)

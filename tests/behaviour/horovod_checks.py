@@ -8,18 +8,20 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 import tfdist
 from tests.behaviour.checks import (
     ORDERED,
     Check,
+    StopAt,
     assert_weights_close,
     everywhere,
     place,
     same_everywhere,
 )
-from tests.equivalence.cases import crossentropy, mlp, table
-from tfdist.errors import ArgumentError
+from tests.equivalence.cases import clipped_adam, crossentropy, mlp, table
+from tfdist.errors import ArgumentError, DisagreementError
 
 L = keras.layers
 HOROVOD_CHECKS: dict[str, Check] = {}
@@ -109,6 +111,52 @@ def dense_and_gathered_rows_of_an_embedding_are_equal(folder: Path) -> None:
         strategy = tfdist.Horovod(sparse_as_dense=as_dense)
         tfdist.fit(model, words, labels, strategy=strategy, **ORDERED)
     assert_weights_close(*models)
+
+
+def large(optimizer: Any) -> Any:
+    """A model of more weights than those up to which signals travel with gradients."""
+    layers = [L.Dense(1024), L.BatchNormalization(), L.Dense(1024, "relu"), L.Dense(3)]
+    model = keras.Sequential([keras.Input((20,)), *layers])
+    model.compile(optimizer, crossentropy(), metrics=["accuracy"])
+    assert place().num_workers == 1 or tfdist.init().strategy.signals_lead(model.count_params())
+    return model
+
+
+@check
+def a_large_model_stops_at_the_same_step(folder: Path) -> None:
+    ours, theirs = (large(clipped_adam()) for _ in range(2))
+    for model in (ours, theirs):
+        model.layers[1].synchronized = True
+    theirs.set_weights(ours.get_weights())
+    last = StopAt(3, place().num_workers - 1)
+    tfdist.fit(ours, *table(), callbacks=[last], epochs=2, **ORDERED)
+    theirs.fit(*table(), callbacks=[StopAt(3, None)], epochs=2, **ORDERED)
+    assert int(ours.optimizer.iterations) == int(theirs.optimizer.iterations) == 4
+    assert_weights_close(ours, theirs, 1e-4)
+    same_everywhere(ours)
+
+
+@check
+def a_large_model_is_left_as_it_was_by_a_step_without_agreement(folder: Path) -> None:
+    model = large(keras.optimizers.Adam(use_ema=True, weight_decay=0.01))
+    state: list[Any] = []
+
+    def keep(batch: int, logs: Any = None) -> None:
+        state[:] = [np.array(v) for v in all_variables(model)]
+
+    x, y = table(100)
+    x[55:] += place().worker_index
+    batches = tf.data.Dataset.from_tensor_slices((x, y)).batch(10)
+    kept = keras.callbacks.LambdaCallback(on_train_batch_end=keep)
+    with pytest.raises(DisagreementError):
+        tfdist.fit(model, batches, callbacks=[kept], verbose=0)
+    assert int(model.optimizer.iterations) == 5
+    for variable, before in zip(all_variables(model), state, strict=True):
+        np.testing.assert_array_equal(np.array(variable), before, variable.path)
+
+
+def all_variables(model: Any) -> list[Any]:
+    return [*model.variables, *model.optimizer.variables, *model.metrics_variables]
 
 
 @check

@@ -24,6 +24,7 @@ from tfdist.horovod.recipe import (
     recipe_for_here,
     search_path,
 )
+from tfdist.horovod.source import change_source
 from tfdist.horovod.steps import Workshop, keep, workshop
 
 _DOWNLOAD_S = 600
@@ -32,8 +33,6 @@ _INSTALL_S = 600
 _CHECK_S = 120
 
 _PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input")
-# TensorFlow's wheel lacks headers that this file includes, and nothing else needs the file.
-_LEFT_OUT = "xla_mpi_ops.cc"
 _ALL_REDUCE = """
 import tensorflow as tf
 import horovod.tensorflow as hvd
@@ -170,7 +169,7 @@ def _compile(shop: Workshop, recipe: Recipe) -> Path:
     download = ("download", *source, "-d", "sdist", f"horovod=={recipe.horovod}")
     shop.run((*_PIP, *download), f"Downloading Horovod {recipe.horovod}", _DOWNLOAD_S)
     tree = _unpack(next((shop.folder / "sdist").iterdir()), shop.folder)
-    leave_out_xla(tree)
+    change_source(tree)
     shop.display.begin("Configuring")
     # pip would keep a second copy of the wheel, under this folder's name.
     wheel = ("wheel", "-v", "--no-cache-dir", "--no-deps", "--no-build-isolation")
@@ -185,26 +184,6 @@ def _unpack(sdist: Path, folder: Path) -> Path:
         archive.extraction_filter = getattr(tarfile, "data_filter", lambda member, path: member)
         archive.extractall(folder)
     return folder / sdist.name.removesuffix(".tar.gz")
-
-
-def leave_out_xla(tree: Path) -> None:
-    """Makes the one change to Horovod's source that TensorFlow 2.20 and newer need.
-
-    Args:
-        tree: The unpacked source.
-
-    Raises:
-        BuildError: The source is not the one expected.
-    """
-    lists = tree / "horovod" / "tensorflow" / "CMakeLists.txt"
-    lines = lists.read_text().splitlines(keepends=True) if lists.exists() else []
-    kept = [line for line in lines if _LEFT_OUT not in line]
-    if len(kept) != len(lines) - 1:
-        raise BuildError(
-            f"One line of Horovod's {lists.relative_to(tree)} must name {_LEFT_OUT}. "
-            f"Received: {len(lines) - len(kept)}. Is pip's index one with changed sources?"
-        )
-    lists.write_text("".join(kept))
 
 
 def _build_environment(

@@ -20,9 +20,10 @@ from importlib import metadata
 from pathlib import Path
 
 from tfdist.errors import BuildError
+from tfdist.horovod.source import CHANGES_KEY
 from tfdist.launch.resources import usable_cores
 
-# The last release; the one change that it needs was tried on no other.
+# The last release; the changes that it needs were tried on no other.
 HOROVOD = "0.28.1"
 
 _TENSORFLOWS = (
@@ -57,6 +58,7 @@ class Recipe:
         platform: The system, the processor and the C library.
         options: The HOROVOD_* variables that the user set for the build, sorted.
         horovod: Horovod's version.
+        changes: Which changes are made to its source.
     """
 
     tensorflow: str
@@ -65,11 +67,13 @@ class Recipe:
     platform: str
     options: tuple[tuple[str, str], ...] = ()
     horovod: str = HOROVOD
+    changes: str = CHANGES_KEY
 
     @property
     def key(self) -> str:
         """The name of the wheel's folder in the cache."""
-        parts = [self.horovod, f"{self.package}-{self.tensorflow}", self.python, self.platform]
+        package = f"{self.package}-{self.tensorflow}"
+        parts = [self.horovod, self.changes, package, self.python, self.platform]
         if self.options:
             parts.append(hashlib.sha256(repr(self.options).encode()).hexdigest()[:12])
         return "_".join(re.sub(r"[^\w.+-]", "-", part) for part in parts)

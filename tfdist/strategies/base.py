@@ -143,6 +143,17 @@ class Strategy(abc.ABC):
         """
         action()
 
+    def signals_lead(self, elements: int) -> bool:
+        """Tells whether the workers' signals go ahead of a step, in a collective of their own.
+
+        They cost least with the gradients. Known ahead, they let each variable be updated
+        while the gradient of another still travels.
+
+        Args:
+            elements: Of all the gradients of the step.
+        """
+        return False
+
     def all_gather(self, tensor: Tensor) -> Tensor:
         """Concatenates a tensor of every replica along axis 0, in the order of replicas.
 

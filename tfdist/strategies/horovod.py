@@ -25,6 +25,9 @@ _COMPRESSIONS = {None: None, "fp16": tf.float16, "bf16": tf.bfloat16}
 # Elements. Larger tensors overlap with the backward pass and need no copy; smaller ones cost
 # less in one collective than in many (docs/performance.md).
 _LARGEST_PACKED = 2**14
+# Elements of all gradients, above which updates that begin early save more than the signals'
+# own collective costs.
+_SIGNALS_LEAD = 2**20
 _OPS = ("average", "adasum")
 
 
@@ -44,7 +47,8 @@ class Horovod(Connected):
         gradient_predivide_factor: Gradients are divided by it before the sum, and the sum
             by `size / gradient_predivide_factor`, so that half precision does not overflow.
         sparse_as_dense: Whether gradients of embeddings travel as dense tensors rather than
-            as gathered rows.
+            as gathered rows. Faster for small tables; most optimizers of Keras treat the
+            sum of a row that repeats within a batch otherwise than its parts.
         process_sets: Groups of ranks, the same on every rank; a rank trains with the group
             that it is in, and groups train apart. All ranks are one group if None.
 
@@ -164,6 +168,10 @@ class Horovod(Connected):
         else:
             reduced = reduce_packed(gradients, self._sum_gradient, _LARGEST_PACKED)
         return reduced, self.all_reduce_sum(others)
+
+    def signals_lead(self, elements: int) -> bool:
+        """Sends signals ahead of a step with many gradients."""
+        return elements > _SIGNALS_LEAD
 
     def all_gather(self, tensor: Tensor) -> Tensor:
         """Concatenates a tensor of every rank along axis 0."""
