@@ -15,7 +15,7 @@ from tfdist.data.arrays import Arrays, count_rows, is_arrays, to_tensors
 from tfdist.data.batches import DatasetBatches, GeneratorBatches, PyDatasetBatches
 from tfdist.data.source import Source, shortened
 from tfdist.errors import ArgumentError
-from tfdist.samplers import Sampler
+from tfdist.samplers import Sampler, Sequential, Uniform
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,12 @@ def read(x: Any, y: Any, sample_weight: Any, settings: Settings) -> Source:
                 f"`{name}` must not be passed when `x` yields batches. Received: x of type "
                 f"{kind} and {name}. Let it yield (x, y) or (x, y, sample_weight)."
             )
+    if not isinstance(settings.sampler, Sequential | Uniform):
+        raise ArgumentError(
+            "`sampler` must not be passed when `x` yields batches: it chooses rows of arrays. "
+            f"Received: x of type {kind} and a sampler of type "
+            f"{type(settings.sampler).__name__}. Choose the rows where batches are made."
+        )
     if settings.batch_size is not None:
         raise ArgumentError(
             "`batch_size` must not be passed when `x` yields batches. Received: x of type "
@@ -120,12 +126,11 @@ def _read_arrays(
         data = (*data, columns["sample_weight"])
     if weigh is not None:
         data = weigh(*data)
-    steps = settings.steps or settings.sampler.steps_per_epoch(num_rows, int(batch_size))
+    sampler = settings.sampler.bind(columns["y"], num_rows)
+    steps = settings.steps or sampler.steps_per_epoch(num_rows, int(batch_size))
     if not settings.training:
-        steps = min(steps, settings.sampler.steps_per_epoch(num_rows, int(batch_size)))
-    return Arrays(
-        data, settings.sampler, int(batch_size), settings.seed, steps, settings.training
-    )
+        steps = min(steps, sampler.steps_per_epoch(num_rows, int(batch_size)))
+    return Arrays(data, sampler, int(batch_size), settings.seed, steps, settings.training)
 
 
 def _weigher(class_weight: dict[int, float]) -> Callable[..., Any]:

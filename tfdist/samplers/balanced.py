@@ -100,7 +100,7 @@ class Undersample(_ByQuota):
 
     def quotas(self, classes: Classes) -> Rows:
         """Says how many rows of each class are drawn in an epoch."""
-        return np.full(len(classes.counts), classes.counts.min())
+        return np.full_like(classes.counts, classes.counts.min())
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,7 +124,7 @@ class Oversample(_ByQuota):
 
     def quotas(self, classes: Classes) -> Rows:
         """Says how many rows of each class are drawn in an epoch."""
-        return np.full(len(classes.counts), classes.counts.max())
+        return np.full_like(classes.counts, classes.counts.max())
 
 
 def apportion(seats: int, shares: NDArray[np.float64]) -> Rows:

@@ -122,7 +122,8 @@ def _as_labels(labels: Any, name: str) -> NDArray[Any]:
                 f"`{name}` of shape [rows, classes] must hold zeros and ones only. Received: "
                 f"{name} with shape {array.shape} and other values. Pass class numbers."
             )
-        return array != 0
+        hot: NDArray[np.bool_] = array != 0
+        return hot
     if array.dtype.kind == "f":
         if not (np.isfinite(array) & (array == np.rint(array))).all():
             raise ArgumentError(
@@ -140,7 +141,7 @@ def _encode(labels: NDArray[Any], name: str) -> tuple[list[Any], NDArray[Any]]:
             names, codes = np.unique(labels, return_inverse=True)
         except TypeError:
             raise ArgumentError(
-                f"`{name}` must be of one kind: numbers or text. Received: {name} of mixed types."
+                f"`{name}` must be numbers, or text. Received: {name} of mixed types."
             ) from None
         return names.tolist(), codes.astype(np.min_scalar_type(len(names)))
     lowest, highest = int(labels.min()), int(labels.max())

@@ -168,7 +168,9 @@ class Passes:
         edges = np.searchsorted(occurrences, np.arange(first + 1, last + 1) * period)
         inside = [
             self._permuted(seed, number, first + i, part - (first + i) * period)
-            for i, part in enumerate(np.split(occurrences, edges) if last > first else [occurrences])
+            for i, part in enumerate(
+                np.split(occurrences, edges) if last > first else [occurrences]
+            )
         ]
         places = np.concatenate(inside) if last > first else inside[0]
         return self._classes.members[places + self._classes.offsets[number]]
@@ -189,4 +191,5 @@ class Passes:
             )
             held = (key, order.astype(np.uint16))
             self._held[number] = held  # one assignment: threads may draw at once
-        return held[1][positions].astype(np.int64)
+        places: Rows = held[1][positions].astype(np.int64)
+        return places

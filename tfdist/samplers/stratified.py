@@ -86,7 +86,7 @@ class _Strata(Drawing):
         return self._rows(seed, epoch, numbers, occurrences)
 
     def _draw_plan(self, seed: int, epoch: int, batch_size: int) -> tuple[Rows, Rows, Rows]:
-        """Gives each class's rows in full batches, the batches' turns, and places within one."""
+        """Gives classes' rows in full batches, the batches' turns, and places in one."""
         full, rest = divmod(self.num_rows, batch_size)
         last = np.zeros_like(self._counts)
         if rest:

@@ -76,7 +76,8 @@ class Weighted(Drawing):
         """Gives the rows of adjacent steps; see `Drawing.stretch`."""
         positions = np.arange(start * batch_size, min(stop * batch_size, self.num_rows))
         places = permute(positions, self.num_rows, (seed, OF_BLOCK, epoch))
-        return self._epoch_of((seed, OF_EPOCH, epoch))[places].astype(np.int64)
+        rows: Rows = self._epoch_of((seed, OF_EPOCH, epoch))[places].astype(np.int64)
+        return rows
 
     @functools.cached_property
     def _ends(self) -> NDArray[np.float64]:
