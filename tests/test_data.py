@@ -10,7 +10,7 @@ import pytest
 import tensorflow as tf
 
 from tfdist import data
-from tfdist.data import arrays, batches, roads
+from tfdist.data import arrays, batches
 from tfdist.errors import ArgumentError
 from tfdist.samplers import (
     ClassBalanced,
@@ -98,14 +98,6 @@ def test_floats_become_floatx_and_nesting_stays() -> None:
 def test_what_is_no_array_is_named(bad: Any) -> None:
     with pytest.raises(ArgumentError, match="x"):
         arrays.to_tensors(bad, "x")
-
-
-def test_class_weights_as_in_keras() -> None:
-    weigh = roads._weigher({0: 2.0, 2: 0.5})
-    for y in (np.array([0, 1, 2, 5]), np.array([[0.0], [1.0], [2.0], [5.0]])):
-        np.testing.assert_allclose(weigh(np.ones((4, 1)), tf.constant(y))[2], [2, 1, 0.5, 1])
-    one_hot = tf.one_hot([0, 1, 2, 1], 3)
-    np.testing.assert_allclose(weigh(np.ones((4, 1)), one_hot)[2], [2, 1, 0.5, 1])
 
 
 def test_check_differs_when_batches_differ() -> None:

@@ -100,7 +100,8 @@ class Undersample(_ByQuota):
 
     def quotas(self, classes: Classes) -> Rows:
         """Says how many rows of each class are drawn in an epoch."""
-        return np.full_like(classes.counts, classes.counts.min())
+        quotas: Rows = np.full_like(classes.counts, classes.counts.min())
+        return quotas
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,7 +125,8 @@ class Oversample(_ByQuota):
 
     def quotas(self, classes: Classes) -> Rows:
         """Says how many rows of each class are drawn in an epoch."""
-        return np.full_like(classes.counts, classes.counts.max())
+        quotas: Rows = np.full_like(classes.counts, classes.counts.max())
+        return quotas
 
 
 def apportion(seats: int, shares: NDArray[np.float64]) -> Rows:
@@ -139,7 +141,7 @@ def apportion(seats: int, shares: NDArray[np.float64]) -> Rows:
     """
     exact = seats * (shares / shares.sum())
     # Rounded to a millionth: machines whose last digits differ must find the same.
-    whole = np.maximum(1, np.floor(exact + 1e-6)).astype(np.int64)
+    whole: Rows = np.maximum(1, np.floor(exact + 1e-6)).astype(np.int64)
     rest = np.round(exact - whole, 6)
     order = np.argsort(-rest, kind="stable")
     missing = seats - int(whole.sum())

@@ -173,7 +173,8 @@ class Passes:
             )
         ]
         places = np.concatenate(inside) if last > first else inside[0]
-        return self._classes.members[places + self._classes.offsets[number]]
+        rows: Rows = self._classes.members[places + self._classes.offsets[number]]
+        return rows
 
     def _permuted(self, seed: int, number: int, drawn: int, positions: Rows) -> Rows:
         size = int(self._classes.counts[number])
