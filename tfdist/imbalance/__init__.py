@@ -1,8 +1,13 @@
 """Data in which some classes are rare: what it looks like, and what to do about it."""
 
 from tfdist.data.class_weight import EffectiveNumber, class_weights
+from tfdist.imbalance.report import Report, report
+from tfdist.imbalance.split import stratified_split
 
 __all__ = [
     "EffectiveNumber",
+    "Report",
     "class_weights",
+    "report",
+    "stratified_split",
 ]
