@@ -263,6 +263,14 @@ def stratified(train: Train) -> tuple[Any, Any]:
 
 
 @case
+def logit_adjusted(train: Train) -> tuple[Any, Any]:
+    x, y = unbalanced()
+    loss = tfdist.imbalance.LogitAdjustedCrossentropy(np.bincount(y))
+    model = mlp(clipped_adam(), loss)
+    return model, train(model, x, y, class_weight="balanced", batch_size=64, epochs=2)
+
+
+@case
 def loss_reductions(train: Train) -> tuple[Any, Any]:
     weights = np.random.default_rng(1).uniform(0, 3, 131).astype("float32")
     models = []
