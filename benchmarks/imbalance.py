@@ -50,7 +50,7 @@ def two_classes(rows: int, columns: int, share: float) -> tuple[Any, Any]:
 
 def rate(iterator: Any, steps: int) -> float:
     """Gives rows/s once the pipeline has begun."""
-    drain(iterator, 20)
+    drain(iterator, 2)
     return steps * BATCH / seconds(lambda: drain(iterator, steps))
 
 
@@ -109,10 +109,10 @@ def speed() -> None:
             "Stratified": samplers.Stratified(),
             "Weighted": samplers.Weighted(1.0 + y),
         }
-        steps, few = 1000, 40
+        steps = 400
         others = {
-            "sample_from_datasets": (sample_from_datasets(x, y, 10 * few), "ClassBalanced"),
-            "rejection_resample": (rejection_resample(x, y, few), "ClassBalanced"),
+            "sample_from_datasets": (sample_from_datasets(x, y, 50), "ClassBalanced"),
+            "rejection_resample": (rejection_resample(x, y, 3), "ClassBalanced"),
             "balanced_batch_generator": (
                 balanced_batch_generator(x, y, steps),
                 "Undersample",
@@ -127,7 +127,8 @@ def speed() -> None:
                 mine = ours(x, y, kinds[name], steps)
                 mine(), theirs()
                 goal = "" if other == "Uniform" else ">= 1.0"
-                results.append(compare(title, mine, theirs, 5, goal, "rows/s"))
+                results.append(compare(title, mine, theirs, 3, goal, "rows/s"))
+                print(results[-1], file=sys.stderr, flush=True)
     show("Rows/s of the samplers, features gathered", results)
 
 
