@@ -10,9 +10,17 @@ import pytest
 import tensorflow as tf
 
 from tfdist import data
-from tfdist.data import arrays, batches, roads
+from tfdist.data import arrays, batches
 from tfdist.errors import ArgumentError
-from tfdist.samplers import Sequential, Uniform
+from tfdist.samplers import (
+    ClassBalanced,
+    Oversample,
+    Sequential,
+    Stratified,
+    Undersample,
+    Uniform,
+    Weighted,
+)
 from tfdist.strategies.base import Place
 
 pytestmark = pytest.mark.quick
@@ -92,14 +100,6 @@ def test_what_is_no_array_is_named(bad: Any) -> None:
         arrays.to_tensors(bad, "x")
 
 
-def test_class_weights_as_in_keras() -> None:
-    weigh = roads._weigher({0: 2.0, 2: 0.5})
-    for y in (np.array([0, 1, 2, 5]), np.array([[0.0], [1.0], [2.0], [5.0]])):
-        np.testing.assert_allclose(weigh(np.ones((4, 1)), tf.constant(y))[2], [2, 1, 0.5, 1])
-    one_hot = tf.one_hot([0, 1, 2, 1], 3)
-    np.testing.assert_allclose(weigh(np.ones((4, 1)), one_hot)[2], [2, 1, 0.5, 1])
-
-
 def test_check_differs_when_batches_differ() -> None:
     rng = np.random.default_rng(0)
     drawn = [tf.constant(rng.normal(size=(8, 5)), tf.float32) for _ in range(200)]
@@ -115,3 +115,58 @@ def test_fingerprint_sees_values_and_shapes() -> None:
     assert same == data.read(x.copy(), x, None, settings()).fingerprint()
     assert same != data.read(x + 1, x, None, settings()).fingerprint()
     assert same != data.read(x[:999], x[:999], None, settings()).fingerprint()
+
+
+def test_fingerprint_sees_the_sampler_and_its_labels() -> None:
+    x = np.arange(1000)
+    prints = {
+        data.read(x, x % 7, None, settings(sampler=sampler)).fingerprint()
+        for sampler in (Sequential(), Uniform(), ClassBalanced(), ClassBalanced(labels=x % 5))
+    }
+    assert len(prints) == 4
+
+
+def test_sampler_takes_classes_from_y() -> None:
+    x = np.arange(300)
+    y = (x % 30 == 0).astype("float32")
+    one_hot = np.eye(2, dtype="int32")[y.astype(int)]
+    streams = [
+        data.read(x, targets, None, settings(sampler=sampler, batch_size=50, training=True))
+        for targets, sampler in (
+            (y, ClassBalanced()),
+            (y[:, None], ClassBalanced()),
+            (one_hot, ClassBalanced()),
+            ({"a": x, "b": y}, ClassBalanced(labels=y)),
+            (None, ClassBalanced(labels=y)),
+        )
+    ]
+    drawn = [
+        np.concatenate([tf.nest.flatten(s.data)[0] for s in source.shares(Place(), 2).take(6)])
+        for source in streams
+    ]
+    assert (drawn[0] % 30 == 0).sum() == 150
+    for other in drawn[1:]:
+        np.testing.assert_array_equal(other, drawn[0])
+
+
+@pytest.mark.parametrize(
+    ("y", "sampler", "message"),
+    [
+        (None, ClassBalanced(), "neither y nor labels"),
+        ({"a": np.zeros(10), "b": np.zeros(10)}, Stratified(), "one array"),
+        (np.linspace(0, 1, 10), Oversample(), "fractions"),
+        (np.array([0.0, np.nan] * 5), Oversample(), "NaN"),
+        (np.full((10, 2), 0.5), Oversample(), "zeros and ones"),
+        (np.zeros(10), Undersample(np.zeros(9)), "9 labels or weights, and data with 10"),
+        (None, Weighted(np.ones(11)), "11 labels or weights, and data with 10"),
+    ],
+)
+def test_samplers_refuse_what_they_cannot_use(y: Any, sampler: Any, message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        data.read(np.zeros(10), y, None, settings(sampler=sampler))
+
+
+def test_samplers_need_arrays() -> None:
+    dataset = tf.data.Dataset.from_tensor_slices((np.zeros(10), np.zeros(10))).batch(5)
+    with pytest.raises(ArgumentError, match="ClassBalanced"):
+        data.read(dataset, None, None, settings(sampler=ClassBalanced()))

@@ -125,6 +125,28 @@ def test_click_through_updates_the_rows_it_has_seen():
     assert re.findall(r"users/embeddings .* ps (\d)", printed) == ["0", "1"]
 
 
+@pytest.mark.cluster
+def test_imbalanced_digits_has_the_same_figures_on_one_and_on_two_workers():
+    one, two = (
+        {
+            name.strip(): [float(figure) for figure in re.findall(r"([\d.]+)%", figures)]
+            for name, figures in re.findall(
+                r"^│ (nothing|class_weight\S+|ClassBalanced\(\)) *(│.*)$", printed, re.MULTILINE
+            )
+        }
+        for printed in (
+            run(launcher, "imbalanced_digits.py") for launcher in ((), TWO.values[0])
+        )
+    )
+    assert len(one) == 3
+    for name, figures in one.items():
+        # An image may lie so near to two classes that the last digit decides: 1 of 45 or more.
+        assert two[name] == pytest.approx(figures, abs=1.0)
+    recall_of_odd = {name: figures[2] for name, figures in one.items()}
+    assert recall_of_odd["ClassBalanced()"] > recall_of_odd["nothing"] + 10
+    assert recall_of_odd['class_weight="balanced"'] > recall_of_odd["nothing"] + 10
+
+
 @pytest.mark.parametrize(
     ("launcher", "workers"),
     [

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from tfdist._version import __version__
 
 if TYPE_CHECKING:
-    from tfdist import samplers
+    from tfdist import imbalance, samplers
     from tfdist.dropin import drop_in
     from tfdist.session import init, is_chief
     from tfdist.training import evaluate, fit, predict
@@ -18,10 +18,12 @@ __all__ = [
     "LearningRateScaling",
     "LearningRateWarmup",
     "ParameterServer",
+    "PerClassMetrics",
     "__version__",
     "drop_in",
     "evaluate",
     "fit",
+    "imbalance",
     "init",
     "is_chief",
     "placement",
@@ -35,6 +37,7 @@ _HOMES = {
     "LearningRateScaling": "tfdist.learning_rate",
     "LearningRateWarmup": "tfdist.learning_rate",
     "ParameterServer": "tfdist.strategies.parameter_server",
+    "PerClassMetrics": "tfdist.imbalance.per_class",
     "drop_in": "tfdist.dropin",
     "evaluate": "tfdist.training",
     "fit": "tfdist.training",
@@ -46,8 +49,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name == "samplers":
-        return importlib.import_module("tfdist.samplers")
+    if name in ("imbalance", "samplers"):
+        return importlib.import_module(f"tfdist.{name}")
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'tfdist' has no attribute {name!r}")

@@ -8,6 +8,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from tfdist.imbalance.per_class import PerClassMetrics
 from tfdist.learning_rate import LearningRateScaling, RateCallback
 from tfdist.steps import Stop
 from tfdist.strategies.base import Strategy
@@ -57,6 +58,8 @@ def _for_process(callbacks: Sequence[Any], strategy: Strategy) -> list[Any]:
     for callback in kept:
         if isinstance(callback, RateCallback):
             callback.num_replicas = strategy.place.num_replicas
+        if isinstance(callback, PerClassMetrics):
+            callback.strategy = strategy
     return sorted(
         kept,
         key=lambda c: (not isinstance(c, RateCallback), not isinstance(c, LearningRateScaling)),

@@ -31,7 +31,7 @@ def fit(
     validation_split: float = 0.0,
     validation_data: Any = None,
     shuffle: bool | str = True,
-    class_weight: dict[int, float] | None = None,
+    class_weight: Any = None,
     sample_weight: Any = None,
     initial_epoch: int = 0,
     steps_per_epoch: int | None = None,
@@ -65,7 +65,8 @@ def fit(
         validation_split: Part of the arrays, from their end, to validate on.
         validation_data: What to validate on, of any kind that `x` may be.
         shuffle: Whether rows come in another order each epoch; "batch" keeps batches whole.
-        class_weight: Weight of the loss by class number.
+        class_weight: Weight of the loss by class number; or "balanced", "effective" or a
+            `tfdist.imbalance.EffectiveNumber`, which find it from how often classes come.
         sample_weight: Weight of the loss by example, shape [examples] or more.
         initial_epoch: The epoch to start at.
         steps_per_epoch: Updates in an epoch, if not the whole data.

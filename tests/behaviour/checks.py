@@ -114,6 +114,47 @@ def predicts_nested_outputs_without_compiling(folder: Path) -> None:
 
 
 @check
+def per_class_metrics_are_exact(folder: Path) -> None:
+    skl = pytest.importorskip("sklearn.metrics")
+    pytest.importorskip("matplotlib")
+    x, y = table(307)
+    x, y = x[(y > 0) | (np.arange(307) % 9 == 0)], y[(y > 0) | (np.arange(307) % 9 == 0)]
+    model = mlp(clipped_adam())
+    picture = folder / "pictures" / "confusion.png"
+    metrics = tfdist.PerClassMetrics(x, y, batch_size=60, picture=picture)
+    stop = keras.callbacks.EarlyStopping("val_recall_0", mode="max", min_delta=2, patience=2)
+    history = tfdist.fit(
+        model, x, y, batch_size=64, epochs=6, callbacks=[metrics, stop], verbose=0
+    ).history
+    assert len(history["val_recall_0"]) == 3  # no recall gains 2: the callback was heard
+    predicted = model.predict(x, verbose=0).argmax(1)
+    np.testing.assert_array_equal(metrics.confusion, skl.confusion_matrix(y, predicted))
+    expected = skl.precision_recall_fscore_support(y, predicted, zero_division=0)
+    for name, values in zip(("precision", "recall", "f1", "support"), expected, strict=True):
+        found = [history[f"val_{name}_{c}"][-1] for c in range(3)]
+        np.testing.assert_allclose(found, values, rtol=1e-12)
+    balanced = skl.balanced_accuracy_score(y, predicted)
+    assert history["val_balanced_accuracy"][-1] == pytest.approx(balanced, rel=1e-12)
+    assert history["val_macro_f1"][-1] == pytest.approx(expected[2].mean(), rel=1e-12)
+    assert everywhere(history) == [history] * len(everywhere(0))
+    assert picture.stat().st_size > 1000
+
+
+@check
+def a_stop_in_the_last_step_survives_per_class_metrics(folder: Path) -> None:
+    class Asks(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+            self.model.stop_training = batch == 4
+
+    x, y = table(320)
+    metrics = tfdist.PerClassMetrics(x, y)
+    history = tfdist.fit(
+        mlp("sgd"), x, y, batch_size=64, epochs=3, callbacks=[Asks(), metrics], verbose=0
+    )
+    assert len(history.epoch) == 1
+
+
+@check
 def unsynchronized_batch_norm_agrees_and_is_finite(folder: Path) -> None:
     model = keras.Sequential([keras.Input((20,)), L.BatchNormalization(), L.Dense(3)])
     model.compile("adam", crossentropy())

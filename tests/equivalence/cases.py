@@ -13,6 +13,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+import tfdist
+
 L = keras.layers
 Train = Callable[..., Any]
 Case = Callable[[Train], tuple[Any, Any]]
@@ -238,6 +240,34 @@ def sample_weight(train: Train) -> tuple[Any, Any]:
 def class_weight(train: Train) -> tuple[Any, Any]:
     model = mlp(clipped_adam())
     return model, train(model, *table(), class_weight={0: 3.0, 1: 0.5}, batch_size=64, epochs=2)
+
+
+def unbalanced() -> tuple[Any, Any]:
+    x, y = table()
+    kept = (y > 0) | (np.arange(len(y)) % 20 == 0)
+    return x[kept], y[kept]
+
+
+@case
+def class_balanced(train: Train) -> tuple[Any, Any]:
+    model = mlp(clipped_adam())
+    sampler = tfdist.samplers.ClassBalanced()
+    return model, train(model, *unbalanced(), sampler=sampler, batch_size=64, epochs=3)
+
+
+@case
+def stratified(train: Train) -> tuple[Any, Any]:
+    model = mlp(clipped_adam())
+    sampler = tfdist.samplers.Stratified()
+    return model, train(model, *unbalanced(), sampler=sampler, batch_size=60, epochs=3)
+
+
+@case
+def logit_adjusted(train: Train) -> tuple[Any, Any]:
+    x, y = unbalanced()
+    loss = tfdist.imbalance.LogitAdjustedCrossentropy(np.bincount(y))
+    model = mlp(clipped_adam(), loss)
+    return model, train(model, x, y, class_weight="balanced", batch_size=64, epochs=2)
 
 
 @case

@@ -118,13 +118,15 @@ class Arrays(Source):
         return tf.nest.map_structure(batch_spec, self.data)
 
     def fingerprint(self) -> str:
-        """Sums up number, shape and some rows of the arrays."""
+        """Sums up number, shape and some rows of the arrays, and a step of the sampler."""
         rows = np.unique(np.linspace(0, self.num_rows - 1, 64).astype(np.int64))
         digest = hashlib.sha256()
         for column in tf.nest.flatten(self.data):
             values = tf.gather(column, rows).numpy()
             text = values.dtype == object  # of which tobytes() would give addresses
             digest.update(repr(values.tolist()).encode() if text else values.tobytes())
+        drawn = self.sampler.rows(0, num_rows=self.num_rows, batch_size=64, seed=self.seed)
+        digest.update(np.asarray(drawn, np.int64).tobytes())
         return f"{self.num_rows} rows of {super().fingerprint()}, {digest.hexdigest()[:12]}"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +13,10 @@ import tensorflow as tf
 
 from tfdist.data.arrays import Arrays, count_rows, is_arrays, to_tensors
 from tfdist.data.batches import DatasetBatches, GeneratorBatches, PyDatasetBatches
+from tfdist.data.class_weight import Weigh, weigher, x_and_y
 from tfdist.data.source import Source, shortened
 from tfdist.errors import ArgumentError
-from tfdist.samplers import Sampler
+from tfdist.samplers import Sampler, Sequential, Uniform
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Settings:
         shuffle: Whether a PyDataset's batches are shuffled.
         seed: The sampler's.
         training: Whether epochs go on where the last one stopped.
-        class_weight: Weights by class number, or None.
+        class_weight: Weights by class number, a rule that finds them, or None.
     """
 
     batch_size: int | None
@@ -38,7 +39,7 @@ class Settings:
     shuffle: bool
     seed: int
     training: bool
-    class_weight: dict[int, float] | None = None
+    class_weight: Any = None
 
 
 def read(x: Any, y: Any, sample_weight: Any, settings: Settings) -> Source:
@@ -58,9 +59,8 @@ def read(x: Any, y: Any, sample_weight: Any, settings: Settings) -> Source:
             "`class_weight` and `sample_weight` cannot be used at the same time. Multiply "
             "the weights by class yourself: sample_weight * class_weights[y]."
         )
-    weigh = _weigher(settings.class_weight) if settings.class_weight else None
     if is_arrays(x):
-        return _read_arrays(x, y, sample_weight, weigh, settings)
+        return _read_arrays(x, y, sample_weight, settings)
     kind = type(x).__name__
     for name, value in (("y", y), ("sample_weight", sample_weight)):
         if value is not None:
@@ -68,23 +68,34 @@ def read(x: Any, y: Any, sample_weight: Any, settings: Settings) -> Source:
                 f"`{name}` must not be passed when `x` yields batches. Received: x of type "
                 f"{kind} and {name}. Let it yield (x, y) or (x, y, sample_weight)."
             )
+    if not isinstance(settings.sampler, Sequential | Uniform):
+        raise ArgumentError(
+            "`sampler` must not be passed when `x` yields batches: it chooses rows of arrays. "
+            f"Received: x of type {kind} and a sampler of type "
+            f"{type(settings.sampler).__name__}. Choose the rows where batches are made."
+        )
     if settings.batch_size is not None:
         raise ArgumentError(
             "`batch_size` must not be passed when `x` yields batches. Received: x of type "
             f"{kind} and batch_size={settings.batch_size}. Set the size where they are made."
         )
     if isinstance(x, tf.data.Dataset):
-        return DatasetBatches(x, settings.steps, continues=settings.training, transform=weigh)
+        return DatasetBatches(
+            x,
+            settings.steps,
+            continues=settings.training,
+            transform=_weigher(settings, lambda: _targets_of_dataset(x, settings.steps)),
+        )
     if isinstance(x, keras.utils.PyDataset):
         return PyDatasetBatches(
             x,
             settings.steps,
             shuffle=settings.shuffle,
             seed=settings.seed,
-            transform=weigh,
+            transform=_weigher(settings, lambda: _targets_of_py_dataset(x)),
         )
     if isinstance(x, types.GeneratorType):
-        if weigh is not None:
+        if settings.class_weight:
             raise ArgumentError(
                 "`class_weight` cannot be used with a generator. Let it yield "
                 "(x, y, sample_weight)."
@@ -96,9 +107,20 @@ def read(x: Any, y: Any, sample_weight: Any, settings: Settings) -> Source:
     )
 
 
-def _read_arrays(
-    x: Any, y: Any, sample_weight: Any, weigh: Callable[..., Any] | None, settings: Settings
-) -> Arrays:
+_UNCOUNTABLE = (
+    "Classes can be counted only in data that ends. Received: a {}, and a rule as "
+    "`class_weight`. Pass a dict; tfdist.imbalance.class_weights finds one from labels."
+)
+
+
+def _weigher(settings: Settings, targets: Callable[[], Iterable[Any]]) -> Weigh | None:
+    """Makes what adds class weights to a batch; a dict's classes are not looked for."""
+    if not settings.class_weight:
+        return None
+    return weigher(settings.class_weight, targets, must_occur=False)
+
+
+def _read_arrays(x: Any, y: Any, sample_weight: Any, settings: Settings) -> Arrays:
     batch_size = 32 if settings.batch_size is None else settings.batch_size
     if not isinstance(batch_size, int | np.integer) or batch_size < 1:
         raise ArgumentError(
@@ -118,38 +140,28 @@ def _read_arrays(
         if y is None:
             raise ArgumentError("`sample_weight` must come with `y`. Received: y=None.")
         data = (*data, columns["sample_weight"])
-    if weigh is not None:
+    if settings.class_weight:
+        _, targets = x_and_y(data)
+        weigh = weigher(settings.class_weight, lambda: [targets], must_occur=True)
         data = weigh(*data)
-    steps = settings.steps or settings.sampler.steps_per_epoch(num_rows, int(batch_size))
+    sampler = settings.sampler.bind(columns["y"], num_rows)
+    steps = settings.steps or sampler.steps_per_epoch(num_rows, int(batch_size))
     if not settings.training:
-        steps = min(steps, settings.sampler.steps_per_epoch(num_rows, int(batch_size)))
-    return Arrays(
-        data, settings.sampler, int(batch_size), settings.seed, steps, settings.training
-    )
+        steps = min(steps, sampler.steps_per_epoch(num_rows, int(batch_size)))
+    return Arrays(data, sampler, int(batch_size), settings.seed, steps, settings.training)
 
 
-def _weigher(class_weight: dict[int, float]) -> Callable[..., Any]:
-    """Makes a function that adds class weights to `(x, y)`."""
-    table = np.ones(max(class_weight) + 1, np.float32)
-    for label, weight in class_weight.items():
-        table[int(label)] = weight
+def _targets_of_dataset(dataset: Any, steps: int | None) -> Iterator[Any]:
+    """Goes through a `tf.data.Dataset` once, for its targets."""
+    cardinality = int(dataset.cardinality())
+    if cardinality == tf.data.INFINITE_CARDINALITY or (cardinality < 0 and steps):
+        raise ArgumentError(_UNCOUNTABLE.format("tf.data.Dataset without a known end"))
+    for batch in dataset:
+        yield x_and_y(batch if isinstance(batch, tuple) else (batch,))[1]
 
-    def weigh(*batch: Any) -> Any:
-        x, y, given = keras.utils.unpack_x_y_sample_weight(
-            batch[0] if len(batch) == 1 else batch
-        )
-        if given is not None or y is None or tf.nest.is_nested(y):
-            raise ArgumentError(
-                "`class_weight` needs one target for each example, and no sample weights. "
-                f"Received: y={shortened(y)}, sample_weight={shortened(given)}."
-            )
-        if y.shape.rank >= 2 and y.shape[-1] != 1:
-            labels = tf.argmax(y, -1, tf.int32)
-        else:
-            labels = tf.squeeze(y, -1) if y.shape.rank >= 2 else y
-            labels = tf.cast(labels if labels.dtype.is_integer else tf.round(labels), tf.int32)
-        # Classes that the dict does not name weigh 1, as in Keras.
-        inside = tf.minimum(labels, len(table) - 1)
-        return x, y, tf.where(labels < len(table), tf.gather(table, inside), 1.0)
 
-    return weigh
+def _targets_of_py_dataset(dataset: Any) -> Iterator[Any]:
+    if dataset.num_batches is None:
+        raise ArgumentError(_UNCOUNTABLE.format("PyDataset without a length"))
+    for number in range(dataset.num_batches):
+        yield tf.convert_to_tensor(x_and_y(tuple(dataset[number]))[1])

@@ -1,22 +1,14 @@
-"""Samplers: which examples make up a global step, as a function of the seed and the step.
-
-Nothing else decides it: not a worker's history, its rank, or the number of workers. So
-every replica finds the same rows, takes its slice, and a run that is resumed at step t,
-on any number of workers, goes on with the examples it would have seen. A sampler deals in
-row numbers, as NumPy arrays; it never sees the data.
-"""
+"""What a sampler is, and those that draw every row once an epoch."""
 
 from __future__ import annotations
 
 import abc
-import functools
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-Rows = NDArray[np.int64]
+from tfdist.samplers.permutation import Rows, permute
 
 
 class Sampler(abc.ABC):
@@ -33,6 +25,18 @@ class Sampler(abc.ABC):
         >>> WithReplacement().rows(5, num_rows=10, batch_size=4, seed=0).shape
         (4,)
     """
+
+    def bind(self, targets: Any, num_rows: int) -> Sampler:
+        """Gives the sampler that draws from particular data; by default, this one.
+
+        Args:
+            targets: `y` of `fit`: arrays, nested or not, or None.
+            num_rows: Examples in the data, at least 1.
+
+        Raises:
+            ArgumentError: The sampler cannot draw from these data.
+        """
+        return self
 
     def steps_per_epoch(self, num_rows: int, batch_size: int) -> int:
         """Says how many steps make an epoch.
@@ -122,69 +126,6 @@ class Uniform(Sampler):
                 rows = permute(positions, num_rows, key)
                 found += np.split(rows, range(batch_size, len(rows), batch_size))
         return found
-
-
-_SMALL = 2**16
-_ROUNDS = 8
-
-
-def permute(positions: Rows, size: int, key: tuple[int, int]) -> Rows:
-    """Evaluates a pseudo-random permutation of range(size) at some positions.
-
-    Up to 65536 values it is a drawn one, kept for the next call. Beyond, it is a Feistel
-    network on the bits of the position, applied again while the result is not below `size`:
-    a bijection that needs no memory, however large `size` is (Mitchell et al.,
-    "Bandwidth-optimal random shuffling for GPUs", ACM TOPC 2022, section 4; Black and
-    Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002).
-
-    Args:
-        positions: int64 array, values in [0, size).
-        size: How many values are permuted, at most 2**62.
-        key: Two whole numbers from 0 on that choose the permutation.
-
-    Returns:
-        int64 array of the shape of `positions`.
-    """
-    if size <= _SMALL:
-        return _drawn_permutation(size, key)[positions]
-    bits = int(size - 1).bit_length()
-    keys = np.random.SeedSequence(key).generate_state(_ROUNDS).astype(np.uint32)
-    values = _feistel(positions, bits, keys)
-    while len(outside := np.flatnonzero(values >= size)):
-        values[outside] = _feistel(values[outside], bits, keys)
-    return values
-
-
-@functools.lru_cache(maxsize=4)
-def _drawn_permutation(size: int, key: tuple[int, int]) -> Rows:
-    # RandomState is frozen: another version of NumPy draws the same, as a Generator need not.
-    generator = np.random.RandomState(np.random.Philox(np.random.SeedSequence(key)))
-    drawn: Rows = generator.permutation(size)
-    return drawn
-
-
-def _feistel(values: Rows, bits: int, keys: NDArray[np.uint32]) -> Rows:
-    """Applies a keyed bijection of range(2**bits): each round changes one half by the other."""
-    low_bits = bits // 2
-    low = (values & ((1 << low_bits) - 1)).astype(np.uint32)
-    high = (values >> low_bits).astype(np.uint32)
-    for number, key in enumerate(keys):
-        if number % 2:
-            low ^= _top_bits_of_hash(high, key, low_bits)
-        else:
-            high ^= _top_bits_of_hash(low, key, bits - low_bits)
-    joined: Rows = (high.astype(np.int64) << low_bits) | low
-    return joined
-
-
-def _top_bits_of_hash(half: Any, key: np.uint32, bits: int) -> Any:
-    """Hashes 32-bit numbers: a key, two odd multipliers, and a shift between them."""
-    mixed = half ^ key
-    mixed *= np.uint32(0x85EBCA6B)
-    mixed ^= mixed >> np.uint32(15)
-    mixed *= np.uint32(0xC2B2AE35)
-    mixed >>= np.uint32(32 - bits)
-    return mixed
 
 
 def from_shuffle(shuffle: bool | str) -> Sampler:

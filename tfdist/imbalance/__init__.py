@@ -1,0 +1,18 @@
+"""Data in which some classes are rare: what it looks like, and what to do about it."""
+
+from tfdist.data.class_weight import EffectiveNumber, class_weights
+from tfdist.imbalance.loss import LogitAdjustedCrossentropy
+from tfdist.imbalance.prior import PriorShift, correct_prior
+from tfdist.imbalance.report import Report, report
+from tfdist.imbalance.split import stratified_split
+
+__all__ = [
+    "EffectiveNumber",
+    "LogitAdjustedCrossentropy",
+    "PriorShift",
+    "Report",
+    "class_weights",
+    "correct_prior",
+    "report",
+    "stratified_split",
+]

@@ -1,0 +1,137 @@
+"""What a distribution of classes looks like."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from tfdist.data.class_weight import EffectiveNumber
+from tfdist.errors import MissingPackageError
+from tfdist.samplers.classes import count_classes
+
+_LABELLED = 40  # more bars than that have no room for a name each
+
+
+@dataclass(frozen=True)
+class Report:
+    """How often each class comes; prints as a table.
+
+    Attributes:
+        classes: The classes that occur, in ascending order; None stands for rows without
+            any label.
+        counts: Rows of each class.
+        rows: Rows of the data. With several labels a row, counts add up to more.
+        effective: The effective number of examples of each class.
+        beta: Of the effective numbers.
+        figure: A `matplotlib.figure.Figure` if it was asked for, or None.
+    """
+
+    classes: tuple[Any, ...]
+    counts: tuple[int, ...]
+    rows: int
+    effective: tuple[float, ...]
+    beta: float
+    figure: Any = None
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """The part of the rows that each class has."""
+        return tuple(count / self.rows for count in self.counts)
+
+    @property
+    def ratio(self) -> float:
+        """The imbalance ratio: rows of the largest class for each one of the smallest."""
+        return max(self.counts) / min(self.counts)
+
+    def __rich__(self) -> Table:
+        title = f"{self.rows:,} rows, {len(self.counts)} classes, ratio {self.ratio:,.1f}"
+        table = Table(title=title, title_justify="left", box=box.ROUNDED)
+        table.add_column("class")
+        for column in ("rows", "share", f"effective (beta {self.beta:g})"):
+            table.add_column(column, justify="right")
+        for name, count, share, effective in zip(
+            self.classes, self.counts, self.shares, self.effective, strict=True
+        ):
+            shown = "no label" if name is None else str(name)
+            table.add_row(shown, f"{count:,}", f"{share:.3%}", f"{effective:,.1f}")
+        return table
+
+    def __str__(self) -> str:
+        text = io.StringIO()
+        Console(file=text, width=80).print(self)
+        return text.getvalue().rstrip()
+
+
+def report(y: Any, *, beta: float = 0.999, plot: bool = False) -> Report:
+    """Counts classes and says how unequal they are.
+
+    Args:
+        y: Classes, array of shape [rows] of whole numbers, booleans or text, or of shape
+            [rows, classes] of zeros and ones.
+        beta: Of the effective number of examples, (1 - beta^n) / (1 - beta) (Cui et al.,
+            "Class-balanced loss based on effective number of samples", CVPR 2019).
+        plot: Whether to draw a bar for each class, on a logarithmic axis; needs matplotlib.
+
+    Returns:
+        A `Report`: `print` shows a table.
+
+    Raises:
+        ArgumentError: `y` is not classes, or `beta` is not from 0 on and below 1.
+        MissingPackageError: A picture was asked for, and matplotlib is not installed.
+
+    Example:
+        >>> import numpy as np
+        >>> from tfdist.imbalance import report
+        >>> found = report(np.array([0, 0, 0, 0, 0, 0, 0, 0, 1, 1]))
+        >>> found.counts, found.shares, found.ratio
+        ((8, 2), (0.8, 0.2), 4.0)
+    """
+    names, counts = count_classes(y, "y")
+    made = Report(
+        tuple(names),
+        tuple(counts.tolist()),
+        len(y),
+        tuple(EffectiveNumber(beta).of(counts)),
+        beta,
+    )
+    return Report(**{**vars(made), "figure": _bars(made)}) if plot else made
+
+
+def new_figure(**options: Any) -> Any:
+    """Makes an empty `matplotlib.figure.Figure`, which belongs to no window.
+
+    Args:
+        **options: Of the figure.
+
+    Raises:
+        MissingPackageError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise MissingPackageError(
+            "A picture needs matplotlib. Received: an installation without it. "
+            'Install it: pip install "tfdist[plot]".'
+        ) from None
+    return Figure(layout="constrained", **options)
+
+
+def _bars(found: Report) -> Any:
+    figure = new_figure(figsize=(max(4.0, min(12.0, 0.3 * len(found.counts))), 3.5))
+    axes = figure.subplots()
+    places = range(len(found.counts))
+    axes.bar(places, found.counts, color="tab:blue")
+    axes.set_yscale("log")
+    axes.set_ylim(bottom=0.5)
+    axes.set_ylabel("rows")
+    axes.set_xlabel("class")
+    if len(found.counts) <= _LABELLED:
+        names = ["no label" if name is None else str(name) for name in found.classes]
+        axes.set_xticks(places, names, rotation=90 if max(map(len, names)) > 3 else 0)
+    axes.set_title(f"ratio {found.ratio:,.1f}")
+    return figure
