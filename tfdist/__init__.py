@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from tfdist._version import __version__
 
 if TYPE_CHECKING:
-    from tfdist import samplers
+    from tfdist import privacy, samplers
     from tfdist.dropin import drop_in
     from tfdist.session import init, is_chief
     from tfdist.training import evaluate, fit, predict
@@ -24,6 +24,7 @@ __all__ = [
     "init",
     "is_chief",
     "predict",
+    "privacy",
     "samplers",
 ]
 
@@ -42,8 +43,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name == "samplers":
-        return importlib.import_module("tfdist.samplers")
+    if name in ("privacy", "samplers"):
+        return importlib.import_module(f"tfdist.{name}")
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'tfdist' has no attribute {name!r}")
