@@ -39,8 +39,12 @@ class Prepared:
         )
 
     @contextlib.contextmanager
-    def running(self) -> Iterator[None]:
-        """Lets Keras's loop run the functions, and gives a plain model back."""
+    def running(self, source: data.Source) -> Iterator[None]:
+        """Lets Keras's loop run the functions, and gives a plain model back.
+
+        Args:
+            source: The data they run on.
+        """
         self.stop.requested = self.stop.agreed = self.stop.members_changed = False
         functions = _keras.loop_functions(
             self.model,
@@ -52,7 +56,7 @@ class Prepared:
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.held)
             stack.enter_context(functions)
-            if self.strategy.place.num_replicas > 1:
+            if self.strategy.place.num_replicas > 1 or source.may_be_empty:
                 stack.enter_context(_keras.replicated(self.model))
             yield
 

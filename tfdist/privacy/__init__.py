@@ -12,13 +12,23 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tfdist.privacy.accounting import capacity, epsilon, noise_multiplier
     from tfdist.privacy.ledger import Ledger, Phase
+    from tfdist.privacy.poisson import Poisson
     from tfdist.privacy.report import statement
 
-__all__ = ["Ledger", "Phase", "capacity", "epsilon", "noise_multiplier", "statement"]
+__all__ = [
+    "Ledger",
+    "Phase",
+    "Poisson",
+    "capacity",
+    "epsilon",
+    "noise_multiplier",
+    "statement",
+]
 
 _HOMES = {
     "Ledger": "tfdist.privacy.ledger",
     "Phase": "tfdist.privacy.ledger",
+    "Poisson": "tfdist.privacy.poisson",
     "capacity": "tfdist.privacy.accounting",
     "epsilon": "tfdist.privacy.accounting",
     "noise_multiplier": "tfdist.privacy.accounting",
