@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from tfdist.errors import ArgumentError
-from tfdist.privacy.ledger import Ledger, Phase, check_count, check_number, dp_accounting
+from tfdist.privacy.arguments import check_count, check_number
+from tfdist.privacy.ledger import Ledger, Phase, dp_accounting
 
 _LEAST_NOISE = 2.0**-5
 _MOST_NOISE = 2.0**20

@@ -10,7 +10,8 @@ from typing import ClassVar
 import numpy as np
 
 from tfdist.privacy.accounting import capacity as choose_capacity
-from tfdist.privacy.ledger import Phase, check_count
+from tfdist.privacy.arguments import check_count
+from tfdist.privacy.ledger import Phase
 from tfdist.samplers import Rows, Sampler
 
 
