@@ -8,5 +8,5 @@ from __future__ import annotations
 import subprocess
 import sys
 
-for name in ("overhead", "input_road", "scaling", "horovod", "imbalance"):
+for name in ("overhead", "input_road", "scaling", "horovod", "parameter_server", "imbalance"):
     subprocess.run([sys.executable, "-m", f"benchmarks.{name}"], check=True)

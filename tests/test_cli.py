@@ -139,7 +139,7 @@ class TestRun:
         assert result.exit_code == 1
         assert "Error: `TF_CONFIG.cluster.worker[0]` must be" in result.output
 
-    @pytest.mark.parametrize("command", [[], ["run"], ["doctor"]])
+    @pytest.mark.parametrize("command", [[], ["run"], ["doctor"], ["privacy", "noise"]])
     def test_help_has_an_example(self, command):
         result = invoke(*command, "--help")
         assert result.exit_code == 0
@@ -147,6 +147,69 @@ class TestRun:
 
     def test_version(self):
         assert invoke("--version").output == f"tfdist {tfdist.__version__}\n"
+
+
+TRAINING = ["--sample-size", "10000", "--batch-size", "100", "--delta", "1e-5"]
+
+
+@pytest.mark.quick
+class TestPrivacy:
+    def test_epsilon(self):
+        result = invoke(
+            "privacy", "epsilon", *TRAINING, "--steps", "10000", "--noise-multiplier", "4"
+        )
+        assert result.exit_code == 0, result.output
+        first, empty, *text = result.output.splitlines()
+        assert first.startswith("epsilon = 0.94")
+        assert not empty
+        assert "10000 steps of DP-SGD" in " ".join(text)
+
+    def test_epochs_are_steps(self):
+        options = [*TRAINING, "--accountant", "rdp", "--noise-multiplier", "4"]
+        by_epochs = invoke("privacy", "epsilon", *options, "--epochs", "100")
+        assert (
+            by_epochs.output
+            == invoke("privacy", "epsilon", *options, "--steps", "10000").output
+        )
+        half = invoke("privacy", "epsilon", *options, "--epochs", "0.5")
+        assert "50 steps of DP-SGD" in half.output.replace("\n", " ")
+
+    def test_capacity_and_relation(self):
+        options = [*TRAINING, "--steps", "10", "--noise-multiplier", "4", "--capacity", "120"]
+        options += ["--relation", "replace_one"]
+        result = invoke("privacy", "epsilon", *options)
+        text = result.output.replace("\n", " ")
+        assert "at most 120 of them kept" in text
+        assert "replaced by any other" in text
+
+    def test_noise(self):
+        options = [*TRAINING, "--steps", "1000", "--target-epsilon", "1", "--accountant", "rdp"]
+        result = invoke("privacy", "noise", *options)
+        assert result.exit_code == 0, result.output
+        noise, spent, *_ = result.output.splitlines()
+        options = [*TRAINING, "--steps", "1000", "--accountant", "rdp"]
+        options += ["--noise-multiplier", noise.removeprefix("noise_multiplier = ")]
+        assert invoke("privacy", "epsilon", *options).output.splitlines()[0] == spent
+        assert 0.99 < float(spent.removeprefix("epsilon = ")) <= 1
+
+    @pytest.mark.parametrize(
+        ("options", "status", "message"),
+        [
+            ([], 2, "Exactly one of --epochs and --steps must be given."),
+            (["--steps", "5", "--epochs", "5"], 2, "Exactly one of"),
+            (["--steps", "5", "--batch-size", "10001"], 2, "must be at most --sample-size"),
+            (["--steps", "5", "--delta", "2"], 1, "Error: `delta` must be a number above 0"),
+            (["--steps", "5", "--noise-multiplier", "-1"], 1, "Error: `noise_multiplier`"),
+            (["--steps", "0"], 2, "Invalid value for '--steps'"),
+            (["--steps", "5", "--accountant", "x"], 2, "'x' is not one of"),
+        ],
+    )
+    def test_wrong_use(self, options, status, message):
+        options = [*TRAINING, "--noise-multiplier", "1", *options]
+        result = invoke("privacy", "epsilon", *options)
+        assert result.exit_code == status
+        assert message in result.output
+        assert "Traceback" not in result.output
 
 
 def test_starts_without_tensorflow(environ):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from tfdist._version import __version__
 
 if TYPE_CHECKING:
-    from tfdist import imbalance, samplers
+    from tfdist import imbalance, privacy, samplers
     from tfdist.dropin import drop_in
     from tfdist.session import init, is_chief
     from tfdist.training import evaluate, fit, predict
@@ -28,6 +28,7 @@ __all__ = [
     "is_chief",
     "placement",
     "predict",
+    "privacy",
     "samplers",
 ]
 
@@ -49,7 +50,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("imbalance", "samplers"):
+    if name in ("imbalance", "privacy", "samplers"):
         return importlib.import_module(f"tfdist.{name}")
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)

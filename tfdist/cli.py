@@ -1,4 +1,4 @@
-"""The command line: `tfdist run`, `tfdist doctor`, `tfdist horovod`."""
+"""The command line: `tfdist run`, `tfdist doctor`, `tfdist horovod`, `tfdist privacy`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from tfdist._version import __version__
+from tfdist.cli_privacy import privacy
 from tfdist.errors import TfdistError
 from tfdist.launch import (
     DEFAULT_PORT,
@@ -51,6 +52,7 @@ def main() -> None:
       tfdist run -n 2 --drop-in train.py   the same, for a plain Keras script
       tfdist doctor                        what can run on this machine
       tfdist horovod build                 Horovod for the installed TensorFlow
+      tfdist privacy epsilon --help        what training with DP-SGD costs
     """  # noqa: D301
 
 
@@ -226,6 +228,9 @@ def build_horovod(
     except KeyboardInterrupt:
         click.echo("Interrupted.", err=True)
         sys.exit(128 + signal.SIGINT)
+
+
+main.add_command(privacy)
 
 
 def _explain(

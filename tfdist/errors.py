@@ -42,6 +42,10 @@ class MembersChanged(TfdistError):  # noqa: N818, `fit` catches it: nothing went
     """An elastic run has more or fewer processes from now on."""
 
 
+class MissingPackageError(TfdistError, ImportError):
+    """An optional package is needed for what was asked, and is not installed."""
+
+
 class LaunchError(TfdistError, RuntimeError):
     """The launcher could not start or keep the worker processes."""
 

@@ -39,8 +39,12 @@ class Prepared:
         )
 
     @contextlib.contextmanager
-    def running(self) -> Iterator[None]:
-        """Lets Keras's loop run the functions, and gives a plain model back."""
+    def running(self, source: data.Source) -> Iterator[None]:
+        """Lets Keras's loop run the functions, and gives a plain model back.
+
+        Args:
+            source: The data they run on.
+        """
         self.stop.requested = self.stop.agreed = self.stop.members_changed = False
         functions = _keras.loop_functions(
             self.model,
@@ -53,8 +57,9 @@ class Prepared:
             stack.enter_context(self.strategy.explaining_losses())
             stack.enter_context(self.held)
             stack.enter_context(functions)
-            if self.strategy.has_servers or self.strategy.place.num_replicas > 1:
-                stack.enter_context(_keras.replicated(self.model, self.strategy.has_servers))
+            has_servers = self.strategy.has_servers
+            if has_servers or self.strategy.place.num_replicas > 1 or source.may_be_empty:
+                stack.enter_context(_keras.replicated(self.model, has_servers))
             stack.enter_context(self.functions.running())
             yield
 

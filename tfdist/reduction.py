@@ -213,7 +213,8 @@ class Updates:
         reduced = self._reduce_and_apply([*weighted, *metrics.changes(self._batch)])
         changes = reduced[len(differing) :]
         for variable, mean in zip(differing, reduced, strict=False):
-            variable.assign(mean)
+            _, before = self._batch.touched[id(variable)]
+            variable.assign(tf.where(self._batch.total > 0, mean, before))
         if self.agreement.needed:
             changes = [self.agreement.choose(c, tf.zeros_like(c)) for c in changes]
             for variable, before in touched:

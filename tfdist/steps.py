@@ -189,7 +189,7 @@ class _Replica:
 
     def train(self, share: Share, stopping: Tensor) -> tuple[Logs, Signals]:
         """Updates the weights, once."""
-        if self.alone:
+        if share.total is None:
             return self.model.train_step(share.data), Signals(tf.constant(0), tf.zeros([4]))
         with _keras.on_replica(self._batch(share)) as batch:
             agreement = Agreement(self.strategy, share, stopping, self.elements)

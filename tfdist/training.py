@@ -168,7 +168,7 @@ def fit(
                 add_progbar=shown != 0,
                 model=model,
             )
-        with prepared.running(), _quiet_stop(prepared.stop):
+        with prepared.running(source), _quiet_stop(prepared.stop):
             history = _keras.FIT(
                 model,
                 _keras.StreamAdapter(stream, source.steps, source.on_epoch_end),
@@ -237,7 +237,7 @@ def evaluate(
     source = _read_in_order(x, y, sample_weight, batch_size=batch_size, steps=steps)
     _keras.build(model, source.spec())
     prepared = _agreed(session, model, source, batch_size=batch_size)
-    with prepared.running():
+    with prepared.running(source):
         return _keras.EVALUATE(
             model,
             _adapt(source, session.strategy),
@@ -288,7 +288,7 @@ def predict(
     source = _read_in_order(x, None, None, batch_size=batch_size, steps=steps)
     _keras.build_layers(model, source.spec())
     prepared = _agreed(session, model, source, batch_size=batch_size)
-    with prepared.running():
+    with prepared.running(source):
         return _keras.PREDICT(
             model,
             _adapt(source, session.strategy, by_number=False),

@@ -89,8 +89,13 @@ class ReplicaBatch:
 
     @property
     def share(self) -> Tensor:
-        """Scalar float32 tensor: the share's part of the global batch, from 0 to 1."""
-        return tf.cast(self.rows, tf.float32) / tf.cast(self.total, tf.float32)
+        """Scalar float32 tensor: the share's part of the global batch, from 0 to 1.
+
+        It is 0 when the global batch is empty.
+        """
+        return tf.math.divide_no_nan(
+            tf.cast(self.rows, tf.float32), tf.cast(self.total, tf.float32)
+        )
 
     @property
     def inverse_share(self) -> Tensor:
@@ -322,6 +327,9 @@ def _moments(layer: Any, inputs: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         tf.math.divide_no_nan(second, count),
     )
     variance = tf.maximum(second - tf.square(first), 0.0)
+    # Without a row the moving statistics must stay what they are.
+    moving = tf.cast(layer.moving_variance, variance.dtype)
+    variance = tf.where(batch.total > 0, variance, moving)
     return first + tf.reshape(shift, [-1]), variance
 
 

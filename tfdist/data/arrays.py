@@ -40,6 +40,9 @@ class Arrays(Source):
     steps: int
     endless: bool
 
+    def __post_init__(self) -> None:
+        self.may_be_empty = self.sampler.may_be_empty
+
     @property
     def num_rows(self) -> int:
         """Examples."""
@@ -54,11 +57,11 @@ class Arrays(Source):
         """Builds the stream of shares; each gathers its own rows only."""
 
         def share(rows: Tensor, size: Tensor, replica: Tensor) -> Share:
-            if place.num_replicas == 1:
+            if place.num_replicas == 1 and not self.may_be_empty:
                 return Share(self._gather(tf.slice(rows, tf.constant([0], tf.int64), size)))
             total = size[0]
             begin, end = bounds(total, replica, place)
-            padded = tf.minimum(begin, total - 1)
+            padded = tf.maximum(tf.minimum(begin, total - 1), 0)
             mine = rows[padded : tf.maximum(end, padded + 1)]
             return Share(self._gather(mine), end - begin, total, begin, tf.zeros([4]))
 
@@ -100,7 +103,7 @@ class Arrays(Source):
                 seed=self.seed,
             )
             sizes = np.array([[len(rows)] for rows in batches])
-            padded = np.zeros((at_once, sizes.max()), np.int64)
+            padded = np.zeros((at_once, max(1, sizes.max())), np.int64)
             for row, batch in zip(padded, batches, strict=True):
                 row[: len(batch)] = batch
             return padded, sizes

@@ -56,10 +56,13 @@ class Source(abc.ABC):
     Attributes:
         steps: Global batches in an epoch, or None when unknown.
         repeatable: Whether batches that were drawn can be drawn again.
+        may_be_empty: Whether a global batch may have no rows; then a single replica's shares
+            also say how many rows count.
     """
 
     steps: int | None
     repeatable: bool = True
+    may_be_empty: bool = False
 
     @abc.abstractmethod
     def shares(self, place: Place, epoch: int, skip: int = 0) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -24,7 +24,12 @@ class Sampler(abc.ABC):
         ...         return rng.integers(num_rows, size=batch_size)
         >>> WithReplacement().rows(5, num_rows=10, batch_size=4, seed=0).shape
         (4,)
+
+    Attributes:
+        may_be_empty: Whether a step may have no rows: then it updates with gradients of 0.
     """
+
+    may_be_empty: ClassVar[bool] = False
 
     def bind(self, targets: Any, num_rows: int) -> Sampler:
         """Gives the sampler that draws from particular data; by default, this one.
@@ -61,7 +66,8 @@ class Sampler(abc.ABC):
             seed: Another seed, below 2**63, gives another order.
 
         Returns:
-            int64 array of shape [n], n >= 1, values in [0, num_rows).
+            int64 array of shape [n], values in [0, num_rows); n >= 1, unless the sampler
+            sets `may_be_empty`.
         """
 
     def batches(

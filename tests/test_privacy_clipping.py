@@ -1,0 +1,369 @@
+"""Sums of clipped gradients equal those of a plain loop over examples, for each layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tfdist.errors import ArgumentError
+from tfdist.privacy import _layers, clipping
+from tfdist.privacy.closed_forms import FORMS
+
+L = keras.layers
+EXAMPLES = 5
+
+
+def loop(model: Any, x: Any, y: Any, clip: float) -> tuple[list[Any], Any]:
+    """Takes the gradient of one example after the other, and clips it."""
+    variables = model.trainable_variables
+    sums, norms = [np.zeros(v.shape) for v in variables], []
+    for i in range(len(tf.nest.flatten(y)[0])):
+        one_x, one_y = (
+            tf.nest.map_structure(lambda a, i=i: a[i : i + 1], part) for part in (x, y)
+        )
+        with tf.GradientTape() as tape:
+            loss = model.compute_loss(one_x, one_y, model(one_x, training=True))
+        gradients = [
+            np.zeros(v.shape) if g is None else tf.convert_to_tensor(g).numpy()
+            for g, v in zip(tape.gradient(loss, variables), variables, strict=True)
+        ]
+        norm = np.sqrt(sum((g.astype("float64") ** 2).sum() for g in gradients))
+        norms.append(norm)
+        factor = min(1.0, clip / norm) if norm else 1.0
+        sums = [s + g * factor for s, g in zip(sums, gradients, strict=True)]
+    return sums, np.array(norms)
+
+
+def data(*shape: int, words: int = 0) -> Any:
+    random = np.random.default_rng(0)
+    if words:
+        return random.integers(0, words, size=(EXAMPLES, *shape))
+    return random.normal(size=(EXAMPLES, *shape)).astype("float32")
+
+
+def sequential(
+    shape: Any, *layers: Any, words: int = 0, classes: int = 3
+) -> tuple[Any, Any, Any]:
+    keras.utils.set_random_seed(1)
+    last = [L.GlobalAveragePooling1D()] if layers[-1:] == ("pool",) else [L.Flatten()]
+    kept = [layer for layer in layers if layer != "pool"]
+    model = keras.Sequential([keras.Input(shape), *kept, *last, L.Dense(classes)])
+    model.compile(loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    y = np.random.default_rng(1).integers(0, classes, size=EXAMPLES)
+    return model, data(*shape, words=words), y
+
+
+def functional(make: Any) -> Any:
+    def build() -> tuple[Any, Any, Any]:
+        keras.utils.set_random_seed(1)
+        return make()
+
+    return build
+
+
+def shared_dense() -> tuple[Any, Any, Any]:
+    x = keras.Input((4,))
+    layer = L.Dense(4, activation="tanh")
+    model = keras.Model(x, L.Dense(1)(layer(layer(x))))
+    model.compile(loss="mse")
+    return model, data(4), data(1)
+
+
+def shared_embedding() -> tuple[Any, Any, Any]:
+    a, b = keras.Input((3,)), keras.Input((5,))
+    table = L.Embedding(7, 4)
+    both = L.Concatenate(axis=1)([table(a), table(b)])
+    model = keras.Model([a, b], L.Dense(1)(L.Flatten()(both)))
+    model.compile(loss="mse")
+    return model, [data(3, words=7), data(5, words=7)], data(1)
+
+
+def attention() -> tuple[Any, Any, Any]:
+    x = keras.Input((6, 8))
+    made = L.LayerNormalization()(x + L.MultiHeadAttention(2, 4)(x, x))
+    made = made + L.Dense(8)(L.Dense(16, activation="gelu")(made))
+    model = keras.Model(x, L.Dense(2)(L.GlobalAveragePooling1D()(made)))
+    model.compile(loss="mse")
+    return model, data(6, 8), data(2)
+
+
+def several_outputs() -> tuple[Any, Any, Any]:
+    a, b = keras.Input((4,)), keras.Input((3,))
+    made = L.Dense(5, activation="relu")(L.Concatenate()([a, b]))
+    model = keras.Model({"a": a, "b": b}, [L.Dense(1)(made), L.Dense(2)(made)])
+    model.compile(loss=["mse", "mae"], loss_weights=[0.3, 2.0])
+    return model, {"a": data(4), "b": data(3)}, [data(1), data(2) + 1]
+
+
+def masked_words() -> tuple[Any, Any, Any]:
+    x = keras.Input((6,))
+    made = L.LSTM(4)(L.Embedding(9, 5, mask_zero=True)(x))
+    model = keras.Model(x, L.Dense(1)(made))
+    model.compile(loss="mse")
+    words = data(6, words=8) + 1
+    words[np.arange(6) >= np.array([[6], [3], [1], [4], [2]])] = 0
+    return model, words, data(1)
+
+
+def masked_loss() -> tuple[Any, Any, Any]:
+    x = keras.Input((6,))
+    model = keras.Model(x, L.Dense(2)(L.Embedding(9, 5, mask_zero=True)(x)))
+    model.compile(loss="mse")
+    words = data(6, words=8) + 1
+    words[np.arange(6) >= np.array([[6], [3], [1], [4], [2]])] = 0
+    return model, words, data(6, 2)
+
+
+def loss_is_sum() -> tuple[Any, Any, Any]:
+    model, x, _ = sequential((4,), L.Dense(3, activation="relu"))
+    model.compile(loss=keras.losses.MeanSquaredError(reduction="sum"))
+    return model, x, data(3)
+
+
+def frozen() -> tuple[Any, Any, Any]:
+    model, x, y = sequential((4,), L.Dense(6), L.Dense(5, activation="relu"))
+    model.layers[0].trainable = False
+    return model, x, y
+
+
+class Scale(L.Layer):
+    def build(self, shape: Any) -> None:
+        self.factor = self.add_weight(shape=(shape[-1],), initializer="ones")
+
+    def call(self, inputs: Any) -> Any:
+        return inputs * self.factor
+
+
+class Borrowing(L.Layer):
+    """Uses another layer's weight outside that layer's call."""
+
+    def __init__(self, other: Any) -> None:
+        super().__init__()
+        self.other = other
+
+    def call(self, inputs: Any) -> Any:
+        return keras.ops.matmul(inputs, keras.ops.transpose(self.other.kernel))
+
+
+FAST = {
+    "dense": lambda: sequential(
+        (4,), L.Dense(6, activation="relu"), L.Dense(5, use_bias=False)
+    ),
+    "dense_many_positions": lambda: sequential((9, 4), L.Dense(3, activation="tanh")),
+    "dense_few_positions": lambda: sequential((2, 40), L.Dense(30, activation="tanh")),
+    "dense_three_axes": lambda: sequential((2, 3, 4), L.Dense(5)),
+    "einsum": lambda: sequential(
+        (3, 4), L.EinsumDense("abc,cde->abde", (3, 2, 5), bias_axes="de", activation="relu")
+    ),
+    "einsum_two_contracted": lambda: sequential(
+        (3, 4, 2), L.EinsumDense("abcd,cde->abe", (3, 6), bias_axes="e")
+    ),
+    "einsum_turned": lambda: sequential((3, 4), L.EinsumDense("abc,dc->abd", (3, 5))),
+    "einsum_ellipsis": lambda: sequential((3, 4), L.EinsumDense("...x,xy->...y", 5)),
+    "einsum_over_time": lambda: sequential(
+        (3, 4), L.EinsumDense("abc,bd->adc", (5, 4), bias_axes="d")
+    ),
+    "conv1d": lambda: sequential((8, 3), L.Conv1D(4, 3, activation="relu")),
+    "conv1d_causal": lambda: sequential(
+        (8, 3), L.Conv1D(4, 3, padding="causal", dilation_rate=2)
+    ),
+    "conv2d": lambda: sequential(
+        (6, 7, 3), L.Conv2D(4, (3, 2), padding="same", strides=2, activation="relu")
+    ),
+    "conv2d_wide": lambda: sequential(
+        (7, 6, 13), L.Conv2D(4, (3, 4), padding="same", strides=(2, 3))
+    ),
+    "conv2d_wide_dilated": lambda: sequential(
+        (8, 9, 13), L.Conv2D(4, 3, padding="same", dilation_rate=2)
+    ),
+    "conv3d_wide": lambda: sequential((4, 5, 4, 13), L.Conv3D(2, 2, strides=(1, 2, 1))),
+    "conv1d_wide": lambda: sequential((8, 40), L.Conv1D(3, 3, padding="causal")),
+    "depthwise2d_wide": lambda: sequential((6, 6, 13), L.DepthwiseConv2D(3, strides=2)),
+    "conv2d_dilated": lambda: sequential((7, 7, 2), L.Conv2D(3, 3, dilation_rate=2)),
+    "conv2d_groups": lambda: sequential((5, 5, 4), L.Conv2D(6, 3, groups=2)),
+    "conv3d": lambda: sequential((4, 4, 5, 2), L.Conv3D(3, 2, use_bias=False)),
+    "depthwise1d": lambda: sequential((7, 3), L.DepthwiseConv1D(3, depth_multiplier=2)),
+    "depthwise2d": lambda: sequential(
+        (6, 6, 3), L.DepthwiseConv2D(3, depth_multiplier=2, padding="same", activation="relu")
+    ),
+    "embedding": lambda: sequential((6,), L.Embedding(4, 5), words=4),
+    "layer_norm": lambda: sequential((4, 6), L.Dense(6), L.LayerNormalization()),
+    "layer_norm_axes": lambda: sequential((4, 6), L.LayerNormalization(axis=(1, 2))),
+    "layer_norm_no_center": lambda: sequential((4, 6), L.LayerNormalization(center=False)),
+    "group_norm": lambda: sequential((5, 5, 6), L.GroupNormalization(3)),
+    "group_norm_no_scale": lambda: sequential((5, 6), L.GroupNormalization(2, scale=False)),
+    "rms_norm": lambda: sequential((4, 6), L.Dense(6), L.RMSNormalization()),
+    "attention": functional(attention),
+    "shared_dense": functional(shared_dense),
+    "shared_embedding": functional(shared_embedding),
+    "several_outputs": functional(several_outputs),
+    "masked_loss": functional(masked_loss),
+    "loss_is_sum": functional(loss_is_sum),
+    "frozen": functional(frozen),
+}
+SLOW = {
+    "lstm": lambda: sequential((5, 3), L.LSTM(4, return_sequences=True)),
+    "gru": lambda: sequential((5, 3), L.GRU(4)),
+    "bidirectional": lambda: sequential((5, 3), L.Bidirectional(L.LSTM(4))),
+    "masked_words": functional(masked_words),
+    "time_distributed": lambda: sequential((3, 4), L.TimeDistributed(L.Dense(2))),
+    "separable_conv": lambda: sequential((6, 6, 2), L.SeparableConv2D(3, 3)),
+    "conv_transpose": lambda: sequential((4, 4, 2), L.Conv2DTranspose(3, 2)),
+    "einsum_per_position": lambda: sequential((3, 4), L.EinsumDense("abc,bcd->abd", (3, 5))),
+    "prelu": lambda: sequential((4, 5), L.PReLU()),
+    "custom": lambda: sequential((4, 5), Scale()),
+    "layer_norm_turned": lambda: sequential((4, 6), L.LayerNormalization(axis=(2, 1))),
+}
+
+
+def close(received: Any, expected: Any) -> None:
+    for a, b in zip(received, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [*FAST, *SLOW])
+def test_equals_a_loop_over_examples(name: str) -> None:
+    model, x, y = {**FAST, **SLOW}[name]()
+    _, norms = loop(model, x, y, 1.0)
+    clip = float(np.median(norms))  # some are clipped, some are not
+    expected, _ = loop(model, x, y, clip)
+    traced = tf.function(
+        lambda x, y, mask: clipping.clipped_sum(model, x, y, mask, clip), autograph=False
+    )
+    tensors = [tf.nest.map_structure(tf.constant, part) for part in (x, y)]
+    received, received_norms = traced(*tensors, tf.ones([EXAMPLES], tf.bool))
+    np.testing.assert_allclose(received_norms, norms, rtol=1e-4, atol=1e-6)
+    close(received, expected)
+    clipping.check(model, x, y)
+    has_forms = {type(u) in FORMS for u in clipping._units(model)}
+    assert (has_forms == {True}) == (name in FAST or name.startswith(("einsum", "layer_norm")))
+
+
+@pytest.mark.parametrize("name", ["dense", "conv2d", "attention", "embedding", "lstm"])
+def test_eager_equals_traced_and_masked_rows_count_nothing(name: str) -> None:
+    model, x, y = {**FAST, **SLOW}[name]()
+    mask = np.array([True, False, True, True, False])
+    expected, norms = loop(model, x[mask], y[mask], 0.5)
+    received, received_norms = clipping.clipped_sum(model, x, y, mask, 0.5)
+    close(received, expected)
+    np.testing.assert_allclose(received_norms[mask], norms, rtol=1e-4)
+    assert not np.any(received_norms[~mask])
+
+
+@pytest.mark.parametrize("name", ["dense", "conv2d", "attention", "embedding"])
+def test_compiled_by_xla(name: str) -> None:
+    model, x, y = FAST[name]()
+    expected, _ = loop(model, x, y, 0.5)
+    compiled = tf.function(
+        lambda x, y, mask: clipping.clipped_sum(model, x, y, mask, 0.5),
+        autograph=False,
+        jit_compile=True,
+    )
+    received, _ = compiled(tf.constant(x), tf.constant(y), tf.ones([EXAMPLES], tf.bool))
+    close(received, expected)
+
+
+@pytest.mark.parametrize("name", ["dense", "conv2d", "attention", "lstm"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_rows_that_are_not_finite_count_nothing(name: str, bad: float) -> None:
+    model, x, y = {**FAST, **SLOW}[name]()
+    finite = np.array([True, True, False, True, True])
+    expected, _ = loop(model, x[finite], y[finite], 0.5)
+    x[2] = bad
+    for mask in (np.ones(EXAMPLES, bool), finite):
+        received, norms = clipping.clipped_sum(model, x, y, mask, 0.5)
+        close(received, expected)
+        assert norms[2] == 0
+
+
+@pytest.mark.quick
+def test_no_row_counts() -> None:
+    model, x, y = FAST["dense"]()
+    received, norms = clipping.clipped_sum(model, x, y, np.zeros(EXAMPLES, bool), 0.5)
+    assert not any(np.any(part) for part in received)
+    assert not np.any(norms)
+
+
+def test_mixed_precision() -> None:
+    model, x, y = FAST["attention"]()
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    try:
+        mixed, _, _ = FAST["attention"]()
+    finally:
+        keras.config.set_dtype_policy("float32")
+    mixed.set_weights(model.get_weights())
+    expected, _ = loop(model, x, y, 0.5)
+    received, _ = clipping.clipped_sum(mixed, x, y, np.ones(EXAMPLES, bool), 0.5)
+    for a, b in zip(received, expected, strict=True):
+        assert a.dtype == tf.float32
+        assert np.linalg.norm(a - b) < 0.05 * np.linalg.norm(b) + 0.01
+
+
+def test_sensitivity_is_the_clipping_norm() -> None:
+    model, x, y = FAST["attention"]()
+    ones = np.ones(EXAMPLES, bool)
+    for out in range(EXAMPLES):
+        without = ones.copy()
+        without[out] = False
+        pair = [clipping.clipped_sum(model, x, y, m, 0.01)[0] for m in (ones, without)]
+        moved = sum(np.sum((a - b).numpy() ** 2) for a, b in zip(*pair, strict=True))
+        assert np.sqrt(moved) == pytest.approx(0.01, rel=1e-3)
+
+
+@pytest.mark.quick
+def test_what_mixes_or_draws_is_refused() -> None:
+    ones = np.ones(EXAMPLES, bool)
+    for layers, message in (
+        ((L.Dense(4), L.BatchNormalization()), "must not mix the examples"),
+        ((L.LSTM(4, dropout=0.5),), "must give the same outputs"),
+    ):
+        shape = (5, 3) if isinstance(layers[0], L.LSTM) else (4,)
+        model, x, y = sequential(shape, *layers)
+        with pytest.raises(ArgumentError, match=message):
+            clipping.clipped_sum(model, x, y, ones, 1.0)
+
+
+@pytest.mark.quick
+def test_weight_used_elsewhere_is_found_by_the_check() -> None:
+    keras.utils.set_random_seed(1)
+    inputs = keras.Input((4,))
+    dense = L.Dense(3, use_bias=False)
+    model = keras.Model(inputs, Borrowing(dense)(dense(inputs)))
+    model.compile(loss="mse")
+    with pytest.raises(ArgumentError, match="All weights must be used by the layers"):
+        clipping.check(model, data(4), data(4))
+
+
+@pytest.mark.quick
+class TestKerasContract:
+    def test_call_is_looked_up_on_the_instance(self) -> None:
+        layer = L.Dense(2)
+        layer.build((None, 3))
+        seen = []
+
+        def through(call: Any, *args: Any, **kwargs: Any) -> Any:
+            seen.append(args[0].shape)
+            return call(*args, **kwargs)
+
+        with _layers.called_through(layer, through):
+            layer(np.ones((4, 3)))
+        layer(np.ones((5, 3)))
+        assert seen == [(4, 3)]
+        assert "call" not in vars(layer)
+
+    def test_own_variables_and_sublayers(self) -> None:
+        inner = L.Dense(2)
+        outer = keras.Sequential([keras.Input((3,)), inner])
+        assert _layers.own_variables(outer) == []
+        assert [v.name for v in _layers.own_variables(inner)] == ["kernel", "bias"]
+        assert inner in _layers.sublayers(outer)
+
+    def test_seeds_and_masks(self) -> None:
+        assert len(_layers.seeds(L.Dropout(0.5))) == 1
+        embedded = L.Embedding(3, 2, mask_zero=True)(np.array([[0, 1]]))
+        assert _layers.has_mask(embedded)
+        assert not _layers.has_mask(L.Dense(1)(np.ones((1, 2))))

@@ -1,0 +1,313 @@
+"""What private steps were made, and what they cost together.
+
+The numbers are dp-accounting's; this file only says to it what happened.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from tfdist.errors import ArgumentError, MissingPackageError
+from tfdist.privacy.arguments import check_choice, check_count, check_number
+
+ACCOUNTANTS = ("pld", "rdp")
+RELATIONS = ("add_or_remove_one", "replace_special", "replace_one")
+_WHOLE_ORDERS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128, 256, 512)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Steps of DP-SGD made with the same settings.
+
+    In each of them every example is drawn independently with `sampling_probability`
+    (Poisson sampling), gradients are clipped one by one, and their sum gets Gaussian noise
+    of standard deviation `noise_multiplier` times the norm they were clipped to (Abadi et
+    al., "Deep learning with differential privacy", CCS 2016, algorithm 1).
+
+    Args:
+        sampling_probability: From 0 to 1: the expected batch size over the examples.
+        noise_multiplier: At least 0; without noise nothing is private.
+        steps: How many steps, at least 0.
+        capacity: The most examples a step takes, or None if there is no limit. When more
+            were drawn, a random choice of `capacity` of them stays.
+        num_rows: Examples in the data; needed with `capacity`.
+
+    Raises:
+        ArgumentError: A value is out of its range.
+
+    Example:
+        >>> Phase(sampling_probability=256 / 60000, noise_multiplier=1.1, steps=14100).steps
+        14100
+    """
+
+    sampling_probability: float
+    noise_multiplier: float
+    steps: int
+    capacity: int | None = None
+    num_rows: int | None = None
+
+    def __post_init__(self) -> None:
+        check_number("sampling_probability", self.sampling_probability, 0, 1)
+        check_number("noise_multiplier", self.noise_multiplier, 0)
+        check_count("steps", self.steps, 0)
+        if self.capacity is not None and self.num_rows is None:
+            raise ArgumentError(
+                "`num_rows` must come with `capacity`: the cost of leaving examples out "
+                f"depends on it. Received: capacity={self.capacity!r}, num_rows=None."
+            )
+        for name in ("capacity", "num_rows"):
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name), 1)
+
+    @property
+    def truncates(self) -> bool:
+        """Whether more examples may be drawn than the capacity takes."""
+        return (
+            self.capacity is not None
+            and self.num_rows is not None
+            and self.capacity < self.num_rows
+        )
+
+    def event(self, *, truncated: bool = True) -> Any:
+        """Gives dp-accounting's description of these steps.
+
+        Args:
+            truncated: Whether the capacity counts.
+        """
+        dp = dp_accounting()
+        if truncated and self.truncates:
+            # The cost is proven in Ganesh et al., arXiv 2508.15089.
+            one = dp.TruncatedSubsampledGaussianDpEvent(
+                self.num_rows,
+                self.sampling_probability,
+                self.capacity,
+                self.noise_multiplier,
+            )
+        else:
+            gaussian = dp.GaussianDpEvent(self.noise_multiplier)
+            one = dp.PoissonSampledDpEvent(self.sampling_probability, gaussian)
+        return dp.SelfComposedDpEvent(one, self.steps)
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """All private steps that were made on the same data, in the order they were made.
+
+    A ledger does not change: `add` gives another one. Whatever released something about
+    the data must be in it: several calls of `fit`, a run that was resumed, another batch
+    size or another noise.
+
+    Args:
+        phases: What was made.
+
+    Example:
+        >>> first = Phase(sampling_probability=0.01, noise_multiplier=1.0, steps=100)
+        >>> second = Phase(sampling_probability=0.02, noise_multiplier=1.5, steps=50)
+        >>> ledger = Ledger().add(first).add(second)
+        >>> ledger.steps
+        150
+        >>> Ledger.from_dict(ledger.to_dict()) == ledger
+        True
+    """
+
+    phases: tuple[Phase, ...] = ()
+
+    @property
+    def steps(self) -> int:
+        """Steps in all."""
+        return sum(phase.steps for phase in self.phases)
+
+    def add(self, phase: Phase) -> Ledger:
+        """Gives the ledger with more steps in it.
+
+        Args:
+            phase: The steps; they join the last ones where the settings are the same.
+        """
+        if not phase.steps:
+            return self
+        if self.phases and replace(self.phases[-1], steps=phase.steps) == phase:
+            joined = replace(phase, steps=self.phases[-1].steps + phase.steps)
+            return Ledger((*self.phases[:-1], joined))
+        return Ledger((*self.phases, phase))
+
+    def epsilon(
+        self,
+        delta: float,
+        *,
+        accountant: str = "pld",
+        relation: str = "add_or_remove_one",
+        coarse: bool = False,
+    ) -> float:
+        """Computes the epsilon of all steps together.
+
+        Args:
+            delta: Between 0 and 1, far below 1 / the number of examples.
+            accountant: As in `tfdist.privacy.epsilon`.
+            relation: As in `tfdist.privacy.epsilon`.
+            coarse: Whether "pld" may give some percent too much, in a tenth of the time.
+
+        Returns:
+            Epsilon; infinity if a step had no noise.
+
+        Raises:
+            ArgumentError: A value is out of its range, or the accountant cannot do it.
+            MissingPackageError: dp-accounting is not installed.
+
+        Example:
+            >>> phase = Phase(sampling_probability=0.01, noise_multiplier=4.0, steps=10000)
+            >>> round(Ledger((phase,)).epsilon(1e-5), 2)
+            0.95
+        """
+        check_choice("accountant", accountant, ACCOUNTANTS)
+        check_choice("relation", relation, RELATIONS)
+        check_number("delta", delta, 0, 1, open_ends=True)
+        steps_of: dict[Phase, int] = {}
+        for phase in self.phases:
+            key = replace(phase, steps=0)
+            steps_of[key] = steps_of.get(key, 0) + phase.steps
+        made = [
+            replace(p, steps=n) for p, n in steps_of.items() if n and p.sampling_probability
+        ]
+        if not made:
+            return 0.0
+        if any(phase.noise_multiplier == 0 for phase in made):
+            return math.inf
+        if accountant == "rdp":
+            return _rdp_epsilon(made, delta, relation)
+        return _pld_epsilon(made, delta, relation, 10.0 if coarse else 1.0)
+
+    def affordable(
+        self,
+        phase: Phase,
+        *,
+        max_epsilon: float,
+        delta: float,
+        accountant: str = "pld",
+        relation: str = "add_or_remove_one",
+    ) -> int:
+        """Counts how many steps of a phase may follow within a budget.
+
+        Args:
+            phase: What is planned; at most its `steps`.
+            max_epsilon: What all steps together may cost.
+            delta: As in `epsilon`.
+            accountant: As in `epsilon`.
+            relation: As in `epsilon`.
+
+        Returns:
+            From 0 to `phase.steps`, the most that stay within the budget.
+
+        Raises:
+            ArgumentError: As `epsilon`.
+            MissingPackageError: As `epsilon`.
+
+        Example:
+            >>> phase = Phase(sampling_probability=0.01, noise_multiplier=4.0, steps=20000)
+            >>> 10000 < Ledger().affordable(phase, max_epsilon=1.0, delta=1e-5) < 12000
+            True
+        """
+        check_number("max_epsilon", max_epsilon, 0)
+
+        def gap(steps: float) -> float:
+            ledger = self.add(replace(phase, steps=round(steps)))
+            cost = ledger.epsilon(delta, accountant=accountant, relation=relation)
+            return min(cost, 1e9) - max_epsilon
+
+        if gap(0) > 0:
+            return 0
+        if gap(phase.steps) <= 0:
+            return phase.steps
+        from scipy import optimize  # dp-accounting brings it
+
+        count: int = round(optimize.brentq(gap, 0, phase.steps, xtol=0.5))
+        while gap(count) > 0:
+            count -= 1
+        while gap(count + 1) <= 0:
+            count += 1
+        return count
+
+    def to_dict(self) -> dict[str, Any]:
+        """Gives numbers, strings, lists and dicts only, as JSON has them."""
+        return {"phases": [asdict(phase) for phase in self.phases]}
+
+    @classmethod
+    def from_dict(cls, saved: dict[str, Any]) -> Ledger:
+        """Makes a ledger of what `to_dict` gave.
+
+        Args:
+            saved: The dict.
+
+        Raises:
+            ArgumentError: It is none.
+        """
+        try:
+            return cls(tuple(Phase(**phase) for phase in saved["phases"]))
+        except (TypeError, KeyError) as error:
+            raise ArgumentError(
+                "A ledger must be read from what `Ledger.to_dict` gave. "
+                f"Received: {saved!r} ({error})."
+            ) from None
+
+
+def _rdp_epsilon(made: Sequence[Phase], delta: float, relation: str) -> float:
+    truncating = [phase for phase in made if phase.truncates]
+    if truncating:
+        raise ArgumentError(
+            "The accountant 'rdp' must be given steps without a capacity. Received: "
+            f"{truncating[0]}. Use accountant='pld'."
+        )
+    if relation == "replace_one":
+        raise ArgumentError(
+            "The accountant 'rdp' cannot do Poisson sampling for relation='replace_one'. "
+            "Use accountant='pld', or another relation."
+        )
+    accountant = dp_accounting().rdp.RdpAccountant(neighboring_relation=_relation(relation))
+    for phase in made:
+        accountant.compose(phase.event())
+    return float(accountant.get_epsilon(delta))
+
+
+def _pld_epsilon(
+    made: Sequence[Phase], delta: float, relation: str, coarseness: float
+) -> float:
+    interval = coarseness * _interval(made, delta)
+    accountant = dp_accounting().pld.PLDAccountant(_relation(relation), interval)
+    for phase in made:
+        accountant.compose(phase.event())
+    return float(accountant.get_epsilon(delta))
+
+
+def _interval(made: Sequence[Phase], delta: float) -> float:
+    """Chooses how finely privacy losses are kept apart: each is rounded to the safe side.
+
+    A tenth of a thousandth is within 1 % for an epsilon around 1; a small epsilon needs
+    less, and a large one would need gigabytes. The scale is a coarse bound by RDP.
+    """
+    rdp = dp_accounting().rdp.RdpAccountant(_WHOLE_ORDERS)
+    for phase in made:
+        rdp.compose(phase.event(truncated=False))
+    scale = float(rdp.get_epsilon(delta))
+    return max(1e-5, 1e-4 * min(1.0, scale), 2e-6 * scale)
+
+
+def _relation(name: str) -> Any:
+    return dp_accounting().NeighboringRelation[name.upper()]
+
+
+def dp_accounting() -> Any:
+    """Imports Google's accountant.
+
+    Raises:
+        MissingPackageError: It is not installed.
+    """
+    try:
+        import dp_accounting as found
+    except ImportError as error:
+        raise MissingPackageError(
+            "Privacy accounting must have the package dp-accounting. Received: "
+            f'{error}. Install it with: pip install "tfdist[privacy]"'
+        ) from None
+    return found

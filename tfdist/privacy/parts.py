@@ -1,0 +1,175 @@
+"""Per-example gradients of one variable, kept in a form that is cheap to sum up.
+
+Of each form the squared norm of every example's gradient and the weighted sum over examples
+are known in closed form (Goodfellow, "Efficient per-example gradient computations", 2015; Li
+et al., "Large language models can be strong differentially private learners", ICLR 2022; Bu
+et al., "Differentially private optimization on large model at small cost", ICML 2023).
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Sequence
+from typing import Any
+
+import tensorflow as tf
+
+Tensor = Any
+
+
+class Part(abc.ABC):
+    """The gradients of all examples by one variable.
+
+    Attributes:
+        variable: The `keras.Variable`.
+    """
+
+    variable: Any
+
+    @abc.abstractmethod
+    def squared_norms(self) -> Tensor:
+        """Gives the squared norm of each example's gradient, shape [examples]."""
+
+    @abc.abstractmethod
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        """Gives the sum of the gradients, each times its weight, in the variable's shape.
+
+        Args:
+            weights: Shape [examples]; an example of weight 0 counts nothing, finite or not.
+        """
+
+    @abc.abstractmethod
+    def each(self) -> Tensor:
+        """Gives the gradients one by one, shape [examples, *the variable's]."""
+
+
+class Written(Part):
+    """Gradients written out one by one.
+
+    Args:
+        variable: The `keras.Variable`.
+        gradients: Shape [examples, *the variable's].
+    """
+
+    def __init__(self, variable: Any, gradients: Tensor) -> None:
+        self.variable = variable
+        self._gradients = tf.cast(gradients, tf.float32)
+
+    def squared_norms(self) -> Tensor:
+        """Squares and sums; see `Part`."""
+        squares = tf.square(self._gradients)
+        return tf.reduce_sum(squares, list(range(1, len(squares.shape))))
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        """Contracts with the weights; see `Part`."""
+        return tf.tensordot(weights, _kept(self._gradients, weights), 1)
+
+    def each(self) -> Tensor:
+        """Gives them as they are; see `Part`."""
+        return self._gradients
+
+
+class Product(Part):
+    """Gradients that are, for each example, the product of two matrices.
+
+    Args:
+        variable: The `keras.Variable`.
+        inputs: Shape [examples, positions, p].
+        outputs: Gradients by the outputs, shape [examples, positions, q].
+        axes: What the p and q of the product are in the variable, in its order: a shape of
+            p's parts followed by q's, and the transposition to the variable's axes.
+    """
+
+    def __init__(
+        self,
+        variable: Any,
+        inputs: Tensor,
+        outputs: Tensor,
+        axes: tuple[Sequence[int], Sequence[int]] | None = None,
+    ) -> None:
+        self.variable = variable
+        self._inputs = tf.cast(inputs, tf.float32)
+        self._outputs = tf.cast(outputs, tf.float32)
+        self._axes = axes
+
+    def squared_norms(self) -> Tensor:
+        """Uses the Gram matrices of both factors where they are smaller; see `Part`."""
+        positions = self._inputs.shape[1]
+        numbers = self._inputs.shape[2] * self._outputs.shape[2]
+        if positions == 1:
+            return tf.reduce_sum(tf.square(self._inputs), [1, 2]) * tf.reduce_sum(
+                tf.square(self._outputs), [1, 2]
+            )
+        if positions is not None and 2 * positions**2 <= numbers:
+            grams = [tf.matmul(f, f, transpose_b=True) for f in (self._inputs, self._outputs)]
+            return tf.reduce_sum(grams[0] * grams[1], [1, 2])
+        return tf.reduce_sum(tf.square(self._products()), [1, 2])
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        """Sums over examples and positions in one product; see `Part`."""
+        inputs = _kept(self._inputs, weights)
+        outputs = _kept(self._outputs, weights) * weights[:, None, None]
+        p, q = inputs.shape[2], outputs.shape[2]
+        product = tf.matmul(
+            tf.reshape(inputs, [-1, p]), tf.reshape(outputs, [-1, q]), transpose_a=True
+        )
+        return self._arranged(product[None])[0]
+
+    def each(self) -> Tensor:
+        """Multiplies example by example; see `Part`."""
+        return self._arranged(self._products())
+
+    def _products(self) -> Tensor:
+        return tf.matmul(self._inputs, self._outputs, transpose_a=True)
+
+    def _arranged(self, products: Tensor) -> Tensor:
+        shape, order = self._axes or (self.variable.shape, range(len(self.variable.shape)))
+        parts = tf.reshape(products, [-1, *shape])
+        if list(order) != list(range(len(shape))):
+            parts = tf.transpose(parts, [0, *(axis + 1 for axis in order)])
+        return tf.reshape(parts, [-1, *self.variable.shape])
+
+
+class Lookup(Part):
+    """Gradients by a table of which each example used some rows.
+
+    Args:
+        variable: The `keras.Variable`, shape [rows, q].
+        rows: Which rows, int, shape [examples, positions].
+        outputs: Gradients by what was looked up, shape [examples, positions, q].
+    """
+
+    def __init__(self, variable: Any, rows: Tensor, outputs: Tensor) -> None:
+        self.variable = variable
+        self._rows = rows
+        self._outputs = tf.cast(outputs, tf.float32)
+
+    def squared_norms(self) -> Tensor:
+        """Counts positions with the same row together; see `Part`."""
+        same = self._rows[:, :, None] == self._rows[:, None, :]
+        gram = tf.matmul(self._outputs, self._outputs, transpose_b=True)
+        return tf.reduce_sum(tf.where(same, gram, 0.0), [1, 2])
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        """Adds up by row; see `Part`."""
+        outputs = _kept(self._outputs, weights) * weights[:, None, None]
+        count, size = self.variable.shape
+        return tf.math.unsorted_segment_sum(
+            tf.reshape(outputs, [-1, size]), tf.reshape(self._rows, [-1]), count
+        )
+
+    def each(self) -> Tensor:
+        """Writes the tables out, mostly zeros; see `Part`."""
+        count, size = self.variable.shape
+        examples = tf.shape(self._rows)[0]
+        rows = self._rows + tf.range(examples, dtype=self._rows.dtype)[:, None] * count
+        sums = tf.math.unsorted_segment_sum(
+            tf.reshape(self._outputs, [-1, size]), tf.reshape(rows, [-1]), examples * count
+        )
+        return tf.reshape(sums, [-1, count, size])
+
+
+def _kept(values: Tensor, weights: Tensor) -> Tensor:
+    """Zeroes the examples of weight 0: 0 times NaN would be NaN."""
+    kept = tf.reshape(weights != 0, [-1] + [1] * (len(values.shape) - 1))
+    return tf.where(kept, values, 0.0)

@@ -1,0 +1,110 @@
+"""A privacy guarantee in plain words, with everything that it rests on."""
+
+from __future__ import annotations
+
+import math
+
+from tfdist.privacy.ledger import Ledger, Phase
+
+_ALIKE = {
+    "add_or_remove_one": "differ by one example, added or removed",
+    "replace_special": "differ in one example, replaced by one that contributes nothing",
+    "replace_one": "differ in one example, replaced by any other",
+}
+_METHODS = {"pld": "privacy loss distributions", "rdp": "Rényi divergences"}
+
+
+def statement(
+    ledger: Ledger,
+    *,
+    delta: float,
+    accountant: str = "pld",
+    relation: str = "add_or_remove_one",
+    num_rows: int | None = None,
+) -> str:
+    """Says in plain words what a ledger guarantees, and under which assumptions.
+
+    Args:
+        ledger: All private steps that were made on the data.
+        delta: As in `tfdist.privacy.epsilon`.
+        accountant: As in `tfdist.privacy.epsilon`.
+        relation: As in `tfdist.privacy.epsilon`.
+        num_rows: Examples in the data, to say whether `delta` is small enough for them; what
+            the ledger knows if None.
+
+    Returns:
+        A paragraph, without line breaks.
+
+    Raises:
+        ArgumentError: As `Ledger.epsilon`.
+        MissingPackageError: As `Ledger.epsilon`.
+
+    Example:
+        >>> import tfdist
+        >>> phase = tfdist.privacy.Phase(
+        ...     sampling_probability=0.01, noise_multiplier=4.0, steps=10000
+        ... )
+        >>> text = tfdist.privacy.statement(tfdist.privacy.Ledger((phase,)), delta=1e-5)
+        >>> text[:71]
+        'The weights are differentially private with epsilon = 0.947 and delta ='
+    """
+    spent = ledger.epsilon(delta, accountant=accountant, relation=relation)
+    if math.isinf(spent):
+        return (
+            "The weights are not differentially private: at least one step was made without "
+            "noise."
+        )
+    sentences = [
+        f"The weights are differentially private with epsilon = {_rounded_up(spent)} and "
+        f"delta = {delta:g}: for any two data sets that {_ALIKE[relation]}, whatever can be "
+        f"concluded from the weights is at most e^epsilon = {_rounded_up(math.exp(spent))} "
+        "times as likely with the one as with the other, but for an additional probability of "
+        "delta."
+        if spent < 100
+        else f"The weights have epsilon = {_rounded_up(spent)} at delta = {delta:g}, for data "
+        f"sets that {_ALIKE[relation]}. An epsilon so large protects nobody.",
+        "This holds for one example of the data, not for a person who contributed several.",
+        f"The weights came from {_described(ledger)}.",
+        f"Epsilon was computed with dp-accounting by {_METHODS[accountant]}.",
+        "It holds for the weights of every step, the optimizer's state and whatever is "
+        "computed from them, so all of them may be released.",
+        "It assumes that examples were drawn and noise was made from random numbers nobody "
+        "can predict or repeat, that no other step was made on these data, and that choices "
+        "made by looking at the data (the model, its settings, the preprocessing) are not "
+        "counted.",
+        "The number of examples is assumed to be public.",
+        "Losses and metrics of the training data, such as those in `History`, got no noise: "
+        "they are not private.",
+    ]
+    known = [p.num_rows for p in ledger.phases if p.num_rows is not None]
+    rows = num_rows or (max(known) if known else None)
+    if rows is not None and delta * rows >= 1:
+        sentences.append(
+            f"delta is not below 1 / {rows}, one over the number of examples: giving away a "
+            "random example would satisfy this guarantee."
+        )
+    return " ".join(sentences)
+
+
+def _described(ledger: Ledger) -> str:
+    if not ledger.phases:
+        return "no step at all"
+    return ", then ".join(_describe(phase) for phase in ledger.phases)
+
+
+def _describe(phase: Phase) -> str:
+    limit = "" if phase.capacity is None else f", at most {phase.capacity} of them kept"
+    return (
+        f"{phase.steps} steps of DP-SGD, each example drawn into each step independently with "
+        f"probability {phase.sampling_probability:.6g}{limit}, each example's gradient clipped "
+        f"to a norm C, and Gaussian noise of standard deviation {phase.noise_multiplier:.6g} C "
+        "added to their sum"
+    )
+
+
+def _rounded_up(value: float) -> str:
+    """Gives three digits, never less than the value."""
+    if value == 0:
+        return "0"
+    unit = 10.0 ** (math.floor(math.log10(value)) - 2)
+    return f"{math.ceil(value / unit - 1e-9) * unit:.3g}"
