@@ -52,7 +52,3 @@ class LaunchError(TfdistError, RuntimeError):
 
 class BuildError(TfdistError, RuntimeError):
     """Horovod could not be built, installed, or made to reduce."""
-
-
-class MissingPackageError(TfdistError, ImportError):
-    """An optional package is needed for what was asked, and is not installed."""
