@@ -59,7 +59,8 @@ def clipped_sum(
     parts, _ = _recorded(model, x, y, also_plain=False)
     squares = tf.add_n([part.squared_norms() for part in parts])
     counted = tf.convert_to_tensor(sample_mask) & tf.math.is_finite(squares)
-    norms = tf.sqrt(tf.where(counted, squares, 0.0))
+    # Rounding may leave a square of almost 0 below it.
+    norms = tf.sqrt(tf.maximum(tf.where(counted, squares, 0.0), 0.0))
     factors = tf.minimum(1.0, tf.math.divide_no_nan(float(l2_norm_clip), norms))
     factors = tf.where(norms > 0, factors, 1.0)
     return _sums(model, parts, tf.where(counted, factors, 0.0)), norms
