@@ -13,6 +13,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+import tfdist
+
 L = keras.layers
 Train = Callable[..., Any]
 Case = Callable[[Train], tuple[Any, Any]]
@@ -76,6 +78,16 @@ def rows_case(rows: int) -> Case:
 
 for _rows in (960, 961, 3, 1):
     CASES[f"rows_{_rows}"] = rows_case(_rows)
+
+
+@case
+def poisson_some_batches_empty(train: Train) -> tuple[Any, Any]:
+    model = mlp(keras.optimizers.SGD(0.01, momentum=0.9))
+    sampler = tfdist.privacy.Poisson()
+    steps = sampler.batches(0, 80, num_rows=80, batch_size=2, seed=3)
+    assert 3 < sum(len(rows) == 0 for rows in steps) < 25  # 11 are expected
+    options = {"batch_size": 2, "epochs": 2, "sampler": sampler, "seed": 3}
+    return model, train(model, *table(80), **options)
 
 
 @case
