@@ -171,15 +171,16 @@ def _loss(model: Any, x: Any, y: Any) -> Tensor:
 def _units(model: Any) -> list[Any]:
     """Finds the layers whose calls are recorded: together they hold all trainable weights."""
     found: dict[int, Any] = {}
-
-    def visit(layer: Any) -> None:
-        if not layer.trainable_variables:
-            return
-        if isinstance(layer, layers.BatchNormalization):
+    for layer in model._flatten_layers():
+        if isinstance(layer, layers.BatchNormalization) and layer.trainable:
             raise ArgumentError(
                 "A private model must not mix the examples of a batch. Received: the layer "
                 f"{layer.name!r} of type BatchNormalization. Use GroupNormalization."
             )
+
+    def visit(layer: Any) -> None:
+        if not layer.trainable_variables:
+            return
         # These call their inner layers in a loop, where nothing can be recorded.
         whole = isinstance(layer, layers.RNN | layers.TimeDistributed)
         if whole or _layers.own_variables(layer):
