@@ -319,6 +319,7 @@ def test_what_mixes_or_draws_is_refused() -> None:
     ones = np.ones(EXAMPLES, bool)
     for layers, message in (
         ((L.Dense(4), L.BatchNormalization()), "must not mix the examples"),
+        ((L.BatchNormalization(center=False, scale=False),), "must not mix the examples"),
         ((L.LSTM(4, dropout=0.5),), "must give the same outputs"),
     ):
         shape = (5, 3) if isinstance(layers[0], L.LSTM) else (4,)

@@ -81,6 +81,16 @@ for _rows in (960, 961, 3, 1):
 
 
 @case
+def poisson_some_batches_empty(train: Train) -> tuple[Any, Any]:
+    model = mlp(keras.optimizers.SGD(0.01, momentum=0.9))
+    sampler = tfdist.privacy.Poisson()
+    steps = sampler.batches(0, 80, num_rows=80, batch_size=2, seed=3)
+    assert 3 < sum(len(rows) == 0 for rows in steps) < 25  # 11 are expected
+    options = {"batch_size": 2, "epochs": 2, "sampler": sampler, "seed": 3}
+    return model, train(model, *table(80), **options)
+
+
+@case
 def sgd_momentum(train: Train) -> tuple[Any, Any]:
     model = mlp(keras.optimizers.SGD(0.05, momentum=0.9, nesterov=True, clipnorm=0.5))
     return model, train(model, *table(), batch_size=64, epochs=2)

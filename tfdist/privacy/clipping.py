@@ -59,7 +59,8 @@ def clipped_sum(
     parts, _ = _recorded(model, x, y, also_plain=False)
     squares = tf.add_n([part.squared_norms() for part in parts])
     counted = tf.convert_to_tensor(sample_mask) & tf.math.is_finite(squares)
-    norms = tf.sqrt(tf.where(counted, squares, 0.0))
+    # Rounding may leave a square of almost 0 below it.
+    norms = tf.sqrt(tf.maximum(tf.where(counted, squares, 0.0), 0.0))
     factors = tf.minimum(1.0, tf.math.divide_no_nan(float(l2_norm_clip), norms))
     factors = tf.where(norms > 0, factors, 1.0)
     return _sums(model, parts, tf.where(counted, factors, 0.0)), norms
@@ -170,15 +171,16 @@ def _loss(model: Any, x: Any, y: Any) -> Tensor:
 def _units(model: Any) -> list[Any]:
     """Finds the layers whose calls are recorded: together they hold all trainable weights."""
     found: dict[int, Any] = {}
-
-    def visit(layer: Any) -> None:
-        if not layer.trainable_variables:
-            return
-        if isinstance(layer, layers.BatchNormalization):
+    for layer in model._flatten_layers():
+        if isinstance(layer, layers.BatchNormalization) and layer.trainable:
             raise ArgumentError(
                 "A private model must not mix the examples of a batch. Received: the layer "
                 f"{layer.name!r} of type BatchNormalization. Use GroupNormalization."
             )
+
+    def visit(layer: Any) -> None:
+        if not layer.trainable_variables:
+            return
         # These call their inner layers in a loop, where nothing can be recorded.
         whole = isinstance(layer, layers.RNN | layers.TimeDistributed)
         if whole or _layers.own_variables(layer):

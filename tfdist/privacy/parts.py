@@ -91,6 +91,7 @@ class Product(Part):
         self._inputs = tf.cast(inputs, tf.float32)
         self._outputs = tf.cast(outputs, tf.float32)
         self._axes = axes
+        self._written: Tensor = None  # the products, once they were needed
 
     def squared_norms(self) -> Tensor:
         """Uses the Gram matrices of both factors where they are smaller; see `Part`."""
@@ -103,10 +104,14 @@ class Product(Part):
         if positions is not None and 2 * positions**2 <= numbers:
             grams = [tf.matmul(f, f, transpose_b=True) for f in (self._inputs, self._outputs)]
             return tf.reduce_sum(grams[0] * grams[1], [1, 2])
-        return tf.reduce_sum(tf.square(self._products()), [1, 2])
+        self._written = self._products()
+        return tf.reduce_sum(tf.square(self._written), [1, 2])
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         """Sums over examples and positions in one product; see `Part`."""
+        if self._written is not None:
+            product = tf.tensordot(weights, _kept(self._written, weights), 1)
+            return self._arranged(product[None])[0]
         inputs = _kept(self._inputs, weights)
         outputs = _kept(self._outputs, weights) * weights[:, None, None]
         p, q = inputs.shape[2], outputs.shape[2]
