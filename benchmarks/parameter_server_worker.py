@@ -21,7 +21,7 @@ import tfdist
 from benchmarks.report import Ratio, compare, ratio
 
 L = keras.layers
-BATCH, STEPS, PAIRS = 64, 120, 9
+BATCH, STEPS, PAIRS = 64, 120, 7
 WIDTHS = (256, 128)
 
 
@@ -40,9 +40,13 @@ def mlp(library: Any, **options: Any) -> Any:
 
 
 def ours(per_execution: int) -> Callable[[], float]:
-    """Gives a function that trains an epoch with tfdist and returns steps a second."""
+    """Gives a function that trains with tfdist and returns steps a second.
+
+    Workers hold the data, as they do with tf_keras.
+    """
     model, (x, y) = mlp(keras, steps_per_execution=per_execution), rows()
-    options = {"batch_size": BATCH, "verbose": 0}
+    strategy = tfdist.ParameterServer(data="workers")
+    options = {"batch_size": BATCH, "verbose": 0, "strategy": strategy}
     return rate(lambda epochs: tfdist.fit(model, x, y, epochs=epochs, **options))
 
 

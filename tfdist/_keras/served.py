@@ -249,9 +249,10 @@ def replacements(rows_only: bool) -> list[tuple[Any, str, Callable[..., Any]]]:
     ) -> None:
         by_rows = rows_only and is_elementwise(optimizer)
         kept = {id(variable): slots for variable, slots in trained_by(optimizer)}
+        copies = _Copies(optimizer, learning_rate)
         for gradient, variable in zip(grads, trainable_variables, strict=True):
             _update_where_it_is(
-                optimizer, gradient, variable, kept[id(variable)], learning_rate, by_rows
+                optimizer, gradient, variable, kept[id(variable)], copies, by_rows
             )
 
     return [
@@ -267,7 +268,7 @@ def _update_where_it_is(
     gradient: Tensor,
     variable: Any,
     slots: Sequence[Any],
-    learning_rate: Any,
+    copies: _Copies,
     by_rows: bool,
 ) -> None:
     value = variable._value
@@ -280,8 +281,40 @@ def _update_where_it_is(
             if isinstance(rows, tf.IndexedSlices) and by_rows:
                 ids, rows = _summed_by_row(rows)
                 homes = [(v, Rows(home, ids)) for v, home in homes]
-            with _living_in(homes):
+            learning_rate, iterations = copies.on(part.device)
+            with _living_in([*homes, (optimizer._iterations, iterations)]):
                 optimizer.update_step(rows, variable, learning_rate)
+
+
+class _Copies:
+    """The learning rate and the counter, sent to each server once for all its variables."""
+
+    def __init__(self, optimizer: Any, learning_rate: Any) -> None:
+        self._rate = tf.convert_to_tensor(learning_rate)
+        self._iterations = tf.convert_to_tensor(optimizer.iterations)
+        self._sent: dict[str, tuple[Tensor, Known]] = {}
+
+    def on(self, device: str) -> tuple[Tensor, Known]:
+        """Gives both where a server has them; called in its scope."""
+        if device not in self._sent:
+            self._sent[device] = (tf.identity(self._rate), Known(tf.identity(self._iterations)))
+        return self._sent[device]
+
+
+class Known:
+    """A value that a `keras.Variable` has for a while, and that nobody assigns.
+
+    Args:
+        value: The tensor.
+    """
+
+    def __init__(self, value: Tensor) -> None:
+        self._known = value
+        self.dtype = value.dtype
+        self.shape = value.shape
+
+    def __tf_tensor__(self, dtype: Any = None, name: str | None = None) -> Tensor:
+        return tf.cast(self._known, dtype or self.dtype)
 
 
 def _summed_by_row(slices: Tensor) -> tuple[Tensor, Tensor]:

@@ -210,6 +210,9 @@ class Asynchronous:
         self._train = self._traced(self._train_steps)
         self._test = self._traced(self._test_steps)
         self._predict = self._traced(model.predict_step)
+        # Drawing from an iterator outside of a function takes several times as long.
+        self._draw = self._traced(lambda iterator: iterator.get_next().data)
+        self._traces: dict[Any, Any] = {}
 
     def functions(self) -> Functions:
         """Gives what Keras's loop calls."""
@@ -252,7 +255,7 @@ class Asynchronous:
         try:
             with epoch.drawing():
                 for _ in range(steps):
-                    batches.append(epoch.iterator.get_next().data)  # noqa: PERF401, may raise
+                    batches.append(self._draw(epoch.iterator))  # noqa: PERF401, may raise
         except tf.errors.OutOfRangeError:
             if not batches:
                 raise
@@ -260,9 +263,9 @@ class Asynchronous:
         self._number += len(batches)
         with self._waiting_for(f"step {epoch.steps_taken}"):
             columns = None if epoch.columns is None else self._on_workers(epoch.columns)
-            self._pending.append(
-                self._coordinator.schedule(function, args=(tuple(batches), first, columns))
-            )
+            arguments = (tuple(batches), first, columns)
+            traced = self._traced_for(function, *arguments)
+            self._pending.append(self._coordinator.schedule(traced, args=arguments))
             most = window(self._max_staleness, self._num_workers, len(batches))
             while len(self._pending) >= most:
                 self._shown |= self._pending.popleft().fetch()
@@ -271,6 +274,16 @@ class Asynchronous:
             self._shown |= self._own_results()
             self._shown_at = time.monotonic()
         return dict(self._shown)
+
+    def _traced_for(self, function: Any, batches: Any, first: Tensor, columns: Any) -> Any:
+        """Finds a function's trace for such batches; TensorFlow looks for it much longer."""
+        if columns is not None:  # of which each worker has its own
+            return function
+        leaves = tf.nest.flatten(batches, expand_composites=True)
+        key = (function, *((leaf.shape, leaf.dtype) for leaf in leaves))
+        if key not in self._traces:
+            self._traces[key] = function.get_concrete_function(batches, first, None)
+        return self._traces[key]
 
     def _on_workers(self, columns: Any) -> Any:
         """Sends arrays to the workers, once; gives what a step reads them from."""
