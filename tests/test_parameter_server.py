@@ -189,6 +189,7 @@ def result(printed: str) -> dict:
 @pytest.mark.cluster
 @pytest.mark.timeout(LIMIT_S + 60)
 class TestLosses:
+    @pytest.mark.oldest
     def test_a_killed_worker_costs_no_update(self, script, tmp_path):
         command = tfdist_run(
             2, script, "asynchronous", "worker 1", tmp_path, options=["--ps", "2"]
@@ -241,6 +242,7 @@ def environment(jobs: dict, job: str, index: int) -> dict[str, str]:
 
 @pytest.mark.cluster
 class TestClusters:
+    @pytest.mark.oldest
     def test_processes_of_any_cluster_serve_until_the_chief_has_ended(self, tmp_path):
         addresses = free_addresses(3)
         jobs = {CHIEF: addresses[:1], WORKER: addresses[1:2], PS: addresses[2:]}

@@ -315,6 +315,11 @@ def wrong_options_are_refused(folder: Path) -> None:
     ):
         with pytest.raises(ArgumentError, match="Received: "):
             tfdist.ParameterServer(**options)
+    with pytest.raises(ArgumentError, match="every step a row"):
+        tfdist.fit(
+            mlp(clipped_adam()), *table(), sampler=tfdist.privacy.Poisson(), verbose=0,
+            strategy=asynchronous(),
+        )  # fmt: skip
     with pytest.raises(ArgumentError, match="built"):
         tfdist.placement(keras.Sequential([L.Dense(1)]))
 

@@ -109,6 +109,11 @@ class Epoch:
         return self._stream.columns
 
     @property
+    def may_be_empty(self) -> bool:
+        """Whether a share may hold a row that does not count."""
+        return self._stream.source.may_be_empty
+
+    @property
     def steps_taken(self) -> int:
         """Steps since the stream began, the one under way included."""
         return self._stream.steps_taken

@@ -23,6 +23,7 @@ import tensorflow as tf
 
 from tfdist import _keras
 from tfdist._keras import ReplicaBatch, served
+from tfdist.errors import ArgumentError
 from tfdist.strategies.base import Functions
 from tfdist.strategies.parameter_server.servers import Servers
 
@@ -250,6 +251,12 @@ class Asynchronous:
         return self._schedule(epoch, self._test)
 
     def _schedule(self, epoch: Any, function: Callable[..., Any]) -> Logs:
+        if epoch.may_be_empty:
+            raise ArgumentError(
+                "The sampler must give every step a row in asynchronous training. Received: "
+                "one that may give none, such as Poisson. Use another strategy, or "
+                "ParameterServer(synchronous=True)."
+            )
         steps = epoch.take(self._model.steps_per_execution)
         batches = []
         try:
