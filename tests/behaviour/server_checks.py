@@ -86,13 +86,15 @@ def no_update_is_lost(folder: Path) -> None:
 def metrics_count_every_example_once(folder: Path) -> None:
     model = mlp(clipped_adam(), metrics=["accuracy", Rows()])
     x, y = table(501)
+    strategy = asynchronous()
     history = tfdist.fit(
-        model, x, y, batch_size=7, epochs=2, verbose=0, strategy=asynchronous()
+        model, x, y, batch_size=7, epochs=2, verbose=0, strategy=strategy
     ).history
     assert history["rows"] == [501.0, 501.0]
     assert max(history["accuracy"]) <= 1.0
     expected = model.evaluate(x, y, verbose=0)
-    received = tfdist.evaluate(model, x, y, batch_size=7, verbose=0, strategy=asynchronous())
+    received = tfdist.evaluate(model, x, y, batch_size=7, verbose=0, strategy=strategy)
+    assert strategy.staleness.updates == 144  # of `fit`, after an evaluation too
     np.testing.assert_allclose(received, expected, rtol=1e-5)
     np.testing.assert_allclose(
         tfdist.predict(model, x, batch_size=7, verbose=0, strategy=asynchronous()),

@@ -346,11 +346,8 @@ class Asynchronous:
     ) -> Logs:
         resident = None if columns is None else next(columns)
         # Unrolled: a loop in the graph would go over all devices in each round.
-        made: list[Tensor] = []
         for index, batch in enumerate(batches):
-            with tf.control_dependencies(made):
-                extra = step(_rows(batch, resident), first + index)
-            made = [tf.identity(first)]
+            extra = step(_rows(batch, resident), first + index)
         return extra
 
     def _train_step(self, data: Any, number: Tensor) -> Logs:

@@ -45,6 +45,9 @@ class ParameterServer(TFDistribute):
         min_part_bytes: A variable of at least twice as many bytes, with its optimizer's
             state, is split by rows over servers.
 
+    Attributes:
+        staleness: Of the last asynchronous training, a `Staleness`, or None.
+
     Raises:
         ArgumentError: An argument is none of these, or they contradict each other.
         StrategyError: The cluster has no servers, or one did not come up.
@@ -167,7 +170,8 @@ class ParameterServer(TFDistribute):
         )
 
     def _note_staleness(self, staleness: Staleness) -> None:
-        self.staleness = staleness
+        if staleness.updates:  # an evaluation makes none
+            self.staleness = staleness
 
     # --- synchronous steps ------------------------------------------------------------
 
