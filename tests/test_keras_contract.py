@@ -21,7 +21,7 @@ from keras.src.optimizers.base_optimizer import BaseOptimizer
 from keras.src.trainers.data_adapters import get_data_adapter
 
 from tfdist import _keras
-from tfdist._keras import served
+from tfdist._keras import parts, served
 
 pytestmark = pytest.mark.quick
 
@@ -201,8 +201,8 @@ def test_a_split_variable_trains_like_a_whole_one() -> None:
             for variable, slots in served.trained_by(made.optimizer):
                 for each in (variable, *slots):
                     rows = each.numpy()
-                    parts = [tf.Variable(rows[:1]), tf.Variable(rows[1:])]
-                    _keras.swap_value(each, served.Split(parts))
+                    halves = [tf.Variable(rows[:1]), tf.Variable(rows[1:])]
+                    _keras.swap_value(each, parts.Split(halves))
             _keras.reindex_optimizer(made.optimizer)
             served.register_parts(made.optimizer)
         with served.served(rows_only=False), _keras.replicated(made, has_servers=True):

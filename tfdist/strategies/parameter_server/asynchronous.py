@@ -14,8 +14,7 @@ import contextlib
 import itertools
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -25,156 +24,14 @@ from tfdist import _keras
 from tfdist._keras import ReplicaBatch, served
 from tfdist.errors import ArgumentError
 from tfdist.strategies.base import Functions
+from tfdist.strategies.parameter_server.ledger import Ledger, Staleness
 from tfdist.strategies.parameter_server.servers import Servers
+from tfdist.strategies.parameter_server.updates import Updates
 
 Tensor = Any
 Logs = dict[str, Any]
 
-_REMEMBERED = 4096  # steps that may be made a second time, after a worker was lost
-_UPDATES = 8  # of one step, at most: a model's own train step may have several
 _REFRESH_S = 0.25
-
-
-@dataclass(frozen=True)
-class Staleness:
-    """How old the weights were with which gradients had been computed.
-
-    Attributes:
-        updates: Updates applied.
-        mean: Updates applied between a step's reading of the weights and its own, on average.
-        maximum: The most of them.
-    """
-
-    updates: int
-    mean: float
-    maximum: int
-
-
-class Ledger:
-    """What the first server remembers of updates: their number, their age, and a lock.
-
-    Args:
-        server: The device.
-    """
-
-    def __init__(self, server: str) -> None:
-        self.server = server
-        with tf.device(server):
-            self.section = tf.CriticalSection(name="tfdist_updates")
-            self.version = tf.Variable(0, dtype=tf.int64, trainable=False)
-            self._sum = tf.Variable(0, dtype=tf.int64, trainable=False)
-            self._most = tf.Variable(0, dtype=tf.int64, trainable=False)
-            self._made = tf.Variable(
-                tf.fill([_UPDATES, _REMEMBERED], tf.constant(-1, tf.int64)), trainable=False
-            )
-
-    def clear(self) -> None:
-        """Forgets the steps of an earlier `fit`."""
-        for variable in (self.version, self._sum, self._most):
-            variable.assign(0)
-        self._made.assign(tf.fill([_UPDATES, _REMEMBERED], tf.constant(-1, tf.int64)))
-
-    def staleness(self) -> Staleness:
-        """Reads how old weights were."""
-        updates = int(self.version.numpy())
-        mean = int(self._sum.numpy()) / updates if updates else 0.0
-        return Staleness(updates, mean, int(self._most.numpy()))
-
-    def once(self, number: Tensor, part: int, change: Callable[[], None]) -> None:
-        """Does what a step changes, unless it was done: a lost worker's step is made again.
-
-        Args:
-            number: Scalar int64, of the step.
-            part: Which of the step's changes this is.
-            change: Assigns variables.
-        """
-        with tf.device(self.server):
-            number = tf.identity(number)
-            place = number % _REMEMBERED
-
-            def do() -> Tensor:
-                change()
-                self._made.scatter_nd_update([[part, place]], [number])
-                return tf.constant(True)
-
-            def guarded() -> Tensor:
-                with tf.device(self.server):
-                    fresh = self._made[part, place] != number
-                    return tf.cond(fresh, do, lambda: tf.constant(False))
-
-            self.section.execute(guarded)
-
-    def note(self, read: Tensor) -> None:
-        """Counts an update.
-
-        Args:
-            read: The number of updates when the weights were read.
-        """
-        age = self.version - read
-        self._sum.assign_add(age)
-        self._most.assign(tf.maximum(self._most, age))
-        self.version.assign_add(1)
-
-
-class _Updates:
-    """Stands between a train step and its optimizers, on a worker."""
-
-    def __init__(self, model: Any, ledger: Ledger, number: Tensor) -> None:
-        self._ledger = ledger
-        self._number = number
-        self._at_once = _keras.has_own_train_step(model)
-        self._waiting: list[Callable[[], None]] = []
-        self._sent: list[Tensor] = []
-        self._applied = 0
-
-    def scale(self, optimizer: Any, loss: Tensor) -> Tensor:
-        """Leaves the loss: a step's batch is the whole of it."""
-        return loss
-
-    def apply(
-        self,
-        optimizer: Any,
-        grads: list[Tensor],
-        update: Callable[[list[Tensor]], None],
-        variables: Sequence[Any],
-    ) -> None:
-        """Sends gradients to their servers; applies them at the end of the step, or now."""
-        sent = [_sent(g, v) for g, v in zip(grads, variables, strict=True)]
-        self._sent += [s for s in sent if s is not None]
-        self._waiting.append(lambda: update(sent))
-        if self._at_once:
-            self.finish(lambda: None)
-
-    def finish(self, change: Callable[[], None]) -> None:
-        """Applies what waits, with a change that belongs to it."""
-        waiting, self._waiting = self._waiting, []
-
-        def everything() -> None:
-            for update in waiting:
-                update()
-            change()
-
-        if self._applied == _UPDATES:
-            raise ValueError(f"A train step may have at most {_UPDATES - 1} updates.")
-        leaves = tf.nest.flatten(self._sent, expand_composites=True)
-        with served.stateful(), tf.control_dependencies(leaves):
-            self._ledger.once(self._number, self._applied, everything)
-        self._applied += 1
-
-
-def _sent(gradient: Tensor, variable: Any) -> Tensor:
-    """Moves a gradient to where it will be applied, before anything is locked."""
-    if gradient is None:
-        return None
-    value = variable._value
-    if isinstance(value, served.Split):
-        parts = []
-        for part, rows in zip(value.parts, value.cut(gradient), strict=True):
-            with tf.device(part.device):
-                parts.append(tf.nest.map_structure(tf.identity, rows, expand_composites=True))
-        return value.join(parts)
-    with tf.device(value.device):
-        return tf.nest.map_structure(tf.identity, gradient, expand_composites=True)
 
 
 class Asynchronous:
@@ -357,7 +214,7 @@ class Asynchronous:
         statistics = [v for v in model.non_trainable_variables if v.dtype.startswith("float")]
         with tf.control_dependencies([read]), self._apart(data, number) as (scope, batch):
             before = {id(v): tf.convert_to_tensor(v) for v in statistics}
-            batch.updates = updates = _Updates(model, ledger, number)
+            batch.updates = updates = Updates(model, ledger, number)
             logs = model.train_step(data)
             batch.updates = None
             averages = served.averaging_variables(model)

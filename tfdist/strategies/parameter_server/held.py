@@ -11,6 +11,7 @@ import tensorflow as tf
 
 from tfdist import _keras
 from tfdist._keras import served
+from tfdist._keras.parts import Split
 from tfdist.strategies.parameter_server.placement import Part, Size, place
 
 
@@ -130,4 +131,4 @@ class ServerVariables(contextlib.AbstractContextManager[None]):
                         name=variable.name,
                     )
                 )
-        return made[0] if len(made) == 1 else served.Split(made)
+        return made[0] if len(made) == 1 else Split(made)

@@ -15,8 +15,9 @@ from tfdist.cluster import CHIEF, PS, Cluster
 from tfdist.errors import ArgumentError, ServerLostError, StrategyError
 from tfdist.patience import Patience
 from tfdist.strategies.base import Functions, Place, Tensor
-from tfdist.strategies.parameter_server.asynchronous import Asynchronous, Staleness
+from tfdist.strategies.parameter_server.asynchronous import Asynchronous
 from tfdist.strategies.parameter_server.held import ServerVariables, plan
+from tfdist.strategies.parameter_server.ledger import Staleness
 from tfdist.strategies.parameter_server.servers import connect, serve
 from tfdist.strategies.tf_distribute import (
     MirroredVariables,

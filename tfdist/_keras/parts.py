@@ -1,0 +1,173 @@
+"""What a `keras.Variable` can live in besides a `tf.Variable`: parts, rows, a known value.
+
+Keras reads a variable's `_value` by `__tf_tensor__`, writes it by its `assign` methods, and
+finds an optimizer's state for it by `_unique_id`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+import tensorflow as tf
+
+Tensor = Any
+
+
+class Split:
+    """A variable whose rows are on several servers; a `keras.Variable` can live in it.
+
+    Args:
+        parts: `tf.Variable`s, in the order of their rows.
+    """
+
+    def __init__(self, parts: Sequence[Any]) -> None:
+        self.parts = list(parts)
+        rows = [int(part.shape[0]) for part in parts]
+        self.edges = [0, *itertools.accumulate(rows)]
+        self.shape = tf.TensorShape([self.edges[-1], *parts[0].shape[1:]])
+        self.dtype = parts[0].dtype
+        self.device = parts[0].device
+        self.handle = None
+        self._unique_id = uuid.uuid4().hex
+        # A gradient of the whole that was made of the parts': they need not be cut out again.
+        self._known: tuple[Tensor, list[Tensor]] | None = None
+
+    def __tf_tensor__(self, dtype: Any = None, name: str | None = None) -> Tensor:
+        return tf.cast(tf.concat(self.parts, 0), dtype or self.dtype)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
+        return self.numpy().astype(dtype or self.dtype.as_numpy_dtype)
+
+    def numpy(self) -> Any:
+        """Reads all parts."""
+        return tf.convert_to_tensor(self).numpy()
+
+    def assign(self, value: Any) -> None:
+        """Writes all parts.
+
+        Args:
+            value: A tensor of the whole shape.
+        """
+        for part, rows in zip(self.parts, self.cut(tf.convert_to_tensor(value)), strict=True):
+            part.assign(rows)
+
+    def lookup(self, ids: Tensor) -> Tensor:
+        """Reads rows, each from the server that has it.
+
+        Args:
+            ids: Row numbers of any shape.
+        """
+        flat = tf.reshape(ids, [-1])
+        owner = tf.searchsorted(self.edges[1:-1], flat, side="right")
+        places = tf.dynamic_partition(tf.range(tf.size(flat)), owner, len(self.parts))
+        rows = [
+            tf.gather(part, tf.gather(flat, at) - edge)
+            for part, at, edge in zip(self.parts, places, self.edges, strict=False)
+        ]
+        found = tf.dynamic_stitch(places, rows)
+        return tf.reshape(found, tf.concat([tf.shape(ids), self.shape[1:]], 0))
+
+    def cut(self, whole: Tensor) -> list[Tensor]:
+        """Gives each part's rows of a tensor, or of `tf.IndexedSlices`.
+
+        Args:
+            whole: Of the whole shape.
+        """
+        if self._known is not None and self._known[0] is whole:
+            return self._known[1]
+        return [self._rows(whole, *edges) for edges in itertools.pairwise(self.edges)]
+
+    def _rows(self, whole: Tensor, begin: int, end: int) -> Tensor:
+        if not isinstance(whole, tf.IndexedSlices):
+            return whole[begin:end]
+        inside = (whole.indices >= begin) & (whole.indices < end)
+        return tf.IndexedSlices(
+            tf.boolean_mask(whole.values, inside),
+            tf.boolean_mask(whole.indices, inside) - begin,
+            tf.constant([end - begin, *self.shape[1:]], tf.int64),
+        )
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        """Makes one gradient of the parts' gradients, of which some may be None.
+
+        Args:
+            parts: Each part's; dense or `tf.IndexedSlices`.
+        """
+        if all(part is None for part in parts):
+            return None
+        if any(part is not None and not isinstance(part, tf.IndexedSlices) for part in parts):
+            whole = tf.concat(
+                [
+                    tf.zeros_like(variable) if part is None else tf.convert_to_tensor(part)
+                    for part, variable in zip(parts, self.parts, strict=True)
+                ],
+                0,
+            )
+            self._known = (whole, tf.split(whole, [int(p.shape[0]) for p in self.parts]))
+            return whole
+        found = [(p, edge) for p, edge in zip(parts, self.edges, strict=False) if p is not None]
+        return tf.IndexedSlices(
+            tf.concat([part.values for part, _ in found], 0),
+            tf.concat([tf.cast(part.indices, tf.int64) + edge for part, edge in found], 0),
+            tf.constant(self.shape.as_list(), tf.int64),
+        )
+
+
+class Rows:
+    """Some rows of a variable, which an optimizer takes for a variable of its own.
+
+    Args:
+        variable: The `tf.Variable`.
+        ids: Distinct row numbers, shape [rows].
+    """
+
+    def __init__(self, variable: Any, ids: Tensor) -> None:
+        self._variable = variable
+        self._ids = ids
+        self.dtype = variable.dtype
+        self.shape = tf.TensorShape([None, *variable.shape[1:]])
+        self._unique_id = variable._unique_id
+
+    def __tf_tensor__(self, dtype: Any = None, name: str | None = None) -> Tensor:
+        return tf.cast(tf.gather(self._variable, self._ids), dtype or self.dtype)
+
+    def assign(self, values: Tensor) -> None:
+        """Writes the rows."""
+        self._variable.scatter_update(tf.IndexedSlices(values, self._ids))
+
+    def assign_add(self, values: Tensor) -> None:
+        """Adds to the rows."""
+        self._variable.scatter_add(tf.IndexedSlices(values, self._ids))
+
+    def assign_sub(self, values: Tensor) -> None:
+        """Subtracts from the rows."""
+        self._variable.scatter_sub(tf.IndexedSlices(values, self._ids))
+
+
+class Known:
+    """A value that a `keras.Variable` has for a while, and that nobody assigns.
+
+    Args:
+        value: The tensor.
+    """
+
+    def __init__(self, value: Tensor) -> None:
+        self._known = value
+        self.dtype = value.dtype
+        self.shape = value.shape
+
+    def __tf_tensor__(self, dtype: Any = None, name: str | None = None) -> Tensor:
+        return tf.cast(self._known, dtype or self.dtype)
+
+
+def parts_of(variable: Any) -> list[Any]:
+    """Lists the `tf.Variable`s in which a `keras.Variable` lives.
+
+    Args:
+        variable: The `keras.Variable`.
+    """
+    value = variable._value
+    return value.parts if isinstance(value, Split) else [value]
