@@ -16,6 +16,7 @@ the optimizer's update    each variable is updated on the server that holds it, 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -109,10 +110,15 @@ def replacements(rows_only: bool) -> list[tuple[Any, str, Callable[..., Any]]]:
         by_rows = rows_only and is_elementwise(optimizer)
         kept = {id(variable): slots for variable, slots in trained_by(optimizer)}
         copies = _Copies(optimizer, learning_rate)
+        of_servers: dict[str, list[Callable[[], None]]] = {}
         for gradient, variable in zip(grads, trainable_variables, strict=True):
-            _update_where_it_is(
+            found = _updates_of_parts(
                 optimizer, gradient, variable, kept[id(variable)], copies, by_rows
             )
+            for device, update in found:
+                of_servers.setdefault(device, []).append(update)
+        for device, updates in of_servers.items():
+            _on_server(device, updates)
 
     return [
         (_TFOptimizer, "_backend_update_step", update_step),
@@ -122,27 +128,60 @@ def replacements(rows_only: bool) -> list[tuple[Any, str, Callable[..., Any]]]:
     ]
 
 
-def _update_where_it_is(
+def _on_server(device: str, updates: Sequence[Callable[[], None]]) -> None:
+    """Makes all updates of a server in one call.
+
+    What waits for them then waits for one thing on that server. Otherwise TensorFlow tells
+    the other servers of every single assignment.
+    """
+
+    def together() -> None:
+        for update in updates:
+            update()
+
+    with tf.device(device):
+        tf.function(together, autograph=False)()
+
+
+def _updates_of_parts(
     optimizer: Any,
     gradient: Tensor,
     variable: Any,
     slots: Sequence[Any],
     copies: _Copies,
     by_rows: bool,
-) -> None:
+) -> list[tuple[str, Callable[[], None]]]:
     value = variable._value
     gradients = value.cut(gradient) if isinstance(value, Split) else [gradient]
     slots_parts = [parts_of(slot) for slot in slots]
+    updates: list[tuple[str, Callable[[], None]]] = []
     for i, (part, rows) in enumerate(zip(parts_of(variable), gradients, strict=True)):
         homes = [(variable, part)]
         homes += [(s, parts[i]) for s, parts in zip(slots, slots_parts, strict=True)]
-        with tf.device(part.device):
-            if isinstance(rows, tf.IndexedSlices) and by_rows:
-                ids, rows = _summed_by_row(rows)
-                homes = [(v, Rows(home, ids)) for v, home in homes]
-            learning_rate, iterations = copies.on(part.device)
-            with _living_in([*homes, (optimizer._iterations, iterations)]):
-                optimizer.update_step(rows, variable, learning_rate)
+        sent = copies.on(part.device)
+        update = functools.partial(
+            _update, optimizer, rows, variable, homes, sent, by_rows, part.device
+        )
+        updates.append((part.device, update))
+    return updates
+
+
+def _update(
+    optimizer: Any,
+    gradient: Tensor,
+    variable: Any,
+    homes: Sequence[tuple[Any, Any]],
+    sent: tuple[Tensor, Known],
+    by_rows: bool,
+    device: str,
+) -> None:
+    learning_rate, iterations = sent
+    with tf.device(device):
+        if isinstance(gradient, tf.IndexedSlices) and by_rows:
+            ids, gradient = _summed_by_row(gradient)
+            homes = [(v, Rows(home, ids)) for v, home in homes]
+        with _living_in([*homes, (optimizer._iterations, iterations)]):
+            optimizer.update_step(gradient, variable, learning_rate)
 
 
 class _Copies:
@@ -154,9 +193,15 @@ class _Copies:
         self._sent: dict[str, tuple[Tensor, Known]] = {}
 
     def on(self, device: str) -> tuple[Tensor, Known]:
-        """Gives both where a server has them; called in its scope."""
+        """Gives both where a server has them.
+
+        Args:
+            device: The server's.
+        """
         if device not in self._sent:
-            self._sent[device] = (tf.identity(self._rate), Known(tf.identity(self._iterations)))
+            with tf.device(device):
+                iterations = Known(tf.identity(self._iterations))
+                self._sent[device] = (tf.identity(self._rate), iterations)
         return self._sent[device]
 
 

@@ -26,7 +26,7 @@ from tfdist.errors import ArgumentError
 from tfdist.strategies.base import Functions
 from tfdist.strategies.parameter_server.ledger import Ledger, Staleness
 from tfdist.strategies.parameter_server.servers import Servers
-from tfdist.strategies.parameter_server.updates import Updates
+from tfdist.strategies.parameter_server.updates import Updates, sent_together
 
 Tensor = Any
 Logs = dict[str, Any]
@@ -218,28 +218,32 @@ class Asynchronous:
             logs = model.train_step(data)
             batch.updates = None
             averages = served.averaging_variables(model)
+            changed = [v for v in statistics if scope.assigned(v) is not None]
+            # A mean that overtakes itself could leave what it is a mean of.
+            values = [
+                scope.assigned(v) if id(v) in averages else scope.assigned(v) - before[id(v)]
+                for v in changed
+            ]
+            *counts, read = self._at_server([*self._counted(scope), *values, read])
 
             def change() -> None:
-                self._add_metrics(scope)
-                for variable in statistics:
-                    value = scope.assigned(variable)
-                    if value is None:
-                        continue
-                    # A mean that overtakes itself could leave what it is a mean of.
+                self._add_metrics(counts)
+                for variable, value in zip(changed, counts[-len(changed) :], strict=False):
                     if id(variable) in averages:
                         variable._value.assign(value)
                     else:
-                        variable._value.assign_add(value - before[id(variable)])
+                        variable._value.assign_add(value)
                 ledger.note(read)
 
-            updates.finish(change)
+            updates.finish(change, [*counts, read])
         return self._extra(logs)
 
     def _test_step(self, data: Any, number: Tensor) -> Logs:
         with self._apart(data, number) as (scope, _):
             logs = self._model.test_step(data)
-            with served.stateful():
-                self._ledger.once(number, 0, lambda: self._add_metrics(scope))
+            counts = self._at_server(self._counted(scope))
+            with served.stateful(), tf.control_dependencies(counts):
+                self._ledger.once(number, 0, lambda: self._add_metrics(counts))
         return self._extra(logs)
 
     @contextlib.contextmanager
@@ -253,9 +257,18 @@ class Asynchronous:
         with served.Apart(zeros, collect_losses=True) as scope, _keras.on_replica(batch):
             yield scope, batch
 
-    def _add_metrics(self, scope: Any) -> None:
-        for variable in _keras.metric_variables(self._model):
-            variable._value.assign_add(tf.cast(scope.assigned(variable), variable.dtype))
+    def _at_server(self, tensors: list[Tensor]) -> list[Tensor]:
+        return sent_together(tensors, self._ledger.server)
+
+    def _counted(self, scope: Any) -> list[Tensor]:
+        """Gives what a batch added to the metrics."""
+        metrics = _keras.metric_variables(self._model)
+        return [tf.cast(scope.assigned(variable), variable.dtype) for variable in metrics]
+
+    def _add_metrics(self, counts: list[Tensor]) -> None:
+        metrics = _keras.metric_variables(self._model)
+        for variable, count in zip(metrics, counts, strict=False):
+            variable._value.assign_add(count)
 
     def _extra(self, logs: Logs) -> Logs:
         """Keeps what a step returned besides metrics."""

@@ -8,11 +8,12 @@ from typing import Any
 import tensorflow as tf
 
 from tfdist import _keras
-from tfdist._keras import parts
+from tfdist._keras.parts import Split, parts_of
 from tfdist._keras.served import stateful
 from tfdist.strategies.parameter_server.ledger import MOST_UPDATES, Ledger
 
 Tensor = Any
+_LARGEST_PACKED = 2**18  # elements: what packing copies costs less than a call of its own
 
 
 class Updates:
@@ -44,14 +45,19 @@ class Updates:
         variables: Sequence[Any],
     ) -> None:
         """Sends gradients to their servers; applies them at the end of the step, or now."""
-        sent = [_sent(g, v) for g, v in zip(grads, variables, strict=True)]
+        sent = _sent(grads, variables, self._ledger.server)
         self._sent += [s for s in sent if s is not None]
         self._waiting.append(lambda: update(sent))
         if self._at_once:
             self.finish(lambda: None)
 
-    def finish(self, change: Callable[[], None]) -> None:
-        """Applies what waits, with a change that belongs to it."""
+    def finish(self, change: Callable[[], None], needed: Sequence[Tensor] = ()) -> None:
+        """Applies what waits, with a change that belongs to it.
+
+        Args:
+            change: Assigns variables.
+            needed: What it needs, on the server already.
+        """
         waiting, self._waiting = self._waiting, []
 
         def everything() -> None:
@@ -61,22 +67,61 @@ class Updates:
 
         if self._applied == MOST_UPDATES:
             raise ValueError(f"A train step may have at most {MOST_UPDATES - 1} updates.")
-        leaves = tf.nest.flatten(self._sent, expand_composites=True)
+        leaves = tf.nest.flatten([self._sent, list(needed)], expand_composites=True)
         with stateful(), tf.control_dependencies(leaves):
             self._ledger.once(self._number, self._applied, everything)
         self._applied += 1
 
 
-def _sent(gradient: Tensor, variable: Any) -> Tensor:
-    """Moves a gradient to where it will be applied, before anything is locked."""
-    if gradient is None:
-        return None
-    value = variable._value
-    if isinstance(value, parts.Split):
-        sent = []
-        for part, rows in zip(value.parts, value.cut(gradient), strict=True):
-            with tf.device(part.device):
-                sent.append(tf.nest.map_structure(tf.identity, rows, expand_composites=True))
-        return value.join(sent)
-    with tf.device(value.device):
-        return tf.nest.map_structure(tf.identity, gradient, expand_composites=True)
+def sent_together(tensors: Sequence[Tensor], device: str) -> list[Tensor]:
+    """Moves tensors to a server; small ones of one type travel as one.
+
+    Args:
+        tensors: Dense tensors, or `tf.IndexedSlices`.
+        device: The server's.
+    """
+    moved = list(tensors)
+    packs: dict[Any, list[int]] = {}
+    for index, tensor in enumerate(moved):
+        elements = None if isinstance(tensor, tf.IndexedSlices) else tensor.shape.num_elements()
+        alone = elements is None or elements > _LARGEST_PACKED
+        packs.setdefault(index if alone else tensor.dtype, []).append(index)
+    for indices in packs.values():
+        if len(indices) == 1:
+            (index,) = indices
+            with tf.device(device):
+                moved[index] = tf.nest.map_structure(
+                    tf.identity, moved[index], expand_composites=True
+                )
+            continue
+        shapes = [moved[index].shape for index in indices]
+        flat = tf.concat([tf.reshape(moved[index], [-1]) for index in indices], 0)
+        with tf.device(device):
+            parts = tf.split(tf.identity(flat), [shape.num_elements() for shape in shapes])
+            for index, part, shape in zip(indices, parts, shapes, strict=True):
+                moved[index] = tf.reshape(part, shape)
+    return moved
+
+
+def _sent(grads: Sequence[Tensor], variables: Sequence[Any], server: str) -> list[Tensor]:
+    """Moves gradients to where they will be applied, before anything is locked."""
+    pieces: dict[str, list[tuple[int, int, Tensor]]] = {}
+    for index, (gradient, variable) in enumerate(zip(grads, variables, strict=True)):
+        if gradient is None:
+            continue
+        value = variable._value
+        rows = value.cut(gradient) if isinstance(value, Split) else [gradient]
+        for number, (part, piece) in enumerate(zip(parts_of(variable), rows, strict=True)):
+            pieces.setdefault(part.device, []).append((index, number, piece))
+    moved: list[dict[int, Tensor]] = [{} for _ in grads]
+    for device, there in pieces.items():
+        sent = sent_together([piece for *_, piece in there], device)
+        for (index, number, _), tensor in zip(there, sent, strict=True):
+            moved[index][number] = tensor
+    with tf.device(server):
+        return [
+            variable._value.join([found[i] for i in range(len(found))])
+            if found and isinstance(variable._value, Split)
+            else found.get(0)
+            for found, variable in zip(moved, variables, strict=True)
+        ]
