@@ -218,7 +218,7 @@ def test_a_split_variable_trains_like_a_whole_one() -> None:
 def test_a_scope_that_assigns_nothing_reads_what_is_there() -> None:
     made = model()
     kernel = made.trainable_variables[0]
-    with served.Apart([], collect_losses=True) as scope:
+    with served.Apart([]) as scope:
         kernel.assign(kernel * 0)
         assert scope.assigned(made.trainable_variables[1]) is None
         with served.stateful():
@@ -238,3 +238,20 @@ def test_optimizers_do_not_add_up_repeated_rows() -> None:
         optimizer.apply([gradient], [variable])
         results.append(variable.numpy()[1, 0])
     assert abs(results[0] - results[1]) > 0.01
+
+
+def test_weights_that_were_read_have_the_same_gradients() -> None:
+    gradients = []
+    for largest in (0, 2**18):
+        keras.utils.set_random_seed(1)
+        made = model()
+        seen: list[Any] = []
+        made.optimizer.apply_gradients = lambda pairs, seen=seen: seen.extend(pairs)
+        with served.served(rows_only=False):
+            weights = served.read_together(made, largest)
+            assert len(weights) == (2 if largest else 0)
+            with served.Apart([], weights):
+                made.train_step((tf.ones([5, 4]), tf.ones([5, 2])))
+        gradients.append([g for g, _ in seen])
+    for one, other in zip(*gradients, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6)

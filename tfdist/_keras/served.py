@@ -6,7 +6,8 @@ place                     what changes
 the optimizer's update    each variable is updated on the server that holds it, a part
                           of a split variable on the part's; of a variable whose
                           gradient has rows, only these, if asked for
-`GradientTape.gradient`   a split variable has a gradient: its parts' in one
+`GradientTape`            a split variable has a gradient: its parts' in one; weights
+                          that a worker has read together are watched
 `Embedding.call`          reads the rows it needs, where the table is
 ========================  ==========================================================
 
@@ -123,6 +124,7 @@ def replacements(rows_only: bool) -> list[tuple[Any, str, Callable[..., Any]]]:
     return [
         (_TFOptimizer, "_backend_update_step", update_step),
         (_TFOptimizer, "_apply_weight_decay", _apply_weight_decay),
+        (tf.GradientTape, "__enter__", _enter),
         (tf.GradientTape, "gradient", _gradient),
         (keras.layers.Embedding, "call", _embed),
     ]
@@ -189,7 +191,8 @@ class _Copies:
 
     def __init__(self, optimizer: Any, learning_rate: Any) -> None:
         self._rate = tf.convert_to_tensor(learning_rate)
-        self._iterations = tf.convert_to_tensor(optimizer.iterations)
+        # Not `iterations`, which counts updates when several steps make one.
+        self._iterations = tf.convert_to_tensor(optimizer._iterations)
         self._sent: dict[str, tuple[Tensor, Known]] = {}
 
     def on(self, device: str) -> tuple[Tensor, Known]:
@@ -236,11 +239,25 @@ def _apply_weight_decay(optimizer: Any, variables: Sequence[Any]) -> None:
 _tensorflow_gradient = tf.GradientTape.gradient
 
 
+def _weights_read() -> dict[int, Tensor]:
+    scope = _global_state.get_global_attribute("stateless_scope")
+    return scope.weights if isinstance(scope, Apart) else {}
+
+
+_tensorflow_enter = tf.GradientTape.__enter__
+
+
+def _enter(tape: Any) -> Any:
+    entered = _tensorflow_enter(tape)
+    for weight in _weights_read().values():
+        tape.watch(weight)
+    return entered
+
+
 def _gradient(tape: Any, target: Any, sources: Any, *args: Any, **options: Any) -> Any:
-    flat = tf.nest.flatten(sources)
+    read = _weights_read()
+    flat = [read.get(id(source), source) for source in tf.nest.flatten(sources)]
     splits = [getattr(source, "_value", None) for source in flat]
-    if not any(isinstance(value, Split) for value in splits):
-        return _tensorflow_gradient(tape, target, sources, *args, **options)
     nested = [v.parts if isinstance(v, Split) else s for s, v in zip(flat, splits, strict=True)]
     found = _tensorflow_gradient(tape, target, nested, *args, **options)
     joined = [
@@ -275,7 +292,19 @@ class Apart(keras.StatelessScope):  # type: ignore[misc]
 
     Keras gives every variable a value when it trains in a `StatelessScope`, and asks the
     scope for those that it regularizes.
+
+    Args:
+        values: What variables begin with.
+        weights: Values of trainable variables that were read already; tapes watch them.
     """
+
+    def __init__(
+        self,
+        values: Sequence[tuple[Any, Tensor]],
+        weights: Sequence[tuple[Any, Tensor]] = (),
+    ) -> None:
+        super().__init__([*values, *weights], collect_losses=True)
+        self.weights = {id(variable): value for variable, value in weights}
 
     def get_current_value(self, ref: Any) -> Any:
         """Gives what a variable is in this scope."""
@@ -289,6 +318,34 @@ class Apart(keras.StatelessScope):  # type: ignore[misc]
             ref: The `keras.Variable`.
         """
         return super().get_current_value(ref)
+
+
+def read_together(model: Any, largest: int) -> list[tuple[Any, Tensor]]:
+    """Reads a model's small weights, those of a server in one tensor.
+
+    Args:
+        model: A built `keras.Model`, its variables on servers.
+        largest: Elements above which a weight is left to be read when it is needed.
+
+    Returns:
+        Pairs of a `keras.Variable` and its value; tables that are read by rows are left out.
+    """
+    layers = model._flatten_layers()
+    tables = {id(la.__dict__.get("_embeddings")) for la in layers if hasattr(la, "embeddings")}
+    packs: dict[Any, list[Any]] = {}
+    for variable in model.trainable_variables:
+        value = variable._value
+        is_small = isinstance(value, tf.Variable) and value.shape.num_elements() <= largest
+        if is_small and id(variable) not in tables:
+            packs.setdefault((value.device, value.dtype), []).append(variable)
+    found = []
+    for (device, _), variables in packs.items():
+        with tf.device(device):
+            flat = tf.concat([tf.reshape(v._value, [-1]) for v in variables], 0)
+        parts = tf.split(flat, [v._value.shape.num_elements() for v in variables])
+        values = [tf.reshape(p, v.shape) for p, v in zip(parts, variables, strict=True)]
+        found += list(zip(variables, values, strict=True))
+    return found
 
 
 @contextlib.contextmanager

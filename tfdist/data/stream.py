@@ -109,6 +109,11 @@ class Epoch:
         return self._stream.columns
 
     @property
+    def can_end_early(self) -> bool:
+        """Whether drawing may fail before the epoch's steps are over, as arrays' cannot."""
+        return self._stream.source.columns is None
+
+    @property
     def may_be_empty(self) -> bool:
         """Whether a share may hold a row that does not count."""
         return self._stream.source.may_be_empty

@@ -26,7 +26,11 @@ from tfdist.errors import ArgumentError
 from tfdist.strategies.base import Functions
 from tfdist.strategies.parameter_server.ledger import Ledger, Staleness
 from tfdist.strategies.parameter_server.servers import Servers
-from tfdist.strategies.parameter_server.updates import Updates, sent_together
+from tfdist.strategies.parameter_server.updates import (
+    LARGEST_PACKED,
+    Updates,
+    sent_together,
+)
 
 Tensor = Any
 Logs = dict[str, Any]
@@ -68,7 +72,6 @@ class Asynchronous:
         self._train = self._traced(self._train_steps)
         self._test = self._traced(self._test_steps)
         self._predict = self._traced(model.predict_step)
-        # Drawing from an iterator outside of a function takes several times as long.
         self._draw = self._traced(lambda iterator: iterator.get_next().data)
         self._traces: dict[Any, Any] = {}
 
@@ -119,7 +122,7 @@ class Asynchronous:
         try:
             with epoch.drawing():
                 for _ in range(steps):
-                    batches.append(self._draw(epoch.iterator))  # noqa: PERF401, may raise
+                    batches.append(self._drawn(epoch))  # noqa: PERF401, may raise
         except tf.errors.OutOfRangeError:
             if not batches:
                 raise
@@ -138,6 +141,13 @@ class Asynchronous:
             self._shown |= self._own_results()
             self._shown_at = time.monotonic()
         return dict(self._shown)
+
+    def _drawn(self, epoch: Any) -> Any:
+        """Draws a batch; in a function it takes a fraction of the time."""
+        # A function that fails, as at the end of data, cancels the steps that are under way.
+        if epoch.can_end_early:
+            return epoch.iterator.get_next().data
+        return self._draw(epoch.iterator)
 
     def _traced_for(self, function: Any, batches: Any, first: Tensor, columns: Any) -> Any:
         """Finds a function's trace for such batches; TensorFlow looks for it much longer."""
@@ -254,7 +264,10 @@ class Asynchronous:
         rows = tf.shape(tf.nest.flatten(data)[0], tf.int64)[0]
         # What a step drops is a function of its number, as seeds are read and not written.
         batch = ReplicaBatch(rows, rows, number * rows, list)
-        with served.Apart(zeros, collect_losses=True) as scope, _keras.on_replica(batch):
+        # An own train step may look at what its first update has made of the weights.
+        is_own = _keras.has_own_train_step(self._model)
+        weights = [] if is_own else served.read_together(self._model, LARGEST_PACKED)
+        with served.Apart(zeros, weights) as scope, _keras.on_replica(batch):
             yield scope, batch
 
     def _at_server(self, tensors: list[Tensor]) -> list[Tensor]:

@@ -13,7 +13,7 @@ from tfdist._keras.served import stateful
 from tfdist.strategies.parameter_server.ledger import MOST_UPDATES, Ledger
 
 Tensor = Any
-_LARGEST_PACKED = 2**18  # elements: what packing copies costs less than a call of its own
+LARGEST_PACKED = 2**18  # elements: what packing copies costs less than a call of its own
 
 
 class Updates:
@@ -84,7 +84,7 @@ def sent_together(tensors: Sequence[Tensor], device: str) -> list[Tensor]:
     packs: dict[Any, list[int]] = {}
     for index, tensor in enumerate(moved):
         elements = None if isinstance(tensor, tf.IndexedSlices) else tensor.shape.num_elements()
-        alone = elements is None or elements > _LARGEST_PACKED
+        alone = elements is None or elements > LARGEST_PACKED
         packs.setdefault(index if alone else tensor.dtype, []).append(index)
     for indices in packs.values():
         if len(indices) == 1:
