@@ -55,8 +55,8 @@ class PerClassMetrics(keras.callbacks.Callback):  # type: ignore[misc]
         >>> x, y = np.ones((10, 4), "float32"), np.arange(10) // 8
         >>> metrics = tfdist.PerClassMetrics(x, y)
         >>> history = tfdist.fit(model, x, y, callbacks=[metrics], verbose=0)
-        >>> history.history["val_support_1"]
-        [2]
+        >>> history.history["val_support_1"] == [2]
+        True
     """
 
     def __init__(
