@@ -240,6 +240,18 @@ def environment(jobs: dict, job: str, index: int) -> dict[str, str]:
     }
 
 
+def begun(jobs: dict, job: str, index: int) -> subprocess.CompletedProcess[str]:
+    """Begins a session in one process of a cluster of which the others never come."""
+    return subprocess.run(
+        [sys.executable, "-c", "import tfdist; tfdist.init()"],
+        env=environment(jobs, job, index),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
 @pytest.mark.cluster
 class TestClusters:
     @pytest.mark.oldest
@@ -276,14 +288,7 @@ class TestClusters:
     def test_a_worker_that_never_comes_is_named(self):
         addresses = free_addresses(4)
         jobs = {CHIEF: addresses[:1], WORKER: addresses[1:3], PS: addresses[3:]}
-        done = subprocess.run(
-            [sys.executable, "-c", "import tfdist; tfdist.init()"],
-            env=environment(jobs, CHIEF, 0),
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
+        done = begun(jobs, CHIEF, 0)
         assert done.returncode == 1
         assert f"no answer from worker 0 at {addresses[1]}, worker 1 at" in done.stderr
         assert f"ps 0 at {addresses[3]}" in done.stderr
@@ -291,25 +296,11 @@ class TestClusters:
     def test_a_chief_that_never_comes_is_named(self):
         addresses = free_addresses(3)
         jobs = {CHIEF: addresses[:1], WORKER: addresses[1:2], PS: addresses[2:]}
-        done = subprocess.run(
-            [sys.executable, "-c", "import tfdist; tfdist.init()"],
-            env=environment(jobs, PS, 0),
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
+        done = begun(jobs, PS, 0)
         assert done.returncode == 1
         assert f"no answer from chief at {addresses[0]}" in done.stderr
 
     def test_a_cluster_without_workers_is_refused(self):
         jobs = {CHIEF: ("127.0.0.1:1",), PS: ("127.0.0.1:2",)}
-        done = subprocess.run(
-            [sys.executable, "-c", "import tfdist; tfdist.init()"],
-            env=environment(jobs, CHIEF, 0),
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
+        done = begun(jobs, CHIEF, 0)
         assert "the cluster has no worker" in done.stderr

@@ -131,7 +131,14 @@ def on_replica(batch: ReplicaBatch) -> Iterator[ReplicaBatch]:
 
 
 @contextlib.contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Puts something else in a place of a class or module, while the context lasts.
+
+    Args:
+        owner: The class or module, in whose own `__dict__` the place is.
+        name: Of the place.
+        value: What to put there.
+    """
     before = owner.__dict__[name]
     setattr(owner, name, value)
     try:
@@ -153,7 +160,7 @@ def replicated(model: Any, has_servers: bool = False) -> Iterator[None]:
     """
     with contextlib.ExitStack() as stack:
         for owner, name, value in _replacements(has_servers):
-            stack.enter_context(_replaced(owner, name, value))
+            stack.enter_context(replaced(owner, name, value))
         for optimizer in optimizers_of(model):
             stack.enter_context(_intercepted(optimizer))
         yield

@@ -26,6 +26,7 @@ import tensorflow as tf
 from keras.src.backend.common import global_state as _global_state
 from keras.src.backend.tensorflow.optimizer import TFOptimizer as _TFOptimizer
 
+from tfdist._keras import replaced
 from tfdist._keras.parts import Known, Rows, Split, parts_of
 
 Tensor = Any
@@ -96,9 +97,7 @@ def served(rows_only: bool) -> Iterator[None]:
     """
     with contextlib.ExitStack() as stack:
         for owner, name, value in replacements(rows_only):
-            before = owner.__dict__[name]
-            setattr(owner, name, value)
-            stack.callback(setattr, owner, name, before)
+            stack.enter_context(replaced(owner, name, value))
         yield
 
 

@@ -26,10 +26,7 @@ def reduce_packed(
         The reduced tensors, in their order.
     """
     reduced = list(tensors)
-    packs: dict[object, list[int]] = {}
-    for index, tensor in enumerate(reduced):
-        packs.setdefault(_pack(tensor, index, largest), []).append(index)
-    for indices in packs.values():
+    for indices in packs_of(tensors, largest):
         if len(indices) == 1:
             (index,) = indices
             reduced[index] = reduce(reduced[index])
@@ -41,6 +38,22 @@ def reduce_packed(
             reduced[index] = tf.reshape(part, tf.shape(reduced[index]))
             reduced[index].set_shape(tensors[index].shape)
     return reduced
+
+
+def packs_of(tensors: Sequence[Tensor], largest: float) -> list[list[int]]:
+    """Says which tensors travel together: dense ones of one type, unless they are large.
+
+    Args:
+        tensors: As in `reduce_packed`.
+        largest: As in `reduce_packed`.
+
+    Returns:
+        The positions of each pack's tensors; each tensor is in one pack.
+    """
+    packs: dict[object, list[int]] = {}
+    for index, tensor in enumerate(tensors):
+        packs.setdefault(_pack(tensor, index, largest), []).append(index)
+    return list(packs.values())
 
 
 def _pack(tensor: Tensor, index: int, largest: float) -> object:

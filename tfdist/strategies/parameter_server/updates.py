@@ -10,6 +10,7 @@ import tensorflow as tf
 from tfdist import _keras
 from tfdist._keras.parts import Split, parts_of
 from tfdist._keras.served import stateful
+from tfdist.strategies.packing import packs_of
 from tfdist.strategies.parameter_server.ledger import MOST_UPDATES, Ledger
 
 Tensor = Any
@@ -81,12 +82,7 @@ def sent_together(tensors: Sequence[Tensor], device: str) -> list[Tensor]:
         device: The server's.
     """
     moved = list(tensors)
-    packs: dict[Any, list[int]] = {}
-    for index, tensor in enumerate(moved):
-        elements = None if isinstance(tensor, tf.IndexedSlices) else tensor.shape.num_elements()
-        alone = elements is None or elements > LARGEST_PACKED
-        packs.setdefault(index if alone else tensor.dtype, []).append(index)
-    for indices in packs.values():
+    for indices in packs_of(tensors, LARGEST_PACKED):
         if len(indices) == 1:
             (index,) = indices
             with tf.device(device):
