@@ -140,6 +140,9 @@ def _on_server(device: str, updates: Sequence[Callable[[], None]]) -> None:
         for update in updates:
             update()
 
+    if tf.executing_eagerly():  # a server's function cannot take a tensor of another server
+        together()
+        return
     with tf.device(device):
         tf.function(together, autograph=False)()
 
