@@ -192,9 +192,10 @@ class _Copies:
     """The learning rate and the counter, sent to each server once for all its variables."""
 
     def __init__(self, optimizer: Any, learning_rate: Any) -> None:
-        self._rate = tf.convert_to_tensor(learning_rate)
         # Not `iterations`, which counts updates when several steps make one.
-        self._iterations = tf.convert_to_tensor(optimizer._iterations)
+        both = [tf.convert_to_tensor(v) for v in (learning_rate, optimizer._iterations)]
+        self._dtypes = [tensor.dtype for tensor in both]
+        self._packed = tf.stack([tf.cast(tensor, tf.float64) for tensor in both])
         self._sent: dict[str, tuple[Tensor, Known]] = {}
 
     def on(self, device: str) -> tuple[Tensor, Known]:
@@ -205,8 +206,9 @@ class _Copies:
         """
         if device not in self._sent:
             with tf.device(device):
-                iterations = Known(tf.identity(self._iterations))
-                self._sent[device] = (tf.identity(self._rate), iterations)
+                parts = tf.unstack(tf.identity(self._packed))
+                rate, count = (tf.cast(p, d) for p, d in zip(parts, self._dtypes, strict=True))
+                self._sent[device] = (rate, Known(count))
         return self._sent[device]
 
 
@@ -323,25 +325,29 @@ class Apart(keras.StatelessScope):  # type: ignore[misc]
 
 
 def read_together(model: Any, largest: int) -> list[tuple[Any, Tensor]]:
-    """Reads a model's small weights, those of a server in one tensor.
+    """Reads a model's weights, the small ones of a server in one tensor.
 
     Args:
         model: A built `keras.Model`, its variables on servers.
-        largest: Elements above which a weight is left to be read when it is needed.
+        largest: Elements above which a weight is read alone.
 
     Returns:
-        Pairs of a `keras.Variable` and its value; tables that are read by rows are left out.
+        Pairs of a `keras.Variable` and its value; split ones, and tables that are read by
+        rows, are left out.
     """
     layers = model._flatten_layers()
     tables = {id(la.__dict__.get("_embeddings")) for la in layers if hasattr(la, "embeddings")}
     packs: dict[Any, list[Any]] = {}
     for variable in model.trainable_variables:
         value = variable._value
-        is_small = isinstance(value, tf.Variable) and value.shape.num_elements() <= largest
-        if is_small and id(variable) not in tables:
-            packs.setdefault((value.device, value.dtype), []).append(variable)
+        if isinstance(value, tf.Variable) and id(variable) not in tables:
+            alone = id(value) if value.shape.num_elements() > largest else None
+            packs.setdefault((value.device, value.dtype, alone), []).append(variable)
     found = []
-    for (device, _), variables in packs.items():
+    for (device, *_), variables in packs.items():
+        if len(variables) == 1:
+            found += [(variable, variable._value.read_value()) for variable in variables]
+            continue
         with tf.device(device):
             flat = tf.concat([tf.reshape(v._value, [-1]) for v in variables], 0)
         parts = tf.split(flat, [v._value.shape.num_elements() for v in variables])

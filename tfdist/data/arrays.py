@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +15,7 @@ import tensorflow as tf
 from tfdist.data.source import FOREVER, Share, Source, batch_spec, bounds, dealt, shortened
 from tfdist.errors import ArgumentError
 from tfdist.samplers import Sampler
+from tfdist.samplers.permutation import Rows
 from tfdist.strategies.base import Place
 
 Tensor = Any
@@ -75,13 +78,10 @@ class Arrays(Source):
         """The arrays."""
         return self.data
 
-    def row_numbers(self, epoch: int, skip: int = 0) -> Any:
-        """Builds the stream of global batches as row numbers."""
-
-        def share(rows: Tensor, size: Tensor) -> Share:
-            return Share(tf.slice(rows, tf.constant([0], tf.int64), size))
-
-        return self._row_numbers(epoch, skip).map(share)
+    def row_numbers(self, epoch: int, skip: int = 0) -> Iterator[Rows]:
+        """Gives global batches as row numbers, without end."""
+        for first in itertools.count(self._first_step(epoch, skip), self._at_once):
+            yield from self._sampled(first)
 
     def _gather(self, rows: Tensor) -> Any:
         return tf.nest.map_structure(lambda column: tf.gather(column, rows), self.data)
@@ -91,17 +91,10 @@ class Arrays(Source):
 
         The sampler is asked for many steps at once, ahead of those that gather their rows.
         """
-        at_once = max(1, min(_ROWS_AT_ONCE // self.batch_size, self.steps))
-        first_step = skip + (epoch * self.steps if self.endless else 0)
+        at_once = self._at_once
 
         def draw(first: np.int64) -> tuple[Any, Any]:
-            batches = self.sampler.batches(
-                int(first),
-                at_once,
-                num_rows=self.num_rows,
-                batch_size=self.batch_size,
-                seed=self.seed,
-            )
+            batches = self._sampled(int(first))
             sizes = np.array([[len(rows)] for rows in batches])
             padded = np.zeros((at_once, max(1, sizes.max())), np.int64)
             for row, batch in zip(padded, batches, strict=True):
@@ -112,9 +105,21 @@ class Arrays(Source):
             rows, sizes = tf.numpy_function(draw, [first], (tf.int64, tf.int64))
             return tf.ensure_shape(rows, [at_once, None]), tf.ensure_shape(sizes, [at_once, 1])
 
-        numbers = tf.data.Dataset.range(first_step, FOREVER, at_once)
+        numbers = tf.data.Dataset.range(self._first_step(epoch, skip), FOREVER, at_once)
         batches = numbers.map(drawn, 1).prefetch(2).unbatch()
         return batches if self.endless else batches.take(self.steps - skip)
+
+    @property
+    def _at_once(self) -> int:
+        """Steps of which the sampler is asked in one call."""
+        return max(1, min(_ROWS_AT_ONCE // self.batch_size, self.steps))
+
+    def _first_step(self, epoch: int, skip: int) -> int:
+        return skip + (epoch * self.steps if self.endless else 0)
+
+    def _sampled(self, first: int) -> list[Rows]:
+        settings = {"num_rows": self.num_rows, "batch_size": self.batch_size}
+        return self.sampler.batches(first, self._at_once, seed=self.seed, **settings)
 
     def spec(self) -> Any:
         """Gives the shapes and dtypes of a batch."""

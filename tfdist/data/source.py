@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import tensorflow as tf
 
+from tfdist.samplers.permutation import Rows
 from tfdist.strategies.base import Place
 
 Tensor = Any
@@ -82,15 +83,15 @@ class Source(abc.ABC):
         """Tensors of which any rows can be gathered, in the structure of a batch, or None."""
         return None
 
-    def row_numbers(self, epoch: int, skip: int = 0) -> Any:
-        """Builds the stream of global batches as numbers of rows in `columns`.
+    def row_numbers(self, epoch: int, skip: int = 0) -> Iterator[Rows]:
+        """Gives the global batches as numbers of rows in `columns`.
 
         Args:
             epoch: As in `shares`.
             skip: As in `shares`.
 
         Returns:
-            A `tf.data.Dataset` of `Share` whose data is an int64 tensor of shape [rows].
+            An iterator without end of int64 arrays of shape [rows].
         """
         raise NotImplementedError
 

@@ -58,7 +58,7 @@ class Asynchronous:
         on_end: Callable[[Staleness], None],
     ) -> None:
         self._model = model
-        self._coordinator = servers.coordinator
+        self._servers = servers
         self._num_workers = len(servers.workers)
         self._max_staleness = max_staleness
         self._waiting_for = waiting_for
@@ -66,13 +66,14 @@ class Asynchronous:
         self._ledger = Ledger(servers.servers[0])
         self._pending: deque[Any] = deque()
         self._resident: list[tuple[Any, Any]] = []  # columns, and where workers have them
+        self._drawing: tuple[Any, Any] = (None, None)  # an iterator, and what draws from it
         self._number = 0
         self._shown: Logs = {}
         self._shown_at = 0.0
         self._train = self._traced(self._train_steps)
         self._test = self._traced(self._test_steps)
         self._predict = self._traced(model.predict_step)
-        self._draw = self._traced(lambda iterator: iterator.get_next().data)
+        self._read_results = self._traced(self._results)
         self._traces: dict[Any, Any] = {}
 
     def functions(self) -> Functions:
@@ -82,17 +83,18 @@ class Asynchronous:
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         """Makes the model's metrics those of all steps that were begun, while it lasts."""
-        own = self._model.get_metrics_result
+        self._own_results = self._model.get_metrics_result
 
         def settled() -> Logs:
+            if not tf.executing_eagerly():  # a step that is traced asks for its own
+                return self._own_results()  # type: ignore[no-any-return]
             self._settle()
-            results: Logs = own()
+            results: Logs = self._read_results()
             return results
 
         self._ledger.clear()
         self._number, self._shown, self._shown_at = 0, {}, 0.0
         vars(self._model)["get_metrics_result"] = settled
-        self._own_results = own
         try:
             yield
             self._settle()
@@ -130,33 +132,43 @@ class Asynchronous:
         self._number += len(batches)
         with self._waiting_for(f"step {epoch.steps_taken}"):
             columns = None if epoch.columns is None else self._on_workers(epoch.columns)
+            traced = self._traced_for(function, tuple(batches), first, epoch.columns)
             arguments = (tuple(batches), first, columns)
-            traced = self._traced_for(function, *arguments)
-            self._pending.append(self._coordinator.schedule(traced, args=arguments))
+            self._pending.append(self._servers.schedule(traced, arguments))
             most = window(self._max_staleness, self._num_workers, len(batches))
             while len(self._pending) >= most:
                 self._shown |= self._pending.popleft().fetch()
         epoch.note_progress(len(batches))
         if time.monotonic() > self._shown_at + _REFRESH_S:
-            self._shown |= self._own_results()
+            self._shown |= self._read_results()
             self._shown_at = time.monotonic()
         return dict(self._shown)
 
     def _drawn(self, epoch: Any) -> Any:
-        """Draws a batch; in a function it takes a fraction of the time."""
+        """Draws a batch, or the numbers of its rows."""
+        if epoch.columns is not None:
+            return tf.constant(next(epoch.iterator), tf.int64)
         # A function that fails, as at the end of data, cancels the steps that are under way.
         if epoch.can_end_early:
             return epoch.iterator.get_next().data
-        return self._draw(epoch.iterator)
+        iterator, draw = self._drawing  # a function takes a fraction of the time
+        if iterator is not epoch.iterator:
+            iterator = epoch.iterator
+            draw = self._traced(lambda: iterator.get_next().data).get_concrete_function()
+            self._drawing = (iterator, draw)
+        return draw()
 
     def _traced_for(self, function: Any, batches: Any, first: Tensor, columns: Any) -> Any:
         """Finds a function's trace for such batches; TensorFlow looks for it much longer."""
-        if columns is not None:  # of which each worker has its own
-            return function
-        leaves = tf.nest.flatten(batches, expand_composites=True)
-        key = (function, *((leaf.shape, leaf.dtype) for leaf in leaves))
+        leaves = tf.nest.flatten((batches, columns), expand_composites=True)
+        key = (function, *((leaf.shape, leaf.dtype) for leaf in leaves if leaf is not None))
         if key not in self._traces:
-            self._traces[key] = function.get_concrete_function(batches, first, None)
+            held = None
+            if columns is not None:  # of which each worker has an iterator
+                held = tf.data.IteratorSpec(
+                    tf.nest.map_structure(tf.type_spec_from_value, columns)
+                )
+            self._traces[key] = function.get_concrete_function(batches, first, held)
         return self._traces[key]
 
     def _on_workers(self, columns: Any) -> Any:
@@ -164,7 +176,7 @@ class Asynchronous:
         for known, iterator in self._resident:
             if known is columns:
                 return iterator
-        dataset = self._coordinator.create_per_worker_dataset(
+        dataset = self._servers.coordinator.create_per_worker_dataset(
             lambda: tf.data.Dataset.from_tensors(columns).repeat()
         )
         self._resident.append((columns, iter(dataset)))
@@ -174,18 +186,23 @@ class Asynchronous:
         """Predicts global batches, each worker a slice of each."""
         with self._waiting_for("a step"):
             pending = [
-                self._coordinator.schedule(self._predict, args=(piece,))
+                self._servers.coordinator.schedule(self._predict, args=(piece,))
                 for share in shares
                 for piece in _pieces(share.data, self._num_workers)
             ]
             outputs = [one.fetch() for one in pending]
         return tf.nest.map_structure(lambda *parts: np.concatenate(parts), *outputs)
 
+    def _results(self) -> Logs:
+        with tf.device(self._ledger.server):  # in one call
+            results: Logs = self._own_results()
+            return results
+
     def _settle(self) -> None:
         """Waits until all steps that were begun are done."""
         if self._pending:
             with self._waiting_for("the last steps of an epoch"):
-                self._coordinator.join()
+                self._servers.coordinator.join()
                 for one in self._pending:
                     self._shown |= one.fetch()
             self._pending.clear()
@@ -221,8 +238,14 @@ class Asynchronous:
         model, ledger = self._model, self._ledger
         with tf.device(ledger.server):
             read = tf.identity(ledger.version)
+        with tf.control_dependencies([read]):
+            weights = self._weights()
         statistics = [v for v in model.non_trainable_variables if v.dtype.startswith("float")]
-        with tf.control_dependencies([read]), self._apart(data, number) as (scope, batch):
+        later = [] if len(weights) == len(model.trainable_variables) else [read]
+        with (
+            tf.control_dependencies(later),
+            self._apart(data, number, weights) as (scope, batch),
+        ):
             before = {id(v): tf.convert_to_tensor(v) for v in statistics}
             batch.updates = updates = Updates(model, ledger, number)
             logs = model.train_step(data)
@@ -234,54 +257,64 @@ class Asynchronous:
                 scope.assigned(v) if id(v) in averages else scope.assigned(v) - before[id(v)]
                 for v in changed
             ]
-            *counts, read = self._at_server([*self._counted(scope), *values, read])
+            *values, read = self._at_server([*values, read])
+            counts, there = self._counted(scope, number)
 
             def change() -> None:
                 self._add_metrics(counts)
-                for variable, value in zip(changed, counts[-len(changed) :], strict=False):
+                for variable, value in zip(changed, values, strict=True):
                     if id(variable) in averages:
                         variable._value.assign(value)
                     else:
                         variable._value.assign_add(value)
                 ledger.note(read)
 
-            updates.finish(change, [*counts, read])
+            updates.finish(change, there, [*counts, *values, read])
         return self._extra(logs)
 
     def _test_step(self, data: Any, number: Tensor) -> Logs:
-        with self._apart(data, number) as (scope, _):
+        with self._apart(data, number, self._weights()) as (scope, _):
             logs = self._model.test_step(data)
-            counts = self._at_server(self._counted(scope))
+            counts, there = self._counted(scope, number)
             with served.stateful(), tf.control_dependencies(counts):
-                self._ledger.once(number, 0, lambda: self._add_metrics(counts))
+                self._ledger.once(there, 0, lambda: self._add_metrics(counts))
         return self._extra(logs)
 
+    def _weights(self) -> list[tuple[Any, Tensor]]:
+        """Reads what a step reads as a whole."""
+        # An own train step may look at what its first update has made of the weights.
+        if _keras.has_own_train_step(self._model):
+            return []
+        return served.read_together(self._model, LARGEST_PACKED)
+
     @contextlib.contextmanager
-    def _apart(self, data: Any, number: Tensor) -> Iterator[tuple[Any, ReplicaBatch]]:
+    def _apart(
+        self, data: Any, number: Tensor, weights: list[tuple[Any, Tensor]]
+    ) -> Iterator[tuple[Any, ReplicaBatch]]:
         """Computes on a batch without changing a variable; metrics begin at zero."""
         metrics = _keras.metric_variables(self._model)
         zeros = [(v, tf.zeros(v.shape, v.dtype)) for v in metrics]
         rows = tf.shape(tf.nest.flatten(data)[0], tf.int64)[0]
         # What a step drops is a function of its number, as seeds are read and not written.
         batch = ReplicaBatch(rows, rows, number * rows, list)
-        # An own train step may look at what its first update has made of the weights.
-        is_own = _keras.has_own_train_step(self._model)
-        weights = [] if is_own else served.read_together(self._model, LARGEST_PACKED)
         with served.Apart(zeros, weights) as scope, _keras.on_replica(batch):
             yield scope, batch
 
     def _at_server(self, tensors: list[Tensor]) -> list[Tensor]:
         return sent_together(tensors, self._ledger.server)
 
-    def _counted(self, scope: Any) -> list[Tensor]:
-        """Gives what a batch added to the metrics."""
-        metrics = _keras.metric_variables(self._model)
-        return [tf.cast(scope.assigned(variable), variable.dtype) for variable in metrics]
+    def _counted(self, scope: Any, number: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Sends what a batch added to the metrics, and its number, in one tensor."""
+        found = [scope.assigned(v) for v in _keras.metric_variables(self._model)]
+        exact = [tf.cast(value, tf.float64) for value in (*found, number)]
+        *counts, there = self._at_server(exact)
+        with tf.device(self._ledger.server):
+            return counts, tf.cast(there, tf.int64)
 
     def _add_metrics(self, counts: list[Tensor]) -> None:
         metrics = _keras.metric_variables(self._model)
-        for variable, count in zip(metrics, counts, strict=False):
-            variable._value.assign_add(count)
+        for variable, count in zip(metrics, counts, strict=True):
+            variable._value.assign_add(tf.cast(count, variable.dtype))
 
     def _extra(self, logs: Logs) -> Logs:
         """Keeps what a step returned besides metrics."""

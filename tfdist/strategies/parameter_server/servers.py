@@ -40,6 +40,21 @@ class Servers:
         """Hands steps to whichever worker is free, and again to another if one is lost."""
         return tf.distribute.coordinator.ClusterCoordinator(self.strategy)
 
+    def schedule(self, function: Any, arguments: tuple[Any, ...]) -> Any:
+        """Hands a function to the next worker that is free.
+
+        `ClusterCoordinator.schedule` does the same in the strategy's scope, in which
+        variables are made. To enter it takes longer than all the rest.
+
+        Args:
+            function: A concrete function, so that nothing is made.
+            arguments: Its arguments; of values per worker a worker gets its own.
+
+        Returns:
+            A `RemoteValue`.
+        """
+        return self.coordinator._cluster.schedule(function, args=arguments, kwargs={})
+
     def unreachable(self) -> list[str]:
         """Names the tasks that do not answer now."""
         return [task for task, address in self.addresses.items() if not is_up(address)]

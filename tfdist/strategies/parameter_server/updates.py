@@ -50,13 +50,16 @@ class Updates:
         self._sent += [s for s in sent if s is not None]
         self._waiting.append(lambda: update(sent))
         if self._at_once:
-            self.finish(lambda: None)
+            self.finish(lambda: None, self._number)
 
-    def finish(self, change: Callable[[], None], needed: Sequence[Tensor] = ()) -> None:
+    def finish(
+        self, change: Callable[[], None], number: Tensor, needed: Sequence[Tensor] = ()
+    ) -> None:
         """Applies what waits, with a change that belongs to it.
 
         Args:
             change: Assigns variables.
+            number: Of the step, on the server already or not.
             needed: What it needs, on the server already.
         """
         waiting, self._waiting = self._waiting, []
@@ -70,7 +73,7 @@ class Updates:
             raise ValueError(f"A train step may have at most {MOST_UPDATES - 1} updates.")
         leaves = tf.nest.flatten([self._sent, list(needed)], expand_composites=True)
         with stateful(), tf.control_dependencies(leaves):
-            self._ledger.once(self._number, self._applied, everything)
+            self._ledger.once(number, self._applied, everything)
         self._applied += 1
 
 
