@@ -324,12 +324,15 @@ class Apart(keras.StatelessScope):  # type: ignore[misc]
         return super().get_current_value(ref)
 
 
-def read_together(model: Any, largest: int) -> list[tuple[Any, Tensor]]:
+def read_together(
+    model: Any, largest: int, after: Sequence[Tensor] = ()
+) -> list[tuple[Any, Tensor]]:
     """Reads a model's weights, the small ones of a server in one tensor.
 
     Args:
         model: A built `keras.Model`, its variables on servers.
         largest: Elements above which a weight is read alone.
+        after: What is read before, on any server.
 
     Returns:
         Pairs of a `keras.Variable` and its value; split ones, and tables that are read by
@@ -345,10 +348,10 @@ def read_together(model: Any, largest: int) -> list[tuple[Any, Tensor]]:
             packs.setdefault((value.device, value.dtype, alone), []).append(variable)
     found = []
     for (device, *_), variables in packs.items():
-        if len(variables) == 1:
-            found += [(variable, variable._value.read_value()) for variable in variables]
-            continue
-        with tf.device(device):
+        with tf.device(device), tf.control_dependencies(after):
+            if len(variables) == 1:
+                found.append((variables[0], tf.identity(variables[0]._value)))
+                continue
             flat = tf.concat([tf.reshape(v._value, [-1]) for v in variables], 0)
         parts = tf.split(flat, [v._value.shape.num_elements() for v in variables])
         values = [tf.reshape(p, v.shape) for p, v in zip(parts, variables, strict=True)]

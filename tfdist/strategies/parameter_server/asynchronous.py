@@ -14,7 +14,7 @@ import contextlib
 import itertools
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -84,6 +84,7 @@ class Asynchronous:
     def running(self) -> Iterator[None]:
         """Makes the model's metrics those of all steps that were begun, while it lasts."""
         self._own_results = self._model.get_metrics_result
+        self._known = {metric.name for metric in self._model.metrics} | set(self._read_results())
 
         def settled() -> Logs:
             if not tf.executing_eagerly():  # a step that is traced asks for its own
@@ -238,8 +239,7 @@ class Asynchronous:
         model, ledger = self._model, self._ledger
         with tf.device(ledger.server):
             read = tf.identity(ledger.version)
-        with tf.control_dependencies([read]):
-            weights = self._weights()
+        weights = self._weights(after=[read])
         statistics = [v for v in model.non_trainable_variables if v.dtype.startswith("float")]
         later = [] if len(weights) == len(model.trainable_variables) else [read]
         with (
@@ -280,12 +280,12 @@ class Asynchronous:
                 self._ledger.once(there, 0, lambda: self._add_metrics(counts))
         return self._extra(logs)
 
-    def _weights(self) -> list[tuple[Any, Tensor]]:
+    def _weights(self, after: Sequence[Tensor] = ()) -> list[tuple[Any, Tensor]]:
         """Reads what a step reads as a whole."""
         # An own train step may look at what its first update has made of the weights.
         if _keras.has_own_train_step(self._model):
             return []
-        return served.read_together(self._model, LARGEST_PACKED)
+        return served.read_together(self._model, LARGEST_PACKED, after)
 
     @contextlib.contextmanager
     def _apart(
@@ -318,9 +318,7 @@ class Asynchronous:
 
     def _extra(self, logs: Logs) -> Logs:
         """Keeps what a step returned besides metrics."""
-        known = {metric.name for metric in self._model.metrics}
-        known |= set(self._own_results())
-        return {n: tf.convert_to_tensor(v) for n, v in logs.items() if n not in known}
+        return {n: tf.convert_to_tensor(v) for n, v in logs.items() if n not in self._known}
 
 
 def window(max_staleness: int | None, workers: int, updates: int) -> int:
