@@ -52,6 +52,27 @@ def prepare(callbacks: Any, strategy: Strategy, stop: Stop, variables: Sequence[
     return [*_for_process([c for c in given if c is not None], strategy), *agreement]
 
 
+_BETWEEN_STEPS = (
+    "on_batch_begin", "on_batch_end", "on_train_batch_begin", "on_train_batch_end"
+)  # fmt: skip
+
+
+def look_between_steps(callbacks: Any) -> bool:
+    """Tells whether a callback is told of every step.
+
+    Args:
+        callbacks: What `prepare` gave.
+    """
+    callbacks = getattr(callbacks, "callbacks", callbacks)
+    return any(
+        getattr(getattr(callback, name), "__func__", None)
+        is not getattr(keras.callbacks.Callback, name)
+        for callback in callbacks
+        if getattr(callback, "save_freq", None) != "epoch"
+        for name in _BETWEEN_STEPS
+    )
+
+
 def _for_process(callbacks: Sequence[Any], strategy: Strategy) -> list[Any]:
     """Leaves writers to the chief; what sets the rate comes before what saves it."""
     kept = [c for c in callbacks if strategy.place.is_chief or not _writes(c)]

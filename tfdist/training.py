@@ -155,7 +155,8 @@ def fit(
         drawn: Callable[[], int] = functools.partial(_epochs_done, model, source)
         epoch = initial_epoch
         if run is None:
-            stream = data.Stream(source, session.strategy, drawn)
+            watched = tfdist_callbacks.look_between_steps(kept)
+            stream = data.Stream(source, session.strategy, drawn, is_watched=watched)
         else:
             epoch, step, drawn = run.begin(initial_epoch, drawn)
             stream = data.Stream(source, session.strategy, drawn, step, run.note_step)

@@ -23,6 +23,7 @@ class Stream:
         skip: Steps of the first epoch that were made already.
         on_progress: Called after each step with the steps made of the epoch.
         by_number: Whether the strategy may be given row numbers in place of rows.
+        is_watched: Whether somebody looks at the model between two steps.
     """
 
     def __init__(
@@ -33,6 +34,7 @@ class Stream:
         skip: int = 0,
         on_progress: Callable[[int], None] = lambda step: None,
         by_number: bool = True,
+        is_watched: bool = True,
     ) -> None:
         self.source = source
         self.strategy = strategy
@@ -41,6 +43,7 @@ class Stream:
         self.steps_taken = 0
         self.steps_of_epoch = 0
         self.on_progress = on_progress
+        self.is_watched = is_watched
         self.columns = source.columns if by_number and strategy.gathers_rows else None
         self._skip = skip
         self._epoch: int | None = None
@@ -117,6 +120,16 @@ class Epoch:
     def may_be_empty(self) -> bool:
         """Whether a share may hold a row that does not count."""
         return self._stream.source.may_be_empty
+
+    @property
+    def is_watched(self) -> bool:
+        """Whether somebody looks at the model between two steps."""
+        return self._stream.is_watched
+
+    @property
+    def steps_left(self) -> int | None:
+        """Steps of the epoch not taken yet, or None when only the data knows."""
+        return self._left
 
     @property
     def steps_taken(self) -> int:

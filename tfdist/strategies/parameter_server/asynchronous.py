@@ -36,6 +36,7 @@ Tensor = Any
 Logs = dict[str, Any]
 
 _REFRESH_S = 0.25
+_STEPS_TOGETHER = 4  # handed to a worker in one message, where nobody looks between them
 
 
 class Asynchronous:
@@ -68,10 +69,12 @@ class Asynchronous:
         self._resident: list[tuple[Any, Any]] = []  # columns, and where workers have them
         self._drawing: tuple[Any, Any] = (None, None)  # an iterator, and what draws from it
         self._number = 0
+        self._queued: list[Any] = []  # batches that wait for others to go with them
+        self._next: tuple[Any, Any] = (None, None)  # what to do with them, and on what
         self._shown: Logs = {}
         self._shown_at = 0.0
-        self._train = self._traced(self._train_steps)
-        self._test = self._traced(self._test_steps)
+        self._train = self._several(self._train_step)
+        self._test = self._several(self._test_step)
         self._predict = self._traced(model.predict_step)
         self._read_results = self._traced(self._results)
         self._traces: dict[Any, Any] = {}
@@ -84,7 +87,8 @@ class Asynchronous:
     def running(self) -> Iterator[None]:
         """Makes the model's metrics those of all steps that were begun, while it lasts."""
         self._own_results = self._model.get_metrics_result
-        self._known = {metric.name for metric in self._model.metrics} | set(self._read_results())
+        self._known = {metric.name for metric in self._model.metrics}
+        self._known |= set(self._read_results())
 
         def settled() -> Logs:
             if not tf.executing_eagerly():  # a step that is traced asks for its own
@@ -102,6 +106,7 @@ class Asynchronous:
             self._on_end(self._ledger.staleness())
         finally:
             del vars(self._model)["get_metrics_result"]
+            self._queued.clear()
             self._pending.clear()
             self._resident.clear()
 
@@ -129,21 +134,38 @@ class Asynchronous:
         except tf.errors.OutOfRangeError:
             if not batches:
                 raise
-        first = tf.constant(self._number, tf.int64)
-        self._number += len(batches)
-        with self._waiting_for(f"step {epoch.steps_taken}"):
-            columns = None if epoch.columns is None else self._on_workers(epoch.columns)
-            traced = self._traced_for(function, tuple(batches), first, epoch.columns)
-            arguments = (tuple(batches), first, columns)
-            self._pending.append(self._servers.schedule(traced, arguments))
-            most = window(self._max_staleness, self._num_workers, len(batches))
-            while len(self._pending) >= most:
-                self._shown |= self._pending.popleft().fetch()
+        self._queued += batches
+        self._next = (function, epoch.columns)
+        size = len(batches) if self._model.steps_per_execution > 1 else self._together(epoch)
+        if len(self._queued) >= size:
+            with self._waiting_for(f"step {epoch.steps_taken}"):
+                self._hand_out(size)
         epoch.note_progress(len(batches))
         if time.monotonic() > self._shown_at + _REFRESH_S:
             self._shown |= self._read_results()
             self._shown_at = time.monotonic()
         return dict(self._shown)
+
+    def _together(self, epoch: Any) -> int:
+        """Says how many steps to hand out at once: some, as long as all workers get some."""
+        enough = 2 * self._num_workers * _STEPS_TOGETHER
+        alone = epoch.is_watched or self._max_staleness is not None
+        return 1 if alone or (epoch.steps_left or 0) < enough else _STEPS_TOGETHER
+
+    def _hand_out(self, size: int) -> None:
+        """Gives the batches that wait to workers; waits until few functions are under way."""
+        function, columns = self._next
+        while self._queued:
+            batches = tuple(self._queued[:size])
+            del self._queued[:size]
+            first = tf.constant(self._number, tf.int64)
+            self._number += len(batches)
+            traced = self._traced_for(function, batches, first, columns)
+            held = None if columns is None else self._on_workers(columns)
+            self._pending.append(self._servers.schedule(traced, (batches, first, held)))
+            most = window(self._max_staleness, self._num_workers, len(batches))
+            while len(self._pending) >= most:
+                self._shown |= self._pending.popleft().fetch()
 
     def _drawn(self, epoch: Any) -> Any:
         """Draws a batch, or the numbers of its rows."""
@@ -201,39 +223,33 @@ class Asynchronous:
 
     def _settle(self) -> None:
         """Waits until all steps that were begun are done."""
-        if self._pending:
+        if self._queued or self._pending:
             with self._waiting_for("the last steps of an epoch"):
+                self._hand_out(1)
                 self._servers.coordinator.join()
                 for one in self._pending:
                     self._shown |= one.fetch()
             self._pending.clear()
 
-    def _traced(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        traced: Callable[..., Any] = tf.function(
+    def _traced(self, function: Callable[..., Any]) -> Any:
+        return tf.function(
             tf.autograph.experimental.do_not_convert(function), reduce_retracing=True
         )
-        return traced
 
     # --- on a worker ------------------------------------------------------------------
 
-    def _train_steps(self, batches: tuple[Any, ...], first: Tensor, columns: Any) -> Logs:
-        return self._several(batches, first, columns, self._train_step)
+    def _several(self, step: Callable[[Any, Tensor], Logs]) -> Any:
+        """Makes a function of several batches, a step each, the first with a given number."""
+        one = self._traced(step)
 
-    def _test_steps(self, batches: tuple[Any, ...], first: Tensor, columns: Any) -> Logs:
-        return self._several(batches, first, columns, self._test_step)
+        def several(batches: tuple[Any, ...], first: Tensor, columns: Any) -> Logs:
+            resident = None if columns is None else next(columns)
+            # Not in a loop, which on several processes goes over all of them in each round.
+            for index, batch in enumerate(batches):
+                extra: Logs = one(_rows(batch, resident), first + index)
+            return extra
 
-    def _several(
-        self,
-        batches: tuple[Any, ...],
-        first: Tensor,
-        columns: Any,
-        step: Callable[[Any, Tensor], Logs],
-    ) -> Logs:
-        resident = None if columns is None else next(columns)
-        # Unrolled: a loop in the graph would go over all devices in each round.
-        for index, batch in enumerate(batches):
-            extra = step(_rows(batch, resident), first + index)
-        return extra
+        return self._traced(several)
 
     def _train_step(self, data: Any, number: Tensor) -> Logs:
         model, ledger = self._model, self._ledger
