@@ -157,6 +157,12 @@ def test_imbalanced_digits_has_the_same_figures_on_one_and_on_two_workers():
             id="tfdist run -n 2 --drop-in",
             marks=pytest.mark.cluster,
         ),
+        pytest.param(
+            ("-m", "tfdist.cli", "run", "-n", "2", "--ps", "1", "--drop-in"),
+            1,  # the chief alone runs the script
+            id="tfdist run -n 2 --ps 1 --drop-in",
+            marks=pytest.mark.cluster,
+        ),
     ],
 )
 def test_unmodified_keras_script(launcher, workers, tmp_path):
