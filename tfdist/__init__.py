@@ -9,11 +9,13 @@ from tfdist._version import __version__
 
 if TYPE_CHECKING:
     from tfdist import imbalance, privacy, samplers
+    from tfdist.data import Augment
     from tfdist.dropin import drop_in
     from tfdist.session import init, is_chief
     from tfdist.training import evaluate, fit, predict
 
 __all__ = [
+    "Augment",
     "Horovod",
     "LearningRateScaling",
     "LearningRateWarmup",
@@ -34,6 +36,7 @@ __all__ = [
 
 # TensorFlow takes seconds to import; `tfdist --help` should not wait for it.
 _HOMES = {
+    "Augment": "tfdist.data",
     "Horovod": "tfdist.strategies.horovod",
     "LearningRateScaling": "tfdist.learning_rate",
     "LearningRateWarmup": "tfdist.learning_rate",

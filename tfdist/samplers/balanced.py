@@ -169,10 +169,17 @@ class _Quotas(Drawing):
     def __init__(self, classes: Classes, quotas: Rows) -> None:
         self.num_rows = classes.num_rows
         self.drawn = int(quotas.sum())
+        self._classes = classes
         self._quotas = quotas
         self._passes = Passes(classes, quotas)
         self._plan = functools.lru_cache(maxsize=2)(self._draw_plan)
         self._block = functools.lru_cache(maxsize=4)(self._draw_block)
+
+    def repeats(self, num_rows: int) -> NDArray[np.float64]:
+        """Says how often each row is drawn in an epoch; see `Sampler.repeats`."""
+        classes = self._classes
+        of_member = np.repeat(self._quotas / classes.counts, classes.counts)
+        return np.bincount(classes.members, of_member, num_rows)
 
     def stretch(self, epoch: int, start: int, stop: int, batch_size: int, seed: int) -> Rows:
         """Gives the rows of adjacent steps; see `Drawing.stretch`."""

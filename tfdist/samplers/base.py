@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tfdist.samplers.permutation import Rows, permute
 
@@ -54,6 +55,17 @@ class Sampler(abc.ABC):
             Steps until every example was drawn once; the last batch may be smaller.
         """
         return -(-num_rows // batch_size)
+
+    def repeats(self, num_rows: int) -> NDArray[np.float64] | None:
+        """Says how often each row is drawn in an epoch, on average.
+
+        Args:
+            num_rows: Examples in the data, at least 1.
+
+        Returns:
+            Array of shape [num_rows], or None if the sampler does not know.
+        """
+        return None
 
     @abc.abstractmethod
     def rows(self, step: int, *, num_rows: int, batch_size: int, seed: int) -> Rows:
