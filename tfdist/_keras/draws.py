@@ -67,7 +67,7 @@ class Rows:
         Returns:
             Tensor of shape [count, *shape].
         """
-        whole = tf.stack([self.count, *(tf.cast(length, tf.int64) for length in shape)])
+        whole = tf.concat([[self.count], tf.cast(tf.convert_to_tensor(shape), tf.int64)], 0)
         return _uniform_rows(whole, self.first, self.seed, tf.as_dtype(dtype), op)
 
 
@@ -187,7 +187,8 @@ class _ByRow(_How):
     def numbers(self, shape: Any, dtype: Any, op: Callable[..., Any]) -> Tensor:
         """Makes the next draw; `shape` is that of the batch as the layer sees it."""
         self.draws += 1
-        drawn = self._rows.of(self.draws).numbers(shape[1:], dtype, op)
+        of_each = tf.convert_to_tensor(shape)[1:]
+        drawn = self._rows.of(self.draws).numbers(of_each, dtype, op)
         return tf.gather(drawn, self._rows.chosen)
 
 
@@ -229,9 +230,9 @@ def _uniform(before: Callable[..., Any]) -> Callable[..., Any]:
     def uniform(
         shape: Any, minval: Any = 0.0, maxval: Any = 1.0, dtype: Any = None, seed: Any = None
     ) -> Tensor:
-        how = _noted(shape)
+        how = _how()
         if not isinstance(how, _ByRow):
-            return before(shape, minval, maxval, dtype=dtype, seed=seed)
+            return _noted(before(shape, minval, maxval, dtype=dtype, seed=seed))
         dtype = dtype or keras.config.floatx()
         drawn = how.numbers(shape, dtype, tf.raw_ops.StatelessRandomUniformV2)
         low = tf.cast(minval, dtype)
@@ -244,9 +245,9 @@ def _normal(before: Callable[..., Any]) -> Callable[..., Any]:
     def normal(
         shape: Any, mean: Any = 0.0, stddev: Any = 1.0, dtype: Any = None, seed: Any = None
     ) -> Tensor:
-        how = _noted(shape)
+        how = _how()
         if not isinstance(how, _ByRow):
-            return before(shape, mean, stddev, dtype=dtype, seed=seed)
+            return _noted(before(shape, mean, stddev, dtype=dtype, seed=seed))
         dtype = dtype or keras.config.floatx()
         drawn = how.numbers(shape, dtype, tf.raw_ops.StatelessRandomNormalV2)
         return drawn * tf.cast(stddev, dtype) + tf.cast(mean, dtype)
@@ -258,9 +259,9 @@ def _randint(before: Callable[..., Any]) -> Callable[..., Any]:
     def randint(
         shape: Any, minval: Any, maxval: Any, dtype: Any = "int32", seed: Any = None
     ) -> Tensor:
-        how = _noted(shape)
+        how = _how()
         if not isinstance(how, _ByRow):
-            return before(shape, minval, maxval, dtype=dtype, seed=seed)
+            return _noted(before(shape, minval, maxval, dtype=dtype, seed=seed))
         drawn = how.numbers(shape, tf.int64, tf.raw_ops.StatelessRandomUniformFullIntV2)
         low, high = tf.cast(minval, tf.int64), tf.cast(maxval, tf.int64)
         return tf.cast(tf.math.floormod(drawn, high - low) + low, dtype)
@@ -278,12 +279,12 @@ def _shuffle(before: Callable[..., Any]) -> Callable[..., Any]:
     return shuffle
 
 
-def _noted(shape: Any) -> _How | None:
-    """Gives how to draw, and notes whether a draw has a row for each example."""
+def _noted(drawn: Tensor) -> Tensor:
+    """Notes whether a draw has a row for each example."""
     how = _how()
-    if isinstance(how, _Probing) and len(shape) > 0:
-        how.by_row += int(tf.get_static_value(shape[0]) == _PROBE)
-    return how
+    if isinstance(how, _Probing) and drawn.shape.rank:
+        how.by_row += int(drawn.shape[0] == _PROBE)
+    return drawn
 
 
 _REPLACEMENTS = {

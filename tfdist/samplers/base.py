@@ -102,6 +102,10 @@ class Sampler(abc.ABC):
 class Sequential(Sampler):
     """Takes rows in the order they have."""
 
+    def repeats(self, num_rows: int) -> NDArray[np.float64]:
+        """Says how often each row is drawn in an epoch; see `Sampler.repeats`."""
+        return np.ones(num_rows)
+
     def rows(self, step: int, *, num_rows: int, batch_size: int, seed: int) -> Rows:
         """Gives the rows of one global batch; see `Sampler.rows`."""
         start = step % self.steps_per_epoch(num_rows, batch_size) * batch_size
@@ -120,6 +124,10 @@ class Uniform(Sampler):
     """
 
     by_batch: bool = False
+
+    def repeats(self, num_rows: int) -> NDArray[np.float64]:
+        """Says how often each row is drawn in an epoch; see `Sampler.repeats`."""
+        return np.ones(num_rows)
 
     def rows(self, step: int, *, num_rows: int, batch_size: int, seed: int) -> Rows:
         """Gives the rows of one global batch; see `Sampler.rows`."""
