@@ -93,11 +93,11 @@ def test_numbers_are_uniform_and_independent_of_other_draws() -> None:
     assert abs(np.corrcoef([whole, part, tail]) - np.eye(3)).max() < 0.03
 
 
-def shares(augment: Any, x: Any, y: Any, place: Place = Place(), **changes: Any) -> Any:
+def shares(augment: Any, x: Any, y: Any, place: Place | None = None, **changes: Any) -> Any:
     options = {"batch_size": 7, "sampler": Uniform(), "training": True, "seed": 5, **changes}
     epoch, skip = options.pop("epoch", 0), options.pop("skip", 0)
     source = data.read(x, y, None, settings(augment=augment, **options))
-    return source, source.shares(place, epoch, skip)
+    return source, source.shares(place or Place(), epoch, skip)
 
 
 def examples(stream: Any, steps: int) -> Any:

@@ -101,12 +101,14 @@ def draws_by_row(layer: Any, spec: Any) -> bool:
     """
     probing = _Probing()
 
-    @tf.function(input_signature=[tf.TensorSpec((_PROBE, *spec.shape[1:]), spec.dtype)])
     def probe(batch: Tensor) -> Tensor:
         with _drawing(probing):
             return layer(batch, training=True)
 
-    definition = probe.get_concrete_function().graph.as_graph_def()
+    traced = tf.function(probe).get_concrete_function(
+        tf.TensorSpec((_PROBE, *spec.shape[1:]), spec.dtype)
+    )
+    definition = traced.graph.as_graph_def()
     name = type(layer).__name__
     if probing.mixes:
         raise ArgumentError(

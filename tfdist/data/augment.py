@@ -139,7 +139,7 @@ class _Step(NamedTuple):
 
 
 def _has_columns(y: Any) -> bool:
-    return y.shape.rank == 2 and y.shape[1] != 1
+    return bool(y.shape.rank == 2 and y.shape[1] != 1)
 
 
 def _listed(layers: Any) -> list[Any]:
@@ -163,7 +163,9 @@ class Augmented(Source):
         self.repeatable = source.repeatable
         self.may_be_empty = source.may_be_empty
         self.batch_size = getattr(source, "batch_size", None)
-        self._seed = np.random.SeedSequence((seed, *b"augment")).generate_state(2).astype(np.int64)
+        self._seed = (
+            np.random.SeedSequence((seed, *b"augment")).generate_state(2).astype(np.int64)
+        )
         batch, _ = self._parts(source.spec())
         x, y, _ = keras.utils.unpack_x_y_sample_weight(batch)
         if augment.classes is not None:

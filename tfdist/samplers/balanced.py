@@ -179,7 +179,8 @@ class _Quotas(Drawing):
         """Says how often each row is drawn in an epoch; see `Sampler.repeats`."""
         classes = self._classes
         of_member = np.repeat(self._quotas / classes.counts, classes.counts)
-        return np.bincount(classes.members, of_member, num_rows)
+        repeats: NDArray[np.float64] = np.bincount(classes.members, of_member, num_rows)  # type: ignore[assignment]
+        return repeats
 
     def stretch(self, epoch: int, start: int, stop: int, batch_size: int, seed: int) -> Rows:
         """Gives the rows of adjacent steps; see `Drawing.stretch`."""
