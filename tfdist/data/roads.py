@@ -15,10 +15,11 @@ import tensorflow as tf
 from tfdist.data.arrays import Arrays, count_rows, is_arrays, to_tensors
 from tfdist.data.augment import Augment, Augmented
 from tfdist.data.batches import DatasetBatches, GeneratorBatches, PyDatasetBatches
+from tfdist.data.by_class import ByClass, ClassStreams, is_dataset
 from tfdist.data.class_weight import Weigh, weigher, x_and_y
 from tfdist.data.source import Source, shortened
 from tfdist.errors import ArgumentError
-from tfdist.samplers import Sampler, Sequential, Uniform
+from tfdist.samplers import ByQuota, Sampler, Sequential, Uniform
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,16 @@ def _read(x: Any, y: Any, sample_weight: Any, settings: Settings) -> Source:
                 f"`{name}` must not be passed when `x` yields batches. Received: x of type "
                 f"{kind} and {name}. Let it yield (x, y) or (x, y, sample_weight)."
             )
+    by_class = _by_class(x, settings)
+    if by_class is not None:
+        return ClassStreams(
+            by_class,
+            settings.sampler,
+            _checked_batch_size(32 if settings.batch_size is None else settings.batch_size),
+            settings.seed,
+            settings.steps,
+            _weigher(settings, by_class.targets),
+        )
     if not isinstance(settings.sampler, Sequential | Uniform):
         raise ArgumentError(
             "`sampler` must not be passed when `x` yields batches: it chooses rows of arrays. "
@@ -136,13 +147,27 @@ def _weigher(settings: Settings, targets: Callable[[], Iterable[Any]]) -> Weigh 
     return weigher(settings.class_weight, targets, must_occur=False)
 
 
-def _read_arrays(x: Any, y: Any, sample_weight: Any, settings: Settings) -> Arrays:
-    batch_size = 32 if settings.batch_size is None else settings.batch_size
+def _by_class(x: Any, settings: Settings) -> ByClass | None:
+    """Tells whether `x` is to be drawn from by class."""
+    if isinstance(x, ByClass):
+        return x
+    by_name = isinstance(x, dict) and bool(x) and all(is_dataset(part) for part in x.values())
+    if by_name or (is_dataset(x) and isinstance(settings.sampler, ByQuota)):
+        return ByClass(x)
+    return None
+
+
+def _checked_batch_size(batch_size: Any) -> int:
     if not isinstance(batch_size, int | np.integer) or batch_size < 1:
         raise ArgumentError(
             "`batch_size` must be a whole number of at least 1: the examples of one update "
             f"over all replicas. Received: batch_size={batch_size!r}."
         )
+    return int(batch_size)
+
+
+def _read_arrays(x: Any, y: Any, sample_weight: Any, settings: Settings) -> Arrays:
+    batch_size = _checked_batch_size(32 if settings.batch_size is None else settings.batch_size)
     columns = {
         "x": to_tensors(x, "x"),
         "y": None if y is None else to_tensors(y, "y"),
@@ -161,12 +186,12 @@ def _read_arrays(x: Any, y: Any, sample_weight: Any, settings: Settings) -> Arra
         weigh = weigher(settings.class_weight, lambda: [targets], must_occur=True)
         data = weigh(*data)
     sampler = settings.sampler.bind(columns["y"], num_rows)
-    steps = settings.steps or sampler.steps_per_epoch(num_rows, int(batch_size))
+    steps = settings.steps or sampler.steps_per_epoch(num_rows, batch_size)
     if not settings.training:
-        steps = min(steps, sampler.steps_per_epoch(num_rows, int(batch_size)))
+        steps = min(steps, sampler.steps_per_epoch(num_rows, batch_size))
     if settings.augment is not None:
         data = _for_augmenting(data, sampler, num_rows, settings.augment)
-    return Arrays(data, sampler, int(batch_size), settings.seed, steps, settings.training)
+    return Arrays(data, sampler, batch_size, settings.seed, steps, settings.training)
 
 
 def _for_augmenting(data: Any, sampler: Sampler, num_rows: int, augment: Augment) -> Any:
