@@ -168,5 +168,5 @@ def test_samplers_refuse_what_they_cannot_use(y: Any, sampler: Any, message: str
 
 def test_samplers_need_arrays() -> None:
     dataset = tf.data.Dataset.from_tensor_slices((np.zeros(10), np.zeros(10))).batch(5)
-    with pytest.raises(ArgumentError, match="ClassBalanced"):
+    with pytest.raises(ArgumentError, match="Stratified"):
         data.read(dataset, None, None, settings(sampler=ClassBalanced()))

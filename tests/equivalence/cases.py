@@ -273,6 +273,15 @@ def stratified(train: Train) -> tuple[Any, Any]:
 
 
 @case
+def class_streams(train: Train) -> tuple[Any, Any]:
+    model = mlp(clipped_adam())
+    dataset = tf.data.Dataset.from_tensor_slices(unbalanced()).shuffle(100, seed=3).batch(30)
+    data = tfdist.ByClass(dataset, buffer_size=100)  # one class is kept, two are streams
+    options = {"sampler": tfdist.samplers.ClassBalanced(), "batch_size": 50}
+    return model, train(model, data, epochs=2, **options)
+
+
+@case
 def augmented(train: Train) -> tuple[Any, Any]:
     model = keras.Sequential([keras.Input((6, 6, 1)), L.Flatten(), L.Dense(4)])
     model.compile(keras.optimizers.Adam(0.01), crossentropy())

@@ -157,7 +157,10 @@ class ClassStreams(Batches):
                     "with `steps_per_epoch`. Received: a sampler of type "
                     f"{type(sampler).__name__} and steps_per_epoch={steps}."
                 )
-            counts = np.full(len(self._streams), steps * batch_size)
+            edges = np.arange(len(self._streams) + 1) * max(
+                steps * batch_size, len(self._streams)
+            )
+            counts = np.diff(edges // len(self._streams))
             self._lengths = np.full_like(counts, FOREVER)
         else:
             self._lengths = counts
@@ -228,14 +231,12 @@ def _streams(data: ByClass, steps: int | None) -> tuple[list[Any], Rows | None]:
                     "Each of `datasets` must have an example. Received: one for class "
                     f"{name!r} that ends at once. Leave it out."
                 )
-        streams = [
-            s.stream(0, part) for s, part in zip(surveys, parts, strict=True)
-        ]
+        streams = [s.stream(0, part) for s, part in zip(surveys, parts, strict=True)]
         return streams, np.array([survey.counts[0] for survey in surveys])
     if endless:
         raise ArgumentError(
-            "Classes can be counted only in data that ends. Received: a tf.data.Dataset without "
-            "a known end. Name them: tfdist.ByClass(dataset, classes=[...]); or tell the "
+            "Classes can be counted only in data that ends. Received: a tf.data.Dataset "
+            "without a known end. Name them: tfdist.ByClass(dataset, classes=[...]); or tell the "
             "length by tf.data.experimental.assert_cardinality."
         )
     survey = _Survey(data.buffer_size, _checked_numbers).go_through(parts[0])

@@ -39,9 +39,7 @@ class ByQuota(Labelled):
         numbers = np.arange(len(counts))
         total = int(counts.sum())
         quotas = self.quotas(Classes(numbers.tolist(), counts, numbers, numbers, total))
-        alone = Classes(
-            numbers.tolist(), np.ones_like(numbers), numbers, numbers, len(numbers)
-        )
+        alone = Classes(numbers.tolist(), np.ones_like(numbers), numbers, numbers, len(numbers))
         return Quotas(alone, quotas)
 
 
