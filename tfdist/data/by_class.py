@@ -165,6 +165,8 @@ class ClassStreams(Batches):
         else:
             self._lengths = counts
         self._drawing = sampler.of_classes(counts)
+        # Of an epoch at most: a longer one costs no more for each draw.
+        self._at_once = min(_DRAWS_AT_ONCE, max(batch_size, self._drawing.drawn))
         super().__init__(steps or -(-self._drawing.drawn // batch_size), transform)
         self.batch_size = batch_size
         self._seed = seed
@@ -183,13 +185,13 @@ class ClassStreams(Batches):
         )
 
         def choose(start: np.int64) -> Rows:
-            return self._drawing.between(int(start), int(start) + _DRAWS_AT_ONCE, self._seed)
+            return self._drawing.between(int(start), int(start) + self._at_once, self._seed)
 
         def chosen(start: Tensor) -> Tensor:
             numbers = tf.numpy_function(choose, [start], tf.int64)
-            return tf.ensure_shape(numbers, [_DRAWS_AT_ONCE])
+            return tf.ensure_shape(numbers, [self._at_once])
 
-        choices = tf.data.Dataset.range(first, FOREVER, _DRAWS_AT_ONCE).map(chosen, 1)
+        choices = tf.data.Dataset.range(first, FOREVER, self._at_once).map(chosen, 1)
         streams = [
             stream.repeat().skip(int(number))
             for stream, number in zip(self._streams, before % self._lengths, strict=True)
@@ -236,8 +238,8 @@ def _streams(data: ByClass, steps: int | None) -> tuple[list[Any], Rows | None]:
     if endless:
         raise ArgumentError(
             "Classes can be counted only in data that ends. Received: a tf.data.Dataset "
-            "without a known end. Name them: tfdist.ByClass(dataset, classes=[...]); or tell the "
-            "length by tf.data.experimental.assert_cardinality."
+            "without a known end. Name them: tfdist.ByClass(dataset, classes=[...]); or "
+            "tell the length by tf.data.experimental.assert_cardinality."
         )
     survey = _Survey(data.buffer_size, _checked_numbers).go_through(parts[0])
     if not survey.counts:
