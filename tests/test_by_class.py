@@ -16,6 +16,7 @@ from tfdist.errors import ArgumentError
 from tfdist.samplers import ClassBalanced, Oversample, Stratified, Undersample, Uniform
 from tfdist.strategies.base import Place
 
+pytestmark = pytest.mark.quick
 COUNTS = [150, 40, 10]
 ORDER = np.random.default_rng(0).permutation(200)
 X = np.arange(200, dtype="float32")[ORDER, None]
