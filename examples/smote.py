@@ -1,6 +1,6 @@
 """Trains on digits of which each odd one is rare, with imbalanced-learn's SMOTE before `fit`.
 
-SMOTE makes rows between those of a rare class (Chawla et al., JAIR 2002), once, before training.
+SMOTE makes rows between those of a rare class (Chawla et al., JAIR 2002), once, beforehand.
 Every worker makes the same ones: what they depend on is `random_state`. Beside it, `fit`'s own
 way: rare rows drawn more often, and moved a little each time that they come again.
 
