@@ -147,6 +147,30 @@ def test_imbalanced_digits_has_the_same_figures_on_one_and_on_two_workers():
     assert recall_of_odd['class_weight="balanced"'] > recall_of_odd["nothing"] + 10
 
 
+@pytest.mark.cluster
+def test_smote_has_the_same_figures_on_one_and_on_two_workers():
+    pytest.importorskip("imblearn")
+    one, two = (
+        {
+            name.strip(): [float(figure) for figure in re.findall(r"[\d.]+", figures)]
+            for name, figures in re.findall(
+                r"^│ (nothing|SMOTE|ClassBalanced\(\)(?:, Augment)?) *(│.*)$",
+                printed,
+                re.MULTILINE,
+            )
+        }
+        for printed in (run(launcher, "smote.py") for launcher in ((), TWO.values[0]))
+    )
+    assert len(one) == 4
+    for name, figures in one.items():
+        # An image may lie so near to two classes that the last digit decides: 1 of 45 or more.
+        assert two[name] == pytest.approx(figures, abs=1.0)
+    rows, _, recall_of_odd = zip(*(one[name] for name in ("nothing", "SMOTE")), strict=True)
+    assert rows[1] > rows[0]
+    assert recall_of_odd[1] > recall_of_odd[0] + 5
+    assert one["ClassBalanced(), Augment"][2] > recall_of_odd[0] + 10
+
+
 @pytest.mark.parametrize(
     ("launcher", "workers"),
     [

@@ -9,11 +9,14 @@ from tfdist._version import __version__
 
 if TYPE_CHECKING:
     from tfdist import imbalance, privacy, samplers
+    from tfdist.data import Augment, ByClass
     from tfdist.dropin import drop_in
     from tfdist.session import init, is_chief
     from tfdist.training import evaluate, fit, predict
 
 __all__ = [
+    "Augment",
+    "ByClass",
     "Horovod",
     "LearningRateScaling",
     "LearningRateWarmup",
@@ -34,6 +37,8 @@ __all__ = [
 
 # TensorFlow takes seconds to import; `tfdist --help` should not wait for it.
 _HOMES = {
+    "Augment": "tfdist.data",
+    "ByClass": "tfdist.data",
     "Horovod": "tfdist.strategies.horovod",
     "LearningRateScaling": "tfdist.learning_rate",
     "LearningRateWarmup": "tfdist.learning_rate",

@@ -41,11 +41,12 @@ def fit(
     *,
     strategy: Any = "auto",
     sampler: Sampler | None = None,
+    augment: data.Augment | None = None,
     seed: int | None = None,
 ) -> Any:
     """Trains a Keras model on every replica there is, as one process would.
 
-    The arguments are those of `keras.Model.fit` with their meaning there, and three more.
+    The arguments are those of `keras.Model.fit` with their meaning there, and four more.
     The weights afterwards equal those of one process with the same seed, up to the order of
     float additions, for every synchronous strategy and any number of replicas and examples;
     `docs/promise.md` has the limits. Sums over replicas are taken of gradients and of
@@ -77,7 +78,8 @@ def fit(
             "parameter_server", "tpu", or an instance of `tf.distribute.Strategy`,
             `tfdist.Horovod` or `tfdist.ParameterServer`.
         sampler: Which rows make up each step; overrides `shuffle`.
-        seed: Of the sampler; `init`'s if None, and drawn if that is None too.
+        augment: Changes training examples at random, with Keras's preprocessing layers.
+        seed: Of sampler and augmentation; `init`'s if None, and drawn if that is None too.
 
     Returns:
         Keras's `History`, the same on every worker.
@@ -118,6 +120,7 @@ def fit(
             seed=seed if run is None else run.seed,
             training=True,
             class_weight=class_weight,
+            augment=augment,
         ),
     )
     validation = None

@@ -273,6 +273,37 @@ def stratified(train: Train) -> tuple[Any, Any]:
 
 
 @case
+def class_streams(train: Train) -> tuple[Any, Any]:
+    model = mlp(clipped_adam())
+    dataset = tf.data.Dataset.from_tensor_slices(unbalanced()).shuffle(100, seed=3).batch(30)
+    data = tfdist.ByClass(dataset, buffer_size=100)  # one class is kept, two are streams
+    options = {"sampler": tfdist.samplers.ClassBalanced(), "batch_size": 50}
+    return model, train(model, data, epochs=2, **options)
+
+
+@case
+def augmented(train: Train) -> tuple[Any, Any]:
+    model = keras.Sequential([keras.Input((6, 6, 1)), L.Flatten(), L.Dense(4)])
+    model.compile(keras.optimizers.Adam(0.01), crossentropy())
+    x, y = images()
+    layers = [L.RandomFlip(), L.RandomRotation(0.2), L.RandomCrop(6, 6)]
+    options = {"augment": tfdist.Augment(layers), "validation_data": (x[:, 1:7, 1:7], y)}
+    return model, train(model, x, y, batch_size=32, epochs=2, **options)
+
+
+@case
+def augmented_where_repeated(train: Train) -> tuple[Any, Any]:
+    models = [mlp(clipped_adam()), mlp(clipped_adam())]
+    x, y = unbalanced()
+    augment = tfdist.Augment(L.GaussianNoise(0.3), repeated=True)
+    sampler = tfdist.samplers.ClassBalanced()
+    train(models[0], x, y, sampler=sampler, augment=augment, batch_size=64, epochs=2)
+    dataset = tf.data.Dataset.from_tensor_slices((x, y)).batch(50).filter(lambda *_: True)
+    augment = tfdist.Augment(L.GaussianNoise(0.3), classes=[0])
+    return models, train(models[1], dataset, augment=augment, epochs=2)
+
+
+@case
 def logit_adjusted(train: Train) -> tuple[Any, Any]:
     x, y = unbalanced()
     loss = tfdist.imbalance.LogitAdjustedCrossentropy(np.bincount(y))

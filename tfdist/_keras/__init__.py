@@ -442,18 +442,25 @@ def _dropout(inputs: Tensor, rate: float, noise_shape: Any = None, seed: Any = N
     return tf.where(noise >= tf.cast(rate, inputs.dtype), scaled, tf.zeros_like(scaled))
 
 
-def _uniform_rows(shape: Tensor, first: Tensor, seed: Tensor, dtype: Any) -> Tensor:
+def _uniform_rows(
+    shape: Tensor,
+    first: Tensor,
+    seed: Tensor,
+    dtype: Any,
+    draw: Callable[..., Tensor] = tf.raw_ops.StatelessRandomUniformV2,
+) -> Tensor:
     """Computes rows [first, first + shape[0]) of `tf.random.stateless_uniform`.
 
     Philox turns each value of its counter into 128 bits (Salmon et al., "Parallel random
     numbers: as easy as 1, 2, 3", SC 2011), which TensorFlow makes 4 floats or 2 doubles.
+    `draw` may be another op that makes as many of them, such as StatelessRandomNormalV2.
     """
-    per_count = 2 if dtype == tf.float64 else 4
+    per_count = 2 if tf.as_dtype(dtype).size == 8 else 4
     elements, start = tf.reduce_prod(shape), first * tf.reduce_prod(shape[1:])
     skipped = start % per_count
     key, counter = tf.raw_ops.StatelessRandomGetKeyCounter(seed=seed)
     counter += tf.stack([tf.cast(start // per_count, tf.uint64), tf.constant(0, tf.uint64)])
-    numbers = tf.raw_ops.StatelessRandomUniformV2(
+    numbers = draw(
         shape=[elements + skipped], key=key, counter=counter, alg=_PHILOX, dtype=dtype
     )
     return tf.reshape(numbers[skipped:], shape)

@@ -6,11 +6,15 @@ global batch of n, and a share without rows carries one row that counts nothing.
 """
 
 from tfdist.data.arrays import is_arrays, split
+from tfdist.data.augment import Augment
+from tfdist.data.by_class import ByClass
 from tfdist.data.roads import Settings, read
 from tfdist.data.source import Share, Source, bounds
 from tfdist.data.stream import Epoch, Stream
 
 __all__ = [
+    "Augment",
+    "ByClass",
     "Epoch",
     "Settings",
     "Share",

@@ -152,7 +152,7 @@ def weigher(
 
     def weigh(*batch: Any) -> Any:
         x, y = x_and_y(batch)
-        labels = _labels(y)
+        labels = class_numbers(y)
         # Classes that are not named weigh 1, as in Keras.
         inside = tf.clip_by_value(labels, 0, len(table) - 1)
         return x, y, tf.where(labels == inside, tf.gather(table, inside), 1.0)
@@ -178,8 +178,12 @@ def x_and_y(batch: Any) -> tuple[Any, Any]:
     return x, y
 
 
-def _labels(y: Any) -> Any:
-    """Gives class numbers, as Keras reads them."""
+def class_numbers(y: Any) -> Any:
+    """Gives class numbers, as Keras reads them.
+
+    Args:
+        y: Targets of shape [examples], [examples, 1] or [examples, classes].
+    """
     if y.shape.rank >= 2 and y.shape[-1] != 1:
         return tf.argmax(y, -1, tf.int32)
     labels = tf.squeeze(y, -1) if y.shape.rank >= 2 else y
@@ -190,8 +194,8 @@ def _count(targets: Iterable[Any], whole: bool = True) -> NDArray[np.int64]:
     """Counts the examples of each class; if `whole`, refuses what Keras would round."""
     counts = np.zeros(0, np.int64)
     for y in targets:
-        labels = _labels(y).numpy()
-        if (whole and not _are_classes(y)) or labels.min(initial=0) < 0:
+        labels = class_numbers(y).numpy()
+        if (whole and not are_classes(y)) or labels.min(initial=0) < 0:
             raise ArgumentError(
                 "`class_weight` needs targets that are class numbers from 0 on, or one-hot. "
                 f"Received: y={shortened(np.asarray(y))}."
@@ -202,7 +206,12 @@ def _count(targets: Iterable[Any], whole: bool = True) -> NDArray[np.int64]:
     return counts
 
 
-def _are_classes(y: Any) -> bool:
+def are_classes(y: Any) -> bool:
+    """Tells whether targets are whole numbers, or one-hot.
+
+    Args:
+        y: As in `class_numbers`.
+    """
     values = np.asarray(y)
     if values.ndim >= 2 and values.shape[-1] != 1:
         return bool(((values == 0) | (values == 1)).all() and (values.sum(-1) == 1).all())

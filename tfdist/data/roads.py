@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import types
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -12,11 +13,13 @@ import numpy as np
 import tensorflow as tf
 
 from tfdist.data.arrays import Arrays, count_rows, is_arrays, to_tensors
+from tfdist.data.augment import Augment, Augmented
 from tfdist.data.batches import DatasetBatches, GeneratorBatches, PyDatasetBatches
+from tfdist.data.by_class import ByClass, ClassStreams, is_dataset
 from tfdist.data.class_weight import Weigh, weigher, x_and_y
 from tfdist.data.source import Source, shortened
 from tfdist.errors import ArgumentError
-from tfdist.samplers import Sampler, Sequential, Uniform
+from tfdist.samplers import ByQuota, Sampler, Sequential, Uniform
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class Settings:
         seed: The sampler's.
         training: Whether epochs go on where the last one stopped.
         class_weight: Weights by class number, a rule that finds them, or None.
+        augment: Changes examples at random, or None.
     """
 
     batch_size: int | None
@@ -40,6 +44,7 @@ class Settings:
     seed: int
     training: bool
     class_weight: Any = None
+    augment: Augment | None = None
 
 
 def read(x: Any, y: Any, sample_weight: Any, settings: Settings) -> Source:
@@ -54,6 +59,13 @@ def read(x: Any, y: Any, sample_weight: Any, settings: Settings) -> Source:
     Raises:
         ArgumentError: The input cannot be read, or arguments contradict each other.
     """
+    source = _read(x, y, sample_weight, settings)
+    if settings.augment is None:
+        return source
+    return Augmented(source, settings.augment, settings.seed)
+
+
+def _read(x: Any, y: Any, sample_weight: Any, settings: Settings) -> Source:
     if settings.class_weight and sample_weight is not None:
         raise ArgumentError(
             "`class_weight` and `sample_weight` cannot be used at the same time. Multiply "
@@ -62,12 +74,27 @@ def read(x: Any, y: Any, sample_weight: Any, settings: Settings) -> Source:
     if is_arrays(x):
         return _read_arrays(x, y, sample_weight, settings)
     kind = type(x).__name__
+    if settings.augment is not None and settings.augment.repeated:
+        raise ArgumentError(
+            "`repeated` of `Augment` needs arrays, of which a sampler says how often each "
+            f"example comes. Received: x of type {kind}. Name the classes: classes=[...]."
+        )
     for name, value in (("y", y), ("sample_weight", sample_weight)):
         if value is not None:
             raise ArgumentError(
                 f"`{name}` must not be passed when `x` yields batches. Received: x of type "
                 f"{kind} and {name}. Let it yield (x, y) or (x, y, sample_weight)."
             )
+    by_class = _by_class(x, settings)
+    if by_class is not None:
+        return ClassStreams(
+            by_class,
+            settings.sampler,
+            _checked_batch_size(32 if settings.batch_size is None else settings.batch_size),
+            settings.seed,
+            settings.steps,
+            _weigher(settings, by_class.targets),
+        )
     if not isinstance(settings.sampler, Sequential | Uniform):
         raise ArgumentError(
             "`sampler` must not be passed when `x` yields batches: it chooses rows of arrays. "
@@ -120,13 +147,27 @@ def _weigher(settings: Settings, targets: Callable[[], Iterable[Any]]) -> Weigh 
     return weigher(settings.class_weight, targets, must_occur=False)
 
 
-def _read_arrays(x: Any, y: Any, sample_weight: Any, settings: Settings) -> Arrays:
-    batch_size = 32 if settings.batch_size is None else settings.batch_size
+def _by_class(x: Any, settings: Settings) -> ByClass | None:
+    """Tells whether `x` is to be drawn from by class."""
+    if isinstance(x, ByClass):
+        return x
+    by_name = isinstance(x, dict) and bool(x) and all(is_dataset(part) for part in x.values())
+    if by_name or (is_dataset(x) and isinstance(settings.sampler, ByQuota)):
+        return ByClass(x)
+    return None
+
+
+def _checked_batch_size(batch_size: Any) -> int:
     if not isinstance(batch_size, int | np.integer) or batch_size < 1:
         raise ArgumentError(
             "`batch_size` must be a whole number of at least 1: the examples of one update "
             f"over all replicas. Received: batch_size={batch_size!r}."
         )
+    return int(batch_size)
+
+
+def _read_arrays(x: Any, y: Any, sample_weight: Any, settings: Settings) -> Arrays:
+    batch_size = _checked_batch_size(32 if settings.batch_size is None else settings.batch_size)
     columns = {
         "x": to_tensors(x, "x"),
         "y": None if y is None else to_tensors(y, "y"),
@@ -145,10 +186,37 @@ def _read_arrays(x: Any, y: Any, sample_weight: Any, settings: Settings) -> Arra
         weigh = weigher(settings.class_weight, lambda: [targets], must_occur=True)
         data = weigh(*data)
     sampler = settings.sampler.bind(columns["y"], num_rows)
-    steps = settings.steps or sampler.steps_per_epoch(num_rows, int(batch_size))
+    steps = settings.steps or sampler.steps_per_epoch(num_rows, batch_size)
     if not settings.training:
-        steps = min(steps, sampler.steps_per_epoch(num_rows, int(batch_size)))
-    return Arrays(data, sampler, int(batch_size), settings.seed, steps, settings.training)
+        steps = min(steps, sampler.steps_per_epoch(num_rows, batch_size))
+    if settings.augment is not None:
+        data = _for_augmenting(data, sampler, num_rows, settings.augment)
+    return Arrays(data, sampler, batch_size, settings.seed, steps, settings.training)
+
+
+def _for_augmenting(data: Any, sampler: Sampler, num_rows: int, augment: Augment) -> Any:
+    """Adds what `Augmented` must know of each row; refuses what would change nothing."""
+    if augment.classes is not None and len(data) > 1:
+        augment.check(data[1])
+        absent = [c for c in augment.classes if not np.any(_only(augment, c).chosen(data[1]))]
+        if absent:
+            raise ArgumentError(
+                "Each of `classes` must occur in `y`. Received: "
+                f"classes={augment.classes!r}, of which {absent} never do. Leave them out."
+            )
+    if not augment.repeated:
+        return data
+    repeats = sampler.repeats(num_rows)
+    if repeats is None or not (repeats > 1).any():
+        raise ArgumentError(
+            "`repeated` of `Augment` needs a sampler that repeats examples and says how often. "
+            f"Received: a sampler of type {type(sampler).__name__}."
+        )
+    return data, tf.constant(repeats, tf.float32)
+
+
+def _only(augment: Augment, label: Any) -> Augment:
+    return dataclasses.replace(augment, classes=[label])
 
 
 def _targets_of_dataset(dataset: Any, steps: int | None) -> Iterator[Any]:

@@ -6,13 +6,14 @@ on any number of workers, goes on with the examples it would have seen. A sample
 row numbers, as NumPy arrays; it never sees the data, and of the targets only the classes.
 """
 
-from tfdist.samplers.balanced import ClassBalanced, Oversample, Undersample
+from tfdist.samplers.balanced import ByQuota, ClassBalanced, Oversample, Undersample
 from tfdist.samplers.base import Sampler, Sequential, Uniform, from_shuffle
 from tfdist.samplers.permutation import Rows, permute
 from tfdist.samplers.stratified import Stratified
 from tfdist.samplers.weighted import Weighted
 
 __all__ = [
+    "ByQuota",
     "ClassBalanced",
     "Oversample",
     "Rows",

@@ -18,21 +18,33 @@ from tfdist.samplers.permutation import Rows, generator, permute
 _BLOCK = 2**16
 
 
-class _ByQuota(Labelled):
+class ByQuota(Labelled):
     """Draws a fixed number of rows of each class an epoch."""
 
     @abc.abstractmethod
     def quotas(self, classes: Classes) -> Rows:
         """Says how many rows of each class are drawn in an epoch."""
 
-    def drawing(self, labels: Any, name: str) -> Drawing:
+    def drawing(self, labels: Any, name: str) -> Quotas:
         """Makes the sampler that draws from rows with these labels."""
         classes = group_rows(labels, name)
-        return _Quotas(classes, self.quotas(classes))
+        return Quotas(classes, self.quotas(classes))
+
+    def of_classes(self, counts: Rows) -> Quotas:
+        """Makes the sampler that draws class numbers in place of rows.
+
+        Args:
+            counts: int64 array, rows of each class, at least 1.
+        """
+        numbers = np.arange(len(counts))
+        total = int(counts.sum())
+        quotas = self.quotas(Classes(numbers.tolist(), counts, numbers, numbers, total))
+        alone = Classes(numbers.tolist(), np.ones_like(numbers), numbers, numbers, len(numbers))
+        return Quotas(alone, quotas)
 
 
 @dataclass(frozen=True, eq=False)
-class ClassBalanced(_ByQuota):
+class ClassBalanced(ByQuota):
     """Draws class c with a probability proportional to n_c^(1-alpha), n_c being its rows.
 
     0 leaves the shares as they are, 1 makes them equal, 1/2 is square-root sampling (Kang
@@ -79,7 +91,7 @@ class ClassBalanced(_ByQuota):
 
 
 @dataclass(frozen=True, eq=False)
-class Undersample(_ByQuota):
+class Undersample(ByQuota):
     """Draws as many rows of each class in an epoch as the smallest class has.
 
     An epoch holds each row at most once, and every row of the smallest class. The next epochs
@@ -105,7 +117,7 @@ class Undersample(_ByQuota):
 
 
 @dataclass(frozen=True, eq=False)
-class Oversample(_ByQuota):
+class Oversample(ByQuota):
     """Draws as many rows of each class in an epoch as the largest class has.
 
     An epoch holds every row: those of the largest class once, others as often as it takes.
@@ -155,11 +167,14 @@ def apportion(seats: int, shares: NDArray[np.float64]) -> Rows:
     return whole
 
 
-class _Quotas(Drawing):
+class Quotas(Drawing):
     """Draws each class's quota in an epoch, in random order.
 
     The order is drawn in blocks of at most 65536 draws, each with its part of every quota,
     so that any step is found without going through those before.
+
+    Attributes:
+        quotas: Draws of each class in an epoch.
 
     Args:
         classes: The rows of each class.
@@ -169,10 +184,18 @@ class _Quotas(Drawing):
     def __init__(self, classes: Classes, quotas: Rows) -> None:
         self.num_rows = classes.num_rows
         self.drawn = int(quotas.sum())
-        self._quotas = quotas
+        self._classes = classes
+        self.quotas = quotas
         self._passes = Passes(classes, quotas)
         self._plan = functools.lru_cache(maxsize=2)(self._draw_plan)
         self._block = functools.lru_cache(maxsize=4)(self._draw_block)
+
+    def repeats(self, num_rows: int) -> NDArray[np.float64]:
+        """Says how often each row is drawn in an epoch; see `Sampler.repeats`."""
+        classes = self._classes
+        of_member = np.repeat(self.quotas / classes.counts, classes.counts)
+        repeats: NDArray[np.float64] = np.bincount(classes.members, of_member, num_rows)  # type: ignore[assignment]
+        return repeats
 
     def stretch(self, epoch: int, start: int, stop: int, batch_size: int, seed: int) -> Rows:
         """Gives the rows of adjacent steps; see `Drawing.stretch`."""
@@ -195,14 +218,14 @@ class _Quotas(Drawing):
         """
         blocks = -(-self.drawn // _BLOCK)
         turn = permute(np.arange(blocks), blocks, (seed, OF_EPOCH, epoch))[:, None]
-        edges = np.concatenate([[0], np.cumsum(self._quotas)])
+        edges = np.concatenate([[0], np.cumsum(self.quotas)])
         counts = np.diff(-((turn - edges) // blocks), axis=1)
         before = np.cumsum(counts, 0) - counts
         return counts, before, np.concatenate([[0], np.cumsum(counts.sum(1))])
 
     def _draw_block(self, seed: int, epoch: int, block: int) -> Rows:
         counts, before, _ = self._plan(seed, epoch)
-        firsts = epoch * self._quotas + before[block]
+        firsts = epoch * self.quotas + before[block]
         present = np.flatnonzero(counts[block])
         by_class = np.concatenate(
             [

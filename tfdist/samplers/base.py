@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tfdist.samplers.permutation import Rows, permute
 
@@ -55,6 +56,17 @@ class Sampler(abc.ABC):
         """
         return -(-num_rows // batch_size)
 
+    def repeats(self, num_rows: int) -> NDArray[np.float64] | None:
+        """Says how often each row is drawn in an epoch, on average.
+
+        Args:
+            num_rows: Examples in the data, at least 1.
+
+        Returns:
+            Array of shape [num_rows], or None if the sampler does not know.
+        """
+        return None
+
     @abc.abstractmethod
     def rows(self, step: int, *, num_rows: int, batch_size: int, seed: int) -> Rows:
         """Gives the rows of one global batch.
@@ -90,6 +102,10 @@ class Sampler(abc.ABC):
 class Sequential(Sampler):
     """Takes rows in the order they have."""
 
+    def repeats(self, num_rows: int) -> NDArray[np.float64]:
+        """Says how often each row is drawn in an epoch; see `Sampler.repeats`."""
+        return np.ones(num_rows)
+
     def rows(self, step: int, *, num_rows: int, batch_size: int, seed: int) -> Rows:
         """Gives the rows of one global batch; see `Sampler.rows`."""
         start = step % self.steps_per_epoch(num_rows, batch_size) * batch_size
@@ -108,6 +124,10 @@ class Uniform(Sampler):
     """
 
     by_batch: bool = False
+
+    def repeats(self, num_rows: int) -> NDArray[np.float64]:
+        """Says how often each row is drawn in an epoch; see `Sampler.repeats`."""
+        return np.ones(num_rows)
 
     def rows(self, step: int, *, num_rows: int, batch_size: int, seed: int) -> Rows:
         """Gives the rows of one global batch; see `Sampler.rows`."""

@@ -95,6 +95,21 @@ class Drawing(Sampler):
             seed: As in `rows`.
         """
 
+    def between(self, begin: int, end: int, seed: int) -> Rows:
+        """Gives the draws from one to before another, counted through all epochs.
+
+        Args:
+            begin: The first, of range(drawn) in the first epoch.
+            end: The one after the last, above `begin`.
+            seed: As in `rows`.
+        """
+        parts = []
+        for epoch in range(begin // self.drawn, -(-end // self.drawn)):
+            before = epoch * self.drawn
+            start, stop = max(begin - before, 0), min(end - before, self.drawn)
+            parts.append(self.stretch(epoch, start, stop, 1, seed))
+        return np.concatenate(parts)
+
     def check_rows(self, num_rows: int) -> None:
         """Refuses data of another length.
 

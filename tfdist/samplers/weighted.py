@@ -72,6 +72,10 @@ class Weighted(Drawing):
         self.check_rows(num_rows)
         return self
 
+    def repeats(self, num_rows: int) -> NDArray[np.float64]:
+        """Says how often each row is drawn in an epoch; see `Sampler.repeats`."""
+        return np.diff(self._ends, prepend=0.0)
+
     def stretch(self, epoch: int, start: int, stop: int, batch_size: int, seed: int) -> Rows:
         """Gives the rows of adjacent steps; see `Drawing.stretch`."""
         positions = np.arange(start * batch_size, min(stop * batch_size, self.num_rows))
