@@ -9,7 +9,7 @@ from tfdist._version import __version__
 
 if TYPE_CHECKING:
     from tfdist import imbalance, privacy, samplers
-    from tfdist.data import Augment, ByClass
+    from tfdist.data import Augment, ByClass, LocalShard
     from tfdist.dropin import drop_in
     from tfdist.session import init, is_chief
     from tfdist.training import evaluate, fit, predict
@@ -38,6 +38,7 @@ __all__ = [
 # TensorFlow takes seconds to import; `tfdist --help` should not wait for it.
 _HOMES = {
     "Augment": "tfdist.data",
+    "LocalShard": "tfdist.data",
     "ByClass": "tfdist.data",
     "Horovod": "tfdist.strategies.horovod",
     "LearningRateScaling": "tfdist.learning_rate",

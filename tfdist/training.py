@@ -14,7 +14,7 @@ from tfdist import _keras, data, elastic, preflight
 from tfdist import callbacks as tfdist_callbacks
 from tfdist.errors import ArgumentError
 from tfdist.prepared import Prepared, prepare
-from tfdist.samplers import Sampler, Sequential, from_shuffle
+from tfdist.samplers import Sampler, Sequential, Uniform, from_shuffle
 from tfdist.session import Session, current
 from tfdist.steps import Stop
 from tfdist.strategies.base import Strategy
@@ -42,6 +42,7 @@ def fit(
     strategy: Any = "auto",
     sampler: Sampler | None = None,
     augment: data.Augment | None = None,
+    shard: Any = None,
     seed: int | None = None,
 ) -> Any:
     """Trains a Keras model on every replica there is, as one process would.
@@ -79,6 +80,9 @@ def fit(
             `tfdist.Horovod` or `tfdist.ParameterServer`.
         sampler: Which rows make up each step; overrides `shuffle`.
         augment: Changes training examples at random, with Keras's preprocessing layers.
+        shard: None if every worker passes the same data. "local", or a `tfdist.LocalShard`, if
+            each passes the arrays that it holds, of any number of rows, also to validate on;
+            the union of all is trained on, and no row leaves its worker.
         seed: Of sampler and augmentation; `init`'s if None, and drawn if that is None too.
 
     Returns:
@@ -104,9 +108,10 @@ def fit(
     seed = session.sampler_seed(seed)
     model = preflight.compiled(model)
     run = elastic.Run(session.strategy, seed) if session.strategy.elastic else None
+    held = data.local_shard(shard, session.strategy)
     if validation_split and validation_data is None:
         (x, y, sample_weight), validation_data = data.split(
-            x, y, sample_weight, validation_split
+            x, y, sample_weight, validation_split, may_be_empty=held is not None
         )
     source = data.read(
         x,
@@ -121,6 +126,8 @@ def fit(
             training=True,
             class_weight=class_weight,
             augment=augment,
+            shard=held,
+            strategy=session.strategy,
         ),
     )
     validation = None
@@ -130,6 +137,8 @@ def fit(
             batch_size=validation_batch_size
             or (batch_size if data.is_arrays(_first(validation_data)) else None),
             steps=validation_steps,
+            shard=held,
+            strategy=session.strategy,
         )
     if run is not None and not source.repeatable:
         raise ArgumentError(
@@ -149,7 +158,7 @@ def fit(
             validation_steps=validation and validation.steps,
             steps_per_execution=model.steps_per_execution,
         )
-        _announce(session, verbose, getattr(source, "batch_size", None))
+        _announce(session, verbose, source)
         shown = verbose if session.is_chief else 0
         kept = tfdist_callbacks.prepare(
             callbacks, session.strategy, prepared.stop, prepared.variables
@@ -204,6 +213,7 @@ def evaluate(
     return_dict: bool = False,
     *,
     strategy: Any = "auto",
+    shard: Any = None,
 ) -> Any:
     """Computes loss and metrics, every example counted once, on every replica there is.
 
@@ -218,6 +228,7 @@ def evaluate(
         callbacks: Keras callbacks.
         return_dict: Whether to return a dict by metric name rather than a list.
         strategy: As in `fit`.
+        shard: As in `fit`.
 
     Returns:
         What `keras.Model.evaluate` returns, the same on every worker.
@@ -238,7 +249,15 @@ def evaluate(
     session = current(strategy)
     preflight.check_steps(steps=steps)
     model = preflight.compiled(model)
-    source = _read_in_order(x, y, sample_weight, batch_size=batch_size, steps=steps)
+    source = _read_in_order(
+        x,
+        y,
+        sample_weight,
+        batch_size=batch_size,
+        steps=steps,
+        shard=data.local_shard(shard, session.strategy),
+        strategy=session.strategy,
+    )
     _keras.build(model, source.spec())
     prepared = _agreed(session, model, source, batch_size=batch_size)
     with prepared.running(source):
@@ -313,10 +332,26 @@ def _first(validation_data: Any) -> Any:
 
 
 def _read_in_order(
-    x: Any, y: Any, sample_weight: Any, *, batch_size: int | None, steps: int | None
+    x: Any,
+    y: Any,
+    sample_weight: Any,
+    *,
+    batch_size: int | None,
+    steps: int | None,
+    shard: data.LocalShard | None = None,
+    strategy: Strategy | None = None,
 ) -> data.Source:
+    # In order, all rows of a batch would be one worker's.
+    sampler = Sequential() if shard is None else Uniform()
     settings = data.Settings(
-        batch_size, steps, Sequential(), shuffle=False, seed=0, training=False
+        batch_size,
+        steps,
+        sampler,
+        shuffle=False,
+        seed=0,
+        training=False,
+        shard=shard,
+        strategy=strategy,
     )
     return data.read(x, y, sample_weight, settings)
 
@@ -333,9 +368,12 @@ def _adapt(source: data.Source, strategy: Strategy, by_number: bool = True) -> A
     return _keras.StreamAdapter(stream, source.steps, source.on_epoch_end)
 
 
-def _announce(session: Session, verbose: Any, batch_size: int | None) -> None:
+def _announce(session: Session, verbose: Any, source: data.Source) -> None:
     if session.is_chief and verbose != 0:
-        print(session.describe(batch_size), flush=True)
+        print(session.describe(getattr(source, "batch_size", None)), flush=True)
+        report = source.report()
+        if report is not None:
+            print(report, flush=True)
 
 
 @contextlib.contextmanager

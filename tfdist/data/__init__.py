@@ -8,6 +8,7 @@ global batch of n, and a share without rows carries one row that counts nothing.
 from tfdist.data.arrays import is_arrays, split
 from tfdist.data.augment import Augment
 from tfdist.data.by_class import ByClass
+from tfdist.data.local import LocalShard, local_shard
 from tfdist.data.roads import Settings, read
 from tfdist.data.source import Share, Source, bounds
 from tfdist.data.stream import Epoch, Stream
@@ -16,12 +17,14 @@ __all__ = [
     "Augment",
     "ByClass",
     "Epoch",
+    "LocalShard",
     "Settings",
     "Share",
     "Source",
     "Stream",
     "bounds",
     "is_arrays",
+    "local_shard",
     "read",
     "split",
 ]

@@ -6,7 +6,7 @@ import hashlib
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import keras
 import numpy as np
@@ -43,6 +43,8 @@ class Arrays(Source):
     steps: int
     endless: bool
 
+    _facts: ClassVar[int] = 1
+
     def __post_init__(self) -> None:
         self.may_be_empty = self.sampler.may_be_empty
 
@@ -59,19 +61,23 @@ class Arrays(Source):
     def shares(self, place: Place, epoch: int, skip: int = 0) -> Any:
         """Builds the stream of shares; each gathers its own rows only."""
 
-        def share(rows: Tensor, size: Tensor, replica: Tensor) -> Share:
-            if place.num_replicas == 1 and not self.may_be_empty:
-                return Share(self._gather(tf.slice(rows, tf.constant([0], tf.int64), size)))
-            total = size[0]
-            begin, end = bounds(total, replica, place)
-            padded = tf.maximum(tf.minimum(begin, total - 1), 0)
-            mine = rows[padded : tf.maximum(end, padded + 1)]
-            return Share(self._gather(mine), end - begin, total, begin, tf.zeros([4]))
+        def share(rows: Tensor, facts: Tensor, replica: Tensor) -> Share:
+            return self._share(place, rows, facts, replica)
 
         # Rewriting the pipeline's graph gains it nothing, and costs time and threads.
         options = tf.data.Options()
         options.experimental_optimization.apply_default_optimizations = False
         return dealt(self._row_numbers(epoch, skip), share, place).with_options(options)
+
+    def _share(self, place: Place, rows: Tensor, facts: Tensor, replica: Tensor) -> Share:
+        """Gathers a replica's part of a batch from what `_drawn` gave."""
+        if place.num_replicas == 1 and not self.may_be_empty:
+            return Share(self._gather(tf.slice(rows, tf.constant([0], tf.int64), facts)))
+        total = facts[0]
+        begin, end = bounds(total, replica, place)
+        padded = tf.maximum(tf.minimum(begin, total - 1), 0)
+        mine = rows[padded : tf.maximum(end, padded + 1)]
+        return Share(self._gather(mine), end - begin, total, begin, tf.zeros([4]))
 
     @property
     def columns(self) -> Any:
@@ -87,23 +93,23 @@ class Arrays(Source):
         return tf.nest.map_structure(lambda column: tf.gather(column, rows), self.data)
 
     def _row_numbers(self, epoch: int, skip: int) -> Any:
-        """Builds a dataset of global batches' row numbers, padded at the end, and their count.
+        """Builds a dataset of row numbers, padded at the end, and facts, both of `_drawn`.
 
         The sampler is asked for many steps at once, ahead of those that gather their rows.
         """
         at_once = self._at_once
 
         def draw(first: np.int64) -> tuple[Any, Any]:
-            batches = self._sampled(int(first))
-            sizes = np.array([[len(rows)] for rows in batches])
-            padded = np.zeros((at_once, max(1, sizes.max())), np.int64)
+            batches, facts = self._drawn(int(first))
+            padded = np.zeros((at_once, max(1, *map(len, batches))), np.int64)
             for row, batch in zip(padded, batches, strict=True):
                 row[: len(batch)] = batch
-            return padded, sizes
+            return padded, np.array(facts)
 
         def drawn(first: Tensor) -> tuple[Tensor, Tensor]:
-            rows, sizes = tf.numpy_function(draw, [first], (tf.int64, tf.int64))
-            return tf.ensure_shape(rows, [at_once, None]), tf.ensure_shape(sizes, [at_once, 1])
+            rows, facts = tf.numpy_function(draw, [first], (tf.int64, tf.int64))
+            facts = tf.ensure_shape(facts, [at_once, self._facts])
+            return tf.ensure_shape(rows, [at_once, None]), facts
 
         numbers = tf.data.Dataset.range(self._first_step(epoch, skip), FOREVER, at_once)
         batches = numbers.map(drawn, 1).prefetch(2).unbatch()
@@ -116,6 +122,11 @@ class Arrays(Source):
 
     def _first_step(self, epoch: int, skip: int) -> int:
         return skip + (epoch * self.steps if self.endless else 0)
+
+    def _drawn(self, first: int) -> tuple[list[Rows], list[list[int]]]:
+        """Draws global batches, and tells what `_share` must know of each: its size."""
+        batches = self._sampled(first)
+        return batches, [[len(rows)] for rows in batches]
 
     def _sampled(self, first: int) -> list[Rows]:
         settings = {"num_rows": self.num_rows, "batch_size": self.batch_size}
@@ -196,10 +207,36 @@ def is_arrays(structure: Any) -> bool:
     )
 
 
-def count_rows(**columns: Any) -> int:
+def read_columns(
+    x: Any, y: Any, sample_weight: Any, may_be_empty: bool = False
+) -> tuple[tuple[Any, ...], int]:
+    """Converts what `fit` was given to tensors, in the structure of a batch.
+
+    Args:
+        x: Arrays.
+        y: Targets, or None.
+        sample_weight: Weights, or None.
+        may_be_empty: Whether there may be no examples.
+
+    Returns:
+        `(x,)`, `(x, y)` or `(x, y, sample_weight)`, and the number of examples.
+
+    Raises:
+        ArgumentError: They are not arrays, or do not fit together.
+    """
+    given = {"x": x, "y": y, "sample_weight": sample_weight}
+    columns = {n: to_tensors(c, n) for n, c in given.items() if c is not None}
+    rows = count_rows(may_be_empty, **columns)
+    if sample_weight is not None and y is None:
+        raise ArgumentError("`sample_weight` must come with `y`. Received: y=None.")
+    return tuple(columns.values()), rows
+
+
+def count_rows(may_be_empty: bool = False, /, **columns: Any) -> int:
     """Counts the examples of tensors that must have equally many.
 
     Args:
+        may_be_empty: Whether there may be none.
         **columns: Nested structures of tensors by the name of their argument; None is
             skipped.
 
@@ -217,7 +254,7 @@ def count_rows(**columns: Any) -> int:
         raise ArgumentError(
             f"All arrays must have the same number of rows. Received: {received}."
         )
-    if distinct == {0}:
+    if distinct == {0} and not may_be_empty:
         raise ArgumentError(
             f"There must be at least one example. Received: {received}. "
             "Check the filter or the path that produced the data."
@@ -225,7 +262,9 @@ def count_rows(**columns: Any) -> int:
     return distinct.pop()
 
 
-def split(x: Any, y: Any, sample_weight: Any, fraction: float) -> tuple[Any, Any]:
+def split(
+    x: Any, y: Any, sample_weight: Any, fraction: float, may_be_empty: bool = False
+) -> tuple[Any, Any]:
     """Cuts the last rows off for validation, as Keras does.
 
     Args:
@@ -233,6 +272,7 @@ def split(x: Any, y: Any, sample_weight: Any, fraction: float) -> tuple[Any, Any
         y: Targets, or None.
         sample_weight: Weights, or None.
         fraction: The part to cut off, between 0 and 1.
+        may_be_empty: Whether a part may have no rows.
 
     Returns:
         `(x, y, sample_weight)` to train on, and the same to validate on.
@@ -249,9 +289,9 @@ def split(x: Any, y: Any, sample_weight: Any, fraction: float) -> tuple[Any, Any
         None if c is None else to_tensors(c, n)
         for c, n in ((x, "x"), (y, "y"), (sample_weight, "sample_weight"))
     ]
-    rows = count_rows(x=columns[0], y=columns[1], sample_weight=columns[2])
+    rows = count_rows(may_be_empty, x=columns[0], y=columns[1], sample_weight=columns[2])
     at = int(rows * (1.0 - fraction))
-    if not 0 < at < rows:
+    if not 0 < at < rows and not may_be_empty:
         raise ArgumentError(
             "`validation_split` must leave examples to train and to validate on. "
             f"Received: validation_split={fraction} with {rows} examples."

@@ -189,6 +189,10 @@ class Augmented(Source):
         chosen = f"classes={self.augment.classes}, repeated={self.augment.repeated}"
         return f"{self.source.fingerprint()}, augmented by {digest} ({chosen})"
 
+    def report(self) -> str | None:
+        """Says what the source says."""
+        return self.source.report()
+
     def on_epoch_end(self) -> None:
         """Called when an epoch's stream has ended."""
         self.source.on_epoch_end()

@@ -12,14 +12,17 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tfdist.data.arrays import Arrays, count_rows, is_arrays, to_tensors
+from tfdist.data.arrays import Arrays, is_arrays, read_columns
 from tfdist.data.augment import Augment, Augmented
 from tfdist.data.batches import DatasetBatches, GeneratorBatches, PyDatasetBatches
 from tfdist.data.by_class import ByClass, ClassStreams, is_dataset
 from tfdist.data.class_weight import Weigh, weigher, x_and_y
+from tfdist.data.local import LocalArrays, LocalShard, bind, exchange, weight_of_worker
 from tfdist.data.source import Source, shortened
 from tfdist.errors import ArgumentError
 from tfdist.samplers import ByQuota, Sampler, Sequential, Uniform
+from tfdist.samplers.labelled import Labelled
+from tfdist.strategies.base import Strategy
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,8 @@ class Settings:
         training: Whether epochs go on where the last one stopped.
         class_weight: Weights by class number, a rule that finds them, or None.
         augment: Changes examples at random, or None.
+        shard: How rows count of which each worker has its own, or None where all have all.
+        strategy: Whose workers these are.
     """
 
     batch_size: int | None
@@ -45,6 +50,8 @@ class Settings:
     training: bool
     class_weight: Any = None
     augment: Augment | None = None
+    shard: LocalShard | None = None
+    strategy: Strategy | None = None
 
 
 def read(x: Any, y: Any, sample_weight: Any, settings: Settings) -> Source:
@@ -71,9 +78,17 @@ def _read(x: Any, y: Any, sample_weight: Any, settings: Settings) -> Source:
             "`class_weight` and `sample_weight` cannot be used at the same time. Multiply "
             "the weights by class yourself: sample_weight * class_weights[y]."
         )
-    if is_arrays(x):
-        return _read_arrays(x, y, sample_weight, settings)
     kind = type(x).__name__
+    if is_arrays(x):
+        shard, strategy = settings.shard, settings.strategy
+        if shard is None or strategy is None or strategy.place.num_workers == 1:
+            return _read_arrays(x, y, sample_weight, settings)
+        return _read_local(x, y, sample_weight, settings, shard, strategy)
+    if settings.shard is not None:
+        raise ArgumentError(
+            "`shard='local'` needs arrays, whose rows can be counted. Received: x of type "
+            f"{kind}. Pass arrays, or leave `shard` out and give every worker the same data."
+        )
     if settings.augment is not None and settings.augment.repeated:
         raise ArgumentError(
             "`repeated` of `Augment` needs arrays, of which a sampler says how often each "
@@ -168,30 +183,66 @@ def _checked_batch_size(batch_size: Any) -> int:
 
 def _read_arrays(x: Any, y: Any, sample_weight: Any, settings: Settings) -> Arrays:
     batch_size = _checked_batch_size(32 if settings.batch_size is None else settings.batch_size)
-    columns = {
-        "x": to_tensors(x, "x"),
-        "y": None if y is None else to_tensors(y, "y"),
-        "sample_weight": None
-        if sample_weight is None
-        else to_tensors(sample_weight, "sample_weight"),
-    }
-    num_rows = count_rows(**columns)
-    data = (columns["x"],) if y is None else (columns["x"], columns["y"])
-    if sample_weight is not None:
-        if y is None:
-            raise ArgumentError("`sample_weight` must come with `y`. Received: y=None.")
-        data = (*data, columns["sample_weight"])
+    data, num_rows = read_columns(x, y, sample_weight)
     if settings.class_weight:
         _, targets = x_and_y(data)
         weigh = weigher(settings.class_weight, lambda: [targets], must_occur=True)
         data = weigh(*data)
-    sampler = settings.sampler.bind(columns["y"], num_rows)
-    steps = settings.steps or sampler.steps_per_epoch(num_rows, batch_size)
-    if not settings.training:
-        steps = min(steps, sampler.steps_per_epoch(num_rows, batch_size))
+    sampler = settings.sampler.bind(data[1] if y is not None else None, num_rows)
+    steps = _steps(sampler, num_rows, batch_size, settings)
     if settings.augment is not None:
         data = _for_augmenting(data, sampler, num_rows, settings.augment)
     return Arrays(data, sampler, batch_size, settings.seed, steps, settings.training)
+
+
+def _steps(sampler: Sampler, num_rows: int, batch_size: int, settings: Settings) -> int:
+    of_sampler = sampler.steps_per_epoch(num_rows, batch_size)
+    steps = settings.steps or of_sampler
+    return steps if settings.training else min(steps, of_sampler)
+
+
+def _read_local(
+    x: Any, y: Any, sample_weight: Any, settings: Settings, shard: LocalShard, strategy: Strategy
+) -> LocalArrays:
+    """Reads arrays of which each worker passes what it holds."""
+    batch_size = _checked_batch_size(32 if settings.batch_size is None else settings.batch_size)
+    data, held = read_columns(x, y, sample_weight, may_be_empty=True)
+    if shard.weight_by == "workers" and y is None:
+        raise ArgumentError("`weight_by='workers'` weighs losses by target. Received: y=None.")
+    worker = strategy.place.worker_index
+    labels = getattr(settings.sampler, "labels", None)
+    if labels is None and y is not None and tf.is_tensor(data[1]):
+        labels = data[1].numpy()
+    holdings, order = exchange(strategy, held, labels)
+    num_rows, labels = sum(holdings.rows), holdings.labels()
+    if settings.class_weight:
+        targets = x_and_y(data)[1] if labels is None else tf.constant(labels + 0)
+        data = weigher(settings.class_weight, lambda: [targets], must_occur=True)(*data)
+    if shard.weight_by == "workers":
+        weights = data[2] if len(data) == 3 else tf.ones(held, keras.config.floatx())
+        factor = weight_of_worker(holdings, worker)
+        data = (*data[:2], tf.nest.map_structure(lambda weight: weight * factor, weights))
+    sampler = bind(settings.sampler, holdings)
+    order = order if isinstance(settings.sampler, Labelled) else None
+    if settings.augment is not None and settings.augment.repeated:
+        first = holdings.first_rows[worker]
+        repeats = np.empty(held)
+        repeats[slice(None) if order is None else order] = _repeats(sampler, num_rows)[
+            first : first + held
+        ]
+        data = (data, tf.constant(repeats, tf.float32))
+    steps = _steps(sampler, num_rows, batch_size, settings)
+    return LocalArrays(
+        data,
+        sampler,
+        batch_size,
+        settings.seed,
+        steps,
+        settings.training,
+        holdings,
+        worker,
+        order,
+    )
 
 
 def _for_augmenting(data: Any, sampler: Sampler, num_rows: int, augment: Augment) -> Any:
@@ -206,13 +257,17 @@ def _for_augmenting(data: Any, sampler: Sampler, num_rows: int, augment: Augment
             )
     if not augment.repeated:
         return data
+    return data, tf.constant(_repeats(sampler, num_rows), tf.float32)
+
+
+def _repeats(sampler: Sampler, num_rows: int) -> Any:
     repeats = sampler.repeats(num_rows)
     if repeats is None or not (repeats > 1).any():
         raise ArgumentError(
             "`repeated` of `Augment` needs a sampler that repeats examples and says how often. "
             f"Received: a sampler of type {type(sampler).__name__}."
         )
-    return data, tf.constant(repeats, tf.float32)
+    return repeats
 
 
 def _only(augment: Augment, label: Any) -> Augment:

@@ -106,7 +106,15 @@ class Source(abc.ABC):
 
     def fingerprint(self) -> str:
         """Sums up what every worker must have alike before the first step."""
+        return self.spec_text()
+
+    def spec_text(self) -> str:
+        """Writes the structure of a batch down."""
         return str(tf.nest.map_structure(lambda s: f"{s.dtype}{list(s.shape)}", self.spec()))
+
+    def report(self) -> str | None:
+        """Says what a user should know of the data before training, or nothing."""
+        return None
 
     def on_epoch_end(self) -> None:  # noqa: B027, most sources need nothing
         """Called when an epoch's stream has ended."""

@@ -1,0 +1,372 @@
+"""Arrays of which each worker holds some: a sampler draws from the union that nobody has.
+
+Rows of the union are numbered worker by worker. Every worker draws the same global batch,
+in numbers, computes the rows that it holds, and no row travels. A sampler that draws by
+class gets labels that are made up from counts: then a worker's rows are numbered class by
+class.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import tensorflow as tf
+
+from tfdist.data.arrays import Arrays
+from tfdist.data.source import Share
+from tfdist.errors import ArgumentError
+from tfdist.samplers import Rows, Sampler, Weighted
+from tfdist.samplers.classes import group_rows
+from tfdist.samplers.labelled import Labelled
+from tfdist.strategies.base import Place, Strategy
+
+Tensor = Any
+_SHOWN_CLASSES = 8
+
+
+@dataclass(frozen=True)
+class LocalShard:
+    """Each worker passes only the rows that it holds; the `shard` argument of `fit`.
+
+    `shard="local"` means `LocalShard()`. The workers tell each other how many rows of each
+    class they hold, once, and nothing else. Then the union of all rows is trained on: every
+    row counts once an epoch, whoever holds it, and weights equal those of one process that
+    has all rows, worker by worker. A worker may hold any number of rows, also none: arrays of
+    shape [0, ...].
+
+    Args:
+        weight_by: "examples": every row has the same weight. "workers": every worker that
+            holds rows has the same weight, its rows share it.
+
+    Raises:
+        ArgumentError: `weight_by` is neither.
+
+    Example:
+        >>> import keras, numpy as np, tfdist
+        >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+        >>> model.compile("sgd", "mse")
+        >>> x, y = np.ones((10, 4), "float32"), np.ones((10, 1), "float32")
+        >>> history = tfdist.fit(model, x, y, shard=tfdist.LocalShard(), verbose=0)
+    """
+
+    weight_by: str = "examples"
+
+    def __post_init__(self) -> None:
+        if self.weight_by not in ("examples", "workers"):
+            raise ArgumentError(
+                "`weight_by` must be 'examples' or 'workers'. Received: "
+                f"weight_by={self.weight_by!r}."
+            )
+
+
+def local_shard(shard: Any, strategy: Strategy) -> LocalShard | None:
+    """Reads the `shard` argument.
+
+    Args:
+        shard: None, "local" or a `LocalShard`.
+        strategy: Where the replicas are.
+
+    Raises:
+        ArgumentError: It is none of these, workers have no data of their own, or may leave
+            with it.
+    """
+    if shard is None:
+        return None
+    if isinstance(shard, str) and shard == "local":
+        shard = LocalShard()
+    if not isinstance(shard, LocalShard):
+        raise ArgumentError(
+            "`shard` must be None, if all workers pass the same data, or 'local' or a "
+            f"tfdist.LocalShard, if each passes what it holds. Received: shard={shard!r}."
+        )
+    obstacle = "the chief alone runs the script" if strategy.has_servers else None
+    obstacle = "rows leave with their worker" if strategy.elastic else obstacle
+    if obstacle is not None:
+        raise ArgumentError(
+            f"`shard` must be None where {obstacle}. Received: shard={shard!r} with "
+            f"{strategy.name}. Use multi_worker, or horovod that is not elastic."
+        )
+    return shard
+
+
+@dataclass(frozen=True)
+class Holdings:
+    """How many rows each worker holds.
+
+    Attributes:
+        rows: By worker.
+        names: The classes that occur, in ascending order, or None where rows have none. A
+            combination of labels is a tuple of columns.
+        counts: Rows by worker and class; empty where rows have no classes.
+        columns: Of labels of shape [rows, columns], otherwise None.
+    """
+
+    rows: list[int]
+    names: list[Any] | None
+    counts: list[list[int]]
+    columns: int | None = None
+
+    @property
+    def first_rows(self) -> list[int]:
+        """The number in the union of each worker's first row, and the rows of all."""
+        return [0, *np.cumsum(self.rows).tolist()]
+
+    def labels(self) -> Any:
+        """Makes labels of the union up, each worker's class by class."""
+        if self.names is None:
+            return None
+        numbers = np.concatenate(
+            [np.repeat(np.arange(len(self.names)), counts) for counts in self.counts]
+        )
+        if self.columns is None:
+            return np.array(self.names)[numbers]
+        hot = np.zeros((len(self.names), self.columns), bool)
+        for row, name in zip(hot, self.names, strict=True):
+            row[list(name)] = True
+        return hot[numbers]
+
+    def skew(self) -> float | None:
+        """Measures how much the classes differ between workers.
+
+        The Jensen-Shannon divergence of the workers' class shares, each weighted by its rows,
+        over the entropy of these weights (Lin, "Divergence measures based on the Shannon
+        entropy", 1991, section 4).
+
+        Returns:
+            0 where all have the same shares, 1 where no two have a class in common; None
+            where fewer than two hold rows, or rows have no classes.
+        """
+        held = np.array([counts for counts in self.counts if sum(counts)], float)
+        if len(held) < 2:
+            return None
+        joint = held / held.sum()
+        by_worker, by_class = joint.sum(1), joint.sum(0)
+        divergence = _entropy(by_class) - sum(
+            share * _entropy(row / share) for share, row in zip(by_worker, joint, strict=True)
+        )
+        return max(0.0, float(divergence / _entropy(by_worker)))
+
+
+def _entropy(shares: Any) -> float:
+    some = shares[shares > 0]
+    return float(-(some * np.log(some)).sum())
+
+
+def exchange(strategy: Strategy, num_rows: int, labels: Any) -> tuple[Holdings, Rows | None]:
+    """Tells the other workers how many rows of each class this one holds.
+
+    Args:
+        strategy: Whose workers there are.
+        num_rows: Rows that this worker holds.
+        labels: Their classes, as `tfdist.samplers` take them, or anything else.
+
+    Returns:
+        What every worker holds, and the order of this worker's rows class by class, or None
+        where rows have no classes.
+
+    Raises:
+        ArgumentError: Nobody holds a row.
+    """
+    found = _by_class(num_rows, labels)
+    columns = labels.shape[1] if found and labels.ndim == 2 and labels.shape[1] > 1 else None
+    mine = None if found is None else [(name, len(rows)) for name, rows in found.items()]
+    everyone = strategy.gather_objects([num_rows, mine, columns])
+    rows = [held for held, _, _ in everyone]
+    if not sum(rows):
+        raise ArgumentError(
+            "At least one worker must hold an example. Received: no rows on any of "
+            f"{len(rows)} workers. Check the path or the filter that produced the data."
+        )
+    if found is None or any(classes is None for _, classes, _ in everyone):
+        return Holdings(rows, None, []), None
+    tables = [dict(classes) for _, classes, _ in everyone]
+    names = sorted({name for table in tables for name in table})
+    counts = [[table.get(name, 0) for name in names] for table in tables]
+    parts = [found[name] for name in names if name in found]
+    order = np.concatenate(parts) if parts else np.zeros(0, np.int64)
+    return Holdings(rows, names, counts, columns), order
+
+
+def _by_class(num_rows: int, labels: Any) -> dict[Any, Any] | None:
+    """Groups this worker's rows by class, or gives None where they have none."""
+    if not hasattr(labels, "shape") or not hasattr(labels, "ndim"):
+        return None
+    if num_rows == 0:
+        return {}
+    try:
+        classes = group_rows(labels, combinations=True)
+    except ArgumentError:
+        return None
+    groups = np.split(classes.members, classes.offsets[1:])
+    return dict(zip(classes.names, groups, strict=True))
+
+
+def bind(sampler: Sampler, holdings: Holdings) -> Sampler:
+    """Gives the sampler that draws from the union.
+
+    Args:
+        sampler: What `fit` was given.
+        holdings: What every worker holds.
+
+    Raises:
+        ArgumentError: The sampler must know more of rows than their class.
+    """
+    if isinstance(sampler, Weighted):
+        raise ArgumentError(
+            "`sampler` must not need more than counts when each worker passes what it holds. "
+            "Received: Weighted, whose weights would have to leave a worker. Pass them as "
+            "sample_weight."
+        )
+    if isinstance(sampler, Labelled):
+        if holdings.names is None:
+            raise ArgumentError(
+                f"`{type(sampler).__name__}` must know the rows' classes. Received: targets "
+                "that are not classes. Pass them: labels=..., on every worker its own."
+            )
+        sampler = dataclasses.replace(sampler, labels=None)  # type: ignore[type-var]
+        return sampler.bind(holdings.labels(), sum(holdings.rows))
+    return sampler.bind(None, sum(holdings.rows))
+
+
+@dataclass
+class LocalArrays(Arrays):
+    """The rows that one worker holds; the sampler's numbers are those of the union.
+
+    Attributes:
+        holdings: What every worker holds.
+        worker: This one.
+        order: Its rows in the order in which the union has them, or None for their own.
+    """
+
+    holdings: Holdings
+    worker: int
+    order: Rows | None
+
+    _facts: ClassVar[int] = 3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # What a share carries when this worker holds none of its rows.
+        self.data = tf.nest.map_structure(
+            lambda column: (
+                tf.concat([column, tf.zeros_like(column[:1])], 0)
+                if column.shape[0]
+                else tf.zeros((1, *column.shape[1:]), column.dtype)
+            ),
+            self.data,
+        )
+
+    @property
+    def num_rows(self) -> int:
+        """Examples of all workers."""
+        return sum(self.holdings.rows)
+
+    @property
+    def columns(self) -> Any:
+        """None: only this worker has its rows."""
+        return None
+
+    def _drawn(self, first: int) -> tuple[list[Rows], list[list[int]]]:
+        """Draws global batches; gives this worker's rows of each.
+
+        Returns:
+            For each the numbers of the local rows; and how many they are, how many of the
+            batch are held by workers before, and how many it has.
+        """
+        begin, end = self.holdings.first_rows[self.worker :][:2]
+        own, facts = [], []
+        for batch in self._sampled(first):
+            rows = batch[(batch >= begin) & (batch < end)] - begin
+            own.append(rows if self.order is None else self.order[rows])
+            facts.append([len(rows), int((batch < begin).sum()), len(batch)])
+        return own, facts
+
+    def _share(self, place: Place, rows: Tensor, facts: Tensor, replica: Tensor) -> Share:
+        """Gathers a local replica's part of the worker's rows."""
+        own, before, total = tf.unstack(facts)
+        number, replicas = replica - place.first_replica, place.local_replicas
+        begin, end = own * number // replicas, own * (number + 1) // replicas
+        nothing = tf.fill([1], tf.constant(self.holdings.rows[self.worker], tf.int64))
+        mine = tf.cond(end > begin, lambda: rows[begin:end], lambda: nothing)
+        return Share(self._gather(mine), end - begin, total, before + begin, tf.zeros([4]))
+
+    def fingerprint(self) -> str:
+        """Sums up what all workers hold, and a step of the sampler; no row."""
+        drawn = self.sampler.rows(0, num_rows=self.num_rows, batch_size=64, seed=self.seed)
+        digest = hashlib.sha256(np.asarray(drawn, np.int64).tobytes()).hexdigest()[:12]
+        return f"{self.holdings} of {self.spec_text()}, {digest}"
+
+    def report(self) -> str | None:
+        """Says what each worker holds, and what that means for training."""
+        holdings, steps = self.holdings, min(self.steps, 64)
+        drawn = np.concatenate(
+            self.sampler.batches(
+                0, steps, num_rows=self.num_rows, batch_size=self.batch_size, seed=self.seed
+            )
+        )
+        edges = np.array(holdings.first_rows[1:-1])
+        per_step = np.bincount(
+            np.searchsorted(edges, drawn, side="right"), minlength=len(holdings.rows)
+        )
+        table = [["worker", "rows", "rows a step", *_class_names(holdings)]]
+        for worker, rows in enumerate(holdings.rows):
+            shares = _class_shares(holdings, worker)
+            table.append([str(worker), f"{rows:,}", f"{per_step[worker] / steps:.1f}", *shares])
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        lines = [
+            "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+            for row in table
+        ]
+        lines.insert(0, "tfdist: each worker trains on the rows that it holds:")
+        skew = holdings.skew()
+        if skew is not None:
+            lines.append(
+                f"skew of the classes between workers: {skew:.2f} (0: the same shares on all, "
+                "1: no class on two); batches are drawn from the union, so weights do not "
+                "depend on it"
+            )
+        share = per_step.max() / max(1, per_step.sum())
+        lines.append(
+            f"a step waits for the largest part: worker {int(per_step.argmax())} computes "
+            f"{share:.0%} of the rows, so {len(holdings.rows)} workers can be at most "
+            f"{1 / share:.1f} times as fast as one"
+        )
+        return "\n".join(lines)
+
+
+def _class_names(holdings: Holdings) -> list[str]:
+    names = holdings.names or []
+    shown = [f"class {_short(name)}" for name in names[:_SHOWN_CLASSES]]
+    return [*shown, "others"] if len(names) > _SHOWN_CLASSES else shown
+
+
+def _short(name: Any) -> str:
+    return "+".join(map(str, name)) or "none" if isinstance(name, tuple) else str(name)
+
+
+def _class_shares(holdings: Holdings, worker: int) -> list[str]:
+    if holdings.names is None:
+        return []
+    counts, rows = holdings.counts[worker], holdings.rows[worker]
+    shown = counts[:_SHOWN_CLASSES]
+    if len(counts) > _SHOWN_CLASSES:
+        shown = [*shown, sum(counts[_SHOWN_CLASSES:])]
+    return [f"{count / rows:.1%}" if rows else "-" for count in shown]
+
+
+def weight_of_worker(holdings: Holdings, worker: int) -> float:
+    """Gives the weight of each row of a worker where all workers with rows weigh the same.
+
+    Args:
+        holdings: What every worker holds.
+        worker: The worker.
+
+    Returns:
+        A number whose mean over all rows is 1.
+    """
+    holders = sum(1 for rows in holdings.rows if rows)
+    return sum(holdings.rows) / (holders * max(1, holdings.rows[worker]))
