@@ -14,10 +14,15 @@ import pytest
 
 from tests.behaviour.checks import CHECKS
 from tests.behaviour.horovod_checks import HOROVOD_CHECKS
+from tests.behaviour.local_checks import LOCAL_CHECKS
 from tests.behaviour.server_checks import SERVER_CHECKS
 from tests.jobs import begin, write
 
-OWN = {"horovod": HOROVOD_CHECKS, "parameter_server": SERVER_CHECKS}
+OWN = {
+    "multi_worker": LOCAL_CHECKS,
+    "horovod": HOROVOD_CHECKS | LOCAL_CHECKS,
+    "parameter_server": SERVER_CHECKS,
+}
 
 
 def main(strategy: str, replicas: str, folder: Path, *names: str) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from tests.behaviour.checks import CHECKS
 from tests.behaviour.horovod_checks import HOROVOD_CHECKS
+from tests.behaviour.local_checks import LOCAL_CHECKS
 from tests.behaviour.server_checks import SERVER_CHECKS
 from tests.jobs import Job, on_place, running, workers_of
 
@@ -68,3 +69,11 @@ def passes(check: str, place: str, jobs: dict[str, Job], folders: dict[str, Path
     if outcomes[0].startswith("skipped"):
         pytest.skip(outcomes[0])
     assert outcomes == ["passed"] * len(outcomes), "\n".join(outcomes)
+
+
+@pytest.mark.parametrize("check", LOCAL_CHECKS)
+@pytest.mark.parametrize("place", ["multi_worker-2", "horovod-2"])
+def test_rows_of_workers(
+    check: str, place: str, jobs: dict[str, Job], folders: dict[str, Path]
+) -> None:
+    passes(check, place, jobs, folders)
