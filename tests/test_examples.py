@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 pytest.importorskip("sklearn")
@@ -145,6 +146,20 @@ def test_imbalanced_digits_has_the_same_figures_on_one_and_on_two_workers():
     recall_of_odd = {name: figures[2] for name, figures in one.items()}
     assert recall_of_odd["ClassBalanced()"] > recall_of_odd["nothing"] + 10
     assert recall_of_odd['class_weight="balanced"'] > recall_of_odd["nothing"] + 10
+
+
+@pytest.mark.cluster
+def test_own_records_have_the_same_figures_as_all_records_in_one_process():
+    one, two = (run(launcher, "own_records.py") for launcher in ((), TWO.values[0]))
+    losses = [re.findall(r"loss: ([\d.]+)", printed) for printed in (one, two)]
+    assert len(losses[0]) == 5
+    np.testing.assert_allclose(*(np.array(found, float) for found in losses), atol=2e-4)
+    right = [
+        int(re.findall(r"held out: (\d+) of 89 right", printed)[0]) for printed in (one, two)
+    ]
+    assert min(right) > 80
+    assert max(right) - min(right) <= 1
+    assert re.search(r"1 +22 +1\.\d +0\.0% +100\.0%", two)
 
 
 @pytest.mark.cluster

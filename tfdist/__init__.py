@@ -20,6 +20,7 @@ __all__ = [
     "Horovod",
     "LearningRateScaling",
     "LearningRateWarmup",
+    "LocalShard",
     "ParameterServer",
     "PerClassMetrics",
     "__version__",
@@ -38,11 +39,11 @@ __all__ = [
 # TensorFlow takes seconds to import; `tfdist --help` should not wait for it.
 _HOMES = {
     "Augment": "tfdist.data",
-    "LocalShard": "tfdist.data",
     "ByClass": "tfdist.data",
     "Horovod": "tfdist.strategies.horovod",
     "LearningRateScaling": "tfdist.learning_rate",
     "LearningRateWarmup": "tfdist.learning_rate",
+    "LocalShard": "tfdist.data",
     "ParameterServer": "tfdist.strategies.parameter_server",
     "PerClassMetrics": "tfdist.imbalance.per_class",
     "drop_in": "tfdist.dropin",

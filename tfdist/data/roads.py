@@ -202,7 +202,12 @@ def _steps(sampler: Sampler, num_rows: int, batch_size: int, settings: Settings)
 
 
 def _read_local(
-    x: Any, y: Any, sample_weight: Any, settings: Settings, shard: LocalShard, strategy: Strategy
+    x: Any,
+    y: Any,
+    sample_weight: Any,
+    settings: Settings,
+    shard: LocalShard,
+    strategy: Strategy,
 ) -> LocalArrays:
     """Reads arrays of which each worker passes what it holds."""
     batch_size = _checked_batch_size(32 if settings.batch_size is None else settings.batch_size)
