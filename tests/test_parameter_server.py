@@ -9,10 +9,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import keras
 import numpy as np
 import pytest
 
+import tfdist
 from tests.jobs import QUIET, ROOT, finished, tfdist_run
+from tfdist.callbacks import look_between_steps
 from tfdist.cluster import CHIEF, PS, WORKER, Cluster
 from tfdist.errors import LaunchError
 from tfdist.launch import parse_hosts, plan_workers
@@ -304,3 +307,21 @@ class TestClusters:
         jobs = {CHIEF: ("127.0.0.1:1",), PS: ("127.0.0.1:2",)}
         done = begun(jobs, CHIEF, 0)
         assert "the cluster has no worker" in done.stderr
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("callback", "looks"),
+    [
+        (keras.callbacks.EarlyStopping(), False),
+        (keras.callbacks.ModelCheckpoint("a.keras"), False),
+        (keras.callbacks.ModelCheckpoint("a.keras", save_freq=10), True),
+        (keras.callbacks.LambdaCallback(on_epoch_end=print), False),
+        (keras.callbacks.LambdaCallback(on_train_batch_end=print), True),
+        (tfdist.LearningRateWarmup(1), True),
+        (keras.callbacks.TerminateOnNaN(), True),
+    ],
+)
+def test_callbacks_that_look_between_steps(callback, looks):
+    assert look_between_steps([callback]) is looks
+    assert look_between_steps(keras.callbacks.CallbackList([callback])) is looks

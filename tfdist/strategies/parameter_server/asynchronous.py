@@ -36,7 +36,7 @@ Tensor = Any
 Logs = dict[str, Any]
 
 _REFRESH_S = 0.25
-_STEPS_TOGETHER = 4  # handed to a worker in one message, where nobody looks between them
+_STEPS_TOGETHER = 8  # handed to a worker in one message, where nobody looks between them
 
 
 class Asynchronous:
@@ -148,7 +148,7 @@ class Asynchronous:
 
     def _together(self, epoch: Any) -> int:
         """Says how many steps to hand out at once: some, as long as all workers get some."""
-        enough = 2 * self._num_workers * _STEPS_TOGETHER
+        enough = self._num_workers * _STEPS_TOGETHER
         alone = epoch.is_watched or self._max_staleness is not None
         return 1 if alone or (epoch.steps_left or 0) < enough else _STEPS_TOGETHER
 
