@@ -17,6 +17,7 @@ from tfdist.strategies.base import Place
 
 Tensor = Any
 _ROWS_AT_ONCE = 2**17  # enough that calling the sampler costs little: 1 MiB of numbers
+_STEPS_AT_ONCE = 128
 
 
 @dataclass
@@ -91,7 +92,9 @@ class Arrays(Source):
 
         The sampler is asked for many steps at once, ahead of those that gather their rows.
         """
-        at_once = max(1, min(_ROWS_AT_ONCE // self.batch_size, self.steps))
+        # A short epoch's steps are drawn with those of the next ones, if there are any.
+        useful = max(self.steps, _STEPS_AT_ONCE) if self.endless else self.steps
+        at_once = max(1, min(_ROWS_AT_ONCE // self.batch_size, useful))
         first_step = skip + (epoch * self.steps if self.endless else 0)
 
         def draw(first: np.int64) -> tuple[Any, Any]:
