@@ -232,7 +232,7 @@ class Passes:
         return places
 
     def _ahead(self, seed: int, number: int, drawn: int, start: int) -> tuple[Any, int]:
-        """Gives a piece of a large class's order, and where it begins: few draws cost as many."""
+        """Gives a piece of a large class's order, and where it begins."""
         begin = start // self._AHEAD * self._AHEAD
         key = (seed, OF_CLASS, number, drawn, begin)
         held = self._held.get(number)
