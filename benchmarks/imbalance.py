@@ -124,7 +124,7 @@ def speed() -> None:
                 title = f"{name} / {other}, {rows:,} x {columns}, 1:{1 / share:.0f}"
                 mine = ours(x, y, kinds[name], steps)
                 mine(), theirs()
-                pairs = 3 if only else 9
+                pairs = 3 if only else 15
                 results.append(compare(title, mine, theirs, pairs, ">= 1.0", "rows/s"))
                 print(results[-1], file=sys.stderr, flush=True)
     show("Rows/s of the samplers, features gathered", results)
