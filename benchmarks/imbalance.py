@@ -1,6 +1,6 @@
 """Unbalanced data: rows/s of the samplers, and what each remedy does to a model.
 
-python -m benchmarks.imbalance [speed] [quality]
+python -m benchmarks.imbalance [speed] [streams] [setup] [quality]
 
 The input road is compared as it is used, features gathered, with what tf.data and, if it is
 installed, imbalanced-learn offer for the same. Quality is the mean over seeds, and its
@@ -13,9 +13,11 @@ import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
+import dataclasses
 import json
 import sys
 import time
+import tracemalloc
 from collections.abc import Callable
 from typing import Any
 
@@ -30,7 +32,7 @@ from sklearn.metrics import average_precision_score, balanced_accuracy_score, re
 import tfdist
 from benchmarks.input_road import drain
 from benchmarks.report import Ratio, compare, seconds, show
-from tfdist import data, samplers
+from tfdist import ByClass, data, samplers
 from tfdist.imbalance import LogitAdjustedCrossentropy, correct_prior, stratified_split
 from tfdist.strategies.base import Place
 
@@ -109,15 +111,11 @@ def speed() -> None:
             "Stratified": samplers.Stratified(),
             "Weighted": samplers.Weighted(1.0 + y),
         }
-        steps = 400
+        steps = 2000
         others = {
             "sample_from_datasets": (sample_from_datasets(x, y, 50), "ClassBalanced"),
             "rejection_resample": (rejection_resample(x, y, 3), "ClassBalanced"),
-            "balanced_batch_generator": (
-                balanced_batch_generator(x, y, steps),
-                "Undersample",
-            ),
-            "Uniform": (ours(x, y, samplers.Uniform(), steps), ""),
+            "balanced_batch_generator": (balanced_batch_generator(x, y, steps), ""),
         }
         for other, (theirs, only) in others.items():
             if theirs is None:
@@ -126,10 +124,77 @@ def speed() -> None:
                 title = f"{name} / {other}, {rows:,} x {columns}, 1:{1 / share:.0f}"
                 mine = ours(x, y, kinds[name], steps)
                 mine(), theirs()
-                goal = "" if other == "Uniform" else ">= 1.0"
-                results.append(compare(title, mine, theirs, 3, goal, "rows/s"))
+                pairs = 3 if only else 15
+                results.append(compare(title, mine, theirs, pairs, ">= 1.0", "rows/s"))
                 print(results[-1], file=sys.stderr, flush=True)
     show("Rows/s of the samplers, features gathered", results)
+
+
+def streams() -> None:
+    """Draws from a dataset, and from one for each class, as tf.data's own way does."""
+    x, y = two_classes(100_000, 64, 1 / 20)
+    whole = tf.data.Dataset.from_tensor_slices((x, y))
+    by_class = {c: tf.data.Dataset.from_tensor_slices((x[y == c], y[y == c])) for c in (0, 1)}
+    filtered = {c: whole.filter(lambda _, label, c=c: label == c) for c in (0, 1)}
+
+    def drawn(kind: Any, steps: int) -> Callable[[], float]:
+        settings = data.Settings(BATCH, None, samplers.ClassBalanced(), True, 1, True)
+        source = data.read(kind, None, None, settings)
+        return lambda: rate(iter(source.shares(Place(), 0)), steps)
+
+    def mixed(parts: dict[int, Any], steps: int) -> Callable[[], float]:
+        repeated = [part.repeat() for part in parts.values()]
+        rows = tf.data.Dataset.sample_from_datasets(repeated, [0.5, 0.5], seed=1)
+        return lambda: rate(iter(rows.batch(BATCH).prefetch(tf.data.AUTOTUNE)), steps)
+
+    uncached = ByClass(whole, buffer_size=0)
+    results = [
+        compare(name, mine, theirs, 5, ">= 1.0", "rows/s")
+        for name, mine, theirs in (
+            ("a dict of datasets", drawn(by_class, 300), mixed(by_class, 40)),
+            ("one dataset, the small class kept", drawn(whole, 300), mixed(filtered, 5)),
+            ("one dataset, none kept", drawn(uncached, 10), mixed(filtered, 5)),
+        )
+    ]
+    start = time.perf_counter()
+    drawn(whole.batch(BATCH), 1)
+    print(f"Counting 100,000 examples in batches took {time.perf_counter() - start:.2f} s.")
+    show("Rows/s of ClassBalanced over sample_from_datasets, tf.data as input", results)
+
+
+def setup() -> None:
+    """Seconds until the first batch, and memory, with 10 million labels."""
+    rows = 10_000_000
+    table = Table(title=f"{rows:,} labels")
+    for column in ("", "classes", "ready after", "kept", "at most"):
+        table.add_column(column, justify="right" if column else "left")
+    facts = []
+    for classes in (2, 1000):
+        rng = np.random.default_rng(0)
+        y = np.minimum(rng.geometric(0.01 if classes > 2 else 0.95, rows), classes) - 1
+        y = y.astype("int32")
+        for sampler in (
+            samplers.Uniform(), samplers.ClassBalanced(), samplers.Undersample(),
+            samplers.Oversample(), samplers.Stratified(), samplers.Weighted(1.0 + y),
+        ):  # fmt: skip
+
+            def begin(sampler: Any = sampler, y: Any = y) -> Any:
+                bound = dataclasses.replace(sampler).bind(y, rows)
+                bound.batches(0, 128, num_rows=rows, batch_size=BATCH, seed=1)
+                return bound
+
+            took = min(seconds(begin) for _ in range(3))
+            tracemalloc.start()
+            kept = begin()
+            now, most = tracemalloc.get_traced_memory()
+            tracemalloc.stop()
+            del kept
+            name = type(sampler).__name__
+            cells = (f"{took:.2f} s", f"{now / 2**20:.0f} MiB", f"{most / 2**20:.0f} MiB")
+            table.add_row(name, str(classes), *cells)
+            facts.append([name, classes, took, now, most])
+    Console(width=110).print(table)
+    print(json.dumps({"title": "set-up", "rows": rows, "facts": facts}), flush=True)
 
 
 # --- quality ----------------------------------------------------------------------------
@@ -253,6 +318,6 @@ def quality() -> None:
 
 
 if __name__ == "__main__":
-    parts = {"speed": speed, "quality": quality}
+    parts = {"speed": speed, "streams": streams, "setup": setup, "quality": quality}
     for part in sys.argv[1:] or parts:
         parts[part]()

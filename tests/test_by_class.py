@@ -102,6 +102,16 @@ def test_replicas_take_slices() -> None:
         np.testing.assert_array_equal(joined, whole[10 * step : 10 * step + 10])
 
 
+def test_workers_must_draw_alike() -> None:
+    def fingerprint(dataset: Any, seed: int = 3) -> str:
+        text: str = source(dataset, ClassBalanced(), seed=seed).fingerprint()
+        return text
+
+    assert fingerprint(DATASET) == fingerprint(DATASET)
+    assert fingerprint(DATASET) != fingerprint(DATASET.take(199))
+    assert fingerprint(DATASET) != fingerprint(DATASET, seed=4)
+
+
 def test_an_endless_dataset_with_named_classes() -> None:
     endless = tfdist.ByClass(DATASET.repeat(), classes=[0, 2])
     found = source(endless, ClassBalanced(), steps=4)

@@ -22,6 +22,7 @@ from tfdist.samplers import (
 )
 from tfdist.samplers.balanced import apportion
 from tfdist.samplers.classes import count_classes, group_rows
+from tfdist.samplers.labelled import Passes
 
 pytestmark = pytest.mark.quick
 
@@ -290,3 +291,14 @@ def test_ten_million_labels_take_a_moment_and_little_memory() -> None:
     turns = [(cost(sampler, turn), cost(Uniform(), turn)) for turn in range(8)]
     ours, uniform = (min(costs) for costs in zip(*turns, strict=True))
     assert ours < 20 * uniform  # 3 is usual
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_a_stretch_of_a_class_is_its_rows_one_after_the_other(number: int) -> None:
+    classes = group_rows(LARGE)
+    passes = Passes(classes, np.array([500, 500, 500]))
+    size = int(classes.counts[number])
+    # Within a piece that is held, across its edge, a large stretch, and across passes.
+    for first, count in ((0, 5), (16_380, 10), (5, 40_000), (2 * size - 3, 6), (size - 1, 2)):
+        expected = passes.rows(3, number, np.arange(first, first + count))
+        np.testing.assert_array_equal(passes.stretch(3, number, first, count), expected)

@@ -58,7 +58,8 @@ def fit(
         model: A compiled `keras.Model`, or a function without arguments that returns one.
         x: Arrays of shape [examples, ...] (NumPy, TensorFlow, pandas), nested in dicts,
             lists or tuples; or a `tf.data.Dataset`, a `keras.utils.PyDataset` or a generator
-            of global batches `(x, y)` or `(x, y, sample_weight)`, the same on every worker.
+            of global batches `(x, y)` or `(x, y, sample_weight)`, the same on every worker;
+            or a `tfdist.ByClass`, of which `sampler` draws examples.
         y: Targets, arrays of shape [examples, ...].
         batch_size: Examples of one update over all replicas; 32 if None.
         epochs: The epoch to train until.

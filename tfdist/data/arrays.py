@@ -20,6 +20,7 @@ from tfdist.strategies.base import Place
 
 Tensor = Any
 _ROWS_AT_ONCE = 2**17  # enough that calling the sampler costs little: 1 MiB of numbers
+_STEPS_AT_ONCE = 128
 
 
 @dataclass
@@ -118,7 +119,9 @@ class Arrays(Source):
     @property
     def _at_once(self) -> int:
         """Steps of which the sampler is asked in one call."""
-        return max(1, min(_ROWS_AT_ONCE // self.batch_size, self.steps))
+        # A short epoch's steps are drawn with those of the next ones, if there are any.
+        useful = max(self.steps, _STEPS_AT_ONCE) if self.endless else self.steps
+        return max(1, min(_ROWS_AT_ONCE // self.batch_size, useful))
 
     def _first_step(self, epoch: int, skip: int) -> int:
         return skip + (epoch * self.steps if self.endless else 0)

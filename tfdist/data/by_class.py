@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -204,6 +205,12 @@ class ClassStreams(Batches):
     def spec(self) -> Any:
         """Gives the shapes and dtypes of a batch."""
         return self._spec
+
+    def fingerprint(self) -> str:
+        """Sums up the batch, how many examples classes have, and the sampler's first draws."""
+        draws = self._drawing.between(0, self._at_once, self._seed).tobytes()
+        digest = hashlib.sha256(self._lengths.tobytes() + draws).hexdigest()[:12]
+        return f"{super().fingerprint()} of {len(self._streams)} classes, {digest}"
 
     def _count(self, begin: int, end: int) -> Rows:
         """Counts each class's draws, the draws from one to before another."""

@@ -229,9 +229,7 @@ class Quotas(Drawing):
         present = np.flatnonzero(counts[block])
         by_class = np.concatenate(
             [
-                self._passes.rows(
-                    seed, int(c), np.arange(firsts[c], firsts[c] + counts[block][c])
-                )
+                self._passes.stretch(seed, int(c), int(firsts[c]), int(counts[block][c]))
                 for c in present
             ]
         )

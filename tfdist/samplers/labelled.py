@@ -161,6 +161,7 @@ class Passes:
     """
 
     _AT_ONCE = 4096
+    _AHEAD = 2**14
 
     def __init__(self, classes: Classes, quotas: Rows) -> None:
         self._classes = classes
@@ -191,13 +192,63 @@ class Passes:
         rows: Rows = self._classes.members[places + self._classes.offsets[number]]
         return rows
 
+    def stretch(self, seed: int, number: int, first: int, count: int) -> Rows:
+        """Gives the rows of adjacent occurrences of a class.
+
+        Args:
+            seed: Chooses the orders.
+            number: The class.
+            first: The first occurrence.
+            count: How many, at least one.
+        """
+        period, size = int(self._periods[number]), int(self._classes.counts[number])
+        parts = []
+        while count:
+            drawn, start = divmod(first, period)
+            taken = min(count, period - start)
+            if size <= DRAWN_UP_TO:
+                order = self._drawn_order(seed, number, drawn)
+            elif taken >= self._AHEAD:
+                order = permute(
+                    np.arange(start, start + taken), size, (seed, OF_CLASS, number, drawn)
+                )
+                start = 0
+            else:
+                order, begin = self._ahead(seed, number, drawn, start)
+                start -= begin
+                taken = min(taken, len(order) - start)
+            parts.append(order[start : start + taken])
+            first, count = first + taken, count - taken
+        places = (parts[0] if len(parts) == 1 else np.concatenate(parts)).astype(np.int64)
+        rows: Rows = self._classes.members[places + self._classes.offsets[number]]
+        return rows
+
     def _permuted(self, seed: int, number: int, drawn: int, positions: Rows) -> Rows:
         size = int(self._classes.counts[number])
         key = (seed, OF_CLASS, number, drawn)
         if size > DRAWN_UP_TO:
             return permute(positions, size, key)
+        places: Rows = self._drawn_order(seed, number, drawn)[positions].astype(np.int64)
+        return places
+
+    def _ahead(self, seed: int, number: int, drawn: int, start: int) -> tuple[Any, int]:
+        """Gives a piece of a large class's order, and where it begins."""
+        begin = start // self._AHEAD * self._AHEAD
+        key = (seed, OF_CLASS, number, drawn, begin)
         held = self._held.get(number)
         if held is None or held[0] != key:
+            size = int(self._classes.counts[number])
+            positions = np.arange(begin, min(begin + self._AHEAD, size))
+            held = (key, permute(positions, size, key[:-1]).astype(np.min_scalar_type(size)))
+            self._held[number] = held  # one assignment: threads may draw at once
+        return held[1], begin
+
+    def _drawn_order(self, seed: int, number: int, drawn: int) -> Any:
+        """Gives the order of a small class, as often as its period has it."""
+        key = (seed, OF_CLASS, number, drawn)
+        held = self._held.get(number)
+        if held is None or held[0] != key:
+            size = int(self._classes.counts[number])
             together = int(self._periods[number]) // size
             source = generator(key)
             order = (
@@ -207,5 +258,4 @@ class Passes:
             )
             held = (key, order.astype(np.uint16))
             self._held[number] = held  # one assignment: threads may draw at once
-        places: Rows = held[1][positions].astype(np.int64)
-        return places
+        return held[1]
