@@ -10,15 +10,19 @@ from tfdist._version import __version__
 if TYPE_CHECKING:
     from tfdist import imbalance, privacy, samplers
     from tfdist.dropin import drop_in
+    from tfdist.privacy.budget import PrivacyBudget
+    from tfdist.privacy.settings import DPSGD
     from tfdist.session import init, is_chief
     from tfdist.training import evaluate, fit, predict
 
 __all__ = [
+    "DPSGD",
     "Horovod",
     "LearningRateScaling",
     "LearningRateWarmup",
     "ParameterServer",
     "PerClassMetrics",
+    "PrivacyBudget",
     "__version__",
     "drop_in",
     "evaluate",
@@ -34,11 +38,13 @@ __all__ = [
 
 # TensorFlow takes seconds to import; `tfdist --help` should not wait for it.
 _HOMES = {
+    "DPSGD": "tfdist.privacy.settings",
     "Horovod": "tfdist.strategies.horovod",
     "LearningRateScaling": "tfdist.learning_rate",
     "LearningRateWarmup": "tfdist.learning_rate",
     "ParameterServer": "tfdist.strategies.parameter_server",
     "PerClassMetrics": "tfdist.imbalance.per_class",
+    "PrivacyBudget": "tfdist.privacy.budget",
     "drop_in": "tfdist.dropin",
     "evaluate": "tfdist.training",
     "fit": "tfdist.training",

@@ -13,12 +13,13 @@ if TYPE_CHECKING:
     from tfdist.privacy.accounting import capacity, epsilon, noise_multiplier
     from tfdist.privacy.ledger import Ledger, Phase
     from tfdist.privacy.poisson import Poisson
-    from tfdist.privacy.report import statement
+    from tfdist.privacy.report import Report, statement
 
 __all__ = [
     "Ledger",
     "Phase",
     "Poisson",
+    "Report",
     "capacity",
     "epsilon",
     "noise_multiplier",
@@ -29,6 +30,7 @@ _HOMES = {
     "Ledger": "tfdist.privacy.ledger",
     "Phase": "tfdist.privacy.ledger",
     "Poisson": "tfdist.privacy.poisson",
+    "Report": "tfdist.privacy.report",
     "capacity": "tfdist.privacy.accounting",
     "epsilon": "tfdist.privacy.accounting",
     "noise_multiplier": "tfdist.privacy.accounting",
