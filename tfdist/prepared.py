@@ -87,9 +87,9 @@ def prepare(
         mechanism: What private training does to the gradients.
     """
     known = vars(model).get(_MEMORY)
-    if known is not None and known.fits(model, strategy):
-        if not for_training or known.trains(mechanism):
-            return known  # type: ignore[no-any-return]
+    usable = known is not None and known.fits(model, strategy)
+    if usable and (not for_training or known.trains(mechanism)):
+        return known  # type: ignore[no-any-return]
     variables = _variables(model)
     stop = Stop()
     private = None if mechanism is None else PrivateStep(model, mechanism, strategy)

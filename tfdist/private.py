@@ -43,6 +43,7 @@ class PrivateRun:
         privacy: The settings.
         session: Where the replicas are.
         model: A compiled `keras.Model`.
+        x: What `fit` was given.
         sampler: What `fit` was given.
         seed: What `fit` was given.
         class_weight: What `fit` was given.
@@ -65,6 +66,7 @@ class PrivateRun:
         privacy: DPSGD,
         session: Session,
         model: Any,
+        x: Any,
         *,
         sampler: Sampler | None,
         seed: int | None,
@@ -74,7 +76,7 @@ class PrivateRun:
             raise ArgumentError(
                 f"`privacy` must be a tfdist.DPSGD or None. Received: privacy={privacy!r}."
             )
-        _check_arguments(session, sampler, class_weight)
+        _check_arguments(session, x, sampler, class_weight)
         refusals.check_model(model)
         self.privacy = privacy
         self.sampler = _Everyone() if sampler is None else sampler
@@ -97,15 +99,10 @@ class PrivateRun:
             epochs: To be made.
 
         Raises:
-            ArgumentError: The data cannot be sampled, the budget is spent, or the model does
-                not give gradients of single examples.
+            ArgumentError: The budget is spent, or the model does not give gradients of single
+                examples.
         """
-        if not isinstance(source, Arrays) or source.steps is None:
-            raise ArgumentError(
-                "`x` must be arrays in private training: each example is drawn by itself, "
-                "which a stream of batches cannot do. Received: data that yields batches. Pass "
-                "arrays."
-            )
+        assert isinstance(source, Arrays)
         privacy = self.privacy
         self.planned_steps = source.steps * max(0, epochs)
         rows = source.num_rows
@@ -248,7 +245,12 @@ def _remembered(model: Any) -> tuple[Ledger, bool, int]:
     return vars(model).get(_MEMORY, (Ledger(), True, 0))  # type: ignore[no-any-return]
 
 
-def _check_arguments(session: Session, sampler: Any, class_weight: Any) -> None:
+def _check_arguments(session: Session, x: Any, sampler: Any, class_weight: Any) -> None:
+    if not data.is_arrays(x):
+        raise ArgumentError(
+            "`x` must be arrays in private training: each example is drawn by itself, which a "
+            f"stream of batches cannot do. Received: x of type {type(x).__name__}. Pass arrays."
+        )
     if sampler is not None and not isinstance(sampler, Poisson):
         raise ArgumentError(
             "`sampler` must be a tfdist.privacy.Poisson in private training: the accounting is "

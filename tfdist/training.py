@@ -109,7 +109,7 @@ def fit(
     private = None
     if privacy is not None:
         private = PrivateRun(
-            privacy, session, model, sampler=sampler, seed=seed, class_weight=class_weight
+            privacy, session, model, x, sampler=sampler, seed=seed, class_weight=class_weight
         )
         sampler, seed = private.sampler, private.sampling_seed
     seed = session.sampler_seed(seed)
@@ -353,9 +353,7 @@ def _agreed(
 ) -> Prepared:
     """Prepares a built model, once the workers were found to have been asked the same."""
     mechanism = None if private is None else private.mechanism
-    prepared = prepare(
-        model, session.strategy, for_training=for_training, mechanism=mechanism
-    )
+    prepared = prepare(model, session.strategy, for_training=for_training, mechanism=mechanism)
     if private is not None and prepared.private is not None:
         prepared.private.noise.renew(private.privacy.seed)
         asked |= private.asked

@@ -468,9 +468,22 @@ def noiseless(**options: Any) -> tfdist.DPSGD:
     return tfdist.DPSGD(noise_multiplier=0.0, delta=1e-5, **options)
 
 
+def private_mlp(optimizer: Any, **compile_options: Any) -> Any:
+    model = keras.Sequential(
+        [
+            keras.Input((20,)),
+            L.Dense(32, activation="relu", kernel_regularizer=keras.regularizers.L2(1e-3)),
+            L.LayerNormalization(),
+            L.Dense(3),
+        ]
+    )
+    model.compile(optimizer, crossentropy(), metrics=["accuracy"], **compile_options)
+    return model
+
+
 @case
 def private(train: Train) -> tuple[Any, Any]:
-    model = mlp(keras.optimizers.AdamW(0.01, weight_decay=0.01))
+    model = private_mlp(keras.optimizers.AdamW(0.01, weight_decay=0.01))
     return model, train(
         model,
         *table(),
@@ -483,7 +496,7 @@ def private(train: Train) -> tuple[Any, Any]:
 
 @case
 def private_some_batches_empty(train: Train) -> tuple[Any, Any]:
-    model = mlp(keras.optimizers.SGD(0.05, momentum=0.9), steps_per_execution=3)
+    model = private_mlp(keras.optimizers.SGD(0.05, momentum=0.9), steps_per_execution=3)
     options = {"batch_size": 2, "epochs": 2, "privacy": noiseless(l2_norm_clip=0.5)}
     return model, train(model, *table(60), **options)
 
@@ -535,7 +548,7 @@ def private_masked_tagging(train: Train) -> tuple[Any, Any]:
 def private_class_weight_and_mixed_precision(train: Train) -> tuple[Any, Any]:
     keras.mixed_precision.set_global_policy("mixed_bfloat16")
     try:
-        model = mlp(keras.optimizers.Adam(1e-3))
+        model = private_mlp(keras.optimizers.Adam(1e-3))
         return model, train(
             model,
             *table(),

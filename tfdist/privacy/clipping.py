@@ -23,6 +23,7 @@ from tfdist.privacy.closed_forms import FORMS, Call, has_activation
 from tfdist.privacy.parts import Part, Written
 
 Tensor = Any
+_HALF = ("bfloat16", "float16")
 
 
 class Clipped(NamedTuple):
@@ -84,9 +85,7 @@ def clipped_sum(
     return Clipped(_sums(model, parts, tf.where(counted, factors, 0.0)), norms, outputs)
 
 
-def check(
-    model: Any, x: Any, y: Any, tolerance: float = 1e-3, sample_weight: Any = None
-) -> None:
+def check(model: Any, x: Any, y: Any, sample_weight: Any = None) -> None:
     """Compares the gradients of some examples, unclipped, with plain ones, and each alone.
 
     A weight that is used outside its layer's `call` (tied by hand, say) would else be missed,
@@ -96,12 +95,13 @@ def check(
         model: As in `clipped_sum`.
         x: As in `clipped_sum`; a few rows.
         y: As in `clipped_sum`.
-        tolerance: The largest difference, as a part of the plain gradient's norm.
         sample_weight: As in `clipped_sum`.
 
     Raises:
         ArgumentError: They differ, or the model changes its state or adds losses.
     """
+    half = any(layer.compute_dtype in _HALF for layer in model._flatten_layers())
+    tolerance = 0.05 if half else 1e-3
     state = model.non_trainable_variables
     before = [tf.identity(v.value) for v in state]
     try:
@@ -148,9 +148,7 @@ def _check_state(state: Sequence[Any], before: Sequence[Tensor]) -> None:
         )
 
 
-def _check_each_alone(
-    model: Any, x: Any, y: Any, sample_weight: Any, tolerance: float
-) -> None:
+def _check_each_alone(model: Any, x: Any, y: Any, sample_weight: Any, tolerance: float) -> None:
     # Random numbers differ from call to call, so a model that draws them is compared without.
     training = not any(_layers.is_seed(v) for v in model.non_trainable_variables)
 

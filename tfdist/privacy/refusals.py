@@ -39,8 +39,8 @@ def check_model(model: Any) -> None:
             )
         if getattr(layer, "activity_regularizer", None) is not None:
             raise ArgumentError(
-                "A private model must not have an `activity_regularizer`, which is of the whole "
-                f"batch. Received: one of the layer {layer.name!r}. Write it as "
+                "A private model must not have an `activity_regularizer`, which is of the "
+                f"whole batch. Received: one of the layer {layer.name!r}. Write it as "
                 "`compute_loss`, which is called for one example at a time."
             )
     _check_optimizer(model.optimizer)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
 from tfdist.errors import ArgumentError
 from tfdist.privacy.arguments import check_choice, check_count, check_number
 from tfdist.privacy.ledger import ACCOUNTANTS, RELATIONS, Ledger
@@ -59,7 +60,7 @@ class DPSGD:
     accountant: str = "pld"
     relation: str = "add_or_remove_one"
     microbatch_size: int | None = None
-    spent: Ledger = Ledger()
+    spent: Ledger = field(default_factory=Ledger)
     seed: int | None = None
 
     def __post_init__(self) -> None:
@@ -68,8 +69,8 @@ class DPSGD:
             raise ArgumentError("`l2_norm_clip` must be above 0. Received: l2_norm_clip=0.")
         if (self.noise_multiplier is None) == (self.target_epsilon is None):
             raise ArgumentError(
-                "Exactly one of `noise_multiplier` and `target_epsilon` must be given. Received: "
-                f"noise_multiplier={self.noise_multiplier!r}, "
+                "Exactly one of `noise_multiplier` and `target_epsilon` must be given. "
+                f"Received: noise_multiplier={self.noise_multiplier!r}, "
                 f"target_epsilon={self.target_epsilon!r}. With a target the noise is found."
             )
         if self.noise_multiplier is not None:
@@ -105,4 +106,3 @@ class Mechanism:
     noise_multiplier: float
     expected_batch: float
     microbatch_size: int | None = None
-
