@@ -335,6 +335,7 @@ def _computed_again(unit: Any, calls: Sequence[Call]) -> list[Part]:
     """Runs a layer without a closed form on one example after the other: exact, and slow."""
     _check_repeatable(unit)
     variables = unit.trainable_variables
+    values = [tf.convert_to_tensor(v) for v in variables]
     summed: list[Any] = [0.0] * len(variables)
     for call in calls:
         examples = tf.shape(tf.nest.flatten(call.outputs)[0])[0]
@@ -347,13 +348,15 @@ def _computed_again(unit: Any, calls: Sequence[Call]) -> list[Part]:
             args, kwargs, gradients = tf.nest.map_structure(
                 row, (call.args, call.kwargs, call.gradients)
             )
+            in_use = list(zip(variables, values, strict=True))
             with tf.GradientTape(watch_accessed_variables=False) as tape:
-                for variable in variables:
-                    tape.watch(variable.value)
-                outputs = unit(*args, **kwargs)
+                tape.watch(values)
+                # Wherever the variables live, the layer uses these values.
+                with keras.StatelessScope(state_mapping=in_use):
+                    outputs = unit(*args, **kwargs)
             found = tape.gradient(
                 outputs,
-                [v.value for v in variables],
+                values,
                 output_gradients=gradients,
                 unconnected_gradients=tf.UnconnectedGradients.ZERO,
             )
