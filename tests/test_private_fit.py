@@ -418,3 +418,34 @@ def test_streams_of_batches_are_refused() -> None:
     privacy = tfdist.DPSGD(CLIP, noise_multiplier=1.0, delta=1e-3)
     with pytest.raises(ArgumentError, match="`x` must be arrays in private training"):
         tfdist.fit(classifier(), dataset, verbose=0, privacy=privacy)
+
+
+def test_make_private_model_replaces_batch_normalization() -> None:
+    keras.utils.set_random_seed(1)
+    begun = keras.Input((6, 6, 8))
+    most_inner = keras.Model(begun, L.BatchNormalization(name="inner")(L.Conv2D(12, 3)(begun)))
+    block = keras.Sequential([keras.Input((6, 6, 8)), most_inner])
+    inputs = keras.Input((6, 6, 3))
+    made = L.BatchNormalization(name="outer", scale=False)(L.Conv2D(8, 1)(inputs))
+    outputs = L.Dense(3)(L.GlobalAveragePooling2D()(block(made)))
+    model = keras.Model(inputs, outputs)
+    model.compile(SGD(0.25), crossentropy())
+    private, changed = tfdist.privacy.make_private_model(model)
+    assert changed == [
+        "outer: BatchNormalization became GroupNormalization(groups=2)",
+        "inner: BatchNormalization became GroupNormalization(groups=3)",
+    ]
+    kinds = [type(layer).__name__ for layer in private._flatten_layers()]
+    assert "BatchNormalization" not in kinds
+    assert kinds.count("GroupNormalization") == 2
+    kernels = [v for v in model.trainable_variables if v.name == "kernel"]
+    same = [v for v in private.trainable_variables if v.name == "kernel"]
+    for a, b in zip(kernels, same, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert float(private.optimizer.learning_rate) == 0.25
+    x = np.random.default_rng(0).normal(size=(20, 6, 6, 3)).astype("float32")
+    privacy = tfdist.DPSGD(CLIP, noise_multiplier=1.0, delta=1e-3)
+    y = np.arange(20) % 3
+    tfdist.fit(private, x, y, batch_size=5, verbose=0, privacy=privacy)
+    with pytest.raises(ArgumentError, match="must be a Sequential or functional model"):
+        tfdist.privacy.make_private_model(OwnStep([keras.Input((6,)), L.Dense(3)]).layers[0])

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from tfdist.privacy.accounting import capacity, epsilon, noise_multiplier
     from tfdist.privacy.ledger import Ledger, Phase
     from tfdist.privacy.poisson import Poisson
+    from tfdist.privacy.rebuild import make_private_model
     from tfdist.privacy.report import Report, statement
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "Report",
     "capacity",
     "epsilon",
+    "make_private_model",
     "noise_multiplier",
     "statement",
 ]
@@ -33,6 +35,7 @@ _HOMES = {
     "Report": "tfdist.privacy.report",
     "capacity": "tfdist.privacy.accounting",
     "epsilon": "tfdist.privacy.accounting",
+    "make_private_model": "tfdist.privacy.rebuild",
     "noise_multiplier": "tfdist.privacy.accounting",
     "statement": "tfdist.privacy.report",
 }

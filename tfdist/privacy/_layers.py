@@ -11,6 +11,7 @@ from typing import Any
 
 import keras
 import tensorflow as tf
+from keras.src.models import Functional as _Functional
 
 
 def own_variables(layer: Any) -> list[Any]:
@@ -186,6 +187,17 @@ def is_mean_over_examples(loss: Any, weighted: bool) -> bool:
         return False
     means = ("sum_over_batch_size", "mean", *(() if weighted else ("mean_with_sample_weight",)))
     return loss.reduction in means
+
+
+def is_graph_of_layers(model: Any) -> bool:
+    """Tells whether a model is given by its layers, and not by code of its own.
+
+    Relies on the class `Functional`, which `keras.Model(inputs, outputs)` makes.
+
+    Args:
+        model: A layer or model.
+    """
+    return type(model) in (keras.Sequential, _Functional)
 
 
 def losses_of(model: Any) -> list[Any]:
