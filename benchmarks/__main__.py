@@ -8,5 +8,14 @@ from __future__ import annotations
 import subprocess
 import sys
 
-for name in ("overhead", "input_road", "scaling", "horovod", "parameter_server", "imbalance"):
+for name in (
+    "overhead",
+    "input_road",
+    "scaling",
+    "horovod",
+    "parameter_server",
+    "imbalance",
+    "privacy",
+    "privacy_utility",
+):
     subprocess.run([sys.executable, "-m", f"benchmarks.{name}"], check=True)
