@@ -374,3 +374,49 @@ class TestKerasContract:
         embedded = L.Embedding(3, 2, mask_zero=True)(np.array([[0, 1]]))
         assert _layers.has_mask(embedded)
         assert not _layers.has_mask(L.Dense(1)(np.ones((1, 2))))
+
+    def test_regularizers_can_be_taken_away(self) -> None:
+        model = keras.Sequential([keras.Input((3,)), L.Dense(2, kernel_regularizer="l2")])
+        model.compile(loss="mse")
+        kernel = model.trainable_variables[0]
+        kept = kernel.regularizer
+        with _layers.without_regularizers([kernel]):
+            assert model.losses == []
+        assert kernel.regularizer is kept
+        assert len(model.losses) == 1
+
+    def test_losses_are_computed_and_tracked(self) -> None:
+        model = keras.Sequential([keras.Input((3,)), L.Dense(2)])
+        model.compile(loss="mse")
+        x, y = data(3), data(2)
+        loss = _layers.compiled_loss(model, x, y, model(x), None)
+        _layers.track_loss(model, loss, EXAMPLES)
+        assert float(model.get_metrics_result()["loss"]) == pytest.approx(float(loss))
+        assert not _layers.has_own_compute_loss(model)
+
+    def test_functional_models_are_told_from_subclassed_ones(self) -> None:
+        class Own(keras.Model):
+            pass
+
+        x = keras.Input((3,))
+        assert _layers.is_graph_of_layers(keras.Model(x, L.Dense(1)(x)))
+        assert _layers.is_graph_of_layers(keras.Sequential([L.Dense(1)]))
+        assert not _layers.is_graph_of_layers(Own(x, L.Dense(1)(x)))
+        assert not _layers.is_graph_of_layers(L.Dense(1))
+
+    def test_which_losses_are_means_over_examples(self) -> None:
+        losses = keras.losses
+        for loss in ("mse", "crossentropy", losses.Huber(), losses.huber, losses.CTC()):
+            assert _layers.is_mean_over_examples(loss, weighted=True)
+        mean_by_weight = losses.Huber(reduction="mean_with_sample_weight")
+        assert _layers.is_mean_over_examples(mean_by_weight, weighted=False)
+        for loss in (
+            mean_by_weight,
+            losses.Dice(),
+            "dice",
+            losses.Huber(reduction="sum"),
+            losses.CosineSimilarity(axis=0),
+            losses.SparseCategoricalCrossentropy(ignore_class=0),
+            lambda y, p: y - p,
+        ):
+            assert not _layers.is_mean_over_examples(loss, weighted=True)

@@ -16,6 +16,7 @@ from tfdist.privacy import Ledger, Phase, Poisson
 from tfdist.privacy.noise import Noise, standard_normal
 
 L = keras.layers
+SGD = keras.optimizers.SGD
 CLIP = 0.5
 
 
@@ -145,6 +146,25 @@ def test_noise_has_the_right_deviation_and_is_new_in_each_step_and_fit() -> None
     assert abs(numbers.mean()) < 5 * 1.05 / math.sqrt(numbers.size)
     correlation = np.corrcoef(numbers)[np.triu_indices(len(numbers), 1)]
     assert np.abs(correlation).max() < 5.5 / math.sqrt(numbers.shape[1])
+
+
+def test_noise_is_new_when_a_callback_sets_the_optimizer_back() -> None:
+    keras.utils.set_random_seed(1)
+    model = keras.Sequential([keras.Input((40,)), L.Dense(50, use_bias=False)])
+    model.compile(SGD(1.0), "mse")
+    x, y = np.zeros((20, 40), "float32"), np.zeros((20, 50), "float32")
+    weights = [model.get_weights()[0]]
+
+    def set_back(epoch: int, logs: Any) -> None:
+        weights.append(model.get_weights()[0])
+        model.optimizer.iterations.assign(0)
+
+    back = keras.callbacks.LambdaCallback(on_epoch_end=set_back)
+    privacy = tfdist.DPSGD(1.0, noise_multiplier=1.0, delta=1e-3)
+    options = {"batch_size": 20, "epochs": 2, "verbose": 0, "callbacks": [back]}
+    tfdist.fit(model, x, y, privacy=privacy, **options)
+    first, second = (move.ravel() for move in np.diff(np.array(weights), axis=0))
+    assert abs(np.corrcoef(first, second)[0, 1]) < 5 / math.sqrt(2000)
 
 
 @pytest.mark.quick
@@ -362,7 +382,6 @@ def own_step() -> Any:
     return model
 
 
-SGD = keras.optimizers.SGD
 REFUSED = {
     "batch_norm": (
         lambda: classifier(L.BatchNormalization(), L.Dense(3)),

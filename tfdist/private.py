@@ -17,7 +17,8 @@ from tfdist.errors import ArgumentError
 from tfdist.privacy import clipping, refusals
 from tfdist.privacy.accounting import noise_multiplier
 from tfdist.privacy.budget import PrivacyBudget
-from tfdist.privacy.ledger import Ledger, Phase
+from tfdist.privacy.ledger import Ledger, Phase, dp_accounting
+from tfdist.privacy.noise import Noise
 from tfdist.privacy.poisson import Poisson
 from tfdist.privacy.report import Report
 from tfdist.privacy.settings import DPSGD, Mechanism
@@ -56,6 +57,7 @@ class PrivateRun:
 
     Raises:
         ArgumentError: The model, or an argument, cannot be private.
+        MissingPackageError: dp-accounting is not installed.
     """
 
     mechanism: Mechanism
@@ -77,6 +79,7 @@ class PrivateRun:
                 f"`privacy` must be a tfdist.DPSGD or None. Received: privacy={privacy!r}."
             )
         _check_arguments(session, x, sampler, class_weight)
+        dp_accounting()  # missing, it must not be missed after training
         refusals.check_model(model)
         self.privacy = privacy
         self.sampler = _Everyone() if sampler is None else sampler
@@ -196,20 +199,22 @@ class PrivateRun:
             uncounted_steps=self._uncounted,
         )
 
-    def watched(self, callbacks: Any) -> Any:
-        """Adds to the callbacks what keeps count.
+    def watched(self, callbacks: Any, noise: Noise) -> Any:
+        """Adds to the callbacks what keeps count, and renews the noise.
 
         Args:
             callbacks: A list of callbacks, or a `CallbackList`.
+            noise: Of the steps to be made.
         """
+        last = _Last(self, noise)
         given = getattr(callbacks, "callbacks", callbacks)
         for callback in given:
             if isinstance(callback, PrivacyBudget):
                 callback.run = self
         if isinstance(callbacks, keras.callbacks.CallbackList):
-            callbacks.callbacks = [*given, _Restored(self)]
+            callbacks.callbacks = [*given, last]
             return callbacks
-        return [*given, _Restored(self)]
+        return [*given, last]
 
     @contextlib.contextmanager
     def counting(self) -> Iterator[None]:
@@ -230,15 +235,20 @@ class PrivateRun:
         self._start += restored
 
 
-class _Restored(keras.callbacks.Callback):  # type: ignore[misc]
-    """Tells a run when the other callbacks have begun; comes after them."""
+class _Last(keras.callbacks.Callback):  # type: ignore[misc]
+    """Comes after all other callbacks, and sees what they have restored."""
 
-    def __init__(self, run: PrivateRun) -> None:
+    def __init__(self, run: PrivateRun, noise: Noise) -> None:
         super().__init__()
         self._run = run
+        self._noise = noise
 
     def on_train_begin(self, logs: Any = None) -> None:
         self._run.note_restored()
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        # The noise of a step is a function of `iterations`, which a callback may set back.
+        self._noise.renew(self._run.privacy.seed)
 
 
 def _remembered(model: Any) -> tuple[Ledger, bool, int]:

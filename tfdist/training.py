@@ -167,8 +167,8 @@ def fit(
         kept = tfdist_callbacks.prepare(
             callbacks, session.strategy, prepared.stop, prepared.variables
         )
-        if private is not None:
-            kept = private.watched(kept)
+        if private is not None and prepared.private is not None:
+            kept = private.watched(kept, prepared.private.noise)
         # Asked for when the first share is drawn: a callback may restore the optimizer.
         drawn: Callable[[], int] = functools.partial(_epochs_done, model, source)
         epoch = initial_epoch
@@ -354,8 +354,7 @@ def _agreed(
     """Prepares a built model, once the workers were found to have been asked the same."""
     mechanism = None if private is None else private.mechanism
     prepared = prepare(model, session.strategy, for_training=for_training, mechanism=mechanism)
-    if private is not None and prepared.private is not None:
-        prepared.private.noise.renew(private.privacy.seed)
+    if private is not None:
         asked |= private.asked
     preflight.check_agreement(session, model, {**asked, "steps": source.steps}, source)
     return prepared

@@ -169,6 +169,8 @@ _FUNCTIONS = (
 def is_mean_over_examples(loss: Any, weighted: bool) -> bool:
     """Tells whether a compiled loss is known to be the mean of losses of single examples.
 
+    Relies on `LossFunctionWrapper._fn_kwargs`, the options of the loss.
+
     Args:
         loss: One leaf of `model.loss`.
         weighted: Whether losses are multiplied by weights of examples.
@@ -181,9 +183,9 @@ def is_mean_over_examples(loss: Any, weighted: bool) -> bool:
         return True
     if type(loss) not in _OF_EXAMPLES:
         return False
-    config = loss.get_config()
+    options = loss._fn_kwargs
     # What it ignores does not count in the mean.
-    if config.get("axis", -1) != -1 or config.get("ignore_class") is not None:
+    if options.get("axis", -1) != -1 or options.get("ignore_class") is not None:
         return False
     means = ("sum_over_batch_size", "mean", *(() if weighted else ("mean_with_sample_weight",)))
     return loss.reduction in means
