@@ -16,5 +16,7 @@ for name in (
     "parameter_server",
     "imbalance",
     "augment",
+    "privacy",
+    "privacy_utility",
 ):
     subprocess.run([sys.executable, "-m", f"benchmarks.{name}"], check=True)

@@ -186,6 +186,21 @@ def test_smote_has_the_same_figures_on_one_and_on_two_workers():
     assert one["ClassBalanced(), Augment"][2] > recall_of_odd[0] + 10
 
 
+@pytest.mark.parametrize(("launcher", "workers"), [ALONE, TWO])
+def test_private_digits_keeps_to_its_budget(launcher, workers):
+    printed = run(launcher, "private_digits.py")
+    facts = dict(re.findall(r"^(.+?): +(.+)$", printed, re.MULTILINE))
+    assert facts["strategy"] == ("single" if workers == 1 else "multi_worker")
+    assert float(facts["held-out accuracy"].split("%")[0]) > 85
+    assert 2.9 < float(facts["epsilon"].split(" ")[0]) <= 3.0
+    assert 100 < int(facts["steps"]) < 200
+    assert "The weights are differentially private with epsilon = " in printed
+    shown = [float(e) for e in re.findall(r"- epsilon: (\S+)", printed)]
+    assert shown == sorted(shown)  # progress, from the chief alone
+    assert shown[-1] <= 3.0
+    assert "Epoch 100/100" not in printed
+
+
 @pytest.mark.parametrize(
     ("launcher", "workers"),
     [

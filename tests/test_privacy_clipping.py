@@ -17,6 +17,12 @@ L = keras.layers
 EXAMPLES = 5
 
 
+def clipped_sum(*args: Any) -> tuple[list[Any], Any]:
+    """Gives the sums and the norms."""
+    sums, norms, _ = clipping.clipped_sum(*args)
+    return sums, norms
+
+
 def loop(model: Any, x: Any, y: Any, clip: float) -> tuple[list[Any], Any]:
     """Takes the gradient of one example after the other, and clips it."""
     variables = model.trainable_variables
@@ -232,7 +238,7 @@ def test_equals_a_loop_over_examples(name: str) -> None:
     clip = float(np.median(norms))  # some are clipped, some are not
     expected, _ = loop(model, x, y, clip)
     traced = tf.function(
-        lambda x, y, mask: clipping.clipped_sum(model, x, y, mask, clip), autograph=False
+        lambda x, y, mask: clipped_sum(model, x, y, mask, clip), autograph=False
     )
     tensors = [tf.nest.map_structure(tf.constant, part) for part in (x, y)]
     received, received_norms = traced(*tensors, tf.ones([EXAMPLES], tf.bool))
@@ -248,7 +254,7 @@ def test_eager_equals_traced_and_masked_rows_count_nothing(name: str) -> None:
     model, x, y = {**FAST, **SLOW}[name]()
     mask = np.array([True, False, True, True, False])
     expected, norms = loop(model, x[mask], y[mask], 0.5)
-    received, received_norms = clipping.clipped_sum(model, x, y, mask, 0.5)
+    received, received_norms = clipped_sum(model, x, y, mask, 0.5)
     close(received, expected)
     np.testing.assert_allclose(received_norms[mask], norms, rtol=1e-4)
     assert not np.any(received_norms[~mask])
@@ -259,7 +265,7 @@ def test_compiled_by_xla(name: str) -> None:
     model, x, y = FAST[name]()
     expected, _ = loop(model, x, y, 0.5)
     compiled = tf.function(
-        lambda x, y, mask: clipping.clipped_sum(model, x, y, mask, 0.5),
+        lambda x, y, mask: clipped_sum(model, x, y, mask, 0.5),
         autograph=False,
         jit_compile=True,
     )
@@ -275,7 +281,7 @@ def test_rows_that_are_not_finite_count_nothing(name: str, bad: float) -> None:
     expected, _ = loop(model, x[finite], y[finite], 0.5)
     x[2] = bad
     for mask in (np.ones(EXAMPLES, bool), finite):
-        received, norms = clipping.clipped_sum(model, x, y, mask, 0.5)
+        received, norms = clipped_sum(model, x, y, mask, 0.5)
         close(received, expected)
         assert norms[2] == 0
 
@@ -283,7 +289,7 @@ def test_rows_that_are_not_finite_count_nothing(name: str, bad: float) -> None:
 @pytest.mark.quick
 def test_no_row_counts() -> None:
     model, x, y = FAST["dense"]()
-    received, norms = clipping.clipped_sum(model, x, y, np.zeros(EXAMPLES, bool), 0.5)
+    received, norms = clipped_sum(model, x, y, np.zeros(EXAMPLES, bool), 0.5)
     assert not any(np.any(part) for part in received)
     assert not np.any(norms)
 
@@ -297,7 +303,7 @@ def test_mixed_precision() -> None:
         keras.config.set_dtype_policy("float32")
     mixed.set_weights(model.get_weights())
     expected, _ = loop(model, x, y, 0.5)
-    received, _ = clipping.clipped_sum(mixed, x, y, np.ones(EXAMPLES, bool), 0.5)
+    received, _ = clipped_sum(mixed, x, y, np.ones(EXAMPLES, bool), 0.5)
     for a, b in zip(received, expected, strict=True):
         assert a.dtype == tf.float32
         assert np.linalg.norm(a - b) < 0.05 * np.linalg.norm(b) + 0.01
@@ -309,7 +315,7 @@ def test_sensitivity_is_the_clipping_norm() -> None:
     for out in range(EXAMPLES):
         without = ones.copy()
         without[out] = False
-        pair = [clipping.clipped_sum(model, x, y, m, 0.01)[0] for m in (ones, without)]
+        pair = [clipped_sum(model, x, y, m, 0.01)[0] for m in (ones, without)]
         moved = sum(np.sum((a - b).numpy() ** 2) for a, b in zip(*pair, strict=True))
         assert np.sqrt(moved) == pytest.approx(0.01, rel=1e-3)
 
@@ -325,7 +331,7 @@ def test_what_mixes_or_draws_is_refused() -> None:
         shape = (5, 3) if isinstance(layers[0], L.LSTM) else (4,)
         model, x, y = sequential(shape, *layers)
         with pytest.raises(ArgumentError, match=message):
-            clipping.clipped_sum(model, x, y, ones, 1.0)
+            clipped_sum(model, x, y, ones, 1.0)
 
 
 @pytest.mark.quick
@@ -368,3 +374,49 @@ class TestKerasContract:
         embedded = L.Embedding(3, 2, mask_zero=True)(np.array([[0, 1]]))
         assert _layers.has_mask(embedded)
         assert not _layers.has_mask(L.Dense(1)(np.ones((1, 2))))
+
+    def test_regularizers_can_be_taken_away(self) -> None:
+        model = keras.Sequential([keras.Input((3,)), L.Dense(2, kernel_regularizer="l2")])
+        model.compile(loss="mse")
+        kernel = model.trainable_variables[0]
+        kept = kernel.regularizer
+        with _layers.without_regularizers([kernel]):
+            assert model.losses == []
+        assert kernel.regularizer is kept
+        assert len(model.losses) == 1
+
+    def test_losses_are_computed_and_tracked(self) -> None:
+        model = keras.Sequential([keras.Input((3,)), L.Dense(2)])
+        model.compile(loss="mse")
+        x, y = data(3), data(2)
+        loss = _layers.compiled_loss(model, x, y, model(x), None)
+        _layers.track_loss(model, loss, EXAMPLES)
+        assert float(model.get_metrics_result()["loss"]) == pytest.approx(float(loss))
+        assert not _layers.has_own_compute_loss(model)
+
+    def test_functional_models_are_told_from_subclassed_ones(self) -> None:
+        class Own(keras.Model):
+            pass
+
+        x = keras.Input((3,))
+        assert _layers.is_graph_of_layers(keras.Model(x, L.Dense(1)(x)))
+        assert _layers.is_graph_of_layers(keras.Sequential([L.Dense(1)]))
+        assert not _layers.is_graph_of_layers(Own(x, L.Dense(1)(x)))
+        assert not _layers.is_graph_of_layers(L.Dense(1))
+
+    def test_which_losses_are_means_over_examples(self) -> None:
+        losses = keras.losses
+        for loss in ("mse", "crossentropy", losses.Huber(), losses.huber, losses.CTC()):
+            assert _layers.is_mean_over_examples(loss, weighted=True)
+        mean_by_weight = losses.Huber(reduction="mean_with_sample_weight")
+        assert _layers.is_mean_over_examples(mean_by_weight, weighted=False)
+        for loss in (
+            mean_by_weight,
+            losses.Dice(),
+            "dice",
+            losses.Huber(reduction="sum"),
+            losses.CosineSimilarity(axis=0),
+            losses.SparseCategoricalCrossentropy(ignore_class=0),
+            lambda y, p: y - p,
+        ):
+            assert not _layers.is_mean_over_examples(loss, weighted=True)

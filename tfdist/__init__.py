@@ -11,10 +11,13 @@ if TYPE_CHECKING:
     from tfdist import imbalance, privacy, samplers
     from tfdist.data import Augment, ByClass, LocalShard
     from tfdist.dropin import drop_in
+    from tfdist.privacy.budget import PrivacyBudget
+    from tfdist.privacy.settings import DPSGD
     from tfdist.session import init, is_chief
     from tfdist.training import evaluate, fit, predict
 
 __all__ = [
+    "DPSGD",
     "Augment",
     "ByClass",
     "Horovod",
@@ -23,6 +26,7 @@ __all__ = [
     "LocalShard",
     "ParameterServer",
     "PerClassMetrics",
+    "PrivacyBudget",
     "__version__",
     "drop_in",
     "evaluate",
@@ -40,12 +44,14 @@ __all__ = [
 _HOMES = {
     "Augment": "tfdist.data",
     "ByClass": "tfdist.data",
+    "DPSGD": "tfdist.privacy.settings",
     "Horovod": "tfdist.strategies.horovod",
     "LearningRateScaling": "tfdist.learning_rate",
     "LearningRateWarmup": "tfdist.learning_rate",
     "LocalShard": "tfdist.data",
     "ParameterServer": "tfdist.strategies.parameter_server",
     "PerClassMetrics": "tfdist.imbalance.per_class",
+    "PrivacyBudget": "tfdist.privacy.budget",
     "drop_in": "tfdist.dropin",
     "evaluate": "tfdist.training",
     "fit": "tfdist.training",

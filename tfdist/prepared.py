@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from tfdist import _keras, data
+from tfdist.privacy.settings import Mechanism
+from tfdist.privacy.step import PrivateStep
 from tfdist.steps import Stop, make_functions
 from tfdist.strategies.base import Functions, Place, Strategy
 
@@ -26,6 +28,11 @@ class Prepared:
     held: contextlib.AbstractContextManager[None]
     functions: Functions
     stop: Stop
+    private: PrivateStep | None = None
+
+    def trains(self, mechanism: Mechanism | None) -> bool:
+        """Tells whether the train function does what a mechanism says, or is a plain one."""
+        return mechanism == (None if self.private is None else self.private.mechanism)
 
     def fits(self, model: Any, strategy: Strategy) -> bool:
         """Tells whether the model was compiled or rebuilt since, or moved elsewhere."""
@@ -64,18 +71,28 @@ class Prepared:
             yield
 
 
-def prepare(model: Any, strategy: Strategy) -> Prepared:
+def prepare(
+    model: Any,
+    strategy: Strategy,
+    *,
+    for_training: bool = False,
+    mechanism: Mechanism | None = None,
+) -> Prepared:
     """Gives a model's functions on a strategy, making them when it has none that fit.
 
     Args:
         model: A built `keras.Model`.
         strategy: Where its replicas are.
+        for_training: Whether the train function will be used.
+        mechanism: What private training does to the gradients.
     """
     known = vars(model).get(_MEMORY)
-    if known is not None and known.fits(model, strategy):
+    usable = known is not None and known.fits(model, strategy)
+    if usable and (not for_training or known.trains(mechanism)):
         return known  # type: ignore[no-any-return]
     variables = _variables(model)
     stop = Stop()
+    private = None if mechanism is None else PrivateStep(model, mechanism, strategy)
     prepared = Prepared(
         model,
         strategy,
@@ -83,8 +100,9 @@ def prepare(model: Any, strategy: Strategy) -> Prepared:
         _keras.compiled_state(model),
         variables,
         strategy.hold(variables, _keras.optimizers_of(model)),
-        make_functions(model, strategy, stop),
+        make_functions(model, strategy, stop, private),
         stop,
+        private,
     )
     vars(model)[_MEMORY] = prepared
     return prepared

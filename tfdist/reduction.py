@@ -142,16 +142,29 @@ class Updates:
     With Keras's `train_step` nothing after the update depends on it, so it waits for the
     metrics and shares their collective. A model's own `train_step` may rely on updated
     weights (a GAN's second half does), so there each update is made at once.
+
+    Args:
+        model: The model that is trained.
+        batch: The replica's share.
+        agreement: Whether the workers go on.
+        strategy: Where the replica is.
+        are_parts: Whether gradients come as parts of the global one, which add up to it.
     """
 
     def __init__(
-        self, model: Any, batch: ReplicaBatch, agreement: Agreement, strategy: Strategy
+        self,
+        model: Any,
+        batch: ReplicaBatch,
+        agreement: Agreement,
+        strategy: Strategy,
+        are_parts: bool = False,
     ) -> None:
         self.agreement = agreement
         self._strategy = strategy
         self._model = model
         self._batch = batch
         self._at_once = _keras.has_own_train_step(model)
+        self._are_parts = are_parts
         self._scaled: set[int] = set()
         self._waiting: list[_Waiting] = []
 
@@ -170,7 +183,7 @@ class Updates:
         variables: Sequence[Any],
     ) -> None:
         """Keeps the share's gradients for the reduction, or reduces and applies them now."""
-        if id(optimizer) not in self._scaled:
+        if not self._are_parts and id(optimizer) not in self._scaled:
             share = self._batch.share
             grads = [g if g is None else g * tf.cast(share, g.dtype) for g in grads]
         self._waiting.append(_Waiting(update, grads, variables))

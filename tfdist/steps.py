@@ -17,7 +17,8 @@ import tensorflow as tf
 from tfdist import _keras
 from tfdist._keras import ReplicaBatch
 from tfdist.data import Epoch, Share
-from tfdist.errors import DisagreementError, MembersChanged
+from tfdist.errors import DisagreementError, MembersChanged, StrategyError
+from tfdist.privacy.step import PrivateStep
 from tfdist.reduction import (
     DISAGREED,
     MEMBERS_CHANGED,
@@ -60,23 +61,35 @@ class Signals(NamedTuple):
     check: Tensor
 
 
-def make_functions(model: Any, strategy: Strategy, stop: Stop) -> Functions:
+def make_functions(
+    model: Any, strategy: Strategy, stop: Stop, private: PrivateStep | None = None
+) -> Functions:
     """Builds the functions of a model on a strategy; they are traced when first called.
 
     Args:
         model: A compiled, built `keras.Model`, its variables held by the strategy.
         strategy: Where its replicas are.
         stop: Shared with the callback that sets `requested` and reads `agreed`.
+        private: Takes the place of Keras's train step, if training is private.
 
     Returns:
         The functions for `_keras.loop_functions`.
+
+    Raises:
+        StrategyError: Private training is not possible there.
     """
     own = strategy.own_functions(model)
+    if own is not None and private is not None:
+        raise StrategyError(
+            "Private training must be synchronous: a gradient of weights that others have "
+            f"changed meanwhile is not accounted for. Received: {strategy.name} with steps of "
+            "its own. Use strategy=tfdist.ParameterServer(synchronous=True)."
+        )
     if own is not None:
         return own
-    replica = _Replica(model, strategy)
+    replica = _Replica(model, strategy, private)
     return Functions(
-        train=_over_epoch(model, strategy, replica.train, stop),
+        train=_over_epoch(model, strategy, replica.train, stop, varies=private is not None),
         test=_over_epoch(model, strategy, replica.test, Stop()),
         predict=_over_shares(model, strategy, replica.predict),
     )
@@ -91,9 +104,16 @@ def _traced(model: Any, function: Callable[..., Any], **options: Any) -> Callabl
 
 
 def _over_epoch(
-    model: Any, strategy: Strategy, step: Callable[..., Any], stop: Stop
+    model: Any,
+    strategy: Strategy,
+    step: Callable[..., Any],
+    stop: Stop,
+    varies: bool = False,
 ) -> Callable[[Epoch], Logs]:
-    """Wraps a replica's step into a function of an epoch, `steps_per_execution` at a time."""
+    """Wraps a replica's step into a function of an epoch, `steps_per_execution` at a time.
+
+    With batches of another size each time (`varies`) a step compiles what it can for itself.
+    """
     Result = tuple[Logs, Signals]
 
     def after_data(share: Share, stopping: Tensor) -> Result:
@@ -107,7 +127,8 @@ def _over_epoch(
         return result
 
     alone = strategy.place.num_replicas == 1
-    compiled_step = _traced(model, one_step, jit_compile=alone and model.jit_compile)
+    compiled = alone and model.jit_compile and not varies
+    compiled_step = _traced(model, one_step, jit_compile=compiled)
 
     def one(iterator: Any, stopping: Tensor) -> Result:
         result: Result = compiled_step(strategy.next_share(iterator), stopping)
@@ -180,9 +201,10 @@ def _over_shares(
 class _Replica:
     """One replica's steps."""
 
-    def __init__(self, model: Any, strategy: Strategy) -> None:
+    def __init__(self, model: Any, strategy: Strategy, private: PrivateStep | None) -> None:
         self.model = model
         self.strategy = strategy
+        self.private = private
         self.alone = strategy.place.num_replicas == 1
         self.watched = frozenset(id(v) for v in model.non_trainable_variables)
         self.elements = sum(math.prod(v.shape) for v in model.trainable_variables)
@@ -193,10 +215,16 @@ class _Replica:
             return self.model.train_step(share.data), Signals(tf.constant(0), tf.zeros([4]))
         with _keras.on_replica(self._batch(share)) as batch:
             agreement = Agreement(self.strategy, share, stopping, self.elements)
-            updates = Updates(self.model, batch, agreement, self.strategy)
+            private = self.private
+            updates = Updates(
+                self.model, batch, agreement, self.strategy, are_parts=private is not None
+            )
             metrics = self._metrics_from_zero()
             batch.updates = updates
-            logs = self.model.train_step(share.data)
+            if private is None:
+                logs = self.model.train_step(share.data)
+            else:
+                logs = private.train_step(share.data, batch)
             batch.updates = None
             updates.finish(metrics)
             return self._logs(batch, logs), Signals(agreement.status, share.check)

@@ -14,6 +14,8 @@ from tfdist import _keras, data, elastic, preflight
 from tfdist import callbacks as tfdist_callbacks
 from tfdist.errors import ArgumentError
 from tfdist.prepared import Prepared, prepare
+from tfdist.privacy.settings import DPSGD
+from tfdist.private import PrivateRun
 from tfdist.samplers import Sampler, Sequential, Uniform, from_shuffle
 from tfdist.session import Session, current
 from tfdist.steps import Stop
@@ -44,6 +46,7 @@ def fit(
     augment: data.Augment | None = None,
     shard: Any = None,
     seed: int | None = None,
+    privacy: DPSGD | None = None,
 ) -> Any:
     """Trains a Keras model on every replica there is, as one process would.
 
@@ -85,9 +88,12 @@ def fit(
             each passes the arrays that it holds, of any number of rows, also to validate on;
             the union of all is trained on, and no row leaves its worker.
         seed: Of sampler and augmentation; `init`'s if None, and drawn if that is None too.
+            In private training `init`'s is not used.
+        privacy: A `tfdist.DPSGD` for differentially private training.
 
     Returns:
-        Keras's `History`, the same on every worker.
+        Keras's `History`, the same on every worker; in private training its attribute
+        `privacy` is a `tfdist.privacy.Report`.
 
     Raises:
         ArgumentError: Arguments or data cannot be used as they are.
@@ -106,8 +112,14 @@ def fit(
     session = current(strategy)
     preflight.check_counts(epochs=epochs, initial_epoch=initial_epoch)
     preflight.check_steps(steps_per_epoch=steps_per_epoch, validation_steps=validation_steps)
-    seed = session.sampler_seed(seed)
     model = preflight.compiled(model)
+    private = None
+    if privacy is not None:
+        private = PrivateRun(
+            privacy, session, model, x, sampler=sampler, seed=seed, class_weight=class_weight
+        )
+        sampler, seed = private.sampler, private.sampling_seed
+    seed = session.sampler_seed(seed)
     run = elastic.Run(session.strategy, seed) if session.strategy.elastic else None
     held = data.local_shard(shard, session.strategy)
     if validation_split and validation_data is None:
@@ -147,12 +159,16 @@ def fit(
             "generator. Pass arrays, a tf.data.Dataset or a keras.utils.PyDataset."
         )
     _keras.build(model, source.spec())
+    if private is not None:
+        private.plan(source, epochs - initial_epoch)
 
     def attempt() -> Any:
         prepared = _agreed(
             session,
             model,
             source,
+            for_training=True,
+            private=private,
             batch_size=batch_size,
             epochs=epochs,
             initial_epoch=initial_epoch,
@@ -164,6 +180,8 @@ def fit(
         kept = tfdist_callbacks.prepare(
             callbacks, session.strategy, prepared.stop, prepared.variables
         )
+        if private is not None and prepared.private is not None:
+            kept = private.watched(kept, prepared.private.noise)
         # Asked for when the first share is drawn: a callback may restore the optimizer.
         drawn: Callable[[], int] = functools.partial(_epochs_done, model, source)
         epoch = initial_epoch
@@ -199,7 +217,14 @@ def fit(
             print(f"tfdist: {summary}", flush=True)
         return history
 
-    return attempt() if run is None else run.train(attempt)
+    with contextlib.nullcontext() if private is None else private.counting():
+        history = attempt() if run is None else run.train(attempt)
+    if private is not None:
+        history.privacy = private.report()
+        if session.is_chief and verbose != 0:
+            within = private.privacy.target_epsilon
+            print(f"tfdist: {history.privacy.line(within)}", flush=True)
+    return history
 
 
 def evaluate(
@@ -357,9 +382,20 @@ def _read_in_order(
     return data.read(x, y, sample_weight, settings)
 
 
-def _agreed(session: Session, model: Any, source: data.Source, **asked: Any) -> Prepared:
+def _agreed(
+    session: Session,
+    model: Any,
+    source: data.Source,
+    *,
+    for_training: bool = False,
+    private: PrivateRun | None = None,
+    **asked: Any,
+) -> Prepared:
     """Prepares a built model, once the workers were found to have been asked the same."""
-    prepared = prepare(model, session.strategy)
+    mechanism = None if private is None else private.mechanism
+    prepared = prepare(model, session.strategy, for_training=for_training, mechanism=mechanism)
+    if private is not None:
+        asked |= private.asked
     preflight.check_agreement(session, model, {**asked, "steps": source.steps}, source)
     return prepared
 

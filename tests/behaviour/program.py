@@ -15,6 +15,7 @@ import pytest
 from tests.behaviour.checks import CHECKS
 from tests.behaviour.horovod_checks import HOROVOD_CHECKS
 from tests.behaviour.local_checks import LOCAL_CHECKS
+from tests.behaviour.privacy_checks import PRIVACY_CHECKS
 from tests.behaviour.server_checks import SERVER_CHECKS
 from tests.jobs import begin, write
 
@@ -28,13 +29,14 @@ OWN = {
 def main(strategy: str, replicas: str, folder: Path, *names: str) -> None:
     place = begin(strategy, replicas, seed=7).strategy.place
     checks = CHECKS | OWN.get(strategy, {})
+    named = checks | PRIVACY_CHECKS
     for name in names or checks:
         keras.utils.set_random_seed(7)
         keras.backend.clear_session()
         shared = folder / name
         shared.mkdir(exist_ok=True)
         try:
-            checks[name](shared)
+            named[name](shared)
             outcome = "passed"
         except pytest.skip.Exception as reason:
             outcome = f"skipped: {reason}"

@@ -492,3 +492,101 @@ def own_compute_loss(train: Train) -> tuple[Any, Any]:
     model = OwnLoss(inputs, L.Dense(1)(L.BatchNormalization(synchronized=True)(inputs)))
     model.compile(keras.optimizers.Adam(0.01))
     return model, train(model, *table(), batch_size=64, epochs=2)
+
+
+def noiseless(**options: Any) -> tfdist.DPSGD:
+    """Clips, and adds no noise, which would differ with the number of replicas."""
+    return tfdist.DPSGD(noise_multiplier=0.0, delta=1e-5, **options)
+
+
+def private_mlp(optimizer: Any, **compile_options: Any) -> Any:
+    model = keras.Sequential(
+        [
+            keras.Input((20,)),
+            L.Dense(32, activation="relu", kernel_regularizer=keras.regularizers.L2(1e-3)),
+            L.LayerNormalization(),
+            L.Dense(3),
+        ]
+    )
+    model.compile(optimizer, crossentropy(), metrics=["accuracy"], **compile_options)
+    return model
+
+
+@case
+def private(train: Train) -> tuple[Any, Any]:
+    model = private_mlp(keras.optimizers.AdamW(0.01, weight_decay=0.01))
+    return model, train(
+        model,
+        *table(),
+        batch_size=64,
+        epochs=2,
+        validation_data=table(101),
+        privacy=noiseless(l2_norm_clip=0.5),
+    )
+
+
+@case
+def private_some_batches_empty(train: Train) -> tuple[Any, Any]:
+    model = private_mlp(keras.optimizers.SGD(0.05, momentum=0.9), steps_per_execution=3)
+    options = {"batch_size": 2, "epochs": 2, "privacy": noiseless(l2_norm_clip=0.5)}
+    return model, train(model, *table(60), **options)
+
+
+@case
+def private_microbatches_and_dropout(train: Train) -> tuple[Any, Any]:
+    model = keras.Sequential(
+        [
+            keras.Input((8, 8, 1)),
+            L.Conv2D(6, 3, activation="relu"),
+            L.GroupNormalization(2),
+            L.Flatten(),
+            L.Dropout(0.5),
+            L.Dense(4),
+        ]
+    )
+    model.compile(keras.optimizers.Adam(0.01), crossentropy(), weighted_metrics=["accuracy"])
+    weights = np.random.default_rng(1).uniform(0, 3, 193).astype("float32")
+    return model, train(
+        model,
+        *images(),
+        sample_weight=weights,
+        batch_size=32,
+        epochs=2,
+        privacy=noiseless(l2_norm_clip=0.5, microbatch_size=5),
+    )
+
+
+@case
+def private_masked_tagging(train: Train) -> tuple[Any, Any]:
+    words = keras.Input((12,), dtype="int32")
+    hidden = L.Embedding(50, 8, mask_zero=True)(words)
+    tags = L.Dense(2, name="tags")(hidden)
+    last = L.Dense(1, name="last")(L.LSTM(4)(hidden))
+    model = keras.Model(words, {"tags": tags, "last": last})
+    model.compile(
+        keras.optimizers.Adam(0.01),
+        {"tags": crossentropy(), "last": "mse"},
+        loss_weights={"tags": 1.0, "last": 0.5},
+        metrics={"tags": ["accuracy"]},
+    )
+    x, y = sequences(161)
+    targets = {"tags": x % 2, "last": y[:, None]}
+    privacy = noiseless(l2_norm_clip=0.5)
+    return model, train(model, x, targets, batch_size=32, epochs=2, privacy=privacy)
+
+
+@case
+def private_class_weight_and_mixed_precision(train: Train) -> tuple[Any, Any]:
+    keras.mixed_precision.set_global_policy("mixed_bfloat16")
+    try:
+        model = private_mlp(keras.optimizers.Adam(1e-3))
+        return model, train(
+            model,
+            *table(),
+            class_weight={0: 3.0, 1: 0.5},
+            batch_size=64,
+            epochs=1,
+            privacy=noiseless(l2_norm_clip=0.5),
+        )
+    finally:
+        keras.mixed_precision.set_global_policy("float32")

@@ -113,11 +113,12 @@ def _replica_batch() -> ReplicaBatch | None:
 
 
 @contextlib.contextmanager
-def on_replica(batch: ReplicaBatch) -> Iterator[ReplicaBatch]:
+def on_replica(batch: Any) -> Iterator[Any]:
     """Makes `batch` what Keras's functions see in this thread, within `replicated()`.
 
     Args:
-        batch: The replica's share. tf.distribute traces each replica in its own thread.
+        batch: The replica's share, a `ReplicaBatch`; None for what is no part of a larger
+            batch. tf.distribute traces each replica in its own thread.
 
     Yields:
         `batch`.
@@ -461,9 +462,9 @@ def _uniform_rows(
     key, counter = tf.raw_ops.StatelessRandomGetKeyCounter(seed=seed)
     counter += tf.stack([tf.cast(start // per_count, tf.uint64), tf.constant(0, tf.uint64)])
     numbers = draw(
-        shape=[elements + skipped], key=key, counter=counter, alg=_PHILOX, dtype=dtype
+        shape=[elements + per_count - 1], key=key, counter=counter, alg=_PHILOX, dtype=dtype
     )
-    return tf.reshape(numbers[skipped:], shape)
+    return tf.reshape(tf.slice(numbers, [skipped], [elements]), shape)
 
 
 # --- the loop -------------------------------------------------------------------------

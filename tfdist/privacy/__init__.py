@@ -13,14 +13,17 @@ if TYPE_CHECKING:
     from tfdist.privacy.accounting import capacity, epsilon, noise_multiplier
     from tfdist.privacy.ledger import Ledger, Phase
     from tfdist.privacy.poisson import Poisson
-    from tfdist.privacy.report import statement
+    from tfdist.privacy.rebuild import make_private_model
+    from tfdist.privacy.report import Report, statement
 
 __all__ = [
     "Ledger",
     "Phase",
     "Poisson",
+    "Report",
     "capacity",
     "epsilon",
+    "make_private_model",
     "noise_multiplier",
     "statement",
 ]
@@ -29,8 +32,10 @@ _HOMES = {
     "Ledger": "tfdist.privacy.ledger",
     "Phase": "tfdist.privacy.ledger",
     "Poisson": "tfdist.privacy.poisson",
+    "Report": "tfdist.privacy.report",
     "capacity": "tfdist.privacy.accounting",
     "epsilon": "tfdist.privacy.accounting",
+    "make_private_model": "tfdist.privacy.rebuild",
     "noise_multiplier": "tfdist.privacy.accounting",
     "statement": "tfdist.privacy.report",
 }

@@ -6,8 +6,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+
+import keras
+import tensorflow as tf
+from keras.src.models import Functional as _Functional
 
 
 def own_variables(layer: Any) -> list[Any]:
@@ -98,22 +102,166 @@ def is_plain(layer: Any) -> bool:
     )
 
 
+def is_seed(variable: Any) -> bool:
+    """Tells whether a variable is a state of random numbers.
+
+    Relies on its name.
+
+    Args:
+        variable: A `keras.Variable`.
+    """
+    return bool(variable.name == "seed_generator_state")
+
+
 def seeds(layer: Any) -> list[Any]:
     """Lists the states of a layer's random numbers.
-
-    Relies on their name.
 
     Args:
         layer: A `keras.Layer`.
     """
-    return [v for v in layer.non_trainable_variables if v.name == "seed_generator_state"]
+    return [v for v in layer.non_trainable_variables if is_seed(v)]
 
 
-def is_compiled_mean(loss: Any) -> bool:
-    """Tells whether a compiled loss is a mean over the examples.
+_losses = keras.losses
+# Each of these has a loss for every example that depends on it alone, and takes the mean.
+_OF_EXAMPLES = (
+    _losses.BinaryCrossentropy,
+    _losses.BinaryFocalCrossentropy,
+    _losses.CategoricalCrossentropy,
+    _losses.CategoricalFocalCrossentropy,
+    _losses.CategoricalHinge,
+    _losses.CTC,
+    _losses.CosineSimilarity,
+    _losses.Hinge,
+    _losses.Huber,
+    _losses.KLDivergence,
+    _losses.LogCosh,
+    _losses.MeanAbsoluteError,
+    _losses.MeanAbsolutePercentageError,
+    _losses.MeanSquaredError,
+    _losses.MeanSquaredLogarithmicError,
+    _losses.Poisson,
+    _losses.SparseCategoricalCrossentropy,
+    _losses.SquaredHinge,
+)
+_FUNCTIONS = (
+    _losses.binary_crossentropy,
+    _losses.binary_focal_crossentropy,
+    _losses.categorical_crossentropy,
+    _losses.categorical_focal_crossentropy,
+    _losses.categorical_hinge,
+    _losses.ctc,
+    _losses.cosine_similarity,
+    _losses.hinge,
+    _losses.huber,
+    _losses.kl_divergence,
+    _losses.log_cosh,
+    _losses.mean_absolute_error,
+    _losses.mean_absolute_percentage_error,
+    _losses.mean_squared_error,
+    _losses.mean_squared_logarithmic_error,
+    _losses.poisson,
+    _losses.sparse_categorical_crossentropy,
+    _losses.squared_hinge,
+)
+
+
+def is_mean_over_examples(loss: Any, weighted: bool) -> bool:
+    """Tells whether a compiled loss is known to be the mean of losses of single examples.
+
+    Relies on `LossFunctionWrapper._fn_kwargs`, the options of the loss.
 
     Args:
         loss: One leaf of `model.loss`.
+        weighted: Whether losses are multiplied by weights of examples.
     """
-    means = ("sum_over_batch_size", "mean", "mean_with_sample_weight")
-    return isinstance(loss, str) or getattr(loss, "reduction", None) in means
+    if isinstance(loss, str):
+        if loss.lower() in ("crossentropy", "ce"):  # Keras chooses one of three
+            return True
+        loss = _losses.get(loss)
+    if loss in _FUNCTIONS:
+        return True
+    if type(loss) not in _OF_EXAMPLES:
+        return False
+    options = loss._fn_kwargs
+    # What it ignores does not count in the mean.
+    if options.get("axis", -1) != -1 or options.get("ignore_class") is not None:
+        return False
+    means = ("sum_over_batch_size", "mean", *(() if weighted else ("mean_with_sample_weight",)))
+    return loss.reduction in means
+
+
+def is_graph_of_layers(model: Any) -> bool:
+    """Tells whether a model is given by its layers, and not by code of its own.
+
+    Relies on the class `Functional`, which `keras.Model(inputs, outputs)` makes.
+
+    Args:
+        model: A layer or model.
+    """
+    return type(model) in (keras.Sequential, _Functional)
+
+
+def losses_of(model: Any) -> list[Any]:
+    """Lists the losses a model was compiled with.
+
+    Args:
+        model: A compiled `keras.Model`.
+    """
+    return [loss for loss in tf.nest.flatten(model.loss) if loss is not None]
+
+
+def has_own_compute_loss(model: Any) -> bool:
+    """Tells whether the model's class overrides `compute_loss`.
+
+    Args:
+        model: A `keras.Model`.
+    """
+    return bool(type(model).compute_loss is not keras.Model.compute_loss)
+
+
+def compiled_loss(model: Any, x: Any, y: Any, outputs: Any, sample_weight: Any) -> Any:
+    """Computes the loss that training minimizes.
+
+    Relies on `Trainer._compute_loss`, which also calls a `compute_loss` without `training`.
+
+    Args:
+        model: A compiled `keras.Model`.
+        x: Inputs.
+        y: Targets.
+        outputs: The model's.
+        sample_weight: As Keras has it, or None.
+    """
+    return model._compute_loss(
+        x=x, y=y, y_pred=outputs, sample_weight=sample_weight, training=True
+    )
+
+
+@contextlib.contextmanager
+def without_regularizers(variables: Sequence[Any]) -> Iterator[None]:
+    """Takes the regularizers of variables away while the context lasts.
+
+    Args:
+        variables: `keras.Variable`s.
+    """
+    before = [v.regularizer for v in variables]
+    try:
+        for variable in variables:
+            variable.regularizer = None
+        yield
+    finally:
+        for variable, regularizer in zip(variables, before, strict=True):
+            variable.regularizer = regularizer
+
+
+def track_loss(model: Any, loss: Any, examples: Any) -> None:
+    """Counts a loss in what the progress bar shows.
+
+    Relies on `Trainer._loss_tracker`.
+
+    Args:
+        model: A compiled `keras.Model`.
+        loss: Scalar, of a batch.
+        examples: How many the batch has.
+    """
+    model._loss_tracker.update_state(loss, sample_weight=examples)

@@ -10,26 +10,49 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import keras
 import tensorflow as tf
 from keras import layers
 
+from tfdist import _keras
 from tfdist.errors import ArgumentError
 from tfdist.privacy import _layers
 from tfdist.privacy.closed_forms import FORMS, Call, has_activation
 from tfdist.privacy.parts import Part, Written
 
 Tensor = Any
+_HALF = ("bfloat16", "float16")
+
+
+class Clipped(NamedTuple):
+    """What one pass over some examples gives.
+
+    Attributes:
+        sums: Of clipped gradients, float32, in the order of `model.trainable_variables`.
+        norms: Of each example's gradient before clipping, shape [examples], 0 where it
+            counts nothing: where it is masked or not finite.
+        outputs: The model's.
+    """
+
+    sums: list[Tensor]
+    norms: Tensor
+    outputs: Any
 
 
 def clipped_sum(
-    model: Any, x: Any, y: Any, sample_mask: Tensor, l2_norm_clip: float
-) -> tuple[list[Tensor], Tensor]:
+    model: Any,
+    x: Any,
+    y: Any,
+    sample_mask: Tensor,
+    l2_norm_clip: float,
+    sample_weight: Any = None,
+) -> Clipped:
     """Sums the gradients of all examples, each clipped to a norm; can be traced.
 
     An example's gradient is that of the compiled loss on a batch of this example alone.
-    Regularizers, which do not depend on the data, are left out.
+    Regularizers of weights, which do not depend on the data, are left out.
 
     Args:
         model: A compiled, built `keras.Model`.
@@ -37,11 +60,7 @@ def clipped_sum(
         y: Targets.
         sample_mask: Bool, shape [examples]; False for padding, which counts nothing.
         l2_norm_clip: The largest norm of an example's gradient over all variables.
-
-    Returns:
-        The sums, float32, in the order of `model.trainable_variables`; and the norm of each
-        example's gradient before clipping, shape [examples], 0 where it counts nothing:
-        where it is masked or not finite.
+        sample_weight: By which losses are multiplied, before clipping, as Keras has them.
 
     Raises:
         ArgumentError: The model has a layer that mixes examples or draws random numbers
@@ -52,35 +71,57 @@ def clipped_sum(
         >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
         >>> model.compile(loss="mse")
         >>> x, y = np.ones((3, 4), "float32"), np.zeros((3, 1), "float32")
-        >>> sums, norms = clipped_sum(model, x, y, np.array([True, True, False]), 1e-3)
-        >>> [tuple(s.shape) for s in sums], float(norms[2])
+        >>> clipped = clipped_sum(model, x, y, np.array([True, True, False]), 1e-3)
+        >>> [tuple(s.shape) for s in clipped.sums], float(clipped.norms[2])
         ([(4, 1), (1,)], 0.0)
     """
-    parts, _ = _recorded(model, x, y, also_plain=False)
+    parts, _, outputs = _recorded(model, x, y, sample_weight)
     squares = tf.add_n([part.squared_norms() for part in parts])
     counted = tf.convert_to_tensor(sample_mask) & tf.math.is_finite(squares)
     # Rounding may leave a square of almost 0 below it.
     norms = tf.sqrt(tf.maximum(tf.where(counted, squares, 0.0), 0.0))
     factors = tf.minimum(1.0, tf.math.divide_no_nan(float(l2_norm_clip), norms))
     factors = tf.where(norms > 0, factors, 1.0)
-    return _sums(model, parts, tf.where(counted, factors, 0.0)), norms
+    return Clipped(_sums(model, parts, tf.where(counted, factors, 0.0)), norms, outputs)
 
 
-def check(model: Any, x: Any, y: Any, tolerance: float = 1e-3) -> None:
-    """Compares the recorded gradients, unclipped, with plain ones; for a first batch.
+def check(model: Any, x: Any, y: Any, sample_weight: Any = None) -> None:
+    """Compares the gradients of some examples, unclipped, with plain ones, and each alone.
 
-    A weight that is used outside its layer's `call` (tied by hand, say) would else be missed.
+    A weight that is used outside its layer's `call` (tied by hand, say) would else be missed,
+    and a layer that mixes examples would not be noticed. The model is left as it was.
 
     Args:
         model: As in `clipped_sum`.
-        x: As in `clipped_sum`.
+        x: As in `clipped_sum`; a few rows.
         y: As in `clipped_sum`.
-        tolerance: The largest difference, as a part of the plain gradient's norm.
+        sample_weight: As in `clipped_sum`.
 
     Raises:
-        ArgumentError: They differ.
+        ArgumentError: They differ, or the model changes its state or adds losses.
     """
-    parts, plain = _recorded(model, x, y, also_plain=True)
+    half = any(layer.compute_dtype in _HALF for layer in model._flatten_layers())
+    tolerance = 0.05 if half else 1e-3
+    state = model.non_trainable_variables
+    before = [tf.identity(v.value) for v in state]
+    try:
+        _check_sum(model, x, y, sample_weight, tolerance)
+        _check_state(state, before)
+        _check_each_alone(model, x, y, sample_weight, tolerance)
+    finally:
+        for variable, value in zip(state, before, strict=True):
+            variable.assign(value)
+
+
+def _check_sum(model: Any, x: Any, y: Any, sample_weight: Any, tolerance: float) -> None:
+    parts, plain, _ = _recorded(model, x, y, sample_weight, also_plain=True)
+    with _layers.without_regularizers(model.trainable_variables):
+        if model.losses:
+            raise ArgumentError(
+                "The loss must come from `compile` and the regularizers of weights alone. "
+                "Received: a model with a layer that calls `add_loss` or has an "
+                "`activity_regularizer`: what they add is of the whole batch. Leave them out."
+            )
     examples = tf.shape(parts[0].squared_norms())[0]
     received = _sums(model, parts, tf.ones([examples]))
     for variable, sums, expected in zip(
@@ -96,6 +137,41 @@ def check(model: Any, x: Any, y: Any, tolerance: float = 1e-3) -> None:
             )
 
 
+def _check_state(state: Sequence[Any], before: Sequence[Tensor]) -> None:
+    for variable, value in zip(state, before, strict=True):
+        if _layers.is_seed(variable) or bool(tf.reduce_all(variable.value == value)):
+            continue
+        raise ArgumentError(
+            "A private model must keep no state of the examples that it sees: it would be "
+            f"saved with the weights, without noise. Received: {variable.path!r}, which "
+            "changes when the model is called. Use a layer without it."
+        )
+
+
+def _check_each_alone(model: Any, x: Any, y: Any, sample_weight: Any, tolerance: float) -> None:
+    # Random numbers differ from call to call, so a model that draws them is compared without.
+    training = not any(_layers.is_seed(v) for v in model.non_trainable_variables)
+
+    def norms(*batch: Any) -> Tensor:
+        parts, _, _ = _recorded(model, *batch, training=training)
+        return tf.sqrt(tf.maximum(tf.add_n([part.squared_norms() for part in parts]), 0.0))
+
+    together = norms(x, y, sample_weight)
+    for index in range(len(together)):
+        rows = slice(index, index + 1)
+        one = tf.nest.map_structure(
+            lambda leaf, rows=rows: leaf if leaf is None else tf.convert_to_tensor(leaf)[rows],
+            (x, y, sample_weight),
+        )
+        alone, with_others = float(norms(*one)[0]), float(together[index])
+        if abs(alone - with_others) > tolerance * abs(alone) + 1e-6:
+            raise ArgumentError(
+                "No layer and no loss may mix the examples of a batch. Received: a model in "
+                "which an example's gradient depends on the others: its norm is "
+                f"{alone:.6g} alone and {with_others:.6g} among {len(together)}."
+            )
+
+
 def _sums(model: Any, parts: Sequence[Part], weights: Tensor) -> list[Tensor]:
     by_variable = {id(part.variable): part.weighted_sum(weights) for part in parts}
     return [
@@ -104,7 +180,15 @@ def _sums(model: Any, parts: Sequence[Part], weights: Tensor) -> list[Tensor]:
     ]
 
 
-def _recorded(model: Any, x: Any, y: Any, *, also_plain: bool) -> tuple[list[Part], list[Any]]:
+def _recorded(
+    model: Any,
+    x: Any,
+    y: Any,
+    sample_weight: Any,
+    *,
+    also_plain: bool = False,
+    training: bool = True,
+) -> tuple[list[Part], list[Any], Any]:
     """Runs the model forward and backward, and gives the gradients by variable."""
     units = _units(model)
     calls: dict[int, list[Call]] = {id(unit): [] for unit in units}
@@ -116,10 +200,11 @@ def _recorded(model: Any, x: Any, y: Any, *, also_plain: bool) -> tuple[list[Par
         stack.enter_context(tape)
         for variable in variables:
             tape.watch(variable)
-        loss = _loss(model, x, y)
-    outputs = [call.outputs for made in calls.values() for call in made]
+        outputs = model(x, training=training)
+        loss = _loss(model, x, y, sample_weight, outputs)
+    recorded = [call.outputs for made in calls.values() for call in made]
     gradients, plain = tape.gradient(
-        loss, (outputs, variables), unconnected_gradients=tf.UnconnectedGradients.ZERO
+        loss, (recorded, variables), unconnected_gradients=tf.UnconnectedGradients.ZERO
     )
     remaining = iter(tf.nest.map_structure(tf.convert_to_tensor, gradients))
     parts: list[Part] = []
@@ -127,7 +212,7 @@ def _recorded(model: Any, x: Any, y: Any, *, also_plain: bool) -> tuple[list[Par
         made = [c._replace(gradients=next(remaining)) for c in calls[id(unit)]]
         if made:
             parts += _parts(unit, made)
-    return _one_each(parts), [tf.convert_to_tensor(g) for g in plain]
+    return _one_each(parts), [tf.convert_to_tensor(g) for g in plain], outputs
 
 
 def _one_each(parts: Sequence[Part]) -> list[Part]:
@@ -141,31 +226,50 @@ def _one_each(parts: Sequence[Part]) -> list[Part]:
     return list(found.values())
 
 
-def _loss(model: Any, x: Any, y: Any) -> Tensor:
+def _loss(model: Any, x: Any, y: Any, sample_weight: Any, outputs: Any) -> Tensor:
     """Gives the sum over examples of the loss of each of them alone."""
-    outputs = model(x, training=True)
     examples = tf.shape(tf.nest.flatten(outputs)[0])[0]
-    masked = any(_layers.has_mask(output) for output in tf.nest.flatten(outputs))
-    losses = [loss for loss in tf.nest.flatten(model.loss) if loss is not None]
-    if not masked and all(map(_layers.is_compiled_mean, losses)):
-        whole = model.compute_loss(x=x, y=y, y_pred=outputs, training=True)
-        return whole * tf.cast(examples, whole.dtype)
+    # Not a share's part of the global loss, and not counted by the model's metrics.
+    with (
+        _keras.on_replica(None),
+        _layers.without_regularizers(model.trainable_variables),
+        keras.StatelessScope(),
+    ):
+        if _is_mean(model, sample_weight, outputs):
+            whole = _layers.compiled_loss(model, x, y, outputs, sample_weight)
+            return whole * tf.cast(examples, whole.dtype)
 
-    def alone(index: Tensor) -> Tensor:
-        def row(leaf: Tensor) -> Tensor:
-            mine = leaf[index : index + 1]
-            if _layers.has_mask(leaf):
-                mine._keras_mask = leaf._keras_mask[index : index + 1]
-            return mine
+        def alone(index: Tensor) -> Tensor:
+            def row(leaf: Tensor) -> Tensor:
+                mine = leaf[index : index + 1]
+                if _layers.has_mask(leaf):
+                    mine._keras_mask = leaf._keras_mask[index : index + 1]
+                return mine
 
-        one_x, one_y = tf.nest.map_structure(
-            lambda leaf: tf.convert_to_tensor(leaf)[index : index + 1], (x, y)
-        )
-        one_outputs = tf.nest.map_structure(row, outputs)
-        loss = model.compute_loss(x=one_x, y=one_y, y_pred=one_outputs, training=True)
-        return tf.cast(loss, tf.float32)
+            one_x, one_y, one_weight = tf.nest.map_structure(
+                lambda leaf: (
+                    leaf if leaf is None else tf.convert_to_tensor(leaf)[index : index + 1]
+                ),
+                (x, y, sample_weight),
+            )
+            one_outputs = tf.nest.map_structure(row, outputs)
+            loss = _layers.compiled_loss(model, one_x, one_y, one_outputs, one_weight)
+            return tf.cast(loss, tf.float32)
 
-    return tf.reduce_sum(tf.map_fn(alone, tf.range(examples), fn_output_signature=tf.float32))
+        every = tf.map_fn(alone, tf.range(examples), fn_output_signature=tf.float32)
+    return tf.reduce_sum(every)
+
+
+def _is_mean(model: Any, sample_weight: Any, outputs: Any) -> bool:
+    """Tells whether the compiled loss of a batch is the mean of its examples'."""
+    if _layers.has_own_compute_loss(model):
+        return False
+    if any(_layers.has_mask(output) for output in tf.nest.flatten(outputs)):
+        return False
+    weighted = sample_weight is not None
+    return all(
+        _layers.is_mean_over_examples(loss, weighted) for loss in _layers.losses_of(model)
+    )
 
 
 def _units(model: Any) -> list[Any]:
@@ -231,6 +335,7 @@ def _computed_again(unit: Any, calls: Sequence[Call]) -> list[Part]:
     """Runs a layer without a closed form on one example after the other: exact, and slow."""
     _check_repeatable(unit)
     variables = unit.trainable_variables
+    values = [tf.convert_to_tensor(v) for v in variables]
     summed: list[Any] = [0.0] * len(variables)
     for call in calls:
         examples = tf.shape(tf.nest.flatten(call.outputs)[0])[0]
@@ -243,13 +348,15 @@ def _computed_again(unit: Any, calls: Sequence[Call]) -> list[Part]:
             args, kwargs, gradients = tf.nest.map_structure(
                 row, (call.args, call.kwargs, call.gradients)
             )
+            in_use = list(zip(variables, values, strict=True))
             with tf.GradientTape(watch_accessed_variables=False) as tape:
-                for variable in variables:
-                    tape.watch(variable.value)
-                outputs = unit(*args, **kwargs)
+                tape.watch(values)
+                # Wherever the variables live, the layer uses these values.
+                with keras.StatelessScope(state_mapping=in_use):
+                    outputs = unit(*args, **kwargs)
             found = tape.gradient(
                 outputs,
-                [v.value for v in variables],
+                values,
                 output_gradients=gradients,
                 unconnected_gradients=tf.UnconnectedGradients.ZERO,
             )

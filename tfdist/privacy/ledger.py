@@ -187,6 +187,7 @@ class Ledger:
         delta: float,
         accountant: str = "pld",
         relation: str = "add_or_remove_one",
+        coarse: bool = False,
     ) -> int:
         """Counts how many steps of a phase may follow within a budget.
 
@@ -196,6 +197,7 @@ class Ledger:
             delta: As in `epsilon`.
             accountant: As in `epsilon`.
             relation: As in `epsilon`.
+            coarse: As in `epsilon`; some steps too few, then.
 
         Returns:
             From 0 to `phase.steps`, the most that stay within the budget.
@@ -213,7 +215,9 @@ class Ledger:
 
         def gap(steps: float) -> float:
             ledger = self.add(replace(phase, steps=round(steps)))
-            cost = ledger.epsilon(delta, accountant=accountant, relation=relation)
+            cost = ledger.epsilon(
+                delta, accountant=accountant, relation=relation, coarse=coarse
+            )
             return min(cost, 1e9) - max_epsilon
 
         if gap(0) > 0:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from dataclasses import dataclass
 
 from tfdist.privacy.ledger import Ledger, Phase
 
@@ -12,6 +14,78 @@ _ALIKE = {
     "replace_one": "differ in one example, replaced by any other",
 }
 _METHODS = {"pld": "privacy loss distributions", "rdp": "Rényi divergences"}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a private `fit` has spent; `history.privacy`.
+
+    Attributes:
+        ledger: All private steps on the data: of this `fit`, of earlier ones of the model, and
+            those in `DPSGD.spent`.
+        delta: As in `tfdist.DPSGD`.
+        accountant: As in `tfdist.DPSGD`.
+        relation: As in `tfdist.DPSGD`.
+        secret: Whether all random numbers came from the operating system; if not, there is
+            no guarantee.
+        uncounted_steps: Updates that the optimizer had made before the first private step;
+            whether they saw these data is not known.
+    """
+
+    ledger: Ledger
+    delta: float
+    accountant: str = "pld"
+    relation: str = "add_or_remove_one"
+    secret: bool = True
+    uncounted_steps: int = 0
+
+    @functools.cached_property
+    def epsilon(self) -> float:
+        """What all steps have cost together; it takes seconds to compute."""
+        return self.ledger.epsilon(
+            self.delta, accountant=self.accountant, relation=self.relation
+        )
+
+    def statement(self) -> str:
+        """Says it in a paragraph of plain words; see `tfdist.privacy.statement`."""
+        text = statement(
+            self.ledger, delta=self.delta, accountant=self.accountant, relation=self.relation
+        )
+        before = [] if self.secret else [_SEEDED]
+        after = []
+        if self.uncounted_steps:
+            after.append(
+                f"The optimizer had made {self.uncounted_steps} updates before, which are not "
+                "counted: they must not have seen these data."
+            )
+        return " ".join([*before, text, *after])
+
+    def line(self, within: float | None = None) -> str:
+        """Says it in a few words, quickly: epsilon may be some tenths of a percent too large.
+
+        Args:
+            within: What it was planned to be at most; then it is computed well enough to
+                show that it is.
+        """
+        epsilon = self.ledger.epsilon(
+            self.delta, accountant=self.accountant, relation=self.relation, coarse=True
+        )
+        if within is not None and epsilon > within:
+            epsilon = self.epsilon
+        if math.isinf(epsilon):
+            spent = f"no privacy, {self.ledger.steps} steps without noise"
+        else:
+            spent = (
+                f"epsilon {_rounded_up(epsilon)} at delta {self.delta:g} spent in "
+                f"{self.ledger.steps} steps"
+            )
+        return spent if self.secret else f"{spent}, with no guarantee: a seed was given"
+
+
+_SEEDED = (
+    "There is no guarantee, since sampling or noise came from a seed that was given: who knows "
+    "it can undo both. Were they secret, this would hold:"
+)
 
 
 def statement(

@@ -71,6 +71,7 @@ class Strategy(abc.ABC):
         elastic: Whether processes may come and go while training goes on.
         has_servers: Whether `hold` leaves variables where no replica is.
         gathers_rows: Whether its own functions take row numbers where data has rows.
+        sums_exactly: Whether `reduce_step` sums gradients as they are.
     """
 
     name: ClassVar[str]
@@ -79,6 +80,7 @@ class Strategy(abc.ABC):
     elastic: bool = False
     has_servers: bool = False
     gathers_rows: bool = False
+    sums_exactly: bool = True
 
     @classmethod
     @abc.abstractmethod

@@ -87,6 +87,7 @@ class Horovod(Connected):
         self._op = op
         self._wire_type = _COMPRESSIONS[compression]
         self._predivide = gradient_predivide_factor
+        self.sums_exactly = op == "average" and compression is None
         self._sparse_as_dense = sparse_as_dense
         board = Board.from_environment(hvd.rank(), hvd.size())
         super().__init__(Patience.from_environment(f"rank {hvd.rank()}", board))

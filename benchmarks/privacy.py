@@ -1,0 +1,110 @@
+"""DP-SGD in one process: a private step over a plain step, with all that belongs to it.
+
+python -m benchmarks.privacy [MODEL ...]
+
+Both are steps of `tfdist.fit`, with Adam, batch 256, in the same process; the private one
+with clipping, noise and Poisson sampling, so that its batches have 256 examples on average.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import keras
+
+import tfdist
+from benchmarks.models import compiled, digits
+from benchmarks.report import Ratio, compare, show
+
+L = keras.layers
+BATCH = 256
+PAIRS = 9
+Make = Callable[[], Any]
+
+
+def mlp() -> Any:
+    """784-512-256-10."""
+    hidden = [L.Dense(512, activation="relu"), L.Dense(256, activation="relu")]
+    return compiled(keras.Sequential([keras.Input((784,)), *hidden, L.Dense(10)]))
+
+
+def cnn() -> Any:
+    """The CNN of the DP-SGD tutorials for MNIST."""
+    return compiled(
+        keras.Sequential(
+            [
+                keras.Input((28, 28, 1)),
+                L.Conv2D(16, 8, strides=2, padding="same", activation="relu"),
+                L.MaxPooling2D(2, 1),
+                L.Conv2D(32, 4, strides=2, activation="relu"),
+                L.MaxPooling2D(2, 1),
+                L.Flatten(),
+                L.Dense(32, activation="relu"),
+                L.Dense(10),
+            ]
+        )
+    )
+
+
+def encoder() -> Any:
+    """A transformer encoder: d=128, 2 layers, sequence 64, vocabulary 8k."""
+    words = keras.Input((64,), dtype="int32")
+    hidden = L.Embedding(8192, 128)(words)
+    for _ in range(2):
+        attended = L.MultiHeadAttention(4, 32)(*[L.LayerNormalization()(hidden)] * 2)
+        hidden = hidden + attended
+        wide = L.Dense(512, activation="gelu")(L.LayerNormalization()(hidden))
+        hidden = hidden + L.Dense(128)(wide)
+    return compiled(keras.Model(words, L.Dense(10)(L.GlobalAveragePooling1D()(hidden))))
+
+
+MODELS: dict[str, tuple[Make, tuple[int, ...], str, int, str]] = {
+    "MLP 784-512-256-10": (mlp, (784,), "float32", 60, "<= 1.6"),
+    "MNIST CNN": (cnn, (28, 28, 1), "float32", 30, "<= 1.8"),
+    "encoder d=128": (encoder, (64,), "int32", 4, "<= 1.2"),
+}
+
+
+class Steps(keras.callbacks.Callback):  # type: ignore[misc]
+    """Times the steps of an epoch but for the first, which waits for the data."""
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        now = time.perf_counter()
+        if batch == 0:
+            self.start = now
+        self.mean = (now - self.start) / max(1, batch)
+
+
+def step(model: Any, x: Any, y: Any, steps: int, privacy: Any) -> float:
+    """Gives the mean milliseconds of a step of a traced model."""
+    timed = Steps()
+    options = {"batch_size": BATCH, "steps_per_epoch": steps, "verbose": 0}
+    tfdist.fit(model, x, y, callbacks=[timed], privacy=privacy, **options)
+    return 1000 * timed.mean
+
+
+def measure(name: str) -> Ratio:
+    make, shape, dtype, steps, goal = MODELS[name]
+    x, y = digits(20_000, shape, dtype)
+    private, plain = make(), make()
+    privacy = tfdist.DPSGD(1.0, noise_multiplier=1.1, delta=1e-5)
+    ours = lambda: step(private, x, y, steps + 1, privacy)  # noqa: E731
+    theirs = lambda: step(plain, x, y, steps + 1, None)  # noqa: E731
+    ours(), theirs()
+    return compare(name, ours, theirs, PAIRS, goal, "ms")
+
+
+def main(*names: str) -> None:
+    wanted = [name for name in MODELS if not names or any(n in name for n in names)]
+    show("Private step over plain step, batch 256", [measure(name) for name in wanted])
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,64 @@
+"""Trains on scikit-learn's handwritten digits with differential privacy, within a budget.
+
+No image can be told to have been in the data or not, up to epsilon and delta, from the weights.
+
+    python examples/private_digits.py
+    tfdist run -n 2 examples/private_digits.py
+"""
+
+import textwrap
+
+import keras
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+
+import tfdist
+
+MAX_EPSILON = 3.0
+
+
+def make_model():
+    # Fewer weights take less noise, and tanh bounds what one image can do (Papernot et al.,
+    # "Tempered sigmoid activations for deep learning with differential privacy", AAAI 2021).
+    model = keras.Sequential(
+        [
+            keras.Input((64,)),
+            keras.layers.Dense(64, activation="tanh"),
+            keras.layers.Dense(10),
+        ]
+    )
+    model.compile(
+        optimizer=keras.optimizers.SGD(0.5, momentum=0.9),
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy"],
+    )
+    return model
+
+
+session = tfdist.init(seed=1)  # of the first weights: what is drawn and added stays secret
+
+images, labels = load_digits(return_X_y=True)
+x_train, x_test, y_train, y_test = train_test_split(
+    images / 16, labels, test_size=0.25, stratify=labels, random_state=1
+)
+
+model = make_model()
+history = tfdist.fit(
+    model,
+    x_train,
+    y_train,
+    batch_size=256,  # on average: each image is drawn by itself
+    epochs=100,  # or as many as the budget allows
+    verbose=2,
+    privacy=tfdist.DPSGD(l2_norm_clip=0.5, noise_multiplier=3.0, delta=1e-4),
+    callbacks=[tfdist.PrivacyBudget(MAX_EPSILON)],
+)
+
+accuracy = tfdist.evaluate(model, x_test, y_test, verbose=0, return_dict=True)["accuracy"]
+if session.is_chief:
+    report = history.privacy
+    print(f"strategy:          {session.strategy.name}")
+    print(f"held-out accuracy: {accuracy:.2%}")
+    print(f"epsilon:           {report.epsilon:.3f} of {MAX_EPSILON}, delta {report.delta:g}")
+    print(f"steps:             {report.ledger.steps}")
+    print(textwrap.fill(report.statement(), 96))

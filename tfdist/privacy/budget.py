@@ -1,0 +1,127 @@
+"""Epsilon in the logs of `fit`, and an end before it is too much."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import keras
+
+from tfdist.errors import ArgumentError
+from tfdist.privacy.arguments import check_number
+from tfdist.privacy.ledger import Ledger, Phase
+from tfdist.privacy.settings import DPSGD
+
+
+class Run(Protocol):
+    """What the callback asks of a private `fit`."""
+
+    privacy: DPSGD
+    planned_steps: int
+
+    @property
+    def steps_made(self) -> int:
+        """Steps until now."""
+
+    def ledger(self, steps: int) -> Ledger:
+        """Gives all private steps on the data, with so many of this `fit`."""
+
+    def phase(self, steps: int) -> Phase:
+        """Describes steps of this `fit`."""
+
+
+class PrivacyBudget(keras.callbacks.Callback):  # type: ignore[misc]
+    """Shows the epsilon spent, and ends training before the step that would exceed a budget.
+
+    For `tfdist.fit(..., privacy=tfdist.DPSGD(...))`. After each epoch `logs`, the progress bar
+    and `History` have "epsilon": of all steps on the data, of earlier `fit`s too. It is
+    computed quickly, which gives some tenths of a percent too much, so training may end a few
+    steps early, never late.
+
+    Args:
+        max_epsilon: What all steps may cost, at the `delta` of the `DPSGD`; no limit if None.
+
+    Raises:
+        ArgumentError: `max_epsilon` is negative or no number.
+
+    Example:
+        >>> import keras, numpy as np, tfdist
+        >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+        >>> model.compile(optimizer="sgd", loss="mse")
+        >>> x, y = np.ones((100, 4), "float32"), np.ones((100, 1), "float32")
+        >>> history = tfdist.fit(
+        ...     model, x, y, batch_size=10, epochs=50, verbose=0,
+        ...     privacy=tfdist.DPSGD(l2_norm_clip=1.0, noise_multiplier=2.0, delta=1e-3),
+        ...     callbacks=[tfdist.PrivacyBudget(max_epsilon=1.0)],
+        ... )
+        >>> history.history["epsilon"][-1] <= 1.0, history.privacy.ledger.steps < 500
+        (True, True)
+    """
+
+    run: Run | None = None
+
+    def __init__(self, max_epsilon: float | None = None) -> None:
+        super().__init__()
+        if max_epsilon is not None:
+            check_number("max_epsilon", max_epsilon, 0)
+        self.max_epsilon = max_epsilon
+        self._affordable: int | None = None
+        self._made = 0
+
+    def _started(self) -> Run:
+        if self.run is None:
+            raise ArgumentError(
+                "PrivacyBudget must be used in private training. Received: a `fit` without "
+                "privacy. Pass privacy=tfdist.DPSGD(...) to tfdist.fit."
+            )
+        return self.run
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        """Finds how many steps there may be."""
+        run = self._started()
+        self._affordable = None
+        if self.max_epsilon is None or not run.planned_steps:
+            return
+        settings = run.privacy
+        assert settings.delta is not None
+        self._affordable = run.ledger(0).affordable(
+            run.phase(run.planned_steps),
+            max_epsilon=self.max_epsilon,
+            delta=settings.delta,
+            accountant=settings.accountant,
+            relation=settings.relation,
+            coarse=True,
+        )
+        if self._affordable < min(self.model.steps_per_execution, run.planned_steps):
+            raise ArgumentError(
+                "`max_epsilon` must leave something for the steps to come. Received: "
+                f"max_epsilon={self.max_epsilon!r}, with {self._epsilon(0):.4g} spent before. "
+                "Raise it, or add more noise."
+            )
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        """Counts the steps made before."""
+        self._made = self._started().steps_made
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        """Asks to stop when the next steps would cost too much."""
+        made = self._made + batch + 1
+        if (
+            self._affordable is not None
+            and made + self.model.steps_per_execution > self._affordable
+        ):
+            self.model.stop_training = True
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        """Adds epsilon to the logs."""
+        if logs is not None:
+            logs["epsilon"] = self._epsilon(self._started().steps_made)
+
+    def _epsilon(self, steps: int) -> float:
+        run = self._started()
+        assert run.privacy.delta is not None
+        return run.ledger(steps).epsilon(
+            run.privacy.delta,
+            accountant=run.privacy.accountant,
+            relation=run.privacy.relation,
+            coarse=True,
+        )

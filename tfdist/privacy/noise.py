@@ -1,0 +1,101 @@
+"""Gaussian noise, for each replica from a stream of its own."""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+Tensor = Any
+_PHILOX = tf.random.Algorithm.PHILOX.value
+
+
+class Noise:
+    """Streams of independent Gaussian numbers, one for each replica of this process.
+
+    The numbers of a step are a function of a replica's secret words and of the step's number.
+    Philox (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) turns a
+    counter into bits; Box and Muller ("A note on the generation of random normal deviates",
+    1958) turn two words of them into two normal numbers, up to 6.6 standard deviations.
+
+    Args:
+        first_replica: Global number of this process's first replica.
+        local_replicas: Replicas of this process.
+    """
+
+    def __init__(self, first_replica: int, local_replicas: int) -> None:
+        self._first, self._count = first_replica, local_replicas
+        with tf.init_scope(), tf.device("CPU:0"):
+            # A variable, since functions are traced once and keys must be new in each `fit`.
+            self._words = tf.Variable(tf.zeros([local_replicas, 2], tf.int64), trainable=False)
+
+    def renew(self, seed: int | None) -> None:
+        """Begins new streams.
+
+        Args:
+            seed: Makes them known; None takes 127 bits a replica from the operating system.
+        """
+        words = [
+            (secrets.randbits(64), secrets.randbits(63))
+            if seed is None
+            else np.random.SeedSequence((seed, replica)).generate_state(2, np.uint64)
+            for replica in range(self._first, self._first + self._count)
+        ]
+        unsigned = np.array(words, np.uint64)
+        unsigned[:, 1] >>= np.uint64(0 if seed is None else 1)
+        self._words.assign(unsigned.view(np.int64))
+
+    def normal(self, count: int, replica: Tensor, step: Tensor) -> Tensor:
+        """Draws independent normal numbers of mean 0 and variance 1.
+
+        Args:
+            count: How many.
+            replica: The replica's global number.
+            step: Scalar integer, another one in each step.
+
+        Returns:
+            float32 tensor of shape [count].
+        """
+        with tf.device("CPU:0"):
+            words = self._words.read_value()
+        words = tf.bitcast(words[replica - self._first], tf.uint64)
+        # The low word counts blocks of a step.
+        low = tf.zeros([], tf.uint64)
+        counter = tf.stack([low, words[1] + tf.cast(step, tf.uint64)])
+        return standard_normal(count, words[:1], counter)
+
+
+def standard_normal(count: int, key: Tensor, counter: Tensor) -> Tensor:
+    """Turns a key and a counter into normal numbers.
+
+    Args:
+        count: How many.
+        key: uint64 of shape [1].
+        counter: uint64 of shape [2], the low word first.
+    """
+    half = -(-count // 2)
+    bits = tf.raw_ops.StatelessRandomUniformFullIntV2(
+        shape=[2, half], key=key, counter=counter, alg=_PHILOX, dtype=tf.uint32
+    )
+    # Floats are finest near 0, where the tail is: a shift by half a step, and no 1 - u.
+    positive = tf.bitwise.right_shift(bits[0], tf.constant(1, tf.uint32))
+    uniform = (tf.cast(tf.bitcast(positive, tf.int32), tf.float32) + 0.5) * 2.0**-31
+    radius = tf.sqrt(-2.0 * tf.math.log(uniform))
+    angle = tf.cast(tf.bitcast(bits[1], tf.int32), tf.float32) * (math.pi * 2.0**-31)
+    return tf.concat([radius * tf.cos(angle), radius * tf.sin(angle)], 0)[:count]
+
+
+def like(flat: Tensor, variables: Sequence[Any]) -> list[Tensor]:
+    """Cuts a vector into the shapes of variables.
+
+    Args:
+        flat: As many numbers as the variables have together.
+        variables: `keras.Variable`s.
+    """
+    sizes = [math.prod(v.shape) for v in variables]
+    parts = tf.split(flat, sizes) if len(sizes) > 1 else [flat]
+    return [tf.reshape(part, v.shape) for part, v in zip(parts, variables, strict=True)]

@@ -1,0 +1,105 @@
+"""Models made fit for private training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+from keras import layers
+
+from tfdist.errors import ArgumentError
+from tfdist.privacy import _layers
+
+_MOST_GROUPS = 32
+_LEAST_CHANNELS = 4
+
+
+def make_private_model(model: Any) -> tuple[Any, list[str]]:
+    """Replaces BatchNormalization, which mixes the examples of a batch, by GroupNormalization.
+
+    Group normalization (Wu and He, "Group normalization", ECCV 2018) takes its statistics
+    from one example alone. Channels are split into at most 32 groups of at least 4. All other
+    layers keep their weights; the new ones begin anew, so a trained model has to be trained
+    on.
+
+    Args:
+        model: A built Sequential or functional `keras.Model`, compiled or not. It is left as
+            it is.
+
+    Returns:
+        Another model, compiled in the same way if it was, and a line for each layer that was
+        replaced.
+
+    Raises:
+        ArgumentError: The model is subclassed, so that its layers cannot be replaced from
+            outside, or it is not built.
+
+    Example:
+        >>> import keras, tfdist
+        >>> model = keras.Sequential(
+        ...     [keras.Input((8,)), keras.layers.BatchNormalization(name="norm")]
+        ... )
+        >>> private, changed = tfdist.privacy.make_private_model(model)
+        >>> changed
+        ['norm: BatchNormalization became GroupNormalization(groups=2)']
+    """
+    if not _layers.is_graph_of_layers(model):
+        raise ArgumentError(
+            "`model` must be a Sequential or functional model. Received: a "
+            f"{type(model).__name__}, whose layers only its class can replace. Use "
+            "keras.layers.GroupNormalization there."
+        )
+    if not model.built:
+        raise ArgumentError(
+            "`model` must be built. Received: one without an input shape. Begin it with "
+            "keras.Input(shape)."
+        )
+    changed: list[str] = []
+
+    def replaced(layer: Any) -> Any:
+        if _layers.is_graph_of_layers(layer):
+            return cloned(layer)
+        if not isinstance(layer, layers.BatchNormalization):
+            return layer.__class__.from_config(layer.get_config())
+        channels = int(layer.moving_mean.shape[0])
+        groups = _groups(channels)
+        changed.append(
+            f"{layer.name}: BatchNormalization became GroupNormalization(groups={groups})"
+        )
+        return layers.GroupNormalization(
+            groups,
+            axis=layer.axis,
+            epsilon=layer.epsilon,
+            center=layer.center,
+            scale=layer.scale,
+            beta_regularizer=layer.beta_regularizer,
+            gamma_regularizer=layer.gamma_regularizer,
+            name=layer.name,
+            dtype=layer.dtype_policy,
+        )
+
+    def called(layer: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(layer, layers.GroupNormalization):
+            return layer(*args)  # which takes neither `training` nor `mask`
+        return layer(*args, **kwargs)
+
+    def cloned(graph: Any) -> Any:
+        # Sequential models are cloned without a call of each layer.
+        calls = {} if isinstance(graph, keras.Sequential) else {"call_function": called}
+        return keras.models.clone_model(graph, clone_function=replaced, **calls)
+
+    made = cloned(model)
+    for old, new in zip(model._flatten_layers(), made._flatten_layers(), strict=True):
+        inner = list(old._flatten_layers(include_self=False))
+        if type(old) is type(new) and not inner:
+            new.set_weights(old.get_weights())
+            new.trainable = old.trainable
+    if model.compiled:
+        made.compile_from_config(model.get_compile_config())
+    return made, changed
+
+
+def _groups(channels: int) -> int:
+    """Gives the most groups that channels can be split into, within the limits."""
+    possible = range(min(_MOST_GROUPS, channels // _LEAST_CHANNELS), 0, -1)
+    return next((groups for groups in possible if channels % groups == 0), 1)

@@ -1,0 +1,88 @@
+"""What DP-SGD cannot make private, refused before training with the reason and the remedy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+from keras import layers
+
+from tfdist import _keras
+from tfdist.errors import ArgumentError
+from tfdist.privacy import _layers
+
+_CLIPPING = ("clipnorm", "clipvalue", "global_clipnorm")
+
+
+def check_model(model: Any) -> None:
+    """Refuses a model whose training would not be private.
+
+    Args:
+        model: A compiled `keras.Model`.
+
+    Raises:
+        ArgumentError: It has a step or a loss of its own that is of the whole batch, a layer
+            that mixes examples, or an optimizer that does more than update.
+    """
+    if _keras.has_own_train_step(model):
+        raise ArgumentError(
+            "A private model must be trained by Keras's train step, which private training "
+            f"replaces. Received: a {type(model).__name__} with a `train_step` of its own. "
+            "Write what differs as `compute_loss`, which is called for one example at a time."
+        )
+    for layer in model._flatten_layers():
+        if isinstance(layer, layers.BatchNormalization) and layer.trainable:
+            raise ArgumentError(
+                "A private model must not mix the examples of a batch. Received: the layer "
+                f"{layer.name!r} of type BatchNormalization. "
+                "tfdist.privacy.make_private_model(model) puts GroupNormalization in its place."
+            )
+        if getattr(layer, "activity_regularizer", None) is not None:
+            raise ArgumentError(
+                "A private model must not have an `activity_regularizer`, which is of the "
+                f"whole batch. Received: one of the layer {layer.name!r}. Write it as "
+                "`compute_loss`, which is called for one example at a time."
+            )
+    _check_optimizer(model.optimizer)
+    _check_loss(model)
+
+
+def _check_optimizer(optimizer: Any) -> None:
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        raise ArgumentError(
+            "A private model must not be trained by a LossScaleOptimizer: it skips steps "
+            "because of what single examples do. Received: one, which Keras also adds "
+            "for the policy 'mixed_float16'. Use 'mixed_bfloat16', or "
+            "compile(auto_scale_loss=False)."
+        )
+    for name in _CLIPPING:
+        if getattr(optimizer, name, None) is not None:
+            raise ArgumentError(
+                "The optimizer must not clip once more what was clipped example by example. "
+                f"Received: {name}={getattr(optimizer, name)!r} of the optimizer. Leave it "
+                "out: DPSGD's `l2_norm_clip` bounds each example."
+            )
+    if getattr(optimizer, "gradient_accumulation_steps", None):
+        steps = optimizer.gradient_accumulation_steps
+        raise ArgumentError(
+            "A private step must draw all of its examples at once, and add its noise once. "
+            f"Received: gradient_accumulation_steps={steps} of the optimizer. Multiply "
+            "`batch_size` by it and pass DPSGD(microbatch_size=...): the same memory, one step."
+        )
+
+
+def _check_loss(model: Any) -> None:
+    for loss in _layers.losses_of(model):
+        name = loss if isinstance(loss, str) else getattr(loss, "name", None)
+        if str(name).lower() == "circle" or isinstance(loss, keras.losses.Circle):
+            raise ArgumentError(
+                "The loss must be of single examples. Received: Circle, which compares those "
+                "of a batch with each other."
+            )
+    regularized = any(v.regularizer is not None for v in model.trainable_variables)
+    if regularized and _layers.has_own_compute_loss(model):
+        raise ArgumentError(
+            "A model with a `compute_loss` of its own must have no regularizers: whether it "
+            f"counts them cannot be seen. Received: a {type(model).__name__} with both. Use "
+            "the optimizer's `weight_decay`."
+        )

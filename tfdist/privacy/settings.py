@@ -1,0 +1,108 @@
+"""What a user asks of private training, and what a step makes of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from tfdist.errors import ArgumentError
+from tfdist.privacy.arguments import check_choice, check_count, check_number
+from tfdist.privacy.ledger import ACCOUNTANTS, RELATIONS, Ledger
+
+
+@dataclass(frozen=True)
+class DPSGD:
+    """Differentially private training, for `fit(..., privacy=DPSGD(...))`.
+
+    In each step every example is drawn independently with probability `batch_size` /
+    examples, its gradient is clipped to a norm by itself, the clipped gradients are summed
+    over all replicas, Gaussian noise is added to the sum, and the result is divided by the
+    expected size of a batch (Abadi et al., "Deep learning with differential privacy", CCS
+    2016, algorithm 1). The optimizer sees nothing else of the data. Give either
+    `noise_multiplier` or `target_epsilon`.
+
+    Args:
+        l2_norm_clip: The norm, over all variables, to which each example's gradient is
+            clipped; above 0.
+        noise_multiplier: The noise's standard deviation on the sum over all replicas, in
+            units of `l2_norm_clip`; 0 adds none, and then nothing is private.
+        target_epsilon: What all steps on these data may cost, those in `spent` and those of
+            earlier `fit`s of the model included; the noise is found for it.
+        delta: Between 0 and 1, far below 1 / the number of examples.
+        accountant: "pld" or "rdp", as in `tfdist.privacy.epsilon`.
+        relation: Which data sets shall look alike, as in `tfdist.privacy.epsilon`.
+        microbatch_size: Examples that a replica computes at once, if a batch does not fit
+            into memory; all if None. It changes nothing but time and memory.
+        spent: Steps made on the same data before, by another process say. Those of earlier
+            `fit`s of the same model in this process are known.
+        seed: Of the noise, and of the sampling unless `fit` has a `seed`. For tests: what
+            comes from a known seed is not private, and the report says so. None draws from
+            the operating system.
+
+    Raises:
+        ArgumentError: A value is out of its range, or not exactly one of `noise_multiplier`
+            and `target_epsilon` was given.
+
+    Example:
+        >>> import keras, numpy as np, tfdist
+        >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+        >>> model.compile(optimizer="sgd", loss="mse")
+        >>> x, y = np.ones((100, 4), "float32"), np.ones((100, 1), "float32")
+        >>> privacy = tfdist.DPSGD(l2_norm_clip=1.0, noise_multiplier=2.0, delta=1e-3)
+        >>> history = tfdist.fit(model, x, y, batch_size=10, verbose=0, privacy=privacy)
+        >>> history.privacy.ledger.steps, round(history.privacy.epsilon, 1)
+        (10, 0.4)
+    """
+
+    l2_norm_clip: float
+    noise_multiplier: float | None = None
+    target_epsilon: float | None = None
+    delta: float | None = None
+    accountant: str = "pld"
+    relation: str = "add_or_remove_one"
+    microbatch_size: int | None = None
+    spent: Ledger = field(default_factory=Ledger)
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        check_number("l2_norm_clip", self.l2_norm_clip, 0)
+        if self.l2_norm_clip == 0:
+            raise ArgumentError("`l2_norm_clip` must be above 0. Received: l2_norm_clip=0.")
+        if (self.noise_multiplier is None) == (self.target_epsilon is None):
+            raise ArgumentError(
+                "Exactly one of `noise_multiplier` and `target_epsilon` must be given. "
+                f"Received: noise_multiplier={self.noise_multiplier!r}, "
+                f"target_epsilon={self.target_epsilon!r}. With a target the noise is found."
+            )
+        if self.noise_multiplier is not None:
+            check_number("noise_multiplier", self.noise_multiplier, 0)
+        if self.target_epsilon is not None:
+            check_number("target_epsilon", self.target_epsilon, 0)
+        if self.delta is None:
+            raise ArgumentError(
+                "`delta` must be given: the probability with which the guarantee may fail. "
+                "Received: delta=None. Take one far below 1 / the number of examples."
+            )
+        check_number("delta", self.delta, 0, 1, open_ends=True)
+        check_choice("accountant", self.accountant, ACCOUNTANTS)
+        check_choice("relation", self.relation, RELATIONS)
+        if self.microbatch_size is not None:
+            check_count("microbatch_size", self.microbatch_size, 1)
+        if self.seed is not None:
+            check_count("seed", self.seed, 0)
+
+
+@dataclass(frozen=True)
+class Mechanism:
+    """What is done to the gradients of one step.
+
+    Attributes:
+        l2_norm_clip: As in `DPSGD`.
+        noise_multiplier: As in `DPSGD`, found if need be.
+        expected_batch: Examples that a step draws on average.
+        microbatch_size: As in `DPSGD`.
+    """
+
+    l2_norm_clip: float
+    noise_multiplier: float
+    expected_batch: float
+    microbatch_size: int | None = None

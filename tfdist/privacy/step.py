@@ -1,0 +1,93 @@
+"""The train step of DP-SGD on one replica's share of a batch."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from tfdist._keras import ReplicaBatch
+from tfdist.privacy import _layers
+from tfdist.privacy.noise import Noise, like
+from tfdist.privacy.pieces import clipped_share
+from tfdist.privacy.settings import Mechanism
+
+Tensor = Any
+
+
+class PrivateStep:
+    """Takes the place of Keras's `train_step`.
+
+    A replica contributes the sum of its examples' clipped gradients and its part of the noise,
+    both divided by what a global batch is expected to hold; contributions are then summed as
+    those of any step. Of R replicas each adds noise of 1 / sqrt(R) of the standard deviation,
+    from a stream of its own: streams that were equal by mistake would add more than that.
+
+    Args:
+        model: A compiled, built `keras.Model`.
+        mechanism: What is done to the gradients.
+        strategy: Where the replicas are.
+    """
+
+    def __init__(self, model: Any, mechanism: Mechanism, strategy: Any) -> None:
+        place = strategy.place
+        self.mechanism = mechanism
+        self.noise = Noise(place.first_replica, place.local_replicas)
+        self._model = model
+        self._strategy = strategy
+
+    def train_step(self, data: Any, batch: ReplicaBatch) -> Any:
+        """Makes one step, as `keras.Model.train_step` would.
+
+        Args:
+            data: A replica's share: `x`, `(x, y)` or `(x, y, sample_weight)`.
+            batch: What the replica knows of it.
+
+        Returns:
+            Logs.
+        """
+        model = self._model
+        x, y, weight = keras.utils.unpack_x_y_sample_weight(data)
+        outputs, sums = clipped_share(model, (x, y, weight), batch, self.mechanism)
+        loss = _layers.compiled_loss(model, x, y, outputs, weight)
+        _layers.track_loss(model, loss, tf.shape(tf.nest.flatten(x)[0])[0])
+        variables = model.trainable_variables
+        replicas = self._strategy.place.num_replicas
+        expected = self.mechanism.expected_batch
+        noisy = [s / expected for s in self._with_noise(sums, replicas)]
+        # Of no example, so neither clipped nor hidden.
+        gradients = [
+            g if r is None else g + r / replicas
+            for g, r in zip(noisy, _penalties(variables), strict=True)
+        ]
+        model.optimizer.apply(gradients, variables)
+        return model.compute_metrics(x, y, outputs, sample_weight=weight)
+
+    def _with_noise(self, sums: list[Tensor], replicas: int) -> list[Tensor]:
+        deviation = self.mechanism.noise_multiplier * self.mechanism.l2_norm_clip
+        if deviation == 0:
+            return sums
+        variables = self._model.trainable_variables
+        count = sum(math.prod(v.shape) for v in variables)
+        drawn = self.noise.normal(
+            count, self._strategy.replica_id(), self._model.optimizer.iterations
+        )
+        drawn *= deviation / math.sqrt(replicas)
+        return [s + n for s, n in zip(sums, like(drawn, variables), strict=True)]
+
+
+def _penalties(variables: Any) -> list[Tensor | None]:
+    """Gives the gradients of the variables' regularizers."""
+    found: list[Tensor | None] = []
+    for variable in variables:
+        if variable.regularizer is None:
+            found.append(None)
+            continue
+        value = tf.cast(tf.convert_to_tensor(variable), tf.float32)
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch(value)
+            penalty = variable.regularizer(value)
+        found.append(tape.gradient(penalty, value))
+    return found

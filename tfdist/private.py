@@ -1,0 +1,280 @@
+"""One private `fit`: what is drawn, how much noise, and what it cost."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import secrets
+from collections.abc import Iterator
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from tfdist import data
+from tfdist.data.arrays import Arrays
+from tfdist.errors import ArgumentError
+from tfdist.privacy import clipping, refusals
+from tfdist.privacy.accounting import noise_multiplier
+from tfdist.privacy.budget import PrivacyBudget
+from tfdist.privacy.ledger import Ledger, Phase, dp_accounting
+from tfdist.privacy.noise import Noise
+from tfdist.privacy.poisson import Poisson
+from tfdist.privacy.report import Report
+from tfdist.privacy.settings import DPSGD, Mechanism
+from tfdist.samplers import Sampler
+from tfdist.session import Session
+
+_MEMORY = "_tfdist_private"
+_ROWS_CHECKED = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class _Everyone(Poisson):
+    """Has room for all examples: batches need not be of one shape, so none is left out."""
+
+    def bind(self, targets: Any, num_rows: int) -> Sampler:
+        return Poisson(capacity=num_rows)
+
+
+class PrivateRun:
+    """A private `fit` from its arguments to its report.
+
+    Args:
+        privacy: The settings.
+        session: Where the replicas are.
+        model: A compiled `keras.Model`.
+        x: What `fit` was given.
+        sampler: What `fit` was given.
+        seed: What `fit` was given.
+        class_weight: What `fit` was given.
+
+    Attributes:
+        sampler: Chooses the rows of each step.
+        sampling_seed: Its seed.
+        mechanism: What is done to gradients; known after `plan`.
+        planned_steps: Of this `fit`.
+
+    Raises:
+        ArgumentError: The model, or an argument, cannot be private.
+        MissingPackageError: dp-accounting is not installed.
+    """
+
+    mechanism: Mechanism
+    planned_steps: int
+
+    def __init__(
+        self,
+        privacy: DPSGD,
+        session: Session,
+        model: Any,
+        x: Any,
+        *,
+        sampler: Sampler | None,
+        seed: int | None,
+        class_weight: Any,
+    ) -> None:
+        if not isinstance(privacy, DPSGD):
+            raise ArgumentError(
+                f"`privacy` must be a tfdist.DPSGD or None. Received: privacy={privacy!r}."
+            )
+        _check_arguments(session, x, sampler, class_weight)
+        dp_accounting()  # missing, it must not be missed after training
+        refusals.check_model(model)
+        self.privacy = privacy
+        self.sampler = _Everyone() if sampler is None else sampler
+        known = privacy.seed if seed is None else seed
+        self.sampling_seed = secrets.randbits(127) if known is None else known
+        self._model = model
+        self._session = session
+        spent, secret, uncounted = _remembered(model)
+        self._secret = secret and privacy.seed is None and known is None
+        self._uncounted = uncounted
+        self._before = spent
+        self._phase: Phase | None = None
+        self._start = self._base = 0
+
+    def plan(self, source: data.Source, epochs: int) -> None:
+        """Finds the noise, and tries the model on a few rows.
+
+        Args:
+            source: The data.
+            epochs: To be made.
+
+        Raises:
+            ArgumentError: The budget is spent, or the model does not give gradients of single
+                examples.
+        """
+        assert isinstance(source, Arrays)
+        privacy = self.privacy
+        self.planned_steps = source.steps * max(0, epochs)
+        rows = source.num_rows
+        phase = source.sampler.phase(  # type: ignore[attr-defined]
+            num_rows=rows, batch_size=source.batch_size, steps=1, noise_multiplier=0.0
+        )
+        if not phase.truncates:
+            phase = dataclasses.replace(phase, capacity=None)
+        noise = privacy.noise_multiplier
+        if noise is None:
+            assert privacy.target_epsilon is not None
+            noise = noise_multiplier(
+                target_epsilon=privacy.target_epsilon,
+                sampling_probability=phase.sampling_probability,
+                steps=max(1, self.planned_steps),
+                delta=self._delta,
+                accountant=privacy.accountant,
+                relation=privacy.relation,
+                capacity=phase.capacity,
+                num_rows=rows,
+                spent=self.ledger(0),
+            )
+            noise = float(self._session.strategy.broadcast_object(noise))
+        self._phase = dataclasses.replace(phase, noise_multiplier=noise)
+        self.mechanism = Mechanism(
+            privacy.l2_norm_clip,
+            noise,
+            phase.sampling_probability * rows,
+            privacy.microbatch_size,
+        )
+        self._try(source)
+
+    def _try(self, source: Arrays) -> None:
+        few = range(min(_ROWS_CHECKED, source.num_rows))
+        batch = tf.nest.map_structure(lambda column: tf.gather(column, few), source.data)
+        x, y, weight = keras.utils.unpack_x_y_sample_weight(batch)
+        clipping.check(self._model, x, y, sample_weight=weight)
+
+    @property
+    def _delta(self) -> float:
+        assert self.privacy.delta is not None  # DPSGD has checked it
+        return self.privacy.delta
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """What all workers must have been asked alike."""
+        return {
+            "l2_norm_clip": self.privacy.l2_norm_clip,
+            "noise_multiplier": self.mechanism.noise_multiplier,
+            "delta": self.privacy.delta,
+            "relation": self.privacy.relation,
+            "spent before": self.ledger(0),
+        }
+
+    @property
+    def steps_made(self) -> int:
+        """Steps of this `fit`, those that a backup restored included."""
+        return self._base + self._iterations() - self._start
+
+    def _iterations(self) -> int:
+        return int(self._model.optimizer.iterations.numpy())
+
+    def ledger(self, steps: int) -> Ledger:
+        """Gives all private steps on the data.
+
+        Args:
+            steps: Of this `fit`.
+        """
+        before = self.privacy.spent
+        for phase in self._before.phases:
+            before = before.add(phase)
+        return before if self._phase is None else before.add(self.phase(steps))
+
+    def phase(self, steps: int) -> Phase:
+        """Describes steps of this `fit`.
+
+        Args:
+            steps: How many.
+        """
+        assert self._phase is not None
+        return dataclasses.replace(self._phase, steps=steps)
+
+    def report(self) -> Report:
+        """Sums up what was made until now."""
+        return Report(
+            self.ledger(self.steps_made),
+            delta=self._delta,
+            accountant=self.privacy.accountant,
+            relation=self.privacy.relation,
+            secret=self._secret,
+            uncounted_steps=self._uncounted,
+        )
+
+    def watched(self, callbacks: Any, noise: Noise) -> Any:
+        """Adds to the callbacks what keeps count, and renews the noise.
+
+        Args:
+            callbacks: A list of callbacks, or a `CallbackList`.
+            noise: Of the steps to be made.
+        """
+        last = _Last(self, noise)
+        given = getattr(callbacks, "callbacks", callbacks)
+        for callback in given:
+            if isinstance(callback, PrivacyBudget):
+                callback.run = self
+        if isinstance(callbacks, keras.callbacks.CallbackList):
+            callbacks.callbacks = [*given, last]
+            return callbacks
+        return [*given, last]
+
+    @contextlib.contextmanager
+    def counting(self) -> Iterator[None]:
+        """Wraps the training; what was made counts, however it ends."""
+        self._start, self._base = self._iterations(), 0
+        if not self._before.phases and not self.privacy.spent.phases:
+            self._uncounted = max(self._uncounted, self._start)
+        try:
+            yield
+        finally:
+            made = self._before.add(self.phase(self.steps_made))
+            vars(self._model)[_MEMORY] = (made, self._secret, self._uncounted)
+
+    def note_restored(self) -> None:
+        """Counts the steps that callbacks have restored: an earlier process made them."""
+        restored = self._iterations() - self._start
+        self._base += max(0, restored)
+        self._start += restored
+
+
+class _Last(keras.callbacks.Callback):  # type: ignore[misc]
+    """Comes after all other callbacks, and sees what they have restored."""
+
+    def __init__(self, run: PrivateRun, noise: Noise) -> None:
+        super().__init__()
+        self._run = run
+        self._noise = noise
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        self._run.note_restored()
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        # The noise of a step is a function of `iterations`, which a callback may set back.
+        self._noise.renew(self._run.privacy.seed)
+
+
+def _remembered(model: Any) -> tuple[Ledger, bool, int]:
+    return vars(model).get(_MEMORY, (Ledger(), True, 0))  # type: ignore[no-any-return]
+
+
+def _check_arguments(session: Session, x: Any, sampler: Any, class_weight: Any) -> None:
+    if not data.is_arrays(x):
+        raise ArgumentError(
+            "`x` must be arrays in private training: each example is drawn by itself, which a "
+            f"stream of batches cannot do. Received: x of type {type(x).__name__}. Pass arrays."
+        )
+    if sampler is not None and not isinstance(sampler, Poisson):
+        raise ArgumentError(
+            "`sampler` must be a tfdist.privacy.Poisson in private training: the accounting is "
+            f"of its sampling. Received: a {type(sampler).__name__}. Leave it out."
+        )
+    if class_weight is not None and not isinstance(class_weight, dict):
+        raise ArgumentError(
+            "`class_weight` must be a dict in private training: a rule counts the classes of "
+            f"the data, without noise. Received: class_weight={class_weight!r}. Pass "
+            "weights that were chosen without these data; they are applied before clipping."
+        )
+    if not session.strategy.sums_exactly:
+        raise ArgumentError(
+            "Private gradients must be summed as they are: noise is added before. Received: "
+            f"strategy {session.strategy.name!r} with compression or Adasum. Use "
+            "tfdist.Horovod() without them."
+        )
