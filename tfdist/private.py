@@ -24,6 +24,7 @@ from tfdist.privacy.report import Report
 from tfdist.privacy.settings import DPSGD, Mechanism
 from tfdist.samplers import Sampler
 from tfdist.session import Session
+from tfdist.strategies.base import Place
 
 _MEMORY = "_tfdist_private"
 _ROWS_CHECKED = 3
@@ -105,12 +106,13 @@ class PrivateRun:
             ArgumentError: The budget is spent, or the model does not give gradients of single
                 examples.
         """
-        assert isinstance(source, Arrays)
+        arrays = source.source if isinstance(source, data.Augmented) else source
+        assert isinstance(arrays, Arrays)
         privacy = self.privacy
-        self.planned_steps = source.steps * max(0, epochs)
-        rows = source.num_rows
-        phase = source.sampler.phase(  # type: ignore[attr-defined]
-            num_rows=rows, batch_size=source.batch_size, steps=1, noise_multiplier=0.0
+        self.planned_steps = arrays.steps * max(0, epochs)
+        rows = arrays.num_rows
+        phase = arrays.sampler.phase(  # type: ignore[attr-defined]
+            num_rows=rows, batch_size=arrays.batch_size, steps=1, noise_multiplier=0.0
         )
         if not phase.truncates:
             phase = dataclasses.replace(phase, capacity=None)
@@ -138,9 +140,13 @@ class PrivateRun:
         )
         self._try(source)
 
-    def _try(self, source: Arrays) -> None:
-        few = range(min(_ROWS_CHECKED, source.num_rows))
-        batch = tf.nest.map_structure(lambda column: tf.gather(column, few), source.data)
+    def _try(self, source: data.Source) -> None:
+        if isinstance(source, Arrays):
+            rows = range(min(_ROWS_CHECKED, source.num_local_rows))
+            batch = tf.nest.map_structure(lambda column: tf.gather(column, rows), source.data)
+        else:  # as the model will see them, augmented
+            share = next(iter(source.shares(Place(), 0)))
+            batch = tf.nest.map_structure(lambda column: column[:_ROWS_CHECKED], share.data)
         x, y, weight = keras.utils.unpack_x_y_sample_weight(batch)
         clipping.check(self._model, x, y, sample_weight=weight)
 

@@ -55,6 +55,11 @@ class Arrays(Source):
         return int(tf.nest.flatten(self.data)[0].shape[0])
 
     @property
+    def num_local_rows(self) -> int:
+        """Examples that this process has in `data`."""
+        return self.num_rows
+
+    @property
     def continues(self) -> bool:
         """Whether one stream runs through all epochs."""
         return self.endless

@@ -266,6 +266,11 @@ class LocalArrays(Arrays):
         return sum(self.holdings.rows)
 
     @property
+    def num_local_rows(self) -> int:
+        """Examples that this worker holds, or 1 that stands for none."""
+        return max(1, self.holdings.rows[self.worker])
+
+    @property
     def columns(self) -> Any:
         """None: only this worker has its rows."""
         return None
