@@ -1,8 +1,7 @@
-"""A `tf.data.Dataset` rebalanced: a stream for each class, and a sampler that chooses one."""
+"""A `tf.data.Dataset` taken apart: a stream for each class."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,14 +9,12 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tfdist.data.batches import Batches
 from tfdist.data.class_weight import are_classes, class_numbers, x_and_y
-from tfdist.data.source import FOREVER, PARALLEL, batch_spec, shortened
+from tfdist.data.source import PARALLEL, shortened
 from tfdist.errors import ArgumentError
-from tfdist.samplers import ByQuota, Rows, Sampler
+from tfdist.samplers import Rows
 
 Tensor = Any
-_DRAWS_AT_ONCE = 2**15
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,108 +119,16 @@ def is_dataset(value: Any) -> bool:
     return isinstance(value, tf.data.Dataset)
 
 
-class ClassStreams(Batches):
-    """Global batches drawn from a stream for each class.
+def streams(data: ByClass, steps: int | None) -> tuple[list[Any], Rows | None]:
+    """Makes a dataset of examples for each class, and counts them if they are to be counted.
 
     Args:
         data: Where they come from.
-        sampler: Chooses the class of each draw.
-        batch_size: Examples of a global batch.
-        seed: The sampler's.
-        steps: Steps an epoch, or None for all of the sampler's draws.
-        transform: Applied to each batch.
+        steps: Steps an epoch, if they are given.
+
+    Raises:
+        ArgumentError: The classes cannot be counted, or there are none.
     """
-
-    def __init__(
-        self,
-        data: ByClass,
-        sampler: Sampler,
-        batch_size: int,
-        seed: int,
-        steps: int | None,
-        transform: Callable[[Any], Any] | None = None,
-    ) -> None:
-        if not isinstance(sampler, ByQuota) or sampler.labels is not None:
-            raise ArgumentError(
-                "`sampler` must be ClassBalanced, Undersample or Oversample without labels to "
-                f"draw from a tf.data.Dataset. Received: a sampler of type "
-                f"{type(sampler).__name__}. Let the dataset yield the labels as y."
-            )
-        self._spec = tf.nest.map_structure(batch_spec, data.batches()[0].element_spec)
-        self._streams, counts = _streams(data, steps)
-        if counts is None:
-            if steps is None or getattr(sampler, "alpha", None) != 1:
-                raise ArgumentError(
-                    "A dataset that is not counted can be drawn from by ClassBalanced(), and "
-                    "with `steps_per_epoch`. Received: a sampler of type "
-                    f"{type(sampler).__name__} and steps_per_epoch={steps}."
-                )
-            edges = np.arange(len(self._streams) + 1) * max(
-                steps * batch_size, len(self._streams)
-            )
-            counts = np.diff(edges // len(self._streams))
-            self._lengths = np.full_like(counts, FOREVER)
-        else:
-            self._lengths = counts
-        self._drawing = sampler.of_classes(counts)
-        # Of an epoch at most: a longer one costs no more for each draw.
-        self._at_once = min(_DRAWS_AT_ONCE, max(batch_size, self._drawing.drawn))
-        super().__init__(steps or -(-self._drawing.drawn // batch_size), transform)
-        self.batch_size = batch_size
-        self._seed = seed
-
-    @property
-    def continues(self) -> bool:
-        """One stream runs through all epochs."""
-        return True
-
-    def batches(self, epoch: int) -> Any:
-        """Builds the stream of global batches from an epoch on."""
-        first = epoch * (self.steps or 0) * self.batch_size
-        rounds = first // self._drawing.drawn
-        before = self._drawing.quotas * rounds + self._count(
-            rounds * self._drawing.drawn, first
-        )
-
-        def choose(start: np.int64) -> Rows:
-            return self._drawing.between(int(start), int(start) + self._at_once, self._seed)
-
-        def chosen(start: Tensor) -> Tensor:
-            numbers = tf.numpy_function(choose, [start], tf.int64)
-            return tf.ensure_shape(numbers, [self._at_once])
-
-        choices = tf.data.Dataset.range(first, FOREVER, self._at_once).map(chosen, 1)
-        streams = [
-            stream.repeat().skip(int(number))
-            for stream, number in zip(self._streams, before % self._lengths, strict=True)
-        ]
-        examples = tf.data.Dataset.choose_from_datasets(
-            streams, choices.prefetch(1).unbatch(), stop_on_empty_dataset=True
-        )
-        return examples.batch(self.batch_size, drop_remainder=True)
-
-    def spec(self) -> Any:
-        """Gives the shapes and dtypes of a batch."""
-        return self._spec
-
-    def fingerprint(self) -> str:
-        """Sums up the batch, how many examples classes have, and the sampler's first draws."""
-        draws = self._drawing.between(0, self._at_once, self._seed).tobytes()
-        digest = hashlib.sha256(self._lengths.tobytes() + draws).hexdigest()[:12]
-        return f"{super().fingerprint()} of {len(self._streams)} classes, {digest}"
-
-    def _count(self, begin: int, end: int) -> Rows:
-        """Counts each class's draws, the draws from one to before another."""
-        counts = np.zeros_like(self._lengths)
-        for start in range(begin, end, _DRAWS_AT_ONCE):
-            stop = min(end, start + _DRAWS_AT_ONCE)
-            numbers = self._drawing.between(start, stop, self._seed)
-            counts += np.bincount(numbers, minlength=len(counts))
-        return counts
-
-
-def _streams(data: ByClass, steps: int | None) -> tuple[list[Any], Rows | None]:
-    """Makes a dataset of examples for each class, and counts them if they are to be counted."""
     parts = data.batches()
     if data.classes is not None:
         numbers = sorted(set(data.classes))
@@ -240,8 +145,8 @@ def _streams(data: ByClass, steps: int | None) -> tuple[list[Any], Rows | None]:
                     "Each of `datasets` must have an example. Received: one for class "
                     f"{name!r} that ends at once. Leave it out."
                 )
-        streams = [s.stream(0, part) for s, part in zip(surveys, parts, strict=True)]
-        return streams, np.array([survey.counts[0] for survey in surveys])
+        parts_of = [s.stream(0, part) for s, part in zip(surveys, parts, strict=True)]
+        return parts_of, np.array([survey.counts[0] for survey in surveys])
     if endless:
         raise ArgumentError(
             "Classes can be counted only in data that ends. Received: a tf.data.Dataset "
@@ -255,8 +160,8 @@ def _streams(data: ByClass, steps: int | None) -> tuple[list[Any], Rows | None]:
             "at once. Check the filter or the path that produced it."
         )
     numbers = sorted(survey.counts)
-    streams = [survey.stream(n, _only(parts[0], n)) for n in numbers]
-    return streams, np.array([survey.counts[n] for n in numbers])
+    found = [survey.stream(n, _only(parts[0], n)) for n in numbers]
+    return found, np.array([survey.counts[n] for n in numbers])
 
 
 class _Survey:

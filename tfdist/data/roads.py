@@ -15,7 +15,8 @@ import tensorflow as tf
 from tfdist.data.arrays import Arrays, is_arrays, read_columns
 from tfdist.data.augment import Augment, Augmented
 from tfdist.data.batches import DatasetBatches, GeneratorBatches, PyDatasetBatches
-from tfdist.data.by_class import ByClass, ClassStreams, is_dataset
+from tfdist.data.by_class import ByClass, is_dataset
+from tfdist.data.class_streams import ClassStreams
 from tfdist.data.class_weight import Weigh, weigher, x_and_y
 from tfdist.data.local import LocalArrays, LocalShard, bind, exchange, weight_of_worker
 from tfdist.data.source import Source, shortened
