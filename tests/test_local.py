@@ -10,7 +10,8 @@ import tensorflow as tf
 
 import tfdist
 from tfdist.cluster import Cluster
-from tfdist.data.local import Holdings, LocalArrays, bind, exchange, weight_of_worker
+from tfdist.data.holdings import Holdings, exchange
+from tfdist.data.local import LocalArrays, bind
 from tfdist.errors import ArgumentError
 from tfdist.samplers import ClassBalanced, Stratified, Uniform
 from tfdist.strategies.base import Place
@@ -154,7 +155,7 @@ def test_report():
 
 def test_workers_that_weigh_the_same():
     holdings = Holdings([90, 10, 0], None, [])
-    weights = [weight_of_worker(holdings, worker) for worker in range(2)]
+    weights = [holdings.weight_of(worker) for worker in range(2)]
     assert weights == pytest.approx([100 / 180, 100 / 20])
     assert sum(n * w for n, w in zip(holdings.rows, weights, strict=False)) == pytest.approx(
         100

@@ -18,7 +18,8 @@ from tfdist.data.batches import DatasetBatches, GeneratorBatches, PyDatasetBatch
 from tfdist.data.by_class import ByClass, is_dataset
 from tfdist.data.class_streams import ClassStreams
 from tfdist.data.class_weight import Weigh, weigher, x_and_y
-from tfdist.data.local import LocalArrays, LocalShard, bind, exchange, weight_of_worker
+from tfdist.data.holdings import exchange
+from tfdist.data.local import LocalArrays, LocalShard, bind
 from tfdist.data.source import Source, shortened
 from tfdist.errors import ArgumentError
 from tfdist.samplers import ByQuota, Sampler, Sequential, Uniform
@@ -226,7 +227,7 @@ def _read_local(
         data = weigher(settings.class_weight, lambda: [targets], must_occur=True)(*data)
     if shard.weight_by == "workers":
         weights = data[2] if len(data) == 3 else tf.ones(held, keras.config.floatx())
-        factor = weight_of_worker(holdings, worker)
+        factor = holdings.weight_of(worker)
         data = (*data[:2], tf.nest.map_structure(lambda weight: weight * factor, weights))
     sampler = bind(settings.sampler, holdings)
     order = order if isinstance(settings.sampler, Labelled) else None
