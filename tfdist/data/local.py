@@ -137,15 +137,10 @@ class LocalArrays(Arrays):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        # What a share carries when this worker holds none of its rows.
-        self.data = tf.nest.map_structure(
-            lambda column: (
-                tf.concat([column, tf.zeros_like(column[:1])], 0)
-                if column.shape[0]
-                else tf.zeros((1, *column.shape[1:]), column.dtype)
-            ),
-            self.data,
-        )
+        if not self.holdings.rows[self.worker]:  # a share has a row, if one that counts nothing
+            self.data = tf.nest.map_structure(
+                lambda column: tf.zeros((1, *column.shape[1:]), column.dtype), self.data
+            )
 
     @property
     def num_rows(self) -> int:
@@ -182,8 +177,8 @@ class LocalArrays(Arrays):
         own, before, total = tf.unstack(facts)
         number, replicas = replica - place.first_replica, place.local_replicas
         begin, end = own * number // replicas, own * (number + 1) // replicas
-        nothing = tf.fill([1], tf.constant(self.holdings.rows[self.worker], tf.int64))
-        mine = tf.cond(end > begin, lambda: rows[begin:end], lambda: nothing)
+        any_row = tf.zeros([1], tf.int64)
+        mine = tf.cond(end > begin, lambda: rows[begin:end], lambda: any_row)
         return Share(self._gather(mine), end - begin, total, before + begin, tf.zeros([4]))
 
     def fingerprint(self) -> str:
