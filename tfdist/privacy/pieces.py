@@ -18,7 +18,11 @@ _ROUNDED_TO = 32  # rows: XLA compiles once for each number of them
 
 
 def clipped_share(
-    model: Any, columns: Columns, batch: ReplicaBatch, mechanism: Mechanism
+    model: Any,
+    columns: Columns,
+    batch: ReplicaBatch,
+    mechanism: Mechanism,
+    compiled: bool = False,
 ) -> tuple[Any, list[Tensor]]:
     """Gives a share's outputs, and the sums of its clipped gradients.
 
@@ -27,26 +31,33 @@ def clipped_share(
         columns: `x`, `y` and `sample_weight` of the share.
         batch: What the replica knows of it.
         mechanism: What is done to the gradients.
+        compiled: Whether by XLA.
     """
     examples = _examples(columns)
-    if mechanism.microbatch_size is None and not model.jit_compile:
+    if mechanism.microbatch_size is None and not compiled:
         mask = tf.range(examples) < tf.cast(batch.rows, tf.int32)
         x, y, weight = columns
         clipped = clipped_sum(model, x, y, mask, mechanism.l2_norm_clip, weight)
         return clipped.outputs, clipped.sums
-    return _Pieces(model, columns, batch, mechanism).all()
+    return _Pieces(model, columns, batch, mechanism, compiled).all()
 
 
 class _Pieces:
     """Computes one piece after the other, or all as one piece."""
 
     def __init__(
-        self, model: Any, columns: Columns, batch: ReplicaBatch, mechanism: Mechanism
+        self,
+        model: Any,
+        columns: Columns,
+        batch: ReplicaBatch,
+        mechanism: Mechanism,
+        compiled: bool,
     ) -> None:
         self._model = model
         self._columns = columns
         self._batch = batch
         self._mechanism = mechanism
+        self._compiled = compiled
         self._examples = _examples(columns)
         self._seeds = [v for v in model.non_trainable_variables if _layers.is_seed(v)]
         self._structure: Any = None
@@ -92,7 +103,7 @@ class _Pieces:
 
     def _piece(self, begin: Tensor, size: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         count = tf.minimum(size, self._examples - begin)
-        if not self._model.jit_compile:
+        if not self._compiled:
             columns = _map(lambda leaf: leaf[begin : begin + count], self._columns)
             return self._computed(columns, begin)
         # Of one shape for many batches; what is there twice does not count.

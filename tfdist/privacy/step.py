@@ -50,7 +50,10 @@ class PrivateStep:
         """
         model = self._model
         x, y, weight = keras.utils.unpack_x_y_sample_weight(data)
-        outputs, sums = clipped_share(model, (x, y, weight), batch, self.mechanism)
+        # XLA cannot read variables that are on servers.
+        compiled = model.jit_compile and not self._strategy.has_servers
+        columns = x, y, weight
+        outputs, sums = clipped_share(model, columns, batch, self.mechanism, compiled)
         loss = _layers.compiled_loss(model, x, y, outputs, weight)
         _layers.track_loss(model, loss, tf.shape(tf.nest.flatten(x)[0])[0])
         variables = model.trainable_variables
