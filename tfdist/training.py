@@ -141,6 +141,7 @@ def fit(
             augment=augment,
             shard=held,
             strategy=session.strategy,
+            private=private is not None,
         ),
     )
     validation = None

@@ -13,7 +13,7 @@ import tensorflow as tf
 
 import tfdist
 from tests.behaviour.checks import ORDERED, assert_weights_close, place, twins
-from tests.equivalence.cases import mlp, table
+from tests.equivalence.cases import mlp, private_mlp, table
 from tfdist.errors import ArgumentError
 
 Check = Callable[[Path], None]
@@ -153,6 +153,20 @@ def augmentation_and_several_steps(folder: Path) -> None:
         verbose=0,
     )
     assert history.history["loss"][1] < history.history["loss"][0]
+
+
+@check
+def private_training_is_of_the_union(folder: Path) -> None:
+    for first in (9, 0):
+        ours, whole = (private_mlp("sgd") for _ in range(2))
+        whole.set_weights(ours.get_weights())
+        privacy = tfdist.DPSGD(l2_norm_clip=1.0, noise_multiplier=0.0, delta=1e-4, seed=4)
+        options = {"batch_size": 64, "verbose": 0, "privacy": privacy, "seed": 3}
+        x, y = own(first, *table())
+        a = tfdist.fit(ours, x, y, shard="local", validation_data=(x, y), **options)
+        tfdist.fit(whole, *table(), **options)
+        assert_weights_close(ours, whole)
+        assert a.privacy.ledger.phases[0].sampling_probability == 64 / ROWS
 
 
 @check

@@ -42,6 +42,7 @@ class Settings:
         augment: Changes examples at random, or None.
         shard: How rows count of which each worker has its own, or None where all have all.
         strategy: Whose workers these are.
+        private: Whether even counts of classes must stay on their worker.
     """
 
     batch_size: int | None
@@ -54,6 +55,7 @@ class Settings:
     augment: Augment | None = None
     shard: LocalShard | None = None
     strategy: Strategy | None = None
+    private: bool = False
 
 
 def read(x: Any, y: Any, sample_weight: Any, settings: Settings) -> Source:
@@ -217,9 +219,11 @@ def _read_local(
     if shard.weight_by == "workers" and y is None:
         raise ArgumentError("`weight_by='workers'` weighs losses by target. Received: y=None.")
     worker = strategy.place.worker_index
-    labels = getattr(settings.sampler, "labels", None)
-    if labels is None and y is not None and tf.is_tensor(data[1]):
-        labels = data[1].numpy()
+    labels = None
+    if settings.training and not settings.private:
+        labels = getattr(settings.sampler, "labels", None)
+        if labels is None and y is not None and tf.is_tensor(data[1]):
+            labels = data[1].numpy()
     holdings, order = exchange(strategy, held, labels)
     num_rows, labels = sum(holdings.rows), holdings.labels()
     if settings.class_weight:
