@@ -5,13 +5,10 @@ python -m benchmarks.horovod
 
 from __future__ import annotations
 
-import ast
-import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks import report
 from benchmarks.report import Ratio, ratio, show
 from benchmarks.scaling import efficiency
 
@@ -21,15 +18,7 @@ ROUNDS = 3
 
 def measured(strategy: str, what: str) -> list[Any]:
     """Runs the worker on two ranks and reads what the first one measured."""
-    command = [sys.executable, "-m", "tfdist.cli", "run", "-n", "2", "--strategy", strategy]
-    done = subprocess.run(
-        [*command, str(WORKER), what], capture_output=True, text=True, timeout=900, check=False
-    )
-    found = re.search(r"measured (\[.*\])", done.stdout)
-    if done.returncode or not found:
-        raise RuntimeError(f"{strategy} {what}:\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
-    results: list[Any] = ast.literal_eval(found[1])
-    return results
+    return report.measured(WORKER, what, "-n", "2", "--strategy", strategy)
 
 
 def beside_multi_worker() -> list[Ratio]:

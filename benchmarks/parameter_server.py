@@ -8,14 +8,11 @@ installed.
 
 from __future__ import annotations
 
-import ast
 import importlib.util
-import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks import report
 from benchmarks.report import Ratio, ratio, show
 
 WORKER = Path(__file__).with_name("parameter_server_worker.py")
@@ -24,15 +21,7 @@ ROUNDS = 3
 
 def measured(workers: int, what: str) -> list[Any]:
     """Runs the worker's script on a chief and reads what it measured."""
-    command = [sys.executable, "-m", "tfdist.cli", "run", "-n", str(workers), "--ps", "2"]
-    done = subprocess.run(
-        [*command, str(WORKER), what], capture_output=True, text=True, timeout=900, check=False
-    )
-    found = re.search(r"measured (\[.*\])", done.stdout)
-    if done.returncode or not found:
-        raise RuntimeError(f"{what}:\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
-    results: list[Any] = ast.literal_eval(found[1])
-    return results
+    return report.measured(WORKER, what, "-n", str(workers), "--ps", "2")
 
 
 def by_workers() -> list[Ratio]:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import ast
 import gc
 import json
+import re
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -32,6 +38,28 @@ class Ratio:
     high: float
     goal: str = ""
     detail: str = ""
+
+
+def measured(worker: Path, what: str, *options: str) -> list[Any]:
+    """Runs a benchmark's script on workers of its own and reads what the first one measured.
+
+    Args:
+        worker: The script, which prints "measured" and a list.
+        what: Its argument.
+        *options: Of `tfdist run`.
+
+    Raises:
+        RuntimeError: It failed; with the end of what it printed.
+    """
+    command = [sys.executable, "-m", "tfdist.cli", "run", *options, str(worker), what]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
+    found = re.search(r"measured (\[.*\])", done.stdout)
+    if done.returncode or not found:
+        raise RuntimeError(
+            f"{worker.name} {what} {options}:\n{done.stdout[-3000:]}{done.stderr[-3000:]}"
+        )
+    results: list[Any] = ast.literal_eval(found[1])
+    return results
 
 
 def compare(
