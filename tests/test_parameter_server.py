@@ -309,6 +309,11 @@ class TestClusters:
         assert "the cluster has no worker" in done.stderr
 
 
+class Watcher(keras.callbacks.ModelCheckpoint):
+    def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
+        print(batch)
+
+
 @pytest.mark.quick
 @pytest.mark.parametrize(
     ("callback", "looks"),
@@ -320,6 +325,7 @@ class TestClusters:
         (keras.callbacks.LambdaCallback(on_train_batch_end=print), True),
         (tfdist.LearningRateWarmup(1), True),
         (keras.callbacks.TerminateOnNaN(), True),
+        (Watcher("a.keras"), True),
     ],
 )
 def test_callbacks_that_look_between_steps(callback, looks):

@@ -63,12 +63,16 @@ def look_between_steps(callbacks: Any) -> bool:
     Args:
         callbacks: What `prepare` gave.
     """
-    callbacks = getattr(callbacks, "callbacks", callbacks)
+    return any(map(_looks_between_steps, getattr(callbacks, "callbacks", callbacks)))
+
+
+def _looks_between_steps(callback: Any) -> bool:
+    idle = [keras.callbacks.Callback]
+    if getattr(callback, "save_freq", None) == "epoch":
+        idle += [keras.callbacks.ModelCheckpoint, keras.callbacks.BackupAndRestore]
     return any(
         getattr(getattr(callback, name), "__func__", None)
-        is not getattr(keras.callbacks.Callback, name)
-        for callback in callbacks
-        if getattr(callback, "save_freq", None) != "epoch"
+        not in [getattr(cls, name) for cls in idle]
         for name in _BETWEEN_STEPS
     )
 
