@@ -150,6 +150,13 @@ class PrivateRun:
         x, y, weight = keras.utils.unpack_x_y_sample_weight(batch)
         clipping.check(self._model, x, y, sample_weight=weight)
 
+    def notice(self) -> str | None:
+        """Says, in a model's first private `fit`, what will be slow."""
+        slow = [] if self._before.phases else clipping.computed_alone(self._model)
+        if not slow:
+            return None
+        return f"computed for one example after the other, exact but slow: {', '.join(slow)}"
+
     @property
     def _delta(self) -> float:
         assert self.privacy.delta is not None  # DPSGD has checked it

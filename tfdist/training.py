@@ -176,7 +176,7 @@ def fit(
             validation_steps=validation and validation.steps,
             steps_per_execution=model.steps_per_execution,
         )
-        _announce(session, verbose, source)
+        _announce(session, verbose, source, private)
         shown = verbose if session.is_chief else 0
         kept = tfdist_callbacks.prepare(
             callbacks, session.strategy, prepared.stop, prepared.variables
@@ -406,12 +406,18 @@ def _adapt(source: data.Source, strategy: Strategy, by_number: bool = True) -> A
     return _keras.StreamAdapter(stream, source.steps, source.on_epoch_end)
 
 
-def _announce(session: Session, verbose: Any, source: data.Source) -> None:
-    if session.is_chief and verbose != 0:
-        print(session.describe(getattr(source, "batch_size", None)), flush=True)
-        report = source.report()
-        if report is not None:
-            print(report, flush=True)
+def _announce(
+    session: Session, verbose: Any, source: data.Source, private: PrivateRun | None
+) -> None:
+    if not session.is_chief or verbose == 0:
+        return
+    print(session.describe(getattr(source, "batch_size", None)), flush=True)
+    report = source.report()
+    if report is not None:
+        print(report, flush=True)
+    notice = None if private is None else private.notice()
+    if notice is not None:
+        print(f"tfdist: {notice}", flush=True)
 
 
 @contextlib.contextmanager

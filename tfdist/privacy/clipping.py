@@ -113,6 +113,19 @@ def check(model: Any, x: Any, y: Any, sample_weight: Any = None) -> None:
             variable.assign(value)
 
 
+def computed_alone(model: Any) -> list[str]:
+    """Names what has no closed form and is computed for one example after the other.
+
+    Args:
+        model: A compiled, built `keras.Model`.
+
+    Returns:
+        Layers with their class, and "the loss".
+    """
+    found = [f"{u.name} ({type(u).__name__})" for u in _units(model) if not _has_form(u)]
+    return found if _is_mean(model, None, []) else [*found, "the loss"]
+
+
 def _check_sum(model: Any, x: Any, y: Any, sample_weight: Any, tolerance: float) -> None:
     parts, plain, _ = _recorded(model, x, y, sample_weight, also_plain=True)
     with _layers.without_regularizers(model.trainable_variables):
