@@ -201,6 +201,20 @@ def test_private_digits_keeps_to_its_budget(launcher, workers):
     assert "Epoch 100/100" not in printed
 
 
+def test_private_embedding_hides_which_words_nobody_wrote():
+    printed = run((), "private_embedding.py")
+    found = re.findall(
+        r"^(.+): held-out accuracy ([\d.]+)%; changed were 1000 written and (\d+)",
+        printed,
+        re.M,
+    )
+    (plain, most, unwritten), (private, some, hidden) = found
+    assert (plain, private) == ("without privacy", "private")
+    assert (unwritten, hidden) == ("0", "200")
+    assert float(most) > float(some) > 65
+    assert float(re.findall(r"^epsilon ([\d.]+) of 3.0", printed, re.M)[0]) <= 3.0
+
+
 @pytest.mark.parametrize(
     ("launcher", "workers"),
     [
