@@ -41,8 +41,13 @@ def noiseless(**options: Any) -> tfdist.DPSGD:
     return tfdist.DPSGD(CLIP, noise_multiplier=0.0, delta=1e-3, **options)
 
 
-def by_hand(model: Any, x: Any, y: Any, batch_size: int, steps: int, rate: float) -> None:
+def by_hand(
+    model: Any, x: Any, y: Any, batch_size: int, steps: int, rate: float, per_layer: bool
+) -> None:
     """DP-SGD without noise, one example after the other, by plain gradient descent."""
+    layers = [layer.trainable_variables for layer in model.layers if layer.trainable_variables]
+    parts = [len(variables) for variables in layers] if per_layer else [sum(map(len, layers))]
+    bound = CLIP / math.sqrt(len(parts))
     sampler = Poisson(capacity=len(x))
     for step in range(steps):
         drawn = sampler.rows(step, num_rows=len(x), batch_size=batch_size, seed=3)
@@ -53,10 +58,10 @@ def by_hand(model: Any, x: Any, y: Any, batch_size: int, steps: int, rate: float
                 outputs = model(x[row : row + 1], training=True)
                 loss = model.loss(y[row : row + 1], outputs)
             gradients = [g.numpy() for g in tape.gradient(loss, variables)]
-            norm = math.sqrt(sum(float((g.astype("float64") ** 2).sum()) for g in gradients))
-            total = [
-                t + g * min(1.0, CLIP / norm) for t, g in zip(total, gradients, strict=True)
-            ]
+            squares = np.array([float((g.astype("float64") ** 2).sum()) for g in gradients])
+            norms = [math.sqrt(part.sum()) for part in np.split(squares, np.cumsum(parts)[:-1])]
+            factors = np.repeat([min(1.0, bound / norm) for norm in norms], parts)
+            total = [t + g * f for t, g, f in zip(total, gradients, factors, strict=True)]
         for variable, summed in zip(variables, total, strict=True):
             penalty = 2 * 0.01 * variable.numpy() if variable.regularizer else 0.0
             variable.assign(variable.numpy() - rate * (summed / batch_size + penalty))
@@ -68,6 +73,8 @@ WAYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "microbatches": ({}, {"microbatch_size": 3}),
     "several_steps_at_once": ({"steps_per_execution": 4}, {}),
     "compiled": ({"jit_compile": True}, {}),
+    "per_layer": ({}, {"clipping": "per_layer"}),
+    "per_layer_microbatches": ({}, {"clipping": "per_layer", "microbatch_size": 3}),
     "compiled_microbatches": ({"jit_compile": True}, {"microbatch_size": 4}),
 }
 
@@ -77,7 +84,8 @@ def test_fit_does_what_the_algorithm_says(way: str) -> None:
     compiled, settings = WAYS[way]
     x, y = rows()
     expected = classifier()
-    by_hand(expected, x, y, batch_size=8, steps=16, rate=0.5)
+    per_layer = settings.get("clipping") == "per_layer"
+    by_hand(expected, x, y, batch_size=8, steps=16, rate=0.5, per_layer=per_layer)
     model = classifier(optimizer=keras.optimizers.SGD(0.5), **compiled)
     options = {"batch_size": 8, "epochs": 2, "verbose": 0, "seed": 3}
     tfdist.fit(model, x, y, privacy=noiseless(**settings), **options)

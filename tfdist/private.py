@@ -137,6 +137,7 @@ class PrivateRun:
             noise,
             phase.sampling_probability * rows,
             privacy.microbatch_size,
+            privacy.clipping == "per_layer",
         )
         self._try(source)
 
@@ -167,6 +168,7 @@ class PrivateRun:
         """What all workers must have been asked alike."""
         return {
             "l2_norm_clip": self.privacy.l2_norm_clip,
+            "clipping": self.privacy.clipping,
             "noise_multiplier": self.mechanism.noise_multiplier,
             "delta": self.privacy.delta,
             "relation": self.privacy.relation,

@@ -9,7 +9,8 @@ then their weighted sum, mostly without writing any of them out.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import keras
@@ -48,6 +49,7 @@ def clipped_sum(
     sample_mask: Tensor,
     l2_norm_clip: float,
     sample_weight: Any = None,
+    per_layer: bool = False,
 ) -> Clipped:
     """Sums the gradients of all examples, each clipped to a norm; can be traced.
 
@@ -61,6 +63,8 @@ def clipped_sum(
         sample_mask: Bool, shape [examples]; False for padding, which counts nothing.
         l2_norm_clip: The largest norm of an example's gradient over all variables.
         sample_weight: By which losses are multiplied, before clipping, as Keras has them.
+        per_layer: Whether each of L layers with weights is clipped by itself, to
+            `l2_norm_clip` / sqrt(L), so that the norm over all is bounded just the same.
 
     Raises:
         ArgumentError: The model has a layer that mixes examples or draws random numbers
@@ -76,13 +80,34 @@ def clipped_sum(
         ([(4, 1), (1,)], 0.0)
     """
     parts, _, outputs = _recorded(model, x, y, sample_weight)
-    squares = tf.add_n([part.squared_norms() for part in parts])
-    counted = tf.convert_to_tensor(sample_mask) & tf.math.is_finite(squares)
+    groups = _by_layer(model, parts) if per_layer else [parts]
+    squares = [tf.add_n([part.squared_norms() for part in group]) for group in groups]
+    counted = tf.convert_to_tensor(sample_mask) & tf.math.is_finite(tf.add_n(squares))
+    bound = l2_norm_clip / math.sqrt(len(groups))
+    factors: dict[int, Tensor] = {}
+    for group, of_group in zip(groups, squares, strict=True):
+        norms = _norms(of_group, counted)
+        factor = tf.where(norms > 0, tf.minimum(1.0, tf.math.divide_no_nan(bound, norms)), 1.0)
+        factor = tf.where(counted, factor, 0.0)
+        factors |= {id(part.variable): factor for part in group}
+    return Clipped(_sums(model, parts, factors), _norms(tf.add_n(squares), counted), outputs)
+
+
+def _norms(squares: Tensor, counted: Tensor) -> Tensor:
     # Rounding may leave a square of almost 0 below it.
-    norms = tf.sqrt(tf.maximum(tf.where(counted, squares, 0.0), 0.0))
-    factors = tf.minimum(1.0, tf.math.divide_no_nan(float(l2_norm_clip), norms))
-    factors = tf.where(norms > 0, factors, 1.0)
-    return Clipped(_sums(model, parts, tf.where(counted, factors, 0.0)), norms, outputs)
+    return tf.sqrt(tf.maximum(tf.where(counted, squares, 0.0), 0.0))
+
+
+def _by_layer(model: Any, parts: Sequence[Part]) -> list[list[Part]]:
+    """Groups parts by the layer that has their variable; a shared one by the first."""
+    layer_of: dict[int, int] = {}
+    for number, unit in enumerate(_units(model)):
+        for variable in unit.trainable_variables:
+            layer_of.setdefault(id(variable), number)
+    groups: dict[int, list[Part]] = {}
+    for part in parts:
+        groups.setdefault(layer_of[id(part.variable)], []).append(part)
+    return list(groups.values())
 
 
 def check(model: Any, x: Any, y: Any, sample_weight: Any = None) -> None:
@@ -136,7 +161,7 @@ def _check_sum(model: Any, x: Any, y: Any, sample_weight: Any, tolerance: float)
                 "`activity_regularizer`: what they add is of the whole batch. Leave them out."
             )
     examples = tf.shape(parts[0].squared_norms())[0]
-    received = _sums(model, parts, tf.ones([examples]))
+    received = _sums(model, parts, {id(part.variable): tf.ones([examples]) for part in parts})
     for variable, sums, expected in zip(
         model.trainable_variables, received, plain, strict=True
     ):
@@ -185,8 +210,11 @@ def _check_each_alone(model: Any, x: Any, y: Any, sample_weight: Any, tolerance:
             )
 
 
-def _sums(model: Any, parts: Sequence[Part], weights: Tensor) -> list[Tensor]:
-    by_variable = {id(part.variable): part.weighted_sum(weights) for part in parts}
+def _sums(model: Any, parts: Sequence[Part], weights: Mapping[int, Tensor]) -> list[Tensor]:
+    """Sums parts over examples, each weighed as its variable's id says."""
+    by_variable = {
+        id(part.variable): part.weighted_sum(weights[id(part.variable)]) for part in parts
+    }
     return [
         by_variable[id(v)] if id(v) in by_variable else tf.zeros(v.shape)
         for v in model.trainable_variables

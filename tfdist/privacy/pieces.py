@@ -37,7 +37,9 @@ def clipped_share(
     if mechanism.microbatch_size is None and not compiled:
         mask = tf.range(examples) < tf.cast(batch.rows, tf.int32)
         x, y, weight = columns
-        clipped = clipped_sum(model, x, y, mask, mechanism.l2_norm_clip, weight)
+        clipped = clipped_sum(
+            model, x, y, mask, mechanism.l2_norm_clip, weight, mechanism.per_layer
+        )
         return clipped.outputs, clipped.sums
     return _Pieces(model, columns, batch, mechanism, compiled).all()
 
@@ -127,6 +129,7 @@ class _Pieces:
                 counted,
                 self._mechanism.l2_norm_clip,
                 columns[2],
+                self._mechanism.per_layer,
             )
         leaves = tf.nest.flatten(clipped.outputs)
         self._structure = clipped.outputs

@@ -34,6 +34,10 @@ class DPSGD:
             into memory; all if None. It changes nothing but time and memory.
         spent: Steps made on the same data before, by another process say. Those of earlier
             `fit`s of the same model in this process are known.
+        clipping: "flat", over all variables; or "per_layer": each of L layers with weights to
+            `l2_norm_clip` / sqrt(L), which costs the same and keeps a layer with large
+            gradients from scaling the others down (McMahan et al., "Learning differentially
+            private recurrent language models", ICLR 2018, section 2).
         seed: Of the noise, and of the sampling unless `fit` has a `seed`. For tests: what
             comes from a known seed is not private, and the report says so. None draws from
             the operating system.
@@ -61,6 +65,7 @@ class DPSGD:
     relation: str = "add_or_remove_one"
     microbatch_size: int | None = None
     spent: Ledger = field(default_factory=Ledger)
+    clipping: str = "flat"
     seed: int | None = None
 
     def __post_init__(self) -> None:
@@ -85,6 +90,7 @@ class DPSGD:
         check_number("delta", self.delta, 0, 1, open_ends=True)
         check_choice("accountant", self.accountant, ACCOUNTANTS)
         check_choice("relation", self.relation, RELATIONS)
+        check_choice("clipping", self.clipping, ("flat", "per_layer"))
         if self.microbatch_size is not None:
             check_count("microbatch_size", self.microbatch_size, 1)
         if self.seed is not None:
@@ -100,9 +106,11 @@ class Mechanism:
         noise_multiplier: As in `DPSGD`, found if need be.
         expected_batch: Examples that a step draws on average.
         microbatch_size: As in `DPSGD`.
+        per_layer: Whether `DPSGD`'s `clipping` is.
     """
 
     l2_norm_clip: float
     noise_multiplier: float
     expected_batch: float
     microbatch_size: int | None = None
+    per_layer: bool = False
