@@ -14,6 +14,7 @@ import tfdist
 from tfdist.errors import ArgumentError
 from tfdist.privacy import Ledger, Phase, Poisson
 from tfdist.privacy.noise import Noise, standard_normal
+from tfdist.privacy.settings import Mechanism
 
 L = keras.layers
 SGD = keras.optimizers.SGD
@@ -42,17 +43,29 @@ def noiseless(**options: Any) -> tfdist.DPSGD:
 
 
 def by_hand(
-    model: Any, x: Any, y: Any, batch_size: int, steps: int, rate: float, per_layer: bool
-) -> None:
-    """DP-SGD without noise, one example after the other, by plain gradient descent."""
+    model: Any,
+    x: Any,
+    y: Any,
+    batch_size: int,
+    steps: int,
+    rate: float,
+    per_layer: bool = False,
+    quantile: float | None = None,
+) -> float:
+    """DP-SGD without noise, one example after the other, by plain gradient descent.
+
+    Returns:
+        The norm that was clipped to in the end.
+    """
     layers = [layer.trainable_variables for layer in model.layers if layer.trainable_variables]
     parts = [len(variables) for variables in layers] if per_layer else [sum(map(len, layers))]
-    bound = CLIP / math.sqrt(len(parts))
+    clip = CLIP
     sampler = Poisson(capacity=len(x))
     for step in range(steps):
         drawn = sampler.rows(step, num_rows=len(x), batch_size=batch_size, seed=3)
         variables = model.trainable_variables
         total = [np.zeros(v.shape) for v in variables]
+        votes = 0.0
         for row in drawn:
             with tf.GradientTape() as tape:
                 outputs = model(x[row : row + 1], training=True)
@@ -60,11 +73,16 @@ def by_hand(
             gradients = [g.numpy() for g in tape.gradient(loss, variables)]
             squares = np.array([float((g.astype("float64") ** 2).sum()) for g in gradients])
             norms = [math.sqrt(part.sum()) for part in np.split(squares, np.cumsum(parts)[:-1])]
+            bound = clip / math.sqrt(len(parts))
             factors = np.repeat([min(1.0, bound / norm) for norm in norms], parts)
+            votes += 0.5 if norms[0] <= clip else -0.5
             total = [t + g * f for t, g, f in zip(total, gradients, factors, strict=True)]
         for variable, summed in zip(variables, total, strict=True):
             penalty = 2 * 0.01 * variable.numpy() if variable.regularizer else 0.0
             variable.assign(variable.numpy() - rate * (summed / batch_size + penalty))
+        if quantile is not None:
+            clip *= math.exp(-0.2 * (votes / batch_size + 0.5 - quantile))
+    return clip
 
 
 WAYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -74,6 +92,9 @@ WAYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "several_steps_at_once": ({"steps_per_execution": 4}, {}),
     "compiled": ({"jit_compile": True}, {}),
     "per_layer": ({}, {"clipping": "per_layer"}),
+    "adaptive": ({}, {"target_quantile": 0.7}),
+    "adaptive_microbatches": ({}, {"target_quantile": 0.7, "microbatch_size": 3}),
+    "adaptive_compiled": ({"jit_compile": True}, {"target_quantile": 0.7}),
     "per_layer_microbatches": ({}, {"clipping": "per_layer", "microbatch_size": 3}),
     "compiled_microbatches": ({"jit_compile": True}, {"microbatch_size": 4}),
 }
@@ -85,12 +106,15 @@ def test_fit_does_what_the_algorithm_says(way: str) -> None:
     x, y = rows()
     expected = classifier()
     per_layer = settings.get("clipping") == "per_layer"
-    by_hand(expected, x, y, batch_size=8, steps=16, rate=0.5, per_layer=per_layer)
+    quantile = settings.get("target_quantile")
+    clip = by_hand(expected, x, y, 8, 16, 0.5, per_layer=per_layer, quantile=quantile)
     model = classifier(optimizer=keras.optimizers.SGD(0.5), **compiled)
     options = {"batch_size": 8, "epochs": 2, "verbose": 0, "seed": 3}
-    tfdist.fit(model, x, y, privacy=noiseless(**settings), **options)
+    history = tfdist.fit(model, x, y, privacy=noiseless(**settings), **options).history
     for received, wanted in zip(model.get_weights(), expected.get_weights(), strict=True):
         np.testing.assert_allclose(received, wanted, rtol=2e-4, atol=1e-6)
+    if quantile is not None:  # shown is the norm of the last step, whose update came after
+        assert history["l2_norm_clip"][-1] == pytest.approx(clip, rel=0.2)
 
 
 def test_a_loss_of_ones_own_is_taken_of_single_examples() -> None:
@@ -487,3 +511,45 @@ def test_what_is_slow_is_named_once(capsys):
     assert printed.count("exact but slow: memory (LSTM)\n") == 1
     tfdist.fit(classifier(), x, y, batch_size=30, verbose=2, privacy=noiseless(seed=1))
     assert "slow" not in capsys.readouterr().out
+
+
+def test_an_adaptive_norm_comes_near_its_quantile_and_begins_anew() -> None:
+    x, y = rows(600)
+    model = classifier(L.Dense(3), optimizer=SGD(0.0))
+    privacy = tfdist.DPSGD(
+        0.01, noise_multiplier=0.5, delta=1e-3, target_quantile=0.8, clip_learning_rate=0.5
+    )
+    norms = []
+    for row in range(len(x)):
+        with tf.GradientTape() as tape:
+            loss = model.loss(y[row : row + 1], model(x[row : row + 1]))
+        gradients = tape.gradient(loss, model.trainable_variables)
+        norms.append(float(tf.linalg.global_norm(gradients)))
+    for _ in range(2):
+        shown = tfdist.fit(model, x, y, batch_size=100, epochs=10, verbose=0, privacy=privacy)
+        clip = shown.history["l2_norm_clip"]
+        assert clip[0] < 0.5 * clip[-1]
+        assert np.quantile(norms, 0.6) < clip[-1] < np.quantile(norms, 0.95)
+    assert len(model.variables) == 2
+
+
+@pytest.mark.quick
+def test_two_noises_cost_as_much_as_one() -> None:
+    mechanism = Mechanism(1.0, 1.1, 256.0, target_quantile=0.5, count_noise=12.8)
+    # A Gaussian of sensitivity 1 and one of 1/2 add up in 1 / sigma^2.
+    together = mechanism.gradient_noise**-2 + (2 * mechanism.count_noise) ** -2
+    assert together**-0.5 == pytest.approx(1.1)
+    assert mechanism.gradient_noise == pytest.approx(1.1, rel=1e-3)
+    assert Mechanism(1.0, 1.1, 256.0).gradient_noise == 1.1
+
+
+def test_a_count_needs_noise_and_one_norm() -> None:
+    x, y = rows()
+    privacy = tfdist.DPSGD(1.0, noise_multiplier=2.0, delta=1e-3, target_quantile=0.5)
+    with pytest.raises(ArgumentError, match="`count_noise` must be above"):
+        tfdist.fit(classifier(), x, y, batch_size=8, verbose=0, privacy=privacy)
+    for options in ({"clipping": "per_layer"}, {"clip_learning_rate": -1.0}):
+        with pytest.raises(ArgumentError):
+            noiseless(target_quantile=0.5, **options)
+    with pytest.raises(ArgumentError, match="`target_quantile`"):
+        noiseless(target_quantile=1.0)

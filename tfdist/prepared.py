@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tfdist import _keras, data
+from tfdist.privacy.adaptive import forget
 from tfdist.privacy.settings import Mechanism
 from tfdist.privacy.step import PrivateStep
 from tfdist.steps import Stop, make_functions
@@ -90,9 +91,10 @@ def prepare(
     usable = known is not None and known.fits(model, strategy)
     if usable and (not for_training or known.trains(mechanism)):
         return known  # type: ignore[no-any-return]
-    variables = _variables(model)
     stop = Stop()
+    forget(model)
     private = None if mechanism is None else PrivateStep(model, mechanism, strategy)
+    variables = _variables(model)
     prepared = Prepared(
         model,
         strategy,
@@ -110,7 +112,9 @@ def prepare(
 
 def _variables(model: Any) -> list[Any]:
     """Lists all state of a model: weights, seeds, optimizers', metrics'; each once."""
-    parts = [model.variables, *(o.variables for o in _keras.optimizers_of(model))]
+    optimizers = _keras.optimizers_of(model)
+    parts = [model.variables, *(o.variables for o in optimizers)]
+    parts += [_keras.trained_variables(o) for o in optimizers]
     if model.compiled:
         parts.append(_keras.metric_variables(model))
     return list({id(v): v for part in parts for v in part}.values())

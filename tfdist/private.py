@@ -22,6 +22,7 @@ from tfdist.privacy.noise import Noise
 from tfdist.privacy.poisson import Poisson
 from tfdist.privacy.report import Report
 from tfdist.privacy.settings import DPSGD, Mechanism
+from tfdist.privacy.step import PrivateStep
 from tfdist.samplers import Sampler
 from tfdist.session import Session
 from tfdist.strategies.base import Place
@@ -138,8 +139,24 @@ class PrivateRun:
             phase.sampling_probability * rows,
             privacy.microbatch_size,
             privacy.clipping == "per_layer",
+            privacy.target_quantile,
+            privacy.clip_learning_rate,
+            self._count_noise(noise, phase.sampling_probability * rows),
         )
         self._try(source)
+
+    def _count_noise(self, noise: float, expected_batch: float) -> float:
+        if self.privacy.target_quantile is None or noise == 0:
+            return 0.0
+        chosen = self.privacy.count_noise
+        found = expected_batch / 20 if chosen is None else chosen
+        if 2 * found <= noise:
+            raise ArgumentError(
+                "`count_noise` must be above noise_multiplier / 2, or nothing is left for the "
+                f"gradients. Received: {found:g}, and noise_multiplier={noise:g}. Pass a "
+                "larger `count_noise`, or a larger `batch_size`."
+            )
+        return found
 
     def _try(self, source: data.Source) -> None:
         if isinstance(source, Arrays):
@@ -168,7 +185,7 @@ class PrivateRun:
         """What all workers must have been asked alike."""
         return {
             "l2_norm_clip": self.privacy.l2_norm_clip,
-            "clipping": self.privacy.clipping,
+            "clipping": (self.privacy.clipping, self.privacy.target_quantile),
             "noise_multiplier": self.mechanism.noise_multiplier,
             "delta": self.privacy.delta,
             "relation": self.privacy.relation,
@@ -214,14 +231,15 @@ class PrivateRun:
             uncounted_steps=self._uncounted,
         )
 
-    def watched(self, callbacks: Any, noise: Noise) -> Any:
-        """Adds to the callbacks what keeps count, and renews the noise.
+    def watched(self, callbacks: Any, step: PrivateStep) -> Any:
+        """Adds to the callbacks what keeps count and renews the noise; begins anew.
 
         Args:
             callbacks: A list of callbacks, or a `CallbackList`.
-            noise: Of the steps to be made.
+            step: What will be made.
         """
-        last = _Last(self, noise)
+        step.restart(self.privacy.seed)
+        last = _Last(self, step.noise)
         given = getattr(callbacks, "callbacks", callbacks)
         for callback in given:
             if isinstance(callback, PrivacyBudget):

@@ -182,7 +182,7 @@ def fit(
             callbacks, session.strategy, prepared.stop, prepared.variables
         )
         if private is not None and prepared.private is not None:
-            kept = private.watched(kept, prepared.private.noise)
+            kept = private.watched(kept, prepared.private)
         # Asked for when the first share is drawn: a callback may restore the optimizer.
         drawn: Callable[[], int] = functools.partial(_epochs_done, model, source)
         epoch = initial_epoch

@@ -533,6 +533,20 @@ def private_compiled_by_xla(train: Train) -> tuple[Any, Any]:
 
 
 @case
+def private_adaptive(train: Train) -> tuple[Any, Any]:
+    model = private_mlp(keras.optimizers.Adam(0.01))
+    privacy = noiseless(l2_norm_clip=0.1, target_quantile=0.5)
+    return model, train(model, *table(300), batch_size=64, epochs=2, privacy=privacy)
+
+
+@case
+def private_clipped_by_layer(train: Train) -> tuple[Any, Any]:
+    model = private_mlp(keras.optimizers.Adam(0.01))
+    privacy = noiseless(l2_norm_clip=0.1, clipping="per_layer")
+    return model, train(model, *table(300), batch_size=64, epochs=2, privacy=privacy)
+
+
+@case
 def private_some_batches_empty(train: Train) -> tuple[Any, Any]:
     model = private_mlp(keras.optimizers.SGD(0.05, momentum=0.9), steps_per_execution=3)
     options = {"batch_size": 2, "epochs": 2, "privacy": noiseless(l2_norm_clip=0.5)}

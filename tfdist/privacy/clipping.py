@@ -34,11 +34,13 @@ class Clipped(NamedTuple):
         sums: Of clipped gradients, float32, in the order of `model.trainable_variables`.
         norms: Of each example's gradient before clipping, shape [examples], 0 where it
             counts nothing: where it is masked or not finite.
+        votes: 1/2 for each that counts and was not clipped, less 1/2 for each that was.
         outputs: The model's.
     """
 
     sums: list[Tensor]
     norms: Tensor
+    votes: Tensor
     outputs: Any
 
 
@@ -47,7 +49,7 @@ def clipped_sum(
     x: Any,
     y: Any,
     sample_mask: Tensor,
-    l2_norm_clip: float,
+    l2_norm_clip: Any,
     sample_weight: Any = None,
     per_layer: bool = False,
 ) -> Clipped:
@@ -61,7 +63,8 @@ def clipped_sum(
         x: A batch of inputs, shape [examples, ...], nested as the model takes them.
         y: Targets.
         sample_mask: Bool, shape [examples]; False for padding, which counts nothing.
-        l2_norm_clip: The largest norm of an example's gradient over all variables.
+        l2_norm_clip: The largest norm of an example's gradient over all variables, a float or
+            a scalar tensor.
         sample_weight: By which losses are multiplied, before clipping, as Keras has them.
         per_layer: Whether each of L layers with weights is clipped by itself, to
             `l2_norm_clip` / sqrt(L), so that the norm over all is bounded just the same.
@@ -90,7 +93,9 @@ def clipped_sum(
         factor = tf.where(norms > 0, tf.minimum(1.0, tf.math.divide_no_nan(bound, norms)), 1.0)
         factor = tf.where(counted, factor, 0.0)
         factors |= {id(part.variable): factor for part in group}
-    return Clipped(_sums(model, parts, factors), _norms(tf.add_n(squares), counted), outputs)
+    norms = _norms(tf.add_n(squares), counted)
+    votes = tf.where(counted, tf.where(norms <= l2_norm_clip, 0.5, -0.5), 0.0)
+    return Clipped(_sums(model, parts, factors), norms, tf.reduce_sum(votes), outputs)
 
 
 def _norms(squares: Tensor, counted: Tensor) -> Tensor:

@@ -22,30 +22,34 @@ def clipped_share(
     columns: Columns,
     batch: ReplicaBatch,
     mechanism: Mechanism,
+    l2_norm_clip: Any,
     compiled: bool = False,
-) -> tuple[Any, list[Tensor]]:
-    """Gives a share's outputs, and the sums of its clipped gradients.
+) -> tuple[Any, list[Tensor], Tensor]:
+    """Gives a share's outputs, the sums of its clipped gradients, and `Clipped.votes`.
 
     Args:
         model: A compiled, built `keras.Model`.
         columns: `x`, `y` and `sample_weight` of the share.
         batch: What the replica knows of it.
         mechanism: What is done to the gradients.
+        l2_norm_clip: The norm that they are clipped to.
         compiled: Whether by XLA.
     """
     examples = _examples(columns)
     if mechanism.microbatch_size is None and not compiled:
         mask = tf.range(examples) < tf.cast(batch.rows, tf.int32)
         x, y, weight = columns
-        clipped = clipped_sum(
-            model, x, y, mask, mechanism.l2_norm_clip, weight, mechanism.per_layer
-        )
-        return clipped.outputs, clipped.sums
-    return _Pieces(model, columns, batch, mechanism, compiled).all()
+        clipped = clipped_sum(model, x, y, mask, l2_norm_clip, weight, mechanism.per_layer)
+        return clipped.outputs, clipped.sums, clipped.votes
+    outputs, sums = _Pieces(model, columns, batch, mechanism, l2_norm_clip, compiled).all()
+    return outputs, sums[:-1], sums[-1]
 
 
 class _Pieces:
-    """Computes one piece after the other, or all as one piece."""
+    """Computes one piece after the other, or all as one piece.
+
+    Its sums are those of clipped gradients, and last their `votes`.
+    """
 
     def __init__(
         self,
@@ -53,12 +57,14 @@ class _Pieces:
         columns: Columns,
         batch: ReplicaBatch,
         mechanism: Mechanism,
+        l2_norm_clip: Any,
         compiled: bool,
     ) -> None:
         self._model = model
         self._columns = columns
         self._batch = batch
         self._mechanism = mechanism
+        self._l2_norm_clip = l2_norm_clip
         self._compiled = compiled
         self._examples = _examples(columns)
         self._seeds = [v for v in model.non_trainable_variables if _layers.is_seed(v)]
@@ -127,7 +133,7 @@ class _Pieces:
                 columns[0],
                 columns[1],
                 counted,
-                self._mechanism.l2_norm_clip,
+                self._l2_norm_clip,
                 columns[2],
                 self._mechanism.per_layer,
             )
@@ -135,7 +141,7 @@ class _Pieces:
         self._structure = clipped.outputs
         self._masked = [_layers.has_mask(leaf) for leaf in leaves]
         masks = [leaf._keras_mask for leaf in leaves if _layers.has_mask(leaf)]
-        return [*leaves, *masks], clipped.sums
+        return [*leaves, *masks], [*clipped.sums, clipped.votes]
 
     def _packed(self, flat: list[Tensor]) -> Any:
         """Undoes `_computed`'s flattening."""

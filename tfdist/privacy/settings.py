@@ -38,6 +38,14 @@ class DPSGD:
             `l2_norm_clip` / sqrt(L), which costs the same and keeps a layer with large
             gradients from scaling the others down (McMahan et al., "Learning differentially
             private recurrent language models", ICLR 2018, section 2).
+        target_quantile: The part of examples whose gradients shall not be clipped, between 0
+            and 1: then the norm starts at `l2_norm_clip` and is moved, from the noisy number
+            of examples within it (Andrew et al., "Differentially private learning with
+            adaptive clipping", NeurIPS 2021). Both noises together cost what
+            `noise_multiplier` says. None leaves the norm as it is.
+        clip_learning_rate: How fast the norm's logarithm moves; above 0.
+        count_noise: The standard deviation of the noise on that number; a twentieth of the
+            expected batch if None.
         seed: Of the noise, and of the sampling unless `fit` has a `seed`. For tests: what
             comes from a known seed is not private, and the report says so. None draws from
             the operating system.
@@ -66,6 +74,9 @@ class DPSGD:
     microbatch_size: int | None = None
     spent: Ledger = field(default_factory=Ledger)
     clipping: str = "flat"
+    target_quantile: float | None = None
+    clip_learning_rate: float = 0.2
+    count_noise: float | None = None
     seed: int | None = None
 
     def __post_init__(self) -> None:
@@ -91,10 +102,24 @@ class DPSGD:
         check_choice("accountant", self.accountant, ACCOUNTANTS)
         check_choice("relation", self.relation, RELATIONS)
         check_choice("clipping", self.clipping, ("flat", "per_layer"))
+        self._check_adaptive()
         if self.microbatch_size is not None:
             check_count("microbatch_size", self.microbatch_size, 1)
         if self.seed is not None:
             check_count("seed", self.seed, 0)
+
+    def _check_adaptive(self) -> None:
+        if self.target_quantile is None:
+            return
+        check_number("target_quantile", self.target_quantile, 0, 1, open_ends=True)
+        if self.clipping == "per_layer":
+            raise ArgumentError(
+                "`target_quantile` is of the norm over all variables. Received: "
+                "target_quantile and clipping='per_layer'. Leave one of them out."
+            )
+        check_number("clip_learning_rate", self.clip_learning_rate, 0)
+        if self.count_noise is not None:
+            check_number("count_noise", self.count_noise, 0)
 
 
 @dataclass(frozen=True)
@@ -114,3 +139,18 @@ class Mechanism:
     expected_batch: float
     microbatch_size: int | None = None
     per_layer: bool = False
+    target_quantile: float | None = None
+    clip_learning_rate: float = 0.2
+    count_noise: float = 0.0
+
+    @property
+    def gradient_noise(self) -> float:
+        """The noise on the sum of gradients, in units of the norm that is clipped to.
+
+        With a noisy count beside it, of which an example can change at most 1/2 once 1/2 is
+        subtracted from each, the two Gaussian mechanisms together cost as much as one of
+        `noise_multiplier` (Andrew et al., theorem 1).
+        """
+        if self.target_quantile is None or self.noise_multiplier == 0:
+            return self.noise_multiplier
+        return float((self.noise_multiplier**-2 - (2 * self.count_noise) ** -2) ** -0.5)

@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from tfdist._keras import ReplicaBatch
 from tfdist.privacy import _layers
+from tfdist.privacy.adaptive import AdaptiveClip
 from tfdist.privacy.noise import Noise, like
 from tfdist.privacy.pieces import clipped_share
 from tfdist.privacy.settings import Mechanism
@@ -35,8 +36,21 @@ class PrivateStep:
         place = strategy.place
         self.mechanism = mechanism
         self.noise = Noise(place.first_replica, place.local_replicas)
+        self.adaptive: AdaptiveClip | None = None
+        if mechanism.target_quantile is not None:
+            self.adaptive = AdaptiveClip(model, mechanism)
         self._model = model
         self._strategy = strategy
+
+    def restart(self, seed: int | None) -> None:
+        """Begins a `fit`: with new noise, and the norm that was asked for.
+
+        Args:
+            seed: As in `Noise.renew`.
+        """
+        self.noise.renew(seed)
+        if self.adaptive is not None:
+            self.adaptive.restart()
 
     def train_step(self, data: Any, batch: ReplicaBatch) -> Any:
         """Makes one step, as `keras.Model.train_step` would.
@@ -53,32 +67,43 @@ class PrivateStep:
         # XLA cannot read variables that are on servers.
         compiled = model.jit_compile and not self._strategy.has_servers
         columns = x, y, weight
-        outputs, sums = clipped_share(model, columns, batch, self.mechanism, compiled)
+        norm = self.mechanism.l2_norm_clip if self.adaptive is None else self.adaptive.norm()
+        outputs, sums, votes = clipped_share(
+            model, columns, batch, self.mechanism, norm, compiled
+        )
         loss = _layers.compiled_loss(model, x, y, outputs, weight)
         _layers.track_loss(model, loss, tf.shape(tf.nest.flatten(x)[0])[0])
         variables = model.trainable_variables
         replicas = self._strategy.place.num_replicas
         expected = self.mechanism.expected_batch
-        noisy = [s / expected for s in self._with_noise(sums, replicas)]
+        sums, votes = self._with_noise(sums, votes, norm, replicas)
+        noisy = [s / expected for s in sums]
         # Of no example, so neither clipped nor hidden.
         gradients = [
             g if r is None else g + r / replicas
             for g, r in zip(noisy, _penalties(variables), strict=True)
         ]
         model.optimizer.apply(gradients, variables)
-        return model.compute_metrics(x, y, outputs, sample_weight=weight)
+        logs = model.compute_metrics(x, y, outputs, sample_weight=weight)
+        if self.adaptive is None:
+            return logs
+        self.adaptive.update(votes, replicas)
+        return {**logs, "l2_norm_clip": norm}
 
-    def _with_noise(self, sums: list[Tensor], replicas: int) -> list[Tensor]:
-        deviation = self.mechanism.noise_multiplier * self.mechanism.l2_norm_clip
-        if deviation == 0:
-            return sums
+    def _with_noise(
+        self, sums: list[Tensor], votes: Tensor, norm: Any, replicas: int
+    ) -> tuple[list[Tensor], Tensor]:
+        mechanism = self.mechanism
+        if mechanism.noise_multiplier == 0:
+            return sums, votes
         variables = self._model.trainable_variables
         count = sum(math.prod(v.shape) for v in variables)
         drawn = self.noise.normal(
-            count, self._strategy.replica_id(), self._model.optimizer.iterations
-        )
-        drawn *= deviation / math.sqrt(replicas)
-        return [s + n for s, n in zip(sums, like(drawn, variables), strict=True)]
+            count + 1, self._strategy.replica_id(), self._model.optimizer.iterations
+        ) / math.sqrt(replicas)
+        noises = like(drawn[:count] * (mechanism.gradient_noise * norm), variables)
+        votes += drawn[count] * mechanism.count_noise
+        return [s + n for s, n in zip(sums, noises, strict=True)], votes
 
 
 def _penalties(variables: Any) -> list[Tensor | None]:

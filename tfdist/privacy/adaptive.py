@@ -1,0 +1,67 @@
+"""A norm to clip to that follows a quantile of the examples' norms, found privately."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from tfdist.privacy.settings import Mechanism
+
+Tensor = Any
+_HELD = "_tfdist_clip_optimizer"  # of the model, where strategies look for its optimizers
+
+
+class AdaptiveClip:
+    """Moves the norm towards the quantile, by the noisy number of examples within it.
+
+    The logarithm of the norm is a variable, whose gradient is the part of examples within it
+    less the quantile (Andrew et al., "Differentially private learning with adaptive clipping",
+    NeurIPS 2021, algorithm 1: the geometric update). So it is summed and updated as weights
+    are.
+
+    Args:
+        model: A compiled, built `keras.Model`.
+        mechanism: With a `target_quantile`.
+    """
+
+    def __init__(self, model: Any, mechanism: Mechanism) -> None:
+        assert mechanism.target_quantile is not None
+        self._mechanism = mechanism
+        self._quantile = mechanism.target_quantile
+        self._log_norm = keras.Variable(
+            math.log(mechanism.l2_norm_clip), dtype="float32", name="log_l2_norm_clip"
+        )
+        self._optimizer = keras.optimizers.SGD(mechanism.clip_learning_rate)
+        self._optimizer.build([self._log_norm])
+        vars(model)[_HELD] = self._optimizer
+
+    def norm(self) -> Tensor:
+        """Gives the norm to clip to."""
+        return tf.exp(tf.convert_to_tensor(self._log_norm))
+
+    def restart(self) -> None:
+        """Begins with the norm that was asked for."""
+        self._log_norm.assign(math.log(self._mechanism.l2_norm_clip))
+
+    def update(self, votes: Tensor, replicas: int) -> None:
+        """Contributes a replica's part of the update.
+
+        Args:
+            votes: `Clipped.votes` of its examples, and its part of the noise.
+            replicas: How many contribute.
+        """
+        # Votes are of a half, so that one example changes their sum by no more than that.
+        part = votes / self._mechanism.expected_batch + (0.5 - self._quantile) / replicas
+        self._optimizer.apply([part], [self._log_norm])
+
+
+def forget(model: Any) -> None:
+    """Takes from a model what an earlier training has left.
+
+    Args:
+        model: A `keras.Model`.
+    """
+    vars(model).pop(_HELD, None)
