@@ -8,7 +8,7 @@ OLDEST := "tensorflow==2.20.*" "keras==3.12.0"
 OLDEST_VENV ?= .venv-oldest
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-newest test-oldest check format bench docs clean
+.PHONY: help demo test test-newest test-oldest check lint format bench docs clean
 
 help:  ## Show this list.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -54,12 +54,14 @@ test-newest: $(VENV)/.dev $(VENV)/.horovod
 test-oldest: $(OLDEST_VENV)/.dev $(OLDEST_VENV)/.horovod
 	$(OLDEST_VENV)/bin/python -m pytest -m "quick or oldest"
 
-check: $(VENV)/.dev  ## Lint, type-check and run the quick tests: for every commit.
+check: lint  ## Lint, type-check and run the quick tests: for every commit.
+	$(BIN)/python -m pytest -m quick -q
+
+lint: $(VENV)/.dev  ## Lint and type-check.
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -m quick -q
 
 format: $(VENV)/.dev  ## Format the code.
 	$(BIN)/ruff format .
