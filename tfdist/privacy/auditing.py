@@ -134,7 +134,7 @@ def audit(
         batch_size: Examples to be computed at once.
 
     Returns:
-        An `AuditReport`.
+        An `AuditReport`. It comes from members' data without noise: it is not private.
 
     Raises:
         ArgumentError: `non_members` are missing, the model has no loss and there is no
