@@ -50,7 +50,8 @@ def canaries(x: Any, y: Any, rows: Any, seed: int | None = None) -> Canaries:
     auditing with one (1) training run", NeurIPS 2023). Rows that a model can only learn by
     heart give themselves away most and make the bound sharpest: with wrong labels, say, or
     made for the purpose and put at the end of the data. Hundreds are needed, since m canaries
-    of which all are guessed right show an epsilon of about ln(m / 3).
+    of which all are guessed right show an epsilon of about ln(m / 3). How many coins fell on
+    heads shows in the number of rows, which all of tfdist's accounting takes as public.
 
     Args:
         x: Inputs: an array of shape [rows, ...], or several, nested as the model takes them.
