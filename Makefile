@@ -33,6 +33,13 @@ $(VENV)/.dev: pyproject.toml | $(BIN)/python
 	$*/bin/tfdist horovod build
 	@touch $@
 
+# Its pins fight with those of tfdist, so it is kept apart, without its dependencies, where only
+# tests/test_tensorflow_privacy.py looks. There is none for Python 3.12 on: those tests are skipped.
+$(VENV)/.tensorflow-privacy: $(VENV)/.dev
+	-$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/tensorflow-privacy \
+		tensorflow-privacy==0.9.0 tensorflow-empirical-privacy==0.1.0 immutabledict patsy statsmodels
+	@touch $@
+
 $(VENV)/.docs: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet -e ".[docs]"
 	@touch $@
@@ -48,7 +55,7 @@ demo: $(VENV)/.demo  ## Train a real model over two local worker processes.
 
 test: test-newest test-oldest  ## Run all tests, with the newest and with the oldest versions.
 
-test-newest: $(VENV)/.dev $(VENV)/.horovod
+test-newest: $(VENV)/.dev $(VENV)/.horovod $(VENV)/.tensorflow-privacy
 	$(BIN)/python -m pytest
 
 test-oldest: $(OLDEST_VENV)/.dev $(OLDEST_VENV)/.horovod

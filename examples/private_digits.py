@@ -57,8 +57,11 @@ history = tfdist.fit(
 accuracy = tfdist.evaluate(model, x_test, y_test, verbose=0, return_dict=True)["accuracy"]
 if session.is_chief:
     report = history.privacy
+    # Without noise, so for our eyes alone.
+    attack = tfdist.privacy.audit(model, (x_train, y_train), (x_test, y_test))
     print(f"strategy:          {session.strategy.name}")
     print(f"held-out accuracy: {accuracy:.2%}")
     print(f"epsilon:           {report.epsilon:.3f} of {MAX_EPSILON}, delta {report.delta:g}")
+    print(f"attack:            {attack}")
     print(f"steps:             {report.ledger.steps}")
     print(textwrap.fill(report.statement(), 96))

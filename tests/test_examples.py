@@ -194,6 +194,8 @@ def test_private_digits_keeps_to_its_budget(launcher, workers):
     assert float(facts["held-out accuracy"].split("%")[0]) > 85
     assert 2.9 < float(facts["epsilon"].split(" ")[0]) <= 3.0
     assert 100 < int(facts["steps"]) < 200
+    shown_auc = re.match(r"1347 members and 450 non-members: AUC ([\d.]+),", facts["attack"])
+    assert float(shown_auc[1]) < 0.6
     assert "The weights are differentially private with epsilon = " in printed
     shown = [float(e) for e in re.findall(r"- epsilon: (\S+)", printed)]
     assert shown == sorted(shown)  # progress, from the chief alone

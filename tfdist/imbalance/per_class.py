@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from tfdist import _keras, data
 from tfdist.errors import ArgumentError
-from tfdist.imbalance.report import new_figure
+from tfdist.figures import new_figure
 from tfdist.samplers import Sequential
 from tfdist.strategies.base import Strategy
 

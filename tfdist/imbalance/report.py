@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tfdist.data.class_weight import EffectiveNumber
-from tfdist.errors import MissingPackageError
+from tfdist.figures import new_figure
 from tfdist.samplers.classes import count_classes
 
 _LABELLED = 40  # more bars than that have no room for a name each
@@ -100,25 +100,6 @@ def report(y: Any, *, beta: float = 0.999, plot: bool = False) -> Report:
         beta,
     )
     return Report(**{**vars(made), "figure": _bars(made)}) if plot else made
-
-
-def new_figure(**options: Any) -> Any:
-    """Makes an empty `matplotlib.figure.Figure`, which belongs to no window.
-
-    Args:
-        **options: Of the figure.
-
-    Raises:
-        MissingPackageError: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise MissingPackageError(
-            "A picture needs matplotlib. Received: an installation without it. "
-            'Install it: pip install "tfdist[plot]".'
-        ) from None
-    return Figure(layout="constrained", **options)
 
 
 def _bars(found: Report) -> Any:

@@ -1,4 +1,4 @@
-"""Differential privacy: what a training run costs, and how its examples are drawn.
+"""Differential privacy: what a training run costs, draws and gives away.
 
 The accountant needs neither TensorFlow nor NumPy of its own, so nothing is imported here
 before it is asked for.
@@ -11,30 +11,45 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tfdist.privacy.accounting import capacity, epsilon, noise_multiplier
+    from tfdist.privacy.auditing import Canaries, audit, canaries
+    from tfdist.privacy.bounds import epsilon_lower_bound
     from tfdist.privacy.ledger import Ledger, Phase
+    from tfdist.privacy.membership import AuditReport, ThresholdAttack
     from tfdist.privacy.poisson import Poisson
     from tfdist.privacy.rebuild import make_private_model
     from tfdist.privacy.report import Report, statement
 
 __all__ = [
+    "AuditReport",
+    "Canaries",
     "Ledger",
     "Phase",
     "Poisson",
     "Report",
+    "ThresholdAttack",
+    "audit",
+    "canaries",
     "capacity",
     "epsilon",
+    "epsilon_lower_bound",
     "make_private_model",
     "noise_multiplier",
     "statement",
 ]
 
 _HOMES = {
+    "AuditReport": "tfdist.privacy.membership",
+    "Canaries": "tfdist.privacy.auditing",
     "Ledger": "tfdist.privacy.ledger",
     "Phase": "tfdist.privacy.ledger",
     "Poisson": "tfdist.privacy.poisson",
     "Report": "tfdist.privacy.report",
+    "ThresholdAttack": "tfdist.privacy.membership",
+    "audit": "tfdist.privacy.auditing",
+    "canaries": "tfdist.privacy.auditing",
     "capacity": "tfdist.privacy.accounting",
     "epsilon": "tfdist.privacy.accounting",
+    "epsilon_lower_bound": "tfdist.privacy.bounds",
     "make_private_model": "tfdist.privacy.rebuild",
     "noise_multiplier": "tfdist.privacy.accounting",
     "statement": "tfdist.privacy.report",

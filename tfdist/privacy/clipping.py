@@ -274,36 +274,61 @@ def _one_each(parts: Sequence[Part]) -> list[Part]:
 
 def _loss(model: Any, x: Any, y: Any, sample_weight: Any, outputs: Any) -> Tensor:
     """Gives the sum over examples of the loss of each of them alone."""
+    if not _is_mean(model, sample_weight, outputs):
+        return tf.reduce_sum(losses_alone(model, x, y, sample_weight, outputs))
     examples = tf.shape(tf.nest.flatten(outputs)[0])[0]
-    # Not a share's part of the global loss, and not counted by the model's metrics.
+    with _loss_itself(model):
+        whole = _layers.compiled_loss(model, x, y, outputs, sample_weight)
+    return whole * tf.cast(examples, whole.dtype)
+
+
+def losses_alone(model: Any, x: Any, y: Any, sample_weight: Any, outputs: Any) -> Tensor:
+    """Computes the compiled loss of each example on a batch of this example alone.
+
+    Regularizers of weights are left out, and no metric is updated. Slow: a loop.
+
+    Args:
+        model: A compiled, built `keras.Model`.
+        x: A batch of inputs, nested as the model takes them.
+        y: Targets, or None.
+        sample_weight: As Keras has it, or None.
+        outputs: The model's.
+
+    Returns:
+        float32 of shape [examples].
+    """
+
+    def alone(index: Tensor) -> Tensor:
+        def row(leaf: Tensor) -> Tensor:
+            mine = leaf[index : index + 1]
+            if _layers.has_mask(leaf):
+                mine._keras_mask = leaf._keras_mask[index : index + 1]
+            return mine
+
+        one_x, one_y, one_weight = tf.nest.map_structure(
+            lambda leaf: (
+                leaf if leaf is None else tf.convert_to_tensor(leaf)[index : index + 1]
+            ),
+            (x, y, sample_weight),
+        )
+        one_outputs = tf.nest.map_structure(row, outputs)
+        loss = _layers.compiled_loss(model, one_x, one_y, one_outputs, one_weight)
+        return tf.cast(loss, tf.float32)
+
+    examples = tf.shape(tf.nest.flatten(outputs)[0])[0]
+    with _loss_itself(model):
+        return tf.map_fn(alone, tf.range(examples), fn_output_signature=tf.float32)
+
+
+@contextlib.contextmanager
+def _loss_itself(model: Any) -> Iterator[None]:
+    """Lets no loss be a share's part of the global one, or counted by the model's metrics."""
     with (
         _keras.on_replica(None),
         _layers.without_regularizers(model.trainable_variables),
         keras.StatelessScope(),
     ):
-        if _is_mean(model, sample_weight, outputs):
-            whole = _layers.compiled_loss(model, x, y, outputs, sample_weight)
-            return whole * tf.cast(examples, whole.dtype)
-
-        def alone(index: Tensor) -> Tensor:
-            def row(leaf: Tensor) -> Tensor:
-                mine = leaf[index : index + 1]
-                if _layers.has_mask(leaf):
-                    mine._keras_mask = leaf._keras_mask[index : index + 1]
-                return mine
-
-            one_x, one_y, one_weight = tf.nest.map_structure(
-                lambda leaf: (
-                    leaf if leaf is None else tf.convert_to_tensor(leaf)[index : index + 1]
-                ),
-                (x, y, sample_weight),
-            )
-            one_outputs = tf.nest.map_structure(row, outputs)
-            loss = _layers.compiled_loss(model, one_x, one_y, one_outputs, one_weight)
-            return tf.cast(loss, tf.float32)
-
-        every = tf.map_fn(alone, tf.range(examples), fn_output_signature=tf.float32)
-    return tf.reduce_sum(every)
+        yield
 
 
 def _is_mean(model: Any, sample_weight: Any, outputs: Any) -> bool:
