@@ -42,7 +42,7 @@ class Prepared:
             and self.place == strategy.place
             and len(state) == len(self.compiled_state)
             and all(a is b for a, b in zip(state, self.compiled_state, strict=True))
-            and [id(v) for v in self.variables] == [id(v) for v in _variables(model)]
+            and [id(v) for v in self.variables] == [id(v) for v in variables_of(model)]
         )
 
     @contextlib.contextmanager
@@ -90,7 +90,7 @@ def prepare(
     usable = known is not None and known.fits(model, strategy)
     if usable and (not for_training or known.trains(mechanism)):
         return known  # type: ignore[no-any-return]
-    variables = _variables(model)
+    variables = variables_of(model)
     stop = Stop()
     private = None if mechanism is None else PrivateStep(model, mechanism, strategy)
     prepared = Prepared(
@@ -108,8 +108,12 @@ def prepare(
     return prepared
 
 
-def _variables(model: Any) -> list[Any]:
-    """Lists all state of a model: weights, seeds, optimizers', metrics'; each once."""
+def variables_of(model: Any) -> list[Any]:
+    """Lists all state of a model: weights, seeds, optimizers', metrics'; each once.
+
+    Args:
+        model: A built `keras.Model`.
+    """
     parts = [model.variables, *(o.variables for o in _keras.optimizers_of(model))]
     if model.compiled:
         parts.append(_keras.metric_variables(model))
