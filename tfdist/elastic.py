@@ -23,7 +23,6 @@ from tfdist.prepared import Prepared
 from tfdist.steps import Stop
 from tfdist.strategies.base import Strategy
 
-
 _numbers = itertools.count(1)
 
 

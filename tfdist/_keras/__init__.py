@@ -32,10 +32,10 @@ from typing import Any, Protocol
 import keras
 import tensorflow as tf
 from keras.src import backend as _backend
+from keras.src.backend.common import global_state as _global_state
 from keras.src.backend.tensorflow import random as _random
 from keras.src.backend.tensorflow.core import Variable as _Variable
 from keras.src.backend.tensorflow.optimizer import TFOptimizer as _TFOptimizer
-from keras.src.backend.common import global_state as _global_state
 from keras.src.losses import loss as _loss
 from keras.src.optimizers.base_optimizer import BaseOptimizer as _BaseOptimizer
 from keras.src.random.seed_generator import GLOBAL_SEED_GENERATOR as _GLOBAL_SEED

@@ -91,9 +91,9 @@ def check_room(directory: Path, needed: int) -> None:
     free = shutil.disk_usage(directory).free
     if free < needed:
         raise CheckpointError(
-            f"`checkpoint` must have room for a checkpoint of {needed / 2**20:.1f} MiB. Received: "
-            f"{str(directory)!r} with {free / 2**20:.1f} MiB left. Make room, or choose another "
-            "directory."
+            "`checkpoint` must be a directory with room for a checkpoint of "
+            f"{needed / 2**20:.1f} MiB. Received: {str(directory)!r} with "
+            f"{free / 2**20:.1f} MiB left. Make room, or choose another one."
         )
 
 
@@ -127,8 +127,8 @@ def latest(directory: Path) -> Saved | None:
             folder.rename(damaged)
     if folders:
         raise CheckpointError(
-            f"One checkpoint in {str(directory)!r} must be whole. Received: {len(folders)}, all "
-            "damaged. Remove the directory to begin anew."
+            f"One checkpoint in {str(directory)!r} must be whole. Received: {len(folders)}, "
+            "all damaged. Choose another directory to begin anew."
         )
     return None
 

@@ -31,21 +31,20 @@ def encode(value: Any, arrays: list[Any]) -> Any:
         return value
     if isinstance(value, bytes):
         return {"bytes": value.hex()}
-    if isinstance(value, np.ndarray | np.generic):
-        if value.dtype.kind not in "biufc" and value.dtype.name != "bfloat16":
-            raise NotPlain
-        arrays.append(np.array(value))
-        return {"scalar" if isinstance(value, np.generic) else "array": len(arrays) - 1}
-    if tf.is_tensor(value) and isinstance(value, tf.__internal__.EagerTensor):
-        arrays.append(value)
-        return {"tensor": len(arrays) - 1}
-    for kind, name in _SEQUENCES.items():
-        if type(value) is kind:
-            return {name: [encode(item, arrays) for item in value]}
+    if type(value) in _SEQUENCES:
+        return {_SEQUENCES[type(value)]: [encode(item, arrays) for item in value]}
     if isinstance(value, dict):
         pairs = value.items()
         return {"dict": [[encode(k, arrays), encode(v, arrays)] for k, v in pairs]}
-    raise NotPlain
+    kind = "scalar" if isinstance(value, np.generic) else "array"
+    if isinstance(value, _Eager):
+        kind, value = "tensor", value.numpy()
+    if not isinstance(value, np.ndarray | np.generic):
+        raise NotPlain
+    if value.dtype.kind not in "biufc" and value.dtype.name != "bfloat16":
+        raise NotPlain
+    arrays.append(np.array(value))
+    return {kind: len(arrays) - 1}
 
 
 def decode(written: Any, arrays: Callable[[int], Any]) -> Any:
@@ -71,5 +70,6 @@ def decode(written: Any, arrays: Callable[[int], Any]) -> Any:
     return tf.constant(array) if name == "tensor" else np.array(array)
 
 
+_Eager: Any = tf.__internal__.EagerTensor
 _SEQUENCES = {list: "list", tuple: "tuple", set: "set", frozenset: "frozenset"}
 _KINDS: dict[str, Callable[..., Any]] = {name: kind for kind, name in _SEQUENCES.items()}

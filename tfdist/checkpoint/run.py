@@ -80,8 +80,8 @@ class CheckpointRun:
             )
         if getattr(self._strategy, "synchronous", True) is False and self._every != "epoch":
             raise ArgumentError(
-                "`every` of `Checkpoint` must be 'epoch' in asynchronous training, which has no "
-                f"step of all workers. Received: every={self._every!r}."
+                "`every` of `Checkpoint` must be 'epoch' in asynchronous training, which has "
+                f"no step of all workers. Received: every={self._every!r}."
             )
 
     def _found(self) -> tuple[dict[str, Any] | None, dict[int, Any]]:
@@ -102,8 +102,8 @@ class CheckpointRun:
             raise CheckpointError(problem)
         if state is not None and state["format"] != _FORMAT:
             raise CheckpointError(
-                f"A checkpoint must be of format {_FORMAT}. Received: {state['folder']} of format "
-                f"{state['format']}, written by tfdist {state['tfdist']}. Use that version."
+                f"A checkpoint must be of format {_FORMAT}. Received: {state['folder']} of "
+                f"format {state['format']}. Use tfdist {state['tfdist']}, which wrote it."
             )
         return state, arrays
 

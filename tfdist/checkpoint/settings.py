@@ -62,8 +62,8 @@ class Checkpoint:
         is_time = isinstance(every, datetime.timedelta) and every > datetime.timedelta(0)
         if not (every == "epoch" or is_steps or is_time):
             raise ArgumentError(
-                "`every` of `Checkpoint` must be 'epoch', a number of steps of at least 1, or a "
-                f"datetime.timedelta above 0. Received: every={every!r}."
+                "`every` of `Checkpoint` must be 'epoch', a number of steps of at least 1, or "
+                f"a datetime.timedelta above 0. Received: every={every!r}."
             )
         if not isinstance(self.keep, int) or isinstance(self.keep, bool) or self.keep < 1:
             raise ArgumentError(

@@ -175,6 +175,9 @@ class Epoch:
         Returns:
             How many of these are to be made.
         """
+        if not self._made:
+            return taken
+        _ = self.iterator  # begins the epoch, also when no step of it is left
         passed = min(taken, self._made)
         self._made -= passed
         return taken - passed
