@@ -23,7 +23,7 @@ STEPS = 7  # of an epoch
 quick = pytest.mark.quick
 
 
-class Stopped(Exception):
+class StoppedError(Exception):
     pass
 
 
@@ -37,7 +37,7 @@ class Stop(keras.callbacks.Callback):
 
     def _stop(self, when: str) -> None:
         if when == self.when and int(self.model.optimizer.iterations) == self.step:
-            raise Stopped
+            raise StoppedError
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
         self._stop("before")
@@ -117,7 +117,7 @@ def assert_same(found: Any, expected: Any) -> None:
 
 
 def stopped_and_started(checkpoint: Any, stop: Stop, **options: Any) -> Any:
-    with pytest.raises(Stopped):
+    with pytest.raises(StoppedError):
         train(checkpoint, stop, **options)
     return train(checkpoint, **options)
 
@@ -157,7 +157,7 @@ def test_several_steps_at_once_and_another_number_of_them(whole, tmp_path) -> No
         made.steps_per_execution = steps
         return made
 
-    with pytest.raises(Stopped):
+    with pytest.raises(StoppedError):
         train(checkpoint, Stop("after", 11), made=several(4))
     found = train(checkpoint, made=several(3))
     assert_same((*found[:3], None), (*whole[:3], None))
@@ -224,7 +224,7 @@ def endless() -> Any:
 def test_every_kind_of_data_goes_on(make, steps, tmp_path) -> None:
     options = {"steps_per_epoch": steps}
     expected = train(None, x=make(), **options)
-    with pytest.raises(Stopped):
+    with pytest.raises(StoppedError):
         train(tfdist.Checkpoint(tmp_path, every=1), Stop("after", 10), x=make(), **options)
     found = train(tfdist.Checkpoint(tmp_path, every=1), x=make(), **options)
     assert_same(found, expected)
@@ -242,7 +242,7 @@ def test_loss_scale_and_augmentation_and_a_drawn_seed_go_on(tmp_path) -> None:
 
     expected = fit(None)
     checkpoint = tfdist.Checkpoint(tmp_path, every=5)
-    with pytest.raises(Stopped):
+    with pytest.raises(StoppedError):
         fit(checkpoint, Stop("after", 10))
     assert_same(fit(checkpoint), expected)
 
@@ -266,7 +266,7 @@ def test_private_training_goes_on_and_counts_what_was_spent(tmp_path) -> None:
 
     expected = seeded(None)
     checkpoint = tfdist.Checkpoint(tmp_path, every=2)
-    with pytest.raises(Stopped):
+    with pytest.raises(StoppedError):
         seeded(checkpoint, Stop("after", 9))
     with pytest.raises(ArgumentError, match="privacy="):
         seeded(checkpoint, noise=2.0)

@@ -71,5 +71,5 @@ def decode(written: Any, arrays: Callable[[int], Any]) -> Any:
 
 
 _Eager: Any = tf.__internal__.EagerTensor
-_SEQUENCES = {list: "list", tuple: "tuple", set: "set", frozenset: "frozenset"}
+_SEQUENCES: dict[Any, str] = {list: "list", tuple: "tuple", set: "set", frozenset: "frozenset"}
 _KINDS: dict[str, Callable[..., Any]] = {name: kind for kind, name in _SEQUENCES.items()}
