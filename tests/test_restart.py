@@ -35,7 +35,8 @@ history = tfdist.fit(
     callbacks=[keras.callbacks.EarlyStopping("loss", restore_best_weights=True), Dies()],
     checkpoint=tfdist.Checkpoint(os.path.join(folder, "checkpoints"), every=1),
 )
-state = b"".join(np.asarray(v).tobytes() for v in (*model.variables, *model.optimizer.variables))
+variables = (*model.variables, *model.optimizer.variables)
+state = b"".join(np.asarray(v).tobytes() for v in variables)
 print("RESULT", json.dumps([hashlib.sha256(state).hexdigest(), history.history]), flush=True)
 """
 

@@ -76,7 +76,7 @@ class CheckpointRun:
             raise ArgumentError(
                 "`checkpoint` must not be passed in an elastic run, which keeps its state in "
                 f"memory. Received: checkpoint={self._settings!r}. Use "
-                "keras.callbacks.BackupAndRestore for the loss of all processes at once."
+                "keras.callbacks.BackupAndRestore against the loss of all processes at once."
             )
         if getattr(self._strategy, "synchronous", True) is False and self._every != "epoch":
             raise ArgumentError(
