@@ -10,6 +10,7 @@ import keras
 import numpy as np
 
 from tfdist.checkpoint.plain import NotPlain, decode, encode
+from tfdist.errors import ArgumentError
 
 # Keras sets these anew, or they are of the process.
 _NOT_STATE = ("_model", "model", "params", "validation_data")
@@ -49,7 +50,7 @@ class Memory:
         for name, callback in self._named:
             own = getattr(callback, "checkpoint_state", None)
             if own is not None:
-                found[name] = {"own": encode(own(), arrays)}
+                found[name] = {"own": _encoded(callback, own(), arrays)}
                 continue
             first, begun = self._at_first[name], self._begun[name]
             changed = {
@@ -85,6 +86,17 @@ class Memory:
                     known.update(restored)
                 else:
                     setattr(callback, attribute, restored)
+
+
+def _encoded(callback: Any, state: Any, arrays: list[Any]) -> Any:
+    try:
+        return encode(state, arrays)
+    except NotPlain:
+        raise ArgumentError(
+            "`checkpoint_state` of a callback must give numbers, text, arrays, and lists, "
+            f"tuples, sets and dicts of them. Received: {state!r} from "
+            f"{type(callback).__name__}."
+        ) from None
 
 
 def _named(callbacks: Sequence[Any]) -> Iterator[tuple[str, Any]]:

@@ -166,7 +166,7 @@ def write(
                 shape_and_slices=[""] * len(tensors),
                 tensors=list(tensors.values()),
             )
-        (part / _STATE).write_text(json.dumps(state))
+        (part / _STATE).write_text(json.dumps(state, default=lambda number: number.item()))
         sums = [f"{_digest(file)}  {file.name}\n" for file in sorted(part.iterdir())]
         (part / _SUMS).write_text("".join(sums))
         for file in (*part.iterdir(), part):

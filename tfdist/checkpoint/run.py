@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import functools
-import hashlib
-import itertools
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,12 +17,11 @@ import tensorflow as tf
 
 from tfdist import _keras, data
 from tfdist._version import __version__
-from tfdist.checkpoint import files
+from tfdist.checkpoint import files, same
 from tfdist.checkpoint.callbacks import Memory
-from tfdist.checkpoint.plain import decode, encode
+from tfdist.checkpoint.plain import NotPlain, decode, encode
 from tfdist.checkpoint.settings import Checkpoint
 from tfdist.continued import ContinuedCallbacks, Position
-from tfdist.data.arrays import Arrays
 from tfdist.errors import ArgumentError, CheckpointError
 from tfdist.prepared import Prepared, variables_of
 from tfdist.samplers import Sampler
@@ -154,18 +152,14 @@ class CheckpointRun:
             ArgumentError: Something differs; it is named.
             CheckpointError: There is no room.
         """
-        self._setup = _setup(model, source, sampler, seed) | {"privacy": privacy}
         self._variables = variables_of(model)
-        described = [
-            [v.path, [int(size) for size in v.shape], str(v.dtype)] for v in self._variables
-        ]
-        self._setup["variables"] = described
+        self._setup = same.describe(model, self._variables, source, sampler, seed, privacy)
         if self._state is not None:
-            _compare(self._setup, self._state["setup"], self._state["folder"])
+            same.compare(self._setup, self._state["setup"], self._state["folder"])
             source.go_on_after(self._state["position"][0] - self._state["initial_epoch"])
         if self._strategy.place.is_chief:
-            sizes = [np.prod(shape) * tf.as_dtype(dtype).size for _, shape, dtype in described]
-            files.check_room(self._settings.path, int(sum(sizes)))
+            sizes = [math.prod(v.shape) * tf.as_dtype(v.dtype).size for v in self._variables]
+            files.check_room(self._settings.path, sum(sizes))
 
     def begin(
         self, epoch: int, drawn: Callable[[], int]
@@ -315,7 +309,7 @@ class CheckpointRun:
             "stopped": is_stopped,
             "setup": self._setup,
             "spent": self.spent,
-            "logs": encode(_numbers(logs), arrays),
+            "logs": _plain(logs, arrays),
             "callbacks": memory.state(arrays),
             "global_seed": _keras.has_global_seed(),
             "arrays": len(arrays),
@@ -378,54 +372,11 @@ class _Saving(ContinuedCallbacks):
         self._run.after_epoch(self._memory, bool(self.model.stop_training))
 
 
-def _numbers(logs: Any) -> dict[str, Any]:
-    """Gives a step's logs as plain numbers."""
-    return {k: np.asarray(v) if tf.is_tensor(v) else v for k, v in (logs or {}).items()}
-
-
-def _setup(
-    model: Any, source: data.Source, sampler: Sampler, seed: int | None
-) -> dict[str, Any]:
-    """Describes what must be the same in a training that goes on, by name."""
-    inner = source.source if isinstance(source, data.Augmented) else source
-    setup = {
-        "batch_size": getattr(inner, "batch_size", None),
-        "seed": seed,
-        "steps_per_epoch": source.steps,
-        "data": source.spec_text(),
-        "sampler": type(sampler).__name__,
-        "optimizer": type(model.optimizer).__name__,
-    }
-    if isinstance(inner, Arrays):
-        setup["rows"] = inner.num_rows
-    if type(inner) is Arrays and seed is not None:
-        drawn = inner.sampler.rows(0, num_rows=inner.num_rows, batch_size=64, seed=seed)
-        digest = hashlib.sha256(np.asarray(drawn, np.int64).tobytes()).hexdigest()[:12]
-        setup["order of rows"] = digest
-    return setup
-
-
-def _compare(now: dict[str, Any], saved: dict[str, Any], folder: str) -> None:
-    """Refuses a checkpoint of another training."""
-    remedy = "Train as then, or pass another directory."
-    for name in now:
-        ours, theirs = now[name], saved.get(name)
-        if name != "variables" and ours != theirs:
-            raise ArgumentError(
-                f"A checkpoint must be of the same training. Received: {name}={ours!r}, and "
-                f"{theirs!r} in {folder}. {remedy}"
-            )
-    for ours, theirs in itertools.zip_longest(now["variables"], saved["variables"]):
-        # Paths have numbers of models that a process made before.
-        if ours is None or theirs is None or ours[1:] != theirs[1:]:
-            raise ArgumentError(
-                "A checkpoint must be of the same model, optimizer and metrics. Received: "
-                f"{_described(ours)}, and {_described(theirs)} in {folder}. {remedy}"
-            )
-
-
-def _described(variable: Any) -> str:
-    if variable is None:
-        return "no more variables"
-    path, shape, dtype = variable
-    return f"variable {path} of shape {tuple(shape)} and {dtype}"
+def _plain(logs: Any, arrays: list[Any]) -> Any:
+    """Gives what of a step's logs is numbers, as JSON knows it."""
+    found = {}
+    for name, value in (logs or {}).items():
+        with contextlib.suppress(NotPlain):
+            encode(value, [])
+            found[name] = np.asarray(value) if tf.is_tensor(value) else value
+    return encode(found, arrays)
