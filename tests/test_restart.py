@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,8 @@ history = tfdist.fit(
 )
 variables = (*model.variables, *model.optimizer.variables)
 state = b"".join(np.asarray(v).tobytes() for v in variables)
-print("RESULT", json.dumps([hashlib.sha256(state).hexdigest(), history.history]), flush=True)
+sums = [float(np.abs(v).sum()) for v in model.get_weights()]
+print("RESULT", json.dumps([hashlib.sha256(state).hexdigest(), history.history, sums]))
 """
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(4 * LIMIT_S)]
@@ -68,9 +71,19 @@ def test_a_killed_run_that_is_started_again_ends_with_the_same_bits(
     status, printed = run("killed", STEP)
     assert status != 0
     assert results(printed) == []
+    shutil.copytree(tmp_path / "killed", tmp_path / "alone")
     status, printed = run("killed", STEP)
     assert status == 0, printed
     assert results(printed) == expected
+
+    # One process: the same but for the order of additions.
+    command = [sys.executable, str(script), str(tmp_path / "alone"), str(STEP)]
+    status, printed = finished(command, LIMIT_S)
+    assert status == 0, printed
+    ((_, history, sums),) = results(printed)
+    assert sums == pytest.approx(expected[0][2], rel=1e-4)
+    for name, values in expected[0][1].items():
+        assert history[name] == pytest.approx(values, rel=1e-4), name
 
     status, printed = run("restarted", STEP, "--max-restarts", "1")
     assert status == 0, printed
