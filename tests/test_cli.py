@@ -41,7 +41,7 @@ def planned(monkeypatch, restarts) -> list[tuple]:
     """What `tfdist run` would have started, and how often again."""
     runs: list[tuple] = []
 
-    def note(workers, log_dir=None, max_restarts=0):
+    def note(workers, log_dir=None, max_restarts=0, meeting=None):
         restarts.append(max_restarts)
         runs.append((workers, log_dir))
         return Outcome(0)
@@ -84,10 +84,13 @@ class TestRun:
         assert invoke("run", str(script)).exit_code == 0
         assert restarts == [3, 7, 0]
 
-    def test_restarts_come_with_parameter_servers(self, script, planned):
-        ended = invoke("run", "--max-restarts", "1", str(script))
+    def test_restarts_are_of_one_machine(self, script, planned, restarts):
+        assert invoke("run", "-n", "2", "--max-restarts", "1", str(script)).exit_code == 0
+        assert restarts == [1]
+        hosts = ["--hosts", "a:1,b:1", "--node-rank", "0"]
+        ended = invoke("run", *hosts, "--max-restarts", "1", str(script))
         assert ended.exit_code == 2
-        assert "--max-restarts must come with --ps" in ended.output
+        assert "--max-restarts must not come with several --hosts" in ended.output
 
     def test_one_worker_unless_told(self, script, planned):
         assert invoke("run", str(script)).exit_code == 0

@@ -255,3 +255,32 @@ def test_weights_that_were_read_have_the_same_gradients() -> None:
         gradients.append([g for g, _ in seen])
     for one, other in zip(*gradients, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-6)
+
+
+def test_keras_own_generator_is_found_only_where_something_drew() -> None:
+    keras.backend.clear_session()
+    assert not _keras.has_global_seed()
+    keras.random.uniform((1,))
+    assert _keras.has_global_seed()
+    state = _keras.global_seed_variable()
+    before = np.asarray(state)
+    drawn = keras.random.uniform((3,))
+    assert (np.asarray(state) != before).any()
+    state.assign(before)
+    np.testing.assert_array_equal(keras.random.uniform((3,)), drawn)
+
+
+def test_a_monitors_min_delta_changes_its_sign_with_its_function() -> None:
+    # Checkpoints leave it out for that.
+    stopping = keras.callbacks.EarlyStopping("loss", min_delta=0.5)
+    assert stopping.monitor_op is None
+    stopping.set_model(model())
+    stopping.on_train_begin()
+    stopping.on_epoch_end(0, {"loss": 1.0})
+    assert stopping.monitor_op is not None
+    assert stopping.min_delta == -0.5
+
+
+def test_the_loop_begins_where_initial_epoch_says() -> None:
+    source = inspect.getsource(keras.Model.fit)
+    assert "self._initial_epoch or initial_epoch" in source

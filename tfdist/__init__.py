@@ -9,6 +9,7 @@ from tfdist._version import __version__
 
 if TYPE_CHECKING:
     from tfdist import imbalance, privacy, samplers
+    from tfdist.checkpoint import Checkpoint
     from tfdist.data import Augment, ByClass, LocalShard
     from tfdist.dropin import drop_in
     from tfdist.privacy.budget import PrivacyBudget
@@ -20,6 +21,7 @@ __all__ = [
     "DPSGD",
     "Augment",
     "ByClass",
+    "Checkpoint",
     "Horovod",
     "LearningRateScaling",
     "LearningRateWarmup",
@@ -44,6 +46,7 @@ __all__ = [
 _HOMES = {
     "Augment": "tfdist.data",
     "ByClass": "tfdist.data",
+    "Checkpoint": "tfdist.checkpoint.settings",
     "DPSGD": "tfdist.privacy.settings",
     "Horovod": "tfdist.strategies.horovod",
     "LearningRateScaling": "tfdist.learning_rate",

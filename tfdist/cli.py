@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +91,7 @@ def main() -> None:
     "--max-restarts",
     type=click.IntRange(min=0),
     metavar="N",
-    help="With --ps: how often what was lost is started again.  [default: 3]",
+    help="How often what was lost is started again.  [default: 0, with --ps 3]",
 )
 @click.option("-m", "--module", is_flag=True, help="SCRIPT is a module, as after python -m.")
 @click.argument("script")
@@ -113,13 +113,15 @@ def run(
     """Run SCRIPT in one or more worker processes.
 
     Everything after SCRIPT belongs to the script. Cores and GPUs are shared out between the
-    workers of a machine. The first failure ends all workers; with --ps, what is lost is
-    started again.
+    workers of a machine. The first failure ends all workers. With --max-restarts they are
+    started again if one was lost (a signal ended it); with `fit(..., checkpoint=...)` in
+    the script, training goes on from its last checkpoint.
 
     \b
     Examples:
       tfdist run -n 2 train.py --epochs 5
       tfdist run -n 2 --ps 1 train.py      with a parameter server
+      tfdist run -n 2 --max-restarts 5 train.py
       tfdist run --hosts node1:4,node2:4 --node-rank 0 train.py    on node1
       tfdist run --hosts node1:4,node2:4 --node-rank 1 train.py    on node2
 
@@ -144,14 +146,20 @@ def run(
         drop_in=drop_in,
         servers=servers,
     )
-    if max_restarts is not None and not servers:
+    if max_restarts and len(machines) > 1 and not servers:
         raise click.BadParameter(
-            "--max-restarts must come with --ps: other strategies end with their first failure."
+            "--max-restarts must not come with several --hosts: a launcher ends and starts the "
+            f"workers of its own machine. Received: --hosts {hosts}. Start the job again."
         )
-    restarts = (3 if max_restarts is None else max_restarts) if servers else 0
-    meeting = rendezvous(planned[0].environment, machines) if strategy == "horovod" else None
-    with meeting or nullcontext():
-        outcome = run_workers(planned, log_dir=log_dir, max_restarts=restarts)
+    if max_restarts is None:
+        max_restarts = 3 if servers else 0
+
+    def meeting() -> AbstractContextManager[None]:
+        if strategy != "horovod":
+            return nullcontext()
+        return rendezvous(planned[0].environment, machines)
+
+    outcome = run_workers(planned, log_dir=log_dir, max_restarts=max_restarts, meeting=meeting)
     _explain(outcome, planned, log_dir, has_other_hosts=len(machines) > 1)
     sys.exit(outcome.status)
 

@@ -11,31 +11,17 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import keras
 import tensorflow as tf
 
 from tfdist import _keras
+from tfdist.continued import ContinuedCallbacks, Position
 from tfdist.errors import MembersChanged, PeerError, StrategyError
 from tfdist.prepared import Prepared
 from tfdist.steps import Stop
 from tfdist.strategies.base import Strategy
-
-
-class Position(NamedTuple):
-    """Where training stands.
-
-    Attributes:
-        epoch: As Keras counts.
-        step: Steps made of it.
-        drawn: Epochs of data drawn before it, in earlier calls of `fit` too.
-    """
-
-    epoch: int
-    step: int
-    drawn: int
-
 
 _numbers = itertools.count(1)
 
@@ -91,7 +77,9 @@ class Run:
         history.epoch, history.history = said
         return history
 
-    def begin(self, epoch: int, drawn: Callable[[], int]) -> tuple[int, int, Callable[[], int]]:
+    def begin(
+        self, epoch: int, drawn: Callable[[], int]
+    ) -> tuple[int, int, Callable[[], int], dict[str, Any]]:
         """Says where an attempt begins.
 
         Args:
@@ -99,13 +87,14 @@ class Run:
             drawn: Counts the epochs of data drawn before it, once callbacks have begun.
 
         Returns:
-            The epoch, the steps made of it, and what counts the epochs drawn before it.
+            The epoch, the steps made of it, what counts the epochs drawn before it, and
+            the logs of the last step made, which is never an epoch's last.
         """
         self._drawn = drawn
         if self.position is not None:
             epoch, step, before = self.position
-            return epoch, step, lambda: before
-        return epoch, 0, drawn
+            return epoch, step, lambda: before, {}
+        return epoch, 0, drawn, {}
 
     def note_step(self, step: int) -> None:
         """Commits after a step, but for an epoch's last: the next epoch's beginning is.
@@ -132,8 +121,9 @@ class Run:
         self._copy = tf.function(lambda: [tf.identity(v.value) for v in variables])
         options["steps"] = steps
         history = [c for c in self._began.values() if isinstance(c, keras.callbacks.History)]
-        made = _Continued([*history, *given, _Commits(self)], add_history=True, **options)
+        made = _Continued([*given, *history, _Commits(self)], add_history=True, **options)
         made.began = self._began
+        made.made = 0 if self.position is None else self.position.step
         return made
 
     def commit(self, position: Position) -> None:
@@ -177,10 +167,9 @@ class Run:
         self._stop.members_changed = True
 
 
-class _Continued(keras.callbacks.CallbackList):  # type: ignore[misc]
+class _Continued(ContinuedCallbacks):
     """Callbacks of which some have begun in an earlier attempt."""
 
-    callbacks: list[Any]
     began: dict[int, Any]
 
     def on_train_begin(self, logs: Any = None) -> None:

@@ -46,6 +46,10 @@ class MissingPackageError(TfdistError, ImportError):
     """An optional package is needed for what was asked, and is not installed."""
 
 
+class CheckpointError(TfdistError, RuntimeError):
+    """A checkpoint could not be written, or none could be read."""
+
+
 class LaunchError(TfdistError, RuntimeError):
     """The launcher could not start or keep the worker processes."""
 

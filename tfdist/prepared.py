@@ -43,7 +43,7 @@ class Prepared:
             and self.place == strategy.place
             and len(state) == len(self.compiled_state)
             and all(a is b for a, b in zip(state, self.compiled_state, strict=True))
-            and [id(v) for v in self.variables] == [id(v) for v in _variables(model)]
+            and [id(v) for v in self.variables] == [id(v) for v in variables_of(model)]
         )
 
     @contextlib.contextmanager
@@ -94,7 +94,7 @@ def prepare(
     stop = Stop()
     forget(model)
     private = None if mechanism is None else PrivateStep(model, mechanism, strategy)
-    variables = _variables(model)
+    variables = variables_of(model)
     prepared = Prepared(
         model,
         strategy,
@@ -110,8 +110,12 @@ def prepare(
     return prepared
 
 
-def _variables(model: Any) -> list[Any]:
-    """Lists all state of a model: weights, seeds, optimizers', metrics'; each once."""
+def variables_of(model: Any) -> list[Any]:
+    """Lists all state of a model: weights, seeds, optimizers', metrics'; each once.
+
+    Args:
+        model: A built `keras.Model`.
+    """
     optimizers = _keras.optimizers_of(model)
     parts = [model.variables, *(o.variables for o in optimizers)]
     parts += [_keras.trained_variables(o) for o in optimizers]

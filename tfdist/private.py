@@ -56,6 +56,7 @@ class PrivateRun:
         sampling_seed: Its seed.
         mechanism: What is done to gradients; known after `plan`.
         planned_steps: Of this `fit`.
+        is_seeded: Whether the user has chosen `sampling_seed`; else it is secret.
 
     Raises:
         ArgumentError: The model, or an argument, cannot be private.
@@ -91,10 +92,36 @@ class PrivateRun:
         self._session = session
         spent, secret, uncounted = _remembered(model)
         self._secret = secret and privacy.seed is None and known is None
+        self.is_seeded = known is not None
         self._uncounted = uncounted
         self._before = spent
         self._phase: Phase | None = None
         self._start = self._base = 0
+
+    def go_on(self, saved: dict[str, Any] | None) -> dict[str, Any]:
+        """Takes what an earlier process knew of the model before this `fit`.
+
+        Args:
+            saved: What it got from this method; None if this process is the first.
+
+        Returns:
+            What is to be saved, plain data.
+        """
+        if saved is not None:
+            self._before = Ledger.from_dict(saved["ledger"])
+            self._secret &= saved["secret"]
+            self._uncounted = saved["uncounted"]
+        self._note_uncounted()
+        return {
+            "ledger": self._before.to_dict(),
+            "secret": self._secret,
+            "uncounted": self._uncounted,
+        }
+
+    def _note_uncounted(self) -> None:
+        """Notes steps that were made before anything was counted."""
+        if not self._before.phases and not self.privacy.spent.phases:
+            self._uncounted = max(self._uncounted, self._iterations())
 
     def plan(self, source: data.Source, epochs: int) -> None:
         """Finds the noise, and tries the model on a few rows.
@@ -193,6 +220,15 @@ class PrivateRun:
         }
 
     @property
+    def settings(self) -> dict[str, Any]:
+        """What must stay as it is in a training that goes on: its steps are one phase."""
+        assert self._phase is not None
+        return {
+            "l2_norm_clip": self.mechanism.l2_norm_clip,
+            **dataclasses.asdict(self.phase(0)),
+        }
+
+    @property
     def steps_made(self) -> int:
         """Steps of this `fit`, those that a backup restored included."""
         return self._base + self._iterations() - self._start
@@ -253,8 +289,7 @@ class PrivateRun:
     def counting(self) -> Iterator[None]:
         """Wraps the training; what was made counts, however it ends."""
         self._start, self._base = self._iterations(), 0
-        if not self._before.phases and not self.privacy.spent.phases:
-            self._uncounted = max(self._uncounted, self._start)
+        self._note_uncounted()
         try:
             yield
         finally:

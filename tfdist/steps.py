@@ -145,7 +145,9 @@ def _over_epoch(
     traced_one, traced_several = _traced(model, one), _traced(model, several)
 
     def function(epoch: Epoch) -> Logs:
-        steps = epoch.take(model.steps_per_execution)
+        steps = epoch.pass_made(epoch.take(model.steps_per_execution))
+        if steps == 0:
+            return epoch.logs
         if stop.members_changed and strategy.place.num_workers == 1:
             raise MembersChanged("Other processes are ready to join.")
         stopping = tf.constant([float(stop.requested), float(stop.members_changed)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,6 +13,7 @@ import keras
 
 from tfdist import _keras, data, elastic, preflight
 from tfdist import callbacks as tfdist_callbacks
+from tfdist.checkpoint import Checkpoint, CheckpointRun
 from tfdist.errors import ArgumentError
 from tfdist.prepared import Prepared, prepare
 from tfdist.privacy.settings import DPSGD
@@ -47,6 +49,7 @@ def fit(
     shard: Any = None,
     seed: int | None = None,
     privacy: DPSGD | None = None,
+    checkpoint: Checkpoint | str | os.PathLike[str] | None = None,
 ) -> Any:
     """Trains a Keras model on every replica there is, as one process would.
 
@@ -90,6 +93,8 @@ def fit(
         seed: Of sampler and augmentation; `init`'s if None, and drawn if that is None too.
             In private training `init`'s is not used.
         privacy: A `tfdist.DPSGD` for differentially private training.
+        checkpoint: A `tfdist.Checkpoint`, or a directory, from which training goes on as if it
+            had never stopped, and in which it is saved.
 
     Returns:
         Keras's `History`, the same on every worker; in private training its attribute
@@ -99,6 +104,7 @@ def fit(
         ArgumentError: Arguments or data cannot be used as they are.
         StrategyError: The strategy cannot run here.
         DisagreementError: The workers were called differently.
+        CheckpointError: A checkpoint could not be written, or none could be read.
 
     Example:
         >>> import keras, numpy as np, tfdist
@@ -113,13 +119,21 @@ def fit(
     preflight.check_counts(epochs=epochs, initial_epoch=initial_epoch)
     preflight.check_steps(steps_per_epoch=steps_per_epoch, validation_steps=validation_steps)
     model = preflight.compiled(model)
-    private = None
+    saver = None if checkpoint is None else CheckpointRun(checkpoint, session.strategy)
+    private, chosen = None, seed is not None or session.seed is not None
     if privacy is not None:
         private = PrivateRun(
             privacy, session, model, x, sampler=sampler, seed=seed, class_weight=class_weight
         )
         sampler, seed = private.sampler, private.sampling_seed
+        chosen = private.is_seeded
+        if saver is not None:
+            saver.spent = private.go_on(saver.spent_before)
+            saver.on_restored = private.note_restored
     seed = session.sampler_seed(seed)
+    if saver is not None and private is None:
+        seed = saver.seed(seed, chosen)
+    sampler = sampler or from_shuffle(shuffle)
     run = elastic.Run(session.strategy, seed) if session.strategy.elastic else None
     held = data.local_shard(shard, session.strategy)
     if validation_split and validation_data is None:
@@ -133,7 +147,7 @@ def fit(
         data.Settings(
             batch_size=batch_size,
             steps=steps_per_epoch,
-            sampler=sampler or from_shuffle(shuffle),
+            sampler=sampler,
             shuffle=bool(shuffle),
             seed=seed if run is None else run.seed,
             training=True,
@@ -162,6 +176,14 @@ def fit(
     _keras.build(model, source.spec())
     if private is not None:
         private.plan(source, epochs - initial_epoch)
+    if saver is not None:
+        saver.check(
+            model,
+            source,
+            sampler,
+            seed=None if private is not None and not chosen else seed,
+            privacy=None if private is None else private.settings,
+        )
 
     def attempt() -> Any:
         prepared = _agreed(
@@ -176,7 +198,13 @@ def fit(
             validation_steps=validation and validation.steps,
             steps_per_execution=model.steps_per_execution,
         )
-        _announce(session, verbose, source, private)
+        _announce(
+            session,
+            verbose,
+            source,
+            None if private is None else private.notice(),
+            None if saver is None else saver.notice(),
+        )
         shown = verbose if session.is_chief else 0
         kept = tfdist_callbacks.prepare(
             callbacks, session.strategy, prepared.stop, prepared.variables
@@ -185,14 +213,22 @@ def fit(
             kept = private.watched(kept, prepared.private)
         # Asked for when the first share is drawn: a callback may restore the optimizer.
         drawn: Callable[[], int] = functools.partial(_epochs_done, model, source)
-        epoch = initial_epoch
-        if run is None:
-            watched = tfdist_callbacks.look_between_steps(kept)
+        epoch, course = initial_epoch, run or saver
+        watched = tfdist_callbacks.look_between_steps(kept)
+        if course is None:
             stream = data.Stream(source, session.strategy, drawn, is_watched=watched)
         else:
-            epoch, step, drawn = run.begin(initial_epoch, drawn)
-            stream = data.Stream(source, session.strategy, drawn, step, run.note_step)
-            kept = run.callbacks(
+            epoch, step, drawn, logs = course.begin(initial_epoch, drawn)
+            stream = data.Stream(
+                source,
+                session.strategy,
+                drawn,
+                step,
+                course.note_step,
+                is_watched=watched,
+                logs=logs,
+            )
+            kept = course.callbacks(
                 kept,
                 prepared,
                 steps=source.steps,
@@ -218,7 +254,11 @@ def fit(
             print(f"tfdist: {summary}", flush=True)
         return history
 
-    with contextlib.nullcontext() if private is None else private.counting():
+    with contextlib.ExitStack() as stack:
+        if private is not None:
+            stack.enter_context(private.counting())
+        if saver is not None:
+            stack.enter_context(saver.saving())
         history = attempt() if run is None else run.train(attempt)
     if private is not None:
         history.privacy = private.report()
@@ -407,7 +447,7 @@ def _adapt(source: data.Source, strategy: Strategy, by_number: bool = True) -> A
 
 
 def _announce(
-    session: Session, verbose: Any, source: data.Source, private: PrivateRun | None
+    session: Session, verbose: Any, source: data.Source, *notices: str | None
 ) -> None:
     if not session.is_chief or verbose == 0:
         return
@@ -415,9 +455,9 @@ def _announce(
     report = source.report()
     if report is not None:
         print(report, flush=True)
-    notice = None if private is None else private.notice()
-    if notice is not None:
-        print(f"tfdist: {notice}", flush=True)
+    for notice in notices:
+        if notice is not None:
+            print(f"tfdist: {notice}", flush=True)
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from pathlib import Path
 import keras
 import pytest
 
+from tests.behaviour.checkpoint_checks import CHECKPOINT_CHECKS
 from tests.behaviour.checks import CHECKS
 from tests.behaviour.horovod_checks import HOROVOD_CHECKS
 from tests.behaviour.local_checks import LOCAL_CHECKS
@@ -28,7 +29,7 @@ OWN = {
 
 def main(strategy: str, replicas: str, folder: Path, *names: str) -> None:
     place = begin(strategy, replicas, seed=7).strategy.place
-    checks = CHECKS | OWN.get(strategy, {})
+    checks = CHECKS | CHECKPOINT_CHECKS | OWN.get(strategy, {})
     named = checks | PRIVACY_CHECKS
     for name in names or checks:
         keras.utils.set_random_seed(7)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.behaviour.checkpoint_checks import CHECKPOINT_CHECKS
 from tests.behaviour.checks import CHECKS
 from tests.behaviour.horovod_checks import HOROVOD_CHECKS
 from tests.behaviour.local_checks import LOCAL_CHECKS
@@ -40,7 +41,7 @@ def place(request: pytest.FixtureRequest) -> str:
     return name
 
 
-@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("check", CHECKS | CHECKPOINT_CHECKS)
 def test_holds(check: str, place: str, jobs: dict[str, Job], folders: dict[str, Path]) -> None:
     passes(check, place, jobs, folders)
 

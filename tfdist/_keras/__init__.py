@@ -32,11 +32,14 @@ from typing import Any, Protocol
 import keras
 import tensorflow as tf
 from keras.src import backend as _backend
+from keras.src.backend.common import global_state as _global_state
 from keras.src.backend.tensorflow import random as _random
 from keras.src.backend.tensorflow.core import Variable as _Variable
 from keras.src.backend.tensorflow.optimizer import TFOptimizer as _TFOptimizer
 from keras.src.losses import loss as _loss
 from keras.src.optimizers.base_optimizer import BaseOptimizer as _BaseOptimizer
+from keras.src.random.seed_generator import GLOBAL_SEED_GENERATOR as _GLOBAL_SEED
+from keras.src.random.seed_generator import global_seed_generator as _global_seed_generator
 from keras.src.trainers.data_adapters.data_adapter import DataAdapter as _DataAdapter
 
 Tensor = Any
@@ -620,6 +623,20 @@ def metric_variables(model: Any) -> list[Any]:
     """
     unique = {id(v): v for metric in model.metrics for v in metric.variables}
     return list(unique.values())
+
+
+def has_global_seed() -> bool:
+    """Tells whether anything drew from Keras's own seed generator, or may have."""
+    return _global_state.get_global_attribute(_GLOBAL_SEED) is not None
+
+
+def global_seed_variable() -> Any:
+    """Gives the state of the generator that draws where no seed was given.
+
+    Returns:
+        A `keras.Variable`; the generator is made if there is none.
+    """
+    return _global_seed_generator().state
 
 
 def batch_metric_variables(model: Any) -> set[int]:

@@ -193,6 +193,10 @@ class Augmented(Source):
         """Says what the source says."""
         return self.source.report()
 
+    def go_on_after(self, epochs: int) -> None:
+        """Tells the source what an earlier process has drawn."""
+        self.source.go_on_after(epochs)
+
     def on_epoch_end(self) -> None:
         """Called when an epoch's stream has ended."""
         self.source.on_epoch_end()

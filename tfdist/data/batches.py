@@ -118,6 +118,18 @@ class DatasetBatches(Batches):
         super().__init__(steps or known, transform)
         self.dataset = dataset
         self._continues = continues and steps is not None
+        self._behind = 0
+
+    def go_on_after(self, epochs: int) -> None:
+        """Passes over what was drawn: batches of one stream, or whole streams.
+
+        A seeded `shuffle` gives each new iterator the next order.
+        """
+        if self._continues:
+            self._behind = epochs * (self.steps or 0)
+        else:
+            for _ in range(epochs):
+                iter(self.dataset)
 
     @property
     def continues(self) -> bool:
@@ -126,7 +138,7 @@ class DatasetBatches(Batches):
 
     def batches(self, epoch: int) -> Any:
         """Gives the dataset."""
-        return self.dataset
+        return self.dataset.skip(self._behind) if self._behind else self.dataset
 
     def spec(self) -> Any:
         """Gives the shapes and dtypes of a batch."""
@@ -154,6 +166,12 @@ class GeneratorBatches(Batches):
                 "Generators are read once: make a new one for each call."
             ) from None
         self._rest = itertools.chain([self._first], map(_as_batch, generator))
+
+    def go_on_after(self, epochs: int) -> None:
+        """Draws what an earlier process has drawn, to be where it was."""
+        if self.steps is not None:
+            for _ in itertools.islice(self._rest, epochs * self.steps):
+                pass
 
     @property
     def continues(self) -> bool:
@@ -200,6 +218,11 @@ class PyDatasetBatches(Batches):
         self.shuffle = shuffle and length is not None
         self.seed = seed
         self._spec = tf.nest.map_structure(batch_spec, _as_batch(dataset[0]))
+
+    def go_on_after(self, epochs: int) -> None:
+        """Lets the data set rearrange itself as often as it did."""
+        for _ in range(epochs):
+            self.dataset.on_epoch_end()
 
     def on_epoch_end(self) -> None:
         """Lets the data set rearrange itself, as Keras does."""

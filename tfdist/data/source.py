@@ -116,6 +116,13 @@ class Source(abc.ABC):
         """Says what a user should know of the data before training, or nothing."""
         return None
 
+    def go_on_after(self, epochs: int) -> None:  # noqa: B027, most know by `epoch`
+        """Tells data with an order of its own what an earlier process has drawn of it.
+
+        Args:
+            epochs: Of this `fit`, whole ones.
+        """
+
     def on_epoch_end(self) -> None:  # noqa: B027, most sources need nothing
         """Called when an epoch's stream has ended."""
 

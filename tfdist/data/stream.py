@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import tensorflow as tf
@@ -24,6 +24,7 @@ class Stream:
         on_progress: Called after each step with the steps made of the epoch.
         by_number: Whether the strategy may be given row numbers in place of rows.
         is_watched: Whether somebody looks at the model between two steps.
+        logs: Of the last step that was made already.
     """
 
     def __init__(
@@ -35,11 +36,13 @@ class Stream:
         on_progress: Callable[[int], None] = lambda step: None,
         by_number: bool = True,
         is_watched: bool = True,
+        logs: Mapping[str, Any] | None = None,
     ) -> None:
         self.source = source
         self.strategy = strategy
         self.first_epoch = first_epoch
-        self.drawn = False
+        self.drawn = skip > 0
+        self.logs = dict(logs or {})
         self.steps_taken = 0
         self.steps_of_epoch = 0
         self.on_progress = on_progress
@@ -51,8 +54,7 @@ class Stream:
 
     def __iter__(self) -> Epoch:
         skip = self._skip if self._epoch is None else 0
-        steps = self.source.steps
-        return Epoch(self, None if steps is None else steps - skip)
+        return Epoch(self, self.source.steps, skip)
 
     def start_epoch(self) -> Any:
         """Gives an iterator over shares that stands at the beginning of the next epoch."""
@@ -78,11 +80,13 @@ class Epoch:
     Args:
         stream: Where they come from.
         steps: How many there are, or None when only the data knows.
+        made: How many of them were made already.
     """
 
-    def __init__(self, stream: Stream, steps: int | None) -> None:
+    def __init__(self, stream: Stream, steps: int | None, made: int = 0) -> None:
         self._stream = stream
         self._left = steps
+        self._made = made
         self._iterator: Any = None
 
     @property
@@ -161,6 +165,27 @@ class Epoch:
             self._left -= taken
         self._stream.steps_taken += taken
         return taken
+
+    def pass_made(self, taken: int) -> int:
+        """Leaves out steps that were made already.
+
+        Args:
+            taken: How many steps were taken just now.
+
+        Returns:
+            How many of these are to be made.
+        """
+        if not self._made:
+            return taken
+        _ = self.iterator  # begins the epoch, also when no step of it is left
+        passed = min(taken, self._made)
+        self._made -= passed
+        return taken - passed
+
+    @property
+    def logs(self) -> dict[str, Any]:
+        """Of the last step that was made already."""
+        return self._stream.logs
 
     def __iter__(self) -> Epoch:
         return self

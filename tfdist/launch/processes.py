@@ -5,12 +5,12 @@ from __future__ import annotations
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import TextIO
+from typing import Any, TextIO
 
 from tfdist.errors import START_ME_AGAIN
 from tfdist.launch.cause import Failure, root_cause
@@ -48,6 +48,7 @@ def run_workers(
     log_dir: Path | None = None,
     stream: TextIO | None = None,
     max_restarts: int = 0,
+    meeting: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Outcome:
     """Runs the workers of this machine until all have ended, or the first has failed.
 
@@ -61,6 +62,7 @@ def run_workers(
         stream: Where to write the workers' lines; standard output unless given.
         max_restarts: How often what was lost is started again: a worker that serves alone,
             else all. Only what a signal ended, or what asked for it by status 75, is lost.
+        meeting: Makes a context around each start of all workers: where they meet.
 
     Returns:
         How the run ended.
@@ -74,8 +76,9 @@ def run_workers(
         while True:
             crew = Crew(screen)
             try:
-                crew.start(workers, log_dir)
-                outcome = _watch(crew, received, restarts)
+                with meeting():
+                    crew.start(workers, log_dir)
+                    outcome = _watch(crew, received, restarts)
                 if outcome.failure is None or not restarts.allows(outcome.failure):
                     return outcome
                 position = list(workers).index(outcome.failure.worker)

@@ -260,8 +260,8 @@ class ParameterServer(TFDistribute):
             raise ServerLostError(
                 "All servers, and in synchronous training all workers, must live until "
                 f"training ends. Received: no answer from {listed}. "
-                "`tfdist run` starts all processes again; with "
-                "keras.callbacks.BackupAndRestore training goes on from the last backup."
+                "`tfdist run` starts all processes again; with `checkpoint` of `fit` "
+                "training goes on from the last one."
             ) from None
 
 

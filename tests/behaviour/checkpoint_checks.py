@@ -1,0 +1,84 @@
+"""What must hold of checkpoints, in one process and on every worker of a cluster alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+
+import tfdist
+from tests.behaviour.checks import place
+from tests.equivalence.cases import clipped_adam, mlp, table
+from tfdist.errors import CheckpointError
+
+Check = Callable[[Path], None]
+CHECKPOINT_CHECKS: dict[str, Check] = {}
+
+
+def check(function: Check) -> Check:
+    CHECKPOINT_CHECKS[function.__name__] = function
+    return function
+
+
+class StoppedError(Exception):
+    pass
+
+
+class Stop(keras.callbacks.Callback):
+    def __init__(self, step: int) -> None:
+        super().__init__()
+        self.left = step
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        self.left -= 1
+        if not self.left:
+            raise StoppedError
+
+
+def train(checkpoint: Any, *extra: Any, **options: Any) -> tuple[list[Any], Any]:
+    keras.utils.set_random_seed(7)
+    model = mlp(clipped_adam())
+    history = tfdist.fit(
+        model,
+        *table(),
+        batch_size=128,
+        epochs=3,
+        validation_data=table(101),
+        verbose=0,
+        checkpoint=checkpoint,
+        callbacks=[
+            keras.callbacks.EarlyStopping("val_loss", restore_best_weights=True, patience=1),
+            keras.callbacks.ReduceLROnPlateau("loss", patience=1, min_delta=10.0),
+            *extra,
+        ],
+        **options,
+    )
+    state = [np.asarray(v) for v in (*model.variables, *model.optimizer.variables)]
+    return state, history.history
+
+
+@check
+def a_stopped_training_ends_with_the_same_bits(folder: Path) -> None:
+    expected, history = train(None)
+    for step, every in ((3, 1), (8, 8), (12, "epoch")):  # 8 steps an epoch
+        # Each worker has a directory of its own: the chief's alone is used.
+        own = folder / f"{step}-{place().worker_index}"
+        checkpoint = tfdist.Checkpoint(own, every=every)
+        with pytest.raises(StoppedError):
+            train(checkpoint, Stop(step))
+        found, logs = train(checkpoint)
+        for ours, theirs in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+        assert logs == history
+        assert own.exists() == place().is_chief
+
+
+@check
+def an_unwritable_directory_is_refused_on_every_worker(folder: Path) -> None:
+    (folder / "file").touch()
+    with pytest.raises(CheckpointError, match="must be a directory that can be written"):
+        train(folder / "file" / "below")

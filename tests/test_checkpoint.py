@@ -1,0 +1,431 @@
+"""Checkpoints: what is stopped and started again ends with the bits of what was not."""
+
+from __future__ import annotations
+
+import collections
+import datetime
+import json
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import tfdist
+from tests.equivalence.cases import table
+from tfdist.checkpoint import files, plain
+from tfdist.checkpoint.callbacks import Memory
+from tfdist.errors import ArgumentError, CheckpointError
+
+STEPS = 7  # of an epoch
+quick = pytest.mark.quick
+
+
+class StoppedError(Exception):
+    pass
+
+
+class Stop(keras.callbacks.Callback):
+    """Raises after a step, in validation after it, or at the end of its epoch."""
+
+    def __init__(self, when: str, step: int) -> None:
+        super().__init__()
+        self.when = when
+        self.step = step
+
+    def _stop(self, when: str) -> None:
+        if when == self.when and int(self.model.optimizer.iterations) == self.step:
+            raise StoppedError
+
+    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
+        self._stop("before")
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        self._stop("after")
+
+    def on_test_batch_end(self, batch: int, logs: Any = None) -> None:
+        self._stop("validation")
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        self._stop("epoch")
+
+
+class Batches(keras.callbacks.Callback):
+    """Notes the numbers that callbacks are told, and changes what is no plain dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[int, int]] = []
+        self.counts: Any = collections.defaultdict(int)
+        self.epoch = -1
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        self.epoch = epoch
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        self.seen.append((self.epoch, batch))
+        self.counts[batch] += 1
+
+
+def model(units: int = 8, optimizer: Any = None) -> Any:
+    keras.utils.set_random_seed(3)
+    layers = [
+        keras.Input((20,)),
+        keras.layers.Dense(units, activation="relu"),
+        keras.layers.Dropout(0.3),
+        keras.layers.BatchNormalization(),
+        keras.layers.Dense(3),
+    ]
+    made = keras.Sequential(layers)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    made.compile(optimizer or keras.optimizers.Adam(1e-2), loss, metrics=["accuracy"])
+    return made
+
+
+def train(checkpoint: Any, *extra: Any, made: Any = None, x: Any = None, **options: Any) -> Any:
+    """Trains; gives all that must be the same."""
+    made = made or model()
+    batches = Batches()
+    callbacks = [
+        batches,
+        keras.callbacks.EarlyStopping("val_loss", patience=2, restore_best_weights=True),
+        keras.callbacks.ReduceLROnPlateau("loss", patience=1, min_delta=10.0),
+        keras.callbacks.LearningRateScheduler(lambda epoch, rate: rate * 0.9),
+        *extra,
+    ]
+    data = (*table(200),) if x is None else (x,)
+    arrays = {"batch_size": 32} if x is None else {}
+    settings = {"epochs": 3, "seed": 3, "verbose": 0, **arrays, **options}
+    history = tfdist.fit(
+        made,
+        *data,
+        validation_data=table(50),
+        callbacks=callbacks,
+        checkpoint=checkpoint,
+        **settings,
+    )
+    state = [v.numpy() for v in (*made.variables, *made.optimizer.variables)]
+    return state, history.history, history.epoch, batches.seen, dict(batches.counts)
+
+
+def assert_same(found: Any, expected: Any) -> None:
+    for ours, theirs in zip(found[0], expected[0], strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert found[1:] == expected[1:]
+
+
+def stopped_and_started(checkpoint: Any, stop: Stop, **options: Any) -> Any:
+    with pytest.raises(StoppedError):
+        train(checkpoint, stop, **options)
+    return train(checkpoint, **options)
+
+
+@pytest.fixture(scope="module")
+def whole() -> Any:
+    return train(None)
+
+
+@pytest.mark.parametrize(
+    ("when", "step", "every"),
+    [
+        ("before", 0, "epoch"),
+        ("after", 2, 1),
+        ("after", 9, "epoch"),
+        ("after", 10, 3),
+        ("after", STEPS, 1),
+        ("validation", STEPS, STEPS),
+        ("validation", 2 * STEPS, 1),
+        ("epoch", STEPS, 2),
+        ("epoch", 3 * STEPS, 1),
+        ("after", 12, datetime.timedelta(microseconds=1)),
+    ],
+)
+def test_a_stopped_run_ends_with_the_same_bits(when, step, every, whole, tmp_path) -> None:
+    checkpoint = tfdist.Checkpoint(tmp_path, every=every)
+    assert_same(stopped_and_started(checkpoint, Stop(when, step)), whole)
+    assert_same(train(checkpoint), whole)  # it has ended: nothing is trained
+    assert 1 <= len(list(tmp_path.iterdir())) <= 3
+
+
+def test_several_steps_at_once_and_another_number_of_them(whole, tmp_path) -> None:
+    checkpoint = tfdist.Checkpoint(tmp_path, every=2)
+
+    def several(steps: int) -> Any:
+        made = model()
+        made.steps_per_execution = steps
+        return made
+
+    with pytest.raises(StoppedError):
+        train(checkpoint, Stop("after", 11), made=several(4))
+    found = train(checkpoint, made=several(3))
+    assert_same((*found[:3], None), (*whole[:3], None))
+
+
+def test_more_epochs_go_on_from_the_last(whole, tmp_path) -> None:
+    train(tmp_path, epochs=2)
+    assert_same(train(tmp_path, epochs=3), whole)
+
+
+def test_what_a_callback_has_stopped_stays_stopped(tmp_path) -> None:
+    def fit() -> Any:
+        stopping = keras.callbacks.EarlyStopping("loss", baseline=0.0, patience=1)
+        return train(tmp_path, stopping, epochs=9)
+
+    first = fit()
+    assert len(first[2]) < 9
+    assert_same(fit(), first)
+
+
+class Rearranging(keras.utils.PyDataset):
+    """Batches that `on_epoch_end` puts into another order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.x, self.y = table(200)
+        self.turn = 0
+
+    def __len__(self) -> int:
+        return STEPS
+
+    def __getitem__(self, index: int) -> Any:
+        rows = np.arange(index * 28, index * 28 + 28 + self.turn) % 200
+        return self.x[rows], self.y[rows]
+
+    def on_epoch_end(self) -> None:
+        self.turn += 1
+
+
+def shuffled(batches: int) -> Any:
+    dataset = tf.data.Dataset.from_tensor_slices(table(200))
+    return dataset.shuffle(200, seed=1).batch(-(-200 // batches))
+
+
+def endless() -> Any:
+    rng = np.random.default_rng(0)
+    x, y = table(200)
+    while True:
+        rows = rng.integers(0, 200, 32)
+        yield x[rows], y[rows]
+
+
+@pytest.mark.parametrize(
+    ("make", "steps"),
+    [
+        (lambda: shuffled(STEPS), None),
+        (lambda: shuffled(STEPS).filter(lambda *_: True), None),  # of unknown length
+        (lambda: shuffled(30), STEPS),  # goes on where the last epoch stopped
+        (endless, STEPS),
+        (Rearranging, None),
+    ],
+    ids=["dataset", "unknown", "continuing", "generator", "py_dataset"],
+)
+def test_every_kind_of_data_goes_on(make, steps, tmp_path) -> None:
+    options = {"steps_per_epoch": steps}
+    expected = train(None, x=make(), **options)
+    with pytest.raises(StoppedError):
+        train(tfdist.Checkpoint(tmp_path, every=1), Stop("after", 10), x=make(), **options)
+    found = train(tfdist.Checkpoint(tmp_path, every=1), x=make(), **options)
+    assert_same(found, expected)
+
+
+def test_loss_scale_and_augmentation_and_a_drawn_seed_go_on(tmp_path) -> None:
+    def fit(checkpoint: Any, *extra: Any) -> Any:
+        optimizer = keras.optimizers.LossScaleOptimizer(
+            keras.optimizers.SGD(0.01), dynamic_growth_steps=4
+        )
+        augment = tfdist.Augment([keras.layers.GaussianNoise(0.1)])
+        return train(
+            checkpoint, *extra, made=model(optimizer=optimizer), augment=augment, seed=None
+        )
+
+    expected = fit(None)
+    checkpoint = tfdist.Checkpoint(tmp_path, every=5)
+    with pytest.raises(StoppedError):
+        fit(checkpoint, Stop("after", 10))
+    assert_same(fit(checkpoint), expected)
+
+
+def test_private_training_goes_on_and_counts_what_was_spent(tmp_path) -> None:
+    def fit(checkpoint: Any, *extra: Any, noise: float = 1.0) -> Any:
+        made = keras.Sequential([keras.Input((20,)), keras.layers.Dense(3)])
+        keras.utils.set_random_seed(3)
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        made.compile("sgd", loss)
+        privacy = tfdist.DPSGD(l2_norm_clip=1.0, noise_multiplier=noise, delta=1e-3, seed=5)
+        history = tfdist.fit(
+            made, *table(200), batch_size=32, epochs=2, verbose=0, privacy=privacy,
+            callbacks=list(extra), checkpoint=checkpoint,
+        )  # fmt: skip
+        return [v.numpy() for v in made.variables], history.history, history.privacy.ledger
+
+    def seeded(*arguments: Any, **options: Any) -> Any:
+        keras.utils.set_random_seed(3)
+        return fit(*arguments, **options)
+
+    expected = seeded(None)
+    checkpoint = tfdist.Checkpoint(tmp_path, every=2)
+    with pytest.raises(StoppedError):
+        seeded(checkpoint, Stop("after", 9))
+    with pytest.raises(ArgumentError, match="privacy="):
+        seeded(checkpoint, noise=2.0)
+    assert_same(seeded(checkpoint), expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batch_size": 16}, "batch_size=16, and 32"),
+        ({"seed": 4}, "seed=4, and 3"),
+        ({"shuffle": False}, "sampler='Sequential', and 'Uniform'"),
+        ({"steps_per_epoch": 5}, "steps_per_epoch=5, and 7"),
+        ({"made": lambda: model(units=9)}, r"shape \(20, 9\).*shape \(20, 8\)"),
+        ({"made": lambda: model(optimizer="sgd")}, "optimizer='SGD', and 'Adam'"),
+    ],
+)
+def test_a_checkpoint_of_another_training_is_refused(change, message, tmp_path) -> None:
+    train(tmp_path, epochs=1)
+    change = {k: v() if callable(v) else v for k, v in change.items()}
+    with pytest.raises(ArgumentError, match=f"(?s)must be of the same.*{message}"):
+        train(tmp_path, **change)
+
+
+def test_damaged_checkpoints_are_named_and_passed_over(whole, tmp_path, capfd) -> None:
+    train(tfdist.Checkpoint(tmp_path, every=3))
+    last, before = sorted(tmp_path.iterdir())[::-1][:2]
+    (data,) = last.glob("tensors.data*")
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 1
+    data.write_bytes(content)
+    (before / "state.json").unlink()
+    assert_same(train(tfdist.Checkpoint(tmp_path, every=3)), whole)
+    errors = capfd.readouterr().err
+    assert f"{last} is damaged ({data.name} has another checksum)" in errors
+    assert f"{before} is damaged (state.json is missing)" in errors
+    for folder in tmp_path.glob("epoch-*"):
+        (folder / "SHA256SUMS").unlink()
+    with pytest.raises(CheckpointError, match="all damaged"):
+        train(tmp_path)
+
+
+def test_a_failed_write_is_raised_and_leaves_the_last_one(tmp_path, monkeypatch) -> None:
+    written = files.write
+
+    def fails_later(directory: Path, epoch: int, *rest: Any) -> None:
+        if epoch > 1:
+            (directory / ".unfinished-x").mkdir()
+            raise CheckpointError("no space left")
+        written(directory, epoch, *rest)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(files, "write", fails_later)
+        with pytest.raises(CheckpointError, match="no space left"):
+            train(tmp_path)
+    assert len(list(tmp_path.glob("epoch-*"))) == 1
+    train(tmp_path)
+    assert not list(tmp_path.glob(".unfinished-*"))
+
+
+@quick
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"every": 0}, "`every`"),
+        ({"every": True}, "`every`"),
+        ({"every": "30s"}, "`every`"),
+        ({"every": datetime.timedelta(0)}, "`every`"),
+        ({"keep": 0}, "`keep`"),
+        ({"directory": ""}, "`directory`"),
+        ({"directory": 5}, "`directory`"),
+    ],
+)
+def test_settings_are_checked(arguments, message) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        tfdist.Checkpoint(**{"directory": "here", **arguments})
+
+
+@quick
+def test_a_directory_that_cannot_be_written_is_refused_before_training(tmp_path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(CheckpointError, match="must be a directory that can be written"):
+        tfdist.fit(model(), *table(10), checkpoint=file / "below", verbose=0)
+    with pytest.raises(ArgumentError, match="`checkpoint`"):
+        tfdist.fit(model(), *table(10), checkpoint=5, verbose=0)
+    with pytest.raises(CheckpointError, match="room"):
+        files.check_room(tmp_path, 2**70)
+
+
+@quick
+def test_tensors_are_in_tensorflows_own_format(tmp_path) -> None:
+    files.write(tmp_path, 0, 5, {"a": tf.range(3)}, {"b": 1}, keep=1)
+    files.write(tmp_path, 1, 0, {"a": tf.range(4)}, {"b": 2}, keep=1)
+    (folder,) = tmp_path.iterdir()
+    reader = tf.train.load_checkpoint(str(folder / "tensors"))
+    assert reader.get_tensor("a").tolist() == [0, 1, 2, 3]
+    assert json.loads((folder / "state.json").read_text()) == {"b": 2}
+    saved = files.latest(tmp_path)
+    assert saved is not None
+    assert saved.state == {"b": 2}
+
+
+@quick
+def test_plain_data_comes_back_as_it_was() -> None:
+    given = {
+        "numbers": [None, True, 3, 0.1, float("inf")],
+        ("a", 1): {1, 2},
+        "bytes": b"\x00\xff",
+        "array": np.arange(6.0).reshape(2, 3),
+        "scalar": np.float32(0.1),
+        "tensor": tf.constant([1, 2]),
+    }
+    arrays: list[Any] = []
+    written = json.loads(json.dumps(plain.encode(given, arrays)))
+    found = plain.decode(written, arrays.__getitem__)
+    assert list(found) == list(given)
+    for name in ("numbers", ("a", 1), "bytes", "scalar"):
+        assert found[name] == given[name]
+        assert type(found[name]) is type(given[name])
+    np.testing.assert_array_equal(found["array"], given["array"])
+    assert found["tensor"].numpy().tolist() == [1, 2]
+    for other in (len, object(), keras.layers.Dense(1), np.array([object()])):
+        with pytest.raises(plain.NotPlain):
+            plain.encode([other], [])
+
+
+@quick
+def test_only_what_training_changed_is_put_back() -> None:
+    class Counting(keras.callbacks.Callback):
+        def __init__(self, patience: int) -> None:
+            super().__init__()
+            self.patience, self.wait = patience, 0
+
+    before, after = Counting(patience=2), Counting(patience=5)
+    memory = Memory([before])
+    before.wait = 1
+    arrays: list[Any] = []
+    state = memory.state(arrays)
+    Memory([after]).restore(state, arrays.__getitem__)
+    assert (after.patience, after.wait) == (5, 1)
+
+
+@quick
+def test_a_callback_may_say_itself_what_its_state_is() -> None:
+    class Own(keras.callbacks.Callback):
+        def __init__(self) -> None:
+            super().__init__()
+            self.generator = np.random.default_rng(0)
+
+        def checkpoint_state(self) -> Any:
+            return self.generator.bit_generator.state
+
+        def restore_checkpoint_state(self, state: Any) -> None:
+            self.generator.bit_generator.state = state
+
+    one, other = Own(), Own()
+    one.generator.random(3)
+    arrays: list[Any] = []
+    state = json.loads(json.dumps(Memory([one]).state(arrays)))
+    Memory([other]).restore(state, arrays.__getitem__)
+    assert other.generator.random() == one.generator.random()

@@ -1,0 +1,381 @@
+"""One `fit` with checkpoints: where it begins, when it saves, and what."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import functools
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from tfdist import _keras, data
+from tfdist._version import __version__
+from tfdist.checkpoint import files, same
+from tfdist.checkpoint.callbacks import Memory
+from tfdist.checkpoint.plain import NotPlain, decode, encode
+from tfdist.checkpoint.settings import Checkpoint
+from tfdist.continued import ContinuedCallbacks, Position
+from tfdist.errors import ArgumentError, CheckpointError
+from tfdist.prepared import Prepared, variables_of
+from tfdist.samplers import Sampler
+from tfdist.strategies.base import Strategy
+
+_FORMAT = 1
+_GLOBAL_SEED = "keras/global_seed_generator"
+
+
+class CheckpointRun:
+    """The checkpoints of one `fit`, from the one it begins at to the last it writes.
+
+    The chief alone reads and writes; what it has read, every worker gets. All replicas hold
+    the same values, so writing needs no exchange between workers.
+
+    Args:
+        checkpoint: What `fit` was given.
+        strategy: Where the replicas are.
+
+    Attributes:
+        on_restored: Called when the state was put back.
+        spent: Private training before this `fit`, for the next checkpoints.
+
+    Raises:
+        ArgumentError: It is no checkpoint.
+        CheckpointError: The directory cannot be used.
+    """
+
+    def __init__(self, checkpoint: Any, strategy: Strategy) -> None:
+        self._settings = Checkpoint.of(checkpoint)
+        self._strategy = strategy
+        self._every = self._settings.every
+        self._refuse()
+        self.on_restored: Callable[[], None] = lambda: None
+        self.spent: Any = None
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="tfdist-checkpoint")
+        self._writing: Future[None] | None = None
+        self._read: Callable[[str], Any] | None = None
+        self._state, self._arrays = self._found()
+        self._position: Position | None = None
+        self._made = 0 if self._state is None else self._state["steps"]
+        self._saved_at, self._saved_time, self._is_due = self._made, time.monotonic(), False
+        self._initial_epoch = self._epochs = 0
+        self._drawn: Callable[[], int] = int
+        self._setup: dict[str, Any] = {}
+        self._variables: Sequence[Any] = ()
+
+    def _refuse(self) -> None:
+        if self._strategy.elastic:
+            raise ArgumentError(
+                "`checkpoint` must not be passed in an elastic run, which keeps its state in "
+                f"memory. Received: checkpoint={self._settings!r}. Use "
+                "keras.callbacks.BackupAndRestore against the loss of all processes at once."
+            )
+        if getattr(self._strategy, "synchronous", True) is False and self._every != "epoch":
+            raise ArgumentError(
+                "`every` of `Checkpoint` must be 'epoch' in asynchronous training, which has "
+                f"no step of all workers. Received: every={self._every!r}."
+            )
+
+    def _found(self) -> tuple[dict[str, Any] | None, dict[int, Any]]:
+        """Lets the chief look for a checkpoint, and tells all workers."""
+        problem, state, arrays = None, None, {}
+        if self._strategy.place.is_chief:
+            try:
+                files.open_directory(self._settings.path)
+                saved = files.latest(self._settings.path)
+                if saved is not None:
+                    self._read, state = saved.tensors(), saved.state
+                    state["folder"] = str(saved.folder)
+                    arrays = {i: self._read(f"arrays/{i}") for i in range(state["arrays"])}
+            except CheckpointError as error:
+                problem = str(error)
+        problem, state, arrays = self._strategy.broadcast_object((problem, state, arrays))
+        if problem is not None:
+            raise CheckpointError(problem)
+        if state is not None and state["format"] != _FORMAT:
+            raise CheckpointError(
+                f"A checkpoint must be of format {_FORMAT}. Received: {state['folder']} of "
+                f"format {state['format']}. Use tfdist {state['tfdist']}, which wrote it."
+            )
+        return state, arrays
+
+    # --- before training --------------------------------------------------------------
+
+    def notice(self) -> str | None:
+        """Says which checkpoint training goes on from, if there is one."""
+        return None if self._state is None else f"training goes on from {self._state['folder']}"
+
+    @property
+    def spent_before(self) -> Any:
+        """What the checkpoint says of private training before its `fit`."""
+        return None if self._state is None else self._state["spent"]
+
+    def seed(self, seed: int, is_chosen: bool) -> int:
+        """Gives the sampler's seed: that of the checkpoint, if the user has chosen none.
+
+        Args:
+            seed: Chosen or drawn.
+            is_chosen: By the user.
+        """
+        if is_chosen or self._state is None or self._state["setup"]["seed"] is None:
+            return seed
+        return int(self._state["setup"]["seed"])
+
+    def check(
+        self,
+        model: Any,
+        source: data.Source,
+        sampler: Sampler,
+        *,
+        seed: int | None,
+        privacy: dict[str, Any] | None,
+    ) -> None:
+        """Refuses a checkpoint of another training, and a disk without room for one.
+
+        The data is told what an earlier process has drawn of it.
+
+        Args:
+            model: A compiled, built `keras.Model`.
+            source: The data.
+            sampler: Which rows make up each step.
+            seed: The sampler's, or None if it is secret.
+            privacy: What private training must not change.
+
+        Raises:
+            ArgumentError: Something differs; it is named.
+            CheckpointError: There is no room.
+        """
+        self._variables = variables_of(model)
+        self._setup = same.describe(model, self._variables, source, sampler, seed, privacy)
+        if self._state is not None:
+            same.compare(self._setup, self._state["setup"], self._state["folder"])
+            source.go_on_after(self._state["position"][0] - self._state["initial_epoch"])
+        if self._strategy.place.is_chief:
+            sizes = [math.prod(v.shape) * tf.as_dtype(v.dtype).size for v in self._variables]
+            files.check_room(self._settings.path, sum(sizes))
+
+    def begin(
+        self, epoch: int, drawn: Callable[[], int]
+    ) -> tuple[int, int, Callable[[], int], dict[str, Any]]:
+        """Says where training begins.
+
+        Args:
+            epoch: Where `fit` was asked to.
+            drawn: Counts the epochs of data drawn before it, once callbacks have begun.
+
+        Returns:
+            The epoch, the steps made of it, what counts the epochs drawn before it, and
+            the logs of the last step made.
+        """
+        self._initial_epoch, self._drawn = epoch, drawn
+        if self._state is None:
+            return epoch, 0, drawn, {}
+        self._initial_epoch = self._state["initial_epoch"]
+        self._position = Position(*self._state["position"])
+        epoch, step, before = self._position
+        if self._state["stopped"]:  # a callback's decision holds, however many are asked for
+            epoch, step = sys.maxsize, 0
+        return (
+            epoch,
+            step,
+            lambda: before,
+            decode(self._state["logs"], self._arrays.__getitem__),
+        )
+
+    def callbacks(self, given: Any, prepared: Prepared, **options: Any) -> Any:
+        """Makes the `CallbackList` of the training.
+
+        Args:
+            given: This process's callbacks.
+            prepared: The model, whose state is saved.
+            **options: Of `keras.callbacks.CallbackList`.
+        """
+        self._variables = prepared.variables
+        self._epochs = options["epochs"]
+        made = 0 if self._position is None else self._position.step
+        given = list(getattr(given, "callbacks", given))
+        return _Saving(self, made, given, add_history=True, **options)
+
+    # --- while training runs ------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def saving(self) -> Iterator[None]:
+        """Wraps the training; when it is left, all that was to be saved is."""
+        try:
+            yield
+        except BaseException:
+            with contextlib.suppress(Exception):  # the first failure is the one to show
+                self._finish()
+            raise
+        finally:
+            self._pool.shutdown()
+        self._finish()
+
+    def note_step(self, step: int) -> None:
+        """Counts a step.
+
+        Args:
+            step: Steps made of the epoch.
+        """
+        assert self._position is not None
+        self._made += step - self._position.step
+        self._position = self._position._replace(step=step)
+
+    def restore(self, memory: Memory) -> None:
+        """Puts the state back that belongs to the position, on every worker.
+
+        Args:
+            memory: The callbacks'.
+        """
+        if self._state is None:
+            return
+        variables = list(self._variables)
+        if self._state["global_seed"]:
+            variables.append(_keras.global_seed_variable())
+        if self._read is not None:
+            for number, variable in enumerate(self._variables):
+                variable.assign(self._read(f"variables/{number}"))
+            if self._state["global_seed"]:
+                variables[-1].assign(self._read(_GLOBAL_SEED))
+        self._strategy.agree(variables)
+        memory.restore(self._state["callbacks"], self._arrays.__getitem__)
+
+    def begin_epoch(self, epoch: int, memory: Memory) -> None:
+        """Notes that an epoch begins, or the rest of one.
+
+        Args:
+            epoch: As Keras counts.
+            memory: The callbacks', which have begun it.
+        """
+        known = self._position
+        if known is None:
+            self._position = Position(epoch, 0, self._drawn())
+        elif known.epoch != epoch:
+            self._position = Position(epoch, 0, known.drawn + epoch - known.epoch)
+        elif known.step:
+            self.restore(memory)
+        self._state, self._read, self._arrays = None, None, {}
+
+    def after_step(self, memory: Memory, logs: Any) -> None:
+        """Saves, if it is time to.
+
+        Args:
+            memory: The callbacks', which know of the step.
+            logs: Of the step.
+        """
+        if isinstance(self._every, int):
+            self._is_due |= self._made // self._every > self._saved_at // self._every
+        elif isinstance(self._every, datetime.timedelta):
+            waited = time.monotonic() - self._saved_time
+            self._is_due = waited >= self._every.total_seconds()
+        # Training does not wait for the disk: then a later step is saved.
+        if self._is_due and (self._writing is None or self._writing.done()):
+            assert self._position is not None
+            self._save(self._position, memory, logs)
+
+    def after_epoch(self, memory: Memory, is_stopped: bool) -> None:
+        """Saves the beginning of the next epoch, if it is time to.
+
+        Args:
+            memory: The callbacks', which know of the epoch.
+            is_stopped: Whether a callback has ended the training.
+        """
+        assert self._position is not None
+        epoch, _, drawn = self._position
+        if self._every == "epoch" or is_stopped or epoch + 1 >= self._epochs:
+            self._save(Position(epoch + 1, 0, drawn + 1), memory, {}, is_stopped)
+
+    def _save(
+        self, position: Position, memory: Memory, logs: Any, is_stopped: bool = False
+    ) -> None:
+        self._saved_at, self._saved_time, self._is_due = self._made, time.monotonic(), False
+        if not self._strategy.place.is_chief:
+            return
+        self._finish()
+        arrays: list[Any] = []
+        state = {
+            "format": _FORMAT,
+            "tfdist": __version__,
+            "position": list(position),
+            "initial_epoch": self._initial_epoch,
+            "steps": self._made,
+            "stopped": is_stopped,
+            "setup": self._setup,
+            "spent": self.spent,
+            "logs": _plain(logs, arrays),
+            "callbacks": memory.state(arrays),
+            "global_seed": _keras.has_global_seed(),
+            "arrays": len(arrays),
+        }
+        # Read now, on the host; the copies share memory with the variables until these are
+        # assigned to.
+        tensors = {
+            f"variables/{number}": tf.identity(tf.convert_to_tensor(variable))
+            for number, variable in enumerate(self._variables)
+        }
+        tensors |= {f"arrays/{i}": tf.convert_to_tensor(a) for i, a in enumerate(arrays)}
+        if state["global_seed"]:
+            tensors[_GLOBAL_SEED] = tf.identity(_keras.global_seed_variable().value)
+        settings = self._settings
+        write = functools.partial(
+            files.write,
+            settings.path,
+            position.epoch,
+            position.step,
+            tensors,
+            state,
+            settings.keep,
+        )
+        self._writing = self._pool.submit(write)
+
+    def _finish(self) -> None:
+        """Waits for what is being written; its failure is raised."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+
+class _Saving(ContinuedCallbacks):
+    """Callbacks whose state is put back at the beginning, and saved after steps and epochs."""
+
+    def __init__(self, run: CheckpointRun, made: int, callbacks: Any, **options: Any) -> None:
+        super().__init__(callbacks, **options)
+        self.made = made
+        self._run = run
+        self._memory = Memory(self.callbacks)
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        super().on_train_begin(logs)
+        self.model._initial_epoch = None  # BackupAndRestore's; the checkpoint's is passed
+        self._memory.note_begun()
+        self._run.restore(self._memory)
+        self._run.on_restored()
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        super().on_epoch_begin(epoch, logs)
+        self._run.begin_epoch(epoch, self._memory)
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        super().on_train_batch_end(batch, logs)
+        if not self.is_made(batch + 1 - int(self.model.steps_per_execution)):
+            self._run.after_step(self._memory, logs)
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        super().on_epoch_end(epoch, logs)
+        self._run.after_epoch(self._memory, bool(self.model.stop_training))
+
+
+def _plain(logs: Any, arrays: list[Any]) -> Any:
+    """Gives what of a step's logs is numbers, as JSON knows it."""
+    found = {}
+    for name, value in (logs or {}).items():
+        with contextlib.suppress(NotPlain):
+            encode(value, [])
+            found[name] = np.asarray(value) if tf.is_tensor(value) else value
+    return encode(found, arrays)

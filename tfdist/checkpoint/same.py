@@ -1,0 +1,91 @@
+"""What must be the same in a training that goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from tfdist import data
+from tfdist.data.arrays import Arrays
+from tfdist.errors import ArgumentError
+from tfdist.samplers import Sampler
+
+
+def describe(
+    model: Any,
+    variables: Sequence[Any],
+    source: data.Source,
+    sampler: Sampler,
+    seed: int | None,
+    privacy: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """Describes a training by what must be the same when it goes on.
+
+    Args:
+        model: A compiled `keras.Model`.
+        variables: Its state.
+        source: The data.
+        sampler: Which rows make up each step.
+        seed: The sampler's, or None if it is secret.
+        privacy: What private training must not change.
+
+    Returns:
+        Plain data by name.
+    """
+    inner = source.source if isinstance(source, data.Augmented) else source
+    setup = {
+        "batch_size": getattr(inner, "batch_size", None),
+        "seed": seed,
+        "steps_per_epoch": source.steps,
+        "data": source.spec_text(),
+        "sampler": type(sampler).__name__,
+        "optimizer": type(model.optimizer).__name__,
+        "privacy": privacy,
+        "variables": [[v.path, [int(n) for n in v.shape], str(v.dtype)] for v in variables],
+    }
+    if isinstance(inner, Arrays):
+        setup["rows"] = inner.num_rows
+    if type(inner) is Arrays and seed is not None:
+        drawn = inner.sampler.rows(0, num_rows=inner.num_rows, batch_size=64, seed=seed)
+        digest = hashlib.sha256(np.asarray(drawn, np.int64).tobytes()).hexdigest()[:12]
+        setup["order of rows"] = digest
+    return setup
+
+
+def compare(now: dict[str, Any], saved: dict[str, Any], folder: str) -> None:
+    """Refuses a checkpoint of another training.
+
+    Args:
+        now: What `describe` gives.
+        saved: What it gave.
+        folder: Of the checkpoint.
+
+    Raises:
+        ArgumentError: Something differs; it is named.
+    """
+    remedy = "Train as then, or pass another directory."
+    for name in now:
+        ours, theirs = now[name], saved.get(name)
+        if name != "variables" and ours != theirs:
+            raise ArgumentError(
+                f"A checkpoint must be of the same training. Received: {name}={ours!r}, and "
+                f"{theirs!r} in {folder}. {remedy}"
+            )
+    for ours, theirs in itertools.zip_longest(now["variables"], saved["variables"]):
+        # Paths have numbers of models that a process made before.
+        if ours is None or theirs is None or ours[1:] != theirs[1:]:
+            raise ArgumentError(
+                "A checkpoint must be of the same model, optimizer and metrics. Received: "
+                f"{_described(ours)}, and {_described(theirs)} in {folder}. {remedy}"
+            )
+
+
+def _described(variable: Any) -> str:
+    if variable is None:
+        return "no more variables"
+    path, shape, dtype = variable
+    return f"variable {path} of shape {tuple(shape)} and {dtype}"

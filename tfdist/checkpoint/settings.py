@@ -1,0 +1,96 @@
+"""What a user says about checkpoints."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tfdist.errors import ArgumentError
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where `fit` saves all that training depends on, how often, and how much is kept.
+
+    Pass it to `fit` as `checkpoint`; a directory alone stands for `Checkpoint(directory)`.
+    When `fit` finds a checkpoint there it goes on from it, in the middle of an epoch too,
+    and ends with the weights of a training that was never stopped.
+
+    Args:
+        directory: Of one training alone; made if it is not there. All workers may see it,
+            or only the chief, which alone reads and writes it.
+        every: "epoch", to save when an epoch has ended; a whole number of steps; or a
+            `datetime.timedelta`. The end of training is always saved.
+        keep: The latest so many checkpoints are kept, at least 1. With 2 or more there is
+            another when the last one is damaged.
+
+    Raises:
+        ArgumentError: An argument is none of these.
+
+    Example:
+        >>> import keras, numpy as np, tempfile, tfdist
+        >>> directory = tempfile.mkdtemp()
+        >>> def train(epochs):
+        ...     model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+        ...     model.compile(optimizer="adam", loss="mse")
+        ...     x, y = np.ones((10, 4), "float32"), np.ones((10, 1), "float32")
+        ...     checkpoint = tfdist.Checkpoint(directory, every=2)
+        ...     return tfdist.fit(
+        ...         model, x, y, batch_size=4, epochs=epochs, checkpoint=checkpoint, verbose=0
+        ...     )
+        >>> train(epochs=2).epoch
+        [0, 1]
+        >>> train(epochs=3).epoch  # makes the third epoch only
+        [0, 1, 2]
+    """
+
+    directory: str | os.PathLike[str]
+    every: str | int | datetime.timedelta = "epoch"
+    keep: int = 3
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.directory, str | os.PathLike) or not os.fspath(self.directory):
+            raise ArgumentError(
+                "`directory` of `Checkpoint` must be a path. Received: "
+                f"directory={self.directory!r}."
+            )
+        every = self.every
+        is_steps = isinstance(every, int) and not isinstance(every, bool) and every >= 1
+        is_time = isinstance(every, datetime.timedelta) and every > datetime.timedelta(0)
+        if not (every == "epoch" or is_steps or is_time):
+            raise ArgumentError(
+                "`every` of `Checkpoint` must be 'epoch', a number of steps of at least 1, or "
+                f"a datetime.timedelta above 0. Received: every={every!r}."
+            )
+        if not isinstance(self.keep, int) or isinstance(self.keep, bool) or self.keep < 1:
+            raise ArgumentError(
+                "`keep` of `Checkpoint` must be a whole number of at least 1. Received: "
+                f"keep={self.keep!r}."
+            )
+
+    @classmethod
+    def of(cls, given: Any) -> Checkpoint:
+        """Reads the argument `checkpoint` of `fit`.
+
+        Args:
+            given: A `Checkpoint` or a directory.
+
+        Raises:
+            ArgumentError: It is neither.
+        """
+        if isinstance(given, cls):
+            return given
+        if isinstance(given, str | os.PathLike):
+            return cls(given)
+        raise ArgumentError(
+            "`checkpoint` must be a tfdist.Checkpoint or a directory. Received: "
+            f"checkpoint={given!r}."
+        )
+
+    @property
+    def path(self) -> Path:
+        """The directory."""
+        return Path(os.fspath(self.directory)).expanduser()
