@@ -370,16 +370,16 @@ def too_little_on_each_replica(patch: pytest.MonkeyPatch) -> None:
 def clipped_after_the_sum(patch: pytest.MonkeyPatch) -> None:
     """Clips the mean of a batch, as an optimizer's `global_clipnorm` would."""
 
-    def share(model: Any, columns: Any, batch: Any, mechanism: Any, compiled: bool) -> Any:
+    def share(
+        model: Any, columns: Any, batch: Any, mechanism: Any, norm: float, compiled: bool
+    ) -> Any:
         x, y, weight = columns
         variables = [v.value for v in model.trainable_variables]
         with tf.GradientTape() as tape:
             outputs = model(x, training=True)
             loss = model.compute_loss(x, y, outputs, sample_weight=weight)
-        gradients, _ = tf.clip_by_global_norm(
-            tape.gradient(loss, variables), mechanism.l2_norm_clip
-        )
-        return outputs, [g * mechanism.expected_batch for g in gradients]
+        gradients, _ = tf.clip_by_global_norm(tape.gradient(loss, variables), norm)
+        return outputs, [g * mechanism.expected_batch for g in gradients], tf.constant(0.0)
 
     patch.setattr("tfdist.privacy.step.clipped_share", share)
 

@@ -19,7 +19,7 @@ EXAMPLES = 5
 
 def clipped_sum(*args: Any) -> tuple[list[Any], Any]:
     """Gives the sums and the norms."""
-    sums, norms, _ = clipping.clipped_sum(*args)
+    sums, norms, *_ = clipping.clipped_sum(*args)
     return sums, norms
 
 

@@ -38,7 +38,6 @@ from keras.src.backend.tensorflow.core import Variable as _Variable
 from keras.src.backend.tensorflow.optimizer import TFOptimizer as _TFOptimizer
 from keras.src.losses import loss as _loss
 from keras.src.optimizers.base_optimizer import BaseOptimizer as _BaseOptimizer
-from keras.src.random.seed_generator import GLOBAL_SEED_GENERATOR as _GLOBAL_SEED
 from keras.src.random.seed_generator import global_seed_generator as _global_seed_generator
 from keras.src.trainers.data_adapters.data_adapter import DataAdapter as _DataAdapter
 
@@ -627,7 +626,7 @@ def metric_variables(model: Any) -> list[Any]:
 
 def has_global_seed() -> bool:
     """Tells whether anything drew from Keras's own seed generator, or may have."""
-    return _global_state.get_global_attribute(_GLOBAL_SEED) is not None
+    return _global_state.get_global_attribute("global_seed_generator") is not None
 
 
 def global_seed_variable() -> Any:
