@@ -134,7 +134,7 @@ class PrivateRun:
             ArgumentError: The budget is spent, or the model does not give gradients of single
                 examples.
         """
-        arrays = source.source if isinstance(source, data.Augmented) else source
+        arrays = source.drawn_from
         assert isinstance(arrays, Arrays)
         privacy = self.privacy
         self.planned_steps = arrays.steps * max(0, epochs)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +10,10 @@ import numpy as np
 import pytest
 
 import tfdist
-from tests.behaviour.checks import place
+from tests.behaviour.checks import Check, place
 from tests.equivalence.cases import clipped_adam, mlp, table
 from tfdist.errors import CheckpointError
 
-Check = Callable[[Path], None]
 CHECKPOINT_CHECKS: dict[str, Check] = {}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,10 @@ import pytest
 import tensorflow as tf
 
 import tfdist
-from tests.behaviour.checks import ORDERED, assert_weights_close, place, twins
+from tests.behaviour.checks import ORDERED, Check, assert_weights_close, place, twins
 from tests.equivalence.cases import mlp, private_mlp, table
 from tfdist.errors import ArgumentError
 
-Check = Callable[[Path], None]
 LOCAL_CHECKS: dict[str, Check] = {}
 ROWS = 961
 # Rows of the first worker: as many, 1 in 100, one, none.

@@ -13,7 +13,7 @@ import keras
 import pytest
 
 from tests.behaviour.checkpoint_checks import CHECKPOINT_CHECKS
-from tests.behaviour.checks import CHECKS
+from tests.behaviour.checks import CHECKS, Check
 from tests.behaviour.horovod_checks import HOROVOD_CHECKS
 from tests.behaviour.local_checks import LOCAL_CHECKS
 from tests.behaviour.privacy_checks import PRIVACY_CHECKS
@@ -27,9 +27,14 @@ OWN = {
 }
 
 
+def checks_of(strategy: str) -> dict[str, Check]:
+    """Gives what is checked on a strategy by name."""
+    return CHECKS | CHECKPOINT_CHECKS | OWN.get(strategy, {})
+
+
 def main(strategy: str, replicas: str, folder: Path, *names: str) -> None:
     place = begin(strategy, replicas, seed=7).strategy.place
-    checks = CHECKS | CHECKPOINT_CHECKS | OWN.get(strategy, {})
+    checks = checks_of(strategy)
     named = checks | PRIVACY_CHECKS
     for name in names or checks:
         keras.utils.set_random_seed(7)

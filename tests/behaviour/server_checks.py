@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import pytest
 import tensorflow as tf
 
 import tfdist
-from tests.behaviour.checks import ORDERED, assert_weights_close, twins
+from tests.behaviour.checks import ORDERED, Check, assert_weights_close, twins
 from tests.equivalence.cases import (
     Adversaries,
     Pages,
@@ -26,7 +25,6 @@ from tests.equivalence.cases import (
 from tfdist.errors import ArgumentError
 
 L = keras.layers
-Check = Callable[[Path], None]
 SERVER_CHECKS: dict[str, Check] = {}
 
 

@@ -1,4 +1,4 @@
-"""Every check of `checks.py`, in one process, on two devices and on two workers."""
+"""Every check of a strategy, in one process, on two devices and on two workers."""
 
 from __future__ import annotations
 
@@ -7,11 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.behaviour.checkpoint_checks import CHECKPOINT_CHECKS
-from tests.behaviour.checks import CHECKS
-from tests.behaviour.horovod_checks import HOROVOD_CHECKS
-from tests.behaviour.local_checks import LOCAL_CHECKS
-from tests.behaviour.server_checks import SERVER_CHECKS
+from tests.behaviour.program import checks_of
 from tests.jobs import Job, on_place, running, workers_of
 
 PLACES = ["single-1", "mirrored-2", "multi_worker-2", "horovod-2", "parameter_server-2"]
@@ -35,30 +31,11 @@ def jobs(folders: dict[str, Path]) -> Iterator[dict[str, Job]]:
         yield made
 
 
-@pytest.fixture(scope="module", params=PLACES)
-def place(request: pytest.FixtureRequest) -> str:
-    name: str = request.param
-    return name
-
-
-@pytest.mark.parametrize("check", CHECKS | CHECKPOINT_CHECKS)
+@pytest.mark.parametrize(
+    ("place", "check"),
+    [(place, check) for place in PLACES for check in checks_of(place.rsplit("-", 1)[0])],
+)
 def test_holds(check: str, place: str, jobs: dict[str, Job], folders: dict[str, Path]) -> None:
-    passes(check, place, jobs, folders)
-
-
-@pytest.mark.parametrize("check", HOROVOD_CHECKS)
-@pytest.mark.parametrize("place", ["horovod-2"])
-def test_horovod(
-    check: str, place: str, jobs: dict[str, Job], folders: dict[str, Path]
-) -> None:
-    passes(check, place, jobs, folders)
-
-
-@pytest.mark.parametrize("check", SERVER_CHECKS)
-@pytest.mark.parametrize("place", ["parameter_server-2"])
-def test_parameter_server(
-    check: str, place: str, jobs: dict[str, Job], folders: dict[str, Path]
-) -> None:
     passes(check, place, jobs, folders)
 
 
@@ -70,11 +47,3 @@ def passes(check: str, place: str, jobs: dict[str, Job], folders: dict[str, Path
     if outcomes[0].startswith("skipped"):
         pytest.skip(outcomes[0])
     assert outcomes == ["passed"] * len(outcomes), "\n".join(outcomes)
-
-
-@pytest.mark.parametrize("check", LOCAL_CHECKS)
-@pytest.mark.parametrize("place", ["multi_worker-2", "horovod-2"])
-def test_rows_of_workers(
-    check: str, place: str, jobs: dict[str, Job], folders: dict[str, Path]
-) -> None:
-    passes(check, place, jobs, folders)

@@ -7,8 +7,6 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from tfdist import data
 from tfdist.data.arrays import Arrays
 from tfdist.errors import ArgumentError
@@ -36,7 +34,7 @@ def describe(
     Returns:
         Plain data by name.
     """
-    inner = source.source if isinstance(source, data.Augmented) else source
+    inner = source.drawn_from
     setup = {
         "batch_size": getattr(inner, "batch_size", None),
         "seed": seed,
@@ -50,9 +48,7 @@ def describe(
     if isinstance(inner, Arrays):
         setup["rows"] = inner.num_rows
     if type(inner) is Arrays and seed is not None:
-        drawn = inner.sampler.rows(0, num_rows=inner.num_rows, batch_size=64, seed=seed)
-        digest = hashlib.sha256(np.asarray(drawn, np.int64).tobytes()).hexdigest()[:12]
-        setup["order of rows"] = digest
+        setup["order of rows"] = hashlib.sha256(inner.first_rows()).hexdigest()[:12]
     return setup
 
 

@@ -6,7 +6,7 @@ global batch of n, and a share without rows carries one row that counts nothing.
 """
 
 from tfdist.data.arrays import is_arrays, split
-from tfdist.data.augment import Augment, Augmented
+from tfdist.data.augment import Augment
 from tfdist.data.by_class import ByClass
 from tfdist.data.local import LocalShard, local_shard
 from tfdist.data.roads import Settings, read
@@ -15,7 +15,6 @@ from tfdist.data.stream import Epoch, Stream
 
 __all__ = [
     "Augment",
-    "Augmented",
     "ByClass",
     "Epoch",
     "LocalShard",

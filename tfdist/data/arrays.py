@@ -140,6 +140,11 @@ class Arrays(Source):
         settings = {"num_rows": self.num_rows, "batch_size": self.batch_size}
         return self.sampler.batches(first, self._at_once, seed=self.seed, **settings)
 
+    def first_rows(self) -> bytes:
+        """Gives what the sampler draws first, of any batch size: it tells orders apart."""
+        drawn = self.sampler.rows(0, num_rows=self.num_rows, batch_size=64, seed=self.seed)
+        return np.asarray(drawn, np.int64).tobytes()
+
     def spec(self) -> Any:
         """Gives the shapes and dtypes of a batch."""
         return tf.nest.map_structure(batch_spec, self.data)
@@ -152,8 +157,7 @@ class Arrays(Source):
             values = tf.gather(column, rows).numpy()
             text = values.dtype == object  # of which tobytes() would give addresses
             digest.update(repr(values.tolist()).encode() if text else values.tobytes())
-        drawn = self.sampler.rows(0, num_rows=self.num_rows, batch_size=64, seed=self.seed)
-        digest.update(np.asarray(drawn, np.int64).tobytes())
+        digest.update(self.first_rows())
         return f"{self.num_rows} rows of {super().fingerprint()}, {digest.hexdigest()[:12]}"
 
 

@@ -189,6 +189,11 @@ class Augmented(Source):
         chosen = f"classes={self.augment.classes}, repeated={self.augment.repeated}"
         return f"{self.source.fingerprint()}, augmented by {digest} ({chosen})"
 
+    @property
+    def drawn_from(self) -> Source:
+        """The source that is augmented."""
+        return self.source.drawn_from
+
     def report(self) -> str | None:
         """Says what the source says."""
         return self.source.report()

@@ -69,7 +69,9 @@ class ByClass:
                     f"{name}={value!r}."
                 )
         parts = self.datasets.values() if self.by_name else [self.datasets]
-        specs = [dataset.element_spec for dataset in parts if is_dataset(dataset)]
+        specs = [
+            dataset.element_spec for dataset in parts if isinstance(dataset, tf.data.Dataset)
+        ]
         if not specs or len(specs) < len(parts):
             raise ArgumentError(
                 "`datasets` must be a tf.data.Dataset or a dict of them by class. Received: "
@@ -110,13 +112,16 @@ class ByClass:
                 yield x_and_y(batch)[1]
 
 
-def is_dataset(value: Any) -> bool:
-    """Tells a `tf.data.Dataset` from other things.
+def may_not_end(dataset: Any, steps: int | None) -> bool:
+    """Tells whether a dataset may have no end, so that it must not be gone through.
 
     Args:
-        value: Anything.
+        dataset: A `tf.data.Dataset`.
+        steps: Steps an epoch, if they are given; then one of unknown length may be endless.
     """
-    return isinstance(value, tf.data.Dataset)
+    cardinality = int(dataset.cardinality())
+    unknown = cardinality == tf.data.UNKNOWN_CARDINALITY
+    return cardinality == tf.data.INFINITE_CARDINALITY or (unknown and bool(steps))
 
 
 def streams(data: ByClass, steps: int | None) -> tuple[list[Any], Rows | None]:
@@ -133,8 +138,7 @@ def streams(data: ByClass, steps: int | None) -> tuple[list[Any], Rows | None]:
     if data.classes is not None:
         numbers = sorted(set(data.classes))
         return [_found(parts[0], number, data.limit).unbatch() for number in numbers], None
-    lengths = [int(part.cardinality()) for part in parts]
-    endless = tf.data.INFINITE_CARDINALITY in lengths or (min(lengths) < 0 and steps)
+    endless = any(may_not_end(part, steps) for part in parts)
     if data.by_name:
         if endless:
             return [part.unbatch() for part in parts], None

@@ -183,8 +183,7 @@ class LocalArrays(Arrays):
 
     def fingerprint(self) -> str:
         """Sums up what all workers hold, and a step of the sampler; no row."""
-        drawn = self.sampler.rows(0, num_rows=self.num_rows, batch_size=64, seed=self.seed)
-        digest = hashlib.sha256(np.asarray(drawn, np.int64).tobytes()).hexdigest()[:12]
+        digest = hashlib.sha256(self.first_rows()).hexdigest()[:12]
         return f"{self.holdings} of {self.spec_text()}, {digest}"
 
     def report(self) -> str | None:

@@ -15,7 +15,7 @@ import tensorflow as tf
 from tfdist.data.arrays import Arrays, is_arrays, read_columns
 from tfdist.data.augment import Augment, Augmented
 from tfdist.data.batches import DatasetBatches, GeneratorBatches, PyDatasetBatches
-from tfdist.data.by_class import ByClass, is_dataset
+from tfdist.data.by_class import ByClass, may_not_end
 from tfdist.data.class_streams import ClassStreams
 from tfdist.data.class_weight import Weigh, weigher, x_and_y
 from tfdist.data.holdings import exchange
@@ -109,7 +109,7 @@ def _read(x: Any, y: Any, sample_weight: Any, settings: Settings) -> Source:
         return ClassStreams(
             by_class,
             settings.sampler,
-            _checked_batch_size(32 if settings.batch_size is None else settings.batch_size),
+            _batch_size(settings),
             settings.seed,
             settings.steps,
             _weigher(settings, by_class.targets),
@@ -170,13 +170,18 @@ def _by_class(x: Any, settings: Settings) -> ByClass | None:
     """Tells whether `x` is to be drawn from by class."""
     if isinstance(x, ByClass):
         return x
-    by_name = isinstance(x, dict) and bool(x) and all(is_dataset(part) for part in x.values())
-    if by_name or (is_dataset(x) and isinstance(settings.sampler, ByQuota)):
+    by_name = (
+        isinstance(x, dict)
+        and bool(x)
+        and all(isinstance(part, tf.data.Dataset) for part in x.values())
+    )
+    if by_name or (isinstance(x, tf.data.Dataset) and isinstance(settings.sampler, ByQuota)):
         return ByClass(x)
     return None
 
 
-def _checked_batch_size(batch_size: Any) -> int:
+def _batch_size(settings: Settings) -> int:
+    batch_size = 32 if settings.batch_size is None else settings.batch_size
     if not isinstance(batch_size, int | np.integer) or batch_size < 1:
         raise ArgumentError(
             "`batch_size` must be a whole number of at least 1: the examples of one update "
@@ -186,7 +191,7 @@ def _checked_batch_size(batch_size: Any) -> int:
 
 
 def _read_arrays(x: Any, y: Any, sample_weight: Any, settings: Settings) -> Arrays:
-    batch_size = _checked_batch_size(32 if settings.batch_size is None else settings.batch_size)
+    batch_size = _batch_size(settings)
     data, num_rows = read_columns(x, y, sample_weight)
     if settings.class_weight:
         _, targets = x_and_y(data)
@@ -214,7 +219,7 @@ def _read_local(
     strategy: Strategy,
 ) -> LocalArrays:
     """Reads arrays of which each worker passes what it holds."""
-    batch_size = _checked_batch_size(32 if settings.batch_size is None else settings.batch_size)
+    batch_size = _batch_size(settings)
     data, held = read_columns(x, y, sample_weight, may_be_empty=True)
     if shard.weight_by == "workers" and y is None:
         raise ArgumentError("`weight_by='workers'` weighs losses by target. Received: y=None.")
@@ -287,8 +292,7 @@ def _only(augment: Augment, label: Any) -> Augment:
 
 def _targets_of_dataset(dataset: Any, steps: int | None) -> Iterator[Any]:
     """Goes through a `tf.data.Dataset` once, for its targets."""
-    cardinality = int(dataset.cardinality())
-    if cardinality == tf.data.INFINITE_CARDINALITY or (cardinality < 0 and steps):
+    if may_not_end(dataset, steps):
         raise ArgumentError(_UNCOUNTABLE.format("tf.data.Dataset without a known end"))
     for batch in dataset:
         yield x_and_y(batch if isinstance(batch, tuple) else (batch,))[1]

@@ -112,6 +112,11 @@ class Source(abc.ABC):
         """Writes the structure of a batch down."""
         return str(tf.nest.map_structure(lambda s: f"{s.dtype}{list(s.shape)}", self.spec()))
 
+    @property
+    def drawn_from(self) -> Source:
+        """The source that draws: this one, unless it changes what another has drawn."""
+        return self
+
     def report(self) -> str | None:
         """Says what a user should know of the data before training, or nothing."""
         return None

@@ -98,11 +98,17 @@ class PrivateStep:
             return sums, votes
         variables = self._model.trainable_variables
         count = sum(math.prod(v.shape) for v in variables)
+        votes_too = self.adaptive is not None
         drawn = self.noise.normal(
-            count + 1, self._strategy.replica_id(), self._model.optimizer.iterations
-        ) / math.sqrt(replicas)
-        noises = like(drawn[:count] * (mechanism.gradient_noise * norm), variables)
-        votes += drawn[count] * mechanism.count_noise
+            count + int(votes_too),
+            self._strategy.replica_id(),
+            self._model.optimizer.iterations,
+        )
+        part = 1 / math.sqrt(replicas)
+        if votes_too:
+            drawn, of_votes = tf.split(drawn, [count, 1])
+            votes += of_votes[0] * (mechanism.count_noise * part)
+        noises = like(drawn * (mechanism.gradient_noise * norm * part), variables)
         return [s + n for s, n in zip(sums, noises, strict=True)], votes
 
 

@@ -136,7 +136,7 @@ class Asynchronous:
                 raise
         self._queued += batches
         self._next = (function, epoch.columns)
-        size = len(batches) if self._model.steps_per_execution > 1 else self._together(epoch)
+        size = self._together(epoch, len(batches))
         if len(self._queued) >= size:
             with self._waiting_for(f"step {epoch.steps_taken}"):
                 self._hand_out(size)
@@ -146,8 +146,10 @@ class Asynchronous:
             self._shown_at = time.monotonic()
         return dict(self._shown)
 
-    def _together(self, epoch: Any) -> int:
+    def _together(self, epoch: Any, drawn: int) -> int:
         """Says how many steps to hand out at once: some, as long as all workers get some."""
+        if self._model.steps_per_execution > 1:
+            return drawn
         enough = self._num_workers * _STEPS_TOGETHER
         alone = epoch.is_watched or self._max_staleness is not None
         return 1 if alone or (epoch.steps_left or 0) < enough else _STEPS_TOGETHER
