@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import tensorflow as tf
 
 import tfdist
 from tests.jobs import QUIET, ROOT
+from tfdist import rendezvous
 from tfdist.cluster import Cluster
 from tfdist.errors import StrategyError
 from tfdist.rendezvous import meet
@@ -50,6 +52,53 @@ def test_workers_meet(addresses: tuple[str, str]) -> None:
 def test_a_missing_worker_is_named(addresses: tuple[str, str]) -> None:
     with pytest.raises(StrategyError, match=f"no answer from worker 1 at {addresses[1]}"):
         meet(worker(addresses, 0), 0.3)
+
+
+def test_a_name_that_does_not_resolve_is_named(capfd: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(rendezvous, "_NOTICE_S", 0.2)
+    with pytest.raises(StrategyError, match=r"nowhere.invalid:1 \(its name does not resolve"):
+        meet(worker(("127.0.0.1:0", "nowhere.invalid:1"), 0), 1)
+    assert capfd.readouterr().err.count("waits for worker 1 at nowhere.invalid:1") == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"versions": "tensorflow 2.20"}, "same versions.*tensorflow 2.21.*tensorflow 2.20"),
+        ({"third": "127.0.0.1:4"}, "same addresses.*127.0.0.1:3.*127.0.0.1:4"),
+        ({"index": 0}, "place of its own.*worker 0"),
+    ],
+)
+def test_workers_that_do_not_fit_are_told(
+    change: dict[str, Any], message: str, addresses: tuple[str, str], monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(rendezvous, "_PARTING_S", 1.0)
+    third = "127.0.0.1:3"
+    everyone = (*addresses, third)
+    errors: dict[int, str] = {}
+
+    def comes(number: int, cluster: Cluster, versions: str) -> None:
+        try:
+            meet(cluster, 20, versions)
+        except StrategyError as error:
+            errors[number] = str(error)
+
+    theirs = (*addresses, change.get("third", third))
+    if "index" in change:  # under its own name, as on another machine
+        theirs = (addresses[1], addresses[0], third)
+    clusters = [worker(everyone, 0), worker(theirs, change.get("index", 1))]
+    versions = ["tensorflow 2.21", change.get("versions", "tensorflow 2.21")]
+    threads = [
+        threading.Thread(target=comes, args=(i, clusters[i], versions[i]), daemon=True)
+        for i in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+        assert not thread.is_alive()
+    assert re.search(message, errors[0])
+    assert len(errors) == 2
 
 
 def test_a_port_in_use_is_named(addresses: tuple[str, str]) -> None:

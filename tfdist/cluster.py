@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
+from tfdist.environ import whole_number
 from tfdist.errors import ClusterError
 from tfdist.slurm import workers_from_slurm
 
@@ -160,15 +161,16 @@ _MPICH = ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID")  # SLURM's srun may set the
 def _from_ranks(environ: Mapping[str, str], names: tuple[str, str, str]) -> Cluster | None:
     if not all(name in environ for name in names):
         return None
-    (rank_name, rank), (size_name, size) = ((name, environ[name]) for name in names[:2])
-    if not (rank.isdecimal() and size.isdecimal() and int(rank) < int(size)):
+    (rank_name, rank_text), (size_name, size_text) = ((n, environ[n]) for n in names[:2])
+    rank, size = whole_number(rank_text), whole_number(size_text)
+    if rank is None or size is None or rank >= size:
         raise ClusterError(
             f"`{rank_name}` must be a whole number from 0 to `{size_name}` - 1. Received: "
-            f"{rank_name}={rank!r}, {size_name}={size!r}. They are set by the launcher; "
-            "unset both to train in one process."
+            f"{rank_name}={_short(rank_text)}, {size_name}={_short(size_text)}. "
+            "They are set by the launcher; unset both to train in one process."
         )
     source = "Horovod" if names is _HOROVOD else "MPI"
-    return Cluster({}, WORKER, int(rank), source, int(size))
+    return Cluster({}, WORKER, rank, source, size)
 
 
 def check_address(address: object, name: str) -> str:
@@ -185,7 +187,7 @@ def check_address(address: object, name: str) -> str:
         ClusterError: It is not `"host:port"` with a port from 1 to 65535.
     """
     rule = f"`{name}` must be an address 'host:port' with a port from 1 to 65535. "
-    received = f"Received: {name}={address!r}. "
+    received = f"Received: {name}={_short(address)}. "
     if not isinstance(address, str) or not address.strip():
         raise ClusterError(rule + received + "Give the address of every process.")
     if "/" in address:
@@ -195,7 +197,7 @@ def check_address(address: object, name: str) -> str:
         raise ClusterError(rule + received + "Add the port on which that process listens.")
     if ":" in host and not (host.startswith("[") and host.endswith("]")):
         raise ClusterError(rule + received + "Put an IPv6 address in brackets: '[::1]:12345'.")
-    if not port.isdecimal() or not 1 <= int(port) <= 65535:
+    if not 1 <= (whole_number(port) or 0) <= 65535:
         raise ClusterError(rule + received + "Correct the port.")
     return address.strip()
 
@@ -208,6 +210,11 @@ def _from_tf_config(text: str) -> Cluster:
             f"`TF_CONFIG` must be JSON. Received: TF_CONFIG={_short(text)}, "
             f"in which character {error.pos + 1} cannot be read ({error.msg}). "
             f"Write it like {_EXAMPLE}"
+        ) from None
+    except (ValueError, RecursionError) as error:  # a number too long, lists too deep
+        raise ClusterError(
+            "`TF_CONFIG` must be JSON that Python can read. Received: "
+            f"TF_CONFIG={_short(text)} ({error}). Write it like {_EXAMPLE}"
         ) from None
     config = _object(config, "TF_CONFIG")
     jobs = _jobs(_object(config.get("cluster") or {}, "TF_CONFIG.cluster"))
@@ -242,7 +249,7 @@ def _jobs(cluster: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
             remedy = "Call it 'chief'." if job == "master" else "Rename or remove it."
             raise ClusterError(
                 f"`TF_CONFIG.cluster` must have no other jobs than {_listed(_JOBS)}. "
-                f"Received: a job {job!r}. {remedy}"
+                f"Received: a job {_short(job)}. {remedy}"
             )
         if not isinstance(addresses, list):
             raise ClusterError(
@@ -277,7 +284,7 @@ def _job(task: Mapping[str, Any], jobs: Mapping[str, tuple[str, ...]]) -> str:
         return job
     raise ClusterError(
         f"`TF_CONFIG.task.type` must be a job of TF_CONFIG.cluster: {_listed(tuple(jobs))}. "
-        f"Received: TF_CONFIG.task.type={job!r}. "
+        f"Received: TF_CONFIG.task.type={_short(job)}. "
         "Correct the type, or add the job's addresses to the cluster."
     )
 
@@ -285,11 +292,11 @@ def _job(task: Mapping[str, Any], jobs: Mapping[str, tuple[str, ...]]) -> str:
 def _index(task: Mapping[str, Any], job: str, jobs: Mapping[str, tuple[str, ...]]) -> int:
     value = task.get("index")
     # Some Kubernetes operators and shell scripts write the number as a string.
-    index = int(value) if isinstance(value, str) and value.strip().isdecimal() else value
+    index = whole_number(value) if isinstance(value, str) else value
     count = len(jobs[job]) if job in jobs else 1
     rule = f"`TF_CONFIG.task.index` must be a whole number from 0 to {count - 1}, as the "
     rule += f"cluster has {count} {job} address{'' if count == 1 else 'es'}. "
-    received = f"Received: TF_CONFIG.task.index={value!r}. "
+    received = f"Received: TF_CONFIG.task.index={_short(value)}. "
     if not isinstance(index, int) or isinstance(index, bool):
         raise ClusterError(rule + received + "Give each process its position in its job.")
     if not 0 <= index < count:

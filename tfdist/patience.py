@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
+from tfdist.environ import limit_of
 from tfdist.errors import START_ME_AGAIN
 
 STEP_TIMEOUT = "TFDIST_STEP_TIMEOUT"
@@ -79,7 +80,7 @@ class Patience:
             notes: Where workers write for what they wait.
             absent: Names the processes that do not answer now.
         """
-        return cls(float(os.environ.get(STEP_TIMEOUT, "1800")), worker, notes, absent)
+        return cls(limit_of(STEP_TIMEOUT, 1800), worker, notes, absent)
 
     @contextlib.contextmanager
     def waiting_for(self, what: str) -> Iterator[None]:

@@ -7,12 +7,16 @@ meanwhile, and it does not name who is missing.
 from __future__ import annotations
 
 import contextlib
-import os
+import json
+import math
 import socket
+import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 from tfdist.cluster import Cluster
+from tfdist.environ import limit_of
 from tfdist.errors import StrategyError
 
 START_TIMEOUT = "TFDIST_START_TIMEOUT"
@@ -20,11 +24,20 @@ START_TIMEOUT = "TFDIST_START_TIMEOUT"
 
 
 _POLL_S = 0.2
+_LONGEST = 1 << 20  # bytes of a greeting
+# After so many seconds it is said who is waited for.
+_NOTICE_S = 10.0
+# How long a worker that has found a mistake goes on telling the others of itself.
+_PARTING_S = 5.0
 
 
 def start_timeout() -> int:
-    """Returns the seconds to wait for others to come up."""
-    return int(os.environ.get(START_TIMEOUT, "300"))
+    """Returns the seconds to wait for others to come up.
+
+    Raises:
+        ClusterError: The environment variable is no number.
+    """
+    return math.ceil(limit_of(START_TIMEOUT, 300))
 
 
 def wait_until_up(addresses: Mapping[str, str], seconds: float) -> None:
@@ -37,17 +50,14 @@ def wait_until_up(addresses: Mapping[str, str], seconds: float) -> None:
     Raises:
         StrategyError: A task did not come up in time; it is named.
     """
+    wait = _Wait("this process", seconds)
     missing = dict(addresses)
-    deadline = time.monotonic() + seconds
-    while missing := {task: a for task, a in missing.items() if not is_up(a)}:
-        if time.monotonic() > deadline:
-            listed = ", ".join(f"{task} at {address}" for task, address in missing.items())
-            raise StrategyError(
-                f"All processes must come up within {seconds:g} s ({START_TIMEOUT}). "
-                f"Received: no answer from {listed}. See what they print, and check that "
-                "their addresses can be reached from here."
-            )
-        time.sleep(_POLL_S)
+    while missing:
+        reasons = {task: _knock(address) for task, address in missing.items()}
+        missing = {task: missing[task] for task, reason in reasons.items() if reason}
+        wait.look([f"{task} at {a} ({reasons[task]})" for task, a in missing.items()])
+        if missing:
+            time.sleep(_POLL_S)
 
 
 def is_up(address: str) -> bool:
@@ -56,14 +66,10 @@ def is_up(address: str) -> bool:
     Args:
         address: `host:port`.
     """
-    try:
-        with socket.create_connection(_split(address), timeout=1.0):
-            return True
-    except OSError:
-        return False
+    return _knock(address) is None
 
 
-def meet(cluster: Cluster, seconds: float) -> None:
+def meet(cluster: Cluster, seconds: float, versions: str = "") -> None:
     """Returns when this worker reached every other one, and every other one this.
 
     Until then each listens at its address; afterwards the port is free for TensorFlow.
@@ -71,27 +77,110 @@ def meet(cluster: Cluster, seconds: float) -> None:
     Args:
         cluster: This process's place.
         seconds: The limit.
+        versions: Of the packages that must be the same everywhere.
 
     Raises:
-        StrategyError: This worker's port is taken, or a worker did not come up in time.
+        StrategyError: This worker's port is taken, a worker did not come up in time, or one
+            has another cluster, the same place or other versions.
     """
     addresses = dict(enumerate(cluster.workers))
     mine = addresses.pop(cluster.worker_index)
-    unreached, unheard = set(addresses), set(addresses)
-    deadline = time.monotonic() + seconds
+    unreached, unheard = dict.fromkeys(addresses, "no answer yet"), set(addresses)
+    greeting = _Greeting(cluster.worker_index, cluster.workers, versions)
+    wait, problem, parting = _Wait(cluster.task, seconds), "", math.inf
     with _listening(cluster, mine) as listener:
-        while unreached or unheard:
-            unreached = {i for i in unreached if not _tell(addresses[i], cluster.worker_index)}
-            unheard -= _hear(listener)
-            if time.monotonic() > deadline:
-                missing = ", ".join(
-                    f"{i} at {addresses[i]}" for i in sorted(unreached | unheard)
-                )
-                raise StrategyError(
-                    f"All {cluster.num_workers} workers must come up within {seconds:g} s "
-                    f"({START_TIMEOUT}). Received: no answer from worker {missing}. See what "
-                    "they print, and check that their addresses can be reached from here."
-                )
+        while (unreached or unheard) and time.monotonic() < parting:
+            for worker in tuple(unreached):
+                reason = _knock(addresses[worker], greeting.line())
+                if reason is None:
+                    del unreached[worker]
+                else:
+                    unreached[worker] = reason
+            heard = _hear(listener)
+            if heard is not None and not problem:
+                problem = _difference(heard, greeting, cluster)
+                # The others are to hear of this one too, and to say the same.
+                parting = time.monotonic() + _PARTING_S if problem else math.inf
+            if heard is not None:
+                unheard.discard(heard.worker)
+            if problem and not unreached:
+                break
+            wait.look(
+                [
+                    f"worker {i} at {addresses[i]} ({unreached.get(i, 'it did not call back')})"
+                    for i in sorted(unreached.keys() | unheard)
+                ]
+            )
+    if problem:
+        raise StrategyError(problem)
+
+
+class _Wait:
+    """A wait for others that is spoken of, and has an end."""
+
+    def __init__(self, who: str, seconds: float) -> None:
+        self._who = who
+        self._seconds = seconds
+        self._began = time.monotonic()
+        self._is_told = False
+
+    def look(self, missing: Sequence[str]) -> None:
+        """Says who is missing, once it takes long, and raises when it takes too long."""
+        waited = time.monotonic() - self._began
+        if not missing:
+            return
+        listed = ", ".join(missing)
+        if waited > self._seconds:
+            raise StrategyError(
+                f"All processes must come up within {self._seconds:g} s ({START_TIMEOUT}). "
+                f"Received: no answer from {listed}. See what they print, and check that "
+                "their addresses can be reached from here."
+            )
+        if waited > _NOTICE_S and not self._is_told:
+            self._is_told = True
+            print(
+                f"tfdist: {self._who} waits for {listed}, at most {self._seconds:g} s in all "
+                f"({START_TIMEOUT}).",
+                file=sys.stderr,
+                flush=True,
+            )
+
+
+class _Greeting(NamedTuple):
+    """What a worker tells another of itself."""
+
+    worker: int
+    addresses: Sequence[str]
+    versions: str
+
+    def line(self) -> bytes:
+        return json.dumps(self).encode() + b"\n"
+
+
+def _difference(heard: _Greeting, own: _Greeting, cluster: Cluster) -> str:
+    """Says what keeps a worker from training with this one; "" if nothing does."""
+    if heard.worker == own.worker:
+        return (
+            f"Each worker must have a place of its own. Received: two processes with the place "
+            f"of {cluster.task} in {cluster.source}. Give each another task index."
+        )
+    # A worker may know itself by another name than the others do.
+    ours, theirs = list(own.addresses), list(heard.addresses)
+    for addresses in (ours, theirs):
+        for worker in (own.worker, heard.worker):
+            addresses[worker : worker + 1] = [""]
+    if ours != theirs:
+        return (
+            "All workers must have the same addresses of all workers. Received: "
+            f"{', '.join(own.addresses)} in {cluster.source} of {cluster.task}, "
+            f"{', '.join(heard.addresses)} in that of worker {heard.worker}. Correct one."
+        )
+    if heard.versions != own.versions:
+        return (
+            f"All workers must have the same versions. Received: {own.versions} on "
+            f"{cluster.task}, {heard.versions} on worker {heard.worker}. Install the same."
+        )
+    return ""
 
 
 @contextlib.contextmanager
@@ -113,25 +202,28 @@ def _listening(cluster: Cluster, address: str) -> Iterator[socket.socket]:
         yield listener
 
 
-def _tell(address: str, worker: int) -> bool:
-    """Tells a worker that this one is up, if it listens."""
+def _knock(address: str, greeting: bytes = b"") -> str | None:
+    """Calls at an address, and says why nobody answered, or None."""
     try:
         with socket.create_connection(_split(address), timeout=1.0) as connection:
-            connection.sendall(b"%d\n" % worker)
-            return True
-    except OSError:
-        return False
+            connection.sendall(greeting)
+            return None
+    except socket.gaierror:
+        return "its name does not resolve"
+    except OSError as error:
+        return error.strerror or str(error)
 
 
-def _hear(listener: socket.socket) -> set[int]:
+def _hear(listener: socket.socket) -> _Greeting | None:
     """Waits a moment for a worker that tells it is up."""
     try:
         connection, _ = listener.accept()
         with connection, connection.makefile("rb") as said:
             connection.settimeout(1.0)
-            return {int(said.readline(16))}
-    except (OSError, ValueError):  # nobody, or somebody else who knocked
-        return set()
+            worker, addresses, versions = json.loads(said.readline(_LONGEST))
+            return _Greeting(int(worker), tuple(map(str, addresses)), str(versions))
+    except (OSError, ValueError, TypeError):  # nobody, or somebody else who knocked
+        return None
 
 
 def _split(address: str) -> tuple[str, int]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from itertools import product
 
+from tfdist.environ import whole_number
 from tfdist.errors import ClusterError
 
 # Below the range that Linux hands to outgoing connections (32768 and up). A job takes one
@@ -13,6 +15,9 @@ from tfdist.errors import ClusterError
 _FIRST_PORT = 12000
 _PORTS_PER_JOB = 64
 _PORT_BLOCKS = 312
+
+# More than any machine has: what names more was not written by SLURM.
+_MOST = 1_000_000
 
 # SLURM gives the batch script and an interactive shell step numbers from here on.
 _FIRST_RESERVED_STEP = 0xFFFF_FFF0
@@ -122,14 +127,16 @@ def expand_node_list(text: str, name: str = "SLURM_STEP_NODELIST") -> tuple[str,
                 continue
             numbers: list[str] = []
             for piece in ranges.split(","):
-                found = re.fullmatch(r"(\d+)(?:-(\d+))?", piece)
+                found = re.fullmatch(r"(\d{1,18})(?:-(\d{1,18}))?", piece)
                 if found is None:
                     raise malformed(entry)
                 first, last = found[1], found[2] or found[1]
-                if int(last) < int(first):
+                if not 0 <= int(last) - int(first) < _MOST:
                     raise malformed(entry)
                 numbers += [str(n).zfill(len(first)) for n in range(int(first), int(last) + 1)]
             choices.append(numbers)
+        if math.prod(map(len, choices)) > _MOST:
+            raise malformed(entry)
         nodes += ["".join(parts) for parts in product(*choices)]
     return tuple(nodes)
 
@@ -153,8 +160,8 @@ def expand_task_counts(text: str, name: str = "SLURM_STEP_TASKS_PER_NODE") -> tu
     """
     counts: list[int] = []
     for entry in text.split(","):
-        found = re.fullmatch(r"\s*(\d+)(?:\(x(\d+)\))?\s*", entry)
-        if found is None:
+        found = re.fullmatch(r"\s*(\d{1,18})(?:\(x(\d{1,18})\))?\s*", entry)
+        if found is None or int(found[2] or 1) > _MOST:
             raise ClusterError(
                 f"`{name}` must be a list of task counts such as '2(x3),1'. "
                 f"Received: {name}={text!r}. "
@@ -195,9 +202,10 @@ def _first(
 
 
 def _number(name: str, text: str) -> int:
-    if not text.strip().isdecimal():
+    number = whole_number(text)
+    if number is None:
         raise ClusterError(
-            f"`{name}` must be a whole number, 0 or more. Received: {name}={text!r}. "
+            f"`{name}` must be a whole number, 0 or more. Received: {name}={text[:40]!r}. "
             "Start the program with `srun`, which sets it, or unset it."
         )
-    return int(text)
+    return number

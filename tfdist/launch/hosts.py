@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from tfdist.environ import whole_number
 from tfdist.errors import ClusterError
 
 
@@ -47,11 +48,12 @@ def parse_hosts(text: str) -> tuple[Host, ...]:
                 f"Received: --hosts={text!r}, in which {entry!r} names none. "
                 "Write it like node1:2,node2:2 (an IPv6 address in brackets: [::1]:2)."
             )
-        name, slots = found[1], found[2] if found[2] is not None else "1"
-        if not slots.isdecimal() or int(slots) < 1:
+        name, written = found[1], found[2] if found[2] is not None else "1"
+        slots = whole_number(written)
+        if not slots:
             raise ClusterError(
                 "`--hosts` must give each host 1 or more slots, the number of its workers. "
-                f"Received: --hosts={text!r}, in which {entry!r} has {slots!r} slots. "
+                f"Received: --hosts={text!r}, in which {entry!r} has {written!r} slots. "
                 "Write it like node1:2,node2:2; the port is given by --port."
             )
         if any(name == host.name for host in hosts):
@@ -60,7 +62,7 @@ def parse_hosts(text: str) -> tuple[Host, ...]:
                 f"Received: --hosts={text!r}, in which {name!r} is given twice. "
                 f"Give it more slots instead, such as {name}:2."
             )
-        hosts.append(Host(name, int(slots)))
+        hosts.append(Host(name, slots))
     return tuple(hosts)
 
 
@@ -84,10 +86,11 @@ def worker_addresses(hosts: Sequence[Host], port: int) -> tuple[str, ...]:
         >>> worker_addresses(parse_hosts("a:2,b"), 17380)
         ('a:17380', 'a:17381', 'b:17382')
     """
-    names = [host.name for host in hosts for _ in range(host.slots)]
-    if not 1 <= port <= 65536 - len(names):
+    total = sum(host.slots for host in hosts)
+    if not 1 <= port <= 65536 - total:
         raise ClusterError(
-            f"`--port` must be from 1 to {65536 - len(names)}, so that each of {len(names)} "
+            f"`--port` must be from 1 to {65536 - total}, so that each of {total} "
             f"workers has a port. Received: --port={port}. Choose another port."
         )
+    names = [host.name for host in hosts for _ in range(host.slots)]
     return tuple(f"{name}:{port + index}" for index, name in enumerate(names))

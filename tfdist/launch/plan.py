@@ -16,6 +16,7 @@ from tfdist.launch.hosts import Host, worker_addresses
 from tfdist.launch.resources import gpu_environments, thread_environment, visible_gpus
 
 DEFAULT_PORT = 17380
+_MOST_WORKERS = 65535
 ONE_PROCESS_STRATEGIES = ("single", "mirrored", "tpu")
 STRATEGIES = (
     "auto",
@@ -250,8 +251,8 @@ def _extent(
                 f"Received: --node-rank={node_rank} without --hosts. "
                 "Add --hosts, or leave --node-rank out to train on this machine alone."
             )
-        return workers or 1, 0, workers or 1
-    total = sum(host.slots for host in hosts)
+        return _countable(workers or 1), 0, workers or 1
+    total = _countable(sum(host.slots for host in hosts))
     if workers is not None and workers != total:
         raise LaunchError(
             "`-n` must equal the sum of the slots in --hosts. "
@@ -274,6 +275,16 @@ def _extent(
         )
     first = sum(host.slots for host in hosts[:node_rank])
     return total, first, hosts[node_rank].slots
+
+
+def _countable(workers: int) -> int:
+    """Gives the number of workers, each of which needs a port."""
+    if workers > _MOST_WORKERS:
+        raise LaunchError(
+            f"There must be at most {_MOST_WORKERS} workers, as each has a port. Received: "
+            f"{workers} workers. Lower -n, or the slots in --hosts."
+        )
+    return workers
 
 
 def _check_strategy(strategy: str | None, total: int, servers: int) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import keras
 import tensorflow as tf
 from tensorflow.python.eager import context as _context
 
+from tfdist._version import __version__
 from tfdist.cluster import Cluster
 from tfdist.errors import StrategyError
 from tfdist.patience import Patience
@@ -62,7 +64,11 @@ class MultiWorker(TFDistribute):
 def _connect(cluster: Cluster) -> Any:
     """Starts TensorFlow's server and waits for the other workers, not for ever."""
     seconds = start_timeout()
-    meet(cluster, seconds)
+    meet(
+        cluster,
+        seconds,
+        f"tfdist {__version__}, tensorflow {tf.__version__}, keras {keras.__version__}",
+    )
     jobs = {job: list(cluster.jobs[job]) for job in cluster.jobs if job in ("chief", "worker")}
     spec = tf.train.ClusterSpec(jobs)
     coordinated = _context.coordination_config_pb2.CoordinatedJob
@@ -73,7 +79,8 @@ def _connect(cluster: Cluster) -> Any:
         service_type="standalone",
         service_leader=f"/job:{leader}/replica:0/task:0",
         cluster_register_timeout_in_ms=seconds * 1000,
-        heartbeat_timeout_in_ms=10_000,
+        # A machine at its limit may be late by seconds, and is not lost for that.
+        heartbeat_timeout_in_ms=60_000,
         coordinated_jobs=[
             coordinated(name=job, num_tasks=len(tasks)) for job, tasks in jobs.items()
         ],
