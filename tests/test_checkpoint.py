@@ -5,6 +5,8 @@ from __future__ import annotations
 import collections
 import datetime
 import json
+import resource
+import time
 from pathlib import Path
 from typing import Any
 
@@ -309,22 +311,31 @@ def test_damaged_checkpoints_are_named_and_passed_over(whole, tmp_path, capfd) -
         train(tmp_path)
 
 
-def test_a_failed_write_is_raised_and_leaves_the_last_one(tmp_path, monkeypatch) -> None:
-    written = files.write
+class FilesMayNotGrow(keras.callbacks.Callback):
+    """What a full disk does: after the first checkpoint no file may be longer than a line."""
 
-    def fails_later(directory: Path, epoch: int, *rest: Any) -> None:
-        if epoch > 1:
-            (directory / ".unfinished-x").mkdir()
-            raise CheckpointError("no space left")
-        written(directory, epoch, *rest)
+    def __init__(self, directory: Path) -> None:
+        super().__init__()
+        self.directory = directory
 
-    with monkeypatch.context() as patched:
-        patched.setattr(files, "write", fails_later)
-        with pytest.raises(CheckpointError, match="no space left"):
-            train(tmp_path)
-    assert len(list(tmp_path.glob("epoch-*"))) == 1
-    train(tmp_path)
-    assert not list(tmp_path.glob(".unfinished-*"))
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        if epoch == 1:
+            deadline = time.monotonic() + 20
+            while not list(self.directory.glob("epoch-*")) and time.monotonic() < deadline:
+                time.sleep(0.01)
+            _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100, most))
+
+
+def test_a_failed_write_is_raised_and_leaves_the_last_one(whole, tmp_path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with pytest.raises(CheckpointError, match="must be written to .*File too large"):
+            train(tmp_path, FilesMayNotGrow(tmp_path))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in tmp_path.iterdir()] == ["epoch-00001-step-0000000"]
+    assert_same(train(tmp_path), whole)
 
 
 @quick
