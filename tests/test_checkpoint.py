@@ -330,7 +330,7 @@ class FilesMayNotGrow(keras.callbacks.Callback):
 def test_a_failed_write_is_raised_and_leaves_the_last_one(whole, tmp_path) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
-        with pytest.raises(CheckpointError, match="must be written to .*File too large"):
+        with pytest.raises(CheckpointError, match=r"must be written to .*File too large"):
             train(tmp_path, FilesMayNotGrow(tmp_path))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
