@@ -23,10 +23,10 @@ NAMES = [
     "parameter_server-3",
 ]
 OLDEST = ("multi_worker-2", "mirrored-2")
-# What a replica computes does not depend on how it is summed: cases that differ in that alone
-# run on 3 and 4 replicas in one process, and on 3 with Horovod. Elsewhere those run on 3 that
-# differ in what is summed.
-THREE_PROCESSES = ("multi_worker-3", "parameter_server-3")
+# What a replica computes does not depend on how it is summed: every case runs on 2 replicas of
+# each strategy, on 3 with Horovod and on 4 in one process. Elsewhere those run that differ in
+# what is summed.
+SUMS_ALONE = ("mirrored-3", "multi_worker-3", "parameter_server-3")
 SUMMED = [name for name in CASES if name.startswith("rows_")] + [
     "poisson_some_batches_empty",
     "sgd_momentum",
@@ -43,7 +43,7 @@ SUMMED = [name for name in CASES if name.startswith("rows_")] + [
     "private",
     "private_adaptive",
 ]
-CASES_OF = {n: SUMMED if n in THREE_PROCESSES else list(CASES) for n in ("single-1", *NAMES)}
+CASES_OF = {n: SUMMED if n in SUMS_ALONE else list(CASES) for n in ("single-1", *NAMES)}
 PAIRS = [
     pytest.param(place, case, marks=pytest.mark.oldest if place in OLDEST else ())
     for place in NAMES
