@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from tfdist.board import Board
 from tfdist.cluster import Cluster
 
 Tensor = Any
@@ -262,6 +263,13 @@ class Strategy(abc.ABC):
             value: This worker's object.
         """
         return [value]
+
+    def board(self) -> Board | None:
+        """Gives the board on which workers leave notes for each other, if there is one.
+
+        It works from another thread while this process waits in a collective.
+        """
+        return None
 
     def waiting_for(self, what: str) -> contextlib.AbstractContextManager[None]:
         """Makes a context that limits how long this process waits for others.
