@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 _ASK_S = 5.0
+_STUCK_S = 0.2
 
 
 class Board(abc.ABC):
@@ -24,7 +25,12 @@ class Board(abc.ABC):
 
     Args:
         num_workers: How many workers there are.
+
+    Attributes:
+        keeper: The worker whose process keeps it, if one does.
     """
+
+    keeper: int | None = None
 
     def __init__(self, num_workers: int) -> None:
         self.num_workers = num_workers
@@ -74,6 +80,7 @@ class Limited:
     def __init__(self, seconds: float = _ASK_S) -> None:
         self._seconds = seconds
         self._free = threading.Lock()
+        self._is_stuck = False
         atexit.register(self._free.acquire, timeout=1.0)
 
     def call(self, function: Callable[[], Any]) -> Any:
@@ -82,18 +89,19 @@ class Limited:
         Args:
             function: Must not raise.
         """
-        if not self._free.acquire(timeout=self._seconds):
-            return None  # one that has never returned
+        if not self._free.acquire(timeout=_STUCK_S if self._is_stuck else self._seconds):
+            return None  # one before has not returned
         answers: list[Any] = []
 
         def answer() -> None:
             try:
                 answers.append(function())
             finally:
+                self._is_stuck = False
                 self._free.release()
                 done.set()
 
         done = threading.Event()
         threading.Thread(target=answer, name="tfdist-board", daemon=True).start()
-        done.wait(self._seconds)
+        self._is_stuck = not done.wait(self._seconds)
         return answers[0] if answers else None

@@ -49,12 +49,14 @@ class Functions:
         test: The same, for evaluation.
         predict: Gives the outputs for a list of shares.
         running: Makes a context that lasts as long as Keras's loop.
+        marks: Clocks inside of the steps, if they have some.
     """
 
     train: Callable[[Any], Any]
     test: Callable[[Any], Any]
     predict: Callable[[list[Any]], Any]
     running: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
+    marks: Any = None
 
 
 class Strategy(abc.ABC):

@@ -22,6 +22,8 @@ class CoordinationBoard(Board):
         num_workers: How many workers there are.
     """
 
+    keeper = 0
+
     def __init__(self, num_workers: int) -> None:
         super().__init__(num_workers)
         self._limited = Limited()
