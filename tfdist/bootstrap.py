@@ -16,7 +16,7 @@ from contextlib import suppress
 from types import TracebackType
 from typing import NoReturn
 
-from tfdist.errors import START_ME_AGAIN, ServerLostError, TfdistError
+from tfdist.errors import HUNG, START_ME_AGAIN, HungError, ServerLostError, TfdistError
 
 _EXIT_HANDLERS_S = 3.0
 
@@ -107,7 +107,8 @@ def main() -> None:
             print(f"interrupted{place}", file=sys.stderr)
             _leave(130)
         sys.excepthook(type(error), error.with_traceback(own), own)
-        _leave(START_ME_AGAIN if isinstance(error, ServerLostError) else 1)
+        statuses = ((ServerLostError, START_ME_AGAIN), (HungError, HUNG))
+        _leave(next((status for kind, status in statuses if isinstance(error, kind)), 1))
 
 
 def _leave(status: int) -> NoReturn:

@@ -9,6 +9,9 @@ from __future__ import annotations
 START_ME_AGAIN = 75
 """The exit status of a process that nothing is wrong with but what it lost (EX_TEMPFAIL)."""
 
+HUNG = 76
+"""The exit status of a process that found that the run hangs (EX_PROTOCOL)."""
+
 
 class TfdistError(Exception):
     """Base class of every error that tfdist raises on purpose."""
@@ -32,6 +35,10 @@ class DisagreementError(TfdistError, RuntimeError):
 
 class PeerError(TfdistError, RuntimeError):
     """Another process of the cluster ended or failed while this one needed it."""
+
+
+class HungError(PeerError):
+    """Another process of the cluster lives, and does not come to where this one waits."""
 
 
 class ServerLostError(PeerError):

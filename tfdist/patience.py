@@ -13,8 +13,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Protocol
 
+from tfdist.board import Board
 from tfdist.environ import limit_of
 from tfdist.errors import START_ME_AGAIN
 
@@ -23,16 +23,6 @@ STEP_TIMEOUT = "TFDIST_STEP_TIMEOUT"
 
 _LONG_S = 60.0
 _LOOK_S = 5.0
-
-
-class Notes(Protocol):
-    """A place where all workers write what they do last."""
-
-    def write(self, note: str) -> None:
-        """Replaces this worker's note."""
-
-    def read(self) -> dict[int, str]:
-        """Gives the notes by worker."""
 
 
 class Patience:
@@ -44,7 +34,8 @@ class Patience:
     Args:
         seconds: The limit of a wait; 0 means none.
         worker: Who waits, for the message.
-        notes: Where workers write for what they wait, if there is such a place.
+        board: Where workers write for what they wait, if there is such a place.
+        number: This worker's on the board.
         absent: Names the processes that do not answer now.
     """
 
@@ -52,13 +43,15 @@ class Patience:
         self,
         seconds: float,
         worker: str,
-        notes: Notes | None = None,
+        board: Board | None = None,
+        number: int = 0,
         absent: Callable[[], list[str]] = list,
     ) -> None:
         self._absent = absent
         self._seconds = seconds
         self._worker = worker
-        self._notes = notes
+        self._board = board
+        self._number = number
         self._written = ""
         self._since: float | None = None
         self._what = ""
@@ -70,17 +63,19 @@ class Patience:
     def from_environment(
         cls,
         worker: str,
-        notes: Notes | None = None,
+        board: Board | None = None,
+        number: int = 0,
         absent: Callable[[], list[str]] = list,
     ) -> Patience:
         """Makes one with the limit that the environment sets.
 
         Args:
             worker: Who waits.
-            notes: Where workers write for what they wait.
+            board: Where workers write for what they wait.
+            number: This worker's on the board.
             absent: Names the processes that do not answer now.
         """
-        return cls(limit_of(STEP_TIMEOUT, 1800), worker, notes, absent)
+        return cls(limit_of(STEP_TIMEOUT, 1800), worker, board, number, absent)
 
     @contextlib.contextmanager
     def waiting_for(self, what: str) -> Iterator[None]:
@@ -113,14 +108,15 @@ class Patience:
 
     def _write(self, where: str) -> None:
         note = f"{where} {self._what}" if self._what else "before its first exchange"
-        if self._notes is not None and note != self._written:
-            self._notes.write(note)
+        if self._board is not None and note != self._written:
+            self._board.post(f"progress/{self._number}", note)
             self._written = note
 
     def _others(self) -> str:
-        notes = {} if self._notes is None else self._notes.read()
+        notes = {} if self._board is None else self._board.read_all("progress")
         absent = self._absent()
-        others = "; ".join(f"rank {rank} is {note}" for rank, note in sorted(notes.items()))
+        kind = self._worker.split()[0]
+        others = "; ".join(f"{kind} {i} is {note}" for i, note in sorted(notes.items()))
         return (f"By what they last wrote, {others}. " if others else "") + (
             f"{' and '.join(absent)} did not answer just now. " if absent else ""
         )

@@ -13,6 +13,7 @@ from tfdist import data
 from tfdist._version import __version__
 from tfdist.errors import ArgumentError, DisagreementError
 from tfdist.session import Session
+from tfdist.strategies.base import Strategy
 
 
 def compiled(model: Any) -> Any:
@@ -75,6 +76,26 @@ def check_steps(**steps: Any) -> None:
                 f"`{name}` must be a whole number of at least 1, or None for all of the data. "
                 f"Received: {name}={value!r}."
             )
+
+
+def check_call(strategy: Strategy, name: str) -> None:
+    """Compares which function the workers have called, before anything is done.
+
+    Args:
+        strategy: Where the replicas are.
+        name: Of the function.
+
+    Raises:
+        DisagreementError: Another one was called elsewhere.
+    """
+    called = strategy.gather_objects(name)
+    if any(other != name for other in called):
+        listed = "; ".join(f"worker {i}: `{other}`" for i, other in enumerate(called))
+        raise DisagreementError(
+            f"All workers must call the same functions in the same order. Received: {listed}. "
+            "Look for `if tfdist.is_chief():` and other conditions around `fit`, `evaluate` "
+            "and `predict`."
+        )
 
 
 def check_agreement(

@@ -13,6 +13,7 @@ from tfdist.privacy.settings import Mechanism
 from tfdist.privacy.step import PrivateStep
 from tfdist.steps import Stop, make_functions
 from tfdist.strategies.base import Functions, Place, Strategy
+from tfdist.watch import here
 
 _MEMORY = "_tfdist_prepared"
 
@@ -57,10 +58,12 @@ class Prepared:
         functions = _keras.loop_functions(
             self.model,
             (data.Epoch, data.Share),
-            train_function=self.functions.train,
-            test_function=self.functions.test,
-            predict_function=self.functions.predict,
+            train_function=here.making(self.functions.train, "training"),
+            test_function=here.making(self.functions.test, "validation"),
+            predict_function=here.making(self.functions.predict, "prediction"),
         )
+        marks = self.functions.marks
+        here.counted = None if marks is None else marks.counted
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.strategy.explaining_losses())
             stack.enter_context(self.held)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from tfdist import _keras
+from tfdist import _keras, marks
 from tfdist._keras import ReplicaBatch
 from tfdist.data import Share
 from tfdist.strategies.base import Strategy
@@ -34,6 +34,7 @@ class Agreement:
     Attributes:
         status: Scalar int32: `GOES_ON`; else nothing changes in this step.
         needed: Whether there are other workers to agree with.
+        seconds: Scalar float64: how long reductions took, if there are other workers.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class Agreement:
         self._strategy = strategy
         self.needed = strategy.place.num_workers > 1
         self.status: Tensor = tf.constant(GOES_ON)
+        self.seconds: Tensor = tf.zeros([], tf.float64)
         self._known = not self.needed
         self._replicas = float(strategy.place.num_replicas)
         self._said = tf.concat([stopping, share.check, tf.square(share.check)], 0)
@@ -58,9 +60,11 @@ class Agreement:
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Sums tensors over all replicas; the first time the signals go with them."""
         said = [] if self._known else [self._said]
-        gradients, others = self._strategy.reduce_step(
-            gradients, [*others, *said], batch.share, variables
-        )
+        sent = [*others, *said]
+        arrived = marks.now([gradients, sent]) if self.needed else self.seconds
+        gradients, others = self._strategy.reduce_step(gradients, sent, batch.share, variables)
+        if self.needed:
+            self.seconds += marks.now([gradients, others]) - arrived
         if said:
             self._hear(others.pop())
         return gradients, others

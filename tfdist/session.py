@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import keras
 
-from tfdist import strategies
+from tfdist import strategies, watch
 from tfdist.cluster import Cluster
 from tfdist.errors import StrategyError
 from tfdist.strategies.base import Strategy
@@ -63,7 +63,13 @@ _sessions: dict[Any, Session] = {}
 _current: Session | None = None
 
 
-def init(strategy: Any = "auto", seed: int | None = None) -> Session:
+def init(
+    strategy: Any = "auto",
+    seed: int | None = None,
+    *,
+    hang_limit: float | None = None,
+    on_hang: str | None = None,
+) -> Session:
     """Connects this process to the others and seeds every worker alike.
 
     `tfdist run` calls it before the script. A script that something else starts on several
@@ -79,11 +85,15 @@ def init(strategy: Any = "auto", seed: int | None = None) -> Session:
         seed: Seeds Python, NumPy, Keras and TensorFlow, and the sampler of `fit`. With None
             a single process keeps the seeds that it has, and the workers of a cluster take
             one that the chief draws.
+        hang_limit: Seconds without progress after which a report says who is where; 0 for
+            never. None for TFDIST_HANG_LIMIT, else 60.
+        on_hang: "end" the run then, or only "report". None for TFDIST_ON_HANG, else "end".
 
     Returns:
         The session.
 
     Raises:
+        ArgumentError: `hang_limit` or `on_hang` has no meaning.
         StrategyError: The strategy cannot run here, or it is too late to connect.
         ClusterError: The description of the cluster is malformed.
 
@@ -93,6 +103,7 @@ def init(strategy: Any = "auto", seed: int | None = None) -> Session:
         'single'
     """
     global _current
+    watch.configure(hang_limit, on_hang)
     _current = _begin(strategy, seed)
     return _current
 

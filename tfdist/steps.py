@@ -18,6 +18,7 @@ from tfdist import _keras
 from tfdist._keras import ReplicaBatch
 from tfdist.data import Epoch, Share
 from tfdist.errors import DisagreementError, MembersChanged, StrategyError
+from tfdist.marks import Marks
 from tfdist.privacy.step import PrivateStep
 from tfdist.reduction import (
     DISAGREED,
@@ -55,10 +56,20 @@ class Signals(NamedTuple):
     Attributes:
         status: Scalar int32; see `Agreement`.
         check: This worker's `Share.check`.
+        reducing: Scalar float64, seconds that this worker's reduction took; no signal.
     """
 
     status: Tensor
     check: Tensor
+    reducing: Tensor
+
+
+def _no_signals() -> Signals:
+    return Signals(tf.constant(0), tf.zeros([4]), tf.zeros([], tf.float64))
+
+
+def _signals(agreement: Agreement, share: Share) -> Signals:
+    return Signals(agreement.status, share.check, agreement.seconds)
 
 
 def make_functions(
@@ -88,10 +99,14 @@ def make_functions(
     if own is not None:
         return own
     replica = _Replica(model, strategy, private)
+    # The servers' synchronous steps are traced for the workers, which keep no variables.
+    marks = None if strategy.has_servers else Marks()
+    varies = private is not None
     return Functions(
-        train=_over_epoch(model, strategy, replica.train, stop, varies=private is not None),
-        test=_over_epoch(model, strategy, replica.test, Stop()),
+        train=_over_epoch(model, strategy, replica.train, stop, marks, varies),
+        test=_over_epoch(model, strategy, replica.test, Stop(), marks),
         predict=_over_shares(model, strategy, replica.predict),
+        marks=marks,
     )
 
 
@@ -108,6 +123,7 @@ def _over_epoch(
     strategy: Strategy,
     step: Callable[..., Any],
     stop: Stop,
+    marks: Marks | None,
     varies: bool = False,
 ) -> Callable[[Epoch], Logs]:
     """Wraps a replica's step into a function of an epoch, `steps_per_execution` at a time.
@@ -131,7 +147,12 @@ def _over_epoch(
     compiled_step = _traced(model, one_step, jit_compile=compiled)
 
     def one(iterator: Any, stopping: Tensor) -> Result:
-        result: Result = compiled_step(strategy.next_share(iterator), stopping)
+        if marks is None:
+            unmarked: Result = compiled_step(strategy.next_share(iterator), stopping)
+            return unmarked
+        share = marks.draw(strategy.next_share, iterator)
+        result: Result = compiled_step(share, stopping)
+        marks.note_step(result, result[1].reducing)
         return result
 
     def several(iterator: Any, steps: Tensor, stopping: Tensor) -> Result:
@@ -214,7 +235,7 @@ class _Replica:
     def train(self, share: Share, stopping: Tensor) -> tuple[Logs, Signals]:
         """Updates the weights, once."""
         if share.total is None:
-            return self.model.train_step(share.data), Signals(tf.constant(0), tf.zeros([4]))
+            return self.model.train_step(share.data), _no_signals()
         with _keras.on_replica(self._batch(share)) as batch:
             agreement = Agreement(self.strategy, share, stopping, self.elements)
             private = self.private
@@ -229,19 +250,19 @@ class _Replica:
                 logs = private.train_step(share.data, batch)
             batch.updates = None
             updates.finish(metrics)
-            return self._logs(batch, logs), Signals(agreement.status, share.check)
+            return self._logs(batch, logs), _signals(agreement, share)
 
     def test(self, share: Share, stopping: Tensor) -> tuple[Logs, Signals]:
         """Adds a share to the metrics."""
         if self.alone:
-            return self.model.test_step(share.data), Signals(tf.constant(0), tf.zeros([4]))
+            return self.model.test_step(share.data), _no_signals()
         with _keras.on_replica(self._batch(share)) as batch:
             agreement = Agreement(self.strategy, share, stopping)
             metrics = self._metrics_from_zero()
             logs = self.model.test_step(share.data)
             _, changes = agreement.reduce(batch, [], metrics.changes(batch))
             metrics.assign(changes)
-            return self._logs(batch, logs), Signals(agreement.status, share.check)
+            return self._logs(batch, logs), _signals(agreement, share)
 
     def predict(self, share: Share) -> Any:
         """Gives the outputs for the whole global batch, in its order."""

@@ -7,11 +7,11 @@ import functools
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ParamSpec
 
 import keras
 
-from tfdist import _keras, data, elastic, preflight
+from tfdist import _keras, data, elastic, preflight, watch
 from tfdist import callbacks as tfdist_callbacks
 from tfdist.checkpoint import Checkpoint, CheckpointRun
 from tfdist.errors import ArgumentError
@@ -23,7 +23,24 @@ from tfdist.session import Session, current
 from tfdist.steps import Stop
 from tfdist.strategies.base import Strategy
 
+P = ParamSpec("P")
 
+
+def _watched(function: Callable[P, Any]) -> Callable[P, Any]:
+    """Watches a public function for hangs, once the workers were found to have called it."""
+
+    @functools.wraps(function)
+    def watched(*args: P.args, **kwargs: P.kwargs) -> Any:
+        used = current(kwargs.get("strategy", "auto")).strategy
+        with watch.calling(function.__name__, used):
+            if not used.elastic:  # whoever joins later has missed the call
+                preflight.check_call(used, function.__name__)
+            return function(*args, **kwargs)
+
+    return watched
+
+
+@_watched
 def fit(
     model: Any,
     x: Any = None,
@@ -268,6 +285,7 @@ def fit(
     return history
 
 
+@_watched
 def evaluate(
     model: Any,
     x: Any = None,
@@ -337,6 +355,7 @@ def evaluate(
         )
 
 
+@_watched
 def predict(
     model: Any,
     x: Any,

@@ -6,6 +6,7 @@ Each check is a function of a folder that all workers share.
 from __future__ import annotations
 
 import csv
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -539,3 +540,30 @@ def a_slow_worker_is_waited_for(folder: Path) -> None:
     tfdist.fit(ours, *table(), callbacks=[Slow()], **ORDERED)
     theirs.fit(*table(), **ORDERED)
     assert_weights_close(ours, theirs)
+
+
+@check
+def notes_on_the_board_reach_all_workers(folder: Path) -> None:
+    board = tfdist.init(seed=7).strategy.board()
+    if board is None:
+        assert place().num_workers == 1
+        pytest.skip("one worker needs no board")
+    me, last = place().worker_index, place().num_workers - 1
+    everyone = {i: f"ü {i}" for i in range(last + 1)}
+    assert board.read("none") is None
+    for text in ("old", f"ü {me}"):  # a note replaces the one before
+        assert board.post(f"note/{me}", text)
+        assert board.post("note", text)  # no folder of the others
+    everywhere(None)
+    assert board.read_all("note") == everyone
+    assert board.read_all("not") == {}
+    # While the main thread waits in a collective, another goes on with the board.
+    if me != last:
+        late = threading.Timer(0.5, lambda: board.post(f"waiting/{me}", "x" * 100_000))
+        late.start()
+    else:
+        deadline = time.monotonic() + 20
+        while len(board.read_all("waiting")) < last and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert board.read_all("waiting") == dict.fromkeys(range(last), "x" * 100000)
+    everywhere(None)

@@ -96,6 +96,11 @@ class Epoch:
             self._iterator = self._stream.start_epoch()
         return self._iterator
 
+    @property
+    def begins(self) -> bool:
+        """Whether no share was drawn of it yet, and buffers have to fill."""
+        return self._iterator is None
+
     @contextlib.contextmanager
     def drawing(self) -> Iterator[None]:
         """Wraps the drawing of steps, to tell data that never began from data that ended."""

@@ -7,7 +7,9 @@ import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from tfdist.errors import HUNG
 from tfdist.launch.plan import Worker
+from tfdist.watch.diagnosis import HEADLINE
 
 _TRACEBACK = "Traceback (most recent call last):"
 # What a healthy worker reports when one of its peers is gone.
@@ -68,8 +70,11 @@ class Failure:
             limit: How many lines at most.
 
         Returns:
-            The last traceback where there is one, else the last lines.
+            The report of a hang or the last traceback where there is one, else the last
+            lines.
         """
+        if self.returncode == HUNG and (report := _last_report(self.lines)) is not None:
+            return self.lines[report:]
         start = _last_traceback(self.lines)
         if start is None:
             return self.lines[-limit:]
@@ -106,6 +111,11 @@ def _shortened(lines: tuple[str, ...], limit: int) -> tuple[str, ...]:
 
 def _last_traceback(lines: Sequence[str]) -> int | None:
     starts = [i for i, line in enumerate(lines) if line.endswith(_TRACEBACK)]
+    return starts[-1] if starts else None
+
+
+def _last_report(lines: Sequence[str]) -> int | None:
+    starts = [i for i, line in enumerate(lines) if line.startswith(HEADLINE)]
     return starts[-1] if starts else None
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO
 
-from tfdist.errors import START_ME_AGAIN
+from tfdist.errors import HUNG, START_ME_AGAIN
 from tfdist.launch.cause import Failure, root_cause
 from tfdist.launch.crew import Crew
 from tfdist.launch.output import Screen
@@ -61,7 +61,8 @@ def run_workers(
         log_dir: A folder for each worker's whole output, `worker-<i>.log`.
         stream: Where to write the workers' lines; standard output unless given.
         max_restarts: How often what was lost is started again: a worker that serves alone,
-            else all. Only what a signal ended, or what asked for it by status 75, is lost.
+            else all. Only what a signal ended, what asked for it by status 75, or what hung
+            (76), is lost.
         meeting: Makes a context around each start of all workers: where they meet.
 
     Returns:
@@ -99,7 +100,7 @@ class _Restarts:
 
     def allows(self, failure: Failure) -> bool:
         """Tells whether what failed was lost, and may be started again."""
-        was_lost = failure.returncode < 0 or failure.returncode == START_ME_AGAIN
+        was_lost = failure.returncode < 0 or failure.returncode in (START_ME_AGAIN, HUNG)
         return was_lost and self._used < self._most
 
     def note(self, failure: Failure, what: str) -> str:

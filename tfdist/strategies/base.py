@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from tfdist.board import Board
 from tfdist.cluster import Cluster
 
 Tensor = Any
@@ -48,12 +49,14 @@ class Functions:
         test: The same, for evaluation.
         predict: Gives the outputs for a list of shares.
         running: Makes a context that lasts as long as Keras's loop.
+        marks: Clocks inside of the steps, if they have some.
     """
 
     train: Callable[[Any], Any]
     test: Callable[[Any], Any]
     predict: Callable[[list[Any]], Any]
     running: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
+    marks: Any = None
 
 
 class Strategy(abc.ABC):
@@ -262,6 +265,13 @@ class Strategy(abc.ABC):
             value: This worker's object.
         """
         return [value]
+
+    def board(self) -> Board | None:
+        """Gives the board on which workers leave notes for each other, if there is one.
+
+        It works from another thread while this process waits in a collective.
+        """
+        return None
 
     def waiting_for(self, what: str) -> contextlib.AbstractContextManager[None]:
         """Makes a context that limits how long this process waits for others.

@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from tfdist.board import Board
 from tfdist.cluster import Cluster
 from tfdist.errors import ArgumentError, PeerError, StrategyError
 from tfdist.patience import Patience
 from tfdist.strategies.base import Place, Tensor
 from tfdist.strategies.connected import Connected
-from tfdist.strategies.horovod_board import Board
+from tfdist.strategies.horovod_board import RendezvousBoard
 from tfdist.strategies.horovod_sums import adasum, sum_bf16
 from tfdist.strategies.packing import reduce_packed
 
@@ -89,12 +90,18 @@ class Horovod(Connected):
         self._predivide = gradient_predivide_factor
         self.sums_exactly = op == "average" and compression is None
         self._sparse_as_dense = sparse_as_dense
-        board = Board.from_environment(hvd.rank(), hvd.size())
-        super().__init__(Patience.from_environment(f"rank {hvd.rank()}", board))
+        size = self._process_set.size()
+        self._board = RendezvousBoard.from_environment(f"group-{self._first_rank}", size)
+        number = self.place.worker_index
+        super().__init__(Patience.from_environment(f"rank {hvd.rank()}", self._board, number))
 
     def _take_place(self) -> None:
         size, rank = self._process_set.size(), self._process_set.rank()
         self.place = Place(size, rank, 1, size, rank)
+
+    def board(self) -> Board | None:
+        """Gives the board of the ranks that train together; `mpirun` has none."""
+        return self._board
 
     def join(self) -> None:
         """Begins to exchange with the other ranks, which do the same."""
@@ -106,6 +113,8 @@ class Horovod(Connected):
         self._hvd.shutdown()
         self._hvd.init()
         self._take_place()
+        if self._board is not None:
+            self._board.num_workers = self.place.num_workers
 
     @contextlib.contextmanager
     def members_watched(self, on_change: Callable[[], None]) -> Iterator[None]:

@@ -1,63 +1,62 @@
-"""Where ranks write how far they are, so that one that waits can say for whom."""
+"""The board of ranks that Horovod connects: a store at the rendezvous that started them."""
 
 from __future__ import annotations
 
 import os
+import urllib.parse
 import urllib.request
 from collections.abc import Mapping
+
+from tfdist.board import Board
 
 _ASK_S = 5.0
 
 
-class Board:
-    """Notes of all ranks, kept by the rendezvous server that started them.
+class RendezvousBoard(Board):
+    """Notes kept by the rendezvous server, a plain store of texts over HTTP.
 
-    Horovod's launcher and tfdist's keep that server, a plain store of texts over HTTP,
-    running as long as the ranks.
+    Horovod's launcher and tfdist's keep it running as long as the ranks, in a process of its
+    own.
 
     Args:
         address: "host:port" of the server.
-        rank: Who writes here.
-        size: How many ranks there are.
+        group: Names the ranks that train together.
+        size: How many they are.
     """
 
-    def __init__(self, address: str, rank: int, size: int) -> None:
-        self._url = f"http://{address}/tfdist-progress"
-        self._rank = rank
-        self._size = size
+    def __init__(self, address: str, group: str, size: int) -> None:
+        super().__init__(size)
+        self._url = f"http://{address}/tfdist-{group}"
 
     @classmethod
     def from_environment(
-        cls, rank: int, size: int, environ: Mapping[str, str] = os.environ
-    ) -> Board | None:
+        cls, group: str, size: int, environ: Mapping[str, str] = os.environ
+    ) -> RendezvousBoard | None:
         """Finds the server; there is none under `mpirun`.
 
         Args:
-            rank: Who writes.
-            size: How many ranks there are.
+            group: Names the ranks that train together.
+            size: How many they are.
             environ: The environment variables.
         """
         host = environ.get("HOROVOD_GLOO_RENDEZVOUS_ADDR")
         port = environ.get("HOROVOD_GLOO_RENDEZVOUS_PORT")
-        return cls(f"{host}:{port}", rank, size) if host and port and size > 1 else None
+        return cls(f"{host}:{port}", group, size) if host and port and size > 1 else None
 
-    def write(self, note: str) -> None:
-        """Replaces this rank's note."""
-        request = urllib.request.Request(
-            f"{self._url}/{self._rank}", data=note.encode(), method="PUT"
-        )
-        self._ask(request)
+    def post(self, name: str, text: str) -> bool:
+        """Puts a note in the place of what was there."""
+        request = urllib.request.Request(self._address(name), text.encode(), method="PUT")
+        return self._ask(request) is not None
 
-    def read(self) -> dict[int, str]:
-        """Gives the notes of the ranks that wrote one."""
-        notes = {
-            rank: self._ask(urllib.request.Request(f"{self._url}/{rank}"))
-            for rank in range(self._size)
-        }
-        return {rank: note for rank, note in notes.items() if note is not None}
+    def read(self, name: str) -> str | None:
+        """Gives a note."""
+        return self._ask(urllib.request.Request(self._address(name)))
+
+    def _address(self, name: str) -> str:
+        # The server knows a scope and a key, and no deeper path.
+        return f"{self._url}/{urllib.parse.quote(name.replace('/', ':'), safe=':')}"
 
     def _ask(self, request: urllib.request.Request) -> str | None:
-        # What the board is for must not fail because of it.
         direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         try:
             with direct.open(request, timeout=_ASK_S) as answer:

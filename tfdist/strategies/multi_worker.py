@@ -14,6 +14,7 @@ from tfdist.errors import StrategyError
 from tfdist.patience import Patience
 from tfdist.rendezvous import START_TIMEOUT, meet, start_timeout
 from tfdist.strategies.base import Place
+from tfdist.strategies.coordination_board import CoordinationBoard
 from tfdist.strategies.tf_distribute import TFDistribute, require_unused_tensorflow
 
 
@@ -27,6 +28,7 @@ class MultiWorker(TFDistribute):
         require_unused_tensorflow(cluster)
         strategy = _connect(cluster)
         local = len(strategy.extended.worker_devices)
+        board = CoordinationBoard.of_this_process(cluster.num_workers)
         super().__init__(
             strategy,
             Place(
@@ -36,7 +38,8 @@ class MultiWorker(TFDistribute):
                 num_workers=cluster.num_workers,
                 worker_index=cluster.worker_index,
             ),
-            Patience.from_environment(cluster.task),
+            Patience.from_environment(cluster.task, board, cluster.worker_index),
+            board,
         )
 
     @classmethod

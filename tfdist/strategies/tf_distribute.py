@@ -12,11 +12,13 @@ import tensorflow as tf
 from tensorflow.python.eager import context as _context
 
 from tfdist import _keras
+from tfdist.board import Board
 from tfdist.cluster import Cluster
 from tfdist.errors import StrategyError
 from tfdist.patience import Patience
 from tfdist.strategies.base import Place, Tensor
 from tfdist.strategies.connected import Connected
+from tfdist.strategies.coordination_board import CoordinationBoard
 from tfdist.strategies.packing import reduce_packed
 
 _WORDS = tf.TensorSpec([None], tf.int32)
@@ -35,19 +37,31 @@ class TFDistribute(Connected):
         strategy: The `tf.distribute.Strategy` instance.
         place: Where this process's replicas stand.
         patience: Limits this process's waits for the others.
+        board: Where workers leave notes.
     """
 
     name = "tf.distribute"
 
-    def __init__(self, strategy: Any, place: Place, patience: Patience | None = None) -> None:
+    def __init__(
+        self,
+        strategy: Any,
+        place: Place,
+        patience: Patience | None = None,
+        board: Board | None = None,
+    ) -> None:
         super().__init__(patience)
         self.strategy = strategy
         self.place = place
+        self._board = board
 
     @classmethod
     def unavailable(cls, cluster: Cluster) -> str | None:
         """Says why not: whoever made the instance knows."""
         return None
+
+    def board(self) -> Board | None:
+        """Gives the board of several workers that TensorFlow connects."""
+        return self._board
 
     def run(self, function: Callable[..., Any], *args: Any) -> Any:
         """Runs `function` once on every local replica, returning the first one's result."""
@@ -234,7 +248,7 @@ def adopt(strategy: Any) -> TFDistribute:
         workers = replicas // local
         index = _worker_index(resolver)
     place = Place(replicas, index * local, local, workers, index)
-    return TFDistribute(strategy, place)
+    return TFDistribute(strategy, place, board=CoordinationBoard.of_this_process(workers))
 
 
 def _worker_index(resolver: Any) -> int:

@@ -1,0 +1,36 @@
+"""A board whose calls may not come back."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+
+from tfdist.board import Limited
+from tfdist.strategies.horovod_board import RendezvousBoard
+
+pytestmark = pytest.mark.quick
+
+
+def test_a_call_that_does_not_return_is_left_and_no_other_begins() -> None:
+    limited, free = Limited(0.2), threading.Event()
+    assert limited.call(lambda: 1) == 1
+    began = time.monotonic()
+    assert limited.call(free.wait) is None
+    assert limited.call(lambda: 2) is None
+    assert time.monotonic() - began < 2
+    free.set()
+    deadline = time.monotonic() + 10
+    while limited.call(lambda: 3) != 3:
+        assert time.monotonic() < deadline
+
+
+def test_a_rendezvous_that_is_gone_gives_no_notes() -> None:
+    assert RendezvousBoard.from_environment("g", 2, {}) is None
+    where = {"HOROVOD_GLOO_RENDEZVOUS_ADDR": "127.0.0.1", "HOROVOD_GLOO_RENDEZVOUS_PORT": "9"}
+    assert RendezvousBoard.from_environment("g", 1, where) is None
+    board = RendezvousBoard.from_environment("g", 2, where)
+    assert board is not None
+    assert not board.post("a", "b")
+    assert board.read_all("a") == {}

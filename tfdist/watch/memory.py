@@ -1,0 +1,72 @@
+"""How much memory this process has and how much is left for it, as Linux says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+PROC = Path("/proc")
+CGROUP = Path("/sys/fs/cgroup")
+_MIB = 2**20
+
+
+def used_mib() -> int | None:
+    """Gives the memory of this process, MiB; None where the system does not say."""
+    kib = _field(PROC / "self/status", "VmRSS")
+    return None if kib is None else kib // 1024
+
+
+def left_mib() -> tuple[int, int] | None:
+    """Gives what is left to use, and all there is, in MiB; the container's if it is less.
+
+    Returns:
+        None where the system does not say.
+    """
+    available = _field(PROC / "meminfo", "MemAvailable")
+    total = _field(PROC / "meminfo", "MemTotal")
+    if available is None or total is None:
+        return None
+    left, most = available // 1024, total // 1024
+    for folder, limit_name, used_name in (
+        (CGROUP, "memory.max", "memory.current"),
+        (CGROUP / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ):
+        limit, used = _number(folder / limit_name), _number(folder / used_name)
+        if limit is not None and used is not None and limit // _MIB < most:
+            # Files that are cached count as used, and are given back when need be.
+            used -= _field(folder / "memory.stat", "inactive_file") or 0
+            left, most = min(left, max(0, limit - used) // _MIB), limit // _MIB
+    return left, most
+
+
+def state_of(pid: int) -> str | None:
+    """Gives the state of a process of this machine, a letter as in `ps`.
+
+    Args:
+        pid: Its number.
+
+    Returns:
+        None where there is no such process; "?" where the system does not say.
+    """
+    if not (PROC / "self").exists():
+        return "?"
+    try:
+        return (PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        return None
+
+
+def _field(file: Path, name: str) -> int | None:
+    try:
+        for line in file.read_text().splitlines():
+            if line.split()[0].rstrip(":") == name:
+                return int(line.split()[1])
+    except (OSError, ValueError, IndexError):
+        pass
+    return None
+
+
+def _number(file: Path) -> int | None:
+    try:
+        return int(file.read_text())
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,137 @@
+"""Where Python stands in another thread: what a user wrote first, then the innermost frame."""
+
+from __future__ import annotations
+
+import linecache
+import os
+import sys
+import sysconfig
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+_OURS = str(Path(__file__).parent.parent)
+_LIBRARIES = tuple(
+    os.path.realpath(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")
+)
+_DEBUGGERS = ("bdb", "pdb", "ipdb", "pydevd", "pydevd_frame", "_pydevd_bundle", "debugpy")
+_MOST = 8
+
+
+def main_frame() -> FrameType | None:
+    """Gives the innermost frame of the main thread."""
+    return sys._current_frames().get(threading.main_thread().ident or 0)
+
+
+def describe(frame: FrameType | None) -> list[str]:
+    """Says where a thread stands.
+
+    Args:
+        frame: The innermost.
+
+    Returns:
+        The user's frames, innermost first; and the innermost frame of all.
+    """
+    frames = list(_outwards(frame))
+    lines = [_line(f) for f in frames if _is_users(f)][:_MOST]
+    if frames and not _is_users(frames[0]):
+        lines.append(f"(inside {_line(frames[0], with_text=False)})")
+    return lines
+
+
+def others() -> list[str]:
+    """Says where other threads are that run a user's code, such as a generator."""
+    skipped = {threading.main_thread().ident, threading.get_ident()}
+    found = []
+    for thread, frame in sys._current_frames().items():
+        lines = [_line(f) for f in _outwards(frame) if _is_users(f)][:_MOST]
+        if lines and thread not in skipped:
+            found += [f"in another thread: {lines[0]}", *lines[1:]]
+    return found
+
+
+def callback(frame: FrameType | None) -> str | None:
+    """Names the Keras callback that is running, with its method.
+
+    Args:
+        frame: The innermost of the thread.
+    """
+    for one in _outwards(frame):
+        name = one.f_code.co_name
+        if name.startswith("on_"):
+            classes = type(one.f_locals.get("self")).__mro__
+            kinds = [c.__name__ for c in classes if c.__module__.startswith("keras.")]
+            if "Callback" in kinds and "CallbackList" not in kinds:
+                return f"{classes[0].__name__}.{name}"
+    return None
+
+
+def is_saving(frame: FrameType | None) -> bool:
+    """Tells whether a checkpoint of `fit` is being saved.
+
+    Args:
+        frame: The innermost of the thread.
+    """
+    folder = os.path.join(_OURS, "checkpoint")
+    return any(
+        f.f_code.co_name in ("_save", "_finish") and f.f_code.co_filename.startswith(folder)
+        for f in _outwards(frame)
+    )
+
+
+def is_exchanging(frame: FrameType | None) -> bool:
+    """Tells whether this process exchanges something with others, outside of a step.
+
+    Args:
+        frame: The innermost of the thread.
+    """
+    folder = os.path.join(_OURS, "strategies")
+    return any(
+        f.f_code.co_name in ("gather_objects", "agree")
+        and f.f_code.co_filename.startswith(folder)
+        for f in _outwards(frame)
+    )
+
+
+def is_debugged(frame: FrameType | None) -> bool:
+    """Tells whether a debugger holds the thread, or traces this process from outside.
+
+    Args:
+        frame: The innermost of the thread.
+    """
+    for one in _outwards(frame):
+        module = str(one.f_globals.get("__name__", "")).partition(".")[0]
+        if module in _DEBUGGERS or one.f_trace is not None:
+            return True
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return False
+    tracer = [line.split()[1] for line in status.splitlines() if line.startswith("TracerPid")]
+    return tracer not in ([], ["0"])
+
+
+def _outwards(frame: FrameType | None) -> Iterator[FrameType]:
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def _is_users(frame: FrameType) -> bool:
+    name = frame.f_code.co_filename
+    if name.startswith("<"):
+        return name.startswith(("<stdin>", "<ipython"))
+    path = os.path.realpath(name)
+    return not path.startswith((_OURS, *_LIBRARIES)) and "site-packages" not in path
+
+
+def _line(frame: FrameType, with_text: bool = True) -> str:
+    name, number = frame.f_code.co_filename, frame.f_lineno
+    text = linecache.getline(name, number).strip() if with_text else ""
+    for folder in (os.getcwd(), *_LIBRARIES[::-1]):
+        if name.startswith(folder + os.sep):
+            name = os.path.relpath(name, folder)
+            break
+    where = f"{name}:{number} in {frame.f_code.co_name}"
+    return f"{where}: {text[:100]}" if text else where

@@ -1,0 +1,449 @@
+"""The thread that notices that nothing goes on, asks all workers, and reports."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from tfdist.board import Board
+from tfdist.errors import HUNG, HungError, PeerError
+from tfdist.watch import diagnosis, memory, stacks
+from tfdist.watch.diagnosis import Lost
+from tfdist.watch.notes import ENDED, Note
+from tfdist.watch.progress import BETWEEN, FIRST_STEP, OUTSIDE, STEP, here
+from tfdist.watch.settings import Settings
+
+_NOTE, _HANG = "watch", "hang"
+_BEAT_S = 5.0
+_BEATS_MISSED = 3
+_ASKED_S = 2.0
+_SUSPENDED_S = 6.0
+_LEAD_S = 4.0  # of the worker that wrote the report: the launcher shows who ends first
+_BROKEN_OFF = ("UnavailableError", "DeadlineExceededError", "AbortedError", "CancelledError")
+
+
+class Watcher:
+    """Watches this process, and with the watchers of the others the run.
+
+    Each posts where it is now and then. One that is too long at the same asks all for their
+    stacks; the first that answers writes the report for all.
+
+    Args:
+        settings: How long is too long.
+        worker: This process's number.
+        workers: How many there are.
+        board: Where they leave notes, if there is one.
+    """
+
+    def __init__(
+        self, settings: Settings, worker: int = 0, workers: int = 1, board: Board | None = None
+    ) -> None:
+        self.settings = settings
+        self._worker = worker
+        self._workers = workers
+        self._board = board
+        self._beat = 0
+        self._posted = 0.0
+        self._looked = 0.0
+        self._seen: dict[int, tuple[Note, float]] = {}  # and when a new one was seen first
+        self._answered = ""
+        self._keeper_answers = True
+        self._reported: float | None = None  # the piece that was reported, by its beginning
+        self._exchange: float | None = None
+        self._wrote = False
+        self._failed = threading.Event()
+        self._explained = threading.Event()
+        self._lost: dict[int, Lost] = {}
+        self._over = False
+        atexit.register(self._say_ended)
+        threading.Thread(target=self._watch, name="tfdist-watch", daemon=True).start()
+
+    def move(self, worker: int, workers: int, board: Board | None) -> None:
+        """Watches another place: that of the strategy that is used now.
+
+        Args:
+            worker: This process's number.
+            workers: How many there are.
+            board: Where they leave notes.
+        """
+        self._worker, self._workers, self._board = worker, workers, board
+
+    def explain(self, error: BaseException) -> PeerError | None:
+        """Says why a collective failed: a worker has ended, or lives and does not answer.
+
+        Args:
+            error: What the collective raised.
+
+        Returns:
+            What to raise in its place, or None.
+        """
+        if self._board is None or not self.settings.limit:
+            return None
+        notes, _ = self._everyone(self._note())
+        for note in notes.values():
+            if note.at == ENDED:
+                cause = diagnosis.ended(note, [notes[self._worker]])
+                return PeerError(f"{cause.text} ({type(error).__name__})")
+        if any(self._state(note) in (None, "Z", "X") for note in notes.values()):
+            return None  # its own output says why
+        self._explained.clear()
+        self._failed.set()
+        self._explained.wait(30.0)
+        stopped = [w for w, lost in self._lost.items() if lost.state not in (None, "Z", "X")]
+        if not stopped:
+            return None
+        listed = " and ".join(f"worker {w}" for w in stopped)
+        return HungError(
+            f"All workers must answer until training ends. Received: none of {listed} for "
+            f"{max(self._lost[w].seconds for w in stopped):.0f} s "
+            f"({type(error).__name__}). See the report above."
+        )
+
+    # --- the thread ---------------------------------------------------------------------
+
+    def _watch(self) -> None:
+        while not self._over:
+            limit = self.settings.limit
+            before = time.monotonic()
+            time.sleep(min(1.0, limit / 5) if limit else 1.0)
+            now = time.monotonic()
+            if now - before > _SUSPENDED_S:
+                # The whole process was stopped; that is not the time of what it is at.
+                here.since += now - before
+            if limit and not self._over:
+                with contextlib.suppress(Exception):  # a watcher must not end what it watches
+                    self._tick(now)
+
+    def _tick(self, now: float) -> None:
+        note = self._note()
+        beat = min(_BEAT_S, self.settings.limit / 4)
+        if now - self._posted > beat:
+            self._post(note)
+            self._posted = now
+            if self._board is not None and self._board.keeper not in (None, self._worker):
+                self._read(self._board.keeper)  # it could not be asked later
+        if now - self._looked > min(_ASKED_S, beat):
+            self._looked = now
+            self._hear()
+        if self._wrote and self._reported != here.since:
+            self._wrote = False
+            print("tfdist: the run goes on.", file=sys.stderr, flush=True)
+        if self._failed.is_set():
+            self._failed.clear()
+            self._ask()
+            self._explained.set()
+        elif note.idle > note.limit / 2 and note.at != OUTSIDE:
+            notes, lost = self._everyone(note)
+            if not note.is_overdue or note.is_debugged:
+                return
+            since = here.since
+            if self._reported != since and not diagnosis.goes_on(notes, lost):
+                self._ask()
+            elif self._reported == since and self._is_at_end(note):
+                self._end(f"Nothing has gone on for {note.idle:.0f} s.")
+
+    def _is_at_end(self, note: Note) -> bool:
+        lead = 0.0 if self._wrote else _LEAD_S
+        return note.idle > self.settings.end_of(note.at, here.median) + lead
+
+    def _hear(self) -> None:
+        """Does what another worker's watcher asked for."""
+        text = None if self._board is None else self._board.read(_HANG)
+        if text is None:
+            return
+        asked = json.loads(text)
+        if asked["state"] == "end":
+            self._leave("worker 0" if asked["by"] is None else f"worker {asked['by']}")
+        elif asked["name"] != self._answered and self._reported != here.since:
+            self._answer(asked["name"])
+
+    def _ask(self) -> None:
+        name = f"{self._worker} {time.time()}"
+        if self._board is not None:
+            self._board.post(_HANG, json.dumps({"name": name, "state": "ask"}))
+        self._answer(name)
+
+    def _answer(self, name: str) -> None:
+        """Tells where this worker is, hears the others, and reports if it is the first."""
+        self._answered, self._reported, self._wrote = name, here.since, False
+        mine = self._note(with_stack=True)
+        asked = time.time()
+        self._post(mine)
+        deadline = time.monotonic() + 2 * min(_ASKED_S, self._beat_s) + 2.0
+        notes, lost = self._everyone(mine)
+        while time.monotonic() < deadline and self._board is not None:
+            answered = [w for w, note in notes.items() if note.stack or note.at == ENDED]
+            if len(answered) == self._workers:
+                break
+            time.sleep(0.3)
+            notes, lost = self._everyone(mine)
+        # Who has not answered by now is lost, whenever its last note was seen.
+        for worker, note in notes.items():
+            if note.clock < asked - 60 or (not note.stack and note.at != ENDED):
+                lost.setdefault(worker, Lost(time.time() - note.clock, self._state(note)))
+        self._lost = lost = lost if self._keeper_answers else self._keeper_lost()
+        first = min((w for w in notes if w not in lost), default=self._worker)
+        if first != self._worker and self._keeper_answers:
+            print(
+                f"tfdist: the run hangs. worker {first} has written the report.",
+                file=sys.stderr,
+                flush=True,
+            )
+            return
+        self._wrote = True
+        self._report(notes, lost)
+
+    def _report(self, notes: dict[int, Note], lost: dict[int, Lost]) -> None:
+        missing = [f"worker {w}" for w in range(self._workers) if w not in notes]
+        is_certain = any(cause.certain for cause in diagnosis.causes(notes, lost))
+        ends = self._may_end and is_certain
+        ending = f"The run ends with status {HUNG}."
+        if self._may_end and not ends:
+            longest = max((note.idle for note in notes.values() if note.is_overdue), default=0)
+            end = self.settings.end_of(here.at, here.median)
+            ending = (
+                f"It may still go on. If not within {max(0.0, end - longest):.0f} s, it ends "
+                f"with status {HUNG} (TFDIST_HANG_LIMIT={self.settings.limit:g})."
+            )
+        elif not self._may_end:
+            ending = "It is not ended: " + (
+                f"TFDIST_ON_HANG={self.settings.on_hang}."
+                if self.settings.on_hang != "end"
+                else "this is an interactive session, or a debugger is attached."
+            )
+        print(diagnosis.report(notes, lost, missing, ending), file=sys.stderr, flush=True)
+        if ends:
+            self._end()
+
+    @property
+    def _may_end(self) -> bool:
+        interactive = hasattr(sys, "ps1") or "ipykernel" in sys.modules
+        return self.settings.on_hang == "end" and not interactive and not here.traced
+
+    def _end(self, why: str = "") -> None:
+        """Ends all workers, this one first: the launcher shows who ended first."""
+        if not self._may_end:
+            return
+        if why:
+            print(
+                f"tfdist: {why} The run ends with status {HUNG}; its report is above.",
+                file=sys.stderr,
+                flush=True,
+            )
+        if self._board is not None:
+            said = {"name": self._answered, "state": "end", "by": self._worker}
+            self._board.post(_HANG, json.dumps(said))
+        os._exit(HUNG)
+
+    def _leave(self, who: str) -> None:
+        if not self._may_end:
+            return
+        time.sleep(1.0)
+        print(
+            f"tfdist: {who} has ended the run: it hangs. This worker ends too, with status "
+            f"{HUNG}.",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(HUNG)
+
+    # --- notes --------------------------------------------------------------------------
+
+    @property
+    def _beat_s(self) -> float:
+        return min(_BEAT_S, self.settings.limit / 4)
+
+    def _note(self, with_stack: bool = False) -> Note:
+        frame = stacks.main_frame()
+        now = time.monotonic()
+        at, since, call = here.at, here.since, here.call
+        exchanging = at != STEP and stacks.is_exchanging(frame)
+        if not exchanging:
+            self._exchange = None
+        elif self._exchange is None:
+            self._exchange = now
+        if exchanging and at == BETWEEN:
+            since = max(since, self._exchange or since)
+        # Who exchanges does nothing by itself; those that it waits for have limits too.
+        limit_at = STEP if exchanging and at == BETWEEN else at
+        limit = 0.0 if at == OUTSIDE else self.settings.limit_of(limit_at, here.median)
+        idle = now - since
+        late = idle > limit / 2 or with_stack
+        for_data = late and here.waits_for_data
+        left = memory.left_mib() or (None, None)
+        stack = [*stacks.describe(frame), *stacks.others()] if with_stack else []
+        self._beat += 1
+        return Note(
+            worker=self._worker,
+            task=f"worker {self._worker}",
+            beat=self._beat,
+            clock=time.time(),
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            call=None if call is None else call.name,
+            number=here.calls,
+            alone=call is not None and call.alone,
+            step=0 if call is None else call.step,
+            at=at,
+            phase=_phase(frame, at, call, for_data, exchanging),
+            idle=idle,
+            limit=limit,
+            waits_for_data=for_data,
+            is_exchanging=exchanging,
+            is_debugged=late and (here.traced or stacks.is_debugged(frame)),
+            used_mib=memory.used_mib(),
+            left_mib=left[0],
+            all_mib=left[1],
+            stack=tuple(stack),
+        )
+
+    def _post(self, note: Note) -> None:
+        if self._board is not None:
+            self._board.post(f"{_NOTE}/{self._worker}", note.text())
+
+    def _read(self, worker: int | None) -> None:
+        text = None if self._board is None else self._board.read(f"{_NOTE}/{worker}")
+        if text is not None and worker is not None:
+            self._see(worker, text)
+
+    def _see(self, worker: int, text: str) -> None:
+        note, known = Note.read(text), self._seen.get(worker)
+        if known is None or (known[0].beat, known[0].pid) != (note.beat, note.pid):
+            self._seen[worker] = (note, time.monotonic())
+
+    def _everyone(self, mine: Note) -> tuple[dict[int, Note], dict[int, Lost]]:
+        """Gives what the workers said last, and which of them do not answer."""
+        now = time.monotonic()
+        texts = {} if self._board is None else self._board.read_all(_NOTE)
+        self._keeper_answers = self._board is None or bool(texts)
+        for worker, text in texts.items():
+            self._see(worker, text)
+        self._seen[self._worker] = (mine, now)
+        missed = max(2.0, _BEATS_MISSED * self._beat_s)
+        lost = {
+            worker: Lost(max(now - seen, time.time() - note.clock), self._state(note))
+            for worker, (note, seen) in self._seen.items()
+            if now - seen > missed and note.at != ENDED
+        }
+        if not self._keeper_answers:
+            lost = self._keeper_lost()
+        return {worker: note for worker, (note, _) in self._seen.items()}, lost
+
+    def _keeper_lost(self) -> dict[int, Lost]:
+        """Gives the worker that keeps the board, which is gone: of others nothing is known."""
+        keeper = None if self._board is None else self._board.keeper
+        if keeper is None or keeper == self._worker or keeper not in self._seen:
+            return {}
+        note, seen = self._seen[keeper]
+        return {keeper: Lost(time.monotonic() - seen, self._state(note))}
+
+    def _state(self, note: Note) -> str | None:
+        return memory.state_of(note.pid) if note.host == socket.gethostname() else "?"
+
+    def _say_ended(self) -> None:
+        self._over = True
+        if self._board is None or not self.settings.limit or here.calls == 0:
+            return
+        now = Note(
+            worker=self._worker,
+            task=f"worker {self._worker}",
+            beat=self._beat + 1,
+            clock=time.time(),
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            call=None if here.call is None else here.call.name,
+            number=here.calls,
+            step=0 if here.call is None else here.call.step,
+            at=ENDED,
+            phase="at the end of its script",
+        )
+        self._post(now)
+
+
+def _phase(frame: Any, at: str, call: Any, for_data: bool, exchanging: bool) -> str:
+    if call is None:
+        return "before its first call"
+    if at == OUTSIDE:
+        return f"outside of tfdist, after `{call.name}` and its step {call.step}"
+    where = f"`{call.name}`, "
+    after = f"after step {call.step}" if call.step else "before its first step"
+    callback = stacks.callback(frame)
+    if stacks.is_saving(frame):
+        return f"{where}{after}: saving a checkpoint"
+    if callback is not None and at == BETWEEN:
+        return f"{where}{after}: in {callback}"
+    if exchanging:
+        return f"{where}{after}: exchanging settings with the others"
+    kind = "validation, after step" if call.validating else "step"
+    if at in (STEP, FIRST_STEP):
+        doing = "waiting for its data" if for_data else "computing, or waiting for the others"
+        return f"{where}{kind} {call.step}: {doing}"
+    if at == BETWEEN:
+        return f"{where}{after}"
+    return f"{where}preparing it"
+
+
+_watcher: Watcher | None = None
+_settings: Settings | None = None
+
+
+def configure(hang_limit: float | None = None, on_hang: str | None = None) -> None:
+    """Sets what the environment does not, or otherwise.
+
+    Args:
+        hang_limit: Seconds; 0 switches the watcher off.
+        on_hang: "end" or "report".
+    """
+    global _settings
+    _settings = (_settings or Settings.from_environment()).changed(hang_limit, on_hang)
+    if _watcher is not None:
+        _watcher.settings = _settings
+
+
+@contextlib.contextmanager
+def calling(name: str, strategy: Any) -> Iterator[None]:
+    """Watches a call of `fit`, `evaluate` or `predict`.
+
+    Args:
+        name: Of the function.
+        strategy: The `Strategy` that it uses.
+
+    Raises:
+        HungError: A worker did not answer any more.
+    """
+    global _watcher
+    configure()
+    assert _settings is not None
+    place = strategy.place
+    several = place.num_workers > 1
+    if _watcher is None and _settings.limit:
+        _watcher = Watcher(_settings)
+    if _watcher is not None and several:
+        _watcher.move(place.worker_index, place.num_workers, strategy.board())
+    with here.calling(name, alone=not several):
+        try:
+            yield
+        except Exception as error:
+            hung = None
+            if _watcher is not None and several and _is_loss(error):
+                hung = _watcher.explain(error)
+            if hung is None:
+                raise
+            raise hung from None
+
+
+def _is_loss(error: Exception) -> bool:
+    """Tells whether a collective was broken off."""
+    if isinstance(error, PeerError):
+        return True
+    return type(error).__name__ in _BROKEN_OFF and type(error).__module__.startswith(
+        "tensorflow"
+    )
