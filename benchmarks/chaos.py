@@ -99,7 +99,7 @@ def train(
 
 
 # A stopped process is missed after so many seconds.
-LIMITS = {"TF_CPP_MIN_LOG_LEVEL": "3"}
+LIMITS = {"TF_CPP_MIN_LOG_LEVEL": "3", "TFDIST_HANG_LIMIT": "5"}
 
 
 def state_of(folder: Path) -> list[dict[str, Any]]:
