@@ -20,9 +20,10 @@ import hashlib, json, os, signal, sys
 import keras, numpy as np, tfdist
 from tests.equivalence.cases import clipped_adam, mlp, table
 
-folder, step = sys.argv[1], int(sys.argv[2])
+folder, step, number = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 place = tfdist.init(seed=3).strategy.place
 model = mlp(clipped_adam())
+every = 1 if number == signal.SIGKILL else 1000
 died = os.path.join(folder, "died")
 
 class Dies(keras.callbacks.Callback):
@@ -30,12 +31,12 @@ class Dies(keras.callbacks.Callback):
         last = place.worker_index == place.num_workers - 1
         if last and int(model.optimizer.iterations) == step and not os.path.exists(died):
             open(died, "w").close()
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), number)
 
 history = tfdist.fit(
     model, *table(), batch_size=128, epochs=3, validation_data=table(101), verbose=0,
     callbacks=[keras.callbacks.EarlyStopping("loss", restore_best_weights=True), Dies()],
-    checkpoint=tfdist.Checkpoint(os.path.join(folder, "checkpoints"), every=1),
+    checkpoint=tfdist.Checkpoint(os.path.join(folder, "checkpoints"), every=every),
 )
 variables = (*model.variables, *model.optimizer.variables)
 state = b"".join(np.asarray(v).tobytes() for v in variables)

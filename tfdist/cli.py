@@ -16,9 +16,12 @@ from tfdist.cli_privacy import privacy
 from tfdist.errors import TfdistError
 from tfdist.launch import (
     DEFAULT_PORT,
+    SAVING_S,
     STRATEGIES,
     Outcome,
+    Restarts,
     Worker,
+    listed,
     parse_hosts,
     plan_workers,
     rendezvous,
@@ -91,7 +94,15 @@ def main() -> None:
     "--max-restarts",
     type=click.IntRange(min=0),
     metavar="N",
-    help="How often what was lost is started again.  [default: 0, with --ps 3]",
+    help="How often workers are started again after a failure.  [default: 0, with --ps 3]",
+)
+@click.option(
+    "--grace",
+    type=click.FloatRange(min=0),
+    default=SAVING_S,
+    show_default=True,
+    metavar="SECONDS",
+    help="After SIGTERM: how long workers with a checkpoint may take to save.",
 )
 @click.option("-m", "--module", is_flag=True, help="SCRIPT is a module, as after python -m.")
 @click.argument("script")
@@ -106,6 +117,7 @@ def run(
     drop_in: bool,
     log_dir: Path | None,
     max_restarts: int | None,
+    grace: float,
     module: bool,
     script: str,
     arguments: tuple[str, ...],
@@ -114,8 +126,9 @@ def run(
 
     Everything after SCRIPT belongs to the script. Cores and GPUs are shared out between the
     workers of a machine. The first failure ends all workers. With --max-restarts they are
-    started again if one was lost (a signal ended it); with `fit(..., checkpoint=...)` in
-    the script, training goes on from its last checkpoint.
+    then started again, unless the same failure comes twice in a row at the same step; with
+    `fit(..., checkpoint=...)` in the script, training goes on from its last checkpoint, and
+    SIGTERM saves and ends with status 75.
 
     \b
     Examples:
@@ -126,7 +139,8 @@ def run(
       tfdist run --hosts node1:4,node2:4 --node-rank 1 train.py    on node2
 
     Exit status: 0 when every worker succeeded, else that of the worker that failed first
-    (128 + n if signal n ended it); 130 after Ctrl-C; 1 if tfdist could not start the
+    (128 + n if signal n ended it); 75 when training was saved after SIGTERM and should be
+    started again; 130 after Ctrl-C; 1 if tfdist could not start the
     workers, 2 for a wrong command line.
     """  # noqa: D301
     if not module and not Path(script).is_file():
@@ -151,15 +165,21 @@ def run(
             "--max-restarts must not come with several --hosts: a launcher ends and starts the "
             f"workers of its own machine. Received: --hosts {hosts}. Start the job again."
         )
-    if max_restarts is None:
-        max_restarts = 3 if servers else 0
+    # A lost worker is usual beside servers; an exception is started again where that was asked.
+    restarts = (
+        Restarts(3 if servers else 0, of_exceptions=False)
+        if max_restarts is None
+        else Restarts(max_restarts)
+    )
 
     def meeting() -> AbstractContextManager[None]:
         if strategy != "horovod":
             return nullcontext()
         return rendezvous(planned[0].environment, machines)
 
-    outcome = run_workers(planned, log_dir=log_dir, max_restarts=max_restarts, meeting=meeting)
+    outcome = run_workers(
+        planned, log_dir=log_dir, restarts=restarts, grace=grace, meeting=meeting
+    )
     _explain(outcome, planned, log_dir, has_other_hosts=len(machines) > 1)
     sys.exit(outcome.status)
 
@@ -253,6 +273,8 @@ def _explain(
         return
     failure = outcome.failure
     if failure is None:
+        for line in listed(outcome.restarts):
+            click.echo(line, err=True)
         return
     lines = [click.style("Error: ", fg="red", bold=True) + failure.describe()]
     excerpt = failure.excerpt()
@@ -269,10 +291,13 @@ def _explain(
         )
     elif failure.blames_peer and has_other_hosts:
         lines.append("It lost another worker: the cause may be in the output of another host.")
+    if outcome.is_repeated:
+        lines.append(f"It came twice in a row {failure.told.where}: it is not started again.")
     if log_dir is not None:
         lines.append(f"Its whole output: {log_dir / failure.worker.log_name}")
     if len(planned) > 1:
         lines.append("All workers on this machine have been ended.")
+    lines += listed(outcome.restarts)
     click.echo("\n".join(lines), err=True)
 
 

@@ -42,11 +42,15 @@ class Stop:
         agreed: Set when a step learned of a request: that step changed nothing, on any
             worker, so all of them stop after the one before.
         members_changed: Set when an elastic run's launcher said that processes came or go.
+        preempted: Set when this worker has to leave; goes out with the next step.
+        leaving: Set when a step learned of that: all workers leave after it.
     """
 
     requested: bool = False
     agreed: bool = False
     members_changed: bool = False
+    preempted: bool = False
+    leaving: bool = False
 
 
 class Signals(NamedTuple):
@@ -55,10 +59,20 @@ class Signals(NamedTuple):
     Attributes:
         status: Scalar int32; see `Agreement`.
         check: This worker's `Share.check`.
+        leaving: Scalar bool; see `Agreement`.
     """
 
     status: Tensor
     check: Tensor
+    leaving: Tensor
+
+
+def _no_signals() -> Signals:
+    return Signals(tf.constant(0), tf.zeros([4]), tf.constant(False))
+
+
+def _signals(agreement: Agreement, share: Share) -> Signals:
+    return Signals(agreement.status, share.check, agreement.leaving)
 
 
 def make_functions(
@@ -150,7 +164,8 @@ def _over_epoch(
             return epoch.logs
         if stop.members_changed and strategy.place.num_workers == 1:
             raise MembersChanged("Other processes are ready to join.")
-        stopping = tf.constant([float(stop.requested), float(stop.members_changed)])
+        asked = stop.requested, stop.members_changed, stop.preempted
+        stopping = tf.constant([float(one) for one in asked])
         with epoch.drawing(), strategy.waiting_for(f"step {epoch.steps_taken}"):
             if model.steps_per_execution == 1:
                 logs, signals = traced_one(epoch.iterator, stopping)
@@ -170,6 +185,7 @@ def _over_epoch(
 
 def _heed(signals: Signals, stop: Stop, strategy: Strategy) -> None:
     """Does what the other workers' signals ask for, on all workers alike."""
+    stop.leaving = bool(signals.leaving)
     status = int(signals.status)
     if status == STOPPED:
         stop.agreed = True
@@ -214,7 +230,7 @@ class _Replica:
     def train(self, share: Share, stopping: Tensor) -> tuple[Logs, Signals]:
         """Updates the weights, once."""
         if share.total is None:
-            return self.model.train_step(share.data), Signals(tf.constant(0), tf.zeros([4]))
+            return self.model.train_step(share.data), _no_signals()
         with _keras.on_replica(self._batch(share)) as batch:
             agreement = Agreement(self.strategy, share, stopping, self.elements)
             private = self.private
@@ -229,19 +245,19 @@ class _Replica:
                 logs = private.train_step(share.data, batch)
             batch.updates = None
             updates.finish(metrics)
-            return self._logs(batch, logs), Signals(agreement.status, share.check)
+            return self._logs(batch, logs), _signals(agreement, share)
 
     def test(self, share: Share, stopping: Tensor) -> tuple[Logs, Signals]:
         """Adds a share to the metrics."""
         if self.alone:
-            return self.model.test_step(share.data), Signals(tf.constant(0), tf.zeros([4]))
+            return self.model.test_step(share.data), _no_signals()
         with _keras.on_replica(self._batch(share)) as batch:
             agreement = Agreement(self.strategy, share, stopping)
             metrics = self._metrics_from_zero()
             logs = self.model.test_step(share.data)
             _, changes = agreement.reduce(batch, [], metrics.changes(batch))
             metrics.assign(changes)
-            return self._logs(batch, logs), Signals(agreement.status, share.check)
+            return self._logs(batch, logs), _signals(agreement, share)
 
     def predict(self, share: Share) -> Any:
         """Gives the outputs for the whole global batch, in its order."""

@@ -10,15 +10,19 @@ from tfdist.launch.plan import (
     plan_workers,
     script_command,
 )
-from tfdist.launch.processes import Outcome, run_workers
+from tfdist.launch.processes import SAVING_S, Outcome, run_workers
+from tfdist.launch.restarts import Restarts, listed
 
 __all__ = [
     "DEFAULT_PORT",
+    "SAVING_S",
     "STRATEGIES",
     "Failure",
     "Host",
     "Outcome",
+    "Restarts",
     "Worker",
+    "listed",
     "parse_hosts",
     "plan_workers",
     "rendezvous",

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO
@@ -17,10 +17,14 @@ from tfdist.launch.cause import Failure, root_cause
 from tfdist.launch.crew import Crew
 from tfdist.launch.output import Screen
 from tfdist.launch.plan import Worker
+from tfdist.launch.restarts import Cause, Restart, Restarts
 from tfdist.launch.signals import handled
 
 # How long a failure that only blames a peer waits for that peer's own.
 _PEER_FAILURE_S = 1.0
+SAVING_S = 25.0
+"""Seconds for saving after SIGTERM: Kubernetes kills a pod after 30."""
+
 _AFTER_FAILURE = ((signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0))
 _AFTER_INTERRUPT = ((signal.SIGINT, 3.0), *_AFTER_FAILURE)
 
@@ -34,12 +38,16 @@ class Outcome:
         failure: The worker's failure that ended the run; None if no worker failed.
         finished: The tasks that had already ended well when it failed.
         interrupted: The signal sent to the launcher, 0 if there was none.
+        restarts: What was started again meanwhile.
+        is_repeated: Whether the failure came twice in a row at the same step.
     """
 
     status: int
     failure: Failure | None = None
     finished: tuple[str, ...] = ()
     interrupted: int = 0
+    restarts: tuple[Restart, ...] = ()
+    is_repeated: bool = False
 
 
 def run_workers(
@@ -47,7 +55,8 @@ def run_workers(
     *,
     log_dir: Path | None = None,
     stream: TextIO | None = None,
-    max_restarts: int = 0,
+    restarts: Restarts | None = None,
+    grace: float = SAVING_S,
     meeting: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Outcome:
     """Runs the workers of this machine until all have ended, or the first has failed.
@@ -60,8 +69,9 @@ def run_workers(
         workers: What to start.
         log_dir: A folder for each worker's whole output, `worker-<i>.log`.
         stream: Where to write the workers' lines; standard output unless given.
-        max_restarts: How often what was lost is started again: a worker that serves alone,
-            else all. Only what a signal ended, or what asked for it by status 75, is lost.
+        restarts: How often a worker that failed is started again: one that serves alone,
+            else all with it. Never, unless given.
+        grace: How many seconds workers that save may take for it after SIGTERM.
         meeting: Makes a context around each start of all workers: where they meet.
 
     Returns:
@@ -71,18 +81,23 @@ def run_workers(
         LaunchError: A worker could not be started or a log file not be written.
     """
     screen = Screen(stream or sys.stdout, [worker.task for worker in workers])
-    restarts = _Restarts(max_restarts)
+    restarts = restarts or Restarts()
     with _signals() as received:
         while True:
             crew = Crew(screen)
             try:
                 with meeting():
                     crew.start(workers, log_dir)
-                    outcome = _watch(crew, received, restarts)
-                if outcome.failure is None or not restarts.allows(outcome.failure):
-                    return outcome
+                    outcome = _watch(crew, received, restarts, grace)
+                cause = None if outcome.failure is None else Cause.of(outcome.failure)
+                if outcome.failure is None or cause is None or not restarts.allows(cause):
+                    return replace(
+                        outcome,
+                        restarts=tuple(restarts.made),
+                        is_repeated=cause is not None and restarts.repeats(cause),
+                    )
                 position = list(workers).index(outcome.failure.worker)
-                crew.say(position, restarts.note(outcome.failure, "All are started again"))
+                crew.say(position, restarts.note(cause, "All are started again"))
             except BrokenPipeError:
                 # Whoever read the output is gone, as after `tfdist run ... | head`.
                 return Outcome(128 + signal.SIGPIPE, interrupted=signal.SIGPIPE)
@@ -90,30 +105,17 @@ def run_workers(
                 crew.close()
 
 
-class _Restarts:
-    """How many restarts are left."""
-
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._used = 0
-
-    def allows(self, failure: Failure) -> bool:
-        """Tells whether what failed was lost, and may be started again."""
-        was_lost = failure.returncode < 0 or failure.returncode == START_ME_AGAIN
-        return was_lost and self._used < self._most
-
-    def note(self, failure: Failure, what: str) -> str:
-        """Counts a restart, and says so."""
-        self._used += 1
-        return f"tfdist: {failure.describe()} {what} ({self._used} of {self._most})."
-
-
-def _watch(crew: Crew, received: list[int], restarts: _Restarts) -> Outcome:
+def _watch(crew: Crew, received: list[int], restarts: Restarts, grace: float) -> Outcome:
+    has_gone_on = False
     while crew.is_running and not received and not crew.failures and not crew.is_done:
         crew.pump()
+        if not has_gone_on and crew.told.made:
+            has_gone_on = True
+            restarts.note_step()
         for failure in tuple(crew.failures):
-            if failure.worker.is_replaceable and restarts.allows(failure):
-                line = restarts.note(failure, "It is started again")
+            cause = Cause.of(failure)
+            if failure.worker.is_replaceable and restarts.allows(cause):
+                line = restarts.note(cause, "It is started again")
                 crew.say(crew.start_again(failure), line)
     if crew.failures and not received:
         deadline = time.monotonic() + _PEER_FAILURE_S
@@ -124,16 +126,28 @@ def _watch(crew: Crew, received: list[int], restarts: _Restarts) -> Outcome:
             and all(failure.blames_peer for failure in crew.failures)
         ):
             crew.pump()
-    failures, finished = tuple(crew.failures), tuple(crew.finished)
     if received:
-        first = received[0]
-        crew.end(_AFTER_INTERRUPT if first == signal.SIGINT else _AFTER_FAILURE, received)
-        return Outcome(128 + first, finished=finished, interrupted=first)
+        return _interrupted(crew, received, grace)
+    failures, finished = tuple(crew.failures), tuple(crew.finished)
     crew.end(_AFTER_FAILURE, received)
     if not failures:
         return Outcome(0, finished=finished)
     failure = root_cause(failures)
     return Outcome(failure.status, failure, finished)
+
+
+def _interrupted(crew: Crew, received: list[int], grace: float) -> Outcome:
+    """Ends the workers after a signal to the launcher, and lets them save if they can."""
+    first, is_saved = received[0], False
+    if first == signal.SIGTERM and crew.saves:
+        crew.ask(first, grace, received)
+        is_saved = any(
+            f.told.preempted and f.returncode == START_ME_AGAIN for f in crew.failures
+        )
+    finished = tuple(crew.finished)
+    crew.end(_AFTER_INTERRUPT if first == signal.SIGINT else _AFTER_FAILURE, received)
+    status = START_ME_AGAIN if is_saved else 128 + first
+    return Outcome(status, finished=finished, interrupted=first)
 
 
 @contextmanager
