@@ -16,11 +16,14 @@ from tfdist.cli_privacy import privacy
 from tfdist.errors import TfdistError
 from tfdist.launch import (
     DEFAULT_PORT,
+    NODE_TIMEOUT_S,
     SAVING_S,
     STRATEGIES,
+    Link,
     Outcome,
     Restarts,
     Worker,
+    joined,
     listed,
     parse_hosts,
     plan_workers,
@@ -104,6 +107,14 @@ def main() -> None:
     metavar="SECONDS",
     help="After SIGTERM: how long workers with a checkpoint may take to save.",
 )
+@click.option(
+    "--node-timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    default=NODE_TIMEOUT_S,
+    show_default=True,
+    metavar="SECONDS",
+    help="With --hosts and --max-restarts: how long a host may take to come (back).",
+)
 @click.option("-m", "--module", is_flag=True, help="SCRIPT is a module, as after python -m.")
 @click.argument("script")
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="[ARGUMENTS]...")
@@ -118,6 +129,7 @@ def run(
     log_dir: Path | None,
     max_restarts: int | None,
     grace: float,
+    node_timeout: float,
     module: bool,
     script: str,
     arguments: tuple[str, ...],
@@ -160,11 +172,6 @@ def run(
         drop_in=drop_in,
         servers=servers,
     )
-    if max_restarts and len(machines) > 1 and not servers:
-        raise click.BadParameter(
-            "--max-restarts must not come with several --hosts: a launcher ends and starts the "
-            f"workers of its own machine. Received: --hosts {hosts}. Start the job again."
-        )
     # A lost worker is usual beside servers; an exception is started again where that was asked.
     restarts = (
         Restarts(3 if servers else 0, of_exceptions=False)
@@ -177,9 +184,26 @@ def run(
             return nullcontext()
         return rendezvous(planned[0].environment, machines)
 
-    outcome = run_workers(
-        planned, log_dir=log_dir, restarts=restarts, grace=grace, meeting=meeting
-    )
+    together: AbstractContextManager[Link | None] = nullcontext()
+    if max_restarts and len(machines) > 1:
+        together = joined(
+            machines,
+            node_rank or 0,
+            port,
+            max_restarts=max_restarts,
+            limit=node_timeout,
+            strategy=strategy,
+            ps=servers,
+        )
+    with together as link:
+        outcome = run_workers(
+            planned,
+            log_dir=log_dir,
+            restarts=restarts,
+            grace=grace,
+            link=link,
+            meeting=meeting,
+        )
     _explain(outcome, planned, log_dir, has_other_hosts=len(machines) > 1)
     sys.exit(outcome.status)
 
@@ -273,6 +297,13 @@ def _explain(
         return
     failure = outcome.failure
     if failure is None:
+        if outcome.elsewhere is not None:
+            again = " It came twice in a row at this step." if outcome.is_repeated else ""
+            click.echo(
+                click.style("Error: ", fg="red", bold=True)
+                + f"{outcome.elsewhere.what}{again} All workers have been ended.",
+                err=True,
+            )
         for line in listed(outcome.restarts):
             click.echo(line, err=True)
         return

@@ -15,6 +15,7 @@ from typing import Any, TextIO
 from tfdist.errors import START_ME_AGAIN
 from tfdist.launch.cause import Failure, root_cause
 from tfdist.launch.crew import Crew
+from tfdist.launch.link import Link
 from tfdist.launch.output import Screen
 from tfdist.launch.plan import Worker
 from tfdist.launch.restarts import Cause, Restart, Restarts
@@ -40,6 +41,7 @@ class Outcome:
         interrupted: The signal sent to the launcher, 0 if there was none.
         restarts: What was started again meanwhile.
         is_repeated: Whether the failure came twice in a row at the same step.
+        elsewhere: What ended the run, if that was on another machine.
     """
 
     status: int
@@ -48,6 +50,7 @@ class Outcome:
     interrupted: int = 0
     restarts: tuple[Restart, ...] = ()
     is_repeated: bool = False
+    elsewhere: Cause | None = None
 
 
 def run_workers(
@@ -57,6 +60,7 @@ def run_workers(
     stream: TextIO | None = None,
     restarts: Restarts | None = None,
     grace: float = SAVING_S,
+    link: Link | None = None,
     meeting: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Outcome:
     """Runs the workers of this machine until all have ended, or the first has failed.
@@ -72,13 +76,15 @@ def run_workers(
         restarts: How often a worker that failed is started again: one that serves alone,
             else all with it. Never, unless given.
         grace: How many seconds workers that save may take for it after SIGTERM.
+        link: To the launchers of other machines, with which all of this is done together.
         meeting: Makes a context around each start of all workers: where they meet.
 
     Returns:
         How the run ended.
 
     Raises:
-        LaunchError: A worker could not be started or a log file not be written.
+        LaunchError: A worker could not be started or a log file not be written, or the
+            launchers of other machines do not come.
     """
     screen = Screen(stream or sys.stdout, [worker.task for worker in workers])
     restarts = restarts or Restarts()
@@ -86,6 +92,13 @@ def run_workers(
         while True:
             crew = Crew(screen)
             try:
+                if link is not None:
+                    ended = _run_with_others(
+                        crew, workers, log_dir, received, restarts, grace, link, meeting
+                    )
+                    if ended is None:
+                        continue
+                    return replace(ended, restarts=tuple(link.restarts.made))
                 with meeting():
                     crew.start(workers, log_dir)
                     outcome = _watch(crew, received, restarts, grace)
@@ -134,6 +147,68 @@ def _watch(crew: Crew, received: list[int], restarts: Restarts, grace: float) ->
         return Outcome(0, finished=finished)
     failure = root_cause(failures)
     return Outcome(failure.status, failure, finished)
+
+
+def _run_with_others(
+    crew: Crew,
+    workers: Sequence[Worker],
+    log_dir: Path | None,
+    received: list[int],
+    replaced: Restarts,
+    grace: float,
+    link: Link,
+    meeting: Callable[[], AbstractContextManager[Any]],
+) -> Outcome | None:
+    """Runs workers together with those of other machines; None if all are started again."""
+    failure, is_told, has_gone_on = None, False, False
+    with meeting():  # it must be there before anyone comes
+        news = link.meet(received, lambda line: crew.say(0, line))
+        if news is None and not received:
+            crew.start(workers, log_dir)
+        failed_at = 0.0
+        while news is None and not received:
+            crew.pump()
+            news = link.news
+            if not has_gone_on and crew.told.made:
+                has_gone_on = True
+                link.restarts.note_step()
+            for one in tuple(crew.failures):
+                cause = Cause.of(one)
+                if one.worker.is_replaceable and replaced.allows(cause):
+                    line = replaced.note(cause, "It is started again")
+                    crew.say(crew.start_again(one), line)
+            if is_told:
+                continue
+            if crew.failures:
+                failed_at = failed_at or time.monotonic()
+                failure = root_cause(crew.failures)
+                waited = time.monotonic() - failed_at > _PEER_FAILURE_S
+                if waited or not crew.is_running or not failure.blames_peer:
+                    link.failed(Cause.of(failure))
+                    is_told = True
+            elif not crew.is_running or crew.is_done:
+                link.done()
+                is_told = True
+        if received:
+            outcome = _interrupted(crew, received, grace)
+            link.leave(outcome.status)
+            return outcome
+        assert news is not None
+        finished = tuple(crew.finished)
+        crew.end(_AFTER_FAILURE, received)
+    if news.cause is None:
+        return Outcome(0, finished=finished)
+    if news.again:
+        crew.say(0, link.restarts.note(news.cause, "All are started again on all hosts"))
+        return None
+    is_ours = failure is not None and Cause.of(failure) == news.cause
+    return Outcome(
+        news.cause.status,
+        failure if is_ours else None,
+        finished,
+        is_repeated=news.is_repeated,
+        elsewhere=None if is_ours else news.cause,
+    )
 
 
 def _interrupted(crew: Crew, received: list[int], grace: float) -> Outcome:

@@ -114,6 +114,14 @@ class Restarts:
         self._most = most
         self._of_exceptions = of_exceptions
 
+    def adopt(self, causes: Sequence[Cause]) -> None:
+        """Takes over the list of a launcher that knows more.
+
+        Args:
+            causes: Of the restarts before.
+        """
+        self.made = [Restart(cause) for cause in causes]
+
     def allows(self, cause: Cause) -> bool:
         """Tells whether to start again.
 
