@@ -106,12 +106,13 @@ class Restarts:
             lost.
 
     Attributes:
+        most: How many there may be.
         made: Those that were, in their order.
     """
 
     def __init__(self, most: int = 0, of_exceptions: bool = True) -> None:
         self.made: list[Restart] = []
-        self._most = most
+        self.most = most
         self._of_exceptions = of_exceptions
 
     def adopt(self, causes: Sequence[Cause]) -> None:
@@ -132,7 +133,7 @@ class Restarts:
         return (
             may
             and not cause.is_final
-            and len(self.made) < self._most
+            and len(self.made) < self.most
             and not self.repeats(cause)
         )
 
@@ -154,7 +155,7 @@ class Restarts:
             what: Is started again: a sentence without its full stop.
         """
         self.made.append(Restart(cause))
-        return f"tfdist: {cause.what} {what} ({len(self.made)} of {self._most})."
+        return f"tfdist: {cause.what} {what} ({len(self.made)} of {self.most})."
 
     def note_step(self) -> None:
         """Notes that a step was made: training has gone on."""
