@@ -9,12 +9,15 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from tfdist import note
 from tfdist.errors import START_ME_AGAIN
 
 # A scheduler may signal a worker and its launcher, which passes the signal on.
 _SAME_S = 1.0
+# What comes while a process that has saved ends says nothing new.
+_LEAVING_S = 10.0
 
 
 class Preemption:
@@ -58,7 +61,9 @@ class Preemption:
         finally:
             signal.set_wakeup_fd(before)
             _process = 0
-            if not self.is_leaving:  # else what comes now is not to end it
+            if self.is_leaving:
+                signal.signal(signal.SIGTERM, _ignoring_for_a_while(usual))
+            else:
                 signal.signal(signal.SIGTERM, usual or signal.SIG_DFL)
                 note.here.mark()
             os.close(writing)
@@ -90,6 +95,17 @@ class Preemption:
                 file=sys.stderr,
                 flush=True,
             )
+
+
+def _ignoring_for_a_while(usual: Any) -> Callable[[int, Any], None]:
+    left = time.monotonic()
+
+    def handle(number: int, frame: Any) -> None:
+        if time.monotonic() - left > _LEAVING_S:  # somebody has caught the exit
+            signal.signal(signal.SIGTERM, usual or signal.SIG_DFL)
+            signal.raise_signal(signal.SIGTERM)
+
+    return handle
 
 
 _process = 0
