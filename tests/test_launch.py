@@ -35,12 +35,22 @@ LAUNCHER = """
 import json, sys
 from pathlib import Path
 from contextlib import nullcontext
-from tfdist.launch import Restarts, joined, listed, parse_hosts, plan_workers, run_workers
+from tfdist.launch import Restarts, Slots, joined, listed
+from tfdist.launch import parse_hosts, plan_workers, run_workers
 options = json.loads(sys.argv[1])
 log_dir = options.pop("log_dir", None)
 options["hosts"] = parse_hosts(options["hosts"]) if "hosts" in options else ()
 most, limit = options.pop("max_restarts", 0), options.pop("limit", 60)
-workers = plan_workers((sys.executable, *sys.argv[2:]), **options)
+least, slots = options.pop("least", None), None
+if least:
+    most_workers = options.pop("workers")
+    slots = Slots(
+        lambda n: plan_workers((sys.executable, *sys.argv[2:]), workers=n, **options),
+        least, most_workers,
+    )
+    workers = slots.workers
+else:
+    workers = plan_workers((sys.executable, *sys.argv[2:]), **options)
 together = nullcontext()
 if most and options["hosts"]:
     together = joined(
@@ -48,7 +58,11 @@ if most and options["hosts"]:
     )
 with together as link:
     outcome = run_workers(
-        workers, log_dir=Path(log_dir) if log_dir else None, restarts=Restarts(most), link=link
+        workers,
+        log_dir=Path(log_dir) if log_dir else None,
+        restarts=Restarts(most),
+        link=link,
+        slots=slots,
     )
 for line in listed(outcome.restarts):
     print(line)
@@ -698,6 +712,52 @@ if steps[starts]:
         status, _ = scripts.run(self.EXIT, "3,4", "130", max_restarts=5)
         assert status == 130
         assert len(list(scripts.folder.glob("start-*"))) == 1
+
+
+@cluster
+class TestElastic:
+    # The place with GPU "7" is broken; what "once" names is broken once.
+    WORK = """
+import os, sys, time
+from pathlib import Path
+from tfdist.bootstrap import follow_launcher
+
+follow_launcher()
+gpu = os.environ.get("CUDA_VISIBLE_DEVICES")
+print("on", gpu, "of", os.environ["TFDIST_LOCAL_SIZE"], flush=True)
+if gpu == "7":
+    sys.exit(3)
+time.sleep(1)
+once = Path("once")
+if gpu == "9" and os.environ["TFDIST_LOCAL_SIZE"] == "2" and not once.exists():
+    once.touch()
+    sys.exit(4)
+time.sleep(1)
+"""
+
+    def test_a_place_that_fails_twice_is_left_out_and_tried_again_later(self, scripts):
+        scripts.environ["CUDA_VISIBLE_DEVICES"] = "5,7,9"
+        status, output = scripts.run(self.WORK, workers=3, least=2, max_restarts=5)
+        assert status == 0, output
+        causes = [line.partition("worker ")[2] for line in output.splitlines() if ". " in line]
+        lasts = [line for line in causes if "ended with exit status" in line][-4:]
+        assert [line.partition(".")[0] for line in lasts] == [
+            "1 ended with exit status 3",  # tried once more
+            "1 ended with exit status 3",  # left out
+            "1 ended with exit status 4",  # GPU 9's: all are tried
+            "1 ended with exit status 3",  # left out at once
+        ]
+        assert "now 2 in all (2 of 5)" in output
+        assert "now 3 in all (3 of 5)" in output
+        assert "now 2 in all (4 of 5)" in output
+        ends = [line.partition("on ")[2] for line in output.splitlines() if " of 2" in line]
+        assert sorted(ends) == ["5 of 2", "5 of 2", "9 of 2", "9 of 2"]
+
+    def test_fewer_than_the_least_are_not_tried(self, scripts):
+        scripts.environ["CUDA_VISIBLE_DEVICES"] = "5,7"
+        status, output = scripts.run(self.WORK, workers=2, least=2, max_restarts=5)
+        assert status == 3
+        assert "REPEATED" in output
 
 
 @cluster

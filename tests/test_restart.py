@@ -29,10 +29,12 @@ from tests.equivalence.cases import clipped_adam, mlp, table
 
 folder, step, number = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 pause = float(sys.argv[4]) if len(sys.argv) > 4 else 0.0
+deaths = int(sys.argv[5]) if len(sys.argv) > 5 else 1
 place = tfdist.init(seed=3).strategy.place
 model = mlp(clipped_adam())
 every = 1000 if number == signal.SIGTERM else 1
-died = os.path.join(folder, "died")
+markers = [os.path.join(folder, f"died-{i}") for i in range(deaths)]
+died = next((path for path in markers if not os.path.exists(path)), folder)
 
 class Dies(keras.callbacks.Callback):
     def on_train_batch_end(self, batch, logs=None):
@@ -108,7 +110,7 @@ def test_a_killed_run_that_is_started_again_ends_with_the_same_bits(
     assert status == 128 + signal.SIGKILL, printed
     assert results(printed) == []
     shutil.copytree(killed, alone)
-    (killed / "died").unlink()
+    (killed / "died-0").unlink()
     # Killed at a later step, from the checkpoint of the run before.
     status, printed = run("--max-restarts", "1")
     assert status == 0, printed
@@ -138,13 +140,29 @@ def test_sigterm_to_one_worker_saves_on_all_and_asks_to_be_started_again(
     status, printed = finished(tfdist_run(2, *arguments, options=options), LIMIT_S)
     assert status == START_ME_AGAIN, printed
     # The signal came when a step had been made; the next one told the chief, and was made.
-    assert "worker 0 │ tfdist: saved after step 4 of epoch 2" in printed
+    assert "worker 0 │ tfdist: saved after step 3 of epoch 2" in printed
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == [
-        "epoch-00001-step-0000004"
+        "epoch-00001-step-0000003"
     ]
     status, printed = finished(tfdist_run(2, *arguments, options=options), LIMIT_S)
     assert status == 0, printed
     assert results(printed) == never_stopped(strategy)
+
+
+def test_an_elastic_run_goes_on_without_a_worker_that_fails_twice(
+    script: Path, never_stopped: Callable[[str], list[Any]], tmp_path: Path
+) -> None:
+    arguments = script, tmp_path, STEP, int(signal.SIGKILL), 0, 2
+    command = tfdist_run(2, *arguments)
+    command[command.index("-n") : command.index("-n") + 2] = ["--elastic", "1:2"]
+    status, printed = finished(command, LIMIT_S)
+    assert status == 0, printed
+    assert "All are started again, now 1 in all (2 of 3)." in printed
+    ((_, history, sums),) = results(printed)
+    (_, expected, expected_sums), _ = never_stopped("multi_worker")
+    assert sums == pytest.approx(expected_sums, rel=1e-4)
+    for name, values in expected.items():
+        assert history[name] == pytest.approx(values, rel=1e-4), name
 
 
 @pytest.mark.parametrize("launched", [False, True], ids=["python", "tfdist run"])
@@ -161,7 +179,7 @@ def test_sigterm_saves_a_single_process(
         text=True,
     )
     try:
-        await_file(tmp_path / "died", process)
+        await_file(tmp_path / "died-0", process)
         process.send_signal(signal.SIGTERM)
         printed, _ = process.communicate(timeout=LIMIT_S)
     finally:
@@ -259,7 +277,7 @@ def test_a_host_that_is_cut_off_and_comes_back(
                 )
             )
     try:
-        await_file(tmp_path / "died", *launchers)
+        await_file(tmp_path / "died-0", *launchers)
         machines.cable(1, "down")
         deadline = time.monotonic() + LIMIT_S
         while not all("All are started again on all hosts" in log.read_text() for log in logs):

@@ -22,9 +22,11 @@ from tfdist.launch import (
     Link,
     Outcome,
     Restarts,
+    Slots,
     Worker,
     joined,
     listed,
+    parse_elastic,
     parse_hosts,
     plan_workers,
     rendezvous,
@@ -97,7 +99,12 @@ def main() -> None:
     "--max-restarts",
     type=click.IntRange(min=0),
     metavar="N",
-    help="How often workers are started again after a failure.  [default: 0, with --ps 3]",
+    help="Restarts after failures, at most.  [default: 0, with --ps or --elastic 3]",
+)
+@click.option(
+    "--elastic",
+    metavar="MIN:MAX",
+    help="Start MAX workers; go on with fewer, but MIN, without one that fails twice in a row.",
 )
 @click.option(
     "--grace",
@@ -128,6 +135,7 @@ def run(
     drop_in: bool,
     log_dir: Path | None,
     max_restarts: int | None,
+    elastic: str | None,
     grace: float,
     node_timeout: float,
     module: bool,
@@ -162,16 +170,33 @@ def run(
             "Check the path; the options of `tfdist run` come before it."
         )
     machines = parse_hosts(hosts) if hosts is not None else ()
-    planned = plan_workers(
-        script_command((script, *arguments), module=module),
-        workers=workers,
-        hosts=machines,
-        node_rank=node_rank,
-        port=port,
-        strategy=strategy,
-        drop_in=drop_in,
-        servers=servers,
-    )
+    least, most = (workers, workers) if elastic is None else parse_elastic(elastic)
+    if elastic is not None and (hosts is not None or servers or workers is not None):
+        raise click.BadParameter(
+            "--elastic must not come with -n, --hosts or --ps: it gives the number of workers "
+            f"on this machine. Received: --elastic {elastic}. Leave the other option out."
+        )
+
+    def plan(count: int | None) -> tuple[Worker, ...]:
+        # One process that is left needs no strategy of several.
+        alone = elastic is not None and count == 1
+        return plan_workers(
+            script_command((script, *arguments), module=module),
+            workers=count,
+            hosts=machines,
+            node_rank=node_rank,
+            port=port,
+            strategy=None if alone else strategy,
+            drop_in=drop_in,
+            servers=servers,
+        )
+
+    planned = plan(most)
+    slots = None
+    if elastic is not None and least is not None and most is not None:
+        slots = Slots(plan, least, most)
+        planned = tuple(slots.workers)
+        max_restarts = 3 if max_restarts is None else max_restarts
     # A lost worker is usual beside servers; an exception is started again where that was asked.
     restarts = (
         Restarts(3 if servers else 0, of_exceptions=False)
@@ -179,10 +204,10 @@ def run(
         else Restarts(max_restarts)
     )
 
-    def meeting() -> AbstractContextManager[None]:
-        if strategy != "horovod":
+    def meeting(first: Worker) -> AbstractContextManager[None]:
+        if "HOROVOD_RANK" not in first.environment:
             return nullcontext()
-        return rendezvous(planned[0].environment, machines)
+        return rendezvous(first.environment, machines)
 
     together: AbstractContextManager[Link | None] = nullcontext()
     if max_restarts and len(machines) > 1:
@@ -202,6 +227,7 @@ def run(
             restarts=restarts,
             grace=grace,
             link=link,
+            slots=slots,
             meeting=meeting,
         )
     _explain(outcome, planned, log_dir, has_other_hosts=len(machines) > 1)

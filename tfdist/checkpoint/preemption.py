@@ -27,7 +27,7 @@ class Preemption:
 
     Attributes:
         asked: Whether SIGTERM came.
-        on_asked: Called then, from the thread.
+        on_asked: Called then, from any thread.
         is_leaving: Whether all is saved and the process ends: what comes now says nothing new.
     """
 
@@ -47,7 +47,9 @@ class Preemption:
             return
         reading, writing = os.pipe()
         os.set_blocking(writing, False)
-        signal.signal(signal.SIGTERM, lambda number, frame: None)
+        # Python runs this in the main thread when that is free, at the latest; a signal that
+        # comes between two steps is heeded by the first of them.
+        signal.signal(signal.SIGTERM, lambda number, frame: self._ask())
         before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
         global _process
         _process = os.getpid()
@@ -81,14 +83,18 @@ class Preemption:
                 if number == signal.SIGTERM and not self.is_leaving:
                     self._hear()
 
+    def _ask(self) -> None:
+        self.asked = True
+        self.on_asked()
+
     def _hear(self) -> None:
         now = time.monotonic()
         is_second = self._first is not None and now - self._first > _SAME_S
         if is_second or note.here.must_end:
             os._exit(128 + signal.SIGTERM)
+        self._ask()
         if self._first is None:
-            self._first, self.asked = now, True
-            self.on_asked()
+            self._first = now
             print(
                 "tfdist: SIGTERM: when this step is made, training is saved and ends with "
                 f"status {START_ME_AGAIN}. A second SIGTERM ends it at once.",

@@ -13,6 +13,7 @@ from tfdist.launch.plan import (
 )
 from tfdist.launch.processes import SAVING_S, Outcome, run_workers
 from tfdist.launch.restarts import Restarts, listed
+from tfdist.launch.slots import Slots, parse_elastic
 from tfdist.launch.together import NODE_TIMEOUT_S, joined
 
 __all__ = [
@@ -25,9 +26,11 @@ __all__ = [
     "Link",
     "Outcome",
     "Restarts",
+    "Slots",
     "Worker",
     "joined",
     "listed",
+    "parse_elastic",
     "parse_hosts",
     "plan_workers",
     "rendezvous",

@@ -20,6 +20,7 @@ from tfdist.launch.output import Screen
 from tfdist.launch.plan import Worker
 from tfdist.launch.restarts import Cause, Restart, Restarts
 from tfdist.launch.signals import handled
+from tfdist.launch.slots import Slots
 
 # How long a failure that only blames a peer waits for that peer's own.
 _PEER_FAILURE_S = 1.0
@@ -61,7 +62,8 @@ def run_workers(
     restarts: Restarts | None = None,
     grace: float = SAVING_S,
     link: Link | None = None,
-    meeting: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    slots: Slots | None = None,
+    meeting: Callable[[Worker], AbstractContextManager[Any]] = nullcontext,
 ) -> Outcome:
     """Runs the workers of this machine until all have ended, or the first has failed.
 
@@ -77,7 +79,9 @@ def run_workers(
             else all with it. Never, unless given.
         grace: How many seconds workers that save may take for it after SIGTERM.
         link: To the launchers of other machines, with which all of this is done together.
-        meeting: Makes a context around each start of all workers: where they meet.
+        slots: Chooses the workers of each start after the first, in place of `workers`.
+        meeting: Makes a context around each start of all workers: where they meet. It is given
+            the first of them.
 
     Returns:
         How the run ended.
@@ -99,18 +103,34 @@ def run_workers(
                     if ended is None:
                         continue
                     return replace(ended, restarts=tuple(link.restarts.made))
-                with meeting():
+                with meeting(workers[0]):
                     crew.start(workers, log_dir)
                     outcome = _watch(crew, received, restarts, grace)
                 cause = None if outcome.failure is None else Cause.of(outcome.failure)
-                if outcome.failure is None or cause is None or not restarts.allows(cause):
+                loses = (
+                    slots is not None
+                    and outcome.failure is not None
+                    and slots.loses(outcome.failure)
+                )
+                if (
+                    outcome.failure is None
+                    or cause is None
+                    or not restarts.allows(cause, changes=loses)
+                ):
                     return replace(
                         outcome,
                         restarts=tuple(restarts.made),
                         is_repeated=cause is not None and restarts.repeats(cause),
                     )
                 position = list(workers).index(outcome.failure.worker)
-                crew.say(position, restarts.note(cause, "All are started again"))
+                what = "All are started again"
+                if slots is not None:
+                    before = len(workers)
+                    slots.note(outcome.failure)
+                    workers = slots.workers
+                    if loses or len(workers) != before:
+                        what = f"{what}, now {len(workers)} in all"
+                crew.say(position, restarts.note(cause, what))
             except BrokenPipeError:
                 # Whoever read the output is gone, as after `tfdist run ... | head`.
                 return Outcome(128 + signal.SIGPIPE, interrupted=signal.SIGPIPE)
@@ -157,11 +177,11 @@ def _run_with_others(
     replaced: Restarts,
     grace: float,
     link: Link,
-    meeting: Callable[[], AbstractContextManager[Any]],
+    meeting: Callable[[Worker], AbstractContextManager[Any]],
 ) -> Outcome | None:
     """Runs workers together with those of other machines; None if all are started again."""
     failure, is_told, has_gone_on = None, False, False
-    with meeting():  # it must be there before anyone comes
+    with meeting(workers[0]):  # it must be there before anyone comes
         news = link.meet(received, lambda line: crew.say(0, line))
         if news is None and not received:
             crew.start(workers, log_dir)

@@ -123,18 +123,19 @@ class Restarts:
         """
         self.made = [Restart(cause) for cause in causes]
 
-    def allows(self, cause: Cause) -> bool:
+    def allows(self, cause: Cause, changes: bool = False) -> bool:
         """Tells whether to start again.
 
         Args:
             cause: Why.
+            changes: Whether the next start leaves out what failed, so that it may repeat.
         """
         may = cause.is_lost or self._of_exceptions
         return (
             may
             and not cause.is_final
             and len(self.made) < self.most
-            and not self.repeats(cause)
+            and (changes or not self.repeats(cause))
         )
 
     def repeats(self, cause: Cause) -> bool:
