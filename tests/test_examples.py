@@ -148,6 +148,32 @@ def test_imbalanced_digits_has_the_same_figures_on_one_and_on_two_workers():
     assert recall_of_odd['class_weight="balanced"'] > recall_of_odd["nothing"] + 10
 
 
+def test_a_stopped_training_goes_on_to_the_weights_of_one_never_stopped(tmp_path):
+    command = [sys.executable, str(EXAMPLES / "checkpoint.py")]
+    stopped = subprocess.run(
+        [*command, str(tmp_path / "stopped"), "--sigterm-after", "60"],
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+        check=False,
+    )
+    assert stopped.returncode == 75, stopped.stdout + stopped.stderr
+    assert "tfdist: saved after step 16 of epoch 3" in stopped.stdout
+    never, went_on = (run((), "checkpoint.py", str(tmp_path / n)) for n in ("never", "stopped"))
+    pattern = r"^held-out accuracy \S+\nweights \w{16}$"
+    result = re.search(pattern, never, re.MULTILINE)
+    assert result is not None, never
+    assert result[0] in went_on
+
+
+@pytest.mark.cluster
+def test_two_workers_are_started_again_after_sigterm(tmp_path):
+    launcher = (*TWO.values[0], "--max-restarts", "1")
+    printed = run(launcher, "checkpoint.py", str(tmp_path), "--sigterm-after", "60")
+    assert "tfdist: training goes on from" in printed
+    assert re.search(r"^held-out accuracy 8\d\.\d%$", printed, re.MULTILINE), printed
+
+
 @pytest.mark.cluster
 def test_own_records_have_the_same_figures_as_all_records_in_one_process():
     one, two = (run(launcher, "own_records.py") for launcher in ((), TWO.values[0]))

@@ -1,4 +1,4 @@
-"""Runs that hang, each for another reason, with real processes: what is said, and the status."""
+"""Runs that hang, each for another reason, in real processes: what is said, and the status."""
 
 from __future__ import annotations
 
@@ -49,7 +49,8 @@ def rows(stall):
 
 def fit_rows(stall):
     spec = (tf.TensorSpec([None, 20]), tf.TensorSpec([None], tf.int32))
-    tfdist.fit(model, tf.data.Dataset.from_generator(rows, args=[stall], output_signature=spec), verbose=0)
+    batches = tf.data.Dataset.from_generator(rows, args=[stall], output_signature=spec)
+    tfdist.fit(model, batches, verbose=0)
 
 if case == "stopped":
     fit(*[At(12, stop)] * is_last)

@@ -34,12 +34,42 @@ LIMIT_S = 60
 LAUNCHER = """
 import json, sys
 from pathlib import Path
+from contextlib import nullcontext
+from tfdist.launch import Restarts, Slots, joined, listed
 from tfdist.launch import parse_hosts, plan_workers, run_workers
 options = json.loads(sys.argv[1])
 log_dir = options.pop("log_dir", None)
 options["hosts"] = parse_hosts(options["hosts"]) if "hosts" in options else ()
-workers = plan_workers((sys.executable, *sys.argv[2:]), **options)
-outcome = run_workers(workers, log_dir=Path(log_dir) if log_dir else None)
+most, limit = options.pop("max_restarts", 0), options.pop("limit", 60)
+least, slots = options.pop("least", None), None
+if least:
+    most_workers = options.pop("workers")
+    slots = Slots(
+        lambda n: plan_workers((sys.executable, *sys.argv[2:]), workers=n, **options),
+        least, most_workers,
+    )
+    workers = slots.workers
+else:
+    workers = plan_workers((sys.executable, *sys.argv[2:]), **options)
+together = nullcontext()
+if most and options["hosts"]:
+    together = joined(
+        options["hosts"], options["node_rank"], options["port"], max_restarts=most, limit=limit
+    )
+with together as link:
+    outcome = run_workers(
+        workers,
+        log_dir=Path(log_dir) if log_dir else None,
+        restarts=Restarts(most),
+        link=link,
+        slots=slots,
+    )
+for line in listed(outcome.restarts):
+    print(line)
+if outcome.elsewhere:
+    print("ELSEWHERE", outcome.elsewhere.what)
+if outcome.is_repeated:
+    print("REPEATED")
 if outcome.failure:
     print("CAUSE", outcome.failure.describe(), *outcome.failure.excerpt(), sep="\\n")
     print("FINISHED", *outcome.finished)
@@ -631,3 +661,200 @@ def test_two_launchers_make_one_cluster(scripts):
     addresses = [f"127.0.0.1:{port}", f"127.0.0.1:{port + 1}", f"localhost:{port + 2}"]
     assert all(config["cluster"] == {"worker": addresses} for config in configs)
     assert [config["task"]["index"] for config in configs] == [0, 1, 2]
+
+
+@cluster
+class TestRestarts:
+    COUNT = """
+import sys, time
+from pathlib import Path
+from tfdist import note
+from tfdist.bootstrap import follow_launcher
+
+follow_launcher()
+note.share_with_launcher()
+starts = len(list(Path().glob("start-*")))
+Path(f"start-{starts}").touch()
+steps = [int(text) for text in sys.argv[1].split(",")]
+if starts == len(steps):
+    note.here.tell(0, 9, 1)
+    time.sleep(0.2)
+    sys.exit(0)
+if steps[starts]:
+    note.here.tell(1, steps[starts], 1)
+    time.sleep(0.2)
+"""
+    RAISE = COUNT + "raise ValueError('no luck')\n"
+    EXIT = COUNT + "sys.exit(int(sys.argv[2]))\n"
+
+    def test_each_is_listed_and_training_goes_on(self, scripts):
+        status, output = scripts.run(self.RAISE, "3,4", max_restarts=5)
+        assert status == 0, output
+        first, second = output.partition("2 restarts:\n")[2].splitlines()
+        what = "worker 0 ended with exit status 1. The next step was made"
+        assert f"after step 3 of epoch 2: {what}" in first
+        assert f"after step 4 of epoch 2: {what}" in second
+
+    def test_the_same_failure_twice_at_a_step_ends_the_run(self, scripts):
+        status, output = scripts.run(self.RAISE, "3,4,4", max_restarts=5)
+        assert status == 1
+        assert "REPEATED" in output
+        assert "2 restarts:" in output
+        assert "ValueError: no luck" in output.partition("CAUSE")[2]
+        assert len(list(scripts.folder.glob("start-*"))) == 3
+
+    def test_before_the_first_step_it_counts_too(self, scripts):
+        status, output = scripts.run(self.EXIT, "0,0", "7", max_restarts=5)
+        assert status == 7
+        assert "before its first step: worker 0 ended with exit status 7." in output
+
+    def test_what_somebody_has_interrupted_is_not_started_again(self, scripts):
+        status, _ = scripts.run(self.EXIT, "3,4", "130", max_restarts=5)
+        assert status == 130
+        assert len(list(scripts.folder.glob("start-*"))) == 1
+
+
+@cluster
+class TestElastic:
+    # The place with GPU "7" is broken; what "once" names is broken once.
+    WORK = """
+import os, sys, time
+from pathlib import Path
+from tfdist.bootstrap import follow_launcher
+
+follow_launcher()
+gpu = os.environ.get("CUDA_VISIBLE_DEVICES")
+print("on", gpu, "of", os.environ["TFDIST_LOCAL_SIZE"], flush=True)
+if gpu == "7":
+    sys.exit(3)
+time.sleep(1)
+once = Path("once")
+if gpu == "9" and os.environ["TFDIST_LOCAL_SIZE"] == "2" and not once.exists():
+    once.touch()
+    sys.exit(4)
+time.sleep(1)
+"""
+
+    def test_a_place_that_fails_twice_is_left_out_and_tried_again_later(self, scripts):
+        scripts.environ["CUDA_VISIBLE_DEVICES"] = "5,7,9"
+        status, output = scripts.run(self.WORK, workers=3, least=2, max_restarts=5)
+        assert status == 0, output
+        causes = [line.partition("worker ")[2] for line in output.splitlines() if ". " in line]
+        lasts = [line for line in causes if "ended with exit status" in line][-4:]
+        assert [line.partition(".")[0] for line in lasts] == [
+            "1 ended with exit status 3",  # tried once more
+            "1 ended with exit status 3",  # left out
+            "1 ended with exit status 4",  # GPU 9's: all are tried
+            "1 ended with exit status 3",  # left out at once
+        ]
+        assert "now 2 in all (2 of 5)" in output
+        assert "now 3 in all (3 of 5)" in output
+        assert "now 2 in all (4 of 5)" in output
+        ends = [line.partition("on ")[2] for line in output.splitlines() if " of 2" in line]
+        assert sorted(ends) == ["5 of 2", "5 of 2", "9 of 2", "9 of 2"]
+
+    def test_fewer_than_the_least_are_not_tried(self, scripts):
+        scripts.environ["CUDA_VISIBLE_DEVICES"] = "5,7"
+        status, output = scripts.run(self.WORK, workers=2, least=2, max_restarts=5)
+        assert status == 3
+        assert "REPEATED" in output
+
+
+@cluster
+class TestTogether:
+    """Two names of this machine stand for two machines."""
+
+    WORK = """
+import json, os, sys, time
+from pathlib import Path
+from tfdist import note
+from tfdist.bootstrap import follow_launcher
+
+follow_launcher()
+note.share_with_launcher()
+me = json.loads(os.environ["TF_CONFIG"])["task"]["index"]
+Path(f"pid-{me}-{os.getpid()}").write_text(f"{os.getpid()}\\n")
+note.here.tell(0, 1, 1)
+if me == 1 and sys.argv[1] == "fail" and not Path("failed").exists():
+    while len(list(Path().glob("pid-*"))) < 2:  # all of a start are there
+        time.sleep(0.02)
+    Path("failed").touch()
+    sys.exit(3)
+if me == 1 and sys.argv[1] == "always":
+    sys.exit(3)
+while not Path("end").exists():
+    time.sleep(0.02)
+"""
+
+    @pytest.fixture
+    def start(self, scripts):
+        port = int(free_addresses(1)[0].rpartition(":")[2])
+
+        def start(node_rank: int, mode: str, **options):
+            options = {"max_restarts": 3, "port": port, **options}
+            return scripts.start(
+                self.WORK, mode, hosts="127.0.0.1,localhost", node_rank=node_rank, **options
+            )
+
+        return start
+
+    def test_a_failure_starts_all_again(self, start, scripts):
+        launchers = [start(0, "fail"), start(1, "fail")]
+        scripts.pids(4)
+        (scripts.folder / "end").touch()
+        for launcher in launchers:
+            output, _ = launcher.communicate(timeout=LIMIT_S)
+            assert launcher.returncode == 0, output
+            assert "All are started again on all hosts (1 of 3)" in output
+            assert "after step 1 of epoch 1: worker 1 ended with exit status 3." in output
+
+    def test_the_same_failure_twice_ends_all(self, start, scripts):
+        launchers = [start(0, "always"), start(1, "always")]
+        outputs = [launcher.communicate(timeout=LIMIT_S)[0] for launcher in launchers]
+        assert [launcher.returncode for launcher in launchers] == [3, 3], outputs
+        assert all("REPEATED" in output for output in outputs)
+        assert "ELSEWHERE worker 1 ended with exit status 3." in outputs[0]
+        assert "CAUSE\nworker 1 ended with exit status 3." in outputs[1]
+
+    @pytest.mark.parametrize("lost", [0, 1])
+    def test_a_host_that_is_lost_comes_back(self, lost, start, scripts):
+        launchers = [start(0, "stay"), start(1, "stay")]
+        pids = scripts.pids(2)
+        launchers[lost].kill()
+        launchers[lost].wait(LIMIT_S)
+        eventually(lambda: all(map(is_gone, pids)))
+        launchers[lost] = start(lost, "stay")
+        scripts.pids(4)
+        (scripts.folder / "end").touch()
+        outputs = [launcher.communicate(timeout=LIMIT_S)[0] for launcher in launchers]
+        assert [launcher.returncode for launcher in launchers] == [0, 0], outputs
+        assert "1 restart:" in outputs[1 - lost]
+        name = "node 0 is lost" if lost == 0 else "node 1 (localhost) is lost"
+        assert name in outputs[1 - lost]
+
+    def test_a_host_that_does_not_come_back_ends_the_run(self, start, scripts):
+        launchers = [start(0, "stay", limit=5), start(1, "stay", limit=5)]
+        scripts.pids(2)
+        launchers[1].kill()
+        output, _ = launchers[0].communicate(timeout=LIMIT_S)
+        assert launchers[0].returncode == 75, output
+        assert "node 1 (localhost) did not come within 5 s (--node-timeout)." in output
+
+    def test_a_launcher_of_other_settings_is_refused(self, start, scripts):
+        first = start(0, "stay")
+        second = start(1, "stay", max_restarts=4)
+        output, _ = second.communicate(timeout=LIMIT_S)
+        assert second.returncode == 1
+        assert "`--max-restarts` must be the same on all hosts. Received: 3 on node 0" in output
+        first.send_signal(signal.SIGINT)
+        first.communicate(timeout=LIMIT_S)
+        assert first.returncode == 130
+
+    def test_a_launcher_without_the_token_is_refused(self, start, scripts):
+        scripts.environ["TFDIST_TOKEN"] = "x"
+        start(0, "stay")
+        scripts.environ["TFDIST_TOKEN"] = "y"
+        second = start(1, "stay")
+        output, _ = second.communicate(timeout=LIMIT_S)
+        assert second.returncode == 1
+        assert "TFDIST_TOKEN must be the same on all hosts." in output

@@ -16,6 +16,7 @@ from contextlib import suppress
 from types import TracebackType
 from typing import NoReturn
 
+from tfdist import note
 from tfdist.errors import HUNG, START_ME_AGAIN, HungError, ServerLostError, TfdistError
 
 _EXIT_HANDLERS_S = 3.0
@@ -83,6 +84,7 @@ def main() -> None:
     if len(sys.argv) < 2:
         sys.exit("usage: python -m tfdist.bootstrap [-m] script.py [args]")
     follow_launcher()
+    note.share_with_launcher()
     arguments = sys.argv[1:]
     try:
         try:

@@ -16,9 +16,17 @@ from tfdist.cli_privacy import privacy
 from tfdist.errors import TfdistError
 from tfdist.launch import (
     DEFAULT_PORT,
+    NODE_TIMEOUT_S,
+    SAVING_S,
     STRATEGIES,
+    Link,
     Outcome,
+    Restarts,
+    Slots,
     Worker,
+    joined,
+    listed,
+    parse_elastic,
     parse_hosts,
     plan_workers,
     rendezvous,
@@ -91,7 +99,28 @@ def main() -> None:
     "--max-restarts",
     type=click.IntRange(min=0),
     metavar="N",
-    help="How often what was lost is started again.  [default: 0, with --ps 3]",
+    help="Restarts after failures, at most.  [default: 0, with --ps or --elastic 3]",
+)
+@click.option(
+    "--elastic",
+    metavar="MIN:MAX",
+    help="Start MAX workers; go on with fewer, but MIN, without one that fails twice in a row.",
+)
+@click.option(
+    "--grace",
+    type=click.FloatRange(min=0),
+    default=SAVING_S,
+    show_default=True,
+    metavar="SECONDS",
+    help="After SIGTERM: how long workers with a checkpoint may take to save.",
+)
+@click.option(
+    "--node-timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    default=NODE_TIMEOUT_S,
+    show_default=True,
+    metavar="SECONDS",
+    help="With --hosts and --max-restarts: how long a host may take to come (back).",
 )
 @click.option("-m", "--module", is_flag=True, help="SCRIPT is a module, as after python -m.")
 @click.argument("script")
@@ -106,6 +135,9 @@ def run(
     drop_in: bool,
     log_dir: Path | None,
     max_restarts: int | None,
+    elastic: str | None,
+    grace: float,
+    node_timeout: float,
     module: bool,
     script: str,
     arguments: tuple[str, ...],
@@ -114,8 +146,9 @@ def run(
 
     Everything after SCRIPT belongs to the script. Cores and GPUs are shared out between the
     workers of a machine. The first failure ends all workers. With --max-restarts they are
-    started again if one was lost (a signal ended it); with `fit(..., checkpoint=...)` in
-    the script, training goes on from its last checkpoint.
+    then started again, unless the same failure comes twice in a row at the same step; with
+    `fit(..., checkpoint=...)` in the script, training goes on from its last checkpoint, and
+    SIGTERM saves and ends with status 75.
 
     \b
     Examples:
@@ -126,7 +159,8 @@ def run(
       tfdist run --hosts node1:4,node2:4 --node-rank 1 train.py    on node2
 
     Exit status: 0 when every worker succeeded, else that of the worker that failed first
-    (128 + n if signal n ended it); 130 after Ctrl-C; 1 if tfdist could not start the
+    (128 + n if signal n ended it); 75 when training was saved after SIGTERM and should be
+    started again; 130 after Ctrl-C; 1 if tfdist could not start the
     workers, 2 for a wrong command line.
     """  # noqa: D301
     if not module and not Path(script).is_file():
@@ -136,30 +170,66 @@ def run(
             "Check the path; the options of `tfdist run` come before it."
         )
     machines = parse_hosts(hosts) if hosts is not None else ()
-    planned = plan_workers(
-        script_command((script, *arguments), module=module),
-        workers=workers,
-        hosts=machines,
-        node_rank=node_rank,
-        port=port,
-        strategy=strategy,
-        drop_in=drop_in,
-        servers=servers,
-    )
-    if max_restarts and len(machines) > 1 and not servers:
+    least, most = (workers, workers) if elastic is None else parse_elastic(elastic)
+    if elastic is not None and (hosts is not None or servers or workers is not None):
         raise click.BadParameter(
-            "--max-restarts must not come with several --hosts: a launcher ends and starts the "
-            f"workers of its own machine. Received: --hosts {hosts}. Start the job again."
+            "--elastic must not come with -n, --hosts or --ps: it gives the number of workers "
+            f"on this machine. Received: --elastic {elastic}. Leave the other option out."
         )
-    if max_restarts is None:
-        max_restarts = 3 if servers else 0
 
-    def meeting() -> AbstractContextManager[None]:
-        if strategy != "horovod":
+    def plan(count: int | None) -> tuple[Worker, ...]:
+        # One process that is left needs no strategy of several.
+        alone = elastic is not None and count == 1
+        return plan_workers(
+            script_command((script, *arguments), module=module),
+            workers=count,
+            hosts=machines,
+            node_rank=node_rank,
+            port=port,
+            strategy=None if alone else strategy,
+            drop_in=drop_in,
+            servers=servers,
+        )
+
+    planned = plan(most)
+    slots = None
+    if elastic is not None and least is not None and most is not None:
+        slots = Slots(plan, least, most)
+        planned = tuple(slots.workers)
+        max_restarts = 3 if max_restarts is None else max_restarts
+    # A lost worker is usual beside servers; an exception is started again where that was asked.
+    restarts = (
+        Restarts(3 if servers else 0, of_exceptions=False)
+        if max_restarts is None
+        else Restarts(max_restarts)
+    )
+
+    def meeting(first: Worker) -> AbstractContextManager[None]:
+        if "HOROVOD_RANK" not in first.environment:
             return nullcontext()
-        return rendezvous(planned[0].environment, machines)
+        return rendezvous(first.environment, machines)
 
-    outcome = run_workers(planned, log_dir=log_dir, max_restarts=max_restarts, meeting=meeting)
+    together: AbstractContextManager[Link | None] = nullcontext()
+    if max_restarts and len(machines) > 1:
+        together = joined(
+            machines,
+            node_rank or 0,
+            port,
+            max_restarts=max_restarts,
+            limit=node_timeout,
+            strategy=strategy,
+            ps=servers,
+        )
+    with together as link:
+        outcome = run_workers(
+            planned,
+            log_dir=log_dir,
+            restarts=restarts,
+            grace=grace,
+            link=link,
+            slots=slots,
+            meeting=meeting,
+        )
     _explain(outcome, planned, log_dir, has_other_hosts=len(machines) > 1)
     sys.exit(outcome.status)
 
@@ -253,6 +323,15 @@ def _explain(
         return
     failure = outcome.failure
     if failure is None:
+        if outcome.elsewhere is not None:
+            again = " It came twice in a row at this step." if outcome.is_repeated else ""
+            click.echo(
+                click.style("Error: ", fg="red", bold=True)
+                + f"{outcome.elsewhere.what}{again} All workers have been ended.",
+                err=True,
+            )
+        for line in listed(outcome.restarts):
+            click.echo(line, err=True)
         return
     lines = [click.style("Error: ", fg="red", bold=True) + failure.describe()]
     excerpt = failure.excerpt()
@@ -269,10 +348,13 @@ def _explain(
         )
     elif failure.blames_peer and has_other_hosts:
         lines.append("It lost another worker: the cause may be in the output of another host.")
+    if outcome.is_repeated:
+        lines.append(f"It came twice in a row {failure.told.where}: it is not started again.")
     if log_dir is not None:
         lines.append(f"Its whole output: {log_dir / failure.worker.log_name}")
     if len(planned) > 1:
         lines.append("All workers on this machine have been ended.")
+    lines += listed(outcome.restarts)
     click.echo("\n".join(lines), err=True)
 
 

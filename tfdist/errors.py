@@ -53,6 +53,16 @@ class MissingPackageError(TfdistError, ImportError):
     """An optional package is needed for what was asked, and is not installed."""
 
 
+class Preempted(SystemExit):
+    """SIGTERM came, training is saved, and the process ends with status 75.
+
+    As a `SystemExit` it ends a script without a traceback, whoever started it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(START_ME_AGAIN)
+
+
 class CheckpointError(TfdistError, RuntimeError):
     """A checkpoint could not be written, or none could be read."""
 

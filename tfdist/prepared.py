@@ -54,7 +54,8 @@ class Prepared:
         Args:
             source: The data they run on.
         """
-        self.stop.requested = self.stop.agreed = self.stop.members_changed = False
+        stop = self.stop
+        stop.requested = stop.agreed = stop.members_changed = stop.leaving = False
         functions = _keras.loop_functions(
             self.model,
             (data.Epoch, data.Share),

@@ -27,12 +27,14 @@ class Agreement:
     Args:
         strategy: Where the replica is.
         share: Its share of the batch.
-        stopping: Whether this worker was asked to stop, and whether members changed.
+        stopping: Whether this worker was asked to stop, whether members changed, and whether
+            this worker has to leave.
         elements: Of all gradients that will be reduced; by it the strategy decides whether
             to learn of the others' signals ahead.
 
     Attributes:
         status: Scalar int32: `GOES_ON`; else nothing changes in this step.
+        leaving: Scalar bool: whether a worker has to leave. This step is made all the same.
         needed: Whether there are other workers to agree with.
         seconds: Scalar float64: how long reductions took, if there are other workers.
     """
@@ -43,6 +45,7 @@ class Agreement:
         self._strategy = strategy
         self.needed = strategy.place.num_workers > 1
         self.status: Tensor = tf.constant(GOES_ON)
+        self.leaving: Tensor = tf.constant(False)
         self.seconds: Tensor = tf.zeros([], tf.float64)
         self._known = not self.needed
         self._replicas = float(strategy.place.num_replicas)
@@ -70,13 +73,13 @@ class Agreement:
         return gradients, others
 
     def _hear(self, heard: Tensor) -> None:
-        stopping, sums, squares = tf.split(heard, [2, 4, 4])
+        stopping, sums, squares = tf.split(heard, [3, 4, 4])
         # Whole numbers below 64: sums of squares are exact in float32 up to 4096 replicas,
         # and equal numbers are the only ones without variance.
         differ = tf.reduce_any(squares * self._replicas != tf.square(sums))
         status = tf.where(differ, DISAGREED, tf.where(stopping[0] > 0, STOPPED, GOES_ON))
         status = tf.where(stopping[1] > 0, MEMBERS_CHANGED, status)
-        self.status, self._known = status, True
+        self.status, self.leaving, self._known = status, stopping[2] > 0, True
 
     def do(self, action: Callable[[], None]) -> None:
         """Does something if the workers go on."""

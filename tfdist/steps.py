@@ -43,11 +43,15 @@ class Stop:
         agreed: Set when a step learned of a request: that step changed nothing, on any
             worker, so all of them stop after the one before.
         members_changed: Set when an elastic run's launcher said that processes came or go.
+        preempted: Set when this worker has to leave; goes out with the next step.
+        leaving: Set when a step learned of that: all workers leave after it.
     """
 
     requested: bool = False
     agreed: bool = False
     members_changed: bool = False
+    preempted: bool = False
+    leaving: bool = False
 
 
 class Signals(NamedTuple):
@@ -56,20 +60,22 @@ class Signals(NamedTuple):
     Attributes:
         status: Scalar int32; see `Agreement`.
         check: This worker's `Share.check`.
+        leaving: Scalar bool; see `Agreement`.
         reducing: Scalar float64, seconds that this worker's reduction took; no signal.
     """
 
     status: Tensor
     check: Tensor
+    leaving: Tensor
     reducing: Tensor
 
 
 def _no_signals() -> Signals:
-    return Signals(tf.constant(0), tf.zeros([4]), tf.zeros([], tf.float64))
+    return Signals(tf.constant(0), tf.zeros([4]), tf.constant(False), tf.zeros([], tf.float64))
 
 
 def _signals(agreement: Agreement, share: Share) -> Signals:
-    return Signals(agreement.status, share.check, agreement.seconds)
+    return Signals(agreement.status, share.check, agreement.leaving, agreement.seconds)
 
 
 def make_functions(
@@ -171,7 +177,8 @@ def _over_epoch(
             return epoch.logs
         if stop.members_changed and strategy.place.num_workers == 1:
             raise MembersChanged("Other processes are ready to join.")
-        stopping = tf.constant([float(stop.requested), float(stop.members_changed)])
+        asked = stop.requested, stop.members_changed, stop.preempted
+        stopping = tf.constant([float(one) for one in asked])
         with epoch.drawing(), strategy.waiting_for(f"step {epoch.steps_taken}"):
             if model.steps_per_execution == 1:
                 logs, signals = traced_one(epoch.iterator, stopping)
@@ -191,6 +198,7 @@ def _over_epoch(
 
 def _heed(signals: Signals, stop: Stop, strategy: Strategy) -> None:
     """Does what the other workers' signals ask for, on all workers alike."""
+    stop.leaving = bool(signals.leaving)
     status = int(signals.status)
     if status == STOPPED:
         stop.agreed = True

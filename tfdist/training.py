@@ -233,7 +233,9 @@ def fit(
         epoch, course = initial_epoch, run or saver
         watched = tfdist_callbacks.look_between_steps(kept)
         if course is None:
-            stream = data.Stream(source, session.strategy, drawn, is_watched=watched)
+            stream = data.Stream(
+                source, session.strategy, drawn, is_watched=watched, trains=True
+            )
         else:
             epoch, step, drawn, logs = course.begin(initial_epoch, drawn)
             stream = data.Stream(
@@ -244,6 +246,7 @@ def fit(
                 course.note_step,
                 is_watched=watched,
                 logs=logs,
+                trains=True,
             )
             kept = course.callbacks(
                 kept,

@@ -1,4 +1,4 @@
-"""Faults by schedule in real trainings: each ends with the weights of one that nothing struck."""
+"""Faults by schedule in real trainings: each ends with the weights of one without faults."""
 
 from __future__ import annotations
 

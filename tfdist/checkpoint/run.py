@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import tensorflow as tf
@@ -20,11 +20,13 @@ from tfdist._version import __version__
 from tfdist.checkpoint import files, same
 from tfdist.checkpoint.callbacks import Memory
 from tfdist.checkpoint.plain import NotPlain, decode, encode
+from tfdist.checkpoint.preemption import Preemption
 from tfdist.checkpoint.settings import Checkpoint
 from tfdist.continued import ContinuedCallbacks, Position
-from tfdist.errors import ArgumentError, CheckpointError
+from tfdist.errors import START_ME_AGAIN, ArgumentError, CheckpointError, Preempted
 from tfdist.prepared import Prepared, variables_of
 from tfdist.samplers import Sampler
+from tfdist.steps import Stop
 from tfdist.strategies.base import Strategy
 
 _FORMAT = 1
@@ -60,6 +62,8 @@ class CheckpointRun:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="tfdist-checkpoint")
         self._writing: Future[None] | None = None
         self._read: Callable[[str], Any] | None = None
+        self._preemption, self._stop = Preemption(), Stop()
+        self._model: Any = None
         self._state, self._arrays = self._found()
         self._position: Position | None = None
         self._made = 0 if self._state is None else self._state["steps"]
@@ -198,6 +202,9 @@ class CheckpointRun:
         """
         self._variables = prepared.variables
         self._epochs = options["epochs"]
+        self._stop, self._model = prepared.stop, prepared.model
+        self._preemption.on_asked = self._note_asked
+        self._note_asked()
         made = 0 if self._position is None else self._position.step
         given = list(getattr(given, "callbacks", given))
         return _Saving(self, made, given, add_history=True, **options)
@@ -206,16 +213,68 @@ class CheckpointRun:
 
     @contextlib.contextmanager
     def saving(self) -> Iterator[None]:
-        """Wraps the training; when it is left, all that was to be saved is."""
+        """Wraps the training; when it is left, all that was to be saved is.
+
+        Raises:
+            Preempted: SIGTERM came to one of the workers.
+        """
+        with self._preemption.heard():
+            try:
+                yield
+            except BaseException:
+                with contextlib.suppress(Exception):  # the first failure is the one to show
+                    self._finish()
+                raise
+            finally:
+                self._pool.shutdown()
+                self._stop.preempted = False
+            self._finish()
+            if any(self._strategy.gather_objects(self._preemption.asked)):
+                self._leave("training had come to its end, and is saved")
+
+    def _note_asked(self) -> None:
+        self._stop.preempted = self._preemption.asked
+
+    def leave_if_asked(self, memory: Memory, logs: Any) -> None:
+        """Saves and leaves, if one of the workers was asked to; all do so after the same step.
+
+        Args:
+            memory: The callbacks', which know of the step.
+            logs: Of the step.
+
+        Raises:
+            Preempted: One was.
+            CheckpointError: It could not be saved.
+        """
+        alone = self._strategy.place.num_workers == 1
+        if not (self._stop.preempted if alone else self._stop.leaving):
+            return
+        assert self._position is not None
+        if alone:
+            self._model.get_metrics_result()  # asynchronous steps under way are waited for
+        problem = None
         try:
-            yield
-        except BaseException:
-            with contextlib.suppress(Exception):  # the first failure is the one to show
-                self._finish()
-            raise
-        finally:
-            self._pool.shutdown()
-        self._finish()
+            if self._saved_at != self._made:
+                self._save(self._position, memory, logs)
+            self._finish()
+        except CheckpointError as error:
+            problem = str(error)
+        # The others wait for the chief, as a launcher would end all when the first has left.
+        problem = self._strategy.broadcast_object(problem)
+        if problem is not None:
+            raise CheckpointError(problem)
+        epoch, step, _ = self._position
+        self._leave(f"saved after step {step} of epoch {epoch + 1}")
+
+    def _leave(self, what: str) -> NoReturn:
+        self._preemption.leave()
+        if self._strategy.place.is_chief:
+            print(
+                f"tfdist: {what}; the run ends with status {START_ME_AGAIN}, to be started "
+                "again.",
+                flush=True,
+            )
+        raise Preempted
 
     def note_step(self, step: int) -> None:
         """Counts a step.
@@ -365,6 +424,8 @@ class _Saving(ContinuedCallbacks):
         super().on_train_batch_end(batch, logs)
         if not self.is_made(batch + 1 - int(self.model.steps_per_execution)):
             self._run.after_step(self._memory, logs)
+            if not self.model.stop_training:  # else the end of the epoch is saved
+                self._run.leave_if_asked(self._memory, logs)
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         super().on_epoch_end(epoch, logs)

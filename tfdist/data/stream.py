@@ -8,6 +8,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from tfdist import note
 from tfdist.data.source import Source
 from tfdist.errors import ArgumentError
 from tfdist.strategies.base import Strategy
@@ -25,6 +26,7 @@ class Stream:
         by_number: Whether the strategy may be given row numbers in place of rows.
         is_watched: Whether somebody looks at the model between two steps.
         logs: Of the last step that was made already.
+        trains: Whether its steps change the weights, which a launcher is told of.
     """
 
     def __init__(
@@ -37,6 +39,7 @@ class Stream:
         by_number: bool = True,
         is_watched: bool = True,
         logs: Mapping[str, Any] | None = None,
+        trains: bool = False,
     ) -> None:
         self.source = source
         self.strategy = strategy
@@ -48,6 +51,7 @@ class Stream:
         self.on_progress = on_progress
         self.is_watched = is_watched
         self.columns = source.columns if by_number and strategy.gathers_rows else None
+        self._trains = trains
         self._skip = skip
         self._epoch: int | None = None
         self._running: Any = None
@@ -72,6 +76,17 @@ class Stream:
 
             self._running = iter(self.strategy.distribute(build))
         return self._running
+
+    def note_progress(self, steps: int) -> None:
+        """Tells that steps of the epoch were made.
+
+        Args:
+            steps: How many.
+        """
+        self.steps_of_epoch += steps
+        if self._trains:
+            note.here.tell(self._epoch or 0, self.steps_of_epoch, steps)
+        self.on_progress(self.steps_of_epoch)
 
 
 class Epoch:
@@ -151,8 +166,7 @@ class Epoch:
         Args:
             steps: How many.
         """
-        self._stream.steps_of_epoch += steps
-        self._stream.on_progress(self._stream.steps_of_epoch)
+        self._stream.note_progress(steps)
 
     def take(self, wanted: int) -> int:
         """Says how many steps may be drawn now.

@@ -3,6 +3,7 @@
 from tfdist.launch.cause import Failure
 from tfdist.launch.horovod import rendezvous
 from tfdist.launch.hosts import Host, parse_hosts
+from tfdist.launch.link import Link
 from tfdist.launch.plan import (
     DEFAULT_PORT,
     STRATEGIES,
@@ -10,15 +11,26 @@ from tfdist.launch.plan import (
     plan_workers,
     script_command,
 )
-from tfdist.launch.processes import Outcome, run_workers
+from tfdist.launch.processes import SAVING_S, Outcome, run_workers
+from tfdist.launch.restarts import Restarts, listed
+from tfdist.launch.slots import Slots, parse_elastic
+from tfdist.launch.together import NODE_TIMEOUT_S, joined
 
 __all__ = [
     "DEFAULT_PORT",
+    "NODE_TIMEOUT_S",
+    "SAVING_S",
     "STRATEGIES",
     "Failure",
     "Host",
+    "Link",
     "Outcome",
+    "Restarts",
+    "Slots",
     "Worker",
+    "joined",
+    "listed",
+    "parse_elastic",
     "parse_hosts",
     "plan_workers",
     "rendezvous",

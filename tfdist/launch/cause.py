@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 import signal
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from tfdist.errors import HUNG
+from tfdist.errors import HUNG, START_ME_AGAIN
 from tfdist.launch.plan import Worker
+from tfdist.note import Told
 from tfdist.watch.diagnosis import HEADLINE
 
 _TRACEBACK = "Traceback (most recent call last):"
@@ -30,11 +31,15 @@ class Failure:
         worker: Which one.
         returncode: Its exit status, or the negative number of the signal that ended it.
         lines: The last lines it wrote.
+        told: How far it was; of one that serves, how far the chief was.
+        ended: When, in seconds since 1970.
     """
 
     worker: Worker
     returncode: int
     lines: tuple[str, ...]
+    told: Told = field(default_factory=Told)
+    ended: float = 0.0
 
     @property
     def status(self) -> int:
@@ -53,6 +58,11 @@ class Failure:
 
     def describe(self) -> str:
         """Returns how the worker ended, in one sentence."""
+        if self.told.preempted and self.returncode == START_ME_AGAIN:
+            return (
+                f"{self.worker.task} was asked to end (SIGTERM somewhere in the run), has "
+                f"saved, and asks to be started again by exit status {START_ME_AGAIN}."
+            )
         if self.returncode >= 0:
             return f"{self.worker.task} ended with exit status {self.returncode}."
         number = -self.returncode
@@ -62,6 +72,13 @@ class Failure:
             name = "unknown"
         hint = " The system does so when memory runs out." if name == "SIGKILL" else ""
         return f"{self.worker.task} was ended by signal {number} ({name}).{hint}"
+
+    @property
+    def last_error(self) -> str:
+        """The line that names the last exception, if there is one."""
+        start = _last_traceback(self.lines)
+        raised = None if start is None else _exception_line(self.lines, start)
+        return "" if raised is None else self.lines[raised]
 
     def excerpt(self, limit: int = 20) -> tuple[str, ...]:
         """Returns the lines that tell most.

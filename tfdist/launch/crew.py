@@ -18,6 +18,7 @@ from tfdist.errors import LaunchError
 from tfdist.launch.cause import Failure
 from tfdist.launch.output import Lines, Screen
 from tfdist.launch.plan import Worker
+from tfdist.note import NOTE_FD, Note, Told, shared_memory
 
 LAUNCHER_FD = "TFDIST_LAUNCHER_FD"
 
@@ -37,6 +38,7 @@ class _Member:
         fd: int,
         lines: Lines,
         is_live: bool,
+        note: Note,
     ) -> None:
         self.position = position
         self.worker = worker
@@ -44,6 +46,7 @@ class _Member:
         self.fd: int | None = fd
         self.lines = lines
         self.is_live = is_live
+        self.note = note
         self.ended_at: float | None = None
         self.has_group = True
 
@@ -93,6 +96,17 @@ class Crew:
     def is_running(self) -> bool:
         """Whether a worker or a child of one is left."""
         return any(member.has_group for member in self._members)
+
+    @property
+    def told(self) -> Told:
+        """How far the first worker of this machine is that does not only serve."""
+        driving = [m for m in self._members if not m.worker.serves]
+        return driving[0].note.read() if driving else Told()
+
+    @property
+    def saves(self) -> bool:
+        """Whether a worker that runs will save what it has when SIGTERM comes."""
+        return any(m.ended_at is None and m.note.read().saves for m in self._members)
 
     def start(self, workers: Sequence[Worker], log_dir: Path | None) -> None:
         """Starts the workers.
@@ -148,18 +162,24 @@ class Crew:
         # Only the chief draws a progress bar, and only on a terminal is it of use.
         is_live = self._screen.is_terminal and worker.shows_progress
         reading, writing = _terminal(self._screen) if is_live else os.pipe()
+        memory = shared_memory()
         try:
             process = subprocess.Popen(
                 worker.command,
-                env={**worker.environment, LAUNCHER_FD: str(self._lifeline)},
+                env={
+                    **worker.environment,
+                    LAUNCHER_FD: str(self._lifeline),
+                    NOTE_FD: str(memory),
+                },
                 stdin=subprocess.DEVNULL,
                 stdout=writing,
                 stderr=writing,
-                pass_fds=(self._lifeline,),
+                pass_fds=(self._lifeline, memory),
                 start_new_session=True,
             )
         except OSError as error:
             os.close(reading)
+            os.close(memory)
             raise LaunchError(
                 f"The program of {worker.task} must be one that can be started. "
                 f"Received: {worker.command[0]!r} ({error.strerror}). "
@@ -169,7 +189,8 @@ class Crew:
             os.close(writing)
         os.set_blocking(reading, False)
         lines = Lines(log, worker.is_quiet)
-        member = _Member(position, worker, process, reading, lines, is_live)
+        note = Note.of(memory)
+        member = _Member(position, worker, process, reading, lines, is_live, note)
         self._selector.register(reading, selectors.EVENT_READ, member)
         return member
 
@@ -197,6 +218,27 @@ class Crew:
                     # What is left of the group can only be waiting to be reaped.
                     member.has_group = False
 
+    def ask(self, number: int, grace: float, received: Sequence[int]) -> None:
+        """Sends a signal to the workers that drive the run, and waits until they have ended.
+
+        Args:
+            number: The signal.
+            grace: For how many seconds at most.
+            received: The signals sent to the launcher; a further one ends the wait.
+        """
+        asked = len(received)
+        driving = [m for m in self._members if not m.worker.serves]
+        for member in driving:
+            if member.ended_at is None:
+                member.signal_group(number)
+        deadline = time.monotonic() + grace
+        while (
+            any(member.ended_at is None for member in driving)
+            and time.monotonic() < deadline
+            and len(received) == asked
+        ):
+            self.pump()
+
     def end(self, steps: Sequence[tuple[int, float]], received: Sequence[int] = ()) -> None:
         """Ends all workers and their children.
 
@@ -208,6 +250,7 @@ class Crew:
         for number, grace in steps:
             for member in self._members:
                 if member.has_group:
+                    member.note.ask_for_end()
                     member.signal_group(number)
             deadline = time.monotonic() + grace
             while self.is_running and time.monotonic() < deadline:
@@ -237,7 +280,10 @@ class Crew:
             self.finished.append(member.worker.task)
             return
         lines = tuple(member.lines.last)
-        self.failures.append(Failure(member.worker, member.process.returncode, lines))
+        told = self.told if member.worker.serves else member.note.read()
+        self.failures.append(
+            Failure(member.worker, member.process.returncode, lines, told, time.time())
+        )
 
     def _read(self, member: _Member) -> bool:
         """Reads once; returns whether there may be more."""

@@ -7,20 +7,26 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO
 
-from tfdist.errors import HUNG, START_ME_AGAIN
+from tfdist.errors import START_ME_AGAIN
 from tfdist.launch.cause import Failure, root_cause
 from tfdist.launch.crew import Crew
+from tfdist.launch.link import Link
 from tfdist.launch.output import Screen
 from tfdist.launch.plan import Worker
+from tfdist.launch.restarts import Cause, Restart, Restarts
 from tfdist.launch.signals import handled
+from tfdist.launch.slots import Slots
 
 # How long a failure that only blames a peer waits for that peer's own.
 _PEER_FAILURE_S = 1.0
+SAVING_S = 25.0
+"""Seconds for saving after SIGTERM: Kubernetes kills a pod after 30."""
+
 _AFTER_FAILURE = ((signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0))
 _AFTER_INTERRUPT = ((signal.SIGINT, 3.0), *_AFTER_FAILURE)
 
@@ -34,12 +40,18 @@ class Outcome:
         failure: The worker's failure that ended the run; None if no worker failed.
         finished: The tasks that had already ended well when it failed.
         interrupted: The signal sent to the launcher, 0 if there was none.
+        restarts: What was started again meanwhile.
+        is_repeated: Whether the failure came twice in a row at the same step.
+        elsewhere: What ended the run, if that was on another machine.
     """
 
     status: int
     failure: Failure | None = None
     finished: tuple[str, ...] = ()
     interrupted: int = 0
+    restarts: tuple[Restart, ...] = ()
+    is_repeated: bool = False
+    elsewhere: Cause | None = None
 
 
 def run_workers(
@@ -47,8 +59,11 @@ def run_workers(
     *,
     log_dir: Path | None = None,
     stream: TextIO | None = None,
-    max_restarts: int = 0,
-    meeting: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    restarts: Restarts | None = None,
+    grace: float = SAVING_S,
+    link: Link | None = None,
+    slots: Slots | None = None,
+    meeting: Callable[[Worker], AbstractContextManager[Any]] = nullcontext,
 ) -> Outcome:
     """Runs the workers of this machine until all have ended, or the first has failed.
 
@@ -60,30 +75,62 @@ def run_workers(
         workers: What to start.
         log_dir: A folder for each worker's whole output, `worker-<i>.log`.
         stream: Where to write the workers' lines; standard output unless given.
-        max_restarts: How often what was lost is started again: a worker that serves alone,
-            else all. Only what a signal ended, what asked for it by status 75, or what hung
-            (76), is lost.
-        meeting: Makes a context around each start of all workers: where they meet.
+        restarts: How often a worker that failed is started again: one that serves alone,
+            else all with it. Never, unless given.
+        grace: How many seconds workers that save may take for it after SIGTERM.
+        link: To the launchers of other machines, with which all of this is done together.
+        slots: Chooses the workers of each start after the first, in place of `workers`.
+        meeting: Makes a context around each start of all workers: where they meet. It is given
+            the first of them.
 
     Returns:
         How the run ended.
 
     Raises:
-        LaunchError: A worker could not be started or a log file not be written.
+        LaunchError: A worker could not be started or a log file not be written, or the
+            launchers of other machines do not come.
     """
     screen = Screen(stream or sys.stdout, [worker.task for worker in workers])
-    restarts = _Restarts(max_restarts)
+    restarts = restarts or Restarts()
     with _signals() as received:
         while True:
             crew = Crew(screen)
             try:
-                with meeting():
+                if link is not None:
+                    ended = _run_with_others(
+                        crew, workers, log_dir, received, restarts, grace, link, meeting
+                    )
+                    if ended is None:
+                        continue
+                    return replace(ended, restarts=tuple(link.restarts.made))
+                with meeting(workers[0]):
                     crew.start(workers, log_dir)
-                    outcome = _watch(crew, received, restarts)
-                if outcome.failure is None or not restarts.allows(outcome.failure):
-                    return outcome
+                    outcome = _watch(crew, received, restarts, grace)
+                cause = None if outcome.failure is None else Cause.of(outcome.failure)
+                loses = (
+                    slots is not None
+                    and outcome.failure is not None
+                    and slots.loses(outcome.failure)
+                )
+                if (
+                    outcome.failure is None
+                    or cause is None
+                    or not restarts.allows(cause, changes=loses)
+                ):
+                    return replace(
+                        outcome,
+                        restarts=tuple(restarts.made),
+                        is_repeated=cause is not None and restarts.repeats(cause),
+                    )
                 position = list(workers).index(outcome.failure.worker)
-                crew.say(position, restarts.note(outcome.failure, "All are started again"))
+                what = "All are started again"
+                if slots is not None:
+                    before = len(workers)
+                    slots.note(outcome.failure)
+                    workers = slots.workers
+                    if loses or len(workers) != before:
+                        what = f"{what}, now {len(workers)} in all"
+                crew.say(position, restarts.note(cause, what))
             except BrokenPipeError:
                 # Whoever read the output is gone, as after `tfdist run ... | head`.
                 return Outcome(128 + signal.SIGPIPE, interrupted=signal.SIGPIPE)
@@ -91,30 +138,17 @@ def run_workers(
                 crew.close()
 
 
-class _Restarts:
-    """How many restarts are left."""
-
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._used = 0
-
-    def allows(self, failure: Failure) -> bool:
-        """Tells whether what failed was lost, and may be started again."""
-        was_lost = failure.returncode < 0 or failure.returncode in (START_ME_AGAIN, HUNG)
-        return was_lost and self._used < self._most
-
-    def note(self, failure: Failure, what: str) -> str:
-        """Counts a restart, and says so."""
-        self._used += 1
-        return f"tfdist: {failure.describe()} {what} ({self._used} of {self._most})."
-
-
-def _watch(crew: Crew, received: list[int], restarts: _Restarts) -> Outcome:
+def _watch(crew: Crew, received: list[int], restarts: Restarts, grace: float) -> Outcome:
+    has_gone_on = False
     while crew.is_running and not received and not crew.failures and not crew.is_done:
         crew.pump()
+        if not has_gone_on and crew.told.made:
+            has_gone_on = True
+            restarts.note_step()
         for failure in tuple(crew.failures):
-            if failure.worker.is_replaceable and restarts.allows(failure):
-                line = restarts.note(failure, "It is started again")
+            cause = Cause.of(failure)
+            if failure.worker.is_replaceable and restarts.allows(cause):
+                line = restarts.note(cause, "It is started again")
                 crew.say(crew.start_again(failure), line)
     if crew.failures and not received:
         deadline = time.monotonic() + _PEER_FAILURE_S
@@ -125,16 +159,90 @@ def _watch(crew: Crew, received: list[int], restarts: _Restarts) -> Outcome:
             and all(failure.blames_peer for failure in crew.failures)
         ):
             crew.pump()
-    failures, finished = tuple(crew.failures), tuple(crew.finished)
     if received:
-        first = received[0]
-        crew.end(_AFTER_INTERRUPT if first == signal.SIGINT else _AFTER_FAILURE, received)
-        return Outcome(128 + first, finished=finished, interrupted=first)
+        return _interrupted(crew, received, grace)
+    failures, finished = tuple(crew.failures), tuple(crew.finished)
     crew.end(_AFTER_FAILURE, received)
     if not failures:
         return Outcome(0, finished=finished)
     failure = root_cause(failures)
     return Outcome(failure.status, failure, finished)
+
+
+def _run_with_others(
+    crew: Crew,
+    workers: Sequence[Worker],
+    log_dir: Path | None,
+    received: list[int],
+    replaced: Restarts,
+    grace: float,
+    link: Link,
+    meeting: Callable[[Worker], AbstractContextManager[Any]],
+) -> Outcome | None:
+    """Runs workers together with those of other machines; None if all are started again."""
+    failure, is_told, has_gone_on = None, False, False
+    with meeting(workers[0]):  # it must be there before anyone comes
+        news = link.meet(received, lambda line: crew.say(0, line))
+        if news is None and not received:
+            crew.start(workers, log_dir)
+        failed_at = 0.0
+        while news is None and not received:
+            crew.pump()
+            news = link.news
+            if not has_gone_on and crew.told.made:
+                has_gone_on = True
+                link.restarts.note_step()
+            for one in tuple(crew.failures):
+                cause = Cause.of(one)
+                if one.worker.is_replaceable and replaced.allows(cause):
+                    line = replaced.note(cause, "It is started again")
+                    crew.say(crew.start_again(one), line)
+            if is_told:
+                continue
+            if crew.failures:
+                failed_at = failed_at or time.monotonic()
+                failure = root_cause(crew.failures)
+                waited = time.monotonic() - failed_at > _PEER_FAILURE_S
+                if waited or not crew.is_running or not failure.blames_peer:
+                    link.failed(Cause.of(failure))
+                    is_told = True
+            elif not crew.is_running or crew.is_done:
+                link.done()
+                is_told = True
+        if received:
+            outcome = _interrupted(crew, received, grace)
+            link.leave(outcome.status)
+            return outcome
+        assert news is not None
+        finished = tuple(crew.finished)
+        crew.end(_AFTER_FAILURE, received)
+    if news.cause is None:
+        return Outcome(0, finished=finished)
+    if news.again:
+        crew.say(0, link.restarts.note(news.cause, "All are started again on all hosts"))
+        return None
+    is_ours = failure is not None and Cause.of(failure) == news.cause
+    return Outcome(
+        news.cause.status,
+        failure if is_ours else None,
+        finished,
+        is_repeated=news.is_repeated,
+        elsewhere=None if is_ours else news.cause,
+    )
+
+
+def _interrupted(crew: Crew, received: list[int], grace: float) -> Outcome:
+    """Ends the workers after a signal to the launcher, and lets them save if they can."""
+    first, is_saved = received[0], False
+    if first == signal.SIGTERM and crew.saves:
+        crew.ask(first, grace, received)
+        is_saved = any(
+            f.told.preempted and f.returncode == START_ME_AGAIN for f in crew.failures
+        )
+    finished = tuple(crew.finished)
+    crew.end(_AFTER_INTERRUPT if first == signal.SIGINT else _AFTER_FAILURE, received)
+    status = START_ME_AGAIN if is_saved else 128 + first
+    return Outcome(status, finished=finished, interrupted=first)
 
 
 @contextmanager

@@ -125,7 +125,9 @@ class Asynchronous:
                 "one that may give none, such as Poisson. Use another strategy, or "
                 "ParameterServer(synchronous=True)."
             )
-        steps = epoch.take(self._model.steps_per_execution)
+        steps = epoch.pass_made(epoch.take(self._model.steps_per_execution))
+        if steps == 0:
+            return dict(epoch.logs)
         batches = []
         try:
             with epoch.drawing():
