@@ -567,3 +567,58 @@ def notes_on_the_board_reach_all_workers(folder: Path) -> None:
             time.sleep(0.1)
         assert board.read_all("waiting") == dict.fromkeys(range(last), "x" * 100000)
     everywhere(None)
+
+
+class Meddles(keras.callbacks.Callback):
+    """Changes a weight of the last replica by the least bit, after one step."""
+
+    def __init__(self, epoch: int, step: int) -> None:
+        super().__init__()
+        self.when = (epoch, step)
+        self.strategy = tfdist.init(seed=7).strategy
+        self.epoch = 0
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        self.epoch = epoch
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        place = self.strategy.place
+        is_last = place.worker_index == place.num_workers - 1
+        if self.when != (self.epoch, batch + 1) or not is_last:
+            return
+        variable = self.model.trainable_variables[2].value
+        if place.local_replicas > 1:
+            variable = self.strategy.strategy.experimental_local_results(variable)[-1]
+        changed = variable.numpy()
+        changed.flat[3] = np.nextafter(changed.flat[3], np.float32(9))
+        variable.assign(changed)
+
+
+@check
+def replicas_that_differ_are_named(folder: Path) -> None:
+    fit = {"batch_size": 64, "epochs": 2, "verbose": 0, "verify_every": 5}
+    ours = mlp(clipped_adam())
+    theirs = mlp(clipped_adam())
+    theirs.set_weights(ours.get_weights())
+    shown = [keras.callbacks.ReduceLROnPlateau("loss")]
+    tfdist.fit(ours, *table(), validation_data=table(50), callbacks=shown, seed=3, **fit)
+    tfdist.fit(
+        theirs, *table(), validation_data=table(50), seed=3, **{**fit, "verify_every": None}
+    )
+    assert_weights_close(ours, theirs, 0)  # looking changes nothing
+    with pytest.raises(ArgumentError, match="verify_every=0"):
+        tfdist.fit(ours, *table(), **{**fit, "verify_every": 0})
+    strategy = tfdist.init(seed=7).strategy
+    if place().num_replicas == 1 or strategy.has_servers:
+        return  # one copy is the same as itself
+    who = f"worker {place().num_workers - 1}" if place().num_workers > 1 else "replica 1"
+    for epoch, step, found in (
+        (0, 7, "after step 10 of epoch 1"),
+        (1, 4, "after step 4 of epoch 2"),
+        (1, 16, "at the end of training"),
+    ):
+        model, at = mlp(clipped_adam()), Meddles(epoch, step)
+        with pytest.raises(DisagreementError) as caught:
+            tfdist.fit(model, *table(), callbacks=[at], **fit)
+        for word in (found, f"`{model.trainable_variables[2].path}`", who):
+            assert word in str(caught.value), (word, str(caught.value))

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from tfdist.watch.notes import ENDED, Note
-from tfdist.watch.progress import BETWEEN, OUTSIDE, START
+from tfdist.watch.progress import BETWEEN, OUTSIDE, START, STEP
 
 HEADLINE = "tfdist: the run hangs"
 """How a report begins; the launcher looks for it."""
@@ -160,6 +160,17 @@ def _calls(answering: Sequence[Note], inside: Sequence[Note]) -> list[Cause]:
                     certain=True,
                 )
             )
+    apart = [n for n in inside if n.is_exchanging and n.at == BETWEEN and n.is_overdue]
+    if apart and any(note.at == STEP for note in begun):
+        in_step = [note for note in begun if note.at == STEP]
+        found.append(
+            Cause(
+                f"{_tasks(apart)} exchanges something with the others in a callback "
+                f"({apart[0].phase}), while {_tasks(in_step)} is in a step. A callback that "
+                "calls tfdist must do so on all workers.",
+                certain=True,
+            )
+        )
     names = {note.call for note in inside}
     numbers = {note.number for note in inside}
     if begun and (len(names) > 1 or len(numbers) > 1):
