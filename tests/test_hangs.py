@@ -142,6 +142,7 @@ def test_a_slow_pipeline_is_reported_and_goes_on(strategy: str, tmp_path: Path) 
     found, printed = hanging(tmp_path, "slow data", command, limit=2)
     assert found == 0, printed
     assert "waits for its data" in printed
+    assert "in rows: time.sleep(stall)" in printed
     assert printed.count("tfdist: the run hangs: ") == 1
     assert "tfdist: the run goes on." in printed
 

@@ -17,6 +17,7 @@ from tfdist.strategies.base import Strategy
 from tfdist.watch import here
 
 _KEPT = 1000  # steps of an epoch, and of the table at the end
+_FEWEST = 20  # of which a median tells something
 _STEP, _DATA, _REDUCING = range(3)
 _NOTABLE = 0.1  # of a step
 
@@ -126,6 +127,7 @@ class Measure(keras.callbacks.Callback):  # type: ignore[misc]
         self._epoch = array("d")
         self._all: list[Any] = []
         self._before: Times | None = None
+        self._writer: Any = None
 
     def on_train_begin(self, logs: Any = None) -> None:
         """Begins to measure."""
@@ -163,17 +165,21 @@ class Measure(keras.callbacks.Callback):  # type: ignore[misc]
     def on_train_end(self, logs: Any = None) -> None:
         """Shows the table."""
         here.noting = None
-        if self._shows and self._all:
+        if self._writer is not None:
+            self._writer.close()
+        if self._shows and sum(len(parts[0]) for parts in self._all) >= _FEWEST:
             joined = [np.concatenate(parts)[-_KEPT:] for parts in zip(*self._all, strict=True)]
             print(table(paces(joined)), flush=True)
 
     def _write(self, epoch: int, found: Sequence[Pace]) -> None:
-        writer = tf.summary.create_file_writer(os.path.join(str(self._log_dir), "workers"))
-        with writer.as_default():
+        if self._writer is None:
+            folder = os.path.join(str(self._log_dir), "workers")
+            self._writer = tf.summary.create_file_writer(folder)
+        with self._writer.as_default():
             for worker, pace in enumerate(found):
                 for name in ("step", "work", "data", "waiting"):
                     values = 1e3 * getattr(pace, name)
                     tag = f"worker_{worker}/{name}_ms"
                     tf.summary.scalar(f"{tag}_median", np.median(values), step=epoch)
                     tf.summary.scalar(f"{tag}_p95", np.percentile(values, 95), step=epoch)
-        writer.close()
+        self._writer.flush()

@@ -5,7 +5,9 @@ Each check is a function of a folder that all workers share.
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import io
 import threading
 import time
 from collections.abc import Callable
@@ -622,3 +624,45 @@ def replicas_that_differ_are_named(folder: Path) -> None:
             tfdist.fit(model, *table(), callbacks=[at], **fit)
         for word in (found, f"`{model.trainable_variables[2].path}`", who):
             assert word in str(caught.value), (word, str(caught.value))
+
+
+@check
+def a_worker_that_holds_the_others_back_is_named(folder: Path) -> None:
+    if place().num_workers == 1:
+        pytest.skip("one worker waits for nobody")
+    me = place().worker_index
+
+    def late(x: Any) -> Any:
+        time.sleep(0.05 * (me == 1))
+        return x
+
+    class Late(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+            late(None)
+
+    def slow(x: Any, y: Any) -> Any:
+        slowed = tf.numpy_function(late, [x], tf.float32)
+        return tf.ensure_shape(slowed, x.shape), y
+
+    def said(*data: Any, **options: Any) -> str:
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            tfdist.fit(mlp("sgd"), *data, epochs=2, verbose=2, **options)
+        return printed.getvalue()
+
+    board = keras.callbacks.TensorBoard(folder / "board", write_graph=False)
+    printed = said(*table(), batch_size=64, callbacks=[Late(), board])
+    assert ("worker 1 holds the others back" in printed) == (me == 0), printed
+    assert "for its data" not in printed
+    rows = tf.data.Dataset.from_tensor_slices(table()).batch(64)
+    printed = said(rows.map(slow))
+    assert ("for its data" in printed) == (me == 0), printed
+    everywhere(None)
+    (events,) = folder.glob("board/workers/events*")
+    written = {
+        value.tag: float(tf.make_ndarray(value.tensor))
+        for event in tf.compat.v1.train.summary_iterator(str(events))
+        for value in event.summary.value
+    }
+    assert written["worker_1/work_ms_median"] > 50
+    assert written["worker_0/waiting_ms_median"] > 25
+    assert written["worker_0/step_ms_p95"] >= written["worker_0/step_ms_median"] > 50

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from tfdist.watch.notes import ENDED, Note
-from tfdist.watch.progress import BETWEEN, OUTSIDE, START, STEP
+from tfdist.watch.progress import BETWEEN, FIRST_STEP, OUTSIDE, START, STEP
 
 HEADLINE = "tfdist: the run hangs"
 """How a report begins; the launcher looks for it."""
@@ -84,6 +84,15 @@ def causes(notes: Mapping[int, Note], lost: Mapping[int, Lost]) -> list[Cause]:
         )
         for note in answering
         if note.waits_for_data
+    ]
+    found += [
+        Cause(
+            f"The step waits for its data, or computes, for {note.idle:.0f} s. Look at what "
+            "the pipeline reads (a slow disk or network, a generator that waits, a shuffle "
+            "buffer that fills)."
+        )
+        for note in answering
+        if note.alone and note.at in (STEP, FIRST_STEP) and note.is_overdue
     ]
     found += _elsewhere(answering, inside)
     if not found:

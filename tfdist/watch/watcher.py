@@ -388,7 +388,8 @@ def _phase(frame: Any, at: str, call: Any, for_data: bool, exchanging: bool) -> 
         return f"{where}{after}: exchanging settings with the others"
     kind = "validation, after step" if call.validating else "step"
     if at in (STEP, FIRST_STEP):
-        doing = "waiting for its data" if for_data else "computing, or waiting for the others"
+        other = "its data" if call.alone else "the others"
+        doing = "waiting for its data" if for_data else f"computing, or waiting for {other}"
         return f"{where}{kind} {call.step}: {doing}"
     if at == BETWEEN:
         return f"{where}{after}"
