@@ -10,8 +10,10 @@ import numpy as np
 
 from tfdist.imbalance.per_class import PerClassMetrics
 from tfdist.learning_rate import LearningRateScaling, RateCallback
+from tfdist.pace import Measure
 from tfdist.steps import Stop
 from tfdist.strategies.base import Strategy
+from tfdist.verify import VerifyReplicas
 
 _WRITERS = tuple(
     getattr(keras.callbacks, name)
@@ -27,7 +29,15 @@ _WRITERS = tuple(
 )
 
 
-def prepare(callbacks: Any, strategy: Strategy, stop: Stop, variables: Sequence[Any]) -> Any:
+def prepare(
+    callbacks: Any,
+    strategy: Strategy,
+    stop: Stop,
+    variables: Sequence[Any],
+    verify_every: int | None = None,
+    marks: Any = None,
+    shows: bool = False,
+) -> Any:
     """Makes the user's callbacks right for this process.
 
     Every worker runs the callbacks that decide: they see the same logs. Those that write
@@ -40,16 +50,30 @@ def prepare(callbacks: Any, strategy: Strategy, stop: Stop, variables: Sequence[
         strategy: Where the replicas are.
         stop: Shared with the train function.
         variables: The model's state, which all workers take from the chief.
+        verify_every: Steps between two comparisons of all replicas' weights, if any.
+        marks: Clocks inside of the steps, if they have some.
+        shows: Whether this process prints.
 
     Returns:
         What `Model.fit` takes as `callbacks`.
     """
-    agreement = [Agreement(strategy, stop, variables)] if strategy.place.num_workers > 1 else []
+    last: list[Any] = []
+    if verify_every is not None and strategy.place.num_replicas > 1:
+        last.append(VerifyReplicas(verify_every, strategy, variables))
+    given = getattr(callbacks, "callbacks", callbacks)
+    given = [
+        c for c in (given if isinstance(given, list | tuple) else [given]) if c is not None
+    ]
+    if strategy.place.num_workers > 1 and marks is not None and not strategy.elastic:
+        boards = [c for c in given if isinstance(c, keras.callbacks.TensorBoard)]
+        log_dir = boards[0].log_dir if boards and strategy.place.is_chief else None
+        last.append(Measure(strategy, marks, shows, log_dir))
+    if strategy.place.num_workers > 1:
+        last.append(Agreement(strategy, stop, variables))
     if isinstance(callbacks, keras.callbacks.CallbackList):
-        callbacks.callbacks = [*_for_process(callbacks.callbacks, strategy), *agreement]
+        callbacks.callbacks = [*_for_process(given, strategy), *last]
         return callbacks
-    given = callbacks if isinstance(callbacks, list | tuple) else [callbacks]
-    return [*_for_process([c for c in given if c is not None], strategy), *agreement]
+    return [*_for_process(given, strategy), *last]
 
 
 _BETWEEN_STEPS = (

@@ -159,8 +159,9 @@ def run(
       tfdist run --hosts node1:4,node2:4 --node-rank 1 train.py    on node2
 
     Exit status: 0 when every worker succeeded, else that of the worker that failed first
-    (128 + n if signal n ended it); 75 when training was saved after SIGTERM and should be
-    started again; 130 after Ctrl-C; 1 if tfdist could not start the
+    (128 + n if signal n ended it); 75 when training was saved after SIGTERM, or only lost
+    another, and should be started again; 76 if the run hung, with a report of who was
+    where; 130 after Ctrl-C; 1 if tfdist could not start the
     workers, 2 for a wrong command line.
     """  # noqa: D301
     if not module and not Path(script).is_file():

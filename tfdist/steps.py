@@ -105,8 +105,8 @@ def make_functions(
     if own is not None:
         return own
     replica = _Replica(model, strategy, private)
-    # The servers' synchronous steps are traced for the workers, which keep no variables.
-    marks = None if strategy.has_servers else Marks()
+    # One process has nobody to wait for, and servers' steps no place for the clocks.
+    marks = Marks() if strategy.place.num_workers > 1 else None
     varies = private is not None
     return Functions(
         train=_over_epoch(model, strategy, replica.train, stop, marks, varies),

@@ -22,6 +22,7 @@ from tfdist.samplers import Sampler, Sequential, Uniform, from_shuffle
 from tfdist.session import Session, current
 from tfdist.steps import Stop
 from tfdist.strategies.base import Strategy
+from tfdist.verify import check_every
 
 P = ParamSpec("P")
 
@@ -67,6 +68,7 @@ def fit(
     seed: int | None = None,
     privacy: DPSGD | None = None,
     checkpoint: Checkpoint | str | os.PathLike[str] | None = None,
+    verify_every: int | None = None,
 ) -> Any:
     """Trains a Keras model on every replica there is, as one process would.
 
@@ -112,6 +114,8 @@ def fit(
         privacy: A `tfdist.DPSGD` for differentially private training.
         checkpoint: A `tfdist.Checkpoint`, or a directory, from which training goes on as if it
             had never stopped, and in which it is saved.
+        verify_every: Steps after which all replicas' weights are compared, again and again,
+            and at the end; never if None.
 
     Returns:
         Keras's `History`, the same on every worker; in private training its attribute
@@ -120,7 +124,7 @@ def fit(
     Raises:
         ArgumentError: Arguments or data cannot be used as they are.
         StrategyError: The strategy cannot run here.
-        DisagreementError: The workers were called differently.
+        DisagreementError: The workers were called differently, or replicas differ.
         CheckpointError: A checkpoint could not be written, or none could be read.
 
     Example:
@@ -135,6 +139,7 @@ def fit(
     session = current(strategy)
     preflight.check_counts(epochs=epochs, initial_epoch=initial_epoch)
     preflight.check_steps(steps_per_epoch=steps_per_epoch, validation_steps=validation_steps)
+    check_every(verify_every)
     model = preflight.compiled(model)
     saver = None if checkpoint is None else CheckpointRun(checkpoint, session.strategy)
     private, chosen = None, seed is not None or session.seed is not None
@@ -214,6 +219,7 @@ def fit(
             initial_epoch=initial_epoch,
             validation_steps=validation and validation.steps,
             steps_per_execution=model.steps_per_execution,
+            verify_every=verify_every,
         )
         _announce(
             session,
@@ -224,7 +230,13 @@ def fit(
         )
         shown = verbose if session.is_chief else 0
         kept = tfdist_callbacks.prepare(
-            callbacks, session.strategy, prepared.stop, prepared.variables
+            callbacks,
+            session.strategy,
+            prepared.stop,
+            prepared.variables,
+            verify_every,
+            prepared.functions.marks,
+            shows=session.is_chief and verbose != 0,
         )
         if private is not None and prepared.private is not None:
             kept = private.watched(kept, prepared.private)

@@ -5,7 +5,9 @@ Each check is a function of a folder that all workers share.
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import io
 import threading
 import time
 from collections.abc import Callable
@@ -567,3 +569,100 @@ def notes_on_the_board_reach_all_workers(folder: Path) -> None:
             time.sleep(0.1)
         assert board.read_all("waiting") == dict.fromkeys(range(last), "x" * 100000)
     everywhere(None)
+
+
+class Meddles(keras.callbacks.Callback):
+    """Changes a weight of the last replica by the least bit, after one step."""
+
+    def __init__(self, epoch: int, step: int) -> None:
+        super().__init__()
+        self.when = (epoch, step)
+        self.strategy = tfdist.init(seed=7).strategy
+        self.epoch = 0
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        self.epoch = epoch
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        place = self.strategy.place
+        is_last = place.worker_index == place.num_workers - 1
+        if self.when != (self.epoch, batch + 1) or not is_last:
+            return
+        variable = self.model.trainable_variables[2].value
+        if place.local_replicas > 1:
+            variable = self.strategy.strategy.experimental_local_results(variable)[-1]
+        changed = variable.numpy()
+        changed.flat[3] = np.nextafter(changed.flat[3], np.float32(9))
+        variable.assign(changed)
+
+
+@check
+def replicas_that_differ_are_named(folder: Path) -> None:
+    fit = {"batch_size": 64, "epochs": 2, "verbose": 0, "verify_every": 5}
+    ours = mlp(clipped_adam())
+    theirs = mlp(clipped_adam())
+    theirs.set_weights(ours.get_weights())
+    shown = [keras.callbacks.ReduceLROnPlateau("loss")]
+    tfdist.fit(ours, *table(), validation_data=table(50), callbacks=shown, seed=3, **fit)
+    tfdist.fit(
+        theirs, *table(), validation_data=table(50), seed=3, **{**fit, "verify_every": None}
+    )
+    assert_weights_close(ours, theirs, 0)  # looking changes nothing
+    with pytest.raises(ArgumentError, match="verify_every=0"):
+        tfdist.fit(ours, *table(), **{**fit, "verify_every": 0})
+    strategy = tfdist.init(seed=7).strategy
+    if place().num_replicas == 1 or strategy.has_servers:
+        return  # one copy is the same as itself
+    who = f"worker {place().num_workers - 1}" if place().num_workers > 1 else "replica 1"
+    for epoch, step, found in (
+        (0, 7, "after step 10 of epoch 1"),
+        (1, 4, "after step 4 of epoch 2"),
+        (1, 16, "at the end of training"),
+    ):
+        model, at = mlp(clipped_adam()), Meddles(epoch, step)
+        with pytest.raises(DisagreementError) as caught:
+            tfdist.fit(model, *table(), callbacks=[at], **fit)
+        for word in (found, f"`{model.trainable_variables[2].path}`", who):
+            assert word in str(caught.value), (word, str(caught.value))
+
+
+@check
+def a_worker_that_holds_the_others_back_is_named(folder: Path) -> None:
+    if place().num_workers == 1:
+        pytest.skip("one worker waits for nobody")
+    me = place().worker_index
+
+    def late(x: Any) -> Any:
+        time.sleep(0.05 * (me == 1))
+        return x
+
+    class Late(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+            late(None)
+
+    def slow(x: Any, y: Any) -> Any:
+        slowed = tf.numpy_function(late, [x], tf.float32)
+        return tf.ensure_shape(slowed, x.shape), y
+
+    def said(*data: Any, **options: Any) -> str:
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            tfdist.fit(mlp("sgd"), *data, epochs=2, verbose=2, **options)
+        return printed.getvalue()
+
+    board = keras.callbacks.TensorBoard(folder / "board", write_graph=False)
+    printed = said(*table(), batch_size=64, callbacks=[Late(), board])
+    assert ("worker 1 holds the others back" in printed) == (me == 0), printed
+    assert "for its data" not in printed
+    rows = tf.data.Dataset.from_tensor_slices(table()).batch(64)
+    printed = said(rows.map(slow))
+    assert ("for its data" in printed) == (me == 0), printed
+    everywhere(None)
+    (events,) = folder.glob("board/workers/events*")
+    written = {
+        value.tag: float(tf.make_ndarray(value.tensor))
+        for event in tf.compat.v1.train.summary_iterator(str(events))
+        for value in event.summary.value
+    }
+    assert written["worker_1/work_ms_median"] > 50
+    assert written["worker_0/waiting_ms_median"] > 25
+    assert written["worker_0/step_ms_p95"] >= written["worker_0/step_ms_median"] > 50

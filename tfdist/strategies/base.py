@@ -10,6 +10,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import keras
+import numpy as np
+
 from tfdist.board import Board
 from tfdist.cluster import Cluster
 
@@ -250,6 +253,14 @@ class Strategy(abc.ABC):
             optimizers: The optimizers among whose variables they are.
         """
         return contextlib.nullcontext()
+
+    def copies(self, variable: Any) -> list[Any]:
+        """Gives the values of a variable that the replicas of this process hold, as arrays.
+
+        Args:
+            variable: A `keras.Variable`, held by the strategy.
+        """
+        return [np.asarray(keras.ops.convert_to_numpy(variable))]
 
     def agree(self, variables: Sequence[Any]) -> None:  # noqa: B027, one process agrees
         """Gives `variables` the chief's values on every worker.

@@ -105,6 +105,11 @@ class TFDistribute(Connected):
             return contextlib.nullcontext()
         return MirroredVariables(self.strategy, variables, optimizers)
 
+    def copies(self, variable: Any) -> list[Any]:
+        """Gives the values of a variable on each device of this process."""
+        held = self.strategy.experimental_local_results(variable.value)
+        return [np.asarray(value) for value in held]
+
     def broadcast_bytes(self, content: bytes) -> bytes:
         """Gives every worker the chief's bytes."""
         words = np.frombuffer(content + bytes(-len(content) % 4), np.int32)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from tfdist.watch.notes import ENDED, Note
-from tfdist.watch.progress import BETWEEN, OUTSIDE, START
+from tfdist.watch.progress import BETWEEN, FIRST_STEP, OUTSIDE, START, STEP
 
 HEADLINE = "tfdist: the run hangs"
 """How a report begins; the launcher looks for it."""
@@ -85,6 +85,15 @@ def causes(notes: Mapping[int, Note], lost: Mapping[int, Lost]) -> list[Cause]:
         for note in answering
         if note.waits_for_data
     ]
+    found += [
+        Cause(
+            f"The step waits for its data, or computes, for {note.idle:.0f} s. Look at what "
+            "the pipeline reads (a slow disk or network, a generator that waits, a shuffle "
+            "buffer that fills)."
+        )
+        for note in answering
+        if note.alone and note.at in (STEP, FIRST_STEP) and note.is_overdue
+    ]
     found += _elsewhere(answering, inside)
     if not found:
         found.append(
@@ -160,6 +169,17 @@ def _calls(answering: Sequence[Note], inside: Sequence[Note]) -> list[Cause]:
                     certain=True,
                 )
             )
+    apart = [n for n in inside if n.is_exchanging and n.at == BETWEEN and n.is_overdue]
+    if apart and any(note.at == STEP for note in begun):
+        in_step = [note for note in begun if note.at == STEP]
+        found.append(
+            Cause(
+                f"{_tasks(apart)} exchanges something with the others in a callback "
+                f"({apart[0].phase}), while {_tasks(in_step)} is in a step. A callback that "
+                "calls tfdist must do so on all workers.",
+                certain=True,
+            )
+        )
     names = {note.call for note in inside}
     numbers = {note.number for note in inside}
     if begun and (len(names) > 1 or len(numbers) > 1):

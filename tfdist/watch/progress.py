@@ -53,6 +53,7 @@ class Progress:
         counted: Gives how many shares were drawn and how many steps were made of them, also
             while a step is made; None where that cannot be known.
         durations: Seconds of the last steps, by kind.
+        noting: Called after each training step with the seconds before it and in it.
     """
 
     at: str = OUTSIDE
@@ -62,6 +63,7 @@ class Progress:
     traced: bool = False
     counted: Callable[[], tuple[int, int]] | None = None
     durations: dict[str, deque[float]] = field(default_factory=dict)
+    noting: Callable[[float, float], None] | None = None
 
     def _go(self, at: str) -> float:
         now = time.monotonic()
@@ -89,6 +91,8 @@ class Progress:
             self._go(at)
             if at != OUTSIDE:
                 self.call = before
+            else:
+                self.noting = None
 
     def making(self, function: Callable[[Any], Any], kind: str) -> Callable[[Any], Any]:
         """Wraps what Keras's loop calls, to note when steps begin and end.
@@ -107,12 +111,14 @@ class Progress:
                 call.validating = kind == "validation" and call.name == "fit"
                 if not call.validating:
                     call.step = call.step + 1 if taken is None else taken + 1
-            self._go(FIRST_STEP if begins or len(known) < _WARM_UP else STEP)
+            between = self._go(FIRST_STEP if begins or len(known) < _WARM_UP else STEP)
             try:
                 result = function(data)
             finally:
                 lasted = self._go(BETWEEN)
             known.append(lasted)
+            if kind == "training" and self.noting is not None:
+                self.noting(between, lasted)
             return result
 
         return noted

@@ -133,9 +133,7 @@ class Watcher:
         if now - self._looked > min(_ASKED_S, beat):
             self._looked = now
             self._hear()
-        if self._wrote and self._reported != here.since:
-            self._wrote = False
-            print("tfdist: the run goes on.", file=sys.stderr, flush=True)
+        self._say_if_it_goes_on()
         if self._failed.is_set():
             self._failed.clear()
             self._ask()
@@ -149,6 +147,11 @@ class Watcher:
                 self._ask()
             elif self._reported == since and self._is_at_end(note):
                 self._end(f"Nothing has gone on for {note.idle:.0f} s.")
+
+    def _say_if_it_goes_on(self) -> None:
+        if self._wrote and self._reported != here.since:
+            self._wrote = False
+            print("tfdist: the run goes on.", file=sys.stderr, flush=True)
 
     def _is_at_end(self, note: Note) -> bool:
         lead = 0.0 if self._wrote else _LEAD_S
@@ -350,6 +353,7 @@ class Watcher:
 
     def _say_ended(self) -> None:
         self._over = True
+        self._say_if_it_goes_on()
         if self._board is None or not self.settings.limit or here.calls == 0:
             return
         now = Note(
@@ -384,7 +388,8 @@ def _phase(frame: Any, at: str, call: Any, for_data: bool, exchanging: bool) -> 
         return f"{where}{after}: exchanging settings with the others"
     kind = "validation, after step" if call.validating else "step"
     if at in (STEP, FIRST_STEP):
-        doing = "waiting for its data" if for_data else "computing, or waiting for the others"
+        other = "its data" if call.alone else "the others"
+        doing = "waiting for its data" if for_data else f"computing, or waiting for {other}"
         return f"{where}{kind} {call.step}: {doing}"
     if at == BETWEEN:
         return f"{where}{after}"

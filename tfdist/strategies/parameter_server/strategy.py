@@ -14,7 +14,7 @@ from tfdist._keras import served
 from tfdist.cluster import CHIEF, PS, Cluster
 from tfdist.errors import ArgumentError, ServerLostError, StrategyError
 from tfdist.patience import Patience
-from tfdist.strategies.base import Functions, Place, Tensor
+from tfdist.strategies.base import Functions, Place, Strategy, Tensor
 from tfdist.strategies.parameter_server.asynchronous import Asynchronous
 from tfdist.strategies.parameter_server.held import ServerVariables, plan
 from tfdist.strategies.parameter_server.ledger import Staleness
@@ -124,6 +124,10 @@ class ParameterServer(TFDistribute):
     def num_servers(self) -> int:
         """How many parameter servers there are."""
         return len(self._servers.servers)
+
+    def copies(self, variable: Any) -> list[Any]:
+        """Gives the one value of a variable, which the servers hold."""
+        return Strategy.copies(self, variable)
 
     def placed(self, variables: Sequence[Any], optimizers: Sequence[Any]) -> Any:
         """Plans where variables go; see `plan`."""

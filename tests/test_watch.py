@@ -1,0 +1,185 @@
+"""The watcher's parts: limits, stacks, memory, and causes from what workers say."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import keras
+import pytest
+
+from tests.jobs import ROOT
+from tfdist.errors import HUNG, ArgumentError
+from tfdist.launch.cause import Failure
+from tfdist.launch.plan import Worker
+from tfdist.watch import diagnosis, memory, progress, stacks
+from tfdist.watch.diagnosis import Lost
+from tfdist.watch.notes import ENDED, Note
+from tfdist.watch.progress import BETWEEN, OUTSIDE, START, STEP, Progress
+from tfdist.watch.settings import Settings
+
+pytestmark = pytest.mark.quick
+
+
+def note(worker: int, **values: Any) -> Note:
+    usual: dict[str, Any] = {
+        "at": STEP, "call": "fit", "number": 2, "step": 7, "idle": 70.0, "limit": 60.0
+    }  # fmt: skip
+    return Note(worker, f"worker {worker}", **{**usual, **values})
+
+
+def first_cause(*notes: Note, lost: dict[int, Lost] | None = None) -> Any:
+    return diagnosis.causes(dict(enumerate(notes)), lost or {})[0]
+
+
+@pytest.mark.parametrize(
+    ("other", "words", "certain"),
+    [
+        ({"at": OUTSIDE, "limit": 0.0}, "worker 1 has left `fit`", True),
+        ({"at": OUTSIDE, "number": 1}, "it has made 1 call, and they 2", True),
+        ({"at": ENDED}, "The script of worker 1 has ended, after 2 calls", True),
+        ({"at": START, "number": 3, "call": "evaluate"}, "different functions", True),
+        ({"at": BETWEEN, "is_exchanging": True, "phase": "X.on_epoch_end"}, "callback", True),
+        ({"waits_for_data": True}, "worker 1 waits for its data", False),
+        ({"left_mib": 30, "all_mib": 4000, "used_mib": 3000}, "out of memory", False),
+        ({"at": BETWEEN, "phase": "in X.on_epoch_end", "idle": 999.0}, "X.on_epoch_end", False),
+        ({"step": 6}, "worker 1 is behind, in step 6", False),
+        ({}, "Nothing that is known", False),
+    ],
+)
+def test_causes(other: dict[str, Any], words: str, certain: bool) -> None:
+    cause = first_cause(note(0), note(1, **other))
+    assert words in cause.text
+    assert cause.certain == certain
+
+
+@pytest.mark.parametrize(
+    ("state", "words", "certain"),
+    [
+        ("T", "is stopped (SIGSTOP", True),
+        (None, "has ended", True),
+        ("R", "interpreter lock", False),
+        ("?", "cannot be reached", False),
+    ],
+)
+def test_workers_that_do_not_answer(state: str | None, words: str, certain: bool) -> None:
+    lost = {1: Lost(20.0, state)}
+    cause = first_cause(note(0), note(1, pid=4), lost=lost)
+    assert words in cause.text
+    assert cause.certain == certain
+    assert "does not answer, for 20 s" in diagnosis.report({0: note(0), 1: note(1)}, lost)
+
+
+@pytest.mark.parametrize(
+    ("other", "expected"),
+    [
+        ({"at": BETWEEN, "limit": 600.0}, True),  # a callback within its own limit
+        ({"idle": 1.0}, True),  # it has just come
+        ({"is_debugged": True}, True),
+        ({}, False),
+        ({"at": OUTSIDE, "idle": 1.0}, False),
+    ],
+)
+def test_what_is_no_hang(other: dict[str, Any], expected: bool) -> None:
+    assert diagnosis.goes_on({0: note(0), 1: note(1, **other)}, {}) is expected
+
+
+def test_nobody_is_certain_while_the_others_end_their_call() -> None:
+    """The chief saves at the end of training, and another has returned already."""
+    saving = note(0, at=BETWEEN, idle=100.0, limit=600.0)
+    found = diagnosis.causes({0: saving, 1: note(1, at=OUTSIDE)}, {})
+    assert not any(cause.certain for cause in found)
+
+
+def test_notes_come_back_also_from_another_version() -> None:
+    given = note(3, stack=("a", "b"))
+    assert Note.read(given.text()) == given
+    assert Note.read(given.text().replace('"idle"', '"new"')) == replace(given, idle=0.0)
+
+
+def test_limits_are_learned() -> None:
+    settings = Settings.from_environment({})
+    assert settings == Settings(60.0, "end")
+    assert settings.limit_of(STEP, None) == settings.limit_of(STEP, 2.0) == 60
+    assert settings.limit_of(STEP, 10.0) == 200
+    assert settings.limit_of(BETWEEN, 10.0) == 600
+    assert settings.end_of(STEP, None) == 600
+    changed = settings.changed(0, "report")
+    assert changed == Settings(0.0, "report")
+    for wrong in ({"TFDIST_HANG_LIMIT": "-1"}, {"TFDIST_ON_HANG": "stop"}):
+        with pytest.raises(ArgumentError, match=next(iter(wrong))):
+            Settings.from_environment(wrong)
+    with pytest.raises(ArgumentError, match="hang_limit"):
+        settings.changed(float("nan"), None)
+
+
+def test_progress_of_nested_calls() -> None:
+    here = Progress()
+    with here.calling("fit", alone=False) as outer:
+        for _ in range(5):
+            here.making(lambda data: None, "training")(None)
+        assert (outer.step, here.at) == (5, BETWEEN)
+        with here.calling("evaluate", alone=False):
+            assert here.at == START
+        assert (here.call, here.at) == (outer, BETWEEN)
+        assert here.median is not None
+    assert (here.at, here.calls) == (OUTSIDE, 2)
+
+
+def test_stacks_show_a_users_frames_first() -> None:
+    ready, go = threading.Event(), threading.Event()
+
+    class Mine(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+            ready.set()
+            go.wait(20)
+
+    thread = threading.Thread(target=Mine().on_epoch_end, args=(0,))
+    thread.start()
+    ready.wait(20)
+    time.sleep(0.1)
+    frame = sys._current_frames()[thread.ident or 0]
+    lines = stacks.describe(frame)
+    named, debugged = stacks.callback(frame), stacks.is_debugged(frame)
+    others = stacks.others()
+    go.set()
+    thread.join()
+    here = Path(__file__).relative_to(ROOT)
+    assert lines[0].endswith("in on_epoch_end: go.wait(20)"), lines
+    assert here.name in lines[0]
+    assert lines[-1].startswith("(inside threading.py:")
+    assert named == "Mine.on_epoch_end"
+    assert not debugged
+    assert any("in another thread" in line and "on_epoch_end" in line for line in others)
+
+
+def test_memory_of_a_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    proc, group = tmp_path / "proc", tmp_path / "cgroup"
+    (proc / "self").mkdir(parents=True)
+    group.mkdir()
+    monkeypatch.setattr(memory, "PROC", proc)
+    monkeypatch.setattr(memory, "CGROUP", group)
+    assert memory.left_mib() is memory.used_mib() is None
+    (proc / "self" / "status").write_text("VmRSS:   2048 kB\n")
+    (proc / "meminfo").write_text("MemTotal: 8192000 kB\nMemAvailable: 4096000 kB\n")
+    assert memory.used_mib() == 2
+    assert memory.left_mib() == (4000, 8000)
+    (group / "memory.max").write_text("max\n")
+    assert memory.left_mib() == (4000, 8000)
+    (group / "memory.max").write_text(str(100 * 2**20))
+    (group / "memory.current").write_text(str(90 * 2**20))
+    (group / "memory.stat").write_text(f"anon 5\ninactive_file {30 * 2**20}\n")
+    assert memory.left_mib() == (40, 100)
+
+
+def test_the_launcher_repeats_the_report() -> None:
+    report = diagnosis.report({0: note(0), 1: note(1, step=3)}, {}, ["worker 2"], "It ends.")
+    lines = ("before", *report.splitlines())
+    failure = Failure(Worker(0, ("x",), {}), HUNG, lines)
+    assert failure.excerpt() == lines[1:]
+    assert "worker 2  has said nothing" in report
+    assert progress.here.at == OUTSIDE

@@ -1,0 +1,122 @@
+"""Checks while training runs that all replicas hold the same weights, bit by bit."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+
+from tfdist.errors import ArgumentError, DisagreementError
+from tfdist.strategies.base import Strategy
+
+_DIGEST_BYTES = 8
+
+
+def check_every(every: int | None) -> None:
+    """Refuses what is no number of steps.
+
+    Args:
+        every: The number of steps, or None.
+
+    Raises:
+        ArgumentError: It is not a whole number, or below 1.
+    """
+    if every is not None and (not isinstance(every, int) or every < 1):
+        raise ArgumentError(
+            "`verify_every` must be a whole number of steps, at least 1, or None. Received: "
+            f"verify_every={every!r}."
+        )
+
+
+class VerifyReplicas(keras.callbacks.Callback):  # type: ignore[misc]
+    """Compares a checksum of each variable of all replicas, every so many steps and at the end.
+
+    Args:
+        every: Steps between two checks.
+        strategy: Where the replicas are.
+        variables: `keras.Variable`s that must be the same everywhere.
+
+    Raises:
+        DisagreementError: A variable differs; the first is named, with who differs.
+    """
+
+    def __init__(self, every: int, strategy: Strategy, variables: Sequence[Any]) -> None:
+        super().__init__()
+        self._every = every
+        self._strategy = strategy
+        self._variables = variables
+        self._checked = 0
+        self._before = 0  # steps of epochs that are over
+        self._epoch = self._step = 0
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        """Notes the epoch, for the message."""
+        self._before += self._step
+        self._epoch, self._step = epoch, 0
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        """Compares, if it is time to."""
+        self._step = batch + 1
+        made = self._before + self._step
+        if made // self._every > self._checked // self._every:
+            self._checked = made
+            self.compare(f"after step {self._step} of epoch {self._epoch + 1}")
+
+    def on_train_end(self, logs: Any = None) -> None:
+        """Compares what training gives back."""
+        self.compare("at the end of training")
+
+    def compare(self, when: str) -> None:
+        """Compares all replicas.
+
+        Args:
+            when: For the message.
+
+        Raises:
+            DisagreementError: A variable differs.
+        """
+        place = self._strategy.place
+        mine = [
+            [_digest(copy) for copy in self._strategy.copies(variable)]
+            for variable in self._variables
+        ]
+        everyone = self._strategy.gather_objects(mine)
+        differing = []
+        for number, variable in enumerate(self._variables):
+            digests = [
+                (replica, digest)
+                for worker, found in enumerate(everyone)
+                for replica, digest in enumerate(found[number], worker * place.local_replicas)
+            ]
+            usual, _ = Counter(digest for _, digest in digests).most_common(1)[0]
+            odd = [replica for replica, digest in digests if digest != usual]
+            if odd:
+                differing.append((variable, odd))
+        if not differing:
+            return
+        variable, odd = differing[0]
+        raise DisagreementError(
+            f"All replicas must hold the same weights. Received: {when}, `{variable.path}` of "
+            f"{_named(odd, place.num_workers, place.local_replicas)} differs from the others'; "
+            f"so do {len(differing) - 1} of {len(self._variables) - 1} further variables. "
+            "Look for what changes weights on one worker only: a callback, a train_step that "
+            "assigns what it has not reduced, an operation with another result each time. "
+            "Without any, a faulty device is likely."
+        )
+
+
+def _digest(value: Any) -> bytes:
+    return hashlib.sha256(value.tobytes()).digest()[:_DIGEST_BYTES]
+
+
+def _named(replicas: Sequence[int], workers: int, local: int) -> str:
+    if workers == 1:
+        return "replica " + " and ".join(map(str, replicas))
+    names = [
+        f"worker {replica // local}" + (f" (replica {replica})" if local > 1 else "")
+        for replica in replicas
+    ]
+    return " and ".join(names)
