@@ -179,6 +179,13 @@ def run(
             f"Received: --elastic {elastic}. Leave the other option out."
         )
 
+    slots_of_all = sum(host.slots for host in machines)
+    if elastic is not None and machines and most != slots_of_all:
+        raise click.BadParameter(
+            f"MAX of --elastic must be the sum of the slots in --hosts, {slots_of_all}. "
+            f"Received: --elastic {elastic}. Change one of them."
+        )
+
     def plan(count: int | None, active: Sequence[Host] = machines) -> tuple[Worker, ...]:
         # One process that is left needs no strategy of several.
         alone = elastic is not None and count == 1
