@@ -40,6 +40,7 @@ from tfdist.launch import parse_hosts, plan_workers, run_workers
 options = json.loads(sys.argv[1])
 log_dir = options.pop("log_dir", None)
 options["hosts"] = parse_hosts(options["hosts"]) if "hosts" in options else ()
+hosts_least = options.pop("hosts_least", None)
 most, limit = options.pop("max_restarts", 0), options.pop("limit", 60)
 least, slots = options.pop("least", None), None
 if least:
@@ -54,8 +55,20 @@ else:
 together = nullcontext()
 if most and options["hosts"]:
     together = joined(
-        options["hosts"], options["node_rank"], options["port"], max_restarts=most, limit=limit
+        options["hosts"],
+        options["node_rank"],
+        options["port"],
+        max_restarts=most,
+        limit=limit,
+        least=hosts_least,
     )
+
+def plan(ranks):
+    active = [options["hosts"][rank] for rank in ranks]
+    rank = active.index(options["hosts"][options["node_rank"]])
+    changed = {**options, "hosts": active, "node_rank": rank}
+    return plan_workers((sys.executable, *sys.argv[2:]), **changed)
+
 with together as link:
     outcome = run_workers(
         workers,
@@ -63,6 +76,7 @@ with together as link:
         restarts=Restarts(most),
         link=link,
         slots=slots,
+        plan=plan if hosts_least else None,
     )
 for line in listed(outcome.restarts):
     print(line)
@@ -772,7 +786,7 @@ from tfdist.bootstrap import follow_launcher
 
 follow_launcher()
 note.share_with_launcher()
-me = json.loads(os.environ["TF_CONFIG"])["task"]["index"]
+me = json.loads(os.environ.get("TF_CONFIG", '{"task": {"index": 0}}'))["task"]["index"]
 Path(f"pid-{me}-{os.getpid()}").write_text(f"{os.getpid()}\\n")
 note.here.tell(0, 1, 1)
 if me == 1 and sys.argv[1] == "fail" and not Path("failed").exists():
@@ -839,6 +853,26 @@ while not Path("end").exists():
         output, _ = launchers[0].communicate(timeout=LIMIT_S)
         assert launchers[0].returncode == 75, output
         assert "node 1 (localhost) did not come within 5 s (--node-timeout)." in output
+
+    def test_an_elastic_run_goes_on_without_it_and_takes_it_in_at_the_next_restart(
+        self, start, scripts
+    ):
+        options = {"limit": 3, "hosts_least": 1}
+        launchers = [start(0, "stay", **options), start(1, "stay", **options)]
+        scripts.pids(2)
+        launchers[1].kill()
+        launchers[1].wait(LIMIT_S)
+        alone = scripts.pids(3)
+        launchers[1] = start(1, "stay", **options)
+        time.sleep(3)
+        assert len(scripts.pids(3)) == 3  # it waits
+        (pid,) = (pid for pid in alone if not is_gone(pid))
+        os.kill(pid, signal.SIGKILL)
+        scripts.pids(5)
+        (scripts.folder / "end").touch()
+        outputs = [launcher.communicate(timeout=LIMIT_S)[0] for launcher in launchers]
+        assert [launcher.returncode for launcher in launchers] == [0, 0], outputs
+        assert "2 restarts:" in outputs[0]
 
     def test_a_launcher_of_other_settings_is_refused(self, start, scripts):
         first = start(0, "stay")

@@ -165,6 +165,43 @@ def test_an_elastic_run_goes_on_without_a_worker_that_fails_twice(
         assert history[name] == pytest.approx(values, rel=1e-4), name
 
 
+SERVED = """
+import os, signal, sys
+import keras, tfdist
+from tests.equivalence.cases import clipped_adam, mlp, table
+
+folder = sys.argv[1]
+tfdist.init("parameter_server", seed=3)
+model = mlp(clipped_adam())
+signalled = os.path.join(folder, "signalled")
+
+class Signals(keras.callbacks.Callback):
+    made = 0
+    def on_train_batch_end(self, batch, logs=None):
+        self.made += 1
+        if self.made == 10 and not os.path.exists(signalled):
+            open(signalled, "w").close()
+            os.kill(os.getpid(), signal.SIGTERM)
+
+history = tfdist.fit(
+    model, *table(), batch_size=128, epochs=3, verbose=0, callbacks=[Signals()],
+    checkpoint=os.path.join(folder, "checkpoints"),
+)
+print("MADE", int(model.optimizer.iterations), len(history.history["loss"]))
+"""
+
+
+def test_sigterm_saves_asynchronous_training_between_steps(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(SERVED)
+    options = ["--ps", "1", "--max-restarts", "1"]
+    status, printed = finished(tfdist_run(2, script, tmp_path, options=options), LIMIT_S)
+    assert status == 0, printed
+    assert "tfdist: saved after step 2 of epoch 2" in printed
+    assert "All are started again (1 of 1)" in printed
+    assert "MADE 24 3" in printed  # none is lost, none is made twice
+
+
 @pytest.mark.parametrize("launched", [False, True], ids=["python", "tfdist run"])
 def test_sigterm_saves_a_single_process(
     launched: bool, script: Path, never_stopped: Callable[[str], list[Any]], tmp_path: Path

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from tfdist.launch import (
     NODE_TIMEOUT_S,
     SAVING_S,
     STRATEGIES,
+    Host,
     Link,
     Outcome,
     Restarts,
@@ -104,7 +106,7 @@ def main() -> None:
 @click.option(
     "--elastic",
     metavar="MIN:MAX",
-    help="Start MAX workers; go on with fewer, but MIN, without one that fails twice in a row.",
+    help="Start MAX workers; go on with MIN at least, without what is lost.",
 )
 @click.option(
     "--grace",
@@ -172,20 +174,30 @@ def run(
         )
     machines = parse_hosts(hosts) if hosts is not None else ()
     least, most = (workers, workers) if elastic is None else parse_elastic(elastic)
-    if elastic is not None and (hosts is not None or servers or workers is not None):
+    if elastic is not None and (servers or workers is not None):
         raise click.BadParameter(
-            "--elastic must not come with -n, --hosts or --ps: it gives the number of workers "
-            f"on this machine. Received: --elastic {elastic}. Leave the other option out."
+            "--elastic must not come with -n or --ps: it gives the number of workers. "
+            f"Received: --elastic {elastic}. Leave the other option out."
         )
 
-    def plan(count: int | None) -> tuple[Worker, ...]:
+    slots_of_all = sum(host.slots for host in machines)
+    if elastic is not None and machines and most != slots_of_all:
+        raise click.BadParameter(
+            f"MAX of --elastic must be the sum of the slots in --hosts, {slots_of_all}. "
+            f"Received: --elastic {elastic}. Change one of them."
+        )
+
+    def plan(count: int | None, active: Sequence[Host] = machines) -> tuple[Worker, ...]:
         # One process that is left needs no strategy of several.
         alone = elastic is not None and count == 1
+        rank = node_rank
+        if node_rank is not None and len(active) < len(machines):
+            rank = active.index(machines[node_rank])
         return plan_workers(
             script_command((script, *arguments), module=module),
             workers=count,
-            hosts=machines,
-            node_rank=node_rank,
+            hosts=active,
+            node_rank=rank,
             port=port,
             strategy=None if alone else strategy,
             drop_in=drop_in,
@@ -193,10 +205,17 @@ def run(
         )
 
     planned = plan(most)
-    slots = None
+    slots, there = None, machines
+
+    def plan_for(ranks: Sequence[int]) -> tuple[Worker, ...]:
+        nonlocal there
+        there = tuple(machines[rank] for rank in ranks)
+        return plan(sum(host.slots for host in there), there)
+
     if elastic is not None and least is not None and most is not None:
-        slots = Slots(plan, least, most)
-        planned = tuple(slots.workers)
+        if not machines:
+            slots = Slots(plan, least, most)
+            planned = tuple(slots.workers)
         max_restarts = 3 if max_restarts is None else max_restarts
     # A lost worker is usual beside servers; an exception is started again where that was asked.
     restarts = (
@@ -208,7 +227,7 @@ def run(
     def meeting(first: Worker) -> AbstractContextManager[None]:
         if "HOROVOD_RANK" not in first.environment:
             return nullcontext()
-        return rendezvous(first.environment, machines)
+        return rendezvous(first.environment, there)
 
     together: AbstractContextManager[Link | None] = nullcontext()
     if max_restarts and len(machines) > 1:
@@ -218,6 +237,7 @@ def run(
             port,
             max_restarts=max_restarts,
             limit=node_timeout,
+            least=None if elastic is None else least,
             strategy=strategy,
             ps=servers,
         )
@@ -229,6 +249,7 @@ def run(
             grace=grace,
             link=link,
             slots=slots,
+            plan=None if elastic is None else plan_for,
             meeting=meeting,
         )
     _explain(outcome, planned, log_dir, has_other_hosts=len(machines) > 1)

@@ -250,6 +250,8 @@ class CheckpointRun:
         if not (self._stop.preempted if alone else self._stop.leaving):
             return
         assert self._position is not None
+        if any(self._strategy.gather_objects(self._stop.requested)):
+            return  # a callback's stop, of which the next step tells: the end is saved
         if alone:
             self._model.get_metrics_result()  # asynchronous steps under way are waited for
         problem = None

@@ -137,6 +137,14 @@ class Crew:
         self._members[position] = self._started(position, failure.worker, again=True)
         return position
 
+    def rename(self, tasks: Sequence[str]) -> None:
+        """Shows the workers under other names.
+
+        Args:
+            tasks: The names.
+        """
+        self._screen.name(tasks)
+
     def say(self, position: int, line: str) -> None:
         """Shows a line of the launcher's own beside a worker's.
 

@@ -51,6 +51,7 @@ class Hub:
         settings: What must be the same on all of them.
         restarts: How often they may start again.
         limit: Seconds that a machine may take to come, or to come back.
+        least: Workers with which to go on when one does not; None if all are needed.
     """
 
     def __init__(
@@ -60,9 +61,12 @@ class Hub:
         settings: dict[str, Any],
         restarts: Restarts,
         limit: float,
+        least: int | None = None,
     ) -> None:
         self._hosts, self._settings = hosts, settings
         self._restarts, self._limit = restarts, limit
+        self._least = least
+        self._active: set[int] = set()
         self._callers: list[_Caller] = []
         self._causes: list[Cause] = []
         self._failed_at = 0.0
@@ -131,7 +135,8 @@ class Hub:
         self._callers.remove(caller)
         self._selector.unregister(caller.wire.socket)
         caller.wire.close()
-        if caller.rank is not None and self._phase == "running" and not caller.is_done:
+        is_needed = caller.rank in self._active and not caller.is_done
+        if caller.rank is not None and self._phase == "running" and is_needed:
             self._note(
                 Cause(
                     f"{self._name(caller.rank)} is lost: its launcher does not answer.",
@@ -161,13 +166,11 @@ class Hub:
             if other.rank == hello["rank"]:
                 other.rank = None  # it has come back before its loss was noticed
                 other.heard = 0.0
-                if self._phase == "running":
-                    self._note(self._came_back(hello["rank"]))
         caller.rank, caller.identity = hello["rank"], hello["identity"]
         known = [Cause.from_json(one) for one in hello["restarts"]]
         if len(known) > len(self._restarts.made):  # the first machine itself was lost
             self._restarts.adopt(known)
-        if self._phase == "running" and not self._causes:
+        if self._phase == "running" and caller.rank in self._active and not self._causes:
             self._note(self._came_back(caller.rank))
 
     def _came_back(self, rank: int) -> Cause:
@@ -215,7 +218,7 @@ class Hub:
         elif kind == "bye":
             rank, status = caller.rank, message["status"]
             caller.rank = None
-            if self._phase != "over" and rank is not None:
+            if self._phase != "over" and rank is not None and rank in self._active:
                 what = f"{self._name(rank)} was ended by a signal to its launcher."
                 self._note(
                     Cause(
@@ -237,13 +240,17 @@ class Hub:
         if final:
             self._end("over", final[0])
             return
-        ready = {caller.rank for caller in self._callers if caller.is_ready}
+        ready = {c.rank for c in self._callers if c.is_ready and c.rank is not None}
         missing = [rank for rank in range(len(self._hosts)) if rank not in ready]
-        if not missing:
+        is_late = now - self._since > self._limit
+        if not missing or (is_late and self._is_enough(ready)):
             self._causes = []
-            self._phase = "running"
-            self._tell_all("start")
-        elif now - self._since > self._limit:
+            self._phase, self._active = "running", ready
+            for caller in self._callers:
+                if caller.rank in ready:
+                    caller.is_ready = False
+                    caller.wire.send("start", active=sorted(ready))
+        elif is_late:
             listed = " and ".join(self._name(rank) for rank in missing)
             self._end(
                 "over",
@@ -256,6 +263,10 @@ class Hub:
                 ),
             )
 
+    def _is_enough(self, ready: set[int]) -> bool:
+        workers = sum(self._hosts[rank].slots for rank in ready)
+        return self._least is not None and 0 in ready and workers >= self._least
+
     def _run(self, now: float) -> None:
         if self._causes:
             cause = min(self._causes, key=lambda c: c.blames_peer)
@@ -266,7 +277,7 @@ class Hub:
                 self._end("again", cause)
             else:
                 self._end("over", cause)
-        elif all(caller.is_done for caller in self._callers if caller.rank is not None):
+        elif all(caller.is_done for caller in self._callers if caller.rank in self._active):
             self._end("over", None)
 
     def _end(self, kind: str, cause: Cause | None) -> None:
@@ -275,8 +286,10 @@ class Hub:
         self._phase = "meeting" if kind == "again" else "over"
         self._since, self._causes = time.monotonic(), []
         for caller in self._callers:
-            caller.is_ready = False
-        self._tell_all(kind, cause=told, repeated=repeated)
+            # Those that came meanwhile have nothing to end.
+            if kind == "over" or caller.rank in self._active:
+                caller.is_ready = False
+                caller.wire.send(kind, cause=told, repeated=repeated)
 
     def _tell_all(self, kind: str, **fields: Any) -> None:
         for caller in self._callers:

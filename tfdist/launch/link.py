@@ -42,6 +42,9 @@ class Link:
         settings: What must be the same on all machines.
         restarts: Filled with those that the meeting point tells of.
         limit: Seconds to wait for the first machine, and there for all others.
+
+    Attributes:
+        active: The machines that have started together, after `meet`.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class Link:
         self._identity = secrets.token_hex(8)
         self._wire: Wire | None = None
         self._heard = 0.0
+        self.active: Sequence[int] = ()
         self._refused: str | None = None
         self._news: News | None = None
         self._start = threading.Event()
@@ -191,6 +195,7 @@ class Link:
         elif kind == "refused":
             self._refused = message["why"]
         elif kind == "start":
+            self.active = message["active"]
             self._start.set()
         elif kind in ("again", "over"):
             told = message["cause"]

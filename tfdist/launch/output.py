@@ -153,16 +153,24 @@ class Screen:
         self._stream = stream
         self.is_terminal = stream.isatty() and environ.get("TERM") != "dumb"
         self._coloured = self.is_terminal and not environ.get("NO_COLOR")
-        width = max(map(len, tasks))
+        self._bar = "│" if _can_encode(stream, "│") else "|"
+        self._live = ""
+        self.name(tasks)
+
+    def name(self, tasks: Sequence[str]) -> None:
+        """Changes the prefixes.
+
+        Args:
+            tasks: The workers' names.
+        """
+        width, bar = max(map(len, tasks)), self._bar
         self.prefix_width = width + 3
-        bar = "│" if _can_encode(stream, "│") else "|"
         self._prefixes = [
             click.style(f"{task:<{width}} {bar}", fg=_COLOURS[i % len(_COLOURS)])
             if self._coloured
             else f"{task:<{width}} {bar}"
             for i, task in enumerate(tasks)
         ]
-        self._live = ""
 
     def show(self, worker: int, lines: Sequence[str], live: str | None = None) -> None:
         """Writes lines of one worker.

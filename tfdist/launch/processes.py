@@ -63,6 +63,7 @@ def run_workers(
     grace: float = SAVING_S,
     link: Link | None = None,
     slots: Slots | None = None,
+    plan: Callable[[Sequence[int]], Sequence[Worker]] | None = None,
     meeting: Callable[[Worker], AbstractContextManager[Any]] = nullcontext,
 ) -> Outcome:
     """Runs the workers of this machine until all have ended, or the first has failed.
@@ -79,6 +80,8 @@ def run_workers(
             else all with it. Never, unless given.
         grace: How many seconds workers that save may take for it after SIGTERM.
         link: To the launchers of other machines, with which all of this is done together.
+        plan: Gives the workers of this machine when only some of all take part, by their
+            numbers.
         slots: Chooses the workers of each start after the first, in place of `workers`.
         meeting: Makes a context around each start of all workers: where they meet. It is given
             the first of them.
@@ -98,7 +101,15 @@ def run_workers(
             try:
                 if link is not None:
                     ended = _run_with_others(
-                        crew, workers, log_dir, received, restarts, grace, link, meeting
+                        crew,
+                        workers,
+                        log_dir,
+                        received,
+                        restarts,
+                        grace,
+                        link,
+                        plan,
+                        meeting,
                     )
                     if ended is None:
                         continue
@@ -177,12 +188,17 @@ def _run_with_others(
     replaced: Restarts,
     grace: float,
     link: Link,
+    plan: Callable[[Sequence[int]], Sequence[Worker]] | None,
     meeting: Callable[[Worker], AbstractContextManager[Any]],
 ) -> Outcome | None:
     """Runs workers together with those of other machines; None if all are started again."""
     failure, is_told, has_gone_on = None, False, False
-    with meeting(workers[0]):  # it must be there before anyone comes
-        news = link.meet(received, lambda line: crew.say(0, line))
+    news = link.meet(received, lambda line: crew.say(0, line))
+    if plan is not None and link.active:
+        workers = plan(link.active)
+        crew.rename([worker.task for worker in workers])
+    # The others' ranks come to it seconds later: they import TensorFlow first.
+    with meeting(workers[0]):
         if news is None and not received:
             crew.start(workers, log_dir)
         failed_at = 0.0

@@ -28,6 +28,7 @@ def joined(
     *,
     max_restarts: int,
     limit: float,
+    least: int | None = None,
     **options: Any,
 ) -> Iterator[Link]:
     """Connects this launcher with those of the other machines while the context lasts.
@@ -40,6 +41,7 @@ def joined(
         port: Of worker 0.
         max_restarts: How often all may be started again.
         limit: Seconds that a machine may take to come, or to come back.
+        least: Workers with which to go on when one does not; None if all are needed.
         **options: Others that must be the same everywhere.
 
     Raises:
@@ -56,12 +58,13 @@ def joined(
         "--hosts": ",".join(f"{host.name}:{host.slots}" for host in hosts),
         "--port": port,
         "--max-restarts": max_restarts,
+        "--elastic": least,
         **{f"--{name}": value for name, value in options.items()},
     }
     here = "127.0.0.1" if node_rank == 0 else hosts[0].name.strip("[]")
     with contextlib.ExitStack() as stack:
         if node_rank == 0:
-            hub = Hub(port - 1, hosts, settings, Restarts(max_restarts), limit)
+            hub = Hub(port - 1, hosts, settings, Restarts(max_restarts), limit, least)
             stack.callback(hub.close)
         link = Link((here, port - 1), node_rank, settings, Restarts(max_restarts), limit)
         stack.callback(link.close)
