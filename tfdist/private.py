@@ -23,6 +23,7 @@ from tfdist.privacy.poisson import Poisson
 from tfdist.privacy.report import Report
 from tfdist.privacy.settings import DPSGD, Mechanism
 from tfdist.privacy.step import PrivateStep
+from tfdist.privacy.users import PoissonOfUsers, Users
 from tfdist.samplers import Sampler
 from tfdist.session import Session
 from tfdist.strategies.base import Place
@@ -50,6 +51,9 @@ class PrivateRun:
         sampler: What `fit` was given.
         seed: What `fit` was given.
         class_weight: What `fit` was given.
+        augment: What `fit` was given.
+        shard: What `fit` was given.
+        validation_split: What `fit` was given.
 
     Attributes:
         sampler: Chooses the rows of each step.
@@ -76,16 +80,30 @@ class PrivateRun:
         sampler: Sampler | None,
         seed: int | None,
         class_weight: Any,
+        augment: data.Augment | None = None,
+        shard: Any = None,
+        validation_split: float = 0.0,
     ) -> None:
         if not isinstance(privacy, DPSGD):
             raise ArgumentError(
                 f"`privacy` must be a tfdist.DPSGD or None. Received: privacy={privacy!r}."
             )
         _check_arguments(session, x, sampler, class_weight)
+        if privacy.augmentations > 1 and augment is None:
+            raise ArgumentError(
+                "`augmentations` must come with an `augment` of `fit`, or all copies are the "
+                f"same. Received: augmentations={privacy.augmentations!r} and augment=None."
+            )
+        if privacy.group_ids is not None:
+            _check_users(shard, validation_split)
         dp_accounting()  # missing, it must not be missed after training
         refusals.check_model(model)
         self.privacy = privacy
-        self.sampler = _Everyone() if sampler is None else sampler
+        self.sampler: Sampler = _Everyone() if sampler is None else sampler
+        self._users: Users | None = None
+        if privacy.group_ids is not None:
+            self._users = Users(privacy.group_ids, privacy.max_rows_per_group)
+            self.sampler = PoissonOfUsers(self._users, self.sampler)  # type: ignore[arg-type]
         known = privacy.seed if seed is None else seed
         self.sampling_seed = secrets.randbits(127) if known is None else known
         self._model = model
@@ -139,9 +157,15 @@ class PrivateRun:
         privacy = self.privacy
         self.planned_steps = arrays.steps * max(0, epochs)
         rows = arrays.num_rows
-        phase = arrays.sampler.phase(  # type: ignore[attr-defined]
+        sampler = arrays.sampler
+        assert isinstance(sampler, Poisson | PoissonOfUsers)
+        expected = sampler.expected_rows(rows, arrays.batch_size)
+        phase = sampler.phase(
             num_rows=rows, batch_size=arrays.batch_size, steps=1, noise_multiplier=0.0
         )
+        self.ledger(0).add(phase).check_unit()
+        assert phase.num_rows is not None
+        units = phase.sampling_probability * phase.num_rows
         if not phase.truncates:
             phase = dataclasses.replace(phase, capacity=None)
         noise = privacy.noise_multiplier
@@ -155,7 +179,7 @@ class PrivateRun:
                 accountant=privacy.accountant,
                 relation=privacy.relation,
                 capacity=phase.capacity,
-                num_rows=rows,
+                num_rows=phase.num_rows,
                 spent=self.ledger(0),
             )
             noise = float(self._session.strategy.broadcast_object(noise))
@@ -163,20 +187,23 @@ class PrivateRun:
         self.mechanism = Mechanism(
             privacy.l2_norm_clip,
             noise,
-            phase.sampling_probability * rows,
+            expected,
             privacy.microbatch_size,
             privacy.clipping == "per_layer",
             privacy.target_quantile,
             privacy.clip_learning_rate,
-            self._count_noise(noise, phase.sampling_probability * rows),
+            self._count_noise(noise, units),
+            units,
+            None if self._users is None else self._users.most,
+            privacy.augmentations,
         )
         self._try(source)
 
-    def _count_noise(self, noise: float, expected_batch: float) -> float:
+    def _count_noise(self, noise: float, units: float) -> float:
         if self.privacy.target_quantile is None or noise == 0:
             return 0.0
         chosen = self.privacy.count_noise
-        found = expected_batch / 20 if chosen is None else chosen
+        found = units / 20 if chosen is None else chosen
         if 2 * found <= noise:
             raise ArgumentError(
                 "`count_noise` must be above noise_multiplier / 2, or nothing is left for the "
@@ -217,6 +244,8 @@ class PrivateRun:
             "delta": self.privacy.delta,
             "relation": self.privacy.relation,
             "spent before": self.ledger(0),
+            "users": None if self._users is None else self._users.fingerprint,
+            "augmentations": self.privacy.augmentations,
         }
 
     @property
@@ -225,6 +254,8 @@ class PrivateRun:
         assert self._phase is not None
         return {
             "l2_norm_clip": self.mechanism.l2_norm_clip,
+            "users": None if self._users is None else self._users.fingerprint,
+            "augmentations": self.privacy.augmentations,
             **dataclasses.asdict(self.phase(0)),
         }
 
@@ -317,6 +348,20 @@ class _Last(keras.callbacks.Callback):  # type: ignore[misc]
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         # The noise of a step is a function of `iterations`, which a callback may set back.
         self._noise.renew(self._run.privacy.seed)
+
+
+def _check_users(shard: Any, validation_split: float) -> None:
+    if shard is not None:
+        raise ArgumentError(
+            "`group_ids` must be of data that all workers pass alike: a user's examples are "
+            f"clipped together, on one replica. Received: shard={shard!r}. Leave `shard` out."
+        )
+    if validation_split:
+        raise ArgumentError(
+            "`validation_split` must not cut through a user's examples, of which some would be "
+            f"trained on. Received: validation_split={validation_split!r} and group_ids. Pass "
+            "validation_data of other users."
+        )
 
 
 def _remembered(model: Any) -> tuple[Ledger, bool, int]:

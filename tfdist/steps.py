@@ -226,7 +226,7 @@ class _Replica:
             if private is None:
                 logs = self.model.train_step(share.data)
             else:
-                logs = private.train_step(share.data, batch)
+                logs = private.train_step(share.data, batch, share.groups)
             batch.updates = None
             updates.finish(metrics)
             return self._logs(batch, logs), Signals(agreement.status, share.check)

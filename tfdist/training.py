@@ -123,7 +123,16 @@ def fit(
     private, chosen = None, seed is not None or session.seed is not None
     if privacy is not None:
         private = PrivateRun(
-            privacy, session, model, x, sampler=sampler, seed=seed, class_weight=class_weight
+            privacy,
+            session,
+            model,
+            x,
+            sampler=sampler,
+            seed=seed,
+            class_weight=class_weight,
+            augment=augment,
+            shard=shard,
+            validation_split=validation_split if validation_data is None else 0.0,
         )
         sampler, seed = private.sampler, private.sampling_seed
         chosen = private.is_seeded
@@ -156,6 +165,7 @@ def fit(
             shard=held,
             strategy=session.strategy,
             private=private is not None,
+            copies=1 if privacy is None else privacy.augmentations,
         ),
     )
     validation = None

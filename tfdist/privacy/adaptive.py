@@ -54,7 +54,7 @@ class AdaptiveClip:
             replicas: How many contribute.
         """
         # Votes are of a half, so that one example changes their sum by no more than that.
-        part = votes / self._mechanism.expected_batch + (0.5 - self._quantile) / replicas
+        part = votes / self._mechanism.expected_units + (0.5 - self._quantile) / replicas
         self._optimizer.apply([part], [self._log_norm])
 
 

@@ -15,6 +15,7 @@ from tfdist.privacy.arguments import check_choice, check_count, check_number
 
 ACCOUNTANTS = ("pld", "rdp")
 RELATIONS = ("add_or_remove_one", "replace_special", "replace_one")
+EXAMPLE, USER = "example", "user"
 _WHOLE_ORDERS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128, 256, 512)
 
 
@@ -34,6 +35,8 @@ class Phase:
         capacity: The most examples a step takes, or None if there is no limit. When more
             were drawn, a random choice of `capacity` of them stays.
         num_rows: Examples in the data; needed with `capacity`.
+        unit: "example", or "user": then a user takes an example's place in all of this, and
+            the gradients of a user's examples are added up before they are clipped.
 
     Raises:
         ArgumentError: A value is out of its range.
@@ -48,8 +51,10 @@ class Phase:
     steps: int
     capacity: int | None = None
     num_rows: int | None = None
+    unit: str = EXAMPLE
 
     def __post_init__(self) -> None:
+        check_choice("unit", self.unit, (EXAMPLE, USER))
         check_number("sampling_probability", self.sampling_probability, 0, 1)
         check_number("noise_multiplier", self.noise_multiplier, 0)
         check_count("steps", self.steps, 0)
@@ -120,6 +125,27 @@ class Ledger:
         """Steps in all."""
         return sum(phase.steps for phase in self.phases)
 
+    @property
+    def unit(self) -> str:
+        """What is protected, an "example" or a "user"; see `check_unit`."""
+        self.check_unit()
+        return next((phase.unit for phase in self.phases if phase.steps), EXAMPLE)
+
+    def check_unit(self) -> None:
+        """Refuses steps of which some protect examples, and some users.
+
+        Raises:
+            ArgumentError: There are such.
+        """
+        units = {phase.unit for phase in self.phases if phase.steps}
+        if len(units) > 1:
+            # Of a clipped sum of a user's examples, one of them may change twice the norm.
+            raise ArgumentError(
+                "All steps on the same data must protect the same: examples or users. "
+                f"Received: {len(self.phases)} phases, of {' and '.join(sorted(units))}s. "
+                "Pass `group_ids` always, or never."
+            )
+
     def add(self, phase: Phase) -> Ledger:
         """Gives the ledger with more steps in it.
 
@@ -164,6 +190,7 @@ class Ledger:
         check_choice("accountant", accountant, ACCOUNTANTS)
         check_choice("relation", relation, RELATIONS)
         check_number("delta", delta, 0, 1, open_ends=True)
+        self.check_unit()
         steps_of: dict[Phase, int] = {}
         for phase in self.phases:
             key = replace(phase, steps=0)

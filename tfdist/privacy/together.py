@@ -10,6 +10,19 @@ import tensorflow as tf
 Tensor = Any
 
 
+def begins(groups: Tensor) -> Tensor:
+    """Says at which rows groups begin.
+
+    Args:
+        groups: A number for each row, the same within a group, shape [rows], not empty.
+
+    Returns:
+        int32 of shape [groups], the first 0.
+    """
+    later = tf.where(groups[1:] != groups[:-1])[:, 0] + 1
+    return tf.concat([[0], tf.cast(later, tf.int32)], 0)
+
+
 class Together(abc.ABC):
     """Says which rows make up a unit: what is clipped as one, and may be there or not.
 
