@@ -20,6 +20,7 @@ from tfdist.data.source import (
     bounds,
     bounds_of_groups,
     dealt,
+    no_groups,
     shortened,
 )
 from tfdist.errors import ArgumentError
@@ -108,7 +109,8 @@ class Arrays(Source):
         if copies > 1:
             rows = tf.repeat(rows, copies)
             count, total, offset = count * copies, total * copies, offset * copies
-        groups = None if self._group_of is None else tf.gather(self._group_of, rows)
+        of = self._group_of
+        groups = no_groups() if of is None else tf.gather(of, rows)
         return Share(self._gather(rows), count, total, offset, tf.zeros([4]), groups)
 
     @property

@@ -27,7 +27,8 @@ class Share(NamedTuple):
         offset: Scalar int64, the row of the global batch at which the share begins.
         check: float32 of shape [4], whole numbers below 64 that differ when global batches
             differ. Workers compare them at every step; arrays are compared beforehand.
-        groups: int64 of shape [rows in `data`], the sampler's `group_of` each, or None.
+        groups: int64 of shape [rows in `data`], the sampler's `group_of` each; of shape [0]
+            where it has none.
     """
 
     data: Any
@@ -36,6 +37,11 @@ class Share(NamedTuple):
     offset: Tensor = None
     check: Tensor = None
     groups: Tensor = None
+
+
+def no_groups() -> Tensor:
+    """Gives `Share.groups` where rows have none; None would not go through every iterator."""
+    return tf.zeros([0], tf.int64)
 
 
 def bounds(total: Tensor, replica: Tensor, place: Place) -> tuple[Tensor, Tensor]:

@@ -52,13 +52,13 @@ class PrivateStep:
         if self.adaptive is not None:
             self.adaptive.restart()
 
-    def train_step(self, data: Any, batch: ReplicaBatch, groups: Tensor | None = None) -> Any:
+    def train_step(self, data: Any, batch: ReplicaBatch, groups: Tensor) -> Any:
         """Makes one step, as `keras.Model.train_step` would.
 
         Args:
             data: A replica's share: `x`, `(x, y)` or `(x, y, sample_weight)`.
             batch: What the replica knows of it.
-            groups: The user of each row, where users are clipped.
+            groups: The user of each row, where users are clipped; else anything.
 
         Returns:
             Logs.
@@ -70,7 +70,13 @@ class PrivateStep:
         columns = x, y, weight
         norm = self.mechanism.l2_norm_clip if self.adaptive is None else self.adaptive.norm()
         outputs, sums, votes = clipped_share(
-            model, columns, batch, self.mechanism, norm, compiled, groups
+            model,
+            columns,
+            batch,
+            self.mechanism,
+            norm,
+            compiled,
+            None if self.mechanism.rows_of_user is None else groups,
         )
         loss = _layers.compiled_loss(model, x, y, outputs, weight)
         _layers.track_loss(model, loss, tf.shape(tf.nest.flatten(x)[0])[0])
