@@ -11,7 +11,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from tfdist import data
+from tfdist import data, refused
 from tfdist.data.arrays import Arrays
 from tfdist.errors import ArgumentError
 from tfdist.privacy import clipping, refusals
@@ -51,6 +51,7 @@ class PrivateRun:
         sampler: What `fit` was given.
         seed: What `fit` was given.
         class_weight: What `fit` was given.
+        callbacks: What `fit` was given.
         augment: What `fit` was given.
         shard: What `fit` was given.
         validation_split: What `fit` was given.
@@ -80,6 +81,7 @@ class PrivateRun:
         sampler: Sampler | None,
         seed: int | None,
         class_weight: Any,
+        callbacks: Any = None,
         augment: data.Augment | None = None,
         shard: Any = None,
         validation_split: float = 0.0,
@@ -88,14 +90,10 @@ class PrivateRun:
             raise ArgumentError(
                 f"`privacy` must be a tfdist.DPSGD or None. Received: privacy={privacy!r}."
             )
-        _check_arguments(session, x, sampler, class_weight)
-        if privacy.augmentations > 1 and augment is None:
-            raise ArgumentError(
-                "`augmentations` must come with an `augment` of `fit`, or all copies are the "
-                f"same. Received: augmentations={privacy.augmentations!r} and augment=None."
-            )
-        if privacy.group_ids is not None:
-            _check_users(shard, validation_split)
+        refused.check_data(session, x, sampler, class_weight)
+        refused.check_copies(privacy, augment)
+        refused.check_users(privacy, shard, validation_split)
+        refused.check_callbacks(callbacks, x)
         dp_accounting()  # missing, it must not be missed after training
         refusals.check_model(model)
         self.privacy = privacy
@@ -221,6 +219,7 @@ class PrivateRun:
             batch = tf.nest.map_structure(lambda column: column[:_ROWS_CHECKED], share.data)
         x, y, weight = keras.utils.unpack_x_y_sample_weight(batch)
         clipping.check(self._model, x, y, sample_weight=weight)
+        refusals.check_metrics(self._model, x, y, sample_weight=weight)
 
     def notice(self) -> str | None:
         """Says, in a model's first private `fit`, what will be slow."""
@@ -350,44 +349,5 @@ class _Last(keras.callbacks.Callback):  # type: ignore[misc]
         self._noise.renew(self._run.privacy.seed)
 
 
-def _check_users(shard: Any, validation_split: float) -> None:
-    if shard is not None:
-        raise ArgumentError(
-            "`group_ids` must be of data that all workers pass alike: a user's examples are "
-            f"clipped together, on one replica. Received: shard={shard!r}. Leave `shard` out."
-        )
-    if validation_split:
-        raise ArgumentError(
-            "`validation_split` must not cut through a user's examples, of which some would be "
-            f"trained on. Received: validation_split={validation_split!r} and group_ids. Pass "
-            "validation_data of other users."
-        )
-
-
 def _remembered(model: Any) -> tuple[Ledger, bool, int]:
     return vars(model).get(_MEMORY, (Ledger(), True, 0))  # type: ignore[no-any-return]
-
-
-def _check_arguments(session: Session, x: Any, sampler: Any, class_weight: Any) -> None:
-    if not data.is_arrays(x):
-        raise ArgumentError(
-            "`x` must be arrays in private training: each example is drawn by itself, which a "
-            f"stream of batches cannot do. Received: x of type {type(x).__name__}. Pass arrays."
-        )
-    if sampler is not None and not isinstance(sampler, Poisson):
-        raise ArgumentError(
-            "`sampler` must be a tfdist.privacy.Poisson in private training: the accounting is "
-            f"of its sampling. Received: a {type(sampler).__name__}. Leave it out."
-        )
-    if class_weight is not None and not isinstance(class_weight, dict):
-        raise ArgumentError(
-            "`class_weight` must be a dict in private training: a rule counts the classes of "
-            f"the data, without noise. Received: class_weight={class_weight!r}. Pass "
-            "weights that were chosen without these data; they are applied before clipping."
-        )
-    if not session.strategy.sums_exactly:
-        raise ArgumentError(
-            "Private gradients must be summed as they are: noise is added before. Received: "
-            f"strategy {session.strategy.name!r} with compression or Adasum. Use "
-            "tfdist.Horovod() without them."
-        )

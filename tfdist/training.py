@@ -130,6 +130,7 @@ def fit(
             sampler=sampler,
             seed=seed,
             class_weight=class_weight,
+            callbacks=callbacks,
             augment=augment,
             shard=shard,
             validation_split=validation_split if validation_data is None else 0.0,

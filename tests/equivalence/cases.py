@@ -557,6 +557,14 @@ def private_users(train: Train) -> tuple[Any, Any]:
 
 
 @case
+def private_bias_corrected_adam(train: Train) -> tuple[Any, Any]:
+    model = private_mlp(tfdist.privacy.DPAdam(0.01, variance_floor=1e-4))
+    return model, train(
+        model, *table(300), batch_size=64, epochs=2, privacy=noiseless(l2_norm_clip=0.5)
+    )
+
+
+@case
 def private_augmented(train: Train) -> tuple[Any, Any]:
     model = private_mlp(keras.optimizers.Adam(0.01))
     privacy = noiseless(l2_norm_clip=0.1, augmentations=3)

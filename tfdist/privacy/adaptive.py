@@ -8,6 +8,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from tfdist.privacy.adam import DPAdam
 from tfdist.privacy.settings import Mechanism
 
 Tensor = Any
@@ -65,3 +66,5 @@ def forget(model: Any) -> None:
         model: A `keras.Model`.
     """
     vars(model).pop(_HELD, None)
+    if isinstance(model.optimizer, DPAdam):
+        model.optimizer.noise_deviation = None

@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from tfdist._keras import ReplicaBatch
 from tfdist.privacy import _layers
+from tfdist.privacy.adam import DPAdam
 from tfdist.privacy.adaptive import AdaptiveClip
 from tfdist.privacy.noise import Noise, like
 from tfdist.privacy.pieces import clipped_share
@@ -39,8 +40,17 @@ class PrivateStep:
         self.adaptive: AdaptiveClip | None = None
         if mechanism.target_quantile is not None:
             self.adaptive = AdaptiveClip(model, mechanism)
+        if isinstance(model.optimizer, DPAdam):
+            model.optimizer.noise_deviation = self._deviation
         self._model = model
         self._strategy = strategy
+
+    def _norm(self) -> Any:
+        return self.mechanism.l2_norm_clip if self.adaptive is None else self.adaptive.norm()
+
+    def _deviation(self) -> Any:
+        """Gives the noise's standard deviation on each number of the global gradient."""
+        return self.mechanism.gradient_noise * self._norm() / self.mechanism.expected_batch
 
     def restart(self, seed: int | None) -> None:
         """Begins a `fit`: with new noise, and the norm that was asked for.
@@ -68,7 +78,7 @@ class PrivateStep:
         # XLA cannot read variables that are on servers.
         compiled = model.jit_compile and not self._strategy.has_servers
         columns = x, y, weight
-        norm = self.mechanism.l2_norm_clip if self.adaptive is None else self.adaptive.norm()
+        norm = self._norm()
         outputs, sums, votes = clipped_share(
             model,
             columns,
