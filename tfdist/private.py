@@ -14,9 +14,11 @@ import tensorflow as tf
 from tfdist import data, refused
 from tfdist.data.arrays import Arrays
 from tfdist.errors import ArgumentError
+from tfdist.planned import plan
 from tfdist.privacy import clipping, refusals
-from tfdist.privacy.accounting import noise_multiplier
+from tfdist.privacy.accounting import noise_for
 from tfdist.privacy.budget import PrivacyBudget
+from tfdist.privacy.in_turn import DPFTRL, SameOrder
 from tfdist.privacy.ledger import Ledger, Phase, dp_accounting
 from tfdist.privacy.noise import Noise
 from tfdist.privacy.poisson import Poisson
@@ -24,7 +26,7 @@ from tfdist.privacy.report import Report
 from tfdist.privacy.settings import DPSGD, Mechanism
 from tfdist.privacy.step import PrivateStep
 from tfdist.privacy.users import PoissonOfUsers, Users
-from tfdist.samplers import Sampler
+from tfdist.samplers import Sampler, Sequential
 from tfdist.session import Session
 from tfdist.strategies.base import Place
 
@@ -49,6 +51,7 @@ class PrivateRun:
         model: A compiled `keras.Model`.
         x: What `fit` was given.
         sampler: What `fit` was given.
+        shuffle: What `fit` was given.
         seed: What `fit` was given.
         class_weight: What `fit` was given.
         callbacks: What `fit` was given.
@@ -62,6 +65,7 @@ class PrivateRun:
         mechanism: What is done to gradients; known after `plan`.
         planned_steps: Of this `fit`.
         is_seeded: Whether the user has chosen `sampling_seed`; else it is secret.
+        draws_secretly: Whether the guarantee rests on the sampling.
 
     Raises:
         ArgumentError: The model, or an argument, cannot be private.
@@ -79,6 +83,7 @@ class PrivateRun:
         x: Any,
         *,
         sampler: Sampler | None,
+        shuffle: Any = True,
         seed: int | None,
         class_weight: Any,
         callbacks: Any = None,
@@ -90,14 +95,17 @@ class PrivateRun:
             raise ArgumentError(
                 f"`privacy` must be a tfdist.DPSGD or None. Received: privacy={privacy!r}."
             )
-        refused.check_data(session, x, sampler, class_weight)
+        refused.check_data(session, x, sampler, class_weight, privacy)
         refused.check_copies(privacy, augment)
         refused.check_users(privacy, shard, validation_split)
         refused.check_callbacks(callbacks, x)
         dp_accounting()  # missing, it must not be missed after training
         refusals.check_model(model)
         self.privacy = privacy
+        self.draws_secretly = not isinstance(privacy, DPFTRL)
         self.sampler: Sampler = _Everyone() if sampler is None else sampler
+        if not self.draws_secretly:
+            self.sampler = SameOrder(bool(shuffle)) if data.is_arrays(x) else Sequential()
         self._users: Users | None = None
         if privacy.group_ids is not None:
             self._users = Users(privacy.group_ids, privacy.max_rows_per_group)
@@ -107,12 +115,15 @@ class PrivateRun:
         self._model = model
         self._session = session
         spent, secret, uncounted = _remembered(model)
-        self._secret = secret and privacy.seed is None and known is None
+        drawn = known is None or not self.draws_secretly
+        self._secret = secret and privacy.seed is None and drawn
         self.is_seeded = known is not None
+        self._noise = _noise_secret(privacy)
+        self._noise_begins: int | None = None
         self._uncounted = uncounted
         self._before = spent
         self._phase: Phase | None = None
-        self._start = self._base = 0
+        self._start = self._base = self._course = 0
 
     def go_on(self, saved: dict[str, Any] | None) -> dict[str, Any]:
         """Takes what an earlier process knew of the model before this `fit`.
@@ -128,7 +139,16 @@ class PrivateRun:
             self._secret &= saved["secret"]
             self._uncounted = saved["uncounted"]
         self._note_uncounted()
+        correlated = None
+        if not self.draws_secretly:
+            # Who takes back what was given must know it, in another process too.
+            self._noise_begins = self._iterations()
+            if saved is not None and saved.get("noise") is not None:
+                known = saved["noise"]
+                self._noise, self._noise_begins = int(known["secret"]), known["begins"]
+            correlated = {"secret": str(self._noise), "begins": self._noise_begins}
         return {
+            "noise": correlated,
             "ledger": self._before.to_dict(),
             "secret": self._secret,
             "uncounted": self._uncounted,
@@ -150,34 +170,19 @@ class PrivateRun:
             ArgumentError: The budget is spent, or the model does not give gradients of single
                 examples.
         """
-        arrays = source.drawn_from
-        assert isinstance(arrays, Arrays)
         privacy = self.privacy
-        self.planned_steps = arrays.steps * max(0, epochs)
-        rows = arrays.num_rows
-        sampler = arrays.sampler
-        assert isinstance(sampler, Poisson | PoissonOfUsers)
-        expected = sampler.expected_rows(rows, arrays.batch_size)
-        phase = sampler.phase(
-            num_rows=rows, batch_size=arrays.batch_size, steps=1, noise_multiplier=0.0
-        )
+        planned = plan(privacy, source, epochs)
+        self.planned_steps, phase, expected, units = planned
         self.ledger(0).add(phase).check_unit()
-        assert phase.num_rows is not None
-        units = phase.sampling_probability * phase.num_rows
-        if not phase.truncates:
-            phase = dataclasses.replace(phase, capacity=None)
         noise = privacy.noise_multiplier
         if noise is None:
             assert privacy.target_epsilon is not None
-            noise = noise_multiplier(
-                target_epsilon=privacy.target_epsilon,
-                sampling_probability=phase.sampling_probability,
-                steps=max(1, self.planned_steps),
-                delta=self._delta,
+            noise = noise_for(
+                dataclasses.replace(phase, steps=max(1, self.planned_steps)),
+                privacy.target_epsilon,
+                self._delta,
                 accountant=privacy.accountant,
                 relation=privacy.relation,
-                capacity=phase.capacity,
-                num_rows=phase.num_rows,
                 spent=self.ledger(0),
             )
             noise = float(self._session.strategy.broadcast_object(noise))
@@ -194,6 +199,7 @@ class PrivateRun:
             units,
             None if self._users is None else self._users.most,
             privacy.augmentations,
+            phase.bands,
         )
         self._try(source)
 
@@ -304,21 +310,29 @@ class PrivateRun:
             callbacks: A list of callbacks, or a `CallbackList`.
             step: What will be made.
         """
-        step.restart(self.privacy.seed)
+        correlated = None
+        if not self.draws_secretly:
+            assert self._noise_begins is not None
+            correlated = self._noise, self._noise_begins
+        step.restart(self.privacy.seed, correlated)
+        self.note_course()
         last = _Last(self, step.noise)
         given = getattr(callbacks, "callbacks", callbacks)
         for callback in given:
             if isinstance(callback, PrivacyBudget):
                 callback.run = self
         if isinstance(callbacks, keras.callbacks.CallbackList):
-            callbacks.callbacks = [*given, last]
+            callbacks.callbacks = [_First(self), *given, last]
             return callbacks
-        return [*given, last]
+        return [_First(self), *given, last]
 
     @contextlib.contextmanager
     def counting(self) -> Iterator[None]:
         """Wraps the training; what was made counts, however it ends."""
         self._start, self._base = self._iterations(), 0
+        if self._noise_begins is None:
+            self._noise_begins = self._start
+        self.note_course()
         self._note_uncounted()
         try:
             yield
@@ -331,6 +345,35 @@ class PrivateRun:
         restored = self._iterations() - self._start
         self._base += max(0, restored)
         self._start += restored
+        self.note_course()
+
+    def note_course(self) -> None:
+        """Notes how far the optimizer has come."""
+        self._course = self._iterations()
+
+    def check_course(self) -> None:
+        """Refuses an optimizer that a callback has moved: noise must not come twice.
+
+        Raises:
+            ArgumentError: It was moved.
+        """
+        if self._iterations() != self._course:
+            raise ArgumentError(
+                "No callback may set the optimizer's `iterations` with DPFTRL, whose noise "
+                f"goes by them. Received: {self._iterations()} in place of {self._course}. To go "
+                "on after an interruption use fit(checkpoint=...)."
+            )
+
+
+class _First(keras.callbacks.Callback):  # type: ignore[misc]
+    """Comes before all other callbacks, and sees what they have not yet moved."""
+
+    def __init__(self, run: PrivateRun) -> None:
+        super().__init__()
+        self._run = run
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        self._run.note_course()
 
 
 class _Last(keras.callbacks.Callback):  # type: ignore[misc]
@@ -342,12 +385,22 @@ class _Last(keras.callbacks.Callback):  # type: ignore[misc]
         self._noise = noise
 
     def on_train_begin(self, logs: Any = None) -> None:
+        if not self._run.draws_secretly:
+            self._run.check_course()
         self._run.note_restored()
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         # The noise of a step is a function of `iterations`, which a callback may set back.
-        self._noise.renew(self._run.privacy.seed)
+        if self._run.draws_secretly:
+            self._noise.renew(self._run.privacy.seed)
+        else:
+            self._run.check_course()
 
 
 def _remembered(model: Any) -> tuple[Ledger, bool, int]:
     return vars(model).get(_MEMORY, (Ledger(), True, 0))  # type: ignore[no-any-return]
+
+
+def _noise_secret(privacy: DPSGD) -> int:
+    """Gives what correlated noise is made from."""
+    return secrets.randbits(127) if privacy.seed is None else privacy.seed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import keras
 import numpy as np
 import tensorflow as tf
 
@@ -11,12 +12,15 @@ from tfdist import data
 from tfdist.errors import ArgumentError
 from tfdist.imbalance.per_class import PerClassMetrics
 from tfdist.privacy import watchers
+from tfdist.privacy.in_turn import DPFTRL
 from tfdist.privacy.poisson import Poisson
 from tfdist.privacy.settings import DPSGD
 from tfdist.session import Session
 
 
-def check_data(session: Session, x: Any, sampler: Any, class_weight: Any) -> None:
+def check_data(
+    session: Session, x: Any, sampler: Any, class_weight: Any, privacy: DPSGD
+) -> None:
     """Refuses data, sampling and sums that the accounting is not of.
 
     Args:
@@ -24,16 +28,20 @@ def check_data(session: Session, x: Any, sampler: Any, class_weight: Any) -> Non
         x: What `fit` was given.
         sampler: What `fit` was given.
         class_weight: What `fit` was given.
+        privacy: The settings.
 
     Raises:
         ArgumentError: It is such.
     """
-    if not data.is_arrays(x):
+    if isinstance(privacy, DPFTRL):
+        _check_data_in_turn(x, sampler)
+    elif not data.is_arrays(x):
         raise ArgumentError(
             "`x` must be arrays in private training: each example is drawn by itself, which a "
-            f"stream of batches cannot do. Received: x of type {type(x).__name__}. Pass arrays."
+            f"stream of batches cannot do. Received: x of type {type(x).__name__}. Pass "
+            "arrays, or privacy=tfdist.DPFTRL(...), which samples nothing."
         )
-    if sampler is not None and not isinstance(sampler, Poisson):
+    elif sampler is not None and not isinstance(sampler, Poisson):
         raise ArgumentError(
             "`sampler` must be a tfdist.privacy.Poisson in private training: the accounting is "
             f"of its sampling. Received: a {type(sampler).__name__}. Leave it out."
@@ -49,6 +57,20 @@ def check_data(session: Session, x: Any, sampler: Any, class_weight: Any) -> Non
             "Private gradients must be summed as they are: noise is added before. Received: "
             f"strategy {session.strategy.name!r} with compression or Adasum. Use "
             "tfdist.Horovod() without them."
+        )
+
+
+def _check_data_in_turn(x: Any, sampler: Any) -> None:
+    if sampler is not None:
+        raise ArgumentError(
+            "`sampler` must be None with DPFTRL, which takes all examples in turn. Received: a "
+            f"{type(sampler).__name__}. Use shuffle=False to keep the order of the rows."
+        )
+    streams = tf.data.Dataset | keras.utils.PyDataset
+    if not data.is_arrays(x) and not isinstance(x, streams):
+        raise ArgumentError(
+            "`x` must be arrays, a tf.data.Dataset or a keras.utils.PyDataset in private "
+            f"training. Received: x of type {type(x).__name__}."
         )
 
 

@@ -565,6 +565,17 @@ def private_bias_corrected_adam(train: Train) -> tuple[Any, Any]:
 
 
 @case
+def private_in_turn(train: Train) -> tuple[Any, Any]:
+    models = [private_mlp(keras.optimizers.SGD(0.1)) for _ in range(2)]
+    # The noise is the same too: its first stream makes all of it.
+    privacy = tfdist.DPFTRL(0.5, noise_multiplier=0.5, delta=1e-3, bands=3, seed=4)
+    train(models[0], *table(300), batch_size=64, epochs=3, privacy=privacy)
+    dataset = tf.data.Dataset.from_tensor_slices(table(300)).batch(64)
+    privacy = tfdist.DPFTRL(0.5, noise_multiplier=0.5, delta=1e-3, min_separation=5, seed=4)
+    return models, train(models[1], dataset, epochs=2, privacy=privacy)
+
+
+@case
 def private_augmented(train: Train) -> tuple[Any, Any]:
     model = private_mlp(keras.optimizers.Adam(0.01))
     privacy = noiseless(l2_norm_clip=0.1, augmentations=3)

@@ -20,6 +20,7 @@ _WHOM = {
     USER: "This holds for all examples together that `group_ids` gave to one user, not for a "
     "person with several ids.",
 }
+_SECRET = {True: "{}s were drawn and noise was", False: "noise was"}
 _METHODS = {"pld": "privacy loss distributions", "rdp": "Rényi divergences"}
 
 
@@ -138,6 +139,7 @@ def statement(
             "noise."
         )
     unit = ledger.unit
+    sampled = any(phase.bands is None for phase in ledger.phases)
     alike = _ALIKE[relation].format(*_ONE[unit])
     sentences = [
         f"The weights are differentially private with epsilon = {_rounded_up(spent)} and "
@@ -153,7 +155,7 @@ def statement(
         f"Epsilon was computed with dp-accounting by {_METHODS[accountant]}.",
         "It holds for the weights of every step, the optimizer's state and whatever is "
         "computed from them, so all of them may be released.",
-        f"It assumes that {unit}s were drawn and noise was made from random numbers nobody "
+        f"It assumes that {_SECRET[sampled].format(unit)} made from random numbers nobody "
         "can predict or repeat, that no other step was made on these data, and that choices "
         "made by looking at the data (the model, its settings, the preprocessing) are not "
         "counted.",
@@ -181,6 +183,16 @@ def _described(ledger: Ledger) -> str:
 
 def _describe(phase: Phase) -> str:
     limit = "" if phase.capacity is None else f", at most {phase.capacity} of them kept"
+    if phase.bands is not None:
+        often = "takes part in no more than one of them"
+        if phase.separation is not None:
+            often = f"comes in steps that are at least {phase.separation} apart"
+        return (
+            f"{phase.steps} steps of DP-FTRL, each example's gradient clipped to a norm C, in "
+            f"which an example {often}, and Gaussian noise of standard deviation "
+            f"{phase.noise_multiplier:.6g} C for each step, of which the {phase.bands - 1} "
+            "steps after it take a part back"
+        )
     whole = "gradient" if phase.unit == EXAMPLE else "gradients added up and"
     return (
         f"{phase.steps} steps of DP-SGD, each {phase.unit} drawn into each step independently "

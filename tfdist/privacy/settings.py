@@ -7,6 +7,7 @@ from typing import Any
 
 from tfdist.errors import ArgumentError
 from tfdist.privacy.arguments import check_choice, check_count, check_number
+from tfdist.privacy.correlated import coefficients
 from tfdist.privacy.ledger import ACCOUNTANTS, RELATIONS, Ledger
 
 
@@ -158,6 +159,7 @@ class Mechanism:
         expected_units: What is clipped in a step on average: users, or examples.
         rows_of_user: The most examples of a user in a step; None without `group_ids`.
         copies: Rows of an example, whose mean counts.
+        bands: As in `tfdist.DPFTRL`; None where each step has noise of its own alone.
     """
 
     l2_norm_clip: float
@@ -171,6 +173,12 @@ class Mechanism:
     expected_units: float = 0.0
     rows_of_user: int | None = None
     copies: int = 1
+    bands: int | None = None
+
+    @property
+    def factors(self) -> tuple[float, ...]:
+        """With what factors the noise of a step and those before is added up."""
+        return coefficients(self.bands or 1)
 
     @property
     def gradient_noise(self) -> float:

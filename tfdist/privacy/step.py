@@ -50,15 +50,21 @@ class PrivateStep:
 
     def _deviation(self) -> Any:
         """Gives the noise's standard deviation on each number of the global gradient."""
-        return self.mechanism.gradient_noise * self._norm() / self.mechanism.expected_batch
+        own = math.sqrt(sum(factor**2 for factor in self.mechanism.factors))
+        noise = own * self.mechanism.gradient_noise
+        return noise * self._norm() / self.mechanism.expected_batch
 
-    def restart(self, seed: int | None) -> None:
+    def restart(self, seed: int | None, correlated: tuple[int, int] | None = None) -> None:
         """Begins a `fit`: with new noise, and the norm that was asked for.
 
         Args:
             seed: As in `Noise.renew`.
+            correlated: As `Noise.go_on` takes it, where noise is correlated.
         """
-        self.noise.renew(seed)
+        if correlated is None:
+            self.noise.renew(seed)
+        else:
+            self.noise.go_on(*correlated)
         if self.adaptive is not None:
             self.adaptive.restart()
 
@@ -116,17 +122,29 @@ class PrivateStep:
         variables = self._model.trainable_variables
         count = sum(math.prod(v.shape) for v in variables)
         votes_too = self.adaptive is not None
-        drawn = self.noise.normal(
-            count + int(votes_too),
-            self._strategy.replica_id(),
-            self._model.optimizer.iterations,
-        )
-        part = 1 / math.sqrt(replicas)
+        drawn = self._drawn(count + int(votes_too))
+        part = 1 / math.sqrt(replicas) if mechanism.bands is None else 1.0
         if votes_too:
             drawn, of_votes = tf.split(drawn, [count, 1])
             votes += of_votes[0] * (mechanism.count_noise * part)
         noises = like(drawn * (mechanism.gradient_noise * norm * part), variables)
         return [s + n for s, n in zip(sums, noises, strict=True)], votes
+
+    def _drawn(self, count: int) -> Tensor:
+        """Draws a replica's normal numbers.
+
+        Correlated ones are all drawn by the first: what is taken back must be what was given,
+        on whatever number of replicas training goes on.
+        """
+        replica, step = self._strategy.replica_id(), self._model.optimizer.iterations
+        if self.mechanism.bands is None:
+            return self.noise.normal(count, replica, step)
+        step, factors = tf.convert_to_tensor(step), self.mechanism.factors
+        return tf.cond(
+            tf.equal(replica, 0),
+            lambda: self.noise.correlated(count, replica, step, factors),
+            lambda: tf.zeros([count]),
+        )
 
 
 def _penalties(variables: Any) -> list[Tensor | None]:
