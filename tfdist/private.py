@@ -18,9 +18,9 @@ from tfdist.planned import plan
 from tfdist.privacy import clipping, refusals
 from tfdist.privacy.accounting import noise_for
 from tfdist.privacy.budget import PrivacyBudget
+from tfdist.privacy.course import Course
 from tfdist.privacy.in_turn import DPFTRL, SameOrder
 from tfdist.privacy.ledger import Ledger, Phase, dp_accounting
-from tfdist.privacy.noise import Noise
 from tfdist.privacy.poisson import Poisson
 from tfdist.privacy.report import Report
 from tfdist.privacy.settings import DPSGD, Mechanism
@@ -118,12 +118,10 @@ class PrivateRun:
         drawn = known is None or not self.draws_secretly
         self._secret = secret and privacy.seed is None and drawn
         self.is_seeded = known is not None
-        self._noise = _noise_secret(privacy)
-        self._noise_begins: int | None = None
+        self._course = Course(model, privacy)
         self._uncounted = uncounted
         self._before = spent
         self._phase: Phase | None = None
-        self._start = self._base = self._course = 0
 
     def go_on(self, saved: dict[str, Any] | None) -> dict[str, Any]:
         """Takes what an earlier process knew of the model before this `fit`.
@@ -139,16 +137,8 @@ class PrivateRun:
             self._secret &= saved["secret"]
             self._uncounted = saved["uncounted"]
         self._note_uncounted()
-        correlated = None
-        if not self.draws_secretly:
-            # Who takes back what was given must know it, in another process too.
-            self._noise_begins = self._iterations()
-            if saved is not None and saved.get("noise") is not None:
-                known = saved["noise"]
-                self._noise, self._noise_begins = int(known["secret"]), known["begins"]
-            correlated = {"secret": str(self._noise), "begins": self._noise_begins}
         return {
-            "noise": correlated,
+            "noise": self._course.go_on(None if saved is None else saved.get("noise")),
             "ledger": self._before.to_dict(),
             "secret": self._secret,
             "uncounted": self._uncounted,
@@ -157,7 +147,7 @@ class PrivateRun:
     def _note_uncounted(self) -> None:
         """Notes steps that were made before anything was counted."""
         if not self._before.phases and not self.privacy.spent.phases:
-            self._uncounted = max(self._uncounted, self._iterations())
+            self._uncounted = max(self._uncounted, self._course.iterations)
 
     def plan(self, source: data.Source, epochs: int) -> None:
         """Finds the noise, and tries the model on a few rows.
@@ -267,10 +257,7 @@ class PrivateRun:
     @property
     def steps_made(self) -> int:
         """Steps of this `fit`, those that a backup restored included."""
-        return self._base + self._iterations() - self._start
-
-    def _iterations(self) -> int:
-        return int(self._model.optimizer.iterations.numpy())
+        return self._course.steps_made
 
     def ledger(self, steps: int) -> Ledger:
         """Gives all private steps on the data.
@@ -310,29 +297,16 @@ class PrivateRun:
             callbacks: A list of callbacks, or a `CallbackList`.
             step: What will be made.
         """
-        correlated = None
-        if not self.draws_secretly:
-            assert self._noise_begins is not None
-            correlated = self._noise, self._noise_begins
-        step.restart(self.privacy.seed, correlated)
-        self.note_course()
-        last = _Last(self, step.noise)
-        given = getattr(callbacks, "callbacks", callbacks)
-        for callback in given:
+        self._course.restart(step)
+        for callback in getattr(callbacks, "callbacks", callbacks):
             if isinstance(callback, PrivacyBudget):
                 callback.run = self
-        if isinstance(callbacks, keras.callbacks.CallbackList):
-            callbacks.callbacks = [_First(self), *given, last]
-            return callbacks
-        return [_First(self), *given, last]
+        return self._course.watched(callbacks, step)
 
     @contextlib.contextmanager
     def counting(self) -> Iterator[None]:
         """Wraps the training; what was made counts, however it ends."""
-        self._start, self._base = self._iterations(), 0
-        if self._noise_begins is None:
-            self._noise_begins = self._start
-        self.note_course()
+        self._course.begin()
         self._note_uncounted()
         try:
             yield
@@ -341,66 +315,9 @@ class PrivateRun:
             vars(self._model)[_MEMORY] = (made, self._secret, self._uncounted)
 
     def note_restored(self) -> None:
-        """Counts the steps that callbacks have restored: an earlier process made them."""
-        restored = self._iterations() - self._start
-        self._base += max(0, restored)
-        self._start += restored
-        self.note_course()
-
-    def note_course(self) -> None:
-        """Notes how far the optimizer has come."""
-        self._course = self._iterations()
-
-    def check_course(self) -> None:
-        """Refuses an optimizer that a callback has moved: noise must not come twice.
-
-        Raises:
-            ArgumentError: It was moved.
-        """
-        if self._iterations() != self._course:
-            raise ArgumentError(
-                "No callback may set the optimizer's `iterations` with DPFTRL, whose noise "
-                f"goes by them. Received: {self._iterations()} in place of {self._course}. To go "
-                "on after an interruption use fit(checkpoint=...)."
-            )
-
-
-class _First(keras.callbacks.Callback):  # type: ignore[misc]
-    """Comes before all other callbacks, and sees what they have not yet moved."""
-
-    def __init__(self, run: PrivateRun) -> None:
-        super().__init__()
-        self._run = run
-
-    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        self._run.note_course()
-
-
-class _Last(keras.callbacks.Callback):  # type: ignore[misc]
-    """Comes after all other callbacks, and sees what they have restored."""
-
-    def __init__(self, run: PrivateRun, noise: Noise) -> None:
-        super().__init__()
-        self._run = run
-        self._noise = noise
-
-    def on_train_begin(self, logs: Any = None) -> None:
-        if not self._run.draws_secretly:
-            self._run.check_course()
-        self._run.note_restored()
-
-    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        # The noise of a step is a function of `iterations`, which a callback may set back.
-        if self._run.draws_secretly:
-            self._noise.renew(self._run.privacy.seed)
-        else:
-            self._run.check_course()
+        """Counts the steps that a checkpoint has restored: an earlier process made them."""
+        self._course.note_restored()
 
 
 def _remembered(model: Any) -> tuple[Ledger, bool, int]:
     return vars(model).get(_MEMORY, (Ledger(), True, 0))  # type: ignore[no-any-return]
-
-
-def _noise_secret(privacy: DPSGD) -> int:
-    """Gives what correlated noise is made from."""
-    return secrets.randbits(127) if privacy.seed is None else privacy.seed
