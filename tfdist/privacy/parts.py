@@ -71,7 +71,8 @@ class Written(Part):
     def weighted_sum(self, weights: Tensor, together: Together = _ALONE) -> Tensor:
         """Contracts with the weights; see `Part`."""
         weights = together.by_row(weights)
-        return tf.tensordot(weights, _kept(self._gradients, weights), 1)
+        (gradients,) = _kept(weights, self._gradients)
+        return tf.tensordot(weights, gradients, 1)
 
     def each(self) -> Tensor:
         """Gives them as they are; see `Part`."""
@@ -122,12 +123,16 @@ class Product(Part):
     def weighted_sum(self, weights: Tensor, together: Together = _ALONE) -> Tensor:
         """Sums over examples and positions in one product; see `Part`."""
         if self._written is not None:
-            product = tf.tensordot(weights, _kept(self._written, weights), 1)
+            (written,) = _kept(weights, self._written)
+            product = tf.tensordot(weights, written, 1)
             return self._arranged(product[None])[0]
         weights = together.by_row(weights)
-        inputs = _kept(self._inputs, weights)
-        outputs = _kept(self._outputs, weights) * weights[:, None, None]
+        inputs, outputs = _kept(weights, self._inputs, self._outputs)
         p, q = inputs.shape[2], outputs.shape[2]
+        if p < q:
+            inputs *= weights[:, None, None]
+        else:
+            outputs *= weights[:, None, None]
         product = tf.matmul(
             tf.reshape(inputs, [-1, p]), tf.reshape(outputs, [-1, q]), transpose_a=True
         )
@@ -185,7 +190,8 @@ class Lookup(Part):
     def weighted_sum(self, weights: Tensor, together: Together = _ALONE) -> Tensor:
         """Adds up by row; see `Part`."""
         weights = together.by_row(weights)
-        outputs = _kept(self._outputs, weights) * weights[:, None, None]
+        (outputs,) = _kept(weights, self._outputs)
+        outputs *= weights[:, None, None]
         count, size = self.variable.shape
         return tf.math.unsorted_segment_sum(
             tf.reshape(outputs, [-1, size]), tf.reshape(self._rows, [-1]), count
@@ -202,7 +208,15 @@ class Lookup(Part):
         return tf.reshape(sums, [-1, count, size])
 
 
-def _kept(values: Tensor, weights: Tensor) -> Tensor:
+def _kept(weights: Tensor, *values: Tensor) -> list[Tensor]:
     """Zeroes the examples of weight 0: 0 times NaN would be NaN."""
-    kept = tf.reshape(weights != 0, [-1] + [1] * (len(values.shape) - 1))
-    return tf.where(kept, values, 0.0)
+    kept = weights != 0
+
+    def zeroed() -> list[Tensor]:
+        return [
+            tf.where(tf.reshape(kept, [-1] + [1] * (len(v.shape) - 1)), v, 0.0) for v in values
+        ]
+
+    # Mostly there are none, and to go through all numbers takes longer than to look.
+    found: list[Tensor] = tf.cond(tf.reduce_all(kept), lambda: list(values), zeroed)
+    return found
