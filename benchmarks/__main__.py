@@ -17,6 +17,7 @@ for name in (
     "imbalance",
     "augment",
     "privacy",
+    "privacy_memory",
     "privacy_utility",
 ):
     subprocess.run([sys.executable, "-m", f"benchmarks.{name}"], check=True)

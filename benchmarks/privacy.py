@@ -1,9 +1,12 @@
 """DP-SGD in one process: a private step over a plain step, with all that belongs to it.
 
-python -m benchmarks.privacy [MODEL ...]
+python -m benchmarks.privacy [--opacus PYTHON] [MODEL ...]
 
 Both are steps of `tfdist.fit`, with Adam, batch 256, in the same process; the private one
 with clipping, noise and Poisson sampling, so that its batches have 256 examples on average.
+With --opacus, the interpreter of an environment that has PyTorch and Opacus, the same ratios
+of Opacus are measured beside them, with hooks and with ghost clipping, on the same models and
+as many threads. They are of PyTorch's plain step: ratios compare, milliseconds need not.
 """
 
 from __future__ import annotations
@@ -12,16 +15,20 @@ import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
+import ast
+import re
+import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import keras
 
 import tfdist
 from benchmarks.models import compiled, digits
-from benchmarks.report import Ratio, compare, show
+from benchmarks.report import Ratio, compare, ratio, show
 
 L = keras.layers
 BATCH = 256
@@ -101,9 +108,36 @@ def measure(name: str) -> Ratio:
     return compare(name, ours, theirs, PAIRS, goal, "ms")
 
 
-def main(*names: str) -> None:
-    wanted = [name for name in MODELS if not names or any(n in name for n in names)]
-    show("Private step over plain step, batch 256", [measure(name) for name in wanted])
+def of_opacus(python: str, name: str, mode: str) -> Ratio:
+    """Measures Opacus's ratio in its own environment."""
+    short = next(word for word in ("MLP", "CNN", "encoder") if word in name)
+    steps = str(MODELS[name][3])
+    worker = Path(__file__).with_name("opacus_worker.py")
+    command = [python, str(worker), short, mode, steps, str(PAIRS), str(os.cpu_count())]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800, check=False)
+    found = re.search(r"measured (\[.*\])", done.stdout)
+    if done.returncode or not found:
+        raise RuntimeError(f"{command}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    private, plain = zip(*ast.literal_eval(found[1]), strict=True)
+    detail = f"{sorted(private)[PAIRS // 2]:.4g} / {sorted(plain)[PAIRS // 2]:.4g} ms"
+    ratios = [a / b for a, b in zip(private, plain, strict=True)]
+    return ratio(f"{name}, Opacus {mode}", ratios, "", detail)
+
+
+def main(*arguments: str) -> None:
+    names, python = list(arguments), None
+    if "--opacus" in names:
+        at = names.index("--opacus")
+        python = names[at + 1]
+        del names[at : at + 2]
+    found = []
+    for name in MODELS:
+        if names and not any(n in name for n in names):
+            continue
+        found.append(measure(name))
+        if python is not None:
+            found += [of_opacus(python, name, mode) for mode in ("hooks", "ghost")]
+    show("Private step over plain step, batch 256", found)
 
 
 if __name__ == "__main__":

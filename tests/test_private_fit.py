@@ -464,6 +464,90 @@ def test_arguments_that_cannot_be_private(options: dict[str, Any], message: str)
         private_fit(classifier(), **options)
 
 
+class Keeps(keras.metrics.Metric):  # type: ignore[misc]
+    """Keeps the last prediction."""
+
+    def __init__(self) -> None:
+        super().__init__(name="keeps")
+        self.last = self.add_variable(shape=(), initializer="zeros", name="last")
+
+    def update_state(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> None:
+        self.last.assign(y_pred[-1, 0])
+
+    def result(self) -> Any:
+        return self.last
+
+
+def test_metrics_that_keep_single_examples_are_refused() -> None:
+    model = classifier()
+    model.compile("sgd", crossentropy(), metrics=["accuracy", Keeps()])
+    with pytest.raises(ArgumentError, match="Received: 'keeps', whose state depends on"):
+        private_fit(model)
+    binary = keras.Sequential([keras.Input((6,)), L.Dense(1, activation="sigmoid")])
+    summing = [keras.metrics.AUC(), keras.metrics.Precision(), keras.metrics.R2Score(), "mae"]
+    binary.compile("sgd", "binary_crossentropy", metrics=summing, weighted_metrics=["accuracy"])
+    x, y = rows()
+    y = (y[:, None] > 1).astype("float32")
+    privacy = tfdist.DPSGD(CLIP, noise_multiplier=1.0, delta=1e-3)
+    fitted = tfdist.fit(binary, x, y, batch_size=6, verbose=0, privacy=privacy)
+    assert 0 < fitted.history["auc"][0] < 1
+
+
+CALLBACKS: dict[str, tuple[Any, Any, str]] = {
+    "stopping": (
+        lambda **m: keras.callbacks.EarlyStopping(**m),
+        {"monitor": "val_loss"},
+        "EarlyStopping with monitor='loss'",
+    ),
+    "plateau": (
+        lambda **m: keras.callbacks.ReduceLROnPlateau(**m),
+        {"monitor": "l2_norm_clip", "mode": "min"},
+        "ReduceLROnPlateau with monitor='loss'",
+    ),
+    "best": (
+        lambda monitor="loss", best=True: keras.callbacks.ModelCheckpoint(
+            "best.keras", monitor, save_best_only=best
+        ),
+        {"best": False},
+        "monitor='val_loss' with validation_data",
+    ),
+    "batches": (
+        lambda update_freq=1: keras.callbacks.TensorBoard("logs", update_freq=update_freq),
+        {"update_freq": "epoch"},
+        "update_freq=1. Use update_freq='epoch'",
+    ),
+    "classes": (
+        lambda rows=slice(0, 40): tfdist.PerClassMetrics(DATA[0][rows], DATA[1][rows]),
+        {"rows": slice(40, 60)},
+        "data that need not be protected",
+    ),
+}
+DATA = rows()
+
+
+@pytest.mark.parametrize("name", CALLBACKS)
+def test_callbacks_that_let_examples_out_are_refused(
+    name: str, tmp_path: Any, monkeypatch: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make, allowed, message = CALLBACKS[name]
+    bad = {} if name in ("best", "batches", "classes") else {"monitor": "loss"}
+    x, y = DATA[0][:40], DATA[1][:40]
+    privacy = tfdist.DPSGD(CLIP, noise_multiplier=1.0, delta=1e-3)
+    options = {"batch_size": 20, "verbose": 0, "validation_data": (DATA[0][40:], DATA[1][40:])}
+    model = classifier()
+    with pytest.raises(ArgumentError, match=message):
+        tfdist.fit(model, x, y, privacy=privacy, callbacks=[make(**bad)], **options)
+    assert not list(tmp_path.iterdir())
+    tfdist.fit(model, x, y, privacy=privacy, callbacks=[make(**allowed)], **options)
+
+
+@pytest.mark.quick
+def test_a_loss_that_is_not_finite_ends_nothing() -> None:
+    with pytest.raises(ArgumentError, match="Leave it out: examples whose gradient"):
+        private_fit(classifier(), callbacks=keras.callbacks.TerminateOnNaN())
+
+
 def test_streams_of_batches_are_refused() -> None:
     dataset = tf.data.Dataset.from_tensor_slices(rows()).batch(6)
     privacy = tfdist.DPSGD(CLIP, noise_multiplier=1.0, delta=1e-3)

@@ -13,11 +13,13 @@ if TYPE_CHECKING:
     from tfdist.data import Augment, ByClass, LocalShard
     from tfdist.dropin import drop_in
     from tfdist.privacy.budget import PrivacyBudget
+    from tfdist.privacy.in_turn import DPFTRL
     from tfdist.privacy.settings import DPSGD
     from tfdist.session import init, is_chief
     from tfdist.training import evaluate, fit, predict
 
 __all__ = [
+    "DPFTRL",
     "DPSGD",
     "Augment",
     "ByClass",
@@ -47,6 +49,7 @@ _HOMES = {
     "Augment": "tfdist.data",
     "ByClass": "tfdist.data",
     "Checkpoint": "tfdist.checkpoint.settings",
+    "DPFTRL": "tfdist.privacy.in_turn",
     "DPSGD": "tfdist.privacy.settings",
     "Horovod": "tfdist.strategies.horovod",
     "LearningRateScaling": "tfdist.learning_rate",

@@ -70,7 +70,8 @@ class Prepared:
             stack.enter_context(self.held)
             stack.enter_context(functions)
             has_servers = self.strategy.has_servers
-            if has_servers or self.strategy.place.num_replicas > 1 or source.may_be_empty:
+            several = self.strategy.place.num_replicas > 1 or self.private is not None
+            if has_servers or several or source.may_be_empty:
                 stack.enter_context(_keras.replicated(self.model, has_servers))
             stack.enter_context(self.functions.running())
             yield

@@ -11,19 +11,22 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from tfdist import data
+from tfdist import data, refused
 from tfdist.data.arrays import Arrays
 from tfdist.errors import ArgumentError
+from tfdist.planned import plan
 from tfdist.privacy import clipping, refusals
-from tfdist.privacy.accounting import noise_multiplier
+from tfdist.privacy.accounting import noise_for
 from tfdist.privacy.budget import PrivacyBudget
+from tfdist.privacy.course import Course
+from tfdist.privacy.in_turn import DPFTRL, SameOrder
 from tfdist.privacy.ledger import Ledger, Phase, dp_accounting
-from tfdist.privacy.noise import Noise
 from tfdist.privacy.poisson import Poisson
 from tfdist.privacy.report import Report
 from tfdist.privacy.settings import DPSGD, Mechanism
 from tfdist.privacy.step import PrivateStep
-from tfdist.samplers import Sampler
+from tfdist.privacy.users import PoissonOfUsers, Users
+from tfdist.samplers import Sampler, Sequential
 from tfdist.session import Session
 from tfdist.strategies.base import Place
 
@@ -48,8 +51,13 @@ class PrivateRun:
         model: A compiled `keras.Model`.
         x: What `fit` was given.
         sampler: What `fit` was given.
+        shuffle: What `fit` was given.
         seed: What `fit` was given.
         class_weight: What `fit` was given.
+        callbacks: What `fit` was given.
+        augment: What `fit` was given.
+        shard: What `fit` was given.
+        validation_split: What `fit` was given.
 
     Attributes:
         sampler: Chooses the rows of each step.
@@ -57,6 +65,7 @@ class PrivateRun:
         mechanism: What is done to gradients; known after `plan`.
         planned_steps: Of this `fit`.
         is_seeded: Whether the user has chosen `sampling_seed`; else it is secret.
+        draws_secretly: Whether the guarantee rests on the sampling.
 
     Raises:
         ArgumentError: The model, or an argument, cannot be private.
@@ -74,29 +83,45 @@ class PrivateRun:
         x: Any,
         *,
         sampler: Sampler | None,
+        shuffle: Any = True,
         seed: int | None,
         class_weight: Any,
+        callbacks: Any = None,
+        augment: data.Augment | None = None,
+        shard: Any = None,
+        validation_split: float = 0.0,
     ) -> None:
         if not isinstance(privacy, DPSGD):
             raise ArgumentError(
                 f"`privacy` must be a tfdist.DPSGD or None. Received: privacy={privacy!r}."
             )
-        _check_arguments(session, x, sampler, class_weight)
+        refused.check_data(session, x, sampler, class_weight, privacy)
+        refused.check_copies(privacy, augment)
+        refused.check_users(privacy, shard, validation_split)
+        refused.check_callbacks(callbacks, x)
         dp_accounting()  # missing, it must not be missed after training
         refusals.check_model(model)
         self.privacy = privacy
-        self.sampler = _Everyone() if sampler is None else sampler
+        self.draws_secretly = not isinstance(privacy, DPFTRL)
+        self.sampler: Sampler = _Everyone() if sampler is None else sampler
+        if not self.draws_secretly:
+            self.sampler = SameOrder(bool(shuffle)) if data.is_arrays(x) else Sequential()
+        self._users: Users | None = None
+        if privacy.group_ids is not None:
+            self._users = Users(privacy.group_ids, privacy.max_rows_per_group)
+            self.sampler = PoissonOfUsers(self._users, self.sampler)  # type: ignore[arg-type]
         known = privacy.seed if seed is None else seed
         self.sampling_seed = secrets.randbits(127) if known is None else known
         self._model = model
         self._session = session
         spent, secret, uncounted = _remembered(model)
-        self._secret = secret and privacy.seed is None and known is None
+        drawn = known is None or not self.draws_secretly
+        self._secret = secret and privacy.seed is None and drawn
         self.is_seeded = known is not None
+        self._course = Course(model, privacy)
         self._uncounted = uncounted
         self._before = spent
         self._phase: Phase | None = None
-        self._start = self._base = 0
 
     def go_on(self, saved: dict[str, Any] | None) -> dict[str, Any]:
         """Takes what an earlier process knew of the model before this `fit`.
@@ -113,6 +138,7 @@ class PrivateRun:
             self._uncounted = saved["uncounted"]
         self._note_uncounted()
         return {
+            "noise": self._course.go_on(None if saved is None else saved.get("noise")),
             "ledger": self._before.to_dict(),
             "secret": self._secret,
             "uncounted": self._uncounted,
@@ -121,7 +147,7 @@ class PrivateRun:
     def _note_uncounted(self) -> None:
         """Notes steps that were made before anything was counted."""
         if not self._before.phases and not self.privacy.spent.phases:
-            self._uncounted = max(self._uncounted, self._iterations())
+            self._uncounted = max(self._uncounted, self._course.iterations)
 
     def plan(self, source: data.Source, epochs: int) -> None:
         """Finds the noise, and tries the model on a few rows.
@@ -134,28 +160,19 @@ class PrivateRun:
             ArgumentError: The budget is spent, or the model does not give gradients of single
                 examples.
         """
-        arrays = source.drawn_from
-        assert isinstance(arrays, Arrays)
         privacy = self.privacy
-        self.planned_steps = arrays.steps * max(0, epochs)
-        rows = arrays.num_rows
-        phase = arrays.sampler.phase(  # type: ignore[attr-defined]
-            num_rows=rows, batch_size=arrays.batch_size, steps=1, noise_multiplier=0.0
-        )
-        if not phase.truncates:
-            phase = dataclasses.replace(phase, capacity=None)
+        planned = plan(privacy, source, epochs)
+        self.planned_steps, phase, expected, units = planned
+        self.ledger(0).add(phase).check_unit()
         noise = privacy.noise_multiplier
         if noise is None:
             assert privacy.target_epsilon is not None
-            noise = noise_multiplier(
-                target_epsilon=privacy.target_epsilon,
-                sampling_probability=phase.sampling_probability,
-                steps=max(1, self.planned_steps),
-                delta=self._delta,
+            noise = noise_for(
+                dataclasses.replace(phase, steps=max(1, self.planned_steps)),
+                privacy.target_epsilon,
+                self._delta,
                 accountant=privacy.accountant,
                 relation=privacy.relation,
-                capacity=phase.capacity,
-                num_rows=rows,
                 spent=self.ledger(0),
             )
             noise = float(self._session.strategy.broadcast_object(noise))
@@ -163,20 +180,24 @@ class PrivateRun:
         self.mechanism = Mechanism(
             privacy.l2_norm_clip,
             noise,
-            phase.sampling_probability * rows,
+            expected,
             privacy.microbatch_size,
             privacy.clipping == "per_layer",
             privacy.target_quantile,
             privacy.clip_learning_rate,
-            self._count_noise(noise, phase.sampling_probability * rows),
+            self._count_noise(noise, units),
+            units,
+            None if self._users is None else self._users.most,
+            privacy.augmentations,
+            phase.bands,
         )
         self._try(source)
 
-    def _count_noise(self, noise: float, expected_batch: float) -> float:
+    def _count_noise(self, noise: float, units: float) -> float:
         if self.privacy.target_quantile is None or noise == 0:
             return 0.0
         chosen = self.privacy.count_noise
-        found = expected_batch / 20 if chosen is None else chosen
+        found = units / 20 if chosen is None else chosen
         if 2 * found <= noise:
             raise ArgumentError(
                 "`count_noise` must be above noise_multiplier / 2, or nothing is left for the "
@@ -194,6 +215,7 @@ class PrivateRun:
             batch = tf.nest.map_structure(lambda column: column[:_ROWS_CHECKED], share.data)
         x, y, weight = keras.utils.unpack_x_y_sample_weight(batch)
         clipping.check(self._model, x, y, sample_weight=weight)
+        refusals.check_metrics(self._model, x, y, sample_weight=weight)
 
     def notice(self) -> str | None:
         """Says, in a model's first private `fit`, what will be slow."""
@@ -217,6 +239,8 @@ class PrivateRun:
             "delta": self.privacy.delta,
             "relation": self.privacy.relation,
             "spent before": self.ledger(0),
+            "users": None if self._users is None else self._users.fingerprint,
+            "augmentations": self.privacy.augmentations,
         }
 
     @property
@@ -225,16 +249,15 @@ class PrivateRun:
         assert self._phase is not None
         return {
             "l2_norm_clip": self.mechanism.l2_norm_clip,
+            "users": None if self._users is None else self._users.fingerprint,
+            "augmentations": self.privacy.augmentations,
             **dataclasses.asdict(self.phase(0)),
         }
 
     @property
     def steps_made(self) -> int:
         """Steps of this `fit`, those that a backup restored included."""
-        return self._base + self._iterations() - self._start
-
-    def _iterations(self) -> int:
-        return int(self._model.optimizer.iterations.numpy())
+        return self._course.steps_made
 
     def ledger(self, steps: int) -> Ledger:
         """Gives all private steps on the data.
@@ -274,21 +297,16 @@ class PrivateRun:
             callbacks: A list of callbacks, or a `CallbackList`.
             step: What will be made.
         """
-        step.restart(self.privacy.seed)
-        last = _Last(self, step.noise)
-        given = getattr(callbacks, "callbacks", callbacks)
-        for callback in given:
+        self._course.restart(step)
+        for callback in getattr(callbacks, "callbacks", callbacks):
             if isinstance(callback, PrivacyBudget):
                 callback.run = self
-        if isinstance(callbacks, keras.callbacks.CallbackList):
-            callbacks.callbacks = [*given, last]
-            return callbacks
-        return [*given, last]
+        return self._course.watched(callbacks, step)
 
     @contextlib.contextmanager
     def counting(self) -> Iterator[None]:
         """Wraps the training; what was made counts, however it ends."""
-        self._start, self._base = self._iterations(), 0
+        self._course.begin()
         self._note_uncounted()
         try:
             yield
@@ -297,52 +315,9 @@ class PrivateRun:
             vars(self._model)[_MEMORY] = (made, self._secret, self._uncounted)
 
     def note_restored(self) -> None:
-        """Counts the steps that callbacks have restored: an earlier process made them."""
-        restored = self._iterations() - self._start
-        self._base += max(0, restored)
-        self._start += restored
-
-
-class _Last(keras.callbacks.Callback):  # type: ignore[misc]
-    """Comes after all other callbacks, and sees what they have restored."""
-
-    def __init__(self, run: PrivateRun, noise: Noise) -> None:
-        super().__init__()
-        self._run = run
-        self._noise = noise
-
-    def on_train_begin(self, logs: Any = None) -> None:
-        self._run.note_restored()
-
-    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        # The noise of a step is a function of `iterations`, which a callback may set back.
-        self._noise.renew(self._run.privacy.seed)
+        """Counts the steps that a checkpoint has restored: an earlier process made them."""
+        self._course.note_restored()
 
 
 def _remembered(model: Any) -> tuple[Ledger, bool, int]:
     return vars(model).get(_MEMORY, (Ledger(), True, 0))  # type: ignore[no-any-return]
-
-
-def _check_arguments(session: Session, x: Any, sampler: Any, class_weight: Any) -> None:
-    if not data.is_arrays(x):
-        raise ArgumentError(
-            "`x` must be arrays in private training: each example is drawn by itself, which a "
-            f"stream of batches cannot do. Received: x of type {type(x).__name__}. Pass arrays."
-        )
-    if sampler is not None and not isinstance(sampler, Poisson):
-        raise ArgumentError(
-            "`sampler` must be a tfdist.privacy.Poisson in private training: the accounting is "
-            f"of its sampling. Received: a {type(sampler).__name__}. Leave it out."
-        )
-    if class_weight is not None and not isinstance(class_weight, dict):
-        raise ArgumentError(
-            "`class_weight` must be a dict in private training: a rule counts the classes of "
-            f"the data, without noise. Received: class_weight={class_weight!r}. Pass "
-            "weights that were chosen without these data; they are applied before clipping."
-        )
-    if not session.strategy.sums_exactly:
-        raise ArgumentError(
-            "Private gradients must be summed as they are: noise is added before. Received: "
-            f"strategy {session.strategy.name!r} with compression or Adasum. Use "
-            "tfdist.Horovod() without them."
-        )

@@ -16,7 +16,7 @@ import tensorflow as tf
 
 from tfdist import _keras
 from tfdist._keras import ReplicaBatch
-from tfdist.data import Epoch, Share
+from tfdist.data import Epoch, Share, no_groups
 from tfdist.errors import DisagreementError, MembersChanged, StrategyError
 from tfdist.marks import Marks
 from tfdist.privacy.step import PrivateStep
@@ -242,6 +242,10 @@ class _Replica:
 
     def train(self, share: Share, stopping: Tensor) -> tuple[Logs, Signals]:
         """Updates the weights, once."""
+        if share.total is None and self.private is not None:  # the whole of a stream's batch
+            count = tf.shape(tf.nest.flatten(share.data)[0], tf.int64)[0]
+            nothing = tf.constant(0, tf.int64)
+            share = Share(share.data, count, count, nothing, tf.zeros([4]), no_groups())
         if share.total is None:
             return self.model.train_step(share.data), _no_signals()
         with _keras.on_replica(self._batch(share)) as batch:
@@ -255,7 +259,7 @@ class _Replica:
             if private is None:
                 logs = self.model.train_step(share.data)
             else:
-                logs = private.train_step(share.data, batch)
+                logs = private.train_step(share.data, batch, share.groups)
             batch.updates = None
             updates.finish(metrics)
             return self._logs(batch, logs), _signals(agreement, share)

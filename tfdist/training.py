@@ -111,7 +111,7 @@ def fit(
             the union of all is trained on, and no row leaves its worker.
         seed: Of sampler and augmentation; `init`'s if None, and drawn if that is None too.
             In private training `init`'s is not used.
-        privacy: A `tfdist.DPSGD` for differentially private training.
+        privacy: A `tfdist.DPSGD` or `tfdist.DPFTRL` for differentially private training.
         checkpoint: A `tfdist.Checkpoint`, or a directory, from which training goes on as if it
             had never stopped, and in which it is saved.
         verify_every: Steps after which all replicas' weights are compared, again and again,
@@ -145,15 +145,27 @@ def fit(
     private, chosen = None, seed is not None or session.seed is not None
     if privacy is not None:
         private = PrivateRun(
-            privacy, session, model, x, sampler=sampler, seed=seed, class_weight=class_weight
+            privacy,
+            session,
+            model,
+            x,
+            sampler=sampler,
+            shuffle=shuffle,
+            seed=seed,
+            class_weight=class_weight,
+            callbacks=callbacks,
+            augment=augment,
+            shard=shard,
+            validation_split=validation_split if validation_data is None else 0.0,
         )
-        sampler, seed = private.sampler, private.sampling_seed
-        chosen = private.is_seeded
+        sampler = private.sampler
+        if private.draws_secretly:
+            seed, chosen = private.sampling_seed, private.is_seeded
         if saver is not None:
             saver.spent = private.go_on(saver.spent_before)
             saver.on_restored = private.note_restored
     seed = session.sampler_seed(seed)
-    if saver is not None and private is None:
+    if saver is not None and (private is None or not private.draws_secretly):
         seed = saver.seed(seed, chosen)
     sampler = sampler or from_shuffle(shuffle)
     run = elastic.Run(session.strategy, seed) if session.strategy.elastic else None
@@ -178,6 +190,7 @@ def fit(
             shard=held,
             strategy=session.strategy,
             private=private is not None,
+            copies=1 if privacy is None else privacy.augmentations,
         ),
     )
     validation = None
@@ -203,7 +216,7 @@ def fit(
             model,
             source,
             sampler,
-            seed=None if private is not None and not chosen else seed,
+            seed=None if private and private.draws_secretly and not chosen else seed,
             privacy=None if private is None else private.settings,
         )
 

@@ -51,6 +51,30 @@ def noise_on_the_sum_has_the_right_deviation(folder: Path) -> None:
 
 
 @check
+def noise_that_is_taken_back_was_given_once(folder: Path) -> None:
+    """With factors 1 and -1/2, of a step's own noise and of that of the step before.
+
+    Noise on each of R replicas would be sqrt(R) times as much.
+    """
+    model = keras.Sequential([keras.Input((40,)), L.Dense(50, use_bias=False)])
+    model.compile(keras.optimizers.SGD(1.0), "mse")
+    x, y = np.zeros((20, 40), "float32"), np.zeros((20, 50), "float32")
+    privacy = tfdist.DPFTRL(0.7, noise_multiplier=1.5, delta=1e-3, bands=2)
+    weights = [model.get_weights()[0]]
+    keep = keras.callbacks.LambdaCallback(
+        on_epoch_end=lambda epoch, logs: weights.append(model.get_weights()[0])
+    )
+    options = {"batch_size": 5, "epochs": 16, "steps_per_epoch": 1, "verbose": 0}
+    tfdist.fit(model, x, y, privacy=privacy, callbacks=[keep], **options)
+    same_everywhere(model)
+    numbers = 5 * np.diff(np.array(weights), axis=0).reshape(16, -1) / (1.5 * 0.7)
+    assert numbers[0].std() == pytest.approx(1.0, rel=0.08)
+    assert numbers[1:].std() == pytest.approx(math.sqrt(1.25), rel=0.02)
+    assert (numbers[1:] * numbers[:-1]).mean() == pytest.approx(-0.5, abs=0.04)
+    assert abs((numbers[2:] * numbers[:-2]).mean()) < 0.04
+
+
+@check
 def all_workers_draw_and_count_the_same(folder: Path) -> None:
     model = private_mlp(keras.optimizers.SGD(0.1))
     history = tfdist.fit(model, *table(), batch_size=64, verbose=0, privacy=PRIVACY)

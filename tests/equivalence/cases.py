@@ -547,6 +547,44 @@ def private_clipped_by_layer(train: Train) -> tuple[Any, Any]:
 
 
 @case
+def private_users(train: Train) -> tuple[Any, Any]:
+    model = private_mlp(keras.optimizers.Adam(0.01))
+    ids = np.minimum(np.random.default_rng(2).geometric(0.05, 300), 60)
+    privacy = noiseless(
+        l2_norm_clip=0.5, group_ids=ids, max_rows_per_group=7, microbatch_size=20
+    )
+    return model, train(model, *table(300), batch_size=20, epochs=2, privacy=privacy)
+
+
+@case
+def private_bias_corrected_adam(train: Train) -> tuple[Any, Any]:
+    model = private_mlp(tfdist.privacy.DPAdam(0.01, variance_floor=1e-4))
+    return model, train(
+        model, *table(300), batch_size=64, epochs=2, privacy=noiseless(l2_norm_clip=0.5)
+    )
+
+
+@case
+def private_in_turn(train: Train) -> tuple[Any, Any]:
+    models = [private_mlp(keras.optimizers.SGD(0.1)) for _ in range(2)]
+    # The noise is the same too: its first stream makes all of it.
+    privacy = tfdist.DPFTRL(0.5, noise_multiplier=0.5, delta=1e-3, bands=3, seed=4)
+    train(models[0], *table(300), batch_size=64, epochs=3, privacy=privacy)
+    dataset = tf.data.Dataset.from_tensor_slices(table(300)).batch(64)
+    privacy = tfdist.DPFTRL(0.5, noise_multiplier=0.5, delta=1e-3, min_separation=5, seed=4)
+    return models, train(models[1], dataset, epochs=2, privacy=privacy)
+
+
+@case
+def private_augmented(train: Train) -> tuple[Any, Any]:
+    model = private_mlp(keras.optimizers.Adam(0.01))
+    privacy = noiseless(l2_norm_clip=0.1, augmentations=3)
+    augment = tfdist.Augment(L.GaussianNoise(0.3))
+    options = {"augment": augment, "batch_size": 4, "epochs": 2}  # some batches are empty
+    return model, train(model, *table(100), privacy=privacy, **options)
+
+
+@case
 def private_some_batches_empty(train: Train) -> tuple[Any, Any]:
     model = private_mlp(keras.optimizers.SGD(0.05, momentum=0.9), steps_per_execution=3)
     options = {"batch_size": 2, "epochs": 2, "privacy": noiseless(l2_norm_clip=0.5)}

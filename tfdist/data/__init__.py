@@ -10,7 +10,7 @@ from tfdist.data.augment import Augment
 from tfdist.data.by_class import ByClass
 from tfdist.data.local import LocalShard, local_shard
 from tfdist.data.roads import Settings, read
-from tfdist.data.source import Share, Source, bounds
+from tfdist.data.source import Share, Source, bounds, no_groups
 from tfdist.data.stream import Epoch, Stream
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "bounds",
     "is_arrays",
     "local_shard",
+    "no_groups",
     "read",
     "split",
 ]

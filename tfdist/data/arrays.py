@@ -5,14 +5,24 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from tfdist.data.source import FOREVER, Share, Source, batch_spec, bounds, dealt, shortened
+from tfdist.data.source import (
+    FOREVER,
+    Share,
+    Source,
+    batch_spec,
+    bounds,
+    bounds_of_groups,
+    dealt,
+    no_groups,
+    shortened,
+)
 from tfdist.errors import ArgumentError
 from tfdist.samplers import Sampler
 from tfdist.samplers.permutation import Rows
@@ -35,6 +45,7 @@ class Arrays(Source):
         steps: Steps an epoch; when fewer or more than the sampler's, epochs go on where
             the last one stopped.
         endless: Whether the stream goes through all epochs (training) or ends after one.
+        copies: How often each row that was drawn comes, one behind the other.
     """
 
     data: Any
@@ -43,11 +54,14 @@ class Arrays(Source):
     seed: int
     steps: int
     endless: bool
+    copies: int = field(default=1, kw_only=True)
 
     _facts: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         self.may_be_empty = self.sampler.may_be_empty
+        of = self.sampler.group_of
+        self._group_of = None if of is None else tf.constant(of)
 
     @property
     def num_rows(self) -> int:
@@ -80,10 +94,24 @@ class Arrays(Source):
         if place.num_replicas == 1 and not self.may_be_empty:
             return Share(self._gather(tf.slice(rows, tf.constant([0], tf.int64), facts)))
         total = facts[0]
-        begin, end = bounds(total, replica, place)
+        if self._group_of is None:
+            begin, end = bounds(total, replica, place)
+        else:
+            groups = tf.gather(self._group_of, rows[:total])
+            begin, end = bounds_of_groups(groups, replica, place)
         padded = tf.maximum(tf.minimum(begin, total - 1), 0)
         mine = rows[padded : tf.maximum(end, padded + 1)]
-        return Share(self._gather(mine), end - begin, total, begin, tf.zeros([4]))
+        return self._dealt(mine, end - begin, total, begin)
+
+    def _dealt(self, rows: Tensor, count: Tensor, total: Tensor, offset: Tensor) -> Share:
+        """Gathers the rows of a share, each as often as it is to come."""
+        copies = self.copies
+        if copies > 1:
+            rows = tf.repeat(rows, copies)
+            count, total, offset = count * copies, total * copies, offset * copies
+        of = self._group_of
+        groups = no_groups() if of is None else tf.gather(of, rows)
+        return Share(self._gather(rows), count, total, offset, tf.zeros([4]), groups)
 
     @property
     def columns(self) -> Any:

@@ -11,7 +11,16 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tfdist.data.source import FOREVER, PARALLEL, Share, Source, batch_spec, bounds, dealt
+from tfdist.data.source import (
+    FOREVER,
+    PARALLEL,
+    Share,
+    Source,
+    batch_spec,
+    bounds,
+    dealt,
+    no_groups,
+)
 from tfdist.errors import ArgumentError
 from tfdist.samplers import permute
 from tfdist.strategies.base import Place
@@ -62,7 +71,7 @@ class Batches(Source):
             stop = tf.maximum(end, padded + 1)
             data = tf.nest.map_structure(lambda leaf: _slice(leaf, padded, stop), batch)
             check = _check(batch) if place.num_workers > 1 else tf.zeros([4])
-            return Share(data, end - begin, total, begin, check)
+            return Share(data, end - begin, total, begin, check, no_groups())
 
         return dealt(batches, share, place)
 

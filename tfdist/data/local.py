@@ -179,7 +179,7 @@ class LocalArrays(Arrays):
         begin, end = own * number // replicas, own * (number + 1) // replicas
         any_row = tf.zeros([1], tf.int64)
         mine = tf.cond(end > begin, lambda: rows[begin:end], lambda: any_row)
-        return Share(self._gather(mine), end - begin, total, before + begin, tf.zeros([4]))
+        return self._dealt(mine, end - begin, total, before + begin)
 
     def fingerprint(self) -> str:
         """Sums up what all workers hold, and a step of the sampler; no row."""

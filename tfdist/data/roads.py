@@ -43,6 +43,7 @@ class Settings:
         shard: How rows count of which each worker has its own, or None where all have all.
         strategy: Whose workers these are.
         private: Whether even counts of classes must stay on their worker.
+        copies: How often each row that was drawn comes, one behind the other.
     """
 
     batch_size: int | None
@@ -56,6 +57,7 @@ class Settings:
     shard: LocalShard | None = None
     strategy: Strategy | None = None
     private: bool = False
+    copies: int = 1
 
 
 def read(x: Any, y: Any, sample_weight: Any, settings: Settings) -> Source:
@@ -201,7 +203,15 @@ def _read_arrays(x: Any, y: Any, sample_weight: Any, settings: Settings) -> Arra
     steps = _steps(sampler, num_rows, batch_size, settings)
     if settings.augment is not None:
         data = _for_augmenting(data, sampler, num_rows, settings.augment)
-    return Arrays(data, sampler, batch_size, settings.seed, steps, settings.training)
+    return Arrays(
+        data,
+        sampler,
+        batch_size,
+        settings.seed,
+        steps,
+        settings.training,
+        copies=settings.copies,
+    )
 
 
 def _steps(sampler: Sampler, num_rows: int, batch_size: int, settings: Settings) -> int:
@@ -258,6 +268,7 @@ def _read_local(
         holdings,
         worker,
         order,
+        copies=settings.copies,
     )
 
 

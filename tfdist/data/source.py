@@ -27,6 +27,8 @@ class Share(NamedTuple):
         offset: Scalar int64, the row of the global batch at which the share begins.
         check: float32 of shape [4], whole numbers below 64 that differ when global batches
             differ. Workers compare them at every step; arrays are compared beforehand.
+        groups: int64 of shape [rows in `data`], the sampler's `group_of` each; of shape [0]
+            where it has none.
     """
 
     data: Any
@@ -34,6 +36,12 @@ class Share(NamedTuple):
     total: Tensor = None
     offset: Tensor = None
     check: Tensor = None
+    groups: Tensor = None
+
+
+def no_groups() -> Tensor:
+    """Gives `Share.groups` where rows have none; None would not go through every iterator."""
+    return tf.zeros([0], tf.int64)
 
 
 def bounds(total: Tensor, replica: Tensor, place: Place) -> tuple[Tensor, Tensor]:
@@ -49,6 +57,23 @@ def bounds(total: Tensor, replica: Tensor, place: Place) -> tuple[Tensor, Tensor
     """
     replicas = place.num_replicas
     return total * replica // replicas, total * (replica + 1) // replicas
+
+
+def bounds_of_groups(groups: Tensor, replica: Tensor, place: Place) -> tuple[Tensor, Tensor]:
+    """Says which rows of a global batch are a replica's, where groups stay whole.
+
+    Args:
+        groups: The group of each row, shape [total]; a group's rows follow each other.
+        replica: The replica's global number.
+        place: How many replicas there are.
+
+    Returns:
+        The first row and the one after the last.
+    """
+    begins = tf.where(groups[1:] != groups[:-1])[:, 0] + 1
+    edges = tf.concat([[0], begins, [tf.size(groups, tf.int64)]], 0)
+    first, last = bounds(tf.size(begins, tf.int64) + 1, replica, place)
+    return edges[first], edges[last]
 
 
 class Source(abc.ABC):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tfdist.privacy.accounting import capacity, epsilon, noise_multiplier
+    from tfdist.privacy.adam import DPAdam
     from tfdist.privacy.auditing import Canaries, audit, canaries
     from tfdist.privacy.bounds import epsilon_lower_bound
     from tfdist.privacy.ledger import Ledger, Phase
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AuditReport",
     "Canaries",
+    "DPAdam",
     "Ledger",
     "Phase",
     "Poisson",
@@ -40,6 +42,7 @@ __all__ = [
 _HOMES = {
     "AuditReport": "tfdist.privacy.membership",
     "Canaries": "tfdist.privacy.auditing",
+    "DPAdam": "tfdist.privacy.adam",
     "Ledger": "tfdist.privacy.ledger",
     "Phase": "tfdist.privacy.ledger",
     "Poisson": "tfdist.privacy.poisson",

@@ -122,6 +122,18 @@ def seeds(layer: Any) -> list[Any]:
     return [v for v in layer.non_trainable_variables if is_seed(v)]
 
 
+def index_of(optimizer: Any, variable: Any) -> int:
+    """Says which of an optimizer's variables one is: its state is in lists.
+
+    Relies on `Optimizer._get_variable_index`, which Keras's optimizers use.
+
+    Args:
+        optimizer: A built `keras.optimizers.Optimizer`.
+        variable: One of those it was built with.
+    """
+    return int(optimizer._get_variable_index(variable))
+
+
 _losses = keras.losses
 # Each of these has a loss for every example that depends on it alone, and takes the mean.
 _OF_EXAMPLES = (

@@ -6,6 +6,7 @@ No formula of privacy is written here, and nothing of this needs TensorFlow.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from tfdist.errors import ArgumentError
 from tfdist.privacy.arguments import check_count, check_number
@@ -108,11 +109,43 @@ def noise_multiplier(
     check_number("target_epsilon", target_epsilon, 0, open_ends=True)
     check_number("sampling_probability", sampling_probability, 0, 1)
     check_count("steps", steps, 1)
-    before = spent or Ledger()
+    return noise_for(
+        Phase(sampling_probability, 0.0, steps, capacity, num_rows),
+        target_epsilon,
+        delta,
+        accountant=accountant,
+        relation=relation,
+        spent=spent or Ledger(),
+    )
+
+
+def noise_for(
+    phase: Phase,
+    target_epsilon: float,
+    delta: float,
+    *,
+    accountant: str,
+    relation: str,
+    spent: Ledger,
+) -> float:
+    """Finds the least noise with which a phase stays within a budget.
+
+    Args:
+        phase: The steps; their noise does not matter.
+        target_epsilon: As in `noise_multiplier`.
+        delta: As in `noise_multiplier`.
+        accountant: As in `noise_multiplier`.
+        relation: As in `noise_multiplier`.
+        spent: As in `noise_multiplier`.
+
+    Raises:
+        ArgumentError: No noise is enough.
+    """
+    before = spent
 
     def cost(noise: float, room: int | None, *, coarse: bool) -> float:
-        phase = Phase(sampling_probability, noise, steps, room, num_rows)
-        return before.add(phase).epsilon(
+        planned = replace(phase, noise_multiplier=noise, capacity=room)
+        return before.add(planned).epsilon(
             delta, accountant=accountant, relation=relation, coarse=coarse
         )
 
@@ -128,12 +161,12 @@ def noise_multiplier(
             f"target_epsilon={target_epsilon!r}, with {already:.4g} spent before, at "
             f"delta={delta!r}. Raise it."
         )
-    if capacity is not None:
+    if phase.capacity is not None:
         # A capacity that is never reached costs nothing, and its accounting takes long.
         found = enough(None) * (1 + 1e-4)
-        if cost(found, capacity, coarse=False) <= target_epsilon:
+        if cost(found, phase.capacity, coarse=False) <= target_epsilon:
             return found
-    return enough(capacity)
+    return enough(phase.capacity)
 
 
 def _least(gap: Callable[[float], float], start: float, factor: float) -> float:

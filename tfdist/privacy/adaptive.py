@@ -8,6 +8,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from tfdist.privacy.adam import DPAdam
 from tfdist.privacy.settings import Mechanism
 
 Tensor = Any
@@ -54,7 +55,7 @@ class AdaptiveClip:
             replicas: How many contribute.
         """
         # Votes are of a half, so that one example changes their sum by no more than that.
-        part = votes / self._mechanism.expected_batch + (0.5 - self._quantile) / replicas
+        part = votes / self._mechanism.expected_units + (0.5 - self._quantile) / replicas
         self._optimizer.apply([part], [self._log_norm])
 
 
@@ -65,3 +66,5 @@ def forget(model: Any) -> None:
         model: A `keras.Model`.
     """
     vars(model).pop(_HELD, None)
+    if isinstance(model.optimizer, DPAdam):
+        model.optimizer.noise_deviation = None

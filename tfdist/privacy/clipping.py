@@ -22,9 +22,11 @@ from tfdist.errors import ArgumentError
 from tfdist.privacy import _layers
 from tfdist.privacy.closed_forms import FORMS, Call, has_activation
 from tfdist.privacy.parts import Part, Written
+from tfdist.privacy.together import Alone, Together
 
 Tensor = Any
 _HALF = ("bfloat16", "float16")
+_ALONE = Alone()
 
 
 class Clipped(NamedTuple):
@@ -32,8 +34,9 @@ class Clipped(NamedTuple):
 
     Attributes:
         sums: Of clipped gradients, float32, in the order of `model.trainable_variables`.
-        norms: Of each example's gradient before clipping, shape [examples], 0 where it
-            counts nothing: where it is masked or not finite.
+        norms: Of each unit's gradient before clipping, shape [units], 0 where it counts
+            nothing: where it is masked or not finite. An example is a unit if nothing else
+            was said.
         votes: 1/2 for each that counts and was not clipped, less 1/2 for each that was.
         outputs: The model's.
     """
@@ -52,6 +55,7 @@ def clipped_sum(
     l2_norm_clip: Any,
     sample_weight: Any = None,
     per_layer: bool = False,
+    together: Together = _ALONE,
 ) -> Clipped:
     """Sums the gradients of all examples, each clipped to a norm; can be traced.
 
@@ -68,6 +72,7 @@ def clipped_sum(
         sample_weight: By which losses are multiplied, before clipping, as Keras has them.
         per_layer: Whether each of L layers with weights is clipped by itself, to
             `l2_norm_clip` / sqrt(L), so that the norm over all is bounded just the same.
+        together: Examples whose gradients are added up, or averaged, before they are clipped.
 
     Raises:
         ArgumentError: The model has a layer that mixes examples or draws random numbers
@@ -84,18 +89,22 @@ def clipped_sum(
     """
     parts, _, outputs = _recorded(model, x, y, sample_weight)
     groups = _by_layer(model, parts) if per_layer else [parts]
-    squares = [tf.add_n([part.squared_norms() for part in group]) for group in groups]
-    counted = tf.convert_to_tensor(sample_mask) & tf.math.is_finite(tf.add_n(squares))
+    squares = [
+        together.scale**2 * tf.add_n([part.squared_norms(together) for part in group])
+        for group in groups
+    ]
+    mask = together.all_of(tf.convert_to_tensor(sample_mask))
+    counted = mask & tf.math.is_finite(tf.add_n(squares))
     bound = l2_norm_clip / math.sqrt(len(groups))
     factors: dict[int, Tensor] = {}
     for group, of_group in zip(groups, squares, strict=True):
         norms = _norms(of_group, counted)
         factor = tf.where(norms > 0, tf.minimum(1.0, tf.math.divide_no_nan(bound, norms)), 1.0)
-        factor = tf.where(counted, factor, 0.0)
+        factor = tf.where(counted, factor * together.scale, 0.0)
         factors |= {id(part.variable): factor for part in group}
     norms = _norms(tf.add_n(squares), counted)
     votes = tf.where(counted, tf.where(norms <= l2_norm_clip, 0.5, -0.5), 0.0)
-    return Clipped(_sums(model, parts, factors), norms, tf.reduce_sum(votes), outputs)
+    return Clipped(_sums(model, parts, factors, together), norms, tf.reduce_sum(votes), outputs)
 
 
 def _norms(squares: Tensor, counted: Tensor) -> Tensor:
@@ -215,10 +224,16 @@ def _check_each_alone(model: Any, x: Any, y: Any, sample_weight: Any, tolerance:
             )
 
 
-def _sums(model: Any, parts: Sequence[Part], weights: Mapping[int, Tensor]) -> list[Tensor]:
+def _sums(
+    model: Any,
+    parts: Sequence[Part],
+    weights: Mapping[int, Tensor],
+    together: Together = _ALONE,
+) -> list[Tensor]:
     """Sums parts over examples, each weighed as its variable's id says."""
     by_variable = {
-        id(part.variable): part.weighted_sum(weights[id(part.variable)]) for part in parts
+        id(part.variable): part.weighted_sum(weights[id(part.variable)], together)
+        for part in parts
     }
     return [
         by_variable[id(v)] if id(v) in by_variable else tf.zeros(v.shape)

@@ -12,9 +12,11 @@ from typing import Any
 
 from tfdist.errors import ArgumentError, MissingPackageError
 from tfdist.privacy.arguments import check_choice, check_count, check_number
+from tfdist.privacy.correlated import sensitivity
 
 ACCOUNTANTS = ("pld", "rdp")
 RELATIONS = ("add_or_remove_one", "replace_special", "replace_one")
+EXAMPLE, USER = "example", "user"
 _WHOLE_ORDERS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128, 256, 512)
 
 
@@ -34,6 +36,13 @@ class Phase:
         capacity: The most examples a step takes, or None if there is no limit. When more
             were drawn, a random choice of `capacity` of them stays.
         num_rows: Examples in the data; needed with `capacity`.
+        unit: "example", or "user": then a user takes an example's place in all of this, and
+            the gradients of a user's examples are added up before they are clipped.
+        bands: For correlated noise, `tfdist.DPFTRL`: of how many steps it is; then all
+            examples take part in turn, and `sampling_probability` must be 1. Such phases do
+            not join: each is a mechanism of its own.
+        separation: With `bands`, the steps from one that an example takes part in to the
+            next, at least; None if it takes part once.
 
     Raises:
         ArgumentError: A value is out of its range.
@@ -48,8 +57,13 @@ class Phase:
     steps: int
     capacity: int | None = None
     num_rows: int | None = None
+    unit: str = EXAMPLE
+    bands: int | None = None
+    separation: int | None = None
 
     def __post_init__(self) -> None:
+        self._check_correlated()
+        check_choice("unit", self.unit, (EXAMPLE, USER))
         check_number("sampling_probability", self.sampling_probability, 0, 1)
         check_number("noise_multiplier", self.noise_multiplier, 0)
         check_count("steps", self.steps, 0)
@@ -61,6 +75,16 @@ class Phase:
         for name in ("capacity", "num_rows"):
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name), 1)
+
+    def _check_correlated(self) -> None:
+        for name in ("bands", "separation"):
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name), 1)
+        if self.bands is not None and self.sampling_probability != 1:
+            raise ArgumentError(
+                "`sampling_probability` must be 1 with `bands`: nothing is sampled. Received: "
+                f"sampling_probability={self.sampling_probability!r}."
+            )
 
     @property
     def truncates(self) -> bool:
@@ -78,6 +102,9 @@ class Phase:
             truncated: Whether the capacity counts.
         """
         dp = dp_accounting()
+        if self.bands is not None:
+            once = sensitivity(self.bands, self.separation, self.steps)
+            return dp.GaussianDpEvent(self.noise_multiplier / once)
         if truncated and self.truncates:
             # The cost is proven in Ganesh et al., arXiv 2508.15089.
             one = dp.TruncatedSubsampledGaussianDpEvent(
@@ -120,6 +147,27 @@ class Ledger:
         """Steps in all."""
         return sum(phase.steps for phase in self.phases)
 
+    @property
+    def unit(self) -> str:
+        """What is protected, an "example" or a "user"; see `check_unit`."""
+        self.check_unit()
+        return next((phase.unit for phase in self.phases if phase.steps), EXAMPLE)
+
+    def check_unit(self) -> None:
+        """Refuses steps of which some protect examples, and some users.
+
+        Raises:
+            ArgumentError: There are such.
+        """
+        units = {phase.unit for phase in self.phases if phase.steps}
+        if len(units) > 1:
+            # Of a clipped sum of a user's examples, one of them may change twice the norm.
+            raise ArgumentError(
+                "All steps on the same data must protect the same: examples or users. "
+                f"Received: {len(self.phases)} phases, of {' and '.join(sorted(units))}s. "
+                "Pass `group_ids` always, or never."
+            )
+
     def add(self, phase: Phase) -> Ledger:
         """Gives the ledger with more steps in it.
 
@@ -128,7 +176,8 @@ class Ledger:
         """
         if not phase.steps:
             return self
-        if self.phases and replace(self.phases[-1], steps=phase.steps) == phase:
+        joins = phase.bands is None
+        if joins and self.phases and replace(self.phases[-1], steps=phase.steps) == phase:
             joined = replace(phase, steps=self.phases[-1].steps + phase.steps)
             return Ledger((*self.phases[:-1], joined))
         return Ledger((*self.phases, phase))
@@ -164,11 +213,14 @@ class Ledger:
         check_choice("accountant", accountant, ACCOUNTANTS)
         check_choice("relation", relation, RELATIONS)
         check_number("delta", delta, 0, 1, open_ends=True)
+        self.check_unit()
         steps_of: dict[Phase, int] = {}
+        made = [phase for phase in self.phases if phase.bands is not None and phase.steps]
         for phase in self.phases:
-            key = replace(phase, steps=0)
-            steps_of[key] = steps_of.get(key, 0) + phase.steps
-        made = [
+            if phase.bands is None:
+                key = replace(phase, steps=0)
+                steps_of[key] = steps_of.get(key, 0) + phase.steps
+        made += [
             replace(p, steps=n) for p, n in steps_of.items() if n and p.sampling_probability
         ]
         if not made:

@@ -32,6 +32,7 @@ class Noise:
         with tf.init_scope(), tf.device("CPU:0"):
             # A variable, since functions are traced once and keys must be new in each `fit`.
             self._words = tf.Variable(tf.zeros([local_replicas, 2], tf.int64), trainable=False)
+            self._first_step = tf.Variable(tf.zeros([], tf.int64), trainable=False)
 
     def renew(self, seed: int | None) -> None:
         """Begins new streams.
@@ -48,6 +49,53 @@ class Noise:
         unsigned = np.array(words, np.uint64)
         unsigned[:, 1] >>= np.uint64(0 if seed is None else 1)
         self._words.assign(unsigned.view(np.int64))
+
+    def go_on(self, secret: int, first_step: int) -> None:
+        """Begins streams, or goes on with them, that are known to who knows a secret.
+
+        Args:
+            secret: Makes them.
+            first_step: Before it `correlated` has no noise to take back.
+        """
+        words = [
+            np.random.SeedSequence((secret, replica)).generate_state(2, np.uint64)
+            for replica in range(self._first, self._first + self._count)
+        ]
+        self._words.assign(np.array(words, np.uint64).view(np.int64))
+        self._first_step.assign(first_step)
+
+    def correlated(
+        self, count: int, replica: Tensor, step: Tensor, factors: Sequence[float]
+    ) -> Tensor:
+        """Adds up the numbers that `normal` gives for a step and those before it.
+
+        Args:
+            count: How many.
+            replica: The replica's global number.
+            step: Scalar integer.
+            factors: Of the step's own numbers, then of those of the step before, and so on.
+
+        Returns:
+            float32 tensor of shape [count].
+        """
+        with tf.device("CPU:0"):
+            before = tf.cast(step, tf.int64) - self._first_step.read_value()
+        lags = tf.cast(tf.minimum(before + 1, len(factors)), tf.int32)
+        times = tf.constant(factors, tf.float32)
+
+        def add(lag: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+            drawn = self.normal(
+                count, replica, tf.cast(step, tf.int64) - tf.cast(lag, tf.int64)
+            )
+            return lag + 1, total + times[lag] * drawn
+
+        _, total = tf.while_loop(
+            lambda lag, _: lag < lags,
+            add,
+            (tf.constant(0), tf.zeros([count])),
+            parallel_iterations=1,
+        )
+        return total
 
     def normal(self, count: int, replica: Tensor, step: Tensor) -> Tensor:
         """Draws independent normal numbers of mean 0 and variance 1.

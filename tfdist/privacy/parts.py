@@ -14,7 +14,10 @@ from typing import Any
 
 import tensorflow as tf
 
+from tfdist.privacy.together import Alone, Groups, Together
+
 Tensor = Any
+_ALONE = Alone()
 
 
 class Part(abc.ABC):
@@ -27,15 +30,20 @@ class Part(abc.ABC):
     variable: Any
 
     @abc.abstractmethod
-    def squared_norms(self) -> Tensor:
-        """Gives the squared norm of each example's gradient, shape [examples]."""
+    def squared_norms(self, together: Together = _ALONE) -> Tensor:
+        """Gives the squared norm of the sum of each unit's gradients, shape [units].
+
+        Args:
+            together: Which examples make up a unit.
+        """
 
     @abc.abstractmethod
-    def weighted_sum(self, weights: Tensor) -> Tensor:
+    def weighted_sum(self, weights: Tensor, together: Together = _ALONE) -> Tensor:
         """Gives the sum of the gradients, each times its weight, in the variable's shape.
 
         Args:
-            weights: Shape [examples]; an example of weight 0 counts nothing, finite or not.
+            weights: Shape [units]; a unit of weight 0 counts nothing, finite or not.
+            together: As in `squared_norms`, which comes before.
         """
 
     @abc.abstractmethod
@@ -55,14 +63,16 @@ class Written(Part):
         self.variable = variable
         self._gradients = tf.cast(gradients, tf.float32)
 
-    def squared_norms(self) -> Tensor:
+    def squared_norms(self, together: Together = _ALONE) -> Tensor:
         """Squares and sums; see `Part`."""
-        squares = tf.square(self._gradients)
+        squares = tf.square(together.sums(self._gradients))
         return tf.reduce_sum(squares, list(range(1, len(squares.shape))))
 
-    def weighted_sum(self, weights: Tensor) -> Tensor:
+    def weighted_sum(self, weights: Tensor, together: Together = _ALONE) -> Tensor:
         """Contracts with the weights; see `Part`."""
-        return tf.tensordot(weights, _kept(self._gradients, weights), 1)
+        weights = together.by_row(weights)
+        (gradients,) = _kept(weights, self._gradients)
+        return tf.tensordot(weights, gradients, 1)
 
     def each(self) -> Tensor:
         """Gives them as they are; see `Part`."""
@@ -93,28 +103,36 @@ class Product(Part):
         self._axes = axes
         self._written: Tensor = None  # the products, once they were needed
 
-    def squared_norms(self) -> Tensor:
+    def squared_norms(self, together: Together = _ALONE) -> Tensor:
         """Uses the Gram matrices of both factors where they are smaller; see `Part`."""
         positions = self._inputs.shape[1]
         numbers = self._inputs.shape[2] * self._outputs.shape[2]
+        if positions is not None:
+            positions *= together.most
         if positions == 1:
             return tf.reduce_sum(tf.square(self._inputs), [1, 2]) * tf.reduce_sum(
                 tf.square(self._outputs), [1, 2]
             )
+        factors = together.joined(self._inputs), together.joined(self._outputs)
         if positions is not None and 2 * positions**2 <= numbers:
-            grams = [tf.matmul(f, f, transpose_b=True) for f in (self._inputs, self._outputs)]
+            grams = [tf.matmul(f, f, transpose_b=True) for f in factors]
             return tf.reduce_sum(grams[0] * grams[1], [1, 2])
-        self._written = self._products()
+        self._written = tf.matmul(*factors, transpose_a=True)
         return tf.reduce_sum(tf.square(self._written), [1, 2])
 
-    def weighted_sum(self, weights: Tensor) -> Tensor:
+    def weighted_sum(self, weights: Tensor, together: Together = _ALONE) -> Tensor:
         """Sums over examples and positions in one product; see `Part`."""
         if self._written is not None:
-            product = tf.tensordot(weights, _kept(self._written, weights), 1)
+            (written,) = _kept(weights, self._written)
+            product = tf.tensordot(weights, written, 1)
             return self._arranged(product[None])[0]
-        inputs = _kept(self._inputs, weights)
-        outputs = _kept(self._outputs, weights) * weights[:, None, None]
+        weights = together.by_row(weights)
+        inputs, outputs = _kept(weights, self._inputs, self._outputs)
         p, q = inputs.shape[2], outputs.shape[2]
+        if p < q:
+            inputs *= weights[:, None, None]
+        else:
+            outputs *= weights[:, None, None]
         product = tf.matmul(
             tf.reshape(inputs, [-1, p]), tf.reshape(outputs, [-1, q]), transpose_a=True
         )
@@ -122,10 +140,7 @@ class Product(Part):
 
     def each(self) -> Tensor:
         """Multiplies example by example; see `Part`."""
-        return self._arranged(self._products())
-
-    def _products(self) -> Tensor:
-        return tf.matmul(self._inputs, self._outputs, transpose_a=True)
+        return self._arranged(tf.matmul(self._inputs, self._outputs, transpose_a=True))
 
     def _arranged(self, products: Tensor) -> Tensor:
         shape, order = self._axes or (self.variable.shape, range(len(self.variable.shape)))
@@ -149,15 +164,34 @@ class Lookup(Part):
         self._rows = rows
         self._outputs = tf.cast(outputs, tf.float32)
 
-    def squared_norms(self) -> Tensor:
+    def squared_norms(self, together: Together = _ALONE) -> Tensor:
         """Counts positions with the same row together; see `Part`."""
-        same = self._rows[:, :, None] == self._rows[:, None, :]
-        gram = tf.matmul(self._outputs, self._outputs, transpose_b=True)
+        if isinstance(together, Groups):
+            return self._squared_norms_by_row(together)
+        rows, outputs = together.joined(self._rows), together.joined(self._outputs)
+        same = rows[:, :, None] == rows[:, None, :]
+        gram = tf.matmul(outputs, outputs, transpose_b=True)
         return tf.reduce_sum(tf.where(same, gram, 0.0), [1, 2])
 
-    def weighted_sum(self, weights: Tensor) -> Tensor:
+    def _squared_norms_by_row(self, together: Groups) -> Tensor:
+        """Adds up by unit and row: a unit of many examples has too many pairs of positions."""
+        count, size = self.variable.shape
+        units = tf.cast(together.unit, tf.int64)[:, None]
+        keys = tf.reshape(units * count + tf.cast(self._rows, tf.int64), [-1])
+        found, places = tf.unique(keys)
+        sums = tf.math.unsorted_segment_sum(
+            tf.reshape(self._outputs, [-1, size]), places, tf.size(found)
+        )
+        squares = tf.reduce_sum(tf.square(sums), 1)
+        return tf.math.unsorted_segment_sum(
+            squares, found // count, tf.cast(together.unit[-1], tf.int64) + 1
+        )
+
+    def weighted_sum(self, weights: Tensor, together: Together = _ALONE) -> Tensor:
         """Adds up by row; see `Part`."""
-        outputs = _kept(self._outputs, weights) * weights[:, None, None]
+        weights = together.by_row(weights)
+        (outputs,) = _kept(weights, self._outputs)
+        outputs *= weights[:, None, None]
         count, size = self.variable.shape
         return tf.math.unsorted_segment_sum(
             tf.reshape(outputs, [-1, size]), tf.reshape(self._rows, [-1]), count
@@ -174,7 +208,15 @@ class Lookup(Part):
         return tf.reshape(sums, [-1, count, size])
 
 
-def _kept(values: Tensor, weights: Tensor) -> Tensor:
+def _kept(weights: Tensor, *values: Tensor) -> list[Tensor]:
     """Zeroes the examples of weight 0: 0 times NaN would be NaN."""
-    kept = tf.reshape(weights != 0, [-1] + [1] * (len(values.shape) - 1))
-    return tf.where(kept, values, 0.0)
+    kept = weights != 0
+
+    def zeroed() -> list[Tensor]:
+        return [
+            tf.where(tf.reshape(kept, [-1] + [1] * (len(v.shape) - 1)), v, 0.0) for v in values
+        ]
+
+    # Mostly there are none, and to go through all numbers takes longer than to look.
+    found: list[Tensor] = tf.cond(tf.reduce_all(kept), lambda: list(values), zeroed)
+    return found

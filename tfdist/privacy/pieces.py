@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import tensorflow as tf
@@ -11,6 +12,7 @@ from tfdist._keras import ReplicaBatch
 from tfdist.privacy import _layers
 from tfdist.privacy.clipping import clipped_sum
 from tfdist.privacy.settings import Mechanism
+from tfdist.privacy.together import Alone, Copies, Groups, Together, begins
 
 Tensor = Any
 Columns = tuple[Any, Any, Any]
@@ -24,6 +26,7 @@ def clipped_share(
     mechanism: Mechanism,
     l2_norm_clip: Any,
     compiled: bool = False,
+    groups: Tensor | None = None,
 ) -> tuple[Any, list[Tensor], Tensor]:
     """Gives a share's outputs, the sums of its clipped gradients, and `Clipped.votes`.
 
@@ -33,20 +36,32 @@ def clipped_share(
         batch: What the replica knows of it.
         mechanism: What is done to the gradients.
         l2_norm_clip: The norm that they are clipped to.
-        compiled: Whether by XLA.
+        compiled: Whether by XLA; never with `groups`, of which each batch has other sizes.
+        groups: The user of each row, where users are clipped.
     """
-    examples = _examples(columns)
+    compiled = compiled and groups is None
     if mechanism.microbatch_size is None and not compiled:
-        mask = tf.range(examples) < tf.cast(batch.rows, tf.int32)
+        mask = tf.range(_examples(columns)) < tf.cast(batch.rows, tf.int32)
         x, y, weight = columns
-        clipped = clipped_sum(model, x, y, mask, l2_norm_clip, weight, mechanism.per_layer)
+        together = _together(mechanism, groups)
+        clipped = clipped_sum(
+            model, x, y, mask, l2_norm_clip, weight, mechanism.per_layer, together
+        )
         return clipped.outputs, clipped.sums, clipped.votes
-    outputs, sums = _Pieces(model, columns, batch, mechanism, l2_norm_clip, compiled).all()
+    pieces = _Pieces(model, columns, batch, mechanism, l2_norm_clip, compiled, groups)
+    outputs, sums = pieces.all()
     return outputs, sums[:-1], sums[-1]
 
 
+def _together(mechanism: Mechanism, groups: Tensor | None) -> Together:
+    if groups is not None:
+        assert mechanism.rows_of_user is not None
+        return Groups(groups, mechanism.rows_of_user, mechanism.copies)
+    return Copies(mechanism.copies) if mechanism.copies > 1 else Alone()
+
+
 class _Pieces:
-    """Computes one piece after the other, or all as one piece.
+    """Computes one piece after the other, or all as one piece; no unit is cut in two.
 
     Its sums are those of clipped gradients, and last their `votes`.
     """
@@ -59,6 +74,7 @@ class _Pieces:
         mechanism: Mechanism,
         l2_norm_clip: Any,
         compiled: bool,
+        groups: Tensor | None,
     ) -> None:
         self._model = model
         self._columns = columns
@@ -66,6 +82,7 @@ class _Pieces:
         self._mechanism = mechanism
         self._l2_norm_clip = l2_norm_clip
         self._compiled = compiled
+        self._groups = groups
         self._examples = _examples(columns)
         self._seeds = [v for v in model.non_trainable_variables if _layers.is_seed(v)]
         self._structure: Any = None
@@ -75,22 +92,21 @@ class _Pieces:
         drawn = [tf.identity(seed.value) for seed in self._seeds]
         for seed, value in zip(self._seeds, drawn, strict=True):
             seed.assign(value)  # noted here, since in an inner graph it cannot be
-        size = self._mechanism.microbatch_size
-        if size is None:
-            rounded = -(-self._examples // _ROUNDED_TO) * _ROUNDED_TO
-            flat, sums = self._piece(tf.constant(0), rounded)
+        edges, size = self._edges()
+        count = tf.size(edges) - 1
+        if self._mechanism.microbatch_size is None:
+            flat, sums = self._piece(edges[0], edges[1], size)
             return self._packed(flat), sums
-        count = -(-self._examples // size)
 
         def body(index: Tensor, sums: list[Tensor], kept: list[Any]) -> Any:
             for seed, value in zip(self._seeds, drawn, strict=True):
                 seed.assign(value)  # a place in the batch has its random numbers
-            flat, more = self._piece(index * size, tf.constant(size))
+            flat, more = self._piece(edges[index], edges[index + 1], size)
             kept = [array.write(index, part) for array, part in zip(kept, flat, strict=True)]
             return index + 1, [a + b for a, b in zip(sums, more, strict=True)], kept
 
         # The first piece tells the outputs' types.
-        first, sums = self._piece(tf.constant(0), tf.constant(size))
+        first, sums = self._piece(edges[0], edges[1], size)
         kept = [
             tf.TensorArray(
                 part.dtype,
@@ -109,19 +125,38 @@ class _Pieces:
         )
         return self._packed([array.concat() for array in kept]), sums
 
-    def _piece(self, begin: Tensor, size: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        count = tf.minimum(size, self._examples - begin)
+    def _edges(self) -> tuple[Tensor, Tensor]:
+        """Gives the rows at which pieces begin, and last the end; and a piece's most rows."""
+        size, copies = self._mechanism.microbatch_size, self._mechanism.copies
+        if size is None:
+            whole = math.lcm(_ROUNDED_TO, copies)
+            return tf.stack([0, self._examples]), -(-self._examples // whole) * whole
+        if self._groups is None:
+            size = max(1, size // copies) * copies
+            starts = tf.range(0, self._examples, size)
+        else:
+            assert self._mechanism.rows_of_user is not None
+            users = max(1, size // (self._mechanism.rows_of_user * copies))
+            starts = begins(self._groups)[::users]
+        return tf.concat([starts, [self._examples]], 0), tf.constant(size)
+
+    def _piece(
+        self, begin: Tensor, end: Tensor, size: Tensor
+    ) -> tuple[list[Tensor], list[Tensor]]:
         if not self._compiled:
-            columns = _map(lambda leaf: leaf[begin : begin + count], self._columns)
-            return self._computed(columns, begin)
+            columns = _map(lambda leaf: leaf[begin:end], self._columns)
+            groups = None if self._groups is None else self._groups[begin:end]
+            return self._computed(columns, begin, groups)
         # Of one shape for many batches; what is there twice does not count.
         rows = tf.minimum(begin + tf.range(size), self._examples - 1)
         columns = _map(lambda leaf: tf.gather(leaf, rows), self._columns)
         compiled = tf.function(self._computed, autograph=False, jit_compile=True)
         flat, sums = compiled(columns, begin)
-        return [part[:count] for part in flat], sums
+        return [part[: end - begin] for part in flat], sums
 
-    def _computed(self, columns: Columns, begin: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    def _computed(
+        self, columns: Columns, begin: Tensor, groups: Tensor | None = None
+    ) -> tuple[list[Tensor], list[Tensor]]:
         batch = self._batch
         start = tf.cast(begin, tf.int64)
         examples = tf.cast(_examples(columns), tf.int64)
@@ -136,6 +171,7 @@ class _Pieces:
                 self._l2_norm_clip,
                 columns[2],
                 self._mechanism.per_layer,
+                _together(self._mechanism, groups),
             )
         leaves = tf.nest.flatten(clipped.outputs)
         self._structure = clipped.outputs

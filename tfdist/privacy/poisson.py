@@ -64,7 +64,16 @@ class Poisson(Sampler):
         probability = _probability(num_rows, batch_size)
         return Phase(probability, noise_multiplier, steps, room, num_rows)
 
-    def capacity_for(self, num_rows: int, batch_size: int) -> int:
+    def expected_rows(self, num_rows: int, batch_size: int) -> float:
+        """Says how many rows a step has on average, before any is left out.
+
+        Args:
+            num_rows: Examples in the data.
+            batch_size: Expected examples of a global batch.
+        """
+        return _probability(num_rows, batch_size) * num_rows
+
+    def capacity_for(self, num_rows: int, batch_size: float) -> int:
         """Says how many rows a step has at most.
 
         Args:
@@ -75,7 +84,7 @@ class Poisson(Sampler):
             return min(self.capacity, num_rows)
         return _chosen_capacity(num_rows, batch_size)
 
-    def rows(self, step: int, *, num_rows: int, batch_size: int, seed: int) -> Rows:
+    def rows(self, step: int, *, num_rows: int, batch_size: float, seed: int) -> Rows:
         """Gives the rows of one global batch, possibly none; see `Sampler.rows`."""
         # RandomState is frozen: another version of NumPy draws the same.
         random = np.random.RandomState(np.random.Philox(np.random.SeedSequence((seed, step))))
@@ -86,12 +95,12 @@ class Poisson(Sampler):
         return drawn
 
 
-def _probability(num_rows: int, batch_size: int) -> float:
+def _probability(num_rows: int, batch_size: float) -> float:
     return min(1.0, batch_size / num_rows)
 
 
 @functools.lru_cache(maxsize=16)
-def _chosen_capacity(num_rows: int, batch_size: int) -> int:
+def _chosen_capacity(num_rows: int, batch_size: float) -> int:
     probability = _probability(num_rows, batch_size)
     return choose_capacity(num_rows=num_rows, sampling_probability=probability)
 

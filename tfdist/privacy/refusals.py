@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import keras
+import numpy as np
+import tensorflow as tf
 from keras import layers
 
 from tfdist import _keras
@@ -45,6 +47,47 @@ def check_model(model: Any) -> None:
             )
     _check_optimizer(model.optimizer)
     _check_loss(model)
+
+
+def check_metrics(model: Any, x: Any, y: Any, sample_weight: Any = None) -> None:
+    """Refuses metrics that keep what single examples did, rather than a sum or a count.
+
+    They are given some examples, and then the same in another order: a sum stays as it is.
+    Their state is reset.
+
+    Args:
+        model: A compiled, built `keras.Model`.
+        x: A few rows.
+        y: Targets.
+        sample_weight: As Keras has it, or None.
+
+    Raises:
+        ArgumentError: There is one.
+    """
+    # Keras holds those that were given to `compile` in one metric, which lists them.
+    metrics = [inner for m in model.metrics for inner in getattr(m, "metrics", [m])]
+    outputs = model(x, training=False)
+    rows = tf.shape(tf.nest.flatten(outputs)[0])[0]
+    states = []
+    for order in (tf.range(rows), tf.range(rows)[::-1]):
+        for metric in metrics:
+            metric.reset_state()
+        columns = tf.nest.map_structure(
+            lambda leaf, order=order: leaf if leaf is None else tf.gather(leaf, order),
+            (x, y, outputs, sample_weight),
+        )
+        model.compute_metrics(*columns)
+        states.append({m.name: [v.numpy() for v in m.variables] for m in metrics})
+    for metric in metrics:
+        metric.reset_state()
+    for name, values in states[0].items():
+        for one, other in zip(values, states[1][name], strict=True):
+            if not np.allclose(one, other, rtol=1e-3, atol=1e-5, equal_nan=True):
+                raise ArgumentError(
+                    "A metric of private training must sum up or count examples, in any order. "
+                    f"Received: {name!r}, whose state depends on their order: it keeps what "
+                    "single examples did. Compute it afterwards, with tfdist.evaluate."
+                )
 
 
 def _check_optimizer(optimizer: Any) -> None:

@@ -6,13 +6,21 @@ import functools
 import math
 from dataclasses import dataclass
 
-from tfdist.privacy.ledger import Ledger, Phase
+from tfdist.privacy.ledger import EXAMPLE, USER, Ledger, Phase
 
 _ALIKE = {
-    "add_or_remove_one": "differ by one example, added or removed",
-    "replace_special": "differ in one example, replaced by one that contributes nothing",
-    "replace_one": "differ in one example, replaced by any other",
+    "add_or_remove_one": "differ by {}, added or removed",
+    "replace_special": "differ in {}, replaced by {} that contributes nothing",
+    "replace_one": "differ in {}, replaced by any other",
 }
+_ONE = {EXAMPLE: ("one example", "one"), USER: ("all examples of one user", "a user")}
+_WHOM = {
+    EXAMPLE: "This holds for one example of the data, not for a person who contributed "
+    "several.",
+    USER: "This holds for all examples together that `group_ids` gave to one user, not for a "
+    "person with several ids.",
+}
+_SECRET = {True: "{}s were drawn and noise was", False: "noise was"}
 _METHODS = {"pld": "privacy loss distributions", "rdp": "Rényi divergences"}
 
 
@@ -79,6 +87,8 @@ class Report:
                 f"epsilon {_rounded_up(epsilon)} at delta {self.delta:g} spent in "
                 f"{self.ledger.steps} steps"
             )
+            if self.ledger.unit == USER:
+                spent += ", for each user"
         return spent if self.secret else f"{spent}, with no guarantee: a seed was given"
 
 
@@ -103,8 +113,8 @@ def statement(
         delta: As in `tfdist.privacy.epsilon`.
         accountant: As in `tfdist.privacy.epsilon`.
         relation: As in `tfdist.privacy.epsilon`.
-        num_rows: Examples in the data, to say whether `delta` is small enough for them; what
-            the ledger knows if None.
+        num_rows: Examples in the data, or users, to say whether `delta` is small enough for
+            them; what the ledger knows if None.
 
     Returns:
         A paragraph, without line breaks.
@@ -128,25 +138,30 @@ def statement(
             "The weights are not differentially private: at least one step was made without "
             "noise."
         )
+    unit = ledger.unit
+    sampled = any(phase.bands is None for phase in ledger.phases)
+    alike = _ALIKE[relation].format(*_ONE[unit])
     sentences = [
         f"The weights are differentially private with epsilon = {_rounded_up(spent)} and "
-        f"delta = {delta:g}: for any two data sets that {_ALIKE[relation]}, whatever can be "
+        f"delta = {delta:g}: for any two data sets that {alike}, whatever can be "
         f"concluded from the weights is at most e^epsilon = {_rounded_up(math.exp(spent))} "
         "times as likely with the one as with the other, but for an additional probability of "
         "delta."
         if spent < 100
         else f"The weights have epsilon = {_rounded_up(spent)} at delta = {delta:g}, for data "
-        f"sets that {_ALIKE[relation]}. An epsilon so large protects nobody.",
-        "This holds for one example of the data, not for a person who contributed several.",
+        f"sets that {alike}. An epsilon so large protects nobody.",
+        _WHOM[unit],
         f"The weights came from {_described(ledger)}.",
         f"Epsilon was computed with dp-accounting by {_METHODS[accountant]}.",
         "It holds for the weights of every step, the optimizer's state and whatever is "
         "computed from them, so all of them may be released.",
-        "It assumes that examples were drawn and noise was made from random numbers nobody "
+        f"It assumes that {_SECRET[sampled].format(unit)} made from random numbers nobody "
         "can predict or repeat, that no other step was made on these data, and that choices "
         "made by looking at the data (the model, its settings, the preprocessing) are not "
         "counted.",
-        "The number of examples is assumed to be public.",
+        "The number of examples is assumed to be public."
+        if unit == EXAMPLE
+        else "The numbers of examples and of users are assumed to be public.",
         "Losses and metrics of the training data, such as those in `History`, got no noise: "
         "they are not private.",
     ]
@@ -154,8 +169,8 @@ def statement(
     rows = num_rows or (max(known) if known else None)
     if rows is not None and delta * rows >= 1:
         sentences.append(
-            f"delta is not below 1 / {rows}, one over the number of examples: giving away a "
-            "random example would satisfy this guarantee."
+            f"delta is not below 1 / {rows}, one over the number of {unit}s: giving away a "
+            f"random {unit} would satisfy this guarantee."
         )
     return " ".join(sentences)
 
@@ -168,11 +183,22 @@ def _described(ledger: Ledger) -> str:
 
 def _describe(phase: Phase) -> str:
     limit = "" if phase.capacity is None else f", at most {phase.capacity} of them kept"
+    if phase.bands is not None:
+        often = "takes part in no more than one of them"
+        if phase.separation is not None:
+            often = f"comes in steps that are at least {phase.separation} apart"
+        return (
+            f"{phase.steps} steps of DP-FTRL, each example's gradient clipped to a norm C, in "
+            f"which an example {often}, and Gaussian noise of standard deviation "
+            f"{phase.noise_multiplier:.6g} C for each step, of which the {phase.bands - 1} "
+            "steps after it take a part back"
+        )
+    whole = "gradient" if phase.unit == EXAMPLE else "gradients added up and"
     return (
-        f"{phase.steps} steps of DP-SGD, each example drawn into each step independently with "
-        f"probability {phase.sampling_probability:.6g}{limit}, each example's gradient clipped "
-        f"to a norm C, and Gaussian noise of standard deviation {phase.noise_multiplier:.6g} C "
-        "added to their sum"
+        f"{phase.steps} steps of DP-SGD, each {phase.unit} drawn into each step independently "
+        f"with probability {phase.sampling_probability:.6g}{limit}, each {phase.unit}'s "
+        f"{whole} clipped to a norm C, and Gaussian noise of standard deviation "
+        f"{phase.noise_multiplier:.6g} C added to their sum"
     )
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from tfdist.errors import ArgumentError
 from tfdist.privacy.arguments import check_choice, check_count, check_number
+from tfdist.privacy.correlated import coefficients
 from tfdist.privacy.ledger import ACCOUNTANTS, RELATIONS, Ledger
 
 
@@ -46,6 +48,17 @@ class DPSGD:
         clip_learning_rate: How fast the norm's logarithm moves; above 0.
         count_noise: The standard deviation of the noise on that number; a twentieth of the
             expected batch if None.
+        group_ids: A number or a name for each example, shape [examples]: those with the same
+            are one user's. Then users are protected rather than examples: each is drawn into
+            a step with all of its examples, and their gradients are added up and clipped
+            together (McMahan et al., 2018, section 2). A step has `batch_size` examples on
+            average.
+        max_rows_per_group: The most examples of a user in a step, of more a random choice;
+            all if None.
+        augmentations: How often each drawn example is changed by `fit`'s `augment`, each time
+            by other random numbers; the mean of these gradients is clipped, so they cost
+            nothing but time (De et al., "Unlocking high-accuracy differentially private image
+            classification through scale", 2022, section 3.2).
         seed: Of the noise, and of the sampling unless `fit` has a `seed`. For tests: what
             comes from a known seed is not private, and the report says so. None draws from
             the operating system.
@@ -77,6 +90,9 @@ class DPSGD:
     target_quantile: float | None = None
     clip_learning_rate: float = 0.2
     count_noise: float | None = None
+    group_ids: Any = field(default=None, compare=False, repr=False)
+    max_rows_per_group: int | None = None
+    augmentations: int = 1
     seed: int | None = None
 
     def __post_init__(self) -> None:
@@ -105,6 +121,14 @@ class DPSGD:
         self._check_adaptive()
         if self.microbatch_size is not None:
             check_count("microbatch_size", self.microbatch_size, 1)
+        if self.max_rows_per_group is not None:
+            check_count("max_rows_per_group", self.max_rows_per_group, 1)
+            if self.group_ids is None:
+                raise ArgumentError(
+                    "`max_rows_per_group` must come with `group_ids`. Received: "
+                    f"max_rows_per_group={self.max_rows_per_group!r} and group_ids=None."
+                )
+        check_count("augmentations", self.augmentations, 1)
         if self.seed is not None:
             check_count("seed", self.seed, 0)
 
@@ -132,6 +156,10 @@ class Mechanism:
         expected_batch: Examples that a step draws on average.
         microbatch_size: As in `DPSGD`.
         per_layer: Whether `DPSGD`'s `clipping` is.
+        expected_units: What is clipped in a step on average: users, or examples.
+        rows_of_user: The most examples of a user in a step; None without `group_ids`.
+        copies: Rows of an example, whose mean counts.
+        bands: As in `tfdist.DPFTRL`; None where each step has noise of its own alone.
     """
 
     l2_norm_clip: float
@@ -142,6 +170,15 @@ class Mechanism:
     target_quantile: float | None = None
     clip_learning_rate: float = 0.2
     count_noise: float = 0.0
+    expected_units: float = 0.0
+    rows_of_user: int | None = None
+    copies: int = 1
+    bands: int | None = None
+
+    @property
+    def factors(self) -> tuple[float, ...]:
+        """With what factors the noise of a step and those before is added up."""
+        return coefficients(self.bands or 1)
 
     @property
     def gradient_noise(self) -> float:

@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from tfdist._keras import ReplicaBatch
 from tfdist.privacy import _layers
+from tfdist.privacy.adam import DPAdam
 from tfdist.privacy.adaptive import AdaptiveClip
 from tfdist.privacy.noise import Noise, like
 from tfdist.privacy.pieces import clipped_share
@@ -39,25 +40,41 @@ class PrivateStep:
         self.adaptive: AdaptiveClip | None = None
         if mechanism.target_quantile is not None:
             self.adaptive = AdaptiveClip(model, mechanism)
+        if isinstance(model.optimizer, DPAdam):
+            model.optimizer.noise_deviation = self._deviation
         self._model = model
         self._strategy = strategy
 
-    def restart(self, seed: int | None) -> None:
+    def _norm(self) -> Any:
+        return self.mechanism.l2_norm_clip if self.adaptive is None else self.adaptive.norm()
+
+    def _deviation(self) -> Any:
+        """Gives the noise's standard deviation on each number of the global gradient."""
+        own = math.sqrt(sum(factor**2 for factor in self.mechanism.factors))
+        noise = own * self.mechanism.gradient_noise
+        return noise * self._norm() / self.mechanism.expected_batch
+
+    def restart(self, seed: int | None, correlated: tuple[int, int] | None = None) -> None:
         """Begins a `fit`: with new noise, and the norm that was asked for.
 
         Args:
             seed: As in `Noise.renew`.
+            correlated: As `Noise.go_on` takes it, where noise is correlated.
         """
-        self.noise.renew(seed)
+        if correlated is None:
+            self.noise.renew(seed)
+        else:
+            self.noise.go_on(*correlated)
         if self.adaptive is not None:
             self.adaptive.restart()
 
-    def train_step(self, data: Any, batch: ReplicaBatch) -> Any:
+    def train_step(self, data: Any, batch: ReplicaBatch, groups: Tensor) -> Any:
         """Makes one step, as `keras.Model.train_step` would.
 
         Args:
             data: A replica's share: `x`, `(x, y)` or `(x, y, sample_weight)`.
             batch: What the replica knows of it.
+            groups: The user of each row, where users are clipped; else anything.
 
         Returns:
             Logs.
@@ -67,9 +84,15 @@ class PrivateStep:
         # XLA cannot read variables that are on servers.
         compiled = model.jit_compile and not self._strategy.has_servers
         columns = x, y, weight
-        norm = self.mechanism.l2_norm_clip if self.adaptive is None else self.adaptive.norm()
+        norm = self._norm()
         outputs, sums, votes = clipped_share(
-            model, columns, batch, self.mechanism, norm, compiled
+            model,
+            columns,
+            batch,
+            self.mechanism,
+            norm,
+            compiled,
+            None if self.mechanism.rows_of_user is None else groups,
         )
         loss = _layers.compiled_loss(model, x, y, outputs, weight)
         _layers.track_loss(model, loss, tf.shape(tf.nest.flatten(x)[0])[0])
@@ -99,17 +122,29 @@ class PrivateStep:
         variables = self._model.trainable_variables
         count = sum(math.prod(v.shape) for v in variables)
         votes_too = self.adaptive is not None
-        drawn = self.noise.normal(
-            count + int(votes_too),
-            self._strategy.replica_id(),
-            self._model.optimizer.iterations,
-        )
-        part = 1 / math.sqrt(replicas)
+        drawn = self._drawn(count + int(votes_too))
+        part = 1 / math.sqrt(replicas) if mechanism.bands is None else 1.0
         if votes_too:
             drawn, of_votes = tf.split(drawn, [count, 1])
             votes += of_votes[0] * (mechanism.count_noise * part)
         noises = like(drawn * (mechanism.gradient_noise * norm * part), variables)
         return [s + n for s, n in zip(sums, noises, strict=True)], votes
+
+    def _drawn(self, count: int) -> Tensor:
+        """Draws a replica's normal numbers.
+
+        Correlated ones are all drawn by the first: what is taken back must be what was given,
+        on whatever number of replicas training goes on.
+        """
+        replica, step = self._strategy.replica_id(), self._model.optimizer.iterations
+        if self.mechanism.bands is None:
+            return self.noise.normal(count, replica, step)
+        step, factors = tf.convert_to_tensor(step), self.mechanism.factors
+        return tf.cond(
+            tf.equal(replica, 0),
+            lambda: self.noise.correlated(count, replica, step, factors),
+            lambda: tf.zeros([count]),
+        )
 
 
 def _penalties(variables: Any) -> list[Tensor | None]:

@@ -32,6 +32,14 @@ class Sampler(abc.ABC):
 
     may_be_empty: ClassVar[bool] = False
 
+    @property
+    def group_of(self) -> Rows | None:
+        """A number for each row; rows of one number that follow each other stay on a replica.
+
+        None if every row is by itself.
+        """
+        return None
+
     def bind(self, targets: Any, num_rows: int) -> Sampler:
         """Gives the sampler that draws from particular data; by default, this one.
 

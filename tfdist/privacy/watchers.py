@@ -1,0 +1,69 @@
+"""Callbacks that look at the training data without noise, refused where they let it out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from keras import callbacks as keras_callbacks
+
+from tfdist.errors import ArgumentError
+
+_NOISY = ("epsilon", "l2_norm_clip", "learning_rate")
+_BEST_ONLY = tuple(
+    getattr(keras_callbacks, name)
+    for name in ("ModelCheckpoint", "OrbaxCheckpoint")
+    if hasattr(keras_callbacks, name)
+)
+
+
+def check_callbacks(callbacks: Sequence[Any]) -> None:
+    """Refuses callbacks whose decisions or files would not be private.
+
+    What the weights become must not depend on a training loss, which got no noise: nor when
+    training ends, nor which weights are kept, nor the learning rate. And no file shall have
+    the losses of single batches, which may hold very few examples.
+
+    Args:
+        callbacks: Keras callbacks. Code of one's own, such as a `LambdaCallback`'s, cannot be
+            judged.
+
+    Raises:
+        ArgumentError: There is one.
+    """
+    for callback in callbacks:
+        kind = type(callback).__name__
+        if isinstance(callback, keras_callbacks.TerminateOnNaN):
+            raise ArgumentError(
+                "When private training ends must not depend on a loss without noise. Received: "
+                f"{kind}, by which one example could end it. Leave it out: examples whose "
+                "gradient is not finite count as 0."
+            )
+        monitor = getattr(callback, "monitor", None)
+        if _decides(callback) and not _is_public(monitor):
+            raise ArgumentError(
+                "What private training does must not depend on a loss or metric of the "
+                f"training data, which has no noise. Received: {kind} with "
+                f"monitor={monitor!r}. Use one of data that need not be protected, such as "
+                "monitor='val_loss' with validation_data."
+            )
+        frequency = getattr(callback, "update_freq", "epoch")
+        if isinstance(callback, keras_callbacks.TensorBoard) and frequency != "epoch":
+            raise ArgumentError(
+                "Private training must not save the losses of single batches, which have no "
+                f"noise and may be of one example. Received: {kind} with "
+                f"update_freq={frequency!r}. Use update_freq='epoch', and keep the files to "
+                "yourself."
+            )
+
+
+def _decides(callback: Any) -> bool:
+    if isinstance(callback, _BEST_ONLY):
+        return bool(callback.save_best_only)
+    return isinstance(
+        callback, keras_callbacks.EarlyStopping | keras_callbacks.ReduceLROnPlateau
+    )
+
+
+def _is_public(monitor: Any) -> bool:
+    return str(monitor).startswith("val_") or monitor in _NOISY
