@@ -69,6 +69,23 @@ def is_up(address: str) -> bool:
     return _knock(address) is None
 
 
+def answers(address: str, seconds: float) -> bool:
+    """Tells whether a TensorFlow server at an address lives, not only its port.
+
+    The system accepts connections for a process that is stopped. A server that is called
+    says something first: the settings of HTTP/2.
+
+    Args:
+        address: `host:port`.
+        seconds: How long it may take.
+    """
+    try:
+        with socket.create_connection(_split(address), timeout=seconds) as connection:
+            return bool(connection.recv(1))
+    except OSError:
+        return False
+
+
 def meet(cluster: Cluster, seconds: float, versions: str = "") -> None:
     """Returns when this worker reached every other one, and every other one this.
 

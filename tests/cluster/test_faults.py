@@ -68,3 +68,5 @@ def test_training_ends_with_the_same_weights(name: str, expected: Any, tmp_path:
     assert outcome.status == 0, outcome.printed
     assert outcome.struck == len(faults), outcome.printed
     assert outcome.distance <= TOLERANCE.get(place, 0.0), outcome.printed
+    if any(fault.kind == "stop" for fault in faults):
+        assert "is stopped (SIGSTOP" in outcome.printed

@@ -284,6 +284,10 @@ class Strategy(abc.ABC):
         """
         return None
 
+    def silent(self) -> list[str]:
+        """Names processes of the run that do not answer now, where one can ask them."""
+        return []
+
     def waiting_for(self, what: str) -> contextlib.AbstractContextManager[None]:
         """Makes a context that limits how long this process waits for others.
 

@@ -39,14 +39,17 @@ class Cause:
     certain: bool = False
 
 
-def goes_on(notes: Mapping[int, Note], lost: Mapping[int, Lost]) -> bool:
+def goes_on(
+    notes: Mapping[int, Note], lost: Mapping[int, Lost], silent: Sequence[str] = ()
+) -> bool:
     """Tells whether a worker that the others wait for is still within its own limit.
 
     Args:
         notes: What each worker said last.
         lost: Those that do not answer.
+        silent: Servers that do not answer.
     """
-    if any(cause.certain for cause in causes(notes, lost)):
+    if any(cause.certain for cause in causes(notes, lost, silent)):
         return False
     answering = [note for worker, note in notes.items() if worker not in lost]
     return any(
@@ -55,14 +58,25 @@ def goes_on(notes: Mapping[int, Note], lost: Mapping[int, Lost]) -> bool:
     )
 
 
-def causes(notes: Mapping[int, Note], lost: Mapping[int, Lost]) -> list[Cause]:
+def causes(
+    notes: Mapping[int, Note], lost: Mapping[int, Lost], silent: Sequence[str] = ()
+) -> list[Cause]:
     """Lists the likely causes, the likeliest first.
 
     Args:
         notes: What each worker said last.
         lost: Those that do not answer.
+        silent: Servers that do not answer.
     """
-    found = [_lost(notes[w], reason) for w, reason in lost.items() if w in notes]
+    found = [
+        Cause(
+            f"{task} does not answer, though it may run: its process is stopped (SIGSTOP, or a "
+            "debugger), its machine stands still, or the network to it is cut.",
+            certain=True,
+        )
+        for task in silent
+    ]
+    found += [_lost(notes[w], reason) for w, reason in lost.items() if w in notes]
     answering = [note for worker, note in sorted(notes.items()) if worker not in lost]
     inside = [note for note in answering if note.is_inside]
     found += _calls(answering, inside)
@@ -231,6 +245,7 @@ def report(
     notes: Mapping[int, Note],
     lost: Mapping[int, Lost],
     missing: Sequence[str] = (),
+    silent: Sequence[str] = (),
     ending: str = "",
 ) -> str:
     """Writes the report.
@@ -239,6 +254,7 @@ def report(
         notes: What each worker said last.
         lost: Those that do not answer.
         missing: Tasks that never said anything.
+        silent: Servers that do not answer.
         ending: What is done now.
     """
     overdue = [n for w, n in notes.items() if w not in lost and n.is_overdue]
@@ -258,7 +274,7 @@ def report(
         if worker not in lost:
             lines += [f"  {'':<{width}}    {line}" for line in note.stack]
     lines += [f"  {task}  has said nothing" for task in missing]
-    for number, cause in enumerate(causes(notes, lost)):
+    for number, cause in enumerate(causes(notes, lost, silent)):
         lines.append(f"  {'Or' if number else 'Likely cause'}: {cause.text}")
     return "\n".join([*lines, *([f"  {ending}"] if ending else [])])
 

@@ -10,7 +10,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from tfdist.board import Board
@@ -62,19 +62,30 @@ class Watcher:
         self._failed = threading.Event()
         self._explained = threading.Event()
         self._lost: dict[int, Lost] = {}
+        self._ask_servers: Callable[[], list[str]] = list
+        self._unheard: set[str] = set()  # servers, when they were asked last
+        self._silent: list[str] = []  # and those that were not heard twice in turn
         self._over = False
         atexit.register(self._say_ended)
         threading.Thread(target=self._watch, name="tfdist-watch", daemon=True).start()
 
-    def move(self, worker: int, workers: int, board: Board | None) -> None:
+    def move(
+        self,
+        worker: int,
+        workers: int,
+        board: Board | None,
+        ask_servers: Callable[[], list[str]],
+    ) -> None:
         """Watches another place: that of the strategy that is used now.
 
         Args:
             worker: This process's number.
             workers: How many there are.
             board: Where they leave notes.
+            ask_servers: Names the servers that do not answer now.
         """
         self._worker, self._workers, self._board = worker, workers, board
+        self._ask_servers = ask_servers
 
     def explain(self, error: BaseException) -> PeerError | None:
         """Says why a collective failed: a worker has ended, or lives and does not answer.
@@ -138,15 +149,26 @@ class Watcher:
             self._failed.clear()
             self._ask()
             self._explained.set()
+        elif self._is_served_no_more(note):
+            self._ask()
         elif note.idle > note.limit / 2 and note.at != OUTSIDE:
             notes, lost = self._everyone(note)
             if not note.is_overdue or note.is_debugged:
                 return
             since = here.since
-            if self._reported != since and not diagnosis.goes_on(notes, lost):
+            if self._reported != since and not diagnosis.goes_on(notes, lost, self._silent):
                 self._ask()
             elif self._reported == since and self._is_at_end(note):
                 self._end(f"Nothing has gone on for {note.idle:.0f} s.")
+
+    def _is_served_no_more(self, note: Note) -> bool:
+        """Tells whether a server of this process is silent, twice in turn."""
+        if note.idle <= self.settings.limit or note.at == OUTSIDE or note.is_debugged:
+            self._unheard, self._silent = set(), []
+            return False
+        before, self._unheard = self._unheard, set(self._ask_servers())
+        self._silent = sorted(before & self._unheard)
+        return bool(self._silent) and self._reported != here.since
 
     def _say_if_it_goes_on(self) -> None:
         if self._wrote and self._reported != here.since:
@@ -206,7 +228,7 @@ class Watcher:
 
     def _report(self, notes: dict[int, Note], lost: dict[int, Lost]) -> None:
         missing = [f"worker {w}" for w in range(self._workers) if w not in notes]
-        is_certain = any(cause.certain for cause in diagnosis.causes(notes, lost))
+        is_certain = any(cause.certain for cause in diagnosis.causes(notes, lost, self._silent))
         ends = self._may_end and is_certain
         ending = f"The run ends with status {HUNG}."
         if self._may_end and not ends:
@@ -222,7 +244,8 @@ class Watcher:
                 if self.settings.on_hang != "end"
                 else "this is an interactive session, or a debugger is attached."
             )
-        print(diagnosis.report(notes, lost, missing, ending), file=sys.stderr, flush=True)
+        text = diagnosis.report(notes, lost, missing, self._silent, ending)
+        print(text, file=sys.stderr, flush=True)
         if ends:
             self._end()
 
@@ -431,8 +454,9 @@ def calling(name: str, strategy: Any) -> Iterator[None]:
     several = place.num_workers > 1
     if _watcher is None and _settings.limit:
         _watcher = Watcher(_settings)
-    if _watcher is not None and several:
-        _watcher.move(place.worker_index, place.num_workers, strategy.board())
+    if _watcher is not None:
+        board = strategy.board() if several else None
+        _watcher.move(place.worker_index, place.num_workers, board, strategy.silent)
     with here.calling(name, alone=not several):
         try:
             yield

@@ -6,6 +6,7 @@ import functools
 import os
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -13,9 +14,10 @@ import tensorflow as tf
 
 from tfdist.cluster import CHIEF, PS, WORKER, Cluster
 from tfdist.errors import StrategyError
-from tfdist.rendezvous import is_up, start_timeout, wait_until_up
+from tfdist.rendezvous import answers, is_up, start_timeout, wait_until_up
 
 _POLL_S = 0.5
+_SILENCE_S = 5.0
 _GONE = 4  # so often in turn the chief must not answer to be gone
 
 
@@ -55,9 +57,17 @@ class Servers:
         """
         return self.coordinator._cluster.schedule(function, args=arguments, kwargs={})
 
-    def unreachable(self) -> list[str]:
-        """Names the tasks that do not answer now."""
-        return [task for task, address in self.addresses.items() if not is_up(address)]
+    def silent(self) -> list[str]:
+        """Names the tasks that do not answer now, within some seconds."""
+        with ThreadPoolExecutor(len(self.addresses)) as pool:
+            heard = pool.map(
+                lambda address: answers(address, _SILENCE_S), self.addresses.values()
+            )
+            return [
+                task
+                for task, is_there in zip(self.addresses, heard, strict=True)
+                if not is_there
+            ]
 
 
 @functools.cache

@@ -86,7 +86,7 @@ class ParameterServer(TFDistribute):
         workers = len(self._servers.workers)
         place = Place(workers, 0, workers) if synchronous else Place()
         strategy = _mirrored(self._servers.workers) if synchronous else None
-        patience = Patience.from_environment("the chief", absent=self._servers.unreachable)
+        patience = Patience.from_environment("the chief", absent=self.silent)
         super().__init__(strategy, place, patience)
         self.synchronous = synchronous
         self.gathers_rows = data == "workers"
@@ -124,6 +124,10 @@ class ParameterServer(TFDistribute):
     def num_servers(self) -> int:
         """How many parameter servers there are."""
         return len(self._servers.servers)
+
+    def silent(self) -> list[str]:
+        """Names the workers and servers that do not answer now."""
+        return self._servers.silent()
 
     def copies(self, variable: Any) -> list[Any]:
         """Gives the one value of a variable, which the servers hold."""
@@ -260,7 +264,7 @@ class ParameterServer(TFDistribute):
         try:
             yield
         except tf.errors.UnavailableError:
-            listed = " and ".join(self._servers.unreachable()) or "one of them"
+            listed = " and ".join(self.silent()) or "one of them"
             raise ServerLostError(
                 "All servers, and in synchronous training all workers, must live until "
                 f"training ends. Received: no answer from {listed}. "
