@@ -1,0 +1,175 @@
+"""What is started again, and the meeting point of the launchers of several hosts."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import pytest
+
+from tfdist.errors import LaunchError
+from tfdist.launch import Failure, Host, Link, Restarts, Worker, parse_elastic
+from tfdist.launch.hub import Hub
+from tfdist.launch.plan import free_addresses
+from tfdist.launch.restarts import Cause
+from tfdist.note import Note, Told
+
+pytestmark = pytest.mark.quick
+
+HOSTS = (Host("a"), Host("b", 2))
+
+
+def failure(returncode: int, step: int = 3, preempted: bool = False, *lines: str) -> Cause:
+    told = Told(made=step, epoch=1, step=step, preempted=preempted)
+    return Cause.of(Failure(Worker(1, ("x",), {}), returncode, lines, told, 0.0))
+
+
+def test_the_same_failure_at_the_same_step_repeats() -> None:
+    restarts = Restarts(9)
+    raised = "Traceback (most recent call last):", "ValueError: a"
+    first = failure(1, 3, False, *raised)
+    assert restarts.allows(first)
+    restarts.note(first, "")
+    assert not restarts.allows(failure(1, 3, False, *raised))
+    assert restarts.allows(failure(1, 3, False, *raised), changes=True)
+    assert restarts.allows(failure(1, 4, False, *raised))
+    assert restarts.allows(failure(-9, 3))
+    assert restarts.allows(failure(1, 3, False, raised[0], "ValueError: b"))
+
+
+def test_what_is_started_again() -> None:
+    careful = Restarts(9, of_exceptions=False)
+    assert careful.allows(failure(-9))
+    assert careful.allows(failure(75))
+    assert not careful.allows(failure(1))
+    for interrupted in (-2, 130):
+        assert not Restarts(9).allows(failure(interrupted))
+    preempted = failure(75, preempted=True)
+    restarts = Restarts(2)
+    restarts.note(preempted, "")
+    assert restarts.allows(preempted)  # a scheduler may do so twice at a step
+    restarts.note(preempted, "")
+    assert not restarts.allows(preempted)
+
+
+def test_a_cause_survives_its_journey() -> None:
+    cause = failure(-9)
+    assert Cause.from_json(cause.to_json()) == cause
+
+
+def test_a_note_says_how_far_a_worker_is() -> None:
+    note = Note()
+    assert note.read().where == "before its first step"
+    note.tell(0, 7, 2)
+    note.tell(1, 1, 2)
+    note.mark(saves=True)
+    assert note.read() == Told(made=4, epoch=1, step=1, saves=True)
+    assert note.read().where == "after step 1 of epoch 2"
+    assert not note.must_end
+    note.ask_for_end()
+    assert note.must_end
+
+
+@pytest.mark.parametrize("text", ["", "2", "2:1", "0:2", "a:b", "1:2:3", "-1:2"])
+def test_malformed_numbers_of_an_elastic_run(text: str) -> None:
+    with pytest.raises(LaunchError, match="`--elastic` must be two numbers"):
+        parse_elastic(text)
+
+
+@pytest.fixture
+def port() -> int:
+    return int(free_addresses(1)[0].rpartition(":")[2])
+
+
+@pytest.fixture
+def hub(port: int) -> Iterator[Hub]:
+    hub = Hub(port, HOSTS, {}, Restarts(1), limit=20)
+    yield hub
+    hub.close()
+
+
+def link(port: int, rank: int) -> Link:
+    return Link(("127.0.0.1", port), rank, {}, Restarts(1), limit=20)
+
+
+def meet(*links: Link) -> list[object]:
+    with ThreadPoolExecutor(len(links)) as pool:
+        return list(pool.map(lambda one: one.meet((), print), links))
+
+
+def news_of(one: Link) -> tuple[bool, Cause | None]:
+    deadline = time.monotonic() + 10
+    while one.news is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return one.news.again, one.news.cause
+
+
+def test_launchers_start_together_and_again_and_end_together(hub: Hub, port: int) -> None:
+    both = link(port, 0), link(port, 1)
+    assert meet(*both) == [None, None]
+    lost = failure(-9)
+    both[1].failed(lost)
+    assert [news_of(one) for one in both] == [(True, lost), (True, lost)]
+    assert meet(*both) == [None, None]
+    later = replace(lost, where="later", signature=("x",))
+    both[0].failed(later)  # one restart was allowed
+    assert [news_of(one) for one in both] == [(False, later), (False, later)]
+    for one in both:
+        one.close()
+
+
+def test_the_run_is_over_when_all_have_ended_well(hub: Hub, port: int) -> None:
+    both = link(port, 0), link(port, 1)
+    meet(*both)
+    both[0].done()
+    time.sleep(0.5)
+    assert both[0].news is None
+    both[1].done()
+    assert [news_of(one) for one in both] == [(False, None), (False, None)]
+    for one in both:
+        one.close()
+
+
+@pytest.mark.parametrize(
+    "nonsense",
+    [
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"\xff\xfe\n",
+        b"[1]\n",
+        b'{"kind": "hello"}\n',
+        b'{"kind": "hello", "proof": 1, "rank": "x", "settings": 3}\n',
+        b'{"kind": "failed", "cause": {}}\n{"kind": "bye"}\n',
+        b"x" * (3 << 20),
+    ],
+)
+def test_strangers_do_not_disturb(nonsense: bytes, hub: Hub, port: int) -> None:
+    both = link(port, 0), link(port, 1)
+    with socket.create_connection(("127.0.0.1", port)) as stranger:
+        stranger.settimeout(5)
+        try:
+            stranger.sendall(nonsense)
+        except OSError:
+            assert len(nonsense) > 1 << 20  # it was hung up on
+        assert meet(*both) == [None, None]
+    for one in both:
+        one.leave(0)
+        one.close()
+
+
+def test_a_node_twice_is_refused(hub: Hub, port: int) -> None:
+    both = link(port, 0), link(port, 1)
+    meet(*both)
+    with pytest.raises(LaunchError, match="Received: --node-rank 1 twice"):
+        link(port, 1).meet((), print)
+    for one in both:
+        one.close()
+
+
+def test_the_first_host_must_answer(port: int) -> None:
+    lonely = Link(("127.0.0.1", port), 1, {}, Restarts(1), limit=1)
+    with pytest.raises(LaunchError, match=r"no answer from 127\.0\.0\.1"):
+        lonely.meet((), print)
