@@ -66,5 +66,6 @@ def forget(model: Any) -> None:
         model: A `keras.Model`.
     """
     vars(model).pop(_HELD, None)
-    if isinstance(model.optimizer, DPAdam):
-        model.optimizer.noise_deviation = None
+    optimizer = getattr(model, "optimizer", None)  # a model that only predicts has none
+    if isinstance(optimizer, DPAdam):
+        optimizer.noise_deviation = None
