@@ -66,6 +66,6 @@ def forget(model: Any) -> None:
         model: A `keras.Model`.
     """
     vars(model).pop(_HELD, None)
-    optimizer = getattr(model, "optimizer", None)  # one to predict with has none
+    optimizer = getattr(model, "optimizer", None)  # a model that only predicts has none
     if isinstance(optimizer, DPAdam):
         optimizer.noise_deviation = None
