@@ -72,7 +72,7 @@ def fit(
 ) -> Any:
     """Trains a Keras model on every replica there is, as one process would.
 
-    The arguments are those of `keras.Model.fit` with their meaning there, and four more.
+    The arguments are those of `keras.Model.fit` with their meaning there, and more by name.
     The weights afterwards equal those of one process with the same seed, up to the order of
     float additions, for every synchronous strategy and any number of replicas and examples;
     `docs/promise.md` has the limits. Sums over replicas are taken of gradients and of
