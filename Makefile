@@ -56,10 +56,10 @@ demo: $(VENV)/.demo  ## Train a real model over two local worker processes.
 test: test-newest test-oldest  ## Run all tests, with the newest and with the oldest versions.
 
 test-newest: $(VENV)/.dev $(VENV)/.horovod $(VENV)/.tensorflow-privacy
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-oldest: $(OLDEST_VENV)/.dev $(OLDEST_VENV)/.horovod
-	$(OLDEST_VENV)/bin/python -m pytest -m "quick or oldest"
+	$(OLDEST_VENV)/bin/python -m pytest -n 2 --dist loadfile -m "quick or oldest"
 
 check: lint  ## Lint, type-check and run the quick tests: for every commit.
 	$(BIN)/python -m pytest -m quick -q
