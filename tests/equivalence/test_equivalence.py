@@ -76,7 +76,7 @@ def jobs(request: pytest.FixtureRequest, folder: Path) -> Iterator[dict[str, Job
         for place in ("single-1", *NAMES)
         if place in ("single-1", *wanted)
     }
-    with running(list(made.values())):
+    with running(list(made.values()), at_once=1):  # other tests run beside it
         yield made
 
 
