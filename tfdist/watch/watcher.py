@@ -6,7 +6,6 @@ import atexit
 import contextlib
 import json
 import os
-import socket
 import sys
 import threading
 import time
@@ -15,15 +14,16 @@ from typing import Any
 
 from tfdist.board import Board
 from tfdist.errors import HUNG, HungError, PeerError
-from tfdist.watch import diagnosis, memory, stacks
+from tfdist.watch import diagnosis
 from tfdist.watch.diagnosis import Lost
 from tfdist.watch.notes import ENDED, Note
-from tfdist.watch.progress import BETWEEN, FIRST_STEP, OUTSIDE, STEP, here
+from tfdist.watch.oneself import Oneself
+from tfdist.watch.others import NOTE, Others, state_of
+from tfdist.watch.progress import OUTSIDE, here
 from tfdist.watch.settings import Settings
 
-_NOTE, _HANG = "watch", "hang"
+_HANG = "hang"
 _BEAT_S = 5.0
-_BEATS_MISSED = 3
 _ASKED_S = 2.0
 _SUSPENDED_S = 6.0
 _LEAD_S = 4.0  # of the worker that wrote the report: the launcher shows who ends first
@@ -50,14 +50,12 @@ class Watcher:
         self._worker = worker
         self._workers = workers
         self._board = board
-        self._beat = 0
+        self._oneself = Oneself()
         self._posted = 0.0
         self._looked = 0.0
-        self._seen: dict[int, tuple[Note, float]] = {}  # and when a new one was seen first
+        self._others = Others()
         self._answered = ""
-        self._keeper_answers = True
         self._reported: float | None = None  # the piece that was reported, by its beginning
-        self._exchange: float | None = None
         self._wrote = False
         self._failed = threading.Event()
         self._explained = threading.Event()
@@ -98,12 +96,12 @@ class Watcher:
         """
         if self._board is None or not self.settings.limit:
             return None
-        notes, _ = self._everyone(self._note())
+        notes, _ = self._everyone(self._oneself.note(self._worker, self.settings))
         for note in notes.values():
             if note.at == ENDED:
                 cause = diagnosis.ended(note, [notes[self._worker]])
                 return PeerError(f"{cause.text} ({type(error).__name__})")
-        if any(self._state(note) in (None, "Z", "X") for note in notes.values()):
+        if any(state_of(note) in (None, "Z", "X") for note in notes.values()):
             return None  # its own output says why
         self._explained.clear()
         self._failed.set()
@@ -134,13 +132,14 @@ class Watcher:
                     self._tick(now)
 
     def _tick(self, now: float) -> None:
-        note = self._note()
+        note = self._oneself.note(self._worker, self.settings)
         beat = min(_BEAT_S, self.settings.limit / 4)
         if now - self._posted > beat:
             self._post(note)
             self._posted = now
-            if self._board is not None and self._board.keeper not in (None, self._worker):
-                self._read(self._board.keeper)  # it could not be asked later
+            keeper = None if self._board is None else self._board.keeper
+            if self._board is not None and keeper not in (None, self._worker):
+                self._others.read(self._board, keeper)  # it could not be asked later
         if now - self._looked > min(_ASKED_S, beat):
             self._looked = now
             self._hear()
@@ -199,7 +198,7 @@ class Watcher:
     def _answer(self, name: str) -> None:
         """Tells where this worker is, hears the others, and reports if it is the first."""
         self._answered, self._reported, self._wrote = name, here.since, False
-        mine = self._note(with_stack=True)
+        mine = self._oneself.note(self._worker, self.settings, with_stack=True)
         asked = time.time()
         self._post(mine)
         deadline = time.monotonic() + 2 * min(_ASKED_S, self._beat_s) + 2.0
@@ -213,10 +212,12 @@ class Watcher:
         # Who has not answered by now is lost, whenever its last note was seen.
         for worker, note in notes.items():
             if note.clock < asked - 60 or (not note.stack and note.at != ENDED):
-                lost.setdefault(worker, Lost(time.time() - note.clock, self._state(note)))
-        self._lost = lost = lost if self._keeper_answers else self._keeper_lost()
+                lost.setdefault(worker, Lost(time.time() - note.clock, state_of(note)))
+        if not self._others.keeper_answers:
+            lost = self._others.keeper_lost(self._board, self._worker)
+        self._lost = lost
         first = min((w for w in notes if w not in lost), default=self._worker)
-        if first != self._worker and self._keeper_answers:
+        if first != self._worker and self._others.keeper_answers:
             print(
                 f"tfdist: the run hangs. worker {first} has written the report.",
                 file=sys.stderr,
@@ -287,136 +288,19 @@ class Watcher:
     def _beat_s(self) -> float:
         return min(_BEAT_S, self.settings.limit / 4)
 
-    def _note(self, with_stack: bool = False) -> Note:
-        frame = stacks.main_frame()
-        now = time.monotonic()
-        at, since, call = here.at, here.since, here.call
-        exchanging = at != STEP and stacks.is_exchanging(frame)
-        if not exchanging:
-            self._exchange = None
-        elif self._exchange is None:
-            self._exchange = now
-        if exchanging and at == BETWEEN:
-            since = max(since, self._exchange or since)
-        # Who exchanges does nothing by itself; those that it waits for have limits too.
-        limit_at = STEP if exchanging and at == BETWEEN else at
-        limit = 0.0 if at == OUTSIDE else self.settings.limit_of(limit_at, here.median)
-        idle = now - since
-        late = idle > limit / 2 or with_stack
-        for_data = late and here.waits_for_data
-        left = memory.left_mib() or (None, None)
-        stack = [*stacks.describe(frame), *stacks.others()] if with_stack else []
-        self._beat += 1
-        return Note(
-            worker=self._worker,
-            task=f"worker {self._worker}",
-            beat=self._beat,
-            clock=time.time(),
-            host=socket.gethostname(),
-            pid=os.getpid(),
-            call=None if call is None else call.name,
-            number=here.calls,
-            alone=call is not None and call.alone,
-            step=0 if call is None else call.step,
-            at=at,
-            phase=_phase(frame, at, call, for_data, exchanging),
-            idle=idle,
-            limit=limit,
-            waits_for_data=for_data,
-            is_exchanging=exchanging,
-            is_debugged=late and (here.traced or stacks.is_debugged(frame)),
-            used_mib=memory.used_mib(),
-            left_mib=left[0],
-            all_mib=left[1],
-            stack=tuple(stack),
-        )
-
     def _post(self, note: Note) -> None:
         if self._board is not None:
-            self._board.post(f"{_NOTE}/{self._worker}", note.text())
-
-    def _read(self, worker: int | None) -> None:
-        text = None if self._board is None else self._board.read(f"{_NOTE}/{worker}")
-        if text is not None and worker is not None:
-            self._see(worker, text)
-
-    def _see(self, worker: int, text: str) -> None:
-        note, known = Note.read(text), self._seen.get(worker)
-        if known is None or (known[0].beat, known[0].pid) != (note.beat, note.pid):
-            self._seen[worker] = (note, time.monotonic())
+            self._board.post(f"{NOTE}/{self._worker}", note.text())
 
     def _everyone(self, mine: Note) -> tuple[dict[int, Note], dict[int, Lost]]:
-        """Gives what the workers said last, and which of them do not answer."""
-        now = time.monotonic()
-        texts = {} if self._board is None else self._board.read_all(_NOTE)
-        self._keeper_answers = self._board is None or bool(texts)
-        for worker, text in texts.items():
-            self._see(worker, text)
-        self._seen[self._worker] = (mine, now)
-        missed = max(2.0, _BEATS_MISSED * self._beat_s)
-        lost = {
-            worker: Lost(max(now - seen, time.time() - note.clock), self._state(note))
-            for worker, (note, seen) in self._seen.items()
-            if now - seen > missed and note.at != ENDED
-        }
-        if not self._keeper_answers:
-            lost = self._keeper_lost()
-        return {worker: note for worker, (note, _) in self._seen.items()}, lost
-
-    def _keeper_lost(self) -> dict[int, Lost]:
-        """Gives the worker that keeps the board, which is gone: of others nothing is known."""
-        keeper = None if self._board is None else self._board.keeper
-        if keeper is None or keeper == self._worker or keeper not in self._seen:
-            return {}
-        note, seen = self._seen[keeper]
-        return {keeper: Lost(time.monotonic() - seen, self._state(note))}
-
-    def _state(self, note: Note) -> str | None:
-        return memory.state_of(note.pid) if note.host == socket.gethostname() else "?"
+        return self._others.everyone(self._board, mine, self._beat_s)
 
     def _say_ended(self) -> None:
         self._over = True
         self._say_if_it_goes_on()
         if self._board is None or not self.settings.limit or here.calls == 0:
             return
-        now = Note(
-            worker=self._worker,
-            task=f"worker {self._worker}",
-            beat=self._beat + 1,
-            clock=time.time(),
-            host=socket.gethostname(),
-            pid=os.getpid(),
-            call=None if here.call is None else here.call.name,
-            number=here.calls,
-            step=0 if here.call is None else here.call.step,
-            at=ENDED,
-            phase="at the end of its script",
-        )
-        self._post(now)
-
-
-def _phase(frame: Any, at: str, call: Any, for_data: bool, exchanging: bool) -> str:
-    if call is None:
-        return "before its first call"
-    if at == OUTSIDE:
-        return f"outside of tfdist, after `{call.name}` and its step {call.step}"
-    where = f"`{call.name}`, "
-    after = f"after step {call.step}" if call.step else "before its first step"
-    callback = stacks.callback(frame)
-    if stacks.is_saving(frame):
-        return f"{where}{after}: saving a checkpoint"
-    if callback is not None and at == BETWEEN:
-        return f"{where}{after}: in {callback}"
-    if exchanging:
-        return f"{where}{after}: exchanging settings with the others"
-    kind = "validation, after step" if call.validating else "step"
-    if at in (STEP, FIRST_STEP):
-        other = "its data" if call.alone else "the others"
-        doing = "waiting for its data" if for_data else f"computing, or waiting for {other}"
-        return f"{where}{kind} {call.step}: {doing}"
-    if at == BETWEEN:
-        return f"{where}{after}"
-    return f"{where}preparing it"
+        self._post(self._oneself.ended(self._worker))
 
 
 _watcher: Watcher | None = None
