@@ -89,7 +89,7 @@ class TestRun:
         assert len(planned[0][0]) == 1
 
     def test_hosts_give_the_number_of_workers(self, script, planned):
-        hosts = ["--hosts", "a:3,b:2", "--node-rank", "1", "--port", "45680"]
+        hosts = ["--hosts", "localhost:3,127.0.0.1:2", "--node-rank", "1", "--port", "45680"]
         assert invoke("run", *hosts, str(script)).exit_code == 0
         assert [worker.index for worker in planned[0][0]] == [3, 4]
 
@@ -122,6 +122,11 @@ class TestRun:
                 "MAX of --elastic must be the sum of the slots in --hosts, 2.",
             ),
             (["--hosts", "a,b", "SCRIPT"], 1, "Error: `--node-rank` must say"),
+            (
+                ["--hosts", "localhost,nowhere.invalid", "--node-rank", "0", "SCRIPT"],
+                1,
+                "Received: nowhere.invalid, which no name service knows.",
+            ),
             (["not_there.py"], 2, "Received: 'not_there.py', which is not there."),
             ([".."], 2, "which is no file"),
             ([], 2, "Missing argument 'SCRIPT'"),

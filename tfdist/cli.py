@@ -26,6 +26,7 @@ from tfdist.launch import (
     Restarts,
     Slots,
     Worker,
+    check_names,
     joined,
     listed,
     parse_elastic,
@@ -205,6 +206,7 @@ def run(
         )
 
     planned = plan(most)
+    check_names(machines)
     slots, there = None, machines
 
     def plan_for(ranks: Sequence[int]) -> tuple[Worker, ...]:

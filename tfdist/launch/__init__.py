@@ -2,7 +2,7 @@
 
 from tfdist.launch.cause import Failure
 from tfdist.launch.horovod import rendezvous
-from tfdist.launch.hosts import Host, parse_hosts
+from tfdist.launch.hosts import Host, check_names, parse_hosts
 from tfdist.launch.link import Link
 from tfdist.launch.plan import (
     DEFAULT_PORT,
@@ -28,6 +28,7 @@ __all__ = [
     "Restarts",
     "Slots",
     "Worker",
+    "check_names",
     "joined",
     "listed",
     "parse_elastic",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -64,6 +65,31 @@ def parse_hosts(text: str) -> tuple[Host, ...]:
             )
         hosts.append(Host(name, slots))
     return tuple(hosts)
+
+
+def check_names(hosts: Sequence[Host]) -> None:
+    """Refuses names that this machine cannot resolve, before anything waits for them.
+
+    Args:
+        hosts: The hosts.
+
+    Raises:
+        ClusterError: One or more cannot be resolved.
+    """
+    unknown = [host.name for host in hosts if not _resolves(host.name)]
+    if unknown:
+        raise ClusterError(
+            "`--hosts` must name machines whose addresses can be found from here. Received: "
+            f"{', '.join(unknown)}, which no name service knows. Correct the name, or give "
+            "the IP address."
+        )
+
+
+def _resolves(name: str) -> bool:
+    try:
+        return bool(socket.getaddrinfo(name.strip("[]"), None))
+    except OSError:
+        return False
 
 
 def worker_addresses(hosts: Sequence[Host], port: int) -> tuple[str, ...]:

@@ -36,7 +36,7 @@ class Others:
         self.keeper_answers = True
         self._seen: dict[int, tuple[Note, float]] = {}  # and when a new one was seen first
 
-    def read(self, board: Board, worker: int | None) -> None:
+    def read(self, board: Board, worker: int) -> None:
         """Reads a worker's note.
 
         Args:

@@ -138,7 +138,7 @@ class Watcher:
             self._post(note)
             self._posted = now
             keeper = None if self._board is None else self._board.keeper
-            if self._board is not None and keeper not in (None, self._worker):
+            if self._board is not None and keeper is not None and keeper != self._worker:
                 self._others.read(self._board, keeper)  # it could not be asked later
         if now - self._looked > min(_ASKED_S, beat):
             self._looked = now
