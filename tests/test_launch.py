@@ -35,7 +35,7 @@ LAUNCHER = """
 import json, sys
 from pathlib import Path
 from contextlib import nullcontext
-from tfdist.launch import Restarts, Slots, joined, listed
+from tfdist.launch import Restarts, joined, listed
 from tfdist.launch import parse_hosts, plan_workers, run_workers
 options = json.loads(sys.argv[1])
 log_dir = options.pop("log_dir", None)

@@ -18,7 +18,7 @@ from tfdist.checkpoint import files
 from tfdist.cluster import Cluster
 from tfdist.environ import limit_of
 from tfdist.errors import CheckpointError, ClusterError, LaunchError
-from tfdist.launch import parse_hosts, plan_workers
+from tfdist.launch import parse_elastic, parse_hosts, plan_workers
 
 pytestmark = pytest.mark.quick
 # Each example takes milliseconds; a second is what a user would notice.
@@ -159,6 +159,16 @@ def test_hosts(
         )
     except (ClusterError, LaunchError) as error:
         says_what_to_do(str(error))
+
+
+@given(st.builds("{}{}{}".format, numbers, st.sampled_from([":", "", "::"]), numbers))
+def test_elastic(text: str) -> None:
+    try:
+        least, most = parse_elastic(text)
+    except LaunchError as error:
+        says_what_to_do(str(error))
+    else:
+        assert 1 <= least <= most
 
 
 @given(numbers | st.sampled_from(["nan", "inf", "1e3"]))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -20,19 +19,16 @@ from tfdist.launch import (
     NODE_TIMEOUT_S,
     SAVING_S,
     STRATEGIES,
-    Host,
     Link,
     Outcome,
     Restarts,
-    Slots,
+    Roster,
     Worker,
     check_names,
     joined,
     listed,
     parse_elastic,
     parse_hosts,
-    plan_workers,
-    rendezvous,
     run_workers,
     script_command,
 )
@@ -174,63 +170,26 @@ def run(
             "Check the path; the options of `tfdist run` come before it."
         )
     machines = parse_hosts(hosts) if hosts is not None else ()
-    least, most = (workers, workers) if elastic is None else parse_elastic(elastic)
-    if elastic is not None and (servers or workers is not None):
-        raise click.BadParameter(
-            "--elastic must not come with -n or --ps: it gives the number of workers. "
-            f"Received: --elastic {elastic}. Leave the other option out."
-        )
-
-    slots_of_all = sum(host.slots for host in machines)
-    if elastic is not None and machines and most != slots_of_all:
-        raise click.BadParameter(
-            f"MAX of --elastic must be the sum of the slots in --hosts, {slots_of_all}. "
-            f"Received: --elastic {elastic}. Change one of them."
-        )
-
-    def plan(count: int | None, active: Sequence[Host] = machines) -> tuple[Worker, ...]:
-        # One process that is left needs no strategy of several.
-        alone = elastic is not None and count == 1
-        rank = node_rank
-        if node_rank is not None and len(active) < len(machines):
-            rank = active.index(machines[node_rank])
-        return plan_workers(
-            script_command((script, *arguments), module=module),
-            workers=count,
-            hosts=active,
-            node_rank=rank,
-            port=port,
-            strategy=None if alone else strategy,
-            drop_in=drop_in,
-            servers=servers,
-        )
-
-    planned = plan(most)
+    roster = Roster(
+        script_command((script, *arguments), module=module),
+        workers=workers,
+        hosts=machines,
+        node_rank=node_rank,
+        elastic=None if elastic is None else parse_elastic(elastic),
+        port=port,
+        strategy=strategy,
+        drop_in=drop_in,
+        servers=servers,
+    )
     check_names(machines)
-    slots, there = None, machines
-
-    def plan_for(ranks: Sequence[int]) -> tuple[Worker, ...]:
-        nonlocal there
-        there = tuple(machines[rank] for rank in ranks)
-        return plan(sum(host.slots for host in there), there)
-
-    if elastic is not None and least is not None and most is not None:
-        if not machines:
-            slots = Slots(plan, least, most)
-            planned = tuple(slots.workers)
-        max_restarts = 3 if max_restarts is None else max_restarts
+    if max_restarts is None and elastic is not None:
+        max_restarts = 3
     # A lost worker is usual beside servers; an exception is started again where that was asked.
     restarts = (
         Restarts(3 if servers else 0, of_exceptions=False)
         if max_restarts is None
         else Restarts(max_restarts)
     )
-
-    def meeting(first: Worker) -> AbstractContextManager[None]:
-        if "HOROVOD_RANK" not in first.environment:
-            return nullcontext()
-        return rendezvous(first.environment, there)
-
     together: AbstractContextManager[Link | None] = nullcontext()
     if max_restarts and len(machines) > 1:
         together = joined(
@@ -239,22 +198,22 @@ def run(
             port,
             max_restarts=max_restarts,
             limit=node_timeout,
-            least=None if elastic is None else least,
+            least=None if roster.elastic is None else roster.elastic[0],
             strategy=strategy,
             ps=servers,
         )
     with together as link:
         outcome = run_workers(
-            planned,
+            roster.workers,
             log_dir=log_dir,
             restarts=restarts,
             grace=grace,
             link=link,
-            slots=slots,
-            plan=None if elastic is None else plan_for,
-            meeting=meeting,
+            slots=roster.slots,
+            plan=None if roster.elastic is None else roster.of_hosts,
+            meeting=roster.meeting,
         )
-    _explain(outcome, planned, log_dir, has_other_hosts=len(machines) > 1)
+    _explain(outcome, roster.workers, log_dir, has_other_hosts=len(machines) > 1)
     sys.exit(outcome.status)
 
 

@@ -1,7 +1,6 @@
 """Starts, watches and ends the worker processes of `tfdist run`. No TensorFlow is needed."""
 
 from tfdist.launch.cause import Failure
-from tfdist.launch.horovod import rendezvous
 from tfdist.launch.hosts import Host, check_names, parse_hosts
 from tfdist.launch.link import Link
 from tfdist.launch.plan import (
@@ -13,7 +12,8 @@ from tfdist.launch.plan import (
 )
 from tfdist.launch.processes import SAVING_S, Outcome, run_workers
 from tfdist.launch.restarts import Restarts, listed
-from tfdist.launch.slots import Slots, parse_elastic
+from tfdist.launch.roster import Roster
+from tfdist.launch.slots import parse_elastic
 from tfdist.launch.together import NODE_TIMEOUT_S, joined
 
 __all__ = [
@@ -26,7 +26,7 @@ __all__ = [
     "Link",
     "Outcome",
     "Restarts",
-    "Slots",
+    "Roster",
     "Worker",
     "check_names",
     "joined",
@@ -34,7 +34,6 @@ __all__ = [
     "parse_elastic",
     "parse_hosts",
     "plan_workers",
-    "rendezvous",
     "run_workers",
     "script_command",
 ]

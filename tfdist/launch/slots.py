@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 
+from tfdist.environ import whole_number
 from tfdist.errors import LaunchError
 from tfdist.launch.cause import Failure
 from tfdist.launch.plan import Worker
@@ -95,10 +96,10 @@ def parse_elastic(text: str) -> tuple[int, int]:
         >>> parse_elastic("2:4")
         (2, 4)
     """
-    least, _, most = text.partition(":")
-    if least.isdecimal() and most.isdecimal() and 1 <= int(least) <= int(most):
-        return int(least), int(most)
+    least, most = map(whole_number, text.partition(":")[::2])
+    if least is not None and most is not None and 1 <= least <= most:
+        return least, most
     raise LaunchError(
         "`--elastic` must be two numbers of workers, the smaller first, from 1 on. Received: "
-        f"--elastic={text!r}. Write it like 2:4."
+        f"--elastic={text[:40]!r}. Write it like 2:4."
     )
