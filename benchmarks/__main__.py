@@ -19,5 +19,7 @@ for name in (
     "privacy",
     "privacy_memory",
     "privacy_utility",
+    "resilience",
+    "chaos",
 ):
     subprocess.run([sys.executable, "-m", f"benchmarks.{name}"], check=True)
