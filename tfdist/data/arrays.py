@@ -55,6 +55,7 @@ class Arrays(Source):
     steps: int
     endless: bool
     copies: int = field(default=1, kw_only=True)
+    rounded_to: int = field(default=1, kw_only=True)
 
     _facts: ClassVar[int] = 1
 
@@ -99,8 +100,11 @@ class Arrays(Source):
         else:
             groups = tf.gather(self._group_of, rows[:total])
             begin, end = bounds_of_groups(groups, replica, place)
-        padded = tf.maximum(tf.minimum(begin, total - 1), 0)
-        mine = rows[padded : tf.maximum(end, padded + 1)]
+        first, last = tf.maximum(tf.minimum(begin, total - 1), 0), tf.maximum(total - 1, 0)
+        size = tf.maximum(end - begin, 1)
+        if self._group_of is None:
+            size = -(-size // self.rounded_to) * self.rounded_to
+        mine = tf.gather(rows, tf.minimum(first + tf.range(size), last))
         return self._dealt(mine, end - begin, total, begin)
 
     def _dealt(self, rows: Tensor, count: Tensor, total: Tensor, offset: Tensor) -> Share:

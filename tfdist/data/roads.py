@@ -59,6 +59,8 @@ class Settings:
     private: bool = False
     copies: int = 1
 
+_ROUNDED_TO = 32
+
 
 def read(x: Any, y: Any, sample_weight: Any, settings: Settings) -> Source:
     """Chooses the road for an input.
@@ -211,6 +213,7 @@ def _read_arrays(x: Any, y: Any, sample_weight: Any, settings: Settings) -> Arra
         steps,
         settings.training,
         copies=settings.copies,
+        rounded_to=_ROUNDED_TO if settings.private else 1,
     )
 
 
