@@ -59,7 +59,8 @@ class Settings:
     private: bool = False
     copies: int = 1
 
-_ROUNDED_TO = 32
+
+_ROUNDED_TO = 32  # rows: TensorFlow keeps kernels for every number of them that it meets
 
 
 def read(x: Any, y: Any, sample_weight: Any, settings: Settings) -> Source:

@@ -94,6 +94,8 @@ class PrivateStep:
             compiled,
             None if self.mechanism.rows_of_user is None else groups,
         )
+        # A share may be padded; what is only there for its shape does not count.
+        (x, y, weight), outputs = _first_rows(batch.rows, (x, y, weight), outputs)
         loss = _layers.compiled_loss(model, x, y, outputs, weight)
         _layers.track_loss(model, loss, tf.shape(tf.nest.flatten(x)[0])[0])
         variables = model.trainable_variables
@@ -145,6 +147,21 @@ class PrivateStep:
             lambda: self.noise.correlated(count, replica, step, factors),
             lambda: tf.zeros([count]),
         )
+
+
+def _first_rows(rows: Tensor, *structures: Any) -> Any:
+    """Cuts all tensors to so many rows, with their masks; one is left where there is none."""
+    rows = tf.maximum(tf.cast(rows, tf.int32), 1)
+
+    def cut(leaf: Any) -> Any:
+        if leaf is None:
+            return None
+        kept = leaf[:rows]
+        if _layers.has_mask(leaf):
+            kept._keras_mask = leaf._keras_mask[:rows]
+        return kept
+
+    return tf.nest.map_structure(cut, structures)
 
 
 def _penalties(variables: Any) -> list[Tensor | None]:
