@@ -12,6 +12,7 @@ import tensorflow as tf
 from tfdist import data
 from tfdist.data import arrays, batches
 from tfdist.errors import ArgumentError
+from tfdist.privacy import Poisson
 from tfdist.samplers import (
     ClassBalanced,
     Oversample,
@@ -69,6 +70,23 @@ def test_shares_make_up_each_global_batch(kind: str, replicas: int) -> None:
         np.testing.assert_array_equal(rows, np.arange(4 * step, 4 * step + size))
         offsets = np.cumsum([0, *(int(s.rows) for s in shares)])[:-1]
         assert [int(s.offset) for s in shares] == list(offsets)
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_private_shares_come_in_few_sizes(replicas: int) -> None:
+    x = np.arange(1000)
+    made = settings(batch_size=50, sampler=Poisson(), private=True, training=True)
+    source = data.read(x, x, None, made)
+    sizes, drawn = set(), [np.zeros(0, np.int64)] * 40
+    for replica in range(replicas):
+        place = Place(replicas, first_replica=replica)
+        for step, share in enumerate(source.shares(place, 0).take(40)):
+            sizes.add(len(share.data[0]))
+            drawn[step] = np.concatenate([drawn[step], share.data[0][: int(share.rows)]])
+    assert sizes <= {32, 64, 96}
+    for step, rows in enumerate(drawn):
+        expected = Poisson().rows(step, num_rows=1000, batch_size=50, seed=0)
+        np.testing.assert_array_equal(rows, expected)
 
 
 def test_local_replicas_take_turns() -> None:

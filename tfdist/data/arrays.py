@@ -46,6 +46,8 @@ class Arrays(Source):
             the last one stopped.
         endless: Whether the stream goes through all epochs (training) or ends after one.
         copies: How often each row that was drawn comes, one behind the other.
+        rounded_to: Rows of a share are a multiple of it, those of one that was drawn less; what
+            is beyond `Share.rows` does not count.
     """
 
     data: Any
