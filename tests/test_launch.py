@@ -35,23 +35,18 @@ LAUNCHER = """
 import json, sys
 from pathlib import Path
 from contextlib import nullcontext
-from tfdist.launch import Restarts, joined, listed
-from tfdist.launch import parse_hosts, plan_workers, run_workers
+from tfdist.launch import Restarts, Roster, joined, listed, parse_hosts, run_workers
 options = json.loads(sys.argv[1])
 log_dir = options.pop("log_dir", None)
-options["hosts"] = parse_hosts(options["hosts"]) if "hosts" in options else ()
-hosts_least = options.pop("hosts_least", None)
+options["hosts"] = hosts = parse_hosts(options["hosts"]) if "hosts" in options else ()
 most, limit = options.pop("max_restarts", 0), options.pop("limit", 60)
-least, slots = options.pop("least", None), None
-if least:
-    most_workers = options.pop("workers")
-    slots = Slots(
-        lambda n: plan_workers((sys.executable, *sys.argv[2:]), workers=n, **options),
-        least, most_workers,
-    )
-    workers = slots.workers
-else:
-    workers = plan_workers((sys.executable, *sys.argv[2:]), **options)
+least, total = options.pop("least", None), options.pop("workers", None)
+roster = Roster(
+    (sys.executable, *sys.argv[2:]),
+    **{"node_rank": None, **options},
+    workers=total if least is None else None,
+    elastic=None if least is None else (least, total or sum(host.slots for host in hosts)),
+)
 together = nullcontext()
 if most and options["hosts"]:
     together = joined(
@@ -60,23 +55,17 @@ if most and options["hosts"]:
         options["port"],
         max_restarts=most,
         limit=limit,
-        least=hosts_least,
+        least=least,
     )
-
-def plan(ranks):
-    active = [options["hosts"][rank] for rank in ranks]
-    rank = active.index(options["hosts"][options["node_rank"]])
-    changed = {**options, "hosts": active, "node_rank": rank}
-    return plan_workers((sys.executable, *sys.argv[2:]), **changed)
 
 with together as link:
     outcome = run_workers(
-        workers,
+        roster.workers,
         log_dir=Path(log_dir) if log_dir else None,
         restarts=Restarts(most),
         link=link,
-        slots=slots,
-        plan=plan if hosts_least else None,
+        slots=roster.slots,
+        plan=roster.of_hosts if least else None,
     )
 for line in listed(outcome.restarts):
     print(line)
@@ -857,7 +846,7 @@ while not Path("end").exists():
     def test_an_elastic_run_goes_on_without_it_and_takes_it_in_at_the_next_restart(
         self, start, scripts
     ):
-        options = {"limit": 3, "hosts_least": 1}
+        options = {"limit": 3, "least": 1}
         launchers = [start(0, "stay", **options), start(1, "stay", **options)]
         scripts.pids(2)
         launchers[1].kill()
