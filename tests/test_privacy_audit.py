@@ -371,7 +371,7 @@ def clipped_after_the_sum(patch: pytest.MonkeyPatch) -> None:
     """Clips the mean of a batch, as an optimizer's `global_clipnorm` would."""
 
     def share(
-        model: Any, columns: Any, batch: Any, mechanism: Any, norm: float, compiled: bool
+        model: Any, columns: Any, batch: Any, mechanism: Any, norm: float, *rest: Any
     ) -> Any:
         x, y, weight = columns
         variables = [v.value for v in model.trainable_variables]

@@ -152,7 +152,7 @@ class Watcher:
             self._ask()
         elif note.idle > note.limit / 2 and note.at != OUTSIDE:
             notes, lost = self._everyone(note)
-            if not note.is_overdue or note.is_debugged:
+            if not note.is_overdue or note.is_debugged or self._unheard - {*self._silent}:
                 return
             since = here.since
             if self._reported != since and not diagnosis.goes_on(notes, lost, self._silent):
@@ -165,9 +165,10 @@ class Watcher:
         if note.idle <= self.settings.limit or note.at == OUTSIDE or note.is_debugged:
             self._unheard, self._silent = set(), []
             return False
-        before, self._unheard = self._unheard, set(self._ask_servers())
+        before, known = self._unheard, self._silent
+        self._unheard = set(self._ask_servers())
         self._silent = sorted(before & self._unheard)
-        return bool(self._silent) and self._reported != here.since
+        return bool(self._silent) and self._silent != known
 
     def _say_if_it_goes_on(self) -> None:
         if self._wrote and self._reported != here.since:
