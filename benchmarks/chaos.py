@@ -6,6 +6,7 @@ python -m benchmarks.chaos [--faults 50] [--seed 1]
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -180,7 +181,7 @@ def main() -> None:
     parser.add_argument("--only", choices=PLACES)
     options = parser.parse_args()
     rows: dict[str, list[Outcome]] = {place: [] for place in PLACES}
-    with tempfile.TemporaryDirectory() as name:
+    with contextlib.suppress(KeyboardInterrupt), tempfile.TemporaryDirectory() as name:
         expected: dict[str, Any] = {}
         for number, (place, faults) in enumerate(schedules(options.faults, options.seed)):
             if options.only not in (None, place):

@@ -292,6 +292,13 @@ class TestNothingIsLeft:
         assert launcher.wait(15) == int(status)
         eventually(lambda: all(map(is_gone, pids)))
 
+    def test_a_worker_that_is_stopped_when_the_others_have_ended(self, scripts):
+        scripts.environ["TFDIST_HANG_LIMIT"] = "1"
+        script = RANK + "import signal; os.kill(os.getpid(), signal.SIGSTOP) if rank else 0"
+        status, output = scripts.run(script, workers=2)
+        assert status == 128 + signal.SIGKILL
+        assert "worker 1 is stopped (SIGSTOP), and all others have ended." in output
+
     def test_reader_of_the_output_is_gone(self, scripts):
         launcher = scripts.start(
             STAY.replace("time.sleep(300)\n", "while True: print('x' * 999)")

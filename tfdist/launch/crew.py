@@ -14,11 +14,14 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from tfdist.environ import limit_of
 from tfdist.errors import LaunchError
 from tfdist.launch.cause import Failure
 from tfdist.launch.output import Lines, Screen
 from tfdist.launch.plan import Worker
 from tfdist.note import NOTE_FD, Note, Told, shared_memory
+from tfdist.watch.memory import state_of
+from tfdist.watch.settings import HANG_LIMIT
 
 LAUNCHER_FD = "TFDIST_LAUNCHER_FD"
 
@@ -81,6 +84,7 @@ class Crew:
         self._log_dir: Path | None = None
         self._members: list[_Member] = []
         self._selector = selectors.DefaultSelector()
+        self._stopped_since: float | None = None
         # Workers hold the reading end: it reports the end of file when the launcher dies.
         self._lifeline, self._launcher_end = os.pipe()
 
@@ -246,6 +250,29 @@ class Crew:
             and len(received) == asked
         ):
             self.pump()
+
+    def end_stopped(self) -> None:
+        """Kills workers that are stopped once all others have ended: nobody else notices them.
+
+        While others run, their watchers do; a run of one worker may be paused.
+        """
+        left = [m for m in self._members if m.ended_at is None]
+        is_left_alone = 0 < len(left) < len(self._members)
+        if not is_left_alone or any(state_of(m.process.pid) != "T" for m in left):
+            self._stopped_since = None
+            return
+        now = time.monotonic()
+        self._stopped_since = self._stopped_since or now
+        limit = limit_of(HANG_LIMIT, 60, left[0].worker.environment)
+        if not limit or now - self._stopped_since < limit:
+            return
+        for member in left:
+            self.say(
+                member.position,
+                f"tfdist: {member.worker.task} is stopped (SIGSTOP), and all others have "
+                f"ended. After {limit:g} s ({HANG_LIMIT}) it is killed.",
+            )
+            member.signal_group(signal.SIGKILL)
 
     def end(self, steps: Sequence[tuple[int, float]], received: Sequence[int] = ()) -> None:
         """Ends all workers and their children.

@@ -153,6 +153,7 @@ def _watch(crew: Crew, received: list[int], restarts: Restarts, grace: float) ->
     has_gone_on = False
     while crew.is_running and not received and not crew.failures and not crew.is_done:
         crew.pump()
+        crew.end_stopped()
         if not has_gone_on and crew.told.made:
             has_gone_on = True
             restarts.note_step()
@@ -204,6 +205,7 @@ def _run_with_others(
         failed_at = 0.0
         while news is None and not received:
             crew.pump()
+            crew.end_stopped()
             news = link.news
             if not has_gone_on and crew.told.made:
                 has_gone_on = True
