@@ -23,7 +23,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.chaos_worker import EPOCHS, STEPS_PER_EPOCH, Fault
+from benchmarks.chaos_worker import EPOCHS, EVERY, STEPS_PER_EPOCH, Fault
 
 WORKER = Path(__file__).with_name("chaos_worker.py")
 PLACES = {
@@ -79,7 +79,8 @@ def train(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "faults.json").write_text(json.dumps([asdict(fault) for fault in faults]))
     command = [sys.executable, "-m", "tfdist.cli", "run", *PLACES[place]]
-    command += ["--max-restarts", str(len(faults) + 1), str(WORKER), str(folder)]
+    # A worker of synchronous servers that is lost costs two: its own, and that of all.
+    command += ["--max-restarts", str(2 * len(faults) + 1), str(WORKER), str(folder)]
     try:
         done = subprocess.run(
             command,
@@ -158,7 +159,19 @@ def schedules(total: int, seed: int) -> Iterator[tuple[str, list[Fault]]]:
         place = list(PLACES)[number % len(PLACES)]
         count = min(left, draw.randint(3, 5))
         left -= count
-        yield place, [fault(place, draw) for _ in range(count)]
+        yield place, distinct(place, count, draw)
+
+
+def distinct(place: str, count: int, draw: random.Random) -> list[Fault]:
+    """Draws faults at other moments each: the same one twice in a row rightly ends a run."""
+    found: list[Fault] = []
+    while len(found) < count:
+        drawn = fault(place, draw)
+        if all(drawn.moment != f.moment or drawn.moment == "step" for f in found) and all(
+            abs(drawn.step - f.step) >= EVERY for f in found
+        ):
+            found.append(drawn)
+    return found
 
 
 def fault(place: str, draw: random.Random) -> Fault:
