@@ -14,14 +14,13 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from tfdist.environ import limit_of
 from tfdist.errors import LaunchError
 from tfdist.launch.cause import Failure
 from tfdist.launch.output import Lines, Screen
 from tfdist.launch.plan import Worker
 from tfdist.note import NOTE_FD, Note, Told, shared_memory
 from tfdist.watch.memory import state_of
-from tfdist.watch.settings import HANG_LIMIT
+from tfdist.watch.settings import HANG_LIMIT, Settings
 
 LAUNCHER_FD = "TFDIST_LAUNCHER_FD"
 
@@ -263,7 +262,7 @@ class Crew:
             return
         now = time.monotonic()
         self._stopped_since = self._stopped_since or now
-        limit = limit_of(HANG_LIMIT, 60, left[0].worker.environment)
+        limit = Settings.from_environment(left[0].worker.environment).limit
         if not limit or now - self._stopped_since < limit:
             return
         for member in left:

@@ -152,16 +152,7 @@ def run_workers(
 def _watch(crew: Crew, received: list[int], restarts: Restarts, grace: float) -> Outcome:
     has_gone_on = False
     while crew.is_running and not received and not crew.failures and not crew.is_done:
-        crew.pump()
-        crew.end_stopped()
-        if not has_gone_on and crew.told.made:
-            has_gone_on = True
-            restarts.note_step()
-        for failure in tuple(crew.failures):
-            cause = Cause.of(failure)
-            if failure.worker.is_replaceable and restarts.allows(cause):
-                line = restarts.note(cause, "It is started again")
-                crew.say(crew.start_again(failure), line)
+        has_gone_on = _pump(crew, restarts, restarts, has_gone_on)
     if crew.failures and not received:
         deadline = time.monotonic() + _PEER_FAILURE_S
         while (
@@ -179,6 +170,21 @@ def _watch(crew: Crew, received: list[int], restarts: Restarts, grace: float) ->
         return Outcome(0, finished=finished)
     failure = root_cause(failures)
     return Outcome(failure.status, failure, finished)
+
+
+def _pump(crew: Crew, of_all: Restarts, of_one: Restarts, has_gone_on: bool) -> bool:
+    """Does what is due while workers run; tells whether a step was made since they began."""
+    crew.pump()
+    crew.end_stopped()
+    if not has_gone_on and crew.told.made:
+        has_gone_on = True
+        of_all.note_step()
+    for failure in tuple(crew.failures):
+        cause = Cause.of(failure)
+        if failure.worker.is_replaceable and of_one.allows(cause):
+            line = of_one.note(cause, "It is started again")
+            crew.say(crew.start_again(failure), line)
+    return has_gone_on
 
 
 def _run_with_others(
@@ -204,17 +210,8 @@ def _run_with_others(
             crew.start(workers, log_dir)
         failed_at = 0.0
         while news is None and not received:
-            crew.pump()
-            crew.end_stopped()
+            has_gone_on = _pump(crew, link.restarts, replaced, has_gone_on)
             news = link.news
-            if not has_gone_on and crew.told.made:
-                has_gone_on = True
-                link.restarts.note_step()
-            for one in tuple(crew.failures):
-                cause = Cause.of(one)
-                if one.worker.is_replaceable and replaced.allows(cause):
-                    line = replaced.note(cause, "It is started again")
-                    crew.say(crew.start_again(one), line)
             if is_told:
                 continue
             if crew.failures:
