@@ -102,16 +102,17 @@ class Arrays(Source):
         else:
             groups = tf.gather(self._group_of, rows[:total])
             begin, end = bounds_of_groups(groups, replica, place)
-        first, last = tf.maximum(tf.minimum(begin, total - 1), 0), tf.maximum(total - 1, 0)
-        size = tf.maximum(end - begin, 1)
-        if self._group_of is None:
-            size = -(-size // self.rounded_to) * self.rounded_to
-        mine = tf.gather(rows, tf.minimum(first + tf.range(size), last))
+        padded = tf.maximum(tf.minimum(begin, total - 1), 0)
+        mine = rows[padded : tf.maximum(end, padded + 1)]
         return self._dealt(mine, end - begin, total, begin)
 
     def _dealt(self, rows: Tensor, count: Tensor, total: Tensor, offset: Tensor) -> Share:
         """Gathers the rows of a share, each as often as it is to come."""
         copies = self.copies
+        if self.rounded_to > 1 and self._group_of is None:
+            size = tf.size(rows)
+            rounded = -(-size // self.rounded_to) * self.rounded_to
+            rows = tf.gather(rows, tf.minimum(tf.range(rounded), size - 1))
         if copies > 1:
             rows = tf.repeat(rows, copies)
             count, total, offset = count * copies, total * copies, offset * copies

@@ -195,6 +195,14 @@ def _batch_size(settings: Settings) -> int:
     return int(batch_size)
 
 
+def _dealing(settings: Settings) -> dict[str, int]:
+    """Says how rows of a share are repeated and padded."""
+    return {
+        "copies": settings.copies,
+        "rounded_to": _ROUNDED_TO if settings.private else 1,
+    }
+
+
 def _read_arrays(x: Any, y: Any, sample_weight: Any, settings: Settings) -> Arrays:
     batch_size = _batch_size(settings)
     data, num_rows = read_columns(x, y, sample_weight)
@@ -213,8 +221,7 @@ def _read_arrays(x: Any, y: Any, sample_weight: Any, settings: Settings) -> Arra
         settings.seed,
         steps,
         settings.training,
-        copies=settings.copies,
-        rounded_to=_ROUNDED_TO if settings.private else 1,
+        **_dealing(settings),
     )
 
 
@@ -272,7 +279,7 @@ def _read_local(
         holdings,
         worker,
         order,
-        copies=settings.copies,
+        **_dealing(settings),
     )
 
 
