@@ -12,9 +12,8 @@ from tfdist.data.source import Source
 from tfdist.errors import ArgumentError
 from tfdist.privacy.in_turn import DPFTRL
 from tfdist.privacy.ledger import Phase
-from tfdist.privacy.poisson import Poisson
+from tfdist.privacy.poisson import Accounted
 from tfdist.privacy.settings import DPSGD
-from tfdist.privacy.users import PoissonOfUsers
 from tfdist.strategies.base import Place
 
 
@@ -50,17 +49,16 @@ def plan(privacy: DPSGD, source: Source, epochs: int) -> Plan:
     arrays = source.drawn_from
     assert isinstance(arrays, Arrays)
     sampler = arrays.sampler
-    assert isinstance(sampler, Poisson | PoissonOfUsers)
+    assert isinstance(sampler, Accounted)
     batch_size, rows = arrays.batch_size, arrays.num_rows
     phase = sampler.phase(num_rows=rows, batch_size=batch_size, steps=1, noise_multiplier=0.0)
     if not phase.truncates:
         phase = dataclasses.replace(phase, capacity=None)
-    assert phase.num_rows is not None
     return Plan(
         arrays.steps * max(0, epochs),
         phase,
         sampler.expected_rows(rows, batch_size),
-        phase.sampling_probability * phase.num_rows,
+        sampler.expected_units(rows, batch_size),
     )
 
 

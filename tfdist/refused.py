@@ -13,7 +13,7 @@ from tfdist.errors import ArgumentError
 from tfdist.imbalance.per_class import PerClassMetrics
 from tfdist.privacy import watchers
 from tfdist.privacy.in_turn import DPFTRL
-from tfdist.privacy.poisson import Poisson
+from tfdist.privacy.poisson import Accounted, Poisson
 from tfdist.privacy.settings import DPSGD
 from tfdist.session import Session
 
@@ -41,11 +41,8 @@ def check_data(
             f"stream of batches cannot do. Received: x of type {type(x).__name__}. Pass "
             "arrays, or privacy=tfdist.DPFTRL(...), which samples nothing."
         )
-    elif sampler is not None and not isinstance(sampler, Poisson):
-        raise ArgumentError(
-            "`sampler` must be a tfdist.privacy.Poisson in private training: the accounting is "
-            f"of its sampling. Received: a {type(sampler).__name__}. Leave it out."
-        )
+    elif sampler is not None:
+        _check_sampler(sampler, privacy)
     if class_weight is not None and not isinstance(class_weight, dict):
         raise ArgumentError(
             "`class_weight` must be a dict in private training: a rule counts the classes of "
@@ -57,6 +54,21 @@ def check_data(
             "Private gradients must be summed as they are: noise is added before. Received: "
             f"strategy {session.strategy.name!r} with compression or Adasum. Use "
             "tfdist.Horovod() without them."
+        )
+
+
+def _check_sampler(sampler: Any, privacy: DPSGD) -> None:
+    if privacy.group_ids is not None and not isinstance(sampler, Poisson):
+        raise ArgumentError(
+            "`sampler` must be a tfdist.privacy.Poisson with `group_ids`: it draws users, all "
+            f"alike. Received: a {type(sampler).__name__}. Leave it out."
+        )
+    if not isinstance(sampler, Accounted):
+        raise ArgumentError(
+            "`sampler` must be a tfdist.privacy.Poisson or PoissonLike in private training: "
+            f"the accounting is of their sampling. Received: a {type(sampler).__name__}. Leave "
+            "it out, or pass tfdist.privacy.PoissonLike(sampler), which draws rows by "
+            "themselves, as often on average, and costs what the most frequent one does."
         )
 
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from tfdist.privacy.auditing import Canaries, audit, canaries
     from tfdist.privacy.bounds import epsilon_lower_bound
     from tfdist.privacy.ledger import Ledger, Phase
+    from tfdist.privacy.likeness import PoissonLike
     from tfdist.privacy.membership import AuditReport, ThresholdAttack
     from tfdist.privacy.poisson import Poisson
     from tfdist.privacy.rebuild import make_private_model
@@ -27,6 +28,7 @@ __all__ = [
     "Ledger",
     "Phase",
     "Poisson",
+    "PoissonLike",
     "Report",
     "ThresholdAttack",
     "audit",
@@ -46,6 +48,7 @@ _HOMES = {
     "Ledger": "tfdist.privacy.ledger",
     "Phase": "tfdist.privacy.ledger",
     "Poisson": "tfdist.privacy.poisson",
+    "PoissonLike": "tfdist.privacy.likeness",
     "Report": "tfdist.privacy.report",
     "ThresholdAttack": "tfdist.privacy.membership",
     "audit": "tfdist.privacy.auditing",

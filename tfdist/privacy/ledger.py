@@ -43,6 +43,8 @@ class Phase:
             not join: each is a mechanism of its own.
         separation: With `bands`, the steps from one that an example takes part in to the
             next, at least; None if it takes part once.
+        at_most: Whether `sampling_probability` is the largest of several: examples are drawn
+            independently, but some less often than others. It costs as if all had it.
 
     Raises:
         ArgumentError: A value is out of its range.
@@ -60,6 +62,7 @@ class Phase:
     unit: str = EXAMPLE
     bands: int | None = None
     separation: int | None = None
+    at_most: bool = False
 
     def __post_init__(self) -> None:
         self._check_correlated()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import functools
 import math
 from dataclasses import dataclass
@@ -15,8 +16,45 @@ from tfdist.privacy.ledger import Phase
 from tfdist.samplers import Rows, Sampler
 
 
+class Accounted(Sampler):
+    """A sampler whose steps the accountant can be told of."""
+
+    may_be_empty: ClassVar[bool] = True
+
+    @abc.abstractmethod
+    def phase(
+        self, *, num_rows: int, batch_size: int, steps: int, noise_multiplier: float
+    ) -> Phase:
+        """Describes steps of this sampler to the accountant.
+
+        Args:
+            num_rows: Examples in the data.
+            batch_size: Expected examples of a global batch.
+            steps: How many steps.
+            noise_multiplier: As in `Phase`.
+        """
+
+    @abc.abstractmethod
+    def expected_rows(self, num_rows: int, batch_size: int) -> float:
+        """Says how many rows a step has on average, before any is left out.
+
+        Args:
+            num_rows: Examples in the data.
+            batch_size: Expected examples of a global batch.
+        """
+
+    def expected_units(self, num_rows: int, batch_size: int) -> float:
+        """Says how many of what is clipped by itself a step has on average.
+
+        Args:
+            num_rows: Examples in the data.
+            batch_size: Expected examples of a global batch.
+        """
+        return self.expected_rows(num_rows, batch_size)
+
+
 @dataclass(frozen=True)
-class Poisson(Sampler):
+class Poisson(Accounted):
     """Draws each row into each step independently, with probability batch_size / num_rows.
 
     This is the sampling that the accounting of DP-SGD assumes (Abadi et al., "Deep learning
@@ -41,8 +79,6 @@ class Poisson(Sampler):
         True
     """
 
-    may_be_empty: ClassVar[bool] = True
-
     capacity: int | None = None
 
     def __post_init__(self) -> None:
@@ -52,25 +88,13 @@ class Poisson(Sampler):
     def phase(
         self, *, num_rows: int, batch_size: int, steps: int, noise_multiplier: float
     ) -> Phase:
-        """Describes steps of this sampler to the accountant.
-
-        Args:
-            num_rows: Examples in the data.
-            batch_size: Expected examples of a global batch.
-            steps: How many steps.
-            noise_multiplier: As in `Phase`.
-        """
+        """Describes steps of this sampler to the accountant; see `Accounted.phase`."""
         room = self.capacity_for(num_rows, batch_size)
         probability = _probability(num_rows, batch_size)
         return Phase(probability, noise_multiplier, steps, room, num_rows)
 
     def expected_rows(self, num_rows: int, batch_size: int) -> float:
-        """Says how many rows a step has on average, before any is left out.
-
-        Args:
-            num_rows: Examples in the data.
-            batch_size: Expected examples of a global batch.
-        """
+        """Says how many rows a step has on average, before any is left out."""
         return _probability(num_rows, batch_size) * num_rows
 
     def capacity_for(self, num_rows: int, batch_size: float) -> int:
@@ -86,13 +110,17 @@ class Poisson(Sampler):
 
     def rows(self, step: int, *, num_rows: int, batch_size: float, seed: int) -> Rows:
         """Gives the rows of one global batch, possibly none; see `Sampler.rows`."""
-        # RandomState is frozen: another version of NumPy draws the same.
-        random = np.random.RandomState(np.random.Philox(np.random.SeedSequence((seed, step))))
-        drawn = _bernoulli(random, num_rows, _probability(num_rows, batch_size))
+        random = generator(seed, step)
+        drawn = bernoulli(random, num_rows, _probability(num_rows, batch_size))
         room = self.capacity_for(num_rows, batch_size)
         if len(drawn) > room:
             drawn = np.sort(random.permutation(drawn)[:room])
         return drawn
+
+
+def generator(seed: int, step: int) -> np.random.RandomState:
+    """Makes the random numbers of a step; RandomState is frozen, whatever NumPy's version."""
+    return np.random.RandomState(np.random.Philox(np.random.SeedSequence((seed, step))))
 
 
 def _probability(num_rows: int, batch_size: float) -> float:
@@ -105,7 +133,7 @@ def _chosen_capacity(num_rows: int, batch_size: float) -> int:
     return choose_capacity(num_rows=num_rows, sampling_probability=probability)
 
 
-def _bernoulli(random: np.random.RandomState, trials: int, probability: float) -> Rows:
+def bernoulli(random: np.random.RandomState, trials: int, probability: float) -> Rows:
     """Gives the numbers of the trials that succeed, by drawing the gaps between them.
 
     The gaps between successes of independent trials are geometric (Devroye, "Non-uniform

@@ -159,9 +159,7 @@ def statement(
         "can predict or repeat, that no other step was made on these data, and that choices "
         "made by looking at the data (the model, its settings, the preprocessing) are not "
         "counted.",
-        "The number of examples is assumed to be public."
-        if unit == EXAMPLE
-        else "The numbers of examples and of users are assumed to be public.",
+        _public(ledger),
         "Losses and metrics of the training data, such as those in `History`, got no noise: "
         "they are not private.",
     ]
@@ -173,6 +171,18 @@ def statement(
             f"random {unit} would satisfy this guarantee."
         )
     return " ".join(sentences)
+
+
+def _public(ledger: Ledger) -> str:
+    if ledger.unit == USER:
+        return "The numbers of examples and of users are assumed to be public."
+    if any(phase.at_most for phase in ledger.phases):
+        return (
+            "The number of examples is assumed to be public, and so is what else the "
+            "probability of drawing an example follows from, such as how many there are of each "
+            "class."
+        )
+    return "The number of examples is assumed to be public."
 
 
 def _described(ledger: Ledger) -> str:
@@ -193,10 +203,11 @@ def _describe(phase: Phase) -> str:
             f"{phase.noise_multiplier:.6g} C for each step, of which the {phase.bands - 1} "
             "steps after it take a part back"
         )
+    most = "at most " if phase.at_most else ""
     whole = "gradient" if phase.unit == EXAMPLE else "gradients added up and"
     return (
         f"{phase.steps} steps of DP-SGD, each {phase.unit} drawn into each step independently "
-        f"with probability {phase.sampling_probability:.6g}{limit}, each {phase.unit}'s "
+        f"with probability {most}{phase.sampling_probability:.6g}{limit}, each {phase.unit}'s "
         f"{whole} clipped to a norm C, and Gaussian noise of standard deviation "
         f"{phase.noise_multiplier:.6g} C added to their sum"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from tfdist.errors import ArgumentError
 from tfdist.privacy.arguments import check_count
 from tfdist.privacy.ledger import USER, Phase
-from tfdist.privacy.poisson import Poisson
+from tfdist.privacy.poisson import Accounted, Poisson
 from tfdist.samplers import Rows, Sampler
 
 
@@ -75,7 +75,7 @@ class Users:
 
 
 @dataclass(frozen=True, eq=False)
-class PoissonOfUsers(Sampler):
+class PoissonOfUsers(Accounted):
     """Draws each user into each step independently, with all rows or as many as may be.
 
     Its probability is `batch_size` over the rows that all users have, as far as they count,
@@ -85,8 +85,6 @@ class PoissonOfUsers(Sampler):
         users: Whose rows there are.
         poisson: Draws them; its capacity is of users.
     """
-
-    may_be_empty: ClassVar[bool] = True
 
     users: Users
     poisson: Poisson
@@ -127,6 +125,10 @@ class PoissonOfUsers(Sampler):
     def expected_rows(self, num_rows: int, batch_size: int) -> float:
         """Says how many rows a step has on average."""
         return self._probability(batch_size) * self.users.kept
+
+    def expected_units(self, num_rows: int, batch_size: int) -> float:
+        """Says how many users a step has on average."""
+        return self._expected(batch_size)
 
     def rows(self, step: int, *, num_rows: int, batch_size: int, seed: int) -> Rows:
         """Gives the rows of one global batch, user by user, possibly none."""
