@@ -1,4 +1,4 @@
-"""Elastic Horovod: a rank is killed, the others go on, its host comes back."""
+"""Elastic Horovod: a rank is killed, the others go on, its host comes back; also privately."""
 
 from __future__ import annotations
 
@@ -23,12 +23,18 @@ from pathlib import Path
 import keras, numpy as np, tfdist
 from tests.equivalence.cases import clipped_adam, mlp, table
 
-_, victim, folder, seconds = sys.argv
+_, victim, folder, seconds, private = sys.argv
 host = os.environ.get("HOROVOD_HOSTNAME")
 died = Path(folder) / "died"
 tfdist.init(seed=3)
 keras.utils.set_random_seed(3)
-model = mlp(clipped_adam())
+model = mlp(clipped_adam() if private == "no" else keras.optimizers.SGD(0.1))
+callbacks, options = [keras.callbacks.EarlyStopping("loss", patience=3)], {}
+if private != "no":
+    settings = {"noise": {"target_epsilon": 8.0}, "noiseless": {"noise_multiplier": 0.0}}
+    seed = {"noise": None, "noiseless": 3}[private]
+    privacy = tfdist.DPSGD(0.5, delta=1e-4, seed=seed, **settings[private])
+    callbacks, options = [], {"privacy": privacy, "seed": seed}
 
 class Events(keras.callbacks.Callback):
     def on_train_batch_end(self, batch, logs=None):
@@ -37,11 +43,10 @@ class Events(keras.callbacks.Callback):
             died.touch()
             os.kill(os.getpid(), signal.SIGKILL)
 
-stopping = keras.callbacks.EarlyStopping("loss", patience=3)
 checkpoint = keras.callbacks.ModelCheckpoint(Path(folder) / "{epoch}.keras")
 history = tfdist.fit(
     model, *table(), batch_size=64, epochs=4, validation_data=table(101), verbose=0,
-    callbacks=[stopping, checkpoint, Events()],
+    callbacks=[*callbacks, checkpoint, Events()], **options,
 )
 print("RESULT", json.dumps({
     "host": host,
@@ -50,6 +55,8 @@ print("RESULT", json.dumps({
     "weights": [w.tolist() for w in model.get_weights()],
     "steps": int(model.optimizer.iterations),
     "replicas": tfdist.init().strategy.place.num_replicas,
+    "ledger": history.privacy.ledger.to_dict() if options else None,
+    "epsilon": history.privacy.epsilon if private == "noise" else None,
 }), flush=True)
 """
 
@@ -69,19 +76,26 @@ def results(command: list[str]) -> tuple[list[dict], str]:
     return [json.loads(text) for text in re.findall(r"RESULT (\{.*\})", printed)], printed
 
 
-@pytest.fixture(scope="module")
-def alone(script: Path) -> dict:
-    (result,), _ = results([sys.executable, str(script), "nobody", str(script.parent), "0"])
+def by_itself(script: Path, private: str) -> dict:
+    train = [sys.executable, str(script), "nobody", str(script.parent), "0", private]
+    (result,), _ = results(train)
     return result
 
 
-def elastic(script: Path, victim: str, folder: Path, seconds: float) -> tuple[list[dict], str]:
+@pytest.fixture(scope="module")
+def alone(script: Path) -> dict:
+    return by_itself(script, "no")
+
+
+def elastic(
+    script: Path, victim: str, folder: Path, seconds: float, private: str = "no"
+) -> tuple[list[dict], str]:
     discover = folder / "discover.sh"
     discover.write_text("#!/bin/sh\n" + "".join(f"echo {host}:1\n" for host in HOSTS))
     discover.chmod(0o755)
     launch = [sys.executable, "-m", "horovod.runner.launch", "--gloo", "-np", "2"]
     options = ["--min-np", "1", "--max-np", "3", "--host-discovery-script", str(discover)]
-    train = [sys.executable, str(script), victim, str(folder), str(seconds)]
+    train = [sys.executable, str(script), victim, str(folder), str(seconds), private]
     return results([*launch, *options, *COOLDOWN, *train])
 
 
@@ -114,3 +128,23 @@ def test_a_host_that_comes_back_joins_in_the_middle(script, alone, tmp_path):
     assert sorted(path.name for path in tmp_path.glob("*.keras")) == [
         f"{epoch}.keras" for epoch in range(1, 5)
     ]
+
+
+def test_private_training_goes_on_when_a_rank_is_killed(script, tmp_path):
+    expected = by_itself(script, "noiseless")
+    found, printed = elastic(script, "127.0.0.1", tmp_path, 0, "noiseless")
+    assert [result["host"] for result in found] == ["localhost"], printed
+    assert (tmp_path / "died").exists()
+    assert_equal(found[0], expected)
+    assert found[0]["ledger"] == expected["ledger"]
+
+
+def test_every_step_counts_once_for_who_joins_a_private_training(script, tmp_path):
+    found, printed = elastic(script, "localhost", tmp_path, 0.4, "noise")
+    assert sorted(result["host"] for result in found) == sorted(HOSTS), printed
+    assert "ready to join" in printed
+    for result in found:
+        assert result["steps"] == sum(phase["steps"] for phase in result["ledger"]["phases"])
+        assert 7.5 < result["epsilon"] <= 8.0
+    assert found[0]["weights"] == found[1]["weights"]
+    assert found[0]["ledger"] == found[1]["ledger"]

@@ -374,10 +374,9 @@ class CheckpointRun:
             "global_seed": _keras.has_global_seed(),
             "arrays": len(arrays),
         }
-        # Read now, on the host; the copies share memory with the variables until these are
-        # assigned to.
+        # Read now; what is read shares memory with a variable until that is assigned to.
         tensors = {
-            f"variables/{number}": tf.identity(tf.convert_to_tensor(variable))
+            f"variables/{number}": tf.convert_to_tensor(variable)
             for number, variable in enumerate(self._variables)
         }
         tensors |= {f"arrays/{i}": tf.convert_to_tensor(a) for i, a in enumerate(arrays)}
