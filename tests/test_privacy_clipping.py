@@ -161,6 +161,9 @@ FAST = {
     ),
     "dense_many_positions": lambda: sequential((9, 4), L.Dense(3, activation="tanh")),
     "dense_few_positions": lambda: sequential((2, 40), L.Dense(30, activation="tanh")),
+    # Long enough to be compiled by XLA within a traced step, as the next one is.
+    "dense_long": lambda: sequential((64, 96), L.Dense(128, activation="tanh"), "pool"),
+    "embedding_long": lambda: sequential((64,), L.Embedding(40, 160), "pool", words=40),
     "dense_three_axes": lambda: sequential((2, 3, 4), L.Dense(5)),
     "einsum": lambda: sequential(
         (3, 4), L.EinsumDense("abc,cde->abde", (3, 2, 5), bias_axes="de", activation="relu")
@@ -284,6 +287,21 @@ def test_rows_that_are_not_finite_count_nothing(name: str, bad: float) -> None:
         received, norms = clipped_sum(model, x, y, mask, 0.5)
         close(received, expected)
         assert norms[2] == 0
+
+
+def test_rows_that_are_not_finite_count_nothing_where_norms_are_compiled() -> None:
+    model, x, y = FAST["dense_long"]()
+    finite = np.array([True, True, False, True, True])
+    expected, _ = loop(model, x[finite], y[finite], 0.5)
+    x[2] = np.nan
+    everyone = np.ones(EXAMPLES, bool)
+    traced = tf.function(lambda x, y: clipped_sum(model, x, y, everyone, 0.5), autograph=False)
+    made = traced.get_concrete_function(tf.constant(x), tf.constant(y))
+    calls = [op for op in made.graph.get_operations() if op.type == "PartitionedCall"]
+    assert any("_XlaMustCompile" in call.node_def.attr for call in calls)
+    received, norms = traced(tf.constant(x), tf.constant(y))
+    close(received, expected)
+    assert norms[2] == 0
 
 
 @pytest.mark.quick

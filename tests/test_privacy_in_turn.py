@@ -299,3 +299,12 @@ def test_data_that_cannot_be_accounted_for() -> None:
     ):
         with pytest.raises(ArgumentError, match=message):
             tfdist.fit(classifier(), *given, verbose=0, privacy=ftrl(**settings), **options)
+
+
+@pytest.mark.quick
+def test_noise_that_goes_on_is_refused_where_processes_come_and_go(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(type(tfdist.init().strategy), "elastic", True)
+    with pytest.raises(ArgumentError, match="must run on processes that stay"):
+        tfdist.fit(classifier(), *rows()[:2], verbose=0, privacy=ftrl())

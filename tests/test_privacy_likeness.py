@@ -82,7 +82,7 @@ def test_costs_what_the_most_frequent_row_does() -> None:
     assert Ledger.from_dict(Ledger((phase,)).to_dict()) == Ledger((phase,))
     text = tfdist.privacy.statement(Ledger((phase,)), delta=1e-3)
     assert "independently with probability at most 0.2," in text
-    assert "how many there are of each class" in text
+    assert "such as the size of each class" in text
 
 
 def problem() -> tuple[Any, Any, Any]:

@@ -175,7 +175,9 @@ class PrivateRun:
                 relation=privacy.relation,
                 spent=self.ledger(0),
             )
-            noise = float(self._session.strategy.broadcast_object(noise))
+            strategy = self._session.strategy
+            if not strategy.elastic:  # who joins later would be alone; what all found is compared
+                noise = float(strategy.broadcast_object(noise))
         self._phase = dataclasses.replace(phase, noise_multiplier=noise)
         self.mechanism = Mechanism(
             privacy.l2_norm_clip,

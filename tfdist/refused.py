@@ -34,7 +34,7 @@ def check_data(
         ArgumentError: It is such.
     """
     if isinstance(privacy, DPFTRL):
-        _check_data_in_turn(x, sampler)
+        _check_data_in_turn(session, x, sampler)
     elif not data.is_arrays(x):
         raise ArgumentError(
             "`x` must be arrays in private training: each example is drawn by itself, which a "
@@ -72,7 +72,13 @@ def _check_sampler(sampler: Any, privacy: DPSGD) -> None:
         )
 
 
-def _check_data_in_turn(x: Any, sampler: Any) -> None:
+def _check_data_in_turn(session: Session, x: Any, sampler: Any) -> None:
+    if session.strategy.elastic:
+        raise ArgumentError(
+            "DPFTRL must run on processes that stay: noise is taken back by the one that gave "
+            "it, which may go. Received: an elastic run. Use tfdist.DPSGD(...), or a fixed "
+            "number of processes."
+        )
     if sampler is not None:
         raise ArgumentError(
             "`sampler` must be None with DPFTRL, which takes all examples in turn. Received: a "

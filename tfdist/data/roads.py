@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -58,9 +59,6 @@ class Settings:
     strategy: Strategy | None = None
     private: bool = False
     copies: int = 1
-
-
-_ROUNDED_TO = 32  # rows: TensorFlow keeps kernels for every number of them that it meets
 
 
 def read(x: Any, y: Any, sample_weight: Any, settings: Settings) -> Source:
@@ -196,11 +194,19 @@ def _batch_size(settings: Settings) -> int:
 
 
 def _dealing(settings: Settings) -> dict[str, int]:
-    """Says how rows of a share are repeated and padded."""
-    return {
-        "copies": settings.copies,
-        "rounded_to": _ROUNDED_TO if settings.private else 1,
-    }
+    """Says how rows of a share are repeated and padded.
+
+    Poisson sampling draws another number of rows each time, and TensorFlow keeps kernels for
+    every one that it meets. So they are rounded up by about the standard deviation of their
+    number: that makes some 8 of them, for a few percent more rows.
+    """
+    rounded_to = 1
+    if settings.private:
+        strategy = settings.strategy
+        replicas = 1 if strategy is None else strategy.place.num_replicas
+        share = _batch_size(settings) / replicas
+        rounded_to = 2 ** max(0, round(math.log2(share) / 2))
+    return {"copies": settings.copies, "rounded_to": rounded_to}
 
 
 def _read_arrays(x: Any, y: Any, sample_weight: Any, settings: Settings) -> Arrays:

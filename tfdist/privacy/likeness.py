@@ -107,4 +107,5 @@ class PoissonLike(Accounted):
     def _find_probabilities(self, num_rows: int, batch_size: int) -> NDArray[np.float64]:
         repeats = self.sampler.repeats(num_rows)
         assert repeats is not None  # `bind` has looked
-        return np.minimum(1.0, batch_size * repeats / repeats.sum())
+        found: NDArray[np.float64] = np.minimum(1.0, batch_size * repeats / repeats.sum())
+        return found

@@ -14,6 +14,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from tfdist.privacy.grams import squared_norms_by_row, squared_norms_of_products
 from tfdist.privacy.together import Alone, Groups, Together
 
 Tensor = Any
@@ -115,8 +116,7 @@ class Product(Part):
             )
         factors = together.joined(self._inputs), together.joined(self._outputs)
         if positions is not None and 2 * positions**2 <= numbers:
-            grams = [tf.matmul(f, f, transpose_b=True) for f in factors]
-            return tf.reduce_sum(grams[0] * grams[1], [1, 2])
+            return squared_norms_of_products(*factors)
         self._written = tf.matmul(*factors, transpose_a=True)
         return tf.reduce_sum(tf.square(self._written), [1, 2])
 
@@ -169,9 +169,7 @@ class Lookup(Part):
         if isinstance(together, Groups):
             return self._squared_norms_by_row(together)
         rows, outputs = together.joined(self._rows), together.joined(self._outputs)
-        same = rows[:, :, None] == rows[:, None, :]
-        gram = tf.matmul(outputs, outputs, transpose_b=True)
-        return tf.reduce_sum(tf.where(same, gram, 0.0), [1, 2])
+        return squared_norms_by_row(rows, outputs)
 
     def _squared_norms_by_row(self, together: Groups) -> Tensor:
         """Adds up by unit and row: a unit of many examples has too many pairs of positions."""

@@ -179,8 +179,7 @@ def _public(ledger: Ledger) -> str:
     if any(phase.at_most for phase in ledger.phases):
         return (
             "The number of examples is assumed to be public, and so is what else the "
-            "probability of drawing an example follows from, such as how many there are of each "
-            "class."
+            "probability of drawing an example follows from, such as the size of each class."
         )
     return "The number of examples is assumed to be public."
 
