@@ -56,7 +56,7 @@ demo: $(VENV)/.demo  ## Train a real model over two local worker processes.
 test: test-newest test-oldest  ## Run all tests, with the newest and with the oldest versions.
 
 test-newest: $(VENV)/.dev $(VENV)/.horovod $(VENV)/.tensorflow-privacy
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 15
 
 test-oldest: $(OLDEST_VENV)/.dev $(OLDEST_VENV)/.horovod
 	$(OLDEST_VENV)/bin/python -m pytest -n 2 --dist loadfile -m "quick or oldest"

@@ -1,12 +1,13 @@
 """DP-SGD in one process: a private step over a plain step, with all that belongs to it.
 
-python -m benchmarks.privacy [--opacus PYTHON] [MODEL ...]
+python -m benchmarks.privacy [--opacus PYTHON] [--tensorflow-privacy PYTHON] [MODEL ...]
 
 Both are steps of `tfdist.fit`, with Adam, batch 256, in the same process; the private one
 with clipping, noise and Poisson sampling, so that its batches have 256 examples on average.
-With --opacus, the interpreter of an environment that has PyTorch and Opacus, the same ratios
-of Opacus are measured beside them, with hooks and with ghost clipping, on the same models and
-as many threads. They are of PyTorch's plain step: ratios compare, milliseconds need not.
+Given interpreters of environments that have other libraries, their ratios are measured beside
+them, on the same models and as many threads: Opacus with hooks and with ghost clipping, over
+PyTorch's plain step, and tensorflow-privacy's vectorized optimizer over Keras 2's, with few
+steps, since it is slow. Ratios compare, milliseconds need not.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
+import argparse
 import ast
+import math
 import re
+import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -108,37 +111,45 @@ def measure(name: str) -> Ratio:
     return compare(name, ours, theirs, PAIRS, goal, "ms")
 
 
-def of_opacus(python: str, name: str, mode: str) -> Ratio:
-    """Measures Opacus's ratio in its own environment."""
+def elsewhere(library: str, python: str, name: str, mode: str) -> Ratio:
+    """Measures another library's ratio in its own environment; none if it fails there."""
     short = next(word for word in ("MLP", "CNN", "encoder") if word in name)
-    steps = str(MODELS[name][3])
-    worker = Path(__file__).with_name("opacus_worker.py")
-    command = [python, str(worker), short, mode, steps, str(PAIRS), str(os.cpu_count())]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=1800, check=False)
+    steps, pairs = (MODELS[name][3], PAIRS) if library == "Opacus" else (2, 3)
+    worker = Path(__file__).with_name(f"{library.lower().replace('-', '_')}_worker.py")
+    settings = map(str, (short, mode, steps, pairs, os.cpu_count()))
+    done = subprocess.run(
+        [python, str(worker), *settings],
+        capture_output=True,
+        text=True,
+        timeout=1800,
+        check=False,
+    )
     found = re.search(r"measured (\[.*\])", done.stdout)
     if done.returncode or not found:
-        raise RuntimeError(f"{command}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+        print(f"{library} {mode}, {name}: failed\n{done.stdout[-500:]}{done.stderr[-1000:]}")
+        return Ratio(f"{name}, {library} {mode}", math.nan, math.nan, math.nan, "", "failed")
     private, plain = zip(*ast.literal_eval(found[1]), strict=True)
-    detail = f"{sorted(private)[PAIRS // 2]:.4g} / {sorted(plain)[PAIRS // 2]:.4g} ms"
+    detail = f"{statistics.median(private):.4g} / {statistics.median(plain):.4g} ms"
     ratios = [a / b for a, b in zip(private, plain, strict=True)]
-    return ratio(f"{name}, Opacus {mode}", ratios, "", detail)
+    return ratio(f"{name}, {library} {mode}", ratios, "", detail)
 
 
-def main(*arguments: str) -> None:
-    names, python = list(arguments), None
-    if "--opacus" in names:
-        at = names.index("--opacus")
-        python = names[at + 1]
-        del names[at : at + 2]
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--opacus", metavar="PYTHON")
+    parser.add_argument("--tensorflow-privacy", metavar="PYTHON")
+    parser.add_argument("names", nargs="*", metavar="MODEL")
+    options = parser.parse_args()
+    others = [("Opacus", options.opacus, mode) for mode in ("hooks", "ghost")]
+    others.append(("tensorflow-privacy", options.tensorflow_privacy, "vectorized"))
     found = []
     for name in MODELS:
-        if names and not any(n in name for n in names):
+        if options.names and not any(n in name for n in options.names):
             continue
         found.append(measure(name))
-        if python is not None:
-            found += [of_opacus(python, name, mode) for mode in ("hooks", "ghost")]
+        found += [elsewhere(lib, python, name, mode) for lib, python, mode in others if python]
     show("Private step over plain step, batch 256", found)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()
