@@ -557,6 +557,28 @@ def private_users(train: Train) -> tuple[Any, Any]:
 
 
 @case
+def private_long_and_rebalanced(train: Train) -> tuple[Any, Any]:
+    # So many positions that XLA computes the norms.
+    model = keras.Sequential(
+        [
+            keras.Input((64,), dtype="int32"),
+            L.Embedding(50, 160),
+            L.Dense(96, activation="tanh"),
+            L.GlobalAveragePooling1D(),
+            L.Dense(1),
+        ]
+    )
+    loss = keras.losses.BinaryCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.SGD(0.5), loss, steps_per_execution=2)
+    sampler = tfdist.privacy.PoissonLike(tfdist.samplers.ClassBalanced())
+    x, y = sequences(97, length=64)
+    privacy = noiseless(l2_norm_clip=0.5)
+    return model, train(
+        model, x, (y > 0) & (x[:, 0] > 20), batch_size=16, sampler=sampler, privacy=privacy
+    )
+
+
+@case
 def private_bias_corrected_adam(train: Train) -> tuple[Any, Any]:
     model = private_mlp(tfdist.privacy.DPAdam(0.01, variance_floor=1e-4))
     return model, train(
