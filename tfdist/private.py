@@ -176,7 +176,8 @@ class PrivateRun:
                 spent=self.ledger(0),
             )
             strategy = self._session.strategy
-            if not strategy.elastic:  # who joins later would be alone; what all found is compared
+            # Who joins an elastic run later would be alone with this; there it is compared.
+            if not strategy.elastic:
                 noise = float(strategy.broadcast_object(noise))
         self._phase = dataclasses.replace(phase, noise_multiplier=noise)
         self.mechanism = Mechanism(
