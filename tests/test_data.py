@@ -83,7 +83,8 @@ def test_private_shares_come_in_few_sizes(replicas: int) -> None:
         for step, share in enumerate(source.shares(place, 0).take(40)):
             sizes.add(len(share.data[0]))
             drawn[step] = np.concatenate([drawn[step], share.data[0][: int(share.rows)]])
-    assert sizes <= {32, 64, 96}
+    assert len(sizes) <= 6
+    assert all(size % 8 == 0 for size in sizes)  # 8: about the deviation of 50 rows' number
     for step, rows in enumerate(drawn):
         expected = Poisson().rows(step, num_rows=1000, batch_size=50, seed=0)
         np.testing.assert_array_equal(rows, expected)
