@@ -1,7 +1,7 @@
 """Squared norms from Gram matrices, compiled where that is faster.
 
 On processors XLA multiplies a batch of small matrices 2 to 3 times as fast as TensorFlow's
-`BatchMatMul`, and keeps no product (docs/performance.md).
+`BatchMatMul`, and keeps no product (docs/privacy.md).
 """
 
 from __future__ import annotations
