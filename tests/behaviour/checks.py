@@ -184,7 +184,8 @@ def early_stopping_and_plateau_decide_alike(folder: Path) -> None:
     np.testing.assert_allclose(
         a.history["learning_rate"], b.history["learning_rate"], rtol=1e-6
     )
-    assert_weights_close(ours, theirs)
+    # In so many steps Adam makes much of last bits; another decision would change 1e-2.
+    assert_weights_close(ours, theirs, 1e-3)
     same_everywhere(ours)
 
 
