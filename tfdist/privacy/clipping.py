@@ -94,7 +94,8 @@ def clipped_sum(
         for group in groups
     ]
     mask = together.all_of(tf.convert_to_tensor(sample_mask))
-    counted = mask & tf.math.is_finite(tf.add_n(squares))
+    finite = tf.math.is_finite(tf.add_n(squares))
+    counted = mask & finite
     bound = l2_norm_clip / math.sqrt(len(groups))
     factors: dict[int, Tensor] = {}
     for group, of_group in zip(groups, squares, strict=True):
@@ -104,7 +105,8 @@ def clipped_sum(
         factors |= {id(part.variable): factor for part in group}
     norms = _norms(tf.add_n(squares), counted)
     votes = tf.where(counted, tf.where(norms <= l2_norm_clip, 0.5, -0.5), 0.0)
-    return Clipped(_sums(model, parts, factors, together), norms, tf.reduce_sum(votes), outputs)
+    sums = _sums(model, parts, factors, tf.reduce_all(finite), together)
+    return Clipped(sums, norms, tf.reduce_sum(votes), outputs)
 
 
 def _norms(squares: Tensor, counted: Tensor) -> Tensor:
@@ -175,7 +177,8 @@ def _check_sum(model: Any, x: Any, y: Any, sample_weight: Any, tolerance: float)
                 "`activity_regularizer`: what they add is of the whole batch. Leave them out."
             )
     examples = tf.shape(parts[0].squared_norms())[0]
-    received = _sums(model, parts, {id(part.variable): tf.ones([examples]) for part in parts})
+    ones = {id(part.variable): tf.ones([examples]) for part in parts}
+    received = _sums(model, parts, ones, tf.constant(True))
     for variable, sums, expected in zip(
         model.trainable_variables, received, plain, strict=True
     ):
@@ -228,11 +231,12 @@ def _sums(
     model: Any,
     parts: Sequence[Part],
     weights: Mapping[int, Tensor],
+    all_finite: Tensor,
     together: Together = _ALONE,
 ) -> list[Tensor]:
     """Sums parts over examples, each weighed as its variable's id says."""
     by_variable = {
-        id(part.variable): part.weighted_sum(weights[id(part.variable)], together)
+        id(part.variable): part.weighted_sum(weights[id(part.variable)], all_finite, together)
         for part in parts
     }
     return [

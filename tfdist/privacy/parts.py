@@ -39,11 +39,15 @@ class Part(abc.ABC):
         """
 
     @abc.abstractmethod
-    def weighted_sum(self, weights: Tensor, together: Together = _ALONE) -> Tensor:
+    def weighted_sum(
+        self, weights: Tensor, all_finite: Tensor, together: Together = _ALONE
+    ) -> Tensor:
         """Gives the sum of the gradients, each times its weight, in the variable's shape.
 
         Args:
             weights: Shape [units]; a unit of weight 0 counts nothing, finite or not.
+            all_finite: Scalar bool, whether all squared norms are finite, also those of units
+                of weight 0.
             together: As in `squared_norms`, which comes before.
         """
 
@@ -69,10 +73,12 @@ class Written(Part):
         squares = tf.square(together.sums(self._gradients))
         return tf.reduce_sum(squares, list(range(1, len(squares.shape))))
 
-    def weighted_sum(self, weights: Tensor, together: Together = _ALONE) -> Tensor:
+    def weighted_sum(
+        self, weights: Tensor, all_finite: Tensor, together: Together = _ALONE
+    ) -> Tensor:
         """Contracts with the weights; see `Part`."""
         weights = together.by_row(weights)
-        (gradients,) = _kept(weights, self._gradients)
+        (gradients,) = _finite(all_finite, weights, self._gradients)
         return tf.tensordot(weights, gradients, 1)
 
     def each(self) -> Tensor:
@@ -120,14 +126,16 @@ class Product(Part):
         self._written = tf.matmul(*factors, transpose_a=True)
         return tf.reduce_sum(tf.square(self._written), [1, 2])
 
-    def weighted_sum(self, weights: Tensor, together: Together = _ALONE) -> Tensor:
+    def weighted_sum(
+        self, weights: Tensor, all_finite: Tensor, together: Together = _ALONE
+    ) -> Tensor:
         """Sums over examples and positions in one product; see `Part`."""
         if self._written is not None:
-            (written,) = _kept(weights, self._written)
+            (written,) = _finite(all_finite, weights, self._written)
             product = tf.tensordot(weights, written, 1)
             return self._arranged(product[None])[0]
         weights = together.by_row(weights)
-        inputs, outputs = _kept(weights, self._inputs, self._outputs)
+        inputs, outputs = _finite(all_finite, weights, self._inputs, self._outputs)
         p, q = inputs.shape[2], outputs.shape[2]
         if p < q:
             inputs *= weights[:, None, None]
@@ -185,10 +193,12 @@ class Lookup(Part):
             squares, found // count, tf.cast(together.unit[-1], tf.int64) + 1
         )
 
-    def weighted_sum(self, weights: Tensor, together: Together = _ALONE) -> Tensor:
+    def weighted_sum(
+        self, weights: Tensor, all_finite: Tensor, together: Together = _ALONE
+    ) -> Tensor:
         """Adds up by row; see `Part`."""
         weights = together.by_row(weights)
-        (outputs,) = _kept(weights, self._outputs)
+        (outputs,) = _finite(all_finite, weights, self._outputs)
         outputs *= weights[:, None, None]
         count, size = self.variable.shape
         return tf.math.unsorted_segment_sum(
@@ -206,15 +216,16 @@ class Lookup(Part):
         return tf.reshape(sums, [-1, count, size])
 
 
-def _kept(weights: Tensor, *values: Tensor) -> list[Tensor]:
-    """Zeroes the examples of weight 0: 0 times NaN would be NaN."""
-    kept = weights != 0
+def _finite(all_finite: Tensor, weights: Tensor, *values: Tensor) -> list[Tensor]:
+    """Zeroes the rows of weight 0 unless all is finite: 0 times NaN would be NaN."""
 
     def zeroed() -> list[Tensor]:
+        counts = weights != 0
         return [
-            tf.where(tf.reshape(kept, [-1] + [1] * (len(v.shape) - 1)), v, 0.0) for v in values
+            tf.where(tf.reshape(counts, [-1] + [1] * (len(v.shape) - 1)), v, 0.0)
+            for v in values
         ]
 
-    # Mostly there are none, and to go through all numbers takes longer than to look.
-    found: list[Tensor] = tf.cond(tf.reduce_all(kept), lambda: list(values), zeroed)
+    # Mostly all is, and to go through all numbers takes longer than to look.
+    found: list[Tensor] = tf.cond(all_finite, lambda: list(values), zeroed)
     return found
