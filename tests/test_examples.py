@@ -73,10 +73,12 @@ def test_quickstart_history_is_the_same_on_one_and_on_two_workers():
         for n in ("1", "2")
     )
     assert len(one) == 8
-    # Of 1347 examples a few may lie so near to two classes that the last digit decides.
+    # How much Adam makes of last bits depends on the processor: on one of them, inputs times
+    # 1 + 3e-7 changed the second epoch's loss by 1e-3 in one process. Other batches change it
+    # by more than 1e-2. The equivalence suite is exact.
     for (accuracy, loss), (expected_accuracy, expected_loss) in zip(two, one, strict=True):
-        assert accuracy == pytest.approx(expected_accuracy, abs=4 / 1347)
-        assert loss == pytest.approx(expected_loss, abs=2e-4)
+        assert accuracy == pytest.approx(expected_accuracy, abs=0.01)
+        assert loss == pytest.approx(expected_loss, abs=5e-3)
 
 
 @pytest.mark.parametrize(("launcher", "workers"), [ALONE, TWO])
