@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from tfdist.errors import ArgumentError
 from tfdist.privacy.ledger import Phase
-from tfdist.privacy.poisson import Accounted, bernoulli, generator
+from tfdist.privacy.poisson import Accounted, bernoulli
 from tfdist.samplers import Rows, Sampler
+from tfdist.samplers.permutation import generator
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,19 +83,19 @@ class PoissonLike(Accounted):
     def phase(
         self, *, num_rows: int, batch_size: int, steps: int, noise_multiplier: float
     ) -> Phase:
-        """Describes steps of this sampler to the accountant; see `Poisson.phase`."""
-        most = float(self._probabilities(num_rows, batch_size).max())
+        """Describes steps of this sampler to the accountant; see `Accounted.phase`."""
+        _, most = self._probabilities(num_rows, batch_size)
         return Phase(most, noise_multiplier, steps, None, num_rows, at_most=True)
 
     def expected_rows(self, num_rows: int, batch_size: int) -> float:
         """Says how many rows a step has on average."""
-        return float(self._probabilities(num_rows, batch_size).sum())
+        probabilities, _ = self._probabilities(num_rows, batch_size)
+        return float(probabilities.sum())
 
     def rows(self, step: int, *, num_rows: int, batch_size: int, seed: int) -> Rows:
         """Gives the rows of one global batch, possibly none; see `Sampler.rows`."""
-        probabilities = self._probabilities(num_rows, batch_size)
-        most = float(probabilities.max())
-        random = generator(seed, step)
+        probabilities, most = self._probabilities(num_rows, batch_size)
+        random = generator((seed, step))
         # Each is drawn with the largest probability, and then kept with its part of that.
         drawn = bernoulli(random, num_rows, most)
         kept: Rows = drawn[random.random_sample(len(drawn)) * most < probabilities[drawn]]
@@ -104,8 +105,11 @@ class PoissonLike(Accounted):
     def _probabilities(self) -> Any:
         return functools.lru_cache(maxsize=2)(self._find_probabilities)
 
-    def _find_probabilities(self, num_rows: int, batch_size: int) -> NDArray[np.float64]:
+    def _find_probabilities(
+        self, num_rows: int, batch_size: int
+    ) -> tuple[NDArray[np.float64], float]:
+        """Gives those of all rows, and the largest."""
         repeats = self.sampler.repeats(num_rows)
         assert repeats is not None  # `bind` has looked
         found: NDArray[np.float64] = np.minimum(1.0, batch_size * repeats / repeats.sum())
-        return found
+        return found, float(found.max())

@@ -14,6 +14,7 @@ from tfdist.privacy.accounting import capacity as choose_capacity
 from tfdist.privacy.arguments import check_count
 from tfdist.privacy.ledger import Phase
 from tfdist.samplers import Rows, Sampler
+from tfdist.samplers.permutation import generator
 
 
 class Accounted(Sampler):
@@ -110,17 +111,12 @@ class Poisson(Accounted):
 
     def rows(self, step: int, *, num_rows: int, batch_size: float, seed: int) -> Rows:
         """Gives the rows of one global batch, possibly none; see `Sampler.rows`."""
-        random = generator(seed, step)
+        random = generator((seed, step))
         drawn = bernoulli(random, num_rows, _probability(num_rows, batch_size))
         room = self.capacity_for(num_rows, batch_size)
         if len(drawn) > room:
             drawn = np.sort(random.permutation(drawn)[:room])
         return drawn
-
-
-def generator(seed: int, step: int) -> np.random.RandomState:
-    """Makes the random numbers of a step; RandomState is frozen, whatever NumPy's version."""
-    return np.random.RandomState(np.random.Philox(np.random.SeedSequence((seed, step))))
 
 
 def _probability(num_rows: int, batch_size: float) -> float:

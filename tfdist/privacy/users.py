@@ -15,6 +15,7 @@ from tfdist.privacy.arguments import check_count
 from tfdist.privacy.ledger import USER, Phase
 from tfdist.privacy.poisson import Accounted, Poisson
 from tfdist.samplers import Rows, Sampler
+from tfdist.samplers.permutation import generator
 
 
 class Users:
@@ -112,7 +113,7 @@ class PoissonOfUsers(Accounted):
     def phase(
         self, *, num_rows: int, batch_size: int, steps: int, noise_multiplier: float
     ) -> Phase:
-        """Describes steps of this sampler to the accountant; see `Poisson.phase`."""
+        """Describes steps of this sampler to the accountant; see `Accounted.phase`."""
         return Phase(
             self._probability(batch_size),
             noise_multiplier,
@@ -138,8 +139,7 @@ class PoissonOfUsers(Accounted):
             batch_size=self._expected(batch_size),
             seed=seed,
         )
-        key = np.random.SeedSequence((seed, step, *b"rows"))
-        return self.users.rows(drawn, np.random.RandomState(np.random.Philox(key)))
+        return self.users.rows(drawn, generator((seed, step, *b"rows")))
 
     def _probability(self, batch_size: int) -> float:
         return min(1.0, batch_size / self.users.kept)
