@@ -15,6 +15,7 @@ import time
 from typing import Any
 
 import torch
+from elsewhere import print_pairs  # beside this script
 from opacus import PrivacyEngine
 from torch import nn
 from torch.nn import functional
@@ -146,14 +147,7 @@ def main(name: str, mode: str, steps: str, pairs: str, threads: str = "2") -> No
     torch.set_num_threads(int(threads))
     private, plain = training(name, mode), training(name, None)
     private(2), plain(2)
-    found = []
-    for pair in range(int(pairs)):
-        if pair % 2:
-            theirs, ours = plain(int(steps)), private(int(steps))
-        else:
-            ours, theirs = private(int(steps)), plain(int(steps))
-        found.append((round(ours, 3), round(theirs, 3)))
-    print(f"measured {found}", flush=True)
+    print_pairs(lambda: private(int(steps)), lambda: plain(int(steps)), int(pairs))
 
 
 if __name__ == "__main__":

@@ -30,49 +30,13 @@ from typing import Any
 import keras
 
 import tfdist
+from benchmarks.elsewhere import cnn, encoder, mlp
 from benchmarks.models import compiled, digits
 from benchmarks.report import Ratio, compare, ratio, show
 
-L = keras.layers
 BATCH = 256
 PAIRS = 9
-Make = Callable[[], Any]
-
-
-def mlp() -> Any:
-    """784-512-256-10."""
-    hidden = [L.Dense(512, activation="relu"), L.Dense(256, activation="relu")]
-    return compiled(keras.Sequential([keras.Input((784,)), *hidden, L.Dense(10)]))
-
-
-def cnn() -> Any:
-    """The CNN of the DP-SGD tutorials for MNIST."""
-    return compiled(
-        keras.Sequential(
-            [
-                keras.Input((28, 28, 1)),
-                L.Conv2D(16, 8, strides=2, padding="same", activation="relu"),
-                L.MaxPooling2D(2, 1),
-                L.Conv2D(32, 4, strides=2, activation="relu"),
-                L.MaxPooling2D(2, 1),
-                L.Flatten(),
-                L.Dense(32, activation="relu"),
-                L.Dense(10),
-            ]
-        )
-    )
-
-
-def encoder() -> Any:
-    """A transformer encoder: d=128, 2 layers, sequence 64, vocabulary 8k."""
-    words = keras.Input((64,), dtype="int32")
-    hidden = L.Embedding(8192, 128)(words)
-    for _ in range(2):
-        attended = L.MultiHeadAttention(4, 32)(*[L.LayerNormalization()(hidden)] * 2)
-        hidden = hidden + attended
-        wide = L.Dense(512, activation="gelu")(L.LayerNormalization()(hidden))
-        hidden = hidden + L.Dense(128)(wide)
-    return compiled(keras.Model(words, L.Dense(10)(L.GlobalAveragePooling1D()(hidden))))
+Make = Callable[[Any], Any]
 
 
 MODELS: dict[str, tuple[Make, tuple[int, ...], str, int, str]] = {
@@ -103,7 +67,7 @@ def step(model: Any, x: Any, y: Any, steps: int, privacy: Any) -> float:
 def measure(name: str) -> Ratio:
     make, shape, dtype, steps, goal = MODELS[name]
     x, y = digits(20_000, shape, dtype)
-    private, plain = make(), make()
+    private, plain = compiled(make(keras)), compiled(make(keras))
     privacy = tfdist.DPSGD(1.0, noise_multiplier=1.1, delta=1e-5)
     ours = lambda: step(private, x, y, steps + 1, privacy)  # noqa: E731
     theirs = lambda: step(plain, x, y, steps + 1, None)  # noqa: E731

@@ -20,7 +20,7 @@ from typing import Any
 import keras
 
 import tfdist
-from benchmarks.models import digits
+from benchmarks.models import compiled, digits
 from benchmarks.privacy import BATCH, MODELS
 from benchmarks.report import Ratio, compare, show
 
@@ -39,7 +39,7 @@ def work(name: str, kind: str) -> None:
     """Makes steps in this process and prints its peak."""
     make, shape, dtype, *_ = MODELS[name]
     x, y = digits(4096, shape, dtype)
-    model = make()
+    model = compiled(make(keras))
     privacy = tfdist.DPSGD(1.0, noise_multiplier=1.1, delta=1e-5) if kind == "private" else None
     options: dict[str, Any] = {"batch_size": BATCH, "verbose": 0, "privacy": privacy}
     begun = Begun()

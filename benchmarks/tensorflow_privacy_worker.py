@@ -21,45 +21,11 @@ from typing import Any
 
 import numpy as np
 import tensorflow as tf
+from elsewhere import cnn, encoder, mlp, print_pairs  # beside this script
 from tensorflow_privacy import VectorizedDPKerasAdamOptimizer
 
 keras = tf.keras
-L = keras.layers
 BATCH = 256
-
-
-def mlp() -> Any:
-    """784-512-256-10."""
-    hidden = [L.Dense(512, activation="relu"), L.Dense(256, activation="relu")]
-    return keras.Sequential([keras.Input((784,)), *hidden, L.Dense(10)])
-
-
-def cnn() -> Any:
-    """The CNN of the DP-SGD tutorials for MNIST."""
-    return keras.Sequential(
-        [
-            keras.Input((28, 28, 1)),
-            L.Conv2D(16, 8, strides=2, padding="same", activation="relu"),
-            L.MaxPooling2D(2, 1),
-            L.Conv2D(32, 4, strides=2, activation="relu"),
-            L.MaxPooling2D(2, 1),
-            L.Flatten(),
-            L.Dense(32, activation="relu"),
-            L.Dense(10),
-        ]
-    )
-
-
-def encoder() -> Any:
-    """A transformer encoder: d=128, 2 layers, sequence 64, vocabulary 8k."""
-    words = keras.Input((64,), dtype="int32")
-    hidden = L.Embedding(8192, 128)(words)
-    for _ in range(2):
-        normed = L.LayerNormalization()(hidden)
-        hidden = hidden + L.MultiHeadAttention(4, 32)(normed, normed)
-        wide = L.Dense(512, activation="gelu")(L.LayerNormalization()(hidden))
-        hidden = hidden + L.Dense(128)(wide)
-    return keras.Model(words, L.Dense(10)(L.GlobalAveragePooling1D()(hidden)))
 
 
 MODELS = {"MLP": (mlp, (784,)), "CNN": (cnn, (28, 28, 1)), "encoder": (encoder, (64,))}
@@ -78,7 +44,7 @@ class Steps(keras.callbacks.Callback):
 def training(name: str, private: bool, steps: int) -> Any:
     """Makes a function that makes so many steps and gives the milliseconds of one."""
     make, shape = MODELS[name]
-    model = make()
+    model = make(keras)
     random = np.random.default_rng(0)
     x = random.integers(0, 1000, (BATCH * (steps + 1), *shape))
     x = x if name == "encoder" else x.astype("float32") / 1000
@@ -102,14 +68,7 @@ def main(name: str, mode: str, steps: str, pairs: str, threads: str = "2") -> No
     tf.config.threading.set_intra_op_parallelism_threads(int(threads))
     private, plain = (training(name, kind, int(steps)) for kind in (True, False))
     private(), plain()
-    found = []
-    for pair in range(int(pairs)):
-        if pair % 2:
-            theirs, ours = plain(), private()
-        else:
-            ours, theirs = private(), plain()
-        found.append((round(ours, 3), round(theirs, 3)))
-    print(f"measured {found}", flush=True)
+    print_pairs(private, plain, int(pairs))
 
 
 if __name__ == "__main__":
