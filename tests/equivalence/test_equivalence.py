@@ -23,10 +23,10 @@ NAMES = [
     "parameter_server-3",
 ]
 OLDEST = ("multi_worker-2", "mirrored-2")
-# What a replica computes does not depend on how it is summed: every case runs on 2 replicas of
-# each strategy, on 3 with Horovod and on 4 in one process. Elsewhere those run that differ in
-# what is summed.
-SUMS_ALONE = ("mirrored-3", "multi_worker-3", "parameter_server-3")
+# What a replica computes does not depend on how it is summed: every case runs on 2 processes of
+# each strategy, on 3 with Horovod and on 4 replicas in one process. Elsewhere those run that
+# differ in what is summed.
+SUMS_ALONE = ("mirrored-2", "mirrored-3", "multi_worker-3", "parameter_server-3")
 SUMMED = [name for name in CASES if name.startswith("rows_")] + [
     "poisson_some_batches_empty",
     "sgd_momentum",
