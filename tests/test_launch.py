@@ -384,6 +384,7 @@ class TestLines:
             ("plain", "plain"),
             ("1/2\r2/2", "2/2"),
             ("1/2\b\b\b\r2/2\r", "2/2"),
+            ("1/2 10ms\b\b\b\b\b\b\b\b\r2/2 9ms ", "2/2 9ms"),
             ("ab\bc", "ac"),
             ("\b\b\rx", "x"),
             ("done\r\n".rstrip("\n"), "done"),

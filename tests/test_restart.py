@@ -40,7 +40,9 @@ class Dies(keras.callbacks.Callback):
     def on_train_batch_end(self, batch, logs=None):
         time.sleep(pause)
         last = place.worker_index == place.num_workers - 1
-        if last and int(model.optimizer.iterations) == step and not os.path.exists(died):
+        # The step's checkpoint may have been made without it: then it fails at the next one.
+        is_time = 0 < step <= int(model.optimizer.iterations)
+        if last and is_time and not os.path.exists(died):
             open(died, "w").close()
             os.kill(os.getpid(), number)
 
@@ -116,7 +118,7 @@ def test_a_killed_run_that_is_started_again_ends_with_the_same_bits(
     assert status == 0, printed
     assert "All are started again (1 of 1)" in printed
     assert re.search(
-        r"1 restart:\n  1\. \S+, after step 2 of epoch 2: worker 1 was ended by signal 9"
+        r"1 restart:\n  1\. \S+, after step [23] of epoch 2: worker 1 was ended by signal 9"
         r".* The next step was made \d+\.\d s later\.",
         printed,
     )

@@ -56,7 +56,8 @@ def settled(line: str) -> str:
         '2/2'
     """
     shown = ""
-    for part in line.split("\r"):
+    parts = line.split("\r")
+    for part in parts:
         written: list[str] = []
         # Backspaces at the end only move the cursor: nothing is written over what is there.
         for character in part.rstrip("\b"):
@@ -65,6 +66,8 @@ def settled(line: str) -> str:
             elif written:
                 written.pop()
         shown = "".join(written) or shown
+    if len(parts) > 1:
+        shown = shown.rstrip(" ")  # blanks over the end of a longer state
     return _OTHER_ESCAPES.sub("", shown)
 
 
