@@ -20,7 +20,7 @@ from keras import layers
 from tfdist import _keras
 from tfdist.errors import ArgumentError
 from tfdist.privacy import _layers
-from tfdist.privacy.closed_forms import FORMS, Call, has_activation
+from tfdist.privacy.closed_forms import FORMS, Call, has_activation, left_out, scaled
 from tfdist.privacy.parts import Part, Written
 from tfdist.privacy.together import Alone, Together
 
@@ -394,20 +394,23 @@ def _has_form(unit: Any) -> bool:
 @contextlib.contextmanager
 def _recording(unit: Any, calls: list[Call], tape: Any) -> Iterator[None]:
     """Notes a layer's calls, and has the tape give gradients by what they return."""
-    splits = _has_form(unit) and has_activation(unit)
+    has_form = _has_form(unit)
+    activates = has_form and has_activation(unit)
+    unscaled = left_out(unit) if has_form else {}
+    apart = {"activation": None} if activates else unscaled
 
     def record(call: Any, *args: Any, **kwargs: Any) -> Any:
-        if splits:
-            with _layers.changed(unit, activation=None):
-                outputs = call(*args, **kwargs)
-        else:
+        with _layers.changed(unit, **apart):
             outputs = call(*args, **kwargs)
+        normalized = outputs if unscaled else None
+        if unscaled:
+            outputs = scaled(unit, outputs)
         # Where an input is returned as it is, the tape needs a tensor of its own.
         outputs = tf.nest.map_structure(tf.identity, outputs)
         for output in tf.nest.flatten(outputs):
             tape.watch(output)
-        calls.append(Call(args, kwargs, outputs))
-        return unit.activation(outputs) if splits else outputs
+        calls.append(Call(args, kwargs, outputs, normalized))
+        return unit.activation(outputs) if activates else outputs
 
     with _layers.called_through(unit, record):
         yield

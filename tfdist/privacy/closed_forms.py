@@ -29,12 +29,14 @@ class Call(NamedTuple):
         args: Positional arguments.
         kwargs: Named arguments.
         outputs: What it returned, before the activation where the layer has one.
+        normalized: Of a normalization, the outputs before scale and offset, where recorded.
         gradients: The loss's gradients by `outputs`, in the same structure.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     outputs: Any
+    normalized: Any = None
     gradients: Any = None
 
     @property
@@ -142,67 +144,56 @@ def _depthwise_conv(layer: Any, calls: Sequence[Call]) -> Parts:
     return parts
 
 
-def _layer_normalization(layer: Any, calls: Sequence[Call]) -> Parts | None:
-    return _scaled(
-        layer,
-        calls,
-        layer.axis,
-        lambda inputs: ops.layer_normalization(
-            inputs, None, None, layer.axis, layer.epsilon, rms_scaling=layer.rms_scaling
-        ),
-        layer.gamma,
-        layer.beta,
-    )
-
-
-def _rms_normalization(layer: Any, calls: Sequence[Call]) -> Parts | None:
-    return _scaled(
-        layer,
-        calls,
-        layer.axis,
-        lambda inputs: ops.rms_normalization(inputs, None, layer.axis, layer.epsilon),
-        layer.scale,
-        None,
-    )
-
-
-def _group_normalization(layer: Any, calls: Sequence[Call]) -> Parts | None:
-    def normalized(inputs: Tensor) -> Tensor:
-        with _layers.changed(layer, scale=False, center=False):
-            return layer.call(inputs)
-
-    gamma = layer.gamma if layer.scale else None
-    beta = layer.beta if layer.center else None
-    return _scaled(layer, calls, layer.axis, normalized, gamma, beta)
-
-
-def _scaled(
-    layer: Any,
-    calls: Sequence[Call],
-    axis: Any,
-    normalized: Callable[[Tensor], Tensor],
-    gamma: Any,
-    beta: Any,
-) -> Parts | None:
+def _normalization(layer: Any, calls: Sequence[Call]) -> Parts | None:
     """Gives the parts of what multiplies, and is added to, normalized inputs."""
-    axes = list(axis) if isinstance(axis, list | tuple) else [axis]
+    gamma, beta = _scale_and_offset(layer)
     by_gamma, by_beta = [], []
     for call in calls:
         rank = len(call.inputs.shape)
-        kept = [a % rank for a in axes]
+        kept = _normalized_axes(layer, rank)
         if kept != sorted(kept) or 0 in kept:
             return None
         summed = [a for a in range(1, rank) if a not in kept]
         gradients = tf.cast(call.gradients, tf.float32)
         by_beta.append(tf.reduce_sum(gradients, summed))
         if gamma is not None:
-            inputs = tf.cast(normalized(call.inputs), tf.float32)
-            by_gamma.append(tf.reduce_sum(gradients * inputs, summed))
+            normalized = call.normalized
+            if normalized is None:
+                with _layers.changed(layer, **_UNSCALED[type(layer)]):
+                    normalized = tf.cast(layer.call(call.inputs), tf.float32)
+            by_gamma.append(tf.reduce_sum(gradients * normalized, summed))
     parts: Parts = []
     for variable, gradients in ((gamma, by_gamma), (beta, by_beta)):
         if variable is not None:
             parts.append(Written(variable, _shaped(sum(gradients), variable.shape)))
     return parts
+
+
+def scaled(layer: Any, normalized: Tensor) -> Tensor:
+    """Multiplies by a layer's scale, and adds its offset.
+
+    Args:
+        layer: A normalization with `left_out`.
+        normalized: What it gave then.
+    """
+    rank = len(normalized.shape)
+    kept = _normalized_axes(layer, rank)
+    shape = [normalized.shape[a] if a in kept else 1 for a in range(rank)]
+    gamma, beta = _scale_and_offset(layer)
+    if gamma is not None:
+        normalized *= ops.reshape(gamma, shape)
+    return normalized if beta is None else normalized + ops.reshape(beta, shape)
+
+
+def _scale_and_offset(layer: Any) -> tuple[Any, Any]:
+    if isinstance(layer, layers.RMSNormalization):
+        return layer.scale, None
+    return layer.gamma, layer.beta
+
+
+def _normalized_axes(layer: Any, rank: int) -> list[int]:
+    axes = layer.axis if isinstance(layer.axis, list | tuple) else [layer.axis]
+    return [axis % rank for axis in axes]
 
 
 def _positions(tensor: Tensor) -> Tensor:
@@ -237,11 +228,19 @@ FORMS: dict[type, Callable[[Any, Sequence[Call]], Parts | None]] = {
     layers.Conv3D: _conv,
     layers.DepthwiseConv1D: _depthwise_conv,
     layers.DepthwiseConv2D: _depthwise_conv,
-    layers.LayerNormalization: _layer_normalization,
-    layers.GroupNormalization: _group_normalization,
-    layers.RMSNormalization: _rms_normalization,
+    layers.LayerNormalization: _normalization,
+    layers.GroupNormalization: _normalization,
+    layers.RMSNormalization: _normalization,
 }
 """The closed form of a layer's class; None from it means that it does not hold here."""
+
+
+# The attributes with which the `call` of a layer's class normalizes, and does no more.
+_UNSCALED: dict[type, dict[str, Any]] = {
+    layers.LayerNormalization: {"gamma": None, "beta": None},
+    layers.GroupNormalization: {"scale": False, "center": False},
+    layers.RMSNormalization: {"scale": None},
+}
 
 
 def has_activation(layer: Any) -> bool:
@@ -252,3 +251,15 @@ def has_activation(layer: Any) -> bool:
     """
     activation = getattr(layer, "activation", None)
     return activation is not None and activation is not keras.activations.linear
+
+
+def left_out(layer: Any) -> dict[str, Any]:
+    """Gives the attributes with which a normalization's `call` neither scales nor offsets.
+
+    Args:
+        layer: A `keras.Layer`.
+
+    Returns:
+        None of another layer, and of one that would round in between.
+    """
+    return _UNSCALED.get(type(layer), {}) if layer.compute_dtype == "float32" else {}

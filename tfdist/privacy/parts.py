@@ -137,7 +137,7 @@ class Product(Part):
         weights = together.by_row(weights)
         inputs, outputs = _finite(all_finite, weights, self._inputs, self._outputs)
         p, q = inputs.shape[2], outputs.shape[2]
-        if p < q:
+        if p <= q:  # several products may have the same inputs
             inputs *= weights[:, None, None]
         else:
             outputs *= weights[:, None, None]
