@@ -152,15 +152,30 @@ def test_rows_of_noise_are_those_of_the_whole(dtype: Any) -> None:
         )
 
 
-def test_dropout_is_kerass_own_on_the_whole_batch() -> None:
-    inputs = tf.ones([6, 5])
-    expected = keras_random.dropout(inputs, 0.4, seed=3)
-    batch = _keras.ReplicaBatch(
-        *(tf.constant(n, tf.int64) for n in (6, 6, 0)), all_reduce=lambda tensors: list(tensors)
-    )
-    with _keras.replicated(model()), _keras.on_replica(batch):
-        received = keras_random.dropout(inputs, 0.4, seed=3)
-    np.testing.assert_array_equal(received, expected)
+@pytest.mark.parametrize("jit_compile", [False, True])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_dropout_is_kerass_own_on_the_whole_batch(dtype: str, jit_compile: bool) -> None:
+    inputs = tf.ones([600, 5], dtype)
+
+    def drop(some: Any) -> Any:
+        return keras_random.dropout(some, 0.4, seed=3)
+
+    def batch(rows: int, offset: int) -> _keras.ReplicaBatch:
+        numbers = (tf.constant(n, tf.int64) for n in (rows, 600, offset))
+        return _keras.ReplicaBatch(*numbers, all_reduce=lambda tensors: list(tensors))
+
+    expected = drop(inputs)
+    with _keras.alone():
+        alone = tf.function(drop, jit_compile=jit_compile)(inputs)
+    with _keras.replicated(model()):
+        with _keras.on_replica(batch(400, 0)):
+            first = drop(inputs[:400])
+        with _keras.on_replica(batch(200, 400)):
+            rest = drop(inputs[400:])
+    for received in (alone, tf.concat([first, rest], 0)):
+        assert bool(tf.reduce_all(received == expected))
+    if jit_compile and dtype != "float16":  # else nothing of ours would be needed
+        assert bool(tf.reduce_any(tf.function(drop, jit_compile=True)(inputs) != expected))
 
 
 def test_every_served_place_exists() -> None:

@@ -24,12 +24,14 @@ Variable assignment       is noted, so that what the forward pass changed can be
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import keras
+import numpy as np
 import tensorflow as tf
 from keras.src import backend as _backend
 from keras.src.backend.common import global_state as _global_state
@@ -167,6 +169,11 @@ def replicated(model: Any, has_servers: bool = False) -> Iterator[None]:
         for optimizer in optimizers_of(model):
             stack.enter_context(_intercepted(optimizer))
         yield
+
+
+def alone() -> contextlib.AbstractContextManager[None]:
+    """Lets a model that is no replica drop what it would drop as one, also compiled by XLA."""
+    return replaced(_random, "dropout", _dropout)
 
 
 def _replacements(has_servers: bool = False) -> list[tuple[Any, str, Any]]:
@@ -413,6 +420,8 @@ def reindex_optimizer(optimizer: Any) -> None:
 _keras_dropout = _random.dropout
 _keras_draw_seed = _random.draw_seed
 _PHILOX = tf.random.Algorithm.PHILOX.value
+# So many of a number's bits make a float from 0 to 1.
+_FRACTION_BITS = {tf.float16: 10, tf.bfloat16: 7, tf.float32: 23, tf.float64: 52}
 
 
 def _draw_seed(seed: Any) -> Tensor:
@@ -430,19 +439,41 @@ def _dropout(inputs: Tensor, rate: float, noise_shape: Any = None, seed: Any = N
 
     The generator is counter-based, so the rows before the share cost nothing.
     """
-    batch = _replica_batch()
-    if batch is None or rate in (0.0, 1.0):
+    if rate in (0.0, 1.0):
         return _keras_dropout(inputs, rate, noise_shape, seed)
-    drawn = _random._cast_seed(_keras_draw_seed(seed))
+    batch = _replica_batch()
+    draw_seed = _random.draw_seed if batch is None else _keras_draw_seed
+    drawn = _random._cast_seed(draw_seed(seed))
     shape = _random._get_concrete_noise_shape(inputs, noise_shape)
     shape = tf.cast(tf.shape(inputs) if shape is None else shape, tf.int64)
-    local = tf.cast(tf.shape(inputs)[0], tf.int64)
-    # A layer may have folded other axes into the first: so many positions an example has.
-    repeats = local // tf.maximum(batch.rows, 1)
-    first = tf.where(shape[0] == local, batch.offset * repeats, 0)
-    noise = _uniform_rows(shape, first, drawn, inputs.dtype)
-    scaled = inputs * tf.cast(1.0 / (1.0 - rate), inputs.dtype)
-    return tf.where(noise >= tf.cast(rate, inputs.dtype), scaled, tf.zeros_like(scaled))
+    first = tf.constant(0, tf.int64)
+    if batch is not None:
+        local = tf.cast(tf.shape(inputs)[0], tf.int64)
+        # A layer may have folded other axes into the first: so many positions an example has.
+        repeats = local // tf.maximum(batch.rows, 1)
+        first = tf.where(shape[0] == local, batch.offset * repeats, first)
+    is_kept = _is_at_least(rate, shape, first, drawn, tf.as_dtype(inputs.dtype))
+    scaled = inputs * tf.constant(1.0 / (1.0 - rate), inputs.dtype)
+    return tf.where(is_kept, scaled, tf.zeros_like(scaled))
+
+
+def _is_at_least(
+    rate: float, shape: Tensor, first: Tensor, seed: Tensor, dtype: tf.DType
+) -> Tensor:
+    """Tells where what `_uniform_rows` gives is `rate` or more, compiled by XLA or not.
+
+    Of the same bits XLA makes other floats than TensorFlow's kernels do, so that one process
+    on a GPU, which Keras compiles, would drop other numbers: what is compared are the bits.
+    """
+    bits = _FRACTION_BITS[dtype]
+    whole = tf.uint64 if dtype == tf.float64 else tf.uint32
+    drawn = _uniform_rows(shape, first, seed, whole, tf.raw_ops.StatelessRandomUniformFullIntV2)
+    if dtype == tf.float64:  # TensorFlow's kernel takes the first half for the upper one
+        half = tf.constant(32, whole)
+        drawn = tf.bitwise.left_shift(drawn, half) | tf.bitwise.right_shift(drawn, half)
+    fraction = tf.bitwise.bitwise_and(drawn, tf.constant(2**bits - 1, whole))
+    least = math.ceil(float(np.asarray(rate, dtype.as_numpy_dtype)) * 2**bits)
+    return fraction >= tf.constant(least, whole)
 
 
 def _uniform_rows(
