@@ -621,7 +621,7 @@ class TestGpus:
         assert gpu_environments(["0", "1"], 1) == ({},)
 
     def test_fewer_than_workers(self):
-        with pytest.raises(LaunchError, match="workers=2, GPUs=3"):
+        with pytest.raises(LaunchError, match="2 workers and 1 GPU, number 3"):
             gpu_environments(["3"], 2)
 
     @pytest.mark.parametrize(

@@ -85,11 +85,12 @@ def gpu_environments(gpus: Sequence[str], local_workers: int) -> tuple[dict[str,
         return ({},) * local_workers
     share = len(gpus) // local_workers
     if share == 0:
+        plural = "" if len(gpus) == 1 else "s"
         raise LaunchError(
             "Each worker of a machine with GPUs must get a GPU of its own. "
-            f"Received: workers={local_workers}, GPUs={','.join(gpus)}. "
-            f"Start {len(gpus)} worker{'' if len(gpus) == 1 else 's'}, or train on the "
-            "processor by setting CUDA_VISIBLE_DEVICES=-1."
+            f"Received: {local_workers} workers and {len(gpus)} GPU{plural}, number "
+            f"{', '.join(gpus)}. Start {len(gpus)} worker{plural}, or train on the processor by setting "
+            "CUDA_VISIBLE_DEVICES=-1."
         )
     return tuple(
         {"CUDA_VISIBLE_DEVICES": ",".join(gpus[i * share : (i + 1) * share])}
