@@ -22,12 +22,11 @@ NAMES = [
     "parameter_server-2",
     "parameter_server-3",
 ]
-OLDEST = ("multi_worker-2", "mirrored-2")
-# What a replica computes does not depend on how it is summed: every case runs on 2 processes of
-# each strategy, on 3 with Horovod and on 4 replicas in one process. Elsewhere those run that
-# differ in what is summed.
-SUMS_ALONE = ("mirrored-2", "mirrored-3", "multi_worker-3", "parameter_server-3")
-SUMMED = [name for name in CASES if name.startswith("rows_")] + [
+# What a replica computes does not depend on how it is summed: every case runs on 2 replicas of
+# each strategy, and on 3 with Horovod. Elsewhere those run that differ in what is summed.
+ROWS = [name for name in CASES if name.startswith("rows_")]
+SUMMED = [
+    *ROWS,
     "poisson_some_batches_empty",
     "sgd_momentum",
     "gradient_accumulation",
@@ -43,11 +42,17 @@ SUMMED = [name for name in CASES if name.startswith("rows_")] + [
     "private",
     "private_adaptive",
 ]
-CASES_OF = {n: SUMMED if n in SUMS_ALONE else list(CASES) for n in ("single-1", *NAMES)}
+FEWER = {
+    "multi_worker-3": SUMMED,
+    "mirrored-3": ROWS,
+    "mirrored-4": SUMMED,
+    "parameter_server-3": SUMMED,
+}
+OLDEST = {"multi_worker-2": list(CASES), "mirrored-2": SUMMED}
 PAIRS = [
-    pytest.param(place, case, marks=pytest.mark.oldest if place in OLDEST else ())
+    pytest.param(place, case, marks=pytest.mark.oldest if case in OLDEST.get(place, ()) else ())
     for place in NAMES
-    for case in CASES_OF[place]
+    for case in FEWER.get(place, list(CASES))
 ]
 LIMIT = 1500  # seconds for a job
 # In half precision the sum over a share is rounded to 11 bits before shares are summed.
@@ -64,18 +69,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def jobs(request: pytest.FixtureRequest, folder: Path) -> Iterator[dict[str, Job]]:
     wanted = {
-        item.callspec.params["place"]
+        (item.callspec.params["place"], item.callspec.params["case"])
         for item in request.session.items
         if item.path == request.path
     }
-    made = {
-        place: Job(
-            on_place(place, "tests.equivalence.program", folder, *CASES_OF[place]),
-            folder / f"{place}.log",
-        )
-        for place in ("single-1", *NAMES)
-        if place in ("single-1", *wanted)
-    }
+    wanted |= {("single-1", case) for _, case in wanted}
+    made = {}
+    for place in ("single-1", *NAMES):
+        cases = [case for case in CASES if (place, case) in wanted]
+        if cases:
+            command = on_place(place, "tests.equivalence.program", folder, *cases)
+            made[place] = Job(command, folder / f"{place}.log")
     with running(list(made.values()), at_once=1):  # other tests run beside it
         yield made
 

@@ -89,8 +89,8 @@ def gpu_environments(gpus: Sequence[str], local_workers: int) -> tuple[dict[str,
         raise LaunchError(
             "Each worker of a machine with GPUs must get a GPU of its own. "
             f"Received: {local_workers} workers and {len(gpus)} GPU{plural}, number "
-            f"{', '.join(gpus)}. Start {len(gpus)} worker{plural}, or train on the processor by setting "
-            "CUDA_VISIBLE_DEVICES=-1."
+            f"{', '.join(gpus)}. Start {len(gpus)} worker{plural}, or train on the processor "
+            "by setting CUDA_VISIBLE_DEVICES=-1."
         )
     return tuple(
         {"CUDA_VISIBLE_DEVICES": ",".join(gpus[i * share : (i + 1) * share])}
