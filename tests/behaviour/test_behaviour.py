@@ -11,7 +11,7 @@ from tests.behaviour.program import checks_of
 from tests.jobs import Job, on_place, running, workers_of
 
 PLACES = ["single-1", "mirrored-2", "multi_worker-2", "horovod-2", "parameter_server-2"]
-LIMIT = 900
+LIMIT = 1800  # seconds for a job, of which two run beside other tests
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(2 * LIMIT)]
 
