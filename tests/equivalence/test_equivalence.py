@@ -46,7 +46,7 @@ FEWER = {
     "multi_worker-3": SUMMED,
     "mirrored-3": ROWS,
     "mirrored-4": SUMMED,
-    "parameter_server-3": SUMMED,
+    "parameter_server-3": ROWS,
 }
 OLDEST = {"multi_worker-2": list(CASES), "mirrored-2": SUMMED}
 PAIRS = [
