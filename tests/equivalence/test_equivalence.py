@@ -48,11 +48,11 @@ FEWER = {
     "mirrored-4": SUMMED,
     "parameter_server-3": ROWS,
 }
-OLDEST = {"multi_worker-2": list(CASES), "mirrored-2": SUMMED}
+OLDEST = {"multi_worker-2": CASES, "mirrored-2": SUMMED}
 PAIRS = [
     pytest.param(place, case, marks=pytest.mark.oldest if case in OLDEST.get(place, ()) else ())
     for place in NAMES
-    for case in FEWER.get(place, list(CASES))
+    for case in FEWER.get(place, CASES)
 ]
 LIMIT = 1500  # seconds for a job
 # In half precision the sum over a share is rounded to 11 bits before shares are summed.

@@ -15,7 +15,8 @@ the loss's reduction      no division by the number of replicas; a masked or wei
 the optimizer's update    the backend-neutral one: each replica updates its own copy
                           with the same, already reduced, gradient
 BatchNormalization        moments over the global batch when `synchronized=True`
-dropout, random seeds     a function of the example's place in the global batch
+dropout, random seeds     a function of the example's place in the global batch; dropout also
+                          where one process trains, the same compiled by XLA or not
 Variable assignment       is noted, so that what the forward pass changed can be
                           brought to the same value everywhere
 ========================  ==========================================================

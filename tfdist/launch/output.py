@@ -56,8 +56,7 @@ def settled(line: str) -> str:
         '2/2'
     """
     shown = ""
-    parts = line.split("\r")
-    for part in parts:
+    for part in line.split("\r"):
         written: list[str] = []
         # Backspaces at the end only move the cursor: nothing is written over what is there.
         for character in part.rstrip("\b"):
@@ -66,7 +65,7 @@ def settled(line: str) -> str:
             elif written:
                 written.pop()
         shown = "".join(written) or shown
-    if len(parts) > 1:
+    if "\r" in line:
         shown = shown.rstrip(" ")  # blanks over the end of a longer state
     return _OTHER_ESCAPES.sub("", shown)
 

@@ -414,9 +414,9 @@ def _recording(unit: Any, calls: list[Call], tape: Any) -> Iterator[None]:
     def record(call: Any, *args: Any, **kwargs: Any) -> Any:
         with _layers.changed(unit, **apart):
             outputs = call(*args, **kwargs)
-        normalized = outputs if unscaled else None
+        normalized = None
         if unscaled:
-            outputs = scaled(unit, outputs)
+            normalized, outputs = outputs, scaled(unit, outputs)
         # Where an input is returned as it is, the tape needs a tensor of its own.
         outputs = tf.nest.map_structure(tf.identity, outputs)
         for output in tf.nest.flatten(outputs):

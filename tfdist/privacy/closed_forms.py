@@ -260,6 +260,6 @@ def left_out(layer: Any) -> dict[str, Any]:
         layer: A `keras.Layer`.
 
     Returns:
-        None of another layer, and of one that would round in between.
+        Empty for another layer, and for one that would round in between.
     """
     return _UNSCALED.get(type(layer), {}) if layer.compute_dtype == "float32" else {}
