@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from itertools import pairwise
 from typing import Any
 
 import keras
@@ -43,16 +44,17 @@ def data(model: Any) -> tuple[Any, Any]:
 
 
 class Clock(keras.callbacks.Callback):  # type: ignore[misc]
-    """Times the steps of an epoch after its first."""
+    """Gives the median step of an epoch, which one interruption does not move."""
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        self.ends: list[float] = []
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        if batch == 0:
-            self.start = time.perf_counter()
-        self.stop = time.perf_counter()
+        self.ends.append(time.perf_counter())
 
     @property
     def step(self) -> float:
-        return (self.stop - self.start) / (STEPS - 1)
+        return statistics.median(end - begin for begin, end in pairwise(self.ends))
 
 
 def fit_step(model: Any, x: Any, y: Any, **options: Any) -> Callable[[], float]:
@@ -86,13 +88,14 @@ def bare_step(model: Any, x: Any, y: Any) -> Callable[[], float]:
         model.optimizer.apply(gradients, model.trainable_variables)
         return loss
 
+    clock = Clock()
+
     def measure() -> float:
+        clock.on_epoch_begin(0)
         for number, batch in enumerate(batches):
-            loss = step(*batch)
-            if number == 0:
-                start = time.perf_counter()
-        loss.numpy()
-        return (time.perf_counter() - start) / (STEPS - 1)
+            step(*batch).numpy()
+            clock.on_train_batch_end(number)
+        return clock.step
 
     measure()
     return measure
@@ -126,8 +129,11 @@ def main(what: str) -> None:
     tfdist.init(seed=1)
     results: list[Any] = []
     if what == "overhead":
-        models = {"CNN": cnn, "many small variables": many_small, "few large": few_large}
-        results = [asdict(overhead(name, make, 15)) for name, make in models.items()]
+        results = [
+            asdict(overhead("CNN", cnn, pairs=51)),
+            asdict(overhead("many small variables", many_small, pairs=51)),
+            asdict(overhead("few large", few_large, pairs=21)),
+        ]
     elif what == "sparse":
         results = [asdict(sparse(words, 11)) for words in TABLES]
     else:
