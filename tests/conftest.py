@@ -1,17 +1,23 @@
-"""Signals as a shell's foreground has them, wherever the tests were started.
+"""What the processes that tests start inherit: signals, and where they import from.
 
-What runs in the background or under nohup ignores some, and so would the launchers that the
-tests start and interrupt.
+Signals are those of a shell's foreground: what runs in the background or under nohup ignores
+some, and so would the launchers that the tests start and interrupt.
 """
 
 from __future__ import annotations
 
 import gc
+import os
 import signal
+from pathlib import Path
 
 signal.signal(signal.SIGINT, signal.default_int_handler)
 for _number in (signal.SIGHUP, signal.SIGQUIT):
     signal.signal(_number, signal.SIG_DFL)
+
+TESTS = Path(__file__).parent
+_imports = [str(TESTS / "lean"), str(TESTS.parent), os.environ.get("PYTHONPATH")]
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, _imports))
 
 
 def pytest_collection_finish() -> None:

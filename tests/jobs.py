@@ -84,7 +84,7 @@ def finished(
     """
     done = subprocess.run(
         command,
-        env={**QUIET, **(environ or {}), "PYTHONPATH": str(ROOT)},
+        env={**QUIET, **(environ or {})},
         capture_output=True,
         text=True,
         timeout=seconds,

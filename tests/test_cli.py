@@ -19,9 +19,7 @@ COMMAND = [sys.executable, "-m", "tfdist.cli"]
 @pytest.fixture
 def environ() -> dict[str, str]:
     ours = ("TF_", "SLURM_", "TFDIST_", "OMP_", "CUDA_", "KERAS_")
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
-    clean["PYTHONPATH"] = str(Path(tfdist.__file__).parents[1])
-    return clean
+    return {name: value for name, value in os.environ.items() if not name.startswith(ours)}
 
 
 @pytest.fixture
@@ -245,7 +243,8 @@ class TestWorkers:
     def test_script_runs_as_under_python(self, environ, script):
         (script.parent / "neighbour.py").write_text("word = 'found'")
         script.write_text(
-            "import os, sys, neighbour\n"
+            "import gc, os, sys, neighbour\n"
+            "print('collecting', gc.isenabled(), gc.get_freeze_count() > 100_000)\n"
             "class Thing: pass\n"
             "import pickle; pickle.dumps(Thing())\n"
             "print(__name__, __file__ == sys.argv[0], sys.argv[1:], neighbour.word)\n"
@@ -256,6 +255,7 @@ class TestWorkers:
         ended = self.run(environ, script, arguments=("--a", "b c"))
         assert ended.returncode == 5, ended.stderr
         lines = ended.stdout.splitlines()
+        assert "worker 0 │ collecting True True" in lines
         assert "worker 0 │ __main__ True ['--a', 'b c'] found" in lines
         assert lines[-1] == "worker 0 │ True False"
         assert "Error: worker 0 ended with exit status 5." in ended.stderr

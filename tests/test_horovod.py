@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.jobs import QUIET, ROOT, finished, tfdist_run
+from tests.jobs import QUIET, finished, tfdist_run
 from tfdist.errors import LaunchError
 from tfdist.launch import Host, plan_workers
 from tfdist.launch.horovod import rank_environments
@@ -110,7 +110,7 @@ class TestRanks:
         nodes = [
             subprocess.Popen(
                 [*command, "--node-rank", str(node), script, "ends"],
-                env={**QUIET, "PYTHONPATH": str(ROOT)},
+                env=QUIET,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,

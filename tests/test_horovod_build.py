@@ -98,7 +98,6 @@ def environ(tmp_path) -> dict[str, str]:
         "PIP_FIND_LINKS": str(index),
         "PIP_CONFIG_FILE": os.devnull,
         "TFDIST_CACHE_DIR": str(tmp_path / "cache"),
-        "PYTHONPATH": str(Path(cli.__file__).parents[1]),
     }
 
 

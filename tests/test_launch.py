@@ -17,7 +17,6 @@ from pathlib import Path
 import psutil
 import pytest
 
-import tfdist
 from tfdist.errors import ClusterError, LaunchError
 from tfdist.launch import Failure, Host, Worker, parse_hosts, plan_workers
 from tfdist.launch.cause import root_cause
@@ -83,9 +82,7 @@ sys.exit(outcome.status)
 @pytest.fixture
 def environ() -> dict[str, str]:
     ours = ("TF_", "SLURM_", "TFDIST_", "HOROVOD_", "OMP_", "CUDA_", "NO_COLOR")
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
-    clean["PYTHONPATH"] = str(Path(tfdist.__file__).parents[1])
-    return clean
+    return {name: value for name, value in os.environ.items() if not name.startswith(ours)}
 
 
 class Scripts:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import tfdist
-from tests.jobs import QUIET, ROOT, finished, tfdist_run
+from tests.jobs import QUIET, finished, tfdist_run
 from tfdist.callbacks import look_between_steps
 from tfdist.cluster import CHIEF, PS, WORKER, Cluster
 from tfdist.errors import LaunchError
@@ -237,7 +237,6 @@ class TestLosses:
 def environment(jobs: dict, job: str, index: int) -> dict[str, str]:
     return {
         **QUIET,
-        "PYTHONPATH": str(ROOT),
         "TF_CONFIG": Cluster(jobs, job, index).to_tf_config(),
         "TFDIST_START_TIMEOUT": "5",
     }

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-import tfdist
 from tfdist.errors import ArgumentError
 from tfdist.privacy import Ledger, Phase, capacity, epsilon, noise_multiplier, statement
 
@@ -298,10 +295,8 @@ class TestStatement:
 
 
 def run_python(code: str) -> subprocess.CompletedProcess[str]:
-    environ = {**os.environ, "PYTHONPATH": str(Path(tfdist.__file__).parents[1])}
     return subprocess.run(
         [sys.executable, "-c", code],
-        env=environ,
         timeout=120,
         check=False,
         text=True,

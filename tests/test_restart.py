@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from tests.jobs import QUIET, ROOT, finished, tfdist_run
+from tests.jobs import QUIET, finished, tfdist_run
 from tfdist.errors import START_ME_AGAIN
 
 LIMIT_S = 300
@@ -62,10 +62,6 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(4 * LIMIT_S)]
 
 def results(printed: str) -> list[Any]:
     return [json.loads(text) for text in re.findall(r"RESULT (\[.*\])", printed)]
-
-
-def environment() -> dict[str, str]:
-    return {**QUIET, "PYTHONPATH": str(ROOT)}
 
 
 @pytest.fixture(scope="module")
@@ -212,7 +208,7 @@ def test_sigterm_saves_a_single_process(
     start = ["-m", "tfdist.cli", "run", "--grace", "60"] if launched else []
     process = subprocess.Popen(
         [sys.executable, *start, *arguments],
-        env=environment(),
+        env=QUIET,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -309,7 +305,7 @@ def test_a_host_that_is_cut_off_and_comes_back(
             launchers.append(
                 subprocess.Popen(
                     [*machines.within(rank), *command],
-                    env=environment(),
+                    env=QUIET,
                     stdout=log,
                     stderr=subprocess.STDOUT,
                     text=True,

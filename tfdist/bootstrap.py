@@ -7,6 +7,7 @@ does anything, and then runs the user's script as Python itself would.
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import runpy
 import signal
@@ -51,6 +52,7 @@ def become_worker() -> None:
     Raises:
         TfdistError: The cluster is malformed, or the strategy cannot run here.
     """
+    _import_tensorflow()
     import tfdist
 
     tfdist.init(strategy=os.environ.get("TFDIST_STRATEGY", "auto"))
@@ -59,6 +61,18 @@ def become_worker() -> None:
     # Once connected, TensorFlow's preemption notice catches SIGTERM and the worker lives on:
     # every run with a failure would take the launcher's whole grace. Seen with 2.21.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _import_tensorflow() -> None:
+    """Imports TensorFlow, whose objects live as long as the process: none is ever garbage.
+
+    Garbage collections would go through them all, again and again while a step is traced.
+    """
+    gc.disable()
+    import tensorflow  # noqa: F401
+
+    gc.freeze()
+    gc.enable()
 
 
 def run_script(arguments: list[str]) -> None:

@@ -1,0 +1,23 @@
+"""Keras as it is where scikit-learn and matplotlib are not installed; Python runs this first.
+
+Keras imports both where it finds them, though few programs need its wrappers for them. That
+takes a third of a process's start, and these tests start hundreds. Only Keras misses them, and
+only while it is imported itself.
+"""
+
+from __future__ import annotations
+
+import sys
+
+
+class Hidden:
+    """A finder that finds nothing, and of some packages says that there are none."""
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
+        keras = getattr(sys.modules.get("keras"), "__spec__", None)
+        beginning = getattr(keras, "_initializing", False)
+        if beginning and name.partition(".")[0] in ("sklearn", "matplotlib"):
+            raise ModuleNotFoundError(f"hidden from Keras: {name}", name=name)
+
+
+sys.meta_path.insert(0, Hidden())  # type: ignore[arg-type]
