@@ -118,7 +118,9 @@ class Run:
         """
         self._steps, self._stop = steps, prepared.stop
         self._variables = variables = prepared.variables
-        self._copy = tf.function(lambda: [tf.identity(v.value) for v in variables])
+        self._copy = tf.function(
+            lambda: [tf.identity(v.value) for v in variables], autograph=False
+        )
         options["steps"] = steps
         history = [c for c in self._began.values() if isinstance(c, keras.callbacks.History)]
         made = _Continued([*given, *history, _Commits(self)], add_history=True, **options)

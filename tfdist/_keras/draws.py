@@ -105,7 +105,7 @@ def draws_by_row(layer: Any, spec: Any) -> bool:
         with _drawing(probing):
             return layer(batch, training=True)
 
-    traced = tf.function(probe).get_concrete_function(
+    traced = tf.function(probe, autograph=False).get_concrete_function(
         tf.TensorSpec((_PROBE, *spec.shape[1:]), spec.dtype)
     )
     definition = traced.graph.as_graph_def()

@@ -22,6 +22,7 @@ from tfdist.data.source import (
     dealt,
     no_groups,
     shortened,
+    unconverted,
 )
 from tfdist.errors import ArgumentError
 from tfdist.samplers import Sampler
@@ -80,6 +81,11 @@ class Arrays(Source):
     def continues(self) -> bool:
         """Whether one stream runs through all epochs."""
         return self.endless
+
+    @property
+    def repeats(self) -> bool:
+        """Whether every epoch has the same rows in the same order."""
+        return not self.endless
 
     def shares(self, place: Place, epoch: int, skip: int = 0) -> Any:
         """Builds the stream of shares; each gathers its own rows only."""
@@ -147,6 +153,7 @@ class Arrays(Source):
                 row[: len(batch)] = batch
             return padded, np.array(facts)
 
+        @unconverted
         def drawn(first: Tensor) -> tuple[Tensor, Tensor]:
             rows, facts = tf.numpy_function(draw, [first], (tf.int64, tf.int64))
             facts = tf.ensure_shape(facts, [at_once, self._facts])

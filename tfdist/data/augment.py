@@ -14,7 +14,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfdist._keras import draws
-from tfdist.data.source import PARALLEL, Share, Source, shortened
+from tfdist.data.source import PARALLEL, Share, Source, shortened, unconverted
 from tfdist.errors import ArgumentError
 from tfdist.strategies.base import Place
 
@@ -211,6 +211,7 @@ class Augmented(Source):
         # Where an epoch's steps are not known it may have as many as are left below the next.
         first_step = (epoch * self.steps if self.steps else epoch << 40) + skip
 
+        @unconverted
         def change(number: Tensor, share: Share) -> Share:
             step = first_step + number // place.local_replicas
             batch, repeats = self._parts(share.data)

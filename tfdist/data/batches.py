@@ -20,6 +20,7 @@ from tfdist.data.source import (
     bounds,
     dealt,
     no_groups,
+    unconverted,
 )
 from tfdist.errors import ArgumentError
 from tfdist.samplers import permute
@@ -54,7 +55,7 @@ class Batches(Source):
         """Builds the stream of shares by slicing each batch."""
         batches = self.batches(epoch).skip(skip)
         if self.transform is not None:
-            batches = batches.map(self.transform, PARALLEL, deterministic=True)
+            batches = batches.map(unconverted(self.transform), PARALLEL, deterministic=True)
 
         def share(*batch_and_replica: Any) -> Share:
             *parts, replica = batch_and_replica
@@ -246,6 +247,7 @@ class PyDatasetBatches(Batches):
             pairs = zip(tf.nest.flatten(batch), specs, strict=True)
             return [np.asarray(leaf, spec.dtype.as_numpy_dtype) for leaf, spec in pairs]
 
+        @unconverted
         def batch(position: Tensor) -> Any:
             loaded = tf.numpy_function(load, [position], [spec.dtype for spec in specs])
             for leaf, spec in zip(loaded, specs, strict=True):
@@ -274,7 +276,8 @@ class PyDatasetBatches(Batches):
 
 def _transformed(transform: Callable[..., Any], spec: Any) -> Any:
     leaves = spec if isinstance(spec, tuple) else (spec,)
-    return tf.function(transform).get_concrete_function(*leaves).structured_outputs
+    traced = tf.function(transform, autograph=False)
+    return traced.get_concrete_function(*leaves).structured_outputs
 
 
 def _as_batch(value: Any) -> Any:

@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfdist.data.class_weight import are_classes, class_numbers, x_and_y
-from tfdist.data.source import PARALLEL, shortened
+from tfdist.data.source import PARALLEL, shortened, unconverted
 from tfdist.errors import ArgumentError
 from tfdist.samplers import Rows
 
@@ -219,6 +219,7 @@ def _checked_numbers(y: Any) -> Any:
 def _only(batches: Any, number: int) -> Any:
     """Leaves a class's examples in each batch."""
 
+    @unconverted
     def select(x: Any, y: Tensor) -> Any:
         mine = class_numbers(y) == number
         return tf.nest.map_structure(lambda leaf: tf.boolean_mask(leaf, mine), (x, y))
@@ -229,6 +230,7 @@ def _only(batches: Any, number: int) -> Any:
 def _found(batches: Any, number: int, limit: int) -> Any:
     """Leaves a class's examples in each batch, and fails after too many without one."""
 
+    @unconverted
     def count(missed: Tensor, batch: Any) -> Any:
         some = tf.shape(batch[1], tf.int64)[0]
         found = tf.reduce_any(class_numbers(batch[1]) == number)

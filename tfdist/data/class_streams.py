@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from tfdist.data.batches import Batches
 from tfdist.data.by_class import ByClass, streams
-from tfdist.data.source import FOREVER, batch_spec
+from tfdist.data.source import FOREVER, batch_spec, unconverted
 from tfdist.errors import ArgumentError
 from tfdist.samplers import ByQuota, Rows, Sampler
 
@@ -85,6 +85,7 @@ class ClassStreams(Batches):
         def choose(start: np.int64) -> Rows:
             return self._drawing.between(int(start), int(start) + self._at_once, self._seed)
 
+        @unconverted
         def chosen(start: Tensor) -> Tensor:
             numbers = tf.numpy_function(choose, [start], tf.int64)
             return tf.ensure_shape(numbers, [self._at_once])

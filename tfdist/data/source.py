@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import tensorflow as tf
 
@@ -14,6 +14,7 @@ from tfdist.strategies.base import Place
 Tensor = Any
 PARALLEL = tf.data.AUTOTUNE
 FOREVER = 2**62
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class Share(NamedTuple):
@@ -125,6 +126,11 @@ class Source(abc.ABC):
         """Whether one stream runs through all epochs, rather than one for each."""
         return False
 
+    @property
+    def repeats(self) -> bool:
+        """Whether every epoch's stream is built alike."""
+        return False
+
     @abc.abstractmethod
     def spec(self) -> Any:
         """Gives the structure of a batch, with leaves that have `shape` and `dtype`."""
@@ -162,14 +168,29 @@ def dealt(batches: Any, share: Callable[..., Share], place: Place) -> Any:
     replicas = range(place.first_replica, place.first_replica + place.local_replicas)
     if len(replicas) == 1:
         (only,) = replicas
-        shares = batches.map(lambda *batch: share(*batch, only), PARALLEL, deterministic=True)
-        return shares.prefetch(PARALLEL)
-    repeated = batches.flat_map(
-        lambda *batch: tf.data.Dataset.range(replicas.start, replicas.stop).map(
-            lambda replica: (*batch, replica)
-        )
-    )
-    return repeated.map(share, PARALLEL, deterministic=True).prefetch(PARALLEL)
+        return _mapped(batches, lambda *batch: share(*batch, only))
+
+    @unconverted
+    def repeat(*batch: Any) -> Any:
+        numbers = tf.data.Dataset.range(replicas.start, replicas.stop)
+        return numbers.map(lambda replica: (*batch, replica))
+
+    return _mapped(batches.flat_map(repeat), share)
+
+
+def unconverted(function: Function) -> Function:
+    """Keeps AutoGraph from rewriting a function, which takes longer than tracing it.
+
+    Args:
+        function: Of a pipeline, without a Python condition on a tensor.
+    """
+    kept: Function = tf.autograph.experimental.do_not_convert(function)
+    return kept
+
+
+def _mapped(batches: Any, share: Callable[..., Share]) -> Any:
+    shares = batches.map(unconverted(share), PARALLEL, deterministic=True)
+    return shares.prefetch(PARALLEL)
 
 
 def batch_spec(leaf: Any) -> Any:

@@ -224,6 +224,7 @@ class Horovod(Connected):
                 content, self._first_rank, process_set=self._process_set
             ),
             [tf.TensorSpec([None], tf.uint8)],
+            autograph=False,
         )
         return traced
 
@@ -232,6 +233,7 @@ class Horovod(Connected):
         traced: Callable[[Tensor], tuple[Tensor, Tensor]] = tf.function(
             lambda content: (self.all_gather(tf.shape(content)), self.all_gather(content)),
             [tf.TensorSpec([None], tf.uint8)],
+            autograph=False,
         )
         return traced
 

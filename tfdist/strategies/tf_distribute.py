@@ -129,7 +129,8 @@ class TFDistribute(Connected):
 
             return self.run(one)
 
-        broadcast: Callable[[Tensor], Tensor] = tf.function(on_replicas, [_WORDS])
+        broadcast: Callable[[Tensor], Tensor]
+        broadcast = tf.function(on_replicas, [_WORDS], autograph=False)
         return broadcast
 
     @functools.cached_property
@@ -144,7 +145,8 @@ class TFDistribute(Connected):
             result: tuple[Tensor, Tensor] = self.run(one)
             return result
 
-        gather: Callable[[Tensor], tuple[Tensor, Tensor]] = tf.function(on_replicas, [_WORDS])
+        gather: Callable[[Tensor], tuple[Tensor, Tensor]]
+        gather = tf.function(on_replicas, [_WORDS], autograph=False)
         return gather
 
     def gather_bytes(self, content: bytes) -> list[bytes]:
