@@ -15,8 +15,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 for _number in (signal.SIGHUP, signal.SIGQUIT):
     signal.signal(_number, signal.SIG_DFL)
 
-TESTS = Path(__file__).parent
-_imports = [str(TESTS / "lean"), str(TESTS.parent), os.environ.get("PYTHONPATH")]
+_tests = Path(__file__).parent
+_imports = [str(_tests / "lean"), str(_tests.parent), os.environ.get("PYTHONPATH")]
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, _imports))
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfdist._keras import draws
-from tfdist.data.source import PARALLEL, Share, Source, shortened, unconverted
+from tfdist.data.source import PARALLEL, Share, Source, mapped, shortened
 from tfdist.errors import ArgumentError
 from tfdist.strategies.base import Place
 
@@ -211,7 +211,6 @@ class Augmented(Source):
         # Where an epoch's steps are not known it may have as many as are left below the next.
         first_step = (epoch * self.steps if self.steps else epoch << 40) + skip
 
-        @unconverted
         def change(number: Tensor, share: Share) -> Share:
             step = first_step + number // place.local_replicas
             batch, repeats = self._parts(share.data)
@@ -222,7 +221,7 @@ class Augmented(Source):
             return share._replace(data=_with_x(batch, self._changed(x, y, repeats, rows)))
 
         shares = self.source.shares(place, epoch, skip).enumerate()
-        return shares.map(change, PARALLEL, deterministic=True).prefetch(PARALLEL)
+        return mapped(shares, change).prefetch(PARALLEL)
 
     def _parts(self, batch: Any) -> tuple[Any, Any]:
         return batch if self.augment.repeated else (batch, None)

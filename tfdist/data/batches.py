@@ -13,12 +13,12 @@ import tensorflow as tf
 
 from tfdist.data.source import (
     FOREVER,
-    PARALLEL,
     Share,
     Source,
     batch_spec,
     bounds,
     dealt,
+    mapped,
     no_groups,
     unconverted,
 )
@@ -55,7 +55,7 @@ class Batches(Source):
         """Builds the stream of shares by slicing each batch."""
         batches = self.batches(epoch).skip(skip)
         if self.transform is not None:
-            batches = batches.map(unconverted(self.transform), PARALLEL, deterministic=True)
+            batches = mapped(batches, self.transform)
 
         def share(*batch_and_replica: Any) -> Share:
             *parts, replica = batch_and_replica

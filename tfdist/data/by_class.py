@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfdist.data.class_weight import are_classes, class_numbers, x_and_y
-from tfdist.data.source import PARALLEL, shortened, unconverted
+from tfdist.data.source import mapped, shortened, unconverted
 from tfdist.errors import ArgumentError
 from tfdist.samplers import Rows
 
@@ -219,12 +219,11 @@ def _checked_numbers(y: Any) -> Any:
 def _only(batches: Any, number: int) -> Any:
     """Leaves a class's examples in each batch."""
 
-    @unconverted
     def select(x: Any, y: Tensor) -> Any:
         mine = class_numbers(y) == number
         return tf.nest.map_structure(lambda leaf: tf.boolean_mask(leaf, mine), (x, y))
 
-    return batches.map(select, PARALLEL, deterministic=True)
+    return mapped(batches, select)
 
 
 def _found(batches: Any, number: int, limit: int) -> Any:

@@ -168,14 +168,14 @@ def dealt(batches: Any, share: Callable[..., Share], place: Place) -> Any:
     replicas = range(place.first_replica, place.first_replica + place.local_replicas)
     if len(replicas) == 1:
         (only,) = replicas
-        return _mapped(batches, lambda *batch: share(*batch, only))
+        return mapped(batches, lambda *batch: share(*batch, only)).prefetch(PARALLEL)
 
     @unconverted
     def repeat(*batch: Any) -> Any:
         numbers = tf.data.Dataset.range(replicas.start, replicas.stop)
         return numbers.map(lambda replica: (*batch, replica))
 
-    return _mapped(batches.flat_map(repeat), share)
+    return mapped(batches.flat_map(repeat), share).prefetch(PARALLEL)
 
 
 def unconverted(function: Function) -> Function:
@@ -188,9 +188,14 @@ def unconverted(function: Function) -> Function:
     return kept
 
 
-def _mapped(batches: Any, share: Callable[..., Share]) -> Any:
-    shares = batches.map(unconverted(share), PARALLEL, deterministic=True)
-    return shares.prefetch(PARALLEL)
+def mapped(dataset: Any, function: Callable[..., Any]) -> Any:
+    """Applies a function to each element, several at once, in their order.
+
+    Args:
+        dataset: A `tf.data.Dataset`.
+        function: As in `unconverted`.
+    """
+    return dataset.map(unconverted(function), PARALLEL, deterministic=True)
 
 
 def batch_spec(leaf: Any) -> Any:

@@ -54,7 +54,7 @@ class Stream:
         self._trains = trains
         self._skip = skip
         self._epoch: int | None = None
-        self._built: Any = None
+        self._repeated: Any = None
         self._running: Any = None
 
     def __iter__(self) -> Epoch:
@@ -75,11 +75,12 @@ class Stream:
                     return self.source.row_numbers(epoch, skip)
                 return self.source.shares(place, epoch, skip)
 
-            if self._built is None:
-                self._built = self.strategy.distribute(build)
-            self._running = iter(self._built)
-            if skip or self.columns is not None or not self.source.repeats:
-                self._built = None
+            shares = self._repeated
+            if shares is None:
+                shares = self.strategy.distribute(build)
+                if self.source.repeats and self.columns is None and not skip:
+                    self._repeated = shares
+            self._running = iter(shares)
         return self._running
 
     def note_progress(self, steps: int) -> None:
