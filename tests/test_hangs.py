@@ -75,7 +75,7 @@ if case == "data":
         memory.PROC = type(memory.PROC)(sys.argv[2])
     fit_rows(100)
 if case == "slow data":
-    fit_rows(8)
+    fit_rows(14)
 if case == "callback":
     fit(*[At(12, lambda: time.sleep(8))] * is_last)
 print("DONE")

@@ -352,7 +352,9 @@ class TestOutput:
             "print('tty', sys.stdout.isatty())\n"
             "if rank == 0:\n"
             "    print('columns', os.get_terminal_size(1).columns)\n"
-            "    for i in range(3): sys.stdout.write(f'\\b\\b\\b\\r{i}/3'); time.sleep(0.1)\n"
+            "    for i in range(3):\n"
+            "        sys.stdout.write(f'\\b\\b\\b\\r{i}/3')\n"
+            "        while not os.path.exists(f'seen-{i}'): time.sleep(0.02)\n"
         )
         scripts.environ["TERM"] = "xterm"
         launcher = scripts.start(script, stdout=inner, workers=2)
@@ -361,6 +363,9 @@ class TestOutput:
         try:
             while data := os.read(outer, 4096):
                 received += data
+                for i in range(3):
+                    if f"{i}/3".encode() in received:
+                        (scripts.folder / f"seen-{i}").touch()
         except OSError:
             pass
         os.close(outer)
