@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -70,6 +71,25 @@ def test_shares_make_up_each_global_batch(kind: str, replicas: int) -> None:
         np.testing.assert_array_equal(rows, np.arange(4 * step, 4 * step + size))
         offsets = np.cumsum([0, *(int(s.rows) for s in shares)])[:-1]
         assert [int(s.offset) for s in shares] == list(offsets)
+
+
+class One(keras.utils.PyDataset):
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, page: int) -> Any:
+        return np.arange(10), np.arange(10)
+
+
+def test_only_a_users_dataset_may_be_tuned() -> None:
+    rows = np.arange(10.0)
+    for x in (rows, (rows for _ in range(2)), One()):
+        source = data.read(x, None, None, settings(batch_size=5 if x is rows else None))
+        for place in (Place(), Place(2, 0, 2)):
+            assert source.shares(place, 0).options().autotune.enabled is False
+    dataset = tf.data.Dataset.from_tensors(rows)
+    source = data.read(dataset, None, None, settings())
+    assert source.shares(Place(), 0).options().autotune.enabled is None
 
 
 @pytest.mark.parametrize("replicas", [1, 2])

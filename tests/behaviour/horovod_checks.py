@@ -36,6 +36,7 @@ def trained(strategy: Any, **options: Any) -> tuple[Any, Any]:
     """Trains a model with a strategy, and an equal one with Keras."""
     ours, theirs = (mlp(keras.optimizers.SGD(0.1, momentum=0.9)) for _ in range(2))
     theirs.set_weights(ours.get_weights())
+    theirs.optimizer.build(theirs.trainable_variables)
     tfdist.fit(ours, *table(), strategy=strategy, **ORDERED, **options)
     theirs.fit(*table(), **ORDERED, **options)
     same_everywhere(ours)

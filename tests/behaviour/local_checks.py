@@ -11,7 +11,7 @@ import pytest
 import tensorflow as tf
 
 import tfdist
-from tests.behaviour.checks import ORDERED, Check, assert_weights_close, place, twins
+from tests.behaviour.checks import ORDERED, Check, assert_weights_close, level, place, twins
 from tests.equivalence.cases import mlp, private_mlp, table
 from tfdist.errors import ArgumentError
 
@@ -42,9 +42,10 @@ def own(first: int, *arrays: Any) -> list[Any]:
 
 @check
 def any_split_equals_one_process(folder: Path) -> None:
+    ours, theirs = twins()
+    options = {**ORDERED, "epochs": 2}
     for first in SPLITS:
-        ours, theirs = twins()
-        options = {**ORDERED, "epochs": 2}
+        level(ours, theirs)
         a = tfdist.fit(ours, *own(first, *table()), shard="local", **options)
         b = theirs.fit(*table(), **options)
         assert_weights_close(ours, theirs)
@@ -55,6 +56,9 @@ def any_split_equals_one_process(folder: Path) -> None:
 @check
 def samplers_draw_from_the_union(folder: Path) -> None:
     samplers = tfdist.samplers
+    first = ROWS // 101
+    x, y = by_class_of_worker(first)
+    ours, whole = twins()
     for sampler in (
         samplers.Uniform(),
         samplers.ClassBalanced(),
@@ -62,9 +66,7 @@ def samplers_draw_from_the_union(folder: Path) -> None:
         samplers.Oversample(),
         samplers.Stratified(),
     ):
-        first = ROWS // 101
-        x, y = by_class_of_worker(first)
-        ours, whole = twins()
+        level(ours, whole)
         options = {"batch_size": 64, "verbose": 0, "sampler": sampler, "seed": 3}
         a = tfdist.fit(ours, *own(first, x, y), shard="local", **options)
         b = tfdist.fit(whole, x, y, **options)
@@ -123,8 +125,8 @@ def workers_may_weigh_the_same(folder: Path) -> None:
 
 @check
 def validation_counts_every_row_once(folder: Path) -> None:
+    ours, _ = twins()
     for first in (5, 0):
-        ours, _ = twins()
         x, y = own(first, *table())
         history = tfdist.fit(ours, x, y, validation_data=(x, y), shard="local", **ORDERED)
         loss, accuracy = ours.evaluate(*table(), verbose=0)[:2]
@@ -155,11 +157,11 @@ def augmentation_and_several_steps(folder: Path) -> None:
 
 @check
 def private_training_is_of_the_union(folder: Path) -> None:
+    ours, whole = (private_mlp("sgd") for _ in range(2))
+    privacy = tfdist.DPSGD(l2_norm_clip=1.0, noise_multiplier=0.0, delta=1e-4, seed=4)
+    options = {"batch_size": 64, "verbose": 0, "privacy": privacy, "seed": 3}
     for first in (9, 0):
-        ours, whole = (private_mlp("sgd") for _ in range(2))
-        whole.set_weights(ours.get_weights())
-        privacy = tfdist.DPSGD(l2_norm_clip=1.0, noise_multiplier=0.0, delta=1e-4, seed=4)
-        options = {"batch_size": 64, "verbose": 0, "privacy": privacy, "seed": 3}
+        ours.set_weights(whole.get_weights())
         x, y = own(first, *table())
         a = tfdist.fit(ours, x, y, shard="local", validation_data=(x, y), **options)
         tfdist.fit(whole, *table(), **options)

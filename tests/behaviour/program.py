@@ -12,6 +12,7 @@ from pathlib import Path
 import keras
 import pytest
 
+import tfdist
 from tests.behaviour.checkpoint_checks import CHECKPOINT_CHECKS
 from tests.behaviour.checks import CHECKS, Check
 from tests.behaviour.horovod_checks import HOROVOD_CHECKS
@@ -37,7 +38,7 @@ def main(strategy: str, replicas: str, folder: Path, *names: str) -> None:
     checks = checks_of(strategy)
     named = checks | PRIVACY_CHECKS
     for name in names or checks:
-        keras.utils.set_random_seed(7)
+        tfdist.init(seed=7)
         keras.backend.clear_session()
         shared = folder / name
         shared.mkdir(exist_ok=True)

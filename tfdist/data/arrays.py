@@ -23,6 +23,7 @@ from tfdist.data.source import (
     no_groups,
     shortened,
     unconverted,
+    untuned,
 )
 from tfdist.errors import ArgumentError
 from tfdist.samplers import Sampler
@@ -93,10 +94,7 @@ class Arrays(Source):
         def share(rows: Tensor, facts: Tensor, replica: Tensor) -> Share:
             return self._share(place, rows, facts, replica)
 
-        # Rewriting the pipeline's graph gains it nothing, and costs time and threads.
-        options = tf.data.Options()
-        options.experimental_optimization.apply_default_optimizations = False
-        return dealt(self._row_numbers(epoch, skip), share, place).with_options(options)
+        return untuned(dealt(self._row_numbers(epoch, skip), share, place))
 
     def _share(self, place: Place, rows: Tensor, facts: Tensor, replica: Tensor) -> Share:
         """Gathers a replica's part of a batch from what `_drawn` gave."""

@@ -21,6 +21,7 @@ from tfdist.data.source import (
     mapped,
     no_groups,
     unconverted,
+    untuned,
 )
 from tfdist.errors import ArgumentError
 from tfdist.samplers import permute
@@ -190,7 +191,9 @@ class GeneratorBatches(Batches):
 
     def batches(self, epoch: int) -> Any:
         """Wraps what is left of the generator."""
-        return tf.data.Dataset.from_generator(lambda: self._rest, output_signature=self.spec())
+        return untuned(
+            tf.data.Dataset.from_generator(lambda: self._rest, output_signature=self.spec())
+        )
 
     def spec(self) -> Any:
         """Gives the shapes and dtypes of a batch."""
@@ -255,7 +258,8 @@ class PyDatasetBatches(Batches):
             return tf.nest.pack_sequence_as(self._spec, loaded)
 
         numbers = tf.data.Dataset.range(self.steps if self.steps is not None else FOREVER)
-        return numbers.map(batch, max(1, self.dataset.workers), deterministic=True)
+        workers = max(1, self.dataset.workers)
+        return untuned(numbers.map(batch, workers, deterministic=True))
 
     def _number(self, position: int, epoch: int) -> int:
         """Gives the number of the batch at a position of an epoch."""

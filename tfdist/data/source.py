@@ -198,6 +198,22 @@ def mapped(dataset: Any, function: Callable[..., Any]) -> Any:
     return dataset.map(unconverted(function), PARALLEL, deterministic=True)
 
 
+def untuned(dataset: Any) -> Any:
+    """Runs a pipeline as it is written.
+
+    Rewriting its graph gains it nothing, and costs time and threads. One that TensorFlow tunes
+    may take as long to free as it has lived, up to a minute: see
+    docs/decisions/0011-untuned-pipelines.md.
+
+    Args:
+        dataset: A `tf.data.Dataset`, of which no part is a user's.
+    """
+    options = tf.data.Options()
+    options.experimental_optimization.apply_default_optimizations = False
+    options.autotune.enabled = False
+    return dataset.with_options(options)
+
+
 def batch_spec(leaf: Any) -> Any:
     """Describes a batch by an array: any number of rows of its shape and dtype.
 
