@@ -821,6 +821,51 @@ while not Path("end").exists():
             assert "All are started again on all hosts (1 of 3)" in output
             assert "after step 1 of epoch 1: worker 1 ended with exit status 3." in output
 
+    # The second host has a server and a worker, and no chief.
+    SERVED = """
+import json, os, signal, sys, time
+from pathlib import Path
+from tfdist.bootstrap import follow_launcher
+
+follow_launcher()
+task = json.loads(os.environ["TF_CONFIG"])["task"]
+name = f"{task['type']}-{task['index']}"
+Path(f"pid-{name}-{os.getpid()}").write_text(f"{os.getpid()}\\n")
+if name == "ps-1" and "killed" in sys.argv and not Path("killed").exists():
+    Path("killed").touch()
+    os.kill(os.getpid(), signal.SIGKILL)
+is_chief = name == "chief-0"
+while not (Path("pids").exists() if is_chief else Path("end").exists()):
+    time.sleep(0.02)
+Path("end" if is_chief else f"served-{name}").touch()
+"""
+
+    def served(self, scripts, *arguments, **options):
+        port = int(free_addresses(1)[0].rpartition(":")[2])
+        options |= {"hosts": "127.0.0.1,localhost", "servers": 2, "port": port}
+        return [
+            scripts.start(self.SERVED, *arguments, node_rank=rank, **options) for rank in (0, 1)
+        ]
+
+    def test_a_host_that_only_serves_stays_until_the_chief_has_ended(self, scripts):
+        launchers = self.served(scripts)
+        scripts.pids(5)
+        (scripts.folder / "pids").touch()
+        outputs = [launcher.communicate(timeout=LIMIT_S)[0] for launcher in launchers]
+        assert [launcher.returncode for launcher in launchers] == [0, 0], outputs
+        assert (scripts.folder / "served-ps-1").exists()
+        assert (scripts.folder / "served-worker-1").exists()
+
+    def test_a_host_that_only_serves_tells_what_failed(self, scripts):
+        launchers = self.served(scripts, "killed", max_restarts=3)
+        eventually(lambda: len(list(scripts.folder.glob("pid-ps-1-*"))) == 2)
+        eventually(lambda: len(list(scripts.folder.glob("pid-chief-0-*"))) == 2)
+        (scripts.folder / "pids").touch()
+        outputs = [launcher.communicate(timeout=LIMIT_S)[0] for launcher in launchers]
+        assert [launcher.returncode for launcher in launchers] == [0, 0], outputs
+        for output in outputs:
+            assert "ps 1 was ended by signal 9 (SIGKILL)" in output
+
     def test_the_same_failure_twice_ends_all(self, start, scripts):
         launchers = [start(0, "always"), start(1, "always")]
         outputs = [launcher.communicate(timeout=LIMIT_S)[0] for launcher in launchers]

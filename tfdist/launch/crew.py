@@ -89,9 +89,9 @@ class Crew:
 
     @property
     def is_done(self) -> bool:
-        """Whether only processes are left that serve one that has ended well."""
+        """Whether only processes are left that serve one of this machine that ended well."""
         driving = [m.worker for m in self._members if not m.worker.serves]
-        return len(driving) < len(self._members) and all(
+        return 0 < len(driving) < len(self._members) and all(
             worker.task in self.finished for worker in driving
         )
 
