@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import re
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import pytest
 from tests.jobs import QUIET, finished, tfdist_run
 from tfdist.errors import LaunchError
 from tfdist.launch import Host, plan_workers
-from tfdist.launch.horovod import rank_environments
+from tfdist.launch.horovod import rank_environments, rendezvous
 from tfdist.launch.plan import free_addresses
 
 LIMIT_S = 180
@@ -154,3 +155,30 @@ class TestRanks:
         assert status == 1
         assert "1 connected of 2" in output
         assert "HOROVOD_WITH_MPI=1" in output
+
+
+def test_a_scope_in_which_all_have_met_is_forgotten_whatever_others_did() -> None:
+    pytest.importorskip("horovod")
+    (address,) = free_addresses(1)
+    first = {
+        "HOROVOD_RANK": "0",
+        "HOROVOD_SIZE": "2",
+        "HOROVOD_GLOO_RENDEZVOUS_ADDR": "127.0.0.1",
+        "HOROVOD_GLOO_RENDEZVOUS_PORT": address.rpartition(":")[2],
+    }
+
+    def ask(method: str, path: str) -> int:
+        server = http.client.HTTPConnection(address, timeout=20)
+        server.request(method, f"/{path}", b"x" if method == "PUT" else None)
+        status = server.getresponse().status
+        server.close()
+        return status
+
+    with rendezvous(first, ()):
+        for scope in ("global", "local_127.0.0.1", "cross_0"):
+            assert [ask("PUT", f"{scope}/{rank}") for rank in "01"] == [200, 200]
+        # Rank 0 is done with one scope, and with one that it has alone, before rank 1 is.
+        for met in ("local_127.0.0.1/0", "cross_0/0", "local_127.0.0.1/1"):
+            assert ask("DELETE", met) == 200
+        assert [ask("GET", f"local_127.0.0.1/{rank}") for rank in "01"] == [404, 404]
+        assert [ask("GET", f"global/{rank}") for rank in "01"] == [200, 200]
