@@ -77,10 +77,7 @@ class Horovod(Connected):
     ) -> None:
         _check(op, compression, gradient_predivide_factor)
         cluster = Cluster.from_environment() if cluster is None else cluster
-        hvd = self._hvd = _started(cluster)
-        self._process_set = (
-            _joined(hvd, process_sets) if process_sets else hvd.global_process_set
-        )
+        self._hvd, self._process_set = _started(cluster, process_sets or ())
         self._first_rank = self._process_set.ranks[0]
         self.elastic = os.environ.get("HOROVOD_ELASTIC") == "1"
         self._joined = not self.elastic
@@ -93,7 +90,9 @@ class Horovod(Connected):
         size = self._process_set.size()
         self._board = RendezvousBoard.from_environment(f"group-{self._first_rank}", size)
         number = self.place.worker_index
-        super().__init__(Patience.from_environment(f"rank {hvd.rank()}", self._board, number))
+        super().__init__(
+            Patience.from_environment(f"rank {self._hvd.rank()}", self._board, number)
+        )
 
     def _take_place(self) -> None:
         size, rank = self._process_set.size(), self._process_set.rank()
@@ -307,26 +306,22 @@ def _check(op: str, compression: str | None, predivide: float) -> None:
         )
 
 
-def _joined(hvd: Any, groups: Sequence[Sequence[int]]) -> Any:
-    """Connects the ranks once more, in groups, and gives this rank's."""
+def _started(cluster: Cluster, groups: Sequence[Sequence[int]]) -> tuple[Any, Any]:
+    """Imports Horovod, connects the ranks and gives this one a GPU of its own.
+
+    Args:
+        cluster: Its ranks.
+        groups: The ranks that train together; none for all.
+
+    Returns:
+        Horovod, and the process set of this rank.
+    """
     everyone = sorted(rank for group in groups for rank in group)
-    if everyone != list(range(hvd.size())):
+    if groups and everyone != list(range(cluster.num_workers)):
         raise ArgumentError(
-            f"`process_sets` must name each of {hvd.size()} ranks once. Received: "
+            f"`process_sets` must name each of {cluster.num_workers} ranks once. Received: "
             f"process_sets={[list(group) for group in groups]}."
         )
-    sets = [hvd.ProcessSet(list(group)) for group in groups]
-    if len(sets) == 1:
-        return hvd.global_process_set
-    # Sets can be added later only at the price of one exchange more in every cycle.
-    hvd.shutdown()
-    hvd.init(process_sets=sets)
-    (mine,) = (one for one in sets if one.included())
-    return mine
-
-
-def _started(cluster: Cluster) -> Any:
-    """Imports Horovod, connects the ranks and gives this one a GPU of its own."""
     obstacle = Horovod.unavailable(cluster)
     if obstacle is not None:
         raise StrategyError(f"Horovod must be able to run here. Received: {obstacle}.")
@@ -337,9 +332,13 @@ def _started(cluster: Cluster) -> Any:
             "Horovod must have been built for this TensorFlow. Received: TensorFlow "
             f"{tf.__version__}, and {error}. Run `tfdist horovod build --force`."
         ) from error
+    sets = [hvd.ProcessSet(list(group)) for group in groups] if len(groups) > 1 else []
+    if sets and hvd.is_initialized():
+        # Sets can be added later only at the price of one exchange more in every cycle.
+        hvd.shutdown()
     if not hvd.is_initialized():
         try:
-            hvd.init()
+            hvd.init(process_sets=sets)
         except (RuntimeError, ValueError) as error:
             raise StrategyError(
                 f"All {cluster.num_workers} ranks must connect. Received: rank {cluster.index} "
@@ -363,4 +362,4 @@ def _started(cluster: Cluster) -> Any:
                 "A rank must choose its GPU before TensorFlow uses one. Received: TensorFlow "
                 "in use already. Call tfdist.init() right after the imports."
             ) from error
-    return hvd
+    return hvd, next((one for one in sets if one.included()), hvd.global_process_set)
