@@ -34,7 +34,7 @@ pytestmark = pytest.mark.timeout(LIMIT_S + 30)
 
 @functools.cache
 def run(launcher: tuple[str, ...], script: str, *arguments: str) -> str:
-    """Runs an example to its end, once, and gives what it printed, without the tasks."""
+    """Runs an example to its end, once; gives what it printed, without the tasks' prefixes."""
     environ = {k: v for k, v in os.environ.items() if not k.startswith(("TF_CONFIG", "SLURM_"))}
     environ |= {"PYTHONIOENCODING": "utf-8", "COLUMNS": "100"}
     done = subprocess.run(
@@ -65,13 +65,14 @@ def test_quickstart_trains_and_all_workers_hold_the_same_weights(launcher, worke
 
 @pytest.mark.cluster
 def test_quickstart_history_is_the_same_on_one_and_on_two_workers():
-    figures = re.compile(r"(accuracy: \S+ - loss: \S+)$", re.MULTILINE)
+    figures = r"(accuracy: \S+ - loss: \S+)$"
+    launch = ("-m", "tfdist.cli", "run", "-n")
     one, two = (
         [
             [float(f) for f in re.findall(r"\d+\.\d+", line)]
-            for line in figures.findall(run((*TWO.values[0][:-1], workers), "quickstart.py"))
+            for line in re.findall(figures, run((*launch, n), "quickstart.py"), re.MULTILINE)
         ]
-        for workers in ("1", "2")
+        for n in ("1", "2")
     )
     assert len(one) == 8
     # How much Adam makes of last bits depends on the processor: on one of them, inputs times
@@ -192,21 +193,27 @@ def test_own_records_have_the_same_figures_as_all_records_in_one_process():
 
 
 @pytest.mark.cluster
-def test_smote_finds_the_rare_class():
+def test_smote_has_the_same_figures_on_one_and_on_two_workers():
     pytest.importorskip("imblearn")
-    found = {
-        name.strip(): [float(figure) for figure in re.findall(r"[\d.]+", figures)]
-        for name, figures in re.findall(
-            r"^│ (nothing|SMOTE|ClassBalanced\(\)(?:, Augment)?) *(│.*)$",
-            run(TWO.values[0], "smote.py"),
-            re.MULTILINE,
-        )
-    }
-    assert len(found) == 4
-    rows, _, recall_of_odd = zip(*(found[name] for name in ("nothing", "SMOTE")), strict=True)
+    one, two = (
+        {
+            name.strip(): [float(figure) for figure in re.findall(r"[\d.]+", figures)]
+            for name, figures in re.findall(
+                r"^│ (nothing|SMOTE|ClassBalanced\(\)(?:, Augment)?) *(│.*)$",
+                printed,
+                re.MULTILINE,
+            )
+        }
+        for printed in (run(launcher, "smote.py") for launcher in ((), TWO.values[0]))
+    )
+    assert len(one) == 4
+    for name, figures in one.items():
+        # An image may lie so near to two classes that the last digit decides: 1 of 45 or more.
+        assert two[name] == pytest.approx(figures, abs=1.0)
+    rows, _, recall_of_odd = zip(*(one[name] for name in ("nothing", "SMOTE")), strict=True)
     assert rows[1] > rows[0]
     assert recall_of_odd[1] > recall_of_odd[0] + 5
-    assert found["ClassBalanced(), Augment"][2] > recall_of_odd[0] + 10
+    assert one["ClassBalanced(), Augment"][2] > recall_of_odd[0] + 10
 
 
 @pytest.mark.parametrize(("launcher", "workers"), [ALONE, TWO])

@@ -803,10 +803,10 @@ while not Path("end").exists():
     def start(self, scripts):
         port = int(free_addresses(1)[0].rpartition(":")[2])
 
-        def start(node_rank: int, mode: str, **options):
+        def start(node_rank: int, mode: str, script: str = self.WORK, **options):
             options = {"max_restarts": 3, "port": port, **options}
             return scripts.start(
-                self.WORK, mode, hosts="127.0.0.1,localhost", node_rank=node_rank, **options
+                script, mode, hosts="127.0.0.1,localhost", node_rank=node_rank, **options
             )
 
         return start
@@ -835,32 +835,27 @@ if name == "ps-1" and "killed" in sys.argv and not Path("killed").exists():
     Path("killed").touch()
     os.kill(os.getpid(), signal.SIGKILL)
 is_chief = name == "chief-0"
-while not (Path("pids").exists() if is_chief else Path("end").exists()):
+while not Path("go" if is_chief else "end").exists():
     time.sleep(0.02)
 Path("end" if is_chief else f"served-{name}").touch()
 """
 
-    def served(self, scripts, *arguments, **options):
-        port = int(free_addresses(1)[0].rpartition(":")[2])
-        options |= {"hosts": "127.0.0.1,localhost", "servers": 2, "port": port}
-        return [
-            scripts.start(self.SERVED, *arguments, node_rank=rank, **options) for rank in (0, 1)
-        ]
-
-    def test_a_host_that_only_serves_stays_until_the_chief_has_ended(self, scripts):
-        launchers = self.served(scripts)
+    def test_a_host_that_only_serves_stays_until_the_chief_has_ended(self, start, scripts):
+        options = {"script": self.SERVED, "servers": 2, "max_restarts": 0}
+        launchers = [start(rank, "stay", **options) for rank in (0, 1)]
         scripts.pids(5)
-        (scripts.folder / "pids").touch()
+        (scripts.folder / "go").touch()
         outputs = [launcher.communicate(timeout=LIMIT_S)[0] for launcher in launchers]
         assert [launcher.returncode for launcher in launchers] == [0, 0], outputs
         assert (scripts.folder / "served-ps-1").exists()
         assert (scripts.folder / "served-worker-1").exists()
 
-    def test_a_host_that_only_serves_tells_what_failed(self, scripts):
-        launchers = self.served(scripts, "killed", max_restarts=3)
+    def test_a_host_that_only_serves_tells_what_failed(self, start, scripts):
+        options = {"script": self.SERVED, "servers": 2}
+        launchers = [start(rank, "killed", **options) for rank in (0, 1)]
         eventually(lambda: len(list(scripts.folder.glob("pid-ps-1-*"))) == 2)
         eventually(lambda: len(list(scripts.folder.glob("pid-chief-0-*"))) == 2)
-        (scripts.folder / "pids").touch()
+        (scripts.folder / "go").touch()
         outputs = [launcher.communicate(timeout=LIMIT_S)[0] for launcher in launchers]
         assert [launcher.returncode for launcher in launchers] == [0, 0], outputs
         for output in outputs:

@@ -39,9 +39,7 @@ class Stop(keras.callbacks.Callback):
 
 def untrained() -> Any:
     keras.utils.set_random_seed(7)
-    model = mlp(clipped_adam())
-    model.optimizer.build(model.trainable_variables)
-    return model
+    return mlp(clipped_adam())
 
 
 def train(model: Any, checkpoint: Any, *extra: Any, **options: Any) -> tuple[list[Any], Any]:

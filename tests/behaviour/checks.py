@@ -53,9 +53,9 @@ def assert_weights_close(model: Any, expected: Any, tolerance: float = 1e-5) -> 
         np.testing.assert_allclose(ours, theirs, rtol=tolerance, atol=tolerance)
 
 
-def twins(**options: Any) -> tuple[Any, Any]:
+def twins(optimizer: Callable[[], Any] = clipped_adam) -> tuple[Any, Any]:
     """Two models with the same weights, to train one with tfdist and one with Keras."""
-    ours, theirs = (mlp(clipped_adam(), **options) for _ in range(2))
+    ours, theirs = (mlp(optimizer()) for _ in range(2))
     theirs.set_weights(ours.get_weights())
     theirs.optimizer.build(theirs.trainable_variables)  # or Keras traces its first step twice
     return ours, theirs
@@ -63,8 +63,9 @@ def twins(**options: Any) -> tuple[Any, Any]:
 
 def level(model: Any, expected: Any) -> None:
     """Gives a model the state of the other, to compare trainings from there."""
-    if not model.optimizer.built:
-        model.optimizer.build(model.trainable_variables)
+    for one in (model, expected):
+        if not one.optimizer.built:
+            one.optimizer.build(one.trainable_variables)
     for ours, theirs in zip(
         (*model.variables, *model.optimizer.variables),
         (*expected.variables, *expected.optimizer.variables),
@@ -614,9 +615,7 @@ class Meddles(keras.callbacks.Callback):
 @check
 def replicas_that_differ_are_named(folder: Path) -> None:
     fit = {"batch_size": 64, "epochs": 2, "verbose": 0, "verify_every": 5}
-    ours = mlp(clipped_adam())
-    theirs = mlp(clipped_adam())
-    theirs.set_weights(ours.get_weights())
+    ours, theirs = twins()
     shown = [keras.callbacks.ReduceLROnPlateau("loss")]
     tfdist.fit(ours, *table(), validation_data=table(50), callbacks=shown, seed=3, **fit)
     tfdist.fit(

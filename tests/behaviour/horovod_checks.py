@@ -19,6 +19,7 @@ from tests.behaviour.checks import (
     everywhere,
     place,
     same_everywhere,
+    twins,
 )
 from tests.equivalence.cases import clipped_adam, crossentropy, mlp, table
 from tfdist.errors import ArgumentError, DisagreementError
@@ -34,9 +35,7 @@ def check(function: Check) -> Check:
 
 def trained(strategy: Any, **options: Any) -> tuple[Any, Any]:
     """Trains a model with a strategy, and an equal one with Keras."""
-    ours, theirs = (mlp(keras.optimizers.SGD(0.1, momentum=0.9)) for _ in range(2))
-    theirs.set_weights(ours.get_weights())
-    theirs.optimizer.build(theirs.trainable_variables)
+    ours, theirs = twins(lambda: keras.optimizers.SGD(0.1, momentum=0.9))
     tfdist.fit(ours, *table(), strategy=strategy, **ORDERED, **options)
     theirs.fit(*table(), **ORDERED, **options)
     same_everywhere(ours)
@@ -172,14 +171,10 @@ def ranks_begin_with_the_first_one_s_weights(folder: Path) -> None:
 
 @check
 def backward_passes_per_step_is_gradient_accumulation(folder: Path) -> None:
-    models = [
-        mlp(keras.optimizers.SGD(0.1, gradient_accumulation_steps=2)),
-        mlp(keras.optimizers.SGD(0.1, gradient_accumulation_steps=2)),
-    ]
-    models[1].set_weights(models[0].get_weights())
-    tfdist.fit(models[0], *table(640), **ORDERED)
-    models[1].fit(*table(640), **ORDERED)
-    assert_weights_close(*models)
+    ours, theirs = twins(lambda: keras.optimizers.SGD(0.1, gradient_accumulation_steps=2))
+    tfdist.fit(ours, *table(640), **ORDERED)
+    theirs.fit(*table(640), **ORDERED)
+    assert_weights_close(ours, theirs)
 
 
 @check

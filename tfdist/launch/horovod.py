@@ -70,33 +70,12 @@ def rendezvous(first: Mapping[str, str], hosts: Sequence[Host]) -> Iterator[None
     if first["HOROVOD_RANK"] != "0":
         yield
         return
-    from horovod.runner.http.http_server import RendezvousHandler, RendezvousHTTPServer
-
-    class Handler(RendezvousHandler):  # type: ignore[misc]
-        """Forgets the addresses of a scope when all its ranks have met.
-
-        Horovod's own then also forgets who has met in the other scopes, and does not clear
-        these: ranks that connect again, in process sets, may find addresses of before.
-        """
-
-        def do_DELETE(self) -> None:  # noqa: N802, the name that the server calls
-            scope, key = self.path.split("/")[1:3]
-            size = self.server.scope_size.get(scope)
-            if size is None:
-                super().do_DELETE()
-                return
-            with self.server.finished_list_lock, self.server.cache_lock:
-                met = self.server.finished_list[scope]
-                met.append(key)
-                if len(met) == size:
-                    met.clear()
-                    self.server.cache.get(scope, {}).clear()
-            self.send_status_code(200)
+    from horovod.runner.http.http_server import RendezvousHTTPServer
 
     port = int(first[_PORT])
     try:
         interface = "" if len(hosts) > 1 else first[_HOST]
-        server = RendezvousHTTPServer((interface, port), Handler, verbose=0)
+        server = RendezvousHTTPServer((interface, port), _handler(), verbose=0)
     except OSError as error:
         raise LaunchError(
             "The port at which Horovod's ranks meet must be free on the first host. Received: "
@@ -112,6 +91,34 @@ def rendezvous(first: Mapping[str, str], hosts: Sequence[Host]) -> Iterator[None
     finally:
         server.shutdown()
         server.server_close()
+
+
+def _handler() -> type:
+    """Gives the class that answers a rank at the server."""
+    from horovod.runner.http.http_server import RendezvousHandler
+
+    class Handler(RendezvousHandler):  # type: ignore[misc]
+        """Forgets the addresses of a scope when all its ranks have met.
+
+        Horovod's own then also forgets who has met in the other scopes, and does not clear
+        these: ranks that connect again, in process sets, may find addresses of before.
+        """
+
+        def do_DELETE(self) -> None:  # noqa: N802, the name that the server calls
+            scope, _, key = self.path.lstrip("/").partition("/")
+            size = self.server.scope_size.get(scope)
+            if size is None or not key:
+                super().do_DELETE()
+                return
+            with self.server.finished_list_lock, self.server.cache_lock:
+                met = self.server.finished_list[scope]
+                met.append(key)
+                if len(met) == size:
+                    met.clear()
+                    self.server.cache.get(scope, {}).clear()
+            self.send_status_code(200)
+
+    return Handler
 
 
 def one_host(slots: int) -> tuple[Host, ...]:

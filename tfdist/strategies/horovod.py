@@ -306,6 +306,17 @@ def _check(op: str, compression: str | None, predivide: float) -> None:
         )
 
 
+def _sets(hvd: Any, groups: Sequence[Sequence[int]], ranks: int) -> list[Any]:
+    """Makes the process sets of groups of ranks; none where all ranks are one group."""
+    everyone = sorted(rank for group in groups for rank in group)
+    if groups and everyone != list(range(ranks)):
+        raise ArgumentError(
+            f"`process_sets` must name each of {ranks} ranks once. Received: "
+            f"process_sets={[list(group) for group in groups]}."
+        )
+    return [hvd.ProcessSet(list(group)) for group in groups] if len(groups) > 1 else []
+
+
 def _started(cluster: Cluster, groups: Sequence[Sequence[int]]) -> tuple[Any, Any]:
     """Imports Horovod, connects the ranks and gives this one a GPU of its own.
 
@@ -316,12 +327,6 @@ def _started(cluster: Cluster, groups: Sequence[Sequence[int]]) -> tuple[Any, An
     Returns:
         Horovod, and the process set of this rank.
     """
-    everyone = sorted(rank for group in groups for rank in group)
-    if groups and everyone != list(range(cluster.num_workers)):
-        raise ArgumentError(
-            f"`process_sets` must name each of {cluster.num_workers} ranks once. Received: "
-            f"process_sets={[list(group) for group in groups]}."
-        )
     obstacle = Horovod.unavailable(cluster)
     if obstacle is not None:
         raise StrategyError(f"Horovod must be able to run here. Received: {obstacle}.")
@@ -332,7 +337,7 @@ def _started(cluster: Cluster, groups: Sequence[Sequence[int]]) -> tuple[Any, An
             "Horovod must have been built for this TensorFlow. Received: TensorFlow "
             f"{tf.__version__}, and {error}. Run `tfdist horovod build --force`."
         ) from error
-    sets = [hvd.ProcessSet(list(group)) for group in groups] if len(groups) > 1 else []
+    sets = _sets(hvd, groups, cluster.num_workers)
     if sets and hvd.is_initialized():
         # Sets can be added later only at the price of one exchange more in every cycle.
         hvd.shutdown()
