@@ -832,6 +832,8 @@ task = json.loads(os.environ["TF_CONFIG"])["task"]
 name = f"{task['type']}-{task['index']}"
 Path(f"pid-{name}-{os.getpid()}").write_text(f"{os.getpid()}\\n")
 if name == "ps-1" and "killed" in sys.argv and not Path("killed").exists():
+    while len(list(Path().glob("pid-*"))) < 5:  # all of a start are there
+        time.sleep(0.02)
     Path("killed").touch()
     os.kill(os.getpid(), signal.SIGKILL)
 is_chief = name == "chief-0"
