@@ -8,14 +8,16 @@ from __future__ import annotations
 import gc
 import os
 import pickle
+import random
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,23 @@ def tfdist_run(workers: int, *arguments: Any, options: Sequence[str] = ()) -> li
     """Gives the command that runs a module or script on several workers."""
     command = [sys.executable, "-m", "tfdist.cli", "run", "-n", str(workers), *options]
     return [*command, *map(str, arguments)]
+
+
+def free_port() -> int:
+    """Finds the first of ten free ports in a row, for what counts on from `--port`.
+
+    Any connection of this machine may take a port from the kernel's own range, 32768 and up,
+    before a test listens there.
+    """
+    for first in random.sample(range(18_001, 32_001, 10), 50):
+        with ExitStack() as held:
+            try:
+                for port in range(first - 1, first + 9):  # launchers meet one below
+                    held.enter_context(socket.socket()).bind(("", port))
+            except OSError:
+                continue
+        return first
+    raise AssertionError("no ten free ports in a row from 18000 to 32000")
 
 
 def on_place(place: str, module: str, *arguments: Any) -> list[str]:

@@ -87,7 +87,7 @@ class TestRun:
         assert len(planned[0][0]) == 1
 
     def test_hosts_give_the_number_of_workers(self, script, planned):
-        hosts = ["--hosts", "localhost:3,127.0.0.1:2", "--node-rank", "1", "--port", "45680"]
+        hosts = ["--hosts", "localhost:3,127.0.0.1:2", "--node-rank", "1", "--port", "25680"]
         assert invoke("run", *hosts, str(script)).exit_code == 0
         assert [worker.index for worker in planned[0][0]] == [3, 4]
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.jobs import QUIET, finished, tfdist_run
+from tests.jobs import QUIET, finished, free_port, tfdist_run
 from tfdist.errors import LaunchError
 from tfdist.launch import Host, plan_workers
 from tfdist.launch.horovod import rank_environments, rendezvous
@@ -105,7 +105,7 @@ class TestRanks:
             assert [float(x) for x in line.split()] == pytest.approx(expected, rel=1e-5)
 
     def test_two_hosts(self, script):
-        port = free_addresses(1)[0].rpartition(":")[2]
+        port = str(free_port())
         options = ["--hosts", "localhost:1,127.0.0.1:1", "--port", port]
         command = [sys.executable, "-m", "tfdist.cli", "run", "--strategy", "horovod", *options]
         nodes = [

@@ -17,6 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.jobs import free_port
 from tfdist.errors import ClusterError, LaunchError
 from tfdist.launch import Failure, Host, Worker, parse_hosts, plan_workers
 from tfdist.launch.cause import root_cause
@@ -132,6 +133,8 @@ def scripts(tmp_path, environ):
             launcher.kill()
             launcher.wait(LIMIT_S)
         if launcher.stdout is not None:
+            if not launcher.stdout.closed:
+                print(launcher.stdout.read())  # pytest shows it where a test failed
             launcher.stdout.close()
 
 
@@ -569,12 +572,12 @@ class TestPlan:
     def test_hosts(self, environ):
         hosts = parse_hosts("a:2,b:1")
         nodes = [
-            plan_workers(["x"], hosts=hosts, node_rank=i, port=45670, environ=environ)
+            plan_workers(["x"], hosts=hosts, node_rank=i, port=25670, environ=environ)
             for i in (0, 1)
         ]
         assert [[worker.index for worker in node] for node in nodes] == [[0, 1], [2]]
         configs = [json.loads(w.environment["TF_CONFIG"]) for node in nodes for w in node]
-        expected = {"worker": ["a:45670", "a:45671", "b:45672"]}
+        expected = {"worker": ["a:25670", "a:25671", "b:25672"]}
         assert all(config["cluster"] == expected for config in configs)
         assert [config["task"]["index"] for config in configs] == [0, 1, 2]
 
@@ -656,7 +659,7 @@ class TestGpus:
 @cluster
 def test_two_launchers_make_one_cluster(scripts):
     """Two names of this machine stand for two machines."""
-    port = int(free_addresses(1)[0].partition(":")[2])
+    port = free_port()
     script = "import os; print(os.environ['TF_CONFIG'])"
     hosts = "127.0.0.1:2,localhost:1"
     launchers = [
@@ -801,7 +804,7 @@ while not Path("end").exists():
 
     @pytest.fixture
     def start(self, scripts):
-        port = int(free_addresses(1)[0].rpartition(":")[2])
+        port = free_port()
 
         def start(node_rank: int, mode: str, script: str = self.WORK, **options):
             options = {"max_restarts": 3, "port": port, **options}

@@ -10,10 +10,10 @@ from dataclasses import replace
 
 import pytest
 
+from tests.jobs import free_port
 from tfdist.errors import LaunchError
 from tfdist.launch import Failure, Host, Link, Restarts, Worker, parse_elastic
 from tfdist.launch.hub import Hub
-from tfdist.launch.plan import free_addresses
 from tfdist.launch.restarts import Cause
 from tfdist.note import Note, Told
 
@@ -81,7 +81,7 @@ def test_malformed_numbers_of_an_elastic_run(text: str) -> None:
 
 @pytest.fixture
 def port() -> int:
-    return int(free_addresses(1)[0].rpartition(":")[2])
+    return free_port()
 
 
 @pytest.fixture
