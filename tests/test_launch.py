@@ -131,11 +131,9 @@ def scripts(tmp_path, environ):
     for launcher in scripts.started:
         if launcher.poll() is None:
             launcher.kill()
-            launcher.wait(LIMIT_S)
-        if launcher.stdout is not None:
-            if not launcher.stdout.closed:
-                print(launcher.stdout.read())  # pytest shows it where a test failed
-            launcher.stdout.close()
+    for launcher in scripts.started:
+        output, _ = launcher.communicate(timeout=LIMIT_S)
+        print(output)  # pytest shows it where a test failed
 
 
 def eventually(condition, seconds: float = 20) -> None:
