@@ -1,4 +1,4 @@
-"""What the processes that tests start inherit: signals, and where they import from.
+"""What all tests share: signals and imports of the processes they start, places, and lanes.
 
 Signals are those of a shell's foreground: what runs in the background or under nohup ignores
 some, and so would the launchers that the tests start and interrupt.
@@ -9,7 +9,10 @@ from __future__ import annotations
 import gc
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 signal.signal(signal.SIGINT, signal.default_int_handler)
 for _number in (signal.SIGHUP, signal.SIGQUIT):
@@ -19,7 +22,44 @@ _tests = Path(__file__).parent
 _imports = [str(_tests / "lean"), str(_tests.parent), os.environ.get("PYTHONPATH")]
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, _imports))
 
+from tests.places.clusters import PLACES, Clusters, wanted  # noqa: E402, they inherit the path
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="every case on every place")
+
+
+def _lane(item: pytest.Item) -> tuple[int, int]:
+    """Sorts tests by lane: those of places, those that mostly wait, those that compute."""
+    places = [mark.args[0] for mark in item.iter_markers("place")]
+    if places:
+        return 0, max(map(PLACES.index, places))
+    return (1 if item.get_closest_marker("waits") else 2), 0
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out what only `make test-full` runs, and gives each pytest process its lane."""
+    if not config.getoption("full"):
+        beyond = [item for item in items if item.get_closest_marker("full")]
+        config.hook.pytest_deselected(items=beyond)
+        items[:] = [item for item in items if item not in set(beyond)]
+    items.sort(key=_lane)
+    for item in items:
+        group = "places" if _lane(item)[0] == 0 else item.nodeid.partition("::")[0]
+        item.add_marker(pytest.mark.xdist_group(group))
+
 
 def pytest_collection_finish() -> None:
     """Leaves what was imported out of every garbage collection to come."""
     gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def clusters(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Clusters]:
+    """The clusters that the tests' marks ask for."""
+    made = Clusters(wanted(request.session.items), tmp_path_factory.mktemp("clusters"))
+    yield made
+    made.end()

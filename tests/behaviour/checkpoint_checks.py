@@ -10,16 +10,10 @@ import numpy as np
 import pytest
 
 import tfdist
-from tests.behaviour.checks import Check, level, place
+from tests.behaviour.checks import level, place
+from tests.behaviour.registry import REPLICAS, SERVERS, WORKERS, check
 from tests.equivalence.cases import clipped_adam, mlp, table
 from tfdist.errors import CheckpointError
-
-CHECKPOINT_CHECKS: dict[str, Check] = {}
-
-
-def check(function: Check) -> Check:
-    CHECKPOINT_CHECKS[function.__name__] = function
-    return function
 
 
 class StoppedError(Exception):
@@ -64,7 +58,7 @@ def train(model: Any, checkpoint: Any, *extra: Any, **options: Any) -> tuple[lis
     return state, history.history
 
 
-@check
+@check(*REPLICAS, SERVERS)
 def a_stopped_training_ends_with_the_same_bits(folder: Path) -> None:
     model = untrained()
     expected, history = train(model, None)
@@ -81,7 +75,7 @@ def a_stopped_training_ends_with_the_same_bits(folder: Path) -> None:
         assert own.exists() == place().is_chief
 
 
-@check
+@check(*WORKERS)
 def an_unwritable_directory_is_refused_on_every_worker(folder: Path) -> None:
     (folder / "file").touch()
     with pytest.raises(CheckpointError, match="must be a directory that can be written"):

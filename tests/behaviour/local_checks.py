@@ -8,22 +8,16 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
 
 import tfdist
-from tests.behaviour.checks import ORDERED, Check, assert_weights_close, level, place, twins
+from tests.behaviour.checks import ORDERED, assert_weights_close, level, place, twins
+from tests.behaviour.registry import HOROVOD, MULTI_WORKER, WORKERS, check
 from tests.equivalence.cases import mlp, private_mlp, table
 from tfdist.errors import ArgumentError
 
-LOCAL_CHECKS: dict[str, Check] = {}
 ROWS = 961
 # Rows of the first worker: as many, 1 in 100, one, none.
 SPLITS = (ROWS // 2, ROWS // 101, 1, 0)
-
-
-def check(function: Check) -> Check:
-    LOCAL_CHECKS[function.__name__] = function
-    return function
 
 
 def by_class_of_worker(first: int) -> tuple[Any, Any]:
@@ -40,7 +34,7 @@ def own(first: int, *arrays: Any) -> list[Any]:
     return [array[rows] for array in arrays]
 
 
-@check
+@check(*WORKERS)
 def any_split_equals_one_process(folder: Path) -> None:
     ours, theirs = twins()
     options = {**ORDERED, "epochs": 2}
@@ -53,7 +47,7 @@ def any_split_equals_one_process(folder: Path) -> None:
             np.testing.assert_allclose(a.history[name], b.history[name], rtol=1e-5)
 
 
-@check
+@check(MULTI_WORKER)
 def samplers_draw_from_the_union(folder: Path) -> None:
     samplers = tfdist.samplers
     first = ROWS // 101
@@ -74,7 +68,7 @@ def samplers_draw_from_the_union(folder: Path) -> None:
         np.testing.assert_allclose(a.history["loss"], b.history["loss"], rtol=1e-5)
 
 
-@check
+@check(HOROVOD)
 def labels_of_every_kind_travel_as_counts(folder: Path) -> None:
     first = 300
     x, y = by_class_of_worker(first)
@@ -100,7 +94,7 @@ def labels_of_every_kind_travel_as_counts(folder: Path) -> None:
         np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
 
 
-@check
+@check(MULTI_WORKER)
 def weights_are_found_from_all_workers(folder: Path) -> None:
     first = 200
     ours, theirs = twins()
@@ -111,7 +105,7 @@ def weights_are_found_from_all_workers(folder: Path) -> None:
     assert_weights_close(ours, theirs)
 
 
-@check
+@check(HOROVOD)
 def workers_may_weigh_the_same(folder: Path) -> None:
     first = ROWS // 101
     ours, theirs = twins()
@@ -123,7 +117,7 @@ def workers_may_weigh_the_same(folder: Path) -> None:
     assert_weights_close(ours, theirs)
 
 
-@check
+@check(*WORKERS)
 def validation_counts_every_row_once(folder: Path) -> None:
     ours, _ = twins()
     for first in (5, 0):
@@ -137,7 +131,7 @@ def validation_counts_every_row_once(folder: Path) -> None:
     assert np.isfinite(split.history["val_loss"]).all()
 
 
-@check
+@check(HOROVOD)
 def augmentation_and_several_steps(folder: Path) -> None:
     first = ROWS // 101
     augment = tfdist.Augment([keras.layers.GaussianNoise(0.1)], repeated=True)
@@ -155,7 +149,7 @@ def augmentation_and_several_steps(folder: Path) -> None:
     assert history.history["loss"][1] < history.history["loss"][0]
 
 
-@check
+@check(MULTI_WORKER)
 def private_training_is_of_the_union(folder: Path) -> None:
     ours, whole = (private_mlp("sgd") for _ in range(2))
     privacy = tfdist.DPSGD(l2_norm_clip=1.0, noise_multiplier=0.0, delta=1e-4, seed=4)
@@ -169,14 +163,11 @@ def private_training_is_of_the_union(folder: Path) -> None:
         assert a.privacy.ledger.phases[0].sampling_probability == 64 / ROWS
 
 
-@check
+@check(MULTI_WORKER)
 def wrong_shards_are_refused(folder: Path) -> None:
     x, y = table(100)
-    dataset = tf.data.Dataset.from_tensor_slices((x, y)).batch(10)
     weighted = tfdist.samplers.Weighted(np.ones(100))
     for arguments, options, message in (
-        ((x, y), {"shard": "global"}, "'local'"),
-        ((dataset,), {"shard": "local"}, "needs arrays"),
         ((x, y), {"shard": "local", "sampler": weighted}, "sample_weight"),
         ((x[:0], y[:0]), {"shard": "local"}, "At least one worker"),
     ):

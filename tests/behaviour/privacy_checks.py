@@ -11,18 +11,13 @@ import numpy as np
 import pytest
 
 import tfdist
-from tests.behaviour.checks import Check, StopAt, everywhere, place, same_everywhere
+from tests.behaviour.checks import StopAt, everywhere, place, same_everywhere
+from tests.behaviour.registry import EVERYWHERE, HOROVOD, REPLICAS, SERVERS, WORKERS, check
 from tests.equivalence.cases import private_mlp, table
 from tfdist.errors import ArgumentError, StrategyError
 
 L = keras.layers
-PRIVACY_CHECKS: dict[str, Check] = {}
 PRIVACY = tfdist.DPSGD(0.5, noise_multiplier=2.0, delta=1e-4)
-
-
-def check(function: Check) -> Check:
-    PRIVACY_CHECKS[function.__name__] = function
-    return function
 
 
 def steps_of_noise(privacy: Any) -> Any:
@@ -40,7 +35,7 @@ def steps_of_noise(privacy: Any) -> Any:
     return 5 * np.diff(np.array(weights), axis=0).reshape(16, -1)
 
 
-@check
+@check(*EVERYWHERE, "mirrored-4", "multi_worker-3")
 def noise_on_the_sum_has_the_right_deviation(folder: Path) -> None:
     """Without a gradient, weights move by noise alone.
 
@@ -54,7 +49,7 @@ def noise_on_the_sum_has_the_right_deviation(folder: Path) -> None:
     assert np.abs(correlation).max() < 5.5 / math.sqrt(2000)
 
 
-@check
+@check(*REPLICAS, SERVERS)
 def noise_that_is_taken_back_was_given_once(folder: Path) -> None:
     """With factors 1 and -1/2, of a step's own noise and of that of the step before.
 
@@ -68,7 +63,7 @@ def noise_that_is_taken_back_was_given_once(folder: Path) -> None:
     assert abs((numbers[2:] * numbers[:-2]).mean()) < 0.04
 
 
-@check
+@check(*REPLICAS)
 def all_workers_draw_and_count_the_same(folder: Path) -> None:
     model = private_mlp(keras.optimizers.SGD(0.1))
     history = tfdist.fit(model, *table(), batch_size=64, verbose=0, privacy=PRIVACY)
@@ -85,7 +80,7 @@ def all_workers_draw_and_count_the_same(folder: Path) -> None:
     assert all((a != b).any() for a, b in zip(weights, other.get_weights(), strict=True))
 
 
-@check
+@check(*WORKERS, SERVERS)
 def the_budget_stops_all_workers_at_the_same_step(folder: Path) -> None:
     model = private_mlp(keras.optimizers.SGD(0.1))
     budget = tfdist.PrivacyBudget(0.6)
@@ -99,7 +94,7 @@ def the_budget_stops_all_workers_at_the_same_step(folder: Path) -> None:
     same_everywhere(model)
 
 
-@check
+@check(*WORKERS)
 def a_stop_that_one_worker_asks_for_is_counted_exactly(folder: Path) -> None:
     model = private_mlp(keras.optimizers.SGD(0.1))
     asks = [StopAt(4, place().num_workers - 1)]
@@ -119,18 +114,14 @@ def refused(error: type[Exception], message: str, **options: Any) -> None:
         np.testing.assert_array_equal(a, b)
 
 
-@check
+@check(HOROVOD)
 def gradients_that_are_not_summed_as_they_are_are_refused(folder: Path) -> None:
-    if tfdist.session.current().strategy.name != "horovod":
-        pytest.skip("horovod's")
     for options in ({"compression": "fp16"}, {"op": "adasum"}):
         strategy = tfdist.Horovod(**options)
         refused(ArgumentError, "must be summed as they are", strategy=strategy)
 
 
-@check
+@check(SERVERS)
 def asynchronous_servers_are_refused(folder: Path) -> None:
-    if tfdist.session.current().strategy.name != "parameter_server":
-        pytest.skip("the parameter servers'")
     strategy = tfdist.ParameterServer(min_part_bytes=256)
     refused(StrategyError, "must be synchronous", strategy=strategy)

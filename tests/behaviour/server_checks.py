@@ -11,7 +11,8 @@ import pytest
 import tensorflow as tf
 
 import tfdist
-from tests.behaviour.checks import ORDERED, Check, assert_weights_close, twins
+from tests.behaviour.checks import ORDERED, assert_weights_close, twins
+from tests.behaviour.registry import SERVERS, check
 from tests.equivalence.cases import (
     Adversaries,
     Pages,
@@ -25,19 +26,13 @@ from tests.equivalence.cases import (
 from tfdist.errors import ArgumentError
 
 L = keras.layers
-SERVER_CHECKS: dict[str, Check] = {}
-
-
-def check(function: Check) -> Check:
-    SERVER_CHECKS[function.__name__] = function
-    return function
 
 
 def asynchronous(**options: Any) -> Any:
     return tfdist.ParameterServer(**{"min_part_bytes": 256, **options})
 
 
-@check
+@check(SERVERS)
 def one_step_at_a_time_equals_one_process(folder: Path) -> None:
     for data in ("chief", "workers"):
         ours, theirs = twins()
@@ -66,7 +61,7 @@ class Constant(keras.Model):
         return tf.reduce_sum(self.w)
 
 
-@check
+@check(SERVERS)
 def no_update_is_lost(folder: Path) -> None:
     for optimizer in (keras.optimizers.SGD(1.0), keras.optimizers.SGD(1.0, momentum=1e-9)):
         model = Constant()
@@ -80,7 +75,7 @@ def no_update_is_lost(folder: Path) -> None:
         assert strategy.staleness.updates == 400
 
 
-@check
+@check(SERVERS)
 def metrics_count_every_example_once(folder: Path) -> None:
     model = mlp(clipped_adam(), metrics=["accuracy", Rows()])
     x, y = table(501)
@@ -114,7 +109,7 @@ class Rows(keras.metrics.Metric):  # type: ignore[misc]
         return self.count.value
 
 
-@check
+@check(SERVERS)
 def every_optimizer_learns_and_stays_finite(folder: Path) -> None:
     for name in ("SGD", "RMSprop", "Adam", "AdamW", "Adadelta", "Adagrad", "Adamax", "Nadam",
                  "Ftrl", "Lion", "Adafactor", "Lamb"):  # fmt: skip
@@ -125,7 +120,7 @@ def every_optimizer_learns_and_stays_finite(folder: Path) -> None:
         assert losses[1] < losses[0], (name, losses)
 
 
-@check
+@check(SERVERS)
 def options_of_optimizers_work_with_stale_weights(folder: Path) -> None:
     optimizers = [
         keras.optimizers.AdamW(0.01, weight_decay=0.01, use_ema=True, ema_momentum=0.5),
@@ -143,7 +138,7 @@ def options_of_optimizers_work_with_stale_weights(folder: Path) -> None:
         assert model.evaluate(*table(331), verbose=0)[0] < 1.0  # log(3) = 1.1 before
 
 
-@check
+@check(SERVERS)
 def rows_of_embeddings_equal_dense_gradients(folder: Path) -> None:
     class OneHot(L.Layer):  # type: ignore[misc]
         """An embedding whose gradient is dense."""
@@ -177,7 +172,7 @@ def rows_of_embeddings_equal_dense_gradients(folder: Path) -> None:
         assert_weights_close(ours, theirs)
 
 
-@check
+@check(SERVERS)
 def rows_without_a_gradient_are_not_touched(folder: Path) -> None:
     model = keras.Sequential(
         [keras.Input((3,), dtype="int32"), L.Embedding(1000, 8), L.Dense(1)]
@@ -191,7 +186,7 @@ def rows_without_a_gradient_are_not_touched(folder: Path) -> None:
     np.testing.assert_array_equal(changed, np.unique(ids))
 
 
-@check
+@check(SERVERS)
 def split_tables_save_into_one_file(folder: Path) -> None:
     model = keras.Sequential(
         [keras.Input((3,), dtype="int32"), L.Embedding(1000, 8), L.Dense(1)]
@@ -211,7 +206,7 @@ def split_tables_save_into_one_file(folder: Path) -> None:
     assert int(loaded.optimizer.iterations.numpy()) == int(model.optimizer.iterations.numpy())
 
 
-@check
+@check(SERVERS)
 def callbacks_decide_on_exact_logs(folder: Path) -> None:
     ours = mlp(clipped_adam())
     stopping = keras.callbacks.EarlyStopping("loss", min_delta=10.0, patience=1)
@@ -225,7 +220,7 @@ def callbacks_decide_on_exact_logs(folder: Path) -> None:
     assert [logs["val_loss"] for logs in seen] == history.history["val_loss"]
 
 
-@check
+@check(SERVERS)
 def a_step_may_be_the_last(folder: Path) -> None:
     class Stop(keras.callbacks.Callback):  # type: ignore[misc]
         def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
@@ -238,7 +233,7 @@ def a_step_may_be_the_last(folder: Path) -> None:
     assert int(model.optimizer.iterations.numpy()) == 4
 
 
-@check
+@check(SERVERS)
 def every_kind_of_input(folder: Path) -> None:
     def pages() -> Any:
         x, y = table(300)
@@ -258,7 +253,7 @@ def every_kind_of_input(folder: Path) -> None:
         assert int(model.optimizer.iterations.numpy()) == steps
 
 
-@check
+@check(SERVERS)
 def several_steps_in_one_go(folder: Path) -> None:
     model = mlp(clipped_adam(), steps_per_execution=4)
     strategy = asynchronous(max_staleness=6)
@@ -267,7 +262,7 @@ def several_steps_in_one_go(folder: Path) -> None:
     assert strategy.staleness.maximum <= 6
 
 
-@check
+@check(SERVERS)
 def own_train_steps_and_statistics(folder: Path) -> None:
     model = Adversaries()
     model.compile(optimizer=keras.optimizers.Adam(0.01))
@@ -288,7 +283,7 @@ def own_train_steps_and_statistics(folder: Path) -> None:
     assert abs(mean - x.mean()) < 0.2  # that of the data, from 0 at the beginning
 
 
-@check
+@check(SERVERS)
 def dropout_differs_from_step_to_step(folder: Path) -> None:
     inputs = keras.Input((500,))
     layer = L.Dense(1, use_bias=False, kernel_initializer="zeros")
@@ -304,17 +299,8 @@ def dropout_differs_from_step_to_step(folder: Path) -> None:
     assert 2.4 < kept.std() < 4.0  # sqrt(10) = 3.16, and 0 if all steps dropped alike
 
 
-@check
-def wrong_options_are_refused(folder: Path) -> None:
-    for options in (
-        {"max_staleness": -1},
-        {"max_staleness": 1, "synchronous": True},
-        {"data": "servers"},
-        {"data": "workers", "synchronous": True},
-        {"min_part_bytes": 0},
-    ):
-        with pytest.raises(ArgumentError, match="Received: "):
-            tfdist.ParameterServer(**options)
+@check(SERVERS)
+def what_asynchronous_servers_cannot_do_is_refused(folder: Path) -> None:
     with pytest.raises(ArgumentError, match="every step a row"):
         tfdist.fit(
             mlp(clipped_adam()), *table(), sampler=tfdist.privacy.Poisson(), verbose=0,
@@ -324,7 +310,7 @@ def wrong_options_are_refused(folder: Path) -> None:
         tfdist.placement(keras.Sequential([L.Dense(1)]))
 
 
-@check
+@check(SERVERS)
 def bytes_are_balanced(folder: Path) -> None:
     model = keras.Sequential([keras.Input((64,)), *(L.Dense(64) for _ in range(9)), L.Dense(3)])
     model.compile("adam", "mse")

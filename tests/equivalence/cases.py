@@ -19,11 +19,18 @@ L = keras.layers
 Train = Callable[..., Any]
 Case = Callable[[Train], tuple[Any, Any]]
 CASES: dict[str, Case] = {}
+FAMILIES: dict[str, list[str]] = {}
 
 
-def case(function: Case) -> Case:
-    CASES[function.__name__] = function
-    return function
+def case(family: str) -> Callable[[Case], Case]:
+    """Adds a training to the cases of a family."""
+
+    def add(function: Case) -> Case:
+        CASES[function.__name__] = function
+        FAMILIES.setdefault(family, []).append(function.__name__)
+        return function
+
+    return add
 
 
 def table(rows: int = 961, columns: int = 20, classes: int = 3) -> tuple[Any, Any]:
@@ -53,16 +60,18 @@ def mlp(
     optimizer: Any,
     loss: Any = None,
     *,
-    activation: str = "relu",
     normalized: bool = False,
     bias_regularizer: Any = "l1",
     **compile_options: Any,
 ) -> Any:
-    """A small model: tracing its steps takes most of a test's time."""
+    """A small model, since tracing its steps takes most of a test's time.
+
+    It is smooth: on a ReLU's edge the last bit of an input changes a training by 1e-3.
+    """
     model = keras.Sequential(
         [
             keras.Input((20,)),
-            L.Dense(32, activation, kernel_regularizer=keras.regularizers.L2(1e-3)),
+            L.Dense(32, "tanh", kernel_regularizer=keras.regularizers.L2(1e-3)),
             *[L.LayerNormalization()] * normalized,
             L.Dense(3, bias_regularizer=bias_regularizer),
         ]
@@ -87,9 +96,10 @@ def rows_case(rows: int) -> Case:
 
 for _rows in (960, 961, 3, 1):
     CASES[f"rows_{_rows}"] = rows_case(_rows)
+FAMILIES["rows"] = list(CASES)
 
 
-@case
+@case("samplers")
 def poisson_some_batches_empty(train: Train) -> tuple[Any, Any]:
     model = mlp(keras.optimizers.SGD(0.01, momentum=0.9))
     sampler = tfdist.privacy.Poisson()
@@ -99,14 +109,14 @@ def poisson_some_batches_empty(train: Train) -> tuple[Any, Any]:
     return model, train(model, *table(80), **options)
 
 
-@case
+@case("optimizers")
 def sgd_momentum(train: Train) -> tuple[Any, Any]:
     optimizer = keras.optimizers.SGD(0.05, momentum=0.9, nesterov=True, clipnorm=0.5)
     model = mlp(optimizer, normalized=True)
     return model, train(model, *table(), batch_size=64, epochs=2)
 
 
-@case
+@case("optimizers")
 def adamw_ema(train: Train) -> tuple[Any, Any]:
     optimizer = keras.optimizers.AdamW(
         0.01, weight_decay=0.01, use_ema=True, ema_momentum=0.9, ema_overwrite_frequency=5
@@ -115,23 +125,25 @@ def adamw_ema(train: Train) -> tuple[Any, Any]:
     return model, train(model, *table(), batch_size=64, epochs=2)
 
 
-@case
+@case("optimizers")
 def gradient_accumulation(train: Train) -> tuple[Any, Any]:
     model = mlp(keras.optimizers.Adam(0.01, gradient_accumulation_steps=3))
     return model, train(model, *table(), batch_size=64, epochs=2)
 
 
-@case
+@case("optimizers")
 def loss_scaling(train: Train) -> tuple[Any, Any]:
     # The first scales overflow, so steps are skipped, on all replicas or on none.
     optimizer = keras.optimizers.LossScaleOptimizer(
         keras.optimizers.Adam(0.01), initial_scale=2.0**127, dynamic_growth_steps=4
     )
-    model = mlp(optimizer)
-    return model, train(model, *table(), batch_size=64, epochs=2)
+    model = mlp(optimizer, loss_weights=64.0)
+    history = train(model, *table(), batch_size=64, epochs=2)
+    assert 8 < int(optimizer.inner_optimizer.iterations) < 29  # of 32 steps
+    return model, history
 
 
-@case
+@case("optimizers")
 def mixed_precision(train: Train) -> tuple[Any, Any]:
     keras.mixed_precision.set_global_policy("mixed_float16")
     try:
@@ -141,7 +153,7 @@ def mixed_precision(train: Train) -> tuple[Any, Any]:
         keras.mixed_precision.set_global_policy("float32")
 
 
-@case
+@case("optimizers")
 def every_optimizer(train: Train) -> tuple[Any, Any]:
     models = []
     for name in ("Adadelta", "Adafactor", "Adagrad", "Adamax", "Ftrl", "Lamb", "Lion",
@@ -153,14 +165,14 @@ def every_optimizer(train: Train) -> tuple[Any, Any]:
     return models, history
 
 
-@case
+@case("layers")
 def cnn_synchronized_batch_norm(train: Train) -> tuple[Any, Any]:
     model = keras.Sequential(
         [
             keras.Input((8, 8, 1)),
             L.Conv2D(6, 3, use_bias=False),
             L.BatchNormalization(synchronized=True, momentum=0.9),
-            L.ReLU(),
+            L.Activation("silu"),
             L.GlobalAveragePooling2D(),
             L.Dense(4),
         ]
@@ -170,7 +182,7 @@ def cnn_synchronized_batch_norm(train: Train) -> tuple[Any, Any]:
     return model, train(model, x, y, batch_size=32, epochs=2, validation_data=(x, y))
 
 
-@case
+@case("layers")
 def embedding_lstm(train: Train) -> tuple[Any, Any]:
     model = keras.Sequential(
         [
@@ -186,7 +198,7 @@ def embedding_lstm(train: Train) -> tuple[Any, Any]:
     return model, train(model, *sequences(), batch_size=32, epochs=2)
 
 
-@case
+@case("layers")
 def masked_tagging(train: Train) -> tuple[Any, Any]:
     words = keras.Input((12,), dtype="int32")
     hidden = L.Embedding(50, 8, mask_zero=True)(words)
@@ -204,7 +216,7 @@ def masked_tagging(train: Train) -> tuple[Any, Any]:
     return model, train(model, x, targets, batch_size=32, epochs=2)
 
 
-@case
+@case("inputs")
 def several_inputs_and_outputs(train: Train) -> tuple[Any, Any]:
     a, b = keras.Input((12,), name="a"), keras.Input((8,), name="b")
     hidden = L.Dense(16, activation="tanh")(L.Concatenate()([a, b]))
@@ -239,7 +251,7 @@ class Subclassed(keras.Model):
         return self.second(self.act(self.first(x)))
 
 
-@case
+@case("layers")
 def subclassed_by_function(train: Train) -> tuple[Any, Any]:
     def make() -> Any:
         model = Subclassed(lambda x: tf.sin(x))
@@ -250,14 +262,14 @@ def subclassed_by_function(train: Train) -> tuple[Any, Any]:
     return history.model, history
 
 
-@case
+@case("losses")
 def sample_weight(train: Train) -> tuple[Any, Any]:
     model = mlp(clipped_adam(), weighted_metrics=["accuracy"])
     weights = np.random.default_rng(1).uniform(0, 3, 961).astype("float32")
     return model, train(model, *table(), sample_weight=weights, batch_size=64, epochs=2)
 
 
-@case
+@case("losses")
 def class_weight(train: Train) -> tuple[Any, Any]:
     model = mlp(clipped_adam())
     return model, train(model, *table(), class_weight={0: 3.0, 1: 0.5}, batch_size=64, epochs=2)
@@ -269,22 +281,21 @@ def unbalanced() -> tuple[Any, Any]:
     return x[kept], y[kept]
 
 
-@case
+@case("samplers")
 def class_balanced(train: Train) -> tuple[Any, Any]:
-    # With ReLU a unit is so near zero that inputs times 1 + 1e-7 change its weights by 1e-4.
-    model = mlp(clipped_adam(), activation="tanh")
+    model = mlp(clipped_adam())
     sampler = tfdist.samplers.ClassBalanced()
     return model, train(model, *unbalanced(), sampler=sampler, batch_size=64, epochs=3)
 
 
-@case
+@case("samplers")
 def stratified(train: Train) -> tuple[Any, Any]:
     model = mlp(clipped_adam())
     sampler = tfdist.samplers.Stratified()
     return model, train(model, *unbalanced(), sampler=sampler, batch_size=60, epochs=3)
 
 
-@case
+@case("samplers")
 def class_streams(train: Train) -> tuple[Any, Any]:
     model = mlp(clipped_adam())
     dataset = tf.data.Dataset.from_tensor_slices(unbalanced()).shuffle(100, seed=3).batch(30)
@@ -293,7 +304,7 @@ def class_streams(train: Train) -> tuple[Any, Any]:
     return model, train(model, data, epochs=2, **options)
 
 
-@case
+@case("samplers")
 def augmented(train: Train) -> tuple[Any, Any]:
     model = keras.Sequential([keras.Input((6, 6, 1)), L.Flatten(), L.Dense(4)])
     model.compile(keras.optimizers.Adam(0.01), crossentropy())
@@ -303,7 +314,7 @@ def augmented(train: Train) -> tuple[Any, Any]:
     return model, train(model, x, y, batch_size=32, epochs=2, **options)
 
 
-@case
+@case("samplers")
 def augmented_where_repeated(train: Train) -> tuple[Any, Any]:
     models = [mlp(clipped_adam()), mlp(clipped_adam())]
     x, y = unbalanced()
@@ -315,7 +326,7 @@ def augmented_where_repeated(train: Train) -> tuple[Any, Any]:
     return models, train(models[1], dataset, augment=augment, epochs=2)
 
 
-@case
+@case("losses")
 def logit_adjusted(train: Train) -> tuple[Any, Any]:
     x, y = unbalanced()
     loss = tfdist.imbalance.LogitAdjustedCrossentropy(np.bincount(y))
@@ -323,7 +334,7 @@ def logit_adjusted(train: Train) -> tuple[Any, Any]:
     return model, train(model, x, y, class_weight="balanced", batch_size=64, epochs=2)
 
 
-@case
+@case("losses")
 def loss_reductions(train: Train) -> tuple[Any, Any]:
     weights = np.random.default_rng(1).uniform(0, 3, 131).astype("float32")
     models = []
@@ -335,13 +346,13 @@ def loss_reductions(train: Train) -> tuple[Any, Any]:
     return models, history
 
 
-@case
+@case("inputs")
 def steps_per_execution(train: Train) -> tuple[Any, Any]:
     model = mlp(clipped_adam(), steps_per_execution=4)
     return model, train(model, *table(), batch_size=64, epochs=2, validation_data=table(300))
 
 
-@case
+@case("inputs")
 def steps_per_epoch(train: Train) -> tuple[Any, Any]:
     model = mlp(clipped_adam())
     return model, train(
@@ -355,12 +366,12 @@ def steps_per_epoch(train: Train) -> tuple[Any, Any]:
     )
 
 
-@case
+@case("layers")
 def dropout(train: Train) -> tuple[Any, Any]:
     model = keras.Sequential(
         [
             keras.Input((8, 8, 1)),
-            L.Conv2D(6, 3, activation="relu"),
+            L.Conv2D(6, 3, activation="tanh"),
             L.SpatialDropout2D(0.2),
             L.Flatten(),
             L.Dropout(0.5),
@@ -371,7 +382,7 @@ def dropout(train: Train) -> tuple[Any, Any]:
     return model, train(model, *images(), batch_size=32, epochs=2)
 
 
-@case
+@case("layers")
 def dropout_compiled_by_xla(train: Train) -> tuple[Any, Any]:
     """As Keras does on a GPU by itself, where one process trains."""
     model = keras.Sequential(
@@ -381,7 +392,7 @@ def dropout_compiled_by_xla(train: Train) -> tuple[Any, Any]:
     return model, train(model, *table(301), batch_size=64, epochs=2)
 
 
-@case
+@case("inputs")
 def tf_dataset(train: Train) -> tuple[Any, Any]:
     def batches(rows: int) -> Any:
         return tf.data.Dataset.from_tensor_slices(table(rows)).shuffle(200, seed=3).batch(50)
@@ -392,7 +403,7 @@ def tf_dataset(train: Train) -> tuple[Any, Any]:
     )
 
 
-@case
+@case("inputs")
 def tf_dataset_of_unknown_length(train: Train) -> tuple[Any, Any]:
     dataset = tf.data.Dataset.from_tensor_slices(table(300)).batch(64).filter(lambda *_: True)
     model = mlp(clipped_adam())
@@ -414,13 +425,13 @@ class Pages(keras.utils.PyDataset):
         return self.x[page * 50 : page * 50 + 50], self.y[page * 50 : page * 50 + 50]
 
 
-@case
+@case("inputs")
 def py_dataset(train: Train) -> tuple[Any, Any]:
     model = mlp(clipped_adam())
     return model, train(model, Pages(*table()), epochs=2, validation_data=Pages(*table(101)))
 
 
-@case
+@case("inputs")
 def generator(train: Train) -> tuple[Any, Any]:
     def pages() -> Any:
         x, y = table()
@@ -448,10 +459,10 @@ class OwnStep(keras.Model):
         return {"raw": loss, **{m.name: m.result() for m in self.metrics}}
 
 
-@case
+@case("losses")
 def own_train_step(train: Train) -> tuple[Any, Any]:
     inputs = keras.Input((20,))
-    model = OwnStep(inputs, L.Dense(3)(L.Dense(16, activation="relu")(inputs)))
+    model = OwnStep(inputs, L.Dense(3)(L.Dense(16, activation="tanh")(inputs)))
     model.compile(clipped_adam(), crossentropy(), metrics=["accuracy"])
     return model, train(model, *table(), batch_size=64, epochs=2)
 
@@ -462,7 +473,7 @@ class Adversaries(keras.Model):
     def __init__(self) -> None:
         super().__init__()
         self.maker = keras.Sequential([keras.Input((4,)), L.Dense(20)])
-        self.judge = keras.Sequential([keras.Input((20,)), L.Dense(8, "relu"), L.Dense(1)])
+        self.judge = keras.Sequential([keras.Input((20,)), L.Dense(8, "tanh"), L.Dense(1)])
         self.judge_loss = keras.metrics.Mean(name="judge_loss")
 
     def compile(self, **options: Any) -> None:
@@ -490,21 +501,21 @@ class Adversaries(keras.Model):
         return {"judge_loss": self.judge_loss.result()}
 
 
-@case
+@case("losses")
 def two_optimizers(train: Train) -> tuple[Any, Any]:
     model = Adversaries()
     model.compile(optimizer=keras.optimizers.Adam(0.01))
     return model, train(model, table()[0], batch_size=64, epochs=2)
 
 
-@case
+@case("optimizers")
 def second_fit_continues(train: Train) -> tuple[Any, Any]:
     model = mlp(clipped_adam())
     train(model, *table(), batch_size=64, epochs=1)
     return model, train(model, *table(), batch_size=64, epochs=2)
 
 
-@case
+@case("losses")
 def own_compute_loss(train: Train) -> tuple[Any, Any]:
     class OwnLoss(keras.Model):
         def compute_loss(self, x, y, y_pred, sample_weight=None, training=True):  # type: ignore[no-untyped-def]
@@ -525,7 +536,7 @@ def private_mlp(optimizer: Any, **options: Any) -> Any:
     return mlp(optimizer, bias_regularizer=None, **options)
 
 
-@case
+@case("privacy")
 def private(train: Train) -> tuple[Any, Any]:
     model = private_mlp(keras.optimizers.AdamW(0.01, weight_decay=0.01), normalized=True)
     return model, train(
@@ -538,28 +549,28 @@ def private(train: Train) -> tuple[Any, Any]:
     )
 
 
-@case
+@case("privacy")
 def private_compiled_by_xla(train: Train) -> tuple[Any, Any]:
     model = private_mlp(keras.optimizers.Adam(0.01), jit_compile=True)
     privacy = noiseless(l2_norm_clip=0.5)
     return model, train(model, *table(300), batch_size=64, epochs=2, privacy=privacy)
 
 
-@case
+@case("privacy")
 def private_adaptive(train: Train) -> tuple[Any, Any]:
     model = private_mlp(keras.optimizers.Adam(0.01))
     privacy = noiseless(l2_norm_clip=0.1, target_quantile=0.5)
     return model, train(model, *table(300), batch_size=64, epochs=2, privacy=privacy)
 
 
-@case
+@case("privacy")
 def private_clipped_by_layer(train: Train) -> tuple[Any, Any]:
     model = private_mlp(keras.optimizers.Adam(0.01))
     privacy = noiseless(l2_norm_clip=0.1, clipping="per_layer")
     return model, train(model, *table(300), batch_size=64, epochs=2, privacy=privacy)
 
 
-@case
+@case("privacy")
 def private_users(train: Train) -> tuple[Any, Any]:
     model = private_mlp(keras.optimizers.Adam(0.01))
     ids = np.minimum(np.random.default_rng(2).geometric(0.05, 300), 60)
@@ -569,7 +580,7 @@ def private_users(train: Train) -> tuple[Any, Any]:
     return model, train(model, *table(300), batch_size=20, epochs=2, privacy=privacy)
 
 
-@case
+@case("privacy")
 def private_long_and_rebalanced(train: Train) -> tuple[Any, Any]:
     # So many positions that XLA computes the norms.
     model = keras.Sequential(
@@ -591,7 +602,7 @@ def private_long_and_rebalanced(train: Train) -> tuple[Any, Any]:
     )
 
 
-@case
+@case("privacy")
 def private_bias_corrected_adam(train: Train) -> tuple[Any, Any]:
     model = private_mlp(tfdist.privacy.DPAdam(0.01, variance_floor=1e-4))
     return model, train(
@@ -599,7 +610,7 @@ def private_bias_corrected_adam(train: Train) -> tuple[Any, Any]:
     )
 
 
-@case
+@case("privacy")
 def private_in_turn(train: Train) -> tuple[Any, Any]:
     models = [private_mlp(keras.optimizers.SGD(0.1)) for _ in range(2)]
     # The noise is the same too: its first stream makes all of it.
@@ -610,7 +621,7 @@ def private_in_turn(train: Train) -> tuple[Any, Any]:
     return models, train(models[1], dataset, epochs=2, privacy=privacy)
 
 
-@case
+@case("privacy")
 def private_augmented(train: Train) -> tuple[Any, Any]:
     model = private_mlp(keras.optimizers.Adam(0.01))
     privacy = noiseless(l2_norm_clip=0.1, augmentations=3)
@@ -619,19 +630,19 @@ def private_augmented(train: Train) -> tuple[Any, Any]:
     return model, train(model, *table(100), privacy=privacy, **options)
 
 
-@case
+@case("privacy")
 def private_some_batches_empty(train: Train) -> tuple[Any, Any]:
     model = private_mlp(keras.optimizers.SGD(0.05, momentum=0.9), steps_per_execution=3)
     options = {"batch_size": 2, "epochs": 2, "privacy": noiseless(l2_norm_clip=0.5)}
     return model, train(model, *table(60), **options)
 
 
-@case
+@case("privacy")
 def private_microbatches_and_dropout(train: Train) -> tuple[Any, Any]:
     model = keras.Sequential(
         [
             keras.Input((8, 8, 1)),
-            L.Conv2D(6, 3, activation="relu"),
+            L.Conv2D(6, 3, activation="tanh"),
             L.GroupNormalization(2),
             L.Flatten(),
             L.Dropout(0.5),
@@ -650,7 +661,7 @@ def private_microbatches_and_dropout(train: Train) -> tuple[Any, Any]:
     )
 
 
-@case
+@case("privacy")
 def private_masked_tagging(train: Train) -> tuple[Any, Any]:
     words = keras.Input((12,), dtype="int32")
     hidden = L.Embedding(50, 8, mask_zero=True)(words)
@@ -669,7 +680,7 @@ def private_masked_tagging(train: Train) -> tuple[Any, Any]:
     return model, train(model, x, targets, batch_size=16, epochs=2, privacy=privacy)
 
 
-@case
+@case("privacy")
 def private_class_weight_and_mixed_precision(train: Train) -> tuple[Any, Any]:
     keras.mixed_precision.set_global_policy("mixed_bfloat16")
     try:

@@ -1,6 +1,6 @@
-"""Keras as it is where scikit-learn and matplotlib are not installed; Python runs this first.
+"""Keras as it is without scikit-learn, pandas and matplotlib; Python runs this first.
 
-Keras imports both where it finds them, though few programs need its wrappers for them. That
+Keras imports them where it finds them, though few programs need that. It
 takes a third of a process's start, and these tests start hundreds. Only Keras misses them, and
 only while it is imported itself.
 """
@@ -16,7 +16,7 @@ class Hidden:
     def find_spec(self, name: str, path: object = None, target: object = None) -> None:
         keras = getattr(sys.modules.get("keras"), "__spec__", None)
         beginning = getattr(keras, "_initializing", False)
-        if beginning and name.partition(".")[0] in ("sklearn", "matplotlib"):
+        if beginning and name.partition(".")[0] in ("sklearn", "matplotlib", "pandas"):
             raise ModuleNotFoundError(f"hidden from Keras: {name}", name=name)
 
 

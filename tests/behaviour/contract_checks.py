@@ -1,0 +1,155 @@
+"""What every strategy must do by itself: the pieces that `fit` is made of.
+
+Each replica contributes something else, so that the right answers are sums and lists that are
+known beforehand.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+import tfdist
+from tests.behaviour.registry import EVERYWHERE, REPLICAS, WORKERS, check
+
+THREE = ("multi_worker-3", "horovod-3")
+MORE = ("mirrored-4", *THREE)
+TYPES = (tf.float32, tf.float64, tf.int32, tf.int64, tf.float16)
+
+
+def strategy() -> Any:
+    return tfdist.session.current().strategy
+
+
+def on_replicas(function: Any) -> Any:
+    """Runs a function on all replicas, traced, as `fit` does."""
+    return tf.function(lambda: strategy().run(function), autograph=False)()
+
+
+def tensor(replica: Any, position: int) -> Any:
+    """What a replica contributes at a position of a list: dense or rows, of some type."""
+    dtype = TYPES[position % len(TYPES)]
+    value = tf.cast(tf.reshape(tf.range(6), [3, 2]) * (position + 1), dtype)
+    value *= tf.cast(replica + 1, dtype)
+    if position % 4 == 1 or position in (2, 3, 14, 19):  # the numbers of TensorFlow's types
+        rows = tf.constant([4, 0, 4])
+        return tf.IndexedSlices(value, rows, tf.constant([5, 2]))
+    return value
+
+
+def dense(value: Any) -> Any:
+    return tf.convert_to_tensor(value)
+
+
+@check(*EVERYWHERE, *MORE)
+def sums_are_of_all_replicas(folder: Path) -> None:
+    replicas = strategy().place.num_replicas
+
+    def sum_up() -> Any:
+        replica = strategy().replica_id()
+        summed = strategy().all_reduce_sum([tensor(replica, i) for i in range(20)])
+        sizes = [tf.cast(tf.reshape(dense(value), [1, -1]), tf.float32) for value in summed]
+        return summed, strategy().all_gather(tf.concat(sizes, 1))
+
+    summed, on_each = on_replicas(sum_up)
+    times = sum(range(1, replicas + 1))
+    for position, received in enumerate(summed):
+        one = tensor(0, position)
+        assert isinstance(received, tf.IndexedSlices) == isinstance(one, tf.IndexedSlices)
+        assert received.dtype == one.dtype
+        np.testing.assert_array_equal(dense(received), dense(one) * times)
+    rows = np.asarray(on_each)
+    assert len(rows) == replicas
+    assert (rows == rows[0]).all()
+
+
+@check(*EVERYWHERE, *MORE)
+def rows_are_gathered_in_the_order_of_replicas(folder: Path) -> None:
+    replicas = strategy().place.num_replicas
+
+    def gather() -> Any:
+        replica = tf.cast(strategy().replica_id(), tf.int32)
+        rows = tf.fill([replica, 2], tf.cast(replica, tf.float32))  # none of the first one
+        return strategy().all_gather(rows), strategy().all_gather(replica[None])
+
+    rows, numbers = on_replicas(gather)
+    expected = np.repeat(np.arange(replicas), np.arange(replicas))
+    np.testing.assert_array_equal(rows, np.stack([expected] * 2, 1))
+    np.testing.assert_array_equal(numbers, np.arange(replicas))
+
+
+@check(*EVERYWHERE, *MORE)
+def shares_are_dealt_out_in_order(folder: Path) -> None:
+    place = strategy().place
+    numbers = [
+        step * place.num_replicas + place.first_replica + local
+        for step in range(3)
+        for local in range(place.local_replicas)
+    ]
+    shares = strategy().distribute(lambda: tf.data.Dataset.from_tensor_slices(numbers))
+    iterator = iter(shares)
+
+    @tf.function(autograph=False)
+    def step(iterator: Any) -> Any:
+        share = strategy().next_share(iterator)
+        return strategy().run(lambda number: strategy().all_gather(number[None]), share)
+
+    received = np.concatenate([step(iterator) for _ in range(3)])
+    np.testing.assert_array_equal(received, np.arange(3 * place.num_replicas))
+
+
+@check(*REPLICAS, *MORE)
+def each_replica_has_variables_of_its_own_while_they_are_held(folder: Path) -> None:
+    place = strategy().place
+    variable = keras.Variable([1.0, 2.0])
+    plain = variable.value
+
+    def count() -> Any:
+        variable.assign(variable + tf.cast(strategy().replica_id() + 1, tf.float32))
+        return variable.value
+
+    held = strategy().hold([variable], [])
+    for time in (1, 2):  # it can be entered again
+        with held:
+            on_replicas(count)
+            copies = strategy().copies(variable)
+        changes = np.arange(place.local_replicas) + place.first_replica + 1
+        if time == 2:  # the first replica's came back, and went to all
+            changes += changes[0]
+        np.testing.assert_array_equal(copies, np.stack([1.0 + changes, 2.0 + changes], 1))
+        np.testing.assert_array_equal(variable, copies[0])
+        assert variable.value is plain
+
+
+@check(*WORKERS, *THREE)
+def workers_take_the_chief_s_bits(folder: Path) -> None:
+    me = strategy().place.worker_index
+    values = [
+        np.array([np.nan, -0.0, np.inf, 1e-45], "float32"),
+        np.arange(5, dtype="int64") << 40,
+        np.array(True),
+        np.zeros([0, 3], "float16"),
+        np.arange(3, dtype="float64") / 3,
+    ]
+    variables = [
+        keras.Variable(np.zeros_like(value) if me else value, dtype=value.dtype.name)
+        for value in values
+    ]
+    for _ in range(2):  # the second time they are equal already
+        strategy().agree(variables)
+        for variable, value in zip(variables, values, strict=True):
+            assert np.asarray(variable).tobytes() == value.tobytes()
+
+
+@check(*WORKERS, *THREE)
+def objects_come_from_all_workers(folder: Path) -> None:
+    place = strategy().place
+    mine = {"worker": place.worker_index, "text": "ü" * 1000 * place.worker_index}
+    found = strategy().gather_objects(mine)
+    assert [one["worker"] for one in found] == list(range(place.num_workers))
+    assert [len(one["text"]) for one in found] == [1000 * i for i in range(place.num_workers)]
+    assert strategy().broadcast_object(mine) == found[0]

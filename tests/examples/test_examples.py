@@ -1,0 +1,289 @@
+"""Examples, in one process and in two, and the Python code of the documentation.
+
+Most run in the places that all tests share. What a user types is launched as it is typed.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.examples.program import EXAMPLES
+from tests.jobs import finished, tfdist_run
+from tests.places.clusters import Clusters, on, workers_of
+
+ROOT = EXAMPLES.parent
+LIMIT_S = 240
+SINGLE, TWO, HOROVOD = "single-1", "multi_worker-2", "horovod-2"
+SERVERS = "parameter_server-2"
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]
+
+
+def example(command: str) -> str:
+    return f"tests.examples.program {command}"
+
+
+def run_on(*places: str, command: str) -> pytest.MarkDecorator:
+    """Runs a test once a place, with what the chief printed there."""
+    cells = [pytest.param(place, marks=on(place, example(command))) for place in places]
+    return pytest.mark.parametrize("place", cells)
+
+
+def printed_on(clusters: Clusters, place: str, command: str) -> str:
+    printed: str = clusters.outcomes(place, example(command))[0]
+    return printed
+
+
+def facts_of(printed: str) -> dict[str, str]:
+    return dict(re.findall(r"^(.+?): +(.+)$", printed, re.MULTILINE))
+
+
+def launched(command: list[str]) -> str:
+    """Runs a command to its end; gives what it printed, without the tasks' prefixes."""
+    environ = {"PYTHONIOENCODING": "utf-8", "COLUMNS": "100"}
+    status, printed = finished(command, LIMIT_S, environ)
+    assert status == 0, printed
+    return re.sub(r"^(?:worker|chief|ps) *\d? *│ ?", "", printed, flags=re.MULTILINE)
+
+
+@on(SINGLE, example("quickstart.py"))
+def test_quickstart_trains_as_one_process_and_all_workers_hold_the_same(clusters):
+    alone = printed_on(clusters, SINGLE, "quickstart.py")
+    both = launched(tfdist_run(2, EXAMPLES / "quickstart.py"))
+    figures = r"(accuracy: \S+ - loss: \S+)$"
+    curves = []
+    for printed, workers in ((alone, 1), (both, 2)):
+        rows = dict(re.findall(r"│ *([^│]*?) *│ *([^│]*?) *│", printed))
+        assert rows["strategy"] == ("single" if workers == 1 else "multi_worker")
+        assert rows["replicas"] == f"{workers} (workers: {workers})"
+        assert float(rows["examples/s"].replace(",", "")) > 0
+        assert float(rows["held-out accuracy"].split("%")[0]) > 95
+        assert rows["weights of all workers"] == "equal"
+        assert len([name for name in rows if name.startswith("sha256")]) == workers
+        assert printed.count("Epoch 8/8") == 1  # progress, from the chief alone
+        lines = re.findall(figures, printed, re.MULTILINE)
+        curves.append([[float(f) for f in re.findall(r"\d+\.\d+", line)] for line in lines])
+    one, two = curves
+    assert len(one) == 8
+    # How much Adam makes of last bits depends on the processor: on one of them, inputs times
+    # 1 + 3e-7 changed the second epoch's loss by 1e-3 in one process. Other batches change it
+    # by more than 1e-2. The equivalence suite is exact.
+    for (accuracy, loss), (expected_accuracy, expected_loss) in zip(two, one, strict=True):
+        assert accuracy == pytest.approx(expected_accuracy, abs=0.01)
+        assert loss == pytest.approx(expected_loss, abs=5e-3)
+
+
+@run_on(SINGLE, TWO, command="distributed_gradient_descent.py")
+def test_distributed_gradient_descent_equals_one_process(place, clusters):
+    facts = facts_of(printed_on(clusters, place, "distributed_gradient_descent.py"))
+    assert facts["equal to one process's"] == "True"
+    assert facts[f"the same on all {workers_of(place)} worker(s)"] == "True"
+    assert facts["rows of each replica"].count("..") == workers_of(place)
+    assert float(facts["largest difference to one"]) < 1e-5
+
+
+@run_on(SINGLE, HOROVOD, command="horovod_digits.py")
+def test_horovod_digits_trains_and_all_ranks_hold_the_same_weights(place, clusters):
+    printed = printed_on(clusters, place, "horovod_digits.py")
+    facts = facts_of(printed)
+    assert facts["strategy"] == place.partition("-")[0]
+    assert facts["ranks"] == str(workers_of(place))
+    assert float(facts["held-out accuracy"].split("%")[0]) > 95
+    hashes = facts["sha256 of weights"].split(", ")
+    assert len(hashes) == workers_of(place)
+    assert len(set(hashes)) == 1
+    assert printed.count("Epoch 15/15") == 1
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        pytest.param(command, marks=on(SERVERS, example(command)))
+        for command in ("parameter_server.py", "parameter_server.py --synchronous")
+    ],
+)
+def test_parameter_server_shows_its_servers(command, clusters):
+    printed = printed_on(clusters, SERVERS, command)
+    facts = facts_of(printed)
+    assert float(facts["held-out accuracy"].split("%")[0]) > 95
+    assert facts["updates"] == "516 of 516 steps"
+    if "--synchronous" in command:
+        assert facts["staleness"] == "none, every update was computed with the newest weights"
+    else:
+        assert re.match(r"\d\.\d\d updates, \d+ at most", facts["staleness"])
+    shown = re.findall(r"epoch 12: (\S+) +on (ps \d)", printed)
+    assert {server for _, server in shown} == {"ps 0", "ps 1"}
+
+
+@on(SERVERS, example("click_through.py"))
+def test_click_through_updates_the_rows_it_has_seen(clusters):
+    printed = printed_on(clusters, SERVERS, "click_through.py")
+    facts = facts_of(printed)
+    assert float(facts["held-out AUC"]) > 0.6
+    assert facts["rows changed"].endswith("of 300000, those of the users that were seen: True")
+    assert re.findall(r"users/embeddings .* ps (\d)", printed) == ["0", "1"]
+
+
+def figures(printed: str, name: str, number: str) -> dict[str, list[float]]:
+    """Reads the rows of a table whose names match."""
+    rows = re.findall(rf"^│ ({name}) *(│.*)$", printed, re.MULTILINE)
+    return {row.strip(): [float(f) for f in re.findall(number, rest)] for row, rest in rows}
+
+
+@on(SINGLE, example("imbalanced_digits.py"))
+@on(TWO, example("imbalanced_digits.py"))
+def test_imbalanced_digits_has_the_same_figures_on_one_and_on_two_workers(clusters):
+    names = r"nothing|class_weight\S+|ClassBalanced\(\)"
+    one, two = (
+        figures(printed_on(clusters, place, "imbalanced_digits.py"), names, r"([\d.]+)%")
+        for place in (SINGLE, TWO)
+    )
+    assert len(one) == 3
+    for name, row in one.items():
+        # An image may lie so near to two classes that the last digit decides: 1 of 45 or more.
+        assert two[name] == pytest.approx(row, abs=1.0)
+    recall_of_odd = {name: row[2] for name, row in one.items()}
+    assert recall_of_odd["ClassBalanced()"] > recall_of_odd["nothing"] + 10
+    assert recall_of_odd['class_weight="balanced"'] > recall_of_odd["nothing"] + 10
+
+
+@on(SINGLE, example("checkpoint.py FOLDER"))
+def test_a_stopped_training_goes_on_to_the_weights_of_one_never_stopped(clusters, tmp_path):
+    command = [sys.executable, str(EXAMPLES / "checkpoint.py"), str(tmp_path)]
+    status, stopped = finished([*command, "--sigterm-after", "60"], LIMIT_S)
+    assert status == 75, stopped
+    assert "tfdist: saved after step 16 of epoch 3" in stopped
+    went_on = launched(command)
+    never = printed_on(clusters, SINGLE, "checkpoint.py FOLDER")
+    pattern = r"^held-out accuracy \S+\nweights \w{16}$"
+    result = re.search(pattern, never, re.MULTILINE)
+    assert result is not None, never
+    assert result[0] in went_on
+
+
+def test_two_workers_are_started_again_after_sigterm(tmp_path):
+    arguments = EXAMPLES / "checkpoint.py", tmp_path, "--sigterm-after", "60"
+    printed = launched(tfdist_run(2, *arguments, options=["--max-restarts", "1"]))
+    assert "tfdist: training goes on from" in printed
+    assert re.search(r"^held-out accuracy 8\d\.\d%$", printed, re.MULTILINE), printed
+
+
+@on(SINGLE, example("own_records.py"))
+@on(TWO, example("own_records.py"))
+def test_own_records_have_the_same_figures_as_all_records_in_one_process(clusters):
+    one, two = (printed_on(clusters, place, "own_records.py") for place in (SINGLE, TWO))
+    losses = [re.findall(r"loss: ([\d.]+)", printed) for printed in (one, two)]
+    assert len(losses[0]) == 5
+    np.testing.assert_allclose(*(np.array(found, float) for found in losses), atol=2e-4)
+    right = [
+        int(re.findall(r"held out: (\d+) of 89 right", printed)[0]) for printed in (one, two)
+    ]
+    assert min(right) > 80
+    assert max(right) - min(right) <= 1
+    assert re.search(r"1 +22 +1\.\d +0\.0% +100\.0%", two)
+
+
+@on(SINGLE, example("smote.py"))
+@on(TWO, example("smote.py"))
+def test_smote_has_the_same_figures_on_one_and_on_two_workers(clusters):
+    names = r"nothing|SMOTE|ClassBalanced\(\)(?:, Augment)?"
+    one, two = (
+        figures(printed_on(clusters, place, "smote.py"), names, r"[\d.]+")
+        for place in (SINGLE, TWO)
+    )
+    assert len(one) == 4
+    for name, row in one.items():
+        # An image may lie so near to two classes that the last digit decides: 1 of 45 or more.
+        assert two[name] == pytest.approx(row, abs=1.0)
+    rows, _, recall_of_odd = zip(*(one[name] for name in ("nothing", "SMOTE")), strict=True)
+    assert rows[1] > rows[0]
+    assert recall_of_odd[1] > recall_of_odd[0] + 5
+    assert one["ClassBalanced(), Augment"][2] > recall_of_odd[0] + 10
+
+
+@run_on(SINGLE, TWO, command="private_digits.py")
+def test_private_digits_keeps_to_its_budget(place, clusters):
+    printed = printed_on(clusters, place, "private_digits.py")
+    facts = facts_of(printed)
+    assert facts["strategy"] == place.partition("-")[0]
+    assert float(facts["held-out accuracy"].split("%")[0]) > 85
+    assert 2.9 < float(facts["epsilon"].split(" ")[0]) <= 3.0
+    assert 100 < int(facts["steps"]) < 200
+    shown_auc = re.match(r"1347 members and 450 non-members: AUC ([\d.]+),", facts["attack"])
+    assert float(shown_auc[1]) < 0.6
+    assert "The weights are differentially private with epsilon = " in printed
+    shown = [float(e) for e in re.findall(r"- epsilon: (\S+)", printed)]
+    assert shown == sorted(shown)  # progress, from the chief alone
+    assert shown[-1] <= 3.0
+    assert "Epoch 100/100" not in printed
+
+
+@on(SINGLE, example("private_embedding.py"))
+def test_private_embedding_hides_which_words_nobody_wrote(clusters):
+    printed = printed_on(clusters, SINGLE, "private_embedding.py")
+    found = re.findall(
+        r"^(.+): held-out accuracy ([\d.]+)%; changed were 1000 written and (\d+)",
+        printed,
+        re.M,
+    )
+    (plain, most, unwritten), (private, some, hidden) = found
+    assert (plain, private) == ("without privacy", "private")
+    assert (unwritten, hidden) == ("0", "200")
+    assert float(most) > float(some) > 65
+    assert float(re.findall(r"^epsilon ([\d.]+) of 3.0", printed, re.M)[0]) <= 3.0
+
+
+@pytest.mark.parametrize(
+    ("options", "scripts"),
+    [
+        (["--drop-in"], 2),
+        (["--ps", "1", "--drop-in"], 1),  # the chief alone runs the script
+    ],
+    ids=" ".join,
+)
+def test_unmodified_keras_script(options, scripts, tmp_path):
+    script = EXAMPLES / "unmodified_keras.py"
+    assert "import tfdist" not in script.read_text()
+    printed = launched(tfdist_run(2, script, tmp_path, options=options))
+    results = re.findall(r"held-out accuracy ([\d.]+), (\d+) of 450 right", printed)
+    assert len(results) == scripts
+    assert len(set(results)) == 1
+    assert float(results[0][0]) > 0.9
+    assert [path.name for path in tmp_path.iterdir()] == ["digits.keras"]
+
+
+# TensorFlow's devices are set once in a process, so the page that sets them comes first.
+RUN_PAGES = """
+import pathlib, re, sys
+pages = sorted(map(pathlib.Path, sys.argv[1:]), key=lambda page: page.name != "mirrored.md")
+for page in pages:
+    blocks = re.findall(r"^```python\\n(.*?)^```", page.read_text("utf-8"), re.M | re.S)
+    for number, block in enumerate(blocks):
+        print(f"running {page.name} {number}", flush=True)
+        exec(compile(block, f"{page.name}, block {number}", "exec"), {})
+"""
+
+
+def test_python_code_of_the_documentation(tmp_path):
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    if not (ROOT / "docs").is_dir():
+        pytest.skip("the documentation is not part of this copy")
+    done = subprocess.run(
+        [sys.executable, "-c", RUN_PAGES, *map(str, pages)],
+        cwd=tmp_path,
+        env={k: v for k, v in os.environ.items() if k != "TF_CONFIG"},
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=LIMIT_S,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert done.stdout.count("running ") >= 8

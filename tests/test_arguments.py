@@ -1,0 +1,101 @@
+"""Arguments that must be refused, each with a message that names it; no process is started."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import tfdist
+from tests.equivalence.cases import clipped_adam, mlp, table
+from tfdist.errors import ArgumentError
+
+pytestmark = pytest.mark.quick
+X, Y = table(10)
+
+
+def batches() -> Any:
+    return tf.data.Dataset.from_tensor_slices(table(4)).batch(2)
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return mlp(clipped_adam())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"x": X, "y": Y, "batch_size": 0}, ["batch_size=0"]),
+        ({"x": X, "y": Y, "batch_size": 2.5}, ["batch_size=2.5"]),
+        ({"x": X, "y": Y, "epochs": -1}, ["epochs=-1"]),
+        ({"x": X, "y": Y, "steps_per_epoch": 0}, ["steps_per_epoch=0"]),
+        ({"x": X, "y": Y, "verify_every": 0}, ["verify_every=0"]),
+        ({"x": X[:0], "y": Y[:0]}, ["at least one example"]),
+        ({"x": X, "y": Y[:9]}, ["[10]", "[9]"]),
+        ({"x": X, "y": Y, "validation_split": 1.0}, ["validation_split=1.0"]),
+        ({"x": X, "y": Y, "class_weight": {0: 1}, "sample_weight": Y}, ["class_weight"]),
+        ({"x": "nothing"}, ["x='nothing'"]),
+        ({"x": batches().take(0)}, ["at least one batch"]),
+        ({"x": batches().filter(lambda *_: False)}, ["at least one batch"]),
+        ({"x": batches(), "y": Y}, ["`y`"]),
+        ({"x": batches(), "batch_size": 4}, ["batch_size=4"]),
+        ({"x": X, "y": Y, "strategy": "dtensor"}, ["strategy='dtensor'", "mirrored"]),
+        ({"x": X, "y": Y, "shard": "global"}, ["'local'"]),
+        ({"x": batches(), "shard": "local"}, ["needs arrays"]),
+    ],
+    ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
+)
+def test_a_fit_is_refused(arguments: dict[str, Any], said: list[str], model: Any) -> None:
+    before = model.get_weights()
+    with pytest.raises(ArgumentError) as caught:
+        tfdist.fit(model, verbose=0, **arguments)
+    for words in said:
+        assert words in str(caught.value)
+    assert int(model.optimizer.iterations) == 0
+    for ours, theirs in zip(model.get_weights(), before, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_an_uncompiled_model_is_refused() -> None:
+    model = keras.Sequential([keras.Input((20,)), keras.layers.Dense(3)])
+    with pytest.raises(ArgumentError, match="compile"):
+        tfdist.fit(model, X, Y)
+    with pytest.raises(ArgumentError, match="function"):
+        tfdist.fit(lambda: 3, X, Y)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"op": "sum"}, "op='sum'"),
+        ({"compression": "fp8"}, "'fp8'"),
+        ({"gradient_predivide_factor": 0.0}, "gradient_predivide_factor=0.0"),
+        ({"op": "adasum", "gradient_predivide_factor": 2.0}, "gradient_predivide_factor=2.0"),
+    ],
+)
+def test_settings_of_horovod_are_refused(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ArgumentError) as caught:
+        tfdist.Horovod(**options)
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_staleness": -1},
+        {"max_staleness": 1, "synchronous": True},
+        {"data": "servers"},
+        {"data": "workers", "synchronous": True},
+        {"min_part_bytes": 0},
+    ],
+)
+def test_settings_of_parameter_servers_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ArgumentError) as caught:
+        tfdist.ParameterServer(**options)
+    received = str(caught.value).partition("Received: ")[2]
+    for name, value in options.items():
+        assert f"{name}={value!r}" in received
