@@ -36,6 +36,7 @@ def _watched(function: Callable[P, Any]) -> Callable[P, Any]:
         with watch.calling(function.__name__, used):
             if not used.elastic:  # whoever joins later has missed the call
                 preflight.check_call(used, function.__name__)
+                watch.meet()
             return function(*args, **kwargs)
 
     return watched

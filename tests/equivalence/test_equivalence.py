@@ -83,9 +83,10 @@ def test_the_training_equals_one_process_s(
     for what in ("weights", "optimizer"):
         for there, here in zip(received[what], expected[what], strict=True):
             for theirs, ours in zip(there, here, strict=True):
-                assert np.isfinite(ours).all()
-                distance = np.linalg.norm(np.subtract(theirs, ours, dtype=np.float64))
-                assert distance <= tolerance * (np.linalg.norm(ours) + 1e-9), what
+                expected_values = np.asarray(ours, np.float64)
+                assert np.isfinite(expected_values).all()
+                distance = np.linalg.norm(theirs - expected_values)
+                assert distance <= tolerance * (np.linalg.norm(expected_values) + 1e-9), what
     assert received["history"].keys() == expected["history"].keys()
     for metric, values in expected["history"].items():
         np.testing.assert_allclose(

@@ -246,7 +246,7 @@ def test_private_embedding_hides_which_words_nobody_wrote(clusters):
         (["--drop-in"], 2),
         (["--ps", "1", "--drop-in"], 1),  # the chief alone runs the script
     ],
-    ids=" ".join,
+    ids=["two workers", "servers"],
 )
 def test_unmodified_keras_script(options, scripts, tmp_path):
     script = EXAMPLES / "unmodified_keras.py"

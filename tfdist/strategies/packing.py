@@ -50,15 +50,19 @@ def packs_of(tensors: Sequence[Tensor], largest: float) -> list[list[int]]:
     Returns:
         The positions of each pack's tensors; each tensor is in one pack.
     """
-    packs: dict[object, list[int]] = {}
+    alone: list[list[int]] = []
+    # By name: a tf.DType equals the number that it has among the types, tf.float32 == 1.
+    together: dict[str, list[int]] = {}
     for index, tensor in enumerate(tensors):
-        packs.setdefault(_pack(tensor, index, largest), []).append(index)
-    return list(packs.values())
+        if _travels_alone(tensor, largest):
+            alone.append([index])
+        else:
+            together.setdefault(tensor.dtype.name, []).append(index)
+    return [*alone, *together.values()]
 
 
-def _pack(tensor: Tensor, index: int, largest: float) -> object:
+def _travels_alone(tensor: Tensor, largest: float) -> bool:
     if not isinstance(tensor, tf.Tensor):
-        return index
+        return True
     elements = tensor.shape.num_elements()
-    alone = largest < float("inf") and (elements is None or elements > largest)
-    return index if alone else tensor.dtype
+    return largest < float("inf") and (elements is None or elements > largest)

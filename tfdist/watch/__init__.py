@@ -2,6 +2,6 @@
 
 from tfdist.watch.progress import here
 from tfdist.watch.settings import HANG_LIMIT, ON_HANG
-from tfdist.watch.watcher import calling, configure
+from tfdist.watch.watcher import calling, configure, meet
 
-__all__ = ["HANG_LIMIT", "ON_HANG", "calling", "configure", "here"]
+__all__ = ["HANG_LIMIT", "ON_HANG", "calling", "configure", "here", "meet"]

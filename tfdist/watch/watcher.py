@@ -54,6 +54,7 @@ class Watcher:
         self._posted = 0.0
         self._looked = 0.0
         self._others = Others()
+        self._knows_keeper = False
         self._answered = ""
         self._reported: float | None = None  # the piece that was reported, by its beginning
         self._wrote = False
@@ -82,8 +83,21 @@ class Watcher:
             board: Where they leave notes.
             ask_servers: Names the servers that do not answer now.
         """
-        self._worker, self._workers, self._board = worker, workers, board
         self._ask_servers = ask_servers
+        if (worker, workers, board) != (self._worker, self._workers, self._board):
+            self._worker, self._workers, self._board = worker, workers, board
+            self._knows_keeper = False
+            if self.settings.limit:
+                self._post(self._oneself.note(worker, self.settings))
+
+    def meet(self) -> None:
+        """Reads the first note of the board's keeper, which could not be asked when lost.
+
+        To be called once all workers have posted theirs: each by its first call.
+        """
+        if not self._knows_keeper and self.settings.limit:
+            self._read_keeper()
+            self._knows_keeper = True
 
     def explain(self, error: BaseException) -> PeerError | None:
         """Says why a collective failed: a worker has ended, or lives and does not answer.
@@ -137,9 +151,7 @@ class Watcher:
         if now - self._posted > beat:
             self._post(note)
             self._posted = now
-            keeper = None if self._board is None else self._board.keeper
-            if self._board is not None and keeper is not None and keeper != self._worker:
-                self._others.read(self._board, keeper)  # it could not be asked later
+            self._read_keeper()
         if now - self._looked > min(_ASKED_S, beat):
             self._looked = now
             self._hear()
@@ -293,6 +305,11 @@ class Watcher:
         if self._board is not None:
             self._board.post(f"{NOTE}/{self._worker}", note.text())
 
+    def _read_keeper(self) -> None:
+        keeper = None if self._board is None else self._board.keeper
+        if self._board is not None and keeper is not None and keeper != self._worker:
+            self._others.read(self._board, keeper)
+
     def _everyone(self, mine: Note) -> tuple[dict[int, Note], dict[int, Lost]]:
         return self._others.everyone(self._board, mine, self._beat_s)
 
@@ -352,6 +369,12 @@ def calling(name: str, strategy: Any) -> Iterator[None]:
             if hung is None:
                 raise
             raise hung from None
+
+
+def meet() -> None:
+    """Gets to know the other workers, once all of them have called the same function."""
+    if _watcher is not None:
+        _watcher.meet()
 
 
 def _is_loss(error: Exception) -> bool:

@@ -216,13 +216,20 @@ class ParameterServer(TFDistribute):
 
     def all_reduce_sum(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Sums tensors of all workers on the first server; gradients are summed likewise."""
-        first = [self._servers.servers[0]] * len(tensors)
+        first = self._servers.servers[0]
 
         @tf.custom_gradient  # type: ignore[untyped-decorator]
         def summed(*given: Tensor) -> tuple[list[Tensor], Callable[..., list[Tensor]]]:
-            return self._summed(given, first), lambda *dys: self._summed(dys, first)
+            devices = [first] * len(given)
+            return self._summed(given, devices), lambda *dys: self._summed(dys, devices)
 
-        return list(summed(*tensors))
+        # A custom gradient takes dense tensors alone, and no layer gathers slices.
+        rows = [isinstance(tensor, tf.IndexedSlices) for tensor in tensors]
+        slices = [tensor for tensor, is_rows in zip(tensors, rows, strict=True) if is_rows]
+        dense = [tensor for tensor, is_rows in zip(tensors, rows, strict=True) if not is_rows]
+        gathered = iter(self._summed(slices, [first] * len(slices)))
+        added = iter(summed(*dense) if dense else ())
+        return [next(gathered if is_rows else added) for is_rows in rows]
 
     def _summed(self, tensors: Sequence[Tensor], devices: Sequence[str]) -> list[Tensor]:
         if not tensors:
