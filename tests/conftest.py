@@ -22,7 +22,10 @@ _tests = Path(__file__).parent
 _imports = [str(_tests / "lean"), str(_tests.parent), os.environ.get("PYTHONPATH")]
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, _imports))
 
+from tests.leftovers import Surroundings, adopt_orphans  # noqa: E402
 from tests.places.clusters import PLACES, Clusters, wanted  # noqa: E402, they inherit the path
+
+adopt_orphans()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -31,10 +34,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def _lane(item: pytest.Item) -> tuple[int, int]:
     """Sorts tests by lane: those of places, those that mostly wait, those that compute."""
-    places = [mark.args[0] for mark in item.iter_markers("place")]
+    waits = item.get_closest_marker("waits") is not None
+    places = [PLACES.index(mark.args[0]) for mark in item.iter_markers("place")]
     if places:
-        return 0, max(map(PLACES.index, places))
-    return (1 if item.get_closest_marker("waits") else 2), 0
+        return 0, len(PLACES) if waits else max(places)
+    return (1 if waits else 2), 0
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -63,3 +67,15 @@ def clusters(
     made = Clusters(wanted(request.session.items), tmp_path_factory.mktemp("clusters"))
     yield made
     made.end()
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fails a test that leaves a variable, a thread, a process or a port behind."""
+    if "clusters" in request.fixturenames:  # which come and go in the background
+        yield
+        return
+    before = Surroundings.now()
+    yield
+    left = before.left()
+    assert not left, f"left behind: {left}"

@@ -42,7 +42,7 @@ history = tfdist.fit(model, x, x[:, :1], seed=1, epochs=2, callbacks=[AtStep5()]
 print("loss", *history.history["loss"], flush=True)
 """
 
-cluster = [pytest.mark.cluster, pytest.mark.timeout(2 * LIMIT_S)]
+cluster = [pytest.mark.cluster, pytest.mark.waits, pytest.mark.timeout(2 * LIMIT_S)]
 
 
 @pytest.fixture

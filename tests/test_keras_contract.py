@@ -23,7 +23,7 @@ from keras.src.trainers.data_adapters import get_data_adapter
 from tfdist import _keras
 from tfdist._keras import parts, served
 
-pytestmark = pytest.mark.quick
+pytestmark = [pytest.mark.quick, pytest.mark.oldest]
 
 
 def model() -> Any:

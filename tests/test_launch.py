@@ -28,6 +28,7 @@ from tfdist.launch.resources import gpu_environments, usable_cores, visible_gpus
 
 quick = pytest.mark.quick
 cluster = pytest.mark.cluster
+waits = pytest.mark.waits
 LIMIT_S = 60
 
 # The launcher as a process of its own, without the bootstrap and so without TensorFlow.
@@ -177,6 +178,7 @@ time.sleep(300)
 """
 
 
+@waits
 @cluster
 class TestEnds:
     def test_success(self, scripts):
@@ -246,6 +248,7 @@ class TestEnds:
         assert "LaunchError: The program of worker 0 must be one that can be started" in output
 
 
+@waits
 @cluster
 class TestNothingIsLeft:
     @pytest.mark.parametrize(
@@ -307,6 +310,7 @@ class TestNothingIsLeft:
         eventually(lambda: all(map(is_gone, pids)))
 
 
+@waits
 @cluster
 class TestOutput:
     def test_lines_of_workers_do_not_mix(self, scripts):
@@ -654,6 +658,7 @@ class TestGpus:
         assert shares == ["4,5", "6,7"]
 
 
+@waits
 @cluster
 def test_two_launchers_make_one_cluster(scripts):
     """Two names of this machine stand for two machines."""
@@ -677,6 +682,7 @@ def test_two_launchers_make_one_cluster(scripts):
     assert [config["task"]["index"] for config in configs] == [0, 1, 2]
 
 
+@waits
 @cluster
 class TestRestarts:
     COUNT = """
@@ -728,6 +734,7 @@ if steps[starts]:
         assert len(list(scripts.folder.glob("start-*"))) == 1
 
 
+@waits
 @cluster
 class TestElastic:
     # The place with GPU "7" is broken; what "once" names is broken once.
@@ -774,6 +781,7 @@ time.sleep(1)
         assert "REPEATED" in output
 
 
+@waits
 @cluster
 class TestTogether:
     """Two names of this machine stand for two machines."""

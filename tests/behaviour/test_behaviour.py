@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 
 from tests.behaviour.program import CHECKS
 from tests.places.clusters import Clusters, on
 
-CELLS = [
-    pytest.param(place, task, marks=on(place, task), id=f"{place}-{name}")
-    for name, (_, places) in CHECKS.items()
-    for place in places
-    for task in [f"tests.behaviour.program {name}"]
-]
+# With the oldest versions: the contract of what the strategies are made of.
+OLDEST = {("multi_worker-2", "tests.behaviour.contract_checks")}
+
+
+def cells() -> Iterator[Any]:
+    """Gives each place and check, with what the test needs to be done."""
+    for name, (function, places) in CHECKS.items():
+        task = f"tests.behaviour.program {name}"
+        for place in places:
+            marks = [on(place, task)]
+            if (place, function.__module__) in OLDEST:
+                marks.append(pytest.mark.oldest)
+            yield pytest.param(place, task, marks=marks, id=f"{place}-{name}")
+
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]
 
 
-@pytest.mark.parametrize(("place", "task"), CELLS)
+@pytest.mark.parametrize(("place", "task"), cells())
 def test_it_holds(place: str, task: str, clusters: Clusters) -> None:
     clusters.outcomes(place, task)

@@ -1,72 +1,56 @@
-"""Faults by schedule in real trainings: each ends with the weights of one without faults."""
+"""Faults by schedule in real trainings: each ends with the weights of one without faults.
+
+A few pairs of kind, moment and place; `python -m benchmarks.chaos` draws many.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from benchmarks.chaos import LIMIT_S, TOLERANCE, Fault, state_of, train
+from tests.cluster.strikes import LIMIT_S, TOLERANCE, train
+from tests.cluster.training import Fault
+from tests.places.clusters import Clusters, on
 
-pytest.importorskip("sklearn")
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(2 * LIMIT_S)]
+pytestmark = [pytest.mark.cluster, pytest.mark.waits, pytest.mark.timeout(2 * LIMIT_S)]
 
 # The training has 58 steps, and a checkpoint every 4.
 SCHEDULES = {
     "multi_worker killed": [
-        Fault("kill", "start", 0, "worker 1"),
-        Fault("kill", "step", 10, "worker 1"),
         Fault("kill", "saving", 20, "worker 0"),
-        Fault("kill", "step", 30, "worker 0"),
-        Fault("kill", "end", 0, "worker 1"),
+        Fault("stop", "step", 40, "worker 1"),
     ],
     "multi_worker otherwise": [
-        Fault("slow", "step", 5, "worker 0"),
-        Fault("terminate", "step", 10, "worker 1"),
-        Fault("exception", "step", 20, "worker 0"),
-        Fault("stop", "step", 30, "worker 1"),
-        Fault("memory", "step", 40, "worker 1"),
-    ],
-    "horovod": [
-        Fault("kill", "start", 0, "worker 0"),
-        Fault("terminate", "step", 10, "worker 0"),
-        Fault("stop", "saving", 20, "worker 0"),
-        Fault("kill", "step", 40, "worker 1"),
+        Fault("kill", "start", 0, "worker 1"),
         Fault("exception", "end", 0, "worker 0"),
     ],
+    "horovod": [
+        Fault("terminate", "step", 20, "worker 0"),
+        Fault("kill", "step", 40, "worker 1"),
+    ],
     "parameter_server": [
-        Fault("kill", "step", 10, "worker 1"),
         Fault("kill", "step", 15, "ps 0"),
-        Fault("kill", "saving", 20, "chief"),
-        Fault("terminate", "step", 35, "chief"),
-        Fault("stop", "step", 45, "worker 0"),
+        Fault("kill", "saving", 24, "chief"),
     ],
 }
+UNDISTURBED = "tests.cluster.training undisturbed"
+CELLS = [
+    pytest.param(name, place, marks=on(place, UNDISTURBED))
+    for name in SCHEDULES
+    for place in [f"{name.split()[0]}-2"]
+]
 
 
-@pytest.fixture(scope="module")
-def expected(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Gives the state that a place's training ends with when nothing strikes."""
-    known: dict[str, Any] = {}
-
-    def of(place: str) -> Any:
-        if place not in known:
-            folder = tmp_path_factory.mktemp(place)
-            outcome = train(place, [], folder)
-            assert outcome.status == 0, outcome.printed
-            known[place] = state_of(folder)
-        return known[place]
-
-    return of
-
-
-@pytest.mark.parametrize("name", SCHEDULES)
-def test_training_ends_with_the_same_weights(name: str, expected: Any, tmp_path: Path) -> None:
-    place, faults = name.split()[0], SCHEDULES[name]
-    outcome = train(place, faults, tmp_path, expected(place))
+@pytest.mark.parametrize(("name", "place"), CELLS)
+def test_training_ends_with_the_same_weights(
+    name: str, place: str, clusters: Clusters, tmp_path: Path
+) -> None:
+    expected = clusters.outcomes(place, UNDISTURBED)
+    strategy, faults = name.split()[0], SCHEDULES[name]
+    outcome = train(strategy, faults, tmp_path, expected)
     assert outcome.status == 0, outcome.printed
     assert outcome.struck == len(faults), outcome.printed
-    assert outcome.distance <= TOLERANCE.get(place, 0.0), outcome.printed
+    assert outcome.distance <= TOLERANCE.get(strategy, 0.0), outcome.printed
     if any(fault.kind == "stop" for fault in faults):
         assert "is stopped (SIGSTOP" in outcome.printed

@@ -1,6 +1,6 @@
 """A training on real digits that faults strike, each once, however often it is started again.
 
-tfdist run -n 2 --max-restarts 5 benchmarks/chaos_worker.py FOLDER
+tfdist run -n 2 --max-restarts 5 tests/cluster/training.py FOLDER
 
 FOLDER/faults.json lists the faults. FOLDER gets the checkpoints, the time of each step of a
 worker (`steps-*`), of a fault (`struck-*`), and at last the state of each worker (`final-*`).
@@ -147,7 +147,7 @@ def pid_of(task: str) -> int:
     raise RuntimeError(f"no {task}")
 
 
-def main(folder: Path) -> None:
+def main(folder: Path) -> dict[str, Any]:
     config = json.loads(os.environ.get("TF_CONFIG", "{}"))
     serves = "ps" in config.get("cluster", {})
     place = tfdist.init(
@@ -181,12 +181,22 @@ def main(folder: Path) -> None:
         verbose=0,
     )
     faults.strike("end")
-    state = [np.asarray(v) for v in (*model.variables, *model.optimizer.variables)]
-    np.savez(
-        folder / f"final-{task.replace(' ', '-')}.npz",
-        *state,
-        history=json.dumps(history.history, sort_keys=True),
-    )
+    variables = (*model.variables, *model.optimizer.variables)
+    state = {str(number): np.asarray(variable) for number, variable in enumerate(variables)}
+    state["history"] = np.asarray(json.dumps(history.history, sort_keys=True))
+    np.savez(folder / f"final-{task.replace(' ', '-')}.npz", **state)
+    return state
+
+
+def do(argument: str, folder: Path) -> dict[str, Any]:
+    """Trains without faults, as a task of a place.
+
+    Args:
+        argument: Of no meaning.
+        folder: As `main`'s.
+    """
+    (folder / "faults.json").write_text("[]")
+    return main(folder)
 
 
 if __name__ == "__main__":
