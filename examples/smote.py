@@ -22,7 +22,7 @@ import tfdist
 SEED = 1
 BATCH_SIZE = 32
 STEPS_PER_EPOCH = 25
-EPOCHS = 20
+EPOCHS = 12
 
 
 def keep_few_odd(x, y):

@@ -38,7 +38,7 @@ model.fit(
     x_train,
     y_train,
     batch_size=64,
-    epochs=20,
+    epochs=10,
     validation_data=(x_test, y_test),
     callbacks=[
         keras.callbacks.ModelCheckpoint(folder / "digits.keras", save_best_only=True),

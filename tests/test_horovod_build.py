@@ -18,11 +18,11 @@ from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
-import psutil
 import pytest
 from click.testing import CliRunner
 from rich.console import Console
 
+from tests.jobs import is_gone
 from tfdist import cli
 from tfdist.errors import BuildError
 from tfdist.horovod import build as horovod_build
@@ -448,7 +448,7 @@ class TestSteps:
                 [sys.executable, "-c", code], tmp_path / "log",
                 cwd=tmp_path, environ=os.environ, limit_s=3, on_line=lines.append,
             )  # fmt: skip
-        assert not psutil.pid_exists(int(lines[0]))
+        assert is_gone(int(lines[0]))
         assert (tmp_path / "log").read_text() == f"{lines[0]}\n"
 
     def test_output_and_status(self, tmp_path):
@@ -559,7 +559,7 @@ class TestBuild:
         _, err = running.communicate(timeout=LIMIT_S)
         assert running.returncode == status
         assert "Traceback" not in err
-        assert not psutil.pid_exists(int(file.read_text()))
+        assert is_gone(int(file.read_text()))
         assert cached(environ) == []
         assert list(temporary.iterdir()) == []
 

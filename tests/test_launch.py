@@ -14,10 +14,9 @@ import textwrap
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 
-from tests.jobs import free_port
+from tests.jobs import free_port, is_gone
 from tfdist.errors import ClusterError, LaunchError
 from tfdist.launch import Failure, Host, Worker, parse_hosts, plan_workers
 from tfdist.launch.cause import root_cause
@@ -142,13 +141,6 @@ def eventually(condition, seconds: float = 20) -> None:
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.02)
-
-
-def is_gone(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
 
 
 RANK = "import os, sys, time; rank = int(os.environ['TFDIST_LOCAL_RANK'])\n"

@@ -196,7 +196,7 @@ class TestLosses:
     @pytest.mark.oldest
     def test_a_killed_worker_costs_no_update(self, script, tmp_path):
         command = tfdist_run(
-            2, script, "asynchronous", "worker 1", tmp_path, options=["--ps", "2"]
+            2, script, "asynchronous", "worker 1", tmp_path, options=["--ps", "1"]
         )
         status, printed = finished(command, LIMIT_S)
         assert status == 0, printed
@@ -224,7 +224,7 @@ class TestLosses:
 
     def test_without_restarts_the_cause_is_named(self, script, tmp_path):
         options = ["--ps", "1", "--max-restarts", "0"]
-        command = tfdist_run(2, script, "asynchronous", "ps 0", tmp_path, options=options)
+        command = tfdist_run(1, script, "asynchronous", "ps 0", tmp_path, options=options)
         status, printed = finished(command, LIMIT_S)
         assert status == 128 + signal.SIGKILL, printed
         assert "Error: ps 0 was ended by signal 9 (SIGKILL)" in printed

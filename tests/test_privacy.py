@@ -128,15 +128,14 @@ class TestNoiseMultiplier:
         assert epsilon(noise_multiplier=noise * 0.998, **options) > target
 
     def test_large_and_small_targets(self):
-        for target in (0.01, 8.0, 500.0):
+        for target in (0.01, 50.0):
             options = {"sampling_probability": 0.02, "steps": 500, "delta": 1e-5}
             noise = noise_multiplier(target_epsilon=target, **options)
             assert 0.97 * target < epsilon(noise_multiplier=noise, **options) <= target
 
-    @pytest.mark.parametrize("room", [60, 100])  # it costs something, and nothing
-    def test_with_a_capacity(self, room):
-        options = {"sampling_probability": 0.05, "steps": 200, "delta": 1e-5}
-        options |= {"capacity": room, "num_rows": 1000}
+    def test_with_a_capacity_that_costs_something(self):
+        options = {"sampling_probability": 0.2, "steps": 10, "delta": 1e-5}
+        options |= {"capacity": 14, "num_rows": 50}
         noise = noise_multiplier(target_epsilon=2.0, **options)
         assert 0.98 * 2.0 < epsilon(noise_multiplier=noise, **options) <= 2.0
 

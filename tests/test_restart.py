@@ -190,7 +190,7 @@ def test_sigterm_saves_asynchronous_training_between_steps(tmp_path: Path) -> No
     script = tmp_path / "train.py"
     script.write_text(SERVED)
     options = ["--ps", "1", "--max-restarts", "1"]
-    status, printed = finished(tfdist_run(2, script, tmp_path, options=options), LIMIT_S)
+    status, printed = finished(tfdist_run(1, script, tmp_path, options=options), LIMIT_S)
     assert status == 0, printed
     assert "tfdist: saved after step 2 of epoch 2" in printed
     assert "All are started again (1 of 1)" in printed

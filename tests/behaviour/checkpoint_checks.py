@@ -11,7 +11,7 @@ import pytest
 
 import tfdist
 from tests.behaviour.checks import level, place
-from tests.behaviour.registry import REPLICAS, SERVERS, WORKERS, check
+from tests.behaviour.registry import MIRRORED, WORKERS, check
 from tests.equivalence.cases import clipped_adam, mlp, table
 from tfdist.errors import CheckpointError
 
@@ -58,7 +58,7 @@ def train(model: Any, checkpoint: Any, *extra: Any, **options: Any) -> tuple[lis
     return state, history.history
 
 
-@check(*REPLICAS, SERVERS)
+@check(MIRRORED)  # on processes, real faults say so: tests/cluster
 def a_stopped_training_ends_with_the_same_bits(folder: Path) -> None:
     model = untrained()
     expected, history = train(model, None)

@@ -123,7 +123,7 @@ def predictions_are_in_order(folder: Path) -> None:
     )
 
 
-@check(MIRRORED, HOROVOD)
+@check(HOROVOD)
 def predicts_nested_outputs_without_compiling(folder: Path) -> None:
     inputs = keras.Input((20,))
     model = keras.Model(inputs, {"a": L.Dense(2)(inputs), "b": L.Dense(1)(inputs)})
@@ -184,7 +184,7 @@ def unsynchronized_batch_norm_agrees_and_is_finite(folder: Path) -> None:
     same_everywhere(model)
 
 
-@check(MIRRORED, HOROVOD, SERVERS)
+@check(HOROVOD, SERVERS)
 def early_stopping_and_plateau_decide_alike(folder: Path) -> None:
     ours, theirs = twins()
 
@@ -591,7 +591,7 @@ class Meddles(keras.callbacks.Callback):
         variable.assign(changed)
 
 
-@check(*REPLICAS)
+@check(MIRRORED, MULTI_WORKER)
 def replicas_that_differ_are_named(folder: Path) -> None:
     fit = {"batch_size": 64, "epochs": 2, "verbose": 0, "verify_every": 5}
     ours, theirs = twins()

@@ -113,7 +113,8 @@ class Rows(keras.metrics.Metric):  # type: ignore[misc]
 def every_optimizer_learns_and_stays_finite(folder: Path) -> None:
     for name in ("SGD", "RMSprop", "Adam", "AdamW", "Adadelta", "Adagrad", "Adamax", "Nadam",
                  "Ftrl", "Lion", "Adafactor", "Lamb"):  # fmt: skip
-        model = mlp(getattr(keras.optimizers, name)(0.01))
+        rate = 0.1 if name in ("Adadelta", "Ftrl") else 0.01
+        model = mlp(getattr(keras.optimizers, name)(rate))
         options = {"batch_size": 16, "epochs": 2, "verbose": 0, "strategy": asynchronous()}
         losses = tfdist.fit(model, *table(331), **options).history["loss"]
         assert all(np.isfinite(w).all() for w in model.get_weights()), name

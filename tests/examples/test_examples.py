@@ -79,7 +79,7 @@ def test_quickstart_trains_as_one_process_and_all_workers_hold_the_same(clusters
         assert loss == pytest.approx(expected_loss, abs=5e-3)
 
 
-@run_on(SINGLE, TWO, command="distributed_gradient_descent.py")
+@run_on(TWO, command="distributed_gradient_descent.py")
 def test_distributed_gradient_descent_equals_one_process(place, clusters):
     facts = facts_of(printed_on(clusters, place, "distributed_gradient_descent.py"))
     assert facts["equal to one process's"] == "True"
@@ -88,7 +88,7 @@ def test_distributed_gradient_descent_equals_one_process(place, clusters):
     assert float(facts["largest difference to one"]) < 1e-5
 
 
-@run_on(SINGLE, HOROVOD, command="horovod_digits.py")
+@run_on(HOROVOD, command="horovod_digits.py")
 def test_horovod_digits_trains_and_all_ranks_hold_the_same_weights(place, clusters):
     printed = printed_on(clusters, place, "horovod_digits.py")
     facts = facts_of(printed)
@@ -189,25 +189,18 @@ def test_own_records_have_the_same_figures_as_all_records_in_one_process(cluster
     assert re.search(r"1 +22 +1\.\d +0\.0% +100\.0%", two)
 
 
-@on(SINGLE, example("smote.py"))
 @on(TWO, example("smote.py"))
-def test_smote_has_the_same_figures_on_one_and_on_two_workers(clusters):
+def test_smote_finds_the_rare_digits(clusters):
     names = r"nothing|SMOTE|ClassBalanced\(\)(?:, Augment)?"
-    one, two = (
-        figures(printed_on(clusters, place, "smote.py"), names, r"[\d.]+")
-        for place in (SINGLE, TWO)
-    )
-    assert len(one) == 4
-    for name, row in one.items():
-        # An image may lie so near to two classes that the last digit decides: 1 of 45 or more.
-        assert two[name] == pytest.approx(row, abs=1.0)
-    rows, _, recall_of_odd = zip(*(one[name] for name in ("nothing", "SMOTE")), strict=True)
+    found = figures(printed_on(clusters, TWO, "smote.py"), names, r"[\d.]+")
+    assert len(found) == 4
+    rows, _, recall_of_odd = zip(*(found[name] for name in ("nothing", "SMOTE")), strict=True)
     assert rows[1] > rows[0]
     assert recall_of_odd[1] > recall_of_odd[0] + 5
-    assert one["ClassBalanced(), Augment"][2] > recall_of_odd[0] + 10
+    assert found["ClassBalanced(), Augment"][2] > recall_of_odd[0] + 10
 
 
-@run_on(SINGLE, TWO, command="private_digits.py")
+@run_on(TWO, command="private_digits.py")
 def test_private_digits_keeps_to_its_budget(place, clusters):
     printed = printed_on(clusters, place, "private_digits.py")
     facts = facts_of(printed)

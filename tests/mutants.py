@@ -1,0 +1,183 @@
+"""Faults planted in the product, one at a time: the tests must find each of them.
+
+python -m tests.mutants [NAME ...]
+
+A copy of the project gets the fault and runs the tests that are named beside it, which
+`make test` runs too. The result is kept in docs/development/testing.md.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+LIMIT_S = 900
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A fault.
+
+    Attributes:
+        file: Where, below `tfdist`.
+        right: What stands there once.
+        wrong: What it is replaced by.
+        tests: What pytest is told to run, as its arguments.
+    """
+
+    file: str
+    right: str
+    wrong: str
+    tests: str
+
+
+EQUIVALENCE = "tests/equivalence/test_equivalence.py"
+BEHAVIOUR = "tests/behaviour/test_behaviour.py"
+MUTANTS = {
+    "a share begins a row too late": Mutant(
+        "data/source.py",
+        "return total * replica // replicas, total",
+        "return total * replica // replicas + (replica > 0), total",
+        f"{EQUIVALENCE} -k mirrored-2-rows_961",
+    ),
+    "gradients of an own train_step are not weighed": Mutant(
+        "reduction.py",
+        "if not self._are_parts and id(optimizer) not in self._scaled:",
+        "if False:",
+        f"{EQUIVALENCE} -k mirrored-2-own_train_step",
+    ),
+    "a metric is reduced as a mean": Mutant(
+        "reduction.py",
+        "if id(v) in self.of_batches",
+        "if True",
+        f"{EQUIVALENCE} -k mirrored-2-rows_961",
+    ),
+    "the chief's weights are not broadcast": Mutant(
+        "strategies/connected.py",
+        "if self.place.num_workers == 1 or not variables:",
+        "if True:",
+        f"{BEHAVIOUR} -k multi_worker-2-workers_take",
+    ),
+    "workers are gathered in another order": Mutant(
+        "strategies/horovod.py",
+        "[part.tobytes() for part in np.split(payloads, np.cumsum(sizes)[:-1])]",
+        "[part.tobytes() for part in np.split(payloads, np.cumsum(sizes)[:-1])][::-1]",
+        f"{BEHAVIOUR} -k horovod-2-objects",
+    ),
+    "noise is less by sqrt(2)": Mutant(
+        "privacy/step.py",
+        "part = 1 / math.sqrt(replicas)",
+        "part = 0.7071 / math.sqrt(replicas)",
+        f"{BEHAVIOUR} -k mirrored-2-noise_on_the_sum",
+    ),
+    "replicas add the same noise": Mutant(
+        "privacy/noise.py",
+        "np.random.SeedSequence((secret, replica))",
+        "np.random.SeedSequence((secret, 0))",
+        f"{BEHAVIOUR} -k mirrored-2-noise_on_the_sum",
+    ),
+    "a callback that writes runs on all workers": Mutant(
+        "callbacks.py",
+        "if strategy.place.is_chief or not _writes(c)",
+        "if True",
+        f"{BEHAVIOUR} -k only_the_chief_writes",
+    ),
+    "the order of rows is the same in each epoch": Mutant(
+        "samplers/base.py",
+        "key = (seed, epoch)",
+        "key = (seed, 0)",
+        "tests/test_samplers.py tests/test_data.py",
+    ),
+    "a stop is not told to the others": Mutant(
+        "callbacks.py",
+        "self._stop.requested = True",
+        "self._stop.requested = False",
+        f"{BEHAVIOUR} -k horovod-2-a_stop_on_any",
+    ),
+    "a checkpoint forgets how many epochs were drawn": Mutant(
+        "checkpoint/run.py",
+        "epoch, step, before = self._position",
+        "epoch, step, _ = self._position\n        before = 0",
+        "tests/test_checkpoint.py",
+    ),
+    "dropout is the same on all replicas": Mutant(
+        "_keras/__init__.py",
+        "batch.offset * repeats, first)",
+        "first, first)",
+        f"{EQUIVALENCE} -k mirrored-2-dropout",
+    ),
+    "replicas that differ are not seen": Mutant(
+        "verify.py",
+        "if digest != usual",
+        "if False",
+        f"{BEHAVIOUR} -k mirrored-2-replicas_that_differ",
+    ),
+    "the optimizer is clipped before the sum": Mutant(
+        "reduction.py",
+        "grads = [g if g is None else g * tf.cast(share, g.dtype) for g in grads]",
+        "grads = tf.clip_by_global_norm(grads, 0.1)[0]",
+        f"{EQUIVALENCE} -k mirrored-2-own_train_step",
+    ),
+    "rows of an embedding travel as one type": Mutant(
+        "strategies/packing.py",
+        "together.setdefault(tensor.dtype.name, [])",
+        "together.setdefault('', [])",
+        f"{BEHAVIOUR} -k multi_worker-2-sums_are",
+    ),
+    "moments are those of the share": Mutant(
+        "_keras/__init__.py",
+        "(keras.layers.BatchNormalization, \"_moments\", _moments),",
+        "",
+        f"{EQUIVALENCE} -k mirrored-2-cnn",
+    ),
+}
+
+
+def found(mutant: Mutant) -> bool:
+    """Tells whether a test fails where the fault is planted."""
+    with tempfile.TemporaryDirectory() as name:
+        copy = Path(name) / "copy"
+        listed = subprocess.check_output(["git", "ls-files"], cwd=ROOT, text=True)
+        for file in listed.splitlines():
+            if file.startswith(("tfdist/", "tests/", "examples/", "pyproject.toml")):
+                (copy / file).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(ROOT / file, copy / file)
+        place = copy / "tfdist" / mutant.file
+        text = place.read_text()
+        if mutant.right not in text:
+            raise SystemExit(f"{mutant.file} has no {mutant.right!r} any more")
+        place.write_text(text.replace(mutant.right, mutant.wrong))
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-x", *mutant.tests.split()],
+            cwd=copy,
+            env={**os.environ, "PYTHONPATH": str(copy)},
+            capture_output=True,
+            text=True,
+            timeout=LIMIT_S,
+            check=False,
+        )
+    if done.returncode not in (0, 1):
+        raise SystemExit(done.stdout[-3000:] + done.stderr[-3000:])
+    return done.returncode == 1
+
+
+def main(*names: str) -> None:
+    missed = 0
+    for name in names or MUTANTS:
+        begin = time.monotonic()
+        is_found = found(MUTANTS[name])
+        missed += not is_found
+        seconds = time.monotonic() - begin
+        print(f"{'found ' if is_found else 'MISSED'} {seconds:4.0f} s  {name}", flush=True)
+    raise SystemExit(missed)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
