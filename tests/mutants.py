@@ -79,8 +79,8 @@ MUTANTS = {
     ),
     "replicas add the same noise": Mutant(
         "privacy/noise.py",
-        "np.random.SeedSequence((secret, replica))",
-        "np.random.SeedSequence((secret, 0))",
+        "words[replica - self._first]",
+        "words[0]",
         f"{BEHAVIOUR} -k mirrored-2-noise_on_the_sum",
     ),
     "a callback that writes runs on all workers": Mutant(
@@ -133,9 +133,9 @@ MUTANTS = {
     ),
     "moments are those of the share": Mutant(
         "_keras/__init__.py",
-        "(keras.layers.BatchNormalization, \"_moments\", _moments),",
+        '(keras.layers.BatchNormalization, "_moments", _moments),',
         "",
-        f"{EQUIVALENCE} -k mirrored-2-cnn",
+        f"{EQUIVALENCE} -k mirrored-4-cnn",
     ),
 }
 

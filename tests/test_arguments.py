@@ -10,7 +10,7 @@ import pytest
 import tensorflow as tf
 
 import tfdist
-from tests.equivalence.cases import clipped_adam, mlp, table
+from tests.equivalence.cases import clipped_sgd, mlp, table
 from tfdist.errors import ArgumentError
 
 pytestmark = pytest.mark.quick
@@ -23,7 +23,7 @@ def batches() -> Any:
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    return mlp(clipped_adam())
+    return mlp(clipped_sgd())
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 import tensorflow as tf
 
 from tfdist import data
-from tfdist.data import arrays, batches
+from tfdist.data import arrays
 from tfdist.errors import ArgumentError
 from tfdist.privacy import Poisson
 from tfdist.samplers import (
@@ -141,11 +141,17 @@ def test_what_is_no_array_is_named(bad: Any) -> None:
 
 def test_check_differs_when_batches_differ() -> None:
     rng = np.random.default_rng(0)
-    drawn = [tf.constant(rng.normal(size=(8, 5)), tf.float32) for _ in range(200)]
-    checks = {tuple(batches._check((b,)).numpy()) for b in drawn}
-    assert len(checks) == 200
-    whole = batches._check((drawn[0], tf.constant(["text"] * 8))).numpy()
-    assert ((whole >= 0) & (whole < 64) & (whole == whole.round())).all()
+    rows = rng.normal(size=(200, 8, 5)).astype("float32")
+    texts = np.full((200, 8), "text")
+    dataset = tf.data.Dataset.from_tensor_slices((rows, texts))
+    source = data.read(dataset, None, None, settings(batch_size=None))
+    places = [Place(2, worker, 1, 2, worker) for worker in range(2)]
+    checks, others = (
+        np.array([share.check.numpy() for share in source.shares(place, 0)]) for place in places
+    )
+    assert (checks == others).all()  # of the global batch, so alike on all workers
+    assert len({tuple(check) for check in checks}) == 200
+    assert ((checks >= 0) & (checks < 64) & (checks == checks.round())).all()
 
 
 def test_fingerprint_sees_values_and_shapes() -> None:

@@ -21,14 +21,14 @@ TRAIN = """
 import json, os, signal, sys, time
 from pathlib import Path
 import keras, numpy as np, tfdist
-from tests.equivalence.cases import clipped_adam, mlp, table
+from tests.equivalence.cases import clipped_sgd, mlp, table
 
 _, victim, folder, seconds, private = sys.argv
 host = os.environ.get("HOROVOD_HOSTNAME")
 died = Path(folder) / "died"
 tfdist.init(seed=3)
 keras.utils.set_random_seed(3)
-model = mlp(clipped_adam() if private == "no" else keras.optimizers.SGD(0.1))
+model = mlp(clipped_sgd() if private == "no" else keras.optimizers.SGD(0.1))
 callbacks, options = [keras.callbacks.EarlyStopping("loss", patience=3)], {}
 if private != "no":
     settings = {"noise": {"target_epsilon": 8.0}, "noiseless": {"noise_multiplier": 0.0}}

@@ -12,6 +12,7 @@ import sys
 import termios
 import textwrap
 import time
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -408,11 +409,16 @@ class TestLines:
 
     def test_progress_bar_does_not_pile_up(self):
         lines = Lines()
-        for i in range(1000):
-            lines.feed(b"\b" * 20 + b"\r" + b"%20d" % i)
-        assert lines.unfinished == f"{999:20d}"
-        assert len(lines._rest) < 100
-        assert lines.finish() == [f"{999:20d}"]
+        tracemalloc.start()
+        try:
+            for i in range(10_000):
+                lines.feed(b"\b" * 20 + b"\r" + b"%20d" % i)
+            kept, _ = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert kept < 20_000  # of 410,000 bytes
+        assert lines.unfinished == f"{9999:20d}"
+        assert lines.finish() == [f"{9999:20d}"]
 
     def test_stream_without_the_bar_character(self, tmp_path):
         with (tmp_path / "out").open("w", encoding="ascii") as stream:

@@ -188,10 +188,25 @@ def test_equal_scores_give_nothing_away() -> None:
     included = np.arange(100) % 2 == 0
     for order in (included, ~included):
         found = AuditReport(np.zeros(100), order, fair_coins=True)
-        assert found._right(30, 30) == 0
-        assert found._right(50, 50) == 0
-    ends = AuditReport(np.array([0.0, 1.0, 2.0, 3.0]), np.array([False, True, False, True]))
-    assert [ends._right(*n) for n in ((1, 1), (2, 2), (1, 0), (0, 2))] == [2, 2, 1, 1]
+        for guesses in ((30, 30), (50, 50), (50, 0)):
+            assert found.epsilon_lower_bound(0.0, guesses=guesses) == 0
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("guesses", [(100, 100), (60, 140), (150, 0), (0, 150)])
+def test_the_highest_scores_are_guessed_members_and_the_lowest_not(guesses: Any) -> None:
+    rng = np.random.default_rng(1)
+    included = rng.random(400) < 0.5
+    scores = included + rng.normal(size=400)
+    highest, lowest = guesses
+    ranked = [member for _, member in sorted(zip(scores, included, strict=True))]
+    right = sum(ranked[400 - highest :]) + sum(not member for member in ranked[:lowest])
+    expected = epsilon_lower_bound(
+        num_canaries=400, guesses=highest + lowest, right=int(right), delta=0.0
+    )
+    found = AuditReport(scores, included, fair_coins=True)
+    assert expected > 0.5
+    assert found.epsilon_lower_bound(0.0, guesses=guesses) == expected
 
 
 def test_a_threshold_attack_of_independent_scores_keeps_its_confidence() -> None:

@@ -25,13 +25,13 @@ STEP = 10  # of 3 epochs of 8
 TRAIN = """
 import hashlib, json, os, signal, sys, time
 import keras, numpy as np, tfdist
-from tests.equivalence.cases import clipped_adam, mlp, table
+from tests.equivalence.cases import clipped_sgd, mlp, table
 
 folder, step, number = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 pause = float(sys.argv[4]) if len(sys.argv) > 4 else 0.0
 deaths = int(sys.argv[5]) if len(sys.argv) > 5 else 1
 place = tfdist.init(seed=3).strategy.place
-model = mlp(clipped_adam())
+model = mlp(clipped_sgd())
 every = 1000 if number == signal.SIGTERM else 1
 markers = [os.path.join(folder, f"died-{i}") for i in range(deaths)]
 died = next((path for path in markers if not os.path.exists(path)), folder)
@@ -163,11 +163,11 @@ def test_an_elastic_run_goes_on_without_a_worker_that_fails_twice(
 SERVED = """
 import os, signal, sys
 import keras, tfdist
-from tests.equivalence.cases import clipped_adam, mlp, table
+from tests.equivalence.cases import clipped_sgd, mlp, table
 
 folder = sys.argv[1]
 tfdist.init("parameter_server", seed=3)
-model = mlp(clipped_adam())
+model = mlp(clipped_sgd())
 signalled = os.path.join(folder, "signalled")
 
 class Signals(keras.callbacks.Callback):

@@ -12,7 +12,7 @@ import pytest
 import tfdist
 from tests.behaviour.checks import level, place
 from tests.behaviour.registry import MIRRORED, WORKERS, check
-from tests.equivalence.cases import clipped_adam, mlp, table
+from tests.equivalence.cases import clipped_sgd, mlp, table
 from tfdist.errors import CheckpointError
 
 
@@ -33,7 +33,7 @@ class Stop(keras.callbacks.Callback):
 
 def untrained() -> Any:
     keras.utils.set_random_seed(7)
-    return mlp(clipped_adam())
+    return mlp(clipped_sgd())
 
 
 def train(model: Any, checkpoint: Any, *extra: Any, **options: Any) -> tuple[list[Any], Any]:

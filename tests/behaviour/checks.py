@@ -31,7 +31,7 @@ from tests.behaviour.registry import (
     WORKERS,
     check,
 )
-from tests.equivalence.cases import clipped_adam, crossentropy, mlp, table
+from tests.equivalence.cases import clipped_sgd, crossentropy, mlp, table
 from tfdist.errors import DisagreementError
 
 L = keras.layers
@@ -57,7 +57,7 @@ def assert_weights_close(model: Any, expected: Any, tolerance: float = 1e-5) -> 
         np.testing.assert_allclose(ours, theirs, rtol=tolerance, atol=tolerance)
 
 
-def twins(optimizer: Callable[[], Any] = clipped_adam) -> tuple[Any, Any]:
+def twins(optimizer: Callable[[], Any] = clipped_sgd) -> tuple[Any, Any]:
     """Two models with the same weights, to train one with tfdist and one with Keras."""
     ours, theirs = (mlp(optimizer()) for _ in range(2))
     theirs.set_weights(ours.get_weights())
@@ -96,7 +96,7 @@ def equals_plain_keras(folder: Path) -> None:
 @check(*EVERYWHERE)
 def evaluate_counts_each_example_once(folder: Path) -> None:
     model = mlp(
-        clipped_adam(),
+        clipped_sgd(),
         metrics=["accuracy", keras.metrics.SparseCategoricalCrossentropy(from_logits=True)],
     )
     for rows in (1, 3, 7, 300):
@@ -110,7 +110,7 @@ def evaluate_counts_each_example_once(folder: Path) -> None:
 
 @check(*EVERYWHERE)
 def predictions_are_in_order(folder: Path) -> None:
-    model = mlp(clipped_adam())
+    model = mlp(clipped_sgd())
     for rows in (1, 3, 7, 300):
         x, _ = table(rows)
         expected = model.predict(x, verbose=0)
@@ -140,7 +140,7 @@ def per_class_metrics_are_exact(folder: Path) -> None:
 
     x, y = table(307)
     x, y = x[(y > 0) | (np.arange(307) % 9 == 0)], y[(y > 0) | (np.arange(307) % 9 == 0)]
-    model = mlp(clipped_adam())
+    model = mlp(clipped_sgd())
     picture = folder / "pictures" / "confusion.png"
     metrics = tfdist.PerClassMetrics(x, y, batch_size=60, picture=picture)
     stop = keras.callbacks.EarlyStopping("val_recall_0", mode="max", min_delta=2, patience=2)
@@ -250,7 +250,7 @@ def terminate_on_nan_stops_everywhere(folder: Path) -> None:
 
 @check(*WORKERS)
 def only_the_chief_writes(folder: Path) -> None:
-    model = mlp(clipped_adam())
+    model = mlp(clipped_sgd())
     tfdist.fit(
         model,
         *table(),
@@ -279,10 +279,10 @@ class Fails(keras.callbacks.Callback):
 
 @check(MULTI_WORKER, SERVERS)
 def backup_and_restore_continues_on_all_workers(folder: Path) -> None:
-    whole = mlp(clipped_adam())
+    whole = mlp(clipped_sgd())
     started = whole.get_weights()
     tfdist.fit(whole, *table(), epochs=4, batch_size=64, seed=3, verbose=0)
-    first, second = mlp(clipped_adam()), mlp(clipped_adam())
+    first, second = mlp(clipped_sgd()), mlp(clipped_sgd())
     first.set_weights(started)
     backup = folder / "backup"
     with pytest.raises(KeyboardInterrupt):
@@ -341,7 +341,7 @@ class Counting(keras.Model):
 @check(SINGLE, MIRRORED, HOROVOD, SERVERS)
 def a_second_fit_traces_nothing(folder: Path) -> None:
     model = Counting()
-    model.compile(clipped_adam(), crossentropy())
+    model.compile(clipped_sgd(), crossentropy())
     tfdist.fit(model, *table(), validation_data=table(100), **ORDERED)
     traced = model.calls
     tfdist.fit(model, *table(), validation_data=table(100), **ORDERED)
@@ -353,7 +353,7 @@ def a_second_fit_traces_nothing(folder: Path) -> None:
 
 @check(MIRRORED, MULTI_WORKER, SERVERS)
 def the_model_is_plain_keras_again(folder: Path) -> None:
-    model = mlp(clipped_adam())
+    model = mlp(clipped_sgd())
     optimizer = model.optimizer
     tfdist.fit(model, *table(), **ORDERED)
     assert model.optimizer is optimizer
@@ -409,7 +409,7 @@ def initial_epoch_continues_the_sampler(folder: Path) -> None:
 
 
 def refused(error: type[Exception], *words: str, **arguments: Any) -> None:
-    model = arguments.pop("model", None) or mlp(clipped_adam())
+    model = arguments.pop("model", None) or mlp(clipped_sgd())
     before = model.get_weights()
     with pytest.raises(error) as caught:
         tfdist.fit(model, verbose=0, **arguments)
@@ -447,7 +447,7 @@ def workers_that_draw_different_batches_are_named(folder: Path) -> None:
     # The same at first, and different later: found at the step that differs.
     x, y = table(100)
     x[55:] += mine(0.0, 1.0)
-    model = mlp(clipped_adam())
+    model = mlp(clipped_sgd())
     late = tf.data.Dataset.from_tensor_slices((x, y)).batch(10)
     with pytest.raises(DisagreementError):
         tfdist.fit(model, late, verbose=0)

@@ -21,7 +21,7 @@ from tests.behaviour.checks import (
     twins,
 )
 from tests.behaviour.registry import HOROVOD, check
-from tests.equivalence.cases import clipped_adam, crossentropy, mlp, table
+from tests.equivalence.cases import clipped_sgd, crossentropy, mlp, table
 from tfdist.errors import ArgumentError, DisagreementError
 
 L = keras.layers
@@ -118,7 +118,7 @@ def large(optimizer: Any) -> Any:
 
 @check(HOROVOD)
 def a_large_model_stops_at_the_same_step(folder: Path) -> None:
-    ours, theirs = (large(clipped_adam()) for _ in range(2))
+    ours, theirs = (large(clipped_sgd()) for _ in range(2))
     for model in (ours, theirs):
         model.layers[1].synchronized = True
     theirs.set_weights(ours.get_weights())

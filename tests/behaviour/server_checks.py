@@ -16,7 +16,7 @@ from tests.behaviour.registry import SERVERS, check
 from tests.equivalence.cases import (
     Adversaries,
     Pages,
-    clipped_adam,
+    clipped_sgd,
     crossentropy,
     images,
     mlp,
@@ -77,7 +77,7 @@ def no_update_is_lost(folder: Path) -> None:
 
 @check(SERVERS)
 def metrics_count_every_example_once(folder: Path) -> None:
-    model = mlp(clipped_adam(), metrics=["accuracy", Rows()])
+    model = mlp(clipped_sgd(), metrics=["accuracy", Rows()])
     x, y = table(501)
     strategy = asynchronous()
     history = tfdist.fit(
@@ -209,7 +209,7 @@ def split_tables_save_into_one_file(folder: Path) -> None:
 
 @check(SERVERS)
 def callbacks_decide_on_exact_logs(folder: Path) -> None:
-    ours = mlp(clipped_adam())
+    ours = mlp(clipped_sgd())
     stopping = keras.callbacks.EarlyStopping("loss", min_delta=10.0, patience=1)
     seen: list[Any] = []
     note = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: seen.append(logs))
@@ -227,7 +227,7 @@ def a_step_may_be_the_last(folder: Path) -> None:
         def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
             self.model.stop_training = batch == 3
 
-    model = mlp(clipped_adam())
+    model = mlp(clipped_sgd())
     tfdist.fit(
         model, *table(), epochs=2, verbose=0, callbacks=[Stop()], strategy=asynchronous()
     )
@@ -249,14 +249,14 @@ def every_kind_of_input(folder: Path) -> None:
         (pages(), 6),
     ]
     for x, steps in inputs:
-        model = mlp(clipped_adam())
+        model = mlp(clipped_sgd())
         tfdist.fit(model, x, verbose=0, strategy=asynchronous(data="workers"))
         assert int(model.optimizer.iterations.numpy()) == steps
 
 
 @check(SERVERS)
 def several_steps_in_one_go(folder: Path) -> None:
-    model = mlp(clipped_adam(), steps_per_execution=4)
+    model = mlp(clipped_sgd(), steps_per_execution=4)
     strategy = asynchronous(max_staleness=6)
     tfdist.fit(model, *table(), batch_size=64, epochs=2, verbose=0, strategy=strategy)
     assert int(model.optimizer.iterations.numpy()) == 32
@@ -304,7 +304,7 @@ def dropout_differs_from_step_to_step(folder: Path) -> None:
 def what_asynchronous_servers_cannot_do_is_refused(folder: Path) -> None:
     with pytest.raises(ArgumentError, match="every step a row"):
         tfdist.fit(
-            mlp(clipped_adam()), *table(), sampler=tfdist.privacy.Poisson(), verbose=0,
+            mlp(clipped_sgd()), *table(), sampler=tfdist.privacy.Poisson(), verbose=0,
             strategy=asynchronous(),
         )  # fmt: skip
     with pytest.raises(ArgumentError, match="built"):
