@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 import keras
 
+from tfdist.data.epochs import DataPosition
+
 
 class Position(NamedTuple):
     """Where training stands.
@@ -13,12 +15,26 @@ class Position(NamedTuple):
     Attributes:
         epoch: As Keras counts.
         step: Steps made of it.
-        drawn: Epochs of data drawn before it, in earlier calls of `fit` too.
+        data: Where the data stood when the epoch began.
     """
 
     epoch: int
     step: int
-    drawn: int
+    data: DataPosition
+
+    def to_json(self) -> list[Any]:
+        """Gives what JSON can hold."""
+        return [self.epoch, self.step, list(self.data)]
+
+    @classmethod
+    def from_json(cls, written: list[Any]) -> Position:
+        """Reads what `to_json` gave.
+
+        Args:
+            written: The list.
+        """
+        epoch, step, where = written
+        return cls(epoch, step, DataPosition(*where))
 
 
 class ContinuedCallbacks(keras.callbacks.CallbackList):  # type: ignore[misc]

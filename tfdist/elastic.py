@@ -18,6 +18,7 @@ import tensorflow as tf
 
 from tfdist import _keras
 from tfdist.continued import ContinuedCallbacks, Position
+from tfdist.data import DataPosition
 from tfdist.errors import MembersChanged, PeerError, StrategyError
 from tfdist.prepared import Prepared
 from tfdist.steps import Stop
@@ -48,7 +49,7 @@ class Run:
         self._copy: Callable[[], Sequence[Any]] = tuple
         self._stop = Stop()
         self._steps: int | None = None
-        self._drawn: Callable[[], int] = int
+        self._where: Callable[[], DataPosition] = DataPosition
         self._began: dict[int, Any] = {}
         self._join()
 
@@ -78,23 +79,22 @@ class Run:
         return history
 
     def begin(
-        self, epoch: int, drawn: Callable[[], int]
-    ) -> tuple[int, int, Callable[[], int], dict[str, Any]]:
+        self, epoch: int, start: Callable[[], DataPosition]
+    ) -> tuple[int, int, Callable[[], DataPosition], dict[str, Any]]:
         """Says where an attempt begins.
 
         Args:
             epoch: Where the first one does.
-            drawn: Counts the epochs of data drawn before it, once callbacks have begun.
+            start: Says where its data begins, once callbacks have begun.
 
         Returns:
-            The epoch, the steps made of it, what counts the epochs drawn before it, and
-            the logs of the last step made, which is never an epoch's last.
+            The epoch, the steps made of it, what says where its data began, and the logs of
+            the last step made, which is never an epoch's last.
         """
-        self._drawn = drawn
         if self.position is not None:
-            epoch, step, before = self.position
-            return epoch, step, lambda: before, {}
-        return epoch, 0, drawn, {}
+            epoch, step, where = self.position
+            return epoch, step, lambda: where, {}
+        return epoch, 0, start, {}
 
     def note_step(self, step: int) -> None:
         """Commits after a step, but for an epoch's last: the next epoch's beginning is.
@@ -106,17 +106,24 @@ class Run:
             self.commit(self.position._replace(step=step))
 
     def callbacks(
-        self, given: Sequence[Any], prepared: Prepared, *, steps: int | None, **options: Any
+        self,
+        given: Sequence[Any],
+        prepared: Prepared,
+        *,
+        where: Callable[[], DataPosition],
+        steps: int | None,
+        **options: Any,
     ) -> Any:
         """Makes the `CallbackList` of an attempt: what began in an earlier one goes on.
 
         Args:
             given: This process's callbacks.
             prepared: The model, whose state a commit keeps.
+            where: Says where the data stands, between two epochs.
             steps: Of an epoch, if known.
             **options: Of `keras.callbacks.CallbackList`.
         """
-        self._steps, self._stop = steps, prepared.stop
+        self._where, self._steps, self._stop = where, steps, prepared.stop
         self._variables = variables = prepared.variables
         self._copy = tf.function(
             lambda: [tf.identity(v.value) for v in variables], autograph=False
@@ -143,11 +150,8 @@ class Run:
         Args:
             epoch: As Keras counts.
         """
-        known = self.position
-        if known is None:
-            self.commit(Position(epoch, 0, self._drawn()))
-        elif known.epoch != epoch:
-            self.commit(Position(epoch, 0, known.drawn + epoch - known.epoch))
+        if self.position is None or self.position.epoch != epoch:
+            self.commit(Position(epoch, 0, self._where()))
 
     def _join(self) -> None:
         self._strategy.join()

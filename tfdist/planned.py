@@ -55,7 +55,7 @@ def plan(privacy: DPSGD, source: Source, epochs: int) -> Plan:
     if not phase.truncates:
         phase = dataclasses.replace(phase, capacity=None)
     return Plan(
-        arrays.steps * max(0, epochs),
+        (arrays.steps or 0) * max(0, epochs),
         phase,
         sampler.expected_rows(rows, batch_size),
         sampler.expected_units(rows, batch_size),
@@ -86,7 +86,7 @@ def _in_turn(privacy: DPFTRL, source: Source, epochs: int) -> Plan:
                 f"{epochs} epochs and min_separation=None. Without reshuffling it is the "
                 "number of batches."
             )
-        share = next(iter(source.shares(Place(), 0)))
+        share = next(iter(source.shares(Place())))
         batch_size = int(tf.nest.flatten(share.data)[0].shape[0])
     phase = Phase(1.0, 0.0, 1, None, rows, bands=privacy.bands, separation=separation)
     return Plan(source.steps * epochs, phase, batch_size, batch_size)

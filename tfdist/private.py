@@ -214,7 +214,7 @@ class PrivateRun:
             rows = range(min(_ROWS_CHECKED, source.num_local_rows))
             batch = tf.nest.map_structure(lambda column: tf.gather(column, rows), source.data)
         else:  # as the model will see them, augmented
-            share = next(iter(source.shares(Place(), 0)))
+            share = next(iter(source.shares(Place())))
             batch = tf.nest.map_structure(lambda column: column[:_ROWS_CHECKED], share.data)
         x, y, weight = keras.utils.unpack_x_y_sample_weight(batch)
         clipping.check(self._model, x, y, sample_weight=weight)

@@ -179,13 +179,20 @@ def _over_epoch(
             raise MembersChanged("Other processes are ready to join.")
         asked = stop.requested, stop.members_changed, stop.preempted
         stopping = tf.constant([float(one) for one in asked])
+        made = 0
         with epoch.drawing(), strategy.waiting_for(f"step {epoch.steps_taken}"):
             if model.steps_per_execution == 1:
                 logs, signals = traced_one(epoch.iterator, stopping)
-            elif model.run_eagerly or strategy.has_servers:
-                # A loop in a graph on several processes goes over all of them each round.
-                for _ in range(steps):
-                    logs, signals = traced_one(epoch.iterator, stopping)
+            # A loop in a graph on several processes goes over all of them each round, and one
+            # in which data ends does not say how many steps it has made.
+            elif model.run_eagerly or strategy.has_servers or epoch.may_end_early:
+                try:
+                    for made in range(steps):  # noqa: B007, needed where data ends
+                        logs, signals = traced_one(epoch.iterator, stopping)
+                except tf.errors.OutOfRangeError:
+                    if not made:
+                        raise
+                    steps = made
             else:
                 logs, signals = traced_several(epoch.iterator, tf.constant(steps), stopping)
         if strategy.place.num_workers > 1:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, ParamSpec
 
 import keras
@@ -20,7 +19,6 @@ from tfdist.privacy.settings import DPSGD
 from tfdist.private import PrivateRun
 from tfdist.samplers import Sampler, Sequential, Uniform, from_shuffle
 from tfdist.session import Session, current
-from tfdist.steps import Stop
 from tfdist.strategies.base import Strategy
 from tfdist.verify import check_every
 
@@ -255,21 +253,27 @@ def fit(
         if private is not None and prepared.private is not None:
             kept = private.watched(kept, prepared.private)
         # Asked for when the first share is drawn: a callback may restore the optimizer.
-        drawn: Callable[[], int] = functools.partial(_epochs_done, model, source)
+        start: Callable[[], data.DataPosition] = functools.partial(_start, model, source)
         epoch, course = initial_epoch, run or saver
         watched = tfdist_callbacks.look_between_steps(kept)
         if course is None:
             stream = data.Stream(
-                source, session.strategy, drawn, is_watched=watched, trains=True
+                source,
+                session.strategy,
+                start,
+                epoch=epoch,
+                is_watched=watched,
+                trains=True,
             )
         else:
-            epoch, step, drawn, logs = course.begin(initial_epoch, drawn)
+            epoch, step, start, logs = course.begin(initial_epoch, start)
             stream = data.Stream(
                 source,
                 session.strategy,
-                drawn,
-                step,
-                course.note_step,
+                start,
+                epoch=epoch,
+                made=step,
+                on_progress=course.note_step,
                 is_watched=watched,
                 logs=logs,
                 trains=True,
@@ -277,16 +281,23 @@ def fit(
             kept = course.callbacks(
                 kept,
                 prepared,
+                where=lambda: stream.position,
                 steps=source.steps,
                 epochs=epochs,
                 verbose=shown,
                 add_progbar=shown != 0,
                 model=model,
             )
-        with prepared.running(source), _quiet_stop(prepared.stop):
+
+        def ended() -> None:
+            stream.on_epoch_end()
+            if stream.is_over:
+                model.stop_training = True
+
+        with prepared.running(source), _keras.end_of_data_unless(lambda: prepared.stop.agreed):
             history = _keras.FIT(
                 model,
-                _keras.StreamAdapter(stream, source.steps, source.on_epoch_end),
+                _keras.StreamAdapter(stream, source.steps, ended),
                 epochs=epochs,
                 verbose=shown,
                 callbacks=kept,
@@ -295,6 +306,7 @@ def fit(
                 initial_epoch=epoch,
                 validation_freq=validation_freq,
             )
+        stream.close()
         summary = session.strategy.summary()
         if summary is not None and session.is_chief and verbose != 0:
             print(f"tfdist: {summary}", flush=True)
@@ -435,11 +447,10 @@ def predict(
         )
 
 
-def _epochs_done(model: Any, source: data.Source) -> int:
-    """Counts the epochs that the optimizer has behind it, so that data goes on after them."""
-    if model.optimizer is None or not source.steps:
-        return 0
-    return -(-int(model.optimizer.iterations.numpy()) // source.steps)
+def _start(model: Any, source: data.Source) -> data.DataPosition:
+    """Says where the data begins: after the steps that the optimizer has behind it."""
+    optimizer = model.optimizer
+    return source.position_after(0 if optimizer is None else int(optimizer.iterations.numpy()))
 
 
 def _first(validation_data: Any) -> Any:
@@ -491,7 +502,7 @@ def _agreed(
 
 def _adapt(source: data.Source, strategy: Strategy, by_number: bool = True) -> Any:
     stream = data.Stream(source, strategy, by_number=by_number)
-    return _keras.StreamAdapter(stream, source.steps, source.on_epoch_end)
+    return _keras.StreamAdapter(stream, source.steps, stream.on_epoch_end)
 
 
 def _announce(
@@ -506,11 +517,3 @@ def _announce(
     for notice in notices:
         if notice is not None:
             print(f"tfdist: {notice}", flush=True)
-
-
-@contextlib.contextmanager
-def _quiet_stop(stop: Stop) -> Iterator[None]:
-    """Keeps Keras from calling an agreed stop an input that ran out."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Your input ran out of data")
-        yield

@@ -43,6 +43,7 @@ from keras.src.losses import loss as _loss
 from keras.src.optimizers.base_optimizer import BaseOptimizer as _BaseOptimizer
 from keras.src.random.seed_generator import global_seed_generator as _global_seed_generator
 from keras.src.trainers.data_adapters.data_adapter import DataAdapter as _DataAdapter
+from keras.src.trainers.epoch_iterator import EpochIterator as _EpochIterator
 
 Tensor = Any
 """A `tf.Tensor`, `tf.IndexedSlices` or what converts to one."""
@@ -578,28 +579,60 @@ def loop_functions(
     """
     before = {name: getattr(model, name) for name in functions}
     own: dict[str, Callable[..., Any]] = {}
+    results = model._get_metrics_result_or_logs
+    has_made_steps = False
+
+    def results_of_steps(logs: Any) -> Any:
+        """Gives no zeros as the results of an epoch without a step, as Keras does."""
+        nonlocal has_made_steps
+        made, has_made_steps = has_made_steps, False
+        found = results(logs)
+        return found if made else dict.fromkeys(found, math.nan)
 
     def dispatching(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def dispatch(data: Any) -> Any:
+            nonlocal has_made_steps
             first = data[0] if isinstance(data, list) else data
             if isinstance(first, kinds):
-                return function(data)
-            if name not in own:
-                setattr(model, name, None)
-                getattr(model, f"make_{name}")()
-                own[name] = getattr(model, name)
-                setattr(model, name, dispatch)
-            return own[name](data)
+                made = function(data)
+            else:
+                if name not in own:
+                    setattr(model, name, None)
+                    getattr(model, f"make_{name}")()
+                    own[name] = getattr(model, name)
+                    setattr(model, name, dispatch)
+                made = own[name](data)
+            has_made_steps = True
+            return made
 
         return dispatch
 
     for name, function in functions.items():
         setattr(model, name, dispatching(name, function))
+    vars(model)["_get_metrics_result_or_logs"] = results_of_steps
     try:
         yield
     finally:
+        del vars(model)["_get_metrics_result_or_logs"]
         for name, function in before.items():
             setattr(model, name, function)
+
+
+@contextlib.contextmanager
+def end_of_data_unless(is_stopped: Callable[[], bool]) -> Iterator[None]:
+    """Keeps Keras's loop from calling a stop an input that ran out.
+
+    Args:
+        is_stopped: Tells whether a `StopIteration` was a stop.
+    """
+    warn = _EpochIterator._interrupted_warning
+
+    def interrupted_warning(iterator: Any) -> None:
+        if not is_stopped():
+            warn(iterator)
+
+    with replaced(_EpochIterator, "_interrupted_warning", interrupted_warning):
+        yield
 
 
 def build(model: Any, batch: Any) -> None:

@@ -29,7 +29,7 @@ from tfdist.samplers import Sampler
 from tfdist.steps import Stop
 from tfdist.strategies.base import Strategy
 
-_FORMAT = 1
+_FORMAT = 2
 _GLOBAL_SEED = "keras/global_seed_generator"
 
 
@@ -69,7 +69,7 @@ class CheckpointRun:
         self._made = 0 if self._state is None else self._state["steps"]
         self._saved_at, self._saved_time, self._is_due = self._made, time.monotonic(), False
         self._initial_epoch = self._epochs = 0
-        self._drawn: Callable[[], int] = int
+        self._where: Callable[[], data.DataPosition] = data.DataPosition
         self._setup: dict[str, Any] = {}
         self._variables: Sequence[Any] = ()
 
@@ -165,42 +165,50 @@ class CheckpointRun:
             files.check_room(self._settings.path, sum(sizes))
 
     def begin(
-        self, epoch: int, drawn: Callable[[], int]
-    ) -> tuple[int, int, Callable[[], int], dict[str, Any]]:
+        self, epoch: int, start: Callable[[], data.DataPosition]
+    ) -> tuple[int, int, Callable[[], data.DataPosition], dict[str, Any]]:
         """Says where training begins.
 
         Args:
             epoch: Where `fit` was asked to.
-            drawn: Counts the epochs of data drawn before it, once callbacks have begun.
+            start: Says where its data begins, once callbacks have begun.
 
         Returns:
-            The epoch, the steps made of it, what counts the epochs drawn before it, and
-            the logs of the last step made.
+            The epoch, the steps made of it, what says where its data began, and the logs of
+            the last step made.
         """
-        self._initial_epoch, self._drawn = epoch, drawn
+        self._initial_epoch = epoch
         if self._state is None:
-            return epoch, 0, drawn, {}
+            return epoch, 0, start, {}
         self._initial_epoch = self._state["initial_epoch"]
-        self._position = Position(*self._state["position"])
-        epoch, step, before = self._position
+        self._position = Position.from_json(self._state["position"])
+        epoch, step, where = self._position
         if self._state["stopped"]:  # a callback's decision holds, however many are asked for
             epoch, step = sys.maxsize, 0
         return (
             epoch,
             step,
-            lambda: before,
+            lambda: where,
             decode(self._state["logs"], self._arrays.__getitem__),
         )
 
-    def callbacks(self, given: Any, prepared: Prepared, **options: Any) -> Any:
+    def callbacks(
+        self,
+        given: Any,
+        prepared: Prepared,
+        *,
+        where: Callable[[], data.DataPosition],
+        **options: Any,
+    ) -> Any:
         """Makes the `CallbackList` of the training.
 
         Args:
             given: This process's callbacks.
             prepared: The model, whose state is saved.
+            where: Says where the data stands, between two epochs.
             **options: Of `keras.callbacks.CallbackList`.
         """
-        self._variables = prepared.variables
+        self._variables, self._where = prepared.variables, where
         self._epochs = options["epochs"]
         self._stop, self._model = prepared.stop, prepared.model
         self._preemption.on_asked = self._note_asked
@@ -314,12 +322,9 @@ class CheckpointRun:
             epoch: As Keras counts.
             memory: The callbacks', which have begun it.
         """
-        known = self._position
-        if known is None:
-            self._position = Position(epoch, 0, self._drawn())
-        elif known.epoch != epoch:
-            self._position = Position(epoch, 0, known.drawn + epoch - known.epoch)
-        elif known.step:
+        if self._position is None or self._position.epoch != epoch:
+            self._position = Position(epoch, 0, self._where())
+        elif self._position.step:
             self.restore(memory)
         self._state, self._read, self._arrays = None, None, {}
 
@@ -348,9 +353,9 @@ class CheckpointRun:
             is_stopped: Whether a callback has ended the training.
         """
         assert self._position is not None
-        epoch, _, drawn = self._position
-        if self._every == "epoch" or is_stopped or epoch + 1 >= self._epochs:
-            self._save(Position(epoch + 1, 0, drawn + 1), memory, {}, is_stopped)
+        following = self._position.epoch + 1
+        if self._every == "epoch" or is_stopped or following >= self._epochs:
+            self._save(Position(following, 0, self._where()), memory, {}, is_stopped)
 
     def _save(
         self, position: Position, memory: Memory, logs: Any, is_stopped: bool = False
@@ -363,7 +368,7 @@ class CheckpointRun:
         state = {
             "format": _FORMAT,
             "tfdist": __version__,
-            "position": list(position),
+            "position": position.to_json(),
             "initial_epoch": self._initial_epoch,
             "steps": self._made,
             "stopped": is_stopped,

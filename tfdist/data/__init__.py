@@ -8,6 +8,7 @@ global batch of n, and a share without rows carries one row that counts nothing.
 from tfdist.data.arrays import is_arrays, split
 from tfdist.data.augment import Augment
 from tfdist.data.by_class import ByClass
+from tfdist.data.epochs import DataPosition
 from tfdist.data.local import LocalShard, local_shard
 from tfdist.data.roads import Settings, read
 from tfdist.data.source import Share, Source, bounds, no_groups
@@ -16,6 +17,7 @@ from tfdist.data.stream import Epoch, Stream
 __all__ = [
     "Augment",
     "ByClass",
+    "DataPosition",
     "Epoch",
     "LocalShard",
     "Settings",

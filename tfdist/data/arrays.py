@@ -12,6 +12,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from tfdist.data.epochs import START, DataPosition
 from tfdist.data.source import (
     FOREVER,
     Share,
@@ -44,9 +45,9 @@ class Arrays(Source):
         sampler: Chooses the rows of each step.
         batch_size: Examples of a full global batch.
         seed: The sampler's.
-        steps: Steps an epoch; when fewer or more than the sampler's, epochs go on where
-            the last one stopped.
-        endless: Whether the stream goes through all epochs (training) or ends after one.
+        batches: Steps of one pass over the rows, or None where the sampler has no passes.
+        flows: Whether the stream goes through all passes (training) or ends after one.
+        asked_steps: Steps an epoch, if the user has said.
         copies: How often each row that was drawn comes, one behind the other.
         rounded_to: Rows of a share are a multiple of it, those of one that was drawn less; what
             is beyond `Share.rows` does not count.
@@ -56,8 +57,9 @@ class Arrays(Source):
     sampler: Sampler
     batch_size: int
     seed: int
-    steps: int
-    endless: bool
+    batches: int | None = field(kw_only=True)
+    flows: bool = field(kw_only=True)
+    asked_steps: int | None = field(default=None, kw_only=True)
     copies: int = field(default=1, kw_only=True)
     rounded_to: int = field(default=1, kw_only=True)
 
@@ -65,6 +67,7 @@ class Arrays(Source):
 
     def __post_init__(self) -> None:
         self.may_be_empty = self.sampler.may_be_empty
+        self.repeats = not self.flows  # then every pass has its rows in the same order
         of = self.sampler.group_of
         self._group_of = None if of is None else tf.constant(of)
 
@@ -78,23 +81,19 @@ class Arrays(Source):
         """Examples that this process has in `data`."""
         return self.num_rows
 
-    @property
-    def continues(self) -> bool:
-        """Whether one stream runs through all epochs."""
-        return self.endless
+    def position_after(self, steps: int) -> DataPosition:
+        """Says where a new call of `fit` begins: rows go on after the last epoch's."""
+        if self.batches is None and self.asked_steps is not None:
+            return DataPosition(drawn=-(-steps // self.asked_steps) * self.asked_steps)
+        return super().position_after(steps)
 
-    @property
-    def repeats(self) -> bool:
-        """Whether every epoch has the same rows in the same order."""
-        return not self.endless
-
-    def shares(self, place: Place, epoch: int, skip: int = 0) -> Any:
+    def shares(self, place: Place, position: DataPosition = START) -> Any:
         """Builds the stream of shares; each gathers its own rows only."""
 
         def share(rows: Tensor, facts: Tensor, replica: Tensor) -> Share:
             return self._share(place, rows, facts, replica)
 
-        return untuned(dealt(self._row_numbers(epoch, skip), share, place))
+        return untuned(dealt(self._row_numbers(position), share, place))
 
     def _share(self, place: Place, rows: Tensor, facts: Tensor, replica: Tensor) -> Share:
         """Gathers a replica's part of a batch from what `_drawn` gave."""
@@ -129,15 +128,15 @@ class Arrays(Source):
         """The arrays."""
         return self.data
 
-    def row_numbers(self, epoch: int, skip: int = 0) -> Iterator[Rows]:
+    def row_numbers(self, position: DataPosition) -> Iterator[Rows]:
         """Gives global batches as row numbers, without end."""
-        for first in itertools.count(self._first_step(epoch, skip), self._at_once):
+        for first in itertools.count(self._first_step(position), self._at_once):
             yield from self._sampled(first)
 
     def _gather(self, rows: Tensor) -> Any:
         return tf.nest.map_structure(lambda column: tf.gather(column, rows), self.data)
 
-    def _row_numbers(self, epoch: int, skip: int) -> Any:
+    def _row_numbers(self, position: DataPosition) -> Any:
         """Builds a dataset of row numbers, padded at the end, and facts, both of `_drawn`.
 
         The sampler is asked for many steps at once, ahead of those that gather their rows.
@@ -157,19 +156,21 @@ class Arrays(Source):
             facts = tf.ensure_shape(facts, [at_once, self._facts])
             return tf.ensure_shape(rows, [at_once, None]), facts
 
-        numbers = tf.data.Dataset.range(self._first_step(epoch, skip), FOREVER, at_once)
+        numbers = tf.data.Dataset.range(self._first_step(position), FOREVER, at_once)
         batches = numbers.map(drawn, 1).prefetch(2).unbatch()
-        return batches if self.endless else batches.take(self.steps - skip)
+        return batches if self.flows else batches.take((self.batches or 0) - position.drawn)
 
     @property
     def _at_once(self) -> int:
         """Steps of which the sampler is asked in one call."""
         # A short epoch's steps are drawn with those of the next ones, if there are any.
-        useful = max(self.steps, _STEPS_AT_ONCE) if self.endless else self.steps
+        steps = self.steps or 1
+        useful = max(steps, _STEPS_AT_ONCE) if self.flows else steps
         return max(1, min(_ROWS_AT_ONCE // self.batch_size, useful))
 
-    def _first_step(self, epoch: int, skip: int) -> int:
-        return skip + (epoch * self.steps if self.endless else 0)
+    def _first_step(self, position: DataPosition) -> int:
+        passes = position.number * (self.batches or 0) if self.flows else 0
+        return passes + position.drawn
 
     def _drawn(self, first: int) -> tuple[list[Rows], list[list[int]]]:
         """Draws global batches, and tells what `_share` must know of each: its size."""

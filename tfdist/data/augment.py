@@ -14,6 +14,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfdist._keras import draws
+from tfdist.data.epochs import START, DataPosition
 from tfdist.data.source import PARALLEL, Share, Source, mapped, shortened
 from tfdist.errors import ArgumentError
 from tfdist.strategies.base import Place
@@ -159,7 +160,8 @@ class Augmented(Source):
     def __init__(self, source: Source, augment: Augment, seed: int) -> None:
         self.source = source
         self.augment = augment
-        self.steps = source.steps
+        self.batches, self.asked_steps = source.batches, source.asked_steps
+        self.flows = source.flows
         self.repeatable = source.repeatable
         self.may_be_empty = source.may_be_empty
         self.batch_size = getattr(source, "batch_size", None)
@@ -172,11 +174,6 @@ class Augmented(Source):
             augment.check(y)
         self._steps, made = self._plan(x)
         self._spec = _with_x(batch, made)
-
-    @property
-    def continues(self) -> bool:
-        """Whether one stream runs through all epochs."""
-        return self.source.continues
 
     def spec(self) -> Any:
         """Gives the shapes and dtypes of a batch."""
@@ -206,10 +203,23 @@ class Augmented(Source):
         """Called when an epoch's stream has ended."""
         self.source.on_epoch_end()
 
-    def shares(self, place: Place, epoch: int, skip: int = 0) -> Any:
+    def position_after(self, steps: int) -> DataPosition:
+        """Says where the source begins a new call of `fit`."""
+        return self.source.position_after(steps)
+
+    def note_iterator(self, position: DataPosition) -> None:
+        """Tells the source."""
+        self.source.note_iterator(position)
+
+    def finish(self, position: DataPosition) -> None:
+        """Tells the source."""
+        self.source.finish(position)
+
+    def shares(self, place: Place, position: DataPosition = START) -> Any:
         """Builds the stream of the local replicas' shares; see `Source.shares`."""
-        # Where an epoch's steps are not known it may have as many as are left below the next.
-        first_step = (epoch * self.steps if self.steps else epoch << 40) + skip
+        # Where a pass's steps are not known it may have as many as are left below the next.
+        number, batches = position.number, self.batches
+        first_step = (number << 40 if batches is None else number * batches) + position.drawn
 
         def change(number: Tensor, share: Share) -> Share:
             step = first_step + number // place.local_replicas
@@ -220,7 +230,7 @@ class Augmented(Source):
             rows = draws.Rows(self._seed, first, count, tf.range(count)).of(step)
             return share._replace(data=_with_x(batch, self._changed(x, y, repeats, rows)))
 
-        shares = self.source.shares(place, epoch, skip).enumerate()
+        shares = self.source.shares(place, position).enumerate()
         return mapped(shares, change).prefetch(PARALLEL)
 
     def _parts(self, batch: Any) -> tuple[Any, Any]:

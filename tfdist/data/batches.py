@@ -11,6 +11,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from tfdist.data.epochs import START, DataPosition
 from tfdist.data.source import (
     FOREVER,
     Share,
@@ -34,27 +35,32 @@ class Batches(Source):
     """Global batches in an order of their own; each replica takes a slice of each.
 
     Args:
-        steps: Batches an epoch, or None when unknown.
+        batches: Of one pass, or None when unknown or endless.
+        asked_steps: Batches an epoch, if the user has said.
         transform: Applied to each batch, for example to add class weights.
     """
 
     def __init__(
-        self, steps: int | None, transform: Callable[[Any], Any] | None = None
+        self,
+        batches: int | None,
+        asked_steps: int | None,
+        transform: Callable[[Any], Any] | None = None,
     ) -> None:
-        self.steps = steps
+        self.batches = batches
+        self.asked_steps = asked_steps
         self.transform = transform
 
     @abc.abstractmethod
-    def batches(self, epoch: int) -> Any:
+    def stream(self, position: DataPosition) -> Any:
         """Builds the `tf.data.Dataset` of global batches.
 
         Args:
-            epoch: Epochs drawn before.
+            position: Where it begins.
         """
 
-    def shares(self, place: Place, epoch: int, skip: int = 0) -> Any:
+    def shares(self, place: Place, position: DataPosition = START) -> Any:
         """Builds the stream of shares by slicing each batch."""
-        batches = self.batches(epoch).skip(skip)
+        batches = self.stream(position)
         if self.transform is not None:
             batches = mapped(batches, self.transform)
 
@@ -106,8 +112,7 @@ class DatasetBatches(Batches):
 
     Args:
         dataset: Yields what `Share.data` holds.
-        steps: Batches an epoch, or None to take its length.
-        continues: Whether an epoch goes on where the one before stopped.
+        steps: Batches an epoch, if the user has said.
         transform: Applied to each batch.
     """
 
@@ -116,7 +121,6 @@ class DatasetBatches(Batches):
         dataset: Any,
         steps: int | None,
         *,
-        continues: bool,
         transform: Callable[[Any], Any] | None = None,
     ) -> None:
         length = int(dataset.cardinality())
@@ -125,31 +129,36 @@ class DatasetBatches(Batches):
                 "A data set must have at least one batch. Received: a tf.data.Dataset of "
                 "length 0. Check the filter or the path that produced it."
             )
-        known = length if length > 0 else None
-        super().__init__(steps or known, transform)
+        if length == tf.data.INFINITE_CARDINALITY and steps is None:
+            raise ArgumentError(
+                "A tf.data.Dataset without an end needs the number of batches of an epoch. "
+                "Received: one that repeats without end. Pass steps_per_epoch to fit, "
+                "validation_steps for validation_data, or steps to evaluate and predict; or "
+                "leave out .repeat()."
+            )
+        super().__init__(length if length > 0 else None, steps, transform)
         self.dataset = dataset
-        self._continues = continues and steps is not None
-        self._behind = 0
+        self._iterators = 0
 
-    def go_on_after(self, epochs: int) -> None:
-        """Passes over what was drawn: batches of one stream, or whole streams.
+    repeats = True
 
-        A seeded `shuffle` gives each new iterator the next order.
-        """
-        if self._continues:
-            self._behind = epochs * (self.steps or 0)
-        else:
-            for _ in range(epochs):
-                iter(self.dataset)
+    def note_iterator(self, position: DataPosition) -> None:
+        """Makes iterators that Keras would have made before: each shuffles in another way."""
+        self._make_iterators(position.iterators)
+        self._iterators += 1
 
-    @property
-    def continues(self) -> bool:
-        """Whether one stream runs through all epochs."""
-        return self._continues
+    def finish(self, position: DataPosition) -> None:
+        """Leaves the dataset as Keras would: what comes next is shuffled in another way."""
+        self._make_iterators(position.iterators + position.is_open)
 
-    def batches(self, epoch: int) -> Any:
+    def _make_iterators(self, number: int) -> None:
+        for _ in range(self._iterators, number):
+            iter(self.dataset)
+        self._iterators = max(self._iterators, number)
+
+    def stream(self, position: DataPosition) -> Any:
         """Gives the dataset."""
-        return self.dataset.skip(self._behind) if self._behind else self.dataset
+        return self.dataset.skip(position.drawn) if position.drawn else self.dataset
 
     def spec(self) -> Any:
         """Gives the shapes and dtypes of a batch."""
@@ -166,9 +175,10 @@ class GeneratorBatches(Batches):
     """
 
     repeatable = False
+    flows = True  # what is drawn ahead must not be lost
 
     def __init__(self, generator: Iterator[Any], steps: int | None) -> None:
-        super().__init__(steps)
+        super().__init__(None, steps)
         try:
             self._first = _as_batch(next(generator))
         except StopIteration:
@@ -178,19 +188,10 @@ class GeneratorBatches(Batches):
             ) from None
         self._rest = itertools.chain([self._first], map(_as_batch, generator))
 
-    def go_on_after(self, epochs: int) -> None:
-        """Draws what an earlier process has drawn, to be where it was."""
-        if self.steps is not None:
-            for _ in itertools.islice(self._rest, epochs * self.steps):
-                pass
-
-    @property
-    def continues(self) -> bool:
-        """Whether one stream runs through all epochs."""
-        return self.steps is not None
-
-    def batches(self, epoch: int) -> Any:
-        """Wraps what is left of the generator."""
+    def stream(self, position: DataPosition) -> Any:
+        """Wraps what is left of the generator, but for what an earlier process has drawn."""
+        for _ in itertools.islice(self._rest, position.drawn):
+            pass
         return untuned(
             tf.data.Dataset.from_generator(lambda: self._rest, output_signature=self.spec())
         )
@@ -225,9 +226,8 @@ class PyDatasetBatches(Batches):
             raise ArgumentError(
                 "A data set must have at least one batch. Received: a PyDataset of length 0."
             )
-        super().__init__(steps or length, transform)
+        super().__init__(length, steps, transform)
         self.dataset = dataset
-        self.length = length
         self.shuffle = shuffle and length is not None
         self.seed = seed
         self._spec = tf.nest.map_structure(batch_spec, _as_batch(dataset[0]))
@@ -241,34 +241,32 @@ class PyDatasetBatches(Batches):
         """Lets the data set rearrange itself, as Keras does."""
         self.dataset.on_epoch_end()
 
-    def batches(self, epoch: int) -> Any:
-        """Builds the stream of an epoch."""
+    def stream(self, position: DataPosition) -> Any:
+        """Builds the stream of a pass."""
         specs = tf.nest.flatten(self._spec)
 
-        def load(position: np.int64) -> list[Any]:
-            batch = _as_batch(self.dataset[self._number(int(position), epoch)])
+        def load(place: np.int64) -> list[Any]:
+            batch = _as_batch(self.dataset[self._number(int(place), position.number)])
             pairs = zip(tf.nest.flatten(batch), specs, strict=True)
             return [np.asarray(leaf, spec.dtype.as_numpy_dtype) for leaf, spec in pairs]
 
         @unconverted
-        def batch(position: Tensor) -> Any:
-            loaded = tf.numpy_function(load, [position], [spec.dtype for spec in specs])
+        def batch(place: Tensor) -> Any:
+            loaded = tf.numpy_function(load, [place], [spec.dtype for spec in specs])
             for leaf, spec in zip(loaded, specs, strict=True):
                 leaf.set_shape(spec.shape)
             return tf.nest.pack_sequence_as(self._spec, loaded)
 
-        numbers = tf.data.Dataset.range(self.steps if self.steps is not None else FOREVER)
+        end = FOREVER if self.batches is None else self.batches
+        places = tf.data.Dataset.range(position.drawn, end)
         workers = max(1, self.dataset.workers)
-        return untuned(numbers.map(batch, workers, deterministic=True))
+        return untuned(places.map(batch, workers, deterministic=True))
 
-    def _number(self, position: int, epoch: int) -> int:
-        """Gives the number of the batch at a position of an epoch."""
-        if self.length is None:
-            return position
-        rounds, inside = divmod(position, self.length)
-        if not self.shuffle:
-            return int(inside)
-        order = permute(np.array([inside]), self.length, (self.seed, epoch + rounds))
+    def _number(self, place: int, number: int) -> int:
+        """Gives the number of the batch at a place of a pass."""
+        if not self.shuffle or self.batches is None:
+            return place
+        order = permute(np.array([place]), self.batches, (self.seed, number))
         return int(order[0])
 
     def spec(self) -> Any:

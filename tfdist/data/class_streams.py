@@ -11,6 +11,7 @@ import tensorflow as tf
 
 from tfdist.data.batches import Batches
 from tfdist.data.by_class import ByClass, streams
+from tfdist.data.epochs import DataPosition
 from tfdist.data.source import FOREVER, batch_spec, unconverted
 from tfdist.errors import ArgumentError
 from tfdist.samplers import ByQuota, Rows, Sampler
@@ -65,18 +66,23 @@ class ClassStreams(Batches):
         self._drawing = sampler.of_classes(counts)
         # Of an epoch at most: a longer one costs no more for each draw.
         self._at_once = min(_DRAWS_AT_ONCE, max(batch_size, self._drawing.drawn))
-        super().__init__(steps or -(-self._drawing.drawn // batch_size), transform)
+        drawn = -(-self._drawing.drawn // batch_size)
+        super().__init__(None if steps else drawn, steps, transform)
         self.batch_size = batch_size
         self._seed = seed
 
-    @property
-    def continues(self) -> bool:
-        """One stream runs through all epochs."""
-        return True
+    flows = True
 
-    def batches(self, epoch: int) -> Any:
-        """Builds the stream of global batches from an epoch on."""
-        first = epoch * (self.steps or 0) * self.batch_size
+    def position_after(self, steps: int) -> DataPosition:
+        """Says where a new call of `fit` begins: draws go on after the last epoch's."""
+        if self.batches is None and self.asked_steps is not None:
+            return DataPosition(drawn=-(-steps // self.asked_steps) * self.asked_steps)
+        return super().position_after(steps)
+
+    def stream(self, position: DataPosition) -> Any:
+        """Builds the stream of global batches from a position on."""
+        passes = position.number * (self.batches or 0)
+        first = (passes + position.drawn) * self.batch_size
         rounds = first // self._drawing.drawn
         before = self._drawing.quotas * rounds + self._count(
             rounds * self._drawing.drawn, first

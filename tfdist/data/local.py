@@ -188,7 +188,7 @@ class LocalArrays(Arrays):
 
     def report(self) -> str | None:
         """Says what each worker holds, and what that means for training."""
-        holdings, steps = self.holdings, min(self.steps, 64)
+        holdings, steps = self.holdings, min(self.steps or 1, 64)
         drawn = np.concatenate(
             self.sampler.batches(
                 0, steps, num_rows=self.num_rows, batch_size=self.batch_size, seed=self.seed

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import types
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -123,16 +124,16 @@ def _read(x: Any, y: Any, sample_weight: Any, settings: Settings) -> Source:
             f"Received: x of type {kind} and a sampler of type "
             f"{type(settings.sampler).__name__}. Choose the rows where batches are made."
         )
-    if settings.batch_size is not None:
-        raise ArgumentError(
-            "`batch_size` must not be passed when `x` yields batches. Received: x of type "
-            f"{kind} and batch_size={settings.batch_size}. Set the size where they are made."
+    if settings.batch_size is not None and settings.training:
+        warnings.warn(
+            f"batch_size={settings.batch_size} is ignored, as Keras does: x of type {kind} "
+            "yields batches. Set the size where they are made.",
+            stacklevel=2,
         )
     if isinstance(x, tf.data.Dataset):
         return DatasetBatches(
             x,
             settings.steps,
-            continues=settings.training,
             transform=_weigher(settings, lambda: _targets_of_dataset(x, settings.steps)),
         )
     if isinstance(x, keras.utils.PyDataset):
@@ -217,7 +218,6 @@ def _read_arrays(x: Any, y: Any, sample_weight: Any, settings: Settings) -> Arra
         weigh = weigher(settings.class_weight, lambda: [targets], must_occur=True)
         data = weigh(*data)
     sampler = settings.sampler.bind(data[1] if y is not None else None, num_rows)
-    steps = _steps(sampler, num_rows, batch_size, settings)
     if settings.augment is not None:
         data = _for_augmenting(data, sampler, num_rows, settings.augment)
     return Arrays(
@@ -225,16 +225,21 @@ def _read_arrays(x: Any, y: Any, sample_weight: Any, settings: Settings) -> Arra
         sampler,
         batch_size,
         settings.seed,
-        steps,
-        settings.training,
+        flows=settings.training,
+        **_passes(sampler, num_rows, batch_size, settings),
         **_dealing(settings),
     )
 
 
-def _steps(sampler: Sampler, num_rows: int, batch_size: int, settings: Settings) -> int:
+def _passes(sampler: Sampler, num_rows: int, batch_size: int, settings: Settings) -> Any:
+    """Says how many steps a pass over the rows has, and an epoch, if it is another number.
+
+    A sampler with an order of its own has no passes that an epoch could break off.
+    """
     of_sampler = sampler.steps_per_epoch(num_rows, batch_size)
-    steps = settings.steps or of_sampler
-    return steps if settings.training else min(steps, of_sampler)
+    has_passes = not settings.training or isinstance(sampler, Sequential | Uniform)
+    endless = settings.steps is not None and not has_passes
+    return {"batches": None if endless else of_sampler, "asked_steps": settings.steps}
 
 
 def _read_local(
@@ -274,17 +279,16 @@ def _read_local(
             first : first + held
         ]
         data = (data, tf.constant(repeats, tf.float32))
-    steps = _steps(sampler, num_rows, batch_size, settings)
     return LocalArrays(
         data,
         sampler,
         batch_size,
         settings.seed,
-        steps,
-        settings.training,
-        holdings,
-        worker,
-        order,
+        flows=settings.training,
+        holdings=holdings,
+        worker=worker,
+        order=order,
+        **_passes(sampler, num_rows, batch_size, settings),
         **_dealing(settings),
     )
 

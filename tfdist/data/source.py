@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import tensorflow as tf
 
+from tfdist.data.epochs import START, DataPosition
 from tfdist.samplers.permutation import Rows
 from tfdist.strategies.base import Place
 
@@ -81,27 +82,59 @@ class Source(abc.ABC):
     """Data that can be dealt out in shares.
 
     Attributes:
-        steps: Global batches in an epoch, or None when unknown.
+        batches: Global batches of one pass over the data, or None when unknown or endless.
+        asked_steps: Global batches an epoch, if the user has said.
         repeatable: Whether batches that were drawn can be drawn again.
         may_be_empty: Whether a global batch may have no rows; then a single replica's shares
             also say how many rows count.
+        flows: Whether the stream of one pass goes on with the next one.
+        repeats: Whether every pass's stream is built alike.
     """
 
-    steps: int | None
+    batches: int | None
+    asked_steps: int | None = None
     repeatable: bool = True
     may_be_empty: bool = False
+    flows: bool = False
+    repeats: bool = False
+
+    @property
+    def steps(self) -> int | None:
+        """Global batches in an epoch, or None when unknown."""
+        return self.asked_steps or self.batches
 
     @abc.abstractmethod
-    def shares(self, place: Place, epoch: int, skip: int = 0) -> Any:
-        """Builds the stream of the local replicas' shares, from an epoch on.
+    def shares(self, place: Place, position: DataPosition = START) -> Any:
+        """Builds the stream of the local replicas' shares, from a position on.
 
         Args:
             place: Which replicas are local.
-            epoch: Epochs drawn before.
-            skip: Global batches of that epoch to leave out.
+            position: Where it begins.
 
         Returns:
             A `tf.data.Dataset` of `Share`, `place.local_replicas` elements a step.
+        """
+
+    def position_after(self, steps: int) -> DataPosition:
+        """Says where a new call of `fit` begins.
+
+        Args:
+            steps: That the optimizer has made, in earlier calls too.
+        """
+        return DataPosition(number=-(-steps // self.steps) if self.steps else 0)
+
+    def note_iterator(self, position: DataPosition) -> None:  # noqa: B027, most need nothing
+        """Called before an iterator over what `shares` gave is made.
+
+        Args:
+            position: Of the pass that it is for.
+        """
+
+    def finish(self, position: DataPosition) -> None:  # noqa: B027
+        """Called when a call is over.
+
+        Args:
+            position: Where the data stands.
         """
 
     @property
@@ -109,27 +142,16 @@ class Source(abc.ABC):
         """Tensors of which any rows can be gathered, in the structure of a batch, or None."""
         return None
 
-    def row_numbers(self, epoch: int, skip: int = 0) -> Iterator[Rows]:
+    def row_numbers(self, position: DataPosition) -> Iterator[Rows]:
         """Gives the global batches as numbers of rows in `columns`.
 
         Args:
-            epoch: As in `shares`.
-            skip: As in `shares`.
+            position: As in `shares`.
 
         Returns:
             An iterator without end of int64 arrays of shape [rows].
         """
         raise NotImplementedError
-
-    @property
-    def continues(self) -> bool:
-        """Whether one stream runs through all epochs, rather than one for each."""
-        return False
-
-    @property
-    def repeats(self) -> bool:
-        """Whether every epoch's stream is built alike."""
-        return False
 
     @abc.abstractmethod
     def spec(self) -> Any:
@@ -153,7 +175,7 @@ class Source(abc.ABC):
         return None
 
     def go_on_after(self, epochs: int) -> None:  # noqa: B027, most know by `epoch`
-        """Tells data with an order of its own what an earlier process has drawn of it.
+        """Tells data that rearranges itself what an earlier process has drawn of it.
 
         Args:
             epochs: Of this `fit`, whole ones.

@@ -9,6 +9,7 @@ from typing import Any
 import tensorflow as tf
 
 from tfdist import note
+from tfdist.data.epochs import DataPosition, Epochs
 from tfdist.data.source import Source
 from tfdist.errors import ArgumentError
 from tfdist.strategies.base import Strategy
@@ -20,8 +21,10 @@ class Stream:
     Args:
         source: The data.
         strategy: Deals shares out to replicas.
-        first_epoch: Called when the first share is drawn: epochs drawn in earlier runs.
-        skip: Steps of the first epoch that were made already.
+        start: Says where the data stands; called when the first share is drawn, since a
+            callback may restore a model.
+        epoch: The number of the first epoch.
+        made: Steps of the first epoch that were made already.
         on_progress: Called after each step with the steps made of the epoch.
         by_number: Whether the strategy may be given row numbers in place of rows.
         is_watched: Whether somebody looks at the model between two steps.
@@ -33,8 +36,10 @@ class Stream:
         self,
         source: Source,
         strategy: Strategy,
-        first_epoch: Callable[[], int] = lambda: 0,
-        skip: int = 0,
+        start: Callable[[], DataPosition] = DataPosition,
+        *,
+        epoch: int = 0,
+        made: int = 0,
         on_progress: Callable[[int], None] = lambda step: None,
         by_number: bool = True,
         is_watched: bool = True,
@@ -43,45 +48,99 @@ class Stream:
     ) -> None:
         self.source = source
         self.strategy = strategy
-        self.first_epoch = first_epoch
-        self.drawn = skip > 0
+        self.has_drawn = made > 0
         self.logs = dict(logs or {})
         self.steps_taken = 0
         self.steps_of_epoch = 0
         self.on_progress = on_progress
         self.is_watched = is_watched
         self.columns = source.columns if by_number and strategy.gathers_rows else None
+        self.iterator: Any = None
+        self._start = start
         self._trains = trains
-        self._skip = skip
-        self._epoch: int | None = None
-        self._repeated: Any = None
-        self._running: Any = None
+        self._epoch = epoch
+        self._made = made
+        self._epochs: Epochs | None = None
+        self._current: Epoch | None = None
+        self._pass: int | None = None
+        self._pipeline: Any = None
+        self._has_run_out = False
+
+    @property
+    def epochs(self) -> Epochs:
+        """How the data goes on."""
+        if self._epochs is None:
+            source = self.source
+            self._epochs = Epochs(source.asked_steps, source.batches, self._start())
+        return self._epochs
 
     def __iter__(self) -> Epoch:
-        skip = self._skip if self._epoch is None else 0
-        return Epoch(self, self.source.steps, skip)
+        return Epoch(self)
 
-    def start_epoch(self) -> Any:
-        """Gives an iterator over shares that stands at the beginning of the next epoch."""
-        skip = self._skip if self._epoch is None else 0
-        self.steps_of_epoch = skip
-        self._epoch = self.first_epoch() if self._epoch is None else self._epoch + 1
-        if self._running is None or not self.source.continues:
-            epoch = self._epoch
-            place = self.strategy.place
+    def begin_epoch(self, epoch: Epoch) -> int:
+        """Begins an epoch, when its first share is to be drawn.
 
-            def build() -> Any:
-                if self.columns is not None:
-                    return self.source.row_numbers(epoch, skip)
-                return self.source.shares(place, epoch, skip)
+        Args:
+            epoch: What draws.
 
-            shares = self._repeated
-            if shares is None:
-                shares = self.strategy.distribute(build)
-                if self.source.repeats and self.columns is None and not skip:
-                    self._repeated = shares
-            self._running = iter(shares)
-        return self._running
+        Returns:
+            The steps that were made of it already.
+        """
+        made, self._made = self._made, 0
+        self.steps_of_epoch = made
+        self._current = epoch
+        self.epochs.begin()
+        position = self.epochs.position
+        goes_on = self._pass == position.number or self.source.flows
+        if self.iterator is None or not goes_on:
+            self.iterator = self._iterator(position._replace(drawn=position.drawn + made))
+        self._pass = position.number
+        return made
+
+    def _iterator(self, position: DataPosition) -> Any:
+        place, source = self.strategy.place, self.source
+
+        def build() -> Any:
+            if self.columns is not None:
+                return source.row_numbers(position)
+            return source.shares(place, position)
+
+        shares = self._pipeline
+        if shares is None:
+            shares = self.strategy.distribute(build)
+            if source.repeats and self.columns is None and not position.drawn:
+                self._pipeline = shares
+        source.note_iterator(position)
+        return iter(shares)
+
+    @property
+    def position(self) -> DataPosition:
+        """Where the data stands, between two epochs."""
+        return self.epochs.position
+
+    @property
+    def is_over(self) -> bool:
+        """Whether no epoch can have a batch any more."""
+        return self._has_run_out and not self.source.repeatable
+
+    def close(self) -> None:
+        """Ends the last epoch's stream."""
+        self.iterator = self._pipeline = None
+        self.source.finish(self.position)
+
+    def on_epoch_end(self) -> None:
+        """Ends the epoch that has begun; Keras also calls it before the first one.
+
+        It does so before each validation, which then begins another pass.
+        """
+        epoch, self._current = self._current, None
+        if epoch is not None:
+            self.epochs.end(epoch.ran_out)
+            self._has_run_out = epoch.ran_out
+            self._epoch += 1
+        elif self._epochs is not None:
+            self._epochs.reset(self.source.batches)
+        self.source.on_epoch_end()
 
     def note_progress(self, steps: int) -> None:
         """Tells that steps of the epoch were made.
@@ -91,7 +150,7 @@ class Stream:
         """
         self.steps_of_epoch += steps
         if self._trains:
-            note.here.tell(self._epoch or 0, self.steps_of_epoch, steps)
+            note.here.tell(self._epoch, self.steps_of_epoch, steps)
         self.on_progress(self.steps_of_epoch)
 
 
@@ -100,41 +159,46 @@ class Epoch:
 
     Args:
         stream: Where they come from.
-        steps: How many there are, or None when only the data knows.
-        made: How many of them were made already.
+
+    Attributes:
+        ran_out: Whether the data ended where a share was expected.
     """
 
-    def __init__(self, stream: Stream, steps: int | None, made: int = 0) -> None:
+    def __init__(self, stream: Stream) -> None:
         self._stream = stream
-        self._left = steps
-        self._made = made
-        self._iterator: Any = None
+        self._made = 0
+        self._has_begun = False
+        self.ran_out = False
 
     @property
     def iterator(self) -> Any:
         """The iterator that traced functions draw from."""
-        if self._iterator is None:
-            self._iterator = self._stream.start_epoch()
-        return self._iterator
+        return self._stream.iterator
 
     @property
     def begins(self) -> bool:
         """Whether no share was drawn of it yet, and buffers have to fill."""
-        return self._iterator is None
+        return not self._has_begun
 
     @contextlib.contextmanager
     def drawing(self) -> Iterator[None]:
-        """Wraps the drawing of steps, to tell data that never began from data that ended."""
+        """Wraps the drawing of an execution's steps, of which one at least must be there.
+
+        Raises:
+            ArgumentError: The data has ended before it began.
+            tf.errors.OutOfRangeError: It has ended.
+        """
         try:
             yield
         except tf.errors.OutOfRangeError:
-            if not self._stream.drawn:
+            self.ran_out = True
+            if not self._stream.has_drawn:
                 raise ArgumentError(
                     "A data set must have at least one batch. Received: one that ends at "
                     "once. Check the filter or the path that produced it."
                 ) from None
             raise
-        self._stream.drawn = True
+        self._stream.has_drawn = True
 
     @property
     def columns(self) -> Any:
@@ -142,9 +206,9 @@ class Epoch:
         return self._stream.columns
 
     @property
-    def can_end_early(self) -> bool:
-        """Whether drawing may fail before the epoch's steps are over, as arrays' cannot."""
-        return self._stream.source.columns is None
+    def may_end_early(self) -> bool:
+        """Whether drawing may fail before the epoch's steps are over."""
+        return self._stream.source.batches is None
 
     @property
     def may_be_empty(self) -> bool:
@@ -159,7 +223,7 @@ class Epoch:
     @property
     def steps_left(self) -> int | None:
         """Steps of the epoch not taken yet, or None when only the data knows."""
-        return self._left
+        return self._stream.epochs.left
 
     @property
     def steps_taken(self) -> int:
@@ -183,11 +247,12 @@ class Epoch:
         Raises:
             StopIteration: The epoch is over.
         """
-        taken = wanted if self._left is None else min(wanted, self._left)
+        if not self._has_begun:
+            self._made = self._stream.begin_epoch(self)
+            self._has_begun = True
+        taken = 0 if self.ran_out else self._stream.epochs.take(wanted)
         if taken == 0:
             raise StopIteration
-        if self._left is not None:
-            self._left -= taken
         self._stream.steps_taken += taken
         return taken
 
@@ -200,9 +265,6 @@ class Epoch:
         Returns:
             How many of these are to be made.
         """
-        if not self._made:
-            return taken
-        _ = self.iterator  # begins the epoch, also when no step of it is left
         passed = min(taken, self._made)
         self._made -= passed
         return taken - passed

@@ -152,7 +152,7 @@ class PerClassMetrics(keras.callbacks.Callback):  # type: ignore[misc]
         )
         source = data.read(self.x, None, None, settings)
         stream = data.Stream(source, self.strategy)
-        adapter = _keras.StreamAdapter(stream, source.steps, source.on_epoch_end)
+        adapter = _keras.StreamAdapter(stream, source.steps, stream.on_epoch_end)
         # Not `tfdist.predict`: `fit` has placed the model already.
         return _keras.PREDICT(self.model, adapter, verbose=0)
 

@@ -129,13 +129,13 @@ class Asynchronous:
         if steps == 0:
             return dict(epoch.logs)
         batches = []
-        try:
-            with epoch.drawing():
+        with epoch.drawing():
+            try:
                 for _ in range(steps):
                     batches.append(self._drawn(epoch))  # noqa: PERF401, may raise
-        except tf.errors.OutOfRangeError:
-            if not batches:
-                raise
+            except tf.errors.OutOfRangeError:
+                if not batches:
+                    raise
         self._queued += batches
         self._next = (function, epoch.columns)
         size = self._together(epoch, len(batches))
@@ -176,7 +176,7 @@ class Asynchronous:
         if epoch.columns is not None:
             return tf.constant(next(epoch.iterator), tf.int64)
         # A function that fails, as at the end of data, cancels the steps that are under way.
-        if epoch.can_end_early:
+        if epoch.may_end_early:
             return epoch.iterator.get_next().data
         iterator, draw = self._drawing  # a function takes a fraction of the time
         if iterator is not epoch.iterator:
