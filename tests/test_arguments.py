@@ -42,7 +42,6 @@ def model() -> Any:
         ({"x": batches().take(0)}, ["at least one batch"]),
         ({"x": batches().filter(lambda *_: False)}, ["at least one batch"]),
         ({"x": batches(), "y": Y}, ["`y`"]),
-        ({"x": batches(), "batch_size": 4}, ["batch_size=4"]),
         ({"x": X, "y": Y, "strategy": "dtensor"}, ["strategy='dtensor'", "mirrored"]),
         ({"x": X, "y": Y, "shard": "global"}, ["'local'"]),
         ({"x": batches(), "shard": "local"}, ["needs arrays"]),
@@ -58,6 +57,13 @@ def test_a_fit_is_refused(arguments: dict[str, Any], said: list[str], model: Any
     assert int(model.optimizer.iterations) == 0
     for ours, theirs in zip(model.get_weights(), before, strict=True):
         np.testing.assert_array_equal(ours, theirs)
+
+
+def test_a_batch_size_beside_batches_is_ignored_as_keras_does() -> None:
+    model = mlp("sgd")
+    with pytest.warns(UserWarning, match="batch_size=4 is ignored"):
+        tfdist.fit(model, batches(), batch_size=4, verbose=0)
+    assert int(model.optimizer.iterations) == 2
 
 
 def test_an_uncompiled_model_is_refused() -> None:

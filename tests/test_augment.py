@@ -13,6 +13,7 @@ import tfdist
 from tests.test_data import settings
 from tfdist import data
 from tfdist._keras import draws
+from tfdist.data import DataPosition
 from tfdist.errors import ArgumentError
 from tfdist.samplers import ClassBalanced, Undersample, Uniform, Weighted
 from tfdist.strategies.base import Place
@@ -97,7 +98,7 @@ def shares(augment: Any, x: Any, y: Any, place: Place | None = None, **changes: 
     options = {"batch_size": 7, "sampler": Uniform(), "training": True, "seed": 5, **changes}
     epoch, skip = options.pop("epoch", 0), options.pop("skip", 0)
     source = data.read(x, y, None, settings(augment=augment, **options))
-    return source, source.shares(place or Place(), epoch, skip)
+    return source, source.shares(place or Place(), DataPosition(epoch, skip))
 
 
 def examples(stream: Any, steps: int) -> Any:
@@ -125,7 +126,9 @@ def test_an_epoch_of_unknown_length_and_a_second_one_differ() -> None:
     dataset = dataset.filter(lambda *_: True)
     augment = tfdist.Augment(L.GaussianNoise(0.1))
     source = data.read(dataset, None, None, settings(augment=augment, training=True))
-    first, again, second = (examples(source.shares(Place(), e), 2) for e in (0, 0, 1))
+    first, again, second = (
+        examples(source.shares(Place(), DataPosition(e)), 2) for e in (0, 0, 1)
+    )
     np.testing.assert_array_equal(first, again)
     assert (first != second).mean() > 0.9
 

@@ -12,6 +12,7 @@ import tensorflow as tf
 import tfdist
 from tests.test_data import settings
 from tfdist import data
+from tfdist.data import DataPosition
 from tfdist.errors import ArgumentError
 from tfdist.samplers import ClassBalanced, Oversample, Stratified, Undersample, Uniform
 from tfdist.strategies.base import Place
@@ -45,7 +46,7 @@ def source(x: Any, sampler: Any, **changes: Any) -> Any:
 
 
 def drawn(found: Any, steps: int, epoch: int = 0, skip: int = 0) -> tuple[Any, Any]:
-    shares = list(found.shares(Place(), epoch, skip).take(steps))
+    shares = list(found.shares(Place(), DataPosition(epoch, skip)).take(steps))
     assert len(shares) == steps
     assert all(len(share.data[0]) == 10 for share in shares)
     x, y = (np.concatenate([share.data[i] for share in shares]) for i in (0, 1))
@@ -85,7 +86,7 @@ def test_samplers_keep_their_meaning(sampler: Any, counts: list[int]) -> None:
 
 def test_an_epoch_ends_with_a_full_batch() -> None:
     found = source(DATASET, Undersample(), batch_size=8)
-    shares = list(found.shares(Place(), 0).take(4))
+    shares = list(found.shares(Place()).take(4))
     assert found.steps == 4
     assert [len(share.data[1]) for share in shares] == [8] * 4
 
@@ -94,7 +95,7 @@ def test_replicas_take_slices() -> None:
     found = source(DATASET, ClassBalanced())
     whole, _ = drawn(found, 3)
     halves = [
-        np.concatenate([s.data[0] for s in found.shares(Place(2, r), 0).take(3)])[:, 0]
+        np.concatenate([s.data[0] for s in found.shares(Place(2, r)).take(3)])[:, 0]
         for r in range(2)
     ]
     for step in range(3):
@@ -117,7 +118,7 @@ def test_an_endless_dataset_with_named_classes() -> None:
     found = source(endless, ClassBalanced(), steps=4)
     _, y = drawn(found, 8)
     assert np.bincount(y[:40]).tolist() == np.bincount(y[40:]).tolist() == [20, 0, 20]
-    later, _ = drawn(found, 2, epoch=1)
+    later, _ = drawn(found, 2, skip=4)
     np.testing.assert_array_equal(later, drawn(found, 6)[0][40:])
 
 

@@ -76,7 +76,7 @@ def test_every_kind_of_input_gets_the_weights(kind: str, rule: Any) -> None:
     }[kind]
     source = read(x, y, rule)
     wanted = class_weights(LABELS, rule)
-    shares = source.shares(tfdist.init().strategy.place, 0).take(4)
+    shares = source.shares(tfdist.init().strategy.place).take(4)
     for _, y, weights in (share.data for share in shares):
         labels = y.numpy().argmax(-1) if kind == "one-hot" else y.numpy()
         np.testing.assert_allclose(weights, [wanted[c] for c in labels], rtol=1e-6)

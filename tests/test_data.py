@@ -11,7 +11,7 @@ import pytest
 import tensorflow as tf
 
 from tfdist import data
-from tfdist.data import arrays
+from tfdist.data import DataPosition, arrays
 from tfdist.errors import ArgumentError
 from tfdist.privacy import Poisson
 from tfdist.samplers import (
@@ -62,7 +62,7 @@ def test_shares_make_up_each_global_batch(kind: str, replicas: int) -> None:
         source = data.read(dataset, None, None, settings())
     assert source.steps == 6
     by_replica = [
-        list(source.shares(Place(replicas, first_replica=r), 0)) for r in range(replicas)
+        list(source.shares(Place(replicas, first_replica=r))) for r in range(replicas)
     ]
     for step, shares in enumerate(zip(*by_replica, strict=True)):
         size = min(4, 23 - 4 * step)
@@ -86,10 +86,10 @@ def test_only_a_users_dataset_may_be_tuned() -> None:
     for x in (rows, (rows for _ in range(2)), One()):
         source = data.read(x, None, None, settings(batch_size=5 if x is rows else None))
         for place in (Place(), Place(2, 0, 2)):
-            assert source.shares(place, 0).options().autotune.enabled is False
+            assert source.shares(place).options().autotune.enabled is False
     dataset = tf.data.Dataset.from_tensors(rows)
     source = data.read(dataset, None, None, settings())
-    assert source.shares(Place(), 0).options().autotune.enabled is None
+    assert source.shares(Place()).options().autotune.enabled is None
 
 
 @pytest.mark.parametrize("replicas", [1, 2])
@@ -100,7 +100,7 @@ def test_private_shares_come_in_few_sizes(replicas: int) -> None:
     sizes, drawn = set(), [np.zeros(0, np.int64)] * 40
     for replica in range(replicas):
         place = Place(replicas, first_replica=replica)
-        for step, share in enumerate(source.shares(place, 0).take(40)):
+        for step, share in enumerate(source.shares(place).take(40)):
             sizes.add(len(share.data[0]))
             drawn[step] = np.concatenate([drawn[step], share.data[0][: int(share.rows)]])
     assert len(sizes) <= 6
@@ -113,15 +113,15 @@ def test_private_shares_come_in_few_sizes(replicas: int) -> None:
 def test_local_replicas_take_turns() -> None:
     x = np.arange(10)
     source = data.read(x, x, None, settings(batch_size=5))
-    both = [int(s.offset) for s in source.shares(Place(2, 0, 2), 0)]
+    both = [int(s.offset) for s in source.shares(Place(2, 0, 2))]
     assert both == [0, 2, 0, 2]
 
 
 def test_training_stream_goes_through_epochs() -> None:
     x = np.arange(10)
     source = data.read(x, x, None, settings(batch_size=5, sampler=Uniform(), training=True))
-    first = [s.data[0].numpy() for s in source.shares(Place(), 0).take(4)]
-    later = [s.data[0].numpy() for s in source.shares(Place(), 1).take(2)]
+    first = [s.data[0].numpy() for s in source.shares(Place()).take(4)]
+    later = [s.data[0].numpy() for s in source.shares(Place(), DataPosition(1)).take(2)]
     np.testing.assert_array_equal(first[2:], later)
 
 
@@ -147,7 +147,7 @@ def test_check_differs_when_batches_differ() -> None:
     source = data.read(dataset, None, None, settings(batch_size=None))
     places = [Place(2, worker, 1, 2, worker) for worker in range(2)]
     checks, others = (
-        np.array([share.check.numpy() for share in source.shares(place, 0)]) for place in places
+        np.array([share.check.numpy() for share in source.shares(place)]) for place in places
     )
     assert (checks == others).all()  # of the global batch, so alike on all workers
     assert len({tuple(check) for check in checks}) == 200
@@ -186,7 +186,12 @@ def test_sampler_takes_classes_from_y() -> None:
         )
     ]
     drawn = [
-        np.concatenate([tf.nest.flatten(s.data)[0] for s in source.shares(Place(), 2).take(6)])
+        np.concatenate(
+            [
+                tf.nest.flatten(s.data)[0]
+                for s in source.shares(Place(), DataPosition(2)).take(6)
+            ]
+        )
         for source in streams
     ]
     assert (drawn[0] % 30 == 0).sum() == 150

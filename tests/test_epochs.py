@@ -214,17 +214,17 @@ def test_an_epoch_without_a_step_is_no_improvement() -> None:
     ]
 
 
-@pytest.mark.parametrize("call", ["fit", "validation", "evaluate", "predict"])
+ENDLESS_CALLS: dict[str, Callable[[Any, Any], Any]] = {
+    "fit": lambda model, data: tfdist.fit(model, data, verbose=0),
+    "validation": lambda model, data: tfdist.fit(model, ROWS, ROWS, validation_data=data),
+    "evaluate": lambda model, data: tfdist.evaluate(model, data, verbose=0),
+    "predict": lambda model, data: tfdist.predict(model, data.map(lambda x, y: x), verbose=0),
+}
+
+
+@pytest.mark.parametrize("call", ENDLESS_CALLS)
 def test_data_without_an_end_needs_steps(call: str) -> None:
     model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
     model.compile("sgd", "mse")
-    endless = dataset().repeat()
     with pytest.raises(ArgumentError, match=r"needs the number of batches.*steps"):
-        if call == "fit":
-            tfdist.fit(model, endless, verbose=0)
-        elif call == "validation":
-            tfdist.fit(model, ROWS, ROWS, validation_data=endless, verbose=0)
-        elif call == "evaluate":
-            tfdist.evaluate(model, endless, verbose=0)
-        else:
-            tfdist.predict(model, endless.map(lambda x, y: x), verbose=0)
+        ENDLESS_CALLS[call](model, dataset().repeat())

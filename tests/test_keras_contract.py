@@ -22,6 +22,8 @@ from keras.src.trainers.data_adapters import get_data_adapter
 
 from tfdist import _keras
 from tfdist._keras import parts, served
+from tfdist._keras.random import uniform_rows
+from tfdist._keras.replicated import replacements
 
 pytestmark = [pytest.mark.quick, pytest.mark.oldest]
 
@@ -37,15 +39,15 @@ def parameters(function: Any) -> list[str]:
 
 
 def test_every_replaced_place_exists() -> None:
-    for owner, name, value in _keras._replacements():
+    for owner, name, value in replacements():
         assert name in vars(owner), f"{owner}.{name}"
         assert len(parameters(value)) == len(parameters(vars(owner)[name])), name
 
 
 def test_replacing_is_undone() -> None:
-    places = [(owner, name) for owner, name, _ in _keras._replacements()]
+    places = [(owner, name) for owner, name, _ in replacements()]
     before = [vars(owner)[name] for owner, name in places]
-    with _keras.replicated(model()):
+    with _keras.replicated():
         assert [vars(owner)[name] for owner, name in places] != before
     assert [vars(owner)[name] for owner, name in places] == before
 
@@ -74,7 +76,7 @@ def test_no_other_optimizer_method_uses_tf_distribute() -> None:
 def test_losses_reduce_through_the_module() -> None:
     assert "reduce_weighted_values(" in inspect.getsource(keras_loss.Loss.__call__)
     assert "scale_loss_for_distribution(" in inspect.getsource(keras_loss.reduce_values)
-    with _keras.replicated(model()):
+    with _keras.replicated():
         value = keras.losses.MeanSquaredError()(np.ones((3, 2)), np.zeros((3, 2)))
     assert float(value) == 1.0
 
@@ -146,7 +148,7 @@ def test_rows_of_noise_are_those_of_the_whole(dtype: Any) -> None:
     whole = tf.random.stateless_uniform([11, 7], seed, dtype=dtype)
     for first in (0, 1, 4, 5):
         shape = tf.constant([3, 7], tf.int64)
-        rows = _keras._uniform_rows(shape, tf.constant(first, tf.int64), seed, dtype)
+        rows = uniform_rows(shape, tf.constant(first, tf.int64), seed, dtype)
         np.testing.assert_array_equal(
             tf.cast(rows, tf.float64), tf.cast(whole[first : first + 3], tf.float64)
         )
@@ -167,7 +169,7 @@ def test_dropout_is_kerass_own_on_the_whole_batch(dtype: str, jit_compile: bool)
     expected = drop(inputs)
     with _keras.alone():
         alone = tf.function(drop, jit_compile=jit_compile)(inputs)
-    with _keras.replicated(model()):
+    with _keras.replicated():
         with _keras.on_replica(batch(400, 0)):
             first = drop(inputs[:400])
         with _keras.on_replica(batch(200, 400)):
@@ -220,7 +222,7 @@ def test_a_split_variable_trains_like_a_whole_one() -> None:
                     _keras.swap_value(each, parts.Split(halves))
             _keras.reindex_optimizer(made.optimizer)
             served.register_parts(made.optimizer)
-        with served.served(rows_only=False), _keras.replicated(made, has_servers=True):
+        with served.served(rows_only=False), _keras.replicated(has_servers=True):
             for _ in range(3):
                 made.train_step((tf.ones([5, 4]), tf.ones([5, 2])))
         results.append(

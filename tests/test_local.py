@@ -34,11 +34,11 @@ def arrays_of(rows: list[int], sampler: Any, place: Place, **options: Any) -> Lo
         made,
         16,
         5,
-        steps,
-        True,
-        holdings,
-        worker,
-        options.pop("order", None),
+        batches=steps,
+        flows=True,
+        holdings=holdings,
+        worker=worker,
+        order=options.pop("order", None),
     )
 
 
@@ -50,7 +50,7 @@ def places(workers: int, local: int) -> list[Place]:
 @pytest.mark.parametrize("local", [1, 2])
 def test_every_row_of_a_batch_is_computed_once_by_its_holder(rows, local):
     sources = [(place, arrays_of(rows, Uniform(), place)) for place in places(3, local)]
-    streams = [iter(source.shares(place, 0)) for place, source in sources]
+    streams = [iter(source.shares(place)) for place, source in sources]
     steps = sources[0][1].steps
     assert {source.steps for _, source in sources} == {steps}
     seen: list[float] = []
@@ -72,7 +72,7 @@ def test_every_row_of_a_batch_is_computed_once_by_its_holder(rows, local):
 def test_a_share_without_rows_carries_zeros():
     place = places(2, 1)[0]
     source = arrays_of([0, 9], Uniform(), place)
-    share = next(iter(source.shares(place, 0)))
+    share = next(iter(source.shares(place)))
     assert int(share.rows) == 0
     np.testing.assert_array_equal(share.data[0], [[0.0]])
 
@@ -85,7 +85,7 @@ def test_classes_are_drawn_over_all_workers():
     drawn = np.concatenate(
         [
             share.data[0].numpy().ravel()[: int(share.rows)]
-            for share in source.shares(place, 0).take(source.steps)
+            for share in source.shares(place).take(source.steps)
         ]
     )
     local = (drawn - 51).astype(int)

@@ -287,7 +287,7 @@ def test_the_mean_over_augmented_copies_is_clipped(name: str) -> None:
     if name == "users":
         sampler = PoissonOfUsers(Users(ids, 3), Poisson())
     read = data.Settings(8, 4, sampler, False, 3, training=True, augment=augment, copies=3)
-    shares = list(data.read(x, y, None, read).shares(Place(), 0).take(8))
+    shares = list(data.read(x, y, None, read).shares(Place()).take(8))
     expected = classifier()
     start = expected.get_weights()
     for share in shares:

@@ -134,7 +134,7 @@ def test_shares_of_an_empty_batch_have_no_rows(replicas: int) -> None:
     x = np.arange(9.0)
     settings = data.Settings(4, 3, Given([], [5, 7], []), shuffle=False, seed=0, training=True)
     source = data.read(x, x, None, settings)
-    shares = list(source.shares(Place(replicas, 0, replicas), 0).take(3 * replicas))
+    shares = list(source.shares(Place(replicas, 0, replicas)).take(3 * replicas))
     counts = [int(share.rows) for share in shares]
     assert sum(counts[:replicas]) == sum(counts[2 * replicas :]) == 0
     assert sum(counts) == 2

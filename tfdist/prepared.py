@@ -72,7 +72,7 @@ class Prepared:
             has_servers = self.strategy.has_servers
             several = self.strategy.place.num_replicas > 1 or self.private is not None
             if has_servers or several or source.may_be_empty:
-                stack.enter_context(_keras.replicated(self.model, has_servers))
+                stack.enter_context(_keras.replicated(has_servers))
             else:
                 stack.enter_context(_keras.alone())
             stack.enter_context(self.functions.running())

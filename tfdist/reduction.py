@@ -99,34 +99,41 @@ class Agreement:
 
 
 class MetricState:
-    """The state of the metrics before a step, and what the replica's share adds to it."""
+    """The metrics that a step updates: their state before, and what the share adds to it.
 
-    def __init__(self, model: Any) -> None:
-        self.variables = _keras.metric_variables(model)
-        self.of_batches = _keras.batch_metric_variables(model)
-        self.before = [tf.identity(v.value) for v in self.variables]
+    Args:
+        from_zero: Whether a metric's state is only the share's while the step runs. Then its
+            sums are exact; else results that a step computes with are those of the epoch.
+    """
 
-    def clear(self) -> None:
-        """Starts the share from zero."""
-        for variable in self.variables:
-            variable.assign(tf.zeros_like(variable.value))
+    def __init__(self, from_zero: bool) -> None:
+        self._from_zero = from_zero
+        self._before: dict[int, tuple[Any, Tensor]] = {}
+
+    def begin(self, variables: Sequence[Any]) -> None:
+        """Notes the state of a metric that is about to be updated."""
+        for variable in variables:
+            if id(variable) not in self._before:
+                before = tf.identity(variable.value)
+                self._before[id(variable)] = variable, before
+                if self._from_zero:
+                    variable.assign(tf.zeros_like(before))
 
     def changes(self, batch: ReplicaBatch) -> list[Tensor]:
         """What the share added: nothing, when it holds no example."""
         return [
             tf.where(
                 batch.has_rows,
-                v.value * tf.cast(batch.share, v.value.dtype)
-                if id(v) in self.of_batches
-                else v.value,
-                tf.zeros_like(v.value),
+                variable.value if self._from_zero else variable.value - before,
+                tf.zeros_like(before),
             )
-            for v in self.variables
+            for variable, before in self._before.values()
         ]
 
     def assign(self, changes: Sequence[Tensor]) -> None:
         """Adds what all shares added to the state before."""
-        for variable, before, change in zip(self.variables, self.before, changes, strict=True):
+        states = self._before.values()
+        for (variable, before), change in zip(states, changes, strict=True):
             variable.assign(before + change)
 
 

@@ -261,13 +261,13 @@ class _Replica:
             updates = Updates(
                 self.model, batch, agreement, self.strategy, are_parts=private is not None
             )
-            metrics = self._metrics_from_zero()
+            batch.metrics = metrics = MetricState(not _keras.has_own_train_step(self.model))
             batch.updates = updates
             if private is None:
                 logs = self.model.train_step(share.data)
             else:
                 logs = private.train_step(share.data, batch, share.groups)
-            batch.updates = None
+            batch.updates = batch.metrics = None
             updates.finish(metrics)
             return self._logs(batch, logs), _signals(agreement, share)
 
@@ -277,8 +277,9 @@ class _Replica:
             return self.model.test_step(share.data), _no_signals()
         with _keras.on_replica(self._batch(share)) as batch:
             agreement = Agreement(self.strategy, share, stopping)
-            metrics = self._metrics_from_zero()
+            batch.metrics = metrics = MetricState(not _keras.has_own_test_step(self.model))
             logs = self.model.test_step(share.data)
+            batch.metrics = None
             _, changes = agreement.reduce(batch, [], metrics.changes(batch))
             metrics.assign(changes)
             return self._logs(batch, logs), _signals(agreement, share)
@@ -303,18 +304,21 @@ class _Replica:
             watched=self.watched,
         )
 
-    def _metrics_from_zero(self) -> MetricState:
-        metrics = MetricState(self.model)
-        metrics.clear()
-        return metrics
-
     def _logs(self, batch: ReplicaBatch, logs: Logs) -> Logs:
-        """Gives the reduced metrics' results, and the mean of what a step returned besides."""
-        results: Logs = self.model.get_metrics_result()
-        for metric in self.model.metrics:  # an own step may return {metric.name: ...} of all
-            results.setdefault(metric.name, metric.result())
-        others = {name: value for name, value in logs.items() if name not in results}
-        leaves = [tf.cast(v, tf.float32) * batch.share for v in tf.nest.flatten(others)]
-        if leaves:
-            others = tf.nest.pack_sequence_as(others, batch.all_reduce(leaves))
-        return {name: results[name] if name in results else others[name] for name in logs}
+        """Gives the results of reduced metrics, and the mean of what else a step returned."""
+        leaves = tf.nest.flatten(logs)
+        of_metrics = [batch.metric_of(leaf) for leaf in leaves]
+        metrics = {id(found[0]): found[0] for found in of_metrics if found is not None}
+        results = {key: tf.nest.flatten(one.result()) for key, one in metrics.items()}
+        others = [
+            tf.cast(leaf, tf.float32) * batch.share
+            for leaf, found in zip(leaves, of_metrics, strict=True)
+            if found is None
+        ]
+        means = iter(batch.all_reduce(others) if others else ())
+        reduced = [
+            next(means) if found is None else results[id(found[0])][found[1]]
+            for found in of_metrics
+        ]
+        packed: Logs = tf.nest.pack_sequence_as(logs, reduced)
+        return packed

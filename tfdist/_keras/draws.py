@@ -18,7 +18,8 @@ import tensorflow as tf
 from keras.src import backend as _backend
 from keras.src.backend.tensorflow import random as _random
 
-from tfdist._keras import _uniform_rows, replaced
+from tfdist._keras.random import uniform_rows
+from tfdist._keras.replica import replaced
 from tfdist.errors import ArgumentError
 
 Tensor = Any
@@ -68,7 +69,7 @@ class Rows:
             Tensor of shape [count, *shape].
         """
         whole = tf.concat([[self.count], tf.cast(tf.convert_to_tensor(shape), tf.int64)], 0)
-        return _uniform_rows(whole, self.first, self.seed, tf.as_dtype(dtype), op)
+        return uniform_rows(whole, self.first, self.seed, tf.as_dtype(dtype), op)
 
 
 def transformed(layer: Any, spec: Any) -> Any:

@@ -26,8 +26,8 @@ import tensorflow as tf
 from keras.src.backend.common import global_state as _global_state
 from keras.src.backend.tensorflow.optimizer import TFOptimizer as _TFOptimizer
 
-from tfdist._keras import replaced
 from tfdist._keras.parts import Known, Rows, Split, parts_of
+from tfdist._keras.replica import replaced
 
 Tensor = Any
 

@@ -64,9 +64,11 @@ class Batches(Source):
         if self.transform is not None:
             batches = mapped(batches, self.transform)
 
+        is_tuple = isinstance(batches.element_spec, tuple)
+
         def share(*batch_and_replica: Any) -> Share:
             *parts, replica = batch_and_replica
-            batch = parts[0] if len(parts) == 1 else tuple(parts)
+            batch = tuple(parts) if is_tuple else parts[0]
             if place.num_replicas == 1:
                 return Share(batch)
             first = tf.nest.flatten(batch)[0]

@@ -218,6 +218,7 @@ def _read_arrays(x: Any, y: Any, sample_weight: Any, settings: Settings) -> Arra
         weigh = weigher(settings.class_weight, lambda: [targets], must_occur=True)
         data = weigh(*data)
     sampler = settings.sampler.bind(data[1] if y is not None else None, num_rows)
+    data = _packed(data)
     if settings.augment is not None:
         data = _for_augmenting(data, sampler, num_rows, settings.augment)
     return Arrays(
@@ -229,6 +230,11 @@ def _read_arrays(x: Any, y: Any, sample_weight: Any, settings: Settings) -> Arra
         **_passes(sampler, num_rows, batch_size, settings),
         **_dealing(settings),
     )
+
+
+def _packed(data: tuple[Any, ...]) -> Any:
+    """Gives what Keras's steps get: `x` alone is no tuple, unless it is several inputs."""
+    return data[0] if len(data) == 1 and not isinstance(data[0], tuple) else data
 
 
 def _passes(sampler: Sampler, num_rows: int, batch_size: int, settings: Settings) -> Any:
@@ -272,6 +278,7 @@ def _read_local(
         data = (*data[:2], tf.nest.map_structure(lambda weight: weight * factor, weights))
     sampler = bind(settings.sampler, holdings)
     order = order if isinstance(settings.sampler, Labelled) else None
+    data = _packed(data)
     if settings.augment is not None and settings.augment.repeated:
         first = holdings.first_rows[worker]
         repeats = np.empty(held)
@@ -295,9 +302,10 @@ def _read_local(
 
 def _for_augmenting(data: Any, sampler: Sampler, num_rows: int, augment: Augment) -> Any:
     """Adds what `Augmented` must know of each row; refuses what would change nothing."""
-    if augment.classes is not None and len(data) > 1:
-        augment.check(data[1])
-        absent = [c for c in augment.classes if not np.any(_only(augment, c).chosen(data[1]))]
+    _, y, _ = keras.utils.unpack_x_y_sample_weight(data)
+    if augment.classes is not None and y is not None:
+        augment.check(y)
+        absent = [c for c in augment.classes if not np.any(_only(augment, c).chosen(y))]
         if absent:
             raise ArgumentError(
                 "Each of `classes` must occur in `y`. Received: "

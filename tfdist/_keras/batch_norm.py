@@ -1,0 +1,70 @@
+"""BatchNormalization over the global batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from tfdist._keras.replica import Tensor, current_batch
+
+_keras_moments = keras.layers.BatchNormalization._moments
+
+
+def moments(layer: Any, inputs: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Gives moments over the global batch, one collective, no row counted that is padding.
+
+    Sums are taken of x - moving_mean, which is the same on every replica: E[x^2] - E[x]^2
+    then does not cancel once the moving mean has come near the mean.
+    """
+    batch = current_batch()
+    if batch is None or not layer.synchronized:
+        return _keras_moments(layer, inputs, mask)  # type: ignore[no-any-return]
+    axes = layer._reduction_axes
+    shape = [1] * len(inputs.shape)
+    shape[layer.axis] = inputs.shape[layer.axis]
+    shift = tf.stop_gradient(tf.reshape(tf.cast(layer.moving_mean, inputs.dtype), shape))
+    counted = tf.ones_like(inputs)
+    if mask is not None:
+        counted *= tf.cast(tf.expand_dims(mask, -1), inputs.dtype)
+    counted *= tf.cast(batch.has_rows, inputs.dtype)
+    shifted = tf.where(counted > 0, inputs - shift, 0.0)
+    sums = tf.stack(
+        [
+            tf.reduce_sum(shifted, axes),
+            tf.reduce_sum(tf.square(shifted), axes),
+            tf.reduce_sum(counted, axes),
+        ]
+    )
+    (reduced,) = batch.all_reduce([sums])
+    first, second, count = tf.unstack(reduced)
+    if mask is not None:
+        count += keras.config.epsilon()  # as Keras does in its masked moments
+    first, second = (
+        tf.math.divide_no_nan(first, count),
+        tf.math.divide_no_nan(second, count),
+    )
+    variance = tf.maximum(second - tf.square(first), 0.0)
+    # Without a row the moving statistics must stay what they are.
+    moving = tf.cast(layer.moving_variance, variance.dtype)
+    variance = tf.where(batch.total > 0, variance, moving)
+    return first + tf.reshape(shift, [-1]), variance
+
+
+def synchronized_variables(model: Any) -> set[int]:
+    """Collects the ids of variables which replicas change to the same value by themselves.
+
+    Args:
+        model: A `keras.Model`.
+
+    Returns:
+        Ids of the moving statistics of BatchNormalization layers with
+        `synchronized=True`.
+    """
+    return {
+        id(variable)
+        for layer in model._flatten_layers()
+        if isinstance(layer, keras.layers.BatchNormalization) and layer.synchronized
+        for variable in layer.non_trainable_variables
+    }

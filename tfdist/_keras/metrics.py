@@ -1,0 +1,83 @@
+"""Metrics of a share: what they add is summed over replicas, whoever holds them.
+
+A share's part of a step's numbers is told from the rest by where they are made: each metric
+that a step updates is found when it does, and each result that it returns by what it is.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from tfdist._keras.interception import Method, Replacement, in_family
+from tfdist._keras.replica import Tensor, current_batch
+
+
+def replacements() -> list[Replacement]:
+    """Lists what of metrics changes while several replicas train or evaluate."""
+    metric = keras.metrics.Metric
+    # Of a class that is named twice the later one counts, and calls the earlier one.
+    return [
+        *in_family(metric, "update_state", _noted_update),
+        *in_family(metric, "result", _noted_result),
+    ]
+
+
+def _noted_update(original: Method) -> Method:
+    counts_scalars = original in (
+        keras.metrics.Mean.update_state,
+        keras.metrics.Sum.update_state,
+    )
+
+    @functools.wraps(original)
+    def update_state(metric: Any, *args: Any, **kwargs: Any) -> Any:
+        batch = current_batch()
+        if batch is None or batch.metrics is None:
+            return original(metric, *args, **kwargs)
+        batch.metrics.begin(metric.variables)
+        if counts_scalars:
+            args, kwargs = _weighed(args, kwargs, batch.share)
+        return original(metric, *args, **kwargs)
+
+    return update_state
+
+
+def _weighed(
+    args: tuple[Any, ...], kwargs: dict[str, Any], share: Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Counts one number of a batch, such as its loss, once and not once a replica."""
+    given = dict(zip(("values", "sample_weight"), args, strict=False)) | kwargs
+    is_scalar = tf.convert_to_tensor(given["values"]).shape.rank == 0
+    if is_scalar and given.get("sample_weight") is None:
+        given["sample_weight"] = share
+    return (), given
+
+
+def _noted_result(original: Method) -> Method:
+    @functools.wraps(original)
+    def result(metric: Any, *args: Any, **kwargs: Any) -> Any:
+        value = original(metric, *args, **kwargs)
+        batch = current_batch()
+        if batch is not None:
+            batch.note_result(metric, value)
+        return value
+
+    return result
+
+
+def metric_variables(model: Any) -> list[Any]:
+    """Lists the variables of the metrics that a model holds, each once.
+
+    Args:
+        model: A compiled, built `keras.Model`.
+
+    Returns:
+        `keras.Variable`s.
+    """
+    held = [metric for layer in model._flatten_layers() for metric in layer._metrics]
+    metrics = [*model.metrics, *held]
+    unique = {id(v): v for metric in metrics for v in metric.variables}
+    return list(unique.values())

@@ -1,0 +1,158 @@
+"""What a replica knows of its share while its step is traced."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import tensorflow as tf
+
+Tensor = Any
+"""A `tf.Tensor`, `tf.IndexedSlices` or what converts to one."""
+
+
+class Updates(Protocol):
+    """What stands between a replica's train step and its optimizers."""
+
+    def scale(self, optimizer: Any, loss: Tensor) -> Tensor:
+        """Changes the loss before its gradient is taken."""
+
+    def apply(
+        self,
+        optimizer: Any,
+        grads: list[Tensor],
+        update: Callable[[list[Tensor]], None],
+        variables: Sequence[Any],
+    ) -> None:
+        """Takes a replica's gradients; sooner or later calls `update` with reduced ones."""
+
+
+class Metrics(Protocol):
+    """What stands between a replica's step and the metrics it updates."""
+
+    def begin(self, variables: Sequence[Any]) -> None:
+        """Takes the variables of a metric that is about to be updated."""
+
+
+@dataclass
+class ReplicaBatch:
+    """What one replica knows, while a step is traced, about its share of a global batch.
+
+    Attributes:
+        rows: Scalar int64 tensor, the examples of this replica's share. At 0 the share
+            holds one padding row, which must contribute nothing.
+        total: Scalar int64 tensor, the examples of the global batch.
+        offset: Scalar int64 tensor, the global batch's row at which the share begins.
+        all_reduce: Sums a list of tensors over all replicas.
+        updates: Receives what the train step does with optimizers, while it runs.
+        metrics: Receives the metrics that the step updates, while it runs.
+        watched: Ids of the `keras.Variable`s whose assignments are noted.
+        touched: Watched variables assigned so far, with the value before, by their id.
+    """
+
+    rows: Tensor
+    total: Tensor
+    offset: Tensor
+    all_reduce: Callable[[Sequence[Tensor]], list[Tensor]]
+    updates: Updates | None = None
+    metrics: Metrics | None = None
+    watched: frozenset[int] = frozenset()
+    touched: dict[int, tuple[Any, Tensor]] = field(default_factory=dict)
+    is_updating: bool = field(default=False, init=False)
+    _results: dict[int, tuple[Tensor, Any, int]] = field(default_factory=dict, init=False)
+
+    @property
+    def has_rows(self) -> Tensor:
+        """Scalar bool tensor: whether the share holds examples."""
+        return self.rows > 0
+
+    @property
+    def share(self) -> Tensor:
+        """Scalar float32 tensor: the share's part of the global batch, from 0 to 1.
+
+        It is 0 when the global batch is empty.
+        """
+        return tf.math.divide_no_nan(
+            tf.cast(self.rows, tf.float32), tf.cast(self.total, tf.float32)
+        )
+
+    @property
+    def inverse_share(self) -> Tensor:
+        """Scalar float32 tensor: 1 / `share`, and 0 without examples."""
+        return tf.math.divide_no_nan(
+            tf.cast(self.total, tf.float32), tf.cast(self.rows, tf.float32)
+        )
+
+    @contextlib.contextmanager
+    def updating(self) -> Iterator[None]:
+        """Makes a context in which optimizers are not intercepted."""
+        before, self.is_updating = self.is_updating, True
+        try:
+            yield
+        finally:
+            self.is_updating = before
+
+    def note_result(self, metric: Any, value: Any) -> None:
+        """Notes what a metric's `result` gave.
+
+        Args:
+            metric: The metric.
+            value: A tensor, or several.
+        """
+        for number, leaf in enumerate(tf.nest.flatten(value)):
+            self._results.setdefault(id(leaf), (leaf, metric, number))
+
+    def metric_of(self, value: Any) -> tuple[Any, int] | None:
+        """Tells which metric's `result` a value is, and which of its tensors.
+
+        Args:
+            value: Anything.
+        """
+        known = self._results.get(id(value))
+        return None if known is None or known[0] is not value else known[1:]
+
+
+_current = threading.local()
+
+
+def current_batch() -> ReplicaBatch | None:
+    return getattr(_current, "batch", None)
+
+
+@contextlib.contextmanager
+def on_replica(batch: Any) -> Iterator[Any]:
+    """Makes `batch` what Keras's functions see in this thread, within `replicated()`.
+
+    Args:
+        batch: The replica's share, a `ReplicaBatch`; None for what is no part of a larger
+            batch. tf.distribute traces each replica in its own thread.
+
+    Yields:
+        `batch`.
+    """
+    before = current_batch()
+    _current.batch = batch
+    try:
+        yield batch
+    finally:
+        _current.batch = before
+
+
+@contextlib.contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Puts something else in a place of a class or module, while the context lasts.
+
+    Args:
+        owner: The class or module, in whose own `__dict__` the place is.
+        name: Of the place.
+        value: What to put there.
+    """
+    before = owner.__dict__[name]
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)

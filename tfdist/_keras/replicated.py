@@ -1,0 +1,70 @@
+"""The places of Keras that change while several replicas train."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import keras
+from keras.src.backend.tensorflow import random as _random
+from keras.src.backend.tensorflow.core import Variable as _Variable
+from keras.src.losses import loss as _loss
+
+from tfdist._keras import metrics, optimizers
+from tfdist._keras.batch_norm import moments
+from tfdist._keras.interception import Replacement
+from tfdist._keras.losses import reduce_weighted_values
+from tfdist._keras.random import draw_seed, dropout
+from tfdist._keras.replica import replaced
+from tfdist._keras.variables import direct_assign
+
+_depth = 0  # of calls within each other: an evaluation in a callback
+
+
+@contextlib.contextmanager
+def replicated(has_servers: bool = False) -> Iterator[None]:
+    """Replaces the places named in the package while a model is trained.
+
+    The replacements look up the calling thread's `on_replica` batch and do what Keras
+    does when there is none.
+
+    Args:
+        has_servers: Whether `served` replaces the optimizer's update.
+    """
+    global _depth
+    _depth += 1
+    with contextlib.ExitStack() as stack:
+        stack.callback(_leave)
+        for owner, name, value in replacements(has_servers) if _depth == 1 else ():
+            stack.enter_context(replaced(owner, name, value))
+        yield
+
+
+def _leave() -> None:
+    global _depth
+    _depth -= 1
+
+
+def alone() -> contextlib.AbstractContextManager[None]:
+    """Lets a model that is no replica drop what it would drop as one, also compiled by XLA."""
+    return replaced(_random, "dropout", dropout)
+
+
+def replacements(has_servers: bool = False) -> list[Replacement]:
+    """Lists the places and what takes them; see the package.
+
+    Args:
+        has_servers: As in `replicated`.
+    """
+    return [
+        # Called through the module by Keras's losses, trainer and CompileLoss.
+        (_loss, "scale_loss_for_distribution", lambda value: value),
+        (_loss, "unscale_loss_for_distribution", lambda value: value),
+        (_loss, "reduce_weighted_values", reduce_weighted_values),
+        (keras.layers.BatchNormalization, "_moments", moments),
+        (_Variable, "_direct_assign", direct_assign),
+        (_random, "dropout", dropout),
+        (_random, "draw_seed", draw_seed),
+        *optimizers.replacements(has_servers),
+        *metrics.replacements(),
+    ]

@@ -1,0 +1,35 @@
+"""Where variables live, and which of them a step assigns."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tensorflow as tf
+from keras.src.backend.tensorflow.core import Variable as _Variable
+
+from tfdist._keras.replica import Tensor, current_batch
+
+_keras_direct_assign = _Variable._direct_assign
+
+
+def direct_assign(variable: Any, value: Tensor) -> None:
+    batch = current_batch()
+    key = id(variable)
+    if batch is not None and key in batch.watched and key not in batch.touched:
+        batch.touched[key] = (variable, tf.identity(variable._value))
+    _keras_direct_assign(variable, value)
+
+
+def swap_value(variable: Any, value: Any) -> Any:
+    """Gives a `keras.Variable` another `tf.Variable` to live in.
+
+    Args:
+        variable: The `keras.Variable`.
+        value: A `tf.Variable` of its shape and dtype.
+
+    Returns:
+        The `tf.Variable` it lived in before.
+    """
+    before = variable._value
+    variable._value = value
+    return before
