@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tfdist import _keras, data
+from tfdist.composition import found_in_steps
 from tfdist.privacy.adaptive import forget
 from tfdist.privacy.settings import Mechanism
 from tfdist.privacy.step import PrivateStep
@@ -32,6 +33,11 @@ class Prepared:
     stop: Stop
     private: PrivateStep | None = None
 
+    @property
+    def moves_nothing(self) -> bool:
+        """Whether one process trains its own variables, as Keras does, built or not."""
+        return self.place == Place() and not self.strategy.has_servers
+
     def trains(self, mechanism: Mechanism | None) -> bool:
         """Tells whether the train function does what a mechanism says, or is a plain one."""
         return mechanism == (None if self.private is None else self.private.mechanism)
@@ -44,7 +50,7 @@ class Prepared:
             and self.place == strategy.place
             and len(state) == len(self.compiled_state)
             and all(a is b for a, b in zip(state, self.compiled_state, strict=True))
-            and [id(v) for v in self.variables] == [id(v) for v in variables_of(model)]
+            and (self.moves_nothing or _ids(self.variables) == _ids(variables_of(model)))
         )
 
     @contextlib.contextmanager
@@ -108,13 +114,27 @@ def prepare(
         strategy.place,
         _keras.compiled_state(model),
         variables,
-        strategy.hold(variables, _keras.optimizers_of(model)),
-        make_functions(model, strategy, stop, private),
+        strategy.hold(variables, optimizers_of(model)),
+        make_functions(model, strategy, stop, variables, private),
         stop,
         private,
     )
     vars(model)[_MEMORY] = prepared
     return prepared
+
+
+def _ids(things: list[Any]) -> list[int]:
+    return [id(thing) for thing in things]
+
+
+def optimizers_of(model: Any) -> list[Any]:
+    """Lists a model's optimizers, those that only its steps know of included; each once.
+
+    Args:
+        model: A `keras.Model`.
+    """
+    found = [optimizer for step in found_in_steps(model) for optimizer in step.optimizers]
+    return list({id(o): o for o in [*_keras.optimizers_of(model), *found]}.values())
 
 
 def variables_of(model: Any) -> list[Any]:
@@ -123,9 +143,10 @@ def variables_of(model: Any) -> list[Any]:
     Args:
         model: A built `keras.Model`.
     """
-    optimizers = _keras.optimizers_of(model)
+    optimizers = optimizers_of(model)
     parts = [model.variables, *(o.variables for o in optimizers)]
     parts += [_keras.trained_variables(o) for o in optimizers]
     if model.compiled:
         parts.append(_keras.metric_variables(model))
+    parts += [step.variables for step in found_in_steps(model)]
     return list({id(v): v for part in parts for v in part}.values())

@@ -177,7 +177,7 @@ class Updates:
         self._strategy = strategy
         self._model = model
         self._batch = batch
-        self._at_once = _keras.has_own_train_step(model)
+        self._at_once = _keras.has_own(model, "train_step")
         self._are_parts = are_parts
         self._scaled: set[int] = set()
         self._waiting: list[_Waiting] = []

@@ -8,7 +8,7 @@ are summed and need no division; metrics are summed as state; both travel togeth
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -29,6 +29,7 @@ from tfdist.reduction import (
     Updates,
 )
 from tfdist.strategies.base import Functions, Strategy
+from tfdist.strategies.whole import Whole
 
 Tensor = Any
 Logs = dict[str, Tensor]
@@ -79,7 +80,11 @@ def _signals(agreement: Agreement, share: Share) -> Signals:
 
 
 def make_functions(
-    model: Any, strategy: Strategy, stop: Stop, private: PrivateStep | None = None
+    model: Any,
+    strategy: Strategy,
+    stop: Stop,
+    variables: Sequence[Any] = (),
+    private: PrivateStep | None = None,
 ) -> Functions:
     """Builds the functions of a model on a strategy; they are traced when first called.
 
@@ -87,6 +92,7 @@ def make_functions(
         model: A compiled, built `keras.Model`, its variables held by the strategy.
         strategy: Where its replicas are.
         stop: Shared with the callback that sets `requested` and reads `agreed`.
+        variables: All state of the model.
         private: Takes the place of Keras's train step, if training is private.
 
     Returns:
@@ -105,6 +111,8 @@ def make_functions(
     if own is not None:
         return own
     replica = _Replica(model, strategy, private)
+    if isinstance(strategy, Whole) and strategy.has_company:
+        return _in_company(strategy, replica, stop, variables)
     # One process has nobody to wait for, and servers' steps no place for the clocks.
     marks = Marks() if strategy.place.num_workers > 1 else None
     varies = private is not None
@@ -114,6 +122,39 @@ def make_functions(
         predict=_over_shares(model, strategy, replica.predict),
         marks=marks,
     )
+
+
+def _in_company(
+    strategy: Whole, replica: _Replica, stop: Stop, variables: Sequence[Any]
+) -> Functions:
+    """Builds the functions of processes that all compute whole batches."""
+    model = replica.model
+    train = _over_epoch(model, strategy, replica.train, Stop(), None)
+    test = _over_epoch(model, strategy, replica.test, Stop(), None)
+
+    def trained(epoch: Epoch) -> Logs:
+        asked = [float(one) for one in (stop.requested, stop.members_changed, stop.preempted)]
+        with strategy.waiting_for(f"step {epoch.steps_taken + 1}"):
+            stopped, changed, leaves = strategy.sums(tf.constant(asked)).numpy()
+        stop.leaving = bool(leaves)
+        if changed:
+            raise MembersChanged("Processes came, or are about to go.")
+        if stopped:
+            stop.agreed = True
+            raise StopIteration
+        logs = train(epoch)
+        with strategy.waiting_for(f"the end of step {epoch.steps_taken}"):
+            strategy.take_chiefs(variables)
+        return logs
+
+    def tested(epoch: Epoch) -> Logs:
+        logs = test(epoch)
+        with strategy.waiting_for(f"the end of step {epoch.steps_taken}"):
+            strategy.take_chiefs(_keras.metric_variables(model))
+        return logs
+
+    predict = _over_shares(model, strategy, replica.predict)
+    return Functions(train=trained, test=tested, predict=predict)
 
 
 def _traced(model: Any, function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
@@ -244,7 +285,10 @@ class _Replica:
         self.strategy = strategy
         self.private = private
         self.alone = strategy.place.num_replicas == 1
-        self.watched = frozenset(id(v) for v in model.non_trainable_variables)
+        self.train_step, self.test_step = model.train_step, model.test_step
+        if not self.alone:
+            self.train_step = _keras.step_of(model, "train_step")
+            self.test_step = _keras.step_of(model, "test_step")
         self.elements = sum(math.prod(v.shape) for v in model.trainable_variables)
 
     def train(self, share: Share, stopping: Tensor) -> tuple[Logs, Signals]:
@@ -254,17 +298,17 @@ class _Replica:
             nothing = tf.constant(0, tf.int64)
             share = Share(share.data, count, count, nothing, tf.zeros([4]), no_groups())
         if share.total is None:
-            return self.model.train_step(share.data), _no_signals()
+            return self.train_step(share.data), _no_signals()
         with _keras.on_replica(self._batch(share)) as batch:
             agreement = Agreement(self.strategy, share, stopping, self.elements)
             private = self.private
             updates = Updates(
                 self.model, batch, agreement, self.strategy, are_parts=private is not None
             )
-            batch.metrics = metrics = MetricState(not _keras.has_own_train_step(self.model))
+            batch.metrics = metrics = MetricState(not _keras.has_own(self.model, "train_step"))
             batch.updates = updates
             if private is None:
-                logs = self.model.train_step(share.data)
+                logs = self.train_step(share.data)
             else:
                 logs = private.train_step(share.data, batch, share.groups)
             batch.updates = batch.metrics = None
@@ -274,11 +318,11 @@ class _Replica:
     def test(self, share: Share, stopping: Tensor) -> tuple[Logs, Signals]:
         """Adds a share to the metrics."""
         if self.alone:
-            return self.model.test_step(share.data), _no_signals()
+            return self.test_step(share.data), _no_signals()
         with _keras.on_replica(self._batch(share)) as batch:
             agreement = Agreement(self.strategy, share, stopping)
-            batch.metrics = metrics = MetricState(not _keras.has_own_test_step(self.model))
-            logs = self.model.test_step(share.data)
+            batch.metrics = metrics = MetricState(not _keras.has_own(self.model, "test_step"))
+            logs = self.test_step(share.data)
             batch.metrics = None
             _, changes = agreement.reduce(batch, [], metrics.changes(batch))
             metrics.assign(changes)
@@ -301,7 +345,7 @@ class _Replica:
             share.total,
             share.offset,
             self.strategy.all_reduce_sum,
-            watched=self.watched,
+            self.strategy.all_gather,
         )
 
     def _logs(self, batch: ReplicaBatch, logs: Logs) -> Logs:

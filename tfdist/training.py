@@ -13,6 +13,7 @@ import keras
 from tfdist import _keras, data, elastic, preflight, watch
 from tfdist import callbacks as tfdist_callbacks
 from tfdist.checkpoint import Checkpoint, CheckpointRun
+from tfdist.composition import compose, why_whole
 from tfdist.errors import ArgumentError
 from tfdist.prepared import Prepared, prepare
 from tfdist.privacy.settings import DPSGD
@@ -68,6 +69,7 @@ def fit(
     privacy: DPSGD | None = None,
     checkpoint: Checkpoint | str | os.PathLike[str] | None = None,
     verify_every: int | None = None,
+    whole_batch: bool | None = None,
 ) -> Any:
     """Trains a Keras model on every replica there is, as one process would.
 
@@ -115,6 +117,9 @@ def fit(
             had never stopped, and in which it is saved.
         verify_every: Steps after which all replicas' weights are compared, again and again,
             and at the end; never if None.
+        whole_batch: Whether every replica computes the whole batch, which gives the weights of
+            one process whatever a step does, and is no faster. None: where a step's outcome is
+            found to be no mean over rows, such as a sum or what batches in a row share.
 
     Returns:
         Keras's `History`, the same on every worker; in private training its attribute
@@ -207,7 +212,15 @@ def fit(
             "`x` must be data that can be drawn again in an elastic run. Received: a "
             "generator. Pass arrays, a tf.data.Dataset or a keras.utils.PyDataset."
         )
-    _keras.build(model, source.spec())
+    needs_state = any(part is not None for part in (saver, private, run))
+    used = _composed(
+        model,
+        "train_step",
+        source,
+        session.strategy,
+        False if private is not None else whole_batch,
+        needs_state,
+    )
     if private is not None:
         private.plan(source, epochs - initial_epoch)
     if saver is not None:
@@ -222,6 +235,7 @@ def fit(
     def attempt() -> Any:
         prepared = _agreed(
             session,
+            used,
             model,
             source,
             for_training=True,
@@ -237,6 +251,7 @@ def fit(
             session,
             verbose,
             source,
+            None if used is session.strategy else _notice_of_whole(model, "train_step"),
             None if private is None else private.notice(),
             None if saver is None else saver.notice(),
         )
@@ -259,7 +274,7 @@ def fit(
         if course is None:
             stream = data.Stream(
                 source,
-                session.strategy,
+                used,
                 start,
                 epoch=epoch,
                 is_watched=watched,
@@ -269,7 +284,7 @@ def fit(
             epoch, step, start, logs = course.begin(initial_epoch, start)
             stream = data.Stream(
                 source,
-                session.strategy,
+                used,
                 start,
                 epoch=epoch,
                 made=step,
@@ -301,7 +316,7 @@ def fit(
                 epochs=epochs,
                 verbose=shown,
                 callbacks=kept,
-                validation_data=validation and _adapt(validation, session.strategy),
+                validation_data=validation and _adapt(validation, used),
                 shuffle=False,
                 initial_epoch=epoch,
                 validation_freq=validation_freq,
@@ -384,12 +399,12 @@ def evaluate(
         shard=data.local_shard(shard, session.strategy),
         strategy=session.strategy,
     )
-    _keras.build(model, source.spec())
-    prepared = _agreed(session, model, source, batch_size=batch_size)
+    used = _composed(model, "test_step", source, session.strategy)
+    prepared = _agreed(session, used, model, source, batch_size=batch_size)
     with prepared.running(source):
         return _keras.EVALUATE(
             model,
-            _adapt(source, session.strategy),
+            _adapt(source, used),
             verbose=verbose if session.is_chief else 0,
             callbacks=callbacks,
             return_dict=return_dict,
@@ -436,8 +451,9 @@ def predict(
     preflight.check_steps(steps=steps)
     model = model if isinstance(model, keras.Model) else model()
     source = _read_in_order(x, None, None, batch_size=batch_size, steps=steps)
-    _keras.build_layers(model, source.spec())
-    prepared = _agreed(session, model, source, batch_size=batch_size)
+    if _has_replicas(session.strategy, source):
+        _keras.build_layers(model, source.spec())
+    prepared = _agreed(session, session.strategy, model, source, batch_size=batch_size)
     with prepared.running(source):
         return _keras.PREDICT(
             model,
@@ -484,6 +500,7 @@ def _read_in_order(
 
 def _agreed(
     session: Session,
+    used: Strategy,
     model: Any,
     source: data.Source,
     *,
@@ -493,11 +510,43 @@ def _agreed(
 ) -> Prepared:
     """Prepares a built model, once the workers were found to have been asked the same."""
     mechanism = None if private is None else private.mechanism
-    prepared = prepare(model, session.strategy, for_training=for_training, mechanism=mechanism)
+    prepared = prepare(model, used, for_training=for_training, mechanism=mechanism)
     if private is not None:
         asked |= private.asked
     preflight.check_agreement(session, model, {**asked, "steps": source.steps}, source)
     return prepared
+
+
+def _composed(
+    model: Any,
+    kind: str,
+    source: data.Source,
+    strategy: Strategy,
+    whole_batch: bool | None = None,
+    needs_state: bool = False,
+) -> Strategy:
+    """Builds a model where Keras's own loop must not, and chooses how a batch is computed."""
+    if not needs_state and not _has_replicas(strategy, source):
+        return strategy
+    return compose(model, kind, source, strategy, whole_batch)
+
+
+def _has_replicas(strategy: Strategy, source: data.Source) -> bool:
+    """Tells whether a model's variables are more than those of one plain Keras process."""
+    return (
+        strategy.place.num_replicas > 1
+        or strategy.has_servers
+        or strategy.elastic
+        or source.may_be_empty
+    )
+
+
+def _notice_of_whole(model: Any, kind: str) -> str:
+    why = why_whole(model, kind) or "you asked for it"
+    return (
+        f"every replica computes the whole batch, because {why}. The weights are those of one "
+        "process, and it is no faster; see docs/promise.md"
+    )
 
 
 def _adapt(source: data.Source, strategy: Strategy, by_number: bool = True) -> Any:

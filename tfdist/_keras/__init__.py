@@ -27,11 +27,15 @@ from tfdist._keras.building import (
     build,
     build_layers,
     compiled_state,
+    computes_coarsely,
     global_seed_variable,
     has_global_seed,
-    has_own_test_step,
-    has_own_train_step,
+    has_own,
+    has_own_code,
+    layers_of,
+    step_of,
 )
+from tfdist._keras.discovery import Step, rows_of
 from tfdist._keras.loop import (
     EVALUATE,
     FIT,
@@ -42,6 +46,7 @@ from tfdist._keras.loop import (
 )
 from tfdist._keras.metrics import metric_variables
 from tfdist._keras.optimizers import optimizers_of, reindex_optimizer, trained_variables
+from tfdist._keras.probe import what_is_no_mean
 from tfdist._keras.replica import ReplicaBatch, on_replica, replaced
 from tfdist._keras.replicated import alone, replicated
 from tfdist._keras.variables import swap_value
@@ -51,16 +56,19 @@ __all__ = [
     "FIT",
     "PREDICT",
     "ReplicaBatch",
+    "Step",
     "StreamAdapter",
     "alone",
     "build",
     "build_layers",
     "compiled_state",
+    "computes_coarsely",
     "end_of_data_unless",
     "global_seed_variable",
     "has_global_seed",
-    "has_own_test_step",
-    "has_own_train_step",
+    "has_own",
+    "has_own_code",
+    "layers_of",
     "loop_functions",
     "metric_variables",
     "on_replica",
@@ -68,7 +76,10 @@ __all__ = [
     "reindex_optimizer",
     "replaced",
     "replicated",
+    "rows_of",
+    "step_of",
     "swap_value",
     "synchronized_variables",
     "trained_variables",
+    "what_is_no_mean",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import keras
@@ -20,7 +21,9 @@ def moments(layer: Any, inputs: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """
     batch = current_batch()
     if batch is None or not layer.synchronized:
-        return _keras_moments(layer, inputs, mask)  # type: ignore[no-any-return]
+        own = functools.partial(_keras_moments, layer, inputs, mask)
+        found: tuple[Tensor, Tensor] = own() if batch is None else batch.of_whole(own)
+        return found
     axes = layer._reduction_axes
     shape = [1] * len(inputs.shape)
     shape[layer.axis] = inputs.shape[layer.axis]

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
+import types
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -10,18 +14,47 @@ from keras.src import backend as _backend
 from keras.src.backend.common import global_state as _global_state
 from keras.src.random.seed_generator import global_seed_generator as _global_seed_generator
 
+from tfdist._keras.discovery import Step, run, trace
 
-def build(model: Any, batch: Any) -> None:
-    """Creates every variable that training will need, without running the model.
 
-    Variables made while a step is traced would belong to that trace.
+def build(model: Any, kind: str, spec: Any, sample: Callable[[], Any]) -> Step:
+    """Creates every variable that a step will need, without making a step.
+
+    Variables made while a replica's step is traced would belong to that replica. Keras builds
+    a model from shapes alone where it can; a model with a step of its own, or with code that
+    needs tensors, is built by a first trace of that step.
 
     Args:
         model: A compiled `keras.Model`.
-        batch: What describes a batch: `x`, `(x, y)` or `(x, y, sample_weight)`, leaves with
-            shape and dtype.
+        kind: "train_step" or "test_step".
+        spec: Describes a batch: `x`, `(x, y)` or `(x, y, sample_weight)`, leaves with shape and
+            dtype.
+        sample: Gives a batch, for a model that runs eagerly.
+
+    Returns:
+        What the step is made of besides the model, where it has one of its own.
+
+    Raises:
+        Exception: What the step raises, as in Keras's own first step.
     """
-    model._symbolic_build(data_batch=batch)
+    if not has_own(model, kind) and _is_built_from_shapes(model, spec):
+        return Step()
+    step = step_of(model, kind)
+    if model.run_eagerly:
+        return run(step, sample())
+    return trace(step, tf.nest.map_structure(_type_spec, spec))
+
+
+def _is_built_from_shapes(model: Any, spec: Any) -> bool:
+    try:
+        model._symbolic_build(data_batch=spec)
+    except Exception:  # whatever the model's own code makes of shapes without values
+        return False
+    return True
+
+
+def _type_spec(leaf: Any) -> Any:
+    return leaf if isinstance(leaf, tf.TypeSpec) else tf.TensorSpec(leaf.shape, leaf.dtype)
 
 
 def build_layers(model: Any, batch: Any) -> None:
@@ -66,19 +99,73 @@ def global_seed_variable() -> Any:
     return _global_seed_generator().state
 
 
-def has_own_test_step(model: Any) -> bool:
-    """Tells whether the model's class overrides `test_step`.
+def layers_of(model: Any) -> list[Any]:
+    """Lists a model and all layers in it.
 
     Args:
         model: A `keras.Model`.
     """
-    return bool(type(model).test_step is not keras.Model.test_step)
+    return list(model._flatten_layers())
 
 
-def has_own_train_step(model: Any) -> bool:
-    """Tells whether the model's class overrides `train_step`.
+def computes_coarsely(model: Any) -> bool:
+    """Tells whether some of a model's products are rounded to half precision, or near it.
 
     Args:
         model: A `keras.Model`.
     """
-    return bool(type(model).train_step is not keras.Model.train_step)
+    is_tf32 = tf.config.experimental.tensor_float_32_execution_enabled()
+    if is_tf32 and tf.config.list_physical_devices("GPU"):
+        return True
+    halves = ("float16", "bfloat16")
+    return any(layer.compute_dtype in halves for layer in layers_of(model))
+
+
+def has_own_code(model: Any) -> bool:
+    """Tells whether a model, or something in it, is of a class that is not Keras's.
+
+    Args:
+        model: A compiled `keras.Model`.
+    """
+    compiled = [getattr(model, "_compile_loss", None), getattr(model, "_compile_metrics", None)]
+    asked = [getattr(part, "_user_loss", None) for part in compiled if part is not None]
+    asked += [getattr(part, "_user_metrics", None) for part in compiled if part is not None]
+    parts = [*layers_of(model), *model.metrics, *keras.tree.flatten(asked)]
+    return any(
+        not _is_keras(part if callable(part) and hasattr(part, "__module__") else type(part))
+        for part in parts
+        if part is not None and not isinstance(part, str)
+    )
+
+
+def _is_keras(thing: Any) -> bool:
+    module = getattr(thing, "__module__", None) or type(thing).__module__
+    return str(module).partition(".")[0] == "keras"
+
+
+def has_own(model: Any, kind: str) -> bool:
+    """Tells whether a model's class overrides a step.
+
+    Args:
+        model: A `keras.Model`.
+        kind: "train_step" or "test_step".
+    """
+    return getattr(type(model), kind) is not getattr(keras.Model, kind)
+
+
+def step_of(model: Any, kind: str) -> Callable[[Any], Any]:
+    """Gives a model's step, without the `tf.function` that its class may have put around it.
+
+    A function of its own would be traced for one replica and then run on all of them.
+
+    Args:
+        model: A `keras.Model`.
+        kind: "train_step", "test_step" or "predict_step".
+    """
+    step: Callable[[Any], Any] = getattr(model, kind)
+    plain = getattr(inspect.getattr_static(type(model), kind), "python_function", None)
+    if plain is None:
+        return step
+    with contextlib.suppress(Exception):  # as tf.function does: what has no source stays
+        plain = tf.autograph.to_graph(plain)
+    return types.MethodType(plain, model)

@@ -2,14 +2,67 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
+import keras
 import tensorflow as tf
 from keras.src.losses import loss as _loss
+from keras.src.trainers.compile_utils import CompileLoss as _CompileLoss
 
+from tfdist._keras.interception import Method, Replacement, in_family
+from tfdist._keras.means import is_mean
 from tfdist._keras.replica import Tensor, current_batch
 
 _keras_reduce_weighted_values = _loss.reduce_weighted_values
+
+
+def replacements() -> list[Replacement]:
+    """Lists what of losses changes while several replicas train."""
+    return [
+        # Called through the module by Keras's losses, trainer and CompileLoss.
+        (_loss, "scale_loss_for_distribution", lambda value: value),
+        (_loss, "unscale_loss_for_distribution", lambda value: value),
+        (_loss, "reduce_weighted_values", reduce_weighted_values),
+        *_calls_of_losses(),
+    ]
+
+
+def _calls_of_losses() -> list[Replacement]:
+    # CompileLoss, which calls a model's losses, is one as well.
+    family = in_family(keras.losses.Loss, "call", _of_whole_batch)
+    return [found for found in family if found[0] is not _CompileLoss]
+
+
+def sees_whole_batch(function: Callable[..., Any], *rows: Tensor) -> bool:
+    """Tells whether a function reduces a batch to one number that is no mean over its rows.
+
+    Args:
+        function: Of targets and predictions.
+        rows: What it is called with, shape [rows, ...] each.
+    """
+    if not all(isinstance(part, tf.Tensor) and part.shape.rank for part in rows):
+        return False
+    value = function(*rows)
+    is_scalar = tf.convert_to_tensor(value).shape.rank == 0
+    return is_scalar and not is_mean(function, *rows)
+
+
+def _of_whole_batch(original: Method) -> Method:
+    """Lets a loss that is one number of the batch, such as Dice's, see the whole batch."""
+
+    @functools.wraps(original)
+    def call(loss: Any, y_true: Any, y_pred: Any, **kwargs: Any) -> Any:
+        batch = current_batch()
+        function = functools.partial(original, loss, **kwargs)
+        if batch is None or not batch.is_shared:
+            return function(y_true, y_pred)
+        if sees_whole_batch(function, y_true, y_pred):
+            y_true, y_pred = batch.gather(y_true), batch.gather(y_pred)
+        return function(y_true, y_pred)
+
+    return call
 
 
 def reduce_weighted_values(

@@ -13,6 +13,7 @@ import keras
 import tensorflow as tf
 
 from tfdist._keras.interception import Method, Replacement, in_family
+from tfdist._keras.losses import sees_whole_batch
 from tfdist._keras.replica import Tensor, current_batch
 
 
@@ -23,6 +24,7 @@ def replacements() -> list[Replacement]:
     return [
         *in_family(metric, "update_state", _noted_update),
         *in_family(metric, "result", _noted_result),
+        (keras.metrics.MeanMetricWrapper, "update_state", _updated_by_whole_batch),
     ]
 
 
@@ -35,14 +37,31 @@ def _noted_update(original: Method) -> Method:
     @functools.wraps(original)
     def update_state(metric: Any, *args: Any, **kwargs: Any) -> Any:
         batch = current_batch()
-        if batch is None or batch.metrics is None:
+        if batch is None or not batch.is_shared:
             return original(metric, *args, **kwargs)
-        batch.metrics.begin(metric.variables)
+        batch.begin_metric(metric)
         if counts_scalars:
             args, kwargs = _weighed(args, kwargs, batch.share)
         return original(metric, *args, **kwargs)
 
     return update_state
+
+
+_keras_update_by_function = keras.metrics.MeanMetricWrapper.update_state
+
+
+@functools.wraps(_keras_update_by_function)
+def _updated_by_whole_batch(
+    metric: Any, y_true: Any, y_pred: Any, sample_weight: Any = None
+) -> Any:
+    """Lets a function that gives one number of the batch see the whole batch."""
+    batch = current_batch()
+    if batch is not None and batch.is_shared:
+        function = functools.partial(metric._fn, **metric._fn_kwargs)
+        if sees_whole_batch(function, y_true, y_pred):
+            y_true, y_pred = batch.gather(y_true), batch.gather(y_pred)
+    update = _noted_update(_keras_update_by_function)
+    return update(metric, y_true, y_pred, sample_weight)
 
 
 def _weighed(

@@ -47,27 +47,35 @@ class ReplicaBatch:
         total: Scalar int64 tensor, the examples of the global batch.
         offset: Scalar int64 tensor, the global batch's row at which the share begins.
         all_reduce: Sums a list of tensors over all replicas.
+        all_gather: Concatenates a tensor of every replica along axis 0.
         updates: Receives what the train step does with optimizers, while it runs.
         metrics: Receives the metrics that the step updates, while it runs.
-        watched: Ids of the `keras.Variable`s whose assignments are noted.
-        touched: Watched variables assigned so far, with the value before, by their id.
+        touched: `keras.Variable`s assigned so far, with the value before, by their id; but
+            for those of `metrics` and what optimizers update.
     """
 
     rows: Tensor
     total: Tensor
     offset: Tensor
     all_reduce: Callable[[Sequence[Tensor]], list[Tensor]]
+    all_gather: Callable[[Tensor], Tensor]
     updates: Updates | None = None
     metrics: Metrics | None = None
-    watched: frozenset[int] = frozenset()
-    touched: dict[int, tuple[Any, Tensor]] = field(default_factory=dict)
+    touched: dict[int, tuple[Any, Tensor]] = field(default_factory=dict, init=False)
     is_updating: bool = field(default=False, init=False)
     _results: dict[int, tuple[Tensor, Any, int]] = field(default_factory=dict, init=False)
+    _of_metrics: set[int] = field(default_factory=set, init=False)
+    _graph: Any = field(default_factory=tf.compat.v1.get_default_graph, init=False)
 
     @property
     def has_rows(self) -> Tensor:
         """Scalar bool tensor: whether the share holds examples."""
         return self.rows > 0
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether a step runs that sums up what replicas come to."""
+        return self.metrics is not None
 
     @property
     def share(self) -> Tensor:
@@ -86,6 +94,37 @@ class ReplicaBatch:
             tf.cast(self.total, tf.float32), tf.cast(self.rows, tf.float32)
         )
 
+    def gather(self, rows: Tensor) -> Tensor:
+        """Gives the rows of the global batch, from those of the share.
+
+        What is computed of them is the same on every replica. So the gradient that comes back
+        is the share's part of it, and is made such that replicas' sums are the whole.
+
+        Args:
+            rows: Shape [rows of the share, ...].
+        """
+
+        @tf.custom_gradient  # type: ignore[untyped-decorator]
+        def gathered(share: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+            def gradient(upstream: Tensor) -> Tensor:
+                own = upstream[self.offset : self.offset + self.rows]
+                padding = tf.shape(share)[0] - tf.cast(self.rows, tf.int32)
+                own = tf.pad(own, [[0, padding], *([[0, 0]] * (len(share.shape) - 1))])
+                return own * tf.cast(self.inverse_share, own.dtype)
+
+            return self.all_gather(share[: self.rows]), gradient
+
+        # What cannot be differentiated keeps its dtype: targets may be integers.
+        return gathered(rows) if rows.dtype.is_floating else self.all_gather(rows[: self.rows])
+
+    def of_whole(self, compute: Callable[[], Any]) -> Any:
+        """Gives what is computed of a share as it is; see `probe`.
+
+        Args:
+            compute: Computes it.
+        """
+        return compute()
+
     @contextlib.contextmanager
     def updating(self) -> Iterator[None]:
         """Makes a context in which optimizers are not intercepted."""
@@ -94,6 +133,30 @@ class ReplicaBatch:
             yield
         finally:
             self.is_updating = before
+
+    def touch(self, variable: Any) -> None:
+        """Notes that a `keras.Variable` is about to be assigned, and what it holds.
+
+        Args:
+            variable: The `keras.Variable`.
+        """
+        key = id(variable)
+        if key in self.touched or key in self._of_metrics:
+            return
+        # Where a branch assigns it, the value is read before the branch.
+        with contextlib.nullcontext() if tf.executing_eagerly() else self._graph.as_default():
+            self.touched[key] = variable, tf.identity(variable._value)
+
+    def begin_metric(self, metric: Any) -> None:
+        """Notes that a metric is about to be updated, if somebody wants to know.
+
+        Args:
+            metric: The metric.
+        """
+        if self.metrics is not None:
+            variables = metric.variables
+            self._of_metrics.update(id(variable) for variable in variables)
+            self.metrics.begin(variables)
 
     def note_result(self, metric: Any, value: Any) -> None:
         """Notes what a metric's `result` gave.

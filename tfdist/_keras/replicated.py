@@ -8,12 +8,10 @@ from collections.abc import Iterator
 import keras
 from keras.src.backend.tensorflow import random as _random
 from keras.src.backend.tensorflow.core import Variable as _Variable
-from keras.src.losses import loss as _loss
 
-from tfdist._keras import metrics, optimizers
+from tfdist._keras import losses, metrics, optimizers
 from tfdist._keras.batch_norm import moments
 from tfdist._keras.interception import Replacement
-from tfdist._keras.losses import reduce_weighted_values
 from tfdist._keras.random import draw_seed, dropout
 from tfdist._keras.replica import replaced
 from tfdist._keras.variables import direct_assign
@@ -57,14 +55,11 @@ def replacements(has_servers: bool = False) -> list[Replacement]:
         has_servers: As in `replicated`.
     """
     return [
-        # Called through the module by Keras's losses, trainer and CompileLoss.
-        (_loss, "scale_loss_for_distribution", lambda value: value),
-        (_loss, "unscale_loss_for_distribution", lambda value: value),
-        (_loss, "reduce_weighted_values", reduce_weighted_values),
         (keras.layers.BatchNormalization, "_moments", moments),
         (_Variable, "_direct_assign", direct_assign),
         (_random, "dropout", dropout),
         (_random, "draw_seed", draw_seed),
+        *losses.replacements(),
         *optimizers.replacements(has_servers),
         *metrics.replacements(),
     ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import tensorflow as tf
 from keras.src.backend.tensorflow.core import Variable as _Variable
 
 from tfdist._keras.replica import Tensor, current_batch
@@ -14,9 +13,8 @@ _keras_direct_assign = _Variable._direct_assign
 
 def direct_assign(variable: Any, value: Tensor) -> None:
     batch = current_batch()
-    key = id(variable)
-    if batch is not None and key in batch.watched and key not in batch.touched:
-        batch.touched[key] = (variable, tf.identity(variable._value))
+    if batch is not None and not batch.is_updating:
+        batch.touch(variable)
     _keras_direct_assign(variable, value)
 
 

@@ -123,6 +123,10 @@ class Arrays(Source):
         groups = no_groups() if of is None else tf.gather(of, rows)
         return Share(self._gather(rows), count, total, offset, tf.zeros([4]), groups)
 
+    def sample(self) -> Any:
+        """Gives the first rows."""
+        return self._gather(tf.range(min(8, self.num_local_rows)))
+
     @property
     def columns(self) -> Any:
         """The arrays."""

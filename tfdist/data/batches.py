@@ -190,6 +190,10 @@ class GeneratorBatches(Batches):
             ) from None
         self._rest = itertools.chain([self._first], map(_as_batch, generator))
 
+    def sample(self) -> Any:
+        """Gives the first batch."""
+        return tf.nest.map_structure(tf.convert_to_tensor, self._first)
+
     def stream(self, position: DataPosition) -> Any:
         """Wraps what is left of the generator, but for what an earlier process has drawn."""
         for _ in itertools.islice(self._rest, position.drawn):
@@ -232,7 +236,8 @@ class PyDatasetBatches(Batches):
         self.dataset = dataset
         self.shuffle = shuffle and length is not None
         self.seed = seed
-        self._spec = tf.nest.map_structure(batch_spec, _as_batch(dataset[0]))
+        self._first = _as_batch(dataset[0])
+        self._spec = tf.nest.map_structure(batch_spec, self._first)
 
     def go_on_after(self, epochs: int) -> None:
         """Lets the data set rearrange itself as often as it did."""
@@ -242,6 +247,11 @@ class PyDatasetBatches(Batches):
     def on_epoch_end(self) -> None:
         """Lets the data set rearrange itself, as Keras does."""
         self.dataset.on_epoch_end()
+
+    def sample(self) -> Any:
+        """Gives the first batch."""
+        batch = tf.nest.map_structure(tf.convert_to_tensor, self._first)
+        return batch if self.transform is None else self.transform(*batch)
 
     def stream(self, position: DataPosition) -> Any:
         """Builds the stream of a pass."""

@@ -6,6 +6,7 @@ import abc
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import tensorflow as tf
 
 from tfdist.data.epochs import START, DataPosition
@@ -15,6 +16,7 @@ from tfdist.strategies.base import Place
 Tensor = Any
 PARALLEL = tf.data.AUTOTUNE
 FOREVER = 2**62
+_SAMPLE = 8  # rows, and whatever else has no fixed size
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -136,6 +138,29 @@ class Source(abc.ABC):
         Args:
             position: Where the data stands.
         """
+
+    def sample(self) -> Any:
+        """Gives a batch, or one that looks like it, without drawing from the data.
+
+        Returns:
+            Tensors in the structure of a batch; None if there can be none.
+        """
+        random = np.random.default_rng(0)
+
+        def made(spec: Any) -> Tensor:
+            if isinstance(spec, tf.TypeSpec) and not isinstance(spec, tf.TensorSpec):
+                raise TypeError
+            shape = [_SAMPLE if size is None else size for size in spec.shape]
+            if tf.as_dtype(spec.dtype) == tf.string:
+                return tf.fill(shape, "a")
+            numbers = random.uniform(0.05, 0.95, shape)
+            is_float = tf.as_dtype(spec.dtype).is_floating
+            return tf.cast(numbers if is_float else numbers > 0.5, spec.dtype)
+
+        try:
+            return tf.nest.map_structure(made, self.spec())
+        except TypeError:  # ragged or sparse
+            return None
 
     @property
     def columns(self) -> Any:

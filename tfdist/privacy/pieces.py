@@ -161,7 +161,9 @@ class _Pieces:
         start = tf.cast(begin, tf.int64)
         examples = tf.cast(_examples(columns), tf.int64)
         counted = start + tf.range(examples) < batch.rows
-        piece = ReplicaBatch(examples, batch.total, batch.offset + start, batch.all_reduce)
+        piece = ReplicaBatch(
+            examples, batch.total, batch.offset + start, batch.all_reduce, batch.all_gather
+        )
         with _keras.on_replica(piece):
             clipped = clipped_sum(
                 self._model,

@@ -26,7 +26,7 @@ def check_model(model: Any) -> None:
         ArgumentError: It has a step or a loss of its own that is of the whole batch, a layer
             that mixes examples, or an optimizer that does more than update.
     """
-    if _keras.has_own_train_step(model):
+    if _keras.has_own(model, "train_step"):
         raise ArgumentError(
             "A private model must be trained by Keras's train step, which private training "
             f"replaces. Received: a {type(model).__name__} with a `train_step` of its own. "

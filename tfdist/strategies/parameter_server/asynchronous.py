@@ -303,7 +303,7 @@ class Asynchronous:
     def _weights(self, after: Sequence[Tensor] = ()) -> list[tuple[Any, Tensor]]:
         """Reads what a step reads as a whole."""
         # An own train step may look at what its first update has made of the weights.
-        if _keras.has_own_train_step(self._model):
+        if _keras.has_own(self._model, "train_step"):
             return []
         return served.read_together(self._model, LARGEST_PACKED, after)
 
@@ -316,7 +316,7 @@ class Asynchronous:
         zeros = [(v, tf.zeros(v.shape, v.dtype)) for v in metrics]
         rows = tf.shape(tf.nest.flatten(data)[0], tf.int64)[0]
         # What a step drops is a function of its number, as seeds are read and not written.
-        batch = ReplicaBatch(rows, rows, number * rows, list)
+        batch = ReplicaBatch(rows, rows, number * rows, list, tf.identity)
         with served.Apart(zeros, weights) as scope, _keras.on_replica(batch):
             yield scope, batch
 

@@ -29,7 +29,7 @@ class Updates:
     def __init__(self, model: Any, ledger: Ledger, number: Tensor) -> None:
         self._ledger = ledger
         self._number = number
-        self._at_once = _keras.has_own_train_step(model)
+        self._at_once = _keras.has_own(model, "train_step")
         self._waiting: list[Callable[[], None]] = []
         self._sent: list[Tensor] = []
         self._applied = 0

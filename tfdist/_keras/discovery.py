@@ -1,0 +1,222 @@
+"""What a step is made of: found by tracing it once, before it trains.
+
+A model's own `train_step` may build optimizers and layers when it first runs, and keep them
+anywhere. Its first trace shows them, as Keras's own first step would. Nothing is computed. A
+model that runs eagerly makes one step on a sample instead, and gets all of its state back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+from tensorflow.python.eager import context as _context
+from tensorflow.python.framework import auto_control_deps_utils as _dependencies
+
+from tfdist._keras.replica import ReplicaBatch, Tensor, on_replica
+from tfdist._keras.replicated import replicated
+
+_RANDOM_OPS = frozenset(
+    {
+        "Multinomial",
+        "ParameterizedTruncatedNormal",
+        "RandomGamma",
+        "RandomPoissonV2",
+        "RandomShuffle",
+        "RandomStandardNormal",
+        "RandomUniform",
+        "RandomUniformInt",
+        "TruncatedNormal",
+    }
+)
+
+
+@dataclass
+class Step:
+    """What a step does, as far as its trace tells.
+
+    Attributes:
+        optimizers: That it applies.
+        metrics: Variables of the metrics that it updates.
+        assigned: `keras.Variable`s that it assigns, but for those of optimizers and metrics.
+        raw: Names of `tf.Variable`s that it writes and that no `keras.Variable` holds.
+        updates_in_branch: Whether an optimizer is applied in a branch, loop or function of
+            the graph.
+        is_random: Whether it draws numbers that are no function of a seed it is given.
+    """
+
+    optimizers: list[Any] = field(default_factory=list)
+    metrics: list[Any] = field(default_factory=list)
+    assigned: list[Any] = field(default_factory=list)
+    raw: list[str] = field(default_factory=list)
+    updates_in_branch: bool = False
+    is_random: bool = False
+
+    @property
+    def assigns_weights(self) -> bool:
+        """Whether it assigns trainable weights by itself, without an optimizer."""
+        return any(variable.trainable for variable in self.assigned)
+
+    @property
+    def variables(self) -> list[Any]:
+        """All `keras.Variable`s that were found, some of them twice."""
+        of_optimizers = [v for o in self.optimizers for v in o.variables]
+        return [*self.assigned, *self.metrics, *of_optimizers]
+
+
+class _Recorder:
+    """Stands where a step's reduction would, and notes what comes by."""
+
+    def __init__(self) -> None:
+        self.step = Step()
+        self.gradients: list[tuple[Any, Tensor]] = []
+        self.before: list[tuple[Any, Tensor]] = []
+        self._graph = tf.compat.v1.get_default_graph()
+
+    def scale(self, optimizer: Any, loss: Tensor) -> Tensor:
+        """Leaves the loss as it is."""
+        return loss
+
+    def apply(
+        self,
+        optimizer: Any,
+        grads: list[Tensor],
+        update: Callable[[list[Tensor]], None],
+        variables: Sequence[Any],
+    ) -> None:
+        """Notes the optimizer, and builds it as its own `apply` would; updates nothing."""
+        if not any(known is optimizer for known in self.step.optimizers):
+            self.step.optimizers.append(optimizer)
+        if not tf.executing_eagerly():
+            self.step.updates_in_branch |= tf.compat.v1.get_default_graph() is not self._graph
+        if not optimizer.built:
+            optimizer.build(list(variables))
+        self.gradients += zip(variables, grads, strict=True)
+
+    def begin(self, variables: Sequence[Any]) -> None:
+        """Notes a metric's variables."""
+        known = {id(v) for v in self.step.metrics}
+        new = [v for v in variables if id(v) not in known]
+        self.step.metrics += new
+        if tf.executing_eagerly():
+            self.before += [(v, tf.identity(v.value)) for v in new]
+
+
+def trace(step: Callable[[Any], Any], spec: Any) -> Step:
+    """Finds what a step is made of, and builds it, without computing anything.
+
+    Args:
+        step: A function of a batch, such as `model.train_step`.
+        spec: Describes a batch: leaves are `tf.TypeSpec`s.
+
+    Raises:
+        Exception: What the step raises, as in Keras's own first step.
+    """
+    found: list[Step] = []
+
+    def traced(data: Any) -> None:
+        with recording(_alone(data)) as recorder:
+            step(data)
+        found.append(recorder.step)
+
+    function = tf.function(tf.autograph.experimental.do_not_convert(traced))
+    with keeping_random_state(), replicated():
+        graph = function.get_concrete_function(spec).graph
+    result = found[-1]
+    definition = graph.as_graph_def(add_shapes=False)
+    nodes = [*definition.node, *(n for f in definition.library.function for n in f.node_def)]
+    result.is_random = not _RANDOM_OPS.isdisjoint({node.op for node in nodes})
+    result.raw = _raw_writes(graph, result)
+    return result
+
+
+def _raw_writes(graph: Any, step: Step) -> list[str]:
+    """Names the `tf.Variable`s that a trace writes and nobody else knows."""
+    known = {id(v._value) for v in step.variables}
+    known |= {id(v._value) for o in step.optimizers for v in o._trainable_variables}
+    written: set[int] = set()
+    for op in graph.get_operations():
+        resources = [i for i, t in enumerate(op.inputs) if t.dtype == tf.resource]
+        read_only = set(_dependencies._get_read_only_resource_input_indices_op(op))
+        written |= {id(op.inputs[i]) for i in resources if i not in read_only}
+    handles = {id(outer): id(inner) for outer, inner in graph.captures}
+    return [
+        variable.name
+        for variable in graph.variables
+        if id(variable) not in known and handles.get(id(variable.handle)) in written
+    ]
+
+
+def run(step: Callable[[Any], Any], sample: Any) -> Step:
+    """As `trace`, for a step that must run eagerly: it runs, and what it changed goes back.
+
+    Args:
+        step: A function of a batch.
+        sample: A batch.
+    """
+    with keeping_random_state(), replicated(), recording(_alone(sample)) as recorder:
+        step(sample)
+    return recorder.step
+
+
+def _alone(data: Any) -> ReplicaBatch:
+    """Makes what the only replica of a batch knows of it."""
+    rows = tf.cast(rows_of(data), tf.int64)
+    return ReplicaBatch(rows, rows, tf.zeros([], tf.int64), list, tf.identity)
+
+
+@contextlib.contextmanager
+def recording(batch: ReplicaBatch) -> Iterator[_Recorder]:
+    """Notes what a step does that runs meanwhile; what it changes eagerly goes back.
+
+    Args:
+        batch: What the step's replica knows.
+
+    Yields:
+        What notes it.
+    """
+    recorder = _Recorder()
+    batch.updates = batch.metrics = recorder
+    with on_replica(batch):
+        try:
+            yield recorder
+        finally:
+            touched = list(batch.touched.values())
+            if tf.executing_eagerly():
+                with batch.updating():
+                    for variable, value in [*touched, *recorder.before]:
+                        variable.assign(value)
+    metrics = {id(v) for v in recorder.step.metrics}
+    recorder.step.assigned = [v for v, _ in touched if id(v) not in metrics]
+
+
+def rows_of(data: Any) -> Tensor:
+    """Counts the rows of a batch.
+
+    Args:
+        data: Tensors, `tf.RaggedTensor`s or `tf.SparseTensor`s, nested.
+    """
+    first = tf.nest.flatten(data)[0]
+    if isinstance(first, tf.RaggedTensor):
+        return first.nrows()
+    return tf.shape(first)[0]
+
+
+@contextlib.contextmanager
+def keeping_random_state() -> Iterator[None]:
+    """Leaves Python's, NumPy's and TensorFlow's generators where they are."""
+    ours, theirs = random.getstate(), np.random.get_state()
+    tensorflows = getattr(_context.context(), "_rng", None)
+    its = None if tensorflows is None else tensorflows.getstate()
+    try:
+        yield
+    finally:
+        random.setstate(ours)
+        np.random.set_state(theirs)
+        if tensorflows is not None:
+            tensorflows.setstate(its)

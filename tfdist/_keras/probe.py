@@ -1,0 +1,161 @@
+"""Whether a step's outcome is a mean over rows: found by making it on a few of them.
+
+Replicas share a batch, and their gradients, statistics and results are weighed by their rows.
+That is right for means. A step may also sum, keep running counts, or compare the rows of a
+batch. So a step of somebody's own runs on a small batch, and on its two parts, at the same
+state; what comes of the parts together must be what comes of the whole.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+from tfdist._keras.discovery import keeping_random_state, recording, rows_of
+from tfdist._keras.replica import ReplicaBatch, Tensor
+from tfdist._keras.replicated import replicated
+
+ROWS = 8
+_FINE, _COARSE = 1e-5, 3e-2  # of what rounding leaves
+_MEAN, _SUM, _SAME = "mean", "sum", "same"
+
+
+class _Fact(NamedTuple):
+    """A number that a step came to, and how it comes from the numbers of parts."""
+
+    kind: str
+    value: Any
+
+
+class _Part(ReplicaBatch):
+    """A part of the sample; what replicas would exchange is what the whole had."""
+
+    def __init__(self, begin: int, end: int, total: int, exchanged: list[Any]) -> None:
+        rows, offset = tf.constant(end - begin, tf.int64), tf.constant(begin, tf.int64)
+        super().__init__(rows, tf.constant(total, tf.int64), offset, self._sums, self._rows)
+        self._is_whole = end - begin == total
+        self._exchanged = exchanged
+        self._next = iter(exchanged)
+
+    def _sums(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        return list(self.of_whole(lambda: list(tensors)))
+
+    def _rows(self, tensor: Tensor) -> Tensor:
+        return self.of_whole(lambda: tensor)
+
+    def of_whole(self, compute: Callable[[], Any]) -> Any:
+        """Gives what the whole sample came to, also for a part; no gradient goes through it."""
+        if self._is_whole:
+            self._exchanged.append(tf.nest.map_structure(tf.stop_gradient, compute()))
+            return self._exchanged[-1]
+        return next(self._next)
+
+
+def what_is_no_mean(
+    step: Callable[[Any], Any], sample: Any, is_coarse: bool = False
+) -> str | None:
+    """Names something that a step computes and that is no mean over rows, if there is.
+
+    Args:
+        step: A function of a batch, such as `model.train_step`, of a built model.
+        sample: A batch of at least two rows.
+        is_coarse: Whether numbers are rounded to half precision.
+
+    Returns:
+        A few words; None if there is nothing, or if it cannot be told: the step draws random
+        numbers that are no function of a row, or does not run on the sample.
+    """
+    if any(not isinstance(leaf, tf.Tensor) for leaf in tf.nest.flatten(sample)):
+        return None
+    total = min(int(rows_of(sample)), ROWS)
+    if total < 2:
+        return None
+    cut = -(-total * 5 // 8)
+    try:
+        with replicated():
+            exchanged: list[Any] = []
+            whole = _observed(step, sample, _Part(0, total, total, exchanged))
+            with keeping_random_state():
+                tf.random.uniform([]), random.random(), np.random.rand()
+                again = _observed(step, sample, _Part(0, total, total, []))
+            tolerance = _COARSE if is_coarse else _FINE
+            if _differing(whole, [(1.0, again)], whole, tolerance) is not None:
+                return None
+            nearby = _observed(step, _nearby(sample), _Part(0, total, total, []))
+            parts = [
+                (
+                    (end - begin) / total,
+                    _observed(step, sample, _Part(begin, end, total, exchanged)),
+                )
+                for begin, end in ((0, cut), (cut, total))
+            ]
+    except Exception:  # whatever the step makes of a sample
+        return None
+    return _differing(whole, parts, nearby, tolerance)
+
+
+def _observed(step: Callable[[Any], Any], sample: Any, part: _Part) -> dict[str, _Fact]:
+    begin = int(part.offset)
+    end = begin + int(part.rows)
+    rows = tf.nest.map_structure(lambda leaf: leaf[begin:end], sample)
+    facts: dict[str, _Fact | None] = {}
+    with keeping_random_state(), recording(part) as recorder:
+        returned = step(rows)
+        for number, (variable, gradient) in enumerate(recorder.gradients):
+            name = f"the gradient of {variable.path}, update {number}"
+            facts[name] = None if gradient is None else _fact(_MEAN, gradient)
+        for variable, _ in part.touched.values():
+            is_float = tf.as_dtype(variable.dtype).is_floating
+            kind = _MEAN if is_float else _SAME
+            facts[f"the variable {variable.path}"] = _fact(kind, variable.value)
+        for variable, before in recorder.before:
+            added = tf.cast(variable.value, tf.float64) - tf.cast(before, tf.float64)
+            facts[f"the metric's variable {variable.path}"] = _fact(_SUM, added)
+        for number, leaf in enumerate(tf.nest.flatten(returned)):
+            if part.metric_of(leaf) is None:
+                facts[f"result {number} of the step"] = _fact(_MEAN, leaf)
+    return {name: fact for name, fact in facts.items() if fact is not None}
+
+
+def _fact(kind: str, value: Any) -> _Fact | None:
+    tensor = tf.convert_to_tensor(value)  # of slices, too
+    if tensor.dtype != tf.bool and not (tensor.dtype.is_floating or tensor.dtype.is_integer):
+        return None
+    return _Fact(kind, tf.cast(tensor, tf.float64).numpy())
+
+
+def _nearby(sample: Any) -> Any:
+    """Changes a sample in its last digits."""
+    return tf.nest.map_structure(
+        lambda leaf: leaf * (1 + 1e-6) if leaf.dtype.is_floating else leaf, sample
+    )
+
+
+def _differing(
+    whole: dict[str, _Fact],
+    parts: Sequence[tuple[float, dict[str, _Fact]]],
+    nearby: dict[str, _Fact],
+    tolerance: float,
+) -> str | None:
+    """Names the first fact that does not come from those of the parts, but for rounding."""
+    if any(whole.keys() != facts.keys() for facts in (nearby, *(f for _, f in parts))):
+        return None
+    means = [float(np.linalg.norm(f.value)) for f in whole.values() if f.kind == _MEAN]
+    for name, (kind, value) in whole.items():
+        found = [(weight, facts[name].value) for weight, facts in parts]
+        if any(part.shape != value.shape for _, part in found):
+            return name
+        if kind == _SAME:
+            expected = found[0][1]
+        else:
+            expected = sum((weight if kind == _MEAN else 1.0) * part for weight, part in found)
+        size = max(np.linalg.norm(value), *(np.linalg.norm(part) for _, part in found))
+        rounding = np.linalg.norm(value - nearby[name].value)
+        allowed = tolerance * size + 20 * rounding + 1e-6 * max(means, default=0.0) + 1e-7
+        if np.linalg.norm(value - expected) > allowed:
+            return name
+    return None

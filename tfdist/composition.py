@@ -1,0 +1,111 @@
+"""What a model's step is made of, found before it trains on several replicas."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+
+from tfdist import _keras
+from tfdist.data.source import Source
+from tfdist.strategies.base import Strategy
+from tfdist.strategies.whole import whole
+
+_MEMORY = "_tfdist_composition"
+
+
+@dataclass(frozen=True)
+class Composition:
+    """What was found of one of a model's steps.
+
+    Attributes:
+        compiled_state: Changes when the model is compiled again.
+        step: What it is made of besides the model.
+        indivisible: Why replicas cannot share a batch, a few words; None if they can.
+    """
+
+    compiled_state: tuple[Any, ...]
+    step: _keras.Step
+    indivisible: str | None = None
+
+
+def compose(
+    model: Any, kind: str, source: Source, strategy: Strategy, whole_batch: bool | None = None
+) -> Strategy:
+    """Builds a model, and decides whether replicas share a batch or each compute all of it.
+
+    Args:
+        model: A compiled `keras.Model`.
+        kind: "train_step" or "test_step".
+        source: The data.
+        strategy: Where the replicas are.
+        whole_batch: What the user wants, or None.
+
+    Returns:
+        The strategy, or what computes whole batches in its processes.
+    """
+    memory = vars(model).setdefault(_MEMORY, {})
+    known: Composition | None = memory.get(kind)
+    state = _keras.compiled_state(model)
+    if known is None or not _is_same(known.compiled_state, state):
+        step = _keras.build(model, kind, source.spec(), source.sample)
+        found = None
+        if strategy.place.num_replicas > 1 and whole_batch is None:
+            found = _why_indivisible(model, kind, step, source)
+        known = Composition(_keras.compiled_state(model), step, found)
+        memory[kind] = known
+    is_whole = known.indivisible is not None if whole_batch is None else whole_batch
+    return whole(strategy) if is_whole and strategy.place.num_replicas > 1 else strategy
+
+
+def found_in_steps(model: Any) -> list[_keras.Step]:
+    """Lists what a model's steps are made of besides the model.
+
+    Args:
+        model: A `keras.Model`.
+    """
+    return [known.step for known in vars(model).get(_MEMORY, {}).values()]
+
+
+def why_whole(model: Any, kind: str) -> str | None:
+    """Says why replicas cannot share a batch.
+
+    Args:
+        model: A `keras.Model` that was composed.
+        kind: "train_step" or "test_step".
+    """
+    known: Composition | None = vars(model).get(_MEMORY, {}).get(kind)
+    return None if known is None else known.indivisible
+
+
+def _is_same(before: tuple[Any, ...], now: tuple[Any, ...]) -> bool:
+    return len(before) == len(now) and all(a is b for a, b in zip(before, now, strict=True))
+
+
+def _why_indivisible(model: Any, kind: str, step: _keras.Step, source: Source) -> str | None:
+    if step.updates_in_branch:
+        return "its step applies an optimizer in a branch, a loop or a tf.function"
+    if step.raw:
+        return f"its step writes the tf.Variable {step.raw[0]!r}, of which each process has one"
+    for layer in _keras.layers_of(model):
+        if getattr(layer, "stateful", False):
+            return f"the layer {layer.name!r} is stateful: its rows go on with the last batch's"
+    if _has_static_batch(model):
+        return "its input has a batch size that is fixed"
+    if not _keras.has_own_code(model):
+        return None
+    sample = source.sample()
+    if sample is None:
+        return None
+    found = _keras.what_is_no_mean(
+        _keras.step_of(model, kind), sample, _keras.computes_coarsely(model)
+    )
+    if found is None and step.assigns_weights and step.is_random:
+        return "its step assigns weights by itself"
+    return None if found is None else f"{found} is no mean over the rows of a batch"
+
+
+def _has_static_batch(model: Any) -> bool:
+    inputs = keras.tree.flatten(getattr(model, "inputs", None) or [])
+    return any(len(tensor.shape) and tensor.shape[0] is not None for tensor in inputs)
