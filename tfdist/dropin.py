@@ -9,37 +9,17 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import keras
 
 from tfdist import training
+from tfdist.routing import METHODS, is_running, replacing
 from tfdist.session import current
 
 
-class DropIn(contextlib.AbstractContextManager["DropIn"]):
+class DropIn(replacing):
     """What `drop_in` replaced; leaving it as a context, or `undo`, puts Keras's own back."""
-
-    def __init__(self, replaced: dict[str, Any]) -> None:
-        self._replaced = replaced
-
-    def undo(self) -> None:
-        """Puts Keras's own methods back; doing so twice does no harm."""
-        for name, method in self._replaced.items():
-            if method is None:
-                delattr(keras.Model, name)
-            else:
-                setattr(keras.Model, name, method)
-        self._replaced = {}
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.undo()
 
 
 def drop_in(strategy: Any = "auto") -> DropIn:
@@ -66,22 +46,19 @@ def drop_in(strategy: Any = "auto") -> DropIn:
         1
     """
     methods: dict[str, Callable[..., Any]] = {
-        name: _routed(getattr(training, name), getattr(keras.Model, name), strategy)
-        for name in ("fit", "evaluate", "predict")
+        name: _routed(getattr(training, name).direct, getattr(keras.Model, name), strategy)
+        for name in METHODS
     }
     if current(strategy).strategy.place.num_workers > 1:
         methods["save"] = _whole(keras.Model.save)
         methods["save_weights"] = _whole(keras.Model.save_weights)
-    replaced = {name: vars(keras.Model).get(name) for name in methods}
-    for name, method in methods.items():
-        setattr(keras.Model, name, method)
-    return DropIn(replaced)
+    return DropIn(methods)
 
 
 def _routed(function: Callable[..., Any], original: Any, strategy: Any) -> Callable[..., Any]:
     @functools.wraps(original)
     def method(model: Any, *args: Any, **kwargs: Any) -> Any:
-        if "_use_cached_eval_dataset" in kwargs:  # Keras's fit calling its own evaluate
+        if is_running():  # a callback's own, or Keras's fit that validates
             return original(model, *args, **kwargs)
         return function(model, *args, strategy=strategy, **kwargs)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from tfdist import _keras, data
@@ -32,6 +32,7 @@ class Prepared:
     functions: Functions
     stop: Stop
     private: PrivateStep | None = None
+    _runs: bool = field(default=False, init=False)
 
     @property
     def moves_nothing(self) -> bool:
@@ -60,21 +61,18 @@ class Prepared:
         Args:
             source: The data they run on.
         """
+        if self._runs:  # a callback evaluates the model that trains
+            with self._functions():
+                yield
+            return
         stop = self.stop
         stop.requested = stop.agreed = stop.members_changed = stop.leaving = False
-        functions = _keras.loop_functions(
-            self.model,
-            (data.Epoch, data.Share),
-            train_function=here.making(self.functions.train, "training"),
-            test_function=here.making(self.functions.test, "validation"),
-            predict_function=here.making(self.functions.predict, "prediction"),
-        )
         marks = self.functions.marks
         here.counted = None if marks is None else marks.counted
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.strategy.explaining_losses())
             stack.enter_context(self.held)
-            stack.enter_context(functions)
+            stack.enter_context(self._functions())
             has_servers = self.strategy.has_servers
             several = self.strategy.place.num_replicas > 1 or self.private is not None
             if has_servers or several or source.may_be_empty:
@@ -82,7 +80,21 @@ class Prepared:
             else:
                 stack.enter_context(_keras.alone())
             stack.enter_context(self.functions.running())
+            self._runs = True
+            stack.callback(self._note_end)
             yield
+
+    def _note_end(self) -> None:
+        self._runs = False
+
+    def _functions(self) -> contextlib.AbstractContextManager[None]:
+        return _keras.loop_functions(
+            self.model,
+            (data.Epoch, data.Share),
+            train_function=here.making(self.functions.train, "training"),
+            test_function=here.making(self.functions.test, "validation"),
+            predict_function=here.making(self.functions.predict, "prediction"),
+        )
 
 
 def prepare(

@@ -237,14 +237,14 @@ def _over_epoch(
             else:
                 logs, signals = traced_several(epoch.iterator, tf.constant(steps), stopping)
         if strategy.place.num_workers > 1:
-            _heed(signals, stop, strategy)
+            _heed(signals, stop, strategy, epoch)
         epoch.note_progress(steps)
         return logs  # type: ignore[no-any-return]
 
     return function
 
 
-def _heed(signals: Signals, stop: Stop, strategy: Strategy) -> None:
+def _heed(signals: Signals, stop: Stop, strategy: Strategy, epoch: Epoch) -> None:
     """Does what the other workers' signals ask for, on all workers alike."""
     stop.leaving = bool(signals.leaving)
     status = int(signals.status)
@@ -258,10 +258,18 @@ def _heed(signals: Signals, stop: Stop, strategy: Strategy) -> None:
         listed = ", ".join(f"worker {i}: {check}" for i, check in enumerate(checks))
         raise DisagreementError(
             "All workers must draw the same batches in the same order. Received batches with "
-            f"different checksums: {listed}. The step that met them changed nothing. An "
-            "unseeded shuffle is the usual cause: use Dataset.shuffle(..., seed=1), and seed "
-            "what a generator or PyDataset draws."
+            f"different checksums at step {epoch.steps_taken}: {listed}. The step changed "
+            f"nothing. {_remedy(epoch.suspects)}"
         )
+
+
+def _remedy(suspects: Sequence[str]) -> str:
+    if not suspects:
+        return "Seed what a generator or PyDataset draws, and sort what it lists."
+    return (
+        f"The data set has {', '.join(suspects)}: seed them, and let them depend on nothing "
+        "that differs between workers, such as the time, the order of files or of a set."
+    )
 
 
 def _over_shares(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import os
 from collections.abc import Callable
 from typing import Any, ParamSpec
 
 import keras
 
-from tfdist import _keras, data, elastic, preflight, watch
+from tfdist import _keras, data, elastic, preflight, routing, watch
 from tfdist import callbacks as tfdist_callbacks
 from tfdist.checkpoint import Checkpoint, CheckpointRun
 from tfdist.composition import compose, why_whole
@@ -27,18 +28,38 @@ P = ParamSpec("P")
 
 
 def _watched(function: Callable[P, Any]) -> Callable[P, Any]:
-    """Watches a public function for hangs, once the workers were found to have called it."""
+    """Watches a public function for hangs, once the workers were found to have called it.
+
+    A model whose class has a method of that name prepares its data there, and then calls
+    Keras's, in whose place the function is.
+    """
+    name = function.__name__
+    keras_names = set(inspect.signature(getattr(keras.Model, name)).parameters)
 
     @functools.wraps(function)
-    def watched(*args: P.args, **kwargs: P.kwargs) -> Any:
+    def direct(*args: P.args, **kwargs: P.kwargs) -> Any:
+        if routing.is_running():  # in a callback: of a call that is watched
+            return function(*args, **kwargs)
         used = current(kwargs.get("strategy", "auto")).strategy
-        with watch.calling(function.__name__, used):
+        with watch.calling(name, used), routing.running():
             if not used.elastic:  # whoever joins later has missed the call
-                preflight.check_call(used, function.__name__)
+                preflight.check_call(used, name)
                 watch.meet()
             return function(*args, **kwargs)
 
-    return watched
+    @functools.wraps(function)
+    def public(*args: P.args, **kwargs: P.kwargs) -> Any:
+        model: Any = args[0] if args else kwargs.get("model")
+        own = routing.own_method(model, name)
+        if own is None:
+            return direct(*args, **kwargs)
+        known = {key: kwargs[key] for key in kwargs if key in keras_names}
+        more: Any = {key: kwargs[key] for key in kwargs.keys() - keras_names - {"model"}}
+        with routing.led(model, name, functools.partial(direct, **more)):
+            return own(*args[1:], **known)
+
+    public.direct = direct  # type: ignore[attr-defined]
+    return public
 
 
 @_watched
@@ -233,6 +254,8 @@ def fit(
         )
 
     def attempt() -> Any:
+        if run is not None:
+            source.begin_anew()
         prepared = _agreed(
             session,
             used,
@@ -450,7 +473,9 @@ def predict(
     session = current(strategy)
     preflight.check_steps(steps=steps)
     model = model if isinstance(model, keras.Model) else model()
-    source = _read_in_order(x, None, None, batch_size=batch_size, steps=steps)
+    source = _read_in_order(
+        x, None, None, batch_size=batch_size, steps=steps, strategy=session.strategy
+    )
     if _has_replicas(session.strategy, source):
         _keras.build_layers(model, source.spec())
     prepared = _agreed(session, session.strategy, model, source, batch_size=batch_size)
@@ -526,7 +551,8 @@ def _composed(
     needs_state: bool = False,
 ) -> Strategy:
     """Builds a model where Keras's own loop must not, and chooses how a batch is computed."""
-    if not needs_state and not _has_replicas(strategy, source):
+    # XLA compiles no step in which variables are made.
+    if not needs_state and not model.jit_compile and not _has_replicas(strategy, source):
         return strategy
     return compose(model, kind, source, strategy, whole_batch)
 

@@ -489,7 +489,7 @@ class Adversaries(keras.Model):
         return self.judge(x)
 
     def train_step(self, data: Any) -> Any:
-        (x,) = data
+        x = data
         noise = x[:, :4]
         with tf.GradientTape() as tape:
             scores = self.judge(x) - self.judge(self.maker(noise))

@@ -17,11 +17,12 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.python.eager import context as _context
 from tensorflow.python.framework import auto_control_deps_utils as _dependencies
+from tensorflow.python.framework import func_graph as _func_graph
 
 from tfdist._keras.replica import ReplicaBatch, Tensor, on_replica
 from tfdist._keras.replicated import replicated
 
-_RANDOM_OPS = frozenset(
+RANDOM_OPS = frozenset(
     {
         "Multinomial",
         "ParameterizedTruncatedNormal",
@@ -124,13 +125,13 @@ def trace(step: Callable[[Any], Any], spec: Any) -> Step:
             step(data)
         found.append(recorder.step)
 
-    function = tf.function(tf.autograph.experimental.do_not_convert(traced))
+    # Not by tf.function, whose variables are of a kind of its own.
     with keeping_random_state(), replicated():
-        graph = function.get_concrete_function(spec).graph
+        graph = _func_graph.func_graph_from_py_func("discovery", traced, (spec,), {})
     result = found[-1]
     definition = graph.as_graph_def(add_shapes=False)
     nodes = [*definition.node, *(n for f in definition.library.function for n in f.node_def)]
-    result.is_random = not _RANDOM_OPS.isdisjoint({node.op for node in nodes})
+    result.is_random = not RANDOM_OPS.isdisjoint({node.op for node in nodes})
     result.raw = _raw_writes(graph, result)
     return result
 

@@ -88,6 +88,7 @@ def loop_functions(
     """
     before = {name: getattr(model, name) for name in functions}
     own: dict[str, Callable[..., Any]] = {}
+    is_outermost = "_get_metrics_result_or_logs" not in vars(model)
     results = model._get_metrics_result_or_logs
     has_made_steps = False
 
@@ -122,7 +123,10 @@ def loop_functions(
     try:
         yield
     finally:
-        del vars(model)["_get_metrics_result_or_logs"]
+        if is_outermost:
+            del vars(model)["_get_metrics_result_or_logs"]
+        else:
+            vars(model)["_get_metrics_result_or_logs"] = results
         for name, function in before.items():
             setattr(model, name, function)
 

@@ -50,6 +50,7 @@ class ReplicaBatch:
         all_gather: Concatenates a tensor of every replica along axis 0.
         updates: Receives what the train step does with optimizers, while it runs.
         metrics: Receives the metrics that the step updates, while it runs.
+        is_traced: Whether it is part of a graph.
         touched: `keras.Variable`s assigned so far, with the value before, by their id; but
             for those of `metrics` and what optimizers update.
     """
@@ -66,6 +67,7 @@ class ReplicaBatch:
     _results: dict[int, tuple[Tensor, Any, int]] = field(default_factory=dict, init=False)
     _of_metrics: set[int] = field(default_factory=set, init=False)
     _graph: Any = field(default_factory=tf.compat.v1.get_default_graph, init=False)
+    is_traced: bool = field(default_factory=lambda: not tf.executing_eagerly(), init=False)
 
     @property
     def has_rows(self) -> Tensor:
@@ -182,7 +184,11 @@ _current = threading.local()
 
 
 def current_batch() -> ReplicaBatch | None:
-    return getattr(_current, "batch", None)
+    batch: ReplicaBatch | None = getattr(_current, "batch", None)
+    # Variables are made outside of a step that is traced, and are no replica's.
+    if batch is not None and batch.is_traced and tf.executing_eagerly():
+        return None
+    return batch
 
 
 @contextlib.contextmanager
@@ -196,7 +202,7 @@ def on_replica(batch: Any) -> Iterator[Any]:
     Yields:
         `batch`.
     """
-    before = current_batch()
+    before = getattr(_current, "batch", None)
     _current.batch = batch
     try:
         yield batch

@@ -11,6 +11,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from tfdist._keras import datasets
 from tfdist.data.epochs import START, DataPosition
 from tfdist.data.source import (
     FOREVER,
@@ -29,6 +30,7 @@ from tfdist.samplers import permute
 from tfdist.strategies.base import Place
 
 Tensor = Any
+_MEMORY = "_tfdist_read"
 
 
 class Batches(Source):
@@ -116,6 +118,7 @@ class DatasetBatches(Batches):
         dataset: Yields what `Share.data` holds.
         steps: Batches an epoch, if the user has said.
         transform: Applied to each batch.
+        several_workers: Whether other processes draw from the same dataset.
     """
 
     def __init__(
@@ -124,6 +127,7 @@ class DatasetBatches(Batches):
         steps: int | None,
         *,
         transform: Callable[[Any], Any] | None = None,
+        several_workers: bool = False,
     ) -> None:
         length = int(dataset.cardinality())
         if length == 0:
@@ -139,10 +143,19 @@ class DatasetBatches(Batches):
                 "leave out .repeat()."
             )
         super().__init__(length if length > 0 else None, steps, transform)
-        self.dataset = dataset
+        self._given = dataset
+        self.dataset = ordered(dataset, several_workers)
         self._iterators = 0
 
     repeats = True
+
+    def begin_anew(self) -> None:
+        """Draws from a copy whose shuffles have never been drawn from."""
+        self.dataset, self._iterators = datasets.copied(self._given), 0
+
+    def suspects(self) -> list[str]:
+        """Names the operations that shuffle, draw random numbers or call Python."""
+        return datasets.may_differ(self._given)
 
     def note_iterator(self, position: DataPosition) -> None:
         """Makes iterators that Keras would have made before: each shuffles in another way."""
@@ -166,6 +179,30 @@ class DatasetBatches(Batches):
         """Gives the shapes and dtypes of a batch."""
         spec = self.dataset.element_spec
         return spec if self.transform is None else _transformed(self.transform, spec)
+
+
+def ordered(dataset: Any, several_workers: bool) -> Any:
+    """Gives a dataset whose order is the same in every process, and in every call but new.
+
+    Args:
+        dataset: A user's `tf.data.Dataset`.
+        several_workers: Whether other processes draw from the same dataset.
+
+    Returns:
+        The dataset itself, where that is so; else a copy whose order is its own.
+    """
+    memory = vars(dataset).setdefault(_MEMORY, {"calls": 0, "copy": None})
+    number, memory["calls"] = memory["calls"], memory["calls"] + 1
+    try:
+        if number and datasets.reshuffles_ahead(dataset):
+            # How far its buffers have come ahead differs from process to process.
+            return datasets.copied(dataset, number)
+        if several_workers and datasets.draws_in_parallel(dataset) is not None:
+            memory["copy"] = memory["copy"] or datasets.copied(dataset)
+            return memory["copy"]
+    except tf.errors.OpError:  # too large to be written down
+        return dataset
+    return dataset
 
 
 class GeneratorBatches(Batches):

@@ -135,6 +135,8 @@ def _read(x: Any, y: Any, sample_weight: Any, settings: Settings) -> Source:
             x,
             settings.steps,
             transform=_weigher(settings, lambda: _targets_of_dataset(x, settings.steps)),
+            several_workers=settings.strategy is not None
+            and settings.strategy.place.num_workers > 1,
         )
     if isinstance(x, keras.utils.PyDataset):
         return PyDatasetBatches(

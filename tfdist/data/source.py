@@ -125,6 +125,13 @@ class Source(abc.ABC):
         """
         return DataPosition(number=-(-steps // self.steps) if self.steps else 0)
 
+    def begin_anew(self) -> None:  # noqa: B027, most draw by number
+        """Called before data is drawn again that was drawn already, up to another position."""
+
+    def suspects(self) -> list[str]:
+        """Names what could make the data differ between workers, a few words each."""
+        return []
+
     def note_iterator(self, position: DataPosition) -> None:  # noqa: B027, most need nothing
         """Called before an iterator over what `shares` gave is made.
 

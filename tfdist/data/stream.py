@@ -211,6 +211,11 @@ class Epoch:
         return self._stream.source.batches is None
 
     @property
+    def suspects(self) -> list[str]:
+        """What could make the data differ between workers."""
+        return self._stream.source.suspects()
+
+    @property
     def may_be_empty(self) -> bool:
         """Whether a share may hold a row that does not count."""
         return self._stream.source.may_be_empty

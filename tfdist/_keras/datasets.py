@@ -1,0 +1,164 @@
+"""A `tf.data.Dataset` of somebody's: what its order depends on, and copies that own it.
+
+The state of a shuffle belongs to its dataset, and all iterators move it on, as far as buffers
+draw ahead. A copy through the dataset's graph has a state of its own, at its beginning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import tensorflow as tf
+from tensorflow.python.data.ops import dataset_ops as _dataset_ops
+
+from tfdist._keras.discovery import RANDOM_OPS
+
+# Inputs of the ops that shuffle: where their seeds are, and the generator of later seeds.
+_SHUFFLES = {"ShuffleDatasetV3": ((2, 3), 4), "ShuffleAndRepeatDatasetV2": ((2, 3), 5)}
+_KEPT_OF_MAP = (
+    "f", "Targuments", "output_types", "output_shapes", "use_inter_op_parallelism",
+    "preserve_cardinality", "metadata",
+)  # fmt: skip
+_IGNORE_STATE = 1  # of lookup tables and random ops: they are shared, or begin anew
+
+
+def reshuffles_ahead(dataset: Any) -> bool:
+    """Tells whether a dataset repeats, by itself, something that is shuffled anew each time.
+
+    Then how far its shuffle has come depends on how far buffers have drawn ahead.
+
+    Args:
+        dataset: A `tf.data.Dataset`.
+    """
+    return any(
+        _is(one, "Repeat") and any(_is_reshuffling(before) for before in _upstream(one))
+        for one in _upstream(dataset)
+    )
+
+
+def draws_in_parallel(dataset: Any) -> str | None:
+    """Names an operation that draws random numbers for several elements at once, if any.
+
+    Which element gets which number then differs from run to run.
+
+    Args:
+        dataset: A `tf.data.Dataset`.
+    """
+    for one in _upstream(dataset):
+        found = RANDOM_OPS & _ops(one) if _is(one, "ParallelMap") else ()
+        if found:
+            return sorted(found)[0]
+    return None
+
+
+def may_differ(dataset: Any) -> list[str]:
+    """Names what may give other elements, or another order, in another process.
+
+    Args:
+        dataset: A `tf.data.Dataset`.
+    """
+    found: dict[str, None] = {}
+    for one in _upstream(dataset):
+        ops = _ops(one)
+        if _is(one, "Shuffle"):
+            found["shuffle"] = None
+        if ops & {"PyFunc", "PyFuncStateless", "EagerPyFunc"}:
+            found["a Python function (from_generator, py_function or numpy_function)"] = None
+        if ops & RANDOM_OPS:
+            found["a map that draws random numbers"] = None
+    return list(found)
+
+
+def _ops(dataset: Any) -> set[str]:
+    """Names the ops of the function that a dataset applies, if it applies one."""
+    function = getattr(getattr(dataset, "_map_func", None), "function", None)
+    if function is None:
+        return set()
+    definition = function.graph.as_graph_def()
+    nested = [node for f in definition.library.function for node in f.node_def]
+    return {node.op for node in [*definition.node, *nested]}
+
+
+def _upstream(dataset: Any) -> Iterator[Any]:
+    yield dataset
+    for one in dataset._inputs():
+        yield from _upstream(one)
+
+
+def _is(dataset: Any, name: str) -> bool:
+    return type(dataset).__name__ == f"_{name}Dataset"
+
+
+def _is_reshuffling(dataset: Any) -> bool:
+    return _is(dataset, "Shuffle") and bool(dataset._reshuffle_each_iteration)
+
+
+def copied(dataset: Any, number: int = 0) -> Any:
+    """Makes a dataset of the same elements whose order is its own, from the beginning.
+
+    Random numbers are drawn for one element after the other. Tables, generators and Python
+    functions are shared with the original.
+
+    Args:
+        dataset: A `tf.data.Dataset`.
+        number: Copies with different numbers shuffle in different ways; 0 as the original.
+
+    Returns:
+        A `tf.data.Dataset`.
+
+    Raises:
+        tf.errors.OpError: It cannot be written down, for instance because it is too large.
+    """
+    written = tf.raw_ops.DatasetToGraphV2(
+        input_dataset=dataset._variant_tensor,
+        external_state_policy=_IGNORE_STATE,
+        strip_device_assignment=False,
+    )
+    graph = tf.compat.v1.GraphDef.FromString(written.numpy())
+    functions = {function.signature.name: function for function in graph.library.function}
+    for nodes in (graph.node, *(f.node_def for f in functions.values())):
+        by_name = {node.name: node for node in nodes}
+        for node in nodes:
+            if node.op in _SHUFFLES:
+                _own_order(node, by_name, number)
+            elif node.op == "ParallelMapDatasetV2" and _is_random(node, functions):
+                _one_by_one(node)
+    variant = tf.raw_ops.DatasetFromGraph(graph_def=graph.SerializeToString())
+    return _dataset_ops._VariantDataset(variant, dataset.element_spec)
+
+
+def _own_order(node: Any, by_name: dict[str, Any], number: int) -> None:
+    seeds, generator = _SHUFFLES[node.op]
+    handle = by_name.get(node.input[generator].partition(":")[0])
+    if handle is not None and handle.op == "Const":
+        handle.op = "DummySeedGenerator"
+        handle.attr.clear()
+    if number:
+        for place in seeds:
+            constant = by_name.get(node.input[place].partition(":")[0])
+            if constant is not None and constant.op == "Const":
+                value = int(tf.make_ndarray(constant.attr["value"].tensor))
+                moved = (value + number * 0x9E3779B1) % 2**31
+                constant.attr["value"].tensor.CopyFrom(tf.make_tensor_proto(moved, tf.int64))
+
+
+def _is_random(node: Any, functions: dict[str, Any]) -> bool:
+    names, seen = [node.attr["f"].func.name], set()
+    while names:
+        name = names.pop()
+        if name in seen or name not in functions:
+            continue
+        seen.add(name)
+        for inner in functions[name].node_def:
+            if inner.op in RANDOM_OPS:
+                return True
+            names += [a.func.name for a in inner.attr.values() if a.HasField("func")]
+    return False
+
+
+def _one_by_one(node: Any) -> None:
+    node.op = "MapDataset"
+    del node.input[len([i for i in node.input if not i.startswith("^")]) - 1]
+    for name in [name for name in node.attr if name not in _KEPT_OF_MAP]:
+        del node.attr[name]
