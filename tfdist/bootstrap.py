@@ -54,8 +54,11 @@ def become_worker() -> None:
     """
     _import_tensorflow()
     import tfdist
+    from tfdist.claims import claim
 
-    tfdist.init(strategy=os.environ.get("TFDIST_STRATEGY", "auto"))
+    strategy = tfdist.init(strategy=os.environ.get("TFDIST_STRATEGY", "auto")).strategy
+    if strategy.place.num_workers > 1 or strategy.has_servers:
+        claim(strategy)
     if os.environ.get("TFDIST_DROP_IN") == "1":
         tfdist.drop_in()
     # Once connected, TensorFlow's preemption notice catches SIGTERM and the worker lives on:

@@ -12,11 +12,13 @@ from tfdist.composition import found_in_steps
 from tfdist.privacy.adaptive import forget
 from tfdist.privacy.settings import Mechanism
 from tfdist.privacy.step import PrivateStep
+from tfdist.session import current
 from tfdist.steps import Stop, make_functions
 from tfdist.strategies.base import Functions, Place, Strategy
 from tfdist.watch import here
 
 _MEMORY = "_tfdist_prepared"
+_SCOPE = "_tfdist_scope"
 
 
 @dataclass
@@ -133,6 +135,28 @@ def prepare(
     )
     vars(model)[_MEMORY] = prepared
     return prepared
+
+
+def scoped(model: Any, strategy: Any) -> Any:
+    """Takes a model out of the scope that it was made in, and remembers whose it was.
+
+    Args:
+        model: A `keras.Model`.
+        strategy: As in `fit`.
+
+    Returns:
+        The strategy of the scope, if it has several replicas in this process and no other was
+        named; else `strategy`.
+    """
+    scope = _keras.scope_of(model)
+    if scope is not None:
+        _keras.leave_scope(model, variables_of(model), optimizers_of(model))
+        vars(model)[_SCOPE] = scope
+    scope = vars(model).get(_SCOPE)
+    is_open = isinstance(strategy, str) and strategy == "auto"
+    if scope is None or not is_open or current().strategy.place.num_workers > 1:
+        return strategy
+    return scope if scope.num_replicas_in_sync > 1 else strategy
 
 
 def _ids(things: list[Any]) -> list[int]:

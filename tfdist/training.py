@@ -16,7 +16,7 @@ from tfdist import callbacks as tfdist_callbacks
 from tfdist.checkpoint import Checkpoint, CheckpointRun
 from tfdist.composition import compose, why_whole
 from tfdist.errors import ArgumentError
-from tfdist.prepared import Prepared, prepare
+from tfdist.prepared import Prepared, prepare, scoped
 from tfdist.privacy.settings import DPSGD
 from tfdist.private import PrivateRun
 from tfdist.samplers import Sampler, Sequential, Uniform, from_shuffle
@@ -40,6 +40,13 @@ def _watched(function: Callable[P, Any]) -> Callable[P, Any]:
     def direct(*args: P.args, **kwargs: P.kwargs) -> Any:
         if routing.is_running():  # in a callback: of a call that is watched
             return function(*args, **kwargs)
+        model: Any = args[0] if args else kwargs.get("model")
+        if isinstance(model, keras.Model):
+            kwargs["strategy"] = scoped(model, kwargs.get("strategy", "auto"))
+        with _keras.outside_scopes():
+            return begin(*args, **kwargs)
+
+    def begin(*args: P.args, **kwargs: P.kwargs) -> Any:
         used = current(kwargs.get("strategy", "auto")).strategy
         with watch.calling(name, used), routing.running():
             if not used.elastic:  # whoever joins later has missed the call

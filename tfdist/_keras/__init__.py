@@ -49,6 +49,7 @@ from tfdist._keras.optimizers import optimizers_of, reindex_optimizer, trained_v
 from tfdist._keras.probe import what_is_no_mean
 from tfdist._keras.replica import ReplicaBatch, on_replica, replaced
 from tfdist._keras.replicated import alone, replicated
+from tfdist._keras.scopes import leave_scope, outside_scopes, scope_of, undistributed
 from tfdist._keras.variables import swap_value
 
 __all__ = [
@@ -69,17 +70,21 @@ __all__ = [
     "has_own",
     "has_own_code",
     "layers_of",
+    "leave_scope",
     "loop_functions",
     "metric_variables",
     "on_replica",
     "optimizers_of",
+    "outside_scopes",
     "reindex_optimizer",
     "replaced",
     "replicated",
     "rows_of",
+    "scope_of",
     "step_of",
     "swap_value",
     "synchronized_variables",
     "trained_variables",
+    "undistributed",
     "what_is_no_mean",
 ]

@@ -14,6 +14,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from tfdist._keras import undistributed
 from tfdist.data.arrays import Arrays, is_arrays, read_columns
 from tfdist.data.augment import Augment, Augmented
 from tfdist.data.batches import DatasetBatches, GeneratorBatches, PyDatasetBatches
@@ -74,7 +75,7 @@ def read(x: Any, y: Any, sample_weight: Any, settings: Settings) -> Source:
     Raises:
         ArgumentError: The input cannot be read, or arguments contradict each other.
     """
-    source = _read(x, y, sample_weight, settings)
+    source = _read(undistributed(x), y, sample_weight, settings)
     if settings.augment is None:
         return source
     return Augmented(source, settings.augment, settings.seed)

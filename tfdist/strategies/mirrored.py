@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from tfdist.cluster import Cluster
 from tfdist.strategies.base import Place
-from tfdist.strategies.tf_distribute import TFDistribute
+from tfdist.strategies.tf_distribute import MirroredStrategy, TFDistribute
 
 
 class Mirrored(TFDistribute):
@@ -19,7 +19,7 @@ class Mirrored(TFDistribute):
 
     def __init__(self, cluster: Cluster) -> None:
         devices = _devices()
-        strategy = tf.distribute.MirroredStrategy([device.name for device in devices])
+        strategy = MirroredStrategy([device.name for device in devices])
         super().__init__(strategy, Place(len(devices), 0, len(devices)))
 
     @classmethod

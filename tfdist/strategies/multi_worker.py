@@ -15,7 +15,11 @@ from tfdist.patience import Patience
 from tfdist.rendezvous import START_TIMEOUT, meet, start_timeout
 from tfdist.strategies.base import Place
 from tfdist.strategies.coordination_board import CoordinationBoard
-from tfdist.strategies.tf_distribute import TFDistribute, require_unused_tensorflow
+from tfdist.strategies.tf_distribute import (
+    MultiWorkerMirroredStrategy,
+    TFDistribute,
+    require_unused_tensorflow,
+)
 
 
 class MultiWorker(TFDistribute):
@@ -89,7 +93,7 @@ def _connect(cluster: Cluster) -> Any:
         ],
     )
     try:
-        return tf.distribute.MultiWorkerMirroredStrategy(
+        return MultiWorkerMirroredStrategy(
             cluster_resolver=tf.distribute.cluster_resolver.SimpleClusterResolver(
                 spec, task_type=cluster.job, task_id=cluster.index, rpc_layer="grpc"
             ),

@@ -21,6 +21,11 @@ from tfdist.strategies.connected import Connected
 from tfdist.strategies.coordination_board import CoordinationBoard
 from tfdist.strategies.packing import reduce_packed
 
+# As TensorFlow has them, whatever `tfdist.claims` puts in their place for a script.
+MirroredStrategy = tf.distribute.MirroredStrategy
+MultiWorkerMirroredStrategy = tf.distribute.MultiWorkerMirroredStrategy
+ParameterServerStrategy = tf.distribute.ParameterServerStrategy
+
 _WORDS = tf.TensorSpec([None], tf.int32)
 _CHUNK = 2**22  # int32 words that travel at once: 16 MiB
 
@@ -241,7 +246,7 @@ def adopt(strategy: Any) -> TFDistribute:
     Raises:
         StrategyError: It is not a synchronous `tf.distribute.Strategy`.
     """
-    unfit = tf.distribute.ParameterServerStrategy
+    unfit = ParameterServerStrategy
     if not isinstance(strategy, tf.distribute.Strategy) or isinstance(strategy, unfit):
         raise StrategyError(
             "`strategy` must be a name or a synchronous tf.distribute.Strategy. Received: "

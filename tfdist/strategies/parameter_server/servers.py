@@ -15,6 +15,7 @@ import tensorflow as tf
 from tfdist.cluster import CHIEF, PS, WORKER, Cluster
 from tfdist.errors import StrategyError
 from tfdist.rendezvous import answers, is_up, start_timeout, wait_until_up
+from tfdist.strategies.tf_distribute import ParameterServerStrategy
 
 _POLL_S = 0.5
 _SILENCE_S = 5.0
@@ -86,7 +87,7 @@ def connect(cluster: Cluster) -> Servers:
         for index, address in enumerate(cluster.jobs[job])
     }
     wait_until_up(addresses, start_timeout())
-    strategy = tf.distribute.ParameterServerStrategy(
+    strategy = ParameterServerStrategy(
         tf.distribute.cluster_resolver.SimpleClusterResolver(
             _spec(cluster), task_type=CHIEF, task_id=0, rpc_layer="grpc"
         )

@@ -20,6 +20,7 @@ from tfdist.strategies.parameter_server.held import ServerVariables, plan
 from tfdist.strategies.parameter_server.ledger import Staleness
 from tfdist.strategies.parameter_server.servers import connect, serve
 from tfdist.strategies.tf_distribute import (
+    MirroredStrategy,
     MirroredVariables,
     TFDistribute,
     require_unused_tensorflow,
@@ -324,7 +325,7 @@ def _mirrored(devices: Sequence[str]) -> Any:
     # TensorFlow refuses devices of several processes outside of a graph; in one it does
     # all that is needed here: to trace a function once for each device, in step.
     with tf.Graph().as_default():
-        return tf.distribute.MirroredStrategy(
+        return MirroredStrategy(
             list(devices), cross_device_ops=tf.distribute.ReductionToOneDevice()
         )
 

@@ -1,0 +1,77 @@
+"""Models and calls that a script puts into a `tf.distribute` scope of its own."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import tensorflow as tf
+from tensorflow.python.distribute import distribute_lib as _distribute
+
+from tfdist._keras.building import layers_of
+from tfdist._keras.optimizers import reindex_optimizer
+from tfdist._keras.variables import swap_value
+
+
+@contextlib.contextmanager
+def outside_scopes() -> Iterator[None]:
+    """Makes a context in which no strategy's scope is entered, whichever the caller is in."""
+    if not tf.distribute.has_strategy():
+        yield
+        return
+    graph = tf.compat.v1.get_default_graph()
+    creators = graph._variable_creator_stack
+    _distribute._push_per_thread_mode(_distribute._get_default_replica_mode())
+    graph._variable_creator_stack = ()
+    try:
+        yield
+    finally:
+        graph._variable_creator_stack = creators
+        _distribute._pop_per_thread_mode()
+
+
+def scope_of(model: Any) -> Any:
+    """Gives the strategy in whose scope a model was made, or None.
+
+    Args:
+        model: A `keras.Model`.
+    """
+    return getattr(model, "_distribute_strategy", None)
+
+
+def leave_scope(model: Any, variables: Sequence[Any], optimizers: Sequence[Any]) -> None:
+    """Makes a model that was made in a scope what it would be without one.
+
+    Args:
+        model: A `keras.Model`.
+        variables: Its `keras.Variable`s, with those of its optimizers and metrics.
+        optimizers: Its optimizers.
+    """
+    for layer in layers_of(model):
+        if scope_of(layer) is not None:
+            layer._distribute_strategy = None
+    for variable in variables:
+        value = variable._value
+        if isinstance(value, tf.distribute.DistributedValues):
+            local = value.distribute_strategy.experimental_local_results(value)[0]
+            plain = tf.Variable(
+                tf.identity(local),
+                trainable=variable.trainable,
+                dtype=variable.dtype,
+                name=variable.name,
+            )
+            swap_value(variable, plain)
+    for optimizer in optimizers:
+        reindex_optimizer(optimizer)
+
+
+def undistributed(dataset: Any) -> Any:
+    """Gives the dataset that a strategy was asked to distribute, or what it was given.
+
+    Args:
+        dataset: Anything; a `tf.distribute.DistributedDataset` that holds one is unpacked.
+    """
+    if isinstance(dataset, tf.distribute.DistributedDataset):
+        return getattr(dataset, "_original_dataset", dataset)
+    return dataset
