@@ -55,12 +55,15 @@ def become_worker() -> None:
     _import_tensorflow()
     import tfdist
     from tfdist.claims import claim
+    from tfdist.guard import guard
 
     strategy = tfdist.init(strategy=os.environ.get("TFDIST_STRATEGY", "auto")).strategy
+    is_drop_in = os.environ.get("TFDIST_DROP_IN") == "1"
+    if is_drop_in:
+        tfdist.drop_in()
     if strategy.place.num_workers > 1 or strategy.has_servers:
         claim(strategy)
-    if os.environ.get("TFDIST_DROP_IN") == "1":
-        tfdist.drop_in()
+        guard(strategy, is_drop_in)
     # Once connected, TensorFlow's preemption notice catches SIGTERM and the worker lives on:
     # every run with a failure would take the launcher's whole grace. Seen with 2.21.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -50,7 +50,8 @@ def prepare(
         strategy: Where the replicas are.
         stop: Shared with the train function.
         variables: The model's state, which all workers take from the chief.
-        verify_every: Steps between two comparisons of all replicas' weights, if any.
+        verify_every: Steps between two comparisons of all replicas' weights; None for one at
+            the end, 0 for none.
         marks: Clocks inside of the steps, if they have some.
         shows: Whether this process prints.
 
@@ -58,7 +59,9 @@ def prepare(
         What `Model.fit` takes as `callbacks`.
     """
     last: list[Any] = []
-    if verify_every is not None and strategy.place.num_replicas > 1:
+    # Whoever leaves an elastic run would be missed at its end.
+    is_asked = verify_every is not None or not strategy.elastic
+    if verify_every != 0 and is_asked and strategy.place.num_replicas > 1:
         last.append(VerifyReplicas(verify_every, strategy, variables))
     given = getattr(callbacks, "callbacks", callbacks)
     given = [

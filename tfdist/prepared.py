@@ -36,11 +36,6 @@ class Prepared:
     private: PrivateStep | None = None
     _runs: bool = field(default=False, init=False)
 
-    @property
-    def moves_nothing(self) -> bool:
-        """Whether one process trains its own variables, as Keras does, built or not."""
-        return self.place == Place() and not self.strategy.has_servers
-
     def trains(self, mechanism: Mechanism | None) -> bool:
         """Tells whether the train function does what a mechanism says, or is a plain one."""
         return mechanism == (None if self.private is None else self.private.mechanism)
@@ -53,7 +48,7 @@ class Prepared:
             and self.place == strategy.place
             and len(state) == len(self.compiled_state)
             and all(a is b for a, b in zip(state, self.compiled_state, strict=True))
-            and (self.moves_nothing or _ids(self.variables) == _ids(variables_of(model)))
+            and (self.strategy.is_plain or _ids(self.variables) == _ids(variables_of(model)))
         )
 
     @contextlib.contextmanager
@@ -76,7 +71,7 @@ class Prepared:
             stack.enter_context(self.held)
             stack.enter_context(self._functions())
             has_servers = self.strategy.has_servers
-            several = self.strategy.place.num_replicas > 1 or self.private is not None
+            several = not self.strategy.is_plain or self.private is not None
             if has_servers or several or source.may_be_empty:
                 stack.enter_context(_keras.replicated(has_servers))
             else:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,7 +11,7 @@ from typing import Any, cast
 
 import keras
 
-from tfdist import strategies, watch
+from tfdist import _keras, strategies, watch
 from tfdist.cluster import Cluster
 from tfdist.errors import StrategyError
 from tfdist.strategies.base import Strategy
@@ -42,12 +44,11 @@ class Session:
             seed: What `fit` was given, or None.
 
         Returns:
-            That one, else `init`'s, else one drawn from Python's `random` (which
-            `keras.utils.set_random_seed` seeds); the same on every worker.
+            That one, else `init`'s, else one that follows from the state of Python's `random`
+            (which `keras.utils.set_random_seed` seeds); the same on every worker.
         """
         chosen = self.seed if seed is None else seed
-        drawn = random.getrandbits(31) if chosen is None else chosen
-        return int(self.strategy.broadcast_object(drawn))
+        return int(self.strategy.broadcast_object(_next_seed() if chosen is None else chosen))
 
     def describe(self, batch_size: int | None) -> str:
         """Says in one line what was chosen, why, and how a batch is split.
@@ -59,6 +60,16 @@ class Session:
         return f"tfdist: {self.strategy.name} ({self.reason}): {split}"
 
 
+def _next_seed() -> int:
+    """Gives a seed, another each time, and leaves Python's generator where it is.
+
+    Keras draws initial weights from that generator, and its own `fit` draws nothing.
+    """
+    text = f"{random.getstate()} {next(_number)}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") >> 1
+
+
+_number = itertools.count()
 _sessions: dict[Any, Session] = {}
 _current: Session | None = None
 
@@ -121,7 +132,9 @@ def _begin(strategy: Any, seed: int | None) -> Session:
     else:
         key, reason = strategy, "as passed"
         made = _sessions[key].strategy if key in _sessions else _adopt(strategy)
-    if made.place.num_workers > 1 or seed is not None:
+    # A script that has seeded its workers by itself has done it alike.
+    is_seeded = _keras.is_seeded()
+    if seed is not None or (made.place.num_workers > 1 and not is_seeded):
         drawn = random.SystemRandom().getrandbits(31) if seed is None else seed
         keras.utils.set_random_seed(int(made.broadcast_object(drawn)))
     _sessions[key] = Session(made, reason, seed)

@@ -185,8 +185,11 @@ def _over_epoch(
             result: Result = step(share, stopping)
             return result
 
+    noise = _keras.OwnNoise(strategy.place.worker_index)
+
     def one_step(share: Share, stopping: Tensor) -> Result:
-        result: Result = strategy.run(after_data, share, stopping)
+        with noise.drawing():
+            result: Result = strategy.run(after_data, share, stopping)
         return result
 
     alone = strategy.place.num_replicas == 1
@@ -275,7 +278,13 @@ def _remedy(suspects: Sequence[str]) -> str:
 def _over_shares(
     model: Any, strategy: Strategy, step: Callable[..., Any]
 ) -> Callable[[list[Share]], Any]:
-    one_step = _traced(model, lambda share: strategy.run(step, share))
+    noise = _keras.OwnNoise(strategy.place.worker_index)
+
+    def predicted(share: Share) -> Any:
+        with noise.drawing():
+            return strategy.run(step, share)
+
+    one_step = _traced(model, predicted)
 
     def function(shares: list[Share]) -> Any:
         with strategy.waiting_for("a step"):

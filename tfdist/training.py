@@ -144,7 +144,7 @@ def fit(
         checkpoint: A `tfdist.Checkpoint`, or a directory, from which training goes on as if it
             had never stopped, and in which it is saved.
         verify_every: Steps after which all replicas' weights are compared, again and again,
-            and at the end; never if None.
+            and at the end; only at the end if None, never if 0.
         whole_batch: Whether every replica computes the whole batch, which gives the weights of
             one process whatever a step does, and is no faster. None: where a step's outcome is
             found to be no mean over rows, such as a sum or what batches in a row share.
@@ -566,12 +566,7 @@ def _composed(
 
 def _has_replicas(strategy: Strategy, source: data.Source) -> bool:
     """Tells whether a model's variables are more than those of one plain Keras process."""
-    return (
-        strategy.place.num_replicas > 1
-        or strategy.has_servers
-        or strategy.elastic
-        or source.may_be_empty
-    )
+    return not strategy.is_plain or source.may_be_empty
 
 
 def _notice_of_whole(model: Any, kind: str) -> str:

@@ -19,15 +19,15 @@ def check_every(every: int | None) -> None:
     """Refuses what is no number of steps.
 
     Args:
-        every: The number of steps, or None.
+        every: The number of steps, 0, or None.
 
     Raises:
-        ArgumentError: It is not a whole number, or below 1.
+        ArgumentError: It is not a whole number, or below 0.
     """
-    if every is not None and (not isinstance(every, int) or every < 1):
+    if every is not None and (not isinstance(every, int) or every < 0):
         raise ArgumentError(
-            "`verify_every` must be a whole number of steps, at least 1, or None. Received: "
-            f"verify_every={every!r}."
+            "`verify_every` must be a whole number of steps, 0 for never, or None for the end "
+            f"of training only. Received: verify_every={every!r}."
         )
 
 
@@ -35,7 +35,7 @@ class VerifyReplicas(keras.callbacks.Callback):  # type: ignore[misc]
     """Compares a checksum of each variable of all replicas, every so many steps and at the end.
 
     Args:
-        every: Steps between two checks.
+        every: Steps between two checks, or None for the end only.
         strategy: Where the replicas are.
         variables: `keras.Variable`s that must be the same everywhere.
 
@@ -43,7 +43,7 @@ class VerifyReplicas(keras.callbacks.Callback):  # type: ignore[misc]
         DisagreementError: A variable differs; the first is named, with who differs.
     """
 
-    def __init__(self, every: int, strategy: Strategy, variables: Sequence[Any]) -> None:
+    def __init__(self, every: int | None, strategy: Strategy, variables: Sequence[Any]) -> None:
         super().__init__()
         self._every = every
         self._strategy = strategy
@@ -61,6 +61,8 @@ class VerifyReplicas(keras.callbacks.Callback):  # type: ignore[misc]
         """Compares, if it is time to."""
         self._step = batch + 1
         made = self._before + self._step
+        if self._every is None:
+            return
         if made // self._every > self._checked // self._every:
             self._checked = made
             self.compare(f"after step {self._step} of epoch {self._epoch + 1}")

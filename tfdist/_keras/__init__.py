@@ -32,6 +32,7 @@ from tfdist._keras.building import (
     has_global_seed,
     has_own,
     has_own_code,
+    is_seeded,
     layers_of,
     step_of,
 )
@@ -45,7 +46,13 @@ from tfdist._keras.loop import (
     loop_functions,
 )
 from tfdist._keras.metrics import metric_variables
-from tfdist._keras.optimizers import optimizers_of, reindex_optimizer, trained_variables
+from tfdist._keras.noise import OwnNoise
+from tfdist._keras.optimizers import (
+    optimizers_of,
+    reindex_optimizer,
+    trained_variables,
+    watch_updates,
+)
 from tfdist._keras.probe import what_is_no_mean
 from tfdist._keras.replica import ReplicaBatch, on_replica, replaced
 from tfdist._keras.replicated import alone, replicated
@@ -56,6 +63,7 @@ __all__ = [
     "EVALUATE",
     "FIT",
     "PREDICT",
+    "OwnNoise",
     "ReplicaBatch",
     "Step",
     "StreamAdapter",
@@ -69,6 +77,7 @@ __all__ = [
     "has_global_seed",
     "has_own",
     "has_own_code",
+    "is_seeded",
     "layers_of",
     "leave_scope",
     "loop_functions",
@@ -86,5 +95,6 @@ __all__ = [
     "synchronized_variables",
     "trained_variables",
     "undistributed",
+    "watch_updates",
     "what_is_no_mean",
 ]

@@ -13,6 +13,7 @@ import tensorflow as tf
 from keras.src import backend as _backend
 from keras.src.backend.common import global_state as _global_state
 from keras.src.random.seed_generator import global_seed_generator as _global_seed_generator
+from keras.src.utils import rng_utils as _rng_utils
 
 from tfdist._keras.discovery import Step, run, trace
 
@@ -88,6 +89,11 @@ def compiled_state(model: Any) -> tuple[Any, ...]:
 def has_global_seed() -> bool:
     """Tells whether anything drew from Keras's own seed generator, or may have."""
     return _global_state.get_global_attribute("global_seed_generator") is not None
+
+
+def is_seeded() -> bool:
+    """Tells whether `keras.utils.set_random_seed` was called in this process."""
+    return _rng_utils.get_random_seed() is not None
 
 
 def global_seed_variable() -> Any:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
+import tensorflow as tf
 from keras.src.backend.tensorflow.optimizer import TFOptimizer as _TFOptimizer
 from keras.src.optimizers.base_optimizer import BaseOptimizer as _BaseOptimizer
 
@@ -73,6 +74,26 @@ def _intercepted_scale_loss(original: Method) -> Method:
             return original(optimizer, loss)
 
     return scale_loss
+
+
+def watch_updates(on_update: Callable[[], None]) -> None:
+    """Lets something be told, from now on, of updates where no replica's step runs.
+
+    Args:
+        on_update: Called before each such update that runs or is traced.
+    """
+
+    def told(original: Method) -> Method:
+        @functools.wraps(original)
+        def apply(optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+            # In a strategy's own `run`, TensorFlow reduces.
+            if current_batch() is None and not tf.distribute.has_strategy():
+                on_update()
+            return original(optimizer, *args, **kwargs)
+
+        return apply
+
+    _BaseOptimizer.apply = told(_BaseOptimizer.apply)
 
 
 def optimizers_of(model: Any) -> list[Any]:

@@ -63,6 +63,9 @@ def leave_scope(model: Any, variables: Sequence[Any], optimizers: Sequence[Any])
             )
             swap_value(variable, plain)
     for optimizer in optimizers:
+        for part in (optimizer, getattr(optimizer, "inner_optimizer", None)):
+            if part is not None:
+                part._distribution_strategy = _distribute._get_default_strategy()
         reindex_optimizer(optimizer)
 
 

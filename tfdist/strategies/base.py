@@ -74,6 +74,7 @@ class Strategy(abc.ABC):
         name: What the user passes as `strategy=`.
         priority: `auto` asks strategies in falling order of this number.
         place: Where this process's replicas stand; changes only in `reconnect`.
+        is_plain: Whether one process trains its own variables, as Keras alone does.
         elastic: Whether processes may come and go while training goes on.
         has_servers: Whether `hold` leaves variables where no replica is.
         gathers_rows: Whether its own functions take row numbers where data has rows.
@@ -83,6 +84,7 @@ class Strategy(abc.ABC):
     name: ClassVar[str]
     priority: ClassVar[int] = 0
     place: Place
+    is_plain: bool = False
     elastic: bool = False
     has_servers: bool = False
     gathers_rows: bool = False

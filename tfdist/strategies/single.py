@@ -10,6 +10,7 @@ class Single(Strategy):
     """One replica: nothing is reduced, nothing is moved."""
 
     name = "single"
+    is_plain = True
 
     def __init__(self, cluster: Cluster) -> None:
         self.place = Place()

@@ -25,6 +25,7 @@ from tfdist.strategies.packing import reduce_packed
 MirroredStrategy = tf.distribute.MirroredStrategy
 MultiWorkerMirroredStrategy = tf.distribute.MultiWorkerMirroredStrategy
 ParameterServerStrategy = tf.distribute.ParameterServerStrategy
+ClusterCoordinator = tf.distribute.coordinator.ClusterCoordinator
 
 _WORDS = tf.TensorSpec([None], tf.int32)
 _CHUNK = 2**22  # int32 words that travel at once: 16 MiB

@@ -63,17 +63,19 @@ class Whole(Strategy):
             variable.assign(value)
 
     def _summed(self, tensors: list[Tensor], is_chiefs: bool) -> list[Tensor]:
-        summed: list[Tensor] = self._all_reduce(tensors, is_chiefs)
+        summed: list[Tensor] = self._all_reduce(tensors, is_chiefs, tf.constant(0))
         return summed
 
     @functools.cached_property
-    def _all_reduce(self) -> Callable[[list[Tensor], bool], list[Tensor]]:
+    def _all_reduce(self) -> Callable[[list[Tensor], bool, Tensor], list[Tensor]]:
         strategy = self.connected
         copies = strategy.place.local_replicas
 
-        def summed(tensors: list[Tensor], is_chiefs: bool) -> list[Tensor]:
+        def summed(tensors: list[Tensor], is_chiefs: bool, zero: Tensor) -> list[Tensor]:
             def one() -> list[Tensor]:
-                replica = strategy.replica_id()
+                # Of what is known when it is traced, TensorFlow makes constants; also of
+                # Horovod's sums, which then are made once.
+                replica = strategy.replica_id() + zero
                 counts = tf.equal(replica if is_chiefs else replica % copies, 0)
                 return strategy.all_reduce_sum(
                     [

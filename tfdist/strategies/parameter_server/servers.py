@@ -15,7 +15,7 @@ import tensorflow as tf
 from tfdist.cluster import CHIEF, PS, WORKER, Cluster
 from tfdist.errors import StrategyError
 from tfdist.rendezvous import answers, is_up, start_timeout, wait_until_up
-from tfdist.strategies.tf_distribute import ParameterServerStrategy
+from tfdist.strategies.tf_distribute import ClusterCoordinator, ParameterServerStrategy
 
 _POLL_S = 0.5
 _SILENCE_S = 5.0
@@ -41,7 +41,7 @@ class Servers:
     @functools.cached_property
     def coordinator(self) -> Any:
         """Hands steps to whichever worker is free, and again to another if one is lost."""
-        return tf.distribute.coordinator.ClusterCoordinator(self.strategy)
+        return ClusterCoordinator(self.strategy)
 
     def schedule(self, function: Any, arguments: tuple[Any, ...]) -> Any:
         """Hands a function to the next worker that is free.
