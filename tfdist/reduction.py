@@ -207,10 +207,16 @@ class Updates:
     def _reduce_and_apply(self, with_gradients: Sequence[Tensor]) -> list[Tensor]:
         """Reduces waiting gradients and some tensors in one go, and applies the gradients."""
         pairs = [pair for waiting in self._waiting for pair in waiting.pairs()]
+        gradients = [gradient for gradient, _ in pairs]
+        are_fixed = [_keras.has_fixed_rows(gradient) for gradient in gradients]
+        sent = [g.values if fixed else g for g, fixed in zip(gradients, are_fixed, strict=True)]
         summed, others = self.agreement.reduce(
-            self._batch, [g for g, _ in pairs], with_gradients, [v for _, v in pairs]
+            self._batch, sent, with_gradients, [v for _, v in pairs]
         )
-        reduced = iter(summed)
+        reduced = iter(
+            tf.IndexedSlices(total, own.indices, own.dense_shape) if fixed else total
+            for total, own, fixed in zip(summed, gradients, are_fixed, strict=True)
+        )
         ready = [
             functools.partial(w.update, [g if g is None else next(reduced) for g in w.grads])
             for w in self._waiting

@@ -57,6 +57,7 @@ from tfdist._keras.probe import what_is_no_mean
 from tfdist._keras.replica import ReplicaBatch, on_replica, replaced
 from tfdist._keras.replicated import alone, replicated
 from tfdist._keras.scopes import leave_scope, outside_scopes, scope_of, undistributed
+from tfdist._keras.slices import has_fixed_rows
 from tfdist._keras.variables import swap_value
 
 __all__ = [
@@ -74,6 +75,7 @@ __all__ = [
     "computes_coarsely",
     "end_of_data_unless",
     "global_seed_variable",
+    "has_fixed_rows",
     "has_global_seed",
     "has_own",
     "has_own_code",

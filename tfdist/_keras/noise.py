@@ -50,7 +50,7 @@ class OwnNoise:
     @contextlib.contextmanager
     def _swapped(self) -> Iterator[None]:
         generator = getattr(_context.context(), "_rng", None)
-        theirs = np.random.get_state()
+        theirs: Any = np.random.get_state()
         before = None if generator is None else generator.getstate()
         if self._numpy is None:
             seed = (int(theirs[1][0]) + self._worker * _STRIDE) % 2**31

@@ -61,7 +61,8 @@ class Split:
             ids: Row numbers of any shape.
         """
         flat = tf.reshape(ids, [-1])
-        owner = tf.searchsorted(self.edges[1:-1], flat, side="right")
+        edges = tf.constant(self.edges[1:-1], flat.dtype)
+        owner = tf.searchsorted(edges, flat, side="right")
         places = tf.dynamic_partition(tf.range(tf.size(flat)), owner, len(self.parts))
         rows = [
             tf.gather(part, tf.gather(flat, at) - edge)

@@ -6,14 +6,17 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import keras
 import numpy as np
 import tensorflow as tf
 from keras.src.backend.tensorflow import random as _random
 
-from tfdist._keras.replica import Tensor, current_batch
+from tfdist._keras.replica import ReplicaBatch, Tensor, current_batch
 
 _keras_dropout = _random.dropout
 _keras_draw_seed = _random.draw_seed
+_keras_normal = _random.normal
+_keras_uniform = _random.uniform
 _PHILOX = tf.random.Algorithm.PHILOX.value
 # So many of a number's bits make a float from 0 to 1.
 _FRACTION_BITS = {tf.float16: 10, tf.bfloat16: 7, tf.float32: 23, tf.float64: 52}
@@ -27,6 +30,50 @@ def draw_seed(seed: Any) -> Tensor:
         return drawn
     offset = tf.cast(batch.offset, drawn.dtype)
     return drawn + tf.stack([tf.zeros_like(offset), offset * 7919])
+
+
+def normal(
+    shape: Any, mean: float = 0.0, stddev: float = 1.0, dtype: Any = None, seed: Any = None
+) -> Tensor:
+    """Draws what one process would draw: of the rows of a batch, those of the share."""
+    batch = current_batch()
+    dtype = tf.as_dtype(dtype or keras.config.floatx())
+    if batch is None or not dtype.is_floating:
+        return _keras_normal(shape, mean, stddev, dtype.name, seed)
+    drawn = _rows_of_share(batch, shape, dtype, seed, tf.raw_ops.StatelessRandomNormalV2)
+    return drawn * tf.cast(stddev, dtype) + tf.cast(mean, dtype)
+
+
+def uniform(
+    shape: Any, minval: float = 0.0, maxval: float = 1.0, dtype: Any = None, seed: Any = None
+) -> Tensor:
+    """Draws what one process would draw: of the rows of a batch, those of the share."""
+    batch = current_batch()
+    dtype = tf.as_dtype(dtype or keras.config.floatx())
+    if batch is None or not dtype.is_floating:
+        return _keras_uniform(shape, minval, maxval, dtype.name, seed)
+    drawn = _rows_of_share(batch, shape, dtype, seed, tf.raw_ops.StatelessRandomUniformV2)
+    least = tf.cast(minval, dtype)
+    return drawn * (tf.cast(maxval, dtype) - least) + least
+
+
+def _rows_of_share(
+    batch: ReplicaBatch, shape: Any, dtype: Any, seed: Any, draw: Callable[..., Tensor]
+) -> Tensor:
+    """Draws numbers by row where there are as many as the share has; else the same for all."""
+    drawn = _random._cast_seed(_keras_draw_seed(seed))
+    static = tf.TensorShape([size if isinstance(size, int) else None for size in shape])
+    whole = tf.cast(tf.convert_to_tensor(shape), tf.int64)
+    first = tf.constant(0, tf.int64)
+    if len(shape):
+        local = tf.maximum(batch.rows, 1)
+        repeats = whole[0] // local
+        # A number that was written down is the share's only if it is the very same one.
+        fits = repeats == 1 if static[0] is not None else repeats >= 1
+        is_of_share = tf.logical_and(fits, whole[0] == repeats * local)
+        first = tf.where(is_of_share, batch.offset * repeats, first)
+    numbers = uniform_rows(whole, first, drawn, dtype, draw)
+    return tf.ensure_shape(numbers, static)
 
 
 def dropout(inputs: Tensor, rate: float, noise_shape: Any = None, seed: Any = None) -> Tensor:

@@ -12,7 +12,7 @@ from keras.src.backend.tensorflow.core import Variable as _Variable
 from tfdist._keras import losses, metrics, optimizers
 from tfdist._keras.batch_norm import moments
 from tfdist._keras.interception import Replacement
-from tfdist._keras.random import draw_seed, dropout
+from tfdist._keras.random import draw_seed, dropout, normal, uniform
 from tfdist._keras.replica import replaced
 from tfdist._keras.variables import direct_assign
 
@@ -59,6 +59,8 @@ def replacements(has_servers: bool = False) -> list[Replacement]:
         (_Variable, "_direct_assign", direct_assign),
         (_random, "dropout", dropout),
         (_random, "draw_seed", draw_seed),
+        (_random, "normal", normal),
+        (_random, "uniform", uniform),
         *losses.replacements(),
         *optimizers.replacements(has_servers),
         *metrics.replacements(),
