@@ -62,7 +62,8 @@ def become_worker() -> None:
     if is_drop_in:
         tfdist.drop_in()
     if strategy.place.num_workers > 1 or strategy.has_servers:
-        claim(strategy)
+        if not is_drop_in:
+            claim(strategy)
         guard(strategy, is_drop_in)
     # Once connected, TensorFlow's preemption notice catches SIGTERM and the worker lives on:
     # every run with a failure would take the launcher's whole grace. Seen with 2.21.

@@ -6,6 +6,8 @@ names of the first, and TensorFlow ends such a process. So the script gets the o
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import tensorflow as tf
@@ -24,23 +26,29 @@ _LOOPS = (
 )
 
 
-def claim(strategy: Strategy) -> None:
+def claim(strategy: Strategy) -> Callable[[], None]:
     """Lets the constructors of `tf.distribute` give a connected process's strategy.
 
     Args:
         strategy: What this process trains with.
+
+    Returns:
+        What puts TensorFlow's own back.
     """
     given = None if strategy.has_servers else getattr(strategy, "strategy", None)
     given = given or _StandIn(strategy)
-    for module in (tf.distribute, tf.distribute.experimental):
-        for name in _NAMES:
-            original = getattr(module, name, None)
-            if isinstance(original, type):
-                setattr(module, name, _claimed(original, given))
-    coordinator = tf.distribute.coordinator
-    if isinstance(given, _StandIn):
-        coordinator.ClusterCoordinator = _refuse_coordinator
-        tf.distribute.experimental.coordinator.ClusterCoordinator = _refuse_coordinator
+    with contextlib.ExitStack() as stack:
+        for module in (tf.distribute, tf.distribute.experimental):
+            for name in _NAMES:
+                original = getattr(module, name, None)
+                if isinstance(original, type):
+                    stack.callback(setattr, module, name, original)
+                    setattr(module, name, _claimed(original, given))
+            if isinstance(given, _StandIn):
+                name, coordinator = "ClusterCoordinator", module.coordinator
+                stack.callback(setattr, coordinator, name, getattr(coordinator, name))
+                setattr(coordinator, name, _refuse_coordinator)
+        return stack.pop_all().close
 
 
 def _claimed(original: type, given: Any) -> type:

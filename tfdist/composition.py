@@ -50,6 +50,7 @@ def compose(
     state = _keras.compiled_state(model)
     if known is None or not _is_same(known.compiled_state, state):
         step = _keras.build(model, kind, source.spec(), source.sample)
+        _keras.note_metrics(model, step.metrics)
         found = None
         if strategy.place.num_replicas > 1 and whole_batch is None:
             found = _why_indivisible(model, kind, step, source)

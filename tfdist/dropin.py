@@ -14,12 +14,29 @@ from typing import Any
 import keras
 
 from tfdist import training
+from tfdist.claims import claim
 from tfdist.routing import METHODS, is_running, replacing
 from tfdist.session import current
+from tfdist.strategies.base import Strategy
 
 
 class DropIn(replacing):
-    """What `drop_in` replaced; leaving it as a context, or `undo`, puts Keras's own back."""
+    """What `drop_in` replaced; leaving it as a context, or `undo`, puts Keras's own back.
+
+    Args:
+        methods: Of `keras.Model`, by name.
+        strategy: What this process trains with.
+    """
+
+    def __init__(self, methods: dict[str, Any], strategy: Strategy) -> None:
+        super().__init__(methods)
+        several = strategy.place.num_replicas > 1 or strategy.has_servers
+        self._unclaim = claim(strategy) if several else lambda: None
+
+    def undo(self) -> None:
+        """Puts Keras's and TensorFlow's own back; doing so twice does no harm."""
+        super().undo()
+        self._unclaim()
 
 
 def drop_in(strategy: Any = "auto") -> DropIn:
@@ -49,10 +66,11 @@ def drop_in(strategy: Any = "auto") -> DropIn:
         name: _routed(getattr(training, name).direct, getattr(keras.Model, name), strategy)
         for name in METHODS
     }
-    if current(strategy).strategy.place.num_workers > 1:
+    used = current(strategy).strategy
+    if used.place.num_workers > 1:
         methods["save"] = _whole(keras.Model.save)
         methods["save_weights"] = _whole(keras.Model.save_weights)
-    return DropIn(methods)
+    return DropIn(methods, used)
 
 
 def _routed(function: Callable[..., Any], original: Any, strategy: Any) -> Callable[..., Any]:

@@ -45,11 +45,12 @@ from tfdist._keras.loop import (
     end_of_data_unless,
     loop_functions,
 )
-from tfdist._keras.metrics import metric_variables
+from tfdist._keras.metrics import metric_variables, note_metrics
 from tfdist._keras.noise import OwnNoise
 from tfdist._keras.optimizers import (
     optimizers_of,
     reindex_optimizer,
+    swap_strategy,
     trained_variables,
     watch_updates,
 )
@@ -84,6 +85,7 @@ __all__ = [
     "leave_scope",
     "loop_functions",
     "metric_variables",
+    "note_metrics",
     "on_replica",
     "optimizers_of",
     "outside_scopes",
@@ -93,6 +95,7 @@ __all__ = [
     "rows_of",
     "scope_of",
     "step_of",
+    "swap_strategy",
     "swap_value",
     "synchronized_variables",
     "trained_variables",

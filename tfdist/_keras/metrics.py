@@ -16,6 +16,8 @@ from tfdist._keras.interception import Method, Replacement, in_family
 from tfdist._keras.losses import sees_whole_batch
 from tfdist._keras.replica import Tensor, current_batch
 
+_FOUND = "_tfdist_found_metrics"
+
 
 def replacements() -> list[Replacement]:
     """Lists what of metrics changes while several replicas train or evaluate."""
@@ -98,5 +100,16 @@ def metric_variables(model: Any) -> list[Any]:
     """
     held = [metric for layer in model._flatten_layers() for metric in layer._metrics]
     metrics = [*model.metrics, *held]
-    unique = {id(v): v for metric in metrics for v in metric.variables}
-    return list(unique.values())
+    found = [v for metric in metrics for v in metric.variables]
+    found += vars(model).get(_FOUND, ())
+    return list({id(variable): variable for variable in found}.values())
+
+
+def note_metrics(model: Any, variables: list[Any]) -> None:
+    """Notes variables of metrics that a model's steps update, and that it does not list.
+
+    Args:
+        model: A `keras.Model`.
+        variables: `keras.Variable`s.
+    """
+    vars(model)[_FOUND] = [*vars(model).get(_FOUND, ()), *variables]

@@ -110,6 +110,21 @@ def optimizers_of(model: Any) -> list[Any]:
     return list(unique.values())
 
 
+def swap_strategy(optimizer: Any, strategy: Any) -> Any:
+    """Gives an optimizer another strategy through which its variables are assigned.
+
+    Args:
+        optimizer: A `keras.Optimizer`.
+        strategy: A `tf.distribute.Strategy`.
+
+    Returns:
+        The one it had.
+    """
+    before = optimizer._distribution_strategy
+    optimizer._distribution_strategy = strategy
+    return before
+
+
 def trained_variables(optimizer: Any) -> list[Any]:
     """Lists the variables that an optimizer was built to train.
 

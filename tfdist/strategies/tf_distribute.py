@@ -182,6 +182,7 @@ class MirroredVariables(contextlib.AbstractContextManager[None]):
         self._strategy = strategy
         self._variables = variables
         self._optimizers = optimizers
+        self._strategies: dict[Any, Any] = {}
         self._elsewhere: list[Any] = []  # the copies that are not in use
 
     def __enter__(self) -> None:
@@ -204,6 +205,10 @@ class MirroredVariables(contextlib.AbstractContextManager[None]):
         ]
         for optimizer in self._optimizers:
             _keras.reindex_optimizer(optimizer)
+            # What a callback assigns, it assigns through it.
+            self._strategies[optimizer] = _keras.swap_strategy(
+                optimizer, self._strategies.get(optimizer, self._strategy)
+            )
 
     def _mirror(self, variable: Any) -> Any:
         with self._strategy.scope():

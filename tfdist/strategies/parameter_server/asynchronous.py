@@ -35,6 +35,7 @@ from tfdist.strategies.parameter_server.updates import (
 Tensor = Any
 Logs = dict[str, Any]
 
+_KINDS = ("train_step", "test_step")
 _REFRESH_S = 0.25
 _STEPS_TOGETHER = 8  # handed to a worker in one message, where nobody looks between them
 
@@ -76,7 +77,14 @@ class Asynchronous:
         self._train = self._several(self._train_step)
         self._test = self._several(self._test_step)
         self._predict = self._traced(model.predict_step)
-        self._read_results = self._traced(self._results)
+        self._train_of_model = _keras.step_of(model, "train_step")
+        self._test_of_model = _keras.step_of(model, "test_step")
+        self._kind = _KINDS[0]
+        self._is_own = {kind: _keras.has_own(model, kind) for kind in _KINDS}
+        # Of a step of its own: metrics whose results it returns, by name, and what else.
+        self._named: dict[str, dict[str, tuple[Any, int]]] = {kind: {} for kind in _KINDS}
+        self._returned: dict[str, set[str]] = {kind: set() for kind in _KINDS}
+        self._readers: dict[Any, Callable[[], Logs]] = {}
         self._traces: dict[Any, Any] = {}
 
     def functions(self) -> Functions:
@@ -94,8 +102,10 @@ class Asynchronous:
             if not tf.executing_eagerly():  # a step that is traced asks for its own
                 return self._own_results()  # type: ignore[no-any-return]
             self._settle()
-            results: Logs = self._read_results()
-            return results
+            results = self._read_results()
+            # Keras takes these for a step's own results where the names are the same.
+            others = self._returned[self._kind]
+            return {name: self._shown[name] for name in others & self._shown.keys()} | results
 
         self._ledger.clear()
         self._number, self._shown, self._shown_at = 0, {}, 0.0
@@ -113,9 +123,11 @@ class Asynchronous:
     # --- on the chief -----------------------------------------------------------------
 
     def _train_epoch(self, epoch: Any) -> Logs:
+        self._kind = _KINDS[0]
         return self._schedule(epoch, self._train)
 
     def _test_epoch(self, epoch: Any) -> Logs:
+        self._kind = _KINDS[1]
         return self._schedule(epoch, self._test)
 
     def _schedule(self, epoch: Any, function: Callable[..., Any]) -> Logs:
@@ -220,10 +232,23 @@ class Asynchronous:
             outputs = [one.fetch() for one in pending]
         return tf.nest.map_structure(lambda *parts: np.concatenate(parts), *outputs)
 
+    def _read_results(self) -> Logs:
+        """Reads the metrics' results, under the names that steps return them by."""
+        key = (self._kind, bool(self._named[self._kind]))
+        if key not in self._readers:
+            self._readers[key] = self._traced(self._results)
+        return self._readers[key]()
+
     def _results(self) -> Logs:
         with tf.device(self._ledger.server):  # in one call
-            results: Logs = self._own_results()
-            return results
+            named = self._named[self._kind]
+            if not named:
+                results: Logs = self._own_results()
+                return results
+            return {
+                name: tf.nest.flatten(metric.result())[number]
+                for name, (metric, number) in named.items()
+            }
 
     def _settle(self) -> None:
         """Waits until all steps that were begun are done."""
@@ -268,7 +293,7 @@ class Asynchronous:
         ):
             before = {id(v): tf.convert_to_tensor(v) for v in statistics}
             batch.updates = updates = Updates(model, ledger, number)
-            logs = model.train_step(data)
+            logs = self._train_of_model(data)
             batch.updates = None
             averages = served.averaging_variables(model)
             changed = [v for v in statistics if scope.assigned(v) is not None]
@@ -290,15 +315,15 @@ class Asynchronous:
                 ledger.note(read)
 
             updates.finish(change, there, [*counts, *values, read])
-        return self._extra(logs)
+        return self._extra(logs, batch, _KINDS[0])
 
     def _test_step(self, data: Any, number: Tensor) -> Logs:
-        with self._apart(data, number, self._weights()) as (scope, _):
-            logs = self._model.test_step(data)
+        with self._apart(data, number, self._weights()) as (scope, batch):
+            logs = self._test_of_model(data)
             counts, there = self._counted(scope, number)
             with served.stateful(), tf.control_dependencies(counts):
                 self._ledger.once(there, 0, lambda: self._add_metrics(counts))
-        return self._extra(logs)
+        return self._extra(logs, batch, _KINDS[1])
 
     def _weights(self, after: Sequence[Tensor] = ()) -> list[tuple[Any, Tensor]]:
         """Reads what a step reads as a whole."""
@@ -336,9 +361,15 @@ class Asynchronous:
         for variable, count in zip(metrics, counts, strict=True):
             variable._value.assign_add(tf.cast(count, variable.dtype))
 
-    def _extra(self, logs: Logs) -> Logs:
-        """Keeps what a step returned besides metrics."""
-        return {n: tf.convert_to_tensor(v) for n, v in logs.items() if n not in self._known}
+    def _extra(self, logs: Logs, batch: ReplicaBatch, kind: str) -> Logs:
+        """Keeps what a step returned besides metrics; notes which metrics it returned."""
+        if not self._is_own[kind]:
+            return {n: tf.convert_to_tensor(v) for n, v in logs.items() if n not in self._known}
+        found = {name: batch.metric_of(value) for name, value in logs.items()}
+        named = {name: metric for name, metric in found.items() if metric is not None}
+        others = set(logs) - set(named)
+        self._named[kind], self._returned[kind] = named, others
+        return {name: tf.convert_to_tensor(logs[name]) for name in sorted(others)}
 
 
 def window(max_staleness: int | None, workers: int, updates: int) -> int:
