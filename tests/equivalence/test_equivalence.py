@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.equivalence.cases import CASES, FAMILIES
+from tests.equivalence.own_code import CASES, FAMILIES
 from tests.places.clusters import PLACES, Clusters, on
 
 TWO = ("mirrored-2", "multi_worker-2", "horovod-2", "parameter_server-2")

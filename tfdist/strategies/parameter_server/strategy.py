@@ -152,7 +152,7 @@ class ParameterServer(TFDistribute):
             on_servers = [v for v in variables if id(v) in served_ids]
             copied = [v for v in variables if id(v) not in served_ids]
         return _Both(
-            MirroredVariables(self.strategy, copied, optimizers) if copied else None,
+            MirroredVariables(self.strategy, copied, ()) if copied else None,
             ServerVariables(
                 self.placed(on_servers, optimizers),
                 optimizers,
