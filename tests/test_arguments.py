@@ -33,7 +33,7 @@ def model() -> Any:
         ({"x": X, "y": Y, "batch_size": 2.5}, ["batch_size=2.5"]),
         ({"x": X, "y": Y, "epochs": -1}, ["epochs=-1"]),
         ({"x": X, "y": Y, "steps_per_epoch": 0}, ["steps_per_epoch=0"]),
-        ({"x": X, "y": Y, "verify_every": 0}, ["verify_every=0"]),
+        ({"x": X, "y": Y, "verify_every": -1}, ["verify_every=-1"]),
         ({"x": X[:0], "y": Y[:0]}, ["at least one example"]),
         ({"x": X, "y": Y[:9]}, ["[10]", "[9]"]),
         ({"x": X, "y": Y, "validation_split": 1.0}, ["validation_split=1.0"]),

@@ -128,7 +128,7 @@ def test_symbolic_build_creates_all_variables() -> None:
     made = keras.Sequential([keras.layers.Dense(2)])
     made.compile("adam", "mse", metrics=["mae"])
     spec = (tf.TensorSpec((None, 4)), tf.TensorSpec((None, 2)))
-    _keras.build(made, spec)
+    _keras.build(made, "train_step", spec, lambda: None)
     assert made.built
     assert made.optimizer.built
     assert len(_keras.metric_variables(made)) == 4

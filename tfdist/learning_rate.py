@@ -152,7 +152,7 @@ class LearningRateWarmup(RateCallback):
             and optimizer.momentum
         ):
             change = factor / self._factor(batch - 1)
-            for velocity in optimizer.momentums:
+            for velocity in getattr(optimizer, "momentums", ()):  # none before its first step
                 velocity.assign(velocity * change)
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
