@@ -144,6 +144,10 @@ def eventually(condition, seconds: float = 20) -> None:
         time.sleep(0.02)
 
 
+def given(cluster: dict[str, list[str]], type_: str, index: int) -> str:
+    return json.dumps({"cluster": cluster, "task": {"type": type_, "index": index}})
+
+
 RANK = "import os, sys, time; rank = int(os.environ['TFDIST_LOCAL_RANK'])\n"
 
 # Each worker and a child of each leave their numbers, and then stay.
@@ -534,6 +538,49 @@ class TestPlan:
         assert worker.environment["TF_CONFIG"] == environ["TF_CONFIG"]
         with pytest.raises(LaunchError, match="TF_CONFIG already makes this process worker 1"):
             plan_workers(["x"], workers=2, environ=environ)
+
+    def test_one_process_is_shown_by_its_rank_in_the_cluster(self, environ):
+        for type_, index, task in [
+            ("chief", 0, "worker 0"),
+            ("worker", 0, "worker 1"),
+            ("evaluator", 0, "evaluator 0"),
+        ]:
+            environ["TF_CONFIG"] = given({"chief": ["a:1"], "worker": ["b:1"]}, type_, index)
+            (worker,) = plan_workers(["x"], environ=environ)
+            assert worker.task == task
+        servers = {"chief": ["a:1"], "worker": ["b:1"], "ps": ["c:1"]}
+        environ["TF_CONFIG"] = given(servers, "ps", 0)
+        (worker,) = plan_workers(["x"], strategy="parameter_server", environ=environ)
+        assert worker.task == "ps 0"
+        ranks = environ | {"HOROVOD_RANK": "1", "HOROVOD_SIZE": "2"}
+        assert plan_workers(["x"], strategy="horovod", environ=ranks)[0].task == "worker 1"
+
+    @pytest.mark.parametrize("strategy", ["single", "mirrored"])
+    def test_a_strategy_of_one_process_does_not_split_a_cluster(self, strategy, environ):
+        environ["TF_CONFIG"] = given({"worker": ["a:1", "b:1"]}, "worker", 1)
+        with pytest.raises(LaunchError, match=f"--strategy={strategy}, where TF_CONFIG makes"):
+            plan_workers(["x"], strategy=strategy, environ=environ)
+
+    def test_an_evaluator_is_alone(self, environ):
+        environ["TF_CONFIG"] = given({"worker": ["a:1", "b:1"]}, "evaluator", 0)
+        for strategy in ("horovod", "multi_worker"):
+            (worker,) = plan_workers(["x"], strategy=strategy, environ=environ)
+            assert "TFDIST_STRATEGY" not in worker.environment
+            assert "HOROVOD_RANK" not in worker.environment
+        with pytest.raises(LaunchError, match="evaluator 0"):
+            plan_workers(["x"], workers=2, environ=environ)
+
+    @pytest.mark.parametrize(
+        ("cluster", "message"),
+        [
+            ({"worker": ["a:1", "b:1", "a:2"]}, "side by side"),
+            ({"chief": ["a:1"], "worker": ["b:1"], "ps": ["c:1"]}, "no parameter servers"),
+        ],
+    )
+    def test_clusters_that_horovod_cannot_join(self, cluster, message, environ):
+        environ["TF_CONFIG"] = given(cluster, "worker", 0)
+        with pytest.raises(LaunchError, match=message):
+            plan_workers(["x"], strategy="horovod", environ=environ)
 
     def test_several_workers(self, environ):
         workers = plan_workers(

@@ -19,6 +19,7 @@ from typing import NoReturn
 
 from tfdist import note
 from tfdist.errors import HUNG, START_ME_AGAIN, HungError, ServerLostError, TfdistError
+from tfdist.rendezvous import start_timeout, wait_until_up
 
 _EXIT_HANDLERS_S = 3.0
 
@@ -55,12 +56,22 @@ def become_worker() -> None:
     _import_tensorflow()
     import tfdist
 
+    _wait_for_meeting_place()
     tfdist.init(strategy=os.environ.get("TFDIST_STRATEGY", "auto"))
     if os.environ.get("TFDIST_DROP_IN") == "1":
         tfdist.drop_in()
     # Once connected, TensorFlow's preemption notice catches SIGTERM and the worker lives on:
     # every run with a failure would take the launcher's whole grace. Seen with 2.21.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _wait_for_meeting_place() -> None:
+    """Waits for the server at which Horovod's ranks meet: Horovod itself tries for 2 s."""
+    host = os.environ.get("HOROVOD_GLOO_RENDEZVOUS_ADDR")
+    port = os.environ.get("HOROVOD_GLOO_RENDEZVOUS_PORT")
+    if host and port:
+        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        wait_until_up({"the launcher of rank 0": address}, start_timeout())
 
 
 def _import_tensorflow() -> None:

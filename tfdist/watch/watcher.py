@@ -14,6 +14,7 @@ from typing import Any
 
 from tfdist.board import Board
 from tfdist.errors import HUNG, HungError, PeerError
+from tfdist.evaluator import leave_training
 from tfdist.watch import diagnosis
 from tfdist.watch.diagnosis import Lost
 from tfdist.watch.notes import ENDED, Note
@@ -348,8 +349,11 @@ def calling(name: str, strategy: Any) -> Iterator[None]:
 
     Raises:
         HungError: A worker did not answer any more.
+        SystemExit: An evaluator has come to `fit`.
     """
     global _watcher
+    if name == "fit":
+        leave_training()
     configure()
     assert _settings is not None
     place = strategy.place
