@@ -282,7 +282,7 @@ class TestWorkers:
         environ["TF_CONFIG"] = '{"cluster": {"worker": ["a:1", "a:1"]}}'
         ended = self.run(environ, script)
         assert ended.returncode == 1
-        assert "worker 0 │ Error: Each process in `TF_CONFIG.cluster`" in ended.stdout
+        assert ended.stderr.startswith("Error: Each process in `TF_CONFIG.cluster`")
         assert "Traceback" not in ended.stdout + ended.stderr
 
 

@@ -25,6 +25,7 @@ from tfdist.launch.hosts import worker_addresses
 from tfdist.launch.output import Lines, Screen, settled
 from tfdist.launch.plan import free_addresses
 from tfdist.launch.resources import gpu_environments, usable_cores, visible_gpus
+from tfdist.launch.withheld import Withheld, leader
 
 quick = pytest.mark.quick
 cluster = pytest.mark.cluster
@@ -40,6 +41,7 @@ from tfdist.launch import Restarts, Roster, joined, listed, parse_hosts, run_wor
 options = json.loads(sys.argv[1])
 log_dir = options.pop("log_dir", None)
 options["hosts"] = hosts = parse_hosts(options["hosts"]) if "hosts" in options else ()
+shows_all = options.pop("shows_all", True)
 most, limit = options.pop("max_restarts", 0), options.pop("limit", 60)
 least, total = options.pop("least", None), options.pop("workers", None)
 roster = Roster(
@@ -67,6 +69,7 @@ with together as link:
         link=link,
         slots=roster.slots,
         plan=roster.of_hosts if least else None,
+        shows_all=shows_all,
     )
 for line in listed(outcome.restarts):
     print(line)
@@ -323,6 +326,44 @@ class TestOutput:
         assert len(lines) == 1500
         assert set(lines) == set(expected)
 
+    def test_only_the_chief_is_shown(self, scripts):
+        script = RANK + (
+            "print('mine', rank)\n"
+            "if rank: print('tfdist: a report\\n  its second line'); time.sleep(0.5)"
+        )
+        status, output = scripts.run(script, workers=3, shows_all=False)
+        assert status == 0
+        assert sorted(output.splitlines()) == sorted(
+            [
+                "worker 0 │ mine 0",
+                *[f"worker {i} │ tfdist: a report" for i in (1, 2)],
+                *[f"worker {i} │   its second line" for i in (1, 2)],
+                *[line for line in output.splitlines() if "--output all shows all" in line],
+            ]
+        )
+        assert output.count("--output all shows all") == 1
+
+    def test_whoever_fails_is_shown_too(self, scripts):
+        script = RANK + (
+            "print('mine', rank)\n"
+            "class UnavailableError(Exception): pass\n"
+            "if rank == 1: raise UnavailableError('Socket closed')\n"
+            "time.sleep(0.3)\n"
+            "if rank == 2: raise ValueError('my mistake')\n"
+            "time.sleep(300)"
+        )
+        status, output = scripts.run(script, workers=4, shows_all=False)
+        assert status == 1
+        shown = output.partition("CAUSE")[0]
+        assert "worker 2 │ mine 2\nworker 2 │ Traceback (most recent call last):" in shown
+        assert "worker 2 │ ValueError: my mistake" in shown
+        lost = "UnavailableError: Socket closed"
+        assert f"worker 1 │ tfdist: it lost another worker. __main__.{lost}" in shown or (
+            f"worker 1 │ tfdist: it lost another worker. {lost}" in shown
+        )
+        assert "mine 1" not in shown
+        assert "mine 3" not in shown
+
     def test_log_dir(self, scripts, tmp_path):
         script = RANK + "print('out', rank); print('\\rerr', rank, file=sys.stderr)"
         status, _ = scripts.run(script, workers=2, log_dir=str(tmp_path / "a" / "logs"))
@@ -435,6 +476,16 @@ class TestLines:
             screen.show(0, ["a", ""])
             screen.show(1, ["\x1b[1mb\x1b[0m"])
         assert (tmp_path / "out").read_text() == "worker 9  │ a\nworker 9  │\nworker 10 │ b\n"
+
+
+@quick
+def test_what_is_withheld_has_an_end() -> None:
+    withheld = Withheld()
+    assert withheld.take([f"line {i}" for i in range(1000)]) == []
+    first, *rest = withheld.release()
+    assert first == "tfdist: 600 lines before are left out; --output all shows all."
+    assert (rest[0], rest[-1], len(rest)) == ("line 600", "line 999", 400)
+    assert withheld.release() == []
 
 
 def failure(index: int, *lines: str, returncode: int = 1) -> Failure:
@@ -600,6 +651,16 @@ class TestPlan:
             assert worker.environment["TFDIST_STRATEGY"] == "multi_worker"
             assert worker.environment["TFDIST_DROP_IN"] == "1"
             assert worker.environment["PYTHONUNBUFFERED"] == "1"
+
+    def test_whose_output_is_shown(self, environ):
+        for options, task in [({}, "worker 0"), ({"servers": 1}, "chief")]:
+            workers = plan_workers(["x"], workers=2, environ=environ, **options)
+            assert workers[leader(workers)].task == task
+        hosts = parse_hosts("a:1,b:2")
+        options = {"hosts": hosts, "node_rank": 1, "port": free_port(), "environ": environ}
+        for servers, task in [(0, "worker 1"), (2, "worker 1")]:
+            workers = plan_workers(["x"], servers=servers, **options)
+            assert workers[leader(workers)].task == task
 
     def test_threads(self, environ):
         environ["OMP_NUM_THREADS"] = "5"
