@@ -12,7 +12,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tfdist.marks import Marks, Times
+from tfdist.marks import Marks, Times, has_clocks
 from tfdist.strategies.base import Strategy
 from tfdist.watch import here
 
@@ -186,9 +186,10 @@ class Measure(keras.callbacks.Callback):  # type: ignore[misc]
         if self._writer is None:
             folder = os.path.join(str(self._log_dir), "workers")
             self._writer = tf.summary.create_file_writer(folder)
+        known = ("step", "work", "data", "waiting") if has_clocks() else ("step",)
         with self._writer.as_default():
             for worker, pace in enumerate(found):
-                for name in ("step", "work", "data", "waiting"):
+                for name in known:
                     values = 1e3 * getattr(pace, name)
                     tag = f"worker_{worker}/{name}_ms"
                     tf.summary.scalar(f"{tag}_median", np.median(values), step=epoch)
