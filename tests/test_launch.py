@@ -343,6 +343,17 @@ class TestOutput:
         )
         assert output.count("--output all shows all") == 1
 
+    def test_one_reason_is_shown_once(self, scripts):
+        script = RANK + (
+            "class UnavailableError(Exception): pass\n"
+            "time.sleep(0.2 * rank)\n"
+            "raise UnavailableError('Socket closed')"
+        )
+        _, output = scripts.run(script, workers=2, shows_all=False)
+        shown = output.partition("CAUSE")[0]
+        assert shown.count("Traceback") == 1
+        assert "worker 1 │ tfdist: it failed as worker 0 did. " in shown
+
     def test_whoever_fails_is_shown_too(self, scripts):
         script = RANK + (
             "print('mine', rank)\n"

@@ -17,7 +17,7 @@ from contextlib import suppress
 from types import TracebackType
 from typing import NoReturn
 
-from tfdist import note
+from tfdist import kept_config, note
 from tfdist.errors import HUNG, START_ME_AGAIN, HungError, ServerLostError, TfdistError
 from tfdist.rendezvous import start_timeout, wait_until_up
 
@@ -55,9 +55,12 @@ def become_worker() -> None:
     """
     _import_tensorflow()
     import tfdist
+    from tfdist import late_settings
 
     _wait_for_meeting_place()
-    tfdist.init(strategy=os.environ.get("TFDIST_STRATEGY", "auto"))
+    place = tfdist.init(strategy=os.environ.get("TFDIST_STRATEGY", "auto")).strategy.place
+    kept_config.keep(place.num_workers > 1, place.is_chief)
+    late_settings.explain(place.is_chief)
     if os.environ.get("TFDIST_DROP_IN") == "1":
         tfdist.drop_in()
     # Once connected, TensorFlow's preemption notice catches SIGTERM and the worker lives on:

@@ -173,12 +173,16 @@ class Crew:
             failures: Theirs. Of one that only lost a peer a line says enough.
             cause: The failure that is shown in any case.
         """
+        leader = self._members[self._leader].worker
+        seen = {f.last_error for f in self.failures if f.worker == leader} - {""}
         for failure in failures:
             (member,) = (m for m in self._members if m.worker == failure.worker)
             if member.withheld is None:
                 continue
             lines = member.withheld.release()
-            if failure.blames_peer and failure is not cause:
+            if failure.last_error in seen:
+                lines = [f"tfdist: it failed as {leader.task} did. {failure.last_error}"]
+            elif failure.blames_peer and failure is not cause:
                 lines = [f"tfdist: it lost another worker. {failure.last_error}"]
             self._screen.show(member.position, lines)
 

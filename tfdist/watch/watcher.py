@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from tfdist import kept_config
 from tfdist.board import Board
 from tfdist.errors import HUNG, HungError, PeerError
 from tfdist.evaluator import leave_training
@@ -358,6 +359,7 @@ def calling(name: str, strategy: Any) -> Iterator[None]:
     assert _settings is not None
     place = strategy.place
     several = place.num_workers > 1
+    kept_config.restore(alone=not several)
     if _watcher is None and _settings.limit:
         _watcher = Watcher(_settings)
     if _watcher is not None:
