@@ -6,12 +6,12 @@ import json
 import re
 import subprocess
 import sys
-import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
 
+from tests.examples.program import EXAMPLES
 from tests.jobs import QUIET, free_port
 
 pytestmark = [pytest.mark.cluster, pytest.mark.waits, pytest.mark.timeout(240)]
@@ -102,24 +102,50 @@ def test_replicas_of_a_tfjob(script: str) -> None:
     assert "Epoch" not in evaluator
 
 
-# What Ray Train, PySpark's barrier mode and Dask have in common: a long-lived Python process
-# to which a function is sent, which sets TF_CONFIG for itself.
-EXECUTOR = """
-import json, os, runpy, sys
+def test_a_function_that_a_scheduler_sends(tmp_path: Path) -> None:
+    # What Ray Train, PySpark's barrier mode and Dask do.
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / "own_scheduler.py"],
+        cwd=tmp_path,
+        env=QUIET,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    (accuracies,) = re.findall(r"accuracy on every worker: ([\d.]+)%, ([\d.]+)%", done.stdout)
+    assert accuracies[0] == accuracies[1]
+    assert float(accuracies[0]) > 85
+    assert done.stdout.count("Epoch 1/5") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["digits.weights.h5"]
 
-os.environ["TF_CONFIG"] = sys.argv.pop()
-runpy.run_path(sys.argv[1], run_name="__main__")
-"""
 
-
-def test_functions_in_the_processes_of_a_scheduler(script: str) -> None:
+def test_a_strategy_that_a_scheduler_has_made() -> None:
+    # As spark-tensorflow-distributor calls a function: in the scope of a strategy of two.
     port = free_port()
     cluster = {"worker": [f"127.0.0.1:{port + i}" for i in range(2)]}
-    configs = [
-        json.dumps({"cluster": cluster, "task": {"type": "worker", "index": i}})
+    code = (
+        "import json, os, sys, tensorflow as tf\n"
+        "config = json.loads(os.environ['TF_CONFIG'])\n"
+        "with tf.distribute.MultiWorkerMirroredStrategy().scope():\n"
+        "    import tfdist\n"
+        "    try: tfdist.init()\n"
+        "    except RuntimeError as error: print(error)\n"
+        "    session = tfdist.init(strategy=tf.distribute.get_strategy())\n"
+        "    print(session.strategy.place.num_workers, 'workers')\n"
+    )
+    starts = [
+        (
+            [sys.executable, "-c", code],
+            {
+                "TF_CONFIG": json.dumps(
+                    {"cluster": cluster, "task": {"type": "worker", "index": i}}
+                )
+            },
+        )
         for i in range(2)
     ]
-    executor = textwrap.dedent(EXECUTOR)
-    trained_together(
-        *together([([sys.executable, "-c", executor, script, c], {}) for c in configs])
-    )
+    for printed in together(starts):
+        assert "use_custom_strategy=True" in printed
+        assert "2 workers" in printed
