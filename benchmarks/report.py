@@ -51,7 +51,8 @@ def measured(worker: Path, what: str, *options: str) -> list[Any]:
     Raises:
         RuntimeError: It failed; with the end of what it printed.
     """
-    command = [sys.executable, "-m", "tfdist.cli", "run", *options, str(worker), what]
+    command = [sys.executable, "-m", "tfdist.cli", "run", "--output", "all"]
+    command += [*options, str(worker), what]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
     found = re.search(r"measured (\[.*\])", done.stdout)
     if done.returncode or not found:

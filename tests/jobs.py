@@ -22,9 +22,9 @@ for _name in ("TF_CONFIG", "TFDIST_STRATEGY", "TFDIST_DROP_IN"):
 
 
 def tfdist_run(workers: int, *arguments: Any, options: Sequence[str] = ()) -> list[str]:
-    """Gives the command that runs a module or script on several workers."""
-    command = [sys.executable, "-m", "tfdist.cli", "run", "-n", str(workers), *options]
-    return [*command, *map(str, arguments)]
+    """Gives the command that runs a module or script on several workers, and shows all."""
+    command = [sys.executable, "-m", "tfdist.cli", "run", "-n", str(workers)]
+    return [*command, "--output", "all", *options, *map(str, arguments)]
 
 
 def free_port() -> int:

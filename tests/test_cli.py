@@ -278,11 +278,34 @@ class TestWorkers:
         assert f"Its whole output: {log}" in ended.stderr
         assert "ValueError: my mistake" in log.read_text()
 
+    def test_what_a_script_sets_too_late(self, environ, script):
+        environ["TF_NUM_INTRAOP_THREADS"] = "1"
+        script.write_text(
+            "import os, tensorflow as tf, tfdist\n"
+            "cpus = tf.config.list_physical_devices('CPU')\n"
+            "tf.config.set_visible_devices(cpus, 'CPU')\n"  # as it is
+            "tf.config.threading.set_intra_op_parallelism_threads(1)\n"  # as it is
+            "for _ in range(2): tf.config.threading.set_inter_op_parallelism_threads(7)\n"
+            "own, os.environ['TF_CONFIG'] = os.environ['TF_CONFIG'], 'mine'\n"
+            "tf.distribute.MultiWorkerMirroredStrategy()\n"
+            "print('put back', os.environ['TF_CONFIG'] == own)\n"
+            "two = [tf.config.LogicalDeviceConfiguration()] * 2\n"
+            "tf.config.experimental.set_virtual_device_configuration(cpus[0], two)\n"
+        )
+        ended = self.run(environ, script, "-n", "2")
+        assert ended.returncode == 1
+        assert ended.stdout.count("Set TF_NUM_INTEROP_THREADS=7 for `tfdist run`.") == 1
+        assert "TF_NUM_INTRAOP_THREADS" not in ended.stdout
+        assert ended.stdout.count("the script has set TF_CONFIG after `tfdist run`") == 1
+        assert "worker 0 │ put back True" in ended.stdout
+        assert "set_logical_device_configuration after `tfdist run`" in ended.stderr
+        assert "Start more workers with -n" in ended.stderr
+
     def test_malformed_cluster_is_no_traceback(self, environ, script):
         environ["TF_CONFIG"] = '{"cluster": {"worker": ["a:1", "a:1"]}}'
         ended = self.run(environ, script)
         assert ended.returncode == 1
-        assert "worker 0 │ Error: Each process in `TF_CONFIG.cluster`" in ended.stdout
+        assert ended.stderr.startswith("Error: Each process in `TF_CONFIG.cluster`")
         assert "Traceback" not in ended.stdout + ended.stderr
 
 

@@ -73,8 +73,14 @@ class TestTfConfig:
     def test_evaluator_may_stand_outside(self):
         cluster = read({"cluster": TWO, "task": task("evaluator", 0)})
         assert not cluster.is_chief
+        assert (cluster.num_workers, cluster.workers) == (1, ())
         with pytest.raises(ClusterError, match="evaluator 0"):
             _ = cluster.worker_index
+
+    def test_master_is_the_chief(self):
+        jobs = {"master": ["m:1"], "worker": ["a:1"]}
+        assert read({"cluster": jobs, "task": task("master", 0)}).is_chief
+        assert read({"cluster": jobs, "task": task("worker", 0)}).workers == ("m:1", "a:1")
 
     def test_comes_before_slurm(self):
         environ = slurm(0) | {
@@ -99,7 +105,9 @@ class TestTfConfig:
             ({"task": task("worker", 0)}, "`TF_CONFIG.cluster`"),
             ({"cluster": ["a:1"]}, "`TF_CONFIG.cluster` must be a JSON object"),
             ({"cluster": {"trainer": ["a:1"]}}, "a job 'trainer'"),
-            ({"cluster": {"master": ["a:1"]}}, "Call it 'chief'"),
+            ({"cluster": {"master": ["a:1"], "chief": ["b:1"]}}, "both 'chief' and 'master'"),
+            ({"cluster": {"worker": {"1": "a:1"}, "ps": ["b:1"]}}, "enableDynamicWorker"),
+            ({"sparseCluster": {"worker": {"1": "a:1"}}}, "enableDynamicWorker"),
             ({"cluster": {"worker": "a:1"}}, "`TF_CONFIG.cluster.worker` must be a list"),
             ({"cluster": {"worker": ["a:1", ""]}}, "`TF_CONFIG.cluster.worker\\[1\\]`"),
             ({"cluster": {"worker": ["a:1", None]}}, "`TF_CONFIG.cluster.worker\\[1\\]`"),

@@ -25,6 +25,7 @@ from tfdist.launch.hosts import worker_addresses
 from tfdist.launch.output import Lines, Screen, settled
 from tfdist.launch.plan import free_addresses
 from tfdist.launch.resources import gpu_environments, usable_cores, visible_gpus
+from tfdist.launch.withheld import Withheld, leader
 
 quick = pytest.mark.quick
 cluster = pytest.mark.cluster
@@ -40,6 +41,7 @@ from tfdist.launch import Restarts, Roster, joined, listed, parse_hosts, run_wor
 options = json.loads(sys.argv[1])
 log_dir = options.pop("log_dir", None)
 options["hosts"] = hosts = parse_hosts(options["hosts"]) if "hosts" in options else ()
+shows_all = options.pop("shows_all", True)
 most, limit = options.pop("max_restarts", 0), options.pop("limit", 60)
 least, total = options.pop("least", None), options.pop("workers", None)
 roster = Roster(
@@ -67,6 +69,7 @@ with together as link:
         link=link,
         slots=roster.slots,
         plan=roster.of_hosts if least else None,
+        shows_all=shows_all,
     )
 for line in listed(outcome.restarts):
     print(line)
@@ -142,6 +145,10 @@ def eventually(condition, seconds: float = 20) -> None:
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.02)
+
+
+def given(cluster: dict[str, list[str]], type_: str, index: int) -> str:
+    return json.dumps({"cluster": cluster, "task": {"type": type_, "index": index}})
 
 
 RANK = "import os, sys, time; rank = int(os.environ['TFDIST_LOCAL_RANK'])\n"
@@ -319,6 +326,55 @@ class TestOutput:
         assert len(lines) == 1500
         assert set(lines) == set(expected)
 
+    def test_only_the_chief_is_shown(self, scripts):
+        script = RANK + (
+            "print('mine', rank)\n"
+            "if rank: print('tfdist: a report\\n  its second line'); time.sleep(0.5)"
+        )
+        status, output = scripts.run(script, workers=3, shows_all=False)
+        assert status == 0
+        assert sorted(output.splitlines()) == sorted(
+            [
+                "worker 0 │ mine 0",
+                *[f"worker {i} │ tfdist: a report" for i in (1, 2)],
+                *[f"worker {i} │   its second line" for i in (1, 2)],
+                *[line for line in output.splitlines() if "--output all shows all" in line],
+            ]
+        )
+        assert output.count("--output all shows all") == 1
+
+    def test_one_reason_is_shown_once(self, scripts):
+        script = RANK + (
+            "class UnavailableError(Exception): pass\n"
+            "time.sleep(0.2 * rank)\n"
+            "raise UnavailableError('Socket closed')"
+        )
+        _, output = scripts.run(script, workers=2, shows_all=False)
+        shown = output.partition("CAUSE")[0]
+        assert shown.count("Traceback") == 1
+        assert "worker 1 │ tfdist: it failed as worker 0 did. " in shown
+
+    def test_whoever_fails_is_shown_too(self, scripts):
+        script = RANK + (
+            "print('mine', rank)\n"
+            "class UnavailableError(Exception): pass\n"
+            "if rank == 1: raise UnavailableError('Socket closed')\n"
+            "time.sleep(0.3)\n"
+            "if rank == 2: raise ValueError('my mistake')\n"
+            "time.sleep(300)"
+        )
+        status, output = scripts.run(script, workers=4, shows_all=False)
+        assert status == 1
+        shown = output.partition("CAUSE")[0]
+        assert "worker 2 │ mine 2\nworker 2 │ Traceback (most recent call last):" in shown
+        assert "worker 2 │ ValueError: my mistake" in shown
+        lost = "UnavailableError: Socket closed"
+        assert f"worker 1 │ tfdist: it lost another worker. __main__.{lost}" in shown or (
+            f"worker 1 │ tfdist: it lost another worker. {lost}" in shown
+        )
+        assert "mine 1" not in shown
+        assert "mine 3" not in shown
+
     def test_log_dir(self, scripts, tmp_path):
         script = RANK + "print('out', rank); print('\\rerr', rank, file=sys.stderr)"
         status, _ = scripts.run(script, workers=2, log_dir=str(tmp_path / "a" / "logs"))
@@ -433,6 +489,16 @@ class TestLines:
         assert (tmp_path / "out").read_text() == "worker 9  │ a\nworker 9  │\nworker 10 │ b\n"
 
 
+@quick
+def test_what_is_withheld_has_an_end() -> None:
+    withheld = Withheld()
+    assert withheld.take([f"line {i}" for i in range(1000)]) == []
+    first, *rest = withheld.release()
+    assert first == "tfdist: 600 lines before are left out; --output all shows all."
+    assert (rest[0], rest[-1], len(rest)) == ("line 600", "line 999", 400)
+    assert withheld.release() == []
+
+
 def failure(index: int, *lines: str, returncode: int = 1) -> Failure:
     return Failure(Worker(index, (), {}), returncode, lines)
 
@@ -535,6 +601,49 @@ class TestPlan:
         with pytest.raises(LaunchError, match="TF_CONFIG already makes this process worker 1"):
             plan_workers(["x"], workers=2, environ=environ)
 
+    def test_one_process_is_shown_by_its_rank_in_the_cluster(self, environ):
+        for type_, index, task in [
+            ("chief", 0, "worker 0"),
+            ("worker", 0, "worker 1"),
+            ("evaluator", 0, "evaluator 0"),
+        ]:
+            environ["TF_CONFIG"] = given({"chief": ["a:1"], "worker": ["b:1"]}, type_, index)
+            (worker,) = plan_workers(["x"], environ=environ)
+            assert worker.task == task
+        servers = {"chief": ["a:1"], "worker": ["b:1"], "ps": ["c:1"]}
+        environ["TF_CONFIG"] = given(servers, "ps", 0)
+        (worker,) = plan_workers(["x"], strategy="parameter_server", environ=environ)
+        assert worker.task == "ps 0"
+        ranks = environ | {"HOROVOD_RANK": "1", "HOROVOD_SIZE": "2"}
+        assert plan_workers(["x"], strategy="horovod", environ=ranks)[0].task == "worker 1"
+
+    @pytest.mark.parametrize("strategy", ["single", "mirrored"])
+    def test_a_strategy_of_one_process_does_not_split_a_cluster(self, strategy, environ):
+        environ["TF_CONFIG"] = given({"worker": ["a:1", "b:1"]}, "worker", 1)
+        with pytest.raises(LaunchError, match=f"--strategy={strategy}, where TF_CONFIG makes"):
+            plan_workers(["x"], strategy=strategy, environ=environ)
+
+    def test_an_evaluator_is_alone(self, environ):
+        environ["TF_CONFIG"] = given({"worker": ["a:1", "b:1"]}, "evaluator", 0)
+        for strategy in ("horovod", "multi_worker"):
+            (worker,) = plan_workers(["x"], strategy=strategy, environ=environ)
+            assert "TFDIST_STRATEGY" not in worker.environment
+            assert "HOROVOD_RANK" not in worker.environment
+        with pytest.raises(LaunchError, match="evaluator 0"):
+            plan_workers(["x"], workers=2, environ=environ)
+
+    @pytest.mark.parametrize(
+        ("cluster", "message"),
+        [
+            ({"worker": ["a:1", "b:1", "a:2"]}, "side by side"),
+            ({"chief": ["a:1"], "worker": ["b:1"], "ps": ["c:1"]}, "no parameter servers"),
+        ],
+    )
+    def test_clusters_that_horovod_cannot_join(self, cluster, message, environ):
+        environ["TF_CONFIG"] = given(cluster, "worker", 0)
+        with pytest.raises(LaunchError, match=message):
+            plan_workers(["x"], strategy="horovod", environ=environ)
+
     def test_several_workers(self, environ):
         workers = plan_workers(
             ["x"], workers=3, strategy="multi_worker", drop_in=True, environ=environ
@@ -553,6 +662,16 @@ class TestPlan:
             assert worker.environment["TFDIST_STRATEGY"] == "multi_worker"
             assert worker.environment["TFDIST_DROP_IN"] == "1"
             assert worker.environment["PYTHONUNBUFFERED"] == "1"
+
+    def test_whose_output_is_shown(self, environ):
+        for options, task in [({}, "worker 0"), ({"servers": 1}, "chief")]:
+            workers = plan_workers(["x"], workers=2, environ=environ, **options)
+            assert workers[leader(workers)].task == task
+        hosts = parse_hosts("a:1,b:2")
+        options = {"hosts": hosts, "node_rank": 1, "port": free_port(), "environ": environ}
+        for servers, task in [(0, "worker 1"), (2, "worker 1")]:
+            workers = plan_workers(["x"], servers=servers, **options)
+            assert workers[leader(workers)].task == task
 
     def test_threads(self, environ):
         environ["OMP_NUM_THREADS"] = "5"

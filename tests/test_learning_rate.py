@@ -133,5 +133,5 @@ def test_wrong_arguments(make, message):
 
 def test_a_schedule_is_refused():
     schedule = keras.optimizers.schedules.ExponentialDecay(0.1, 10, 0.9)
-    with pytest.raises(ArgumentError, match="schedule"):
+    with pytest.raises(ArgumentError, match="learning_rate=ExponentialDecay, a schedule"):
         train(keras.optimizers.SGD(schedule), tfdist.LearningRateWarmup(1))

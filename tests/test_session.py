@@ -168,6 +168,33 @@ def test_long_waits_are_warned_of_less_and_less() -> None:
     assert "given up at 4 s (TFDIST_STEP_TIMEOUT)" in printed
 
 
+def test_time_to_trace_is_no_wait_for_others() -> None:
+    code = (
+        "import time\nfrom tfdist.patience import Patience\nfrom tfdist.watch import here\n"
+        "drawn = 0\n"
+        "here.at, here.counted = 'first step', lambda: (drawn, 0)\n"
+        "with Patience(4, 'worker 1').waiting_for('step 1'):\n"
+        "    time.sleep(4.5); drawn = 1; print('drawn', flush=True); time.sleep(2.5)"
+    )
+    printed = run(code)
+    assert printed.startswith("drawn\n"), printed
+    assert "warning: worker 1 has waited 1 s for step 1" in printed
+
+
+def test_a_wait_for_one_that_traces_is_told_gently() -> None:
+    code = (
+        "import time\nfrom tfdist.board import Board\nfrom tfdist.patience import Patience\n"
+        "class Notes(Board):\n"
+        "    def post(self, name, text): return True\n"
+        "    def read(self, name): return 'preparing step 1' if name[-1] == '0' else None\n"
+        "with Patience(4, 'worker 1', Notes(2), 1).waiting_for('step 1'): time.sleep(2.5)"
+    )
+    printed = run(code)
+    assert "worker 1 has waited 1 s for step 1, which others still trace" in printed
+    assert "worker 0 is preparing step 1" in printed
+    assert "warning" not in printed
+
+
 class Many(Single):
     """A strategy that claims replicas, to describe."""
 

@@ -17,8 +17,9 @@ from contextlib import suppress
 from types import TracebackType
 from typing import NoReturn
 
-from tfdist import note
+from tfdist import kept_config, note
 from tfdist.errors import HUNG, START_ME_AGAIN, HungError, ServerLostError, TfdistError
+from tfdist.rendezvous import start_timeout, wait_until_up
 
 _EXIT_HANDLERS_S = 3.0
 
@@ -54,20 +55,34 @@ def become_worker() -> None:
     """
     _import_tensorflow()
     import tfdist
+    from tfdist import late_settings
     from tfdist.claims import claim
     from tfdist.guard import guard
 
+    _wait_for_meeting_place()
     strategy = tfdist.init(strategy=os.environ.get("TFDIST_STRATEGY", "auto")).strategy
+    place = strategy.place
+    kept_config.keep(place.num_workers > 1, place.is_chief)
+    late_settings.explain(place.is_chief)
     is_drop_in = os.environ.get("TFDIST_DROP_IN") == "1"
     if is_drop_in:
         tfdist.drop_in()
-    if strategy.place.num_workers > 1 or strategy.has_servers:
+    if place.num_workers > 1 or strategy.has_servers:
         if not is_drop_in:
             claim(strategy)
         guard(strategy, is_drop_in)
     # Once connected, TensorFlow's preemption notice catches SIGTERM and the worker lives on:
     # every run with a failure would take the launcher's whole grace. Seen with 2.21.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _wait_for_meeting_place() -> None:
+    """Waits for the server at which Horovod's ranks meet: Horovod itself tries for 2 s."""
+    host = os.environ.get("HOROVOD_GLOO_RENDEZVOUS_ADDR")
+    port = os.environ.get("HOROVOD_GLOO_RENDEZVOUS_PORT")
+    if host and port:
+        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        wait_until_up({"the launcher of rank 0": address}, start_timeout())
 
 
 def _import_tensorflow() -> None:

@@ -89,6 +89,14 @@ def main() -> None:
 )
 @click.option("--drop-in", is_flag=True, help="Distribute a script's own Model.fit.")
 @click.option(
+    "--output",
+    type=click.Choice(("chief", "all")),
+    default="chief",
+    show_default=True,
+    help="Whose output is shown. With chief: on other hosts their first worker's; others' "
+    "is kept, and shown if they fail.",
+)
+@click.option(
     "--log-dir",
     type=click.Path(file_okay=False, path_type=Path),
     metavar="DIR",
@@ -132,6 +140,7 @@ def run(
     port: int,
     strategy: str | None,
     drop_in: bool,
+    output: str,
     log_dir: Path | None,
     max_restarts: int | None,
     elastic: str | None,
@@ -212,6 +221,7 @@ def run(
             slots=roster.slots,
             plan=None if roster.elastic is None else roster.of_hosts,
             meeting=roster.meeting,
+            shows_all=output == "all",
         )
     _explain(outcome, roster.workers, log_dir, has_other_hosts=len(machines) > 1)
     sys.exit(outcome.status)

@@ -19,6 +19,7 @@ PS = "ps"
 EVALUATOR = "evaluator"
 
 _JOBS = (CHIEF, WORKER, PS, EVALUATOR)
+_MASTER = "master"  # as TensorFlow 1 and older job descriptions call the chief
 _EXAMPLE = (
     '{"cluster": {"worker": ["host1:12345", "host2:12345"]}, '
     '"task": {"type": "worker", "index": 0}}'
@@ -31,7 +32,8 @@ class Cluster:
 
     Attributes:
         jobs: Each job's addresses, `"host:port"`, by the name TF_CONFIG gives the job:
-            `chief`, `worker`, `ps` or `evaluator`. Empty for a single process.
+            `chief`, `worker`, `ps` or `evaluator`. Empty for a single process, and for an
+            evaluator, which stands outside.
         job: The job of this process.
         index: The position of this process in its job.
         source: What described the cluster: `"TF_CONFIG"`, `"SLURM"`, `"Horovod"`, `"MPI"` or
@@ -217,6 +219,8 @@ def _from_tf_config(text: str) -> Cluster:
             f"TF_CONFIG={_short(text)} ({error}). Write it like {_EXAMPLE}"
         ) from None
     config = _object(config, "TF_CONFIG")
+    if "sparseCluster" in config:
+        raise _sparse("TF_CONFIG.sparseCluster", config["sparseCluster"])
     jobs = _jobs(_object(config.get("cluster") or {}, "TF_CONFIG.cluster"))
     task = _object(config.get("task") or {}, "TF_CONFIG.task")
     if not jobs:
@@ -237,20 +241,28 @@ def _from_tf_config(text: str) -> Cluster:
             '"task": {"type": "worker", "index": 0}.'
         )
     job = _job(task, jobs)
-    return Cluster(jobs, job, _index(task, job, jobs), "TF_CONFIG")
+    index = _index(task, job, jobs)
+    return Cluster({} if job == EVALUATOR else jobs, job, index, "TF_CONFIG")
 
 
 def _jobs(cluster: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
     jobs: dict[str, tuple[str, ...]] = {}
     seen: dict[str, str] = {}
-    for job, addresses in cluster.items():
-        name = f"TF_CONFIG.cluster.{job}"
+    if CHIEF in cluster and _MASTER in cluster:
+        raise ClusterError(
+            "`TF_CONFIG.cluster` must have one chief. Received: both 'chief' and 'master', "
+            "two names of it. Remove one of them."
+        )
+    for given, addresses in cluster.items():
+        name = f"TF_CONFIG.cluster.{given}"
+        job = CHIEF if given == _MASTER else given
         if job not in _JOBS:
-            remedy = "Call it 'chief'." if job == "master" else "Rename or remove it."
             raise ClusterError(
                 f"`TF_CONFIG.cluster` must have no other jobs than {_listed(_JOBS)}. "
-                f"Received: a job {_short(job)}. {remedy}"
+                f"Received: a job {_short(given)}. Rename or remove it."
             )
+        if isinstance(addresses, dict):
+            raise _sparse(name, addresses)
         if not isinstance(addresses, list):
             raise ClusterError(
                 f"`{name}` must be a list of addresses 'host:port'. "
@@ -277,8 +289,17 @@ def _jobs(cluster: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
     return jobs
 
 
+def _sparse(name: str, value: object) -> ClusterError:
+    return ClusterError(
+        "`TF_CONFIG.cluster` must list the addresses of all processes. Received: "
+        f"{name}={_short(value)}, which names only those that this process talks to, as a "
+        "TFJob with enableDynamicWorker writes it. Set enableDynamicWorker: false in the job."
+    )
+
+
 def _job(task: Mapping[str, Any], jobs: Mapping[str, tuple[str, ...]]) -> str:
     job = task.get("type")
+    job = CHIEF if job == _MASTER else job
     # An evaluator stands outside the cluster: TensorFlow and Kubernetes leave it off the list.
     if isinstance(job, str) and (job in jobs or job == EVALUATOR):
         return job

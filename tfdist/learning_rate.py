@@ -31,9 +31,13 @@ class RateCallback(keras.callbacks.Callback):  # type: ignore[misc]
         rate = self.model.optimizer.learning_rate
         if isinstance(rate, keras.Variable):
             return rate
+        optimizer = getattr(self.model.optimizer, "inner_optimizer", self.model.optimizer)
+        given = optimizer.get_config().get("learning_rate")
+        kind = given.get("class_name") if isinstance(given, dict) else "function"
         raise ArgumentError(
             f"`{type(self).__name__}` needs an optimizer with a number as learning rate. "
-            f"Received: learning_rate={rate!r}. Put the factor into the schedule instead."
+            f"Received: learning_rate={str(kind).strip('_')}, a schedule. Put the factor into "
+            "the schedule instead."
         )
 
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import tensorflow as tf
+from tensorflow.python.framework import config as _config
 
 Tensor = Any
 
@@ -59,7 +60,8 @@ class Marks:
         began = now()
         with tf.control_dependencies([began]):
             share = next_share(iterator)
-        self._add([1.0, 0.0, now(share) - began, 0.0])
+        with tf.control_dependencies(_tensors(share)):
+            self._add([1.0, 0.0, now(share) - began, 0.0])
         return share
 
     def note_step(self, result: Any, reducing: Tensor) -> None:
@@ -77,12 +79,19 @@ class Marks:
             self._values.assign_add(tf.stack([tf.cast(v, tf.float64) for v in values]))
 
 
+def has_clocks() -> bool:
+    """Tells whether times are known: TensorFlow refuses its clock to deterministic programs."""
+    return not _config.is_op_determinism_enabled()
+
+
 def now(after: Any = ()) -> Tensor:
-    """Gives the time in seconds, a scalar float64 tensor.
+    """Gives the time in seconds, a scalar float64 tensor; 0 where there are no clocks.
 
     Args:
         after: Tensors, nested, that must be known before.
     """
+    if not has_clocks():
+        return tf.zeros([], tf.float64)
     with tf.control_dependencies(_tensors(after)), tf.device("CPU:0"):
         return tf.timestamp()
 

@@ -12,7 +12,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tfdist.marks import Marks, Times
+from tfdist.marks import Marks, Times, has_clocks
 from tfdist.strategies.base import Strategy
 from tfdist.watch import here
 
@@ -20,6 +20,7 @@ _KEPT = 1000  # steps of an epoch, and of the table at the end
 _FEWEST = 20  # of which a median tells something
 _STEP, _DATA, _REDUCING = range(3)
 _NOTABLE = 0.1  # of a step
+_NOTABLE_S = 2.0  # of the whole training
 
 
 @dataclass(frozen=True)
@@ -65,18 +66,22 @@ def paces(measured: Sequence[Any]) -> list[Pace]:
     ]
 
 
-def straggler(found: Sequence[Pace]) -> str | None:
+def straggler(found: Sequence[Pace], seconds: float) -> str | None:
     """Names the worker for which the others wait, if they do so for a notable time.
 
     Args:
         found: Of each worker.
+        seconds: That all steps took, of which `found` may be the last.
+
+    Returns:
+        A sentence, or None where it is less than a tenth of a step, or than 2 s in all.
     """
     work = [float(np.median(pace.work)) for pace in found]
     slowest = int(np.argmax(work))
     others = [i for i in range(len(found)) if i != slowest]
     waited = float(np.median([np.median(found[i].waiting) for i in others]))
     step = float(np.median(found[slowest].step))
-    if waited < _NOTABLE * step:
+    if waited < step * max(_NOTABLE, _NOTABLE_S / seconds):
         return None
     data = float(np.median(found[slowest].data))
     most_is_data = data > 0.5 * (work[slowest] - float(np.median([work[i] for i in others])))
@@ -87,11 +92,12 @@ def straggler(found: Sequence[Pace]) -> str | None:
     )
 
 
-def table(found: Sequence[Pace]) -> str:
+def table(found: Sequence[Pace], note: str) -> str:
     """Writes the summary.
 
     Args:
         found: Of each worker.
+        note: What is said below.
     """
     head = ["step", "own work", "of it data", "waiting"]
     rows = [[f"worker {i}", *pace.row()] for i, pace in enumerate(found)]
@@ -101,13 +107,12 @@ def table(found: Sequence[Pace]) -> str:
         "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
         for line in lines
     ]
-    note = straggler(found)
     title = f"tfdist: {len(found[0].step)} steps by worker, ms, median / 95th percentile"
-    return "\n".join([title, *listed, *([f"tfdist: {note}"] if note else [])])
+    return "\n".join([title, *listed, f"tfdist: {note}"])
 
 
 class Measure(keras.callbacks.Callback):  # type: ignore[misc]
-    """Measures the steps of all workers, shows them at the end and in TensorBoard.
+    """Measures the steps of all workers, shows them in TensorBoard, and who holds them back.
 
     Args:
         strategy: Where the replicas are, on several workers.
@@ -126,6 +131,7 @@ class Measure(keras.callbacks.Callback):  # type: ignore[misc]
         self._log_dir = log_dir
         self._epoch = array("d")
         self._all: list[Any] = []
+        self._seconds = 0.0
         self._before: Times | None = None
         self._writer: Any = None
 
@@ -150,7 +156,9 @@ class Measure(keras.callbacks.Callback):  # type: ignore[misc]
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         """Compares the workers, and writes for TensorBoard."""
-        mine = np.reshape(np.asarray(self._epoch), [-1, 3])[-_KEPT:]
+        mine = np.reshape(np.asarray(self._epoch), [-1, 3])
+        self._seconds += float(np.sum(mine[:, _STEP]))
+        mine = mine[-_KEPT:]
         self._epoch = array("d")
         self._before = self._marks.read()
         measured = self._strategy.gather_objects(mine)
@@ -163,21 +171,25 @@ class Measure(keras.callbacks.Callback):  # type: ignore[misc]
             self._write(epoch, paces(measured))
 
     def on_train_end(self, logs: Any = None) -> None:
-        """Shows the table."""
+        """Shows the table, if a worker held the others back."""
         here.noting = None
         if self._writer is not None:
             self._writer.close()
         if self._shows and sum(len(parts[0]) for parts in self._all) >= _FEWEST:
             joined = [np.concatenate(parts)[-_KEPT:] for parts in zip(*self._all, strict=True)]
-            print(table(paces(joined)), flush=True)
+            found = paces(joined)
+            note = straggler(found, self._seconds)
+            if note is not None:
+                print(table(found, note), flush=True)
 
     def _write(self, epoch: int, found: Sequence[Pace]) -> None:
         if self._writer is None:
             folder = os.path.join(str(self._log_dir), "workers")
             self._writer = tf.summary.create_file_writer(folder)
+        known = ("step", "work", "data", "waiting") if has_clocks() else ("step",)
         with self._writer.as_default():
             for worker, pace in enumerate(found):
-                for name in ("step", "work", "data", "waiting"):
+                for name in known:
                     values = 1e3 * getattr(pace, name)
                     tag = f"worker_{worker}/{name}_ms"
                     tf.summary.scalar(f"{tag}_median", np.median(values), step=epoch)

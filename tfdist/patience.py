@@ -12,17 +12,19 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from tfdist.board import Board
 from tfdist.environ import limit_of
 from tfdist.errors import START_ME_AGAIN
+from tfdist.watch import here, stacks
 
 STEP_TIMEOUT = "TFDIST_STEP_TIMEOUT"
 """Environment variable: seconds a worker waits for the others, default 1800; 0 for ever."""
 
 _LONG_S = 60.0
 _LOOK_S = 5.0
+_PREPARING = "preparing"
 
 
 class Patience:
@@ -30,6 +32,9 @@ class Patience:
 
     Before, after a quarter of the limit and at most 60 s, it warns of the wait. Each warning
     doubles that time, so that steps which really take long are not warned of each time.
+
+    While this process traces or compiles a step, or its data has not come, it waits for
+    nobody: that time does not count, and the others are told.
 
     Args:
         seconds: The limit of a wait; 0 means none.
@@ -54,6 +59,7 @@ class Patience:
         self._number = number
         self._written = ""
         self._since: float | None = None
+        self._busy = 0.0  # when it was seen last to prepare what it is to wait in
         self._what = ""
         self._long = min(_LONG_S, seconds / 4) if seconds > 0 else _LONG_S
         self._warned: float | None = None
@@ -84,7 +90,7 @@ class Patience:
         Args:
             what: Named in the message.
         """
-        self._what, self._since = what, time.monotonic()
+        self._what, self._since, self._busy = what, time.monotonic(), 0.0
         try:
             yield
         finally:
@@ -95,10 +101,15 @@ class Patience:
         while True:
             time.sleep(look)
             since = self._since
-            self._write("in" if since is not None else "after")
             if since is None:
+                self._write("after")
                 continue
-            waited = time.monotonic() - since
+            if _prepares():
+                self._busy = time.monotonic()
+                self._write(_PREPARING)
+                continue
+            self._write("in")
+            waited = time.monotonic() - max(since, self._busy)
             if 0 < self._seconds < waited:
                 self._give_up()
             if waited > self._long and since != self._warned:
@@ -112,8 +123,10 @@ class Patience:
             self._board.post(f"progress/{self._number}", note)
             self._written = note
 
-    def _others(self) -> str:
-        notes = {} if self._board is None else self._board.read_all("progress")
+    def _notes(self) -> dict[int, str]:
+        return {} if self._board is None else self._board.read_all("progress")
+
+    def _others(self, notes: Mapping[int, str]) -> str:
         absent = self._absent()
         kind = self._worker.split()[0]
         others = "; ".join(f"{kind} {i} is {note}" for i, note in sorted(notes.items()))
@@ -123,9 +136,19 @@ class Patience:
 
     def _warn(self, waited: float) -> None:
         end = f"at {self._seconds:g} s" if self._seconds > 0 else "never"
+        notes = self._notes()
+        others = [note for i, note in notes.items() if i != self._number]
+        # A large model is traced for minutes: that is no reason to worry.
+        prepared = any(note.startswith(_PREPARING) for note in others)
         print(
-            f"tfdist: warning: {self._worker} has waited {waited:.0f} s for {self._what}. "
-            f"{self._others()}The wait is given up {end} ({STEP_TIMEOUT}).",
+            f"tfdist: {'' if prepared else 'warning: '}{self._worker} has waited "
+            f"{waited:.0f} s for {self._what}"
+            + (
+                ", which others still trace or compile, or read data for. "
+                if prepared
+                else ". "
+            )
+            + f"{self._others(notes)}The wait is given up {end} ({STEP_TIMEOUT}).",
             file=sys.stderr,
             flush=True,
         )
@@ -133,7 +156,7 @@ class Patience:
     def _give_up(self) -> None:
         print(
             f"tfdist: {self._worker} waited more than {self._seconds:g} s for {self._what}. "
-            f"{self._others()}"
+            f"{self._others(self._notes())}"
             "Another worker did not come to it: it may have left `fit` early, run another "
             "script, or hang in a callback or in reading data. See its output. If a step "
             f"really takes so long, set {STEP_TIMEOUT} to more seconds.",
@@ -141,3 +164,10 @@ class Patience:
             flush=True,
         )
         os._exit(START_ME_AGAIN)
+
+
+def _prepares() -> bool:
+    """Tells whether this process is not yet where it waits for the others."""
+    with contextlib.suppress(Exception):  # its thread must live
+        return here.waits_for_data or stacks.is_tracing(stacks.main_frame())
+    return False

@@ -60,6 +60,31 @@ def wait_until_up(addresses: Mapping[str, str], seconds: float) -> None:
             time.sleep(_POLL_S)
 
 
+def wait_until_known(names: Sequence[str], seconds: float) -> None:
+    """Returns when a name service knows every name.
+
+    Args:
+        names: Of machines.
+        seconds: The limit.
+
+    Raises:
+        StrategyError: A name is not known in time.
+    """
+    wait = _Wait("this process", seconds)
+    while missing := [
+        f"{name} (its name does not resolve)" for name in names if not _knows(name)
+    ]:
+        wait.look(missing)
+        time.sleep(_POLL_S)
+
+
+def _knows(name: str) -> bool:
+    try:
+        return bool(socket.getaddrinfo(name, None))
+    except OSError:
+        return False
+
+
 def is_up(address: str) -> bool:
     """Tells whether something listens at an address.
 

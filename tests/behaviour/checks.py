@@ -619,7 +619,7 @@ def a_worker_that_holds_the_others_back_is_named(folder: Path) -> None:
     me = place().worker_index
 
     def late(x: Any) -> Any:
-        time.sleep(0.05 * (me == 1))
+        time.sleep(0.12 * (me == 1))
         return x
 
     class Late(keras.callbacks.Callback):
@@ -642,6 +642,7 @@ def a_worker_that_holds_the_others_back_is_named(folder: Path) -> None:
     rows = tf.data.Dataset.from_tensor_slices(table()).batch(64)
     printed = said(rows.map(slow))
     assert ("for its data" in printed) == (me == 0), printed
+    assert "by worker" not in said(*table(), batch_size=64)  # nothing to speak of was lost
     everywhere(None)
     (events,) = folder.glob("board/workers/events*")
     written = {

@@ -63,7 +63,7 @@ def train(
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "faults.json").write_text(json.dumps([asdict(fault) for fault in faults]))
-    command = [sys.executable, "-m", "tfdist.cli", "run", *PLACES[place]]
+    command = [sys.executable, "-m", "tfdist.cli", "run", "--output", "all", *PLACES[place]]
     # A worker of synchronous servers that is lost costs two: its own, and that of all.
     command += ["--max-restarts", str(2 * len(faults) + 1), str(TRAINING), str(folder)]
     try:

@@ -18,6 +18,7 @@ from tfdist.errors import LaunchError
 from tfdist.launch.cause import Failure
 from tfdist.launch.output import Lines, Screen
 from tfdist.launch.plan import Worker
+from tfdist.launch.withheld import Withheld, leader
 from tfdist.note import NOTE_FD, Note, Told, shared_memory
 from tfdist.watch.memory import state_of
 from tfdist.watch.settings import HANG_LIMIT, Settings
@@ -41,6 +42,7 @@ class _Member:
         lines: Lines,
         is_live: bool,
         note: Note,
+        withheld: Withheld | None,
     ) -> None:
         self.position = position
         self.worker = worker
@@ -49,6 +51,7 @@ class _Member:
         self.lines = lines
         self.is_live = is_live
         self.note = note
+        self.withheld = withheld
         self.ended_at: float | None = None
         self.has_group = True
 
@@ -71,15 +74,20 @@ class Crew:
         finished: The tasks that ended well.
     """
 
-    def __init__(self, screen: Screen) -> None:
+    def __init__(self, screen: Screen, shows_all: bool = True) -> None:
         """Starts with no worker.
 
         Args:
             screen: Where their lines go.
+            shows_all: Whether those of all workers do; else the leader's, and of others what
+                tfdist says itself and what one that fails has written.
         """
         self.failures: list[Failure] = []
         self.finished: list[str] = []
         self._screen = screen
+        self._shows_all = shows_all
+        self._leader = 0
+        self._has_said_what_is_shown = False
         self._log_dir: Path | None = None
         self._members: list[_Member] = []
         self._selector = selectors.DefaultSelector()
@@ -122,6 +130,7 @@ class Crew:
             LaunchError: A worker could not be started or a log file not be written.
         """
         self._log_dir = log_dir
+        self._leader = leader(workers)
         for position, worker in enumerate(workers):
             self._members.append(self._started(position, worker))
 
@@ -156,6 +165,26 @@ class Crew:
             line: The line.
         """
         self._screen.show(position, [line])
+
+    def reveal(self, failures: Sequence[Failure], cause: Failure | None = None) -> None:
+        """Shows what failed workers wrote, where it was withheld until now.
+
+        Args:
+            failures: Theirs. Of one that only lost a peer a line says enough.
+            cause: The failure that is shown in any case.
+        """
+        leader = self._members[self._leader].worker
+        seen = {f.last_error for f in self.failures if f.worker == leader} - {""}
+        for failure in failures:
+            (member,) = (m for m in self._members if m.worker == failure.worker)
+            if member.withheld is None:
+                continue
+            lines = member.withheld.release()
+            if failure.last_error in seen:
+                lines = [f"tfdist: it failed as {leader.task} did. {failure.last_error}"]
+            elif failure.blames_peer and failure is not cause:
+                lines = [f"tfdist: it lost another worker. {failure.last_error}"]
+            self._screen.show(member.position, lines)
 
     def _started(self, position: int, worker: Worker, again: bool = False) -> _Member:
         log = None
@@ -201,7 +230,9 @@ class Crew:
         os.set_blocking(reading, False)
         lines = Lines(log, worker.is_quiet)
         note = Note.of(memory)
-        member = _Member(position, worker, process, reading, lines, is_live, note)
+        is_shown = self._shows_all or position == self._leader
+        withheld = None if is_shown else Withheld()
+        member = _Member(position, worker, process, reading, lines, is_live, note, withheld)
         self._selector.register(reading, selectors.EVENT_READ, member)
         return member
 
@@ -337,15 +368,28 @@ class Crew:
             return False
         lines = member.lines.feed(data)
         live = member.lines.unfinished if member.is_live else None
-        self._screen.show(member.position, lines, live)
+        self._screen.show(member.position, self._shown(member, lines), live)
         return True
+
+    def _shown(self, member: _Member, lines: list[str]) -> list[str]:
+        if member.withheld is None:
+            return lines
+        shown = member.withheld.take(lines)
+        if len(shown) < len(lines) and not self._has_said_what_is_shown:
+            self._has_said_what_is_shown = True
+            task = self._members[self._leader].worker.task
+            shown.insert(
+                0,
+                f"tfdist: only what {task} writes is shown, and what others write if they "
+                "fail. --output all shows all.",
+            )
+        return shown
 
     def _drain(self, member: _Member) -> None:
         while self._read(member):
             pass
-        self._screen.show(
-            member.position, member.lines.finish(), "" if member.is_live else None
-        )
+        rest = self._shown(member, member.lines.finish())
+        self._screen.show(member.position, rest, "" if member.is_live else None)
 
 
 def _terminal(screen: Screen) -> tuple[int, int]:

@@ -9,15 +9,15 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from tfdist.cluster import CHIEF, PS, WORKER, Cluster
+from tfdist.cluster import CHIEF, EVALUATOR, PS, WORKER, Cluster
 from tfdist.errors import LaunchError
+from tfdist.launch.given import ONE_PROCESS_STRATEGIES, check_strategy, variables
 from tfdist.launch.horovod import one_host, rank_environments
 from tfdist.launch.hosts import Host, worker_addresses
 from tfdist.launch.resources import gpu_environments, thread_environment, visible_gpus
 
 DEFAULT_PORT = 17380
 _MOST_WORKERS = 65535
-ONE_PROCESS_STRATEGIES = ("single", "mirrored", "tpu")
 STRATEGIES = (
     "auto",
     *ONE_PROCESS_STRATEGIES,
@@ -41,7 +41,8 @@ class Worker:
         environment: All of its environment variables.
         is_quiet: Whether TensorFlow's notes about its own start are left out of what is
             shown; a log file has them all the same.
-        job: `worker`, or in a run with parameter servers `chief`, `worker` or `ps`.
+        job: `worker`, in a run with parameter servers `chief`, `worker` or `ps`, and in a
+            cluster that was there before also `evaluator`.
         serves: Whether it only does what the chief asks for: it ends with the chief.
     """
 
@@ -103,6 +104,8 @@ def plan_workers(
 ) -> tuple[Worker, ...]:
     """Decides which workers this machine starts, and each one's environment.
 
+    One process in an environment that describes a cluster takes its place there.
+
     Args:
         command: The program each worker runs, and its arguments.
         workers: How many workers in all; the sum of the hosts' slots unless given, else 1.
@@ -123,14 +126,19 @@ def plan_workers(
             a worker needs is in use.
     """
     total, first, local = _extent(workers, hosts, node_rank)
-    _check_strategy(strategy, total, servers)
-    if not hosts and (total > 1 or servers):
-        _check_alone(total, environ)
+    given = Cluster() if hosts else Cluster.from_environment(environ)
+    _check_strategy(strategy, total, servers, given)
+    if total > 1 or servers:
+        _check_alone(total, given)
     gpus = visible_gpus(environ) if local > 1 else ()
     gpu_shares = gpu_environments(gpus, local)
     places: Sequence[Mapping[str, str]]
     beside: list[Cluster] = []
-    if servers:
+    is_joined = not servers and total == 1 and (given.num_workers > 1 or given.job != WORKER)
+    if is_joined:
+        check_strategy(given, strategy)
+        places = [variables(given, strategy)]
+    elif servers:
         everyone = server_clusters(hosts, total, servers, port)
         workers_of_all = [c for c in everyone if c.job == WORKER]
         beside = [
@@ -160,7 +168,7 @@ def plan_workers(
         **thread_environment(local, environ),
         "PYTHONUNBUFFERED": "1",
     }
-    if strategy is not None:
+    if strategy is not None and not is_joined:
         shared["TFDIST_STRATEGY"] = strategy
     if drop_in:
         shared["TFDIST_DROP_IN"] = "1"
@@ -182,8 +190,11 @@ def plan_workers(
             "TFDIST_LOCAL_RANK": str(local_rank),
             "TFDIST_LOCAL_SIZE": str(local),
         }
+        job = WORKER
+        if is_joined:
+            index, job = _label(given)
         planned.append(
-            Worker(index, tuple(command), environment, is_quiet, serves=bool(servers))
+            Worker(index, tuple(command), environment, is_quiet, job, serves=bool(servers))
         )
     return tuple(planned)
 
@@ -287,13 +298,21 @@ def _countable(workers: int) -> int:
     return workers
 
 
-def _check_strategy(strategy: str | None, total: int, servers: int) -> None:
+def _label(given: Cluster) -> tuple[int, str]:
+    """Gives the number and the job under which a process of a cluster is shown."""
+    if given.job in (CHIEF, WORKER) and not given.has_parameter_servers:
+        return given.worker_index, WORKER
+    return given.index, given.job
+
+
+def _check_strategy(strategy: str | None, total: int, servers: int, given: Cluster) -> None:
     if strategy is not None and strategy not in STRATEGIES:
         raise LaunchError(
             f"`--strategy` must be one of {', '.join(STRATEGIES)}. "
             f"Received: --strategy={strategy}. Choose one of these."
         )
-    if servers < 0 or (strategy == "parameter_server" and not servers):
+    has_servers = servers or given.has_parameter_servers or given.job == EVALUATOR
+    if servers < 0 or (strategy == "parameter_server" and not has_servers):
         raise LaunchError(
             "The number of parameter servers must be 1 or more. Received: "
             f"--ps={servers} with --strategy={strategy}. Add --ps 1, or more."
@@ -311,9 +330,8 @@ def _check_strategy(strategy: str | None, total: int, servers: int) -> None:
         )
 
 
-def _check_alone(total: int, environ: Mapping[str, str]) -> None:
-    given = Cluster.from_environment(environ)
-    if given.num_workers > 1:
+def _check_alone(total: int, given: Cluster) -> None:
+    if given.num_workers > 1 or given.job != WORKER:
         raise LaunchError(
             "Several workers can be started only where no cluster is described yet. "
             f"Received: -n {total}, where {given.source} already makes this process "

@@ -65,6 +65,7 @@ def run_workers(
     slots: Slots | None = None,
     plan: Callable[[Sequence[int]], Sequence[Worker]] | None = None,
     meeting: Callable[[Worker], AbstractContextManager[Any]] = nullcontext,
+    shows_all: bool = True,
 ) -> Outcome:
     """Runs the workers of this machine until all have ended, or the first has failed.
 
@@ -85,6 +86,9 @@ def run_workers(
         slots: Chooses the workers of each start after the first, in place of `workers`.
         meeting: Makes a context around each start of all workers: where they meet. It is given
             the first of them.
+        shows_all: Whether the lines of all workers are shown; else the chief's, or those of
+            the first worker of this machine, and of others what tfdist says itself and what
+            one that fails has written.
 
     Returns:
         How the run ended.
@@ -97,7 +101,7 @@ def run_workers(
     restarts = restarts or Restarts()
     with _signals() as received:
         while True:
-            crew = Crew(screen)
+            crew = Crew(screen, shows_all)
             try:
                 if link is not None:
                     ended = _run_with_others(
@@ -165,11 +169,24 @@ def _watch(crew: Crew, received: list[int], restarts: Restarts, grace: float) ->
     if received:
         return _interrupted(crew, received, grace)
     failures, finished = tuple(crew.failures), tuple(crew.finished)
-    crew.end(_AFTER_FAILURE, received)
     if not failures:
+        crew.end(_AFTER_FAILURE, received)
         return Outcome(0, finished=finished)
     failure = root_cause(failures)
+    _end_after(crew, failures, failure, received)
     return Outcome(failure.status, failure, finished)
+
+
+def _end_after(
+    crew: Crew, failures: Sequence[Failure], cause: Failure, received: list[int]
+) -> None:
+    """Ends the workers that are left after failures, and shows what failed ones wrote."""
+    crew.reveal(failures, cause)
+    crew.end(_AFTER_FAILURE, received)
+    # One may have failed by itself meanwhile, before the signal came to it.
+    ours = {-number for number, _ in _AFTER_FAILURE}
+    late = [f for f in crew.failures if f not in failures and f.returncode not in ours]
+    crew.reveal([f for f in late if not f.blames_peer])
 
 
 def _pump(crew: Crew, of_all: Restarts, of_one: Restarts, has_gone_on: bool) -> bool:
@@ -182,6 +199,7 @@ def _pump(crew: Crew, of_all: Restarts, of_one: Restarts, has_gone_on: bool) -> 
     for failure in tuple(crew.failures):
         cause = Cause.of(failure)
         if failure.worker.is_replaceable and of_one.allows(cause):
+            crew.reveal([failure], failure)
             line = of_one.note(cause, "It is started again")
             crew.say(crew.start_again(failure), line)
     return has_gone_on
@@ -230,7 +248,10 @@ def _run_with_others(
             return outcome
         assert news is not None
         finished = tuple(crew.finished)
-        crew.end(_AFTER_FAILURE, received)
+        if failure is None:
+            crew.end(_AFTER_FAILURE, received)
+        else:
+            _end_after(crew, tuple(crew.failures), failure, received)
     if news.cause is None:
         return Outcome(0, finished=finished)
     if news.again:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+from tfdist.cluster import Cluster
 from tfdist.errors import LaunchError
+from tfdist.launch.given import hosts_of
 from tfdist.launch.horovod import rendezvous
 from tfdist.launch.hosts import Host
 from tfdist.launch.plan import Worker, plan_workers
@@ -69,9 +72,11 @@ class Roster:
         Args:
             first: The first of them.
         """
-        if "HOROVOD_RANK" not in first.environment:
-            return nullcontext()
-        return rendezvous(first.environment, self._there)
+        if "HOROVOD_RANK" not in first.environment or "HOROVOD_RANK" in os.environ:
+            return nullcontext()  # no ranks, or ranks of horovodrun, which has its own
+        cluster = Cluster.from_environment()
+        joined = hosts_of(cluster) if len(cluster.workers) > 1 and not self._there else ()
+        return rendezvous(first.environment, self._there or joined)
 
     def _check(self, elastic: tuple[int, int], workers: int | None) -> None:
         if self._options.get("servers") or workers is not None:

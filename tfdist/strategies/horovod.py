@@ -358,8 +358,10 @@ def _started(cluster: Cluster, groups: Sequence[Sequence[int]]) -> tuple[Any, An
         )
     gpus = tf.config.list_physical_devices("GPU")
     if len(gpus) > 1:
-        # `tfdist run` has shared the GPUs out already; horovodrun shows all to each rank.
-        local = 0 if "TFDIST_LOCAL_RANK" in os.environ else hvd.local_rank() % len(gpus)
+        # A `tfdist run` that started all ranks of this machine has shared the GPUs out;
+        # otherwise each rank may see all of them.
+        is_shared = os.environ.get("TFDIST_LOCAL_SIZE") == str(hvd.local_size())
+        local = 0 if is_shared else hvd.local_rank() % len(gpus)
         try:
             tf.config.set_visible_devices(gpus[local], "GPU")
         except RuntimeError as error:

@@ -230,14 +230,28 @@ def require_unused_tensorflow(cluster: Cluster) -> None:
     Raises:
         StrategyError: It is too late.
     """
-    if _context.context()._initialized:
-        raise StrategyError(
-            "In a process of a cluster tfdist must connect to the others before TensorFlow "
-            "does anything else (building a model is something). "
-            f"Received: a cluster of {cluster.num_workers} workers from {cluster.source}, "
-            "with TensorFlow in use already. Call tfdist.init() right after the imports, "
-            "or start the script with `tfdist run`, which does that."
+    if not _context.context()._initialized:
+        return
+    if tf.distribute.has_strategy():
+        found = f"in the scope of a {type(tf.distribute.get_strategy()).__name__} that was made"
+        remedy = (
+            "With spark-tensorflow-distributor, make the MirroredStrategyRunner with "
+            "use_custom_strategy=True, and let the function begin with tfdist.init(). "
+            "Elsewhere call tfdist.init() before that strategy is made, or use it: "
+            "tfdist.init(strategy=tf.distribute.get_strategy())."
         )
+    else:
+        found = "with TensorFlow in use"
+        remedy = (
+            "Call tfdist.init() right after the imports (in a function that a scheduler runs, "
+            "as its first line), or start the script with `tfdist run`, which does that."
+        )
+    raise StrategyError(
+        "In a process of a cluster tfdist must connect to the others before TensorFlow "
+        "does anything else (building a model is something). "
+        f"Received: a cluster of {cluster.num_workers} workers from {cluster.source}, "
+        f"{found} already. {remedy}"
+    )
 
 
 def adopt(strategy: Any) -> TFDistribute:

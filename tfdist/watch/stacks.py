@@ -16,6 +16,7 @@ _LIBRARIES = tuple(
     os.path.realpath(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")
 )
 _DEBUGGERS = ("bdb", "pdb", "ipdb", "pydevd", "pydevd_frame", "_pydevd_bundle", "debugpy")
+_TRACERS = ("trace_function", "_maybe_define_function", "_create_concrete_function")
 _MOST = 8
 
 
@@ -90,6 +91,18 @@ def is_exchanging(frame: FrameType | None) -> bool:
     return any(
         f.f_code.co_name in ("gather_objects", "agree")
         and f.f_code.co_filename.startswith(folder)
+        for f in _outwards(frame)
+    )
+
+
+def is_tracing(frame: FrameType | None) -> bool:
+    """Tells whether TensorFlow makes a graph of a Python function.
+
+    Args:
+        frame: The innermost of the thread.
+    """
+    return any(
+        f.f_code.co_name in _TRACERS and f.f_code.co_filename.endswith("tracing_compilation.py")
         for f in _outwards(frame)
     )
 

@@ -12,8 +12,10 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from tfdist import kept_config
 from tfdist.board import Board
 from tfdist.errors import HUNG, HungError, PeerError
+from tfdist.evaluator import leave_training
 from tfdist.watch import diagnosis
 from tfdist.watch.diagnosis import Lost
 from tfdist.watch.notes import ENDED, Note
@@ -348,12 +350,16 @@ def calling(name: str, strategy: Any) -> Iterator[None]:
 
     Raises:
         HungError: A worker did not answer any more.
+        SystemExit: An evaluator has come to `fit`.
     """
     global _watcher
+    if name == "fit":
+        leave_training()
     configure()
     assert _settings is not None
     place = strategy.place
     several = place.num_workers > 1
+    kept_config.restore(alone=not several)
     if _watcher is None and _settings.limit:
         _watcher = Watcher(_settings)
     if _watcher is not None:
