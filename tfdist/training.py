@@ -80,7 +80,7 @@ def fit(
 
     Args:
         model: A compiled `keras.Model`, or a function without arguments that returns one.
-        x: Arrays of shape [examples, ...] (NumPy, TensorFlow, pandas), nested in dicts,
+        x: Arrays of shape [examples, ...] (NumPy, TensorFlow, pandas, SciPy), nested in dicts,
             lists or tuples; or a `tf.data.Dataset`, a `keras.utils.PyDataset` or a generator
             of global batches `(x, y)` or `(x, y, sample_weight)`, the same on every worker;
             or a `tfdist.ByClass`, of which `sampler` draws examples.

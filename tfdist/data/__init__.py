@@ -9,6 +9,7 @@ from tfdist.data.arrays import is_arrays, split
 from tfdist.data.augment import Augment
 from tfdist.data.by_class import ByClass
 from tfdist.data.epochs import DataPosition
+from tfdist.data.leaves import is_composite
 from tfdist.data.local import LocalShard, local_shard
 from tfdist.data.roads import Settings, read
 from tfdist.data.source import Share, Source, bounds, no_groups
@@ -26,6 +27,7 @@ __all__ = [
     "Stream",
     "bounds",
     "is_arrays",
+    "is_composite",
     "local_shard",
     "no_groups",
     "read",

@@ -12,12 +12,12 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from tfdist.data import leaves
 from tfdist.data.epochs import START, DataPosition
 from tfdist.data.source import (
     FOREVER,
     Share,
     Source,
-    batch_spec,
     bounds,
     bounds_of_groups,
     dealt,
@@ -125,8 +125,9 @@ class Arrays(Source):
 
     @property
     def columns(self) -> Any:
-        """The arrays."""
-        return self.data
+        """The arrays, or None where rows of some cannot be gathered by `tf.gather`."""
+        dense = all(leaves.is_dense(column) for column in tf.nest.flatten(self.data))
+        return self.data if dense else None
 
     def row_numbers(self, position: DataPosition) -> Iterator[Rows]:
         """Gives global batches as row numbers, without end."""
@@ -134,7 +135,7 @@ class Arrays(Source):
             yield from self._sampled(first)
 
     def _gather(self, rows: Tensor) -> Any:
-        return tf.nest.map_structure(lambda column: tf.gather(column, rows), self.data)
+        return tf.nest.map_structure(lambda column: leaves.gather(column, rows), self.data)
 
     def _row_numbers(self, position: DataPosition) -> Any:
         """Builds a dataset of row numbers, padded at the end, and facts, both of `_drawn`.
@@ -188,16 +189,17 @@ class Arrays(Source):
 
     def spec(self) -> Any:
         """Gives the shapes and dtypes of a batch."""
-        return tf.nest.map_structure(batch_spec, self.data)
+        return tf.nest.map_structure(leaves.spec, self.data)
 
     def fingerprint(self) -> str:
         """Sums up number, shape and some rows of the arrays, and a step of the sampler."""
         rows = np.unique(np.linspace(0, self.num_rows - 1, 64).astype(np.int64))
         digest = hashlib.sha256()
         for column in tf.nest.flatten(self.data):
-            values = tf.gather(column, rows).numpy()
-            text = values.dtype == object  # of which tobytes() would give addresses
-            digest.update(repr(values.tolist()).encode() if text else values.tobytes())
+            for part in leaves.components(leaves.gather(column, rows)):
+                values = part.numpy()
+                text = values.dtype == object  # of which tobytes() would give addresses
+                digest.update(repr(values.tolist()).encode() if text else values.tobytes())
         digest.update(self.first_rows())
         return f"{self.num_rows} rows of {super().fingerprint()}, {digest.hexdigest()[:12]}"
 
@@ -206,11 +208,13 @@ def to_tensors(structure: Any, name: str) -> Any:
     """Converts a nested structure of arrays to tensors on the host, floats to `floatx()`.
 
     Args:
-        structure: Nested dicts, lists and tuples of NumPy arrays, tensors or pandas frames.
+        structure: Nested dicts, lists and tuples of NumPy arrays, tensors, pandas frames or
+            sparse matrices of SciPy.
         name: The argument's name, for messages.
 
     Returns:
-        The structure, lists as tuples, with `tf.Tensor` leaves.
+        The structure, lists as tuples, with leaves that are `tf.Tensor`, `tf.RaggedTensor`
+        or `SparseRows`.
 
     Raises:
         ArgumentError: A leaf is not an array, or has no rows dimension.
@@ -223,6 +227,10 @@ def to_tensors(structure: Any, name: str) -> Any:
     if type(array).__module__.startswith("pandas.") and hasattr(array, "to_numpy"):
         array = array.to_numpy()
         array = array[:, None] if array.ndim == 1 else array  # as Keras reads a Series
+    if leaves.is_composite(array):
+        with tf.device("CPU:0"):
+            made = leaves.composite(array)
+            return leaves.SparseRows(made) if isinstance(made, tf.SparseTensor) else made
     if not is_array(array):
         raise ArgumentError(
             f"`{name}` must be an array, or a dict, list or tuple of arrays. "
@@ -245,7 +253,9 @@ def is_array(value: Any) -> bool:
     Args:
         value: Anything.
     """
-    return tf.is_tensor(value) or (hasattr(value, "__array__") and hasattr(value, "shape"))
+    if tf.is_tensor(value) or leaves.is_composite(value):
+        return True
+    return hasattr(value, "__array__") and hasattr(value, "shape")
 
 
 def is_arrays(structure: Any) -> bool:
@@ -350,10 +360,13 @@ def split(
             f"Received: validation_split={fraction} with {rows} examples."
         )
 
-    def part(rows: slice) -> Any:
+    def part(begin: int, end: int) -> Any:
+        numbers = tf.range(begin, end, dtype=tf.int64)
         return tuple(
-            c if c is None else tf.nest.map_structure(lambda leaf: leaf[rows], c)
+            c
+            if c is None
+            else tf.nest.map_structure(lambda leaf: leaves.gather(leaf, numbers), c)
             for c in columns
         )
 
-    return part(slice(0, at)), part(slice(at, rows))
+    return part(0, at), part(at, rows)

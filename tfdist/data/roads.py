@@ -265,7 +265,7 @@ def _read_local(
     labels = None
     if settings.training and not settings.private:
         labels = getattr(settings.sampler, "labels", None)
-        if labels is None and y is not None and tf.is_tensor(data[1]):
+        if labels is None and y is not None and isinstance(data[1], tf.Tensor):
             labels = data[1].numpy()
     holdings, order = exchange(strategy, held, labels)
     num_rows, labels = sum(holdings.rows), holdings.labels()

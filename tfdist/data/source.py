@@ -236,15 +236,6 @@ def untuned(dataset: Any) -> Any:
     return dataset.with_options(options)
 
 
-def batch_spec(leaf: Any) -> Any:
-    """Describes a batch by an array: any number of rows of its shape and dtype.
-
-    Args:
-        leaf: An array or tensor of shape [rows, ...].
-    """
-    return tf.TensorSpec((None, *leaf.shape[1:]), leaf.dtype)
-
-
 def shortened(value: Any) -> str:
     """Gives a value's repr for a message, cut to a line.
 
