@@ -18,16 +18,18 @@ from tfdist.data.source import (
     FOREVER,
     Share,
     Source,
+    as_text,
     bounds,
     bounds_of_groups,
     dealt,
     no_groups,
+    share_of,
     shortened,
     unconverted,
     untuned,
 )
 from tfdist.errors import ArgumentError
-from tfdist.samplers import Sampler
+from tfdist.samplers import Sampler, Sequential, Uniform
 from tfdist.samplers.permutation import Rows
 from tfdist.strategies.base import Place
 
@@ -98,7 +100,8 @@ class Arrays(Source):
     def _share(self, place: Place, rows: Tensor, facts: Tensor, replica: Tensor) -> Share:
         """Gathers a replica's part of a batch from what `_drawn` gave."""
         if place.num_replicas == 1 and not self.may_be_empty:
-            return Share(self._gather(tf.slice(rows, tf.constant([0], tf.int64), facts)))
+            all_rows = tf.slice(rows, tf.constant([0], tf.int64), facts)
+            return Share(self._gather(leaves.sized(all_rows, self._full_batch)))
         total = facts[0]
         if self._group_of is None:
             begin, end = bounds(total, replica, place)
@@ -107,7 +110,15 @@ class Arrays(Source):
             begin, end = bounds_of_groups(groups, replica, place)
         padded = tf.maximum(tf.minimum(begin, total - 1), 0)
         mine = rows[padded : tf.maximum(end, padded + 1)]
+        if self._group_of is None:
+            mine = leaves.sized(mine, share_of(self._full_batch, place))
         return self._dealt(mine, end - begin, total, begin)
+
+    @property
+    def _full_batch(self) -> int | None:
+        """Rows of every global batch, where all have equally many: some layers must know."""
+        in_turn = isinstance(self.sampler, Sequential | Uniform) and self.copies == 1
+        return self.batch_size if in_turn and self.num_rows % self.batch_size == 0 else None
 
     def _dealt(self, rows: Tensor, count: Tensor, total: Tensor, offset: Tensor) -> Share:
         """Gathers the rows of a share, each as often as it is to come."""
@@ -189,7 +200,12 @@ class Arrays(Source):
 
     def spec(self) -> Any:
         """Gives the shapes and dtypes of a batch."""
-        return tf.nest.map_structure(leaves.spec, self.data)
+        rows = self._full_batch
+        return tf.nest.map_structure(lambda column: leaves.spec(column, rows), self.data)
+
+    def spec_text(self) -> str:
+        """Writes down what of a batch does not depend on its size."""
+        return as_text(tf.nest.map_structure(leaves.spec, self.data))
 
     def fingerprint(self) -> str:
         """Sums up number, shape and some rows of the arrays, and a step of the sampler."""

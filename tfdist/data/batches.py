@@ -21,6 +21,7 @@ from tfdist.data.source import (
     dealt,
     mapped,
     no_groups,
+    share_of,
     unconverted,
     untuned,
 )
@@ -75,7 +76,13 @@ class Batches(Source):
             begin, end = bounds(total, replica, place)
             padded = tf.minimum(begin, total - 1)
             stop = tf.maximum(end, padded + 1)
-            data = tf.nest.map_structure(lambda leaf: leaves.cut(leaf, padded, stop), batch)
+
+            def part(leaf: Tensor) -> Tensor:
+                return leaves.sized(
+                    leaves.cut(leaf, padded, stop), share_of(leaf.shape[0], place)
+                )
+
+            data = tf.nest.map_structure(part, batch)
             check = _check(batch) if place.num_workers > 1 else tf.zeros([4])
             return Share(data, end - begin, total, begin, check, no_groups())
 

@@ -136,6 +136,18 @@ def _sized(count: Tensor, like: Any) -> Tensor:
     return tf.concat([count[None], rest], 0)
 
 
+def sized(leaf: Tensor, count: int | None) -> Tensor:
+    """Says how many rows a dense leaf has, where that is known before it is drawn.
+
+    Args:
+        leaf: Of a batch; sparse and ragged ones stay as they are.
+        count: Its rows, or None.
+    """
+    if count is None or not is_dense(leaf):
+        return leaf
+    return tf.ensure_shape(leaf, tf.TensorShape([count]).concatenate(leaf.shape[1:]))
+
+
 def blank(column: Any) -> Any:
     """Gives one row that counts nothing.
 
@@ -161,13 +173,14 @@ def components(structure: Any) -> list[Tensor]:
     return made
 
 
-def spec(leaf: Any) -> Any:
-    """Describes batches that a leaf's rows make up: any number of rows.
+def spec(leaf: Any, count: int | None = None) -> Any:
+    """Describes batches that a leaf's rows make up.
 
     Args:
         leaf: A tensor or array of shape [rows, ...], or `SparseRows`.
+        count: Rows of a batch, or None for any number.
     """
-    shape = (None, *leaf.shape[1:])
+    shape = (count, *leaf.shape[1:])
     if isinstance(leaf, SparseRows | tf.SparseTensor):
         return tf.SparseTensorSpec(shape, leaf.dtype)
     if isinstance(leaf, tf.RaggedTensor):

@@ -152,6 +152,10 @@ class LocalArrays(Arrays):
         return max(1, self.holdings.rows[self.worker])
 
     @property
+    def _full_batch(self) -> None:
+        """None: shares of a batch have as many rows as are held where."""
+
+    @property
     def columns(self) -> Any:
         """None: only this worker has its rows."""
         return None
