@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 from typing import Any
 
@@ -96,6 +97,45 @@ def check_call(strategy: Strategy, name: str) -> None:
             "Look for `if tfdist.is_chief():` and other conditions around `fit`, `evaluate` "
             "and `predict`."
         )
+
+
+def check_batched(model: Any, x: Any, batch: Any) -> None:
+    """Refuses a `tf.data.Dataset` of examples where a model takes batches of them.
+
+    Only where Keras could not train either: a model without methods of its own has inputs of
+    one dimension more than `x`, or all that is yielded are scalars.
+
+    Args:
+        model: A `keras.Model`.
+        x: What `fit`, `evaluate` or `predict` was given.
+        batch: What the source says of a batch.
+
+    Raises:
+        ArgumentError: It is such.
+    """
+    is_plain = type(model).__module__.partition(".")[0] == "keras"
+    if not isinstance(x, tf.data.Dataset) or not is_plain:
+        return
+    inputs: list[Any] = []
+    with contextlib.suppress(AttributeError, ValueError):  # of models that have not run yet
+        inputs = tf.nest.flatten(model.inputs)
+    parts = tf.nest.flatten(batch)
+    ranks = [part.shape.rank for part in tf.nest.flatten(_x_of(batch))]
+    if None in ranks:
+        return
+    # Keras adds a last dimension of 1 itself.
+    misses = inputs and all(tensor.shape[-1:] != (1,) for tensor in inputs)
+    too_low = misses and sorted(ranks) == sorted(len(t.shape) - 1 for t in inputs)
+    if too_low or all(part.shape.rank == 0 for part in parts):
+        shapes = ", ".join(str(tuple(part.shape)) for part in parts)
+        raise ArgumentError(
+            "A tf.data.Dataset must yield batches, whose first dimension is of examples. "
+            f"Received: one of elements with shapes {shapes}. Call .batch(batch_size) on it."
+        )
+
+
+def _x_of(batch: Any) -> Any:
+    return keras.utils.unpack_x_y_sample_weight(batch)[0]
 
 
 def check_agreement(

@@ -207,6 +207,9 @@ def fit(
             "`x` must be data that can be drawn again in an elastic run. Received: a "
             "generator. Pass arrays, a tf.data.Dataset or a keras.utils.PyDataset."
         )
+    preflight.check_batched(model, x, source.spec())
+    if validation is not None:
+        preflight.check_batched(model, _first(validation_data), validation.spec())
     _keras.build(model, source.spec())
     if private is not None:
         private.plan(source, epochs - initial_epoch)
@@ -384,6 +387,7 @@ def evaluate(
         shard=data.local_shard(shard, session.strategy),
         strategy=session.strategy,
     )
+    preflight.check_batched(model, x, source.spec())
     _keras.build(model, source.spec())
     prepared = _agreed(session, model, source, batch_size=batch_size)
     with prepared.running(source):
@@ -436,6 +440,7 @@ def predict(
     preflight.check_steps(steps=steps)
     model = model if isinstance(model, keras.Model) else model()
     source = _read_in_order(x, None, None, batch_size=batch_size, steps=steps)
+    preflight.check_batched(model, x, source.spec())
     _keras.build_layers(model, source.spec())
     prepared = _agreed(session, model, source, batch_size=batch_size)
     with prepared.running(source):

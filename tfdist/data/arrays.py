@@ -6,6 +6,7 @@ import hashlib
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from numbers import Number
 from typing import Any, ClassVar
 
 import keras
@@ -235,6 +236,12 @@ def to_tensors(structure: Any, name: str) -> Any:
     Raises:
         ArgumentError: A leaf is not an array, or has no rows dimension.
     """
+    if is_values(structure):
+        raise ArgumentError(
+            f"`{name}` must be an array, or a dict, list or tuple of arrays. "
+            f"Received: {name}={shortened(structure)}, a {type(structure).__name__} of "
+            f"{kind_of_values(structure)}. Pass np.array({name})."
+        )
     if isinstance(structure, dict):
         return {key: to_tensors(value, f"{name}[{key!r}]") for key, value in structure.items()}
     if isinstance(structure, list | tuple):
@@ -272,6 +279,28 @@ def is_array(value: Any) -> bool:
     if tf.is_tensor(value) or leaves.is_composite(value):
         return True
     return hasattr(value, "__array__") and hasattr(value, "shape")
+
+
+def is_values(structure: Any) -> bool:
+    """Tells lists of numbers or texts, however nested, which Keras takes for several inputs.
+
+    Args:
+        structure: Anything.
+    """
+    if not isinstance(structure, list | tuple):
+        return False
+    leaves = tf.nest.flatten(structure)
+    return bool(leaves) and all(isinstance(leaf, str | bytes | Number) for leaf in leaves)
+
+
+def kind_of_values(structure: Any) -> str:
+    """Names what is in a list.
+
+    Args:
+        structure: For which `is_values` holds.
+    """
+    is_number = all(isinstance(leaf, Number) for leaf in tf.nest.flatten(structure))
+    return "numbers" if is_number else "texts"
 
 
 def is_arrays(structure: Any) -> bool:
