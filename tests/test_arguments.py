@@ -93,6 +93,22 @@ def test_what_holds_no_rows_is_named(x: Any, message: str, model: Any) -> None:
         assert message in str(caught.value)
 
 
+def test_a_refusal_shows_the_users_lines_alone(model: Any) -> None:
+    def of_the_user(example: Any) -> Any:
+        return tfdist.predict(model, example)
+
+    class Callback(keras.callbacks.Callback):
+        def on_train_begin(self, logs: Any = None) -> None:
+            of_the_user("nothing")
+
+    with pytest.raises(ArgumentError) as caught:
+        tfdist.fit(model, X, Y, callbacks=[Callback()], verbose=0)
+    own = [entry.name for entry in caught.traceback if str(entry.path) == __file__]
+    assert own[1:] == ["on_train_begin", "of_the_user"]
+    ours = str(Path(tfdist.__file__).parent)
+    assert sum(str(entry.path).startswith(ours) for entry in caught.traceback) <= 2
+
+
 def test_a_list_of_targets_is_named(model: Any) -> None:
     with pytest.raises(ArgumentError, match=r"a list of numbers. Pass np.array\(y\)"):
         tfdist.fit(model, X, [0] * len(X))
@@ -105,7 +121,7 @@ def test_what_an_own_method_may_use_need_not_look_like_batches() -> None:
     numbers = tf.data.Dataset.range(5)
     layers = [keras.Input((20,)), keras.layers.Dense(1)]
     preflight.check_batched(Own(layers), numbers, numbers.element_spec)
-    with pytest.raises(ArgumentError, match="Call .batch"):
+    with pytest.raises(ArgumentError, match=r"Call \.batch\("):
         preflight.check_batched(keras.Sequential(layers), numbers, numbers.element_spec)
     columns = tf.data.Dataset.from_tensors(X[:, 0])  # to which Keras adds a dimension
     model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])

@@ -165,18 +165,19 @@ def check_agreement(
     for name in dict.fromkeys(key for facts in everyone for key in facts):
         values = [facts.get(name) for facts in everyone]
         if any(value != values[0] for value in values):
-            _raise_disagreement(name, values)
+            seen = data.difference(source, session.strategy) if name == "data" else None
+            _raise_disagreement(name, values, seen)
 
 
-def _raise_disagreement(name: str, values: list[Any]) -> None:
+def _raise_disagreement(name: str, values: list[Any], seen: str | None) -> None:
     if isinstance(values[0], list):  # of a model's variables, only what differs
         common = set.intersection(*(set(value or []) for value in values))
         values = [[line for line in value or [] if line not in common] for value in values]
     listed = "; ".join(f"worker {i}: {value}" for i, value in enumerate(values))
     remedy = {
-        "data": "Give every worker the same data in the same order.",
+        "data": "Give every worker the same data in the same order; seed what draws it.",
         "versions": "Install the same versions on every host.",
     }.get(name, "Start the same script with the same arguments on every worker.")
     raise DisagreementError(
-        f"All workers must be given the same {name}. Received: {listed}. {remedy}"
+        f"All workers must be given the same {name}. Received: {seen or listed}. {remedy}"
     )

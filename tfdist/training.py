@@ -13,7 +13,7 @@ import keras
 from tfdist import _keras, data, elastic, preflight, watch
 from tfdist import callbacks as tfdist_callbacks
 from tfdist.checkpoint import Checkpoint, CheckpointRun
-from tfdist.errors import ArgumentError
+from tfdist.errors import ArgumentError, DisagreementError, outside
 from tfdist.prepared import Prepared, prepare
 from tfdist.privacy.settings import DPSGD
 from tfdist.private import PrivateRun
@@ -35,7 +35,11 @@ def _watched(function: Callable[P, Any]) -> Callable[P, Any]:
             if not used.elastic:  # whoever joins later has missed the call
                 preflight.check_call(used, function.__name__)
                 watch.meet()
-            return function(*args, **kwargs)
+            try:
+                return function(*args, **kwargs)
+            except (ArgumentError, DisagreementError) as error:
+                # They are about the caller's arguments: tfdist's lines say nothing of them.
+                raise error.with_traceback(outside(error)) from error.__cause__
 
     return watched
 

@@ -8,6 +8,7 @@ global batch of n, and a share without rows carries one row that counts nothing.
 from tfdist.data.arrays import is_arrays, split
 from tfdist.data.augment import Augment
 from tfdist.data.by_class import ByClass
+from tfdist.data.differences import difference
 from tfdist.data.epochs import DataPosition
 from tfdist.data.leaves import is_composite
 from tfdist.data.local import LocalShard, local_shard
@@ -26,6 +27,7 @@ __all__ = [
     "Source",
     "Stream",
     "bounds",
+    "difference",
     "is_arrays",
     "is_composite",
     "local_shard",

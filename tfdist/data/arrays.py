@@ -136,6 +136,11 @@ class Arrays(Source):
         return Share(self._gather(rows), count, total, offset, tf.zeros([4]), groups)
 
     @property
+    def held(self) -> Any:
+        """The arrays."""
+        return self.data
+
+    @property
     def columns(self) -> Any:
         """The arrays, or None where rows of some cannot be gathered by `tf.gather`."""
         dense = all(leaves.is_dense(column) for column in tf.nest.flatten(self.data))
@@ -213,10 +218,7 @@ class Arrays(Source):
         rows = np.unique(np.linspace(0, self.num_rows - 1, 64).astype(np.int64))
         digest = hashlib.sha256()
         for column in tf.nest.flatten(self.data):
-            for part in leaves.components(leaves.gather(column, rows)):
-                values = part.numpy()
-                text = values.dtype == object  # of which tobytes() would give addresses
-                digest.update(repr(values.tolist()).encode() if text else values.tobytes())
+            digest.update(leaves.content(leaves.gather(column, rows)))
         digest.update(self.first_rows())
         return f"{self.num_rows} rows of {super().fingerprint()}, {digest.hexdigest()[:12]}"
 

@@ -188,6 +188,12 @@ class Augmented(Source):
         return f"{self.source.fingerprint()}, augmented by {digest} ({chosen})"
 
     @property
+    def held(self) -> Any:
+        """The source's examples."""
+        held = self.source.held
+        return None if held is None else self._parts(held)[0]
+
+    @property
     def drawn_from(self) -> Source:
         """The source that is augmented."""
         return self.source.drawn_from

@@ -156,6 +156,11 @@ class LocalArrays(Arrays):
         """None: shares of a batch have as many rows as are held where."""
 
     @property
+    def held(self) -> Any:
+        """None: each worker has its own."""
+        return None
+
+    @property
     def columns(self) -> Any:
         """None: only this worker has its rows."""
         return None

@@ -154,6 +154,11 @@ class Source(abc.ABC):
         """Tensors of which any rows can be gathered, in the structure of a batch, or None."""
         return None
 
+    @property
+    def held(self) -> Any:
+        """What every worker has of the data, in the structure of a batch, or None."""
+        return None
+
     def row_numbers(self, position: DataPosition) -> Iterator[Rows]:
         """Gives the global batches as numbers of rows in `columns`.
 
