@@ -245,7 +245,7 @@ def fit(
             verbose,
             source,
             None if private is None else private.notice(),
-            None if saver is None else saver.notice(),
+            None if saver is None else saver.notice(epochs),
         )
         shown = verbose if session.is_chief else 0
         kept = tfdist_callbacks.prepare(
