@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -11,6 +12,7 @@ import tensorflow as tf
 
 import tfdist
 from tests.equivalence.cases import clipped_sgd, mlp, table
+from tfdist import preflight
 from tfdist.errors import ArgumentError
 
 pytestmark = pytest.mark.quick
@@ -64,6 +66,66 @@ def test_a_batch_size_beside_batches_is_ignored_as_keras_does() -> None:
     with pytest.warns(UserWarning, match="batch_size=4 is ignored"):
         tfdist.fit(model, batches(), batch_size=4, verbose=0)
     assert int(model.optimizer.iterations) == 2
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        ([1, 2, 3], "x=[1, 2, 3], a list of numbers. Pass np.array(x)"),
+        ([["a"], ["b"]], "a list of texts"),
+        ("data.csv", "x='data.csv', a path"),
+        (Path("data.csv"), "a path"),
+        ([X, 3], "which holds 3 (of type int)"),
+        (iter([X]), "(of type list_iterator)"),
+        (batches().unbatch(), "shapes (20,), (). Call .batch(batch_size)"),
+    ],
+)
+def test_what_holds_no_rows_is_named(x: Any, message: str, model: Any) -> None:
+    y = None if isinstance(x, tf.data.Dataset) else Y
+    for call in (
+        lambda: tfdist.fit(model, x, y),
+        lambda: tfdist.fit(model, X, Y, validation_data=x if y is None else (x, y)),
+        lambda: tfdist.evaluate(model, x, y),
+        lambda: tfdist.predict(model, x),
+    ):
+        with pytest.raises(ArgumentError) as caught:
+            call()
+        assert message in str(caught.value)
+
+
+def test_a_refusal_shows_the_users_lines_alone(model: Any) -> None:
+    def of_the_user(example: Any) -> Any:
+        return tfdist.predict(model, example)
+
+    class Callback(keras.callbacks.Callback):
+        def on_train_begin(self, logs: Any = None) -> None:
+            of_the_user("nothing")
+
+    with pytest.raises(ArgumentError) as caught:
+        tfdist.fit(model, X, Y, callbacks=[Callback()], verbose=0)
+    own = [entry.name for entry in caught.traceback if str(entry.path) == __file__]
+    assert own[1:] == ["on_train_begin", "of_the_user"]
+    ours = str(Path(tfdist.__file__).parent)
+    assert sum(str(entry.path).startswith(ours) for entry in caught.traceback) <= 2
+
+
+def test_a_list_of_targets_is_named(model: Any) -> None:
+    with pytest.raises(ArgumentError, match=r"a list of numbers. Pass np.array\(y\)"):
+        tfdist.fit(model, X, [0] * len(X))
+
+
+def test_what_an_own_method_may_use_need_not_look_like_batches() -> None:
+    class Own(keras.Sequential):
+        """Its `train_step` may draw its own examples, and take numbers of steps as `x`."""
+
+    numbers = tf.data.Dataset.range(5)
+    layers = [keras.Input((20,)), keras.layers.Dense(1)]
+    preflight.check_batched(Own(layers), numbers, numbers.element_spec)
+    with pytest.raises(ArgumentError, match=r"Call \.batch\("):
+        preflight.check_batched(keras.Sequential(layers), numbers, numbers.element_spec)
+    columns = tf.data.Dataset.from_tensors(X[:, 0])  # to which Keras adds a dimension
+    model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
+    preflight.check_batched(model, columns, columns.element_spec)
 
 
 def test_an_uncompiled_model_is_refused() -> None:

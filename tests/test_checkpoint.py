@@ -6,6 +6,7 @@ import collections
 import datetime
 import json
 import resource
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -178,6 +179,35 @@ def test_what_a_callback_has_stopped_stays_stopped(tmp_path) -> None:
     first = fit()
     assert len(first[2]) < 9
     assert_same(fit(), first)
+
+
+@quick
+def test_what_a_checkpoint_leaves_to_train_is_said(tmp_path, capsys) -> None:
+    x, y = table(32)
+
+    def said(epochs: int, x: Any = x, callbacks: Any = None) -> str:
+        net = keras.Sequential([keras.Input((20,)), keras.layers.Dense(3)])
+        net.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+        history = tfdist.fit(
+            net, x, y, epochs=epochs, checkpoint=tmp_path, callbacks=callbacks, verbose=2
+        )
+        printed = capsys.readouterr().out
+        assert len(history.epoch) == min(epochs, 2)
+        return printed
+
+    assert "tfdist: training goes on" not in said(1)
+    assert "has all 1 epochs: nothing is left to train. Raise `epochs`" in said(1)
+    again = said(2)
+    assert "training goes on from" in again
+    assert "other values" not in again
+    assert "nothing is left" in said(2, x + 1.0)
+    stop = keras.callbacks.LambdaCallback()
+    stop.on_epoch_end = lambda *_: setattr(stop.model, "stop_training", True)
+    for folder in tmp_path.iterdir():
+        shutil.rmtree(folder)
+    said(1)
+    assert "with other values in its arrays" in said(2, x + 1.0, [stop])
+    assert "a callback ended the training" in said(3)
 
 
 class Rearranging(keras.utils.PyDataset):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+import tfdist
 from tfdist import data
 from tfdist.data import DataPosition, arrays
 from tfdist.errors import ArgumentError
@@ -71,6 +72,53 @@ def test_shares_make_up_each_global_batch(kind: str, replicas: int) -> None:
         np.testing.assert_array_equal(rows, np.arange(4 * step, 4 * step + size))
         offsets = np.cumsum([0, *(int(s.rows) for s in shares)])[:-1]
         assert [int(s.offset) for s in shares] == list(offsets)
+
+
+@pytest.mark.parametrize(
+    ("rows", "sampler", "replicas", "expected"),
+    [
+        (24, Sequential(), 1, 8),
+        (24, Uniform(), 4, 2),
+        (24, Uniform(), 3, None),
+        (23, Uniform(), 1, None),
+        (24, ClassBalanced(), 1, None),
+    ],
+)
+def test_shares_of_one_size_have_a_static_shape(
+    rows: int, sampler: Any, replicas: int, expected: int | None
+) -> None:
+    x = np.arange(rows)
+    place = Place(replicas, 0, replicas)
+    sources = [data.read(x, x % 2, None, settings(batch_size=8, sampler=sampler))]
+    if isinstance(sampler, Sequential | Uniform):
+        dataset = tf.data.Dataset.from_tensor_slices((x, x)).batch(8, rows == 24)
+        sources.append(data.read(dataset, None, None, settings()))
+    for source in sources:
+        shares = source.shares(place)
+        assert [leaf.shape.as_list() for leaf in shares.element_spec.data] == [[expected]] * 2
+        for share in shares.take(2):
+            assert len(share.data[0]) == len(share.data[1]) == (expected or len(share.data[0]))
+
+
+@pytest.mark.parametrize("rows", [24, 23])
+def test_layers_see_the_shapes_that_keras_shows(rows: int) -> None:
+    class Seen(keras.layers.Layer):
+        def compute_output_shape(self, shape: Any) -> Any:
+            return shape
+
+        def call(self, x: Any) -> Any:
+            seen.add(tuple(x.shape))
+            return x + 0.0
+
+    seen: set[Any] = set()
+    model = keras.Sequential([keras.Input((3,)), Seen()])
+    x, found = np.ones((rows, 3), "float32"), []
+    for evaluate in (keras.Model.evaluate, tfdist.evaluate):
+        model.compile(loss="mse")
+        seen.clear()
+        evaluate(model, x, x, batch_size=8, verbose=0)
+        found.append(set(seen))
+    assert found == [{(8, 3) if rows == 24 else (None, 3)}] * 2
 
 
 class One(keras.utils.PyDataset):

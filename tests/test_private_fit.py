@@ -327,6 +327,15 @@ def test_one_line_at_the_end(capsys: Any) -> None:
     assert last.endswith("at delta 0.001 spent in 10 steps")
 
 
+def test_a_careless_guarantee_is_said(capsys: Any) -> None:
+    x, y = rows()
+    privacy = tfdist.DPSGD(CLIP, noise_multiplier=0.3, delta=0.1)
+    tfdist.fit(classifier(), x, y, batch_size=6, epochs=2, verbose=2, privacy=privacy)
+    first, second, *_, last = capsys.readouterr().out.strip().splitlines()
+    assert second.startswith(f"tfdist: delta is not below 1 / {len(x)}"), first
+    assert last.endswith("; an epsilon above 10 promises little")
+
+
 # --- the budget -------------------------------------------------------------------------
 
 

@@ -6,11 +6,32 @@ They derive from the built-in exception a Keras user would catch.
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+from types import TracebackType
+
 START_ME_AGAIN = 75
 """The exit status of a process that nothing is wrong with but what it lost (EX_TEMPFAIL)."""
 
 HUNG = 76
 """The exit status of a process that found that the run hangs (EX_PROTOCOL)."""
+
+
+def outside(error: BaseException) -> TracebackType | None:
+    """Gives an error's traceback without this package's lines.
+
+    Args:
+        error: That was caught.
+    """
+    package = str(Path(__file__).parent) + os.sep
+    kept, part, parts = None, error.__traceback__, []
+    while part is not None:
+        parts.append(part)
+        part = part.tb_next
+    for part in reversed(parts):
+        if not part.tb_frame.f_code.co_filename.startswith(package):
+            kept = TracebackType(kept, part.tb_frame, part.tb_lasti, part.tb_lineno)
+    return kept
 
 
 class TfdistError(Exception):

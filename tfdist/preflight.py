@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 from typing import Any
 
@@ -98,6 +99,45 @@ def check_call(strategy: Strategy, name: str) -> None:
         )
 
 
+def check_batched(model: Any, x: Any, batch: Any) -> None:
+    """Refuses a `tf.data.Dataset` of examples where a model takes batches of them.
+
+    Only where Keras could not train either: a model without methods of its own has inputs of
+    one dimension more than `x`, or all that is yielded are scalars.
+
+    Args:
+        model: A `keras.Model`.
+        x: What `fit`, `evaluate` or `predict` was given.
+        batch: What the source says of a batch.
+
+    Raises:
+        ArgumentError: It is such.
+    """
+    is_plain = type(model).__module__.partition(".")[0] == "keras"
+    if not isinstance(x, tf.data.Dataset) or not is_plain:
+        return
+    inputs: list[Any] = []
+    with contextlib.suppress(AttributeError, ValueError):  # of models that have not run yet
+        inputs = tf.nest.flatten(model.inputs)
+    parts = tf.nest.flatten(batch)
+    ranks = [part.shape.rank for part in tf.nest.flatten(_x_of(batch))]
+    if None in ranks:
+        return
+    # Keras adds a last dimension of 1 itself.
+    misses = inputs and all(tensor.shape[-1:] != (1,) for tensor in inputs)
+    too_low = misses and sorted(ranks) == sorted(len(t.shape) - 1 for t in inputs)
+    if too_low or all(part.shape.rank == 0 for part in parts):
+        shapes = ", ".join(str(tuple(part.shape)) for part in parts)
+        raise ArgumentError(
+            "A tf.data.Dataset must yield batches, whose first dimension is of examples. "
+            f"Received: one of elements with shapes {shapes}. Call .batch(batch_size) on it."
+        )
+
+
+def _x_of(batch: Any) -> Any:
+    return keras.utils.unpack_x_y_sample_weight(batch)[0]
+
+
 def check_agreement(
     session: Session, model: Any, asked: dict[str, Any], source: data.Source
 ) -> None:
@@ -125,18 +165,19 @@ def check_agreement(
     for name in dict.fromkeys(key for facts in everyone for key in facts):
         values = [facts.get(name) for facts in everyone]
         if any(value != values[0] for value in values):
-            _raise_disagreement(name, values)
+            seen = data.difference(source, session.strategy) if name == "data" else None
+            _raise_disagreement(name, values, seen)
 
 
-def _raise_disagreement(name: str, values: list[Any]) -> None:
+def _raise_disagreement(name: str, values: list[Any], seen: str | None) -> None:
     if isinstance(values[0], list):  # of a model's variables, only what differs
         common = set.intersection(*(set(value or []) for value in values))
         values = [[line for line in value or [] if line not in common] for value in values]
     listed = "; ".join(f"worker {i}: {value}" for i, value in enumerate(values))
     remedy = {
-        "data": "Give every worker the same data in the same order.",
+        "data": "Give every worker the same data in the same order; seed what draws it.",
         "versions": "Install the same versions on every host.",
     }.get(name, "Start the same script with the same arguments on every worker.")
     raise DisagreementError(
-        f"All workers must be given the same {name}. Received: {listed}. {remedy}"
+        f"All workers must be given the same {name}. Received: {seen or listed}. {remedy}"
     )

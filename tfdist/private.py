@@ -22,7 +22,7 @@ from tfdist.privacy.course import Course
 from tfdist.privacy.in_turn import DPFTRL, SameOrder
 from tfdist.privacy.ledger import Ledger, Phase, dp_accounting
 from tfdist.privacy.poisson import Poisson
-from tfdist.privacy.report import Report
+from tfdist.privacy.report import Report, careless_delta
 from tfdist.privacy.settings import DPSGD, Mechanism
 from tfdist.privacy.step import PrivateStep
 from tfdist.privacy.users import PoissonOfUsers, Users
@@ -221,11 +221,11 @@ class PrivateRun:
         refusals.check_metrics(self._model, x, y, sample_weight=weight)
 
     def notice(self) -> str | None:
-        """Says, in a model's first private `fit`, what will be slow."""
+        """Says that `delta` is too large; in a model's first private `fit`, what is slow."""
         slow = [] if self._before.phases else clipping.computed_alone(self._model)
-        if not slow:
-            return None
-        return f"computed for one example after the other, exact but slow: {', '.join(slow)}"
+        alone = f"computed for one example after the other, exact but slow: {', '.join(slow)}"
+        careless = careless_delta(self.ledger(self.planned_steps), self._delta)
+        return "\ntfdist: ".join([*[alone] * bool(slow), *filter(None, [careless])]) or None
 
     @property
     def _delta(self) -> float:

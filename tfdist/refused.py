@@ -33,6 +33,12 @@ def check_data(
     Raises:
         ArgumentError: It is such.
     """
+    if any(map(data.is_composite, tf.nest.flatten(x))):
+        raise ArgumentError(
+            "`x` must be dense in private training: each example has a gradient of its own. "
+            "Received: x with a sparse or ragged leaf. Convert it: tensor.to_tensor(), "
+            "matrix.toarray()."
+        )
     if isinstance(privacy, DPFTRL):
         _check_data_in_turn(session, x, sampler)
     elif not data.is_arrays(x):

@@ -15,7 +15,7 @@ from tfdist import _keras, data, elastic, preflight, routing, watch
 from tfdist import callbacks as tfdist_callbacks
 from tfdist.checkpoint import Checkpoint, CheckpointRun
 from tfdist.composition import compose, why_whole
-from tfdist.errors import ArgumentError
+from tfdist.errors import ArgumentError, DisagreementError, outside
 from tfdist.prepared import Prepared, prepare, scoped
 from tfdist.privacy.settings import DPSGD
 from tfdist.private import PrivateRun
@@ -52,7 +52,11 @@ def _watched(function: Callable[P, Any]) -> Callable[P, Any]:
             if not used.elastic:  # whoever joins later has missed the call
                 preflight.check_call(used, name)
                 watch.meet()
-            return function(*args, **kwargs)
+            try:
+                return function(*args, **kwargs)
+            except (ArgumentError, DisagreementError) as error:
+                # They are about the caller's arguments: tfdist's lines say nothing of them.
+                raise error.with_traceback(outside(error)) from error.__cause__
 
     @functools.wraps(function)
     def public(*args: P.args, **kwargs: P.kwargs) -> Any:
@@ -110,7 +114,7 @@ def fit(
 
     Args:
         model: A compiled `keras.Model`, or a function without arguments that returns one.
-        x: Arrays of shape [examples, ...] (NumPy, TensorFlow, pandas), nested in dicts,
+        x: Arrays of shape [examples, ...] (NumPy, TensorFlow, pandas, SciPy), nested in dicts,
             lists or tuples; or a `tf.data.Dataset`, a `keras.utils.PyDataset` or a generator
             of global batches `(x, y)` or `(x, y, sample_weight)`, the same on every worker;
             or a `tfdist.ByClass`, of which `sampler` draws examples.
@@ -240,6 +244,9 @@ def fit(
             "`x` must be data that can be drawn again in an elastic run. Received: a "
             "generator. Pass arrays, a tf.data.Dataset or a keras.utils.PyDataset."
         )
+    preflight.check_batched(model, x, source.spec())
+    if validation is not None:
+        preflight.check_batched(model, _first(validation_data), validation.spec())
     needs_state = any(part is not None for part in (saver, private, run))
     used = _composed(
         model,
@@ -283,7 +290,7 @@ def fit(
             source,
             None if used is session.strategy else _notice_of_whole(model, "train_step"),
             None if private is None else private.notice(),
-            None if saver is None else saver.notice(),
+            None if saver is None else saver.notice(epochs),
         )
         shown = verbose if session.is_chief else 0
         kept = tfdist_callbacks.prepare(
@@ -429,6 +436,7 @@ def evaluate(
         shard=data.local_shard(shard, session.strategy),
         strategy=session.strategy,
     )
+    preflight.check_batched(model, x, source.spec())
     used = _composed(model, "test_step", source, session.strategy)
     prepared = _agreed(session, used, model, source, batch_size=batch_size)
     with prepared.running(source):
@@ -483,6 +491,7 @@ def predict(
     source = _read_in_order(
         x, None, None, batch_size=batch_size, steps=steps, strategy=session.strategy
     )
+    preflight.check_batched(model, x, source.spec())
     if _has_replicas(session.strategy, source):
         _keras.build_layers(model, source.spec())
     prepared = _agreed(session, session.strategy, model, source, batch_size=batch_size)

@@ -32,6 +32,7 @@ from tests.behaviour.registry import (
     check,
 )
 from tests.equivalence.cases import clipped_sgd, crossentropy, mlp, table
+from tfdist import samplers
 from tfdist.errors import DisagreementError
 
 L = keras.layers
@@ -430,10 +431,18 @@ def workers_that_disagree_are_named(folder: Path) -> None:
     x, y = table(100)
     refused(DisagreementError, "batch_size", "worker 1: 16", x=x, y=y, batch_size=mine(32, 16))
     refused(DisagreementError, "epochs", "worker 1: 3", x=x, y=y, epochs=mine(2, 3))
-    refused(
-        DisagreementError, "data", "worker 1: 99", x=x[: mine(100, 99)], y=y[: mine(100, 99)]
-    )
-    refused(DisagreementError, "data", x=x + mine(0.0, 1.0), y=y)
+    some, changed = mine(100, 99), y.copy()
+    changed[mine(slice(0), slice(61, 70))] += 1
+    refused(DisagreementError, "of x: ", "worker 1: (99, 20)", x=x[:some], y=y[:some])
+    refused(DisagreementError, "x, of shape (100, 20): row 0", x=x + mine(0.0, 1.0), y=y)
+    inputs = {"a": keras.Input((20,)), "b": keras.Input(())}
+    joined = L.Concatenate()([inputs["a"], L.Reshape((1,))(inputs["b"])])
+    named = keras.Model(inputs, L.Dense(3)(joined))
+    named.compile("sgd", crossentropy())
+    words = "values of x['b']", "row 61", "that worker 1 has", "; y differs too"
+    refused(DisagreementError, *words, model=named, x={"a": x, "b": changed}, y=changed)
+    labels = {"sampler": samplers.ClassBalanced(labels=mine(y, 2 - y))}
+    refused(DisagreementError, "the same data", "worker 1: 100 rows", x=x, y=y, **labels)
     small = keras.Sequential([keras.Input((20,)), L.Dense(mine(3, 4))])
     small.compile("sgd", crossentropy())
     refused(DisagreementError, "model", "(20, 4)", model=small, x=x, y=y)

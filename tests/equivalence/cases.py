@@ -239,6 +239,34 @@ def several_inputs_and_outputs(train: Train) -> tuple[Any, Any]:
     return model, train(model, inputs, targets, batch_size=64, epochs=2, validation_split=0.2)
 
 
+class Mean(L.Layer):
+    def call(self, rows: Any) -> Any:
+        return tf.reduce_mean(tf.cast(rows, tf.float32) / 20.0, 1, keepdims=True)
+
+
+@case("inputs")
+def sparse_and_ragged(train: Train) -> tuple[Any, Any]:
+    rng = np.random.default_rng(0)
+    x, y = table(131)
+    few = tf.sparse.from_dense(x * (rng.random(x.shape) < 0.1))
+    lengths = rng.integers(1, 6, len(x))
+    words = tf.RaggedTensor.from_row_lengths(rng.integers(0, 20, lengths.sum()), lengths)
+    inputs = (
+        keras.Input((20,)),
+        keras.Input((20,), sparse=True),
+        keras.Input((None,), dtype="int64", ragged=True),
+    )
+    joined = L.Concatenate()([L.Dense(4)(inputs[0]), L.Dense(4)(inputs[1]), Mean()(inputs[2])])
+    model = keras.Model(inputs, L.Dense(3)(joined))
+    # Not clipped: a norm is taken of rows as they come, and those of a sparse input come once
+    # for each replica.
+    optimizer = keras.optimizers.SGD(0.1, momentum=0.9)
+    model.compile(optimizer, crossentropy(), metrics=["accuracy"])
+    batches = tf.data.Dataset.from_tensor_slices(((x, few, words), y)).batch(32)
+    train(model, (x, few, words), y, batch_size=32, epochs=1)
+    return model, train(model, batches, epochs=2, validation_data=batches)
+
+
 class Subclassed(keras.Model):
     """Without a config: it cannot be rebuilt, only moved."""
 

@@ -111,9 +111,32 @@ class CheckpointRun:
 
     # --- before training --------------------------------------------------------------
 
-    def notice(self) -> str | None:
-        """Says which checkpoint training goes on from, if there is one."""
-        return None if self._state is None else f"training goes on from {self._state['folder']}"
+    def notice(self, epochs: int) -> str | None:
+        """Says which checkpoint training goes on from, if there is one, and with what.
+
+        Args:
+            epochs: To be made.
+        """
+        if self._state is None:
+            return None
+        folder, epoch = self._state["folder"], self._state["position"][0]
+        if self._state["stopped"]:
+            return (
+                f"a callback ended the training in {folder} after epoch {epoch}: nothing is "
+                "left to train. Pass another directory to train anew."
+            )
+        if epoch >= epochs:
+            return (
+                f"{folder} has all {epochs} epochs: nothing is left to train. Raise `epochs`, "
+                "or pass another directory to train anew."
+            )
+        said = f"training goes on from {folder}"
+        if same.has_other_contents(self._setup, self._state["setup"]):
+            said += (
+                ", with other values in its arrays than it was trained on. If that is not "
+                "meant, pass another directory."
+            )
+        return said
 
     @property
     def spent_before(self) -> Any:

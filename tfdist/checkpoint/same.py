@@ -12,6 +12,8 @@ from tfdist.data.arrays import Arrays
 from tfdist.errors import ArgumentError
 from tfdist.samplers import Sampler
 
+_CONTENTS = "contents"  # may differ: a loader may compute its last bits anew
+
 
 def describe(
     model: Any,
@@ -49,7 +51,20 @@ def describe(
         setup["rows"] = inner.num_rows
     if type(inner) is Arrays and seed is not None:
         setup["order of rows"] = hashlib.sha256(inner.first_rows()).hexdigest()[:12]
+    if type(inner) is Arrays and privacy is None:
+        setup[_CONTENTS] = hashlib.sha256(inner.contents()).hexdigest()[:12]
     return setup
+
+
+def has_other_contents(now: dict[str, Any], saved: dict[str, Any]) -> bool:
+    """Tells whether training goes on with arrays of other values, as far as is known.
+
+    Args:
+        now: What `describe` gives.
+        saved: What it gave.
+    """
+    found = {setup.get(_CONTENTS) for setup in (now, saved)} - {None}
+    return len(found) > 1
 
 
 def compare(now: dict[str, Any], saved: dict[str, Any], folder: str) -> None:
@@ -66,7 +81,7 @@ def compare(now: dict[str, Any], saved: dict[str, Any], folder: str) -> None:
     remedy = "Train as then, or pass another directory."
     for name in now:
         ours, theirs = now[name], saved.get(name)
-        if name != "variables" and ours != theirs:
+        if name not in ("variables", _CONTENTS) and ours != theirs:
             raise ArgumentError(
                 f"A checkpoint must be of the same training. Received: {name}={ours!r}, and "
                 f"{theirs!r} in {folder}. {remedy}"

@@ -8,7 +8,9 @@ global batch of n, and a share without rows carries one row that counts nothing.
 from tfdist.data.arrays import is_arrays, split
 from tfdist.data.augment import Augment
 from tfdist.data.by_class import ByClass
+from tfdist.data.differences import difference
 from tfdist.data.epochs import DataPosition
+from tfdist.data.leaves import is_composite
 from tfdist.data.local import LocalShard, local_shard
 from tfdist.data.roads import Settings, read
 from tfdist.data.source import Share, Source, bounds, no_groups
@@ -25,7 +27,9 @@ __all__ = [
     "Source",
     "Stream",
     "bounds",
+    "difference",
     "is_arrays",
+    "is_composite",
     "local_shard",
     "no_groups",
     "read",

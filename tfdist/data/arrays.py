@@ -6,28 +6,31 @@ import hashlib
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from numbers import Number
 from typing import Any, ClassVar
 
 import keras
 import numpy as np
 import tensorflow as tf
 
+from tfdist.data import leaves
 from tfdist.data.epochs import START, DataPosition
 from tfdist.data.source import (
     FOREVER,
     Share,
     Source,
-    batch_spec,
+    as_text,
     bounds,
     bounds_of_groups,
     dealt,
     no_groups,
+    share_of,
     shortened,
     unconverted,
     untuned,
 )
 from tfdist.errors import ArgumentError
-from tfdist.samplers import Sampler
+from tfdist.samplers import Sampler, Sequential, Uniform
 from tfdist.samplers.permutation import Rows
 from tfdist.strategies.base import Place
 
@@ -98,7 +101,8 @@ class Arrays(Source):
     def _share(self, place: Place, rows: Tensor, facts: Tensor, replica: Tensor) -> Share:
         """Gathers a replica's part of a batch from what `_drawn` gave."""
         if place.num_replicas == 1 and not self.may_be_empty:
-            return Share(self._gather(tf.slice(rows, tf.constant([0], tf.int64), facts)))
+            all_rows = tf.slice(rows, tf.constant([0], tf.int64), facts)
+            return Share(self._gather(leaves.sized(all_rows, self._full_batch)))
         total = facts[0]
         if self._group_of is None:
             begin, end = bounds(total, replica, place)
@@ -107,7 +111,15 @@ class Arrays(Source):
             begin, end = bounds_of_groups(groups, replica, place)
         padded = tf.maximum(tf.minimum(begin, total - 1), 0)
         mine = rows[padded : tf.maximum(end, padded + 1)]
+        if self._group_of is None:
+            mine = leaves.sized(mine, share_of(self._full_batch, place))
         return self._dealt(mine, end - begin, total, begin)
+
+    @property
+    def _full_batch(self) -> int | None:
+        """Rows of every global batch, where all have equally many: some layers must know."""
+        in_turn = isinstance(self.sampler, Sequential | Uniform) and self.copies == 1
+        return self.batch_size if in_turn and self.num_rows % self.batch_size == 0 else None
 
     def _dealt(self, rows: Tensor, count: Tensor, total: Tensor, offset: Tensor) -> Share:
         """Gathers the rows of a share, each as often as it is to come."""
@@ -128,9 +140,15 @@ class Arrays(Source):
         return self._gather(tf.range(min(8, self.num_local_rows)))
 
     @property
-    def columns(self) -> Any:
+    def held(self) -> Any:
         """The arrays."""
         return self.data
+
+    @property
+    def columns(self) -> Any:
+        """The arrays, or None where rows of some cannot be gathered by `tf.gather`."""
+        dense = all(leaves.is_dense(column) for column in tf.nest.flatten(self.data))
+        return self.data if dense else None
 
     def row_numbers(self, position: DataPosition) -> Iterator[Rows]:
         """Gives global batches as row numbers, without end."""
@@ -138,7 +156,7 @@ class Arrays(Source):
             yield from self._sampled(first)
 
     def _gather(self, rows: Tensor) -> Any:
-        return tf.nest.map_structure(lambda column: tf.gather(column, rows), self.data)
+        return tf.nest.map_structure(lambda column: leaves.gather(column, rows), self.data)
 
     def _row_numbers(self, position: DataPosition) -> Any:
         """Builds a dataset of row numbers, padded at the end, and facts, both of `_drawn`.
@@ -192,16 +210,22 @@ class Arrays(Source):
 
     def spec(self) -> Any:
         """Gives the shapes and dtypes of a batch."""
-        return tf.nest.map_structure(batch_spec, self.data)
+        rows = self._full_batch
+        return tf.nest.map_structure(lambda column: leaves.spec(column, rows), self.data)
+
+    def spec_text(self) -> str:
+        """Writes down what of a batch does not depend on its size."""
+        return as_text(tf.nest.map_structure(leaves.spec, self.data))
+
+    def contents(self) -> bytes:
+        """Gives some rows of the arrays."""
+        rows = np.unique(np.linspace(0, self.num_rows - 1, 64).astype(np.int64))
+        columns = tf.nest.flatten(self.data)
+        return b"".join(leaves.content(leaves.gather(column, rows)) for column in columns)
 
     def fingerprint(self) -> str:
         """Sums up number, shape and some rows of the arrays, and a step of the sampler."""
-        rows = np.unique(np.linspace(0, self.num_rows - 1, 64).astype(np.int64))
-        digest = hashlib.sha256()
-        for column in tf.nest.flatten(self.data):
-            values = tf.gather(column, rows).numpy()
-            text = values.dtype == object  # of which tobytes() would give addresses
-            digest.update(repr(values.tolist()).encode() if text else values.tobytes())
+        digest = hashlib.sha256(self.contents())
         digest.update(self.first_rows())
         return f"{self.num_rows} rows of {super().fingerprint()}, {digest.hexdigest()[:12]}"
 
@@ -210,15 +234,23 @@ def to_tensors(structure: Any, name: str) -> Any:
     """Converts a nested structure of arrays to tensors on the host, floats to `floatx()`.
 
     Args:
-        structure: Nested dicts, lists and tuples of NumPy arrays, tensors or pandas frames.
+        structure: Nested dicts, lists and tuples of NumPy arrays, tensors, pandas frames or
+            sparse matrices of SciPy.
         name: The argument's name, for messages.
 
     Returns:
-        The structure, lists as tuples, with `tf.Tensor` leaves.
+        The structure, lists as tuples, with leaves that are `tf.Tensor`, `tf.RaggedTensor`
+        or `SparseRows`.
 
     Raises:
         ArgumentError: A leaf is not an array, or has no rows dimension.
     """
+    if is_values(structure):
+        raise ArgumentError(
+            f"`{name}` must be an array, or a dict, list or tuple of arrays. "
+            f"Received: {name}={shortened(structure)}, a {type(structure).__name__} of "
+            f"{kind_of_values(structure)}. Pass np.array({name})."
+        )
     if isinstance(structure, dict):
         return {key: to_tensors(value, f"{name}[{key!r}]") for key, value in structure.items()}
     if isinstance(structure, list | tuple):
@@ -227,6 +259,10 @@ def to_tensors(structure: Any, name: str) -> Any:
     if type(array).__module__.startswith("pandas.") and hasattr(array, "to_numpy"):
         array = array.to_numpy()
         array = array[:, None] if array.ndim == 1 else array  # as Keras reads a Series
+    if leaves.is_composite(array):
+        with tf.device("CPU:0"):
+            made = leaves.composite(array)
+            return leaves.SparseRows(made) if isinstance(made, tf.SparseTensor) else made
     if not is_array(array):
         raise ArgumentError(
             f"`{name}` must be an array, or a dict, list or tuple of arrays. "
@@ -249,7 +285,31 @@ def is_array(value: Any) -> bool:
     Args:
         value: Anything.
     """
-    return tf.is_tensor(value) or (hasattr(value, "__array__") and hasattr(value, "shape"))
+    if tf.is_tensor(value) or leaves.is_composite(value):
+        return True
+    return hasattr(value, "__array__") and hasattr(value, "shape")
+
+
+def is_values(structure: Any) -> bool:
+    """Tells lists of numbers or texts, however nested, which Keras takes for several inputs.
+
+    Args:
+        structure: Anything.
+    """
+    if not isinstance(structure, list | tuple):
+        return False
+    leaves = tf.nest.flatten(structure)
+    return bool(leaves) and all(isinstance(leaf, str | bytes | Number) for leaf in leaves)
+
+
+def kind_of_values(structure: Any) -> str:
+    """Names what is in a list.
+
+    Args:
+        structure: For which `is_values` holds.
+    """
+    is_number = all(isinstance(leaf, Number) for leaf in tf.nest.flatten(structure))
+    return "numbers" if is_number else "texts"
 
 
 def is_arrays(structure: Any) -> bool:
@@ -354,10 +414,13 @@ def split(
             f"Received: validation_split={fraction} with {rows} examples."
         )
 
-    def part(rows: slice) -> Any:
+    def part(begin: int, end: int) -> Any:
+        numbers = tf.range(begin, end, dtype=tf.int64)
         return tuple(
-            c if c is None else tf.nest.map_structure(lambda leaf: leaf[rows], c)
+            c
+            if c is None
+            else tf.nest.map_structure(lambda leaf: leaves.gather(leaf, numbers), c)
             for c in columns
         )
 
-    return part(slice(0, at)), part(slice(at, rows))
+    return part(0, at), part(at, rows)

@@ -14,6 +14,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfdist._keras import draws
+from tfdist.data import leaves
 from tfdist.data.epochs import START, DataPosition
 from tfdist.data.source import PARALLEL, Share, Source, mapped, shortened
 from tfdist.errors import ArgumentError
@@ -187,6 +188,12 @@ class Augmented(Source):
         return f"{self.source.fingerprint()}, augmented by {digest} ({chosen})"
 
     @property
+    def held(self) -> Any:
+        """The source's examples."""
+        held = self.source.held
+        return None if held is None else self._parts(held)[0]
+
+    @property
     def drawn_from(self) -> Source:
         """The source that is augmented."""
         return self.source.drawn_from
@@ -242,6 +249,11 @@ class Augmented(Source):
         Returns:
             What is done to each batch, and the shapes and dtypes that it gives `x`.
         """
+        if any(map(leaves.is_composite, tf.nest.flatten(x))):
+            raise ArgumentError(
+                "`x` must be dense to be augmented. Received: x with a sparse or ragged leaf. "
+                "Leave `augment` out, or convert it: tensor.to_tensor(), matrix.toarray()."
+            )
         steps: list[_Step] = []
         made = x
         for name, layers in self.augment.by_input.items():

@@ -12,16 +12,17 @@ import numpy as np
 import tensorflow as tf
 
 from tfdist._keras import datasets
+from tfdist.data import leaves
 from tfdist.data.epochs import START, DataPosition
 from tfdist.data.source import (
     FOREVER,
     Share,
     Source,
-    batch_spec,
     bounds,
     dealt,
     mapped,
     no_groups,
+    share_of,
     unconverted,
     untuned,
 )
@@ -73,15 +74,17 @@ class Batches(Source):
             batch = tuple(parts) if is_tuple else parts[0]
             if place.num_replicas == 1:
                 return Share(batch)
-            first = tf.nest.flatten(batch)[0]
-            total = tf.cast(
-                first.nrows() if isinstance(first, tf.RaggedTensor) else tf.shape(first)[0],
-                tf.int64,
-            )
+            total = leaves.count(tf.nest.flatten(batch)[0])
             begin, end = bounds(total, replica, place)
             padded = tf.minimum(begin, total - 1)
             stop = tf.maximum(end, padded + 1)
-            data = tf.nest.map_structure(lambda leaf: _slice(leaf, padded, stop), batch)
+
+            def part(leaf: Tensor) -> Tensor:
+                return leaves.sized(
+                    leaves.cut(leaf, padded, stop), share_of(leaf.shape[0], place)
+                )
+
+            data = tf.nest.map_structure(part, batch)
             check = _check(batch) if place.num_workers > 1 else tf.zeros([4])
             return Share(data, end - begin, total, begin, check, no_groups())
 
@@ -89,11 +92,12 @@ class Batches(Source):
 
 
 def _check(batch: Any) -> Tensor:
-    """Boils the first and last row of every dense leaf down to `Share.check`."""
+    """Boils the first and last row of all that leaves are made of down to `Share.check`."""
     sums = tf.zeros([4])
-    for leaf in tf.nest.flatten(batch):
-        if isinstance(leaf, tf.Tensor) and leaf.dtype.is_numeric:
-            ends = tf.cast(tf.reshape(tf.stack([leaf[0], leaf[-1]]), [-1]), tf.float32)
+    for part in leaves.components(batch):
+        if part.dtype.is_numeric:
+            ends = tf.concat([part[:1], part[-1:]], 0)
+            ends = tf.cast(tf.reshape(ends, [-1]), tf.float32)
             position = tf.range(tf.size(ends), dtype=tf.float32)
             factors = tf.sin(position[:, None] * [1.1, 1.7, 2.3, 3.1] + [1.0, 2.0, 3.0, 4.0])
             sums += tf.reduce_sum(
@@ -101,14 +105,6 @@ def _check(batch: Any) -> Tensor:
             )
     # The low bits of a float are the ones that differ.
     return tf.cast(tf.bitwise.bitwise_and(tf.bitcast(sums, tf.int32), 63), tf.float32)
-
-
-def _slice(leaf: Tensor, begin: Tensor, end: Tensor) -> Tensor:
-    if isinstance(leaf, tf.SparseTensor):
-        size = tf.concat([[end - begin], tf.shape(leaf, tf.int64)[1:]], 0)
-        start = tf.concat([[begin], tf.zeros_like(size[1:])], 0)
-        return tf.sparse.slice(leaf, start, size)
-    return leaf[begin:end]
 
 
 class DatasetBatches(Batches):
@@ -229,7 +225,7 @@ class GeneratorBatches(Batches):
 
     def sample(self) -> Any:
         """Gives the first batch."""
-        return tf.nest.map_structure(tf.convert_to_tensor, self._first)
+        return _as_tensors(self._first)
 
     def stream(self, position: DataPosition) -> Any:
         """Wraps what is left of the generator, but for what an earlier process has drawn."""
@@ -241,7 +237,7 @@ class GeneratorBatches(Batches):
 
     def spec(self) -> Any:
         """Gives the shapes and dtypes of a batch."""
-        return tf.nest.map_structure(batch_spec, self._first)
+        return tf.nest.map_structure(leaves.spec, self._first)
 
 
 class PyDatasetBatches(Batches):
@@ -274,7 +270,7 @@ class PyDatasetBatches(Batches):
         self.shuffle = shuffle and length is not None
         self.seed = seed
         self._first = _as_batch(dataset[0])
-        self._spec = tf.nest.map_structure(batch_spec, self._first)
+        self._spec = tf.nest.map_structure(leaves.spec, self._first)
 
     def go_on_after(self, epochs: int) -> None:
         """Lets the data set rearrange itself as often as it did."""
@@ -287,24 +283,24 @@ class PyDatasetBatches(Batches):
 
     def sample(self) -> Any:
         """Gives the first batch."""
-        batch = tf.nest.map_structure(tf.convert_to_tensor, self._first)
-        return batch if self.transform is None else self.transform(*batch)
+        batch = _as_tensors(self._first)
+        return batch if batch is None or self.transform is None else self.transform(*batch)
 
     def stream(self, position: DataPosition) -> Any:
         """Builds the stream of a pass."""
-        specs = tf.nest.flatten(self._spec)
+        specs = leaves.components(self._spec)
 
         def load(place: np.int64) -> list[Any]:
             batch = _as_batch(self.dataset[self._number(int(place), position.number)])
-            pairs = zip(tf.nest.flatten(batch), specs, strict=True)
-            return [np.asarray(leaf, spec.dtype.as_numpy_dtype) for leaf, spec in pairs]
+            pairs = zip(leaves.components(batch), specs, strict=True)
+            return [np.asarray(part, spec.dtype.as_numpy_dtype) for part, spec in pairs]
 
         @unconverted
         def batch(place: Tensor) -> Any:
             loaded = tf.numpy_function(load, [place], [spec.dtype for spec in specs])
-            for leaf, spec in zip(loaded, specs, strict=True):
-                leaf.set_shape(spec.shape)
-            return tf.nest.pack_sequence_as(self._spec, loaded)
+            for part, spec in zip(loaded, specs, strict=True):
+                part.set_shape(spec.shape)
+            return tf.nest.pack_sequence_as(self._spec, loaded, expand_composites=True)
 
         end = FOREVER if self.batches is None else self.batches
         places = tf.data.Dataset.range(position.drawn, end)
@@ -332,11 +328,20 @@ def _transformed(transform: Callable[..., Any], spec: Any) -> Any:
 
 
 def _as_batch(value: Any) -> Any:
-    """Makes NumPy arrays of what a generator or PyDataset gives, floats to `floatx()`."""
+    """Reads what a generator or PyDataset gives: dense leaves as arrays of NumPy."""
     if isinstance(value, dict):
         return {key: _as_batch(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         # (x, y, None) means (x, y), as it does in Keras.
         return tuple(_as_batch(item) for item in value if item is not None)
+    if leaves.is_composite(value):
+        return leaves.composite(value)
     array = np.asarray(value)
     return array.astype(keras.config.floatx()) if array.dtype.kind == "f" else array
+
+
+def _as_tensors(batch: Any) -> Any:
+    """Gives a batch's tensors; None where a leaf is sparse or ragged."""
+    if any(leaves.is_composite(leaf) for leaf in tf.nest.flatten(batch)):
+        return None
+    return tf.nest.map_structure(tf.convert_to_tensor, batch)

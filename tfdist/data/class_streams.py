@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from tfdist.data import leaves
 from tfdist.data.batches import Batches
 from tfdist.data.by_class import ByClass, streams
 from tfdist.data.epochs import DataPosition
-from tfdist.data.source import FOREVER, batch_spec, unconverted
+from tfdist.data.source import FOREVER, unconverted
 from tfdist.errors import ArgumentError
 from tfdist.samplers import ByQuota, Rows, Sampler
 
@@ -47,7 +48,7 @@ class ClassStreams(Batches):
                 f"draw from a tf.data.Dataset. Received: a sampler of type "
                 f"{type(sampler).__name__}. Let the dataset yield the labels as y."
             )
-        self._spec = tf.nest.map_structure(batch_spec, data.batches()[0].element_spec)
+        self._spec = tf.nest.map_structure(leaves.spec, data.batches()[0].element_spec)
         self._streams, counts = streams(data, steps)
         if counts is None:
             if steps is None or getattr(sampler, "alpha", None) != 1:

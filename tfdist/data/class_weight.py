@@ -12,6 +12,7 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
+from tfdist.data import leaves
 from tfdist.data.source import shortened
 from tfdist.errors import ArgumentError
 
@@ -170,9 +171,9 @@ def x_and_y(batch: Any) -> tuple[Any, Any]:
         ArgumentError: It has no targets, several, or sample weights.
     """
     x, y, given = keras.utils.unpack_x_y_sample_weight(batch[0] if len(batch) == 1 else batch)
-    if given is not None or y is None or tf.nest.is_nested(y):
+    if given is not None or y is None or tf.nest.is_nested(y) or leaves.is_composite(y):
         raise ArgumentError(
-            "`class_weight` needs one target for each example, and no sample weights. "
+            "`class_weight` needs one target for each example, dense, and no sample weights. "
             f"Received: y={shortened(y)}, sample_weight={shortened(given)}."
         )
     return x, y

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import numpy as np
 import tensorflow as tf
 
+from tfdist.data import leaves
 from tfdist.data.arrays import Arrays
 from tfdist.data.holdings import Holdings
 from tfdist.data.source import Share
@@ -138,9 +139,7 @@ class LocalArrays(Arrays):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.holdings.rows[self.worker]:  # a share has a row, if one that counts nothing
-            self.data = tf.nest.map_structure(
-                lambda column: tf.zeros((1, *column.shape[1:]), column.dtype), self.data
-            )
+            self.data = tf.nest.map_structure(leaves.blank, self.data)
 
     @property
     def num_rows(self) -> int:
@@ -151,6 +150,15 @@ class LocalArrays(Arrays):
     def num_local_rows(self) -> int:
         """Examples that this worker holds, or 1 that stands for none."""
         return max(1, self.holdings.rows[self.worker])
+
+    @property
+    def _full_batch(self) -> None:
+        """None: shares of a batch have as many rows as are held where."""
+
+    @property
+    def held(self) -> Any:
+        """None: each worker has its own."""
+        return None
 
     @property
     def columns(self) -> Any:

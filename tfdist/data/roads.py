@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -15,7 +16,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfdist._keras import undistributed
-from tfdist.data.arrays import Arrays, is_arrays, read_columns
+from tfdist.data.arrays import Arrays, is_arrays, is_values, kind_of_values, read_columns
 from tfdist.data.augment import Augment, Augmented
 from tfdist.data.batches import DatasetBatches, GeneratorBatches, PyDatasetBatches
 from tfdist.data.by_class import ByClass, may_not_end
@@ -93,6 +94,7 @@ def _read(x: Any, y: Any, sample_weight: Any, settings: Settings) -> Source:
         if shard is None or strategy is None or strategy.place.num_workers == 1:
             return _read_arrays(x, y, sample_weight, settings)
         return _read_local(x, y, sample_weight, settings, shard, strategy)
+    _check_kind(x)
     if settings.shard is not None:
         raise ArgumentError(
             "`shard='local'` needs arrays, whose rows can be counted. Received: x of type "
@@ -147,16 +149,41 @@ def _read(x: Any, y: Any, sample_weight: Any, settings: Settings) -> Source:
             seed=settings.seed,
             transform=_weigher(settings, lambda: _targets_of_py_dataset(x)),
         )
-    if isinstance(x, types.GeneratorType):
-        if settings.class_weight:
-            raise ArgumentError(
-                "`class_weight` cannot be used with a generator. Let it yield "
-                "(x, y, sample_weight)."
-            )
-        return GeneratorBatches(x, settings.steps)
+    if settings.class_weight:
+        raise ArgumentError(
+            "`class_weight` cannot be used with a generator. Let it yield "
+            "(x, y, sample_weight)."
+        )
+    return GeneratorBatches(x, settings.steps)
+
+
+def _check_kind(x: Any) -> None:
+    """Refuses what yields no batches, with the likely way out."""
+    streams = tf.data.Dataset | keras.utils.PyDataset | types.GeneratorType | ByClass
+    if isinstance(x, streams) or _is_by_name(x):
+        return
+    remedy = ""
+    if is_values(x):
+        remedy = f", a {type(x).__name__} of {kind_of_values(x)}. Pass np.array(x)."
+    elif isinstance(x, str | bytes | os.PathLike):
+        remedy = (
+            ", a path: files are not read. Load it first: np.load, pandas.read_csv, tf.data."
+        )
+    elif isinstance(x, dict | list | tuple):
+        odd = next((leaf for leaf in tf.nest.flatten(x) if not is_arrays(leaf)), None)
+        remedy = f", which holds {shortened(odd)} (of type {type(odd).__name__})."
     raise ArgumentError(
         "`x` must be arrays, a tf.data.Dataset, a keras.utils.PyDataset or a generator. "
-        f"Received: x={shortened(x)} (of type {kind})."
+        f"Received: x={shortened(x)}" + (remedy or f" (of type {type(x).__name__}).")
+    )
+
+
+def _is_by_name(x: Any) -> bool:
+    """Tells a dict of a stream for each class."""
+    return (
+        isinstance(x, dict)
+        and bool(x)
+        and all(isinstance(part, tf.data.Dataset) for part in x.values())
     )
 
 
@@ -177,12 +204,9 @@ def _by_class(x: Any, settings: Settings) -> ByClass | None:
     """Tells whether `x` is to be drawn from by class."""
     if isinstance(x, ByClass):
         return x
-    by_name = (
-        isinstance(x, dict)
-        and bool(x)
-        and all(isinstance(part, tf.data.Dataset) for part in x.values())
-    )
-    if by_name or (isinstance(x, tf.data.Dataset) and isinstance(settings.sampler, ByQuota)):
+    if _is_by_name(x) or (
+        isinstance(x, tf.data.Dataset) and isinstance(settings.sampler, ByQuota)
+    ):
         return ByClass(x)
     return None
 
@@ -268,7 +292,7 @@ def _read_local(
     labels = None
     if settings.training and not settings.private:
         labels = getattr(settings.sampler, "labels", None)
-        if labels is None and y is not None and tf.is_tensor(data[1]):
+        if labels is None and y is not None and isinstance(data[1], tf.Tensor):
             labels = data[1].numpy()
     holdings, order = exchange(strategy, held, labels)
     num_rows, labels = sum(holdings.rows), holdings.labels()

@@ -63,6 +63,18 @@ def bounds(total: Tensor, replica: Tensor, place: Place) -> tuple[Tensor, Tensor
     return total * replica // replicas, total * (replica + 1) // replicas
 
 
+def share_of(total: int | None, place: Place) -> int | None:
+    """Says how many rows every replica has of a global batch, if all have equally many.
+
+    Args:
+        total: Rows of the global batch, if known.
+        place: How many replicas there are.
+    """
+    if total is None or total % place.num_replicas:
+        return None
+    return total // place.num_replicas
+
+
 def bounds_of_groups(groups: Tensor, replica: Tensor, place: Place) -> tuple[Tensor, Tensor]:
     """Says which rows of a global batch are a replica's, where groups stay whole.
 
@@ -174,6 +186,11 @@ class Source(abc.ABC):
         """Tensors of which any rows can be gathered, in the structure of a batch, or None."""
         return None
 
+    @property
+    def held(self) -> Any:
+        """What every worker has of the data, in the structure of a batch, or None."""
+        return None
+
     def row_numbers(self, position: DataPosition) -> Iterator[Rows]:
         """Gives the global batches as numbers of rows in `columns`.
 
@@ -195,7 +212,7 @@ class Source(abc.ABC):
 
     def spec_text(self) -> str:
         """Writes the structure of a batch down."""
-        return str(tf.nest.map_structure(lambda s: f"{s.dtype}{list(s.shape)}", self.spec()))
+        return as_text(self.spec())
 
     @property
     def drawn_from(self) -> Source:
@@ -215,6 +232,15 @@ class Source(abc.ABC):
 
     def on_epoch_end(self) -> None:  # noqa: B027, most sources need nothing
         """Called when an epoch's stream has ended."""
+
+
+def as_text(spec: Any) -> str:
+    """Writes a structure of shapes and dtypes down.
+
+    Args:
+        spec: As `Source.spec` gives it.
+    """
+    return str(tf.nest.map_structure(lambda leaf: f"{leaf.dtype}{list(leaf.shape)}", spec))
 
 
 def dealt(batches: Any, share: Callable[..., Share], place: Place) -> Any:
@@ -266,15 +292,6 @@ def untuned(dataset: Any) -> Any:
     options.experimental_optimization.apply_default_optimizations = False
     options.autotune.enabled = False
     return dataset.with_options(options)
-
-
-def batch_spec(leaf: Any) -> Any:
-    """Describes a batch by an array: any number of rows of its shape and dtype.
-
-    Args:
-        leaf: An array or tensor of shape [rows, ...].
-    """
-    return tf.TensorSpec((None, *leaf.shape[1:]), leaf.dtype)
 
 
 def shortened(value: Any) -> str:

@@ -20,6 +20,7 @@ _WHOM = {
     USER: "This holds for all examples together that `group_ids` gave to one user, not for a "
     "person with several ids.",
 }
+_LARGE = 10  # where the last tier of Ponomareva et al., "How to DP-fy ML", 2023, begins
 _SECRET = {True: "{}s were drawn and noise was", False: "noise was"}
 _METHODS = {"pld": "privacy loss distributions", "rdp": "Rényi divergences"}
 
@@ -89,6 +90,8 @@ class Report:
             )
             if self.ledger.unit == USER:
                 spent += ", for each user"
+            if epsilon > _LARGE:
+                spent += f"; an epsilon above {_LARGE} promises little"
         return spent if self.secret else f"{spent}, with no guarantee: a seed was given"
 
 
@@ -163,14 +166,26 @@ def statement(
         "Losses and metrics of the training data, such as those in `History`, got no noise: "
         "they are not private.",
     ]
+    careless = careless_delta(ledger, delta, num_rows)
+    return " ".join([*sentences, careless] if careless else sentences)
+
+
+def careless_delta(ledger: Ledger, delta: float, num_rows: int | None = None) -> str | None:
+    """Says that a `delta` is too large for the data, if it is known to be.
+
+    Args:
+        ledger: Steps that were made, or are to be.
+        delta: As in `statement`.
+        num_rows: As in `statement`.
+    """
     known = [p.num_rows for p in ledger.phases if p.num_rows is not None]
-    rows = num_rows or (max(known) if known else None)
-    if rows is not None and delta * rows >= 1:
-        sentences.append(
-            f"delta is not below 1 / {rows}, one over the number of {unit}s: giving away a "
-            f"random {unit} would satisfy this guarantee."
-        )
-    return " ".join(sentences)
+    rows = num_rows or max(known, default=0)
+    if delta * rows < 1:
+        return None
+    return (
+        f"delta is not below 1 / {rows}, one over the number of {ledger.unit}s: giving away a "
+        f"random {ledger.unit} would satisfy this guarantee."
+    )
 
 
 def _public(ledger: Ledger) -> str:
