@@ -95,8 +95,10 @@ FAMILIES: dict[str, dict[str, Program]] = {
         "feature_space": Program(),
         "timeseries": Program(),
         "pydataset": Program(),
+        "generator": Program(),
         "ragged_tensors": Program(),
         "sparse_features": Program(),
+        "scipy_matrix": Program(),
     },
     "callbacks": {
         "schedules": Program(),

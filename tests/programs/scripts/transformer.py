@@ -30,7 +30,7 @@ class Block(layers.Layer):
     def __init__(self, width, heads, **kwargs):
         super().__init__(**kwargs)
         self.supports_masking = True
-        self.attention = layers.MultiHeadAttention(heads, width, dropout=0.1)
+        self.attention = layers.MultiHeadAttention(heads, width, dropout=0.1, use_bias=False)
         self.feed_forward = keras.Sequential([layers.Dense(32, "gelu"), layers.Dense(width)])
         self.norms = [layers.LayerNormalization(epsilon=1e-6) for _ in range(2)]
 
