@@ -53,7 +53,10 @@ def is_gone(pid: int) -> bool:
 
 
 def finished(
-    command: Sequence[str], seconds: float, environ: Mapping[str, str] | None = None
+    command: Sequence[str],
+    seconds: float,
+    environ: Mapping[str, str] | None = None,
+    folder: Path | None = None,
 ) -> tuple[int, str]:
     """Runs a command to its end and gives its exit status and all that it printed.
 
@@ -61,9 +64,11 @@ def finished(
         command: The program and its arguments.
         seconds: How long it may run.
         environ: Variables besides `QUIET`.
+        folder: Where it works; None for here.
     """
     done = subprocess.run(
         command,
+        cwd=folder,
         env={**QUIET, **(environ or {})},
         capture_output=True,
         text=True,

@@ -1,0 +1,38 @@
+"""A search: many models in one script, folds of scikit-learn, sessions cleared."""
+
+import keras
+import numpy as np
+import outcome
+from keras import layers
+from sklearn.datasets import load_iris
+from sklearn.model_selection import KFold
+
+keras.utils.set_random_seed(1)
+x, y = load_iris(return_X_y=True)
+x = x.astype("float32")
+
+
+def build(units, rate):
+    model = keras.Sequential(
+        [keras.Input((4,)), layers.Dense(units, "tanh"), layers.Dense(3, "softmax")]
+    )
+    model.compile(keras.optimizers.Adam(rate), "sparse_categorical_crossentropy")
+    return model
+
+
+scores = {}
+for units, rate in ((4, 0.02), (8, 0.02)):
+    folds = []
+    for train, held_out in KFold(2, shuffle=True, random_state=1).split(x):
+        keras.backend.clear_session()
+        keras.utils.set_random_seed(2)
+        model = build(units, rate)
+        model.fit(x[train], y[train], epochs=2, batch_size=16, shuffle=False, verbose=0)
+        folds.append(model.evaluate(x[held_out], y[held_out], verbose=0))
+    scores[units, rate] = np.mean(folds)
+
+best = min(scores, key=scores.get)
+keras.utils.set_random_seed(3)
+final = build(*best)
+history = final.fit(x, y, epochs=2, batch_size=16, shuffle=False, verbose=0)
+outcome.save(final, history, scores=list(scores.values()))

@@ -1,0 +1,82 @@
+"""Writes docs/does_my_program_run.md: python -m tests.programs.table."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+from tests.programs.expected import EVERYWHERE, FAMILIES, Ends, Expected, Program
+from tests.programs.run import SCRIPTS
+
+PAGE = Path(__file__).parents[2] / "docs" / "does_my_program_run.md"
+
+BEFORE = """\
+# Does my program run?
+
+Below are programs in the style of Keras's examples and TensorFlow's guides. They are ordinary
+scripts: none of them imports tfdist. Each was run in plain Keras, and then under the drop-in on
+each kind of place:
+
+```sh
+python program.py
+tfdist run -n 2 --drop-in program.py
+```
+
+All weights, histories and printed numbers were compared. Find the program most like yours.
+
+| in a cell | means |
+|---|---|
+| equal | its weights and numbers are those of plain Keras in one process |
+| as one | they are those of one process of tfdist; plain Keras has other ones |
+| alike | it runs, and all workers end with the same weights; plain Keras has other ones |
+| refused | it ends with the sentence in the last column |
+| fails | it does not run, or not as it should |
+
+Equal means to a ten-thousandth of a variable's norm. The programs seed themselves with
+`keras.utils.set_random_seed` and train for one to four epochs. `multi_worker`, `horovod` and
+`parameter_server` had two workers, `mirrored` two devices; parameter servers were synchronous.
+[The promise](promise.md) says what is equal in general, and why.
+
+"""
+
+
+def page() -> str:
+    """Gives the whole page."""
+    return BEFORE + "\n".join(_table(title, family) for title, family in FAMILIES.items())
+
+
+def _table(title: str, family: dict[str, Program]) -> str:
+    heads = [f"`{place.rsplit('-', 1)[0]}`" for place in EVERYWHERE]
+    rows = [
+        f"## {title.capitalize()}\n",
+        _cells(["program", *heads, "why"]),
+        _cells(["---"] * (len(heads) + 2)),
+        *(_row(name, program) for name, program in family.items()),
+    ]
+    return "\n".join(rows) + "\n"
+
+
+def _row(name: str, program: Program) -> str:
+    expected = [program.on(place) for place in EVERYWHERE]
+    why = dict.fromkeys(_sentence(one) for one in expected if one.why)
+    return _cells([_what(name), *(one.ends.value for one in expected), " ".join(why)])
+
+
+def _cells(texts: list[str]) -> str:
+    return "| " + " | ".join(texts) + " |"
+
+
+def _what(name: str) -> str:
+    documented = ast.get_docstring(ast.parse((SCRIPTS / f"{name}.py").read_text("utf-8")))
+    assert documented is not None, name
+    return f"{documented.rstrip('.')} (`{name}`)"
+
+
+def _sentence(expected: Expected) -> str:
+    if expected.ends is Ends.REFUSED:
+        return f'"{expected.why}"'
+    return f"{expected.why.rstrip('.')}."
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
