@@ -167,15 +167,7 @@ def sparse_alone() -> Any:
     ("build", "x"),
     [
         (three_inputs, (DENSE, sparse.csr_matrix(ZEROS), RAGGED)),
-        pytest.param(
-            sparse_alone,
-            SPARSE,
-            marks=pytest.mark.xfail(
-                reason="steps.after_data waits for a share's first leaf, which must be dense: "
-                "tf.nest.flatten(share, expand_composites=True)[:1] takes any",
-                raises=TypeError,
-            ),
-        ),
+        (sparse_alone, SPARSE),
     ],
 )
 def test_training_equals_plain_keras_s(build: Callable[[], Any], x: Any) -> None:

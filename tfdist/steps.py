@@ -181,7 +181,7 @@ def _over_epoch(
 
     def after_data(share: Share, stopping: Tensor) -> Result:
         # When the data is over, drawing fails, and then nothing must have been changed.
-        with tf.control_dependencies(tf.nest.flatten(share)[:1]):
+        with tf.control_dependencies(tf.nest.flatten(share, expand_composites=True)[:1]):
             result: Result = step(share, stopping)
             return result
 

@@ -43,12 +43,11 @@ def _watched(function: Callable[P, Any]) -> Callable[P, Any]:
         model: Any = args[0] if args else kwargs.get("model")
         if isinstance(model, keras.Model):
             kwargs["strategy"] = scoped(model, kwargs.get("strategy", "auto"))
-        with _keras.outside_scopes():
-            return begin(*args, **kwargs)
-
-    def begin(*args: P.args, **kwargs: P.kwargs) -> Any:
-        used = current(kwargs.get("strategy", "auto")).strategy
-        with watch.calling(name, used), routing.running():
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_keras.outside_scopes())
+            used = current(kwargs.get("strategy", "auto")).strategy
+            stack.enter_context(watch.calling(name, used))
+            stack.enter_context(routing.running())
             if not used.elastic:  # whoever joins later has missed the call
                 preflight.check_call(used, name)
                 watch.meet()

@@ -9,6 +9,7 @@ from typing import Any
 
 import keras
 
+from tfdist import _keras
 from tfdist.errors import ArgumentError, DisagreementError
 from tfdist.strategies.base import Strategy
 
@@ -47,10 +48,16 @@ class VerifyReplicas(keras.callbacks.Callback):  # type: ignore[misc]
         super().__init__()
         self._every = every
         self._strategy = strategy
-        self._variables = variables
+        self._state = variables
+        self._variables: Sequence[Any] = ()
         self._checked = 0
         self._before = 0  # steps of epochs that are over
         self._epoch = self._step = 0
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        """Leaves metrics out: what one worker's callback evaluates changes its own."""
+        of_metrics = {id(v) for v in _keras.metric_variables(self.model)}
+        self._variables = [v for v in self._state if id(v) not in of_metrics]
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         """Notes the epoch, for the message."""
