@@ -13,7 +13,8 @@ import tensorflow as tf
 import tfdist
 from tests.equivalence.cases import clipped_sgd, mlp, table
 from tfdist import preflight
-from tfdist.errors import ArgumentError
+from tfdist.errors import ArgumentError, DisagreementError
+from tfdist.strategies.base import Place, Strategy
 
 pytestmark = pytest.mark.quick
 X, Y = table(10)
@@ -107,6 +108,38 @@ def test_a_refusal_shows_the_users_lines_alone(model: Any) -> None:
     assert own[1:] == ["on_train_begin", "of_the_user"]
     ours = str(Path(tfdist.__file__).parent)
     assert sum(str(entry.path).startswith(ours) for entry in caught.traceback) <= 2
+
+
+class Workers(Strategy):
+    """Two workers, of which the other one sends something else."""
+
+    place = Place(2, 0, 1, 2, 0)
+    sent: Any = None
+
+    @classmethod
+    def unavailable(cls, cluster: Any) -> None:
+        pass
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        return [value, self.sent]
+
+
+def test_a_call_of_the_chief_alone_is_named(model: Any, tmp_path: Path) -> None:
+    workers = Workers.__new__(Workers)
+
+    class Best(keras.callbacks.ModelCheckpoint):
+        def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+            preflight.check_call(workers, "evaluate")
+
+    best = Best(str(tmp_path / "best.keras"))
+    with pytest.raises(DisagreementError, match="from the callback Best, which the chief"):
+        model.fit(X, Y, callbacks=[best], verbose=0)
+    workers.sent = "evaluate"
+    best.on_epoch_end(0)  # by hand, maybe on all workers
+    for sent, message in ((np.ones(3), "worker 1: another exchange"), ("fit", "1: `fit`")):
+        workers.sent = sent
+        with pytest.raises(DisagreementError, match=message):
+            preflight.check_call(workers, "evaluate")
 
 
 def test_a_list_of_targets_is_named(model: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -120,6 +121,18 @@ def _for_process(callbacks: Sequence[Any], strategy: Strategy) -> list[Any]:
 
 def _writes(callback: Any) -> bool:
     return isinstance(callback, _WRITERS)
+
+
+def writer_that_calls() -> Any:
+    """Gives the callback that this call comes from, if it is one that the chief alone runs."""
+    frame, writer = inspect.currentframe(), None
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if writer is not None and isinstance(owner, keras.callbacks.CallbackList):
+            return writer  # else somebody calls its methods by hand, maybe on all workers
+        writer = owner if isinstance(owner, _WRITERS) else writer
+        frame = frame.f_back
+    return None
 
 
 class Agreement(keras.callbacks.Callback):  # type: ignore[misc]

@@ -12,6 +12,7 @@ import tensorflow as tf
 
 from tfdist import data
 from tfdist._version import __version__
+from tfdist.callbacks import writer_that_calls
 from tfdist.errors import ArgumentError, DisagreementError
 from tfdist.session import Session
 from tfdist.strategies.base import Strategy
@@ -87,11 +88,23 @@ def check_call(strategy: Strategy, name: str) -> None:
         name: Of the function.
 
     Raises:
-        DisagreementError: Another one was called elsewhere.
+        DisagreementError: Another one was called elsewhere, or none.
     """
-    called = strategy.gather_objects(name)
-    if any(other != name for other in called):
-        listed = "; ".join(f"worker {i}: `{other}`" for i, other in enumerate(called))
+    writer = writer_that_calls() if strategy.place.num_workers > 1 else None
+    if writer is not None:
+        raise DisagreementError(
+            f"`{name}` must be called on every worker. Received: a call from the callback "
+            f"{type(writer).__name__}, which the chief alone runs, as it does all that write. "
+            "Call it in a keras.callbacks.Callback before this one, and leave the result in "
+            "`logs`."
+        )
+    # Who is not in a call of these has sent what it exchanges just now.
+    called = [
+        f"`{other}`" if isinstance(other, str) else "another exchange"
+        for other in strategy.gather_objects(name)
+    ]
+    if any(other != f"`{name}`" for other in called):
+        listed = "; ".join(f"worker {i}: {other}" for i, other in enumerate(called))
         raise DisagreementError(
             f"All workers must call the same functions in the same order. Received: {listed}. "
             "Look for `if tfdist.is_chief():` and other conditions around `fit`, `evaluate` "
