@@ -150,6 +150,13 @@ class _Waiting(NamedTuple):
         return [(gradient, variable) for gradient, variable in both if gradient is not None]
 
 
+def _of_rows(own: Tensor, total: Tensor, has_fixed_rows: bool) -> Tensor:
+    """Gives a reduced gradient the rows that one process would have."""
+    if has_fixed_rows:
+        return tf.IndexedSlices(total, own.indices, own.dense_shape)
+    return _keras.once_each(total) if _keras.has_unique_rows(own) else total
+
+
 class Updates:
     """Stands between a train step and its optimizers, to reduce before they apply.
 
@@ -213,10 +220,7 @@ class Updates:
         summed, others = self.agreement.reduce(
             self._batch, sent, with_gradients, [v for _, v in pairs]
         )
-        reduced = iter(
-            tf.IndexedSlices(total, own.indices, own.dense_shape) if fixed else total
-            for total, own, fixed in zip(summed, gradients, are_fixed, strict=True)
-        )
+        reduced = iter(map(_of_rows, gradients, summed, are_fixed))
         ready = [
             functools.partial(w.update, [g if g is None else next(reduced) for g in w.grads])
             for w in self._waiting

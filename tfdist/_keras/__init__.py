@@ -58,7 +58,7 @@ from tfdist._keras.probe import what_is_no_mean
 from tfdist._keras.replica import ReplicaBatch, on_replica, replaced
 from tfdist._keras.replicated import alone, replicated
 from tfdist._keras.scopes import leave_scope, outside_scopes, scope_of, undistributed
-from tfdist._keras.slices import has_fixed_rows
+from tfdist._keras.slices import has_fixed_rows, has_unique_rows, once_each
 from tfdist._keras.variables import swap_value
 
 __all__ = [
@@ -80,6 +80,7 @@ __all__ = [
     "has_global_seed",
     "has_own",
     "has_own_code",
+    "has_unique_rows",
     "is_seeded",
     "layers_of",
     "leave_scope",
@@ -87,6 +88,7 @@ __all__ = [
     "metric_variables",
     "note_metrics",
     "on_replica",
+    "once_each",
     "optimizers_of",
     "outside_scopes",
     "reindex_optimizer",

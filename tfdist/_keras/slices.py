@@ -1,4 +1,4 @@
-"""Gradients of rows: whether the rows are those of a batch's examples, or the same for all."""
+"""Gradients of rows: whose they are, and how the rows of shares add up."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 import tensorflow as tf
 
+_PASSES_ON = frozenset({"Cast", "Identity", "Reshape", "Squeeze", "ExpandDims"})
 _OF_SHAPES = frozenset({"Shape", "ShapeN", "Size", "Rank"})
 
 
@@ -37,3 +38,31 @@ def has_fixed_rows(gradient: Any) -> bool:
             return False  # an iterator's, or what a function gave
         waiting += list(op.inputs)
     return True
+
+
+def has_unique_rows(gradient: Any) -> bool:
+    """Tells whether a gradient has each row once, whichever examples chose it.
+
+    A product with a sparse matrix looks up each row once for all of a batch. Then rows that
+    several shares have must be one again.
+
+    Args:
+        gradient: As in `has_fixed_rows`.
+    """
+    if not isinstance(gradient, tf.IndexedSlices) or tf.executing_eagerly():
+        return False
+    op = gradient.indices.op
+    while op.type in _PASSES_ON:
+        op = op.inputs[0].op
+    return bool(op.type in ("Unique", "UniqueV2"))
+
+
+def once_each(gradient: Any) -> Any:
+    """Adds up the rows of a gradient that are of one index.
+
+    Args:
+        gradient: `tf.IndexedSlices`.
+    """
+    ids, places = tf.unique(gradient.indices)
+    values = tf.math.unsorted_segment_sum(gradient.values, places, tf.size(ids))
+    return tf.IndexedSlices(values, ids, gradient.dense_shape)
