@@ -226,6 +226,14 @@ def test_starts_without_tensorflow(environ):
     assert asked.returncode == 0
 
 
+def test_is_a_module_too(environ):
+    command = [sys.executable, "-m", "tfdist", "--version"]
+    said = subprocess.run(
+        command, env=environ, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert said.stdout == f"tfdist {tfdist.__version__}\n", said.stderr
+
+
 @pytest.mark.cluster
 class TestWorkers:
     """Through the real bootstrap, on real TensorFlow."""

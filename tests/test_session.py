@@ -18,10 +18,10 @@ import tensorflow as tf
 
 import tfdist
 from tests.jobs import QUIET, ROOT
-from tfdist import rendezvous
+from tfdist import rendezvous, strategies
 from tfdist.cluster import Cluster
 from tfdist.errors import StrategyError
-from tfdist.rendezvous import meet
+from tfdist.rendezvous import meet, wait_until_known
 from tfdist.session import Session
 from tfdist.strategies.base import Place, Strategy
 from tfdist.strategies.single import Single
@@ -141,6 +141,22 @@ def test_a_strategy_instance_is_adopted() -> None:
     assert len(history.history["loss"]) == 1
     with pytest.raises(StrategyError, match="synchronous"):
         tfdist.fit(model, x, x[:, :1], strategy=object())
+
+
+def test_an_evaluator_leaves_out_strategies_of_several_processes() -> None:
+    evaluator = Cluster({}, "evaluator", 0, "TF_CONFIG")
+    for name in ("multi_worker", "parameter_server"):
+        assert strategies.choose(name, evaluator)[0].name == "single"
+        with pytest.raises(StrategyError):
+            strategies.choose(name, Cluster())
+
+
+def test_names_that_no_service_knows_are_waited_for() -> None:
+    wait_until_known(["localhost"], 1)
+    with pytest.raises(
+        StrategyError, match=r"no-such-host.invalid \(its name does not resolve"
+    ):
+        wait_until_known(["localhost", "no-such-host.invalid"], 0)
 
 
 def test_a_wait_for_others_has_a_limit() -> None:

@@ -111,8 +111,7 @@ def test_epsilon_is_its_accountants(
         delta=delta,
         accountant=accountant,
     )
-    assert ours == pytest.approx(theirs, rel=0.01)
-    assert ours >= theirs * (1 - 1e-3)
+    assert ours == pytest.approx(theirs, rel=1e-4)
 
 
 def attack(members: Any, others: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.metadata import entry_points
 
-from tfdist.cluster import Cluster
+from tfdist.cluster import EVALUATOR, Cluster
 from tfdist.errors import ArgumentError, StrategyError
 from tfdist.strategies.base import Place, Strategy
 
@@ -39,6 +39,9 @@ def find(name: str) -> type[Strategy]:
 def choose(name: str, cluster: Cluster) -> tuple[type[Strategy], str]:
     """Finds the strategy to use and says why.
 
+    An evaluator stands outside of the cluster: where the strategy that was named needs one, it
+    takes what "auto" gives.
+
     Args:
         name: As in `strategy=`; "auto" asks each strategy whether it fits the cluster.
         cluster: This process's place.
@@ -53,6 +56,8 @@ def choose(name: str, cluster: Cluster) -> tuple[type[Strategy], str]:
     if name != "auto":
         strategy = find(name)
         obstacle = strategy.unavailable(cluster)
+        if obstacle is not None and cluster.job == EVALUATOR:
+            return choose("auto", cluster)
         if obstacle is not None:
             raise StrategyError(
                 f"The strategy must be able to run here. Received: strategy={name!r}, but "
