@@ -87,7 +87,7 @@ FAMILIES: dict[str, dict[str, Program]] = {
         "metric_learning": unless(Ends.FAILS, AXIS, *SEVERAL),
     },
     "models": {
-        "digits_convnet": unless(Ends.AS_ONE, ORDER, *EVERYWHERE),
+        "digits_convnet": unless(Ends.ALIKE, ORDER, *EVERYWHERE),
         "lora": Program(),
         "transfer": Program(),
         "stateful_rnn": Program(),
