@@ -27,10 +27,12 @@ class Expected:
     Attributes:
         ends: How it ends there.
         why: One line for the documentation; for `REFUSED` the message has it in it.
+        each_time: Whether it ends so each time; a race does not.
     """
 
     ends: Ends = Ends.EQUAL
     why: str = ""
+    each_time: bool = True
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ GENERATOR = "Keras evaluates the same batches of the generator again, tfdist the
 AXIS = "batches are split along their first axis, which is not that of rows here"
 SPARSE = "a step does not take sparse tensors"
 SWAP = "`SwapEMAWeights` does not swap what servers have"
+EXPORT = Expected(Ends.FAILS, "workers `export` into one folder at once", each_time=False)
 SCOPE = "scopes are not led to servers"
 LOOP = "A training loop of your own must run on a tf.distribute.Strategy."
 
@@ -113,7 +116,7 @@ FAMILIES: dict[str, dict[str, Program]] = {
     },
     "scripts": {
         "tuner": Program(),
-        "saving": Program(),
+        "saving": Program(dict.fromkeys(WORKERS, EXPORT)),
         "custom_loop": unless(Ends.EQUAL, FOR_ITSELF, *WORKERS),
         "train_on_batch": unless(Ends.EQUAL, FOR_ITSELF, *WORKERS),
         "mirrored_scope": unless(Ends.FAILS, SCOPE, SERVERS),
