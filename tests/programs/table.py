@@ -75,7 +75,7 @@ def _what(name: str) -> str:
 def _sentence(expected: Expected) -> str:
     if expected.ends is Ends.REFUSED:
         return f'"{expected.why}"'
-    return f"{expected.why.rstrip('.')}."
+    return f"{expected.why[0].upper()}{expected.why[1:]}."
 
 
 if __name__ == "__main__":
