@@ -64,13 +64,11 @@ def become_worker() -> None:
     place = strategy.place
     kept_config.keep(place.num_workers > 1, place.is_chief)
     late_settings.explain(place.is_chief)
-    is_drop_in = os.environ.get("TFDIST_DROP_IN") == "1"
-    if is_drop_in:
-        tfdist.drop_in()
     if place.num_workers > 1 or strategy.has_servers:
-        if not is_drop_in:
-            claim(strategy)
-        guard(strategy, is_drop_in)
+        claim(strategy)
+        guard(strategy)
+    if os.environ.get("TFDIST_DROP_IN") == "1":
+        tfdist.drop_in()
     # Once connected, TensorFlow's preemption notice catches SIGTERM and the worker lives on:
     # every run with a failure would take the launcher's whole grace. Seen with 2.21.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -5,19 +5,31 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import keras
+import tensorflow as tf
 
-from tfdist import training
+from tfdist import routing, training
 from tfdist.claims import claim
 from tfdist.routing import METHODS, is_running, replacing
 from tfdist.session import current
 from tfdist.strategies.base import Strategy
+
+_STARTED = time.time()
+_seen: dict[str, int] = {}  # the folder that was at a path after the last save
+_PATHS = ("filepath", "export_dir")  # by which savers take a path
+# Functions of something and a path.
+_SAVERS = (
+    (keras.saving, "save_model"),
+    (keras.saving, "save_weights"),
+    (keras.models, "save_model"),
+    (tf.saved_model, "save"),
+)
 
 
 class DropIn(replacing):
@@ -30,13 +42,23 @@ class DropIn(replacing):
 
     def __init__(self, methods: dict[str, Any], strategy: Strategy) -> None:
         super().__init__(methods)
-        several = strategy.place.num_replicas > 1 or strategy.has_servers
-        self._unclaim = claim(strategy) if several else lambda: None
+        self._stack = contextlib.ExitStack()
+        routing.note_drop_in(1)
+        self._stack.callback(routing.note_drop_in, -1)
+        if strategy.place.num_replicas > 1 or strategy.has_servers:
+            self._stack.callback(claim(strategy))
+        if strategy.place.num_workers > 1:
+            for module, name in _SAVERS:
+                before = getattr(module, name, None)
+                if before is None:  # in this version of Keras
+                    continue
+                self._stack.callback(setattr, module, name, before)
+                setattr(module, name, _whole(before))
 
     def undo(self) -> None:
         """Puts Keras's and TensorFlow's own back; doing so twice does no harm."""
         super().undo()
-        self._unclaim()
+        self._stack.close()
 
 
 def drop_in(strategy: Any = "auto") -> DropIn:
@@ -68,8 +90,8 @@ def drop_in(strategy: Any = "auto") -> DropIn:
     }
     used = current(strategy).strategy
     if used.place.num_workers > 1:
-        methods["save"] = _whole(keras.Model.save)
-        methods["save_weights"] = _whole(keras.Model.save_weights)
+        for name in ("save", "save_weights", "export"):
+            methods[name] = _whole(getattr(keras.Model, name))
     return DropIn(methods, used)
 
 
@@ -85,9 +107,15 @@ def _routed(function: Callable[..., Any], original: Any, strategy: Any) -> Calla
 
 def _whole(save: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(save)
-    def method(model: Any, filepath: Any, *args: Any, **kwargs: Any) -> Any:
-        with _appearing(Path(filepath)) as path:
-            return save(model, path, *args, **kwargs)
+    def method(saved: Any, *args: Any, **kwargs: Any) -> Any:
+        name = next((name for name in _PATHS if name in kwargs), None)
+        given = args[0] if name is None else kwargs[name]
+        if not isinstance(given, str | os.PathLike):
+            return save(saved, *args, **kwargs)
+        with _appearing(Path(given)) as path:
+            if name is None:
+                return save(saved, str(path), *args[1:], **kwargs)
+            return save(saved, *args, **{**kwargs, name: str(path)})
 
     return method
 
@@ -100,6 +128,31 @@ def _appearing(target: Path) -> Iterator[Path]:
         path = Path(folder) / target.name
         yield path
         for written in Path(folder).iterdir():  # a sharded save writes several
+            there = target.parent / written.name
             if written.is_dir():
-                shutil.rmtree(target.parent / written.name, ignore_errors=True)
-            os.replace(written, target.parent / written.name)
+                _appear_once(written, there)
+            else:
+                os.replace(written, there)
+
+
+def _appear_once(written: Path, there: Path) -> None:
+    """Moves a folder to its place, unless another worker's of this save is there.
+
+    It may be read by then, file by file, and what two workers wrote is numbered differently.
+    """
+    key = str(there.resolve())
+    if not _is_of_this_save(there, _seen.get(key)):
+        with tempfile.TemporaryDirectory(dir=there.parent, prefix=".old-") as old:
+            with contextlib.suppress(FileNotFoundError):
+                os.rename(there, Path(old) / there.name)
+            with contextlib.suppress(OSError):  # another worker's came in between
+                os.rename(written, there)
+    _seen[key] = there.stat().st_ino
+
+
+def _is_of_this_save(there: Path, seen: int | None) -> bool:
+    try:
+        found = there.stat()
+    except FileNotFoundError:
+        return False
+    return found.st_ctime >= _STARTED if seen is None else found.st_ino != seen

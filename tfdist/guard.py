@@ -23,17 +23,15 @@ _REMEDY = (
 )
 
 
-def guard(strategy: Strategy, is_drop_in: bool) -> None:
+def guard(strategy: Strategy) -> None:
     """Watches what Keras trains outside of tfdist, for the rest of the process's life.
 
     Args:
         strategy: What this process trains with, among several workers.
-        is_drop_in: Whether `fit`, `evaluate` and `predict` are led to tfdist.
     """
-    if not is_drop_in:
-        keras.Model.fit = _alone(keras.Model.fit, "model.fit")
-    keras.Model.train_on_batch = _on_batch(keras.Model.train_on_batch, strategy, is_drop_in)
-    _keras.watch_updates(functools.partial(_heed_update, is_drop_in))
+    keras.Model.fit = _alone(keras.Model.fit, "model.fit")
+    keras.Model.train_on_batch = _on_batch(keras.Model.train_on_batch, strategy)
+    _keras.watch_updates(_heed_update)
 
 
 def _alone(original: Callable[..., Any], name: str) -> Callable[..., Any]:
@@ -47,9 +45,7 @@ def _alone(original: Callable[..., Any], name: str) -> Callable[..., Any]:
     return method
 
 
-def _on_batch(
-    original: Callable[..., Any], strategy: Strategy, is_drop_in: bool
-) -> Callable[..., Any]:
+def _on_batch(original: Callable[..., Any], strategy: Strategy) -> Callable[..., Any]:
     """Computes a batch whole on every worker, and then takes the chief's state."""
 
     @functools.wraps(original)
@@ -58,7 +54,7 @@ def _on_batch(
 
         if routing.is_running():
             return original(model, *args, **kwargs)
-        if not is_drop_in:
+        if not routing.is_drop_in():
             _object("`model.train_on_batch`")
             return original(model, *args, **kwargs)
         _say_once(
@@ -76,11 +72,11 @@ def _on_batch(
     return method
 
 
-def _heed_update(is_drop_in: bool) -> None:
+def _heed_update() -> None:
     """Called when an optimizer updates weights where no replica's step runs."""
     if routing.is_running():
         return
-    if not is_drop_in:
+    if not routing.is_drop_in():
         _object("a training loop of its own")
     else:
         _say_once(

@@ -140,8 +140,8 @@ def scoped(model: Any, strategy: Any) -> Any:
         strategy: As in `fit`.
 
     Returns:
-        The strategy of the scope, if it has several replicas in this process and no other was
-        named; else `strategy`.
+        The strategy of the scope, if it has several replicas and none was named or chosen; else
+        `strategy`.
     """
     scope = _keras.scope_of(model)
     if scope is not None:
@@ -149,7 +149,7 @@ def scoped(model: Any, strategy: Any) -> Any:
         vars(model)[_SCOPE] = scope
     scope = vars(model).get(_SCOPE)
     is_open = isinstance(strategy, str) and strategy == "auto"
-    if scope is None or not is_open or current().strategy.place.num_workers > 1:
+    if scope is None or not is_open or not current().strategy.is_plain:
         return strategy
     return scope if scope.num_replicas_in_sync > 1 else strategy
 

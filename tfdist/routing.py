@@ -21,11 +21,27 @@ class _Calls(threading.local):
 
 
 _calls = _Calls()
+_drop_ins = 0
 
 
 def is_running() -> bool:
     """Tells whether one of tfdist's functions runs in this thread, and this is a callback."""
     return _calls.depth > 0
+
+
+def is_drop_in() -> bool:
+    """Tells whether every model's methods are led to tfdist's."""
+    return _drop_ins > 0
+
+
+def note_drop_in(change: int) -> None:
+    """Notes that `drop_in` was called, or undone.
+
+    Args:
+        change: 1 or -1.
+    """
+    global _drop_ins
+    _drop_ins += change
 
 
 @contextlib.contextmanager

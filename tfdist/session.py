@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -60,16 +59,30 @@ class Session:
         return f"tfdist: {self.strategy.name} ({self.reason}): {split}"
 
 
+@dataclass
+class _Drawn:
+    """The state of Python's generator at the last fit, and how many fits it has seen."""
+
+    state: Any = None
+    generator: Any = None
+    fits: int = 0
+
+
 def _next_seed() -> int:
     """Gives a seed, another each time, and leaves Python's generator where it is.
 
-    Keras draws initial weights from that generator, and its own `fit` draws nothing.
+    Keras draws initial weights from that generator, and its own `fit` draws nothing. Who seeds
+    again begins again.
     """
-    text = f"{random.getstate()} {next(_number)}"
+    state, generator = random.getstate(), _keras.generator()
+    if state != _drawn.state or generator is not _drawn.generator:
+        _drawn.state, _drawn.generator, _drawn.fits = state, generator, 0
+    text = f"{state} {_drawn.fits}"
+    _drawn.fits += 1
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") >> 1
 
 
-_number = itertools.count()
+_drawn = _Drawn()
 _sessions: dict[Any, Session] = {}
 _current: Session | None = None
 

@@ -14,6 +14,7 @@ from keras.src import backend as _backend
 from keras.src.backend.common import global_state as _global_state
 from keras.src.random.seed_generator import global_seed_generator as _global_seed_generator
 from keras.src.utils import rng_utils as _rng_utils
+from tensorflow.python.eager import context as _context
 
 from tfdist._keras.discovery import Step, run, trace
 
@@ -94,6 +95,11 @@ def has_global_seed() -> bool:
 def is_seeded() -> bool:
     """Tells whether `keras.utils.set_random_seed` was called in this process."""
     return _rng_utils.get_random_seed() is not None
+
+
+def generator() -> Any:
+    """Gives the generator of TensorFlow's seeds: another object after each seeding."""
+    return getattr(_context.context(), "_rng", None)
 
 
 def global_seed_variable() -> Any:

@@ -230,7 +230,10 @@ class Asynchronous:
                 for piece in _pieces(share.data, self._num_workers)
             ]
             outputs = [one.fetch() for one in pending]
-        return tf.nest.map_structure(lambda *parts: np.concatenate(parts), *outputs)
+        # Keras asks what it gets for NumPy arrays.
+        return tf.nest.map_structure(
+            lambda *parts: tf.constant(np.concatenate(parts)), *outputs
+        )
 
     def _read_results(self) -> Logs:
         """Reads the metrics' results, under the names that steps return them by."""
