@@ -73,6 +73,11 @@ def main() -> None:
     metavar="N",
     help="Parameter servers in all; the script then runs on a chief beside the workers.",
 )
+@click.option(
+    "--synchronous",
+    is_flag=True,
+    help="With --ps: the workers share each batch, as in all other strategies.",
+)
 @click.option("--hosts", metavar="H:N,...", help="The machines, and how many workers on each.")
 @click.option("--node-rank", type=int, metavar="I", help="Which of --hosts this machine is.")
 @click.option(
@@ -135,6 +140,7 @@ def main() -> None:
 def run(
     workers: int | None,
     servers: int,
+    synchronous: bool,
     hosts: str | None,
     node_rank: int | None,
     port: int,
@@ -178,6 +184,13 @@ def run(
             f"{'no file' if Path(script).exists() else 'not there'}. "
             "Check the path; the options of `tfdist run` come before it."
         )
+    if synchronous and not servers:
+        raise click.BadParameter(
+            "--synchronous must come with parameter servers. Received: --synchronous without "
+            "--ps. Add --ps 1, or leave it out: other strategies are synchronous."
+        )
+    if synchronous:
+        os.environ["TFDIST_SYNCHRONOUS"] = "1"  # which the workers inherit
     machines = parse_hosts(hosts) if hosts is not None else ()
     roster = Roster(
         script_command((script, *arguments), module=module),

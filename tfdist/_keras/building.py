@@ -39,7 +39,7 @@ def build(model: Any, kind: str, spec: Any, sample: Callable[[], Any]) -> Step:
     Raises:
         Exception: What the step raises, as in Keras's own first step.
     """
-    if not has_own(model, kind) and _is_built_from_shapes(model, spec):
+    if not has_own(model, kind) and is_built_from_shapes(model, spec):
         return Step()
     step = step_of(model, kind)
     if model.run_eagerly:
@@ -47,7 +47,18 @@ def build(model: Any, kind: str, spec: Any, sample: Callable[[], Any]) -> Step:
     return trace(step, tf.nest.map_structure(_type_spec, spec))
 
 
-def _is_built_from_shapes(model: Any, spec: Any) -> bool:
+def is_built_from_shapes(model: Any, spec: Any) -> bool:
+    """Builds a model, its optimizer and metrics from shapes alone, where that can be.
+
+    What a step that is traced makes is nothing if the trace fails, and a second `fit` finds it.
+
+    Args:
+        model: A compiled `keras.Model`.
+        spec: As in `build`.
+
+    Returns:
+        Whether it could be.
+    """
     try:
         model._symbolic_build(data_batch=spec)
     except Exception:  # whatever the model's own code makes of shapes without values

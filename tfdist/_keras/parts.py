@@ -54,6 +54,9 @@ class Split:
         for part, rows in zip(self.parts, self.cut(tf.convert_to_tensor(value)), strict=True):
             part.assign(rows)
 
+    def __sub__(self, other: Any) -> Tensor:
+        return tf.convert_to_tensor(self) - tf.convert_to_tensor(other)
+
     def assign_add(self, value: Any) -> None:
         """Adds to all parts.
 

@@ -86,13 +86,13 @@ def what_is_no_mean(
             if _differing(whole, [(1.0, again)], whole, tolerance) is not None:
                 return None
             nearby = _observed(step, _nearby(sample), _Part(0, total, total, []))
-            parts = [
-                (
-                    (end - begin) / total,
-                    _observed(step, sample, _Part(begin, end, total, exchanged)),
-                )
-                for begin, end in ((0, cut), (cut, total))
-            ]
+            parts = []
+            for begin, end in ((0, cut), (cut, total)):
+                try:
+                    part = _observed(step, sample, _Part(begin, end, total, exchanged))
+                except Exception:
+                    return "its step, which does not run on some rows of a batch,"
+                parts.append(((end - begin) / total, part))
     except Exception:  # whatever the step makes of a sample
         return None
     return _differing(whole, parts, nearby, tolerance)

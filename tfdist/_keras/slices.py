@@ -6,7 +6,10 @@ from typing import Any
 
 import tensorflow as tf
 
-_PASSES_ON = frozenset({"Cast", "Identity", "Reshape", "Squeeze", "ExpandDims"})
+# Their first input's numbers, moved, chosen from or added to.
+_PASSES_ON = frozenset(
+    {"AddV2", "Cast", "ExpandDims", "GatherV2", "Identity", "Reshape", "Squeeze", "Sub"}
+)
 _OF_SHAPES = frozenset({"Shape", "ShapeN", "Size", "Rank"})
 
 
@@ -51,9 +54,14 @@ def has_unique_rows(gradient: Any) -> bool:
     """
     if not isinstance(gradient, tf.IndexedSlices) or tf.executing_eagerly():
         return False
-    op = gradient.indices.op
+    return _is_unique(gradient.indices.op)
+
+
+def _is_unique(op: Any) -> bool:
     while op.type in _PASSES_ON:
         op = op.inputs[0].op
+    if op.type == "ConcatV2":  # of the parts of a variable on several servers
+        return all(_is_unique(part.op) for part in list(op.inputs)[:-1])
     return bool(op.type in ("Unique", "UniqueV2"))
 
 

@@ -207,21 +207,25 @@ class GeneratorBatches(Batches):
     Args:
         generator: Yields what `Share.data` holds.
         steps: Batches an epoch, or None when it ends by itself.
+        training: Whether epochs go on where the last one stopped.
     """
 
     repeatable = False
-    flows = True  # what is drawn ahead must not be lost
 
-    def __init__(self, generator: Iterator[Any], steps: int | None) -> None:
+    def __init__(self, generator: Iterator[Any], steps: int | None, training: bool) -> None:
         super().__init__(None, steps)
-        try:
-            self._first = _as_batch(next(generator))
-        except StopIteration:
+        self.flows = training  # then what is drawn ahead must not be lost
+        generator = map(_as_batch, generator)
+        # Keras looks at two batches, and begins every evaluation with them.
+        self._peeked = list(itertools.islice(generator, 2))
+        if not self._peeked:
             raise ArgumentError(
                 "A generator must yield at least one batch. Received: one that ends at once. "
                 "Generators are read once: make a new one for each call."
-            ) from None
-        self._rest = itertools.chain([self._first], map(_as_batch, generator))
+            )
+        self._first = self._peeked[0]
+        self._later = generator
+        self._rest = itertools.chain(self._peeked, generator)
 
     def sample(self) -> Any:
         """Gives the first batch."""
@@ -231,9 +235,13 @@ class GeneratorBatches(Batches):
         """Wraps what is left of the generator, but for what an earlier process has drawn."""
         for _ in itertools.islice(self._rest, position.drawn):
             pass
-        return untuned(
-            tf.data.Dataset.from_generator(lambda: self._rest, output_signature=self.spec())
-        )
+
+        def batches() -> Iterator[Any]:
+            if self.flows:
+                return self._rest
+            return itertools.islice(itertools.chain(self._peeked, self._later), self.steps)
+
+        return untuned(tf.data.Dataset.from_generator(batches, output_signature=self.spec()))
 
     def spec(self) -> Any:
         """Gives the shapes and dtypes of a batch."""

@@ -154,7 +154,7 @@ def _read(x: Any, y: Any, sample_weight: Any, settings: Settings) -> Source:
             "`class_weight` cannot be used with a generator. Let it yield "
             "(x, y, sample_weight)."
         )
-    return GeneratorBatches(x, settings.steps)
+    return GeneratorBatches(x, settings.steps, settings.training)
 
 
 def _check_kind(x: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -38,7 +39,7 @@ class ParameterServer(TFDistribute):
         synchronous: False: each worker takes a global batch of its own, and its update is
             applied to whatever the weights have become meanwhile. True: all workers compute
             a share of the same global batch with the same weights, which gives the weights
-            of one process.
+            of one process. None: True under `tfdist run --synchronous`, else False.
         max_staleness: At most so many updates may come between a step's reading of the
             weights and its own update; no bound if None. 0 makes one step at a time.
         data: "chief": the chief sends batches, of any kind of input. "workers": arrays are
@@ -67,11 +68,13 @@ class ParameterServer(TFDistribute):
         self,
         cluster: Cluster | None = None,
         *,
-        synchronous: bool = False,
+        synchronous: bool | None = None,
         max_staleness: int | None = None,
         data: str = "chief",
         min_part_bytes: int = 4 * 2**20,
     ) -> None:
+        if synchronous is None:  # `tfdist run --synchronous`
+            synchronous = os.environ.get("TFDIST_SYNCHRONOUS") == "1"
         _check(synchronous, max_staleness, data, min_part_bytes)
         cluster = Cluster.from_environment() if cluster is None else cluster
         obstacle = self.unavailable(cluster)
