@@ -61,8 +61,8 @@ def _on_batch(original: Callable[..., Any], strategy: Strategy) -> Callable[...,
             "`train_on_batch` computes its whole batch on every worker: the weights are those "
             "of one process, and it is no faster. `fit` shares batches."
         )
-        scoped(model, "auto")
         with routing.running(), _keras.outside_scopes():
+            scoped(model, "auto")
             result = original(model, *args, **kwargs)
         if strategy.place.num_workers > 1:
             with strategy.waiting_for("the end of train_on_batch"):

@@ -41,10 +41,10 @@ def _watched(function: Callable[P, Any]) -> Callable[P, Any]:
         if routing.is_running():  # in a callback: of a call that is watched
             return function(*args, **kwargs)
         model: Any = args[0] if args else kwargs.get("model")
-        if isinstance(model, keras.Model):
-            kwargs["strategy"] = scoped(model, kwargs.get("strategy", "auto"))
         with contextlib.ExitStack() as stack:
             stack.enter_context(_keras.outside_scopes())
+            if isinstance(model, keras.Model):
+                kwargs["strategy"] = scoped(model, kwargs.get("strategy", "auto"))
             used = current(kwargs.get("strategy", "auto")).strategy
             stack.enter_context(watch.calling(name, used))
             stack.enter_context(routing.running())

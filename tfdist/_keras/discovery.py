@@ -219,5 +219,7 @@ def keeping_random_state() -> Iterator[None]:
     finally:
         random.setstate(ours)
         np.random.set_state(theirs)
-        if tensorflows is not None:
+        if tensorflows is not None and tensorflows.getstate() != its:
             tensorflows.setstate(its)
+            # Kernels of the seeds that were drawn have states of their own.
+            _context.context().clear_kernel_cache()
