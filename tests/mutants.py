@@ -9,6 +9,7 @@ A copy of the project gets the fault and runs the tests that are named beside it
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -54,10 +55,10 @@ MUTANTS = {
         f"{EQUIVALENCE} -k mirrored-2-own_train_step",
     ),
     "a metric is reduced as a mean": Mutant(
-        "reduction.py",
-        "if id(v) in self.of_batches",
-        "if True",
-        f"{EQUIVALENCE} -k mirrored-2-rows_961",
+        "_keras/metrics.py",
+        'given["sample_weight"] = share',
+        'given["sample_weight"] = 1.0',
+        f"{EQUIVALENCE} -k gan_without_call",
     ),
     "the chief's weights are not broadcast": Mutant(
         "strategies/connected.py",
@@ -101,16 +102,70 @@ MUTANTS = {
         "self._stop.requested = False",
         f"{BEHAVIOUR} -k horovod-2-a_stop_on_any",
     ),
-    "a checkpoint forgets how many epochs were drawn": Mutant(
-        "checkpoint/run.py",
-        "epoch, step, before = self._position",
-        "epoch, step, _ = self._position\n        before = 0",
+    "a checkpoint forgets where the data stands": Mutant(
+        "data/batches.py",
+        "return self.dataset.skip(position.drawn) if position.drawn else self.dataset",
+        "return self.dataset",
         "tests/test_checkpoint.py",
     ),
+    "a step's noise is the same on all replicas": Mutant(
+        "_keras/random.py",
+        "first = tf.where(is_of_share, batch.offset * repeats, first)",
+        "first = tf.where(is_of_share, first, first)",
+        f"{EQUIVALENCE} -k 'vae_of_random or noise_layers'",
+    ),
+    "what is no mean is not seen": Mutant(
+        "_keras/probe.py",
+        "if np.linalg.norm(value - expected) > allowed:",
+        "if False:",
+        "tests/test_discovery.py",
+    ),
+    "a probe does not put states back": Mutant(
+        "_keras/discovery.py",
+        "for variable, value in [*touched, *recorder.before]:",
+        "for variable, value in []:",
+        "tests/test_discovery.py",
+    ),
+    "a Dice loss sees its share": Mutant(
+        "_keras/losses.py",
+        "return is_scalar and not is_mean(function, *rows)",
+        "return False",
+        f"{EQUIVALENCE} -k dice_and_recall",
+    ),
+    "rows of positions stand next to each other": Mutant(
+        "_keras/slices.py",
+        'if not op.inputs and op.type != "Const":',
+        'if op.type != "Const":',
+        f"{EQUIVALENCE} -k embedded_positions",
+    ),
+    "workers of whole batches keep their own state": Mutant(
+        "strategies/whole.py",
+        "for variable, value in zip(variables, values, strict=True):",
+        "for variable, value in ():",
+        "tests/test_guard.py",
+    ),
+    "a copy of a dataset is not shuffled anew": Mutant(
+        "_keras/datasets.py",
+        "moved = (value + number * 0x9E3779B1) % 2**31",
+        "moved = value",
+        "tests/test_drop_in.py",
+    ),
+    "a callback's predict waits for all workers": Mutant(
+        "dropin.py",
+        "if is_running():",
+        "if False:",
+        "tests/test_drop_in.py",
+    ),
+    "fit draws from Python's generator": Mutant(
+        "session.py",
+        "_drawn.fits += 1",
+        "_drawn.fits += random.getrandbits(1) * 0 + 1",
+        "tests/test_drop_in.py",
+    ),
     "dropout is the same on all replicas": Mutant(
-        "_keras/__init__.py",
-        "batch.offset * repeats, first)",
-        "first, first)",
+        "_keras/random.py",
+        "first = tf.where(shape[0] == local, batch.offset * repeats, first)",
+        "first = tf.where(shape[0] == local, first, first)",
         f"{EQUIVALENCE} -k mirrored-2-dropout",
     ),
     "replicas that differ are not seen": Mutant(
@@ -132,8 +187,8 @@ MUTANTS = {
         f"{BEHAVIOUR} -k multi_worker-2-sums_are",
     ),
     "moments are those of the share": Mutant(
-        "_keras/__init__.py",
-        '(keras.layers.BatchNormalization, "_moments", _moments),',
+        "_keras/replicated.py",
+        '(keras.layers.BatchNormalization, "_moments", moments),',
         "",
         f"{EQUIVALENCE} -k mirrored-4-cnn",
     ),
@@ -155,7 +210,7 @@ def found(mutant: Mutant) -> bool:
             raise SystemExit(f"{mutant.file} has no {mutant.right!r} any more")
         place.write_text(text.replace(mutant.right, mutant.wrong))
         done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-x", *mutant.tests.split()],
+            [sys.executable, "-m", "pytest", "-q", "-x", *shlex.split(mutant.tests)],
             cwd=copy,
             env={**os.environ, "PYTHONPATH": str(copy)},
             capture_output=True,
