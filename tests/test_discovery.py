@@ -78,7 +78,7 @@ def test_an_update_in_a_branch_is_seen() -> None:
             return tf.cond(condition, lambda: done(data), lambda: {"loss": 0.0})
 
     model = Branching(mean)
-    model.build((None, 4))
+    model(X)
     model.kept["optimizer"].build(model.dense.trainable_weights)
     assert discovery.trace(model.train_step, SPEC).updates_in_branch
 

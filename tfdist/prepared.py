@@ -165,7 +165,7 @@ def optimizers_of(model: Any) -> list[Any]:
         model: A `keras.Model`.
     """
     found = [optimizer for step in found_in_steps(model) for optimizer in step.optimizers]
-    return list({id(o): o for o in [*_keras.optimizers_of(model), *found]}.values())
+    return _keras.with_nested([*_keras.optimizers_of(model), *found])
 
 
 def variables_of(model: Any) -> list[Any]:

@@ -18,7 +18,7 @@ __all__ = ["CASES", "FAMILIES"]
 L, ops = keras.layers, keras.ops
 
 
-def rows(number: int = 161, columns: int = 6) -> tuple[Any, Any]:
+def rows(number: int = 163, columns: int = 6) -> tuple[Any, Any]:
     rng = np.random.default_rng(0)
     x = rng.normal(size=(number, columns)).astype("float32")
     return x, (2 * x[:, :1] + rng.normal(size=(number, 1))).astype("float32")
@@ -224,10 +224,6 @@ def codebook(train: Train) -> tuple[Any, Any]:
     return model, train(model, x, x, **FIT)
 
 
-def dice(y: Any, p: Any) -> Any:
-    return 1 - 2 * ops.sum(y * p) / (ops.sum(y) + ops.sum(p) + 1e-6)
-
-
 def recall(y: Any, p: Any) -> Any:
     return ops.sum(y * ops.round(p)) / (ops.sum(y) + 1e-6)
 
@@ -237,7 +233,7 @@ def dice_and_recall_of_a_batch(train: Train) -> tuple[Any, Any]:
     x, _ = rows()
     y = (np.random.default_rng(1).random((len(x), 3)) < 0.4).astype("float32")
     model = mlp(units=3, activation="sigmoid")
-    model.compile(keras.optimizers.SGD(0.5), dice, metrics=[recall])
+    model.compile(keras.optimizers.SGD(0.5), keras.losses.Dice(), metrics=[recall])
     return model, train(model, x, y, validation_data=(x[:21], y[:21]), **FIT)
 
 
@@ -355,3 +351,89 @@ def losses_of_a_layer(train: Train) -> tuple[Any, Any]:
     crossentropy = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(keras.optimizers.SGD(0.1), crossentropy)
     return model, train(model, *table(161), **FIT)
+
+
+@case("own code")
+def dice_by_column_summed(train: Train) -> tuple[Any, Any]:
+    x, _ = rows()
+    y = (np.random.default_rng(1).random((len(x), 3)) < 0.4).astype("float32")
+    model = mlp(units=3, activation="sigmoid")
+    model.compile(keras.optimizers.SGD(0.2), keras.losses.Dice(axis=0, reduction="sum"))
+    return model, train(model, x, y, **FIT)
+
+
+class Normalizing(keras.optimizers.SGD):
+    """Divides gradients by their norm, and adds noise to its updates."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.seeds = keras.random.SeedGenerator(3)
+
+    def apply_gradients(self, grads_and_vars: Any) -> Any:
+        pairs = [(g / (ops.norm(g) + 1e-6), v) for g, v in grads_and_vars]
+        return super().apply_gradients(pairs)
+
+    def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
+        noise = keras.random.normal(variable.shape, seed=self.seeds)
+        super().update_step(gradient + 0.1 * noise, variable, learning_rate)
+
+
+class Following(keras.optimizers.Optimizer):
+    """Wraps another optimizer, and follows it half the way."""
+
+    def __init__(self, fast: Any) -> None:
+        super().__init__(learning_rate=0.1)
+        self.fast = fast
+
+    def build(self, variables: Any) -> None:
+        super().build(variables)
+        self.fast.build(variables)
+        self.slow = [self.add_variable_from_reference(v, "slow") for v in variables]
+
+    def apply(self, grads: Any, trainable_variables: Any = None) -> None:
+        if not self.built:
+            self.build(trainable_variables)
+            self.built = True
+        self.fast.apply(grads, trainable_variables)
+        for slow, variable in zip(self.slow, trainable_variables, strict=True):
+            slow.assign(0.5 * slow + 0.5 * variable)
+
+
+@case("own code")
+def optimizers_of_ones_own(train: Train) -> tuple[Any, Any]:
+    class Both(keras.Model):
+        def train_step(self, data: Any) -> Any:
+            x, y = data
+            with tf.GradientTape(persistent=True) as tape:
+                loss = ops.mean((self(x, training=True) - y) ** 2)
+            half = len(self.trainable_weights) // 2
+            first, last = self.trainable_weights[:half], self.trainable_weights[half:]
+            updated(self.by_hand, tape, loss, first)
+            self.optimizer.apply(tape.gradient(loss, last), last)
+            return {"loss": loss}
+
+    model = mlp(Both)
+    model.by_hand = Normalizing(0.01)
+    model.compile(Following(keras.optimizers.SGD(0.1, momentum=0.9)))
+    return model, train(model, *rows(), **FIT)
+
+
+@case("own code")
+def a_metric_that_is_no_sum(train: Train) -> tuple[Any, Any]:
+    class Largest(keras.metrics.Metric):
+        def __init__(self) -> None:
+            super().__init__(name="largest")
+            self.largest = self.add_variable((), "zeros", name="largest")
+
+        def update_state(self, y: Any, p: Any, sample_weight: Any = None) -> None:
+            self.largest.assign(ops.maximum(self.largest, ops.max(ops.abs(y - p))))
+
+        def result(self) -> Any:
+            return self.largest.value
+
+    x, y = rows()
+    model = mlp()
+    model.compile(keras.optimizers.SGD(0.1), "mse", metrics=[Largest()])
+    history = train(model, x, y, validation_data=(x[:30], y[:30]), **FIT)
+    history.history["found"] = model.evaluate(x[:31], y[:31], batch_size=16, verbose=0)
+    return model, history

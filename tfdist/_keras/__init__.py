@@ -55,6 +55,7 @@ from tfdist._keras.optimizers import (
     swap_strategy,
     trained_variables,
     watch_updates,
+    with_nested,
 )
 from tfdist._keras.probe import what_is_no_mean
 from tfdist._keras.replica import ReplicaBatch, on_replica, replaced
@@ -108,4 +109,5 @@ __all__ = [
     "undistributed",
     "watch_updates",
     "what_is_no_mean",
+    "with_nested",
 ]

@@ -39,7 +39,11 @@ def build(model: Any, kind: str, spec: Any, sample: Callable[[], Any]) -> Step:
     Raises:
         Exception: What the step raises, as in Keras's own first step.
     """
-    if not has_own(model, kind) and is_built_from_shapes(model, spec):
+    # An optimizer of somebody's own may keep seeds, or other optimizers.
+    optimizer = getattr(model, "optimizer", None)
+    trains_as_keras = kind == "test_step" or optimizer is None or _is_keras(type(optimizer))
+    is_built = not has_own(model, kind) and is_built_from_shapes(model, spec)
+    if is_built and trains_as_keras:
         return Step()
     step = step_of(model, kind)
     if model.run_eagerly:

@@ -45,6 +45,7 @@ class Step:
         optimizers: That it applies.
         metrics: Variables of the metrics that it updates.
         assigned: `keras.Variable`s that it assigns, but for those of optimizers and metrics.
+        updated: `keras.Variable`s that optimizers assign, such as those of their seeds.
         raw: Names of `tf.Variable`s that it writes and that no `keras.Variable` holds.
         updates_in_branch: Whether an optimizer is applied in a branch, loop or function of
             the graph.
@@ -54,6 +55,7 @@ class Step:
     optimizers: list[Any] = field(default_factory=list)
     metrics: list[Any] = field(default_factory=list)
     assigned: list[Any] = field(default_factory=list)
+    updated: list[Any] = field(default_factory=list)
     raw: list[str] = field(default_factory=list)
     updates_in_branch: bool = False
     is_random: bool = False
@@ -67,7 +69,7 @@ class Step:
     def variables(self) -> list[Any]:
         """All `keras.Variable`s that were found, some of them twice."""
         of_optimizers = [v for o in self.optimizers for v in o.variables]
-        return [*self.assigned, *self.metrics, *of_optimizers]
+        return [*self.assigned, *self.metrics, *self.updated, *of_optimizers]
 
 
 class _Recorder:
@@ -90,7 +92,7 @@ class _Recorder:
         update: Callable[[list[Tensor]], None],
         variables: Sequence[Any],
     ) -> None:
-        """Notes the optimizer, and builds it as its own `apply` would; updates nothing."""
+        """Notes the optimizer, and builds it as its own `apply` would; changes nothing."""
         if not any(known is optimizer for known in self.step.optimizers):
             self.step.optimizers.append(optimizer)
         if not tf.executing_eagerly():
@@ -98,6 +100,8 @@ class _Recorder:
         if not optimizer.built:
             optimizer.build(list(variables))
         self.gradients += zip(variables, grads, strict=True)
+        if not tf.executing_eagerly():
+            update(grads)
 
     def begin(self, variables: Sequence[Any]) -> None:
         """Notes a metric's variables."""
@@ -106,6 +110,8 @@ class _Recorder:
         self.step.metrics += new
         if tf.executing_eagerly():
             self.before += [(v, tf.identity(v.value)) for v in new]
+            for variable in new:  # as an epoch begins, whatever it has seen before
+                variable.assign(tf.zeros_like(variable.value))
 
 
 def trace(step: Callable[[Any], Any], spec: Any) -> Step:
@@ -192,6 +198,7 @@ def recording(batch: ReplicaBatch) -> Iterator[_Recorder]:
                 with batch.updating():
                     for variable, value in [*touched, *recorder.before]:
                         variable.assign(value)
+    recorder.step.updated = list(batch.updated.values())
     metrics = {id(v) for v in recorder.step.metrics}
     recorder.step.assigned = [v for v, _ in touched if id(v) not in metrics]
 

@@ -36,7 +36,7 @@ def _calls_of_losses() -> list[Replacement]:
 
 
 def sees_whole_batch(function: Callable[..., Any], *rows: Tensor) -> bool:
-    """Tells whether a function reduces a batch to one number that is no mean over its rows.
+    """Tells whether a function reduces a batch to what is no mean over its rows.
 
     Args:
         function: Of targets and predictions.
@@ -44,9 +44,9 @@ def sees_whole_batch(function: Callable[..., Any], *rows: Tensor) -> bool:
     """
     if not all(isinstance(part, tf.Tensor) and part.shape.rank for part in rows):
         return False
-    value = function(*rows)
-    is_scalar = tf.convert_to_tensor(value).shape.rank == 0
-    return is_scalar and not is_mean(function, *rows)
+    is_scalar = tf.convert_to_tensor(function(*rows)).shape.rank == 0
+    found = is_mean(function, *rows)
+    return not found if is_scalar else found is False
 
 
 def _of_whole_batch(original: Method) -> Method:
@@ -58,9 +58,11 @@ def _of_whole_batch(original: Method) -> Method:
         function = functools.partial(original, loss, **kwargs)
         if batch is None or not batch.is_shared:
             return function(y_true, y_pred)
-        if sees_whole_batch(function, y_true, y_pred):
-            y_true, y_pred = batch.gather(y_true), batch.gather(y_pred)
-        return function(y_true, y_pred)
+        if not sees_whole_batch(function, y_true, y_pred):
+            return function(y_true, y_pred)
+        value = function(batch.gather(y_true), batch.gather(y_pred))
+        batch.note_whole(value)
+        return value
 
     return call
 
@@ -82,7 +84,7 @@ def reduce_weighted_values(
         values, sample_weight=sample_weight, mask=mask, reduction=reduction, dtype=dtype
     )
     batch = current_batch()
-    if batch is None:
+    if batch is None or batch.is_whole(values):
         return local
     if reduction in ("sum", "none", None):
         return local * tf.cast(batch.inverse_share, local.dtype)

@@ -1,4 +1,4 @@
-"""Whether a function of rows is a mean over them: found by computing it on parts.
+"""Whether a function of rows gives each a number, or their mean: found by computing it.
 
 A share's mean can be made part of the batch's. What is none, such as a Dice loss or a sum, has
 to see the whole batch.
@@ -18,19 +18,19 @@ _ROWS, _CUT = 8, 5
 _UNKNOWN_LENGTH = 4
 
 
-def is_mean(function: Callable[..., Any], *arguments: Tensor) -> bool:
-    """Tells whether a function's value for rows is the mean of those for parts of them.
+def is_mean(function: Callable[..., Any], *arguments: Tensor) -> bool | None:
+    """Tells whether a function gives a number for each row, or a mean over them.
 
     Args:
         function: Of tensors of shape [rows, ...].
         arguments: Such as it is called with; only their shapes and dtypes are looked at.
 
     Returns:
-        Whether it is; False where it cannot be told.
+        Whether it does; None where it cannot be told.
     """
     shapes = [tf.TensorShape(argument.shape) for argument in arguments]
     if any(shape.rank is None or not shape.rank for shape in shapes):
-        return False
+        return None
     random = np.random.default_rng(0)
     with tf.init_scope(), on_replica(None):
         try:
@@ -43,7 +43,9 @@ def is_mean(function: Callable[..., Any], *arguments: Tensor) -> bool:
                 for part in (slice(None), slice(None, _CUT), slice(_CUT, None))
             )
         except Exception:  # whatever the function makes of numbers that it was not made for
-            return False
+            return None
+    if whole.ndim:  # a number for each row
+        return bool(whole.shape[0] == _ROWS)
     share = _CUT / _ROWS
     return np.allclose(whole, share * first + (1 - share) * last, rtol=1e-4, atol=1e-6)
 

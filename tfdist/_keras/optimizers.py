@@ -32,6 +32,7 @@ def replacements(has_servers: bool) -> list[Replacement]:
     ]
     return [
         *in_family(_BaseOptimizer, "apply", _intercepted_apply),
+        *_own_apply_gradients(),
         *in_family(_BaseOptimizer, "scale_loss", _intercepted_scale_loss),
         (keras.optimizers.LossScaleOptimizer, "_tf_apply", _apply_loss_scaled),
         *((_TFOptimizer, name, vars(_BaseOptimizer)[name]) for name in plain),
@@ -61,6 +62,31 @@ def _intercepted_apply(original: Method) -> Method:
         return None
 
     return apply
+
+
+def _own_apply_gradients() -> list[Replacement]:
+    """Lists what subclasses do to gradients before they apply them."""
+    family = in_family(_BaseOptimizer, "apply_gradients", _intercepted_apply_gradients)
+    return [found for found in family if not found[0].__module__.startswith("keras.")]
+
+
+def _intercepted_apply_gradients(original: Method) -> Method:
+    @functools.wraps(original)
+    def apply_gradients(optimizer: Any, grads_and_vars: Any, *args: Any, **kwargs: Any) -> Any:
+        batch = current_batch()
+        if batch is None or batch.updates is None or batch.is_updating:
+            return original(optimizer, grads_and_vars, *args, **kwargs)
+        grads, variables = zip(*grads_and_vars, strict=True)
+
+        def update(reduced: list[Tensor]) -> None:
+            with batch.updating():
+                pairs = list(zip(reduced, variables, strict=True))
+                original(optimizer, pairs, *args, **kwargs)
+
+        batch.updates.apply(optimizer, list(grads), update, list(variables))
+        return optimizer.iterations
+
+    return apply_gradients
 
 
 def _intercepted_scale_loss(original: Method) -> Method:
@@ -106,8 +132,24 @@ def optimizers_of(model: Any) -> list[Any]:
         Distinct `keras.Optimizer` instances, the compiled one first.
     """
     held = [getattr(model, "optimizer", None), *vars(model).values()]
-    unique = {id(o): o for o in held if isinstance(o, keras.optimizers.Optimizer)}
-    return list(unique.values())
+    return with_nested([o for o in held if isinstance(o, keras.optimizers.Optimizer)])
+
+
+def with_nested(optimizers: Sequence[Any]) -> list[Any]:
+    """Adds the optimizers that optimizers wrap; each comes once.
+
+    Args:
+        optimizers: `keras.Optimizer`s.
+    """
+    found: dict[int, Any] = {}
+    waiting = list(reversed(optimizers))
+    while waiting:
+        optimizer = waiting.pop()
+        if id(optimizer) not in found:
+            found[id(optimizer)] = optimizer
+            held = keras.tree.flatten(list(vars(optimizer).values()))
+            waiting += [o for o in held if isinstance(o, keras.optimizers.Optimizer)]
+    return list(found.values())
 
 
 def swap_strategy(optimizer: Any, strategy: Any) -> Any:
@@ -142,8 +184,8 @@ def reindex_optimizer(optimizer: Any) -> None:
     Args:
         optimizer: A built `keras.Optimizer`.
     """
-    for part in (optimizer, getattr(optimizer, "inner_optimizer", None)):
-        if part is not None and part.built:
+    for part in with_nested([optimizer]):
+        if part.built:
             part._trainable_variables_indices = {
                 part._var_key(variable): index
                 for index, variable in enumerate(part._trainable_variables)

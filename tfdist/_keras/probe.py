@@ -112,9 +112,8 @@ def _observed(step: Callable[[Any], Any], sample: Any, part: _Part) -> dict[str,
             is_float = tf.as_dtype(variable.dtype).is_floating
             kind = _MEAN if is_float else _SAME
             facts[f"the variable {variable.path}"] = _fact(kind, variable.value)
-        for variable, before in recorder.before:
-            added = tf.cast(variable.value, tf.float64) - tf.cast(before, tf.float64)
-            facts[f"the metric's variable {variable.path}"] = _fact(_SUM, added)
+        for variable, _ in recorder.before:
+            facts[f"the metric's variable {variable.path}"] = _fact(_SUM, variable.value)
         for number, leaf in enumerate(tf.nest.flatten(returned)):
             if part.metric_of(leaf) is None:
                 facts[f"result {number} of the step"] = _fact(_MEAN, leaf)

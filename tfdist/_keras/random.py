@@ -22,10 +22,16 @@ _PHILOX = tf.random.Algorithm.PHILOX.value
 _FRACTION_BITS = {tf.float16: 10, tf.bfloat16: 7, tf.float32: 23, tf.float64: 52}
 
 
+def _drawing_batch() -> ReplicaBatch | None:
+    """Gives the share that draws; an optimizer's noise is the same on all replicas."""
+    batch = current_batch()
+    return None if batch is None or batch.is_updating else batch
+
+
 def draw_seed(seed: Any) -> Tensor:
     """Draws a seed that differs between replicas, so that their noise is independent."""
     drawn = _keras_draw_seed(seed)
-    batch = current_batch()
+    batch = _drawing_batch()
     if batch is None:
         return drawn
     offset = tf.cast(batch.offset, drawn.dtype)
@@ -36,7 +42,7 @@ def normal(
     shape: Any, mean: float = 0.0, stddev: float = 1.0, dtype: Any = None, seed: Any = None
 ) -> Tensor:
     """Draws what one process would draw: of the rows of a batch, those of the share."""
-    batch = current_batch()
+    batch = _drawing_batch()
     dtype = tf.as_dtype(dtype or keras.config.floatx())
     if batch is None or not dtype.is_floating:
         return _keras_normal(shape, mean, stddev, dtype.name, seed)
@@ -48,7 +54,7 @@ def uniform(
     shape: Any, minval: float = 0.0, maxval: float = 1.0, dtype: Any = None, seed: Any = None
 ) -> Tensor:
     """Draws what one process would draw: of the rows of a batch, those of the share."""
-    batch = current_batch()
+    batch = _drawing_batch()
     dtype = tf.as_dtype(dtype or keras.config.floatx())
     if batch is None or not dtype.is_floating:
         return _keras_uniform(shape, minval, maxval, dtype.name, seed)

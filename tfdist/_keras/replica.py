@@ -53,6 +53,7 @@ class ReplicaBatch:
         is_traced: Whether it is part of a graph.
         touched: `keras.Variable`s assigned so far, with the value before, by their id; but
             for those of `metrics` and what optimizers update.
+        updated: `keras.Variable`s that optimizers assigned as such, by their id.
     """
 
     rows: Tensor
@@ -63,8 +64,10 @@ class ReplicaBatch:
     updates: Updates | None = None
     metrics: Metrics | None = None
     touched: dict[int, tuple[Any, Tensor]] = field(default_factory=dict, init=False)
+    updated: dict[int, Any] = field(default_factory=dict, init=False)
     is_updating: bool = field(default=False, init=False)
     _results: dict[int, tuple[Tensor, Any, int]] = field(default_factory=dict, init=False)
+    _whole: dict[int, Tensor] = field(default_factory=dict, init=False)
     _of_metrics: set[int] = field(default_factory=set, init=False)
     _graph: Any = field(default_factory=tf.compat.v1.get_default_graph, init=False)
     is_traced: bool = field(default_factory=lambda: not tf.executing_eagerly(), init=False)
@@ -119,6 +122,22 @@ class ReplicaBatch:
         # What cannot be differentiated keeps its dtype: targets may be integers.
         return gathered(rows) if rows.dtype.is_floating else self.all_gather(rows[: self.rows])
 
+    def note_whole(self, value: Tensor) -> None:
+        """Notes what was computed of the whole batch, the same on every replica.
+
+        Args:
+            value: A tensor.
+        """
+        self._whole[id(value)] = value
+
+    def is_whole(self, value: Tensor) -> bool:
+        """Tells whether a value was noted by `note_whole`.
+
+        Args:
+            value: Anything.
+        """
+        return self._whole.get(id(value)) is value
+
     def of_whole(self, compute: Callable[[], Any]) -> Any:
         """Gives what is computed of a share as it is; see `probe`.
 
@@ -143,6 +162,9 @@ class ReplicaBatch:
             variable: The `keras.Variable`.
         """
         key = id(variable)
+        if self.is_updating:
+            self.updated[key] = variable
+            return
         if key in self.touched or key in self._of_metrics:
             return
         # Where a branch assigns it, the value is read before the branch.

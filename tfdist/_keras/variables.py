@@ -13,7 +13,7 @@ _keras_direct_assign = _Variable._direct_assign
 
 def direct_assign(variable: Any, value: Tensor) -> None:
     batch = current_batch()
-    if batch is not None and not batch.is_updating:
+    if batch is not None:
         batch.touch(variable)
     _keras_direct_assign(variable, value)
 
