@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from tfdist.strategies.base import Strategy
 from tfdist.strategies.whole import whole
 
 _MEMORY = "_tfdist_composition"
+_LARGE = 2**24
 
 
 @dataclass(frozen=True)
@@ -94,8 +96,9 @@ def _why_indivisible(model: Any, kind: str, step: _keras.Step, source: Source) -
             return f"the layer {layer.name!r} is stateful: its rows go on with the last batch's"
     if _has_static_batch(model):
         return "its input has a batch size that is fixed"
-    if not _keras.has_own_code(model):
-        return None
+    elements = sum(math.prod(variable.shape) for variable in model.trainable_variables)
+    if elements > _LARGE and not _keras.has_own_code(model):
+        return None  # few of Keras's own layers can mix rows, and the steps would take long
     sample = source.sample()
     if sample is None:
         return None

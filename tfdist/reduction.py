@@ -186,11 +186,15 @@ class Updates:
         self._batch = batch
         self._at_once = _keras.has_own(model, "train_step")
         self._are_parts = are_parts
+        self._is_afterwards = not _keras.synchronized_variables(model)
         self._scaled: set[int] = set()
         self._waiting: list[_Waiting] = []
 
     def scale(self, optimizer: Any, loss: Tensor) -> Tensor:
         """Makes the loss the share's part of the global loss."""
+        # What overflows in half precision overflows as it would in one process.
+        if self._is_afterwards and hasattr(optimizer, "dynamic_scale"):
+            return loss
         # Before the backward pass: collectives inside the model (synchronized
         # BatchNormalization) then carry gradients of the global loss.
         self._scaled.add(id(optimizer))
@@ -235,25 +239,37 @@ class Updates:
         synchronized = _keras.synchronized_variables(self._model)
         touched = list(self._batch.touched.values())
         differing = [
-            variable
+            (variable, before)
             for variable, before in touched
             if before.dtype.is_floating and id(variable) not in synchronized
         ]
-        weighted = [
-            tf.where(
-                self._batch.has_rows,
-                v.value * tf.cast(self._batch.share, v.value.dtype),
-                tf.zeros_like(v.value),
-            )
-            for v in differing
-        ]
-        reduced = self._reduce_and_apply([*weighted, *metrics.changes(self._batch)])
+        # What the forward pass made of a weight, its update starts from.
+        weights = [pair for pair in differing if pair[0].trainable and self._waiting]
+        if weights:
+            _, means = self.agreement.reduce(self._batch, [], self._weighed(weights))
+            self._assign(weights, means)
+            differing = [pair for pair in differing if not pair[0].trainable]
+        weighed = self._weighed(differing)
+        reduced = self._reduce_and_apply([*weighed, *metrics.changes(self._batch)])
         changes = reduced[len(differing) :]
-        for variable, mean in zip(differing, reduced, strict=False):
-            _, before = self._batch.touched[id(variable)]
-            variable.assign(tf.where(self._batch.total > 0, mean, before))
+        self._assign(differing, reduced)
         if self.agreement.needed:
             changes = [self.agreement.choose(c, tf.zeros_like(c)) for c in changes]
             for variable, before in touched:
                 variable.assign(self.agreement.choose(variable.value, before))
         metrics.assign(changes)
+
+    def _weighed(self, touched: Sequence[tuple[Any, Tensor]]) -> list[Tensor]:
+        """Gives the share's part of what variables are on all replicas."""
+        return [
+            tf.where(
+                self._batch.has_rows,
+                variable.value * tf.cast(self._batch.share, variable.value.dtype),
+                tf.zeros_like(variable.value),
+            )
+            for variable, _ in touched
+        ]
+
+    def _assign(self, touched: Sequence[tuple[Any, Tensor]], means: Sequence[Tensor]) -> None:
+        for (variable, before), mean in zip(touched, means, strict=False):
+            variable.assign(tf.where(self._batch.total > 0, mean, before))

@@ -437,3 +437,12 @@ def a_metric_that_is_no_sum(train: Train) -> tuple[Any, Any]:
     history = train(model, x, y, validation_data=(x[:30], y[:30]), **FIT)
     history.history["found"] = model.evaluate(x[:31], y[:31], batch_size=16, verbose=0)
     return model, history
+
+
+@case("own code")
+def weights_that_a_layer_assigns(train: Train) -> tuple[Any, Any]:
+    inputs = keras.Input((6,))
+    hidden = L.SpectralNormalization(L.Dense(8, "tanh"))(inputs)
+    model = keras.Model(inputs, L.Dense(1)(hidden))
+    model.compile(keras.optimizers.SGD(0.1, momentum=0.9), "mse")
+    return model, train(model, *rows(), **FIT)

@@ -19,6 +19,7 @@ from tensorflow.python.eager import context as _context
 from tensorflow.python.framework import auto_control_deps_utils as _dependencies
 from tensorflow.python.framework import func_graph as _func_graph
 
+from tfdist._keras.optimizers import with_nested
 from tfdist._keras.replica import ReplicaBatch, Tensor, on_replica
 from tfdist._keras.replicated import replicated
 
@@ -68,7 +69,7 @@ class Step:
     @property
     def variables(self) -> list[Any]:
         """All `keras.Variable`s that were found, some of them twice."""
-        of_optimizers = [v for o in self.optimizers for v in o.variables]
+        of_optimizers = [v for o in with_nested(self.optimizers) for v in o.variables]
         return [*self.assigned, *self.metrics, *self.updated, *of_optimizers]
 
 

@@ -143,6 +143,16 @@ def _differing(
     """Names the first fact that does not come from those of the parts, but for rounding."""
     if any(whole.keys() != facts.keys() for facts in (nearby, *(f for _, f in parts))):
         return None
+    with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is no evidence
+        return _first_unlike(whole, parts, nearby, tolerance)
+
+
+def _first_unlike(
+    whole: dict[str, _Fact],
+    parts: Sequence[tuple[float, dict[str, _Fact]]],
+    nearby: dict[str, _Fact],
+    tolerance: float,
+) -> str | None:
     means = [float(np.linalg.norm(f.value)) for f in whole.values() if f.kind == _MEAN]
     for name, (kind, value) in whole.items():
         found = [(weight, facts[name].value) for weight, facts in parts]
