@@ -446,3 +446,18 @@ def weights_that_a_layer_assigns(train: Train) -> tuple[Any, Any]:
     model = keras.Model(inputs, L.Dense(1)(hidden))
     model.compile(keras.optimizers.SGD(0.1, momentum=0.9), "mse")
     return model, train(model, *rows(), **FIT)
+
+
+@case("own code")
+def a_layer_with_a_variable_of_tensorflow(train: Train) -> tuple[Any, Any]:
+    class Centred(L.Layer):
+        def build(self, shape: Any) -> None:
+            self.total = tf.Variable(tf.zeros(shape[-1:]), trainable=False)
+
+        def call(self, x: Any) -> Any:
+            self.total.assign_add(tf.reduce_sum(x, 0))
+            return x - 0.01 * self.total
+
+    model = keras.Sequential([keras.Input((6,)), Centred(), L.Dense(1)])
+    model.compile(keras.optimizers.SGD(0.05), "mse")
+    return model, train(model, *rows(), **FIT)

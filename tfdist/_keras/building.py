@@ -39,11 +39,11 @@ def build(model: Any, kind: str, spec: Any, sample: Callable[[], Any]) -> Step:
     Raises:
         Exception: What the step raises, as in Keras's own first step.
     """
-    # An optimizer of somebody's own may keep seeds, or other optimizers.
+    # Code of somebody's own may keep seeds, optimizers, or a tf.Variable.
     optimizer = getattr(model, "optimizer", None)
-    trains_as_keras = kind == "test_step" or optimizer is None or _is_keras(type(optimizer))
+    is_keras_s = not has_own_code(model) and (optimizer is None or _is_keras(type(optimizer)))
     is_built = not has_own(model, kind) and is_built_from_shapes(model, spec)
-    if is_built and trains_as_keras:
+    if is_built and is_keras_s:
         return Step()
     step = step_of(model, kind)
     if model.run_eagerly:
