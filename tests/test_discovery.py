@@ -169,3 +169,33 @@ def test_a_function_of_a_batch_is_tried(function: Any, is_one: bool) -> None:
 
     traced.get_concrete_function()
     assert found[-1] is is_one
+
+
+def shared(layers: list[Any], loss: Any = "mse", metrics: Any = ()) -> Any:
+    model = keras.Sequential([keras.Input((4,)), *layers, keras.layers.Dense(1, "sigmoid")])
+    model.compile("sgd", loss, metrics=list(metrics))
+    model(X)
+    return model
+
+
+def tracking() -> Any:
+    model = Own(mean)
+    model(X)
+    return model
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        tracking,  # a tracker counts a loss by rows
+        lambda: shared([keras.layers.BatchNormalization(), keras.layers.Dropout(0.5, seed=1)]),
+        lambda: shared([], keras.losses.Dice(), [lambda y, p: tf.reduce_max(y - p)]),
+        lambda: shared([], lambda y, p: tf.reduce_sum((y - p) ** 2)),
+        lambda: shared([keras.layers.GaussianNoise(0.5, seed=1)], "huber", ["mae", "auc"]),
+    ],
+)
+def test_what_replicas_can_share_is_shared(made: Callable[[], Any]) -> None:
+    """Each replica computing all of it would be right as well, and no faster."""
+    keras.utils.set_random_seed(1)
+    sample = tf.constant(X), tf.constant((Y > 0).astype("float32"))
+    assert _keras.what_is_no_mean(made().train_step, sample) is None

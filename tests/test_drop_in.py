@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 from typing import Any
 
@@ -167,6 +168,18 @@ def test_a_script_gets_the_strategy_that_there_is() -> None:
     finally:
         undo()
     assert tf.distribute.MirroredStrategy is before
+
+
+def test_what_a_script_gets_stays_where_nobody_keeps_the_handle(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for module in (tf.distribute, tf.distribute.experimental):
+        for name in [name for name in dir(module) if name.endswith("Strategy")]:
+            monkeypatch.setattr(module, name, getattr(module, name))  # back at the end
+    ours = adopt(tf.distribute.MirroredStrategy(["CPU:0"]))
+    claims.claim(ours)
+    gc.collect()
+    assert tf.distribute.MirroredStrategy() is ours.strategy
 
 
 def test_where_processes_are_connected_otherwise_loops_are_refused() -> None:
