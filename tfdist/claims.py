@@ -38,6 +38,7 @@ def claim(strategy: Strategy) -> Callable[[], None]:
     """
     given = None if strategy.has_servers else getattr(strategy, "strategy", None)
     given = given or _StandIn(strategy)
+    # Not by a context: one that nobody keeps is left when it is freed.
     with contextlib.ExitStack() as stack:
         for module in (tf.distribute, tf.distribute.experimental):
             for name in _NAMES:

@@ -49,8 +49,7 @@ def compose(
     """
     memory = vars(model).setdefault(_MEMORY, {})
     known: Composition | None = memory.get(kind)
-    state = _keras.compiled_state(model)
-    if known is None or not _is_same(known.compiled_state, state):
+    if known is None or not _keras.is_compiled_as(model, known.compiled_state):
         step = _keras.build(model, kind, source.spec(), source.sample)
         _keras.note_metrics(model, step.metrics)
         found = None
@@ -80,10 +79,6 @@ def why_whole(model: Any, kind: str) -> str | None:
     """
     known: Composition | None = vars(model).get(_MEMORY, {}).get(kind)
     return None if known is None else known.indivisible
-
-
-def _is_same(before: tuple[Any, ...], now: tuple[Any, ...]) -> bool:
-    return len(before) == len(now) and all(a is b for a, b in zip(before, now, strict=True))
 
 
 def _why_indivisible(model: Any, kind: str, step: _keras.Step, source: Source) -> str | None:

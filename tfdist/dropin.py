@@ -48,6 +48,7 @@ class DropIn(replacing):
         if strategy.place.num_replicas > 1 or strategy.has_servers:
             self._stack.callback(claim(strategy))
         if strategy.place.num_workers > 1:
+            # Not by contexts: those of a handle that nobody keeps are left when it is freed.
             for module, name in _SAVERS:
                 before = getattr(module, name, None)
                 if before is None:  # in this version of Keras

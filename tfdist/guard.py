@@ -14,6 +14,7 @@ import keras
 
 from tfdist import _keras, routing
 from tfdist.errors import StrategyError
+from tfdist.prepared import scoped, variables_of
 from tfdist.strategies.base import Strategy
 from tfdist.strategies.whole import whole
 
@@ -50,8 +51,6 @@ def _on_batch(original: Callable[..., Any], strategy: Strategy) -> Callable[...,
 
     @functools.wraps(original)
     def method(model: Any, *args: Any, **kwargs: Any) -> Any:
-        from tfdist.prepared import scoped, variables_of
-
         if routing.is_running():
             return original(model, *args, **kwargs)
         if not routing.is_drop_in():

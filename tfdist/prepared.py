@@ -42,12 +42,10 @@ class Prepared:
 
     def fits(self, model: Any, strategy: Strategy) -> bool:
         """Tells whether the model was compiled or rebuilt since, or moved elsewhere."""
-        state = _keras.compiled_state(model)
         return (
             self.strategy is strategy
             and self.place == strategy.place
-            and len(state) == len(self.compiled_state)
-            and all(a is b for a, b in zip(state, self.compiled_state, strict=True))
+            and _keras.is_compiled_as(model, self.compiled_state)
             and (self.strategy.is_plain or _ids(self.variables) == _ids(variables_of(model)))
         )
 
@@ -78,11 +76,8 @@ class Prepared:
                 stack.enter_context(_keras.alone())
             stack.enter_context(self.functions.running())
             self._runs = True
-            stack.callback(self._note_end)
+            stack.callback(setattr, self, "_runs", False)
             yield
-
-    def _note_end(self) -> None:
-        self._runs = False
 
     def _functions(self) -> contextlib.AbstractContextManager[None]:
         return _keras.loop_functions(

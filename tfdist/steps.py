@@ -54,6 +54,12 @@ class Stop:
     preempted: bool = False
     leaving: bool = False
 
+    def asked(self) -> Tensor:
+        """Gives what this worker tells the others: float32 of shape [3]."""
+        return tf.constant(
+            [float(one) for one in (self.requested, self.members_changed, self.preempted)]
+        )
+
 
 class Signals(NamedTuple):
     """What the workers tell each other at every step, in the gradients' collective.
@@ -133,9 +139,8 @@ def _in_company(
     test = _over_epoch(model, strategy, replica.test, Stop(), None)
 
     def trained(epoch: Epoch) -> Logs:
-        asked = [float(one) for one in (stop.requested, stop.members_changed, stop.preempted)]
         with strategy.waiting_for(f"step {epoch.steps_taken + 1}"):
-            stopped, changed, leaves = strategy.sums(tf.constant(asked)).numpy()
+            stopped, changed, leaves = strategy.sums(stop.asked()).numpy()
         stop.leaving = bool(leaves)
         if changed:
             raise MembersChanged("Processes came, or are about to go.")
@@ -221,8 +226,7 @@ def _over_epoch(
             return epoch.logs
         if stop.members_changed and strategy.place.num_workers == 1:
             raise MembersChanged("Other processes are ready to join.")
-        asked = stop.requested, stop.members_changed, stop.preempted
-        stopping = tf.constant([float(one) for one in asked])
+        stopping = stop.asked()
         made = 0
         with epoch.drawing(), strategy.waiting_for(f"step {epoch.steps_taken}"):
             if model.steps_per_execution == 1:

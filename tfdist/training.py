@@ -569,7 +569,7 @@ def _composed(
     # XLA compiles no step in which variables are made.
     if not needs_state and not model.jit_compile and not _has_replicas(strategy, source):
         if not _keras.has_own(model, kind):
-            _keras.is_built_from_shapes(model, source.spec())
+            _keras.build_from_shapes(model, source.spec())
         return strategy
     return compose(model, kind, source, strategy, whole_batch)
 

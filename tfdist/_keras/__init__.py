@@ -25,15 +25,15 @@ Variable assignment       is noted, so that what the forward pass changed can be
 from tfdist._keras.batch_norm import synchronized_variables
 from tfdist._keras.building import (
     build,
+    build_from_shapes,
     build_layers,
     compiled_state,
     computes_coarsely,
-    generator,
     global_seed_variable,
     has_global_seed,
     has_own,
     has_own_code,
-    is_built_from_shapes,
+    is_compiled_as,
     is_seeded,
     layers_of,
     step_of,
@@ -48,7 +48,7 @@ from tfdist._keras.loop import (
     loop_functions,
 )
 from tfdist._keras.metrics import metric_variables, note_metrics
-from tfdist._keras.noise import OwnNoise
+from tfdist._keras.noise import OwnNoise, generator
 from tfdist._keras.optimizers import (
     optimizers_of,
     reindex_optimizer,
@@ -74,6 +74,7 @@ __all__ = [
     "StreamAdapter",
     "alone",
     "build",
+    "build_from_shapes",
     "build_layers",
     "compiled_state",
     "computes_coarsely",
@@ -85,7 +86,7 @@ __all__ = [
     "has_own",
     "has_own_code",
     "has_unique_rows",
-    "is_built_from_shapes",
+    "is_compiled_as",
     "is_seeded",
     "layers_of",
     "leave_scope",

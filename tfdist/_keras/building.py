@@ -14,7 +14,6 @@ from keras.src import backend as _backend
 from keras.src.backend.common import global_state as _global_state
 from keras.src.random.seed_generator import global_seed_generator as _global_seed_generator
 from keras.src.utils import rng_utils as _rng_utils
-from tensorflow.python.eager import context as _context
 
 from tfdist._keras.discovery import Step, run, trace
 
@@ -42,7 +41,7 @@ def build(model: Any, kind: str, spec: Any, sample: Callable[[], Any]) -> Step:
     # Code of somebody's own may keep seeds, optimizers, or a tf.Variable.
     optimizer = getattr(model, "optimizer", None)
     is_keras_s = not has_own_code(model) and (optimizer is None or _is_keras(type(optimizer)))
-    is_built = not has_own(model, kind) and is_built_from_shapes(model, spec)
+    is_built = not has_own(model, kind) and build_from_shapes(model, spec)
     if is_built and is_keras_s:
         return Step()
     step = step_of(model, kind)
@@ -51,7 +50,7 @@ def build(model: Any, kind: str, spec: Any, sample: Callable[[], Any]) -> Step:
     return trace(step, tf.nest.map_structure(_type_spec, spec))
 
 
-def is_built_from_shapes(model: Any, spec: Any) -> bool:
+def build_from_shapes(model: Any, spec: Any) -> bool:
     """Builds a model, its optimizer and metrics from shapes alone, where that can be.
 
     What a step that is traced makes is nothing if the trace fails, and a second `fit` finds it.
@@ -102,6 +101,17 @@ def compiled_state(model: Any) -> tuple[Any, ...]:
     return (model._loss_tracker, getattr(model, "optimizer", None), model.steps_per_execution)
 
 
+def is_compiled_as(model: Any, state: tuple[Any, ...]) -> bool:
+    """Tells whether a model has not been compiled again.
+
+    Args:
+        model: A compiled `keras.Model`.
+        state: What `compiled_state` gave.
+    """
+    now = compiled_state(model)
+    return len(now) == len(state) and all(a is b for a, b in zip(now, state, strict=True))
+
+
 def has_global_seed() -> bool:
     """Tells whether anything drew from Keras's own seed generator, or may have."""
     return _global_state.get_global_attribute("global_seed_generator") is not None
@@ -110,11 +120,6 @@ def has_global_seed() -> bool:
 def is_seeded() -> bool:
     """Tells whether `keras.utils.set_random_seed` was called in this process."""
     return _rng_utils.get_random_seed() is not None
-
-
-def generator() -> Any:
-    """Gives the generator of TensorFlow's seeds: another object after each seeding."""
-    return getattr(_context.context(), "_rng", None)
 
 
 def global_seed_variable() -> Any:

@@ -19,6 +19,7 @@ from tensorflow.python.eager import context as _context
 from tensorflow.python.framework import auto_control_deps_utils as _dependencies
 from tensorflow.python.framework import func_graph as _func_graph
 
+from tfdist._keras.noise import generator
 from tfdist._keras.optimizers import with_nested
 from tfdist._keras.replica import ReplicaBatch, Tensor, on_replica
 from tfdist._keras.replicated import replicated
@@ -220,7 +221,7 @@ def rows_of(data: Any) -> Tensor:
 def keeping_random_state() -> Iterator[None]:
     """Leaves Python's, NumPy's and TensorFlow's generators where they are."""
     ours, theirs = random.getstate(), np.random.get_state()
-    tensorflows = getattr(_context.context(), "_rng", None)
+    tensorflows = generator()
     its = None if tensorflows is None else tensorflows.getstate()
     try:
         yield

@@ -35,16 +35,17 @@ def _calls_of_losses() -> list[Replacement]:
     return [found for found in family if found[0] is not _CompileLoss]
 
 
-def sees_whole_batch(function: Callable[..., Any], *rows: Tensor) -> bool:
+def sees_whole_batch(function: Callable[..., Any], value: Any, *rows: Tensor) -> bool:
     """Tells whether a function reduces a batch to what is no mean over its rows.
 
     Args:
         function: Of targets and predictions.
-        rows: What it is called with, shape [rows, ...] each.
+        value: What it gave for `rows`.
+        rows: What it was called with, shape [rows, ...] each.
     """
     if not all(isinstance(part, tf.Tensor) and part.shape.rank for part in rows):
         return False
-    is_scalar = tf.convert_to_tensor(function(*rows)).shape.rank == 0
+    is_scalar = tf.convert_to_tensor(value).shape.rank == 0
     found = is_mean(function, *rows)
     return not found if is_scalar else found is False
 
@@ -56,10 +57,11 @@ def _of_whole_batch(original: Method) -> Method:
     def call(loss: Any, y_true: Any, y_pred: Any, **kwargs: Any) -> Any:
         batch = current_batch()
         function = functools.partial(original, loss, **kwargs)
+        value = function(y_true, y_pred)
         if batch is None or not batch.is_shared:
-            return function(y_true, y_pred)
-        if not sees_whole_batch(function, y_true, y_pred):
-            return function(y_true, y_pred)
+            return value
+        if not sees_whole_batch(function, value, y_true, y_pred):
+            return value
         value = function(batch.gather(y_true), batch.gather(y_pred))
         batch.note_whole(value)
         return value

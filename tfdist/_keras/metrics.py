@@ -60,7 +60,7 @@ def _updated_by_whole_batch(
     batch = current_batch()
     if batch is not None and batch.is_shared:
         function = functools.partial(metric._fn, **metric._fn_kwargs)
-        if sees_whole_batch(function, y_true, y_pred):
+        if sees_whole_batch(function, function(y_true, y_pred), y_true, y_pred):
             y_true, y_pred = batch.gather(y_true), batch.gather(y_pred)
     update = _noted_update(_keras_update_by_function)
     return update(metric, y_true, y_pred, sample_weight)

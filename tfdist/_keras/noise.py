@@ -18,6 +18,11 @@ from tensorflow.python.eager import context as _context
 _STRIDE = 0x9E3779B1  # far from what users choose
 
 
+def generator() -> Any:
+    """Gives the generator of TensorFlow's seeds: another object after each seeding, or None."""
+    return getattr(_context.context(), "_rng", None)
+
+
 class OwnNoise:
     """The generators of one worker's steps.
 
@@ -49,21 +54,21 @@ class OwnNoise:
 
     @contextlib.contextmanager
     def _swapped(self) -> Iterator[None]:
-        generator = getattr(_context.context(), "_rng", None)
         theirs: Any = np.random.get_state()
-        before = None if generator is None else generator.getstate()
+        seeds = generator()
+        before = None if seeds is None else seeds.getstate()
         if self._numpy is None:
             seed = (int(theirs[1][0]) + self._worker * _STRIDE) % 2**31
             self._numpy = np.random.RandomState(seed).get_state()
             self._tensorflow = random.Random(seed).getstate()
         np.random.set_state(self._numpy)
-        if generator is not None:
-            generator.setstate(self._tensorflow)
+        if seeds is not None:
+            seeds.setstate(self._tensorflow)
         try:
             yield
         finally:
             self._numpy = np.random.get_state()
             np.random.set_state(theirs)
-            if generator is not None:
-                self._tensorflow = generator.getstate()
-                generator.setstate(before)
+            if seeds is not None:
+                self._tensorflow = seeds.getstate()
+                seeds.setstate(before)

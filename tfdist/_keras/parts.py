@@ -66,14 +66,6 @@ class Split:
         for part, rows in zip(self.parts, self.cut(tf.convert_to_tensor(value)), strict=True):
             part.assign_add(rows)
 
-    def assign_sub(self, value: Any) -> None:
-        """Subtracts from all parts.
-
-        Args:
-            value: As in `assign`.
-        """
-        self.assign_add(-tf.convert_to_tensor(value))
-
     def lookup(self, ids: Tensor) -> Tensor:
         """Reads rows, each from the server that has it.
 

@@ -2,8 +2,8 @@
 
 Replicas share a batch, and their gradients, statistics and results are weighed by their rows.
 That is right for means. A step may also sum, keep running counts, or compare the rows of a
-batch. So a step of somebody's own runs on a small batch, and on its two parts, at the same
-state; what comes of the parts together must be what comes of the whole.
+batch. So a step runs on a small batch, and on its two parts, at the same state; what comes of
+the parts together must be what comes of the whole.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import tensorflow as tf
 from tensorflow.python.distribute import distribute_lib as _distribute
 
 from tfdist._keras.building import layers_of
-from tfdist._keras.optimizers import reindex_optimizer
+from tfdist._keras.optimizers import reindex_optimizer, swap_strategy
 from tfdist._keras.variables import swap_value
 
 
@@ -46,7 +46,7 @@ def leave_scope(model: Any, variables: Sequence[Any], optimizers: Sequence[Any])
     Args:
         model: A `keras.Model`.
         variables: Its `keras.Variable`s, with those of its optimizers and metrics.
-        optimizers: Its optimizers.
+        optimizers: Its optimizers, those that they wrap included.
     """
     for layer in layers_of(model):
         if scope_of(layer) is not None:
@@ -63,9 +63,7 @@ def leave_scope(model: Any, variables: Sequence[Any], optimizers: Sequence[Any])
             )
             swap_value(variable, plain)
     for optimizer in optimizers:
-        for part in (optimizer, getattr(optimizer, "inner_optimizer", None)):
-            if part is not None:
-                part._distribution_strategy = _distribute._get_default_strategy()
+        swap_strategy(optimizer, _distribute._get_default_strategy())
         reindex_optimizer(optimizer)
 
 
