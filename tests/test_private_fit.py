@@ -493,7 +493,12 @@ def test_metrics_that_keep_single_examples_are_refused() -> None:
     with pytest.raises(ArgumentError, match="Received: 'keeps', whose state depends on"):
         private_fit(model)
     binary = keras.Sequential([keras.Input((6,)), L.Dense(1, activation="sigmoid")])
-    summing = [keras.metrics.AUC(), keras.metrics.Precision(), keras.metrics.R2Score(), "mae"]
+    summing = [
+        keras.metrics.AUC(name="auc"),
+        keras.metrics.Precision(),
+        keras.metrics.R2Score(),
+        "mae",
+    ]
     binary.compile("sgd", "binary_crossentropy", metrics=summing, weighted_metrics=["accuracy"])
     x, y = rows()
     y = (y[:, None] > 1).astype("float32")

@@ -97,7 +97,7 @@ class Patience:
             self._since = None
 
     def _watch(self) -> None:
-        look = min(_LOOK_S, self._long)
+        look = min(_LOOK_S, self._long / 4)
         while True:
             time.sleep(look)
             since = self._since

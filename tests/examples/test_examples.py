@@ -56,7 +56,7 @@ def launched(command: list[str]) -> str:
 def test_quickstart_trains_as_one_process_and_all_workers_hold_the_same(clusters):
     alone = printed_on(clusters, SINGLE, "quickstart.py")
     both = launched(tfdist_run(2, EXAMPLES / "quickstart.py"))
-    figures = r"(accuracy: \S+ - loss: \S+)$"
+    figures = r"(accuracy: \S+ - loss: \S+) *$"
     curves = []
     for printed, workers in ((alone, 1), (both, 2)):
         rows = dict(re.findall(r"│ *([^│]*?) *│ *([^│]*?) *│", printed))
