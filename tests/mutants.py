@@ -120,6 +120,18 @@ MUTANTS = {
         "if False:",
         "tests/test_discovery.py",
     ),
+    "rows kept by rank are taken for rows": Mutant(
+        "_keras/means.py",
+        "return whole.shape[0] == rows and _are_close(whole, joined)",
+        "return whole.shape[0] == rows",
+        "tests/test_discovery.py",
+    ),
+    "a part of two rows is left out": Mutant(
+        "_keras/means.py",
+        "half, last = rows // 2, min(2, rows - rows // 2)",
+        "half, last = rows // 2, 0",
+        "tests/test_discovery.py",
+    ),
     "a probe does not put states back": Mutant(
         "_keras/discovery.py",
         "for variable, value in [*touched, *recorder.before]:",

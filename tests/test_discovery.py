@@ -17,7 +17,7 @@ from tfdist._keras.means import is_mean
 
 pytestmark = pytest.mark.quick
 SPEC = (tf.TensorSpec((None, 4)), tf.TensorSpec((None, 1)))
-X = np.random.default_rng(0).normal(size=(8, 4)).astype("float32")
+X = np.random.default_rng(0).normal(size=(64, 4)).astype("float32")
 Y = X[:, :1] * 2
 
 
@@ -118,6 +118,27 @@ def hardest(model: Any, x: Any, y: Any) -> Any:
     return tf.reduce_mean(tf.math.top_k(tf.reduce_sum((model(x) - y) ** 2, 1), 2).values)
 
 
+def easier(values: Any) -> Any:
+    return tf.where(values > keras.ops.quantile(values, 0.8), 0.0, values)
+
+
+def lower(values: Any) -> Any:
+    return tf.where(values <= tf.sort(values)[tf.shape(values)[0] // 2], values, 0.0)
+
+
+def eight(values: Any) -> Any:
+    return tf.where(tf.argsort(tf.argsort(values)) < 8, values, 0.0)
+
+
+def ranked(kept: Any) -> Any:
+    """Keeps some rows of a batch by the rank of their losses; each row has its number."""
+    return lambda y, p: kept(tf.reduce_mean((y - p) ** 2, -1))
+
+
+def of_ranked(kept: Any) -> Any:
+    return lambda model, x, y: tf.reduce_mean(ranked(kept)(y, model(x)))
+
+
 def noisy(model: Any, x: Any, y: Any) -> Any:
     noise = keras.random.normal(tf.shape(x), seed=model.seeds)
     return mean(model, x + noise, y)
@@ -137,6 +158,9 @@ def of_tensorflow(model: Any, x: Any, y: Any) -> Any:
         (summed, "gradient"),
         (hardest, "gradient"),
         (remembering, "variable"),
+        (of_ranked(easier), "gradient"),
+        (of_ranked(lower), "gradient"),
+        (of_ranked(eight), "gradient"),
     ],
 )
 def test_what_is_no_mean_is_named(step: Any, named: str | None) -> None:
@@ -145,7 +169,7 @@ def test_what_is_no_mean_is_named(step: Any, named: str | None) -> None:
     model.seeds = keras.random.SeedGenerator(3)
     model(X)
     before = [np.asarray(v) for v in model.variables]
-    found = _keras.what_is_no_mean(model.train_step, (tf.constant(X), tf.constant(Y)))
+    found = _keras.what_is_no_mean(model.train_step, (tf.constant(X), tf.constant(Y)), 64)
     assert (found is None) if named is None else (named in (found or ""))
     for variable, value in zip(model.variables, before, strict=True):
         np.testing.assert_array_equal(np.asarray(variable), value)
@@ -158,12 +182,16 @@ def test_what_is_no_mean_is_named(step: Any, named: str | None) -> None:
         (lambda y, p: tf.reduce_sum((y - p) ** 2), False),
         (lambda y, p: tf.reduce_max(p), False),
         (lambda y, p: 1 - tf.reduce_sum(y * p) / tf.reduce_sum(y + p), False),
+        (ranked(tf.identity), True),
+        (ranked(easier), False),
+        (ranked(lower), False),
+        (ranked(eight), False),
     ],
 )
 def test_a_function_of_a_batch_is_tried(function: Any, is_one: bool) -> None:
     found = []
 
-    @tf.function(input_signature=[tf.TensorSpec((None, None, 3))])
+    @tf.function(input_signature=[tf.TensorSpec((None, 3))])
     def traced(rows: Any) -> None:
         found.append(is_mean(function, rows, rows))
 
@@ -191,6 +219,7 @@ def tracking() -> Any:
         lambda: shared([keras.layers.BatchNormalization(), keras.layers.Dropout(0.5, seed=1)]),
         lambda: shared([], keras.losses.Dice(), [lambda y, p: tf.reduce_max(y - p)]),
         lambda: shared([], lambda y, p: tf.reduce_sum((y - p) ** 2)),
+        lambda: shared([], ranked(lower), [ranked(eight)]),
         lambda: shared([keras.layers.GaussianNoise(0.5, seed=1)], "huber", ["mae", "auc"]),
     ],
 )
@@ -198,4 +227,4 @@ def test_what_replicas_can_share_is_shared(made: Callable[[], Any]) -> None:
     """Each replica computing all of it would be right as well, and no faster."""
     keras.utils.set_random_seed(1)
     sample = tf.constant(X), tf.constant((Y > 0).astype("float32"))
-    assert _keras.what_is_no_mean(made().train_step, sample) is None
+    assert _keras.what_is_no_mean(made().train_step, sample, 64) is None

@@ -1,4 +1,7 @@
-"""Elastic Horovod: a rank is killed, the others go on, its host comes back; also privately."""
+"""Elastic Horovod: a rank is killed, the others go on, its host comes back; also privately.
+
+Where it is not private, a `tf.data.Dataset` that shuffles is what it trains from.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ COOLDOWN = ("--blacklist-cooldown-range", "2", "4")
 TRAIN = """
 import json, os, signal, sys, time
 from pathlib import Path
-import keras, numpy as np, tfdist
+import keras, numpy as np, tensorflow as tf, tfdist
 from tests.equivalence.cases import clipped_sgd, mlp, table
 
 _, victim, folder, seconds, private = sys.argv
@@ -30,11 +33,14 @@ tfdist.init(seed=3)
 keras.utils.set_random_seed(3)
 model = mlp(clipped_sgd() if private == "no" else keras.optimizers.SGD(0.1))
 callbacks, options = [keras.callbacks.EarlyStopping("loss", patience=3)], {}
+rows = tf.data.Dataset.from_tensor_slices(table())
+data = {"x": rows.shuffle(300).batch(64)}
 if private != "no":
     settings = {"noise": {"target_epsilon": 8.0}, "noiseless": {"noise_multiplier": 0.0}}
     seed = {"noise": None, "noiseless": 3}[private]
     privacy = tfdist.DPSGD(0.5, delta=1e-4, seed=seed, **settings[private])
     callbacks, options = [], {"privacy": privacy, "seed": seed}
+    data = {"x": table()[0], "y": table()[1], "batch_size": 64}
 
 class Events(keras.callbacks.Callback):
     def on_train_batch_end(self, batch, logs=None):
@@ -45,7 +51,7 @@ class Events(keras.callbacks.Callback):
 
 checkpoint = keras.callbacks.ModelCheckpoint(Path(folder) / "{epoch}.keras")
 history = tfdist.fit(
-    model, *table(), batch_size=64, epochs=4, validation_data=table(101), verbose=0,
+    model, **data, epochs=4, validation_data=table(101), verbose=0,
     callbacks=[*callbacks, checkpoint, Events()], **options,
 )
 print("RESULT", json.dumps({

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import keras
+import tensorflow as tf
 
 from tfdist import _keras
 from tfdist.data.source import Source
@@ -15,6 +16,7 @@ from tfdist.strategies.whole import whole
 
 _MEMORY = "_tfdist_composition"
 _LARGE = 2**24
+_ROWS = 256  # of a batch that is tried; few steps look at more of them at once
 
 
 @dataclass(frozen=True)
@@ -94,11 +96,14 @@ def _why_indivisible(model: Any, kind: str, step: _keras.Step, source: Source) -
     elements = sum(math.prod(variable.shape) for variable in model.trainable_variables)
     if elements > _LARGE and not _keras.has_own_code(model):
         return None  # few of Keras's own layers can mix rows, and the steps would take long
-    sample = source.sample()
+    shapes = [spec.shape for spec in tf.nest.flatten(source.spec())]
+    of_row = sum(math.prod(size or 1 for size in s[1:]) if s.rank else 1 for s in shapes)
+    rows = _keras.rows_to_try(of_row, _ROWS)
+    sample = source.sample(rows)
     if sample is None:
         return None
     found = _keras.what_is_no_mean(
-        _keras.step_of(model, kind), sample, _keras.computes_coarsely(model)
+        _keras.step_of(model, kind), sample, rows, _keras.computes_coarsely(model)
     )
     if found is None and step.assigns_weights and step.is_random:
         return "its step assigns weights by itself"

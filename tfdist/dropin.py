@@ -14,7 +14,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from tfdist import routing, training
+from tfdist import _keras, routing, training
 from tfdist.claims import claim
 from tfdist.routing import METHODS, is_running, replacing
 from tfdist.session import current
@@ -53,8 +53,12 @@ class DropIn(replacing):
                 before = getattr(module, name, None)
                 if before is None:  # in this version of Keras
                     continue
-                self._stack.callback(setattr, module, name, before)
-                setattr(module, name, _whole(before))
+                self._replace(module, name, _whole(before))
+            self._replace(_keras.CheckpointSaver, "save", _whole_checkpoint)
+
+    def _replace(self, owner: Any, name: str, value: Any) -> None:
+        self._stack.callback(setattr, owner, name, getattr(owner, name))
+        setattr(owner, name, value)
 
     def undo(self) -> None:
         """Puts Keras's and TensorFlow's own back; doing so twice does no harm."""
@@ -111,7 +115,7 @@ def _whole(save: Callable[..., Any]) -> Callable[..., Any]:
     def method(saved: Any, *args: Any, **kwargs: Any) -> Any:
         name = next((name for name in _PATHS if name in kwargs), None)
         given = args[0] if name is None else kwargs[name]
-        if not isinstance(given, str | os.PathLike):
+        if not _is_local(given):
             return save(saved, *args, **kwargs)
         with _appearing(Path(given)) as path:
             if name is None:
@@ -121,6 +125,23 @@ def _whole(save: Callable[..., Any]) -> Callable[..., Any]:
     return method
 
 
+_tensorflow_save = _keras.CheckpointSaver.save
+
+
+@functools.wraps(_tensorflow_save)
+def _whole_checkpoint(saver: Any, file_prefix: Any, *args: Any, **kwargs: Any) -> Any:
+    """Saves a `tf.train.Checkpoint`: its files take their places when they are complete."""
+    if not _is_local(file_prefix):
+        return _tensorflow_save(saver, file_prefix, *args, **kwargs)
+    with _appearing(Path(file_prefix)) as path:
+        _tensorflow_save(saver, str(path), *args, **kwargs)
+    return file_prefix
+
+
+def _is_local(path: Any) -> bool:
+    return isinstance(path, str | os.PathLike) and "://" not in str(path)
+
+
 @contextlib.contextmanager
 def _appearing(target: Path) -> Iterator[Path]:
     """Gives a path to write to, which becomes `target` when the writing is done."""
@@ -128,7 +149,7 @@ def _appearing(target: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".saving-") as folder:
         path = Path(folder) / target.name
         yield path
-        for written in Path(folder).iterdir():  # a sharded save writes several
+        for written in sorted(Path(folder).iterdir()):  # a sharded save writes its index last
             there = target.parent / written.name
             if written.is_dir():
                 _appear_once(written, there)

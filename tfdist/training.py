@@ -25,6 +25,10 @@ from tfdist.strategies.base import Strategy
 from tfdist.verify import check_every
 
 P = ParamSpec("P")
+_ONE_OF_ALL = (
+    "tfdist: each of {number} workers runs your callbacks. One that makes or removes files "
+    "should do it in a single worker: `if tfdist.is_chief(): ...`."
+)
 
 
 def _watched(function: Callable[P, Any]) -> Callable[P, Any]:
@@ -56,6 +60,10 @@ def _watched(function: Callable[P, Any]) -> Callable[P, Any]:
             except (ArgumentError, DisagreementError) as error:
                 # They are about the caller's arguments: tfdist's lines say nothing of them.
                 raise error.with_traceback(outside(error)) from error.__cause__
+            except OSError as error:
+                if used.place.num_workers > 1:
+                    error.add_note(_ONE_OF_ALL.format(number=used.place.num_workers))
+                raise
 
     @functools.wraps(function)
     def public(*args: P.args, **kwargs: P.kwargs) -> Any:

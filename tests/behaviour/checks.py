@@ -271,6 +271,14 @@ def only_the_chief_writes(folder: Path) -> None:
     loaded = keras.models.load_model(folder / "3.keras")
     assert_weights_close(loaded, model, 0)
 
+    def fails(epoch: int, logs: Any) -> None:
+        raise FileExistsError(folder)
+
+    once = keras.callbacks.LambdaCallback(on_epoch_end=fails)
+    with pytest.raises(FileExistsError) as caught:
+        tfdist.fit(model, *table(), callbacks=[once], **ORDERED)
+    assert "`if tfdist.is_chief(): ...`" in caught.value.__notes__[-1]
+
 
 class Fails(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:

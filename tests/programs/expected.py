@@ -60,7 +60,7 @@ def unless(ends: Ends, why: str, *places: str) -> Program:
 WORKERS = ("multi_worker-2", "horovod-2")
 SERVERS = "parameter_server-2"
 ORDER = "Keras shuffles arrays in another order"
-NOISE = "`tf.random` without a seed draws other numbers than in plain Keras"
+NOISE = "`tf.random` draws other numbers than in plain Keras; `keras.random` the same"
 MOMENTS = "BatchNormalization without `synchronized=True` has the moments of a share"
 FOR_ITSELF = "every worker computes all of it: no faster"
 WHOLE = "replicas compute the whole batch: no faster"

@@ -38,6 +38,7 @@ from tfdist._keras.building import (
     layers_of,
     step_of,
 )
+from tfdist._keras.checkpoints import CheckpointSaver
 from tfdist._keras.discovery import Step, rows_of
 from tfdist._keras.loop import (
     EVALUATE,
@@ -47,6 +48,7 @@ from tfdist._keras.loop import (
     end_of_data_unless,
     loop_functions,
 )
+from tfdist._keras.means import rows_to_try
 from tfdist._keras.metrics import metric_variables, note_metrics
 from tfdist._keras.noise import OwnNoise, generator
 from tfdist._keras.optimizers import (
@@ -68,6 +70,7 @@ __all__ = [
     "EVALUATE",
     "FIT",
     "PREDICT",
+    "CheckpointSaver",
     "OwnNoise",
     "ReplicaBatch",
     "Step",
@@ -101,6 +104,7 @@ __all__ = [
     "replaced",
     "replicated",
     "rows_of",
+    "rows_to_try",
     "scope_of",
     "step_of",
     "swap_strategy",

@@ -36,7 +36,7 @@ def _calls_of_losses() -> list[Replacement]:
 
 
 def sees_whole_batch(function: Callable[..., Any], value: Any, *rows: Tensor) -> bool:
-    """Tells whether a function reduces a batch to what is no mean over its rows.
+    """Tells whether a function makes of a batch what is neither of single rows nor their mean.
 
     Args:
         function: Of targets and predictions.
@@ -51,7 +51,7 @@ def sees_whole_batch(function: Callable[..., Any], value: Any, *rows: Tensor) ->
 
 
 def _of_whole_batch(original: Method) -> Method:
-    """Lets a loss that is one number of the batch, such as Dice's, see the whole batch."""
+    """Lets a loss that compares the rows of a batch, such as Dice's, see the whole batch."""
 
     @functools.wraps(original)
     def call(loss: Any, y_true: Any, y_pred: Any, **kwargs: Any) -> Any:
@@ -69,6 +69,18 @@ def _of_whole_batch(original: Method) -> Method:
     return call
 
 
+def gathered(weights: Any) -> Any:
+    """Gives the weights or the mask of the whole batch; a scalar, or None, as it is.
+
+    Args:
+        weights: Of the share's rows.
+    """
+    batch = current_batch()
+    if batch is None or weights is None or not tf.convert_to_tensor(weights).shape.rank:
+        return weights
+    return batch.gather(tf.convert_to_tensor(weights))
+
+
 def reduce_weighted_values(
     values: Tensor,
     sample_weight: Tensor = None,
@@ -82,11 +94,14 @@ def reduce_weighted_values(
     mean over rows that is all; a sum, or a mean whose divisor is a number of unmasked
     elements or a sum of weights, is corrected here for what that will do to it.
     """
+    batch = current_batch()
+    is_whole = batch is not None and batch.is_whole(values)
+    if is_whole and values.shape.rank:
+        sample_weight, mask = gathered(sample_weight), gathered(mask)
     local = _keras_reduce_weighted_values(
         values, sample_weight=sample_weight, mask=mask, reduction=reduction, dtype=dtype
     )
-    batch = current_batch()
-    if batch is None or batch.is_whole(values):
+    if batch is None or is_whole:
         return local
     if reduction in ("sum", "none", None):
         return local * tf.cast(batch.inverse_share, local.dtype)

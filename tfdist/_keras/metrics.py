@@ -13,7 +13,7 @@ import keras
 import tensorflow as tf
 
 from tfdist._keras.interception import Method, Replacement, in_family
-from tfdist._keras.losses import sees_whole_batch
+from tfdist._keras.losses import gathered, sees_whole_batch
 from tfdist._keras.replica import Tensor, current_batch
 
 _FOUND = "_tfdist_found_metrics"
@@ -56,14 +56,24 @@ _keras_update_by_function = keras.metrics.MeanMetricWrapper.update_state
 def _updated_by_whole_batch(
     metric: Any, y_true: Any, y_pred: Any, sample_weight: Any = None
 ) -> Any:
-    """Lets a function that gives one number of the batch see the whole batch."""
+    """Lets a function that compares the rows of a batch see the whole batch."""
     batch = current_batch()
     if batch is not None and batch.is_shared:
         function = functools.partial(metric._fn, **metric._fn_kwargs)
-        if sees_whole_batch(function, function(y_true, y_pred), y_true, y_pred):
+        value = function(y_true, y_pred)
+        if sees_whole_batch(function, value, y_true, y_pred):
             y_true, y_pred = batch.gather(y_true), batch.gather(y_pred)
+            if tf.convert_to_tensor(value).shape.rank:  # each replica counts its share of all
+                each = tf.fill([tf.shape(y_true)[0]], batch.share)
+                given = 1.0 if sample_weight is None else gathered(sample_weight)
+                sample_weight = _weighted(each, tf.cast(given, tf.float32))
     update = _noted_update(_keras_update_by_function)
     return update(metric, y_true, y_pred, sample_weight)
+
+
+def _weighted(rows: Tensor, weights: Tensor) -> Tensor:
+    ones = tf.ones([max(0, (weights.shape.rank or 0) - 1)], tf.int32)
+    return weights * tf.reshape(rows, tf.concat([[-1], ones], 0))
 
 
 def _weighed(

@@ -2,8 +2,8 @@
 
 Replicas share a batch, and their gradients, statistics and results are weighed by their rows.
 That is right for means. A step may also sum, keep running counts, or compare the rows of a
-batch. So a step runs on a small batch, and on its two parts, at the same state; what comes of
-the parts together must be what comes of the whole.
+batch. So a step runs on a batch, and on its parts, at the same state; what comes of the parts
+together must be what comes of the whole.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import numpy as np
 import tensorflow as tf
 
 from tfdist._keras.discovery import keeping_random_state, recording, rows_of
+from tfdist._keras.means import parts_of
 from tfdist._keras.replica import ReplicaBatch, Tensor
 from tfdist._keras.replicated import replicated
 
-ROWS = 8
 _FINE, _COARSE = 1e-5, 3e-2  # of what rounding leaves
 _MEAN, _SUM, _SAME = "mean", "sum", "same"
 
@@ -56,13 +56,14 @@ class _Part(ReplicaBatch):
 
 
 def what_is_no_mean(
-    step: Callable[[Any], Any], sample: Any, is_coarse: bool = False
+    step: Callable[[Any], Any], sample: Any, rows: int, is_coarse: bool = False
 ) -> str | None:
     """Names something that a step computes and that is no mean over rows, if there is.
 
     Args:
         step: A function of a batch, such as `model.train_step`, of a built model.
         sample: A batch of at least two rows.
+        rows: How many of them to use, at most.
         is_coarse: Whether numbers are rounded to half precision.
 
     Returns:
@@ -71,10 +72,9 @@ def what_is_no_mean(
     """
     if any(not isinstance(leaf, tf.Tensor) for leaf in tf.nest.flatten(sample)):
         return None
-    total = min(int(rows_of(sample)), ROWS)
+    total = min(int(rows_of(sample)), rows)
     if total < 2:
         return None
-    cut = -(-total * 5 // 8)
     try:
         with replicated():
             exchanged: list[Any] = []
@@ -87,7 +87,7 @@ def what_is_no_mean(
                 return None
             nearby = _observed(step, _nearby(sample), _Part(0, total, total, []))
             parts = []
-            for begin, end in ((0, cut), (cut, total)):
+            for begin, end in parts_of(total):
                 try:
                     part = _observed(step, sample, _Part(begin, end, total, exchanged))
                 except Exception:

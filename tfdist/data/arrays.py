@@ -16,6 +16,7 @@ import tensorflow as tf
 from tfdist.data import leaves
 from tfdist.data.epochs import START, DataPosition
 from tfdist.data.source import (
+    FEW,
     FOREVER,
     Share,
     Source,
@@ -135,9 +136,9 @@ class Arrays(Source):
         groups = no_groups() if of is None else tf.gather(of, rows)
         return Share(self._gather(rows), count, total, offset, tf.zeros([4]), groups)
 
-    def sample(self) -> Any:
-        """Gives the first rows."""
-        return self._gather(tf.range(min(8, self.num_local_rows)))
+    def sample(self, rows: int = FEW) -> Any:
+        """Gives the first rows, at most a batch."""
+        return self._gather(tf.range(min(rows, self.batch_size, self.num_local_rows)))
 
     @property
     def held(self) -> Any:

@@ -15,6 +15,7 @@ from tfdist._keras import datasets
 from tfdist.data import leaves
 from tfdist.data.epochs import START, DataPosition
 from tfdist.data.source import (
+    FEW,
     FOREVER,
     Share,
     Source,
@@ -227,7 +228,7 @@ class GeneratorBatches(Batches):
         self._later = generator
         self._rest = itertools.chain(self._peeked, generator)
 
-    def sample(self) -> Any:
+    def sample(self, rows: int = FEW) -> Any:
         """Gives the first batch."""
         return _as_tensors(self._first)
 
@@ -289,7 +290,7 @@ class PyDatasetBatches(Batches):
         """Lets the data set rearrange itself, as Keras does."""
         self.dataset.on_epoch_end()
 
-    def sample(self) -> Any:
+    def sample(self, rows: int = FEW) -> Any:
         """Gives the first batch."""
         batch = _as_tensors(self._first)
         return batch if batch is None or self.transform is None else self.transform(*batch)

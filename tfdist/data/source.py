@@ -16,7 +16,7 @@ from tfdist.strategies.base import Place
 Tensor = Any
 PARALLEL = tf.data.AUTOTUNE
 FOREVER = 2**62
-_SAMPLE = 8  # rows, and whatever else has no fixed size
+FEW = 8  # rows of a sample, and whatever else has no fixed size
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -158,8 +158,11 @@ class Source(abc.ABC):
             position: Where the data stands.
         """
 
-    def sample(self) -> Any:
+    def sample(self, rows: int = FEW) -> Any:
         """Gives a batch, or one that looks like it, without drawing from the data.
+
+        Args:
+            rows: How many, at most; a batch that is at hand is given as it is.
 
         Returns:
             Tensors in the structure of a batch; None if there can be none.
@@ -169,7 +172,9 @@ class Source(abc.ABC):
         def made(spec: Any) -> Tensor:
             if isinstance(spec, tf.TypeSpec) and not isinstance(spec, tf.TensorSpec):
                 raise TypeError
-            shape = [_SAMPLE if size is None else size for size in spec.shape]
+            shape = [FEW if size is None else size for size in spec.shape]
+            if shape and spec.shape[0] is None:
+                shape[0] = rows
             if tf.as_dtype(spec.dtype) == tf.string:
                 return tf.fill(shape, "a")
             numbers = random.uniform(0.05, 0.95, shape)

@@ -1,4 +1,4 @@
-"""Saving: a whole model, its weights, an export for serving; training goes on when loaded."""
+"""Saving: a model, its weights, an export, TensorFlow's checkpoints; training goes on."""
 
 import keras
 import numpy as np
@@ -37,7 +37,20 @@ model.save_weights("model.weights.h5")
 loaded = keras.models.load_model("model.keras")
 second = loaded.fit(x[:960], y[:960], epochs=1, shuffle=False, verbose=0)
 model.load_weights("model.weights.h5")
-third = model.fit(x[:960], y[:960], epochs=1, shuffle=False, verbose=0)
+checkpoint = tf.train.Checkpoint(model=model)
+manager = tf.train.CheckpointManager(checkpoint, "checkpoints", max_to_keep=1)
+
+
+class Manage(keras.callbacks.Callback):
+    def on_epoch_end(self, epoch, logs=None):
+        manager.save()
+
+
+third = model.fit(x[:960], y[:960], epochs=3, shuffle=False, verbose=0, callbacks=[Manage()])
+trained = model.get_weights()
+model.set_weights([0 * weight for weight in trained])
+checkpoint.restore(manager.latest_checkpoint)
+assert all(map(np.array_equal, model.get_weights(), trained))
 
 loaded.export("exported", verbose=False)
 reloaded = tf.saved_model.load("exported")
