@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from tfdist import _keras
 from tfdist._keras import discovery
-from tfdist._keras.means import is_mean
+from tfdist._keras.means import is_mean, parts_of
 
 pytestmark = pytest.mark.quick
 SPEC = (tf.TensorSpec((None, 4)), tf.TensorSpec((None, 1)))
@@ -173,6 +173,15 @@ def test_what_is_no_mean_is_named(step: Any, named: str | None) -> None:
     assert (found is None) if named is None else (named in (found or ""))
     for variable, value in zip(model.variables, before, strict=True):
         np.testing.assert_array_equal(np.asarray(variable), value)
+
+
+@pytest.mark.parametrize("rows", [2, 3, 4, 5, 8, 63, 256])
+def test_parts_of_a_batch_are_unlike(rows: int) -> None:
+    parts = parts_of(rows)
+    assert [begin for begin, _ in parts] == [0, *(end for _, end in parts[:-1])]
+    assert parts[-1][1] == rows
+    assert len(parts) == (2 if rows < 5 else 3)
+    assert 1 <= parts[-1][1] - parts[-1][0] <= 2
 
 
 @pytest.mark.parametrize(
