@@ -149,3 +149,34 @@ def test_a_strategy_that_a_scheduler_has_made() -> None:
     for printed in together(starts):
         assert "use_custom_strategy=True" in printed
         assert "2 workers" in printed
+
+
+OF_ANOTHER_PACKAGE = """
+from tfdist.strategies.multi_worker import MultiWorker
+
+class Mine(MultiWorker):
+    name = "mine"
+
+    @classmethod
+    def chosen_by(cls, cluster):
+        return None
+"""
+
+
+def test_a_strategy_of_another_package_is_launched_by_its_name(
+    script: str, tmp_path: Path
+) -> None:
+    (tmp_path / "mine.py").write_text(OF_ANOTHER_PACKAGE)
+    installed = tmp_path / "mine-1.0.dist-info"
+    installed.mkdir()
+    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1.0\n")
+    (installed / "entry_points.txt").write_text("[tfdist.strategies]\nmine = mine:Mine\n")
+    path = {"PYTHONPATH": str(tmp_path)}
+    command = [*LAUNCHER, "-n", "2", "--strategy", "mine", script]
+    (printed,) = together([(command, path)])
+    assert "tfdist: mine (as asked for): 2 replicas" in printed, printed
+    unknown = subprocess.run(
+        [*LAUNCHER, "--strategy", "mine", script], capture_output=True, text=True, check=False
+    )
+    assert unknown.returncode == 2
+    assert "'mine' is not one of 'auto', 'single'" in unknown.stderr

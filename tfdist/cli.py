@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from tfdist import registry
 from tfdist._version import __version__
 from tfdist.cli_privacy import privacy
 from tfdist.errors import TfdistError
@@ -18,7 +19,6 @@ from tfdist.launch import (
     DEFAULT_PORT,
     NODE_TIMEOUT_S,
     SAVING_S,
-    STRATEGIES,
     Link,
     Outcome,
     Restarts,
@@ -89,7 +89,7 @@ def main() -> None:
 )
 @click.option(
     "--strategy",
-    type=click.Choice(STRATEGIES),
+    type=click.Choice(["auto", *registry.names()]),
     help="How to distribute; else what the script asks for, or auto.",
 )
 @click.option("--drop-in", is_flag=True, help="Distribute a script's own Model.fit.")

@@ -5,7 +5,6 @@ from tfdist.launch.hosts import Host, check_names, parse_hosts
 from tfdist.launch.link import Link
 from tfdist.launch.plan import (
     DEFAULT_PORT,
-    STRATEGIES,
     Worker,
     plan_workers,
     script_command,
@@ -20,7 +19,6 @@ __all__ = [
     "DEFAULT_PORT",
     "NODE_TIMEOUT_S",
     "SAVING_S",
-    "STRATEGIES",
     "Failure",
     "Host",
     "Link",

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
+from tfdist import registry
 from tfdist._version import __version__
 from tfdist.cluster import Cluster
 from tfdist.errors import ClusterError
@@ -185,9 +186,8 @@ def _strategies(
     tensorflow_error: str,
     environ: Mapping[str, str],
 ) -> tuple[Readiness, ...]:
-    names = ("single", "mirrored", "multi_worker", "horovod", "parameter_server", "tpu")
     if tensorflow_error:
-        return tuple(Readiness(name, False, tensorflow_error) for name in names)
+        return tuple(Readiness(name, False, tensorflow_error) for name in registry.names())
     gpus = sum(device.kind == "GPU" for device in devices)
     return (
         Readiness("single", True, "one GPU" if gpus else "the processor"),
@@ -196,6 +196,10 @@ def _strategies(
         _horovod(answer, cluster),
         _parameter_server(cluster),
         _tpu(devices, environ),
+        *(
+            Readiness(name, True, f"of the package {package}, which was not asked")
+            for name, package in registry.of_other_packages().items()
+        ),
     )
 
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
+from tfdist import registry
 from tfdist.cluster import CHIEF, EVALUATOR, PS, WORKER, Cluster
 from tfdist.errors import LaunchError
 from tfdist.launch.given import ONE_PROCESS_STRATEGIES, check_strategy, variables
@@ -18,13 +19,6 @@ from tfdist.launch.resources import gpu_environments, thread_environment, visibl
 
 DEFAULT_PORT = 17380
 _MOST_WORKERS = 65535
-STRATEGIES = (
-    "auto",
-    *ONE_PROCESS_STRATEGIES,
-    "multi_worker",
-    "horovod",
-    "parameter_server",
-)
 
 # TensorFlow's start-up notes would bury what the workers print; its errors stay.
 _GPUS = "CUDA_VISIBLE_DEVICES"
@@ -306,9 +300,10 @@ def _label(given: Cluster) -> tuple[int, str]:
 
 
 def _check_strategy(strategy: str | None, total: int, servers: int, given: Cluster) -> None:
-    if strategy is not None and strategy not in STRATEGIES:
+    choices = ["auto", *registry.names()]
+    if strategy is not None and strategy not in choices:
         raise LaunchError(
-            f"`--strategy` must be one of {', '.join(STRATEGIES)}. "
+            f"`--strategy` must be one of {', '.join(choices)}. "
             f"Received: --strategy={strategy}. Choose one of these."
         )
     has_servers = servers or given.has_parameter_servers or given.job == EVALUATOR

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-from importlib.metadata import entry_points
-
+from tfdist import registry
 from tfdist.cluster import EVALUATOR, Cluster
 from tfdist.errors import ArgumentError, StrategyError
+from tfdist.registry import names
 from tfdist.strategies.base import Place, Strategy
 
 __all__ = ["Place", "Strategy", "choose", "find", "names"]
-
-_GROUP = "tfdist.strategies"
-
-
-def names() -> list[str]:
-    """Lists the names that `strategy=` takes."""
-    return sorted({entry.name for entry in entry_points(group=_GROUP)})
 
 
 def find(name: str) -> type[Strategy]:
@@ -27,7 +20,8 @@ def find(name: str) -> type[Strategy]:
     Raises:
         ArgumentError: There is no such strategy.
     """
-    for entry in entry_points(group=_GROUP, name=name):
+    entry = registry.entry(name)
+    if entry is not None:
         loaded: type[Strategy] = entry.load()
         return loaded
     raise ArgumentError(
