@@ -16,9 +16,12 @@ from tests.jobs import ROOT
 from tfdist.errors import HUNG, ArgumentError
 from tfdist.launch.cause import Failure
 from tfdist.launch.plan import Worker
+from tfdist.strategies.base import Place
+from tfdist.strategies.connected import Connected
 from tfdist.watch import diagnosis, memory, progress, stacks
 from tfdist.watch.diagnosis import Lost
 from tfdist.watch.notes import ENDED, Note
+from tfdist.watch.oneself import Oneself
 from tfdist.watch.progress import BETWEEN, OUTSIDE, START, STEP, Progress
 from tfdist.watch.settings import Settings
 
@@ -128,6 +131,42 @@ def test_progress_of_nested_calls() -> None:
         assert (here.call, here.at) == (outer, BETWEEN)
         assert here.median is not None
     assert (here.at, here.calls) == (OUTSIDE, 2)
+
+
+class Pair(Connected):
+    """Two processes, of which the other says the same."""
+
+    name = "pair"
+    place = Place(2, 0, 1, 2, 0)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    @classmethod
+    def unavailable(cls, cluster: Any) -> None:
+        return None
+
+    def broadcast_bytes(self, content: bytes) -> bytes:
+        return content
+
+    def gather_bytes(self, content: bytes) -> list[bytes]:
+        self.seen.append(Oneself().note(0, Settings()).phase)
+        return [content, content]
+
+
+def test_what_goes_on_between_steps_is_marked() -> None:
+    pair = Pair()
+    with progress.here.calling("fit", alone=False):
+        assert pair.gather_objects(3) == [3, 3]
+        with progress.here.while_doing(progress.SAVING):
+            phase = Oneself().note(0, Settings()).phase
+        after = Oneself().note(0, Settings()).phase
+    start = "`fit`, before its first step: "
+    assert pair.seen == [f"{start}exchanging settings with the others"]
+    assert phase == f"{start}saving a checkpoint"
+    assert "exchanging" not in after
+    assert "saving" not in after
 
 
 def test_stacks_show_a_users_frames_first() -> None:

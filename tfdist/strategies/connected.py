@@ -6,12 +6,13 @@ import abc
 import contextlib
 import hashlib
 import pickle
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import keras
 import numpy as np
 
+from tfdist import watch
 from tfdist.patience import Patience
 from tfdist.strategies.base import Strategy
 
@@ -50,7 +51,7 @@ class Connected(Strategy):
         content = b"".join(value.tobytes() for value in mine)
         if len(set(self.gather_objects(hashlib.sha256(content).digest()))) == 1:
             return  # as after every other `fit`: sending and assigning take much longer
-        with self.waiting_for("the chief's weights"):
+        with self._exchanging("the chief's weights"):
             received = self.broadcast_bytes(content)
         start = 0
         for variable, value in zip(variables, mine, strict=True):
@@ -62,8 +63,13 @@ class Connected(Strategy):
         """Collects an object of every worker, in the order of workers."""
         if self.place.num_workers == 1:
             return [value]
-        with self.waiting_for("an exchange of settings between workers"):
+        with self._exchanging("an exchange of settings between workers"):
             return [pickle.loads(part) for part in self.gather_bytes(pickle.dumps(value))]
+
+    @contextlib.contextmanager
+    def _exchanging(self, what: str) -> Iterator[None]:
+        with watch.here.while_doing(watch.EXCHANGING), self.waiting_for(what):
+            yield
 
     def waiting_for(self, what: str) -> contextlib.AbstractContextManager[None]:
         """Limits a wait for the other workers."""

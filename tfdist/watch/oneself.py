@@ -9,7 +9,7 @@ from typing import Any
 
 from tfdist.watch import memory, stacks
 from tfdist.watch.notes import ENDED, Note
-from tfdist.watch.progress import BETWEEN, FIRST_STEP, OUTSIDE, STEP, here
+from tfdist.watch.progress import BETWEEN, EXCHANGING, FIRST_STEP, OUTSIDE, SAVING, STEP, here
 from tfdist.watch.settings import Settings
 
 
@@ -31,7 +31,7 @@ class Oneself:
         frame = stacks.main_frame()
         now = time.monotonic()
         at, since, call = here.at, here.since, here.call
-        exchanging = at != STEP and stacks.is_exchanging(frame)
+        exchanging = at != STEP and here.doing == EXCHANGING
         if not exchanging:
             self._exchange = None
         elif self._exchange is None:
@@ -100,7 +100,7 @@ def _phase(frame: Any, at: str, call: Any, for_data: bool, exchanging: bool) -> 
     where = f"`{call.name}`, "
     after = f"after step {call.step}" if call.step else "before its first step"
     callback = stacks.callback(frame)
-    if stacks.is_saving(frame):
+    if here.doing == SAVING:
         return f"{where}{after}: saving a checkpoint"
     if callback is not None and at == BETWEEN:
         return f"{where}{after}: in {callback}"

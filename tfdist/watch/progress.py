@@ -17,6 +17,9 @@ from typing import Any
 STEP, FIRST_STEP, BETWEEN, START, OUTSIDE = "step", "first step", "between", "start", "outside"
 """What a process can be at: they have limits of their own."""
 
+EXCHANGING, SAVING = "exchanging", "saving"
+"""What a process may do besides, between steps or before them."""
+
 _WARM_UP = 3
 _REMEMBERED = 200
 
@@ -53,6 +56,7 @@ class Progress:
         counted: Gives how many shares were drawn and how many steps were made of them, also
             while a step is made; None where that cannot be known.
         durations: Seconds of the last steps, by kind.
+        doing: One of `EXCHANGING` and `SAVING`, or None.
         noting: Called after each training step with the seconds before it and in it.
     """
 
@@ -63,12 +67,26 @@ class Progress:
     traced: bool = False
     counted: Callable[[], tuple[int, int]] | None = None
     durations: dict[str, deque[float]] = field(default_factory=dict)
+    doing: str | None = None
     noting: Callable[[float, float], None] | None = None
 
     def _go(self, at: str) -> float:
         now = time.monotonic()
         lasted, self.since, self.at = now - self.since, now, at
         return lasted
+
+    @contextlib.contextmanager
+    def while_doing(self, what: str) -> Iterator[None]:
+        """Marks what the main thread does while the context lasts.
+
+        Args:
+            what: `EXCHANGING` or `SAVING`.
+        """
+        before, self.doing = self.doing, what
+        try:
+            yield
+        finally:
+            self.doing = before
 
     @contextlib.contextmanager
     def calling(self, name: str, alone: bool) -> Iterator[Call]:

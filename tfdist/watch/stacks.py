@@ -68,33 +68,6 @@ def callback(frame: FrameType | None) -> str | None:
     return None
 
 
-def is_saving(frame: FrameType | None) -> bool:
-    """Tells whether a checkpoint of `fit` is being saved.
-
-    Args:
-        frame: The innermost of the thread.
-    """
-    folder = os.path.join(_OURS, "checkpoint")
-    return any(
-        f.f_code.co_name in ("_save", "_finish") and f.f_code.co_filename.startswith(folder)
-        for f in _outwards(frame)
-    )
-
-
-def is_exchanging(frame: FrameType | None) -> bool:
-    """Tells whether this process exchanges something with others, outside of a step.
-
-    Args:
-        frame: The innermost of the thread.
-    """
-    folder = os.path.join(_OURS, "strategies")
-    return any(
-        f.f_code.co_name in ("gather_objects", "agree")
-        and f.f_code.co_filename.startswith(folder)
-        for f in _outwards(frame)
-    )
-
-
 def is_tracing(frame: FrameType | None) -> bool:
     """Tells whether TensorFlow makes a graph of a Python function.
 
