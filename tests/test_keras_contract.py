@@ -7,6 +7,7 @@ is looked at, so that a failure names the place.
 from __future__ import annotations
 
 import inspect
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -19,6 +20,7 @@ from keras.src.backend.tensorflow.optimizer import TFOptimizer
 from keras.src.losses import loss as keras_loss
 from keras.src.optimizers.base_optimizer import BaseOptimizer
 from keras.src.trainers.data_adapters import get_data_adapter
+from tensorflow.python.eager import context as _context
 
 from tfdist import _keras
 from tfdist._keras import parts, served
@@ -301,3 +303,30 @@ def test_a_monitors_min_delta_changes_its_sign_with_its_function() -> None:
 def test_the_loop_begins_where_initial_epoch_says() -> None:
     source = inspect.getsource(keras.Model.fit)
     assert "self._initial_epoch or initial_epoch" in source
+
+
+def test_tensorflow_s_runtime_says_what_it_is() -> None:
+    assert isinstance(tf.constant(1.0), _keras.EagerTensor)
+    assert _keras.has_devices()
+    assert not _keras.is_deterministic()
+    assert _keras.key_value_store() is None  # nothing connects this process
+    signature = inspect.signature(_context.Context.configure_coordination_service)
+    asked = {"service_type", "service_leader", "cluster_register_timeout_in_ms"}
+    assert asked | {"heartbeat_timeout_in_ms", "coordinated_jobs"} <= set(signature.parameters)
+    assert hasattr(_context.Context, "get_config_key_value")
+
+
+def test_all_of_tensorflow_s_checkpoints_are_written_in_one_place(tmp_path: Path) -> None:
+    seen: list[str] = []
+    save = _keras.CheckpointSaver.save
+
+    def noted(saver: Any, file_prefix: str, *args: Any, **kwargs: Any) -> Any:
+        seen.append(file_prefix)
+        return save(saver, file_prefix, *args, **kwargs)
+
+    with _keras.replaced(_keras.CheckpointSaver, "save", noted):
+        checkpoint = tf.train.Checkpoint(v=tf.Variable(1.0))
+        checkpoint.write(str(tmp_path / "a"))
+        checkpoint.save(str(tmp_path / "b"))
+        tf.train.CheckpointManager(checkpoint, str(tmp_path / "c"), 1).save()
+    assert [Path(prefix).name for prefix in seen] == ["a", "b-1", "ckpt-2"]

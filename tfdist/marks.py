@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import tensorflow as tf
-from tensorflow.python.framework import config as _config
+
+from tfdist import _keras
 
 Tensor = Any
 
@@ -81,7 +82,7 @@ class Marks:
 
 def has_clocks() -> bool:
     """Tells whether times are known: TensorFlow refuses its clock to deterministic programs."""
-    return not _config.is_op_determinism_enabled()
+    return not _keras.is_deterministic()
 
 
 def now(after: Any = ()) -> Tensor:

@@ -62,35 +62,48 @@ from tfdist._keras.optimizers import (
 from tfdist._keras.probe import what_is_no_mean
 from tfdist._keras.replica import ReplicaBatch, on_replica, replaced
 from tfdist._keras.replicated import alone, replicated
+from tfdist._keras.runtime import (
+    EagerTensor,
+    configure_coordination,
+    has_devices,
+    is_deterministic,
+    key_value_store,
+)
 from tfdist._keras.scopes import leave_scope, outside_scopes, scope_of, undistributed
 from tfdist._keras.slices import has_fixed_rows, has_unique_rows, once_each
-from tfdist._keras.variables import swap_value
+from tfdist._keras.variables import backing_variable, swap_value
 
 __all__ = [
     "EVALUATE",
     "FIT",
     "PREDICT",
     "CheckpointSaver",
+    "EagerTensor",
     "OwnNoise",
     "ReplicaBatch",
     "Step",
     "StreamAdapter",
     "alone",
+    "backing_variable",
     "build",
     "build_from_shapes",
     "build_layers",
     "compiled_state",
     "computes_coarsely",
+    "configure_coordination",
     "end_of_data_unless",
     "generator",
     "global_seed_variable",
+    "has_devices",
     "has_fixed_rows",
     "has_global_seed",
     "has_own",
     "has_own_code",
     "has_unique_rows",
     "is_compiled_as",
+    "is_deterministic",
     "is_seeded",
+    "key_value_store",
     "layers_of",
     "leave_scope",
     "loop_functions",

@@ -18,6 +18,15 @@ def direct_assign(variable: Any, value: Tensor) -> None:
     _keras_direct_assign(variable, value)
 
 
+def backing_variable(variable: Any) -> Any:
+    """Gives the `tf.Variable` that a `keras.Variable` lives in.
+
+    Args:
+        variable: The `keras.Variable`.
+    """
+    return variable._value
+
+
 def swap_value(variable: Any, value: Any) -> Any:
     """Gives a `keras.Variable` another `tf.Variable` to live in.
 

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from tfdist import _keras
+
 
 class NotPlain(Exception):  # noqa: N818, says what a value is
     """A value is not made of numbers, text, arrays and Python's containers."""
@@ -37,7 +39,7 @@ def encode(value: Any, arrays: list[Any]) -> Any:
         pairs = value.items()
         return {"dict": [[encode(k, arrays), encode(v, arrays)] for k, v in pairs]}
     kind = "scalar" if isinstance(value, np.generic) else "array"
-    if isinstance(value, _Eager):
+    if isinstance(value, _keras.EagerTensor):
         kind, value = "tensor", value.numpy()
     if not isinstance(value, np.ndarray | np.generic):
         raise NotPlain
@@ -70,6 +72,5 @@ def decode(written: Any, arrays: Callable[[int], Any]) -> Any:
     return tf.constant(array) if name == "tensor" else np.array(array)
 
 
-_Eager: Any = tf.__internal__.EagerTensor
 _SEQUENCES: dict[Any, str] = {list: "list", tuple: "tuple", set: "set", frozenset: "frozenset"}
 _KINDS: dict[str, Callable[..., Any]] = {name: kind for kind, name in _SEQUENCES.items()}

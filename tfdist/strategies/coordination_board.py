@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import tensorflow as tf
-from tensorflow.python.eager import context as _context
 
+from tfdist import _keras
 from tfdist.board import Board, Limited
 
 # A note that is replaced is gone for a moment; the store can be asked to wait so long.
@@ -35,19 +35,19 @@ class CoordinationBoard(Board):
         Args:
             num_workers: How many workers there are.
         """
-        has_service = _context.context().coordination_service is not None
-        return cls(num_workers) if has_service and num_workers > 1 else None
+        store = _keras.key_value_store()
+        return None if store is None or num_workers == 1 else cls(num_workers)
 
     def post(self, name: str, text: str) -> bool:
         """Puts a note in the place of what was there."""
 
         def put() -> bool:
-            context = _context.context()
+            store = _keras.key_value_store()
             for _ in range(_TRIES):
                 try:
                     # The service refuses to change a value.
-                    context.delete_config_key_value(_key(name))
-                    context.set_config_key_value(_key(name), text)
+                    store.delete_config_key_value(_key(name))
+                    store.set_config_key_value(_key(name), text)
                 except tf.errors.AlreadyExistsError:
                     continue  # another worker posted under this name between the two
                 except (tf.errors.OpError, RuntimeError):
@@ -62,7 +62,7 @@ class CoordinationBoard(Board):
 
         def get() -> str | None:
             try:
-                value = _context.context().get_config_key_value(_key(name), _REPLACED_MS)
+                value = _keras.key_value_store().get_config_key_value(_key(name), _REPLACED_MS)
             except (tf.errors.OpError, RuntimeError):
                 return None
             return str(value)

@@ -6,8 +6,8 @@ from typing import Any
 
 import keras
 import tensorflow as tf
-from tensorflow.python.eager import context as _context
 
+from tfdist import _keras
 from tfdist._version import __version__
 from tfdist.cluster import Cluster
 from tfdist.errors import StrategyError
@@ -78,20 +78,9 @@ def _connect(cluster: Cluster) -> Any:
     )
     jobs = {job: list(cluster.jobs[job]) for job in cluster.jobs if job in ("chief", "worker")}
     spec = tf.train.ClusterSpec(jobs)
-    coordinated = _context.coordination_config_pb2.CoordinatedJob
     leader = next(job for job in ("chief", "worker") if job in jobs)
-    # MultiWorkerMirroredStrategy leaves an existing configuration alone; its own waits for
-    # a worker that never comes for an hour.
-    _context.context().configure_coordination_service(
-        service_type="standalone",
-        service_leader=f"/job:{leader}/replica:0/task:0",
-        cluster_register_timeout_in_ms=seconds * 1000,
-        # A machine at its limit may be late by seconds, and is not lost for that.
-        heartbeat_timeout_in_ms=60_000,
-        coordinated_jobs=[
-            coordinated(name=job, num_tasks=len(tasks)) for job, tasks in jobs.items()
-        ],
-    )
+    counts = {job: len(tasks) for job, tasks in jobs.items()}
+    _keras.configure_coordination(counts, leader, seconds)
     try:
         return MultiWorkerMirroredStrategy(
             cluster_resolver=tf.distribute.cluster_resolver.SimpleClusterResolver(

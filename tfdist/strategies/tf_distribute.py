@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import tensorflow as tf
-from tensorflow.python.eager import context as _context
 
 from tfdist import _keras
 from tfdist.board import Board
@@ -230,7 +229,7 @@ def require_unused_tensorflow(cluster: Cluster) -> None:
     Raises:
         StrategyError: It is too late.
     """
-    if not _context.context()._initialized:
+    if not _keras.has_devices():
         return
     if tf.distribute.has_strategy():
         found = f"in the scope of a {type(tf.distribute.get_strategy()).__name__} that was made"

@@ -312,9 +312,9 @@ class Asynchronous:
                 self._add_metrics(counts)
                 for variable, value in zip(changed, values, strict=True):
                     if id(variable) in averages:
-                        variable._value.assign(value)
+                        _keras.backing_variable(variable).assign(value)
                     else:
-                        variable._value.assign_add(value)
+                        _keras.backing_variable(variable).assign_add(value)
                 ledger.note(read)
 
             updates.finish(change, there, [*counts, *values, read])
@@ -362,7 +362,7 @@ class Asynchronous:
     def _add_metrics(self, counts: list[Tensor]) -> None:
         metrics = _keras.metric_variables(self._model)
         for variable, count in zip(metrics, counts, strict=True):
-            variable._value.assign_add(tf.cast(count, variable.dtype))
+            _keras.backing_variable(variable).assign_add(tf.cast(count, variable.dtype))
 
     def _extra(self, logs: Logs, batch: ReplicaBatch, kind: str) -> Logs:
         """Keeps what a step returned besides metrics; notes which metrics it returned."""

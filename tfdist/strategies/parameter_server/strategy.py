@@ -214,7 +214,7 @@ class ParameterServer(TFDistribute):
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Sums gradients on the servers that hold their variables, the rest on the first."""
         first = self._servers.servers[0]
-        devices = [v._value.device for v in variables] + [first] * len(others)
+        devices = [_keras.backing_variable(v).device for v in variables] + [first] * len(others)
         summed = self._summed([*gradients, *others], devices)
         return summed[: len(gradients)], summed[len(gradients) :]
 

@@ -108,7 +108,7 @@ def _sent(grads: Sequence[Tensor], variables: Sequence[Any], server: str) -> lis
     for index, (gradient, variable) in enumerate(zip(grads, variables, strict=True)):
         if gradient is None:
             continue
-        value = variable._value
+        value = _keras.backing_variable(variable)
         rows = value.cut(gradient) if isinstance(value, Split) else [gradient]
         for number, (part, piece) in enumerate(zip(parts_of(variable), rows, strict=True)):
             pieces.setdefault(part.device, []).append((index, number, piece))
@@ -119,8 +119,8 @@ def _sent(grads: Sequence[Tensor], variables: Sequence[Any], server: str) -> lis
             moved[index][number] = tensor
     with tf.device(server):
         return [
-            variable._value.join([found[i] for i in range(len(found))])
-            if found and isinstance(variable._value, Split)
+            _keras.backing_variable(variable).join([found[i] for i in range(len(found))])
+            if found and isinstance(_keras.backing_variable(variable), Split)
             else found.get(0)
             for found, variable in zip(moved, variables, strict=True)
         ]

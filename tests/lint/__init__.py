@@ -1,0 +1,1 @@
+"""Rules of the project's own, which `make lint` checks."""
