@@ -487,3 +487,15 @@ def test_a_callback_may_say_itself_what_its_state_is() -> None:
     state = json.loads(json.dumps(Memory([one]).state(arrays)))
     Memory([other]).restore(state, arrays.__getitem__)
     assert other.generator.random() == one.generator.random()
+
+
+@quick
+def test_where_a_release_keeps_its_callbacks_does_not_matter() -> None:
+    one, other = (keras.callbacks.EarlyStopping("loss") for _ in range(2))
+    memory = Memory([one])
+    one.wait = 3
+    (name, state), *_ = memory.state([]).items()
+    assert name == "keras.EarlyStopping 1"
+    older = {"keras.src.callbacks.early_stopping.EarlyStopping 1": state}
+    Memory([other]).restore(older, [].__getitem__)
+    assert other.wait == 3

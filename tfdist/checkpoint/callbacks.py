@@ -72,6 +72,7 @@ class Memory:
             state: What `state` gave.
             arrays: Gives an array by its place.
         """
+        state = {_stable(name): written for name, written in state.items()}
         for name, callback in self._named:
             written = state.get(name, {})
             if hasattr(callback, "restore_checkpoint_state"):
@@ -107,9 +108,15 @@ def _named(callbacks: Sequence[Any]) -> Iterator[tuple[str, Any]]:
     seen: Counter[str] = Counter()
     for callback in callbacks:
         if not isinstance(callback, _OF_THE_PROCESS):
-            kind = f"{type(callback).__module__}.{type(callback).__qualname__}"
+            kind = _stable(f"{type(callback).__module__}.{type(callback).__qualname__}")
             seen[kind] += 1
             yield f"{kind} {seen[kind]}", callback
+
+
+def _stable(name: str) -> str:
+    """Leaves out in which module Keras or tfdist keep a class: releases move them."""
+    package, _, rest = name.partition(".")
+    return f"{package}.{rest.rpartition('.')[2]}" if package in ("keras", "tfdist") else name
 
 
 def _attributes(callback: Any) -> _Attributes:
