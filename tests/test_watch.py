@@ -7,6 +7,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import keras
@@ -123,8 +124,9 @@ def test_limits_are_learned() -> None:
 def test_progress_of_nested_calls() -> None:
     here = Progress()
     with here.calling("fit", alone=False) as outer:
-        for _ in range(5):
-            here.making(lambda data: None, "training")(None)
+        for made in range(5):
+            epoch = SimpleNamespace(steps_taken=made, begins=made == 0)
+            here.making(lambda data: None, "training")(epoch)
         assert (outer.step, here.at) == (5, BETWEEN)
         with here.calling("evaluate", alone=False):
             assert here.at == START

@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 STEP, FIRST_STEP, BETWEEN, START, OUTSIDE = "step", "first step", "between", "start", "outside"
 """What a process can be at: they have limits of their own."""
@@ -22,6 +22,18 @@ EXCHANGING, SAVING = "exchanging", "saving"
 
 _WARM_UP = 3
 _REMEMBERED = 200
+
+
+class Counted(Protocol):
+    """Data that counts the steps made of it."""
+
+    @property
+    def steps_taken(self) -> int:
+        """Steps that were made of an epoch."""
+
+    @property
+    def begins(self) -> bool:
+        """Whether nothing was drawn yet, and buffers have to fill."""
 
 
 @dataclass
@@ -116,14 +128,15 @@ class Progress:
         """Wraps what Keras's loop calls, to note when steps begin and end.
 
         Args:
-            function: Makes some steps.
+            function: Makes some steps; of a `Counted`, but for predictions.
             kind: "training", "validation" or "prediction".
         """
 
         def noted(data: Any) -> Any:
             call = self.call
-            taken = getattr(data, "steps_taken", None)
-            begins = getattr(data, "begins", False)
+            counted: Counted | None = None if kind == "prediction" else data
+            taken = None if counted is None else counted.steps_taken
+            begins = counted is not None and counted.begins
             known = self.durations.setdefault(kind, deque(maxlen=_REMEMBERED))
             if call is not None:
                 call.validating = kind == "validation" and call.name == "fit"
