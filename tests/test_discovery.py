@@ -175,6 +175,37 @@ def test_what_is_no_mean_is_named(step: Any, named: str | None) -> None:
         np.testing.assert_array_equal(np.asarray(variable), value)
 
 
+def counting(model: Any, x: Any) -> Any:
+    model.counter.assign_add(1.0)
+    return model(x)
+
+
+def averaging(model: Any, x: Any) -> Any:
+    model.counter.assign(0.5 * model.counter + tf.reduce_mean(x))
+    return model(x)
+
+
+@pytest.mark.parametrize(
+    ("step", "named"),
+    [
+        (lambda model, x: {"a": model(x), "b": [x, x[:, :2]]}, None),
+        (counting, None),  # on every replica alike
+        (averaging, "variable"),
+        (lambda model, x: model(x - tf.reduce_mean(x, 0)), "result"),
+        (lambda model, x: (model(x), tf.reshape(x, (-1, 1))), "result 1"),
+        (lambda model, x: tf.reduce_sum(x, 0), "result"),
+        (lambda model, x: tf.reduce_sum(x), "result"),
+        (lambda model, x: tf.argsort(x[:, 0]), "result"),
+    ],
+)
+def test_what_a_prediction_is_no_rows_of_is_named(step: Any, named: str | None) -> None:
+    model = Own(mean)
+    model(X)
+    sample = tf.constant(X)
+    found = _keras.what_is_no_mean(lambda x: step(model, x), sample, 64, predicts=True)
+    assert (found is None) if named is None else (named in (found or ""))
+
+
 @pytest.mark.parametrize("rows", [2, 3, 4, 5, 8, 63, 256])
 def test_parts_of_a_batch_are_unlike(rows: int) -> None:
     parts = parts_of(rows)

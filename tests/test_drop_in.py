@@ -14,7 +14,7 @@ import tensorflow as tf
 import tfdist
 from tfdist import claims, routing
 from tfdist._keras import datasets
-from tfdist.errors import StrategyError
+from tfdist.errors import ArgumentError, StrategyError
 from tfdist.session import current
 from tfdist.strategies.base import Place
 from tfdist.strategies.single import Single
@@ -80,6 +80,21 @@ def test_callbacks_of_an_unmodified_script_call_keras() -> None:
             model().fit(X, Y, epochs=2, shuffle=False, verbose=0, callbacks=[Curious()])
         records.append(list(seen))
     np.testing.assert_allclose(records[0], records[1], 1e-5)
+
+
+def test_a_model_is_not_compiled_while_it_trains() -> None:
+    class Unfreezing(keras.callbacks.Callback):  # type: ignore[misc]
+        def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+            if epoch == 1:
+                self.model.compile("adam", "mse")
+                self.model.make_train_function()
+
+    trained = model()
+    with pytest.raises(ArgumentError, match="must not be compiled while it trains"):
+        tfdist.fit(trained, X, Y, epochs=2, verbose=0, callbacks=[Unfreezing()])
+    assert not {"make_train_function", "_get_metrics_result_or_logs"} & set(vars(trained))
+    trained.compile("adam", "mse")
+    trained.fit(X, Y, verbose=0)
 
 
 def test_fit_leaves_python_s_generator_where_it_is() -> None:

@@ -40,8 +40,8 @@ def compose(
     """Builds a model, and decides whether replicas share a batch or each compute all of it.
 
     Args:
-        model: A compiled `keras.Model`.
-        kind: "train_step" or "test_step".
+        model: A `keras.Model`, compiled unless it predicts.
+        kind: "train_step", "test_step" or "predict_step".
         source: The data.
         strategy: Where the replicas are.
         whole_batch: What the user wants, or None.
@@ -93,6 +93,9 @@ def _why_indivisible(model: Any, kind: str, step: _keras.Step, source: Source) -
             return f"the layer {layer.name!r} is stateful: its rows go on with the last batch's"
     if _has_static_batch(model):
         return "its input has a batch size that is fixed"
+    for metric in _keras.metrics_of(model):
+        if not metric.variables:
+            return f"the metric {metric.name!r} keeps what it has seen in no variable"
     elements = sum(math.prod(variable.shape) for variable in model.trainable_variables)
     if elements > _LARGE and not _keras.has_own_code(model):
         return None  # few of Keras's own layers can mix rows, and the steps would take long
@@ -103,7 +106,11 @@ def _why_indivisible(model: Any, kind: str, step: _keras.Step, source: Source) -
     if sample is None:
         return None
     found = _keras.what_is_no_mean(
-        _keras.step_of(model, kind), sample, rows, _keras.computes_coarsely(model)
+        _keras.step_of(model, kind),
+        sample,
+        rows,
+        _keras.computes_coarsely(model),
+        predicts=kind == "predict_step",
     )
     if found is None and step.assigns_weights and step.is_random:
         return "its step assigns weights by itself"

@@ -499,13 +499,12 @@ def predict(
         x, None, None, batch_size=batch_size, steps=steps, strategy=session.strategy
     )
     preflight.check_batched(model, x, source.spec())
-    if _has_replicas(session.strategy, source):
-        _keras.build_layers(model, source.spec())
-    prepared = _agreed(session, session.strategy, model, source, batch_size=batch_size)
+    used = _composed(model, "predict_step", source, session.strategy)
+    prepared = _agreed(session, used, model, source, batch_size=batch_size)
     with prepared.running(source):
         return _keras.PREDICT(
             model,
-            _adapt(source, session.strategy, by_number=False),
+            _adapt(source, used, by_number=False),
             verbose=verbose if session.is_chief else 0,
             callbacks=callbacks,
         )
@@ -576,7 +575,7 @@ def _composed(
     """Builds a model where Keras's own loop must not, and chooses how a batch is computed."""
     # XLA compiles no step in which variables are made.
     if not needs_state and not model.jit_compile and not _has_replicas(strategy, source):
-        if not _keras.has_own(model, kind):
+        if kind != "predict_step" and not _keras.has_own(model, kind):
             _keras.build_from_shapes(model, source.spec())
         return strategy
     return compose(model, kind, source, strategy, whole_batch)

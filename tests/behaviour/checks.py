@@ -124,6 +124,53 @@ def predictions_are_in_order(folder: Path) -> None:
     )
 
 
+class Remembering(L.Layer):
+    """Keeps a moving mean of its batches, when it predicts too."""
+
+    def build(self, shape: Any) -> None:
+        self.mean = self.add_weight(shape=(), initializer="zeros", trainable=False)
+
+    def call(self, x: Any) -> Any:
+        self.mean.assign(0.5 * self.mean + 0.5 * keras.ops.mean(x))
+        return x
+
+
+@check(MIRRORED, HOROVOD, SERVERS)
+def predictions_of_whole_batches(folder: Path) -> None:
+    """Outputs that are no rows of their own are those of one process, in number too."""
+    inputs, ops = keras.Input((20,)), keras.ops
+    remembering = Remembering()
+    models = [
+        keras.Model(inputs, L.Dense(2)(inputs - ops.mean(inputs, 0, keepdims=True))),
+        keras.Model(inputs, {"a": ops.reshape(inputs, (-1, 1)), "b": L.Dense(1)(inputs)}),
+        keras.Model(inputs, ops.sum(inputs, 0)),
+        keras.Model(inputs, L.Dense(1)(remembering(inputs))),
+    ]
+    x, _ = table(22)
+    for model in models:
+        expected = keras.tree.flatten(model.predict(x, batch_size=8, verbose=0))
+        kept, _ = float(remembering.mean), remembering.mean.assign(0.0)
+        received = tfdist.predict(model, x, batch_size=8, verbose=0)
+        for here, there in zip(keras.tree.flatten(received), expected, strict=True):
+            np.testing.assert_allclose(here, there, rtol=1e-5, atol=1e-6)
+    assert float(remembering.mean) == pytest.approx(kept, rel=1e-5)
+
+
+@check(MIRRORED)
+def a_variable_is_a_number_in_a_callback(folder: Path) -> None:
+    model, found = mlp(clipped_sgd()), []
+
+    def note(epoch: int, logs: Any) -> None:
+        optimizer = model.optimizer
+        found.append((int(optimizer.iterations), float(optimizer.learning_rate)))
+
+    noting = keras.callbacks.LambdaCallback(on_epoch_end=note)
+    tfdist.fit(model, *table(64), batch_size=16, verbose=0, callbacks=[noting])
+    assert found == [(4, pytest.approx(float(model.optimizer.learning_rate)))]
+    with pytest.raises(TypeError, match=r"^[Oo]nly|scalar"):
+        int(model.layers[0].kernel)
+
+
 @check(HOROVOD)
 def predicts_nested_outputs_without_compiling(folder: Path) -> None:
     inputs = keras.Input((20,))

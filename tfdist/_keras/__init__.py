@@ -49,7 +49,7 @@ from tfdist._keras.loop import (
     loop_functions,
 )
 from tfdist._keras.means import rows_to_try
-from tfdist._keras.metrics import metric_variables, note_metrics
+from tfdist._keras.metrics import metric_variables, metrics_of, note_metrics
 from tfdist._keras.noise import OwnNoise, generator
 from tfdist._keras.optimizers import (
     optimizers_of,
@@ -108,6 +108,7 @@ __all__ = [
     "leave_scope",
     "loop_functions",
     "metric_variables",
+    "metrics_of",
     "note_metrics",
     "on_replica",
     "once_each",

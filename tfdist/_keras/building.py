@@ -26,8 +26,8 @@ def build(model: Any, kind: str, spec: Any, sample: Callable[[], Any]) -> Step:
     needs tensors, is built by a first trace of that step.
 
     Args:
-        model: A compiled `keras.Model`.
-        kind: "train_step" or "test_step".
+        model: A `keras.Model`, compiled unless it predicts.
+        kind: "train_step", "test_step" or "predict_step".
         spec: Describes a batch: `x`, `(x, y)` or `(x, y, sample_weight)`, leaves with shape and
             dtype.
         sample: Gives a batch, for a model that runs eagerly.
@@ -41,7 +41,12 @@ def build(model: Any, kind: str, spec: Any, sample: Callable[[], Any]) -> Step:
     # Code of somebody's own may keep seeds, optimizers, or a tf.Variable.
     optimizer = getattr(model, "optimizer", None)
     is_keras_s = not has_own_code(model) and (optimizer is None or _is_keras(type(optimizer)))
-    is_built = not has_own(model, kind) and build_from_shapes(model, spec)
+    if kind == "predict_step":
+        is_built = not has_own(model, kind)
+        if is_built:
+            build_layers(model, spec)
+    else:
+        is_built = not has_own(model, kind) and build_from_shapes(model, spec)
     if is_built and is_keras_s:
         return Step()
     step = step_of(model, kind)
@@ -93,7 +98,7 @@ def compiled_state(model: Any) -> tuple[Any, ...]:
     """Gives objects whose identity changes whenever the model is compiled again.
 
     Args:
-        model: A compiled `keras.Model`.
+        model: A `keras.Model`.
 
     Returns:
         The loss tracker, the optimizer and the steps per execution.

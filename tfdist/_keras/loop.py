@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,7 +12,9 @@ import keras
 from keras.src.trainers.data_adapters.data_adapter import DataAdapter as _DataAdapter
 from keras.src.trainers.epoch_iterator import EpochIterator as _EpochIterator
 
+from tfdist._keras.building import compiled_state, is_compiled_as
 from tfdist._keras.replica import replaced
+from tfdist.errors import ArgumentError
 
 
 class StreamAdapter(_DataAdapter):  # type: ignore[misc]
@@ -117,6 +120,19 @@ def loop_functions(
 
         return dispatch
 
+    compiled, make = compiled_state(model), model.make_train_function
+
+    def make_train_function(force: bool = False) -> Any:
+        """Refuses a model that was compiled again: its optimizer is nobody's."""
+        if not is_compiled_as(model, compiled):
+            raise ArgumentError(
+                "A model must not be compiled while it trains. Received: a callback that calls "
+                "`compile` and `make_train_function`. End this `fit`, compile, and go on in "
+                "another one, with `initial_epoch`."
+            )
+        return make(force)
+
+    vars(model)["make_train_function"] = make_train_function
     for name, function in functions.items():
         setattr(model, name, dispatching(name, function))
     vars(model)["_get_metrics_result_or_logs"] = results_of_steps
@@ -127,6 +143,9 @@ def loop_functions(
             del vars(model)["_get_metrics_result_or_logs"]
         else:
             vars(model)["_get_metrics_result_or_logs"] = results
+        vars(model)["make_train_function"] = make
+        if make == types.MethodType(type(model).make_train_function, model):
+            del vars(model)["make_train_function"]
         for name, function in before.items():
             setattr(model, name, function)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import keras
 import tensorflow as tf
+from keras.src.trainers.compile_utils import CompileMetrics
 
 from tfdist._keras.interception import Method, Replacement, in_family
 from tfdist._keras.losses import gathered, sees_whole_batch
@@ -97,6 +98,19 @@ def _noted_result(original: Method) -> Method:
         return value
 
     return result
+
+
+def metrics_of(model: Any) -> list[Any]:
+    """Lists the metrics that a model's training and evaluation update.
+
+    Args:
+        model: A `keras.Model`.
+    """
+    return [
+        one
+        for metric in model.metrics
+        for one in (metric.metrics if isinstance(metric, CompileMetrics) else [metric])
+    ]
 
 
 def metric_variables(model: Any) -> list[Any]:

@@ -8,6 +8,7 @@ together must be what comes of the whole.
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ from tfdist._keras.replica import ReplicaBatch, Tensor
 from tfdist._keras.replicated import replicated
 
 _FINE, _COARSE = 1e-5, 3e-2  # of what rounding leaves
-_MEAN, _SUM, _SAME = "mean", "sum", "same"
+_MEAN, _SUM, _SAME, _ROWS = "mean", "sum", "same", "rows"
 
 
 class _Fact(NamedTuple):
@@ -56,7 +57,11 @@ class _Part(ReplicaBatch):
 
 
 def what_is_no_mean(
-    step: Callable[[Any], Any], sample: Any, rows: int, is_coarse: bool = False
+    step: Callable[[Any], Any],
+    sample: Any,
+    rows: int,
+    is_coarse: bool = False,
+    predicts: bool = False,
 ) -> str | None:
     """Names something that a step computes and that is no mean over rows, if there is.
 
@@ -65,6 +70,7 @@ def what_is_no_mean(
         sample: A batch of at least two rows.
         rows: How many of them to use, at most.
         is_coarse: Whether numbers are rounded to half precision.
+        predicts: Whether the step gives a row for each of its rows, and changes nothing.
 
     Returns:
         A few words; None if there is nothing, or if it cannot be told: the step draws random
@@ -78,27 +84,31 @@ def what_is_no_mean(
     try:
         with replicated():
             exchanged: list[Any] = []
-            whole = _observed(step, sample, _Part(0, total, total, exchanged))
+            observed = functools.partial(_observed, step, predicts)
+            whole = observed(sample, _Part(0, total, total, exchanged))
             with keeping_random_state():
                 tf.random.uniform([]), random.random(), np.random.rand()
-                again = _observed(step, sample, _Part(0, total, total, []))
+                again = observed(sample, _Part(0, total, total, []))
             tolerance = _COARSE if is_coarse else _FINE
-            if _differing(whole, [(1.0, again)], whole, tolerance) is not None:
+            alike = {name: fact._replace(kind=_SAME) for name, fact in whole.items()}
+            if _differing(alike, [(total, again)], alike, tolerance) is not None:
                 return None
-            nearby = _observed(step, _nearby(sample), _Part(0, total, total, []))
+            nearby = observed(_nearby(sample), _Part(0, total, total, []))
             parts = []
             for begin, end in parts_of(total):
                 try:
-                    part = _observed(step, sample, _Part(begin, end, total, exchanged))
+                    part = observed(sample, _Part(begin, end, total, exchanged))
                 except Exception:
                     return "its step, which does not run on some rows of a batch,"
-                parts.append(((end - begin) / total, part))
+                parts.append((end - begin, part))
     except Exception:  # whatever the step makes of a sample
         return None
     return _differing(whole, parts, nearby, tolerance)
 
 
-def _observed(step: Callable[[Any], Any], sample: Any, part: _Part) -> dict[str, _Fact]:
+def _observed(
+    step: Callable[[Any], Any], predicts: bool, sample: Any, part: _Part
+) -> dict[str, _Fact]:
     begin = int(part.offset)
     end = begin + int(part.rows)
     rows = tf.nest.map_structure(lambda leaf: leaf[begin:end], sample)
@@ -109,14 +119,17 @@ def _observed(step: Callable[[Any], Any], sample: Any, part: _Part) -> dict[str,
             name = f"the gradient of {variable.path}, update {number}"
             facts[name] = None if gradient is None else _fact(_MEAN, gradient)
         for variable, _ in part.touched.values():
-            is_float = tf.as_dtype(variable.dtype).is_floating
-            kind = _MEAN if is_float else _SAME
+            is_reduced = tf.as_dtype(variable.dtype).is_floating and not predicts
+            kind = _MEAN if is_reduced else _SAME
             facts[f"the variable {variable.path}"] = _fact(kind, variable.value)
         for variable, _ in recorder.before:
-            facts[f"the metric's variable {variable.path}"] = _fact(_SUM, variable.value)
+            facts[f"the metric's variable {variable.path}"] = _fact(
+                _SAME if predicts else _SUM, variable.value
+            )
         for number, leaf in enumerate(tf.nest.flatten(returned)):
             if part.metric_of(leaf) is None:
-                facts[f"result {number} of the step"] = _fact(_MEAN, leaf)
+                kind = _ROWS if predicts else _MEAN
+                facts[f"result {number} of the step"] = _fact(kind, leaf)
     return {name: fact for name, fact in facts.items() if fact is not None}
 
 
@@ -136,7 +149,7 @@ def _nearby(sample: Any) -> Any:
 
 def _differing(
     whole: dict[str, _Fact],
-    parts: Sequence[tuple[float, dict[str, _Fact]]],
+    parts: Sequence[tuple[int, dict[str, _Fact]]],
     nearby: dict[str, _Fact],
     tolerance: float,
 ) -> str | None:
@@ -149,22 +162,39 @@ def _differing(
 
 def _first_unlike(
     whole: dict[str, _Fact],
-    parts: Sequence[tuple[float, dict[str, _Fact]]],
+    parts: Sequence[tuple[int, dict[str, _Fact]]],
     nearby: dict[str, _Fact],
     tolerance: float,
 ) -> str | None:
     means = [float(np.linalg.norm(f.value)) for f in whole.values() if f.kind == _MEAN]
     for name, (kind, value) in whole.items():
-        found = [(weight, facts[name].value) for weight, facts in parts]
-        if any(part.shape != value.shape for _, part in found):
+        found = [(rows, facts[name].value) for rows, facts in parts]
+        expected = _expected(kind, found)
+        if expected is None or expected.shape != value.shape:
             return name
-        if kind == _SAME:
-            expected = found[0][1]
-        else:
-            expected = sum((weight if kind == _MEAN else 1.0) * part for weight, part in found)
         size = max(np.linalg.norm(value), *(np.linalg.norm(part) for _, part in found))
         rounding = np.linalg.norm(value - nearby[name].value)
         allowed = tolerance * size + 20 * rounding + 1e-6 * max(means, default=0.0) + 1e-7
         if np.linalg.norm(value - expected) > allowed:
             return name
     return None
+
+
+def _expected(kind: str, parts: Sequence[tuple[int, Any]]) -> Any:
+    """Gives what the whole should be, of the numbers of rows and the values of its parts.
+
+    Returns:
+        An array; None if nothing can be made of the parts.
+    """
+    first = parts[0][1]
+    if kind == _ROWS:
+        shapes = [(rows, *first.shape[1:]) for rows, _ in parts]
+        if not first.ndim or shapes != [value.shape for _, value in parts]:
+            return None
+        return np.concatenate([value for _, value in parts])
+    if any(value.shape != first.shape for _, value in parts):
+        return None
+    if kind == _SAME:
+        return first
+    total = sum(rows for rows, _ in parts) if kind == _MEAN else 1
+    return sum((rows if kind == _MEAN else 1) / total * value for rows, value in parts)

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 
 import keras
+from keras.src.backend.common.variables import Variable as _AnyVariable
 from keras.src.backend.tensorflow import random as _random
 from keras.src.backend.tensorflow.core import Variable as _Variable
 
@@ -14,7 +15,7 @@ from tfdist._keras.batch_norm import moments
 from tfdist._keras.interception import Replacement
 from tfdist._keras.random import draw_seed, dropout, normal, uniform
 from tfdist._keras.replica import replaced
-from tfdist._keras.variables import direct_assign
+from tfdist._keras.variables import as_python, direct_assign
 
 _depth = 0  # of calls within each other: an evaluation in a callback
 
@@ -57,6 +58,8 @@ def replacements(has_servers: bool = False) -> list[Replacement]:
     return [
         (keras.layers.BatchNormalization, "_moments", moments),
         (_Variable, "_direct_assign", direct_assign),
+        (_AnyVariable, "__int__", as_python(int)),
+        (_AnyVariable, "__float__", as_python(float)),
         (_random, "dropout", dropout),
         (_random, "draw_seed", draw_seed),
         (_random, "normal", normal),

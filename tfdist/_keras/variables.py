@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import tensorflow as tf
 from keras.src.backend.tensorflow.core import Variable as _Variable
 
 from tfdist._keras.replica import Tensor, current_batch
@@ -16,6 +18,21 @@ def direct_assign(variable: Any, value: Tensor) -> None:
     if batch is not None:
         batch.touch(variable)
     _keras_direct_assign(variable, value)
+
+
+def as_python(kind: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Makes `int` or `float` of a variable, which Keras cannot where there are copies of it.
+
+    Args:
+        kind: `int` or `float`.
+    """
+
+    def number(variable: Any) -> Any:
+        value = variable._value
+        has_copies = isinstance(value, tf.distribute.DistributedValues)
+        return kind(value.numpy() if has_copies and not value.shape.rank else variable.value)
+
+    return number
 
 
 def backing_variable(variable: Any) -> Any:
