@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 from tfdist._version import __version__
@@ -68,6 +69,13 @@ _HOMES = {
 }
 
 
+def _follow_files() -> None:
+    """Lets model files say what was spent on them, where this process may read one."""
+    keras = sys.modules.get("keras")
+    if keras is not None and keras.backend.backend() == "tensorflow":
+        importlib.import_module("tfdist.privacy.memory")
+
+
 def __getattr__(name: str) -> Any:
     if name in ("imbalance", "privacy", "samplers"):
         return importlib.import_module(f"tfdist.{name}")
@@ -78,3 +86,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return __all__
+
+
+_follow_files()

@@ -204,8 +204,10 @@ def fit(
         sampler = private.sampler
         if private.draws_secretly:
             seed, chosen = private.sampling_seed, private.is_seeded
-        if saver is not None:
-            saver.spent = private.go_on(saver.spent_before)
+        if saver is None:
+            private.go_on()
+        else:
+            saver.spent = private.go_on(saver.spent_before, saver.steps_before, saver.directory)
             saver.on_restored = private.note_restored
     seed = session.sampler_seed(seed)
     if saver is not None and (private is None or not private.draws_secretly):

@@ -62,6 +62,7 @@ from tfdist._keras.optimizers import (
 from tfdist._keras.probe import what_is_no_mean
 from tfdist._keras.replica import ReplicaBatch, on_replica, replaced
 from tfdist._keras.replicated import alone, replicated
+from tfdist._keras.saving import carry_in_files
 from tfdist._keras.scopes import leave_scope, outside_scopes, scope_of, undistributed
 from tfdist._keras.slices import has_fixed_rows, has_unique_rows, once_each
 from tfdist._keras.variables import swap_value
@@ -79,6 +80,7 @@ __all__ = [
     "build",
     "build_from_shapes",
     "build_layers",
+    "carry_in_files",
     "compiled_state",
     "computes_coarsely",
     "end_of_data_unless",

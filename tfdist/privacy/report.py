@@ -39,6 +39,8 @@ class Report:
             no guarantee.
         uncounted_steps: Updates that the optimizer had made before the first private step;
             whether they saw these data is not known.
+        changes: How often the weights were changed between private steps by something that is
+            not counted, such as weights that were set.
     """
 
     ledger: Ledger
@@ -47,6 +49,7 @@ class Report:
     relation: str = "add_or_remove_one"
     secret: bool = True
     uncounted_steps: int = 0
+    changes: int = 0
 
     @functools.cached_property
     def epsilon(self) -> float:
@@ -64,8 +67,13 @@ class Report:
         after = []
         if self.uncounted_steps:
             after.append(
-                f"The optimizer had made {self.uncounted_steps} updates before, which are not "
-                "counted: they must not have seen these data."
+                f"The optimizer had made {self.uncounted_steps} updates before, or between "
+                "private steps, which are not counted: they must not have seen these data."
+            )
+        if self.changes:
+            after.append(
+                "Between private steps the weights were changed by something that is not "
+                f"counted ({self.changes} times): it must not have seen these data."
             )
         return " ".join([*before, text, *after])
 
@@ -92,6 +100,8 @@ class Report:
                 spent += ", for each user"
             if epsilon > _LARGE:
                 spent += f"; an epsilon above {_LARGE} promises little"
+        if self.uncounted_steps or self.changes:
+            spent += "; other training of the weights is not counted"
         return spent if self.secret else f"{spent}, with no guarantee: a seed was given"
 
 
