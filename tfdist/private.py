@@ -24,8 +24,8 @@ from tfdist.privacy.journal import Journal, backup_of, steps_ahead
 from tfdist.privacy.ledger import Ledger, Phase, dp_accounting
 from tfdist.privacy.memory import History
 from tfdist.privacy.poisson import Poisson
-from tfdist.privacy.separation import SeparationCheck
 from tfdist.privacy.report import Report, careless_delta
+from tfdist.privacy.separation import SeparationCheck
 from tfdist.privacy.settings import DPSGD, Mechanism
 from tfdist.privacy.step import PrivateStep
 from tfdist.privacy.users import PoissonOfUsers, Users

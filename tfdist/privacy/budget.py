@@ -98,8 +98,8 @@ class PrivacyBudget(keras.callbacks.Callback):  # type: ignore[misc]
         if self._affordable < needed:
             raise ArgumentError(
                 "`max_epsilon` must leave something for the steps to come. Received: "
-                f"max_epsilon={self.max_epsilon!r}, with {self._epsilon(run.kept):.4g} spent before. "
-                "Raise it, or add more noise."
+                f"max_epsilon={self.max_epsilon!r}, with {self._epsilon(run.kept):.4g} spent "
+                "before. Raise it, or add more noise."
             )
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:

@@ -113,7 +113,9 @@ class Course:
         Args:
             step: What will be made.
         """
-        if self._step is not None:  # an elastic run goes on: what broke off is not in the weights
+        if (
+            self._step is not None
+        ):  # an elastic run goes on: what broke off is not in the weights
             self._earlier += self._step.counter.finished
         self._step = step
         step.restart(self._seed, self._first, self._secrets if self.correlated else None)

@@ -1,4 +1,4 @@
-"""Steps are written down before they are made: who is killed has counted too many, not too few."""
+"""Steps are written down before they are made: a crash counts too many, never too few."""
 
 from __future__ import annotations
 

@@ -181,13 +181,15 @@ class Ledger:
                 f"Received: {len(self.phases)} phases, of {' and '.join(sorted(units))}s. "
                 "Pass `group_ids` always, or never."
             )
-        groupings = {phase.groups for phase in self.phases if phase.steps} - {None}
-        if len(groupings) > 1:
+        of_users = [p for p in self.phases if p.steps and p.unit == USER]
+        groupings = {phase.groups for phase in of_users} - {None}
+        sizes = {phase.num_rows for phase in of_users} - {None}
+        if len(groupings) > 1 or len(sizes) > 1:
             raise ArgumentError(
                 "All steps on the same data must have the same `group_ids`: of another "
                 "grouping, a user's examples lie with several others. Received: "
-                f"{len(groupings)} groupings. Pass the same `group_ids` always; if these are "
-                "the same, give one array to all fits of a process."
+                f"{max(len(groupings), len(sizes))} groupings. Pass the same `group_ids` "
+                "always."
             )
 
     def add(self, phase: Phase) -> Ledger:

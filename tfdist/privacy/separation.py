@@ -105,11 +105,12 @@ class SeparationCheck:
         if self._separation is not None and step - last >= self._separation:
             return
         promised = "once" if self._separation is None else f"every {self._separation} steps"
-        self.problem = (
+        # What is drawn ahead goes on after the first.
+        self.problem = self.problem or (
             "An example must not come back earlier than was promised, or it is less protected "
-            f"than epsilon says. Received: {what} of step {last + 1} again in step {step + 1}; "
-            f"promised was {promised} at most. Do not shuffle or repeat the data set, or pass a "
-            "`min_separation` that it keeps to."
+            f"than epsilon says. Received: {what} of step {last + 1} again in step "
+            f"{step + 1}; promised was {promised} at most. Do not shuffle or repeat the data "
+            "set, or pass a `min_separation` that it keeps to."
         )
         raise ArgumentError(self.problem)
 
