@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import importlib.abc
+import importlib.util
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -69,10 +71,32 @@ _HOMES = {
 }
 
 
+class _AfterKeras(importlib.abc.MetaPathFinder):
+    """Lets model files say what was spent on them, once this process can read one."""
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
+        if fullname != "keras":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec("keras")
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def exec_module(module: Any) -> None:
+            execute(module)
+            _follow_files()
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
 def _follow_files() -> None:
-    """Lets model files say what was spent on them, where this process may read one."""
-    keras = sys.modules.get("keras")
-    if keras is not None and keras.backend.backend() == "tensorflow":
+    if "keras" not in sys.modules:
+        sys.meta_path.insert(0, _AfterKeras())
+        return
+    backend = getattr(sys.modules["keras"], "backend", None)
+    if backend is not None and backend.backend() == "tensorflow":
         importlib.import_module("tfdist.privacy.memory")
 
 

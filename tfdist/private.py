@@ -13,16 +13,14 @@ import tensorflow as tf
 
 from tfdist import data, refused
 from tfdist.data.arrays import Arrays
-from tfdist.errors import ArgumentError, CheckpointError
+from tfdist.errors import ArgumentError
 from tfdist.planned import in_its_turn, plan, watch
-from tfdist.privacy import clipping, memory, refusals
+from tfdist.privacy import clipping, refusals
 from tfdist.privacy.accounting import noise_for
 from tfdist.privacy.budget import PrivacyBudget
 from tfdist.privacy.course import Course, watched
 from tfdist.privacy.in_turn import DPFTRL, SameOrder
-from tfdist.privacy.journal import Journal, backup_of, steps_ahead
 from tfdist.privacy.ledger import Ledger, Phase, dp_accounting
-from tfdist.privacy.memory import History
 from tfdist.privacy.poisson import Poisson
 from tfdist.privacy.report import Report, careless_delta
 from tfdist.privacy.separation import SeparationCheck
@@ -31,9 +29,9 @@ from tfdist.privacy.step import PrivateStep
 from tfdist.privacy.users import PoissonOfUsers, Users
 from tfdist.samplers import Sampler, Sequential
 from tfdist.session import Session
+from tfdist.spending import Spending
 from tfdist.strategies.base import Place
 
-_GROUPINGS: dict[str, str] = {}  # names of those that this process has seen
 _ROWS_CHECKED = 3
 
 
@@ -120,142 +118,22 @@ class PrivateRun:
         drawn = known is None or not self.draws_secretly
         self.is_seeded = known is not None
         self._course = Course(model, privacy)
-        self._phase: Phase | None = None
-        # What has a known seed comes out the same again: nothing is lost by a crash.
-        self._is_secret = privacy.seed is None and drawn
-        self._run_id = secrets.token_hex(8) if self._is_secret else ""
-        self._before = self._known_of(memory.of(model)).merged(History(privacy.spent))
-        self._before = dataclasses.replace(
-            self._before, secret=self._before.secret and self._is_secret
+        self._spending = Spending(
+            privacy,
+            session,
+            model,
+            self._course,
+            callbacks,
+            secret=privacy.seed is None and drawn,
         )
-        self._journal: Journal | None = None
-        self._ahead = 0
-        self._broken_off: list[Phase] = []
-        self._goes_on = False
-        self._in_backup = self._counted_at_first = 0
-        self._source: data.Source | None = None
         self._watch: SeparationCheck | None = None
-        self.limit: float | None = None
-        directory = backup_of(callbacks)
-        if directory is not None and self._is_secret and not session.strategy.elastic:
-            self._journal = Journal(directory)
-
-    def _known_of(self, history: History) -> History:
-        """Leaves out names of groupings that only another process could compare."""
-        known = set(_GROUPINGS.values())
-        phases = tuple(
-            dataclasses.replace(p, groups=p.groups if p.groups in known else None)
-            for p in history.ledger.phases
-        )
-        return dataclasses.replace(history, ledger=Ledger(phases))
+        self._source: data.Source | None = None
 
     def go_on(
         self, saved: dict[str, Any] | None = None, kept: int = 0, directory: Any = None
     ) -> dict[str, Any]:
-        """Takes what earlier processes knew of the model, and of this `fit`.
-
-        Args:
-            saved: What one of them got from this method; None if there is none.
-            kept: Steps of this `fit` that are in the weights it has saved.
-            directory: Where it was saved, if it is a `Checkpoint`.
-
-        Returns:
-            What is to be saved, plain data.
-
-        Raises:
-            ArgumentError: `spent` is not what it was.
-            CheckpointError: How many steps were made is not known.
-        """
-        if directory is not None:
-            self._journal = Journal(directory) if self._is_secret else None
-        found = None if self._journal is None else self._journal.read()
-        strategy = self._session.strategy
-        if self._journal is not None or saved is not None:
-            found, self._run_id = strategy.broadcast_object((found, self._run_id))
-        if saved is not None:
-            if "run" not in saved:
-                raise CheckpointError(
-                    "A checkpoint of private training must be of this version of tfdist. "
-                    "Received: one of an older version. Begin anew in another directory, and "
-                    "pass what was spent as DPSGD(spent=...)."
-                )
-            self._go_on_with(saved, kept, found)
-        elif found is not None:
-            self._before = self._before.merged(self._known_of(found[1]))
-            self._goes_on = True
-            self._broken_off = [p for p in found[1].ledger.phases if p.run_id == found[0]]
-            self._in_backup = sum(phase.steps for phase in self._broken_off)
-        if not self._goes_on:
-            self._note_changes()
-        bands = getattr(self.privacy, "bands", 1)
-        noise = self._course.go_on(None if saved is None else saved["noise"], kept, bands)
-        return {
-            "noise": noise if self._course.correlated else None,
-            "history": self._before.to_dict(),
-            "spent": self.privacy.spent.to_dict(),
-            "run": self._run_id,
-        }
-
-    def _go_on_with(
-        self, saved: dict[str, Any], kept: int, found: tuple[str, History] | None
-    ) -> None:
-        """Takes what a checkpoint knows, and what was made since it was written."""
-        spent = Ledger.from_dict(saved["spent"])
-        if self.privacy.spent.phases and self.privacy.spent.merged(spent).steps != (
-            self.privacy.spent.steps
-        ):
-            raise ArgumentError(
-                "`spent` must hold what it held when this training began, or be left out: the "
-                f"checkpoint has it. Received: {self.privacy.spent.steps} steps, and "
-                f"{spent.steps} in the checkpoint."
-            )
-        self._goes_on = True
-        history = History.from_dict(saved["history"]).merged(History(spent))
-        self._before = self._known_of(history).merged(History(self.privacy.spent))
-        self._before = dataclasses.replace(
-            self._before, secret=history.secret and self._is_secret
-        )
-        self._run_id = saved["run"]
-        self._course.kept = kept
-        if not self._is_secret:
-            return
-        if found is None:
-            raise CheckpointError(
-                "The file that counts private steps must lie beside the checkpoints: some may "
-                "have been made after the last one. Received: none. Put it back, or begin anew "
-                "in another directory, and pass what was spent as DPSGD(spent=...)."
-            )
-        written = self._known_of(found[1])
-        own = [p for p in written.ledger.phases if p.run_id == self._run_id]
-        made = sum(phase.steps for phase in own)
-        others = dataclasses.replace(written, ledger=written.ledger.without(self._run_id))
-        self._before = self._before.merged(others)
-        lost = max(0, made - kept)
-        if lost and self._course.correlated:
-            broken = dataclasses.replace(
-                own[-1], steps=lost, after=kept, run_id=secrets.token_hex(8)
-            )
-            self._before = dataclasses.replace(
-                self._before, ledger=self._before.ledger.add(broken)
-            )
-        elif lost:
-            self._course.kept = made
-        if lost:
-            self._broken_off = own
-
-    def _note_changes(self) -> None:
-        """Notes what was made of the model that is not counted."""
-        updates, is_changed = memory.changed_since(self._model)
-        known = self._before
-        if not known.ledger.phases:
-            updates = self._course.iterations
-        self._before = dataclasses.replace(
-            known,
-            uncounted=max(known.uncounted, updates)
-            if not known.ledger.phases
-            else known.uncounted + updates,
-            changes=known.changes + (is_changed and not updates),
-        )
+        """Takes what earlier processes knew; see `Spending.go_on`."""
+        return self._spending.go_on(saved, kept, directory)
 
     def plan(self, source: data.Source, epochs: int) -> None:
         """Finds the noise, and tries the model on a few rows.
@@ -271,12 +149,12 @@ class PrivateRun:
         privacy, self._source = self.privacy, source
         planned = plan(privacy, source, epochs)
         self.planned_steps, phase, expected, units = planned
-        phase = dataclasses.replace(phase, run_id=self._run_id, groups=self._grouping())
+        users = None if self._users is None else self._users.fingerprint
+        phase = self._spending.named(phase, users)
         self.ledger(0).add(phase).check_unit()
         noise = privacy.noise_multiplier
-        if noise is None and self._noise_then(phase) is not None:
-            # Steps were lost, so fewer are left than were planned: the end comes earlier.
-            noise, self.limit = self._noise_then(phase), privacy.target_epsilon
+        if noise is None:
+            noise = self._spending.noise_then(phase)
         if noise is None:
             assert privacy.target_epsilon is not None
             noise = noise_for(
@@ -291,7 +169,9 @@ class PrivateRun:
             # Who joins an elastic run later would be alone with this; there it is compared.
             if not strategy.elastic:
                 noise = float(strategy.broadcast_object(noise))
-        self._phase = dataclasses.replace(phase, noise_multiplier=noise)
+        self._spending.plan(
+            dataclasses.replace(phase, noise_multiplier=noise), self.planned_steps
+        )
         self.mechanism = Mechanism(
             privacy.l2_norm_clip,
             noise,
@@ -309,23 +189,6 @@ class PrivateRun:
         self._try(source)
         if self._course.correlated:
             self._watch = watch(source, phase.separation, lambda: self.steps_made)
-
-    def _grouping(self) -> str | None:
-        """Names the grouping of examples by users.
-
-        A name is random: what a file or a ledger says must not depend on who is in the data.
-        """
-        if self._users is None:
-            return None
-        return _GROUPINGS.setdefault(self._users.fingerprint, secrets.token_hex(8))
-
-    def _noise_then(self, phase: Phase) -> float | None:
-        """Gives the noise of the training that broke off, if this one goes on with it."""
-        for broken in self._broken_off:
-            settings = {"noise_multiplier": 0.0, "steps": phase.steps, "after": 0}
-            if dataclasses.replace(broken, **settings) == phase:
-                return broken.noise_multiplier
-        return None
 
     def _count_noise(self, noise: float, units: float) -> float:
         if self.privacy.target_quantile is None or noise == 0:
@@ -353,7 +216,9 @@ class PrivateRun:
 
     def notice(self) -> str | None:
         """Says that `delta` is too large; in a model's first private `fit`, what is slow."""
-        slow = [] if self._before.ledger.phases else clipping.computed_alone(self._model)
+        slow = (
+            [] if self._spending.before.ledger.phases else clipping.computed_alone(self._model)
+        )
         alone = f"computed for one example after the other, exact but slow: {', '.join(slow)}"
         careless = careless_delta(self.ledger(self.planned_steps), self._delta)
         return "\ntfdist: ".join([*[alone] * bool(slow), *filter(None, [careless])]) or None
@@ -383,13 +248,13 @@ class PrivateRun:
         described = dataclasses.asdict(self.phase(0))
         for name in ("run_id", "groups", "after"):
             del described[name]
-        in_turn = self._course.correlated and self._source is not None
+        in_turn = self._source if self._course.correlated else None
         return {
             "l2_norm_clip": self.mechanism.l2_norm_clip,
             "users": None if self._users is None else self._users.fingerprint,
             "augmentations": self.privacy.augmentations,
             **described,
-            **(in_its_turn(self._model, self._source) if in_turn else {}),
+            **({} if in_turn is None else in_its_turn(self._model, in_turn)),
         }
 
     @property
@@ -408,8 +273,7 @@ class PrivateRun:
         Args:
             steps: Of this training.
         """
-        before = self._before.ledger
-        return before if self._phase is None else before.add(self.phase(steps))
+        return self._spending.ledger(steps)
 
     def phase(self, steps: int) -> Phase:
         """Describes steps of this training.
@@ -417,29 +281,11 @@ class PrivateRun:
         Args:
             steps: How many.
         """
-        assert self._phase is not None
-        return dataclasses.replace(self._phase, steps=steps)
-
-    def history(self) -> History:
-        """Gives what is in the weights now; see `memory.Run`."""
-        return dataclasses.replace(self._before, ledger=self.ledger(self.steps_made))
-
-    def absorb(self, history: History) -> None:
-        """Takes what a file says whose weights a callback has loaded.
-
-        Args:
-            history: Of the file; of this training it may know less.
-        """
-        own = [p for p in history.ledger.phases if p.run_id and p.run_id == self._run_id]
-        made = sum(phase.steps for phase in own)
-        self._course.kept = max(self._course.kept, made - self._course.made_here)
-        others = history.ledger.without(self._run_id) if own else history.ledger
-        known = self._known_of(dataclasses.replace(history, ledger=others))
-        self._before = self._before.merged(known)
+        return self._spending.phase(steps)
 
     def report(self) -> Report:
         """Sums up what was made until now."""
-        history = self.history()
+        history = self._spending.history()
         return Report(
             history.ledger,
             delta=self._delta,
@@ -458,72 +304,24 @@ class PrivateRun:
             step: What will be made.
         """
         self._course.restart(step)
-        self._ahead = 0
         given = getattr(callbacks, "callbacks", callbacks)
-        if self.limit is not None:
-            given.append(PrivacyBudget(self.limit))
+        if self._spending.limit is not None:
+            given.append(PrivacyBudget(self._spending.limit))
         for callback in given:
             if isinstance(callback, PrivacyBudget):
                 callback.run = self
-        return watched(callbacks, self._course, self)
-
-    def before_steps(self, steps: int) -> None:
-        """Writes steps down before they are made; see `Listener`.
-
-        Args:
-            steps: Of this training.
-        """
-        if self._journal is None or steps <= self._ahead:
-            return
-        at_once = int(self._model.steps_per_execution)
-        self._ahead = steps - at_once + steps_ahead(self.planned_steps, at_once)
-        self._write(self._ahead)
-
-    def _write(self, steps: int) -> None:
-        if self._journal is not None and self._session.is_chief:
-            history = dataclasses.replace(self._before, ledger=self.ledger(steps))
-            self._journal.write(self._run_id, history)
-
-    def begun(self) -> None:
-        """Counts what callbacks have restored; see `Listener`."""
-        self._agree()
-        found = self._before.ledger.steps + self.steps_made - self._counted_at_first
-        # A backup that says nothing of its steps: they are taken for steps like these.
-        self._course.kept += max(0, self._course.moved() - found)
-
-    def _agree(self) -> None:
-        """Gives all workers the largest counts: one may have read a file, or come late."""
-        strategy = self._session.strategy
-        if strategy.place.num_workers == 1:
-            return
-        course = self._course
-        said = strategy.gather_objects(
-            (self._run_id, self._before, course.kept, course.made_here)
-        )
-        self._run_id = said[0][0]
-        assert self._phase is not None
-        self._phase = dataclasses.replace(self._phase, run_id=self._run_id)
-        for _, before, kept, made in said:
-            self._before = self._before.merged(before)
-            course.kept = max(course.kept, kept)
-            course.settle(max(made, course.made_here))
+        return watched(callbacks, self._course, self._spending)
 
     @contextlib.contextmanager
     def counting(self) -> Iterator[None]:
         """Wraps the training; what was made counts, however it ends."""
-        self._course.look()
-        self._counted_at_first = self._before.ledger.steps - self._in_backup
-        memory.keep(self._model, self)
-        try:
-            yield
-        except tf.errors.OpError:
-            if self._watch is None or self._watch.problem is None:
-                raise
-            raise ArgumentError(self._watch.problem) from None
-        finally:
-            memory.keep(self._model, self.history())
-            if self._journal is not None and self._journal.is_there:
-                self._write(self.steps_made)
+        with self._spending.counting():
+            try:
+                yield
+            except tf.errors.OpError:
+                if self._watch is None or self._watch.problem is None:
+                    raise
+                raise ArgumentError(self._watch.problem) from None
 
     def note_restored(self) -> None:
         """Called when a checkpoint was restored."""

@@ -51,6 +51,14 @@ class History:
             max(self.changes, other.changes),
         )
 
+    def without(self, run_id: str) -> History:
+        """Gives it without the steps of a training.
+
+        Args:
+            run_id: As in `Phase`.
+        """
+        return dataclasses.replace(self, ledger=self.ledger.without(run_id))
+
     def to_dict(self) -> dict[str, Any]:
         """Gives what JSON can hold."""
         return {**vars(self), "ledger": self.ledger.to_dict(), "format": _FORMAT}
