@@ -108,6 +108,17 @@ def test_no_callback_moves_the_count_or_the_noise(tmp_path: Path, at_once: int) 
     assert spent.epsilon <= budget.max_epsilon
 
 
+@pytest.mark.parametrize("privacy", [None, sgd()])
+def test_no_callback_trains_what_trains_privately(privacy: Any) -> None:
+    model = still()
+    inner = keras.callbacks.LambdaCallback(
+        on_epoch_end=lambda epoch, logs: tfdist.fit(model, *ZEROS, verbose=0, privacy=privacy)
+    )
+    with pytest.raises(ArgumentError, match="must not be trained by a callback"):
+        train(model, callbacks=[inner])
+    assert train(model).privacy.ledger.steps == 8
+
+
 # --- crashes ----------------------------------------------------------------------------
 
 

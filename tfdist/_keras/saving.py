@@ -50,8 +50,9 @@ def carry_in_files(
     ) -> Any:  # fmt: skip
         done = load(saveable, weights_store, assets_store, inner_path, *args, **options)
         is_model = not inner_path and isinstance(saveable, keras.Model) and weights_store
-        if is_model and weights_store.has_path(name):
-            read(saveable, bytes(np.asarray(weights_store.get(name)[_ENTRY], np.uint8)))
+        found = weights_store.get(name) if is_model else {}
+        if _ENTRY in found.keys():  # noqa: SIM118, a store of Keras's is no dict
+            read(saveable, bytes(np.asarray(found[_ENTRY], np.uint8)))
         return done
 
     _saving_lib._save_state, _saving_lib._load_state = save_state, load_state

@@ -127,6 +127,23 @@ def of(model: Any) -> History:
     return found
 
 
+def check_idle(model: Any) -> None:
+    """Refuses a model that trains privately now: two trainings cannot be counted at once.
+
+    Args:
+        model: A `keras.Model`.
+
+    Raises:
+        ArgumentError: It does.
+    """
+    if any(not isinstance(holder.known, History) for holder in _holders(model)):
+        raise ArgumentError(
+            "A model that trains privately must not be trained by a callback meanwhile: its "
+            "steps could not be counted. Received: a `fit` within a `fit`. Train one after the "
+            "other, or another model."
+        )
+
+
 def changed_since(model: Any) -> tuple[int, bool]:
     """Tells what other training than the private one has made of a model since.
 
