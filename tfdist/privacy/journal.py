@@ -92,6 +92,8 @@ def steps_ahead(planned: int, at_once: int) -> int:
 def backup_of(callbacks: Any) -> Any:
     """Gives the directory of a `BackupAndRestore` among callbacks, or None.
 
+    One that no file system has, such as `gs://...`, is left out.
+
     Args:
         callbacks: What `fit` was given.
     """
@@ -99,6 +101,7 @@ def backup_of(callbacks: Any) -> Any:
 
     given = getattr(callbacks, "callbacks", callbacks)
     for callback in given if isinstance(given, list | tuple) else [given]:
-        if isinstance(callback, keras.callbacks.BackupAndRestore):
+        is_backup = isinstance(callback, keras.callbacks.BackupAndRestore)
+        if is_backup and "://" not in os.fspath(callback.backup_dir):
             return callback.backup_dir
     return None
