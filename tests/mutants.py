@@ -80,9 +80,21 @@ MUTANTS = {
     ),
     "replicas add the same noise": Mutant(
         "privacy/noise.py",
-        "words[replica - self._first]",
-        "words[0]",
+        "words[row, replica - self._first]",
+        "words[row, 0]",
         f"{BEHAVIOUR} -k mirrored-2-noise_on_the_sum",
+    ),
+    "noise goes by the optimizer's count": Mutant(
+        "privacy/step.py",
+        "self._strategy.replica_id(), self._number",
+        "self._strategy.replica_id(), self._model.optimizer.iterations",
+        "tests/test_privacy_counting.py -k no_callback_moves",
+    ),
+    "steps made again have the noise of the first time": Mutant(
+        "privacy/course.py",
+        "[*needed, (kept, self._new_secret())]",
+        "known",
+        "tests/test_privacy_counting.py -k made_again",
     ),
     "a callback that writes runs on all workers": Mutant(
         "callbacks.py",

@@ -19,6 +19,7 @@ from keras.src.backend.tensorflow.core import Variable
 from keras.src.backend.tensorflow.optimizer import TFOptimizer
 from keras.src.losses import loss as keras_loss
 from keras.src.optimizers.base_optimizer import BaseOptimizer
+from keras.src.saving import saving_lib
 from keras.src.trainers.data_adapters import get_data_adapter
 from tensorflow.python.eager import context as _context
 
@@ -298,6 +299,24 @@ def test_a_monitors_min_delta_changes_its_sign_with_its_function() -> None:
     stopping.on_epoch_end(0, {"loss": 1.0})
     assert stopping.monitor_op is not None
     assert stopping.min_delta == -0.5
+
+
+def test_files_carry_something_more_and_other_kerases_read_them(tmp_path: Path) -> None:
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    saved, loaded = saving_lib._save_state, saving_lib._load_state
+    found: list[bytes] = []
+    try:
+        _keras.carry_in_files("_more", lambda model: b"abc", lambda model, b: found.append(b))
+        model.save(tmp_path / "m.keras")
+        model.save_weights(tmp_path / "m.weights.h5")
+        keras.models.load_model(tmp_path / "m.keras")
+        model.load_weights(tmp_path / "m.weights.h5")
+    finally:
+        saving_lib._save_state, saving_lib._load_state = saved, loaded
+    assert found == [b"abc"] * 2
+    keras.models.load_model(tmp_path / "m.keras")
+    model.load_weights(tmp_path / "m.weights.h5")
+    assert len(found) == 2
 
 
 def test_the_loop_begins_where_initial_epoch_says() -> None:

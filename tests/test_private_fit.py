@@ -288,7 +288,8 @@ def test_restored_steps_count(tmp_path: Any) -> None:
         private_fit(classifier(), epochs=3, callbacks=[backup(), Breaks()])
     again = classifier()
     report = private_fit(again, epochs=3, callbacks=[backup()]).privacy
-    assert report.ledger.steps == int(again.optimizer.iterations.numpy())
+    # Two were made after the backup, and are in no weights; they were made all the same.
+    assert report.ledger.steps == int(again.optimizer.iterations.numpy()) + 2
     assert report.ledger.steps >= 30
     assert report.uncounted_steps == 0
 

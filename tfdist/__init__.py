@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import importlib.abc
+import importlib.util
+import sys
 from typing import TYPE_CHECKING, Any
 
 from tfdist._version import __version__
@@ -68,6 +71,35 @@ _HOMES = {
 }
 
 
+class _AfterKeras(importlib.abc.MetaPathFinder):
+    """Lets model files say what was spent on them, once this process can read one."""
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
+        if fullname != "keras":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec("keras")
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def exec_module(module: Any) -> None:
+            execute(module)
+            _follow_files()
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+def _follow_files() -> None:
+    if "keras" not in sys.modules:
+        sys.meta_path.insert(0, _AfterKeras())
+        return
+    backend = getattr(sys.modules["keras"], "backend", None)
+    if backend is not None and backend.backend() == "tensorflow":
+        importlib.import_module("tfdist.privacy.memory")
+
+
 def __getattr__(name: str) -> Any:
     if name in ("imbalance", "privacy", "samplers"):
         return importlib.import_module(f"tfdist.{name}")
@@ -78,3 +110,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return __all__
+
+
+_follow_files()

@@ -14,23 +14,24 @@ import tensorflow as tf
 from tfdist import data, refused
 from tfdist.data.arrays import Arrays
 from tfdist.errors import ArgumentError
-from tfdist.planned import plan
+from tfdist.planned import in_its_turn, plan, watch
 from tfdist.privacy import clipping, refusals
 from tfdist.privacy.accounting import noise_for
 from tfdist.privacy.budget import PrivacyBudget
-from tfdist.privacy.course import Course
+from tfdist.privacy.course import Course, watched
 from tfdist.privacy.in_turn import DPFTRL, SameOrder
 from tfdist.privacy.ledger import Ledger, Phase, dp_accounting
 from tfdist.privacy.poisson import Poisson
 from tfdist.privacy.report import Report, careless_delta
+from tfdist.privacy.separation import SeparationCheck
 from tfdist.privacy.settings import DPSGD, Mechanism
 from tfdist.privacy.step import PrivateStep
 from tfdist.privacy.users import PoissonOfUsers, Users
 from tfdist.samplers import Sampler, Sequential
 from tfdist.session import Session
+from tfdist.spending import Spending
 from tfdist.strategies.base import Place
 
-_MEMORY = "_tfdist_private"
 _ROWS_CHECKED = 3
 
 
@@ -114,40 +115,25 @@ class PrivateRun:
         self.sampling_seed = secrets.randbits(127) if known is None else known
         self._model = model
         self._session = session
-        spent, secret, uncounted = _remembered(model)
         drawn = known is None or not self.draws_secretly
-        self._secret = secret and privacy.seed is None and drawn
         self.is_seeded = known is not None
         self._course = Course(model, privacy)
-        self._uncounted = uncounted
-        self._before = spent
-        self._phase: Phase | None = None
+        self._spending = Spending(
+            privacy,
+            session,
+            model,
+            self._course,
+            callbacks,
+            secret=privacy.seed is None and drawn,
+        )
+        self._watch: SeparationCheck | None = None
+        self._source: data.Source | None = None
 
-    def go_on(self, saved: dict[str, Any] | None) -> dict[str, Any]:
-        """Takes what an earlier process knew of the model before this `fit`.
-
-        Args:
-            saved: What it got from this method; None if this process is the first.
-
-        Returns:
-            What is to be saved, plain data.
-        """
-        if saved is not None:
-            self._before = Ledger.from_dict(saved["ledger"])
-            self._secret &= saved["secret"]
-            self._uncounted = saved["uncounted"]
-        self._note_uncounted()
-        return {
-            "noise": self._course.go_on(None if saved is None else saved.get("noise")),
-            "ledger": self._before.to_dict(),
-            "secret": self._secret,
-            "uncounted": self._uncounted,
-        }
-
-    def _note_uncounted(self) -> None:
-        """Notes steps that were made before anything was counted."""
-        if not self._before.phases and not self.privacy.spent.phases:
-            self._uncounted = max(self._uncounted, self._course.iterations)
+    def go_on(
+        self, saved: dict[str, Any] | None = None, kept: int = 0, directory: Any = None
+    ) -> dict[str, Any]:
+        """Takes what earlier processes knew; see `Spending.go_on`."""
+        return self._spending.go_on(saved, kept, directory)
 
     def plan(self, source: data.Source, epochs: int) -> None:
         """Finds the noise, and tries the model on a few rows.
@@ -160,11 +146,15 @@ class PrivateRun:
             ArgumentError: The budget is spent, or the model does not give gradients of single
                 examples.
         """
-        privacy = self.privacy
+        privacy, self._source = self.privacy, source
         planned = plan(privacy, source, epochs)
         self.planned_steps, phase, expected, units = planned
+        users = None if self._users is None else self._users.fingerprint
+        phase = self._spending.named(phase, users)
         self.ledger(0).add(phase).check_unit()
         noise = privacy.noise_multiplier
+        if noise is None:
+            noise = self._spending.noise_then(phase)
         if noise is None:
             assert privacy.target_epsilon is not None
             noise = noise_for(
@@ -179,7 +169,9 @@ class PrivateRun:
             # Who joins an elastic run later would be alone with this; there it is compared.
             if not strategy.elastic:
                 noise = float(strategy.broadcast_object(noise))
-        self._phase = dataclasses.replace(phase, noise_multiplier=noise)
+        self._spending.plan(
+            dataclasses.replace(phase, noise_multiplier=noise), self.planned_steps
+        )
         self.mechanism = Mechanism(
             privacy.l2_norm_clip,
             noise,
@@ -195,6 +187,8 @@ class PrivateRun:
             phase.bands,
         )
         self._try(source)
+        if self._course.correlated:
+            self._watch = watch(source, phase.separation, lambda: self.steps_made)
 
     def _count_noise(self, noise: float, units: float) -> float:
         if self.privacy.target_quantile is None or noise == 0:
@@ -222,7 +216,9 @@ class PrivateRun:
 
     def notice(self) -> str | None:
         """Says that `delta` is too large; in a model's first private `fit`, what is slow."""
-        slow = [] if self._before.phases else clipping.computed_alone(self._model)
+        slow = (
+            [] if self._spending.before.ledger.phases else clipping.computed_alone(self._model)
+        )
         alone = f"computed for one example after the other, exact but slow: {', '.join(slow)}"
         careless = careless_delta(self.ledger(self.planned_steps), self._delta)
         return "\ntfdist: ".join([*[alone] * bool(slow), *filter(None, [careless])]) or None
@@ -249,78 +245,85 @@ class PrivateRun:
     @property
     def settings(self) -> dict[str, Any]:
         """What must stay as it is in a training that goes on: its steps are one phase."""
-        assert self._phase is not None
+        described = dataclasses.asdict(self.phase(0))
+        for name in ("run_id", "groups", "after"):
+            del described[name]
+        in_turn = self._source if self._course.correlated else None
         return {
             "l2_norm_clip": self.mechanism.l2_norm_clip,
             "users": None if self._users is None else self._users.fingerprint,
             "augmentations": self.privacy.augmentations,
-            **dataclasses.asdict(self.phase(0)),
+            **described,
+            **({} if in_turn is None else in_its_turn(self._model, in_turn)),
         }
 
     @property
     def steps_made(self) -> int:
-        """Steps of this `fit`, those that a backup restored included."""
+        """Steps of this training, those that an earlier process made included."""
         return self._course.steps_made
+
+    @property
+    def kept(self) -> int:
+        """Those that an earlier process made."""
+        return self._course.kept
 
     def ledger(self, steps: int) -> Ledger:
         """Gives all private steps on the data.
 
         Args:
-            steps: Of this `fit`.
+            steps: Of this training.
         """
-        before = self.privacy.spent
-        for phase in self._before.phases:
-            before = before.add(phase)
-        return before if self._phase is None else before.add(self.phase(steps))
+        return self._spending.ledger(steps)
 
     def phase(self, steps: int) -> Phase:
-        """Describes steps of this `fit`.
+        """Describes steps of this training.
 
         Args:
             steps: How many.
         """
-        assert self._phase is not None
-        return dataclasses.replace(self._phase, steps=steps)
+        return self._spending.phase(steps)
 
     def report(self) -> Report:
         """Sums up what was made until now."""
+        history = self._spending.history()
         return Report(
-            self.ledger(self.steps_made),
+            history.ledger,
             delta=self._delta,
             accountant=self.privacy.accountant,
             relation=self.privacy.relation,
-            secret=self._secret,
-            uncounted_steps=self._uncounted,
+            secret=history.secret,
+            uncounted_steps=history.uncounted,
+            changes=history.changes,
         )
 
     def watched(self, callbacks: Any, step: PrivateStep) -> Any:
-        """Adds to the callbacks what keeps count and renews the noise; begins anew.
+        """Adds to the callbacks what keeps count, and renews the noise.
 
         Args:
             callbacks: A list of callbacks, or a `CallbackList`.
             step: What will be made.
         """
         self._course.restart(step)
-        for callback in getattr(callbacks, "callbacks", callbacks):
+        given = getattr(callbacks, "callbacks", callbacks)
+        if self._spending.limit is not None:
+            given.append(PrivacyBudget(self._spending.limit))
+        for callback in given:
             if isinstance(callback, PrivacyBudget):
                 callback.run = self
-        return self._course.watched(callbacks, step)
+        return watched(callbacks, self._course, self._spending)
 
     @contextlib.contextmanager
     def counting(self) -> Iterator[None]:
         """Wraps the training; what was made counts, however it ends."""
-        self._course.begin()
-        self._note_uncounted()
-        try:
-            yield
-        finally:
-            made = self._before.add(self.phase(self.steps_made))
-            vars(self._model)[_MEMORY] = (made, self._secret, self._uncounted)
+        with self._spending.counting():
+            try:
+                yield
+            except tf.errors.OpError:
+                if self._watch is None or self._watch.problem is None:
+                    raise
+                raise ArgumentError(self._watch.problem) from None
 
     def note_restored(self) -> None:
-        """Counts the steps that a checkpoint has restored: an earlier process made them."""
-        self._course.note_restored()
-
-
-def _remembered(model: Any) -> tuple[Ledger, bool, int]:
-    return vars(model).get(_MEMORY, (Ledger(), True, 0))  # type: ignore[no-any-return]
+        """Called when a checkpoint was restored."""
+        self._course.number_by_optimizer()
+        self._course.look()

@@ -22,6 +22,7 @@ from tfdist.marks import Marks
 from tfdist.privacy.step import PrivateStep
 from tfdist.reduction import (
     DISAGREED,
+    GOES_ON,
     MEMBERS_CHANGED,
     STOPPED,
     Agreement,
@@ -121,9 +122,8 @@ def make_functions(
         return _in_company(strategy, replica, stop, variables)
     # One process has nobody to wait for, and servers' steps no place for the clocks.
     marks = Marks() if strategy.place.num_workers > 1 else None
-    varies = private is not None
     return Functions(
-        train=_over_epoch(model, strategy, replica.train, stop, marks, varies),
+        train=_over_epoch(model, strategy, replica.train, stop, marks, private),
         test=_over_epoch(model, strategy, replica.test, Stop(), marks),
         predict=_over_shares(model, strategy, replica.predict),
         marks=marks,
@@ -176,11 +176,12 @@ def _over_epoch(
     step: Callable[..., Any],
     stop: Stop,
     marks: Marks | None,
-    varies: bool = False,
+    private: PrivateStep | None = None,
 ) -> Callable[[Epoch], Logs]:
     """Wraps a replica's step into a function of an epoch, `steps_per_execution` at a time.
 
-    With batches of another size each time (`varies`) a step compiles what it can for itself.
+    Private steps are counted here. Their batches are of another size each time, so such a step
+    compiles what it can for itself.
     """
     Result = tuple[Logs, Signals]
 
@@ -194,11 +195,15 @@ def _over_epoch(
 
     def one_step(share: Share, stopping: Tensor) -> Result:
         with noise.drawing():
+            if private is not None:
+                private.begin(share)
             result: Result = strategy.run(after_data, share, stopping)
+            if private is not None:
+                private.end(tf.equal(result[1].status, GOES_ON))
         return result
 
     alone = strategy.place.num_replicas == 1
-    compiled = alone and model.jit_compile and not varies
+    compiled = alone and model.jit_compile and private is None
     compiled_step = _traced(model, one_step, jit_compile=compiled)
 
     def one(iterator: Any, stopping: Tensor) -> Result:

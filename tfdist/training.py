@@ -17,6 +17,7 @@ from tfdist.checkpoint import Checkpoint, CheckpointRun
 from tfdist.composition import compose, why_whole
 from tfdist.errors import ArgumentError, DisagreementError, outside
 from tfdist.prepared import Prepared, prepare, scoped
+from tfdist.privacy import memory
 from tfdist.privacy.settings import DPSGD
 from tfdist.private import PrivateRun
 from tfdist.samplers import Sampler, Sequential, Uniform, from_shuffle
@@ -184,6 +185,7 @@ def fit(
     preflight.check_steps(steps_per_epoch=steps_per_epoch, validation_steps=validation_steps)
     check_every(verify_every)
     model = preflight.compiled(model)
+    memory.check_idle(model)
     saver = None if checkpoint is None else CheckpointRun(checkpoint, session.strategy)
     private, chosen = None, seed is not None or session.seed is not None
     if privacy is not None:
@@ -204,8 +206,10 @@ def fit(
         sampler = private.sampler
         if private.draws_secretly:
             seed, chosen = private.sampling_seed, private.is_seeded
-        if saver is not None:
-            saver.spent = private.go_on(saver.spent_before)
+        if saver is None:
+            private.go_on()
+        else:
+            saver.spent = private.go_on(saver.spent_before, saver.steps_before, saver.directory)
             saver.on_restored = private.note_restored
     seed = session.sampler_seed(seed)
     if saver is not None and (private is None or not private.draws_secretly):

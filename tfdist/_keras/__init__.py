@@ -69,6 +69,7 @@ from tfdist._keras.runtime import (
     is_deterministic,
     key_value_store,
 )
+from tfdist._keras.saving import carry_in_files
 from tfdist._keras.scopes import leave_scope, outside_scopes, scope_of, undistributed
 from tfdist._keras.slices import has_fixed_rows, has_unique_rows, once_each
 from tfdist._keras.variables import backing_variable, swap_value
@@ -88,6 +89,7 @@ __all__ = [
     "build",
     "build_from_shapes",
     "build_layers",
+    "carry_in_files",
     "compiled_state",
     "computes_coarsely",
     "configure_coordination",

@@ -37,6 +37,29 @@ def reshuffles_ahead(dataset: Any) -> bool:
     )
 
 
+def repetitions(dataset: Any) -> list[tuple[int, bool]]:
+    """Lists what a dataset repeats by itself.
+
+    Args:
+        dataset: A `tf.data.Dataset` of batches.
+
+    Returns:
+        For each repetition how many elements it repeats, negative if unknown, and whether
+        batches are made of these.
+    """
+    found: list[tuple[int, bool]] = []
+
+    def look(one: Any, is_batched: bool) -> None:
+        before = one._inputs()
+        if _is(one, "Repeat") or _is(one, "ShuffleAndRepeat"):
+            found.append((int(before[0].cardinality()), is_batched))
+        for inner in before:
+            look(inner, is_batched or "Batch" in type(one).__name__)
+
+    look(dataset, False)
+    return found
+
+
 def draws_in_parallel(dataset: Any) -> str | None:
     """Names an operation that draws random numbers for several elements at once, if any.
 

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
@@ -142,6 +143,16 @@ class CheckpointRun:
     def spent_before(self) -> Any:
         """What the checkpoint says of private training before its `fit`."""
         return None if self._state is None else self._state["spent"]
+
+    @property
+    def steps_before(self) -> int:
+        """Steps of this training that the checkpoint has."""
+        return 0 if self._state is None else int(self._state["steps"])
+
+    @property
+    def directory(self) -> Path:
+        """Where checkpoints are."""
+        return self._settings.path
 
     def seed(self, seed: int, is_chosen: bool) -> int:
         """Gives the sampler's seed: that of the checkpoint, if the user has chosen none.

@@ -82,6 +82,7 @@ def compare(now: dict[str, Any], saved: dict[str, Any], folder: str) -> None:
     for name in now:
         ours, theirs = now[name], saved.get(name)
         if name not in ("variables", _CONTENTS) and ours != theirs:
+            ours, theirs = _differing(ours, theirs)
             raise ArgumentError(
                 f"A checkpoint must be of the same training. Received: {name}={ours!r}, and "
                 f"{theirs!r} in {folder}. {remedy}"
@@ -93,6 +94,16 @@ def compare(now: dict[str, Any], saved: dict[str, Any], folder: str) -> None:
                 "A checkpoint must be of the same model, optimizer and metrics. Received: "
                 f"{_described(ours)}, and {_described(theirs)} in {folder}. {remedy}"
             )
+
+
+def _differing(ours: Any, theirs: Any) -> tuple[Any, Any]:
+    """Leaves of two descriptions what differs; of data that it does."""
+    if not (isinstance(ours, dict) and isinstance(theirs, dict)):
+        return ours, theirs
+    names = [n for n in {**ours, **theirs} if ours.get(n) != theirs.get(n)]
+    said = {"values": ("these values of the data", "others")}
+    pairs = {n: said.get(n, (ours.get(n), theirs.get(n))) for n in names}
+    return {n: p[0] for n, p in pairs.items()}, {n: p[1] for n, p in pairs.items()}
 
 
 def _described(variable: Any) -> str:

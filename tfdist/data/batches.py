@@ -28,6 +28,7 @@ from tfdist.data.source import (
     untuned,
 )
 from tfdist.errors import ArgumentError
+from tfdist.privacy.separation import SeparationCheck
 from tfdist.samplers import permute
 from tfdist.strategies.base import Place
 
@@ -53,6 +54,7 @@ class Batches(Source):
         self.batches = batches
         self.asked_steps = asked_steps
         self.transform = transform
+        self.watch: SeparationCheck | None = None
 
     @abc.abstractmethod
     def stream(self, position: DataPosition) -> Any:
@@ -62,9 +64,16 @@ class Batches(Source):
             position: Where it begins.
         """
 
+    def note_iterator(self, position: DataPosition) -> None:
+        """Tells who watches what comes."""
+        if self.watch is not None:
+            self.watch.begin_pass()
+
     def shares(self, place: Place, position: DataPosition = START) -> Any:
         """Builds the stream of shares by slicing each batch."""
         batches = self.stream(position)
+        if self.watch is not None:
+            batches = self.watch.watching(batches)
         if self.transform is not None:
             batches = mapped(batches, self.transform)
 
@@ -146,6 +155,10 @@ class DatasetBatches(Batches):
 
     repeats = True
 
+    def repetitions(self) -> list[tuple[int, bool]]:
+        """Lists what the dataset repeats by itself; see `datasets.repetitions`."""
+        return datasets.repetitions(self._given)
+
     def begin_anew(self) -> None:
         """Draws from a copy whose shuffles have never been drawn from."""
         self.dataset, self._iterators = datasets.copied(self._given), 0
@@ -156,6 +169,7 @@ class DatasetBatches(Batches):
 
     def note_iterator(self, position: DataPosition) -> None:
         """Makes iterators that Keras would have made before: each shuffles in another way."""
+        super().note_iterator(position)
         self._make_iterators(position.iterators)
         self._iterators += 1
 

@@ -20,7 +20,11 @@ class Run(Protocol):
 
     @property
     def steps_made(self) -> int:
-        """Steps until now."""
+        """Steps until now, those of earlier processes included."""
+
+    @property
+    def kept(self) -> int:
+        """Those of earlier processes."""
 
     def ledger(self, steps: int) -> Ledger:
         """Gives all private steps on the data, with so many of this `fit`."""
@@ -65,7 +69,6 @@ class PrivacyBudget(keras.callbacks.Callback):  # type: ignore[misc]
             check_number("max_epsilon", max_epsilon, 0)
         self.max_epsilon = max_epsilon
         self._affordable: int | None = None
-        self._made = 0
 
     def _started(self) -> Run:
         if self.run is None:
@@ -84,31 +87,27 @@ class PrivacyBudget(keras.callbacks.Callback):  # type: ignore[misc]
         settings = run.privacy
         assert settings.delta is not None
         self._affordable = run.ledger(0).affordable(
-            run.phase(run.planned_steps),
+            run.phase(run.planned_steps + run.kept),
             max_epsilon=self.max_epsilon,
             delta=settings.delta,
             accountant=settings.accountant,
             relation=settings.relation,
             coarse=True,
         )
-        if self._affordable < min(self.model.steps_per_execution, run.planned_steps):
+        needed = run.kept + min(self.model.steps_per_execution, run.planned_steps)
+        if self._affordable < needed:
             raise ArgumentError(
                 "`max_epsilon` must leave something for the steps to come. Received: "
-                f"max_epsilon={self.max_epsilon!r}, with {self._epsilon(0):.4g} spent before. "
-                "Raise it, or add more noise."
+                f"max_epsilon={self.max_epsilon!r}, with {self._epsilon(run.kept):.4g} spent "
+                "before. Raise it, or add more noise."
             )
-
-    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        """Counts the steps made before."""
-        self._made = self._started().steps_made
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         """Asks to stop when the next steps would cost too much."""
-        made = self._made + batch + 1
-        if (
-            self._affordable is not None
-            and made + self.model.steps_per_execution > self._affordable
-        ):
+        if self._affordable is None:
+            return
+        made = self._started().steps_made
+        if made + self.model.steps_per_execution > self._affordable:
             self.model.stop_training = True
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:

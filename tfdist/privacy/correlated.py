@@ -31,7 +31,7 @@ def coefficients(bands: int) -> tuple[float, ...]:
 
 
 @functools.lru_cache(maxsize=4096)
-def sensitivity(bands: int, separation: int | None, steps: int) -> float:
+def sensitivity(bands: int, separation: int | None, steps: int, after: int = 0) -> float:
     """Says how far one example can move what independent noise is added to, over the norm.
 
     Let the noise be C^-1 z: that is post-processing of C g + z, g the clipped sums of all
@@ -47,12 +47,18 @@ def sensitivity(bands: int, separation: int | None, steps: int) -> float:
         separation: Steps from one that an example takes part in to the next, at least; None
             if it takes part in one step only.
         steps: In all.
+        after: Steps that came before these, and are not counted in it. What an example moved
+            in them moves these too. The worst is one that takes part in the first of these,
+            and in all before it that the separation allows: columns of C fall, so to come
+            later moves less.
     """
     factors = coefficients(bands)[1:]
     column: list[float] = []
-    for step in range(steps):
+    before_these = 0 if separation is None or not after else -(-after // separation)
+    begin = before_these * (separation or 0)
+    for step in range(begin + steps):
         begins = step == 0 if separation is None else step % separation == 0
         before = column[: -len(factors) - 1 : -1] if factors else []
         moved = sum(f * c for f, c in zip(factors, before, strict=False))
         column.append(float(begins) - moved)
-    return math.sqrt(sum(value * value for value in column))
+    return math.sqrt(sum(value * value for value in column[begin:]))

@@ -1,9 +1,9 @@
-"""How far a private training has come, and the noise that goes by it."""
+"""How far a private training has come, and which noise its steps get."""
 
 from __future__ import annotations
 
 import secrets
-from typing import Any
+from typing import Any, Protocol
 
 import keras
 
@@ -13,8 +13,25 @@ from tfdist.privacy.settings import DPSGD
 from tfdist.privacy.step import PrivateStep
 
 
+class Listener(Protocol):
+    """What wants to hear of a training's course."""
+
+    def before_steps(self, steps: int) -> None:
+        """Called before steps are made.
+
+        Args:
+            steps: Of this training, these included.
+        """
+
+    def begun(self) -> None:
+        """Called when all callbacks have begun: they may have restored the model."""
+
+
 class Course:
-    """Counts a private `fit`'s steps by the optimizer's, and says which noise they get.
+    """Counts the steps of a private training, and says which noise they get.
+
+    The count is a `StepCounter`'s. What a user or a callback does to the optimizer does not
+    matter to it.
 
     Args:
         model: A compiled `keras.Model`.
@@ -22,105 +39,147 @@ class Course:
 
     Attributes:
         correlated: Whether steps take back noise of steps before, so that it must go on.
+        kept: Steps of the training that earlier processes made.
     """
 
     def __init__(self, model: Any, privacy: DPSGD) -> None:
         self.correlated = isinstance(privacy, DPFTRL)
+        self.kept = 0
         self._model = model
         self._seed = privacy.seed
-        self._secret = secrets.randbits(127) if privacy.seed is None else privacy.seed
-        self._noise_begins: int | None = None
-        self._start = self._base = self._seen = 0
+        # From which step on which secret makes the noise.
+        self._secrets = [(0, self._new_secret())]
+        self._first = 0
+        self._earlier = 0
+        self._step: PrivateStep | None = None
+        self._seen = 0
+
+    def _new_secret(self) -> int:
+        return secrets.randbits(127) if self._seed is None else self._seed
 
     @property
     def iterations(self) -> int:
-        """Steps that the optimizer has made."""
+        """Steps that the optimizer says it has made."""
         return int(self._model.optimizer.iterations.numpy())
 
     @property
-    def steps_made(self) -> int:
-        """Steps of this `fit`, those that a backup restored included."""
-        return self._base + self.iterations - self._start
+    def made_here(self) -> int:
+        """Steps that this process has made."""
+        return self._earlier + (0 if self._step is None else self._step.counter.steps)
 
-    def go_on(self, saved: dict[str, Any] | None) -> dict[str, Any] | None:
-        """Takes the noise of an earlier process, of which this one must take parts back.
+    @property
+    def steps_made(self) -> int:
+        """Steps of this training."""
+        return self.kept + self.made_here
+
+    def go_on(self, saved: dict[str, Any] | None, kept: int, bands: int) -> dict[str, Any]:
+        """Goes on with a training.
+
+        What the steps before have added is taken back with their secret. Steps to come get a
+        new one: they may be others than an earlier process made and lost, and the same noise
+        on both would cancel in their difference.
 
         Args:
-            saved: What it got from this method, or None.
+            saved: What an earlier process got from this method, or None.
+            kept: Steps that are in the weights.
+            bands: Of how many steps the noise of one is made.
 
         Returns:
-            What is to be saved, plain data, or None.
+            What is to be saved, plain data.
         """
-        if not self.correlated:
-            return None
-        self._noise_begins = self.iterations
         if saved is not None:
-            self._secret, self._noise_begins = int(saved["secret"]), saved["begins"]
-        return {"secret": str(self._secret), "begins": self._noise_begins}
+            known = [(int(begin), int(secret)) for begin, secret in saved["secrets"]]
+            known = [(begin, secret) for begin, secret in known if begin < kept]
+            needed = [
+                pair
+                for pair, following in zip(known, [*known[1:], (kept, 0)], strict=True)
+                if following[0] > kept - bands + 1
+            ]
+            self._secrets = [*needed, (kept, self._new_secret())]
+            self._first = self.kept = kept
+        return {"secrets": [[begin, str(secret)] for begin, secret in self._secrets]}
 
-    def begin(self) -> None:
-        """Begins to count."""
-        self._start, self._base = self.iterations, 0
-        if self._noise_begins is None:
-            self._noise_begins = self._start
-        self.look()
+    def settle(self, made_here: int) -> None:
+        """Takes the number of steps that all workers have agreed on.
+
+        Args:
+            made_here: Before the step function runs again.
+        """
+        self._earlier = made_here
 
     def restart(self, step: PrivateStep) -> None:
-        """Gives a step the noise of this `fit`.
+        """Gives a step new noise, or that which goes on; what was made before stays counted.
 
         Args:
             step: What will be made.
         """
-        assert self._noise_begins is not None
-        noise = (self._secret, self._noise_begins) if self.correlated else None
-        step.restart(self._seed, noise)
+        if (
+            self._step is not None
+        ):  # an elastic run goes on: what broke off is not in the weights
+            self._earlier += self._step.counter.finished
+        self._step = step
+        step.restart(self._seed, self._first, self._secrets if self.correlated else None)
         self.look()
 
-    def note_restored(self) -> None:
-        """Counts the steps that callbacks have restored: an earlier process made them."""
-        restored = self.iterations - self._start
-        self._base += max(0, restored)
-        self._start += restored
-        self.look()
+    def number_by_optimizer(self) -> None:
+        """Lets noise that is known anyway depend on the optimizer's count, to be repeatable."""
+        if self._seed is not None and not self.correlated and self._step is not None:
+            self._step.counter.number_from(self.iterations)
 
     def look(self) -> None:
         """Notes how far the optimizer is."""
         self._seen = self.iterations
 
+    def moved(self) -> int:
+        """Tells how far callbacks have moved the optimizer since `look`."""
+        return self.iterations - self._seen
+
     def check_unmoved(self) -> None:
-        """Refuses an optimizer that a callback has moved: noise must not come twice.
+        """Refuses weights of another step: noise would be taken back that is not in them.
 
         Raises:
-            ArgumentError: Noise goes by the optimizer's steps, and it was moved.
+            ArgumentError: A callback has moved the optimizer.
         """
-        if self.correlated and self.iterations != self._seen:
+        if self.correlated and self.moved():
             raise ArgumentError(
-                "No callback may set the optimizer's `iterations` with DPFTRL, whose noise "
-                f"goes by them. Received: {self.iterations} in place of {self._seen}. "
+                "No callback may set the optimizer's `iterations` with DPFTRL: the noise that "
+                "a step takes back must be in the weights. Received: "
+                f"{self.iterations} in place of {self._seen}. "
                 "To go on after an interruption use fit(checkpoint=...)."
             )
 
-    def watched(self, callbacks: Any, step: PrivateStep) -> Any:
-        """Adds to the callbacks what keeps count and renews the noise.
 
-        Args:
-            callbacks: A list of callbacks, or a `CallbackList`.
-            step: What will be made.
-        """
-        given = getattr(callbacks, "callbacks", callbacks)
-        kept = [_First(self), *given, _Last(self, step, self._seed)]
-        if not isinstance(callbacks, keras.callbacks.CallbackList):
-            return kept
-        callbacks.callbacks = kept
-        return callbacks
+def watched(callbacks: Any, course: Course, listener: Listener) -> Any:
+    """Adds to the callbacks what keeps count.
+
+    Args:
+        callbacks: A list of callbacks, or a `CallbackList`.
+        course: Of the training.
+        listener: Told of it.
+    """
+    given = getattr(callbacks, "callbacks", callbacks)
+    kept = [_First(course, listener), *given, _Last(course, listener)]
+    if not isinstance(callbacks, keras.callbacks.CallbackList):
+        return kept
+    callbacks.callbacks = kept
+    return callbacks
 
 
 class _First(keras.callbacks.Callback):  # type: ignore[misc]
     """Comes before all other callbacks, and sees what they have not yet moved."""
 
-    def __init__(self, course: Course) -> None:
+    def __init__(self, course: Course, listener: Listener) -> None:
         super().__init__()
-        self._course = course
+        self._course, self._listener = course, listener
+        self._asked = 0
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        self._asked = self._course.steps_made
+
+    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
+        # Without reading the count: that would wait for the device.
+        self._asked += int(self.model.steps_per_execution)
+        self._listener.before_steps(self._asked)
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         self._course.look()
@@ -129,16 +188,15 @@ class _First(keras.callbacks.Callback):  # type: ignore[misc]
 class _Last(keras.callbacks.Callback):  # type: ignore[misc]
     """Comes after all other callbacks, and sees what they have restored."""
 
-    def __init__(self, course: Course, step: PrivateStep, seed: int | None) -> None:
+    def __init__(self, course: Course, listener: Listener) -> None:
         super().__init__()
-        self._course, self._step, self._seed = course, step, seed
+        self._course, self._listener = course, listener
 
     def on_train_begin(self, logs: Any = None) -> None:
         self._course.check_unmoved()
-        self._course.note_restored()
+        self._listener.begun()
+        self._course.number_by_optimizer()
+        self._course.look()
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         self._course.check_unmoved()
-        if not self._course.correlated:
-            # The noise of a step is a function of `iterations`, which a callback may set back.
-            self._step.noise.renew(self._seed)

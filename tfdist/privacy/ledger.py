@@ -6,8 +6,9 @@ The numbers are dp-accounting's; this file only says to it what happened.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from tfdist.errors import ArgumentError, MissingPackageError
@@ -45,6 +46,12 @@ class Phase:
             next, at least; None if it takes part once.
         at_most: Whether `sampling_probability` is the largest of several: examples are drawn
             independently, but some less often than others. It costs as if all had it.
+        after: With `bands`, how many steps came before these and are counted elsewhere: these
+            took a part of their noise back, and were themselves lost in a crash.
+        run_id: Of which training these steps are, random text; steps of the same one are
+            counted once by `Ledger.merged`. It makes no phase another one.
+        groups: With users, which grouping of the examples they were, random text. It makes
+            no phase another one, but different groupings do not compose.
 
     Raises:
         ArgumentError: A value is out of its range.
@@ -63,6 +70,9 @@ class Phase:
     bands: int | None = None
     separation: int | None = None
     at_most: bool = False
+    after: int = 0
+    run_id: str = field(default="", compare=False, repr=False)
+    groups: str | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         self._check_correlated()
@@ -70,6 +80,7 @@ class Phase:
         check_number("sampling_probability", self.sampling_probability, 0, 1)
         check_number("noise_multiplier", self.noise_multiplier, 0)
         check_count("steps", self.steps, 0)
+        check_count("after", self.after, 0)
         if self.capacity is not None and self.num_rows is None:
             raise ArgumentError(
                 "`num_rows` must come with `capacity`: the cost of leaving examples out "
@@ -106,7 +117,7 @@ class Phase:
         """
         dp = dp_accounting()
         if self.bands is not None:
-            once = sensitivity(self.bands, self.separation, self.steps)
+            once = sensitivity(self.bands, self.separation, self.steps, self.after)
             return dp.GaussianDpEvent(self.noise_multiplier / once)
         if truncated and self.truncates:
             # The cost is proven in Ganesh et al., arXiv 2508.15089.
@@ -170,6 +181,16 @@ class Ledger:
                 f"Received: {len(self.phases)} phases, of {' and '.join(sorted(units))}s. "
                 "Pass `group_ids` always, or never."
             )
+        of_users = [p for p in self.phases if p.steps and p.unit == USER]
+        groupings = {phase.groups for phase in of_users} - {None}
+        sizes = {phase.num_rows for phase in of_users} - {None}
+        if len(groupings) > 1 or len(sizes) > 1:
+            raise ArgumentError(
+                "All steps on the same data must have the same `group_ids`: of another "
+                "grouping, a user's examples lie with several others. Received: "
+                f"{max(len(groupings), len(sizes))} groupings. Pass the same `group_ids` "
+                "always."
+            )
 
     def add(self, phase: Phase) -> Ledger:
         """Gives the ledger with more steps in it.
@@ -179,11 +200,56 @@ class Ledger:
         """
         if not phase.steps:
             return self
-        joins = phase.bands is None
-        if joins and self.phases and replace(self.phases[-1], steps=phase.steps) == phase:
+        joins = phase.bands is None and self.phases and _is_alike(self.phases[-1], phase)
+        if joins:
             joined = replace(phase, steps=self.phases[-1].steps + phase.steps)
             return Ledger((*self.phases[:-1], joined))
         return Ledger((*self.phases, phase))
+
+    def merged(self, other: Ledger) -> Ledger:
+        """Gives the ledger with what another one has beyond it.
+
+        Of steps that both have, of the same training with the same settings, the larger number
+        counts: both may have been taken from one history, at different times.
+
+        Args:
+            other: Steps on the same data.
+        """
+        own, missing = Counter(map(_identity, self.phases)), []
+        own_steps, their_steps = self._steps_of(), other._steps_of()
+        for phase in other.phases:
+            key = _identity(phase)
+            if phase.bands is not None and not phase.run_id:  # each is a mechanism of its own
+                own[key] -= 1
+                if own[key] < 0:
+                    missing.append(phase)
+                continue
+            more = their_steps.pop(key, 0) - own_steps.get(key, 0)
+            if more <= 0:
+                continue
+            if phase.bands is not None and key in own_steps:  # one mechanism, that grew
+                others = tuple(p for p in self.phases if _identity(p) != key)
+                self = Ledger((*others, replace(phase, steps=own_steps[key] + more)))
+                continue
+            missing.append(replace(phase, steps=more))
+        found = self
+        for phase in missing:
+            found = found.add(phase)
+        return found
+
+    def without(self, run_id: str) -> Ledger:
+        """Gives the ledger without the steps of a training.
+
+        Args:
+            run_id: As in `Phase`.
+        """
+        return Ledger(tuple(p for p in self.phases if p.run_id != run_id))
+
+    def _steps_of(self) -> dict[Any, int]:
+        found: Counter[Any] = Counter()
+        for phase in self.phases:
+            found[_identity(phase)] += phase.steps
+        return dict(found)
 
     def epsilon(
         self,
@@ -309,6 +375,18 @@ class Ledger:
                 "A ledger must be read from what `Ledger.to_dict` gave. "
                 f"Received: {saved!r} ({error})."
             ) from None
+
+
+def _is_alike(one: Phase, other: Phase) -> bool:
+    return (replace(one, steps=0), one.run_id, one.groups) == (
+        replace(other, steps=0), other.run_id, other.groups,
+    )  # fmt: skip
+
+
+def _identity(phase: Phase) -> Any:
+    """Gives what phases of one history have in common, however many steps were made."""
+    is_alone = phase.bands is not None and not phase.run_id
+    return replace(phase, steps=phase.steps if is_alone else 0), phase.run_id
 
 
 def _rdp_epsilon(made: Sequence[Phase], delta: float, relation: str) -> float:

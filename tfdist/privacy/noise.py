@@ -30,9 +30,16 @@ class Noise:
     def __init__(self, first_replica: int, local_replicas: int) -> None:
         self._first, self._count = first_replica, local_replicas
         with tf.init_scope(), tf.device("CPU:0"):
-            # A variable, since functions are traced once and keys must be new in each `fit`.
-            self._words = tf.Variable(tf.zeros([local_replicas, 2], tf.int64), trainable=False)
-            self._first_step = tf.Variable(tf.zeros([], tf.int64), trainable=False)
+            # Variables, since functions are traced once and keys must be new in each `fit`.
+            # One row of words for steps from 0 on, and one more for each restart.
+            self._words = tf.Variable(
+                tf.zeros([1, local_replicas, 2], tf.int64),
+                trainable=False,
+                shape=tf.TensorShape([None, local_replicas, 2]),
+            )
+            self._begins = tf.Variable(
+                tf.zeros([1], tf.int64), trainable=False, shape=tf.TensorShape([None])
+            )
 
     def renew(self, seed: int | None) -> None:
         """Begins new streams.
@@ -40,29 +47,31 @@ class Noise:
         Args:
             seed: Makes them known; None takes 127 bits a replica from the operating system.
         """
-        words = [
-            (secrets.randbits(64), secrets.randbits(63))
-            if seed is None
-            else np.random.SeedSequence((seed, replica)).generate_state(2, np.uint64)
-            for replica in range(self._first, self._first + self._count)
-        ]
-        unsigned = np.array(words, np.uint64)
-        unsigned[:, 1] >>= np.uint64(0 if seed is None else 1)
-        self._words.assign(unsigned.view(np.int64))
+        if seed is not None:
+            self.go_on([(0, seed)])
+            return
+        words = [(secrets.randbits(64), secrets.randbits(63)) for _ in range(self._count)]
+        self._set([0], [np.array(words, np.uint64)])
 
-    def go_on(self, secret: int, first_step: int) -> None:
-        """Begins streams, or goes on with them, that are known to who knows a secret.
+    def go_on(self, secrets_from: Sequence[tuple[int, int]]) -> None:
+        """Begins streams, or goes on with them, that are known to who knows the secrets.
 
         Args:
-            secret: Makes them.
-            first_step: Before it `correlated` has no noise to take back.
+            secrets_from: From which step on which secret makes them, in order of steps. Before
+                the first `correlated` has no noise to take back.
         """
         words = [
-            np.random.SeedSequence((secret, replica)).generate_state(2, np.uint64)
-            for replica in range(self._first, self._first + self._count)
+            [
+                np.random.SeedSequence((secret, replica)).generate_state(2, np.uint64)
+                for replica in range(self._first, self._first + self._count)
+            ]
+            for _, secret in secrets_from
         ]
+        self._set([begin for begin, _ in secrets_from], words)
+
+    def _set(self, begins: Sequence[int], words: Sequence[Any]) -> None:
+        self._begins.assign(np.array(begins, np.int64))
         self._words.assign(np.array(words, np.uint64).view(np.int64))
-        self._first_step.assign(first_step)
 
     def correlated(
         self, count: int, replica: Tensor, step: Tensor, factors: Sequence[float]
@@ -79,7 +88,7 @@ class Noise:
             float32 tensor of shape [count].
         """
         with tf.device("CPU:0"):
-            before = tf.cast(step, tf.int64) - self._first_step.read_value()
+            before = tf.cast(step, tf.int64) - self._begins.read_value()[0]
         lags = tf.cast(tf.minimum(before + 1, len(factors)), tf.int32)
         times = tf.constant(factors, tf.float32)
 
@@ -109,8 +118,10 @@ class Noise:
             float32 tensor of shape [count].
         """
         with tf.device("CPU:0"):
-            words = self._words.read_value()
-        words = tf.bitcast(words[replica - self._first], tf.uint64)
+            words, begins = self._words.read_value(), self._begins.read_value()
+            begun = tf.cast(begins <= tf.cast(step, tf.int64), tf.int32)
+            row = tf.maximum(tf.reduce_sum(begun) - 1, 0)
+        words = tf.bitcast(words[row, replica - self._first], tf.uint64)
         # The low word counts blocks of a step.
         low = tf.zeros([], tf.uint64)
         counter = tf.stack([low, words[1] + tf.cast(step, tf.uint64)])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tfdist.privacy.ledger import EXAMPLE, USER, Ledger, Phase
 
@@ -39,6 +39,8 @@ class Report:
             no guarantee.
         uncounted_steps: Updates that the optimizer had made before the first private step;
             whether they saw these data is not known.
+        changes: How often the weights were changed between private steps by something that is
+            not counted, such as weights that were set.
     """
 
     ledger: Ledger
@@ -47,6 +49,7 @@ class Report:
     relation: str = "add_or_remove_one"
     secret: bool = True
     uncounted_steps: int = 0
+    changes: int = 0
 
     @functools.cached_property
     def epsilon(self) -> float:
@@ -64,8 +67,13 @@ class Report:
         after = []
         if self.uncounted_steps:
             after.append(
-                f"The optimizer had made {self.uncounted_steps} updates before, which are not "
-                "counted: they must not have seen these data."
+                f"The optimizer had made {self.uncounted_steps} updates before, or between "
+                "private steps, which are not counted: they must not have seen these data."
+            )
+        if self.changes:
+            after.append(
+                "Between private steps the weights were changed by something that is not "
+                f"counted ({self.changes} times): it must not have seen these data."
             )
         return " ".join([*before, text, *after])
 
@@ -92,6 +100,8 @@ class Report:
                 spent += ", for each user"
             if epsilon > _LARGE:
                 spent += f"; an epsilon above {_LARGE} promises little"
+        if self.uncounted_steps or self.changes:
+            spent += "; other training of the weights is not counted"
         return spent if self.secret else f"{spent}, with no guarantee: a seed was given"
 
 
@@ -190,7 +200,12 @@ def careless_delta(ledger: Ledger, delta: float, num_rows: int | None = None) ->
 
 def _public(ledger: Ledger) -> str:
     if ledger.unit == USER:
-        return "The numbers of examples and of users are assumed to be public."
+        same = (
+            ""
+            if len(ledger.phases) < 2
+            else " All steps are assumed to have had the same `group_ids`."
+        )
+        return f"The numbers of examples and of users are assumed to be public.{same}"
     if any(phase.at_most for phase in ledger.phases):
         return (
             "The number of examples is assumed to be public, and so is what else the "
@@ -202,7 +217,10 @@ def _public(ledger: Ledger) -> str:
 def _described(ledger: Ledger) -> str:
     if not ledger.phases:
         return "no step at all"
-    return ", then ".join(_describe(phase) for phase in ledger.phases)
+    joined = Ledger()
+    for phase in ledger.phases:  # whichever `fit` made them
+        joined = joined.add(replace(phase, run_id="", groups=None))
+    return ", then ".join(_describe(phase) for phase in joined.phases)
 
 
 def _describe(phase: Phase) -> str:
@@ -211,9 +229,10 @@ def _describe(phase: Phase) -> str:
         often = "takes part in no more than one of them"
         if phase.separation is not None:
             often = f"comes in steps that are at least {phase.separation} apart"
+        lost = "" if not phase.after else ", lost and made again"
         return (
-            f"{phase.steps} steps of DP-FTRL, each example's gradient clipped to a norm C, in "
-            f"which an example {often}, and Gaussian noise of standard deviation "
+            f"{phase.steps} steps of DP-FTRL{lost}, each example's gradient clipped to a norm "
+            f"C, in which an example {often}, and Gaussian noise of standard deviation "
             f"{phase.noise_multiplier:.6g} C for each step, of which the {phase.bands - 1} "
             "steps after it take a part back"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -12,6 +13,7 @@ from tfdist._keras import ReplicaBatch
 from tfdist.privacy import _layers
 from tfdist.privacy.adam import DPAdam
 from tfdist.privacy.adaptive import AdaptiveClip
+from tfdist.privacy.counter import StepCounter
 from tfdist.privacy.noise import Noise, like
 from tfdist.privacy.pieces import clipped_share
 from tfdist.privacy.settings import Mechanism
@@ -37,6 +39,8 @@ class PrivateStep:
         place = strategy.place
         self.mechanism = mechanism
         self.noise = Noise(place.first_replica, place.local_replicas)
+        self.counter = StepCounter()
+        self._number: Tensor = None
         self.adaptive: AdaptiveClip | None = None
         if mechanism.target_quantile is not None:
             self.adaptive = AdaptiveClip(model, mechanism)
@@ -54,19 +58,42 @@ class PrivateStep:
         noise = own * self.mechanism.gradient_noise
         return noise * self._norm() / self.mechanism.expected_batch
 
-    def restart(self, seed: int | None, correlated: tuple[int, int] | None = None) -> None:
+    def restart(
+        self, seed: int | None, first: int, correlated: Sequence[tuple[int, int]] | None = None
+    ) -> None:
         """Begins a `fit`: with new noise, and the norm that was asked for.
 
         Args:
             seed: As in `Noise.renew`.
+            first: The number of the first step.
             correlated: As `Noise.go_on` takes it, where noise is correlated.
         """
+        self.counter.restart()
+        self.counter.number_from(first)
         if correlated is None:
             self.noise.renew(seed)
         else:
-            self.noise.go_on(*correlated)
+            self.noise.go_on(correlated)
         if self.adaptive is not None:
             self.adaptive.restart()
+
+    def begin(self, share: Any) -> None:
+        """Counts a step of all replicas of this process; called before they make it.
+
+        Args:
+            share: What is dealt out to them.
+        """
+        parts = tf.nest.flatten(share, expand_composites=True)
+        self._number = self.counter.begin(parts[0])
+
+    def end(self, is_made: Tensor) -> None:
+        """Called when they have made it.
+
+        Args:
+            is_made: Whether it has changed anything.
+        """
+        self.counter.end(is_made)
+        self._number = None
 
     def train_step(self, data: Any, batch: ReplicaBatch, groups: Tensor) -> Any:
         """Makes one step, as `keras.Model.train_step` would.
@@ -138,10 +165,10 @@ class PrivateStep:
         Correlated ones are all drawn by the first: what is taken back must be what was given,
         on whatever number of replicas training goes on.
         """
-        replica, step = self._strategy.replica_id(), self._model.optimizer.iterations
+        replica, step = self._strategy.replica_id(), self._number
         if self.mechanism.bands is None:
             return self.noise.normal(count, replica, step)
-        step, factors = tf.convert_to_tensor(step), self.mechanism.factors
+        factors = self.mechanism.factors
         return tf.cond(
             tf.equal(replica, 0),
             lambda: self.noise.correlated(count, replica, step, factors),

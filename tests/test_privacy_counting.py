@@ -1,0 +1,347 @@
+"""Which steps count, and which noise a step gets, whatever callbacks, crashes and files do."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import tfdist
+from tfdist.errors import ArgumentError, CheckpointError
+from tfdist.privacy import Ledger, Phase
+from tfdist.privacy.correlated import coefficients, sensitivity
+from tfdist.privacy.separation import SeparationCheck
+
+L = keras.layers
+NUMBERS = 2000
+SPENT = Ledger((Phase(0.2, 1.0, 500),))
+
+
+def sgd(noise: float = 1.0, **options: Any) -> tfdist.DPSGD:
+    return tfdist.DPSGD(1.0, noise_multiplier=noise, delta=1e-3, **options)
+
+
+def ftrl(**options: Any) -> tfdist.DPFTRL:
+    return tfdist.DPFTRL(1.0, noise_multiplier=1.0, delta=1e-3, bands=4, **options)
+
+
+def still() -> Any:
+    """A model whose gradients are 0 on `zeros`: what moves it is noise alone."""
+    keras.utils.set_random_seed(1)
+    model = keras.Sequential([keras.Input((40,)), L.Dense(50, use_bias=False, name="still")])
+    model.compile(keras.optimizers.SGD(1.0), "mse")
+    return model
+
+
+ZEROS = np.zeros((20, 40), "float32"), np.zeros((20, 50), "float32")
+
+
+def train(model: Any, *, steps: int = 4, privacy: Any = None, **options: Any) -> Any:
+    given = {"batch_size": 5, "epochs": steps // 4, "verbose": 0}
+    return tfdist.fit(model, *ZEROS, privacy=privacy or sgd(), **given, **options)
+
+
+class Watch(keras.callbacks.Callback):  # type: ignore[misc]
+    """Keeps what each step has added, and what the disk holds after one."""
+
+    def __init__(self, snapshot: tuple[int, Path, Path] | None = None) -> None:
+        super().__init__()
+        self.added: list[Any] = []
+        self._snapshot = snapshot
+
+    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
+        self._before = self.model.get_weights()[0].ravel()
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        self.added.append(5 * (self._before - self.model.get_weights()[0].ravel()))
+        if self._snapshot is not None and len(self.added) == self._snapshot[0]:
+            _, disk, copy = self._snapshot
+            while not [*disk.glob("epoch-*"), *disk.glob("*.h5")]:  # a thread writes it
+                time.sleep(0.01)
+            shutil.copytree(disk, copy)
+
+
+class SetBack(keras.callbacks.Callback):  # type: ignore[misc]
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._path = str(path / "r.weights.h5")
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        self.model.save_weights(self._path)
+
+    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
+        self.model.optimizer.iterations.assign(0)
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        self.model.load_weights(self._path)
+
+
+# --- callbacks --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_no_callback_moves_the_count_or_the_noise(tmp_path: Path, at_once: int) -> None:
+    model = still()
+    model.steps_per_execution = at_once
+    watch = Watch()
+    report = train(model, steps=12, callbacks=[SetBack(tmp_path), watch]).privacy
+    assert report.ledger.steps == len(watch.added) * at_once == 12
+    assert (report.uncounted_steps, report.changes) == (0, 0)
+    # Independent, so that the deviation of an execution's sum is known, and no two are alike.
+    added = np.array(watch.added)
+    assert added.std() == pytest.approx(math.sqrt(at_once), rel=0.05)
+    correlation = np.corrcoef(added)[np.triu_indices(len(added), 1)]
+    assert np.abs(correlation).max() < 5 / math.sqrt(NUMBERS)
+    budget = tfdist.PrivacyBudget(report.epsilon * 1.5)
+    watch = Watch()
+    spent = train(model, steps=400, callbacks=[budget, SetBack(tmp_path), watch]).privacy
+    assert spent.ledger.steps == 12 + at_once * len(watch.added) < 60
+    assert spent.epsilon <= budget.max_epsilon
+
+
+@pytest.mark.parametrize("privacy", [None, sgd()])
+def test_no_callback_trains_what_trains_privately(privacy: Any) -> None:
+    model = still()
+    inner = keras.callbacks.LambdaCallback(
+        on_epoch_end=lambda epoch, logs: tfdist.fit(model, *ZEROS, verbose=0, privacy=privacy)
+    )
+    with pytest.raises(ArgumentError, match="must not be trained by a callback"):
+        train(model, callbacks=[inner])
+    assert train(model).privacy.ledger.steps == 8
+
+
+# --- crashes ----------------------------------------------------------------------------
+
+
+def killed_and_resumed(tmp_path: Path, make: Any, **first: Any) -> tuple[Any, Any, Any]:
+    """Trains 40 steps, and again from what the disk held after 17, with 10 saved."""
+    disk, copy = tmp_path / "disk", tmp_path / "copy"
+    one, other = Watch((17, disk, copy)), Watch()
+    saver = tfdist.Checkpoint(disk, every=10)
+    train(still(), steps=40, privacy=make(**first), checkpoint=saver, callbacks=[one])
+    saver = tfdist.Checkpoint(copy, every=10)
+    report = train(still(), steps=40, privacy=make(), checkpoint=saver, callbacks=[other])
+    return one.added, other.added[10:], report.privacy  # the checkpoint has the first 10
+
+
+def test_a_killed_training_counts_every_step(tmp_path: Path) -> None:
+    before, after, report = killed_and_resumed(tmp_path, sgd, spent=SPENT)
+    assert len(after) == 30
+    # 17 were made, of which 10 are in the weights, and 30 more; `spent` is in the checkpoint.
+    spent, phase = report.ledger.phases
+    assert spent == SPENT.phases[0]
+    assert 47 <= phase.steps <= 48
+    assert abs(np.corrcoef(before[10], after[0])[0, 1]) < 5 / math.sqrt(NUMBERS)
+    (tmp_path / "copy" / "privacy.json").unlink()
+    with pytest.raises(CheckpointError, match="must lie beside the checkpoints"):
+        train(still(), steps=44, checkpoint=tmp_path / "copy")
+    (tmp_path / "copy" / "privacy.json").write_text("{")
+    with pytest.raises(CheckpointError, match="must be whole"):
+        train(still(), steps=44, checkpoint=tmp_path / "copy")
+
+
+def test_steps_that_are_made_again_have_other_noise(tmp_path: Path) -> None:
+    before, after, report = killed_and_resumed(tmp_path, ftrl)
+    lost, whole = report.ledger.phases
+    assert (whole.steps, whole.after) == (40, 0)
+    assert lost.after == 10
+    assert 7 <= lost.steps <= 8
+    # Their own noise is new on both; what they take back of steps before is the same.
+    difference = np.array(before[10]) - after[0]
+    assert difference.std() == pytest.approx(math.sqrt(2), rel=0.1)
+    back = np.array(before[10]) + after[0]  # twice what is taken back of three steps, and 2 own
+    taken = 4 * sum(f**2 for f in coefficients(4)[1:])
+    assert back.std() == pytest.approx(math.sqrt(2 + taken), rel=0.1)
+    changed = ZEROS[0].copy()
+    changed[3] = 1.0
+    for given, privacy in (((changed, ZEROS[1]), ftrl()), (ZEROS, ftrl())):
+        model = still()
+        if given is ZEROS:
+            model.compile(keras.optimizers.SGD(1.0), "mae")
+        with pytest.raises(ArgumentError, match="must be of the same training"):
+            tfdist.fit(
+                model, *given, batch_size=5, epochs=11, verbose=0, privacy=privacy,
+                checkpoint=tmp_path / "copy",
+            )  # fmt: skip
+
+
+def test_what_a_backup_has_lost_counts(tmp_path: Path) -> None:
+    disk, copy = tmp_path / "disk", tmp_path / "copy"
+
+    def backup(where: Path) -> Any:
+        return keras.callbacks.BackupAndRestore(where, save_freq=10)
+
+    target = tfdist.DPSGD(1.0, target_epsilon=1.0, delta=1e-3)
+    watch = Watch((17, disk, copy))
+    train(still(), steps=40, privacy=target, callbacks=[backup(disk), watch])
+    report = train(still(), steps=40, privacy=target, callbacks=[backup(copy)]).privacy
+    # 40 were planned for the target: with the 17 that were made fewer are left.
+    assert 37 <= report.ledger.steps <= 40
+    assert 0.9 < report.epsilon <= 1.0
+    assert len({phase.noise_multiplier for phase in report.ledger.phases}) == 1
+    assert not copy.exists()
+
+
+# --- files ------------------------------------------------------------------------------
+
+
+def test_files_say_what_was_spent(tmp_path: Path) -> None:
+    model = still()
+    kept = keras.callbacks.ModelCheckpoint(tmp_path / "{epoch}.keras")
+    first = train(model, steps=8, callbacks=[kept]).privacy
+    model.save_weights(tmp_path / "w.weights.h5")
+    for path, steps in (("1.keras", 4), ("2.keras", 8), ("w.weights.h5", 8)):
+        loaded = still() if path == "w.weights.h5" else None
+        if loaded is None:
+            loaded = keras.models.load_model(tmp_path / path)
+        else:
+            loaded.load_weights(tmp_path / path)
+        report = train(loaded).privacy
+        assert report.ledger.steps == steps + 4
+        assert (report.uncounted_steps, report.changes) == (0, 0)
+        assert f"spent in {steps + 4} steps" in report.line()
+    # Given as well, they count once; a model of its layers has them too.
+    assert train(loaded, privacy=sgd(spent=first.ledger)).privacy.ledger.steps == 16
+    around = keras.Sequential([keras.Input((40,)), loaded.get_layer("still")])
+    around.compile("sgd", "mse")
+    assert train(around).privacy.ledger.steps == 20
+
+
+def test_what_is_not_counted_is_noted() -> None:
+    model = still()
+    train(model)
+    tfdist.fit(model, *ZEROS, batch_size=5, verbose=0)
+    report = train(model).privacy
+    assert (report.ledger.steps, report.uncounted_steps, report.changes) == (8, 4, 0)
+    assert "4 updates before, or between" in report.statement()
+    model.set_weights([np.ones((40, 50))])
+    report = train(model).privacy
+    assert (report.ledger.steps, report.uncounted_steps, report.changes) == (12, 4, 1)
+    assert report.line().endswith("; other training of the weights is not counted")
+
+
+# --- ledgers ----------------------------------------------------------------------------
+
+
+def test_other_groupings_do_not_compose() -> None:
+    model, groups = still(), np.arange(20) // 2
+    for _ in range(2):
+        report = train(model, privacy=sgd(group_ids=groups.copy())).privacy
+    assert report.ledger.steps == 8
+    with pytest.raises(ArgumentError, match="must have the same `group_ids`"):
+        train(model, privacy=sgd(group_ids=np.arange(20) % 10))
+    written = json.loads(json.dumps(report.ledger.to_dict()))
+    assert Ledger.from_dict(written) == report.ledger
+    with pytest.raises(ArgumentError, match="must have the same `group_ids`"):
+        train(still(), privacy=sgd(group_ids=np.arange(20) % 10, spent=report.ledger))
+
+
+@pytest.mark.quick
+def test_two_histories_of_one_training_count_once() -> None:
+    def phase(steps: int, run_id: str = "", **options: Any) -> Phase:
+        return Phase(0.1, 2.0, steps, run_id=run_id, **options)
+
+    early, late = Ledger((phase(4, "a"),)), Ledger((phase(9, "a"), phase(3, "b")))
+    assert early.merged(late).steps == late.merged(early).steps == 12
+    assert early.merged(Ledger((phase(4, "c"),))).steps == 8
+    by_hand = Ledger((phase(5), Phase(0.2, 1.0, 7)))
+    assert by_hand.merged(by_hand) == by_hand
+    assert by_hand.merged(Ledger((phase(6),))).steps == 13
+    turns = {"bands": 2, "separation": 3}
+    grown = Ledger((Phase(1.0, 1.0, 4, run_id="a", **turns),)).merged(
+        Ledger((Phase(1.0, 1.0, 9, run_id="a", **turns),))
+    )
+    assert [p.steps for p in grown.phases] == [9]  # one mechanism, not two
+    alone = Ledger((Phase(1.0, 1.0, 4, **turns), Phase(1.0, 1.0, 4, **turns)))
+    assert alone.merged(Ledger(alone.phases[:1])) == alone.merged(alone) == alone
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("separation", [None, 2, 3, 5])
+def test_no_pattern_moves_lost_steps_more_than_is_said(separation: int | None) -> None:
+    for bands, after, steps in itertools.product((1, 2, 4), (1, 2, 5, 7), (1, 3, 5)):
+        every = range(after + steps)
+        inverse = sum(f * np.eye(len(every), k=-i) for i, f in enumerate(coefficients(bands)))
+        matrix = np.linalg.inv(inverse)
+        patterns = [
+            p
+            for count in range(1, 2 if separation is None else len(every) // separation + 2)
+            for p in itertools.combinations(every, count)
+            if separation is None or all(b - a >= separation for a, b in itertools.pairwise(p))
+        ]
+        worst = max(np.linalg.norm(matrix[after:, list(p)].sum(1)) for p in patterns)
+        assert worst <= sensitivity(bands, separation, steps, after) + 1e-9
+
+
+# --- promises ---------------------------------------------------------------------------
+
+
+def passes(check: SeparationCheck, datasets: list[Any]) -> None:
+    for dataset in datasets:
+        check.begin_pass()
+        for _ in check.watching(dataset):
+            check.made += 1  # type: ignore[attr-defined]
+
+
+def a_check(separation: int | None) -> Any:
+    check = SeparationCheck(separation, lambda: check.made)
+    check.made = 0
+    return check
+
+
+@pytest.mark.quick
+def test_examples_that_come_back_early_are_seen() -> None:
+    rows = np.arange(40, dtype="float32")[:, None]
+    rows[7] = rows[31]  # two examples with the same values
+    dataset = tf.data.Dataset.from_tensor_slices((rows, {"y": rows[:, 0]}))
+    batches = dataset.batch(10)
+    passes(a_check(4), [batches, batches, batches])
+    passes(a_check(None), [batches])
+    other = tf.data.Dataset.from_tensor_slices((rows[::-1], {"y": rows[::-1, 0]})).batch(10)
+    for separation, given, message in (
+        (5, [batches, batches], "an example of step 1 again in step 5"),
+        (4, [batches, other], "an example of step 4 again in step 5"),
+        (4, [batches.take(2), batches], "an example of step 1 again in step 3"),
+        (None, [batches.repeat(2)], "a batch of step 1 again in step 5"),
+    ):
+        check = a_check(separation)
+        with pytest.raises(tf.errors.OpError):
+            passes(check, given)
+        assert message in check.problem
+
+
+@pytest.mark.parametrize(
+    ("make", "separation", "options", "message"),
+    [
+        (lambda d: d.repeat(), None, {"steps_per_epoch": 8}, "data that repeats itself"),
+        (lambda d: d.repeat(2), None, {}, "data that repeats itself"),
+        (lambda d: d.repeat(2), 8, {}, "min_separation=8 and 4 batches"),
+        (
+            lambda d: tf.data.Dataset.from_tensor_slices(next(iter(d))).repeat(4).batch(5),
+            2,
+            {},
+            "min_separation=2 and 1 batches",
+        ),
+        (lambda d: d, 5, {"epochs": 2}, "min_separation=5 and 4 batches"),
+        (lambda d: d.shuffle(4, seed=1), 4, {"epochs": 9}, "must not come back earlier"),
+    ],
+)
+def test_promises_that_data_cannot_keep_are_refused(
+    make: Any, separation: int | None, options: dict[str, Any], message: str
+) -> None:
+    rows = np.arange(20, dtype="float32")
+    data = np.repeat(rows[:, None], 40, 1), np.repeat(rows[:, None], 50, 1)
+    dataset = make(tf.data.Dataset.from_tensor_slices(data).batch(5))
+    with pytest.raises(ArgumentError, match=message):
+        tfdist.fit(
+            still(), dataset, verbose=0, privacy=ftrl(min_separation=separation), **options
+        )

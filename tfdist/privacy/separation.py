@@ -1,0 +1,128 @@
+"""A look at what a stream gives: does an example come back earlier than was promised?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from tfdist.errors import ArgumentError
+
+Tensor = Any
+_MANY = 2**18  # rows that are kept in mind; of more, a part of all that is always the same
+_FEWEST = 8  # different rows of a batch that does not come twice by chance
+
+
+@dataclass(slots=True)
+class _Seen:
+    """The steps in which rows of the same values came.
+
+    Attributes:
+        number: Of the pass.
+        steps: In it.
+        before: In the pass before in which they came.
+    """
+
+    number: int
+    steps: list[int] = field(default_factory=list)
+    before: list[int] = field(default_factory=list)
+
+
+class SeparationCheck:
+    """Compares fingerprints of rows and batches with those that came before.
+
+    Different examples may have the same values. So the first of them in a pass is compared
+    with the first in the pass before, the second with the second, and so on: no other way to
+    pair them has larger distances, and who keeps the promise is never stopped. Within a pass
+    whole batches are compared.
+
+    It sees what a user did by mistake, not what was made to go past it.
+
+    Args:
+        separation: Steps from one that an example takes part in to the next, at least; None
+            if it takes part once.
+        steps_made: Tells how many steps the training has made.
+    """
+
+    def __init__(self, separation: int | None, steps_made: Callable[[], int]) -> None:
+        self._separation = separation
+        self._steps_made = steps_made
+        self._number = self._first = 0
+        self._rows: dict[int, _Seen] = {}
+        self._batches: dict[int, int] = {}
+        self._every = 1
+        self.problem: str | None = None
+
+    def begin_pass(self) -> None:
+        """Called before data is drawn from its beginning, or from where a process stopped."""
+        self._number += 1
+        self._first = self._steps_made()
+        self._batches = {}
+
+    def watching(self, batches: Any) -> Any:
+        """Looks at all batches of a `tf.data.Dataset` on their way.
+
+        Args:
+            batches: The dataset.
+        """
+
+        def look(place: Tensor, batch: Any) -> Any:
+            marks = _fingerprints(batch)
+            if marks is None:
+                return batch
+            is_good = tf.numpy_function(self._see, [place, marks], tf.bool)
+            with tf.control_dependencies([is_good]):
+                return tf.nest.map_structure(tf.identity, batch, expand_composites=True)
+
+        pairs = batches.enumerate()
+        return pairs.map(tf.autograph.experimental.do_not_convert(look))
+
+    def _see(self, place: np.int64, marks: Any) -> np.bool_:
+        """Takes the fingerprints of a batch, uint64 of shape [rows]."""
+        step = self._first + int(place)
+        whole = hash(marks.tobytes())
+        last = self._batches.get(whole)
+        self._batches[whole] = step
+        if last is not None and len(np.unique(marks)) >= _FEWEST:
+            self._compare(last, step, "a batch")
+        for mark in marks[marks % np.uint64(self._every) == 0].tolist():
+            seen = self._rows.setdefault(mark, _Seen(self._number))
+            if seen.number != self._number:
+                seen.number, seen.before, seen.steps = self._number, seen.steps, []
+            earlier = seen.before[len(seen.steps) :]
+            seen.steps.append(step)
+            if earlier:
+                self._compare(earlier[0], step, "an example")
+        while len(self._rows) > _MANY:
+            self._every *= 2
+            self._rows = {m: s for m, s in self._rows.items() if m % self._every == 0}
+        return np.bool_(True)
+
+    def _compare(self, last: int, step: int, what: str) -> None:
+        if self._separation is not None and step - last >= self._separation:
+            return
+        promised = "once" if self._separation is None else f"every {self._separation} steps"
+        # What is drawn ahead goes on after the first.
+        self.problem = self.problem or (
+            "An example must not come back earlier than was promised, or it is less protected "
+            f"than epsilon says. Received: {what} of step {last + 1} again in step "
+            f"{step + 1}; promised was {promised} at most. Do not shuffle or repeat the data "
+            "set, or pass a `min_separation` that it keeps to."
+        )
+        raise ArgumentError(self.problem)
+
+
+def _fingerprints(batch: Any) -> Tensor:
+    """Gives a fingerprint of each row of a batch, or None where no leaf has rows."""
+    parts = [
+        tf.raw_ops.Fingerprint(data=leaf, method="farmhash64")
+        for leaf in tf.nest.flatten(batch)
+        if isinstance(leaf, tf.Tensor) and leaf.shape.rank not in (None, 0)
+    ]
+    if not parts:
+        return None
+    marks = tf.raw_ops.Fingerprint(data=tf.concat(parts, 1), method="farmhash64")
+    return tf.bitcast(marks, tf.uint64)
