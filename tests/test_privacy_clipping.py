@@ -22,8 +22,13 @@ def clipped_sum(*args: Any) -> tuple[list[Any], Any]:
     return sums, norms
 
 
-def loop(model: Any, x: Any, y: Any, clip: float) -> tuple[list[Any], Any]:
-    """Takes the gradient of one example after the other, and clips it."""
+def loop(
+    model: Any, x: Any, y: Any, clip: float, measured: Any = None
+) -> tuple[list[Any], Any]:
+    """Takes the gradient of one example after the other, and clips it.
+
+    By its norm, or by the one that was measured.
+    """
     variables = model.trainable_variables
     sums, norms = [np.zeros(v.shape) for v in variables], []
     for i in range(len(tf.nest.flatten(y)[0])):
@@ -38,7 +43,8 @@ def loop(model: Any, x: Any, y: Any, clip: float) -> tuple[list[Any], Any]:
         ]
         norm = np.sqrt(sum((g.astype("float64") ** 2).sum() for g in gradients))
         norms.append(norm)
-        factor = min(1.0, clip / norm) if norm else 1.0
+        used = norm if measured is None else float(measured[i])
+        factor = min(1.0, clip / used) if used else 1.0
         sums = [s + g * factor for s, g in zip(sums, gradients, strict=True)]
     return sums, np.array(norms)
 
@@ -114,6 +120,16 @@ def masked_words() -> tuple[Any, Any, Any]:
     return model, words, data(1)
 
 
+def encoder_and_decoder() -> tuple[Any, Any, Any]:
+    x = keras.Input((4, 3))
+    encoded, *states = L.LSTM(4, return_state=True)(x)
+    decoded = L.GRU(4, return_sequences=True)(x, initial_state=states[1])
+    made = L.LSTM(4, recurrent_activation="tanh")(decoded, initial_state=states)
+    model = keras.Model(x, L.Dense(1)(L.Concatenate()([encoded, made])))
+    model.compile(loss="mse")
+    return model, data(4, 3), data(1)
+
+
 def masked_loss() -> tuple[Any, Any, Any]:
     x = keras.Input((6,))
     model = keras.Model(x, L.Dense(2)(L.Embedding(9, 5, mask_zero=True)(x)))
@@ -135,12 +151,36 @@ def frozen() -> tuple[Any, Any, Any]:
     return model, x, y
 
 
+def low_rank(shape: Any, layer: Any, words: int = 0) -> Any:
+    """Trains a low-rank change of a layer's weights, and the bias."""
+
+    def make() -> tuple[Any, Any, Any]:
+        model, x, y = sequential(shape, layer(), words=words)
+        changed = model.layers[0]
+        changed.enable_lora(2, lora_alpha=3)
+        assert len(changed.trainable_variables) < len(changed.variables)
+        random = np.random.default_rng(3)
+        for variable in changed.trainable_variables:
+            variable.assign(random.normal(size=variable.shape))
+        return model, x, y
+
+    return functional(make)
+
+
+def frozen_kernel() -> tuple[Any, Any, Any]:
+    model, x, y = sequential((4,), L.Dense(6), Scale(), L.Dense(5, activation="relu"))
+    model.layers[0].kernel.trainable = False
+    model.layers[1].offset.trainable = False
+    return model, x, y
+
+
 class Scale(L.Layer):
     def build(self, shape: Any) -> None:
         self.factor = self.add_weight(shape=(shape[-1],), initializer="ones")
+        self.offset = self.add_weight(shape=(shape[-1],), initializer="ones")
 
     def call(self, inputs: Any) -> Any:
-        return inputs * self.factor
+        return inputs * self.factor + self.offset
 
 
 class Borrowing(L.Layer):
@@ -212,18 +252,35 @@ FAST = {
     "masked_loss": functional(masked_loss),
     "loss_is_sum": functional(loss_is_sum),
     "frozen": functional(frozen),
+    "lstm": lambda: sequential((5, 3), L.LSTM(4, return_sequences=True)),
+    "gru": lambda: sequential((5, 3), L.GRU(4, activation="relu"), L.Dense(3)),
+    "simple_rnn": lambda: sequential(
+        (5, 3), L.SimpleRNN(4, use_bias=False, return_sequences=True, go_backwards=True)
+    ),
+    "bidirectional": lambda: sequential((5, 3), L.Bidirectional(L.LSTM(4))),
+    "encoder_and_decoder": functional(encoder_and_decoder),
+    "masked_words": functional(masked_words),
+    "lora_dense": low_rank((4,), lambda: L.Dense(6, activation="tanh")),
+    "lora_einsum": low_rank(
+        (3, 4), lambda: L.EinsumDense("abc,cde->abde", (3, 2, 5), bias_axes="de")
+    ),
+    "lora_einsum_turned": low_rank(
+        (3, 4, 2), lambda: L.EinsumDense("abcd,dce->abe", (3, 6), bias_axes="e")
+    ),
+    "lora_embedding": low_rank((6,), lambda: L.Embedding(4, 5), words=4),
+    "lora_conv": low_rank((6, 6, 3), lambda: L.Conv2D(4, 3, activation="relu")),
 }
 SLOW = {
-    "lstm": lambda: sequential((5, 3), L.LSTM(4, return_sequences=True)),
-    "gru": lambda: sequential((5, 3), L.GRU(4)),
-    "bidirectional": lambda: sequential((5, 3), L.Bidirectional(L.LSTM(4))),
-    "masked_words": functional(masked_words),
+    "gru_reset_before": lambda: sequential((5, 3), L.GRU(4, reset_after=False)),
     "time_distributed": lambda: sequential((3, 4), L.TimeDistributed(L.Dense(2))),
     "separable_conv": lambda: sequential((6, 6, 2), L.SeparableConv2D(3, 3)),
     "conv_transpose": lambda: sequential((4, 4, 2), L.Conv2DTranspose(3, 2)),
     "einsum_per_position": lambda: sequential((3, 4), L.EinsumDense("abc,bcd->abd", (3, 5))),
     "prelu": lambda: sequential((4, 5), L.PReLU()),
     "custom": lambda: sequential((4, 5), Scale()),
+    "frozen_kernel": functional(frozen_kernel),
+    "lora_conv_groups": low_rank((5, 5, 4), lambda: L.Conv2D(6, 3, groups=2)),
+    "lora_einsum_over_inputs": low_rank((3, 4), lambda: L.EinsumDense("abc,dc->abd", (3, 5))),
     "layer_norm_turned": lambda: sequential((4, 6), L.LayerNormalization(axis=(2, 1))),
 }
 
@@ -238,16 +295,18 @@ def test_equals_a_loop_over_examples(name: str) -> None:
     model, x, y = {**FAST, **SLOW}[name]()
     _, norms = loop(model, x, y, 1.0)
     clip = float(np.median(norms))  # some are clipped, some are not
-    expected, _ = loop(model, x, y, clip)
     traced = tf.function(
         lambda x, y, mask: clipped_sum(model, x, y, mask, clip), autograph=False
     )
     tensors = [tf.nest.map_structure(tf.constant, part) for part in (x, y)]
     received, received_norms = traced(*tensors, tf.ones([EXAMPLES], tf.bool))
-    np.testing.assert_allclose(received_norms, norms, rtol=1e-4, atol=1e-6)
+    # Enlarged by the most that rounding can take from them.
+    assert np.all(received_norms >= norms * (1 - 1e-5) - 1e-6)
+    np.testing.assert_allclose(received_norms, norms, rtol=3e-3, atol=1e-6)
+    expected, _ = loop(model, x, y, clip, received_norms)
     close(received, expected)
     clipping.check(model, x, y)
-    is_fast = name in FAST or name.startswith(("einsum", "layer_norm"))
+    is_fast = name in FAST or name.startswith(("einsum", "layer_norm_", "lora"))
     alone = [layer for layer in clipping.computed_alone(model) if layer != "the loss"]
     assert (alone == []) == is_fast
 
@@ -292,7 +351,7 @@ def test_rows_that_are_not_finite_count_nothing(name: str, bad: float) -> None:
 def test_rows_that_are_not_finite_count_nothing_where_norms_are_compiled() -> None:
     model, x, y = FAST["dense_long"]()
     finite = np.array([True, True, False, True, True])
-    expected, _ = loop(model, x[finite], y[finite], 0.5)
+    known = x[finite]
     x[2] = np.nan
     everyone = np.ones(EXAMPLES, bool)
     traced = tf.function(lambda x, y: clipped_sum(model, x, y, everyone, 0.5), autograph=False)
@@ -300,6 +359,7 @@ def test_rows_that_are_not_finite_count_nothing_where_norms_are_compiled() -> No
     calls = [op for op in made.graph.get_operations() if op.type == "PartitionedCall"]
     assert any("_XlaMustCompile" in call.node_def.attr for call in calls)
     received, norms = traced(tf.constant(x), tf.constant(y))
+    expected, _ = loop(model, known, y[finite], 0.5, norms[finite])
     close(received, expected)
     assert norms[2] == 0
 
@@ -345,6 +405,7 @@ def test_what_mixes_or_draws_is_refused() -> None:
         ((L.Dense(4), L.BatchNormalization()), "must not mix the examples"),
         ((L.BatchNormalization(center=False, scale=False),), "must not mix the examples"),
         ((L.LSTM(4, dropout=0.5),), "must give the same outputs"),
+        ((L.SpectralNormalization(L.Dense(4)),), "must not rewrite weights"),
     ):
         shape = (5, 3) if isinstance(layers[0], L.LSTM) else (4,)
         model, x, y = sequential(shape, *layers)

@@ -91,15 +91,12 @@ def has_mask(tensor: Any) -> bool:
 
 
 def is_plain(layer: Any) -> bool:
-    """Tells whether a layer uses its kernel as it is: no LoRA, no quantization.
+    """Tells whether a layer computes with its weights as they are, not quantized.
 
     Args:
         layer: A `keras.Layer`.
     """
-    return (
-        not getattr(layer, "lora_enabled", False)
-        and getattr(layer, "quantization_mode", None) is None
-    )
+    return getattr(layer, "quantization_mode", None) is None
 
 
 def is_seed(variable: Any) -> bool:

@@ -20,8 +20,9 @@ from keras import layers
 from tfdist import _keras
 from tfdist.errors import ArgumentError
 from tfdist.privacy import _layers
-from tfdist.privacy.closed_forms import FORMS, Call, has_activation, left_out, scaled
+from tfdist.privacy.closed_forms import FORMS, Call, has_activation, has_form, left_out, scaled
 from tfdist.privacy.parts import Part, Written
+from tfdist.privacy.rounding import gamma
 from tfdist.privacy.together import Alone, Together
 
 Tensor = Any
@@ -35,8 +36,8 @@ class Clipped(NamedTuple):
     Attributes:
         sums: Of clipped gradients, float32, in the order of `model.trainable_variables`.
         norms: Of each unit's gradient before clipping, shape [units], 0 where it counts
-            nothing: where it is masked or not finite. An example is a unit if nothing else
-            was said.
+            nothing: where it is masked or not finite. Rounded up, by so much that no unit
+            adds more than the clipping norm. An example is a unit if nothing else was said.
         votes: 1/2 for each that counts and was not clipped, less 1/2 for each that was.
         outputs: The model's.
     """
@@ -100,6 +101,7 @@ def clipped_sum(
     factors: dict[int, Tensor] = {}
     for group, of_group in zip(groups, squares, strict=True):
         norms = _norms(of_group, counted)
+        norms *= 1 + gamma(len(group) + 8)  # sums, roots, quotients and products are rounded too
         factor = tf.where(norms > 0, tf.minimum(1.0, tf.math.divide_no_nan(bound, norms)), 1.0)
         factor = tf.where(counted, factor * together.scale, 0.0)
         factors |= {id(part.variable): factor for part in group}
@@ -175,7 +177,7 @@ def computed_alone(model: Any) -> list[str]:
     Returns:
         Layers with their class, and "the loss".
     """
-    found = [f"{u.name} ({type(u).__name__})" for u in _units(model) if not _has_form(u)]
+    found = [f"{u.name} ({type(u).__name__})" for u in _units(model) if not has_form(u)]
     return found if _is_mean(model, None, []) else [*found, "the loss"]
 
 
@@ -383,6 +385,13 @@ def _units(model: Any) -> list[Any]:
                 "A private model must not mix the examples of a batch. Received: the layer "
                 f"{layer.name!r} of type BatchNormalization. Use GroupNormalization."
             )
+        if isinstance(layer, layers.SpectralNormalization) and layer.trainable:
+            raise ArgumentError(
+                "A layer must not rewrite weights when it is called: a step may call it once, "
+                "or for each piece of a batch of which the examples are secret. Received: the "
+                f"layer {layer.name!r} of type SpectralNormalization. Train what it wraps "
+                "with a `kernel_constraint`, which is applied once a step."
+            )
 
     def visit(layer: Any) -> None:
         if not layer.trainable_variables:
@@ -399,16 +408,12 @@ def _units(model: Any) -> list[Any]:
     return list(found.values())
 
 
-def _has_form(unit: Any) -> bool:
-    return type(unit) in FORMS and _layers.is_plain(unit)
-
-
 @contextlib.contextmanager
 def _recording(unit: Any, calls: list[Call], tape: Any) -> Iterator[None]:
     """Notes a layer's calls, and has the tape give gradients by what they return."""
-    has_form = _has_form(unit)
-    activates = has_form and has_activation(unit)
-    unscaled = left_out(unit) if has_form else {}
+    in_closed_form = has_form(unit)
+    activates = in_closed_form and has_activation(unit)
+    unscaled = left_out(unit) if in_closed_form else {}
     apart = {"activation": None} if activates else unscaled
 
     def record(call: Any, *args: Any, **kwargs: Any) -> Any:
@@ -429,7 +434,7 @@ def _recording(unit: Any, calls: list[Call], tape: Any) -> Iterator[None]:
 
 
 def _parts(unit: Any, calls: Sequence[Call]) -> list[Part]:
-    parts = FORMS[type(unit)](unit, calls) if _has_form(unit) else None
+    parts = FORMS[type(unit)](unit, calls) if has_form(unit) else None
     if parts is None:
         parts = _computed_again(unit, calls)
     trained = {id(v) for v in unit.trainable_variables}
@@ -486,13 +491,10 @@ def _check_repeatable(unit: Any) -> None:
         for part in inside
         for name in ("dropout", "recurrent_dropout", "rate", "stddev")
     )
-    state = len(unit.non_trainable_variables) > len(_layers.seeds(unit))
     known = isinstance(unit, layers.RNN | layers.TimeDistributed)
-    drawing = bool(_layers.seeds(unit)) and (random or not known)
-    if state or drawing:
+    if _layers.seeds(unit) and (random or not known):
         raise ArgumentError(
             "A layer without a closed form must give the same outputs when it is called "
             f"again. Received: the layer {unit.name!r} of type {type(unit).__name__}, with "
-            f"{'state' if state else 'random numbers'} of its own. Use a layer of its own for "
-            "dropout, and none that mixes examples."
+            "random numbers of its own. Use a layer of its own for dropout."
         )

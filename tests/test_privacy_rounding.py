@@ -1,0 +1,203 @@
+"""Norms are never below those of what is added, whatever cancels, overflows or is rounded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tfdist.privacy import grams, parts, rounding
+from tfdist.privacy.parts import Lookup, Part, Product, Written
+from tfdist.privacy.together import Alone, Copies, Groups, Together
+
+pytestmark = pytest.mark.quick
+
+UNITS = 3
+SLACK = 1e-5
+
+
+class Case:
+    """Factors of `UNITS` examples whose positions nearly cancel, and settings for them."""
+
+    def __init__(self, seed: int, positions: int, p: int, q: int, spread: int) -> None:
+        random = np.random.default_rng(seed)
+        self.positions, self.p, self.q = positions, p, q
+
+        def factor(size: int, alternates: bool) -> Any:
+            """One vector at all positions, of alternating sign, and little of another."""
+            same = random.normal(size=(UNITS, 1, size)) + random.choice([0, 10])
+            sign = np.where(np.arange(positions) % 2, -1.0, 1.0) if alternates else 1.0
+            own = random.normal(size=(UNITS, positions, size))
+            part = 10.0 ** -random.integers(0, 8, size=(UNITS, 1, 1))
+            scale = 10.0 ** random.integers(-spread, spread + 1, size=(UNITS, 1, 1))
+            made = (same * np.reshape(sign, [1, -1, 1]) + own * part) * scale
+            return made.astype("float32")
+
+        self.inputs, self.outputs = factor(p, False), factor(q, True)
+        # Rows that come again and again, as words do.
+        self.rows = random.integers(0, 3, size=(UNITS, positions))
+
+
+def cases(spread: int) -> st.SearchStrategy[Case]:
+    number = st.integers(1, 40)
+    return st.builds(
+        Case,
+        st.integers(0, 2**32 - 1),
+        st.sampled_from([1, 2, 3, 8, 33]),
+        number,
+        number,
+        st.just(spread),
+    )
+
+
+def product(case: Case) -> tuple[Part, Any]:
+    variable = keras.Variable(np.zeros((case.p, case.q), "float32"))
+    exact = np.einsum(
+        "btp,btq->bpq", case.inputs.astype("float64"), case.outputs.astype("float64")
+    )
+    return Product(variable, tf.constant(case.inputs), tf.constant(case.outputs)), exact
+
+
+def lookup(case: Case) -> tuple[Part, Any]:
+    variable = keras.Variable(np.zeros((3, case.q), "float32"))
+    same = np.eye(3)[case.rows]
+    exact = np.einsum("btr,btq->brq", same, case.outputs.astype("float64"))
+    return Lookup(variable, tf.constant(case.rows), tf.constant(case.outputs)), exact
+
+
+def written(case: Case) -> tuple[Part, Any]:
+    variable = keras.Variable(np.zeros((case.positions, case.q), "float32"))
+    return Written(variable, tf.constant(case.outputs)), case.outputs.astype("float64")
+
+
+FORMS: dict[str, Callable[[Case], tuple[Part, Any]]] = {
+    "product": product,
+    "lookup": lookup,
+    "written": written,
+}
+
+
+def norm(part: Part, together: Together) -> Any:
+    return np.sqrt(part.squared_norms(together).numpy().astype("float64"))
+
+
+def added(part: Part, unit: int, units: int, factor: float, together: Together) -> float:
+    """Gives the norm of what one unit adds."""
+    weights = np.zeros(units, "float32")
+    weights[unit] = factor
+    total = part.weighted_sum(tf.constant(weights), tf.constant(True), together)
+    return float(np.linalg.norm(total.numpy().astype("float64")))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("gram", [True, False])
+@settings(max_examples=40, deadline=None)
+@given(case=cases(4))
+def test_no_example_adds_more_than_its_norm(form: str, gram: bool, case: Case) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parts, "_gram_is_smaller", lambda *_: gram)
+        part, exact = FORMS[form](case)
+        norms = norm(part, Alone())
+        true = np.sqrt((exact**2).sum(axis=(1, 2)))
+        magnitudes = np.linalg.norm(case.outputs, axis=2)
+        if form == "product":
+            magnitudes = magnitudes * np.linalg.norm(case.inputs, axis=2)
+        rounded = magnitudes.sum(1) * case.positions * 2.0**-23
+        # What is written out is rounded as it is added: there the norm is of that.
+        missing = 0 if gram or form == "lookup" else rounded
+        assert np.all(norms >= true * (1 - SLACK) - missing)
+        for unit in range(UNITS):
+            clip = norms[unit] / 3
+            assert added(part, unit, UNITS, 1 / 3, Alone()) <= clip * (1 + SLACK)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@settings(max_examples=40, deadline=None)
+@given(case=cases(0))
+def test_norms_are_hardly_larger_where_nothing_cancels(form: str, case: Case) -> None:
+    case.inputs, case.outputs = np.abs(case.inputs), np.abs(case.outputs)
+    part, exact = FORMS[form](case)
+    true = np.sqrt((exact**2).sum(axis=(1, 2)))
+    np.testing.assert_allclose(norm(part, Alone()), true, rtol=1e-4)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", ["copies", "groups"])
+@settings(max_examples=20, deadline=None)
+@given(case=cases(2))
+def test_no_unit_of_examples_that_cancel_adds_more(form: str, kind: str, case: Case) -> None:
+    # The second example takes the first one back but for rounding.
+    for factor, sign in ((case.inputs, 1.0), (case.outputs, -1.0)):
+        factor[1] = sign * factor[0] * np.float32(1 + 2e-7)
+    case.rows[1] = case.rows[0]
+    together: Together = Groups(tf.constant([4, 4, 9]), 2)
+    if kind == "copies":
+        case.inputs, case.outputs, case.rows = (
+            a[:2] for a in (case.inputs, case.outputs, case.rows)
+        )
+        together = Copies(2)
+    part, exact = FORMS[form](case)
+    norms = norm(part, together)
+    for unit in range(len(norms)):
+        clip = norms[unit] / 3
+        assert added(part, unit, len(norms), 1 / 3, together) <= clip * (1 + SLACK)
+
+
+@pytest.mark.parametrize("unit", [2.0**-11, 2.0**-8])
+@settings(max_examples=20, deadline=None)
+@given(case=cases(2))
+def test_devices_that_round_factors(unit: float, case: Case) -> None:
+    # As TensorFloat-32 and bfloat16 have it, to the nearest of so many bits.
+    real, bits = tf.matmul, -int(math.log2(unit))
+
+    def rounded(values: Any) -> Any:
+        mantissa, exponent = np.frexp(np.asarray(values))
+        return tf.constant(np.ldexp(np.round(mantissa * 2**bits) / 2**bits, exponent), tf.float32)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (grams, parts, rounding):
+            patch.setattr(module, "factor_unit", lambda: unit)
+        patch.setattr(parts, "_gram_is_smaller", lambda *_: True)
+        patch.setattr(tf, "matmul", lambda a, b, **k: real(rounded(a), rounded(b), **k))
+        for form in (product, lookup):
+            part, _ = form(case)
+            norms = norm(part, Alone())
+            for number in range(UNITS):
+                clip = norms[number] / 3
+                assert added(part, number, UNITS, 1 / 3, Alone()) <= clip * (1 + SLACK)
+
+
+@pytest.mark.parametrize("gram", [True, False])
+@pytest.mark.parametrize("positions", [1, 2])
+def test_small_factors_of_large_ones_are_no_zeros(gram: bool, positions: int) -> None:
+    # The squares of the inputs underflow.
+    inputs = np.full((1, positions, 4), 1e-24, "float32")
+    outputs = np.full((1, positions, 4), 1e10, "float32")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parts, "_gram_is_smaller", lambda *_: gram)
+        part = Product(keras.Variable(np.zeros((4, 4), "float32")), inputs, outputs)
+        assert norm(part, Alone())[0] >= 1e-14 * 4 * positions
+
+
+def test_what_overflows_is_not_finite() -> None:
+    large = np.full((1, 2, 4), 1e20, "float32")
+    part = Product(keras.Variable(np.zeros((4, 4), "float32")), large, large)
+    assert not np.isfinite(part.squared_norms().numpy()[0])
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 9000), st.integers(0, 2**32 - 1))
+def test_sums_of_squares_are_rounded_up_and_little(count: int, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    values = np.abs(random.normal(size=(2, count))).astype("float32") + 0.1
+    exact = (values.astype("float64") ** 2).sum(1)
+    found = rounding.sums_of_squares(tf.constant(values)).numpy().astype("float64")
+    assert np.all(found >= exact)
+    assert np.all(found <= exact * (1 + 1.3e-7 * (count + 100)))
