@@ -23,6 +23,7 @@ from tfdist.privacy import _layers
 from tfdist.privacy.closed_forms import FORMS, Call, has_activation, has_form, left_out, scaled
 from tfdist.privacy.parts import Part, Written
 from tfdist.privacy.rounding import gamma
+from tfdist.privacy.tied import found_tied, of_tied, tied
 from tfdist.privacy.together import Alone, Together
 
 Tensor = Any
@@ -175,9 +176,11 @@ def computed_alone(model: Any) -> list[str]:
         model: A compiled, built `keras.Model`.
 
     Returns:
-        Layers with their class, and "the loss".
+        Layers with their class, weights that `check` has found to be used outside their
+        layers, and "the loss".
     """
     found = [f"{u.name} ({type(u).__name__})" for u in _units(model) if not has_form(u)]
+    found += [f"{path}, used outside its layer" for path in found_tied(model)]
     return found if _is_mean(model, None, []) else [*found, "the loss"]
 
 
@@ -291,6 +294,11 @@ def _recorded(
         made = [c._replace(gradients=next(remaining)) for c in calls[id(unit)]]
         if made:
             parts += _parts(unit, made)
+    by_hand = tied(model, units, lambda outs: _loss(model, x, y, sample_weight, outs), x)
+    if by_hand:
+        again = of_tied(model, by_hand, x, y, sample_weight, training)
+        recorded_well = {id(v) for v in model.trainable_variables} - {id(v) for v in by_hand}
+        parts = [part for part in parts if id(part.variable) in recorded_well] + again
     return _one_each(parts), [tf.convert_to_tensor(g) for g in plain], outputs
 
 

@@ -1,0 +1,123 @@
+"""Weights that are used outside the `call` of the layer that holds them: tied by hand, say.
+
+Of such a use nothing is recorded. So all uses of that weight are computed again, by running the
+whole model on one example after the other: exact, and slow.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from tfdist import _keras
+from tfdist.privacy import _layers
+from tfdist.privacy.parts import Part, Written
+
+Tensor = Any
+_FOUND = "_tfdist_tied"  # of a model: its trainable variables, and which of them are tied
+
+
+def tied(model: Any, units: Sequence[Any], loss: Callable[[Any], Tensor], x: Any) -> list[Any]:
+    """Finds weights that the loss depends on other than through recorded outputs.
+
+    The model is traced once with these outputs cut off, and never run. What is found is kept.
+
+    Args:
+        model: A compiled, built `keras.Model`.
+        units: The layers whose outputs are recorded.
+        loss: Gives the loss of the model's outputs.
+        x: A batch of inputs.
+
+    Returns:
+        Some of the model's trainable variables.
+    """
+    variables = model.trainable_variables
+    key = tuple(id(v) for v in variables)
+    known, found = vars(model).get(_FOUND, (None, set()))
+    if known != key:
+        found = _connected(model, units, loss, x)
+        vars(model)[_FOUND] = key, found
+    return [v for v in variables if id(v) in found]
+
+
+def found_tied(model: Any) -> list[str]:
+    """Names the weights that `tied` has found.
+
+    Args:
+        model: A `keras.Model`.
+    """
+    _, found = vars(model).get(_FOUND, (None, set()))
+    return [v.path for v in model.trainable_variables if id(v) in found]
+
+
+def _connected(
+    model: Any, units: Sequence[Any], loss: Callable[[Any], Tensor], x: Any
+) -> set[int]:
+    variables, found = model.trainable_variables, set()
+
+    def cut(call: Any, *args: Any, **kwargs: Any) -> Any:
+        return tf.nest.map_structure(tf.stop_gradient, call(*args, **kwargs))
+
+    def trace() -> None:
+        values = [v.value for v in variables]
+        with contextlib.ExitStack() as stack:
+            for unit in units:
+                stack.enter_context(_layers.called_through(unit, cut))
+            tape = stack.enter_context(tf.GradientTape(watch_accessed_variables=False))
+            for value in values:
+                tape.watch(value)
+            whole = loss(model(x, training=True))
+        gradients = tape.gradient(whole, values)
+        found.update(id(v) for v, g in zip(variables, gradients, strict=True) if g is not None)
+
+    tf.function(trace, autograph=False).get_concrete_function()
+    return found
+
+
+def of_tied(
+    model: Any, variables: Sequence[Any], x: Any, y: Any, sample_weight: Any, training: bool
+) -> list[Part]:
+    """Computes the gradients of each example's loss by some weights, one after the other.
+
+    Args:
+        model: A compiled, built `keras.Model`.
+        variables: The weights.
+        x: A batch of inputs, nested as the model takes them.
+        y: Targets, or None.
+        sample_weight: As Keras has it, or None.
+        training: As the model takes it.
+    """
+    values = [tf.convert_to_tensor(v) for v in variables]
+    in_use = list(zip(variables, values, strict=True))
+
+    def alone(index: Tensor) -> list[Tensor]:
+        one_x, one_y, one_weight = tf.nest.map_structure(
+            lambda leaf: (
+                leaf if leaf is None else tf.convert_to_tensor(leaf)[index : index + 1]
+            ),
+            (x, y, sample_weight),
+        )
+        with (
+            _keras.on_replica(None),
+            _layers.without_regularizers(model.trainable_variables),
+            tf.GradientTape(watch_accessed_variables=False) as tape,
+            keras.StatelessScope(state_mapping=in_use),
+        ):
+            tape.watch(values)
+            outputs = model(one_x, training=training)
+            loss = _layers.compiled_loss(model, one_x, one_y, outputs, one_weight)
+        found = tape.gradient(
+            loss, values, unconnected_gradients=tf.UnconnectedGradients.ZERO
+        )
+        return [tf.cast(tf.convert_to_tensor(g), tf.float32) for g in found]
+
+    each = tf.map_fn(
+        alone,
+        tf.range(tf.shape(tf.nest.flatten(x)[0])[0]),
+        fn_output_signature=[tf.TensorSpec(v.shape, tf.float32) for v in variables],
+    )
+    return [Written(v, gradients) for v, gradients in zip(variables, each, strict=True)]
