@@ -14,6 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tfdist.privacy import grams, parts, rounding
+from tfdist.privacy.closed_forms import FORMS as OF_LAYERS
+from tfdist.privacy.closed_forms import Call
 from tfdist.privacy.parts import Lookup, Part, Product, Written
 from tfdist.privacy.together import Alone, Copies, Groups, Together
 
@@ -201,3 +203,86 @@ def test_sums_of_squares_are_rounded_up_and_little(count: int, seed: int) -> Non
     found = rounding.sums_of_squares(tf.constant(values)).numpy().astype("float64")
     assert np.all(found >= exact)
     assert np.all(found <= exact * (1 + 1.3e-7 * (count + 100)))
+
+
+L = keras.layers
+
+
+def low_rank(layer: Any, shape: Any) -> Any:
+    layer.build((None, *shape))
+    layer.enable_lora(2)
+    for variable in layer.trainable_variables:
+        variable.assign(np.ones(variable.shape) / 3)
+    return layer
+
+
+# Layers, the shape of an example's inputs, and whether these are words.
+LAYERS: dict[str, tuple[Callable[[], Any], tuple[int, ...], bool]] = {
+    "dense": (lambda: L.Dense(12), (4, 12), False),
+    "einsum": (lambda: L.EinsumDense("abc,cde->abde", (4, 3, 6), bias_axes="de"), (4, 9), False),
+    "conv1d": (lambda: L.Conv1D(16, 4, padding="same"), (4, 9), False),
+    "conv2d": (lambda: L.Conv2D(3, 2), (5, 4, 2), False),
+    "conv_groups": (lambda: L.Conv1D(4, 2, groups=2), (6, 4), False),
+    "depthwise": (lambda: L.DepthwiseConv1D(2), (6, 3), False),
+    "embedding": (lambda: L.Embedding(3, 7), (6,), True),
+    "layer_norm": (L.LayerNormalization, (6, 5), False),
+    "group_norm": (lambda: L.GroupNormalization(2), (6, 4), False),
+    "rms_norm": (L.RMSNormalization, (6, 5), False),
+    "lora_dense": (lambda: low_rank(L.Dense(12), (3, 12)), (3, 12), False),
+    "lora_embedding": (lambda: low_rank(L.Embedding(3, 7), (6,)), (6,), True),
+    "gru": (lambda: L.GRU(12, return_sequences=True), (3, 12), False),
+}
+
+
+def exact_norms(layer: Any, x: Any, by_outputs: Any) -> Any:
+    """Takes the gradients of single examples, in float64."""
+    config = layer.get_config() | {"dtype": "float64"}
+    precise = type(layer).from_config(config)
+    precise.build(x.shape)
+    precise.set_weights(layer.get_weights())
+    found = []
+    for i in range(len(x)):
+        with tf.GradientTape() as tape:
+            inputs = x[i : i + 1] if x.dtype.kind == "i" else x[i : i + 1].astype("float64")
+            outputs = precise(inputs)
+        by_weights = tape.gradient(
+            outputs,
+            precise.trainable_variables,
+            tf.constant(by_outputs[i : i + 1].astype("float64")),
+        )
+        squares = [np.sum(tf.convert_to_tensor(g).numpy() ** 2) for g in by_weights]
+        found.append(math.sqrt(sum(squares)))
+    return np.array(found)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@settings(max_examples=6, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), part=st.integers(0, 7))
+def test_no_layer_adds_more_than_its_norm(name: str, seed: int, part: int) -> None:
+    random = np.random.default_rng(seed)
+    make, shape, is_words = LAYERS[name]
+    layer = make()
+    if not layer.built:
+        layer.build((None, *shape))
+    same = random.normal(size=(2, *[1] * (len(shape) - 1), shape[-1])) + 10
+    x = (same + random.normal(size=(2, *shape)) * 10.0**-part).astype("float32")
+    if is_words:
+        x = np.repeat(random.integers(0, 3, size=(2, 3)), 2, 1).astype("int32")
+    outputs = layer(x)
+    made = random.normal(size=(2, 1, outputs.shape[-1])) * 10.0 ** random.integers(-4, 5)
+    count = math.prod(outputs.shape[1:-1])
+    made = made * np.where(np.arange(count) % 2, -1, 1)[:, None]
+    made += random.normal(size=(2, count, outputs.shape[-1])) * 10.0**-part * np.abs(made)
+    gradients = made.reshape(outputs.shape).astype("float32")
+    call = Call((tf.constant(x),), {}, outputs, gradients=tf.constant(gradients))
+    found = OF_LAYERS[type(layer)](layer, [call])
+    assert found
+    norms = np.sqrt(sum(norm(each, Alone()) ** 2 for each in found))
+    for unit in range(2):
+        factor = 1 / (3 * norms[unit])
+        whole = [added(each, unit, 2, factor, Alone()) for each in found]
+        assert math.sqrt(sum(n**2 for n in whole)) <= (1 + SLACK) / 3
+    if "norm" not in name:  # what these normalize is itself rounded
+        least = np.linalg.norm(gradients.reshape(2, -1), axis=1) * 2.0**-20
+        least *= 1 if is_words else np.linalg.norm(x.reshape(2, -1), axis=1)
+        assert np.all(norms >= exact_norms(layer, x, gradients) * (1 - SLACK) - least)
