@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from tfdist import _keras
+from tfdist._keras import ReplicaBatch
 from tfdist.errors import ArgumentError
 from tfdist.privacy import _layers, clipping
 
@@ -413,6 +415,24 @@ def test_mixed_precision() -> None:
     for a, b in zip(received, expected, strict=True):
         assert a.dtype == tf.float32
         assert np.linalg.norm(a - b) < 0.05 * np.linalg.norm(b) + 0.01
+
+
+def test_tied_weights_see_the_dropout_that_others_see() -> None:
+    class Tied(keras.Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.dense, self.drop = L.Dense(4), L.Dropout(0.5)
+
+        def call(self, x: Any, training: bool = False) -> Any:
+            made = self.drop(self.dense(x), training=training)
+            return keras.ops.matmul(made, keras.ops.transpose(self.dense.kernel))
+
+    model, share = Tied(), tf.constant(EXAMPLES, tf.int64)
+    model.compile(loss="mse")
+    model(data(4))
+    batch = ReplicaBatch(share, share, tf.zeros([], tf.int64), list, tf.identity)
+    with _keras.replicated(), _keras.on_replica(batch):
+        clipping.check(model, data(4), data(4))
 
 
 def test_sensitivity_is_the_clipping_norm() -> None:

@@ -13,10 +13,13 @@ import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tfdist.errors import ArgumentError
 from tfdist.privacy import grams, parts, rounding
+from tfdist.privacy.adaptive import AdaptiveClip
 from tfdist.privacy.closed_forms import FORMS as OF_LAYERS
 from tfdist.privacy.closed_forms import Call
 from tfdist.privacy.parts import Lookup, Part, Product, Written
+from tfdist.privacy.settings import DPSGD, LARGEST_NORM, LEAST_NORM, Mechanism
 from tfdist.privacy.together import Alone, Copies, Groups, Together
 
 pytestmark = pytest.mark.quick
@@ -145,7 +148,7 @@ def test_no_unit_of_examples_that_cancel_adds_more(form: str, kind: str, case: C
             a[:2] for a in (case.inputs, case.outputs, case.rows)
         )
         together = Copies(2)
-    part, exact = FORMS[form](case)
+    part, _ = FORMS[form](case)
     norms = norm(part, together)
     for unit in range(len(norms)):
         clip = norms[unit] / 3
@@ -161,7 +164,9 @@ def test_devices_that_round_factors(unit: float, case: Case) -> None:
 
     def rounded(values: Any) -> Any:
         mantissa, exponent = np.frexp(np.asarray(values))
-        return tf.constant(np.ldexp(np.round(mantissa * 2**bits) / 2**bits, exponent), tf.float32)
+        return tf.constant(
+            np.ldexp(np.round(mantissa * 2**bits) / 2**bits, exponent), tf.float32
+        )
 
     with pytest.MonkeyPatch.context() as patch:
         for module in (grams, parts, rounding):
@@ -205,6 +210,23 @@ def test_sums_of_squares_are_rounded_up_and_little(count: int, seed: int) -> Non
     assert np.all(found <= exact * (1 + 1.3e-7 * (count + 100)))
 
 
+@pytest.mark.parametrize("norm_asked", [0.0, 1e-25, 1e20, math.nan])
+def test_norms_to_clip_to_are_within_what_float32_squares(norm_asked: float) -> None:
+    with pytest.raises(ArgumentError, match="`l2_norm_clip` must be a number between"):
+        DPSGD(norm_asked, noise_multiplier=1.0, delta=1e-5)
+
+
+@pytest.mark.parametrize(("votes", "last"), [(1e4, LEAST_NORM), (-1e4, LARGEST_NORM)])
+def test_an_adaptive_norm_stays_within(votes: float, last: float) -> None:
+    mechanism = Mechanism(1.0, 1.0, 10.0, target_quantile=0.5, expected_units=10.0)
+    adaptive = AdaptiveClip(keras.Sequential([keras.layers.Dense(1)]), mechanism)
+    for _ in range(3):
+        adaptive.update(tf.constant(votes), 1)
+    np.testing.assert_allclose(adaptive.norm(), last, rtol=1e-4)
+    adaptive.update(tf.constant(-votes / 100), 1)  # and comes back at once
+    assert not np.allclose(adaptive.norm(), last, rtol=0.5)
+
+
 L = keras.layers
 
 
@@ -219,7 +241,11 @@ def low_rank(layer: Any, shape: Any) -> Any:
 # Layers, the shape of an example's inputs, and whether these are words.
 LAYERS: dict[str, tuple[Callable[[], Any], tuple[int, ...], bool]] = {
     "dense": (lambda: L.Dense(12), (4, 12), False),
-    "einsum": (lambda: L.EinsumDense("abc,cde->abde", (4, 3, 6), bias_axes="de"), (4, 9), False),
+    "einsum": (
+        lambda: L.EinsumDense("abc,cde->abde", (4, 3, 6), bias_axes="de"),
+        (4, 9),
+        False,
+    ),
     "conv1d": (lambda: L.Conv1D(16, 4, padding="same"), (4, 9), False),
     "conv2d": (lambda: L.Conv2D(3, 2), (5, 4, 2), False),
     "conv_groups": (lambda: L.Conv1D(4, 2, groups=2), (6, 4), False),

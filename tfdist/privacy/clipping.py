@@ -20,6 +20,7 @@ from keras import layers
 from tfdist import _keras
 from tfdist.errors import ArgumentError
 from tfdist.privacy import _layers
+from tfdist.privacy.again import computed_again
 from tfdist.privacy.closed_forms import FORMS, Call, has_activation, has_form, left_out, scaled
 from tfdist.privacy.parts import Part, Written
 from tfdist.privacy.rounding import gamma
@@ -102,7 +103,9 @@ def clipped_sum(
     factors: dict[int, Tensor] = {}
     for group, of_group in zip(groups, squares, strict=True):
         norms = _norms(of_group, counted)
-        norms *= 1 + gamma(len(group) + 8)  # sums, roots, quotients and products are rounded too
+        norms *= 1 + gamma(
+            len(group) + 8
+        )  # sums, roots, quotients and products are rounded too
         factor = tf.where(norms > 0, tf.minimum(1.0, tf.math.divide_no_nan(bound, norms)), 1.0)
         factor = tf.where(counted, factor * together.scale, 0.0)
         factors |= {id(part.variable): factor for part in group}
@@ -274,6 +277,8 @@ def _recorded(
     """Runs the model forward and backward, and gives the gradients by variable."""
     units = _units(model)
     calls: dict[int, list[Call]] = {id(unit): [] for unit in units}
+    by_hand = tied(model, units, lambda outs: _loss(model, x, y, sample_weight, outs), x)
+    seeds = [(v, tf.identity(v.value)) for v in _layers.seeds(model)] if by_hand else []
     tape = tf.GradientTape(watch_accessed_variables=False)
     variables = [v.value for v in model.trainable_variables] if also_plain else []
     with contextlib.ExitStack() as stack:
@@ -294,11 +299,10 @@ def _recorded(
         made = [c._replace(gradients=next(remaining)) for c in calls[id(unit)]]
         if made:
             parts += _parts(unit, made)
-    by_hand = tied(model, units, lambda outs: _loss(model, x, y, sample_weight, outs), x)
     if by_hand:
-        again = of_tied(model, by_hand, x, y, sample_weight, training)
-        recorded_well = {id(v) for v in model.trainable_variables} - {id(v) for v in by_hand}
-        parts = [part for part in parts if id(part.variable) in recorded_well] + again
+        again = {id(v) for v in by_hand}
+        parts = [part for part in parts if id(part.variable) not in again]
+        parts += of_tied(model, by_hand, (x, y, sample_weight), training, seeds)
     return _one_each(parts), [tf.convert_to_tensor(g) for g in plain], outputs
 
 
@@ -444,65 +448,6 @@ def _recording(unit: Any, calls: list[Call], tape: Any) -> Iterator[None]:
 def _parts(unit: Any, calls: Sequence[Call]) -> list[Part]:
     parts = FORMS[type(unit)](unit, calls) if has_form(unit) else None
     if parts is None:
-        parts = _computed_again(unit, calls)
+        parts = computed_again(unit, calls)
     trained = {id(v) for v in unit.trainable_variables}
     return [part for part in parts if id(part.variable) in trained]
-
-
-def _computed_again(unit: Any, calls: Sequence[Call]) -> list[Part]:
-    """Runs a layer without a closed form on one example after the other: exact, and slow."""
-    _check_repeatable(unit)
-    variables = unit.trainable_variables
-    values = [tf.convert_to_tensor(v) for v in variables]
-    summed: list[Any] = [0.0] * len(variables)
-    for call in calls:
-        examples = tf.shape(tf.nest.flatten(call.outputs)[0])[0]
-
-        def one(index: Tensor, call: Call = call) -> list[Tensor]:
-            def row(leaf: Any) -> Any:
-                is_batch = tf.is_tensor(leaf) and leaf.shape.rank != 0
-                return leaf[index : index + 1] if is_batch else leaf
-
-            args, kwargs, gradients = tf.nest.map_structure(
-                row, (call.args, call.kwargs, call.gradients)
-            )
-            in_use = list(zip(variables, values, strict=True))
-            with tf.GradientTape(watch_accessed_variables=False) as tape:
-                tape.watch(values)
-                # Wherever the variables live, the layer uses these values.
-                with keras.StatelessScope(state_mapping=in_use):
-                    outputs = unit(*args, **kwargs)
-            found = tape.gradient(
-                outputs,
-                values,
-                output_gradients=gradients,
-                unconnected_gradients=tf.UnconnectedGradients.ZERO,
-            )
-            return [tf.cast(tf.convert_to_tensor(g), tf.float32) for g in found]
-
-        each = tf.map_fn(
-            one,
-            tf.range(examples),
-            fn_output_signature=[tf.TensorSpec(v.shape, tf.float32) for v in variables],
-        )
-        summed = [before + more for before, more in zip(summed, each, strict=True)]
-    return [Written(v, each) for v, each in zip(variables, summed, strict=True)]
-
-
-def _check_repeatable(unit: Any) -> None:
-    """Refuses what would give another result the second time."""
-    inside = [unit, *unit._flatten_layers(include_self=False)]
-    if isinstance(unit, layers.RNN):
-        inside.append(unit.cell)
-    random = any(
-        getattr(part, name, 0)
-        for part in inside
-        for name in ("dropout", "recurrent_dropout", "rate", "stddev")
-    )
-    known = isinstance(unit, layers.RNN | layers.TimeDistributed)
-    if _layers.seeds(unit) and (random or not known):
-        raise ArgumentError(
-            "A layer without a closed form must give the same outputs when it is called "
-            f"again. Received: the layer {unit.name!r} of type {type(unit).__name__}, with "
-            "random numbers of its own. Use a layer of its own for dropout."
-        )

@@ -21,7 +21,6 @@ from tfdist.privacy.rounding import (
     factor_unit,
     gamma,
     product_gamma,
-    sums_of_squares,
 )
 
 Tensor = Any
@@ -36,8 +35,8 @@ def squared_norms_of_products(inputs: Tensor, outputs: Tensor) -> Tensor:
     With Gram matrices of P positions, p and q columns and S = sum_t |inputs_t| |outputs_t|,
     the computed square differs from the exact one by at most (g(p) + g(q) + g(2 P)) S^2, where
     g(n) is about n * 2^-24. That is added. Where positions do not cancel, S is at most
-    sqrt(P) norms, and the norm becomes larger by about (p + q + 2 P) P * 2^-25 of itself: 0.15 %
-    for 64 positions of 128 and 512 numbers.
+    sqrt(P) norms, and the norm becomes larger by about (p + q + 2 P) P * 2^-25 of itself:
+    0.15 % for 64 positions of 128 and 512 numbers.
 
     Args:
         inputs: float32 of shape [examples, positions, p].
@@ -122,7 +121,11 @@ def _gram(factor: Tensor) -> tuple[Tensor, Any]:
     for part in parts:
         high = _cut(part, unit)
         mixed = tf.matmul(high, part - high, transpose_b=True)
-        grams += [tf.matmul(high, high, transpose_b=True), mixed, tf.linalg.matrix_transpose(mixed)]
+        grams += [
+            tf.matmul(high, high, transpose_b=True),
+            mixed,
+            tf.linalg.matrix_transpose(mixed),
+        ]
     return tf.add_n(grams), 4 * error + 8 * unit**2
 
 

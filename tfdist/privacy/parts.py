@@ -238,7 +238,7 @@ def _of_written(gradients: Tensor) -> Tensor:
 
 def _read_again() -> float:
     """By how much squares grow where a product reads gradients as the device has it."""
-    return (1 + 2 * factor_unit()) ** 2 * (1 + gamma(4))
+    return float((1 + 2 * factor_unit()) ** 2 * (1 + gamma(4)))
 
 
 def _finite(all_finite: Tensor, weights: Tensor, *values: Tensor) -> list[Tensor]:

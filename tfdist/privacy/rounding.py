@@ -1,9 +1,9 @@
-"""What floating-point arithmetic can be wrong by: bounds that norms are enlarged by.
+"""Bounds of rounding errors, by which norms are enlarged.
 
-`norm` means what an example's gradient is clipped by. It must never be below the norm of what
-is added to the sum, or an example contributes more than the clipping norm. The bounds are the
-standard ones of sums and inner products, which hold for any order of the additions (Higham,
-"Accuracy and Stability of Numerical Algorithms", 2nd ed., 2002, section 3.1).
+The norm that an example's gradient is clipped by must never be below the norm of what is added
+to the sum, or the example contributes more than the clipping norm. The bounds are the standard
+ones of sums and inner products, which hold for any order of the additions (Higham, "Accuracy
+and Stability of Numerical Algorithms", 2nd ed., 2002, section 3.1).
 """
 
 from __future__ import annotations

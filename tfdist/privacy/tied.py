@@ -14,6 +14,8 @@ import keras
 import tensorflow as tf
 
 from tfdist import _keras
+from tfdist._keras import ReplicaBatch
+from tfdist._keras.replica import current_batch
 from tfdist.privacy import _layers
 from tfdist.privacy.parts import Part, Written
 
@@ -57,7 +59,8 @@ def found_tied(model: Any) -> list[str]:
 def _connected(
     model: Any, units: Sequence[Any], loss: Callable[[Any], Tensor], x: Any
 ) -> set[int]:
-    variables, found = model.trainable_variables, set()
+    variables = model.trainable_variables
+    found: set[int] = set()
 
     def cut(call: Any, *args: Any, **kwargs: Any) -> Any:
         return tf.nest.map_structure(tf.stop_gradient, call(*args, **kwargs))
@@ -65,6 +68,7 @@ def _connected(
     def trace() -> None:
         values = [v.value for v in variables]
         with contextlib.ExitStack() as stack:
+            stack.enter_context(_keras.on_replica(None))  # whose graph is another one
             for unit in units:
                 stack.enter_context(_layers.called_through(unit, cut))
             tape = stack.enter_context(tf.GradientTape(watch_accessed_variables=False))
@@ -79,40 +83,44 @@ def _connected(
 
 
 def of_tied(
-    model: Any, variables: Sequence[Any], x: Any, y: Any, sample_weight: Any, training: bool
+    model: Any,
+    variables: Sequence[Any],
+    batch: tuple[Any, Any, Any],
+    training: bool,
+    seeds: Sequence[tuple[Any, Tensor]],
 ) -> list[Part]:
     """Computes the gradients of each example's loss by some weights, one after the other.
 
     Args:
         model: A compiled, built `keras.Model`.
         variables: The weights.
-        x: A batch of inputs, nested as the model takes them.
-        y: Targets, or None.
-        sample_weight: As Keras has it, or None.
+        batch: `x`, `y` and `sample_weight`, nested as Keras has them.
         training: As the model takes it.
+        seeds: States of the model's random numbers, and what they were when it was run on the
+            batch: in `fit` a row then has the random numbers that it had there.
     """
+    x, _, _ = batch
     values = [tf.convert_to_tensor(v) for v in variables]
-    in_use = list(zip(variables, values, strict=True))
+    in_use = [*zip(variables, values, strict=True), *seeds]
 
     def alone(index: Tensor) -> list[Tensor]:
         one_x, one_y, one_weight = tf.nest.map_structure(
             lambda leaf: (
                 leaf if leaf is None else tf.convert_to_tensor(leaf)[index : index + 1]
             ),
-            (x, y, sample_weight),
+            batch,
         )
         with (
-            _keras.on_replica(None),
             _layers.without_regularizers(model.trainable_variables),
             tf.GradientTape(watch_accessed_variables=False) as tape,
             keras.StatelessScope(state_mapping=in_use),
         ):
             tape.watch(values)
-            outputs = model(one_x, training=training)
-            loss = _layers.compiled_loss(model, one_x, one_y, outputs, one_weight)
-        found = tape.gradient(
-            loss, values, unconnected_gradients=tf.UnconnectedGradients.ZERO
-        )
+            with _keras.on_replica(_row(index)):
+                outputs = model(one_x, training=training)
+            with _keras.on_replica(None):  # the loss is no part of a larger batch's
+                loss = _layers.compiled_loss(model, one_x, one_y, outputs, one_weight)
+        found = tape.gradient(loss, values, unconnected_gradients=tf.UnconnectedGradients.ZERO)
         return [tf.cast(tf.convert_to_tensor(g), tf.float32) for g in found]
 
     each = tf.map_fn(
@@ -121,3 +129,14 @@ def of_tied(
         fn_output_signature=[tf.TensorSpec(v.shape, tf.float32) for v in variables],
     )
     return [Written(v, gradients) for v, gradients in zip(variables, each, strict=True)]
+
+
+def _row(index: Tensor) -> ReplicaBatch | None:
+    """Gives one row of the share that the replica computes, where it computes one."""
+    share = current_batch()
+    if share is None:
+        return None
+    one, place = tf.ones([], tf.int64), share.offset + tf.cast(index, tf.int64)
+    keys = getattr(share, "keys", None)  # what rows' random numbers follow from, if given
+    own = {} if keys is None else {"keys": keys.at(index[None])}
+    return ReplicaBatch(one, share.total, place, share.all_reduce, share.all_gather, **own)
