@@ -174,9 +174,10 @@ def tied_by_hand() -> tuple[Any, Any, Any]:
     dense = L.Dense(3, use_bias=False)
     table = L.Dense(4)  # in two places, and in one of them as it should be
     made = Borrowing(dense)(L.Dense(3)(dense(table(x))))
-    model = keras.Model(x, keras.ops.matmul(made, keras.ops.transpose(table.kernel)))
+    made = keras.ops.matmul(made, keras.ops.transpose(table.kernel))
+    model = keras.Model(x, L.Dense(2)(made))
     model.compile(loss="mse")
-    return model, data(4), data(4)
+    return model, data(4), data(2)
 
 
 def tied_in_a_model() -> tuple[Any, Any, Any]:
@@ -415,6 +416,40 @@ def test_mixed_precision() -> None:
     for a, b in zip(received, expected, strict=True):
         assert a.dtype == tf.float32
         assert np.linalg.norm(a - b) < 0.05 * np.linalg.norm(b) + 0.01
+
+
+def cancelling(kind: str) -> tuple[Any, Any]:
+    """Gives a model, and an example whose gradients at two positions nearly cancel."""
+    x = data(2, 16)[:1] * 0.01 + 100
+    if kind == "positions":
+        inputs = keras.Input((2, 16))
+        made = L.Dense(8)(inputs)
+        a, b = made[:, 0], made[:, 1]
+    elif kind == "shared":
+        inputs = [keras.Input((16,)), keras.Input((16,))]
+        dense = L.Dense(8)
+        a, b = (dense(each) for each in inputs)
+        x = [x[:, 0], x[:, 1]]
+    else:
+        inputs = keras.Input((2,))
+        made = L.Embedding(10, 8)(inputs) * 1e3
+        a, b = made[:, 0] * 1.0001, made[:, 1]
+        x = np.array([[3, 3]])
+    ones = keras.initializers.Constant(1.0)
+    outputs = L.Dense(1, use_bias=False, kernel_initializer=ones, trainable=False)(a - b)
+    model = keras.Model(inputs, outputs)
+    model.compile(loss="mse")
+    return model, x
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("kind", ["positions", "shared", "words"])
+def test_an_example_that_cancels_adds_no_more_than_the_norm(kind: str) -> None:
+    for seed in range(3):
+        keras.utils.set_random_seed(seed)
+        model, x = cancelling(kind)
+        sums, _ = clipped_sum(model, x, np.array([[1e4]]), np.ones(1, bool), 1.0)
+        assert np.sqrt(sum(np.sum(np.square(s, dtype="float64")) for s in sums)) < 1 + 1e-5
 
 
 def test_tied_weights_see_the_dropout_that_others_see() -> None:

@@ -60,37 +60,39 @@ def of_recurrent(layer: Any, calls: Sequence[Any]) -> list[Part]:
     return parts
 
 
-def _of_call(layer: Any, call: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _of_call(layer: Any, call: Any) -> tuple[Tensor, ...]:
     """Gives inputs, states before each step, and the gradients by both parts of the gates."""
     cell = layer.cell
-    seen = tf.cast(call.inputs, tf.float32)
+    dtype = tf.as_dtype(layer.compute_dtype)  # rounded as in the layer itself
+    seen = tf.cast(call.inputs, dtype)
     mask = call.argument(2, "mask")
     mask = mask[0] if isinstance(mask, list | tuple) else mask
     if layer.go_backwards:
         seen = tf.reverse(seen, [1])
         mask = None if mask is None else tf.reverse(mask, [1])
-    kernel, recurrent = (_value(v) for v in (cell.kernel, cell.recurrent_kernel))
+    kernel, recurrent = (_value(v, dtype) for v in (cell.kernel, cell.recurrent_kernel))
     gates = tf.transpose(tf.tensordot(seen, kernel, 1), [1, 0, 2])
     inner = tf.zeros_like(gates)
     if cell.use_bias:
-        bias = _value(cell.bias)
+        bias = _value(cell.bias, dtype)
         gates += bias[0] if len(bias.shape) == 2 else bias
         inner += bias[1] if len(bias.shape) == 2 else 0.0
     states = tf.nest.flatten(call.argument(1, "initial_state"))
     if not states or states[0] is None:
         states = layer.get_initial_state(tf.shape(seen)[0])
-    states = [tf.cast(state, tf.float32) for state in tf.nest.flatten(states)]
+    states = [tf.cast(state, dtype) for state in tf.nest.flatten(states)]
     with tf.GradientTape(watch_accessed_variables=False) as tape:
         tape.watch([gates, inner])
         outputs, before, last = _run(layer, gates, inner, recurrent, states, mask)
         made = [outputs if layer.return_sequences else outputs[:, -1]]
         made += last if layer.return_state else []
-    given = [tf.cast(g, tf.float32) for g in tf.nest.flatten(call.gradients)]
+    given = [tf.cast(g, dtype) for g in tf.nest.flatten(call.gradients)]
     by = tape.gradient(
         made, [gates, inner], given, unconnected_gradients=tf.UnconnectedGradients.ZERO
     )
     by_gates, by_inner = (tf.transpose(tf.convert_to_tensor(g), [1, 0, 2]) for g in by)
-    return seen, before, by_gates, by_inner
+    # What is summed over time is summed in float32.
+    return tuple(tf.cast(t, tf.float32) for t in (seen, before, by_gates, by_inner))
 
 
 def _run(
@@ -110,7 +112,7 @@ def _run(
 
     of_gates, of_inner = read(gates), read(inner)
     kept = None if mask is None else read(tf.transpose(mask)[:, :, None])
-    written = [tf.TensorArray(tf.float32, size=steps) for _ in range(2)]
+    written = [tf.TensorArray(gates.dtype, size=steps) for _ in range(2)]
 
     def body(time: Tensor, output: Tensor, now: list[Tensor], arrays: list[Any]) -> Any:
         from_h = tf.matmul(now[0], recurrent) + of_inner.read(time)
@@ -156,5 +158,5 @@ def _simple(cell: Any, gates: Tensor, from_h: Tensor, states: list[Tensor]) -> l
 _STEPS: dict[type, _Step] = {layers.LSTM: _lstm, layers.GRU: _gru, layers.SimpleRNN: _simple}
 
 
-def _value(variable: Any) -> Tensor:
-    return tf.cast(tf.convert_to_tensor(variable), tf.float32)
+def _value(variable: Any, dtype: Any) -> Tensor:
+    return tf.cast(tf.convert_to_tensor(variable), dtype)

@@ -14,11 +14,14 @@ from typing import Any
 
 import tensorflow as tf
 
+from tfdist.errors import ArgumentError
+
 Tensor = Any
 
 UNIT = 2.0**-24  # half a step of float32 at 1
 UNDERFLOW = 2.0**-126  # what is smaller may be taken for 0
 _ONE_LEVEL = 2048  # terms of a sum that is worth no second level
+_MIXED = ("auto_mixed_precision", "auto_mixed_precision_onednn_bfloat16")
 _FAST_MATH = ("TF_SET_ONEDNN_FPMATH_MODE", "ONEDNN_DEFAULT_FPMATH_MODE")
 
 
@@ -38,7 +41,18 @@ def factor_unit() -> float:
 
     GPUs round them to 11 bits (TensorFloat-32) unless that is turned off, TPUs to 8 bits, and
     oneDNN to 8 bits where the environment allows it. Else it is 0.
+
+    Raises:
+        ArgumentError: TensorFlow may rewrite any operation to a shorter type.
     """
+    options = tf.config.optimizer.get_experimental_options()
+    for name in _MIXED:
+        if options.get(name):
+            raise ArgumentError(
+                "Norms of private training must be computed in float32. Received: "
+                f"{name}=True in tf.config.optimizer, which rewrites their products. Use "
+                "keras.config.set_dtype_policy('mixed_bfloat16') instead."
+            )
     if any(os.environ.get(name, "strict").lower() != "strict" for name in _FAST_MATH):
         return 2.0**-8
     if tf.config.list_logical_devices("TPU"):

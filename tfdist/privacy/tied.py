@@ -24,13 +24,14 @@ _FOUND = "_tfdist_tied"  # of a model: its trainable variables, and which of the
 
 
 def tied(model: Any, units: Sequence[Any], loss: Callable[[Any], Tensor], x: Any) -> list[Any]:
-    """Finds weights that the loss depends on other than through recorded outputs.
+    """Finds weights that the loss depends on other than through calls of recorded layers.
 
-    The model is traced once with these outputs cut off, and never run. What is found is kept.
+    The model is traced once, with the weights cut off in these calls, and never run. What is
+    found is kept.
 
     Args:
         model: A compiled, built `keras.Model`.
-        units: The layers whose outputs are recorded.
+        units: The layers whose calls are recorded.
         loss: Gives the loss of the model's outputs.
         x: A batch of inputs.
 
@@ -62,15 +63,22 @@ def _connected(
     variables = model.trainable_variables
     found: set[int] = set()
 
-    def cut(call: Any, *args: Any, **kwargs: Any) -> Any:
-        return tf.nest.map_structure(tf.stop_gradient, call(*args, **kwargs))
+    def without(unit: Any) -> Callable[..., Any]:
+        def call_without(call: Any, *args: Any, **kwargs: Any) -> Any:
+            cut = [
+                (v, tf.stop_gradient(tf.convert_to_tensor(v))) for v in unit.trainable_variables
+            ]
+            with keras.StatelessScope(state_mapping=cut):
+                return call(*args, **kwargs)
+
+        return call_without
 
     def trace() -> None:
         values = [v.value for v in variables]
         with contextlib.ExitStack() as stack:
             stack.enter_context(_keras.on_replica(None))  # whose graph is another one
             for unit in units:
-                stack.enter_context(_layers.called_through(unit, cut))
+                stack.enter_context(_layers.called_through(unit, without(unit)))
             tape = stack.enter_context(tf.GradientTape(watch_accessed_variables=False))
             for value in values:
                 tape.watch(value)
