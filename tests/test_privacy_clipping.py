@@ -153,13 +153,16 @@ def frozen() -> tuple[Any, Any, Any]:
     return model, x, y
 
 
-def low_rank(shape: Any, layer: Any, words: int = 0) -> Any:
+def low_rank(shape: Any, layer: Any, words: int = 0, quantized: bool = False) -> Any:
     """Trains a low-rank change of a layer's weights, and the bias."""
 
     def make() -> tuple[Any, Any, Any]:
         model, x, y = sequential(shape, layer(), words=words)
         changed = model.layers[0]
         changed.enable_lora(2, lora_alpha=3)
+        if quantized:
+            changed.quantize("int8")
+            model.compile(loss=model.loss)
         assert len(changed.trainable_variables) < len(changed.variables)
         random = np.random.default_rng(3)
         for variable in changed.trainable_variables:
@@ -295,6 +298,9 @@ FAST = {
     ),
     "lora_einsum_turned": low_rank(
         (3, 4, 2), lambda: L.EinsumDense("abcd,dce->abe", (3, 6), bias_axes="e")
+    ),
+    "lora_einsum_of_8_bits": low_rank(
+        (3, 4), lambda: L.EinsumDense("abc,cde->abde", (3, 2, 5), "tanh"), quantized=True
     ),
     "lora_embedding": low_rank((6,), lambda: L.Embedding(4, 5), words=4),
     "lora_conv": low_rank((6, 6, 3), lambda: L.Conv2D(4, 3, activation="relu")),

@@ -77,7 +77,7 @@ def _einsum_dense(layer: Any, calls: Sequence[Call]) -> Parts | None:
         produced = [c for c in kernel if c in made]
         if lora.is_enabled(layer) and kernel[-1] not in made:
             return None
-        sizes = dict(zip(kernel, layer.kernel.shape, strict=True))
+        sizes = dict(zip(kernel, lora.kernel_shape(layer), strict=True))
         p, q = (math.prod(sizes[c] for c in part) for part in (contracted, produced))
         order = [given.index(c) for c in (given[0], *positions, *contracted)]
         count = folded(call.inputs, [given.index(c) for c in positions])

@@ -27,6 +27,17 @@ def is_enabled(layer: Any) -> bool:
     return bool(getattr(layer, "lora_enabled", False))
 
 
+def kernel_shape(layer: Any) -> tuple[int, ...]:
+    """Gives the shape of a kernel, of which a quantized layer may keep another one.
+
+    Args:
+        layer: A layer with a kernel.
+    """
+    if not is_enabled(layer):
+        return tuple(layer.kernel.shape)
+    return (*layer.lora_kernel_a.shape[:-1], layer.lora_kernel_b.shape[-1])
+
+
 def of_kernel(
     layer: Any,
     inputs: Tensor,
