@@ -86,7 +86,11 @@ def _connected(
         gradients = tape.gradient(whole, values)
         found.update(id(v) for v, g in zip(variables, gradients, strict=True) if g is not None)
 
-    tf.function(trace, autograph=False).get_concrete_function()
+    if model.run_eagerly:  # its code may be no graph's; what it assigns is left out
+        with keras.StatelessScope():
+            trace()
+    else:
+        tf.function(trace, autograph=False).get_concrete_function()
     return found
 
 
