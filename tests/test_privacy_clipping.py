@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from tfdist import _keras
+from tfdist._keras import ReplicaBatch
 from tfdist.errors import ArgumentError
 from tfdist.privacy import _layers, clipping
 
@@ -22,8 +24,13 @@ def clipped_sum(*args: Any) -> tuple[list[Any], Any]:
     return sums, norms
 
 
-def loop(model: Any, x: Any, y: Any, clip: float) -> tuple[list[Any], Any]:
-    """Takes the gradient of one example after the other, and clips it."""
+def loop(
+    model: Any, x: Any, y: Any, clip: float, measured: Any = None
+) -> tuple[list[Any], Any]:
+    """Takes the gradient of one example after the other, and clips it.
+
+    By its norm, or by the one that was measured.
+    """
     variables = model.trainable_variables
     sums, norms = [np.zeros(v.shape) for v in variables], []
     for i in range(len(tf.nest.flatten(y)[0])):
@@ -38,7 +45,8 @@ def loop(model: Any, x: Any, y: Any, clip: float) -> tuple[list[Any], Any]:
         ]
         norm = np.sqrt(sum((g.astype("float64") ** 2).sum() for g in gradients))
         norms.append(norm)
-        factor = min(1.0, clip / norm) if norm else 1.0
+        used = norm if measured is None else float(measured[i])
+        factor = min(1.0, clip / used) if used else 1.0
         sums = [s + g * factor for s, g in zip(sums, gradients, strict=True)]
     return sums, np.array(norms)
 
@@ -114,6 +122,16 @@ def masked_words() -> tuple[Any, Any, Any]:
     return model, words, data(1)
 
 
+def encoder_and_decoder() -> tuple[Any, Any, Any]:
+    x = keras.Input((4, 3))
+    encoded, *states = L.LSTM(4, return_state=True)(x)
+    decoded = L.GRU(4, return_sequences=True)(x, initial_state=states[1])
+    made = L.LSTM(4, recurrent_activation="tanh")(decoded, initial_state=states)
+    model = keras.Model(x, L.Dense(1)(L.Concatenate()([encoded, made])))
+    model.compile(loss="mse")
+    return model, data(4, 3), data(1)
+
+
 def masked_loss() -> tuple[Any, Any, Any]:
     x = keras.Input((6,))
     model = keras.Model(x, L.Dense(2)(L.Embedding(9, 5, mask_zero=True)(x)))
@@ -135,12 +153,66 @@ def frozen() -> tuple[Any, Any, Any]:
     return model, x, y
 
 
+def low_rank(shape: Any, layer: Any, words: int = 0, quantized: bool = False) -> Any:
+    """Trains a low-rank change of a layer's weights, and the bias."""
+
+    def make() -> tuple[Any, Any, Any]:
+        model, x, y = sequential(shape, layer(), words=words)
+        changed = model.layers[0]
+        changed.enable_lora(2, lora_alpha=3)
+        if quantized:
+            changed.quantize("int8")
+            model.compile(loss=model.loss)
+        assert len(changed.trainable_variables) < len(changed.variables)
+        random = np.random.default_rng(3)
+        for variable in changed.trainable_variables:
+            variable.assign(random.normal(size=variable.shape))
+        return model, x, y
+
+    return functional(make)
+
+
+def tied_by_hand() -> tuple[Any, Any, Any]:
+    x = keras.Input((4,))
+    dense = L.Dense(3, use_bias=False)
+    table = L.Dense(4)  # in two places, and in one of them as it should be
+    made = Borrowing(dense)(L.Dense(3)(dense(table(x))))
+    made = keras.ops.matmul(made, keras.ops.transpose(table.kernel))
+    model = keras.Model(x, L.Dense(2)(made))
+    model.compile(loss="mse")
+    return model, data(4), data(2)
+
+
+def tied_in_a_model() -> tuple[Any, Any, Any]:
+    class Tied(keras.Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.dense = L.Embedding(6, 4), L.Dense(4, activation="tanh")
+
+        def call(self, x: Any) -> Any:
+            made = self.dense(keras.ops.mean(self.words(x), 1))
+            return keras.ops.matmul(made, keras.ops.transpose(self.words.embeddings))
+
+    model = Tied()
+    model.compile(loss="mse")
+    model(data(3, words=6))
+    return model, data(3, words=6), data(6)
+
+
+def frozen_kernel() -> tuple[Any, Any, Any]:
+    model, x, y = sequential((4,), L.Dense(6), Scale(), L.Dense(5, activation="relu"))
+    model.layers[0].kernel.trainable = False
+    model.layers[1].offset.trainable = False
+    return model, x, y
+
+
 class Scale(L.Layer):
     def build(self, shape: Any) -> None:
         self.factor = self.add_weight(shape=(shape[-1],), initializer="ones")
+        self.offset = self.add_weight(shape=(shape[-1],), initializer="ones")
 
     def call(self, inputs: Any) -> Any:
-        return inputs * self.factor
+        return inputs * self.factor + self.offset
 
 
 class Borrowing(L.Layer):
@@ -212,18 +284,40 @@ FAST = {
     "masked_loss": functional(masked_loss),
     "loss_is_sum": functional(loss_is_sum),
     "frozen": functional(frozen),
+    "lstm": lambda: sequential((5, 3), L.LSTM(4, return_sequences=True)),
+    "gru": lambda: sequential((5, 3), L.GRU(4, activation="relu"), L.Dense(3)),
+    "simple_rnn": lambda: sequential(
+        (5, 3), L.SimpleRNN(4, use_bias=False, return_sequences=True, go_backwards=True)
+    ),
+    "bidirectional": lambda: sequential((5, 3), L.Bidirectional(L.LSTM(4))),
+    "encoder_and_decoder": functional(encoder_and_decoder),
+    "masked_words": functional(masked_words),
+    "lora_dense": low_rank((4,), lambda: L.Dense(6, activation="tanh")),
+    "lora_einsum": low_rank(
+        (3, 4), lambda: L.EinsumDense("abc,cde->abde", (3, 2, 5), bias_axes="de")
+    ),
+    "lora_einsum_turned": low_rank(
+        (3, 4, 2), lambda: L.EinsumDense("abcd,dce->abe", (3, 6), bias_axes="e")
+    ),
+    "lora_einsum_of_8_bits": low_rank(
+        (3, 4), lambda: L.EinsumDense("abc,cde->abde", (3, 2, 5), "tanh"), quantized=True
+    ),
+    "lora_embedding": low_rank((6,), lambda: L.Embedding(4, 5), words=4),
+    "lora_conv": low_rank((6, 6, 3), lambda: L.Conv2D(4, 3, activation="relu")),
 }
 SLOW = {
-    "lstm": lambda: sequential((5, 3), L.LSTM(4, return_sequences=True)),
-    "gru": lambda: sequential((5, 3), L.GRU(4)),
-    "bidirectional": lambda: sequential((5, 3), L.Bidirectional(L.LSTM(4))),
-    "masked_words": functional(masked_words),
+    "gru_reset_before": lambda: sequential((5, 3), L.GRU(4, reset_after=False)),
     "time_distributed": lambda: sequential((3, 4), L.TimeDistributed(L.Dense(2))),
     "separable_conv": lambda: sequential((6, 6, 2), L.SeparableConv2D(3, 3)),
     "conv_transpose": lambda: sequential((4, 4, 2), L.Conv2DTranspose(3, 2)),
     "einsum_per_position": lambda: sequential((3, 4), L.EinsumDense("abc,bcd->abd", (3, 5))),
     "prelu": lambda: sequential((4, 5), L.PReLU()),
     "custom": lambda: sequential((4, 5), Scale()),
+    "tied_by_hand": functional(tied_by_hand),
+    "tied_in_a_model": functional(tied_in_a_model),
+    "frozen_kernel": functional(frozen_kernel),
+    "lora_conv_groups": low_rank((5, 5, 4), lambda: L.Conv2D(6, 3, groups=2)),
+    "lora_einsum_over_inputs": low_rank((3, 4), lambda: L.EinsumDense("abc,dc->abd", (3, 5))),
     "layer_norm_turned": lambda: sequential((4, 6), L.LayerNormalization(axis=(2, 1))),
 }
 
@@ -238,16 +332,18 @@ def test_equals_a_loop_over_examples(name: str) -> None:
     model, x, y = {**FAST, **SLOW}[name]()
     _, norms = loop(model, x, y, 1.0)
     clip = float(np.median(norms))  # some are clipped, some are not
-    expected, _ = loop(model, x, y, clip)
     traced = tf.function(
         lambda x, y, mask: clipped_sum(model, x, y, mask, clip), autograph=False
     )
     tensors = [tf.nest.map_structure(tf.constant, part) for part in (x, y)]
     received, received_norms = traced(*tensors, tf.ones([EXAMPLES], tf.bool))
-    np.testing.assert_allclose(received_norms, norms, rtol=1e-4, atol=1e-6)
+    # Enlarged by the most that rounding can take from them.
+    assert np.all(received_norms >= norms * (1 - 1e-5) - 1e-6)
+    np.testing.assert_allclose(received_norms, norms, rtol=3e-3, atol=1e-6)
+    expected, _ = loop(model, x, y, clip, received_norms)
     close(received, expected)
     clipping.check(model, x, y)
-    is_fast = name in FAST or name.startswith(("einsum", "layer_norm"))
+    is_fast = name in FAST or name.startswith(("einsum", "layer_norm_", "lora"))
     alone = [layer for layer in clipping.computed_alone(model) if layer != "the loss"]
     assert (alone == []) == is_fast
 
@@ -292,7 +388,7 @@ def test_rows_that_are_not_finite_count_nothing(name: str, bad: float) -> None:
 def test_rows_that_are_not_finite_count_nothing_where_norms_are_compiled() -> None:
     model, x, y = FAST["dense_long"]()
     finite = np.array([True, True, False, True, True])
-    expected, _ = loop(model, x[finite], y[finite], 0.5)
+    known = x[finite]
     x[2] = np.nan
     everyone = np.ones(EXAMPLES, bool)
     traced = tf.function(lambda x, y: clipped_sum(model, x, y, everyone, 0.5), autograph=False)
@@ -300,6 +396,7 @@ def test_rows_that_are_not_finite_count_nothing_where_norms_are_compiled() -> No
     calls = [op for op in made.graph.get_operations() if op.type == "PartitionedCall"]
     assert any("_XlaMustCompile" in call.node_def.attr for call in calls)
     received, norms = traced(tf.constant(x), tf.constant(y))
+    expected, _ = loop(model, known, y[finite], 0.5, norms[finite])
     close(received, expected)
     assert norms[2] == 0
 
@@ -327,6 +424,58 @@ def test_mixed_precision() -> None:
         assert np.linalg.norm(a - b) < 0.05 * np.linalg.norm(b) + 0.01
 
 
+def cancelling(kind: str) -> tuple[Any, Any]:
+    """Gives a model, and an example whose gradients at two positions nearly cancel."""
+    x = data(2, 16)[:1] * 0.01 + 100
+    if kind == "positions":
+        inputs = keras.Input((2, 16))
+        made = L.Dense(8)(inputs)
+        a, b = made[:, 0], made[:, 1]
+    elif kind == "shared":
+        inputs = [keras.Input((16,)), keras.Input((16,))]
+        dense = L.Dense(8)
+        a, b = (dense(each) for each in inputs)
+        x = [x[:, 0], x[:, 1]]
+    else:
+        inputs = keras.Input((2,))
+        made = L.Embedding(10, 8)(inputs) * 1e3
+        a, b = made[:, 0] * 1.0001, made[:, 1]
+        x = np.array([[3, 3]])
+    ones = keras.initializers.Constant(1.0)
+    outputs = L.Dense(1, use_bias=False, kernel_initializer=ones, trainable=False)(a - b)
+    model = keras.Model(inputs, outputs)
+    model.compile(loss="mse")
+    return model, x
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("kind", ["positions", "shared", "words"])
+def test_an_example_that_cancels_adds_no_more_than_the_norm(kind: str) -> None:
+    for seed in range(3):
+        keras.utils.set_random_seed(seed)
+        model, x = cancelling(kind)
+        sums, _ = clipped_sum(model, x, np.array([[1e4]]), np.ones(1, bool), 1.0)
+        assert np.sqrt(sum(np.sum(np.square(s, dtype="float64")) for s in sums)) < 1 + 1e-5
+
+
+def test_tied_weights_see_the_dropout_that_others_see() -> None:
+    class Tied(keras.Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.dense, self.drop = L.Dense(4), L.Dropout(0.5)
+
+        def call(self, x: Any, training: bool = False) -> Any:
+            made = self.drop(self.dense(x), training=training)
+            return keras.ops.matmul(made, keras.ops.transpose(self.dense.kernel))
+
+    model, share = Tied(), tf.constant(EXAMPLES, tf.int64)
+    model.compile(loss="mse")
+    model(data(4))
+    batch = ReplicaBatch(share, share, tf.zeros([], tf.int64), list, tf.identity)
+    with _keras.replicated(), _keras.on_replica(batch):
+        clipping.check(model, data(4), data(4))
+
+
 def test_sensitivity_is_the_clipping_norm() -> None:
     model, x, y = FAST["attention"]()
     ones = np.ones(EXAMPLES, bool)
@@ -345,22 +494,12 @@ def test_what_mixes_or_draws_is_refused() -> None:
         ((L.Dense(4), L.BatchNormalization()), "must not mix the examples"),
         ((L.BatchNormalization(center=False, scale=False),), "must not mix the examples"),
         ((L.LSTM(4, dropout=0.5),), "must give the same outputs"),
+        ((L.SpectralNormalization(L.Dense(4)),), "must not rewrite weights"),
     ):
         shape = (5, 3) if isinstance(layers[0], L.LSTM) else (4,)
         model, x, y = sequential(shape, *layers)
         with pytest.raises(ArgumentError, match=message):
             clipped_sum(model, x, y, ones, 1.0)
-
-
-@pytest.mark.quick
-def test_weight_used_elsewhere_is_found_by_the_check() -> None:
-    keras.utils.set_random_seed(1)
-    inputs = keras.Input((4,))
-    dense = L.Dense(3, use_bias=False)
-    model = keras.Model(inputs, Borrowing(dense)(dense(inputs)))
-    model.compile(loss="mse")
-    with pytest.raises(ArgumentError, match="All weights must be used by the layers"):
-        clipping.check(model, data(4), data(4))
 
 
 @pytest.mark.quick

@@ -40,27 +40,29 @@ def sublayers(layer: Any) -> list[Any]:
 def called_through(layer: Any, function: Callable[..., Any]) -> Iterator[None]:
     """Has `function(call, *args, **kwargs)` called where Keras calls `layer.call`.
 
-    Relies on `Layer.__call__` looking `call` up on the instance, with the arguments cast
-    and masks filled in before, and under the scope that casts variables.
+    Relies on `Layer.__call__` looking `call` up on the instance, or `quantized_call` of a
+    quantized layer, with the arguments cast and masks filled in before, and under the scope
+    that casts variables.
 
     Args:
         layer: A built `keras.Layer`.
         function: Gets the layer's own `call` and its arguments.
     """
-    call = layer.call
-    had = vars(layer).get("call")
+    name = "call" if getattr(layer, "quantization_mode", None) is None else "quantized_call"
+    call = getattr(layer, name)
+    had = vars(layer).get(name)
 
     def through(*args: Any, **kwargs: Any) -> Any:
         return function(call, *args, **kwargs)
 
-    vars(layer)["call"] = through
+    vars(layer)[name] = through
     try:
         yield
     finally:
         if had is None:
-            del vars(layer)["call"]
+            del vars(layer)[name]
         else:
-            vars(layer)["call"] = had
+            vars(layer)[name] = had
 
 
 @contextlib.contextmanager
@@ -91,15 +93,15 @@ def has_mask(tensor: Any) -> bool:
 
 
 def is_plain(layer: Any) -> bool:
-    """Tells whether a layer uses its kernel as it is: no LoRA, no quantization.
+    """Tells whether a layer computes with the weights that it trains as they are.
+
+    One that is quantized to 8 bits does if it trains a low-rank change of them (QLoRA).
 
     Args:
         layer: A `keras.Layer`.
     """
-    return (
-        not getattr(layer, "lora_enabled", False)
-        and getattr(layer, "quantization_mode", None) is None
-    )
+    mode = getattr(layer, "quantization_mode", None)
+    return mode is None or (mode == "int8" and bool(getattr(layer, "lora_enabled", False)))
 
 
 def is_seed(variable: Any) -> bool:

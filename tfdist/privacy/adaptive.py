@@ -9,7 +9,7 @@ import keras
 import tensorflow as tf
 
 from tfdist.privacy.adam import DPAdam
-from tfdist.privacy.settings import Mechanism
+from tfdist.privacy.settings import LARGEST_NORM, LEAST_NORM, Mechanism
 
 Tensor = Any
 _HELD = "_tfdist_clip_optimizer"  # of the model, where strategies look for its optimizers
@@ -21,7 +21,8 @@ class AdaptiveClip:
     The logarithm of the norm is a variable, whose gradient is the part of examples within it
     less the quantile (Andrew et al., "Differentially private learning with adaptive clipping",
     NeurIPS 2021, algorithm 1: the geometric update). So it is summed and updated as weights
-    are.
+    are. The norm stays between `LEAST_NORM` and `LARGEST_NORM`: gradients of 0 would else make
+    it smaller without end.
 
     Args:
         model: A compiled, built `keras.Model`.
@@ -35,13 +36,14 @@ class AdaptiveClip:
         self._log_norm = keras.Variable(
             math.log(mechanism.l2_norm_clip), dtype="float32", name="log_l2_norm_clip"
         )
+        self._log_norm.constraint = _within  # the optimizer keeps to it
         self._optimizer = keras.optimizers.SGD(mechanism.clip_learning_rate)
         self._optimizer.build([self._log_norm])
         vars(model)[_HELD] = self._optimizer
 
     def norm(self) -> Tensor:
         """Gives the norm to clip to."""
-        return tf.exp(tf.convert_to_tensor(self._log_norm))
+        return tf.exp(_within(tf.convert_to_tensor(self._log_norm)))
 
     def restart(self) -> None:
         """Begins with the norm that was asked for."""
@@ -57,6 +59,10 @@ class AdaptiveClip:
         # Votes are of a half, so that one example changes their sum by no more than that.
         part = votes / self._mechanism.expected_units + (0.5 - self._quantile) / replicas
         self._optimizer.apply([part], [self._log_norm])
+
+
+def _within(log_norm: Tensor) -> Tensor:
+    return tf.clip_by_value(log_norm, math.log(LEAST_NORM), math.log(LARGEST_NORM))
 
 
 def forget(model: Any) -> None:

@@ -20,8 +20,11 @@ from keras import layers
 from tfdist import _keras
 from tfdist.errors import ArgumentError
 from tfdist.privacy import _layers
-from tfdist.privacy.closed_forms import FORMS, Call, has_activation, left_out, scaled
+from tfdist.privacy.again import computed_again
+from tfdist.privacy.closed_forms import FORMS, Call, has_activation, has_form, left_out, scaled
 from tfdist.privacy.parts import Part, Written
+from tfdist.privacy.rounding import gamma
+from tfdist.privacy.tied import found_tied, of_tied, tied
 from tfdist.privacy.together import Alone, Together
 
 Tensor = Any
@@ -35,8 +38,8 @@ class Clipped(NamedTuple):
     Attributes:
         sums: Of clipped gradients, float32, in the order of `model.trainable_variables`.
         norms: Of each unit's gradient before clipping, shape [units], 0 where it counts
-            nothing: where it is masked or not finite. An example is a unit if nothing else
-            was said.
+            nothing: where it is masked or not finite. Rounded up, by so much that no unit
+            adds more than the clipping norm. An example is a unit if nothing else was said.
         votes: 1/2 for each that counts and was not clipped, less 1/2 for each that was.
         outputs: The model's.
     """
@@ -100,6 +103,9 @@ def clipped_sum(
     factors: dict[int, Tensor] = {}
     for group, of_group in zip(groups, squares, strict=True):
         norms = _norms(of_group, counted)
+        norms *= 1 + gamma(
+            len(group) + 8
+        )  # sums, roots, quotients and products are rounded too
         factor = tf.where(norms > 0, tf.minimum(1.0, tf.math.divide_no_nan(bound, norms)), 1.0)
         factor = tf.where(counted, factor * together.scale, 0.0)
         factors |= {id(part.variable): factor for part in group}
@@ -173,9 +179,11 @@ def computed_alone(model: Any) -> list[str]:
         model: A compiled, built `keras.Model`.
 
     Returns:
-        Layers with their class, and "the loss".
+        Layers with their class, weights that `check` has found to be used outside their
+        layers, and "the loss".
     """
-    found = [f"{u.name} ({type(u).__name__})" for u in _units(model) if not _has_form(u)]
+    found = [f"{u.name} ({type(u).__name__})" for u in _units(model) if not has_form(u)]
+    found += [f"{path}, used outside its layer" for path in found_tied(model)]
     return found if _is_mean(model, None, []) else [*found, "the loss"]
 
 
@@ -269,6 +277,8 @@ def _recorded(
     """Runs the model forward and backward, and gives the gradients by variable."""
     units = _units(model)
     calls: dict[int, list[Call]] = {id(unit): [] for unit in units}
+    by_hand = tied(model, units, lambda outs: _loss(model, x, y, sample_weight, outs), x)
+    seeds = [(v, tf.identity(v.value)) for v in _layers.seeds(model)] if by_hand else []
     tape = tf.GradientTape(watch_accessed_variables=False)
     variables = [v.value for v in model.trainable_variables] if also_plain else []
     with contextlib.ExitStack() as stack:
@@ -289,6 +299,10 @@ def _recorded(
         made = [c._replace(gradients=next(remaining)) for c in calls[id(unit)]]
         if made:
             parts += _parts(unit, made)
+    if by_hand:
+        again = {id(v) for v in by_hand}
+        parts = [part for part in parts if id(part.variable) not in again]
+        parts += of_tied(model, by_hand, (x, y, sample_weight), training, seeds)
     return _one_each(parts), [tf.convert_to_tensor(g) for g in plain], outputs
 
 
@@ -383,6 +397,13 @@ def _units(model: Any) -> list[Any]:
                 "A private model must not mix the examples of a batch. Received: the layer "
                 f"{layer.name!r} of type BatchNormalization. Use GroupNormalization."
             )
+        if isinstance(layer, layers.SpectralNormalization) and layer.trainable:
+            raise ArgumentError(
+                "A layer must not rewrite weights when it is called: a step may call it once, "
+                "or for each piece of a batch of which the examples are secret. Received: the "
+                f"layer {layer.name!r} of type SpectralNormalization. Train what it wraps "
+                "with a `kernel_constraint`, which is applied once a step."
+            )
 
     def visit(layer: Any) -> None:
         if not layer.trainable_variables:
@@ -399,16 +420,12 @@ def _units(model: Any) -> list[Any]:
     return list(found.values())
 
 
-def _has_form(unit: Any) -> bool:
-    return type(unit) in FORMS and _layers.is_plain(unit)
-
-
 @contextlib.contextmanager
 def _recording(unit: Any, calls: list[Call], tape: Any) -> Iterator[None]:
     """Notes a layer's calls, and has the tape give gradients by what they return."""
-    has_form = _has_form(unit)
-    activates = has_form and has_activation(unit)
-    unscaled = left_out(unit) if has_form else {}
+    in_closed_form = has_form(unit)
+    activates = in_closed_form and has_activation(unit)
+    unscaled = left_out(unit) if in_closed_form else {}
     apart = {"activation": None} if activates else unscaled
 
     def record(call: Any, *args: Any, **kwargs: Any) -> Any:
@@ -429,70 +446,8 @@ def _recording(unit: Any, calls: list[Call], tape: Any) -> Iterator[None]:
 
 
 def _parts(unit: Any, calls: Sequence[Call]) -> list[Part]:
-    parts = FORMS[type(unit)](unit, calls) if _has_form(unit) else None
+    parts = FORMS[type(unit)](unit, calls) if has_form(unit) else None
     if parts is None:
-        parts = _computed_again(unit, calls)
+        parts = computed_again(unit, calls)
     trained = {id(v) for v in unit.trainable_variables}
     return [part for part in parts if id(part.variable) in trained]
-
-
-def _computed_again(unit: Any, calls: Sequence[Call]) -> list[Part]:
-    """Runs a layer without a closed form on one example after the other: exact, and slow."""
-    _check_repeatable(unit)
-    variables = unit.trainable_variables
-    values = [tf.convert_to_tensor(v) for v in variables]
-    summed: list[Any] = [0.0] * len(variables)
-    for call in calls:
-        examples = tf.shape(tf.nest.flatten(call.outputs)[0])[0]
-
-        def one(index: Tensor, call: Call = call) -> list[Tensor]:
-            def row(leaf: Any) -> Any:
-                is_batch = tf.is_tensor(leaf) and leaf.shape.rank != 0
-                return leaf[index : index + 1] if is_batch else leaf
-
-            args, kwargs, gradients = tf.nest.map_structure(
-                row, (call.args, call.kwargs, call.gradients)
-            )
-            in_use = list(zip(variables, values, strict=True))
-            with tf.GradientTape(watch_accessed_variables=False) as tape:
-                tape.watch(values)
-                # Wherever the variables live, the layer uses these values.
-                with keras.StatelessScope(state_mapping=in_use):
-                    outputs = unit(*args, **kwargs)
-            found = tape.gradient(
-                outputs,
-                values,
-                output_gradients=gradients,
-                unconnected_gradients=tf.UnconnectedGradients.ZERO,
-            )
-            return [tf.cast(tf.convert_to_tensor(g), tf.float32) for g in found]
-
-        each = tf.map_fn(
-            one,
-            tf.range(examples),
-            fn_output_signature=[tf.TensorSpec(v.shape, tf.float32) for v in variables],
-        )
-        summed = [before + more for before, more in zip(summed, each, strict=True)]
-    return [Written(v, each) for v, each in zip(variables, summed, strict=True)]
-
-
-def _check_repeatable(unit: Any) -> None:
-    """Refuses what would give another result the second time."""
-    inside = [unit, *unit._flatten_layers(include_self=False)]
-    if isinstance(unit, layers.RNN):
-        inside.append(unit.cell)
-    random = any(
-        getattr(part, name, 0)
-        for part in inside
-        for name in ("dropout", "recurrent_dropout", "rate", "stddev")
-    )
-    state = len(unit.non_trainable_variables) > len(_layers.seeds(unit))
-    known = isinstance(unit, layers.RNN | layers.TimeDistributed)
-    drawing = bool(_layers.seeds(unit)) and (random or not known)
-    if state or drawing:
-        raise ArgumentError(
-            "A layer without a closed form must give the same outputs when it is called "
-            f"again. Received: the layer {unit.name!r} of type {type(unit).__name__}, with "
-            f"{'state' if state else 'random numbers'} of its own. Use a layer of its own for "
-            "dropout, and none that mixes examples."
-        )

@@ -14,9 +14,11 @@ import keras
 import tensorflow as tf
 from keras import layers, ops
 
-from tfdist.privacy import _layers
-from tfdist.privacy.parts import Lookup, Part, Product, Written
+from tfdist.privacy import _layers, lora, recurrent
+from tfdist.privacy.lora import of_kernel, of_table
+from tfdist.privacy.parts import Part, Written
 from tfdist.privacy.patches import channels_last, folded, patches
+from tfdist.privacy.recurrent import of_recurrent
 
 Tensor = Any
 Parts = list[Part]
@@ -44,11 +46,20 @@ class Call(NamedTuple):
         """The first argument."""
         return self.args[0] if self.args else next(iter(self.kwargs.values()))
 
+    def argument(self, place: int, name: str) -> Any:
+        """Gives an argument however it was passed; None if it was not.
+
+        Args:
+            place: Among the positional ones.
+            name: Its.
+        """
+        return self.args[place] if len(self.args) > place else self.kwargs.get(name)
+
 
 def _dense(layer: Any, calls: Sequence[Call]) -> Parts:
     inputs = tf.concat([_positions(call.inputs) for call in calls], 1)
     outputs = tf.concat([_positions(call.gradients) for call in calls], 1)
-    parts: Parts = [Product(layer.kernel, inputs, outputs)]
+    parts = of_kernel(layer, inputs, outputs)
     if layer.bias is not None:
         parts.append(Written(layer.bias, tf.reduce_sum(tf.cast(outputs, tf.float32), 1)))
     return parts
@@ -64,7 +75,9 @@ def _einsum_dense(layer: Any, calls: Sequence[Call]) -> Parts | None:
         positions = [c for c in given[1:] if c in made]
         contracted = [c for c in kernel if c in given]
         produced = [c for c in kernel if c in made]
-        sizes = dict(zip(kernel, layer.kernel.shape, strict=True))
+        if lora.is_enabled(layer) and kernel[-1] not in made:
+            return None
+        sizes = dict(zip(kernel, lora.kernel_shape(layer), strict=True))
         p, q = (math.prod(sizes[c] for c in part) for part in (contracted, produced))
         order = [given.index(c) for c in (given[0], *positions, *contracted)]
         count = folded(call.inputs, [given.index(c) for c in positions])
@@ -74,7 +87,7 @@ def _einsum_dense(layer: Any, calls: Sequence[Call]) -> Parts | None:
     order = [(contracted + produced).index(c) for c in kernel]
     axes = [sizes[c] for c in contracted + produced], order
     joined = tf.concat(inputs, 1), tf.concat(outputs, 1)
-    parts: Parts = [Product(layer.kernel, *joined, axes)]
+    parts = of_kernel(layer, *joined, axes)
     if layer.bias is not None:
         shape = layer.bias.shape
         summed = sum(_sum_to(call.gradients, shape) for call in calls)
@@ -110,10 +123,12 @@ def _embedding(layer: Any, calls: Sequence[Call]) -> Parts:
         ids = tf.where(ids < 0, ids + layer.input_dim, ids)  # as `keras.ops.take` has it
         rows.append(tf.reshape(ids, [-1, count]))
         outputs.append(tf.reshape(call.gradients, [-1, count, layer.output_dim]))
-    return [Lookup(layer.embeddings, tf.concat(rows, 1), tf.concat(outputs, 1))]
+    return of_table(layer, tf.concat(rows, 1), tf.concat(outputs, 1))
 
 
-def _conv(layer: Any, calls: Sequence[Call]) -> Parts:
+def _conv(layer: Any, calls: Sequence[Call]) -> Parts | None:
+    if lora.is_enabled(layer) and layer.groups != 1:
+        return None
     seen = tf.concat([patches(layer, call.inputs) for call in calls], 1)
     outputs = tf.concat([_positions(channels_last(layer, c.gradients)) for c in calls], 1)
     channels = seen.shape[-1]
@@ -121,7 +136,7 @@ def _conv(layer: Any, calls: Sequence[Call]) -> Parts:
     parts: Parts
     if layer.groups == 1:
         flat = tf.reshape(seen, [-1, seen.shape[1] or _length(seen), window * channels])
-        parts = [Product(layer.kernel, flat, outputs)]
+        parts = of_kernel(layer, flat, outputs)
     else:
         groups = layer.groups
         split = tf.reshape(seen, [-1, _length(seen), window, groups, channels // groups])
@@ -231,8 +246,22 @@ FORMS: dict[type, Callable[[Any, Sequence[Call]], Parts | None]] = {
     layers.LayerNormalization: _normalization,
     layers.GroupNormalization: _normalization,
     layers.RMSNormalization: _normalization,
+    layers.LSTM: of_recurrent,
+    layers.GRU: of_recurrent,
+    layers.SimpleRNN: of_recurrent,
 }
 """The closed form of a layer's class; None from it means that it does not hold here."""
+
+
+def has_form(layer: Any) -> bool:
+    """Tells whether a layer has a closed form.
+
+    Args:
+        layer: A `keras.Layer`.
+    """
+    if type(layer) not in FORMS or not _layers.is_plain(layer):
+        return False
+    return recurrent.has_form(layer) if isinstance(layer, layers.RNN) else True
 
 
 # The attributes with which the `call` of a layer's class normalizes, and does no more.
@@ -249,7 +278,7 @@ def has_activation(layer: Any) -> bool:
     Args:
         layer: A `keras.Layer`.
     """
-    activation = getattr(layer, "activation", None)
+    activation = vars(layer).get("activation")  # a recurrent layer's is its cell's
     return activation is not None and activation is not keras.activations.linear
 
 

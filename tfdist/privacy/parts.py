@@ -15,6 +15,7 @@ from typing import Any
 import tensorflow as tf
 
 from tfdist.privacy.grams import squared_norms_by_row, squared_norms_of_products
+from tfdist.privacy.rounding import UNDERFLOW, factor_unit, gamma, sums_of_squares
 from tfdist.privacy.together import Alone, Groups, Together
 
 Tensor = Any
@@ -33,6 +34,9 @@ class Part(abc.ABC):
     @abc.abstractmethod
     def squared_norms(self, together: Together = _ALONE) -> Tensor:
         """Gives the squared norm of the sum of each unit's gradients, shape [units].
+
+        It is of what `weighted_sum` adds for a weight of 1, rounding errors included, and
+        rounded up: never below it, but for what underflows, which is no more than 1e-14.
 
         Args:
             together: Which examples make up a unit.
@@ -67,19 +71,21 @@ class Written(Part):
     def __init__(self, variable: Any, gradients: Tensor) -> None:
         self.variable = variable
         self._gradients = tf.cast(gradients, tf.float32)
+        self._summed: Tensor = None  # the units' gradients, once they were needed
 
     def squared_norms(self, together: Together = _ALONE) -> Tensor:
         """Squares and sums; see `Part`."""
-        squares = tf.square(together.sums(self._gradients))
-        return tf.reduce_sum(squares, list(range(1, len(squares.shape))))
+        self._summed = together.sums(self._gradients)
+        return _of_written(self._summed)
 
     def weighted_sum(
         self, weights: Tensor, all_finite: Tensor, together: Together = _ALONE
     ) -> Tensor:
         """Contracts with the weights; see `Part`."""
-        weights = together.by_row(weights)
-        (gradients,) = _finite(all_finite, weights, self._gradients)
-        return tf.tensordot(weights, gradients, 1)
+        # Of a unit's gradients that cancel, what is added must be what was measured.
+        units = together.sums(self._gradients) if self._summed is None else self._summed
+        (units,) = _finite(all_finite, weights, units)
+        return tf.tensordot(weights, units, 1)
 
     def each(self) -> Tensor:
         """Gives them as they are; see `Part`."""
@@ -113,18 +119,20 @@ class Product(Part):
     def squared_norms(self, together: Together = _ALONE) -> Tensor:
         """Uses the Gram matrices of both factors where they are smaller; see `Part`."""
         positions = self._inputs.shape[1]
-        numbers = self._inputs.shape[2] * self._outputs.shape[2]
+        sizes = self._inputs.shape[2], self._outputs.shape[2]
         if positions is not None:
             positions *= together.most
         if positions == 1:
-            return tf.reduce_sum(tf.square(self._inputs), [1, 2]) * tf.reduce_sum(
-                tf.square(self._outputs), [1, 2]
-            )
+            squares = [
+                sums_of_squares(f) + f.shape[2] * UNDERFLOW
+                for f in (self._inputs, self._outputs)
+            ]
+            return squares[0] * squares[1] * _read_again()
         factors = together.joined(self._inputs), together.joined(self._outputs)
-        if positions is not None and 2 * positions**2 <= numbers:
+        if _gram_is_smaller(positions, *sizes):
             return squared_norms_of_products(*factors)
         self._written = tf.matmul(*factors, transpose_a=True)
-        return tf.reduce_sum(tf.square(self._written), [1, 2])
+        return _of_written(self._written)
 
     def weighted_sum(
         self, weights: Tensor, all_finite: Tensor, together: Together = _ALONE
@@ -185,13 +193,17 @@ class Lookup(Part):
         units = tf.cast(together.unit, tf.int64)[:, None]
         keys = tf.reshape(units * count + tf.cast(self._rows, tf.int64), [-1])
         found, places = tf.unique(keys)
-        sums = tf.math.unsorted_segment_sum(
-            tf.reshape(self._outputs, [-1, size]), places, tf.size(found)
+        outputs = tf.reshape(self._outputs, [-1, size])
+        sums = tf.math.unsorted_segment_sum(outputs, places, tf.size(found))
+        lengths = tf.sqrt(sums_of_squares(outputs))
+        magnitudes = tf.math.unsorted_segment_sum(lengths, places, tf.size(found))
+        positions = tf.cast(tf.size(keys), tf.float32)
+        # The sum over all examples may add up in another order.
+        largest = tf.sqrt(sums_of_squares(sums)) + 2 * gamma(positions) * magnitudes
+        squares = tf.math.unsorted_segment_sum(
+            tf.square(largest), found // count, tf.cast(together.unit[-1], tf.int64) + 1
         )
-        squares = tf.reduce_sum(tf.square(sums), 1)
-        return tf.math.unsorted_segment_sum(
-            squares, found // count, tf.cast(together.unit[-1], tf.int64) + 1
-        )
+        return squares * (1 + gamma(positions))
 
     def weighted_sum(
         self, weights: Tensor, all_finite: Tensor, together: Together = _ALONE
@@ -214,6 +226,19 @@ class Lookup(Part):
             tf.reshape(self._outputs, [-1, size]), tf.reshape(rows, [-1]), examples * count
         )
         return tf.reshape(sums, [-1, count, size])
+
+
+def _gram_is_smaller(positions: int | None, p: int, q: int) -> bool:
+    return positions is not None and 2 * positions**2 <= p * q
+
+
+def _of_written(gradients: Tensor) -> Tensor:
+    return sums_of_squares(gradients) * _read_again()
+
+
+def _read_again() -> float:
+    """By how much squares grow where a product reads gradients as the device has it."""
+    return float((1 + 2 * factor_unit()) ** 2 * (1 + gamma(4)))
 
 
 def _finite(all_finite: Tensor, weights: Tensor, *values: Tensor) -> list[Tensor]:

@@ -10,6 +10,9 @@ from tfdist.privacy.arguments import check_choice, check_count, check_number
 from tfdist.privacy.correlated import coefficients
 from tfdist.privacy.ledger import ACCOUNTANTS, RELATIONS, Ledger
 
+LEAST_NORM, LARGEST_NORM = 1e-10, 1e15
+"""Norms to clip to. Squares of gradients underflow far below, and overflow far above."""
+
 
 @dataclass(frozen=True)
 class DPSGD:
@@ -24,7 +27,7 @@ class DPSGD:
 
     Args:
         l2_norm_clip: The norm, over all variables, to which each example's gradient is
-            clipped; above 0.
+            clipped; between 1e-10 and 1e15.
         noise_multiplier: The noise's standard deviation on the sum over all replicas, in
             units of `l2_norm_clip`; 0 adds none, and then nothing is private.
         target_epsilon: What all steps on these data may cost, those in `spent` and those of
@@ -96,9 +99,7 @@ class DPSGD:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        check_number("l2_norm_clip", self.l2_norm_clip, 0)
-        if self.l2_norm_clip == 0:
-            raise ArgumentError("`l2_norm_clip` must be above 0. Received: l2_norm_clip=0.")
+        check_number("l2_norm_clip", self.l2_norm_clip, LEAST_NORM, LARGEST_NORM)
         if (self.noise_multiplier is None) == (self.target_epsilon is None):
             raise ArgumentError(
                 "Exactly one of `noise_multiplier` and `target_epsilon` must be given. "
