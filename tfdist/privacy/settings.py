@@ -180,6 +180,18 @@ class Mechanism:
         """With what factors the noise of a step and those before is added up."""
         return coefficients(self.bands or 1)
 
+    def most(self, replicas: int) -> float:
+        """Says how long a sum of clipped gradients may be, practically, in norms.
+
+        What is drawn with a mean of b is above 2 b + 64 with a probability below 2^-64
+        (Chernoff's bound), and rows are dealt out evenly.
+
+        Args:
+            replicas: Among which a step's rows are.
+        """
+        rows = max(self.expected_batch, self.expected_units)
+        return 2 * rows + (64 + replicas) * (self.rows_of_user or 1)
+
     @property
     def gradient_noise(self) -> float:
         """The noise on the sum of gradients, in units of the norm that is clipped to.
