@@ -98,6 +98,18 @@ class Phase:
             and self.capacity < self.num_rows
         )
 
+    @property
+    def gaussian_square(self) -> float:
+        """What these steps add to the square of a Gaussian mechanism's mean over deviation.
+
+        0 where examples are sampled, which makes them no Gaussian mechanism.
+        """
+        if self.bands is not None:
+            return (sensitivity(self.bands, self.separation, self.steps) / self.noise_multiplier) ** 2
+        if self.sampling_probability < 1 or self.truncates:
+            return 0.0
+        return self.steps / self.noise_multiplier**2
+
     def event(self, *, truncated: bool = True) -> Any:
         """Gives dp-accounting's description of these steps.
 
@@ -332,11 +344,10 @@ def _rdp_epsilon(made: Sequence[Phase], delta: float, relation: str) -> float:
 def _pld_epsilon(
     made: Sequence[Phase], delta: float, relation: str, coarseness: float
 ) -> float:
-    interval = coarseness * _interval(made, delta)
-    accountant = dp_accounting().pld.PLDAccountant(_relation(relation), interval)
-    for phase in made:
-        accountant.compose(phase.event())
-    return float(accountant.get_epsilon(delta))
+    dp_accounting()  # said to be missing before SciPy, which it brings, is
+    from tfdist.privacy import pld
+
+    return pld.epsilon(made, delta, relation, coarseness * _interval(made, delta))
 
 
 def _interval(made: Sequence[Phase], delta: float) -> float:
@@ -349,7 +360,8 @@ def _interval(made: Sequence[Phase], delta: float) -> float:
     for phase in made:
         rdp.compose(phase.event(truncated=False))
     scale = float(rdp.get_epsilon(delta))
-    return max(1e-5, 1e-4 * min(1.0, scale), 2e-6 * scale)
+    wanted = max(1e-5, 1e-4 * min(1.0, scale), 2e-6 * scale)
+    return float(2.0 ** (math.floor(2 * math.log2(wanted)) / 2))  # often the same: it is kept
 
 
 def _relation(name: str) -> Any:

@@ -153,7 +153,8 @@ class Mechanism:
     Attributes:
         l2_norm_clip: As in `DPSGD`.
         noise_multiplier: As in `DPSGD`, found if need be.
-        expected_batch: Examples that a step draws on average.
+        expected_batch: `batch_size`: the examples that a step draws on average, if there are
+            as many.
         microbatch_size: As in `DPSGD`.
         per_layer: Whether `DPSGD`'s `clipping` is.
         expected_units: What is clipped in a step on average: users, or examples.
