@@ -6,7 +6,6 @@ The numbers are dp-accounting's; this file only says to it what happened.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -17,7 +16,6 @@ from tfdist.privacy.correlated import sensitivity
 ACCOUNTANTS = ("pld", "rdp")
 RELATIONS = ("add_or_remove_one", "replace_special", "replace_one")
 EXAMPLE, USER = "example", "user"
-_WHOLE_ORDERS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128, 256, 512)
 
 
 @dataclass(frozen=True)
@@ -105,7 +103,9 @@ class Phase:
         0 where examples are sampled, which makes them no Gaussian mechanism.
         """
         if self.bands is not None:
-            return (sensitivity(self.bands, self.separation, self.steps) / self.noise_multiplier) ** 2
+            return (
+                sensitivity(self.bands, self.separation, self.steps) / self.noise_multiplier
+            ) ** 2
         if self.sampling_probability < 1 or self.truncates:
             return 0.0
         return self.steps / self.noise_multiplier**2
@@ -242,9 +242,12 @@ class Ledger:
             return 0.0
         if any(phase.noise_multiplier == 0 for phase in made):
             return math.inf
+        dp_accounting()  # said to be missing before SciPy, which it brings, is
+        from tfdist.privacy import accountants
+
         if accountant == "rdp":
-            return _rdp_epsilon(made, delta, relation)
-        return _pld_epsilon(made, delta, relation, 10.0 if coarse else 1.0)
+            return accountants.rdp_epsilon(made, delta, relation)
+        return accountants.pld_epsilon(made, delta, relation, 10.0 if coarse else 1.0)
 
     def affordable(
         self,
@@ -321,51 +324,6 @@ class Ledger:
                 "A ledger must be read from what `Ledger.to_dict` gave. "
                 f"Received: {saved!r} ({error})."
             ) from None
-
-
-def _rdp_epsilon(made: Sequence[Phase], delta: float, relation: str) -> float:
-    truncating = [phase for phase in made if phase.truncates]
-    if truncating:
-        raise ArgumentError(
-            "The accountant 'rdp' must be given steps without a capacity. Received: "
-            f"{truncating[0]}. Use accountant='pld'."
-        )
-    if relation == "replace_one":
-        raise ArgumentError(
-            "The accountant 'rdp' cannot do Poisson sampling for relation='replace_one'. "
-            "Use accountant='pld', or another relation."
-        )
-    accountant = dp_accounting().rdp.RdpAccountant(neighboring_relation=_relation(relation))
-    for phase in made:
-        accountant.compose(phase.event())
-    return float(accountant.get_epsilon(delta))
-
-
-def _pld_epsilon(
-    made: Sequence[Phase], delta: float, relation: str, coarseness: float
-) -> float:
-    dp_accounting()  # said to be missing before SciPy, which it brings, is
-    from tfdist.privacy import pld
-
-    return pld.epsilon(made, delta, relation, coarseness * _interval(made, delta))
-
-
-def _interval(made: Sequence[Phase], delta: float) -> float:
-    """Chooses how finely privacy losses are kept apart: each is rounded to the safe side.
-
-    A tenth of a thousandth is within 1 % for an epsilon around 1; a small epsilon needs
-    less, and a large one would need gigabytes. The scale is a coarse bound by RDP.
-    """
-    rdp = dp_accounting().rdp.RdpAccountant(_WHOLE_ORDERS)
-    for phase in made:
-        rdp.compose(phase.event(truncated=False))
-    scale = float(rdp.get_epsilon(delta))
-    wanted = max(1e-5, 1e-4 * min(1.0, scale), 2e-6 * scale)
-    return float(2.0 ** (math.floor(2 * math.log2(wanted)) / 2))  # often the same: it is kept
-
-
-def _relation(name: str) -> Any:
-    return dp_accounting().NeighboringRelation[name.upper()]
 
 
 def dp_accounting() -> Any:

@@ -11,17 +11,14 @@ Needs no TensorFlow.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import fft, optimize
-
-from tfdist.privacy.ledger import Phase
 
 Array = NDArray[np.float64]
 _UNIT = 2.0**-53
@@ -151,7 +148,9 @@ class Composition:
         places = np.roll(tilted.probabilities, (start - first) % size)
         losses = self._interval * (first + np.arange(size))
         exponents = tilted.log_scale - tilt.value * losses
-        worst = tilted.relative + 8 * _UNIT * (abs(tilted.log_scale) + tilt.value * abs(losses).max())
+        worst = tilted.relative + 8 * _UNIT * (
+            abs(tilted.log_scale) + tilt.value * abs(losses).max()
+        )
         margin = (1 + 1e-9) * math.exp(worst)
 
         with np.errstate(over="ignore"):
@@ -233,89 +232,3 @@ def _folded(weights: Array, size: int) -> Array:
     padded[: len(weights)] = weights
     folded: Array = padded.reshape(-1, size).sum(0)
     return folded
-
-
-@functools.lru_cache(maxsize=16)
-def _step(
-    probability: float,
-    noise: float,
-    limits: tuple[int, int] | None,
-    relation: str,
-    interval: float,
-    log_left_out: float,
-) -> list[tuple[Array, int, float]]:
-    """Has dp-accounting find the distribution of a step, in each direction of a relation.
-
-    Gives probabilities, the first multiple, and the probability of an infinite loss.
-    """
-    from dp_accounting import NeighboringRelation
-    from dp_accounting.pld import privacy_loss_distribution as plds
-
-    options = {
-        "value_discretization_interval": interval,
-        "log_mass_truncation_bound": log_left_out,
-        "neighboring_relation": NeighboringRelation[relation.upper()],
-    }
-    if limits is None:
-        found = plds.from_gaussian_mechanism(noise, sampling_prob=probability, **options)
-    else:  # the cost is proven in Ganesh et al., arXiv 2508.15089
-        rows, room = limits
-        found = plds.from_truncated_subsampled_gaussian_mechanism(
-            rows, probability, room, noise, **options
-        )
-    both = [found._pmf_remove]
-    if not found._symmetric:
-        both.append(found._pmf_add)
-    dense = [pmf.to_dense_pmf() for pmf in both]
-    return [(np.asarray(p._probs), int(p._lower_loss), float(p._infinity_mass)) for p in dense]
-
-
-def gaussian_epsilon(mean: float, delta: float) -> float:
-    """Gives the epsilon of a Gaussian mechanism, in closed form.
-
-    By dp-accounting (Balle and Wang, "Improving the Gaussian mechanism for differential
-    privacy", ICML 2018, theorem 8), and what its floats and its search may have missed.
-
-    Args:
-        mean: What an example can change, in standard deviations of the noise.
-        delta: Between 0 and 1.
-    """
-    import dp_accounting
-
-    return float(dp_accounting.get_epsilon_gaussian(1 / mean, delta)) * (1 + 1e-9) + 1e-11
-
-
-def epsilon(made: Sequence[Phase], delta: float, relation: str, interval: float) -> float:
-    """Computes the epsilon of steps, all of them with noise.
-
-    Args:
-        made: The steps.
-        delta: Between 0 and 1.
-        relation: As in `tfdist.privacy.epsilon`.
-        interval: How far apart losses are kept.
-    """
-    square = sum(phase.gaussian_square for phase in made)
-    sampled = [phase for phase in made if not phase.gaussian_square]
-    if not sampled:
-        return gaussian_epsilon(math.sqrt(square) * (1 + (relation == "replace_one")), delta)
-    steps = sum(phase.steps for phase in sampled) + 1
-    # What a step leaves out counts as an infinite loss, and shall be little of delta.
-    log_left_out = min(-50.0, -10.0 * math.ceil(math.log(1e5 * steps / delta) / 10))
-    kinds: list[tuple[list[tuple[Array, int, float]], int]] = []
-    if square:
-        kinds.append((_step(1.0, square**-0.5, None, relation, interval, log_left_out), 1))
-    for phase in sampled:
-        limits = None
-        if phase.truncates:
-            assert phase.num_rows is not None
-            assert phase.capacity is not None
-            limits = phase.num_rows, phase.capacity
-        q, noise = phase.sampling_probability, phase.noise_multiplier
-        kinds.append((_step(q, noise, limits, relation, interval, log_left_out), phase.steps))
-    # A symmetric distribution stands for both directions.
-    return max(
-        Composition(
-            [Losses(*both[min(way, len(both) - 1)], times) for both, times in kinds], interval
-        ).epsilon(delta)
-        for way in range(max(len(both) for both, _ in kinds))
-    )

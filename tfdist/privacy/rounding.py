@@ -3,7 +3,7 @@
 Floats are not real numbers: which lowest bits a sum of a value and of noise can have depends on
 the value, and who sees them can tell data sets apart for sure (Mironov, "On significance of the
 least significant bits for differential privacy", CCS 2012). So noise is added in float64 and
-the sum is rounded to a coarse grid before anything reads it; see docs/decisions/0014.
+the sum is rounded to a coarse grid before anything reads it; see docs/decisions/0015.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _EXACT = 2.0**24  # whole numbers up to this one, and their sums, are exact in f
 
 
 class Rounding:
-    """Turns replicas' sums and their noise into whole numbers, whose sum over replicas is exact.
+    """Turns replicas' noisy sums into whole numbers, whose sum over replicas is exact.
 
     With one replica a number is a function of the noisy sum, so it costs no privacy. With R
     replicas, each with noise of deviation s / sqrt(R), the sum of their numbers is distributed

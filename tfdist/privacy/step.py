@@ -112,7 +112,9 @@ class PrivateStep:
         logs = model.compute_metrics(x, y, outputs, sample_weight=weight)
         return logs if self.adaptive is None else {**logs, "l2_norm_clip": norm}
 
-    def _update(self, batch: ReplicaBatch, sums: list[Tensor], votes: Tensor, norm: Any) -> None:
+    def _update(
+        self, batch: ReplicaBatch, sums: list[Tensor], votes: Tensor, norm: Any
+    ) -> None:
         """Contributes to the update what a replica's examples give, with its noise."""
         optimizer, variables = self._model.optimizer, self._model.trainable_variables
         assert batch.updates is not None
