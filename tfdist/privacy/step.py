@@ -157,7 +157,10 @@ class PrivateStep:
             for s, n in zip(sums, like(drawn, variables), strict=True)
         ]
         if correlated:
-            is_first = tf.equal(self._strategy.replica_id(), 0)
+            # Known only when it runs: TensorFlow would leave out a sum that a process does not
+            # need, and others would wait for it.
+            zero = tf.cast(tf.minimum(batch.total, 0), tf.int32)
+            is_first = tf.equal(self._strategy.replica_id() + zero, 0)
             counts = [tf.where(is_first, c, tf.zeros_like(c)) for c in counts]
         return counts, votes
 
