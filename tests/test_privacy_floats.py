@@ -17,7 +17,7 @@ from tfdist.privacy import Ledger, Phase
 from tfdist.privacy.accountants import gaussian_epsilon
 from tfdist.privacy.noise import from_words, standard_normal
 from tfdist.privacy.pld import Composition, Losses
-from tfdist.privacy.rounding import Rounding
+from tfdist.privacy.grid import Rounding
 
 pytestmark = pytest.mark.quick
 NORMAL = stats.norm

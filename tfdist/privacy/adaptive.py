@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from tfdist._keras import ReplicaBatch
 from tfdist.privacy.adam import DPAdam
-from tfdist.privacy.rounding import Rounding
+from tfdist.privacy.grid import Rounding
 from tfdist.privacy.settings import Mechanism
 
 Tensor = Any

@@ -14,7 +14,7 @@ from tfdist.privacy.adam import DPAdam
 from tfdist.privacy.adaptive import AdaptiveClip
 from tfdist.privacy.noise import Noise, like
 from tfdist.privacy.pieces import clipped_share
-from tfdist.privacy.rounding import Rounding
+from tfdist.privacy.grid import Rounding
 from tfdist.privacy.settings import Mechanism
 
 Tensor = Any
