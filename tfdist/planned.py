@@ -31,13 +31,14 @@ class Plan(NamedTuple):
     Attributes:
         steps: All that are planned.
         phase: One step, without noise.
-        expected_rows: Examples of a step on average.
+        divisor: Of the sum of a step's gradients: `batch_size`, also where the data have fewer
+            examples. Divided by their number, the noise would tell it.
         expected_units: What is clipped by itself in a step on average: examples or users.
     """
 
     steps: int
     phase: Phase
-    expected_rows: float
+    divisor: float
     expected_units: float
 
 
@@ -65,7 +66,7 @@ def plan(privacy: DPSGD, source: Source, epochs: int) -> Plan:
     return Plan(
         (arrays.steps or 0) * max(0, epochs),
         phase,
-        sampler.expected_rows(rows, batch_size),
+        float(batch_size),
         sampler.expected_units(rows, batch_size),
     )
 

@@ -59,6 +59,7 @@ class PrivateRun:
         augment: What `fit` was given.
         shard: What `fit` was given.
         validation_split: What `fit` was given.
+        validation_data: What `fit` was given.
 
     Attributes:
         sampler: Chooses the rows of each step.
@@ -91,6 +92,7 @@ class PrivateRun:
         augment: data.Augment | None = None,
         shard: Any = None,
         validation_split: float = 0.0,
+        validation_data: Any = None,
     ) -> None:
         if not isinstance(privacy, DPSGD):
             raise ArgumentError(
@@ -100,6 +102,9 @@ class PrivateRun:
         refused.check_copies(privacy, augment)
         refused.check_users(privacy, shard, validation_split)
         refused.check_callbacks(callbacks, x)
+        self._validates_inside = refused.check_validation(
+            callbacks, x, validation_data, validation_split
+        )
         dp_accounting()  # missing, it must not be missed after training
         refusals.check_model(model)
         self.privacy = privacy
@@ -294,6 +299,7 @@ class PrivateRun:
             secret=history.secret,
             uncounted_steps=history.uncounted,
             changes=history.changes,
+            validated_inside=self._validates_inside,
         )
 
     def watched(self, callbacks: Any, step: PrivateStep) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from typing import Any
 
 import keras
@@ -16,6 +17,8 @@ from tfdist.privacy.in_turn import DPFTRL
 from tfdist.privacy.poisson import Accounted, Poisson
 from tfdist.privacy.settings import DPSGD
 from tfdist.session import Session
+
+_ROWS_SOUGHT = 200
 
 
 def check_data(
@@ -161,6 +164,90 @@ def check_callbacks(callbacks: Any, x: Any) -> None:
                 "counts single examples, without noise. Received: the arrays of `x`. Give it "
                 "data that need not be protected."
             )
+
+
+def check_validation(
+    callbacks: Any, x: Any, validation_data: Any, validation_split: float
+) -> bool:
+    """Refuses decisions by validation on the data that are protected.
+
+    What is evaluated is neither clipped nor hidden. Whether other data are like them cannot be
+    seen, nor whether `fit` is called again by what validation found, as tuners do.
+
+    Args:
+        callbacks: What `fit` was given.
+        x: What `fit` was given.
+        validation_data: What `fit` was given.
+        validation_split: What `fit` was given.
+
+    Returns:
+        Whether validation is on such data.
+
+    Raises:
+        ArgumentError: A callback decides by it.
+    """
+    given = "validation_split"
+    if validation_data is not None:
+        of_validation = keras.utils.unpack_x_y_sample_weight(validation_data)[0]
+        given = "validation_data with rows of `x`"
+        if not (_overlap(of_validation, x) or are_rows_of(of_validation, x)):
+            return False
+    elif not validation_split:
+        return False
+    listed = getattr(callbacks, "callbacks", callbacks)
+    for callback in listed if isinstance(listed, list | tuple) else [listed]:
+        if watchers.decides_by_validation(callback):
+            raise ArgumentError(
+                "What private training does must not depend on validation on the data that are "
+                f"protected, which has no noise. Received: {given}, and "
+                f"{type(callback).__name__} with monitor={callback.monitor!r}. Pass "
+                "validation_data that need not be protected, or leave the callback out."
+            )
+    return True
+
+
+def are_rows_of(some: Any, x: Any) -> bool:
+    """Tells whether at least half of some rows are found in arrays.
+
+    Rows that come several times there do not count: of few values, any may be there by chance.
+    Some 200 of them are looked for.
+
+    Args:
+        some: Arrays of rows, nested as `x`.
+        x: Arrays, else there is nothing to be found.
+    """
+    if not (data.is_arrays(some) and data.is_arrays(x)):
+        return False
+    leaves = [*tf.nest.flatten(some), *tf.nest.flatten(x)]
+    half = len(tf.nest.flatten(x))
+    if len(leaves) != 2 * half or any(map(data.is_composite, leaves)):
+        return False
+    arrays = [np.asarray(leaf) for leaf in leaves]
+    wanted, held = arrays[:half], arrays[half:]
+    if not len(wanted[0]) or any(array.dtype == object for array in arrays):
+        return False
+    if any(w.shape[1:] != h.shape[1:] for w, h in zip(wanted, held, strict=True)):
+        return False
+    chosen = np.unique(np.linspace(0, len(wanted[0]) - 1, _ROWS_SOUGHT).astype(int))
+    wanted = [w[chosen].astype(h.dtype) for w, h in zip(wanted, held, strict=True)]
+    sought = {_bytes(wanted, row) for row in range(len(chosen))}
+    counts = collections.Counter(_bytes(held, row) for row in _candidates(wanted[0], held[0]))
+    return sum(counts[row] == 1 for row in sought) >= max(1, len(sought) / 2)
+
+
+def _bytes(arrays: list[Any], row: int) -> bytes:
+    return b"".join(np.asarray(array[row]).tobytes() for array in arrays)
+
+
+def _candidates(wanted: Any, held: Any) -> Any:
+    """Gives the rows that may be among some, by a few of their columns, which is quick."""
+    wanted, held = wanted.reshape(len(wanted), -1), held.reshape(len(held), -1)
+    columns = np.unique(np.linspace(0, wanted.shape[1] - 1, 64).astype(int))
+    telling = sorted(columns, key=lambda c: -len(np.unique(wanted[:, c])))[:3]
+    fits = np.ones(len(held), bool)
+    for column in telling:
+        fits &= np.isin(held[:, column], wanted[:, column])
+    return np.flatnonzero(fits)
 
 
 def _overlap(first: Any, second: Any) -> bool:

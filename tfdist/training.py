@@ -202,6 +202,7 @@ def fit(
             augment=augment,
             shard=shard,
             validation_split=validation_split if validation_data is None else 0.0,
+            validation_data=validation_data,
         )
         sampler = private.sampler
         if private.draws_secretly:

@@ -43,6 +43,9 @@ def noise_on_the_sum_has_the_right_deviation(folder: Path) -> None:
     is missing, or that is the same on another replica, is off by 18 % or more.
     """
     numbers = steps_of_noise(tfdist.DPSGD(0.7, noise_multiplier=1.5, delta=1e-3))
+    # What replicas sum up are whole multiples of a grid; weights are floats.
+    places = numbers / (1.5 * 0.7 / 64)
+    np.testing.assert_allclose(places, np.round(places), atol=0.02)
     assert numbers.std() == pytest.approx(1.5 * 0.7, rel=0.02)
     assert abs(numbers.mean()) < 5 * 1.05 / math.sqrt(numbers.size)
     correlation = np.corrcoef(numbers)[np.triu_indices(16, 1)]
@@ -57,6 +60,7 @@ def noise_that_is_taken_back_was_given_once(folder: Path) -> None:
     """
     privacy = tfdist.DPFTRL(0.7, noise_multiplier=1.5, delta=1e-3, bands=2)
     numbers = steps_of_noise(privacy) / (1.5 * 0.7)
+    np.testing.assert_allclose(numbers * 64, np.round(numbers * 64), atol=0.02)
     assert numbers[0].std() == pytest.approx(1.0, rel=0.08)
     assert numbers[1:].std() == pytest.approx(math.sqrt(1.25), rel=0.02)
     assert (numbers[1:] * numbers[:-1]).mean() == pytest.approx(-0.5, abs=0.04)

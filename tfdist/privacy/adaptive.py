@@ -8,7 +8,9 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from tfdist._keras import ReplicaBatch
 from tfdist.privacy.adam import DPAdam
+from tfdist.privacy.grid import Rounding
 from tfdist.privacy.settings import LARGEST_NORM, LEAST_NORM, Mechanism
 
 Tensor = Any
@@ -27,12 +29,17 @@ class AdaptiveClip:
     Args:
         model: A compiled, built `keras.Model`.
         mechanism: With a `target_quantile`.
+        replicas: How many contribute to an update.
     """
 
-    def __init__(self, model: Any, mechanism: Mechanism) -> None:
+    def __init__(self, model: Any, mechanism: Mechanism, replicas: int) -> None:
         assert mechanism.target_quantile is not None
         self._mechanism = mechanism
         self._quantile = mechanism.target_quantile
+        self._rounding: Rounding | None = None
+        if mechanism.count_noise > 0:
+            most = mechanism.most(replicas) / 2
+            self._rounding = Rounding(mechanism.count_noise, most, replicas)
         self._log_norm = keras.Variable(
             math.log(mechanism.l2_norm_clip), dtype="float32", name="log_l2_norm_clip"
         )
@@ -49,16 +56,32 @@ class AdaptiveClip:
         """Begins with the norm that was asked for."""
         self._log_norm.assign(math.log(self._mechanism.l2_norm_clip))
 
-    def update(self, votes: Tensor, replicas: int) -> None:
+    def with_noise(self, votes: Tensor, drawn: Tensor) -> Tensor:
+        """Adds a replica's part of the noise, and rounds; see `Rounding.counts`.
+
+        Args:
+            votes: `Clipped.votes` of its examples.
+            drawn: A normal number of variance 1.
+        """
+        return votes if self._rounding is None else self._rounding.counts(votes, drawn, 1.0)
+
+    def update(self, batch: ReplicaBatch, votes: Tensor) -> None:
         """Contributes a replica's part of the update.
 
         Args:
-            votes: `Clipped.votes` of its examples, and its part of the noise.
-            replicas: How many contribute.
+            batch: What the replica knows.
+            votes: What `with_noise` gave.
         """
-        # Votes are of a half, so that one example changes their sum by no more than that.
-        part = votes / self._mechanism.expected_units + (0.5 - self._quantile) / replicas
-        self._optimizer.apply([part], [self._log_norm])
+        assert batch.updates is not None
+        step = 1.0 if self._rounding is None else self._rounding.step
+
+        def update(summed: list[Tensor]) -> None:
+            # Votes are of a half, so that one example changes their sum by no more than that.
+            within = summed[0] * (step / self._mechanism.expected_units) + 0.5
+            with batch.updating():
+                self._optimizer.apply([within - self._quantile], [self._log_norm])
+
+        batch.updates.apply(self._optimizer, [votes], update, [self._log_norm])
 
 
 def _within(log_norm: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -18,7 +17,6 @@ from tfdist.privacy.correlated import sensitivity
 ACCOUNTANTS = ("pld", "rdp")
 RELATIONS = ("add_or_remove_one", "replace_special", "replace_one")
 EXAMPLE, USER = "example", "user"
-_WHOLE_ORDERS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128, 256, 512)
 
 
 @dataclass(frozen=True)
@@ -108,6 +106,20 @@ class Phase:
             and self.num_rows is not None
             and self.capacity < self.num_rows
         )
+
+    @property
+    def gaussian_square(self) -> float:
+        """What these steps add to the square of a Gaussian mechanism's mean over deviation.
+
+        0 where examples are sampled, which makes them no Gaussian mechanism.
+        """
+        if self.bands is not None:
+            return (
+                sensitivity(self.bands, self.separation, self.steps) / self.noise_multiplier
+            ) ** 2
+        if self.sampling_probability < 1 or self.truncates:
+            return 0.0
+        return self.steps / self.noise_multiplier**2
 
     def event(self, *, truncated: bool = True) -> Any:
         """Gives dp-accounting's description of these steps.
@@ -296,9 +308,12 @@ class Ledger:
             return 0.0
         if any(phase.noise_multiplier == 0 for phase in made):
             return math.inf
+        dp_accounting()  # said to be missing before SciPy, which it brings, is
+        from tfdist.privacy import accountants
+
         if accountant == "rdp":
-            return _rdp_epsilon(made, delta, relation)
-        return _pld_epsilon(made, delta, relation, 10.0 if coarse else 1.0)
+            return accountants.rdp_epsilon(made, delta, relation)
+        return accountants.pld_epsilon(made, delta, relation, 10.0 if coarse else 1.0)
 
     def affordable(
         self,
@@ -387,51 +402,6 @@ def _identity(phase: Phase) -> Any:
     """Gives what phases of one history have in common, however many steps were made."""
     is_alone = phase.bands is not None and not phase.run_id
     return replace(phase, steps=phase.steps if is_alone else 0), phase.run_id
-
-
-def _rdp_epsilon(made: Sequence[Phase], delta: float, relation: str) -> float:
-    truncating = [phase for phase in made if phase.truncates]
-    if truncating:
-        raise ArgumentError(
-            "The accountant 'rdp' must be given steps without a capacity. Received: "
-            f"{truncating[0]}. Use accountant='pld'."
-        )
-    if relation == "replace_one":
-        raise ArgumentError(
-            "The accountant 'rdp' cannot do Poisson sampling for relation='replace_one'. "
-            "Use accountant='pld', or another relation."
-        )
-    accountant = dp_accounting().rdp.RdpAccountant(neighboring_relation=_relation(relation))
-    for phase in made:
-        accountant.compose(phase.event())
-    return float(accountant.get_epsilon(delta))
-
-
-def _pld_epsilon(
-    made: Sequence[Phase], delta: float, relation: str, coarseness: float
-) -> float:
-    interval = coarseness * _interval(made, delta)
-    accountant = dp_accounting().pld.PLDAccountant(_relation(relation), interval)
-    for phase in made:
-        accountant.compose(phase.event())
-    return float(accountant.get_epsilon(delta))
-
-
-def _interval(made: Sequence[Phase], delta: float) -> float:
-    """Chooses how finely privacy losses are kept apart: each is rounded to the safe side.
-
-    A tenth of a thousandth is within 1 % for an epsilon around 1; a small epsilon needs
-    less, and a large one would need gigabytes. The scale is a coarse bound by RDP.
-    """
-    rdp = dp_accounting().rdp.RdpAccountant(_WHOLE_ORDERS)
-    for phase in made:
-        rdp.compose(phase.event(truncated=False))
-    scale = float(rdp.get_epsilon(delta))
-    return max(1e-5, 1e-4 * min(1.0, scale), 2e-6 * scale)
-
-
-def _relation(name: str) -> Any:
-    return dp_accounting().NeighboringRelation[name.upper()]
 
 
 def dp_accounting() -> Any:

@@ -21,8 +21,18 @@ _WHOM = {
     "person with several ids.",
 }
 _LARGE = 10  # where the last tier of Ponomareva et al., "How to DP-fy ML", 2023, begins
+_FLOATS = (
+    "tfdist adds noise in float64, up to 9.49 standard deviations, of 96 random bits for two "
+    "numbers, and rounds the sums to a grid that does not depend on the data before anything "
+    "reads them. "
+    "Gradients, their norms and their sums before that are of float32; that their rounding may "
+    "move a sum by a little more than C is not counted."
+)
 _SECRET = {True: "{}s were drawn and noise was", False: "noise was"}
-_METHODS = {"pld": "privacy loss distributions", "rdp": "Rényi divergences"}
+_METHODS = {
+    "pld": "privacy loss distributions, those of single steps from dp-accounting",
+    "rdp": "Rényi divergences, with dp-accounting",
+}
 
 
 @dataclass(frozen=True)
@@ -41,6 +51,7 @@ class Report:
             whether they saw these data is not known.
         changes: How often the weights were changed between private steps by something that is
             not counted, such as weights that were set.
+        validated_inside: Whether validation was on data that are protected.
     """
 
     ledger: Ledger
@@ -50,6 +61,7 @@ class Report:
     secret: bool = True
     uncounted_steps: int = 0
     changes: int = 0
+    validated_inside: bool = False
 
     @functools.cached_property
     def epsilon(self) -> float:
@@ -64,7 +76,7 @@ class Report:
             self.ledger, delta=self.delta, accountant=self.accountant, relation=self.relation
         )
         before = [] if self.secret else [_SEEDED]
-        after = []
+        after = [_INSIDE] if self.validated_inside else []
         if self.uncounted_steps:
             after.append(
                 f"The optimizer had made {self.uncounted_steps} updates before, or between "
@@ -108,6 +120,10 @@ class Report:
 _SEEDED = (
     "There is no guarantee, since sampling or noise came from a seed that was given: who knows "
     "it can undo both. Were they secret, this would hold:"
+)
+_INSIDE = (
+    "Validation was on rows of the data that are protected, or on rows held out from them: its "
+    "losses and metrics are exact, and must be kept as the data are."
 )
 
 
@@ -165,7 +181,7 @@ def statement(
         f"sets that {alike}. An epsilon so large protects nobody.",
         _WHOM[unit],
         f"The weights came from {_described(ledger)}.",
-        f"Epsilon was computed with dp-accounting by {_METHODS[accountant]}.",
+        f"Epsilon was computed by {_METHODS[accountant]}.",
         "It holds for the weights of every step, the optimizer's state and whatever is "
         "computed from them, so all of them may be released.",
         f"It assumes that {_SECRET[sampled].format(unit)} made from random numbers nobody "
@@ -173,8 +189,11 @@ def statement(
         "made by looking at the data (the model, its settings, the preprocessing) are not "
         "counted.",
         _public(ledger),
-        "Losses and metrics of the training data, such as those in `History`, got no noise: "
-        "they are not private.",
+        "Losses and metrics, such as those in `History`, in logs and in progress bars, got no "
+        "noise, those of validation neither: they do not protect the rows that they are of. "
+        "Choices by validation (when to stop, which settings to take) are covered only if its "
+        "data need no protection.",
+        _FLOATS,
     ]
     careless = careless_delta(ledger, delta, num_rows)
     return " ".join([*sentences, careless] if careless else sentences)

@@ -154,7 +154,8 @@ class Mechanism:
     Attributes:
         l2_norm_clip: As in `DPSGD`.
         noise_multiplier: As in `DPSGD`, found if need be.
-        expected_batch: Examples that a step draws on average.
+        expected_batch: `batch_size`: the examples that a step draws on average, if there are
+            as many.
         microbatch_size: As in `DPSGD`.
         per_layer: Whether `DPSGD`'s `clipping` is.
         expected_units: What is clipped in a step on average: users, or examples.
@@ -180,6 +181,18 @@ class Mechanism:
     def factors(self) -> tuple[float, ...]:
         """With what factors the noise of a step and those before is added up."""
         return coefficients(self.bands or 1)
+
+    def most(self, replicas: int) -> float:
+        """Says how long a sum of clipped gradients may be, practically, in norms.
+
+        What is drawn with a mean of b is above 2 b + 64 with a probability below 2^-64
+        (Chernoff's bound), and rows are dealt out evenly.
+
+        Args:
+            replicas: Among which a step's rows are.
+        """
+        rows = max(self.expected_batch, self.expected_units)
+        return 2 * rows + (64 + replicas) * (self.rows_of_user or 1)
 
     @property
     def gradient_noise(self) -> float:

@@ -14,6 +14,7 @@ from tfdist.privacy import _layers
 from tfdist.privacy.adam import DPAdam
 from tfdist.privacy.adaptive import AdaptiveClip
 from tfdist.privacy.counter import StepCounter
+from tfdist.privacy.grid import Rounding
 from tfdist.privacy.noise import Noise, like
 from tfdist.privacy.pieces import clipped_share
 from tfdist.privacy.settings import Mechanism
@@ -25,9 +26,10 @@ class PrivateStep:
     """Takes the place of Keras's `train_step`.
 
     A replica contributes the sum of its examples' clipped gradients and its part of the noise,
-    both divided by what a global batch is expected to hold; contributions are then summed as
-    those of any step. Of R replicas each adds noise of 1 / sqrt(R) of the standard deviation,
-    from a stream of its own: streams that were equal by mistake would add more than that.
+    rounded to whole numbers (see `Rounding`); what all contribute is summed as in any step, and
+    then divided by what a global batch is expected to hold. Of R replicas each adds noise of
+    1 / sqrt(R) of the standard deviation, from a stream of its own: streams that were equal by
+    mistake would add more than that.
 
     Args:
         model: A compiled, built `keras.Model`.
@@ -41,9 +43,15 @@ class PrivateStep:
         self.noise = Noise(place.first_replica, place.local_replicas)
         self.counter = StepCounter()
         self._number: Tensor = None
+        self._rounding: Rounding | None = None
+        if mechanism.noise_multiplier > 0:
+            noisy = place.num_replicas if mechanism.bands is None else 1
+            self._rounding = Rounding(
+                mechanism.gradient_noise, mechanism.most(place.num_replicas), noisy
+            )
         self.adaptive: AdaptiveClip | None = None
         if mechanism.target_quantile is not None:
-            self.adaptive = AdaptiveClip(model, mechanism)
+            self.adaptive = AdaptiveClip(model, mechanism, place.num_replicas)
         if isinstance(model.optimizer, DPAdam):
             model.optimizer.noise_deviation = self._deviation
         self._model = model
@@ -56,6 +64,8 @@ class PrivateStep:
         """Gives the noise's standard deviation on each number of the global gradient."""
         own = math.sqrt(sum(factor**2 for factor in self.mechanism.factors))
         noise = own * self.mechanism.gradient_noise
+        if self._rounding is not None:
+            noise = math.hypot(noise, self._rounding.deviation)
         return noise * self._norm() / self.mechanism.expected_batch
 
     def restart(
@@ -125,39 +135,61 @@ class PrivateStep:
         (x, y, weight), outputs = _first_rows(batch.rows, (x, y, weight), outputs)
         loss = _layers.compiled_loss(model, x, y, outputs, weight)
         _layers.track_loss(model, loss, tf.shape(tf.nest.flatten(x)[0])[0])
-        variables = model.trainable_variables
-        replicas = self._strategy.place.num_replicas
-        expected = self.mechanism.expected_batch
-        sums, votes = self._with_noise(sums, votes, norm, replicas)
-        noisy = [s / expected for s in sums]
-        # Of no example, so neither clipped nor hidden.
-        gradients = [
-            g if r is None else g + r / replicas
-            for g, r in zip(noisy, _penalties(variables), strict=True)
-        ]
-        model.optimizer.apply(gradients, variables)
+        self._update(batch, sums, votes, norm)
         logs = model.compute_metrics(x, y, outputs, sample_weight=weight)
-        if self.adaptive is None:
-            return logs
-        self.adaptive.update(votes, replicas)
-        return {**logs, "l2_norm_clip": norm}
+        return logs if self.adaptive is None else {**logs, "l2_norm_clip": norm}
+
+    def _update(
+        self, batch: ReplicaBatch, sums: list[Tensor], votes: Tensor, norm: Any
+    ) -> None:
+        """Contributes to the update what a replica's examples give, with its noise."""
+        optimizer, variables = self._model.optimizer, self._model.trainable_variables
+        assert batch.updates is not None
+        factor: Any = 1 / self.mechanism.expected_batch
+        if self._rounding is not None:
+            sums, votes = self._with_noise(batch, sums, votes, norm)
+            factor = norm * self._rounding.step / self.mechanism.expected_batch
+        # Of no example, so neither clipped nor hidden.
+        penalties = _penalties(variables)
+
+        def update(summed: list[Tensor]) -> None:
+            gradients = [
+                g * factor if r is None else g * factor + r
+                for g, r in zip(summed, penalties, strict=True)
+            ]
+            with batch.updating():
+                optimizer.apply(gradients, variables)
+
+        batch.updates.apply(optimizer, sums, update, variables)
+        if self.adaptive is not None:
+            self.adaptive.update(batch, votes)
 
     def _with_noise(
-        self, sums: list[Tensor], votes: Tensor, norm: Any, replicas: int
+        self, batch: ReplicaBatch, sums: list[Tensor], votes: Tensor, norm: Any
     ) -> tuple[list[Tensor], Tensor]:
-        mechanism = self.mechanism
-        if mechanism.noise_multiplier == 0:
-            return sums, votes
+        assert self._rounding is not None
         variables = self._model.trainable_variables
         count = sum(math.prod(v.shape) for v in variables)
-        votes_too = self.adaptive is not None
-        drawn = self._drawn(count + int(votes_too))
-        part = 1 / math.sqrt(replicas) if mechanism.bands is None else 1.0
-        if votes_too:
-            drawn, of_votes = tf.split(drawn, [count, 1])
-            votes += of_votes[0] * (mechanism.count_noise * part)
-        noises = like(drawn * (mechanism.gradient_noise * norm * part), variables)
-        return [s + n for s, n in zip(sums, noises, strict=True)], votes
+        if self.adaptive is not None:
+            drawn, of_votes = tf.split(self._drawn(count + 1), [count, 1])
+            votes = self.adaptive.with_noise(votes, of_votes[0])
+        else:
+            drawn = self._drawn(count)
+        # Rounded sums of some replicas without noise would show what their examples are.
+        correlated = self.mechanism.bands is not None and self._strategy.place.num_replicas > 1
+        if correlated:
+            sums = batch.all_reduce(sums)
+        counts = [
+            self._rounding.counts(s, n, norm)
+            for s, n in zip(sums, like(drawn, variables), strict=True)
+        ]
+        if correlated:
+            # Known only when it runs: TensorFlow would leave out a sum that a process does not
+            # need, and others would wait for it.
+            zero = tf.cast(tf.minimum(batch.total, 0), tf.int32)
+            is_first = tf.equal(self._strategy.replica_id() + zero, 0)
+            counts = [tf.where(is_first, c, tf.zeros_like(c)) for c in counts]
+        return counts, votes
 
     def _drawn(self, count: int) -> Tensor:
         """Draws a replica's normal numbers.
@@ -172,7 +204,7 @@ class PrivateStep:
         return tf.cond(
             tf.equal(replica, 0),
             lambda: self.noise.correlated(count, replica, step, factors),
-            lambda: tf.zeros([count]),
+            lambda: tf.zeros([count], tf.float64),
         )
 
 

@@ -65,5 +65,14 @@ def _decides(callback: Any) -> bool:
     )
 
 
+def decides_by_validation(callback: Any) -> bool:
+    """Tells whether a callback decides by a loss or metric of validation.
+
+    Args:
+        callback: A Keras callback.
+    """
+    return _decides(callback) and str(callback.monitor).startswith("val_")
+
+
 def _is_public(monitor: Any) -> bool:
     return str(monitor).startswith("val_") or monitor in _NOISY

@@ -1,0 +1,220 @@
+"""What floats would tell: the grid of noisy sums, the noise's tail, composition by FFT."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from scipy import integrate, optimize, special, stats
+
+import tfdist
+from tfdist.errors import ArgumentError
+from tfdist.privacy import Ledger, Phase
+from tfdist.privacy.accountants import gaussian_epsilon
+from tfdist.privacy.grid import Rounding
+from tfdist.privacy.noise import from_words, standard_normal
+from tfdist.privacy.pld import Composition, Losses
+
+pytestmark = pytest.mark.quick
+NORMAL = stats.norm
+
+
+# --- noise and its grid -----------------------------------------------------------------
+
+
+def released(target: float, steps: int = 150) -> Any:
+    """A bias's moves from 0, of 64 rows of which the first has a gradient of norm 1 or 0."""
+    model = keras.Sequential(
+        [keras.Input((1,)), keras.layers.Dense(1, kernel_initializer="zeros")]
+    )
+    model.compile(keras.optimizers.SGD(1.0), "mse")
+    x, y = np.zeros((64, 1), "float32"), np.zeros((64, 1), "float32")
+    y[0] = target
+    bias, moves = model.layers[-1].bias, []
+    callback = keras.callbacks.LambdaCallback(
+        on_train_batch_begin=lambda batch, logs: bias.assign([0.0]),
+        on_train_batch_end=lambda batch, logs: moves.append(float(-bias.numpy()[0]) * 64),
+    )
+    privacy = tfdist.DPSGD(1.0, noise_multiplier=4.0, delta=1e-5, relation="replace_special")
+    options = {"batch_size": 64, "steps_per_epoch": steps, "verbose": 0}
+    tfdist.fit(model, x, y, callbacks=[callback], privacy=privacy, **options)
+    return np.array(moves)
+
+
+def test_what_leaves_a_step_is_on_a_grid_whatever_the_data() -> None:
+    # In float32, 18 % of what came without the example was impossible with it.
+    for target, mean in ((-100.0, 1.0), (0.0, 0.0)):
+        moves = released(target)
+        np.testing.assert_array_equal(moves * 2**6 / 4, np.round(moves * 2**6 / 4))
+        assert len(set(moves)) > 100
+        assert stats.kstest((moves - mean) / 4, "norm").pvalue > 1e-4
+
+
+def test_the_noise_has_a_tail() -> None:
+    def largest(low: int) -> float:
+        return float(from_words(tf.constant([[0], [low], [0]], tf.uint32))[0])
+
+    assert largest(0) == pytest.approx(math.sqrt(130 * math.log(2)), rel=1e-12)
+    assert 2 * NORMAL.sf(largest(0)) < 2.0**-64
+    assert largest(0) > largest(1) > largest(2) > 9.1  # no gap of a float32
+
+
+def test_cells_of_the_grid_have_the_probability_of_a_normal_number() -> None:
+    # A cell of probability p is off by 5 % of p with a power of 0.99 for p above 0.01.
+    key, counter = tf.constant([9], tf.uint64), tf.constant([0, 1], tf.uint64)
+    numbers = standard_normal(1_000_000, key, counter).numpy()
+    assert numbers.dtype == np.float64
+    cells = np.round(numbers * 2**6)
+    edges = np.arange(-192, 193)
+    expected = 1e6 * np.diff(NORMAL.cdf((np.arange(-192, 194) - 0.5) / 2**6))
+    counts = np.array([np.count_nonzero(cells == edge) for edge in edges])
+    chi = ((counts - expected) ** 2 / expected).sum()
+    assert stats.chi2.sf(chi, len(edges)) > 1e-4
+    # Neither are the two halves, radius times cosine and times sine, related.
+    products = numbers[:500_000] * numbers[500_000:]
+    assert abs(products.mean()) < 5 / math.sqrt(500_000)
+
+
+@pytest.mark.parametrize("replicas", [1, 3, 64, 1000])
+def test_replicas_numbers_add_up_without_rounding(replicas: int) -> None:
+    rounding = Rounding(1.5, most=2 * 256 + 64, replicas=replicas)
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(replicas, 2000)).astype("float32")
+    values[:, 0] = 1e9  # more than there can be
+    drawn = rng.normal(size=values.shape)
+    counts = [rounding.counts(v, d, 0.7).numpy() for v, d in zip(values, drawn, strict=True)]
+    exact = np.sum(np.array(counts, np.int64), axis=0)
+    total = np.zeros(2000, np.float32)
+    for count in counts:
+        np.testing.assert_array_equal(count, np.round(count))
+        total += count
+    np.testing.assert_array_equal(total, exact)
+    assert total[0] <= 2**24
+    noisy = total[1:] * 0.7 * rounding.step - values.sum(0)[1:]
+    wanted = 0.7 * math.hypot(1.5, rounding.deviation)
+    assert noisy.std() == pytest.approx(wanted, rel=6 / math.sqrt(2 * len(noisy)))
+    assert rounding.deviation < 0.12 * 1.5
+
+
+def test_the_sum_of_rounded_parts_tells_no_more_than_the_whole() -> None:
+    # Computed: the distribution of the sum is the same however the whole is dealt out.
+    for replicas in (2, 4):
+        steps = 4 * math.sqrt(replicas)  # the coarsest grid that is used
+        deviation = steps / math.sqrt(replicas)
+        places = np.arange(-150, 151)
+
+        def rounded(shift: float, deviation: float = deviation, places: Any = places) -> Any:
+            return np.diff(NORMAL.cdf((np.append(places, 151) - 0.5 - shift) / deviation))
+
+        sums = []
+        for parts in ([3.3] + [0.0] * (replicas - 1), [3.3 / replicas] * replicas):
+            sums.append(np.ones(1))
+            for part in parts:
+                sums[-1] = np.convolve(sums[-1], rounded(part))
+        np.testing.assert_allclose(sums[0], sums[1], atol=1e-14)
+
+
+def test_too_little_noise_for_exact_sums_is_refused() -> None:
+    assert Rounding(1e-6, most=600, replicas=1).step > 0
+    with pytest.raises(ArgumentError, match="large enough for sums over replicas"):
+        Rounding(1e-6, most=600, replicas=2)
+
+
+def test_the_sum_is_divided_by_batch_size_even_if_there_are_fewer_examples() -> None:
+    weights = []
+    for rows in (20, 40):
+        model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
+        model.compile(keras.optimizers.SGD(1.0), "mse")
+        model.set_weights([np.zeros((1, 1)), np.zeros(1)])
+        x, y = np.zeros((rows, 1), "float32"), np.full((rows, 1), -9, "float32")
+        privacy = tfdist.DPSGD(0.5, noise_multiplier=0.0, delta=1e-5)
+        tfdist.fit(model, x, y, batch_size=80, verbose=0, privacy=privacy)
+        weights.append(float(model.layers[0].bias.numpy()[0]))
+    assert weights == pytest.approx([-20 * 0.5 / 80, -40 * 0.5 / 80])
+
+
+# --- accounting -------------------------------------------------------------------------
+
+
+def exact_gaussian(mean: float, delta: float) -> float:
+    """Balle and Wang, 2018, theorem 8, with enough digits."""
+
+    def log_delta(epsilon: float) -> float:
+        one = special.log_ndtr(mean / 2 - epsilon / mean)
+        other = epsilon + special.log_ndtr(-mean / 2 - epsilon / mean)
+        return float(one + np.log1p(-np.exp(other - one)) - math.log(delta))
+
+    return float(optimize.brentq(log_delta, 0, 100, xtol=1e-13))
+
+
+@pytest.mark.parametrize("delta", [1e-2, 1e-6, 1e-10, 1e-14, 1e-20])
+@pytest.mark.parametrize(("mean", "steps"), [(0.1, 100), (1.0, 10**4), (3.0, 10**6)])
+def test_composition_is_above_the_truth_and_near(mean: float, steps: int, delta: float) -> None:
+    # dp-accounting's own composition gave 7.647 for 7.869.
+    from dp_accounting.pld import privacy_loss_distribution as plds
+
+    exact = exact_gaussian(mean, delta)
+    interval = 1e-4 * min(1.0, exact)
+    options = {"value_discretization_interval": interval, "log_mass_truncation_bound": -80}
+    one = plds.from_gaussian_mechanism(math.sqrt(steps) / mean, **options)
+    pmf = one._pmf_remove.to_dense_pmf()
+    losses = Losses(pmf._probs, pmf._lower_loss, pmf._infinity_mass, steps)
+    received = Composition([losses], interval).epsilon(delta)
+    assert exact <= received < exact * 1.01
+    assert exact <= gaussian_epsilon(mean, delta) < exact * (1 + 1e-6) + 1e-9
+    phase = Phase(1.0, math.sqrt(steps) / mean, steps)
+    doubled = Ledger((phase,)).epsilon(delta, relation="replace_one")
+    assert doubled == pytest.approx(exact_gaussian(2 * mean, delta), rel=1e-6)
+
+
+def delta_of_two_steps(q: float, noise: float, epsilon: float, removed: bool) -> float:
+    """The second step in closed form, the first by Simpson's rule."""
+    x = np.linspace(-14 * noise, 14 * noise + 1, 100_001)
+    without, with_it = NORMAL.pdf(x / noise) / noise, NORMAL.pdf((x - 1) / noise) / noise
+    mixed = (1 - q) * without + q * with_it
+    loss = np.log1p(q * np.expm1((2 * x - 1) / (2 * noise**2)))
+    needed = epsilon - loss if removed else -(epsilon + loss)
+    always = needed <= math.log1p(-q)
+    least = np.expm1(np.where(always, 1.0, needed)) / q
+    edge = np.where(always, -np.inf, noise**2 * np.log1p(least) + 0.5) / noise
+    tail = NORMAL.sf if removed else NORMAL.cdf
+    of_without, of_with = tail(edge), tail(edge - 1 / noise)
+    of_mixed = (1 - q) * of_without + q * of_with
+    if removed:
+        density = mixed * of_mixed - math.exp(epsilon) * without * of_without
+    else:
+        density = without * of_without - math.exp(epsilon) * mixed * of_mixed
+    return float(integrate.simpson(np.maximum(density, 0), x=x))
+
+
+@pytest.mark.parametrize(("q", "noise"), [(0.01, 1.0), (0.5, 1.0)])
+def test_sampled_steps_are_above_the_truth_and_near(q: float, noise: float) -> None:
+    for delta in (1e-5, 1e-10, 1e-18):
+        found = [
+            optimize.brentq(
+                lambda e, way=way, delta=delta: math.log(
+                    max(delta_of_two_steps(q, noise, e, way), 1e-300) / delta
+                ),
+                1e-9,
+                40,
+                xtol=1e-8,
+            )
+            for way in (True, False)
+            if delta_of_two_steps(q, noise, 1e-9, way) > delta
+        ]
+        received = Ledger((Phase(q, noise, 2),)).epsilon(delta)
+        assert max(found) * (1 - 1e-7) <= received < max(found) * 1.001
+
+
+def test_other_kinds_of_steps_compose_with_gaussian_ones() -> None:
+    sampled, whole = Phase(0.02, 1.5, 200), Phase(1.0, 20.0, 50)
+    both = Ledger((sampled, whole)).epsilon(1e-12)
+    apart = [Ledger((phase,)).epsilon(1e-12) for phase in (sampled, whole)]
+    assert max(apart) < both < sum(apart)
+    # A step of which all examples are part, as one that draws them all but never does.
+    nearly = Ledger((sampled, Phase(1 - 1e-12, 20.0, 50))).epsilon(1e-12)
+    assert both == pytest.approx(nearly, rel=1e-3)

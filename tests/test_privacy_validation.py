@@ -1,0 +1,84 @@
+"""Validation in private training: on what it may be, and who may decide by it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import tfdist
+from tfdist.errors import ArgumentError
+from tfdist.refused import are_rows_of
+
+pytestmark = pytest.mark.quick
+RNG = np.random.default_rng(0)
+X, Y = RNG.normal(size=(120, 8)).astype("float32"), RNG.normal(size=(120, 1))
+OTHERS = RNG.normal(size=(40, 8)).astype("float32"), RNG.normal(size=(40, 1))
+
+
+def private_fit(*callbacks: Any, **options: Any) -> Any:
+    model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    privacy = tfdist.DPSGD(1.0, noise_multiplier=8.0, delta=1e-4)
+    given = {"batch_size": 40, "verbose": 0, "privacy": privacy, "callbacks": [*callbacks]}
+    return tfdist.fit(model, X, Y, **given, **options)
+
+
+def stopping(**options: Any) -> Any:
+    return keras.callbacks.EarlyStopping("val_loss", **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"validation_split": 0.1},
+        {"validation_data": (X, Y)},
+        {"validation_data": (X[30:50], Y[30:50])},
+        {"validation_data": (X[5:90:3].copy(), Y[5:90:3])},  # shares no memory
+        {"validation_data": (X[5:90].astype("float64"), Y[5:90])},
+        {"validation_data": (tf.constant(X[:9]), tf.constant(Y[:9]))},
+    ],
+)
+def test_no_callback_decides_by_private_data(options: dict[str, Any]) -> None:
+    with pytest.raises(ArgumentError, match="must not depend on validation on the data"):
+        private_fit(stopping(), **options)
+
+
+@pytest.mark.parametrize(
+    "callback",
+    [
+        keras.callbacks.ReduceLROnPlateau("val_loss"),
+        keras.callbacks.ModelCheckpoint("any.keras", "val_loss", save_best_only=True),
+    ],
+)
+def test_which_callbacks_decide(callback: Any) -> None:
+    with pytest.raises(ArgumentError, match=f"{type(callback).__name__} with monitor='val_"):
+        private_fit(callback, validation_split=0.1)
+
+
+def test_what_only_looks_may_and_is_said() -> None:
+    schedule = keras.callbacks.LearningRateScheduler(lambda epoch: 0.1)
+    inside = private_fit(schedule, validation_split=0.1)
+    assert "val_loss" in inside.history
+    assert "rows held out from them" in inside.privacy.statement()
+    outside = private_fit(stopping(patience=3), validation_data=OTHERS)
+    assert "rows held out from them" not in outside.privacy.statement()
+    assert "Choices by validation" in outside.privacy.statement()
+
+
+def test_rows_that_are_equal_by_chance_do_not_count() -> None:
+    bits = RNG.integers(0, 2, (500, 3))
+    assert not are_rows_of(RNG.integers(0, 2, (50, 3)), bits)
+    assert not are_rows_of(OTHERS[0], X)
+    mostly_others = np.concatenate([OTHERS[0], X[:20]])
+    assert not are_rows_of(mostly_others, X)
+    assert are_rows_of({"a": X[3:40].copy(), "b": bits[3:40]}, {"a": X, "b": bits[:120]})
+    assert not are_rows_of({"a": X[3:40], "b": bits[13:50]}, {"a": X, "b": bits[:120]})
+    words = np.array(["one", "two", "three", "four"])
+    assert are_rows_of(words[1:3].copy(), words)
+    assert not are_rows_of(X[:0], X)
+    assert not are_rows_of(X[:, :3].copy(), X)
+    assert not are_rows_of(tf.data.Dataset.from_tensors(X), X)
