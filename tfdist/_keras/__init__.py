@@ -39,7 +39,7 @@ from tfdist._keras.building import (
     step_of,
 )
 from tfdist._keras.checkpoints import CheckpointSaver
-from tfdist._keras.discovery import Step, rows_of
+from tfdist._keras.discovery import Step, keeping_random_state, rows_of
 from tfdist._keras.loop import (
     EVALUATE,
     FIT,
@@ -91,6 +91,7 @@ __all__ = [
     "has_unique_rows",
     "is_compiled_as",
     "is_seeded",
+    "keeping_random_state",
     "layers_of",
     "leave_scope",
     "loop_functions",

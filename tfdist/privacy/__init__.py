@@ -20,10 +20,12 @@ if TYPE_CHECKING:
     from tfdist.privacy.poisson import Poisson
     from tfdist.privacy.rebuild import make_private_model
     from tfdist.privacy.report import Report, statement
+    from tfdist.privacy_check import CheckReport, check
 
 __all__ = [
     "AuditReport",
     "Canaries",
+    "CheckReport",
     "DPAdam",
     "Ledger",
     "Phase",
@@ -34,6 +36,7 @@ __all__ = [
     "audit",
     "canaries",
     "capacity",
+    "check",
     "epsilon",
     "epsilon_lower_bound",
     "make_private_model",
@@ -44,6 +47,7 @@ __all__ = [
 _HOMES = {
     "AuditReport": "tfdist.privacy.membership",
     "Canaries": "tfdist.privacy.auditing",
+    "CheckReport": "tfdist.privacy_check",
     "DPAdam": "tfdist.privacy.adam",
     "Ledger": "tfdist.privacy.ledger",
     "Phase": "tfdist.privacy.ledger",
@@ -54,6 +58,7 @@ _HOMES = {
     "audit": "tfdist.privacy.auditing",
     "canaries": "tfdist.privacy.auditing",
     "capacity": "tfdist.privacy.accounting",
+    "check": "tfdist.privacy_check",
     "epsilon": "tfdist.privacy.accounting",
     "epsilon_lower_bound": "tfdist.privacy.bounds",
     "make_private_model": "tfdist.privacy.rebuild",
