@@ -16,10 +16,12 @@ if TYPE_CHECKING:
     from tfdist.privacy.bounds import epsilon_lower_bound
     from tfdist.privacy.ledger import Ledger, Phase
     from tfdist.privacy.likeness import PoissonLike
-    from tfdist.privacy.membership import AuditReport, ThresholdAttack
+    from tfdist.privacy.membership import AuditReport
     from tfdist.privacy.poisson import Poisson
     from tfdist.privacy.rebuild import make_private_model
     from tfdist.privacy.report import Report, statement
+    from tfdist.privacy.thresholds import ThresholdAttack
+    from tfdist.privacy.tradeoffs import gaussian_lower_bound
     from tfdist.privacy_check import CheckReport, check
 
 __all__ = [
@@ -39,6 +41,7 @@ __all__ = [
     "check",
     "epsilon",
     "epsilon_lower_bound",
+    "gaussian_lower_bound",
     "make_private_model",
     "noise_multiplier",
     "statement",
@@ -54,13 +57,14 @@ _HOMES = {
     "Poisson": "tfdist.privacy.poisson",
     "PoissonLike": "tfdist.privacy.likeness",
     "Report": "tfdist.privacy.report",
-    "ThresholdAttack": "tfdist.privacy.membership",
+    "ThresholdAttack": "tfdist.privacy.thresholds",
     "audit": "tfdist.privacy.auditing",
     "canaries": "tfdist.privacy.auditing",
     "capacity": "tfdist.privacy.accounting",
     "check": "tfdist.privacy_check",
     "epsilon": "tfdist.privacy.accounting",
     "epsilon_lower_bound": "tfdist.privacy.bounds",
+    "gaussian_lower_bound": "tfdist.privacy.tradeoffs",
     "make_private_model": "tfdist.privacy.rebuild",
     "noise_multiplier": "tfdist.privacy.accounting",
     "statement": "tfdist.privacy.report",

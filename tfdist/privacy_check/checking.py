@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -12,25 +13,28 @@ import numpy as np
 
 from tfdist import data
 from tfdist.errors import ArgumentError, MissingPackageError
-from tfdist.privacy.arguments import check_count, check_number
+from tfdist.privacy.arguments import check_choice, check_count, check_number
 from tfdist.privacy.likeness import PoissonLike
 from tfdist.privacy.settings import DPSGD
 from tfdist.privacy_check.adversarial import families
 from tfdist.privacy_check.columns import Columns, as_columns, joined, rows_of, taken
 from tfdist.privacy_check.contributions import (
+    Neighbours,
     Noiseless,
     compare_neighbours,
     largest_contribution,
 )
 from tfdist.privacy_check.draws import Draws, measure_draws
 from tfdist.privacy_check.noises import NoiseCheck
-from tfdist.privacy_check.recorder import Subject, subject_of
+from tfdist.privacy_check.recorder import subject_of
 from tfdist.privacy_check.report import CheckReport, Fact
 
+PARTS = ("draws", "contributions", "noise")
 FALSE_ALARM = 1e-4
 _ALPHA = FALSE_ALARM / 25  # of each test: there are fewer
 _OWN = 48  # of the user's rows that are tried
 _NUMBERS, _STEPS, _ROUNDS = 400_000, 240, 2
+_HUGE = 6  # of `families`: inputs times 1000
 
 
 def check(
@@ -43,6 +47,7 @@ def check(
     sample_weight: Any = None,
     sampler: Any = None,
     strategy: Any = "auto",
+    parts: Sequence[str] = PARTS,
     effort: float = 1.0,
     seed: int = 0,
 ) -> CheckReport:
@@ -68,6 +73,8 @@ def check(
         sample_weight: As in `fit`.
         sampler: As in `fit`.
         strategy: As in `fit`.
+        parts: What is measured: "draws", "contributions" and "noise". Draws are measured on
+            a model that has a weight for each example, the others on yours.
         effort: How much is measured, in units of the default, which takes half a minute or
             less on a small model; above 0.
         seed: Of what is tried, the same on all workers; never of what is measured.
@@ -92,6 +99,8 @@ def check(
     """
     began = time.monotonic()
     _check_arguments(model, x, privacy, batch_size, effort, seed)
+    for part in parts:
+        check_choice("parts", part, PARTS)
     assert privacy is not None
     columns = as_columns(x, y, sample_weight)
     notes = _notes(privacy, sampler)
@@ -102,41 +111,42 @@ def check(
     if isinstance(sampler, PoissonLike):
         sampler = sampler.bind(columns[1], rows_of(columns))
     draws = Draws(privacy, rows_of(columns), batch_size, columns[1], sampler, strategy)
-    facts = []
-    if sampler is None or getattr(sampler, "capacity", None) is None:
+    facts: list[Fact] = []
+    is_repeatable = False
+    if "draws" in parts and getattr(sampler, "capacity", None) is None:
         facts += measure_draws(draws, math.ceil(_STEPS * effort), _ALPHA)
     with subject_of(model, strategy) as subject:
-        measured, more = _on_model(subject, privacy, columns, batch_size, own, effort, rng)
+        if "contributions" in parts:
+            found = _contributions(
+                Noiseless(subject, privacy), taken(columns, own), effort, rng
+            )
+            facts, notes = [*facts, *found.facts], [*notes, *found.notes]
+            is_repeatable = found.draws_nothing
+        if "noise" in parts and privacy.noise_multiplier == 0:
+            notes.append("noise: noise_multiplier is 0, and nothing is private")
+        elif "noise" in parts:
+            numbers = math.ceil(_NUMBERS * effort)
+            noiseless = Noiseless(subject, privacy)
+            noise = NoiseCheck(noiseless, columns, batch_size, own, is_repeatable, numbers)
+            facts += noise.facts(_ALPHA, rng)
     return CheckReport(
-        (*facts, *measured),
-        (*notes, *more),
+        tuple(facts),
+        tuple(notes),
         FALSE_ALARM,
         time.monotonic() - began,
     )
 
 
-def _on_model(
-    subject: Subject,
-    privacy: DPSGD,
-    columns: Columns,
-    batch_size: int,
-    own: Any,
-    effort: float,
-    rng: np.random.Generator,
-) -> tuple[list[Fact], list[str]]:
-    noiseless = Noiseless(subject, privacy)
-    some = taken(columns, own)
+def _contributions(
+    noiseless: Noiseless, some: Columns, effort: float, rng: np.random.Generator
+) -> Neighbours:
+    """Measures contributions and neighbours."""
+    model = noiseless.subject.model
     facts = largest_contribution(noiseless, some, round(_ROUNDS * effort), rng)
-    huge = families(subject.model, taken(some, [0]), rng)
-    with_huge = joined([taken(huge, [6]), taken(some, np.arange(min(32, rows_of(some))))])
-    found = compare_neighbours(noiseless, with_huge, _is_half(subject.model))
-    facts += found.facts
-    notes = list(found.notes)
-    if privacy.noise_multiplier == 0:
-        return facts, [*notes, "noise: noise_multiplier is 0, and nothing is private"]
-    numbers = math.ceil(_NUMBERS * effort)
-    noise = NoiseCheck(noiseless, columns, batch_size, own, found.draws_nothing, numbers)
-    return [*facts, *noise.facts(_ALPHA, rng)], notes
+    huge = families(model, taken(some, [0]), rng)
+    with_huge = joined([taken(huge, [_HUGE]), taken(some, np.arange(min(32, rows_of(some))))])
+    found = compare_neighbours(noiseless, with_huge, _is_half(model))
+    return dataclasses.replace(found, facts=(*facts, *found.facts))
 
 
 def _notes(privacy: DPSGD, sampler: Any) -> list[str]:

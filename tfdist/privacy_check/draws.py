@@ -86,7 +86,7 @@ def measure_draws(draws: Draws, steps: int, alpha: float) -> list[Fact]:
     """
     if isinstance(draws.privacy, DPFTRL):
         return _in_turn(draws)
-    each = max(8, min(steps, _MOST_DRAWS // draws.num_rows) // _PARTS)
+    each = max(20, min(steps, _MOST_DRAWS // draws.num_rows) // _PARTS)
     clip = draws.privacy.l2_norm_clip
     private = dataclasses.replace(_noiseless(draws.privacy), group_ids=draws.privacy.group_ids)
     with subject_of(_model(draws.num_rows), draws.strategy) as subject:

@@ -88,6 +88,8 @@ class NoiseCheck:
             rng: Chooses weights and batches.
         """
         subject = self.noiseless.subject
+        if not subject.weights:  # which `fit` builds
+            self.noiseless.sums(taken(self.columns, self.own), [], lambda _, __: None)
         weights = sampled(subject.weights, self.numbers // _FEWEST, rng)
         steps = min(_MOST, max(_FEWEST, self.numbers // len(weights.columns)))
         steps = -(-steps // _CYCLE) * _CYCLE
@@ -129,25 +131,27 @@ class NoiseCheck:
                 tuple(np.sort(rng.choice(len(self.own), min(_ROWS, len(self.own)), False)))
                 for _ in range(_BATCHES)
             ]
+        subject, some = self.noiseless.subject, taken(self.columns, self.own)
         sums: list[Floats] = []
-        penalty = self.noiseless.sums(
-            taken(self.columns, self.own), batches, lambda _, v: sums.append(v[weights.columns])
-        )[weights.columns]
-        numbered = [tuple(int(self.own[n]) for n in batch) for batch in batches]
+        penalty: Any = 0.0
+        if batches or any(v.regularizer is not None for v in subject.weights):
+            all_weights = self.noiseless.sums(
+                some, batches, lambda _, v: sums.append(v[weights.columns])
+            )
+            penalty = all_weights[weights.columns]
         # Every other batch is empty, so that noise is seen alone.
-        kinds = [(), *numbered[:1], (), *numbered[1:2], (), *numbered[2:3], (), *numbered[3:]]
-        of_kind = [None, *[0] * bool(batches), None, *[1] * bool(batches)]
-        of_kind += [None, *[2] * bool(batches), None, *[3] * bool(batches)]
-        plan = tuple(kinds[step % len(kinds)] for step in range(steps))
+        kinds = [n for batch in range(len(batches)) for n in (None, batch)] or [None]
+        numbered = {n: tuple(self.own[list(batch)].tolist()) for n, batch in enumerate(batches)}
+        plan = tuple(numbered.get(kinds[step % len(kinds)], ()) for step in range(steps))
         found: list[Any] = []
 
         def read(step: int, gradient: Floats) -> None:
-            kind = of_kind[step % len(kinds)]
+            kind = kinds[step % len(kinds)]
             expected = 0.0 if kind is None else sums[kind].astype(np.float64) / self.batch_size
             noisy = gradient[weights.columns].astype(np.float64) - penalty
             found.append((noisy - expected) * (self.batch_size / self._deviation()))
 
-        subject, quarter = self.noiseless.subject, steps // 4
+        quarter = steps // 4
         options = {
             "batch_size": self.batch_size,
             "steps_per_epoch": quarter,

@@ -136,9 +136,9 @@ class Subject:
 
     def rewind(self) -> None:
         """Gives the model's random numbers and metrics back the state they had at first."""
-        if self._state is None:
+        if self._state is None and self.model.built:
             self._state = _state_of(self.model)
-        for variable, value in self._state:
+        for variable, value in self._state or ():
             variable.assign(value)
 
 
