@@ -153,17 +153,42 @@ def curve_of(epsilons: Sequence[float], deltas: Sequence[float]) -> Curve:
         epsilons: From 0 on.
         deltas: What the mechanism has at each, or more.
     """
-    pairs = list(zip(epsilons, deltas, strict=True))
+    # y <= delta + e^epsilon x, and the same of what is not: straight lines below the curve.
+    lines = [(0.0, 0.0)]
+    for epsilon, delta in zip(epsilons, deltas, strict=True):
+        lines.append((math.exp(-epsilon), -delta * math.exp(-epsilon)))
+        lines.append((math.exp(epsilon), 1 - delta - math.exp(epsilon)))
+    slopes, offsets, begins = _envelope(lines)
 
     def curve(y: Floats) -> Floats:
-        # y <= delta + e^epsilon x, and the same of what is not.
-        found = np.zeros_like(y)
-        for epsilon, delta in pairs:
-            found = np.maximum(found, (y - delta) * math.exp(-epsilon))
-            found = np.maximum(found, 1 - delta - math.exp(epsilon) * (1 - y))
+        line = np.searchsorted(begins, y, "right")
+        found: Floats = np.maximum(0.0, slopes[line] * y + offsets[line])
         return found
 
     return curve
+
+
+def _envelope(lines: Sequence[tuple[float, float]]) -> tuple[Floats, Floats, Floats]:
+    """Gives the highest lines from left to right, and where each but the first begins."""
+    kept: list[tuple[float, float]] = []
+    begins: list[float] = []
+    for slope, offset in sorted(lines):
+        while kept:
+            gain = slope - kept[-1][0]
+            cross = (kept[-1][1] - offset) / gain if gain > 0 else -math.inf
+            if begins and cross <= begins[-1]:
+                kept.pop()
+                begins.pop()
+            elif gain <= 0:  # parallel, and not below
+                kept.pop()
+                if begins:
+                    begins.pop()
+            else:
+                begins.append(cross)
+                break
+        kept.append((slope, offset))
+    found = np.array(kept)
+    return found[:, 0], found[:, 1], np.array(begins)
 
 
 def curve_of_ledger(ledger: Ledger, relation: str = "add_or_remove_one") -> Curve:
