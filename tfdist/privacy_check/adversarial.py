@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import keras
@@ -33,18 +34,15 @@ def families(model: Any, own: Columns, rng: np.random.Generator) -> Columns:
     inputs_scale = not _has_embedding(model)
     made: list[Columns] = []
     for scale in _SCALES:
-        grown = mapped(lambda leaf, s=scale: _scaled(leaf, s, inputs_scale), x)
-        made += [
-            (grown, y, weight),
-            (grown, mapped(lambda a, s=scale: _scaled(a, s), y), weight),
-        ]
-        made.append((x, mapped(lambda leaf, s=scale: _scaled(leaf, s), y), weight))
+        grown = mapped(partial(_scaled, scale=scale, may_be_whole=inputs_scale), x)
+        targets = mapped(partial(_scaled, scale=scale), y)
+        made += [(grown, y, weight), (grown, targets, weight), (x, targets, weight)]
     for offset in _OFFSETS:
         for sign in (1.0, -1.0):
-            alike = mapped(lambda a, o=offset, s=sign: _alike(a, o, s, inputs_scale, rng), x)
-            alike = _same_inputs(alike)
+            rule = partial(_alike, offset=offset, sign=sign, may_scale=inputs_scale, rng=rng)
+            alike = _same_inputs(mapped(rule, x))
             for factor in (1.0, 100.0):
-                targets = mapped(lambda a, f=factor * offset: _scaled(a, f), y)
+                targets = mapped(partial(_scaled, scale=factor * offset), y)
                 made.append((alike, targets, weight))
     return joined(made)
 
@@ -136,7 +134,7 @@ def cancelled(model: Any, own: Columns, rng: np.random.Generator) -> Columns | N
                 (leaf * scale).astype(leaf.dtype) if n in moved else leaf
                 for n, leaf in enumerate(later)
             ]
-            targets = mapped(lambda leaf, s=scale: _scaled(leaf, s), one_y)
+            targets = mapped(partial(_scaled, scale=scale), one_y)
             found.append((tf.nest.pack_sequence_as(x, grown), targets, one_weight))
     return joined(found)
 
@@ -150,7 +148,8 @@ def _is_scalable(leaf: NDArray[Any], may_be_whole: bool = False) -> bool:
 
 def _scaled(leaf: NDArray[Any], scale: float, may_be_whole: bool = False) -> NDArray[Any]:
     scalable = _is_scalable(leaf, may_be_whole)
-    return (leaf * scale).astype(leaf.dtype) if scalable else leaf
+    grown: NDArray[Any] = (leaf * scale).astype(leaf.dtype) if scalable else leaf
+    return grown
 
 
 def _alike(
@@ -164,7 +163,7 @@ def _alike(
         if sign < 0 and leaf.shape[1] > 1:
             same[:, 1::2] = leaf[:, 1:2]
         return same
-    near = (rng.normal(size=leaf.shape) * 0.01 + offset).astype(leaf.dtype)
+    near: NDArray[Any] = (rng.normal(size=leaf.shape) * 0.01 + offset).astype(leaf.dtype)
     if leaf.ndim > 2:
         near[:, 1::2] *= sign
     return near

@@ -23,7 +23,8 @@ def as_columns(x: Any, y: Any, sample_weight: Any) -> Columns:
     """
     read, _ = read_columns(x, y, sample_weight)
     found = [tf.nest.map_structure(lambda leaf: leaf.numpy(), column) for column in read]
-    return tuple([*found, None, None][:3])  # type: ignore[return-value]
+    given = [*found, None, None]
+    return given[0], given[1], given[2]
 
 
 def rows_of(columns: Columns) -> int:
@@ -42,7 +43,8 @@ def taken(columns: Columns, rows: Any) -> Columns:
         columns: `x`, `y` and `sample_weight`.
         rows: Their numbers.
     """
-    return mapped(lambda leaf: leaf[np.asarray(rows, np.int64)], columns)
+    some: Columns = mapped(lambda leaf: leaf[np.asarray(rows, np.int64)], columns)
+    return some
 
 
 def joined(parts: Sequence[Columns]) -> Columns:

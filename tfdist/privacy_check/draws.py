@@ -85,7 +85,7 @@ def measure_draws(draws: Draws, steps: int, alpha: float) -> list[Fact]:
         alpha: Probability of a false alarm of each test.
     """
     if isinstance(draws.privacy, DPFTRL):
-        return _in_turn(draws)
+        return _in_turn(draws, draws.privacy)
     each = max(20, min(steps, _MOST_DRAWS // draws.num_rows) // _PARTS)
     clip = draws.privacy.l2_norm_clip
     private = dataclasses.replace(_noiseless(draws.privacy), group_ids=draws.privacy.group_ids)
@@ -119,11 +119,11 @@ def measure_draws(draws: Draws, steps: int, alpha: float) -> list[Fact]:
     return [*facts, *draw_facts(drawn > 0, draws.probability, alpha)]
 
 
-def _in_turn(draws: Draws) -> list[Fact]:
+def _in_turn(draws: Draws, privacy: DPFTRL) -> list[Fact]:
     """Sees that every example takes part once an epoch, in the same step of it."""
     rows = min(draws.num_rows, 200 * draws.batch_size, _MOST_DRAWS // 400)
     draws = dataclasses.replace(draws, num_rows=rows)
-    private = dataclasses.replace(_noiseless(draws.privacy), bands=1, min_separation=None)
+    private = _noiseless(dataclasses.replace(privacy, bands=1, min_separation=None))
     with subject_of(_model(rows), draws.strategy) as subject:
         found = np.array(_moved(subject, draws, epochs=2, privacy=private))
     scale = draws.batch_size / draws.privacy.l2_norm_clip

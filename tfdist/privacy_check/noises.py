@@ -115,7 +115,7 @@ class NoiseCheck:
         assert asked.noise_multiplier is not None
         multiplier = asked.noise_multiplier
         if asked.target_quantile is not None:
-            units = self.batch_size
+            units = float(self.batch_size)
             if asked.group_ids is not None:
                 units = (
                     self.batch_size * len(np.unique(asked.group_ids)) / rows_of(self.columns)
@@ -141,7 +141,9 @@ class NoiseCheck:
             penalty = all_weights[weights.columns]
         # Every other batch is empty, so that noise is seen alone.
         kinds = [n for batch in range(len(batches)) for n in (None, batch)] or [None]
-        numbered = {n: tuple(self.own[list(batch)].tolist()) for n, batch in enumerate(batches)}
+        numbered: dict[int | None, tuple[int, ...]] = {
+            n: tuple(self.own[list(batch)].tolist()) for n, batch in enumerate(batches)
+        }
         plan = tuple(numbered.get(kinds[step % len(kinds)], ()) for step in range(steps))
         found: list[Any] = []
 
