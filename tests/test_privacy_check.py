@@ -219,6 +219,24 @@ def test_clipping_to_twice_the_norm_is_found(monkeypatch: pytest.MonkeyPatch) ->
     assert "contribution: largest found over l2_norm_clip" in failed(report)
 
 
+def test_an_example_without_a_finite_gradient_that_is_not_left_out_is_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from tfdist.privacy import step
+
+    share = step.clipped_share
+
+    def spoilt(model: Any, columns: Any, *rest: Any) -> Any:
+        outputs, sums, votes = share(model, columns, *rest)
+        return outputs, [s + 0 * tf.reduce_sum(columns[0]) for s in sums], votes
+
+    monkeypatch.setattr(step, "clipped_share", spoilt)
+    report = measured(classifier(), *table(8), parts=["contributions"])
+    assert np.isnan(report["contribution"].measured)
+    assert np.isnan(report["neighbours: largest change"].measured)
+    assert not report.passed
+
+
 def test_shuffled_batches_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     from tfdist.privacy import Poisson
     from tfdist.samplers import Uniform

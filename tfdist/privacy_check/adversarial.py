@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -12,7 +13,8 @@ from numpy.typing import NDArray
 
 from tfdist.privacy_check.columns import Columns, joined, mapped, rows_of, taken
 
-_SCALES = (1e-2, 30.0, 1e3)
+_SCALES = (1e-2, 30.0, 1e3, 1e30, math.nan)
+HUGE, NOT_A_NUMBER = 6, 12  # by which rule `families` makes them of one example
 _OFFSETS = (1.0, 10.0, 100.0)
 _ASCENT_STEPS = 60
 _ASCENT_RATE = 0.05
@@ -22,8 +24,8 @@ def families(model: Any, own: Columns, rng: np.random.Generator) -> Columns:
     """Makes examples of others, each by one rule.
 
     The rules are those by which norms that are computed from products go wrong: huge and tiny
-    inputs and targets, equal positions of a sequence, opposite ones, equal ones far from 0,
-    a word that is repeated, inputs of a model that are alike.
+    inputs and targets and such as are no numbers, equal positions of a sequence, opposite
+    ones, equal ones far from 0, a word that is repeated, inputs of a model that are alike.
 
     Args:
         model: Whose inputs they are.

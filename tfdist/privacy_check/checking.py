@@ -16,7 +16,7 @@ from tfdist.errors import ArgumentError, MissingPackageError
 from tfdist.privacy.arguments import check_choice, check_count, check_number
 from tfdist.privacy.likeness import PoissonLike
 from tfdist.privacy.settings import DPSGD
-from tfdist.privacy_check.adversarial import families
+from tfdist.privacy_check.adversarial import HUGE, NOT_A_NUMBER, families
 from tfdist.privacy_check.columns import Columns, as_columns, joined, rows_of, taken
 from tfdist.privacy_check.contributions import (
     Neighbours,
@@ -34,7 +34,6 @@ FALSE_ALARM = 1e-4
 _ALPHA = FALSE_ALARM / 25  # of each test: there are fewer
 _OWN = 48  # of the user's rows that are tried
 _NUMBERS, _STEPS, _ROUNDS = 400_000, 240, 2
-_HUGE = 6  # of `families`: inputs times 1000
 
 
 def check(
@@ -143,9 +142,9 @@ def _contributions(
     """Measures contributions and neighbours."""
     model = noiseless.subject.model
     facts = largest_contribution(noiseless, some, round(_ROUNDS * effort), rng)
-    huge = families(model, taken(some, [0]), rng)
-    with_huge = joined([taken(huge, [_HUGE]), taken(some, np.arange(min(32, rows_of(some))))])
-    found = compare_neighbours(noiseless, with_huge, _is_half(model))
+    strange = taken(families(model, taken(some, [0]), rng), [HUGE, NOT_A_NUMBER])
+    rows = joined([strange, taken(some, np.arange(min(32, rows_of(some))))])
+    found = compare_neighbours(noiseless, rows, _is_half(model))
     return dataclasses.replace(found, facts=(*facts, *found.facts))
 
 
