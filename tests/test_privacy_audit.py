@@ -251,6 +251,11 @@ def test_a_ledger_is_refuted_as_rarely_as_its_p_value_says() -> None:
     scores = included + rng.normal(size=1000) / 4  # a quarter of the noise
     broken = AuditReport(scores, included, True)
     assert broken.p_value(ledger) < 1e-3
+    # All numbers of guesses together: 7 of them, at both ends and at either.
+    ends = [(n, n) for n in (500, 250, 125, 62, 31, 15, 7)]
+    ends += [pair for n, _ in ends for pair in ((n, 0), (0, n))]
+    each = [broken.p_value(ledger, guesses=pair) for pair in ends]
+    assert broken.p_value(ledger) == pytest.approx(21 * min(each))
     assert broken.gaussian_lower_bound(DELTA) > broken.epsilon_lower_bound(DELTA)
 
 

@@ -107,7 +107,7 @@ def test_the_power_is_what_it_says() -> None:
 @pytest.mark.quick
 def test_draws_that_are_wrong_in_one_way() -> None:
     rng = np.random.default_rng(0)
-    drawn = rng.random((60, 200)) < 0.1
+    drawn = rng.random((60, 400)) < 0.1
     assert not names(draw_facts(drawn, 0.1, ALPHA))
     assert "draws: of each example, binomial, p-value" in names(draw_facts(drawn, 0.15, ALPHA))
     favoured = drawn.copy()
@@ -116,6 +116,9 @@ def test_draws_that_are_wrong_in_one_way() -> None:
     again = drawn.copy()
     again[30:] = drawn[:30]
     assert "draws: independent between steps, p-value" in names(draw_facts(again, 0.1, ALPHA))
+    twice = drawn.copy()
+    twice[7] = drawn[45]
+    assert "draws: independent between steps, p-value" in names(draw_facts(twice, 0.1, ALPHA))
     pairs = np.repeat(drawn[:, :100], 2, axis=1)
     expected = "draws: independent between examples, p-value"
     assert expected in names(draw_facts(pairs, 0.1, ALPHA))
@@ -187,14 +190,19 @@ def the_same_in_every_step(patch: pytest.MonkeyPatch) -> None:
     )
 
 
+def the_same_in_every_fit(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("secrets.randbits", lambda bits: 7)
+
+
 @pytest.mark.parametrize(
     ("plant", "expected"),
     [
         (lambda patch: times(patch, 0.5), "noise: standard deviation over the right one"),
         (lambda patch: times(patch, 0.5**0.5), "noise: standard deviation over the right one"),
         (the_same_in_every_step, "noise: independent between steps, p-value"),
+        (the_same_in_every_fit, "noise: independent between steps, p-value"),
     ],
-    ids=["half", "by the root of 2", "repeated"],
+    ids=["half", "by the root of 2", "repeated", "repeated by a second fit"],
 )
 def test_wrong_noise_is_found(
     plant: Any, expected: str, monkeypatch: pytest.MonkeyPatch
@@ -202,6 +210,24 @@ def test_wrong_noise_is_found(
     plant(monkeypatch)
     report = measured(classifier(L.Dense(60)), *table(8), parts=["noise"])
     assert expected in failed(report), report
+
+
+def test_wrong_noise_on_the_count_within_the_norm_is_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from tfdist.privacy.adaptive import AdaptiveClip
+
+    update = AdaptiveClip.update
+    # Half of the vote of one example, and half of the noise.
+    monkeypatch.setattr(
+        AdaptiveClip, "update", lambda self, votes, n: update(self, 0.5 + (votes - 0.5) / 2, n)
+    )
+    settings: Any = {"target_quantile": 0.5, "count_noise": 1.5}
+    privacy = tfdist.DPSGD(0.5, noise_multiplier=2.0, delta=1e-4, **settings)
+    report = measured(classifier(), *table(8), privacy, parts=["noise"])
+    expected = "noise: standard deviation over the right one, of the count within the norm"
+    assert failed(report) == {expected}
+    assert report[expected].measured == pytest.approx(0.5, rel=0.2)
 
 
 def test_clipping_to_twice_the_norm_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

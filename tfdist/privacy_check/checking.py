@@ -154,8 +154,6 @@ def _notes(privacy: DPSGD, sampler: Any) -> list[str]:
         notes.append(
             "the noise that `target_epsilon` leads to: measured with a multiplier of 1"
         )
-    if privacy.target_quantile is not None:
-        notes.append("the noise on the count of examples within the norm")
     if privacy.augmentations > 1:
         notes.append("augmentations: measured without")
     if getattr(sampler, "capacity", None) is not None:

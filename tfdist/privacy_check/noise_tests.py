@@ -43,7 +43,7 @@ def noise_facts(z: Floats, blocks: Sequence[Block], alpha: float) -> list[Fact]:
     Returns:
         At most 12 facts.
     """
-    facts = [_deviation(z, alpha), _by_variable(z, blocks, alpha)]
+    facts = [deviation(z, alpha), _by_variable(z, blocks, alpha)]
     # A wrong deviation is told once, and not by all other tests too.
     z = z / max(1e-300, math.sqrt(float((z**2).mean())))
     facts += [_mean(z, alpha), *_shape(z, alpha)]
@@ -66,7 +66,13 @@ def smallest_error(count: int, alpha: float) -> float:
     return float(1 - math.sqrt(least / largest))
 
 
-def _deviation(z: Floats, alpha: float) -> Fact:
+def deviation(z: Floats, alpha: float) -> Fact:
+    """Compares a standard deviation with 1, by the chi-squared distribution of squares.
+
+    Args:
+        z: Any shape.
+        alpha: Probability of a false alarm.
+    """
     chi2, count = _stats().chi2, z.size
     lowest, highest = (
         math.sqrt(quantile / count)

@@ -17,7 +17,7 @@ from tfdist.privacy.ledger import Ledger
 from tfdist.privacy.settings import DPSGD
 from tfdist.privacy_check.columns import Columns, mapped, rows_of, taken
 from tfdist.privacy_check.contributions import Noiseless
-from tfdist.privacy_check.noise_tests import Block, noise_facts
+from tfdist.privacy_check.noise_tests import Block, deviation, noise_facts
 from tfdist.privacy_check.recorder import Floats, Planned
 from tfdist.privacy_check.report import Fact
 
@@ -97,7 +97,10 @@ class NoiseCheck:
             noise = self._correlated(steps, weights)
         else:
             noise = self._independent(steps, weights, rng)
-        return noise_facts(noise, weights.blocks, alpha)
+        facts = noise_facts(noise, weights.blocks, alpha)
+        if self._asked.target_quantile is not None:
+            facts.append(self._of_count(alpha))
+        return facts
 
     @property
     def _asked(self) -> DPSGD:
@@ -115,14 +118,46 @@ class NoiseCheck:
         assert asked.noise_multiplier is not None
         multiplier = asked.noise_multiplier
         if asked.target_quantile is not None:
-            units = float(self.batch_size)
-            if asked.group_ids is not None:
-                units = (
-                    self.batch_size * len(np.unique(asked.group_ids)) / rows_of(self.columns)
-                )
-            count_noise = asked.count_noise or units / 20
-            multiplier = (multiplier**-2 - (2 * count_noise) ** -2) ** -0.5
+            multiplier = (multiplier**-2 - (2 * self._count_deviation()) ** -2) ** -0.5
         return float(multiplier * asked.l2_norm_clip)
+
+    def _units(self) -> float:
+        """How many examples, or users, a step has on average."""
+        asked = self._asked
+        if asked.group_ids is None:
+            return float(self.batch_size)
+        users, counts = np.unique(np.asarray(asked.group_ids), return_counts=True)
+        kept = np.minimum(counts, asked.max_rows_per_group or counts.max()).sum()
+        return self.batch_size * len(users) / float(kept)
+
+    def _count_deviation(self) -> float:
+        """What the noise on the count of those within the norm must have."""
+        return float(self._asked.count_noise or self._units() / 20)
+
+    def _of_count(self, alpha: float) -> Fact:
+        """Reads the noise on the count of those within the norm from how the norm moves.
+
+        In steps with one example, or user, without weight, so within it: the norm's logarithm
+        moves by the rate times the part within, less the quantile (Andrew et al., 2021).
+        """
+        asked, rate = self._asked, 0.2
+        quantile, units = asked.target_quantile, self._units()
+        assert quantile is not None
+        x, y, weight = self.columns
+        none = np.zeros(rows_of(self.columns), np.float32)
+        logs = self.noiseless.subject.fit(
+            (x, y, none if weight is None else mapped(np.zeros_like, weight)),
+            lambda _, __: None,
+            batch_size=self.batch_size,
+            epochs=1,
+            steps_per_epoch=_MOST + 1,
+            sampler=Planned(plan=((0,),) * (_MOST + 1)),
+            privacy=dataclasses.replace(asked, clip_learning_rate=rate),
+        )
+        norms = np.array([entry["l2_norm_clip"] for entry in logs])
+        count = (-np.diff(np.log(norms)) / rate - (0.5 - quantile)) * units - 0.5
+        fact = deviation(count[:, None] / self._count_deviation(), alpha)
+        return dataclasses.replace(fact, name=f"{fact.name}, of the count within the norm")
 
     def _independent(self, steps: int, weights: Sampled, rng: np.random.Generator) -> Any:
         batches: list[tuple[int, ...]] = []

@@ -76,15 +76,16 @@ class Planned(Poisson):
 class _Reader(keras.callbacks.Callback):  # type: ignore[misc]
     def __init__(self, optimizer: GradientRecorder, consume: Consume) -> None:
         super().__init__()
-        self._optimizer, self._consume, self._steps = optimizer, consume, 0
+        self._optimizer, self._consume = optimizer, consume
+        self.logs: list[dict[str, float]] = []
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         found = [
             np.asarray(keras.ops.convert_to_numpy(v), np.float32).ravel()
             for v in self._optimizer.gradients
         ]
-        self._consume(self._steps, np.concatenate(found))
-        self._steps += 1
+        self._consume(len(self.logs), np.concatenate(found))
+        self.logs.append({name: float(value) for name, value in (logs or {}).items()})
 
 
 class Subject:
@@ -108,17 +109,23 @@ class Subject:
         """The variables that are trained, in the order of recorded gradients."""
         return list(self.model.trainable_variables)
 
-    def fit(self, columns: Sequence[Any], consume: Consume, **options: Any) -> None:
+    def fit(
+        self, columns: Sequence[Any], consume: Consume, **options: Any
+    ) -> list[dict[str, float]]:
         """Trains as a user would, and gives out each step's gradient.
 
         Args:
             columns: `x`, `y` and `sample_weight`.
             consume: Called with the number of each step and all gradients behind each other.
             **options: Of `tfdist.fit`.
+
+        Returns:
+            The logs of each step.
         """
         x, y, weight = columns
         if self._recorder.built:
             self._recorder.iterations.assign(0)
+        reader = _Reader(self._recorder, consume)
         training.fit(
             self.model,
             x,
@@ -126,13 +133,14 @@ class Subject:
             sample_weight=weight,
             verbose=0,
             strategy=self._strategy,
-            callbacks=[_Reader(self._recorder, consume)],
+            callbacks=[reader],
             verify_every=0,
             **options,
         )
         for name in [n for n in vars(self.model) if n.startswith(_OURS)]:
             if not name.startswith(_KEPT):
                 del vars(self.model)[name]
+        return reader.logs
 
     def rewind(self) -> None:
         """Gives the model's random numbers and metrics back the state they had at first."""
