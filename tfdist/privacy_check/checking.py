@@ -92,7 +92,7 @@ def check(
         >>> rng = np.random.default_rng(0)
         >>> x, y = rng.normal(size=(100, 8)), rng.normal(size=(100, 3))
         >>> privacy = tfdist.DPSGD(l2_norm_clip=1.0, noise_multiplier=2.0, delta=1e-3)
-        >>> report = tfdist.privacy.check(model, x, y, privacy, batch_size=10, effort=0.2)
+        >>> report = tfdist.privacy.check(model, x, y, privacy, batch_size=10, effort=0.1)
         >>> report.passed
         True
     """
