@@ -24,9 +24,13 @@ from tfdist.privacy import (
     canaries,
     epsilon,
     epsilon_lower_bound,
+    gaussian_lower_bound,
     membership,
+    tradeoffs,
 )
 from tfdist.privacy.bounds import clopper_pearson, p_value
+from tfdist.privacy.ledger import Phase
+from tfdist.privacy.tradeoffs import curve_of, curve_of_ledger, gaussian_epsilon, p_value_of
 
 DELTA = 1e-5
 
@@ -145,6 +149,114 @@ def test_intervals_of_clopper_and_pearson() -> None:
     for count in counts:
         expected = stats.binomtest(int(count), 20).proportion_ci(0.9, method="exact")
         assert (low[count], high[count]) == pytest.approx(tuple(expected), abs=1e-12)
+
+
+# --- the theorem for whole curves -------------------------------------------------------
+
+
+def largest_tail(epsilons: Any, deltas: Any, canaries: int, guesses: int, right: int) -> float:
+    """The most that theorem 9 of Mahloujifar et al. allows, by linear programming."""
+    from scipy import optimize
+
+    limits, above = [], []
+    counts = np.arange(guesses + 1)
+    for least in range(1, guesses + 1):
+        hits = np.where(counts >= least, counts, 0) / canaries
+        misses = np.where(counts >= least - 1, guesses - counts, 0) / canaries
+        for grows, delta in zip(np.exp(epsilons), deltas, strict=True):
+            limits += [hits - grows * misses, grows * hits - misses]
+            above += [delta, delta + grows - 1]
+    found = optimize.linprog(
+        -(counts >= right).astype(float),
+        A_ub=limits,
+        b_ub=above,
+        A_eq=[np.ones(guesses + 1)],
+        b_eq=[1],
+    )
+    return float(-found.fun)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("epsilons", "deltas", "num_canaries", "guesses", "right"),
+    [
+        ([0.5], [0.0], 20, 20, 15),
+        ([1.0], [1e-2], 30, 12, 11),
+        ([0.2, 1.0], [0.05, 1e-3], 25, 25, 18),
+        ([0.0], [0.1], 15, 10, 9),
+    ],
+)
+def test_what_a_curve_allows_is_found_by_linear_programming_too(
+    epsilons: Any, deltas: Any, num_canaries: int, guesses: int, right: int
+) -> None:
+    expected = largest_tail(epsilons, deltas, num_canaries, guesses, right)
+    for factor, refuted in ((0.999, False), (1.001, True)):
+        found = tradeoffs.is_refuted(
+            curve_of(epsilons, deltas),
+            num_canaries=num_canaries,
+            guesses=guesses,
+            right=right,
+            error=np.array([factor * expected]),
+        )
+        assert found.tolist() == [refuted]
+    counts = {"num_canaries": num_canaries, "guesses": guesses, "right": right}
+    received = p_value_of(curve_of(epsilons, deltas), **counts)
+    assert expected <= received < expected + 0.011
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("mu", [0.5, 2.0])
+def test_the_bound_of_a_gaussian_mechanism_holds_and_is_the_larger_one(mu: float) -> None:
+    rng = np.random.default_rng(1)
+    num, each, runs = 1000, 100, 300
+    counts = []
+    for _ in range(runs):
+        included = rng.random(num) < 0.5
+        order = np.argsort(included * mu + rng.normal(size=num))
+        counts.append(included[order[-each:]].sum() + (~included[order[:each]]).sum())
+    values, repeats = np.unique(counts, return_counts=True)
+    given = [{"num_canaries": num, "guesses": 2 * each, "right": int(n)} for n in values]
+    received = np.array([gaussian_lower_bound(**one) for one in given])
+    assert at_most_5_percent(int(repeats[received > mu].sum()), runs)
+    assert np.average(received, weights=repeats) > 0.5 * mu
+    for one, bound_of_mu in zip(given, received, strict=True):
+        assert gaussian_epsilon(bound_of_mu, DELTA) > epsilon_lower_bound(**one, delta=DELTA)
+
+
+@pytest.mark.quick
+def test_a_gaussian_mechanism_and_its_ledger_have_one_curve() -> None:
+    from scipy import special
+
+    y = np.array([1e-4, 0.01, 0.2, 0.5, 0.9, 0.999])
+    ledger = Ledger((Phase(1.0, 4.0, 16),))  # mu = 1, by composition
+    received = curve_of_ledger(ledger)(y)
+    expected = special.ndtr(special.ndtri(y) - 1.0)
+    assert (received <= expected + 1e-9).all()
+    np.testing.assert_allclose(received, expected, rtol=0.05, atol=1e-7)
+    assert gaussian_epsilon(1.0, 1e-5) == pytest.approx(ledger.epsilon(1e-5), rel=1e-3)
+    assert curve_of_ledger(Ledger((Phase(1.0, 0.0, 1),)))(y).max() == 0
+
+
+@pytest.mark.quick
+def test_a_ledger_is_refuted_as_rarely_as_its_p_value_says() -> None:
+    rng = np.random.default_rng(2)
+    ledger = Ledger((Phase(1.0, 1.0, 1),))
+    found = []
+    for _ in range(25):
+        included = rng.random(400) < 0.5
+        scores = included + rng.normal(size=400)
+        found.append(AuditReport(scores, included, True).p_value(ledger))
+    assert at_most_5_percent(sum(p < 0.05 for p in found), len(found))
+    included = rng.random(1000) < 0.5
+    scores = included + rng.normal(size=1000) / 4  # a quarter of the noise
+    broken = AuditReport(scores, included, True)
+    assert broken.p_value(ledger) < 1e-3
+    # All numbers of guesses together: 7 of them, at both ends and at either.
+    ends = [(n, n) for n in (500, 250, 125, 62, 31, 15, 7)]
+    ends += [pair for n, _ in ends for pair in ((n, 0), (0, n))]
+    each = [broken.p_value(ledger, guesses=pair) for pair in ends]
+    assert broken.p_value(ledger) == pytest.approx(21 * min(each))
+    assert broken.gaussian_lower_bound(DELTA) > broken.epsilon_lower_bound(DELTA)
 
 
 # --- scores -----------------------------------------------------------------------------
@@ -272,7 +384,7 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_examples_of_the_docstrings() -> None:
-    for module in (bounds, membership, auditing):
+    for module in (bounds, membership, auditing, tradeoffs):
         result = doctest.testmod(module)
         assert result.attempted > 0
         assert result.failed == 0

@@ -9,12 +9,22 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 import tfdist
 from tests.behaviour.checks import StopAt, everywhere, place, same_everywhere
-from tests.behaviour.registry import EVERYWHERE, HOROVOD, REPLICAS, SERVERS, WORKERS, check
+from tests.behaviour.registry import (
+    EVERYWHERE,
+    HOROVOD,
+    MIRRORED,
+    REPLICAS,
+    SERVERS,
+    WORKERS,
+    check,
+)
 from tests.equivalence.cases import private_mlp, table
 from tfdist.errors import ArgumentError, StrategyError
+from tfdist.privacy.noise import Noise
 
 L = keras.layers
 PRIVACY = tfdist.DPSGD(0.5, noise_multiplier=2.0, delta=1e-4)
@@ -50,6 +60,30 @@ def noise_on_the_sum_has_the_right_deviation(folder: Path) -> None:
     assert abs(numbers.mean()) < 5 * 1.05 / math.sqrt(numbers.size)
     correlation = np.corrcoef(numbers)[np.triu_indices(16, 1)]
     assert np.abs(correlation).max() < 5.5 / math.sqrt(2000)
+
+
+@check(MIRRORED)
+def the_check_finds_noise_of_one_replica_alone(folder: Path) -> None:
+    """And finds nothing where each replica adds its part."""
+    model = keras.Sequential([keras.Input((30,)), L.Dense(20)])
+    model.compile("sgd", "mse")
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(60, 30)), rng.normal(size=(60, 20))
+    options = {"batch_size": 10, "effort": 0.1}
+    parts = ["draws", "noise"]
+    sound = tfdist.privacy.check(model, x, y, PRIVACY, parts=parts, **options)
+    assert sound.passed, str(sound)
+    normal = Noise.normal
+
+    def of_one(self: Any, count: int, replica: Any, step: Any) -> Any:
+        return normal(self, count, replica, step) * tf.cast(tf.equal(replica, 0), tf.float32)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Noise, "normal", of_one)
+        broken = tfdist.privacy.check(model, x, y, PRIVACY, parts=["noise"], **options)
+    found = broken["noise: standard deviation over the right one"]
+    assert not found.passed
+    assert found.measured == pytest.approx(place().num_replicas ** -0.5, rel=0.05)
 
 
 @check(*REPLICAS, SERVERS)

@@ -217,6 +217,13 @@ def test_private_digits_keeps_to_its_budget(place, clusters):
     assert "Epoch 100/100" not in printed
 
 
+@on(SINGLE, example("private_check.py"))
+def test_private_check_finds_nothing_wrong(clusters):
+    printed = printed_on(clusters, SINGLE, "private_check.py")
+    assert "all passed" in printed
+    assert facts_of(printed)["all as it must be"] == "True"
+
+
 @on(SINGLE, example("private_embedding.py"))
 def test_private_embedding_hides_which_words_nobody_wrote(clusters):
     printed = printed_on(clusters, SINGLE, "private_embedding.py")

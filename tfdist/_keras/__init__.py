@@ -39,7 +39,7 @@ from tfdist._keras.building import (
     step_of,
 )
 from tfdist._keras.checkpoints import CheckpointSaver
-from tfdist._keras.discovery import Step, rows_of
+from tfdist._keras.discovery import Step, keeping_random_state, rows_of
 from tfdist._keras.loop import (
     EVALUATE,
     FIT,
@@ -105,6 +105,7 @@ __all__ = [
     "is_compiled_as",
     "is_deterministic",
     "is_seeded",
+    "keeping_random_state",
     "key_value_store",
     "layers_of",
     "leave_scope",

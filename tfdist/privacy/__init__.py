@@ -16,14 +16,18 @@ if TYPE_CHECKING:
     from tfdist.privacy.bounds import epsilon_lower_bound
     from tfdist.privacy.ledger import Ledger, Phase
     from tfdist.privacy.likeness import PoissonLike
-    from tfdist.privacy.membership import AuditReport, ThresholdAttack
+    from tfdist.privacy.membership import AuditReport
     from tfdist.privacy.poisson import Poisson
     from tfdist.privacy.rebuild import make_private_model
     from tfdist.privacy.report import Report, statement
+    from tfdist.privacy.thresholds import ThresholdAttack
+    from tfdist.privacy.tradeoffs import gaussian_lower_bound
+    from tfdist.privacy_check import CheckReport, check
 
 __all__ = [
     "AuditReport",
     "Canaries",
+    "CheckReport",
     "DPAdam",
     "Ledger",
     "Phase",
@@ -34,8 +38,10 @@ __all__ = [
     "audit",
     "canaries",
     "capacity",
+    "check",
     "epsilon",
     "epsilon_lower_bound",
+    "gaussian_lower_bound",
     "make_private_model",
     "noise_multiplier",
     "statement",
@@ -44,18 +50,21 @@ __all__ = [
 _HOMES = {
     "AuditReport": "tfdist.privacy.membership",
     "Canaries": "tfdist.privacy.auditing",
+    "CheckReport": "tfdist.privacy_check",
     "DPAdam": "tfdist.privacy.adam",
     "Ledger": "tfdist.privacy.ledger",
     "Phase": "tfdist.privacy.ledger",
     "Poisson": "tfdist.privacy.poisson",
     "PoissonLike": "tfdist.privacy.likeness",
     "Report": "tfdist.privacy.report",
-    "ThresholdAttack": "tfdist.privacy.membership",
+    "ThresholdAttack": "tfdist.privacy.thresholds",
     "audit": "tfdist.privacy.auditing",
     "canaries": "tfdist.privacy.auditing",
     "capacity": "tfdist.privacy.accounting",
+    "check": "tfdist.privacy_check",
     "epsilon": "tfdist.privacy.accounting",
     "epsilon_lower_bound": "tfdist.privacy.bounds",
+    "gaussian_lower_bound": "tfdist.privacy.tradeoffs",
     "make_private_model": "tfdist.privacy.rebuild",
     "noise_multiplier": "tfdist.privacy.accounting",
     "statement": "tfdist.privacy.report",

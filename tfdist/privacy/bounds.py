@@ -55,7 +55,8 @@ def epsilon_lower_bound(
         0.673
     """
     check_number("confidence", confidence, 0, 1, open_ends=True)
-    _check(num_canaries, guesses, right, delta)
+    check_guesses(num_canaries, guesses, right)
+    check_number("delta", delta, 0, 1)
 
     def refuted(epsilon: float) -> bool:
         p = p_value(
@@ -98,7 +99,8 @@ def p_value(
         MissingPackageError: As `epsilon_lower_bound`.
     """
     check_number("epsilon", epsilon, 0)
-    _check(num_canaries, guesses, right, delta)
+    check_guesses(num_canaries, guesses, right)
+    check_number("delta", delta, 0, 1)
     if right == 0:
         return 1.0
     special = _special()
@@ -159,11 +161,20 @@ def _special() -> Any:
     return special
 
 
-def _check(num_canaries: int, guesses: int, right: int, delta: float) -> None:
+def check_guesses(num_canaries: int, guesses: int, right: int) -> None:
+    """Refuses counts that cannot be.
+
+    Args:
+        num_canaries: As in `epsilon_lower_bound`.
+        guesses: As in `epsilon_lower_bound`.
+        right: As in `epsilon_lower_bound`.
+
+    Raises:
+        ArgumentError: They are such.
+    """
     check_count("num_canaries", num_canaries, 1)
     check_count("guesses", guesses, 0)
     check_count("right", right, 0)
-    check_number("delta", delta, 0, 1)
     if not right <= guesses <= num_canaries:
         raise ArgumentError(
             "`right` must be at most `guesses`, and `guesses` at most `num_canaries`. "

@@ -11,33 +11,20 @@ from numpy.typing import NDArray
 from tfdist.errors import ArgumentError
 from tfdist.figures import new_figure
 from tfdist.privacy.arguments import check_number
-from tfdist.privacy.bounds import clopper_pearson, epsilon_lower_bound
+from tfdist.privacy.bounds import epsilon_lower_bound
+from tfdist.privacy.ledger import Ledger
+from tfdist.privacy.thresholds import ThresholdAttack, best_threshold
+from tfdist.privacy.tradeoffs import (
+    curve_of_ledger,
+    gaussian_epsilon,
+    gaussian_lower_bound,
+    p_value_of,
+)
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 _FEWEST_GUESSES = 4
 _FEWEST_SCORES = 20
-
-
-@dataclass(frozen=True)
-class ThresholdAttack:
-    """An attack that says "member" of all scores above a threshold, or "non-member" below it.
-
-    Attributes:
-        threshold: Chosen on one half of the scores.
-        says_member: Whether it speaks up above the threshold, of members; if not, below it, of
-            non-members.
-        right: Interval of the probability that it speaks up where it is right to, from the
-            other half of the scores.
-        wrong: The same, where it is wrong to.
-        epsilon: max(0, ln((right[0] - delta) / wrong[1])), the least epsilon that allows both.
-    """
-
-    threshold: float
-    says_member: bool
-    right: tuple[float, float]
-    wrong: tuple[float, float]
-    epsilon: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,25 +165,92 @@ class AuditReport:
                 there are canaries.
             MissingPackageError: SciPy is not installed.
         """
+        check_number("confidence", confidence, 0, 1, open_ends=True)
+        tried = self._tried(guesses)
+        confidence = 1 - (1 - confidence) / len(tried)
+        return max(
+            epsilon_lower_bound(**counts, delta=delta, confidence=confidence)
+            for counts in tried
+        )
+
+    def gaussian_lower_bound(
+        self,
+        delta: float,
+        confidence: float = 0.95,
+        guesses: tuple[int, int] | None = None,
+    ) -> float:
+        """Bounds epsilon from below as `epsilon_lower_bound`, for Gaussian mechanisms alone.
+
+        It assumes that the training has the trade-off curve of some Gaussian mechanism, as
+        steps on all data have, and steps on a sample nearly, and bounds which one
+        (Mahloujifar, Melis and Chaudhuri, "Auditing f-differential privacy in one run", ICML
+        2025). So it is about twice as large, and of other trainings an estimate.
+
+        Args:
+            delta: As in `epsilon_lower_bound`, above 0 and below 1.
+            confidence: As in `epsilon_lower_bound`.
+            guesses: As in `epsilon_lower_bound`.
+
+        Returns:
+            The epsilon at `delta` of the Gaussian mechanism with the least noise that is not
+            excluded; 0 says nothing.
+
+        Raises:
+            ArgumentError: As `epsilon_lower_bound`.
+            MissingPackageError: SciPy is not installed.
+        """
+        check_number("delta", delta, 0, 1, open_ends=True)
+        check_number("confidence", confidence, 0, 1, open_ends=True)
+        tried = self._tried(guesses)
+        confidence = 1 - (1 - confidence) / len(tried)
+        mu = max(gaussian_lower_bound(**counts, confidence=confidence) for counts in tried)
+        return gaussian_epsilon(mu, delta)
+
+    def p_value(
+        self,
+        ledger: Ledger,
+        relation: str = "add_or_remove_one",
+        guesses: tuple[int, int] | None = None,
+    ) -> float:
+        """Says how probable so many right guesses are, at most, if a ledger is right.
+
+        The test is of the ledger's whole trade-off curve, that of its noise, sampling and
+        steps, and not of one epsilon; with all numbers of guesses together as in
+        `epsilon_lower_bound`.
+
+        Args:
+            ledger: What the training claims, `history.privacy.ledger`.
+            relation: As in `tfdist.privacy.epsilon`.
+            guesses: As in `epsilon_lower_bound`.
+
+        Returns:
+            Between 0 and 1. Below 0.05 the ledger is refuted with a confidence of 95 %.
+
+        Raises:
+            ArgumentError: As `epsilon_lower_bound`.
+            MissingPackageError: SciPy or dp-accounting is not installed.
+        """
+        tried = self._tried(guesses)
+        curve = curve_of_ledger(ledger, relation)
+        return min(1.0, len(tried) * min(p_value_of(curve, **counts) for counts in tried))
+
+    def _tried(self, guesses: tuple[int, int] | None) -> list[dict[str, int]]:
+        """Counts guesses and right ones, for each number of guesses that is tried."""
         if not self.fair_coins:
             raise ArgumentError(
                 "Each example must have been included by a fair coin of its own. Received: "
                 "members and non-members that were chosen otherwise. Use "
                 "tfdist.privacy.canaries(...), or threshold_attack for an estimate."
             )
-        check_number("confidence", confidence, 0, 1, open_ends=True)
         tried = _numbers_of_guesses(len(self.scores)) if guesses is None else [guesses]
-        error = (1 - confidence) / len(tried)
-        return max(
-            epsilon_lower_bound(
-                num_canaries=len(self.scores),
-                guesses=highest + lowest,
-                right=self._right(highest, lowest),
-                delta=delta,
-                confidence=1 - error,
-            )
+        return [
+            {
+                "num_canaries": len(self.scores),
+                "guesses": highest + lowest,
+                "right": self._right(highest, lowest),
+            }
             for highest, lowest in tried
-        )
+        ]
 
     def _right(self, highest: int, lowest: int) -> int:
         if min(highest, lowest) < 0 or highest + lowest > len(self.scores):
@@ -242,13 +296,13 @@ class AuditReport:
         thresholds = np.unique(self.scores)
         chosen = max(
             (
-                _threshold(members[::2], others[::2], thresholds, side, delta, confidence)
+                best_threshold(members[::2], others[::2], thresholds, side, delta, confidence)
                 for side in (True, False)
             ),
             key=lambda attack: attack.epsilon,
         )
         only = np.array([chosen.threshold])
-        return _threshold(
+        return best_threshold(
             members[1::2], others[1::2], only, chosen.says_member, delta, confidence
         )
 
@@ -296,31 +350,3 @@ def _numbers_of_guesses(canaries: int) -> list[tuple[int, int]]:
         tried += [(count, count), (count, 0), (0, count)]
         count //= 2
     return tried if canaries > 1 else [(1, 0)]
-
-
-def _threshold(
-    members: Floats,
-    others: Floats,
-    thresholds: Floats,
-    says_member: bool,
-    delta: float,
-    confidence: float,
-) -> ThresholdAttack:
-    """Measures attacks with several thresholds, and gives the best."""
-
-    def speaks_up(scores: Floats) -> tuple[Floats, Floats]:
-        below = np.searchsorted(np.sort(scores), thresholds, "left")
-        count = len(scores) - below if says_member else below
-        return clopper_pearson(count, len(scores), confidence)
-
-    right, wrong = map(speaks_up, (members, others) if says_member else (others, members))
-    with np.errstate(divide="ignore"):
-        implied = np.log(np.maximum(right[0] - delta, 0.0)) - np.log(wrong[1])
-    best = int(implied.argmax())
-    return ThresholdAttack(
-        float(thresholds[best]),
-        says_member,
-        (float(right[0][best]), float(right[1][best])),
-        (float(wrong[0][best]), float(wrong[1][best])),
-        max(0.0, float(implied[best])),
-    )

@@ -1,0 +1,71 @@
+"""Rows of nested arrays: taken, joined, and made into others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from tfdist.data.arrays import read_columns
+
+Columns = tuple[Any, Any, Any]
+
+
+def as_columns(x: Any, y: Any, sample_weight: Any) -> Columns:
+    """Gives arrays as `fit` reads them, on the host.
+
+    Args:
+        x: As in `fit`.
+        y: As in `fit`.
+        sample_weight: As in `fit`.
+    """
+    read, _ = read_columns(x, y, sample_weight)
+    found = [tf.nest.map_structure(lambda leaf: leaf.numpy(), column) for column in read]
+    given = [*found, None, None]
+    return given[0], given[1], given[2]
+
+
+def rows_of(columns: Columns) -> int:
+    """Counts rows.
+
+    Args:
+        columns: `x`, `y` and `sample_weight`.
+    """
+    return len(tf.nest.flatten(columns[0])[0])
+
+
+def taken(columns: Columns, rows: Any) -> Columns:
+    """Takes some rows.
+
+    Args:
+        columns: `x`, `y` and `sample_weight`.
+        rows: Their numbers.
+    """
+    some: Columns = mapped(lambda leaf: leaf[np.asarray(rows, np.int64)], columns)
+    return some
+
+
+def joined(parts: Sequence[Columns]) -> Columns:
+    """Puts rows behind each other.
+
+    Args:
+        parts: Of the same structure.
+    """
+    flat = [tf.nest.flatten(part) for part in parts]
+    leaves = [
+        None if leaf[0] is None else np.concatenate(leaf) for leaf in zip(*flat, strict=True)
+    ]
+    packed: Columns = tf.nest.pack_sequence_as(parts[0], leaves)
+    return packed
+
+
+def mapped(function: Callable[[Any], Any], columns: Any) -> Any:
+    """Changes all arrays.
+
+    Args:
+        function: Of an array.
+        columns: Nested; None stays.
+    """
+    return tf.nest.map_structure(lambda leaf: None if leaf is None else function(leaf), columns)
