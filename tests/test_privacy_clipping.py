@@ -10,7 +10,7 @@ import pytest
 import tensorflow as tf
 
 from tfdist.errors import ArgumentError
-from tfdist.privacy import _layers, clipping
+from tfdist.privacy import _layers, clipping, independence
 
 L = keras.layers
 EXAMPLES = 5
@@ -246,7 +246,7 @@ def test_equals_a_loop_over_examples(name: str) -> None:
     received, received_norms = traced(*tensors, tf.ones([EXAMPLES], tf.bool))
     np.testing.assert_allclose(received_norms, norms, rtol=1e-4, atol=1e-6)
     close(received, expected)
-    clipping.check(model, x, y)
+    independence.check(model, x, y)
     is_fast = name in FAST or name.startswith(("einsum", "layer_norm"))
     alone = [layer for layer in clipping.computed_alone(model) if layer != "the loss"]
     assert (alone == []) == is_fast
@@ -360,7 +360,7 @@ def test_weight_used_elsewhere_is_found_by_the_check() -> None:
     model = keras.Model(inputs, Borrowing(dense)(dense(inputs)))
     model.compile(loss="mse")
     with pytest.raises(ArgumentError, match="All weights must be used by the layers"):
-        clipping.check(model, data(4), data(4))
+        independence.check(model, data(4), data(4))
 
 
 @pytest.mark.quick

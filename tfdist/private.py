@@ -15,7 +15,7 @@ from tfdist import data, refused
 from tfdist.data.arrays import Arrays
 from tfdist.errors import ArgumentError
 from tfdist.planned import plan
-from tfdist.privacy import clipping, refusals
+from tfdist.privacy import clipping, independence, refusals
 from tfdist.privacy.accounting import noise_for
 from tfdist.privacy.budget import PrivacyBudget
 from tfdist.privacy.course import Course
@@ -217,7 +217,7 @@ class PrivateRun:
             share = next(iter(source.shares(Place())))
             batch = tf.nest.map_structure(lambda column: column[:_ROWS_CHECKED], share.data)
         x, y, weight = keras.utils.unpack_x_y_sample_weight(batch)
-        clipping.check(self._model, x, y, sample_weight=weight)
+        independence.check(self._model, x, y, sample_weight=weight)
         refusals.check_metrics(self._model, x, y, sample_weight=weight)
 
     def notice(self) -> str | None:
