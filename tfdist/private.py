@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from tfdist import data, refused
@@ -24,6 +25,7 @@ from tfdist.privacy.ledger import Ledger, Phase, dp_accounting
 from tfdist.privacy.poisson import Poisson
 from tfdist.privacy.report import Report, careless_delta
 from tfdist.privacy.settings import DPSGD, Mechanism
+from tfdist.privacy.spot_checks import SpotChecks
 from tfdist.privacy.step import PrivateStep
 from tfdist.privacy.users import PoissonOfUsers, Users
 from tfdist.samplers import Sampler, Sequential
@@ -31,7 +33,6 @@ from tfdist.session import Session
 from tfdist.strategies.base import Place
 
 _MEMORY = "_tfdist_private"
-_ROWS_CHECKED = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +123,7 @@ class PrivateRun:
         self._uncounted = uncounted
         self._before = spent
         self._phase: Phase | None = None
+        self._spot_checks: SpotChecks | None = None
 
     def go_on(self, saved: dict[str, Any] | None) -> dict[str, Any]:
         """Takes what an earlier process knew of the model before this `fit`.
@@ -194,7 +196,19 @@ class PrivateRun:
             privacy.augmentations,
             phase.bands,
         )
+        self._steps_of_epoch = source.steps
+        self._mask_seed = self._agreed_mask_seed(source)
         self._try(source)
+
+    def _agreed_mask_seed(self, source: data.Source) -> int:
+        """Gives the seed of random numbers of rows: secret if none was chosen."""
+        if self.draws_secretly:
+            return int(source.drawn_from.seed)  # type: ignore[attr-defined]  # of `Arrays`
+        if self.is_seeded:
+            return self.sampling_seed
+        strategy = self._session.strategy
+        # Who joins an elastic run later would be alone with it; then only contents count.
+        return 0 if strategy.elastic else int(strategy.broadcast_object(self.sampling_seed))
 
     def _count_noise(self, noise: float, units: float) -> float:
         if self.privacy.target_quantile is None or noise == 0:
@@ -209,13 +223,20 @@ class PrivateRun:
             )
         return found
 
+    @property
+    def _rows_tried(self) -> int:
+        return min(independence.ROWS, max(4, self.privacy.microbatch_size or independence.ROWS))
+
     def _try(self, source: data.Source) -> None:
         if isinstance(source, Arrays):
-            rows = range(min(_ROWS_CHECKED, source.num_local_rows))
+            rows = np.linspace(0, source.num_local_rows - 1, self._rows_tried)
+            rows = np.unique(rows.astype(np.int64))  # side by side they may be alike
             batch = tf.nest.map_structure(lambda column: tf.gather(column, rows), source.data)
         else:  # as the model will see them, augmented
             share = next(iter(source.shares(Place())))
-            batch = tf.nest.map_structure(lambda column: column[:_ROWS_CHECKED], share.data)
+            batch = tf.nest.map_structure(
+                lambda column: column[: independence.ROWS], share.data
+            )
         x, y, weight = keras.utils.unpack_x_y_sample_weight(batch)
         independence.check(self._model, x, y, sample_weight=weight)
         refusals.check_metrics(self._model, x, y, sample_weight=weight)
@@ -301,6 +322,9 @@ class PrivateRun:
             step: What will be made.
         """
         self._course.restart(step)
+        step.masks.renew(self._mask_seed)
+        step.spot_checks.begin(self._steps_of_epoch)
+        self._spot_checks = step.spot_checks
         for callback in getattr(callbacks, "callbacks", callbacks):
             if isinstance(callback, PrivacyBudget):
                 callback.run = self
@@ -313,6 +337,12 @@ class PrivateRun:
         self._note_uncounted()
         try:
             yield
+            if self._spot_checks is not None:
+                self._spot_checks.raise_if_failed()
+        except tf.errors.InvalidArgumentError as error:
+            if self._spot_checks is not None:
+                self._spot_checks.raise_if_failed(error)
+            raise
         finally:
             made = self._before.add(self.phase(self.steps_made))
             vars(self._model)[_MEMORY] = (made, self._secret, self._uncounted)

@@ -12,9 +12,11 @@ from tfdist._keras import ReplicaBatch
 from tfdist.privacy import _layers
 from tfdist.privacy.adam import DPAdam
 from tfdist.privacy.adaptive import AdaptiveClip
+from tfdist.privacy.masks import Masks
 from tfdist.privacy.noise import Noise, like
 from tfdist.privacy.pieces import clipped_share
 from tfdist.privacy.settings import Mechanism
+from tfdist.privacy.spot_checks import SpotChecks
 
 Tensor = Any
 
@@ -37,6 +39,8 @@ class PrivateStep:
         place = strategy.place
         self.mechanism = mechanism
         self.noise = Noise(place.first_replica, place.local_replicas)
+        self.masks = Masks()
+        self.spot_checks = SpotChecks(model, strategy, mechanism.microbatch_size)
         self.adaptive: AdaptiveClip | None = None
         if mechanism.target_quantile is not None:
             self.adaptive = AdaptiveClip(model, mechanism)
@@ -67,6 +71,24 @@ class PrivateStep:
             self.noise.go_on(*correlated)
         if self.adaptive is not None:
             self.adaptive.restart()
+
+    def begin_step(
+        self, data: Any, batch: ReplicaBatch, stopping: Tensor
+    ) -> tuple[Any, Tensor]:
+        """Gives rows their keys, and sees now and then that none depends on another.
+
+        Args:
+            data: As in `train_step`.
+            batch: As in `train_step`; gets the keys.
+            stopping: As `SpotChecks.check` takes it.
+
+        Returns:
+            What `SpotChecks.check` gives.
+        """
+        batch.keys = self.masks.keys(data, batch.offset, self.mechanism.copies)
+        columns = keras.utils.unpack_x_y_sample_weight(data)
+        columns, stopping = self.spot_checks.check(columns, batch, stopping)
+        return keras.utils.pack_x_y_sample_weight(*columns), stopping
 
     def train_step(self, data: Any, batch: ReplicaBatch, groups: Tensor) -> Any:
         """Makes one step, as `keras.Model.train_step` would.
