@@ -12,7 +12,7 @@ import tensorflow as tf
 from tfdist import _keras
 from tfdist._keras import ReplicaBatch
 from tfdist.errors import ArgumentError
-from tfdist.privacy import _layers, clipping
+from tfdist.privacy import _layers, clipping, independence
 
 L = keras.layers
 EXAMPLES = 5
@@ -342,7 +342,7 @@ def test_equals_a_loop_over_examples(name: str) -> None:
     np.testing.assert_allclose(received_norms, norms, rtol=3e-3, atol=1e-6)
     expected, _ = loop(model, x, y, clip, received_norms)
     close(received, expected)
-    clipping.check(model, x, y)
+    independence.check(model, x, y)
     is_fast = name in FAST or name.startswith(("einsum", "layer_norm_", "lora"))
     alone = [layer for layer in clipping.computed_alone(model) if layer != "the loss"]
     assert (alone == []) == is_fast
@@ -473,7 +473,7 @@ def test_tied_weights_see_the_dropout_that_others_see() -> None:
     model(data(4))
     batch = ReplicaBatch(share, share, tf.zeros([], tf.int64), list, tf.identity)
     with _keras.replicated(), _keras.on_replica(batch):
-        clipping.check(model, data(4), data(4))
+        independence.check(model, data(4), data(4))
 
 
 def test_sensitivity_is_the_clipping_norm() -> None:

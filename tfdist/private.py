@@ -9,13 +9,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from tfdist import data, refused
 from tfdist.data.arrays import Arrays
 from tfdist.errors import ArgumentError
 from tfdist.planned import in_its_turn, plan, watch
-from tfdist.privacy import clipping, refusals
+from tfdist.privacy import clipping, independence, refusals
 from tfdist.privacy.accounting import noise_for
 from tfdist.privacy.budget import PrivacyBudget
 from tfdist.privacy.course import Course, watched
@@ -25,14 +26,13 @@ from tfdist.privacy.poisson import Poisson
 from tfdist.privacy.report import Report, careless_delta
 from tfdist.privacy.separation import SeparationCheck
 from tfdist.privacy.settings import DPSGD, Mechanism
+from tfdist.privacy.spot_checks import SpotChecks
 from tfdist.privacy.step import PrivateStep
 from tfdist.privacy.users import PoissonOfUsers, Users
 from tfdist.samplers import Sampler, Sequential
 from tfdist.session import Session
 from tfdist.spending import Spending
 from tfdist.strategies.base import Place
-
-_ROWS_CHECKED = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,6 +133,7 @@ class PrivateRun:
         )
         self._watch: SeparationCheck | None = None
         self._source: data.Source | None = None
+        self._spot_checks: SpotChecks | None = None
 
     def go_on(
         self, saved: dict[str, Any] | None = None, kept: int = 0, directory: Any = None
@@ -191,9 +192,21 @@ class PrivateRun:
             privacy.augmentations,
             phase.bands,
         )
+        self._steps_of_epoch = source.steps
+        self._mask_seed = self._agreed_mask_seed(source)
         self._try(source)
         if self._course.correlated:
             self._watch = watch(source, phase.separation, lambda: self.steps_made)
+
+    def _agreed_mask_seed(self, source: data.Source) -> int:
+        """Gives the seed of random numbers of rows: secret if none was chosen."""
+        if self.draws_secretly:
+            return int(source.drawn_from.seed)  # type: ignore[attr-defined]  # of `Arrays`
+        if self.is_seeded:
+            return self.sampling_seed
+        strategy = self._session.strategy
+        # Who joins an elastic run later would be alone with it; then only contents count.
+        return 0 if strategy.elastic else int(strategy.broadcast_object(self.sampling_seed))
 
     def _count_noise(self, noise: float, units: float) -> float:
         if self.privacy.target_quantile is None or noise == 0:
@@ -208,15 +221,22 @@ class PrivateRun:
             )
         return found
 
+    @property
+    def _rows_tried(self) -> int:
+        return min(independence.ROWS, max(4, self.privacy.microbatch_size or independence.ROWS))
+
     def _try(self, source: data.Source) -> None:
         if isinstance(source, Arrays):
-            rows = range(min(_ROWS_CHECKED, source.num_local_rows))
+            rows = np.linspace(0, source.num_local_rows - 1, self._rows_tried)
+            rows = np.unique(rows.astype(np.int64))  # side by side they may be alike
             batch = tf.nest.map_structure(lambda column: tf.gather(column, rows), source.data)
         else:  # as the model will see them, augmented
             share = next(iter(source.shares(Place())))
-            batch = tf.nest.map_structure(lambda column: column[:_ROWS_CHECKED], share.data)
+            batch = tf.nest.map_structure(
+                lambda column: column[: independence.ROWS], share.data
+            )
         x, y, weight = keras.utils.unpack_x_y_sample_weight(batch)
-        clipping.check(self._model, x, y, sample_weight=weight)
+        independence.check(self._model, x, y, sample_weight=weight)
         refusals.check_metrics(self._model, x, y, sample_weight=weight)
 
     def notice(self) -> str | None:
@@ -310,6 +330,9 @@ class PrivateRun:
             step: What will be made.
         """
         self._course.restart(step)
+        step.masks.renew(self._mask_seed)
+        step.spot_checks.begin(self._steps_of_epoch)
+        self._spot_checks = step.spot_checks
         given = getattr(callbacks, "callbacks", callbacks)
         if self._spending.limit is not None:
             given.append(PrivacyBudget(self._spending.limit))
@@ -324,7 +347,12 @@ class PrivateRun:
         with self._spending.counting():
             try:
                 yield
-            except tf.errors.OpError:
+                if self._spot_checks is not None:
+                    self._spot_checks.raise_if_failed()
+            except tf.errors.OpError as error:
+                is_check_s = isinstance(error, tf.errors.InvalidArgumentError)
+                if is_check_s and self._spot_checks is not None:
+                    self._spot_checks.raise_if_failed(error)
                 if self._watch is None or self._watch.problem is None:
                     raise
                 raise ArgumentError(self._watch.problem) from None

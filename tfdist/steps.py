@@ -326,8 +326,11 @@ class _Replica:
         if share.total is None:
             return self.train_step(share.data), _no_signals()
         with _keras.on_replica(self._batch(share)) as batch:
-            agreement = Agreement(self.strategy, share, stopping, self.elements)
             private = self.private
+            if private is not None:
+                data, stopping = private.begin_step(share.data, batch, stopping)
+                share = share._replace(data=data)
+            agreement = Agreement(self.strategy, share, stopping, self.elements)
             updates = Updates(
                 self.model, batch, agreement, self.strategy, are_parts=private is not None
             )

@@ -163,3 +163,23 @@ def gradients_that_are_not_summed_as_they_are_are_refused(folder: Path) -> None:
 def asynchronous_servers_are_refused(folder: Path) -> None:
     strategy = tfdist.ParameterServer(min_part_bytes=256)
     refused(StrategyError, "must be synchronous", strategy=strategy)
+
+
+class Late(L.Layer):
+    """Mixes the examples of batches of which a replica has more than were tried at first."""
+
+    def call(self, inputs: Any) -> Any:
+        is_large = keras.ops.cast(keras.ops.shape(inputs)[0] > 20, inputs.dtype)
+        return inputs + is_large * keras.ops.mean(inputs, 0, keepdims=True)
+
+
+@check(*EVERYWHERE)
+def examples_that_are_mixed_end_the_training_on_all_workers(folder: Path) -> None:
+    model = keras.Sequential([keras.Input((20,)), Late(), L.Dense(1)])
+    model.compile("sgd", "mse")
+    before = model.get_weights()
+    with pytest.raises(ArgumentError, match="that step was not made"):
+        tfdist.fit(model, *table(), batch_size=120, verbose=0, privacy=PRIVACY)
+    for a, b in zip(model.get_weights(), before, strict=True):
+        np.testing.assert_array_equal(a, b)
+    same_everywhere(model)

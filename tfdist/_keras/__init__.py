@@ -16,7 +16,8 @@ the optimizer's update    the backend-neutral one: each replica updates its own 
                           with the same, already reduced, gradient
 BatchNormalization        moments over the global batch when `synchronized=True`
 dropout, random seeds     a function of the example's place in the global batch; dropout also
-                          where one process trains, the same compiled by XLA or not
+                          where one process trains, the same compiled by XLA or not; in private
+                          training all of `keras.random`, a function of what the example holds
 Variable assignment       is noted, so that what the forward pass changed can be
                           brought to the same value everywhere
 ========================  ==========================================================
@@ -39,7 +40,8 @@ from tfdist._keras.building import (
     step_of,
 )
 from tfdist._keras.checkpoints import CheckpointSaver
-from tfdist._keras.discovery import Step, keeping_random_state, rows_of
+from tfdist._keras.discovery import Step, keeping_random_state, random_ops, rows_of
+from tfdist._keras.keyed import RowKeys, row_numbers
 from tfdist._keras.loop import (
     EVALUATE,
     FIT,
@@ -82,6 +84,7 @@ __all__ = [
     "EagerTensor",
     "OwnNoise",
     "ReplicaBatch",
+    "RowKeys",
     "Step",
     "StreamAdapter",
     "alone",
@@ -117,9 +120,11 @@ __all__ = [
     "once_each",
     "optimizers_of",
     "outside_scopes",
+    "random_ops",
     "reindex_optimizer",
     "replaced",
     "replicated",
+    "row_numbers",
     "rows_of",
     "rows_to_try",
     "scope_of",

@@ -137,11 +137,20 @@ def trace(step: Callable[[Any], Any], spec: Any) -> Step:
     with keeping_random_state(), replicated():
         graph = _func_graph.func_graph_from_py_func("discovery", traced, (spec,), {})
     result = found[-1]
-    definition = graph.as_graph_def(add_shapes=False)
-    nodes = [*definition.node, *(n for f in definition.library.function for n in f.node_def)]
-    result.is_random = not RANDOM_OPS.isdisjoint({node.op for node in nodes})
+    result.is_random = bool(random_ops(graph))
     result.raw = _raw_writes(graph, result)
     return result
+
+
+def random_ops(graph: Any) -> list[str]:
+    """Names the ops of a graph whose numbers are no function of a seed that they are given.
+
+    Args:
+        graph: A `tf.Graph`.
+    """
+    definition = graph.as_graph_def(add_shapes=False)
+    nodes = [*definition.node, *(n for f in definition.library.function for n in f.node_def)]
+    return sorted(RANDOM_OPS & {node.op for node in nodes})
 
 
 def _raw_writes(graph: Any, step: Step) -> list[str]:

@@ -1,5 +1,7 @@
 """What preprocessing layers draw, as a function of each example's place in the global batch.
 
+In private training it is a function of what the example holds instead.
+
 Keras's layers draw through `keras.src.backend.tensorflow.random`, whose functions take their
 seed from `draw_seed`. They are replaced while a layer is traced, for the thread that does.
 """
@@ -18,6 +20,7 @@ import tensorflow as tf
 from keras.src import backend as _backend
 from keras.src.backend.tensorflow import random as _random
 
+from tfdist._keras import keyed
 from tfdist._keras.random import uniform_rows
 from tfdist._keras.replica import replaced
 from tfdist.errors import ArgumentError
@@ -38,12 +41,14 @@ class Rows:
         first: Scalar int64 tensor, where a share begins in it.
         count: Scalar int64 tensor, examples of the share.
         chosen: int64 tensor, which of the share's examples are transformed.
+        keys: int64 of shape [count], in place of where examples are; None if they go by that.
     """
 
     seed: Tensor
     first: Tensor
     count: Tensor
     chosen: Tensor
+    keys: Tensor | None = None
 
     def of(self, number: Any) -> Rows:
         """Gives the same examples with another seed.
@@ -52,6 +57,13 @@ class Rows:
             number: Which; whole.
         """
         return replace(self, seed=_fold(self.seed, number))
+
+    @property
+    def identity(self) -> Tensor:
+        """What the numbers of each chosen example follow from: its place, or its key."""
+        if self.keys is None:
+            return self.first + self.chosen
+        return tf.gather(self.keys, self.chosen)
 
     def uniform(self) -> Tensor:
         """Draws a number from 0 to 1 for each example of the share, chosen or not."""
@@ -69,6 +81,9 @@ class Rows:
             Tensor of shape [count, *shape].
         """
         whole = tf.concat([[self.count], tf.cast(tf.convert_to_tensor(shape), tf.int64)], 0)
+        if self.keys is not None:
+            keys = keyed.RowKeys(self.keys, tf.cast(self.seed, tf.int64))
+            return keyed.BY_OP[op](keys, whole, tf.zeros([2], tf.int32), tf.as_dtype(dtype))
         return uniform_rows(whole, self.first, self.seed, tf.as_dtype(dtype), op)
 
 
@@ -112,10 +127,7 @@ def draws_by_row(layer: Any, spec: Any) -> bool:
     definition = traced.graph.as_graph_def()
     name = type(layer).__name__
     if probing.mixes:
-        raise ArgumentError(
-            "A layer of `Augment` must treat each example by itself. Received: "
-            f"{name}, which mixes the examples of a batch. Put it into the model."
-        )
+        raise mixes(name)
     functions = definition.library.function
     nodes = [*definition.node, *(node for f in functions for node in f.node_def)]
     wrong = sorted({node.op for node in nodes if node.op.startswith(_STATEFUL)})
@@ -125,6 +137,18 @@ def draws_by_row(layer: Any, spec: Any) -> bool:
             f"Received: {name}, which draws by TensorFlow's {wrong[0]}."
         )
     return probing.by_row == probing.draws
+
+
+def mixes(name: str) -> ArgumentError:
+    """Makes the error that says that a layer mixes examples.
+
+    Args:
+        name: The layer's class.
+    """
+    return ArgumentError(
+        "A layer of `Augment` must treat each example by itself. Received: "
+        f"{name}, which mixes the examples of a batch. Put it into the model."
+    )
 
 
 def transform(layer: Any, batch: Tensor, rows: Rows, by_row: bool) -> Tensor:
@@ -147,8 +171,7 @@ def transform(layer: Any, batch: Tensor, rows: Rows, by_row: bool) -> Tensor:
 
     made = transformed(layer, tf.TensorSpec((None, *batch.shape[1:]), batch.dtype))
     signature = tf.TensorSpec(made.shape[1:], made.dtype)
-    places = rows.first + rows.chosen
-    return tf.map_fn(one, (batch, places), fn_output_signature=signature)
+    return tf.map_fn(one, (batch, rows.identity), fn_output_signature=signature)
 
 
 class _How:

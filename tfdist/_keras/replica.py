@@ -10,6 +10,8 @@ from typing import Any, Protocol
 
 import tensorflow as tf
 
+from tfdist._keras.keyed import RowKeys
+
 Tensor = Any
 """A `tf.Tensor`, `tf.IndexedSlices` or what converts to one."""
 
@@ -50,6 +52,7 @@ class ReplicaBatch:
         all_gather: Concatenates a tensor of every replica along axis 0.
         updates: Receives what the train step does with optimizers, while it runs.
         metrics: Receives the metrics that the step updates, while it runs.
+        keys: What random numbers of rows follow from, in place of their place in the batch.
         is_traced: Whether it is part of a graph.
         touched: `keras.Variable`s assigned so far, with the value before, by their id; but
             for those of `metrics` and what optimizers update.
@@ -63,6 +66,7 @@ class ReplicaBatch:
     all_gather: Callable[[Tensor], Tensor]
     updates: Updates | None = None
     metrics: Metrics | None = None
+    keys: RowKeys | None = None
     touched: dict[int, tuple[Any, Tensor]] = field(default_factory=dict, init=False)
     updated: dict[int, Any] = field(default_factory=dict, init=False)
     is_updating: bool = field(default=False, init=False)

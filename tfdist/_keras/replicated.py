@@ -11,12 +11,24 @@ from keras.src.backend.tensorflow import random as _random
 from keras.src.backend.tensorflow.core import Variable as _Variable
 
 from tfdist._keras import losses, metrics, optimizers
+from tfdist._keras import random as draws
 from tfdist._keras.batch_norm import moments
 from tfdist._keras.interception import Replacement
-from tfdist._keras.random import draw_seed, dropout, normal, uniform
 from tfdist._keras.replica import replaced
 from tfdist._keras.variables import as_python, direct_assign
 
+_DRAWS = (
+    "dropout",
+    "draw_seed",
+    "normal",
+    "uniform",
+    "randint",
+    "truncated_normal",
+    "categorical",
+    "gamma",
+    "beta",
+    "binomial",
+)
 _depth = 0  # of calls within each other: an evaluation in a callback
 
 
@@ -46,7 +58,7 @@ def _leave() -> None:
 
 def alone() -> contextlib.AbstractContextManager[None]:
     """Lets a model that is no replica drop what it would drop as one, also compiled by XLA."""
-    return replaced(_random, "dropout", dropout)
+    return replaced(_random, "dropout", draws.dropout)
 
 
 def replacements(has_servers: bool = False) -> list[Replacement]:
@@ -60,10 +72,7 @@ def replacements(has_servers: bool = False) -> list[Replacement]:
         (_Variable, "_direct_assign", direct_assign),
         (_AnyVariable, "__int__", as_python(int)),
         (_AnyVariable, "__float__", as_python(float)),
-        (_random, "dropout", dropout),
-        (_random, "draw_seed", draw_seed),
-        (_random, "normal", normal),
-        (_random, "uniform", uniform),
+        *((_random, name, getattr(draws, name)) for name in _DRAWS),
         *losses.replacements(),
         *optimizers.replacements(has_servers),
         *metrics.replacements(),

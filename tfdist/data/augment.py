@@ -13,7 +13,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tfdist._keras import draws
+from tfdist._keras import draws, keyed
 from tfdist.data import leaves
 from tfdist.data.epochs import START, DataPosition
 from tfdist.data.source import PARALLEL, Share, Source, mapped, shortened
@@ -21,6 +21,7 @@ from tfdist.errors import ArgumentError
 from tfdist.strategies.base import Place
 
 Tensor = Any
+_TRIED = 8  # examples
 _CHOICE, _LAYERS = 0, 1  # what a step's seed is for: which examples, and what becomes of them
 
 
@@ -156,10 +157,15 @@ class Augmented(Source):
             repeats)`, the latter a float32 tensor of shape [examples].
         augment: What becomes of it.
         seed: Chooses the random numbers.
+        copies: Rows of an example, if what becomes of it follows from its contents, not from
+            its place in the batch: in private training it must depend on no other example.
     """
 
-    def __init__(self, source: Source, augment: Augment, seed: int) -> None:
+    def __init__(
+        self, source: Source, augment: Augment, seed: int, copies: int | None = None
+    ) -> None:
         self.source = source
+        self._copies = copies
         self.augment = augment
         self.batches, self.asked_steps = source.batches, source.asked_steps
         self.flows = source.flows
@@ -175,6 +181,8 @@ class Augmented(Source):
             augment.check(y)
         self._steps, made = self._plan(x)
         self._spec = _with_x(batch, made)
+        if copies is not None:
+            self._check_alone()
 
     def spec(self) -> Any:
         """Gives the shapes and dtypes of a batch."""
@@ -234,7 +242,10 @@ class Augmented(Source):
             x, y, _ = keras.utils.unpack_x_y_sample_weight(batch)
             count = tf.shape(tf.nest.flatten(x)[0], tf.int64)[0]
             first = tf.constant(0, tf.int64) if share.offset is None else share.offset
-            rows = draws.Rows(self._seed, first, count, tf.range(count)).of(step)
+            keys = None
+            if self._copies is not None:
+                keys = keyed.row_numbers(batch, first, self._copies)
+            rows = draws.Rows(self._seed, first, count, tf.range(count), keys).of(step)
             return share._replace(data=_with_x(batch, self._changed(x, y, repeats, rows)))
 
         shares = self.source.shares(place, position).enumerate()
@@ -276,6 +287,25 @@ class Augmented(Source):
             made = spec if name is None else {**made, name: spec}
         return steps, made
 
+    def _check_alone(self) -> None:
+        """Sees that what becomes of examples does not depend on the others of a batch."""
+        sample = self.source.sample(_TRIED)
+        if sample is None:
+            return
+        x, _, _ = keras.utils.unpack_x_y_sample_weight(self._parts(sample)[0])
+        everyone = np.arange(_TRIED)
+        some = np.random.default_rng(0).permutation(_TRIED)[: _TRIED // 2]
+        tried = {
+            name: _jittered(x if name is None else x[name]) for name in self.augment.by_input
+        }
+        for name, layer, by_row in self._steps:
+            before = tried[name]
+            tried[name] = draws.transform(layer, before, _rows_of(everyone), by_row)
+            alone = draws.transform(layer, tf.gather(before, some), _rows_of(some), by_row)
+            expected, received = tf.gather(tried[name], some).numpy(), alone.numpy()
+            if not np.allclose(received, expected, 1e-4, 1e-4 * np.abs(expected).max()):
+                raise draws.mixes(type(layer).__name__)
+
     @property
     def _chooses(self) -> bool:
         return self.augment.classes is not None or self.augment.repeated
@@ -312,6 +342,22 @@ class Augmented(Source):
             after = draws.transform(layer, before, rows.of(_LAYERS + number), by_row)
             x = after if name is None else {**x, name: after}
         return x
+
+
+def _jittered(values: Any) -> Any:
+    """Gives so many examples as are tried, of which no two are equal if they are floats."""
+    values = tf.gather(values, np.arange(_TRIED) % values.shape[0])
+    if not values.dtype.is_floating:
+        return values
+    noise = np.random.default_rng(1).normal(size=values.shape) * (np.std(values) or 1.0)
+    return values + tf.constant(noise, values.dtype)
+
+
+def _rows_of(numbers: Any) -> draws.Rows:
+    """Describes examples that are told apart by their numbers."""
+    count = tf.constant(len(numbers), tf.int64)
+    seed, keys = tf.constant([1, 2], tf.int64), tf.constant(numbers, tf.int64)
+    return draws.Rows(seed, tf.constant(0, tf.int64), count, tf.range(count), keys)
 
 
 def _with_x(batch: Any, x: Any) -> Any:

@@ -79,7 +79,8 @@ def read(x: Any, y: Any, sample_weight: Any, settings: Settings) -> Source:
     source = _read(undistributed(x), y, sample_weight, settings)
     if settings.augment is None:
         return source
-    return Augmented(source, settings.augment, settings.seed)
+    copies = settings.copies if settings.private else None
+    return Augmented(source, settings.augment, settings.seed, copies)
 
 
 def _read(x: Any, y: Any, sample_weight: Any, settings: Settings) -> Source:

@@ -164,6 +164,9 @@ class _Pieces:
         piece = ReplicaBatch(
             examples, batch.total, batch.offset + start, batch.all_reduce, batch.all_gather
         )
+        if batch.keys is not None:
+            places = tf.minimum(begin + tf.range(_examples(columns)), self._examples - 1)
+            piece.keys = batch.keys.at(places)
         with _keras.on_replica(piece):
             clipped = clipped_sum(
                 self._model,

@@ -15,9 +15,11 @@ from tfdist.privacy.adam import DPAdam
 from tfdist.privacy.adaptive import AdaptiveClip
 from tfdist.privacy.counter import StepCounter
 from tfdist.privacy.grid import Rounding
+from tfdist.privacy.masks import Masks
 from tfdist.privacy.noise import Noise, like
 from tfdist.privacy.pieces import clipped_share
 from tfdist.privacy.settings import Mechanism
+from tfdist.privacy.spot_checks import SpotChecks
 
 Tensor = Any
 
@@ -49,6 +51,8 @@ class PrivateStep:
             self._rounding = Rounding(
                 mechanism.gradient_noise, mechanism.most(place.num_replicas), noisy
             )
+        self.masks = Masks()
+        self.spot_checks = SpotChecks(model, strategy, mechanism.microbatch_size)
         self.adaptive: AdaptiveClip | None = None
         if mechanism.target_quantile is not None:
             self.adaptive = AdaptiveClip(model, mechanism, place.num_replicas)
@@ -104,6 +108,24 @@ class PrivateStep:
         """
         self.counter.end(is_made)
         self._number = None
+
+    def begin_step(
+        self, data: Any, batch: ReplicaBatch, stopping: Tensor
+    ) -> tuple[Any, Tensor]:
+        """Gives rows their keys, and sees now and then that none depends on another.
+
+        Args:
+            data: As in `train_step`.
+            batch: As in `train_step`; gets the keys.
+            stopping: As `SpotChecks.check` takes it.
+
+        Returns:
+            What `SpotChecks.check` gives.
+        """
+        batch.keys = self.masks.keys(data, batch.offset, self.mechanism.copies)
+        columns = keras.utils.unpack_x_y_sample_weight(data)
+        columns, stopping = self.spot_checks.check(columns, batch, stopping)
+        return keras.utils.pack_x_y_sample_weight(*columns), stopping
 
     def train_step(self, data: Any, batch: ReplicaBatch, groups: Tensor) -> Any:
         """Makes one step, as `keras.Model.train_step` would.

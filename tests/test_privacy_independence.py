@@ -1,0 +1,231 @@
+"""What an example adds to a private step depends on this example alone, or training ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import tfdist
+from tfdist.errors import ArgumentError
+from tfdist.privacy import independence
+
+L, R, ops = keras.layers, keras.random, keras.ops
+Tried = tuple[Any, Any, Any]
+
+
+class Own(L.Layer):
+    """A layer that computes a function of its inputs, `training` and a `SeedGenerator`."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
+        self.seeds = R.SeedGenerator(5)
+
+    def call(self, inputs: Any, training: bool = False) -> Any:
+        return self.function(inputs, training, self.seeds)
+
+
+def model_of(
+    shape: Any, *layers: Any, words: int = 0, loss: Any = "mse", rows: int = 20
+) -> Tried:
+    keras.utils.set_random_seed(1)
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(rows, *shape)).astype("float32")
+    if words:
+        x = rng.integers(0, words, size=(rows, *shape))
+    dtype = "int32" if words else None
+    model = keras.Sequential(
+        [keras.Input(shape, dtype=dtype), *layers, L.Flatten(), L.Dense(2)]
+    )
+    model.compile(keras.optimizers.SGD(1.0), loss)
+    return model, x, rng.normal(size=(rows, 2)).astype("float32")
+
+
+def attention() -> Tried:
+    x = keras.Input((6, 8))
+    made = L.LayerNormalization()(x + L.MultiHeadAttention(2, 4, dropout=0.2)(x, x))
+    model = keras.Model(x, L.Dense(2)(L.GlobalAveragePooling1D()(L.Dropout(0.1)(made))))
+    model.compile("sgd", "mse")
+    rng = np.random.default_rng(0)
+    return model, *(rng.normal(size=(20, *s)).astype("float32") for s in ((6, 8), (2,)))
+
+
+def half_precision() -> Tried:
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    try:
+        return attention()
+    finally:
+        keras.config.set_dtype_policy("float32")
+
+
+def masked_words() -> Tried:
+    words = keras.Input((6,), dtype="int32")
+    made = L.SpatialDropout1D(0.3)(L.Embedding(9, 5, mask_zero=True)(words))
+    model = keras.Model(words, L.Dense(1)(L.LSTM(4)(made)))
+    model.compile("sgd", "mse")
+    rng = np.random.default_rng(0)
+    x = rng.integers(1, 9, size=(12, 6))
+    x[np.arange(6) >= rng.integers(1, 7, size=(12, 1))] = 0
+    return model, x, rng.normal(size=(12, 1)).astype("float32")
+
+
+def several_inputs_and_outputs() -> Tried:
+    a, b = keras.Input((4,), name="a"), keras.Input((3,), dtype="int32", name="b")
+    made = L.Concatenate()([L.Dropout(0.4)(a), L.Flatten()(L.Embedding(7, 4)(b))])
+    outputs = [L.Dense(1)(made), L.Dense(2, activation="softmax")(made)]
+    model = keras.Model({"a": a, "b": b}, outputs)
+    model.compile("sgd", ["mse", "sparse_categorical_crossentropy"])
+    rng = np.random.default_rng(0)
+    x = {"a": rng.normal(size=(9, 4)).astype("float32"), "b": rng.integers(0, 7, size=(9, 3))}
+    return model, x, [rng.normal(size=(9, 1)).astype("float32"), rng.integers(0, 2, size=9)]
+
+
+def with_x(change: Callable[[Any], Any], tried: Tried) -> Tried:
+    model, x, y = tried
+    return model, change(x), y
+
+
+def other_draws(x: Any, training: bool, seeds: Any) -> Any:
+    shape = ops.shape(x)
+    classes = R.categorical(x, 4, seed=seeds)
+    whole = R.randint(shape, 0, 3, seed=seeds)
+    made = x * ops.cast(whole, x.dtype) + ops.cast(classes, x.dtype)
+    return made + R.truncated_normal(shape, seed=seeds) + R.gamma(shape, 2.0, seed=seeds)
+
+
+def capacity(x: Any, training: bool, seeds: Any) -> Any:
+    """Lets 8 rows of a batch pass, as a mixture of experts does."""
+    return x * tf.cast(tf.cumsum(tf.cast(x[:, 0] > 0, tf.int32)) <= 8, x.dtype)[:, None]
+
+
+def ranked(x: Any, training: bool, seeds: Any) -> Any:
+    return x + 0.1 * ops.cast(ops.arange(ops.shape(x)[0]), x.dtype)[:, None]
+
+
+def mean(x: Any) -> Any:
+    return ops.mean(x, 0, keepdims=True)
+
+
+HONEST: dict[str, Callable[[], Tried]] = {
+    "noise": lambda: model_of(
+        (4,), L.Dropout(0.3), L.GaussianNoise(0.5), L.GaussianDropout(0.3), L.AlphaDropout(0.3)
+    ),
+    "images": lambda: model_of(
+        (6, 6, 1), L.RandomFlip(), L.RandomRotation(0.2), L.RandomContrast(0.3), L.Conv2D(3, 3)
+    ),
+    "erasing": lambda: model_of((6, 6, 3), L.RandomErasing(), L.GroupNormalization(3)),
+    "gru": lambda: model_of((3, 3), L.GRU(3)),
+    "attention": attention,
+    "half_precision": half_precision,
+    "masked_words": masked_words,
+    "several": several_inputs_and_outputs,
+    "words": lambda: model_of((5,), L.Embedding(9, 4), L.Dropout(0.3), words=9),
+    "other_draws": lambda: model_of((4,), Own(other_draws)),
+    "no_seed": lambda: model_of((4,), Own(lambda x, t, s: R.dropout(x, 0.5))),
+    "one_for_all": lambda: model_of((4,), Own(lambda x, t, s: x * R.uniform((1, 4), seed=s))),
+    "folded": lambda: model_of(
+        (6, 4),
+        Own(
+            lambda x, t, s: ops.reshape(
+                R.dropout(ops.reshape(x, (-1, 4)), 0.5, seed=s), (-1, 24)
+            )
+        ),
+    ),
+    "loss_of_a_batch": lambda: model_of(
+        (4,), L.Dropout(0.5), loss=lambda y, p: ops.mean(ops.square(y - p)) * ops.std(p)
+    ),
+    "only_positive": lambda: with_x(
+        lambda x: np.abs(x) + 0.1, model_of((4,), Own(lambda x, t, s: ops.log(x)))
+    ),
+    "equal_rows": lambda: with_x(lambda x: 0 * x, model_of((4,), L.Dropout(0.5))),
+    "one_row": lambda: model_of((4,), L.Dropout(0.5), rows=1),
+}
+MIXING: dict[str, Callable[[], Tried]] = {
+    "mean": lambda: model_of((4,), Own(lambda x, t, s: x + mean(x))),
+    "mean_of_equal_rows": lambda: with_x(
+        lambda x: 0 * x, model_of((4,), Own(lambda x, t, s: x + mean(x)))
+    ),
+    "only_in_training": lambda: model_of(
+        (4,), Own(lambda x, t, s: x - mean(x) if t else x), L.Dropout(0.1)
+    ),
+    "before_a_gru": lambda: model_of(
+        (3, 3), Own(lambda x, t, s: x - mean(x) if t else x), L.GRU(3)
+    ),
+    "mix_up": lambda: model_of((6, 6, 1), L.MixUp(0.2)),
+    "cut_mix": lambda: model_of((6, 6, 1), L.CutMix()),
+    "capacity": lambda: with_x(np.abs, model_of((4,), Own(capacity))),
+    "a_little": lambda: model_of((4,), Own(lambda x, t, s: x + 1e-4 * ops.tanh(ops.mean(x)))),
+    "rank": lambda: model_of((4,), Own(ranked)),
+    "size": lambda: model_of(
+        (4,), Own(lambda x, t, s: x * (1 + 0.01 * ops.cast(ops.shape(x)[0], x.dtype)))
+    ),
+    "shuffled": lambda: model_of((4,), Own(lambda x, t, s: x + R.shuffle(x, seed=s))),
+    "largest": lambda: model_of((4,), Own(lambda x, t, s: x / (1e-3 + ops.max(ops.abs(x))))),
+    "words_of_others": lambda: model_of(
+        (5,), Own(lambda x, t, s: (x + x[:1]) // 2), L.Embedding(9, 4), words=9
+    ),
+    "noise_by_place": lambda: model_of(
+        (4,), Own(lambda x, t, s: x + tf.random.stateless_normal(tf.shape(x), [1, 2]))
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HONEST)
+def test_a_model_that_mixes_nothing_is_accepted_and_left_as_it_was(name: str) -> None:
+    model, x, y = HONEST[name]()
+    before = [np.array(v) for v in model.variables]
+    independence.check(model, x, y)
+    for variable, value in zip(model.variables, before, strict=True):
+        np.testing.assert_array_equal(variable, value)
+
+
+@pytest.mark.parametrize("name", MIXING)
+def test_a_layer_that_mixes_is_refused(name: str) -> None:
+    with pytest.raises(ArgumentError, match="may mix the examples of a batch"):
+        independence.check(*MIXING[name]())
+
+
+def test_numbers_that_no_seed_determines_are_refused() -> None:
+    model, x, y = model_of((4,), Own(lambda x, t, s: x + tf.random.normal(tf.shape(x))))
+    with pytest.raises(ArgumentError, match=r"drawn by `keras.random`.*RandomStandardNormal"):
+        independence.check(model, x, y)
+
+
+class Late(L.Layer):
+    """Mixes only in batches of more rows, or from a later step on, than are tried at first."""
+
+    def __init__(self, optimizer: Any, rows: int, step: int) -> None:
+        super().__init__()
+        vars(self).update(optimizer=optimizer, rows=rows, step=step)
+
+    def call(self, inputs: Any) -> Any:
+        is_late = self.optimizer.iterations >= self.step
+        is_large = ops.shape(inputs)[0] > self.rows
+        return inputs + tf.where(is_late & is_large, 1.0, 0.0) * mean(inputs)
+
+
+@pytest.mark.parametrize(("rows", "step", "made"), [(40, 0, 1), (2, 3, 33)])
+def test_training_ends_where_examples_begin_to_be_mixed(
+    rows: int, step: int, made: int
+) -> None:
+    optimizer = keras.optimizers.SGD(0.1)
+    keras.utils.set_random_seed(1)
+    layers = [keras.Input((4,)), Late(optimizer, rows, step), L.Dropout(0.3), L.Dense(2)]
+    model = keras.Sequential(layers)
+    model.compile(optimizer, "mse")
+    rng = np.random.default_rng(0)
+    x, y = (rng.normal(size=(1024, k)).astype("float32") for k in (4, 2))
+    privacy = tfdist.DPSGD(1.0, noise_multiplier=1.0, delta=1e-4)
+    weights = model.get_weights()
+    with pytest.raises(ArgumentError, match="that step was not made"):
+        tfdist.fit(model, x, y, batch_size=64, epochs=9, verbose=0, privacy=privacy)
+    # At the latest at the first step of the second epoch that begins with mixing.
+    assert int(optimizer.iterations.numpy()) <= made
+    if made == 1:
+        for ours, theirs in zip(model.get_weights(), weights, strict=True):
+            np.testing.assert_array_equal(ours, theirs)

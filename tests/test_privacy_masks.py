@@ -1,0 +1,155 @@
+"""Random numbers of rows in private training: they move with the row, whoever else is there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from scipy import stats
+
+import tfdist
+from tfdist._keras import RowKeys, keyed, row_numbers
+from tfdist.errors import ArgumentError
+
+L = keras.layers
+SEED = tf.constant([7, 3], tf.int32)
+SECRET = tf.constant([2**61 + 5, -(2**40)], tf.int64)
+# Under the null hypothesis a test below fails with this probability; seeds are fixed.
+LEVEL = 1e-4
+
+
+def keys(rows: Any) -> RowKeys:
+    return RowKeys(tf.constant(rows, tf.int64), SECRET)
+
+
+@pytest.mark.quick
+class TestNumbers:
+    def test_they_have_their_distributions(self) -> None:
+        many, shape = keys(np.arange(200)), (200, 500)
+        uniform = keyed.uniform(many, shape, SEED, tf.float32).numpy()
+        normal = keyed.normal(many, shape, SEED, tf.float32).numpy()
+        assert uniform.min() >= 0
+        assert uniform.max() < 1
+        assert stats.kstest(uniform.ravel(), "uniform").pvalue > LEVEL
+        assert stats.kstest(normal.ravel(), "norm").pvalue > LEVEL
+        kept = keyed.is_at_least(0.3, many, shape, SEED, tf.float16).numpy()
+        assert stats.binomtest(int(kept.sum()), kept.size, 0.7).pvalue > LEVEL
+        whole = keyed.integers(many, shape, SEED).numpy() % 10
+        assert stats.chisquare(np.bincount(whole.ravel())).pvalue > LEVEL
+
+    def test_rows_positions_draws_and_secrets_are_independent(self) -> None:
+        found = [keyed.normal(keys(np.arange(60)), (60, 300), SEED, tf.float64).numpy()]
+        found += [keyed.normal(keys(np.arange(60)), (60, 300), SEED + 1, tf.float64).numpy()]
+        other = RowKeys(keys(np.arange(60)).rows, SECRET + 1)
+        found += [keyed.normal(other, (60, 300), SEED, tf.float64).numpy()]
+        for numbers in (np.concatenate(found), np.concatenate(found).T):
+            scores = np.corrcoef(numbers)[np.triu_indices(len(numbers), 1)]
+            scores *= np.sqrt(numbers.shape[1] - 1)
+            # Correlations of independent normal numbers have variance 1 / (n - 1).
+            z = ((scores**2).sum() - len(scores)) / np.sqrt(2 * len(scores))
+            assert abs(z) < stats.norm.isf(LEVEL / 2)
+        # Three rows have no linear relation either.
+        signs = found[0] > 0
+        odd = (signs[:-2] ^ signs[1:-1] ^ signs[2:]).mean()
+        assert abs(odd - 0.5) * 2 * np.sqrt(58 * 300) < stats.norm.isf(LEVEL / 2)
+
+    @pytest.mark.parametrize("shape", [(4, 3), (8, 3)])  # the second has two places a row
+    def test_they_move_with_the_row(self, shape: Any) -> None:
+        draw = tf.function(
+            lambda rows, size: keyed.uniform(
+                RowKeys(rows, SECRET), [size, shape[1]], SEED, tf.float32
+            ),
+            input_signature=[tf.TensorSpec([None], tf.int64), tf.TensorSpec([], tf.int64)],
+        )
+        times = shape[0] // 4
+        whole = draw(tf.constant([5, 6, 7, 8], tf.int64), shape[0]).numpy()
+        some = draw(tf.constant([8, 6], tf.int64), 2 * times).numpy()
+        rows = whole.reshape(4, times, 3)
+        np.testing.assert_array_equal(some.reshape(2, times, 3), rows[[3, 1]])
+        assert len(np.unique(whole)) == whole.size
+
+    def test_equal_contents_have_equal_numbers_wherever_they_are(self) -> None:
+        x = np.random.default_rng(0).normal(size=(6, 3)).astype("float32")
+        zero = tf.constant(0, tf.int64)
+        for data in (
+            tf.constant(x),
+            (tf.constant(x), tf.range(6)),
+            tf.constant(x, tf.bfloat16),
+        ):
+            cut = tf.nest.map_structure(lambda leaf: leaf[2:], data)
+            found, later = row_numbers(data, zero), row_numbers(cut, zero + 2)
+            np.testing.assert_array_equal(found[2:], later)
+            assert len(np.unique(found)) == 6
+        twice = row_numbers(tf.repeat(tf.constant(x), 2, axis=0), zero, 2)
+        assert len(np.unique(twice)) == 12
+        words = row_numbers(tf.constant([["a", "b"], ["a", "c"], ["a", "b"]]), zero)
+        assert int(words[0]) == int(words[2]) != int(words[1])
+        ragged = row_numbers(tf.ragged.constant([[1], [1]]), zero + 5)
+        np.testing.assert_array_equal(ragged, [5, 6])
+
+
+def sum_of_clipped(x: Any, y: Any, layers: Any, **options: Any) -> Any:
+    """Gives what one step without noise adds up: C = 1, a rate of 1."""
+    keras.utils.set_random_seed(0)
+    last = L.Dense(1, use_bias=False, kernel_initializer="zeros")
+    model = keras.Sequential([keras.Input(x.shape[1:]), *layers(), L.Flatten(), last])
+    model.compile(keras.optimizers.SGD(1.0), "mse")
+    copies = options.pop("augmentations", 1)
+    privacy = tfdist.DPSGD(1.0, noise_multiplier=0.0, delta=1e-3, augmentations=copies)
+    options = {"batch_size": 200, "verbose": 0, "seed": 3, "privacy": privacy, **options}
+    tfdist.fit(model, x, y, **options)
+    return model.get_weights()[0] * 200 * min(1, len(x) / 200)
+
+
+@pytest.mark.parametrize(
+    ("layers", "augment", "copies"),
+    [
+        (lambda: [L.Dropout(0.5, seed=1), L.GaussianNoise(0.5, seed=2)], None, 1),
+        (lambda: [L.RandomFlip(seed=1), L.RandomRotation(0.2, seed=2)], None, 1),
+        (lambda: [L.Dropout(0.5, seed=1)], lambda: L.RandomFlip(seed=1), 3),
+        (list, lambda: L.RandomTranslation(0.3, 0.3, seed=1), 1),
+    ],
+    ids=["noise", "images", "copies", "augmented"],
+)
+def test_a_row_that_is_left_out_changes_a_sum_by_one_gradient(
+    layers: Any, augment: Any, copies: int
+) -> None:
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(64, 6, 6, 1)).astype("float32"), np.full((64, 1), 50.0)
+
+    def moved(*out: int) -> float:
+        options = {} if augment is None else {"augment": tfdist.Augment(augment())}
+        sums = [
+            sum_of_clipped(a, b, layers, augmentations=copies, **options)
+            for a, b in ((x, y), (np.delete(x, out, 0), np.delete(y, out, 0)))
+        ]
+        return float(np.linalg.norm(sums[0] - sums[1]))
+
+    # So large are the errors that every gradient is clipped: to a norm of 1.
+    assert moved(0) == pytest.approx(1.0, abs=1e-4)
+
+
+def test_masks_are_secret_unless_a_seed_is_given() -> None:
+    x, y = np.ones((20, 40), "float32"), np.full((20, 1), 50.0)
+
+    def masked(**options: Any) -> Any:
+        return sum_of_clipped(x, y, lambda: [L.Dropout(0.5, seed=1)], **options)
+
+    tfdist.init(seed=7)
+    assert np.linalg.norm(masked(seed=None) - masked(seed=None)) > 1
+    np.testing.assert_array_equal(masked(seed=4), masked(seed=4))
+    assert np.linalg.norm(masked(seed=4) - masked(seed=5)) > 1
+
+
+def test_an_augmentation_that_mixes_is_refused() -> None:
+    class Turned(L.Layer):
+        def call(self, inputs: Any) -> Any:
+            return inputs + inputs[::-1]
+
+    x, y = np.zeros((20, 6), "float32"), np.zeros((20, 1), "float32")
+    augment = tfdist.Augment([L.GaussianNoise(0.5), Turned()])
+    with pytest.raises(ArgumentError, match="Turned, which mixes the examples of a batch"):
+        sum_of_clipped(x, y, list, augment=augment)
