@@ -217,10 +217,11 @@ def test_wrong_noise_on_the_count_within_the_norm_is_found(
 ) -> None:
     from tfdist.privacy.adaptive import AdaptiveClip
 
-    update = AdaptiveClip.update
-    # Half of the vote of one example, and half of the noise.
+    with_noise = AdaptiveClip.with_noise
     monkeypatch.setattr(
-        AdaptiveClip, "update", lambda self, votes, n: update(self, 0.5 + (votes - 0.5) / 2, n)
+        AdaptiveClip,
+        "with_noise",
+        lambda self, votes, drawn: with_noise(self, votes, drawn / 2),
     )
     settings: Any = {"target_quantile": 0.5, "count_noise": 1.5}
     privacy = tfdist.DPSGD(0.5, noise_multiplier=2.0, delta=1e-4, **settings)

@@ -134,7 +134,7 @@ def test_the_sum_is_divided_by_batch_size_even_if_there_are_fewer_examples() -> 
         privacy = tfdist.DPSGD(0.5, noise_multiplier=0.0, delta=1e-5)
         tfdist.fit(model, x, y, batch_size=80, verbose=0, privacy=privacy)
         weights.append(float(model.layers[0].bias.numpy()[0]))
-    assert weights == pytest.approx([-20 * 0.5 / 80, -40 * 0.5 / 80])
+    assert weights == pytest.approx([-20 * 0.5 / 80, -40 * 0.5 / 80], rel=1e-5)
 
 
 # --- accounting -------------------------------------------------------------------------

@@ -298,12 +298,14 @@ def test_the_mean_over_augmented_copies_is_clipped(name: str) -> None:
     sampler: Any = Poisson(capacity=len(x))
     if name == "users":
         sampler = PoissonOfUsers(Users(ids, 3), Poisson())
-    read = data.Settings(8, 4, sampler, False, 3, training=True, augment=augment, copies=3)
+    read = data.Settings(
+        8, 4, sampler, False, 3, training=True, augment=augment, private=True, copies=3
+    )
     shares = list(data.read(x, y, None, read).shares(Place()).take(8))
     expected = classifier()
     start = expected.get_weights()
     for share in shares:
-        copies = share.data[0].numpy(), share.data[1].numpy()
+        copies = [column.numpy()[: int(share.rows)] for column in share.data]  # no padding
         of = np.arange(len(copies[0])) // 3 if name != "users" else share.groups.numpy()
         units = [list(np.flatnonzero(of == u)) for u in dict.fromkeys(of)] if share.rows else []
         variables = expected.trainable_variables

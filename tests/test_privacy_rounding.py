@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import keras
@@ -13,6 +14,7 @@ import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tfdist._keras import ReplicaBatch
 from tfdist.errors import ArgumentError
 from tfdist.privacy import grams, parts, rounding
 from tfdist.privacy.adaptive import AdaptiveClip
@@ -221,11 +223,13 @@ def test_norms_to_clip_to_are_within_what_float32_squares(norm_asked: float) -> 
 @pytest.mark.parametrize(("votes", "last"), [(1e4, LEAST_NORM), (-1e4, LARGEST_NORM)])
 def test_an_adaptive_norm_stays_within(votes: float, last: float) -> None:
     mechanism = Mechanism(1.0, 1.0, 10.0, target_quantile=0.5, expected_units=10.0)
-    adaptive = AdaptiveClip(keras.Sequential([keras.layers.Dense(1)]), mechanism)
+    adaptive = AdaptiveClip(keras.Sequential([keras.layers.Dense(1)]), mechanism, 1)
+    batch = ReplicaBatch(*(tf.constant(n, tf.int64) for n in (1, 1, 0)), list, tf.identity)
+    batch.updates = SimpleNamespace(apply=lambda _, votes, update, __: update(votes))
     for _ in range(3):
-        adaptive.update(tf.constant(votes), 1)
+        adaptive.update(batch, tf.constant(votes))
     np.testing.assert_allclose(adaptive.norm(), last, rtol=1e-4)
-    adaptive.update(tf.constant(-votes / 100), 1)  # and comes back at once
+    adaptive.update(batch, tf.constant(-votes / 100))  # and comes back at once
     assert abs(math.log(adaptive.norm() / last)) > 1
 
 

@@ -76,7 +76,8 @@ def the_check_finds_noise_of_one_replica_alone(folder: Path) -> None:
     normal = Noise.normal
 
     def of_one(self: Any, count: int, replica: Any, step: Any) -> Any:
-        return normal(self, count, replica, step) * tf.cast(tf.equal(replica, 0), tf.float32)
+        drawn = normal(self, count, replica, step)
+        return drawn * tf.cast(tf.equal(replica, 0), drawn.dtype)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Noise, "normal", of_one)

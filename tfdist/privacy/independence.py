@@ -132,8 +132,10 @@ class _Comparison:
         Raises:
             ArgumentError: They add different things, or draw what does not follow from seeds.
         """
-        kept = np.sort(self._random.permutation(self._rows)[: self._rows // 2])
         self._check_draws()
+        if not self._keeps_finite():
+            return  # none of these rows counts anything
+        kept = np.sort(self._random.permutation(self._rows)[: self._rows // 2])
         self._compare(self._columns, self._columns, kept)
         others = np.setdiff1d(np.arange(self._rows), kept)
         for amount, factor in ((1.0, _LARGE), (1e-3, 1.0)):
@@ -147,6 +149,15 @@ class _Comparison:
             except (tf.errors.OpError, ValueError, TypeError):
                 continue  # a model need not take what is not of its data
             return
+
+    def _keeps_finite(self) -> bool:
+        """Takes other rows in place of those whose gradients are not finite, if there are."""
+        everyone = np.arange(self._rows)
+        squares = self._added(self._columns, everyone, np.ones(self._rows)).squares
+        finite = np.flatnonzero(np.isfinite(squares.numpy()))
+        if 0 < len(finite) < self._rows:
+            self._columns = _taken(self._columns, finite[everyone % len(finite)])
+        return len(finite) > 0
 
     def _compare(self, columns: Columns, company: Columns, kept: Any) -> None:
         """Gives rows company in the order that they have, and then other, in another order."""

@@ -6,6 +6,7 @@ the files that Keras saves: see `tfdist._keras.saving`.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -176,6 +177,24 @@ def keep(model: Any, known: History | Run) -> None:
         known: What is known, or the run that will know.
     """
     _put(model, _Holder(known, id(getattr(model, "optimizer", None)), _iterations(model)))
+
+
+@contextlib.contextmanager
+def forgotten(model: Any) -> Iterator[None]:
+    """Makes a context in which nothing is known of a model; what it makes known goes with it.
+
+    Args:
+        model: A `keras.Model`.
+    """
+    before = [(v, vars(v).pop(_ATTRIBUTE, None)) for v in model.variables]
+    try:
+        yield
+    finally:
+        for variable in model.variables:
+            vars(variable).pop(_ATTRIBUTE, None)
+        for variable, known in before:
+            if known is not None:
+                vars(variable)[_ATTRIBUTE] = known
 
 
 def _put(model: Any, holder: _Holder) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tfdist import _keras, training
-from tfdist.privacy import _layers
+from tfdist.privacy import _layers, memory
 from tfdist.privacy.poisson import Poisson
 from tfdist.samplers import Rows, Sampler
 
@@ -172,7 +172,7 @@ def subject_of(model: Any, strategy: Any) -> Iterator[Subject]:
     for name in before:
         if name.startswith(_OURS):
             del attributes[name]
-    with _keras.keeping_random_state():
+    with _keras.keeping_random_state(), memory.forgotten(model):
         try:
             yield Subject(model, strategy)
         finally:
