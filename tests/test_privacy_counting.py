@@ -345,3 +345,29 @@ def test_promises_that_data_cannot_keep_are_refused(
         tfdist.fit(
             still(), dataset, verbose=0, privacy=ftrl(min_separation=separation), **options
         )
+
+
+def test_a_frozen_model_brings_what_was_spent(tmp_path: Path) -> None:
+    model = still()
+    train(model)
+    model.trainable = False
+    model.save(tmp_path / "frozen.keras")
+    loaded = keras.models.load_model(tmp_path / "frozen.keras")
+    loaded.get_layer("still").trainable = loaded.trainable = True
+    loaded.compile("sgd", "mse")
+    assert train(loaded).privacy.ledger.steps == 8
+
+
+def test_a_relation_holds_for_all_steps_or_is_refused() -> None:
+    model = still()
+    correlated = train(model, privacy=ftrl()).privacy
+    for call in (
+        lambda: train(model, privacy=sgd()),
+        lambda: correlated.ledger.epsilon(1e-3),
+        lambda: tfdist.privacy.statement(correlated.ledger, delta=1e-3),
+    ):
+        with pytest.raises(ArgumentError, match="`relation` must be 'replace_special' or"):
+            call()
+    both = train(model, privacy=sgd(relation="replace_special")).privacy
+    assert both.ledger.steps == 8
+    assert both.epsilon > correlated.epsilon

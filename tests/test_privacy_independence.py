@@ -229,3 +229,59 @@ def test_training_ends_where_examples_begin_to_be_mixed(
     if made == 1:
         for ours, theirs in zip(model.get_weights(), weights, strict=True):
             np.testing.assert_array_equal(ours, theirs)
+
+
+class Codebook(L.Layer):
+    """Moves a weight of its own after its use: gradients do not show it."""
+
+    def build(self, shape: Any) -> None:
+        self.code = self.add_weight(shape=(shape[-1],), initializer="ones")
+
+    def call(self, x: Any) -> Any:
+        used = x * self.code
+        self.code.assign(0.9 * self.code + 0.1 * keras.ops.mean(x, 0))
+        return used
+
+
+class Scaled(keras.losses.Loss):
+    """Keeps a running scale, in a `keras.Variable` or one of TensorFlow."""
+
+    def __init__(self, kind: Any) -> None:
+        super().__init__(name="scaled")
+        self.scale = kind(1.0, trainable=False)
+
+    def call(self, y: Any, p: Any) -> Any:
+        squares = keras.ops.mean((y - p) ** 2, -1)
+        self.scale.assign(0.9 * self.scale + 0.1 * keras.ops.max(squares))
+        return squares
+
+
+class Scoring(keras.Model):
+    def compute_metrics(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> Any:
+        self.best.assign(keras.ops.maximum(self.best, keras.ops.max(y)))
+        return super().compute_metrics(x, y, y_pred, sample_weight)
+
+
+@pytest.mark.parametrize(
+    ("cls", "layers", "loss"),
+    [
+        (keras.Sequential, [Codebook], lambda: "mse"),
+        (keras.Sequential, [], lambda: Scaled(keras.Variable)),
+        (keras.Sequential, [], lambda: Scaled(tf.Variable)),
+        (Scoring, [], lambda: "mse"),
+    ],
+    ids=["weight", "loss", "of TensorFlow", "metrics"],
+)
+def test_state_of_the_examples_is_refused_wherever_it_is_kept(
+    cls: Any, layers: Any, loss: Any
+) -> None:
+    inputs = keras.Input((4,))
+    outputs = L.Dense(1)(keras.Sequential([L.Dense(4), *(layer() for layer in layers)])(inputs))
+    model = keras.Model(inputs, outputs) if cls is keras.Sequential else cls(inputs, outputs)
+    if cls is Scoring:
+        model.best = model.add_weight(shape=(), initializer="zeros", trainable=False)
+    model.compile("sgd", loss())
+    x = np.random.default_rng(0).normal(size=(40, 4)).astype("float32")
+    privacy = tfdist.DPSGD(1.0, noise_multiplier=1.0, delta=1e-3)
+    with pytest.raises(ArgumentError, match="must keep no state of the examples"):
+        tfdist.fit(model, x, x[:, :1], batch_size=10, verbose=0, privacy=privacy)

@@ -318,3 +318,15 @@ def test_no_layer_adds_more_than_its_norm(name: str, seed: int, part: int) -> No
         least = np.linalg.norm(gradients.reshape(2, -1), axis=1) * 2.0**-20
         least *= 1 if is_words else np.linalg.norm(x.reshape(2, -1), axis=1)
         assert np.all(norms >= exact_norms(layer, x, gradients) * (1 - SLACK) - least)
+
+
+@pytest.mark.quick
+def test_cancelling_positions_do_not_round_what_others_add_up_to() -> None:
+    """A table's rows: each example's +B and -B cancel, and its 1 counts."""
+    examples, large = 300, 2e5
+    outputs = np.tile(np.float32([[[large], [1.001], [-large]]]), (examples, 1, 1))
+    rows = np.zeros((examples, 3), np.int32)
+    table = keras.Variable(np.zeros((1, 1), "float32"))
+    part = Lookup(table, tf.constant(rows), tf.constant(outputs))
+    received = part.weighted_sum(tf.ones([examples]), tf.constant(True))
+    assert float(received[0, 0]) == pytest.approx(examples * np.float32(1.001), rel=1e-6)

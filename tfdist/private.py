@@ -13,6 +13,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfdist import data, refused
+from tfdist.composition import found_in_steps
 from tfdist.data.arrays import Arrays
 from tfdist.errors import ArgumentError
 from tfdist.planned import in_its_turn, plan, watch
@@ -153,11 +154,16 @@ class PrivateRun:
                 examples.
         """
         privacy, self._source = self.privacy, source
+        for step in found_in_steps(self._model):
+            if step.raw:
+                raise refusals.keeps_state(step.raw[0])
         planned = plan(privacy, source, epochs)
         self.planned_steps, phase, expected, units = planned
         users = None if self._users is None else self._users.fingerprint
         phase = self._spending.named(phase, users)
-        self.ledger(0).add(phase).check_unit()
+        everything = self.ledger(0).add(dataclasses.replace(phase, steps=1))
+        everything.check_unit()
+        everything.check_relation(privacy.relation)
         noise = privacy.noise_multiplier
         if noise is None:
             noise = self._spending.noise_then(phase)

@@ -30,6 +30,7 @@ from tfdist.privacy.contributions import (
     pinned,
     tolerance_for,
 )
+from tfdist.privacy.refusals import keeps_state
 
 Tensor = Any
 ROWS = 16  # that are tried together
@@ -108,11 +109,7 @@ def _check_state(state: Sequence[Any], before: Sequence[Tensor]) -> None:
     for variable, value in zip(state, before, strict=True):
         if _layers.is_seed(variable) or bool(tf.reduce_all(variable.value == value)):
             continue
-        raise ArgumentError(
-            "A private model must keep no state of the examples that it sees: it would be "
-            f"saved with the weights, without noise. Received: {variable.path!r}, which "
-            "changes when the model is called. Use a layer without it."
-        )
+        raise keeps_state(variable.path)
 
 
 class _Comparison:

@@ -179,6 +179,24 @@ class Ledger:
         self.check_unit()
         return next((phase.unit for phase in self.phases if phase.steps), EXAMPLE)
 
+    def check_relation(self, relation: str) -> None:
+        """Refuses a relation under which correlated noise has another cost.
+
+        Args:
+            relation: As in `epsilon`.
+
+        Raises:
+            ArgumentError: Steps without sampling are to be judged by what one example more or
+                less changes: it would move all others to other batches.
+        """
+        if relation == "add_or_remove_one" and any(p.bands and p.steps for p in self.phases):
+            raise ArgumentError(
+                "`relation` must be 'replace_special' or 'replace_one' for a model that was "
+                "trained by DPFTRL: an example more would move all others to other batches. "
+                f"Received: relation={relation!r}. Pass one of these to DPSGD, epsilon or "
+                "statement."
+            )
+
     def check_unit(self) -> None:
         """Refuses steps of which some protect examples, and some users.
 
@@ -295,6 +313,7 @@ class Ledger:
         check_choice("relation", relation, RELATIONS)
         check_number("delta", delta, 0, 1, open_ends=True)
         self.check_unit()
+        self.check_relation(relation)
         steps_of: dict[Phase, int] = {}
         made = [phase for phase in self.phases if phase.bands is not None and phase.steps]
         for phase in self.phases:

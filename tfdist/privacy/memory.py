@@ -17,6 +17,7 @@ import numpy as np
 
 from tfdist import _keras
 from tfdist.errors import ArgumentError
+from tfdist.privacy import _layers
 from tfdist.privacy.ledger import Ledger
 
 _ATTRIBUTE = "_tfdist_spent"
@@ -198,8 +199,9 @@ def forgotten(model: Any) -> Iterator[None]:
 
 
 def _put(model: Any, holder: _Holder) -> None:
-    for variable in model.trainable_variables:
-        vars(variable)[_ATTRIBUTE] = holder, _digest(variable)
+    for variable in model.variables:  # of which any may be trained later
+        if not _layers.is_seed(variable):
+            vars(variable)[_ATTRIBUTE] = holder, _digest(variable)
 
 
 def _holders(model: Any) -> Iterator[_Holder]:

@@ -208,14 +208,19 @@ class Lookup(Part):
     def weighted_sum(
         self, weights: Tensor, all_finite: Tensor, together: Together = _ALONE
     ) -> Tensor:
-        """Adds up by row; see `Part`."""
+        """Adds up by row; see `Part`.
+
+        In float64: positions of one example that cancel may be large, and would round what
+        others add up to on their way through it.
+        """
         weights = together.by_row(weights)
         (outputs,) = _finite(all_finite, weights, self._outputs)
-        outputs *= weights[:, None, None]
+        outputs = tf.cast(outputs * weights[:, None, None], tf.float64)
         count, size = self.variable.shape
-        return tf.math.unsorted_segment_sum(
+        sums = tf.math.unsorted_segment_sum(
             tf.reshape(outputs, [-1, size]), tf.reshape(self._rows, [-1]), count
         )
+        return tf.cast(sums, tf.float32)
 
     def each(self) -> Tensor:
         """Writes the tables out, mostly zeros; see `Part`."""

@@ -11,6 +11,7 @@ from tfdist import _keras
 from tfdist._keras import ReplicaBatch
 from tfdist.privacy import _layers
 from tfdist.privacy.clipping import clipped_sum
+from tfdist.privacy.refusals import check_untouched
 from tfdist.privacy.settings import Mechanism
 from tfdist.privacy.together import Alone, Copies, Groups, Together, begins
 
@@ -178,6 +179,7 @@ class _Pieces:
                 self._mechanism.per_layer,
                 _together(self._mechanism, groups),
             )
+        check_untouched(self._model, piece)
         leaves = tf.nest.flatten(clipped.outputs)
         self._structure = clipped.outputs
         self._masked = [_layers.has_mask(leaf) for leaf in leaves]

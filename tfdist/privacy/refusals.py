@@ -10,10 +10,40 @@ import tensorflow as tf
 from keras import layers
 
 from tfdist import _keras
+from tfdist._keras import ReplicaBatch
 from tfdist.errors import ArgumentError
 from tfdist.privacy import _layers
 
 _CLIPPING = ("clipnorm", "clipvalue", "global_clipnorm")
+
+
+def check_untouched(model: Any, batch: ReplicaBatch) -> None:
+    """Refuses a step that has assigned anything but metrics and seeds; called while tracing.
+
+    Args:
+        model: A built `keras.Model`.
+        batch: What notes the assignments.
+
+    Raises:
+        ArgumentError: It has.
+    """
+    metrics = {id(variable) for variable in _keras.metric_variables(model)}
+    for variable, _ in batch.touched.values():
+        if id(variable) not in metrics and not _layers.is_seed(variable):
+            raise keeps_state(variable.path)
+
+
+def keeps_state(name: str) -> ArgumentError:
+    """Makes the error about state of the examples.
+
+    Args:
+        name: Of a variable.
+    """
+    return ArgumentError(
+        "A private model must keep no state of the examples that it sees: it would be saved "
+        f"with the weights, without noise. Received: {name!r}, which changes when the model, "
+        "its loss or its metrics are computed. Use a layer or a loss without it."
+    )
 
 
 def check_model(model: Any) -> None:

@@ -18,6 +18,7 @@ from tfdist.privacy.grid import Rounding
 from tfdist.privacy.masks import Masks
 from tfdist.privacy.noise import Noise, like
 from tfdist.privacy.pieces import clipped_share
+from tfdist.privacy.refusals import check_untouched
 from tfdist.privacy.settings import Mechanism
 from tfdist.privacy.spot_checks import SpotChecks
 
@@ -159,6 +160,7 @@ class PrivateStep:
         _layers.track_loss(model, loss, tf.shape(tf.nest.flatten(x)[0])[0])
         self._update(batch, sums, votes, norm)
         logs = model.compute_metrics(x, y, outputs, sample_weight=weight)
+        check_untouched(model, batch)
         return logs if self.adaptive is None else {**logs, "l2_norm_clip": norm}
 
     def _update(
