@@ -14,7 +14,6 @@ from tfdist.learning_rate import LearningRateScaling, RateCallback
 from tfdist.pace import Measure
 from tfdist.steps import Stop
 from tfdist.strategies.base import Strategy
-from tfdist.verify import VerifyReplicas
 
 _WRITERS = tuple(
     getattr(keras.callbacks, name)
@@ -35,7 +34,6 @@ def prepare(
     strategy: Strategy,
     stop: Stop,
     variables: Sequence[Any],
-    verify_every: int | None = None,
     marks: Any = None,
     shows: bool = False,
 ) -> Any:
@@ -51,8 +49,6 @@ def prepare(
         strategy: Where the replicas are.
         stop: Shared with the train function.
         variables: The model's state, which all workers take from the chief.
-        verify_every: Steps between two comparisons of all replicas' weights; None for one at
-            the end, 0 for none.
         marks: Clocks inside of the steps, if they have some.
         shows: Whether this process prints.
 
@@ -60,10 +56,6 @@ def prepare(
         What `Model.fit` takes as `callbacks`.
     """
     last: list[Any] = []
-    # Whoever leaves an elastic run would be missed at its end.
-    is_asked = verify_every is not None or not strategy.elastic
-    if verify_every != 0 and is_asked and strategy.place.num_replicas > 1:
-        last.append(VerifyReplicas(verify_every, strategy, variables))
     given = getattr(callbacks, "callbacks", callbacks)
     given = [
         c for c in (given if isinstance(given, list | tuple) else [given]) if c is not None

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import keras
@@ -18,30 +19,35 @@ import tensorflow as tf
 
 from tfdist import _keras
 from tfdist.continued import ContinuedCallbacks, Position
-from tfdist.data import DataPosition
-from tfdist.errors import MembersChanged, PeerError, StrategyError
+from tfdist.data import DataPosition, Source
+from tfdist.errors import ArgumentError, MembersChanged, PeerError, StrategyError
+from tfdist.extension import Begins, Continuation, Extension
 from tfdist.prepared import Prepared
+from tfdist.request import Request
 from tfdist.steps import Stop
 from tfdist.strategies.base import Strategy
 
 _numbers = itertools.count(1)
 
 
-class Run:
+class Run(Continuation):
     """One `fit` of an elastic run, from the first attempt to the last.
 
     Args:
         strategy: Connects the processes.
-        seed: The sampler's, if this process is the one that chooses.
+        others: As in `Continuation`.
 
     Attributes:
         position: Of the last commit; None before the first.
         seed: The sampler's, of all processes.
     """
 
-    def __init__(self, strategy: Strategy, seed: int) -> None:
+    needs_state = True
+
+    def __init__(self, strategy: Strategy, others: Sequence[Extension] = ()) -> None:
+        super().__init__(others)
         self.position: Position | None = None
-        self.seed = seed
+        self.seed = 0
         self._number = next(_numbers)
         self._strategy = strategy
         self._variables: Sequence[Any] = ()
@@ -51,7 +57,25 @@ class Run:
         self._steps: int | None = None
         self._where: Callable[[], DataPosition] = DataPosition
         self._began: dict[int, Any] = {}
+
+    def choose(self, request: Request) -> Request:
+        """Joins the others, and takes the seed that they have."""
+        assert request.seed is not None
+        self.seed = request.seed
         self._join()
+        return replace(super().choose(request), seed=self.seed)
+
+    def bind(self, request: Request, source: Source) -> None:
+        """Refuses data that cannot be drawn again."""
+        if not source.repeatable:
+            raise ArgumentError(
+                "`x` must be data that can be drawn again in an elastic run. Received: a "
+                "generator. Pass arrays, a tf.data.Dataset or a keras.utils.PyDataset."
+            )
+
+    def begin_attempt(self, source: Source) -> None:
+        """Draws from the data as one that has just come does."""
+        source.begin_anew()
 
     def train(self, attempt: Callable[[], Any]) -> Any:
         """Trains until an attempt comes to its end.
@@ -78,9 +102,7 @@ class Run:
         history.epoch, history.history = said
         return history
 
-    def begin(
-        self, epoch: int, start: Callable[[], DataPosition]
-    ) -> tuple[int, int, Callable[[], DataPosition], dict[str, Any]]:
+    def begin(self, epoch: int, start: Callable[[], DataPosition]) -> Begins:
         """Says where an attempt begins.
 
         Args:
@@ -105,13 +127,12 @@ class Run:
         if step != self._steps and self.position is not None:
             self.commit(self.position._replace(step=step))
 
-    def callbacks(
+    def loop_callbacks(
         self,
         given: Sequence[Any],
         prepared: Prepared,
         *,
         where: Callable[[], DataPosition],
-        steps: int | None,
         **options: Any,
     ) -> Any:
         """Makes the `CallbackList` of an attempt: what began in an earlier one goes on.
@@ -120,15 +141,13 @@ class Run:
             given: This process's callbacks.
             prepared: The model, whose state a commit keeps.
             where: Says where the data stands, between two epochs.
-            steps: Of an epoch, if known.
             **options: Of `keras.callbacks.CallbackList`.
         """
-        self._where, self._steps, self._stop = where, steps, prepared.stop
+        self._where, self._steps, self._stop = where, options["steps"], prepared.stop
         self._variables = variables = prepared.variables
         self._copy = tf.function(
             lambda: [tf.identity(v.value) for v in variables], autograph=False
         )
-        options["steps"] = steps
         history = [c for c in self._began.values() if isinstance(c, keras.callbacks.History)]
         made = _Continued([*given, *history, _Commits(self)], add_history=True, **options)
         made.began = self._began

@@ -16,7 +16,9 @@ from tfdist import data, refused
 from tfdist.composition import found_in_steps
 from tfdist.data.arrays import Arrays
 from tfdist.errors import ArgumentError
+from tfdist.extension import Extension
 from tfdist.planned import in_its_turn, plan, watch
+from tfdist.prepared import Prepared
 from tfdist.privacy import clipping, independence, refusals
 from tfdist.privacy.accounting import noise_for
 from tfdist.privacy.budget import PrivacyBudget
@@ -30,6 +32,7 @@ from tfdist.privacy.settings import DPSGD, Mechanism
 from tfdist.privacy.spot_checks import SpotChecks
 from tfdist.privacy.step import PrivateStep
 from tfdist.privacy.users import PoissonOfUsers, Users
+from tfdist.request import Request
 from tfdist.samplers import Sampler, Sequential
 from tfdist.session import Session
 from tfdist.spending import Spending
@@ -367,3 +370,91 @@ class PrivateRun:
         """Called when a checkpoint was restored."""
         self._course.number_by_optimizer()
         self._course.look()
+
+
+class PrivateTraining(Extension):
+    """DP-SGD as a part of `fit`.
+
+    Args:
+        privacy: What `fit` was given.
+    """
+
+    name = "privacy"
+    needs_state = True
+    run: PrivateRun
+
+    def __init__(self, privacy: Any) -> None:
+        self._privacy = privacy
+
+    def choose(self, request: Request) -> Request:
+        """Takes the sampler and the seed that the guarantee rests on."""
+        self.run = run = PrivateRun(
+            self._privacy,
+            request.session,
+            request.model,
+            request.x,
+            sampler=request.sampler,
+            shuffle=request.shuffle,
+            seed=request.seed,
+            class_weight=request.class_weight,
+            callbacks=request.callbacks,
+            augment=request.augment,
+            shard=request.shard,
+            validation_split=request.validation_split,
+            validation_data=request.validation_data,
+        )
+        changed = dataclasses.replace(
+            request,
+            sampler=run.sampler,
+            whole_batch=False,
+            copies=run.privacy.augmentations,
+            is_private=True,
+        )
+        if not run.draws_secretly:
+            return changed
+        return dataclasses.replace(
+            changed,
+            seed=run.sampling_seed,
+            is_seeded=run.is_seeded,
+            seed_is_secret=not run.is_seeded,
+        )
+
+    def bind(self, request: Request, source: data.Source) -> None:
+        """Finds the noise, and tries the model."""
+        self.run.plan(source, request.epochs - request.initial_epoch)
+        self.mechanism = self.run.mechanism
+
+    def facts(self) -> dict[str, Any]:
+        """Gives what all workers must have been asked alike."""
+        return self.run.asked
+
+    def notice(self, request: Request) -> str | None:
+        """Says that `delta` is too large, and what is slow."""
+        return self.run.notice()
+
+    def callbacks(self, request: Request, given: Any, prepared: Prepared) -> Any:
+        """Adds what keeps count and renews the noise."""
+        return given if prepared.private is None else self.run.watched(given, prepared.private)
+
+    def running(self) -> contextlib.AbstractContextManager[None]:
+        """Wraps the training; what was made counts, however it ends."""
+        return self.run.counting()
+
+    def report(self, request: Request, history: Any) -> None:
+        """Gives the history its report, and prints a line of it."""
+        history.privacy = self.run.report()
+        if request.shows:
+            line = history.privacy.line(self.run.privacy.target_epsilon)
+            print(f"tfdist: {line}", flush=True)
+
+    def settings(self) -> Any:
+        """Gives what must stay as it is in a training that goes on."""
+        return self.run.settings
+
+    def go_on(self, saved: Any, steps: int = 0, directory: Any = None) -> Any:
+        """Takes what an earlier process knew."""
+        return self.run.go_on(saved, steps, directory)
+
+    def note_restored(self) -> None:
+        """Called when a checkpoint was restored."""
+        self.run.note_restored()

@@ -12,18 +12,24 @@ from typing import Any, ParamSpec
 import keras
 
 from tfdist import _keras, data, elastic, preflight, routing, watch
-from tfdist import callbacks as tfdist_callbacks
 from tfdist.checkpoint import Checkpoint, CheckpointRun
-from tfdist.composition import compose, why_whole
 from tfdist.errors import ArgumentError, DisagreementError, outside
-from tfdist.prepared import Prepared, prepare, scoped
+from tfdist.extension import Continuation, Extension
+from tfdist.prepared import prepare, scoped
 from tfdist.privacy import memory
 from tfdist.privacy.settings import DPSGD
-from tfdist.private import PrivateRun
-from tfdist.samplers import Sampler, Sequential, Uniform, from_shuffle
-from tfdist.session import Session, current
-from tfdist.strategies.base import Strategy
-from tfdist.verify import check_every
+from tfdist.private import PrivateTraining
+from tfdist.request import Request
+from tfdist.samplers import Sampler
+from tfdist.session import current
+from tfdist.training_run import (
+    Seeds,
+    Training,
+    adapted,
+    composed,
+    read_in_order,
+)
+from tfdist.verify import Verification
 
 P = ParamSpec("P")
 _ONE_OF_ALL = (
@@ -180,214 +186,45 @@ def fit(
         >>> len(history.history["loss"])
         2
     """
-    session = current(strategy)
     preflight.check_counts(epochs=epochs, initial_epoch=initial_epoch)
     preflight.check_steps(steps_per_epoch=steps_per_epoch, validation_steps=validation_steps)
-    check_every(verify_every)
-    model = preflight.compiled(model)
+    session, model = current(strategy), preflight.compiled(model)
     memory.check_idle(model)
-    saver = None if checkpoint is None else CheckpointRun(checkpoint, session.strategy)
-    private, chosen = None, seed is not None or session.seed is not None
+    request = Request(
+        session=session,
+        model=model,
+        x=x,
+        y=y,
+        sample_weight=sample_weight,
+        batch_size=batch_size,
+        epochs=epochs,
+        initial_epoch=initial_epoch,
+        verbose=verbose,
+        callbacks=callbacks,
+        validation_split=validation_split if validation_data is None else 0.0,
+        validation_data=validation_data,
+        validation_steps=validation_steps,
+        validation_batch_size=validation_batch_size,
+        validation_freq=validation_freq,
+        shuffle=shuffle,
+        class_weight=class_weight,
+        steps_per_epoch=steps_per_epoch,
+        sampler=sampler,
+        augment=augment,
+        shard=shard,
+        seed=seed,
+        whole_batch=whole_batch,
+        is_seeded=seed is not None or session.seed is not None,
+    )
+    extensions: list[Extension] = [Verification(verify_every)]
     if privacy is not None:
-        private = PrivateRun(
-            privacy,
-            session,
-            model,
-            x,
-            sampler=sampler,
-            shuffle=shuffle,
-            seed=seed,
-            class_weight=class_weight,
-            callbacks=callbacks,
-            augment=augment,
-            shard=shard,
-            validation_split=validation_split if validation_data is None else 0.0,
-            validation_data=validation_data,
-        )
-        sampler = private.sampler
-        if private.draws_secretly:
-            seed, chosen = private.sampling_seed, private.is_seeded
-        if saver is None:
-            private.go_on()
-        else:
-            saver.spent = private.go_on(saver.spent_before, saver.steps_before, saver.directory)
-            saver.on_restored = private.note_restored
-    seed = session.sampler_seed(seed)
-    if saver is not None and (private is None or not private.draws_secretly):
-        seed = saver.seed(seed, chosen)
-    sampler = sampler or from_shuffle(shuffle)
-    run = elastic.Run(session.strategy, seed) if session.strategy.elastic else None
-    held = data.local_shard(shard, session.strategy)
-    if validation_split and validation_data is None:
-        (x, y, sample_weight), validation_data = data.split(
-            x, y, sample_weight, validation_split, may_be_empty=held is not None
-        )
-    source = data.read(
-        x,
-        y,
-        sample_weight,
-        data.Settings(
-            batch_size=batch_size,
-            steps=steps_per_epoch,
-            sampler=sampler,
-            shuffle=bool(shuffle),
-            seed=seed if run is None else run.seed,
-            training=True,
-            class_weight=class_weight,
-            augment=augment,
-            shard=held,
-            strategy=session.strategy,
-            private=private is not None,
-            copies=1 if privacy is None else privacy.augmentations,
-        ),
-    )
-    validation = None
-    if validation_data is not None:
-        validation = _read_in_order(
-            *keras.utils.unpack_x_y_sample_weight(validation_data),
-            batch_size=validation_batch_size
-            or (batch_size if data.is_arrays(_first(validation_data)) else None),
-            steps=validation_steps,
-            shard=held,
-            strategy=session.strategy,
-        )
-    if run is not None and not source.repeatable:
-        raise ArgumentError(
-            "`x` must be data that can be drawn again in an elastic run. Received: a "
-            "generator. Pass arrays, a tf.data.Dataset or a keras.utils.PyDataset."
-        )
-    preflight.check_batched(model, x, source.spec())
-    if validation is not None:
-        preflight.check_batched(model, _first(validation_data), validation.spec())
-    needs_state = any(part is not None for part in (saver, private, run))
-    used = _composed(
-        model,
-        "train_step",
-        source,
-        session.strategy,
-        False if private is not None else whole_batch,
-        needs_state,
-    )
-    if private is not None:
-        private.plan(source, epochs - initial_epoch)
-    if saver is not None:
-        saver.check(
-            model,
-            source,
-            sampler,
-            seed=None if private and private.draws_secretly and not chosen else seed,
-            privacy=None if private is None else private.settings,
-        )
-
-    def attempt() -> Any:
-        if run is not None:
-            source.begin_anew()
-        prepared = _agreed(
-            session,
-            used,
-            model,
-            source,
-            for_training=True,
-            private=private,
-            batch_size=batch_size,
-            epochs=epochs,
-            initial_epoch=initial_epoch,
-            validation_steps=validation and validation.steps,
-            steps_per_execution=model.steps_per_execution,
-            verify_every=verify_every,
-        )
-        _announce(
-            session,
-            verbose,
-            source,
-            None if used is session.strategy else _notice_of_whole(model, "train_step"),
-            None if private is None else private.notice(),
-            None if saver is None else saver.notice(epochs),
-        )
-        shown = verbose if session.is_chief else 0
-        kept = tfdist_callbacks.prepare(
-            callbacks,
-            session.strategy,
-            prepared.stop,
-            prepared.variables,
-            verify_every,
-            prepared.functions.marks,
-            shows=session.is_chief and verbose != 0,
-        )
-        if private is not None and prepared.private is not None:
-            kept = private.watched(kept, prepared.private)
-        # Asked for when the first share is drawn: a callback may restore the optimizer.
-        start: Callable[[], data.DataPosition] = functools.partial(_start, model, source)
-        epoch, course = initial_epoch, run or saver
-        watched = tfdist_callbacks.look_between_steps(kept)
-        if course is None:
-            stream = data.Stream(
-                source,
-                used,
-                start,
-                epoch=epoch,
-                is_watched=watched,
-                trains=True,
-            )
-        else:
-            epoch, step, start, logs = course.begin(initial_epoch, start)
-            stream = data.Stream(
-                source,
-                used,
-                start,
-                epoch=epoch,
-                made=step,
-                on_progress=course.note_step,
-                is_watched=watched,
-                logs=logs,
-                trains=True,
-            )
-            kept = course.callbacks(
-                kept,
-                prepared,
-                where=lambda: stream.position,
-                steps=source.steps,
-                epochs=epochs,
-                verbose=shown,
-                add_progbar=shown != 0,
-                model=model,
-            )
-
-        def ended() -> None:
-            stream.on_epoch_end()
-            if stream.is_over:
-                model.stop_training = True
-
-        with prepared.running(source), _keras.end_of_data_unless(lambda: prepared.stop.agreed):
-            history = _keras.FIT(
-                model,
-                _keras.StreamAdapter(stream, source.steps, ended),
-                epochs=epochs,
-                verbose=shown,
-                callbacks=kept,
-                validation_data=validation and _adapt(validation, used),
-                shuffle=False,
-                initial_epoch=epoch,
-                validation_freq=validation_freq,
-            )
-        stream.close()
-        summary = session.strategy.summary()
-        if summary is not None and session.is_chief and verbose != 0:
-            print(f"tfdist: {summary}", flush=True)
-        return history
-
-    with contextlib.ExitStack() as stack:
-        if private is not None:
-            stack.enter_context(private.counting())
-        if saver is not None:
-            stack.enter_context(saver.saving())
-        history = attempt() if run is None else run.train(attempt)
-    if private is not None:
-        history.privacy = private.report()
-        if session.is_chief and verbose != 0:
-            within = private.privacy.target_epsilon
-            print(f"tfdist: {history.privacy.line(within)}", flush=True)
-    return history
+        extensions.append(PrivateTraining(privacy))
+    continuation = Continuation(extensions)
+    if checkpoint is not None:
+        continuation = CheckpointRun(checkpoint, session.strategy, extensions)
+    elif session.strategy.elastic:
+        continuation = elastic.Run(session.strategy, extensions)
+    return Training(request, [*extensions, Seeds(), continuation], continuation).run()
 
 
 @_watched
@@ -439,7 +276,7 @@ def evaluate(
     session = current(strategy)
     preflight.check_steps(steps=steps)
     model = preflight.compiled(model)
-    source = _read_in_order(
+    source = read_in_order(
         x,
         y,
         sample_weight,
@@ -449,12 +286,15 @@ def evaluate(
         strategy=session.strategy,
     )
     preflight.check_batched(model, x, source.spec())
-    used = _composed(model, "test_step", source, session.strategy)
-    prepared = _agreed(session, used, model, source, batch_size=batch_size)
+    used = composed(model, "test_step", source, session.strategy)
+    prepared = prepare(model, used)
+    preflight.check_agreement(
+        session, model, {"batch_size": batch_size, "steps": source.steps}, source
+    )
     with prepared.running(source):
         return _keras.EVALUATE(
             model,
-            _adapt(source, used),
+            adapted(source, used),
             verbose=verbose if session.is_chief else 0,
             callbacks=callbacks,
             return_dict=return_dict,
@@ -500,119 +340,19 @@ def predict(
     session = current(strategy)
     preflight.check_steps(steps=steps)
     model = model if isinstance(model, keras.Model) else model()
-    source = _read_in_order(
+    source = read_in_order(
         x, None, None, batch_size=batch_size, steps=steps, strategy=session.strategy
     )
     preflight.check_batched(model, x, source.spec())
-    used = _composed(model, "predict_step", source, session.strategy)
-    prepared = _agreed(session, used, model, source, batch_size=batch_size)
+    used = composed(model, "predict_step", source, session.strategy)
+    prepared = prepare(model, used)
+    preflight.check_agreement(
+        session, model, {"batch_size": batch_size, "steps": source.steps}, source
+    )
     with prepared.running(source):
         return _keras.PREDICT(
             model,
-            _adapt(source, used, by_number=False),
+            adapted(source, used, by_number=False),
             verbose=verbose if session.is_chief else 0,
             callbacks=callbacks,
         )
-
-
-def _start(model: Any, source: data.Source) -> data.DataPosition:
-    """Says where the data begins: after the steps that the optimizer has behind it."""
-    optimizer = model.optimizer
-    return source.position_after(0 if optimizer is None else int(optimizer.iterations.numpy()))
-
-
-def _first(validation_data: Any) -> Any:
-    return keras.utils.unpack_x_y_sample_weight(validation_data)[0]
-
-
-def _read_in_order(
-    x: Any,
-    y: Any,
-    sample_weight: Any,
-    *,
-    batch_size: int | None,
-    steps: int | None,
-    shard: data.LocalShard | None = None,
-    strategy: Strategy | None = None,
-) -> data.Source:
-    # In order, all rows of a batch would be one worker's.
-    sampler = Sequential() if shard is None else Uniform()
-    settings = data.Settings(
-        batch_size,
-        steps,
-        sampler,
-        shuffle=False,
-        seed=0,
-        training=False,
-        shard=shard,
-        strategy=strategy,
-    )
-    return data.read(x, y, sample_weight, settings)
-
-
-def _agreed(
-    session: Session,
-    used: Strategy,
-    model: Any,
-    source: data.Source,
-    *,
-    for_training: bool = False,
-    private: PrivateRun | None = None,
-    **asked: Any,
-) -> Prepared:
-    """Prepares a built model, once the workers were found to have been asked the same."""
-    mechanism = None if private is None else private.mechanism
-    prepared = prepare(model, used, for_training=for_training, mechanism=mechanism)
-    if private is not None:
-        asked |= private.asked
-    preflight.check_agreement(session, model, {**asked, "steps": source.steps}, source)
-    return prepared
-
-
-def _composed(
-    model: Any,
-    kind: str,
-    source: data.Source,
-    strategy: Strategy,
-    whole_batch: bool | None = None,
-    needs_state: bool = False,
-) -> Strategy:
-    """Builds a model where Keras's own loop must not, and chooses how a batch is computed."""
-    # XLA compiles no step in which variables are made.
-    if not needs_state and not model.jit_compile and not _has_replicas(strategy, source):
-        if kind != "predict_step" and not _keras.has_own(model, kind):
-            _keras.build_from_shapes(model, source.spec())
-        return strategy
-    return compose(model, kind, source, strategy, whole_batch)
-
-
-def _has_replicas(strategy: Strategy, source: data.Source) -> bool:
-    """Tells whether a model's variables are more than those of one plain Keras process."""
-    return not strategy.is_plain or source.may_be_empty
-
-
-def _notice_of_whole(model: Any, kind: str) -> str:
-    why = why_whole(model, kind) or "you asked for it"
-    return (
-        f"every replica computes the whole batch, because {why}. The weights are those of one "
-        "process, and it is no faster; see docs/promise.md"
-    )
-
-
-def _adapt(source: data.Source, strategy: Strategy, by_number: bool = True) -> Any:
-    stream = data.Stream(source, strategy, by_number=by_number)
-    return _keras.StreamAdapter(stream, source.steps, stream.on_epoch_end)
-
-
-def _announce(
-    session: Session, verbose: Any, source: data.Source, *notices: str | None
-) -> None:
-    if not session.is_chief or verbose == 0:
-        return
-    print(session.describe(getattr(source, "batch_size", None)), flush=True)
-    report = source.report()
-    if report is not None:
-        print(report, flush=True)
-    for notice in notices:
-        if notice is not None:
-            print(f"tfdist: {notice}", flush=True)

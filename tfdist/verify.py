@@ -11,25 +11,44 @@ import keras
 
 from tfdist import _keras
 from tfdist.errors import ArgumentError, DisagreementError
+from tfdist.extension import Extension, followed
+from tfdist.prepared import Prepared
+from tfdist.request import Request
 from tfdist.strategies.base import Strategy
 
 _DIGEST_BYTES = 8
 
 
-def check_every(every: int | None) -> None:
-    """Refuses what is no number of steps.
+class Verification(Extension):
+    """Compares replicas at the end of a training, and while it runs if asked to.
 
     Args:
-        every: The number of steps, 0, or None.
+        every: Steps between two comparisons, None for one at the end, 0 for none.
 
     Raises:
         ArgumentError: It is not a whole number, or below 0.
     """
-    if every is not None and (not isinstance(every, int) or every < 0):
-        raise ArgumentError(
-            "`verify_every` must be a whole number of steps, 0 for never, or None for the end "
-            f"of training only. Received: verify_every={every!r}."
-        )
+
+    def __init__(self, every: int | None) -> None:
+        if every is not None and (not isinstance(every, int) or every < 0):
+            raise ArgumentError(
+                "`verify_every` must be a whole number of steps, 0 for never, or None for the "
+                f"end of training only. Received: verify_every={every!r}."
+            )
+        self._every = every
+
+    def facts(self) -> dict[str, Any]:
+        """Gives how often it compares."""
+        return {"verify_every": self._every}
+
+    def callbacks(self, request: Request, given: Any, prepared: Prepared) -> Any:
+        """Adds the callback that compares."""
+        strategy = request.session.strategy
+        # Whoever leaves an elastic run would be missed at its end.
+        is_asked = self._every is not None or not strategy.elastic
+        if self._every == 0 or not is_asked or strategy.place.num_replicas == 1:
+            return given
+        return followed(given, VerifyReplicas(self._every, strategy, prepared.variables))
 
 
 class VerifyReplicas(keras.callbacks.Callback):  # type: ignore[misc]

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import numpy as np
@@ -25,16 +25,17 @@ from tfdist.checkpoint.preemption import Preemption
 from tfdist.checkpoint.settings import Checkpoint
 from tfdist.continued import ContinuedCallbacks, Position
 from tfdist.errors import START_ME_AGAIN, ArgumentError, CheckpointError, Preempted
+from tfdist.extension import Begins, Continuation, Extension
 from tfdist.prepared import Prepared, variables_of
-from tfdist.samplers import Sampler
+from tfdist.request import Request
 from tfdist.steps import Stop
 from tfdist.strategies.base import Strategy
 
-_FORMAT = 2
+_FORMAT = 3
 _GLOBAL_SEED = "keras/global_seed_generator"
 
 
-class CheckpointRun:
+class CheckpointRun(Continuation):
     """The checkpoints of one `fit`, from the one it begins at to the last it writes.
 
     The chief alone reads and writes; what it has read, every worker gets. All replicas hold
@@ -43,23 +44,24 @@ class CheckpointRun:
     Args:
         checkpoint: What `fit` was given.
         strategy: Where the replicas are.
-
-    Attributes:
-        on_restored: Called when the state was put back.
-        spent: Private training before this `fit`, for the next checkpoints.
+        others: The training's other extensions, whose state is saved as well.
 
     Raises:
         ArgumentError: It is no checkpoint.
         CheckpointError: The directory cannot be used.
     """
 
-    def __init__(self, checkpoint: Any, strategy: Strategy) -> None:
+    needs_state = True
+
+    def __init__(
+        self, checkpoint: Any, strategy: Strategy, others: Sequence[Extension] = ()
+    ) -> None:
+        super().__init__(others)
         self._settings = Checkpoint.of(checkpoint)
         self._strategy = strategy
         self._every = self._settings.every
         self._refuse()
-        self.on_restored: Callable[[], None] = lambda: None
-        self.spent: Any = None
+        self._states: dict[str, Any] = {}
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="tfdist-checkpoint")
         self._writing: Future[None] | None = None
         self._read: Callable[[str], Any] | None = None
@@ -112,14 +114,23 @@ class CheckpointRun:
 
     # --- before training --------------------------------------------------------------
 
-    def notice(self, epochs: int) -> str | None:
-        """Says which checkpoint training goes on from, if there is one, and with what.
+    def choose(self, request: Request) -> Request:
+        """Gives the others their state, and the sampler its seed unless the user chose one."""
+        before = {} if self._state is None else self._state["others"]
+        steps = 0 if self._state is None else int(self._state["steps"])
+        self._states = {
+            o.name: o.go_on(before.get(o.name), steps, self._settings.path)
+            for o in self._others
+        }
+        saved = None if self._state is None else self._state["setup"]["seed"]
+        is_open = not request.is_seeded and not request.seed_is_secret
+        return replace(request, seed=int(saved)) if is_open and saved is not None else request
 
-        Args:
-            epochs: To be made.
-        """
+    def notice(self, request: Request) -> str | None:
+        """Says which checkpoint training goes on from, if there is one, and with what."""
         if self._state is None:
             return None
+        epochs = request.epochs
         folder, epoch = self._state["folder"], self._state["position"][0]
         if self._state["stopped"]:
             return (
@@ -139,58 +150,26 @@ class CheckpointRun:
             )
         return said
 
-    @property
-    def spent_before(self) -> Any:
-        """What the checkpoint says of private training before its `fit`."""
-        return None if self._state is None else self._state["spent"]
-
-    @property
-    def steps_before(self) -> int:
-        """Steps of this training that the checkpoint has."""
-        return 0 if self._state is None else int(self._state["steps"])
-
-    @property
-    def directory(self) -> Path:
-        """Where checkpoints are."""
-        return self._settings.path
-
-    def seed(self, seed: int, is_chosen: bool) -> int:
-        """Gives the sampler's seed: that of the checkpoint, if the user has chosen none.
-
-        Args:
-            seed: Chosen or drawn.
-            is_chosen: By the user.
-        """
-        if is_chosen or self._state is None or self._state["setup"]["seed"] is None:
-            return seed
-        return int(self._state["setup"]["seed"])
-
-    def check(
-        self,
-        model: Any,
-        source: data.Source,
-        sampler: Sampler,
-        *,
-        seed: int | None,
-        privacy: dict[str, Any] | None,
-    ) -> None:
+    def bind(self, request: Request, source: data.Source) -> None:
         """Refuses a checkpoint of another training, and a disk without room for one.
 
         The data is told what an earlier process has drawn of it.
-
-        Args:
-            model: A compiled, built `keras.Model`.
-            source: The data.
-            sampler: Which rows make up each step.
-            seed: The sampler's, or None if it is secret.
-            privacy: What private training must not change.
 
         Raises:
             ArgumentError: Something differs; it is named.
             CheckpointError: There is no room.
         """
-        self._variables = variables_of(model)
-        self._setup = same.describe(model, self._variables, source, sampler, seed, privacy)
+        assert request.sampler is not None
+        self._variables = variables_of(request.model)
+        settings = {o.name: o.settings() for o in self._others}
+        self._setup = same.describe(
+            request.model,
+            self._variables,
+            source,
+            request.sampler,
+            None if request.seed_is_secret else request.seed,
+            settings.get("privacy"),
+        )
         if self._state is not None:
             same.compare(self._setup, self._state["setup"], self._state["folder"])
             source.go_on_after(self._state["position"][0] - self._state["initial_epoch"])
@@ -198,9 +177,7 @@ class CheckpointRun:
             sizes = [math.prod(v.shape) * tf.as_dtype(v.dtype).size for v in self._variables]
             files.check_room(self._settings.path, sum(sizes))
 
-    def begin(
-        self, epoch: int, start: Callable[[], data.DataPosition]
-    ) -> tuple[int, int, Callable[[], data.DataPosition], dict[str, Any]]:
+    def begin(self, epoch: int, start: Callable[[], data.DataPosition]) -> Begins:
         """Says where training begins.
 
         Args:
@@ -226,7 +203,7 @@ class CheckpointRun:
             decode(self._state["logs"], self._arrays.__getitem__),
         )
 
-    def callbacks(
+    def loop_callbacks(
         self,
         given: Any,
         prepared: Prepared,
@@ -254,7 +231,7 @@ class CheckpointRun:
     # --- while training runs ------------------------------------------------------------
 
     @contextlib.contextmanager
-    def saving(self) -> Iterator[None]:
+    def running(self) -> Iterator[None]:
         """Wraps the training; when it is left, all that was to be saved is.
 
         Raises:
@@ -349,6 +326,11 @@ class CheckpointRun:
         self._strategy.agree(variables)
         memory.restore(self._state["callbacks"], self._arrays.__getitem__)
 
+    def note_restored(self) -> None:
+        """Tells the others that the state was put back."""
+        for other in self._others:
+            other.note_restored()
+
     def begin_epoch(self, epoch: int, memory: Memory) -> None:
         """Notes that an epoch begins, or the rest of one.
 
@@ -408,7 +390,7 @@ class CheckpointRun:
             "steps": self._made,
             "stopped": is_stopped,
             "setup": self._setup,
-            "spent": self.spent,
+            "others": self._states,
             "logs": _plain(logs, arrays),
             "callbacks": memory.state(arrays),
             "global_seed": _keras.has_global_seed(),
@@ -456,7 +438,7 @@ class _Saving(ContinuedCallbacks):
         self.model._initial_epoch = None  # BackupAndRestore's; the checkpoint's is passed
         self._memory.note_begun()
         self._run.restore(self._memory)
-        self._run.on_restored()
+        self._run.note_restored()
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         super().on_epoch_begin(epoch, logs)

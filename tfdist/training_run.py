@@ -1,0 +1,329 @@
+"""One `fit` in a straight line: choose, read, build, bind, agree, run Keras's loop, report."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import keras
+
+from tfdist import _keras, data, preflight
+from tfdist import callbacks as tfdist_callbacks
+from tfdist.composition import compose, why_whole
+from tfdist.extension import Continuation, Extension
+from tfdist.prepared import Prepared, prepare
+from tfdist.request import Request
+from tfdist.samplers import Sequential, Uniform, from_shuffle
+from tfdist.strategies.base import Strategy
+
+
+class Seeds(Extension):
+    """Chooses the sampler and its seed, where nothing before it has."""
+
+    def choose(self, request: Request) -> Request:
+        """Takes the user's seed, else one that the chief draws."""
+        sampler = request.sampler or from_shuffle(request.shuffle)
+        seed = request.session.sampler_seed(request.seed)
+        return replace(request, sampler=sampler, seed=seed)
+
+
+class Training:
+    """One `fit`.
+
+    Args:
+        request: What is asked for.
+        extensions: What takes part in it, in the order in which each is asked.
+        continuation: The one of them that says where training begins.
+    """
+
+    def __init__(
+        self, request: Request, extensions: Sequence[Extension], continuation: Continuation
+    ) -> None:
+        self._request = request
+        self._extensions = extensions
+        self._continuation = continuation
+
+    def run(self) -> Any:
+        """Trains.
+
+        Returns:
+            Keras's `History`.
+        """
+        for extension in self._extensions:
+            self._request = extension.choose(self._request)
+        request = self._request
+        self._source, self._validation = _read(request)
+        self._used = composed(
+            request.model,
+            "train_step",
+            self._source,
+            request.session.strategy,
+            request.whole_batch,
+            any(extension.needs_state for extension in self._extensions),
+        )
+        for extension in self._extensions:
+            extension.bind(request, self._source)
+        with contextlib.ExitStack() as stack:
+            for extension in self._extensions:
+                stack.enter_context(extension.running())
+            history = self._continuation.train(self._attempt)
+        for extension in self._extensions:
+            extension.report(request, history)
+        return history
+
+    def _attempt(self) -> Any:
+        """Trains from where the continuation says, once: processes may come and go."""
+        request, source, validation = self._request, self._source, self._validation
+        self._continuation.begin_attempt(source)
+        prepared = self._prepared()
+        self._announce()
+        callbacks = self._callbacks(prepared)
+        # Asked for when the first share is drawn: a callback may restore the optimizer.
+        begins = functools.partial(_start, request.model, source)
+        epoch, step, start, logs = self._continuation.begin(request.initial_epoch, begins)
+        stream = data.Stream(
+            source,
+            self._used,
+            start,
+            epoch=epoch,
+            made=step,
+            on_progress=self._continuation.note_step,
+            is_watched=tfdist_callbacks.look_between_steps(callbacks),
+            logs=logs,
+            trains=True,
+        )
+        shown = request.verbose if request.session.is_chief else 0
+        callbacks = self._continuation.loop_callbacks(
+            callbacks,
+            prepared,
+            where=lambda: stream.position,
+            steps=source.steps,
+            epochs=request.epochs,
+            verbose=shown,
+            add_progbar=shown != 0,
+            model=request.model,
+        )
+
+        def ended() -> None:
+            stream.on_epoch_end()
+            if stream.is_over:
+                request.model.stop_training = True
+
+        with prepared.running(source), _keras.end_of_data_unless(lambda: prepared.stop.agreed):
+            history = _keras.FIT(
+                request.model,
+                _keras.StreamAdapter(stream, source.steps, ended),
+                epochs=request.epochs,
+                verbose=shown,
+                callbacks=callbacks,
+                validation_data=validation and adapted(validation, self._used),
+                shuffle=False,
+                initial_epoch=epoch,
+                validation_freq=request.validation_freq,
+            )
+        stream.close()
+        summary = request.session.strategy.summary()
+        if summary is not None and request.shows:
+            print(f"tfdist: {summary}", flush=True)
+        return history
+
+    def _prepared(self) -> Prepared:
+        request, validation = self._request, self._validation
+        facts: dict[str, Any] = {}
+        for extension in self._extensions:
+            facts |= extension.facts()
+        mechanisms = [e.mechanism for e in self._extensions if e.mechanism is not None]
+        prepared = prepare(
+            request.model,
+            self._used,
+            for_training=True,
+            mechanism=mechanisms[0] if mechanisms else None,
+        )
+        asked = {
+            "batch_size": request.batch_size,
+            "epochs": request.epochs,
+            "initial_epoch": request.initial_epoch,
+            "validation_steps": validation and validation.steps,
+            "steps_per_execution": request.model.steps_per_execution,
+            "steps": self._source.steps,
+        }
+        preflight.check_agreement(request.session, request.model, asked | facts, self._source)
+        return prepared
+
+    def _announce(self) -> None:
+        request, source = self._request, self._source
+        notices = [extension.notice(request) for extension in self._extensions]
+        if not request.shows:
+            return
+        print(request.session.describe(getattr(source, "batch_size", None)), flush=True)
+        if (report := source.report()) is not None:
+            print(report, flush=True)
+        if self._used is not request.session.strategy:
+            notices.insert(0, _notice_of_whole(request.model, "train_step"))
+        for notice in filter(None, notices):
+            print(f"tfdist: {notice}", flush=True)
+
+    def _callbacks(self, prepared: Prepared) -> Any:
+        request = self._request
+        found = tfdist_callbacks.prepare(
+            request.callbacks,
+            request.session.strategy,
+            prepared.stop,
+            prepared.variables,
+            prepared.functions.marks,
+            shows=request.shows,
+        )
+        for extension in self._extensions:
+            found = extension.callbacks(request, found, prepared)
+        return found
+
+
+def _start(model: Any, source: data.Source) -> data.DataPosition:
+    """Says where the data begins: after the steps that the optimizer has behind it."""
+    optimizer = model.optimizer
+    return source.position_after(0 if optimizer is None else int(optimizer.iterations.numpy()))
+
+
+def _read(request: Request) -> tuple[data.Source, data.Source | None]:
+    """Gives what to train on and what to validate on, neither of which is read yet."""
+    strategy = request.session.strategy
+    shard = data.local_shard(request.shard, strategy)
+    columns = request.x, request.y, request.sample_weight
+    to_validate = request.validation_data
+    if request.validation_split and to_validate is None:
+        columns, to_validate = data.split(
+            *columns, request.validation_split, may_be_empty=shard is not None
+        )
+    assert request.sampler is not None
+    assert request.seed is not None
+    source = data.read(
+        *columns,
+        data.Settings(
+            batch_size=request.batch_size,
+            steps=request.steps_per_epoch,
+            sampler=request.sampler,
+            shuffle=bool(request.shuffle),
+            seed=request.seed,
+            training=True,
+            class_weight=request.class_weight,
+            augment=request.augment,
+            shard=shard,
+            strategy=strategy,
+            private=request.is_private,
+            copies=request.copies,
+        ),
+    )
+    preflight.check_batched(request.model, columns[0], source.spec())
+    if to_validate is None:
+        return source, None
+    x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(to_validate)
+    validation = read_in_order(
+        x,
+        y,
+        sample_weight,
+        batch_size=request.validation_batch_size
+        or (request.batch_size if data.is_arrays(x) else None),
+        steps=request.validation_steps,
+        shard=shard,
+        strategy=strategy,
+    )
+    preflight.check_batched(request.model, x, validation.spec())
+    return source, validation
+
+
+def read_in_order(
+    x: Any,
+    y: Any,
+    sample_weight: Any,
+    *,
+    batch_size: int | None,
+    steps: int | None,
+    shard: data.LocalShard | None = None,
+    strategy: Strategy | None = None,
+) -> data.Source:
+    """Gives data of which each row is used once, as `evaluate` and `predict` do.
+
+    Args:
+        x: As in `fit`.
+        y: As in `fit`.
+        sample_weight: As in `fit`.
+        batch_size: Examples of one step over all replicas; 32 if None.
+        steps: Batches, if not all.
+        shard: What this worker holds, if not everything.
+        strategy: Where the replicas are.
+    """
+    # In order, all rows of a batch would be one worker's.
+    sampler = Sequential() if shard is None else Uniform()
+    settings = data.Settings(
+        batch_size,
+        steps,
+        sampler,
+        shuffle=False,
+        seed=0,
+        training=False,
+        shard=shard,
+        strategy=strategy,
+    )
+    return data.read(x, y, sample_weight, settings)
+
+
+def composed(
+    model: Any,
+    kind: str,
+    source: data.Source,
+    strategy: Strategy,
+    whole_batch: bool | None = None,
+    needs_state: bool = False,
+) -> Strategy:
+    """Builds a model where Keras's own loop must not, and chooses how a batch is computed.
+
+    Args:
+        model: A compiled `keras.Model`.
+        kind: "train_step" or "test_step".
+        source: The data.
+        strategy: Where the replicas are.
+        whole_batch: As in `fit`.
+        needs_state: Whether all of its variables must be there before it trains.
+
+    Returns:
+        What computes it: the strategy, or one of whole batches.
+    """
+    # XLA compiles no step in which variables are made.
+    if not needs_state and not model.jit_compile and not has_replicas(strategy, source):
+        if kind != "predict_step" and not _keras.has_own(model, kind):
+            _keras.build_from_shapes(model, source.spec())
+        return strategy
+    return compose(model, kind, source, strategy, whole_batch)
+
+
+def has_replicas(strategy: Strategy, source: data.Source) -> bool:
+    """Tells whether a model's variables are more than those of one plain Keras process.
+
+    Args:
+        strategy: Where the replicas are.
+        source: The data.
+    """
+    return not strategy.is_plain or source.may_be_empty
+
+
+def adapted(source: data.Source, strategy: Strategy, by_number: bool = True) -> Any:
+    """Gives data as Keras's loop takes it.
+
+    Args:
+        source: The data.
+        strategy: Deals shares out to replicas.
+        by_number: As in `data.Stream`.
+    """
+    stream = data.Stream(source, strategy, by_number=by_number)
+    return _keras.StreamAdapter(stream, source.steps, stream.on_epoch_end)
+
+
+def _notice_of_whole(model: Any, kind: str) -> str:
+    why = why_whole(model, kind) or "you asked for it"
+    return (
+        f"every replica computes the whole batch, because {why}. The weights are those of one "
+        "process, and it is no faster; see docs/promise.md"
+    )
