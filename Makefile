@@ -77,6 +77,7 @@ lint: $(VENV)/.dev  ## Lint and type-check.
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python -m tests.lint.private_parts
 
 format: $(VENV)/.dev  ## Format the code.
 	$(BIN)/ruff format .
