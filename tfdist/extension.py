@@ -7,29 +7,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-import keras
-
 from tfdist import data
 from tfdist.prepared import Prepared
 from tfdist.request import Request
 
 Begins = tuple[int, int, Callable[[], data.DataPosition], dict[str, Any]]
-
-
-def followed(callbacks: Any, *more: Any) -> Any:
-    """Adds callbacks that come after all others.
-
-    Args:
-        callbacks: A list of callbacks, or a `CallbackList`.
-        *more: To be added.
-
-    Returns:
-        Of the kind that was given.
-    """
-    if not isinstance(callbacks, keras.callbacks.CallbackList):
-        return [*callbacks, *more]
-    callbacks.callbacks = [*callbacks.callbacks, *more]
-    return callbacks
 
 
 class Extension:

@@ -34,7 +34,6 @@ from tfdist.privacy.step import PrivateStep
 from tfdist.privacy.users import PoissonOfUsers, Users
 from tfdist.request import Request
 from tfdist.samplers import Sampler, Sequential
-from tfdist.session import Session
 from tfdist.spending import Spending
 from tfdist.strategies.base import Place
 
@@ -51,19 +50,8 @@ class PrivateRun:
     """A private `fit` from its arguments to its report.
 
     Args:
-        privacy: The settings.
-        session: Where the replicas are.
-        model: A compiled `keras.Model`.
-        x: What `fit` was given.
-        sampler: What `fit` was given.
-        shuffle: What `fit` was given.
-        seed: What `fit` was given.
-        class_weight: What `fit` was given.
-        callbacks: What `fit` was given.
-        augment: What `fit` was given.
-        shard: What `fit` was given.
-        validation_split: What `fit` was given.
-        validation_data: What `fit` was given.
+        privacy: What `fit` was given.
+        request: What is asked for besides.
 
     Attributes:
         sampler: Chooses the rows of each step.
@@ -81,41 +69,29 @@ class PrivateRun:
     mechanism: Mechanism
     planned_steps: int
 
-    def __init__(
-        self,
-        privacy: DPSGD,
-        session: Session,
-        model: Any,
-        x: Any,
-        *,
-        sampler: Sampler | None,
-        shuffle: Any = True,
-        seed: int | None,
-        class_weight: Any,
-        callbacks: Any = None,
-        augment: data.Augment | None = None,
-        shard: Any = None,
-        validation_split: float = 0.0,
-        validation_data: Any = None,
-    ) -> None:
+    def __init__(self, privacy: Any, request: Request) -> None:
+        session, model, x, seed = request.session, request.model, request.x, request.seed
+        callbacks = request.callbacks
         if not isinstance(privacy, DPSGD):
             raise ArgumentError(
                 f"`privacy` must be a tfdist.DPSGD or None. Received: privacy={privacy!r}."
             )
-        refused.check_data(session, x, sampler, class_weight, privacy)
-        refused.check_copies(privacy, augment)
-        refused.check_users(privacy, shard, validation_split)
+        refused.check_data(session, x, request.sampler, request.class_weight, privacy)
+        refused.check_copies(privacy, request.augment)
+        refused.check_users(privacy, request.shard, request.validation_split)
         refused.check_callbacks(callbacks, x)
         self._validates_inside = refused.check_validation(
-            callbacks, x, validation_data, validation_split
+            callbacks, x, request.validation_data, request.validation_split
         )
         dp_accounting()  # missing, it must not be missed after training
         refusals.check_model(model)
         self.privacy = privacy
         self.draws_secretly = not isinstance(privacy, DPFTRL)
-        self.sampler: Sampler = _Everyone() if sampler is None else sampler
+        self.sampler: Sampler = request.sampler or _Everyone()
         if not self.draws_secretly:
-            self.sampler = SameOrder(bool(shuffle)) if data.is_arrays(x) else Sequential()
+            self.sampler = (
+                SameOrder(bool(request.shuffle)) if data.is_arrays(x) else Sequential()
+            )
         self._users: Users | None = None
         if privacy.group_ids is not None:
             self._users = Users(privacy.group_ids, privacy.max_rows_per_group)
@@ -388,21 +364,7 @@ class PrivateTraining(Extension):
 
     def choose(self, request: Request) -> Request:
         """Takes the sampler and the seed that the guarantee rests on."""
-        self.run = run = PrivateRun(
-            self._privacy,
-            request.session,
-            request.model,
-            request.x,
-            sampler=request.sampler,
-            shuffle=request.shuffle,
-            seed=request.seed,
-            class_weight=request.class_weight,
-            callbacks=request.callbacks,
-            augment=request.augment,
-            shard=request.shard,
-            validation_split=request.validation_split,
-            validation_data=request.validation_data,
-        )
+        self.run = run = PrivateRun(self._privacy, request)
         changed = dataclasses.replace(
             request,
             sampler=run.sampler,

@@ -28,5 +28,5 @@ def entry(name: str) -> EntryPoint | None:
 
 def of_other_packages() -> dict[str, str]:
     """Gives the strategies of other packages, with the package of each."""
-    others = [entry(name) for name in names() if name not in _OWN]
-    return {e.name: e.dist.name if e.dist else "an unknown package" for e in others if e}
+    others = [e for e in entry_points(group=_GROUP) if e.name not in _OWN]
+    return {e.name: e.dist.name if e.dist else "an unknown package" for e in others}

@@ -11,7 +11,7 @@ import keras
 
 from tfdist import _keras
 from tfdist.errors import ArgumentError, DisagreementError
-from tfdist.extension import Extension, followed
+from tfdist.extension import Extension
 from tfdist.prepared import Prepared
 from tfdist.request import Request
 from tfdist.strategies.base import Strategy
@@ -48,7 +48,9 @@ class Verification(Extension):
         is_asked = self._every is not None or not strategy.elastic
         if self._every == 0 or not is_asked or strategy.place.num_replicas == 1:
             return given
-        return followed(given, VerifyReplicas(self._every, strategy, prepared.variables))
+        return _keras.around(
+            given, last=[VerifyReplicas(self._every, strategy, prepared.variables)]
+        )
 
 
 class VerifyReplicas(keras.callbacks.Callback):  # type: ignore[misc]

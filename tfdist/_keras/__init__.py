@@ -47,6 +47,7 @@ from tfdist._keras.loop import (
     FIT,
     PREDICT,
     StreamAdapter,
+    around,
     end_of_data_unless,
     loop_functions,
 )
@@ -88,6 +89,7 @@ __all__ = [
     "Step",
     "StreamAdapter",
     "alone",
+    "around",
     "backing_variable",
     "build",
     "build_from_shapes",

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -69,6 +68,23 @@ class StreamAdapter(_DataAdapter):  # type: ignore[misc]
             self._on_epoch_end()
 
 
+def around(callbacks: Any, first: Sequence[Any] = (), last: Sequence[Any] = ()) -> Any:
+    """Puts callbacks before and after all others.
+
+    Args:
+        callbacks: A list of callbacks, or a `CallbackList`.
+        first: That come before.
+        last: That come after.
+
+    Returns:
+        Of the kind that was given.
+    """
+    if not isinstance(callbacks, keras.callbacks.CallbackList):
+        return [*first, *callbacks, *last]
+    callbacks.callbacks = [*first, *callbacks.callbacks, *last]
+    return callbacks
+
+
 # As Keras defines them, whatever `tfdist.drop_in()` puts in their place.
 FIT = keras.Model.fit
 EVALUATE = keras.Model.evaluate
@@ -121,6 +137,7 @@ def loop_functions(
         return dispatch
 
     compiled, make = compiled_state(model), model.make_train_function
+    own_make = vars(model).get("make_train_function")
 
     def make_train_function(force: bool = False) -> Any:
         """Refuses a model that was compiled again: its optimizer is nobody's."""
@@ -143,9 +160,10 @@ def loop_functions(
             del vars(model)["_get_metrics_result_or_logs"]
         else:
             vars(model)["_get_metrics_result_or_logs"] = results
-        vars(model)["make_train_function"] = make
-        if make == types.MethodType(type(model).make_train_function, model):
+        if own_make is None:
             del vars(model)["make_train_function"]
+        else:
+            vars(model)["make_train_function"] = own_make
         for name, function in before.items():
             setattr(model, name, function)
 

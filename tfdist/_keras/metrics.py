@@ -73,8 +73,7 @@ def _updated_by_whole_batch(
 
 
 def _weighted(rows: Tensor, weights: Tensor) -> Tensor:
-    ones = tf.ones([max(0, (weights.shape.rank or 0) - 1)], tf.int32)
-    return weights * tf.reshape(rows, tf.concat([[-1], ones], 0))
+    return weights * tf.reshape(rows, [-1] + [1] * max(0, weights.shape.rank - 1))
 
 
 def _weighed(

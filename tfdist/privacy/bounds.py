@@ -103,7 +103,7 @@ def p_value(
     check_number("delta", delta, 0, 1)
     if right == 0:
         return 1.0
-    special = _special()
+    special = scipy_special()
     # What randomized response guesses right, each guess by itself.
     accuracy = 1 / (1 + math.exp(-epsilon))
     p = float(special.betainc(right, guesses - right + 1, accuracy))
@@ -142,7 +142,7 @@ def clopper_pearson(
     Raises:
         MissingPackageError: SciPy is not installed.
     """
-    special = _special()
+    special = scipy_special()
     tail = (1 - confidence) / 2
     failures = trials - successes
     low = special.betaincinv(np.maximum(successes, 1), failures + 1, tail)
@@ -150,7 +150,12 @@ def clopper_pearson(
     return np.where(successes > 0, low, 0.0), np.where(failures > 0, high, 1.0)
 
 
-def _special() -> Any:
+def scipy_special() -> Any:
+    """Imports SciPy's functions for audits.
+
+    Raises:
+        MissingPackageError: It is not installed.
+    """
     try:
         from scipy import special
     except ImportError:

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import keras
 
+from tfdist import _keras
 from tfdist.errors import ArgumentError
 from tfdist.privacy.in_turn import DPFTRL
 from tfdist.privacy.settings import DPSGD
@@ -157,12 +158,7 @@ def watched(callbacks: Any, course: Course, listener: Listener) -> Any:
         course: Of the training.
         listener: Told of it.
     """
-    given = getattr(callbacks, "callbacks", callbacks)
-    kept = [_First(course, listener), *given, _Last(course, listener)]
-    if not isinstance(callbacks, keras.callbacks.CallbackList):
-        return kept
-    callbacks.callbacks = kept
-    return callbacks
+    return _keras.around(callbacks, [_First(course, listener)], [_Last(course, listener)])
 
 
 class _First(keras.callbacks.Callback):  # type: ignore[misc]

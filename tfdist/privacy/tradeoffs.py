@@ -11,14 +11,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tfdist.errors import MissingPackageError
 from tfdist.privacy.arguments import check_number
-from tfdist.privacy.bounds import check_guesses
+from tfdist.privacy.bounds import check_guesses, scipy_special
 from tfdist.privacy.ledger import Ledger, dp_accounting
 
 Floats = NDArray[np.float64]
@@ -90,7 +88,7 @@ def gaussian_lower_bound(
     check_guesses(num_canaries, guesses, right)
     if right == 0:
         return 0.0
-    special = _special()
+    special = scipy_special()
 
     def refuted(mu: Floats) -> NDArray[np.bool_]:
         def curve(y: Floats) -> Floats:
@@ -237,14 +235,3 @@ def p_value_of(curve: Curve, *, num_canaries: int, guesses: int, right: int) -> 
     )
     # What is refuted at an error has a probability below it, and at each larger one too.
     return float(tried[refuted.argmax()]) if refuted.any() else 1.0
-
-
-def _special() -> Any:
-    try:
-        from scipy import special
-    except ImportError:
-        raise MissingPackageError(
-            "An audit needs SciPy. Received: an installation without it. "
-            'Install it: pip install "tfdist[privacy]".'
-        ) from None
-    return special
