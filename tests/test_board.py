@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from tfdist.board import Limited
+from tfdist.cluster.key_value_store import Limited
 from tfdist.strategies.horovod_board import RendezvousBoard
 
 pytestmark = pytest.mark.quick

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from tfdist.checkpoint import files
 from tfdist.cluster import Cluster
-from tfdist.environ import limit_of
+from tfdist.cluster.environment import limit_of
 from tfdist.errors import CheckpointError, ClusterError, LaunchError
 from tfdist.launch import parse_elastic, parse_hosts, plan_workers
 

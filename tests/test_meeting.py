@@ -11,11 +11,11 @@ from dataclasses import replace
 import pytest
 
 from tests.jobs import free_port
+from tfdist.cluster.heartbeat import Note, Told
 from tfdist.errors import LaunchError
 from tfdist.launch import Failure, Host, Link, Restarts, Worker, parse_elastic
 from tfdist.launch.hub import Hub
 from tfdist.launch.restarts import Cause
-from tfdist.note import Note, Told
 
 pytestmark = pytest.mark.quick
 

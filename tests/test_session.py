@@ -18,10 +18,10 @@ import tensorflow as tf
 
 import tfdist
 from tests.jobs import QUIET, ROOT
-from tfdist import rendezvous, strategies
-from tfdist.cluster import Cluster
+from tfdist import strategies
+from tfdist.cluster import Cluster, rendezvous
+from tfdist.cluster.rendezvous import meet, wait_until_known
 from tfdist.errors import StrategyError
-from tfdist.rendezvous import meet, wait_until_known
 from tfdist.session import Session
 from tfdist.strategies.base import Place, Strategy
 from tfdist.strategies.single import Single
@@ -199,7 +199,8 @@ def test_time_to_trace_is_no_wait_for_others() -> None:
 
 def test_a_wait_for_one_that_traces_is_told_gently() -> None:
     code = (
-        "import time\nfrom tfdist.board import Board\nfrom tfdist.patience import Patience\n"
+        "import time\nfrom tfdist.cluster.key_value_store import Board\n"
+        "from tfdist.patience import Patience\n"
         "class Notes(Board):\n"
         "    def post(self, name, text): return True\n"
         "    def read(self, name): return 'preparing step 1' if name[-1] == '0' else None\n"

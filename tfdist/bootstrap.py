@@ -17,9 +17,9 @@ from contextlib import suppress
 from types import TracebackType
 from typing import NoReturn
 
-from tfdist import kept_config, note
+from tfdist.cluster import heartbeat, launched_config
+from tfdist.cluster.rendezvous import start_timeout, wait_until_up
 from tfdist.errors import HUNG, START_ME_AGAIN, HungError, ServerLostError, TfdistError
-from tfdist.rendezvous import start_timeout, wait_until_up
 
 _EXIT_HANDLERS_S = 3.0
 
@@ -62,7 +62,7 @@ def become_worker() -> None:
     _wait_for_meeting_place()
     strategy = tfdist.init(strategy=os.environ.get("TFDIST_STRATEGY", "auto")).strategy
     place = strategy.place
-    kept_config.keep(place.num_workers > 1, place.is_chief)
+    launched_config.keep(place.num_workers > 1, place.is_chief)
     late_settings.explain(place.is_chief)
     if place.num_workers > 1 or strategy.has_servers:
         claim(strategy)
@@ -118,7 +118,7 @@ def main() -> None:
     if len(sys.argv) < 2:
         sys.exit("usage: python -m tfdist.bootstrap [-m] script.py [args]")
     follow_launcher()
-    note.share_with_launcher()
+    heartbeat.share_with_launcher()
     arguments = sys.argv[1:]
     try:
         try:

@@ -12,7 +12,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from tfdist import kept_config
+from tfdist.cluster import launched_config
 from tfdist.errors import StrategyError
 from tfdist.strategies.base import Strategy
 
@@ -58,7 +58,7 @@ def _claimed(original: type, given: Any) -> type:
         """Gives what there is when a class is called."""
 
         def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-            kept_config.restore()  # a script sets it for this
+            launched_config.restore()  # a script sets it for this
             return given
 
         def __instancecheck__(cls, instance: Any) -> bool:

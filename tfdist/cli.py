@@ -11,9 +11,9 @@ from typing import Any
 
 import click
 
-from tfdist import registry
 from tfdist._version import __version__
 from tfdist.cli_privacy import privacy
+from tfdist.cluster import strategy_names
 from tfdist.errors import TfdistError
 from tfdist.launch import (
     DEFAULT_PORT,
@@ -89,7 +89,7 @@ def main() -> None:
 )
 @click.option(
     "--strategy",
-    type=click.Choice(["auto", *registry.names()]),
+    type=click.Choice(["auto", *strategy_names.names()]),
     help="How to distribute; else what the script asks for, or auto.",
 )
 @click.option("--drop-in", is_flag=True, help="Distribute a script's own Model.fit.")

@@ -14,7 +14,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from tfdist import kept_config
+from tfdist.cluster import launched_config
 from tfdist.errors import StrategyError
 
 _MORE = "Start more workers with -n in place of it, or start the script with `python` and call "
@@ -83,7 +83,7 @@ def _keep_tf_config() -> None:
 
     @functools.wraps(make)
     def connected(self: Any, *args: Any, **kwargs: Any) -> None:
-        kept_config.restore()
+        launched_config.restore()
         make(self, *args, **kwargs)
 
     made.__init__ = connected

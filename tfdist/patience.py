@@ -14,8 +14,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 
-from tfdist.board import Board
-from tfdist.environ import limit_of
+from tfdist.cluster.environment import limit_of
+from tfdist.cluster.key_value_store import Board
 from tfdist.errors import START_ME_AGAIN
 from tfdist.watch import here, stacks
 

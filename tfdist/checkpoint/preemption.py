@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from tfdist import note
+from tfdist.cluster import heartbeat
 from tfdist.errors import START_ME_AGAIN
 
 # A scheduler may signal a worker and its launcher, which passes the signal on.
@@ -53,7 +53,7 @@ class Preemption:
         before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
         global _process
         _process = os.getpid()
-        note.here.mark(saves=True)
+        heartbeat.here.mark(saves=True)
         thread = threading.Thread(
             target=self._listen, args=(reading,), name="tfdist-preemption", daemon=True
         )
@@ -67,7 +67,7 @@ class Preemption:
                 signal.signal(signal.SIGTERM, _ignoring_for_a_while(usual))
             else:
                 signal.signal(signal.SIGTERM, usual or signal.SIG_DFL)
-                note.here.mark()
+                heartbeat.here.mark()
             os.close(writing)
             thread.join()
             os.close(reading)
@@ -75,7 +75,7 @@ class Preemption:
     def leave(self) -> None:
         """Notes that all is saved."""
         self.is_leaving = True
-        note.here.mark(saves=True, preempted=True)
+        heartbeat.here.mark(saves=True, preempted=True)
 
     def _listen(self, reading: int) -> None:
         while numbers := os.read(reading, 64):
@@ -90,7 +90,7 @@ class Preemption:
     def _hear(self) -> None:
         now = time.monotonic()
         is_second = self._first is not None and now - self._first > _SAME_S
-        if is_second or note.here.must_end:
+        if is_second or heartbeat.here.must_end:
             os._exit(128 + signal.SIGTERM)
         self._ask()
         if self._first is None:

@@ -14,12 +14,12 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from tfdist.cluster.heartbeat import NOTE_FD, Note, Told, shared_memory
 from tfdist.errors import LaunchError
 from tfdist.launch.cause import Failure
 from tfdist.launch.output import Lines, Screen
 from tfdist.launch.plan import Worker
 from tfdist.launch.withheld import Withheld, leader
-from tfdist.note import NOTE_FD, Note, Told, shared_memory
 from tfdist.watch.memory import state_of
 from tfdist.watch.settings import HANG_LIMIT, Settings
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import itertools
 
 from tfdist.cluster import EVALUATOR, PS, Cluster
+from tfdist.cluster.rendezvous import start_timeout, wait_until_known
 from tfdist.errors import LaunchError
 from tfdist.launch.horovod import rank_environments
 from tfdist.launch.hosts import Host
-from tfdist.rendezvous import start_timeout, wait_until_known
 
 ONE_PROCESS_STRATEGIES = ("single", "mirrored", "tpu")
 

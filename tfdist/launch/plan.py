@@ -9,8 +9,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from tfdist import registry
-from tfdist.cluster import CHIEF, EVALUATOR, PS, WORKER, Cluster
+from tfdist.cluster import CHIEF, EVALUATOR, PS, WORKER, Cluster, strategy_names
 from tfdist.errors import LaunchError
 from tfdist.launch.given import ONE_PROCESS_STRATEGIES, check_strategy, variables
 from tfdist.launch.horovod import one_host, rank_environments
@@ -300,7 +299,7 @@ def _label(given: Cluster) -> tuple[int, str]:
 
 
 def _check_strategy(strategy: str | None, total: int, servers: int, given: Cluster) -> None:
-    choices = ["auto", *registry.names()]
+    choices = ["auto", *strategy_names.names()]
     if strategy is not None and strategy not in choices:
         raise LaunchError(
             f"`--strategy` must be one of {', '.join(choices)}. "

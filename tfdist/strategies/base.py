@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 import keras
 import numpy as np
 
-from tfdist.board import Board
 from tfdist.cluster import Cluster
+from tfdist.cluster.key_value_store import Board
 
 Tensor = Any
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tensorflow as tf
 
 from tfdist import _keras
-from tfdist.board import Board, Limited
+from tfdist.cluster.key_value_store import Board, Limited
 
 # A note that is replaced is gone for a moment; the store can be asked to wait so long.
 _REPLACED_MS = 50

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tfdist.board import Board
 from tfdist.cluster import Cluster
+from tfdist.cluster.key_value_store import Board
 from tfdist.errors import ArgumentError, PeerError, StrategyError
 from tfdist.patience import Patience
 from tfdist.strategies.base import Place, Tensor

@@ -7,7 +7,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Mapping
 
-from tfdist.board import Board
+from tfdist.cluster.key_value_store import Board
 
 _ASK_S = 5.0
 

@@ -10,9 +10,9 @@ import tensorflow as tf
 from tfdist import _keras
 from tfdist._version import __version__
 from tfdist.cluster import Cluster
+from tfdist.cluster.rendezvous import START_TIMEOUT, meet, start_timeout
 from tfdist.errors import StrategyError
 from tfdist.patience import Patience
-from tfdist.rendezvous import START_TIMEOUT, meet, start_timeout
 from tfdist.strategies.base import Place
 from tfdist.strategies.coordination_board import CoordinationBoard
 from tfdist.strategies.tf_distribute import (

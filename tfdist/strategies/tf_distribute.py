@@ -11,8 +11,8 @@ import numpy as np
 import tensorflow as tf
 
 from tfdist import _keras
-from tfdist.board import Board
 from tfdist.cluster import Cluster
+from tfdist.cluster.key_value_store import Board
 from tfdist.errors import StrategyError
 from tfdist.patience import Patience
 from tfdist.strategies.base import Place, Tensor

@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import time
 
-from tfdist.board import Board
+from tfdist.cluster.key_value_store import Board
 from tfdist.watch import memory
 from tfdist.watch.diagnosis import Lost
 from tfdist.watch.notes import ENDED, Note

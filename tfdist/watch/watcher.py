@@ -12,10 +12,10 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from tfdist import kept_config
-from tfdist.board import Board
+from tfdist.cluster import launched_config
+from tfdist.cluster.evaluator import leave_training
+from tfdist.cluster.key_value_store import Board
 from tfdist.errors import HUNG, HungError, PeerError
-from tfdist.evaluator import leave_training
 from tfdist.watch import diagnosis
 from tfdist.watch.diagnosis import Lost
 from tfdist.watch.notes import ENDED, Note
@@ -359,7 +359,7 @@ def calling(name: str, strategy: Any) -> Iterator[None]:
     assert _settings is not None
     place = strategy.place
     several = place.num_workers > 1
-    kept_config.restore(alone=not several)
+    launched_config.restore(alone=not several)
     if _watcher is None and _settings.limit:
         _watcher = Watcher(_settings)
     if _watcher is not None:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from itertools import product
 
-from tfdist.environ import whole_number
+from tfdist.cluster.environment import whole_number
 from tfdist.errors import ClusterError
 
 # Below the range that Linux hands to outgoing connections (32768 and up). A job takes one

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from tfdist.cluster import Cluster
-from tfdist.environ import limit_of
+from tfdist.cluster.environment import limit_of
 from tfdist.errors import StrategyError
 
 START_TIMEOUT = "TFDIST_START_TIMEOUT"
