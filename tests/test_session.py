@@ -161,7 +161,7 @@ def test_names_that_no_service_knows_are_waited_for() -> None:
 
 def test_a_wait_for_others_has_a_limit() -> None:
     code = (
-        "import time\nfrom tfdist.patience import Patience\n"
+        "import time\nfrom tfdist.watchdog.timeouts import Patience\n"
         "with Patience(0.5, 'worker 1').waiting_for('a step'): time.sleep(60)"
     )
     printed = run(code)
@@ -174,7 +174,7 @@ def test_a_wait_for_others_has_a_limit() -> None:
 
 def test_long_waits_are_warned_of_less_and_less() -> None:
     code = (
-        "import time\nfrom tfdist.patience import Patience\n"
+        "import time\nfrom tfdist.watchdog.timeouts import Patience\n"
         "patience = Patience(4, 'worker 1')\n"
         "for wait in (0.1, 2.3, 1.8):\n"
         "    with patience.waiting_for('a step'): time.sleep(wait)"
@@ -186,7 +186,8 @@ def test_long_waits_are_warned_of_less_and_less() -> None:
 
 def test_time_to_trace_is_no_wait_for_others() -> None:
     code = (
-        "import time\nfrom tfdist.patience import Patience\nfrom tfdist.watch import here\n"
+        "import time\nfrom tfdist.watchdog.timeouts import Patience\n"
+        "from tfdist.watchdog import here\n"
         "drawn = 0\n"
         "here.at, here.counted = 'first step', lambda: (drawn, 0)\n"
         "with Patience(4, 'worker 1').waiting_for('step 1'):\n"
@@ -200,7 +201,7 @@ def test_time_to_trace_is_no_wait_for_others() -> None:
 def test_a_wait_for_one_that_traces_is_told_gently() -> None:
     code = (
         "import time\nfrom tfdist.cluster.key_value_store import Board\n"
-        "from tfdist.patience import Patience\n"
+        "from tfdist.watchdog.timeouts import Patience\n"
         "class Notes(Board):\n"
         "    def post(self, name, text): return True\n"
         "    def read(self, name): return 'preparing step 1' if name[-1] == '0' else None\n"

@@ -19,12 +19,12 @@ from tfdist.launch.cause import Failure
 from tfdist.launch.plan import Worker
 from tfdist.strategies.base import Place
 from tfdist.strategies.connected import Connected
-from tfdist.watch import diagnosis, memory, progress, stacks
-from tfdist.watch.diagnosis import Lost
-from tfdist.watch.notes import ENDED, Note
-from tfdist.watch.oneself import Oneself
-from tfdist.watch.progress import BETWEEN, OUTSIDE, START, STEP, Progress
-from tfdist.watch.settings import Settings
+from tfdist.watchdog import diagnosis, memory, progress, stacks
+from tfdist.watchdog.diagnosis import Lost
+from tfdist.watchdog.local import Oneself
+from tfdist.watchdog.messages import ENDED, Note
+from tfdist.watchdog.progress import BETWEEN, OUTSIDE, START, STEP, Progress
+from tfdist.watchdog.settings import Settings
 
 pytestmark = pytest.mark.quick
 

@@ -14,7 +14,7 @@ import tensorflow as tf
 
 from tfdist.marks import Marks, Times, has_clocks
 from tfdist.strategies.base import Strategy
-from tfdist.watch import here
+from tfdist.watchdog import here
 
 _KEPT = 1000  # steps of an epoch, and of the table at the end
 _FEWEST = 20  # of which a median tells something

@@ -15,7 +15,7 @@ from tfdist.privacy.step import PrivateStep
 from tfdist.session import current
 from tfdist.steps import Stop, make_functions
 from tfdist.strategies.base import Functions, Place, Strategy
-from tfdist.watch import here
+from tfdist.watchdog import here
 
 _MEMORY = "_tfdist_prepared"
 _SCOPE = "_tfdist_scope"

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import keras
 
-from tfdist import _keras, strategies, watch
+from tfdist import _keras, strategies, watchdog
 from tfdist.cluster import Cluster
 from tfdist.errors import StrategyError
 from tfdist.strategies.base import Strategy
@@ -127,7 +127,7 @@ def init(
         'single'
     """
     global _current
-    watch.configure(hang_limit, on_hang)
+    watchdog.configure(hang_limit, on_hang)
     _current = _begin(strategy, seed)
     return _current
 

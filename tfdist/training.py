@@ -11,7 +11,7 @@ from typing import Any, ParamSpec
 
 import keras
 
-from tfdist import _keras, data, elastic, preflight, routing, watch
+from tfdist import _keras, data, elastic, preflight, routing, watchdog
 from tfdist.checkpoint import Checkpoint, CheckpointRun
 from tfdist.errors import ArgumentError, DisagreementError, outside
 from tfdist.extension import Continuation, Extension
@@ -57,11 +57,11 @@ def _watched(function: Callable[P, Any]) -> Callable[P, Any]:
             if isinstance(model, keras.Model):
                 kwargs["strategy"] = scoped(model, kwargs.get("strategy", "auto"))
             used = current(kwargs.get("strategy", "auto")).strategy
-            stack.enter_context(watch.calling(name, used))
+            stack.enter_context(watchdog.calling(name, used))
             stack.enter_context(routing.running())
             if not used.elastic:  # whoever joins later has missed the call
                 preflight.check_call(used, name)
-                watch.meet()
+                watchdog.meet()
             try:
                 return function(*args, **kwargs)
             except (ArgumentError, DisagreementError) as error:

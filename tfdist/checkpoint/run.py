@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import numpy as np
 import tensorflow as tf
 
-from tfdist import _keras, data, watch
+from tfdist import _keras, data, watchdog
 from tfdist._version import __version__
 from tfdist.checkpoint import files, same
 from tfdist.checkpoint.callbacks import Memory
@@ -373,7 +373,7 @@ class CheckpointRun(Continuation):
         if self._every == "epoch" or is_stopped or following >= self._epochs:
             self._save(Position(following, 0, self._where()), memory, {}, is_stopped)
 
-    @watch.here.while_doing(watch.SAVING)
+    @watchdog.here.while_doing(watchdog.SAVING)
     def _save(
         self, position: Position, memory: Memory, logs: Any, is_stopped: bool = False
     ) -> None:
@@ -416,7 +416,7 @@ class CheckpointRun(Continuation):
         )
         self._writing = self._pool.submit(write)
 
-    @watch.here.while_doing(watch.SAVING)
+    @watchdog.here.while_doing(watchdog.SAVING)
     def _finish(self) -> None:
         """Waits for what is being written; its failure is raised."""
         writing, self._writing = self._writing, None

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from tfdist.cluster.heartbeat import Told
 from tfdist.errors import HUNG, START_ME_AGAIN
 from tfdist.launch.plan import Worker
-from tfdist.watch.diagnosis import HEADLINE
+from tfdist.watchdog.diagnosis import HEADLINE
 
 _TRACEBACK = "Traceback (most recent call last):"
 # What a healthy worker reports when one of its peers is gone.

@@ -20,8 +20,8 @@ from tfdist.launch.cause import Failure
 from tfdist.launch.output import Lines, Screen
 from tfdist.launch.plan import Worker
 from tfdist.launch.withheld import Withheld, leader
-from tfdist.watch.memory import state_of
-from tfdist.watch.settings import HANG_LIMIT, Settings
+from tfdist.watchdog.memory import state_of
+from tfdist.watchdog.settings import HANG_LIMIT, Settings
 
 LAUNCHER_FD = "TFDIST_LAUNCHER_FD"
 

@@ -12,9 +12,9 @@ from typing import Any
 import keras
 import numpy as np
 
-from tfdist import watch
-from tfdist.patience import Patience
+from tfdist import watchdog
 from tfdist.strategies.base import Strategy
+from tfdist.watchdog.timeouts import Patience
 
 
 class Connected(Strategy):
@@ -68,7 +68,7 @@ class Connected(Strategy):
 
     @contextlib.contextmanager
     def _exchanging(self, what: str) -> Iterator[None]:
-        with watch.here.while_doing(watch.EXCHANGING), self.waiting_for(what):
+        with watchdog.here.while_doing(watchdog.EXCHANGING), self.waiting_for(what):
             yield
 
     def waiting_for(self, what: str) -> contextlib.AbstractContextManager[None]:

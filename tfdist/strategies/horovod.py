@@ -15,12 +15,12 @@ import tensorflow as tf
 from tfdist.cluster import Cluster
 from tfdist.cluster.key_value_store import Board
 from tfdist.errors import ArgumentError, PeerError, StrategyError
-from tfdist.patience import Patience
 from tfdist.strategies.base import Place, Tensor
 from tfdist.strategies.connected import Connected
 from tfdist.strategies.horovod_board import RendezvousBoard
 from tfdist.strategies.horovod_sums import adasum, sum_bf16
 from tfdist.strategies.packing import reduce_packed
+from tfdist.watchdog.timeouts import Patience
 
 _COMPRESSIONS = {None: None, "fp16": tf.float16, "bf16": tf.bfloat16}
 # Elements. Larger tensors overlap with the backward pass and need no copy; smaller ones cost

@@ -12,7 +12,6 @@ from tfdist._version import __version__
 from tfdist.cluster import Cluster
 from tfdist.cluster.rendezvous import START_TIMEOUT, meet, start_timeout
 from tfdist.errors import StrategyError
-from tfdist.patience import Patience
 from tfdist.strategies.base import Place
 from tfdist.strategies.coordination_board import CoordinationBoard
 from tfdist.strategies.tf_distribute import (
@@ -20,6 +19,7 @@ from tfdist.strategies.tf_distribute import (
     TFDistribute,
     require_unused_tensorflow,
 )
+from tfdist.watchdog.timeouts import Patience
 
 
 class MultiWorker(TFDistribute):

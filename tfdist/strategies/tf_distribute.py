@@ -14,11 +14,11 @@ from tfdist import _keras
 from tfdist.cluster import Cluster
 from tfdist.cluster.key_value_store import Board
 from tfdist.errors import StrategyError
-from tfdist.patience import Patience
 from tfdist.strategies.base import Place, Tensor
 from tfdist.strategies.connected import Connected
 from tfdist.strategies.coordination_board import CoordinationBoard
 from tfdist.strategies.packing import reduce_packed
+from tfdist.watchdog.timeouts import Patience
 
 # As TensorFlow has them, whatever `tfdist.claims` puts in their place for a script.
 MirroredStrategy = tf.distribute.MirroredStrategy

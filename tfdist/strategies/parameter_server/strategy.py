@@ -14,7 +14,6 @@ from tfdist import _keras
 from tfdist._keras import served
 from tfdist.cluster import CHIEF, PS, Cluster
 from tfdist.errors import ArgumentError, ServerLostError, StrategyError
-from tfdist.patience import Patience
 from tfdist.strategies.base import Functions, Place, Strategy, Tensor
 from tfdist.strategies.parameter_server.asynchronous import Asynchronous
 from tfdist.strategies.parameter_server.held import ServerVariables, plan
@@ -26,6 +25,7 @@ from tfdist.strategies.tf_distribute import (
     TFDistribute,
     require_unused_tensorflow,
 )
+from tfdist.watchdog.timeouts import Patience
 
 
 class ParameterServer(TFDistribute):

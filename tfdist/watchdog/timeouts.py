@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from tfdist.cluster.environment import limit_of
 from tfdist.cluster.key_value_store import Board
 from tfdist.errors import START_ME_AGAIN
-from tfdist.watch import here, stacks
+from tfdist.watchdog import here, stacks
 
 STEP_TIMEOUT = "TFDIST_STEP_TIMEOUT"
 """Environment variable: seconds a worker waits for the others, default 1800; 0 for ever."""

@@ -16,13 +16,13 @@ from tfdist.cluster import launched_config
 from tfdist.cluster.evaluator import leave_training
 from tfdist.cluster.key_value_store import Board
 from tfdist.errors import HUNG, HungError, PeerError
-from tfdist.watch import diagnosis
-from tfdist.watch.diagnosis import Lost
-from tfdist.watch.notes import ENDED, Note
-from tfdist.watch.oneself import Oneself
-from tfdist.watch.others import NOTE, Others, state_of
-from tfdist.watch.progress import OUTSIDE, here
-from tfdist.watch.settings import Settings
+from tfdist.watchdog import diagnosis
+from tfdist.watchdog.diagnosis import Lost
+from tfdist.watchdog.local import Oneself
+from tfdist.watchdog.messages import ENDED, Note
+from tfdist.watchdog.peers import NOTE, Others, state_of
+from tfdist.watchdog.progress import OUTSIDE, here
+from tfdist.watchdog.settings import Settings
 
 _HANG = "hang"
 _BEAT_S = 5.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, fields
 
-from tfdist.watch.progress import FIRST_STEP, OUTSIDE, STEP
+from tfdist.watchdog.progress import FIRST_STEP, OUTSIDE, STEP
 
 ENDED = "ended"
 

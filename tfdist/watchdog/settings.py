@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from tfdist.errors import ArgumentError
-from tfdist.watch import progress
+from tfdist.watchdog import progress
 
 HANG_LIMIT = "TFDIST_HANG_LIMIT"
 """Environment variable: the least seconds without progress that are a hang; 60, 0 for off."""

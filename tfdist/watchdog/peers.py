@@ -6,9 +6,9 @@ import socket
 import time
 
 from tfdist.cluster.key_value_store import Board
-from tfdist.watch import memory
-from tfdist.watch.diagnosis import Lost
-from tfdist.watch.notes import ENDED, Note
+from tfdist.watchdog import memory
+from tfdist.watchdog.diagnosis import Lost
+from tfdist.watchdog.messages import ENDED, Note
 
 NOTE = "watch"
 """How the names of the notes on the board begin."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from tfdist.watch.notes import ENDED, Note
-from tfdist.watch.progress import BETWEEN, FIRST_STEP, OUTSIDE, START, STEP
+from tfdist.watchdog.messages import ENDED, Note
+from tfdist.watchdog.progress import BETWEEN, FIRST_STEP, OUTSIDE, START, STEP
 
 HEADLINE = "tfdist: the run hangs"
 """How a report begins; the launcher looks for it."""

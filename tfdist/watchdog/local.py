@@ -7,10 +7,18 @@ import socket
 import time
 from typing import Any
 
-from tfdist.watch import memory, stacks
-from tfdist.watch.notes import ENDED, Note
-from tfdist.watch.progress import BETWEEN, EXCHANGING, FIRST_STEP, OUTSIDE, SAVING, STEP, here
-from tfdist.watch.settings import Settings
+from tfdist.watchdog import memory, stacks
+from tfdist.watchdog.messages import ENDED, Note
+from tfdist.watchdog.progress import (
+    BETWEEN,
+    EXCHANGING,
+    FIRST_STEP,
+    OUTSIDE,
+    SAVING,
+    STEP,
+    here,
+)
+from tfdist.watchdog.settings import Settings
 
 
 class Oneself:
