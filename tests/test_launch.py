@@ -21,11 +21,11 @@ from tests.jobs import free_port, is_gone
 from tfdist.errors import ClusterError, LaunchError
 from tfdist.launch import Failure, Host, Worker, parse_hosts, plan_workers
 from tfdist.launch.cause import root_cause
+from tfdist.launch.hidden_output import Withheld, leader
 from tfdist.launch.hosts import worker_addresses
 from tfdist.launch.output import Lines, Screen, settled
 from tfdist.launch.plan import free_addresses
 from tfdist.launch.resources import gpu_environments, usable_cores, visible_gpus
-from tfdist.launch.withheld import Withheld, leader
 
 quick = pytest.mark.quick
 cluster = pytest.mark.cluster

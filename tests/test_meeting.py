@@ -14,7 +14,7 @@ from tests.jobs import free_port
 from tfdist.cluster.heartbeat import Note, Told
 from tfdist.errors import LaunchError
 from tfdist.launch import Failure, Host, Link, Restarts, Worker, parse_elastic
-from tfdist.launch.hub import Hub
+from tfdist.launch.coordinator import Hub
 from tfdist.launch.restarts import Cause
 
 pytestmark = pytest.mark.quick

@@ -1,8 +1,8 @@
 """Starts, watches and ends the worker processes of `tfdist run`. No TensorFlow is needed."""
 
 from tfdist.launch.cause import Failure
+from tfdist.launch.client import Link
 from tfdist.launch.hosts import Host, check_names, parse_hosts
-from tfdist.launch.link import Link
 from tfdist.launch.plan import (
     DEFAULT_PORT,
     Worker,
@@ -12,8 +12,8 @@ from tfdist.launch.plan import (
 from tfdist.launch.processes import SAVING_S, Outcome, run_workers
 from tfdist.launch.restarts import Restarts, listed
 from tfdist.launch.roster import Roster
+from tfdist.launch.several_machines import NODE_TIMEOUT_S, joined
 from tfdist.launch.slots import parse_elastic
-from tfdist.launch.together import NODE_TIMEOUT_S, joined
 
 __all__ = [
     "DEFAULT_PORT",

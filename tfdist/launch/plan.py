@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from tfdist.cluster import CHIEF, EVALUATOR, PS, WORKER, Cluster, strategy_names
 from tfdist.errors import LaunchError
-from tfdist.launch.given import ONE_PROCESS_STRATEGIES, check_strategy, variables
+from tfdist.launch.existing_cluster import ONE_PROCESS_STRATEGIES, check_strategy, variables
 from tfdist.launch.horovod import one_host, rank_environments
 from tfdist.launch.hosts import Host, worker_addresses
 from tfdist.launch.resources import gpu_environments, thread_environment, visible_gpus

@@ -14,10 +14,10 @@ from typing import Any, TextIO
 
 from tfdist.errors import START_ME_AGAIN
 from tfdist.launch.cause import Failure, root_cause
-from tfdist.launch.crew import Crew
-from tfdist.launch.link import Link
+from tfdist.launch.client import Link
 from tfdist.launch.output import Screen
 from tfdist.launch.plan import Worker
+from tfdist.launch.process_group import Crew
 from tfdist.launch.restarts import Cause, Restart, Restarts
 from tfdist.launch.signals import handled
 from tfdist.launch.slots import Slots

@@ -19,7 +19,7 @@ from types import FrameType
 from rich.console import Console
 
 from tfdist.errors import BuildError
-from tfdist.horovod.progress import Display
+from tfdist.launch.horovod_wheel.progress import Display
 from tfdist.launch.output import Lines
 from tfdist.launch.signals import handled
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.console import Console
 
 from tfdist.errors import BuildError
-from tfdist.horovod.recipe import (
+from tfdist.launch.horovod_wheel.recipe import (
     HOROVOD,
     Recipe,
     cache_folder,
@@ -24,8 +24,8 @@ from tfdist.horovod.recipe import (
     recipe_for_here,
     search_path,
 )
-from tfdist.horovod.source import change_source
-from tfdist.horovod.steps import Workshop, keep, workshop
+from tfdist.launch.horovod_wheel.source import change_source
+from tfdist.launch.horovod_wheel.steps import Workshop, keep, workshop
 
 _DOWNLOAD_S = 600
 _BUILD_S = 3600

@@ -20,7 +20,7 @@ from importlib import metadata
 from pathlib import Path
 
 from tfdist.errors import BuildError
-from tfdist.horovod.source import CHANGES_KEY
+from tfdist.launch.horovod_wheel.source import CHANGES_KEY
 from tfdist.launch.resources import usable_cores
 
 # The last release; the changes that it needs were tried on no other.

@@ -17,9 +17,9 @@ from pathlib import Path
 from tfdist.cluster.heartbeat import NOTE_FD, Note, Told, shared_memory
 from tfdist.errors import LaunchError
 from tfdist.launch.cause import Failure
+from tfdist.launch.hidden_output import Withheld, leader
 from tfdist.launch.output import Lines, Screen
 from tfdist.launch.plan import Worker
-from tfdist.launch.withheld import Withheld, leader
 from tfdist.watchdog.memory import state_of
 from tfdist.watchdog.settings import HANG_LIMIT, Settings
 

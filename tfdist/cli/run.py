@@ -1,4 +1,4 @@
-"""The command line: `tfdist run`, `tfdist doctor`, `tfdist horovod`, `tfdist privacy`."""
+"""`tfdist run`: starts the worker processes of a script, and says why they failed."""
 
 from __future__ import annotations
 
@@ -7,14 +7,10 @@ import signal
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
 
 import click
 
-from tfdist._version import __version__
-from tfdist.cli_privacy import privacy
 from tfdist.cluster import strategy_names
-from tfdist.errors import TfdistError
 from tfdist.launch import (
     DEFAULT_PORT,
     NODE_TIMEOUT_S,
@@ -33,37 +29,11 @@ from tfdist.launch import (
     script_command,
 )
 
-_CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 96}
 # Generated code, which TensorFlow quotes in its tracebacks, has lines of thousands.
 _WIDEST = 240
 
 
-class _Commands(click.Group):
-    """Turns tfdist's errors into a message and exit status 1, without a traceback."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except TfdistError as error:
-            raise click.ClickException(str(error)) from None
-
-
-@click.group(cls=_Commands, context_settings=_CONTEXT)
-@click.version_option(__version__, prog_name="tfdist", message="%(prog)s %(version)s")
-def main() -> None:
-    """Distributed training for Keras 3 on TensorFlow.
-
-    \b
-    Examples:
-      tfdist run -n 2 train.py             train in two worker processes
-      tfdist run -n 2 --drop-in train.py   the same, for a plain Keras script
-      tfdist doctor                        what can run on this machine
-      tfdist horovod build                 Horovod for the installed TensorFlow
-      tfdist privacy epsilon --help        what training with DP-SGD costs
-    """  # noqa: D301
-
-
-@main.command(context_settings={"allow_interspersed_args": False})
+@click.command(context_settings={"allow_interspersed_args": False})
 @click.option("-n", "--workers", type=int, help="Workers in all.  [default: 1]")
 @click.option(
     "--ps",
@@ -240,83 +210,6 @@ def run(
     sys.exit(outcome.status)
 
 
-@main.command()
-def doctor() -> None:
-    """Show versions, devices, the cluster, and which strategies can run here.
-
-    \b
-    Example:
-      tfdist doctor
-
-    Exit status: 0 if training in one process works and the cluster is well described, else 1.
-    """  # noqa: D301
-    # Only this command draws tables.
-    from tfdist.launch.doctor import examine
-    from tfdist.launch.doctor_page import show
-
-    report = examine()
-    show(report)
-    sys.exit(0 if report.is_healthy else 1)
-
-
-@main.group()
-def horovod() -> None:
-    """Get Horovod for the installed TensorFlow.
-
-    \b
-    Example:
-      tfdist horovod build
-    """  # noqa: D301
-
-
-@horovod.command("build")
-@click.option(
-    "--cache-dir",
-    type=click.Path(file_okay=False, path_type=Path),
-    metavar="DIR",
-    help="Where wheels are kept.  [default: TFDIST_CACHE_DIR, else ~/.cache/tfdist]",
-)
-@click.option("--force", is_flag=True, help="Build anew even if the wheel is there.")
-@click.option(
-    "--jobs",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="Files compiled at once.  [default: as many as cores and memory allow]",
-)
-@click.option("--no-install", is_flag=True, help="Only make the wheel, and print its path.")
-def build_horovod(
-    cache_dir: Path | None, force: bool, jobs: int | None, no_install: bool
-) -> None:
-    """Build Horovod against the installed TensorFlow, install it and check it.
-
-    Minutes the first time; afterwards the wheel is kept, for this Horovod, TensorFlow and
-    Python. Horovod's own build options are taken from the environment. It needs compilers
-    for C and C++, make, and what `pip install "tfdist[horovod]"` brings.
-
-    \b
-    Examples:
-      tfdist horovod build
-      HOROVOD_GPU_OPERATIONS=NCCL tfdist horovod build    with NCCL, for GPUs
-
-    Exit status: 0 when two processes summed their numbers with it, else 1; 130 after Ctrl-C.
-    """  # noqa: D301
-    from tfdist.horovod.build import build, check, install
-
-    try:
-        wheel = build(cache_dir=cache_dir, force=force, jobs=jobs)
-        if no_install:
-            click.echo(wheel)
-            return
-        install(wheel)
-        check(log_folder=wheel.parent)
-    except KeyboardInterrupt:
-        click.echo("Interrupted.", err=True)
-        sys.exit(128 + signal.SIGINT)
-
-
-main.add_command(privacy)
-
-
 def _explain(
     outcome: Outcome,
     planned: tuple[Worker, ...],
@@ -362,7 +255,3 @@ def _explain(
         lines.append("All workers on this machine have been ended.")
     lines += listed(outcome.restarts)
     click.echo("\n".join(lines), err=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -19,8 +19,8 @@ from typing import Any
 
 from tfdist.errors import START_ME_AGAIN, LaunchError
 from tfdist.launch.hosts import Host
+from tfdist.launch.protocol import BEAT_S, SILENCE_S, Wire, proof
 from tfdist.launch.restarts import Cause, Restarts
-from tfdist.launch.wire import BEAT_S, SILENCE_S, Wire, proof
 
 _TICK_S = 0.1
 # How long a failure that only blames a peer waits for that peer's own.

@@ -9,9 +9,9 @@ from typing import Any
 
 from tfdist._version import __version__
 from tfdist.errors import LaunchError
+from tfdist.launch.client import Link
+from tfdist.launch.coordinator import Hub
 from tfdist.launch.hosts import Host
-from tfdist.launch.hub import Hub
-from tfdist.launch.link import Link
 from tfdist.launch.restarts import Restarts
 
 _COMPARED = ("tensorflow", "keras", "horovod")

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from tfdist.errors import START_ME_AGAIN, LaunchError
+from tfdist.launch.protocol import BEAT_S, SILENCE_S, Wire, proof
 from tfdist.launch.restarts import Cause, Restarts
-from tfdist.launch.wire import BEAT_S, SILENCE_S, Wire, proof
 
 _TRY_S = 0.5
 _REMIND_S = 30.0
