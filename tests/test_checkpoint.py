@@ -19,9 +19,9 @@ import tensorflow as tf
 import tfdist
 from tests.equivalence.cases import table
 from tfdist import watchdog
-from tfdist.checkpoint import files, plain
-from tfdist.checkpoint.callbacks import Memory
 from tfdist.errors import ArgumentError, CheckpointError
+from tfdist.resume.checkpoint import files, plain
+from tfdist.resume.checkpoint.callbacks import Memory
 
 STEPS = 7  # of an epoch
 quick = pytest.mark.quick

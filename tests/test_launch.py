@@ -157,7 +157,7 @@ RANK = "import os, sys, time; rank = int(os.environ['TFDIST_LOCAL_RANK'])\n"
 STAY = """
 import os, signal, subprocess, sys, time
 from pathlib import Path
-from tfdist.bootstrap import follow_launcher
+from tfdist.scripts.worker_main import follow_launcher
 
 def leave(pid):
     Path(f"pid-{pid}").write_text(f"{pid}\\n")
@@ -806,7 +806,7 @@ class TestRestarts:
 import sys, time
 from pathlib import Path
 from tfdist import note
-from tfdist.bootstrap import follow_launcher
+from tfdist.scripts.worker_main import follow_launcher
 
 follow_launcher()
 note.share_with_launcher()
@@ -858,7 +858,7 @@ class TestElastic:
     WORK = """
 import os, sys, time
 from pathlib import Path
-from tfdist.bootstrap import follow_launcher
+from tfdist.scripts.worker_main import follow_launcher
 
 follow_launcher()
 gpu = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -907,7 +907,7 @@ class TestTogether:
 import json, os, sys, time
 from pathlib import Path
 from tfdist import note
-from tfdist.bootstrap import follow_launcher
+from tfdist.scripts.worker_main import follow_launcher
 
 follow_launcher()
 note.share_with_launcher()
@@ -951,7 +951,7 @@ while not Path("end").exists():
     SERVED = """
 import json, os, signal, sys, time
 from pathlib import Path
-from tfdist.bootstrap import follow_launcher
+from tfdist.scripts.worker_main import follow_launcher
 
 follow_launcher()
 task = json.loads(os.environ["TF_CONFIG"])["task"]

@@ -15,13 +15,13 @@ import pytest
 
 import tfdist
 from tests.jobs import QUIET, finished, tfdist_run
-from tfdist.callbacks import look_between_steps
 from tfdist.cluster import CHIEF, PS, WORKER, Cluster
 from tfdist.errors import LaunchError
 from tfdist.launch import parse_hosts, plan_workers
 from tfdist.launch.plan import free_addresses, server_clusters
 from tfdist.strategies.parameter_server.asynchronous import window
 from tfdist.strategies.parameter_server.placement import Part, Size, place
+from tfdist.training.callbacks import look_between_steps
 
 LIMIT_S = 240
 SCRIPT = """

@@ -22,8 +22,8 @@ from tfdist import strategies
 from tfdist.cluster import Cluster, rendezvous
 from tfdist.cluster.rendezvous import meet, wait_until_known
 from tfdist.errors import StrategyError
-from tfdist.session import Session
 from tfdist.strategies.base import Place, Strategy
+from tfdist.strategies.session import Session
 from tfdist.strategies.single import Single
 
 pytestmark = pytest.mark.quick

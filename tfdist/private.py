@@ -13,12 +13,9 @@ import numpy as np
 import tensorflow as tf
 
 from tfdist import data, refused
-from tfdist.composition import found_in_steps
 from tfdist.data.arrays import Arrays
 from tfdist.errors import ArgumentError
-from tfdist.extension import Extension
 from tfdist.planned import in_its_turn, plan, watch
-from tfdist.prepared import Prepared
 from tfdist.privacy import clipping, independence, refusals
 from tfdist.privacy.accounting import noise_for
 from tfdist.privacy.budget import PrivacyBudget
@@ -32,10 +29,13 @@ from tfdist.privacy.settings import DPSGD, Mechanism
 from tfdist.privacy.spot_checks import SpotChecks
 from tfdist.privacy.step import PrivateStep
 from tfdist.privacy.users import PoissonOfUsers, Users
-from tfdist.request import Request
 from tfdist.samplers import Sampler, Sequential
 from tfdist.spending import Spending
+from tfdist.step.composition import found_in_steps
+from tfdist.step.prepared import Prepared
 from tfdist.strategies.base import Place
+from tfdist.training.extension import Extension
+from tfdist.training.request import Request
 
 
 @dataclasses.dataclass(frozen=True)

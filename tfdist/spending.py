@@ -15,7 +15,7 @@ from tfdist.privacy.journal import Journal, backup_of, steps_ahead
 from tfdist.privacy.ledger import Ledger, Phase
 from tfdist.privacy.memory import History
 from tfdist.privacy.settings import DPSGD
-from tfdist.session import Session
+from tfdist.strategies.session import Session
 
 _GROUPINGS: dict[str, str] = {}  # names of those that this process has seen
 

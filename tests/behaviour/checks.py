@@ -39,11 +39,11 @@ L = keras.layers
 
 
 def place() -> Any:
-    return tfdist.session.current().strategy.place
+    return tfdist.strategies.session.current().strategy.place
 
 
 def everywhere(value: Any) -> list[Any]:
-    return tfdist.session.current().strategy.gather_objects(value)
+    return tfdist.strategies.session.current().strategy.gather_objects(value)
 
 
 def same_everywhere(model: Any) -> None:
@@ -608,7 +608,7 @@ def a_slow_worker_is_waited_for(folder: Path) -> None:
 
 @check(*WORKERS)
 def notes_on_the_board_reach_all_workers(folder: Path) -> None:
-    board = tfdist.session.current().strategy.board()
+    board = tfdist.strategies.session.current().strategy.board()
     me, last = place().worker_index, place().num_workers - 1
     everyone = {i: f"ü {i}" for i in range(last + 1)}
     assert board.read("none") is None
@@ -636,7 +636,7 @@ class Meddles(keras.callbacks.Callback):
     def __init__(self, epoch: int, step: int) -> None:
         super().__init__()
         self.when = (epoch, step)
-        self.strategy = tfdist.session.current().strategy
+        self.strategy = tfdist.strategies.session.current().strategy
         self.epoch = 0
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:

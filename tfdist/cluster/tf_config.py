@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 from tfdist.cluster.environment import whole_number
 from tfdist.cluster.jobs import CHIEF, EVALUATOR, JOBS, WORKER, shortened
@@ -17,7 +18,8 @@ _EXAMPLE = (
 )
 
 
-class Task(NamedTuple):
+@dataclass(frozen=True)
+class Task:
     """What TF_CONFIG says.
 
     Attributes:

@@ -12,7 +12,7 @@ from tfdist.data.differences import difference
 from tfdist.data.epochs import DataPosition
 from tfdist.data.leaves import is_composite
 from tfdist.data.local import LocalShard, local_shard
-from tfdist.data.roads import Settings, read
+from tfdist.data.reading import Settings, read
 from tfdist.data.source import Share, Source, bounds, no_groups
 from tfdist.data.stream import Epoch, Stream
 

@@ -77,7 +77,7 @@ def script_command(arguments: Sequence[str], module: bool = False) -> tuple[str,
     return (
         sys.executable,
         "-m",
-        "tfdist.bootstrap",
+        "tfdist.scripts.worker_main",
         *(("-m",) if module else ()),
         *arguments,
     )

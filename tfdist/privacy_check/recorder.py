@@ -11,7 +11,7 @@ import keras
 import numpy as np
 from numpy.typing import NDArray
 
-from tfdist import _keras, training
+from tfdist import _keras, api
 from tfdist.privacy import _layers, memory
 from tfdist.privacy.poisson import Poisson
 from tfdist.samplers import Rows, Sampler
@@ -126,7 +126,7 @@ class Subject:
         if self._recorder.built:
             self._recorder.iterations.assign(0)
         reader = _Reader(self._recorder, consume)
-        training.fit(
+        api.fit(
             self.model,
             x,
             y,

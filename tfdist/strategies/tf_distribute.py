@@ -20,7 +20,7 @@ from tfdist.strategies.coordination_board import CoordinationBoard
 from tfdist.strategies.packing import reduce_packed
 from tfdist.watchdog.timeouts import Patience
 
-# As TensorFlow has them, whatever `tfdist.claims` puts in their place for a script.
+# As TensorFlow has them, whatever a script gets in their place.
 MirroredStrategy = tf.distribute.MirroredStrategy
 MultiWorkerMirroredStrategy = tf.distribute.MultiWorkerMirroredStrategy
 ParameterServerStrategy = tf.distribute.ParameterServerStrategy

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from tfdist import _keras, marks
+from tfdist import _keras
 from tfdist._keras import ReplicaBatch
 from tfdist.data import Share
+from tfdist.step import timers
 from tfdist.strategies.base import Strategy
 
 Tensor = Any
@@ -64,10 +65,10 @@ class Agreement:
         """Sums tensors over all replicas; the first time the signals go with them."""
         said = [] if self._known else [self._said]
         sent = [*others, *said]
-        arrived = marks.now([gradients, sent]) if self.needed else self.seconds
+        arrived = timers.now([gradients, sent]) if self.needed else self.seconds
         gradients, others = self._strategy.reduce_step(gradients, sent, batch.share, variables)
         if self.needed:
-            self.seconds += marks.now([gradients, others]) - arrived
+            self.seconds += timers.now([gradients, others]) - arrived
         if said:
             self._hear(others.pop())
         return gradients, others

@@ -11,10 +11,10 @@ import keras
 
 from tfdist import _keras
 from tfdist.errors import ArgumentError, DisagreementError
-from tfdist.extension import Extension
-from tfdist.prepared import Prepared
-from tfdist.request import Request
+from tfdist.step.prepared import Prepared
 from tfdist.strategies.base import Strategy
+from tfdist.training.extension import Extension
+from tfdist.training.request import Request
 
 _DIGEST_BYTES = 8
 

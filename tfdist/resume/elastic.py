@@ -18,14 +18,14 @@ import keras
 import tensorflow as tf
 
 from tfdist import _keras
-from tfdist.continued import ContinuedCallbacks, Position
 from tfdist.data import DataPosition, Source
 from tfdist.errors import ArgumentError, MembersChanged, PeerError, StrategyError
-from tfdist.extension import Begins, Continuation, Extension
-from tfdist.prepared import Prepared
-from tfdist.request import Request
-from tfdist.steps import Stop
+from tfdist.resume.position import ContinuedCallbacks, Position
+from tfdist.step.functions import Stop
+from tfdist.step.prepared import Prepared
 from tfdist.strategies.base import Strategy
+from tfdist.training.extension import Begins, Continuation, Extension
+from tfdist.training.request import Request
 
 _numbers = itertools.count(1)
 

@@ -12,10 +12,10 @@ import tensorflow as tf
 
 from tfdist import data
 from tfdist._version import __version__
-from tfdist.callbacks import writer_that_calls
 from tfdist.errors import ArgumentError, DisagreementError
-from tfdist.session import Session
 from tfdist.strategies.base import Strategy
+from tfdist.strategies.session import Session
+from tfdist.training.callbacks import writer_that_calls
 
 
 def compiled(model: Any) -> Any:

@@ -18,18 +18,18 @@ import tensorflow as tf
 
 from tfdist import _keras, data, watchdog
 from tfdist._version import __version__
-from tfdist.checkpoint import files, same
-from tfdist.checkpoint.callbacks import Memory
-from tfdist.checkpoint.plain import NotPlain, decode, encode
-from tfdist.checkpoint.preemption import Preemption
-from tfdist.checkpoint.settings import Checkpoint
-from tfdist.continued import ContinuedCallbacks, Position
 from tfdist.errors import START_ME_AGAIN, ArgumentError, CheckpointError, Preempted
-from tfdist.extension import Begins, Continuation, Extension
-from tfdist.prepared import Prepared, variables_of
-from tfdist.request import Request
-from tfdist.steps import Stop
+from tfdist.resume.checkpoint import files, same
+from tfdist.resume.checkpoint.callbacks import Memory
+from tfdist.resume.checkpoint.plain import NotPlain, decode, encode
+from tfdist.resume.checkpoint.preemption import Preemption
+from tfdist.resume.checkpoint.settings import Checkpoint
+from tfdist.resume.position import ContinuedCallbacks, Position
+from tfdist.step.functions import Stop
+from tfdist.step.prepared import Prepared, variables_of
 from tfdist.strategies.base import Strategy
+from tfdist.training.extension import Begins, Continuation, Extension
+from tfdist.training.request import Request
 
 _FORMAT = 3
 _GLOBAL_SEED = "keras/global_seed_generator"

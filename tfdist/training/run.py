@@ -10,14 +10,15 @@ from typing import Any
 
 import keras
 
-from tfdist import _keras, data, preflight
-from tfdist import callbacks as tfdist_callbacks
-from tfdist.composition import compose, why_whole
-from tfdist.extension import Continuation, Extension
-from tfdist.prepared import Prepared, prepare
-from tfdist.request import Request
+from tfdist import _keras, data
 from tfdist.samplers import Sequential, Uniform, from_shuffle
+from tfdist.step.composition import compose, why_whole
+from tfdist.step.prepared import Prepared, prepare
 from tfdist.strategies.base import Strategy
+from tfdist.training import callbacks as tfdist_callbacks
+from tfdist.training import preflight
+from tfdist.training.extension import Continuation, Extension
+from tfdist.training.request import Request
 
 
 class Seeds(Extension):

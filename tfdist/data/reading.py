@@ -22,8 +22,8 @@ from tfdist.data.batches import DatasetBatches, GeneratorBatches, PyDatasetBatch
 from tfdist.data.by_class import ByClass, may_not_end
 from tfdist.data.class_streams import ClassStreams
 from tfdist.data.class_weight import Weigh, weigher, x_and_y
-from tfdist.data.holdings import exchange
 from tfdist.data.local import LocalArrays, LocalShard, bind
+from tfdist.data.local_rows import exchange
 from tfdist.data.source import Source, shortened
 from tfdist.errors import ArgumentError
 from tfdist.samplers import ByQuota, Sampler, Sequential, Uniform

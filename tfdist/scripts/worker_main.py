@@ -1,4 +1,4 @@
-"""What `tfdist run` starts in each worker: `python -m tfdist.bootstrap script.py [args]`.
+"""What `tfdist run` starts in each worker: `python -m tfdist.scripts.worker_main SCRIPT`.
 
 It ties the worker's life to the launcher's, makes the process a worker before TensorFlow
 does anything, and then runs the user's script as Python itself would.
@@ -55,15 +55,15 @@ def become_worker() -> None:
     """
     _import_tensorflow()
     import tfdist
-    from tfdist import late_settings
-    from tfdist.claims import claim
-    from tfdist.guard import guard
+    from tfdist.scripts import device_settings
+    from tfdist.scripts.guard import guard
+    from tfdist.scripts.own_strategies import claim
 
     _wait_for_meeting_place()
     strategy = tfdist.init(strategy=os.environ.get("TFDIST_STRATEGY", "auto")).strategy
     place = strategy.place
     launched_config.keep(place.num_workers > 1, place.is_chief)
-    late_settings.explain(place.is_chief)
+    device_settings.explain(place.is_chief)
     if place.num_workers > 1 or strategy.has_servers:
         claim(strategy)
         guard(strategy)
@@ -105,7 +105,7 @@ def run_script(arguments: list[str]) -> None:
     target, *rest = arguments[1:] if is_module else arguments
     sys.argv = [target, *rest]
     if not sys.flags.safe_path:
-        # In place of the working directory, which `python -m tfdist.bootstrap` put there.
+        # In place of the working directory, which `python -m` put there.
         sys.path[0] = os.getcwd() if is_module else os.path.dirname(os.path.realpath(target))
     if is_module:
         runpy.run_module(target, run_name="__main__", alter_sys=True)
@@ -116,7 +116,7 @@ def run_script(arguments: list[str]) -> None:
 def main() -> None:
     """Runs the worker whose script and arguments are in `sys.argv`."""
     if len(sys.argv) < 2:
-        sys.exit("usage: python -m tfdist.bootstrap [-m] script.py [args]")
+        sys.exit("usage: python -m tfdist.scripts.worker_main [-m] script.py [args]")
     follow_launcher()
     heartbeat.share_with_launcher()
     arguments = sys.argv[1:]

@@ -9,8 +9,8 @@ from typing import Any
 import keras
 import numpy as np
 
-from tfdist.checkpoint.plain import NotPlain, decode, encode
 from tfdist.errors import ArgumentError
+from tfdist.resume.checkpoint.plain import NotPlain, decode, encode
 
 # Keras sets these anew, or they are of the process.
 _NOT_STATE = ("_model", "model", "params", "validation_data")

@@ -18,9 +18,8 @@ from tfdist import _keras
 from tfdist._keras import ReplicaBatch
 from tfdist.data import Epoch, Share, no_groups
 from tfdist.errors import DisagreementError, MembersChanged, StrategyError
-from tfdist.marks import Marks
 from tfdist.privacy.step import PrivateStep
-from tfdist.reduction import (
+from tfdist.step.reduction import (
     DISAGREED,
     GOES_ON,
     MEMBERS_CHANGED,
@@ -29,6 +28,7 @@ from tfdist.reduction import (
     MetricState,
     Updates,
 )
+from tfdist.step.timers import Marks
 from tfdist.strategies.base import Functions, Strategy
 from tfdist.strategies.whole import Whole
 

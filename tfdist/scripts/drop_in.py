@@ -14,11 +14,12 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from tfdist import _keras, routing, training
-from tfdist.claims import claim
-from tfdist.routing import METHODS, is_running, replacing
-from tfdist.session import current
+from tfdist import _keras, api
+from tfdist.scripts.own_strategies import claim
 from tfdist.strategies.base import Strategy
+from tfdist.strategies.session import current
+from tfdist.training import routing
+from tfdist.training.routing import METHODS, is_running, replacing
 
 _STARTED = time.time()
 _seen: dict[str, int] = {}  # the folder that was at a path after the last save
@@ -90,7 +91,7 @@ def drop_in(strategy: Any = "auto") -> DropIn:
         1
     """
     methods: dict[str, Callable[..., Any]] = {
-        name: _routed(getattr(training, name).direct, getattr(keras.Model, name), strategy)
+        name: _routed(getattr(api, name).direct, getattr(keras.Model, name), strategy)
         for name in METHODS
     }
     used = current(strategy).strategy

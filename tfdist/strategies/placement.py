@@ -9,9 +9,9 @@ import keras
 
 from tfdist import _keras
 from tfdist.errors import ArgumentError
-from tfdist.session import current
 from tfdist.strategies.parameter_server import ParameterServer
 from tfdist.strategies.parameter_server.held import num_bytes
+from tfdist.strategies.session import current
 
 
 @dataclass(frozen=True)

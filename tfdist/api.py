@@ -11,25 +11,27 @@ from typing import Any, ParamSpec
 
 import keras
 
-from tfdist import _keras, data, elastic, preflight, routing, watchdog
-from tfdist.checkpoint import Checkpoint, CheckpointRun
+from tfdist import _keras, data, watchdog
 from tfdist.errors import ArgumentError, DisagreementError, outside
-from tfdist.extension import Continuation, Extension
-from tfdist.prepared import prepare, scoped
 from tfdist.privacy import memory
 from tfdist.privacy.settings import DPSGD
 from tfdist.private import PrivateTraining
-from tfdist.request import Request
+from tfdist.resume import elastic
+from tfdist.resume.checkpoint import Checkpoint, CheckpointRun
 from tfdist.samplers import Sampler
-from tfdist.session import current
-from tfdist.training_run import (
+from tfdist.step.prepared import prepare, scoped
+from tfdist.strategies.session import current
+from tfdist.training import preflight, routing
+from tfdist.training.extension import Continuation, Extension
+from tfdist.training.request import Request
+from tfdist.training.run import (
     Seeds,
     Training,
     adapted,
     composed,
     read_in_order,
 )
-from tfdist.verify import Verification
+from tfdist.training.verify import Verification
 
 P = ParamSpec("P")
 _ONE_OF_ALL = (

@@ -7,7 +7,7 @@ from typing import Any
 
 from tfdist.data.augment import Augment
 from tfdist.samplers import Sampler
-from tfdist.session import Session
+from tfdist.strategies.session import Session
 
 
 @dataclass(frozen=True)

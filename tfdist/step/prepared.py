@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tfdist import _keras, data
-from tfdist.composition import found_in_steps
 from tfdist.privacy.adaptive import forget
 from tfdist.privacy.settings import Mechanism
 from tfdist.privacy.step import PrivateStep
-from tfdist.session import current
-from tfdist.steps import Stop, make_functions
+from tfdist.step.composition import found_in_steps
+from tfdist.step.functions import Stop, make_functions
 from tfdist.strategies.base import Functions, Place, Strategy
+from tfdist.strategies.session import current
 from tfdist.watchdog import here
 
 _MEMORY = "_tfdist_prepared"

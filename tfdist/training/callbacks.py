@@ -10,10 +10,10 @@ import keras
 import numpy as np
 
 from tfdist.imbalance.per_class import PerClassMetrics
-from tfdist.learning_rate import LearningRateScaling, RateCallback
-from tfdist.pace import Measure
-from tfdist.steps import Stop
+from tfdist.step.functions import Stop
 from tfdist.strategies.base import Strategy
+from tfdist.training.learning_rate import LearningRateScaling, RateCallback
+from tfdist.training.stragglers import Measure
 
 _WRITERS = tuple(
     getattr(keras.callbacks, name)

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from tfdist import data
-from tfdist.prepared import Prepared
-from tfdist.request import Request
+from tfdist.step.prepared import Prepared
+from tfdist.training.request import Request
 
 Begins = tuple[int, int, Callable[[], data.DataPosition], dict[str, Any]]
 

@@ -12,11 +12,12 @@ from typing import Any
 
 import keras
 
-from tfdist import _keras, routing
+from tfdist import _keras
 from tfdist.errors import StrategyError
-from tfdist.prepared import scoped, variables_of
+from tfdist.step.prepared import scoped, variables_of
 from tfdist.strategies.base import Strategy
 from tfdist.strategies.whole import whole
+from tfdist.training import routing
 
 _REMEDY = (
     "Start it with `tfdist run --drop-in`, which leads model.fit to all workers, or call "

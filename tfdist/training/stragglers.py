@@ -12,7 +12,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tfdist.marks import Marks, Times, has_clocks
+from tfdist.step.timers import Marks, Times, has_clocks
 from tfdist.strategies.base import Strategy
 from tfdist.watchdog import here
 
