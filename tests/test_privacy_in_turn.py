@@ -139,13 +139,15 @@ def test_covariances_of_secret_noise_are_right() -> None:
 def test_each_fit_begins_anew_and_the_optimizer_is_told() -> None:
     model = classifier(optimizer=tfdist.privacy.DPAdam(0.01))
     x, y, _ = rows()
+    told = []
+    ask = keras.callbacks.LambdaCallback(
+        on_epoch_end=lambda epoch, logs: told.append(model.optimizer.noise_deviation())
+    )
+    options = {"batch_size": 20, "verbose": 0, "callbacks": [ask]}
     for _ in range(2):
-        report = tfdist.fit(
-            model, x, y, batch_size=20, verbose=0, privacy=ftrl(bands=2)
-        ).privacy
+        report = tfdist.fit(model, x, y, privacy=ftrl(bands=2), **options).privacy
     assert [phase.steps for phase in report.ledger.phases] == [3, 3]
-    deviation = math.sqrt(1.25) * CLIP / 20
-    assert model.optimizer.noise_deviation() == pytest.approx(deviation, rel=1e-4)
+    assert told == pytest.approx([math.sqrt(1.25) * CLIP / 20] * 2, rel=1e-4)
 
 
 # --- training ---------------------------------------------------------------------------

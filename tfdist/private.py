@@ -27,7 +27,7 @@ from tfdist.privacy.report import Report, careless_delta
 from tfdist.privacy.separation import SeparationCheck
 from tfdist.privacy.settings import DPSGD, Mechanism
 from tfdist.privacy.spot_checks import SpotChecks
-from tfdist.privacy.step import PrivateStep
+from tfdist.privacy.step import PrivateStep, PrivateSteps
 from tfdist.privacy.users import PoissonOfUsers, Users
 from tfdist.samplers import Sampler, Sequential
 from tfdist.spending import Spending
@@ -384,7 +384,7 @@ class PrivateTraining(Extension):
     def bind(self, request: Request, source: data.Source) -> None:
         """Finds the noise, and tries the model."""
         self.run.plan(source, request.epochs - request.initial_epoch)
-        self.mechanism = self.run.mechanism
+        self.step_maker = PrivateSteps(self.run.mechanism)
 
     def facts(self) -> dict[str, Any]:
         """Gives what all workers must have been asked alike."""
@@ -396,7 +396,11 @@ class PrivateTraining(Extension):
 
     def callbacks(self, request: Request, given: Any, prepared: Prepared) -> Any:
         """Adds what keeps count and renews the noise."""
-        return given if prepared.private is None else self.run.watched(given, prepared.private)
+        return (
+            given
+            if not isinstance(prepared.own_step, PrivateStep)
+            else self.run.watched(given, prepared.own_step)
+        )
 
     def running(self) -> contextlib.AbstractContextManager[None]:
         """Wraps the training; what was made counts, however it ends."""

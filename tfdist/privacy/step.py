@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import keras
@@ -23,6 +25,26 @@ from tfdist.privacy.settings import Mechanism
 from tfdist.privacy.spot_checks import SpotChecks
 
 Tensor = Any
+
+
+@dataclass(frozen=True)
+class PrivateSteps:
+    """Makes the steps of a mechanism.
+
+    Attributes:
+        mechanism: What is done to the gradients.
+    """
+
+    mechanism: Mechanism
+
+    def make(self, model: Any, strategy: Any) -> PrivateStep:
+        """Makes the step of a model.
+
+        Args:
+            model: A compiled, built `keras.Model`.
+            strategy: Where its replicas are.
+        """
+        return PrivateStep(model, self.mechanism, strategy)
 
 
 class PrivateStep:
@@ -57,8 +79,6 @@ class PrivateStep:
         self.adaptive: AdaptiveClip | None = None
         if mechanism.target_quantile is not None:
             self.adaptive = AdaptiveClip(model, mechanism, place.num_replicas)
-        if isinstance(model.optimizer, DPAdam):
-            model.optimizer.noise_deviation = self._deviation
         self._model = model
         self._strategy = strategy
 
@@ -91,6 +111,18 @@ class PrivateStep:
             self.noise.go_on(correlated)
         if self.adaptive is not None:
             self.adaptive.restart()
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Tells an optimizer that asks for it how much noise there is."""
+        optimizer = self._model.optimizer
+        if isinstance(optimizer, DPAdam):
+            optimizer.noise_deviation = self._deviation
+        try:
+            yield
+        finally:
+            if isinstance(optimizer, DPAdam):
+                optimizer.noise_deviation = None
 
     def begin(self, share: Any) -> None:
         """Counts a step of all replicas of this process; called before they make it.

@@ -20,7 +20,6 @@ from tfdist.privacy import _layers
 from tfdist.privacy.parts import Part, Written
 
 Tensor = Any
-_FOUND = "_tfdist_tied"  # of a model: its trainable variables, and which of them are tied
 
 
 def tied(model: Any, units: Sequence[Any], loss: Callable[[Any], Tensor], x: Any) -> list[Any]:
@@ -40,10 +39,10 @@ def tied(model: Any, units: Sequence[Any], loss: Callable[[Any], Tensor], x: Any
     """
     variables = model.trainable_variables
     key = tuple(id(v) for v in variables)
-    known, found = vars(model).get(_FOUND, (None, set()))
+    known, found = _keras.attached(model).tied_weights
     if known != key:
         found = _connected(model, units, loss, x)
-        vars(model)[_FOUND] = key, found
+        _keras.attached(model).tied_weights = key, found
     return [v for v in variables if id(v) in found]
 
 
@@ -53,13 +52,13 @@ def found_tied(model: Any) -> list[str]:
     Args:
         model: A `keras.Model`.
     """
-    _, found = vars(model).get(_FOUND, (None, set()))
+    _, found = _keras.attached(model).tied_weights
     return [v.path for v in model.trainable_variables if id(v) in found]
 
 
 def _connected(
     model: Any, units: Sequence[Any], loss: Callable[[Any], Tensor], x: Any
-) -> set[int]:
+) -> frozenset[int]:
     variables = model.trainable_variables
     found: set[int] = set()
 
@@ -91,7 +90,7 @@ def _connected(
             trace()
     else:
         tf.function(trace, autograph=False).get_concrete_function()
-    return found
+    return frozenset(found)
 
 
 def of_tied(

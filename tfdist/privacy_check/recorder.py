@@ -19,8 +19,6 @@ from tfdist.samplers import Rows, Sampler
 Floats = NDArray[np.float32]
 Consume = Callable[[int, Floats], None]
 _OURS = "_tfdist"
-# What of a model is kept between measurements, so that its functions are traced once.
-_KEPT = ("_tfdist_prepared", "_tfdist_composition", "_tfdist_found_metrics", "_tfdist_clip")
 _OF_KERAS = (
     "optimizer",
     "steps_per_execution",
@@ -137,9 +135,6 @@ class Subject:
             verify_every=0,
             **options,
         )
-        for name in [n for n in vars(self.model) if n.startswith(_OURS)]:
-            if not name.startswith(_KEPT):
-                del vars(self.model)[name]
         return reader.logs
 
     def rewind(self) -> None:

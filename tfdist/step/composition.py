@@ -14,7 +14,6 @@ from tfdist.data.source import Source
 from tfdist.strategies.base import Strategy
 from tfdist.strategies.whole import whole
 
-_MEMORY = "_tfdist_composition"
 _LARGE = 2**24
 _ROWS = 256  # of a batch that is tried; few steps look at more of them at once
 
@@ -49,7 +48,7 @@ def compose(
     Returns:
         The strategy, or what computes whole batches in its processes.
     """
-    memory = vars(model).setdefault(_MEMORY, {})
+    memory = _keras.attached(model).compositions
     known: Composition | None = memory.get(kind)
     if known is None or not _keras.is_compiled_as(model, known.compiled_state):
         step = _keras.build(model, kind, source.spec(), source.sample)
@@ -69,7 +68,7 @@ def found_in_steps(model: Any) -> list[_keras.Step]:
     Args:
         model: A `keras.Model`.
     """
-    return [known.step for known in vars(model).get(_MEMORY, {}).values()]
+    return [known.step for known in _keras.attached(model).compositions.values()]
 
 
 def why_whole(model: Any, kind: str) -> str | None:
@@ -79,7 +78,7 @@ def why_whole(model: Any, kind: str) -> str | None:
         model: A `keras.Model` that was composed.
         kind: "train_step" or "test_step".
     """
-    known: Composition | None = vars(model).get(_MEMORY, {}).get(kind)
+    known: Composition | None = _keras.attached(model).compositions.get(kind)
     return None if known is None else known.indivisible
 
 

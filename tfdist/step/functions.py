@@ -18,7 +18,7 @@ from tfdist import _keras
 from tfdist._keras import ReplicaBatch
 from tfdist.data import Epoch, Share, no_groups
 from tfdist.errors import DisagreementError, MembersChanged, StrategyError
-from tfdist.privacy.step import PrivateStep
+from tfdist.step.own_step import OwnStep
 from tfdist.step.reduction import (
     DISAGREED,
     GOES_ON,
@@ -91,7 +91,7 @@ def make_functions(
     strategy: Strategy,
     stop: Stop,
     variables: Sequence[Any] = (),
-    private: PrivateStep | None = None,
+    own_step: OwnStep | None = None,
 ) -> Functions:
     """Builds the functions of a model on a strategy; they are traced when first called.
 
@@ -100,16 +100,16 @@ def make_functions(
         strategy: Where its replicas are.
         stop: Shared with the callback that sets `requested` and reads `agreed`.
         variables: All state of the model.
-        private: Takes the place of Keras's train step, if training is private.
+        own_step: Takes the place of Keras's train step.
 
     Returns:
         The functions for `_keras.loop_functions`.
 
     Raises:
-        StrategyError: Private training is not possible there.
+        StrategyError: A step of an extension's own is not possible there.
     """
     own = strategy.own_functions(model)
-    if own is not None and private is not None:
+    if own is not None and own_step is not None:
         raise StrategyError(
             "Private training must be synchronous: a gradient of weights that others have "
             f"changed meanwhile is not accounted for. Received: {strategy.name} with steps of "
@@ -117,13 +117,13 @@ def make_functions(
         )
     if own is not None:
         return own
-    replica = _Replica(model, strategy, private)
+    replica = _Replica(model, strategy, own_step)
     if isinstance(strategy, Whole) and strategy.has_company:
         return _in_company(strategy, replica, stop, variables)
     # One process has nobody to wait for, and servers' steps no place for the clocks.
     marks = Marks() if strategy.place.num_workers > 1 else None
     return Functions(
-        train=_over_epoch(model, strategy, replica.train, stop, marks, private),
+        train=_over_epoch(model, strategy, replica.train, stop, marks, own_step),
         test=_over_epoch(model, strategy, replica.test, Stop(), marks),
         predict=_over_shares(model, strategy, replica.predict),
         marks=marks,
@@ -176,11 +176,11 @@ def _over_epoch(
     step: Callable[..., Any],
     stop: Stop,
     marks: Marks | None,
-    private: PrivateStep | None = None,
+    own_step: OwnStep | None = None,
 ) -> Callable[[Epoch], Logs]:
     """Wraps a replica's step into a function of an epoch, `steps_per_execution` at a time.
 
-    Private steps are counted here. Their batches are of another size each time, so such a step
+    The batches of a step of an extension's own may be of another size each time, so such a step
     compiles what it can for itself.
     """
     Result = tuple[Logs, Signals]
@@ -195,15 +195,15 @@ def _over_epoch(
 
     def one_step(share: Share, stopping: Tensor) -> Result:
         with noise.drawing():
-            if private is not None:
-                private.begin(share)
+            if own_step is not None:
+                own_step.begin(share)
             result: Result = strategy.run(after_data, share, stopping)
-            if private is not None:
-                private.end(tf.equal(result[1].status, GOES_ON))
+            if own_step is not None:
+                own_step.end(tf.equal(result[1].status, GOES_ON))
         return result
 
     alone = strategy.place.num_replicas == 1
-    compiled = alone and model.jit_compile and private is None
+    compiled = alone and model.jit_compile and own_step is None
     compiled_step = _traced(model, one_step, jit_compile=compiled)
 
     def one(iterator: Any, stopping: Tensor) -> Result:
@@ -306,10 +306,10 @@ def _over_shares(
 class _Replica:
     """One replica's steps."""
 
-    def __init__(self, model: Any, strategy: Strategy, private: PrivateStep | None) -> None:
+    def __init__(self, model: Any, strategy: Strategy, own_step: OwnStep | None) -> None:
         self.model = model
         self.strategy = strategy
-        self.private = private
+        self.own_step = own_step
         self.alone = strategy.place.num_replicas == 1
         self.train_step, self.test_step = model.train_step, model.test_step
         if not self.alone:
@@ -319,27 +319,27 @@ class _Replica:
 
     def train(self, share: Share, stopping: Tensor) -> tuple[Logs, Signals]:
         """Updates the weights, once."""
-        if share.total is None and self.private is not None:  # the whole of a stream's batch
+        if share.total is None and self.own_step is not None:  # the whole of a stream's batch
             count = tf.shape(tf.nest.flatten(share.data)[0], tf.int64)[0]
             nothing = tf.constant(0, tf.int64)
             share = Share(share.data, count, count, nothing, tf.zeros([4]), no_groups())
         if share.total is None:
             return self.train_step(share.data), _no_signals()
         with _keras.on_replica(self._batch(share)) as batch:
-            private = self.private
-            if private is not None:
-                data, stopping = private.begin_step(share.data, batch, stopping)
+            own_step = self.own_step
+            if own_step is not None:
+                data, stopping = own_step.begin_step(share.data, batch, stopping)
                 share = share._replace(data=data)
             agreement = Agreement(self.strategy, share, stopping, self.elements)
             updates = Updates(
-                self.model, batch, agreement, self.strategy, are_parts=private is not None
+                self.model, batch, agreement, self.strategy, are_parts=own_step is not None
             )
             batch.metrics = metrics = MetricState(not _keras.has_own(self.model, "train_step"))
             batch.updates = updates
-            if private is None:
+            if own_step is None:
                 logs = self.train_step(share.data)
             else:
-                logs = private.train_step(share.data, batch, share.groups)
+                logs = own_step.train_step(share.data, batch, share.groups)
             batch.updates = batch.metrics = None
             updates.finish(metrics)
             return self._logs(batch, logs), _signals(agreement, share)

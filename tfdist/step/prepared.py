@@ -8,17 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tfdist import _keras, data
-from tfdist.privacy.adaptive import forget
-from tfdist.privacy.settings import Mechanism
-from tfdist.privacy.step import PrivateStep
 from tfdist.step.composition import found_in_steps
 from tfdist.step.functions import Stop, make_functions
+from tfdist.step.own_step import OwnStep, StepMaker
 from tfdist.strategies.base import Functions, Place, Strategy
 from tfdist.strategies.session import current
 from tfdist.watchdog import here
-
-_MEMORY = "_tfdist_prepared"
-_SCOPE = "_tfdist_scope"
 
 
 @dataclass
@@ -33,12 +28,9 @@ class Prepared:
     held: contextlib.AbstractContextManager[None]
     functions: Functions
     stop: Stop
-    private: PrivateStep | None = None
+    own_step: OwnStep | None = None
+    maker: StepMaker | None = None
     _runs: bool = field(default=False, init=False)
-
-    def trains(self, mechanism: Mechanism | None) -> bool:
-        """Tells whether the train function does what a mechanism says, or is a plain one."""
-        return mechanism == (None if self.private is None else self.private.mechanism)
 
     def fits(self, model: Any, strategy: Strategy) -> bool:
         """Tells whether the model was compiled or rebuilt since, or moved elsewhere."""
@@ -69,12 +61,14 @@ class Prepared:
             stack.enter_context(self.held)
             stack.enter_context(self._functions())
             has_servers = self.strategy.has_servers
-            several = not self.strategy.is_plain or self.private is not None
+            several = not self.strategy.is_plain or self.own_step is not None
             if has_servers or several or source.may_be_empty:
                 stack.enter_context(_keras.replicated(has_servers))
             else:
                 stack.enter_context(_keras.alone())
             stack.enter_context(self.functions.running())
+            if self.own_step is not None:
+                stack.enter_context(self.own_step.running())
             self._runs = True
             stack.callback(setattr, self, "_runs", False)
             yield
@@ -94,7 +88,7 @@ def prepare(
     strategy: Strategy,
     *,
     for_training: bool = False,
-    mechanism: Mechanism | None = None,
+    maker: StepMaker | None = None,
 ) -> Prepared:
     """Gives a model's functions on a strategy, making them when it has none that fit.
 
@@ -102,15 +96,15 @@ def prepare(
         model: A built `keras.Model`.
         strategy: Where its replicas are.
         for_training: Whether the train function will be used.
-        mechanism: What private training does to the gradients.
+        maker: Of the step that takes the place of Keras's, if there is one.
     """
-    known = vars(model).get(_MEMORY)
+    known = _keras.attached(model).prepared
     usable = known is not None and known.fits(model, strategy)
-    if usable and (not for_training or known.trains(mechanism)):
+    if usable and (not for_training or known.maker == maker):
         return known  # type: ignore[no-any-return]
     stop = Stop()
-    forget(model)
-    private = None if mechanism is None else PrivateStep(model, mechanism, strategy)
+    _keras.attached(model).clip_optimizer = None
+    own_step = None if maker is None else maker.make(model, strategy)
     variables = variables_of(model)
     prepared = Prepared(
         model,
@@ -119,11 +113,12 @@ def prepare(
         _keras.compiled_state(model),
         variables,
         strategy.hold(variables, optimizers_of(model)),
-        make_functions(model, strategy, stop, variables, private),
+        make_functions(model, strategy, stop, variables, own_step),
         stop,
-        private,
+        own_step,
+        maker,
     )
-    vars(model)[_MEMORY] = prepared
+    _keras.attached(model).prepared = prepared
     return prepared
 
 
@@ -141,8 +136,8 @@ def scoped(model: Any, strategy: Any) -> Any:
     scope = _keras.scope_of(model)
     if scope is not None:
         _keras.leave_scope(model, variables_of(model), optimizers_of(model))
-        vars(model)[_SCOPE] = scope
-    scope = vars(model).get(_SCOPE)
+        _keras.attached(model).scope = scope
+    scope = _keras.attached(model).scope
     is_open = isinstance(strategy, str) and strategy == "auto"
     if scope is None or not is_open or not current().strategy.is_plain:
         return strategy

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from tfdist import data
+from tfdist.step.own_step import StepMaker
 from tfdist.step.prepared import Prepared
 from tfdist.training.request import Request
 
@@ -23,12 +24,12 @@ class Extension:
     Attributes:
         name: Its key in a checkpoint.
         needs_state: Whether all of the model's variables must be there before it trains.
-        mechanism: What takes the place of a plain sum of gradients, or None.
+        step_maker: Of the step that takes the place of Keras's, or None.
     """
 
     name: ClassVar[str] = ""
     needs_state: bool = False
-    mechanism: Any = None
+    step_maker: StepMaker | None = None
 
     def choose(self, request: Request) -> Request:
         """Refuses what cannot be, and asks for something else where it must.

@@ -136,12 +136,12 @@ class Training:
         facts: dict[str, Any] = {}
         for extension in self._extensions:
             facts |= extension.facts()
-        mechanisms = [e.mechanism for e in self._extensions if e.mechanism is not None]
+        makers = [e.step_maker for e in self._extensions if e.step_maker is not None]
         prepared = prepare(
             request.model,
             self._used,
             for_training=True,
-            mechanism=mechanisms[0] if mechanisms else None,
+            maker=makers[0] if makers else None,
         )
         asked = {
             "batch_size": request.batch_size,
