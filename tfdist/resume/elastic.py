@@ -23,6 +23,7 @@ from tfdist.errors import ArgumentError, MembersChanged, PeerError, StrategyErro
 from tfdist.resume.position import ContinuedCallbacks, Position
 from tfdist.step.functions import Stop
 from tfdist.step.prepared import Prepared
+from tfdist.step.state import TrainState
 from tfdist.strategies.base import Strategy
 from tfdist.training.extension import Begins, Continuation, Extension
 from tfdist.training.request import Request
@@ -50,7 +51,7 @@ class Run(Continuation):
         self.seed = 0
         self._number = next(_numbers)
         self._strategy = strategy
-        self._variables: Sequence[Any] = ()
+        self._state = TrainState(())
         self._kept: Sequence[Any] = ()
         self._copy: Callable[[], Sequence[Any]] = tuple
         self._stop = Stop()
@@ -90,14 +91,16 @@ class Run(Continuation):
                 except (PeerError, MembersChanged) as reason:
                     print(f"tfdist: {reason} Training goes on.", file=sys.stderr, flush=True)
                     if self.position is not None:
-                        for variable, value in zip(self._variables, self._kept, strict=True):
+                        for variable, value in zip(
+                            self._state.variables, self._kept, strict=True
+                        ):
                             variable.assign(value)
                     self._strategy.reconnect()
                     self._join()
 
     def _agreed(self, history: Any) -> Any:
         """Gives all processes the chief's: one that came late has missed the beginning."""
-        self._strategy.agree(self._variables)
+        self._strategy.agree(self._state.replicated)
         said = self._strategy.broadcast_object((history.epoch, history.history))
         history.epoch, history.history = said
         return history
@@ -144,7 +147,7 @@ class Run(Continuation):
             **options: Of `keras.callbacks.CallbackList`.
         """
         self._where, self._steps, self._stop = where, options["steps"], prepared.stop
-        self._variables = variables = prepared.variables
+        self._state, variables = prepared.state, prepared.state.variables
         self._copy = tf.function(
             lambda: [tf.identity(v.value) for v in variables], autograph=False
         )

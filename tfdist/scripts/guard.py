@@ -14,7 +14,8 @@ import keras
 
 from tfdist import _keras
 from tfdist.errors import StrategyError
-from tfdist.step.prepared import scoped, variables_of
+from tfdist.step.prepared import scoped
+from tfdist.step.state import variables_of
 from tfdist.strategies.base import Strategy
 from tfdist.strategies.whole import whole
 from tfdist.training import routing

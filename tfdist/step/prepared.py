@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tfdist import _keras, data
-from tfdist.step.composition import found_in_steps
 from tfdist.step.functions import Stop, make_functions
 from tfdist.step.own_step import OwnStep, StepMaker
+from tfdist.step.state import TrainState, optimizers_of, variables_of
 from tfdist.strategies.base import Functions, Place, Strategy
 from tfdist.strategies.session import current
 from tfdist.watchdog import here
@@ -24,7 +24,7 @@ class Prepared:
     strategy: Strategy
     place: Place
     compiled_state: tuple[Any, ...]
-    variables: list[Any]
+    state: TrainState
     held: contextlib.AbstractContextManager[None]
     functions: Functions
     stop: Stop
@@ -38,7 +38,7 @@ class Prepared:
             self.strategy is strategy
             and self.place == strategy.place
             and _keras.is_compiled_as(model, self.compiled_state)
-            and (self.strategy.is_plain or _ids(self.variables) == _ids(variables_of(model)))
+            and (self.strategy.is_plain or self.state.is_of(model))
         )
 
     @contextlib.contextmanager
@@ -105,15 +105,15 @@ def prepare(
     stop = Stop()
     _keras.attached(model).clip_optimizer = None
     own_step = None if maker is None else maker.make(model, strategy)
-    variables = variables_of(model)
+    state = TrainState(tuple(variables_of(model)))
     prepared = Prepared(
         model,
         strategy,
         strategy.place,
         _keras.compiled_state(model),
-        variables,
-        strategy.hold(variables, optimizers_of(model)),
-        make_functions(model, strategy, stop, variables, own_step),
+        state,
+        strategy.hold(state.variables, optimizers_of(model)),
+        make_functions(model, strategy, stop, state.replicated, own_step),
         stop,
         own_step,
         maker,
@@ -142,32 +142,3 @@ def scoped(model: Any, strategy: Any) -> Any:
     if scope is None or not is_open or not current().strategy.is_plain:
         return strategy
     return scope if scope.num_replicas_in_sync > 1 else strategy
-
-
-def _ids(things: list[Any]) -> list[int]:
-    return [id(thing) for thing in things]
-
-
-def optimizers_of(model: Any) -> list[Any]:
-    """Lists a model's optimizers, those that only its steps know of included; each once.
-
-    Args:
-        model: A `keras.Model`.
-    """
-    found = [optimizer for step in found_in_steps(model) for optimizer in step.optimizers]
-    return _keras.with_nested([*_keras.optimizers_of(model), *found])
-
-
-def variables_of(model: Any) -> list[Any]:
-    """Lists all state of a model: weights, seeds, optimizers', metrics'; each once.
-
-    Args:
-        model: A built `keras.Model`.
-    """
-    optimizers = optimizers_of(model)
-    parts = [model.variables, *(o.variables for o in optimizers)]
-    parts += [_keras.trained_variables(o) for o in optimizers]
-    if model.compiled:
-        parts.append(_keras.metric_variables(model))
-    parts += [step.variables for step in found_in_steps(model)]
-    return list({id(v): v for part in parts for v in part}.values())

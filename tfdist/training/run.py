@@ -173,7 +173,7 @@ class Training:
             request.callbacks,
             request.session.strategy,
             prepared.stop,
-            prepared.variables,
+            prepared.state.replicated,
             prepared.functions.marks,
             shows=request.shows,
         )

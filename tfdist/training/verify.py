@@ -49,7 +49,7 @@ class Verification(Extension):
         if self._every == 0 or not is_asked or strategy.place.num_replicas == 1:
             return given
         return _keras.around(
-            given, last=[VerifyReplicas(self._every, strategy, prepared.variables)]
+            given, last=[VerifyReplicas(self._every, strategy, prepared.state.replicated)]
         )
 
 

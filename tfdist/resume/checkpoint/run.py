@@ -26,7 +26,8 @@ from tfdist.resume.checkpoint.preemption import Preemption
 from tfdist.resume.checkpoint.settings import Checkpoint
 from tfdist.resume.position import ContinuedCallbacks, Position
 from tfdist.step.functions import Stop
-from tfdist.step.prepared import Prepared, variables_of
+from tfdist.step.prepared import Prepared
+from tfdist.step.state import variables_of
 from tfdist.strategies.base import Strategy
 from tfdist.training.extension import Begins, Continuation, Extension
 from tfdist.training.request import Request
@@ -219,7 +220,7 @@ class CheckpointRun(Continuation):
             where: Says where the data stands, between two epochs.
             **options: Of `keras.callbacks.CallbackList`.
         """
-        self._variables, self._where = prepared.variables, where
+        self._variables, self._where = prepared.state.replicated, where
         self._epochs = options["epochs"]
         self._stop, self._model = prepared.stop, prepared.model
         self._preemption.on_asked = self._note_asked
