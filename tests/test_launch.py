@@ -21,7 +21,7 @@ from tests.jobs import free_port, is_gone
 from tfdist.errors import ClusterError, LaunchError
 from tfdist.launch import Failure, Host, Worker, parse_hosts, plan_workers
 from tfdist.launch.cause import root_cause
-from tfdist.launch.hidden_output import Withheld, leader
+from tfdist.launch.hidden_output import HiddenOutput, leader
 from tfdist.launch.hosts import worker_addresses
 from tfdist.launch.output import Lines, Screen, settled
 from tfdist.launch.plan import free_addresses
@@ -491,12 +491,12 @@ class TestLines:
 
 @quick
 def test_what_is_withheld_has_an_end() -> None:
-    withheld = Withheld()
-    assert withheld.take([f"line {i}" for i in range(1000)]) == []
-    first, *rest = withheld.release()
+    hidden_output = HiddenOutput()
+    assert hidden_output.take([f"line {i}" for i in range(1000)]) == []
+    first, *rest = hidden_output.release()
     assert first == "tfdist: 600 lines before are left out; --output all shows all."
     assert (rest[0], rest[-1], len(rest)) == ("line 600", "line 999", 400)
-    assert withheld.release() == []
+    assert hidden_output.release() == []
 
 
 def failure(index: int, *lines: str, returncode: int = 1) -> Failure:

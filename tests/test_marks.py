@@ -22,7 +22,7 @@ def deterministic(request: pytest.FixtureRequest) -> Iterator[bool]:
 
 
 def test_steps_are_counted_and_timed_where_there_are_clocks(deterministic: bool) -> None:
-    ours = timers.Marks()
+    ours = timers.StepTimers()
     iterator = iter(tf.data.Dataset.range(3).repeat())
 
     @tf.function

@@ -225,7 +225,7 @@ def fit(
     if checkpoint is not None:
         continuation = CheckpointRun(checkpoint, session.strategy, extensions)
     elif session.strategy.elastic:
-        continuation = elastic.Run(session.strategy, extensions)
+        continuation = elastic.ElasticRun(session.strategy, extensions)
     return Training(request, [*extensions, Seeds(), continuation], continuation).run()
 
 

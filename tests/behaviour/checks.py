@@ -607,26 +607,26 @@ def a_slow_worker_is_waited_for(folder: Path) -> None:
 
 
 @check(*WORKERS)
-def notes_on_the_board_reach_all_workers(folder: Path) -> None:
-    board = tfdist.strategies.session.current().strategy.board()
+def notes_in_the_store_reach_all_workers(folder: Path) -> None:
+    store = tfdist.strategies.session.current().strategy.key_value_store()
     me, last = place().worker_index, place().num_workers - 1
     everyone = {i: f"ü {i}" for i in range(last + 1)}
-    assert board.read("none") is None
+    assert store.read("none") is None
     for text in ("old", f"ü {me}"):  # a note replaces the one before
-        assert board.post(f"note/{me}", text)
-        assert board.post("note", text)  # no folder of the others
+        assert store.post(f"note/{me}", text)
+        assert store.post("note", text)  # no folder of the others
     everywhere(None)
-    assert board.read_all("note") == everyone
-    assert board.read_all("not") == {}
-    # While the main thread waits in a collective, another goes on with the board.
+    assert store.read_all("note") == everyone
+    assert store.read_all("not") == {}
+    # While the main thread waits in a collective, another goes on with the key_value_store.
     if me != last:
-        late = threading.Timer(0.5, lambda: board.post(f"waiting/{me}", "x" * 100_000))
+        late = threading.Timer(0.5, lambda: store.post(f"waiting/{me}", "x" * 100_000))
         late.start()
     else:
         deadline = time.monotonic() + 20
-        while len(board.read_all("waiting")) < last and time.monotonic() < deadline:
+        while len(store.read_all("waiting")) < last and time.monotonic() < deadline:
             time.sleep(0.1)
-        assert board.read_all("waiting") == dict.fromkeys(range(last), "x" * 100000)
+        assert store.read_all("waiting") == dict.fromkeys(range(last), "x" * 100000)
     everywhere(None)
 
 

@@ -15,7 +15,7 @@ from tfdist.launch import (
     DEFAULT_PORT,
     NODE_TIMEOUT_S,
     SAVING_S,
-    Link,
+    CoordinatorClient,
     Outcome,
     Restarts,
     Roster,
@@ -182,7 +182,7 @@ def run(
         if max_restarts is None
         else Restarts(max_restarts)
     )
-    together: AbstractContextManager[Link | None] = nullcontext()
+    together: AbstractContextManager[CoordinatorClient | None] = nullcontext()
     if max_restarts and len(machines) > 1:
         together = joined(
             machines,
@@ -194,13 +194,13 @@ def run(
             strategy=strategy,
             ps=servers,
         )
-    with together as link:
+    with together as client:
         outcome = run_workers(
             roster.workers,
             log_dir=log_dir,
             restarts=restarts,
             grace=grace,
-            link=link,
+            client=client,
             slots=roster.slots,
             plan=None if roster.elastic is None else roster.of_hosts,
             meeting=roster.meeting,

@@ -49,7 +49,7 @@ class Told:
         return f"after step {self.step} of epoch {self.epoch + 1}"
 
 
-class Note:
+class Heartbeat:
     """The memory; without a launcher nobody else sees it.
 
     Args:
@@ -62,7 +62,7 @@ class Note:
         self._made = self._epoch = self._step = 0
 
     @classmethod
-    def of(cls, fd: int) -> Note:
+    def of(cls, fd: int) -> Heartbeat:
         """Maps what a file descriptor stands for, and closes that.
 
         Args:
@@ -116,7 +116,7 @@ class Note:
         self._content[_MUST_END] = 1
 
 
-here = Note()
+here = Heartbeat()
 """This process's."""
 
 
@@ -136,4 +136,4 @@ def share_with_launcher() -> None:
     global here
     text = os.environ.pop(NOTE_FD, None)
     if text is not None:
-        here = Note.of(int(text))
+        here = Heartbeat.of(int(text))

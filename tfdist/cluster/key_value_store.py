@@ -1,6 +1,6 @@
-"""A small board for notes between the workers of a run, which works while they wait.
+"""A key-value store for notes between the workers of a run, which works while they wait.
 
-Workers exchange by collectives, and a collective waits for all. A board is asked from a
+Workers exchange by collectives, and a collective waits for all. A store is asked from a
 background thread, answers while the main thread waits in a collective, and has a limit to
 each call. It is for a few short texts: how far a worker is, why it ends.
 """
@@ -17,11 +17,11 @@ _ASK_S = 5.0
 _STUCK_S = 0.2
 
 
-class Board(abc.ABC):
+class KeyValueStore(abc.ABC):
     """Notes by name, seen by all workers; the last one posted under a name counts.
 
-    No call raises or takes longer than seconds: what the board is for must not fail because
-    of it. It has no answer when the process that keeps it is stopped or gone.
+    No call raises or takes longer than seconds: what the store is for must not fail because of
+    it. It has no answer when the process that keeps it is stopped or gone.
 
     Args:
         num_workers: How many workers there are.
@@ -44,7 +44,7 @@ class Board(abc.ABC):
             text: The note.
 
         Returns:
-            Whether the board has taken it.
+            Whether the key-value store has taken it.
         """
 
     @abc.abstractmethod
@@ -102,6 +102,6 @@ class Limited:
                 done.set()
 
         done = threading.Event()
-        threading.Thread(target=answer, name="tfdist-board", daemon=True).start()
+        threading.Thread(target=answer, name="tfdist-store", daemon=True).start()
         self._is_stuck = not done.wait(self._seconds)
         return answers[0] if answers else None

@@ -1,7 +1,7 @@
 """Starts, watches and ends the worker processes of `tfdist run`. No TensorFlow is needed."""
 
 from tfdist.launch.cause import Failure
-from tfdist.launch.client import Link
+from tfdist.launch.client import CoordinatorClient
 from tfdist.launch.hosts import Host, check_names, parse_hosts
 from tfdist.launch.plan import (
     DEFAULT_PORT,
@@ -19,9 +19,9 @@ __all__ = [
     "DEFAULT_PORT",
     "NODE_TIMEOUT_S",
     "SAVING_S",
+    "CoordinatorClient",
     "Failure",
     "Host",
-    "Link",
     "Outcome",
     "Restarts",
     "Roster",

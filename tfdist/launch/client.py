@@ -12,7 +12,7 @@ from typing import Any
 
 from tfdist.errors import START_ME_AGAIN, LaunchError
 from tfdist.launch.protocol import BEAT_S, SILENCE_S, Wire, proof
-from tfdist.launch.restarts import Cause, Restarts
+from tfdist.launch.restarts import RestartCause, Restarts
 
 _TRY_S = 0.5
 _REMIND_S = 30.0
@@ -29,11 +29,11 @@ class News:
     """
 
     again: bool
-    cause: Cause | None
+    cause: RestartCause | None
     is_repeated: bool = False
 
 
-class Link:
+class CoordinatorClient:
     """Connects a launcher to the meeting point, again and again if need be.
 
     Args:
@@ -76,7 +76,7 @@ class Link:
             host, port = self._address
             self._hang_up()
             what = f"node 0 is lost: its launcher at {host}:{port} does not answer."
-            cause = Cause(what, "while running", time.time(), START_ME_AGAIN)
+            cause = RestartCause(what, "while running", time.time(), START_ME_AGAIN)
             self._news = News(True, cause)
         return self._news
 
@@ -126,7 +126,7 @@ class Link:
             self._start.wait(0.1)
         return None
 
-    def failed(self, cause: Cause) -> None:
+    def failed(self, cause: RestartCause) -> None:
         """Says that a worker here has failed."""
         self._send("failed", cause=cause.to_json())
 
@@ -164,7 +164,7 @@ class Link:
         self._wire, self._heard = Wire(connection), time.monotonic()
         for target in (self._listen, self._beat):
             threading.Thread(
-                target=target, args=(self._wire,), name="tfdist-link", daemon=True
+                target=target, args=(self._wire,), name="tfdist-client", daemon=True
             ).start()
 
     def _beat(self, wire: Wire) -> None:
@@ -199,5 +199,5 @@ class Link:
             self._start.set()
         elif kind in ("again", "over"):
             told = message["cause"]
-            cause = None if told is None else Cause.from_json(told)
+            cause = None if told is None else RestartCause.from_json(told)
             self._news = News(kind == "again", cause, message["repeated"])

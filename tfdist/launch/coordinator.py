@@ -20,7 +20,7 @@ from typing import Any
 from tfdist.errors import START_ME_AGAIN, LaunchError
 from tfdist.launch.hosts import Host
 from tfdist.launch.protocol import BEAT_S, SILENCE_S, Wire, proof
-from tfdist.launch.restarts import Cause, Restarts
+from tfdist.launch.restarts import RestartCause, Restarts
 
 _TICK_S = 0.1
 # How long a failure that only blames a peer waits for that peer's own.
@@ -42,7 +42,7 @@ class _Caller:
     is_done: bool = False
 
 
-class Hub:
+class Coordinator:
     """The meeting point.
 
     Args:
@@ -68,7 +68,7 @@ class Hub:
         self._least = least
         self._active: set[int] = set()
         self._callers: list[_Caller] = []
-        self._causes: list[Cause] = []
+        self._causes: list[RestartCause] = []
         self._failed_at = 0.0
         self._phase, self._since, self._beat = "meeting", time.monotonic(), 0.0
         self._closing = False
@@ -86,7 +86,9 @@ class Hub:
         self._listener.listen()
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._listener, selectors.EVENT_READ)
-        self._thread = threading.Thread(target=self._serve, name="tfdist-hub", daemon=True)
+        self._thread = threading.Thread(
+            target=self._serve, name="tfdist-coordinator", daemon=True
+        )
         self._thread.start()
 
     def close(self) -> None:
@@ -138,7 +140,7 @@ class Hub:
         is_needed = caller.rank in self._active and not caller.is_done
         if caller.rank is not None and self._phase == "running" and is_needed:
             self._note(
-                Cause(
+                RestartCause(
                     f"{self._name(caller.rank)} is lost: its launcher does not answer.",
                     "while running",
                     time.time(),
@@ -167,15 +169,15 @@ class Hub:
                 other.rank = None  # it has come back before its loss was noticed
                 other.heard = 0.0
         caller.rank, caller.identity = hello["rank"], hello["identity"]
-        known = [Cause.from_json(one) for one in hello["restarts"]]
+        known = [RestartCause.from_json(one) for one in hello["restarts"]]
         if len(known) > len(self._restarts.made):  # the first machine itself was lost
             self._restarts.adopt(known)
         if self._phase == "running" and caller.rank in self._active and not self._causes:
             self._note(self._came_back(caller.rank))
 
-    def _came_back(self, rank: int) -> Cause:
+    def _came_back(self, rank: int) -> RestartCause:
         what = f"{self._name(rank)} has come back, and was not there."
-        return Cause(what, "while running", time.time(), START_ME_AGAIN)
+        return RestartCause(what, "while running", time.time(), START_ME_AGAIN)
 
     def _refusal(self, caller: _Caller, hello: dict[str, Any]) -> str | None:
         if not hmac.compare_digest(str(hello.get("proof")), proof(caller.nonce)):
@@ -214,14 +216,14 @@ class Hub:
         elif kind == "done" and self._phase == "running":
             caller.is_done = True
         elif kind == "failed" and self._phase == "running":
-            self._note(Cause.from_json(message["cause"]))
+            self._note(RestartCause.from_json(message["cause"]))
         elif kind == "bye":
             rank, status = caller.rank, message["status"]
             caller.rank = None
             if self._phase != "over" and rank is not None and rank in self._active:
                 what = f"{self._name(rank)} was ended by a signal to its launcher."
                 self._note(
-                    Cause(
+                    RestartCause(
                         what,
                         "while running",
                         time.time(),
@@ -230,7 +232,7 @@ class Hub:
                     )
                 )
 
-    def _note(self, cause: Cause) -> None:
+    def _note(self, cause: RestartCause) -> None:
         if not self._causes:
             self._failed_at = time.monotonic()
         self._causes.append(cause)
@@ -254,7 +256,7 @@ class Hub:
             listed = " and ".join(self._name(rank) for rank in missing)
             self._end(
                 "over",
-                Cause(
+                RestartCause(
                     f"{listed} did not come within {self._limit:g} s (--node-timeout).",
                     "while waiting for all hosts",
                     time.time(),
@@ -280,7 +282,7 @@ class Hub:
         elif all(caller.is_done for caller in self._callers if caller.rank in self._active):
             self._end("over", None)
 
-    def _end(self, kind: str, cause: Cause | None) -> None:
+    def _end(self, kind: str, cause: RestartCause | None) -> None:
         repeated = kind == "over" and cause is not None and self._restarts.repeats(cause)
         told = None if cause is None else cause.to_json()
         self._phase = "meeting" if kind == "again" else "over"

@@ -71,7 +71,7 @@ class Readiness:
 
 
 @dataclass(frozen=True)
-class Report:
+class DoctorReport:
     """All that `tfdist doctor` found.
 
     Attributes:
@@ -98,7 +98,7 @@ class Report:
         return not self.tensorflow_error and self.cluster is not None
 
 
-def examine(environ: Mapping[str, str] = os.environ) -> Report:
+def examine(environ: Mapping[str, str] = os.environ) -> DoctorReport:
     """Looks at this machine.
 
     Args:
@@ -127,7 +127,7 @@ def examine(environ: Mapping[str, str] = os.environ) -> Report:
             "Set KERAS_BACKEND=tensorflow, or change it in ~/.keras/keras.json."
         )
     devices = tuple(Device(*device) for device in answer.get("devices", ()))
-    return Report(
+    return DoctorReport(
         versions=_versions(answer),
         devices=devices,
         cores=usable_cores(),

@@ -26,7 +26,7 @@ def leader(workers: Sequence[Worker]) -> int:
     return (driving or busy or [0])[0]
 
 
-class Withheld:
+class HiddenOutput:
     """The lines of one worker, of which only tfdist's own are shown at once.
 
     A hang is reported by whichever worker sees it first, so those must be seen.

@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from tfdist.cluster.heartbeat import NOTE_FD, Note, Told, shared_memory
+from tfdist.cluster.heartbeat import NOTE_FD, Heartbeat, Told, shared_memory
 from tfdist.errors import LaunchError
 from tfdist.launch.cause import Failure
-from tfdist.launch.hidden_output import Withheld, leader
+from tfdist.launch.hidden_output import HiddenOutput, leader
 from tfdist.launch.output import Lines, Screen
 from tfdist.launch.plan import Worker
 from tfdist.watchdog.memory import state_of
@@ -41,8 +41,8 @@ class _Member:
         fd: int,
         lines: Lines,
         is_live: bool,
-        note: Note,
-        withheld: Withheld | None,
+        note: Heartbeat,
+        hidden_output: HiddenOutput | None,
     ) -> None:
         self.position = position
         self.worker = worker
@@ -51,7 +51,7 @@ class _Member:
         self.lines = lines
         self.is_live = is_live
         self.note = note
-        self.withheld = withheld
+        self.hidden_output = hidden_output
         self.ended_at: float | None = None
         self.has_group = True
 
@@ -66,7 +66,7 @@ class _Member:
             self.has_group = self.ended_at is None
 
 
-class Crew:
+class ProcessGroup:
     """The workers of this machine while they run.
 
     Attributes:
@@ -167,7 +167,7 @@ class Crew:
         self._screen.show(position, [line])
 
     def reveal(self, failures: Sequence[Failure], cause: Failure | None = None) -> None:
-        """Shows what failed workers wrote, where it was withheld until now.
+        """Shows what failed workers wrote, where it was hidden_output until now.
 
         Args:
             failures: Theirs. Of one that only lost a peer a line says enough.
@@ -177,9 +177,9 @@ class Crew:
         seen = {f.last_error for f in self.failures if f.worker == leader} - {""}
         for failure in failures:
             (member,) = (m for m in self._members if m.worker == failure.worker)
-            if member.withheld is None:
+            if member.hidden_output is None:
                 continue
-            lines = member.withheld.release()
+            lines = member.hidden_output.release()
             if failure.last_error in seen:
                 lines = [f"tfdist: it failed as {leader.task} did. {failure.last_error}"]
             elif failure.blames_peer and failure is not cause:
@@ -229,10 +229,12 @@ class Crew:
             os.close(writing)
         os.set_blocking(reading, False)
         lines = Lines(log, worker.is_quiet)
-        note = Note.of(memory)
+        note = Heartbeat.of(memory)
         is_shown = self._shows_all or position == self._leader
-        withheld = None if is_shown else Withheld()
-        member = _Member(position, worker, process, reading, lines, is_live, note, withheld)
+        hidden_output = None if is_shown else HiddenOutput()
+        member = _Member(
+            position, worker, process, reading, lines, is_live, note, hidden_output
+        )
         self._selector.register(reading, selectors.EVENT_READ, member)
         return member
 
@@ -372,9 +374,9 @@ class Crew:
         return True
 
     def _shown(self, member: _Member, lines: list[str]) -> list[str]:
-        if member.withheld is None:
+        if member.hidden_output is None:
             return lines
-        shown = member.withheld.take(lines)
+        shown = member.hidden_output.take(lines)
         if len(shown) < len(lines) and not self._has_said_what_is_shown:
             self._has_said_what_is_shown = True
             task = self._members[self._leader].worker.task

@@ -9,8 +9,8 @@ from typing import Any
 
 from tfdist._version import __version__
 from tfdist.errors import LaunchError
-from tfdist.launch.client import Link
-from tfdist.launch.coordinator import Hub
+from tfdist.launch.client import CoordinatorClient
+from tfdist.launch.coordinator import Coordinator
 from tfdist.launch.hosts import Host
 from tfdist.launch.restarts import Restarts
 
@@ -30,7 +30,7 @@ def joined(
     limit: float,
     least: int | None = None,
     **options: Any,
-) -> Iterator[Link]:
+) -> Iterator[CoordinatorClient]:
     """Connects this launcher with those of the other machines while the context lasts.
 
     They meet on the first machine, at the port below the first worker's.
@@ -64,11 +64,15 @@ def joined(
     here = "127.0.0.1" if node_rank == 0 else hosts[0].name.strip("[]")
     with contextlib.ExitStack() as stack:
         if node_rank == 0:
-            hub = Hub(port - 1, hosts, settings, Restarts(max_restarts), limit, least)
-            stack.callback(hub.close)
-        link = Link((here, port - 1), node_rank, settings, Restarts(max_restarts), limit)
-        stack.callback(link.close)
-        yield link
+            coordinator = Coordinator(
+                port - 1, hosts, settings, Restarts(max_restarts), limit, least
+            )
+            stack.callback(coordinator.close)
+        client = CoordinatorClient(
+            (here, port - 1), node_rank, settings, Restarts(max_restarts), limit
+        )
+        stack.callback(client.close)
+        yield client
 
 
 def _version(name: str) -> str | None:

@@ -31,7 +31,7 @@ from tfdist.training.request import Request
 _numbers = itertools.count(1)
 
 
-class Run(Continuation):
+class ElasticRun(Continuation):
     """One `fit` of an elastic run, from the first attempt to the last.
 
     Args:
@@ -211,7 +211,7 @@ class _Continued(ContinuedCallbacks):
 class _Commits(keras.callbacks.Callback):  # type: ignore[misc]
     """Commits at the beginning of an epoch; brings back the metrics of a broken one."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: ElasticRun) -> None:
         super().__init__()
         self._run = run
         self._counted: list[tuple[Any, Any]] = []

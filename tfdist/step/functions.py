@@ -24,11 +24,11 @@ from tfdist.step.reduction import (
     GOES_ON,
     MEMBERS_CHANGED,
     STOPPED,
-    Agreement,
     MetricState,
-    Updates,
+    ReducedUpdates,
+    StepAgreement,
 )
-from tfdist.step.timers import Marks
+from tfdist.step.timers import StepTimers
 from tfdist.strategies.base import Functions, Strategy
 from tfdist.strategies.whole import Whole
 
@@ -66,9 +66,9 @@ class Signals(NamedTuple):
     """What the workers tell each other at every step, in the gradients' collective.
 
     Attributes:
-        status: Scalar int32; see `Agreement`.
+        status: Scalar int32; see `StepAgreement`.
         check: This worker's `Share.check`.
-        leaving: Scalar bool; see `Agreement`.
+        leaving: Scalar bool; see `StepAgreement`.
         reducing: Scalar float64, seconds that this worker's reduction took; no signal.
     """
 
@@ -82,7 +82,7 @@ def _no_signals() -> Signals:
     return Signals(tf.constant(0), tf.zeros([4]), tf.constant(False), tf.zeros([], tf.float64))
 
 
-def _signals(agreement: Agreement, share: Share) -> Signals:
+def _signals(agreement: StepAgreement, share: Share) -> Signals:
     return Signals(agreement.status, share.check, agreement.leaving, agreement.seconds)
 
 
@@ -121,12 +121,12 @@ def make_functions(
     if isinstance(strategy, Whole) and strategy.has_company:
         return _in_company(strategy, replica, stop, variables)
     # One process has nobody to wait for, and servers' steps no place for the clocks.
-    marks = Marks() if strategy.place.num_workers > 1 else None
+    timers = StepTimers() if strategy.place.num_workers > 1 else None
     return Functions(
-        train=_over_epoch(model, strategy, replica.train, stop, marks, own_step),
-        test=_over_epoch(model, strategy, replica.test, Stop(), marks),
+        train=_over_epoch(model, strategy, replica.train, stop, timers, own_step),
+        test=_over_epoch(model, strategy, replica.test, Stop(), timers),
         predict=_over_shares(model, strategy, replica.predict),
-        marks=marks,
+        timers=timers,
     )
 
 
@@ -175,7 +175,7 @@ def _over_epoch(
     strategy: Strategy,
     step: Callable[..., Any],
     stop: Stop,
-    marks: Marks | None,
+    timers: StepTimers | None,
     own_step: OwnStep | None = None,
 ) -> Callable[[Epoch], Logs]:
     """Wraps a replica's step into a function of an epoch, `steps_per_execution` at a time.
@@ -207,12 +207,12 @@ def _over_epoch(
     compiled_step = _traced(model, one_step, jit_compile=compiled)
 
     def one(iterator: Any, stopping: Tensor) -> Result:
-        if marks is None:
+        if timers is None:
             unmarked: Result = compiled_step(strategy.next_share(iterator), stopping)
             return unmarked
-        share = marks.draw(strategy.next_share, iterator)
+        share = timers.draw(strategy.next_share, iterator)
         result: Result = compiled_step(share, stopping)
-        marks.note_step(result, result[1].reducing)
+        timers.note_step(result, result[1].reducing)
         return result
 
     def several(iterator: Any, steps: Tensor, stopping: Tensor) -> Result:
@@ -318,7 +318,7 @@ class _Replica:
         self.elements = sum(math.prod(v.shape) for v in model.trainable_variables)
 
     def train(self, share: Share, stopping: Tensor) -> tuple[Logs, Signals]:
-        """Updates the weights, once."""
+        """ReducedUpdates the weights, once."""
         if share.total is None and self.own_step is not None:  # the whole of a stream's batch
             count = tf.shape(tf.nest.flatten(share.data)[0], tf.int64)[0]
             nothing = tf.constant(0, tf.int64)
@@ -330,8 +330,8 @@ class _Replica:
             if own_step is not None:
                 data, stopping = own_step.begin_step(share.data, batch, stopping)
                 share = share._replace(data=data)
-            agreement = Agreement(self.strategy, share, stopping, self.elements)
-            updates = Updates(
+            agreement = StepAgreement(self.strategy, share, stopping, self.elements)
+            updates = ReducedUpdates(
                 self.model, batch, agreement, self.strategy, are_parts=own_step is not None
             )
             batch.metrics = metrics = MetricState(not _keras.has_own(self.model, "train_step"))
@@ -349,7 +349,7 @@ class _Replica:
         if self.alone:
             return self.test_step(share.data), _no_signals()
         with _keras.on_replica(self._batch(share)) as batch:
-            agreement = Agreement(self.strategy, share, stopping)
+            agreement = StepAgreement(self.strategy, share, stopping)
             batch.metrics = metrics = MetricState(not _keras.has_own(self.model, "test_step"))
             logs = self.test_step(share.data)
             batch.metrics = None

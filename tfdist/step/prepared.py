@@ -54,8 +54,8 @@ class Prepared:
             return
         stop = self.stop
         stop.requested = stop.agreed = stop.members_changed = stop.leaving = False
-        marks = self.functions.marks
-        here.counted = None if marks is None else marks.counted
+        timers = self.functions.timers
+        here.counted = None if timers is None else timers.counted
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.strategy.explaining_losses())
             stack.enter_context(self.held)

@@ -22,7 +22,7 @@ Tensor = Any
 GOES_ON, STOPPED, DISAGREED, MEMBERS_CHANGED = 0, 1, 2, 3
 
 
-class Agreement:
+class StepAgreement:
     """Whether all workers go on with this step; known after the step's first reduction.
 
     Args:
@@ -158,7 +158,7 @@ def _of_rows(own: Tensor, total: Tensor, has_fixed_rows: bool) -> Tensor:
     return _keras.once_each(total) if _keras.has_unique_rows(own) else total
 
 
-class Updates:
+class ReducedUpdates:
     """Stands between a train step and its optimizers, to reduce before they apply.
 
     With Keras's `train_step` nothing after the update depends on it, so it waits for the
@@ -177,7 +177,7 @@ class Updates:
         self,
         model: Any,
         batch: ReplicaBatch,
-        agreement: Agreement,
+        agreement: StepAgreement,
         strategy: Strategy,
         are_parts: bool = False,
     ) -> None:

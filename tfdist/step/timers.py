@@ -1,7 +1,7 @@
 """Clocks inside of a step: when its data had come, and how long its reduction took.
 
 A step draws its data and exchanges in one traced function, of which Python sees only the
-beginning and the end. These marks are made on the processor, in the function itself.
+beginning and the end. These timers are made on the processor, in the function itself.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Tensor = Any
 
 
 class Times(NamedTuple):
-    """What the marks have counted.
+    """What the timers have counted.
 
     Attributes:
         drawn: Shares drawn.
@@ -33,7 +33,7 @@ class Times(NamedTuple):
     reducing: float
 
 
-class Marks:
+class StepTimers:
     """Counts what steps do; can be read from another thread while one is under way."""
 
     def __init__(self) -> None:

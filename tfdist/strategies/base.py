@@ -14,7 +14,7 @@ import keras
 import numpy as np
 
 from tfdist.cluster import Cluster
-from tfdist.cluster.key_value_store import Board
+from tfdist.cluster.key_value_store import KeyValueStore
 
 Tensor = Any
 
@@ -52,14 +52,14 @@ class Functions:
         test: The same, for evaluation.
         predict: Gives the outputs for a list of shares.
         running: Makes a context that lasts as long as Keras's loop.
-        marks: Clocks inside of the steps, if they have some.
+        timers: Clocks inside of the steps, if they have some.
     """
 
     train: Callable[[Any], Any]
     test: Callable[[Any], Any]
     predict: Callable[[list[Any]], Any]
     running: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
-    marks: Any = None
+    timers: Any = None
 
 
 class Strategy(abc.ABC):
@@ -279,8 +279,8 @@ class Strategy(abc.ABC):
         """
         return [value]
 
-    def board(self) -> Board | None:
-        """Gives the board on which workers leave notes for each other, if there is one.
+    def key_value_store(self) -> KeyValueStore | None:
+        """Gives the store in which workers leave notes for each other, if there is one.
 
         It works from another thread while this process waits in a collective.
         """

@@ -14,18 +14,18 @@ import numpy as np
 
 from tfdist import watchdog
 from tfdist.strategies.base import Strategy
-from tfdist.watchdog.timeouts import Patience
+from tfdist.watchdog.timeouts import WaitLimit
 
 
 class Connected(Strategy):
     """A strategy whose processes exchange bytes; a subclass says how.
 
     Args:
-        patience: Limits this process's waits for the others.
+        wait_limit: Limits this process's waits for the others.
     """
 
-    def __init__(self, patience: Patience | None = None) -> None:
-        self._patience = patience
+    def __init__(self, wait_limit: WaitLimit | None = None) -> None:
+        self._wait_limit = wait_limit
 
     @abc.abstractmethod
     def broadcast_bytes(self, content: bytes) -> bytes:
@@ -73,6 +73,6 @@ class Connected(Strategy):
 
     def waiting_for(self, what: str) -> contextlib.AbstractContextManager[None]:
         """Limits a wait for the other workers."""
-        if self._patience is None:
+        if self._wait_limit is None:
             return contextlib.nullcontext()
-        return self._patience.waiting_for(what)
+        return self._wait_limit.waiting_for(what)

@@ -13,14 +13,14 @@ import numpy as np
 import tensorflow as tf
 
 from tfdist.cluster import Cluster
-from tfdist.cluster.key_value_store import Board
+from tfdist.cluster.key_value_store import KeyValueStore
 from tfdist.errors import ArgumentError, PeerError, StrategyError
 from tfdist.strategies.base import Place, Tensor
 from tfdist.strategies.connected import Connected
-from tfdist.strategies.horovod_board import RendezvousBoard
+from tfdist.strategies.horovod_store import RendezvousBoard
 from tfdist.strategies.horovod_sums import adasum, sum_bf16
 from tfdist.strategies.packing import reduce_packed
-from tfdist.watchdog.timeouts import Patience
+from tfdist.watchdog.timeouts import WaitLimit
 
 _COMPRESSIONS = {None: None, "fp16": tf.float16, "bf16": tf.bfloat16}
 # Elements. Larger tensors overlap with the backward pass and need no copy; smaller ones cost
@@ -88,19 +88,19 @@ class Horovod(Connected):
         self.sums_exactly = op == "average" and compression is None
         self._sparse_as_dense = sparse_as_dense
         size = self._process_set.size()
-        self._board = RendezvousBoard.from_environment(f"group-{self._first_rank}", size)
+        self._store = RendezvousBoard.from_environment(f"group-{self._first_rank}", size)
         number = self.place.worker_index
         super().__init__(
-            Patience.from_environment(f"rank {self._hvd.rank()}", self._board, number)
+            WaitLimit.from_environment(f"rank {self._hvd.rank()}", self._store, number)
         )
 
     def _take_place(self) -> None:
         size, rank = self._process_set.size(), self._process_set.rank()
         self.place = Place(size, rank, 1, size, rank)
 
-    def board(self) -> Board | None:
-        """Gives the board of the ranks that train together; `mpirun` has none."""
-        return self._board
+    def key_value_store(self) -> KeyValueStore | None:
+        """Gives the key-value store of the ranks that train together; `mpirun` has none."""
+        return self._store
 
     def join(self) -> None:
         """Begins to exchange with the other ranks, which do the same."""
@@ -112,8 +112,8 @@ class Horovod(Connected):
         self._hvd.shutdown()
         self._hvd.init()
         self._take_place()
-        if self._board is not None:
-            self._board.num_workers = self.place.num_workers
+        if self._store is not None:
+            self._store.num_workers = self.place.num_workers
 
     @contextlib.contextmanager
     def members_watched(self, on_change: Callable[[], None]) -> Iterator[None]:

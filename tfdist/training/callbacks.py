@@ -13,7 +13,7 @@ from tfdist.imbalance.per_class import PerClassMetrics
 from tfdist.step.functions import Stop
 from tfdist.strategies.base import Strategy
 from tfdist.training.learning_rate import LearningRateScaling, RateCallback
-from tfdist.training.stragglers import Measure
+from tfdist.training.stragglers import StragglerCallback
 
 _WRITERS = tuple(
     getattr(keras.callbacks, name)
@@ -34,7 +34,7 @@ def prepare(
     strategy: Strategy,
     stop: Stop,
     variables: Sequence[Any],
-    marks: Any = None,
+    timers: Any = None,
     shows: bool = False,
 ) -> Any:
     """Makes the user's callbacks right for this process.
@@ -49,7 +49,7 @@ def prepare(
         strategy: Where the replicas are.
         stop: Shared with the train function.
         variables: The model's state, which all workers take from the chief.
-        marks: Clocks inside of the steps, if they have some.
+        timers: Clocks inside of the steps, if they have some.
         shows: Whether this process prints.
 
     Returns:
@@ -60,12 +60,12 @@ def prepare(
     given = [
         c for c in (given if isinstance(given, list | tuple) else [given]) if c is not None
     ]
-    if strategy.place.num_workers > 1 and marks is not None and not strategy.elastic:
+    if strategy.place.num_workers > 1 and timers is not None and not strategy.elastic:
         boards = [c for c in given if isinstance(c, keras.callbacks.TensorBoard)]
         log_dir = boards[0].log_dir if boards and strategy.place.is_chief else None
-        last.append(Measure(strategy, marks, shows, log_dir))
+        last.append(StragglerCallback(strategy, timers, shows, log_dir))
     if strategy.place.num_workers > 1:
-        last.append(Agreement(strategy, stop, variables))
+        last.append(WorkerAgreement(strategy, stop, variables))
     if isinstance(callbacks, keras.callbacks.CallbackList):
         callbacks.callbacks = [*_for_process(given, strategy), *last]
         return callbacks
@@ -127,7 +127,7 @@ def writer_that_calls() -> Any:
     return None
 
 
-class Agreement(keras.callbacks.Callback):  # type: ignore[misc]
+class WorkerAgreement(keras.callbacks.Callback):  # type: ignore[misc]
     """Keeps the workers together; runs after all other callbacks.
 
     Args:

@@ -174,7 +174,7 @@ class Training:
             request.session.strategy,
             prepared.stop,
             prepared.state.replicated,
-            prepared.functions.marks,
+            prepared.functions.timers,
             shows=request.shows,
         )
         for extension in self._extensions:

@@ -12,7 +12,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tfdist.step.timers import Marks, Times, has_clocks
+from tfdist.step.timers import StepTimers, Times, has_clocks
 from tfdist.strategies.base import Strategy
 from tfdist.watchdog import here
 
@@ -111,22 +111,22 @@ def table(found: Sequence[Pace], note: str) -> str:
     return "\n".join([title, *listed, f"tfdist: {note}"])
 
 
-class Measure(keras.callbacks.Callback):  # type: ignore[misc]
+class StragglerCallback(keras.callbacks.Callback):  # type: ignore[misc]
     """Measures the steps of all workers, shows them in TensorBoard, and who holds them back.
 
     Args:
         strategy: Where the replicas are, on several workers.
-        marks: Clocks inside of the steps.
+        timers: Clocks inside of the steps.
         shows: Whether this process prints.
         log_dir: Of the user's TensorBoard in this process, if there is one.
     """
 
     def __init__(
-        self, strategy: Strategy, marks: Marks, shows: bool, log_dir: str | None
+        self, strategy: Strategy, timers: StepTimers, shows: bool, log_dir: str | None
     ) -> None:
         super().__init__()
         self._strategy = strategy
-        self._marks = marks
+        self._timers = timers
         self._shows = shows
         self._log_dir = log_dir
         self._epoch = array("d")
@@ -141,7 +141,7 @@ class Measure(keras.callbacks.Callback):  # type: ignore[misc]
         here.noting = self._note
 
     def _note(self, between: float, lasted: float) -> None:
-        times, before = self._marks.read(), self._before
+        times, before = self._timers.read(), self._before
         self._before = times
         steps = 0.0 if before is None else times.made - before.made
         if before is None or not steps:  # the first step is traced, which takes long
@@ -160,7 +160,7 @@ class Measure(keras.callbacks.Callback):  # type: ignore[misc]
         self._seconds += float(np.sum(mine[:, _STEP]))
         mine = mine[-_KEPT:]
         self._epoch = array("d")
-        self._before = self._marks.read()
+        self._before = self._timers.read()
         measured = self._strategy.gather_objects(mine)
         steps = min(map(len, measured))
         if not steps:

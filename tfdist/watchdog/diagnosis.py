@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from tfdist.watchdog.messages import ENDED, Note
+from tfdist.watchdog.messages import ENDED, StatusMessage
 from tfdist.watchdog.progress import BETWEEN, FIRST_STEP, OUTSIDE, START, STEP
 
 HEADLINE = "tfdist: the run hangs"
@@ -27,7 +27,7 @@ class Lost:
 
 
 @dataclass(frozen=True)
-class Cause:
+class HangCause:
     """Why a run hangs.
 
     Attributes:
@@ -40,7 +40,7 @@ class Cause:
 
 
 def goes_on(
-    notes: Mapping[int, Note], lost: Mapping[int, Lost], silent: Sequence[str] = ()
+    notes: Mapping[int, StatusMessage], lost: Mapping[int, Lost], silent: Sequence[str] = ()
 ) -> bool:
     """Tells whether a worker that the others wait for is still within its own limit.
 
@@ -59,8 +59,8 @@ def goes_on(
 
 
 def causes(
-    notes: Mapping[int, Note], lost: Mapping[int, Lost], silent: Sequence[str] = ()
-) -> list[Cause]:
+    notes: Mapping[int, StatusMessage], lost: Mapping[int, Lost], silent: Sequence[str] = ()
+) -> list[HangCause]:
     """Lists the likely causes, the likeliest first.
 
     Args:
@@ -69,7 +69,7 @@ def causes(
         silent: Servers that do not answer.
     """
     found = [
-        Cause(
+        HangCause(
             f"{task} does not answer, though it may run: its process is stopped (SIGSTOP, or a "
             "debugger), its machine stands still, or the network to it is cut.",
             certain=True,
@@ -81,7 +81,7 @@ def causes(
     inside = [note for note in answering if note.is_inside]
     found += _calls(answering, inside)
     found += [
-        Cause(
+        HangCause(
             f"{note.task} is almost out of memory: {note.left_mib} MiB are left of "
             f"{note.all_mib}, and it uses {note.used_mib}. A machine that swaps stands still; "
             "make the batch or the shuffle buffer smaller, or start fewer workers on it."
@@ -90,7 +90,7 @@ def causes(
         if note.lacks_memory
     ]
     found += [
-        Cause(
+        HangCause(
             f"{note.task} waits for its data, for {note.idle:.0f} s"
             + (": the others wait for it. " if len(inside) > 1 else ". ")
             + "Look at what its pipeline reads (a slow disk or network, a "
@@ -100,7 +100,7 @@ def causes(
         if note.waits_for_data
     ]
     found += [
-        Cause(
+        HangCause(
             f"The step waits for its data, or computes, for {note.idle:.0f} s. Look at what "
             "the pipeline reads (a slow disk or network, a generator that waits, a shuffle "
             "buffer that fills)."
@@ -111,7 +111,7 @@ def causes(
     found += _elsewhere(answering, inside)
     if not found:
         found.append(
-            Cause(
+            HangCause(
                 "Nothing that is known. All workers are in the same step, so the network "
                 "between them may be cut, or a step is that slow: raise the limit then."
                 if len(inside) > 1
@@ -121,36 +121,36 @@ def causes(
     return found
 
 
-def _lost(note: Note, reason: Lost) -> Cause:
+def _lost(note: StatusMessage, reason: Lost) -> HangCause:
     since = f"{note.task} has not answered for {reason.seconds:.0f} s"
     if reason.state in ("T", "t"):
         text = (
             f"{since}: its process {note.pid} is stopped (SIGSTOP, or a debugger). "
             f"`kill -CONT {note.pid}` lets it go on, if the others still wait."
         )
-        return Cause(text, certain=True)
+        return HangCause(text, certain=True)
     if reason.state in (None, "Z", "X"):
         text = f"{since}: its process {note.pid} has ended. See the end of its output."
-        return Cause(text, certain=True)
+        return HangCause(text, certain=True)
     if reason.state != "?":
-        return Cause(
+        return HangCause(
             f"{since}, but its process {note.pid} runs: something holds Python's interpreter "
             "lock, such as a library that computes for long, or its machine is overloaded."
         )
-    return Cause(
+    return HangCause(
         f"{since}: its process {note.pid} on {note.host} is stopped, has ended or cannot be "
         "reached. See its output, the machine and the network between them."
     )
 
 
-def ended(note: Note, inside: Sequence[Note]) -> Cause:
+def ended(note: StatusMessage, inside: Sequence[StatusMessage]) -> HangCause:
     """Says what it means that a worker's script has ended.
 
     Args:
         note: Its last.
         inside: Of those that are in a call.
     """
-    return Cause(
+    return HangCause(
         f"The script of {note.task} has ended, after {_times(note.number)}, while "
         f"{_tasks(inside)} is in `{inside[0].call}`, call number {inside[0].number}. All "
         "workers must call `fit`, `evaluate` and `predict` equally often: look for "
@@ -159,7 +159,9 @@ def ended(note: Note, inside: Sequence[Note]) -> Cause:
     )
 
 
-def _calls(answering: Sequence[Note], inside: Sequence[Note]) -> list[Cause]:
+def _calls(
+    answering: Sequence[StatusMessage], inside: Sequence[StatusMessage]
+) -> list[HangCause]:
     """Finds workers that are not in the call in which others are."""
     begun = [n for n in inside if n.at != START and n.is_waiting and n.is_overdue]
     found = []
@@ -168,7 +170,7 @@ def _calls(answering: Sequence[Note], inside: Sequence[Note]) -> list[Cause]:
             found.append(ended(note, inside))
         elif begun and not note.is_inside and not note.alone:
             found.append(
-                Cause(
+                HangCause(
                     f"{note.task} has left `{note.call}`, in which {_tasks(begun)} goes on: it "
                     f"returned early, after step {note.step}. Look for an exception that the "
                     "script catches, and for a callback that stops one worker by other means "
@@ -176,7 +178,7 @@ def _calls(answering: Sequence[Note], inside: Sequence[Note]) -> list[Cause]:
                     certain=True,
                 )
                 if note.number == begun[0].number
-                else Cause(
+                else HangCause(
                     f"{note.task} is not in `{begun[0].call}`, where {_tasks(begun)} is: it "
                     f"has made {_times(note.number)}, and they {begun[0].number}. All "
                     "workers must make the same calls.",
@@ -187,7 +189,7 @@ def _calls(answering: Sequence[Note], inside: Sequence[Note]) -> list[Cause]:
     if apart and any(note.at == STEP for note in begun):
         in_step = [note for note in begun if note.at == STEP]
         found.append(
-            Cause(
+            HangCause(
                 f"{_tasks(apart)} exchanges something with the others in a callback "
                 f"({apart[0].phase}), while {_tasks(in_step)} is in a step. A callback that "
                 "calls tfdist must do so on all workers.",
@@ -201,7 +203,7 @@ def _calls(answering: Sequence[Note], inside: Sequence[Note]) -> list[Cause]:
             f"{note.task} is in `{note.call}` (call {note.number})" for note in inside
         )
         found.append(
-            Cause(
+            HangCause(
                 f"The workers called different functions, or the same a different number of "
                 f"times: {listed}. All workers must make the same calls in the same order.",
                 certain=True,
@@ -210,14 +212,16 @@ def _calls(answering: Sequence[Note], inside: Sequence[Note]) -> list[Cause]:
     return found
 
 
-def _elsewhere(answering: Sequence[Note], inside: Sequence[Note]) -> list[Cause]:
+def _elsewhere(
+    answering: Sequence[StatusMessage], inside: Sequence[StatusMessage]
+) -> list[HangCause]:
     """Finds workers that are busy with something else than the step of the others."""
     waiting = [note for note in inside if note.is_waiting]
     found = []
     for note in answering:
         if note.at == BETWEEN and not note.is_waiting and note.is_overdue:
             found.append(
-                Cause(
+                HangCause(
                     f"{note.task} has been in {note.phase} for {note.idle:.0f} s"
                     + (f", and {_tasks(waiting)} waits for it. " if waiting else ". ")
                     + "If that is right, raise the limit; a callback that calls tfdist or "
@@ -226,7 +230,7 @@ def _elsewhere(answering: Sequence[Note], inside: Sequence[Note]) -> list[Cause]
             )
         elif note.at == OUTSIDE and inside and note.number < inside[0].number:
             found.append(
-                Cause(
+                HangCause(
                     f"{note.task} has not called `{inside[0].call}` yet, where "
                     f"{_tasks(inside)} waits for it. If it saves or computes something "
                     "meanwhile, raise the limit."
@@ -236,13 +240,15 @@ def _elsewhere(answering: Sequence[Note], inside: Sequence[Note]) -> list[Cause]
     if len(steps) > 1:
         late = min(waiting, key=lambda note: note.step)
         found.append(
-            Cause(f"{late.task} is behind, in step {late.step}: see where its Python stands.")
+            HangCause(
+                f"{late.task} is behind, in step {late.step}: see where its Python stands."
+            )
         )
     return found
 
 
 def report(
-    notes: Mapping[int, Note],
+    notes: Mapping[int, StatusMessage],
     lost: Mapping[int, Lost],
     missing: Sequence[str] = (),
     silent: Sequence[str] = (),
@@ -283,7 +289,7 @@ def _times(number: int) -> str:
     return f"{number} call{'' if number == 1 else 's'}"
 
 
-def _tasks(notes: Sequence[Note]) -> str:
+def _tasks(notes: Sequence[StatusMessage]) -> str:
     if len(notes) > 3:
         return f"{notes[0].task} with {len(notes) - 1} others"
     return " and ".join(note.task for note in notes)

@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 from tfdist.watchdog import memory, stacks
-from tfdist.watchdog.messages import ENDED, Note
+from tfdist.watchdog.messages import ENDED, StatusMessage
 from tfdist.watchdog.progress import (
     BETWEEN,
     EXCHANGING,
@@ -28,7 +28,7 @@ class Oneself:
         self._beat = 0
         self._exchange: float | None = None  # when the one began that is under way
 
-    def note(self, worker: int, settings: Settings, with_stack: bool = False) -> Note:
+    def note(self, worker: int, settings: Settings, with_stack: bool = False) -> StatusMessage:
         """Says where this process is now.
 
         Args:
@@ -55,7 +55,7 @@ class Oneself:
         left = memory.left_mib() or (None, None)
         stack = [*stacks.describe(frame), *stacks.others()] if with_stack else []
         self._beat += 1
-        return Note(
+        return StatusMessage(
             worker=worker,
             task=f"worker {worker}",
             beat=self._beat,
@@ -79,13 +79,13 @@ class Oneself:
             stack=tuple(stack),
         )
 
-    def ended(self, worker: int) -> Note:
+    def ended(self, worker: int) -> StatusMessage:
         """Says that this process's script has ended.
 
         Args:
             worker: Its number.
         """
-        return Note(
+        return StatusMessage(
             worker=worker,
             task=f"worker {worker}",
             beat=self._beat + 1,

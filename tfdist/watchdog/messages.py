@@ -11,7 +11,7 @@ ENDED = "ended"
 
 
 @dataclass(frozen=True)
-class Note:
+class StatusMessage:
     """Where a worker is.
 
     Attributes:
@@ -88,7 +88,7 @@ class Note:
         return json.dumps(asdict(self))
 
     @classmethod
-    def read(cls, text: str) -> Note:
+    def read(cls, text: str) -> StatusMessage:
         """Reads what `text` gave, also in another version.
 
         Args:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 
 from tfdist.cluster.environment import limit_of
-from tfdist.cluster.key_value_store import Board
+from tfdist.cluster.key_value_store import KeyValueStore
 from tfdist.errors import START_ME_AGAIN
 from tfdist.watchdog import here, stacks
 
@@ -27,7 +27,7 @@ _LOOK_S = 5.0
 _PREPARING = "preparing"
 
 
-class Patience:
+class WaitLimit:
     """Ends the process when one wait takes too long; a wait in a collective cannot be left.
 
     Before, after a quarter of the limit and at most 60 s, it warns of the wait. Each warning
@@ -39,8 +39,8 @@ class Patience:
     Args:
         seconds: The limit of a wait; 0 means none.
         worker: Who waits, for the message.
-        board: Where workers write for what they wait, if there is such a place.
-        number: This worker's on the board.
+        store: Where workers write for what they wait, if there is such a place.
+        number: This worker's on the store.
         absent: Names the processes that do not answer now.
     """
 
@@ -48,14 +48,14 @@ class Patience:
         self,
         seconds: float,
         worker: str,
-        board: Board | None = None,
+        store: KeyValueStore | None = None,
         number: int = 0,
         absent: Callable[[], list[str]] = list,
     ) -> None:
         self._absent = absent
         self._seconds = seconds
         self._worker = worker
-        self._board = board
+        self._store = store
         self._number = number
         self._written = ""
         self._since: float | None = None
@@ -63,25 +63,25 @@ class Patience:
         self._what = ""
         self._long = min(_LONG_S, seconds / 4) if seconds > 0 else _LONG_S
         self._warned: float | None = None
-        threading.Thread(target=self._watch, name="tfdist-patience", daemon=True).start()
+        threading.Thread(target=self._watch, name="tfdist-wait_limit", daemon=True).start()
 
     @classmethod
     def from_environment(
         cls,
         worker: str,
-        board: Board | None = None,
+        store: KeyValueStore | None = None,
         number: int = 0,
         absent: Callable[[], list[str]] = list,
-    ) -> Patience:
+    ) -> WaitLimit:
         """Makes one with the limit that the environment sets.
 
         Args:
             worker: Who waits.
-            board: Where workers write for what they wait.
-            number: This worker's on the board.
+            store: Where workers write for what they wait.
+            number: This worker's on the store.
             absent: Names the processes that do not answer now.
         """
-        return cls(limit_of(STEP_TIMEOUT, 1800), worker, board, number, absent)
+        return cls(limit_of(STEP_TIMEOUT, 1800), worker, store, number, absent)
 
     @contextlib.contextmanager
     def waiting_for(self, what: str) -> Iterator[None]:
@@ -119,12 +119,12 @@ class Patience:
 
     def _write(self, where: str) -> None:
         note = f"{where} {self._what}" if self._what else "before its first exchange"
-        if self._board is not None and note != self._written:
-            self._board.post(f"progress/{self._number}", note)
+        if self._store is not None and note != self._written:
+            self._store.post(f"progress/{self._number}", note)
             self._written = note
 
     def _notes(self) -> dict[int, str]:
-        return {} if self._board is None else self._board.read_all("progress")
+        return {} if self._store is None else self._store.read_all("progress")
 
     def _others(self, notes: Mapping[int, str]) -> str:
         absent = self._absent()

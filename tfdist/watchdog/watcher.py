@@ -14,12 +14,12 @@ from typing import Any
 
 from tfdist.cluster import launched_config
 from tfdist.cluster.evaluator import leave_training
-from tfdist.cluster.key_value_store import Board
+from tfdist.cluster.key_value_store import KeyValueStore
 from tfdist.errors import HUNG, HungError, PeerError
 from tfdist.watchdog import diagnosis
 from tfdist.watchdog.diagnosis import Lost
 from tfdist.watchdog.local import Oneself
-from tfdist.watchdog.messages import ENDED, Note
+from tfdist.watchdog.messages import ENDED, StatusMessage
 from tfdist.watchdog.peers import NOTE, Others, state_of
 from tfdist.watchdog.progress import OUTSIDE, here
 from tfdist.watchdog.settings import Settings
@@ -42,16 +42,20 @@ class Watcher:
         settings: How long is too long.
         worker: This process's number.
         workers: How many there are.
-        board: Where they leave notes, if there is one.
+        store: Where they leave notes, if there is one.
     """
 
     def __init__(
-        self, settings: Settings, worker: int = 0, workers: int = 1, board: Board | None = None
+        self,
+        settings: Settings,
+        worker: int = 0,
+        workers: int = 1,
+        store: KeyValueStore | None = None,
     ) -> None:
         self.settings = settings
         self._worker = worker
         self._workers = workers
-        self._board = board
+        self._store = store
         self._oneself = Oneself()
         self._posted = 0.0
         self._looked = 0.0
@@ -74,7 +78,7 @@ class Watcher:
         self,
         worker: int,
         workers: int,
-        board: Board | None,
+        store: KeyValueStore | None,
         ask_servers: Callable[[], list[str]],
     ) -> None:
         """Watches another place: that of the strategy that is used now.
@@ -82,18 +86,26 @@ class Watcher:
         Args:
             worker: This process's number.
             workers: How many there are.
-            board: Where they leave notes.
+            store: Where they leave notes.
             ask_servers: Names the servers that do not answer now.
         """
         self._ask_servers = ask_servers
-        if (worker, workers, board) != (self._worker, self._workers, self._board):
-            self._worker, self._workers, self._board = worker, workers, board
+        if (worker, workers, store) != (
+            self._worker,
+            self._workers,
+            self._store,
+        ):
+            self._worker, self._workers, self._store = (
+                worker,
+                workers,
+                store,
+            )
             self._knows_keeper = False
             if self.settings.limit:
                 self._post(self._oneself.note(worker, self.settings))
 
     def meet(self) -> None:
-        """Reads the first note of the board's keeper, which could not be asked when lost.
+        """Reads the first note of the store's keeper, which could not be asked when lost.
 
         To be called once all workers have posted theirs: each by its first call.
         """
@@ -110,7 +122,7 @@ class Watcher:
         Returns:
             What to raise in its place, or None.
         """
-        if self._board is None or not self.settings.limit:
+        if self._store is None or not self.settings.limit:
             return None
         notes, _ = self._everyone(self._oneself.note(self._worker, self.settings))
         for note in notes.values():
@@ -174,7 +186,7 @@ class Watcher:
             elif self._reported == since and self._is_at_end(note):
                 self._end(f"Nothing has gone on for {note.idle:.0f} s.")
 
-    def _is_served_no_more(self, note: Note) -> bool:
+    def _is_served_no_more(self, note: StatusMessage) -> bool:
         """Tells whether a server of this process is silent, twice in turn."""
         if note.idle <= self.settings.limit or note.at == OUTSIDE or note.is_debugged:
             self._unheard, self._silent = set(), []
@@ -189,13 +201,13 @@ class Watcher:
             self._wrote = False
             print("tfdist: the run goes on.", file=sys.stderr, flush=True)
 
-    def _is_at_end(self, note: Note) -> bool:
+    def _is_at_end(self, note: StatusMessage) -> bool:
         lead = 0.0 if self._wrote else _LEAD_S
         return note.idle > self.settings.end_of(note.at, here.median) + lead
 
     def _hear(self) -> None:
         """Does what another worker's watcher asked for."""
-        text = None if self._board is None else self._board.read(_HANG)
+        text = None if self._store is None else self._store.read(_HANG)
         if text is None:
             return
         asked = json.loads(text)
@@ -206,8 +218,8 @@ class Watcher:
 
     def _ask(self) -> None:
         name = f"{self._worker} {time.time()}"
-        if self._board is not None:
-            self._board.post(_HANG, json.dumps({"name": name, "state": "ask"}))
+        if self._store is not None:
+            self._store.post(_HANG, json.dumps({"name": name, "state": "ask"}))
         self._answer(name)
 
     def _answer(self, name: str) -> None:
@@ -218,7 +230,7 @@ class Watcher:
         self._post(mine)
         deadline = time.monotonic() + 2 * min(_ASKED_S, self._beat_s) + 2.0
         notes, lost = self._everyone(mine)
-        while time.monotonic() < deadline and self._board is not None:
+        while time.monotonic() < deadline and self._store is not None:
             answered = [w for w, note in notes.items() if note.stack or note.at == ENDED]
             if len(answered) == self._workers:
                 break
@@ -229,7 +241,7 @@ class Watcher:
             if note.clock < asked - 60 or (not note.stack and note.at != ENDED):
                 lost.setdefault(worker, Lost(time.time() - note.clock, state_of(note)))
         if not self._others.keeper_answers:
-            lost = self._others.keeper_lost(self._board, self._worker)
+            lost = self._others.keeper_lost(self._store, self._worker)
         self._lost = lost
         first = min((w for w in notes if w not in lost), default=self._worker)
         if first != self._worker and self._others.keeper_answers:
@@ -242,7 +254,7 @@ class Watcher:
         self._wrote = True
         self._report(notes, lost)
 
-    def _report(self, notes: dict[int, Note], lost: dict[int, Lost]) -> None:
+    def _report(self, notes: dict[int, StatusMessage], lost: dict[int, Lost]) -> None:
         missing = [f"worker {w}" for w in range(self._workers) if w not in notes]
         is_certain = any(cause.certain for cause in diagnosis.causes(notes, lost, self._silent))
         ends = self._may_end and is_certain
@@ -280,9 +292,9 @@ class Watcher:
                 file=sys.stderr,
                 flush=True,
             )
-        if self._board is not None:
+        if self._store is not None:
             said = {"name": self._answered, "state": "end", "by": self._worker}
-            self._board.post(_HANG, json.dumps(said))
+            self._store.post(_HANG, json.dumps(said))
         os._exit(HUNG)
 
     def _leave(self, who: str) -> None:
@@ -303,22 +315,24 @@ class Watcher:
     def _beat_s(self) -> float:
         return min(_BEAT_S, self.settings.limit / 4)
 
-    def _post(self, note: Note) -> None:
-        if self._board is not None:
-            self._board.post(f"{NOTE}/{self._worker}", note.text())
+    def _post(self, note: StatusMessage) -> None:
+        if self._store is not None:
+            self._store.post(f"{NOTE}/{self._worker}", note.text())
 
     def _read_keeper(self) -> None:
-        keeper = None if self._board is None else self._board.keeper
-        if self._board is not None and keeper is not None and keeper != self._worker:
-            self._others.read(self._board, keeper)
+        keeper = None if self._store is None else self._store.keeper
+        if self._store is not None and keeper is not None and keeper != self._worker:
+            self._others.read(self._store, keeper)
 
-    def _everyone(self, mine: Note) -> tuple[dict[int, Note], dict[int, Lost]]:
-        return self._others.everyone(self._board, mine, self._beat_s)
+    def _everyone(
+        self, mine: StatusMessage
+    ) -> tuple[dict[int, StatusMessage], dict[int, Lost]]:
+        return self._others.everyone(self._store, mine, self._beat_s)
 
     def _say_ended(self) -> None:
         self._over = True
         self._say_if_it_goes_on()
-        if self._board is None or not self.settings.limit or here.calls == 0:
+        if self._store is None or not self.settings.limit or here.calls == 0:
             return
         self._post(self._oneself.ended(self._worker))
 
@@ -363,8 +377,8 @@ def calling(name: str, strategy: Any) -> Iterator[None]:
     if _watcher is None and _settings.limit:
         _watcher = Watcher(_settings)
     if _watcher is not None:
-        board = strategy.board() if several else None
-        _watcher.move(place.worker_index, place.num_workers, board, strategy.silent)
+        store = strategy.key_value_store() if several else None
+        _watcher.move(place.worker_index, place.num_workers, store, strategy.silent)
     with here.calling(name, alone=not several):
         try:
             yield

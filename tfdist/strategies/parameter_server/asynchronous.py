@@ -24,11 +24,11 @@ from tfdist import _keras
 from tfdist._keras import ReplicaBatch, served
 from tfdist.errors import ArgumentError
 from tfdist.strategies.base import Functions
-from tfdist.strategies.parameter_server.ledger import Ledger, Staleness
 from tfdist.strategies.parameter_server.servers import Servers
+from tfdist.strategies.parameter_server.update_log import Staleness, UpdateLog
 from tfdist.strategies.parameter_server.updates import (
     LARGEST_PACKED,
-    Updates,
+    ServerUpdates,
     sent_together,
 )
 
@@ -65,7 +65,7 @@ class Asynchronous:
         self._max_staleness = max_staleness
         self._waiting_for = waiting_for
         self._on_end = on_end
-        self._ledger = Ledger(servers.servers[0])
+        self._ledger = UpdateLog(servers.servers[0])
         self._pending: deque[Any] = deque()
         self._resident: list[tuple[Any, Any]] = []  # columns, and where workers have them
         self._drawing: tuple[Any, Any] = (None, None)  # an iterator, and what draws from it
@@ -295,7 +295,7 @@ class Asynchronous:
             self._apart(data, number, weights) as (scope, batch),
         ):
             before = {id(v): tf.convert_to_tensor(v) for v in statistics}
-            batch.updates = updates = Updates(model, ledger, number)
+            batch.updates = updates = ServerUpdates(model, ledger, number)
             logs = self._train_of_model(data)
             batch.updates = None
             averages = served.averaging_variables(model)

@@ -12,12 +12,12 @@ import tensorflow as tf
 from tfdist import _keras
 from tfdist._keras import served
 from tfdist._keras.parts import Split
-from tfdist.strategies.parameter_server.placement import Part, Size, place
+from tfdist.strategies.parameter_server.placement import Size, VariableSlice, place
 
 
 def plan(
     variables: Sequence[Any], optimizers: Sequence[Any], servers: int, min_part_bytes: int
-) -> list[tuple[Any, tuple[Part, ...], list[Any]]]:
+) -> list[tuple[Any, tuple[VariableSlice, ...], list[Any]]]:
     """Decides where each variable goes.
 
     Args:
@@ -54,7 +54,7 @@ def plan(
     ]
     parts = place(sizes, servers, min_part_bytes)
     placed = [(v, p, slots) for (v, slots, _), p in zip(groups, parts, strict=True)]
-    first = (Part(0, 0, 1),)
+    first = (VariableSlice(0, 0, 1),)
     return [*placed, *((v, first, []) for v in rest if not v.shape.rank)]
 
 
@@ -78,7 +78,7 @@ class ServerVariables(contextlib.AbstractContextManager[None]):
 
     def __init__(
         self,
-        placed: Sequence[tuple[Any, tuple[Part, ...], list[Any]]],
+        placed: Sequence[tuple[Any, tuple[VariableSlice, ...], list[Any]]],
         optimizers: Sequence[Any],
         servers: Sequence[str],
         replacements: Callable[[], contextlib.AbstractContextManager[None]],
@@ -117,7 +117,7 @@ class ServerVariables(contextlib.AbstractContextManager[None]):
         for optimizer in self._optimizers:
             _keras.reindex_optimizer(optimizer)
 
-    def _make(self, variable: Any, parts: Sequence[Part]) -> Any:
+    def _make(self, variable: Any, parts: Sequence[VariableSlice]) -> Any:
         value = variable.numpy()
         made = []
         for part in parts:

@@ -29,7 +29,7 @@ class Staleness:
     maximum: int
 
 
-class Ledger:
+class UpdateLog:
     """What the first server remembers of updates: their number, their age, and a lock.
 
     Args:

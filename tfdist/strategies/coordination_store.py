@@ -1,18 +1,18 @@
-"""The board of workers that TensorFlow connects: the key-value store of its coordination."""
+"""The key-value store of workers that TensorFlow connects: its coordination service's."""
 
 from __future__ import annotations
 
 import tensorflow as tf
 
 from tfdist import _keras
-from tfdist.cluster.key_value_store import Board, Limited
+from tfdist.cluster.key_value_store import KeyValueStore, Limited
 
 # A note that is replaced is gone for a moment; the store can be asked to wait so long.
 _REPLACED_MS = 50
 _TRIES = 20
 
 
-class CoordinationBoard(Board):
+class CoordinationStore(KeyValueStore):
     """Notes in TensorFlow's coordination service, which the chief's process keeps.
 
     The service runs beside Python, so a chief that is busy or waits answers all the same;
@@ -29,8 +29,8 @@ class CoordinationBoard(Board):
         self._limited = Limited()
 
     @classmethod
-    def of_this_process(cls, num_workers: int) -> CoordinationBoard | None:
-        """Gives the board, if TensorFlow's coordination service connects the workers.
+    def of_this_process(cls, num_workers: int) -> CoordinationStore | None:
+        """Gives the key-value store, if TensorFlow's coordination service connects the workers.
 
         Args:
             num_workers: How many workers there are.

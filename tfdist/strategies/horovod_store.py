@@ -1,4 +1,4 @@
-"""The board of ranks that Horovod connects: a store at the rendezvous that started them."""
+"""The key-value store of ranks that Horovod connects: at the rendezvous that started them."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import urllib.parse
 import urllib.request
 from collections.abc import Mapping
 
-from tfdist.cluster.key_value_store import Board
+from tfdist.cluster.key_value_store import KeyValueStore
 
 _ASK_S = 5.0
 
 
-class RendezvousBoard(Board):
+class RendezvousBoard(KeyValueStore):
     """Notes kept by the rendezvous server, a plain store of texts over HTTP.
 
     Horovod's launcher and tfdist's keep it running as long as the ranks, in a process of its
