@@ -13,6 +13,7 @@ from tfdist._version import __version__
 if TYPE_CHECKING:
     from tfdist import imbalance, privacy, samplers
     from tfdist.api import evaluate, fit, predict
+    from tfdist.compression.settings import PowerSGD
     from tfdist.data import Augment, ByClass, LocalShard
     from tfdist.privacy.budget import PrivacyBudget
     from tfdist.privacy.in_turn import DPFTRL
@@ -33,6 +34,7 @@ __all__ = [
     "LocalShard",
     "ParameterServer",
     "PerClassMetrics",
+    "PowerSGD",
     "PrivacyBudget",
     "__version__",
     "drop_in",
@@ -60,6 +62,7 @@ _HOMES = {
     "LocalShard": "tfdist.data",
     "ParameterServer": "tfdist.strategies.parameter_server",
     "PerClassMetrics": "tfdist.imbalance.per_class",
+    "PowerSGD": "tfdist.compression.settings",
     "PrivacyBudget": "tfdist.privacy.budget",
     "drop_in": "tfdist.scripts.drop_in",
     "evaluate": "tfdist.api",

@@ -12,6 +12,8 @@ from typing import Any, ParamSpec
 import keras
 
 from tfdist import _keras, data, watchdog
+from tfdist.compression.extension import CompressedTraining
+from tfdist.compression.settings import PowerSGD
 from tfdist.errors import ArgumentError, DisagreementError, outside
 from tfdist.privacy import memory
 from tfdist.privacy.settings import DPSGD
@@ -115,6 +117,7 @@ def fit(
     shard: Any = None,
     seed: int | None = None,
     privacy: DPSGD | None = None,
+    compression: str | PowerSGD | None = None,
     checkpoint: Checkpoint | str | os.PathLike[str] | None = None,
     verify_every: int | None = None,
     whole_batch: bool | None = None,
@@ -161,6 +164,8 @@ def fit(
         seed: Of sampler and augmentation; `init`'s if None, and drawn if that is None too.
             In private training `init`'s is not used.
         privacy: A `tfdist.DPSGD` or `tfdist.DPFTRL` for differentially private training.
+        compression: "bf16" or "fp16" for gradients that travel in half the bytes, or a
+            `tfdist.PowerSGD` for far fewer. None: as the strategy says, else none.
         checkpoint: A `tfdist.Checkpoint`, or a directory, from which training goes on as if it
             had never stopped, and in which it is saved.
         verify_every: Steps after which all replicas' weights are compared, again and again,
@@ -221,6 +226,7 @@ def fit(
     extensions: list[Extension] = [Verification(verify_every)]
     if privacy is not None:
         extensions.append(PrivateTraining(privacy))
+    extensions.append(CompressedTraining(compression or session.strategy.compression))
     continuation = Continuation(extensions)
     if checkpoint is not None:
         continuation = CheckpointRun(checkpoint, session.strategy, extensions)

@@ -7,8 +7,9 @@ are summed and need no division; metrics are summed as state; both travel togeth
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from tfdist import _keras
 from tfdist._keras import ReplicaBatch
 from tfdist.data import Epoch, Share, no_groups
 from tfdist.errors import DisagreementError, MembersChanged, StrategyError
+from tfdist.step.exchange import Exchange
 from tfdist.step.own_step import OwnStep
 from tfdist.step.reduction import (
     DISAGREED,
@@ -92,6 +94,7 @@ def make_functions(
     stop: Stop,
     variables: Sequence[Any] = (),
     own_step: OwnStep | None = None,
+    exchange: Exchange | None = None,
 ) -> Functions:
     """Builds the functions of a model on a strategy; they are traced when first called.
 
@@ -101,6 +104,7 @@ def make_functions(
         stop: Shared with the callback that sets `requested` and reads `agreed`.
         variables: All state of the model.
         own_step: Takes the place of Keras's train step.
+        exchange: Is put around the reduction of gradients.
 
     Returns:
         The functions for `_keras.loop_functions`.
@@ -117,13 +121,13 @@ def make_functions(
         )
     if own is not None:
         return own
-    replica = _Replica(model, strategy, own_step)
+    replica = _Replica(model, strategy, own_step, exchange)
     if isinstance(strategy, Whole) and strategy.has_company:
         return _in_company(strategy, replica, stop, variables)
     # One process has nobody to wait for, and servers' steps no place for the clocks.
     timers = StepTimers() if strategy.place.num_workers > 1 else None
     return Functions(
-        train=_over_epoch(model, strategy, replica.train, stop, timers, own_step),
+        train=_over_epoch(model, strategy, replica.train, stop, timers, own_step, exchange),
         test=_over_epoch(model, strategy, replica.test, Stop(), timers),
         predict=_over_shares(model, strategy, replica.predict),
         timers=timers,
@@ -170,26 +174,41 @@ def _traced(model: Any, function: Callable[..., Any], **options: Any) -> Callabl
     return traced
 
 
-def _over_epoch(
+Result = tuple[Logs, Signals]
+ReplicaStep = Callable[[Share, Tensor, Hashable], Result]
+
+
+@dataclass(frozen=True)
+class _TracedSteps:
+    """Functions of an iterator that draw and make steps of one kind.
+
+    Attributes:
+        one: Makes one step, given what `Stop.asked` gives.
+        several: Makes as many as it is told, one after the other.
+    """
+
+    one: Callable[[Any, Tensor], Result]
+    several: Callable[[Any, Tensor, Tensor], Result]
+
+
+def _traced_steps(
     model: Any,
     strategy: Strategy,
-    step: Callable[..., Any],
-    stop: Stop,
+    step: ReplicaStep,
     timers: StepTimers | None,
-    own_step: OwnStep | None = None,
-) -> Callable[[Epoch], Logs]:
-    """Wraps a replica's step into a function of an epoch, `steps_per_execution` at a time.
+    own_step: OwnStep | None,
+    phase: Hashable,
+) -> _TracedSteps:
+    """Wraps a replica's step into functions of an iterator.
 
     The batches of a step of an extension's own may be of another size each time, so such a step
     compiles what it can for itself.
     """
-    Result = tuple[Logs, Signals]
 
     def after_data(share: Share, stopping: Tensor) -> Result:
         # When the data is over, drawing fails, and then nothing must have been changed.
         with tf.control_dependencies(tf.nest.flatten(share, expand_composites=True)[:1]):
-            result: Result = step(share, stopping)
-            return result
+            return step(share, stopping, phase)
 
     noise = _keras.OwnNoise(strategy.place.worker_index)
 
@@ -223,7 +242,32 @@ def _over_epoch(
         _, last = tf.while_loop(lambda done, _: done < steps, again, started)
         return last  # type: ignore[no-any-return]
 
-    traced_one, traced_several = _traced(model, one), _traced(model, several)
+    return _TracedSteps(_traced(model, one), _traced(model, several))
+
+
+def _over_epoch(
+    model: Any,
+    strategy: Strategy,
+    step: ReplicaStep,
+    stop: Stop,
+    timers: StepTimers | None,
+    own_step: OwnStep | None = None,
+    exchange: Exchange | None = None,
+) -> Callable[[Epoch], Logs]:
+    """Wraps a replica's step into a function of an epoch, `steps_per_execution` at a time."""
+    of_phase = functools.cache(
+        functools.partial(_traced_steps, model, strategy, step, timers, own_step)
+    )
+
+    def make_one(epoch: Epoch, stopping: Tensor) -> Result:
+        phase = None if exchange is None else exchange.next_phase()
+        result = of_phase(phase).one(epoch.iterator, stopping)
+        if exchange is not None:
+            exchange.end_step()
+        return result
+
+    # A loop in a graph on several processes goes over all of them each round.
+    loops_here = model.run_eagerly or strategy.has_servers or exchange is not None
 
     def function(epoch: Epoch) -> Logs:
         steps = epoch.pass_made(epoch.take(model.steps_per_execution))
@@ -235,23 +279,23 @@ def _over_epoch(
         made = 0
         with epoch.drawing(), strategy.waiting_for(f"step {epoch.steps_taken}"):
             if model.steps_per_execution == 1:
-                logs, signals = traced_one(epoch.iterator, stopping)
-            # A loop in a graph on several processes goes over all of them each round, and one
-            # in which data ends does not say how many steps it has made.
-            elif model.run_eagerly or strategy.has_servers or epoch.may_end_early:
+                logs, signals = make_one(epoch, stopping)
+            # A loop in a graph in which data ends does not say how many steps it has made.
+            elif loops_here or epoch.may_end_early:
                 try:
                     for made in range(steps):  # noqa: B007, needed where data ends
-                        logs, signals = traced_one(epoch.iterator, stopping)
+                        logs, signals = make_one(epoch, stopping)
                 except tf.errors.OutOfRangeError:
                     if not made:
                         raise
                     steps = made
             else:
-                logs, signals = traced_several(epoch.iterator, tf.constant(steps), stopping)
+                several = of_phase(None).several
+                logs, signals = several(epoch.iterator, tf.constant(steps), stopping)
         if strategy.place.num_workers > 1:
             _heed(signals, stop, strategy, epoch)
         epoch.note_progress(steps)
-        return logs  # type: ignore[no-any-return]
+        return logs
 
     return function
 
@@ -306,20 +350,29 @@ def _over_shares(
 class _Replica:
     """One replica's steps."""
 
-    def __init__(self, model: Any, strategy: Strategy, own_step: OwnStep | None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        strategy: Strategy,
+        own_step: OwnStep | None,
+        exchange: Exchange | None,
+    ) -> None:
         self.model = model
         self.strategy = strategy
         self.own_step = own_step
+        self.exchange = exchange
         self.alone = strategy.place.num_replicas == 1
+        self.takes_part = own_step is not None or exchange is not None
         self.train_step, self.test_step = model.train_step, model.test_step
-        if not self.alone:
+        if not self.alone or self.takes_part:
             self.train_step = _keras.step_of(model, "train_step")
+        if not self.alone:
             self.test_step = _keras.step_of(model, "test_step")
         self.elements = sum(math.prod(v.shape) for v in model.trainable_variables)
 
-    def train(self, share: Share, stopping: Tensor) -> tuple[Logs, Signals]:
-        """ReducedUpdates the weights, once."""
-        if share.total is None and self.own_step is not None:  # the whole of a stream's batch
+    def train(self, share: Share, stopping: Tensor, phase: Hashable) -> Result:
+        """Updates the weights, once."""
+        if share.total is None and self.takes_part:  # the whole of a stream's batch
             count = tf.shape(tf.nest.flatten(share.data)[0], tf.int64)[0]
             nothing = tf.constant(0, tf.int64)
             share = Share(share.data, count, count, nothing, tf.zeros([4]), no_groups())
@@ -330,7 +383,8 @@ class _Replica:
             if own_step is not None:
                 data, stopping = own_step.begin_step(share.data, batch, stopping)
                 share = share._replace(data=data)
-            agreement = StepAgreement(self.strategy, share, stopping, self.elements)
+            exchange = None if self.exchange is None else (self.exchange, phase)
+            agreement = StepAgreement(self.strategy, share, stopping, self.elements, exchange)
             updates = ReducedUpdates(
                 self.model, batch, agreement, self.strategy, are_parts=own_step is not None
             )
@@ -344,7 +398,7 @@ class _Replica:
             updates.finish(metrics)
             return self._logs(batch, logs), _signals(agreement, share)
 
-    def test(self, share: Share, stopping: Tensor) -> tuple[Logs, Signals]:
+    def test(self, share: Share, stopping: Tensor, phase: Hashable) -> Result:
         """Adds a share to the metrics."""
         if self.alone:
             return self.test_step(share.data), _no_signals()

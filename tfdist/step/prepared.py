@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tfdist import _keras, data
+from tfdist.step.exchange import Exchange, ExchangeMaker
 from tfdist.step.functions import Stop, make_functions
 from tfdist.step.own_step import OwnStep, StepMaker
 from tfdist.step.state import TrainState, optimizers_of, variables_of
@@ -30,6 +31,8 @@ class Prepared:
     stop: Stop
     own_step: OwnStep | None = None
     maker: StepMaker | None = None
+    exchange: Exchange | None = None
+    exchange_maker: ExchangeMaker | None = None
     _runs: bool = field(default=False, init=False)
 
     def fits(self, model: Any, strategy: Strategy) -> bool:
@@ -61,14 +64,16 @@ class Prepared:
             stack.enter_context(self.held)
             stack.enter_context(self._functions())
             has_servers = self.strategy.has_servers
-            several = not self.strategy.is_plain or self.own_step is not None
+            takes_part = self.own_step is not None or self.exchange is not None
+            several = not self.strategy.is_plain or takes_part
             if has_servers or several or source.may_be_empty:
                 stack.enter_context(_keras.replicated(has_servers))
             else:
                 stack.enter_context(_keras.alone())
             stack.enter_context(self.functions.running())
-            if self.own_step is not None:
-                stack.enter_context(self.own_step.running())
+            for part in (self.own_step, self.exchange):
+                if part is not None:
+                    stack.enter_context(part.running())
             self._runs = True
             stack.callback(setattr, self, "_runs", False)
             yield
@@ -89,6 +94,7 @@ def prepare(
     *,
     for_training: bool = False,
     maker: StepMaker | None = None,
+    exchange_maker: ExchangeMaker | None = None,
 ) -> Prepared:
     """Gives a model's functions on a strategy, making them when it has none that fit.
 
@@ -97,15 +103,22 @@ def prepare(
         strategy: Where its replicas are.
         for_training: Whether the train function will be used.
         maker: Of the step that takes the place of Keras's, if there is one.
+        exchange_maker: Of what is put around the reduction, if something is.
     """
     known = _keras.attached(model).prepared
     usable = known is not None and known.fits(model, strategy)
-    if usable and (not for_training or known.maker == maker):
+    if usable and (
+        not for_training or (known.maker, known.exchange_maker) == (maker, exchange_maker)
+    ):
         return known  # type: ignore[no-any-return]
     stop = Stop()
     _keras.attached(model).clip_optimizer = None
     own_step = None if maker is None else maker.make(model, strategy)
-    state = TrainState(tuple(variables_of(model)))
+    exchange = None if exchange_maker is None else exchange_maker.make(model, strategy)
+    if exchange is not None and strategy.place.num_replicas == 1 and not exchange.acts_alone:
+        exchange = None
+    of_extensions = () if exchange is None else tuple(exchange.state)
+    state = TrainState(tuple(variables_of(model)), of_extensions)
     prepared = Prepared(
         model,
         strategy,
@@ -113,10 +126,12 @@ def prepare(
         _keras.compiled_state(model),
         state,
         strategy.hold(state.variables, optimizers_of(model)),
-        make_functions(model, strategy, stop, state.replicated, own_step),
+        make_functions(model, strategy, stop, state.replicated, own_step, exchange),
         stop,
         own_step,
         maker,
+        exchange,
+        exchange_maker,
     )
     _keras.attached(model).prepared = prepared
     return prepared

@@ -7,7 +7,7 @@ in one collective where the train step allows it.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import tensorflow as tf
@@ -16,6 +16,7 @@ from tfdist import _keras
 from tfdist._keras import ReplicaBatch
 from tfdist.data import Share
 from tfdist.step import timers
+from tfdist.step.exchange import Contribution, Exchange, Sums
 from tfdist.strategies.base import Strategy
 
 Tensor = Any
@@ -32,6 +33,7 @@ class StepAgreement:
             this worker has to leave.
         elements: Of all gradients that will be reduced; by it the strategy decides whether
             to learn of the others' signals ahead.
+        exchange: What an extension puts around the reduction, and the kind of this step.
 
     Attributes:
         status: Scalar int32: `GOES_ON`; else nothing changes in this step.
@@ -41,7 +43,12 @@ class StepAgreement:
     """
 
     def __init__(
-        self, strategy: Strategy, share: Share, stopping: Tensor, elements: int = 0
+        self,
+        strategy: Strategy,
+        share: Share,
+        stopping: Tensor,
+        elements: int = 0,
+        exchange: tuple[Exchange, Hashable] | None = None,
     ) -> None:
         self._strategy = strategy
         self.needed = strategy.place.num_workers > 1
@@ -49,6 +56,7 @@ class StepAgreement:
         self.leaving: Tensor = tf.constant(False)
         self.seconds: Tensor = tf.zeros([], tf.float64)
         self._known = not self.needed
+        self._exchange = exchange
         self._replicas = float(strategy.place.num_replicas)
         self._said = tf.concat([stopping, share.check, tf.square(share.check)], 0)
         if self.needed and strategy.signals_lead(elements):
@@ -61,17 +69,40 @@ class StepAgreement:
         gradients: Sequence[Tensor],
         others: Sequence[Tensor],
         variables: Sequence[Any] = (),
+        loss_scales: Sequence[Tensor | None] = (),
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Sums tensors over all replicas; the first time the signals go with them."""
         said = [] if self._known else [self._said]
         sent = [*others, *said]
         arrived = timers.now([gradients, sent]) if self.needed else self.seconds
-        gradients, others = self._strategy.reduce_step(gradients, sent, batch.share, variables)
+        given = Contribution(gradients, sent, batch.share, variables, loss_scales)
+        (gradients, others), keep = self._sums(given)
         if self.needed:
             self.seconds += timers.now([gradients, others]) - arrived
         if said:
             self._hear(others.pop())
+        if keep is not None:
+            keep(self.goes_on)
         return gradients, others
+
+    def _sums(self, given: Contribution) -> tuple[Sums, Callable[[Tensor], None] | None]:
+        if self._exchange is not None and given.gradients:
+            exchange, phase = self._exchange
+            return exchange.reduce(self._strategy, given, phase)
+        sums = self._strategy.reduce_step(
+            given.gradients, given.others, given.share, given.variables
+        )
+        return sums, None
+
+    def finish(self) -> None:
+        """Ends a step, after its last reduction."""
+        if self._exchange is not None:
+            self._exchange[0].finish(self.goes_on)
+
+    @property
+    def goes_on(self) -> Tensor:
+        """Scalar bool: whether the step counts; known after the first reduction."""
+        return tf.equal(self.status, GOES_ON)
 
     def _hear(self, heard: Tensor) -> None:
         stopping, sums, squares = tf.split(heard, [3, 4, 4])
@@ -90,13 +121,13 @@ class StepAgreement:
             return tf.constant(True)
 
         if self.needed:
-            tf.cond(tf.equal(self.status, GOES_ON), act, lambda: tf.constant(False))
+            tf.cond(self.goes_on, act, lambda: tf.constant(False))
         else:
             action()
 
     def choose(self, going_on: Tensor, otherwise: Tensor) -> Tensor:
         """Gives one tensor if the workers go on, else the other."""
-        return tf.where(tf.equal(self.status, GOES_ON), going_on, otherwise)
+        return tf.where(self.goes_on, going_on, otherwise)
 
 
 class MetricState:
@@ -144,6 +175,7 @@ class _Waiting(NamedTuple):
     update: Callable[[list[Tensor]], None]
     grads: list[Tensor]
     variables: Sequence[Any]
+    loss_scale: Tensor | None
 
     def pairs(self) -> list[tuple[Tensor, Any]]:
         """Gives the gradients that there are, each with its variable."""
@@ -212,18 +244,21 @@ class ReducedUpdates:
         if not self._are_parts and id(optimizer) not in self._scaled:
             share = self._batch.share
             grads = [g if g is None else g * tf.cast(share, g.dtype) for g in grads]
-        self._waiting.append(_Waiting(update, grads, variables))
+        scale = getattr(optimizer, "dynamic_scale", None)
+        scale = None if scale is None else tf.convert_to_tensor(scale)
+        self._waiting.append(_Waiting(update, grads, variables, scale))
         if self._at_once:
             self._reduce_and_apply([])
 
     def _reduce_and_apply(self, with_gradients: Sequence[Tensor]) -> list[Tensor]:
         """Reduces waiting gradients and some tensors in one go, and applies the gradients."""
         pairs = [pair for waiting in self._waiting for pair in waiting.pairs()]
+        scales = [waiting.loss_scale for waiting in self._waiting for _ in waiting.pairs()]
         gradients = [gradient for gradient, _ in pairs]
         are_fixed = [_keras.has_fixed_rows(gradient) for gradient in gradients]
         sent = [g.values if fixed else g for g, fixed in zip(gradients, are_fixed, strict=True)]
         summed, others = self.agreement.reduce(
-            self._batch, sent, with_gradients, [v for _, v in pairs]
+            self._batch, sent, with_gradients, [v for _, v in pairs], scales
         )
         reduced = iter(map(_of_rows, gradients, summed, are_fixed))
         ready = [
@@ -252,6 +287,7 @@ class ReducedUpdates:
             differing = [pair for pair in differing if not pair[0].trainable]
         weighed = self._weighed(differing)
         reduced = self._reduce_and_apply([*weighed, *metrics.changes(self._batch)])
+        self.agreement.finish()
         changes = reduced[len(differing) :]
         self._assign(differing, reduced)
         if self.agreement.needed:

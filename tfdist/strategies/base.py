@@ -79,6 +79,7 @@ class Strategy(abc.ABC):
         has_servers: Whether `hold` leaves variables where no replica is.
         gathers_rows: Whether its own functions take row numbers where data has rows.
         sums_exactly: Whether `reduce_step` sums gradients as they are.
+        compression: Of gradients, where `fit` asks for none; as in `fit`.
     """
 
     name: ClassVar[str]
@@ -89,6 +90,7 @@ class Strategy(abc.ABC):
     has_servers: bool = False
     gathers_rows: bool = False
     sums_exactly: bool = True
+    compression: str | None = None
 
     @classmethod
     @abc.abstractmethod
@@ -263,6 +265,15 @@ class Strategy(abc.ABC):
             variable: A `keras.Variable`, held by the strategy.
         """
         return [np.asarray(keras.ops.convert_to_numpy(variable))]
+
+    def assign_copies(self, variable: Any, values: Sequence[Any]) -> None:
+        """Gives each replica of this process a value of its own.
+
+        Args:
+            variable: A `keras.Variable`, held by the strategy.
+            values: Arrays, as `copies` gives them.
+        """
+        variable.assign(values[0])
 
     def agree(self, variables: Sequence[Any]) -> None:  # noqa: B027, one process agrees
         """Gives `variables` the chief's values on every worker.

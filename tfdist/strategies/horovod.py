@@ -85,6 +85,7 @@ class Horovod(Connected):
         self._op = op
         self._wire_type = _COMPRESSIONS[compression]
         self._predivide = gradient_predivide_factor
+        self.compression = compression if op == "average" else None
         self.sums_exactly = op == "average" and compression is None
         self._sparse_as_dense = sparse_as_dense
         size = self._process_set.size()
@@ -170,7 +171,7 @@ class Horovod(Connected):
         """Sums a step's tensors; gradients as the arguments say."""
         if self._sparse_as_dense:
             gradients = [tf.convert_to_tensor(g) for g in gradients]
-        if self._op == "average" and self._wire_type is None and self._predivide == 1.0:
+        if self._op == "average" and self._predivide == 1.0:
             return super().reduce_step(gradients, others, share, variables)
         if self._op == "adasum":
             reduced = [self._adasum(tf.convert_to_tensor(g), share) for g in gradients]
@@ -254,16 +255,13 @@ class Horovod(Connected):
         )
 
     def _sum_gradient(self, gradient: Tensor) -> Tensor:
-        """Sums a gradient over the ranks, in the type that was asked for."""
+        """Sums a gradient over the ranks, divided before and multiplied after."""
         if isinstance(gradient, tf.IndexedSlices):
             return self._sum(gradient)
-        # As Horovod does: mean gradients of ranks travel, and are averaged after the sum.
-        size = float(self.place.num_replicas)
-        before, after = size / self._predivide, self._predivide / size
-        if self._wire_type is None:
-            return self._sum(gradient, before, after)
-        small = tf.cast(gradient * tf.cast(before, gradient.dtype), self._wire_type)
-        return tf.cast(self._sum(small), gradient.dtype) * tf.cast(after, gradient.dtype)
+        # In half precision mean gradients of ranks come, see `HalfExchange`.
+        is_half = gradient.dtype in (tf.float16, tf.bfloat16)
+        size = 1.0 if is_half else float(self.place.num_replicas)
+        return self._sum(gradient, size / self._predivide, self._predivide / size)
 
     def _all_to_all(self, tensor: Tensor) -> Tensor:
         """Deals out equal parts of a vector, a part to each rank."""

@@ -115,6 +115,12 @@ class TFDistribute(Connected):
         held = self.strategy.experimental_local_results(variable.value)
         return [np.asarray(value) for value in held]
 
+    def assign_copies(self, variable: Any, values: Sequence[Any]) -> None:
+        """Gives each device of this process a value of its own."""
+        held = self.strategy.experimental_local_results(_keras.backing_variable(variable))
+        for copy, value in zip(held, values, strict=True):
+            copy.assign(value)
+
     def broadcast_bytes(self, content: bytes) -> bytes:
         """Gives every worker the chief's bytes."""
         words = np.frombuffer(content + bytes(-len(content) % 4), np.int32)

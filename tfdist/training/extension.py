@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from tfdist import data
+from tfdist.step.exchange import ExchangeMaker
 from tfdist.step.own_step import StepMaker
 from tfdist.step.prepared import Prepared
 from tfdist.training.request import Request
@@ -24,11 +25,13 @@ class Extension:
     Attributes:
         name: Its key in a checkpoint.
         needs_state: Whether all of the model's variables must be there before it trains.
+        exchange_maker: Of what is put around the reduction of gradients, or None.
         step_maker: Of the step that takes the place of Keras's, or None.
     """
 
     name: ClassVar[str] = ""
     needs_state: bool = False
+    exchange_maker: ExchangeMaker | None = None
     step_maker: StepMaker | None = None
 
     def choose(self, request: Request) -> Request:

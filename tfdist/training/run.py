@@ -136,12 +136,14 @@ class Training:
         facts: dict[str, Any] = {}
         for extension in self._extensions:
             facts |= extension.facts()
+        exchanges = [e.exchange_maker for e in self._extensions if e.exchange_maker is not None]
         makers = [e.step_maker for e in self._extensions if e.step_maker is not None]
         prepared = prepare(
             request.model,
             self._used,
             for_training=True,
             maker=makers[0] if makers else None,
+            exchange_maker=exchanges[0] if exchanges else None,
         )
         asked = {
             "batch_size": request.batch_size,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import functools
-import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +18,7 @@ import tensorflow as tf
 from tfdist import _keras, data, watchdog
 from tfdist._version import __version__
 from tfdist.errors import START_ME_AGAIN, ArgumentError, CheckpointError, Preempted
-from tfdist.resume.checkpoint import files, same
+from tfdist.resume.checkpoint import files, same, tensors
 from tfdist.resume.checkpoint.callbacks import Memory
 from tfdist.resume.checkpoint.plain import NotPlain, decode, encode
 from tfdist.resume.checkpoint.preemption import Preemption
@@ -27,20 +26,19 @@ from tfdist.resume.checkpoint.settings import Checkpoint
 from tfdist.resume.position import ContinuedCallbacks, Position
 from tfdist.step.functions import Stop
 from tfdist.step.prepared import Prepared
-from tfdist.step.state import variables_of
+from tfdist.step.state import TrainState, variables_of
 from tfdist.strategies.base import Strategy
 from tfdist.training.extension import Begins, Continuation, Extension
 from tfdist.training.request import Request
 
 _FORMAT = 3
-_GLOBAL_SEED = "keras/global_seed_generator"
 
 
 class CheckpointRun(Continuation):
     """The checkpoints of one `fit`, from the one it begins at to the last it writes.
 
-    The chief alone reads and writes; what it has read, every worker gets. All replicas hold
-    the same values, so writing needs no exchange between workers.
+    The chief alone reads and writes; what it has read, every worker gets. Replicated state is
+    written without an exchange between workers.
 
     Args:
         checkpoint: What `fit` was given.
@@ -75,7 +73,7 @@ class CheckpointRun(Continuation):
         self._initial_epoch = self._epochs = 0
         self._where: Callable[[], data.DataPosition] = data.DataPosition
         self._setup: dict[str, Any] = {}
-        self._variables: Sequence[Any] = ()
+        self._train_state = TrainState(())
 
     def _refuse(self) -> None:
         if self._strategy.elastic:
@@ -161,22 +159,21 @@ class CheckpointRun(Continuation):
             CheckpointError: There is no room.
         """
         assert request.sampler is not None
-        self._variables = variables_of(request.model)
-        settings = {o.name: o.settings() for o in self._others}
+        variables = variables_of(request.model)
         self._setup = same.describe(
             request.model,
-            self._variables,
+            variables,
             source,
             request.sampler,
             None if request.seed_is_secret else request.seed,
-            settings.get("privacy"),
+            {other.name: other.settings() for other in self._others if other.name},
+            names_contents=not request.is_private,
         )
         if self._state is not None:
             same.compare(self._setup, self._state["setup"], self._state["folder"])
             source.go_on_after(self._state["position"][0] - self._state["initial_epoch"])
         if self._strategy.place.is_chief:
-            sizes = [math.prod(v.shape) * tf.as_dtype(v.dtype).size for v in self._variables]
-            files.check_room(self._settings.path, sum(sizes))
+            files.check_room(self._settings.path, tensors.size_of(variables))
 
     def begin(self, epoch: int, start: Callable[[], data.DataPosition]) -> Begins:
         """Says where training begins.
@@ -220,7 +217,7 @@ class CheckpointRun(Continuation):
             where: Says where the data stands, between two epochs.
             **options: Of `keras.callbacks.CallbackList`.
         """
-        self._variables, self._where = prepared.state.replicated, where
+        self._train_state, self._where = prepared.state, where
         self._epochs = options["epochs"]
         self._stop, self._model = prepared.stop, prepared.model
         self._preemption.on_asked = self._note_asked
@@ -316,15 +313,8 @@ class CheckpointRun(Continuation):
         """
         if self._state is None:
             return
-        variables = list(self._variables)
-        if self._state["global_seed"]:
-            variables.append(_keras.global_seed_variable())
-        if self._read is not None:
-            for number, variable in enumerate(self._variables):
-                variable.assign(self._read(f"variables/{number}"))
-            if self._state["global_seed"]:
-                variables[-1].assign(self._read(_GLOBAL_SEED))
-        self._strategy.agree(variables)
+        has_seed = bool(self._state["global_seed"])
+        tensors.put_back(self._strategy, self._train_state, self._read, has_seed)
         memory.restore(self._state["callbacks"], self._arrays.__getitem__)
 
     def note_restored(self) -> None:
@@ -358,7 +348,12 @@ class CheckpointRun(Continuation):
             waited = time.monotonic() - self._saved_time
             self._is_due = waited >= self._every.total_seconds()
         # Training does not wait for the disk: then a later step is saved.
-        if self._is_due and (self._writing is None or self._writing.done()):
+        is_ready = self._writing is None or self._writing.done()
+        if self._train_state.per_replica:  # which all workers save at the same step
+            is_ready = True
+            if isinstance(self._every, datetime.timedelta):
+                self._is_due = self._strategy.broadcast_object(self._is_due)
+        if self._is_due and is_ready:
             assert self._position is not None
             self._save(self._position, memory, logs)
 
@@ -379,9 +374,12 @@ class CheckpointRun(Continuation):
         self, position: Position, memory: Memory, logs: Any, is_stopped: bool = False
     ) -> None:
         self._saved_at, self._saved_time, self._is_due = self._made, time.monotonic(), False
-        if not self._strategy.place.is_chief:
+        if not self._strategy.place.is_chief and not self._train_state.per_replica:
             return
         self._finish()
+        taken = tensors.take(self._strategy, self._train_state)
+        if not self._strategy.place.is_chief:
+            return
         arrays: list[Any] = []
         state = {
             "format": _FORMAT,
@@ -397,21 +395,14 @@ class CheckpointRun(Continuation):
             "global_seed": _keras.has_global_seed(),
             "arrays": len(arrays),
         }
-        # Read now; what is read shares memory with a variable until that is assigned to.
-        tensors = {
-            f"variables/{number}": tf.convert_to_tensor(variable)
-            for number, variable in enumerate(self._variables)
-        }
-        tensors |= {f"arrays/{i}": tf.convert_to_tensor(a) for i, a in enumerate(arrays)}
-        if state["global_seed"]:
-            tensors[_GLOBAL_SEED] = tf.identity(_keras.global_seed_variable().value)
+        taken |= {f"arrays/{i}": tf.convert_to_tensor(a) for i, a in enumerate(arrays)}
         settings = self._settings
         write = functools.partial(
             files.write,
             settings.path,
             position.epoch,
             position.step,
-            tensors,
+            taken,
             state,
             settings.keep,
         )

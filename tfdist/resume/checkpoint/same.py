@@ -21,7 +21,9 @@ def describe(
     source: data.Source,
     sampler: Sampler,
     seed: int | None,
-    privacy: dict[str, Any] | None,
+    of_extensions: dict[str, Any],
+    *,
+    names_contents: bool,
 ) -> dict[str, Any]:
     """Describes a training by what must be the same when it goes on.
 
@@ -31,7 +33,8 @@ def describe(
         source: The data.
         sampler: Which rows make up each step.
         seed: The sampler's, or None if it is secret.
-        privacy: What private training must not change.
+        of_extensions: What extensions must not change, by their names.
+        names_contents: Whether a fingerprint of the data may be written down.
 
     Returns:
         Plain data by name.
@@ -44,14 +47,14 @@ def describe(
         "data": source.spec_text(),
         "sampler": type(sampler).__name__,
         "optimizer": type(model.optimizer).__name__,
-        "privacy": privacy,
         "variables": [[v.path, [int(n) for n in v.shape], str(v.dtype)] for v in variables],
+        **of_extensions,
     }
     if isinstance(inner, Arrays):
         setup["rows"] = inner.num_rows
     if type(inner) is Arrays and seed is not None:
         setup["order of rows"] = hashlib.sha256(inner.first_rows()).hexdigest()[:12]
-    if type(inner) is Arrays and privacy is None:
+    if type(inner) is Arrays and names_contents:
         setup[_CONTENTS] = hashlib.sha256(inner.contents()).hexdigest()[:12]
     return setup
 
@@ -79,8 +82,8 @@ def compare(now: dict[str, Any], saved: dict[str, Any], folder: str) -> None:
         ArgumentError: Something differs; it is named.
     """
     remedy = "Train as then, or pass another directory."
-    for name in now:
-        ours, theirs = now[name], saved.get(name)
+    for name in {**now, **saved}:
+        ours, theirs = now.get(name), saved.get(name)
         if name not in ("variables", _CONTENTS) and ours != theirs:
             ours, theirs = _differing(ours, theirs)
             raise ArgumentError(

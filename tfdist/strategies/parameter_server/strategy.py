@@ -261,7 +261,7 @@ class ParameterServer(TFDistribute):
         return tf.distribute.get_replica_context().merge_call(join, args=(tensor,))
 
     def update(self, action: Callable[[], None]) -> None:
-        """ServerUpdates the variables on the servers, once for all workers."""
+        """Updates the variables on the servers, once for all workers."""
 
         def once(strategy: Any) -> None:
             with tf.device(self._servers.servers[0]):
