@@ -14,7 +14,8 @@ import tensorflow as tf
 
 from tfdist.data import leaves
 from tfdist.data.arrays import Arrays
-from tfdist.data.batches import Batches, DatasetBatches, PyDatasetBatches
+from tfdist.data.batches import Batches, PyDatasetBatches
+from tfdist.data.datasets import DatasetBatches
 from tfdist.data.source import Source
 from tfdist.errors import ArgumentError
 from tfdist.privacy.in_turn import DPFTRL
