@@ -8,7 +8,7 @@ import time
 import pytest
 
 from tfdist.cluster.key_value_store import Limited
-from tfdist.strategies.horovod_store import RendezvousBoard
+from tfdist.strategies.horovod.store import RendezvousBoard
 
 pytestmark = pytest.mark.quick
 

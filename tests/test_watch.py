@@ -16,7 +16,7 @@ import pytest
 from tests.jobs import ROOT
 from tfdist.errors import HUNG, ArgumentError
 from tfdist.launch.cause import Failure
-from tfdist.launch.plan import Worker
+from tfdist.launch.worker import Worker
 from tfdist.strategies.base import Place
 from tfdist.strategies.connected import Connected
 from tfdist.watchdog import diagnosis, memory, progress, stacks

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from tfdist.cluster.heartbeat import Told
 from tfdist.errors import HUNG, START_ME_AGAIN
-from tfdist.launch.plan import Worker
+from tfdist.launch.worker import Worker
 from tfdist.watchdog.diagnosis import HEADLINE
 
 _TRACEBACK = "Traceback (most recent call last):"

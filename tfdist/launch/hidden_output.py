@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 
-from tfdist.launch.plan import Worker
+from tfdist.launch.worker import Worker
 
 _KEPT_LINES = 400
 _OWN = "tfdist:"

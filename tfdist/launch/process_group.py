@@ -18,8 +18,9 @@ from tfdist.cluster.heartbeat import NOTE_FD, Heartbeat, Told, shared_memory
 from tfdist.errors import LaunchError
 from tfdist.launch.cause import Failure
 from tfdist.launch.hidden_output import HiddenOutput, leader
+from tfdist.launch.member import Member
 from tfdist.launch.output import Lines, Screen
-from tfdist.launch.plan import Worker
+from tfdist.launch.worker import Worker
 from tfdist.watchdog.memory import state_of
 from tfdist.watchdog.settings import HANG_LIMIT, Settings
 
@@ -28,42 +29,6 @@ LAUNCHER_FD = "TFDIST_LAUNCHER_FD"
 _POLL_S = 0.05
 # How long the children of a worker that has ended may take to end by themselves.
 _CHILDREN_S = 2.0
-
-
-class _Member:
-    """One started worker."""
-
-    def __init__(
-        self,
-        position: int,
-        worker: Worker,
-        process: subprocess.Popen[bytes],
-        fd: int,
-        lines: Lines,
-        is_live: bool,
-        note: Heartbeat,
-        hidden_output: HiddenOutput | None,
-    ) -> None:
-        self.position = position
-        self.worker = worker
-        self.process = process
-        self.fd: int | None = fd
-        self.lines = lines
-        self.is_live = is_live
-        self.note = note
-        self.hidden_output = hidden_output
-        self.ended_at: float | None = None
-        self.has_group = True
-
-    def signal_group(self, number: int) -> None:
-        """Signals the worker and its children, and notes when none of them is left."""
-        try:
-            os.killpg(self.process.pid, number)
-        except ProcessLookupError:
-            self.has_group = False
-        except PermissionError:
-            # macOS answers so for a group of which only zombies are left.
-            self.has_group = self.ended_at is None
 
 
 class ProcessGroup:
@@ -89,7 +54,7 @@ class ProcessGroup:
         self._leader = 0
         self._has_said_what_is_shown = False
         self._log_dir: Path | None = None
-        self._members: list[_Member] = []
+        self._members: list[Member] = []
         self._selector = selectors.DefaultSelector()
         self._stopped_since: float | None = None
         # Workers hold the reading end: it reports the end of file when the launcher dies.
@@ -186,7 +151,7 @@ class ProcessGroup:
                 lines = [f"tfdist: it lost another worker. {failure.last_error}"]
             self._screen.show(member.position, lines)
 
-    def _started(self, position: int, worker: Worker, again: bool = False) -> _Member:
+    def _started(self, position: int, worker: Worker, again: bool = False) -> Member:
         log = None
         log_dir = self._log_dir
         try:
@@ -232,9 +197,7 @@ class ProcessGroup:
         note = Heartbeat.of(memory)
         is_shown = self._shows_all or position == self._leader
         hidden_output = None if is_shown else HiddenOutput()
-        member = _Member(
-            position, worker, process, reading, lines, is_live, note, hidden_output
-        )
+        member = Member(position, worker, process, reading, lines, is_live, note, hidden_output)
         self._selector.register(reading, selectors.EVENT_READ, member)
         return member
 
@@ -342,7 +305,7 @@ class ProcessGroup:
         with suppress(BrokenPipeError):
             self._screen.close()
 
-    def _note_end(self, member: _Member) -> None:
+    def _note_end(self, member: Member) -> None:
         if member.process.returncode == 0:
             self.finished.append(member.worker.task)
             return
@@ -352,7 +315,7 @@ class ProcessGroup:
             Failure(member.worker, member.process.returncode, lines, told, time.time())
         )
 
-    def _read(self, member: _Member) -> bool:
+    def _read(self, member: Member) -> bool:
         """Reads once; returns whether there may be more."""
         if member.fd is None:
             return False
@@ -373,7 +336,7 @@ class ProcessGroup:
         self._screen.show(member.position, self._shown(member, lines), live)
         return True
 
-    def _shown(self, member: _Member, lines: list[str]) -> list[str]:
+    def _shown(self, member: Member, lines: list[str]) -> list[str]:
         if member.hidden_output is None:
             return lines
         shown = member.hidden_output.take(lines)
@@ -387,7 +350,7 @@ class ProcessGroup:
             )
         return shown
 
-    def _drain(self, member: _Member) -> None:
+    def _drain(self, member: Member) -> None:
         while self._read(member):
             pass
         rest = self._shown(member, member.lines.finish())

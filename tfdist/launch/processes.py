@@ -16,11 +16,11 @@ from tfdist.errors import START_ME_AGAIN
 from tfdist.launch.cause import Failure, root_cause
 from tfdist.launch.client import CoordinatorClient
 from tfdist.launch.output import Screen
-from tfdist.launch.plan import Worker
 from tfdist.launch.process_group import ProcessGroup
 from tfdist.launch.restarts import Restart, RestartCause, Restarts
 from tfdist.launch.signals import handled
 from tfdist.launch.slots import Slots
+from tfdist.launch.worker import Worker
 
 # How long a failure that only blames a peer waits for that peer's own.
 _PEER_FAILURE_S = 1.0

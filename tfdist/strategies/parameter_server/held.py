@@ -10,7 +10,7 @@ from typing import Any
 import tensorflow as tf
 
 from tfdist import _keras
-from tfdist._keras import served
+from tfdist._keras import served_updates
 from tfdist._keras.parts import Split
 from tfdist.strategies.parameter_server.placement import Size, VariableSlice, place
 
@@ -35,8 +35,8 @@ def plan(
     for optimizer in optimizers:
         if not optimizer.built:
             continue
-        can_split = served.is_elementwise(optimizer)
-        for variable, slots in served.trained_by(optimizer):
+        can_split = served_updates.is_elementwise(optimizer)
+        for variable, slots in served_updates.trained_by(optimizer):
             if id(variable) in seen:  # a second optimizer's state is placed like the first's
                 continue
             same = [slot for slot in slots if slot.shape == variable.shape]
@@ -100,7 +100,7 @@ class ServerVariables(contextlib.AbstractContextManager[None]):
             self._elsewhere = [self._make(variable, parts) for variable, parts in self._homes]
         self._swap()
         for optimizer in self._optimizers:
-            served.register_parts(optimizer)
+            served_updates.register_parts(optimizer)
         self._stack.enter_context(self._replacements())
 
     def __exit__(self, *_: object) -> None:
