@@ -16,7 +16,7 @@ from tfdist.errors import ArgumentError
 from tfdist.privacy import Ledger, Phase
 from tfdist.privacy.accountants import gaussian_epsilon
 from tfdist.privacy.grid import Rounding
-from tfdist.privacy.noise import from_words, standard_normal
+from tfdist.privacy.normals import from_words, standard_normal
 from tfdist.privacy.pld import Composition, Losses
 
 pytestmark = pytest.mark.quick

@@ -14,6 +14,7 @@ from typing import Any
 import tensorflow as tf
 
 from tfdist.errors import ArgumentError
+from tfdist.privacy.normals import is_worth_compiling
 
 Tensor = Any
 _FINENESS = 6  # steps of the grid in a standard deviation: 2^6; it adds 2e-5 to the variance
@@ -71,6 +72,16 @@ class Rounding:
             are the noisy sum.
         """
         scale = 1 / (tf.cast(unit, tf.float64) * self.step)
-        noisy = tf.cast(value, tf.float64) * scale + drawn * self._noise
-        whole = tf.cast(tf.round(noisy), tf.float32)
-        return tf.clip_by_value(whole, -self._limit, self._limit)
+        noise, limit = tf.constant(self._noise, tf.float64), tf.constant(self._limit)
+        size = drawn.shape.num_elements() or 0
+        rounded = _compiled if is_worth_compiling(size) else _rounded
+        return rounded(value, drawn, scale, noise, limit)
+
+
+def _rounded(value: Tensor, drawn: Tensor, scale: Tensor, noise: Tensor, limit: Tensor) -> Tensor:
+    noisy = tf.cast(value, tf.float64) * scale + drawn * noise
+    return tf.clip_by_value(tf.cast(tf.round(noisy), tf.float32), -limit, limit)
+
+
+# One loop, rather than eight through all numbers.
+_compiled = tf.function(_rounded, autograph=False, jit_compile=True)

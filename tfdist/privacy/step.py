@@ -203,17 +203,16 @@ class PrivateStep:
         correlated = self.mechanism.bands is not None and self._strategy.place.num_replicas > 1
         if correlated:
             sums = batch.all_reduce(sums)
-        counts = [
-            self._rounding.counts(s, n, norm)
-            for s, n in zip(sums, like(drawn, variables), strict=True)
-        ]
+        # As one vector: rounded in one go, however many variables there are.
+        flat = tf.concat([tf.reshape(s, [-1]) for s in sums], 0)
+        counts = self._rounding.counts(flat, drawn, norm)
         if correlated:
             # Known only when it runs: TensorFlow would leave out a sum that a process does not
             # need, and others would wait for it.
             zero = tf.cast(tf.minimum(batch.total, 0), tf.int32)
             is_first = tf.equal(self._strategy.replica_id() + zero, 0)
-            counts = [tf.where(is_first, c, tf.zeros_like(c)) for c in counts]
-        return counts, votes
+            counts = tf.where(is_first, counts, tf.zeros_like(counts))
+        return like(counts, variables), votes
 
     def _drawn(self, count: int) -> Tensor:
         """Draws a replica's normal numbers.
