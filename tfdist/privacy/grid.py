@@ -63,8 +63,8 @@ class Rounding:
         """Adds noise to a replica's sum, and rounds it.
 
         Args:
-            value: The sum, float32.
-            drawn: Normal numbers of variance 1, float64, of the same shape.
+            value: The sum, float32, a vector or a scalar.
+            drawn: Normal numbers of variance 1, float64, as many or more.
             unit: What one example can change `value` by.
 
         Returns:
@@ -73,12 +73,16 @@ class Rounding:
         """
         scale = 1 / (tf.cast(unit, tf.float64) * self.step)
         noise, limit = tf.constant(self._noise, tf.float64), tf.constant(self._limit)
-        size = drawn.shape.num_elements() or 0
-        rounded = _compiled if is_worth_compiling(size) else _rounded
-        return rounded(value, drawn, scale, noise, limit)
+        value = tf.convert_to_tensor(value, tf.float32)
+        is_large = is_worth_compiling(value.shape.num_elements() or 0)
+        return (_compiled if is_large else _rounded)(value, drawn, scale, noise, limit)
 
 
-def _rounded(value: Tensor, drawn: Tensor, scale: Tensor, noise: Tensor, limit: Tensor) -> Tensor:
+def _rounded(
+    value: Tensor, drawn: Tensor, scale: Tensor, noise: Tensor, limit: Tensor
+) -> Tensor:
+    if value.shape.rank:
+        drawn = drawn[: value.shape[0]]
     noisy = tf.cast(value, tf.float64) * scale + drawn * noise
     return tf.clip_by_value(tf.cast(tf.round(noisy), tf.float32), -limit, limit)
 
