@@ -101,8 +101,7 @@ def _uniform(high: Tensor, low: Tensor) -> Tensor:
     return high * 2.0**-32 + (low * 2.0**-64 + 2.0**-65)
 
 
-@tf.function(autograph=False, jit_compile=True)
-def _compiled(key: Tensor, counter: Tensor, rows: Tensor) -> Tensor:
+def _pairs(key: Tensor, counter: Tensor, rows: Tensor) -> Tensor:
     """Gives pairs of normal numbers as complex128 of shape [rows, _COLUMNS]."""
     # Numbers that are known beforehand would be written into the program, all of them.
     columns = counter[0] + tf.cast(tf.range(_COLUMNS), tf.uint64)
@@ -112,6 +111,9 @@ def _compiled(key: Tensor, counter: Tensor, rows: Tensor) -> Tensor:
     cosine, sine = _cosine_and_sine(turn)
     # Of one result XLA makes one loop.
     return tf.complex(radius * cosine, radius * sine)
+
+
+_compiled = tf.function(_pairs, autograph=False, jit_compile=True)
 
 
 def _words(key: Tensor, low: Tensor, high: Tensor) -> list[Tensor]:
