@@ -13,7 +13,8 @@ import tensorflow as tf
 import tfdist
 from tfdist.errors import ArgumentError
 from tfdist.privacy import Ledger, Phase, Poisson
-from tfdist.privacy.noise import Noise, standard_normal
+from tfdist.privacy.noise import Noise
+from tfdist.privacy.normals import standard_normal
 from tfdist.privacy.settings import Mechanism
 
 L = keras.layers

@@ -19,6 +19,7 @@ from tfdist.privacy.counter import StepCounter
 from tfdist.privacy.grid import Rounding
 from tfdist.privacy.masks import Masks
 from tfdist.privacy.noise import Noise, like
+from tfdist.privacy.normals import at_once
 from tfdist.privacy.pieces import clipped_share
 from tfdist.privacy.refusals import check_untouched
 from tfdist.privacy.settings import Mechanism
@@ -226,26 +227,24 @@ class PrivateStep:
         assert self._rounding is not None
         variables = self._model.trainable_variables
         count = sum(math.prod(v.shape) for v in variables)
+        drawn = self._drawn(at_once(count + (self.adaptive is not None)))
         if self.adaptive is not None:
-            drawn, of_votes = tf.split(self._drawn(count + 1), [count, 1])
-            votes = self.adaptive.with_noise(votes, of_votes[0])
-        else:
-            drawn = self._drawn(count)
+            votes = self.adaptive.with_noise(votes, drawn[count])
         # Rounded sums of some replicas without noise would show what their examples are.
         correlated = self.mechanism.bands is not None and self._strategy.place.num_replicas > 1
         if correlated:
             sums = batch.all_reduce(sums)
-        counts = [
-            self._rounding.counts(s, n, norm)
-            for s, n in zip(sums, like(drawn, variables), strict=True)
-        ]
+        # As one vector: rounded in one go, however many variables there are.
+        flat = tf.concat([tf.reshape(s, [-1]) for s in sums], 0)
+        flat = tf.ensure_shape(flat, [count])
+        counts = self._rounding.counts(flat, drawn, norm)
         if correlated:
             # Known only when it runs: TensorFlow would leave out a sum that a process does not
             # need, and others would wait for it.
             zero = tf.cast(tf.minimum(batch.total, 0), tf.int32)
             is_first = tf.equal(self._strategy.replica_id() + zero, 0)
-            counts = [tf.where(is_first, c, tf.zeros_like(c)) for c in counts]
-        return counts, votes
+            counts = tf.where(is_first, counts, tf.zeros_like(counts))
+        return like(counts, variables), votes
 
     def _drawn(self, count: int) -> Tensor:
         """Draws a replica's normal numbers.
