@@ -12,7 +12,7 @@ from tfdist._version import __version__
 
 if TYPE_CHECKING:
     from tfdist import imbalance, privacy, samplers
-    from tfdist.api import evaluate, fit, predict
+    from tfdist.api import fit
     from tfdist.compression.settings import PowerSGD
     from tfdist.data import Augment, ByClass, LocalShard
     from tfdist.privacy.budget import PrivacyBudget
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from tfdist.resume.checkpoint import Checkpoint
     from tfdist.scripts.drop_in import drop_in
     from tfdist.strategies.session import init, is_chief
+    from tfdist.training.evaluation import evaluate, predict
 
 __all__ = [
     "DPFTRL",
@@ -65,12 +66,12 @@ _HOMES = {
     "PowerSGD": "tfdist.compression.settings",
     "PrivacyBudget": "tfdist.privacy.budget",
     "drop_in": "tfdist.scripts.drop_in",
-    "evaluate": "tfdist.api",
+    "evaluate": "tfdist.training.evaluation",
     "fit": "tfdist.api",
     "init": "tfdist.strategies.session",
     "is_chief": "tfdist.strategies.session",
     "placement": "tfdist.strategies.placement",
-    "predict": "tfdist.api",
+    "predict": "tfdist.training.evaluation",
 }
 
 

@@ -2,96 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import inspect
 import os
-from collections.abc import Callable
-from typing import Any, ParamSpec
+from typing import Any
 
-import keras
-
-from tfdist import _keras, data, watchdog
+from tfdist import data
 from tfdist.compression.extension import CompressedTraining
 from tfdist.compression.settings import PowerSGD
-from tfdist.errors import ArgumentError, DisagreementError, outside
 from tfdist.privacy import memory
 from tfdist.privacy.settings import DPSGD
 from tfdist.private import PrivateTraining
 from tfdist.resume import elastic
 from tfdist.resume.checkpoint import Checkpoint, CheckpointRun
 from tfdist.samplers import Sampler
-from tfdist.step.prepared import prepare, scoped
 from tfdist.strategies.session import current
-from tfdist.training import preflight, routing
+from tfdist.training import preflight
+from tfdist.training.calls import watched
 from tfdist.training.extension import Continuation, Extension
 from tfdist.training.request import Request
-from tfdist.training.run import (
-    Seeds,
-    Training,
-    adapted,
-    composed,
-    read_in_order,
-)
+from tfdist.training.run import Seeds, Training
 from tfdist.training.verify import Verification
 
-P = ParamSpec("P")
-_ONE_OF_ALL = (
-    "tfdist: each of {number} workers runs your callbacks. One that makes or removes files "
-    "should do it in a single worker: `if tfdist.is_chief(): ...`."
-)
 
-
-def _watched(function: Callable[P, Any]) -> Callable[P, Any]:
-    """Watches a public function for hangs, once the workers were found to have called it.
-
-    A model whose class has a method of that name prepares its data there, and then calls
-    Keras's, in whose place the function is.
-    """
-    name = function.__name__
-    keras_names = set(inspect.signature(getattr(keras.Model, name)).parameters)
-
-    @functools.wraps(function)
-    def direct(*args: P.args, **kwargs: P.kwargs) -> Any:
-        if routing.is_running():  # in a callback: of a call that is watched
-            return function(*args, **kwargs)
-        model: Any = args[0] if args else kwargs.get("model")
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(_keras.outside_scopes())
-            if isinstance(model, keras.Model):
-                kwargs["strategy"] = scoped(model, kwargs.get("strategy", "auto"))
-            used = current(kwargs.get("strategy", "auto")).strategy
-            stack.enter_context(watchdog.calling(name, used))
-            stack.enter_context(routing.running())
-            if not used.elastic:  # whoever joins later has missed the call
-                preflight.check_call(used, name)
-                watchdog.meet()
-            try:
-                return function(*args, **kwargs)
-            except (ArgumentError, DisagreementError) as error:
-                # They are about the caller's arguments: tfdist's lines say nothing of them.
-                raise error.with_traceback(outside(error)) from error.__cause__
-            except OSError as error:
-                if used.place.num_workers > 1:
-                    error.add_note(_ONE_OF_ALL.format(number=used.place.num_workers))
-                raise
-
-    @functools.wraps(function)
-    def public(*args: P.args, **kwargs: P.kwargs) -> Any:
-        model: Any = args[0] if args else kwargs.get("model")
-        own = routing.own_method(model, name)
-        if own is None:
-            return direct(*args, **kwargs)
-        known = {key: kwargs[key] for key in kwargs if key in keras_names}
-        more: Any = {key: kwargs[key] for key in kwargs.keys() - keras_names - {"model"}}
-        with routing.led(model, name, functools.partial(direct, **more)):
-            return own(*args[1:], **known)
-
-    public.direct = direct  # type: ignore[attr-defined]
-    return public
-
-
-@_watched
+@watched
 def fit(
     model: Any,
     x: Any = None,
@@ -233,134 +165,3 @@ def fit(
     elif session.strategy.elastic:
         continuation = elastic.ElasticRun(session.strategy, extensions)
     return Training(request, [*extensions, Seeds(), continuation], continuation).run()
-
-
-@_watched
-def evaluate(
-    model: Any,
-    x: Any = None,
-    y: Any = None,
-    batch_size: int | None = None,
-    verbose: Any = "auto",
-    sample_weight: Any = None,
-    steps: int | None = None,
-    callbacks: Any = None,
-    return_dict: bool = False,
-    *,
-    strategy: Any = "auto",
-    shard: Any = None,
-) -> Any:
-    """Computes loss and metrics, every example counted once, on every replica there is.
-
-    Args:
-        model: A compiled `keras.Model`, or a function that returns one.
-        x: As in `fit`.
-        y: As in `fit`.
-        batch_size: Examples of one step over all replicas; 32 if None.
-        verbose: "auto", 0, 1 or 2; only the chief shows anything.
-        sample_weight: As in `fit`.
-        steps: Batches to evaluate, if not all.
-        callbacks: Keras callbacks.
-        return_dict: Whether to return a dict by metric name rather than a list.
-        strategy: As in `fit`.
-        shard: As in `fit`.
-
-    Returns:
-        What `keras.Model.evaluate` returns, the same on every worker.
-
-    Raises:
-        ArgumentError: Arguments or data cannot be used as they are.
-        StrategyError: The strategy cannot run here.
-        DisagreementError: The workers were called differently.
-
-    Example:
-        >>> import keras, numpy as np, tfdist
-        >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
-        >>> model.compile(loss="mse")
-        >>> x, y = np.ones((5, 4), "float32"), np.ones((5, 1), "float32")
-        >>> sorted(tfdist.evaluate(model, x, y, verbose=0, return_dict=True))
-        ['loss']
-    """
-    session = current(strategy)
-    preflight.check_steps(steps=steps)
-    model = preflight.compiled(model)
-    source = read_in_order(
-        x,
-        y,
-        sample_weight,
-        batch_size=batch_size,
-        steps=steps,
-        shard=data.local_shard(shard, session.strategy),
-        strategy=session.strategy,
-    )
-    preflight.check_batched(model, x, source.spec())
-    used = composed(model, "test_step", source, session.strategy)
-    prepared = prepare(model, used)
-    preflight.check_agreement(
-        session, model, {"batch_size": batch_size, "steps": source.steps}, source
-    )
-    with prepared.running(source):
-        return _keras.EVALUATE(
-            model,
-            adapted(source, used),
-            verbose=verbose if session.is_chief else 0,
-            callbacks=callbacks,
-            return_dict=return_dict,
-        )
-
-
-@_watched
-def predict(
-    model: Any,
-    x: Any,
-    batch_size: int | None = None,
-    verbose: Any = "auto",
-    steps: int | None = None,
-    callbacks: Any = None,
-    *,
-    strategy: Any = "auto",
-) -> Any:
-    """Computes the model's outputs, in the order of the input, on every replica there is.
-
-    Args:
-        model: A `keras.Model`, or a function that returns one.
-        x: As in `fit`.
-        batch_size: Examples of one step over all replicas; 32 if None.
-        verbose: "auto", 0, 1 or 2; only the chief shows anything.
-        steps: Batches to predict, if not all.
-        callbacks: Keras callbacks.
-        strategy: As in `fit`.
-
-    Returns:
-        NumPy arrays of shape [examples, ...], all of them on every worker.
-
-    Raises:
-        ArgumentError: Arguments or data cannot be used as they are.
-        StrategyError: The strategy cannot run here.
-        DisagreementError: The workers were called differently.
-
-    Example:
-        >>> import keras, numpy as np, tfdist
-        >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
-        >>> tfdist.predict(model, np.ones((5, 4), "float32"), verbose=0).shape
-        (5, 1)
-    """
-    session = current(strategy)
-    preflight.check_steps(steps=steps)
-    model = model if isinstance(model, keras.Model) else model()
-    source = read_in_order(
-        x, None, None, batch_size=batch_size, steps=steps, strategy=session.strategy
-    )
-    preflight.check_batched(model, x, source.spec())
-    used = composed(model, "predict_step", source, session.strategy)
-    prepared = prepare(model, used)
-    preflight.check_agreement(
-        session, model, {"batch_size": batch_size, "steps": source.steps}, source
-    )
-    with prepared.running(source):
-        return _keras.PREDICT(
-            model,
-            adapted(source, used, by_number=False),
-            verbose=verbose if session.is_chief else 0,
-            callbacks=callbacks,
-        )
