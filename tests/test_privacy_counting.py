@@ -137,9 +137,10 @@ def test_a_killed_training_counts_every_step(tmp_path: Path) -> None:
     before, after, report = killed_and_resumed(tmp_path, sgd, spent=SPENT)
     assert len(after) == 30
     # 17 were made, of which 10 are in the weights, and 30 more; `spent` is in the checkpoint.
-    spent, phase = report.ledger.phases
+    spent, first, second = report.ledger.phases
     assert spent == SPENT.phases[0]
-    assert 47 <= phase.steps <= 48
+    assert 17 <= first.steps <= 18
+    assert second.steps == 30
     assert abs(np.corrcoef(before[10], after[0])[0, 1]) < 5 / math.sqrt(NUMBERS)
     (tmp_path / "copy" / "privacy.json").unlink()
     with pytest.raises(CheckpointError, match="must lie beside the checkpoints"):
@@ -151,7 +152,7 @@ def test_a_killed_training_counts_every_step(tmp_path: Path) -> None:
 
 def test_steps_that_are_made_again_have_other_noise(tmp_path: Path) -> None:
     before, after, report = killed_and_resumed(tmp_path, ftrl)
-    lost, whole = report.ledger.phases
+    lost, whole = report.ledger.mechanisms
     assert (whole.steps, whole.after) == (40, 0)
     assert lost.after == 10
     assert 7 <= lost.steps <= 8
@@ -172,6 +173,31 @@ def test_steps_that_are_made_again_have_other_noise(tmp_path: Path) -> None:
                 model, *given, batch_size=5, epochs=11, verbose=0, privacy=privacy,
                 checkpoint=tmp_path / "copy",
             )  # fmt: skip
+
+
+@pytest.mark.parametrize("make", [sgd, ftrl])
+def test_two_that_go_on_from_copies_add_up(tmp_path: Path, make: Any) -> None:
+    disk, copies = tmp_path / "disk", [tmp_path / "a", tmp_path / "b"]
+
+    def privacy() -> Any:  # as a script that is started again makes it
+        return make(spent=Ledger((Phase(0.2, 1.0, 500),)))
+
+    def goes_on(where: Path, *callbacks: Any) -> Any:
+        saver, given = tfdist.Checkpoint(where, every=2), list(callbacks)
+        return train(still(), steps=8, privacy=privacy(), checkpoint=saver, callbacks=given)
+
+    goes_on(disk, Watch((3, disk, copies[0])))
+    shutil.copytree(*copies)
+    one, other = (goes_on(copy).privacy for copy in copies)
+    assert (one.ledger.steps, other.ledger.steps) == (509, 509)  # 3, and 6 from step 2 on
+    both = one.ledger.merged(other.ledger)
+    assert both.steps == other.ledger.merged(one.ledger).merged(both).steps == 500 + 3 + 6 + 6
+    together = train(still(), privacy=make(spent=one.ledger.merged(other.ledger))).privacy
+    assert together.ledger.steps == both.steps + 4
+    if make is ftrl:
+        assert sorted((p.after, p.steps) for p in both.mechanisms[1:]) == [(0, 8), (2, 1), (2, 6)]
+        costs = [p.gaussian_square for p in both.mechanisms[1:]]
+        assert sum(costs) > 2 * sensitivity(4, None, 8) ** 2 - sensitivity(4, None, 2) ** 2
 
 
 def test_what_a_backup_has_lost_counts(tmp_path: Path) -> None:
@@ -255,7 +281,8 @@ def test_two_histories_of_one_training_count_once() -> None:
     assert early.merged(Ledger((phase(4, "c"),))).steps == 8
     by_hand = Ledger((phase(5), Phase(0.2, 1.0, 7)))
     assert by_hand.merged(by_hand) == by_hand
-    assert by_hand.merged(Ledger((phase(6),))).steps == 13
+    assert by_hand.merged(Ledger.from_dict(by_hand.to_dict())) == by_hand
+    assert by_hand.merged(Ledger((phase(5),))).steps == 17  # of somebody else
     turns = {"bands": 2, "separation": 3}
     grown = Ledger((Phase(1.0, 1.0, 4, run_id="a", **turns),)).merged(
         Ledger((Phase(1.0, 1.0, 9, run_id="a", **turns),))
@@ -263,6 +290,7 @@ def test_two_histories_of_one_training_count_once() -> None:
     assert [p.steps for p in grown.phases] == [9]  # one mechanism, not two
     alone = Ledger((Phase(1.0, 1.0, 4, **turns), Phase(1.0, 1.0, 4, **turns)))
     assert alone.merged(Ledger(alone.phases[:1])) == alone.merged(alone) == alone
+    assert alone.merged(Ledger((Phase(1.0, 1.0, 4, **turns),))).steps == 12
 
 
 @pytest.mark.quick

@@ -181,7 +181,7 @@ class PrivateRun:
         self._mask_seed = self._agreed_mask_seed(source)
         self._try(source)
         if self._course.correlated:
-            self._watch = watch(source, phase.separation, lambda: self.steps_made)
+            self._watch = watch(source, phase.separation, lambda: self._course.position)
 
     def _agreed_mask_seed(self, source: data.Source) -> int:
         """Gives the seed of random numbers of rows: secret if none was chosen."""
@@ -256,7 +256,7 @@ class PrivateRun:
     def settings(self) -> dict[str, Any]:
         """What must stay as it is in a training that goes on: its steps are one phase."""
         described = dataclasses.asdict(self.phase(0))
-        for name in ("run_id", "groups", "after"):
+        for name in ("run_id", "groups", "after", "continues", "secret"):
             del described[name]
         in_turn = self._source if self._course.correlated else None
         return {
@@ -301,7 +301,7 @@ class PrivateRun:
             delta=self._delta,
             accountant=self.privacy.accountant,
             relation=self.privacy.relation,
-            secret=history.secret,
+            secret=history.is_secret,
             uncounted_steps=history.uncounted,
             changes=history.changes,
             validated_inside=self._validates_inside,

@@ -30,7 +30,7 @@ class History:
 
     Attributes:
         ledger: The steps.
-        secret: As in `Report`.
+        secret: As in `Report`, of what its ledgers do not say.
         uncounted: As `uncounted_steps` in `Report`.
         changes: As in `Report`.
     """
@@ -52,6 +52,11 @@ class History:
             max(self.uncounted, other.uncounted),
             max(self.changes, other.changes),
         )
+
+    @property
+    def is_secret(self) -> bool:
+        """Whether all random numbers came from the operating system."""
+        return self.secret and self.ledger.secret
 
     def without(self, run_id: str) -> History:
         """Gives it without the steps of a training.
