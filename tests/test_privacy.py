@@ -204,7 +204,7 @@ class TestLedger:
             ledger = ledger.add(Phase(0.01, 4.0, 2000))
             run = run.add(Phase(0.01, 4.0, 2000, run_id="one"))
         assert run.phases == (Phase(0.01, 4.0, 10000),)
-        assert ledger.steps == 10000
+        assert ledger == run
         assert ledger.epsilon(1e-5) == cost(0.01, 4, 10000)
         assert ledger.add(Phase(0.5, 9.0, 0)) is ledger
 

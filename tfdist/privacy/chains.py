@@ -1,4 +1,4 @@
-"""Correlated noise that goes on in other processes: which steps are one mechanism.
+"""What the phases of a ledger are together: steps that go on from others are one mechanism.
 
 Needs neither TensorFlow nor NumPy.
 """
@@ -13,9 +13,10 @@ from tfdist.privacy.phase import Phase
 
 
 def mechanisms(phases: Sequence[Phase]) -> list[Phase]:
-    """Joins steps of correlated noise that go on from each other.
+    """Joins steps of several processes that are one mechanism.
 
-    A training that is resumed, also several times from copies of a folder, is a tree: each
+    Steps whose noise is independent are joined with the ones before if their settings are the
+    same. Of correlated noise, a training that is resumed, also several times from copies of a folder, is a tree: each
     process draws new noise from the step on at which it goes on, and takes back that of the
     steps before. What it releases is a function of `C g + z` of its own steps, where `z` is
     new, and of what the processes before it have released. So all steps of the tree together
@@ -29,7 +30,7 @@ def mechanisms(phases: Sequence[Phase]) -> list[Phase]:
         phases: Of one ledger.
 
     Returns:
-        Phases that cost together what these do; those without `bands` as they were.
+        Phases that cost together what these do; none is without steps.
     """
     made = {i: p for i, p in enumerate(phases) if p.bands is not None and p.steps}
     counts = Counter(phase.run_id for phase in made.values())
@@ -49,7 +50,14 @@ def mechanisms(phases: Sequence[Phase]) -> list[Phase]:
                 break
             begin, left[before], at = left[before], begin, before
         found[last] = replace(made[last], after=begin, steps=end - begin)
-    return [found[i] for i in sorted(found)]
+    joined: list[Phase] = []
+    for _, phase in sorted(found.items()):
+        is_more = bool(joined) and replace(joined[-1], steps=0) == replace(phase, steps=0)
+        if is_more and phase.bands is None:
+            joined[-1] = replace(phase, steps=joined[-1].steps + phase.steps)
+        else:
+            joined.append(phase)
+    return joined
 
 
 def _end(phase: Phase) -> int:

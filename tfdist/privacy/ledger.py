@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from tfdist.errors import ArgumentError
+from tfdist.privacy import composable
 from tfdist.privacy.arguments import check_choice, check_number
 from tfdist.privacy.chains import mechanisms
 from tfdist.privacy.identity import named, run_of, union
@@ -22,7 +23,7 @@ ACCOUNTANTS = ("pld", "rdp")
 RELATIONS = ("add_or_remove_one", "replace_special", "replace_one")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Ledger:
     """All private steps that were made on the same data.
 
@@ -67,9 +68,16 @@ class Ledger:
         """Whether all random numbers came from the operating system."""
         return all(phase.secret for phase in self.phases if phase.steps)
 
+    def __eq__(self, other: object) -> bool:
+        """Whether the same steps were made, in the same order, by whatever processes."""
+        return isinstance(other, Ledger) and self.mechanisms == other.mechanisms
+
+    def __hash__(self) -> int:
+        return hash(tuple(self.mechanisms))
+
     @property
     def mechanisms(self) -> list[Phase]:
-        """What was made as accountants see it; see `tfdist.privacy.chains`."""
+        """What was made, without regard to which process made it; see `chains`."""
         return mechanisms(self.phases)
 
     @property
@@ -93,13 +101,7 @@ class Ledger:
             ArgumentError: Steps without sampling are to be judged by what one example more or
                 less changes: it would move all others to other batches.
         """
-        if relation == "add_or_remove_one" and any(p.bands and p.steps for p in self.phases):
-            raise ArgumentError(
-                "`relation` must be 'replace_special' or 'replace_one' for a model that was "
-                "trained by DPFTRL: an example more would move all others to other batches. "
-                f"Received: relation={relation!r}. Pass one of these to DPSGD, epsilon or "
-                "statement."
-            )
+        composable.check_relation(self.phases, relation)
 
     def check_unit(self) -> None:
         """Refuses steps of which some protect examples, and some users.
@@ -107,24 +109,7 @@ class Ledger:
         Raises:
             ArgumentError: There are such.
         """
-        units = {phase.unit for phase in self.phases if phase.steps}
-        if len(units) > 1:
-            # Of a clipped sum of a user's examples, one of them may change twice the norm.
-            raise ArgumentError(
-                "All steps on the same data must protect the same: examples or users. "
-                f"Received: {len(self.phases)} phases, of {' and '.join(sorted(units))}s. "
-                "Pass `group_ids` always, or never."
-            )
-        of_users = [p for p in self.phases if p.steps and p.unit == USER]
-        groupings = {phase.groups for phase in of_users} - {None}
-        sizes = {phase.num_rows for phase in of_users} - {None}
-        if len(groupings) > 1 or len(sizes) > 1:
-            raise ArgumentError(
-                "All steps on the same data must have the same `group_ids`: of another "
-                "grouping, a user's examples lie with several others. Received: "
-                f"{max(len(groupings), len(sizes))} groupings. Pass the same `group_ids` "
-                "always."
-            )
+        composable.check_unit(self.phases)
 
     def add(self, phase: Phase) -> Ledger:
         """Gives the ledger with more steps in it.

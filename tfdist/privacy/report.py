@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from tfdist.privacy.ledger import EXAMPLE, USER, Ledger, Phase
 
@@ -237,14 +237,7 @@ def _public(ledger: Ledger) -> str:
 def _described(ledger: Ledger) -> str:
     if not ledger.steps:
         return "no step at all"
-    joined: list[Phase] = []
-    for phase in ledger.mechanisms:  # whichever `fit` made them
-        alike = joined and replace(joined[-1], steps=0) == replace(phase, steps=0)
-        if alike and phase.bands is None:
-            joined[-1] = replace(phase, steps=joined[-1].steps + phase.steps)
-        else:
-            joined.append(phase)
-    return ", then ".join(map(_describe, joined))
+    return ", then ".join(map(_describe, ledger.mechanisms))
 
 
 def _describe(phase: Phase) -> str:
