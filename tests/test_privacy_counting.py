@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import math
+import pickle
 import shutil
 import time
 from pathlib import Path
@@ -17,7 +19,7 @@ import tensorflow as tf
 
 import tfdist
 from tfdist.errors import ArgumentError, CheckpointError
-from tfdist.privacy import Ledger, Phase
+from tfdist.privacy import Ledger, Phase, memory
 from tfdist.privacy.correlated import coefficients, sensitivity
 from tfdist.privacy.separation import SeparationCheck
 
@@ -64,10 +66,10 @@ class Watch(keras.callbacks.Callback):  # type: ignore[misc]
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         self.added.append(5 * (self._before - self.model.get_weights()[0].ravel()))
         if self._snapshot is not None and len(self.added) == self._snapshot[0]:
-            _, disk, copy = self._snapshot
+            _, disk, kept = self._snapshot
             while not [*disk.glob("epoch-*"), *disk.glob("*.h5")]:  # a thread writes it
                 time.sleep(0.01)
-            shutil.copytree(disk, copy)
+            shutil.copytree(disk, kept)
 
 
 class SetBack(keras.callbacks.Callback):  # type: ignore[misc]
@@ -124,11 +126,11 @@ def test_no_callback_trains_what_trains_privately(privacy: Any) -> None:
 
 def killed_and_resumed(tmp_path: Path, make: Any, **first: Any) -> tuple[Any, Any, Any]:
     """Trains 40 steps, and again from what the disk held after 17, with 10 saved."""
-    disk, copy = tmp_path / "disk", tmp_path / "copy"
-    one, other = Watch((17, disk, copy)), Watch()
+    disk, kept = tmp_path / "disk", tmp_path / "copy"
+    one, other = Watch((17, disk, kept)), Watch()
     saver = tfdist.Checkpoint(disk, every=10)
     train(still(), steps=40, privacy=make(**first), checkpoint=saver, callbacks=[one])
-    saver = tfdist.Checkpoint(copy, every=10)
+    saver = tfdist.Checkpoint(kept, every=10)
     report = train(still(), steps=40, privacy=make(), checkpoint=saver, callbacks=[other])
     return one.added, other.added[10:], report.privacy  # the checkpoint has the first 10
 
@@ -188,7 +190,7 @@ def test_two_that_go_on_from_copies_add_up(tmp_path: Path, make: Any) -> None:
 
     goes_on(disk, Watch((3, disk, copies[0])))
     shutil.copytree(*copies)
-    one, other = (goes_on(copy).privacy for copy in copies)
+    one, other = (goes_on(where).privacy for where in copies)
     assert (one.ledger.steps, other.ledger.steps) == (509, 509)  # 3, and 6 from step 2 on
     both = one.ledger.merged(other.ledger)
     assert both.steps == other.ledger.merged(one.ledger).merged(both).steps == 500 + 3 + 6 + 6
@@ -201,20 +203,20 @@ def test_two_that_go_on_from_copies_add_up(tmp_path: Path, make: Any) -> None:
 
 
 def test_what_a_backup_has_lost_counts(tmp_path: Path) -> None:
-    disk, copy = tmp_path / "disk", tmp_path / "copy"
+    disk, kept = tmp_path / "disk", tmp_path / "kept"
 
     def backup(where: Path) -> Any:
         return keras.callbacks.BackupAndRestore(where, save_freq=10)
 
     target = tfdist.DPSGD(1.0, target_epsilon=1.0, delta=1e-3)
-    watch = Watch((17, disk, copy))
+    watch = Watch((17, disk, kept))
     train(still(), steps=40, privacy=target, callbacks=[backup(disk), watch])
-    report = train(still(), steps=40, privacy=target, callbacks=[backup(copy)]).privacy
+    report = train(still(), steps=40, privacy=target, callbacks=[backup(kept)]).privacy
     # 40 were planned for the target: with the 17 that were made fewer are left.
     assert 37 <= report.ledger.steps <= 40
     assert 0.9 < report.epsilon <= 1.0
     assert len({phase.noise_multiplier for phase in report.ledger.phases}) == 1
-    assert not copy.exists()
+    assert not kept.exists()
 
 
 # --- files ------------------------------------------------------------------------------
@@ -240,6 +242,43 @@ def test_files_say_what_was_spent(tmp_path: Path) -> None:
     around = keras.Sequential([keras.Input((40,)), loaded.get_layer("still")])
     around.compile("sgd", "mse")
     assert train(around).privacy.ledger.steps == 20
+
+
+def quantized(model: Any) -> Any:
+    model.quantize("int8")
+    return model
+
+
+def around(layer: Any) -> Any:
+    return keras.Sequential([keras.Input((40,)), layer])
+
+
+def adapted(model: Any) -> Any:
+    layer = model.get_layer("still")
+    layer.quantize("int8")
+    layer.enable_lora(2)
+    return around(layer)
+
+
+@pytest.mark.quick
+@pytest.mark.filterwarnings("ignore:Layer InputLayer does not have a `quantize`")
+@pytest.mark.parametrize(
+    "change",
+    [
+        quantized,
+        adapted,
+        lambda model: around(quantized(model).get_layer("still")),
+        lambda model: around(copy.deepcopy(model.get_layer("still"))),
+        lambda model: pickle.loads(pickle.dumps(quantized(model))),
+    ],
+)
+def test_other_weights_of_a_layer_keep_what_was_spent(change: Any) -> None:
+    model = still()
+    memory.keep(model, memory.History(SPENT))
+    assert memory.of(change(model)).ledger == SPENT
+    with memory.forgotten(model):
+        assert memory.of(model) == memory.History()
+    assert memory.of(model).ledger == SPENT
 
 
 def test_what_is_not_counted_is_noted() -> None:
@@ -269,6 +308,26 @@ def test_other_groupings_do_not_compose() -> None:
     assert Ledger.from_dict(written) == report.ledger
     with pytest.raises(ArgumentError, match="must have the same `group_ids`"):
         train(still(), privacy=sgd(group_ids=np.arange(20) % 10, spent=report.ledger))
+
+
+def test_what_a_ledger_says_goes_with_it(capsys: Any) -> None:
+    first = train(still(), privacy=sgd(seed=3)).privacy
+    assert not first.secret
+    saved = Ledger.from_dict(json.loads(json.dumps(first.ledger.to_dict())))
+    assert not saved.secret
+    model = still()
+    report = train(model, privacy=sgd(spent=saved.add(Phase(0.2, 1.0, 5)))).privacy
+    assert (report.secret, report.ledger.steps) == (False, 13)
+    for text in (report.statement(), tfdist.privacy.statement(report.ledger, delta=1e-3)):
+        assert text.startswith("There is no guarantee")
+        assert text.count("There is no guarantee") == 1
+    assert report.line().endswith("a seed was given")
+    # Another phase that is made by hand is of other steps, as far as anyone can tell.
+    again = sgd(spent=saved.merged(Ledger((Phase(0.2, 1.0, 5),))))
+    capsys.readouterr()
+    report = tfdist.fit(model, *ZEROS, batch_size=5, verbose=2, privacy=again).privacy
+    assert report.ledger.steps == 13 + 5 + 4
+    assert "`spent` has 5 steps that are counted besides 5 like them" in capsys.readouterr().out
 
 
 @pytest.mark.quick

@@ -231,7 +231,8 @@ class PrivateRun:
         )
         alone = f"computed for one example after the other, exact but slow: {', '.join(slow)}"
         careless = careless_delta(self.ledger(self.planned_steps), self._delta)
-        return "\ntfdist: ".join([*[alone] * bool(slow), *filter(None, [careless])]) or None
+        lines = [alone if slow else None, careless, self._spending.notice()]
+        return "\ntfdist: ".join(filter(None, lines)) or None
 
     @property
     def _delta(self) -> float:

@@ -204,6 +204,17 @@ class Spending:
                 self._noise = earlier.noise_multiplier
         return self._noise
 
+    def notice(self) -> str | None:
+        """Says that `spent` may hold what is known already."""
+        given = {phase.run_id for phase in self._spent.phases}
+        others = [p for p in self.before.ledger.phases if p.run_id not in given]
+        again = same_made_again(self._spent.phases, others)
+        steps = sum(p.steps for p in self._spent.phases if p.run_id in again)
+        return steps and (
+            f"`spent` has {steps} steps that are counted besides {steps} like them, which the "
+            "model brings. If they are the same, leave `spent` out."
+        ) or None
+
     def ledger(self, steps: int) -> Ledger:
         """Gives all private steps on the data.
 
