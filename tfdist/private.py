@@ -19,7 +19,7 @@ from tfdist.errors import ArgumentError
 from tfdist.extension import Extension
 from tfdist.planned import in_its_turn, plan, watch
 from tfdist.prepared import Prepared
-from tfdist.privacy import clipping, independence, refusals
+from tfdist.privacy import clipping, independence, refusals, watchers
 from tfdist.privacy.accounting import noise_for
 from tfdist.privacy.budget import PrivacyBudget
 from tfdist.privacy.course import Course, watched
@@ -32,6 +32,7 @@ from tfdist.privacy.settings import DPSGD, Mechanism
 from tfdist.privacy.spot_checks import SpotChecks
 from tfdist.privacy.step import PrivateStep
 from tfdist.privacy.users import PoissonOfUsers, Users
+from tfdist.privacy.watchers import StepLogs
 from tfdist.request import Request
 from tfdist.samplers import Sampler, Sequential
 from tfdist.spending import Spending
@@ -79,6 +80,8 @@ class PrivateRun:
         refused.check_data(session, x, request.sampler, request.class_weight, privacy)
         refused.check_copies(privacy, request.augment)
         refused.check_users(privacy, request.shard, request.validation_split)
+        given = getattr(callbacks, "callbacks", callbacks)
+        self._callbacks = [*given] if isinstance(given, list | tuple) else [given]
         refused.check_callbacks(callbacks, x)
         self._validates_inside = refused.check_validation(
             callbacks, x, request.validation_data, request.validation_split
@@ -180,6 +183,7 @@ class PrivateRun:
         self._steps_of_epoch = source.steps
         self._mask_seed = self._agreed_mask_seed(source)
         self._try(source)
+        watchers.check_names(self._callbacks, self._model.get_metrics_result())
         if self._course.correlated:
             self._watch = watch(source, phase.separation, lambda: self._course.position)
 
@@ -325,7 +329,9 @@ class PrivateRun:
         for callback in given:
             if isinstance(callback, PrivacyBudget):
                 callback.run = self
-        return watched(callbacks, self._course, self._spending)
+        noisy = () if self.privacy.target_quantile is None else ("l2_norm_clip",)
+        names = StepLogs(self._callbacks, noisy)
+        return watched(callbacks, self._course, self._spending, names)
 
     @contextlib.contextmanager
     def counting(self) -> Iterator[None]:

@@ -155,15 +155,17 @@ class Course:
             )
 
 
-def watched(callbacks: Any, course: Course, listener: Listener) -> Any:
+def watched(callbacks: Any, course: Course, listener: Listener, *others: Any) -> Any:
     """Adds to the callbacks what keeps count.
 
     Args:
         callbacks: A list of callbacks, or a `CallbackList`.
         course: Of the training.
         listener: Told of it.
+        *others: Callbacks that come first as well.
     """
-    return _keras.around(callbacks, [_First(course, listener)], [_Last(course, listener)])
+    first = [_First(course, listener), *others]
+    return _keras.around(callbacks, first, [_Last(course, listener)])
 
 
 class _First(keras.callbacks.Callback):  # type: ignore[misc]
