@@ -197,7 +197,8 @@ def test_two_that_go_on_from_copies_add_up(tmp_path: Path, make: Any) -> None:
     together = train(still(), privacy=make(spent=one.ledger.merged(other.ledger))).privacy
     assert together.ledger.steps == both.steps + 4
     if make is ftrl:
-        assert sorted((p.after, p.steps) for p in both.mechanisms[1:]) == [(0, 8), (2, 1), (2, 6)]
+        parts = sorted((p.after, p.steps) for p in both.mechanisms[1:])
+        assert parts == [(0, 8), (2, 1), (2, 6)]
         costs = [p.gaussian_square for p in both.mechanisms[1:]]
         assert sum(costs) > 2 * sensitivity(4, None, 8) ** 2 - sensitivity(4, None, 2) ** 2
 

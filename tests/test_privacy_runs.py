@@ -1,4 +1,4 @@
-"""Trees of trainings: copied folders, resumes, crashes and loaded files count each step once."""
+"""Trees of trainings: whatever is copied, resumed, lost or loaded, each step counts once."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ class Tree:
                 wraps.__exit__(None, None, None)
 
     def merged(self) -> Ledger:
-        """What somebody knows who starts one more process in each folder, and loads all files."""
+        """What is known to who starts one more process in each folder, and loads all files."""
         found = Ledger()
         for folder in self.folders:
             with memory.forgotten(MODEL):
@@ -160,7 +160,7 @@ def test_a_history_in_a_line_is_that_of_one_process(runs: Any, correlated: bool)
 
 
 def worst(parents: list[int], bands: int, separation: int | None) -> float:
-    """The most that an example moves in all steps of a tree, by trying all ways to take part."""
+    """The most that an example moves in a tree of steps, of all ways to take part."""
     size = len(parents)
     ways: list[list[int]] = []
     for node in range(size):

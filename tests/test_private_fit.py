@@ -356,9 +356,7 @@ def test_the_budget_stops_before_it_is_exceeded(at_once: int) -> None:
         private_fit(model, callbacks=[tfdist.PrivacyBudget(0.8)])
 
 
-@pytest.mark.parametrize(
-    ("when", "most"), [("on_train_begin", 5), ("on_epoch_end", 25)]
-)
+@pytest.mark.parametrize(("when", "most"), [("on_train_begin", 5), ("on_epoch_end", 25)])
 def test_the_budget_knows_of_weights_that_are_loaded(
     when: str, most: int, tmp_path: Path
 ) -> None:

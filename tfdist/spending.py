@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from tfdist.errors import CheckpointError
-from tfdist.privacy import memory
+from tfdist.privacy import groupings, memory
 from tfdist.privacy.course import Course
-from tfdist.privacy.identity import same_made_again
+from tfdist.privacy.identity import like_steps, same_made_again
 from tfdist.privacy.journal import Journal, backup_of, steps_ahead
 from tfdist.privacy.ledger import Ledger, Phase
 from tfdist.privacy.memory import History
@@ -19,7 +19,6 @@ from tfdist.privacy.resumption import Earlier, saved_state, with_phase
 from tfdist.privacy.settings import DPSGD
 from tfdist.session import Session
 
-_GROUPINGS: dict[str, str] = {}  # names of those that this process has seen
 _AGREED: dict[str, str] = {}  # what the first worker calls phases that each made by hand
 
 
@@ -72,7 +71,9 @@ class Spending:
         """Puts together what was spent before, with what earlier processes have made."""
         found = self._earlier.history.merged(History(self._earlier.spent))
         found = found.merged(History(self._spent)).merged(memory.of(self._model))
-        return _known(dataclasses.replace(found, secret=found.secret and self._is_secret))
+        return groupings.known(
+            dataclasses.replace(found, secret=found.secret and self._is_secret)
+        )
 
     def named(self, phase: Phase, users: str | None) -> Phase:
         """Gives a phase the names of this process's run and of its grouping of examples.
@@ -85,16 +86,11 @@ class Spending:
         """
         groups = None
         if users is not None:
-            groups = _GROUPINGS.setdefault(users, secrets.token_hex(8))
-        last, after = self._earlier.last, 0
-        if self._course.correlated:
-            after = self._course.position
-        continues = ""
-        if last is not None:
-            continues = last.run_id if last.steps else last.continues
+            groups = groupings.name_of(users)
+        after = self._course.position if self._course.correlated else 0
         return dataclasses.replace(
-            phase, run_id=self._run_id, groups=groups, after=after, continues=continues,
-            secret=self._is_secret,
+            phase, run_id=self._run_id, groups=groups, after=after,
+            continues=self._earlier.newest, secret=self._is_secret,
         )  # fmt: skip
 
     def plan(self, phase: Phase, steps: int) -> None:
@@ -106,14 +102,15 @@ class Spending:
         """
         self._phase, self._planned = phase, steps
         with_phase(self._saved, phase)
-        target, delta = self._privacy.target_epsilon, self._privacy.delta
+        privacy, target = self._privacy, self._privacy.target_epsilon
         if target is None or self._noise is None:
             return
-        assert delta is not None
-        left = self.ledger(max(0, steps - self._course.position))
-        kind = {"accountant": self._privacy.accountant, "relation": self._privacy.relation}
-        if left.epsilon(delta, **kind) > target:
-            self.limit = target
+        assert privacy.delta is not None
+        whole = self.ledger(max(0, steps - self._course.position))
+        spent = whole.epsilon(
+            privacy.delta, accountant=privacy.accountant, relation=privacy.relation
+        )
+        self.limit = target if spent > target else None
 
     def go_on(
         self, saved: dict[str, Any] | None = None, kept: int = 0, directory: Any = None
@@ -163,13 +160,7 @@ class Spending:
         """Takes what a checkpoint knows, and what was made since it was written."""
         earlier = Earlier.of_checkpoint(saved, kept)
         self._spent = self._spent.renamed(earlier.names_of(self._spent)).merged(earlier.spent)
-        if self._is_secret and found is None:
-            raise CheckpointError(
-                "The file that counts private steps must lie beside the checkpoints: some may "
-                "have been made after the last one. Received: none. Put it back, or begin anew "
-                "in another directory, and pass what was spent as DPSGD(spent=...)."
-            )
-        self._earlier = earlier.merged(found)
+        self._earlier = earlier.completed(found) if self._is_secret else earlier
         self.before = self._known_before()
         self._restored = kept
 
@@ -206,14 +197,7 @@ class Spending:
 
     def notice(self) -> str | None:
         """Says that `spent` may hold what is known already."""
-        given = {phase.run_id for phase in self._spent.phases}
-        others = [p for p in self.before.ledger.phases if p.run_id not in given]
-        again = same_made_again(self._spent.phases, others)
-        steps = sum(p.steps for p in self._spent.phases if p.run_id in again)
-        return steps and (
-            f"`spent` has {steps} steps that are counted besides {steps} like them, which the "
-            "model brings. If they are the same, leave `spent` out."
-        ) or None
+        return like_steps(self._spent.phases, self.before.ledger.phases)
 
     def ledger(self, steps: int) -> Ledger:
         """Gives all private steps on the data.
@@ -246,7 +230,7 @@ class Spending:
         own = [p for p in history.ledger.phases if p.run_id == self._run_id]
         made = sum(phase.steps for phase in own)
         self._course.kept = max(self._course.kept, made - self._course.made_here)
-        self.before = self.before.merged(_known(history.without(self._run_id)))
+        self.before = self.before.merged(groupings.known(history.without(self._run_id)))
         self._write(max(self._ahead, self._course.steps_made))
 
     def before_steps(self, steps: int) -> None:
@@ -310,13 +294,3 @@ class Spending:
             with contextlib.suppress(CheckpointError):
                 if self._journal is not None and self._journal.is_there:
                     self._write(self._course.steps_made)
-
-
-def _known(history: History) -> History:
-    """Leaves out names of groupings that only another process could compare."""
-    known = set(_GROUPINGS.values())
-    phases = tuple(
-        dataclasses.replace(p, groups=p.groups if p.groups in known else None)
-        for p in history.ledger.phases
-    )
-    return dataclasses.replace(history, ledger=Ledger(phases))

@@ -15,16 +15,18 @@ from tfdist.privacy.phase import Phase
 def mechanisms(phases: Sequence[Phase]) -> list[Phase]:
     """Joins steps of several processes that are one mechanism.
 
-    Steps whose noise is independent are joined with the ones before if their settings are the
-    same. Of correlated noise, a training that is resumed, also several times from copies of a folder, is a tree: each
-    process draws new noise from the step on at which it goes on, and takes back that of the
-    steps before. What it releases is a function of `C g + z` of its own steps, where `z` is
-    new, and of what the processes before it have released. So all steps of the tree together
-    are a Gaussian mechanism with one coordinate of `C g` for each of them, and the square of
-    what an example moves is the sum over any parts that the tree is cut into, each at its
-    worst. Long parts are better, since one example is seldom the worst in all of them: the
-    longest way from a root is taken first, then the longest of what is left, and so on. Of a
-    training without branches that is all of it, as if one process had made it.
+    Steps whose noise is independent join the ones before if their settings are the same.
+
+    With correlated noise, a training that is resumed, also several times from copies of a
+    folder, is a tree: each process draws new noise from the step on at which it goes on,
+    and takes back that of the steps before. What it releases is a function of `C g + z` of
+    its own steps, where `z` is new, and of what the processes before it have released. So
+    all steps of the tree together are a Gaussian mechanism with one coordinate of `C g` for
+    each of them, and the square of what an example moves is the sum over any parts that the
+    tree is cut into, each at its worst. Long parts are better, since one example is seldom
+    the worst in all of them: the longest way from a root is taken first, then the longest
+    of what is left, and so on. Of a training without branches that is all of it, as if one
+    process had made it.
 
     Args:
         phases: Of one ledger.

@@ -86,3 +86,21 @@ def same_made_again(given: Iterable[Phase], known: Iterable[Phase]) -> dict[str,
         if is_new and phase in free:
             names[phase.run_id] = free.pop(free.index(phase)).run_id
     return names
+
+
+def like_steps(spent: Sequence[Phase], known: Sequence[Phase]) -> str | None:
+    """Says that phases made by hand are like others, and count besides them.
+
+    Args:
+        spent: What was given.
+        known: All that is known.
+    """
+    given = {phase.run_id for phase in spent}
+    again = same_made_again(spent, [p for p in known if p.run_id not in given])
+    steps = sum(phase.steps for phase in spent if phase.run_id in again)
+    if not steps:
+        return None
+    return (
+        f"`spent` has {steps} steps that are counted besides {steps} like them, which the "
+        "model brings. If they are the same, leave `spent` out."
+    )

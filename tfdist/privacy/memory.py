@@ -1,8 +1,8 @@
 """What is known of the private steps behind a model's weights.
 
-It is kept with the variables, with the layers that have them and with the model. So a model made
-of another one's layers or weights has it too, and so has a layer whose weights were replaced,
-such as by `quantize`. It is in the files that Keras saves: see `tfdist._keras.saving`.
+It is kept with the variables, with the layers that have them and with the model. So a model
+made of another one's layers has it too, and so has a layer whose weights were replaced, such
+as by `quantize`. It is in the files that Keras saves: see `tfdist._keras.saving`.
 """
 
 from __future__ import annotations

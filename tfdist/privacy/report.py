@@ -248,8 +248,8 @@ def _describe(phase: Phase) -> str:
             often = f"comes in steps that are at least {phase.separation} apart"
         resumed = "" if not phase.after else f" that went on after {phase.after} others"
         return (
-            f"{phase.steps} steps of DP-FTRL{resumed}, each example's gradient clipped to a norm "
-            f"C, in which an example {often}, and Gaussian noise of standard deviation "
+            f"{phase.steps} steps of DP-FTRL{resumed}, each example's gradient clipped to a "
+            f"norm C, in which an example {often}, and Gaussian noise of standard deviation "
             f"{phase.noise_multiplier:.6g} C for each step, of which the {phase.bands - 1} "
             "steps after it take a part back"
         )

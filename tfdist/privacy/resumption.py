@@ -32,16 +32,30 @@ class Earlier:
         """Their own steps, also those that were lost."""
         return [p for p in self.history.ledger.phases if p.run_id in self.runs]
 
-    def merged(self, other: Earlier | None) -> Earlier:
-        """Gives what both know.
+    @property
+    def newest(self) -> str:
+        """The run that the last step in the weights is of; empty if there is none."""
+        if self.last is None:
+            return ""
+        return self.last.run_id if self.last.steps else self.last.continues
+
+    def completed(self, written: Earlier | None) -> Earlier:
+        """Gives what a checkpoint says, with what was made since.
 
         Args:
-            other: Of the same `fit`.
+            written: What lies beside it; see `Journal`.
+
+        Raises:
+            CheckpointError: There is nothing.
         """
-        if other is None:
-            return self
-        runs = dict.fromkeys((*self.runs, *other.runs))
-        return replace(self, runs=tuple(runs), history=self.history.merged(other.history))
+        if written is None:
+            raise CheckpointError(
+                "The file that counts private steps must lie beside the checkpoints: some may "
+                "have been made after the last one. Received: none. Put it back, or begin anew "
+                "in another directory, and pass what was spent as DPSGD(spent=...)."
+            )
+        runs = dict.fromkeys((*self.runs, *written.runs))
+        return replace(self, runs=tuple(runs), history=self.history.merged(written.history))
 
     def to_dict(self) -> dict[str, Any]:
         """Gives what JSON can hold."""
