@@ -203,6 +203,26 @@ def test_two_that_go_on_from_copies_add_up(tmp_path: Path, make: Any) -> None:
         assert sum(costs) > 2 * sensitivity(4, None, 8) ** 2 - sensitivity(4, None, 2) ** 2
 
 
+class BreakError(Exception):
+    pass
+
+
+class Break(keras.callbacks.Callback):  # type: ignore[misc]
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        if epoch == 1:
+            raise BreakError
+
+
+def test_a_target_is_met_by_all_processes_together(tmp_path: Path) -> None:
+    target = tfdist.DPSGD(1.0, target_epsilon=1.0, delta=1e-3, accountant="rdp")
+    whole = train(still(), steps=8, privacy=target).privacy
+    with pytest.raises(BreakError):
+        train(still(), steps=8, privacy=target, checkpoint=tmp_path, callbacks=[Break()])
+    resumed = train(still(), steps=8, privacy=target, checkpoint=tmp_path).privacy
+    assert [phase.steps for phase in resumed.ledger.phases] == [4, 4]
+    assert (resumed.ledger, resumed.epsilon) == (whole.ledger, whole.epsilon)
+
+
 def test_what_a_backup_has_lost_counts(tmp_path: Path) -> None:
     disk, kept = tmp_path / "disk", tmp_path / "kept"
 

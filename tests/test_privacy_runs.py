@@ -24,7 +24,7 @@ from tfdist.privacy.chains import mechanisms
 from tfdist.privacy.correlated import coefficients
 from tfdist.privacy.course import Course
 from tfdist.privacy.memory import History
-from tfdist.spending import Spending
+from tfdist.spending import _AGREED, Spending
 
 pytestmark = pytest.mark.quick
 STRATEGY = SimpleNamespace(
@@ -34,6 +34,7 @@ SESSION: Any = SimpleNamespace(strategy=STRATEGY, is_chief=True)
 MODEL = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
 MODEL.compile("sgd", "mse")
 GIVEN, PLANNED = 5, 300  # so that three steps are written down at once
+WORKERS = [Ledger((Phase(0.2, 1.0, 5),)) for _ in range(2)]
 SPENT = Ledger((Phase(0.2, 1.0, GIVEN),))
 
 
@@ -157,6 +158,28 @@ def test_a_history_in_a_line_is_that_of_one_process(runs: Any, correlated: bool)
         assert sum(phase.steps for phase in made) == total
         if correlated:
             assert [(p.after, p.steps) for p in made] == [(0, total)] * bool(total)
+
+
+def test_phases_that_all_workers_make_by_hand_are_the_same() -> None:
+    said: list[Any] = []
+    place = SimpleNamespace(num_workers=2)
+    gathers = [lambda it: said.append(it) or [it], lambda it: said]
+    for gather in gathers:  # first what each of them says, then what they hear
+        strategy = SimpleNamespace(elastic=True, gather_objects=gather, place=place)
+        session: Any = SimpleNamespace(strategy=strategy, is_chief=True)
+        ledgers = []
+        for spent in WORKERS:
+            with memory.forgotten(MODEL):
+                privacy = tfdist.DPSGD(1.0, noise_multiplier=1.0, delta=1e-3, spent=spent)
+                course = Course(MODEL, privacy)
+                spending = Spending(privacy, session, MODEL, course, [], secret=True)
+                spending.plan(spending.named(Phase(0.1, 1.0, 1), None), PLANNED)
+                spending.begun()
+                ledgers.append(spending.ledger(4))
+    assert [ledger.steps for ledger in ledgers] == [GIVEN + 4] * 2
+    assert ledgers[0].to_dict() == ledgers[1].to_dict()
+    # So it is when they give them once more, after the model has got them.
+    assert said[1][1].renamed(_AGREED).merged(said[0][1]).steps == GIVEN
 
 
 def worst(parents: list[int], bands: int, separation: int | None) -> float:
