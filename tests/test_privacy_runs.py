@@ -108,6 +108,19 @@ class Tree:
             if not killed:
                 wraps.__exit__(None, None, None)
 
+    def race(self, which: int, steps: int, save: int) -> None:
+        folder = self.folders[which % len(self.folders)]
+        with memory.forgotten(MODEL):
+            processes = [self.process(folder) for _ in range(2)]
+        for made in range(1, steps + 1):
+            for spending, course, state in processes:
+                spending.before_steps(made)
+                course.settle(made)
+                folder.true |= {next(self.numbers)}
+                if made == save:
+                    folder.saved, folder.kept = json.dumps(state), course.position
+        self.kills += 2
+
     def merged(self) -> Ledger:
         """What is known to who starts one more process in each folder, and loads all files."""
         found = Ledger()
@@ -123,6 +136,7 @@ class Tree:
 
 ACTS = st.one_of(
     st.tuples(st.just("copy"), st.integers(0, 5)),
+    st.tuples(st.just("race"), st.integers(0, 5), st.integers(0, 4), st.integers(1, 4)),
     st.tuples(
         st.just("train"), st.integers(0, 5), st.integers(0, 6), st.integers(1, 6),
         st.integers(-3, 5), st.booleans(),

@@ -45,12 +45,17 @@ class Journal:
     def write(self, made: Earlier) -> None:
         """Writes down what may have been made; it is on the disk when this returns.
 
+        What another process has written stays: two may have begun in the same directory.
+
         Args:
-            made: All steps, those to come of this process included.
+            made: All steps, those to come of this process, its last run, included.
 
         Raises:
             CheckpointError: It cannot be written.
         """
+        there = self.read()
+        if there is not None:
+            made = made.beside(there)
         new = self._path.with_name(f"{NAME}.{os.getpid()}")
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)

@@ -54,8 +54,19 @@ class Earlier:
                 "have been made after the last one. Received: none. Put it back, or begin anew "
                 "in another directory, and pass what was spent as DPSGD(spent=...)."
             )
-        runs = dict.fromkeys((*self.runs, *written.runs))
-        return replace(self, runs=tuple(runs), history=self.history.merged(written.history))
+        return self._with(written.runs, written.history)
+
+    def beside(self, there: Earlier) -> Earlier:
+        """Gives what both know, where this one knows better what its last run has made.
+
+        Args:
+            there: Of the same `fit`.
+        """
+        return self._with(there.runs, there.history.without(self.runs[-1]))
+
+    def _with(self, runs: tuple[str, ...], history: History) -> Earlier:
+        runs = tuple(dict.fromkeys((*runs, *self.runs)))
+        return replace(self, runs=runs, history=self.history.merged(history))
 
     def to_dict(self) -> dict[str, Any]:
         """Gives what JSON can hold."""
