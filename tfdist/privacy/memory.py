@@ -213,9 +213,11 @@ def _put(model: Any, holder: _Holder) -> None:
 
 def _places(model: Any) -> list[Any]:
     """Lists all that what is known is kept with: any of them may be trained later."""
-    variables = [v for v in model.variables if not _layers.is_seed(v)]
-    layers = [i for i in _layers.with_sublayers(model) if i is model or i.variables]
-    return [*variables, *layers]
+    things: list[Any] = [model]
+    for layer in _layers.with_sublayers(model):
+        weights = [v for v in layer.variables if not _layers.is_seed(v)]
+        things += [*weights, layer] if weights else []
+    return list({id(thing): thing for thing in things}.values())
 
 
 def _holders(model: Any) -> Iterator[_Holder]:
