@@ -256,7 +256,7 @@ def test_noise_goes_on_after_an_interruption(tmp_path: Path, seed: int | None) -
     with pytest.raises(BrokenOffError):
         train(tmp_path / "a", 31)
     resumed, report = train(tmp_path / "a", None)
-    *lost, whole = report.ledger.phases
+    *lost, whole = report.ledger.mechanisms
     assert whole == Phase(1.0, 1.5, 64, None, 20, bands=8, separation=4)
     if seed is None:  # of the first process, what the second made again with other noise
         assert [phase.after + phase.steps for phase in lost] == [31]

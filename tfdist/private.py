@@ -16,7 +16,7 @@ from tfdist import data, refused
 from tfdist.data.arrays import Arrays
 from tfdist.errors import ArgumentError
 from tfdist.planned import in_its_turn, plan, watch
-from tfdist.privacy import clipping, independence, refusals
+from tfdist.privacy import clipping, independence, refusals, watchers
 from tfdist.privacy.accounting import noise_for
 from tfdist.privacy.budget import PrivacyBudget
 from tfdist.privacy.course import Course, watched
@@ -29,6 +29,7 @@ from tfdist.privacy.settings import DPSGD, Mechanism
 from tfdist.privacy.spot_checks import SpotChecks
 from tfdist.privacy.step import PrivateStep, PrivateSteps
 from tfdist.privacy.users import PoissonOfUsers, Users
+from tfdist.privacy.watchers import StepLogs
 from tfdist.samplers import Sampler, Sequential
 from tfdist.spending import Spending
 from tfdist.step.composition import found_in_steps
@@ -79,6 +80,8 @@ class PrivateRun:
         refused.check_data(session, x, request.sampler, request.class_weight, privacy)
         refused.check_copies(privacy, request.augment)
         refused.check_users(privacy, request.shard, request.validation_split)
+        given = getattr(callbacks, "callbacks", callbacks)
+        self._callbacks = [*given] if isinstance(given, list | tuple) else [given]
         refused.check_callbacks(callbacks, x)
         self._validates_inside = refused.check_validation(
             callbacks, x, request.validation_data, request.validation_split
@@ -180,8 +183,9 @@ class PrivateRun:
         self._steps_of_epoch = source.steps
         self._mask_seed = self._agreed_mask_seed(source)
         self._try(source)
+        watchers.check_names(self._callbacks, self._model.get_metrics_result())
         if self._course.correlated:
-            self._watch = watch(source, phase.separation, lambda: self.steps_made)
+            self._watch = watch(source, phase.separation, lambda: self._course.position)
 
     def _agreed_mask_seed(self, source: data.Source) -> int:
         """Gives the seed of random numbers of rows: secret if none was chosen."""
@@ -231,7 +235,8 @@ class PrivateRun:
         )
         alone = f"computed for one example after the other, exact but slow: {', '.join(slow)}"
         careless = careless_delta(self.ledger(self.planned_steps), self._delta)
-        return "\ntfdist: ".join([*[alone] * bool(slow), *filter(None, [careless])]) or None
+        lines = [alone if slow else None, careless, self._spending.notice()]
+        return "\ntfdist: ".join(filter(None, lines)) or None
 
     @property
     def _delta(self) -> float:
@@ -256,7 +261,7 @@ class PrivateRun:
     def settings(self) -> dict[str, Any]:
         """What must stay as it is in a training that goes on: its steps are one phase."""
         described = dataclasses.asdict(self.phase(0))
-        for name in ("run_id", "groups", "after"):
+        for name in ("run_id", "groups", "after", "continues", "secret"):
             del described[name]
         in_turn = self._source if self._course.correlated else None
         return {
@@ -301,7 +306,7 @@ class PrivateRun:
             delta=self._delta,
             accountant=self.privacy.accountant,
             relation=self.privacy.relation,
-            secret=history.secret,
+            secret=history.is_secret,
             uncounted_steps=history.uncounted,
             changes=history.changes,
             validated_inside=self._validates_inside,
@@ -324,7 +329,9 @@ class PrivateRun:
         for callback in given:
             if isinstance(callback, PrivacyBudget):
                 callback.run = self
-        return watched(callbacks, self._course, self._spending)
+        noisy = () if self.privacy.target_quantile is None else ("l2_norm_clip",)
+        names = StepLogs(self._callbacks, noisy)
+        return watched(callbacks, self._course, self._spending, names)
 
     @contextlib.contextmanager
     def counting(self) -> Iterator[None]:

@@ -8,16 +8,18 @@ import secrets
 from collections.abc import Iterator
 from typing import Any
 
-from tfdist.errors import ArgumentError, CheckpointError
-from tfdist.privacy import memory
+from tfdist.errors import CheckpointError
+from tfdist.privacy import groupings, memory
 from tfdist.privacy.course import Course
+from tfdist.privacy.identity import like_steps, same_made_again
 from tfdist.privacy.journal import Journal, backup_of, steps_ahead
 from tfdist.privacy.ledger import Ledger, Phase
 from tfdist.privacy.memory import History
+from tfdist.privacy.resumption import Earlier, saved_state, with_phase
 from tfdist.privacy.settings import DPSGD
 from tfdist.strategies.session import Session
 
-_GROUPINGS: dict[str, str] = {}  # names of those that this process has seen
+_AGREED: dict[str, str] = {}  # what the first worker calls phases that each made by hand
 
 
 class Spending:
@@ -47,24 +49,34 @@ class Spending:
         *,
         secret: bool,
     ) -> None:
-        self.before = _known(memory.of(model)).merged(History(privacy.spent))
-        self.before = dataclasses.replace(self.before, secret=self.before.secret and secret)
         self.limit: float | None = None
         self._privacy, self._session, self._model = privacy, session, model
         self._course = course
         self._is_secret = secret
-        self._run_id = secrets.token_hex(8) if secret else ""
+        self._run_id = secrets.token_hex(8)
         self._phase: Phase | None = None
         self._planned = self._ahead = 0
-        self._broken_off: list[Phase] = []
-        self._in_backup = self._counted_at_first = 0
+        self._earlier = Earlier()
+        self._noise: float | None = None
+        self._saved: dict[str, Any] = {}
+        self._spent = privacy.spent.renamed(_AGREED)
+        self.before = self._known_before()
+        self._restored = self._counted_at_first = 0
         self._journal: Journal | None = None
         directory = backup_of(callbacks)
         if directory is not None and secret and not session.strategy.elastic:
             self._journal = Journal(directory)
 
+    def _known_before(self) -> History:
+        """Puts together what was spent before, with what earlier processes have made."""
+        found = self._earlier.history.merged(History(self._earlier.spent))
+        found = found.merged(History(self._spent)).merged(memory.of(self._model))
+        return groupings.known(
+            dataclasses.replace(found, secret=found.secret and self._is_secret)
+        )
+
     def named(self, phase: Phase, users: str | None) -> Phase:
-        """Gives a phase the names of this training and of its grouping of examples.
+        """Gives a phase the names of this process's run and of its grouping of examples.
 
         A name is random: what a file or a ledger says must not depend on who is in the data.
 
@@ -74,22 +86,40 @@ class Spending:
         """
         groups = None
         if users is not None:
-            groups = _GROUPINGS.setdefault(users, secrets.token_hex(8))
-        return dataclasses.replace(phase, run_id=self._run_id, groups=groups)
+            groups = groupings.name_of(users)
+        after = self._course.position if self._course.correlated else 0
+        return dataclasses.replace(
+            phase, run_id=self._run_id, groups=groups, after=after,
+            continues=self._earlier.newest, secret=self._is_secret,
+        )  # fmt: skip
 
     def plan(self, phase: Phase, steps: int) -> None:
         """Takes what will be made.
 
         Args:
             phase: As its steps will be counted.
-            steps: How many are planned.
+            steps: How many are planned, those that a checkpoint has included.
         """
         self._phase, self._planned = phase, steps
+        with_phase(self._saved, phase)
+        privacy, target = self._privacy, self._privacy.target_epsilon
+        if target is None or self._noise is None:
+            return
+        assert privacy.delta is not None
+        whole = self.ledger(max(0, steps - self._course.position))
+        spent = whole.epsilon(
+            privacy.delta, accountant=privacy.accountant, relation=privacy.relation
+        )
+        self.limit = target if spent > target else None
 
     def go_on(
         self, saved: dict[str, Any] | None = None, kept: int = 0, directory: Any = None
     ) -> dict[str, Any]:
         """Takes what earlier processes knew of the model, and of this `fit`.
+
+        The steps that this process makes get a name of their own, also if it goes on with
+        another one's training: of two that go on from copies of a folder, each makes steps of
+        its own.
 
         Args:
             saved: What one of them got from this method; None if there is none.
@@ -97,7 +127,7 @@ class Spending:
             directory: Where it was saved, if it is a `Checkpoint`.
 
         Returns:
-            What is to be saved, plain data.
+            What is to be saved, plain data, once `plan` has been called.
 
         Raises:
             ArgumentError: `spent` is not what it was.
@@ -110,73 +140,29 @@ class Spending:
         if self._journal is not None or saved is not None:
             found, self._run_id = strategy.broadcast_object((found, self._run_id))
         if saved is not None:
-            if "run" not in saved:
-                raise CheckpointError(
-                    "A checkpoint of private training must be of this version of tfdist. "
-                    "Received: one of an older version. Begin anew in another directory, and "
-                    "pass what was spent as DPSGD(spent=...)."
-                )
             self._go_on_with(saved, kept, found)
         elif found is not None:
-            self.before = self.before.merged(_known(found[1]))
-            self._broken_off = [p for p in found[1].ledger.phases if p.run_id == found[0]]
-            self._in_backup = sum(phase.steps for phase in self._broken_off)
+            self._earlier = found
+            names = same_made_again(self._spent.phases, found.spent.phases)
+            self._spent = self._spent.renamed(names)
+            self.before = self._known_before()
+            self._restored = sum(phase.steps for phase in found.phases)
         else:
             self._note_changes()
         bands = getattr(self._privacy, "bands", 1)
         noise = self._course.go_on(None if saved is None else saved["noise"], kept, bands)
-        return {
-            "noise": noise if self._course.correlated else None,
-            "history": self.before.to_dict(),
-            "spent": self._privacy.spent.to_dict(),
-            "run": self._run_id,
-        }
+        before = dataclasses.replace(self._earlier, spent=self._spent, history=self.before)
+        self._saved = saved_state(before, self._run_id, kept)
+        self._saved["noise"] = noise if self._course.correlated else None
+        return self._saved
 
-    def _go_on_with(
-        self, saved: dict[str, Any], kept: int, found: tuple[str, History] | None
-    ) -> None:
+    def _go_on_with(self, saved: dict[str, Any], kept: int, found: Earlier | None) -> None:
         """Takes what a checkpoint knows, and what was made since it was written."""
-        spent = Ledger.from_dict(saved["spent"])
-        if self._privacy.spent.phases and self._privacy.spent.merged(spent).steps != (
-            self._privacy.spent.steps
-        ):
-            raise ArgumentError(
-                "`spent` must hold what it held when this training began, or be left out: the "
-                f"checkpoint has it. Received: {self._privacy.spent.steps} steps, and "
-                f"{spent.steps} in the checkpoint."
-            )
-        self._run_id = saved["run"]
-        self._course.kept = kept
-        history = History.from_dict(saved["history"])
-        known = history.merged(History(spent)).merged(History(self._privacy.spent))
-        known = known.merged(memory.of(self._model))
-        self.before = _known(known.without(self._run_id) if self._is_secret else known)
-        secret = history.secret and self._is_secret
-        self.before = dataclasses.replace(self.before, secret=secret)
-        if not self._is_secret:
-            return
-        if found is None:
-            raise CheckpointError(
-                "The file that counts private steps must lie beside the checkpoints: some may "
-                "have been made after the last one. Received: none. Put it back, or begin anew "
-                "in another directory, and pass what was spent as DPSGD(spent=...)."
-            )
-        written = known.merged(found[1])
-        own = [p for p in written.ledger.phases if p.run_id == self._run_id]
-        made = sum(phase.steps for phase in own)
-        self.before = self.before.merged(_known(found[1].without(self._run_id)))
-        lost = max(0, made - kept)
-        if not lost:
-            return
-        self._broken_off = own
-        if not self._course.correlated:
-            self._course.kept = made
-            return
-        broken = dataclasses.replace(
-            own[-1], steps=lost, after=kept, run_id=secrets.token_hex(8)
-        )
-        ledger = self.before.ledger.add(broken)
-        self.before = dataclasses.replace(self.before, ledger=ledger)
+        earlier = Earlier.of_checkpoint(saved, kept)
+        self._spent = self._spent.renamed(earlier.names_of(self._spent)).merged(earlier.spent)
+        self._earlier = earlier.completed(found) if self._is_secret else earlier
+        self.before = self._known_before()
+        self._restored = kept
 
     def _note_changes(self) -> None:
         """Notes what was made of the model that is not counted."""
@@ -194,20 +180,24 @@ class Spending:
     def noise_then(self, phase: Phase) -> float | None:
         """Gives the noise of the training that broke off, if this one goes on with it.
 
-        Steps of it were lost, so fewer are left for a target than were planned: the training
+        If steps of it were lost, fewer are left for a target than were planned: the training
         ends earlier, see `limit`.
 
         Args:
             phase: One step, without noise.
         """
-        for broken in self._broken_off:
+        for earlier in self._earlier.phases:
+            noise, steps = phase.noise_multiplier, phase.steps
             as_now = dataclasses.replace(
-                broken, noise_multiplier=phase.noise_multiplier, steps=phase.steps, after=0
+                earlier, noise_multiplier=noise, steps=steps, after=phase.after
             )
             if as_now == phase:
-                self.limit = self._privacy.target_epsilon
-                return broken.noise_multiplier
-        return None
+                self._noise = earlier.noise_multiplier
+        return self._noise
+
+    def notice(self) -> str | None:
+        """Says that `spent` may hold what is known already."""
+        return like_steps(self._spent.phases, self.before.ledger.phases)
 
     def ledger(self, steps: int) -> Ledger:
         """Gives all private steps on the data.
@@ -235,13 +225,13 @@ class Spending:
         """Takes what a file says whose weights a callback has loaded.
 
         Args:
-            history: Of the file; of this training it may know less.
+            history: Of the file; of this run it may know less.
         """
         own = [p for p in history.ledger.phases if p.run_id == self._run_id]
-        if self._is_secret:
-            made = sum(phase.steps for phase in own)
-            self._course.kept = max(self._course.kept, made - self._course.made_here)
-        self.before = self.before.merged(_known(history.without(self._run_id)))
+        made = sum(phase.steps for phase in own)
+        self._course.kept = max(self._course.kept, made - self._course.made_here)
+        self.before = self.before.merged(groupings.known(history.without(self._run_id)))
+        self._write(max(self._ahead, self._course.steps_made))
 
     def before_steps(self, steps: int) -> None:
         """Writes steps down before they are made; see `Listener`.
@@ -257,8 +247,9 @@ class Spending:
 
     def _write(self, steps: int) -> None:
         if self._journal is not None and self._session.is_chief:
+            runs = (*self._earlier.runs, self._run_id)
             history = dataclasses.replace(self.before, ledger=self.ledger(steps))
-            self._journal.write(self._run_id, history)
+            self._journal.write(Earlier(runs, self._spent, history))
 
     def begun(self) -> None:
         """Counts what callbacks have restored; see `Listener`."""
@@ -274,13 +265,18 @@ class Spending:
             return
         course = self._course
         said = strategy.gather_objects(
-            (self._run_id, self.before, course.kept, course.made_here)
+            (self._run_id, self._spent, self.before, course.kept, course.made_here)
         )
-        self._run_id = said[0][0]
+        self._run_id, spent = said[0][:2]
         assert self._phase is not None
         self._phase = dataclasses.replace(self._phase, run_id=self._run_id)
-        for _, before, kept, made in said:
-            self.before = self.before.merged(before)
+        # What each of them has made by hand, in the same script, is the same.
+        _AGREED.update(same_made_again(self._spent.phases, spent.phases))
+        self._spent, self.before = spent, said[0][2]
+        for _, theirs, before, kept, made in said:
+            names = same_made_again(theirs.phases, spent.phases)
+            renamed = dataclasses.replace(before, ledger=before.ledger.renamed(names))
+            self.before = self.before.merged(renamed)
             course.kept = max(course.kept, kept)
             course.settle(max(made, course.made_here))
 
@@ -288,7 +284,7 @@ class Spending:
     def counting(self) -> Iterator[None]:
         """Wraps the training; what was made counts, however it ends."""
         self._course.look()
-        self._counted_at_first = self.before.ledger.steps - self._in_backup
+        self._counted_at_first = self.before.ledger.steps - self._restored
         memory.keep(self._model, self)
         try:
             yield
@@ -298,13 +294,3 @@ class Spending:
             with contextlib.suppress(CheckpointError):
                 if self._journal is not None and self._journal.is_there:
                     self._write(self._course.steps_made)
-
-
-def _known(history: History) -> History:
-    """Leaves out names of groupings that only another process could compare."""
-    known = set(_GROUPINGS.values())
-    phases = tuple(
-        dataclasses.replace(p, groups=p.groups if p.groups in known else None)
-        for p in history.ledger.phases
-    )
-    return dataclasses.replace(history, ledger=Ledger(phases))

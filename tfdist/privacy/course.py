@@ -40,7 +40,7 @@ class Course:
 
     Attributes:
         correlated: Whether steps take back noise of steps before, so that it must go on.
-        kept: Steps of the training that earlier processes made.
+        kept: Steps of this run that are not this process's.
     """
 
     def __init__(self, model: Any, privacy: DPSGD) -> None:
@@ -70,8 +70,13 @@ class Course:
 
     @property
     def steps_made(self) -> int:
-        """Steps of this training."""
+        """Steps of this run, so without those of processes that a checkpoint is of."""
         return self.kept + self.made_here
+
+    @property
+    def position(self) -> int:
+        """Steps of this training, those included that a checkpoint has."""
+        return self._first + self.steps_made
 
     def go_on(self, saved: dict[str, Any] | None, kept: int, bands: int) -> dict[str, Any]:
         """Goes on with a training.
@@ -88,6 +93,7 @@ class Course:
         Returns:
             What is to be saved, plain data.
         """
+        self._first = kept
         if saved is not None:
             known = [(int(begin), int(secret)) for begin, secret in saved["secrets"]]
             known = [(begin, secret) for begin, secret in known if begin < kept]
@@ -97,7 +103,6 @@ class Course:
                 if following[0] > kept - bands + 1
             ]
             self._secrets = [*needed, (kept, self._new_secret())]
-            self._first = self.kept = kept
         return {"secrets": [[begin, str(secret)] for begin, secret in self._secrets]}
 
     def settle(self, made_here: int) -> None:
@@ -150,15 +155,17 @@ class Course:
             )
 
 
-def watched(callbacks: Any, course: Course, listener: Listener) -> Any:
+def watched(callbacks: Any, course: Course, listener: Listener, *others: Any) -> Any:
     """Adds to the callbacks what keeps count.
 
     Args:
         callbacks: A list of callbacks, or a `CallbackList`.
         course: Of the training.
         listener: Told of it.
+        *others: Callbacks that come first as well.
     """
-    return _keras.around(callbacks, [_First(course, listener)], [_Last(course, listener)])
+    first = [_First(course, listener), *others]
+    return _keras.around(callbacks, first, [_Last(course, listener)])
 
 
 class _First(keras.callbacks.Callback):  # type: ignore[misc]
