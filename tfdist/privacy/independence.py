@@ -25,6 +25,7 @@ from tfdist.privacy.contributions import (
     Added,
     Columns,
     added,
+    drawing,
     is_same,
     mixes,
     pinned,
@@ -81,7 +82,8 @@ def _exact_products() -> Iterator[None]:
 
 
 def _check_sum(model: Any, x: Any, y: Any, sample_weight: Any, tolerance: float) -> None:
-    parts, plain, _ = clipping.recorded(model, x, y, sample_weight, also_plain=True)
+    with drawing(_keys(tf.range(1, _count(x) + 1, dtype=tf.int64))):
+        parts, plain, _ = clipping.recorded(model, x, y, sample_weight, also_plain=True)
     with _layers.without_regularizers(model.trainable_variables):
         if model.losses:
             raise ArgumentError(
@@ -200,9 +202,7 @@ class _Comparison:
             filled = tf.nest.map_structure(
                 lambda leaf: None if leaf is None else next(given), columns
             )
-            return added(
-                model, filled, RowKeys(numbers, tf.constant(_PINNED, tf.int64)), weights
-            )
+            return added(model, filled, _keys(numbers), weights)
 
         if model.run_eagerly:
             return compute
@@ -232,8 +232,7 @@ class _Comparison:
         x = tf.nest.map_structure(lambda leaf: tf.convert_to_tensor(leaf), columns[0])
         inputs = [leaf for leaf in tf.nest.flatten(x) if leaf.dtype.is_floating]
         is_kept = np.isin(np.arange(self._rows), kept)
-        numbers = tf.range(1, self._rows + 1, dtype=tf.int64)
-        keys = RowKeys(numbers, tf.constant(_PINNED, tf.int64))
+        keys = _keys(tf.range(1, self._rows + 1, dtype=tf.int64))
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(inputs)
             with pinned(self._model, keys):
@@ -269,6 +268,10 @@ class _Comparison:
 
         x, *others = self._columns
         return (tf.nest.map_structure(change, x), *others)
+
+
+def _keys(numbers: Tensor) -> RowKeys:
+    return RowKeys(numbers, tf.constant(_PINNED, tf.int64))
 
 
 def _count(x: Any) -> int:
