@@ -126,7 +126,8 @@ def mixes_rows(one: Any) -> bool:
         tensors = _structure.to_tensor_list(source.element_spec, batch)
         found = one._map_func.function(*tensors)
         given = _structure.from_compatible_tensor_list(one._map_func.output_structure, found)
-        return tf.nest.flatten(given)
+        leaves: list[Any] = tf.nest.flatten(given)
+        return leaves
 
     pairs = zip(made(batch), made(tf.nest.map_structure(changed, batch)), strict=True)
     return not all(_agree(a, b, count, kept) for a, b in pairs)

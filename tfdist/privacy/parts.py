@@ -173,8 +173,8 @@ class Product(Part):
 
     def folded(self, count: int) -> Part:
         """Makes positions of rows; see `Part`."""
-        factors = (_unfolded(factor, count) for factor in (self._inputs, self._outputs))
-        return Product(self.variable, *factors, self._axes)
+        inputs, outputs = _unfolded(self._inputs, count), _unfolded(self._outputs, count)
+        return Product(self.variable, inputs, outputs, self._axes)
 
     def _arranged(self, products: Tensor) -> Tensor:
         shape, order = self._axes or (self.variable.shape, range(len(self.variable.shape)))
