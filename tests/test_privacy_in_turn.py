@@ -306,6 +306,13 @@ def test_data_that_cannot_be_accounted_for() -> None:
         ((dataset,), {}, {"epochs": 2}, "`min_separation` must be given"),
         ((pages,), {}, {}, "`x` must be arrays, a tf.data.Dataset or"),
         ((dataset.filter(lambda *_: True),), {}, {}, "Pass steps_per_epoch"),
+        (
+            (dataset.filter(lambda *_: True),),
+            {"min_separation": 3},
+            {"steps_per_epoch": 3},
+            "whatever the others hold, .* `sample_weight` of 0",
+        ),
+        ((dataset.concatenate(dataset),), {}, {}, "one source in several places"),
     ):
         with pytest.raises(ArgumentError, match=message):
             tfdist.fit(classifier(), *given, verbose=0, privacy=ftrl(**settings), **options)

@@ -23,6 +23,9 @@ class DatasetBatches(Batches):
         steps: Batches an epoch, if the user has said.
         transform: Applied to each batch.
         several_workers: Whether other processes draw from the same dataset.
+
+    Attributes:
+        given: The dataset as the user made it.
     """
 
     def __init__(
@@ -47,7 +50,7 @@ class DatasetBatches(Batches):
                 "leave out .repeat()."
             )
         super().__init__(length if length > 0 else None, steps, transform)
-        self._given = dataset
+        self.given = dataset
         self.dataset = ordered(dataset, several_workers)
         self._iterators = 0
 
@@ -55,15 +58,15 @@ class DatasetBatches(Batches):
 
     def repetitions(self) -> list[tuple[int, bool]]:
         """Lists what the dataset repeats by itself; see `datasets.repetitions`."""
-        return datasets.repetitions(self._given)
+        return datasets.repetitions(self.given)
 
     def begin_anew(self) -> None:
         """Draws from a copy whose shuffles have never been drawn from."""
-        self.dataset, self._iterators = datasets.copied(self._given), 0
+        self.dataset, self._iterators = datasets.copied(self.given), 0
 
     def suspects(self) -> list[str]:
         """Names the operations that shuffle, draw random numbers or call Python."""
-        return datasets.may_differ(self._given)
+        return datasets.may_differ(self.given)
 
     def note_iterator(self, position: DataPosition) -> None:
         """Makes iterators that Keras would have made before: each shuffles in another way."""

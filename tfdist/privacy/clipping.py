@@ -22,6 +22,7 @@ from tfdist.errors import ArgumentError
 from tfdist.privacy import _layers
 from tfdist.privacy.again import computed_again
 from tfdist.privacy.closed_forms import FORMS, Call, has_activation, has_form, left_out, scaled
+from tfdist.privacy.folding import Foldings, foldings, found_without_batch
 from tfdist.privacy.parts import Part, Written
 from tfdist.privacy.rounding import gamma
 from tfdist.privacy.tied import found_tied, of_tied, tied
@@ -138,11 +139,12 @@ def computed_alone(model: Any) -> list[str]:
         model: A compiled, built `keras.Model`.
 
     Returns:
-        Layers with their class, weights that `check` has found to be used outside their
-        layers, and "the loss".
+        Layers with their class, what `check` has found (weights that are used outside their
+        layers, layers that are called without the batch), and "the loss".
     """
     found = [f"{u.name} ({type(u).__name__})" for u in _units(model) if not has_form(u)]
     found += [f"{path}, used outside its layer" for path in found_tied(model)]
+    found += [f"{name}, called without the batch" for name in found_without_batch(model)]
     return found if _is_mean(model, None, []) else [*found, "the loss"]
 
 
@@ -175,13 +177,17 @@ def recorded(
 ) -> tuple[list[Part], list[Any], Any]:
     """Runs the model forward and backward, and gives the gradients by variable."""
     units = _units(model)
-    calls: dict[int, list[Call]] = {id(unit): [] for unit in units}
+    found = foldings(model, units, x)
+    whole = {id(layer): layer for layer in found.around.values() if layer is not None}
+    units_and_whole = [*units, *whole.values()]
+    calls: dict[int, list[Call]] = {id(unit): [] for unit in units_and_whole}
     by_hand = tied(model, units, lambda outs: _loss(model, x, y, sample_weight, outs), x)
+    by_hand += _without_batch(units, found, None, by_hand)
     seeds = [(v, tf.identity(v.value)) for v in _layers.seeds(model)] if by_hand else []
     tape = tf.GradientTape(watch_accessed_variables=False)
     variables = [v.value for v in model.trainable_variables] if also_plain else []
     with contextlib.ExitStack() as stack:
-        for unit in units:
+        for unit in units_and_whole:
             stack.enter_context(_recording(unit, calls[id(unit)], tape))
         stack.enter_context(tape)
         for variable in variables:
@@ -194,10 +200,12 @@ def recorded(
     )
     remaining = iter(tf.nest.map_structure(tf.convert_to_tensor, gradients))
     parts: list[Part] = []
-    for unit in units:
+    for unit in units_and_whole:
         made = [c._replace(gradients=next(remaining)) for c in calls[id(unit)]]
-        if made:
-            parts += _parts(unit, made)
+        if id(unit) in whole:
+            parts += computed_again(unit, made, _without_batch(units, found, unit))
+        elif made and id(unit) not in found.around:
+            parts += _parts(unit, made, found)
     if by_hand:
         again = {id(v) for v in by_hand}
         parts = [part for part in parts if id(part.variable) not in again]
@@ -326,8 +334,10 @@ def _recording(unit: Any, calls: list[Call], tape: Any) -> Iterator[None]:
     activates = in_closed_form and has_activation(unit)
     unscaled = left_out(unit) if in_closed_form else {}
     apart = {"activation": None} if activates else unscaled
+    seeds = _layers.seeds(unit)
 
     def record(call: Any, *args: Any, **kwargs: Any) -> Any:
+        drawn = [(v, tf.identity(v.value)) for v in seeds]
         with _layers.changed(unit, **apart):
             outputs = call(*args, **kwargs)
         normalized = None
@@ -337,16 +347,37 @@ def _recording(unit: Any, calls: list[Call], tape: Any) -> Iterator[None]:
         outputs = tf.nest.map_structure(tf.identity, outputs)
         for output in tf.nest.flatten(outputs):
             tape.watch(output)
-        calls.append(Call(args, kwargs, outputs, normalized))
+        calls.append(Call(args, kwargs, outputs, normalized, seeds=drawn))
         return unit.activation(outputs) if activates else outputs
 
     with _layers.called_through(unit, record):
         yield
 
 
-def _parts(unit: Any, calls: Sequence[Call]) -> list[Part]:
-    parts = FORMS[type(unit)](unit, calls) if has_form(unit) else None
-    if parts is None:
-        parts = computed_again(unit, calls)
+def _parts(unit: Any, calls: Sequence[Call], found: Foldings) -> list[Part]:
     trained = {id(v) for v in unit.trainable_variables}
+    by_rows: dict[int, list[Call]] = {}
+    for number, call in enumerate(calls):
+        by_rows.setdefault(found.of(unit, number), []).append(call)
+    parts: list[Part] = []
+    for rows, some in by_rows.items():
+        made = FORMS[type(unit)](unit, some) if has_form(unit) else None
+        if made is None:
+            parts += computed_again(unit, some, unit.trainable_variables, rows)
+        else:
+            parts += [part if rows == 1 else part.folded(rows) for part in made]
     return [part for part in parts if id(part.variable) in trained]
+
+
+def _without_batch(
+    units: Sequence[Any], found: Foldings, around: Any, known: Sequence[Any] = ()
+) -> list[Any]:
+    """Lists the weights of layers whose outputs have no batch, by what is run for them."""
+    has = {id(v) for v in known}
+    return [
+        v
+        for unit in units
+        if id(unit) in found.around and found.around[id(unit)] is around
+        for v in unit.trainable_variables
+        if id(v) not in has
+    ]

@@ -14,9 +14,8 @@ import keras
 import tensorflow as tf
 
 from tfdist import _keras
-from tfdist._keras import ReplicaBatch
-from tfdist._keras.replica import current_batch
 from tfdist.privacy import _layers
+from tfdist.privacy.again import one_row
 from tfdist.privacy.parts import Part, Written
 
 Tensor = Any
@@ -127,7 +126,7 @@ def of_tied(
             keras.StatelessScope(state_mapping=in_use),
         ):
             tape.watch(values)
-            with _keras.on_replica(_row(index)):
+            with _keras.on_replica(one_row(index)):
                 outputs = model(one_x, training=training)
             with _keras.on_replica(None):  # the loss is no part of a larger batch's
                 loss = _layers.compiled_loss(model, one_x, one_y, outputs, one_weight)
@@ -140,14 +139,3 @@ def of_tied(
         fn_output_signature=[tf.TensorSpec(v.shape, tf.float32) for v in variables],
     )
     return [Written(v, gradients) for v, gradients in zip(variables, each, strict=True)]
-
-
-def _row(index: Tensor) -> ReplicaBatch | None:
-    """Gives one row of the share that the replica computes, where it computes one."""
-    share = current_batch()
-    if share is None:
-        return None
-    one, place = tf.ones([], tf.int64), share.offset + tf.cast(index, tf.int64)
-    keys = getattr(share, "keys", None)  # what rows' random numbers follow from, if given
-    own = {} if keys is None else {"keys": keys.at(index[None])}
-    return ReplicaBatch(one, share.total, place, share.all_reduce, share.all_gather, **own)
