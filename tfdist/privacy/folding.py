@@ -46,6 +46,16 @@ class Foldings:
         """
         return self.rows.get((id(layer), call), 1)
 
+    def without_batch(self, units: Sequence[Any], around: Any) -> list[Any]:
+        """Lists the weights of layers that are called without the batch.
+
+        Args:
+            units: The layers whose calls are recorded.
+            around: What is run again for these weights, a layer or None for the model.
+        """
+        chosen = [u for u in units if self.around.get(id(u), self) is around]
+        return [v for unit in chosen for v in unit.trainable_variables]
+
 
 def foldings(model: Any, units: Sequence[Any], x: Any) -> Foldings:
     """Finds where the batch is in the calls of layers; what is found is kept.
