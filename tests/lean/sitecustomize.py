@@ -1,7 +1,7 @@
 """Cheaper starts of the processes of tests; Python runs this first.
 
 Garbage is collected less often. While TensorFlow is imported and functions are traced, objects
-are made by the hundred thousand and few of them are garbage: to look through them took a quarter
+are made by the hundred thousand and few of them are garbage: looking through them took a fifth
 of a process's start.
 
 Keras is as it is without scikit-learn, pandas and matplotlib.
