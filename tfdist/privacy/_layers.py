@@ -1,6 +1,6 @@
 """The only file of privacy that touches what Keras keeps private.
 
-`tests/test_privacy_clipping.py` has the contract tests.
+`tests/privacy/test_clipping.py` has the contract tests.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import pytest
 import tensorflow as tf
 
 import tfdist
-from tests.test_privacy_clipping import FAST, SLOW, close
+from tests.privacy.test_clipping import FAST, SLOW, close
 from tfdist import data
 from tfdist.errors import ArgumentError
 from tfdist.privacy import Ledger, Phase, Poisson, _layers, clipping

@@ -13,7 +13,7 @@ import pytest
 import tensorflow as tf
 
 import tfdist
-from tests.test_privacy_groups import classifier, loop, rows
+from tests.privacy.test_groups import classifier, loop, rows
 from tfdist.errors import ArgumentError
 from tfdist.privacy import Ledger, Phase, _layers
 from tfdist.privacy.correlated import coefficients, sensitivity
