@@ -20,7 +20,6 @@ from tfdist._keras import layers as keras_layers
 from tfdist.errors import ArgumentError
 
 Tensor = Any
-_FOUND = "_tfdist_foldings"  # of a model: its trainable variables, and what was found
 _EXAMPLES = 1009  # a prime: sizes that are multiples of it come from the batch
 
 
@@ -69,10 +68,10 @@ def foldings(model: Any, units: Sequence[Any], x: Any) -> Foldings:
         ArgumentError: A layer is called in a loop or function of its own.
     """
     key = tuple(id(v) for v in model.trainable_variables)
-    known, found = vars(model).get(_FOUND, (None, None))
+    known, found = _keras.attached(model).foldings
     if known != key:
         found = _found(model, units, x)
-        vars(model)[_FOUND] = key, found
+        _keras.attached(model).foldings = key, found
     result: Foldings = found
     return result
 
@@ -83,7 +82,7 @@ def found_without_batch(model: Any) -> list[str]:
     Args:
         model: A `keras.Model`.
     """
-    _, found = vars(model).get(_FOUND, (None, None))
+    _, found = _keras.attached(model).foldings
     around = {} if found is None else found.around
     return [layer.name for layer in _keras.layers_of(model) if id(layer) in around]
 
@@ -144,6 +143,7 @@ def _traced(model: Any, units: Sequence[Any], x: Any) -> list[_Seen]:
     calls: list[_Seen] = []
     now: list[_Seen] = []
     graphs: list[Any] = []
+    in_loops: list[Any] = []  # refused when the trace is over: TensorFlow tidies up in it
 
     def through(layer: Any) -> Callable[..., Any]:
         def call_through(call: Any, *args: Any, **kwargs: Any) -> Any:
@@ -155,7 +155,7 @@ def _traced(model: Any, units: Sequence[Any], x: Any) -> list[_Seen]:
             finally:
                 now.pop()
             if tf.compat.v1.get_default_graph() is not graphs[0]:
-                raise _in_a_loop(layer)
+                in_loops.append(layer)
             seen.rows = _rows_of(tf.nest.flatten(outputs))
             return outputs
 
@@ -173,12 +173,13 @@ def _traced(model: Any, units: Sequence[Any], x: Any) -> list[_Seen]:
         return tf.TensorSpec([_EXAMPLES, *leaf.shape[1:]], leaf.dtype)
 
     try:
-        function = tf.function(trace, autograph=False)
-        function.get_concrete_function(tf.nest.map_structure(spec, x))
-    except ArgumentError:
-        raise
+        with _keras.keeping_variable_scope():
+            function = tf.function(trace, autograph=False)
+            function.get_concrete_function(tf.nest.map_structure(spec, x))
     except Exception:  # a model that takes no other number of examples
-        return []
+        calls = []
+    if in_loops:
+        raise _in_a_loop(in_loops[0])
     return calls
 
 
