@@ -58,6 +58,11 @@ def check_data(
             f"the data, without noise. Received: class_weight={class_weight!r}. Pass "
             "weights that were chosen without these data; they are applied before clipping."
         )
+    if session.strategy.elastic and privacy.is_scheduled:
+        raise ArgumentError(
+            "Noise and norms must be numbers in an elastic run: who joins must know the place "
+            "in a schedule. Received: a schedule. Use a fixed number of processes."
+        )
     if not session.strategy.sums_exactly:
         raise ArgumentError(
             "Private gradients must be summed as they are: noise is added before. Received: "

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import secrets
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +16,7 @@ from tfdist.privacy.course import Course
 from tfdist.privacy.journal import Journal, backup_of, steps_ahead
 from tfdist.privacy.ledger import Ledger, Phase
 from tfdist.privacy.memory import History
+from tfdist.privacy.schedules import StepSchedule
 from tfdist.privacy.settings import DPSGD
 from tfdist.session import Session
 
@@ -55,6 +58,8 @@ class Spending:
         self._is_secret = secret
         self._run_id = secrets.token_hex(8) if secret else ""
         self._phase: Phase | None = None
+        self._schedule: StepSchedule | None = None
+        self._kept: Counter[float] = Counter()  # steps of earlier processes, by their noise
         self._planned = self._ahead = 0
         self._broken_off: list[Phase] = []
         self._in_backup = self._counted_at_first = 0
@@ -77,14 +82,15 @@ class Spending:
             groups = _GROUPINGS.setdefault(users, secrets.token_hex(8))
         return dataclasses.replace(phase, run_id=self._run_id, groups=groups)
 
-    def plan(self, phase: Phase, steps: int) -> None:
+    def plan(self, phase: Phase, steps: int, schedule: StepSchedule | None) -> None:
         """Takes what will be made.
 
         Args:
             phase: As its steps will be counted.
             steps: How many are planned.
+            schedule: Of their noise, if it is not that of `phase`.
         """
-        self._phase, self._planned = phase, steps
+        self._phase, self._planned, self._schedule = phase, steps, schedule
 
     def go_on(
         self, saved: dict[str, Any] | None = None, kept: int = 0, directory: Any = None
@@ -164,6 +170,8 @@ class Spending:
         written = known.merged(found[1])
         own = [p for p in written.ledger.phases if p.run_id == self._run_id]
         made = sum(phase.steps for phase in own)
+        for phase in own:
+            self._kept[phase.noise_multiplier] += phase.steps
         self.before = self.before.merged(_known(found[1].without(self._run_id)))
         lost = max(0, made - kept)
         if not lost:
@@ -209,14 +217,60 @@ class Spending:
                 return broken.noise_multiplier
         return None
 
+    def factor_then(self, phase: Phase, schedule: StepSchedule) -> float | None:
+        """Gives what a schedule was multiplied by in the training that broke off.
+
+        Args:
+            phase: As in `noise_then`.
+            schedule: What is multiplied.
+        """
+        broken = [p for p in self._broken_off if p.steps]
+        if not broken:
+            return None
+        levels = set(schedule.multipliers)
+        for level in levels:
+            factor = broken[0].noise_multiplier / level
+            noises = [factor * other for other in levels]
+            if all(_is_of(p, phase, noises) for p in broken):
+                self.limit = self._privacy.target_epsilon
+                return factor
+        return None
+
     def ledger(self, steps: int) -> Ledger:
         """Gives all private steps on the data.
 
         Args:
             steps: Of this training.
         """
-        before = self.before.ledger
-        return before if self._phase is None else before.add(self.phase(steps))
+        found = self.before.ledger
+        for phase in self.phases(steps):
+            found = found.add(phase)
+        return found
+
+    def phases(self, steps: int) -> list[Phase]:
+        """Describes steps of this training, by their noise.
+
+        Earlier processes have made those that are written down, and where nothing is written
+        the first ones of the schedule; this one makes those from the step on where it began.
+
+        Args:
+            steps: How many.
+        """
+        if self._phase is None:
+            return []
+        schedule, kept = self._schedule, self._course.kept
+        if schedule is None:
+            return [self.phase(steps)]
+        if steps < kept:
+            counts = Counter(schedule.counts(0, steps))
+        else:
+            counts, known = self._kept.copy(), self._kept.total()
+            counts.update(schedule.counts(known, kept - known))
+            counts.update(schedule.counts(self._course.begins_at, steps - kept))
+        return [
+            dataclasses.replace(self._phase, noise_multiplier=noise, steps=count)
+            for noise, count in counts.items()
+        ]
 
     def phase(self, steps: int) -> Phase:
         """Describes steps of this training.
@@ -266,6 +320,15 @@ class Spending:
         found = self.before.ledger.steps + self._course.steps_made - self._counted_at_first
         # A backup that says nothing of its steps: they are taken for steps like these.
         self._course.kept += max(0, self._course.moved() - found)
+        self._begin_schedule()
+
+    def _begin_schedule(self) -> None:
+        """Finds the place in the schedule, the same on all workers; a backup may move it."""
+        course, strategy = self._course, self._session.strategy
+        place = max(course.kept, course.moved())
+        if self._schedule is not None and strategy.place.num_workers > 1:
+            place = max(strategy.gather_objects(place))
+        course.begin_at(place)
 
     def _agree(self) -> None:
         """Gives all workers the largest counts: one may have read a file, or come late."""
@@ -298,6 +361,15 @@ class Spending:
             with contextlib.suppress(CheckpointError):
                 if self._journal is not None and self._journal.is_there:
                     self._write(self._course.steps_made)
+
+
+def _is_of(broken: Phase, phase: Phase, noises: list[float]) -> bool:
+    """Tells whether steps that broke off are such as a phase has, with one of some noises."""
+    as_now = dataclasses.replace(
+        broken, noise_multiplier=phase.noise_multiplier, steps=phase.steps
+    )
+    is_one = any(math.isclose(broken.noise_multiplier, noise, rel_tol=1e-9) for noise in noises)
+    return as_now == phase and is_one
 
 
 def _known(history: History) -> History:

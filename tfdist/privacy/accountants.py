@@ -49,7 +49,7 @@ def rdp_epsilon(made: Sequence[Phase], delta: float, relation: str) -> float:
     return float(accountant.get_epsilon(delta))
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=40)  # more than a schedule has levels
 def _step(
     probability: float,
     noise: float,

@@ -8,7 +8,7 @@ import keras
 
 from tfdist.errors import ArgumentError
 from tfdist.privacy.arguments import check_number
-from tfdist.privacy.ledger import Ledger, Phase
+from tfdist.privacy.ledger import Ledger, most_within
 from tfdist.privacy.settings import DPSGD
 
 
@@ -28,9 +28,6 @@ class Run(Protocol):
 
     def ledger(self, steps: int) -> Ledger:
         """Gives all private steps on the data, with so many of this `fit`."""
-
-    def phase(self, steps: int) -> Phase:
-        """Describes steps of this `fit`."""
 
 
 class PrivacyBudget(keras.callbacks.Callback):  # type: ignore[misc]
@@ -69,6 +66,7 @@ class PrivacyBudget(keras.callbacks.Callback):  # type: ignore[misc]
             check_number("max_epsilon", max_epsilon, 0)
         self.max_epsilon = max_epsilon
         self._affordable: int | None = None
+        self._is_new = True
 
     def _started(self) -> Run:
         if self.run is None:
@@ -79,21 +77,18 @@ class PrivacyBudget(keras.callbacks.Callback):  # type: ignore[misc]
         return self.run
 
     def on_train_begin(self, logs: Any = None) -> None:
-        """Finds how many steps there may be."""
+        """Begins anew."""
+        self._started()
+        self._affordable, self._is_new = None, True
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        """Finds how many steps there may be, once other callbacks have restored the model."""
         run = self._started()
-        self._affordable = None
-        if self.max_epsilon is None or not run.planned_steps:
+        is_new, self._is_new = self._is_new, False
+        if not is_new or self.max_epsilon is None or not run.planned_steps:
             return
-        settings = run.privacy
-        assert settings.delta is not None
-        self._affordable = run.ledger(0).affordable(
-            run.phase(run.planned_steps + run.kept),
-            max_epsilon=self.max_epsilon,
-            delta=settings.delta,
-            accountant=settings.accountant,
-            relation=settings.relation,
-            coarse=True,
-        )
+        most = run.planned_steps + run.kept
+        self._affordable = most_within(self._epsilon, self.max_epsilon, most)
         needed = run.kept + min(self.model.steps_per_execution, run.planned_steps)
         if self._affordable < needed:
             raise ArgumentError(

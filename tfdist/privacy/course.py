@@ -41,11 +41,12 @@ class Course:
     Attributes:
         correlated: Whether steps take back noise of steps before, so that it must go on.
         kept: Steps of the training that earlier processes made.
+        begins_at: The place of this process's first step in the training, for schedules.
     """
 
     def __init__(self, model: Any, privacy: DPSGD) -> None:
         self.correlated = isinstance(privacy, DPFTRL)
-        self.kept = 0
+        self.kept = self.begins_at = 0
         self._model = model
         self._seed = privacy.seed
         # From which step on which secret makes the noise.
@@ -99,6 +100,16 @@ class Course:
             self._secrets = [*needed, (kept, self._new_secret())]
             self._first = self.kept = kept
         return {"secrets": [[begin, str(secret)] for begin, secret in self._secrets]}
+
+    def begin_at(self, place: int) -> None:
+        """Sets where in a schedule this process has begun.
+
+        Args:
+            place: Of its first step; counted from the training's first.
+        """
+        self.begins_at = place
+        if self._step is not None:
+            self._step.counter.count_from(place + self._earlier)
 
     def settle(self, made_here: int) -> None:
         """Takes the number of steps that all workers have agreed on.

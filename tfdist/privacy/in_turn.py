@@ -66,6 +66,12 @@ class DPFTRL(DPSGD):
                 "example that is added moves others to other batches. Received: "
                 f"relation={self.relation!r}."
             )
+        if self.is_scheduled:
+            raise ArgumentError(
+                "`noise_multiplier` and `l2_norm_clip` must be numbers with DPFTRL: noise that "
+                "is taken back must be as large as when it was given. Received: a schedule. "
+                "Use DPSGD."
+            )
         for name in ("group_ids", "target_quantile"):
             if getattr(self, name) is not None:
                 raise ArgumentError(

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tfdist.errors import ArgumentError
 from tfdist.privacy.arguments import check_choice, check_count, check_number
 from tfdist.privacy.correlated import coefficients
 from tfdist.privacy.ledger import ACCOUNTANTS, RELATIONS, Ledger
+
+if TYPE_CHECKING:
+    from tfdist.privacy.schedules import StepSchedule
 
 LEAST_NORM, LARGEST_NORM = 1e-10, 1e15
 """Norms to clip to. Squares of gradients underflow far below, and overflow far above."""
@@ -23,15 +27,22 @@ class DPSGD:
     over all replicas, Gaussian noise is added to the sum, and the result is divided by the
     expected size of a batch (Abadi et al., "Deep learning with differential privacy", CCS
     2016, algorithm 1). The optimizer sees nothing else of the data. Give either
-    `noise_multiplier` or `target_epsilon`.
+    `noise_multiplier` or `target_epsilon`, or both if the former is a schedule.
+
+    A schedule is a function of the step's number, counted from 0 in each `fit`, such as a
+    `keras.optimizers.schedules.LearningRateSchedule`. It is evaluated for all steps before the
+    first, and must depend on nothing else. Steps that were lost in a crash count.
 
     Args:
         l2_norm_clip: The norm, over all variables, to which each example's gradient is
-            clipped; between 1e-10 and 1e15.
+            clipped; between 1e-10 and 1e15. A schedule of it costs nothing, since noise is in
+            units of each step's norm.
         noise_multiplier: The noise's standard deviation on the sum over all replicas, in
-            units of `l2_norm_clip`; 0 adds none, and then nothing is private.
+            units of `l2_norm_clip`; 0 adds none, and then nothing is private. A schedule is
+            above 0; if it takes more than 32 values it is rounded down to so many.
         target_epsilon: What all steps on these data may cost, those in `spent` and those of
-            earlier `fit`s of the model included; the noise is found for it.
+            earlier `fit`s of the model included; the noise is found for it. With a schedule a
+            factor is found by which it is multiplied.
         delta: Between 0 and 1, far below 1 / the number of examples.
         accountant: "pld" or "rdp", as in `tfdist.privacy.epsilon`.
         relation: Which data sets shall look alike, as in `tfdist.privacy.epsilon`.
@@ -81,8 +92,8 @@ class DPSGD:
         (10, 0.4)
     """
 
-    l2_norm_clip: float
-    noise_multiplier: float | None = None
+    l2_norm_clip: float | Callable[[int], Any]
+    noise_multiplier: float | Callable[[int], Any] | None = None
     target_epsilon: float | None = None
     delta: float | None = None
     accountant: str = "pld"
@@ -99,14 +110,16 @@ class DPSGD:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        check_number("l2_norm_clip", self.l2_norm_clip, LEAST_NORM, LARGEST_NORM)
-        if (self.noise_multiplier is None) == (self.target_epsilon is None):
+        if not callable(self.l2_norm_clip):
+            check_number("l2_norm_clip", self.l2_norm_clip, LEAST_NORM, LARGEST_NORM)
+        both = callable(self.noise_multiplier) and self.target_epsilon is not None
+        if not both and (self.noise_multiplier is None) == (self.target_epsilon is None):
             raise ArgumentError(
                 "Exactly one of `noise_multiplier` and `target_epsilon` must be given. "
                 f"Received: noise_multiplier={self.noise_multiplier!r}, "
                 f"target_epsilon={self.target_epsilon!r}. With a target the noise is found."
             )
-        if self.noise_multiplier is not None:
+        if self.noise_multiplier is not None and not callable(self.noise_multiplier):
             check_number("noise_multiplier", self.noise_multiplier, 0)
         if self.target_epsilon is not None:
             check_number("target_epsilon", self.target_epsilon, 0)
@@ -133,10 +146,21 @@ class DPSGD:
         if self.seed is not None:
             check_count("seed", self.seed, 0)
 
+    @property
+    def is_scheduled(self) -> bool:
+        """Whether steps differ in their noise or norm."""
+        return callable(self.noise_multiplier) or callable(self.l2_norm_clip)
+
     def _check_adaptive(self) -> None:
         if self.target_quantile is None:
             return
         check_number("target_quantile", self.target_quantile, 0, 1, open_ends=True)
+        if self.is_scheduled:
+            raise ArgumentError(
+                "`target_quantile` must be None with a schedule: it moves the norm itself, and "
+                "shares the noise of each step. Received: target_quantile="
+                f"{self.target_quantile!r} and a schedule. Leave one of them out."
+            )
         if self.clipping == "per_layer":
             raise ArgumentError(
                 "`target_quantile` is of the norm over all variables. Received: "
@@ -152,8 +176,8 @@ class Mechanism:
     """What is done to the gradients of one step.
 
     Attributes:
-        l2_norm_clip: As in `DPSGD`.
-        noise_multiplier: As in `DPSGD`, found if need be.
+        l2_norm_clip: As in `DPSGD`; the first step's, if there is a schedule.
+        noise_multiplier: As in `DPSGD`, found if need be; the least, if there is a schedule.
         expected_batch: `batch_size`: the examples that a step draws on average, if there are
             as many.
         microbatch_size: As in `DPSGD`.
@@ -162,6 +186,7 @@ class Mechanism:
         rows_of_user: The most examples of a user in a step; None without `group_ids`.
         copies: Rows of an example, whose mean counts.
         bands: As in `tfdist.DPFTRL`; None where each step has noise of its own alone.
+        schedule: What each step gets; None if all get the same.
     """
 
     l2_norm_clip: float
@@ -176,6 +201,7 @@ class Mechanism:
     rows_of_user: int | None = None
     copies: int = 1
     bands: int | None = None
+    schedule: StepSchedule | None = None
 
     @property
     def factors(self) -> tuple[float, ...]:

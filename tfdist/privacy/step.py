@@ -19,6 +19,7 @@ from tfdist.privacy.masks import Masks
 from tfdist.privacy.noise import Noise, like
 from tfdist.privacy.pieces import clipped_share
 from tfdist.privacy.refusals import check_untouched
+from tfdist.privacy.schedules import Now
 from tfdist.privacy.settings import Mechanism
 from tfdist.privacy.spot_checks import SpotChecks
 
@@ -46,6 +47,7 @@ class PrivateStep:
         self.noise = Noise(place.first_replica, place.local_replicas)
         self.counter = StepCounter()
         self._number: Tensor = None
+        self._now: Now | None = None
         self._rounding: Rounding | None = None
         if mechanism.noise_multiplier > 0:
             noisy = place.num_replicas if mechanism.bands is None else 1
@@ -63,7 +65,19 @@ class PrivateStep:
         self._strategy = strategy
 
     def _norm(self) -> Any:
+        if self._now is not None:
+            return self._now.norm
         return self.mechanism.l2_norm_clip if self.adaptive is None else self.adaptive.norm()
+
+    def _factor(self, norm: Any) -> Any:
+        """Gives what a gradient has for each unit of `_unit` in the sum."""
+        if self._now is None:
+            return norm / self.mechanism.expected_batch
+        return tf.cast(self._now.unit / self.mechanism.expected_batch, tf.float32)
+
+    def _unit(self, norm: Any) -> Any:
+        """Gives the norm with which the least noise of a training is that of this step."""
+        return norm if self._now is None else self._now.unit
 
     def _deviation(self) -> Any:
         """Gives the noise's standard deviation on each number of the global gradient."""
@@ -71,7 +85,7 @@ class PrivateStep:
         noise = own * self.mechanism.gradient_noise
         if self._rounding is not None:
             noise = math.hypot(noise, self._rounding.deviation)
-        return noise * self._norm() / self.mechanism.expected_batch
+        return noise * self._factor(self._norm())
 
     def restart(
         self, seed: int | None, first: int, correlated: Sequence[tuple[int, int]] | None = None
@@ -100,6 +114,8 @@ class PrivateStep:
         """
         parts = tf.nest.flatten(share, expand_composites=True)
         self._number = self.counter.begin(parts[0])
+        if self.mechanism.schedule is not None:
+            self._now = self.mechanism.schedule.at(self.counter.place(self._number))
 
     def end(self, is_made: Tensor) -> None:
         """Called when they have made it.
@@ -108,7 +124,7 @@ class PrivateStep:
             is_made: Whether it has changed anything.
         """
         self.counter.end(is_made)
-        self._number = None
+        self._number = self._now = None
 
     def begin_step(
         self, data: Any, batch: ReplicaBatch, stopping: Tensor
@@ -172,7 +188,7 @@ class PrivateStep:
         factor: Any = 1 / self.mechanism.expected_batch
         if self._rounding is not None:
             sums, votes = self._with_noise(batch, sums, votes, norm)
-            factor = norm * self._rounding.step / self.mechanism.expected_batch
+            factor = self._rounding.step * self._factor(norm)
         # Of no example, so neither clipped nor hidden.
         penalties = _penalties(variables)
 
@@ -203,8 +219,9 @@ class PrivateStep:
         correlated = self.mechanism.bands is not None and self._strategy.place.num_replicas > 1
         if correlated:
             sums = batch.all_reduce(sums)
+        unit = self._unit(norm)
         counts = [
-            self._rounding.counts(s, n, norm)
+            self._rounding.counts(s, n, unit)
             for s, n in zip(sums, like(drawn, variables), strict=True)
         ]
         if correlated:

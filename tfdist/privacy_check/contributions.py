@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from tfdist.privacy.schedules import without_schedules
 from tfdist.privacy.settings import DPSGD
 from tfdist.privacy_check.adversarial import cancelled, families, mutated
 from tfdist.privacy_check.columns import Columns, joined, rows_of, taken
@@ -39,7 +40,7 @@ class Noiseless:
         Args:
             units: The user of each row, or None.
         """
-        asked = self.privacy
+        asked = without_schedules(self.privacy)
         return DPSGD(
             asked.l2_norm_clip,
             noise_multiplier=0.0,
