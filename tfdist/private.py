@@ -13,11 +13,12 @@ import numpy as np
 import tensorflow as tf
 
 from tfdist import data, refused
+from tfdist.calibration import find_noise
 from tfdist.composition import found_in_steps
 from tfdist.data.arrays import Arrays
 from tfdist.errors import ArgumentError
 from tfdist.extension import Extension
-from tfdist.planned import find_noise, in_its_turn, plan, watch
+from tfdist.planned import in_its_turn, plan, watch
 from tfdist.prepared import Prepared
 from tfdist.privacy import clipping, independence, refusals
 from tfdist.privacy.budget import PrivacyBudget
@@ -26,6 +27,7 @@ from tfdist.privacy.in_turn import DPFTRL, SameOrder
 from tfdist.privacy.ledger import Ledger, dp_accounting
 from tfdist.privacy.poisson import Poisson
 from tfdist.privacy.report import Report, careless_delta
+from tfdist.privacy.schedules import norm_of
 from tfdist.privacy.separation import SeparationCheck
 from tfdist.privacy.settings import DPSGD, Mechanism
 from tfdist.privacy.spot_checks import SpotChecks
@@ -146,7 +148,7 @@ class PrivateRun:
         phase = dataclasses.replace(phase, noise_multiplier=noise)
         self._spending.plan(phase, self.planned_steps, schedule)
         self.mechanism = Mechanism(
-            privacy.l2_norm_clip if schedule is None else schedule.norms[0],
+            norm_of(privacy),
             noise,
             expected,
             privacy.microbatch_size,

@@ -158,6 +158,17 @@ def without_schedules(privacy: DPSGD) -> DPSGD:
     return replace(privacy, l2_norm_clip=first.norms[0], noise_multiplier=noise)
 
 
+def norm_of(privacy: DPSGD) -> float:
+    """Gives the norm that gradients are clipped to; the first step's, if it has a schedule.
+
+    Args:
+        privacy: The settings.
+    """
+    norm = without_schedules(privacy).l2_norm_clip
+    assert not callable(norm)
+    return norm
+
+
 def _values(name: str, given: float | Callable[[int], Any], steps: int) -> Values:
     if not callable(given):
         return np.full(steps, float(given))

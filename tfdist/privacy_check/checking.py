@@ -105,8 +105,8 @@ def check(
     columns = as_columns(x, y, sample_weight)
     notes = _notes(privacy, sampler)
     if privacy.target_epsilon is not None:
-        noise = privacy.noise_multiplier or 1.0  # the former is a schedule
-        privacy = dataclasses.replace(privacy, target_epsilon=None, noise_multiplier=noise)
+        shape = privacy.noise_multiplier or 1.0  # the former is a schedule
+        privacy = dataclasses.replace(privacy, target_epsilon=None, noise_multiplier=shape)
     fixed = without_schedules(privacy)
     rng = np.random.default_rng(seed)
     own = np.sort(rng.choice(rows_of(columns), min(_OWN, rows_of(columns)), replace=False))

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from tfdist.privacy.in_turn import DPFTRL
 from tfdist.privacy.ledger import Ledger
-from tfdist.privacy.schedules import schedule_of
+from tfdist.privacy.schedules import norm_of, schedule_of
 from tfdist.privacy.settings import DPSGD
 from tfdist.privacy_check.columns import Columns, mapped, rows_of, taken
 from tfdist.privacy_check.contributions import Noiseless
@@ -132,9 +132,10 @@ class NoiseCheck:
         asked = self._asked
         assert asked.noise_multiplier is not None
         multiplier = asked.noise_multiplier
+        assert not callable(multiplier)
         if asked.target_quantile is not None:
             multiplier = (multiplier**-2 - (2 * self._count_deviation()) ** -2) ** -0.5
-        return float(multiplier * asked.l2_norm_clip)
+        return float(multiplier * norm_of(asked))
 
     def _units(self) -> float:
         """How many examples, or users, a step has on average."""
@@ -206,7 +207,7 @@ class NoiseCheck:
             def read(_: int, gradient: Floats) -> None:
                 step, deviation = next(coming)
                 kind = kinds[step % len(kinds)]
-                expected = 0.0
+                expected: Any = 0.0
                 if kind is not None:
                     expected = sums[kind].astype(np.float64) / self.batch_size
                 noisy = gradient[weights.columns].astype(np.float64) - penalty
@@ -259,6 +260,7 @@ class NoiseCheck:
             return np.array(found, np.float64)
 
         assert private.noise_multiplier is not None
+        assert not callable(private.noise_multiplier)
         sums = recorded(0.0)
         scale = self.batch_size / self._deviation()
         drawn = [
