@@ -23,7 +23,8 @@ from tfdist.prepared import Prepared
 from tfdist.privacy import clipping, independence, refusals
 from tfdist.privacy.budget import PrivacyBudget
 from tfdist.privacy.course import Course, watched
-from tfdist.privacy.in_turn import DPFTRL, SameOrder
+from tfdist.privacy.cyclic import CyclicPoisson
+from tfdist.privacy.in_turn import SameOrder
 from tfdist.privacy.ledger import Ledger, dp_accounting
 from tfdist.privacy.poisson import Poisson
 from tfdist.privacy.report import Report, careless_delta
@@ -87,8 +88,10 @@ class PrivateRun:
         dp_accounting()  # missing, it must not be missed after training
         refusals.check_model(model)
         self.privacy = privacy
-        self.draws_secretly = not isinstance(privacy, DPFTRL)
+        self.draws_secretly = privacy.samples
         self.sampler: Sampler = request.sampler or _Everyone()
+        if privacy.samples and privacy.bands is not None:
+            self.sampler = CyclicPoisson(privacy.bands)
         if not self.draws_secretly:
             self.sampler = (
                 SameOrder(bool(request.shuffle)) if data.is_arrays(x) else Sequential()
@@ -160,6 +163,7 @@ class PrivateRun:
             None if self._users is None else self._users.most,
             privacy.augmentations,
             phase.bands,
+            phase.cyclic,
             schedule,
         )
         self._steps_of_epoch = source.steps
@@ -236,6 +240,7 @@ class PrivateRun:
             "users": None if self._users is None else self._users.fingerprint,
             "augmentations": self.privacy.augmentations,
             "schedule": self._schedule_text,
+            "bands": self.privacy.bands,
         }
 
     @property

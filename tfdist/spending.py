@@ -129,7 +129,7 @@ class Spending:
             self._in_backup = sum(phase.steps for phase in self._broken_off)
         else:
             self._note_changes()
-        bands = getattr(self._privacy, "bands", 1)
+        bands = self._privacy.bands or 1
         noise = self._course.go_on(None if saved is None else saved["noise"], kept, bands)
         return {
             "noise": noise if self._course.correlated else None,
@@ -143,6 +143,7 @@ class Spending:
     ) -> None:
         """Takes what a checkpoint knows, and what was made since it was written."""
         spent = Ledger.from_dict(saved["spent"])
+        fresh = self._run_id
         if self._privacy.spent.phases and self._privacy.spent.merged(spent).steps != (
             self._privacy.spent.steps
         ):
@@ -168,7 +169,12 @@ class Spending:
                 "in another directory, and pass what was spent as DPSGD(spent=...)."
             )
         written = known.merged(found[1])
-        own = [p for p in written.ledger.phases if p.run_id == self._run_id]
+        own = [p for p in written.ledger.phases if p.run_id in (saved["run"], found[0])]
+        if self._is_cyclic:  # what this process makes is a mechanism of its own
+            self.before = dataclasses.replace(_known(written), secret=secret)
+            self._broken_off, self._run_id, self._course.kept = own, fresh, 0
+            return
+        own = [p for p in own if p.run_id == self._run_id]
         made = sum(phase.steps for phase in own)
         for phase in own:
             self._kept[phase.noise_multiplier] += phase.steps
@@ -185,6 +191,10 @@ class Spending:
         )
         ledger = self.before.ledger.add(broken)
         self.before = dataclasses.replace(self.before, ledger=ledger)
+
+    @property
+    def _is_cyclic(self) -> bool:
+        return self._privacy.samples and self._privacy.bands is not None
 
     def _note_changes(self) -> None:
         """Notes what was made of the model that is not counted."""
@@ -259,6 +269,10 @@ class Spending:
         if self._phase is None:
             return []
         schedule, kept = self._schedule, self._course.kept
+        if self._is_cyclic:
+            named = f"{self._run_id}-before" if self._run_id else ""  # another mechanism
+            before = dataclasses.replace(self.phase(min(kept, steps)), run_id=named)
+            return [before, self.phase(max(0, steps - kept))]
         if schedule is None:
             return [self.phase(steps)]
         if steps < kept:

@@ -75,6 +75,18 @@ def noise_follows_a_schedule_on_all_replicas(folder: Path) -> None:
     np.testing.assert_allclose(numbers.std(1), right, rtol=0.08)
 
 
+@check(MIRRORED, MULTI_WORKER)
+def noise_of_groups_that_take_turns_is_given_once(folder: Path) -> None:
+    """Of 2000 numbers a step the deviation is known within 8 %."""
+    numbers = steps_of_noise(tfdist.DPSGD(0.7, noise_multiplier=1.5, delta=1e-3, bands=3))
+    own = numbers / (1.5 * 0.7)
+    own[2:] = own[2:] + own[1:-1] / 2 + own[:-2] * 3 / 8  # (1 - x)^(-1/2), cut off
+    own[1] += numbers[0] / (1.5 * 0.7) / 2
+    np.testing.assert_allclose(own.std(1), 1.0, rtol=0.08)
+    correlation = np.corrcoef(own)[np.triu_indices(16, 1)]
+    assert np.abs(correlation).max() < 5.5 / math.sqrt(2000)
+
+
 @check(MIRRORED)
 def the_check_finds_noise_of_one_replica_alone(folder: Path) -> None:
     """And finds nothing where each replica adds its part."""

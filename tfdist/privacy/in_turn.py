@@ -51,6 +51,8 @@ class DPFTRL(DPSGD):
         (10, 0.4)
     """
 
+    samples: ClassVar[bool] = False
+
     relation: str = "replace_special"
     bands: int = 8
     min_separation: int | None = None

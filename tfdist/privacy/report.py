@@ -179,7 +179,7 @@ def statement(
             "noise."
         )
     unit = ledger.unit
-    sampled = any(phase.bands is None for phase in ledger.phases)
+    sampled = any(phase.bands is None or phase.cyclic for phase in ledger.phases)
     alike = _ALIKE[relation].format(*_ONE[unit])
     sentences = [
         f"The weights are differentially private with epsilon = {_rounded_up(spent)} and "
@@ -261,6 +261,15 @@ def _described(ledger: Ledger) -> str:
 
 def _describe(phase: Phase, alike: Sequence[Phase] = ()) -> str:
     limit = "" if phase.capacity is None else f", at most {phase.capacity} of them kept"
+    if phase.cyclic:
+        return (
+            f"{phase.steps} steps of DP-SGD with correlated noise, each example in one of "
+            f"{phase.bands} groups that take turns and drawn into each step of its group "
+            f"independently with probability {phase.sampling_probability:.6g}, each example's "
+            "gradient clipped to a norm C, and Gaussian noise of standard deviation "
+            f"{phase.noise_multiplier:.6g} C for each step, of which later steps take a part "
+            "back"
+        )
     if phase.bands is not None:
         often = "takes part in no more than one of them"
         if phase.separation is not None:

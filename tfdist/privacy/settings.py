@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from tfdist.errors import ArgumentError
 from tfdist.privacy.arguments import check_choice, check_count, check_number
-from tfdist.privacy.correlated import coefficients
+from tfdist.privacy.correlated import banded, coefficients, inverse
 from tfdist.privacy.ledger import ACCOUNTANTS, RELATIONS, Ledger
 
 if TYPE_CHECKING:
@@ -73,6 +73,13 @@ class DPSGD:
             by other random numbers; the mean of these gradients is clipped, so they cost
             nothing but time (De et al., "Unlocking high-accuracy differentially private image
             classification through scale", 2022, section 3.2).
+        bands: For noise that later steps take back in part, of how many steps a column of its
+            matrix is. Then examples are split into so many groups at random, which take turns,
+            and a step draws each example of its group with `bands` times the probability, at
+            most 1 (Choquette-Choo et al., "(Amplified) banded matrix factorization for
+            differentially private learning", NeurIPS 2023). So many vectors of the size of the
+            weights are kept. None, and 1, give independent noise. Only with `noise_multiplier`
+            and `l2_norm_clip` that are numbers, and without `group_ids` and `target_quantile`.
         seed: Of the noise, and of the sampling unless `fit` has a `seed`. For tests: what
             comes from a known seed is not private, and the report says so. None draws from
             the operating system.
@@ -92,6 +99,8 @@ class DPSGD:
         (10, 0.4)
     """
 
+    samples: ClassVar[bool] = True  # rather than take all examples in turn
+
     l2_norm_clip: float | Callable[[int], Any]
     noise_multiplier: float | Callable[[int], Any] | None = None
     target_epsilon: float | None = None
@@ -107,6 +116,7 @@ class DPSGD:
     group_ids: Any = field(default=None, compare=False, repr=False)
     max_rows_per_group: int | None = None
     augmentations: int = 1
+    bands: int | None = None
     seed: int | None = None
 
     def __post_init__(self) -> None:
@@ -143,6 +153,8 @@ class DPSGD:
                     f"max_rows_per_group={self.max_rows_per_group!r} and group_ids=None."
                 )
         check_count("augmentations", self.augmentations, 1)
+        if self.samples and self.bands is not None:
+            self._check_cyclic()
         if self.seed is not None:
             check_count("seed", self.seed, 0)
 
@@ -150,6 +162,22 @@ class DPSGD:
     def is_scheduled(self) -> bool:
         """Whether steps differ in their noise or norm."""
         return callable(self.noise_multiplier) or callable(self.l2_norm_clip)
+
+    def _check_cyclic(self) -> None:
+        check_count("bands", self.bands, 1)
+        if self.is_scheduled:
+            raise ArgumentError(
+                "`noise_multiplier` and `l2_norm_clip` must be numbers with `bands`: noise is "
+                "taken back as large as it was given. Received: a schedule. Leave one of them "
+                "out."
+            )
+        for name in ("group_ids", "target_quantile"):
+            if getattr(self, name) is not None:
+                raise ArgumentError(
+                    f"`{name}` must be None with `bands`: correlated noise is of single "
+                    f"examples, and of one norm. Received: {name} and bands={self.bands!r}. "
+                    "Leave one of them out."
+                )
 
     def _check_adaptive(self) -> None:
         if self.target_quantile is None:
@@ -186,6 +214,7 @@ class Mechanism:
         rows_of_user: The most examples of a user in a step; None without `group_ids`.
         copies: Rows of an example, whose mean counts.
         bands: As in `tfdist.DPFTRL`; None where each step has noise of its own alone.
+        cyclic: Whether they are those of `DPSGD`.
         schedule: What each step gets; None if all get the same.
     """
 
@@ -201,12 +230,17 @@ class Mechanism:
     rows_of_user: int | None = None
     copies: int = 1
     bands: int | None = None
+    cyclic: bool = False
     schedule: StepSchedule | None = None
 
     @property
     def factors(self) -> tuple[float, ...]:
-        """With what factors the noise of a step and those before is added up."""
-        return coefficients(self.bands or 1)
+        """With what factors the noise of a step and those before is added up.
+
+        Of `cyclic` ones, those that matter.
+        """
+        bands = self.bands or 1
+        return inverse(banded(bands), 16 * bands) if self.cyclic else coefficients(bands)
 
     def most(self, replicas: int) -> float:
         """Says how long a sum of clipped gradients may be, practically, in norms.

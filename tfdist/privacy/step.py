@@ -13,7 +13,9 @@ from tfdist._keras import ReplicaBatch
 from tfdist.privacy import _layers
 from tfdist.privacy.adam import DPAdam
 from tfdist.privacy.adaptive import AdaptiveClip
+from tfdist.privacy.correlated import banded
 from tfdist.privacy.counter import StepCounter
+from tfdist.privacy.cyclic import Recursion
 from tfdist.privacy.grid import Rounding
 from tfdist.privacy.masks import Masks
 from tfdist.privacy.noise import Noise, like
@@ -48,6 +50,11 @@ class PrivateStep:
         self.counter = StepCounter()
         self._number: Tensor = None
         self._now: Now | None = None
+        self._recursion: Recursion | None = None
+        self._correlated: Tensor = None
+        if mechanism.cyclic and mechanism.noise_multiplier > 0 and place.first_replica == 0:
+            count = sum(math.prod(v.shape) for v in model.trainable_variables)
+            self._recursion = Recursion(banded(mechanism.bands or 1), count)
         self._rounding: Rounding | None = None
         if mechanism.noise_multiplier > 0:
             noisy = place.num_replicas if mechanism.bands is None else 1
@@ -99,6 +106,8 @@ class PrivateStep:
         """
         self.counter.restart()
         self.counter.number_from(first)
+        if self._recursion is not None:
+            self._recursion.restart()
         if correlated is None:
             self.noise.renew(seed)
         else:
@@ -116,6 +125,9 @@ class PrivateStep:
         self._number = self.counter.begin(parts[0])
         if self.mechanism.schedule is not None:
             self._now = self.mechanism.schedule.at(self.counter.place(self._number))
+        if self._recursion is not None:
+            own = self.noise.normal(self._recursion.count, tf.constant(0), self._number)
+            self._correlated = self._recursion.next(own)
 
     def end(self, is_made: Tensor) -> None:
         """Called when they have made it.
@@ -124,7 +136,7 @@ class PrivateStep:
             is_made: Whether it has changed anything.
         """
         self.counter.end(is_made)
-        self._number = self._now = None
+        self._number = self._now = self._correlated = None
 
     def begin_step(
         self, data: Any, batch: ReplicaBatch, stopping: Tensor
@@ -241,12 +253,14 @@ class PrivateStep:
         replica, step = self._strategy.replica_id(), self._number
         if self.mechanism.bands is None:
             return self.noise.normal(count, replica, step)
-        factors = self.mechanism.factors
-        return tf.cond(
-            tf.equal(replica, 0),
-            lambda: self.noise.correlated(count, replica, step, factors),
-            lambda: tf.zeros([count], tf.float64),
-        )
+        factors, known = self.mechanism.factors, self._correlated
+
+        def of_first() -> Tensor:
+            if self.mechanism.cyclic:  # other processes do not know it, nor come here
+                return tf.zeros([count], tf.float64) if known is None else known
+            return self.noise.correlated(count, replica, step, factors)
+
+        return tf.cond(tf.equal(replica, 0), of_first, lambda: tf.zeros([count], tf.float64))
 
 
 def _first_rows(rows: Tensor, *structures: Any) -> Any:

@@ -108,6 +108,9 @@ def check(
         shape = privacy.noise_multiplier or 1.0  # the former is a schedule
         privacy = dataclasses.replace(privacy, target_epsilon=None, noise_multiplier=shape)
     fixed = without_schedules(privacy)
+    if privacy.samples and privacy.bands is not None:
+        fixed = dataclasses.replace(fixed, bands=None)
+        parts = [part for part in parts if part == "contributions"]
     rng = np.random.default_rng(seed)
     own = np.sort(rng.choice(rows_of(columns), min(_OWN, rows_of(columns)), replace=False))
     if isinstance(sampler, PoissonLike):
@@ -156,6 +159,8 @@ def _notes(privacy: DPSGD, sampler: Any) -> list[str]:
             "the noise that `target_epsilon` leads to: measured with a multiplier of 1, or the "
             "schedule as it is"
         )
+    if privacy.samples and privacy.bands is not None:
+        notes.append("draws and noise: not with `bands`")
     if privacy.is_scheduled:
         notes.append("contributions and draws: with the first step's norm of a schedule")
     if privacy.augmentations > 1:
