@@ -192,6 +192,7 @@ def test_a_training_that_was_killed_begins_a_new_mechanism(tmp_path: Path) -> No
     assert made.steps == len(after)
     assert 2.5 < report.epsilon <= 3.0
     assert lost.noise_multiplier == made.noise_multiplier
+    assert lost.run_id != made.run_id  # or files of both would be taken for one mechanism
     # Nothing is taken back of what the first process has added, and nothing is the same.
     own = matrix(4, len(after)) @ after / made.noise_multiplier
     np.testing.assert_allclose(own.std(1), 1.0, rtol=5 / math.sqrt(2 * NUMBERS))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import dp_accounting as dp
@@ -14,6 +15,7 @@ import tensorflow as tf
 
 import tfdist
 from tests.test_privacy_counting import NUMBERS, Watch, still, train
+from tfdist import refused
 from tfdist.errors import ArgumentError
 from tfdist.privacy.accounting import noise_for
 from tfdist.privacy.ledger import Ledger, Phase
@@ -109,6 +111,10 @@ def test_what_follows_the_data_is_refused() -> None:
         clip = 1.0 if callable(settings["noise_multiplier"]) else FALLING
         with pytest.raises(ArgumentError, match="must be numbers with DPFTRL"):
             tfdist.DPFTRL(clip, delta=1e-3, **settings)  # type: ignore[arg-type]
+    elastic = SimpleNamespace(strategy=SimpleNamespace(elastic=True))
+    for alike in (sgd(), sgd(2.0, bands=2)):
+        with pytest.raises(ArgumentError, match="must be alike in an elastic run"):
+            refused.check_data(elastic, np.ones(3), None, None, alike)  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match="Exactly one of"):
         sgd(2.0, target_epsilon=1.0)
 

@@ -75,7 +75,7 @@ def noise_follows_a_schedule_on_all_replicas(folder: Path) -> None:
     np.testing.assert_allclose(numbers.std(1), right, rtol=0.08)
 
 
-@check(MIRRORED, MULTI_WORKER)
+@check(MIRRORED, MULTI_WORKER, HOROVOD)
 def noise_of_groups_that_take_turns_is_given_once(folder: Path) -> None:
     """Of 2000 numbers a step the deviation is known within 8 %."""
     numbers = steps_of_noise(tfdist.DPSGD(0.7, noise_multiplier=1.5, delta=1e-3, bands=3))

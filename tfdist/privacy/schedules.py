@@ -154,7 +154,7 @@ def without_schedules(privacy: DPSGD) -> DPSGD:
     first = schedule_of(privacy, 1)
     if first is None:
         return privacy
-    noise = privacy.noise_multiplier and first.multipliers[0]
+    noise = None if privacy.target_epsilon is not None else first.multipliers[0]
     return replace(privacy, l2_norm_clip=first.norms[0], noise_multiplier=noise)
 
 
@@ -200,16 +200,24 @@ def _values(name: str, given: float | Callable[[int], Any], steps: int) -> Value
 
 
 def _evaluated(given: Callable[[int], Any], steps: int) -> Values:
-    """Calls a schedule with each step; a Keras one with all at once, where it can do that."""
+    """Calls a schedule with each step; a Keras one in a graph, which is faster."""
     if isinstance(given, keras.optimizers.schedules.LearningRateSchedule):
         try:
-            found = np.asarray(given(tf.range(steps, dtype=tf.int64)), np.float64)
-        except Exception:
-            found = np.zeros(0)  # one by one, then: if that fails too, it is said
-        ends = [0, steps - 1]
-        if found.shape == (steps,) and np.allclose(found[ends], [given(s) for s in ends]):
-            return found
+            return _mapped(given, steps)
+        except Exception:  # one by one, then: if that fails too, it is said
+            pass
     return np.array([float(given(step)) for step in range(steps)])
+
+
+def _mapped(given: Callable[[int], Any], steps: int) -> Values:
+    def each(step: Tensor) -> Tensor:
+        return tf.reshape(tf.cast(given(step), tf.float64), [])
+
+    with tf.device("CPU:0"):
+        numbers = tf.range(steps, dtype=tf.int64)
+        mapped = tf.function(lambda all_: tf.map_fn(each, all_, fn_output_signature=tf.float64))
+        found: Values = mapped(numbers).numpy()
+    return found
 
 
 def _check_closed(name: str, given: Callable[[int], Any]) -> None:

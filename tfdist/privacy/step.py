@@ -52,8 +52,11 @@ class PrivateStep:
         self._now: Now | None = None
         self._recursion: Recursion | None = None
         self._correlated: Tensor = None
-        if mechanism.cyclic and mechanism.noise_multiplier > 0 and place.first_replica == 0:
+        self._first_replica = place.first_replica
+        if mechanism.cyclic and mechanism.noise_multiplier > 0:
             count = sum(math.prod(v.shape) for v in model.trainable_variables)
+            # Other processes compute nothing, in the same graph: Horovod goes by its names.
+            count = count if place.first_replica == 0 else 0
             self._recursion = Recursion(banded(mechanism.bands or 1), count)
         self._rounding: Rounding | None = None
         if mechanism.noise_multiplier > 0:
@@ -126,7 +129,8 @@ class PrivateStep:
         if self.mechanism.schedule is not None:
             self._now = self.mechanism.schedule.at(self.counter.place(self._number))
         if self._recursion is not None:
-            own = self.noise.normal(self._recursion.count, tf.constant(0), self._number)
+            replica = tf.constant(self._first_replica)
+            own = self.noise.normal(self._recursion.count, replica, self._number)
             self._correlated = self._recursion.next(own)
 
     def end(self, is_made: Tensor) -> None:
@@ -256,8 +260,9 @@ class PrivateStep:
         factors, known = self.mechanism.factors, self._correlated
 
         def of_first() -> Tensor:
-            if self.mechanism.cyclic:  # other processes do not know it, nor come here
-                return tf.zeros([count], tf.float64) if known is None else known
+            if self._recursion is not None:
+                unknown = tf.zeros([count - self._recursion.count], tf.float64)
+                return tf.concat([known, unknown], 0)
             return self.noise.correlated(count, replica, step, factors)
 
         return tf.cond(tf.equal(replica, 0), of_first, lambda: tf.zeros([count], tf.float64))
