@@ -1,9 +1,11 @@
 """DP-SGD in one process: a private step over a plain step, with all that belongs to it.
 
-python -m benchmarks.privacy [--opacus PYTHON] [--tensorflow-privacy PYTHON] [MODEL ...]
+python -m benchmarks.privacy [--cpu] [--opacus PYTHON] [--tensorflow-privacy PYTHON] [MODEL ...]
 
 Both are steps of `tfdist.fit`, with Adam, batch 256, in the same process; the private one
 with clipping, noise and Poisson sampling, so that its batches have 256 examples on average.
+With `--cpu` it is the time that processors worked for this process, on all cores together:
+other programs disturb it less, and what is well dealt out to cores gets no credit.
 Given interpreters of environments that have other libraries, their ratios are measured beside
 them, on the same models and as many threads: Opacus with hooks and with ghost clipping, over
 PyTorch's plain step, and tensorflow-privacy's vectorized optimizer over Keras 2's; of fewer
@@ -37,6 +39,7 @@ from benchmarks.report import Ratio, compare, ratio, show
 BATCH = 256
 PAIRS = 9
 Make = Callable[[Any], Any]
+Clock = Callable[[], float]
 
 
 MODELS: dict[str, tuple[Make, tuple[int, ...], str, int, str]] = {
@@ -49,28 +52,32 @@ MODELS: dict[str, tuple[Make, tuple[int, ...], str, int, str]] = {
 class Steps(keras.callbacks.Callback):  # type: ignore[misc]
     """Times the steps of an epoch but for the first, which waits for the data."""
 
+    def __init__(self, clock: Clock) -> None:
+        super().__init__()
+        self._clock = clock
+
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        now = time.perf_counter()
+        now = self._clock()
         if batch == 0:
             self.start = now
         self.mean = (now - self.start) / max(1, batch)
 
 
-def step(model: Any, x: Any, y: Any, steps: int, privacy: Any) -> float:
+def step(model: Any, x: Any, y: Any, steps: int, privacy: Any, clock: Clock) -> float:
     """Gives the mean milliseconds of a step of a traced model."""
-    timed = Steps()
+    timed = Steps(clock)
     options = {"batch_size": BATCH, "steps_per_epoch": steps, "verbose": 0}
     tfdist.fit(model, x, y, callbacks=[timed], privacy=privacy, **options)
     return 1000 * timed.mean
 
 
-def measure(name: str) -> Ratio:
+def measure(name: str, clock: Clock) -> Ratio:
     make, shape, dtype, steps, goal = MODELS[name]
     x, y = digits(20_000, shape, dtype)
     private, plain = compiled(make(keras)), compiled(make(keras))
     privacy = tfdist.DPSGD(1.0, noise_multiplier=1.1, delta=1e-5)
-    ours = lambda: step(private, x, y, steps + 1, privacy)  # noqa: E731
-    theirs = lambda: step(plain, x, y, steps + 1, None)  # noqa: E731
+    ours = lambda: step(private, x, y, steps + 1, privacy, clock)  # noqa: E731
+    theirs = lambda: step(plain, x, y, steps + 1, None, clock)  # noqa: E731
     ours(), theirs()
     return compare(name, ours, theirs, PAIRS, goal, "ms")
 
@@ -100,19 +107,22 @@ def elsewhere(library: str, python: str, name: str, mode: str) -> Ratio:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
+    parser.add_argument("--cpu", action="store_true")
     parser.add_argument("--opacus", metavar="PYTHON")
     parser.add_argument("--tensorflow-privacy", metavar="PYTHON")
     parser.add_argument("names", nargs="*", metavar="MODEL")
     options = parser.parse_args()
     others = [("Opacus", options.opacus, mode) for mode in ("hooks", "ghost")]
     others.append(("tensorflow-privacy", options.tensorflow_privacy, "vectorized"))
+    clock = time.process_time if options.cpu else time.perf_counter
     found = []
     for name in MODELS:
         if options.names and not any(n in name for n in options.names):
             continue
-        found.append(measure(name))
+        found.append(measure(name, clock))
         found += [elsewhere(lib, python, name, mode) for lib, python, mode in others if python]
-    show("Private step over plain step, batch 256", found)
+    unit = ", processor time" if options.cpu else ""
+    show(f"Private step over plain step, batch 256{unit}", found)
 
 
 if __name__ == "__main__":

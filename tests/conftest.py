@@ -26,6 +26,7 @@ from tests.leftovers import Surroundings, adopt_orphans  # noqa: E402
 from tests.places.clusters import PLACES, Clusters, wanted  # noqa: E402, they inherit the path
 
 adopt_orphans()
+gc.set_threshold(50_000)  # as in the processes that tests start; see lean/sitecustomize.py
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -49,7 +49,7 @@ MUTANTS = {
         f"{EQUIVALENCE} -k mirrored-2-rows_961",
     ),
     "gradients of an own train_step are not weighed": Mutant(
-        "reduction.py",
+        "step/reduction.py",
         "if not self._are_parts and id(optimizer) not in self._scaled:",
         "if False:",
         f"{EQUIVALENCE} -k mirrored-2-own_train_step",
@@ -97,7 +97,7 @@ MUTANTS = {
         "tests/test_privacy_counting.py -k made_again",
     ),
     "a callback that writes runs on all workers": Mutant(
-        "callbacks.py",
+        "training/callbacks.py",
         "if strategy.place.is_chief or not _writes(c)",
         "if True",
         f"{BEHAVIOUR} -k only_the_chief_writes",
@@ -109,7 +109,7 @@ MUTANTS = {
         "tests/test_samplers.py tests/test_data.py",
     ),
     "a stop is not told to the others": Mutant(
-        "callbacks.py",
+        "training/callbacks.py",
         "self._stop.requested = True",
         "self._stop.requested = False",
         f"{BEHAVIOUR} -k horovod-2-a_stop_on_any",
@@ -175,13 +175,13 @@ MUTANTS = {
         "tests/test_drop_in.py",
     ),
     "a callback's predict waits for all workers": Mutant(
-        "dropin.py",
+        "scripts/drop_in.py",
         "if is_running():",
         "if False:",
         "tests/test_drop_in.py",
     ),
     "fit draws from Python's generator": Mutant(
-        "session.py",
+        "strategies/session.py",
         "_drawn.fits += 1",
         "_drawn.fits += random.getrandbits(1) * 0 + 1",
         "tests/test_drop_in.py",
@@ -193,13 +193,13 @@ MUTANTS = {
         f"{EQUIVALENCE} -k mirrored-2-dropout",
     ),
     "replicas that differ are not seen": Mutant(
-        "verify.py",
+        "training/verify.py",
         "if digest != usual",
         "if False",
         f"{BEHAVIOUR} -k mirrored-2-replicas_that_differ",
     ),
     "the optimizer is clipped before the sum": Mutant(
-        "reduction.py",
+        "step/reduction.py",
         "grads = [g if g is None else g * tf.cast(share, g.dtype) for g in grads]",
         "grads = tf.clip_by_global_norm(grads, 0.1)[0]",
         f"{EQUIVALENCE} -k mirrored-2-own_train_step",

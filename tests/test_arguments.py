@@ -12,9 +12,9 @@ import tensorflow as tf
 
 import tfdist
 from tests.equivalence.cases import clipped_sgd, mlp, table
-from tfdist import preflight
 from tfdist.errors import ArgumentError, DisagreementError
 from tfdist.strategies.base import Place, Strategy
+from tfdist.training import preflight
 
 pytestmark = pytest.mark.quick
 X, Y = table(10)

@@ -1,4 +1,4 @@
-"""A board whose calls may not come back."""
+"""A key-value store whose calls may not come back."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from tfdist.board import Limited
-from tfdist.strategies.horovod_board import RendezvousBoard
+from tfdist.cluster.key_value_store import Limited
+from tfdist.strategies.horovod.store import RendezvousBoard
 
 pytestmark = pytest.mark.quick
 
@@ -30,7 +30,7 @@ def test_a_rendezvous_that_is_gone_gives_no_notes() -> None:
     assert RendezvousBoard.from_environment("g", 2, {}) is None
     where = {"HOROVOD_GLOO_RENDEZVOUS_ADDR": "127.0.0.1", "HOROVOD_GLOO_RENDEZVOUS_PORT": "9"}
     assert RendezvousBoard.from_environment("g", 1, where) is None
-    board = RendezvousBoard.from_environment("g", 2, where)
-    assert board is not None
-    assert not board.post("a", "b")
-    assert board.read_all("a") == {}
+    store = RendezvousBoard.from_environment("g", 2, where)
+    assert store is not None
+    assert not store.post("a", "b")
+    assert store.read_all("a") == {}

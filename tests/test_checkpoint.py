@@ -18,10 +18,10 @@ import tensorflow as tf
 
 import tfdist
 from tests.equivalence.cases import table
-from tfdist import watch
-from tfdist.checkpoint import files, plain
-from tfdist.checkpoint.callbacks import Memory
+from tfdist import watchdog
 from tfdist.errors import ArgumentError, CheckpointError
+from tfdist.resume.checkpoint import files, plain
+from tfdist.resume.checkpoint.callbacks import Memory
 
 STEPS = 7  # of an epoch
 quick = pytest.mark.quick
@@ -37,14 +37,14 @@ def test_a_wait_for_the_disk_is_marked(tmp_path: Path, monkeypatch: pytest.Monke
 
     def slow(*args: Any) -> None:
         end = time.monotonic() + 5
-        while watch.here.doing is None and time.monotonic() < end:
+        while watchdog.here.doing is None and time.monotonic() < end:
             time.sleep(0.01)
-        seen.append(watch.here.doing)
+        seen.append(watchdog.here.doing)
 
     monkeypatch.setattr(files, "write", slow)
     tfdist.fit(model(), *table(20), verbose=0, checkpoint=tmp_path)
-    assert watch.SAVING in seen
-    assert watch.here.doing is None
+    assert watchdog.SAVING in seen
+    assert watchdog.here.doing is None
 
 
 class Stop(keras.callbacks.Callback):

@@ -44,7 +44,7 @@ def planned(monkeypatch, most) -> list[tuple]:
         runs.append((workers, log_dir))
         return Outcome(0)
 
-    monkeypatch.setattr(cli, "run_workers", note)
+    monkeypatch.setattr(cli.run, "run_workers", note)
     return runs
 
 
@@ -64,7 +64,7 @@ class TestRun:
         assert len(workers) == 2
         expected = (
             "-m",
-            "tfdist.bootstrap",
+            "tfdist.scripts.worker_main",
             str(script),
             "-n",
             "3",
@@ -94,7 +94,7 @@ class TestRun:
     def test_module(self, planned):
         assert invoke("run", "-m", "package.train", "-m").exit_code == 0
         command = planned[0][0][0].command
-        assert command[1:] == ("-m", "tfdist.bootstrap", "-m", "package.train", "-m")
+        assert command[1:] == ("-m", "tfdist.scripts.worker_main", "-m", "package.train", "-m")
 
     def test_options(self, script, planned, tmp_path):
         options = ["--strategy", "multi_worker", "--drop-in", "--log-dir", str(tmp_path / "l")]
@@ -219,7 +219,7 @@ class TestPrivacy:
 
 def test_starts_without_tensorflow(environ):
     code = (
-        "import sys, tfdist.cli, tfdist.bootstrap, tfdist.launch.doctor_page\n"
+        "import sys, tfdist.cli, tfdist.scripts.worker_main, tfdist.launch.doctor_page\n"
         "sys.exit(not {'tensorflow', 'keras', 'numpy'}.isdisjoint(sys.modules))"
     )
     asked = subprocess.run([sys.executable, "-c", code], env=environ, timeout=60, check=False)

@@ -6,8 +6,8 @@ import pickle
 import pytest
 
 from tfdist.cluster import Cluster
+from tfdist.cluster.slurm import expand_node_list, expand_task_counts
 from tfdist.errors import ClusterError
-from tfdist.slurm import expand_node_list, expand_task_counts
 
 pytestmark = pytest.mark.quick
 

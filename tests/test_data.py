@@ -12,7 +12,7 @@ import tensorflow as tf
 
 import tfdist
 from tfdist import data
-from tfdist.data import DataPosition, arrays
+from tfdist.data import DataPosition, columns
 from tfdist.errors import ArgumentError
 from tfdist.privacy import Poisson
 from tfdist.samplers import (
@@ -175,7 +175,7 @@ def test_training_stream_goes_through_epochs() -> None:
 
 def test_floats_become_floatx_and_nesting_stays() -> None:
     nested = {"a": [np.ones((2, 3)), np.ones(2, "int32")], "b": tf.ones((2,), tf.float64)}
-    tensors = arrays.to_tensors(nested, "x")
+    tensors = columns.to_tensors(nested, "x")
     assert tensors["a"][0].dtype == tf.float32
     assert tensors["a"][1].dtype == tf.int32
     assert tensors["b"].dtype == tf.float32
@@ -184,7 +184,7 @@ def test_floats_become_floatx_and_nesting_stays() -> None:
 @pytest.mark.parametrize("bad", [3, "text", [1.0, 2.0], {"a": None}])
 def test_what_is_no_array_is_named(bad: Any) -> None:
     with pytest.raises(ArgumentError, match="x"):
-        arrays.to_tensors(bad, "x")
+        columns.to_tensors(bad, "x")
 
 
 def test_check_differs_when_batches_differ() -> None:

@@ -175,6 +175,21 @@ def test_what_is_no_mean_is_named(step: Any, named: str | None) -> None:
         np.testing.assert_array_equal(np.asarray(variable), value)
 
 
+def test_a_mean_is_tried_on_no_more_batches_than_it_needs() -> None:
+    """Every training begins with it: once the whole, and once each of its parts."""
+    tried: list[int] = []
+
+    def step(model: Any, x: Any, y: Any) -> Any:
+        tried.append(len(x))
+        return mean(model, x, y)
+
+    model = Own(step)
+    model(X)
+    sample = tf.constant(X), tf.constant(Y)
+    assert _keras.what_is_no_mean(model.train_step, sample, 64) is None
+    assert tried == [len(X), *(end - begin for begin, end in parts_of(len(X)))]
+
+
 def counting(model: Any, x: Any) -> Any:
     model.counter.assign_add(1.0)
     return model(x)

@@ -12,13 +12,14 @@ import pytest
 import tensorflow as tf
 
 import tfdist
-from tfdist import claims, routing
 from tfdist._keras import datasets
 from tfdist.errors import ArgumentError, StrategyError
-from tfdist.session import current
+from tfdist.scripts import own_strategies
 from tfdist.strategies.base import Place
+from tfdist.strategies.session import current
 from tfdist.strategies.single import Single
 from tfdist.strategies.tf_distribute import adopt
+from tfdist.training import routing
 
 pytestmark = pytest.mark.quick
 X = np.random.default_rng(0).normal(size=(20, 4)).astype("float32")
@@ -174,7 +175,7 @@ def test_a_model_leaves_its_scope() -> None:
 def test_a_script_gets_the_strategy_that_there_is() -> None:
     before = tf.distribute.MirroredStrategy
     ours = adopt(before(["CPU:0"]))
-    undo = claims.claim(ours)
+    undo = own_strategies.claim(ours)
     try:
         assert tf.distribute.MirroredStrategy() is ours.strategy
         assert tf.distribute.experimental.MultiWorkerMirroredStrategy() is ours.strategy
@@ -192,7 +193,7 @@ def test_what_a_script_gets_stays_where_nobody_keeps_the_handle(
         for name in [name for name in dir(module) if name.endswith("Strategy")]:
             monkeypatch.setattr(module, name, getattr(module, name))  # back at the end
     ours = adopt(tf.distribute.MirroredStrategy(["CPU:0"]))
-    claims.claim(ours)
+    own_strategies.claim(ours)
     gc.collect()
     assert tf.distribute.MirroredStrategy() is ours.strategy
 
@@ -200,7 +201,7 @@ def test_what_a_script_gets_stays_where_nobody_keeps_the_handle(
 def test_where_processes_are_connected_otherwise_loops_are_refused() -> None:
     strategy = Single(None)  # type: ignore[arg-type]
     strategy.place = Place(3, 0, 1, 3, 0)
-    undo = claims.claim(strategy)
+    undo = own_strategies.claim(strategy)
     try:
         given = tf.distribute.MirroredStrategy()
         assert given.num_replicas_in_sync == 3

@@ -16,7 +16,7 @@ SCRIPT = """
 import os, signal, sys, time
 import keras, tensorflow as tf, tfdist
 from tests.equivalence.cases import mlp, table
-from tfdist.watch import memory
+from tfdist.watchdog import memory
 
 case = sys.argv[1]
 place = tfdist.init(seed=3).strategy.place

@@ -25,9 +25,9 @@ from rich.console import Console
 from tests.jobs import is_gone
 from tfdist import cli
 from tfdist.errors import BuildError
-from tfdist.horovod import build as horovod_build
-from tfdist.horovod.progress import progress, time_share
-from tfdist.horovod.recipe import (
+from tfdist.launch.horovod_wheel import build as horovod_build
+from tfdist.launch.horovod_wheel.progress import progress, time_share
+from tfdist.launch.horovod_wheel.recipe import (
     HOROVOD,
     Recipe,
     cache_folder,
@@ -38,8 +38,8 @@ from tfdist.horovod.recipe import (
     recipe_for_here,
     search_path,
 )
-from tfdist.horovod.source import CHANGES, change_source
-from tfdist.horovod.steps import cause, run_step, workshop
+from tfdist.launch.horovod_wheel.source import CHANGES, change_source
+from tfdist.launch.horovod_wheel.steps import cause, run_step, workshop
 
 quick = pytest.mark.quick
 LIMIT_S = 120
@@ -572,7 +572,8 @@ def test_install_replaces_the_same_version(environ, tmp_path):
         (libraries / name).symlink_to(Path(find_spec(name).origin).parent)
     tiny_wheel(Path(environ["PIP_FIND_LINKS"]), "required")
     code = (
-        "import sys; from pathlib import Path; from tfdist.horovod.build import install\n"
+        "import sys; from pathlib import Path\n"
+        "from tfdist.launch.horovod_wheel.build import install\n"
         "install(Path(sys.argv[1]))"
     )
     for module in ("first", "second"):

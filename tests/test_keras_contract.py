@@ -24,7 +24,7 @@ from keras.src.trainers.data_adapters import get_data_adapter
 from tensorflow.python.eager import context as _context
 
 from tfdist import _keras
-from tfdist._keras import parts, served
+from tfdist._keras import parts, served, served_updates
 from tfdist._keras.random import uniform_rows
 from tfdist._keras.replicated import replacements
 
@@ -206,7 +206,7 @@ def test_an_optimizers_state_is_found(name: str, kept: int) -> None:
     made = model()
     made.compile(getattr(keras.optimizers, name)(0.1), "mse")
     made.optimizer.build(made.trainable_variables)
-    for variable, slots in served.trained_by(made.optimizer):
+    for variable, slots in served_updates.trained_by(made.optimizer):
         assert len(slots) == kept
         assert all(slot.shape == variable.shape for slot in slots)
 
@@ -218,13 +218,13 @@ def test_a_split_variable_trains_like_a_whole_one() -> None:
         made = model()
         made.optimizer.build(made.trainable_variables)
         if split:
-            for variable, slots in served.trained_by(made.optimizer):
+            for variable, slots in served_updates.trained_by(made.optimizer):
                 for each in (variable, *slots):
                     rows = each.numpy()
                     halves = [tf.Variable(rows[:1]), tf.Variable(rows[1:])]
                     _keras.swap_value(each, parts.Split(halves))
             _keras.reindex_optimizer(made.optimizer)
-            served.register_parts(made.optimizer)
+            served_updates.register_parts(made.optimizer)
         with served.served(rows_only=False), _keras.replicated(has_servers=True):
             for _ in range(3):
                 made.train_step((tf.ones([5, 4]), tf.ones([5, 2])))

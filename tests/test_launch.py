@@ -21,11 +21,11 @@ from tests.jobs import free_port, is_gone
 from tfdist.errors import ClusterError, LaunchError
 from tfdist.launch import Failure, Host, Worker, parse_hosts, plan_workers
 from tfdist.launch.cause import root_cause
+from tfdist.launch.hidden_output import HiddenOutput, leader
 from tfdist.launch.hosts import worker_addresses
 from tfdist.launch.output import Lines, Screen, settled
 from tfdist.launch.plan import free_addresses
 from tfdist.launch.resources import gpu_environments, usable_cores, visible_gpus
-from tfdist.launch.withheld import Withheld, leader
 
 quick = pytest.mark.quick
 cluster = pytest.mark.cluster
@@ -157,7 +157,7 @@ RANK = "import os, sys, time; rank = int(os.environ['TFDIST_LOCAL_RANK'])\n"
 STAY = """
 import os, signal, subprocess, sys, time
 from pathlib import Path
-from tfdist.bootstrap import follow_launcher
+from tfdist.scripts.worker_main import follow_launcher
 
 def leave(pid):
     Path(f"pid-{pid}").write_text(f"{pid}\\n")
@@ -491,12 +491,12 @@ class TestLines:
 
 @quick
 def test_what_is_withheld_has_an_end() -> None:
-    withheld = Withheld()
-    assert withheld.take([f"line {i}" for i in range(1000)]) == []
-    first, *rest = withheld.release()
+    hidden_output = HiddenOutput()
+    assert hidden_output.take([f"line {i}" for i in range(1000)]) == []
+    first, *rest = hidden_output.release()
     assert first == "tfdist: 600 lines before are left out; --output all shows all."
     assert (rest[0], rest[-1], len(rest)) == ("line 600", "line 999", 400)
-    assert withheld.release() == []
+    assert hidden_output.release() == []
 
 
 def failure(index: int, *lines: str, returncode: int = 1) -> Failure:
@@ -806,7 +806,7 @@ class TestRestarts:
 import sys, time
 from pathlib import Path
 from tfdist import note
-from tfdist.bootstrap import follow_launcher
+from tfdist.scripts.worker_main import follow_launcher
 
 follow_launcher()
 note.share_with_launcher()
@@ -858,7 +858,7 @@ class TestElastic:
     WORK = """
 import os, sys, time
 from pathlib import Path
-from tfdist.bootstrap import follow_launcher
+from tfdist.scripts.worker_main import follow_launcher
 
 follow_launcher()
 gpu = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -907,7 +907,7 @@ class TestTogether:
 import json, os, sys, time
 from pathlib import Path
 from tfdist import note
-from tfdist.bootstrap import follow_launcher
+from tfdist.scripts.worker_main import follow_launcher
 
 follow_launcher()
 note.share_with_launcher()
@@ -951,7 +951,7 @@ while not Path("end").exists():
     SERVED = """
 import json, os, signal, sys, time
 from pathlib import Path
-from tfdist.bootstrap import follow_launcher
+from tfdist.scripts.worker_main import follow_launcher
 
 follow_launcher()
 task = json.loads(os.environ["TF_CONFIG"])["task"]

@@ -114,7 +114,7 @@ def test_rows_are_split_and_fingerprinted() -> None:
 
 def test_a_worker_without_rows_has_one_that_counts_nothing() -> None:
     nothing = sparse.csr_matrix((0, 6), dtype="float32"), RAGGED[:0], DENSE[:0]
-    columns = data.arrays.to_tensors(nothing, "x")
+    columns = data.columns.to_tensors(nothing, "x")
     blank = [leaves.gather(leaves.blank(column), [0]) for column in columns]
     assert [rows_of(leaf) for leaf in blank] == [[[0.0] * 6], [[]], [[0.0] * 6]]
 

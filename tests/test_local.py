@@ -10,8 +10,8 @@ import tensorflow as tf
 
 import tfdist
 from tfdist.cluster import Cluster
-from tfdist.data.holdings import Holdings, exchange
 from tfdist.data.local import LocalArrays, bind
+from tfdist.data.local_rows import Holdings, exchange
 from tfdist.errors import ArgumentError
 from tfdist.samplers import ClassBalanced, Stratified, Uniform
 from tfdist.strategies.base import Place

@@ -14,11 +14,11 @@ import tensorflow as tf
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tfdist.checkpoint import files
 from tfdist.cluster import Cluster
-from tfdist.environ import limit_of
+from tfdist.cluster.environment import limit_of
 from tfdist.errors import CheckpointError, ClusterError, LaunchError
 from tfdist.launch import parse_elastic, parse_hosts, plan_workers
+from tfdist.resume.checkpoint import files
 
 pytestmark = pytest.mark.quick
 # Each example takes milliseconds; a second is what a user would notice.

@@ -8,7 +8,7 @@ import pytest
 import tensorflow as tf
 from tensorflow.python.framework import config
 
-from tfdist import marks
+from tfdist.step import timers
 
 pytestmark = pytest.mark.quick
 
@@ -22,17 +22,17 @@ def deterministic(request: pytest.FixtureRequest) -> Iterator[bool]:
 
 
 def test_steps_are_counted_and_timed_where_there_are_clocks(deterministic: bool) -> None:
-    ours = marks.Marks()
+    ours = timers.StepTimers()
     iterator = iter(tf.data.Dataset.range(3).repeat())
 
     @tf.function
     def step() -> tf.Tensor:
         share = ours.draw(next, iterator)
-        began = marks.now(share)
+        began = timers.now(share)
         total = tf.reduce_sum(tf.random.stateless_normal([400, 400], [1, 2])) + tf.cast(
             share, tf.float32
         )
-        ours.note_step(total, marks.now(total) - began)
+        ours.note_step(total, timers.now(total) - began)
         return total
 
     for _ in range(3):

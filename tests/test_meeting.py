@@ -11,20 +11,22 @@ from dataclasses import replace
 import pytest
 
 from tests.jobs import free_port
+from tfdist.cluster.heartbeat import Heartbeat, Told
 from tfdist.errors import LaunchError
-from tfdist.launch import Failure, Host, Link, Restarts, Worker, parse_elastic
-from tfdist.launch.hub import Hub
-from tfdist.launch.restarts import Cause
-from tfdist.note import Note, Told
+from tfdist.launch import CoordinatorClient, Failure, Host, Restarts, Worker, parse_elastic
+from tfdist.launch.coordinator import Coordinator
+from tfdist.launch.restarts import RestartCause
 
 pytestmark = pytest.mark.quick
 
 HOSTS = (Host("a"), Host("b", 2))
 
 
-def failure(returncode: int, step: int = 3, preempted: bool = False, *lines: str) -> Cause:
+def failure(
+    returncode: int, step: int = 3, preempted: bool = False, *lines: str
+) -> RestartCause:
     told = Told(made=step, epoch=1, step=step, preempted=preempted)
-    return Cause.of(Failure(Worker(1, ("x",), {}), returncode, lines, told, 0.0))
+    return RestartCause.of(Failure(Worker(1, ("x",), {}), returncode, lines, told, 0.0))
 
 
 def test_the_same_failure_at_the_same_step_repeats() -> None:
@@ -57,11 +59,11 @@ def test_what_is_started_again() -> None:
 
 def test_a_cause_survives_its_journey() -> None:
     cause = failure(-9)
-    assert Cause.from_json(cause.to_json()) == cause
+    assert RestartCause.from_json(cause.to_json()) == cause
 
 
 def test_a_note_says_how_far_a_worker_is() -> None:
-    note = Note()
+    note = Heartbeat()
     assert note.read().where == "before its first step"
     note.tell(0, 7, 2)
     note.tell(1, 1, 2)
@@ -85,22 +87,22 @@ def port() -> int:
 
 
 @pytest.fixture
-def hub(port: int) -> Iterator[Hub]:
-    hub = Hub(port, HOSTS, {}, Restarts(1), limit=20)
+def hub(port: int) -> Iterator[Coordinator]:
+    hub = Coordinator(port, HOSTS, {}, Restarts(1), limit=20)
     yield hub
     hub.close()
 
 
-def link(port: int, rank: int) -> Link:
-    return Link(("127.0.0.1", port), rank, {}, Restarts(1), limit=20)
+def link(port: int, rank: int) -> CoordinatorClient:
+    return CoordinatorClient(("127.0.0.1", port), rank, {}, Restarts(1), limit=20)
 
 
-def meet(*links: Link) -> list[object]:
+def meet(*links: CoordinatorClient) -> list[object]:
     with ThreadPoolExecutor(len(links)) as pool:
         return list(pool.map(lambda one: one.meet((), print), links))
 
 
-def news_of(one: Link) -> tuple[bool, Cause | None]:
+def news_of(one: CoordinatorClient) -> tuple[bool, RestartCause | None]:
     deadline = time.monotonic() + 10
     while one.news is None:
         assert time.monotonic() < deadline
@@ -108,7 +110,9 @@ def news_of(one: Link) -> tuple[bool, Cause | None]:
     return one.news.again, one.news.cause
 
 
-def test_launchers_start_together_and_again_and_end_together(hub: Hub, port: int) -> None:
+def test_launchers_start_together_and_again_and_end_together(
+    hub: Coordinator, port: int
+) -> None:
     both = link(port, 0), link(port, 1)
     assert meet(*both) == [None, None]
     lost = failure(-9)
@@ -122,7 +126,7 @@ def test_launchers_start_together_and_again_and_end_together(hub: Hub, port: int
         one.close()
 
 
-def test_the_run_is_over_when_all_have_ended_well(hub: Hub, port: int) -> None:
+def test_the_run_is_over_when_all_have_ended_well(hub: Coordinator, port: int) -> None:
     both = link(port, 0), link(port, 1)
     meet(*both)
     both[0].done()
@@ -146,7 +150,7 @@ def test_the_run_is_over_when_all_have_ended_well(hub: Hub, port: int) -> None:
         b"x" * (3 << 20),
     ],
 )
-def test_strangers_do_not_disturb(nonsense: bytes, hub: Hub, port: int) -> None:
+def test_strangers_do_not_disturb(nonsense: bytes, hub: Coordinator, port: int) -> None:
     both = link(port, 0), link(port, 1)
     with socket.create_connection(("127.0.0.1", port)) as stranger:
         stranger.settimeout(5)
@@ -160,7 +164,7 @@ def test_strangers_do_not_disturb(nonsense: bytes, hub: Hub, port: int) -> None:
         one.close()
 
 
-def test_a_node_twice_is_refused(hub: Hub, port: int) -> None:
+def test_a_node_twice_is_refused(hub: Coordinator, port: int) -> None:
     both = link(port, 0), link(port, 1)
     meet(*both)
     with pytest.raises(LaunchError, match="Received: --node-rank 1 twice"):
@@ -170,6 +174,6 @@ def test_a_node_twice_is_refused(hub: Hub, port: int) -> None:
 
 
 def test_the_first_host_must_answer(port: int) -> None:
-    lonely = Link(("127.0.0.1", port), 1, {}, Restarts(1), limit=1)
+    lonely = CoordinatorClient(("127.0.0.1", port), 1, {}, Restarts(1), limit=1)
     with pytest.raises(LaunchError, match=r"no answer from 127\.0\.0\.1"):
         lonely.meet((), print)

@@ -15,13 +15,13 @@ import pytest
 
 import tfdist
 from tests.jobs import QUIET, finished, tfdist_run
-from tfdist.callbacks import look_between_steps
 from tfdist.cluster import CHIEF, PS, WORKER, Cluster
 from tfdist.errors import LaunchError
 from tfdist.launch import parse_hosts, plan_workers
 from tfdist.launch.plan import free_addresses, server_clusters
 from tfdist.strategies.parameter_server.asynchronous import window
-from tfdist.strategies.parameter_server.placement import Part, Size, place
+from tfdist.strategies.parameter_server.placement import Size, VariableSlice, place
+from tfdist.training.callbacks import look_between_steps
 
 LIMIT_S = 240
 SCRIPT = """
@@ -100,7 +100,11 @@ class TestPlacement:
 
     def test_large_variables_are_split_by_rows(self):
         parts = place([Size(10, 1000, True), Size(3, 90, True)], 3, 300)
-        assert parts[0] == (Part(0, 0, 3), Part(1, 3, 6), Part(2, 6, 10))
+        assert parts[0] == (
+            VariableSlice(0, 0, 3),
+            VariableSlice(1, 3, 6),
+            VariableSlice(2, 6, 10),
+        )
         assert len(parts[1]) == 1
 
     def test_what_cannot_be_split_stays_whole(self):

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tfdist.checkpoint.preemption import Preemption
+from tfdist.resume.checkpoint.preemption import Preemption
 
 pytestmark = pytest.mark.cluster
 

@@ -199,10 +199,12 @@ class TestCapacity:
 class TestLedger:
     @pytest.mark.quick
     def test_equal_steps_join(self):
-        ledger = Ledger()
+        ledger, run = Ledger(), Ledger()
         for _ in range(5):
             ledger = ledger.add(Phase(0.01, 4.0, 2000))
-        assert ledger.phases == (Phase(0.01, 4.0, 10000),)
+            run = run.add(Phase(0.01, 4.0, 2000, run_id="one"))
+        assert run.phases == (Phase(0.01, 4.0, 10000),)
+        assert ledger == run
         assert ledger.epsilon(1e-5) == cost(0.01, 4, 10000)
         assert ledger.add(Phase(0.5, 9.0, 0)) is ledger
 

@@ -9,8 +9,6 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tfdist import _keras
-from tfdist._keras import ReplicaBatch
 from tfdist.errors import ArgumentError
 from tfdist.privacy import _layers, clipping, independence
 
@@ -199,6 +197,31 @@ def tied_in_a_model() -> tuple[Any, Any, Any]:
     return model, data(3, words=6), data(6)
 
 
+def positions_in_a_model() -> tuple[Any, Any, Any]:
+    class Summing(keras.Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.places, self.dense = (
+                L.Embedding(6, 4),
+                L.Embedding(3, 4),
+                L.Dense(2),
+            )
+
+        def call(self, x: Any) -> Any:
+            made = keras.ops.tanh(self.words(x) + self.places(keras.ops.arange(3)))
+            return self.dense(keras.ops.mean(made, 1))
+
+    model = Summing()
+    model.compile(loss="mse")
+    model(data(3, words=6))
+    return model, data(3, words=6), data(2)
+
+
+def folded_and_not() -> tuple[Any, Any, Any]:
+    layer = L.Dense(4)
+    return sequential((6, 4), layer, L.Activation("tanh"), Folded(layer))
+
+
 def frozen_kernel() -> tuple[Any, Any, Any]:
     model, x, y = sequential((4,), L.Dense(6), Scale(), L.Dense(5, activation="relu"))
     model.layers[0].kernel.trainable = False
@@ -213,6 +236,41 @@ class Scale(L.Layer):
 
     def call(self, inputs: Any) -> Any:
         return inputs * self.factor + self.offset
+
+
+class Positions(L.Layer):
+    """Adds a row of a table for each place, the same for all examples."""
+
+    def __init__(self, count: int, size: int) -> None:
+        super().__init__()
+        self.table = L.Embedding(count, size)
+
+    def call(self, inputs: Any) -> Any:
+        return inputs + self.table(keras.ops.arange(keras.ops.shape(inputs)[1]))
+
+
+class ByOne(L.Layer):
+    """Calls a layer for one example after the other, in a loop of TensorFlow."""
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def call(self, inputs: Any) -> Any:
+        return keras.ops.map(lambda row: self.inner(row[None])[0], inputs)
+
+
+class Folded(L.Layer):
+    """Calls a layer with positions folded into the batch."""
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def call(self, inputs: Any) -> Any:
+        shape = keras.ops.shape(inputs)
+        made = self.inner(keras.ops.reshape(inputs, (-1, *shape[2:])))
+        return keras.ops.reshape(made, (-1, shape[1], *made.shape[1:]))
 
 
 class Borrowing(L.Layer):
@@ -292,6 +350,11 @@ FAST = {
     "bidirectional": lambda: sequential((5, 3), L.Bidirectional(L.LSTM(4))),
     "encoder_and_decoder": functional(encoder_and_decoder),
     "masked_words": functional(masked_words),
+    "rnn_of_a_cell": lambda: sequential((5, 3), L.RNN(L.LSTMCell(4), return_sequences=True)),
+    "folded_dense": lambda: sequential((6, 4), Folded(L.Dense(5, activation="tanh"))),
+    "folded_embedding": lambda: sequential((3, 4), Folded(L.Embedding(5, 2)), words=5),
+    "folded_conv": lambda: sequential((3, 6, 2), Folded(L.Conv1D(3, 3)), L.Activation("tanh")),
+    "folded_and_not": functional(folded_and_not),
     "lora_dense": low_rank((4,), lambda: L.Dense(6, activation="tanh")),
     "lora_einsum": low_rank(
         (3, 4), lambda: L.EinsumDense("abc,cde->abde", (3, 2, 5), bias_axes="de")
@@ -312,6 +375,9 @@ SLOW = {
     "conv_transpose": lambda: sequential((4, 4, 2), L.Conv2DTranspose(3, 2)),
     "einsum_per_position": lambda: sequential((3, 4), L.EinsumDense("abc,bcd->abd", (3, 5))),
     "prelu": lambda: sequential((4, 5), L.PReLU()),
+    "positions": lambda: sequential((5, 4), L.Dense(4), Positions(5, 4), L.Activation("tanh")),
+    "positions_in_a_model": functional(positions_in_a_model),
+    "folded_custom": lambda: sequential((5, 4), Folded(Scale())),
     "custom": lambda: sequential((4, 5), Scale()),
     "tied_by_hand": functional(tied_by_hand),
     "tied_in_a_model": functional(tied_in_a_model),
@@ -468,12 +534,10 @@ def test_tied_weights_see_the_dropout_that_others_see() -> None:
             made = self.drop(self.dense(x), training=training)
             return keras.ops.matmul(made, keras.ops.transpose(self.dense.kernel))
 
-    model, share = Tied(), tf.constant(EXAMPLES, tf.int64)
+    model = Tied()
     model.compile(loss="mse")
     model(data(4))
-    batch = ReplicaBatch(share, share, tf.zeros([], tf.int64), list, tf.identity)
-    with _keras.replicated(), _keras.on_replica(batch):
-        independence.check(model, data(4), data(4))
+    independence.check(model, data(4), data(4))
 
 
 def test_sensitivity_is_the_clipping_norm() -> None:
@@ -493,10 +557,11 @@ def test_what_mixes_or_draws_is_refused() -> None:
     for layers, message in (
         ((L.Dense(4), L.BatchNormalization()), "must not mix the examples"),
         ((L.BatchNormalization(center=False, scale=False),), "must not mix the examples"),
-        ((L.LSTM(4, dropout=0.5),), "must give the same outputs"),
+        ((L.GRU(4, reset_after=False, dropout=0.5),), "must give the same outputs"),
+        ((ByOne(L.Dense(4)),), "must be called by Python code of the model"),
         ((L.SpectralNormalization(L.Dense(4)),), "must not rewrite weights"),
     ):
-        shape = (5, 3) if isinstance(layers[0], L.LSTM) else (4,)
+        shape = (5, 3) if isinstance(layers[0], L.GRU) else (4,)
         model, x, y = sequential(shape, *layers)
         with pytest.raises(ArgumentError, match=message):
             clipped_sum(model, x, y, ones, 1.0)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import math
+import pickle
 import shutil
 import time
 from pathlib import Path
@@ -17,7 +19,7 @@ import tensorflow as tf
 
 import tfdist
 from tfdist.errors import ArgumentError, CheckpointError
-from tfdist.privacy import Ledger, Phase
+from tfdist.privacy import Ledger, Phase, memory
 from tfdist.privacy.correlated import coefficients, sensitivity
 from tfdist.privacy.separation import SeparationCheck
 
@@ -64,10 +66,10 @@ class Watch(keras.callbacks.Callback):  # type: ignore[misc]
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         self.added.append(5 * (self._before - self.model.get_weights()[0].ravel()))
         if self._snapshot is not None and len(self.added) == self._snapshot[0]:
-            _, disk, copy = self._snapshot
+            _, disk, kept = self._snapshot
             while not [*disk.glob("epoch-*"), *disk.glob("*.h5")]:  # a thread writes it
                 time.sleep(0.01)
-            shutil.copytree(disk, copy)
+            shutil.copytree(disk, kept)
 
 
 class SetBack(keras.callbacks.Callback):  # type: ignore[misc]
@@ -124,11 +126,11 @@ def test_no_callback_trains_what_trains_privately(privacy: Any) -> None:
 
 def killed_and_resumed(tmp_path: Path, make: Any, **first: Any) -> tuple[Any, Any, Any]:
     """Trains 40 steps, and again from what the disk held after 17, with 10 saved."""
-    disk, copy = tmp_path / "disk", tmp_path / "copy"
-    one, other = Watch((17, disk, copy)), Watch()
+    disk, kept = tmp_path / "disk", tmp_path / "copy"
+    one, other = Watch((17, disk, kept)), Watch()
     saver = tfdist.Checkpoint(disk, every=10)
     train(still(), steps=40, privacy=make(**first), checkpoint=saver, callbacks=[one])
-    saver = tfdist.Checkpoint(copy, every=10)
+    saver = tfdist.Checkpoint(kept, every=10)
     report = train(still(), steps=40, privacy=make(), checkpoint=saver, callbacks=[other])
     return one.added, other.added[10:], report.privacy  # the checkpoint has the first 10
 
@@ -137,9 +139,10 @@ def test_a_killed_training_counts_every_step(tmp_path: Path) -> None:
     before, after, report = killed_and_resumed(tmp_path, sgd, spent=SPENT)
     assert len(after) == 30
     # 17 were made, of which 10 are in the weights, and 30 more; `spent` is in the checkpoint.
-    spent, phase = report.ledger.phases
+    spent, first, second = report.ledger.phases
     assert spent == SPENT.phases[0]
-    assert 47 <= phase.steps <= 48
+    assert 17 <= first.steps <= 18
+    assert second.steps == 30
     assert abs(np.corrcoef(before[10], after[0])[0, 1]) < 5 / math.sqrt(NUMBERS)
     (tmp_path / "copy" / "privacy.json").unlink()
     with pytest.raises(CheckpointError, match="must lie beside the checkpoints"):
@@ -151,7 +154,7 @@ def test_a_killed_training_counts_every_step(tmp_path: Path) -> None:
 
 def test_steps_that_are_made_again_have_other_noise(tmp_path: Path) -> None:
     before, after, report = killed_and_resumed(tmp_path, ftrl)
-    lost, whole = report.ledger.phases
+    lost, whole = report.ledger.mechanisms
     assert (whole.steps, whole.after) == (40, 0)
     assert lost.after == 10
     assert 7 <= lost.steps <= 8
@@ -174,21 +177,67 @@ def test_steps_that_are_made_again_have_other_noise(tmp_path: Path) -> None:
             )  # fmt: skip
 
 
+@pytest.mark.parametrize("make", [sgd, ftrl])
+def test_two_that_go_on_from_copies_add_up(tmp_path: Path, make: Any) -> None:
+    disk, copies = tmp_path / "disk", [tmp_path / "a", tmp_path / "b"]
+
+    def privacy() -> Any:  # as a script that is started again makes it
+        return make(spent=Ledger((Phase(0.2, 1.0, 500),)))
+
+    def goes_on(where: Path, *callbacks: Any) -> Any:
+        saver, given = tfdist.Checkpoint(where, every=2), list(callbacks)
+        return train(still(), steps=8, privacy=privacy(), checkpoint=saver, callbacks=given)
+
+    goes_on(disk, Watch((3, disk, copies[0])))
+    shutil.copytree(*copies)
+    one, other = (goes_on(where).privacy for where in copies)
+    assert (one.ledger.steps, other.ledger.steps) == (509, 509)  # 3, and 6 from step 2 on
+    both = one.ledger.merged(other.ledger)
+    assert both.steps == other.ledger.merged(one.ledger).merged(both).steps == 500 + 3 + 6 + 6
+    together = train(still(), privacy=make(spent=one.ledger.merged(other.ledger))).privacy
+    assert together.ledger.steps == both.steps + 4
+    if make is ftrl:
+        parts = sorted((p.after, p.steps) for p in both.mechanisms[1:])
+        assert parts == [(0, 8), (2, 1), (2, 6)]
+        costs = [p.gaussian_square for p in both.mechanisms[1:]]
+        assert sum(costs) > 2 * sensitivity(4, None, 8) ** 2 - sensitivity(4, None, 2) ** 2
+
+
+class BreakError(Exception):
+    pass
+
+
+class Break(keras.callbacks.Callback):  # type: ignore[misc]
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        if epoch == 1:
+            raise BreakError
+
+
+def test_a_target_is_met_by_all_processes_together(tmp_path: Path) -> None:
+    target = tfdist.DPSGD(1.0, target_epsilon=1.0, delta=1e-3, accountant="rdp")
+    whole = train(still(), steps=8, privacy=target).privacy
+    with pytest.raises(BreakError):
+        train(still(), steps=8, privacy=target, checkpoint=tmp_path, callbacks=[Break()])
+    resumed = train(still(), steps=8, privacy=target, checkpoint=tmp_path).privacy
+    assert [phase.steps for phase in resumed.ledger.phases] == [4, 4]
+    assert (resumed.ledger, resumed.epsilon) == (whole.ledger, whole.epsilon)
+
+
 def test_what_a_backup_has_lost_counts(tmp_path: Path) -> None:
-    disk, copy = tmp_path / "disk", tmp_path / "copy"
+    disk, kept = tmp_path / "disk", tmp_path / "kept"
 
     def backup(where: Path) -> Any:
         return keras.callbacks.BackupAndRestore(where, save_freq=10)
 
     target = tfdist.DPSGD(1.0, target_epsilon=1.0, delta=1e-3)
-    watch = Watch((17, disk, copy))
+    watch = Watch((17, disk, kept))
     train(still(), steps=40, privacy=target, callbacks=[backup(disk), watch])
-    report = train(still(), steps=40, privacy=target, callbacks=[backup(copy)]).privacy
+    report = train(still(), steps=40, privacy=target, callbacks=[backup(kept)]).privacy
     # 40 were planned for the target: with the 17 that were made fewer are left.
     assert 37 <= report.ledger.steps <= 40
     assert 0.9 < report.epsilon <= 1.0
     assert len({phase.noise_multiplier for phase in report.ledger.phases}) == 1
-    assert not copy.exists()
+    assert not kept.exists()
 
 
 # --- files ------------------------------------------------------------------------------
@@ -214,6 +263,43 @@ def test_files_say_what_was_spent(tmp_path: Path) -> None:
     around = keras.Sequential([keras.Input((40,)), loaded.get_layer("still")])
     around.compile("sgd", "mse")
     assert train(around).privacy.ledger.steps == 20
+
+
+def quantized(model: Any) -> Any:
+    model.quantize("int8")
+    return model
+
+
+def around(layer: Any) -> Any:
+    return keras.Sequential([keras.Input((40,)), layer])
+
+
+def adapted(model: Any) -> Any:
+    layer = model.get_layer("still")
+    layer.quantize("int8")
+    layer.enable_lora(2)
+    return around(layer)
+
+
+@pytest.mark.quick
+@pytest.mark.filterwarnings("ignore:Layer InputLayer does not have a `quantize`")
+@pytest.mark.parametrize(
+    "change",
+    [
+        quantized,
+        adapted,
+        lambda model: around(quantized(model).get_layer("still")),
+        lambda model: around(copy.deepcopy(model.get_layer("still"))),
+        lambda model: pickle.loads(pickle.dumps(quantized(model))),
+    ],
+)
+def test_other_weights_of_a_layer_keep_what_was_spent(change: Any) -> None:
+    model = still()
+    memory.keep(model, memory.History(SPENT))
+    assert memory.of(change(model)).ledger == SPENT
+    with memory.forgotten(model):
+        assert memory.of(model) == memory.History()
+    assert memory.of(model).ledger == SPENT
 
 
 def test_what_is_not_counted_is_noted() -> None:
@@ -245,6 +331,26 @@ def test_other_groupings_do_not_compose() -> None:
         train(still(), privacy=sgd(group_ids=np.arange(20) % 10, spent=report.ledger))
 
 
+def test_what_a_ledger_says_goes_with_it(capsys: Any) -> None:
+    first = train(still(), privacy=sgd(seed=3)).privacy
+    assert not first.secret
+    saved = Ledger.from_dict(json.loads(json.dumps(first.ledger.to_dict())))
+    assert not saved.secret
+    model = still()
+    report = train(model, privacy=sgd(spent=saved.add(Phase(0.2, 1.0, 5)))).privacy
+    assert (report.secret, report.ledger.steps) == (False, 13)
+    for text in (report.statement(), tfdist.privacy.statement(report.ledger, delta=1e-3)):
+        assert text.startswith("There is no guarantee")
+        assert text.count("There is no guarantee") == 1
+    assert report.line().endswith("a seed was given")
+    # Another phase that is made by hand is of other steps, as far as anyone can tell.
+    again = sgd(spent=saved.merged(Ledger((Phase(0.2, 1.0, 5),))))
+    capsys.readouterr()
+    report = tfdist.fit(model, *ZEROS, batch_size=5, verbose=2, privacy=again).privacy
+    assert report.ledger.steps == 13 + 5 + 4
+    assert "`spent` has 5 steps that are counted besides 5 like them" in capsys.readouterr().out
+
+
 @pytest.mark.quick
 def test_two_histories_of_one_training_count_once() -> None:
     def phase(steps: int, run_id: str = "", **options: Any) -> Phase:
@@ -255,7 +361,8 @@ def test_two_histories_of_one_training_count_once() -> None:
     assert early.merged(Ledger((phase(4, "c"),))).steps == 8
     by_hand = Ledger((phase(5), Phase(0.2, 1.0, 7)))
     assert by_hand.merged(by_hand) == by_hand
-    assert by_hand.merged(Ledger((phase(6),))).steps == 13
+    assert by_hand.merged(Ledger.from_dict(by_hand.to_dict())) == by_hand
+    assert by_hand.merged(Ledger((phase(5),))).steps == 17  # of somebody else
     turns = {"bands": 2, "separation": 3}
     grown = Ledger((Phase(1.0, 1.0, 4, run_id="a", **turns),)).merged(
         Ledger((Phase(1.0, 1.0, 9, run_id="a", **turns),))
@@ -263,6 +370,7 @@ def test_two_histories_of_one_training_count_once() -> None:
     assert [p.steps for p in grown.phases] == [9]  # one mechanism, not two
     alone = Ledger((Phase(1.0, 1.0, 4, **turns), Phase(1.0, 1.0, 4, **turns)))
     assert alone.merged(Ledger(alone.phases[:1])) == alone.merged(alone) == alone
+    assert alone.merged(Ledger((Phase(1.0, 1.0, 4, **turns),))).steps == 12
 
 
 @pytest.mark.quick

@@ -139,13 +139,15 @@ def test_covariances_of_secret_noise_are_right() -> None:
 def test_each_fit_begins_anew_and_the_optimizer_is_told() -> None:
     model = classifier(optimizer=tfdist.privacy.DPAdam(0.01))
     x, y, _ = rows()
+    told = []
+    ask = keras.callbacks.LambdaCallback(
+        on_epoch_end=lambda epoch, logs: told.append(model.optimizer.noise_deviation())
+    )
+    options = {"batch_size": 20, "verbose": 0, "callbacks": [ask]}
     for _ in range(2):
-        report = tfdist.fit(
-            model, x, y, batch_size=20, verbose=0, privacy=ftrl(bands=2)
-        ).privacy
+        report = tfdist.fit(model, x, y, privacy=ftrl(bands=2), **options).privacy
     assert [phase.steps for phase in report.ledger.phases] == [3, 3]
-    deviation = math.sqrt(1.25) * CLIP / 20
-    assert model.optimizer.noise_deviation() == pytest.approx(deviation, rel=1e-4)
+    assert told == pytest.approx([math.sqrt(1.25) * CLIP / 20] * 2, rel=1e-4)
 
 
 # --- training ---------------------------------------------------------------------------
@@ -254,7 +256,7 @@ def test_noise_goes_on_after_an_interruption(tmp_path: Path, seed: int | None) -
     with pytest.raises(BrokenOffError):
         train(tmp_path / "a", 31)
     resumed, report = train(tmp_path / "a", None)
-    *lost, whole = report.ledger.phases
+    *lost, whole = report.ledger.mechanisms
     assert whole == Phase(1.0, 1.5, 64, None, 20, bands=8, separation=4)
     if seed is None:  # of the first process, what the second made again with other noise
         assert [phase.after + phase.steps for phase in lost] == [31]
@@ -304,6 +306,13 @@ def test_data_that_cannot_be_accounted_for() -> None:
         ((dataset,), {}, {"epochs": 2}, "`min_separation` must be given"),
         ((pages,), {}, {}, "`x` must be arrays, a tf.data.Dataset or"),
         ((dataset.filter(lambda *_: True),), {}, {}, "Pass steps_per_epoch"),
+        (
+            (dataset.filter(lambda *_: True),),
+            {"min_separation": 3},
+            {"steps_per_epoch": 3},
+            "whatever the others hold, .* `sample_weight` of 0",
+        ),
+        ((dataset.concatenate(dataset),), {}, {}, "one source in several places"),
     ):
         with pytest.raises(ArgumentError, match=message):
             tfdist.fit(classifier(), *given, verbose=0, privacy=ftrl(**settings), **options)

@@ -11,8 +11,12 @@ import tensorflow as tf
 from scipy import stats
 
 import tfdist
+from tfdist import _keras
 from tfdist._keras import RowKeys, keyed, row_numbers
 from tfdist.errors import ArgumentError
+from tfdist.privacy import independence
+from tfdist.privacy.clipping import clipped_sum
+from tfdist.privacy.contributions import pinned
 
 L = keras.layers
 SEED = tf.constant([7, 3], tf.int32)
@@ -153,3 +157,62 @@ def test_an_augmentation_that_mixes_is_refused() -> None:
     augment = tfdist.Augment([L.GaussianNoise(0.5), Turned()])
     with pytest.raises(ArgumentError, match="Turned, which mixes the examples of a batch"):
         sum_of_clipped(x, y, list, augment=augment)
+
+
+class Positions(L.Layer):
+    """A table that is used without the batch, and dropout around it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.drop = L.Embedding(5, 3), L.Dropout(0.4)
+
+    def call(self, inputs: Any, training: bool = False) -> Any:
+        places = self.table(keras.ops.arange(keras.ops.shape(inputs)[1]))
+        return self.drop(inputs + places, training=training)
+
+
+DROPPING = {
+    "closed": lambda: [L.GRU(3, dropout=0.3, recurrent_dropout=0.2, go_backwards=True)],
+    "computed_again": lambda: [L.GRU(4, reset_after=False, dropout=0.2), Positions()],
+}
+
+
+@pytest.mark.parametrize("kind", DROPPING)
+def test_what_is_computed_again_drops_what_was_dropped(kind: str) -> None:
+    """Each example's gradient is the one that Keras gives of it alone, with its own masks."""
+    keras.utils.set_random_seed(1)
+    x = keras.Input((5, 3))
+    made = [L.Flatten()(layer(x)) for layer in DROPPING[kind]()]
+    model = keras.Model(x, L.Dense(2)(L.Concatenate()(made)))
+    model.compile(loss="mse")
+    rng = np.random.default_rng(0)
+    inputs, targets = rng.normal(size=(4, 5, 3)), rng.normal(size=(4, 2))
+    variables = [v.value for v in model.trainable_variables]
+    columns = [tf.constant(column, tf.float32) for column in (inputs, targets)]
+    given = (*columns, keys([5, 9, 2, 70]).rows)
+    signature = [tf.TensorSpec([None, *part.shape[1:]], part.dtype) for part in given]
+
+    def alone(x: Any, y: Any, rows: Any) -> Any:
+        with pinned(model, RowKeys(rows, SECRET)), tf.GradientTape() as tape:
+            loss = tf.reduce_mean((model(x, training=True) - y) ** 2)
+        return [tf.convert_to_tensor(g) for g in tape.gradient(loss, variables)]
+
+    def together(x: Any, y: Any, rows: Any) -> Any:
+        with pinned(model, RowKeys(rows, SECRET)):
+            return clipped_sum(model, x, y, rows > 0, 0.5)
+
+    with _keras.replicated():
+        plain, private = (
+            tf.function(f, input_signature=signature, autograph=False)
+            for f in (alone, together)
+        )
+        each = [plain(*(part[i : i + 1] for part in given)) for i in range(4)]
+        clipped = private(*given)
+        if kind == "computed_again":
+            independence.check(model, *columns)
+    norms = np.sqrt([sum(np.sum(g.numpy() ** 2.0) for g in one) for one in each])
+    np.testing.assert_allclose(clipped.norms, norms, rtol=1e-4)
+    factors = np.minimum(1, 0.5 / clipped.norms.numpy())
+    for received, *of_rows in zip(clipped.sums, *each, strict=True):
+        expected = sum(f * g.numpy() for f, g in zip(factors, of_rows, strict=True))
+        np.testing.assert_allclose(received, expected, rtol=1e-4, atol=1e-6)

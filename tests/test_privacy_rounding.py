@@ -330,3 +330,24 @@ def test_cancelling_positions_do_not_round_what_others_add_up_to() -> None:
     part = Lookup(table, tf.constant(rows), tf.constant(outputs))
     received = part.weighted_sum(tf.ones([examples]), tf.constant(True))
     assert float(received[0, 0]) == pytest.approx(examples * np.float32(1.001), rel=1e-6)
+
+
+@pytest.mark.parametrize("alike", [True, False])
+@pytest.mark.parametrize("apart", [1e-5, 1e-3])
+def test_sums_of_positions_that_cancel_are_hardly_rounded(alike: bool, apart: float) -> None:
+    """The largest terms that norms allow, in every example of a batch."""
+    random, examples, p, q = np.random.default_rng(0), 1024, 3, 3
+    shapes = [(1 if alike else examples, 1, size) for size in (p, q)]
+    inputs, outputs = (
+        np.broadcast_to(random.normal(size=shape), (examples, 2, shape[2])) for shape in shapes
+    )
+    outputs = outputs * np.array([1, -1])[:, None]
+    outputs[:, 0] += apart * random.normal(size=(examples, q))
+    given = inputs.astype("float32"), outputs.astype("float32")
+    part = Product(SimpleNamespace(shape=(p, q)), *map(tf.constant, given))
+    weights = (1 / norm(part, Alone())).astype("float32")  # all are clipped, to a norm of 1
+    terms = np.prod([np.linalg.norm(factor, axis=2) for factor in given], axis=0).sum(1)
+    assert np.all(weights * terms < 4096 / math.sqrt(p + q + 4))
+    received = part.weighted_sum(tf.constant(weights), tf.constant(True))
+    exact = np.einsum("b,btp,btq->pq", *(part.astype("float64") for part in (weights, *given)))
+    assert np.linalg.norm(received - exact) < 1e-3

@@ -59,6 +59,29 @@ def test_which_callbacks_decide(callback: Any) -> None:
         private_fit(callback, validation_split=0.1)
 
 
+class Named(keras.Model):  # type: ignore[misc]
+    """Logs a training loss by the name that validation would give it."""
+
+    def compute_metrics(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> Any:
+        found = super().compute_metrics(x, y, y_pred, sample_weight)
+        return {**found, "val_other": found["loss"]}
+
+
+@pytest.mark.parametrize("name", ["val_mine", "val_loss", "epsilon", "val_other"])
+def test_a_training_metric_decides_under_no_name(name: str) -> None:
+    x = keras.Input((8,))
+    model = Named(x, keras.layers.Dense(1)(x))
+    metric = keras.metrics.MeanSquaredError("mine" if name == "val_other" else name)
+    model.compile("sgd", "mse", metrics=[metric])
+    privacy = tfdist.DPSGD(1.0, noise_multiplier=8.0, delta=1e-4)
+    made = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: pytest.fail("late"))
+    with pytest.raises(ArgumentError, match=f"EarlyStopping with monitor='{name}'"):
+        tfdist.fit(
+            model, X, Y, batch_size=40, verbose=0, privacy=privacy, validation_data=OTHERS,
+            callbacks=[keras.callbacks.EarlyStopping(name), made],
+        )  # fmt: skip
+
+
 def test_what_only_looks_may_and_is_said() -> None:
     schedule = keras.callbacks.LearningRateScheduler(lambda epoch: 0.1)
     inside = private_fit(schedule, validation_split=0.1)

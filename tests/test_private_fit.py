@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -13,7 +14,8 @@ import tensorflow as tf
 import tfdist
 from tfdist.errors import ArgumentError
 from tfdist.privacy import Ledger, Phase, Poisson
-from tfdist.privacy.noise import Noise, standard_normal
+from tfdist.privacy.noise import Noise
+from tfdist.privacy.normals import standard_normal
 from tfdist.privacy.settings import Mechanism
 
 L = keras.layers
@@ -353,6 +355,22 @@ def test_the_budget_stops_before_it_is_exceeded(at_once: int) -> None:
     assert history == sorted(history)
     with pytest.raises(ArgumentError, match="`max_epsilon` must leave something"):
         private_fit(model, callbacks=[tfdist.PrivacyBudget(0.8)])
+
+
+@pytest.mark.parametrize(("when", "most"), [("on_train_begin", 5), ("on_epoch_end", 25)])
+def test_the_budget_knows_of_weights_that_are_loaded(
+    when: str, most: int, tmp_path: Path
+) -> None:
+    privacy = tfdist.DPSGD(CLIP, noise_multiplier=2.0, delta=1e-3, accountant="rdp")
+    path = str(tmp_path / "w.weights.h5")
+    spent = private_fit(saved := classifier(), epochs=3).privacy.ledger
+    saved.save_weights(path)
+    model = classifier()
+    load = keras.callbacks.LambdaCallback(**{when: lambda *_: model.load_weights(path)})
+    limit = spent.add(Phase(0.1, 2.0, most, None, 60)).epsilon(1e-3, accountant="rdp")
+    callbacks = [tfdist.PrivacyBudget(limit), load]
+    report = private_fit(model, epochs=4, privacy=privacy, callbacks=callbacks).privacy
+    assert report.ledger.steps == spent.steps + most
 
 
 def test_the_budget_only_shows_without_a_limit() -> None:

@@ -18,12 +18,12 @@ import tensorflow as tf
 
 import tfdist
 from tests.jobs import QUIET, ROOT
-from tfdist import rendezvous, strategies
-from tfdist.cluster import Cluster
+from tfdist import strategies
+from tfdist.cluster import Cluster, rendezvous
+from tfdist.cluster.rendezvous import meet, wait_until_known
 from tfdist.errors import StrategyError
-from tfdist.rendezvous import meet, wait_until_known
-from tfdist.session import Session
 from tfdist.strategies.base import Place, Strategy
+from tfdist.strategies.session import Session
 from tfdist.strategies.single import Single
 
 pytestmark = pytest.mark.quick
@@ -161,8 +161,8 @@ def test_names_that_no_service_knows_are_waited_for() -> None:
 
 def test_a_wait_for_others_has_a_limit() -> None:
     code = (
-        "import time\nfrom tfdist.patience import Patience\n"
-        "with Patience(0.5, 'worker 1').waiting_for('a step'): time.sleep(60)"
+        "import time\nfrom tfdist.watchdog.timeouts import WaitLimit\n"
+        "with WaitLimit(0.5, 'worker 1').waiting_for('a step'): time.sleep(60)"
     )
     printed = run(code)
     warning, error = printed.index("warning: worker 1 has waited"), printed.index("more than")
@@ -174,8 +174,8 @@ def test_a_wait_for_others_has_a_limit() -> None:
 
 def test_long_waits_are_warned_of_less_and_less() -> None:
     code = (
-        "import time\nfrom tfdist.patience import Patience\n"
-        "patience = Patience(4, 'worker 1')\n"
+        "import time\nfrom tfdist.watchdog.timeouts import WaitLimit\n"
+        "patience = WaitLimit(4, 'worker 1')\n"
         "for wait in (0.1, 2.3, 1.8):\n"
         "    with patience.waiting_for('a step'): time.sleep(wait)"
     )
@@ -186,10 +186,11 @@ def test_long_waits_are_warned_of_less_and_less() -> None:
 
 def test_time_to_trace_is_no_wait_for_others() -> None:
     code = (
-        "import time\nfrom tfdist.patience import Patience\nfrom tfdist.watch import here\n"
+        "import time\nfrom tfdist.watchdog.timeouts import WaitLimit\n"
+        "from tfdist.watchdog import here\n"
         "drawn = 0\n"
         "here.at, here.counted = 'first step', lambda: (drawn, 0)\n"
-        "with Patience(4, 'worker 1').waiting_for('step 1'):\n"
+        "with WaitLimit(4, 'worker 1').waiting_for('step 1'):\n"
         "    time.sleep(4.5); drawn = 1; print('drawn', flush=True); time.sleep(2.5)"
     )
     printed = run(code)
@@ -199,11 +200,12 @@ def test_time_to_trace_is_no_wait_for_others() -> None:
 
 def test_a_wait_for_one_that_traces_is_told_gently() -> None:
     code = (
-        "import time\nfrom tfdist.board import Board\nfrom tfdist.patience import Patience\n"
-        "class Notes(Board):\n"
+        "import time\nfrom tfdist.cluster.key_value_store import KeyValueStore\n"
+        "from tfdist.watchdog.timeouts import WaitLimit\n"
+        "class Notes(KeyValueStore):\n"
         "    def post(self, name, text): return True\n"
         "    def read(self, name): return 'preparing step 1' if name[-1] == '0' else None\n"
-        "with Patience(4, 'worker 1', Notes(2), 1).waiting_for('step 1'): time.sleep(2.5)"
+        "with WaitLimit(4, 'worker 1', Notes(2), 1).waiting_for('step 1'): time.sleep(2.5)"
     )
     printed = run(code)
     assert "worker 1 has waited 1 s for step 1, which others still trace" in printed

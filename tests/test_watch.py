@@ -16,27 +16,27 @@ import pytest
 from tests.jobs import ROOT
 from tfdist.errors import HUNG, ArgumentError
 from tfdist.launch.cause import Failure
-from tfdist.launch.plan import Worker
+from tfdist.launch.worker import Worker
 from tfdist.strategies.base import Place
 from tfdist.strategies.connected import Connected
-from tfdist.watch import diagnosis, memory, progress, stacks
-from tfdist.watch.diagnosis import Lost
-from tfdist.watch.notes import ENDED, Note
-from tfdist.watch.oneself import Oneself
-from tfdist.watch.progress import BETWEEN, OUTSIDE, START, STEP, Progress
-from tfdist.watch.settings import Settings
+from tfdist.watchdog import diagnosis, memory, progress, stacks
+from tfdist.watchdog.diagnosis import Lost
+from tfdist.watchdog.local import Oneself
+from tfdist.watchdog.messages import ENDED, StatusMessage
+from tfdist.watchdog.progress import BETWEEN, OUTSIDE, START, STEP, Progress
+from tfdist.watchdog.settings import Settings
 
 pytestmark = pytest.mark.quick
 
 
-def note(worker: int, **values: Any) -> Note:
+def note(worker: int, **values: Any) -> StatusMessage:
     usual: dict[str, Any] = {
         "at": STEP, "call": "fit", "number": 2, "step": 7, "idle": 70.0, "limit": 60.0
     }  # fmt: skip
-    return Note(worker, f"worker {worker}", **{**usual, **values})
+    return StatusMessage(worker, f"worker {worker}", **{**usual, **values})
 
 
-def first_cause(*notes: Note, lost: dict[int, Lost] | None = None) -> Any:
+def first_cause(*notes: StatusMessage, lost: dict[int, Lost] | None = None) -> Any:
     return diagnosis.causes(dict(enumerate(notes)), lost or {})[0]
 
 
@@ -101,8 +101,10 @@ def test_nobody_is_certain_while_the_others_end_their_call() -> None:
 
 def test_notes_come_back_also_from_another_version() -> None:
     given = note(3, stack=("a", "b"))
-    assert Note.read(given.text()) == given
-    assert Note.read(given.text().replace('"idle"', '"new"')) == replace(given, idle=0.0)
+    assert StatusMessage.read(given.text()) == given
+    assert StatusMessage.read(given.text().replace('"idle"', '"new"')) == replace(
+        given, idle=0.0
+    )
 
 
 def test_limits_are_learned() -> None:

@@ -12,14 +12,16 @@ from tfdist._version import __version__
 
 if TYPE_CHECKING:
     from tfdist import imbalance, privacy, samplers
-    from tfdist.checkpoint import Checkpoint
+    from tfdist.api import fit
+    from tfdist.compression.settings import PowerSGD
     from tfdist.data import Augment, ByClass, LocalShard
-    from tfdist.dropin import drop_in
     from tfdist.privacy.budget import PrivacyBudget
     from tfdist.privacy.in_turn import DPFTRL
     from tfdist.privacy.settings import DPSGD
-    from tfdist.session import init, is_chief
-    from tfdist.training import evaluate, fit, predict
+    from tfdist.resume.checkpoint import Checkpoint
+    from tfdist.scripts.drop_in import drop_in
+    from tfdist.strategies.session import init, is_chief
+    from tfdist.training.evaluation import evaluate, predict
 
 __all__ = [
     "DPFTRL",
@@ -33,6 +35,7 @@ __all__ = [
     "LocalShard",
     "ParameterServer",
     "PerClassMetrics",
+    "PowerSGD",
     "PrivacyBudget",
     "__version__",
     "drop_in",
@@ -51,23 +54,24 @@ __all__ = [
 _HOMES = {
     "Augment": "tfdist.data",
     "ByClass": "tfdist.data",
-    "Checkpoint": "tfdist.checkpoint.settings",
+    "Checkpoint": "tfdist.resume.checkpoint.settings",
     "DPFTRL": "tfdist.privacy.in_turn",
     "DPSGD": "tfdist.privacy.settings",
     "Horovod": "tfdist.strategies.horovod",
-    "LearningRateScaling": "tfdist.learning_rate",
-    "LearningRateWarmup": "tfdist.learning_rate",
+    "LearningRateScaling": "tfdist.training.learning_rate",
+    "LearningRateWarmup": "tfdist.training.learning_rate",
     "LocalShard": "tfdist.data",
     "ParameterServer": "tfdist.strategies.parameter_server",
     "PerClassMetrics": "tfdist.imbalance.per_class",
+    "PowerSGD": "tfdist.compression.settings",
     "PrivacyBudget": "tfdist.privacy.budget",
-    "drop_in": "tfdist.dropin",
-    "evaluate": "tfdist.training",
-    "fit": "tfdist.training",
-    "init": "tfdist.session",
-    "is_chief": "tfdist.session",
-    "placement": "tfdist.placements",
-    "predict": "tfdist.training",
+    "drop_in": "tfdist.scripts.drop_in",
+    "evaluate": "tfdist.training.evaluation",
+    "fit": "tfdist.api",
+    "init": "tfdist.strategies.session",
+    "is_chief": "tfdist.strategies.session",
+    "placement": "tfdist.strategies.placement",
+    "predict": "tfdist.training.evaluation",
 }
 
 

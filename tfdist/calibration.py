@@ -9,8 +9,8 @@ from tfdist.privacy.accounting import noise_for
 from tfdist.privacy.ledger import Phase
 from tfdist.privacy.schedules import StepSchedule, schedule_of
 from tfdist.privacy.settings import DPSGD
-from tfdist.session import Session
 from tfdist.spending import Spending
+from tfdist.strategies.session import Session
 
 
 def find_noise(
@@ -43,7 +43,7 @@ def find_noise(
         found = spending.noise_then(phase)
     else:
         schedule = schedule.scaled(1 / schedule.least)
-        found = spending.factor_then(phase, schedule)
+        found = spending.noise_then(phase, schedule)
     if found is None:
         found = _noise_within(privacy, session, spending, planned.steps, phase, schedule)
     if schedule is None:

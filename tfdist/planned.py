@@ -14,13 +14,14 @@ import tensorflow as tf
 
 from tfdist.data import leaves
 from tfdist.data.arrays import Arrays
-from tfdist.data.batches import Batches, DatasetBatches, PyDatasetBatches
+from tfdist.data.batches import Batches, PyDatasetBatches
+from tfdist.data.datasets import DatasetBatches
 from tfdist.data.source import Source
 from tfdist.errors import ArgumentError
 from tfdist.privacy.in_turn import DPFTRL
 from tfdist.privacy.ledger import Phase
 from tfdist.privacy.poisson import Accounted
-from tfdist.privacy.separation import SeparationCheck
+from tfdist.privacy.separation import SeparationCheck, check_places
 from tfdist.privacy.settings import DPSGD
 from tfdist.strategies.base import Place
 
@@ -176,6 +177,8 @@ def _in_turn(privacy: DPFTRL, source: Source, epochs: int) -> Plan:
         rows, batch_size = inner.num_rows, inner.batch_size
         separation = inner.sampler.steps_per_epoch(rows, batch_size)
     else:
+        if isinstance(inner, DatasetBatches):
+            check_places(inner.given, separation is not None)
         share = next(iter(inner.shares(Place())))
         batch_size = int(tf.nest.flatten(share.data)[0].shape[0])
         _check_separation(separation, inner, batch_size, epochs)

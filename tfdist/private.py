@@ -14,13 +14,10 @@ import tensorflow as tf
 
 from tfdist import data, refused
 from tfdist.calibration import find_noise
-from tfdist.composition import found_in_steps
 from tfdist.data.arrays import Arrays
 from tfdist.errors import ArgumentError
-from tfdist.extension import Extension
 from tfdist.planned import in_its_turn, plan, watch
-from tfdist.prepared import Prepared
-from tfdist.privacy import clipping, independence, refusals
+from tfdist.privacy import clipping, independence, refusals, watchers
 from tfdist.privacy.budget import PrivacyBudget
 from tfdist.privacy.course import Course, watched
 from tfdist.privacy.cyclic import CyclicPoisson
@@ -32,12 +29,16 @@ from tfdist.privacy.schedules import norm_of
 from tfdist.privacy.separation import SeparationCheck
 from tfdist.privacy.settings import DPSGD, Mechanism
 from tfdist.privacy.spot_checks import SpotChecks
-from tfdist.privacy.step import PrivateStep
+from tfdist.privacy.step import PrivateStep, PrivateSteps
 from tfdist.privacy.users import PoissonOfUsers, Users
-from tfdist.request import Request
+from tfdist.privacy.watchers import StepLogs
 from tfdist.samplers import Sampler, Sequential
 from tfdist.spending import Spending
+from tfdist.step.composition import found_in_steps
+from tfdist.step.prepared import Prepared
 from tfdist.strategies.base import Place
+from tfdist.training.extension import Extension
+from tfdist.training.request import Request
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +82,8 @@ class PrivateRun:
         refused.check_data(session, x, request.sampler, request.class_weight, privacy)
         refused.check_copies(privacy, request.augment)
         refused.check_users(privacy, request.shard, request.validation_split)
+        given = getattr(callbacks, "callbacks", callbacks)
+        self._callbacks = [*given] if isinstance(given, list | tuple) else [given]
         refused.check_callbacks(callbacks, x)
         self._validates_inside = refused.check_validation(
             callbacks, x, request.validation_data, request.validation_split
@@ -169,8 +172,9 @@ class PrivateRun:
         self._steps_of_epoch = source.steps
         self._mask_seed = self._agreed_mask_seed(source)
         self._try(source)
+        watchers.check_names(self._callbacks, self._model.get_metrics_result())
         if self._course.correlated:
-            self._watch = watch(source, phase.separation, lambda: self.steps_made)
+            self._watch = watch(source, phase.separation, lambda: self._course.position)
 
     def _agreed_mask_seed(self, source: data.Source) -> int:
         """Gives the seed of random numbers of rows: secret if none was chosen."""
@@ -220,7 +224,8 @@ class PrivateRun:
         )
         alone = f"computed for one example after the other, exact but slow: {', '.join(slow)}"
         careless = careless_delta(self.ledger(self.planned_steps), self._delta)
-        return "\ntfdist: ".join([*[alone] * bool(slow), *filter(None, [careless])]) or None
+        lines = [alone if slow else None, careless, self._spending.notice()]
+        return "\ntfdist: ".join(filter(None, lines)) or None
 
     @property
     def _delta(self) -> float:
@@ -252,7 +257,7 @@ class PrivateRun:
     def settings(self) -> dict[str, Any]:
         """What must stay as it is in a training that goes on: its steps are one phase."""
         described = dataclasses.asdict(self._spending.phase(0))
-        left_out = ["run_id", "groups", "after"]
+        left_out = ["run_id", "groups", "after", "continues", "secret"]
         if self._schedule_text is not None and self.privacy.target_epsilon is None:
             left_out.append("noise_multiplier")  # of more epochs the least may be another
         for name in left_out:
@@ -292,7 +297,7 @@ class PrivateRun:
             delta=self._delta,
             accountant=self.privacy.accountant,
             relation=self.privacy.relation,
-            secret=history.secret,
+            secret=history.is_secret,
             uncounted_steps=history.uncounted,
             changes=history.changes,
             validated_inside=self._validates_inside,
@@ -316,7 +321,9 @@ class PrivateRun:
         for callback in given:
             if isinstance(callback, PrivacyBudget):
                 callback.run = self
-        return watched(callbacks, self._course, self._spending)
+        noisy = () if self.privacy.target_quantile is None else ("l2_norm_clip",)
+        names = StepLogs(self._callbacks, noisy)
+        return watched(callbacks, self._course, self._spending, names)
 
     @contextlib.contextmanager
     def counting(self) -> Iterator[None]:
@@ -376,7 +383,7 @@ class PrivateTraining(Extension):
     def bind(self, request: Request, source: data.Source) -> None:
         """Finds the noise, and tries the model."""
         self.run.plan(source, request.epochs - request.initial_epoch)
-        self.mechanism = self.run.mechanism
+        self.step_maker = PrivateSteps(self.run.mechanism)
 
     def facts(self) -> dict[str, Any]:
         """Gives what all workers must have been asked alike."""
@@ -388,7 +395,11 @@ class PrivateTraining(Extension):
 
     def callbacks(self, request: Request, given: Any, prepared: Prepared) -> Any:
         """Adds what keeps count and renews the noise."""
-        return given if prepared.private is None else self.run.watched(given, prepared.private)
+        return (
+            given
+            if not isinstance(prepared.own_step, PrivateStep)
+            else self.run.watched(given, prepared.own_step)
+        )
 
     def running(self) -> contextlib.AbstractContextManager[None]:
         """Wraps the training; what was made counts, however it ends."""

@@ -16,7 +16,7 @@ from tfdist.privacy import watchers
 from tfdist.privacy.in_turn import DPFTRL
 from tfdist.privacy.poisson import Accounted, Poisson
 from tfdist.privacy.settings import DPSGD
-from tfdist.session import Session
+from tfdist.strategies.session import Session
 
 _ROWS_SOUGHT = 200
 

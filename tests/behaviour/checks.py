@@ -39,11 +39,11 @@ L = keras.layers
 
 
 def place() -> Any:
-    return tfdist.session.current().strategy.place
+    return tfdist.strategies.session.current().strategy.place
 
 
 def everywhere(value: Any) -> list[Any]:
-    return tfdist.session.current().strategy.gather_objects(value)
+    return tfdist.strategies.session.current().strategy.gather_objects(value)
 
 
 def same_everywhere(model: Any) -> None:
@@ -607,26 +607,26 @@ def a_slow_worker_is_waited_for(folder: Path) -> None:
 
 
 @check(*WORKERS)
-def notes_on_the_board_reach_all_workers(folder: Path) -> None:
-    board = tfdist.session.current().strategy.board()
+def notes_in_the_store_reach_all_workers(folder: Path) -> None:
+    store = tfdist.strategies.session.current().strategy.key_value_store()
     me, last = place().worker_index, place().num_workers - 1
     everyone = {i: f"ü {i}" for i in range(last + 1)}
-    assert board.read("none") is None
+    assert store.read("none") is None
     for text in ("old", f"ü {me}"):  # a note replaces the one before
-        assert board.post(f"note/{me}", text)
-        assert board.post("note", text)  # no folder of the others
+        assert store.post(f"note/{me}", text)
+        assert store.post("note", text)  # no folder of the others
     everywhere(None)
-    assert board.read_all("note") == everyone
-    assert board.read_all("not") == {}
-    # While the main thread waits in a collective, another goes on with the board.
+    assert store.read_all("note") == everyone
+    assert store.read_all("not") == {}
+    # While the main thread waits in a collective, another goes on with the key_value_store.
     if me != last:
-        late = threading.Timer(0.5, lambda: board.post(f"waiting/{me}", "x" * 100_000))
+        late = threading.Timer(0.5, lambda: store.post(f"waiting/{me}", "x" * 100_000))
         late.start()
     else:
         deadline = time.monotonic() + 20
-        while len(board.read_all("waiting")) < last and time.monotonic() < deadline:
+        while len(store.read_all("waiting")) < last and time.monotonic() < deadline:
             time.sleep(0.1)
-        assert board.read_all("waiting") == dict.fromkeys(range(last), "x" * 100000)
+        assert store.read_all("waiting") == dict.fromkeys(range(last), "x" * 100000)
     everywhere(None)
 
 
@@ -636,7 +636,7 @@ class Meddles(keras.callbacks.Callback):
     def __init__(self, epoch: int, step: int) -> None:
         super().__init__()
         self.when = (epoch, step)
-        self.strategy = tfdist.session.current().strategy
+        self.strategy = tfdist.strategies.session.current().strategy
         self.epoch = 0
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:

@@ -22,7 +22,7 @@ TYPES = (tf.float32, tf.float64, tf.int32, tf.int64, tf.float16)
 
 
 def strategy() -> Any:
-    return tfdist.session.current().strategy
+    return tfdist.strategies.session.current().strategy
 
 
 def on_replicas(function: Any) -> Any:

@@ -177,8 +177,8 @@ def init_s_strategy_and_seed_are_what_fit_uses(folder: Path) -> None:
     half = tfdist.Horovod(compression="fp16")
     try:
         session = tfdist.init(half, seed=3)
-        assert tfdist.session.current().strategy is session.strategy is half
-        assert tfdist.session.current(tfdist.Horovod()).seed == 3
+        assert tfdist.strategies.session.current().strategy is session.strategy is half
+        assert tfdist.strategies.session.current(tfdist.Horovod()).seed == 3
     finally:
         tfdist.init(before.strategy, seed=7)
 

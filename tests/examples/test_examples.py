@@ -189,10 +189,10 @@ def test_own_records_have_the_same_figures_as_all_records_in_one_process(cluster
     assert re.search(r"1 +22 +1\.\d +0\.0% +100\.0%", two)
 
 
-@on(TWO, example("smote.py"))
+@on(SINGLE, example("smote.py"))
 def test_smote_finds_the_rare_digits(clusters):
     names = r"nothing|SMOTE|ClassBalanced\(\)(?:, Augment)?"
-    found = figures(printed_on(clusters, TWO, "smote.py"), names, r"[\d.]+")
+    found = figures(printed_on(clusters, SINGLE, "smote.py"), names, r"[\d.]+")
     assert len(found) == 4
     rows, _, recall_of_odd = zip(*(found[name] for name in ("nothing", "SMOTE")), strict=True)
     assert rows[1] > rows[0]

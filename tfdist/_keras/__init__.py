@@ -23,6 +23,7 @@ Variable assignment       is noted, so that what the forward pass changed can be
 ========================  ==========================================================
 """
 
+from tfdist._keras.attached import attached
 from tfdist._keras.batch_norm import synchronized_variables
 from tfdist._keras.building import (
     build,
@@ -90,6 +91,7 @@ __all__ = [
     "StreamAdapter",
     "alone",
     "around",
+    "attached",
     "backing_variable",
     "build",
     "build_from_shapes",

@@ -133,12 +133,7 @@ def copied(dataset: Any, number: int = 0) -> Any:
     Raises:
         tf.errors.OpError: It cannot be written down, for instance because it is too large.
     """
-    written = tf.raw_ops.DatasetToGraphV2(
-        input_dataset=dataset._variant_tensor,
-        external_state_policy=_IGNORE_STATE,
-        strip_device_assignment=False,
-    )
-    graph = tf.compat.v1.GraphDef.FromString(written.numpy())
+    graph = written(dataset)
     functions = {function.signature.name: function for function in graph.library.function}
     for nodes in (graph.node, *(f.node_def for f in functions.values())):
         by_name = {node.name: node for node in nodes}
@@ -149,6 +144,23 @@ def copied(dataset: Any, number: int = 0) -> Any:
                 _one_by_one(node)
     variant = tf.raw_ops.DatasetFromGraph(graph_def=graph.SerializeToString())
     return _dataset_ops._VariantDataset(variant, dataset.element_spec)
+
+
+def written(dataset: Any) -> Any:
+    """Writes a dataset down as a graph.
+
+    Args:
+        dataset: A `tf.data.Dataset`.
+
+    Raises:
+        tf.errors.OpError: It cannot be, for instance because it is too large.
+    """
+    graph = tf.raw_ops.DatasetToGraphV2(
+        input_dataset=dataset._variant_tensor,
+        external_state_policy=_IGNORE_STATE,
+        strip_device_assignment=False,
+    )
+    return tf.compat.v1.GraphDef.FromString(graph.numpy())
 
 
 def _own_order(node: Any, by_name: dict[str, Any], number: int) -> None:

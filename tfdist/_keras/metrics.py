@@ -13,11 +13,10 @@ import keras
 import tensorflow as tf
 from keras.src.trainers.compile_utils import CompileMetrics
 
+from tfdist._keras.attached import attached
 from tfdist._keras.interception import Method, Replacement, in_family
 from tfdist._keras.losses import gathered, sees_whole_batch
 from tfdist._keras.replica import Tensor, current_batch
-
-_FOUND = "_tfdist_found_metrics"
 
 
 def replacements() -> list[Replacement]:
@@ -124,7 +123,7 @@ def metric_variables(model: Any) -> list[Any]:
     held = [metric for layer in model._flatten_layers() for metric in layer._metrics]
     metrics = [*model.metrics, *held]
     found = [v for metric in metrics for v in metric.variables]
-    found += vars(model).get(_FOUND, ())
+    found += attached(model).metric_variables
     return list({id(variable): variable for variable in found}.values())
 
 
@@ -135,4 +134,4 @@ def note_metrics(model: Any, variables: list[Any]) -> None:
         model: A `keras.Model`.
         variables: `keras.Variable`s.
     """
-    vars(model)[_FOUND] = [*vars(model).get(_FOUND, ()), *variables]
+    attached(model).metric_variables += variables

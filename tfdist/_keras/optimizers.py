@@ -11,6 +11,7 @@ import tensorflow as tf
 from keras.src.backend.tensorflow.optimizer import TFOptimizer as _TFOptimizer
 from keras.src.optimizers.base_optimizer import BaseOptimizer as _BaseOptimizer
 
+from tfdist._keras.attached import attached
 from tfdist._keras.interception import Method, Replacement, in_family
 from tfdist._keras.replica import Tensor, current_batch
 
@@ -131,7 +132,8 @@ def optimizers_of(model: Any) -> list[Any]:
     Returns:
         Distinct `keras.Optimizer` instances, the compiled one first.
     """
-    held = [getattr(model, "optimizer", None), *vars(model).values()]
+    of_tfdist = attached(model).clip_optimizer
+    held = [getattr(model, "optimizer", None), *vars(model).values(), of_tfdist]
     return with_nested([o for o in held if isinstance(o, keras.optimizers.Optimizer)])
 
 

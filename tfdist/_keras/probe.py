@@ -81,29 +81,43 @@ def what_is_no_mean(
     total = min(int(rows_of(sample)), rows)
     if total < 2:
         return None
+    tolerance = _COARSE if is_coarse else _FINE
     try:
         with replicated():
             exchanged: list[Any] = []
             observed = functools.partial(_observed, step, predicts)
             whole = observed(sample, _Part(0, total, total, exchanged))
+            parts = _of_parts(observed, sample, total, exchanged)
+            if parts is not None and _differing(whole, parts, whole, tolerance) is None:
+                return None  # as nearly all are: what rounding leaves is not asked for
             with keeping_random_state():
                 tf.random.uniform([]), random.random(), np.random.rand()
                 again = observed(sample, _Part(0, total, total, []))
-            tolerance = _COARSE if is_coarse else _FINE
             alike = {name: fact._replace(kind=_SAME) for name, fact in whole.items()}
             if _differing(alike, [(total, again)], alike, tolerance) is not None:
                 return None
             nearby = observed(_nearby(sample), _Part(0, total, total, []))
-            parts = []
-            for begin, end in parts_of(total):
-                try:
-                    part = observed(sample, _Part(begin, end, total, exchanged))
-                except Exception:
-                    return "its step, which does not run on some rows of a batch,"
-                parts.append((end - begin, part))
     except Exception:  # whatever the step makes of a sample
         return None
+    if parts is None:
+        return "its step, which does not run on some rows of a batch,"
     return _differing(whole, parts, nearby, tolerance)
+
+
+def _of_parts(
+    observed: Callable[[Any, _Part], dict[str, _Fact]],
+    sample: Any,
+    total: int,
+    exchanged: list[Any],
+) -> list[tuple[int, dict[str, _Fact]]] | None:
+    """Gives the rows of each part and what a step comes to on it; None if it does not run."""
+    found = []
+    for begin, end in parts_of(total):
+        try:
+            found.append((end - begin, observed(sample, _Part(begin, end, total, exchanged))))
+        except Exception:
+            return None
+    return found
 
 
 def _observed(

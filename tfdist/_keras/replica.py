@@ -16,7 +16,7 @@ Tensor = Any
 """A `tf.Tensor`, `tf.IndexedSlices` or what converts to one."""
 
 
-class Updates(Protocol):
+class OptimizerUpdates(Protocol):
     """What stands between a replica's train step and its optimizers."""
 
     def scale(self, optimizer: Any, loss: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ class ReplicaBatch:
     offset: Tensor
     all_reduce: Callable[[Sequence[Tensor]], list[Tensor]]
     all_gather: Callable[[Tensor], Tensor]
-    updates: Updates | None = None
+    updates: OptimizerUpdates | None = None
     metrics: Metrics | None = None
     keys: RowKeys | None = None
     touched: dict[int, tuple[Any, Tensor]] = field(default_factory=dict, init=False)

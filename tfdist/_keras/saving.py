@@ -21,7 +21,7 @@ def carry_in_files(
     write: Callable[[Any], bytes | None],
     read: Callable[[Any, bytes], None],
 ) -> None:
-    """Lets each model's files hold something more, from now on in this process.
+    """Lets the files of each model, or layer, hold something more, from now on in this process.
 
     `_save_state` and `_load_state` go through a model and all its parts; both are called for
     the model itself first, with an empty path, whatever the format of the file is.
@@ -38,7 +38,7 @@ def carry_in_files(
         **options: Any,
     ) -> Any:  # fmt: skip
         done = save(saveable, weights_store, assets_store, inner_path, *args, **options)
-        if not inner_path and isinstance(saveable, keras.Model) and weights_store:
+        if not inner_path and isinstance(saveable, keras.Layer) and weights_store:
             written = write(saveable)
             if written is not None:
                 weights_store.make(name)[_ENTRY] = np.frombuffer(written, np.uint8)
@@ -49,8 +49,8 @@ def carry_in_files(
         **options: Any,
     ) -> Any:  # fmt: skip
         done = load(saveable, weights_store, assets_store, inner_path, *args, **options)
-        is_model = not inner_path and isinstance(saveable, keras.Model) and weights_store
-        found = weights_store.get(name) if is_model else {}
+        is_whole = not inner_path and isinstance(saveable, keras.Layer) and weights_store
+        found = weights_store.get(name) if is_whole else {}
         if _ENTRY in found.keys():  # noqa: SIM118, a store of Keras's is no dict
             read(saveable, bytes(np.asarray(found[_ENTRY], np.uint8)))
         return done

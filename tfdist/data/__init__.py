@@ -5,14 +5,15 @@ sequence of global batches. On both, replica r of R takes rows [n*r//R, n*(r+1)/
 global batch of n, and a share without rows carries one row that counts nothing.
 """
 
-from tfdist.data.arrays import is_arrays, split
 from tfdist.data.augment import Augment
 from tfdist.data.by_class import ByClass
+from tfdist.data.columns import is_arrays, split
 from tfdist.data.differences import difference
 from tfdist.data.epochs import DataPosition
 from tfdist.data.leaves import is_composite
 from tfdist.data.local import LocalShard, local_shard
-from tfdist.data.roads import Settings, read
+from tfdist.data.reading import read
+from tfdist.data.settings import Settings
 from tfdist.data.source import Share, Source, bounds, no_groups
 from tfdist.data.stream import Epoch, Stream
 

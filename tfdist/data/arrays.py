@@ -6,10 +6,8 @@ import hashlib
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from numbers import Number
 from typing import Any, ClassVar
 
-import keras
 import numpy as np
 import tensorflow as tf
 
@@ -26,11 +24,9 @@ from tfdist.data.source import (
     dealt,
     no_groups,
     share_of,
-    shortened,
     unconverted,
     untuned,
 )
-from tfdist.errors import ArgumentError
 from tfdist.samplers import Sampler, Sequential, Uniform
 from tfdist.samplers.permutation import Rows
 from tfdist.strategies.base import Place
@@ -229,199 +225,3 @@ class Arrays(Source):
         digest = hashlib.sha256(self.contents())
         digest.update(self.first_rows())
         return f"{self.num_rows} rows of {super().fingerprint()}, {digest.hexdigest()[:12]}"
-
-
-def to_tensors(structure: Any, name: str) -> Any:
-    """Converts a nested structure of arrays to tensors on the host, floats to `floatx()`.
-
-    Args:
-        structure: Nested dicts, lists and tuples of NumPy arrays, tensors, pandas frames or
-            sparse matrices of SciPy.
-        name: The argument's name, for messages.
-
-    Returns:
-        The structure, lists as tuples, with leaves that are `tf.Tensor`, `tf.RaggedTensor`
-        or `SparseRows`.
-
-    Raises:
-        ArgumentError: A leaf is not an array, or has no rows dimension.
-    """
-    if is_values(structure):
-        raise ArgumentError(
-            f"`{name}` must be an array, or a dict, list or tuple of arrays. "
-            f"Received: {name}={shortened(structure)}, a {type(structure).__name__} of "
-            f"{kind_of_values(structure)}. Pass np.array({name})."
-        )
-    if isinstance(structure, dict):
-        return {key: to_tensors(value, f"{name}[{key!r}]") for key, value in structure.items()}
-    if isinstance(structure, list | tuple):
-        return tuple(to_tensors(v, f"{name}[{i}]") for i, v in enumerate(structure))
-    array = structure
-    if type(array).__module__.startswith("pandas.") and hasattr(array, "to_numpy"):
-        array = array.to_numpy()
-        array = array[:, None] if array.ndim == 1 else array  # as Keras reads a Series
-    if leaves.is_composite(array):
-        with tf.device("CPU:0"):
-            made = leaves.composite(array)
-            return leaves.SparseRows(made) if isinstance(made, tf.SparseTensor) else made
-    if not is_array(array):
-        raise ArgumentError(
-            f"`{name}` must be an array, or a dict, list or tuple of arrays. "
-            f"Received: {name}={shortened(structure)}. Convert it with np.asarray."
-        )
-    with tf.device("CPU:0"):
-        tensor = tf.convert_to_tensor(array if tf.is_tensor(array) else np.asarray(array))
-        if tensor.dtype.is_floating:
-            tensor = tf.cast(tensor, keras.config.floatx())
-    if tensor.shape.rank == 0:
-        raise ArgumentError(
-            f"`{name}` must have a first dimension of examples. Received: {name} with shape ()."
-        )
-    return tensor
-
-
-def is_array(value: Any) -> bool:
-    """Tells arrays of any library from other inputs.
-
-    Args:
-        value: Anything.
-    """
-    if tf.is_tensor(value) or leaves.is_composite(value):
-        return True
-    return hasattr(value, "__array__") and hasattr(value, "shape")
-
-
-def is_values(structure: Any) -> bool:
-    """Tells lists of numbers or texts, however nested, which Keras takes for several inputs.
-
-    Args:
-        structure: Anything.
-    """
-    if not isinstance(structure, list | tuple):
-        return False
-    leaves = tf.nest.flatten(structure)
-    return bool(leaves) and all(isinstance(leaf, str | bytes | Number) for leaf in leaves)
-
-
-def kind_of_values(structure: Any) -> str:
-    """Names what is in a list.
-
-    Args:
-        structure: For which `is_values` holds.
-    """
-    is_number = all(isinstance(leaf, Number) for leaf in tf.nest.flatten(structure))
-    return "numbers" if is_number else "texts"
-
-
-def is_arrays(structure: Any) -> bool:
-    """Tells whether an input is arrays, nested or not, rather than an iterable of batches.
-
-    Args:
-        structure: What a user passed as `x`.
-    """
-    leaves = tf.nest.flatten(structure)
-    return bool(leaves) and all(
-        is_array(leaf) or type(leaf).__module__.startswith("pandas.") for leaf in leaves
-    )
-
-
-def read_columns(
-    x: Any, y: Any, sample_weight: Any, may_be_empty: bool = False
-) -> tuple[tuple[Any, ...], int]:
-    """Converts what `fit` was given to tensors, in the structure of a batch.
-
-    Args:
-        x: Arrays.
-        y: Targets, or None.
-        sample_weight: Weights, or None.
-        may_be_empty: Whether there may be no examples.
-
-    Returns:
-        `(x,)`, `(x, y)` or `(x, y, sample_weight)`, and the number of examples.
-
-    Raises:
-        ArgumentError: They are not arrays, or do not fit together.
-    """
-    given = {"x": x, "y": y, "sample_weight": sample_weight}
-    columns = {n: to_tensors(c, n) for n, c in given.items() if c is not None}
-    rows = count_rows(may_be_empty, **columns)
-    if sample_weight is not None and y is None:
-        raise ArgumentError("`sample_weight` must come with `y`. Received: y=None.")
-    return tuple(columns.values()), rows
-
-
-def count_rows(may_be_empty: bool = False, /, **columns: Any) -> int:
-    """Counts the examples of tensors that must have equally many.
-
-    Args:
-        may_be_empty: Whether there may be none.
-        **columns: Nested structures of tensors by the name of their argument; None is
-            skipped.
-
-    Raises:
-        ArgumentError: The counts differ, or there are no examples.
-    """
-    counts = {
-        name: sorted({int(leaf.shape[0]) for leaf in tf.nest.flatten(column)})
-        for name, column in columns.items()
-        if column is not None
-    }
-    distinct = {count for found in counts.values() for count in found}
-    received = ", ".join(f"{name} with {found} rows" for name, found in counts.items())
-    if len(distinct) > 1:
-        raise ArgumentError(
-            f"All arrays must have the same number of rows. Received: {received}."
-        )
-    if distinct == {0} and not may_be_empty:
-        raise ArgumentError(
-            f"There must be at least one example. Received: {received}. "
-            "Check the filter or the path that produced the data."
-        )
-    return distinct.pop()
-
-
-def split(
-    x: Any, y: Any, sample_weight: Any, fraction: float, may_be_empty: bool = False
-) -> tuple[Any, Any]:
-    """Cuts the last rows off for validation, as Keras does.
-
-    Args:
-        x: Arrays.
-        y: Targets, or None.
-        sample_weight: Weights, or None.
-        fraction: The part to cut off, between 0 and 1.
-        may_be_empty: Whether a part may have no rows.
-
-    Returns:
-        `(x, y, sample_weight)` to train on, and the same to validate on.
-
-    Raises:
-        ArgumentError: The input is not arrays, or a part would be empty.
-    """
-    if not is_arrays(x):
-        raise ArgumentError(
-            "`validation_split` needs arrays. Received: x of type "
-            f"{type(x).__name__}. Pass validation_data instead."
-        )
-    columns = [
-        None if c is None else to_tensors(c, n)
-        for c, n in ((x, "x"), (y, "y"), (sample_weight, "sample_weight"))
-    ]
-    rows = count_rows(may_be_empty, x=columns[0], y=columns[1], sample_weight=columns[2])
-    at = int(rows * (1.0 - fraction))
-    if not 0 < at < rows and not may_be_empty:
-        raise ArgumentError(
-            "`validation_split` must leave examples to train and to validate on. "
-            f"Received: validation_split={fraction} with {rows} examples."
-        )
-
-    def part(begin: int, end: int) -> Any:
-        numbers = tf.range(begin, end, dtype=tf.int64)
-        return tuple(
-            c
-            if c is None
-            else tf.nest.map_structure(lambda leaf: leaves.gather(leaf, numbers), c)
-            for c in columns
-        )
-
-    return part(0, at), part(at, rows)

@@ -18,7 +18,7 @@ import tensorflow as tf
 
 from tfdist.data import leaves
 from tfdist.data.arrays import Arrays
-from tfdist.data.holdings import Holdings
+from tfdist.data.local_rows import Holdings
 from tfdist.data.source import Share
 from tfdist.errors import ArgumentError
 from tfdist.samplers import Rows, Sampler, Weighted

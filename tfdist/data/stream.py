@@ -8,7 +8,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from tfdist import note
+from tfdist.cluster import heartbeat
 from tfdist.data.epochs import DataPosition, Epochs
 from tfdist.data.source import Source
 from tfdist.errors import ArgumentError
@@ -150,7 +150,7 @@ class Stream:
         """
         self.steps_of_epoch += steps
         if self._trains:
-            note.here.tell(self._epoch, self.steps_of_epoch, steps)
+            heartbeat.here.tell(self._epoch, self.steps_of_epoch, steps)
         self.on_progress(self.steps_of_epoch)
 
 

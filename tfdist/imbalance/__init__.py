@@ -3,14 +3,14 @@
 from tfdist.data.class_weight import EffectiveNumber, class_weights
 from tfdist.imbalance.loss import LogitAdjustedCrossentropy
 from tfdist.imbalance.prior import PriorShift, correct_prior
-from tfdist.imbalance.report import Report, report
+from tfdist.imbalance.report import ImbalanceReport, report
 from tfdist.imbalance.split import stratified_split
 
 __all__ = [
     "EffectiveNumber",
+    "ImbalanceReport",
     "LogitAdjustedCrossentropy",
     "PriorShift",
-    "Report",
     "class_weights",
     "correct_prior",
     "report",

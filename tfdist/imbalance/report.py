@@ -18,7 +18,7 @@ _LABELLED = 40  # more bars than that have no room for a name each
 
 
 @dataclass(frozen=True)
-class Report:
+class ImbalanceReport:
     """How often each class comes; prints as a table.
 
     Attributes:
@@ -67,7 +67,7 @@ class Report:
         return text.getvalue().rstrip()
 
 
-def report(y: Any, *, beta: float = 0.999, plot: bool = False) -> Report:
+def report(y: Any, *, beta: float = 0.999, plot: bool = False) -> ImbalanceReport:
     """Counts classes and says how unequal they are.
 
     Args:
@@ -78,7 +78,7 @@ def report(y: Any, *, beta: float = 0.999, plot: bool = False) -> Report:
         plot: Whether to draw a bar for each class, on a logarithmic axis; needs matplotlib.
 
     Returns:
-        A `Report`: `print` shows a table.
+        An `ImbalanceReport`: `print` shows a table.
 
     Raises:
         ArgumentError: `y` is not classes, or `beta` is not from 0 on and below 1.
@@ -92,17 +92,17 @@ def report(y: Any, *, beta: float = 0.999, plot: bool = False) -> Report:
         ((8, 2), (0.8, 0.2), 4.0)
     """
     names, counts = count_classes(y, "y")
-    made = Report(
+    made = ImbalanceReport(
         tuple(names),
         tuple(counts.tolist()),
         len(y),
         tuple(EffectiveNumber(beta).of(counts)),
         beta,
     )
-    return Report(**{**vars(made), "figure": _bars(made)}) if plot else made
+    return ImbalanceReport(**{**vars(made), "figure": _bars(made)}) if plot else made
 
 
-def _bars(found: Report) -> Any:
+def _bars(found: ImbalanceReport) -> Any:
     figure = new_figure(figsize=(max(4.0, min(12.0, 0.3 * len(found.counts))), 3.5))
     axes = figure.subplots()
     places = range(len(found.counts))

@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from tfdist.data.arrays import count_rows
+from tfdist.data.columns import count_rows
 from tfdist.errors import ArgumentError, MissingPackageError
 from tfdist.samplers.classes import group_rows
 

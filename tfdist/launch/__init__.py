@@ -1,27 +1,23 @@
 """Starts, watches and ends the worker processes of `tfdist run`. No TensorFlow is needed."""
 
 from tfdist.launch.cause import Failure
+from tfdist.launch.client import CoordinatorClient
 from tfdist.launch.hosts import Host, check_names, parse_hosts
-from tfdist.launch.link import Link
-from tfdist.launch.plan import (
-    DEFAULT_PORT,
-    Worker,
-    plan_workers,
-    script_command,
-)
+from tfdist.launch.plan import DEFAULT_PORT, plan_workers
 from tfdist.launch.processes import SAVING_S, Outcome, run_workers
 from tfdist.launch.restarts import Restarts, listed
 from tfdist.launch.roster import Roster
+from tfdist.launch.several_machines import NODE_TIMEOUT_S, joined
 from tfdist.launch.slots import parse_elastic
-from tfdist.launch.together import NODE_TIMEOUT_S, joined
+from tfdist.launch.worker import Worker, script_command
 
 __all__ = [
     "DEFAULT_PORT",
     "NODE_TIMEOUT_S",
     "SAVING_S",
+    "CoordinatorClient",
     "Failure",
     "Host",
-    "Link",
     "Outcome",
     "Restarts",
     "Roster",

@@ -7,10 +7,10 @@ import signal
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from tfdist.cluster.heartbeat import Told
 from tfdist.errors import HUNG, START_ME_AGAIN
-from tfdist.launch.plan import Worker
-from tfdist.note import Told
-from tfdist.watch.diagnosis import HEADLINE
+from tfdist.launch.worker import Worker
+from tfdist.watchdog.diagnosis import HEADLINE
 
 _TRACEBACK = "Traceback (most recent call last):"
 # What a healthy worker reports when one of its peers is gone.

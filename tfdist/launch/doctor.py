@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
-from tfdist import registry
 from tfdist._version import __version__
-from tfdist.cluster import Cluster
+from tfdist.cluster import Cluster, strategy_names
 from tfdist.errors import ClusterError
 from tfdist.launch.resources import usable_cores
 
@@ -72,7 +71,7 @@ class Readiness:
 
 
 @dataclass(frozen=True)
-class Report:
+class DoctorReport:
     """All that `tfdist doctor` found.
 
     Attributes:
@@ -99,7 +98,7 @@ class Report:
         return not self.tensorflow_error and self.cluster is not None
 
 
-def examine(environ: Mapping[str, str] = os.environ) -> Report:
+def examine(environ: Mapping[str, str] = os.environ) -> DoctorReport:
     """Looks at this machine.
 
     Args:
@@ -128,7 +127,7 @@ def examine(environ: Mapping[str, str] = os.environ) -> Report:
             "Set KERAS_BACKEND=tensorflow, or change it in ~/.keras/keras.json."
         )
     devices = tuple(Device(*device) for device in answer.get("devices", ()))
-    return Report(
+    return DoctorReport(
         versions=_versions(answer),
         devices=devices,
         cores=usable_cores(),
@@ -187,7 +186,9 @@ def _strategies(
     environ: Mapping[str, str],
 ) -> tuple[Readiness, ...]:
     if tensorflow_error:
-        return tuple(Readiness(name, False, tensorflow_error) for name in registry.names())
+        return tuple(
+            Readiness(name, False, tensorflow_error) for name in strategy_names.names()
+        )
     gpus = sum(device.kind == "GPU" for device in devices)
     return (
         Readiness("single", True, "one GPU" if gpus else "the processor"),
@@ -198,7 +199,7 @@ def _strategies(
         _tpu(devices, environ),
         *(
             Readiness(name, True, f"of the package {package}, which was not asked")
-            for name, package in registry.of_other_packages().items()
+            for name, package in strategy_names.of_other_packages().items()
         ),
     )
 

@@ -7,10 +7,10 @@ from rich.table import Table
 from rich.text import Text
 
 from tfdist.cluster import Cluster
-from tfdist.launch.doctor import Report
+from tfdist.launch.doctor import DoctorReport
 
 
-def show(report: Report, console: Console | None = None) -> None:
+def show(report: DoctorReport, console: Console | None = None) -> None:
     """Prints a report as tables.
 
     Args:
@@ -36,14 +36,14 @@ def _table(title: str) -> Table:
     )  # fmt: skip
 
 
-def _versions(report: Report) -> Table:
+def _versions(report: DoctorReport) -> Table:
     table = _table("Versions")
     for name, version in report.versions.items():
         table.add_row(f"  {name}", Text(version, "" if version[0].isdigit() else "dim"))
     return table
 
 
-def _machine(report: Report) -> Table:
+def _machine(report: DoctorReport) -> Table:
     table = _table("This machine")
     table.add_row("  cores", str(report.cores))
     for device in report.devices:
@@ -67,7 +67,7 @@ def _cluster(cluster: Cluster | None) -> Text:
     return Text("\n".join(lines))
 
 
-def _strategies(report: Report) -> Table:
+def _strategies(report: DoctorReport) -> Table:
     table = _table("Strategies")
     for ready in report.strategies:
         mark = Text("✔ yes", "green") if ready.can_run else Text("✘ no", "red")

@@ -7,7 +7,7 @@ import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tfdist.environ import whole_number
+from tfdist.cluster.environment import whole_number
 from tfdist.errors import ClusterError
 
 

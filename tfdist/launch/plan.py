@@ -4,84 +4,22 @@ from __future__ import annotations
 
 import os
 import socket
-import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 
-from tfdist import registry
-from tfdist.cluster import CHIEF, EVALUATOR, PS, WORKER, Cluster
-from tfdist.errors import LaunchError
-from tfdist.launch.given import ONE_PROCESS_STRATEGIES, check_strategy, variables
+from tfdist.cluster import CHIEF, PS, WORKER, Cluster
+from tfdist.launch.existing_cluster import check_strategy, variables
+from tfdist.launch.extent import check_alone, check_ports, check_request, extent, label
 from tfdist.launch.horovod import one_host, rank_environments
 from tfdist.launch.hosts import Host, worker_addresses
 from tfdist.launch.resources import gpu_environments, thread_environment, visible_gpus
+from tfdist.launch.worker import Worker
 
 DEFAULT_PORT = 17380
-_MOST_WORKERS = 65535
 
 # TensorFlow's start-up notes would bury what the workers print; its errors stay.
 _GPUS = "CUDA_VISIBLE_DEVICES"
 _QUIET = {"TF_CPP_MIN_LOG_LEVEL": "2", "GRPC_VERBOSITY": "ERROR"}
-
-
-@dataclass(frozen=True)
-class Worker:
-    """A process to be started on this machine: a worker, or a task beside the workers.
-
-    Attributes:
-        index: Its position in its job, on all machines.
-        command: The program and its arguments.
-        environment: All of its environment variables.
-        is_quiet: Whether TensorFlow's notes about its own start are left out of what is
-            shown; a log file has them all the same.
-        job: `worker`, in a run with parameter servers `chief`, `worker` or `ps`, and in a
-            cluster that was there before also `evaluator`.
-        serves: Whether it only does what the chief asks for: it ends with the chief.
-    """
-
-    index: int
-    command: tuple[str, ...]
-    environment: Mapping[str, str]
-    is_quiet: bool = False
-    job: str = WORKER
-    serves: bool = False
-
-    @property
-    def task(self) -> str:
-        """Its name in messages, such as `"worker 1"` or `"chief"`."""
-        return CHIEF if self.job == CHIEF else f"{self.job} {self.index}"
-
-    @property
-    def log_name(self) -> str:
-        """The name of the file that `--log-dir` keeps its output in."""
-        return f"{self.task.replace(' ', '-')}.log"
-
-    @property
-    def is_replaceable(self) -> bool:
-        """Whether the others go on without it until it is back."""
-        return self.serves and self.job == WORKER
-
-    @property
-    def shows_progress(self) -> bool:
-        """Whether it is the one that draws a progress bar."""
-        return self.index == 0 and not self.serves
-
-
-def script_command(arguments: Sequence[str], module: bool = False) -> tuple[str, ...]:
-    """Returns the command that runs a user's script inside a worker.
-
-    Args:
-        arguments: The script and its arguments.
-        module: Whether the first is the name of a module, as after `python -m`.
-    """
-    return (
-        sys.executable,
-        "-m",
-        "tfdist.bootstrap",
-        *(("-m",) if module else ()),
-        *arguments,
-    )
 
 
 def plan_workers(
@@ -119,11 +57,11 @@ def plan_workers(
         LaunchError: The arguments contradict each other or the environment, or a port that
             a worker needs is in use.
     """
-    total, first, local = _extent(workers, hosts, node_rank)
+    total, first, local = extent(workers, hosts, node_rank)
     given = Cluster() if hosts else Cluster.from_environment(environ)
-    _check_strategy(strategy, total, servers, given)
+    check_request(strategy, total, servers, given)
     if total > 1 or servers:
-        _check_alone(total, given)
+        check_alone(total, given)
     gpus = visible_gpus(environ) if local > 1 else ()
     gpu_shares = gpu_environments(gpus, local)
     places: Sequence[Mapping[str, str]]
@@ -142,7 +80,7 @@ def plan_workers(
         ]
         if hosts:
             here = [*beside, *workers_of_all[first : first + local]]
-            _check_ports([c.jobs[c.job][c.index] for c in here])
+            check_ports([c.jobs[c.job][c.index] for c in here])
         places = [{"TF_CONFIG": c.to_tf_config()} for c in workers_of_all]
     elif strategy == "horovod":
         address = f"{hosts[0].name}:{port}" if hosts else free_addresses(1)[0]
@@ -150,7 +88,7 @@ def plan_workers(
     elif total > 1:
         addresses = worker_addresses(hosts, port) if hosts else free_addresses(total)
         if hosts:
-            _check_ports(addresses[first : first + local])
+            check_ports(addresses[first : first + local])
         clusters = [Cluster({WORKER: addresses}, WORKER, i, "TF_CONFIG") for i in range(total)]
         places = [{"TF_CONFIG": cluster.to_tf_config()} for cluster in clusters]
     else:
@@ -186,7 +124,7 @@ def plan_workers(
         }
         job = WORKER
         if is_joined:
-            index, job = _label(given)
+            index, job = label(given)
         planned.append(
             Worker(index, tuple(command), environment, is_quiet, job, serves=bool(servers))
         )
@@ -238,115 +176,3 @@ def free_addresses(count: int) -> tuple[str, ...]:
         for one in sockets:
             one.bind(("127.0.0.1", 0))
         return tuple(f"127.0.0.1:{one.getsockname()[1]}" for one in sockets)
-
-
-def _extent(
-    workers: int | None, hosts: Sequence[Host], node_rank: int | None
-) -> tuple[int, int, int]:
-    """Returns how many workers there are, the first of this machine, and how many it starts."""
-    if workers is not None and workers < 1:
-        raise LaunchError(
-            "The number of workers must be 1 or more. "
-            f"Received: -n {workers}. Leave -n out to start one."
-        )
-    if not hosts:
-        if node_rank is not None:
-            raise LaunchError(
-                "`--node-rank` must come with --hosts, whose entries it counts. "
-                f"Received: --node-rank={node_rank} without --hosts. "
-                "Add --hosts, or leave --node-rank out to train on this machine alone."
-            )
-        return _countable(workers or 1), 0, workers or 1
-    total = _countable(sum(host.slots for host in hosts))
-    if workers is not None and workers != total:
-        raise LaunchError(
-            "`-n` must equal the sum of the slots in --hosts. "
-            f"Received: -n {workers}, --hosts with {total} slots. "
-            "Leave -n out, or change the slots."
-        )
-    if node_rank is None:
-        if len(hosts) > 1:
-            raise LaunchError(
-                "`--node-rank` must say which of the hosts this machine is. "
-                f"Received: --node-rank=None, with {len(hosts)} hosts. "
-                f"Run the command on each host, with --node-rank 0 to {len(hosts) - 1}."
-            )
-        node_rank = 0
-    if not 0 <= node_rank < len(hosts):
-        raise LaunchError(
-            f"`--node-rank` must be from 0 to {len(hosts) - 1}, as --hosts names "
-            f"{len(hosts)}. Received: --node-rank={node_rank}. "
-            "Count the hosts from 0, in the order of --hosts."
-        )
-    first = sum(host.slots for host in hosts[:node_rank])
-    return total, first, hosts[node_rank].slots
-
-
-def _countable(workers: int) -> int:
-    """Gives the number of workers, each of which needs a port."""
-    if workers > _MOST_WORKERS:
-        raise LaunchError(
-            f"There must be at most {_MOST_WORKERS} workers, as each has a port. Received: "
-            f"{workers} workers. Lower -n, or the slots in --hosts."
-        )
-    return workers
-
-
-def _label(given: Cluster) -> tuple[int, str]:
-    """Gives the number and the job under which a process of a cluster is shown."""
-    if given.job in (CHIEF, WORKER) and not given.has_parameter_servers:
-        return given.worker_index, WORKER
-    return given.index, given.job
-
-
-def _check_strategy(strategy: str | None, total: int, servers: int, given: Cluster) -> None:
-    choices = ["auto", *registry.names()]
-    if strategy is not None and strategy not in choices:
-        raise LaunchError(
-            f"`--strategy` must be one of {', '.join(choices)}. "
-            f"Received: --strategy={strategy}. Choose one of these."
-        )
-    has_servers = servers or given.has_parameter_servers or given.job == EVALUATOR
-    if servers < 0 or (strategy == "parameter_server" and not has_servers):
-        raise LaunchError(
-            "The number of parameter servers must be 1 or more. Received: "
-            f"--ps={servers} with --strategy={strategy}. Add --ps 1, or more."
-        )
-    if servers and strategy not in (None, "auto", "parameter_server"):
-        raise LaunchError(
-            f"Strategy {strategy!r} has no parameter servers. Received: --ps={servers} with "
-            f"--strategy={strategy}. Leave one of them out."
-        )
-    if total > 1 and strategy in ONE_PROCESS_STRATEGIES:
-        raise LaunchError(
-            f"Strategy {strategy!r} trains in one process. "
-            f"Received: --strategy={strategy} with {total} workers. "
-            "Start one worker, or use --strategy multi_worker or horovod."
-        )
-
-
-def _check_alone(total: int, given: Cluster) -> None:
-    if given.num_workers > 1 or given.job != WORKER:
-        raise LaunchError(
-            "Several workers can be started only where no cluster is described yet. "
-            f"Received: -n {total}, where {given.source} already makes this process "
-            f"{given.task} of {given.num_workers}. Leave -n out to join that cluster, "
-            "or unset TF_CONFIG and start outside of srun."
-        )
-
-
-def _check_ports(addresses: Sequence[str]) -> None:
-    for address in addresses:
-        port = int(address.rpartition(":")[2])
-        with socket.socket() as probe:
-            # As TensorFlow's server does: a port in TIME_WAIT can be used.
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("", port))
-            except OSError as error:
-                raise LaunchError(
-                    "The port of each worker on this machine must be free. "
-                    f"Received: port {port}, for {address} ({error.strerror}). "
-                    "End the program that listens there, or choose another --port, "
-                    "the same on every host."
-                ) from None

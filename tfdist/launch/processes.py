@@ -14,13 +14,13 @@ from typing import Any, TextIO
 
 from tfdist.errors import START_ME_AGAIN
 from tfdist.launch.cause import Failure, root_cause
-from tfdist.launch.crew import Crew
-from tfdist.launch.link import Link
+from tfdist.launch.client import CoordinatorClient
 from tfdist.launch.output import Screen
-from tfdist.launch.plan import Worker
-from tfdist.launch.restarts import Cause, Restart, Restarts
+from tfdist.launch.process_group import ProcessGroup
+from tfdist.launch.restarts import Restart, RestartCause, Restarts
 from tfdist.launch.signals import handled
 from tfdist.launch.slots import Slots
+from tfdist.launch.worker import Worker
 
 # How long a failure that only blames a peer waits for that peer's own.
 _PEER_FAILURE_S = 1.0
@@ -51,7 +51,7 @@ class Outcome:
     interrupted: int = 0
     restarts: tuple[Restart, ...] = ()
     is_repeated: bool = False
-    elsewhere: Cause | None = None
+    elsewhere: RestartCause | None = None
 
 
 def run_workers(
@@ -61,7 +61,7 @@ def run_workers(
     stream: TextIO | None = None,
     restarts: Restarts | None = None,
     grace: float = SAVING_S,
-    link: Link | None = None,
+    client: CoordinatorClient | None = None,
     slots: Slots | None = None,
     plan: Callable[[Sequence[int]], Sequence[Worker]] | None = None,
     meeting: Callable[[Worker], AbstractContextManager[Any]] = nullcontext,
@@ -80,7 +80,7 @@ def run_workers(
         restarts: How often a worker that failed is started again: one that serves alone,
             else all with it. Never, unless given.
         grace: How many seconds workers that save may take for it after SIGTERM.
-        link: To the launchers of other machines, with which all of this is done together.
+        client: To the launchers of other machines, with which all of this is done together.
         plan: Gives the workers of this machine when only some of all take part, by their
             numbers.
         slots: Chooses the workers of each start after the first, in place of `workers`.
@@ -101,27 +101,27 @@ def run_workers(
     restarts = restarts or Restarts()
     with _signals() as received:
         while True:
-            crew = Crew(screen, shows_all)
+            group = ProcessGroup(screen, shows_all)
             try:
-                if link is not None:
+                if client is not None:
                     ended = _run_with_others(
-                        crew,
+                        group,
                         workers,
                         log_dir,
                         received,
                         restarts,
                         grace,
-                        link,
+                        client,
                         plan,
                         meeting,
                     )
                     if ended is None:
                         continue
-                    return replace(ended, restarts=tuple(link.restarts.made))
+                    return replace(ended, restarts=tuple(client.restarts.made))
                 with meeting(workers[0]):
-                    crew.start(workers, log_dir)
-                    outcome = _watch(crew, received, restarts, grace)
-                cause = None if outcome.failure is None else Cause.of(outcome.failure)
+                    group.start(workers, log_dir)
+                    outcome = _watch(group, received, restarts, grace)
+                cause = None if outcome.failure is None else RestartCause.of(outcome.failure)
                 loses = (
                     slots is not None
                     and outcome.failure is not None
@@ -145,119 +145,121 @@ def run_workers(
                     workers = slots.workers
                     if loses or len(workers) != before:
                         what = f"{what}, now {len(workers)} in all"
-                crew.say(position, restarts.note(cause, what))
+                group.say(position, restarts.note(cause, what))
             except BrokenPipeError:
                 # Whoever read the output is gone, as after `tfdist run ... | head`.
                 return Outcome(128 + signal.SIGPIPE, interrupted=signal.SIGPIPE)
             finally:
-                crew.close()
+                group.close()
 
 
-def _watch(crew: Crew, received: list[int], restarts: Restarts, grace: float) -> Outcome:
+def _watch(
+    group: ProcessGroup, received: list[int], restarts: Restarts, grace: float
+) -> Outcome:
     has_gone_on = False
-    while crew.is_running and not received and not crew.failures and not crew.is_done:
-        has_gone_on = _pump(crew, restarts, restarts, has_gone_on)
-    if crew.failures and not received:
+    while group.is_running and not received and not group.failures and not group.is_done:
+        has_gone_on = _pump(group, restarts, restarts, has_gone_on)
+    if group.failures and not received:
         deadline = time.monotonic() + _PEER_FAILURE_S
         while (
-            crew.is_running
+            group.is_running
             and not received
             and time.monotonic() < deadline
-            and all(failure.blames_peer for failure in crew.failures)
+            and all(failure.blames_peer for failure in group.failures)
         ):
-            crew.pump()
+            group.pump()
     if received:
-        return _interrupted(crew, received, grace)
-    failures, finished = tuple(crew.failures), tuple(crew.finished)
+        return _interrupted(group, received, grace)
+    failures, finished = tuple(group.failures), tuple(group.finished)
     if not failures:
-        crew.end(_AFTER_FAILURE, received)
+        group.end(_AFTER_FAILURE, received)
         return Outcome(0, finished=finished)
     failure = root_cause(failures)
-    _end_after(crew, failures, failure, received)
+    _end_after(group, failures, failure, received)
     return Outcome(failure.status, failure, finished)
 
 
 def _end_after(
-    crew: Crew, failures: Sequence[Failure], cause: Failure, received: list[int]
+    group: ProcessGroup, failures: Sequence[Failure], cause: Failure, received: list[int]
 ) -> None:
     """Ends the workers that are left after failures, and shows what failed ones wrote."""
-    crew.reveal(failures, cause)
-    crew.end(_AFTER_FAILURE, received)
+    group.reveal(failures, cause)
+    group.end(_AFTER_FAILURE, received)
     # One may have failed by itself meanwhile, before the signal came to it.
     ours = {-number for number, _ in _AFTER_FAILURE}
-    late = [f for f in crew.failures if f not in failures and f.returncode not in ours]
-    crew.reveal([f for f in late if not f.blames_peer])
+    late = [f for f in group.failures if f not in failures and f.returncode not in ours]
+    group.reveal([f for f in late if not f.blames_peer])
 
 
-def _pump(crew: Crew, of_all: Restarts, of_one: Restarts, has_gone_on: bool) -> bool:
+def _pump(group: ProcessGroup, of_all: Restarts, of_one: Restarts, has_gone_on: bool) -> bool:
     """Does what is due while workers run; tells whether a step was made since they began."""
-    crew.pump()
-    crew.end_stopped()
-    if not has_gone_on and crew.told.made:
+    group.pump()
+    group.end_stopped()
+    if not has_gone_on and group.told.made:
         has_gone_on = True
         of_all.note_step()
-    for failure in tuple(crew.failures):
-        cause = Cause.of(failure)
+    for failure in tuple(group.failures):
+        cause = RestartCause.of(failure)
         if failure.worker.is_replaceable and of_one.allows(cause):
-            crew.reveal([failure], failure)
+            group.reveal([failure], failure)
             line = of_one.note(cause, "It is started again")
-            crew.say(crew.start_again(failure), line)
+            group.say(group.start_again(failure), line)
     return has_gone_on
 
 
 def _run_with_others(
-    crew: Crew,
+    group: ProcessGroup,
     workers: Sequence[Worker],
     log_dir: Path | None,
     received: list[int],
     replaced: Restarts,
     grace: float,
-    link: Link,
+    client: CoordinatorClient,
     plan: Callable[[Sequence[int]], Sequence[Worker]] | None,
     meeting: Callable[[Worker], AbstractContextManager[Any]],
 ) -> Outcome | None:
     """Runs workers together with those of other machines; None if all are started again."""
     failure, is_told, has_gone_on = None, False, False
-    news = link.meet(received, lambda line: crew.say(0, line))
-    if plan is not None and link.active:
-        workers = plan(link.active)
-        crew.rename([worker.task for worker in workers])
+    news = client.meet(received, lambda line: group.say(0, line))
+    if plan is not None and client.active:
+        workers = plan(client.active)
+        group.rename([worker.task for worker in workers])
     # The others' ranks come to it seconds later: they import TensorFlow first.
     with meeting(workers[0]):
         if news is None and not received:
-            crew.start(workers, log_dir)
+            group.start(workers, log_dir)
         failed_at = 0.0
         while news is None and not received:
-            has_gone_on = _pump(crew, link.restarts, replaced, has_gone_on)
-            news = link.news
+            has_gone_on = _pump(group, client.restarts, replaced, has_gone_on)
+            news = client.news
             if is_told:
                 continue
-            if crew.failures:
+            if group.failures:
                 failed_at = failed_at or time.monotonic()
-                failure = root_cause(crew.failures)
+                failure = root_cause(group.failures)
                 waited = time.monotonic() - failed_at > _PEER_FAILURE_S
-                if waited or not crew.is_running or not failure.blames_peer:
-                    link.failed(Cause.of(failure))
+                if waited or not group.is_running or not failure.blames_peer:
+                    client.failed(RestartCause.of(failure))
                     is_told = True
-            elif not crew.is_running or crew.is_done:
-                link.done()
+            elif not group.is_running or group.is_done:
+                client.done()
                 is_told = True
         if received:
-            outcome = _interrupted(crew, received, grace)
-            link.leave(outcome.status)
+            outcome = _interrupted(group, received, grace)
+            client.leave(outcome.status)
             return outcome
         assert news is not None
-        finished = tuple(crew.finished)
+        finished = tuple(group.finished)
         if failure is None:
-            crew.end(_AFTER_FAILURE, received)
+            group.end(_AFTER_FAILURE, received)
         else:
-            _end_after(crew, tuple(crew.failures), failure, received)
+            _end_after(group, tuple(group.failures), failure, received)
     if news.cause is None:
         return Outcome(0, finished=finished)
     if news.again:
-        crew.say(0, link.restarts.note(news.cause, "All are started again on all hosts"))
+        group.say(0, client.restarts.note(news.cause, "All are started again on all hosts"))
         return None
-    is_ours = failure is not None and Cause.of(failure) == news.cause
+    is_ours = failure is not None and RestartCause.of(failure) == news.cause
     return Outcome(
         news.cause.status,
         failure if is_ours else None,
@@ -267,16 +269,16 @@ def _run_with_others(
     )
 
 
-def _interrupted(crew: Crew, received: list[int], grace: float) -> Outcome:
+def _interrupted(group: ProcessGroup, received: list[int], grace: float) -> Outcome:
     """Ends the workers after a signal to the launcher, and lets them save if they can."""
     first, is_saved = received[0], False
-    if first == signal.SIGTERM and crew.saves:
-        crew.ask(first, grace, received)
+    if first == signal.SIGTERM and group.saves:
+        group.ask(first, grace, received)
         is_saved = any(
-            f.told.preempted and f.returncode == START_ME_AGAIN for f in crew.failures
+            f.told.preempted and f.returncode == START_ME_AGAIN for f in group.failures
         )
-    finished = tuple(crew.finished)
-    crew.end(_AFTER_INTERRUPT if first == signal.SIGINT else _AFTER_FAILURE, received)
+    finished = tuple(group.finished)
+    group.end(_AFTER_INTERRUPT if first == signal.SIGINT else _AFTER_FAILURE, received)
     status = START_ME_AGAIN if is_saved else 128 + first
     return Outcome(status, finished=finished, interrupted=first)
 

@@ -16,7 +16,7 @@ _INTERRUPTED = (-signal.SIGINT, 128 + signal.SIGINT)
 
 
 @dataclass(frozen=True)
-class Cause:
+class RestartCause:
     """Why workers are to be started again; it can be sent to the launchers of other machines.
 
     Attributes:
@@ -41,7 +41,7 @@ class Cause:
     signature: tuple[Any, ...] = ()
 
     @classmethod
-    def of(cls, failure: Failure) -> Cause:
+    def of(cls, failure: Failure) -> RestartCause:
         """Makes it of a worker's failure.
 
         Args:
@@ -67,7 +67,7 @@ class Cause:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_json(cls, fields: dict[str, Any]) -> Cause:
+    def from_json(cls, fields: dict[str, Any]) -> RestartCause:
         """Reads what `to_json` gave."""
         return cls(**{**fields, "signature": tuple(fields["signature"])})
 
@@ -81,7 +81,7 @@ class Restart:
         seconds: From the failure until the next step was made; None if that is not known.
     """
 
-    cause: Cause
+    cause: RestartCause
     seconds: float | None = None
 
     def line(self, number: int) -> str:
@@ -115,7 +115,7 @@ class Restarts:
         self.most = most
         self._of_exceptions = of_exceptions
 
-    def adopt(self, causes: Sequence[Cause]) -> None:
+    def adopt(self, causes: Sequence[RestartCause]) -> None:
         """Takes over the list of a launcher that knows more.
 
         Args:
@@ -123,7 +123,7 @@ class Restarts:
         """
         self.made = [Restart(cause) for cause in causes]
 
-    def allows(self, cause: Cause, changes: bool = False) -> bool:
+    def allows(self, cause: RestartCause, changes: bool = False) -> bool:
         """Tells whether to start again.
 
         Args:
@@ -138,7 +138,7 @@ class Restarts:
             and (changes or not self.repeats(cause))
         )
 
-    def repeats(self, cause: Cause) -> bool:
+    def repeats(self, cause: RestartCause) -> bool:
         """Tells whether the restart before had the same cause: it would come for ever.
 
         Args:
@@ -148,7 +148,7 @@ class Restarts:
             self.made and cause.signature and cause.signature == self.made[-1].cause.signature
         )
 
-    def note(self, cause: Cause, what: str) -> str:
+    def note(self, cause: RestartCause, what: str) -> str:
         """Counts a restart, and says so.
 
         Args:

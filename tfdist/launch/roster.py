@@ -9,11 +9,12 @@ from typing import Any
 
 from tfdist.cluster import Cluster
 from tfdist.errors import LaunchError
-from tfdist.launch.given import hosts_of
+from tfdist.launch.existing_cluster import hosts_of
 from tfdist.launch.horovod import rendezvous
 from tfdist.launch.hosts import Host
-from tfdist.launch.plan import Worker, plan_workers
+from tfdist.launch.plan import plan_workers
 from tfdist.launch.slots import Slots
+from tfdist.launch.worker import Worker
 
 
 class Roster:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 
-from tfdist.environ import whole_number
+from tfdist.cluster.environment import whole_number
 from tfdist.errors import LaunchError
 from tfdist.launch.cause import Failure
-from tfdist.launch.plan import Worker
+from tfdist.launch.worker import Worker
 
 _GPUS = "CUDA_VISIBLE_DEVICES"
 

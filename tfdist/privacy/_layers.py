@@ -36,6 +36,17 @@ def sublayers(layer: Any) -> list[Any]:
     return list(layer._flatten_layers(include_self=False, recursive=False))
 
 
+def with_sublayers(layer: Any) -> list[Any]:
+    """Lists a layer and all that it holds, directly or not.
+
+    Relies on `Layer._flatten_layers`.
+
+    Args:
+        layer: A `keras.Layer`.
+    """
+    return list(layer._flatten_layers())
+
+
 @contextlib.contextmanager
 def called_through(layer: Any, function: Callable[..., Any]) -> Iterator[None]:
     """Has `function(call, *args, **kwargs)` called where Keras calls `layer.call`.

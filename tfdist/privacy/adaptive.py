@@ -8,13 +8,12 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from tfdist import _keras
 from tfdist._keras import ReplicaBatch
-from tfdist.privacy.adam import DPAdam
 from tfdist.privacy.grid import Rounding
 from tfdist.privacy.settings import LARGEST_NORM, LEAST_NORM, Mechanism
 
 Tensor = Any
-_HELD = "_tfdist_clip_optimizer"  # of the model, where strategies look for its optimizers
 
 
 class AdaptiveClip:
@@ -46,7 +45,8 @@ class AdaptiveClip:
         self._log_norm.constraint = _within  # the optimizer keeps to it
         self._optimizer = keras.optimizers.SGD(mechanism.clip_learning_rate)
         self._optimizer.build([self._log_norm])
-        vars(model)[_HELD] = self._optimizer
+        # Where strategies look for a model's optimizers.
+        _keras.attached(model).clip_optimizer = self._optimizer
 
     def norm(self) -> Tensor:
         """Gives the norm to clip to."""
@@ -86,15 +86,3 @@ class AdaptiveClip:
 
 def _within(log_norm: Tensor) -> Tensor:
     return tf.clip_by_value(log_norm, math.log(LEAST_NORM), math.log(LARGEST_NORM))
-
-
-def forget(model: Any) -> None:
-    """Takes from a model what an earlier training has left.
-
-    Args:
-        model: A `keras.Model`.
-    """
-    vars(model).pop(_HELD, None)
-    optimizer = getattr(model, "optimizer", None)  # a model that only predicts has none
-    if isinstance(optimizer, DPAdam):
-        optimizer.noise_deviation = None

@@ -14,7 +14,7 @@ import tensorflow as tf
 from numpy.typing import NDArray
 
 from tfdist.errors import ArgumentError
-from tfdist.privacy import clipping
+from tfdist.privacy import example_losses
 from tfdist.privacy.arguments import check_count
 from tfdist.privacy.membership import AuditReport
 
@@ -195,7 +195,7 @@ def _minus_loss(model: Any) -> Callable[[Any, Any], Any]:
 
     @tf.function(autograph=False, reduce_retracing=True)  # type: ignore[untyped-decorator]
     def minus_losses(x: Any, y: Any) -> Any:
-        return -clipping.losses_alone(model, x, y, None, model(x, training=False))
+        return -example_losses.losses_alone(model, x, y, None, model(x, training=False))
 
     return minus_losses  # type: ignore[no-any-return]
 

@@ -66,7 +66,7 @@ class PrivacyBudget(keras.callbacks.Callback):  # type: ignore[misc]
             check_number("max_epsilon", max_epsilon, 0)
         self.max_epsilon = max_epsilon
         self._affordable: int | None = None
-        self._is_new = True
+        self._counted: Ledger | None = None
 
     def _started(self) -> Run:
         if self.run is None:
@@ -79,26 +79,19 @@ class PrivacyBudget(keras.callbacks.Callback):  # type: ignore[misc]
     def on_train_begin(self, logs: Any = None) -> None:
         """Begins anew."""
         self._started()
-        self._affordable, self._is_new = None, True
+        self._affordable, self._counted = None, None
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         """Finds how many steps there may be, once other callbacks have restored the model."""
-        run = self._started()
-        is_new, self._is_new = self._is_new, False
-        if not is_new or self.max_epsilon is None or not run.planned_steps:
-            return
-        most = run.planned_steps + run.kept
-        self._affordable = most_within(self._epsilon, self.max_epsilon, most)
-        needed = run.kept + min(self.model.steps_per_execution, run.planned_steps)
-        if self._affordable < needed:
-            raise ArgumentError(
-                "`max_epsilon` must leave something for the steps to come. Received: "
-                f"max_epsilon={self.max_epsilon!r}, with {self._epsilon(run.kept):.4g} spent "
-                "before. Raise it, or add more noise."
-            )
+        self._check()
+
+    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
+        """Finds it again if a callback has loaded weights that were trained on the data."""
+        self._check()
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         """Asks to stop when the next steps would cost too much."""
+        self._look()
         if self._affordable is None:
             return
         made = self._started().steps_made
@@ -109,6 +102,35 @@ class PrivacyBudget(keras.callbacks.Callback):  # type: ignore[misc]
         """Adds epsilon to the logs."""
         if logs is not None:
             logs["epsilon"] = self._epsilon(self._started().steps_made)
+        self.on_train_batch_end(0)
+
+    def _look(self) -> bool:
+        """Counts the steps there may be, unless it is known; tells whether it was not."""
+        run = self._started()
+        if self.max_epsilon is None or not run.planned_steps:
+            return False
+        before = run.ledger(0)
+        if before is self._counted or before == self._counted:
+            self._counted = before
+            return False
+        self._counted = before
+        most = run.planned_steps + run.kept
+        self._affordable = most_within(self._epsilon, self.max_epsilon, most)
+        return True
+
+    def _check(self) -> None:
+        """Refuses to go on if nothing is left for the next steps."""
+        if not self._look():
+            return
+        run = self._started()
+        assert self._affordable is not None
+        made = run.steps_made
+        if self._affordable < made + min(self.model.steps_per_execution, run.planned_steps):
+            raise ArgumentError(
+                "`max_epsilon` must leave something for the steps to come. Received: "
+                f"max_epsilon={self.max_epsilon!r}, with {self._epsilon(made):.4g} spent "
+                "before. Raise it, or add more noise."
+            )
 
     def _epsilon(self, steps: int) -> float:
         run = self._started()

@@ -13,15 +13,15 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import keras
 import tensorflow as tf
 from keras import layers
 
-from tfdist import _keras
 from tfdist.errors import ArgumentError
 from tfdist.privacy import _layers
 from tfdist.privacy.again import computed_again
 from tfdist.privacy.closed_forms import FORMS, Call, has_activation, has_form, left_out, scaled
+from tfdist.privacy.example_losses import is_mean, summed_loss
+from tfdist.privacy.folding import Foldings, foldings, found_without_batch
 from tfdist.privacy.parts import Part, Written
 from tfdist.privacy.rounding import gamma
 from tfdist.privacy.tied import found_tied, of_tied, tied
@@ -138,12 +138,13 @@ def computed_alone(model: Any) -> list[str]:
         model: A compiled, built `keras.Model`.
 
     Returns:
-        Layers with their class, weights that `check` has found to be used outside their
-        layers, and "the loss".
+        Layers with their class, what `check` has found (weights that are used outside their
+        layers, layers that are called without the batch), and "the loss".
     """
     found = [f"{u.name} ({type(u).__name__})" for u in _units(model) if not has_form(u)]
     found += [f"{path}, used outside its layer" for path in found_tied(model)]
-    return found if _is_mean(model, None, []) else [*found, "the loss"]
+    found += [f"{name}, called without the batch" for name in found_without_batch(model)]
+    return found if is_mean(model, None, []) else [*found, "the loss"]
 
 
 def weighted_sums(
@@ -175,29 +176,36 @@ def recorded(
 ) -> tuple[list[Part], list[Any], Any]:
     """Runs the model forward and backward, and gives the gradients by variable."""
     units = _units(model)
-    calls: dict[int, list[Call]] = {id(unit): [] for unit in units}
-    by_hand = tied(model, units, lambda outs: _loss(model, x, y, sample_weight, outs), x)
+    found = foldings(model, units, x)
+    whole = {id(layer): layer for layer in found.around.values() if layer is not None}
+    units_and_whole = [*units, *whole.values()]
+    calls: dict[int, list[Call]] = {id(unit): [] for unit in units_and_whole}
+    by_hand = tied(model, units, lambda outs: summed_loss(model, x, y, sample_weight, outs), x)
+    has = {id(v) for v in by_hand}
+    by_hand += [v for v in found.without_batch(units, None) if id(v) not in has]
     seeds = [(v, tf.identity(v.value)) for v in _layers.seeds(model)] if by_hand else []
     tape = tf.GradientTape(watch_accessed_variables=False)
     variables = [v.value for v in model.trainable_variables] if also_plain else []
     with contextlib.ExitStack() as stack:
-        for unit in units:
+        for unit in units_and_whole:
             stack.enter_context(_recording(unit, calls[id(unit)], tape))
         stack.enter_context(tape)
         for variable in variables:
             tape.watch(variable)
         outputs = model(x, training=training)
-        loss = _loss(model, x, y, sample_weight, outputs)
+        loss = summed_loss(model, x, y, sample_weight, outputs)
     recorded = [call.outputs for made in calls.values() for call in made]
     gradients, plain = tape.gradient(
         loss, (recorded, variables), unconnected_gradients=tf.UnconnectedGradients.ZERO
     )
     remaining = iter(tf.nest.map_structure(tf.convert_to_tensor, gradients))
     parts: list[Part] = []
-    for unit in units:
+    for unit in units_and_whole:
         made = [c._replace(gradients=next(remaining)) for c in calls[id(unit)]]
-        if made:
-            parts += _parts(unit, made)
+        if id(unit) in whole:
+            parts += computed_again(unit, made, found.without_batch(units, unit))
+        elif made and id(unit) not in found.around:
+            parts += _parts(unit, made, found)
     if by_hand:
         again = {id(v) for v in by_hand}
         parts = [part for part in parts if id(part.variable) not in again]
@@ -214,77 +222,6 @@ def _one_each(parts: Sequence[Part]) -> list[Part]:
             part = Written(part.variable, part.each() + other.each())
         found[id(part.variable)] = part
     return list(found.values())
-
-
-def _loss(model: Any, x: Any, y: Any, sample_weight: Any, outputs: Any) -> Tensor:
-    """Gives the sum over examples of the loss of each of them alone."""
-    if not _is_mean(model, sample_weight, outputs):
-        return tf.reduce_sum(losses_alone(model, x, y, sample_weight, outputs))
-    examples = tf.shape(tf.nest.flatten(outputs)[0])[0]
-    with _loss_itself(model):
-        whole = _layers.compiled_loss(model, x, y, outputs, sample_weight)
-    return whole * tf.cast(examples, whole.dtype)
-
-
-def losses_alone(model: Any, x: Any, y: Any, sample_weight: Any, outputs: Any) -> Tensor:
-    """Computes the compiled loss of each example on a batch of this example alone.
-
-    Regularizers of weights are left out, and no metric is updated. Slow: a loop.
-
-    Args:
-        model: A compiled, built `keras.Model`.
-        x: A batch of inputs, nested as the model takes them.
-        y: Targets, or None.
-        sample_weight: As Keras has it, or None.
-        outputs: The model's.
-
-    Returns:
-        float32 of shape [examples].
-    """
-
-    def alone(index: Tensor) -> Tensor:
-        def row(leaf: Tensor) -> Tensor:
-            mine = leaf[index : index + 1]
-            if _layers.has_mask(leaf):
-                mine._keras_mask = leaf._keras_mask[index : index + 1]
-            return mine
-
-        one_x, one_y, one_weight = tf.nest.map_structure(
-            lambda leaf: (
-                leaf if leaf is None else tf.convert_to_tensor(leaf)[index : index + 1]
-            ),
-            (x, y, sample_weight),
-        )
-        one_outputs = tf.nest.map_structure(row, outputs)
-        loss = _layers.compiled_loss(model, one_x, one_y, one_outputs, one_weight)
-        return tf.cast(loss, tf.float32)
-
-    examples = tf.shape(tf.nest.flatten(outputs)[0])[0]
-    with _loss_itself(model):
-        return tf.map_fn(alone, tf.range(examples), fn_output_signature=tf.float32)
-
-
-@contextlib.contextmanager
-def _loss_itself(model: Any) -> Iterator[None]:
-    """Lets no loss be a share's part of the global one, or counted by the model's metrics."""
-    with (
-        _keras.on_replica(None),
-        _layers.without_regularizers(model.trainable_variables),
-        keras.StatelessScope(),
-    ):
-        yield
-
-
-def _is_mean(model: Any, sample_weight: Any, outputs: Any) -> bool:
-    """Tells whether the compiled loss of a batch is the mean of its examples'."""
-    if _layers.has_own_compute_loss(model):
-        return False
-    if any(_layers.has_mask(output) for output in tf.nest.flatten(outputs)):
-        return False
-    weighted = sample_weight is not None
-    return all(
-        _layers.is_mean_over_examples(loss, weighted) for loss in _layers.losses_of(model)
-    )
 
 
 def _units(model: Any) -> list[Any]:
@@ -326,8 +263,10 @@ def _recording(unit: Any, calls: list[Call], tape: Any) -> Iterator[None]:
     activates = in_closed_form and has_activation(unit)
     unscaled = left_out(unit) if in_closed_form else {}
     apart = {"activation": None} if activates else unscaled
+    seeds = _layers.seeds(unit)
 
     def record(call: Any, *args: Any, **kwargs: Any) -> Any:
+        drawn = [(v, tf.identity(v.value)) for v in seeds]
         with _layers.changed(unit, **apart):
             outputs = call(*args, **kwargs)
         normalized = None
@@ -337,16 +276,23 @@ def _recording(unit: Any, calls: list[Call], tape: Any) -> Iterator[None]:
         outputs = tf.nest.map_structure(tf.identity, outputs)
         for output in tf.nest.flatten(outputs):
             tape.watch(output)
-        calls.append(Call(args, kwargs, outputs, normalized))
+        calls.append(Call(args, kwargs, outputs, normalized, seeds=drawn))
         return unit.activation(outputs) if activates else outputs
 
     with _layers.called_through(unit, record):
         yield
 
 
-def _parts(unit: Any, calls: Sequence[Call]) -> list[Part]:
-    parts = FORMS[type(unit)](unit, calls) if has_form(unit) else None
-    if parts is None:
-        parts = computed_again(unit, calls)
+def _parts(unit: Any, calls: Sequence[Call], found: Foldings) -> list[Part]:
     trained = {id(v) for v in unit.trainable_variables}
+    by_rows: dict[int, list[Call]] = {}
+    for number, call in enumerate(calls):
+        by_rows.setdefault(found.of(unit, number), []).append(call)
+    parts: list[Part] = []
+    for rows, some in by_rows.items():
+        made = FORMS[type(unit)](unit, some) if has_form(unit) else None
+        if made is None:
+            parts += computed_again(unit, some, unit.trainable_variables, rows)
+        else:
+            parts += [part if rows == 1 else part.folded(rows) for part in made]
     return [part for part in parts if id(part.variable) in trained]

@@ -33,6 +33,7 @@ class Call(NamedTuple):
         outputs: What it returned, before the activation where the layer has one.
         normalized: Of a normalization, the outputs before scale and offset, where recorded.
         gradients: The loss's gradients by `outputs`, in the same structure.
+        seeds: The states of its random numbers, and what they were before it.
     """
 
     args: tuple[Any, ...]
@@ -40,6 +41,7 @@ class Call(NamedTuple):
     outputs: Any
     normalized: Any = None
     gradients: Any = None
+    seeds: Sequence[tuple[Any, Tensor]] = ()
 
     @property
     def inputs(self) -> Tensor:
@@ -249,6 +251,7 @@ FORMS: dict[type, Callable[[Any, Sequence[Call]], Parts | None]] = {
     layers.LSTM: of_recurrent,
     layers.GRU: of_recurrent,
     layers.SimpleRNN: of_recurrent,
+    layers.RNN: of_recurrent,
 }
 """The closed form of a layer's class; None from it means that it does not hold here."""
 

@@ -89,12 +89,26 @@ def pinned(model: Any, keys: RowKeys) -> Iterator[None]:
         model: A built `keras.Model`.
         keys: Of the rows that it is called with.
     """
-    rows = tf.size(keys.rows, tf.int64)
-    batch = ReplicaBatch(rows, rows, tf.zeros([], tf.int64), list, tf.identity, keys=keys)
-    with _keras.on_replica(batch):
+    with drawing(keys) as batch:
         yield
     for variable, value in list(batch.touched.values()):
         variable.assign(value)
+
+
+@contextlib.contextmanager
+def drawing(keys: RowKeys) -> Iterator[ReplicaBatch]:
+    """Has random numbers follow from keys; seeds move on, and other state may change.
+
+    Args:
+        keys: As in `pinned`.
+
+    Yields:
+        What notes the changes.
+    """
+    rows = tf.size(keys.rows, tf.int64)
+    batch = ReplicaBatch(rows, rows, tf.zeros([], tf.int64), list, tf.identity, keys=keys)
+    with _keras.on_replica(batch):
+        yield batch
 
 
 def mixes(what: str) -> ArgumentError:

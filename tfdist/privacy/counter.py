@@ -73,6 +73,15 @@ class StepCounter:
             begun = self._begun.assign_add(1, read_value=True)
             return tf.identity(begun) - 1 + self._first.read_value()
 
+    def before(self, number: Tensor) -> Tensor:
+        """Says how many steps were begun before one, since `restart`.
+
+        Args:
+            number: The step's, from `begin`.
+        """
+        with tf.device("CPU:0"):
+            return number - self._first.read_value()
+
     def end(self, is_made: Tensor) -> None:
         """Notes that a step is over.
 

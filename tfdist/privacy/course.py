@@ -40,13 +40,13 @@ class Course:
 
     Attributes:
         correlated: Whether steps take back noise of steps before, so that it must go on.
-        kept: Steps of the training that earlier processes made.
-        begins_at: The place of this process's first step in the training, for schedules.
+        kept: Steps of this run that are not this process's.
+        counted_from: The place in a schedule of the first step that `steps_made` counts.
     """
 
     def __init__(self, model: Any, privacy: DPSGD) -> None:
         self.correlated = isinstance(privacy, DPFTRL)
-        self.kept = self.begins_at = 0
+        self.kept = self.counted_from = 0
         self._model = model
         self._seed = privacy.seed
         # From which step on which secret makes the noise.
@@ -71,8 +71,13 @@ class Course:
 
     @property
     def steps_made(self) -> int:
-        """Steps of this training."""
+        """Steps of this run, so without those of processes that a checkpoint is of."""
         return self.kept + self.made_here
+
+    @property
+    def position(self) -> int:
+        """Steps of this training, those included that a checkpoint has."""
+        return self._first + self.steps_made
 
     def go_on(self, saved: dict[str, Any] | None, kept: int, bands: int) -> dict[str, Any]:
         """Goes on with a training.
@@ -89,6 +94,7 @@ class Course:
         Returns:
             What is to be saved, plain data.
         """
+        self._first = self.counted_from = kept
         if saved is not None:
             known = [(int(begin), int(secret)) for begin, secret in saved["secrets"]]
             known = [(begin, secret) for begin, secret in known if begin < kept]
@@ -98,16 +104,20 @@ class Course:
                 if following[0] > kept - bands + 1
             ]
             self._secrets = [*needed, (kept, self._new_secret())]
-            self._first = self.kept = kept
         return {"secrets": [[begin, str(secret)] for begin, secret in self._secrets]}
 
+    @property
+    def place(self) -> int:
+        """Where in a schedule this process begins: the steps that are in the weights."""
+        return self._first + max(0, self.moved(), self.kept)
+
     def begin_at(self, place: int) -> None:
-        """Sets where in a schedule this process has begun.
+        """Sets where in a schedule this process begins.
 
         Args:
-            place: Of its first step; counted from the training's first.
+            place: As in `place`, the same on all workers.
         """
-        self.begins_at = place
+        self.counted_from = place - self.kept
         if self._step is not None:
             self._step.counter.count_from(place + self._earlier)
 
@@ -161,15 +171,17 @@ class Course:
             )
 
 
-def watched(callbacks: Any, course: Course, listener: Listener) -> Any:
+def watched(callbacks: Any, course: Course, listener: Listener, *others: Any) -> Any:
     """Adds to the callbacks what keeps count.
 
     Args:
         callbacks: A list of callbacks, or a `CallbackList`.
         course: Of the training.
         listener: Told of it.
+        *others: Callbacks that come first as well.
     """
-    return _keras.around(callbacks, [_First(course, listener)], [_Last(course, listener)])
+    first = [_First(course, listener), *others]
+    return _keras.around(callbacks, first, [_Last(course, listener)])
 
 
 class _First(keras.callbacks.Callback):  # type: ignore[misc]

@@ -14,6 +14,7 @@ from typing import Any
 import tensorflow as tf
 
 from tfdist.errors import ArgumentError
+from tfdist.privacy.normals import is_worth_compiling
 
 Tensor = Any
 _FINENESS = 6  # steps of the grid in a standard deviation: 2^6; it adds 2e-5 to the variance
@@ -62,8 +63,8 @@ class Rounding:
         """Adds noise to a replica's sum, and rounds it.
 
         Args:
-            value: The sum, float32.
-            drawn: Normal numbers of variance 1, float64, of the same shape.
+            value: The sum, float32, a vector or a scalar.
+            drawn: Normal numbers of variance 1, float64, as many or more.
             unit: What one example can change `value` by.
 
         Returns:
@@ -71,6 +72,20 @@ class Rounding:
             are the noisy sum.
         """
         scale = 1 / (tf.cast(unit, tf.float64) * self.step)
-        noisy = tf.cast(value, tf.float64) * scale + drawn * self._noise
-        whole = tf.cast(tf.round(noisy), tf.float32)
-        return tf.clip_by_value(whole, -self._limit, self._limit)
+        noise, limit = tf.constant(self._noise, tf.float64), tf.constant(self._limit)
+        value = tf.convert_to_tensor(value, tf.float32)
+        is_large = is_worth_compiling(value.shape.num_elements() or 0)
+        return (_compiled if is_large else _rounded)(value, drawn, scale, noise, limit)
+
+
+def _rounded(
+    value: Tensor, drawn: Tensor, scale: Tensor, noise: Tensor, limit: Tensor
+) -> Tensor:
+    if value.shape.rank:
+        drawn = drawn[: value.shape[0]]
+    noisy = tf.cast(value, tf.float64) * scale + drawn * noise
+    return tf.clip_by_value(tf.cast(tf.round(noisy), tf.float32), -limit, limit)
+
+
+# One loop, rather than eight through all numbers.
+_compiled = tf.function(_rounded, autograph=False, jit_compile=True)

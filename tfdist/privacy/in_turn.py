@@ -28,8 +28,9 @@ class DPFTRL(DPSGD):
             noise. Time for noise grows with it.
         min_separation: Of a data set of batches that is gone through more than once: the least
             number of steps from one that an example takes part in to its next. A promise of
-            yours: without reshuffling it is the number of its batches. Arrays have an order
-            of their own, the same in each epoch.
+            yours: without reshuffling it is the number of its batches. Also needed for one
+            pass where a data set may hold an example twice. Arrays have an order of their
+            own, the same in each epoch.
         relation: "replace_special", or "replace_one". An example that is added would move all
             others to other batches.
 

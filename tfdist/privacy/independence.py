@@ -20,11 +20,12 @@ import tensorflow as tf
 from tfdist import _keras
 from tfdist._keras import RowKeys
 from tfdist.errors import ArgumentError
-from tfdist.privacy import _layers, clipping
+from tfdist.privacy import _layers, clipping, rows
 from tfdist.privacy.contributions import (
     Added,
     Columns,
     added,
+    drawing,
     is_same,
     mixes,
     pinned,
@@ -58,7 +59,7 @@ def check(model: Any, x: Any, y: Any, sample_weight: Any = None) -> None:
     tolerance = tolerance_for(model)
     state = model.non_trainable_variables
     before = [tf.identity(v.value) for v in state]
-    few = _taken((x, y, sample_weight), np.arange(_FOR_SUMS) % _count(x))
+    few = rows.taken((x, y, sample_weight), np.arange(_FOR_SUMS) % rows.count(x))
     try:
         with _exact_products(), _keras.replicated():
             _check_sum(model, *few, tolerance)
@@ -81,7 +82,8 @@ def _exact_products() -> Iterator[None]:
 
 
 def _check_sum(model: Any, x: Any, y: Any, sample_weight: Any, tolerance: float) -> None:
-    parts, plain, _ = clipping.recorded(model, x, y, sample_weight, also_plain=True)
+    with drawing(_keys(tf.range(1, rows.count(x) + 1, dtype=tf.int64))):
+        parts, plain, _ = clipping.recorded(model, x, y, sample_weight, also_plain=True)
     with _layers.without_regularizers(model.trainable_variables):
         if model.losses:
             raise ArgumentError(
@@ -118,8 +120,8 @@ class _Comparison:
     def __init__(self, model: Any, columns: Columns, tolerance: float) -> None:
         self._model, self._tolerance = model, tolerance
         self._random = np.random.default_rng(0)
-        count = max(4, min(ROWS, _count(columns[0])))
-        self._columns = _taken(columns, np.arange(count) % _count(columns[0]))
+        count = max(4, min(ROWS, rows.count(columns[0])))
+        self._columns = rows.taken(columns, np.arange(count) % rows.count(columns[0]))
         self._rows = count
         self._function = self._traced(self._columns)
 
@@ -130,10 +132,12 @@ class _Comparison:
             ArgumentError: They add different things, or draw what does not follow from seeds.
         """
         self._check_draws()
-        if not self._keeps_finite():
-            return  # none of these rows counts anything
         kept = np.sort(self._random.permutation(self._rows)[: self._rows // 2])
-        self._compare(self._columns, self._columns, kept)
+        weights = self._weights(kept)
+        whole = self._finite(weights)
+        if whole is None:
+            return  # none of these rows counts anything
+        self._compare_alone(self._columns, kept, weights, whole)
         others = np.setdiff1d(np.arange(self._rows), kept)
         for amount, factor in ((1.0, _LARGE), (1e-3, 1.0)):
             try:
@@ -147,38 +151,55 @@ class _Comparison:
                 continue  # a model need not take what is not of its data
             return
 
-    def _keeps_finite(self) -> bool:
-        """Takes other rows in place of those whose gradients are not finite, if there are."""
+    def _finite(self, weights: Any) -> Added | None:
+        """Takes other rows in place of those whose gradients are not finite.
+
+        Returns:
+            What the rows add, or None if none is finite.
+        """
         everyone = np.arange(self._rows)
-        squares = self._added(self._columns, everyone, np.ones(self._rows)).squares
-        finite = np.flatnonzero(np.isfinite(squares.numpy()))
-        if 0 < len(finite) < self._rows:
-            self._columns = _taken(self._columns, finite[everyone % len(finite)])
-        return len(finite) > 0
+        whole = self._added(self._columns, everyone, weights)
+        finite = np.flatnonzero(np.isfinite(whole.squares.numpy()))
+        if len(finite) == self._rows or not len(finite):
+            return whole if len(finite) else None
+        self._columns = rows.taken(self._columns, finite[everyone % len(finite)])
+        return self._added(self._columns, everyone, weights)
+
+    def _weights(self, kept: Any) -> Any:
+        """Draws by what the gradients of kept rows are multiplied; those of others by 0."""
+        weights = np.zeros(self._rows)
+        weights[kept] = self._random.choice([-1.0, 1.0], len(kept))
+        weights[kept] *= self._random.uniform(0.5, 1.5, len(kept))
+        return weights
+
+    def _compare_alone(self, columns: Columns, kept: Any, weights: Any, whole: Added) -> Any:
+        """Compares kept rows among all with the same alone, in another order.
+
+        Returns:
+            The order.
+        """
+        order = kept[self._random.permutation(len(kept))]
+        alone = self._added(rows.taken(columns, order), order, weights[order])
+        self._check(alone, whole, weights, "without others")
+        return order
 
     def _compare(self, columns: Columns, company: Columns, kept: Any) -> None:
         """Gives rows company in the order that they have, and then other, in another order."""
-        weights = self._random.choice([-1.0, 1.0], len(kept))
-        weights *= self._random.uniform(0.5, 1.5, len(kept))
-        in_batch = np.zeros(self._rows)
-        in_batch[kept] = weights
+        weights = self._weights(kept)
         everyone = np.arange(self._rows)
-        whole = self._added(columns, everyone, in_batch)
+        whole = self._added(columns, everyone, weights)
         if not np.isfinite(whole.squares.numpy()[kept]).all():
             raise ValueError("norms that are not finite")
-        order = self._random.permutation(len(kept))
-        mine = _taken(columns, kept[order])
-        alone = self._added(mine, kept[order], weights[order])
-        self._check(alone, whole, in_batch, "without others")
-        if company is columns:
-            return
+        order = self._compare_alone(columns, kept, weights, whole)
         rest = np.setdiff1d(everyone, kept)[::-1]
         before, after = np.split(rest, [len(rest) // 2 + 1])
-        moved = _joined(_taken(company, before), mine, _taken(company, after))
-        numbers = np.concatenate([before + self._rows, kept[order], after + self._rows])
+        moved = rows.joined(
+            rows.taken(company, before), rows.taken(columns, order), rows.taken(company, after)
+        )
+        numbers = np.concatenate([before + self._rows, order, after + self._rows])
         moved_weights = np.concatenate([0 * before, weights[order], 0 * after])
         among = self._added(moved, numbers, moved_weights)
-        self._check(among, whole, in_batch, "among others")
+        self._check(among, whole, weights, "among others")
 
     def _check(self, other: Added, whole: Added, weights: Any, where: str) -> None:
         weights = tf.constant(weights, tf.float32)
@@ -200,14 +221,12 @@ class _Comparison:
             filled = tf.nest.map_structure(
                 lambda leaf: None if leaf is None else next(given), columns
             )
-            return added(
-                model, filled, RowKeys(numbers, tf.constant(_PINNED, tf.int64)), weights
-            )
+            return added(model, filled, _keys(numbers), weights)
 
         if model.run_eagerly:
             return compute
         signature = [
-            [_of_any_size(leaf) for leaf in leaves],
+            [rows.of_any_size(leaf) for leaf in leaves],
             tf.TensorSpec([None], tf.int64),
             tf.TensorSpec([None], tf.float32),
         ]
@@ -232,8 +251,7 @@ class _Comparison:
         x = tf.nest.map_structure(lambda leaf: tf.convert_to_tensor(leaf), columns[0])
         inputs = [leaf for leaf in tf.nest.flatten(x) if leaf.dtype.is_floating]
         is_kept = np.isin(np.arange(self._rows), kept)
-        numbers = tf.range(1, self._rows + 1, dtype=tf.int64)
-        keys = RowKeys(numbers, tf.constant(_PINNED, tf.int64))
+        keys = _keys(tf.range(1, self._rows + 1, dtype=tf.int64))
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(inputs)
             with pinned(self._model, keys):
@@ -271,27 +289,5 @@ class _Comparison:
         return (tf.nest.map_structure(change, x), *others)
 
 
-def _count(x: Any) -> int:
-    leaf = tf.nest.flatten(x)[0]
-    return int(leaf.shape[0])
-
-
-def _taken(columns: Columns, rows: Any) -> Columns:
-    found: Columns = tf.nest.map_structure(
-        lambda leaf: None if leaf is None else tf.gather(leaf, rows), columns
-    )
-    return found
-
-
-def _joined(*several: Columns) -> Columns:
-    found: Columns = tf.nest.map_structure(
-        lambda *parts: None if parts[0] is None else tf.concat(parts, 0), *several
-    )
-    return found
-
-
-def _of_any_size(leaf: Any) -> Any:
-    spec = tf.type_spec_from_value(leaf)
-    if isinstance(spec, tf.TensorSpec):
-        return tf.TensorSpec([None, *spec.shape[1:]], spec.dtype)
-    return spec._unbatch()._batch(None)
+def _keys(numbers: Tensor) -> RowKeys:
+    return RowKeys(numbers, tf.constant(_PINNED, tf.int64))

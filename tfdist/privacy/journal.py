@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tfdist.errors import CheckpointError
-from tfdist.privacy.memory import History
+from tfdist.privacy.resumption import Earlier
 
 NAME = "privacy.json"
 _PARTS = 100  # of a training: how many steps are written down at once
@@ -25,15 +25,14 @@ class Journal:
     def __init__(self, directory: str | os.PathLike[str]) -> None:
         self._path = Path(os.fspath(directory)).expanduser() / NAME
 
-    def read(self) -> tuple[str, History] | None:
-        """Gives which training wrote last, and what it and those before may have made.
+    def read(self) -> Earlier | None:
+        """Gives what the process that wrote last, and those before it, may have made.
 
         Raises:
             CheckpointError: It is there, and cannot be read.
         """
         try:
-            saved = json.loads(self._path.read_text())
-            return saved["run"], History.from_dict(saved)
+            return Earlier.from_dict(json.loads(self._path.read_text()))
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError) as error:
@@ -43,21 +42,25 @@ class Journal:
                 "directory, and pass what was spent as DPSGD(spent=...)."
             ) from None
 
-    def write(self, run_id: str, history: History) -> None:
+    def write(self, made: Earlier) -> None:
         """Writes down what may have been made; it is on the disk when this returns.
 
+        What another process has written stays: two may have begun in the same directory.
+
         Args:
-            run_id: Of the training that makes it.
-            history: All steps, those to come included.
+            made: All steps, those to come of this process, its last run, included.
 
         Raises:
             CheckpointError: It cannot be written.
         """
+        there = self.read()
+        if there is not None:
+            made = made.beside(there)
         new = self._path.with_name(f"{NAME}.{os.getpid()}")
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with new.open("w") as file:
-                json.dump({"run": run_id, **history.to_dict()}, file)
+                json.dump(made.to_dict(), file)
                 file.flush()
                 os.fsync(file.fileno())
             new.replace(self._path)

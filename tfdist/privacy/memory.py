@@ -1,7 +1,8 @@
 """What is known of the private steps behind a model's weights.
 
-It is kept with the variables, so that a model made of another one's layers has it too, and in
-the files that Keras saves: see `tfdist._keras.saving`.
+It is kept with the variables, with the layers that have them and with the model. So a model
+made of another one's layers has it too, and so has a layer whose weights were replaced, such
+as by `quantize`. It is in the files that Keras saves: see `tfdist._keras.saving`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 from collections.abc import Iterator
 from typing import Any, Protocol
 
+import keras
 import numpy as np
 
 from tfdist import _keras
@@ -30,7 +32,7 @@ class History:
 
     Attributes:
         ledger: The steps.
-        secret: As in `Report`.
+        secret: As in `Report`, of what its ledgers do not say.
         uncounted: As `uncounted_steps` in `Report`.
         changes: As in `Report`.
     """
@@ -52,6 +54,11 @@ class History:
             max(self.uncounted, other.uncounted),
             max(self.changes, other.changes),
         )
+
+    @property
+    def is_secret(self) -> bool:
+        """Whether all random numbers came from the operating system."""
+        return self.secret and self.ledger.secret
 
     def without(self, run_id: str) -> History:
         """Gives it without the steps of a training.
@@ -121,7 +128,7 @@ def of(model: Any) -> History:
     """Gives what is known of a model.
 
     Args:
-        model: A `keras.Model`.
+        model: A `keras.Model`, or a layer.
     """
     found = History()
     for holder in _holders(model):
@@ -187,25 +194,35 @@ def forgotten(model: Any) -> Iterator[None]:
     Args:
         model: A `keras.Model`.
     """
-    before = [(v, vars(v).pop(_ATTRIBUTE, None)) for v in model.variables]
+    before = [(thing, vars(thing).pop(_ATTRIBUTE, None)) for thing in _places(model)]
     try:
         yield
     finally:
-        for variable in model.variables:
-            vars(variable).pop(_ATTRIBUTE, None)
-        for variable, known in before:
+        for thing in _places(model):
+            vars(thing).pop(_ATTRIBUTE, None)
+        for thing, known in before:
             if known is not None:
-                vars(variable)[_ATTRIBUTE] = known
+                vars(thing)[_ATTRIBUTE] = known
 
 
 def _put(model: Any, holder: _Holder) -> None:
-    for variable in model.variables:  # of which any may be trained later
-        if not _layers.is_seed(variable):
-            vars(variable)[_ATTRIBUTE] = holder, _digest(variable)
+    for thing in _places(model):
+        is_variable = isinstance(thing, keras.Variable)
+        vars(thing)[_ATTRIBUTE] = holder, _digest(thing) if is_variable else None
+
+
+def _places(model: Any) -> list[Any]:
+    """Lists all that what is known is kept with: any of them may be trained later."""
+    things: list[Any] = [model]
+    for layer in _layers.with_sublayers(model):
+        weights = [v for v in layer.variables if not _layers.is_seed(v)]
+        things += [*weights, layer] if weights else []
+    return list({id(thing): thing for thing in things}.values())
 
 
 def _holders(model: Any) -> Iterator[_Holder]:
-    found = [vars(v)[_ATTRIBUTE][0] for v in model.variables if _ATTRIBUTE in vars(v)]
+    things = [*model.variables, *_layers.with_sublayers(model)]
+    found = [vars(thing)[_ATTRIBUTE][0] for thing in things if _ATTRIBUTE in vars(thing)]
     yield from {id(holder): holder for holder in found}.values()
 
 

@@ -10,17 +10,16 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from tfdist.privacy.normals import standard_normal
+
 Tensor = Any
-_PHILOX = tf.random.Algorithm.PHILOX.value
 
 
 class Noise:
     """Streams of independent Gaussian numbers, one for each replica of this process.
 
-    The numbers of a step are a function of a replica's secret words and of the step's number.
-    Philox (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) turns a
-    counter into bits; Box and Muller ("A note on the generation of random normal deviates",
-    1958) turn three words of them into two normal numbers, up to 9.49 standard deviations.
+    The numbers of a step are a function of a replica's secret words and of the step's number;
+    see `standard_normal`.
 
     Args:
         first_replica: Global number of this process's first replica.
@@ -126,47 +125,6 @@ class Noise:
         low = tf.zeros([], tf.uint64)
         counter = tf.stack([low, words[1] + tf.cast(step, tf.uint64)])
         return standard_normal(count, words[:1], counter)
-
-
-def standard_normal(count: int, key: Tensor, counter: Tensor) -> Tensor:
-    """Turns a key and a counter into normal numbers.
-
-    Args:
-        count: How many.
-        key: uint64 of shape [1].
-        counter: uint64 of shape [2], the low word first.
-
-    Returns:
-        float64 tensor of shape [count]; see `from_words`.
-    """
-    half = -(-count // 2)
-    words = tf.raw_ops.StatelessRandomUniformFullIntV2(
-        shape=[3, half], key=key, counter=counter, alg=_PHILOX, dtype=tf.uint32
-    )
-    return from_words(words)[:count]
-
-
-def from_words(words: Tensor) -> Tensor:
-    """Turns random words into normal numbers, by Box and Muller's method.
-
-    A radius comes from 64 bits, in float64, so it ends at sqrt(130 ln 2) = 9.49: beyond that
-    is a probability of less than 2^-64, both sides together. The direction is one of 2^32, in
-    float32, which takes a quarter of the time: its cosine may be wrong by 2^-24 of itself, but
-    the numbers, products with a fine radius, have no gaps.
-
-    Args:
-        words: uint32 of shape [3, n].
-
-    Returns:
-        float64 tensor of shape [2 n].
-    """
-    high, low = tf.cast(words[0], tf.float64), tf.cast(words[1], tf.float64)
-    # Floats are finest near 0, where the tail is: a shift by half a step, and no 1 - u.
-    uniform = high * 2.0**-32 + (low * 2.0**-64 + 2.0**-65)
-    radius = tf.sqrt(-2.0 * tf.math.log(uniform))
-    angle = tf.cast(tf.bitcast(words[2], tf.int32), tf.float32) * (math.pi * 2.0**-31)
-    directions = (tf.cast(f(angle), tf.float64) for f in (tf.cos, tf.sin))
-    return tf.concat([radius * d for d in directions], 0)
 
 
 def like(flat: Tensor, variables: Sequence[Any]) -> list[Tensor]:

@@ -59,6 +59,14 @@ class Part(abc.ABC):
     def each(self) -> Tensor:
         """Gives the gradients one by one, shape [examples, *the variable's]."""
 
+    @abc.abstractmethod
+    def folded(self, count: int) -> Part:
+        """Gives the gradients of examples of which each has several rows here.
+
+        Args:
+            count: Rows of an example, one behind the other.
+        """
+
 
 class Written(Part):
     """Gradients written out one by one.
@@ -90,6 +98,11 @@ class Written(Part):
     def each(self) -> Tensor:
         """Gives them as they are; see `Part`."""
         return self._gradients
+
+    def folded(self, count: int) -> Part:
+        """Adds up; see `Part`."""
+        split = tf.reshape(self._gradients, [-1, count, *self._gradients.shape[1:]])
+        return Written(self.variable, tf.reduce_sum(split, 1))
 
 
 class Product(Part):
@@ -157,6 +170,11 @@ class Product(Part):
     def each(self) -> Tensor:
         """Multiplies example by example; see `Part`."""
         return self._arranged(tf.matmul(self._inputs, self._outputs, transpose_a=True))
+
+    def folded(self, count: int) -> Part:
+        """Makes positions of rows; see `Part`."""
+        inputs, outputs = _unfolded(self._inputs, count), _unfolded(self._outputs, count)
+        return Product(self.variable, inputs, outputs, self._axes)
 
     def _arranged(self, products: Tensor) -> Tensor:
         shape, order = self._axes or (self.variable.shape, range(len(self.variable.shape)))
@@ -231,6 +249,17 @@ class Lookup(Part):
             tf.reshape(self._outputs, [-1, size]), tf.reshape(rows, [-1]), examples * count
         )
         return tf.reshape(sums, [-1, count, size])
+
+    def folded(self, count: int) -> Part:
+        """Makes positions of rows; see `Part`."""
+        rows, outputs = _unfolded(self._rows, count), _unfolded(self._outputs, count)
+        return Lookup(self.variable, rows, outputs)
+
+
+def _unfolded(factor: Tensor, count: int) -> Tensor:
+    """Lays an example's rows one behind the other, shape [examples, count * positions, ...]."""
+    positions = factor.shape[1] if factor.shape[1] is not None else tf.shape(factor)[1]
+    return tf.reshape(factor, [-1, count * positions, *factor.shape[2:]])
 
 
 def _gram_is_smaller(positions: int | None, p: int, q: int) -> bool:

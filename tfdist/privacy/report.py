@@ -80,7 +80,7 @@ class Report:
         text = statement(
             self.ledger, delta=self.delta, accountant=self.accountant, relation=self.relation
         )
-        before = [] if self.secret else [_SEEDED]
+        before = [_SEEDED] if self.ledger.secret and not self.secret else []
         after = [_INSIDE] if self.validated_inside else []
         if self.norm_changes:
             after.append(_MOVING)
@@ -182,6 +182,7 @@ def statement(
     sampled = any(phase.bands is None or phase.cyclic for phase in ledger.phases)
     alike = _ALIKE[relation].format(*_ONE[unit])
     sentences = [
+        *([] if ledger.secret else [_SEEDED]),
         f"The weights are differentially private with epsilon = {_rounded_up(spent)} and "
         f"delta = {delta:g}: for any two data sets that {alike}, whatever can be "
         f"concluded from the weights is at most e^epsilon = {_rounded_up(math.exp(spent))} "
@@ -245,15 +246,13 @@ def _public(ledger: Ledger) -> str:
 
 
 def _described(ledger: Ledger) -> str:
-    if not ledger.phases:
+    if not ledger.steps:
         return "no step at all"
-    joined = Ledger()
-    for phase in ledger.phases:  # whichever `fit` made them
-        joined = joined.add(replace(phase, run_id="", groups=None))
-    if len(joined.phases) <= _SEVERAL:
-        return ", then ".join(_describe(phase) for phase in joined.phases)
+    made = ledger.mechanisms
+    if len(made) <= _SEVERAL:
+        return ", then ".join(map(_describe, made))
     alike: dict[Any, list[Phase]] = {}
-    for number, phase in enumerate(joined.phases):  # of a schedule there are many
+    for number, phase in enumerate(made):  # of a schedule there are many
         plain = replace(phase, steps=0, noise_multiplier=0.0)
         alike.setdefault(number if phase.bands else plain, []).append(phase)
     return ", then ".join(_describe(phases[0], phases) for phases in alike.values())
@@ -274,10 +273,10 @@ def _describe(phase: Phase, alike: Sequence[Phase] = ()) -> str:
         often = "takes part in no more than one of them"
         if phase.separation is not None:
             often = f"comes in steps that are at least {phase.separation} apart"
-        lost = "" if not phase.after else ", lost and made again"
+        resumed = "" if not phase.after else f" that went on after {phase.after} others"
         return (
-            f"{phase.steps} steps of DP-FTRL{lost}, each example's gradient clipped to a norm "
-            f"C, in which an example {often}, and Gaussian noise of standard deviation "
+            f"{phase.steps} steps of DP-FTRL{resumed}, each example's gradient clipped to a "
+            f"norm C, in which an example {often}, and Gaussian noise of standard deviation "
             f"{phase.noise_multiplier:.6g} C for each step, of which the {phase.bands - 1} "
             "steps after it take a part back"
         )

@@ -95,4 +95,5 @@ def sums_of_squares(values: Tensor) -> Tensor:
     squares = tf.square(tf.reshape(values, [-1, outer, inner]))
     # The factor in between also keeps compilers from making one sum of both.
     level = tf.reduce_sum(squares, 2) * (1 + gamma(inner + 2))
-    return tf.reduce_sum(level, 1) * (1 + gamma(outer + 2))
+    whole = level[:, 0] if outer == 1 else tf.reduce_sum(level, 1)
+    return whole * (1 + gamma(outer + 2))

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from tfdist.errors import ArgumentError
 from tfdist.privacy.arguments import check_number
+from tfdist.privacy.levels import Levels
 from tfdist.privacy.settings import DPSGD, LARGEST_NORM, LEAST_NORM
 
 Tensor = Any
@@ -41,23 +42,16 @@ class Now(NamedTuple):
 
 
 @dataclass(frozen=True)
-class StepSchedule:
+class StepSchedule(Levels):
     """The multiplier and the norm of each step, as runs of steps that have the same.
 
     Args:
-        begins: The first step of each run; of the first run it is 0. The last one has no end.
-        multipliers: Of each run.
+        begins: As in `Levels`.
+        multipliers: As in `Levels`.
         norms: Of each run.
     """
 
-    begins: tuple[int, ...]
-    multipliers: tuple[float, ...]
     norms: tuple[float, ...]
-
-    @property
-    def least(self) -> float:
-        """The smallest multiplier."""
-        return min(self.multipliers)
 
     def scaled(self, factor: float) -> StepSchedule:
         """Gives the schedule with all multipliers multiplied.
@@ -66,24 +60,6 @@ class StepSchedule:
             factor: By which.
         """
         return replace(self, multipliers=tuple(factor * m for m in self.multipliers))
-
-    def counts(self, first: int, steps: int) -> dict[float, int]:
-        """Says how many steps have which multiplier.
-
-        Args:
-            first: The number of the first step.
-            steps: How many steps, from that one on.
-
-        Returns:
-            Steps by multiplier, in the order in which they first come.
-        """
-        found: dict[float, int] = {}
-        ends = (*self.begins[1:], first + steps)
-        for begin, end, multiplier in zip(self.begins, ends, self.multipliers, strict=True):
-            count = min(end, first + steps) - max(begin, first)
-            if count > 0:
-                found[multiplier] = found.get(multiplier, 0) + count
-        return found
 
     def at(self, step: Tensor) -> Now:
         """Gives what a step gets, in a graph.

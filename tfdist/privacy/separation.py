@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from tfdist._keras import pipelines
 from tfdist.errors import ArgumentError
 
 Tensor = Any
@@ -126,3 +127,23 @@ def _fingerprints(batch: Any) -> Tensor:
         return None
     marks = tf.raw_ops.Fingerprint(data=tf.concat(parts, 1), method="farmhash64")
     return tf.bitcast(marks, tf.uint64)
+
+
+def check_places(dataset: Any, promised: bool) -> None:
+    """Refuses a data set in which an example may decide about others, or come twice in a pass.
+
+    Args:
+        dataset: A `tf.data.Dataset` of batches.
+        promised: Whether `min_separation` says how often an example comes.
+
+    Raises:
+        ArgumentError: It may.
+    """
+    problem = pipelines.misplaced(dataset, promised)
+    if problem is not None:
+        what, remedy = problem
+        raise ArgumentError(
+            "An example of DPFTRL must go into the same batch whatever the others hold, and "
+            "once in a pass unless `min_separation` says how often. Received: a "
+            f"tf.data.Dataset with {what}. {remedy}"
+        )

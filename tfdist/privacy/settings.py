@@ -31,7 +31,7 @@ class DPSGD:
 
     A schedule is a function of the step's number, counted from 0 in each `fit`, such as a
     `keras.optimizers.schedules.LearningRateSchedule`. It is evaluated for all steps before the
-    first, and must depend on nothing else. Steps that were lost in a crash count.
+    first, and must depend on nothing else. What goes on from a checkpoint goes on in it.
 
     Args:
         l2_norm_clip: The norm, over all variables, to which each example's gradient is

@@ -40,7 +40,6 @@ class SpotChecks:
             # Products of other shapes may be rounded otherwise there (TensorFloat-32).
             self._tolerance = max(self._tolerance, _COARSE)
         with tf.init_scope(), tf.device("CPU:0"):
-            self._first = tf.Variable(tf.zeros([], tf.int64), trainable=False)
             self._period = tf.Variable(tf.ones([], tf.int64), trainable=False)
             self._failed = tf.Variable(False, trainable=False)
 
@@ -50,25 +49,27 @@ class SpotChecks:
         Args:
             steps: Of an epoch, if known.
         """
-        self._first.assign(self._model.optimizer.iterations.numpy())
         steps = steps or _APART
         self._period.assign(-(-_APART // steps) * steps)
         self._failed.assign(False)
 
-    def check(self, data: Any, batch: ReplicaBatch, stopping: Tensor) -> tuple[Any, Tensor]:
+    def check(
+        self, data: Any, batch: ReplicaBatch, stopping: Tensor, step: Tensor
+    ) -> tuple[Any, Tensor]:
         """Compares, in some steps; then nothing is made of data that fails.
 
         Args:
             data: `x`, `y` and `sample_weight` of a replica's share.
             batch: What the replica knows of it, its rows' keys included.
             stopping: What this worker tells the others, float32 of shape [3].
+            step: How many steps of this `fit` came before, by tfdist's own count.
 
         Returns:
             `data`, and `stopping`, which asks for a stop if the rows depend on each other.
         """
         assert batch.keys is not None
         passed = tf.cond(
-            self._is_due(batch.keys) & (batch.rows > 1),
+            self._is_due(batch.keys, step) & (batch.rows > 1),
             lambda: self._passes(data, batch),
             lambda: tf.constant(True),
         )
@@ -81,10 +82,9 @@ class SpotChecks:
                 asks = tf.stack([tf.cast(~passed, tf.float32), 0.0, 0.0])
         return data, stopping + asks
 
-    def _is_due(self, keys: RowKeys) -> Tensor:
+    def _is_due(self, keys: RowKeys, step: Tensor) -> Tensor:
         with tf.device("CPU:0"):
-            first, period = self._first.read_value(), self._period.read_value()
-        step = tf.cast(self._model.optimizer.iterations.value, tf.int64) - first
+            period = self._period.read_value()
         drawn = tf.random.stateless_uniform([], tf.stack([keys.secret[0], step]))
         return (step % period == 0) | (drawn < 1.0 / _EVERY)
 

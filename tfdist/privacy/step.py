@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import keras
@@ -19,6 +21,7 @@ from tfdist.privacy.cyclic import Recursion
 from tfdist.privacy.grid import Rounding
 from tfdist.privacy.masks import Masks
 from tfdist.privacy.noise import Noise, like
+from tfdist.privacy.normals import at_once
 from tfdist.privacy.pieces import clipped_share
 from tfdist.privacy.refusals import check_untouched
 from tfdist.privacy.schedules import Now
@@ -26,6 +29,26 @@ from tfdist.privacy.settings import Mechanism
 from tfdist.privacy.spot_checks import SpotChecks
 
 Tensor = Any
+
+
+@dataclass(frozen=True)
+class PrivateSteps:
+    """Makes the steps of a mechanism.
+
+    Attributes:
+        mechanism: What is done to the gradients.
+    """
+
+    mechanism: Mechanism
+
+    def make(self, model: Any, strategy: Any) -> PrivateStep:
+        """Makes the step of a model.
+
+        Args:
+            model: A compiled, built `keras.Model`.
+            strategy: Where its replicas are.
+        """
+        return PrivateStep(model, self.mechanism, strategy)
 
 
 class PrivateStep:
@@ -69,8 +92,6 @@ class PrivateStep:
         self.adaptive: AdaptiveClip | None = None
         if mechanism.target_quantile is not None:
             self.adaptive = AdaptiveClip(model, mechanism, place.num_replicas)
-        if isinstance(model.optimizer, DPAdam):
-            model.optimizer.noise_deviation = self._deviation
         self._model = model
         self._strategy = strategy
 
@@ -118,6 +139,18 @@ class PrivateStep:
         if self.adaptive is not None:
             self.adaptive.restart()
 
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Tells an optimizer that asks for it how much noise there is."""
+        optimizer = self._model.optimizer
+        if isinstance(optimizer, DPAdam):
+            optimizer.noise_deviation = self._deviation
+        try:
+            yield
+        finally:
+            if isinstance(optimizer, DPAdam):
+                optimizer.noise_deviation = None
+
     def begin(self, share: Any) -> None:
         """Counts a step of all replicas of this process; called before they make it.
 
@@ -157,7 +190,8 @@ class PrivateStep:
         """
         batch.keys = self.masks.keys(data, batch.offset, self.mechanism.copies)
         columns = keras.utils.unpack_x_y_sample_weight(data)
-        columns, stopping = self.spot_checks.check(columns, batch, stopping)
+        step = self.counter.before(self._number)
+        columns, stopping = self.spot_checks.check(columns, batch, stopping, step)
         return keras.utils.pack_x_y_sample_weight(*columns), stopping
 
     def train_step(self, data: Any, batch: ReplicaBatch, groups: Tensor) -> Any:
@@ -226,27 +260,24 @@ class PrivateStep:
         assert self._rounding is not None
         variables = self._model.trainable_variables
         count = sum(math.prod(v.shape) for v in variables)
+        drawn = self._drawn(at_once(count + (self.adaptive is not None)))
         if self.adaptive is not None:
-            drawn, of_votes = tf.split(self._drawn(count + 1), [count, 1])
-            votes = self.adaptive.with_noise(votes, of_votes[0])
-        else:
-            drawn = self._drawn(count)
+            votes = self.adaptive.with_noise(votes, drawn[count])
         # Rounded sums of some replicas without noise would show what their examples are.
         correlated = self.mechanism.bands is not None and self._strategy.place.num_replicas > 1
         if correlated:
             sums = batch.all_reduce(sums)
-        unit = self._unit(norm)
-        counts = [
-            self._rounding.counts(s, n, unit)
-            for s, n in zip(sums, like(drawn, variables), strict=True)
-        ]
+        # As one vector: rounded in one go, however many variables there are.
+        flat = tf.concat([tf.reshape(s, [-1]) for s in sums], 0)
+        flat = tf.ensure_shape(flat, [count])
+        counts = self._rounding.counts(flat, drawn, self._unit(norm))
         if correlated:
             # Known only when it runs: TensorFlow would leave out a sum that a process does not
             # need, and others would wait for it.
             zero = tf.cast(tf.minimum(batch.total, 0), tf.int32)
             is_first = tf.equal(self._strategy.replica_id() + zero, 0)
-            counts = [tf.where(is_first, c, tf.zeros_like(c)) for c in counts]
-        return counts, votes
+            counts = tf.where(is_first, counts, tf.zeros_like(counts))
+        return like(counts, variables), votes
 
     def _drawn(self, count: int) -> Tensor:
         """Draws a replica's normal numbers.

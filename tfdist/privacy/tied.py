@@ -14,13 +14,11 @@ import keras
 import tensorflow as tf
 
 from tfdist import _keras
-from tfdist._keras import ReplicaBatch
-from tfdist._keras.replica import current_batch
 from tfdist.privacy import _layers
+from tfdist.privacy.again import one_row
 from tfdist.privacy.parts import Part, Written
 
 Tensor = Any
-_FOUND = "_tfdist_tied"  # of a model: its trainable variables, and which of them are tied
 
 
 def tied(model: Any, units: Sequence[Any], loss: Callable[[Any], Tensor], x: Any) -> list[Any]:
@@ -40,10 +38,10 @@ def tied(model: Any, units: Sequence[Any], loss: Callable[[Any], Tensor], x: Any
     """
     variables = model.trainable_variables
     key = tuple(id(v) for v in variables)
-    known, found = vars(model).get(_FOUND, (None, set()))
+    known, found = _keras.attached(model).tied_weights
     if known != key:
         found = _connected(model, units, loss, x)
-        vars(model)[_FOUND] = key, found
+        _keras.attached(model).tied_weights = key, found
     return [v for v in variables if id(v) in found]
 
 
@@ -53,13 +51,13 @@ def found_tied(model: Any) -> list[str]:
     Args:
         model: A `keras.Model`.
     """
-    _, found = vars(model).get(_FOUND, (None, set()))
+    _, found = _keras.attached(model).tied_weights
     return [v.path for v in model.trainable_variables if id(v) in found]
 
 
 def _connected(
     model: Any, units: Sequence[Any], loss: Callable[[Any], Tensor], x: Any
-) -> set[int]:
+) -> frozenset[int]:
     variables = model.trainable_variables
     found: set[int] = set()
 
@@ -91,7 +89,7 @@ def _connected(
             trace()
     else:
         tf.function(trace, autograph=False).get_concrete_function()
-    return found
+    return frozenset(found)
 
 
 def of_tied(
@@ -128,7 +126,7 @@ def of_tied(
             keras.StatelessScope(state_mapping=in_use),
         ):
             tape.watch(values)
-            with _keras.on_replica(_row(index)):
+            with _keras.on_replica(one_row(index)):
                 outputs = model(one_x, training=training)
             with _keras.on_replica(None):  # the loss is no part of a larger batch's
                 loss = _layers.compiled_loss(model, one_x, one_y, outputs, one_weight)
@@ -141,14 +139,3 @@ def of_tied(
         fn_output_signature=[tf.TensorSpec(v.shape, tf.float32) for v in variables],
     )
     return [Written(v, gradients) for v, gradients in zip(variables, each, strict=True)]
-
-
-def _row(index: Tensor) -> ReplicaBatch | None:
-    """Gives one row of the share that the replica computes, where it computes one."""
-    share = current_batch()
-    if share is None:
-        return None
-    one, place = tf.ones([], tf.int64), share.offset + tf.cast(index, tf.int64)
-    keys = getattr(share, "keys", None)  # what rows' random numbers follow from, if given
-    own = {} if keys is None else {"keys": keys.at(index[None])}
-    return ReplicaBatch(one, share.total, place, share.all_reduce, share.all_gather, **own)

@@ -201,7 +201,7 @@ def curve_of_ledger(ledger: Ledger, relation: str = "add_or_remove_one") -> Curv
         MissingPackageError: dp-accounting is not installed.
     """
     ledger.check_unit()
-    made = [phase for phase in ledger.phases if phase.steps and phase.sampling_probability]
+    made = [phase for phase in ledger.mechanisms if phase.sampling_probability]
     if any(phase.noise_multiplier == 0 for phase in made):
         return curve_of([0.0], [1.0])  # any
     accounting = dp_accounting()

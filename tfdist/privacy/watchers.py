@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
+import keras
 from keras import callbacks as keras_callbacks
 
 from tfdist.errors import ArgumentError
@@ -40,13 +41,8 @@ def check_callbacks(callbacks: Sequence[Any]) -> None:
                 "gradient is not finite count as 0."
             )
         monitor = getattr(callback, "monitor", None)
-        if _decides(callback) and not _is_public(monitor):
-            raise ArgumentError(
-                "What private training does must not depend on a loss or metric of the "
-                f"training data, which has no noise. Received: {kind} with "
-                f"monitor={monitor!r}. Use one of data that need not be protected, such as "
-                "monitor='val_loss' with validation_data."
-            )
+        if _decides(callback) and not _may_be_public(monitor):
+            raise _decides_by_training(callback)
         frequency = getattr(callback, "update_freq", "epoch")
         if isinstance(callback, keras_callbacks.TensorBoard) and frequency != "epoch":
             raise ArgumentError(
@@ -55,6 +51,47 @@ def check_callbacks(callbacks: Sequence[Any]) -> None:
                 f"update_freq={frequency!r}. Use update_freq='epoch', and keep the files to "
                 "yourself."
             )
+
+
+def check_names(callbacks: Sequence[Any], names: Collection[str]) -> None:
+    """Refuses callbacks that decide by a training metric, whatever it is called.
+
+    Args:
+        callbacks: Keras callbacks.
+        names: Of what a training step logs without noise.
+
+    Raises:
+        ArgumentError: There is one.
+    """
+    for callback in callbacks:
+        if _decides(callback) and callback.monitor in names:
+            raise _decides_by_training(callback)
+
+
+class StepLogs(keras.callbacks.Callback):  # type: ignore[misc]
+    """Looks at what steps log: only what they do not is of validation.
+
+    Args:
+        callbacks: Those of the training.
+        noisy: Names of what has noise.
+    """
+
+    def __init__(self, callbacks: Sequence[Any], noisy: Collection[str]) -> None:
+        super().__init__()
+        self._callbacks, self._noisy = callbacks, noisy
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        """Refuses a callback before it decides anything."""
+        check_names(self._callbacks, set(logs or {}).difference(self._noisy))
+
+
+def _decides_by_training(callback: Any) -> ArgumentError:
+    return ArgumentError(
+        "What private training does must not depend on a loss or metric of the training data, "
+        f"which has no noise. Received: {type(callback).__name__} with "
+        f"monitor={callback.monitor!r}. Use one of data that need not be protected, such as "
+        "monitor='val_loss' with validation_data."
+    )
 
 
 def _decides(callback: Any) -> bool:
@@ -74,5 +111,5 @@ def decides_by_validation(callback: Any) -> bool:
     return _decides(callback) and str(callback.monitor).startswith("val_")
 
 
-def _is_public(monitor: Any) -> bool:
+def _may_be_public(monitor: Any) -> bool:
     return str(monitor).startswith("val_") or monitor in _NOISY

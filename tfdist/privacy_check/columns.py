@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tfdist.data.arrays import read_columns
+from tfdist.data.columns import read_columns
 
 Columns = tuple[Any, Any, Any]
 

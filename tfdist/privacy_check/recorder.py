@@ -11,7 +11,7 @@ import keras
 import numpy as np
 from numpy.typing import NDArray
 
-from tfdist import _keras, training
+from tfdist import _keras, api
 from tfdist.privacy import _layers, memory
 from tfdist.privacy.poisson import Poisson
 from tfdist.samplers import Rows, Sampler
@@ -19,8 +19,6 @@ from tfdist.samplers import Rows, Sampler
 Floats = NDArray[np.float32]
 Consume = Callable[[int, Floats], None]
 _OURS = "_tfdist"
-# What of a model is kept between measurements, so that its functions are traced once.
-_KEPT = ("_tfdist_prepared", "_tfdist_composition", "_tfdist_found_metrics", "_tfdist_clip")
 _OF_KERAS = (
     "optimizer",
     "steps_per_execution",
@@ -126,7 +124,7 @@ class Subject:
         if self._recorder.built:
             self._recorder.iterations.assign(0)
         reader = _Reader(self._recorder, consume)
-        training.fit(
+        api.fit(
             self.model,
             x,
             y,
@@ -137,9 +135,6 @@ class Subject:
             verify_every=0,
             **options,
         )
-        for name in [n for n in vars(self.model) if n.startswith(_OURS)]:
-            if not name.startswith(_KEPT):
-                del vars(self.model)[name]
         return reader.logs
 
     def rewind(self) -> None:

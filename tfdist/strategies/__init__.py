@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from tfdist import registry
-from tfdist.cluster import EVALUATOR, Cluster
+from tfdist.cluster import EVALUATOR, Cluster, strategy_names
+from tfdist.cluster.strategy_names import names
 from tfdist.errors import ArgumentError, StrategyError
-from tfdist.registry import names
 from tfdist.strategies.base import Place, Strategy
 
 __all__ = ["Place", "Strategy", "choose", "find", "names"]
@@ -20,7 +19,7 @@ def find(name: str) -> type[Strategy]:
     Raises:
         ArgumentError: There is no such strategy.
     """
-    entry = registry.entry(name)
+    entry = strategy_names.entry(name)
     if entry is not None:
         loaded: type[Strategy] = entry.load()
         return loaded

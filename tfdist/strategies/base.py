@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 import keras
 import numpy as np
 
-from tfdist.board import Board
 from tfdist.cluster import Cluster
+from tfdist.cluster.key_value_store import KeyValueStore
 
 Tensor = Any
 
@@ -52,14 +52,14 @@ class Functions:
         test: The same, for evaluation.
         predict: Gives the outputs for a list of shares.
         running: Makes a context that lasts as long as Keras's loop.
-        marks: Clocks inside of the steps, if they have some.
+        timers: Clocks inside of the steps, if they have some.
     """
 
     train: Callable[[Any], Any]
     test: Callable[[Any], Any]
     predict: Callable[[list[Any]], Any]
     running: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
-    marks: Any = None
+    timers: Any = None
 
 
 class Strategy(abc.ABC):
@@ -79,6 +79,7 @@ class Strategy(abc.ABC):
         has_servers: Whether `hold` leaves variables where no replica is.
         gathers_rows: Whether its own functions take row numbers where data has rows.
         sums_exactly: Whether `reduce_step` sums gradients as they are.
+        compression: Of gradients, where `fit` asks for none; as in `fit`.
     """
 
     name: ClassVar[str]
@@ -89,6 +90,7 @@ class Strategy(abc.ABC):
     has_servers: bool = False
     gathers_rows: bool = False
     sums_exactly: bool = True
+    compression: str | None = None
 
     @classmethod
     @abc.abstractmethod
@@ -264,6 +266,15 @@ class Strategy(abc.ABC):
         """
         return [np.asarray(keras.ops.convert_to_numpy(variable))]
 
+    def assign_copies(self, variable: Any, values: Sequence[Any]) -> None:
+        """Gives each replica of this process a value of its own.
+
+        Args:
+            variable: A `keras.Variable`, held by the strategy.
+            values: Arrays, as `copies` gives them.
+        """
+        variable.assign(values[0])
+
     def agree(self, variables: Sequence[Any]) -> None:  # noqa: B027, one process agrees
         """Gives `variables` the chief's values on every worker.
 
@@ -279,8 +290,8 @@ class Strategy(abc.ABC):
         """
         return [value]
 
-    def board(self) -> Board | None:
-        """Gives the board on which workers leave notes for each other, if there is one.
+    def key_value_store(self) -> KeyValueStore | None:
+        """Gives the store in which workers leave notes for each other, if there is one.
 
         It works from another thread while this process waits in a collective.
         """

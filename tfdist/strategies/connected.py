@@ -12,20 +12,20 @@ from typing import Any
 import keras
 import numpy as np
 
-from tfdist import watch
-from tfdist.patience import Patience
+from tfdist import watchdog
 from tfdist.strategies.base import Strategy
+from tfdist.watchdog.timeouts import WaitLimit
 
 
 class Connected(Strategy):
     """A strategy whose processes exchange bytes; a subclass says how.
 
     Args:
-        patience: Limits this process's waits for the others.
+        wait_limit: Limits this process's waits for the others.
     """
 
-    def __init__(self, patience: Patience | None = None) -> None:
-        self._patience = patience
+    def __init__(self, wait_limit: WaitLimit | None = None) -> None:
+        self._wait_limit = wait_limit
 
     @abc.abstractmethod
     def broadcast_bytes(self, content: bytes) -> bytes:
@@ -68,11 +68,11 @@ class Connected(Strategy):
 
     @contextlib.contextmanager
     def _exchanging(self, what: str) -> Iterator[None]:
-        with watch.here.while_doing(watch.EXCHANGING), self.waiting_for(what):
+        with watchdog.here.while_doing(watchdog.EXCHANGING), self.waiting_for(what):
             yield
 
     def waiting_for(self, what: str) -> contextlib.AbstractContextManager[None]:
         """Limits a wait for the other workers."""
-        if self._patience is None:
+        if self._wait_limit is None:
             return contextlib.nullcontext()
-        return self._patience.waiting_for(what)
+        return self._wait_limit.waiting_for(what)

@@ -10,16 +10,16 @@ import tensorflow as tf
 from tfdist import _keras
 from tfdist._version import __version__
 from tfdist.cluster import Cluster
+from tfdist.cluster.rendezvous import START_TIMEOUT, meet, start_timeout
 from tfdist.errors import StrategyError
-from tfdist.patience import Patience
-from tfdist.rendezvous import START_TIMEOUT, meet, start_timeout
 from tfdist.strategies.base import Place
-from tfdist.strategies.coordination_board import CoordinationBoard
+from tfdist.strategies.coordination_store import CoordinationStore
 from tfdist.strategies.tf_distribute import (
     MultiWorkerMirroredStrategy,
     TFDistribute,
     require_unused_tensorflow,
 )
+from tfdist.watchdog.timeouts import WaitLimit
 
 
 class MultiWorker(TFDistribute):
@@ -32,7 +32,7 @@ class MultiWorker(TFDistribute):
         require_unused_tensorflow(cluster)
         strategy = _connect(cluster)
         local = len(strategy.extended.worker_devices)
-        board = CoordinationBoard.of_this_process(cluster.num_workers)
+        store = CoordinationStore.of_this_process(cluster.num_workers)
         super().__init__(
             strategy,
             Place(
@@ -42,8 +42,8 @@ class MultiWorker(TFDistribute):
                 num_workers=cluster.num_workers,
                 worker_index=cluster.worker_index,
             ),
-            Patience.from_environment(cluster.task, board, cluster.worker_index),
-            board,
+            WaitLimit.from_environment(cluster.task, store, cluster.worker_index),
+            store,
         )
 
     @classmethod

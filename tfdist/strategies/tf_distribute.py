@@ -11,16 +11,16 @@ import numpy as np
 import tensorflow as tf
 
 from tfdist import _keras
-from tfdist.board import Board
 from tfdist.cluster import Cluster
+from tfdist.cluster.key_value_store import KeyValueStore
 from tfdist.errors import StrategyError
-from tfdist.patience import Patience
 from tfdist.strategies.base import Place, Tensor
 from tfdist.strategies.connected import Connected
-from tfdist.strategies.coordination_board import CoordinationBoard
+from tfdist.strategies.coordination_store import CoordinationStore
 from tfdist.strategies.packing import reduce_packed
+from tfdist.watchdog.timeouts import WaitLimit
 
-# As TensorFlow has them, whatever `tfdist.claims` puts in their place for a script.
+# As TensorFlow has them, whatever a script gets in their place.
 MirroredStrategy = tf.distribute.MirroredStrategy
 MultiWorkerMirroredStrategy = tf.distribute.MultiWorkerMirroredStrategy
 ParameterServerStrategy = tf.distribute.ParameterServerStrategy
@@ -41,8 +41,8 @@ class TFDistribute(Connected):
     Args:
         strategy: The `tf.distribute.Strategy` instance.
         place: Where this process's replicas stand.
-        patience: Limits this process's waits for the others.
-        board: Where workers leave notes.
+        wait_limit: Limits this process's waits for the others.
+        key-value store: Where workers leave notes.
     """
 
     name = "tf.distribute"
@@ -51,22 +51,22 @@ class TFDistribute(Connected):
         self,
         strategy: Any,
         place: Place,
-        patience: Patience | None = None,
-        board: Board | None = None,
+        wait_limit: WaitLimit | None = None,
+        store: KeyValueStore | None = None,
     ) -> None:
-        super().__init__(patience)
+        super().__init__(wait_limit)
         self.strategy = strategy
         self.place = place
-        self._board = board
+        self._store = store
 
     @classmethod
     def unavailable(cls, cluster: Cluster) -> str | None:
         """Says why not: whoever made the instance knows."""
         return None
 
-    def board(self) -> Board | None:
-        """Gives the board of several workers that TensorFlow connects."""
-        return self._board
+    def key_value_store(self) -> KeyValueStore | None:
+        """Gives the key-value store of several workers that TensorFlow connects."""
+        return self._store
 
     def run(self, function: Callable[..., Any], *args: Any) -> Any:
         """Runs `function` once on every local replica, returning the first one's result."""
@@ -114,6 +114,12 @@ class TFDistribute(Connected):
         """Gives the values of a variable on each device of this process."""
         held = self.strategy.experimental_local_results(variable.value)
         return [np.asarray(value) for value in held]
+
+    def assign_copies(self, variable: Any, values: Sequence[Any]) -> None:
+        """Gives each device of this process a value of its own."""
+        held = self.strategy.experimental_local_results(_keras.backing_variable(variable))
+        for copy, value in zip(held, values, strict=True):
+            copy.assign(value)
 
     def broadcast_bytes(self, content: bytes) -> bytes:
         """Gives every worker the chief's bytes."""
@@ -279,7 +285,7 @@ def adopt(strategy: Any) -> TFDistribute:
         workers = replicas // local
         index = _worker_index(resolver)
     place = Place(replicas, index * local, local, workers, index)
-    return TFDistribute(strategy, place, board=CoordinationBoard.of_this_process(workers))
+    return TFDistribute(strategy, place, store=CoordinationStore.of_this_process(workers))
 
 
 def _worker_index(resolver: Any) -> int:

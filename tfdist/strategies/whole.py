@@ -45,10 +45,10 @@ class Whole(Strategy):
         return self.connected.waiting_for(what)
 
     def sums(self, values: Tensor) -> Tensor:
-        """Sums a small float32 tensor of every worker.
+        """Sums a float tensor of every worker.
 
         Args:
-            values: Shape [numbers], the same on every worker.
+            values: Of the same shape on every worker.
         """
         return self._summed([values], is_chiefs=False)[0]
 

@@ -1,11 +1,8 @@
 """Asynchronous training: each worker takes the next batch, reads, computes, and updates.
 
-A step is one function that the coordinator hands to a worker. What it computes is computed
-without touching a variable: Keras's own `train_step` runs in a `keras.StatelessScope`. Then
-the gradients travel to the servers, and all that the step changes is changed in one
-section, under a lock on the first server. So updates are applied one after the other, each
-whole, to whatever the weights have become meanwhile (Dean et al., "Large scale distributed
-deep networks", NIPS 2012, section 4.1, without its races).
+A step is one function that the coordinator hands to a worker (`worker_steps.py`). Updates are
+applied one after the other, each whole, to whatever the weights have become meanwhile (Dean et
+al., "Large scale distributed deep networks", NIPS 2012, section 4.1, without its races).
 """
 
 from __future__ import annotations
@@ -14,28 +11,21 @@ import contextlib
 import itertools
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
-from tfdist import _keras
-from tfdist._keras import ReplicaBatch, served
 from tfdist.errors import ArgumentError
 from tfdist.strategies.base import Functions
-from tfdist.strategies.parameter_server.ledger import Ledger, Staleness
 from tfdist.strategies.parameter_server.servers import Servers
-from tfdist.strategies.parameter_server.updates import (
-    LARGEST_PACKED,
-    Updates,
-    sent_together,
-)
+from tfdist.strategies.parameter_server.update_log import Staleness, UpdateLog
+from tfdist.strategies.parameter_server.worker_steps import KINDS, WorkerSteps, traced
 
 Tensor = Any
 Logs = dict[str, Any]
 
-_KINDS = ("train_step", "test_step")
 _REFRESH_S = 0.25
 _STEPS_TOGETHER = 8  # handed to a worker in one message, where nobody looks between them
 
@@ -65,7 +55,7 @@ class Asynchronous:
         self._max_staleness = max_staleness
         self._waiting_for = waiting_for
         self._on_end = on_end
-        self._ledger = Ledger(servers.servers[0])
+        self._ledger = UpdateLog(servers.servers[0])
         self._pending: deque[Any] = deque()
         self._resident: list[tuple[Any, Any]] = []  # columns, and where workers have them
         self._drawing: tuple[Any, Any] = (None, None)  # an iterator, and what draws from it
@@ -74,16 +64,11 @@ class Asynchronous:
         self._next: tuple[Any, Any] = (None, None)  # what to do with them, and on what
         self._shown: Logs = {}
         self._shown_at = 0.0
-        self._train = self._several(self._train_step)
-        self._test = self._several(self._test_step)
-        self._predict = self._traced(model.predict_step)
-        self._train_of_model = _keras.step_of(model, "train_step")
-        self._test_of_model = _keras.step_of(model, "test_step")
-        self._kind = _KINDS[0]
-        self._is_own = {kind: _keras.has_own(model, kind) for kind in _KINDS}
-        # Of a step of its own: metrics whose results it returns, by name, and what else.
-        self._named: dict[str, dict[str, tuple[Any, int]]] = {kind: {} for kind in _KINDS}
-        self._returned: dict[str, set[str]] = {kind: set() for kind in _KINDS}
+        self._steps = WorkerSteps(model, self._ledger)
+        self._train = self._steps.several(self._steps.train_step)
+        self._test = self._steps.several(self._steps.test_step)
+        self._predict = traced(model.predict_step)
+        self._kind = KINDS[0]
         self._readers: dict[Any, Callable[[], Logs]] = {}
         self._traces: dict[Any, Any] = {}
 
@@ -95,8 +80,8 @@ class Asynchronous:
     def running(self) -> Iterator[None]:
         """Makes the model's metrics those of all steps that were begun, while it lasts."""
         self._own_results = self._model.get_metrics_result
-        self._known = {metric.name for metric in self._model.metrics}
-        self._known |= set(self._read_results())
+        self._steps.known = {metric.name for metric in self._model.metrics}
+        self._steps.known |= set(self._read_results())
 
         def settled() -> Logs:
             if not tf.executing_eagerly():  # a step that is traced asks for its own
@@ -104,7 +89,7 @@ class Asynchronous:
             self._settle()
             results = self._read_results()
             # Keras takes these for a step's own results where the names are the same.
-            others = self._returned[self._kind]
+            others = self._steps.returned[self._kind]
             return {name: self._shown[name] for name in others & self._shown.keys()} | results
 
         self._ledger.clear()
@@ -123,11 +108,11 @@ class Asynchronous:
     # --- on the chief -----------------------------------------------------------------
 
     def _train_epoch(self, epoch: Any) -> Logs:
-        self._kind = _KINDS[0]
+        self._kind = KINDS[0]
         return self._schedule(epoch, self._train)
 
     def _test_epoch(self, epoch: Any) -> Logs:
-        self._kind = _KINDS[1]
+        self._kind = KINDS[1]
         return self._schedule(epoch, self._test)
 
     def _schedule(self, epoch: Any, function: Callable[..., Any]) -> Logs:
@@ -176,9 +161,9 @@ class Asynchronous:
             del self._queued[:size]
             first = tf.constant(self._number, tf.int64)
             self._number += len(batches)
-            traced = self._traced_for(function, batches, first, columns)
+            graph = self._traced_for(function, batches, first, columns)
             held = None if columns is None else self._on_workers(columns)
-            self._pending.append(self._servers.schedule(traced, (batches, first, held)))
+            self._pending.append(self._servers.schedule(graph, (batches, first, held)))
             most = window(self._max_staleness, self._num_workers, len(batches))
             while len(self._pending) >= most:
                 self._shown |= self._pending.popleft().fetch()
@@ -193,7 +178,7 @@ class Asynchronous:
         iterator, draw = self._drawing  # a function takes a fraction of the time
         if iterator is not epoch.iterator:
             iterator = epoch.iterator
-            draw = self._traced(lambda: iterator.get_next().data).get_concrete_function()
+            draw = traced(lambda: iterator.get_next().data).get_concrete_function()
             self._drawing = (iterator, draw)
         return draw()
 
@@ -237,14 +222,14 @@ class Asynchronous:
 
     def _read_results(self) -> Logs:
         """Reads the metrics' results, under the names that steps return them by."""
-        key = (self._kind, bool(self._named[self._kind]))
+        key = (self._kind, bool(self._steps.named[self._kind]))
         if key not in self._readers:
-            self._readers[key] = self._traced(self._results)
+            self._readers[key] = traced(self._results)
         return self._readers[key]()
 
     def _results(self) -> Logs:
         with tf.device(self._ledger.server):  # in one call
-            named = self._named[self._kind]
+            named = self._steps.named[self._kind]
             if not named:
                 results: Logs = self._own_results()
                 return results
@@ -262,117 +247,6 @@ class Asynchronous:
                 for one in self._pending:
                     self._shown |= one.fetch()
             self._pending.clear()
-
-    def _traced(self, function: Callable[..., Any]) -> Any:
-        return tf.function(
-            tf.autograph.experimental.do_not_convert(function), reduce_retracing=True
-        )
-
-    # --- on a worker ------------------------------------------------------------------
-
-    def _several(self, step: Callable[[Any, Tensor], Logs]) -> Any:
-        """Makes a function of several batches, a step each, the first with a given number."""
-        one = self._traced(step)
-
-        def several(batches: tuple[Any, ...], first: Tensor, columns: Any) -> Logs:
-            resident = None if columns is None else next(columns)
-            # Not in a loop, which on several processes goes over all of them in each round.
-            for index, batch in enumerate(batches):
-                extra: Logs = one(_rows(batch, resident), first + index)
-            return extra
-
-        return self._traced(several)
-
-    def _train_step(self, data: Any, number: Tensor) -> Logs:
-        model, ledger = self._model, self._ledger
-        with tf.device(ledger.server):
-            read = tf.identity(ledger.version)
-        weights = self._weights(after=[read])
-        statistics = [v for v in model.non_trainable_variables if v.dtype.startswith("float")]
-        later = [] if len(weights) == len(model.trainable_variables) else [read]
-        with (
-            tf.control_dependencies(later),
-            self._apart(data, number, weights) as (scope, batch),
-        ):
-            before = {id(v): tf.convert_to_tensor(v) for v in statistics}
-            batch.updates = updates = Updates(model, ledger, number)
-            logs = self._train_of_model(data)
-            batch.updates = None
-            averages = served.averaging_variables(model)
-            changed = [v for v in statistics if scope.assigned(v) is not None]
-            # A mean that overtakes itself could leave what it is a mean of.
-            values = [
-                scope.assigned(v) if id(v) in averages else scope.assigned(v) - before[id(v)]
-                for v in changed
-            ]
-            *values, read = self._at_server([*values, read])
-            counts, there = self._counted(scope, number)
-
-            def change() -> None:
-                self._add_metrics(counts)
-                for variable, value in zip(changed, values, strict=True):
-                    if id(variable) in averages:
-                        _keras.backing_variable(variable).assign(value)
-                    else:
-                        _keras.backing_variable(variable).assign_add(value)
-                ledger.note(read)
-
-            updates.finish(change, there, [*counts, *values, read])
-        return self._extra(logs, batch, _KINDS[0])
-
-    def _test_step(self, data: Any, number: Tensor) -> Logs:
-        with self._apart(data, number, self._weights()) as (scope, batch):
-            logs = self._test_of_model(data)
-            counts, there = self._counted(scope, number)
-            with served.stateful(), tf.control_dependencies(counts):
-                self._ledger.once(there, 0, lambda: self._add_metrics(counts))
-        return self._extra(logs, batch, _KINDS[1])
-
-    def _weights(self, after: Sequence[Tensor] = ()) -> list[tuple[Any, Tensor]]:
-        """Reads what a step reads as a whole."""
-        # An own train step may look at what its first update has made of the weights.
-        if _keras.has_own(self._model, "train_step"):
-            return []
-        return served.read_together(self._model, LARGEST_PACKED, after)
-
-    @contextlib.contextmanager
-    def _apart(
-        self, data: Any, number: Tensor, weights: list[tuple[Any, Tensor]]
-    ) -> Iterator[tuple[Any, ReplicaBatch]]:
-        """Computes on a batch without changing a variable; metrics begin at zero."""
-        metrics = _keras.metric_variables(self._model)
-        zeros = [(v, tf.zeros(v.shape, v.dtype)) for v in metrics]
-        rows = tf.shape(tf.nest.flatten(data)[0], tf.int64)[0]
-        # What a step drops is a function of its number, as seeds are read and not written.
-        batch = ReplicaBatch(rows, rows, number * rows, list, tf.identity)
-        with served.Apart(zeros, weights) as scope, _keras.on_replica(batch):
-            yield scope, batch
-
-    def _at_server(self, tensors: list[Tensor]) -> list[Tensor]:
-        return sent_together(tensors, self._ledger.server)
-
-    def _counted(self, scope: Any, number: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Sends what a batch added to the metrics, and its number, in one tensor."""
-        found = [scope.assigned(v) for v in _keras.metric_variables(self._model)]
-        exact = [tf.cast(value, tf.float64) for value in (*found, number)]
-        *counts, there = self._at_server(exact)
-        with tf.device(self._ledger.server):
-            return counts, tf.cast(there, tf.int64)
-
-    def _add_metrics(self, counts: list[Tensor]) -> None:
-        metrics = _keras.metric_variables(self._model)
-        for variable, count in zip(metrics, counts, strict=True):
-            _keras.backing_variable(variable).assign_add(tf.cast(count, variable.dtype))
-
-    def _extra(self, logs: Logs, batch: ReplicaBatch, kind: str) -> Logs:
-        """Keeps what a step returned besides metrics; notes which metrics it returned."""
-        if not self._is_own[kind]:
-            return {n: tf.convert_to_tensor(v) for n, v in logs.items() if n not in self._known}
-        found = {name: batch.metric_of(value) for name, value in logs.items()}
-        named = {name: metric for name, metric in found.items() if metric is not None}
-        others = set(logs) - set(named)
-        self._named[kind], self._returned[kind] = named, others
-        return {name: tf.convert_to_tensor(logs[name]) for name in sorted(others)}
 
 
 def window(max_staleness: int | None, workers: int, updates: int) -> int:
@@ -400,13 +274,6 @@ def window(max_staleness: int | None, workers: int, updates: int) -> int:
     while updates * (min(workers - 1, most) + most) <= max_staleness:
         most += 1
     return most
-
-
-def _rows(batch: Any, columns: Any) -> Any:
-    """Gathers a batch from the columns that a worker has, where there are some."""
-    if columns is None:
-        return batch
-    return tf.nest.map_structure(lambda column: tf.gather(column, batch), columns)
 
 
 def _pieces(data: Any, count: int) -> list[Any]:

@@ -10,14 +10,14 @@ from typing import Any
 import tensorflow as tf
 
 from tfdist import _keras
-from tfdist._keras import served
+from tfdist._keras import served_updates
 from tfdist._keras.parts import Split
-from tfdist.strategies.parameter_server.placement import Part, Size, place
+from tfdist.strategies.parameter_server.placement import Size, VariableSlice, place
 
 
 def plan(
     variables: Sequence[Any], optimizers: Sequence[Any], servers: int, min_part_bytes: int
-) -> list[tuple[Any, tuple[Part, ...], list[Any]]]:
+) -> list[tuple[Any, tuple[VariableSlice, ...], list[Any]]]:
     """Decides where each variable goes.
 
     Args:
@@ -35,8 +35,8 @@ def plan(
     for optimizer in optimizers:
         if not optimizer.built:
             continue
-        can_split = served.is_elementwise(optimizer)
-        for variable, slots in served.trained_by(optimizer):
+        can_split = served_updates.is_elementwise(optimizer)
+        for variable, slots in served_updates.trained_by(optimizer):
             if id(variable) in seen:  # a second optimizer's state is placed like the first's
                 continue
             same = [slot for slot in slots if slot.shape == variable.shape]
@@ -54,7 +54,7 @@ def plan(
     ]
     parts = place(sizes, servers, min_part_bytes)
     placed = [(v, p, slots) for (v, slots, _), p in zip(groups, parts, strict=True)]
-    first = (Part(0, 0, 1),)
+    first = (VariableSlice(0, 0, 1),)
     return [*placed, *((v, first, []) for v in rest if not v.shape.rank)]
 
 
@@ -78,7 +78,7 @@ class ServerVariables(contextlib.AbstractContextManager[None]):
 
     def __init__(
         self,
-        placed: Sequence[tuple[Any, tuple[Part, ...], list[Any]]],
+        placed: Sequence[tuple[Any, tuple[VariableSlice, ...], list[Any]]],
         optimizers: Sequence[Any],
         servers: Sequence[str],
         replacements: Callable[[], contextlib.AbstractContextManager[None]],
@@ -100,7 +100,7 @@ class ServerVariables(contextlib.AbstractContextManager[None]):
             self._elsewhere = [self._make(variable, parts) for variable, parts in self._homes]
         self._swap()
         for optimizer in self._optimizers:
-            served.register_parts(optimizer)
+            served_updates.register_parts(optimizer)
         self._stack.enter_context(self._replacements())
 
     def __exit__(self, *_: object) -> None:
@@ -117,7 +117,7 @@ class ServerVariables(contextlib.AbstractContextManager[None]):
         for optimizer in self._optimizers:
             _keras.reindex_optimizer(optimizer)
 
-    def _make(self, variable: Any, parts: Sequence[Part]) -> Any:
+    def _make(self, variable: Any, parts: Sequence[VariableSlice]) -> Any:
         value = variable.numpy()
         made = []
         for part in parts:

@@ -20,7 +20,7 @@ class Size(NamedTuple):
     can_split: bool
 
 
-class Part(NamedTuple):
+class VariableSlice(NamedTuple):
     """Rows of a variable on one server.
 
     Attributes:
@@ -34,7 +34,9 @@ class Part(NamedTuple):
     end: int
 
 
-def place(sizes: Sequence[Size], servers: int, min_part_bytes: int) -> list[tuple[Part, ...]]:
+def place(
+    sizes: Sequence[Size], servers: int, min_part_bytes: int
+) -> list[tuple[VariableSlice, ...]]:
     """Spreads variables over servers, the largest first, each to the one with fewest bytes.
 
     A variable of at least twice `min_part_bytes` is split by rows, over as many servers as
@@ -51,10 +53,10 @@ def place(sizes: Sequence[Size], servers: int, min_part_bytes: int) -> list[tupl
 
     Example:
         >>> place([Size(10, 400, True), Size(1, 100, False)], 2, 100)
-        [(Part(server=0, begin=0, end=5), Part(server=1, begin=5, end=10)), (Part(server=0, begin=0, end=1),)]
+        [(VariableSlice(server=0, begin=0, end=5), VariableSlice(server=1, begin=5, end=10)), (VariableSlice(server=0, begin=0, end=1),)]
     """  # noqa: E501
     load = [0] * servers
-    placed: list[tuple[Part, ...]] = [()] * len(sizes)
+    placed: list[tuple[VariableSlice, ...]] = [()] * len(sizes)
     for index in sorted(range(len(sizes)), key=lambda i: -sizes[i].bytes):
         size = sizes[index]
         parts = min(servers, size.rows, size.bytes // max(1, min_part_bytes))
@@ -64,6 +66,6 @@ def place(sizes: Sequence[Size], servers: int, min_part_bytes: int) -> list[tupl
         for server in least:
             load[server] += size.bytes // parts
         placed[index] = tuple(
-            Part(server, edges[i], edges[i + 1]) for i, server in enumerate(least)
+            VariableSlice(server, edges[i], edges[i + 1]) for i, server in enumerate(least)
         )
     return placed

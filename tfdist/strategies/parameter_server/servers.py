@@ -13,8 +13,8 @@ from typing import Any, NoReturn
 import tensorflow as tf
 
 from tfdist.cluster import CHIEF, PS, WORKER, Cluster
+from tfdist.cluster.rendezvous import answers, is_up, start_timeout, wait_until_up
 from tfdist.errors import StrategyError
-from tfdist.rendezvous import answers, is_up, start_timeout, wait_until_up
 from tfdist.strategies.tf_distribute import ClusterCoordinator, ParameterServerStrategy
 
 _POLL_S = 0.5

@@ -14,18 +14,18 @@ from tfdist import _keras
 from tfdist._keras import served
 from tfdist.cluster import CHIEF, PS, Cluster
 from tfdist.errors import ArgumentError, ServerLostError, StrategyError
-from tfdist.patience import Patience
 from tfdist.strategies.base import Functions, Place, Strategy, Tensor
 from tfdist.strategies.parameter_server.asynchronous import Asynchronous
 from tfdist.strategies.parameter_server.held import ServerVariables, plan
-from tfdist.strategies.parameter_server.ledger import Staleness
 from tfdist.strategies.parameter_server.servers import connect, serve
+from tfdist.strategies.parameter_server.update_log import Staleness
 from tfdist.strategies.tf_distribute import (
     MirroredStrategy,
     MirroredVariables,
     TFDistribute,
     require_unused_tensorflow,
 )
+from tfdist.watchdog.timeouts import WaitLimit
 
 
 class ParameterServer(TFDistribute):
@@ -90,8 +90,8 @@ class ParameterServer(TFDistribute):
         workers = len(self._servers.workers)
         place = Place(workers, 0, workers) if synchronous else Place()
         strategy = _mirrored(self._servers.workers) if synchronous else None
-        patience = Patience.from_environment("the chief", absent=self.silent)
-        super().__init__(strategy, place, patience)
+        wait_limit = WaitLimit.from_environment("the chief", absent=self.silent)
+        super().__init__(strategy, place, wait_limit)
         self.synchronous = synchronous
         self.gathers_rows = data == "workers"
         self.min_part_bytes = min_part_bytes

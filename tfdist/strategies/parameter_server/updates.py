@@ -11,13 +11,13 @@ from tfdist import _keras
 from tfdist._keras.parts import Split, parts_of
 from tfdist._keras.served import stateful
 from tfdist.strategies.packing import packs_of
-from tfdist.strategies.parameter_server.ledger import MOST_UPDATES, Ledger
+from tfdist.strategies.parameter_server.update_log import MOST_UPDATES, UpdateLog
 
 Tensor = Any
 LARGEST_PACKED = 2**18  # elements: what packing copies costs less than a call of its own
 
 
-class Updates:
+class ServerUpdates:
     """Sends gradients to their servers, and applies them there.
 
     Args:
@@ -26,7 +26,7 @@ class Updates:
         number: Scalar int64 tensor, of the step.
     """
 
-    def __init__(self, model: Any, ledger: Ledger, number: Tensor) -> None:
+    def __init__(self, model: Any, ledger: UpdateLog, number: Tensor) -> None:
         self._ledger = ledger
         self._number = number
         self._at_once = _keras.has_own(model, "train_step")

@@ -1,0 +1,197 @@
+"""DPFTRL on data sets: examples keep their places whatever the others hold, or are refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tfdist._keras.pipelines import misplaced
+from tfdist.errors import ArgumentError
+from tfdist.privacy.separation import check_places
+
+pytestmark = pytest.mark.quick
+X = np.arange(48, dtype="float32").reshape(24, 2)
+Y = np.arange(24, dtype="int32")
+Data = tf.data.Dataset
+Change = Callable[[Any], Any]
+
+
+def examples() -> Any:
+    return Data.from_tensor_slices((X, Y))
+
+
+def batch(value: Any) -> Any:
+    return Data.from_tensor_slices(value).batch(4)
+
+
+def doubled(x: Any, y: Any) -> Any:
+    return 2 * x, y
+
+
+def jittered(x: Any, y: Any) -> Any:
+    return x + tf.random.normal(tf.shape(x)), y
+
+
+def written(folder: Path) -> list[str]:
+    names = []
+    for number in range(2):
+        names.append(str(folder / f"{number}.tfrecord"))
+        with tf.io.TFRecordWriter(names[-1]) as writer:
+            for row in range(6):
+                writer.write(np.float32([number, row]).tobytes())
+    return names
+
+
+def read(record: Any) -> Any:
+    values = tf.ensure_shape(tf.io.decode_raw(record, tf.float32), [2])
+    return values, values[0]
+
+
+KEEP: dict[str, Change] = {
+    "shuffle": lambda d: d.shuffle(9, seed=1).map(doubled).cache().batch(4).prefetch(2),
+    "numbers": lambda d: d.skip(2).take(20).shard(2, 0).batch(4, drop_remainder=True),
+    "parallel": lambda d: d.map(jittered, num_parallel_calls=2).batch(4, num_parallel_calls=2),
+    "map_batches": lambda d: d.batch(4).map(doubled),
+    "enumerate": lambda d: d.enumerate().map(lambda n, e: e).batch(4),
+    "zip": lambda d: Data.zip((batch(X), batch(Y))),
+    "joined": lambda d: d.take(8).batch(4).concatenate(batch((X[8:] + 1, Y[8:]))),
+    "sampled": lambda d: Data.sample_from_datasets(
+        [batch((X, Y)), batch((X + 1, Y))], [0.3, 0.7]
+    ),
+    "chosen": lambda d: Data.choose_from_datasets(
+        [batch((X, Y)), batch((X + 1, Y))], Data.range(4).map(lambda n: n % 2)
+    ),
+    "options": lambda d: d.batch(4).with_options(tf.data.Options()),
+    "unbatch": lambda d: d.batch(3, drop_remainder=True).unbatch().batch(4),
+    "padded": lambda d: d.padded_batch(4, ([5], [])),
+    "layer": lambda d: d.map(lambda x, y: (keras.layers.Rescaling(0.5)(x), y)).batch(4),
+    "branch": lambda d: d.map(lambda x, y: (tf.cond(y > 3, lambda: x, lambda: -x), y)).batch(4),
+}
+
+
+@pytest.mark.parametrize("name", KEEP)
+def test_what_goes_by_number_keeps_places(name: str) -> None:
+    assert misplaced(KEEP[name](examples()), promised=False) is None
+
+
+def test_records_of_several_files_keep_places(tmp_path: Path) -> None:
+    names = written(tmp_path)
+    files = Data.from_tensor_slices(names)
+    for data in (
+        tf.data.TFRecordDataset(names, num_parallel_reads=2),
+        files.interleave(tf.data.TFRecordDataset, cycle_length=2, num_parallel_calls=2),
+        files.flat_map(lambda name: tf.data.TFRecordDataset(name).skip(1)),
+    ):
+        assert misplaced(data.map(read).batch(4), promised=False) is None
+    examples().save(str(tmp_path / "saved"))
+    assert misplaced(Data.load(str(tmp_path / "saved")).batch(4), promised=False) is None
+    twice = tf.data.TFRecordDataset(names).concatenate(tf.data.TFRecordDataset(names))
+    assert "one source in several places" in str(misplaced(twice.batch(4), promised=False))
+
+
+def counted(data: Any) -> Any:
+    seen = tf.Variable(0.0)
+    return data.map(lambda x, y: (x + seen.assign_add(x[0]), y)).batch(4)
+
+
+def by_length(data: Any) -> Any:
+    ragged = data.map(lambda x, y: (tf.range(y + 1), y))
+    return ragged.bucket_by_sequence_length(lambda x, y: y, [9], [4, 4])
+
+
+def of_luck(x: Any, y: Any) -> Any:
+    return tf.cond(y > 3, lambda: x + tf.random.uniform([]), lambda: x), y
+
+
+def mixed_up(x: Any, y: Any) -> Any:
+    return 0.7 * x + 0.3 * tf.reverse(x, [0]), y
+
+
+MOVE: dict[str, tuple[Change, str]] = {
+    "filter": (lambda d: d.filter(lambda x, y: y > 3).batch(4), "the operation filter"),
+    "buckets": (by_length, "the operation group_by_window"),
+    "scan": (
+        lambda d: d.scan(0, lambda s, e: (s + 1, e)).batch(4),
+        "the operation scan",
+    ),
+    "take_while": (lambda d: d.take_while(lambda x, y: y < 9).batch(4), "take_while"),
+    "unbatch": (lambda d: d.batch(5).unbatch().batch(4), "unbatch of batches whose"),
+    "flat_map": (
+        lambda d: d.flat_map(lambda x, y: Data.from_tensors((x, y)).repeat(2)).batch(4),
+        "flat_map of other things than files",
+    ),
+    "padded": (
+        lambda d: d.map(lambda x, y: (tf.range(y), y)).padded_batch(4),
+        "padded_batch to the longest",
+    ),
+    "state": (counted, "may keep state (Assign"),
+    "draws": (lambda d: d.map(of_luck).batch(4), "in a branch"),
+    "mixup": (lambda d: d.batch(4).map(mixed_up), "in which a row depends on others"),
+    "standardized": (
+        lambda d: d.batch(4).map(lambda x, y: (x - tf.reduce_mean(x, 0), y)),
+        "in which a row depends on others",
+    ),
+    "dropped": (
+        lambda d: d.batch(4).map(lambda x, y: (x[y > 3], y[y > 3])),
+        "in which a row depends on others",
+    ),
+    "noise": (lambda d: d.batch(4).map(jittered), "cannot be tried (RandomStandardNormal)"),
+    "order": (
+        lambda d: d.map(doubled, num_parallel_calls=2, deterministic=False).batch(4),
+        "deterministic=False",
+    ),
+    "chosen": (
+        lambda d: Data.choose_from_datasets(
+            [batch((X, Y)), batch((X + 1, Y))], d.map(lambda x, y: tf.cast(y % 2, tf.int64))
+        ),
+        "choices that come from data",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MOVE)
+def test_what_goes_by_contents_is_refused_with_a_promise_too(name: str) -> None:
+    make, message = MOVE[name]
+    found = misplaced(make(examples()), promised=True)
+    assert found is not None
+    assert message in found[0]
+
+
+REPEAT: dict[str, Change] = {
+    "zip": lambda d: Data.zip((d.batch(4), d.shuffle(9).batch(4))),
+    "concatenate": lambda d: d.batch(4).concatenate(d.batch(4)),
+    "copies": lambda d: batch((X, Y)).concatenate(batch((X, Y)).skip(1)),
+    "sampled": lambda d: Data.sample_from_datasets([d.batch(4), d.batch(4)]),
+    "generator": lambda d: Data.from_generator(
+        lambda: zip(X, Y, strict=True),
+        output_signature=(tf.TensorSpec([2]), tf.TensorSpec([], tf.int32)),
+    ).batch(4),
+    "function": lambda d: Data.range(6).map(lambda n: (tf.constant(X)[n % 2 :], Y[:23])),
+}
+
+
+@pytest.mark.parametrize("name", REPEAT)
+def test_what_may_come_twice_needs_a_promise(name: str) -> None:
+    data = REPEAT[name](examples())
+    with pytest.raises(ArgumentError, match="unless `min_separation` says how often"):
+        check_places(data, promised=False)
+    check_places(data, promised=True)
+
+
+def test_a_try_moves_no_shuffle_on() -> None:
+    def order(tried: bool) -> list[int]:
+        data = examples().shuffle(24, seed=5).batch(4).map(doubled)
+        if tried:
+            assert misplaced(data, promised=False) is None
+        return [int(n) for _, y in data for n in y]
+
+    tf.random.set_seed(1)
+    untried = order(tried=False)
+    tf.random.set_seed(1)
+    assert order(tried=True) == untried

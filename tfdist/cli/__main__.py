@@ -1,0 +1,6 @@
+"""`python -m tfdist.cli` is `tfdist`."""
+
+from tfdist.cli.commands import main
+
+if __name__ == "__main__":
+    main(prog_name="tfdist")

@@ -1,0 +1,45 @@
+"""The command `tfdist`: its subcommands, and how errors are shown."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from tfdist._version import __version__
+from tfdist.cli.doctor import doctor
+from tfdist.cli.horovod import horovod
+from tfdist.cli.privacy import privacy
+from tfdist.cli.run import run
+from tfdist.errors import TfdistError
+
+_CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 96}
+
+
+class _Commands(click.Group):
+    """Turns tfdist's errors into a message and exit status 1, without a traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except TfdistError as error:
+            raise click.ClickException(str(error)) from None
+
+
+@click.group(cls=_Commands, context_settings=_CONTEXT)
+@click.version_option(__version__, prog_name="tfdist", message="%(prog)s %(version)s")
+def main() -> None:
+    """Distributed training for Keras 3 on TensorFlow.
+
+    \b
+    Examples:
+      tfdist run -n 2 train.py             train in two worker processes
+      tfdist run -n 2 --drop-in train.py   the same, for a plain Keras script
+      tfdist doctor                        what can run on this machine
+      tfdist horovod build                 Horovod for the installed TensorFlow
+      tfdist privacy epsilon --help        what training with DP-SGD costs
+    """  # noqa: D301
+
+
+for command in (run, doctor, horovod, privacy):
+    main.add_command(command)

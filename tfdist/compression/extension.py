@@ -1,0 +1,66 @@
+"""Compression as a part of `fit`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tfdist.compression.half import HalfPrecision
+from tfdist.compression.power_sgd import LowRank
+from tfdist.compression.settings import PowerSGD, check
+from tfdist.errors import ArgumentError
+from tfdist.training.extension import Extension
+from tfdist.training.request import Request
+
+
+class CompressedTraining(Extension):
+    """Compresses what replicas exchange.
+
+    Args:
+        compression: What `fit` was given.
+
+    Raises:
+        ArgumentError: It is no compression.
+    """
+
+    name = "compression"
+
+    def __init__(self, compression: Any) -> None:
+        self._compression = check(compression)
+        if isinstance(self._compression, PowerSGD):
+            self.needs_state = True
+            self.exchange_maker = LowRank(self._compression)
+        elif self._compression is not None:
+            self.exchange_maker = HalfPrecision(self._compression)
+
+    def choose(self, request: Request) -> Request:
+        """Refuses strategies that do not sum gradients, and private training in half."""
+        strategy = request.session.strategy
+        if self._compression is None:
+            return request
+        if getattr(strategy, "synchronous", True) is False:
+            raise ArgumentError(
+                "`compression` needs a strategy that sums gradients. Received: compression="
+                f"{self._compression!r} with asynchronous {strategy.name}. Leave it out, or "
+                "use strategy=tfdist.ParameterServer(synchronous=True)."
+            )
+        if strategy.has_servers and isinstance(self._compression, PowerSGD):
+            raise ArgumentError(
+                "`PowerSGD` needs replicas that keep their state. Received: compression="
+                f"{self._compression!r} with {strategy.name}, whose state is on servers. Use "
+                "another strategy, or compression='bf16'."
+            )
+        if request.is_private:
+            raise ArgumentError(
+                "Private training must exchange sums as they are: what a replica sends has "
+                "only its part of the noise, and must not be changed before it is added up. "
+                f"Received: compression={self._compression!r} with `privacy`. Leave one out."
+            )
+        return request
+
+    def facts(self) -> dict[str, Any]:
+        """Gives what all workers must have been asked alike."""
+        return {"compression": repr(self._compression)}
+
+    def settings(self) -> Any:
+        """Gives what must stay as it is in a training that goes on."""
+        return None if self._compression is None else repr(self._compression)

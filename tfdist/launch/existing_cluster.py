@@ -1,0 +1,83 @@
+"""The cluster that is there already, which `tfdist run` joins where it starts one process."""
+
+from __future__ import annotations
+
+import itertools
+
+from tfdist.cluster import EVALUATOR, PS, Cluster
+from tfdist.cluster.rendezvous import start_timeout, wait_until_known
+from tfdist.errors import LaunchError
+from tfdist.launch.horovod import rank_environments
+from tfdist.launch.hosts import Host
+
+ONE_PROCESS_STRATEGIES = ("single", "mirrored", "tpu")
+
+
+def check_strategy(cluster: Cluster, strategy: str | None) -> None:
+    """Refuses a strategy with which the processes of a cluster would train apart.
+
+    Args:
+        cluster: This process's place.
+        strategy: What `--strategy` names.
+
+    Raises:
+        LaunchError: It trains in one process, or does not use what the cluster has.
+    """
+    if strategy in ONE_PROCESS_STRATEGIES and cluster.num_workers > 1:
+        raise LaunchError(
+            f"Strategy {strategy!r} trains in one process: each process of a cluster would "
+            f"train alone. Received: --strategy={strategy}, where {cluster.source} makes this "
+            f"process {cluster.task} of {cluster.num_workers}. Leave --strategy out, or use "
+            "multi_worker or horovod; to train alone, unset TF_CONFIG and start outside of "
+            "srun."
+        )
+    if strategy == "horovod" and cluster.has_parameter_servers:
+        raise LaunchError(
+            "Strategy 'horovod' has no parameter servers. Received: --strategy=horovod, where "
+            f"{cluster.source} describes {len(cluster.jobs[PS])}. Leave --strategy out, or "
+            "take them out of the cluster."
+        )
+
+
+def variables(cluster: Cluster, strategy: str | None) -> dict[str, str]:
+    """Gives the variables by which a process finds the others, besides those that are there.
+
+    Args:
+        cluster: This process's place.
+        strategy: What `--strategy` names.
+
+    Raises:
+        LaunchError: Horovod is not installed, or its ranks cannot be placed.
+    """
+    chosen = {} if strategy is None else {"TFDIST_STRATEGY": strategy}
+    if cluster.job == EVALUATOR:
+        # It stands outside of the cluster: what distributes training is not for it.
+        return chosen if strategy in ONE_PROCESS_STRATEGIES else {}
+    if strategy != "horovod" or not cluster.workers:
+        return chosen
+    hosts, rank = hosts_of(cluster), cluster.worker_index
+    ends = itertools.accumulate(host.slots for host in hosts)
+    node = next(i for i, end in enumerate(ends) if rank < end)
+    # A pod's name is known once the pod is there.
+    wait_until_known([host.name for host in hosts[:2]], start_timeout())
+    return {**chosen, **rank_environments(hosts, node, cluster.workers[0])[rank]}
+
+
+def hosts_of(cluster: Cluster) -> tuple[Host, ...]:
+    """Lists the machines of the workers, with how many of them each has.
+
+    Args:
+        cluster: With addresses.
+
+    Raises:
+        LaunchError: Workers of one machine are not listed side by side.
+    """
+    names = [address.rpartition(":")[0].strip("[]") for address in cluster.workers]
+    hosts = tuple(Host(name, len(list(same))) for name, same in itertools.groupby(names))
+    if len({host.name for host in hosts}) < len(hosts):
+        raise LaunchError(
+            "Horovod needs the workers of one machine side by side in the cluster. Received: "
+            f"{', '.join(cluster.workers)} in {cluster.source}. Order them by machine, or use "
+            "--strategy multi_worker."
+        )
+    return hosts

@@ -1,0 +1,163 @@
+"""How many workers there are, and whether they can be started so."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Sequence
+
+from tfdist.cluster import CHIEF, EVALUATOR, WORKER, Cluster, strategy_names
+from tfdist.errors import LaunchError
+from tfdist.launch.existing_cluster import ONE_PROCESS_STRATEGIES
+from tfdist.launch.hosts import Host
+
+_MOST_WORKERS = 65535
+
+
+def extent(
+    workers: int | None, hosts: Sequence[Host], node_rank: int | None
+) -> tuple[int, int, int]:
+    """Returns how many workers there are, the first of this machine, and how many it starts.
+
+    Args:
+        workers: How many in all, if that was said.
+        hosts: The machines.
+        node_rank: This machine's position among them.
+    """
+    if workers is not None and workers < 1:
+        raise LaunchError(
+            "The number of workers must be 1 or more. "
+            f"Received: -n {workers}. Leave -n out to start one."
+        )
+    if not hosts:
+        if node_rank is not None:
+            raise LaunchError(
+                "`--node-rank` must come with --hosts, whose entries it counts. "
+                f"Received: --node-rank={node_rank} without --hosts. "
+                "Add --hosts, or leave --node-rank out to train on this machine alone."
+            )
+        return _countable(workers or 1), 0, workers or 1
+    total = _countable(sum(host.slots for host in hosts))
+    if workers is not None and workers != total:
+        raise LaunchError(
+            "`-n` must equal the sum of the slots in --hosts. "
+            f"Received: -n {workers}, --hosts with {total} slots. "
+            "Leave -n out, or change the slots."
+        )
+    if node_rank is None:
+        if len(hosts) > 1:
+            raise LaunchError(
+                "`--node-rank` must say which of the hosts this machine is. "
+                f"Received: --node-rank=None, with {len(hosts)} hosts. "
+                f"Run the command on each host, with --node-rank 0 to {len(hosts) - 1}."
+            )
+        node_rank = 0
+    if not 0 <= node_rank < len(hosts):
+        raise LaunchError(
+            f"`--node-rank` must be from 0 to {len(hosts) - 1}, as --hosts names "
+            f"{len(hosts)}. Received: --node-rank={node_rank}. "
+            "Count the hosts from 0, in the order of --hosts."
+        )
+    first = sum(host.slots for host in hosts[:node_rank])
+    return total, first, hosts[node_rank].slots
+
+
+def _countable(workers: int) -> int:
+    """Gives the number of workers, each of which needs a port."""
+    if workers > _MOST_WORKERS:
+        raise LaunchError(
+            f"There must be at most {_MOST_WORKERS} workers, as each has a port. Received: "
+            f"{workers} workers. Lower -n, or the slots in --hosts."
+        )
+    return workers
+
+
+def label(given: Cluster) -> tuple[int, str]:
+    """Gives the number and the job under which a process of a cluster is shown.
+
+    Args:
+        given: The process's place.
+    """
+    if given.job in (CHIEF, WORKER) and not given.has_parameter_servers:
+        return given.worker_index, WORKER
+    return given.index, given.job
+
+
+def check_request(strategy: str | None, total: int, servers: int, given: Cluster) -> None:
+    """Refuses a strategy that so many workers and servers cannot use.
+
+    Args:
+        strategy: What `--strategy` names.
+        total: Workers in all.
+        servers: Parameter servers in all.
+        given: The cluster that is there already.
+
+    Raises:
+        LaunchError: They contradict each other.
+    """
+    choices = ["auto", *strategy_names.names()]
+    if strategy is not None and strategy not in choices:
+        raise LaunchError(
+            f"`--strategy` must be one of {', '.join(choices)}. "
+            f"Received: --strategy={strategy}. Choose one of these."
+        )
+    has_servers = servers or given.has_parameter_servers or given.job == EVALUATOR
+    if servers < 0 or (strategy == "parameter_server" and not has_servers):
+        raise LaunchError(
+            "The number of parameter servers must be 1 or more. Received: "
+            f"--ps={servers} with --strategy={strategy}. Add --ps 1, or more."
+        )
+    if servers and strategy not in (None, "auto", "parameter_server"):
+        raise LaunchError(
+            f"Strategy {strategy!r} has no parameter servers. Received: --ps={servers} with "
+            f"--strategy={strategy}. Leave one of them out."
+        )
+    if total > 1 and strategy in ONE_PROCESS_STRATEGIES:
+        raise LaunchError(
+            f"Strategy {strategy!r} trains in one process. "
+            f"Received: --strategy={strategy} with {total} workers. "
+            "Start one worker, or use --strategy multi_worker or horovod."
+        )
+
+
+def check_alone(total: int, given: Cluster) -> None:
+    """Refuses to start several workers in a process that is itself one of several.
+
+    Args:
+        total: Workers in all.
+        given: The cluster that is there already.
+
+    Raises:
+        LaunchError: It is.
+    """
+    if given.num_workers > 1 or given.job != WORKER:
+        raise LaunchError(
+            "Several workers can be started only where no cluster is described yet. "
+            f"Received: -n {total}, where {given.source} already makes this process "
+            f"{given.task} of {given.num_workers}. Leave -n out to join that cluster, "
+            "or unset TF_CONFIG and start outside of srun."
+        )
+
+
+def check_ports(addresses: Sequence[str]) -> None:
+    """Refuses addresses of this machine that are in use.
+
+    Args:
+        addresses: Each a host and a port.
+
+    Raises:
+        LaunchError: One is.
+    """
+    for address in addresses:
+        port = int(address.rpartition(":")[2])
+        with socket.socket() as probe:
+            # As TensorFlow's server does: a port in TIME_WAIT can be used.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("", port))
+            except OSError as error:
+                raise LaunchError(
+                    "The port of each worker on this machine must be free. "
+                    f"Received: port {port}, for {address} ({error.strerror}). "
+                    "End the program that listens there, or choose another --port, "
+                    "the same on every host."
+                ) from None

@@ -1,0 +1,458 @@
+"""One `fit` with checkpoints: where it begins, when it saves, and what."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import functools
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any, NoReturn
+
+import numpy as np
+import tensorflow as tf
+
+from tfdist import _keras, data, watchdog
+from tfdist._version import __version__
+from tfdist.errors import START_ME_AGAIN, ArgumentError, CheckpointError, Preempted
+from tfdist.resume.checkpoint import files, same, tensors
+from tfdist.resume.checkpoint.callbacks import Memory
+from tfdist.resume.checkpoint.plain import NotPlain, decode, encode
+from tfdist.resume.checkpoint.preemption import Preemption
+from tfdist.resume.checkpoint.settings import Checkpoint
+from tfdist.resume.position import ContinuedCallbacks, Position
+from tfdist.step.functions import Stop
+from tfdist.step.prepared import Prepared
+from tfdist.step.state import TrainState, variables_of
+from tfdist.strategies.base import Strategy
+from tfdist.training.extension import Begins, Continuation, Extension
+from tfdist.training.request import Request
+
+_FORMAT = 3
+
+
+class CheckpointRun(Continuation):
+    """The checkpoints of one `fit`, from the one it begins at to the last it writes.
+
+    The chief alone reads and writes; what it has read, every worker gets. Replicated state is
+    written without an exchange between workers.
+
+    Args:
+        checkpoint: What `fit` was given.
+        strategy: Where the replicas are.
+        others: The training's other extensions, whose state is saved as well.
+
+    Raises:
+        ArgumentError: It is no checkpoint.
+        CheckpointError: The directory cannot be used.
+    """
+
+    needs_state = True
+
+    def __init__(
+        self, checkpoint: Any, strategy: Strategy, others: Sequence[Extension] = ()
+    ) -> None:
+        super().__init__(others)
+        self._settings = Checkpoint.of(checkpoint)
+        self._strategy = strategy
+        self._every = self._settings.every
+        self._refuse()
+        self._states: dict[str, Any] = {}
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="tfdist-checkpoint")
+        self._writing: Future[None] | None = None
+        self._read: Callable[[str], Any] | None = None
+        self._preemption, self._stop = Preemption(), Stop()
+        self._model: Any = None
+        self._state, self._arrays = self._found()
+        self._position: Position | None = None
+        self._made = 0 if self._state is None else self._state["steps"]
+        self._saved_at, self._saved_time, self._is_due = self._made, time.monotonic(), False
+        self._initial_epoch = self._epochs = 0
+        self._where: Callable[[], data.DataPosition] = data.DataPosition
+        self._setup: dict[str, Any] = {}
+        self._train_state = TrainState(())
+
+    def _refuse(self) -> None:
+        if self._strategy.elastic:
+            raise ArgumentError(
+                "`checkpoint` must not be passed in an elastic run, which keeps its state in "
+                f"memory. Received: checkpoint={self._settings!r}. Use "
+                "keras.callbacks.BackupAndRestore against the loss of all processes at once."
+            )
+        if getattr(self._strategy, "synchronous", True) is False and self._every != "epoch":
+            raise ArgumentError(
+                "`every` of `Checkpoint` must be 'epoch' in asynchronous training, which has "
+                f"no step of all workers. Received: every={self._every!r}."
+            )
+
+    def _found(self) -> tuple[dict[str, Any] | None, dict[int, Any]]:
+        """Lets the chief look for a checkpoint, and tells all workers."""
+        problem, state, arrays = None, None, {}
+        if self._strategy.place.is_chief:
+            try:
+                files.open_directory(self._settings.path)
+                saved = files.latest(self._settings.path)
+                if saved is not None:
+                    self._read, state = saved.tensors(), saved.state
+                    state["folder"] = str(saved.folder)
+                    arrays = {i: self._read(f"arrays/{i}") for i in range(state["arrays"])}
+            except CheckpointError as error:
+                problem = str(error)
+        problem, state, arrays = self._strategy.broadcast_object((problem, state, arrays))
+        if problem is not None:
+            raise CheckpointError(problem)
+        if state is not None and state["format"] != _FORMAT:
+            raise CheckpointError(
+                f"A checkpoint must be of format {_FORMAT}. Received: {state['folder']} of "
+                f"format {state['format']}. Use tfdist {state['tfdist']}, which wrote it."
+            )
+        return state, arrays
+
+    # --- before training --------------------------------------------------------------
+
+    def choose(self, request: Request) -> Request:
+        """Gives the others their state, and the sampler its seed unless the user chose one."""
+        before = {} if self._state is None else self._state["others"]
+        steps = 0 if self._state is None else int(self._state["steps"])
+        self._states = {
+            o.name: o.go_on(before.get(o.name), steps, self._settings.path)
+            for o in self._others
+        }
+        saved = None if self._state is None else self._state["setup"]["seed"]
+        is_open = not request.is_seeded and not request.seed_is_secret
+        return replace(request, seed=int(saved)) if is_open and saved is not None else request
+
+    def notice(self, request: Request) -> str | None:
+        """Says which checkpoint training goes on from, if there is one, and with what."""
+        if self._state is None:
+            return None
+        epochs = request.epochs
+        folder, epoch = self._state["folder"], self._state["position"][0]
+        if self._state["stopped"]:
+            return (
+                f"a callback ended the training in {folder} after epoch {epoch}: nothing is "
+                "left to train. Pass another directory to train anew."
+            )
+        if epoch >= epochs:
+            return (
+                f"{folder} has all {epochs} epochs: nothing is left to train. Raise `epochs`, "
+                "or pass another directory to train anew."
+            )
+        said = f"training goes on from {folder}"
+        if same.has_other_contents(self._setup, self._state["setup"]):
+            said += (
+                ", with other values in its arrays than it was trained on. If that is not "
+                "meant, pass another directory."
+            )
+        return said
+
+    def bind(self, request: Request, source: data.Source) -> None:
+        """Refuses a checkpoint of another training, and a disk without room for one.
+
+        The data is told what an earlier process has drawn of it.
+
+        Raises:
+            ArgumentError: Something differs; it is named.
+            CheckpointError: There is no room.
+        """
+        assert request.sampler is not None
+        variables = variables_of(request.model)
+        self._setup = same.describe(
+            request.model,
+            variables,
+            source,
+            request.sampler,
+            None if request.seed_is_secret else request.seed,
+            {other.name: other.settings() for other in self._others if other.name},
+            names_contents=not request.is_private,
+        )
+        if self._state is not None:
+            same.compare(self._setup, self._state["setup"], self._state["folder"])
+            source.go_on_after(self._state["position"][0] - self._state["initial_epoch"])
+        if self._strategy.place.is_chief:
+            files.check_room(self._settings.path, tensors.size_of(variables))
+
+    def begin(self, epoch: int, start: Callable[[], data.DataPosition]) -> Begins:
+        """Says where training begins.
+
+        Args:
+            epoch: Where `fit` was asked to.
+            start: Says where its data begins, once callbacks have begun.
+
+        Returns:
+            The epoch, the steps made of it, what says where its data began, and the logs of
+            the last step made.
+        """
+        self._initial_epoch = epoch
+        if self._state is None:
+            return epoch, 0, start, {}
+        self._initial_epoch = self._state["initial_epoch"]
+        self._position = Position.from_json(self._state["position"])
+        epoch, step, where = self._position
+        if self._state["stopped"]:  # a callback's decision holds, however many are asked for
+            epoch, step = sys.maxsize, 0
+        return (
+            epoch,
+            step,
+            lambda: where,
+            decode(self._state["logs"], self._arrays.__getitem__),
+        )
+
+    def loop_callbacks(
+        self,
+        given: Any,
+        prepared: Prepared,
+        *,
+        where: Callable[[], data.DataPosition],
+        **options: Any,
+    ) -> Any:
+        """Makes the `CallbackList` of the training.
+
+        Args:
+            given: This process's callbacks.
+            prepared: The model, whose state is saved.
+            where: Says where the data stands, between two epochs.
+            **options: Of `keras.callbacks.CallbackList`.
+        """
+        self._train_state, self._where = prepared.state, where
+        self._epochs = options["epochs"]
+        self._stop, self._model = prepared.stop, prepared.model
+        self._preemption.on_asked = self._note_asked
+        self._note_asked()
+        made = 0 if self._position is None else self._position.step
+        given = list(getattr(given, "callbacks", given))
+        return _Saving(self, made, given, add_history=True, **options)
+
+    # --- while training runs ------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Wraps the training; when it is left, all that was to be saved is.
+
+        Raises:
+            Preempted: SIGTERM came to one of the workers.
+        """
+        with self._preemption.heard():
+            try:
+                yield
+            except BaseException:
+                with contextlib.suppress(Exception):  # the first failure is the one to show
+                    self._finish()
+                raise
+            finally:
+                self._pool.shutdown()
+                self._stop.preempted = False
+            self._finish()
+            if any(self._strategy.gather_objects(self._preemption.asked)):
+                self._leave("training had come to its end, and is saved")
+
+    def _note_asked(self) -> None:
+        self._stop.preempted = self._preemption.asked
+
+    def leave_if_asked(self, memory: Memory, logs: Any) -> None:
+        """Saves and leaves, if one of the workers was asked to; all do so after the same step.
+
+        Args:
+            memory: The callbacks', which know of the step.
+            logs: Of the step.
+
+        Raises:
+            Preempted: One was.
+            CheckpointError: It could not be saved.
+        """
+        alone = self._strategy.place.num_workers == 1
+        if not (self._stop.preempted if alone else self._stop.leaving):
+            return
+        assert self._position is not None
+        if any(self._strategy.gather_objects(self._stop.requested)):
+            return  # a callback's stop, of which the next step tells: the end is saved
+        if alone:
+            self._model.get_metrics_result()  # asynchronous steps under way are waited for
+        problem = None
+        try:
+            if self._saved_at != self._made:
+                self._save(self._position, memory, logs)
+            self._finish()
+        except CheckpointError as error:
+            problem = str(error)
+        # The others wait for the chief, as a launcher would end all when the first has left.
+        problem = self._strategy.broadcast_object(problem)
+        if problem is not None:
+            raise CheckpointError(problem)
+        epoch, step, _ = self._position
+        self._leave(f"saved after step {step} of epoch {epoch + 1}")
+
+    def _leave(self, what: str) -> NoReturn:
+        self._preemption.leave()
+        if self._strategy.place.is_chief:
+            print(
+                f"tfdist: {what}; the run ends with status {START_ME_AGAIN}, to be started "
+                "again.",
+                flush=True,
+            )
+        raise Preempted
+
+    def note_step(self, step: int) -> None:
+        """Counts a step.
+
+        Args:
+            step: Steps made of the epoch.
+        """
+        assert self._position is not None
+        self._made += step - self._position.step
+        self._position = self._position._replace(step=step)
+
+    def restore(self, memory: Memory) -> None:
+        """Puts the state back that belongs to the position, on every worker.
+
+        Args:
+            memory: The callbacks'.
+        """
+        if self._state is None:
+            return
+        has_seed = bool(self._state["global_seed"])
+        tensors.put_back(self._strategy, self._train_state, self._read, has_seed)
+        memory.restore(self._state["callbacks"], self._arrays.__getitem__)
+
+    def note_restored(self) -> None:
+        """Tells the others that the state was put back."""
+        for other in self._others:
+            other.note_restored()
+
+    def begin_epoch(self, epoch: int, memory: Memory) -> None:
+        """Notes that an epoch begins, or the rest of one.
+
+        Args:
+            epoch: As Keras counts.
+            memory: The callbacks', which have begun it.
+        """
+        if self._position is None or self._position.epoch != epoch:
+            self._position = Position(epoch, 0, self._where())
+        elif self._position.step:
+            self.restore(memory)
+        self._state, self._read, self._arrays = None, None, {}
+
+    def after_step(self, memory: Memory, logs: Any) -> None:
+        """Saves, if it is time to.
+
+        Args:
+            memory: The callbacks', which know of the step.
+            logs: Of the step.
+        """
+        if isinstance(self._every, int):
+            self._is_due |= self._made // self._every > self._saved_at // self._every
+        elif isinstance(self._every, datetime.timedelta):
+            waited = time.monotonic() - self._saved_time
+            self._is_due = waited >= self._every.total_seconds()
+        # Training does not wait for the disk: then a later step is saved.
+        is_ready = self._writing is None or self._writing.done()
+        if self._train_state.per_replica:  # which all workers save at the same step
+            is_ready = True
+            if isinstance(self._every, datetime.timedelta):
+                self._is_due = self._strategy.broadcast_object(self._is_due)
+        if self._is_due and is_ready:
+            assert self._position is not None
+            self._save(self._position, memory, logs)
+
+    def after_epoch(self, memory: Memory, is_stopped: bool) -> None:
+        """Saves the beginning of the next epoch, if it is time to.
+
+        Args:
+            memory: The callbacks', which know of the epoch.
+            is_stopped: Whether a callback has ended the training.
+        """
+        assert self._position is not None
+        following = self._position.epoch + 1
+        if self._every == "epoch" or is_stopped or following >= self._epochs:
+            self._save(Position(following, 0, self._where()), memory, {}, is_stopped)
+
+    @watchdog.here.while_doing(watchdog.SAVING)
+    def _save(
+        self, position: Position, memory: Memory, logs: Any, is_stopped: bool = False
+    ) -> None:
+        self._saved_at, self._saved_time, self._is_due = self._made, time.monotonic(), False
+        if not self._strategy.place.is_chief and not self._train_state.per_replica:
+            return
+        self._finish()
+        taken = tensors.take(self._strategy, self._train_state)
+        if not self._strategy.place.is_chief:
+            return
+        arrays: list[Any] = []
+        state = {
+            "format": _FORMAT,
+            "tfdist": __version__,
+            "position": position.to_json(),
+            "initial_epoch": self._initial_epoch,
+            "steps": self._made,
+            "stopped": is_stopped,
+            "setup": self._setup,
+            "others": self._states,
+            "logs": _plain(logs, arrays),
+            "callbacks": memory.state(arrays),
+            "global_seed": _keras.has_global_seed(),
+            "arrays": len(arrays),
+        }
+        taken |= {f"arrays/{i}": tf.convert_to_tensor(a) for i, a in enumerate(arrays)}
+        settings = self._settings
+        write = functools.partial(
+            files.write,
+            settings.path,
+            position.epoch,
+            position.step,
+            taken,
+            state,
+            settings.keep,
+        )
+        self._writing = self._pool.submit(write)
+
+    @watchdog.here.while_doing(watchdog.SAVING)
+    def _finish(self) -> None:
+        """Waits for what is being written; its failure is raised."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+
+class _Saving(ContinuedCallbacks):
+    """Callbacks whose state is put back at the beginning, and saved after steps and epochs."""
+
+    def __init__(self, run: CheckpointRun, made: int, callbacks: Any, **options: Any) -> None:
+        super().__init__(callbacks, **options)
+        self.made = made
+        self._run = run
+        self._memory = Memory(self.callbacks)
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        super().on_train_begin(logs)
+        self.model._initial_epoch = None  # BackupAndRestore's; the checkpoint's is passed
+        self._memory.note_begun()
+        self._run.restore(self._memory)
+        self._run.note_restored()
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        super().on_epoch_begin(epoch, logs)
+        self._run.begin_epoch(epoch, self._memory)
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        super().on_train_batch_end(batch, logs)
+        if not self.is_made(batch + 1 - int(self.model.steps_per_execution)):
+            self._run.after_step(self._memory, logs)
+            if not self.model.stop_training:  # else the end of the epoch is saved
+                self._run.leave_if_asked(self._memory, logs)
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        super().on_epoch_end(epoch, logs)
+        self._run.after_epoch(self._memory, bool(self.model.stop_training))
+
+
+def _plain(logs: Any, arrays: list[Any]) -> Any:
+    """Gives what of a step's logs is numbers, as JSON knows it."""
+    found = {}
+    for name, value in (logs or {}).items():
+        with contextlib.suppress(NotPlain):
+            encode(value, [])
+            found[name] = np.asarray(value) if tf.is_tensor(value) else value
+    return encode(found, arrays)

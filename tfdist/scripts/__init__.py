@@ -1,0 +1,1 @@
+"""Scripts as people write them, in the processes that `tfdist run` starts."""

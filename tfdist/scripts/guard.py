@@ -1,0 +1,111 @@
+"""Says, in a worker among several, when a script trains without tfdist.
+
+Such workers would each train a model of their own, and the run would end as if all were well.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import keras
+
+from tfdist import _keras
+from tfdist.errors import StrategyError
+from tfdist.step.prepared import scoped
+from tfdist.step.state import variables_of
+from tfdist.strategies.base import Strategy
+from tfdist.strategies.whole import whole
+from tfdist.training import routing
+
+_REMEDY = (
+    "Start it with `tfdist run --drop-in`, which leads model.fit to all workers, or call "
+    "tfdist.fit(model, ...)."
+)
+
+
+def guard(strategy: Strategy) -> None:
+    """Watches what Keras trains outside of tfdist, for the rest of the process's life.
+
+    Args:
+        strategy: What this process trains with, among several workers.
+    """
+    keras.Model.fit = _alone(keras.Model.fit, "model.fit")
+    keras.Model.train_on_batch = _on_batch(keras.Model.train_on_batch, strategy)
+    _keras.watch_updates(_heed_update)
+
+
+def _alone(original: Callable[..., Any], name: str) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def method(model: Any, *args: Any, **kwargs: Any) -> Any:
+        if not routing.is_running():
+            _object(f"`{name}`")
+        with routing.running():
+            return original(model, *args, **kwargs)
+
+    return method
+
+
+def _on_batch(original: Callable[..., Any], strategy: Strategy) -> Callable[..., Any]:
+    """Computes a batch whole on every worker, and then takes the chief's state."""
+
+    @functools.wraps(original)
+    def method(model: Any, *args: Any, **kwargs: Any) -> Any:
+        if routing.is_running():
+            return original(model, *args, **kwargs)
+        if not routing.is_drop_in():
+            _object("`model.train_on_batch`")
+            return original(model, *args, **kwargs)
+        _say_once(
+            "`train_on_batch` computes its whole batch on every worker: the weights are those "
+            "of one process, and it is no faster. `fit` shares batches."
+        )
+        with routing.running(), _keras.outside_scopes():
+            scoped(model, "auto")
+            result = original(model, *args, **kwargs)
+        if strategy.place.num_workers > 1:
+            with strategy.waiting_for("the end of train_on_batch"):
+                whole(strategy).take_chiefs(variables_of(model))
+        return result
+
+    return method
+
+
+def _heed_update() -> None:
+    """Called when an optimizer updates weights where no replica's step runs."""
+    if routing.is_running():
+        return
+    if not routing.is_drop_in():
+        _object("a training loop of its own")
+    else:
+        _say_once(
+            "a training loop of this script's own runs on every worker for itself: --drop-in "
+            "leads model.fit, evaluate, predict and train_on_batch to all workers, and no "
+            "loop. Workers that draw the same data train the same weights, no faster."
+        )
+
+
+def _object(what: str) -> None:
+    """Refuses to train alone, or says so where the script knows of tfdist."""
+    if _names_tfdist():
+        _say_once(f"{what} is Keras's own and trains this worker alone. {_REMEDY}")
+        return
+    raise StrategyError(
+        "Workers that `tfdist run` starts must train together. Received: a script that trains "
+        f"with {what} and never names tfdist, so that every worker would train a model of its "
+        f"own. {_REMEDY}"
+    )
+
+
+def _names_tfdist() -> bool:
+    values = list(vars(sys.modules["__main__"]).values())
+    names = [getattr(v, "__name__", "") if isinstance(v, type(sys)) else "" for v in values]
+    names += [getattr(value, "__module__", None) or "" for value in values]
+    return any(str(name).partition(".")[0] == "tfdist" for name in names)
+
+
+@functools.cache
+def _say_once(text: str) -> None:
+    print(f"tfdist: {text}", file=sys.stderr, flush=True)

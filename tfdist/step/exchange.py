@@ -1,0 +1,91 @@
+"""What an extension may put around the reduction of gradients, compression for example."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from tfdist.step.state import Role
+from tfdist.strategies.base import Strategy
+
+Tensor = Any
+Sums = tuple[list[Tensor], list[Tensor]]
+"""Reduced gradients, and what else was reduced with them."""
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """What a replica gives to one reduction.
+
+    Attributes:
+        gradients: The replica's parts of the gradients: their sum over replicas is the whole.
+            Dense, or `tf.IndexedSlices`.
+        others: Dense tensors that must be summed exactly.
+        share: Scalar float32: the replica's part of the batch.
+        variables: The `keras.Variable` of each gradient.
+        loss_scales: By what the loss that a gradient comes from was multiplied, a scalar
+            tensor each; None where it was not.
+    """
+
+    gradients: Sequence[Tensor]
+    others: Sequence[Tensor]
+    share: Tensor
+    variables: Sequence[Any]
+    loss_scales: Sequence[Tensor | None]
+
+
+class Exchange(Protocol):
+    """Changes what travels between replicas."""
+
+    @property
+    def state(self) -> Sequence[tuple[Any, Role]]:
+        """Its `keras.Variable`s, each with its role."""
+
+    @property
+    def acts_alone(self) -> bool:
+        """Whether it changes the result of one replica, too."""
+
+    def running(self) -> contextlib.AbstractContextManager[None]:
+        """Makes a context around a training."""
+
+    def next_phase(self) -> Hashable:
+        """Says which kind of step comes next; each kind is traced once."""
+
+    def end_step(self) -> None:
+        """Called when a step was made."""
+
+    def finish(self, counts: Tensor) -> None:
+        """Called once on each replica, after all reductions of a step.
+
+        Args:
+            counts: Scalar bool: whether the step counts.
+        """
+
+    def reduce(
+        self, strategy: Strategy, given: Contribution, phase: Hashable
+    ) -> tuple[Sums, Callable[[Tensor], None]]:
+        """Sums what replicas contribute.
+
+        Args:
+            strategy: Does the collectives.
+            given: Of this replica.
+            phase: What `next_phase` gave.
+
+        Returns:
+            The sums; and what keeps the state that the step leaves behind, given a scalar bool
+            tensor: whether the step counts.
+        """
+
+
+class ExchangeMaker(Protocol):
+    """Says what is put around the reduction; two that are equal make the same."""
+
+    def make(self, model: Any, strategy: Strategy) -> Exchange:
+        """Makes it for a model.
+
+        Args:
+            model: A compiled, built `keras.Model`.
+            strategy: Where its replicas are.
+        """

@@ -1,0 +1,83 @@
+"""All state of a training, and the role of each variable in it."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import Any
+
+from tfdist import _keras
+from tfdist.step.composition import found_in_steps
+
+
+class Role(enum.Enum):
+    """How the values of a variable on all replicas belong together."""
+
+    REPLICATED = "replicated"  # equal on all replicas, such as weights and metrics
+    PER_REPLICA = "per replica"  # each replica has its own, and only their sum matters
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """The variables of a training.
+
+    Whoever compares, broadcasts, saves or commits state asks for the roles that it knows.
+
+    Attributes:
+        of_model: `keras.Variable`s of the model, its optimizers and metrics, all replicated.
+        of_extensions: Those of extensions, each with its role.
+    """
+
+    of_model: tuple[Any, ...]
+    of_extensions: tuple[tuple[Any, Role], ...] = ()
+
+    @property
+    def replicated(self) -> tuple[Any, ...]:
+        """Variables that are equal on all replicas."""
+        return self.of_model + self._with(Role.REPLICATED)
+
+    @property
+    def per_replica(self) -> tuple[Any, ...]:
+        """Variables of which each replica has its own value."""
+        return self._with(Role.PER_REPLICA)
+
+    @property
+    def variables(self) -> tuple[Any, ...]:
+        """All of them."""
+        return self.of_model + tuple(variable for variable, _ in self.of_extensions)
+
+    def _with(self, role: Role) -> tuple[Any, ...]:
+        return tuple(variable for variable, its_role in self.of_extensions if its_role is role)
+
+    def is_of(self, model: Any) -> bool:
+        """Tells whether a model still has these variables.
+
+        Args:
+            model: A built `keras.Model`.
+        """
+        return [id(v) for v in self.of_model] == [id(v) for v in variables_of(model)]
+
+
+def optimizers_of(model: Any) -> list[Any]:
+    """Lists a model's optimizers, those that only its steps know of included; each once.
+
+    Args:
+        model: A `keras.Model`.
+    """
+    found = [optimizer for step in found_in_steps(model) for optimizer in step.optimizers]
+    return _keras.with_nested([*_keras.optimizers_of(model), *found])
+
+
+def variables_of(model: Any) -> list[Any]:
+    """Lists all state of a model: weights, seeds, optimizers', metrics'; each once.
+
+    Args:
+        model: A built `keras.Model`.
+    """
+    optimizers = optimizers_of(model)
+    parts = [model.variables, *(o.variables for o in optimizers)]
+    parts += [_keras.trained_variables(o) for o in optimizers]
+    if model.compiled:
+        parts.append(_keras.metric_variables(model))
+    parts += [step.variables for step in found_in_steps(model)]
+    return list({id(v): v for part in parts for v in part}.values())

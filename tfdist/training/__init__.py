@@ -1,0 +1,1 @@
+"""One `fit`: what is asked for, who takes part, and the straight line through it."""

@@ -1,0 +1,59 @@
+"""What one call of `fit` asks for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from tfdist.data.augment import Augment
+from tfdist.samplers import Sampler
+from tfdist.strategies.session import Session
+
+
+@dataclass(frozen=True)
+class Request:
+    """The arguments of `fit`; extensions may ask for others in their place.
+
+    Attributes:
+        session: Where the replicas are.
+        model: A compiled `keras.Model`.
+        is_seeded: Whether the user has chosen `seed`.
+        seed_is_secret: Whether a guarantee rests on nobody knowing `seed`.
+        copies: Rows of each example, changed by `augment` each in its own way.
+        is_private: Whether single examples must not be told from the outcome.
+
+    The others are as in `tfdist.fit`.
+    """
+
+    session: Session
+    model: Any
+    x: Any
+    y: Any
+    sample_weight: Any
+    batch_size: int | None
+    epochs: int
+    initial_epoch: int
+    verbose: Any
+    callbacks: Any
+    validation_split: float
+    validation_data: Any
+    validation_steps: int | None
+    validation_batch_size: int | None
+    validation_freq: Any
+    shuffle: Any
+    class_weight: Any
+    steps_per_epoch: int | None
+    sampler: Sampler | None
+    augment: Augment | None
+    shard: Any
+    seed: int | None
+    whole_batch: bool | None
+    is_seeded: bool = False
+    seed_is_secret: bool = False
+    copies: int = 1
+    is_private: bool = False
+
+    @property
+    def shows(self) -> bool:
+        """Whether this process prints."""
+        return bool(self.session.is_chief and self.verbose != 0)

@@ -1,0 +1,196 @@
+"""One `fit` in a straight line: choose, read, build, bind, agree, run Keras's loop, report."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from tfdist import _keras, data
+from tfdist.samplers import from_shuffle
+from tfdist.step.composition import why_whole
+from tfdist.step.prepared import Prepared, prepare
+from tfdist.training import callbacks as tfdist_callbacks
+from tfdist.training import preflight
+from tfdist.training.extension import Continuation, Extension
+from tfdist.training.request import Request
+from tfdist.training.sources import adapted, composed, read
+
+
+class Seeds(Extension):
+    """Chooses the sampler and its seed, where nothing before it has."""
+
+    def choose(self, request: Request) -> Request:
+        """Takes the user's seed, else one that the chief draws."""
+        sampler = request.sampler or from_shuffle(request.shuffle)
+        seed = request.session.sampler_seed(request.seed)
+        return replace(request, sampler=sampler, seed=seed)
+
+
+class Training:
+    """One `fit`.
+
+    Args:
+        request: What is asked for.
+        extensions: What takes part in it, in the order in which each is asked.
+        continuation: The one of them that says where training begins.
+    """
+
+    def __init__(
+        self, request: Request, extensions: Sequence[Extension], continuation: Continuation
+    ) -> None:
+        self._request = request
+        self._extensions = extensions
+        self._continuation = continuation
+
+    def run(self) -> Any:
+        """Trains.
+
+        Returns:
+            Keras's `History`.
+        """
+        for extension in self._extensions:
+            self._request = extension.choose(self._request)
+        request = self._request
+        self._source, self._validation = read(request)
+        self._used = composed(
+            request.model,
+            "train_step",
+            self._source,
+            request.session.strategy,
+            request.whole_batch,
+            any(extension.needs_state for extension in self._extensions),
+        )
+        for extension in self._extensions:
+            extension.bind(request, self._source)
+        with contextlib.ExitStack() as stack:
+            for extension in self._extensions:
+                stack.enter_context(extension.running())
+            history = self._continuation.train(self._attempt)
+        for extension in self._extensions:
+            extension.report(request, history)
+        return history
+
+    def _attempt(self) -> Any:
+        """Trains from where the continuation says, once: processes may come and go."""
+        request, source, validation = self._request, self._source, self._validation
+        self._continuation.begin_attempt(source)
+        prepared = self._prepared()
+        self._announce()
+        callbacks = self._callbacks(prepared)
+        # Asked for when the first share is drawn: a callback may restore the optimizer.
+        begins = functools.partial(_start, request.model, source)
+        epoch, step, start, logs = self._continuation.begin(request.initial_epoch, begins)
+        stream = data.Stream(
+            source,
+            self._used,
+            start,
+            epoch=epoch,
+            made=step,
+            on_progress=self._continuation.note_step,
+            is_watched=tfdist_callbacks.look_between_steps(callbacks),
+            logs=logs,
+            trains=True,
+        )
+        shown = request.verbose if request.session.is_chief else 0
+        callbacks = self._continuation.loop_callbacks(
+            callbacks,
+            prepared,
+            where=lambda: stream.position,
+            steps=source.steps,
+            epochs=request.epochs,
+            verbose=shown,
+            add_progbar=shown != 0,
+            model=request.model,
+        )
+
+        def ended() -> None:
+            stream.on_epoch_end()
+            if stream.is_over:
+                request.model.stop_training = True
+
+        with prepared.running(source), _keras.end_of_data_unless(lambda: prepared.stop.agreed):
+            history = _keras.FIT(
+                request.model,
+                _keras.StreamAdapter(stream, source.steps, ended),
+                epochs=request.epochs,
+                verbose=shown,
+                callbacks=callbacks,
+                validation_data=validation and adapted(validation, self._used),
+                shuffle=False,
+                initial_epoch=epoch,
+                validation_freq=request.validation_freq,
+            )
+        stream.close()
+        summary = request.session.strategy.summary()
+        if summary is not None and request.shows:
+            print(f"tfdist: {summary}", flush=True)
+        return history
+
+    def _prepared(self) -> Prepared:
+        request, validation = self._request, self._validation
+        facts: dict[str, Any] = {}
+        for extension in self._extensions:
+            facts |= extension.facts()
+        exchanges = [e.exchange_maker for e in self._extensions if e.exchange_maker is not None]
+        makers = [e.step_maker for e in self._extensions if e.step_maker is not None]
+        prepared = prepare(
+            request.model,
+            self._used,
+            for_training=True,
+            maker=makers[0] if makers else None,
+            exchange_maker=exchanges[0] if exchanges else None,
+        )
+        asked = {
+            "batch_size": request.batch_size,
+            "epochs": request.epochs,
+            "initial_epoch": request.initial_epoch,
+            "validation_steps": validation and validation.steps,
+            "steps_per_execution": request.model.steps_per_execution,
+            "steps": self._source.steps,
+        }
+        preflight.check_agreement(request.session, request.model, asked | facts, self._source)
+        return prepared
+
+    def _announce(self) -> None:
+        request, source = self._request, self._source
+        notices = [extension.notice(request) for extension in self._extensions]
+        if not request.shows:
+            return
+        print(request.session.describe(getattr(source, "batch_size", None)), flush=True)
+        if (report := source.report()) is not None:
+            print(report, flush=True)
+        if self._used is not request.session.strategy:
+            notices.insert(0, _notice_of_whole(request.model, "train_step"))
+        for notice in filter(None, notices):
+            print(f"tfdist: {notice}", flush=True)
+
+    def _callbacks(self, prepared: Prepared) -> Any:
+        request = self._request
+        found = tfdist_callbacks.prepare(
+            request.callbacks,
+            request.session.strategy,
+            prepared.stop,
+            prepared.state.replicated,
+            prepared.functions.timers,
+            shows=request.shows,
+        )
+        for extension in self._extensions:
+            found = extension.callbacks(request, found, prepared)
+        return found
+
+
+def _start(model: Any, source: data.Source) -> data.DataPosition:
+    """Says where the data begins: after the steps that the optimizer has behind it."""
+    optimizer = model.optimizer
+    return source.position_after(0 if optimizer is None else int(optimizer.iterations.numpy()))
+
+
+def _notice_of_whole(model: Any, kind: str) -> str:
+    why = why_whole(model, kind) or "you asked for it"
+    return (
+        f"every replica computes the whole batch, because {why}. The weights are those of one "
+        "process, and it is no faster; see docs/promise.md"
+    )

@@ -1,0 +1,16 @@
+"""Notices that nothing goes on any more, says why, and ends the run. Needs no TensorFlow."""
+
+from tfdist.watchdog.calls import calling, configure, meet
+from tfdist.watchdog.progress import EXCHANGING, SAVING, here
+from tfdist.watchdog.settings import HANG_LIMIT, ON_HANG
+
+__all__ = [
+    "EXCHANGING",
+    "HANG_LIMIT",
+    "ON_HANG",
+    "SAVING",
+    "calling",
+    "configure",
+    "here",
+    "meet",
+]

@@ -1,0 +1,124 @@
+"""What this process tells the watchers of the others of itself."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from typing import Any
+
+from tfdist.watchdog import memory, stacks
+from tfdist.watchdog.messages import ENDED, StatusMessage
+from tfdist.watchdog.progress import (
+    BETWEEN,
+    EXCHANGING,
+    FIRST_STEP,
+    OUTSIDE,
+    SAVING,
+    STEP,
+    here,
+)
+from tfdist.watchdog.settings import Settings
+
+
+class Oneself:
+    """Makes this process's notes, of which each is numbered."""
+
+    def __init__(self) -> None:
+        self._beat = 0
+        self._exchange: float | None = None  # when the one began that is under way
+
+    def note(self, worker: int, settings: Settings, with_stack: bool = False) -> StatusMessage:
+        """Says where this process is now.
+
+        Args:
+            worker: Its number.
+            settings: What is too long.
+            with_stack: Whether to say where its Python stands.
+        """
+        frame = stacks.main_frame()
+        now = time.monotonic()
+        at, since, call = here.at, here.since, here.call
+        exchanging = at != STEP and here.doing == EXCHANGING
+        if not exchanging:
+            self._exchange = None
+        elif self._exchange is None:
+            self._exchange = now
+        if exchanging and at == BETWEEN:
+            since = max(since, self._exchange or since)
+        # Who exchanges does nothing by itself; those that it waits for have limits too.
+        limit_at = STEP if exchanging and at == BETWEEN else at
+        limit = 0.0 if at == OUTSIDE else settings.limit_of(limit_at, here.median)
+        idle = now - since
+        late = idle > limit / 2 or with_stack
+        for_data = late and here.waits_for_data
+        left = memory.left_mib() or (None, None)
+        stack = [*stacks.describe(frame), *stacks.others()] if with_stack else []
+        self._beat += 1
+        return StatusMessage(
+            worker=worker,
+            task=f"worker {worker}",
+            beat=self._beat,
+            clock=time.time(),
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            call=None if call is None else call.name,
+            number=here.calls,
+            alone=call is not None and call.alone,
+            step=0 if call is None else call.step,
+            at=at,
+            phase=_phase(frame, at, call, for_data, exchanging),
+            idle=idle,
+            limit=limit,
+            waits_for_data=for_data,
+            is_exchanging=exchanging,
+            is_debugged=late and (here.traced or stacks.is_debugged(frame)),
+            used_mib=memory.used_mib(),
+            left_mib=left[0],
+            all_mib=left[1],
+            stack=tuple(stack),
+        )
+
+    def ended(self, worker: int) -> StatusMessage:
+        """Says that this process's script has ended.
+
+        Args:
+            worker: Its number.
+        """
+        return StatusMessage(
+            worker=worker,
+            task=f"worker {worker}",
+            beat=self._beat + 1,
+            clock=time.time(),
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            call=None if here.call is None else here.call.name,
+            number=here.calls,
+            step=0 if here.call is None else here.call.step,
+            at=ENDED,
+            phase="at the end of its script",
+        )
+
+
+def _phase(frame: Any, at: str, call: Any, for_data: bool, exchanging: bool) -> str:
+    if call is None:
+        return "before its first call"
+    if at == OUTSIDE:
+        return f"outside of tfdist, after `{call.name}` and its step {call.step}"
+    where = f"`{call.name}`, "
+    after = f"after step {call.step}" if call.step else "before its first step"
+    callback = stacks.callback(frame)
+    if here.doing == SAVING:
+        return f"{where}{after}: saving a checkpoint"
+    if callback is not None and at == BETWEEN:
+        return f"{where}{after}: in {callback}"
+    if exchanging:
+        return f"{where}{after}: exchanging settings with the others"
+    kind = "validation, after step" if call.validating else "step"
+    if at in (STEP, FIRST_STEP):
+        other = "its data" if call.alone else "the others"
+        doing = "waiting for its data" if for_data else f"computing, or waiting for {other}"
+        return f"{where}{kind} {call.step}: {doing}"
+    if at == BETWEEN:
+        return f"{where}{after}"
+    return f"{where}preparing it"
