@@ -37,7 +37,7 @@ $(VENV)/.dev: pyproject.toml | $(BIN)/python
 	@touch $@
 
 # Its pins fight with those of tfdist, so it is kept apart, without its dependencies, where only
-# tests/test_tensorflow_privacy.py looks. There is none for Python 3.12 on: those tests are skipped.
+# tests/privacy/test_beside_tensorflow_privacy.py looks. There is none for Python 3.12 on: those tests are skipped.
 $(VENV)/.tensorflow-privacy: $(VENV)/.dev
 	-$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/tensorflow-privacy \
 		tensorflow-privacy==0.9.0 tensorflow-empirical-privacy==0.1.0 immutabledict patsy statsmodels

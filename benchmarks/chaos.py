@@ -19,8 +19,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from tests.cluster.strikes import PLACES, TOLERANCE, Outcome, state_of, train
-from tests.cluster.training import EPOCHS, EVERY, STEPS_PER_EPOCH, Fault
+from tests.faults.strikes import PLACES, TOLERANCE, Outcome, state_of, train
+from tests.faults.training import EPOCHS, EVERY, STEPS_PER_EPOCH, Fault
 
 TASKS = {
     "multi_worker": ("worker 0", "worker 1"),

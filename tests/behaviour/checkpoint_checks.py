@@ -58,7 +58,7 @@ def train(model: Any, checkpoint: Any, *extra: Any, **options: Any) -> tuple[lis
     return state, history.history
 
 
-@check(MIRRORED)  # on processes, real faults say so: tests/cluster
+@check(MIRRORED)  # on processes, real faults say so: tests/faults
 def a_stopped_training_ends_with_the_same_bits(folder: Path) -> None:
     model = untrained()
     expected, history = train(model, None)

@@ -15,10 +15,18 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2] / "tfdist"
 PRIVATE_PACKAGES = ("keras.src", "tensorflow.python")
-# `privacy` still touches some by itself, most of them in its `_layers.py`.
-LEFT_OUT = (ROOT / "_keras", ROOT / "privacy", ROOT / "privacy_check")
+LEFT_OUT = (ROOT / "_keras",)
 # Of Python itself, without another way.
 PYTHON_S = {"_current_frames", "_exit", "_run_exitfuncs"}
+# Of dp-accounting's distributions, which `accountants.py` checks when it reads them.
+DP_ACCOUNTING_S = {
+    "_infinity_mass",
+    "_lower_loss",
+    "_pmf_add",
+    "_pmf_remove",
+    "_probs",
+    "_symmetric",
+}
 
 
 def touches(source: str, own: set[str]) -> Iterator[tuple[int, str]]:
@@ -54,7 +62,9 @@ def _is_private(name: str, own: set[str]) -> bool:
     if name == "__internal__":
         return True
     is_special = name.startswith("__") and name.endswith("__")
-    return name.startswith("_") and not is_special and name not in own | PYTHON_S
+    return (
+        name.startswith("_") and not is_special and name not in own | PYTHON_S | DP_ACCOUNTING_S
+    )
 
 
 def defined(source: str) -> Iterator[str]:

@@ -1,6 +1,6 @@
 """The only file that touches what Keras and its TensorFlow trainer keep private.
 
-Every touch says what it relies on; `tests/test_keras_contract.py` fails loudly when a
+Every touch says what it relies on; `tests/keras/test_contract.py` fails loudly when a
 Keras release changes it.
 
 Keras's own `train_step` is what tfdist runs, on every strategy. It was written for one

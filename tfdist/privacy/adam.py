@@ -8,7 +8,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from tfdist.privacy import _layers
+from tfdist._keras import layers as keras_layers
 from tfdist.privacy.arguments import check_number
 
 Tensor = Any
@@ -77,7 +77,7 @@ class DPAdam(keras.optimizers.Adam):  # type: ignore[misc]
         corrections = [
             1 - ops.power(ops.cast(beta, dtype), step) for beta in (self.beta_1, self.beta_2)
         ]
-        number = _layers.index_of(self, variable)
+        number = keras_layers.index_of(self, variable)
         deviation = 0.0 if self.noise_deviation is None else self.noise_deviation()
         mean, square, noise = (
             self._toward(moments[number], value, beta)

@@ -10,9 +10,9 @@ import tensorflow as tf
 
 from tfdist import _keras
 from tfdist._keras import ReplicaBatch
+from tfdist._keras import layers as keras_layers
 from tfdist._keras.replica import current_batch
 from tfdist.errors import ArgumentError
-from tfdist.privacy import _layers
 from tfdist.privacy.closed_forms import Call
 from tfdist.privacy.parts import Part, Written
 
@@ -93,7 +93,7 @@ def one_row(index: Tensor) -> ReplicaBatch | None:
 
 def _check_repeatable(unit: Any) -> None:
     """Refuses what would give another result the second time."""
-    inside = [unit, *unit._flatten_layers(include_self=False)]
+    inside = _keras.layers_of(unit)
     inside += [layer.cell for layer in inside if hasattr(layer, "cell")]
     random = any(
         getattr(part, name, 0)
@@ -101,7 +101,7 @@ def _check_repeatable(unit: Any) -> None:
         for name in ("dropout", "recurrent_dropout", "rate", "stddev")
     )
     keys = getattr(current_batch(), "keys", None)
-    if random and keys is None and _layers.seeds(unit):
+    if random and keys is None and keras_layers.seeds(unit):
         raise ArgumentError(
             "A layer without a closed form must give the same outputs when it is called "
             f"again. Received: the layer {unit.name!r} of type {type(unit).__name__}, with "

@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 from keras import layers
 
+from tfdist import _keras
+from tfdist._keras import layers as keras_layers
 from tfdist.errors import ArgumentError
-from tfdist.privacy import _layers
 from tfdist.privacy.again import computed_again
 from tfdist.privacy.closed_forms import FORMS, Call, has_activation, has_form, left_out, scaled
 from tfdist.privacy.example_losses import is_mean, summed_loss
@@ -183,7 +184,7 @@ def recorded(
     by_hand = tied(model, units, lambda outs: summed_loss(model, x, y, sample_weight, outs), x)
     has = {id(v) for v in by_hand}
     by_hand += [v for v in found.without_batch(units, None) if id(v) not in has]
-    seeds = [(v, tf.identity(v.value)) for v in _layers.seeds(model)] if by_hand else []
+    seeds = [(v, tf.identity(v.value)) for v in keras_layers.seeds(model)] if by_hand else []
     tape = tf.GradientTape(watch_accessed_variables=False)
     variables = [v.value for v in model.trainable_variables] if also_plain else []
     with contextlib.ExitStack() as stack:
@@ -227,7 +228,7 @@ def _one_each(parts: Sequence[Part]) -> list[Part]:
 def _units(model: Any) -> list[Any]:
     """Finds the layers whose calls are recorded: together they hold all trainable weights."""
     found: dict[int, Any] = {}
-    for layer in model._flatten_layers():
+    for layer in _keras.layers_of(model):
         if isinstance(layer, layers.BatchNormalization) and layer.trainable:
             raise ArgumentError(
                 "A private model must not mix the examples of a batch. Received: the layer "
@@ -246,10 +247,10 @@ def _units(model: Any) -> list[Any]:
             return
         # These call their inner layers in a loop, where nothing can be recorded.
         whole = isinstance(layer, layers.RNN | layers.TimeDistributed)
-        if whole or _layers.own_variables(layer):
+        if whole or keras_layers.own_variables(layer):
             found.setdefault(id(layer), layer)
         else:
-            for part in _layers.sublayers(layer):
+            for part in keras_layers.sublayers(layer):
                 visit(part)
 
     visit(model)
@@ -263,11 +264,11 @@ def _recording(unit: Any, calls: list[Call], tape: Any) -> Iterator[None]:
     activates = in_closed_form and has_activation(unit)
     unscaled = left_out(unit) if in_closed_form else {}
     apart = {"activation": None} if activates else unscaled
-    seeds = _layers.seeds(unit)
+    seeds = keras_layers.seeds(unit)
 
     def record(call: Any, *args: Any, **kwargs: Any) -> Any:
         drawn = [(v, tf.identity(v.value)) for v in seeds]
-        with _layers.changed(unit, **apart):
+        with keras_layers.changed(unit, **apart):
             outputs = call(*args, **kwargs)
         normalized = None
         if unscaled:
@@ -279,7 +280,7 @@ def _recording(unit: Any, calls: list[Call], tape: Any) -> Iterator[None]:
         calls.append(Call(args, kwargs, outputs, normalized, seeds=drawn))
         return unit.activation(outputs) if activates else outputs
 
-    with _layers.called_through(unit, record):
+    with keras_layers.called_through(unit, record):
         yield
 
 

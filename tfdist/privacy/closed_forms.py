@@ -14,7 +14,8 @@ import keras
 import tensorflow as tf
 from keras import layers, ops
 
-from tfdist.privacy import _layers, lora, recurrent
+from tfdist._keras import layers as keras_layers
+from tfdist.privacy import lora, recurrent
 from tfdist.privacy.lora import of_kernel, of_table
 from tfdist.privacy.parts import Part, Written
 from tfdist.privacy.patches import channels_last, folded, patches
@@ -176,7 +177,7 @@ def _normalization(layer: Any, calls: Sequence[Call]) -> Parts | None:
         if gamma is not None:
             normalized = call.normalized
             if normalized is None:
-                with _layers.changed(layer, **_UNSCALED[type(layer)]):
+                with keras_layers.changed(layer, **_UNSCALED[type(layer)]):
                     normalized = tf.cast(layer.call(call.inputs), tf.float32)
             by_gamma.append(tf.reduce_sum(gradients * normalized, summed))
     parts: Parts = []
@@ -262,7 +263,7 @@ def has_form(layer: Any) -> bool:
     Args:
         layer: A `keras.Layer`.
     """
-    if type(layer) not in FORMS or not _layers.is_plain(layer):
+    if type(layer) not in FORMS or not keras_layers.is_plain(layer):
         return False
     return recurrent.has_form(layer) if isinstance(layer, layers.RNN) else True
 

@@ -75,7 +75,7 @@ def tolerance_for(model: Any) -> float:
     Args:
         model: A `keras.Model`.
     """
-    half = any(layer.compute_dtype in _HALF for layer in model._flatten_layers())
+    half = any(layer.compute_dtype in _HALF for layer in _keras.layers_of(model))
     return 0.05 if half else 1e-3
 
 

@@ -10,7 +10,7 @@ import keras
 import tensorflow as tf
 
 from tfdist import _keras
-from tfdist.privacy import _layers
+from tfdist._keras import layers as keras_layers
 
 Tensor = Any
 
@@ -29,7 +29,7 @@ def summed_loss(model: Any, x: Any, y: Any, sample_weight: Any, outputs: Any) ->
         return tf.reduce_sum(losses_alone(model, x, y, sample_weight, outputs))
     examples = tf.shape(tf.nest.flatten(outputs)[0])[0]
     with _loss_itself(model):
-        whole = _layers.compiled_loss(model, x, y, outputs, sample_weight)
+        whole = keras_layers.compiled_loss(model, x, y, outputs, sample_weight)
     return whole * tf.cast(examples, whole.dtype)
 
 
@@ -52,8 +52,8 @@ def losses_alone(model: Any, x: Any, y: Any, sample_weight: Any, outputs: Any) -
     def alone(index: Tensor) -> Tensor:
         def row(leaf: Tensor) -> Tensor:
             mine = leaf[index : index + 1]
-            if _layers.has_mask(leaf):
-                mine._keras_mask = leaf._keras_mask[index : index + 1]
+            if keras_layers.has_mask(leaf):
+                keras_layers.give_mask(mine, keras_layers.mask_of(leaf)[index : index + 1])
             return mine
 
         one_x, one_y, one_weight = tf.nest.map_structure(
@@ -63,7 +63,7 @@ def losses_alone(model: Any, x: Any, y: Any, sample_weight: Any, outputs: Any) -
             (x, y, sample_weight),
         )
         one_outputs = tf.nest.map_structure(row, outputs)
-        loss = _layers.compiled_loss(model, one_x, one_y, one_outputs, one_weight)
+        loss = keras_layers.compiled_loss(model, one_x, one_y, one_outputs, one_weight)
         return tf.cast(loss, tf.float32)
 
     examples = tf.shape(tf.nest.flatten(outputs)[0])[0]
@@ -76,7 +76,7 @@ def _loss_itself(model: Any) -> Iterator[None]:
     """Lets no loss be a share's part of the global one, or counted by the model's metrics."""
     with (
         _keras.on_replica(None),
-        _layers.without_regularizers(model.trainable_variables),
+        keras_layers.without_regularizers(model.trainable_variables),
         keras.StatelessScope(),
     ):
         yield
@@ -90,11 +90,12 @@ def is_mean(model: Any, sample_weight: Any, outputs: Any) -> bool:
         sample_weight: As Keras has it, or None.
         outputs: The model's.
     """
-    if _layers.has_own_compute_loss(model):
+    if keras_layers.has_own_compute_loss(model):
         return False
-    if any(_layers.has_mask(output) for output in tf.nest.flatten(outputs)):
+    if any(keras_layers.has_mask(output) for output in tf.nest.flatten(outputs)):
         return False
     weighted = sample_weight is not None
     return all(
-        _layers.is_mean_over_examples(loss, weighted) for loss in _layers.losses_of(model)
+        keras_layers.is_mean_over_examples(loss, weighted)
+        for loss in keras_layers.losses_of(model)
     )

@@ -16,8 +16,8 @@ from typing import Any
 import tensorflow as tf
 
 from tfdist import _keras
+from tfdist._keras import layers as keras_layers
 from tfdist.errors import ArgumentError
-from tfdist.privacy import _layers
 
 Tensor = Any
 _FOUND = "_tfdist_foldings"  # of a model: its trainable variables, and what was found
@@ -85,7 +85,7 @@ def found_without_batch(model: Any) -> list[str]:
     """
     _, found = vars(model).get(_FOUND, (None, None))
     around = {} if found is None else found.around
-    return [layer.name for layer in model._flatten_layers() if id(layer) in around]
+    return [layer.name for layer in _keras.layers_of(model) if id(layer) in around]
 
 
 @dataclass
@@ -137,8 +137,8 @@ def _common(calls: Sequence[_Seen]) -> Any:
 def _traced(model: Any, units: Sequence[Any], x: Any) -> list[_Seen]:
     ids = {id(unit) for unit in units}
     watched = list(units)
-    for layer in model._flatten_layers(include_self=False):
-        inner = {id(part) for part in layer._flatten_layers(include_self=False)}
+    for layer in _keras.layers_of(model)[1:]:
+        inner = {id(part) for part in _keras.layers_of(layer)[1:]}
         if id(layer) not in ids and inner & ids:
             watched.append(layer)
     calls: list[_Seen] = []
@@ -166,7 +166,7 @@ def _traced(model: Any, units: Sequence[Any], x: Any) -> list[_Seen]:
         with contextlib.ExitStack() as stack:
             stack.enter_context(_keras.on_replica(None))
             for layer in watched:
-                stack.enter_context(_layers.called_through(layer, through(layer)))
+                stack.enter_context(keras_layers.called_through(layer, through(layer)))
             model(x, training=True)
 
     def spec(leaf: Any) -> tf.TensorSpec:

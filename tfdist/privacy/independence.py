@@ -19,8 +19,9 @@ import tensorflow as tf
 
 from tfdist import _keras
 from tfdist._keras import RowKeys
+from tfdist._keras import layers as keras_layers
 from tfdist.errors import ArgumentError
-from tfdist.privacy import _layers, clipping, rows
+from tfdist.privacy import clipping, rows
 from tfdist.privacy.contributions import (
     Added,
     Columns,
@@ -84,7 +85,7 @@ def _exact_products() -> Iterator[None]:
 def _check_sum(model: Any, x: Any, y: Any, sample_weight: Any, tolerance: float) -> None:
     with drawing(_keys(tf.range(1, rows.count(x) + 1, dtype=tf.int64))):
         parts, plain, _ = clipping.recorded(model, x, y, sample_weight, also_plain=True)
-    with _layers.without_regularizers(model.trainable_variables):
+    with keras_layers.without_regularizers(model.trainable_variables):
         if model.losses:
             raise ArgumentError(
                 "The loss must come from `compile` and the regularizers of weights alone. "
@@ -109,7 +110,7 @@ def _check_sum(model: Any, x: Any, y: Any, sample_weight: Any, tolerance: float)
 
 def _check_state(state: Sequence[Any], before: Sequence[Tensor]) -> None:
     for variable, value in zip(state, before, strict=True):
-        if _layers.is_seed(variable) or bool(tf.reduce_all(variable.value == value)):
+        if keras_layers.is_seed(variable) or bool(tf.reduce_all(variable.value == value)):
             continue
         raise keeps_state(variable.path)
 

@@ -18,8 +18,8 @@ import keras
 import numpy as np
 
 from tfdist import _keras
+from tfdist._keras import layers as keras_layers
 from tfdist.errors import ArgumentError
-from tfdist.privacy import _layers
 from tfdist.privacy.ledger import Ledger
 
 _ATTRIBUTE = "_tfdist_spent"
@@ -214,14 +214,14 @@ def _put(model: Any, holder: _Holder) -> None:
 def _places(model: Any) -> list[Any]:
     """Lists all that what is known is kept with: any of them may be trained later."""
     things: list[Any] = [model]
-    for layer in _layers.with_sublayers(model):
-        weights = [v for v in layer.variables if not _layers.is_seed(v)]
+    for layer in _keras.layers_of(model):
+        weights = [v for v in layer.variables if not keras_layers.is_seed(v)]
         things += [*weights, layer] if weights else []
     return list({id(thing): thing for thing in things}.values())
 
 
 def _holders(model: Any) -> Iterator[_Holder]:
-    things = [*model.variables, *_layers.with_sublayers(model)]
+    things = [*model.variables, *_keras.layers_of(model)]
     found = [vars(thing)[_ATTRIBUTE][0] for thing in things if _ATTRIBUTE in vars(thing)]
     yield from {id(holder): holder for holder in found}.values()
 

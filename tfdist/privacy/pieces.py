@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from tfdist import _keras
 from tfdist._keras import ReplicaBatch
-from tfdist.privacy import _layers
+from tfdist._keras import layers as keras_layers
 from tfdist.privacy.clipping import clipped_sum
 from tfdist.privacy.refusals import check_untouched
 from tfdist.privacy.settings import Mechanism
@@ -85,7 +85,7 @@ class _Pieces:
         self._compiled = compiled
         self._groups = groups
         self._examples = _examples(columns)
-        self._seeds = [v for v in model.non_trainable_variables if _layers.is_seed(v)]
+        self._seeds = [v for v in model.non_trainable_variables if keras_layers.is_seed(v)]
         self._structure: Any = None
         self._masked: list[bool] = []
 
@@ -182,8 +182,8 @@ class _Pieces:
         check_untouched(self._model, piece)
         leaves = tf.nest.flatten(clipped.outputs)
         self._structure = clipped.outputs
-        self._masked = [_layers.has_mask(leaf) for leaf in leaves]
-        masks = [leaf._keras_mask for leaf in leaves if _layers.has_mask(leaf)]
+        self._masked = [keras_layers.has_mask(leaf) for leaf in leaves]
+        masks = [keras_layers.mask_of(leaf) for leaf in leaves if keras_layers.has_mask(leaf)]
         return [*leaves, *masks], [*clipped.sums, clipped.votes]
 
     def _packed(self, flat: list[Tensor]) -> Any:
@@ -191,7 +191,7 @@ class _Pieces:
         outputs, masks = flat[: len(self._masked)], iter(flat[len(self._masked) :])
         for output, masked in zip(outputs, self._masked, strict=True):
             if masked:
-                output._keras_mask = next(masks)
+                keras_layers.give_mask(output, next(masks))
         return tf.nest.pack_sequence_as(self._structure, outputs)
 
 

@@ -7,8 +7,9 @@ from typing import Any
 import keras
 from keras import layers
 
+from tfdist import _keras
+from tfdist._keras import layers as keras_layers
 from tfdist.errors import ArgumentError
-from tfdist.privacy import _layers
 
 _MOST_GROUPS = 32
 _LEAST_CHANNELS = 4
@@ -43,7 +44,7 @@ def make_private_model(model: Any) -> tuple[Any, list[str]]:
         >>> changed
         ['norm: BatchNormalization became GroupNormalization(groups=2)']
     """
-    if not _layers.is_graph_of_layers(model):
+    if not keras_layers.is_graph_of_layers(model):
         raise ArgumentError(
             "`model` must be a Sequential or functional model. Received: a "
             f"{type(model).__name__}, whose layers only its class can replace. Use "
@@ -57,7 +58,7 @@ def make_private_model(model: Any) -> tuple[Any, list[str]]:
     changed: list[str] = []
 
     def replaced(layer: Any) -> Any:
-        if _layers.is_graph_of_layers(layer):
+        if keras_layers.is_graph_of_layers(layer):
             return cloned(layer)
         if not isinstance(layer, layers.BatchNormalization):
             return layer.__class__.from_config(layer.get_config())
@@ -89,8 +90,8 @@ def make_private_model(model: Any) -> tuple[Any, list[str]]:
         return keras.models.clone_model(graph, clone_function=replaced, **calls)
 
     made = cloned(model)
-    for old, new in zip(model._flatten_layers(), made._flatten_layers(), strict=True):
-        inner = list(old._flatten_layers(include_self=False))
+    for old, new in zip(_keras.layers_of(model), _keras.layers_of(made), strict=True):
+        inner = _keras.layers_of(old)[1:]
         if type(old) is type(new) and not inner:
             new.set_weights(old.get_weights())
             new.trainable = old.trainable

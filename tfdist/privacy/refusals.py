@@ -11,8 +11,8 @@ from keras import layers
 
 from tfdist import _keras
 from tfdist._keras import ReplicaBatch
+from tfdist._keras import layers as keras_layers
 from tfdist.errors import ArgumentError
-from tfdist.privacy import _layers
 
 _CLIPPING = ("clipnorm", "clipvalue", "global_clipnorm")
 
@@ -29,7 +29,7 @@ def check_untouched(model: Any, batch: ReplicaBatch) -> None:
     """
     metrics = {id(variable) for variable in _keras.metric_variables(model)}
     for variable, _ in batch.touched.values():
-        if id(variable) not in metrics and not _layers.is_seed(variable):
+        if id(variable) not in metrics and not keras_layers.is_seed(variable):
             raise keeps_state(variable.path)
 
 
@@ -62,7 +62,7 @@ def check_model(model: Any) -> None:
             f"replaces. Received: a {type(model).__name__} with a `train_step` of its own. "
             "Write what differs as `compute_loss`, which is called for one example at a time."
         )
-    for layer in model._flatten_layers():
+    for layer in _keras.layers_of(model):
         if isinstance(layer, layers.BatchNormalization) and layer.trainable:
             raise ArgumentError(
                 "A private model must not mix the examples of a batch. Received: the layer "
@@ -145,7 +145,7 @@ def _check_optimizer(optimizer: Any) -> None:
 
 
 def _check_loss(model: Any) -> None:
-    for loss in _layers.losses_of(model):
+    for loss in keras_layers.losses_of(model):
         name = loss if isinstance(loss, str) else getattr(loss, "name", None)
         if str(name).lower() == "circle" or isinstance(loss, keras.losses.Circle):
             raise ArgumentError(
@@ -153,7 +153,7 @@ def _check_loss(model: Any) -> None:
                 "of a batch with each other."
             )
     regularized = any(v.regularizer is not None for v in model.trainable_variables)
-    if regularized and _layers.has_own_compute_loss(model):
+    if regularized and keras_layers.has_own_compute_loss(model):
         raise ArgumentError(
             "A model with a `compute_loss` of its own must have no regularizers: whether it "
             f"counts them cannot be seen. Received: a {type(model).__name__} with both. Use "

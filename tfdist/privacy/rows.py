@@ -53,4 +53,7 @@ def of_any_size(leaf: Any) -> Any:
     spec = tf.type_spec_from_value(leaf)
     if isinstance(spec, tf.TensorSpec):
         return tf.TensorSpec([None, *spec.shape[1:]], spec.dtype)
-    return spec._unbatch()._batch(None)
+    shape = [None, *spec.shape[1:]]
+    if isinstance(spec, tf.SparseTensorSpec):
+        return tf.SparseTensorSpec(shape, spec.dtype)
+    return tf.RaggedTensorSpec(shape, spec.dtype, spec.ragged_rank, spec.row_splits_dtype)

@@ -13,7 +13,7 @@ from typing import Any
 import tensorflow as tf
 
 from tfdist._keras import ReplicaBatch, RowKeys
-from tfdist.privacy import _layers
+from tfdist._keras import layers as keras_layers
 from tfdist.privacy.contributions import added, is_same, mixes, tolerance_for
 
 Tensor = Any
@@ -135,6 +135,6 @@ def _again(leaf: Any) -> Any:
     if leaf is None:
         return None
     same = tf.identity(leaf)
-    if _layers.has_mask(leaf):
-        same._keras_mask = leaf._keras_mask
+    if keras_layers.has_mask(leaf):
+        keras_layers.give_mask(same, keras_layers.mask_of(leaf))
     return same

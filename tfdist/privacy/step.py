@@ -12,7 +12,7 @@ import keras
 import tensorflow as tf
 
 from tfdist._keras import ReplicaBatch
-from tfdist.privacy import _layers
+from tfdist._keras import layers as keras_layers
 from tfdist.privacy.adam import DPAdam
 from tfdist.privacy.adaptive import AdaptiveClip
 from tfdist.privacy.correlated import banded
@@ -222,8 +222,8 @@ class PrivateStep:
         )
         # A share may be padded; what is only there for its shape does not count.
         (x, y, weight), outputs = _first_rows(batch.rows, (x, y, weight), outputs)
-        loss = _layers.compiled_loss(model, x, y, outputs, weight)
-        _layers.track_loss(model, loss, tf.shape(tf.nest.flatten(x)[0])[0])
+        loss = keras_layers.compiled_loss(model, x, y, outputs, weight)
+        keras_layers.track_loss(model, loss, tf.shape(tf.nest.flatten(x)[0])[0])
         self._update(batch, sums, votes, norm)
         logs = model.compute_metrics(x, y, outputs, sample_weight=weight)
         check_untouched(model, batch)
@@ -307,8 +307,8 @@ def _first_rows(rows: Tensor, *structures: Any) -> Any:
         if leaf is None:
             return None
         kept = leaf[:rows]
-        if _layers.has_mask(leaf):
-            kept._keras_mask = leaf._keras_mask[:rows]
+        if keras_layers.has_mask(leaf):
+            keras_layers.give_mask(kept, keras_layers.mask_of(leaf)[:rows])
         return kept
 
     return tf.nest.map_structure(cut, structures)

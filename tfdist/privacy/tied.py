@@ -14,7 +14,7 @@ import keras
 import tensorflow as tf
 
 from tfdist import _keras
-from tfdist.privacy import _layers
+from tfdist._keras import layers as keras_layers
 from tfdist.privacy.again import one_row
 from tfdist.privacy.parts import Part, Written
 
@@ -76,7 +76,7 @@ def _connected(
         with contextlib.ExitStack() as stack:
             stack.enter_context(_keras.on_replica(None))  # whose graph is another one
             for unit in units:
-                stack.enter_context(_layers.called_through(unit, without(unit)))
+                stack.enter_context(keras_layers.called_through(unit, without(unit)))
             tape = stack.enter_context(tf.GradientTape(watch_accessed_variables=False))
             for value in values:
                 tape.watch(value)
@@ -121,7 +121,7 @@ def of_tied(
             batch,
         )
         with (
-            _layers.without_regularizers(model.trainable_variables),
+            keras_layers.without_regularizers(model.trainable_variables),
             tf.GradientTape(watch_accessed_variables=False) as tape,
             keras.StatelessScope(state_mapping=in_use),
         ):
@@ -129,7 +129,7 @@ def of_tied(
             with _keras.on_replica(one_row(index)):
                 outputs = model(one_x, training=training)
             with _keras.on_replica(None):  # the loss is no part of a larger batch's
-                loss = _layers.compiled_loss(model, one_x, one_y, outputs, one_weight)
+                loss = keras_layers.compiled_loss(model, one_x, one_y, outputs, one_weight)
         found = tape.gradient(loss, values, unconnected_gradients=tf.UnconnectedGradients.ZERO)
         return [tf.cast(tf.convert_to_tensor(g), tf.float32) for g in found]
 

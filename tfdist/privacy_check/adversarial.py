@@ -11,6 +11,7 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
+from tfdist import _keras
 from tfdist.privacy_check.columns import Columns, joined, mapped, rows_of, taken
 
 _SCALES = (1e-2, 30.0, 1e3, 1e30, math.nan)
@@ -186,4 +187,4 @@ def _same_inputs(x: Any) -> Any:
 
 def _has_embedding(model: Any) -> bool:
     """Tells whether an input may be numbers of words, which must stay below a limit."""
-    return any(isinstance(part, keras.layers.Embedding) for part in model._flatten_layers())
+    return any(isinstance(part, keras.layers.Embedding) for part in _keras.layers_of(model))

@@ -11,7 +11,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from tfdist import data
+from tfdist import _keras, data
 from tfdist.errors import ArgumentError, MissingPackageError
 from tfdist.privacy.arguments import check_choice, check_count, check_number
 from tfdist.privacy.likeness import PoissonLike
@@ -172,7 +172,7 @@ def _notes(privacy: DPSGD, sampler: Any) -> list[str]:
 
 def _is_half(model: Any) -> bool:
     return any(
-        part.compute_dtype in ("bfloat16", "float16") for part in model._flatten_layers()
+        part.compute_dtype in ("bfloat16", "float16") for part in _keras.layers_of(model)
     )
 
 

@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tfdist import _keras, api
-from tfdist.privacy import _layers, memory
+from tfdist._keras import layers as keras_layers
+from tfdist.privacy import memory
 from tfdist.privacy.poisson import Poisson
 from tfdist.samplers import Rows, Sampler
 
@@ -48,7 +49,7 @@ class GradientRecorder(keras.optimizers.Optimizer):  # type: ignore[misc]
 
     def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
         """Keeps a gradient."""
-        kept = self.gradients[_layers.index_of(self, variable)]
+        kept = self.gradients[keras_layers.index_of(self, variable)]
         self.assign(kept, keras.ops.cast(gradient, kept.dtype))
 
 

@@ -14,7 +14,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from tfdist import _keras, api
+import tfdist
+from tfdist import _keras
 from tfdist.scripts.own_strategies import claim
 from tfdist.strategies.base import Strategy
 from tfdist.strategies.session import current
@@ -91,7 +92,7 @@ def drop_in(strategy: Any = "auto") -> DropIn:
         1
     """
     methods: dict[str, Callable[..., Any]] = {
-        name: _routed(getattr(api, name).direct, getattr(keras.Model, name), strategy)
+        name: _routed(getattr(tfdist, name).direct, getattr(keras.Model, name), strategy)
         for name in METHODS
     }
     used = current(strategy).strategy

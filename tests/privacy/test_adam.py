@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 import tfdist
+from tfdist._keras import layers as keras_layers
 from tfdist.errors import ArgumentError
-from tfdist.privacy import DPAdam, _layers
+from tfdist.privacy import DPAdam
 
 
 def adam_bc(gradients: Any, deviations: Any, rate: float, floor: float) -> Any:
@@ -41,7 +42,7 @@ def test_steps_are_those_of_the_paper() -> None:
     np.testing.assert_allclose(weight.numpy(), expected, rtol=1e-4)
     corrected = np.mean(gradients**2, 0) - 0.2
     assert (corrected < 1e-3).any() != (corrected < 1e-3).all()  # both branches
-    assert _layers.index_of(optimizer, weight) == 0
+    assert keras_layers.index_of(optimizer, weight) == 0
 
 
 def noise_alone(optimizer: Any) -> tuple[list[Any], Any]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.cluster.training import Fault
+from tests.faults.training import Fault
 
 TRAINING = Path(__file__).with_name("training.py")
 PLACES = {

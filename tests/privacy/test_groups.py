@@ -10,10 +10,11 @@ import pytest
 import tensorflow as tf
 
 import tfdist
-from tests.test_privacy_clipping import FAST, SLOW, close
+from tests.privacy.test_clipping import FAST, SLOW, close
 from tfdist import data
+from tfdist._keras import layers as keras_layers
 from tfdist.errors import ArgumentError
-from tfdist.privacy import Ledger, Phase, Poisson, _layers, clipping
+from tfdist.privacy import Ledger, Phase, Poisson, clipping
 from tfdist.privacy.together import Copies, Groups, Together
 from tfdist.privacy.users import PoissonOfUsers, Users
 from tfdist.strategies.base import Place
@@ -145,7 +146,7 @@ def by_hand(model: Any, x: Any, y: Any, ids: Any, steps: int, most: int | None) 
             variable.assign(variable.numpy() - 0.5 * (summed / 15 + penalty))
 
 
-_no_regularizers = _layers.without_regularizers
+_no_regularizers = keras_layers.without_regularizers
 
 FITS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "all_rows": ({}, {}),

@@ -1,6 +1,6 @@
 """A training on real digits that faults strike, each once, however often it is started again.
 
-tfdist run -n 2 --max-restarts 5 tests/cluster/training.py FOLDER
+tfdist run -n 2 --max-restarts 5 tests/faults/training.py FOLDER
 
 FOLDER/faults.json lists the faults. FOLDER gets the checkpoints, the time of each step of a
 worker (`steps-*`), of a fault (`struck-*`), and at last the state of each worker (`final-*`).

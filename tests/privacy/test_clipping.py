@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from tfdist._keras import layers as keras_layers
 from tfdist.errors import ArgumentError
-from tfdist.privacy import _layers, clipping, independence
+from tfdist.privacy import clipping, independence
 
 L = keras.layers
 EXAMPLES = 5
@@ -578,7 +579,7 @@ class TestKerasContract:
             seen.append(args[0].shape)
             return call(*args, **kwargs)
 
-        with _layers.called_through(layer, through):
+        with keras_layers.called_through(layer, through):
             layer(np.ones((4, 3)))
         layer(np.ones((5, 3)))
         assert seen == [(4, 3)]
@@ -587,22 +588,22 @@ class TestKerasContract:
     def test_own_variables_and_sublayers(self) -> None:
         inner = L.Dense(2)
         outer = keras.Sequential([keras.Input((3,)), inner])
-        assert _layers.own_variables(outer) == []
-        assert [v.name for v in _layers.own_variables(inner)] == ["kernel", "bias"]
-        assert inner in _layers.sublayers(outer)
+        assert keras_layers.own_variables(outer) == []
+        assert [v.name for v in keras_layers.own_variables(inner)] == ["kernel", "bias"]
+        assert inner in keras_layers.sublayers(outer)
 
     def test_seeds_and_masks(self) -> None:
-        assert len(_layers.seeds(L.Dropout(0.5))) == 1
+        assert len(keras_layers.seeds(L.Dropout(0.5))) == 1
         embedded = L.Embedding(3, 2, mask_zero=True)(np.array([[0, 1]]))
-        assert _layers.has_mask(embedded)
-        assert not _layers.has_mask(L.Dense(1)(np.ones((1, 2))))
+        assert keras_layers.has_mask(embedded)
+        assert not keras_layers.has_mask(L.Dense(1)(np.ones((1, 2))))
 
     def test_regularizers_can_be_taken_away(self) -> None:
         model = keras.Sequential([keras.Input((3,)), L.Dense(2, kernel_regularizer="l2")])
         model.compile(loss="mse")
         kernel = model.trainable_variables[0]
         kept = kernel.regularizer
-        with _layers.without_regularizers([kernel]):
+        with keras_layers.without_regularizers([kernel]):
             assert model.losses == []
         assert kernel.regularizer is kept
         assert len(model.losses) == 1
@@ -611,27 +612,27 @@ class TestKerasContract:
         model = keras.Sequential([keras.Input((3,)), L.Dense(2)])
         model.compile(loss="mse")
         x, y = data(3), data(2)
-        loss = _layers.compiled_loss(model, x, y, model(x), None)
-        _layers.track_loss(model, loss, EXAMPLES)
+        loss = keras_layers.compiled_loss(model, x, y, model(x), None)
+        keras_layers.track_loss(model, loss, EXAMPLES)
         assert float(model.get_metrics_result()["loss"]) == pytest.approx(float(loss))
-        assert not _layers.has_own_compute_loss(model)
+        assert not keras_layers.has_own_compute_loss(model)
 
     def test_functional_models_are_told_from_subclassed_ones(self) -> None:
         class Own(keras.Model):
             pass
 
         x = keras.Input((3,))
-        assert _layers.is_graph_of_layers(keras.Model(x, L.Dense(1)(x)))
-        assert _layers.is_graph_of_layers(keras.Sequential([L.Dense(1)]))
-        assert not _layers.is_graph_of_layers(Own(x, L.Dense(1)(x)))
-        assert not _layers.is_graph_of_layers(L.Dense(1))
+        assert keras_layers.is_graph_of_layers(keras.Model(x, L.Dense(1)(x)))
+        assert keras_layers.is_graph_of_layers(keras.Sequential([L.Dense(1)]))
+        assert not keras_layers.is_graph_of_layers(Own(x, L.Dense(1)(x)))
+        assert not keras_layers.is_graph_of_layers(L.Dense(1))
 
     def test_which_losses_are_means_over_examples(self) -> None:
         losses = keras.losses
         for loss in ("mse", "crossentropy", losses.Huber(), losses.huber, losses.CTC()):
-            assert _layers.is_mean_over_examples(loss, weighted=True)
+            assert keras_layers.is_mean_over_examples(loss, weighted=True)
         mean_by_weight = losses.Huber(reduction="mean_with_sample_weight")
-        assert _layers.is_mean_over_examples(mean_by_weight, weighted=False)
+        assert keras_layers.is_mean_over_examples(mean_by_weight, weighted=False)
         for loss in (
             mean_by_weight,
             losses.Dice(),
@@ -641,4 +642,4 @@ class TestKerasContract:
             losses.SparseCategoricalCrossentropy(ignore_class=0),
             lambda y, p: y - p,
         ):
-            assert not _layers.is_mean_over_examples(loss, weighted=True)
+            assert not keras_layers.is_mean_over_examples(loss, weighted=True)

@@ -10,7 +10,7 @@ import pytest
 import tensorflow as tf
 
 import tfdist
-from tests.test_data import settings
+from tests.data.test_reading import settings
 from tfdist import data
 from tfdist._keras import draws
 from tfdist.data import DataPosition

@@ -13,9 +13,10 @@ import pytest
 import tensorflow as tf
 
 import tfdist
-from tests.test_privacy_groups import classifier, loop, rows
+from tests.privacy.test_groups import classifier, loop, rows
+from tfdist._keras import layers as keras_layers
 from tfdist.errors import ArgumentError
-from tfdist.privacy import Ledger, Phase, _layers
+from tfdist.privacy import Ledger, Phase
 from tfdist.privacy.correlated import coefficients, sensitivity
 from tfdist.privacy.in_turn import SameOrder
 from tfdist.privacy.noise import Noise
@@ -156,7 +157,7 @@ def test_each_fit_begins_anew_and_the_optimizer_is_told() -> None:
 def by_hand(model: Any, x: Any, y: Any, batches: Any) -> None:
     for batch in batches:
         variables = model.trainable_variables
-        with _layers.without_regularizers(variables):
+        with keras_layers.without_regularizers(variables):
             sums, _ = loop(model, x, y, CLIP, [[row] for row in batch])
         for variable, summed in zip(variables, sums, strict=True):
             penalty = 2 * 0.01 * variable.numpy() if variable.regularizer else 0.0

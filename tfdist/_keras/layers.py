@@ -1,6 +1,6 @@
-"""The only file of privacy that touches what Keras keeps private.
+"""Layers: what they hold, how they are called, and the loss that a model compiles.
 
-`tests/test_privacy_clipping.py` has the contract tests.
+`tests/privacy/test_clipping.py` has the contract tests.
 """
 
 from __future__ import annotations
@@ -34,17 +34,6 @@ def sublayers(layer: Any) -> list[Any]:
         layer: A `keras.Layer`.
     """
     return list(layer._flatten_layers(include_self=False, recursive=False))
-
-
-def with_sublayers(layer: Any) -> list[Any]:
-    """Lists a layer and all that it holds, directly or not.
-
-    Relies on `Layer._flatten_layers`.
-
-    Args:
-        layer: A `keras.Layer`.
-    """
-    return list(layer._flatten_layers())
 
 
 @contextlib.contextmanager
@@ -101,6 +90,27 @@ def has_mask(tensor: Any) -> bool:
         tensor: What a layer returned.
     """
     return getattr(tensor, "_keras_mask", None) is not None
+
+
+def mask_of(tensor: Any) -> Any:
+    """Gives the mask that a layer has left on its output.
+
+    Relies on `Tensor._keras_mask`.
+
+    Args:
+        tensor: For which `has_mask` holds.
+    """
+    return tensor._keras_mask
+
+
+def give_mask(tensor: Any, mask: Any) -> None:
+    """Leaves a mask on a tensor, as layers do.
+
+    Args:
+        tensor: Any.
+        mask: Shape [rows, positions].
+    """
+    tensor._keras_mask = mask
 
 
 def is_plain(layer: Any) -> bool:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.strikes import LIMIT_S, TOLERANCE, train
-from tests.cluster.training import Fault
+from tests.faults.strikes import LIMIT_S, TOLERANCE, train
+from tests.faults.training import Fault
 from tests.places.clusters import Clusters, on
 
 pytestmark = [pytest.mark.cluster, pytest.mark.waits, pytest.mark.timeout(2 * LIMIT_S)]
@@ -34,7 +34,7 @@ SCHEDULES = {
         Fault("kill", "saving", 24, "chief"),
     ],
 }
-UNDISTURBED = "tests.cluster.training undisturbed"
+UNDISTURBED = "tests.faults.training undisturbed"
 CELLS = [
     pytest.param(name, place, marks=on(place, UNDISTURBED))
     for name in SCHEDULES
