@@ -15,7 +15,7 @@ import pytest
 import tensorflow as tf
 
 import tfdist
-from tests.test_privacy_counting import NUMBERS, Watch, still, train
+from tests.privacy.test_counting import NUMBERS, Watch, still, train
 from tfdist import refused
 from tfdist.errors import ArgumentError
 from tfdist.privacy.accounting import noise_for

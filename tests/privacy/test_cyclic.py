@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 import tfdist
-from tests.test_privacy_counting import NUMBERS, Watch, still, train
-from tests.test_privacy_groups import classifier, loop, rows
+from tests.privacy.test_counting import NUMBERS, Watch, still, train
+from tests.privacy.test_groups import classifier, loop, rows
 from tfdist.errors import ArgumentError
 from tfdist.privacy import Ledger, Phase, Poisson
 from tfdist.privacy.correlated import banded, banded_norm, inverse
