@@ -13,17 +13,19 @@ import numpy as np
 import tensorflow as tf
 
 from tfdist import data, refused
+from tfdist.calibration import find_noise
 from tfdist.data.arrays import Arrays
 from tfdist.errors import ArgumentError
 from tfdist.planned import in_its_turn, plan, watch
 from tfdist.privacy import clipping, independence, refusals, watchers
-from tfdist.privacy.accounting import noise_for
 from tfdist.privacy.budget import PrivacyBudget
 from tfdist.privacy.course import Course, watched
-from tfdist.privacy.in_turn import DPFTRL, SameOrder
-from tfdist.privacy.ledger import Ledger, Phase, dp_accounting
+from tfdist.privacy.cyclic import CyclicPoisson
+from tfdist.privacy.in_turn import SameOrder
+from tfdist.privacy.ledger import Ledger, dp_accounting
 from tfdist.privacy.poisson import Poisson
 from tfdist.privacy.report import Report, careless_delta
+from tfdist.privacy.schedules import norm_of
 from tfdist.privacy.separation import SeparationCheck
 from tfdist.privacy.settings import DPSGD, Mechanism
 from tfdist.privacy.spot_checks import SpotChecks
@@ -89,8 +91,10 @@ class PrivateRun:
         dp_accounting()  # missing, it must not be missed after training
         refusals.check_model(model)
         self.privacy = privacy
-        self.draws_secretly = not isinstance(privacy, DPFTRL)
+        self.draws_secretly = privacy.samples
         self.sampler: Sampler = request.sampler or _Everyone()
+        if privacy.samples and privacy.bands is not None:
+            self.sampler = CyclicPoisson(privacy.bands)
         if not self.draws_secretly:
             self.sampler = (
                 SameOrder(bool(request.shuffle)) if data.is_arrays(x) else Sequential()
@@ -146,28 +150,11 @@ class PrivateRun:
         everything = self.ledger(0).add(dataclasses.replace(phase, steps=1))
         everything.check_unit()
         everything.check_relation(privacy.relation)
-        noise = privacy.noise_multiplier
-        if noise is None:
-            noise = self._spending.noise_then(phase)
-        if noise is None:
-            assert privacy.target_epsilon is not None
-            noise = noise_for(
-                dataclasses.replace(phase, steps=max(1, self.planned_steps)),
-                privacy.target_epsilon,
-                self._delta,
-                accountant=privacy.accountant,
-                relation=privacy.relation,
-                spent=self.ledger(0),
-            )
-            strategy = self._session.strategy
-            # Who joins an elastic run later would be alone with this; there it is compared.
-            if not strategy.elastic:
-                noise = float(strategy.broadcast_object(noise))
-        self._spending.plan(
-            dataclasses.replace(phase, noise_multiplier=noise), self.planned_steps
-        )
+        noise, schedule = find_noise(privacy, self._session, self._spending, planned, phase)
+        phase = dataclasses.replace(phase, noise_multiplier=noise)
+        self._spending.plan(phase, self.planned_steps, schedule)
         self.mechanism = Mechanism(
-            privacy.l2_norm_clip,
+            norm_of(privacy),
             noise,
             expected,
             privacy.microbatch_size,
@@ -179,6 +166,8 @@ class PrivateRun:
             None if self._users is None else self._users.most,
             privacy.augmentations,
             phase.bands,
+            phase.cyclic,
+            schedule,
         )
         self._steps_of_epoch = source.steps
         self._mask_seed = self._agreed_mask_seed(source)
@@ -247,7 +236,7 @@ class PrivateRun:
     def asked(self) -> dict[str, Any]:
         """What all workers must have been asked alike."""
         return {
-            "l2_norm_clip": self.privacy.l2_norm_clip,
+            "l2_norm_clip": self.mechanism.l2_norm_clip,
             "clipping": (self.privacy.clipping, self.privacy.target_quantile),
             "noise_multiplier": self.mechanism.noise_multiplier,
             "delta": self.privacy.delta,
@@ -255,13 +244,23 @@ class PrivateRun:
             "spent before": self.ledger(0),
             "users": None if self._users is None else self._users.fingerprint,
             "augmentations": self.privacy.augmentations,
+            "schedule": self._schedule_text,
+            "bands": self.privacy.bands,
         }
+
+    @property
+    def _schedule_text(self) -> str | None:
+        schedule = self.mechanism.schedule
+        return None if schedule is None else schedule.fingerprint
 
     @property
     def settings(self) -> dict[str, Any]:
         """What must stay as it is in a training that goes on: its steps are one phase."""
-        described = dataclasses.asdict(self.phase(0))
-        for name in ("run_id", "groups", "after", "continues", "secret"):
+        described = dataclasses.asdict(self._spending.phase(0))
+        left_out = ["run_id", "groups", "after", "continues", "secret"]
+        if self._schedule_text is not None and self.privacy.target_epsilon is None:
+            left_out.append("noise_multiplier")  # of more epochs the least may be another
+        for name in left_out:
             del described[name]
         in_turn = self._source if self._course.correlated else None
         return {
@@ -290,14 +289,6 @@ class PrivateRun:
         """
         return self._spending.ledger(steps)
 
-    def phase(self, steps: int) -> Phase:
-        """Describes steps of this training.
-
-        Args:
-            steps: How many.
-        """
-        return self._spending.phase(steps)
-
     def report(self) -> Report:
         """Sums up what was made until now."""
         history = self._spending.history()
@@ -310,6 +301,7 @@ class PrivateRun:
             uncounted_steps=history.uncounted,
             changes=history.changes,
             validated_inside=self._validates_inside,
+            norm_changes=callable(self.privacy.l2_norm_clip),
         )
 
     def watched(self, callbacks: Any, step: PrivateStep) -> Any:

@@ -58,6 +58,12 @@ def check_data(
             f"the data, without noise. Received: class_weight={class_weight!r}. Pass "
             "weights that were chosen without these data; they are applied before clipping."
         )
+    if session.strategy.elastic and (privacy.is_scheduled or privacy.bands is not None):
+        raise ArgumentError(
+            "Steps must be alike in an elastic run: who joins does not know their number, nor "
+            "the noise before. Received: a schedule, or `bands`. Use a fixed number of "
+            "processes."
+        )
     if not session.strategy.sums_exactly:
         raise ArgumentError(
             "Private gradients must be summed as they are: noise is added before. Received: "
@@ -67,6 +73,12 @@ def check_data(
 
 
 def _check_sampler(sampler: Any, privacy: DPSGD) -> None:
+    if privacy.bands is not None:
+        raise ArgumentError(
+            "`sampler` must be None with `bands`: groups of examples take turns, or less is "
+            f"protected than epsilon says. Received: a {type(sampler).__name__}. Leave one of "
+            "them out."
+        )
     if privacy.group_ids is not None and not isinstance(sampler, Poisson):
         raise ArgumentError(
             "`sampler` must be a tfdist.privacy.Poisson with `group_ids`: it draws users, all "

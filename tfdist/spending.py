@@ -14,6 +14,7 @@ from tfdist.privacy.course import Course
 from tfdist.privacy.identity import like_steps, same_made_again
 from tfdist.privacy.journal import Journal, backup_of, steps_ahead
 from tfdist.privacy.ledger import Ledger, Phase
+from tfdist.privacy.levels import Levels
 from tfdist.privacy.memory import History
 from tfdist.privacy.resumption import Earlier, saved_state, with_phase
 from tfdist.privacy.settings import DPSGD
@@ -55,6 +56,7 @@ class Spending:
         self._is_secret = secret
         self._run_id = secrets.token_hex(8)
         self._phase: Phase | None = None
+        self._levels: Levels | None = None
         self._planned = self._ahead = 0
         self._earlier = Earlier()
         self._noise: float | None = None
@@ -93,15 +95,16 @@ class Spending:
             continues=self._earlier.newest, secret=self._is_secret,
         )  # fmt: skip
 
-    def plan(self, phase: Phase, steps: int) -> None:
+    def plan(self, phase: Phase, steps: int, levels: Levels | None = None) -> None:
         """Takes what will be made.
 
         Args:
             phase: As its steps will be counted.
             steps: How many are planned, those that a checkpoint has included.
+            levels: Of their noise, if it is not that of `phase`.
         """
-        self._phase, self._planned = phase, steps
-        with_phase(self._saved, phase)
+        self._phase, self._planned, self._levels = phase, steps, levels
+        with_phase(self._saved, phase, levels, self._course.counted_from)
         privacy, target = self._privacy, self._privacy.target_epsilon
         if target is None or self._noise is None:
             return
@@ -149,7 +152,7 @@ class Spending:
             self._restored = sum(phase.steps for phase in found.phases)
         else:
             self._note_changes()
-        bands = getattr(self._privacy, "bands", 1)
+        bands = self._privacy.bands or 1
         noise = self._course.go_on(None if saved is None else saved["noise"], kept, bands)
         before = dataclasses.replace(self._earlier, spent=self._spent, history=self.before)
         self._saved = saved_state(before, self._run_id, kept)
@@ -177,7 +180,7 @@ class Spending:
             changes=known.changes + (is_changed and not updates),
         )
 
-    def noise_then(self, phase: Phase) -> float | None:
+    def noise_then(self, phase: Phase, levels: Levels | None = None) -> float | None:
         """Gives the noise of the training that broke off, if this one goes on with it.
 
         If steps of it were lost, fewer are left for a target than were planned: the training
@@ -185,8 +188,13 @@ class Spending:
 
         Args:
             phase: One step, without noise.
+            levels: If noise follows a schedule; then what that was multiplied by is given.
         """
-        for earlier in self._earlier.phases:
+        made = self._earlier.in_order
+        if levels is not None:
+            self._noise = levels.factor_in(made, phase)
+            return self._noise
+        for earlier in made:
             noise, steps = phase.noise_multiplier, phase.steps
             as_now = dataclasses.replace(
                 earlier, noise_multiplier=noise, steps=steps, after=phase.after
@@ -205,8 +213,24 @@ class Spending:
         Args:
             steps: Of this training.
         """
-        before = self.before.ledger
-        return before if self._phase is None else before.add(self.phase(steps))
+        found = self.before.ledger
+        for phase in self._phases(steps):
+            found = found.add(phase)
+        return found
+
+    def _phases(self, steps: int) -> list[Phase]:
+        """Describes steps of this training, by their noise."""
+        if self._phase is None:
+            return []
+        course = self._course
+        if self._levels is not None:
+            return self._levels.phases(self._phase, course.counted_from, steps)
+        if not self._phase.cyclic:
+            return [self.phase(steps)]
+        # What a backup has that says nothing of its steps was another mechanism.
+        unknown = min(course.kept, steps)
+        named = dataclasses.replace(self.phase(unknown), run_id=f"{self._run_id}-before")
+        return [named, self.phase(steps - unknown)]
 
     def phase(self, steps: int) -> Phase:
         """Describes steps of this training.
@@ -257,6 +281,18 @@ class Spending:
         found = self.before.ledger.steps + self._course.steps_made - self._counted_at_first
         # A backup that says nothing of its steps: they are taken for steps like these.
         self._course.kept += max(0, self._course.moved() - found)
+        self._begin_levels()
+
+    def _begin_levels(self) -> None:
+        """Finds the place in a schedule, one for all workers: a backup may have moved it."""
+        if self._levels is None:
+            return
+        course, strategy = self._course, self._session.strategy
+        place = course.place
+        if strategy.place.num_workers > 1:
+            place = max(strategy.gather_objects(place))
+        course.begin_at(place)
+        self._saved["counted_from"] = course.counted_from
 
     def _agree(self) -> None:
         """Gives all workers the largest counts: one may have read a file, or come late."""

@@ -49,7 +49,7 @@ def rdp_epsilon(made: Sequence[Phase], delta: float, relation: str) -> float:
     return float(accountant.get_epsilon(delta))
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=40)  # more than a schedule has levels
 def _step(
     probability: float,
     noise: float,
@@ -120,8 +120,8 @@ def pld_epsilon(made: Sequence[Phase], delta: float, relation: str, coarseness: 
             assert phase.num_rows is not None
             assert phase.capacity is not None
             limits = phase.num_rows, phase.capacity
-        q, noise = phase.sampling_probability, phase.noise_multiplier
-        kinds.append((_step(q, noise, limits, relation, interval, log_left_out), phase.steps))
+        q, (noise, times) = phase.sampling_probability, phase.independent
+        kinds.append((_step(q, noise, limits, relation, interval, log_left_out), times))
     # A symmetric distribution stands for both directions.
     return max(
         Composition(

@@ -5,7 +5,7 @@ No formula of privacy is written here, and nothing of this needs TensorFlow.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from tfdist.errors import ArgumentError
@@ -14,6 +14,7 @@ from tfdist.privacy.ledger import Ledger, Phase, dp_accounting
 
 _LEAST_NOISE = 2.0**-5
 _MOST_NOISE = 2.0**20
+_FEW = 4  # different steps: of more, a factor that is some tenths of a percent large is enough
 
 
 def epsilon(
@@ -110,7 +111,7 @@ def noise_multiplier(
     check_number("sampling_probability", sampling_probability, 0, 1)
     check_count("steps", steps, 1)
     return noise_for(
-        Phase(sampling_probability, 0.0, steps, capacity, num_rows),
+        [Phase(sampling_probability, 1.0, steps, capacity, num_rows)],
         target_epsilon,
         delta,
         accountant=accountant,
@@ -120,7 +121,7 @@ def noise_multiplier(
 
 
 def noise_for(
-    phase: Phase,
+    phases: Sequence[Phase],
     target_epsilon: float,
     delta: float,
     *,
@@ -128,10 +129,11 @@ def noise_for(
     relation: str,
     spent: Ledger,
 ) -> float:
-    """Finds the least noise with which a phase stays within a budget.
+    """Finds the least factor of their noise with which steps stay within a budget.
 
     Args:
-        phase: The steps; their noise does not matter.
+        phases: The steps, the least of whose noise multipliers is 1: then the factor is the
+            least noise. All have the same capacity.
         target_epsilon: As in `noise_multiplier`.
         delta: As in `noise_multiplier`.
         accountant: As in `noise_multiplier`.
@@ -144,14 +146,17 @@ def noise_for(
     before = spent
 
     def cost(noise: float, room: int | None, *, coarse: bool) -> float:
-        planned = replace(phase, noise_multiplier=noise, capacity=room)
-        return before.add(planned).epsilon(
-            delta, accountant=accountant, relation=relation, coarse=coarse
-        )
+        ledger = before
+        for phase in phases:
+            multiplier = noise * phase.noise_multiplier
+            ledger = ledger.add(replace(phase, noise_multiplier=multiplier, capacity=room))
+        return ledger.epsilon(delta, accountant=accountant, relation=relation, coarse=coarse)
 
     def enough(room: int | None) -> float:
         # A coarse epsilon is a larger one, and costs a tenth.
         start = _least(lambda n: cost(n, room, coarse=True) - target_epsilon, 1.0, 2.0)
+        if len(phases) > _FEW:
+            return start
         return _least(lambda n: cost(n, room, coarse=False) - target_epsilon, start, 1.02)
 
     already = before.epsilon(delta, accountant=accountant, relation=relation)
@@ -161,12 +166,13 @@ def noise_for(
             f"target_epsilon={target_epsilon!r}, with {already:.4g} spent before, at "
             f"delta={delta!r}. Raise it."
         )
-    if phase.capacity is not None:
+    room = phases[0].capacity
+    if room is not None:
         # A capacity that is never reached costs nothing, and its accounting takes long.
         found = enough(None) * (1 + 1e-4)
-        if cost(found, phase.capacity, coarse=False) <= target_epsilon:
+        if cost(found, room, coarse=False) <= target_epsilon:
             return found
-    return enough(phase.capacity)
+    return enough(room)
 
 
 def _least(gap: Callable[[float], float], start: float, factor: float) -> float:

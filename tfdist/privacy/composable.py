@@ -18,7 +18,7 @@ def check_relation(phases: Sequence[Phase], relation: str) -> None:
     Raises:
         ArgumentError: It is one.
     """
-    if relation == "add_or_remove_one" and any(p.bands and p.steps for p in phases):
+    if relation == "add_or_remove_one" and any(p.in_turn and p.steps for p in phases):
         raise ArgumentError(
             "`relation` must be 'replace_special' or 'replace_one' for a model that was "
             "trained by DPFTRL: an example more would move all others to other batches. "

@@ -30,6 +30,52 @@ def coefficients(bands: int) -> tuple[float, ...]:
     return tuple(found)
 
 
+@functools.lru_cache(maxsize=16)
+def banded(bands: int) -> tuple[float, ...]:
+    """Gives a column of the banded matrix C whose inverse correlates noise, C^-1 z.
+
+    They are the first coefficients of (1 - x)^(-1/2), which is 1 + x/2 + 3x^2/8 + ... (Kalinin
+    and Lampert, "Banded square root matrix factorization for differentially private model
+    training", NeurIPS 2024). Of `coefficients` C^-1 has few bands; here C has, so that steps at
+    least `bands` apart have columns without a row in common.
+
+    Args:
+        bands: How many, at least 1; 1 is independent noise.
+
+    Returns:
+        The factor of a step's own row, 1, then that of the row behind it, and so on.
+    """
+    found = [1.0]
+    for lag in range(1, bands):
+        found.append(found[-1] * (2 * lag - 1) / (2 * lag))
+    return tuple(found)
+
+
+@functools.lru_cache(maxsize=16)
+def banded_norm(bands: int) -> float:
+    """Gives the norm of a column: how far an example's part in one step moves C g.
+
+    Args:
+        bands: As in `banded`. The last columns of a training are cut off, and shorter.
+    """
+    return math.sqrt(math.fsum(factor**2 for factor in banded(bands)))
+
+
+@functools.lru_cache(maxsize=16)
+def inverse(factors: tuple[float, ...], steps: int) -> tuple[float, ...]:
+    """Gives a column of the inverse of a lower triangular Toeplitz matrix.
+
+    Args:
+        factors: A column of the matrix, the first 1; 0 follow.
+        steps: How many.
+    """
+    found = [1.0]
+    for step in range(1, steps):
+        lags = range(1, min(step + 1, len(factors)))
+        found.append(-sum(factors[lag] * found[step - lag] for lag in lags))
+    return tuple(found)
+
+
 @functools.lru_cache(maxsize=4096)
 def sensitivity(bands: int, separation: int | None, steps: int, after: int = 0) -> float:
     """Says how far one example can move what independent noise is added to, over the norm.

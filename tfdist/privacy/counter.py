@@ -24,6 +24,7 @@ class StepCounter:
             self._made = tf.Variable(tf.zeros([], tf.int64), trainable=False)
             self._left_out = tf.Variable(tf.zeros([], tf.int64), trainable=False)
             self._first = tf.Variable(tf.zeros([], tf.int64), trainable=False)
+            self._before = tf.Variable(tf.zeros([], tf.int64), trainable=False)
 
     def restart(self) -> None:
         """Begins to count at 0."""
@@ -37,6 +38,27 @@ class StepCounter:
             first: What `begin` gives for it.
         """
         self._first.assign(first)
+
+    def count_from(self, before: int) -> None:
+        """Sets how many steps of the training came before.
+
+        Args:
+            before: What `place` adds.
+        """
+        self._before.assign(before)
+
+    def place(self, number: Tensor) -> Tensor:
+        """Gives a step's place in its training, which only steps that are made move.
+
+        Args:
+            number: What `begin` gave for the step, the last one.
+
+        Returns:
+            Steps before it, scalar int64.
+        """
+        with tf.device("CPU:0"):
+            first, left_out = self._first.read_value(), self._left_out.read_value()
+            return number - first - left_out + self._before.read_value()
 
     def begin(self, after: Tensor) -> Tensor:
         """Counts a step.

@@ -41,11 +41,12 @@ class Course:
     Attributes:
         correlated: Whether steps take back noise of steps before, so that it must go on.
         kept: Steps of this run that are not this process's.
+        counted_from: The place in a schedule of the first step that `steps_made` counts.
     """
 
     def __init__(self, model: Any, privacy: DPSGD) -> None:
         self.correlated = isinstance(privacy, DPFTRL)
-        self.kept = 0
+        self.kept = self.counted_from = 0
         self._model = model
         self._seed = privacy.seed
         # From which step on which secret makes the noise.
@@ -93,7 +94,7 @@ class Course:
         Returns:
             What is to be saved, plain data.
         """
-        self._first = kept
+        self._first = self.counted_from = kept
         if saved is not None:
             known = [(int(begin), int(secret)) for begin, secret in saved["secrets"]]
             known = [(begin, secret) for begin, secret in known if begin < kept]
@@ -104,6 +105,21 @@ class Course:
             ]
             self._secrets = [*needed, (kept, self._new_secret())]
         return {"secrets": [[begin, str(secret)] for begin, secret in self._secrets]}
+
+    @property
+    def place(self) -> int:
+        """Where in a schedule this process begins: the steps that are in the weights."""
+        return self._first + max(0, self.moved(), self.kept)
+
+    def begin_at(self, place: int) -> None:
+        """Sets where in a schedule this process begins.
+
+        Args:
+            place: As in `place`, the same on all workers.
+        """
+        self.counted_from = place - self.kept
+        if self._step is not None:
+            self._step.counter.count_from(place + self._earlier)
 
     def settle(self, made_here: int) -> None:
         """Takes the number of steps that all workers have agreed on.

@@ -52,6 +52,8 @@ class DPFTRL(DPSGD):
         (10, 0.4)
     """
 
+    samples: ClassVar[bool] = False
+
     relation: str = "replace_special"
     bands: int = 8
     min_separation: int | None = None
@@ -66,6 +68,12 @@ class DPFTRL(DPSGD):
                 "`relation` must be 'replace_special' or 'replace_one' without sampling: an "
                 "example that is added moves others to other batches. Received: "
                 f"relation={self.relation!r}."
+            )
+        if self.is_scheduled:
+            raise ArgumentError(
+                "`noise_multiplier` and `l2_norm_clip` must be numbers with DPFTRL: noise that "
+                "is taken back must be as large as when it was given. Received: a schedule. "
+                "Use DPSGD."
             )
         for name in ("group_ids", "target_quantile"):
             if getattr(self, name) is not None:

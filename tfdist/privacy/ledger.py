@@ -6,7 +6,7 @@ The numbers are dp-accounting's; this file only says to it what happened.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -33,7 +33,8 @@ class Ledger:
 
     **What counts as the same steps.** A `run_id` names the steps that one process made in one
     `fit`, one after the other; a process that resumes a training takes a new one. A phase of
-    `n` steps stands for the first `n` steps of its run. So of two ledgers that know a run, the
+    `n` steps stands for the first `n` steps of its run, or, where noise follows a schedule, for
+    the first `n` of those with its multiplier. So of two ledgers that know a run, the
     one with more steps of it knows all that the other does, and `merged` has exactly the steps
     that one of them knows, each once, whatever was copied, resumed or lost: it counts too few
     only if both do.
@@ -243,25 +244,13 @@ class Ledger:
         """
         check_number("max_epsilon", max_epsilon, 0)
 
-        def gap(steps: float) -> float:
-            ledger = self.add(replace(phase, steps=round(steps)))
-            cost = ledger.epsilon(
+        def cost(steps: int) -> float:
+            ledger = self.add(replace(phase, steps=steps))
+            return ledger.epsilon(
                 delta, accountant=accountant, relation=relation, coarse=coarse
             )
-            return min(cost, 1e9) - max_epsilon
 
-        if gap(0) > 0:
-            return 0
-        if gap(phase.steps) <= 0:
-            return phase.steps
-        from scipy import optimize  # dp-accounting brings it
-
-        count: int = round(optimize.brentq(gap, 0, phase.steps, xtol=0.5))
-        while gap(count) > 0:
-            count -= 1
-        while gap(count + 1) <= 0:
-            count += 1
-        return count
+        return most_within(cost, max_epsilon, phase.steps)
 
     def to_dict(self) -> dict[str, Any]:
         """Gives numbers, strings, lists and dicts only, as JSON has them."""
@@ -284,3 +273,29 @@ class Ledger:
                 "A ledger must be read from what `Ledger.to_dict` gave. "
                 f"Received: {saved!r} ({error})."
             ) from None
+
+
+def most_within(cost: Callable[[int], float], max_epsilon: float, most: int) -> int:
+    """Counts how many steps stay within a budget.
+
+    Args:
+        cost: The epsilon of so many steps; it grows with them.
+        max_epsilon: What they may cost.
+        most: The most steps.
+    """
+
+    def gap(steps: float) -> float:
+        return min(cost(round(steps)), 1e9) - max_epsilon
+
+    if gap(0) > 0:
+        return 0
+    if gap(most) <= 0:
+        return most
+    from scipy import optimize  # dp-accounting brings it
+
+    count: int = round(optimize.brentq(gap, 0, most, xtol=0.5))
+    while gap(count) > 0:
+        count -= 1
+    while gap(count + 1) <= 0:
+        count += 1
+    return count

@@ -9,7 +9,7 @@ from typing import Any
 
 from tfdist.errors import ArgumentError, MissingPackageError
 from tfdist.privacy.arguments import check_choice, check_count, check_number
-from tfdist.privacy.correlated import sensitivity
+from tfdist.privacy.correlated import banded_norm, sensitivity
 
 EXAMPLE, USER = "example", "user"
 
@@ -33,10 +33,13 @@ class Phase:
         unit: "example", or "user": then a user takes an example's place in all of this, and
             the gradients of a user's examples are added up before they are clipped.
         bands: For correlated noise, `tfdist.DPFTRL`: of how many steps it is; then all
-            examples take part in turn, and `sampling_probability` must be 1. Such phases do
-            not join: each is a mechanism of its own.
+            examples take part in turn, and `sampling_probability` must be 1, unless `cyclic`.
+            Such phases do not join: each is a mechanism of its own.
         separation: With `bands`, the steps from one that an example takes part in to the
             next, at least; None if it takes part once.
+        cyclic: With `bands`, whether each example is in one of so many groups, which take
+            turns: in a step of its group it is drawn with `sampling_probability`
+            (`tfdist.DPSGD(bands=)`).
         at_most: Whether `sampling_probability` is the largest of several: examples are drawn
             independently, but some less often than others. It costs as if all had it.
         after: With `bands`, how many steps another process had made before these: they take a
@@ -69,6 +72,7 @@ class Phase:
     separation: int | None = None
     at_most: bool = False
     after: int = 0
+    cyclic: bool = False
     run_id: str = field(default="", compare=False, repr=False)
     groups: str | None = field(default=None, compare=False, repr=False)
     continues: str = field(default="", compare=False, repr=False)
@@ -94,7 +98,13 @@ class Phase:
         for name in ("bands", "separation"):
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name), 1)
-        if self.bands is not None and self.sampling_probability != 1:
+        if self.cyclic and (self.bands is None or self.separation or self.after):
+            raise ArgumentError(
+                "`cyclic` must come with `bands`, and without `separation` and `after`. "
+                f"Received: bands={self.bands!r}, separation={self.separation!r}, "
+                f"after={self.after!r}."
+            )
+        if self.in_turn and self.sampling_probability != 1:
             raise ArgumentError(
                 "`sampling_probability` must be 1 with `bands`: nothing is sampled. Received: "
                 f"sampling_probability={self.sampling_probability!r}."
@@ -110,17 +120,37 @@ class Phase:
         )
 
     @property
+    def in_turn(self) -> bool:
+        """Whether noise is correlated, and nothing is sampled."""
+        return self.bands is not None and not self.cyclic
+
+    @property
+    def independent(self) -> tuple[float, int]:
+        """The noise and the number of Poisson sampled Gaussian mechanisms that these are.
+
+        As many as there are steps, and of `cyclic` ones as many as a group has: an example's
+        columns have no row in common, so given the past each step depends on one coin alone
+        (Choquette-Choo et al., "(Amplified) banded matrix factorization", NeurIPS 2023,
+        theorem 4).
+        """
+        if not self.cyclic:
+            return self.noise_multiplier, self.steps
+        assert self.bands is not None
+        return self.noise_multiplier / banded_norm(self.bands), -(-self.steps // self.bands)
+
+    @property
     def gaussian_square(self) -> float:
         """What these steps add to the square of a Gaussian mechanism's mean over deviation.
 
         0 where examples are sampled, which makes them no Gaussian mechanism.
         """
-        if self.bands is not None:
+        if self.bands is not None and not self.cyclic:
             moved = sensitivity(self.bands, self.separation, self.steps, self.after)
             return (moved / self.noise_multiplier) ** 2
         if self.sampling_probability < 1 or self.truncates:
             return 0.0
-        return self.steps / self.noise_multiplier**2
+        noise, times = self.independent
+        return times / noise**2
 
     def event(self, *, truncated: bool = True) -> Any:
         """Gives dp-accounting's description of these steps.
@@ -129,7 +159,8 @@ class Phase:
             truncated: Whether the capacity counts.
         """
         dp = dp_accounting()
-        if self.bands is not None:
+        noise, times = self.independent
+        if self.bands is not None and not self.cyclic:
             once = sensitivity(self.bands, self.separation, self.steps, self.after)
             return dp.GaussianDpEvent(self.noise_multiplier / once)
         if truncated and self.truncates:
@@ -138,12 +169,12 @@ class Phase:
                 self.num_rows,
                 self.sampling_probability,
                 self.capacity,
-                self.noise_multiplier,
+                noise,
             )
         else:
-            gaussian = dp.GaussianDpEvent(self.noise_multiplier)
+            gaussian = dp.GaussianDpEvent(noise)
             one = dp.PoissonSampledDpEvent(self.sampling_probability, gaussian)
-        return dp.SelfComposedDpEvent(one, self.steps)
+        return dp.SelfComposedDpEvent(one, times)
 
 
 def dp_accounting() -> Any:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 from tfdist.privacy.ledger import EXAMPLE, USER, Ledger, Phase
 
@@ -20,6 +22,7 @@ _WHOM = {
     USER: "This holds for all examples together that `group_ids` gave to one user, not for a "
     "person with several ids.",
 }
+_SEVERAL = 3  # phases that are told one by one
 _LARGE = 10  # where the last tier of Ponomareva et al., "How to DP-fy ML", 2023, begins
 _FLOATS = (
     "tfdist adds noise in float64, up to 9.49 standard deviations, of 96 random bits for two "
@@ -52,6 +55,7 @@ class Report:
         changes: How often the weights were changed between private steps by something that is
             not counted, such as weights that were set.
         validated_inside: Whether validation was on data that are protected.
+        norm_changes: Whether the norm that gradients were clipped to followed a schedule.
     """
 
     ledger: Ledger
@@ -62,6 +66,7 @@ class Report:
     uncounted_steps: int = 0
     changes: int = 0
     validated_inside: bool = False
+    norm_changes: bool = False
 
     @functools.cached_property
     def epsilon(self) -> float:
@@ -77,6 +82,8 @@ class Report:
         )
         before = [_SEEDED] if self.ledger.secret and not self.secret else []
         after = [_INSIDE] if self.validated_inside else []
+        if self.norm_changes:
+            after.append(_MOVING)
         if self.uncounted_steps:
             after.append(
                 f"The optimizer had made {self.uncounted_steps} updates before, or between "
@@ -126,6 +133,10 @@ _INSIDE = (
     "losses and metrics are exact, and must be kept as the data are."
 )
 
+_MOVING = (
+    "The norm C followed a schedule that was fixed before training, and the noise with it."
+)
+
 
 def statement(
     ledger: Ledger,
@@ -168,7 +179,7 @@ def statement(
             "noise."
         )
     unit = ledger.unit
-    sampled = any(phase.bands is None for phase in ledger.phases)
+    sampled = any(phase.bands is None or phase.cyclic for phase in ledger.phases)
     alike = _ALIKE[relation].format(*_ONE[unit])
     sentences = [
         *([] if ledger.secret else [_SEEDED]),
@@ -237,11 +248,27 @@ def _public(ledger: Ledger) -> str:
 def _described(ledger: Ledger) -> str:
     if not ledger.steps:
         return "no step at all"
-    return ", then ".join(map(_describe, ledger.mechanisms))
+    made = ledger.mechanisms
+    if len(made) <= _SEVERAL:
+        return ", then ".join(map(_describe, made))
+    alike: dict[Any, list[Phase]] = {}
+    for number, phase in enumerate(made):  # of a schedule there are many
+        plain = replace(phase, steps=0, noise_multiplier=0.0)
+        alike.setdefault(number if phase.bands else plain, []).append(phase)
+    return ", then ".join(_describe(phases[0], phases) for phases in alike.values())
 
 
-def _describe(phase: Phase) -> str:
+def _describe(phase: Phase, alike: Sequence[Phase] = ()) -> str:
     limit = "" if phase.capacity is None else f", at most {phase.capacity} of them kept"
+    if phase.cyclic:
+        return (
+            f"{phase.steps} steps of DP-SGD with correlated noise, each example in one of "
+            f"{phase.bands} groups that take turns and drawn into each step of its group "
+            f"independently with probability {phase.sampling_probability:.6g}, each example's "
+            "gradient clipped to a norm C, and Gaussian noise of standard deviation "
+            f"{phase.noise_multiplier:.6g} C for each step, of which later steps take a part "
+            "back"
+        )
     if phase.bands is not None:
         often = "takes part in no more than one of them"
         if phase.separation is not None:
@@ -255,11 +282,16 @@ def _describe(phase: Phase) -> str:
         )
     most = "at most " if phase.at_most else ""
     whole = "gradient" if phase.unit == EXAMPLE else "gradients added up and"
+    noise = f"{phase.noise_multiplier:.6g} C"
+    if len(alike) > 1:
+        noises = sorted({p.noise_multiplier for p in alike})
+        noise = f"{noises[0]:.6g} to {noises[-1]:.6g} C, {len(noises)} values in all,"
+    steps = sum(p.steps for p in alike) or phase.steps
     return (
-        f"{phase.steps} steps of DP-SGD, each {phase.unit} drawn into each step independently "
+        f"{steps} steps of DP-SGD, each {phase.unit} drawn into each step independently "
         f"with probability {most}{phase.sampling_probability:.6g}{limit}, each {phase.unit}'s "
-        f"{whole} clipped to a norm C, and Gaussian noise of standard deviation "
-        f"{phase.noise_multiplier:.6g} C added to their sum"
+        f"{whole} clipped to a norm C, and Gaussian noise of standard deviation {noise} "
+        "added to their sum"
     )
 
 

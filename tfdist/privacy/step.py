@@ -15,13 +15,16 @@ from tfdist._keras import ReplicaBatch
 from tfdist._keras import layers as keras_layers
 from tfdist.privacy.adam import DPAdam
 from tfdist.privacy.adaptive import AdaptiveClip
+from tfdist.privacy.correlated import banded
 from tfdist.privacy.counter import StepCounter
+from tfdist.privacy.cyclic import Recursion
 from tfdist.privacy.grid import Rounding
 from tfdist.privacy.masks import Masks
 from tfdist.privacy.noise import Noise, like
 from tfdist.privacy.normals import at_once
 from tfdist.privacy.pieces import clipped_share
 from tfdist.privacy.refusals import check_untouched
+from tfdist.privacy.schedules import Now
 from tfdist.privacy.settings import Mechanism
 from tfdist.privacy.spot_checks import SpotChecks
 
@@ -69,6 +72,15 @@ class PrivateStep:
         self.noise = Noise(place.first_replica, place.local_replicas)
         self.counter = StepCounter()
         self._number: Tensor = None
+        self._now: Now | None = None
+        self._recursion: Recursion | None = None
+        self._correlated: Tensor = None
+        self._first_replica = place.first_replica
+        if mechanism.cyclic and mechanism.noise_multiplier > 0:
+            count = sum(math.prod(v.shape) for v in model.trainable_variables)
+            # Other processes compute nothing, in the same graph: Horovod goes by its names.
+            count = count if place.first_replica == 0 else 0
+            self._recursion = Recursion(banded(mechanism.bands or 1), count)
         self._rounding: Rounding | None = None
         if mechanism.noise_multiplier > 0:
             noisy = place.num_replicas if mechanism.bands is None else 1
@@ -84,7 +96,19 @@ class PrivateStep:
         self._strategy = strategy
 
     def _norm(self) -> Any:
+        if self._now is not None:
+            return self._now.norm
         return self.mechanism.l2_norm_clip if self.adaptive is None else self.adaptive.norm()
+
+    def _factor(self, norm: Any) -> Any:
+        """Gives what a gradient has for each unit of `_unit` in the sum."""
+        if self._now is None:
+            return norm / self.mechanism.expected_batch
+        return tf.cast(self._now.unit / self.mechanism.expected_batch, tf.float32)
+
+    def _unit(self, norm: Any) -> Any:
+        """Gives the norm with which the least noise of a training is that of this step."""
+        return norm if self._now is None else self._now.unit
 
     def _deviation(self) -> Any:
         """Gives the noise's standard deviation on each number of the global gradient."""
@@ -92,7 +116,7 @@ class PrivateStep:
         noise = own * self.mechanism.gradient_noise
         if self._rounding is not None:
             noise = math.hypot(noise, self._rounding.deviation)
-        return noise * self._norm() / self.mechanism.expected_batch
+        return noise * self._factor(self._norm())
 
     def restart(
         self, seed: int | None, first: int, correlated: Sequence[tuple[int, int]] | None = None
@@ -106,6 +130,8 @@ class PrivateStep:
         """
         self.counter.restart()
         self.counter.number_from(first)
+        if self._recursion is not None:
+            self._recursion.restart()
         if correlated is None:
             self.noise.renew(seed)
         else:
@@ -133,6 +159,12 @@ class PrivateStep:
         """
         parts = tf.nest.flatten(share, expand_composites=True)
         self._number = self.counter.begin(parts[0])
+        if self.mechanism.schedule is not None:
+            self._now = self.mechanism.schedule.at(self.counter.place(self._number))
+        if self._recursion is not None:
+            replica = tf.constant(self._first_replica)
+            own = self.noise.normal(self._recursion.count, replica, self._number)
+            self._correlated = self._recursion.next(own)
 
     def end(self, is_made: Tensor) -> None:
         """Called when they have made it.
@@ -141,7 +173,7 @@ class PrivateStep:
             is_made: Whether it has changed anything.
         """
         self.counter.end(is_made)
-        self._number = None
+        self._number = self._now = self._correlated = None
 
     def begin_step(
         self, data: Any, batch: ReplicaBatch, stopping: Tensor
@@ -206,7 +238,7 @@ class PrivateStep:
         factor: Any = 1 / self.mechanism.expected_batch
         if self._rounding is not None:
             sums, votes = self._with_noise(batch, sums, votes, norm)
-            factor = norm * self._rounding.step / self.mechanism.expected_batch
+            factor = self._rounding.step * self._factor(norm)
         # Of no example, so neither clipped nor hidden.
         penalties = _penalties(variables)
 
@@ -238,7 +270,7 @@ class PrivateStep:
         # As one vector: rounded in one go, however many variables there are.
         flat = tf.concat([tf.reshape(s, [-1]) for s in sums], 0)
         flat = tf.ensure_shape(flat, [count])
-        counts = self._rounding.counts(flat, drawn, norm)
+        counts = self._rounding.counts(flat, drawn, self._unit(norm))
         if correlated:
             # Known only when it runs: TensorFlow would leave out a sum that a process does not
             # need, and others would wait for it.
@@ -256,12 +288,15 @@ class PrivateStep:
         replica, step = self._strategy.replica_id(), self._number
         if self.mechanism.bands is None:
             return self.noise.normal(count, replica, step)
-        factors = self.mechanism.factors
-        return tf.cond(
-            tf.equal(replica, 0),
-            lambda: self.noise.correlated(count, replica, step, factors),
-            lambda: tf.zeros([count], tf.float64),
-        )
+        factors, known = self.mechanism.factors, self._correlated
+
+        def of_first() -> Tensor:
+            if self._recursion is not None:
+                unknown = tf.zeros([count - self._recursion.count], tf.float64)
+                return tf.concat([known, unknown], 0)
+            return self.noise.correlated(count, replica, step, factors)
+
+        return tf.cond(tf.equal(replica, 0), of_first, lambda: tf.zeros([count], tf.float64))
 
 
 def _first_rows(rows: Tensor, *structures: Any) -> Any:

@@ -15,6 +15,7 @@ from tfdist import _keras, data
 from tfdist.errors import ArgumentError, MissingPackageError
 from tfdist.privacy.arguments import check_choice, check_count, check_number
 from tfdist.privacy.likeness import PoissonLike
+from tfdist.privacy.schedules import without_schedules
 from tfdist.privacy.settings import DPSGD
 from tfdist.privacy_check.adversarial import HUGE, NOT_A_NUMBER, families
 from tfdist.privacy_check.columns import Columns, as_columns, joined, rows_of, taken
@@ -104,21 +105,24 @@ def check(
     columns = as_columns(x, y, sample_weight)
     notes = _notes(privacy, sampler)
     if privacy.target_epsilon is not None:
-        privacy = dataclasses.replace(privacy, target_epsilon=None, noise_multiplier=1.0)
+        shape = privacy.noise_multiplier or 1.0  # the former is a schedule
+        privacy = dataclasses.replace(privacy, target_epsilon=None, noise_multiplier=shape)
+    fixed = without_schedules(privacy)
+    if privacy.samples and privacy.bands is not None:
+        fixed = dataclasses.replace(fixed, bands=None)
+        parts = [part for part in parts if part == "contributions"]
     rng = np.random.default_rng(seed)
     own = np.sort(rng.choice(rows_of(columns), min(_OWN, rows_of(columns)), replace=False))
     if isinstance(sampler, PoissonLike):
         sampler = sampler.bind(columns[1], rows_of(columns))
-    draws = Draws(privacy, rows_of(columns), batch_size, columns[1], sampler, strategy)
+    draws = Draws(fixed, rows_of(columns), batch_size, columns[1], sampler, strategy)
     facts: list[Fact] = []
     is_repeatable = False
     if "draws" in parts and getattr(sampler, "capacity", None) is None:
         facts += measure_draws(draws, math.ceil(_STEPS * effort), _ALPHA)
     with subject_of(model, strategy) as subject:
         if "contributions" in parts:
-            found = _contributions(
-                Noiseless(subject, privacy), taken(columns, own), effort, rng
-            )
+            found = _contributions(Noiseless(subject, fixed), taken(columns, own), effort, rng)
             facts, notes = [*facts, *found.facts], [*notes, *found.notes]
             is_repeatable = found.draws_nothing
         if "noise" in parts and privacy.noise_multiplier == 0:
@@ -152,8 +156,13 @@ def _notes(privacy: DPSGD, sampler: Any) -> list[str]:
     notes = []
     if privacy.target_epsilon is not None:
         notes.append(
-            "the noise that `target_epsilon` leads to: measured with a multiplier of 1"
+            "the noise that `target_epsilon` leads to: measured with a multiplier of 1, or the "
+            "schedule as it is"
         )
+    if privacy.samples and privacy.bands is not None:
+        notes.append("draws and noise: not with `bands`")
+    if privacy.is_scheduled:
+        notes.append("contributions and draws: with the first step's norm of a schedule")
     if privacy.augmentations > 1:
         notes.append("augmentations: measured without")
     if getattr(sampler, "capacity", None) is not None:

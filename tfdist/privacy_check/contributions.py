@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from tfdist.privacy.schedules import norm_of, without_schedules
 from tfdist.privacy.settings import DPSGD
 from tfdist.privacy_check.adversarial import cancelled, families, mutated
 from tfdist.privacy_check.columns import Columns, joined, rows_of, taken
@@ -39,7 +40,7 @@ class Noiseless:
         Args:
             units: The user of each row, or None.
         """
-        asked = self.privacy
+        asked = without_schedules(self.privacy)
         return DPSGD(
             asked.l2_norm_clip,
             noise_multiplier=0.0,
@@ -116,7 +117,7 @@ def largest_contribution(
         parts.append(by_descent)
     tried = joined(parts)
     norms = _norms(noiseless, own, tried)
-    clip, of_own = noiseless.privacy.l2_norm_clip, norms[: rows_of(own)]
+    clip, of_own = norm_of(noiseless.privacy), norms[: rows_of(own)]
     count = len(norms)
     best, best_norms = tried, norms
     for _ in range(rounds):
@@ -179,7 +180,7 @@ def _of_users(
     )
     return Fact(
         "contribution: largest of a user with several examples, over l2_norm_clip",
-        max(norms) / noiseless.privacy.l2_norm_clip,
+        max(norms) / norm_of(noiseless.privacy),
         1.0,
         -np.inf,
         1 + _TOLERANCE,
@@ -226,7 +227,7 @@ def compare_neighbours(noiseless: Noiseless, own: Columns, is_half: bool) -> Nei
     first = _vectors(noiseless, own, [*batches, batches[0], *alone])
     again = _vectors(noiseless, own, batches[:2])
     second = _vectors(noiseless, own, without)
-    clip = noiseless.privacy.l2_norm_clip
+    clip = norm_of(noiseless.privacy)
     sizes = [float(np.linalg.norm(np.nan_to_num(v))) for v in first[:_BATCHES]]
     size = max(1e-30, *sizes)
     tolerance = _COARSE if is_half else _TOLERANCE

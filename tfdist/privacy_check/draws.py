@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from tfdist.privacy.in_turn import DPFTRL
 from tfdist.privacy.ledger import Ledger
 from tfdist.privacy.likeness import PoissonLike
+from tfdist.privacy.schedules import norm_of
 from tfdist.privacy.settings import DPSGD
 from tfdist.privacy_check.draw_tests import draw_facts
 from tfdist.privacy_check.recorder import Floats, subject_of
@@ -87,7 +88,7 @@ def measure_draws(draws: Draws, steps: int, alpha: float) -> list[Fact]:
     if isinstance(draws.privacy, DPFTRL):
         return _in_turn(draws, draws.privacy)
     each = max(20, min(steps, _MOST_DRAWS // draws.num_rows) // _PARTS)
-    clip = draws.privacy.l2_norm_clip
+    clip = norm_of(draws.privacy)
     private = dataclasses.replace(_noiseless(draws.privacy), group_ids=draws.privacy.group_ids)
     with subject_of(_model(draws.num_rows), draws.strategy) as subject:
         options = {"privacy": private, "sampler": draws.sampler, "steps_per_epoch": each}
@@ -126,7 +127,7 @@ def _in_turn(draws: Draws, privacy: DPFTRL) -> list[Fact]:
     private = _noiseless(dataclasses.replace(privacy, bands=1, min_separation=None))
     with subject_of(_model(rows), draws.strategy) as subject:
         found = np.array(_moved(subject, draws, epochs=2, privacy=private))
-    scale = draws.batch_size / draws.privacy.l2_norm_clip
+    scale = draws.batch_size / norm_of(draws.privacy)
     first, second = np.split(np.abs(found) * scale, 2)
     return [
         Fact(
@@ -171,7 +172,7 @@ def _moved(subject: Any, draws: Draws, **options: Any) -> list[Floats]:
     """Gives the parts of all examples, for each step."""
     found: list[Floats] = []
     # Far from 0, so that each gradient is clipped.
-    y = np.full((draws.num_rows, 1), -10 * draws.privacy.l2_norm_clip, np.float32)
+    y = np.full((draws.num_rows, 1), -10 * norm_of(draws.privacy), np.float32)
     columns = np.arange(draws.num_rows, dtype=np.int32), y, None
     subject.fit(columns, lambda _, v: found.append(v), batch_size=draws.batch_size, **options)
     return found

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from tfdist.privacy.in_turn import DPFTRL
 from tfdist.privacy.ledger import Ledger
+from tfdist.privacy.schedules import norm_of, schedule_of
 from tfdist.privacy.settings import DPSGD
 from tfdist.privacy_check.columns import Columns, mapped, rows_of, taken
 from tfdist.privacy_check.contributions import Noiseless
@@ -112,14 +113,29 @@ class NoiseCheck:
             clip_learning_rate=0.0,
         )
 
+    def _deviations(self, first: int, planned: int) -> list[float]:
+        """What the noise on the sums of a `fit`'s steps must have.
+
+        Args:
+            first: The first step that is looked at.
+            planned: Steps of the whole training.
+        """
+        schedule = schedule_of(self._asked, planned)
+        if schedule is None:
+            return [self._deviation()] * (planned - first)
+        runs = np.searchsorted(schedule.begins, np.arange(first, planned), "right") - 1
+        deviations = np.array(schedule.multipliers) * np.array(schedule.norms)
+        return list(map(float, deviations[runs]))
+
     def _deviation(self) -> float:
         """What the noise on the sum must have (Andrew et al., 2021, theorem 1, if adaptive)."""
         asked = self._asked
         assert asked.noise_multiplier is not None
         multiplier = asked.noise_multiplier
+        assert not callable(multiplier)
         if asked.target_quantile is not None:
             multiplier = (multiplier**-2 - (2 * self._count_deviation()) ** -2) ** -0.5
-        return float(multiplier * asked.l2_norm_clip)
+        return float(multiplier * norm_of(asked))
 
     def _units(self) -> float:
         """How many examples, or users, a step has on average."""
@@ -161,7 +177,9 @@ class NoiseCheck:
 
     def _independent(self, steps: int, weights: Sampled, rng: np.random.Generator) -> Any:
         batches: list[tuple[int, ...]] = []
-        if self.is_repeatable and self.noiseless.privacy.group_ids is None:
+        private = self.noiseless.privacy
+        moves = callable(private.l2_norm_clip)  # then sums are others in each step
+        if self.is_repeatable and private.group_ids is None and not moves:
             batches = [
                 tuple(np.sort(rng.choice(len(self.own), min(_ROWS, len(self.own)), False)))
                 for _ in range(_BATCHES)
@@ -182,11 +200,20 @@ class NoiseCheck:
         plan = tuple(numbered.get(kinds[step % len(kinds)], ()) for step in range(steps))
         found: list[Any] = []
 
-        def read(step: int, gradient: Floats) -> None:
-            kind = kinds[step % len(kinds)]
-            expected = 0.0 if kind is None else sums[kind].astype(np.float64) / self.batch_size
-            noisy = gradient[weights.columns].astype(np.float64) - penalty
-            found.append((noisy - expected) * (self.batch_size / self._deviation()))
+        def reading(first: int, planned: int) -> Any:
+            # Not by the step's number: one that resumes may begin at 0 or go on.
+            coming = enumerate(self._deviations(first, planned))
+
+            def read(_: int, gradient: Floats) -> None:
+                step, deviation = next(coming)
+                kind = kinds[step % len(kinds)]
+                expected: Any = 0.0
+                if kind is not None:
+                    expected = sums[kind].astype(np.float64) / self.batch_size
+                noisy = gradient[weights.columns].astype(np.float64) - penalty
+                found.append((noisy - expected) * (self.batch_size / deviation))
+
+            return read
 
         quarter = steps // 4
         options = {
@@ -196,11 +223,12 @@ class NoiseCheck:
             "privacy": self._asked,
         }
         subject.rewind()
-        subject.fit(self.columns, read, epochs=2, **options)
-        subject.fit(self.columns, read, epochs=1, **options)
+        subject.fit(self.columns, reading(0, 2 * quarter), epochs=2, **options)
+        subject.fit(self.columns, reading(0, quarter), epochs=1, **options)
         with tempfile.TemporaryDirectory() as folder:
             resumed = {**options, "checkpoint": folder}
             subject.fit(self.columns, lambda _, __: None, epochs=1, **resumed)
+            read = reading(quarter, 2 * quarter)
             subject.fit(self.columns, read, epochs=2, **resumed)
         return np.array(found)
 
@@ -232,6 +260,7 @@ class NoiseCheck:
             return np.array(found, np.float64)
 
         assert private.noise_multiplier is not None
+        assert not callable(private.noise_multiplier)
         sums = recorded(0.0)
         scale = self.batch_size / self._deviation()
         drawn = [
