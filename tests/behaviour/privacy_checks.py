@@ -25,7 +25,7 @@ from tests.behaviour.registry import (
 )
 from tests.equivalence.cases import private_mlp, table
 from tfdist.errors import ArgumentError, StrategyError
-from tfdist.privacy.noise import Noise
+from tfdist.privacy.mechanism.noise import Noise
 
 L = keras.layers
 PRIVACY = tfdist.DPSGD(0.5, noise_multiplier=2.0, delta=1e-4)

@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from tfdist._keras import layers as keras_layers
 from tfdist.errors import ArgumentError
-from tfdist.privacy import clipping, independence
+from tfdist.privacy.mechanism import clipping, independence
 
 L = keras.layers
 EXAMPLES = 5

@@ -16,8 +16,8 @@ from tests.privacy.test_counting import NUMBERS, Watch, still, train
 from tests.privacy.test_groups import classifier, loop, rows
 from tfdist.errors import ArgumentError
 from tfdist.privacy import Ledger, Phase, Poisson
-from tfdist.privacy.correlated import banded, banded_norm, inverse
-from tfdist.privacy.cyclic import CyclicPoisson
+from tfdist.privacy.accounting.correlated import banded, banded_norm, inverse
+from tfdist.privacy.sampling.cyclic import CyclicPoisson
 
 
 def sgd(bands: int = 4, noise: float = 1.0, **options: Any) -> tfdist.DPSGD:

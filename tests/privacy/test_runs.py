@@ -20,13 +20,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tfdist
-from tfdist.privacy import Ledger, Phase, memory
-from tfdist.privacy.chains import mechanisms
-from tfdist.privacy.correlated import coefficients
-from tfdist.privacy.course import Course
-from tfdist.privacy.levels import Levels
-from tfdist.privacy.memory import History
-from tfdist.spending import _AGREED, Spending
+from tfdist.privacy import Ledger, Phase, model_history
+from tfdist.privacy.accounting.chains import mechanisms
+from tfdist.privacy.accounting.correlated import coefficients
+from tfdist.privacy.accounting.levels import Levels
+from tfdist.privacy.model_history import History
+from tfdist.privacy.progress import Course
+from tfdist.privacy.spending import _AGREED, Spending
 
 pytestmark = pytest.mark.quick
 STRATEGY = SimpleNamespace(
@@ -111,7 +111,7 @@ class Tree:
 
     def train(self, which: int, steps: int, save: int, load: int, killed: bool) -> None:
         folder = self.folders[which % len(self.folders)]
-        with memory.forgotten(MODEL):
+        with model_history.forgotten(MODEL):
             spending, course, state = self.process(folder)
             wraps = spending.counting()
             if not killed:
@@ -137,7 +137,7 @@ class Tree:
 
     def race(self, which: int, steps: int, save: int) -> None:
         folder = self.folders[which % len(self.folders)]
-        with memory.forgotten(MODEL):
+        with model_history.forgotten(MODEL):
             processes = [self.process(folder) for _ in range(2)]
         begins = folder.kept
         for spending, _, _ in processes:
@@ -155,7 +155,7 @@ class Tree:
         """What is known to who starts one more process in each folder, and loads all files."""
         found = Ledger()
         for folder in self.folders:
-            with memory.forgotten(MODEL):
+            with model_history.forgotten(MODEL):
                 ledger = self.process(folder)[0].before.ledger
             assert covers(ledger, folder.true)
             found = found.merged(ledger) if len(found.phases) % 2 else ledger.merged(found)
@@ -217,7 +217,7 @@ def test_a_history_in_a_line_is_that_of_one_process(runs: Any, kind: str) -> Non
 def test_steps_of_a_backup_that_says_nothing_count(kind: str, tmp_path: Path) -> None:
     tree = Tree(kind, tmp_path)
     tree.start()
-    with memory.forgotten(MODEL):
+    with model_history.forgotten(MODEL):
         spending, course, _ = tree.process(tree.folders[0])
         with spending.counting():
             MODEL.optimizer.iterations.assign(4)  # as a callback does
@@ -241,7 +241,7 @@ def test_phases_that_all_workers_make_by_hand_are_the_same() -> None:
         session: Any = SimpleNamespace(strategy=strategy, is_chief=True)
         ledgers = []
         for spent in WORKERS:
-            with memory.forgotten(MODEL):
+            with model_history.forgotten(MODEL):
                 privacy = tfdist.DPSGD(1.0, noise_multiplier=1.0, delta=1e-3, spent=spent)
                 course = Course(MODEL, privacy)
                 spending = Spending(privacy, session, MODEL, course, [], secret=True)

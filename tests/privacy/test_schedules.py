@@ -16,10 +16,10 @@ import tensorflow as tf
 
 import tfdist
 from tests.privacy.test_counting import NUMBERS, Watch, still, train
-from tfdist import refused
 from tfdist.errors import ArgumentError
-from tfdist.privacy.accounting import noise_for
-from tfdist.privacy.ledger import Ledger, Phase
+from tfdist.privacy import validation
+from tfdist.privacy.accounting.dp_sgd import noise_for
+from tfdist.privacy.accounting.ledger import Ledger, Phase
 from tfdist.privacy.schedules import MOST_LEVELS, StepSchedule, schedule_of
 
 S = keras.optimizers.schedules
@@ -122,7 +122,7 @@ def test_what_follows_the_data_is_refused() -> None:
     elastic = SimpleNamespace(strategy=SimpleNamespace(elastic=True))
     for alike in (sgd(), sgd(2.0, bands=2)):
         with pytest.raises(ArgumentError, match="must be alike in an elastic run"):
-            refused.check_data(elastic, np.ones(3), None, None, alike)  # type: ignore[arg-type]
+            validation.check_data(elastic, np.ones(3), None, None, alike)  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match="Exactly one of"):
         sgd(2.0, target_epsilon=1.0)
 

@@ -7,8 +7,8 @@ from typing import Any, Protocol
 import keras
 
 from tfdist.errors import ArgumentError
-from tfdist.privacy.arguments import check_number
-from tfdist.privacy.ledger import Ledger, most_within
+from tfdist.privacy.accounting.arguments import check_number
+from tfdist.privacy.accounting.ledger import Ledger, most_within
 from tfdist.privacy.settings import DPSGD
 
 

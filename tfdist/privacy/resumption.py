@@ -6,10 +6,10 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from tfdist.errors import ArgumentError, CheckpointError
-from tfdist.privacy.identity import same_made_again
-from tfdist.privacy.ledger import Ledger, Phase
-from tfdist.privacy.levels import Levels
-from tfdist.privacy.memory import History
+from tfdist.privacy.accounting.identity import same_made_again
+from tfdist.privacy.accounting.ledger import Ledger, Phase
+from tfdist.privacy.accounting.levels import Levels
+from tfdist.privacy.model_history import History
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ import tensorflow as tf
 from numpy.typing import NDArray
 
 from tfdist.errors import ArgumentError
-from tfdist.privacy.arguments import check_number
-from tfdist.privacy.levels import Levels
+from tfdist.privacy.accounting.arguments import check_number
+from tfdist.privacy.accounting.levels import Levels
 from tfdist.privacy.settings import DPSGD, LARGEST_NORM, LEAST_NORM
 
 Tensor = Any

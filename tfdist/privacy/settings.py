@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from tfdist.errors import ArgumentError
-from tfdist.privacy.arguments import check_choice, check_count, check_number
-from tfdist.privacy.correlated import banded, coefficients, inverse
-from tfdist.privacy.ledger import ACCOUNTANTS, RELATIONS, Ledger
+from tfdist.privacy.accounting.arguments import check_choice, check_count, check_number
+from tfdist.privacy.accounting.correlated import banded, coefficients, inverse
+from tfdist.privacy.accounting.ledger import ACCOUNTANTS, RELATIONS, Ledger
 
 if TYPE_CHECKING:
     from tfdist.privacy.schedules import StepSchedule
