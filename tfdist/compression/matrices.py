@@ -33,7 +33,10 @@ def is_compressed(variable: Any, settings: PowerSGD, by_rows: set[int]) -> bool:
     """
     if len(variable.shape) < 2 or id(variable) in by_rows:
         return False
-    return settings.ratio(*matrix_shape(variable.shape)) >= settings.min_ratio
+    rows, columns = matrix_shape(variable.shape)
+    if settings.rank >= min(rows, columns):  # as it is, it needs no more bytes and is exact
+        return False
+    return settings.ratio(rows, columns) >= settings.min_ratio
 
 
 def trained_variables(model: Any) -> list[Any]:
