@@ -187,39 +187,45 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--write", action="store_true", help="into docs/compression.md")
     parser.add_argument("--torch", metavar="PYTHON", help="that has PyTorch")
     options = parser.parse_args(arguments)
-    tables: dict[str, str] = {}
     wire: dict[str, dict[str, Any]] = {}
-    times: dict[int | None, dict[str, Any]] = {}
     why = links.obstacle()
     if why is not None:
         print(f"Bytes on the wire and times by rate are skipped: {why}.", flush=True)
     else:
         with links.linked() as link:
-            wire = {model: on_link(link, None, model, 40) for model in ("digits", "words")}
-            for rate in RATES:
-                times[rate] = on_link(link, rate, "large", 6)
-            horovod = with_horovod(link, "digits", 40)
-            torch = torch_steps(options.torch, link) if options.torch else []
-        columns = ["link", *(f"{name}, ms" for name in NAMES)]
-        tables["times"] = show("A step of 10 million weights", columns, time_table(times))
-        rows = [[n, f"{1e3 * s:.1f}", f"{b:,.0f}"] for n, (s, b) in horovod.items()]
-        columns = ["compression", "step, ms", "bytes a step and rank"]
-        tables["horovod"] = show("Horovod, the digits' model", columns, rows)
-        if torch:
-            show("PyTorch's hook, the digits' model", columns, torch)
+            wire = across(link, options.torch, options.write)
     rows = []
     for model, steps in (("cnn", 60), ("large", 10)):
         ratio, seconds = alone(model, steps, "PowerSGD 2")
         rows.append([model, f"{1e3 * seconds:.1f}", f"{ratio:.2f}"])
     columns = ["model", "step without, ms", "with PowerSGD 2, times"]
-    tables["cost"] = show("What compressing costs, in one process", columns, rows)
+    report("cost", "What compressing costs, in one process", columns, rows, options.write)
     columns = ["task", "compression", "bytes a step and worker", "times fewer", "accuracy, %"]
-    tables["accuracies"] = show("Accuracy", columns, accuracy_table(wire))
-    if options.write:
-        for name, text in tables.items():
-            write(name, text)
-        if times:
-            chart(times)
+    report("accuracies", "Accuracy", columns, accuracy_table(wire), options.write)
+
+
+def across(link: links.Link, python: str | None, writes: bool) -> dict[str, dict[str, Any]]:
+    """Measures what needs two machines; gives bytes and seconds by model and compression."""
+    wire = {model: on_link(link, None, model, 40) for model in ("digits", "words")}
+    times = {rate: on_link(link, rate, "large", 6) for rate in RATES}
+    columns = ["link", *(f"{name}, ms" for name in NAMES)]
+    report("times", "A step of 10 million weights", columns, time_table(times), writes)
+    if writes:
+        chart(times)
+    horovod = with_horovod(link, "digits", 40)
+    rows = [[n, f"{1e3 * s:.1f}", f"{b:,.0f}"] for n, (s, b) in horovod.items()]
+    columns = ["compression", "step, ms", "bytes a step and rank"]
+    report("horovod", "Horovod, the digits' model", columns, rows, writes)
+    if python is not None:
+        show("PyTorch's hook, the digits' model", columns, torch_steps(python, link))
+    return wire
+
+
+def report(name: str, title: str, columns: Sequence[str], rows: Rows, writes: bool) -> None:
+    """Shows a table, and puts it into the page if it is to."""
+    text = show(title, columns, rows)
+    if writes:
+        write(name, text)
 
 
 if __name__ == "__main__":

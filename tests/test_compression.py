@@ -14,11 +14,12 @@ import tfdist
 from tests.equivalence.cases import crossentropy, table
 from tfdist import _keras
 from tfdist.compression.extension import CompressedTraining
-from tfdist.compression.half import HalfExchange
+from tfdist.compression.half import HalfExchange, HalfPrecision
 from tfdist.compression.power_sgd import LowRankExchange
 from tfdist.errors import ArgumentError
 from tfdist.resume.checkpoint import tensors
 from tfdist.step.exchange import Contribution
+from tfdist.step.prepared import prepare
 from tfdist.step.state import Role, TrainState
 from tfdist.strategies.base import Place, Strategy
 
@@ -330,6 +331,20 @@ def test_a_training_begins_anew():
         assert residual_of(exchange_of(model)).any()
         runs.append(model.get_weights())
     assert_same(*runs)
+
+
+def test_what_is_kept_outlives_a_change_of_replicas():
+    model = small_model()
+    tfdist.fit(model, *table(128), compression=FIRST_RANK, **ORDERED)
+    kept = exchange_of(model)
+    maker = _keras.attached(model).prepared.exchange_maker
+    # As an elastic run does when processes have come or gone.
+    again = prepare(model, Devices(3), for_training=True, exchange_maker=maker)
+    assert again.exchange is kept
+    rounded = HalfPrecision("bf16")
+    first = prepare(model, Devices(3), for_training=True, exchange_maker=rounded).exchange
+    other = prepare(model, Devices(2), for_training=True, exchange_maker=rounded).exchange
+    assert first is not other  # it divides by the number of replicas
 
 
 def test_evaluating_meanwhile_changes_nothing():
