@@ -89,7 +89,13 @@ class ElasticRun(Continuation):
                 try:
                     return self._agreed(attempt())
                 except (PeerError, MembersChanged) as reason:
-                    print(f"tfdist: {reason} Training goes on.", file=sys.stderr, flush=True)
+                    said = f"tfdist: {reason} Training goes on."
+                    if self._state.per_replica:
+                        said += (
+                            " What processes that are gone had kept of their gradients, to "
+                            "send it later, is lost."
+                        )
+                    print(said, file=sys.stderr, flush=True)
                     if self.position is not None:
                         for variable, value in zip(
                             self._state.variables, self._kept, strict=True

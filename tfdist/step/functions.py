@@ -123,7 +123,7 @@ def make_functions(
         return own
     replica = _Replica(model, strategy, own_step, exchange)
     if isinstance(strategy, Whole) and strategy.has_company:
-        return _in_company(strategy, replica, stop, variables)
+        return _in_company(strategy, replica, stop, variables, exchange)
     # One process has nobody to wait for, and servers' steps no place for the clocks.
     timers = StepTimers() if strategy.place.num_workers > 1 else None
     return Functions(
@@ -135,11 +135,15 @@ def make_functions(
 
 
 def _in_company(
-    strategy: Whole, replica: _Replica, stop: Stop, variables: Sequence[Any]
+    strategy: Whole,
+    replica: _Replica,
+    stop: Stop,
+    variables: Sequence[Any],
+    exchange: Exchange | None,
 ) -> Functions:
     """Builds the functions of processes that all compute whole batches."""
     model = replica.model
-    train = _over_epoch(model, strategy, replica.train, Stop(), None)
+    train = _over_epoch(model, strategy, replica.train, Stop(), None, exchange=exchange)
     test = _over_epoch(model, strategy, replica.test, Stop(), None)
 
     def trained(epoch: Epoch) -> Logs:
@@ -267,7 +271,8 @@ def _over_epoch(
         return result
 
     # A loop in a graph on several processes goes over all of them each round.
-    loops_here = model.run_eagerly or strategy.has_servers or exchange is not None
+    has_phases = exchange is not None and exchange.has_phases
+    loops_here = model.run_eagerly or strategy.has_servers or has_phases
 
     def function(epoch: Epoch) -> Logs:
         steps = epoch.pass_made(epoch.take(model.steps_per_execution))
