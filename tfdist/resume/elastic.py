@@ -21,8 +21,8 @@ from tfdist import _keras
 from tfdist.data import DataPosition, Source
 from tfdist.errors import ArgumentError, MembersChanged, PeerError, StrategyError
 from tfdist.resume.position import ContinuedCallbacks, Position
-from tfdist.step.functions import Stop
 from tfdist.step.prepared import Prepared
+from tfdist.step.signals import Stop
 from tfdist.step.state import TrainState
 from tfdist.strategies.base import Strategy
 from tfdist.training.extension import Begins, Continuation, Extension

@@ -9,8 +9,9 @@ from typing import Any
 
 from tfdist import _keras, data
 from tfdist.step.exchange import Exchange, ExchangeMaker
-from tfdist.step.functions import Stop, make_functions
+from tfdist.step.functions import make_functions
 from tfdist.step.own_step import OwnStep, StepMaker
+from tfdist.step.signals import Stop
 from tfdist.step.state import TrainState, optimizers_of, variables_of
 from tfdist.strategies.base import Functions, Place, Strategy
 from tfdist.strategies.session import current

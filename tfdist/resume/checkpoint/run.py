@@ -24,8 +24,8 @@ from tfdist.resume.checkpoint.plain import NotPlain, decode, encode
 from tfdist.resume.checkpoint.preemption import Preemption
 from tfdist.resume.checkpoint.settings import Checkpoint
 from tfdist.resume.position import ContinuedCallbacks, Position
-from tfdist.step.functions import Stop
 from tfdist.step.prepared import Prepared
+from tfdist.step.signals import Stop
 from tfdist.step.state import TrainState, variables_of
 from tfdist.strategies.base import Strategy
 from tfdist.training.extension import Begins, Continuation, Extension
