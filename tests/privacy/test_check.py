@@ -16,7 +16,7 @@ from tfdist.privacy import check
 from tfdist.privacy.checking import checking
 from tfdist.privacy.checking.draw_tests import draw_facts
 from tfdist.privacy.checking.noise_tests import Block, noise_facts, smallest_error
-from tfdist.privacy.checking.report import CheckReport, Fact
+from tfdist.privacy.checking.report import CheckReport, Finding
 
 L = keras.layers
 ALPHA = 1e-6
@@ -47,7 +47,7 @@ def failed(report: CheckReport) -> set[str]:
 # --- statistics -------------------------------------------------------------------------
 
 
-def names(facts: list[Fact]) -> set[str]:
+def names(facts: list[Finding]) -> set[str]:
     return {fact.name for fact in facts if not fact.passed}
 
 
@@ -343,8 +343,8 @@ def test_what_cannot_be_checked(change: Any, message: str) -> None:
 
 @pytest.mark.quick
 def test_a_report_is_read_by_name() -> None:
-    good = Fact("one", 1.0, 1.0, 0.9, 1.1)
-    bad = Fact("two", float("nan"), 1.0, -np.inf, 1.1, "why")
+    good = Finding("one", 1.0, 1.0, 0.9, 1.1)
+    bad = Finding("two", float("nan"), 1.0, -np.inf, 1.1, "why")
     report = CheckReport((good, bad), ("three: no",), 1e-4, 2.0)
     assert not report.passed
     assert report.failures == (bad,)

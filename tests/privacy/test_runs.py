@@ -25,7 +25,7 @@ from tfdist.privacy.accounting.chains import mechanisms
 from tfdist.privacy.accounting.correlated import coefficients
 from tfdist.privacy.accounting.levels import Levels
 from tfdist.privacy.model_history import History
-from tfdist.privacy.progress import Course
+from tfdist.privacy.progress import StepProgress
 from tfdist.privacy.spending import _AGREED, Spending
 
 pytestmark = pytest.mark.quick
@@ -76,7 +76,7 @@ class Tree:
     kills: int = 0
     numbers: Any = dataclasses.field(default_factory=itertools.count)
 
-    def process(self, folder: Folder) -> tuple[Spending, Course, Any]:
+    def process(self, folder: Folder) -> tuple[Spending, StepProgress, Any]:
         """A script that is started in a folder."""
         options: Any = {"noise_multiplier": 1.0, "delta": 1e-3, "spent": SPENT}
         phase = Phase(0.1, 1.0, 1, num_rows=20)
@@ -87,13 +87,13 @@ class Tree:
         elif self.kind == "in turn":
             phase = Phase(1.0, 1.0, 1, num_rows=20, bands=3, separation=4)
         privacy = (tfdist.DPFTRL if self.kind == "in turn" else tfdist.DPSGD)(1.0, **options)
-        course = Course(MODEL, privacy)
-        spending = Spending(privacy, SESSION, MODEL, course, [], secret=True)
+        progress = StepProgress(MODEL, privacy)
+        spending = Spending(privacy, SESSION, MODEL, progress, [], secret=True)
         saved = None if folder.saved is None else json.loads(folder.saved)
         state = spending.go_on(saved, folder.kept, folder.path)
         levels = SCHEDULE if self.kind == "scheduled" else None
         spending.plan(spending.named(phase, None), PLANNED, levels)
-        return spending, course, state
+        return spending, progress, state
 
     def step(self, place: int) -> tuple[Any, float]:
         return next(self.numbers), noise_of(self.kind, place)
@@ -112,7 +112,7 @@ class Tree:
     def train(self, which: int, steps: int, save: int, load: int, killed: bool) -> None:
         folder = self.folders[which % len(self.folders)]
         with model_history.forgotten(MODEL):
-            spending, course, state = self.process(folder)
+            spending, progress, state = self.process(folder)
             wraps = spending.counting()
             if not killed:
                 wraps.__enter__()
@@ -124,10 +124,10 @@ class Tree:
             begins = folder.kept
             for made in range(1, steps + 1):
                 spending.before_steps(made)
-                course.settle(made)
+                progress.settle(made)
                 folder.true |= {self.step(begins + made - 1)}
                 if made == save:
-                    folder.saved, folder.kept = json.dumps(state), course.position
+                    folder.saved, folder.kept = json.dumps(state), progress.position
             said = json.dumps(spending.history().to_dict())
             self.files.append((said, folder.true))
             assert covers(spending.ledger(steps), folder.true)
@@ -143,12 +143,12 @@ class Tree:
         for spending, _, _ in processes:
             spending.begun()
         for made in range(1, steps + 1):
-            for spending, course, state in processes:
+            for spending, progress, state in processes:
                 spending.before_steps(made)
-                course.settle(made)
+                progress.settle(made)
                 folder.true |= {self.step(begins + made - 1)}
                 if made == save:
-                    folder.saved, folder.kept = json.dumps(state), course.position
+                    folder.saved, folder.kept = json.dumps(state), progress.position
         self.kills += 2
 
     def merged(self) -> Ledger:
@@ -218,12 +218,12 @@ def test_steps_of_a_backup_that_says_nothing_count(kind: str, tmp_path: Path) ->
     tree = Tree(kind, tmp_path)
     tree.start()
     with model_history.forgotten(MODEL):
-        spending, course, _ = tree.process(tree.folders[0])
+        spending, progress, _ = tree.process(tree.folders[0])
         with spending.counting():
             MODEL.optimizer.iterations.assign(4)  # as a callback does
             spending.begun()
-            course.settle(5)
-            ledger = spending.ledger(course.steps_made)
+            progress.settle(5)
+            ledger = spending.ledger(progress.steps_made)
         MODEL.optimizer.iterations.assign(0)
     true = frozenset(tree.step(place) for place in range(9))
     assert covers(ledger, true)
@@ -243,8 +243,8 @@ def test_phases_that_all_workers_make_by_hand_are_the_same() -> None:
         for spent in WORKERS:
             with model_history.forgotten(MODEL):
                 privacy = tfdist.DPSGD(1.0, noise_multiplier=1.0, delta=1e-3, spent=spent)
-                course = Course(MODEL, privacy)
-                spending = Spending(privacy, session, MODEL, course, [], secret=True)
+                progress = StepProgress(MODEL, privacy)
+                spending = Spending(privacy, session, MODEL, progress, [], secret=True)
                 spending.plan(spending.named(Phase(0.1, 1.0, 1), None), PLANNED)
                 spending.begun()
                 ledgers.append(spending.ledger(4))

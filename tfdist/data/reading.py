@@ -20,13 +20,13 @@ from tfdist.data.class_weight import Weigh, weigher, x_and_y
 from tfdist.data.columns import is_arrays, is_values, kind_of_values
 from tfdist.data.datasets import DatasetBatches
 from tfdist.data.reading_arrays import read_arrays, read_local
-from tfdist.data.settings import Settings, checked_batch_size
+from tfdist.data.settings import SourceSettings, checked_batch_size
 from tfdist.data.source import Source, shortened
 from tfdist.errors import ArgumentError
 from tfdist.samplers import ByQuota, Sequential, Uniform
 
 
-def read(x: Any, y: Any, sample_weight: Any, settings: Settings) -> Source:
+def read(x: Any, y: Any, sample_weight: Any, settings: SourceSettings) -> Source:
     """Chooses the road for an input.
 
     Args:
@@ -45,7 +45,7 @@ def read(x: Any, y: Any, sample_weight: Any, settings: Settings) -> Source:
     return Augmented(source, settings.augment, settings.seed, copies)
 
 
-def _read(x: Any, y: Any, sample_weight: Any, settings: Settings) -> Source:
+def _read(x: Any, y: Any, sample_weight: Any, settings: SourceSettings) -> Source:
     if settings.class_weight and sample_weight is not None:
         raise ArgumentError(
             "`class_weight` and `sample_weight` cannot be used at the same time. Multiply "
@@ -156,14 +156,14 @@ _UNCOUNTABLE = (
 )
 
 
-def _weigher(settings: Settings, targets: Callable[[], Iterable[Any]]) -> Weigh | None:
+def _weigher(settings: SourceSettings, targets: Callable[[], Iterable[Any]]) -> Weigh | None:
     """Makes what adds class weights to a batch; a dict's classes are not looked for."""
     if not settings.class_weight:
         return None
     return weigher(settings.class_weight, targets, must_occur=False)
 
 
-def _by_class(x: Any, settings: Settings) -> ByClass | None:
+def _by_class(x: Any, settings: SourceSettings) -> ByClass | None:
     """Tells whether `x` is to be drawn from by class."""
     if isinstance(x, ByClass):
         return x

@@ -16,14 +16,14 @@ from tfdist.data.class_weight import weigher, x_and_y
 from tfdist.data.columns import read_columns
 from tfdist.data.local import LocalArrays, LocalShard, bind
 from tfdist.data.local_rows import exchange
-from tfdist.data.settings import Settings, checked_batch_size
+from tfdist.data.settings import SourceSettings, checked_batch_size
 from tfdist.errors import ArgumentError
 from tfdist.samplers import Sampler, Sequential, Uniform
 from tfdist.samplers.labelled import Labelled
 from tfdist.strategies.base import Strategy
 
 
-def _dealing(settings: Settings) -> dict[str, int]:
+def _dealing(settings: SourceSettings) -> dict[str, int]:
     """Says how rows of a share are repeated and padded.
 
     Poisson sampling draws another number of rows each time, and TensorFlow keeps kernels for
@@ -39,7 +39,7 @@ def _dealing(settings: Settings) -> dict[str, int]:
     return {"copies": settings.copies, "rounded_to": rounded_to}
 
 
-def read_arrays(x: Any, y: Any, sample_weight: Any, settings: Settings) -> Arrays:
+def read_arrays(x: Any, y: Any, sample_weight: Any, settings: SourceSettings) -> Arrays:
     """Reads arrays that every worker has.
 
     Args:
@@ -74,7 +74,7 @@ def _packed(data: tuple[Any, ...]) -> Any:
     return data[0] if len(data) == 1 and not isinstance(data[0], tuple) else data
 
 
-def _passes(sampler: Sampler, num_rows: int, batch_size: int, settings: Settings) -> Any:
+def _passes(sampler: Sampler, num_rows: int, batch_size: int, settings: SourceSettings) -> Any:
     """Says how many steps a pass over the rows has, and an epoch, if it is another number.
 
     A sampler with an order of its own has no passes that an epoch could break off.
@@ -89,7 +89,7 @@ def read_local(
     x: Any,
     y: Any,
     sample_weight: Any,
-    settings: Settings,
+    settings: SourceSettings,
     shard: LocalShard,
     strategy: Strategy,
 ) -> LocalArrays:

@@ -15,7 +15,7 @@ from tfdist.strategies.base import Strategy
 
 
 @dataclass(frozen=True)
-class Settings:
+class SourceSettings:
     """How a source is to be read.
 
     Attributes:
@@ -47,7 +47,7 @@ class Settings:
     copies: int = 1
 
 
-def checked_batch_size(settings: Settings) -> int:
+def checked_batch_size(settings: SourceSettings) -> int:
     """Gives the examples of a full global batch of arrays.
 
     Args:

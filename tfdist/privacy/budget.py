@@ -12,7 +12,7 @@ from tfdist.privacy.accounting.ledger import Ledger, most_within
 from tfdist.privacy.settings import DPSGD
 
 
-class Run(Protocol):
+class AccountedRun(Protocol):
     """What the callback asks of a private `fit`."""
 
     privacy: DPSGD
@@ -58,7 +58,7 @@ class PrivacyBudget(keras.callbacks.Callback):  # type: ignore[misc]
         (True, True)
     """
 
-    run: Run | None = None
+    run: AccountedRun | None = None
 
     def __init__(self, max_epsilon: float | None = None) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class PrivacyBudget(keras.callbacks.Callback):  # type: ignore[misc]
         self._affordable: int | None = None
         self._counted: Ledger | None = None
 
-    def _started(self) -> Run:
+    def _started(self) -> AccountedRun:
         if self.run is None:
             raise ArgumentError(
                 "PrivacyBudget must be used in private training. Received: a `fit` without "

@@ -98,7 +98,7 @@ class History:
         )
 
 
-class Run(Protocol):
+class RunUnderWay(Protocol):
     """A private training that is under way."""
 
     def history(self) -> History:
@@ -118,7 +118,7 @@ class _Holder:
         iterations: What it had made then.
     """
 
-    known: History | Run
+    known: History | RunUnderWay
     optimizer: int = 0
     iterations: int = 0
 
@@ -180,7 +180,7 @@ def changed_since(model: Any) -> tuple[int, bool]:
     return max(0, updates), moved
 
 
-def keep(model: Any, known: History | Run) -> None:
+def keep(model: Any, known: History | RunUnderWay) -> None:
     """Notes what is known, with the weights as they are.
 
     Args:

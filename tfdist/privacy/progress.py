@@ -15,7 +15,7 @@ from tfdist.privacy.settings import DPSGD
 
 
 class Listener(Protocol):
-    """What wants to hear of a training's course."""
+    """What wants to hear of a training's progress."""
 
     def before_steps(self, steps: int) -> None:
         """Called before steps are made.
@@ -28,7 +28,7 @@ class Listener(Protocol):
         """Called when all callbacks have begun: they may have restored the model."""
 
 
-class Course:
+class StepProgress:
     """Counts the steps of a private training, and says which noise they get.
 
     The count is a `StepCounter`'s. What a user or a callback does to the optimizer does not
@@ -171,29 +171,29 @@ class Course:
             )
 
 
-def watched(callbacks: Any, course: Course, listener: Listener, *others: Any) -> Any:
+def watched(callbacks: Any, progress: StepProgress, listener: Listener, *others: Any) -> Any:
     """Adds to the callbacks what keeps count.
 
     Args:
         callbacks: A list of callbacks, or a `CallbackList`.
-        course: Of the training.
+        progress: Of the training.
         listener: Told of it.
         *others: Callbacks that come first as well.
     """
-    first = [_First(course, listener), *others]
-    return _keras.around(callbacks, first, [_Last(course, listener)])
+    first = [_First(progress, listener), *others]
+    return _keras.around(callbacks, first, [_Last(progress, listener)])
 
 
 class _First(keras.callbacks.Callback):  # type: ignore[misc]
     """Comes before all other callbacks, and sees what they have not yet moved."""
 
-    def __init__(self, course: Course, listener: Listener) -> None:
+    def __init__(self, progress: StepProgress, listener: Listener) -> None:
         super().__init__()
-        self._course, self._listener = course, listener
+        self._progress, self._listener = progress, listener
         self._asked = 0
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        self._asked = self._course.steps_made
+        self._asked = self._progress.steps_made
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
         # Without reading the count: that would wait for the device.
@@ -201,21 +201,21 @@ class _First(keras.callbacks.Callback):  # type: ignore[misc]
         self._listener.before_steps(self._asked)
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        self._course.look()
+        self._progress.look()
 
 
 class _Last(keras.callbacks.Callback):  # type: ignore[misc]
     """Comes after all other callbacks, and sees what they have restored."""
 
-    def __init__(self, course: Course, listener: Listener) -> None:
+    def __init__(self, progress: StepProgress, listener: Listener) -> None:
         super().__init__()
-        self._course, self._listener = course, listener
+        self._progress, self._listener = progress, listener
 
     def on_train_begin(self, logs: Any = None) -> None:
-        self._course.check_unmoved()
+        self._progress.check_unmoved()
         self._listener.begun()
-        self._course.number_by_optimizer()
-        self._course.look()
+        self._progress.number_by_optimizer()
+        self._progress.look()
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        self._course.check_unmoved()
+        self._progress.check_unmoved()

@@ -27,7 +27,7 @@ from tfdist.privacy.mechanism import clipping, independence, unfit_layers
 from tfdist.privacy.mechanism.spot_checks import SpotChecks
 from tfdist.privacy.mechanism.step import PrivateStep
 from tfdist.privacy.planning import in_its_turn, plan, watch
-from tfdist.privacy.progress import Course, watched
+from tfdist.privacy.progress import StepProgress, watched
 from tfdist.privacy.sampling.cyclic import CyclicPoisson
 from tfdist.privacy.sampling.poisson import Poisson
 from tfdist.privacy.sampling.users import PoissonOfUsers, Users
@@ -108,12 +108,12 @@ class PrivateRun:
         self._session = session
         drawn = known is None or not self.draws_secretly
         self.is_seeded = known is not None
-        self._course = Course(model, privacy)
+        self._progress = StepProgress(model, privacy)
         self._spending = Spending(
             privacy,
             session,
             model,
-            self._course,
+            self._progress,
             callbacks,
             secret=privacy.seed is None and drawn,
         )
@@ -172,8 +172,8 @@ class PrivateRun:
         self._mask_seed = self._agreed_mask_seed(source)
         self._try(source)
         leaking_callbacks.check_names(self._callbacks, self._model.get_metrics_result())
-        if self._course.correlated:
-            self._watch = watch(source, phase.separation, lambda: self._course.position)
+        if self._progress.correlated:
+            self._watch = watch(source, phase.separation, lambda: self._progress.position)
 
     def _agreed_mask_seed(self, source: data.Source) -> int:
         """Gives the seed of random numbers of rows: secret if none was chosen."""
@@ -261,7 +261,7 @@ class PrivateRun:
             left_out.append("noise_multiplier")  # of more epochs the least may be another
         for name in left_out:
             del described[name]
-        in_turn = self._source if self._course.correlated else None
+        in_turn = self._source if self._progress.correlated else None
         return {
             "l2_norm_clip": self.mechanism.l2_norm_clip,
             "users": None if self._users is None else self._users.fingerprint,
@@ -273,12 +273,12 @@ class PrivateRun:
     @property
     def steps_made(self) -> int:
         """Steps of this training, those that an earlier process made included."""
-        return self._course.steps_made
+        return self._progress.steps_made
 
     @property
     def kept(self) -> int:
         """Those that an earlier process made."""
-        return self._course.kept
+        return self._progress.kept
 
     def ledger(self, steps: int) -> Ledger:
         """Gives all private steps on the data.
@@ -310,7 +310,7 @@ class PrivateRun:
             callbacks: A list of callbacks, or a `CallbackList`.
             step: What will be made.
         """
-        self._course.restart(step)
+        self._progress.restart(step)
         step.masks.renew(self._mask_seed)
         step.spot_checks.begin(self._steps_of_epoch)
         self._spot_checks = step.spot_checks
@@ -322,7 +322,7 @@ class PrivateRun:
                 callback.run = self
         noisy = () if self.privacy.target_quantile is None else ("l2_norm_clip",)
         names = StepLogs(self._callbacks, noisy)
-        return watched(callbacks, self._course, self._spending, names)
+        return watched(callbacks, self._progress, self._spending, names)
 
     @contextlib.contextmanager
     def counting(self) -> Iterator[None]:
@@ -342,5 +342,5 @@ class PrivateRun:
 
     def note_restored(self) -> None:
         """Called when a checkpoint was restored."""
-        self._course.number_by_optimizer()
-        self._course.look()
+        self._progress.number_by_optimizer()
+        self._progress.look()

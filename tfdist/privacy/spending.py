@@ -15,7 +15,7 @@ from tfdist.privacy.accounting.ledger import Ledger, Phase
 from tfdist.privacy.accounting.levels import Levels
 from tfdist.privacy.journal import Journal, backup_of, steps_ahead
 from tfdist.privacy.model_history import History
-from tfdist.privacy.progress import Course
+from tfdist.privacy.progress import StepProgress
 from tfdist.privacy.resumption import Earlier, saved_state, with_phase
 from tfdist.privacy.settings import DPSGD
 from tfdist.strategies.session import Session
@@ -30,7 +30,7 @@ class Spending:
         privacy: The settings.
         session: Where the replicas are.
         model: A compiled `keras.Model`.
-        course: Counts the steps.
+        progress: Counts the steps.
         callbacks: What `fit` was given.
         secret: Whether all random numbers come from the operating system. What has a known
             seed comes out the same again: nothing of it is lost in a crash.
@@ -45,14 +45,14 @@ class Spending:
         privacy: DPSGD,
         session: Session,
         model: Any,
-        course: Course,
+        progress: StepProgress,
         callbacks: Any,
         *,
         secret: bool,
     ) -> None:
         self.limit: float | None = None
         self._privacy, self._session, self._model = privacy, session, model
-        self._course = course
+        self._progress = progress
         self._is_secret = secret
         self._run_id = secrets.token_hex(8)
         self._phase: Phase | None = None
@@ -89,7 +89,7 @@ class Spending:
         groups = None
         if users is not None:
             groups = groupings.name_of(users)
-        after = self._course.position if self._course.correlated else 0
+        after = self._progress.position if self._progress.correlated else 0
         return dataclasses.replace(
             phase, run_id=self._run_id, groups=groups, after=after,
             continues=self._earlier.newest, secret=self._is_secret,
@@ -104,12 +104,12 @@ class Spending:
             levels: Of their noise, if it is not that of `phase`.
         """
         self._phase, self._planned, self._levels = phase, steps, levels
-        with_phase(self._saved, phase, levels, self._course.counted_from)
+        with_phase(self._saved, phase, levels, self._progress.counted_from)
         privacy, target = self._privacy, self._privacy.target_epsilon
         if target is None or self._noise is None:
             return
         assert privacy.delta is not None
-        whole = self.ledger(max(0, steps - self._course.position))
+        whole = self.ledger(max(0, steps - self._progress.position))
         spent = whole.epsilon(
             privacy.delta, accountant=privacy.accountant, relation=privacy.relation
         )
@@ -153,10 +153,10 @@ class Spending:
         else:
             self._note_changes()
         bands = self._privacy.bands or 1
-        noise = self._course.go_on(None if saved is None else saved["noise"], kept, bands)
+        noise = self._progress.go_on(None if saved is None else saved["noise"], kept, bands)
         before = dataclasses.replace(self._earlier, spent=self._spent, history=self.before)
         self._saved = saved_state(before, self._run_id, kept)
-        self._saved["noise"] = noise if self._course.correlated else None
+        self._saved["noise"] = noise if self._progress.correlated else None
         return self._saved
 
     def _go_on_with(self, saved: dict[str, Any], kept: int, found: Earlier | None) -> None:
@@ -173,7 +173,7 @@ class Spending:
         updates, is_changed = model_history.changed_since(self._model)
         uncounted = known.uncounted + updates
         if not known.ledger.phases:
-            uncounted = max(known.uncounted, self._course.iterations)
+            uncounted = max(known.uncounted, self._progress.iterations)
         self.before = dataclasses.replace(
             known,
             uncounted=uncounted,
@@ -222,13 +222,13 @@ class Spending:
         """Describes steps of this training, by their noise."""
         if self._phase is None:
             return []
-        course = self._course
+        progress = self._progress
         if self._levels is not None:
-            return self._levels.phases(self._phase, course.counted_from, steps)
+            return self._levels.phases(self._phase, progress.counted_from, steps)
         if not self._phase.cyclic:
             return [self.phase(steps)]
         # What a backup has that says nothing of its steps was another mechanism.
-        unknown = min(course.kept, steps)
+        unknown = min(progress.kept, steps)
         named = dataclasses.replace(self.phase(unknown), run_id=f"{self._run_id}-before")
         return [named, self.phase(steps - unknown)]
 
@@ -242,8 +242,8 @@ class Spending:
         return dataclasses.replace(self._phase, steps=steps)
 
     def history(self) -> History:
-        """Gives what is in the weights now; see `memory.Run`."""
-        return dataclasses.replace(self.before, ledger=self.ledger(self._course.steps_made))
+        """Gives what is in the weights now; see `model_history.RunUnderWay`."""
+        return dataclasses.replace(self.before, ledger=self.ledger(self._progress.steps_made))
 
     def absorb(self, history: History) -> None:
         """Takes what a file says whose weights a callback has loaded.
@@ -253,9 +253,9 @@ class Spending:
         """
         own = [p for p in history.ledger.phases if p.run_id == self._run_id]
         made = sum(phase.steps for phase in own)
-        self._course.kept = max(self._course.kept, made - self._course.made_here)
+        self._progress.kept = max(self._progress.kept, made - self._progress.made_here)
         self.before = self.before.merged(groupings.known(history.without(self._run_id)))
-        self._write(max(self._ahead, self._course.steps_made))
+        self._write(max(self._ahead, self._progress.steps_made))
 
     def before_steps(self, steps: int) -> None:
         """Writes steps down before they are made; see `Listener`.
@@ -278,30 +278,30 @@ class Spending:
     def begun(self) -> None:
         """Counts what callbacks have restored; see `Listener`."""
         self._agree()
-        found = self.before.ledger.steps + self._course.steps_made - self._counted_at_first
+        found = self.before.ledger.steps + self._progress.steps_made - self._counted_at_first
         # A backup that says nothing of its steps: they are taken for steps like these.
-        self._course.kept += max(0, self._course.moved() - found)
+        self._progress.kept += max(0, self._progress.moved() - found)
         self._begin_levels()
 
     def _begin_levels(self) -> None:
         """Finds the place in a schedule, one for all workers: a backup may have moved it."""
         if self._levels is None:
             return
-        course, strategy = self._course, self._session.strategy
-        place = course.place
+        progress, strategy = self._progress, self._session.strategy
+        place = progress.place
         if strategy.place.num_workers > 1:
             place = max(strategy.gather_objects(place))
-        course.begin_at(place)
-        self._saved["counted_from"] = course.counted_from
+        progress.begin_at(place)
+        self._saved["counted_from"] = progress.counted_from
 
     def _agree(self) -> None:
         """Gives all workers the largest counts: one may have read a file, or come late."""
         strategy = self._session.strategy
         if strategy.place.num_workers == 1:
             return
-        course = self._course
+        progress = self._progress
         said = strategy.gather_objects(
-            (self._run_id, self._spent, self.before, course.kept, course.made_here)
+            (self._run_id, self._spent, self.before, progress.kept, progress.made_here)
         )
         self._run_id, spent = said[0][:2]
         assert self._phase is not None
@@ -313,13 +313,13 @@ class Spending:
             names = same_made_again(theirs.phases, spent.phases)
             renamed = dataclasses.replace(before, ledger=before.ledger.renamed(names))
             self.before = self.before.merged(renamed)
-            course.kept = max(course.kept, kept)
-            course.settle(max(made, course.made_here))
+            progress.kept = max(progress.kept, kept)
+            progress.settle(max(made, progress.made_here))
 
     @contextlib.contextmanager
     def counting(self) -> Iterator[None]:
         """Wraps the training; what was made counts, however it ends."""
-        self._course.look()
+        self._progress.look()
         self._counted_at_first = self.before.ledger.steps - self._restored
         model_history.keep(self._model, self)
         try:
@@ -329,4 +329,4 @@ class Spending:
             # Else it says too much, which is no reason to lose what was trained.
             with contextlib.suppress(CheckpointError):
                 if self._journal is not None and self._journal.is_there:
-                    self._write(self._course.steps_made)
+                    self._write(self._progress.steps_made)

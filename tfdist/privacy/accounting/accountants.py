@@ -16,7 +16,7 @@ from dp_accounting.pld import privacy_loss_distribution as plds
 
 from tfdist.errors import ArgumentError
 from tfdist.privacy.accounting.ledger import Phase
-from tfdist.privacy.accounting.pld import Array, Composition, Losses
+from tfdist.privacy.accounting.pld import Array, LossDistributions, Losses
 
 _WHOLE_ORDERS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128, 256, 512)
 
@@ -124,7 +124,7 @@ def pld_epsilon(made: Sequence[Phase], delta: float, relation: str, coarseness: 
         kinds.append((_step(q, noise, limits, relation, interval, log_left_out), times))
     # A symmetric distribution stands for both directions.
     return max(
-        Composition(
+        LossDistributions(
             [Losses(*both[min(way, len(both) - 1)], times) for both, times in kinds], interval
         ).epsilon(delta)
         for way in range(max(len(both) for both, _ in kinds))

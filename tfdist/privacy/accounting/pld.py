@@ -64,7 +64,7 @@ class _Tilt(NamedTuple):
     deviation: float
 
 
-class Composition:
+class LossDistributions:
     """Many steps together.
 
     Args:

@@ -6,6 +6,6 @@ written down here a second time: what is expected comes from its definition.
 """
 
 from tfdist.privacy.checking.checking import check
-from tfdist.privacy.checking.report import CheckReport, Fact
+from tfdist.privacy.checking.report import CheckReport, Finding
 
-__all__ = ["CheckReport", "Fact", "check"]
+__all__ = ["CheckReport", "Finding", "check"]

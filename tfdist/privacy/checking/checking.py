@@ -25,7 +25,7 @@ from tfdist.privacy.checking.contributions import (
 from tfdist.privacy.checking.draws import Draws, measure_draws
 from tfdist.privacy.checking.noises import NoiseCheck
 from tfdist.privacy.checking.recorder import subject_of
-from tfdist.privacy.checking.report import CheckReport, Fact
+from tfdist.privacy.checking.report import CheckReport, Finding
 from tfdist.privacy.sampling.rates import PoissonLike
 from tfdist.privacy.schedules import without_schedules
 from tfdist.privacy.settings import DPSGD
@@ -116,7 +116,7 @@ def check(
     if isinstance(sampler, PoissonLike):
         sampler = sampler.bind(columns[1], rows_of(columns))
     draws = Draws(fixed, rows_of(columns), batch_size, columns[1], sampler, strategy)
-    facts: list[Fact] = []
+    facts: list[Finding] = []
     is_repeatable = False
     if "draws" in parts and getattr(sampler, "capacity", None) is None:
         facts += measure_draws(draws, math.ceil(_STEPS * effort), _ALPHA)

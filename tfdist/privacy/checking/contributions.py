@@ -11,7 +11,7 @@ import numpy as np
 from tfdist.privacy.checking.adversarial import cancelled, families, mutated
 from tfdist.privacy.checking.columns import Columns, joined, rows_of, taken
 from tfdist.privacy.checking.recorder import Floats, Planned, Subject
-from tfdist.privacy.checking.report import Fact
+from tfdist.privacy.checking.report import Finding
 from tfdist.privacy.schedules import norm_of, without_schedules
 from tfdist.privacy.settings import DPSGD
 
@@ -99,7 +99,7 @@ class Noiseless:
 
 def largest_contribution(
     noiseless: Noiseless, own: Columns, rounds: int, rng: np.random.Generator
-) -> list[Fact]:
+) -> list[Finding]:
     """Searches for the example that contributes most.
 
     Args:
@@ -128,7 +128,7 @@ def largest_contribution(
         count += len(best_norms) - _KEPT
         norms = np.concatenate([norms, best_norms])
     facts = [
-        Fact(
+        Finding(
             "contribution: largest found over l2_norm_clip",
             float(norms.max() / clip),
             1.0,
@@ -160,7 +160,7 @@ def _norms(noiseless: Noiseless, own: Columns, tried: Columns) -> Any:
 
 def _of_users(
     noiseless: Noiseless, own: Columns, largest: Columns, rng: np.random.Generator
-) -> Fact:
+) -> Finding:
     """Measures users with several examples: equal ones, and any."""
     most = noiseless.privacy.max_rows_per_group or 16
     rows, users = [np.arange(rows_of(own))], [np.arange(rows_of(own))]
@@ -178,7 +178,7 @@ def _of_users(
         lambda _, c: norms.append(float(np.linalg.norm(c.astype(np.float64)))),
         np.concatenate(users),
     )
-    return Fact(
+    return Finding(
         "contribution: largest of a user with several examples, over l2_norm_clip",
         max(norms) / norm_of(noiseless.privacy),
         1.0,
@@ -198,7 +198,7 @@ class Neighbours:
         draws_nothing: Whether a batch gives the same sum in every step.
     """
 
-    facts: tuple[Fact, ...]
+    facts: tuple[Finding, ...]
     notes: tuple[str, ...]
     draws_nothing: bool
 
@@ -238,7 +238,7 @@ def compare_neighbours(noiseless: Noiseless, own: Columns, is_half: bool) -> Nei
     if same:
         changes = [_distance(a, b) for a, b in zip(first, second, strict=False)]
         facts.append(
-            Fact(
+            Finding(
                 "neighbours: largest change without one example, over l2_norm_clip",
                 float(np.max(changes)) / clip,
                 1.0,
@@ -256,7 +256,7 @@ def compare_neighbours(noiseless: Noiseless, own: Columns, is_half: bool) -> Nei
         parts = first[_BATCHES + 1 :]
         lengths = sum(float(np.linalg.norm(part)) for part in parts)
         facts.append(
-            Fact(
+            Finding(
                 "neighbours: sum of a batch less the sum of its examples alone",
                 _distance(first[0], np.sum(parts, 0)) / max(lengths, 1e-30),
                 0.0,

@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tfdist.privacy.checking.report import Fact, of_probability
+from tfdist.privacy.checking.report import Finding, of_probability
 
 Bools = NDArray[np.bool_]
 _LAGS = (1, 2, 3, 5)
 
 
-def draw_facts(drawn: Bools, probability: Any, alpha: float) -> list[Fact]:
+def draw_facts(drawn: Bools, probability: Any, alpha: float) -> list[Finding]:
     """Tests which examples took part in which steps.
 
     Args:
@@ -45,7 +45,7 @@ def draw_facts(drawn: Bools, probability: Any, alpha: float) -> list[Fact]:
 
 def _of_counts(
     name: str, counts: Any, trials: int, probability: Any, rng: Any, alpha: float
-) -> Fact:
+) -> Finding:
     """Compares counts with a binomial distribution.
 
     A count is turned into a number that is uniform between 0 and 1 if it is of that
@@ -65,7 +65,7 @@ def _of_counts(
     return of_probability(f"{name}, binomial", float(found), alpha, detail)
 
 
-def _most(counts: Any, steps: int, each: Any, alpha: float) -> Fact:
+def _most(counts: Any, steps: int, each: Any, alpha: float) -> Finding:
     """Looks for a single example that is drawn too often or too rarely."""
     stats = _stats()
     tails = np.minimum(
@@ -78,7 +78,7 @@ def _most(counts: Any, steps: int, each: Any, alpha: float) -> Fact:
     )
 
 
-def _between_steps(drawn: Bools, probability: float, alpha: float) -> Fact:
+def _between_steps(drawn: Bools, probability: float, alpha: float) -> Finding:
     """Counts who is in two steps: of a shuffle nobody, of repeated draws everybody."""
     steps, examples = drawn.shape
     as_floats = drawn.astype(np.float32)
@@ -100,7 +100,7 @@ def _between_steps(drawn: Bools, probability: float, alpha: float) -> Fact:
     return of_probability("draws: independent between steps", min(found), alpha, detail)
 
 
-def _between_examples(drawn: Bools, probability: float, alpha: float) -> Fact:
+def _between_examples(drawn: Bools, probability: float, alpha: float) -> Finding:
     """Counts neighbours that are drawn together."""
     examples = drawn.shape[1]
     found = [1.0]

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from tfdist.privacy.accounting.ledger import Ledger
 from tfdist.privacy.checking.draw_tests import draw_facts
 from tfdist.privacy.checking.recorder import Floats, subject_of
-from tfdist.privacy.checking.report import Fact
+from tfdist.privacy.checking.report import Finding
 from tfdist.privacy.dpftrl import DPFTRL
 from tfdist.privacy.sampling.rates import PoissonLike
 from tfdist.privacy.schedules import norm_of
@@ -73,7 +73,7 @@ class Draws:
         return float(self.batch_size)
 
 
-def measure_draws(draws: Draws, steps: int, alpha: float) -> list[Fact]:
+def measure_draws(draws: Draws, steps: int, alpha: float) -> list[Finding]:
     """Trains a model with a weight for each example, and reads who took part.
 
     Each example moves its own weight by `l2_norm_clip` over the expected batch, and nothing
@@ -101,7 +101,7 @@ def measure_draws(draws: Draws, steps: int, alpha: float) -> list[Fact]:
     times = np.sqrt(squares) * draws.divisor
     drawn = np.round(times)
     facts = [
-        Fact(
+        Finding(
             "division: an example's part, over l2_norm_clip over the expected batch",
             float(times[drawn > 0].mean()) if (drawn > 0).any() else 0.0,
             1.0,
@@ -109,7 +109,7 @@ def measure_draws(draws: Draws, steps: int, alpha: float) -> list[Fact]:
             1 + _TOLERANCE,
             f"{int((drawn > 0).sum())} parts, of batches of any size",
         ),
-        Fact(
+        Finding(
             "draws: largest part of an example in a step, in units of the right one",
             float(times.max(initial=0.0)),
             1.0,
@@ -120,7 +120,7 @@ def measure_draws(draws: Draws, steps: int, alpha: float) -> list[Fact]:
     return [*facts, *draw_facts(drawn > 0, draws.probability, alpha)]
 
 
-def _in_turn(draws: Draws, privacy: DPFTRL) -> list[Fact]:
+def _in_turn(draws: Draws, privacy: DPFTRL) -> list[Finding]:
     """Sees that every example takes part once an epoch, in the same step of it."""
     rows = min(draws.num_rows, 200 * draws.batch_size, _MOST_DRAWS // 400)
     draws = dataclasses.replace(draws, num_rows=rows)
@@ -130,7 +130,7 @@ def _in_turn(draws: Draws, privacy: DPFTRL) -> list[Fact]:
     scale = draws.batch_size / norm_of(draws.privacy)
     first, second = np.split(np.abs(found) * scale, 2)
     return [
-        Fact(
+        Finding(
             "turns: an example's part of an epoch, in units of the right one, the largest",
             float(max(first.sum(0).max(), second.sum(0).max())),
             1.0,
@@ -138,7 +138,7 @@ def _in_turn(draws: Draws, privacy: DPFTRL) -> list[Fact]:
             1 + _TOLERANCE,
             f"{rows} examples in {len(first)} steps an epoch",
         ),
-        Fact(
+        Finding(
             "turns: largest difference between the same steps of two epochs",
             float(np.abs(first - second).max()),
             0.0,

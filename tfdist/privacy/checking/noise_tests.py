@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from tfdist.privacy.checking.report import Fact, of_probability
+from tfdist.privacy.checking.report import Finding, of_probability
 
 Floats = NDArray[np.float64]
 _FOUND_WITH = 0.999
@@ -33,7 +33,7 @@ class Block(NamedTuple):
     columns: slice
 
 
-def noise_facts(z: Floats, blocks: Sequence[Block], alpha: float) -> list[Fact]:
+def noise_facts(z: Floats, blocks: Sequence[Block], alpha: float) -> list[Finding]:
     """Tests noise, divided by the standard deviation that it should have.
 
     Args:
@@ -67,7 +67,7 @@ def smallest_error(count: int, alpha: float) -> float:
     return float(1 - math.sqrt(least / largest))
 
 
-def deviation(z: Floats, alpha: float) -> Fact:
+def deviation(z: Floats, alpha: float) -> Finding:
     """Compares a standard deviation with 1, by the chi-squared distribution of squares.
 
     Args:
@@ -79,7 +79,7 @@ def deviation(z: Floats, alpha: float) -> Fact:
         math.sqrt(quantile / count)
         for quantile in (chi2.ppf(alpha / 2, count), chi2.isf(alpha / 2, count))
     )
-    return Fact(
+    return Finding(
         "noise: standard deviation over the right one",
         math.sqrt(float((z**2).mean())),
         1.0,
@@ -90,7 +90,7 @@ def deviation(z: Floats, alpha: float) -> Fact:
     )
 
 
-def _by_variable(z: Floats, blocks: Sequence[Block], alpha: float) -> Fact:
+def _by_variable(z: Floats, blocks: Sequence[Block], alpha: float) -> Finding:
     found = [
         (_of_squares(float((z[:, b.columns] ** 2).sum()), z[:, b.columns].size), b.name)
         for b in blocks
@@ -111,12 +111,12 @@ def _of_squares(squares: float, count: int) -> float:
     return 2 * float(min(chi2.cdf(squares, count), chi2.sf(squares, count)))
 
 
-def _mean(z: Floats, alpha: float) -> Fact:
+def _mean(z: Floats, alpha: float) -> Finding:
     score = float(z.sum()) / math.sqrt(z.size)
     return of_probability("noise: mean 0", _two_sided(score), alpha)
 
 
-def _shape(z: Floats, alpha: float) -> list[Fact]:
+def _shape(z: Floats, alpha: float) -> list[Finding]:
     stats, flat = _stats(), z.ravel()
     some = flat[:: max(1, flat.size // _SORTED)]
     # Noise is rounded to a grid, whose steps the test would take for what is not normal.
@@ -135,7 +135,7 @@ def _shape(z: Floats, alpha: float) -> list[Fact]:
     return [*facts, of_probability("noise: tails", len(tails) * min(tails), alpha, detail)]
 
 
-def _pairs(z: Floats, alpha: float) -> Fact:
+def _pairs(z: Floats, alpha: float) -> Finding:
     """Correlates each step with each other one: noise that comes twice has 1."""
     steps, width = z.shape
     largest, probability = 0.0, 1.0
@@ -153,7 +153,7 @@ def _pairs(z: Floats, alpha: float) -> Fact:
     )
 
 
-def _pairs_of_sizes(z: Floats, alpha: float) -> Fact:
+def _pairs_of_sizes(z: Floats, alpha: float) -> Finding:
     """Counts where two steps are both large or both small: signs may have changed."""
     steps, width = z.shape
     signs = np.where(np.abs(z) > _MEDIAN, 1.0, -1.0)
@@ -165,7 +165,7 @@ def _pairs_of_sizes(z: Floats, alpha: float) -> Fact:
     return of_probability("noise: sizes independent between steps", probability, alpha)
 
 
-def _lags(z: Floats, alpha: float) -> Fact:
+def _lags(z: Floats, alpha: float) -> Finding:
     """Adds up the products of all steps so far apart: finds a little in each of them."""
     found = [1.0]
     for lag in range(1, min(_LAGS, len(z) - 1) + 1):
@@ -174,7 +174,7 @@ def _lags(z: Floats, alpha: float) -> Fact:
     return of_probability(f"noise: nothing left of the {_LAGS} steps before", min(found), alpha)
 
 
-def _weights(z: Floats, alpha: float) -> list[Fact]:
+def _weights(z: Floats, alpha: float) -> list[Finding]:
     """Compares weights that are next to each other, or half of all weights apart."""
     width = z.shape[1]
     signs = np.where(np.abs(z) > _MEDIAN, 1, -1)
@@ -192,7 +192,7 @@ def _weights(z: Floats, alpha: float) -> list[Fact]:
     ]
 
 
-def _variables(z: Floats, blocks: Sequence[Block], alpha: float) -> Fact:
+def _variables(z: Floats, blocks: Sequence[Block], alpha: float) -> Finding:
     """Correlates variables of the same size, which might have got the same noise."""
     parts = [z[:, b.columns] for b in blocks]
     pairs = [(a, b) for a, b in itertools.combinations(parts, 2) if a.size == b.size][:100]

@@ -17,7 +17,7 @@ from tfdist.privacy.checking.columns import Columns, mapped, rows_of, taken
 from tfdist.privacy.checking.contributions import Noiseless
 from tfdist.privacy.checking.noise_tests import Block, deviation, noise_facts
 from tfdist.privacy.checking.recorder import Floats, Planned
-from tfdist.privacy.checking.report import Fact
+from tfdist.privacy.checking.report import Finding
 from tfdist.privacy.dpftrl import DPFTRL
 from tfdist.privacy.schedules import norm_of, schedule_of
 from tfdist.privacy.settings import DPSGD
@@ -81,7 +81,7 @@ class NoiseCheck:
     is_repeatable: bool
     numbers: int
 
-    def facts(self, alpha: float, rng: np.random.Generator) -> list[Fact]:
+    def facts(self, alpha: float, rng: np.random.Generator) -> list[Finding]:
         """Measures it.
 
         Args:
@@ -150,7 +150,7 @@ class NoiseCheck:
         """What the noise on the count of those within the norm must have."""
         return float(self._asked.count_noise or self._units() / 20)
 
-    def _of_count(self, alpha: float) -> Fact:
+    def _of_count(self, alpha: float) -> Finding:
         """Reads the noise on the count of those within the norm from how the norm moves.
 
         In steps with one example, or user, without weight, so within it: the norm's logarithm

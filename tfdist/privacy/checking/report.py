@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Fact:
+class Finding:
     """One thing that was measured.
 
     Attributes:
@@ -40,7 +40,7 @@ class Fact:
         return f"{text}; {self.detail}" if self.detail else text
 
 
-def of_probability(name: str, probability: float, least: float, detail: str = "") -> Fact:
+def of_probability(name: str, probability: float, least: float, detail: str = "") -> Finding:
     """Makes the fact of a statistical test.
 
     Args:
@@ -48,9 +48,9 @@ def of_probability(name: str, probability: float, least: float, detail: str = ""
         probability: Of so extreme a value in a sound mechanism, times the number of values
             that were looked at.
         least: Fails below it.
-        detail: As in `Fact`.
+        detail: As in `Finding`.
     """
-    return Fact(f"{name}, p-value", min(1.0, probability), 0.5, least, 1.0, detail)
+    return Finding(f"{name}, p-value", min(1.0, probability), 0.5, least, 1.0, detail)
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class CheckReport:
         seconds: How long it took.
     """
 
-    facts: tuple[Fact, ...]
+    facts: tuple[Finding, ...]
     notes: tuple[str, ...]
     false_alarm: float
     seconds: float
@@ -78,11 +78,11 @@ class CheckReport:
         return all(fact.passed for fact in self.facts)
 
     @property
-    def failures(self) -> tuple[Fact, ...]:
+    def failures(self) -> tuple[Finding, ...]:
         """What is not as it must be."""
         return tuple(fact for fact in self.facts if not fact.passed)
 
-    def __getitem__(self, name: str) -> Fact:
+    def __getitem__(self, name: str) -> Finding:
         """Gives the fact of a name, or the first that begins with it."""
         for fact in self.facts:
             if fact.name.startswith(name):

@@ -19,10 +19,10 @@ from keras import layers
 from tfdist import _keras
 from tfdist._keras import layers as keras_layers
 from tfdist.errors import ArgumentError
-from tfdist.privacy.mechanism.clipping_groups import Alone, Together
+from tfdist.privacy.mechanism.clipping_groups import Alone, ClippingGroups
 from tfdist.privacy.mechanism.closed_forms import (
     FORMS,
-    Call,
+    LayerCall,
     has_activation,
     has_form,
     left_out,
@@ -31,7 +31,7 @@ from tfdist.privacy.mechanism.closed_forms import (
 from tfdist.privacy.mechanism.example_losses import is_mean, summed_loss
 from tfdist.privacy.mechanism.folding import Foldings, foldings, found_without_batch
 from tfdist.privacy.mechanism.one_by_one import computed_again
-from tfdist.privacy.mechanism.parts import Part, Written
+from tfdist.privacy.mechanism.parts import GradientPart, Written
 from tfdist.privacy.mechanism.rounding import gamma
 from tfdist.privacy.mechanism.tied import found_tied, of_tied, tied
 
@@ -65,7 +65,7 @@ def clipped_sum(
     l2_norm_clip: Any,
     sample_weight: Any = None,
     per_layer: bool = False,
-    together: Together = _ALONE,
+    together: ClippingGroups = _ALONE,
 ) -> Clipped:
     """Sums the gradients of all examples, each clipped to a norm; can be traced.
 
@@ -127,13 +127,13 @@ def _norms(squares: Tensor, counted: Tensor) -> Tensor:
     return tf.sqrt(tf.maximum(tf.where(counted, squares, 0.0), 0.0))
 
 
-def _by_layer(model: Any, parts: Sequence[Part]) -> list[list[Part]]:
+def _by_layer(model: Any, parts: Sequence[GradientPart]) -> list[list[GradientPart]]:
     """Groups parts by the layer that has their variable; a shared one by the first."""
     layer_of: dict[int, int] = {}
     for number, unit in enumerate(_units(model)):
         for variable in unit.trainable_variables:
             layer_of.setdefault(id(variable), number)
-    groups: dict[int, list[Part]] = {}
+    groups: dict[int, list[GradientPart]] = {}
     for part in parts:
         groups.setdefault(layer_of[id(part.variable)], []).append(part)
     return list(groups.values())
@@ -157,10 +157,10 @@ def computed_alone(model: Any) -> list[str]:
 
 def weighted_sums(
     model: Any,
-    parts: Sequence[Part],
+    parts: Sequence[GradientPart],
     weights: Mapping[int, Tensor],
     all_finite: Tensor,
-    together: Together = _ALONE,
+    together: ClippingGroups = _ALONE,
 ) -> list[Tensor]:
     """Sums parts over examples, each weighed as its variable's id says."""
     by_variable = {
@@ -181,13 +181,13 @@ def recorded(
     *,
     also_plain: bool = False,
     training: bool = True,
-) -> tuple[list[Part], list[Any], Any]:
+) -> tuple[list[GradientPart], list[Any], Any]:
     """Runs the model forward and backward, and gives the gradients by variable."""
     units = _units(model)
     found = foldings(model, units, x)
     whole = {id(layer): layer for layer in found.around.values() if layer is not None}
     units_and_whole = [*units, *whole.values()]
-    calls: dict[int, list[Call]] = {id(unit): [] for unit in units_and_whole}
+    calls: dict[int, list[LayerCall]] = {id(unit): [] for unit in units_and_whole}
     by_hand = tied(model, units, lambda outs: summed_loss(model, x, y, sample_weight, outs), x)
     has = {id(v) for v in by_hand}
     by_hand += [v for v in found.without_batch(units, None) if id(v) not in has]
@@ -207,7 +207,7 @@ def recorded(
         loss, (recorded, variables), unconnected_gradients=tf.UnconnectedGradients.ZERO
     )
     remaining = iter(tf.nest.map_structure(tf.convert_to_tensor, gradients))
-    parts: list[Part] = []
+    parts: list[GradientPart] = []
     for unit in units_and_whole:
         made = [c._replace(gradients=next(remaining)) for c in calls[id(unit)]]
         if id(unit) in whole:
@@ -221,9 +221,9 @@ def recorded(
     return _one_each(parts), [tf.convert_to_tensor(g) for g in plain], outputs
 
 
-def _one_each(parts: Sequence[Part]) -> list[Part]:
+def _one_each(parts: Sequence[GradientPart]) -> list[GradientPart]:
     """Adds up the parts of a variable that several layers use: norms of sums need the sums."""
-    found: dict[int, Part] = {}
+    found: dict[int, GradientPart] = {}
     for part in parts:
         other = found.get(id(part.variable))
         if other is not None:
@@ -265,7 +265,7 @@ def _units(model: Any) -> list[Any]:
 
 
 @contextlib.contextmanager
-def _recording(unit: Any, calls: list[Call], tape: Any) -> Iterator[None]:
+def _recording(unit: Any, calls: list[LayerCall], tape: Any) -> Iterator[None]:
     """Notes a layer's calls, and has the tape give gradients by what they return."""
     in_closed_form = has_form(unit)
     activates = in_closed_form and has_activation(unit)
@@ -284,19 +284,19 @@ def _recording(unit: Any, calls: list[Call], tape: Any) -> Iterator[None]:
         outputs = tf.nest.map_structure(tf.identity, outputs)
         for output in tf.nest.flatten(outputs):
             tape.watch(output)
-        calls.append(Call(args, kwargs, outputs, normalized, seeds=drawn))
+        calls.append(LayerCall(args, kwargs, outputs, normalized, seeds=drawn))
         return unit.activation(outputs) if activates else outputs
 
     with keras_layers.called_through(unit, record):
         yield
 
 
-def _parts(unit: Any, calls: Sequence[Call], found: Foldings) -> list[Part]:
+def _parts(unit: Any, calls: Sequence[LayerCall], found: Foldings) -> list[GradientPart]:
     trained = {id(v) for v in unit.trainable_variables}
-    by_rows: dict[int, list[Call]] = {}
+    by_rows: dict[int, list[LayerCall]] = {}
     for number, call in enumerate(calls):
         by_rows.setdefault(found.of(unit, number), []).append(call)
-    parts: list[Part] = []
+    parts: list[GradientPart] = []
     for rows, some in by_rows.items():
         made = FORMS[type(unit)](unit, some) if has_form(unit) else None
         if made is None:

@@ -23,7 +23,7 @@ def begins(groups: Tensor) -> Tensor:
     return tf.concat([[0], tf.cast(later, tf.int32)], 0)
 
 
-class Together(abc.ABC):
+class ClippingGroups(abc.ABC):
     """Says which rows make up a unit: what is clipped as one, and may be there or not.
 
     A unit's rows follow each other.
@@ -81,29 +81,29 @@ class Together(abc.ABC):
         """
 
 
-class Alone(Together):
+class Alone(ClippingGroups):
     """Every row by itself."""
 
     most = 1
 
     def sums(self, each: Tensor) -> Tensor:
-        """Gives the rows; see `Together`."""
+        """Gives the rows; see `ClippingGroups`."""
         return each
 
     def joined(self, each: Tensor) -> Tensor:
-        """Gives the rows; see `Together`."""
+        """Gives the rows; see `ClippingGroups`."""
         return each
 
     def all_of(self, rows: Tensor) -> Tensor:
-        """Gives the rows; see `Together`."""
+        """Gives the rows; see `ClippingGroups`."""
         return rows
 
     def by_row(self, units: Tensor) -> Tensor:
-        """Gives the units; see `Together`."""
+        """Gives the units; see `ClippingGroups`."""
         return units
 
 
-class Copies(Together):
+class CopiesOfExamples(ClippingGroups):
     """So many rows for each example: copies that were augmented, whose mean counts.
 
     Args:
@@ -114,34 +114,34 @@ class Copies(Together):
         self.most, self.scale = copies, 1 / copies
 
     def sums(self, each: Tensor) -> Tensor:
-        """Adds up; see `Together`."""
+        """Adds up; see `ClippingGroups`."""
         return tf.reduce_sum(self._split(each), 1)
 
     def joined(self, each: Tensor) -> Tensor:
-        """Lays them behind each other; see `Together`."""
+        """Lays them behind each other; see `ClippingGroups`."""
         sizes = each.shape[1] if each.shape[1] is not None else tf.shape(each)[1]
         return tf.reshape(each, [-1, self.most * sizes, *each.shape[2:]])
 
     def all_of(self, rows: Tensor) -> Tensor:
-        """Asks all copies; see `Together`."""
+        """Asks all copies; see `ClippingGroups`."""
         return tf.reduce_all(self._split(rows), 1)
 
     def by_row(self, units: Tensor) -> Tensor:
-        """Repeats; see `Together`."""
+        """Repeats; see `ClippingGroups`."""
         return tf.repeat(units, self.most)
 
     def _split(self, each: Tensor) -> Tensor:
         return tf.reshape(each, [-1, self.most, *each.shape[1:]])
 
 
-class Groups(Together):
+class Groups(ClippingGroups):
     """Rows of the same group, any number of them, whose sum counts.
 
     Args:
         groups: A number for each row, the same within a group and another one in the next,
             shape [rows].
         most: The most examples of a group.
-        copies: Rows of an example, as in `Copies`.
+        copies: Rows of an example, as in `CopiesOfExamples`.
     """
 
     def __init__(self, groups: Tensor, most: int, copies: int = 1) -> None:
@@ -156,11 +156,11 @@ class Groups(Together):
         return self._unit
 
     def sums(self, each: Tensor) -> Tensor:
-        """Adds up; see `Together`."""
+        """Adds up; see `ClippingGroups`."""
         return tf.math.unsorted_segment_sum(each, self._unit, self._count)
 
     def joined(self, each: Tensor) -> Tensor:
-        """Lays them behind each other; see `Together`."""
+        """Lays them behind each other; see `ClippingGroups`."""
         rows = tf.shape(self._unit)[0]
         first = tf.math.unsorted_segment_min(tf.range(rows), self._unit, self._count)
         place = tf.range(rows) - tf.gather(first, self._unit)
@@ -172,9 +172,9 @@ class Groups(Together):
         return tf.reshape(found, [self._count, -1, *each.shape[2:]])
 
     def all_of(self, rows: Tensor) -> Tensor:
-        """Asks all rows; see `Together`."""
+        """Asks all rows; see `ClippingGroups`."""
         return self.sums(tf.cast(~rows, tf.int32)) == 0
 
     def by_row(self, units: Tensor) -> Tensor:
-        """Gathers; see `Together`."""
+        """Gathers; see `ClippingGroups`."""
         return tf.gather(units, self._unit)

@@ -1,7 +1,7 @@
 """Layers whose per-example gradients follow from their inputs and outputs' gradients.
 
-Each function takes a layer and what was recorded of its calls, and gives a `Part` for each
-of its variables. Calls of a shared layer are joined along the positions.
+Each function takes a layer and what was recorded of its calls, and gives a `GradientPart` for
+each of its variables. Calls of a shared layer are joined along the positions.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from keras import layers, ops
 from tfdist._keras import layers as keras_layers
 from tfdist.privacy.mechanism import lora, recurrent
 from tfdist.privacy.mechanism.lora import of_kernel, of_table
-from tfdist.privacy.mechanism.parts import Part, Written
+from tfdist.privacy.mechanism.parts import GradientPart, Written
 from tfdist.privacy.mechanism.patches import channels_last, folded, patches
 from tfdist.privacy.mechanism.recurrent import of_recurrent
 
 Tensor = Any
-Parts = list[Part]
+Parts = list[GradientPart]
 
 
-class Call(NamedTuple):
+class LayerCall(NamedTuple):
     """One call of a layer.
 
     Attributes:
@@ -59,7 +59,7 @@ class Call(NamedTuple):
         return self.args[place] if len(self.args) > place else self.kwargs.get(name)
 
 
-def _dense(layer: Any, calls: Sequence[Call]) -> Parts:
+def _dense(layer: Any, calls: Sequence[LayerCall]) -> Parts:
     inputs = tf.concat([_positions(call.inputs) for call in calls], 1)
     outputs = tf.concat([_positions(call.gradients) for call in calls], 1)
     parts = of_kernel(layer, inputs, outputs)
@@ -68,7 +68,7 @@ def _dense(layer: Any, calls: Sequence[Call]) -> Parts:
     return parts
 
 
-def _einsum_dense(layer: Any, calls: Sequence[Call]) -> Parts | None:
+def _einsum_dense(layer: Any, calls: Sequence[LayerCall]) -> Parts | None:
     inputs, outputs = [], []
     for call in calls:
         labels = _einsum_labels(layer.equation, len(call.inputs.shape))
@@ -118,7 +118,7 @@ def _einsum_labels(equation: str, rank: int) -> tuple[list[str], list[str], list
     return None
 
 
-def _embedding(layer: Any, calls: Sequence[Call]) -> Parts:
+def _embedding(layer: Any, calls: Sequence[LayerCall]) -> Parts:
     rows, outputs = [], []
     for call in calls:
         ids = tf.cast(call.inputs, tf.int32)
@@ -129,7 +129,7 @@ def _embedding(layer: Any, calls: Sequence[Call]) -> Parts:
     return of_table(layer, tf.concat(rows, 1), tf.concat(outputs, 1))
 
 
-def _conv(layer: Any, calls: Sequence[Call]) -> Parts | None:
+def _conv(layer: Any, calls: Sequence[LayerCall]) -> Parts | None:
     if lora.is_enabled(layer) and layer.groups != 1:
         return None
     seen = tf.concat([patches(layer, call.inputs) for call in calls], 1)
@@ -151,7 +151,7 @@ def _conv(layer: Any, calls: Sequence[Call]) -> Parts | None:
     return parts
 
 
-def _depthwise_conv(layer: Any, calls: Sequence[Call]) -> Parts:
+def _depthwise_conv(layer: Any, calls: Sequence[LayerCall]) -> Parts:
     seen = tf.concat([patches(layer, call.inputs) for call in calls], 1)
     outputs = tf.concat([_positions(channels_last(layer, c.gradients)) for c in calls], 1)
     made = tf.reshape(outputs, [-1, _length(outputs), seen.shape[-1], layer.depth_multiplier])
@@ -162,7 +162,7 @@ def _depthwise_conv(layer: Any, calls: Sequence[Call]) -> Parts:
     return parts
 
 
-def _normalization(layer: Any, calls: Sequence[Call]) -> Parts | None:
+def _normalization(layer: Any, calls: Sequence[LayerCall]) -> Parts | None:
     """Gives the parts of what multiplies, and is added to, normalized inputs."""
     gamma, beta = _scale_and_offset(layer)
     by_gamma, by_beta = [], []
@@ -237,7 +237,7 @@ def _sum_to(gradients: Tensor, shape: Sequence[int]) -> Tensor:
     return tf.reduce_sum(summed, broadcast, keepdims=True) if broadcast else summed
 
 
-FORMS: dict[type, Callable[[Any, Sequence[Call]], Parts | None]] = {
+FORMS: dict[type, Callable[[Any, Sequence[LayerCall]], Parts | None]] = {
     layers.Dense: _dense,
     layers.EinsumDense: _einsum_dense,
     layers.Embedding: _embedding,

@@ -88,7 +88,7 @@ def found_without_batch(model: Any) -> list[str]:
 
 
 @dataclass
-class _Seen:
+class _SeenCall:
     """One call of a layer.
 
     Attributes:
@@ -98,7 +98,7 @@ class _Seen:
     """
 
     layer: Any
-    around: list[_Seen]
+    around: list[_SeenCall]
     rows: int | None = None
 
 
@@ -124,7 +124,7 @@ def _has_rows(leaf: Any) -> bool:
     return len(leaf.shape) > 0
 
 
-def _common(calls: Sequence[_Seen]) -> Any:
+def _common(calls: Sequence[_SeenCall]) -> Any:
     """Gives the innermost layer with a batch that all calls are in, or None."""
     for layer in [call.layer for call in reversed(calls[0].around)]:
         within = [next((a for a in c.around if a.layer is layer), None) for c in calls]
@@ -133,21 +133,21 @@ def _common(calls: Sequence[_Seen]) -> Any:
     return None
 
 
-def _traced(model: Any, units: Sequence[Any], x: Any) -> list[_Seen]:
+def _traced(model: Any, units: Sequence[Any], x: Any) -> list[_SeenCall]:
     ids = {id(unit) for unit in units}
     watched = list(units)
     for layer in _keras.layers_of(model)[1:]:
         inner = {id(part) for part in _keras.layers_of(layer)[1:]}
         if id(layer) not in ids and inner & ids:
             watched.append(layer)
-    calls: list[_Seen] = []
-    now: list[_Seen] = []
+    calls: list[_SeenCall] = []
+    now: list[_SeenCall] = []
     graphs: list[Any] = []
     in_loops: list[Any] = []  # refused when the trace is over: TensorFlow tidies up in it
 
     def through(layer: Any) -> Callable[..., Any]:
         def call_through(call: Any, *args: Any, **kwargs: Any) -> Any:
-            seen = _Seen(layer, list(now))
+            seen = _SeenCall(layer, list(now))
             calls.append(seen)
             now.append(seen)
             try:

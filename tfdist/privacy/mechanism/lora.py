@@ -13,7 +13,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from tfdist.privacy.mechanism.parts import Lookup, Part, Product
+from tfdist.privacy.mechanism.parts import GradientPart, Lookup, Product
 
 Tensor = Any
 
@@ -43,7 +43,7 @@ def of_kernel(
     inputs: Tensor,
     outputs: Tensor,
     axes: tuple[Sequence[int], Sequence[int]] | None = None,
-) -> list[Part]:
+) -> list[GradientPart]:
     """Gives the gradients by a kernel, or by the factors of its change.
 
     Args:
@@ -78,7 +78,7 @@ def of_kernel(
     ]
 
 
-def of_table(layer: Any, rows: Tensor, outputs: Tensor) -> list[Part]:
+def of_table(layer: Any, rows: Tensor, outputs: Tensor) -> list[GradientPart]:
     """Gives the gradients by a table of embeddings, or by the factors of its change.
 
     Args:

@@ -11,7 +11,13 @@ from tfdist import _keras
 from tfdist._keras import ReplicaBatch
 from tfdist._keras import layers as keras_layers
 from tfdist.privacy.mechanism.clipping import clipped_sum
-from tfdist.privacy.mechanism.clipping_groups import Alone, Copies, Groups, Together, begins
+from tfdist.privacy.mechanism.clipping_groups import (
+    Alone,
+    ClippingGroups,
+    CopiesOfExamples,
+    Groups,
+    begins,
+)
 from tfdist.privacy.mechanism.unfit_layers import check_untouched
 from tfdist.privacy.settings import Mechanism
 
@@ -54,11 +60,11 @@ def clipped_share(
     return outputs, sums[:-1], sums[-1]
 
 
-def _together(mechanism: Mechanism, groups: Tensor | None) -> Together:
+def _together(mechanism: Mechanism, groups: Tensor | None) -> ClippingGroups:
     if groups is not None:
         assert mechanism.rows_of_user is not None
         return Groups(groups, mechanism.rows_of_user, mechanism.copies)
-    return Copies(mechanism.copies) if mechanism.copies > 1 else Alone()
+    return CopiesOfExamples(mechanism.copies) if mechanism.copies > 1 else Alone()
 
 
 class _Pieces:

@@ -13,15 +13,15 @@ from tfdist._keras import ReplicaBatch
 from tfdist._keras import layers as keras_layers
 from tfdist._keras.replica import current_batch
 from tfdist.errors import ArgumentError
-from tfdist.privacy.mechanism.closed_forms import Call
-from tfdist.privacy.mechanism.parts import Part, Written
+from tfdist.privacy.mechanism.closed_forms import LayerCall
+from tfdist.privacy.mechanism.parts import GradientPart, Written
 
 Tensor = Any
 
 
 def computed_again(
-    unit: Any, calls: Sequence[Call], variables: Sequence[Any], folded: int = 1
-) -> list[Part]:
+    unit: Any, calls: Sequence[LayerCall], variables: Sequence[Any], folded: int = 1
+) -> list[GradientPart]:
     """Runs a layer without a closed form on one example after the other: exact, and slow.
 
     Args:
@@ -39,7 +39,7 @@ def computed_again(
     for call in calls:
         examples = tf.shape(tf.nest.flatten(call.outputs)[0])[0] // folded
 
-        def one(index: Tensor, call: Call = call) -> list[Tensor]:
+        def one(index: Tensor, call: LayerCall = call) -> list[Tensor]:
             def row(leaf: Any) -> Any:
                 if not tf.is_tensor(leaf) or leaf.shape.rank == 0:
                     return leaf

@@ -14,7 +14,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from tfdist.privacy.mechanism.clipping_groups import Alone, Groups, Together
+from tfdist.privacy.mechanism.clipping_groups import Alone, ClippingGroups, Groups
 from tfdist.privacy.mechanism.gram_matrices import (
     squared_norms_by_row,
     squared_norms_of_products,
@@ -25,7 +25,7 @@ Tensor = Any
 _ALONE = Alone()
 
 
-class Part(abc.ABC):
+class GradientPart(abc.ABC):
     """The gradients of all examples by one variable.
 
     Attributes:
@@ -35,7 +35,7 @@ class Part(abc.ABC):
     variable: Any
 
     @abc.abstractmethod
-    def squared_norms(self, together: Together = _ALONE) -> Tensor:
+    def squared_norms(self, together: ClippingGroups = _ALONE) -> Tensor:
         """Gives the squared norm of the sum of each unit's gradients, shape [units].
 
         It is of what `weighted_sum` adds for a weight of 1, rounding errors included, and
@@ -47,7 +47,7 @@ class Part(abc.ABC):
 
     @abc.abstractmethod
     def weighted_sum(
-        self, weights: Tensor, all_finite: Tensor, together: Together = _ALONE
+        self, weights: Tensor, all_finite: Tensor, together: ClippingGroups = _ALONE
     ) -> Tensor:
         """Gives the sum of the gradients, each times its weight, in the variable's shape.
 
@@ -63,7 +63,7 @@ class Part(abc.ABC):
         """Gives the gradients one by one, shape [examples, *the variable's]."""
 
     @abc.abstractmethod
-    def folded(self, count: int) -> Part:
+    def folded(self, count: int) -> GradientPart:
         """Gives the gradients of examples of which each has several rows here.
 
         Args:
@@ -71,7 +71,7 @@ class Part(abc.ABC):
         """
 
 
-class Written(Part):
+class Written(GradientPart):
     """Gradients written out one by one.
 
     Args:
@@ -84,31 +84,31 @@ class Written(Part):
         self._gradients = tf.cast(gradients, tf.float32)
         self._summed: Tensor = None  # the units' gradients, once they were needed
 
-    def squared_norms(self, together: Together = _ALONE) -> Tensor:
-        """Squares and sums; see `Part`."""
+    def squared_norms(self, together: ClippingGroups = _ALONE) -> Tensor:
+        """Squares and sums; see `GradientPart`."""
         self._summed = together.sums(self._gradients)
         return _of_written(self._summed)
 
     def weighted_sum(
-        self, weights: Tensor, all_finite: Tensor, together: Together = _ALONE
+        self, weights: Tensor, all_finite: Tensor, together: ClippingGroups = _ALONE
     ) -> Tensor:
-        """Contracts with the weights; see `Part`."""
+        """Contracts with the weights; see `GradientPart`."""
         # Of a unit's gradients that cancel, what is added must be what was measured.
         units = together.sums(self._gradients) if self._summed is None else self._summed
         (units,) = _finite(all_finite, weights, units)
         return tf.tensordot(weights, units, 1)
 
     def each(self) -> Tensor:
-        """Gives them as they are; see `Part`."""
+        """Gives them as they are; see `GradientPart`."""
         return self._gradients
 
-    def folded(self, count: int) -> Part:
-        """Adds up; see `Part`."""
+    def folded(self, count: int) -> GradientPart:
+        """Adds up; see `GradientPart`."""
         split = tf.reshape(self._gradients, [-1, count, *self._gradients.shape[1:]])
         return Written(self.variable, tf.reduce_sum(split, 1))
 
 
-class Product(Part):
+class Product(GradientPart):
     """Gradients that are, for each example, the product of two matrices.
 
     Args:
@@ -132,8 +132,8 @@ class Product(Part):
         self._axes = axes
         self._written: Tensor = None  # the products, once they were needed
 
-    def squared_norms(self, together: Together = _ALONE) -> Tensor:
-        """Uses the Gram matrices of both factors where they are smaller; see `Part`."""
+    def squared_norms(self, together: ClippingGroups = _ALONE) -> Tensor:
+        """Uses the Gram matrices of both factors where they are smaller; see `GradientPart`."""
         positions = self._inputs.shape[1]
         sizes = self._inputs.shape[2], self._outputs.shape[2]
         if positions is not None:
@@ -151,9 +151,9 @@ class Product(Part):
         return _of_written(self._written)
 
     def weighted_sum(
-        self, weights: Tensor, all_finite: Tensor, together: Together = _ALONE
+        self, weights: Tensor, all_finite: Tensor, together: ClippingGroups = _ALONE
     ) -> Tensor:
-        """Sums over examples and positions in one product; see `Part`."""
+        """Sums over examples and positions in one product; see `GradientPart`."""
         if self._written is not None:
             (written,) = _finite(all_finite, weights, self._written)
             product = tf.tensordot(weights, written, 1)
@@ -171,11 +171,11 @@ class Product(Part):
         return self._arranged(product[None])[0]
 
     def each(self) -> Tensor:
-        """Multiplies example by example; see `Part`."""
+        """Multiplies example by example; see `GradientPart`."""
         return self._arranged(tf.matmul(self._inputs, self._outputs, transpose_a=True))
 
-    def folded(self, count: int) -> Part:
-        """Makes positions of rows; see `Part`."""
+    def folded(self, count: int) -> GradientPart:
+        """Makes positions of rows; see `GradientPart`."""
         inputs, outputs = _unfolded(self._inputs, count), _unfolded(self._outputs, count)
         return Product(self.variable, inputs, outputs, self._axes)
 
@@ -187,7 +187,7 @@ class Product(Part):
         return tf.reshape(parts, [-1, *self.variable.shape])
 
 
-class Lookup(Part):
+class Lookup(GradientPart):
     """Gradients by a table of which each example used some rows.
 
     Args:
@@ -201,8 +201,8 @@ class Lookup(Part):
         self._rows = rows
         self._outputs = tf.cast(outputs, tf.float32)
 
-    def squared_norms(self, together: Together = _ALONE) -> Tensor:
-        """Counts positions with the same row together; see `Part`."""
+    def squared_norms(self, together: ClippingGroups = _ALONE) -> Tensor:
+        """Counts positions with the same row together; see `GradientPart`."""
         if isinstance(together, Groups):
             return self._squared_norms_by_row(together)
         rows, outputs = together.joined(self._rows), together.joined(self._outputs)
@@ -227,9 +227,9 @@ class Lookup(Part):
         return squares * (1 + gamma(positions))
 
     def weighted_sum(
-        self, weights: Tensor, all_finite: Tensor, together: Together = _ALONE
+        self, weights: Tensor, all_finite: Tensor, together: ClippingGroups = _ALONE
     ) -> Tensor:
-        """Adds up by row; see `Part`.
+        """Adds up by row; see `GradientPart`.
 
         In float64: positions of one example that cancel may be large, and would round what
         others add up to on their way through it.
@@ -244,7 +244,7 @@ class Lookup(Part):
         return tf.cast(sums, tf.float32)
 
     def each(self) -> Tensor:
-        """Writes the tables out, mostly zeros; see `Part`."""
+        """Writes the tables out, mostly zeros; see `GradientPart`."""
         count, size = self.variable.shape
         examples = tf.shape(self._rows)[0]
         rows = self._rows + tf.range(examples, dtype=self._rows.dtype)[:, None] * count
@@ -253,8 +253,8 @@ class Lookup(Part):
         )
         return tf.reshape(sums, [-1, count, size])
 
-    def folded(self, count: int) -> Part:
-        """Makes positions of rows; see `Part`."""
+    def folded(self, count: int) -> GradientPart:
+        """Makes positions of rows; see `GradientPart`."""
         rows, outputs = _unfolded(self._rows, count), _unfolded(self._outputs, count)
         return Lookup(self.variable, rows, outputs)
 

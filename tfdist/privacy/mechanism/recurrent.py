@@ -15,7 +15,7 @@ import keras
 import tensorflow as tf
 from keras import layers
 
-from tfdist.privacy.mechanism.parts import Part, Product, Written
+from tfdist.privacy.mechanism.parts import GradientPart, Product, Written
 
 Tensor = Any
 _LAYERS = (layers.LSTM, layers.GRU, layers.SimpleRNN, layers.RNN)
@@ -38,12 +38,12 @@ def has_form(layer: Any) -> bool:
     return bool(getattr(cell, "reset_after", True)) and not drops_all
 
 
-def of_recurrent(layer: Any, calls: Sequence[Any]) -> list[Part] | None:
+def of_recurrent(layer: Any, calls: Sequence[Any]) -> list[GradientPart] | None:
     """Gives the gradients by the weights of an LSTM, a GRU or a SimpleRNN.
 
     Args:
         layer: One with `has_form`.
-        calls: Its calls, as `closed_forms.Call`s.
+        calls: Its calls, as `closed_forms.LayerCall`s.
 
     Returns:
         None if masks of dropout cannot be drawn again.
@@ -73,7 +73,7 @@ def _joined(calls: list[list[Tensor]]) -> list[Tensor]:
     return [tf.concat(of_gate, 1) for of_gate in zip(*every, strict=True)]
 
 
-def _of_gates(variable: Any, factors: list[Tensor], by: Tensor) -> Part:
+def _of_gates(variable: Any, factors: list[Tensor], by: Tensor) -> GradientPart:
     """Gives the gradients by a kernel whose gates see the same, or each its own."""
     if len(factors) == 1:
         return Product(variable, factors[0], by)

@@ -16,7 +16,7 @@ import tensorflow as tf
 from tfdist import _keras
 from tfdist._keras import layers as keras_layers
 from tfdist.privacy.mechanism.one_by_one import one_row
-from tfdist.privacy.mechanism.parts import Part, Written
+from tfdist.privacy.mechanism.parts import GradientPart, Written
 
 Tensor = Any
 
@@ -98,7 +98,7 @@ def of_tied(
     batch: tuple[Any, Any, Any],
     training: bool,
     seeds: Sequence[tuple[Any, Tensor]],
-) -> list[Part]:
+) -> list[GradientPart]:
     """Computes the gradients of each example's loss by some weights, one after the other.
 
     Args:

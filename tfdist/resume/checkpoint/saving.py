@@ -8,7 +8,7 @@ from tfdist.resume.checkpoint.callbacks import Memory
 from tfdist.resume.position import ContinuedCallbacks
 
 
-class Run(Protocol):
+class CheckpointedRun(Protocol):
     """What puts state back, and saves it; see `CheckpointRun`."""
 
     def restore(self, memory: Memory) -> None:
@@ -40,7 +40,7 @@ class SavingCallbacks(ContinuedCallbacks):
         **options: As there.
     """
 
-    def __init__(self, run: Run, made: int, callbacks: Any, **options: Any) -> None:
+    def __init__(self, run: CheckpointedRun, made: int, callbacks: Any, **options: Any) -> None:
         super().__init__(callbacks, **options)
         self.made = made
         self._run = run
