@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from tfdist.compression.settings import PowerSGD
     from tfdist.data import Augment, ByClass, LocalShard
     from tfdist.privacy.budget import PrivacyBudget
-    from tfdist.privacy.in_turn import DPFTRL
+    from tfdist.privacy.dpftrl import DPFTRL
     from tfdist.privacy.settings import DPSGD
     from tfdist.resume.checkpoint import Checkpoint
     from tfdist.scripts.drop_in import drop_in
@@ -55,7 +55,7 @@ _HOMES = {
     "Augment": "tfdist.data",
     "ByClass": "tfdist.data",
     "Checkpoint": "tfdist.resume.checkpoint.settings",
-    "DPFTRL": "tfdist.privacy.in_turn",
+    "DPFTRL": "tfdist.privacy.dpftrl",
     "DPSGD": "tfdist.privacy.settings",
     "Horovod": "tfdist.strategies.horovod",
     "LearningRateScaling": "tfdist.training.learning_rate",
@@ -101,7 +101,7 @@ def _follow_files() -> None:
         return
     backend = getattr(sys.modules["keras"], "backend", None)
     if backend is not None and backend.backend() == "tensorflow":
-        importlib.import_module("tfdist.privacy.memory")
+        importlib.import_module("tfdist.privacy.model_history")
 
 
 def __getattr__(name: str) -> Any:

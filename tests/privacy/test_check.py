@@ -13,10 +13,10 @@ import tensorflow as tf
 import tfdist
 from tfdist.errors import ArgumentError
 from tfdist.privacy import check
-from tfdist.privacy_check import checking
-from tfdist.privacy_check.draw_tests import draw_facts
-from tfdist.privacy_check.noise_tests import Block, noise_facts, smallest_error
-from tfdist.privacy_check.report import CheckReport, Fact
+from tfdist.privacy.checking import checking
+from tfdist.privacy.checking.draw_tests import draw_facts
+from tfdist.privacy.checking.noise_tests import Block, noise_facts, smallest_error
+from tfdist.privacy.checking.report import CheckReport, Fact
 
 L = keras.layers
 ALPHA = 1e-6
@@ -173,14 +173,14 @@ def test_other_mechanisms_pass(privacy: Any) -> None:
 
 
 def times(patch: pytest.MonkeyPatch, factor: float) -> None:
-    from tfdist.privacy.noise import Noise
+    from tfdist.privacy.mechanism.noise import Noise
 
     normal = Noise.normal
     patch.setattr(Noise, "normal", lambda *given: normal(*given) * factor)
 
 
 def the_same_in_every_step(patch: pytest.MonkeyPatch) -> None:
-    from tfdist.privacy.noise import Noise
+    from tfdist.privacy.mechanism.noise import Noise
 
     normal = Noise.normal
     patch.setattr(
@@ -215,7 +215,7 @@ def test_wrong_noise_is_found(
 def test_wrong_noise_on_the_count_within_the_norm_is_found(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from tfdist.privacy.adaptive import AdaptiveClip
+    from tfdist.privacy.mechanism.adaptive import AdaptiveClip
 
     with_noise = AdaptiveClip.with_noise
     monkeypatch.setattr(
@@ -232,7 +232,7 @@ def test_wrong_noise_on_the_count_within_the_norm_is_found(
 
 
 def test_clipping_to_twice_the_norm_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tfdist.privacy import step
+    from tfdist.privacy.mechanism import step
 
     share = step.clipped_share
 
@@ -249,7 +249,7 @@ def test_clipping_to_twice_the_norm_is_found(monkeypatch: pytest.MonkeyPatch) ->
 def test_an_example_without_a_finite_gradient_that_is_not_left_out_is_found(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from tfdist.privacy import step
+    from tfdist.privacy.mechanism import step
 
     share = step.clipped_share
 
@@ -278,7 +278,7 @@ def test_shuffled_batches_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_division_by_the_batch_that_came_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tfdist.privacy import step
+    from tfdist.privacy.mechanism import step
 
     share = step.clipped_share
 
@@ -301,7 +301,7 @@ class Centre(L.Layer):
 
 def test_a_layer_that_mixes_examples_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     # Without the refusal of `fit` itself.
-    monkeypatch.setattr("tfdist.private.PrivateRun._try", lambda *given: None)
+    monkeypatch.setattr("tfdist.privacy.run.PrivateRun._try", lambda *given: None)
     report = measured(classifier(Centre()), *table(8), parts=["contributions"])
     assert {name.partition(":")[0] for name in failed(report)} == {"neighbours"}
     assert len(report.failures) == 2

@@ -13,11 +13,12 @@ from scipy import integrate, optimize, special, stats
 
 import tfdist
 from tfdist.errors import ArgumentError
-from tfdist.privacy import Ledger, Phase, normals
-from tfdist.privacy.accountants import gaussian_epsilon
-from tfdist.privacy.grid import Rounding
-from tfdist.privacy.normals import from_words, standard_normal
-from tfdist.privacy.pld import Composition, Losses
+from tfdist.privacy import Ledger, Phase
+from tfdist.privacy.accounting.accountants import gaussian_epsilon
+from tfdist.privacy.accounting.pld import Composition, Losses
+from tfdist.privacy.mechanism import normals
+from tfdist.privacy.mechanism.grid import Rounding
+from tfdist.privacy.mechanism.normals import from_words, standard_normal
 
 pytestmark = pytest.mark.quick
 NORMAL = stats.norm

@@ -14,9 +14,10 @@ from tests.privacy.test_clipping import FAST, SLOW, close
 from tfdist import data
 from tfdist._keras import layers as keras_layers
 from tfdist.errors import ArgumentError
-from tfdist.privacy import Ledger, Phase, Poisson, clipping
-from tfdist.privacy.together import Copies, Groups, Together
-from tfdist.privacy.users import PoissonOfUsers, Users
+from tfdist.privacy import Ledger, Phase, Poisson
+from tfdist.privacy.mechanism import clipping
+from tfdist.privacy.mechanism.clipping_groups import Copies, Groups, Together
+from tfdist.privacy.sampling.users import PoissonOfUsers, Users
 from tfdist.strategies.base import Place
 
 L = keras.layers

@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 
 from tfdist._keras import ReplicaBatch
 from tfdist.errors import ArgumentError
-from tfdist.privacy import grams, parts, rounding
-from tfdist.privacy.adaptive import AdaptiveClip
-from tfdist.privacy.closed_forms import FORMS as OF_LAYERS
-from tfdist.privacy.closed_forms import Call
-from tfdist.privacy.parts import Lookup, Part, Product, Written
+from tfdist.privacy.mechanism import gram_matrices, parts, rounding
+from tfdist.privacy.mechanism.adaptive import AdaptiveClip
+from tfdist.privacy.mechanism.clipping_groups import Alone, Copies, Groups, Together
+from tfdist.privacy.mechanism.closed_forms import FORMS as OF_LAYERS
+from tfdist.privacy.mechanism.closed_forms import Call
+from tfdist.privacy.mechanism.parts import Lookup, Part, Product, Written
 from tfdist.privacy.settings import DPSGD, LARGEST_NORM, LEAST_NORM, Mechanism
-from tfdist.privacy.together import Alone, Copies, Groups, Together
 
 UNITS = 3
 SLACK = 1e-5
@@ -169,7 +169,7 @@ def test_devices_that_round_factors(unit: float, case: Case) -> None:
         )
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (grams, parts, rounding):
+        for module in (gram_matrices, parts, rounding):
             patch.setattr(module, "factor_unit", lambda: unit)
         patch.setattr(parts, "_gram_is_smaller", lambda *_: True)
         patch.setattr(tf, "matmul", lambda a, b, **k: real(rounded(a), rounded(b), **k))
