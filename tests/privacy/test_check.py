@@ -93,6 +93,18 @@ def test_noise_that_is_wrong_in_one_way(change: Any, expected: str) -> None:
 
 
 @pytest.mark.quick
+def test_the_grid_of_the_noise_is_no_fault() -> None:
+    rng = np.random.default_rng(0)
+    blocks = (Block("all", slice(0, 400)),)
+    found = []
+    for _ in range(10):
+        z = np.round(rng.normal(size=(100, 400)) * 64) / 64
+        facts = noise_facts(z, blocks, ALPHA)
+        found += [fact.measured for fact in facts if fact.name.startswith("noise: normal")]
+    assert np.median(found) > 0.2  # a probability; of the bare grid it is a tenth
+
+
+@pytest.mark.quick
 def test_the_power_is_what_it_says() -> None:
     from scipy import stats
 
