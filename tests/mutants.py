@@ -210,6 +210,18 @@ MUTANTS = {
         "together.setdefault('', [])",
         f"{BEHAVIOUR} -k multi_worker-2-sums_are",
     ),
+    "what was not sent is forgotten": Mutant(
+        "compression/power_sgd.py",
+        "matrix += tf.convert_to_tensor(self.residual)",
+        "matrix += tf.zeros_like(matrix)",
+        "tests/test_compression.py -k what_is_applied",
+    ),
+    "each of other replicas gets a mean of what was not sent": Mutant(
+        "resume/checkpoint/tensors.py",
+        "mean = saved.sum(0) / place.num_replicas",
+        "mean = saved.mean(0)",
+        "tests/test_compression.py -k dealt_out",
+    ),
     "moments are those of the share": Mutant(
         "_keras/replicated.py",
         '(keras.layers.BatchNormalization, "_moments", moments),',

@@ -9,7 +9,7 @@ from tfdist import data
 from tfdist.compression.extension import CompressedTraining
 from tfdist.compression.settings import PowerSGD
 from tfdist.privacy import model_history
-from tfdist.privacy.run import PrivateTraining
+from tfdist.privacy.extension import PrivateTraining
 from tfdist.privacy.settings import DPSGD
 from tfdist.resume import elastic
 from tfdist.resume.checkpoint import Checkpoint, CheckpointRun

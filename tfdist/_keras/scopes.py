@@ -76,20 +76,3 @@ def undistributed(dataset: Any) -> Any:
     if isinstance(dataset, tf.distribute.DistributedDataset):
         return getattr(dataset, "_original_dataset", dataset)
     return dataset
-
-
-@contextlib.contextmanager
-def keeping_variable_scope() -> Iterator[None]:
-    """Leaves TensorFlow's variable scope as it is, also where a trace fails.
-
-    A loop of TensorFlow sets the scope's device for caches while it is traced. If the trace
-    fails the device stays set, and the next `MirroredStrategy().scope()` is refused.
-
-    Relies on `VariableScope._caching_device`.
-    """
-    scope = tf.compat.v1.get_variable_scope()
-    before = scope._caching_device
-    try:
-        yield
-    finally:
-        scope._caching_device = before

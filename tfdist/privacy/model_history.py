@@ -19,6 +19,9 @@ import numpy as np
 
 from tfdist import _keras
 from tfdist._keras import layers as keras_layers
+
+# By itself: this module may be imported while `_keras` is.
+from tfdist._keras.saving import carry_in_files
 from tfdist.errors import ArgumentError
 from tfdist.privacy.accounting.ledger import Ledger
 
@@ -252,4 +255,4 @@ def _read(model: Any, written: bytes) -> None:
         keep(model, of(model).merged(history))
 
 
-_keras.carry_in_files("_tfdist_privacy", _written, _read)
+carry_in_files("_tfdist_privacy", _written, _read)

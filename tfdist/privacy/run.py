@@ -25,7 +25,7 @@ from tfdist.privacy.dpftrl import SameOrder
 from tfdist.privacy.leaking_callbacks import StepLogs
 from tfdist.privacy.mechanism import clipping, independence, unfit_layers
 from tfdist.privacy.mechanism.spot_checks import SpotChecks
-from tfdist.privacy.mechanism.step import PrivateStep, PrivateSteps
+from tfdist.privacy.mechanism.step import PrivateStep
 from tfdist.privacy.planning import in_its_turn, plan, watch
 from tfdist.privacy.progress import Course, watched
 from tfdist.privacy.sampling.cyclic import CyclicPoisson
@@ -36,9 +36,7 @@ from tfdist.privacy.settings import DPSGD, Mechanism
 from tfdist.privacy.spending import Spending
 from tfdist.samplers import Sampler, Sequential
 from tfdist.step.composition import found_in_steps
-from tfdist.step.prepared import Prepared
 from tfdist.strategies.base import Place
-from tfdist.training.extension import Extension
 from tfdist.training.request import Request
 
 
@@ -346,81 +344,3 @@ class PrivateRun:
         """Called when a checkpoint was restored."""
         self._course.number_by_optimizer()
         self._course.look()
-
-
-class PrivateTraining(Extension):
-    """DP-SGD as a part of `fit`.
-
-    Args:
-        privacy: What `fit` was given.
-    """
-
-    name = "privacy"
-    needs_state = True
-    run: PrivateRun
-
-    def __init__(self, privacy: Any) -> None:
-        self._privacy = privacy
-
-    def choose(self, request: Request) -> Request:
-        """Takes the sampler and the seed that the guarantee rests on."""
-        self.run = run = PrivateRun(self._privacy, request)
-        changed = dataclasses.replace(
-            request,
-            sampler=run.sampler,
-            whole_batch=False,
-            copies=run.privacy.augmentations,
-            is_private=True,
-        )
-        if not run.draws_secretly:
-            return changed
-        return dataclasses.replace(
-            changed,
-            seed=run.sampling_seed,
-            is_seeded=run.is_seeded,
-            seed_is_secret=not run.is_seeded,
-        )
-
-    def bind(self, request: Request, source: data.Source) -> None:
-        """Finds the noise, and tries the model."""
-        self.run.plan(source, request.epochs - request.initial_epoch)
-        self.step_maker = PrivateSteps(self.run.mechanism)
-
-    def facts(self) -> dict[str, Any]:
-        """Gives what all workers must have been asked alike."""
-        return self.run.asked
-
-    def notice(self, request: Request) -> str | None:
-        """Says that `delta` is too large, and what is slow."""
-        return self.run.notice()
-
-    def callbacks(self, request: Request, given: Any, prepared: Prepared) -> Any:
-        """Adds what keeps count and renews the noise."""
-        return (
-            given
-            if not isinstance(prepared.own_step, PrivateStep)
-            else self.run.watched(given, prepared.own_step)
-        )
-
-    def running(self) -> contextlib.AbstractContextManager[None]:
-        """Wraps the training; what was made counts, however it ends."""
-        return self.run.counting()
-
-    def report(self, request: Request, history: Any) -> None:
-        """Gives the history its report, and prints a line of it."""
-        history.privacy = self.run.report()
-        if request.shows:
-            line = history.privacy.line(self.run.privacy.target_epsilon)
-            print(f"tfdist: {line}", flush=True)
-
-    def settings(self) -> Any:
-        """Gives what must stay as it is in a training that goes on."""
-        return self.run.settings
-
-    def go_on(self, saved: Any, steps: int = 0, directory: Any = None) -> Any:
-        """Takes what an earlier process knew."""
-        return self.run.go_on(saved, steps, directory)
-
-    def note_restored(self) -> None:
-        """Called when a checkpoint was restored."""
-        self.run.note_restored()

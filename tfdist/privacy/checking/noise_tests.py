@@ -16,7 +16,7 @@ Floats = NDArray[np.float64]
 _FOUND_WITH = 0.999
 _LAGS = 8
 _SORTED = 200_000  # numbers that are compared with the normal distribution
-_GRID = 2.0**-6  # of the noise, in standard deviations; see `tfdist.privacy.grid`
+_GRID = 2.0**-6  # of the noise, in standard deviations; see `tfdist.privacy.mechanism.grid`
 _MEDIAN = 0.6744897501960817  # of the absolute value of a normal number
 _FEWEST_FOR_KURTOSIS = 100_000  # of fewer its distribution is too skewed
 

@@ -68,7 +68,7 @@ def losses_alone(model: Any, x: Any, y: Any, sample_weight: Any, outputs: Any) -
 
     examples = tf.shape(tf.nest.flatten(outputs)[0])[0]
     with _loss_itself(model):
-        return tf.map_fn(alone, tf.range(examples), fn_output_signature=tf.float32)
+        return _keras.map_fn(alone, tf.range(examples), fn_output_signature=tf.float32)
 
 
 @contextlib.contextmanager

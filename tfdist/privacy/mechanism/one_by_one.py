@@ -67,7 +67,7 @@ def computed_again(
             )
             return [tf.cast(tf.convert_to_tensor(g), tf.float32) for g in found]
 
-        each = tf.map_fn(
+        each = _keras.map_fn(
             one,
             tf.range(examples),
             fn_output_signature=[tf.TensorSpec(v.shape, tf.float32) for v in variables],

@@ -133,7 +133,7 @@ def of_tied(
         found = tape.gradient(loss, values, unconnected_gradients=tf.UnconnectedGradients.ZERO)
         return [tf.cast(tf.convert_to_tensor(g), tf.float32) for g in found]
 
-    each = tf.map_fn(
+    each = _keras.map_fn(
         alone,
         tf.range(tf.shape(tf.nest.flatten(x)[0])[0]),
         fn_output_signature=[tf.TensorSpec(v.shape, tf.float32) for v in variables],

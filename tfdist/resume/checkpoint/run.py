@@ -24,8 +24,8 @@ from tfdist.resume.checkpoint.plain import NotPlain, decode, encode
 from tfdist.resume.checkpoint.preemption import Preemption
 from tfdist.resume.checkpoint.settings import Checkpoint
 from tfdist.resume.position import ContinuedCallbacks, Position
-from tfdist.step.functions import Stop
 from tfdist.step.prepared import Prepared
+from tfdist.step.signals import Stop
 from tfdist.step.state import TrainState, variables_of
 from tfdist.strategies.base import Strategy
 from tfdist.training.extension import Begins, Continuation, Extension
@@ -73,7 +73,7 @@ class CheckpointRun(Continuation):
         self._initial_epoch = self._epochs = 0
         self._where: Callable[[], data.DataPosition] = data.DataPosition
         self._setup: dict[str, Any] = {}
-        self._train_state = TrainState(())
+        self._train_state, self._computing = TrainState(()), strategy
 
     def _refuse(self) -> None:
         if self._strategy.elastic:
@@ -218,6 +218,7 @@ class CheckpointRun(Continuation):
             **options: Of `keras.callbacks.CallbackList`.
         """
         self._train_state, self._where = prepared.state, where
+        self._computing = prepared.strategy
         self._epochs = options["epochs"]
         self._stop, self._model = prepared.stop, prepared.model
         self._preemption.on_asked = self._note_asked
@@ -314,7 +315,7 @@ class CheckpointRun(Continuation):
         if self._state is None:
             return
         has_seed = bool(self._state["global_seed"])
-        tensors.put_back(self._strategy, self._train_state, self._read, has_seed)
+        tensors.put_back(self._computing, self._train_state, self._read, has_seed)
         memory.restore(self._state["callbacks"], self._arrays.__getitem__)
 
     def note_restored(self) -> None:
@@ -377,7 +378,7 @@ class CheckpointRun(Continuation):
         if not self._strategy.place.is_chief and not self._train_state.per_replica:
             return
         self._finish()
-        taken = tensors.take(self._strategy, self._train_state)
+        taken = tensors.take(self._computing, self._train_state)
         if not self._strategy.place.is_chief:
             return
         arrays: list[Any] = []
