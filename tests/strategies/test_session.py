@@ -20,7 +20,7 @@ import tfdist
 from tests.jobs import QUIET, ROOT
 from tfdist import strategies
 from tfdist.cluster import Cluster, rendezvous
-from tfdist.cluster.rendezvous import meet, wait_until_known
+from tfdist.cluster.rendezvous import meet, wait_until_resolved
 from tfdist.errors import StrategyError
 from tfdist.strategies.base import Place, Strategy
 from tfdist.strategies.session import Session
@@ -152,11 +152,11 @@ def test_an_evaluator_leaves_out_strategies_of_several_processes() -> None:
 
 
 def test_names_that_no_service_knows_are_waited_for() -> None:
-    wait_until_known(["localhost"], 1)
+    wait_until_resolved(["localhost"], 1)
     with pytest.raises(
         StrategyError, match=r"no-such-host.invalid \(its name does not resolve"
     ):
-        wait_until_known(["localhost", "no-such-host.invalid"], 0)
+        wait_until_resolved(["localhost", "no-such-host.invalid"], 0)
 
 
 def test_a_wait_for_others_has_a_limit() -> None:

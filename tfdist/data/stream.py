@@ -150,7 +150,7 @@ class Stream:
         """
         self.steps_of_epoch += steps
         if self._trains:
-            heartbeat.here.tell(self._epoch, self.steps_of_epoch, steps)
+            heartbeat.here.record_steps(self._epoch, self.steps_of_epoch, steps)
         self.on_progress(self.steps_of_epoch)
 
 
