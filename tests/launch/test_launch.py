@@ -61,12 +61,12 @@ if most and options["hosts"]:
         min_workers=least,
     )
 
-with together as link:
+with together as client:
     outcome = run_workers(
         roster.workers,
         log_dir=Path(log_dir) if log_dir else None,
         restarts=Restarts(most),
-        link=link,
+        client=client,
         slots=roster.slots,
         plan=roster.of_hosts if least else None,
         shows_all=shows_all,

@@ -175,9 +175,9 @@ def test_a_wait_for_others_has_a_limit() -> None:
 def test_long_waits_are_warned_of_less_and_less() -> None:
     code = (
         "import time\nfrom tfdist.watchdog.timeouts import WaitLimit\n"
-        "patience = WaitLimit(4, 'worker 1')\n"
+        "wait_limit = WaitLimit(4, 'worker 1')\n"
         "for wait in (0.1, 2.3, 1.8):\n"
-        "    with patience.waiting_for('a step'): time.sleep(wait)"
+        "    with wait_limit.waiting_for('a step'): time.sleep(wait)"
     )
     printed = run(code)
     assert printed.count("warning: worker 1 has waited") == 1
