@@ -189,7 +189,7 @@ def test_time_to_trace_is_no_wait_for_others() -> None:
         "import time\nfrom tfdist.watchdog.timeouts import WaitLimit\n"
         "from tfdist.watchdog import here\n"
         "drawn = 0\n"
-        "here.at, here.counted = 'first step', lambda: (drawn, 0)\n"
+        "here.at, here.data_counts = 'first step', lambda: (drawn, 0)\n"
         "with WaitLimit(4, 'worker 1').waiting_for('step 1'):\n"
         "    time.sleep(4.5); drawn = 1; print('drawn', flush=True); time.sleep(2.5)"
     )
