@@ -1,4 +1,4 @@
-"""Chooses the road for what `fit` was given."""
+"""Chooses the data source for the arguments of `fit`."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from tfdist.samplers import ByQuota, Sequential, Uniform
 
 
 def read(x: Any, y: Any, sample_weight: Any, settings: Settings) -> Source:
-    """Chooses the road for an input.
+    """Makes the data source for an input.
 
     Args:
         x: Arrays, a `tf.data.Dataset`, a `keras.utils.PyDataset` or a generator.
         y: Targets, for arrays only.
         sample_weight: Weights, for arrays only.
-        settings: How to read it.
+        settings: The settings of the source.
 
     Raises:
         ArgumentError: The input cannot be read, or arguments contradict each other.
@@ -121,7 +121,7 @@ def _read(x: Any, y: Any, sample_weight: Any, settings: Settings) -> Source:
 
 
 def _check_kind(x: Any) -> None:
-    """Refuses what yields no batches, with the likely way out."""
+    """Refuses an input that yields no batches, and names the likely remedy."""
     streams = tf.data.Dataset | keras.utils.PyDataset | types.GeneratorType | ByClass
     if isinstance(x, streams) or _is_by_name(x):
         return
@@ -142,7 +142,7 @@ def _check_kind(x: Any) -> None:
 
 
 def _is_by_name(x: Any) -> bool:
-    """Tells a dict of a stream for each class."""
+    """Tells whether an input is a dict with a dataset for each class."""
     return (
         isinstance(x, dict)
         and bool(x)
@@ -157,14 +157,14 @@ _UNCOUNTABLE = (
 
 
 def _weigher(settings: Settings, targets: Callable[[], Iterable[Any]]) -> Weigh | None:
-    """Makes what adds class weights to a batch; a dict's classes are not looked for."""
+    """Makes the function that adds class weights; classes of a dict need not occur."""
     if not settings.class_weight:
         return None
     return weigher(settings.class_weight, targets, must_occur=False)
 
 
 def _by_class(x: Any, settings: Settings) -> ByClass | None:
-    """Tells whether `x` is to be drawn from by class."""
+    """Returns a `ByClass` if the sampler draws from `x` by class, otherwise None."""
     if isinstance(x, ByClass):
         return x
     if _is_by_name(x) or (
@@ -175,7 +175,7 @@ def _by_class(x: Any, settings: Settings) -> ByClass | None:
 
 
 def _targets_of_dataset(dataset: Any, steps: int | None) -> Iterator[Any]:
-    """Goes through a `tf.data.Dataset` once, for its targets."""
+    """Yields the targets of a `tf.data.Dataset`, which is read once."""
     if may_not_end(dataset, steps):
         raise ArgumentError(_UNCOUNTABLE.format("tf.data.Dataset without a known end"))
     for batch in dataset:
