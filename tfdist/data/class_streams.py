@@ -66,8 +66,8 @@ class ClassStreams(Batches):
             self._lengths = counts
         self._drawing = sampler.of_classes(counts)
         # At most the draws of an epoch: in longer epochs a single draw costs no more.
-        self._at_once = min(_DRAWS_AT_ONCE, max(batch_size, self._drawing.drawn))
-        num_steps = -(-self._drawing.drawn // batch_size)
+        self._at_once = min(_DRAWS_AT_ONCE, max(batch_size, self._drawing.draws_per_epoch))
+        num_steps = -(-self._drawing.draws_per_epoch // batch_size)
         super().__init__(None if steps else num_steps, steps, transform)
         self.batch_size = batch_size
         self._seed = seed
@@ -84,9 +84,9 @@ class ClassStreams(Batches):
         """Builds the stream of global batches from a position on."""
         passes = position.number * (self.batches or 0)
         first = (passes + position.drawn) * self.batch_size
-        rounds = first // self._drawing.drawn
+        rounds = first // self._drawing.draws_per_epoch
         before = self._drawing.quotas * rounds + self._count(
-            rounds * self._drawing.drawn, first
+            rounds * self._drawing.draws_per_epoch, first
         )
 
         def choose(start: np.int64) -> Rows:
