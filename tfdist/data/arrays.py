@@ -215,7 +215,7 @@ class Arrays(Source):
         return np.asarray(rows, np.int64).tobytes()
 
     def spec(self) -> Any:
-        """Gives the shapes and dtypes of a batch."""
+        """Returns the shapes and dtypes of a batch."""
         rows = self._full_batch
         return tf.nest.map_structure(lambda column: leaves.spec(column, rows), self.data)
 

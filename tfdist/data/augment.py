@@ -95,14 +95,16 @@ class Augment:
                 "`classes` needs one target for each example. Received: "
                 f"y={shortened(y)}. Leave `classes` out, or pass y of shape [examples]."
             )
-        wanted = np.asarray(self.classes)
+        chosen_classes = np.asarray(self.classes)
         if _has_columns(y):
-            if wanted.dtype.kind not in "iu" or not set(wanted) <= set(range(y.shape[1])):
+            if chosen_classes.dtype.kind not in "iu" or not set(chosen_classes) <= set(
+                range(y.shape[1])
+            ):
                 raise ArgumentError(
                     "`classes` must be columns of `y`. Received: "
                     f"classes={self.classes!r} and y with shape {tuple(y.shape)}."
                 )
-        elif (wanted.dtype.kind in "US") != (y.dtype == tf.string):
+        elif (chosen_classes.dtype.kind in "US") != (y.dtype == tf.string):
             raise ArgumentError(
                 "`classes` must be of the kind of `y`. Received: "
                 f"classes={self.classes!r} and y of dtype {y.dtype.name}."
@@ -120,8 +122,8 @@ class Augment:
         if _has_columns(y):
             columns = tf.gather(y, list(self.classes or ()), axis=1)
             return tf.reduce_any(tf.cast(columns, tf.float32) > 0.5, 1)
-        wanted = tf.cast(np.asarray(self.classes), y.dtype)
-        return tf.reduce_any(tf.reshape(y, [-1, 1]) == wanted, 1)
+        chosen_classes = tf.cast(np.asarray(self.classes), y.dtype)
+        return tf.reduce_any(tf.reshape(y, [-1, 1]) == chosen_classes, 1)
 
 
 def _has_columns(y: Any) -> bool:

@@ -70,7 +70,7 @@ class Augmented(Source):
             self._check_alone()
 
     def spec(self) -> Any:
-        """Gives the shapes and dtypes of a batch."""
+        """Returns the shapes and dtypes of a batch."""
         return self._spec
 
     def fingerprint(self) -> str:

@@ -160,7 +160,7 @@ class GeneratorBatches(Batches):
         )
 
     def spec(self) -> Any:
-        """Gives the shapes and dtypes of a batch."""
+        """Returns the shapes and dtypes of a batch."""
         return tf.nest.map_structure(leaves.spec, self._first)
 
 
@@ -239,7 +239,7 @@ class PyDatasetBatches(Batches):
         return int(order[0])
 
     def spec(self) -> Any:
-        """Gives the shapes and dtypes of a batch."""
+        """Returns the shapes and dtypes of a batch."""
         if self.transform is None:
             return self._spec
         return transformed_spec(self.transform, self._spec)

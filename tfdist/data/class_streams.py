@@ -108,7 +108,7 @@ class ClassStreams(Batches):
         return examples.batch(self.batch_size, drop_remainder=True)
 
     def spec(self) -> Any:
-        """Gives the shapes and dtypes of a batch."""
+        """Returns the shapes and dtypes of a batch."""
         return self._spec
 
     def fingerprint(self) -> str:

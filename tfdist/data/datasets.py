@@ -84,11 +84,11 @@ class DatasetBatches(Batches):
         self._iterators = max(self._iterators, number)
 
     def stream(self, position: DataPosition) -> Any:
-        """Gives the dataset."""
+        """Returns the dataset from a position on."""
         return self.dataset.skip(position.drawn) if position.drawn else self.dataset
 
     def spec(self) -> Any:
-        """Gives the shapes and dtypes of a batch."""
+        """Returns the shapes and dtypes of a batch."""
         spec = self.dataset.element_spec
         return spec if self.transform is None else transformed_spec(self.transform, spec)
 

@@ -99,11 +99,11 @@ class Epochs:
             self.position = self.position.next_pass()
         self.position = self.position._replace(batches=batches)
 
-    def take(self, wanted: int) -> int:
+    def take(self, max_batches: int) -> int:
         """Draws batches.
 
         Args:
-            wanted: The number of batches, unless the pass ends before.
+            max_batches: The number of batches, unless the pass ends before.
 
         Returns:
             The number of batches to draw; 0 at the epoch's end.
@@ -111,11 +111,11 @@ class Epochs:
         if self.length is not None and self._requested >= self.length:
             return 0
         in_pass = self._left_in_pass
-        taken = wanted if in_pass is None else min(wanted, in_pass)
+        num_batches = max_batches if in_pass is None else min(max_batches, in_pass)
         # Keras counts whole executions, so an epoch may have more steps than requested.
-        self._requested += wanted
-        self.position = self.position._replace(drawn=self.position.drawn + taken)
-        return taken
+        self._requested += max_batches
+        self.position = self.position._replace(drawn=self.position.drawn + num_batches)
+        return num_batches
 
     def end(self, ran_out: bool) -> None:
         """Ends an epoch.

@@ -102,8 +102,8 @@ class Holdings:
 
 
 def _entropy(shares: Any) -> float:
-    some = shares[shares > 0]
-    return float(-(some * np.log(some)).sum())
+    positive_shares = shares[shares > 0]
+    return float(-(positive_shares * np.log(positive_shares)).sum())
 
 
 def exchange(strategy: Strategy, num_rows: int, labels: Any) -> tuple[Holdings, Rows | None]:

@@ -129,15 +129,15 @@ class CoordinatorClient:
         return None
 
     def failed(self, cause: RestartCause) -> None:
-        """Says that a worker here has failed."""
+        """Reports that a worker here has failed."""
         self._send("failed", cause=cause.to_json())
 
     def done(self) -> None:
-        """Says that all workers here have ended well."""
+        """Reports that all workers here have ended well."""
         self._send("done")
 
     def leave(self, status: int) -> None:
-        """Says that this launcher ends because of a signal.
+        """Reports that this launcher ends because of a signal.
 
         Args:
             status: The exit status of the launcher.

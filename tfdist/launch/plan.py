@@ -75,17 +75,10 @@ def plan_workers(
         check_strategy(existing, strategy)
         places = [variables(existing, strategy)]
     elif servers:
-        all_clusters = server_clusters(hosts, total, servers, port)
-        worker_clusters = [c for c in all_clusters if c.job == WORKER]
-        other_tasks = [
-            c
-            for c in all_clusters
-            if c.job != WORKER and c.index % max(1, len(hosts)) == (node_rank or 0)
-        ]
-        if hosts:
-            here = [*other_tasks, *worker_clusters[first : first + local]]
-            check_ports([c.jobs[c.job][c.index] for c in here])
-        places = [{"TF_CONFIG": c.to_tf_config()} for c in worker_clusters]
+        clusters, other_tasks = _clusters_with_servers(
+            hosts, node_rank or 0, total, servers, port, range(first, first + local)
+        )
+        places = [{"TF_CONFIG": cluster.to_tf_config()} for cluster in clusters]
     elif strategy == "horovod":
         address = f"{hosts[0].name}:{port}" if hosts else free_addresses(1)[0]
         places = rank_environments(hosts or one_host(total), node_rank or 0, address)
@@ -98,16 +91,7 @@ def plan_workers(
     else:
         places = [{}]
 
-    shared = {
-        **_QUIET,
-        **environ,
-        **thread_environment(local, environ),
-        "PYTHONUNBUFFERED": "1",
-    }
-    if strategy is not None and not is_joined:
-        shared["TFDIST_STRATEGY"] = strategy
-    if drop_in:
-        shared["TFDIST_DROP_IN"] = "1"
+    shared = _shared_environment(local, None if is_joined else strategy, drop_in, environ)
     is_quiet = "TF_CPP_MIN_LOG_LEVEL" not in environ
     planned_workers: list[Worker] = []
     for cluster in other_tasks:
@@ -133,6 +117,44 @@ def plan_workers(
             Worker(index, tuple(command), environment, is_quiet, job, serves=bool(servers))
         )
     return tuple(planned_workers)
+
+
+def _clusters_with_servers(
+    hosts: Sequence[Host],
+    node_rank: int,
+    workers: int,
+    servers: int,
+    port: int,
+    local_workers: range,
+) -> tuple[list[Cluster], list[Cluster]]:
+    """Returns the places of all workers, and of the chief and the servers on this machine."""
+    clusters = server_clusters(hosts, workers, servers, port)
+    worker_places = [c for c in clusters if c.job == WORKER]
+    # Chief and servers are distributed over the hosts in turn.
+    other_tasks = [
+        c for c in clusters if c.job != WORKER and c.index % max(1, len(hosts)) == node_rank
+    ]
+    if hosts:
+        local_tasks = [*other_tasks, *(worker_places[i] for i in local_workers)]
+        check_ports([c.jobs[c.job][c.index] for c in local_tasks])
+    return worker_places, other_tasks
+
+
+def _shared_environment(
+    local_workers: int, strategy: str | None, drop_in: bool, environ: Mapping[str, str]
+) -> dict[str, str]:
+    """Returns the environment variables that all workers of this machine share."""
+    shared = {
+        **_QUIET,
+        **environ,
+        **thread_environment(local_workers, environ),
+        "PYTHONUNBUFFERED": "1",
+    }
+    if strategy is not None:
+        shared["TFDIST_STRATEGY"] = strategy
+    if drop_in:
+        shared["TFDIST_DROP_IN"] = "1"
+    return shared
 
 
 def server_clusters(

@@ -18,9 +18,8 @@ from tfdist.launch.cause import Failure
 from tfdist.launch.hidden_output import HiddenOutput, leader
 from tfdist.launch.member import Member, start_member
 from tfdist.launch.output import Screen
+from tfdist.launch.stopped import StoppedWorkers
 from tfdist.launch.worker import Worker
-from tfdist.watchdog.memory import state_of
-from tfdist.watchdog.settings import HANG_LIMIT, Settings
 
 _POLL_S = 0.05
 # So long the children of a worker that has ended may take to end by themselves.
@@ -53,7 +52,7 @@ class ProcessGroup:
         self._log_dir: Path | None = None
         self._members: list[Member] = []
         self._selector = selectors.DefaultSelector()
-        self._stopped_since: float | None = None
+        self._stopped = StoppedWorkers()
         # Workers have the reading end: it reports the end of the file when the launcher dies.
         self._lifeline, self._launcher_end = os.pipe()
 
@@ -225,27 +224,9 @@ class ProcessGroup:
             self.pump()
 
     def end_stopped(self) -> None:
-        """Kills stopped workers once all others have ended.
-
-        While other workers run, their watchdogs notice a stopped worker. A run of one worker
-        may be paused by its user.
-        """
-        running = [m for m in self._members if m.ended_at is None]
-        is_left_alone = 0 < len(running) < len(self._members)
-        if not is_left_alone or any(state_of(m.process.pid) != "T" for m in running):
-            self._stopped_since = None
-            return
-        now = time.monotonic()
-        self._stopped_since = self._stopped_since or now
-        limit = Settings.from_environment(running[0].worker.environment).limit
-        if not limit or now - self._stopped_since < limit:
-            return
-        for member in running:
-            self.say(
-                member.position,
-                f"tfdist: {member.worker.task} is stopped (SIGSTOP), and all others have "
-                f"ended. After {limit:g} s ({HANG_LIMIT}) it is killed.",
-            )
+        """Kills workers that stay stopped once all others have ended."""
+        for member, line in self._stopped.lost(self._members):
+            self.say(member.position, line)
             member.signal_group(signal.SIGKILL)
 
     def end(self, steps: Sequence[tuple[int, float]], received: Sequence[int] = ()) -> None:

@@ -292,8 +292,8 @@ def _signals() -> Iterator[list[int]]:
     """Collects the signals that usually end a program."""
     received: list[int] = []
 
-    def note(number: int, frame: FrameType | None) -> None:
+    def collect(number: int, frame: FrameType | None) -> None:
         received.append(number)
 
-    with handled((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), note):
+    with handled((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), collect):
         yield received

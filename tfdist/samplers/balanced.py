@@ -163,9 +163,9 @@ def apportion(seats: int, shares: NDArray[np.float64]) -> Rows:
         whole[order[:missing]] += 1
         return whole
     for number in order[::-1]:  # the minimum of 1 gave rare classes too many seats
-        taken = min(-missing, int(whole[number]) - 1)
-        whole[number] -= taken
-        missing += taken
+        num_taken = min(-missing, int(whole[number]) - 1)
+        whole[number] -= num_taken
+        missing += num_taken
     return whole
 
 

@@ -205,12 +205,12 @@ class Passes:
         parts = []
         while count:
             period_number, start = divmod(first, period)
-            taken = min(count, period - start)
+            num_taken = min(count, period - start)
             if size <= DRAWN_UP_TO:
                 order = self._small_order(seed, number, period_number)
-            elif taken >= self._PIECE:
+            elif num_taken >= self._PIECE:
                 order = permute(
-                    np.arange(start, start + taken),
+                    np.arange(start, start + num_taken),
                     size,
                     (seed, OF_CLASS, number, period_number),
                 )
@@ -218,9 +218,9 @@ class Passes:
             else:
                 order, begin = self._piece_of_order(seed, number, period_number, start)
                 start -= begin
-                taken = min(taken, len(order) - start)
-            parts.append(order[start : start + taken])
-            first, count = first + taken, count - taken
+                num_taken = min(num_taken, len(order) - start)
+            parts.append(order[start : start + num_taken])
+            first, count = first + num_taken, count - num_taken
         places = (parts[0] if len(parts) == 1 else np.concatenate(parts)).astype(np.int64)
         rows: Rows = self._classes.members[places + self._classes.offsets[number]]
         return rows

@@ -94,8 +94,8 @@ class _Strata(Drawing):
         in_last_batch = np.zeros_like(self._counts)
         if rest:
             offset = generator((seed, OF_EPOCH, epoch)).randint(self.num_rows)
-            taken = (np.arange(rest) * self.num_rows + offset) // rest
-            numbers = np.searchsorted(np.cumsum(self._counts), taken, "right")
+            selected_rows = (np.arange(rest) * self.num_rows + offset) // rest
+            numbers = np.searchsorted(np.cumsum(self._counts), selected_rows, "right")
             in_last_batch = np.bincount(numbers, minlength=len(in_last_batch))
         turns = (
             permute(np.arange(full), full, (seed, OF_EPOCH, epoch))

@@ -50,18 +50,18 @@ class Display:
     ) -> None:
         self._progress.stop()
 
-    def begin(self, what: str) -> None:
+    def begin(self, step_name: str) -> None:
         """Begins a step whose length is not known.
 
         Args:
-            what: The step, such as "Installing".
+            step_name: The step, such as "Installing".
         """
         if self._console.is_terminal:
             self._progress.update(
-                self._task, description=what, total=None, percent="", detail=""
+                self._task, description=step_name, total=None, percent="", detail=""
             )
         else:
-            self._console.print(f"{what} ...")
+            self._console.print(f"{step_name} ...")
 
     def advance(self, line: str) -> None:
         """Shows the progress of make.
