@@ -58,22 +58,7 @@ def _read(x: Any, y: Any, sample_weight: Any, settings: Settings) -> Source:
             return read_arrays(x, y, sample_weight, settings)
         return read_local(x, y, sample_weight, settings, shard, strategy)
     _check_kind(x)
-    if settings.shard is not None:
-        raise ArgumentError(
-            "`shard='local'` needs arrays, whose rows can be counted. Received: x of type "
-            f"{kind}. Pass arrays, or leave `shard` out and give every worker the same data."
-        )
-    if settings.augment is not None and settings.augment.repeated:
-        raise ArgumentError(
-            "`repeated` of `Augment` needs arrays, of which a sampler says how often each "
-            f"example comes. Received: x of type {kind}. Name the classes: classes=[...]."
-        )
-    for name, value in (("y", y), ("sample_weight", sample_weight)):
-        if value is not None:
-            raise ArgumentError(
-                f"`{name}` must not be passed when `x` yields batches. Received: x of type "
-                f"{kind} and {name}. Let it yield (x, y) or (x, y, sample_weight)."
-            )
+    _check_arguments(kind, y, sample_weight, settings)
     by_class = _by_class(x, settings)
     if by_class is not None:
         return ClassStreams(
@@ -84,18 +69,7 @@ def _read(x: Any, y: Any, sample_weight: Any, settings: Settings) -> Source:
             settings.steps,
             _weigher(settings, by_class.targets),
         )
-    if not isinstance(settings.sampler, Sequential | Uniform):
-        raise ArgumentError(
-            "`sampler` must not be passed when `x` yields batches: it chooses rows of arrays. "
-            f"Received: x of type {kind} and a sampler of type "
-            f"{type(settings.sampler).__name__}. Choose the rows where batches are made."
-        )
-    if settings.batch_size is not None and settings.training:
-        warnings.warn(
-            f"batch_size={settings.batch_size} is ignored, as Keras does: x of type {kind} "
-            "yields batches. Set the size where they are made.",
-            stacklevel=2,
-        )
+    _check_batching(kind, settings)
     if isinstance(x, tf.data.Dataset):
         return DatasetBatches(
             x,
@@ -118,6 +92,42 @@ def _read(x: Any, y: Any, sample_weight: Any, settings: Settings) -> Source:
             "(x, y, sample_weight)."
         )
     return GeneratorBatches(x, settings.steps, settings.training)
+
+
+def _check_arguments(kind: str, y: Any, sample_weight: Any, settings: Settings) -> None:
+    """Refuses arguments that only arrays can have, for an input of another kind."""
+    if settings.shard is not None:
+        raise ArgumentError(
+            "`shard='local'` needs arrays, whose rows can be counted. Received: x of type "
+            f"{kind}. Pass arrays, or leave `shard` out and give every worker the same data."
+        )
+    if settings.augment is not None and settings.augment.repeated:
+        raise ArgumentError(
+            "`repeated` of `Augment` needs arrays, of which a sampler says how often each "
+            f"example comes. Received: x of type {kind}. Name the classes: classes=[...]."
+        )
+    for name, value in (("y", y), ("sample_weight", sample_weight)):
+        if value is not None:
+            raise ArgumentError(
+                f"`{name}` must not be passed when `x` yields batches. Received: x of type "
+                f"{kind} and {name}. Let it yield (x, y) or (x, y, sample_weight)."
+            )
+
+
+def _check_batching(kind: str, settings: Settings) -> None:
+    """Refuses a sampler, and ignores a batch size, for an input that yields batches."""
+    if not isinstance(settings.sampler, Sequential | Uniform):
+        raise ArgumentError(
+            "`sampler` must not be passed when `x` yields batches: it chooses rows of arrays. "
+            f"Received: x of type {kind} and a sampler of type "
+            f"{type(settings.sampler).__name__}. Choose the rows where batches are made."
+        )
+    if settings.batch_size is not None and settings.training:
+        warnings.warn(
+            f"batch_size={settings.batch_size} is ignored, as Keras does: x of type {kind} "
+            "yields batches. Set the size where they are made.",
+            stacklevel=3,
+        )
 
 
 def _check_kind(x: Any) -> None:

@@ -121,36 +121,43 @@ def run_workers(
                 with meeting(workers[0]):
                     group.start(workers, log_dir)
                     outcome = _watch(group, received, restarts, grace)
-                cause = None if outcome.failure is None else RestartCause.of(outcome.failure)
-                leaves_out = (
-                    slots is not None
-                    and outcome.failure is not None
-                    and slots.leaves_out(outcome.failure)
+                failure = outcome.failure
+                restart = (
+                    None if failure is None else _restart(failure, workers, restarts, slots)
                 )
-                if (
-                    outcome.failure is None
-                    or cause is None
-                    or not restarts.allows(cause, changes=leaves_out)
-                ):
+                if failure is None or restart is None:
                     return replace(
                         outcome,
                         restarts=tuple(restarts.history),
-                        is_repeated=cause is not None and restarts.repeats(cause),
+                        is_repeated=failure is not None
+                        and restarts.repeats(RestartCause.of(failure)),
                     )
-                position = list(workers).index(outcome.failure.worker)
-                what = "All are started again"
-                if slots is not None:
-                    before = len(workers)
-                    slots.plan_next_start(outcome.failure)
-                    workers = slots.workers
-                    if leaves_out or len(workers) != before:
-                        what = f"{what}, now {len(workers)} in all"
-                group.say(position, restarts.record(cause, what))
+                position = list(workers).index(failure.worker)
+                workers, line = restart
+                group.say(position, line)
             except BrokenPipeError:
                 # The reader of the output is gone, as after `tfdist run ... | head`.
                 return Outcome(128 + signal.SIGPIPE, interrupted=signal.SIGPIPE)
             finally:
                 group.close()
+
+
+def _restart(
+    failure: Failure, workers: Sequence[Worker], restarts: Restarts, slots: Slots | None
+) -> tuple[Sequence[Worker], str] | None:
+    """Returns the workers of the next start and a line for the user; None if there is none."""
+    cause = RestartCause.of(failure)
+    leaves_out = slots is not None and slots.leaves_out(failure)
+    if not restarts.allows(cause, changes=leaves_out):
+        return None
+    what = "All are started again"
+    if slots is not None:
+        before = len(workers)
+        slots.plan_next_start(failure)
+        workers = slots.workers
+        if leaves_out or len(workers) != before:
+            what = f"{what}, now {len(workers)} in all"
+    return workers, restarts.record(cause, what)
 
 
 def _watch(
