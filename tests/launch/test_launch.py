@@ -494,7 +494,7 @@ def test_what_is_withheld_has_an_end() -> None:
     hidden_output = HiddenOutput()
     assert hidden_output.take([f"line {i}" for i in range(1000)]) == []
     first, *rest = hidden_output.release()
-    assert first == "tfdist: 600 lines before are left out; --output all shows all."
+    assert first == "tfdist: 600 earlier lines are left out; --output all shows all."
     assert (rest[0], rest[-1], len(rest)) == ("line 600", "line 999", 400)
     assert hidden_output.release() == []
 

@@ -52,7 +52,7 @@ def first_cause(*notes: StatusMessage, lost: dict[int, Lost] | None = None) -> A
         ({"left_mib": 30, "all_mib": 4000, "used_mib": 3000}, "out of memory", False),
         ({"at": BETWEEN, "phase": "in X.on_epoch_end", "idle": 999.0}, "X.on_epoch_end", False),
         ({"step": 6}, "worker 1 is behind, in step 6", False),
-        ({}, "Nothing that is known", False),
+        ({}, "No known cause", False),
     ],
 )
 def test_causes(other: dict[str, Any], words: str, certain: bool) -> None:
@@ -224,5 +224,5 @@ def test_the_launcher_repeats_the_report() -> None:
     lines = ("before", *report.splitlines())
     failure = Failure(Worker(0, ("x",), {}), HUNG, lines)
     assert failure.excerpt() == lines[1:]
-    assert "worker 2  has said nothing" in report
+    assert "worker 2  has sent no status" in report
     assert progress.here.at == OUTSIDE

@@ -60,8 +60,8 @@ class Failure:
         """Returns how the worker ended, in one sentence."""
         if self.progress.preempted and self.returncode == START_ME_AGAIN:
             return (
-                f"{self.worker.task} was asked to end (SIGTERM somewhere in the run), has "
-                f"saved, and asks to be started again by exit status {START_ME_AGAIN}."
+                f"{self.worker.task} has saved its training and ended, after SIGTERM to a "
+                f"worker of the run. Exit status {START_ME_AGAIN} asks for a restart."
             )
         if self.returncode >= 0:
             return f"{self.worker.task} ended with exit status {self.returncode}."

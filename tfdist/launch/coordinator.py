@@ -180,7 +180,7 @@ class Coordinator:
             self._record_cause(self._return_of(launcher.rank))
 
     def _return_of(self, rank: int) -> RestartCause:
-        text = f"{self._name(rank)} has come back, and was not there."
+        text = f"{self._name(rank)} was lost and has come back."
         return RestartCause(text, "while running", time.time(), START_ME_AGAIN)
 
     def _refusal(self, launcher: _Launcher, hello: dict[str, Any]) -> str | None:

@@ -198,7 +198,7 @@ def _strategies(
         _parameter_server(cluster),
         _tpu(devices, environ),
         *(
-            Readiness(name, True, f"of the package {package}, which was not asked")
+            Readiness(name, True, f"from the package {package}; it was not checked")
             for name, package in strategy_names.of_other_packages().items()
         ),
     )

@@ -65,4 +65,7 @@ class HiddenOutput:
         self._dropped = 0
         if not dropped:
             return lines
-        return [f"tfdist: {dropped} lines before are left out; --output all shows all.", *lines]
+        return [
+            f"tfdist: {dropped} earlier lines are left out; --output all shows all.",
+            *lines,
+        ]

@@ -305,8 +305,8 @@ class ProcessGroup:
             task = self._members[self._leader].worker.task
             visible.insert(
                 0,
-                f"tfdist: only what {task} writes is shown, and what others write if they "
-                "fail. --output all shows all.",
+                f"tfdist: only the output of {task} is shown, and that of a worker that fails. "
+                "--output all shows all.",
             )
         return visible
 

@@ -112,10 +112,10 @@ def causes(
     if not likely:
         likely.append(
             HangCause(
-                "Nothing that is known. All workers are in the same step, so the network "
-                "between them may be cut, or a step is that slow: raise the limit then."
+                "No known cause. All workers are in the same step. The network between them "
+                "may be cut. If a step is that slow, raise the limit."
                 if len(inside) > 1
-                else "Nothing that is known. See where Python stands."
+                else "No known cause. The Python stack above shows where it waits."
             )
         )
     return likely
@@ -279,7 +279,7 @@ def report(
         lines.append(f"  {status.task:<{width}}  {state}")
         if worker not in lost:
             lines += [f"  {'':<{width}}    {line}" for line in status.stack]
-    lines += [f"  {task}  has said nothing" for task in missing]
+    lines += [f"  {task}  has sent no status" for task in missing]
     for number, cause in enumerate(causes(statuses, lost, silent)):
         lines.append(f"  {'Or' if number else 'Likely cause'}: {cause.text}")
     return "\n".join([*lines, *([f"  {ending}"] if ending else [])])

@@ -30,7 +30,7 @@ def sentence(settings: Settings, statuses: Iterable[StatusMessage], is_certain: 
         is_certain: Whether the run cannot go on.
     """
     if not may_end(settings):
-        return "It is not ended: " + (
+        return "The run is not ended: " + (
             f"TFDIST_ON_HANG={settings.on_hang}."
             if settings.on_hang != "end"
             else "this is an interactive session, or a debugger is attached."
