@@ -90,6 +90,7 @@ class Limited:
         Args:
             function: The function to call; it must not raise.
         """
+        # Once a call was too slow, later calls wait only a moment for it to return.
         if not self._free.acquire(timeout=_STUCK_S if self._is_stuck else self._seconds):
             return None  # an earlier call has not returned
         answers: list[Any] = []

@@ -107,8 +107,9 @@ class Arrays(Source):
         else:
             groups = tf.gather(self._group_of, rows[:total])
             begin, end = bounds_of_groups(groups, replica, place)
-        padded = tf.maximum(tf.minimum(begin, total - 1), 0)
-        own_rows = rows[padded : tf.maximum(end, padded + 1)]
+        # A share without rows takes an arbitrary row as padding.
+        first_row = tf.maximum(tf.minimum(begin, total - 1), 0)
+        own_rows = rows[first_row : tf.maximum(end, first_row + 1)]
         if self._group_of is None:
             own_rows = leaves.with_num_rows(own_rows, rows_per_replica(self._full_batch, place))
         return self._gather_share(own_rows, end - begin, total, begin)
@@ -171,10 +172,10 @@ class Arrays(Source):
 
         def draw_padded(first: np.int64) -> tuple[Any, Any]:
             batches, facts = self._draw(int(first))
-            padded = np.zeros((at_once, max(1, *map(len, batches))), np.int64)
-            for row, batch in zip(padded, batches, strict=True):
+            first_row = np.zeros((at_once, max(1, *map(len, batches))), np.int64)
+            for row, batch in zip(first_row, batches, strict=True):
                 row[: len(batch)] = batch
-            return padded, np.array(facts)
+            return first_row, np.array(facts)
 
         @without_autograph
         def draw_tensors(first: Tensor) -> tuple[Tensor, Tensor]:

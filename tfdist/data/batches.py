@@ -84,12 +84,13 @@ class Batches(Source):
                 return Share(batch)
             total = leaves.count(tf.nest.flatten(batch)[0])
             begin, end = bounds(total, replica, place)
-            padded = tf.minimum(begin, total - 1)
-            stop = tf.maximum(end, padded + 1)
+            # A share without rows takes an arbitrary row as padding.
+            first_row = tf.minimum(begin, total - 1)
+            stop = tf.maximum(end, first_row + 1)
 
             def part(leaf: Tensor) -> Tensor:
                 return leaves.with_num_rows(
-                    leaves.cut(leaf, padded, stop), rows_per_replica(leaf.shape[0], place)
+                    leaves.cut(leaf, first_row, stop), rows_per_replica(leaf.shape[0], place)
                 )
 
             data = tf.nest.map_structure(part, batch)

@@ -84,6 +84,7 @@ class ClassStreams(Batches):
         """Builds the stream of global batches from a position on."""
         passes = position.number * (self.batches or 0)
         first = (passes + position.drawn) * self.batch_size
+        # Each class's stream skips the examples that were drawn before this position.
         rounds = first // self._drawing.draws_per_epoch
         before = self._drawing.quotas * rounds + self._count(
             rounds * self._drawing.draws_per_epoch, first

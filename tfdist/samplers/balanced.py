@@ -221,6 +221,8 @@ class Quotas(Drawing):
         blocks = -(-self.draws_per_epoch // _BLOCK)
         turn = permute(np.arange(blocks), blocks, (seed, OF_EPOCH, epoch))[:, None]
         edges = np.concatenate([[0], np.cumsum(self.quotas)])
+        # Draw i, in the order of classes, goes to the block whose turn is i % blocks. Below i
+        # there are ceil((i - turn) / blocks) draws of that block.
         counts = np.diff(-((turn - edges) // blocks), axis=1)
         before = np.cumsum(counts, 0) - counts
         return counts, before, np.concatenate([[0], np.cumsum(counts.sum(1))])

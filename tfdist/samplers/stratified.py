@@ -70,6 +70,7 @@ class _Strata(Drawing):
         in_full_batches, turns, places = self._plan(seed, epoch, batch_size)
         edges = np.concatenate([[0], np.cumsum(in_full_batches)])
         steps = np.arange(start, min(stop, full))
+        # Row i, in the order of classes, belongs to the full batch whose turn is i % full.
         slots = turns[steps][:, None] + np.arange(batch_size) * full
         # Positions in the batch change with the step: no replica always gets the same classes.
         slots = np.take_along_axis(slots, (places + steps[:, None]) % batch_size, 1).ravel()

@@ -97,7 +97,9 @@ class Weighted(Drawing):
         return functools.lru_cache(maxsize=1)(self._draw_epoch)
 
     def _draw_epoch(self, key: tuple[int, ...]) -> NDArray[Any]:
-        """Lists the rows of an epoch: one for each grid point, by the interval around it."""
+        """Lists the rows of an epoch, in the order of the data."""
+        # Grid points have distance 1 and a random offset. A row is drawn once for each point
+        # in its interval.
         shifted = np.floor(self._ends + generator(key).random_sample()).astype(np.int64)
         rows = np.arange(self.num_rows, dtype=np.min_scalar_type(self.num_rows))
         return np.repeat(rows, np.diff(shifted, prepend=0))
