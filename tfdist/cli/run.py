@@ -195,7 +195,7 @@ def run(
             port,
             max_restarts=max_restarts,
             limit=node_timeout,
-            least=None if roster.elastic is None else roster.elastic[0],
+            min_workers=None if roster.elastic is None else roster.elastic[0],
             strategy=strategy,
             ps=servers,
         )
@@ -255,7 +255,8 @@ def _explain(
     elif failure.blames_peer and has_other_hosts:
         lines.append("It lost another worker: the cause may be in the output of another host.")
     if outcome.is_repeated:
-        lines.append(f"It came twice in a row {failure.told.where}: it is not started again.")
+        where = failure.progress.where
+        lines.append(f"It came twice in a row {where}: it is not started again.")
     if log_dir is not None:
         lines.append(f"Its whole output: {log_dir / failure.worker.log_name}")
     if len(workers) > 1:

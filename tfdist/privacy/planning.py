@@ -178,7 +178,7 @@ def _in_turn(privacy: DPFTRL, source: Source, epochs: int) -> Plan:
         separation = inner.sampler.steps_per_epoch(rows, batch_size)
     else:
         if isinstance(inner, DatasetBatches):
-            check_places(inner.given, separation is not None)
+            check_places(inner.user_dataset, separation is not None)
         share = next(iter(inner.shares(Place())))
         batch_size = int(tf.nest.flatten(share.data)[0].shape[0])
         _check_separation(separation, inner, batch_size, epochs)

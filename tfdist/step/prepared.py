@@ -65,7 +65,7 @@ class Prepared:
         stop = self.stop
         stop.requested = stop.agreed = stop.members_changed = stop.leaving = False
         timers = self.functions.timers
-        here.counted = None if timers is None else timers.counted
+        here.data_counts = None if timers is None else timers.counted
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.strategy.explaining_losses())
             stack.enter_context(self.held)
@@ -89,9 +89,9 @@ class Prepared:
         return _keras.loop_functions(
             self.model,
             (data.Epoch, data.Share),
-            train_function=here.making(self.functions.train, "training"),
-            test_function=here.making(self.functions.test, "validation"),
-            predict_function=here.making(self.functions.predict, "prediction"),
+            train_function=here.recording(self.functions.train, "training"),
+            test_function=here.recording(self.functions.test, "validation"),
+            predict_function=here.recording(self.functions.predict, "prediction"),
         )
 
 

@@ -92,7 +92,7 @@ class Training:
             self._used,
             start,
             epoch=epoch,
-            made=step,
+            steps_made=step,
             on_progress=self._continuation.note_step,
             is_watched=tfdist_callbacks.look_between_steps(callbacks),
             logs=logs,

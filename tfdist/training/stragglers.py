@@ -138,7 +138,7 @@ class StragglerCallback(keras.callbacks.Callback):  # type: ignore[misc]
     def on_train_begin(self, logs: Any = None) -> None:
         """Begins to measure."""
         self._before = None
-        here.noting = self._note
+        here.on_step = self._note
 
     def _note(self, between: float, lasted: float) -> None:
         times, before = self._timers.read(), self._before
@@ -172,7 +172,7 @@ class StragglerCallback(keras.callbacks.Callback):  # type: ignore[misc]
 
     def on_train_end(self, logs: Any = None) -> None:
         """Shows the table, if a worker held the others back."""
-        here.noting = None
+        here.on_step = None
         if self._writer is not None:
             self._writer.close()
         if self._shows and sum(len(parts[0]) for parts in self._all) >= _FEWEST:

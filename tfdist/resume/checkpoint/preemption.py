@@ -53,7 +53,7 @@ class Preemption:
         before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
         global _process
         _process = os.getpid()
-        heartbeat.here.mark(saves=True)
+        heartbeat.here.set_flags(saves=True)
         thread = threading.Thread(
             target=self._listen, args=(reading,), name="tfdist-preemption", daemon=True
         )
@@ -67,7 +67,7 @@ class Preemption:
                 signal.signal(signal.SIGTERM, _ignoring_for_a_while(usual))
             else:
                 signal.signal(signal.SIGTERM, usual or signal.SIG_DFL)
-                heartbeat.here.mark()
+                heartbeat.here.set_flags()
             os.close(writing)
             thread.join()
             os.close(reading)
@@ -75,7 +75,7 @@ class Preemption:
     def leave(self) -> None:
         """Notes that all is saved."""
         self.is_leaving = True
-        heartbeat.here.mark(saves=True, preempted=True)
+        heartbeat.here.set_flags(saves=True, preempted=True)
 
     def _listen(self, reading: int) -> None:
         while numbers := os.read(reading, 64):
