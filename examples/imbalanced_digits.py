@@ -19,7 +19,7 @@ import tfdist
 SEED = 1
 BATCH_SIZE = 32
 STEPS_PER_EPOCH = 25
-EPOCHS = 12
+EPOCHS = 6
 
 METHODS = {
     "untreated": {},
