@@ -182,8 +182,8 @@ MUTANTS = {
     ),
     "fit draws from Python's generator": Mutant(
         "strategies/session.py",
-        "_drawn.fits += 1",
-        "_drawn.fits += random.getrandbits(1) * 0 + 1",
+        "_seeds.fits += 1",
+        "_seeds.fits += random.getrandbits(1) * 0 + 1",
         "tests/scripts/test_drop_in.py",
     ),
     "dropout is the same on all replicas": Mutant(
@@ -206,8 +206,8 @@ MUTANTS = {
     ),
     "rows of an embedding travel as one type": Mutant(
         "strategies/packing.py",
-        "together.setdefault(tensor.dtype.name, [])",
-        "together.setdefault('', [])",
+        "packs.setdefault(tensor.dtype.name, [])",
+        "packs.setdefault('', [])",
         f"{BEHAVIOUR} -k multi_worker-2-sums_are",
     ),
     "moments are those of the share": Mutant(
