@@ -56,8 +56,8 @@ MUTANTS = {
     ),
     "a metric is reduced as a mean": Mutant(
         "_keras/metrics.py",
-        'given["sample_weight"] = share',
-        'given["sample_weight"] = 1.0',
+        'arguments["sample_weight"] = share',
+        'arguments["sample_weight"] = 1.0',
         "tests/keras/test_discovery.py",
     ),
     "the chief's weights are not broadcast": Mutant(
@@ -152,7 +152,7 @@ MUTANTS = {
     ),
     "a Dice loss sees its share": Mutant(
         "_keras/losses.py",
-        "return not found if is_scalar else found is False",
+        "return not is_known_mean if is_scalar else is_known_mean is False",
         "return False",
         "tests/keras/test_discovery.py",
     ),

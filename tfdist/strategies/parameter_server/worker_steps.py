@@ -137,7 +137,7 @@ class WorkerSteps:
         # A custom train step may read weights again after its first update.
         if _keras.has_own(self._model, "train_step"):
             return []
-        return served.read_together(self._model, LARGEST_PACKED, after)
+        return served.read_packed(self._model, LARGEST_PACKED, after)
 
     @contextlib.contextmanager
     def _stateless(
@@ -150,7 +150,7 @@ class WorkerSteps:
         # The step number takes the place of the row offset, from which dropout masks follow:
         # no worker advances the seed generators, since no variable is assigned.
         batch = ReplicaBatch(rows, rows, number * rows, list, tf.identity)
-        with served.Apart(zeros, weights) as scope, _keras.on_replica(batch):
+        with served.StepScope(zeros, weights) as scope, _keras.on_replica(batch):
             yield scope, batch
 
     def _move_to_server(self, tensors: list[Tensor]) -> list[Tensor]:
