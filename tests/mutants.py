@@ -67,7 +67,7 @@ MUTANTS = {
         f"{BEHAVIOUR} -k multi_worker-2-workers_take",
     ),
     "workers are gathered in another order": Mutant(
-        "strategies/horovod.py",
+        "strategies/horovod/strategy.py",
         "[part.tobytes() for part in np.split(payloads, np.cumsum(sizes)[:-1])]",
         "[part.tobytes() for part in np.split(payloads, np.cumsum(sizes)[:-1])][::-1]",
         f"{BEHAVIOUR} -k horovod-2-objects",
