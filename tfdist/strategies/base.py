@@ -107,7 +107,7 @@ class Strategy(abc.ABC):
     def reduce_step(
         self,
         gradients: Sequence[Tensor],
-        others: Sequence[Tensor],
+        exact_tensors: Sequence[Tensor],
         share: Tensor,
         variables: Sequence[Any],
     ) -> tuple[list[Tensor], list[Tensor]]:
@@ -117,12 +117,12 @@ class Strategy(abc.ABC):
             gradients: This replica's gradients, dense or `tf.IndexedSlices`. The sum over
                 the replicas is the gradient of the global batch. If the user asked for it,
                 the reduction may be lossy.
-            others: Tensors whose sum must be exact.
+            exact_tensors: Tensors whose sum must be exact.
             share: Scalar float32, the replica's fraction of the global batch. The gradients
                 are multiplied by it already.
             variables: The `keras.Variable` of each gradient.
         """
-        reduced = self.all_reduce_sum([*gradients, *others])
+        reduced = self.all_reduce_sum([*gradients, *exact_tensors])
         return reduced[: len(gradients)], reduced[len(gradients) :]
 
     def update(self, action: Callable[[], None]) -> None:

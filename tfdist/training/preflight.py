@@ -153,14 +153,14 @@ def _x_of(batch: Any) -> Any:
 
 
 def check_agreement(
-    session: Session, model: Any, asked: dict[str, Any], source: data.Source
+    session: Session, model: Any, arguments: dict[str, Any], source: data.Source
 ) -> None:
     """Checks that all workers have the same arguments, model, data and versions.
 
     Args:
         session: The session.
         model: A built `keras.Model`.
-        asked: Values that must be equal, by name.
+        arguments: Values that must be equal, by name.
         source: The data.
 
     Raises:
@@ -173,7 +173,7 @@ def check_agreement(
         f"{tf.__version__}, numpy {np.__version__}, python {platform.python_version()}",
         "model": [f"{v.path} {tuple(v.shape)} {v.dtype}" for v in model.variables],
         "data": source.fingerprint(),
-        **asked,
+        **arguments,
     }
     all_facts = session.strategy.gather_objects(local_facts)
     for name in dict.fromkeys(key for facts in all_facts for key in facts):

@@ -170,7 +170,7 @@ class Horovod(Connected):
     def reduce_step(
         self,
         gradients: Sequence[Tensor],
-        others: Sequence[Tensor],
+        exact_tensors: Sequence[Tensor],
         share: Tensor,
         variables: Sequence[Any],
     ) -> tuple[list[Tensor], list[Tensor]]:
@@ -178,12 +178,12 @@ class Horovod(Connected):
         if self._sparse_as_dense:
             gradients = [tf.convert_to_tensor(g) for g in gradients]
         if self._op == "average" and self._predivide == 1.0:
-            return super().reduce_step(gradients, others, share, variables)
+            return super().reduce_step(gradients, exact_tensors, share, variables)
         if self._op == "adasum":
             reduced = [self._adasum(tf.convert_to_tensor(g), share) for g in gradients]
         else:
             reduced = reduce_packed(gradients, self._sum_gradient, _LARGEST_PACKED)
-        return reduced, self.all_reduce_sum(others)
+        return reduced, self.all_reduce_sum(exact_tensors)
 
     def signals_lead(self, elements: int) -> bool:
         """Reduces the signals first if the gradients are large."""

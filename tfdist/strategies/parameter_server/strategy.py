@@ -217,15 +217,15 @@ class ParameterServer(TFDistribute):
     def reduce_step(
         self,
         gradients: Sequence[Tensor],
-        others: Sequence[Tensor],
+        exact_tensors: Sequence[Tensor],
         share: Tensor,
         variables: Sequence[Any],
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Sums gradients on the servers of their variables, the rest on the first server."""
         server = self._servers.servers[0]
         devices = [_keras.backing_variable(variable).device for variable in variables]
-        devices += [server] * len(others)
-        sums = sum_on_devices([*gradients, *others], devices)
+        devices += [server] * len(exact_tensors)
+        sums = sum_on_devices([*gradients, *exact_tensors], devices)
         return sums[: len(gradients)], sums[len(gradients) :]
 
     def all_reduce_sum(self, tensors: Sequence[Tensor]) -> list[Tensor]:
