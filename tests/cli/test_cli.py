@@ -40,7 +40,7 @@ def planned(monkeypatch, most) -> list[tuple]:
     runs: list[tuple] = []
 
     def note(workers, log_dir=None, restarts=None, **options):
-        most.append(restarts.most)
+        most.append(restarts.limit)
         runs.append((workers, log_dir))
         return Outcome(0)
 

@@ -22,7 +22,7 @@ ALONE = Single(Cluster.from_environment())
 
 
 def arrays_of(rows: list[int], sampler: Any, place: Place, **options: Any) -> LocalArrays:
-    """What the worker of a place holds: row r of the union has the value r."""
+    """What the worker of a place holds: row r of the global data set has the value r."""
     holdings = options.pop("holdings", None) or Holdings(rows, None, [])
     worker = place.worker_index
     first, end = holdings.first_rows[worker : worker + 2]
@@ -35,7 +35,7 @@ def arrays_of(rows: list[int], sampler: Any, place: Place, **options: Any) -> Lo
         16,
         5,
         batches=steps,
-        flows=True,
+        spans_passes=True,
         holdings=holdings,
         worker=worker,
         order=options.pop("order", None),

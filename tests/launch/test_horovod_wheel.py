@@ -31,15 +31,15 @@ from tfdist.launch.horovod_wheel.recipe import (
     HOROVOD,
     Recipe,
     cache_folder,
+    cached_wheel,
     check_tools,
     jobs_for_here,
-    kept_wheel,
     minutes,
     recipe_for_here,
     search_path,
 )
 from tfdist.launch.horovod_wheel.source import CHANGES, change_source
-from tfdist.launch.horovod_wheel.steps import cause, run_step, workshop
+from tfdist.launch.horovod_wheel.steps import cause, run_step, step_runner
 
 quick = pytest.mark.quick
 LIMIT_S = 120
@@ -244,14 +244,14 @@ class TestCache:
         assert cache_folder(None, {}) == Path.home() / ".cache" / "tfdist"
 
     def test_only_whole_wheels_are_found(self, tmp_path):
-        assert kept_wheel(tmp_path / "missing") is None
+        assert cached_wheel(tmp_path / "missing") is None
         wheel = tiny_wheel(tmp_path)
-        assert kept_wheel(tmp_path) == wheel
+        assert cached_wheel(tmp_path) == wheel
         whole = wheel.read_bytes()
         wheel.write_bytes(whole[: len(whole) // 2])
-        assert kept_wheel(tmp_path) is None
+        assert cached_wheel(tmp_path) is None
         wheel.rename(tmp_path / f".{wheel.name}.1.part")
-        assert kept_wheel(tmp_path) is None
+        assert cached_wheel(tmp_path) is None
 
     def test_kept_wheel_is_not_built_again(self, environ, screen):
         recipe = recipe_for_here(environ)
@@ -466,10 +466,10 @@ class TestSteps:
         folders = []
 
         def work():
-            with workshop(screen, dict(os.environ), tmp_path) as shop:
-                folders.append(shop.folder)
-                shop.run([sys.executable, "-c", "print('error: harmless')"], "The first", 60)
-                shop.run([sys.executable, "-c", "raise ValueError('mine')"], "The second", 60)
+            with step_runner(screen, dict(os.environ), tmp_path) as runner:
+                folders.append(runner.folder)
+                runner.run([sys.executable, "-c", "print('error: harmless')"], "The first", 60)
+                runner.run([sys.executable, "-c", "raise ValueError('mine')"], "The second", 60)
 
         with pytest.raises(BuildError) as raised:
             work()
@@ -514,7 +514,7 @@ class TestBuild:
         with zipfile.ZipFile(wheel) as archive:
             assert "HOROVOD_WITHOUT_MPI" not in archive.read("horovod_options").decode()
         plain = cache_folder(None, environ) / "horovod" / recipe_for_here(environ).key
-        assert kept_wheel(plain) is None
+        assert cached_wheel(plain) is None
 
     def test_failure(self, environ, source):
         source(**{"horovod/tensorflow/mpi_ops.cc": "int one() { return two; }\n"})
@@ -539,7 +539,7 @@ class TestBuild:
         for one in both:
             out, err = one.communicate(timeout=LIMIT_S)
             assert one.returncode == 0, err
-            assert kept_wheel(Path(out.strip()).parent) == Path(out.strip())
+            assert cached_wheel(Path(out.strip()).parent) == Path(out.strip())
         assert len(cached(environ)) == 1
 
     @pytest.mark.parametrize(

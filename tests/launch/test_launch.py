@@ -58,15 +58,15 @@ if most and options["hosts"]:
         options["port"],
         max_restarts=most,
         limit=limit,
-        least=least,
+        min_workers=least,
     )
 
-with together as link:
+with together as client:
     outcome = run_workers(
         roster.workers,
         log_dir=Path(log_dir) if log_dir else None,
         restarts=Restarts(most),
-        link=link,
+        client=client,
         slots=roster.slots,
         plan=roster.of_hosts if least else None,
         shows_all=shows_all,
@@ -494,7 +494,7 @@ def test_what_is_withheld_has_an_end() -> None:
     hidden_output = HiddenOutput()
     assert hidden_output.take([f"line {i}" for i in range(1000)]) == []
     first, *rest = hidden_output.release()
-    assert first == "tfdist: 600 lines before are left out; --output all shows all."
+    assert first == "tfdist: 600 earlier lines are left out; --output all shows all."
     assert (rest[0], rest[-1], len(rest)) == ("line 600", "line 999", 400)
     assert hidden_output.release() == []
 
@@ -805,20 +805,20 @@ class TestRestarts:
     COUNT = """
 import sys, time
 from pathlib import Path
-from tfdist import note
+from tfdist.cluster import heartbeat
 from tfdist.scripts.worker_main import follow_launcher
 
 follow_launcher()
-note.share_with_launcher()
+heartbeat.share_with_launcher()
 starts = len(list(Path().glob("start-*")))
 Path(f"start-{starts}").touch()
 steps = [int(text) for text in sys.argv[1].split(",")]
 if starts == len(steps):
-    note.here.tell(0, 9, 1)
+    heartbeat.here.record_steps(0, 9, 1)
     time.sleep(0.2)
     sys.exit(0)
 if steps[starts]:
-    note.here.tell(1, steps[starts], 1)
+    heartbeat.here.record_steps(1, steps[starts], 1)
     time.sleep(0.2)
 """
     RAISE = COUNT + "raise ValueError('no luck')\n"
@@ -906,14 +906,14 @@ class TestTogether:
     WORK = """
 import json, os, sys, time
 from pathlib import Path
-from tfdist import note
+from tfdist.cluster import heartbeat
 from tfdist.scripts.worker_main import follow_launcher
 
 follow_launcher()
-note.share_with_launcher()
+heartbeat.share_with_launcher()
 me = json.loads(os.environ.get("TF_CONFIG", '{"task": {"index": 0}}'))["task"]["index"]
 Path(f"pid-{me}-{os.getpid()}").write_text(f"{os.getpid()}\\n")
-note.here.tell(0, 1, 1)
+heartbeat.here.record_steps(0, 1, 1)
 if me == 1 and sys.argv[1] == "fail" and not Path("failed").exists():
     while len(list(Path().glob("pid-*"))) < 2:  # all of a start are there
         time.sleep(0.02)

@@ -1,4 +1,4 @@
-"""What is started again, and the meeting point of the launchers of several hosts."""
+"""What is started again, and the coordinator of the launchers of several hosts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 
 from tests.jobs import free_port
-from tfdist.cluster.heartbeat import Heartbeat, Told
+from tfdist.cluster.heartbeat import Heartbeat, WorkerProgress
 from tfdist.errors import LaunchError
 from tfdist.launch import CoordinatorClient, Failure, Host, Restarts, Worker, parse_elastic
 from tfdist.launch.coordinator import Coordinator
@@ -25,8 +25,8 @@ HOSTS = (Host("a"), Host("b", 2))
 def failure(
     returncode: int, step: int = 3, preempted: bool = False, *lines: str
 ) -> RestartCause:
-    told = Told(made=step, epoch=1, step=step, preempted=preempted)
-    return RestartCause.of(Failure(Worker(1, ("x",), {}), returncode, lines, told, 0.0))
+    progress = WorkerProgress(steps_made=step, epoch=1, step=step, preempted=preempted)
+    return RestartCause.of(Failure(Worker(1, ("x",), {}), returncode, lines, progress, 0.0))
 
 
 def test_the_same_failure_at_the_same_step_repeats() -> None:
@@ -34,7 +34,7 @@ def test_the_same_failure_at_the_same_step_repeats() -> None:
     raised = "Traceback (most recent call last):", "ValueError: a"
     first = failure(1, 3, False, *raised)
     assert restarts.allows(first)
-    restarts.note(first, "")
+    restarts.record(first, "")
     assert not restarts.allows(failure(1, 3, False, *raised))
     assert restarts.allows(failure(1, 3, False, *raised), changes=True)
     assert restarts.allows(failure(1, 4, False, *raised))
@@ -51,9 +51,9 @@ def test_what_is_started_again() -> None:
         assert not Restarts(9).allows(failure(interrupted))
     preempted = failure(75, preempted=True)
     restarts = Restarts(2)
-    restarts.note(preempted, "")
+    restarts.record(preempted, "")
     assert restarts.allows(preempted)  # a scheduler may do so twice at a step
-    restarts.note(preempted, "")
+    restarts.record(preempted, "")
     assert not restarts.allows(preempted)
 
 
@@ -62,17 +62,17 @@ def test_a_cause_survives_its_journey() -> None:
     assert RestartCause.from_json(cause.to_json()) == cause
 
 
-def test_a_note_says_how_far_a_worker_is() -> None:
-    note = Heartbeat()
-    assert note.read().where == "before its first step"
-    note.tell(0, 7, 2)
-    note.tell(1, 1, 2)
-    note.mark(saves=True)
-    assert note.read() == Told(made=4, epoch=1, step=1, saves=True)
-    assert note.read().where == "after step 1 of epoch 2"
-    assert not note.must_end
-    note.ask_for_end()
-    assert note.must_end
+def test_a_heartbeat_says_how_far_a_worker_is() -> None:
+    heartbeat = Heartbeat()
+    assert heartbeat.read().where == "before its first step"
+    heartbeat.record_steps(0, 7, 2)
+    heartbeat.record_steps(1, 1, 2)
+    heartbeat.set_flags(saves=True)
+    assert heartbeat.read() == WorkerProgress(steps_made=4, epoch=1, step=1, saves=True)
+    assert heartbeat.read().where == "after step 1 of epoch 2"
+    assert not heartbeat.must_end
+    heartbeat.ask_for_end()
+    assert heartbeat.must_end
 
 
 @pytest.mark.parametrize("text", ["", "2", "2:1", "0:2", "a:b", "1:2:3", "-1:2"])
@@ -87,10 +87,10 @@ def port() -> int:
 
 
 @pytest.fixture
-def hub(port: int) -> Iterator[Coordinator]:
-    hub = Coordinator(port, HOSTS, {}, Restarts(1), limit=20)
-    yield hub
-    hub.close()
+def coordinator(port: int) -> Iterator[Coordinator]:
+    coordinator = Coordinator(port, HOSTS, {}, Restarts(1), limit=20)
+    yield coordinator
+    coordinator.close()
 
 
 def link(port: int, rank: int) -> CoordinatorClient:
@@ -102,38 +102,38 @@ def meet(*links: CoordinatorClient) -> list[object]:
         return list(pool.map(lambda one: one.meet((), print), links))
 
 
-def news_of(one: CoordinatorClient) -> tuple[bool, RestartCause | None]:
+def decision_of(one: CoordinatorClient) -> tuple[bool, RestartCause | None]:
     deadline = time.monotonic() + 10
-    while one.news is None:
+    while one.decision is None:
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    return one.news.again, one.news.cause
+    return one.decision.again, one.decision.cause
 
 
 def test_launchers_start_together_and_again_and_end_together(
-    hub: Coordinator, port: int
+    coordinator: Coordinator, port: int
 ) -> None:
     both = link(port, 0), link(port, 1)
     assert meet(*both) == [None, None]
     lost = failure(-9)
     both[1].failed(lost)
-    assert [news_of(one) for one in both] == [(True, lost), (True, lost)]
+    assert [decision_of(one) for one in both] == [(True, lost), (True, lost)]
     assert meet(*both) == [None, None]
     later = replace(lost, where="later", signature=("x",))
     both[0].failed(later)  # one restart was allowed
-    assert [news_of(one) for one in both] == [(False, later), (False, later)]
+    assert [decision_of(one) for one in both] == [(False, later), (False, later)]
     for one in both:
         one.close()
 
 
-def test_the_run_is_over_when_all_have_ended_well(hub: Coordinator, port: int) -> None:
+def test_the_run_is_over_when_all_have_ended_well(coordinator: Coordinator, port: int) -> None:
     both = link(port, 0), link(port, 1)
     meet(*both)
     both[0].done()
     time.sleep(0.5)
-    assert both[0].news is None
+    assert both[0].decision is None
     both[1].done()
-    assert [news_of(one) for one in both] == [(False, None), (False, None)]
+    assert [decision_of(one) for one in both] == [(False, None), (False, None)]
     for one in both:
         one.close()
 
@@ -150,7 +150,7 @@ def test_the_run_is_over_when_all_have_ended_well(hub: Coordinator, port: int) -
         b"x" * (3 << 20),
     ],
 )
-def test_strangers_do_not_disturb(nonsense: bytes, hub: Coordinator, port: int) -> None:
+def test_strangers_do_not_disturb(nonsense: bytes, coordinator: Coordinator, port: int) -> None:
     both = link(port, 0), link(port, 1)
     with socket.create_connection(("127.0.0.1", port)) as stranger:
         stranger.settimeout(5)
@@ -164,7 +164,7 @@ def test_strangers_do_not_disturb(nonsense: bytes, hub: Coordinator, port: int) 
         one.close()
 
 
-def test_a_node_twice_is_refused(hub: Coordinator, port: int) -> None:
+def test_a_node_twice_is_refused(coordinator: Coordinator, port: int) -> None:
     both = link(port, 0), link(port, 1)
     meet(*both)
     with pytest.raises(LaunchError, match="Received: --node-rank 1 twice"):

@@ -20,7 +20,7 @@ import tfdist
 from tests.jobs import QUIET, ROOT
 from tfdist import strategies
 from tfdist.cluster import Cluster, rendezvous
-from tfdist.cluster.rendezvous import meet, wait_until_known
+from tfdist.cluster.rendezvous import meet, wait_until_resolved
 from tfdist.errors import StrategyError
 from tfdist.strategies.base import Place, Strategy
 from tfdist.strategies.session import Session
@@ -152,11 +152,11 @@ def test_an_evaluator_leaves_out_strategies_of_several_processes() -> None:
 
 
 def test_names_that_no_service_knows_are_waited_for() -> None:
-    wait_until_known(["localhost"], 1)
+    wait_until_resolved(["localhost"], 1)
     with pytest.raises(
         StrategyError, match=r"no-such-host.invalid \(its name does not resolve"
     ):
-        wait_until_known(["localhost", "no-such-host.invalid"], 0)
+        wait_until_resolved(["localhost", "no-such-host.invalid"], 0)
 
 
 def test_a_wait_for_others_has_a_limit() -> None:
@@ -175,9 +175,9 @@ def test_a_wait_for_others_has_a_limit() -> None:
 def test_long_waits_are_warned_of_less_and_less() -> None:
     code = (
         "import time\nfrom tfdist.watchdog.timeouts import WaitLimit\n"
-        "patience = WaitLimit(4, 'worker 1')\n"
+        "wait_limit = WaitLimit(4, 'worker 1')\n"
         "for wait in (0.1, 2.3, 1.8):\n"
-        "    with patience.waiting_for('a step'): time.sleep(wait)"
+        "    with wait_limit.waiting_for('a step'): time.sleep(wait)"
     )
     printed = run(code)
     assert printed.count("warning: worker 1 has waited") == 1
@@ -189,7 +189,7 @@ def test_time_to_trace_is_no_wait_for_others() -> None:
         "import time\nfrom tfdist.watchdog.timeouts import WaitLimit\n"
         "from tfdist.watchdog import here\n"
         "drawn = 0\n"
-        "here.at, here.counted = 'first step', lambda: (drawn, 0)\n"
+        "here.at, here.data_counts = 'first step', lambda: (drawn, 0)\n"
         "with WaitLimit(4, 'worker 1').waiting_for('step 1'):\n"
         "    time.sleep(4.5); drawn = 1; print('drawn', flush=True); time.sleep(2.5)"
     )

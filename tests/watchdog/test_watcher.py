@@ -21,7 +21,7 @@ from tfdist.strategies.base import Place
 from tfdist.strategies.connected import Connected
 from tfdist.watchdog import diagnosis, memory, progress, stacks
 from tfdist.watchdog.diagnosis import Lost
-from tfdist.watchdog.local import Oneself
+from tfdist.watchdog.local import LocalStatus
 from tfdist.watchdog.messages import ENDED, StatusMessage
 from tfdist.watchdog.progress import BETWEEN, OUTSIDE, START, STEP, Progress
 from tfdist.watchdog.settings import Settings
@@ -52,7 +52,7 @@ def first_cause(*notes: StatusMessage, lost: dict[int, Lost] | None = None) -> A
         ({"left_mib": 30, "all_mib": 4000, "used_mib": 3000}, "out of memory", False),
         ({"at": BETWEEN, "phase": "in X.on_epoch_end", "idle": 999.0}, "X.on_epoch_end", False),
         ({"step": 6}, "worker 1 is behind, in step 6", False),
-        ({}, "Nothing that is known", False),
+        ({}, "No known cause", False),
     ],
 )
 def test_causes(other: dict[str, Any], words: str, certain: bool) -> None:
@@ -128,7 +128,7 @@ def test_progress_of_nested_calls() -> None:
     with here.calling("fit", alone=False) as outer:
         for made in range(5):
             epoch = SimpleNamespace(steps_taken=made, begins=made == 0)
-            here.making(lambda data: None, "training")(epoch)
+            here.recording(lambda data: None, "training")(epoch)
         assert (outer.step, here.at) == (5, BETWEEN)
         with here.calling("evaluate", alone=False):
             assert here.at == START
@@ -155,7 +155,7 @@ class Pair(Connected):
         return content
 
     def gather_bytes(self, content: bytes) -> list[bytes]:
-        self.seen.append(Oneself().note(0, Settings()).phase)
+        self.seen.append(LocalStatus().now(0, Settings()).phase)
         return [content, content]
 
 
@@ -164,8 +164,8 @@ def test_what_goes_on_between_steps_is_marked() -> None:
     with progress.here.calling("fit", alone=False):
         assert pair.gather_objects(3) == [3, 3]
         with progress.here.while_doing(progress.SAVING):
-            phase = Oneself().note(0, Settings()).phase
-        after = Oneself().note(0, Settings()).phase
+            phase = LocalStatus().now(0, Settings()).phase
+        after = LocalStatus().now(0, Settings()).phase
     start = "`fit`, before its first step: "
     assert pair.seen == [f"{start}exchanging settings with the others"]
     assert phase == f"{start}saving a checkpoint"
@@ -188,7 +188,7 @@ def test_stacks_show_a_users_frames_first() -> None:
     frame = sys._current_frames()[thread.ident or 0]
     lines = stacks.describe(frame)
     named, debugged = stacks.callback(frame), stacks.is_debugged(frame)
-    others = stacks.others()
+    others = stacks.other_threads()
     go.set()
     thread.join()
     here = Path(__file__).relative_to(ROOT)
@@ -224,5 +224,5 @@ def test_the_launcher_repeats_the_report() -> None:
     lines = ("before", *report.splitlines())
     failure = Failure(Worker(0, ("x",), {}), HUNG, lines)
     assert failure.excerpt() == lines[1:]
-    assert "worker 2  has said nothing" in report
+    assert "worker 2  has sent no status" in report
     assert progress.here.at == OUTSIDE

@@ -20,6 +20,7 @@ class Attached:
         clip_optimizer: The optimizer of the clipping norm in private training, if there is one.
         tied_weights: The ids of the trainable variables, and the ids of those that are used
             outside of the layers that own them.
+        foldings: The same ids, and the position of the batch axis in its layers' inputs.
     """
 
     prepared: Any = None
@@ -28,6 +29,7 @@ class Attached:
     metric_variables: list[Any] = field(default_factory=list)
     clip_optimizer: Any = None
     tied_weights: tuple[tuple[int, ...], frozenset[int]] = ((), frozenset())
+    foldings: tuple[tuple[int, ...] | None, Any] = (None, None)
 
 
 def attached(model: Any) -> Attached:

@@ -21,6 +21,7 @@ from tfdist._keras.layer_draws import (
     drawing,
     fold,
 )
+from tfdist._keras.traces import map_fn
 from tfdist.errors import ArgumentError
 
 __all__ = ["Rows", "draws_by_row", "mixes", "transform", "transformed"]
@@ -115,4 +116,4 @@ def transform(layer: Any, batch: Tensor, rows: Rows, by_row: bool) -> Tensor:
 
     output = transformed(layer, tf.TensorSpec((None, *batch.shape[1:]), batch.dtype))
     signature = tf.TensorSpec(output.shape[1:], output.dtype)
-    return tf.map_fn(transform_one, (batch, rows.identity), fn_output_signature=signature)
+    return map_fn(transform_one, (batch, rows.identity), fn_output_signature=signature)

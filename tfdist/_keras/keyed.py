@@ -16,6 +16,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from tfdist._keras.traces import map_fn
+
 Tensor = Any
 _PHILOX = tf.random.Algorithm.PHILOX.value
 # Number of random bits in a float from 0 to 1.
@@ -258,7 +260,7 @@ def row_by_row(
 
     ones = [tf.ones([1], parameter.dtype) for parameter in by_row]
     dtype = draw(tf.constant([1]), tf.constant([0, 0]), *ones).dtype
-    numbers = tf.map_fn(
+    numbers = map_fn(
         draw_row, (row_keys, *by_row), fn_output_signature=tf.TensorSpec(None, dtype)
     )
     return tf.ensure_shape(tf.reshape(numbers, size), static)

@@ -1,4 +1,4 @@
-"""Where a process stands among others, what they tell each other, and how long they wait.
+"""The processes of a cluster: their places, their messages, and how long they wait.
 
 No TensorFlow is needed here.
 """

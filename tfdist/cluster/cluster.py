@@ -1,4 +1,4 @@
-"""Which processes train together, and which of them this one is."""
+"""The cluster: which processes train together, and which of them this process is."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from tfdist.errors import ClusterError
 
 @dataclass(frozen=True)
 class Cluster:
-    """Which processes train together, and which of them this one is.
+    """Which processes train together, and which of them this process is.
 
     Attributes:
         jobs: Each job's addresses, `"host:port"`, by the name TF_CONFIG gives the job:
             `chief`, `worker`, `ps` or `evaluator`. Empty for a single process, and for an
-            evaluator, which stands outside.
+            evaluator, which is not part of the cluster.
         job: The job of this process.
         index: The position of this process in its job.
         source: What described the cluster: `"TF_CONFIG"`, `"SLURM"`, `"Horovod"`, `"MPI"` or
             `"none"`.
-        launched: How many processes `horovodrun` or `mpirun` started, which know each
-            other's rank but no addresses; 0 where none of them did.
+        launched: How many processes `horovodrun` or `mpirun` started; 0 if neither did. Such
+            processes know each other's rank but no addresses.
 
     Example:
         >>> cluster = Cluster.from_environment({})
@@ -52,19 +52,19 @@ class Cluster:
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] = os.environ) -> Cluster:
-        """Reads the cluster from what a launcher set in the environment.
+        """Reads the cluster from the environment variables that a launcher set.
 
-        A rank that `horovodrun` gave is this process's own and comes first; then TF_CONFIG,
-        the variables of `mpirun`, and SLURM's.
+        The first of these that is set counts: the rank of `horovodrun`, TF_CONFIG, the rank
+        of `mpirun`, SLURM's variables.
 
         Args:
             environ: The environment variables.
 
         Returns:
-            This process's place; a single process where nothing describes a cluster.
+            The cluster; a single process if no variable describes a cluster.
 
         Raises:
-            ClusterError: What describes the cluster is malformed.
+            ClusterError: The variables are malformed.
 
         Example:
             >>> config = {"cluster": {"worker": ["a:1", "b:1"]}}
@@ -72,16 +72,16 @@ class Cluster:
             >>> Cluster.from_environment({"TF_CONFIG": json.dumps(config)}).task
             'worker 1'
         """
-        ranked = ranks.from_horovod(environ)
-        if ranked is not None:
-            return cls(index=ranked.rank, source="Horovod", launched=ranked.size)
+        launched_rank = ranks.from_horovod(environ)
+        if launched_rank is not None:
+            return cls(index=launched_rank.rank, source="Horovod", launched=launched_rank.size)
         text = environ.get("TF_CONFIG", "")
         if text.strip():
             task = tf_config.read(text)
             return cls(task.jobs, task.job, task.index, "TF_CONFIG")
-        ranked = ranks.from_mpi(environ)
-        if ranked is not None:
-            return cls(index=ranked.rank, source="MPI", launched=ranked.size)
+        launched_rank = ranks.from_mpi(environ)
+        if launched_rank is not None:
+            return cls(index=launched_rank.rank, source="MPI", launched=launched_rank.size)
         step = slurm.workers_from_slurm(environ)
         if step is not None:
             addresses, index = step
@@ -117,7 +117,7 @@ class Cluster:
 
     @property
     def is_chief(self) -> bool:
-        """Whether this process is the one that writes: the chief, or the first worker."""
+        """Whether this process writes the files: the chief, or else the first worker."""
         return self.job in (CHIEF, WORKER) and self.worker_index == 0
 
     @property

@@ -1,4 +1,4 @@
-"""Numbers in environment variables and in what else a user wrote."""
+"""Reads numbers from environment variables and other texts that a user wrote."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ def whole_number(text: str) -> int | None:
     """Reads a whole number, 0 or more.
 
     Args:
-        text: What was written; spaces around it do not count.
+        text: The text; spaces around the number are ignored.
 
     Returns:
-        The number, or None if it is none, or longer than any count is.
+        The number, or None if the text is not a whole number of at most 18 digits.
 
     Example:
         >>> whole_number(" 12"), whole_number("-1"), whole_number("9" * 5000)
@@ -30,18 +30,18 @@ def whole_number(text: str) -> int | None:
 
 
 def limit_of(name: str, default: float, environ: Mapping[str, str] = os.environ) -> float:
-    """Reads the limit of a wait.
+    """Reads the limit of a wait from an environment variable.
 
     Args:
         name: The environment variable.
-        default: Seconds where it is not set, or empty.
+        default: Seconds if the variable is not set or empty.
         environ: The environment variables.
 
     Returns:
         Seconds, 0 or more.
 
     Raises:
-        ClusterError: It is no such number.
+        ClusterError: The variable is not a number of seconds.
 
     Example:
         >>> limit_of("TFDIST_START_TIMEOUT", 300, {"TFDIST_START_TIMEOUT": "20"})

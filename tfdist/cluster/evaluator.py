@@ -1,4 +1,4 @@
-"""The task of TF_CONFIG that evaluates beside a training, in which it has no part."""
+"""The evaluator: a task of TF_CONFIG that evaluates while other tasks train."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from tfdist.cluster import EVALUATOR, Cluster
 
 
 def leave_training() -> None:
-    """Ends an evaluator's script where it comes to train; does nothing in other processes.
+    """Ends an evaluator's script when it calls `fit`; does nothing in other processes.
 
-    Alone it would train another model, and write over the files of the one that is trained.
+    An evaluator that trained alone would train a second model, and overwrite the files of the
+    first one.
 
     Raises:
         SystemExit: With status 0: a job with an evaluator has not failed.

@@ -1,7 +1,7 @@
-"""What a worker and its launcher tell each other: a few numbers in memory that both map.
+"""The heartbeat of a worker: a few numbers in memory that the worker and its launcher share.
 
-Writing them is a store into memory, so a worker notes every step; they are there for the
-launcher after a kill -9 too.
+A write is a store into memory, so a worker can record every step. The launcher can still
+read the numbers after a kill -9.
 """
 
 from __future__ import annotations
@@ -13,29 +13,29 @@ import tempfile
 from dataclasses import dataclass
 from typing import Any
 
-NOTE_FD = "TFDIST_NOTE_FD"
+HEARTBEAT_FD = "TFDIST_HEARTBEAT_FD"
 
-# Written by the worker: steps made by the process, the epoch, steps made of it, and flags.
-_TOLD = struct.Struct("<4Q")
-# Written by the launcher: whether SIGTERM asks for the end alone.
-_MUST_END = 48
+# Written by the worker: the process's steps, the epoch, its steps in that epoch, and flags.
+_PROGRESS = struct.Struct("<4Q")
+# Written by the launcher, at this byte: whether SIGTERM ends the worker without saving.
+_MUST_END_OFFSET = 48
 _SIZE = 64
 _SAVES, _PREEMPTED = 1, 2
 
 
 @dataclass(frozen=True)
-class Told:
+class WorkerProgress:
     """How far a worker is.
 
     Attributes:
-        made: Training steps that the process has made; 0 before the first.
-        epoch: Of the last one, from 0.
-        step: Steps made of that epoch.
+        steps_made: Training steps that the process has made; 0 before the first.
+        epoch: The epoch of the last step, from 0.
+        step: Steps that it has made in that epoch.
         saves: Whether it saves its training when SIGTERM ends it.
-        preempted: Whether it has done so.
+        preempted: Whether SIGTERM came and the training is saved.
     """
 
-    made: int = 0
+    steps_made: int = 0
     epoch: int = 0
     step: int = 0
     saves: bool = False
@@ -43,27 +43,27 @@ class Told:
 
     @property
     def where(self) -> str:
-        """In words."""
-        if not self.made:
+        """The position in words."""
+        if not self.steps_made:
             return "before its first step"
         return f"after step {self.step} of epoch {self.epoch + 1}"
 
 
 class Heartbeat:
-    """The memory; without a launcher nobody else sees it.
+    """The shared memory. Without a launcher only this process sees it.
 
     Args:
-        content: Of `_SIZE` bytes.
+        content: A buffer of `_SIZE` bytes.
     """
 
     def __init__(self, content: Any = None) -> None:
         self._content = bytearray(_SIZE) if content is None else content
         self._flags = 0
-        self._made = self._epoch = self._step = 0
+        self._steps_made = self._epoch = self._step = 0
 
     @classmethod
     def of(cls, fd: int) -> Heartbeat:
-        """Maps what a file descriptor stands for, and closes that.
+        """Maps the memory behind a file descriptor, and closes the descriptor.
 
         Args:
             fd: From `shared_memory`.
@@ -75,55 +75,59 @@ class Heartbeat:
 
     # --- the worker's side --------------------------------------------------------------
 
-    def tell(self, epoch: int, step: int, steps: int) -> None:
-        """Notes that steps were made.
+    def record_steps(self, epoch: int, step: int, steps: int) -> None:
+        """Records training steps.
 
         Args:
-            epoch: From 0.
-            step: Steps made of it.
-            steps: How many were made just now.
+            epoch: The epoch, from 0.
+            step: Steps made in this epoch so far.
+            steps: Steps made since the last call.
         """
-        self._made, self._epoch, self._step = self._made + steps, epoch, step
+        self._steps_made, self._epoch, self._step = self._steps_made + steps, epoch, step
         self._write()
 
-    def mark(self, *, saves: bool = False, preempted: bool = False) -> None:
-        """Notes what SIGTERM does, or has done.
+    def set_flags(self, *, saves: bool = False, preempted: bool = False) -> None:
+        """Says what SIGTERM does, or has done.
 
         Args:
-            saves: Whether it saves the training.
-            preempted: Whether that was saved.
+            saves: Whether SIGTERM makes the worker save its training.
+            preempted: Whether SIGTERM came and the training is saved.
         """
         self._flags = _SAVES * saves | _PREEMPTED * preempted
         self._write()
 
     @property
     def must_end(self) -> bool:
-        """Whether the launcher wants the end at once, with nothing saved."""
-        return bool(self._content[_MUST_END])
+        """Whether the worker must end at once, without saving."""
+        return bool(self._content[_MUST_END_OFFSET])
 
     def _write(self) -> None:
-        _TOLD.pack_into(self._content, 0, self._made, self._epoch, self._step, self._flags)
+        _PROGRESS.pack_into(
+            self._content, 0, self._steps_made, self._epoch, self._step, self._flags
+        )
 
     # --- the launcher's side ------------------------------------------------------------
 
-    def read(self) -> Told:
-        """Gives what the worker has told."""
-        made, epoch, step, flags = _TOLD.unpack_from(self._content, 0)
-        return Told(made, epoch, step, bool(flags & _SAVES), bool(flags & _PREEMPTED))
+    def read(self) -> WorkerProgress:
+        """Returns the progress that the worker has recorded."""
+        steps_made, epoch, step, flags = _PROGRESS.unpack_from(self._content, 0)
+        return WorkerProgress(
+            steps_made, epoch, step, bool(flags & _SAVES), bool(flags & _PREEMPTED)
+        )
 
     def ask_for_end(self) -> None:
         """Lets the next SIGTERM end the worker at once."""
-        self._content[_MUST_END] = 1
+        self._content[_MUST_END_OFFSET] = 1
 
 
 here = Heartbeat()
-"""This process's."""
+"""The heartbeat of this process."""
 
 
 def shared_memory() -> int:
-    """Makes memory for a note, and gives a file descriptor that stands for it."""
+    """Makes the memory of a heartbeat, and returns its file descriptor."""
     if hasattr(os, "memfd_create"):
-        fd = os.memfd_create("tfdist-note")
+        fd = os.memfd_create("tfdist-heartbeat")
     else:
         with tempfile.TemporaryFile() as file:
             fd = os.dup(file.fileno())
@@ -132,8 +136,8 @@ def shared_memory() -> int:
 
 
 def share_with_launcher() -> None:
-    """Makes `here` the note that this process's launcher reads, if a launcher started it."""
+    """Lets this process's launcher read `here`, if a launcher started the process."""
     global here
-    text = os.environ.pop(NOTE_FD, None)
-    if text is not None:
-        here = Heartbeat.of(int(text))
+    fd_text = os.environ.pop(HEARTBEAT_FD, None)
+    if fd_text is not None:
+        here = Heartbeat.of(int(fd_text))

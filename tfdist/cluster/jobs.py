@@ -10,11 +10,11 @@ JOBS = (CHIEF, WORKER, PS, EVALUATOR)
 
 
 def shortened(value: object, limit: int = 120) -> str:
-    """Shows a value of the user's in an error message.
+    """Returns a value's repr for an error message.
 
     Args:
-        value: What was given.
-        limit: Characters at most.
+        value: The value that the user gave.
+        limit: The most characters.
     """
     text = repr(value)
     return text if len(text) <= limit else text[: limit - 1] + "…"

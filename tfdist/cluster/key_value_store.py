@@ -1,8 +1,9 @@
-"""A key-value store for notes between the workers of a run, which works while they wait.
+"""A key-value store that the workers of a run share, and that works while they wait.
 
-Workers exchange by collectives, and a collective waits for all. A store is asked from a
-background thread, answers while the main thread waits in a collective, and has a limit to
-each call. It is for a few short texts: how far a worker is, why it ends.
+Workers exchange gradients by collectives, and a collective waits for all workers. A
+background thread can read and write the store while the main thread waits in a collective.
+Every call has a time limit. The store is for a few short texts: how far a worker is, why it
+ends.
 """
 
 from __future__ import annotations
@@ -18,16 +19,16 @@ _STUCK_S = 0.2
 
 
 class KeyValueStore(abc.ABC):
-    """Notes by name, seen by all workers; the last one posted under a name counts.
+    """Texts by name, seen by all workers; the last text posted under a name counts.
 
-    No call raises or takes longer than seconds: what the store is for must not fail because of
-    it. It has no answer when the process that keeps it is stopped or gone.
+    A call never raises and takes seconds at most: a store that fails must not end the
+    training. It does not answer when the process that keeps the store is stopped or gone.
 
     Args:
         num_workers: How many workers there are.
 
     Attributes:
-        keeper: The worker whose process keeps it, if one does.
+        keeper: The number of the worker whose process keeps the store, or None.
     """
 
     keeper: int | None = None
@@ -37,41 +38,41 @@ class KeyValueStore(abc.ABC):
 
     @abc.abstractmethod
     def post(self, name: str, text: str) -> bool:
-        """Puts a note in the place of what was there.
+        """Stores a text, and replaces an earlier one of the same name.
 
         Args:
-            name: Of the note, the same on all workers; `"progress/1"`, say.
-            text: The note.
+            name: The name, the same on all workers, such as `"progress/1"`.
+            text: The text.
 
         Returns:
-            Whether the key-value store has taken it.
+            Whether the store has taken the text.
         """
 
     @abc.abstractmethod
     def read(self, name: str) -> str | None:
-        """Gives a note, or None where there is none or no answer.
+        """Returns a text; None if there is no such text, or if the store does not answer.
 
         Args:
-            name: Of the note.
+            name: The name under which the text was posted.
         """
 
     def read_all(self, prefix: str) -> dict[int, str]:
-        """Gives the notes that workers posted as `prefix/<worker>`.
+        """Returns the texts that workers posted as `prefix/<worker>`.
 
         Args:
-            prefix: Before the worker's number.
+            prefix: The part of the name before the worker's number.
 
         Returns:
-            The notes by worker, of those that posted one.
+            The texts by worker; workers without a text are left out.
         """
-        notes = {worker: self.read(f"{prefix}/{worker}") for worker in range(self.num_workers)}
-        return {worker: note for worker, note in notes.items() if note is not None}
+        texts = {worker: self.read(f"{prefix}/{worker}") for worker in range(self.num_workers)}
+        return {worker: text for worker, text in texts.items() if text is not None}
 
 
 class Limited:
-    """Makes calls that may never return, one at a time, and waits for each a while only.
+    """Makes calls that may never return, one at a time, with a time limit for each.
 
-    A call under way when Python ends would crash it: then no other is begun.
+    Python would crash if it ended during such a call. So no call begins once Python ends.
 
     Args:
         seconds: How long to wait for a call.
@@ -84,13 +85,14 @@ class Limited:
         atexit.register(self._free.acquire, timeout=1.0)
 
     def call(self, function: Callable[[], Any]) -> Any:
-        """Gives what a function returns, or None if that takes too long.
+        """Returns the function's result, or None if the call takes too long.
 
         Args:
-            function: Must not raise.
+            function: The function to call; it must not raise.
         """
+        # Once a call was too slow, later calls wait only a moment for it to return.
         if not self._free.acquire(timeout=_STUCK_S if self._is_stuck else self._seconds):
-            return None  # one before has not returned
+            return None  # an earlier call has not returned
         answers: list[Any] = []
 
         def answer() -> None:

@@ -1,4 +1,4 @@
-"""TF_CONFIG as it was when `tfdist run` started this process: a script's own comes too late."""
+"""TF_CONFIG as `tfdist run` set it for this process; a script that sets it comes too late."""
 
 from __future__ import annotations
 
@@ -7,43 +7,48 @@ import sys
 
 _NAME = "TF_CONFIG"
 
-_kept: str | None = None
+_config_at_launch: str | None = None
 _is_connected = False
-_speaks = False
+_may_warn = False
 
 
-def keep(is_connected: bool, speaks: bool) -> None:
-    """Remembers TF_CONFIG as it is now.
+def remember(is_connected: bool, may_warn: bool) -> None:
+    """Remembers the present TF_CONFIG.
 
     Args:
-        is_connected: Whether this process is connected to others.
-        speaks: Whether it is the one of them that says what it sees.
+        is_connected: Whether this process is connected to other workers.
+        may_warn: Whether this process is the worker that prints warnings.
     """
-    global _kept, _is_connected, _speaks
-    _kept, _is_connected, _speaks = os.environ.get(_NAME, ""), is_connected, speaks
+    global _config_at_launch, _is_connected, _may_warn
+    _config_at_launch = os.environ.get(_NAME, "")
+    _is_connected, _may_warn = is_connected, may_warn
 
 
 def restore(alone: bool = False) -> None:
-    """Says once that a TF_CONFIG which was set since has no effect.
+    """Warns once if the script has set TF_CONFIG since: that has no effect.
 
-    In a process that is connected it is put back, for what TensorFlow reads there.
+    In a connected process it restores the first TF_CONFIG, because TensorFlow reads it again.
 
     Args:
         alone: Whether this process is about to train alone.
     """
-    global _kept, _speaks
-    now = os.environ.get(_NAME, "")
-    if _kept is None or now == _kept or not (_is_connected or alone):
+    global _config_at_launch, _may_warn
+    current = os.environ.get(_NAME, "")
+    if (
+        _config_at_launch is None
+        or current == _config_at_launch
+        or not (_is_connected or alone)
+    ):
         return
     if not _is_connected:
-        _kept = now
-    elif _kept:
-        os.environ[_NAME] = _kept
+        _config_at_launch = current
+    elif _config_at_launch:
+        os.environ[_NAME] = _config_at_launch
     else:
         del os.environ[_NAME]
-    if not _speaks:
+    if not _may_warn:
         return
-    _speaks = False
+    _may_warn = False
     effect = "is connected already" if _is_connected else "trains alone"
     print(
         "tfdist: the script has set TF_CONFIG after `tfdist run` started it: this process "

@@ -1,4 +1,4 @@
-"""Ranks that `horovodrun` and `mpirun` give to the processes that they start."""
+"""The ranks that `horovodrun` and `mpirun` give to the processes that they start."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from tfdist.cluster.environment import whole_number
 from tfdist.cluster.jobs import shortened
 from tfdist.errors import ClusterError
 
-# Names of a process's rank and of the number of processes, and one that must be there too.
+# The variables of the rank and of the number of processes, and one that must be set too.
 _HOROVOD = ("HOROVOD_RANK", "HOROVOD_SIZE", "HOROVOD_RANK")
 _OPEN_MPI = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK")
 _MPICH = ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID")  # SLURM's srun may set the first two
 
 
-class Ranked(NamedTuple):
-    """A process among those that were started together.
+class RankAndSize(NamedTuple):
+    """The rank of a process, and how many processes were started together.
 
     Attributes:
-        rank: Its number.
-        size: How many there are.
+        rank: The number of this process.
+        size: How many processes there are.
     """
 
     rank: int
     size: int
 
 
-def from_horovod(environ: Mapping[str, str]) -> Ranked | None:
+def from_horovod(environ: Mapping[str, str]) -> RankAndSize | None:
     """Reads the rank that `horovodrun` gave this process, if it did.
 
     Args:
@@ -36,10 +36,10 @@ def from_horovod(environ: Mapping[str, str]) -> Ranked | None:
     Raises:
         ClusterError: The variables cannot be read.
     """
-    return _ranked(environ, _HOROVOD)
+    return _rank_and_size(environ, _HOROVOD)
 
 
-def from_mpi(environ: Mapping[str, str]) -> Ranked | None:
+def from_mpi(environ: Mapping[str, str]) -> RankAndSize | None:
     """Reads the rank that `mpirun` gave this process, if it did.
 
     Args:
@@ -48,10 +48,12 @@ def from_mpi(environ: Mapping[str, str]) -> Ranked | None:
     Raises:
         ClusterError: The variables cannot be read.
     """
-    return _ranked(environ, _OPEN_MPI) or _ranked(environ, _MPICH)
+    return _rank_and_size(environ, _OPEN_MPI) or _rank_and_size(environ, _MPICH)
 
 
-def _ranked(environ: Mapping[str, str], names: tuple[str, str, str]) -> Ranked | None:
+def _rank_and_size(
+    environ: Mapping[str, str], names: tuple[str, str, str]
+) -> RankAndSize | None:
     if not all(name in environ for name in names):
         return None
     (rank_name, rank_text), (size_name, size_text) = ((n, environ[n]) for n in names[:2])
@@ -62,4 +64,4 @@ def _ranked(environ: Mapping[str, str], names: tuple[str, str, str]) -> Ranked |
             f"{rank_name}={shortened(rank_text)}, {size_name}={shortened(size_text)}. "
             "They are set by the launcher; unset both to train in one process."
         )
-    return Ranked(rank, size)
+    return RankAndSize(rank, size)

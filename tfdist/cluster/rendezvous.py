@@ -1,7 +1,7 @@
-"""Waits until every worker of a cluster is up, and says which one is not.
+"""Waits until every worker of a cluster is up, and names the workers that are missing.
 
-TensorFlow's own wait holds Python's interpreter lock, so nothing can be said or stopped
-meanwhile, and it does not name who is missing.
+TensorFlow's own wait holds Python's interpreter lock: meanwhile nothing can be printed or
+interrupted. It does not name the missing workers either.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ START_TIMEOUT = "TFDIST_START_TIMEOUT"
 
 
 _POLL_S = 0.2
-_LONGEST = 1 << 20  # bytes of a greeting
-# After so many seconds it is said who is waited for.
+_MOST_GREETING_BYTES = 1 << 20
+# After so many seconds the missing workers are named.
 _NOTICE_S = 10.0
-# How long a worker that has found a mistake goes on telling the others of itself.
+# So long a worker that has found a mistake still greets the other workers.
 _PARTING_S = 5.0
 
 
 def start_timeout() -> int:
-    """Returns the seconds to wait for others to come up.
+    """Returns the seconds to wait for the other workers to come up.
 
     Raises:
-        ClusterError: The environment variable is no number.
+        ClusterError: The environment variable is not a number.
     """
     return math.ceil(limit_of(START_TIMEOUT, 300))
 
@@ -48,37 +48,37 @@ def wait_until_up(addresses: Mapping[str, str], seconds: float) -> None:
         seconds: The limit.
 
     Raises:
-        StrategyError: A task did not come up in time; it is named.
+        StrategyError: A task did not come up in time; the message names it.
     """
     wait = _Wait("this process", seconds)
     missing = dict(addresses)
     while missing:
-        reasons = {task: _knock(address) for task, address in missing.items()}
+        reasons = {task: _try_to_connect(address) for task, address in missing.items()}
         missing = {task: missing[task] for task, reason in reasons.items() if reason}
-        wait.look([f"{task} at {a} ({reasons[task]})" for task, a in missing.items()])
+        wait.check([f"{task} at {a} ({reasons[task]})" for task, a in missing.items()])
         if missing:
             time.sleep(_POLL_S)
 
 
-def wait_until_known(names: Sequence[str], seconds: float) -> None:
-    """Returns when a name service knows every name.
+def wait_until_resolved(names: Sequence[str], seconds: float) -> None:
+    """Returns when every name resolves to an address.
 
     Args:
-        names: Of machines.
+        names: The names of machines.
         seconds: The limit.
 
     Raises:
-        StrategyError: A name is not known in time.
+        StrategyError: A name does not resolve in time.
     """
     wait = _Wait("this process", seconds)
     while missing := [
-        f"{name} (its name does not resolve)" for name in names if not _knows(name)
+        f"{name} (its name does not resolve)" for name in names if not _resolves(name)
     ]:
-        wait.look(missing)
+        wait.check(missing)
         time.sleep(_POLL_S)
 
 
-def _knows(name: str) -> bool:
+def _resolves(name: str) -> bool:
     try:
         return bool(socket.getaddrinfo(name, None))
     except OSError:
@@ -91,14 +91,14 @@ def is_up(address: str) -> bool:
     Args:
         address: `host:port`.
     """
-    return _knock(address) is None
+    return _try_to_connect(address) is None
 
 
 def answers(address: str, seconds: float) -> bool:
-    """Tells whether a TensorFlow server at an address lives, not only its port.
+    """Tells whether the TensorFlow server at an address answers.
 
-    The system accepts connections for a process that is stopped. A server that is called
-    says something first: the settings of HTTP/2.
+    A connection alone proves nothing: the system accepts connections for a stopped process
+    too. A server that runs sends the first bytes, the settings of HTTP/2.
 
     Args:
         address: `host:port`.
@@ -112,45 +112,45 @@ def answers(address: str, seconds: float) -> bool:
 
 
 def meet(cluster: Cluster, seconds: float, versions: str = "") -> None:
-    """Returns when this worker reached every other one, and every other one this.
+    """Returns when this worker has reached every other worker, and each of them this one.
 
-    Until then each listens at its address; afterwards the port is free for TensorFlow.
+    Until then each worker listens at its address. Afterwards the port is free for TensorFlow.
 
     Args:
-        cluster: This process's place.
+        cluster: The cluster, with this process's place.
         seconds: The limit.
-        versions: Of the packages that must be the same everywhere.
+        versions: The versions of packages that must be the same everywhere, as one text.
 
     Raises:
-        StrategyError: This worker's port is taken, a worker did not come up in time, or one
-            has another cluster, the same place or other versions.
+        StrategyError: This worker's port is in use, a worker did not come up in time, or
+            another worker has other addresses, the same place or other versions.
     """
     addresses = dict(enumerate(cluster.workers))
-    mine = addresses.pop(cluster.worker_index)
-    unreached, unheard = dict.fromkeys(addresses, "no answer yet"), set(addresses)
+    local_address = addresses.pop(cluster.worker_index)
+    unreached, not_called_back = dict.fromkeys(addresses, "no answer yet"), set(addresses)
     greeting = _Greeting(cluster.worker_index, cluster.workers, versions)
-    wait, problem, parting = _Wait(cluster.task, seconds), "", math.inf
-    with _listening(cluster, mine) as listener:
-        while (unreached or unheard) and time.monotonic() < parting:
+    wait, problem, deadline = _Wait(cluster.task, seconds), "", math.inf
+    with _listening(cluster, local_address) as listener:
+        while (unreached or not_called_back) and time.monotonic() < deadline:
             for worker in tuple(unreached):
-                reason = _knock(addresses[worker], greeting.line())
+                reason = _try_to_connect(addresses[worker], greeting.line())
                 if reason is None:
                     del unreached[worker]
                 else:
                     unreached[worker] = reason
-            heard = _hear(listener)
-            if heard is not None and not problem:
-                problem = _difference(heard, greeting, cluster)
-                # The others are to hear of this one too, and to say the same.
-                parting = time.monotonic() + _PARTING_S if problem else math.inf
-            if heard is not None:
-                unheard.discard(heard.worker)
+            received = _accept_greeting(listener)
+            if received is not None and not problem:
+                problem = _difference(received, greeting, cluster)
+                # The other workers need this worker's greeting too, to find the same mistake.
+                deadline = time.monotonic() + _PARTING_S if problem else math.inf
+            if received is not None:
+                not_called_back.discard(received.worker)
             if problem and not unreached:
                 break
-            wait.look(
+            wait.check(
                 [
                     f"worker {i} at {addresses[i]} ({unreached.get(i, 'it did not call back')})"
-                    for i in sorted(unreached.keys() | unheard)
+                    for i in sorted(unreached.keys() | not_called_back)
                 ]
             )
     if problem:
@@ -158,16 +158,16 @@ def meet(cluster: Cluster, seconds: float, versions: str = "") -> None:
 
 
 class _Wait:
-    """A wait for others that is spoken of, and has an end."""
+    """A wait for other workers: it names the missing ones, and has a limit."""
 
     def __init__(self, who: str, seconds: float) -> None:
         self._who = who
         self._seconds = seconds
         self._began = time.monotonic()
-        self._is_told = False
+        self._has_printed = False
 
-    def look(self, missing: Sequence[str]) -> None:
-        """Says who is missing, once it takes long, and raises when it takes too long."""
+    def check(self, missing: Sequence[str]) -> None:
+        """Prints who is missing after a while, and raises at the limit."""
         waited = time.monotonic() - self._began
         if not missing:
             return
@@ -178,8 +178,8 @@ class _Wait:
                 f"Received: no answer from {listed}. See what they print, and check that "
                 "their addresses can be reached from here."
             )
-        if waited > _NOTICE_S and not self._is_told:
-            self._is_told = True
+        if waited > _NOTICE_S and not self._has_printed:
+            self._has_printed = True
             print(
                 f"tfdist: {self._who} waits for {listed}, at most {self._seconds:g} s in all "
                 f"({START_TIMEOUT}).",
@@ -189,7 +189,7 @@ class _Wait:
 
 
 class _Greeting(NamedTuple):
-    """What a worker tells another of itself."""
+    """What a worker sends to another worker about itself."""
 
     worker: int
     addresses: Sequence[str]
@@ -199,28 +199,29 @@ class _Greeting(NamedTuple):
         return json.dumps(self).encode() + b"\n"
 
 
-def _difference(heard: _Greeting, own: _Greeting, cluster: Cluster) -> str:
-    """Says what keeps a worker from training with this one; "" if nothing does."""
-    if heard.worker == own.worker:
+def _difference(received: _Greeting, local: _Greeting, cluster: Cluster) -> str:
+    """Says why a worker cannot train with this one; "" if it can."""
+    if received.worker == local.worker:
         return (
             f"Each worker must have a place of its own. Received: two processes with the place "
             f"of {cluster.task} in {cluster.source}. Give each another task index."
         )
-    # A worker may know itself by another name than the others do.
-    ours, theirs = list(own.addresses), list(heard.addresses)
-    for addresses in (ours, theirs):
-        for worker in (own.worker, heard.worker):
+    # A worker's name for itself may differ from the name that other workers use for it.
+    local_view, peer_view = list(local.addresses), list(received.addresses)
+    for addresses in (local_view, peer_view):
+        for worker in (local.worker, received.worker):
             addresses[worker : worker + 1] = [""]
-    if ours != theirs:
+    if local_view != peer_view:
         return (
             "All workers must have the same addresses of all workers. Received: "
-            f"{', '.join(own.addresses)} in {cluster.source} of {cluster.task}, "
-            f"{', '.join(heard.addresses)} in that of worker {heard.worker}. Correct one."
+            f"{', '.join(local.addresses)} in {cluster.source} of {cluster.task}, "
+            f"{', '.join(received.addresses)} in that of worker {received.worker}. Correct one."
         )
-    if heard.versions != own.versions:
+    if received.versions != local.versions:
         return (
-            f"All workers must have the same versions. Received: {own.versions} on "
-            f"{cluster.task}, {heard.versions} on worker {heard.worker}. Install the same."
+            f"All workers must have the same versions. Received: {local.versions} on "
+            f"{cluster.task}, {received.versions} on worker {received.worker}. "
+            "Install the same."
         )
     return ""
 
@@ -244,8 +245,8 @@ def _listening(cluster: Cluster, address: str) -> Iterator[socket.socket]:
         yield listener
 
 
-def _knock(address: str, greeting: bytes = b"") -> str | None:
-    """Calls at an address, and says why nobody answered, or None."""
+def _try_to_connect(address: str, greeting: bytes = b"") -> str | None:
+    """Connects to an address; returns None, or the reason why nobody answered."""
     try:
         with socket.create_connection(_split(address), timeout=1.0) as connection:
             connection.sendall(greeting)
@@ -256,15 +257,15 @@ def _knock(address: str, greeting: bytes = b"") -> str | None:
         return error.strerror or str(error)
 
 
-def _hear(listener: socket.socket) -> _Greeting | None:
-    """Waits a moment for a worker that tells it is up."""
+def _accept_greeting(listener: socket.socket) -> _Greeting | None:
+    """Waits a moment for the greeting of another worker."""
     try:
         connection, _ = listener.accept()
-        with connection, connection.makefile("rb") as said:
+        with connection, connection.makefile("rb") as stream:
             connection.settimeout(1.0)
-            worker, addresses, versions = json.loads(said.readline(_LONGEST))
+            worker, addresses, versions = json.loads(stream.readline(_MOST_GREETING_BYTES))
             return _Greeting(int(worker), tuple(map(str, addresses)), str(versions))
-    except (OSError, ValueError, TypeError):  # nobody, or somebody else who knocked
+    except (OSError, ValueError, TypeError):  # nobody called, or another program did
         return None
 
 

@@ -16,7 +16,7 @@ _FIRST_PORT = 12000
 _PORTS_PER_JOB = 64
 _PORT_BLOCKS = 312
 
-# More than any machine has: what names more was not written by SLURM.
+# No cluster has more: a longer list was not written by SLURM.
 _MOST = 1_000_000
 
 # SLURM gives the batch script and an interactive shell step numbers from here on.
@@ -26,15 +26,15 @@ _FIRST_RESERVED_STEP = 0xFFFF_FFF0
 def workers_from_slurm(environ: Mapping[str, str]) -> tuple[tuple[str, ...], int] | None:
     """Reads the addresses of all workers and this process's position among them.
 
-    An `sbatch` script and an interactive shell carry `SLURM_NTASKS` too, but are no task:
-    only a process that `srun` started in a step of several tasks is one.
+    Only a process that `srun` started in a step of several tasks is a worker. An `sbatch`
+    script and an interactive shell have `SLURM_NTASKS` too, but they are not tasks.
 
     Args:
         environ: The environment variables.
 
     Returns:
-        The workers' addresses and this process's index, or None where this process is not
-        one of several SLURM tasks.
+        The workers' addresses and this process's index, or None if this process is not one
+        of several SLURM tasks.
 
     Raises:
         ClusterError: SLURM's variables cannot be read, or do not agree with each other.
@@ -91,11 +91,11 @@ def workers_from_slurm(environ: Mapping[str, str]) -> tuple[tuple[str, ...], int
 
 
 def expand_node_list(text: str, name: str = "SLURM_STEP_NODELIST") -> tuple[str, ...]:
-    """Spells out a node list in SLURM's notation.
+    """Expands a node list in SLURM's notation.
 
     Args:
-        text: For instance `"node[01-03,07],gpu5"`.
-        name: The variable it came from, for the error message.
+        text: The list, such as `"node[01-03,07],gpu5"`.
+        name: The variable that holds it, for the error message.
 
     Returns:
         The node names in SLURM's order.
@@ -127,10 +127,10 @@ def expand_node_list(text: str, name: str = "SLURM_STEP_NODELIST") -> tuple[str,
                 continue
             numbers: list[str] = []
             for piece in ranges.split(","):
-                found = re.fullmatch(r"(\d{1,18})(?:-(\d{1,18}))?", piece)
-                if found is None:
+                match = re.fullmatch(r"(\d{1,18})(?:-(\d{1,18}))?", piece)
+                if match is None:
                     raise malformed(entry)
-                first, last = found[1], found[2] or found[1]
+                first, last = match[1], match[2] or match[1]
                 if not 0 <= int(last) - int(first) < _MOST:
                     raise malformed(entry)
                 numbers += [str(n).zfill(len(first)) for n in range(int(first), int(last) + 1)]
@@ -142,11 +142,11 @@ def expand_node_list(text: str, name: str = "SLURM_STEP_NODELIST") -> tuple[str,
 
 
 def expand_task_counts(text: str, name: str = "SLURM_STEP_TASKS_PER_NODE") -> tuple[int, ...]:
-    """Spells out SLURM's number of tasks on each node.
+    """Expands SLURM's numbers of tasks on each node.
 
     Args:
-        text: For instance `"2(x3),1"`.
-        name: The variable it came from, for the error message.
+        text: The numbers, such as `"2(x3),1"`.
+        name: The variable that holds them, for the error message.
 
     Returns:
         One number for each node.
@@ -160,14 +160,14 @@ def expand_task_counts(text: str, name: str = "SLURM_STEP_TASKS_PER_NODE") -> tu
     """
     counts: list[int] = []
     for entry in text.split(","):
-        found = re.fullmatch(r"\s*(\d{1,18})(?:\(x(\d{1,18})\))?\s*", entry)
-        if found is None or int(found[2] or 1) > _MOST:
+        match = re.fullmatch(r"\s*(\d{1,18})(?:\(x(\d{1,18})\))?\s*", entry)
+        if match is None or int(match[2] or 1) > _MOST:
             raise ClusterError(
                 f"`{name}` must be a list of task counts such as '2(x3),1'. "
                 f"Received: {name}={text!r}. "
                 "Start the program with `srun`, or set TF_CONFIG, which comes first."
             )
-        counts += [int(found[1])] * int(found[2] or 1)
+        counts += [int(match[1])] * int(match[2] or 1)
     return tuple(counts)
 
 
@@ -182,7 +182,7 @@ def _base_port(environ: Mapping[str, str], step_id: int, needed: int) -> int:
             )
         return port
     job_name, job_text = _first(environ, "SLURM_JOB_ID", "SLURM_JOBID")
-    # Every task must arrive at the same port by itself: the ids are all they have in common.
+    # Every task must compute the same port by itself, and they share nothing but these ids.
     block = (_number(job_name, job_text) + 37 * step_id) % _PORT_BLOCKS
     return _FIRST_PORT + _PORTS_PER_JOB * block
 

@@ -1,4 +1,4 @@
-"""TF_CONFIG: read, and checked field by field."""
+"""Reads TF_CONFIG, and checks it field by field."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _EXAMPLE = (
 
 @dataclass(frozen=True)
 class Task:
-    """What TF_CONFIG says.
+    """The content of TF_CONFIG.
 
     Attributes:
         jobs: Each job's addresses.
         job: The job of this process.
-        index: Its position in the job.
+        index: The position of this process in its job.
     """
 
     jobs: Mapping[str, tuple[str, ...]]
@@ -37,10 +37,10 @@ def read(text: str) -> Task:
     """Reads TF_CONFIG.
 
     Args:
-        text: Its JSON.
+        text: The variable's value, JSON.
 
     Raises:
-        ClusterError: It is malformed; the field is named.
+        ClusterError: It is malformed; the message names the field.
     """
     try:
         config = json.loads(text)
@@ -84,19 +84,19 @@ def read(text: str) -> Task:
 
 def _jobs(cluster: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
     jobs: dict[str, tuple[str, ...]] = {}
-    seen: dict[str, str] = {}
+    field_of_address: dict[str, str] = {}
     if CHIEF in cluster and _MASTER in cluster:
         raise ClusterError(
             "`TF_CONFIG.cluster` must have one chief. Received: both 'chief' and 'master', "
             "two names of it. Remove one of them."
         )
-    for given, addresses in cluster.items():
-        name = f"TF_CONFIG.cluster.{given}"
-        job = CHIEF if given == _MASTER else given
+    for key, addresses in cluster.items():
+        name = f"TF_CONFIG.cluster.{key}"
+        job = CHIEF if key == _MASTER else key
         if job not in JOBS:
             raise ClusterError(
                 f"`TF_CONFIG.cluster` must have no other jobs than {_listed(JOBS)}. "
-                f"Received: a job {shortened(given)}. Rename or remove it."
+                f"Received: a job {shortened(key)}. Rename or remove it."
             )
         if isinstance(addresses, dict):
             raise _sparse(name, addresses)
@@ -114,13 +114,13 @@ def _jobs(cluster: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
         for position, address in enumerate(addresses):
             field_name = f"{name}[{position}]"
             address = check_address(address, field_name)
-            if address in seen:
+            if address in field_of_address:
                 raise ClusterError(
                     "Each process in `TF_CONFIG.cluster` must have an address of its own. "
-                    f"Received: {address!r} in both {seen[address]} and {field_name}. "
-                    "Give one of them another port."
+                    f"Received: {address!r} in both {field_of_address[address]} and "
+                    f"{field_name}. Give one of them another port."
                 )
-            seen[address] = field_name
+            field_of_address[address] = field_name
         if addresses:
             jobs[job] = tuple(address.strip() for address in addresses)
     return jobs
@@ -137,7 +137,7 @@ def _sparse(name: str, value: object) -> ClusterError:
 def _job(task: Mapping[str, Any], jobs: Mapping[str, tuple[str, ...]]) -> str:
     job = task.get("type")
     job = CHIEF if job == _MASTER else job
-    # An evaluator stands outside the cluster: TensorFlow and Kubernetes leave it off the list.
+    # An evaluator is not part of the cluster: TensorFlow and Kubernetes do not list it.
     if isinstance(job, str) and (job in jobs or job == EVALUATOR):
         return job
     raise ClusterError(
@@ -181,11 +181,11 @@ def check_address(address: object, name: str) -> str:
     """Checks that an address is a host and a port.
 
     Args:
-        address: What was given, for instance `"10.0.0.1:12345"` or `"[::1]:12345"`.
-        name: Where it was given, for the error message.
+        address: The address, such as `"10.0.0.1:12345"` or `"[::1]:12345"`.
+        name: The field that holds it, for the error message.
 
     Returns:
-        The address.
+        The address, without spaces around it.
 
     Raises:
         ClusterError: It is not `"host:port"` with a port from 1 to 65535.

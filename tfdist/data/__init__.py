@@ -1,8 +1,9 @@
-"""From what `fit` was given to each replica's stream of shares.
+"""The input pipeline: from the data of `fit` to each replica's stream of batches.
 
-Two roads. Arrays have rows that a sampler chooses by number. Everything else is a
-sequence of global batches. On both, replica r of R takes rows [n*r//R, n*(r+1)//R) of a
-global batch of n, and a share without rows carries one row that counts nothing.
+There are two kinds of sources. Arrays have rows, and a sampler chooses them by number.
+Everything else is a sequence of global batches. For both, replica r of R takes the rows
+[n*r//R, n*(r+1)//R) of a global batch of n rows: its `Share`. A share without rows carries
+one padding row, which does not count.
 """
 
 from tfdist.data.augment import Augment
@@ -13,7 +14,7 @@ from tfdist.data.epochs import DataPosition
 from tfdist.data.leaves import is_composite
 from tfdist.data.local import LocalShard, local_shard
 from tfdist.data.reading import read
-from tfdist.data.settings import Settings
+from tfdist.data.settings import SourceSettings
 from tfdist.data.source import Share, Source, bounds, no_groups
 from tfdist.data.stream import Epoch, Stream
 
@@ -23,9 +24,9 @@ __all__ = [
     "DataPosition",
     "Epoch",
     "LocalShard",
-    "Settings",
     "Share",
     "Source",
+    "SourceSettings",
     "Stream",
     "bounds",
     "difference",

@@ -21,36 +21,36 @@ from tfdist.data.source import (
     as_text,
     bounds,
     bounds_of_groups,
-    dealt,
     no_groups,
-    share_of,
-    unconverted,
-    untuned,
+    rows_per_replica,
+    split_over_replicas,
+    without_autograph,
+    without_tuning,
 )
 from tfdist.samplers import Sampler, Sequential, Uniform
 from tfdist.samplers.permutation import Rows
 from tfdist.strategies.base import Place
 
 Tensor = Any
-_ROWS_AT_ONCE = 2**17  # enough that calling the sampler costs little: 1 MiB of numbers
+_ROWS_AT_ONCE = 2**17  # so many that a call of the sampler costs little: 1 MiB of numbers
 _STEPS_AT_ONCE = 128
 
 
 @dataclass
 class Arrays(Source):
-    """Arrays in memory, rows chosen by a sampler.
+    """Arrays in memory, with rows chosen by a sampler.
 
     Attributes:
         data: Nested structure of tensors with equal first dimensions, as in `Share.data`.
         sampler: Chooses the rows of each step.
         batch_size: Examples of a full global batch.
-        seed: The sampler's.
-        batches: Steps of one pass over the rows, or None where the sampler has no passes.
-        flows: Whether the stream goes through all passes (training) or ends after one.
-        asked_steps: Steps an epoch, if the user has said.
-        copies: How often each row that was drawn comes, one behind the other.
-        rounded_to: Rows of a share are a multiple of it, those of one that was drawn less; what
-            is beyond `Share.rows` does not count.
+        seed: The sampler's seed.
+        batches: Steps of one pass over the rows, or None if the sampler has no passes.
+        spans_passes: Whether the stream goes through all passes (training) or ends after one.
+        requested_steps: The user's number of steps an epoch, or None.
+        copies: How often each drawn row is repeated, one copy after the other.
+        rows_multiple: The rows of a share are padded to a multiple of it, before they are
+            copied. Rows beyond `Share.rows` do not count.
     """
 
     data: Any
@@ -58,18 +58,19 @@ class Arrays(Source):
     batch_size: int
     seed: int
     batches: int | None = field(kw_only=True)
-    flows: bool = field(kw_only=True)
-    asked_steps: int | None = field(default=None, kw_only=True)
+    spans_passes: bool = field(kw_only=True)
+    requested_steps: int | None = field(default=None, kw_only=True)
     copies: int = field(default=1, kw_only=True)
-    rounded_to: int = field(default=1, kw_only=True)
+    rows_multiple: int = field(default=1, kw_only=True)
 
     _facts: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         self.may_be_empty = self.sampler.may_be_empty
-        self.repeats = not self.flows  # then every pass has its rows in the same order
-        of = self.sampler.group_of
-        self._group_of = None if of is None else tf.constant(of)
+        # An evaluation has a stream for each pass, always in the order of the first pass.
+        self.is_same_each_pass = not self.spans_passes
+        group_of = self.sampler.group_of
+        self._group_of = None if group_of is None else tf.constant(group_of)
 
     @property
     def num_rows(self) -> int:
@@ -82,146 +83,155 @@ class Arrays(Source):
         return self.num_rows
 
     def position_after(self, steps: int) -> DataPosition:
-        """Says where a new call of `fit` begins: rows go on after the last epoch's."""
-        if self.batches is None and self.asked_steps is not None:
-            return DataPosition(drawn=-(-steps // self.asked_steps) * self.asked_steps)
+        """Returns the position of a new call of `fit`: after the rows of the last epoch."""
+        if self.batches is None and self.requested_steps is not None:
+            return DataPosition(drawn=-(-steps // self.requested_steps) * self.requested_steps)
         return super().position_after(steps)
 
     def shares(self, place: Place, position: DataPosition = START) -> Any:
-        """Builds the stream of shares; each gathers its own rows only."""
+        """Builds the stream of shares; each replica gathers only its own rows."""
 
         def share(rows: Tensor, facts: Tensor, replica: Tensor) -> Share:
             return self._share(place, rows, facts, replica)
 
-        return untuned(dealt(self._row_numbers(position), share, place))
+        return without_tuning(split_over_replicas(self._row_numbers(position), share, place))
 
     def _share(self, place: Place, rows: Tensor, facts: Tensor, replica: Tensor) -> Share:
-        """Gathers a replica's part of a batch from what `_drawn` gave."""
+        """Gathers a replica's part of a batch from what `_draw` gave."""
         if place.num_replicas == 1 and not self.may_be_empty:
             all_rows = tf.slice(rows, tf.constant([0], tf.int64), facts)
-            return Share(self._gather(leaves.sized(all_rows, self._full_batch)))
+            return Share(self._gather(leaves.with_num_rows(all_rows, self._full_batch)))
         total = facts[0]
         if self._group_of is None:
             begin, end = bounds(total, replica, place)
         else:
             groups = tf.gather(self._group_of, rows[:total])
             begin, end = bounds_of_groups(groups, replica, place)
-        padded = tf.maximum(tf.minimum(begin, total - 1), 0)
-        mine = rows[padded : tf.maximum(end, padded + 1)]
+        # A share without rows takes an arbitrary row as padding.
+        first_row = tf.maximum(tf.minimum(begin, total - 1), 0)
+        own_rows = rows[first_row : tf.maximum(end, first_row + 1)]
         if self._group_of is None:
-            mine = leaves.sized(mine, share_of(self._full_batch, place))
-        return self._dealt(mine, end - begin, total, begin)
+            own_rows = leaves.with_num_rows(own_rows, rows_per_replica(self._full_batch, place))
+        return self._gather_share(own_rows, end - begin, total, begin)
 
     @property
     def _full_batch(self) -> int | None:
-        """Rows of every global batch, where all have equally many: some layers must know."""
-        in_turn = isinstance(self.sampler, Sequential | Uniform) and self.copies == 1
-        return self.batch_size if in_turn and self.num_rows % self.batch_size == 0 else None
+        """Rows of every global batch if all are full, otherwise None.
 
-    def _dealt(self, rows: Tensor, count: Tensor, total: Tensor, offset: Tensor) -> Share:
-        """Gathers the rows of a share, each as often as it is to come."""
+        Some layers need a static batch size.
+        """
+        has_plain_order = isinstance(self.sampler, Sequential | Uniform) and self.copies == 1
+        all_full = has_plain_order and self.num_rows % self.batch_size == 0
+        return self.batch_size if all_full else None
+
+    def _gather_share(
+        self, rows: Tensor, count: Tensor, total: Tensor, offset: Tensor
+    ) -> Share:
+        """Gathers the rows of a share, with padding and copies."""
         copies = self.copies
-        if self.rounded_to > 1 and self._group_of is None:
+        if self.rows_multiple > 1 and self._group_of is None:
             size = tf.size(rows)
-            rounded = -(-size // self.rounded_to) * self.rounded_to
+            rounded = -(-size // self.rows_multiple) * self.rows_multiple
             rows = tf.gather(rows, tf.minimum(tf.range(rounded), size - 1))
         if copies > 1:
             rows = tf.repeat(rows, copies)
             count, total, offset = count * copies, total * copies, offset * copies
-        of = self._group_of
-        groups = no_groups() if of is None else tf.gather(of, rows)
+        group_of = self._group_of
+        groups = no_groups() if group_of is None else tf.gather(group_of, rows)
         return Share(self._gather(rows), count, total, offset, tf.zeros([4]), groups)
 
     def sample(self, rows: int = FEW) -> Any:
-        """Gives the first rows, at most a batch."""
+        """Returns the first rows, at most a batch."""
         return self._gather(tf.range(min(rows, self.batch_size, self.num_local_rows)))
 
     @property
-    def held(self) -> Any:
+    def common_data(self) -> Any:
         """The arrays."""
         return self.data
 
     @property
     def columns(self) -> Any:
-        """The arrays, or None where rows of some cannot be gathered by `tf.gather`."""
+        """The arrays, or None if `tf.gather` cannot gather rows of all of them."""
         dense = all(leaves.is_dense(column) for column in tf.nest.flatten(self.data))
         return self.data if dense else None
 
     def row_numbers(self, position: DataPosition) -> Iterator[Rows]:
-        """Gives global batches as row numbers, without end."""
+        """Yields global batches as row numbers, without end."""
         for first in itertools.count(self._first_step(position), self._at_once):
-            yield from self._sampled(first)
+            yield from self._sample(first)
 
     def _gather(self, rows: Tensor) -> Any:
         return tf.nest.map_structure(lambda column: leaves.gather(column, rows), self.data)
 
     def _row_numbers(self, position: DataPosition) -> Any:
-        """Builds a dataset of row numbers, padded at the end, and facts, both of `_drawn`.
+        """Builds a dataset of the row numbers, padded at the end, and the facts of `_draw`.
 
-        The sampler is asked for many steps at once, ahead of those that gather their rows.
+        The sampler draws many steps in one call, ahead of the steps that gather their rows.
         """
         at_once = self._at_once
 
-        def draw(first: np.int64) -> tuple[Any, Any]:
-            batches, facts = self._drawn(int(first))
-            padded = np.zeros((at_once, max(1, *map(len, batches))), np.int64)
-            for row, batch in zip(padded, batches, strict=True):
+        def draw_padded(first: np.int64) -> tuple[Any, Any]:
+            batches, facts = self._draw(int(first))
+            first_row = np.zeros((at_once, max(1, *map(len, batches))), np.int64)
+            for row, batch in zip(first_row, batches, strict=True):
                 row[: len(batch)] = batch
-            return padded, np.array(facts)
+            return first_row, np.array(facts)
 
-        @unconverted
-        def drawn(first: Tensor) -> tuple[Tensor, Tensor]:
-            rows, facts = tf.numpy_function(draw, [first], (tf.int64, tf.int64))
+        @without_autograph
+        def draw_tensors(first: Tensor) -> tuple[Tensor, Tensor]:
+            rows, facts = tf.numpy_function(draw_padded, [first], (tf.int64, tf.int64))
             facts = tf.ensure_shape(facts, [at_once, self._facts])
             return tf.ensure_shape(rows, [at_once, None]), facts
 
         numbers = tf.data.Dataset.range(self._first_step(position), FOREVER, at_once)
-        batches = numbers.map(drawn, 1).prefetch(2).unbatch()
-        return batches if self.flows else batches.take((self.batches or 0) - position.drawn)
+        batches = numbers.map(draw_tensors, 1).prefetch(2).unbatch()
+        if self.spans_passes:
+            return batches
+        return batches.take((self.batches or 0) - position.drawn)
 
     @property
     def _at_once(self) -> int:
-        """Steps of which the sampler is asked in one call."""
-        # A short epoch's steps are drawn with those of the next ones, if there are any.
+        """Steps that the sampler draws in one call."""
+        # In training, the steps of a short epoch are drawn together with the next ones.
         steps = self.steps or 1
-        useful = max(steps, _STEPS_AT_ONCE) if self.flows else steps
+        useful = max(steps, _STEPS_AT_ONCE) if self.spans_passes else steps
         return max(1, min(_ROWS_AT_ONCE // self.batch_size, useful))
 
     def _first_step(self, position: DataPosition) -> int:
-        passes = position.number * (self.batches or 0) if self.flows else 0
+        passes = position.number * (self.batches or 0) if self.spans_passes else 0
         return passes + position.drawn
 
-    def _drawn(self, first: int) -> tuple[list[Rows], list[list[int]]]:
-        """Draws global batches, and tells what `_share` must know of each: its size."""
-        batches = self._sampled(first)
+    def _draw(self, first: int) -> tuple[list[Rows], list[list[int]]]:
+        """Draws global batches; returns the rows and the facts (the size) for `_share`."""
+        batches = self._sample(first)
         return batches, [[len(rows)] for rows in batches]
 
-    def _sampled(self, first: int) -> list[Rows]:
+    def _sample(self, first: int) -> list[Rows]:
         settings = {"num_rows": self.num_rows, "batch_size": self.batch_size}
         return self.sampler.batches(first, self._at_once, seed=self.seed, **settings)
 
     def first_rows(self) -> bytes:
-        """Gives what the sampler draws first, of any batch size: it tells orders apart."""
-        drawn = self.sampler.rows(0, num_rows=self.num_rows, batch_size=64, seed=self.seed)
-        return np.asarray(drawn, np.int64).tobytes()
+        """Returns the first rows that the sampler draws: they differ between samplers."""
+        rows = self.sampler.rows(0, num_rows=self.num_rows, batch_size=64, seed=self.seed)
+        return np.asarray(rows, np.int64).tobytes()
 
     def spec(self) -> Any:
-        """Gives the shapes and dtypes of a batch."""
+        """Returns the shapes and dtypes of a batch."""
         rows = self._full_batch
         return tf.nest.map_structure(lambda column: leaves.spec(column, rows), self.data)
 
     def spec_text(self) -> str:
-        """Writes down what of a batch does not depend on its size."""
+        """Returns the shapes and dtypes of a batch without its size, as text."""
         return as_text(tf.nest.map_structure(leaves.spec, self.data))
 
     def contents(self) -> bytes:
-        """Gives some rows of the arrays."""
+        """Returns the bytes of some rows of the arrays."""
         rows = np.unique(np.linspace(0, self.num_rows - 1, 64).astype(np.int64))
         columns = tf.nest.flatten(self.data)
         return b"".join(leaves.content(leaves.gather(column, rows)) for column in columns)
 
     def fingerprint(self) -> str:
-        """Sums up number, shape and some rows of the arrays, and a step of the sampler."""
+        """Returns a text that differs if the arrays or the sampler differ."""
         digest = hashlib.sha256(self.contents())
         digest.update(self.first_rows())
         return f"{self.num_rows} rows of {super().fingerprint()}, {digest.hexdigest()[:12]}"

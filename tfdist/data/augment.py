@@ -1,4 +1,4 @@
-"""Augmentation in the input road: a function of the seed, the step and the place in it."""
+"""Augmentation: a function of the seed, the step and an example's position in the batch."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ Tensor = Any
 
 @dataclass(frozen=True, eq=False)
 class Augment:
-    """Changes examples at random while `fit` draws them; its `augment` argument.
+    """Augmentation of the training data; the `augment` argument of `fit`.
 
-    What becomes of an example is a function of the seed, the step and its place in the global
-    batch, whatever the number of replicas; every example has numbers of its own, also from
-    layers such as `RandomCrop` that decide once for a batch. Targets and weights stay as they
-    are, and nothing but training data is changed.
+    The change of an example is a function of the seed, the step and the example's position in
+    the global batch. It does not depend on the number of replicas. Every example gets its own
+    random numbers, even from layers such as `RandomCrop` that draw once for a batch. Targets,
+    weights and validation data do not change.
 
     Args:
-        layers: A Keras layer or several, applied in turn: those of Keras's image augmentation,
-            noise layers, or layers of your own that draw by `keras.random` from a
-            `SeedGenerator`. Each takes and gives one tensor, and treats examples one by one.
-            For `x` that is a dict, a dict of layers by the name of the input.
-        classes: The classes to change, as `y` names them: values, or columns where `y` has
-            shape [examples, classes]. All if None.
-        repeated: Change an example that the sampler draws r times an epoch with probability
-            1 - 1/r, so that it is seen as it is once an epoch, on average. For arrays.
+        layers: A Keras layer or a list of layers, applied one after the other: Keras's image
+            augmentation layers, noise layers, or your own layers that use `keras.random` with
+            a `SeedGenerator`. Each layer takes and returns one tensor, and changes each
+            example independently. If `x` is a dict, a dict of layers by the input's name.
+        classes: The classes to change, as in `y`: values, or columns if `y` has shape
+            [examples, classes]. None for all classes.
+        repeated: If the sampler draws an example r times an epoch, change it with probability
+            1 - 1/r: on average it comes unchanged once an epoch. For arrays only.
 
     Raises:
-        ArgumentError: There is no layer, or one that is not a Keras layer.
+        ArgumentError: There is no layer, or a layer is not a Keras layer.
 
     Example:
         >>> import keras, numpy as np, tfdist
@@ -76,40 +76,42 @@ class Augment:
 
     @property
     def by_input(self) -> dict[str | None, list[Any]]:
-        """The layers of each input, that of a single one under None."""
+        """The layers of each input by its name; the name of a single input is None."""
         if isinstance(self.layers, dict):
             return {name: _listed(layers) for name, layers in self.layers.items()}
         return {None: _listed(self.layers)}
 
     def check(self, y: Any) -> None:
-        """Refuses targets that `classes` cannot be looked up in.
+        """Refuses targets that do not fit `classes`.
 
         Args:
-            y: What has their shape and dtype.
+            y: The targets, or a description with their shape and dtype.
 
         Raises:
-            ArgumentError: There are no targets, several, or of another kind.
+            ArgumentError: There are no targets, several targets, or targets of another kind.
         """
         if y is None or tf.nest.is_nested(y) or y.shape.rank not in (1, 2):
             raise ArgumentError(
                 "`classes` needs one target for each example. Received: "
                 f"y={shortened(y)}. Leave `classes` out, or pass y of shape [examples]."
             )
-        wanted = np.asarray(self.classes)
+        chosen_classes = np.asarray(self.classes)
         if _has_columns(y):
-            if wanted.dtype.kind not in "iu" or not set(wanted) <= set(range(y.shape[1])):
+            if chosen_classes.dtype.kind not in "iu" or not set(chosen_classes) <= set(
+                range(y.shape[1])
+            ):
                 raise ArgumentError(
                     "`classes` must be columns of `y`. Received: "
                     f"classes={self.classes!r} and y with shape {tuple(y.shape)}."
                 )
-        elif (wanted.dtype.kind in "US") != (y.dtype == tf.string):
+        elif (chosen_classes.dtype.kind in "US") != (y.dtype == tf.string):
             raise ArgumentError(
                 "`classes` must be of the kind of `y`. Received: "
                 f"classes={self.classes!r} and y of dtype {y.dtype.name}."
             )
 
     def chosen(self, y: Any) -> Any:
-        """Says which examples are of `classes`.
+        """Finds the examples of `classes`.
 
         Args:
             y: Targets of shape [examples] or [examples, 1], or [examples, classes].
@@ -120,8 +122,8 @@ class Augment:
         if _has_columns(y):
             columns = tf.gather(y, list(self.classes or ()), axis=1)
             return tf.reduce_any(tf.cast(columns, tf.float32) > 0.5, 1)
-        wanted = tf.cast(np.asarray(self.classes), y.dtype)
-        return tf.reduce_any(tf.reshape(y, [-1, 1]) == wanted, 1)
+        chosen_classes = tf.cast(np.asarray(self.classes), y.dtype)
+        return tf.reduce_any(tf.reshape(y, [-1, 1]) == chosen_classes, 1)
 
 
 def _has_columns(y: Any) -> bool:

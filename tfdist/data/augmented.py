@@ -1,4 +1,4 @@
-"""Another source's training data, augmented."""
+"""A source that augments the training data of another source."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from tfdist._keras import draws, keyed
 from tfdist.data import leaves
 from tfdist.data.augment import Augment, Tensor
 from tfdist.data.epochs import START, DataPosition
-from tfdist.data.source import PARALLEL, Share, Source, mapped, shortened
+from tfdist.data.source import PARALLEL, Share, Source, map_elements, shortened
 from tfdist.errors import ArgumentError
 from tfdist.strategies.base import Place
 
-_TRIED = 8  # examples
+_NUM_TRIED = 8  # examples in a check of the layers
 
-
-_CHOICE, _LAYERS = 0, 1  # what a step's seed is for: which examples, and what becomes of them
+# A step's seed has two uses: it chooses the examples, and it seeds the layers.
+_CHOICE, _LAYERS = 0, 1
 
 
 class _Step(NamedTuple):
-    """A layer, the input that it changes, and whether it draws for each example of a batch."""
+    """A layer, the name of its input, and whether it draws numbers for each example."""
 
     name: str | None
     layer: Any
@@ -34,15 +34,16 @@ class _Step(NamedTuple):
 
 
 class Augmented(Source):
-    """Another source's training data, augmented.
+    """A source that augments the training data of another source.
 
     Args:
-        source: What it is drawn from; with `augment.repeated` its batches are `(batch,
-            repeats)`, the latter a float32 tensor of shape [examples].
-        augment: What becomes of it.
+        source: The other source. With `augment.repeated` its batches are `(batch, repeats)`,
+            where `repeats` is a float32 tensor of shape [examples].
+        augment: The augmentation.
         seed: Chooses the random numbers.
-        copies: Rows of an example, if what becomes of it follows from its contents, not from
-            its place in the batch: in private training it must depend on no other example.
+        copies: Rows of an example in private training, otherwise None. There the random
+            numbers depend on an example's contents instead of its position in the batch,
+            because they must not depend on other examples.
     """
 
     def __init__(
@@ -51,8 +52,8 @@ class Augmented(Source):
         self.source = source
         self._copies = copies
         self.augment = augment
-        self.batches, self.asked_steps = source.batches, source.asked_steps
-        self.flows = source.flows
+        self.batches, self.requested_steps = source.batches, source.requested_steps
+        self.spans_passes = source.spans_passes
         self.repeatable = source.repeatable
         self.may_be_empty = source.may_be_empty
         self.batch_size = getattr(source, "batch_size", None)
@@ -63,27 +64,27 @@ class Augmented(Source):
         x, y, _ = keras.utils.unpack_x_y_sample_weight(batch)
         if augment.classes is not None:
             augment.check(y)
-        self._steps, made = self._plan(x)
-        self._spec = _with_x(batch, made)
+        self._steps, augmented_spec = self._plan(x)
+        self._spec = _with_x(batch, augmented_spec)
         if copies is not None:
             self._check_alone()
 
     def spec(self) -> Any:
-        """Gives the shapes and dtypes of a batch."""
+        """Returns the shapes and dtypes of a batch."""
         return self._spec
 
     def fingerprint(self) -> str:
-        """Sums up the data and the layers."""
+        """Returns a text that differs if the data or the layers differ."""
         configs = [f"{step.name}: {_config(step.layer)}" for step in self._steps]
         digest = hashlib.sha256("\n".join(configs).encode()).hexdigest()[:12]
         chosen = f"classes={self.augment.classes}, repeated={self.augment.repeated}"
         return f"{self.source.fingerprint()}, augmented by {digest} ({chosen})"
 
     @property
-    def held(self) -> Any:
-        """The source's examples."""
-        held = self.source.held
-        return None if held is None else self._parts(held)[0]
+    def common_data(self) -> Any:
+        """The other source's data."""
+        examples = self.source.common_data
+        return None if examples is None else self._parts(examples)[0]
 
     @property
     def drawn_from(self) -> Source:
@@ -91,11 +92,11 @@ class Augmented(Source):
         return self.source.drawn_from
 
     def report(self) -> str | None:
-        """Says what the source says."""
+        """Returns the other source's report."""
         return self.source.report()
 
     def go_on_after(self, epochs: int) -> None:
-        """Tells the source what an earlier process has drawn."""
+        """Tells the source how many epochs an earlier process has drawn."""
         self.source.go_on_after(epochs)
 
     def on_epoch_end(self) -> None:
@@ -103,20 +104,20 @@ class Augmented(Source):
         self.source.on_epoch_end()
 
     def position_after(self, steps: int) -> DataPosition:
-        """Says where the source begins a new call of `fit`."""
+        """Returns the source's position at a new call of `fit`."""
         return self.source.position_after(steps)
 
     def note_iterator(self, position: DataPosition) -> None:
-        """Tells the source."""
+        """Passes the call on to the source."""
         self.source.note_iterator(position)
 
     def finish(self, position: DataPosition) -> None:
-        """Tells the source."""
+        """Passes the call on to the source."""
         self.source.finish(position)
 
     def shares(self, place: Place, position: DataPosition = START) -> Any:
         """Builds the stream of the local replicas' shares; see `Source.shares`."""
-        # Where a pass's steps are not known it may have as many as are left below the next.
+        # A pass of unknown length gets 2**40 step numbers of its own.
         number, batches = position.number, self.batches
         first_step = (number << 40 if batches is None else number * batches) + position.drawn
 
@@ -133,16 +134,16 @@ class Augmented(Source):
             return share._replace(data=_with_x(batch, self._changed(x, y, repeats, rows)))
 
         shares = self.source.shares(place, position).enumerate()
-        return mapped(shares, change).prefetch(PARALLEL)
+        return map_elements(shares, change).prefetch(PARALLEL)
 
     def _parts(self, batch: Any) -> tuple[Any, Any]:
         return batch if self.augment.repeated else (batch, None)
 
     def _plan(self, x: Any) -> tuple[list[_Step], Any]:
-        """Builds the layers and asks how they draw.
+        """Builds the layers and finds out how they draw random numbers.
 
         Returns:
-            What is done to each batch, and the shapes and dtypes that it gives `x`.
+            The layers in their order, and the shapes and dtypes of `x` after them.
         """
         if any(map(leaves.is_composite, tf.nest.flatten(x))):
             raise ArgumentError(
@@ -150,7 +151,7 @@ class Augmented(Source):
                 "Leave `augment` out, or convert it: tensor.to_tensor(), matrix.toarray()."
             )
         steps: list[_Step] = []
-        made = x
+        augmented_spec = x
         for name, layers in self.augment.by_input.items():
             before = x if name is None else x.get(name) if isinstance(x, dict) else None
             if before is None or tf.nest.is_nested(before):
@@ -161,32 +162,34 @@ class Augmented(Source):
                 )
             spec = before
             for layer in layers:
-                given, spec = spec, draws.transformed(layer, spec)
-                steps.append(_Step(name, layer, draws.draws_by_row(layer, given)))
+                input_spec, spec = spec, draws.transformed(layer, spec)
+                steps.append(_Step(name, layer, draws.draws_by_row(layer, input_spec)))
             if self._chooses and spec.shape.as_list() != before.shape.as_list():
                 raise ArgumentError(
                     "`layers` must keep the shape of examples when only some are changed. "
                     f"Received: {tuple(before.shape[1:])} becomes {tuple(spec.shape[1:])}."
                 )
-            made = spec if name is None else {**made, name: spec}
-        return steps, made
+            augmented_spec = spec if name is None else {**augmented_spec, name: spec}
+        return steps, augmented_spec
 
     def _check_alone(self) -> None:
-        """Sees that what becomes of examples does not depend on the others of a batch."""
-        sample = self.source.sample(_TRIED)
+        """Checks that the change of an example does not depend on other examples of a batch."""
+        sample = self.source.sample(_NUM_TRIED)
         if sample is None:
             return
         x, _, _ = keras.utils.unpack_x_y_sample_weight(self._parts(sample)[0])
-        everyone = np.arange(_TRIED)
-        some = np.random.default_rng(0).permutation(_TRIED)[: _TRIED // 2]
-        tried = {
+        all_numbers = np.arange(_NUM_TRIED)
+        chosen_rows = np.random.default_rng(0).permutation(_NUM_TRIED)[: _NUM_TRIED // 2]
+        inputs = {
             name: _jittered(x if name is None else x[name]) for name in self.augment.by_input
         }
         for name, layer, by_row in self._steps:
-            before = tried[name]
-            tried[name] = draws.transform(layer, before, _rows_of(everyone), by_row)
-            alone = draws.transform(layer, tf.gather(before, some), _rows_of(some), by_row)
-            expected, received = tf.gather(tried[name], some).numpy(), alone.numpy()
+            before = inputs[name]
+            inputs[name] = draws.transform(layer, before, _rows_of(all_numbers), by_row)
+            alone = draws.transform(
+                layer, tf.gather(before, chosen_rows), _rows_of(chosen_rows), by_row
+            )
+            expected, received = tf.gather(inputs[name], chosen_rows).numpy(), alone.numpy()
             if not np.allclose(received, expected, 1e-4, 1e-4 * np.abs(expected).max()):
                 raise draws.mixes(type(layer).__name__)
 
@@ -195,7 +198,7 @@ class Augmented(Source):
         return self.augment.classes is not None or self.augment.repeated
 
     def _changed(self, x: Any, y: Any, repeats: Any, rows: draws.Rows) -> Any:
-        """Changes those examples of a share that are to be changed."""
+        """Changes the chosen examples of a share."""
         if not self._chooses:
             return self._through_layers(x, rows)
         chosen = tf.fill([rows.count], True)
@@ -206,11 +209,11 @@ class Augmented(Source):
             chosen &= choice * tf.maximum(repeats, 1.0) < repeats - 1.0
         places = tf.where(chosen)[:, 0]
         number = tf.size(places)
-        # Not every layer can do with no example: then one is changed for nothing.
-        some = tf.cond(number > 0, lambda: places, lambda: rows.chosen[:1])
-        rows = dataclasses.replace(rows, chosen=some)
+        # Not every layer accepts an empty batch: then one example is changed and not used.
+        chosen_rows = tf.cond(number > 0, lambda: places, lambda: rows.chosen[:1])
+        rows = dataclasses.replace(rows, chosen=chosen_rows)
         changed = self._through_layers(
-            tf.nest.map_structure(lambda leaf: tf.gather(leaf, some), x), rows
+            tf.nest.map_structure(lambda leaf: tf.gather(leaf, chosen_rows), x), rows
         )
         return tf.nest.map_structure(
             lambda leaf, new: tf.tensor_scatter_nd_update(
@@ -229,8 +232,8 @@ class Augmented(Source):
 
 
 def _jittered(values: Any) -> Any:
-    """Gives so many examples as are tried, of which no two are equal if they are floats."""
-    values = tf.gather(values, np.arange(_TRIED) % values.shape[0])
+    """Returns `_NUM_TRIED` examples with noise, so that no two float examples are equal."""
+    values = tf.gather(values, np.arange(_NUM_TRIED) % values.shape[0])
     if not values.dtype.is_floating:
         return values
     noise = np.random.default_rng(1).normal(size=values.shape) * (np.std(values) or 1.0)
@@ -238,7 +241,7 @@ def _jittered(values: Any) -> Any:
 
 
 def _rows_of(numbers: Any) -> draws.Rows:
-    """Describes examples that are told apart by their numbers."""
+    """Describes examples whose random numbers depend on these numbers."""
     count = tf.constant(len(numbers), tf.int64)
     seed, keys = tf.constant([1, 2], tf.int64), tf.constant(numbers, tf.int64)
     return draws.Rows(seed, tf.constant(0, tf.int64), count, tf.range(count), keys)
@@ -249,7 +252,7 @@ def _with_x(batch: Any, x: Any) -> Any:
 
 
 def _config(layer: Any) -> str:
-    """Gives a layer's settings; seeds do not count, and names differ between workers."""
+    """Returns a layer's settings without seeds and names: names differ between workers."""
     try:
         config = _without_names(layer.get_config())
     except NotImplementedError:

@@ -13,21 +13,21 @@ import tensorflow as tf
 
 from tfdist.data import leaves
 from tfdist.data.epochs import START, DataPosition
+from tfdist.data.separation import SeparationCheck
 from tfdist.data.source import (
     FEW,
     FOREVER,
     Share,
     Source,
     bounds,
-    dealt,
-    mapped,
+    map_elements,
     no_groups,
-    share_of,
-    unconverted,
-    untuned,
+    rows_per_replica,
+    split_over_replicas,
+    without_autograph,
+    without_tuning,
 )
 from tfdist.errors import ArgumentError
-from tfdist.privacy.separation import SeparationCheck
 from tfdist.samplers import permute
 from tfdist.strategies.base import Place
 
@@ -35,22 +35,22 @@ Tensor = Any
 
 
 class Batches(Source):
-    """Global batches in an order of their own; each replica takes a slice of each.
+    """A sequence of global batches; each replica takes a slice of each batch.
 
     Args:
-        batches: Of one pass, or None when unknown or endless.
-        asked_steps: Batches an epoch, if the user has said.
+        batches: Batches of one pass; None if unknown or endless.
+        requested_steps: The user's number of batches an epoch, or None.
         transform: Applied to each batch, for example to add class weights.
     """
 
     def __init__(
         self,
         batches: int | None,
-        asked_steps: int | None,
+        requested_steps: int | None,
         transform: Callable[[Any], Any] | None = None,
     ) -> None:
         self.batches = batches
-        self.asked_steps = asked_steps
+        self.requested_steps = requested_steps
         self.transform = transform
         self.watch: SeparationCheck | None = None
 
@@ -59,11 +59,11 @@ class Batches(Source):
         """Builds the `tf.data.Dataset` of global batches.
 
         Args:
-            position: Where it begins.
+            position: The position of the first batch.
         """
 
     def note_iterator(self, position: DataPosition) -> None:
-        """Tells who watches what comes."""
+        """Tells the check of the separation that a pass begins."""
         if self.watch is not None:
             self.watch.begin_pass()
 
@@ -73,7 +73,7 @@ class Batches(Source):
         if self.watch is not None:
             batches = self.watch.watching(batches)
         if self.transform is not None:
-            batches = mapped(batches, self.transform)
+            batches = map_elements(batches, self.transform)
 
         is_tuple = isinstance(batches.element_spec, tuple)
 
@@ -84,23 +84,24 @@ class Batches(Source):
                 return Share(batch)
             total = leaves.count(tf.nest.flatten(batch)[0])
             begin, end = bounds(total, replica, place)
-            padded = tf.minimum(begin, total - 1)
-            stop = tf.maximum(end, padded + 1)
+            # A share without rows takes an arbitrary row as padding.
+            first_row = tf.minimum(begin, total - 1)
+            stop = tf.maximum(end, first_row + 1)
 
             def part(leaf: Tensor) -> Tensor:
-                return leaves.sized(
-                    leaves.cut(leaf, padded, stop), share_of(leaf.shape[0], place)
+                return leaves.with_num_rows(
+                    leaves.cut(leaf, first_row, stop), rows_per_replica(leaf.shape[0], place)
                 )
 
             data = tf.nest.map_structure(part, batch)
             check = _check(batch) if place.num_workers > 1 else tf.zeros([4])
             return Share(data, end - begin, total, begin, check, no_groups())
 
-        return dealt(batches, share, place)
+        return split_over_replicas(batches, share, place)
 
 
 def _check(batch: Any) -> Tensor:
-    """Boils the first and last row of all that leaves are made of down to `Share.check`."""
+    """Computes `Share.check` from the first and last row of all leaves."""
     sums = tf.zeros([4])
     for part in leaves.components(batch):
         if part.dtype.is_numeric:
@@ -119,18 +120,18 @@ class GeneratorBatches(Batches):
     """A Python generator of global batches; it can be read once.
 
     Args:
-        generator: Yields what `Share.data` holds.
-        steps: Batches an epoch, or None when it ends by itself.
-        training: Whether epochs go on where the last one stopped.
+        generator: Yields batches as in `Share.data`.
+        steps: Batches an epoch, or None if the generator ends by itself.
+        training: Whether an epoch goes on where the last one stopped.
     """
 
     repeatable = False
 
     def __init__(self, generator: Iterator[Any], steps: int | None, training: bool) -> None:
         super().__init__(None, steps)
-        self.flows = training  # then what is drawn ahead must not be lost
+        self.spans_passes = training  # batches that are drawn ahead must not be lost
         generator = map(_as_batch, generator)
-        # Keras looks at two batches, and begins every evaluation with them.
+        # Keras reads two batches in advance, and begins every evaluation with them.
         self._peeked = list(itertools.islice(generator, 2))
         if not self._peeked:
             raise ArgumentError(
@@ -142,23 +143,25 @@ class GeneratorBatches(Batches):
         self._rest = itertools.chain(self._peeked, generator)
 
     def sample(self, rows: int = FEW) -> Any:
-        """Gives the first batch."""
+        """Returns the first batch."""
         return _as_tensors(self._first)
 
     def stream(self, position: DataPosition) -> Any:
-        """Wraps what is left of the generator, but for what an earlier process has drawn."""
+        """Wraps the rest of the generator, after the batches that an earlier process drew."""
         for _ in itertools.islice(self._rest, position.drawn):
             pass
 
         def batches() -> Iterator[Any]:
-            if self.flows:
+            if self.spans_passes:
                 return self._rest
             return itertools.islice(itertools.chain(self._peeked, self._later), self.steps)
 
-        return untuned(tf.data.Dataset.from_generator(batches, output_signature=self.spec()))
+        return without_tuning(
+            tf.data.Dataset.from_generator(batches, output_signature=self.spec())
+        )
 
     def spec(self) -> Any:
-        """Gives the shapes and dtypes of a batch."""
+        """Returns the shapes and dtypes of a batch."""
         return tf.nest.map_structure(leaves.spec, self._first)
 
 
@@ -166,9 +169,9 @@ class PyDatasetBatches(Batches):
     """A `keras.utils.PyDataset`: batches by number, in threads, shuffled when asked.
 
     Args:
-        dataset: Every worker computes every batch and takes its slice.
+        dataset: The PyDataset. Every worker computes every batch and takes its slice.
         steps: Batches an epoch, or None for all.
-        shuffle: Whether batches come in another order each epoch.
+        shuffle: Whether each epoch has its own order of batches.
         seed: Chooses the orders.
         transform: Applied to each batch.
     """
@@ -195,16 +198,16 @@ class PyDatasetBatches(Batches):
         self._spec = tf.nest.map_structure(leaves.spec, self._first)
 
     def go_on_after(self, epochs: int) -> None:
-        """Lets the data set rearrange itself as often as it did."""
+        """Calls `on_epoch_end` as often as the earlier process did."""
         for _ in range(epochs):
             self.dataset.on_epoch_end()
 
     def on_epoch_end(self) -> None:
-        """Lets the data set rearrange itself, as Keras does."""
+        """Calls the dataset's `on_epoch_end`, as Keras does."""
         self.dataset.on_epoch_end()
 
     def sample(self, rows: int = FEW) -> Any:
-        """Gives the first batch."""
+        """Returns the first batch."""
         batch = _as_tensors(self._first)
         return batch if batch is None or self.transform is None else self.transform(*batch)
 
@@ -217,7 +220,7 @@ class PyDatasetBatches(Batches):
             pairs = zip(leaves.components(batch), specs, strict=True)
             return [np.asarray(part, spec.dtype.as_numpy_dtype) for part, spec in pairs]
 
-        @unconverted
+        @without_autograph
         def batch(place: Tensor) -> Any:
             loaded = tf.numpy_function(load, [place], [spec.dtype for spec in specs])
             for part, spec in zip(loaded, specs, strict=True):
@@ -227,28 +230,28 @@ class PyDatasetBatches(Batches):
         end = FOREVER if self.batches is None else self.batches
         places = tf.data.Dataset.range(position.drawn, end)
         workers = max(1, self.dataset.workers)
-        return untuned(places.map(batch, workers, deterministic=True))
+        return without_tuning(places.map(batch, workers, deterministic=True))
 
     def _number(self, place: int, number: int) -> int:
-        """Gives the number of the batch at a place of a pass."""
+        """Returns the number of the batch at a position of a pass."""
         if not self.shuffle or self.batches is None:
             return place
         order = permute(np.array([place]), self.batches, (self.seed, number))
         return int(order[0])
 
     def spec(self) -> Any:
-        """Gives the shapes and dtypes of a batch."""
+        """Returns the shapes and dtypes of a batch."""
         if self.transform is None:
             return self._spec
         return transformed_spec(self.transform, self._spec)
 
 
 def transformed_spec(transform: Callable[..., Any], spec: Any) -> Any:
-    """Gives the shapes and dtypes of a batch after a transformation.
+    """Returns the shapes and dtypes of a batch after a transformation.
 
     Args:
-        transform: Takes the parts of a batch.
-        spec: Of a batch before.
+        transform: The transformation; it takes the parts of a batch.
+        spec: The shapes and dtypes before it.
     """
     leaves = spec if isinstance(spec, tuple) else (spec,)
     traced = tf.function(transform, autograph=False)
@@ -256,7 +259,7 @@ def transformed_spec(transform: Callable[..., Any], spec: Any) -> Any:
 
 
 def _as_batch(value: Any) -> Any:
-    """Reads what a generator or PyDataset gives: dense leaves as arrays of NumPy."""
+    """Reads a batch of a generator or PyDataset; dense leaves become NumPy arrays."""
     if isinstance(value, dict):
         return {key: _as_batch(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -269,7 +272,7 @@ def _as_batch(value: Any) -> Any:
 
 
 def _as_tensors(batch: Any) -> Any:
-    """Gives a batch's tensors; None where a leaf is sparse or ragged."""
+    """Returns a batch's tensors; None if a leaf is sparse or ragged."""
     if any(leaves.is_composite(leaf) for leaf in tf.nest.flatten(batch)):
         return None
     return tf.nest.map_structure(tf.convert_to_tensor, batch)

@@ -1,4 +1,4 @@
-"""A `tf.data.Dataset` taken apart: a stream for each class."""
+"""Splits a `tf.data.Dataset` into a stream for each class."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfdist.data.class_weight import are_classes, class_numbers, x_and_y
-from tfdist.data.source import mapped, shortened, unconverted
+from tfdist.data.source import map_elements, shortened, without_autograph
 from tfdist.errors import ArgumentError
 from tfdist.samplers import Rows
 
@@ -19,27 +19,28 @@ Tensor = Any
 
 @dataclass(frozen=True, eq=False)
 class ByClass:
-    """A `tf.data.Dataset` of which a sampler draws each class as often as it should.
+    """A `tf.data.Dataset` from which a sampler draws by class.
 
-    `fit` makes one of a dataset that comes with such a sampler; this gives its limits. The
-    k-th draw of a class is its k-th example in the order of the dataset, and after its last
-    one the first comes again. So batches are a function of the dataset's order, the seed and
-    the step. `ClassBalanced`, `Undersample` and `Oversample` can be the sampler. All batches
-    are full: an epoch ends with the batch that its last draw is in.
+    Pass a dataset with a `ClassBalanced`, `Undersample` or `Oversample` sampler to `fit`, and
+    `fit` makes a `ByClass` with the default limits. Pass a `ByClass` to set the limits.
 
-    A dataset is gone through once beforehand, on every worker, to count its classes and keep
-    the examples of small ones. Each large class is then a stream of its own, which reads all
-    of the dataset to find its examples. A dict of datasets by class, such as one for each
-    folder, reads no example in vain.
+    The k-th draw of a class is its k-th example in the order of the dataset. After the last
+    example the first one comes again. So batches are a function of the dataset's order, the
+    seed and the step. All batches are full: an epoch ends with the batch of its last draw.
+
+    Every worker reads the dataset once before training, to count the classes and to keep the
+    examples of small classes in memory. Each large class then has its own stream, which reads
+    the whole dataset to find its examples. A dict of datasets by class, such as one for each
+    folder, avoids reading examples of other classes.
 
     Args:
         datasets: A dataset of examples `(x, y)` with a single number as `y`, or of batches
             `(x, y)` whose `y` are class numbers or one-hot; or a dict of datasets by class,
             each of examples or each of batches.
-        buffer_size: Examples of a class that are kept in memory, if it has no more.
-        classes: The class numbers of a dataset that does not end, or is not to be counted.
-            `ClassBalanced()` can draw from it, with `steps_per_epoch`.
-        limit: With `classes`, examples in which each class must come at least once.
+        buffer_size: Classes with at most so many examples are kept in memory.
+        classes: The class numbers of a dataset that does not end, or that you do not want to
+            count. Then the sampler must be `ClassBalanced()`, with `steps_per_epoch`.
+        limit: With `classes`, each class must come at least once in so many examples.
 
     Raises:
         ArgumentError: The dataset is not of this kind.
@@ -97,27 +98,27 @@ class ByClass:
 
     @property
     def by_name(self) -> bool:
-        """Whether each class has a dataset already."""
+        """Whether `datasets` is a dict with a dataset for each class."""
         return isinstance(self.datasets, Mapping)
 
     def batches(self) -> list[Any]:
-        """Gives the datasets as ones of batches."""
+        """Returns the datasets as datasets of batches."""
         parts = self.datasets.values() if self.by_name else [self.datasets]
         return [d.batch(256) if d.element_spec[1].shape.rank == 0 else d for d in parts]
 
     def targets(self) -> Iterator[Any]:
-        """Goes through all targets once."""
+        """Yields all targets once, in batches."""
         for dataset in self.batches():
             for batch in dataset:
                 yield x_and_y(batch)[1]
 
 
 def may_not_end(dataset: Any, steps: int | None) -> bool:
-    """Tells whether a dataset may have no end, so that it must not be gone through.
+    """Tells whether a dataset may be endless, so that it must not be read to its end.
 
     Args:
         dataset: A `tf.data.Dataset`.
-        steps: Steps an epoch, if they are given; then one of unknown length may be endless.
+        steps: Steps an epoch, or None. With steps, a dataset of unknown length may be endless.
     """
     cardinality = int(dataset.cardinality())
     unknown = cardinality == tf.data.UNKNOWN_CARDINALITY
@@ -125,11 +126,14 @@ def may_not_end(dataset: Any, steps: int | None) -> bool:
 
 
 def streams(data: ByClass, steps: int | None) -> tuple[list[Any], Rows | None]:
-    """Makes a dataset of examples for each class, and counts them if they are to be counted.
+    """Makes a dataset of examples for each class, and counts the classes if it can.
 
     Args:
-        data: Where they come from.
-        steps: Steps an epoch, if they are given.
+        data: The data.
+        steps: Steps an epoch, or None.
+
+    Returns:
+        A dataset for each class, and the examples of each class or None.
 
     Raises:
         ArgumentError: The classes cannot be counted, or there are none.
@@ -137,52 +141,54 @@ def streams(data: ByClass, steps: int | None) -> tuple[list[Any], Rows | None]:
     parts = data.batches()
     if data.classes is not None:
         numbers = sorted(set(data.classes))
-        return [_found(parts[0], number, data.limit).unbatch() for number in numbers], None
+        return [
+            _require_class(parts[0], number, data.limit).unbatch() for number in numbers
+        ], None
     endless = any(may_not_end(part, steps) for part in parts)
     if data.by_name:
         if endless:
             return [part.unbatch() for part in parts], None
-        surveys = [_Survey(data.buffer_size, lambda y: [0] * len(y)) for _ in parts]
-        for survey, part, name in zip(surveys, parts, data.datasets, strict=True):
-            if not survey.go_through(part).counts:
+        counters = [_ClassCounter(data.buffer_size, lambda y: [0] * len(y)) for _ in parts]
+        for counter, part, name in zip(counters, parts, data.datasets, strict=True):
+            if not counter.go_through(part).counts:
                 raise ArgumentError(
                     "Each of `datasets` must have an example. Received: one for class "
                     f"{name!r} that ends at once. Leave it out."
                 )
-        parts_of = [s.stream(0, part) for s, part in zip(surveys, parts, strict=True)]
-        return parts_of, np.array([survey.counts[0] for survey in surveys])
+        parts_of = [s.stream(0, part) for s, part in zip(counters, parts, strict=True)]
+        return parts_of, np.array([counter.counts[0] for counter in counters])
     if endless:
         raise ArgumentError(
             "Classes can be counted only in data that ends. Received: a tf.data.Dataset "
             "without a known end. Name them: tfdist.ByClass(dataset, classes=[...]); or "
             "tell the length by tf.data.experimental.assert_cardinality."
         )
-    survey = _Survey(data.buffer_size, _checked_numbers).go_through(parts[0])
-    if not survey.counts:
+    counter = _ClassCounter(data.buffer_size, _checked_numbers).go_through(parts[0])
+    if not counter.counts:
         raise ArgumentError(
             "A data set must have at least one batch. Received: a tf.data.Dataset that ends "
             "at once. Check the filter or the path that produced it."
         )
-    numbers = sorted(survey.counts)
-    found = [survey.stream(n, _only(parts[0], n)) for n in numbers]
-    return found, np.array([survey.counts[n] for n in numbers])
+    numbers = sorted(counter.counts)
+    class_streams = [counter.stream(n, _only(parts[0], n)) for n in numbers]
+    return class_streams, np.array([counter.counts[n] for n in numbers])
 
 
-class _Survey:
-    """Counts a dataset's classes, and keeps the examples of small ones.
+class _ClassCounter:
+    """Counts a dataset's classes, and keeps the examples of small classes.
 
     Args:
-        buffer_size: Examples of a class to keep at most; of a larger one none are kept.
-        numbers: Gives the classes of a batch's targets.
+        buffer_size: Only classes with at most so many examples are kept.
+        numbers: Returns the classes of a batch's targets.
     """
 
     def __init__(self, buffer_size: int, numbers: Callable[[Any], Any]) -> None:
         self.counts: dict[int, int] = {}
         self._buffer_size = buffer_size
         self._numbers = numbers
-        self._kept: dict[int, list[Any]] = {}
+        self._small_classes: dict[int, list[Any]] = {}
 
-    def go_through(self, batches: Any) -> _Survey:
+    def go_through(self, batches: Any) -> _ClassCounter:
         """Counts all examples of a dataset of batches."""
         for x, y in batches:
             numbers = np.asarray(self._numbers(y))
@@ -191,17 +197,17 @@ class _Survey:
                 self.counts[number] = self.counts.get(number, 0) + len(places)
                 if self.counts[number] <= self._buffer_size:
                     part = tf.nest.map_structure(lambda v, p=places: tf.gather(v, p), (x, y))
-                    self._kept.setdefault(number, []).append(part)
+                    self._small_classes.setdefault(number, []).append(part)
                 else:
-                    self._kept.pop(number, None)
+                    self._small_classes.pop(number, None)
         return self
 
     def stream(self, number: int, otherwise: Any) -> Any:
-        """Gives a class's examples: those kept, or those of a dataset of batches."""
-        kept = self._kept.get(number)
-        if kept is None:
+        """Returns a class's examples: from memory, or from another dataset of batches."""
+        batches = self._small_classes.get(number)
+        if batches is None:
             return otherwise.unbatch()
-        joined = tf.nest.map_structure(lambda *parts: tf.concat(parts, 0), *kept)
+        joined = tf.nest.map_structure(lambda *parts: tf.concat(parts, 0), *batches)
         return tf.data.Dataset.from_tensor_slices(joined)
 
 
@@ -217,31 +223,31 @@ def _checked_numbers(y: Any) -> Any:
 
 
 def _only(batches: Any, number: int) -> Any:
-    """Leaves a class's examples in each batch."""
+    """Keeps only a class's examples in each batch."""
 
     def select(x: Any, y: Tensor) -> Any:
-        mine = class_numbers(y) == number
-        return tf.nest.map_structure(lambda leaf: tf.boolean_mask(leaf, mine), (x, y))
+        is_of_class = class_numbers(y) == number
+        return tf.nest.map_structure(lambda leaf: tf.boolean_mask(leaf, is_of_class), (x, y))
 
-    return mapped(batches, select)
+    return map_elements(batches, select)
 
 
-def _found(batches: Any, number: int, limit: int) -> Any:
-    """Leaves a class's examples in each batch, and fails after too many without one."""
+def _require_class(batches: Any, number: int, limit: int) -> Any:
+    """Keeps only a class's examples; fails after too many examples of other classes."""
 
-    @unconverted
-    def count(missed: Tensor, batch: Any) -> Any:
-        some = tf.shape(batch[1], tf.int64)[0]
-        found = tf.reduce_any(class_numbers(batch[1]) == number)
-        missed = tf.where(found, tf.constant(0, tf.int64), missed + some)
+    @without_autograph
+    def count(num_missed: Tensor, batch: Any) -> Any:
+        num_examples = tf.shape(batch[1], tf.int64)[0]
+        has_class = tf.reduce_any(class_numbers(batch[1]) == number)
+        num_missed = tf.where(has_class, tf.constant(0, tf.int64), num_missed + num_examples)
         message = (
             f"Each class of ByClass must come at least once in {limit} examples. Received: no "
             f"example of class {number} in as many. Leave it out of `classes`, shuffle the "
             "data, or raise `limit`."
         )
-        check = tf.debugging.Assert(missed < limit, [message])
+        check = tf.debugging.Assert(num_missed < limit, [message])
         with tf.control_dependencies([check]):
-            return tf.identity(missed), batch
+            return tf.identity(num_missed), batch
 
-    counted = batches.scan(tf.constant(0, tf.int64), count)
-    return _only(counted, number)
+    checked = batches.scan(tf.constant(0, tf.int64), count)
+    return _only(checked, number)

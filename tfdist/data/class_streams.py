@@ -1,4 +1,4 @@
-"""Global batches from a stream for each class; a sampler says which one is next."""
+"""Global batches from a stream for each class; a sampler chooses the class of each draw."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tfdist.data import leaves
 from tfdist.data.batches import Batches
 from tfdist.data.by_class import ByClass, streams
 from tfdist.data.epochs import DataPosition
-from tfdist.data.source import FOREVER, unconverted
+from tfdist.data.source import FOREVER, without_autograph
 from tfdist.errors import ArgumentError
 from tfdist.samplers import ByQuota, Rows, Sampler
 
@@ -25,10 +25,10 @@ class ClassStreams(Batches):
     """Global batches drawn from a stream for each class.
 
     Args:
-        data: Where they come from.
+        data: The data.
         sampler: Chooses the class of each draw.
         batch_size: Examples of a global batch.
-        seed: The sampler's.
+        seed: The sampler's seed.
         steps: Steps an epoch, or None for all of the sampler's draws.
         transform: Applied to each batch.
     """
@@ -65,60 +65,61 @@ class ClassStreams(Batches):
         else:
             self._lengths = counts
         self._drawing = sampler.of_classes(counts)
-        # Of an epoch at most: a longer one costs no more for each draw.
-        self._at_once = min(_DRAWS_AT_ONCE, max(batch_size, self._drawing.drawn))
-        drawn = -(-self._drawing.drawn // batch_size)
-        super().__init__(None if steps else drawn, steps, transform)
+        # At most the draws of an epoch: in longer epochs a single draw costs no more.
+        self._at_once = min(_DRAWS_AT_ONCE, max(batch_size, self._drawing.draws_per_epoch))
+        num_steps = -(-self._drawing.draws_per_epoch // batch_size)
+        super().__init__(None if steps else num_steps, steps, transform)
         self.batch_size = batch_size
         self._seed = seed
 
-    flows = True
+    spans_passes = True
 
     def position_after(self, steps: int) -> DataPosition:
-        """Says where a new call of `fit` begins: draws go on after the last epoch's."""
-        if self.batches is None and self.asked_steps is not None:
-            return DataPosition(drawn=-(-steps // self.asked_steps) * self.asked_steps)
+        """Returns the position of a new call of `fit`: after the draws of the last epoch."""
+        if self.batches is None and self.requested_steps is not None:
+            return DataPosition(drawn=-(-steps // self.requested_steps) * self.requested_steps)
         return super().position_after(steps)
 
     def stream(self, position: DataPosition) -> Any:
         """Builds the stream of global batches from a position on."""
         passes = position.number * (self.batches or 0)
         first = (passes + position.drawn) * self.batch_size
-        rounds = first // self._drawing.drawn
+        # Each class's stream skips the examples that were drawn before this position.
+        rounds = first // self._drawing.draws_per_epoch
         before = self._drawing.quotas * rounds + self._count(
-            rounds * self._drawing.drawn, first
+            rounds * self._drawing.draws_per_epoch, first
         )
 
         def choose(start: np.int64) -> Rows:
             return self._drawing.between(int(start), int(start) + self._at_once, self._seed)
 
-        @unconverted
-        def chosen(start: Tensor) -> Tensor:
+        @without_autograph
+        def choose_tensors(start: Tensor) -> Tensor:
             numbers = tf.numpy_function(choose, [start], tf.int64)
             return tf.ensure_shape(numbers, [self._at_once])
 
-        choices = tf.data.Dataset.range(first, FOREVER, self._at_once).map(chosen, 1)
-        repeated = [
+        choices = tf.data.Dataset.range(first, FOREVER, self._at_once).map(choose_tensors, 1)
+        endless_streams = [
             stream.repeat().skip(int(number))
             for stream, number in zip(self._streams, before % self._lengths, strict=True)
         ]
         examples = tf.data.Dataset.choose_from_datasets(
-            repeated, choices.prefetch(1).unbatch(), stop_on_empty_dataset=True
+            endless_streams, choices.prefetch(1).unbatch(), stop_on_empty_dataset=True
         )
         return examples.batch(self.batch_size, drop_remainder=True)
 
     def spec(self) -> Any:
-        """Gives the shapes and dtypes of a batch."""
+        """Returns the shapes and dtypes of a batch."""
         return self._spec
 
     def fingerprint(self) -> str:
-        """Sums up the batch, how many examples classes have, and the sampler's first draws."""
+        """Returns a text that differs if batches, class sizes or the sampler's draws differ."""
         draws = self._drawing.between(0, self._at_once, self._seed).tobytes()
         digest = hashlib.sha256(self._lengths.tobytes() + draws).hexdigest()[:12]
         return f"{super().fingerprint()} of {len(self._streams)} classes, {digest}"
 
     def _count(self, begin: int, end: int) -> Rows:
-        """Counts each class's draws, the draws from one to before another."""
+        """Counts the draws of each class in the range from `begin` to before `end`."""
         counts = np.zeros_like(self._lengths)
         for start in range(begin, end, _DRAWS_AT_ONCE):
             stop = min(end, start + _DRAWS_AT_ONCE)

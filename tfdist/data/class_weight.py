@@ -1,4 +1,4 @@
-"""Weights by class: given, or found from how often each class comes."""
+"""Class weights: given by the user, or computed from how often each class comes."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ Weigh = Callable[..., Any]
 class EffectiveNumber:
     """Weighs a class by the inverse of its effective number of examples.
 
-    n examples that overlap count as (1 - beta^n) / (1 - beta). Weights are scaled to add up
-    to the number of classes (Cui et al., "Class-balanced loss based on effective number of
-    samples", CVPR 2019, sections 3 and 4). With beta 0 all classes weigh 1; near 1 their
-    weights have the ratios of "balanced".
+    n examples count as (1 - beta^n) / (1 - beta), because examples overlap. Weights are
+    scaled to add up to the number of classes (Cui et al., "Class-balanced loss based on
+    effective number of samples", CVPR 2019, sections 3 and 4). With beta 0 all classes weigh
+    1. With beta near 1, the weights have the same ratios as with "balanced".
 
     Args:
         beta: From 0 on, below 1. The paper tries 0.9, 0.99, 0.999 and 0.9999.
@@ -49,7 +49,7 @@ class EffectiveNumber:
             )
 
     def of(self, counts: Any) -> list[float]:
-        """Gives the effective number of each class.
+        """Returns the effective number of each class.
 
         Args:
             counts: Examples of each class, at least 1.
@@ -61,7 +61,7 @@ class EffectiveNumber:
 
 
 def class_weights(labels: Any, rule: Any = "balanced") -> dict[int, float]:
-    """Finds weights by class from how often each class comes.
+    """Computes class weights from how often each class comes.
 
     Args:
         labels: Class numbers, array of shape [examples] or [examples, 1], or one-hot of
@@ -71,10 +71,10 @@ def class_weights(labels: Any, rule: Any = "balanced") -> dict[int, float]:
             `EffectiveNumber`.
 
     Returns:
-        Weights by class number, of the classes that occur.
+        The weights by class number, for the classes that occur.
 
     Raises:
-        ArgumentError: The labels are not classes, or there is no such rule.
+        ArgumentError: The labels are not classes, or the rule is unknown.
 
     Example:
         >>> import numpy as np
@@ -86,7 +86,7 @@ def class_weights(labels: Any, rule: Any = "balanced") -> dict[int, float]:
 
 
 def check(class_weight: Any) -> Any:
-    """Refuses what cannot be `class_weight`.
+    """Checks the `class_weight` argument.
 
     Args:
         class_weight: Weights by class number, or a rule as in `class_weights`.
@@ -127,8 +127,8 @@ def weigher(
 
     Args:
         class_weight: As in `check`.
-        targets: Gives all targets once, in batches; called only if they must be counted.
-        must_occur: Whether to count them to refuse a dict's classes that never occur.
+        targets: Yields all targets once, in batches; called only if they must be counted.
+        must_occur: Whether to refuse a dict with classes that never occur.
 
     Returns:
         A function from the parts of a batch to `(x, y, weights)`.
@@ -154,7 +154,7 @@ def weigher(
     def weigh(*batch: Any) -> Any:
         x, y = x_and_y(batch)
         labels = class_numbers(y)
-        # Classes that are not named weigh 1, as in Keras.
+        # A class without a weight in the dict weighs 1, as in Keras.
         inside = tf.clip_by_value(labels, 0, len(table) - 1)
         return x, y, tf.where(labels == inside, tf.gather(table, inside), 1.0)
 
@@ -162,25 +162,27 @@ def weigher(
 
 
 def x_and_y(batch: Any) -> tuple[Any, Any]:
-    """Takes a batch apart that class weights are to be added to.
+    """Splits a batch that is to get class weights.
 
     Args:
         batch: Its parts.
 
     Raises:
-        ArgumentError: It has no targets, several, or sample weights.
+        ArgumentError: The batch has no targets, several targets, or sample weights.
     """
-    x, y, given = keras.utils.unpack_x_y_sample_weight(batch[0] if len(batch) == 1 else batch)
-    if given is not None or y is None or tf.nest.is_nested(y) or leaves.is_composite(y):
+    x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(
+        batch[0] if len(batch) == 1 else batch
+    )
+    if sample_weight is not None or y is None or tf.nest.is_nested(y) or leaves.is_composite(y):
         raise ArgumentError(
             "`class_weight` needs one target for each example, dense, and no sample weights. "
-            f"Received: y={shortened(y)}, sample_weight={shortened(given)}."
+            f"Received: y={shortened(y)}, sample_weight={shortened(sample_weight)}."
         )
     return x, y
 
 
 def class_numbers(y: Any) -> Any:
-    """Gives class numbers, as Keras reads them.
+    """Returns the class numbers of targets, as Keras reads them.
 
     Args:
         y: Targets of shape [examples], [examples, 1] or [examples, classes].
@@ -192,7 +194,7 @@ def class_numbers(y: Any) -> Any:
 
 
 def _count(targets: Iterable[Any], whole: bool = True) -> NDArray[np.int64]:
-    """Counts the examples of each class; if `whole`, refuses what Keras would round."""
+    """Counts the examples of each class; if `whole`, refuses values that Keras would round."""
     counts = np.zeros(0, np.int64)
     for y in targets:
         labels = class_numbers(y).numpy()
@@ -201,9 +203,9 @@ def _count(targets: Iterable[Any], whole: bool = True) -> NDArray[np.int64]:
                 "`class_weight` needs targets that are class numbers from 0 on, or one-hot. "
                 f"Received: y={shortened(np.asarray(y))}."
             )
-        found = np.bincount(labels.ravel(), minlength=len(counts))
-        found[: len(counts)] += counts
-        counts = found
+        class_counts = np.bincount(labels.ravel(), minlength=len(counts))
+        class_counts[: len(counts)] += counts
+        counts = class_counts
     return counts
 
 
@@ -223,10 +225,10 @@ def _by_rule(rule: Any, counts: NDArray[np.int64]) -> dict[int, float]:
     if isinstance(rule, dict):
         raise ArgumentError(f"`rule` must not be a dict. Received: rule={rule!r}.")
     present = np.flatnonzero(counts)
-    found = counts[present]
+    class_counts = counts[present]
     if isinstance(rule, EffectiveNumber):
-        inverse = 1.0 / np.array(rule.of(found))
-        weights = inverse * (len(found) / inverse.sum())
+        inverse = 1.0 / np.array(rule.of(class_counts))
+        weights = inverse * (len(class_counts) / inverse.sum())
     else:
-        weights = found.sum() / (len(found) * found)
+        weights = class_counts.sum() / (len(class_counts) * class_counts)
     return dict(zip(present.tolist(), weights.tolist(), strict=True))

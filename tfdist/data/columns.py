@@ -1,4 +1,4 @@
-"""What `fit` was given as arrays, as tensors with equally many rows."""
+"""Converts the arrays that `fit` was given to tensors with equally many rows."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def to_tensors(structure: Any, name: str) -> Any:
         name: The argument's name, for messages.
 
     Returns:
-        The structure, lists as tuples, with leaves that are `tf.Tensor`, `tf.RaggedTensor`
-        or `SparseRows`.
+        The structure with tuples in place of lists. Its leaves are `tf.Tensor`,
+        `tf.RaggedTensor` or `SparseRows`.
 
     Raises:
-        ArgumentError: A leaf is not an array, or has no rows dimension.
+        ArgumentError: A leaf is not an array, or has no dimension of rows.
     """
     if is_values(structure):
         raise ArgumentError(
@@ -47,8 +47,8 @@ def to_tensors(structure: Any, name: str) -> Any:
         array = array[:, None] if array.ndim == 1 else array  # as Keras reads a Series
     if leaves.is_composite(array):
         with tf.device("CPU:0"):
-            made = leaves.composite(array)
-            return leaves.SparseRows(made) if isinstance(made, tf.SparseTensor) else made
+            tensor = leaves.composite(array)
+            return leaves.SparseRows(tensor) if isinstance(tensor, tf.SparseTensor) else tensor
     if not is_array(array):
         raise ArgumentError(
             f"`{name}` must be an array, or a dict, list or tuple of arrays. "
@@ -66,7 +66,7 @@ def to_tensors(structure: Any, name: str) -> Any:
 
 
 def is_array(value: Any) -> bool:
-    """Tells arrays of any library from other inputs.
+    """Tells whether a value is an array, of any library.
 
     Args:
         value: Anything.
@@ -77,7 +77,9 @@ def is_array(value: Any) -> bool:
 
 
 def is_values(structure: Any) -> bool:
-    """Tells lists of numbers or texts, however nested, which Keras takes for several inputs.
+    """Tells whether a value is a nested list of numbers or texts.
+
+    Keras would take such a list for several inputs.
 
     Args:
         structure: Anything.
@@ -89,10 +91,10 @@ def is_values(structure: Any) -> bool:
 
 
 def kind_of_values(structure: Any) -> str:
-    """Names what is in a list.
+    """Names the kind of values in a list.
 
     Args:
-        structure: For which `is_values` holds.
+        structure: A list for which `is_values` is True.
     """
     is_number = all(isinstance(leaf, Number) for leaf in tf.nest.flatten(structure))
     return "numbers" if is_number else "texts"
@@ -102,7 +104,7 @@ def is_arrays(structure: Any) -> bool:
     """Tells whether an input is arrays, nested or not, rather than an iterable of batches.
 
     Args:
-        structure: What a user passed as `x`.
+        structure: The user's `x`.
     """
     leaves = tf.nest.flatten(structure)
     return bool(leaves) and all(
@@ -113,7 +115,7 @@ def is_arrays(structure: Any) -> bool:
 def read_columns(
     x: Any, y: Any, sample_weight: Any, may_be_empty: bool = False
 ) -> tuple[tuple[Any, ...], int]:
-    """Converts what `fit` was given to tensors, in the structure of a batch.
+    """Converts the arguments of `fit` to tensors, in the structure of a batch.
 
     Args:
         x: Arrays.
@@ -125,10 +127,10 @@ def read_columns(
         `(x,)`, `(x, y)` or `(x, y, sample_weight)`, and the number of examples.
 
     Raises:
-        ArgumentError: They are not arrays, or do not fit together.
+        ArgumentError: The arguments are not arrays, or do not fit together.
     """
-    given = {"x": x, "y": y, "sample_weight": sample_weight}
-    columns = {n: to_tensors(c, n) for n, c in given.items() if c is not None}
+    arguments = {"x": x, "y": y, "sample_weight": sample_weight}
+    columns = {n: to_tensors(c, n) for n, c in arguments.items() if c is not None}
     rows = count_rows(may_be_empty, **columns)
     if sample_weight is not None and y is None:
         raise ArgumentError("`sample_weight` must come with `y`. Received: y=None.")
@@ -139,7 +141,7 @@ def count_rows(may_be_empty: bool = False, /, **columns: Any) -> int:
     """Counts the examples of tensors that must have equally many.
 
     Args:
-        may_be_empty: Whether there may be none.
+        may_be_empty: Whether there may be no examples.
         **columns: Nested structures of tensors by the name of their argument; None is
             skipped.
 
@@ -151,8 +153,10 @@ def count_rows(may_be_empty: bool = False, /, **columns: Any) -> int:
         for name, column in columns.items()
         if column is not None
     }
-    distinct = {count for found in counts.values() for count in found}
-    received = ", ".join(f"{name} with {found} rows" for name, found in counts.items())
+    distinct = {count for row_counts in counts.values() for count in row_counts}
+    received = ", ".join(
+        f"{name} with {row_counts} rows" for name, row_counts in counts.items()
+    )
     if len(distinct) > 1:
         raise ArgumentError(
             f"All arrays must have the same number of rows. Received: {received}."
@@ -168,13 +172,13 @@ def count_rows(may_be_empty: bool = False, /, **columns: Any) -> int:
 def split(
     x: Any, y: Any, sample_weight: Any, fraction: float, may_be_empty: bool = False
 ) -> tuple[Any, Any]:
-    """Cuts the last rows off for validation, as Keras does.
+    """Splits off the last rows for validation, as Keras does.
 
     Args:
         x: Arrays.
         y: Targets, or None.
         sample_weight: Weights, or None.
-        fraction: The part to cut off, between 0 and 1.
+        fraction: The part to split off, between 0 and 1.
         may_be_empty: Whether a part may have no rows.
 
     Returns:

@@ -19,13 +19,13 @@ class DatasetBatches(Batches):
     """A `tf.data.Dataset` of global batches.
 
     Args:
-        dataset: Yields what `Share.data` holds.
-        steps: Batches an epoch, if the user has said.
+        dataset: Yields batches as in `Share.data`.
+        steps: The user's number of batches an epoch, or None.
         transform: Applied to each batch.
         several_workers: Whether other processes draw from the same dataset.
 
     Attributes:
-        given: The dataset as the user made it.
+        user_dataset: The dataset as the user made it.
     """
 
     def __init__(
@@ -50,32 +50,32 @@ class DatasetBatches(Batches):
                 "leave out .repeat()."
             )
         super().__init__(length if length > 0 else None, steps, transform)
-        self.given = dataset
+        self.user_dataset = dataset
         self.dataset = ordered(dataset, several_workers)
         self._iterators = 0
 
-    repeats = True
+    is_same_each_pass = True
 
     def repetitions(self) -> list[tuple[int, bool]]:
         """Lists what the dataset repeats by itself; see `datasets.repetitions`."""
-        return datasets.repetitions(self.given)
+        return datasets.repetitions(self.user_dataset)
 
     def begin_anew(self) -> None:
         """Draws from a copy whose shuffles have never been drawn from."""
-        self.dataset, self._iterators = datasets.copied(self.given), 0
+        self.dataset, self._iterators = datasets.copied(self.user_dataset), 0
 
     def suspects(self) -> list[str]:
         """Names the operations that shuffle, draw random numbers or call Python."""
-        return datasets.may_differ(self.given)
+        return datasets.may_differ(self.user_dataset)
 
     def note_iterator(self, position: DataPosition) -> None:
-        """Makes iterators that Keras would have made before: each shuffles in another way."""
+        """Makes the iterators that Keras would have made before: each has another order."""
         super().note_iterator(position)
         self._make_iterators(position.iterators)
         self._iterators += 1
 
     def finish(self, position: DataPosition) -> None:
-        """Leaves the dataset as Keras would: what comes next is shuffled in another way."""
+        """Leaves the dataset as Keras would, so that the next pass has the same order."""
         self._make_iterators(position.iterators + position.is_open)
 
     def _make_iterators(self, number: int) -> None:
@@ -84,34 +84,34 @@ class DatasetBatches(Batches):
         self._iterators = max(self._iterators, number)
 
     def stream(self, position: DataPosition) -> Any:
-        """Gives the dataset."""
+        """Returns the dataset from a position on."""
         return self.dataset.skip(position.drawn) if position.drawn else self.dataset
 
     def spec(self) -> Any:
-        """Gives the shapes and dtypes of a batch."""
+        """Returns the shapes and dtypes of a batch."""
         spec = self.dataset.element_spec
         return spec if self.transform is None else transformed_spec(self.transform, spec)
 
 
 def ordered(dataset: Any, several_workers: bool) -> Any:
-    """Gives a dataset whose order is the same in every process, and in every call but new.
+    """Returns a dataset with the same order in every process and a new order in every call.
 
     Args:
         dataset: A user's `tf.data.Dataset`.
         several_workers: Whether other processes draw from the same dataset.
 
     Returns:
-        The dataset itself, where that is so; else a copy whose order is its own.
+        The dataset itself if it has such an order, otherwise a copy with its own order.
     """
     memory = vars(dataset).setdefault(_MEMORY, {"calls": 0, "copy": None})
     number, memory["calls"] = memory["calls"], memory["calls"] + 1
     try:
         if number and datasets.reshuffles_ahead(dataset):
-            # How far its buffers have come ahead differs from process to process.
+            # The number of elements drawn ahead differs between processes.
             return datasets.copied(dataset, number)
         if several_workers and datasets.draws_in_parallel(dataset) is not None:
             memory["copy"] = memory["copy"] or datasets.copied(dataset)
             return memory["copy"]
-    except tf.errors.OpError:  # too large to be written down
+    except tf.errors.OpError:  # too large to be serialized
         return dataset
     return dataset

@@ -1,4 +1,4 @@
-"""What differs between data that workers should have alike, when something does."""
+"""Finds what differs if the workers do not have the same data."""
 
 from __future__ import annotations
 
@@ -18,49 +18,56 @@ _BLOCKS = 64
 
 
 def difference(source: Source, strategy: Strategy) -> str | None:
-    """Finds out what differs; every worker calls it, and gets the same.
+    """Finds what differs; every worker calls it, and gets the same result.
 
     Args:
         source: The data.
-        strategy: Where the workers are.
+        strategy: The strategy of the workers.
 
     Returns:
-        What was received, to be put into a message; None if it is not seen.
+        The difference, for a message; None if no difference was found.
     """
-    held = source.held
-    named = _named(source.spec() if held is None else held)
-    shapes = {name: f"{tuple(leaf.shape)} {leaf.dtype.name}" for name, leaf in named.items()}
-    everyone = strategy.gather_objects(shapes)
-    for name in dict.fromkeys(itertools.chain(*everyone)):
-        found = [shapes.get(name, "none") for shapes in everyone]
-        if len(set(found)) > 1:
-            listed = "; ".join(f"worker {i}: {shape}" for i, shape in enumerate(found))
+    reference = source.common_data
+    leaves_by_name = _leaves_by_name(source.spec() if reference is None else reference)
+    shapes = {
+        name: f"{tuple(leaf.shape)} {leaf.dtype.name}" for name, leaf in leaves_by_name.items()
+    }
+    by_worker = strategy.gather_objects(shapes)
+    for name in dict.fromkeys(itertools.chain(*by_worker)):
+        values = [shapes.get(name, "none") for shapes in by_worker]
+        if len(set(values)) > 1:
+            listed = "; ".join(f"worker {i}: {shape}" for i, shape in enumerate(values))
             return f"another shape or type of {name}: {listed}"
-    if held is None:
+    if reference is None:
         return None
-    digests = {name: _digests(leaf, 0, int(leaf.shape[0])) for name, leaf in named.items()}
-    everyone = strategy.gather_objects(digests)
-    differing = [name for name in named if any(d[name] != everyone[0][name] for d in everyone)]
+    digests = {
+        name: _digests(leaf, 0, int(leaf.shape[0])) for name, leaf in leaves_by_name.items()
+    }
+    by_worker = strategy.gather_objects(digests)
+    differing = [
+        name for name in leaves_by_name if any(d[name] != by_worker[0][name] for d in by_worker)
+    ]
     if not differing:
         return None
     first, *others = differing
-    row, workers = _first_row(named[first], strategy)
+    row, workers = _first_row(leaves_by_name[first], strategy)
     others = [f"{name} differs too" for name in others]
     return "; ".join(
         [
-            f"other values of {first}, of shape {tuple(named[first].shape)}: row {row} is the "
-            f"first that worker {', '.join(map(str, workers))} has unlike worker 0",
+            f"other values of {first}, of shape {tuple(leaves_by_name[first].shape)}: row "
+            f"{row} is the first that worker {', '.join(map(str, workers))} has unlike "
+            "worker 0",
             *others,
         ]
     )
 
 
 def _first_row(column: Any, strategy: Strategy) -> tuple[int, list[int]]:
-    """Finds the first row that differs, and the workers that have another than worker 0."""
+    """Finds the first row that differs, and the workers whose row differs from worker 0's."""
     begin, end = 0, int(column.shape[0])
     while True:
-        everyone = strategy.gather_objects(_digests(column, begin, end))
-        by_block = list(zip(*everyone, strict=True))
+        by_worker = strategy.gather_objects(_digests(column, begin, end))
+        by_block = list(zip(*by_worker, strict=True))
         number = next(i for i, digests in enumerate(by_block) if len(set(digests)) > 1)
         begin, end = _blocks(begin, end)[number]
         if end - begin == 1:
@@ -82,9 +89,9 @@ def _digest(column: Any, begin: int, end: int) -> bytes:
     return hashlib.sha256(leaves.content(rows)).digest()[:8]
 
 
-def _named(batch: Any) -> dict[str, Any]:
-    """Names the leaves of a batch as the arguments of `fit` that they come from."""
-    found: dict[str, Any] = {}
+def _leaves_by_name(batch: Any) -> dict[str, Any]:
+    """Names the leaves of a batch by the arguments of `fit` from which they come."""
+    named: dict[str, Any] = {}
 
     def walk(name: str, part: Any) -> None:
         if isinstance(part, dict):
@@ -94,9 +101,9 @@ def _named(batch: Any) -> dict[str, Any]:
             for number, value in enumerate(part):
                 walk(f"{name}[{number}]", value)
         elif part is not None:
-            found[name] = part
+            named[name] = part
 
     parts = keras.utils.unpack_x_y_sample_weight(batch)
     for name, part in zip(("x", "y", "sample_weight"), parts, strict=True):
         walk(name, part)
-    return found
+    return named

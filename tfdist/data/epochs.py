@@ -1,4 +1,4 @@
-"""How data goes on from epoch to epoch: as Keras's `EpochIterator` has it."""
+"""How data continues from epoch to epoch, in the same way as in Keras's `EpochIterator`."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from typing import NamedTuple
 
 
 class DataPosition(NamedTuple):
-    """Where in its data a training stands.
+    """The position of a training in its data.
 
     Attributes:
-        number: Of the pass over the data that the next batch comes from.
-        drawn: Batches that were drawn of that pass.
-        iterators: Iterators that Keras would have made of the data before that pass's. A
-            shuffled `tf.data.Dataset` gives each another order.
+        number: The number of the pass over the data to which the next batch belongs.
+        drawn: Batches of that pass that were drawn.
+        iterators: Iterators that Keras would have made before that pass's iterator. A
+            shuffled `tf.data.Dataset` has another order for each iterator.
         is_open: Whether that pass has its iterator, so that the next epoch goes on with it.
-        batches: Of a pass, as far as one that ended has shown.
+        batches: Batches of a pass; None until they are known, at the latest when one has ended.
     """
 
     number: int = 0
@@ -24,10 +24,10 @@ class DataPosition(NamedTuple):
     batches: int | None = None
 
     def next_pass(self, iterators: int = 1) -> DataPosition:
-        """Gives the beginning of the pass after this one.
+        """Returns the beginning of the next pass.
 
         Args:
-            iterators: That Keras makes for it, the one it draws from included.
+            iterators: Iterators that Keras makes for it, including the one it draws from.
         """
         return self._replace(
             number=self.number + 1,
@@ -43,17 +43,17 @@ START = DataPosition()
 class Epochs:
     """The epochs of one call of `fit` or `evaluate`, one after the other.
 
-    Without `steps_per_epoch` each epoch is a new pass over the data. With it an epoch goes on
-    where the last one stopped; it is over when its steps are made, or when the pass is, and
-    then the next epoch begins another.
+    Without `steps_per_epoch`, each epoch is a new pass over the data. With it, an epoch goes
+    on where the last one stopped. It ends when its steps are made, or when the pass ends;
+    then the next epoch begins a new pass.
 
     Args:
-        steps: Batches an epoch, if the user has said.
-        batches: Of a pass, if known.
-        position: Where the data stands.
+        steps: The user's number of batches an epoch, or None.
+        batches: Batches of a pass, or None if unknown.
+        position: The present position in the data.
 
     Attributes:
-        position: Where the data stands.
+        position: The present position in the data.
     """
 
     def __init__(
@@ -61,19 +61,19 @@ class Epochs:
     ) -> None:
         self.position = position._replace(batches=position.batches or batches)
         self._steps = steps
-        self._asked = 0
+        self._requested = 0
 
     @property
     def length(self) -> int | None:
-        """Batches that an epoch is to have, or None when only the data knows."""
+        """Batches of an epoch, or None if the end of the data will show it."""
         return self._steps or self.position.batches
 
     @property
     def left(self) -> int | None:
-        """Batches of the epoch that are left at most, or None when only the data knows."""
+        """The most batches left in the epoch, or None if the end of the data will show it."""
         if self.length is None:
             return None
-        left = self.length - self._asked
+        left = self.length - self._requested
         in_pass = self._left_in_pass
         return left if in_pass is None else min(left, in_pass)
 
@@ -84,38 +84,38 @@ class Epochs:
 
     def begin(self) -> None:
         """Begins an epoch."""
-        self._asked = 0
+        self._requested = 0
         if self.position.is_open and self._steps is None:
             self.position = self.position.next_pass()
         self.position = self.position._replace(is_open=True)
 
     def reset(self, batches: int | None) -> None:
-        """Forgets the pass that goes on, and what passes have shown.
+        """Ends the present pass, and forgets the length of earlier passes.
 
         Args:
-            batches: Of a pass, if known.
+            batches: Batches of a pass, or None if unknown.
         """
         if self.position.is_open:
             self.position = self.position.next_pass()
         self.position = self.position._replace(batches=batches)
 
-    def take(self, wanted: int) -> int:
+    def take(self, max_batches: int) -> int:
         """Draws batches.
 
         Args:
-            wanted: So many, unless the pass ends before.
+            max_batches: The number of batches, unless the pass ends before.
 
         Returns:
-            How many there are; 0 at the epoch's end.
+            The number of batches to draw; 0 at the epoch's end.
         """
-        if self.length is not None and self._asked >= self.length:
+        if self.length is not None and self._requested >= self.length:
             return 0
         in_pass = self._left_in_pass
-        taken = wanted if in_pass is None else min(wanted, in_pass)
-        # Keras counts whole executions, so that an epoch may have more steps than asked for.
-        self._asked += wanted
-        self.position = self.position._replace(drawn=self.position.drawn + taken)
-        return taken
+        num_batches = max_batches if in_pass is None else min(max_batches, in_pass)
+        # Keras counts whole executions, so an epoch may have more steps than requested.
+        self._requested += max_batches
+        self.position = self.position._replace(drawn=self.position.drawn + num_batches)
+        return num_batches
 
     def end(self, ran_out: bool) -> None:
         """Ends an epoch.
@@ -125,11 +125,11 @@ class Epochs:
         """
         position = self.position
         if ran_out:
-            # Keras counts the execution that failed as if it had been made.
-            known = position.batches or position.drawn
-            self.position = position.next_pass()._replace(batches=known)
+            # Keras counts the execution that failed too.
+            batches = position.batches or position.drawn
+            self.position = position.next_pass()._replace(batches=batches)
         elif self._left_in_pass == 0 and self._steps is not None:
             # Keras makes the next pass's iterator now.
             self.position = position.next_pass()._replace(is_open=True)
         elif self._left_in_pass == 0:
-            self.position = position.next_pass(2)  # Keras makes one now that it never uses
+            self.position = position.next_pass(2)  # Keras also makes an iterator it never uses

@@ -1,4 +1,4 @@
-"""Leaves of a batch, dense, sparse or ragged: how they are read, and rows of them taken."""
+"""Leaves of a batch, dense, sparse or ragged: reads them, and takes rows of them."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ Tensor = Any
 
 
 class SparseRows:
-    """A sparse tensor of which any rows can be gathered, in any order.
+    """A sparse tensor from which any rows can be gathered, in any order.
 
     Args:
         tensor: A `tf.SparseTensor` of rank 2 or more.
 
     Attributes:
-        shape: Of the tensor, as a `tf.TensorShape`.
-        dtype: Of the tensor.
+        shape: The tensor's shape, a `tf.TensorShape`.
+        dtype: The tensor's dtype.
     """
 
     def __init__(self, tensor: Tensor) -> None:
@@ -32,7 +32,7 @@ class SparseRows:
         )
 
     def gather(self, rows: Tensor) -> Tensor:
-        """Gives rows, one below the other.
+        """Gathers rows.
 
         Args:
             rows: int64 of shape [number of rows].
@@ -42,12 +42,12 @@ class SparseRows:
         """
         where, values = tf.gather(self._where, rows), tf.gather(self._values, rows)
         indices = tf.concat([where.value_rowids()[:, None], where.flat_values], 1)
-        shape = _sized(tf.size(rows, tf.int64), self)
+        shape = _shape_with_rows(tf.size(rows, tf.int64), self)
         return tf.SparseTensor(indices, values.flat_values, shape)
 
 
 def is_scipy(value: Any) -> bool:
-    """Tells a sparse matrix of SciPy, of any format, from other values.
+    """Tells whether a value is a sparse matrix of SciPy, of any format.
 
     Args:
         value: Anything.
@@ -56,7 +56,7 @@ def is_scipy(value: Any) -> bool:
 
 
 def is_composite(value: Any) -> bool:
-    """Tells what is sparse or ragged, or describes it, from other values.
+    """Tells whether a value is a sparse or ragged tensor, or describes one.
 
     Args:
         value: Anything.
@@ -66,7 +66,7 @@ def is_composite(value: Any) -> bool:
 
 
 def is_dense(leaf: Any) -> bool:
-    """Tells a plain tensor from sparse and ragged ones.
+    """Tells whether a leaf is a plain tensor, neither sparse nor ragged.
 
     Args:
         leaf: A column.
@@ -84,7 +84,7 @@ def composite(value: Any) -> Tensor:
         A `tf.SparseTensor` or a `tf.RaggedTensor`.
     """
     if is_scipy(value):
-        matrix = value.tocsr().tocoo()  # of which equal places are summed up
+        matrix = value.tocsr().tocoo()  # sums up entries of the same position
         where = tf.stack([tf.cast(axis, tf.int64) for axis in (matrix.row, matrix.col)], 1)
         value = tf.SparseTensor(where, matrix.data, matrix.shape)
     return tf.cast(value, keras.config.floatx()) if value.dtype.is_floating else value
@@ -94,7 +94,7 @@ def count(leaf: Tensor) -> Tensor:
     """Counts rows.
 
     Args:
-        leaf: Of a batch.
+        leaf: A leaf of a batch.
 
     Returns:
         Scalar int64.
@@ -114,34 +114,36 @@ def gather(column: Any, rows: Tensor) -> Tensor:
 
 
 def cut(leaf: Tensor, begin: Tensor, end: Tensor) -> Tensor:
-    """Takes rows that follow each other.
+    """Takes adjacent rows.
 
     Args:
-        leaf: Of a batch.
-        begin: The first.
-        end: The one after the last.
+        leaf: A leaf of a batch.
+        begin: The first row.
+        end: The row after the last one.
     """
     if not isinstance(leaf, tf.SparseTensor):
         return leaf[begin:end]
-    size = _sized(end - begin, leaf)
+    size = _shape_with_rows(end - begin, leaf)
     start = tf.concat([[begin], tf.zeros_like(size[1:])], 0)
     part = tf.sparse.slice(leaf, start, size)
     return tf.SparseTensor(part.indices, part.values, size)
 
 
-def _sized(count: Tensor, like: Any) -> Tensor:
-    """Gives the shape of a sparse tensor with other rows; what is known of it stays so."""
-    known = like.shape[1:].is_fully_defined()
-    rest = tf.constant(like.shape.as_list()[1:], tf.int64) if known else like.dense_shape[1:]
+def _shape_with_rows(count: Tensor, like: Any) -> Tensor:
+    """Returns the shape of a sparse tensor with another number of rows, static if it can."""
+    is_static = like.shape[1:].is_fully_defined()
+    rest = (
+        tf.constant(like.shape.as_list()[1:], tf.int64) if is_static else like.dense_shape[1:]
+    )
     return tf.concat([count[None], rest], 0)
 
 
-def sized(leaf: Tensor, count: int | None) -> Tensor:
-    """Says how many rows a dense leaf has, where that is known before it is drawn.
+def with_num_rows(leaf: Tensor, count: int | None) -> Tensor:
+    """Gives a dense leaf a static number of rows, if the number is known in advance.
 
     Args:
-        leaf: Of a batch; sparse and ragged ones stay as they are.
-        count: Its rows, or None.
+        leaf: A leaf of a batch; sparse and ragged leaves do not change.
+        count: The number of rows, or None if unknown.
     """
     if count is None or not is_dense(leaf):
         return leaf
@@ -149,7 +151,7 @@ def sized(leaf: Tensor, count: int | None) -> Tensor:
 
 
 def blank(column: Any) -> Any:
-    """Gives one row that counts nothing.
+    """Returns one padding row.
 
     Args:
         column: As in `gather`, without rows.
@@ -164,31 +166,31 @@ def blank(column: Any) -> Any:
 
 
 def components(structure: Any) -> list[Tensor]:
-    """Gives the plain tensors that leaves are made of.
+    """Returns the plain tensors of which leaves consist.
 
     Args:
-        structure: Of leaves, or of what describes them.
+        structure: A structure of leaves or of their descriptions.
     """
-    made: list[Tensor] = tf.nest.flatten(structure, expand_composites=True)
-    return made
+    tensors: list[Tensor] = tf.nest.flatten(structure, expand_composites=True)
+    return tensors
 
 
 def content(leaf: Tensor) -> bytes:
-    """Gives what a leaf holds, the same in every process that holds the same.
+    """Returns a leaf's values as bytes, the same in every process that has the same values.
 
     Args:
         leaf: A tensor of any kind, with values.
     """
-    found = []
+    contents = []
     for part in components(leaf):
         values = part.numpy()
-        text = values.dtype == object  # of which tobytes() would give addresses
-        found.append(repr(values.tolist()).encode() if text else values.tobytes())
-    return b"".join(found)
+        text = values.dtype == object  # tobytes() would return addresses
+        contents.append(repr(values.tolist()).encode() if text else values.tobytes())
+    return b"".join(contents)
 
 
 def spec(leaf: Any, count: int | None = None) -> Any:
-    """Describes batches that a leaf's rows make up.
+    """Describes batches of a leaf's rows.
 
     Args:
         leaf: A tensor or array of shape [rows, ...], or `SparseRows`.

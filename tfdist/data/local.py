@@ -1,9 +1,9 @@
-"""Arrays of which each worker holds some: a sampler draws from the union that nobody has.
+"""Arrays that are distributed over the workers, and sampled as one global data set.
 
-Rows of the union are numbered worker by worker. Every worker draws the same global batch,
-in numbers, computes the rows that it holds, and no row travels. A sampler that draws by
-class gets labels that are made up from counts: then a worker's rows are numbered class by
-class.
+The rows of the global data set are numbered worker by worker. Every worker draws the same
+global batch, as row numbers, and computes the rows that it holds. No row leaves its worker.
+A sampler that draws by class gets labels that are made from counts: then each worker's rows
+are numbered class by class.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ Tensor = Any
 
 @dataclass(frozen=True)
 class LocalShard:
-    """Each worker passes only the rows that it holds; the `shard` argument of `fit`.
+    """Each worker passes only its own rows; the `shard` argument of `fit`.
 
-    `shard="local"` means `LocalShard()`. The workers tell each other how many rows of each
-    class they hold, once, and nothing else. Then the union of all rows is trained on: every
-    row counts once an epoch, whoever holds it, and weights equal those of one process that
-    has all rows, worker by worker. A worker may hold any number of rows, also none: arrays of
-    shape [0, ...].
+    `shard="local"` means `LocalShard()`. The workers tell each other once how many rows of
+    each class they hold, and nothing else. The model is trained on the global data set: every
+    row counts once an epoch, on whichever worker it is. The weights equal those of one process
+    that has the rows of all workers, worker after worker. A worker may hold any number of
+    rows, even none: arrays of shape [0, ...].
 
     Args:
         weight_by: "examples": every row has the same weight. "workers": every worker that
-            holds rows has the same weight, its rows share it.
+            holds rows has the same weight, split equally between its rows.
 
     Raises:
         ArgumentError: `weight_by` is neither.
@@ -68,11 +68,11 @@ def local_shard(shard: Any, strategy: Strategy) -> LocalShard | None:
 
     Args:
         shard: None, "local" or a `LocalShard`.
-        strategy: Where the replicas are.
+        strategy: The strategy.
 
     Raises:
-        ArgumentError: It is none of these, workers have no data of their own, or may leave
-            with it.
+        ArgumentError: `shard` is none of these, or the strategy's workers have no data of
+            their own, or a worker may leave the run and take its data away.
     """
     if shard is None:
         return None
@@ -94,14 +94,14 @@ def local_shard(shard: Any, strategy: Strategy) -> LocalShard | None:
 
 
 def bind(sampler: Sampler, holdings: Holdings) -> Sampler:
-    """Gives the sampler that draws from the union.
+    """Returns the sampler that draws from the global data set.
 
     Args:
-        sampler: What `fit` was given.
-        holdings: What every worker holds.
+        sampler: The sampler that `fit` was given.
+        holdings: How many rows every worker holds.
 
     Raises:
-        ArgumentError: The sampler must know more of rows than their class.
+        ArgumentError: The sampler must know more of the rows than their class.
     """
     if isinstance(sampler, Weighted):
         raise ArgumentError(
@@ -122,12 +122,13 @@ def bind(sampler: Sampler, holdings: Holdings) -> Sampler:
 
 @dataclass
 class LocalArrays(Arrays):
-    """The rows that one worker holds; the sampler's numbers are those of the union.
+    """The rows of one worker; the sampler draws row numbers of the global data set.
 
     Attributes:
-        holdings: What every worker holds.
-        worker: This one.
-        order: Its rows in the order in which the union has them, or None for their own.
+        holdings: How many rows every worker holds.
+        worker: The number of this worker.
+        order: This worker's rows in the order of the global data set; None if the order is
+            the same.
     """
 
     holdings: Holdings
@@ -138,7 +139,7 @@ class LocalArrays(Arrays):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.holdings.rows[self.worker]:  # a share has a row, if one that counts nothing
+        if not self.holdings.rows[self.worker]:  # a share has at least a padding row
             self.data = tf.nest.map_structure(leaves.blank, self.data)
 
     @property
@@ -148,16 +149,16 @@ class LocalArrays(Arrays):
 
     @property
     def num_local_rows(self) -> int:
-        """Examples that this worker holds, or 1 that stands for none."""
+        """Examples of this worker, or 1 padding row if it has none."""
         return max(1, self.holdings.rows[self.worker])
 
     @property
     def _full_batch(self) -> None:
-        """None: shares of a batch have as many rows as are held where."""
+        """None: the rows of a batch are not split equally over the workers."""
 
     @property
-    def held(self) -> Any:
-        """None: each worker has its own."""
+    def common_data(self) -> Any:
+        """None: each worker has its own rows."""
         return None
 
     @property
@@ -165,46 +166,46 @@ class LocalArrays(Arrays):
         """None: only this worker has its rows."""
         return None
 
-    def _drawn(self, first: int) -> tuple[list[Rows], list[list[int]]]:
-        """Draws global batches; gives this worker's rows of each.
+    def _draw(self, first: int) -> tuple[list[Rows], list[list[int]]]:
+        """Draws global batches, and selects this worker's rows of each.
 
         Returns:
-            For each the numbers of the local rows; and how many they are, how many of the
-            batch are held by workers before, and how many it has.
+            For each batch the numbers of the local rows, and three facts: how many local rows
+            there are, how many rows of the batch earlier workers hold, and all its rows.
         """
         begin, end = self.holdings.first_rows[self.worker :][:2]
-        own, facts = [], []
-        for batch in self._sampled(first):
+        own_rows, facts = [], []
+        for batch in self._sample(first):
             rows = batch[(batch >= begin) & (batch < end)] - begin
-            own.append(rows if self.order is None else self.order[rows])
+            own_rows.append(rows if self.order is None else self.order[rows])
             facts.append([len(rows), int((batch < begin).sum()), len(batch)])
-        return own, facts
+        return own_rows, facts
 
     def _share(self, place: Place, rows: Tensor, facts: Tensor, replica: Tensor) -> Share:
         """Gathers a local replica's part of the worker's rows."""
-        own, before, total = tf.unstack(facts)
+        num_own, before, total = tf.unstack(facts)
         number, replicas = replica - place.first_replica, place.local_replicas
-        begin, end = own * number // replicas, own * (number + 1) // replicas
+        begin, end = num_own * number // replicas, num_own * (number + 1) // replicas
         any_row = tf.zeros([1], tf.int64)
-        mine = tf.cond(end > begin, lambda: rows[begin:end], lambda: any_row)
-        return self._dealt(mine, end - begin, total, before + begin)
+        share_rows = tf.cond(end > begin, lambda: rows[begin:end], lambda: any_row)
+        return self._gather_share(share_rows, end - begin, total, before + begin)
 
     def fingerprint(self) -> str:
-        """Sums up what all workers hold, and a step of the sampler; no row."""
+        """Returns the row counts of all workers and a hash of the sampler's rows, as text."""
         digest = hashlib.sha256(self.first_rows()).hexdigest()[:12]
         return f"{self.holdings} of {self.spec_text()}, {digest}"
 
     def report(self) -> str | None:
-        """Says what each worker holds, and what that means for training."""
+        """Returns a table of the workers' rows, and what it means for training."""
         holdings, steps = self.holdings, min(self.steps or 1, 64)
-        drawn = np.concatenate(
+        rows_drawn = np.concatenate(
             self.sampler.batches(
                 0, steps, num_rows=self.num_rows, batch_size=self.batch_size, seed=self.seed
             )
         )
         edges = np.array(holdings.first_rows[1:-1])
         per_step = np.bincount(
-            np.searchsorted(edges, drawn, side="right"), minlength=len(holdings.rows)
+            np.searchsorted(edges, rows_drawn, side="right"), minlength=len(holdings.rows)
         )
         mean = (per_step / steps).tolist()
         lines = ["tfdist: each worker trains on the rows that it holds:", holdings.table(mean)]
@@ -212,8 +213,8 @@ class LocalArrays(Arrays):
         if skew is not None:
             lines.append(
                 f"skew of the classes between workers: {skew:.2f} (0: the same shares on all, "
-                "1: no class on two); batches are drawn from the union, so weights do not "
-                "depend on it"
+                "1: no class on two); batches are drawn from the global data set, so weights "
+                "do not depend on it"
             )
         share = per_step.max() / max(1, per_step.sum())
         lines.append(

@@ -1,4 +1,4 @@
-"""What the workers tell each other of rows that each has of its own: numbers of rows."""
+"""The numbers of rows by worker and class, which the workers tell each other."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class Holdings:
     """How many rows each worker holds.
 
     Attributes:
-        rows: By worker.
-        names: The classes that occur, in ascending order, or None where rows have none. A
+        rows: Rows by worker.
+        names: The classes that occur, in ascending order, or None if rows have no classes. A
             combination of labels is a tuple of columns.
-        counts: Rows by worker and class; empty where rows have no classes.
-        columns: Of labels of shape [rows, columns], otherwise None.
+        counts: Rows by worker and class; empty if rows have no classes.
+        columns: The columns of labels of shape [rows, columns], otherwise None.
     """
 
     rows: list[int]
@@ -34,11 +34,11 @@ class Holdings:
 
     @property
     def first_rows(self) -> list[int]:
-        """The number in the union of each worker's first row, and the rows of all."""
+        """The number of each worker's first row in the global data set, and the rows of all."""
         return [0, *np.cumsum(self.rows).tolist()]
 
     def labels(self) -> Any:
-        """Makes labels of the union up, each worker's class by class."""
+        """Makes labels for the global data set; each worker's rows are ordered by class."""
         if self.names is None:
             return None
         numbers = np.concatenate(
@@ -54,18 +54,18 @@ class Holdings:
     def skew(self) -> float | None:
         """Measures how much the classes differ between workers.
 
-        The Jensen-Shannon divergence of the workers' class shares, each weighted by its rows,
-        over the entropy of these weights (Lin, "Divergence measures based on the Shannon
-        entropy", 1991, section 4).
+        It is the Jensen-Shannon divergence of the workers' class shares, weighted by their
+        rows and divided by the entropy of these weights (Lin, "Divergence measures based on
+        the Shannon entropy", 1991, section 4).
 
         Returns:
-            0 where all have the same shares, 1 where no two have a class in common; None
-            where fewer than two hold rows, or rows have no classes.
+            0 if all workers have the same shares, 1 if no two workers have a class in common.
+            None if fewer than two workers hold rows, or if rows have no classes.
         """
-        held = np.array([counts for counts in self.counts if sum(counts)], float)
-        if len(held) < 2:
+        counts_of_holders = np.array([counts for counts in self.counts if sum(counts)], float)
+        if len(counts_of_holders) < 2:
             return None
-        joint = held / held.sum()
+        joint = counts_of_holders / counts_of_holders.sum()
         by_worker, by_class = joint.sum(1), joint.sum(0)
         divergence = _entropy(by_class) - sum(
             share * _entropy(row / share) for share, row in zip(by_worker, joint, strict=True)
@@ -73,19 +73,19 @@ class Holdings:
         return max(0.0, float(divergence / _entropy(by_worker)))
 
     def weight_of(self, worker: int) -> float:
-        """Gives the weight of each row of a worker where all workers with rows weigh the same.
+        """Returns the weight of a worker's rows if all workers with rows weigh the same.
 
         Args:
             worker: The worker.
 
         Returns:
-            A number whose mean over all rows is 1.
+            The weight; its mean over the rows of all workers is 1.
         """
         holders = sum(1 for rows in self.rows if rows)
         return sum(self.rows) / (holders * max(1, self.rows[worker]))
 
     def table(self, per_step: list[float]) -> str:
-        """Writes down what each worker holds, and the share of each class in it.
+        """Makes a table of each worker's rows, and of the share of each class in them.
 
         Args:
             per_step: Rows of each worker in a step.
@@ -102,47 +102,54 @@ class Holdings:
 
 
 def _entropy(shares: Any) -> float:
-    some = shares[shares > 0]
-    return float(-(some * np.log(some)).sum())
+    positive_shares = shares[shares > 0]
+    return float(-(positive_shares * np.log(positive_shares)).sum())
 
 
 def exchange(strategy: Strategy, num_rows: int, labels: Any) -> tuple[Holdings, Rows | None]:
-    """Tells the other workers how many rows of each class this one holds.
+    """Tells the other workers how many rows of each class this worker holds.
 
     Args:
-        strategy: Whose workers there are.
-        num_rows: Rows that this worker holds.
-        labels: Their classes, as `tfdist.samplers` take them, or anything else.
+        strategy: The strategy of the workers.
+        num_rows: Rows of this worker.
+        labels: The classes of the rows, as `tfdist.samplers` take them. Anything else means
+            that the rows have no classes.
 
     Returns:
-        What every worker holds, and the order of this worker's rows class by class, or None
-        where rows have no classes.
+        The rows of every worker, and the order of this worker's rows class by class, or None
+        if rows have no classes.
 
     Raises:
-        ArgumentError: Nobody holds a row.
+        ArgumentError: No worker holds a row.
     """
-    found = _by_class(num_rows, labels)
-    columns = labels.shape[1] if found and labels.ndim == 2 and labels.shape[1] > 1 else None
-    mine = None if found is None else [(name, len(rows)) for name, rows in found.items()]
-    everyone = strategy.gather_objects([num_rows, mine, columns])
-    rows = [held for held, _, _ in everyone]
+    rows_by_class = _by_class(num_rows, labels)
+    columns = (
+        labels.shape[1] if rows_by_class and labels.ndim == 2 and labels.shape[1] > 1 else None
+    )
+    local_counts = (
+        None
+        if rows_by_class is None
+        else [(name, len(rows)) for name, rows in rows_by_class.items()]
+    )
+    all_workers = strategy.gather_objects([num_rows, local_counts, columns])
+    rows = [num_rows_of_worker for num_rows_of_worker, _, _ in all_workers]
     if not sum(rows):
         raise ArgumentError(
             "At least one worker must hold an example. Received: no rows on any of "
             f"{len(rows)} workers. Check the path or the filter that produced the data."
         )
-    if found is None or any(classes is None for _, classes, _ in everyone):
+    if rows_by_class is None or any(classes is None for _, classes, _ in all_workers):
         return Holdings(rows, None, []), None
-    tables = [dict(classes) for _, classes, _ in everyone]
+    tables = [dict(classes) for _, classes, _ in all_workers]
     names = sorted({name for table in tables for name in table})
     counts = [[table.get(name, 0) for name in names] for table in tables]
-    parts = [found[name] for name in names if name in found]
+    parts = [rows_by_class[name] for name in names if name in rows_by_class]
     order = np.concatenate(parts) if parts else np.zeros(0, np.int64)
     return Holdings(rows, names, counts, columns), order
 
 
 def _by_class(num_rows: int, labels: Any) -> dict[Any, Any] | None:
-    """Groups this worker's rows by class, or gives None where they have none."""
+    """Groups this worker's rows by class; returns None if they have no classes."""
     if not hasattr(labels, "shape") or not hasattr(labels, "ndim"):
         return None
     if num_rows == 0:
@@ -157,8 +164,8 @@ def _by_class(num_rows: int, labels: Any) -> dict[Any, Any] | None:
 
 def _class_names(holdings: Holdings) -> list[str]:
     names = holdings.names or []
-    shown = [f"class {_short(name)}" for name in names[:_SHOWN_CLASSES]]
-    return [*shown, "others"] if len(names) > _SHOWN_CLASSES else shown
+    shown_counts = [f"class {_short(name)}" for name in names[:_SHOWN_CLASSES]]
+    return [*shown_counts, "others"] if len(names) > _SHOWN_CLASSES else shown_counts
 
 
 def _short(name: Any) -> str:
@@ -169,7 +176,7 @@ def _class_shares(holdings: Holdings, worker: int) -> list[str]:
     if holdings.names is None:
         return []
     counts, rows = holdings.counts[worker], holdings.rows[worker]
-    shown = counts[:_SHOWN_CLASSES]
+    shown_counts = counts[:_SHOWN_CLASSES]
     if len(counts) > _SHOWN_CLASSES:
-        shown = [*shown, sum(counts[_SHOWN_CLASSES:])]
-    return [f"{count / rows:.1%}" if rows else "-" for count in shown]
+        shown_counts = [*shown_counts, sum(counts[_SHOWN_CLASSES:])]
+    return [f"{count / rows:.1%}" if rows else "-" for count in shown_counts]

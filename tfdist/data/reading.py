@@ -1,4 +1,4 @@
-"""Chooses the road for what `fit` was given."""
+"""Chooses the data source for the arguments of `fit`."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from tfdist.data.class_weight import Weigh, weigher, x_and_y
 from tfdist.data.columns import is_arrays, is_values, kind_of_values
 from tfdist.data.datasets import DatasetBatches
 from tfdist.data.reading_arrays import read_arrays, read_local
-from tfdist.data.settings import Settings, checked_batch_size
+from tfdist.data.settings import SourceSettings, checked_batch_size
 from tfdist.data.source import Source, shortened
 from tfdist.errors import ArgumentError
 from tfdist.samplers import ByQuota, Sequential, Uniform
 
 
-def read(x: Any, y: Any, sample_weight: Any, settings: Settings) -> Source:
-    """Chooses the road for an input.
+def read(x: Any, y: Any, sample_weight: Any, settings: SourceSettings) -> Source:
+    """Makes the data source for an input.
 
     Args:
         x: Arrays, a `tf.data.Dataset`, a `keras.utils.PyDataset` or a generator.
         y: Targets, for arrays only.
         sample_weight: Weights, for arrays only.
-        settings: How to read it.
+        settings: The settings of the source.
 
     Raises:
         ArgumentError: The input cannot be read, or arguments contradict each other.
@@ -45,7 +45,7 @@ def read(x: Any, y: Any, sample_weight: Any, settings: Settings) -> Source:
     return Augmented(source, settings.augment, settings.seed, copies)
 
 
-def _read(x: Any, y: Any, sample_weight: Any, settings: Settings) -> Source:
+def _read(x: Any, y: Any, sample_weight: Any, settings: SourceSettings) -> Source:
     if settings.class_weight and sample_weight is not None:
         raise ArgumentError(
             "`class_weight` and `sample_weight` cannot be used at the same time. Multiply "
@@ -58,22 +58,7 @@ def _read(x: Any, y: Any, sample_weight: Any, settings: Settings) -> Source:
             return read_arrays(x, y, sample_weight, settings)
         return read_local(x, y, sample_weight, settings, shard, strategy)
     _check_kind(x)
-    if settings.shard is not None:
-        raise ArgumentError(
-            "`shard='local'` needs arrays, whose rows can be counted. Received: x of type "
-            f"{kind}. Pass arrays, or leave `shard` out and give every worker the same data."
-        )
-    if settings.augment is not None and settings.augment.repeated:
-        raise ArgumentError(
-            "`repeated` of `Augment` needs arrays, of which a sampler says how often each "
-            f"example comes. Received: x of type {kind}. Name the classes: classes=[...]."
-        )
-    for name, value in (("y", y), ("sample_weight", sample_weight)):
-        if value is not None:
-            raise ArgumentError(
-                f"`{name}` must not be passed when `x` yields batches. Received: x of type "
-                f"{kind} and {name}. Let it yield (x, y) or (x, y, sample_weight)."
-            )
+    _check_arguments(kind, y, sample_weight, settings)
     by_class = _by_class(x, settings)
     if by_class is not None:
         return ClassStreams(
@@ -84,18 +69,7 @@ def _read(x: Any, y: Any, sample_weight: Any, settings: Settings) -> Source:
             settings.steps,
             _weigher(settings, by_class.targets),
         )
-    if not isinstance(settings.sampler, Sequential | Uniform):
-        raise ArgumentError(
-            "`sampler` must not be passed when `x` yields batches: it chooses rows of arrays. "
-            f"Received: x of type {kind} and a sampler of type "
-            f"{type(settings.sampler).__name__}. Choose the rows where batches are made."
-        )
-    if settings.batch_size is not None and settings.training:
-        warnings.warn(
-            f"batch_size={settings.batch_size} is ignored, as Keras does: x of type {kind} "
-            "yields batches. Set the size where they are made.",
-            stacklevel=2,
-        )
+    _check_batching(kind, settings)
     if isinstance(x, tf.data.Dataset):
         return DatasetBatches(
             x,
@@ -120,8 +94,44 @@ def _read(x: Any, y: Any, sample_weight: Any, settings: Settings) -> Source:
     return GeneratorBatches(x, settings.steps, settings.training)
 
 
+def _check_arguments(kind: str, y: Any, sample_weight: Any, settings: SourceSettings) -> None:
+    """Refuses arguments that only arrays can have, for an input of another kind."""
+    if settings.shard is not None:
+        raise ArgumentError(
+            "`shard='local'` needs arrays, whose rows can be counted. Received: x of type "
+            f"{kind}. Pass arrays, or leave `shard` out and give every worker the same data."
+        )
+    if settings.augment is not None and settings.augment.repeated:
+        raise ArgumentError(
+            "`repeated` of `Augment` needs arrays, of which a sampler says how often each "
+            f"example comes. Received: x of type {kind}. Name the classes: classes=[...]."
+        )
+    for name, value in (("y", y), ("sample_weight", sample_weight)):
+        if value is not None:
+            raise ArgumentError(
+                f"`{name}` must not be passed when `x` yields batches. Received: x of type "
+                f"{kind} and {name}. Let it yield (x, y) or (x, y, sample_weight)."
+            )
+
+
+def _check_batching(kind: str, settings: SourceSettings) -> None:
+    """Refuses a sampler, and ignores a batch size, for an input that yields batches."""
+    if not isinstance(settings.sampler, Sequential | Uniform):
+        raise ArgumentError(
+            "`sampler` must not be passed when `x` yields batches: it chooses rows of arrays. "
+            f"Received: x of type {kind} and a sampler of type "
+            f"{type(settings.sampler).__name__}. Choose the rows where batches are made."
+        )
+    if settings.batch_size is not None and settings.training:
+        warnings.warn(
+            f"batch_size={settings.batch_size} is ignored, as Keras does: x of type {kind} "
+            "yields batches. Set the size where they are made.",
+            stacklevel=3,
+        )
+
+
 def _check_kind(x: Any) -> None:
-    """Refuses what yields no batches, with the likely way out."""
+    """Refuses an input that yields no batches, and names the likely remedy."""
     streams = tf.data.Dataset | keras.utils.PyDataset | types.GeneratorType | ByClass
     if isinstance(x, streams) or _is_by_name(x):
         return
@@ -142,7 +152,7 @@ def _check_kind(x: Any) -> None:
 
 
 def _is_by_name(x: Any) -> bool:
-    """Tells a dict of a stream for each class."""
+    """Tells whether an input is a dict with a dataset for each class."""
     return (
         isinstance(x, dict)
         and bool(x)
@@ -156,15 +166,15 @@ _UNCOUNTABLE = (
 )
 
 
-def _weigher(settings: Settings, targets: Callable[[], Iterable[Any]]) -> Weigh | None:
-    """Makes what adds class weights to a batch; a dict's classes are not looked for."""
+def _weigher(settings: SourceSettings, targets: Callable[[], Iterable[Any]]) -> Weigh | None:
+    """Makes the function that adds class weights; classes of a dict need not occur."""
     if not settings.class_weight:
         return None
     return weigher(settings.class_weight, targets, must_occur=False)
 
 
-def _by_class(x: Any, settings: Settings) -> ByClass | None:
-    """Tells whether `x` is to be drawn from by class."""
+def _by_class(x: Any, settings: SourceSettings) -> ByClass | None:
+    """Returns a `ByClass` if the sampler draws from `x` by class, otherwise None."""
     if isinstance(x, ByClass):
         return x
     if _is_by_name(x) or (
@@ -175,7 +185,7 @@ def _by_class(x: Any, settings: Settings) -> ByClass | None:
 
 
 def _targets_of_dataset(dataset: Any, steps: int | None) -> Iterator[Any]:
-    """Goes through a `tf.data.Dataset` once, for its targets."""
+    """Yields the targets of a `tf.data.Dataset`, which is read once."""
     if may_not_end(dataset, steps):
         raise ArgumentError(_UNCOUNTABLE.format("tf.data.Dataset without a known end"))
     for batch in dataset:

@@ -1,4 +1,4 @@
-"""Arrays, read: what a sampler and an augmentation must know of their rows."""
+"""Reads arrays, and tells the sampler and the augmentation about their rows."""
 
 from __future__ import annotations
 
@@ -16,37 +16,37 @@ from tfdist.data.class_weight import weigher, x_and_y
 from tfdist.data.columns import read_columns
 from tfdist.data.local import LocalArrays, LocalShard, bind
 from tfdist.data.local_rows import exchange
-from tfdist.data.settings import Settings, checked_batch_size
+from tfdist.data.settings import SourceSettings, checked_batch_size
 from tfdist.errors import ArgumentError
 from tfdist.samplers import Sampler, Sequential, Uniform
 from tfdist.samplers.labelled import Labelled
 from tfdist.strategies.base import Strategy
 
 
-def _dealing(settings: Settings) -> dict[str, int]:
-    """Says how rows of a share are repeated and padded.
+def _padding(settings: SourceSettings) -> dict[str, int]:
+    """Returns how rows of a share are copied and padded.
 
     Poisson sampling draws another number of rows each time, and TensorFlow keeps kernels for
-    every one that it meets. So they are rounded up by about the standard deviation of their
-    number: that makes some 8 of them, for a few percent more rows.
+    every number that it meets. So the number is rounded up to a multiple of about its standard
+    deviation. That leaves about 8 different numbers, for a few percent more rows.
     """
-    rounded_to = 1
+    rows_multiple = 1
     if settings.private:
         strategy = settings.strategy
         replicas = 1 if strategy is None else strategy.place.num_replicas
         share = checked_batch_size(settings) / replicas
-        rounded_to = 2 ** max(0, round(math.log2(share) / 2))
-    return {"copies": settings.copies, "rounded_to": rounded_to}
+        rows_multiple = 2 ** max(0, round(math.log2(share) / 2))
+    return {"copies": settings.copies, "rows_multiple": rows_multiple}
 
 
-def read_arrays(x: Any, y: Any, sample_weight: Any, settings: Settings) -> Arrays:
+def read_arrays(x: Any, y: Any, sample_weight: Any, settings: SourceSettings) -> Arrays:
     """Reads arrays that every worker has.
 
     Args:
         x: Arrays.
         y: Targets, or None.
         sample_weight: Weights, or None.
-        settings: How to read them.
+        settings: The settings of the source.
     """
     batch_size = checked_batch_size(settings)
     data, num_rows = read_columns(x, y, sample_weight)
@@ -63,48 +63,48 @@ def read_arrays(x: Any, y: Any, sample_weight: Any, settings: Settings) -> Array
         sampler,
         batch_size,
         settings.seed,
-        flows=settings.training,
+        spans_passes=settings.training,
         **_passes(sampler, num_rows, batch_size, settings),
-        **_dealing(settings),
+        **_padding(settings),
     )
 
 
 def _packed(data: tuple[Any, ...]) -> Any:
-    """Gives what Keras's steps get: `x` alone is no tuple, unless it is several inputs."""
+    """Returns the batch of Keras's steps: a single `x` is not put into a tuple."""
     return data[0] if len(data) == 1 and not isinstance(data[0], tuple) else data
 
 
-def _passes(sampler: Sampler, num_rows: int, batch_size: int, settings: Settings) -> Any:
-    """Says how many steps a pass over the rows has, and an epoch, if it is another number.
+def _passes(sampler: Sampler, num_rows: int, batch_size: int, settings: SourceSettings) -> Any:
+    """Returns the steps of a pass over the rows, and the user's steps an epoch.
 
-    A sampler with an order of its own has no passes that an epoch could break off.
+    A sampler with its own order has no passes that the end of an epoch could interrupt.
     """
     of_sampler = sampler.steps_per_epoch(num_rows, batch_size)
     has_passes = not settings.training or isinstance(sampler, Sequential | Uniform)
     endless = settings.steps is not None and not has_passes
-    return {"batches": None if endless else of_sampler, "asked_steps": settings.steps}
+    return {"batches": None if endless else of_sampler, "requested_steps": settings.steps}
 
 
 def read_local(
     x: Any,
     y: Any,
     sample_weight: Any,
-    settings: Settings,
+    settings: SourceSettings,
     shard: LocalShard,
     strategy: Strategy,
 ) -> LocalArrays:
-    """Reads arrays of which each worker passes what it holds.
+    """Reads arrays of which each worker passes its own rows.
 
     Args:
         x: Arrays.
         y: Targets, or None.
         sample_weight: Weights, or None.
-        settings: How to read them.
+        settings: The settings of the source.
         shard: How these rows count.
-        strategy: Whose workers these are.
+        strategy: The strategy of the workers.
     """
     batch_size = checked_batch_size(settings)
-    data, held = read_columns(x, y, sample_weight, may_be_empty=True)
+    data, num_local_rows = read_columns(x, y, sample_weight, may_be_empty=True)
     if shard.weight_by == "workers" and y is None:
         raise ArgumentError("`weight_by='workers'` weighs losses by target. Received: y=None.")
     worker = strategy.place.worker_index
@@ -113,13 +113,13 @@ def read_local(
         labels = getattr(settings.sampler, "labels", None)
         if labels is None and y is not None and isinstance(data[1], tf.Tensor):
             labels = data[1].numpy()
-    holdings, order = exchange(strategy, held, labels)
+    holdings, order = exchange(strategy, num_local_rows, labels)
     num_rows, labels = sum(holdings.rows), holdings.labels()
     if settings.class_weight:
         targets = x_and_y(data)[1] if labels is None else tf.constant(labels + 0)
         data = weigher(settings.class_weight, lambda: [targets], must_occur=True)(*data)
     if shard.weight_by == "workers":
-        weights = data[2] if len(data) == 3 else tf.ones(held, keras.config.floatx())
+        weights = data[2] if len(data) == 3 else tf.ones(num_local_rows, keras.config.floatx())
         factor = holdings.weight_of(worker)
         data = (*data[:2], tf.nest.map_structure(lambda weight: weight * factor, weights))
     sampler = bind(settings.sampler, holdings)
@@ -127,9 +127,9 @@ def read_local(
     data = _packed(data)
     if settings.augment is not None and settings.augment.repeated:
         first = holdings.first_rows[worker]
-        repeats = np.empty(held)
+        repeats = np.empty(num_local_rows)
         repeats[slice(None) if order is None else order] = _repeats(sampler, num_rows)[
-            first : first + held
+            first : first + num_local_rows
         ]
         data = (data, tf.constant(repeats, tf.float32))
     return LocalArrays(
@@ -137,17 +137,17 @@ def read_local(
         sampler,
         batch_size,
         settings.seed,
-        flows=settings.training,
+        spans_passes=settings.training,
         holdings=holdings,
         worker=worker,
         order=order,
         **_passes(sampler, num_rows, batch_size, settings),
-        **_dealing(settings),
+        **_padding(settings),
     )
 
 
 def _for_augmenting(data: Any, sampler: Sampler, num_rows: int, augment: Augment) -> Any:
-    """Adds what `Augmented` must know of each row; refuses what would change nothing."""
+    """Adds the repeats of each row for `Augmented`; refuses an augmentation without effect."""
     _, y, _ = keras.utils.unpack_x_y_sample_weight(data)
     if augment.classes is not None and y is not None:
         augment.check(y)

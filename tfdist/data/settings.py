@@ -1,4 +1,4 @@
-"""How a source is to be read."""
+"""The settings of a data source."""
 
 from __future__ import annotations
 
@@ -15,22 +15,23 @@ from tfdist.strategies.base import Strategy
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How a source is to be read.
+class SourceSettings:
+    """The settings of a data source.
 
     Attributes:
-        batch_size: Examples of a full global batch, or None for 32 or what batches hold.
+        batch_size: Examples of a full global batch. None means 32 for arrays, and the size of
+            the batches for other data.
         steps: Steps an epoch, or None for all of the data.
         sampler: Chooses rows of arrays.
         shuffle: Whether a PyDataset's batches are shuffled.
-        seed: The sampler's.
-        training: Whether epochs go on where the last one stopped.
-        class_weight: Weights by class number, a rule that finds them, or None.
-        augment: Changes examples at random, or None.
-        shard: How rows count of which each worker has its own, or None where all have all.
-        strategy: Whose workers these are.
-        private: Whether even counts of classes must stay on their worker.
-        copies: How often each row that was drawn comes, one behind the other.
+        seed: The sampler's seed.
+        training: Whether an epoch goes on where the last one stopped.
+        class_weight: Weights by class number, a rule for the weights, or None.
+        augment: The augmentation, or None.
+        shard: How the rows of each worker count, or None if all workers have all rows.
+        strategy: The strategy of the workers.
+        private: Whether even class counts must not leave their worker.
+        copies: How often each drawn row is repeated, one copy after the other.
     """
 
     batch_size: int | None
@@ -47,14 +48,14 @@ class Settings:
     copies: int = 1
 
 
-def checked_batch_size(settings: Settings) -> int:
-    """Gives the examples of a full global batch of arrays.
+def checked_batch_size(settings: SourceSettings) -> int:
+    """Returns the examples of a full global batch of arrays.
 
     Args:
-        settings: What was asked for.
+        settings: The settings of the source.
 
     Raises:
-        ArgumentError: It is no whole number, or below 1.
+        ArgumentError: `batch_size` is not a whole number, or below 1.
     """
     batch_size = 32 if settings.batch_size is None else settings.batch_size
     if not isinstance(batch_size, int | np.integer) or batch_size < 1:

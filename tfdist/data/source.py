@@ -1,4 +1,4 @@
-"""What all data has in common: it can be dealt out to replicas in shares."""
+"""The base class of data sources, and the functions that split batches over replicas."""
 
 from __future__ import annotations
 
@@ -16,23 +16,25 @@ from tfdist.strategies.base import Place
 Tensor = Any
 PARALLEL = tf.data.AUTOTUNE
 FOREVER = 2**62
-FEW = 8  # rows of a sample, and whatever else has no fixed size
+FEW = 8  # rows of a sample, and the size of its other variable dimensions
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class Share(NamedTuple):
-    """One replica's part of a global batch; a single replica needs nothing but the data.
+    """The per-replica batch: one replica's part of a global batch.
+
+    With a single replica only `data` is set.
 
     Attributes:
-        data: What Keras's steps take: `x`, `(x, y)` or `(x, y, sample_weight)`, at least
-            one row.
-        rows: Scalar int64, rows that count: 0 when the only row is padding.
-        total: Scalar int64, rows of the global batch.
+        data: The input of Keras's steps: `x`, `(x, y)` or `(x, y, sample_weight)`, with at
+            least one row.
+        rows: Scalar int64, the rows that count; 0 if the only row is padding.
+        total: Scalar int64, the rows of the global batch.
         offset: Scalar int64, the row of the global batch at which the share begins.
-        check: float32 of shape [4], whole numbers below 64 that differ when global batches
-            differ. Workers compare them at every step; arrays are compared beforehand.
-        groups: int64 of shape [rows in `data`], the sampler's `group_of` each; of shape [0]
-            where it has none.
+        check: float32 of shape [4], whole numbers below 64 that differ if global batches
+            differ. Workers compare them at every step. Arrays are compared before training.
+        groups: int64 of shape [rows in `data`], the group of each row in the sampler's
+            `group_of`; of shape [0] if there are no groups.
     """
 
     data: Any
@@ -44,31 +46,31 @@ class Share(NamedTuple):
 
 
 def no_groups() -> Tensor:
-    """Gives `Share.groups` where rows have none; None would not go through every iterator."""
+    """Returns `Share.groups` for rows without groups; not every iterator accepts None."""
     return tf.zeros([0], tf.int64)
 
 
 def bounds(total: Tensor, replica: Tensor, place: Place) -> tuple[Tensor, Tensor]:
-    """Says which rows of a global batch are a replica's.
+    """Returns the range of a replica's rows in a global batch.
 
     Args:
         total: Rows of the global batch.
         replica: The replica's global number.
-        place: How many replicas there are.
+        place: The number of replicas.
 
     Returns:
-        The first row and the one after the last.
+        The first row and the row after the last one.
     """
     replicas = place.num_replicas
     return total * replica // replicas, total * (replica + 1) // replicas
 
 
-def share_of(total: int | None, place: Place) -> int | None:
-    """Says how many rows every replica has of a global batch, if all have equally many.
+def rows_per_replica(total: int | None, place: Place) -> int | None:
+    """Returns the rows of each replica in a global batch; None if they are not equal.
 
     Args:
-        total: Rows of the global batch, if known.
-        place: How many replicas there are.
+        total: Rows of the global batch, or None if unknown.
+        place: The number of replicas.
     """
     if total is None or total % place.num_replicas:
         return None
@@ -76,15 +78,15 @@ def share_of(total: int | None, place: Place) -> int | None:
 
 
 def bounds_of_groups(groups: Tensor, replica: Tensor, place: Place) -> tuple[Tensor, Tensor]:
-    """Says which rows of a global batch are a replica's, where groups stay whole.
+    """Returns the range of a replica's rows in a global batch without splitting a group.
 
     Args:
-        groups: The group of each row, shape [total]; a group's rows follow each other.
+        groups: The group of each row, shape [total]; a group's rows are adjacent.
         replica: The replica's global number.
-        place: How many replicas there are.
+        place: The number of replicas.
 
     Returns:
-        The first row and the one after the last.
+        The first row and the row after the last one.
     """
     begins = tf.where(groups[1:] != groups[:-1])[:, 0] + 1
     edges = tf.concat([[0], begins, [tf.size(groups, tf.int64)]], 0)
@@ -93,83 +95,83 @@ def bounds_of_groups(groups: Tensor, replica: Tensor, place: Place) -> tuple[Ten
 
 
 class Source(abc.ABC):
-    """Data that can be dealt out in shares.
+    """A data source: global batches that can be split over replicas.
 
     Attributes:
-        batches: Global batches of one pass over the data, or None when unknown or endless.
-        asked_steps: Global batches an epoch, if the user has said.
-        repeatable: Whether batches that were drawn can be drawn again.
-        may_be_empty: Whether a global batch may have no rows; then a single replica's shares
-            also say how many rows count.
-        flows: Whether the stream of one pass goes on with the next one.
-        repeats: Whether every pass's stream is built alike.
+        batches: Global batches of one pass over the data; None if unknown or endless.
+        requested_steps: The user's number of global batches an epoch, or None.
+        repeatable: Whether batches can be drawn a second time.
+        may_be_empty: Whether a global batch may have no rows. Then `Share.rows` is set for a
+            single replica too.
+        spans_passes: Whether the stream of one pass goes on with the next pass.
+        is_same_each_pass: Whether the streams of all passes are equal.
     """
 
     batches: int | None
-    asked_steps: int | None = None
+    requested_steps: int | None = None
     repeatable: bool = True
     may_be_empty: bool = False
-    flows: bool = False
-    repeats: bool = False
+    spans_passes: bool = False
+    is_same_each_pass: bool = False
 
     @property
     def steps(self) -> int | None:
         """Global batches in an epoch, or None when unknown."""
-        return self.asked_steps or self.batches
+        return self.requested_steps or self.batches
 
     @abc.abstractmethod
     def shares(self, place: Place, position: DataPosition = START) -> Any:
         """Builds the stream of the local replicas' shares, from a position on.
 
         Args:
-            place: Which replicas are local.
-            position: Where it begins.
+            place: The replicas of this process.
+            position: The position of the first batch.
 
         Returns:
             A `tf.data.Dataset` of `Share`, `place.local_replicas` elements a step.
         """
 
     def position_after(self, steps: int) -> DataPosition:
-        """Says where a new call of `fit` begins.
+        """Returns the position at which a new call of `fit` begins.
 
         Args:
-            steps: That the optimizer has made, in earlier calls too.
+            steps: Steps of the optimizer, in all calls so far.
         """
         return DataPosition(number=-(-steps // self.steps) if self.steps else 0)
 
     def begin_anew(self) -> None:  # noqa: B027, most draw by number
-        """Called before data is drawn again that was drawn already, up to another position."""
+        """Called before the data is drawn again from an earlier position."""
 
     def suspects(self) -> list[str]:
-        """Names what could make the data differ between workers, a few words each."""
+        """Returns what could make the data differ between workers, a few words each."""
         return []
 
     def note_iterator(self, position: DataPosition) -> None:  # noqa: B027, most need nothing
-        """Called before an iterator over what `shares` gave is made.
+        """Called before an iterator over the stream of `shares` is made.
 
         Args:
-            position: Of the pass that it is for.
+            position: The position at which the iterator begins.
         """
 
     def finish(self, position: DataPosition) -> None:  # noqa: B027
-        """Called when a call is over.
+        """Called at the end of a call of `fit` or `evaluate`.
 
         Args:
-            position: Where the data stands.
+            position: The position in the data.
         """
 
     def sample(self, rows: int = FEW) -> Any:
-        """Gives a batch, or one that looks like it, without drawing from the data.
+        """Returns a batch, or random data of its shape, without drawing from the data.
 
         Args:
-            rows: How many, at most; a batch that is at hand is given as it is.
+            rows: The most rows. A batch that the source has already may have more.
 
         Returns:
-            Tensors in the structure of a batch; None if there can be none.
+            Tensors in the structure of a batch; None if that is not possible.
         """
         random = np.random.default_rng(0)
 
-        def made(spec: Any) -> Tensor:
+        def random_tensor(spec: Any) -> Tensor:
             if isinstance(spec, tf.TypeSpec) and not isinstance(spec, tf.TensorSpec):
                 raise TypeError
             shape = [FEW if size is None else size for size in spec.shape]
@@ -182,57 +184,57 @@ class Source(abc.ABC):
             return tf.cast(numbers if is_float else numbers > 0.5, spec.dtype)
 
         try:
-            return tf.nest.map_structure(made, self.spec())
+            return tf.nest.map_structure(random_tensor, self.spec())
         except TypeError:  # ragged or sparse
             return None
 
     @property
     def columns(self) -> Any:
-        """Tensors of which any rows can be gathered, in the structure of a batch, or None."""
+        """Tensors from which any rows can be gathered, in the structure of a batch, or None."""
         return None
 
     @property
-    def held(self) -> Any:
-        """What every worker has of the data, in the structure of a batch, or None."""
+    def common_data(self) -> Any:
+        """The data that every worker has, in the structure of a batch, or None."""
         return None
 
     def row_numbers(self, position: DataPosition) -> Iterator[Rows]:
-        """Gives the global batches as numbers of rows in `columns`.
+        """Returns the global batches as numbers of rows in `columns`.
 
         Args:
             position: As in `shares`.
 
         Returns:
-            An iterator without end of int64 arrays of shape [rows].
+            An endless iterator over int64 arrays of shape [rows].
         """
         raise NotImplementedError
 
     @abc.abstractmethod
     def spec(self) -> Any:
-        """Gives the structure of a batch, with leaves that have `shape` and `dtype`."""
+        """Returns the structure of a batch, with leaves that have `shape` and `dtype`."""
 
     def fingerprint(self) -> str:
-        """Sums up what every worker must have alike before the first step."""
+        """Returns a text that must be equal on all workers before the first step."""
         return self.spec_text()
 
     def spec_text(self) -> str:
-        """Writes the structure of a batch down."""
+        """Returns the structure of a batch as text."""
         return as_text(self.spec())
 
     @property
     def drawn_from(self) -> Source:
-        """The source that draws: this one, unless it changes what another has drawn."""
+        """The source that draws the examples; another one if this source only changes them."""
         return self
 
     def report(self) -> str | None:
-        """Says what a user should know of the data before training, or nothing."""
+        """Returns a text about the data that the user sees before training, or None."""
         return None
 
     def go_on_after(self, epochs: int) -> None:  # noqa: B027, most know by `epoch`
-        """Tells data that rearranges itself what an earlier process has drawn of it.
+        """Tells the data how many epochs an earlier process has drawn.
 
         Args:
-            epochs: Of this `fit`, whole ones.
+            epochs: Whole epochs of this `fit`.
         """
 
     def on_epoch_end(self) -> None:  # noqa: B027, most sources need nothing
@@ -240,58 +242,57 @@ class Source(abc.ABC):
 
 
 def as_text(spec: Any) -> str:
-    """Writes a structure of shapes and dtypes down.
+    """Returns a structure of shapes and dtypes as text.
 
     Args:
-        spec: As `Source.spec` gives it.
+        spec: The structure that `Source.spec` returns.
     """
     return str(tf.nest.map_structure(lambda leaf: f"{leaf.dtype}{list(leaf.shape)}", spec))
 
 
-def dealt(batches: Any, share: Callable[..., Share], place: Place) -> Any:
-    """Makes the local replicas' shares of each batch, one after the other."""
+def split_over_replicas(batches: Any, share: Callable[..., Share], place: Place) -> Any:
+    """Maps each batch to the shares of the local replicas, one after the other."""
     replicas = range(place.first_replica, place.first_replica + place.local_replicas)
     if len(replicas) == 1:
         (only,) = replicas
-        return mapped(batches, lambda *batch: share(*batch, only)).prefetch(PARALLEL)
+        return map_elements(batches, lambda *batch: share(*batch, only)).prefetch(PARALLEL)
 
-    @unconverted
+    @without_autograph
     def repeat(*batch: Any) -> Any:
         numbers = tf.data.Dataset.range(replicas.start, replicas.stop)
         return numbers.map(lambda replica: (*batch, replica))
 
-    return mapped(batches.flat_map(repeat), share).prefetch(PARALLEL)
+    return map_elements(batches.flat_map(repeat), share).prefetch(PARALLEL)
 
 
-def unconverted(function: Function) -> Function:
-    """Keeps AutoGraph from rewriting a function, which takes longer than tracing it.
+def without_autograph(function: Function) -> Function:
+    """Prevents AutoGraph from rewriting a function: that takes longer than tracing it.
 
     Args:
-        function: Of a pipeline, without a Python condition on a tensor.
+        function: A function of a pipeline, without a Python condition on a tensor.
     """
-    kept: Function = tf.autograph.experimental.do_not_convert(function)
-    return kept
+    wrapped: Function = tf.autograph.experimental.do_not_convert(function)
+    return wrapped
 
 
-def mapped(dataset: Any, function: Callable[..., Any]) -> Any:
+def map_elements(dataset: Any, function: Callable[..., Any]) -> Any:
     """Applies a function to each element, several at once, in their order.
 
     Args:
         dataset: A `tf.data.Dataset`.
-        function: As in `unconverted`.
+        function: As in `without_autograph`.
     """
-    return dataset.map(unconverted(function), PARALLEL, deterministic=True)
+    return dataset.map(without_autograph(function), PARALLEL, deterministic=True)
 
 
-def untuned(dataset: Any) -> Any:
-    """Runs a pipeline as it is written.
+def without_tuning(dataset: Any) -> Any:
+    """Switches off TensorFlow's optimizations of a pipeline.
 
-    Rewriting its graph gains it nothing, and costs time and threads. One that TensorFlow tunes
-    may take as long to free as it has lived, up to a minute: see
-    docs/decisions/0011-untuned-pipelines.md.
+    They gain nothing here, and cost time and threads. It may take up to a minute to free a
+    pipeline that TensorFlow tunes: see docs/decisions/0011-untuned-pipelines.md.
 
     Args:
-        dataset: A `tf.data.Dataset`, of which no part is a user's.
+        dataset: A `tf.data.Dataset`; no part of it may be a user's.
     """
     options = tf.data.Options()
     options.experimental_optimization.apply_default_optimizations = False
@@ -300,7 +301,7 @@ def untuned(dataset: Any) -> Any:
 
 
 def shortened(value: Any) -> str:
-    """Gives a value's repr for a message, cut to a line.
+    """Returns a value's repr for a message, cut to a line.
 
     Args:
         value: Anything.

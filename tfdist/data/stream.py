@@ -1,4 +1,4 @@
-"""The loop's side of the data: what Keras iterates over."""
+"""The stream of batches over which Keras's loop iterates."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from tfdist.strategies.base import Strategy
 
 
 class Stream:
-    """What Keras's loop iterates over: one iteration is an epoch.
+    """The data of a call: one iteration of Keras's loop over it is an epoch.
 
     Args:
         source: The data.
-        strategy: Deals shares out to replicas.
-        start: Says where the data stands; called when the first share is drawn, since a
-            callback may restore a model.
+        strategy: Distributes shares to replicas.
+        start: Returns the position in the data. It is called when the first share is drawn,
+            because a callback may restore a model before.
         epoch: The number of the first epoch.
-        made: Steps of the first epoch that were made already.
-        on_progress: Called after each step with the steps made of the epoch.
-        by_number: Whether the strategy may be given row numbers in place of rows.
-        is_watched: Whether somebody looks at the model between two steps.
-        logs: Of the last step that was made already.
-        trains: Whether its steps change the weights, which a launcher is told of.
+        steps_made: Steps of the first epoch that an earlier process made.
+        on_progress: Called after each step with the number of steps in the epoch.
+        by_number: Whether the strategy may get row numbers in place of rows.
+        is_watched: Whether callbacks read the model between two steps.
+        logs: The logs of the last step that an earlier process made.
+        trains: Whether the steps are training steps, which the launcher is told about.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class Stream:
         start: Callable[[], DataPosition] = DataPosition,
         *,
         epoch: int = 0,
-        made: int = 0,
+        steps_made: int = 0,
         on_progress: Callable[[int], None] = lambda step: None,
         by_number: bool = True,
         is_watched: bool = True,
@@ -48,7 +48,7 @@ class Stream:
     ) -> None:
         self.source = source
         self.strategy = strategy
-        self.has_drawn = made > 0
+        self.has_drawn = steps_made > 0
         self.logs = dict(logs or {})
         self.steps_taken = 0
         self.steps_of_epoch = 0
@@ -59,7 +59,7 @@ class Stream:
         self._start = start
         self._trains = trains
         self._epoch = epoch
-        self._made = made
+        self._steps_to_skip = steps_made
         self._epochs: Epochs | None = None
         self._current: Epoch | None = None
         self._pass: int | None = None
@@ -68,10 +68,10 @@ class Stream:
 
     @property
     def epochs(self) -> Epochs:
-        """How the data goes on."""
+        """The epochs of this call."""
         if self._epochs is None:
             source = self.source
-            self._epochs = Epochs(source.asked_steps, source.batches, self._start())
+            self._epochs = Epochs(source.requested_steps, source.batches, self._start())
         return self._epochs
 
     def __iter__(self) -> Epoch:
@@ -81,21 +81,21 @@ class Stream:
         """Begins an epoch, when its first share is to be drawn.
 
         Args:
-            epoch: What draws.
+            epoch: The epoch.
 
         Returns:
-            The steps that were made of it already.
+            The steps of the epoch that an earlier process made.
         """
-        made, self._made = self._made, 0
-        self.steps_of_epoch = made
+        steps_made, self._steps_to_skip = self._steps_to_skip, 0
+        self.steps_of_epoch = steps_made
         self._current = epoch
         self.epochs.begin()
         position = self.epochs.position
-        goes_on = self._pass == position.number or self.source.flows
+        goes_on = self._pass == position.number or self.source.spans_passes
         if self.iterator is None or not goes_on:
-            self.iterator = self._iterator(position._replace(drawn=position.drawn + made))
+            self.iterator = self._iterator(position._replace(drawn=position.drawn + steps_made))
         self._pass = position.number
-        return made
+        return steps_made
 
     def _iterator(self, position: DataPosition) -> Any:
         place, source = self.strategy.place, self.source
@@ -108,19 +108,19 @@ class Stream:
         shares = self._pipeline
         if shares is None:
             shares = self.strategy.distribute(build)
-            if source.repeats and self.columns is None and not position.drawn:
+            if source.is_same_each_pass and self.columns is None and not position.drawn:
                 self._pipeline = shares
         source.note_iterator(position)
         return iter(shares)
 
     @property
     def position(self) -> DataPosition:
-        """Where the data stands, between two epochs."""
+        """The position in the data, between two epochs."""
         return self.epochs.position
 
     @property
     def is_over(self) -> bool:
-        """Whether no epoch can have a batch any more."""
+        """Whether the data has ended for good: no further epoch can have a batch."""
         return self._has_run_out and not self.source.repeatable
 
     def close(self) -> None:
@@ -129,9 +129,10 @@ class Stream:
         self.source.finish(self.position)
 
     def on_epoch_end(self) -> None:
-        """Ends the epoch that has begun; Keras also calls it before the first one.
+        """Ends the present epoch, if there is one.
 
-        It does so before each validation, which then begins another pass.
+        Keras also calls it before the first epoch and before each validation: a validation
+        then begins a new pass.
         """
         epoch, self._current = self._current, None
         if epoch is not None:
@@ -143,22 +144,24 @@ class Stream:
         self.source.on_epoch_end()
 
     def note_progress(self, steps: int) -> None:
-        """Tells that steps of the epoch were made.
+        """Records steps of the epoch.
 
         Args:
             steps: How many.
         """
         self.steps_of_epoch += steps
         if self._trains:
-            heartbeat.here.tell(self._epoch, self.steps_of_epoch, steps)
+            heartbeat.here.record_steps(self._epoch, self.steps_of_epoch, steps)
         self.on_progress(self.steps_of_epoch)
 
 
 class Epoch:
-    """One epoch's shares; begins when the first is drawn, since Keras makes more than it uses.
+    """The shares of one epoch.
+
+    The epoch begins when its first share is drawn: Keras makes iterators that it never uses.
 
     Args:
-        stream: Where they come from.
+        stream: The stream of this call.
 
     Attributes:
         ran_out: Whether the data ended where a share was expected.
@@ -166,27 +169,27 @@ class Epoch:
 
     def __init__(self, stream: Stream) -> None:
         self._stream = stream
-        self._made = 0
+        self._steps_to_skip = 0
         self._has_begun = False
         self.ran_out = False
 
     @property
     def iterator(self) -> Any:
-        """The iterator that traced functions draw from."""
+        """The iterator from which traced functions draw."""
         return self._stream.iterator
 
     @property
     def begins(self) -> bool:
-        """Whether no share was drawn of it yet, and buffers have to fill."""
+        """Whether no share was drawn yet, so that buffers have to fill."""
         return not self._has_begun
 
     @contextlib.contextmanager
     def drawing(self) -> Iterator[None]:
-        """Wraps the drawing of an execution's steps, of which one at least must be there.
+        """Wraps the drawing of an execution's steps.
 
         Raises:
-            ArgumentError: The data has ended before it began.
-            tf.errors.OutOfRangeError: It has ended.
+            ArgumentError: The data has no batch at all.
+            tf.errors.OutOfRangeError: The data has ended.
         """
         try:
             yield
@@ -202,81 +205,81 @@ class Epoch:
 
     @property
     def columns(self) -> Any:
-        """What shares are row numbers of, or None where they are rows."""
+        """The tensors whose row numbers are drawn, or None if rows are drawn."""
         return self._stream.columns
 
     @property
     def may_end_early(self) -> bool:
-        """Whether drawing may fail before the epoch's steps are over."""
+        """Whether the data may end before the epoch's steps are made."""
         return self._stream.source.batches is None
 
     @property
     def suspects(self) -> list[str]:
-        """What could make the data differ between workers."""
+        """Causes that could make the data differ between workers."""
         return self._stream.source.suspects()
 
     @property
     def may_be_empty(self) -> bool:
-        """Whether a share may hold a row that does not count."""
+        """Whether a share may consist of a padding row."""
         return self._stream.source.may_be_empty
 
     @property
     def is_watched(self) -> bool:
-        """Whether somebody looks at the model between two steps."""
+        """Whether callbacks read the model between two steps."""
         return self._stream.is_watched
 
     @property
     def steps_left(self) -> int | None:
-        """Steps of the epoch not taken yet, or None when only the data knows."""
+        """Steps left in the epoch, or None if only the end of the data will show it."""
         return self._stream.epochs.left
 
     @property
     def steps_taken(self) -> int:
-        """Steps since the stream began, the one under way included."""
+        """Steps since the stream began, including the present one."""
         return self._stream.steps_taken
 
     def note_progress(self, steps: int) -> None:
-        """Tells that steps were made.
+        """Records steps of the epoch.
 
         Args:
             steps: How many.
         """
         self._stream.note_progress(steps)
 
-    def take(self, wanted: int) -> int:
-        """Says how many steps may be drawn now.
+    def take(self, max_steps: int) -> int:
+        """Returns how many steps may be drawn now.
 
         Args:
-            wanted: At most so many.
+            max_steps: The most steps.
 
         Raises:
             StopIteration: The epoch is over.
         """
         if not self._has_begun:
-            self._made = self._stream.begin_epoch(self)
+            self._steps_to_skip = self._stream.begin_epoch(self)
             self._has_begun = True
-        taken = 0 if self.ran_out else self._stream.epochs.take(wanted)
-        if taken == 0:
+        num_steps = 0 if self.ran_out else self._stream.epochs.take(max_steps)
+        if num_steps == 0:
             raise StopIteration
-        self._stream.steps_taken += taken
-        return taken
+        self._stream.steps_taken += num_steps
+        return num_steps
 
-    def pass_made(self, taken: int) -> int:
-        """Leaves out steps that were made already.
+    def pass_made(self, num_steps: int) -> int:
+        """Leaves out steps that an earlier process made.
 
         Args:
-            taken: How many steps were taken just now.
+            num_steps: How many steps were taken just now.
 
         Returns:
-            How many of these are to be made.
+            How many of these steps are to be made.
         """
-        passed = min(taken, self._made)
-        self._made -= passed
-        return taken - passed
+        skipped = min(num_steps, self._steps_to_skip)
+        self._steps_to_skip -= skipped
+        return num_steps - skipped
 
     @property
     def logs(self) -> dict[str, Any]:
-        """Of the last step that was made already."""
+        """The logs of the last step that an earlier process made."""
         return self._stream.logs
 
     def __iter__(self) -> Epoch:

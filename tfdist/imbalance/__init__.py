@@ -1,4 +1,4 @@
-"""Data in which some classes are rare: what it looks like, and what to do about it."""
+"""Tools for data in which some classes are rare: reports, losses, splits and metrics."""
 
 from tfdist.data.class_weight import EffectiveNumber, class_weights
 from tfdist.imbalance.loss import LogitAdjustedCrossentropy

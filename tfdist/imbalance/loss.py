@@ -1,4 +1,4 @@
-"""A loss that makes up for the classes' shares."""
+"""A loss that corrects for the classes' shares."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from tfdist.imbalance.prior import as_shares
 
 @keras.saving.register_keras_serializable(package="tfdist")
 class LogitAdjustedCrossentropy(keras.losses.Loss):  # type: ignore[misc]
-    """Crossentropy of logits to which tau times the log of their class's share is added.
+    """Crossentropy with logit adjustment: tau times the log of the class's share is added.
 
-    A model trained with it gives logits that are right for equal shares: it minimizes the
-    balanced error, without resampling (Menon et al., "Long-tail learning via logit
-    adjustment", ICLR 2021, equation 10). The logits are not adjusted in use; for
-    probabilities of the true shares pass the model to `correct_prior`.
+    The model learns logits for equal class shares: it minimizes the balanced error, without
+    resampling (Menon et al., "Long-tail learning via logit adjustment", ICLR 2021, equation
+    10). Use the trained model's logits without an adjustment. To get probabilities for the
+    true shares, pass the model to `correct_prior`.
 
     Args:
         counts: Rows of each class in the training data, or their shares, shape [classes].
-        tau: How much to adjust: 0 is plain crossentropy, 1 is for equal shares.
-        reduction: As for Keras's losses.
-        name: As for Keras's losses.
-        dtype: As for Keras's losses.
+        tau: The strength of the adjustment: 0 is plain crossentropy, 1 is for equal shares.
+        reduction: As in Keras's losses.
+        name: As in Keras's losses.
+        dtype: As in Keras's losses.
 
     Raises:
         ArgumentError: A class never occurs, or `tau` is not a finite number.
@@ -85,5 +85,5 @@ class LogitAdjustedCrossentropy(keras.losses.Loss):  # type: ignore[misc]
         return ops.sparse_categorical_crossentropy(labels, adjusted, from_logits=True)
 
     def get_config(self) -> dict[str, Any]:
-        """Gives what the loss is made again from."""
+        """Returns the arguments from which the loss can be made again."""
         return {**super().get_config(), "counts": self.counts, "tau": self.tau}

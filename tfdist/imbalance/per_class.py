@@ -1,4 +1,4 @@
-"""How good a model is for each class, after each epoch."""
+"""Metrics of each class after each epoch."""
 
 from __future__ import annotations
 
@@ -16,37 +16,37 @@ from tfdist.samplers import Sequential
 from tfdist.strategies.base import Strategy
 
 Counts = NDArray[np.int64]
-_WRITTEN = 20  # with more classes, numbers would not fit into the cells of a picture
+_MOST_NUMBERED = 20  # with more classes, the numbers do not fit into the cells of a picture
 
 
 class PerClassMetrics(keras.callbacks.Callback):  # type: ignore[misc]
     """Computes precision, recall, F1 and support of each class after each epoch.
 
-    The given data are predicted on all replicas, every row once, so the figures are exact
-    for every strategy. They go to the logs, and so to `History` and to callbacks that come
-    later, as `val_precision_<class>`, `val_recall_<class>`, `val_f1_<class>`,
-    `val_support_<class>`, `val_macro_f1` and `val_balanced_accuracy` (the mean recall of the
-    classes that occur; Brodersen et al., "The balanced accuracy and its posterior
-    distribution", ICPR 2010). A figure whose divisor is 0 is 0.
+    The model predicts the given data on all replicas, every row once. So the metrics are exact
+    for every strategy. They are added to the logs, and appear in `History` and in later
+    callbacks as `val_precision_<class>`, `val_recall_<class>`, `val_f1_<class>`,
+    `val_support_<class>`, `val_macro_f1` and `val_balanced_accuracy`. The balanced accuracy is
+    the mean recall of the classes that occur (Brodersen et al., "The balanced accuracy and its
+    posterior distribution", ICPR 2010). A metric whose divisor is 0 is 0.
 
     Args:
         x: Arrays of shape [rows, ...], nested as in `fit`.
         y: Class numbers of shape [rows] or [rows, 1], or one-hot of shape [rows, classes].
         batch_size: Rows of one step over all replicas; 32 if None.
-        threshold: For models with one output of shape [rows, 1], above which it means the
-            second class: 0.5 for probabilities, 0 for logits.
-        class_names: What to call each class; its number if None.
-        prefix: Of the names in the logs.
-        picture: A path to which the chief writes a picture of the last confusion matrix when
-            training ends, of any kind that matplotlib writes, or None.
+        threshold: For an output of shape [rows, 1]: values above it mean the second class. Use
+            0.5 for probabilities, 0 for logits.
+        class_names: The name of each class; its number if None.
+        prefix: The prefix of the names in the logs.
+        picture: A file for a picture of the last confusion matrix, in any format of
+            matplotlib, or None. The chief writes it when training ends.
 
     Attributes:
         confusion: Int64 array of shape [classes, classes] after the last epoch: rows of
-            class i that the model took for class j.
+            class i for which the model predicts class j.
 
     Raises:
         ArgumentError: Lengths differ, `y` is not classes, or does not match the output.
-        MissingPackageError: A picture was asked for, and matplotlib is not installed.
+        MissingPackageError: `picture` is given, and matplotlib is not installed.
 
     Example:
         >>> import keras, numpy as np, tfdist
@@ -88,21 +88,21 @@ class PerClassMetrics(keras.callbacks.Callback):  # type: ignore[misc]
         self.confusion: Counts | None = None
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        """Predicts, counts, and adds the figures to the logs."""
+        """Predicts, counts, and adds the metrics to the logs."""
         self.confusion = self._count(np.asarray(self._predict()))
         figures = per_class(self.confusion)
         names = self.class_names or [str(number) for number in range(len(self.confusion))]
-        found = {
+        figures_by_name = {
             f"{self.prefix}{figure}_{name}": value
             for figure, values in figures.items()
             for name, value in zip(names, values, strict=True)
         }
         occurs = np.array(figures["support"]) > 0
-        found[f"{self.prefix}macro_f1"] = float(np.mean(figures["f1"]))
+        figures_by_name[f"{self.prefix}macro_f1"] = float(np.mean(figures["f1"]))
         recall = np.array(figures["recall"])[occurs]
-        found[f"{self.prefix}balanced_accuracy"] = float(recall.mean())
+        figures_by_name[f"{self.prefix}balanced_accuracy"] = float(recall.mean())
         if logs is not None:
-            logs.update(found)
+            logs.update(figures_by_name)
 
     def on_train_end(self, logs: Any = None) -> None:
         """Writes the picture, on the chief."""
@@ -135,7 +135,7 @@ class PerClassMetrics(keras.callbacks.Callback):  # type: ignore[misc]
         axes.imshow(shares, cmap="Blues", vmin=0.0, vmax=1.0)
         axes.set_xlabel("predicted")
         axes.set_ylabel("true")
-        if size <= _WRITTEN:
+        if size <= _MOST_NUMBERED:
             names = self.class_names or [str(number) for number in range(size)]
             axes.set_xticks(range(size), names, rotation=90 if max(map(len, names)) > 3 else 0)
             axes.set_yticks(range(size), names)
@@ -147,7 +147,7 @@ class PerClassMetrics(keras.callbacks.Callback):  # type: ignore[misc]
     def _predict(self) -> Any:
         if self.strategy is None:  # Keras's own `fit`
             return self.model.predict(self.x, batch_size=self.batch_size, verbose=0)
-        settings = data.Settings(
+        settings = data.SourceSettings(
             self.batch_size, None, Sequential(), shuffle=False, seed=0, training=False
         )
         source = data.read(self.x, None, None, settings)
@@ -158,9 +158,11 @@ class PerClassMetrics(keras.callbacks.Callback):  # type: ignore[misc]
 
     def _count(self, outputs: Any) -> Counts:
         size = 2 if outputs.ndim == 2 and outputs.shape[1] == 1 else outputs.shape[-1]
-        fits = outputs.ndim == 2 and len(outputs) == len(self.labels) and len(self.labels) > 0
+        is_matrix = (
+            outputs.ndim == 2 and len(outputs) == len(self.labels) and len(self.labels) > 0
+        )
         if (
-            not fits
+            not is_matrix
             or self.labels.max() >= size
             or len(self.class_names or range(size)) != size
         ):
@@ -180,19 +182,19 @@ class PerClassMetrics(keras.callbacks.Callback):  # type: ignore[misc]
 
 
 def per_class(confusion: Counts) -> dict[str, list[Any]]:
-    """Computes the figures of each class from a confusion matrix.
+    """Computes the metrics of each class from a confusion matrix.
 
     Args:
         confusion: As in `PerClassMetrics`.
 
     Returns:
-        Lists by the name of the figure: precision, recall, f1, support.
+        Lists by the metric's name: precision, recall, f1, support.
     """
-    right, support, named = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
+    correct, support, predicted_as = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
     return {
-        "precision": (right / np.maximum(named, 1)).tolist(),
-        "recall": (right / np.maximum(support, 1)).tolist(),
-        "f1": (2 * right / np.maximum(support + named, 1)).tolist(),
+        "precision": (correct / np.maximum(predicted_as, 1)).tolist(),
+        "recall": (correct / np.maximum(support, 1)).tolist(),
+        "f1": (2 * correct / np.maximum(support + predicted_as, 1)).tolist(),
         "support": support.tolist(),
     }
 
@@ -213,5 +215,5 @@ def _class_numbers(y: Any) -> Counts:
             "`y` must be class numbers from 0 on of shape [rows], or one-hot of shape [rows, "
             f"classes]. Received: y with shape {labels.shape} and dtype {labels.dtype}."
         )
-    found: Counts = numbers.astype(np.int64)
-    return found
+    class_numbers: Counts = numbers.astype(np.int64)
+    return class_numbers

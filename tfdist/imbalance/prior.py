@@ -1,4 +1,4 @@
-"""Probabilities for the shares of classes that there are, not those trained on."""
+"""Corrects a model's probabilities for other class shares than those in its training."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from keras import ops
 from tfdist.errors import ArgumentError
 
 
-def as_shares(given: Any, name: str) -> list[float]:
-    """Makes shares of counts or shares.
+def as_shares(counts_or_shares: Any, name: str) -> list[float]:
+    """Turns counts or shares into shares that add up to 1.
 
     Args:
-        given: Array of shape [classes], above 0.
+        counts_or_shares: Array of shape [classes], above 0.
         name: The argument's name, for messages.
 
     Raises:
-        ArgumentError: They are not at least two numbers above 0.
+        ArgumentError: There are fewer than two numbers, or one is not above 0.
     """
-    values = np.asarray(given, np.float64)
+    values = np.asarray(counts_or_shares, np.float64)
     if values.ndim != 1 or len(values) < 2:
         raise ArgumentError(
             f"`{name}` must have a number for each of at least two classes. Received: "
@@ -38,12 +38,12 @@ def as_shares(given: Any, name: str) -> list[float]:
 
 @keras.saving.register_keras_serializable(package="tfdist")
 class PriorShift(keras.layers.Layer):  # type: ignore[misc]
-    """Multiplies probabilities of classes by factors, and makes them add up to 1 again.
+    """Multiplies class probabilities by factors, and normalizes them.
 
     Args:
         log_factors: The factors' logarithms, one for each class.
-        from_logits: Whether inputs are logits; outputs then are too.
-        **options: Of `keras.layers.Layer`.
+        from_logits: Whether inputs and outputs are logits.
+        **options: Options of `keras.layers.Layer`.
     """
 
     def __init__(
@@ -71,11 +71,11 @@ class PriorShift(keras.layers.Layer):  # type: ignore[misc]
         return inputs * up / (inputs * up + (1.0 - inputs) * down)
 
     def compute_output_shape(self, input_shape: Any) -> Any:
-        """Gives the shape of the inputs."""
+        """Returns the shape of the inputs."""
         return input_shape
 
     def get_config(self) -> dict[str, Any]:
-        """Gives what the layer is made again from."""
+        """Returns the arguments from which the layer can be made again."""
         return {
             **super().get_config(),
             "log_factors": self.log_factors,
@@ -86,26 +86,26 @@ class PriorShift(keras.layers.Layer):  # type: ignore[misc]
 def correct_prior(
     model: Any, true: Any, trained: Any = None, *, from_logits: bool = False
 ) -> Any:
-    """Makes a model's probabilities fit the classes' true shares, after training on others.
+    """Corrects a model's probabilities for the true class shares.
 
-    A model that was trained on other shares of classes than it will meet, by a sampler or by
-    class weights, gives probabilities for those. p(c) becomes proportional to p(c) *
-    true(c) / trained(c) (Saerens, Latinne and Decaestecker, "Adjusting the outputs of a
-    classifier to new a priori probabilities", Neural Computation 2002, equation 2.4). It
-    holds as far as the model's probabilities were right for the shares trained on.
+    A sampler or class weights change the class shares in training. The model's probabilities
+    then belong to these shares. The correction makes p(c) proportional to p(c) * true(c) /
+    trained(c) (Saerens, Latinne and Decaestecker, "Adjusting the outputs of a classifier to
+    new a priori probabilities", Neural Computation 2002, equation 2.4). The result is as good
+    as the model's probabilities for the shares in training.
 
     Args:
         model: A `keras.Model` with one output of shape [..., classes], or [..., 1] for the
             probability of the second class of two.
-        true: Shares or counts of the classes where the model will be used, shape [classes].
-        trained: Those that it was trained on; equal ones if None, as with
+        true: Shares or counts of the classes in the model's use, shape [classes].
+        trained: Shares or counts of the classes in training. None means equal shares, as with
             `ClassBalanced()`, `Undersample()`, `Oversample()` and
             `class_weight="balanced"`.
-        from_logits: Whether the model gives logits rather than probabilities. The model
-            that is returned gives the same.
+        from_logits: Whether the model's outputs are logits; then the result's outputs are
+            logits too.
 
     Returns:
-        A `keras.Model` that shares the given one's layers and weights, not compiled.
+        A `keras.Model`, not compiled, which shares the layers and weights of `model`.
 
     Raises:
         ArgumentError: Shares are not above 0 or do not match the output, or there are
@@ -119,8 +119,12 @@ def correct_prior(
         >>> float(rare(np.zeros((1, 1), "float32"))[0, 0])  # 0.5 to the model itself
         0.009999999776482582
     """
-    now = as_shares(true, "true")
-    before = [1.0 / len(now)] * len(now) if trained is None else as_shares(trained, "trained")
+    true_shares = as_shares(true, "true")
+    trained_shares = (
+        [1.0 / len(true_shares)] * len(true_shares)
+        if trained is None
+        else as_shares(trained, "trained")
+    )
     outputs = getattr(model, "outputs", None)
     if outputs is not None and len(outputs) != 1:
         raise ArgumentError(
@@ -128,14 +132,15 @@ def correct_prior(
             "keras.Model of the output that gives the classes."
         )
     width = None if outputs is None else outputs[0].shape[-1]
-    expected = len(now) if width is None else {1: 2}.get(width, width)
-    if not len(now) == len(before) == expected:
+    expected = len(true_shares) if width is None else {1: 2}.get(width, width)
+    if not len(true_shares) == len(trained_shares) == expected:
         raise ArgumentError(
             "`true` and `trained` must have a number for each class. Received: "
-            f"{len(now)} and {len(before)} numbers, and a model with {expected} classes."
+            f"{len(true_shares)} and {len(trained_shares)} numbers, and a model with "
+            f"{expected} classes."
         )
-    factors = [float(np.log(a / b)) for a, b in zip(now, before, strict=True)]
+    factors = [float(np.log(a / b)) for a, b in zip(true_shares, trained_shares, strict=True)]
     shift = PriorShift(factors, from_logits=from_logits, name="prior_shift")
-    if outputs is None:  # a subclassed model, which has no symbolic inputs
+    if outputs is None:  # a subclassed model has no symbolic inputs
         return keras.Sequential([model, shift])
     return keras.Model(model.inputs, shift(outputs[0]))

@@ -1,7 +1,8 @@
-"""What a distribution of classes looks like."""
+"""A report on the distribution of classes."""
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from tfdist.data.class_weight import EffectiveNumber
 from tfdist.figures import new_figure
 from tfdist.samplers.classes import count_classes
 
-_LABELLED = 40  # more bars than that have no room for a name each
+_MOST_NAMED = 40  # with more bars, there is no space for their names
 
 
 @dataclass(frozen=True)
@@ -22,13 +23,13 @@ class ImbalanceReport:
     """How often each class comes; prints as a table.
 
     Attributes:
-        classes: The classes that occur, in ascending order; None stands for rows without
+        classes: The classes that occur, in ascending order; None is the class of rows without
             any label.
         counts: Rows of each class.
-        rows: Rows of the data. With several labels a row, counts add up to more.
+        rows: Rows of the data. If rows have several labels, the counts add up to more.
         effective: The effective number of examples of each class.
-        beta: Of the effective numbers.
-        figure: A `matplotlib.figure.Figure` if it was asked for, or None.
+        beta: The beta of the effective numbers.
+        figure: A `matplotlib.figure.Figure` if `plot` was set, otherwise None.
     """
 
     classes: tuple[Any, ...]
@@ -40,12 +41,12 @@ class ImbalanceReport:
 
     @property
     def shares(self) -> tuple[float, ...]:
-        """The part of the rows that each class has."""
+        """The share of each class in the rows."""
         return tuple(count / self.rows for count in self.counts)
 
     @property
     def ratio(self) -> float:
-        """The imbalance ratio: rows of the largest class for each one of the smallest."""
+        """The imbalance ratio: rows of the largest class, divided by rows of the smallest."""
         return max(self.counts) / min(self.counts)
 
     def __rich__(self) -> Table:
@@ -68,21 +69,21 @@ class ImbalanceReport:
 
 
 def report(y: Any, *, beta: float = 0.999, plot: bool = False) -> ImbalanceReport:
-    """Counts classes and says how unequal they are.
+    """Counts the classes and reports how unequal they are.
 
     Args:
-        y: Classes, array of shape [rows] of whole numbers, booleans or text, or of shape
-            [rows, classes] of zeros and ones.
-        beta: Of the effective number of examples, (1 - beta^n) / (1 - beta) (Cui et al.,
-            "Class-balanced loss based on effective number of samples", CVPR 2019).
+        y: The classes, an array of shape [rows] of whole numbers, booleans or text, or of
+            shape [rows, classes] of zeros and ones.
+        beta: The beta of the effective number of examples, (1 - beta^n) / (1 - beta) (Cui et
+            al., "Class-balanced loss based on effective number of samples", CVPR 2019).
         plot: Whether to draw a bar for each class, on a logarithmic axis; needs matplotlib.
 
     Returns:
-        An `ImbalanceReport`: `print` shows a table.
+        An `ImbalanceReport`; `print` shows it as a table.
 
     Raises:
-        ArgumentError: `y` is not classes, or `beta` is not from 0 on and below 1.
-        MissingPackageError: A picture was asked for, and matplotlib is not installed.
+        ArgumentError: `y` is not classes, or `beta` is below 0, or not below 1.
+        MissingPackageError: `plot` is set, and matplotlib is not installed.
 
     Example:
         >>> import numpy as np
@@ -92,27 +93,27 @@ def report(y: Any, *, beta: float = 0.999, plot: bool = False) -> ImbalanceRepor
         ((8, 2), (0.8, 0.2), 4.0)
     """
     names, counts = count_classes(y, "y")
-    made = ImbalanceReport(
+    summary = ImbalanceReport(
         tuple(names),
         tuple(counts.tolist()),
         len(y),
         tuple(EffectiveNumber(beta).of(counts)),
         beta,
     )
-    return ImbalanceReport(**{**vars(made), "figure": _bars(made)}) if plot else made
+    return dataclasses.replace(summary, figure=_bars(summary)) if plot else summary
 
 
-def _bars(found: ImbalanceReport) -> Any:
-    figure = new_figure(figsize=(max(4.0, min(12.0, 0.3 * len(found.counts))), 3.5))
+def _bars(summary: ImbalanceReport) -> Any:
+    figure = new_figure(figsize=(max(4.0, min(12.0, 0.3 * len(summary.counts))), 3.5))
     axes = figure.subplots()
-    places = range(len(found.counts))
-    axes.bar(places, found.counts, color="tab:blue")
+    places = range(len(summary.counts))
+    axes.bar(places, summary.counts, color="tab:blue")
     axes.set_yscale("log")
     axes.set_ylim(bottom=0.5)
     axes.set_ylabel("rows")
     axes.set_xlabel("class")
-    if len(found.counts) <= _LABELLED:
-        names = ["no label" if name is None else str(name) for name in found.classes]
+    if len(summary.counts) <= _MOST_NAMED:
+        names = ["no label" if name is None else str(name) for name in summary.classes]
         axes.set_xticks(places, names, rotation=90 if max(map(len, names)) > 3 else 0)
-    axes.set_title(f"ratio {found.ratio:,.1f}")
+    axes.set_title(f"ratio {summary.ratio:,.1f}")
     return figure

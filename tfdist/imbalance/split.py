@@ -26,26 +26,28 @@ def stratified_split(
     groups: Any = None,
     seed: int = 0,
 ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """Splits arrays in two, each class in the same proportion.
+    """Splits arrays into two parts that both have the class shares of the data.
+
+    The split is made by scikit-learn's `StratifiedShuffleSplit`, or by its
+    `StratifiedGroupKFold` if there are groups.
 
     Args:
         x: Arrays of shape [rows, ...] (NumPy, TensorFlow, pandas), nested in dicts, lists or
             tuples.
-        y: Targets, likewise.
-        sample_weight: Weights, likewise, or None.
-        fraction: The part of the rows that the second one gets, between 0 and 1.
-        labels: Each row's class, as samplers take them; `y` if None. Each combination of
+        y: Targets of the same kind.
+        sample_weight: Weights of the same kind, or None.
+        fraction: The share of the rows in the second part, between 0 and 1.
+        labels: The class of each row, as in samplers; `y` if None. Each combination of
             several labels is a class.
-        groups: Array of shape [rows]; rows of one group (a patient, a site) stay together.
-            The parts are then as nearly as groups allow of the sizes and shares asked for.
-        seed: Another seed splits otherwise. The same on every worker, or they train on
-            other rows.
+        groups: Array of shape [rows], or None. Rows of one group (a patient, a site) stay in
+            the same part. Then sizes and class shares are only as exact as the groups allow.
+        seed: Chooses the split. Use the same seed on every worker: otherwise the workers train
+            on different rows.
 
     Returns:
-        `(x, y)` to train on and `(x, y)` to validate on, with `sample_weight` as the third
-        if it was given; rows in the order of the data, nesting and types kept. The row of a
-        class that has but one is in the first. Made by scikit-learn's
-        `StratifiedShuffleSplit`, or `StratifiedGroupKFold` if there are groups.
+        `(x, y)` for training and `(x, y)` for validation, or `(x, y, sample_weight)` if weights
+        are given. Rows keep their order, and arrays keep their nesting and types. The only row
+        of a class is in the first part.
 
     Raises:
         ArgumentError: Lengths differ, the labels are not classes, or there are too few rows
@@ -64,29 +66,29 @@ def stratified_split(
         raise ArgumentError(
             f"`fraction` must be between 0 and 1. Received: fraction={fraction!r}."
         )
-    given = {"x": x, "y": y, "sample_weight": sample_weight, "labels": labels}
-    rows = count_rows(**given, groups=groups)
+    columns_by_name = {"x": x, "y": y, "sample_weight": sample_weight, "labels": labels}
+    rows = count_rows(**columns_by_name, groups=groups)
     classes = group_rows(y if labels is None else labels, "y", combinations=True)
     codes = np.empty(rows, np.int64)
     codes[classes.members] = np.repeat(np.arange(len(classes.counts)), classes.counts)
     try:
         if groups is None:
-            second = _by_rows(codes, classes.counts, fraction, seed)
+            validation_rows = _by_rows(codes, classes.counts, fraction, seed)
         else:
-            second = _by_groups(codes, np.asarray(groups), fraction, seed)
+            validation_rows = _by_groups(codes, np.asarray(groups), fraction, seed)
     except ImportError:
         raise MissingPackageError(
             "`stratified_split` needs scikit-learn. Received: an installation without it. "
             "Install it: pip install scikit-learn."
         ) from None
-    chosen = np.zeros(rows, bool)
-    chosen[second] = True
+    is_validation = np.zeros(rows, bool)
+    is_validation[validation_rows] = True
     columns = [x, y] if sample_weight is None else [x, y, sample_weight]
-    first, last = (
+    training_part, validation_part = (
         tuple(tf.nest.map_structure(lambda leaf, r=part: _take(leaf, r), c) for c in columns)
-        for part in (np.flatnonzero(~chosen), np.flatnonzero(chosen))
+        for part in (np.flatnonzero(~is_validation), np.flatnonzero(is_validation))
     )
-    return first, last
+    return training_part, validation_part
 
 
 def _by_rows(
@@ -97,15 +99,15 @@ def _by_rows(
     divisible = np.flatnonzero(counts[codes] > 1)
     splitter = StratifiedShuffleSplit(n_splits=1, test_size=fraction, random_state=seed)
     try:
-        ((_, second),) = splitter.split(divisible, codes[divisible])
+        ((_, positions),) = splitter.split(divisible, codes[divisible])
     except ValueError as reason:
         raise ArgumentError(
             "Each part must have at least a row of each class. Received: "
             f"fraction={fraction} of {len(codes)} rows in {len(counts)} classes "
             f"({reason}) Take another fraction, or join rare classes in `labels`."
         ) from None
-    found: NDArray[Any] = divisible[second]
-    return found
+    validation_rows: NDArray[Any] = divisible[positions]
+    return validation_rows
 
 
 def _by_groups(
@@ -123,19 +125,19 @@ def _by_groups(
         )
     splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
     try:
-        parts = [second for _, second in splitter.split(codes, codes, groups)]
+        parts = [rows for _, rows in splitter.split(codes, codes, groups)]
     except ValueError as reason:
         raise ArgumentError(
             f"A class must have at least {folds} rows for a part of {fraction}. Received: "
             f"{len(codes)} rows in {codes.max() + 1} classes ({reason})."
         ) from None
-    found = np.concatenate(parts[: part.numerator])
-    if not 0 < len(found) < len(codes):
+    validation_rows = np.concatenate(parts[: part.numerator])
+    if not 0 < len(validation_rows) < len(codes):
         raise ArgumentError(
             "Each part must have at least a group. Received: groups so unequal in size that "
-            f"one part of {fraction} has {len(found)} of {len(codes)} rows."
+            f"one part of {fraction} has {len(validation_rows)} of {len(codes)} rows."
         )
-    return found
+    return validation_rows
 
 
 def _take(leaf: Any, rows: NDArray[Any]) -> Any:

@@ -1,4 +1,4 @@
-"""Which worker's failure brought the others down, and the lines that say why."""
+"""Finds the worker whose failure ended the others, and the lines of its output that say why."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import signal
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from tfdist.cluster.heartbeat import Told
+from tfdist.cluster.heartbeat import WorkerProgress
 from tfdist.errors import HUNG, START_ME_AGAIN
 from tfdist.launch.worker import Worker
 from tfdist.watchdog.diagnosis import HEADLINE
 
 _TRACEBACK = "Traceback (most recent call last):"
-# What a healthy worker reports when one of its peers is gone.
+# A healthy worker writes one of these when a peer is gone.
 _PEER_IS_GONE = re.compile(
     r"UnavailableError|AbortedError|CancelledError|DeadlineExceededError"
     r"|UNAVAILABLE:|ABORTED:|CANCELLED:|DEADLINE_EXCEEDED"
@@ -25,20 +25,20 @@ _PEER_IS_GONE = re.compile(
 
 @dataclass(frozen=True)
 class Failure:
-    """A worker that did not end well.
+    """The failure of a worker.
 
     Attributes:
-        worker: Which one.
+        worker: The worker.
         returncode: Its exit status, or the negative number of the signal that ended it.
-        lines: The last lines it wrote.
-        told: How far it was; of one that serves, how far the chief was.
-        ended: When, in seconds since 1970.
+        lines: The last lines that it wrote.
+        progress: How far the worker was; for a worker that only serves, how far the chief was.
+        ended: The time of its end, in seconds since 1970.
     """
 
     worker: Worker
     returncode: int
     lines: tuple[str, ...]
-    told: Told = field(default_factory=Told)
+    progress: WorkerProgress = field(default_factory=WorkerProgress)
     ended: float = 0.0
 
     @property
@@ -48,20 +48,20 @@ class Failure:
 
     @property
     def blames_peer(self) -> bool:
-        """Whether all it says is that another worker went away."""
+        """Whether the worker only reports that another worker went away."""
         start = _last_traceback(self.lines)
         if start is None:
             return any(_PEER_IS_GONE.search(line) for line in self.lines[-20:])
-        # Whatever comes after its own exception, such as TensorFlow's farewell, is no cause.
+        # Lines after its own exception, such as TensorFlow's last messages, are not a cause.
         raised = _exception_line(self.lines, start)
         return raised is not None and _PEER_IS_GONE.search(self.lines[raised]) is not None
 
     def describe(self) -> str:
         """Returns how the worker ended, in one sentence."""
-        if self.told.preempted and self.returncode == START_ME_AGAIN:
+        if self.progress.preempted and self.returncode == START_ME_AGAIN:
             return (
-                f"{self.worker.task} was asked to end (SIGTERM somewhere in the run), has "
-                f"saved, and asks to be started again by exit status {START_ME_AGAIN}."
+                f"{self.worker.task} has saved its training and ended, after SIGTERM to a "
+                f"worker of the run. Exit status {START_ME_AGAIN} asks for a restart."
             )
         if self.returncode >= 0:
             return f"{self.worker.task} ended with exit status {self.returncode}."
@@ -75,19 +75,19 @@ class Failure:
 
     @property
     def last_error(self) -> str:
-        """The line that names the last exception, if there is one."""
+        """The line that names the last exception; empty if there is none."""
         start = _last_traceback(self.lines)
         raised = None if start is None else _exception_line(self.lines, start)
         return "" if raised is None else self.lines[raised]
 
     def excerpt(self, limit: int = 20) -> tuple[str, ...]:
-        """Returns the lines that tell most.
+        """Returns the most useful lines.
 
         Args:
-            limit: How many lines at most.
+            limit: The most lines.
 
         Returns:
-            The report of a hang or the last traceback where there is one, else the last
+            The report of a hang or the last traceback if there is one, otherwise the last
             lines.
         """
         if self.returncode == HUNG and (report := _last_report(self.lines)) is not None:
@@ -117,7 +117,7 @@ def root_cause(failures: Sequence[Failure]) -> Failure:
         failures: The workers that failed, in the order in which they ended.
 
     Returns:
-        The first that failed by itself; the first of all where each only lost a peer.
+        The first worker that failed by itself; the first of all if each only lost a peer.
     """
     return min(failures, key=lambda failure: failure.blames_peer)
 

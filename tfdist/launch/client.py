@@ -1,4 +1,4 @@
-"""A launcher's connection to the meeting point of all, and what it is told there."""
+"""The connection of a launcher to the coordinator of all launchers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tfdist.errors import START_ME_AGAIN, LaunchError
-from tfdist.launch.protocol import BEAT_S, SILENCE_S, Wire, proof
+from tfdist.launch.protocol import BEAT_S, SILENCE_S, Connection, proof
 from tfdist.launch.restarts import RestartCause, Restarts
 
 _TRY_S = 0.5
@@ -19,13 +19,13 @@ _REMIND_S = 30.0
 
 
 @dataclass(frozen=True)
-class News:
-    """What all launchers do now.
+class Decision:
+    """The coordinator's decision, which all launchers follow.
 
     Attributes:
-        again: Whether all workers are started again; else the run is over.
-        cause: Why; None where all have ended well.
-        is_repeated: Whether it came twice in a row at the same step.
+        again: Whether all workers are started again; otherwise the run is over.
+        cause: The cause; None if all workers ended well.
+        is_repeated: Whether the cause came twice in a row at the same step.
     """
 
     again: bool
@@ -34,14 +34,14 @@ class News:
 
 
 class CoordinatorClient:
-    """Connects a launcher to the meeting point, again and again if need be.
+    """Connects a launcher to the coordinator, and connects again when the connection is lost.
 
     Args:
-        address: Of the meeting point.
-        rank: Of this machine.
-        settings: What must be the same on all machines.
-        restarts: Filled with those that the meeting point tells of.
-        limit: Seconds to wait for the first machine, and there for all others.
+        address: The coordinator's host and port.
+        rank: The rank of this machine.
+        settings: Settings that must be the same on all machines.
+        restarts: The list of restarts; the coordinator's decisions are added to it.
+        limit: Seconds to wait for the first machine, and then for all other machines.
 
     Attributes:
         active: The machines that have started together, after `meet`.
@@ -59,60 +59,62 @@ class CoordinatorClient:
         self._address, self._rank = address, rank
         self._settings, self._limit = settings, limit
         self._identity = secrets.token_hex(8)
-        self._wire: Wire | None = None
-        self._heard = 0.0
+        self._connection: Connection | None = None
+        self._last_message_at = 0.0
         self.active: Sequence[int] = ()
-        self._refused: str | None = None
-        self._news: News | None = None
+        self._refusal: str | None = None
+        self._decision: Decision | None = None
         self._start = threading.Event()
 
     @property
-    def news(self) -> News | None:
-        """What all do now, if that was said; the loss of the first machine ends all too."""
-        wire = self._wire
-        if self._news is None and (
-            wire is None or not wire.is_open or time.monotonic() - self._heard > SILENCE_S
+    def decision(self) -> Decision | None:
+        """The coordinator's decision, or None; losing the coordinator is a decision too."""
+        connection = self._connection
+        if self._decision is None and (
+            connection is None
+            or not connection.is_open
+            or time.monotonic() - self._last_message_at > SILENCE_S
         ):
             host, port = self._address
-            self._hang_up()
-            what = f"node 0 is lost: its launcher at {host}:{port} does not answer."
-            cause = RestartCause(what, "while running", time.time(), START_ME_AGAIN)
-            self._news = News(True, cause)
-        return self._news
+            self._disconnect()
+            text = f"node 0 is lost: its launcher at {host}:{port} does not answer."
+            cause = RestartCause(text, "while running", time.time(), START_ME_AGAIN)
+            self._decision = Decision(True, cause)
+        return self._decision
 
-    def meet(self, received: Sequence[int], say: Callable[[str], None]) -> News | None:
+    def meet(self, received: Sequence[int], say: Callable[[str], None]) -> Decision | None:
         """Waits until the launchers of all machines are ready to start their workers.
 
         Args:
-            received: The signals sent to the launcher; one ends the wait.
+            received: The signals sent to the launcher; a signal ends the wait.
             say: Shows a line to the user.
 
         Returns:
-            The end of the run, if there is nothing to start any more.
+            The decision that ends the run, or None if the workers are to start.
 
         Raises:
             LaunchError: This launcher is refused, or the first machine does not answer.
         """
-        if self._news is not None and self._news.again:
-            self._news = None
+        if self._decision is not None and self._decision.again:
+            self._decision = None
         self._start.clear()
         self._send("ready")
         began = reminded = time.monotonic()
         while not received:
-            if self._wire is None:
+            if self._connection is None:
                 self._connect()
             now = time.monotonic()
-            if self._refused is not None:
-                raise LaunchError(self._refused)
+            if self._refusal is not None:
+                raise LaunchError(self._refusal)
             if self._start.is_set():
                 return None
-            if self._news is not None and not self._news.again:
-                return self._news
-            if self._wire is not None and (
-                not self._wire.is_open or now - self._heard > SILENCE_S
+            if self._decision is not None and not self._decision.again:
+                return self._decision
+            if self._connection is not None and (
+                not self._connection.is_open or now - self._last_message_at > SILENCE_S
             ):
-                self._hang_up()
-            if self._wire is None and now - began > self._limit:
+                self._disconnect()
+            if self._connection is None and now - began > self._limit:
                 host, port = self._address
                 raise LaunchError(
                     f"The launcher of node 0 must answer within {self._limit:g} s "
@@ -121,83 +123,83 @@ class CoordinatorClient:
                 )
             if now - reminded > _REMIND_S:
                 reminded = now
-                whom = "node 0" if self._wire is None else "the other hosts"
+                whom = "node 0" if self._connection is None else "the other hosts"
                 say(f"tfdist: waiting for the launcher of {whom} since {now - began:.0f} s.")
             self._start.wait(0.1)
         return None
 
     def failed(self, cause: RestartCause) -> None:
-        """Says that a worker here has failed."""
+        """Reports that a worker here has failed."""
         self._send("failed", cause=cause.to_json())
 
     def done(self) -> None:
-        """Says that all workers here have ended well."""
+        """Reports that all workers here have ended well."""
         self._send("done")
 
     def leave(self, status: int) -> None:
-        """Says that this launcher ends because somebody asked it to.
+        """Reports that this launcher ends because of a signal.
 
         Args:
-            status: With which it ends.
+            status: The exit status of the launcher.
         """
         self._send("bye", status=status)
 
     def close(self) -> None:
         """Ends the connection."""
-        self._hang_up()
+        self._disconnect()
 
     def _send(self, kind: str, **fields: Any) -> None:
-        if self._wire is not None:
-            self._wire.send(kind, **fields)
+        if self._connection is not None:
+            self._connection.send(kind, **fields)
 
-    def _hang_up(self) -> None:
-        wire, self._wire = self._wire, None
-        if wire is not None:
-            wire.close()
+    def _disconnect(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close()
 
     def _connect(self) -> None:
         try:
-            connection = socket.create_connection(self._address, timeout=2.0)
+            tcp_socket = socket.create_connection(self._address, timeout=2.0)
         except OSError:
             time.sleep(_TRY_S)
             return
-        self._wire, self._heard = Wire(connection), time.monotonic()
+        self._connection, self._last_message_at = Connection(tcp_socket), time.monotonic()
         for target in (self._listen, self._beat):
             threading.Thread(
-                target=target, args=(self._wire,), name="tfdist-client", daemon=True
+                target=target, args=(self._connection,), name="tfdist-client", daemon=True
             ).start()
 
-    def _beat(self, wire: Wire) -> None:
-        while wire.is_open:
-            wire.send("alive")
+    def _beat(self, connection: Connection) -> None:
+        while connection.is_open:
+            connection.send("alive")
             time.sleep(BEAT_S)
 
-    def _listen(self, wire: Wire) -> None:
-        while wire.is_open:
-            for message in wire.received():
-                self._heard = time.monotonic()
-                self._hear(wire, message)
-        wire.close()
+    def _listen(self, connection: Connection) -> None:
+        while connection.is_open:
+            for message in connection.received():
+                self._last_message_at = time.monotonic()
+                self._handle(connection, message)
+        connection.close()
 
-    def _hear(self, wire: Wire, message: dict[str, Any]) -> None:
+    def _handle(self, connection: Connection, message: dict[str, Any]) -> None:
         kind = message["kind"]
         if kind == "welcome":
-            known = [restart.cause.to_json() for restart in self.restarts.made]
-            wire.send(
+            earlier_causes = [restart.cause.to_json() for restart in self.restarts.history]
+            connection.send(
                 "hello",
                 rank=self._rank,
                 identity=self._identity,
                 proof=proof(message["nonce"]),
                 settings=self._settings,
-                restarts=known,
+                restarts=earlier_causes,
             )
-            wire.send("ready")
+            connection.send("ready")
         elif kind == "refused":
-            self._refused = message["why"]
+            self._refusal = message["why"]
         elif kind == "start":
             self.active = message["active"]
             self._start.set()
         elif kind in ("again", "over"):
-            told = message["cause"]
-            cause = None if told is None else RestartCause.from_json(told)
-            self._news = News(kind == "again", cause, message["repeated"])
+            cause_fields = message["cause"]
+            cause = None if cause_fields is None else RestartCause.from_json(cause_fields)
+            self._decision = Decision(kind == "again", cause, message["repeated"])

@@ -1,8 +1,7 @@
-"""Where the launchers of all machines meet: a thread of the first one's.
+"""The coordinator of the launchers of all machines: a thread in the first machine's launcher.
 
-It starts the workers of all machines together, ends them together when one fails or a
-machine is lost, waits for a machine to come back, and decides when there is nothing more to
-try.
+It starts the workers of all machines together, and ends them together when a worker fails or
+a machine is lost. It waits for a lost machine to come back, and decides when the run is over.
 """
 
 from __future__ import annotations
@@ -19,23 +18,23 @@ from typing import Any
 
 from tfdist.errors import START_ME_AGAIN, LaunchError
 from tfdist.launch.hosts import Host
-from tfdist.launch.protocol import BEAT_S, SILENCE_S, Wire, proof
+from tfdist.launch.protocol import BEAT_S, SILENCE_S, Connection, proof
 from tfdist.launch.restarts import RestartCause, Restarts
 
 _TICK_S = 0.1
-# How long a failure that only blames a peer waits for that peer's own.
+# If a failure only blames a peer, so long the coordinator waits for the peer's own failure.
 _PEER_FAILURE_S = 2.0
 _FAREWELL_S = 5.0
 _INTERRUPTED = 130
 
 
 @dataclass
-class _Caller:
-    """A connection, and after its hello the launcher of a machine."""
+class _Launcher:
+    """A connection; after its hello message, the launcher of a machine."""
 
-    wire: Wire
+    connection: Connection
     nonce: str = field(default_factory=lambda: secrets.token_hex(16))
-    heard: float = field(default_factory=time.monotonic)
+    last_message_at: float = field(default_factory=time.monotonic)
     rank: int | None = None
     identity: str = ""
     is_ready: bool = False
@@ -43,15 +42,16 @@ class _Caller:
 
 
 class Coordinator:
-    """The meeting point.
+    """Decides for the launchers of all machines when to start, to start again and to end.
 
     Args:
-        port: Where it listens.
+        port: The port to listen on.
         hosts: The machines.
-        settings: What must be the same on all of them.
-        restarts: How often they may start again.
+        settings: Settings that must be the same on all machines.
+        restarts: How often the workers may start again.
         limit: Seconds that a machine may take to come, or to come back.
-        least: Workers with which to go on when one does not; None if all are needed.
+        min_workers: The least workers that start without a missing machine; None if all
+            machines are needed.
     """
 
     def __init__(
@@ -61,13 +61,13 @@ class Coordinator:
         settings: dict[str, Any],
         restarts: Restarts,
         limit: float,
-        least: int | None = None,
+        min_workers: int | None = None,
     ) -> None:
         self._hosts, self._settings = hosts, settings
         self._restarts, self._limit = restarts, limit
-        self._least = least
+        self._min_workers = min_workers
         self._active: set[int] = set()
-        self._callers: list[_Caller] = []
+        self._launchers: list[_Launcher] = []
         self._causes: list[RestartCause] = []
         self._failed_at = 0.0
         self._phase, self._since, self._beat = "meeting", time.monotonic(), 0.0
@@ -92,7 +92,7 @@ class Coordinator:
         self._thread.start()
 
     def close(self) -> None:
-        """Ends it, after a moment in which all can hear how the run has ended."""
+        """Ends the coordinator, once all launchers have heard how the run ended."""
         self._closing = True
         self._thread.join(_FAREWELL_S + 2)
 
@@ -105,11 +105,14 @@ class Coordinator:
                 else:
                     self._read(key.data)
             now = time.monotonic()
-            for caller in list(self._callers):
-                if not caller.wire.is_open or now - caller.heard > SILENCE_S:
-                    self._drop(caller)
+            for launcher in list(self._launchers):
+                if (
+                    not launcher.connection.is_open
+                    or now - launcher.last_message_at > SILENCE_S
+                ):
+                    self._drop(launcher)
             if now - self._beat > BEAT_S:
-                self._tell_all("alive")
+                self._send_to_all("alive")
                 self._beat = now
             if self._phase == "meeting":
                 self._meet(now)
@@ -117,89 +120,91 @@ class Coordinator:
                 self._run(now)
             if self._closing:
                 ends = ends or now + _FAREWELL_S
-                if not self._callers or self._phase != "over" or now > ends:
+                if not self._launchers or self._phase != "over" or now > ends:
                     break
-        for caller in list(self._callers):
-            caller.wire.close()
+        for launcher in list(self._launchers):
+            launcher.connection.close()
         self._listener.close()
         self._selector.close()
 
     # --- connections --------------------------------------------------------------------
 
     def _accept(self) -> None:
-        connection, _ = self._listener.accept()
-        caller = _Caller(Wire(connection))
-        self._callers.append(caller)
-        self._selector.register(connection, selectors.EVENT_READ, caller)
-        caller.wire.send("welcome", nonce=caller.nonce)
+        tcp_socket, _ = self._listener.accept()
+        launcher = _Launcher(Connection(tcp_socket))
+        self._launchers.append(launcher)
+        self._selector.register(tcp_socket, selectors.EVENT_READ, launcher)
+        launcher.connection.send("welcome", nonce=launcher.nonce)
 
-    def _drop(self, caller: _Caller) -> None:
-        self._callers.remove(caller)
-        self._selector.unregister(caller.wire.socket)
-        caller.wire.close()
-        is_needed = caller.rank in self._active and not caller.is_done
-        if caller.rank is not None and self._phase == "running" and is_needed:
-            self._note(
+    def _drop(self, launcher: _Launcher) -> None:
+        self._launchers.remove(launcher)
+        self._selector.unregister(launcher.connection.socket)
+        launcher.connection.close()
+        is_needed = launcher.rank in self._active and not launcher.is_done
+        if launcher.rank is not None and self._phase == "running" and is_needed:
+            self._record_cause(
                 RestartCause(
-                    f"{self._name(caller.rank)} is lost: its launcher does not answer.",
+                    f"{self._name(launcher.rank)} is lost: its launcher does not answer.",
                     "while running",
                     time.time(),
                     START_ME_AGAIN,
                 )
             )
 
-    def _read(self, caller: _Caller) -> None:
+    def _read(self, launcher: _Launcher) -> None:
         try:
-            for message in caller.wire.received():
-                caller.heard = time.monotonic()
+            for message in launcher.connection.received():
+                launcher.last_message_at = time.monotonic()
                 if message["kind"] == "hello":
-                    self._greet(caller, message)
-                elif caller.rank is not None:
-                    self._hear(caller, message)
+                    self._handle_hello(launcher, message)
+                elif launcher.rank is not None:
+                    self._handle(launcher, message)
         except (KeyError, TypeError, ValueError):
-            caller.wire.is_open = False  # it is no launcher of ours
+            launcher.connection.is_open = False  # it is not a launcher of this run
 
-    def _greet(self, caller: _Caller, hello: dict[str, Any]) -> None:
-        problem = self._refusal(caller, hello)
+    def _handle_hello(self, launcher: _Launcher, hello: dict[str, Any]) -> None:
+        problem = self._refusal(launcher, hello)
         if problem is not None:
-            caller.wire.send("refused", why=problem)
+            launcher.connection.send("refused", why=problem)
             return
-        for other in self._callers:
+        for other in self._launchers:
             if other.rank == hello["rank"]:
-                other.rank = None  # it has come back before its loss was noticed
-                other.heard = 0.0
-        caller.rank, caller.identity = hello["rank"], hello["identity"]
-        known = [RestartCause.from_json(one) for one in hello["restarts"]]
-        if len(known) > len(self._restarts.made):  # the first machine itself was lost
-            self._restarts.adopt(known)
-        if self._phase == "running" and caller.rank in self._active and not self._causes:
-            self._note(self._came_back(caller.rank))
+                other.rank = None  # the machine came back before its loss was noticed
+                other.last_message_at = 0.0
+        launcher.rank, launcher.identity = hello["rank"], hello["identity"]
+        earlier_causes = [RestartCause.from_json(fields) for fields in hello["restarts"]]
+        if len(earlier_causes) > len(self._restarts.history):
+            # The first machine itself was lost, so this coordinator is new.
+            self._restarts.adopt(earlier_causes)
+        if self._phase == "running" and launcher.rank in self._active and not self._causes:
+            self._record_cause(self._return_of(launcher.rank))
 
-    def _came_back(self, rank: int) -> RestartCause:
-        what = f"{self._name(rank)} has come back, and was not there."
-        return RestartCause(what, "while running", time.time(), START_ME_AGAIN)
+    def _return_of(self, rank: int) -> RestartCause:
+        text = f"{self._name(rank)} was lost and has come back."
+        return RestartCause(text, "while running", time.time(), START_ME_AGAIN)
 
-    def _refusal(self, caller: _Caller, hello: dict[str, Any]) -> str | None:
-        if not hmac.compare_digest(str(hello.get("proof")), proof(caller.nonce)):
+    def _refusal(self, launcher: _Launcher, hello: dict[str, Any]) -> str | None:
+        if not hmac.compare_digest(str(hello.get("proof")), proof(launcher.nonce)):
             return (
                 "TFDIST_TOKEN must be the same on all hosts. Received: another one, or none. "
                 "Set it for every launcher."
             )
-        rank, theirs = hello.get("rank"), hello.get("settings", {})
-        for name in sorted({*self._settings, *theirs}):
-            mine, other = self._settings.get(name), theirs.get(name)
-            if mine != other:
+        rank, peer_settings = hello.get("rank"), hello.get("settings", {})
+        for name in sorted({*self._settings, *peer_settings}):
+            local_value, peer_value = self._settings.get(name), peer_settings.get(name)
+            if local_value != peer_value:
                 return (
-                    f"`{name}` must be the same on all hosts. Received: {mine!r} on node 0, "
-                    f"{other!r} on node {rank}. Make them alike and start that node again."
+                    f"`{name}` must be the same on all hosts. Received: {local_value!r} on "
+                    f"node 0, {peer_value!r} on node {rank}. Make them alike and start that "
+                    "node again."
                 )
         if not isinstance(rank, int) or not 0 <= rank < len(self._hosts):
             return f"`--node-rank` must be one of the hosts'. Received: {rank!r}."
-        for other_caller in self._callers:
+        for other in self._launchers:
             if (
-                other_caller.rank == rank
-                and other_caller.identity != hello["identity"]
-                and time.monotonic() - other_caller.heard < 3 * BEAT_S
+                other.rank == rank
+                and other.identity != hello["identity"]
+                and time.monotonic() - other.last_message_at < 3 * BEAT_S
             ):
                 return (
                     f"Each node must be started once. Received: --node-rank {rank} twice, "
@@ -209,22 +214,22 @@ class Coordinator:
 
     # --- the run ------------------------------------------------------------------------
 
-    def _hear(self, caller: _Caller, message: dict[str, Any]) -> None:
+    def _handle(self, launcher: _Launcher, message: dict[str, Any]) -> None:
         kind = message["kind"]
         if kind == "ready":
-            caller.is_ready, caller.is_done = True, False
+            launcher.is_ready, launcher.is_done = True, False
         elif kind == "done" and self._phase == "running":
-            caller.is_done = True
+            launcher.is_done = True
         elif kind == "failed" and self._phase == "running":
-            self._note(RestartCause.from_json(message["cause"]))
+            self._record_cause(RestartCause.from_json(message["cause"]))
         elif kind == "bye":
-            rank, status = caller.rank, message["status"]
-            caller.rank = None
+            rank, status = launcher.rank, message["status"]
+            launcher.rank = None
             if self._phase != "over" and rank is not None and rank in self._active:
-                what = f"{self._name(rank)} was ended by a signal to its launcher."
-                self._note(
+                text = f"{self._name(rank)} was ended by a signal to its launcher."
+                self._record_cause(
                     RestartCause(
-                        what,
+                        text,
                         "while running",
                         time.time(),
                         status,
@@ -232,7 +237,7 @@ class Coordinator:
                     )
                 )
 
-    def _note(self, cause: RestartCause) -> None:
+    def _record_cause(self, cause: RestartCause) -> None:
         if not self._causes:
             self._failed_at = time.monotonic()
         self._causes.append(cause)
@@ -242,16 +247,16 @@ class Coordinator:
         if final:
             self._end("over", final[0])
             return
-        ready = {c.rank for c in self._callers if c.is_ready and c.rank is not None}
+        ready = {c.rank for c in self._launchers if c.is_ready and c.rank is not None}
         missing = [rank for rank in range(len(self._hosts)) if rank not in ready]
         is_late = now - self._since > self._limit
         if not missing or (is_late and self._is_enough(ready)):
             self._causes = []
             self._phase, self._active = "running", ready
-            for caller in self._callers:
-                if caller.rank in ready:
-                    caller.is_ready = False
-                    caller.wire.send("start", active=sorted(ready))
+            for launcher in self._launchers:
+                if launcher.rank in ready:
+                    launcher.is_ready = False
+                    launcher.connection.send("start", active=sorted(ready))
         elif is_late:
             listed = " and ".join(self._name(rank) for rank in missing)
             self._end(
@@ -267,7 +272,7 @@ class Coordinator:
 
     def _is_enough(self, ready: set[int]) -> bool:
         workers = sum(self._hosts[rank].slots for rank in ready)
-        return self._least is not None and 0 in ready and workers >= self._least
+        return self._min_workers is not None and 0 in ready and workers >= self._min_workers
 
     def _run(self, now: float) -> None:
         if self._causes:
@@ -275,27 +280,29 @@ class Coordinator:
             if cause.blames_peer and now - self._failed_at < _PEER_FAILURE_S:
                 return
             if self._restarts.allows(cause):
-                self._restarts.note(cause, "")
+                self._restarts.record(cause, "")
                 self._end("again", cause)
             else:
                 self._end("over", cause)
-        elif all(caller.is_done for caller in self._callers if caller.rank in self._active):
+        elif all(
+            launcher.is_done for launcher in self._launchers if launcher.rank in self._active
+        ):
             self._end("over", None)
 
     def _end(self, kind: str, cause: RestartCause | None) -> None:
         repeated = kind == "over" and cause is not None and self._restarts.repeats(cause)
-        told = None if cause is None else cause.to_json()
+        cause_fields = None if cause is None else cause.to_json()
         self._phase = "meeting" if kind == "again" else "over"
         self._since, self._causes = time.monotonic(), []
-        for caller in self._callers:
-            # Those that came meanwhile have nothing to end.
-            if kind == "over" or caller.rank in self._active:
-                caller.is_ready = False
-                caller.wire.send(kind, cause=told, repeated=repeated)
+        for launcher in self._launchers:
+            # Machines that came while the others ran have no workers to end.
+            if kind == "over" or launcher.rank in self._active:
+                launcher.is_ready = False
+                launcher.connection.send(kind, cause=cause_fields, repeated=repeated)
 
-    def _tell_all(self, kind: str, **fields: Any) -> None:
-        for caller in self._callers:
-            caller.wire.send(kind, **fields)
+    def _send_to_all(self, kind: str, **fields: Any) -> None:
+        for launcher in self._launchers:
+            launcher.connection.send(kind, **fields)
 
     def _name(self, rank: int) -> str:
         return f"node {rank} ({self._hosts[rank].name})"

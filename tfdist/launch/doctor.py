@@ -1,4 +1,4 @@
-"""What this machine has, which cluster it sees, and which strategies can run on it."""
+"""Examines this machine: its packages and devices, its cluster, the strategies it can run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tfdist.launch.resources import usable_cores
 
 _PACKAGES = ("tensorflow", "keras", "numpy", "horovod")
 _ASK_S = 120.0
-# A process of its own: nothing here imports TensorFlow, and a broken one must not end us.
+# TensorFlow is imported in a process of its own: a broken one must not end the doctor.
 _ASK_TENSORFLOW = """
 import json
 import tensorflow as tf
@@ -60,9 +60,9 @@ class Readiness:
     """Whether a strategy can run here.
 
     Attributes:
-        strategy: Its name.
-        can_run: Whether it can.
-        reason: Why not, or on what it would run.
+        strategy: The strategy's name.
+        can_run: Whether it can run.
+        reason: Why it cannot, or the devices on which it would run.
     """
 
     strategy: str
@@ -72,16 +72,16 @@ class Readiness:
 
 @dataclass(frozen=True)
 class DoctorReport:
-    """All that `tfdist doctor` found.
+    """The report of `tfdist doctor`.
 
     Attributes:
-        versions: A version for each package, or why there is none.
-        devices: What TensorFlow lists.
+        versions: The version of each package, or why there is none.
+        devices: The devices that TensorFlow lists.
         cores: How many cores this process may use.
         cluster: The cluster that the environment describes; None if it is malformed.
-        cluster_error: What is malformed.
+        cluster_error: What is malformed; empty if nothing is.
         tensorflow_error: Why TensorFlow or Keras cannot be used; empty if they can.
-        strategies: For each strategy, whether it can run.
+        strategies: Whether each strategy can run.
     """
 
     versions: Mapping[str, str]
@@ -94,18 +94,18 @@ class DoctorReport:
 
     @property
     def is_healthy(self) -> bool:
-        """Whether training in one process works and the cluster is well described."""
+        """Whether training in one process works and the cluster's description is valid."""
         return not self.tensorflow_error and self.cluster is not None
 
 
 def examine(environ: Mapping[str, str] = os.environ) -> DoctorReport:
-    """Looks at this machine.
+    """Examines this machine.
 
     Args:
         environ: The environment variables.
 
     Returns:
-        What was found.
+        The report.
     """
     cluster, cluster_error = None, ""
     try:
@@ -139,11 +139,11 @@ def examine(environ: Mapping[str, str] = os.environ) -> DoctorReport:
 
 
 def _ask_tensorflow(environ: Mapping[str, str]) -> tuple[dict[str, Any], str]:
-    # TF_CONFIG is ours to judge; TensorFlow would only stumble over it.
+    # tfdist checks TF_CONFIG itself; a malformed one could make TensorFlow fail.
     variables = {"TF_CPP_MIN_LOG_LEVEL": "2", **environ}
     variables.pop("TF_CONFIG", None)
     try:
-        asked = subprocess.run(
+        process = subprocess.run(
             [sys.executable, "-c", _ASK_TENSORFLOW],
             env=variables,
             stdin=subprocess.DEVNULL,
@@ -155,14 +155,14 @@ def _ask_tensorflow(environ: Mapping[str, str]) -> tuple[dict[str, Any], str]:
         )
     except subprocess.TimeoutExpired:
         return {}, f"TensorFlow did not start within {_ASK_S:.0f} seconds."
-    for line in asked.stdout.splitlines():
+    for line in process.stdout.splitlines():
         if line.startswith("tfdist-doctor "):
             answer: dict[str, Any] = json.loads(line.partition(" ")[2])
             return answer, ""
-    said = (asked.stderr.strip() or "It wrote nothing.").splitlines()[-1]
-    if asked.returncode < 0:
-        said = f"It was ended by signal {-asked.returncode}. {said}"
-    return {}, f"TensorFlow cannot be imported. {said}"
+    last_line = (process.stderr.strip() or "It wrote nothing.").splitlines()[-1]
+    if process.returncode < 0:
+        last_line = f"It was ended by signal {-process.returncode}. {last_line}"
+    return {}, f"TensorFlow cannot be imported. {last_line}"
 
 
 def _versions(answer: Mapping[str, Any]) -> dict[str, str]:
@@ -198,7 +198,7 @@ def _strategies(
         _parameter_server(cluster),
         _tpu(devices, environ),
         *(
-            Readiness(name, True, f"of the package {package}, which was not asked")
+            Readiness(name, True, f"from the package {package}; it was not checked")
             for name, package in strategy_names.of_other_packages().items()
         ),
     )
@@ -207,8 +207,8 @@ def _strategies(
 def _mirrored(gpus: int) -> Readiness:
     if gpus > 1:
         return Readiness("mirrored", True, f"{gpus} GPUs, one replica on each")
-    only = "the only GPU" if gpus else "the processor, as there is no GPU"
-    return Readiness("mirrored", True, f"one replica, on {only}: the same as single")
+    device = "the only GPU" if gpus else "the processor, as there is no GPU"
+    return Readiness("mirrored", True, f"one replica, on {device}: the same as single")
 
 
 def _multi_worker(cluster: Cluster | None) -> Readiness:
@@ -233,12 +233,12 @@ def _horovod(answer: Mapping[str, Any], cluster: Cluster | None) -> Readiness:
         return Readiness("horovod", False, reason + "run tfdist horovod build --force")
     if "horovod_operations" not in answer:
         return Readiness("horovod", False, "not installed: run tfdist horovod build")
-    built = f"built with {', '.join(answer['horovod_operations']) or 'no operations'}"
+    operations = f"built with {', '.join(answer['horovod_operations']) or 'no operations'}"
     if cluster is not None and cluster.launched:
         rank = f"rank {cluster.index} of {cluster.launched}, from {cluster.source}"
-        return Readiness("horovod", True, f"{rank}; {built}")
+        return Readiness("horovod", True, f"{rank}; {operations}")
     how = "start it with: tfdist run --strategy horovod -n 2 train.py"
-    return Readiness("horovod", bool(answer["horovod_operations"]), f"{built}; {how}")
+    return Readiness("horovod", bool(answer["horovod_operations"]), f"{operations}; {how}")
 
 
 def _parameter_server(cluster: Cluster | None) -> Readiness:

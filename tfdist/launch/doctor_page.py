@@ -1,4 +1,4 @@
-"""How `tfdist doctor` shows what it found."""
+"""Prints the report of `tfdist doctor`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def show(report: DoctorReport, console: Console | None = None) -> None:
     """Prints a report as tables.
 
     Args:
-        report: What `examine` found.
+        report: The report of `examine`.
         console: Where to print; standard output unless given.
     """
     console = console or Console(highlight=False)
@@ -70,6 +70,6 @@ def _cluster(cluster: Cluster | None) -> Text:
 def _strategies(report: DoctorReport) -> Table:
     table = _table("Strategies")
     for ready in report.strategies:
-        mark = Text("✔ yes", "green") if ready.can_run else Text("✘ no", "red")
-        table.add_row(f"  {ready.strategy}", mark, Text(ready.reason))
+        verdict = Text("✔ yes", "green") if ready.can_run else Text("✘ no", "red")
+        table.add_row(f"  {ready.strategy}", verdict, Text(ready.reason))
     return table

@@ -1,11 +1,11 @@
-"""The cluster that is there already, which `tfdist run` joins where it starts one process."""
+"""Joins an existing cluster: `tfdist run` starts one process, which takes its place there."""
 
 from __future__ import annotations
 
 import itertools
 
 from tfdist.cluster import EVALUATOR, PS, Cluster
-from tfdist.cluster.rendezvous import start_timeout, wait_until_known
+from tfdist.cluster.rendezvous import start_timeout, wait_until_resolved
 from tfdist.errors import LaunchError
 from tfdist.launch.horovod import rank_environments
 from tfdist.launch.hosts import Host
@@ -14,14 +14,14 @@ ONE_PROCESS_STRATEGIES = ("single", "mirrored", "tpu")
 
 
 def check_strategy(cluster: Cluster, strategy: str | None) -> None:
-    """Refuses a strategy with which the processes of a cluster would train apart.
+    """Refuses a strategy with which the processes of a cluster would train separately.
 
     Args:
-        cluster: This process's place.
-        strategy: What `--strategy` names.
+        cluster: The cluster, with this process's place.
+        strategy: The value of `--strategy`.
 
     Raises:
-        LaunchError: It trains in one process, or does not use what the cluster has.
+        LaunchError: The strategy trains in one process, or cannot use the cluster's servers.
     """
     if strategy in ONE_PROCESS_STRATEGIES and cluster.num_workers > 1:
         raise LaunchError(
@@ -40,34 +40,34 @@ def check_strategy(cluster: Cluster, strategy: str | None) -> None:
 
 
 def variables(cluster: Cluster, strategy: str | None) -> dict[str, str]:
-    """Gives the variables by which a process finds the others, besides those that are there.
+    """Returns the environment variables that this process needs besides the existing ones.
 
     Args:
-        cluster: This process's place.
-        strategy: What `--strategy` names.
+        cluster: The cluster, with this process's place.
+        strategy: The value of `--strategy`.
 
     Raises:
-        LaunchError: Horovod is not installed, or its ranks cannot be placed.
+        LaunchError: Horovod is not installed, or its ranks cannot be assigned to machines.
     """
     chosen = {} if strategy is None else {"TFDIST_STRATEGY": strategy}
     if cluster.job == EVALUATOR:
-        # It stands outside of the cluster: what distributes training is not for it.
+        # An evaluator is not part of the cluster, so it must not distribute training.
         return chosen if strategy in ONE_PROCESS_STRATEGIES else {}
     if strategy != "horovod" or not cluster.workers:
         return chosen
     hosts, rank = hosts_of(cluster), cluster.worker_index
     ends = itertools.accumulate(host.slots for host in hosts)
     node = next(i for i, end in enumerate(ends) if rank < end)
-    # A pod's name is known once the pod is there.
-    wait_until_known([host.name for host in hosts[:2]], start_timeout())
+    # The name of a pod resolves only once the pod exists.
+    wait_until_resolved([host.name for host in hosts[:2]], start_timeout())
     return {**chosen, **rank_environments(hosts, node, cluster.workers[0])[rank]}
 
 
 def hosts_of(cluster: Cluster) -> tuple[Host, ...]:
-    """Lists the machines of the workers, with how many of them each has.
+    """Lists the machines of the workers, with the number of workers on each.
 
     Args:
-        cluster: With addresses.
+        cluster: A cluster with addresses.
 
     Raises:
         LaunchError: Workers of one machine are not listed side by side.

@@ -1,4 +1,4 @@
-"""How many workers there are, and whether they can be started so."""
+"""How many workers a run has, and whether they can be started here."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _MOST_WORKERS = 65535
 def extent(
     workers: int | None, hosts: Sequence[Host], node_rank: int | None
 ) -> tuple[int, int, int]:
-    """Returns how many workers there are, the first of this machine, and how many it starts.
+    """Returns the workers in all, the first one of this machine, and how many it starts.
 
     Args:
-        workers: How many in all, if that was said.
+        workers: The value of `-n`, or None.
         hosts: The machines.
         node_rank: This machine's position among them.
     """
@@ -35,8 +35,8 @@ def extent(
                 f"Received: --node-rank={node_rank} without --hosts. "
                 "Add --hosts, or leave --node-rank out to train on this machine alone."
             )
-        return _countable(workers or 1), 0, workers or 1
-    total = _countable(sum(host.slots for host in hosts))
+        return _checked_count(workers or 1), 0, workers or 1
+    total = _checked_count(sum(host.slots for host in hosts))
     if workers is not None and workers != total:
         raise LaunchError(
             "`-n` must equal the sum of the slots in --hosts. "
@@ -61,8 +61,8 @@ def extent(
     return total, first, hosts[node_rank].slots
 
 
-def _countable(workers: int) -> int:
-    """Gives the number of workers, each of which needs a port."""
+def _checked_count(workers: int) -> int:
+    """Checks that there are enough ports for so many workers, and returns their number."""
     if workers > _MOST_WORKERS:
         raise LaunchError(
             f"There must be at most {_MOST_WORKERS} workers, as each has a port. Received: "
@@ -71,28 +71,28 @@ def _countable(workers: int) -> int:
     return workers
 
 
-def label(given: Cluster) -> tuple[int, str]:
-    """Gives the number and the job under which a process of a cluster is shown.
+def label(existing: Cluster) -> tuple[int, str]:
+    """Returns the number and the job under which a process of a cluster is shown.
 
     Args:
-        given: The process's place.
+        existing: The cluster, with the process's place.
     """
-    if given.job in (CHIEF, WORKER) and not given.has_parameter_servers:
-        return given.worker_index, WORKER
-    return given.index, given.job
+    if existing.job in (CHIEF, WORKER) and not existing.has_parameter_servers:
+        return existing.worker_index, WORKER
+    return existing.index, existing.job
 
 
-def check_request(strategy: str | None, total: int, servers: int, given: Cluster) -> None:
-    """Refuses a strategy that so many workers and servers cannot use.
+def check_request(strategy: str | None, total: int, servers: int, existing: Cluster) -> None:
+    """Refuses a strategy that does not fit the numbers of workers and servers.
 
     Args:
-        strategy: What `--strategy` names.
+        strategy: The value of `--strategy`.
         total: Workers in all.
         servers: Parameter servers in all.
-        given: The cluster that is there already.
+        existing: The existing cluster.
 
     Raises:
-        LaunchError: They contradict each other.
+        LaunchError: The arguments contradict each other.
     """
     choices = ["auto", *strategy_names.names()]
     if strategy is not None and strategy not in choices:
@@ -100,7 +100,7 @@ def check_request(strategy: str | None, total: int, servers: int, given: Cluster
             f"`--strategy` must be one of {', '.join(choices)}. "
             f"Received: --strategy={strategy}. Choose one of these."
         )
-    has_servers = servers or given.has_parameter_servers or given.job == EVALUATOR
+    has_servers = servers or existing.has_parameter_servers or existing.job == EVALUATOR
     if servers < 0 or (strategy == "parameter_server" and not has_servers):
         raise LaunchError(
             "The number of parameter servers must be 1 or more. Received: "
@@ -119,38 +119,38 @@ def check_request(strategy: str | None, total: int, servers: int, given: Cluster
         )
 
 
-def check_alone(total: int, given: Cluster) -> None:
-    """Refuses to start several workers in a process that is itself one of several.
+def check_alone(total: int, existing: Cluster) -> None:
+    """Refuses to start several workers in a process that is part of a cluster.
 
     Args:
         total: Workers in all.
-        given: The cluster that is there already.
+        existing: The existing cluster.
 
     Raises:
-        LaunchError: It is.
+        LaunchError: This process is part of a cluster.
     """
-    if given.num_workers > 1 or given.job != WORKER:
+    if existing.num_workers > 1 or existing.job != WORKER:
         raise LaunchError(
             "Several workers can be started only where no cluster is described yet. "
-            f"Received: -n {total}, where {given.source} already makes this process "
-            f"{given.task} of {given.num_workers}. Leave -n out to join that cluster, "
+            f"Received: -n {total}, where {existing.source} already makes this process "
+            f"{existing.task} of {existing.num_workers}. Leave -n out to join that cluster, "
             "or unset TF_CONFIG and start outside of srun."
         )
 
 
 def check_ports(addresses: Sequence[str]) -> None:
-    """Refuses addresses of this machine that are in use.
+    """Refuses addresses of this machine whose port is in use.
 
     Args:
         addresses: Each a host and a port.
 
     Raises:
-        LaunchError: One is.
+        LaunchError: A port is in use.
     """
     for address in addresses:
         port = int(address.rpartition(":")[2])
         with socket.socket() as probe:
-            # As TensorFlow's server does: a port in TIME_WAIT can be used.
+            # TensorFlow's server sets this option too, so a port in TIME_WAIT can be used.
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 probe.bind(("", port))

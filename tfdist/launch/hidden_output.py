@@ -1,4 +1,4 @@
-"""What is kept of workers whose output is not shown: nothing of it is lost when they fail."""
+"""Keeps the output of workers that is not shown, so that it can be shown when they fail."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from collections.abc import Sequence
 
 from tfdist.launch.worker import Worker
 
-_KEPT_LINES = 400
-_OWN = "tfdist:"
-_CONTINUED = "  "
+_MOST_LINES = 400
+_TFDIST_PREFIX = "tfdist:"
+_CONTINUATION_PREFIX = "  "
 
 
 def leader(workers: Sequence[Worker]) -> int:
     """Chooses the worker whose output is shown: the chief, or the first of this machine.
 
     Args:
-        workers: Those that this machine starts.
+        workers: The workers that this machine starts.
 
     Returns:
-        Its position.
+        The position of the chosen worker.
     """
     driving = [i for i, worker in enumerate(workers) if not worker.serves]
     busy = [i for i, worker in enumerate(workers) if worker.is_replaceable]
@@ -27,42 +27,45 @@ def leader(workers: Sequence[Worker]) -> int:
 
 
 class HiddenOutput:
-    """The lines of one worker, of which only tfdist's own are shown at once.
+    """The lines of one worker; only tfdist's own lines are shown at once.
 
-    A hang is reported by whichever worker sees it first, so those must be seen.
+    Any worker may be the first to notice and report a hang, so its report must be shown.
     """
 
     def __init__(self) -> None:
-        self._kept: deque[str] = deque(maxlen=_KEPT_LINES)
+        self._hidden_lines: deque[str] = deque(maxlen=_MOST_LINES)
         self._dropped = 0
-        self._is_own = False
+        self._is_from_tfdist = False
 
     def take(self, lines: Sequence[str]) -> list[str]:
         """Keeps lines.
 
         Args:
-            lines: As a terminal would show them.
+            lines: The lines, as a terminal would show them.
 
         Returns:
-            Those of tfdist, to be shown now.
+            The lines of tfdist, which are to be shown now.
         """
-        own = []
+        tfdist_lines = []
         for line in lines:
-            self._is_own = line.startswith(_OWN) or (
-                self._is_own and line.startswith(_CONTINUED)
+            self._is_from_tfdist = line.startswith(_TFDIST_PREFIX) or (
+                self._is_from_tfdist and line.startswith(_CONTINUATION_PREFIX)
             )
-            if self._is_own:
-                own.append(line)
+            if self._is_from_tfdist:
+                tfdist_lines.append(line)
                 continue
-            self._dropped += len(self._kept) == _KEPT_LINES
-            self._kept.append(line)
-        return own
+            self._dropped += len(self._hidden_lines) == _MOST_LINES
+            self._hidden_lines.append(line)
+        return tfdist_lines
 
     def release(self) -> list[str]:
-        """Gives what was kept, and forgets it."""
-        lines, dropped = list(self._kept), self._dropped
-        self._kept.clear()
+        """Returns the hidden lines, and forgets them."""
+        lines, dropped = list(self._hidden_lines), self._dropped
+        self._hidden_lines.clear()
         self._dropped = 0
         if not dropped:
             return lines
-        return [f"tfdist: {dropped} lines before are left out; --output all shows all.", *lines]
+        return [
+            f"tfdist: {dropped} earlier lines are left out; --output all shows all.",
+            *lines,
+        ]

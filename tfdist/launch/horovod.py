@@ -1,4 +1,4 @@
-"""What Horovod's ranks need from a launcher: their numbers, and a server to meet at."""
+"""Launches Horovod's ranks: their environment variables, and their rendezvous server."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ _HOST, _PORT = "HOROVOD_GLOO_RENDEZVOUS_ADDR", "HOROVOD_GLOO_RENDEZVOUS_PORT"
 def rank_environments(
     hosts: Sequence[Host], node_rank: int, address: str
 ) -> tuple[dict[str, str], ...]:
-    """Gives each rank the variables by which Horovod finds itself.
+    """Returns the environment variables that Horovod reads, for each rank.
 
     Args:
         hosts: The machines, in order of their node rank.
         node_rank: This machine's position in `hosts`.
-        address: "host:port" of the server at which the ranks meet, on the first host.
+        address: "host:port" of the rendezvous server, on the first host.
 
     Returns:
-        The variables of all ranks; of another machine's, all but its own interface.
+        The variables of all ranks. Only this machine's ranks have the right network interface.
 
     Raises:
         LaunchError: Horovod is not installed, or an interface cannot be found.
     """
     host, _, port = address.rpartition(":")
-    # The first host may know its own name as a loopback address only.
+    # On the first host, its own name may resolve to a loopback address only.
     towards = hosts[1].name if node_rank == 0 and len(hosts) > 1 else host
     shared = {
         "HOROVOD_CONTROLLER": "gloo",
@@ -58,11 +58,11 @@ def rank_environments(
 
 @contextmanager
 def rendezvous(first: Mapping[str, str], hosts: Sequence[Host]) -> Iterator[None]:
-    """Runs the server at which ranks meet, where rank 0 is among those started here.
+    """Runs the rendezvous server if this machine starts rank 0.
 
     Args:
         first: The variables of the first rank that this machine starts.
-        hosts: The machines; empty for this one alone.
+        hosts: The machines; empty if there is only this one.
 
     Raises:
         LaunchError: The port is in use.
@@ -94,14 +94,15 @@ def rendezvous(first: Mapping[str, str], hosts: Sequence[Host]) -> Iterator[None
 
 
 def _handler() -> type:
-    """Gives the class that answers a rank at the server."""
+    """Returns the class that answers a rank's requests at the server."""
     from horovod.runner.http.http_server import RendezvousHandler
 
     class Handler(RendezvousHandler):  # type: ignore[misc]
-        """Forgets the addresses of a scope when all its ranks have met.
+        """Forgets the addresses of a scope when all its ranks have finished there.
 
-        Horovod's own then also forgets who has met in the other scopes, and does not clear
-        these: ranks that connect again, in process sets, may find addresses of before.
+        Horovod's own handler then forgets the finished ranks of all other scopes too, and so
+        never clears those scopes. Ranks that connect again, in process sets, may then find
+        outdated addresses.
         """
 
         def do_DELETE(self) -> None:  # noqa: N802, the name that the server calls
@@ -111,10 +112,10 @@ def _handler() -> type:
                 super().do_DELETE()
                 return
             with self.server.finished_list_lock, self.server.cache_lock:
-                met = self.server.finished_list[scope]
-                met.append(key)
-                if len(met) == size:
-                    met.clear()
+                finished_ranks = self.server.finished_list[scope]
+                finished_ranks.append(key)
+                if len(finished_ranks) == size:
+                    finished_ranks.clear()
                     self.server.cache.get(scope, {}).clear()
             self.send_status_code(200)
 
@@ -122,7 +123,7 @@ def _handler() -> type:
 
 
 def one_host(slots: int) -> tuple[Host, ...]:
-    """Names this machine alone.
+    """Returns a list of hosts with only this machine.
 
     Args:
         slots: How many ranks run on it.
@@ -140,8 +141,8 @@ def _slots(hosts: Sequence[Host]) -> list[Any]:
 
     listed = ",".join(f"{host.name}:{host.slots}" for host in hosts)
     total = sum(host.slots for host in hosts)
-    found: list[Any] = get_host_assignments(parse_hosts(listed), total)
-    return found
+    slots: list[Any] = get_host_assignments(parse_hosts(listed), total)
+    return slots
 
 
 def _resolved(host: str) -> str:
@@ -155,7 +156,7 @@ def _resolved(host: str) -> str:
 
 
 def _interface_towards(host: str) -> str:
-    """Finds the network interface by which this machine reaches another, or itself."""
+    """Finds the network interface by which this machine reaches a host."""
     import psutil
 
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
@@ -166,8 +167,8 @@ def _interface_towards(host: str) -> str:
                 f"The hosts must be able to reach each other. Received: {host!r} "
                 f"({error.strerror}). Correct --hosts."
             ) from None
-        mine = probe.getsockname()[0]
+        own_address = probe.getsockname()[0]
     for interface, addresses in psutil.net_if_addrs().items():
-        if any(address.address == mine for address in addresses):
+        if any(address.address == own_address for address in addresses):
             return str(interface)
-    raise LaunchError(f"No network interface has this machine's address {mine}.")
+    raise LaunchError(f"No network interface has this machine's address {own_address}.")

@@ -1,4 +1,4 @@
-"""The list of hosts given to `tfdist run --hosts`, and the addresses that follow from it."""
+"""Reads the list of hosts in `tfdist run --hosts`, and gives each worker an address."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def parse_hosts(text: str) -> tuple[Host, ...]:
     """Reads a list of hosts.
 
     Args:
-        text: Hosts separated by commas, each `host` or `host:slots`; slots are 1 unless given.
+        text: Hosts separated by commas, each `host` or `host:slots`; 1 slot by default.
 
     Returns:
-        The hosts, in the order given: a host's place is its node rank.
+        The hosts in their order; a host's position is its node rank.
 
     Raises:
-        ClusterError: A name is empty or given twice, or slots are not a positive number.
+        ClusterError: A name is empty or comes twice, or slots are not a positive number.
 
     Example:
         >>> parse_hosts("node1:2,node2")
@@ -42,19 +42,19 @@ def parse_hosts(text: str) -> tuple[Host, ...]:
     """
     hosts: list[Host] = []
     for entry in text.split(","):
-        found = re.fullmatch(r"(\[[^\]]*\]|[^:\[\]]*)(?::(.*))?", entry.strip())
-        if found is None or not found[1].strip("[] "):
+        match = re.fullmatch(r"(\[[^\]]*\]|[^:\[\]]*)(?::(.*))?", entry.strip())
+        if match is None or not match[1].strip("[] "):
             raise ClusterError(
                 "`--hosts` must name a host in each of its entries 'host' or 'host:slots'. "
                 f"Received: --hosts={text!r}, in which {entry!r} names none. "
                 "Write it like node1:2,node2:2 (an IPv6 address in brackets: [::1]:2)."
             )
-        name, written = found[1], found[2] if found[2] is not None else "1"
-        slots = whole_number(written)
+        name, slots_text = match[1], match[2] if match[2] is not None else "1"
+        slots = whole_number(slots_text)
         if not slots:
             raise ClusterError(
                 "`--hosts` must give each host 1 or more slots, the number of its workers. "
-                f"Received: --hosts={text!r}, in which {entry!r} has {written!r} slots. "
+                f"Received: --hosts={text!r}, in which {entry!r} has {slots_text!r} slots. "
                 "Write it like node1:2,node2:2; the port is given by --port."
             )
         if any(name == host.name for host in hosts):
@@ -68,13 +68,13 @@ def parse_hosts(text: str) -> tuple[Host, ...]:
 
 
 def check_names(hosts: Sequence[Host]) -> None:
-    """Refuses names that this machine cannot resolve, before anything waits for them.
+    """Refuses names that do not resolve, before anything waits for their machines.
 
     Args:
         hosts: The hosts.
 
     Raises:
-        ClusterError: One or more cannot be resolved.
+        ClusterError: One or more names do not resolve.
     """
     unknown = [host.name for host in hosts if not _resolves(host.name)]
     if unknown:
@@ -95,8 +95,8 @@ def _resolves(name: str) -> bool:
 def worker_addresses(hosts: Sequence[Host], port: int) -> tuple[str, ...]:
     """Gives every worker on every host an address.
 
-    Ports count through all workers rather than through those of one host, so that two names
-    of one machine (localhost and 127.0.0.1, say) do not meet on a port.
+    Ports are counted over all workers, not for each host anew. So two names of one machine,
+    such as localhost and 127.0.0.1, never get the same port.
 
     Args:
         hosts: The hosts, in order of their node rank.

@@ -1,14 +1,22 @@
-"""One started worker: what it writes, and whether it lives."""
+"""A started worker: its process, its output and its heartbeat."""
 
 from __future__ import annotations
 
 import os
+import pty
 import subprocess
+import sys
+import termios
+from contextlib import suppress
+from typing import BinaryIO
 
-from tfdist.cluster.heartbeat import Heartbeat
+from tfdist.cluster.heartbeat import HEARTBEAT_FD, Heartbeat, shared_memory
+from tfdist.errors import LaunchError
 from tfdist.launch.hidden_output import HiddenOutput
-from tfdist.launch.output import Lines
+from tfdist.launch.output import Lines, Screen
 from tfdist.launch.worker import Worker
+
+LAUNCHER_FD = "TFDIST_LAUNCHER_FD"
 
 
 class Member:
@@ -22,7 +30,7 @@ class Member:
         fd: int,
         lines: Lines,
         is_live: bool,
-        note: Heartbeat,
+        heartbeat: Heartbeat,
         hidden_output: HiddenOutput | None,
     ) -> None:
         self.position = position
@@ -31,13 +39,13 @@ class Member:
         self.fd: int | None = fd
         self.lines = lines
         self.is_live = is_live
-        self.note = note
+        self.heartbeat = heartbeat
         self.hidden_output = hidden_output
         self.ended_at: float | None = None
         self.has_group = True
 
     def signal_group(self, number: int) -> None:
-        """Signals the worker and its children, and notes when none of them is left."""
+        """Signals the worker and its children, and records when none of them is left."""
         try:
             os.killpg(self.process.pid, number)
         except ProcessLookupError:
@@ -45,3 +53,71 @@ class Member:
         except PermissionError:
             # macOS answers so for a group of which only zombies are left.
             self.has_group = self.ended_at is None
+
+
+def start_member(
+    position: int,
+    worker: Worker,
+    screen: Screen,
+    lifeline: int,
+    *,
+    log: BinaryIO | None,
+    hidden_output: HiddenOutput | None,
+) -> Member:
+    """Starts a worker.
+
+    Args:
+        position: Its position among the workers of this machine.
+        worker: The worker.
+        screen: Shows its lines.
+        lifeline: A pipe's reading end, which is at its end once the launcher has died.
+        log: A file for its whole output, or None.
+        hidden_output: Keeps its output if that is not shown, otherwise None.
+
+    Raises:
+        LaunchError: The worker could not be started.
+    """
+    # Only the chief draws a progress bar, and the bar is of use only on a terminal.
+    is_live = screen.is_terminal and worker.shows_progress
+    reading, writing = _terminal(screen) if is_live else os.pipe()
+    memory = shared_memory()
+    try:
+        process = subprocess.Popen(
+            worker.command,
+            env={
+                **worker.environment,
+                LAUNCHER_FD: str(lifeline),
+                HEARTBEAT_FD: str(memory),
+            },
+            stdin=subprocess.DEVNULL,
+            stdout=writing,
+            stderr=writing,
+            pass_fds=(lifeline, memory),
+            start_new_session=True,
+        )
+    except OSError as error:
+        os.close(reading)
+        os.close(memory)
+        raise LaunchError(
+            f"The program of {worker.task} must be one that can be started. "
+            f"Received: {worker.command[0]!r} ({error.strerror}). "
+            "Check that it exists and may be run."
+        ) from None
+    finally:
+        os.close(writing)
+    os.set_blocking(reading, False)
+    lines = Lines(log, worker.is_quiet)
+    heartbeat = Heartbeat.of(memory)
+    return Member(position, worker, process, reading, lines, is_live, heartbeat, hidden_output)
+
+
+def _terminal(screen: Screen) -> tuple[int, int]:
+    """Opens a pseudo-terminal as wide as the space beside the prefix."""
+    outer, inner = pty.openpty()
+    settings = termios.tcgetattr(inner)
+    settings[1] &= ~termios.OPOST
+    termios.tcsetattr(inner, termios.TCSANOW, settings)
+    with suppress(OSError):
+        rows, columns = termios.tcgetwinsize(sys.stdout.fileno())
+        termios.tcsetwinsize(inner, (rows, max(20, columns - screen.prefix_width)))
+    return outer, inner

@@ -1,4 +1,4 @@
-"""What workers write: cut into lines, prefixed with their task, kept for the last word."""
+"""The output of workers: cut into lines, shown with their task, the last lines kept."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import click
 
 _COLOURS = ("cyan", "magenta", "green", "yellow", "blue", "bright_cyan", "bright_magenta")
 _STYLE = re.compile(r"\x1b\[[\d;:]*m")
-# Cursor movements would leave the line that belongs to the worker.
+# A cursor movement could leave the worker's own line.
 _OTHER_ESCAPES = re.compile(
     r"\x1b\](?:[^\x07\x1b]*)(?:\x07|\x1b\\)|\x1b\[[0-?]*[ -/]*[@-ln-~]|\x1b[@-Z\\^_=>78]"
 )
-_KEPT_LINES = 400
-# What the chief of parameter servers writes, hundreds of times, when a worker is lost, which is
-# made good: the launcher says it in a line.
+_MOST_LINES = 400
+# The chief of parameter servers writes these hundreds of times when a worker is lost. The run
+# recovers from that, and the launcher reports it in one line.
 _LOST_WORKER_NOISE = re.compile(
     r"E\d{4} .*Failed to (?:register|remove) function remotely"
     r"|ERROR:tensorflow:(?:Worker|Remote function on worker) /job:"
@@ -27,8 +27,8 @@ _LOST_WORKER_NOISE = re.compile(
     r"|:UNKNOWN:Error received from peer"
     r"|This could happen if the remote target has been disconnected"
 )
-# TensorFlow writes these while it is imported, before it looks at TF_CPP_MIN_LOG_LEVEL: notes,
-# warnings, and three errors that only say that a machine has no GPU or that two libraries
+# TensorFlow writes these while it is imported, before it reads TF_CPP_MIN_LOG_LEVEL: notes,
+# warnings, and three errors which only mean that a machine has no GPU or that two libraries
 # register the same name.
 _START_UP_NOISE = re.compile(
     r"WARNING: All log messages before absl::InitializeLog\(\)"
@@ -43,7 +43,7 @@ def _is_noise(line: str) -> bool:
 
 
 def settled(line: str) -> str:
-    r"""Returns what a terminal would show of a line once its progress bar has been redrawn.
+    r"""Returns a line as a terminal would show it after its progress bar was redrawn.
 
     Args:
         line: Text without a newline, perhaps with carriage returns and backspaces.
@@ -58,7 +58,7 @@ def settled(line: str) -> str:
     shown = ""
     for part in line.split("\r"):
         written: list[str] = []
-        # Backspaces at the end only move the cursor: nothing is written over what is there.
+        # Backspaces at the end only move the cursor; they erase nothing.
         for character in part.rstrip("\b"):
             if character != "\b":
                 written.append(character)
@@ -86,29 +86,29 @@ class Lines:
         """Starts with nothing written.
 
         Args:
-            log: A file that gets every byte as it comes.
-            hide_start_up: Whether to leave out TensorFlow's notes about its own start.
+            log: A file that gets every byte.
+            hide_start_up: Whether to leave out TensorFlow's messages about its own start.
         """
-        self.last: deque[str] = deque(maxlen=_KEPT_LINES)
+        self.last: deque[str] = deque(maxlen=_MOST_LINES)
         self._log = log
         self._hide_start_up = hide_start_up
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._rest = ""
 
     def feed(self, data: bytes) -> list[str]:
-        """Takes what the worker wrote.
+        """Takes output of the worker.
 
         Args:
             data: Some bytes, cut anywhere.
 
         Returns:
-            The lines that it completed, as a terminal would show them.
+            The lines that are now complete, as a terminal would show them.
         """
         if self._log is not None:
             self._log.write(data)
             self._log.flush()
         *complete, rest = (self._rest + self._decoder.decode(data)).split("\n")
-        # A whole epoch of a progress bar is one line: keep only its latest state.
+        # A progress bar redraws one line for a whole epoch: keep only the latest state.
         parts = rest.split("\r")
         written = [i for i, part in enumerate(parts) if part.strip("\b")]
         self._rest = "\r".join(parts[written[-1] if written else -1 :])
@@ -120,7 +120,7 @@ class Lines:
 
     @property
     def unfinished(self) -> str:
-        """The line that has no end yet, as a terminal would show it."""
+        """The line that is not complete yet, as a terminal would show it."""
         return settled(self._rest)
 
     def finish(self) -> list[str]:
@@ -137,7 +137,7 @@ class Lines:
 
 
 class Screen:
-    """Writes the workers' lines to one stream, so that no two of them mix.
+    """Writes the lines of all workers to one stream, one whole line after the other.
 
     On a terminal the chief's unfinished line, its progress bar, stays at the bottom.
     """
@@ -148,9 +148,9 @@ class Screen:
         """Prepares one prefix for each worker.
 
         Args:
-            stream: Where to write.
+            stream: The stream to write to.
             tasks: The workers' names.
-            environ: The launcher's variables; NO_COLOR and TERM are looked at.
+            environ: The launcher's variables, of which NO_COLOR and TERM are read.
         """
         self._stream = stream
         self.is_terminal = stream.isatty() and environ.get("TERM") != "dumb"
@@ -180,19 +180,19 @@ class Screen:
         Args:
             worker: The worker's position in `tasks`.
             lines: Whole lines.
-            live: The worker's unfinished line, to be kept at the bottom; None leaves the
-                one that is there.
+            live: The worker's unfinished line, which stays at the bottom; None keeps the
+                present one.
         """
         if not self.is_terminal:
             if lines:
                 self._write("".join(self._line(worker, line) + "\n" for line in lines))
             return
-        drawn = self._live
+        previous_live = self._live
         if live is not None:
             self._live = self._line(worker, _cut(live, self._columns())) if live else ""
-        if not lines and drawn == self._live:
+        if not lines and previous_live == self._live:
             return
-        text = "\r\x1b[K" if drawn else ""
+        text = "\r\x1b[K" if previous_live else ""
         self._write(text + "".join(self._line(worker, x) + "\n" for x in lines) + self._live)
 
     def close(self) -> None:
@@ -223,7 +223,7 @@ class Screen:
 
 
 def _cut(text: str, columns: int) -> str:
-    """Cuts a line to a width: one that wraps could not be erased again."""
+    """Cuts a line to a width: a line that wraps could not be erased again."""
     room = columns - 1
     pieces: list[str] = []
     for piece in re.split(f"({_STYLE.pattern})", text.replace("\t", " ")):

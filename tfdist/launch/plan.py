@@ -1,4 +1,4 @@
-"""From what the user asked for to the worker processes that this machine starts."""
+"""Plans the worker processes that this machine starts, from the options of `tfdist run`."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from tfdist.launch.worker import Worker
 
 DEFAULT_PORT = 17380
 
-# TensorFlow's start-up notes would bury what the workers print; its errors stay.
 _GPUS = "CUDA_VISIBLE_DEVICES"
+# TensorFlow's messages at its start would bury the workers' own output; its errors stay.
 _QUIET = {"TF_CPP_MIN_LOG_LEVEL": "2", "GRPC_VERBOSITY": "ERROR"}
 
 
@@ -36,18 +36,20 @@ def plan_workers(
 ) -> tuple[Worker, ...]:
     """Decides which workers this machine starts, and each one's environment.
 
-    One process in an environment that describes a cluster takes its place there.
+    If the environment describes a cluster, one process is started, which takes its place
+    there.
 
     Args:
         command: The program each worker runs, and its arguments.
-        workers: How many workers in all; the sum of the hosts' slots unless given, else 1.
-        hosts: The machines, in the same order on each of them; empty for this one alone.
+        workers: Workers in all; by default the sum of the hosts' slots, or 1 without hosts.
+        hosts: The machines, in the same order on each of them; empty if there is only this
+            one.
         node_rank: This machine's position in `hosts`.
-        port: The port of worker 0, where there are several hosts; worker k has `port + k`.
+        port: The port of worker 0, if there are several hosts; worker k has `port + k`.
         strategy: The strategy's name, handed to the workers.
         drop_in: Whether Keras's own `fit` is to be distributed.
-        servers: How many parameter servers in all; with some there is a chief beside the
-            workers, which alone runs the command's script.
+        servers: Parameter servers in all. With servers there is also a chief, and only the
+            chief runs the command's script.
         environ: The variables that the workers inherit.
 
     Returns:
@@ -58,30 +60,25 @@ def plan_workers(
             a worker needs is in use.
     """
     total, first, local = extent(workers, hosts, node_rank)
-    given = Cluster() if hosts else Cluster.from_environment(environ)
-    check_request(strategy, total, servers, given)
+    existing = Cluster() if hosts else Cluster.from_environment(environ)
+    check_request(strategy, total, servers, existing)
     if total > 1 or servers:
-        check_alone(total, given)
+        check_alone(total, existing)
     gpus = visible_gpus(environ) if local > 1 else ()
-    gpu_shares = gpu_environments(gpus, local)
+    gpu_variables = gpu_environments(gpus, local)
     places: Sequence[Mapping[str, str]]
-    beside: list[Cluster] = []
-    is_joined = not servers and total == 1 and (given.num_workers > 1 or given.job != WORKER)
+    other_tasks: list[Cluster] = []
+    is_joined = (
+        not servers and total == 1 and (existing.num_workers > 1 or existing.job != WORKER)
+    )
     if is_joined:
-        check_strategy(given, strategy)
-        places = [variables(given, strategy)]
+        check_strategy(existing, strategy)
+        places = [variables(existing, strategy)]
     elif servers:
-        everyone = server_clusters(hosts, total, servers, port)
-        workers_of_all = [c for c in everyone if c.job == WORKER]
-        beside = [
-            c
-            for c in everyone
-            if c.job != WORKER and c.index % max(1, len(hosts)) == (node_rank or 0)
-        ]
-        if hosts:
-            here = [*beside, *workers_of_all[first : first + local]]
-            check_ports([c.jobs[c.job][c.index] for c in here])
-        places = [{"TF_CONFIG": c.to_tf_config()} for c in workers_of_all]
+        clusters, other_tasks = _clusters_with_servers(
+            hosts, node_rank or 0, total, servers, port, range(first, first + local)
+        )
+        places = [{"TF_CONFIG": cluster.to_tf_config()} for cluster in clusters]
     elif strategy == "horovod":
         address = f"{hosts[0].name}:{port}" if hosts else free_addresses(1)[0]
         places = rank_environments(hosts or one_host(total), node_rank or 0, address)
@@ -94,41 +91,70 @@ def plan_workers(
     else:
         places = [{}]
 
-    shared = {
-        **_QUIET,
-        **environ,
-        **thread_environment(local, environ),
-        "PYTHONUNBUFFERED": "1",
-    }
-    if strategy is not None and not is_joined:
-        shared["TFDIST_STRATEGY"] = strategy
-    if drop_in:
-        shared["TFDIST_DROP_IN"] = "1"
+    shared = _shared_environment(local, None if is_joined else strategy, drop_in, environ)
     is_quiet = "TF_CPP_MIN_LOG_LEVEL" not in environ
-    planned: list[Worker] = []
-    for cluster in beside:
-        # They leave the GPUs to the workers.
+    planned_workers: list[Worker] = []
+    for cluster in other_tasks:
+        # The chief and the servers leave the GPUs to the workers.
         environment = {**shared, "TF_CONFIG": cluster.to_tf_config(), _GPUS: "-1"}
         serves = cluster.job != CHIEF
-        planned.append(
+        planned_workers.append(
             Worker(cluster.index, tuple(command), environment, is_quiet, cluster.job, serves)
         )
     for local_rank in range(local):
         index = first + local_rank
         environment = {
             **shared,
-            **gpu_shares[local_rank],
+            **gpu_variables[local_rank],
             **places[index],
             "TFDIST_LOCAL_RANK": str(local_rank),
             "TFDIST_LOCAL_SIZE": str(local),
         }
         job = WORKER
         if is_joined:
-            index, job = label(given)
-        planned.append(
+            index, job = label(existing)
+        planned_workers.append(
             Worker(index, tuple(command), environment, is_quiet, job, serves=bool(servers))
         )
-    return tuple(planned)
+    return tuple(planned_workers)
+
+
+def _clusters_with_servers(
+    hosts: Sequence[Host],
+    node_rank: int,
+    workers: int,
+    servers: int,
+    port: int,
+    local_workers: range,
+) -> tuple[list[Cluster], list[Cluster]]:
+    """Returns the places of all workers, and of the chief and the servers on this machine."""
+    clusters = server_clusters(hosts, workers, servers, port)
+    worker_places = [c for c in clusters if c.job == WORKER]
+    # Chief and servers are distributed over the hosts in turn.
+    other_tasks = [
+        c for c in clusters if c.job != WORKER and c.index % max(1, len(hosts)) == node_rank
+    ]
+    if hosts:
+        local_tasks = [*other_tasks, *(worker_places[i] for i in local_workers)]
+        check_ports([c.jobs[c.job][c.index] for c in local_tasks])
+    return worker_places, other_tasks
+
+
+def _shared_environment(
+    local_workers: int, strategy: str | None, drop_in: bool, environ: Mapping[str, str]
+) -> dict[str, str]:
+    """Returns the environment variables that all workers of this machine share."""
+    shared = {
+        **_QUIET,
+        **environ,
+        **thread_environment(local_workers, environ),
+        "PYTHONUNBUFFERED": "1",
+    }
+    if strategy is not None:
+        shared["TFDIST_STRATEGY"] = strategy
+    if drop_in:
+        shared["TFDIST_DROP_IN"] = "1"
+    return shared
 
 
 def server_clusters(
@@ -136,43 +162,45 @@ def server_clusters(
 ) -> tuple[Cluster, ...]:
     """Gives every process of a run with parameter servers its place.
 
-    The chief is on the first host, servers go to the hosts in turn. The chief has the port
-    after the last worker's, the servers those after it.
+    The chief runs on the first host. Servers are distributed over the hosts in turn. The
+    chief has the port after the last worker's port, and the servers have the ports after it.
 
     Args:
-        hosts: The machines; empty for this one alone.
-        workers: How many workers in all.
-        servers: How many parameter servers in all.
-        port: The port of worker 0, where there are hosts.
+        hosts: The machines; empty if there is only this one.
+        workers: Workers in all.
+        servers: Parameter servers in all.
+        port: The port of worker 0, if there are hosts.
 
     Returns:
         The places of the chief, the servers and the workers, in this order.
     """
     if hosts:
-        after = port + workers
+        chief_port = port + workers
         addresses = worker_addresses(hosts, port)
-        chief = f"{hosts[0].name}:{after}"
-        served = tuple(f"{hosts[i % len(hosts)].name}:{after + 1 + i}" for i in range(servers))
+        chief = f"{hosts[0].name}:{chief_port}"
+        server_addresses = tuple(
+            f"{hosts[i % len(hosts)].name}:{chief_port + 1 + i}" for i in range(servers)
+        )
     else:
         chief, *rest = free_addresses(1 + servers + workers)
-        served, addresses = tuple(rest[:servers]), tuple(rest[servers:])
-    jobs = {CHIEF: (chief,), WORKER: addresses, PS: served}
+        server_addresses, addresses = tuple(rest[:servers]), tuple(rest[servers:])
+    jobs = {CHIEF: (chief,), WORKER: addresses, PS: server_addresses}
     tasks = [(job, index) for job in (CHIEF, PS, WORKER) for index in range(len(jobs[job]))]
     return tuple(Cluster(jobs, job, index, "TF_CONFIG") for job, index in tasks)
 
 
 def free_addresses(count: int) -> tuple[str, ...]:
-    """Finds ports of this machine that nobody listens on.
+    """Finds ports of this machine on which nothing listens.
 
     Args:
-        count: How many.
+        count: How many ports.
 
     Returns:
         Addresses `"127.0.0.1:port"`, all different.
     """
-    with ExitStack() as held:
-        # All are held until the last is found, or the same port could come twice.
-        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return tuple(f"127.0.0.1:{one.getsockname()[1]}" for one in sockets)
+    with ExitStack() as stack:
+        # All ports stay bound until the last one is found: otherwise one could come twice.
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in sockets:
+            probe.bind(("127.0.0.1", 0))
+        return tuple(f"127.0.0.1:{probe.getsockname()[1]}" for probe in sockets)

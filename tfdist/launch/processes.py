@@ -22,7 +22,7 @@ from tfdist.launch.signals import handled
 from tfdist.launch.slots import Slots
 from tfdist.launch.worker import Worker
 
-# How long a failure that only blames a peer waits for that peer's own.
+# If a failure only blames a peer, so long the launcher waits for the peer's own failure.
 _PEER_FAILURE_S = 1.0
 SAVING_S = 25.0
 """Seconds for saving after SIGTERM: Kubernetes kills a pod after 30."""
@@ -40,9 +40,9 @@ class Outcome:
         failure: The worker's failure that ended the run; None if no worker failed.
         finished: The tasks that had already ended well when it failed.
         interrupted: The signal sent to the launcher, 0 if there was none.
-        restarts: What was started again meanwhile.
+        restarts: The restarts of the run.
         is_repeated: Whether the failure came twice in a row at the same step.
-        elsewhere: What ended the run, if that was on another machine.
+        elsewhere: The cause of the end, if it was on another machine.
     """
 
     status: int
@@ -69,32 +69,32 @@ def run_workers(
 ) -> Outcome:
     """Runs the workers of this machine until all have ended, or the first has failed.
 
-    After a failure, and after SIGINT, SIGTERM or SIGHUP, the other workers are asked to end
-    and then killed, children included. Should the launcher itself be killed, the workers
-    notice that their end of a pipe was closed, and end themselves.
+    After a failure, and after SIGINT, SIGTERM or SIGHUP, the other workers and their child
+    processes are asked to end and then killed. If the launcher itself is killed, the workers
+    notice that their pipe to it is closed, and end themselves.
 
     Args:
-        workers: What to start.
+        workers: The workers to start.
         log_dir: A folder for each worker's whole output, `worker-<i>.log`.
-        stream: Where to write the workers' lines; standard output unless given.
-        restarts: How often a worker that failed is started again: one that serves alone,
-            else all with it. Never, unless given.
-        grace: How many seconds workers that save may take for it after SIGTERM.
-        client: To the launchers of other machines, with which all of this is done together.
-        plan: Gives the workers of this machine when only some of all take part, by their
-            numbers.
+        stream: The stream for the workers' lines; standard output by default.
+        restarts: How often failed workers are started again; never by default. A worker that
+            only serves is started again alone, any other worker together with all.
+        grace: Seconds that workers may take to save after SIGTERM.
+        client: The connection to the launchers of other machines, which then act together.
+        plan: Returns this machine's workers for a start with some of the machines, from the
+            numbers of these machines.
         slots: Chooses the workers of each start after the first, in place of `workers`.
-        meeting: Makes a context around each start of all workers: where they meet. It is given
-            the first of them.
-        shows_all: Whether the lines of all workers are shown; else the chief's, or those of
-            the first worker of this machine, and of others what tfdist says itself and what
-            one that fails has written.
+        meeting: Makes a context around each start of all workers, such as a rendezvous
+            server. Its argument is the first worker.
+        shows_all: Whether to show the lines of all workers. Otherwise the lines of the chief,
+            or of this machine's first worker, are shown, and of the others tfdist's own lines
+            and those of a worker that fails.
 
     Returns:
         How the run ended.
 
     Raises:
-        LaunchError: A worker could not be started or a log file not be written, or the
+        LaunchError: A worker could not be started, a log file could not be written, or the
             launchers of other machines do not come.
     """
     screen = Screen(stream or sys.stdout, [worker.task for worker in workers])
@@ -104,7 +104,7 @@ def run_workers(
             group = ProcessGroup(screen, shows_all)
             try:
                 if client is not None:
-                    ended = _run_with_others(
+                    outcome = _run_with_peers(
                         group,
                         workers,
                         log_dir,
@@ -115,50 +115,57 @@ def run_workers(
                         plan,
                         meeting,
                     )
-                    if ended is None:
+                    if outcome is None:
                         continue
-                    return replace(ended, restarts=tuple(client.restarts.made))
+                    return replace(outcome, restarts=tuple(client.restarts.history))
                 with meeting(workers[0]):
                     group.start(workers, log_dir)
                     outcome = _watch(group, received, restarts, grace)
-                cause = None if outcome.failure is None else RestartCause.of(outcome.failure)
-                loses = (
-                    slots is not None
-                    and outcome.failure is not None
-                    and slots.loses(outcome.failure)
+                failure = outcome.failure
+                restart = (
+                    None if failure is None else _restart(failure, workers, restarts, slots)
                 )
-                if (
-                    outcome.failure is None
-                    or cause is None
-                    or not restarts.allows(cause, changes=loses)
-                ):
+                if failure is None or restart is None:
                     return replace(
                         outcome,
-                        restarts=tuple(restarts.made),
-                        is_repeated=cause is not None and restarts.repeats(cause),
+                        restarts=tuple(restarts.history),
+                        is_repeated=failure is not None
+                        and restarts.repeats(RestartCause.of(failure)),
                     )
-                position = list(workers).index(outcome.failure.worker)
-                what = "All are started again"
-                if slots is not None:
-                    before = len(workers)
-                    slots.note(outcome.failure)
-                    workers = slots.workers
-                    if loses or len(workers) != before:
-                        what = f"{what}, now {len(workers)} in all"
-                group.say(position, restarts.note(cause, what))
+                position = list(workers).index(failure.worker)
+                workers, line = restart
+                group.say(position, line)
             except BrokenPipeError:
-                # Whoever read the output is gone, as after `tfdist run ... | head`.
+                # The reader of the output is gone, as after `tfdist run ... | head`.
                 return Outcome(128 + signal.SIGPIPE, interrupted=signal.SIGPIPE)
             finally:
                 group.close()
 
 
+def _restart(
+    failure: Failure, workers: Sequence[Worker], restarts: Restarts, slots: Slots | None
+) -> tuple[Sequence[Worker], str] | None:
+    """Returns the workers of the next start and a line for the user; None if there is none."""
+    cause = RestartCause.of(failure)
+    leaves_out = slots is not None and slots.leaves_out(failure)
+    if not restarts.allows(cause, changes=leaves_out):
+        return None
+    what = "All are started again"
+    if slots is not None:
+        before = len(workers)
+        slots.plan_next_start(failure)
+        workers = slots.workers
+        if leaves_out or len(workers) != before:
+            what = f"{what}, now {len(workers)} in all"
+    return workers, restarts.record(cause, what)
+
+
 def _watch(
     group: ProcessGroup, received: list[int], restarts: Restarts, grace: float
 ) -> Outcome:
-    has_gone_on = False
+    has_made_step = False
     while group.is_running and not received and not group.failures and not group.is_done:
-        has_gone_on = _pump(group, restarts, restarts, has_gone_on)
+        has_made_step = _pump(group, restarts, restarts, has_made_step)
     if group.failures and not received:
         deadline = time.monotonic() + _PEER_FAILURE_S
         while (
@@ -182,57 +189,59 @@ def _watch(
 def _end_after(
     group: ProcessGroup, failures: Sequence[Failure], cause: Failure, received: list[int]
 ) -> None:
-    """Ends the workers that are left after failures, and shows what failed ones wrote."""
+    """Ends the workers that are left after failures, and shows what the failed ones wrote."""
     group.reveal(failures, cause)
     group.end(_AFTER_FAILURE, received)
-    # One may have failed by itself meanwhile, before the signal came to it.
-    ours = {-number for number, _ in _AFTER_FAILURE}
-    late = [f for f in group.failures if f not in failures and f.returncode not in ours]
+    # A worker may have failed by itself meanwhile, before the signal reached it.
+    launcher_signals = {-number for number, _ in _AFTER_FAILURE}
+    late = [
+        f for f in group.failures if f not in failures and f.returncode not in launcher_signals
+    ]
     group.reveal([f for f in late if not f.blames_peer])
 
 
-def _pump(group: ProcessGroup, of_all: Restarts, of_one: Restarts, has_gone_on: bool) -> bool:
-    """Does what is due while workers run; tells whether a step was made since they began."""
+def _pump(group: ProcessGroup, of_all: Restarts, of_one: Restarts, has_made_step: bool) -> bool:
+    """Shows output and replaces failed workers; tells whether training has made a step."""
     group.pump()
     group.end_stopped()
-    if not has_gone_on and group.told.made:
-        has_gone_on = True
-        of_all.note_step()
+    if not has_made_step and group.progress.steps_made:
+        has_made_step = True
+        of_all.record_step()
     for failure in tuple(group.failures):
         cause = RestartCause.of(failure)
         if failure.worker.is_replaceable and of_one.allows(cause):
             group.reveal([failure], failure)
-            line = of_one.note(cause, "It is started again")
+            line = of_one.record(cause, "It is started again")
             group.say(group.start_again(failure), line)
-    return has_gone_on
+    return has_made_step
 
 
-def _run_with_others(
+def _run_with_peers(
     group: ProcessGroup,
     workers: Sequence[Worker],
     log_dir: Path | None,
     received: list[int],
-    replaced: Restarts,
+    replacements: Restarts,
     grace: float,
     client: CoordinatorClient,
     plan: Callable[[Sequence[int]], Sequence[Worker]] | None,
     meeting: Callable[[Worker], AbstractContextManager[Any]],
 ) -> Outcome | None:
-    """Runs workers together with those of other machines; None if all are started again."""
-    failure, is_told, has_gone_on = None, False, False
-    news = client.meet(received, lambda line: group.say(0, line))
+    """Runs workers together with those of other machines; None if all start again."""
+    failure, has_reported, has_made_step = None, False, False
+    decision = client.meet(received, lambda line: group.say(0, line))
     if plan is not None and client.active:
         workers = plan(client.active)
         group.rename([worker.task for worker in workers])
-    # The others' ranks come to it seconds later: they import TensorFlow first.
+    # The server may start now: ranks import TensorFlow first, which takes seconds.
     with meeting(workers[0]):
-        if news is None and not received:
+        if decision is None and not received:
             group.start(workers, log_dir)
         failed_at = 0.0
-        while news is None and not received:
-            has_gone_on = _pump(group, client.restarts, replaced, has_gone_on)
-            news = client.news
-            if is_told:
+        while decision is None and not received:
+            has_made_step = _pump(group, client.restarts, replacements, has_made_step)
+            decision = client.decision
+            if has_reported:
                 continue
             if group.failures:
                 failed_at = failed_at or time.monotonic()
@@ -240,32 +249,34 @@ def _run_with_others(
                 waited = time.monotonic() - failed_at > _PEER_FAILURE_S
                 if waited or not group.is_running or not failure.blames_peer:
                     client.failed(RestartCause.of(failure))
-                    is_told = True
+                    has_reported = True
             elif not group.is_running or group.is_done:
                 client.done()
-                is_told = True
+                has_reported = True
         if received:
             outcome = _interrupted(group, received, grace)
             client.leave(outcome.status)
             return outcome
-        assert news is not None
+        assert decision is not None
         finished = tuple(group.finished)
         if failure is None:
             group.end(_AFTER_FAILURE, received)
         else:
             _end_after(group, tuple(group.failures), failure, received)
-    if news.cause is None:
+    if decision.cause is None:
         return Outcome(0, finished=finished)
-    if news.again:
-        group.say(0, client.restarts.note(news.cause, "All are started again on all hosts"))
+    if decision.again:
+        group.say(
+            0, client.restarts.record(decision.cause, "All are started again on all hosts")
+        )
         return None
-    is_ours = failure is not None and RestartCause.of(failure) == news.cause
+    is_local = failure is not None and RestartCause.of(failure) == decision.cause
     return Outcome(
-        news.cause.status,
-        failure if is_ours else None,
+        decision.cause.status,
+        failure if is_local else None,
         finished,
-        is_repeated=news.is_repeated,
-        elsewhere=None if is_ours else news.cause,
+        is_repeated=decision.is_repeated,
+        elsewhere=None if is_local else decision.cause,
     )
 
 
@@ -273,9 +284,9 @@ def _interrupted(group: ProcessGroup, received: list[int], grace: float) -> Outc
     """Ends the workers after a signal to the launcher, and lets them save if they can."""
     first, is_saved = received[0], False
     if first == signal.SIGTERM and group.saves:
-        group.ask(first, grace, received)
+        group.signal_and_wait(first, grace, received)
         is_saved = any(
-            f.told.preempted and f.returncode == START_ME_AGAIN for f in group.failures
+            f.progress.preempted and f.returncode == START_ME_AGAIN for f in group.failures
         )
     finished = tuple(group.finished)
     group.end(_AFTER_INTERRUPT if first == signal.SIGINT else _AFTER_FAILURE, received)
@@ -285,11 +296,11 @@ def _interrupted(group: ProcessGroup, received: list[int], grace: float) -> Outc
 
 @contextmanager
 def _signals() -> Iterator[list[int]]:
-    """Collects the signals that end a run, in place of their usual effect."""
+    """Collects the signals that usually end a program."""
     received: list[int] = []
 
-    def note(number: int, frame: FrameType | None) -> None:
+    def collect(number: int, frame: FrameType | None) -> None:
         received.append(number)
 
-    with handled((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), note):
+    with handled((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), collect):
         yield received

@@ -12,17 +12,19 @@ from collections.abc import Iterator
 from typing import Any
 
 TOKEN = "TFDIST_TOKEN"
-"""Environment variable: a secret that all launchers of a run must know, if it is set."""
+"""Environment variable: if it is set, a secret that all launchers of a run must share."""
 
 BEAT_S = 1.0
 SILENCE_S = 10.0
-"""Who says nothing for so long is lost: its machine, or the way to it."""
+"""A launcher that sends nothing for so long counts as lost."""
 
-_LONGEST = 1 << 20
+_MOST_BYTES = 1 << 20
 
 
-class Wire:
-    """One connection. Sending never raises: who does not hear is noticed by its silence.
+class Connection:
+    """A connection between two launchers.
+
+    Sending never raises: a peer that is gone is noticed because it sends nothing.
 
     Args:
         connection: A connected socket.
@@ -33,28 +35,28 @@ class Wire:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.socket = connection
         self.is_open = True
-        self._begun = b""
+        self._incomplete = b""
 
     def send(self, kind: str, **fields: Any) -> None:
         """Sends a message.
 
         Args:
-            kind: Of it.
-            **fields: What JSON knows.
+            kind: The kind of message.
+            **fields: The content, in types that JSON has.
         """
         with contextlib.suppress(OSError):
             self.socket.sendall(json.dumps({"kind": kind, **fields}).encode() + b"\n")
 
     def received(self) -> Iterator[dict[str, Any]]:
-        """Reads once, and gives the messages that are whole; nonsense is the end too."""
+        """Reads once, and yields the complete messages; a malformed one ends the connection."""
         try:
             data = self.socket.recv(1 << 16)
         except TimeoutError:
             return
         except OSError:
             data = b""
-        *lines, self._begun = (self._begun + data).split(b"\n")
-        if not data or len(self._begun) > _LONGEST:
+        *lines, self._incomplete = (self._incomplete + data).split(b"\n")
+        if not data or len(self._incomplete) > _MOST_BYTES:
             self.is_open = False
         for line in lines:
             try:
@@ -75,10 +77,10 @@ class Wire:
 
 
 def proof(nonce: str) -> str:
-    """Shows that this machine knows the token, without sending it.
+    """Proves that this machine knows the token, without sending it.
 
     Args:
-        nonce: What the other side has drawn for this connection.
+        nonce: The random text that the coordinator made for this connection.
     """
     token = os.environ.get(TOKEN, "")
     return hmac.new(token.encode(), nonce.encode(), hashlib.sha256).hexdigest()

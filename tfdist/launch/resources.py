@@ -1,4 +1,4 @@
-"""What the workers on one machine share: its cores and its GPUs."""
+"""The resources that the workers on one machine share: its cores and its GPUs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def thread_environment(local_workers: int, environ: Mapping[str, str]) -> dict[s
 
     Args:
         local_workers: How many workers run on this machine.
-        environ: The launcher's variables; what the user set there is left alone.
+        environ: The launcher's variables; a size that the user set there stays.
 
     Returns:
         The variables to set in each worker.
@@ -40,8 +40,8 @@ def visible_gpus(environ: Mapping[str, str]) -> tuple[str, ...]:
         environ: The launcher's variables.
 
     Returns:
-        The entries of CUDA_VISIBLE_DEVICES, else the numbers of the GPUs that `nvidia-smi`
-        lists; empty where there are none.
+        The entries of CUDA_VISIBLE_DEVICES; if it is not set, the numbers of the GPUs that
+        `nvidia-smi` lists. Empty if there is no GPU.
     """
     if "CUDA_VISIBLE_DEVICES" in environ:
         gpus: list[str] = []
@@ -71,8 +71,8 @@ def gpu_environments(gpus: Sequence[str], local_workers: int) -> tuple[dict[str,
         local_workers: How many workers run on this machine.
 
     Returns:
-        For each worker the variables to set, none where there is nothing to split. Every
-        worker gets as many GPUs as the others; a remainder stays idle.
+        The variables to set for each worker; none if there is nothing to split. All workers
+        get the same number of GPUs, and the remaining GPUs stay idle.
 
     Raises:
         LaunchError: There are GPUs, but fewer than workers.
@@ -83,8 +83,8 @@ def gpu_environments(gpus: Sequence[str], local_workers: int) -> tuple[dict[str,
     """
     if not gpus or local_workers == 1:
         return ({},) * local_workers
-    share = len(gpus) // local_workers
-    if share == 0:
+    gpus_per_worker = len(gpus) // local_workers
+    if gpus_per_worker == 0:
         plural = "" if len(gpus) == 1 else "s"
         raise LaunchError(
             "Each worker of a machine with GPUs must get a GPU of its own. "
@@ -93,6 +93,10 @@ def gpu_environments(gpus: Sequence[str], local_workers: int) -> tuple[dict[str,
             "by setting CUDA_VISIBLE_DEVICES=-1."
         )
     return tuple(
-        {"CUDA_VISIBLE_DEVICES": ",".join(gpus[i * share : (i + 1) * share])}
+        {
+            "CUDA_VISIBLE_DEVICES": ",".join(
+                gpus[i * gpus_per_worker : (i + 1) * gpus_per_worker]
+            )
+        }
         for i in range(local_workers)
     )

@@ -1,4 +1,4 @@
-"""What is started again, how often, and the list of it for the summary."""
+"""Restarts: which failures allow one, how many were made, and their lines in the summary."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ _INTERRUPTED = (-signal.SIGINT, 128 + signal.SIGINT)
 
 @dataclass(frozen=True)
 class RestartCause:
-    """Why workers are to be started again; it can be sent to the launchers of other machines.
+    """Why workers start again; it can be sent to the launchers of other machines.
 
     Attributes:
-        what: Who failed, and how: a sentence.
-        where: How far it was, in words.
-        ended: When, in seconds since 1970.
-        status: The exit status for a run that ends with it.
-        is_lost: Whether a process or machine was lost, rather than a program failing.
-        is_final: Whether somebody wanted the end.
-        blames_peer: Whether all it says is that another worker went away.
-        signature: The same for the same failure at the same step; empty where that says
-            nothing about the next time.
+        what: The failed worker or machine and its failure: a sentence.
+        where: How far the worker was, in words.
+        ended: The time of the failure, in seconds since 1970.
+        status: The exit status of a run that ends with this failure.
+        is_lost: Whether a process or machine was lost; otherwise the program failed.
+        is_final: Whether a user ended the run.
+        blames_peer: Whether the worker only reports that another worker went away.
+        signature: Equal for the same failure at the same step; empty if such a repetition
+            says nothing about the next start.
     """
 
     what: str
@@ -42,33 +42,33 @@ class RestartCause:
 
     @classmethod
     def of(cls, failure: Failure) -> RestartCause:
-        """Makes it of a worker's failure.
+        """Makes the cause from a worker's failure.
 
         Args:
-            failure: The worker's.
+            failure: The worker's failure.
         """
-        told, returncode = failure.told, failure.returncode
+        progress, returncode = failure.progress, failure.returncode
         signature = (
-            failure.worker.task, returncode, failure.last_error, told.epoch, told.step
+            failure.worker.task, returncode, failure.last_error, progress.epoch, progress.step
         )  # fmt: skip
         return cls(
             what=failure.describe(),
-            where=told.where,
+            where=progress.where,
             ended=failure.ended,
             status=failure.status,
             is_lost=returncode < 0 or returncode in (START_ME_AGAIN, HUNG),
             is_final=returncode in _INTERRUPTED,
             blames_peer=failure.blames_peer,
-            signature=() if told.preempted else signature,
+            signature=() if progress.preempted else signature,
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Gives what JSON knows."""
+        """Returns the fields, in types that JSON has."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> RestartCause:
-        """Reads what `to_json` gave."""
+        """Makes the cause from the fields that `to_json` returned."""
         return cls(**{**fields, "signature": tuple(fields["signature"])})
 
 
@@ -77,99 +77,105 @@ class Restart:
     """One restart.
 
     Attributes:
-        cause: Of it.
-        seconds: From the failure until the next step was made; None if that is not known.
+        cause: The cause of the restart.
+        seconds: Seconds from the failure until the next step; None if that is not known.
     """
 
     cause: RestartCause
     seconds: float | None = None
 
     def line(self, number: int) -> str:
-        """Says it in a line.
+        """Returns the restart's line in the summary.
 
         Args:
-            number: Which one, from 1.
+            number: The number of the restart, from 1.
         """
         clock = time.strftime("%H:%M:%S", time.localtime(self.cause.ended))
-        again = ""
+        later = ""
         if self.seconds is not None:
-            again = f" The next step was made {self.seconds:.1f} s later."
-        return f"{number}. {clock}, {self.cause.where}: {self.cause.what}{again}"
+            later = f" The next step was made {self.seconds:.1f} s later."
+        return f"{number}. {clock}, {self.cause.where}: {self.cause.what}{later}"
 
 
 class Restarts:
     """The restarts of a run.
 
     Args:
-        most: How many there may be.
-        of_exceptions: Whether a program that failed is started again too, not only what was
-            lost.
+        limit: The most restarts.
+        of_exceptions: Whether to start again after an exception in the program too, and not
+            only after the loss of a process or machine.
 
     Attributes:
-        most: How many there may be.
-        made: Those that were, in their order.
+        limit: The most restarts.
+        history: The restarts so far, in their order.
     """
 
-    def __init__(self, most: int = 0, of_exceptions: bool = True) -> None:
-        self.made: list[Restart] = []
-        self.most = most
+    def __init__(self, limit: int = 0, of_exceptions: bool = True) -> None:
+        self.history: list[Restart] = []
+        self.limit = limit
         self._of_exceptions = of_exceptions
 
     def adopt(self, causes: Sequence[RestartCause]) -> None:
-        """Takes over the list of a launcher that knows more.
+        """Takes over the list of a launcher that has seen more restarts.
 
         Args:
-            causes: Of the restarts before.
+            causes: The causes of these restarts.
         """
-        self.made = [Restart(cause) for cause in causes]
+        self.history = [Restart(cause) for cause in causes]
 
     def allows(self, cause: RestartCause, changes: bool = False) -> bool:
         """Tells whether to start again.
 
         Args:
-            cause: Why.
-            changes: Whether the next start leaves out what failed, so that it may repeat.
+            cause: The cause of the restart.
+            changes: Whether the next start leaves out the failed worker; then the same
+                failure may come twice.
         """
-        may = cause.is_lost or self._of_exceptions
+        is_eligible = cause.is_lost or self._of_exceptions
         return (
-            may
+            is_eligible
             and not cause.is_final
-            and len(self.made) < self.most
+            and len(self.history) < self.limit
             and (changes or not self.repeats(cause))
         )
 
     def repeats(self, cause: RestartCause) -> bool:
-        """Tells whether the restart before had the same cause: it would come for ever.
+        """Tells whether the last restart had the same cause: such restarts would never end.
 
         Args:
-            cause: Of the failure at hand.
+            cause: The cause of the present failure.
         """
         return bool(
-            self.made and cause.signature and cause.signature == self.made[-1].cause.signature
+            self.history
+            and cause.signature
+            and cause.signature == self.history[-1].cause.signature
         )
 
-    def note(self, cause: RestartCause, what: str) -> str:
-        """Counts a restart, and says so.
+    def record(self, cause: RestartCause, what: str) -> str:
+        """Counts a restart.
 
         Args:
-            cause: Why.
-            what: Is started again: a sentence without its full stop.
-        """
-        self.made.append(Restart(cause))
-        return f"tfdist: {cause.what} {what} ({len(self.made)} of {self.most})."
+            cause: The cause of the restart.
+            what: A sentence that says what is started again, without its full stop.
 
-    def note_step(self) -> None:
-        """Notes that a step was made: training has gone on."""
-        for restart in self.made:
+        Returns:
+            The line that tells the user.
+        """
+        self.history.append(Restart(cause))
+        return f"tfdist: {cause.what} {what} ({len(self.history)} of {self.limit})."
+
+    def record_step(self) -> None:
+        """Records that training made a step after the last restart."""
+        for restart in self.history:
             if restart.seconds is None:
                 restart.seconds = time.time() - restart.cause.ended
 
 
 def listed(restarts: Sequence[Restart]) -> list[str]:
-    """Gives the lines of the summary.
+    """Returns the lines of the summary.
 
     Args:
-        restarts: Those of a run.
+        restarts: The restarts of a run.
     """
     if not restarts:
         return []

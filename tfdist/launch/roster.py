@@ -1,4 +1,4 @@
-"""Who is started: the workers of this machine, of a whole run or of what is left of it."""
+"""The workers that this machine starts, in a whole run or in what is left of an elastic run."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from tfdist.launch.worker import Worker
 
 
 class Roster:
-    """The workers that this machine starts, at first and after others were lost.
+    """The workers that this machine starts, at first and after workers were lost.
 
     Args:
         command: The program each worker runs, and its arguments.
-        workers: How many workers in all.
-        hosts: The machines; empty for this one alone.
+        workers: Workers in all.
+        hosts: The machines; empty if there is only this one.
         node_rank: This machine's position in `hosts`.
-        elastic: The numbers of workers between which the run may go on, or None.
-        **options: Of `plan_workers`.
+        elastic: The least and the most workers of an elastic run, or None.
+        **options: Options of `plan_workers`.
 
     Attributes:
-        elastic: As passed.
-        workers: Those of the first start.
-        slots: The places of an elastic run of one machine; else None.
+        elastic: The argument of the same name.
+        workers: The workers of the first start.
+        slots: The slots of an elastic run on one machine, otherwise None.
 
     Raises:
         LaunchError: The arguments contradict each other or the environment.
@@ -49,35 +49,37 @@ class Roster:
     ) -> None:
         self.elastic = elastic
         self._command, self._options = command, options
-        self._hosts, self._there, self._node_rank = hosts, tuple(hosts), node_rank
+        self._hosts, self._active_hosts, self._node_rank = hosts, tuple(hosts), node_rank
         if elastic is not None:
             self._check(elastic, workers)
             workers = elastic[1]
-        self.slots = Slots(self._of, *elastic) if elastic is not None and not hosts else None
+        self.slots = Slots(self._plan, *elastic) if elastic is not None and not hosts else None
         self.workers: tuple[Worker, ...] = (
-            self._of(workers) if self.slots is None else tuple(self.slots.workers)
+            self._plan(workers) if self.slots is None else tuple(self.slots.workers)
         )
 
     def of_hosts(self, ranks: Sequence[int]) -> Sequence[Worker]:
-        """Gives the workers of a start with some of the hosts.
+        """Returns this machine's workers for a start with some of the hosts.
 
         Args:
-            ranks: Their positions, this machine's among them.
+            ranks: The positions of these hosts; this machine is one of them.
         """
-        self._there = tuple(self._hosts[rank] for rank in ranks)
-        return self._of(sum(host.slots for host in self._there))
+        self._active_hosts = tuple(self._hosts[rank] for rank in ranks)
+        return self._plan(sum(host.slots for host in self._active_hosts))
 
     def meeting(self, first: Worker) -> AbstractContextManager[None]:
-        """Makes a context around a start: where its workers meet.
+        """Makes a context around a start: the rendezvous server, if its workers need one.
 
         Args:
-            first: The first of them.
+            first: The first worker of this machine.
         """
         if "HOROVOD_RANK" not in first.environment or "HOROVOD_RANK" in os.environ:
-            return nullcontext()  # no ranks, or ranks of horovodrun, which has its own
+            return nullcontext()  # no Horovod, or horovodrun, which has its own server
         cluster = Cluster.from_environment()
-        joined = hosts_of(cluster) if len(cluster.workers) > 1 and not self._there else ()
-        return rendezvous(first.environment, self._there or joined)
+        cluster_hosts = (
+            hosts_of(cluster) if len(cluster.workers) > 1 and not self._active_hosts else ()
+        )
+        return rendezvous(first.environment, self._active_hosts or cluster_hosts)
 
     def _check(self, elastic: tuple[int, int], workers: int | None) -> None:
         if self._options.get("servers") or workers is not None:
@@ -92,12 +94,12 @@ class Roster:
                 f"Received: --elastic {elastic[0]}:{elastic[1]}. Change one of them."
             )
 
-    def _of(self, count: int | None) -> tuple[Worker, ...]:
+    def _plan(self, count: int | None) -> tuple[Worker, ...]:
         options, rank = self._options, self._node_rank
         if self.elastic is not None and count == 1:
-            options = {**options, "strategy": None}  # one that is left needs none of several
-        if rank is not None and len(self._there) < len(self._hosts):
-            rank = self._there.index(self._hosts[rank])
+            options = {**options, "strategy": None}  # one worker needs no distribution
+        if rank is not None and len(self._active_hosts) < len(self._hosts):
+            rank = self._active_hosts.index(self._hosts[rank])
         return plan_workers(
-            self._command, workers=count, hosts=self._there, node_rank=rank, **options
+            self._command, workers=count, hosts=self._active_hosts, node_rank=rank, **options
         )

@@ -1,4 +1,4 @@
-"""Makes the launchers of several machines one: what they compare, and where they meet."""
+"""Connects the launchers of several machines: the settings they compare, their coordinator."""
 
 from __future__ import annotations
 
@@ -28,21 +28,22 @@ def joined(
     *,
     max_restarts: int,
     limit: float,
-    least: int | None = None,
+    min_workers: int | None = None,
     **options: Any,
 ) -> Iterator[CoordinatorClient]:
     """Connects this launcher with those of the other machines while the context lasts.
 
-    They meet on the first machine, at the port below the first worker's.
+    The coordinator runs on the first machine, at the port below the first worker's port.
 
     Args:
         hosts: The machines.
-        node_rank: This one's position.
-        port: Of worker 0.
-        max_restarts: How often all may be started again.
+        node_rank: The position of this machine.
+        port: The port of worker 0.
+        max_restarts: How often all workers may be started again.
         limit: Seconds that a machine may take to come, or to come back.
-        least: Workers with which to go on when one does not; None if all are needed.
-        **options: Others that must be the same everywhere.
+        min_workers: The least workers that start without a missing machine; None if all
+            machines are needed.
+        **options: Other options that must be the same everywhere.
 
     Raises:
         LaunchError: The port cannot be used.
@@ -58,18 +59,18 @@ def joined(
         "--hosts": ",".join(f"{host.name}:{host.slots}" for host in hosts),
         "--port": port,
         "--max-restarts": max_restarts,
-        "--elastic": least,
+        "--elastic": min_workers,
         **{f"--{name}": value for name, value in options.items()},
     }
-    here = "127.0.0.1" if node_rank == 0 else hosts[0].name.strip("[]")
+    coordinator_host = "127.0.0.1" if node_rank == 0 else hosts[0].name.strip("[]")
     with contextlib.ExitStack() as stack:
         if node_rank == 0:
             coordinator = Coordinator(
-                port - 1, hosts, settings, Restarts(max_restarts), limit, least
+                port - 1, hosts, settings, Restarts(max_restarts), limit, min_workers
             )
             stack.callback(coordinator.close)
         client = CoordinatorClient(
-            (here, port - 1), node_rank, settings, Restarts(max_restarts), limit
+            (coordinator_host, port - 1), node_rank, settings, Restarts(max_restarts), limit
         )
         stack.callback(client.close)
         yield client

@@ -1,4 +1,4 @@
-"""Signals that end a program, handled for a while in another way than usual."""
+"""Changes for a while what a program does on signals that end it."""
 
 from __future__ import annotations
 
@@ -13,20 +13,22 @@ from types import FrameType
 def handled(
     numbers: Sequence[int], handler: Callable[[int, FrameType | None], None]
 ) -> Iterator[None]:
-    """Handles signals while the context lasts; outside of the main thread it does nothing.
+    """Handles signals while the context lasts; does nothing outside of the main thread.
 
     Args:
-        numbers: Which. Those that are ignored stay so, as nohup asks for SIGHUP.
-        handler: As in `signal.signal`.
+        numbers: The signals. An ignored signal stays ignored, such as SIGHUP under nohup.
+        handler: The handler, as in `signal.signal`.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {n: signal.getsignal(n) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}
-    for number in before:
+    handlers_before = {
+        n: signal.getsignal(n) for n in numbers if signal.getsignal(n) != signal.SIG_IGN
+    }
+    for number in handlers_before:
         signal.signal(number, handler)
     try:
         yield
     finally:
-        for number, usual in before.items():
-            signal.signal(number, usual)
+        for number, handler_before in handlers_before.items():
+            signal.signal(number, handler_before)

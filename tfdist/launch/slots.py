@@ -1,4 +1,4 @@
-"""The places of an elastic run: which of them have a worker at the next start."""
+"""The slots of an elastic run: which of them get a worker at the next start."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ _GPUS = "CUDA_VISIBLE_DEVICES"
 
 
 class Slots:
-    """The places for workers of one machine, some of which may be left out for a while.
+    """The slots for workers of one machine; a slot may be left out for a while.
 
-    A place whose worker fails twice in a row is left out of the next start. At the start
-    after that it is tried again, and left out again at its first failure.
+    A slot whose worker fails twice in a row is left out of the next start. At the start after
+    that it is used again, and left out again after its first failure.
 
     Args:
-        plan: Gives the workers of a run with so many.
-        least: So many must be left.
-        most: So many there are.
+        plan: Returns the workers of a run with a given number of workers.
+        least: The least number of workers.
+        most: The number of slots.
     """
 
     def __init__(
@@ -30,53 +30,53 @@ class Slots:
     ) -> None:
         self._plan, self._least = plan, least
         self._all = tuple(plan(most))
-        self._failed: int | None = None
-        self._doubtful: set[int] = set()
-        self._left_out: int | None = None
+        self._failed_slot: int | None = None
+        self._suspect_slots: set[int] = set()
+        self._omitted_slot: int | None = None
         self.workers: Sequence[Worker] = self._all
 
     @property
     def _active(self) -> list[int]:
-        return [slot for slot in range(len(self._all)) if slot != self._left_out]
+        return [slot for slot in range(len(self._all)) if slot != self._omitted_slot]
 
-    def loses(self, failure: Failure) -> bool:
-        """Tells whether the next start will leave out the place of a worker that failed.
+    def leaves_out(self, failure: Failure) -> bool:
+        """Tells whether the next start will leave out the slot of a failed worker.
 
         Args:
-            failure: The worker's.
+            failure: The worker's failure.
         """
-        if failure.told.preempted or failure.blames_peer:
-            return False  # says nothing of this place
+        if failure.progress.preempted or failure.blames_peer:
+            return False  # such a failure says nothing about this slot
         slot = self._slot(failure)
-        is_bad = slot == self._failed or slot in self._doubtful
+        is_bad = slot == self._failed_slot or slot in self._suspect_slots
         return is_bad and len(self._all) - 1 >= self._least
 
-    def note(self, failure: Failure) -> None:
-        """Chooses the places of the next start.
+    def plan_next_start(self, failure: Failure) -> None:
+        """Chooses the slots of the next start.
 
         Args:
-            failure: Of the worker for which all are started again.
+            failure: The failure for which all workers start again.
         """
         slot = self._slot(failure)
-        if self.loses(failure):
-            self._doubtful.add(slot)
-            self._left_out, self._failed = slot, None
+        if self.leaves_out(failure):
+            self._suspect_slots.add(slot)
+            self._omitted_slot, self._failed_slot = slot, None
         else:
-            self._left_out, self._failed = None, slot
-        if self._left_out is None:
+            self._omitted_slot, self._failed_slot = None, slot
+        if self._omitted_slot is None:
             self.workers = self._all
             return
-        places = self._plan(len(self._active))
-        # Each keeps the GPUs of its place: those of the one left out may be what is broken.
+        workers = self._plan(len(self._active))
+        # Each worker keeps the GPUs of its slot: the GPUs of the omitted slot may be broken.
         self.workers = [
             dataclasses.replace(
-                place,
+                worker,
                 environment={
-                    **{k: v for k, v in place.environment.items() if k != _GPUS},
+                    **{k: v for k, v in worker.environment.items() if k != _GPUS},
                     **{k: v for k, v in self._all[s].environment.items() if k == _GPUS},
                 },
             )
-            for place, s in zip(places, self._active, strict=True)
+            for worker, s in zip(workers, self._active, strict=True)
         ]
 
     def _slot(self, failure: Failure) -> int:
@@ -84,13 +84,13 @@ class Slots:
 
 
 def parse_elastic(text: str) -> tuple[int, int]:
-    """Reads `min:max`, the numbers of workers between which a run may go on.
+    """Reads `min:max`, the least and the most workers of an elastic run.
 
     Args:
-        text: Such as "2:4".
+        text: The two numbers, such as "2:4".
 
     Raises:
-        LaunchError: It is something else.
+        LaunchError: The text is malformed.
 
     Example:
         >>> parse_elastic("2:4")

@@ -1,4 +1,4 @@
-"""A worker process, as it is started."""
+"""A worker process that a launcher starts: its command and its environment."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ class Worker:
     """A process to be started on this machine: a worker, or a task beside the workers.
 
     Attributes:
-        index: Its position in its job, on all machines.
+        index: Its position in its job, over all machines.
         command: The program and its arguments.
         environment: All of its environment variables.
-        is_quiet: Whether TensorFlow's notes about its own start are left out of what is
-            shown; a log file has them all the same.
-        job: `worker`, in a run with parameter servers `chief`, `worker` or `ps`, and in a
-            cluster that was there before also `evaluator`.
-        serves: Whether it only does what the chief asks for: it ends with the chief.
+        is_quiet: Whether to hide TensorFlow's messages about its own start; a log file has
+            them in any case.
+        job: `worker`; in a run with parameter servers `chief`, `worker` or `ps`; in an
+            existing cluster also `evaluator`.
+        serves: Whether it only executes requests of the chief; then it ends with the chief.
     """
 
     index: int
@@ -43,12 +43,12 @@ class Worker:
 
     @property
     def is_replaceable(self) -> bool:
-        """Whether the others go on without it until it is back."""
+        """Whether the other workers can go on without it until it is started again."""
         return self.serves and self.job == WORKER
 
     @property
     def shows_progress(self) -> bool:
-        """Whether it is the one that draws a progress bar."""
+        """Whether this worker draws the progress bar."""
         return self.index == 0 and not self.serves
 
 

@@ -1,9 +1,9 @@
-"""Samplers: which examples make up a global step, as a function of the seed and the step.
+"""Samplers choose the examples of each global step, as a function of the seed and the step.
 
-Nothing else decides it: not a worker's history, its rank, or the number of workers. So
-every replica finds the same rows, takes its slice, and a run that is resumed at step t,
-on any number of workers, goes on with the examples it would have seen. A sampler deals in
-row numbers, as NumPy arrays; it never sees the data, and of the targets only the classes.
+The choice depends on nothing else: not on a worker's history, its rank, or the number of
+workers. So every replica computes the same rows and takes its slice. A run that resumes at
+step t, on any number of workers, goes on with the same examples. A sampler returns row
+numbers, as NumPy arrays. It never sees the data, and of the targets only the classes.
 """
 
 from tfdist.samplers.balanced import ByQuota, ClassBalanced, Oversample, Undersample

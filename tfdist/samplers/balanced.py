@@ -1,4 +1,4 @@
-"""Samplers that set how often each class comes."""
+"""Samplers that set how often each class is drawn."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class ByQuota(Labelled):
 
     @abc.abstractmethod
     def quotas(self, classes: Classes) -> Rows:
-        """Says how many rows of each class are drawn in an epoch."""
+        """Returns how many rows of each class are drawn in an epoch."""
 
     def drawing(self, labels: Any, name: str) -> Quotas:
         """Makes the sampler that draws from rows with these labels."""
@@ -45,22 +45,24 @@ class ByQuota(Labelled):
 
 @dataclass(frozen=True, eq=False)
 class ClassBalanced(ByQuota):
-    """Draws class c with a probability proportional to n_c^(1-alpha), n_c being its rows.
+    """Draws class c with a probability proportional to n_c^(1-alpha), where c has n_c rows.
 
-    0 leaves the shares as they are, 1 makes them equal, 1/2 is square-root sampling (Kang
-    et al., "Decoupling representation and classifier for long-tailed recognition", ICLR
-    2020, section 3, where q = 1 - alpha). An epoch is as many draws as the data has rows,
-    so many of each class as its share gives, rounded, in random order. Within a class no row
-    comes again before all others have, also from one epoch to the next.
+    With alpha 0 the classes keep their shares. With alpha 1 the shares are equal. Alpha 1/2 is
+    square-root sampling (Kang et al., "Decoupling representation and classifier for
+    long-tailed recognition", ICLR 2020, section 3, where q = 1 - alpha).
 
-    With multi-label targets a class is drawn, then a row that has it among its labels
+    An epoch has as many draws as the data has rows. Each class gets its share of the draws,
+    rounded, and the order is random. Within a class, no row comes a second time before all
+    other rows of the class have come, even across epochs.
+
+    With multi-label targets, the sampler draws a class and then a row with this label
     (class-aware sampling; Shen et al., "Relay backpropagation", ECCV 2016, section 3.2). Rows
-    without any label are one more class.
+    without any label form one more class.
 
     Args:
-        alpha: From 0 to 1.
-        labels: Each row's class, array of shape [rows], or [rows, classes] of zeros and
-            ones; `y` of `fit` if None.
+        alpha: How far to balance the classes, from 0 to 1.
+        labels: The class of each row, an array of shape [rows], or of shape [rows, classes]
+            with zeros and ones; `y` of `fit` if None.
 
     Raises:
         ArgumentError: `alpha` is not from 0 to 1, or the labels are not classes.
@@ -85,7 +87,7 @@ class ClassBalanced(ByQuota):
             )
 
     def quotas(self, classes: Classes) -> Rows:
-        """Says how many rows of each class are drawn in an epoch."""
+        """Returns how many rows of each class are drawn in an epoch."""
         shares = classes.counts.astype(np.float64) ** (1.0 - self.alpha)
         return apportion(classes.num_rows, shares)
 
@@ -94,8 +96,8 @@ class ClassBalanced(ByQuota):
 class Undersample(ByQuota):
     """Draws as many rows of each class in an epoch as the smallest class has.
 
-    An epoch holds each row at most once, and every row of the smallest class. The next epochs
-    take the rows of larger classes that were left out.
+    An epoch has every row of the smallest class once, and each other row at most once. The
+    next epochs take the rows that were left out.
 
     Args:
         labels: As in `ClassBalanced`.
@@ -111,7 +113,7 @@ class Undersample(ByQuota):
     labels: Any = None
 
     def quotas(self, classes: Classes) -> Rows:
-        """Says how many rows of each class are drawn in an epoch."""
+        """Returns how many rows of each class are drawn in an epoch."""
         quotas: Rows = np.full_like(classes.counts, classes.counts.min())
         return quotas
 
@@ -120,7 +122,7 @@ class Undersample(ByQuota):
 class Oversample(ByQuota):
     """Draws as many rows of each class in an epoch as the largest class has.
 
-    An epoch holds every row: those of the largest class once, others as often as it takes.
+    An epoch has every row of the largest class once, and rows of other classes several times.
 
     Args:
         labels: As in `ClassBalanced`.
@@ -136,23 +138,23 @@ class Oversample(ByQuota):
     labels: Any = None
 
     def quotas(self, classes: Classes) -> Rows:
-        """Says how many rows of each class are drawn in an epoch."""
+        """Returns how many rows of each class are drawn in an epoch."""
         quotas: Rows = np.full_like(classes.counts, classes.counts.max())
         return quotas
 
 
 def apportion(seats: int, shares: NDArray[np.float64]) -> Rows:
-    """Divides a whole number by shares, by largest remainders (Hamilton's method).
+    """Divides a whole number in proportion to shares, by Hamilton's largest remainders.
 
     Args:
-        seats: What is divided, at least as large as there are shares.
-        shares: Above 0; they need not add up to 1.
+        seats: The number to divide, not below the number of shares.
+        shares: The shares, above 0; they need not add up to 1.
 
     Returns:
-        int64 array that adds up to `seats`, each at least 1.
+        int64 array that adds up to `seats`, with values of at least 1.
     """
     exact = seats * (shares / shares.sum())
-    # Rounded to a millionth: machines whose last digits differ must find the same.
+    # Rounded to a millionth, so that machines with different last digits agree.
     whole: Rows = np.maximum(1, np.floor(exact + 1e-6)).astype(np.int64)
     rest = np.round(exact - whole, 6)
     order = np.argsort(-rest, kind="stable")
@@ -160,18 +162,18 @@ def apportion(seats: int, shares: NDArray[np.float64]) -> Rows:
     if missing >= 0:
         whole[order[:missing]] += 1
         return whole
-    for number in order[::-1]:  # what rare classes were given more comes from the largest
-        taken = min(-missing, int(whole[number]) - 1)
-        whole[number] -= taken
-        missing += taken
+    for number in order[::-1]:  # the minimum of 1 gave rare classes too many seats
+        num_taken = min(-missing, int(whole[number]) - 1)
+        whole[number] -= num_taken
+        missing += num_taken
     return whole
 
 
 class Quotas(Drawing):
     """Draws each class's quota in an epoch, in random order.
 
-    The order is drawn in blocks of at most 65536 draws, each with its part of every quota,
-    so that any step is found without going through those before.
+    The order is drawn in blocks of at most 65536 draws. Each block has its part of every
+    quota, so the rows of any step can be computed without the steps before.
 
     Attributes:
         quotas: Draws of each class in an epoch.
@@ -183,7 +185,7 @@ class Quotas(Drawing):
 
     def __init__(self, classes: Classes, quotas: Rows) -> None:
         self.num_rows = classes.num_rows
-        self.drawn = int(quotas.sum())
+        self.draws_per_epoch = int(quotas.sum())
         self._classes = classes
         self.quotas = quotas
         self._passes = Passes(classes, quotas)
@@ -191,15 +193,15 @@ class Quotas(Drawing):
         self._block = functools.lru_cache(maxsize=4)(self._draw_block)
 
     def repeats(self, num_rows: int) -> NDArray[np.float64]:
-        """Says how often each row is drawn in an epoch; see `Sampler.repeats`."""
+        """Returns how often each row is drawn in an epoch; see `Sampler.repeats`."""
         classes = self._classes
         of_member = np.repeat(self.quotas / classes.counts, classes.counts)
         repeats: NDArray[np.float64] = np.bincount(classes.members, of_member, num_rows)  # type: ignore[assignment]
         return repeats
 
     def stretch(self, epoch: int, start: int, stop: int, batch_size: int, seed: int) -> Rows:
-        """Gives the rows of adjacent steps; see `Drawing.stretch`."""
-        begin, end = start * batch_size, min(stop * batch_size, self.drawn)
+        """Returns the rows of adjacent steps; see `Drawing.stretch`."""
+        begin, end = start * batch_size, min(stop * batch_size, self.draws_per_epoch)
         _, _, edges = self._plan(seed, epoch)
         first = int(np.searchsorted(edges, begin, "right")) - 1
         last = int(np.searchsorted(edges, end, "left"))
@@ -208,17 +210,19 @@ class Quotas(Drawing):
         return np.concatenate(blocks)[begin - skipped : end - skipped]
 
     def _draw_plan(self, seed: int, epoch: int) -> tuple[Rows, Rows, Rows]:
-        """Deals an epoch's draws out to its blocks.
+        """Distributes an epoch's draws over its blocks.
 
-        All draws of the epoch, sorted by class, go to the blocks in turn; so a block gets
-        of each class what it should, rounded up or down.
+        All draws of the epoch are sorted by class and go to the blocks in turn. So each block
+        gets its part of every class, rounded up or down.
 
         Returns:
-            Draws by block and class, those in the blocks before, and where blocks begin.
+            Draws by block and class, the draws in earlier blocks, and where blocks begin.
         """
-        blocks = -(-self.drawn // _BLOCK)
+        blocks = -(-self.draws_per_epoch // _BLOCK)
         turn = permute(np.arange(blocks), blocks, (seed, OF_EPOCH, epoch))[:, None]
         edges = np.concatenate([[0], np.cumsum(self.quotas)])
+        # Draw i, in the order of classes, goes to the block whose turn is i % blocks. Below i
+        # there are ceil((i - turn) / blocks) draws of that block.
         counts = np.diff(-((turn - edges) // blocks), axis=1)
         before = np.cumsum(counts, 0) - counts
         return counts, before, np.concatenate([[0], np.cumsum(counts.sum(1))])
@@ -235,8 +239,8 @@ class Quotas(Drawing):
         )
         numbers = np.arange(len(present), dtype=np.min_scalar_type(len(present)))
         classes = np.repeat(numbers, counts[block][present])
-        drawn = generator((seed, OF_BLOCK, epoch, block)).permutation(classes)
+        class_order = generator((seed, OF_BLOCK, epoch, block)).permutation(classes)
         rows = np.empty(len(classes), np.int64)
-        # A class's rows go in their order to the places that it got, from first to last.
-        rows[np.argsort(drawn, kind="stable")] = by_class
+        # The rows of a class fill its positions from the first to the last.
+        rows[np.argsort(class_order, kind="stable")] = by_class
         return rows

@@ -1,4 +1,4 @@
-"""What a sampler is, and those that draw every row once an epoch."""
+"""The base class of samplers, and the samplers that draw every row once an epoch."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ class Sampler(abc.ABC):
         (4,)
 
     Attributes:
-        may_be_empty: Whether a step may have no rows: then it updates with gradients of 0.
+        may_be_empty: Whether a step may have no rows; such a step has gradients of 0.
     """
 
     may_be_empty: ClassVar[bool] = False
 
     @property
     def group_of(self) -> Rows | None:
-        """A number for each row; rows of one number that follow each other stay on a replica.
+        """The group number of each row, or None if there are no groups.
 
-        None if every row is by itself.
+        Adjacent rows of the same group stay on one replica.
         """
         return None
 
     def bind(self, targets: Any, num_rows: int) -> Sampler:
-        """Gives the sampler that draws from particular data; by default, this one.
+        """Returns the sampler for particular data; by default, this sampler itself.
 
         Args:
             targets: `y` of `fit`: arrays, nested or not, or None.
@@ -53,19 +53,19 @@ class Sampler(abc.ABC):
         return self
 
     def steps_per_epoch(self, num_rows: int, batch_size: int) -> int:
-        """Says how many steps make an epoch.
+        """Returns the steps of an epoch.
 
         Args:
             num_rows: Examples in the data, at least 1.
             batch_size: Examples of a full global batch, at least 1.
 
         Returns:
-            Steps until every example was drawn once; the last batch may be smaller.
+            Steps until every example is drawn once; the last batch may be smaller.
         """
         return -(-num_rows // batch_size)
 
     def repeats(self, num_rows: int) -> NDArray[np.float64] | None:
-        """Says how often each row is drawn in an epoch, on average.
+        """Returns how often each row is drawn in an epoch, on average.
 
         Args:
             num_rows: Examples in the data, at least 1.
@@ -77,23 +77,23 @@ class Sampler(abc.ABC):
 
     @abc.abstractmethod
     def rows(self, step: int, *, num_rows: int, batch_size: int, seed: int) -> Rows:
-        """Gives the rows of one global batch.
+        """Returns the rows of one global batch.
 
         Args:
-            step: The steps before this one since training began.
+            step: The number of the step since training began, from 0.
             num_rows: Examples in the data.
             batch_size: Examples of a full global batch.
-            seed: Another seed, below 2**63, gives another order.
+            seed: Chooses the order, from 0 to below 2**63.
 
         Returns:
-            int64 array of shape [n], values in [0, num_rows); n >= 1, unless the sampler
-            sets `may_be_empty`.
+            int64 array of shape [n] with values in [0, num_rows). n is at least 1, unless the
+            sampler sets `may_be_empty`.
         """
 
     def batches(
         self, first: int, count: int, *, num_rows: int, batch_size: int, seed: int
     ) -> list[Rows]:
-        """Gives the rows of several steps; override it where together is cheaper.
+        """Returns the rows of several steps; override it if that is cheaper than single steps.
 
         Args:
             first: The first step.
@@ -108,58 +108,59 @@ class Sampler(abc.ABC):
 
 @dataclass(frozen=True)
 class Sequential(Sampler):
-    """Takes rows in the order they have."""
+    """Takes rows in their own order, without shuffling."""
 
     def repeats(self, num_rows: int) -> NDArray[np.float64]:
-        """Says how often each row is drawn in an epoch; see `Sampler.repeats`."""
+        """Returns how often each row is drawn in an epoch; see `Sampler.repeats`."""
         return np.ones(num_rows)
 
     def rows(self, step: int, *, num_rows: int, batch_size: int, seed: int) -> Rows:
-        """Gives the rows of one global batch; see `Sampler.rows`."""
+        """Returns the rows of one global batch; see `Sampler.rows`."""
         start = step % self.steps_per_epoch(num_rows, batch_size) * batch_size
         return np.arange(start, min(start + batch_size, num_rows))
 
 
 @dataclass(frozen=True)
 class Uniform(Sampler):
-    """Draws every row once an epoch, in an order of its own each epoch. The default.
+    """Draws every row once an epoch, in a new random order each epoch. The default.
 
-    The order is a pseudo-random permutation, evaluated where it is needed; see `permute`.
+    The order is a pseudo-random permutation that is computed only where it is needed; see
+    `permute`.
 
     Args:
-        by_batch: Keep the rows of a batch together and shuffle the batches, as Keras's
-            `shuffle="batch"` does, for data that is slow to read out of order.
+        by_batch: Shuffle whole batches and keep the rows of a batch together, like Keras's
+            `shuffle="batch"`. For data that is slow to read out of order.
     """
 
     by_batch: bool = False
 
     def repeats(self, num_rows: int) -> NDArray[np.float64]:
-        """Says how often each row is drawn in an epoch; see `Sampler.repeats`."""
+        """Returns how often each row is drawn in an epoch; see `Sampler.repeats`."""
         return np.ones(num_rows)
 
     def rows(self, step: int, *, num_rows: int, batch_size: int, seed: int) -> Rows:
-        """Gives the rows of one global batch; see `Sampler.rows`."""
+        """Returns the rows of one global batch; see `Sampler.rows`."""
         return self.batches(step, 1, num_rows=num_rows, batch_size=batch_size, seed=seed)[0]
 
     def batches(
         self, first: int, count: int, *, num_rows: int, batch_size: int, seed: int
     ) -> list[Rows]:
-        """Gives the rows of several steps, permuting each epoch's positions at once."""
+        """Returns the rows of several steps; permutes each epoch's positions in one call."""
         steps = self.steps_per_epoch(num_rows, batch_size)
-        found: list[Rows] = []
-        while len(found) < count:
-            epoch, start = divmod(first + len(found), steps)
-            stop = min(steps, start + count - len(found))
+        batches: list[Rows] = []
+        while len(batches) < count:
+            epoch, start = divmod(first + len(batches), steps)
+            stop = min(steps, start + count - len(batches))
             key = (seed, epoch)
             if self.by_batch:
                 chosen = permute(np.arange(start, stop), steps, key)
                 edges = [(b * batch_size, min((b + 1) * batch_size, num_rows)) for b in chosen]
-                found += [np.arange(begin, end) for begin, end in edges]
+                batches += [np.arange(begin, end) for begin, end in edges]
             else:
                 positions = np.arange(start * batch_size, min(stop * batch_size, num_rows))
                 rows = permute(positions, num_rows, key)
-                found += np.split(rows, range(batch_size, len(rows), batch_size))
-        return found
+                batches += np.split(rows, range(batch_size, len(rows), batch_size))
+        return batches
 
 
 def from_shuffle(shuffle: bool | str) -> Sampler:

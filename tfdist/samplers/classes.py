@@ -1,4 +1,4 @@
-"""Rows by class: what the samplers need to know of the targets."""
+"""Groups rows by class: the samplers need to know no more of the targets."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class Classes:
     """The rows of each class that occurs.
 
     Attributes:
-        names: What the labels call each class: a value, a column number, or None for
-            the rows without any label of multi-label targets.
+        names: Each class's name in the labels: a value, a column number, or None for the rows
+            without any label in multi-label targets.
         counts: int64 array, rows of each class.
-        offsets: int64 array, where each class begins in `members`.
-        members: Row numbers, those of each class together, in the order of the data.
-        num_rows: Rows of the data; fewer than `members` where rows have several labels.
+        offsets: int64 array, the beginning of each class in `members`.
+        members: Row numbers, class after class, in the order of the data within a class.
+        num_rows: Rows of the data; fewer than `members` if rows have several labels.
     """
 
     names: list[Any]
@@ -43,7 +43,7 @@ def count_classes(labels: Any, name: str = "labels") -> tuple[list[Any], Whole]:
 
     Args:
         labels: As in `group_rows`.
-        name: What to call them in messages.
+        name: The argument's name, for messages.
 
     Returns:
         The classes that occur, in ascending order, and the rows of each.
@@ -70,12 +70,12 @@ def group_rows(labels: Any, name: str = "labels", combinations: bool = False) ->
     Args:
         labels: An array of shape [rows] or [rows, 1] of whole numbers, booleans or text;
             or of shape [rows, classes] of zeros and ones, one-hot or with several labels.
-        name: What to call them in messages.
-        combinations: Whether each combination of labels is a class; otherwise a row with
+        name: The argument's name, for messages.
+        combinations: Whether each combination of labels is a class. Otherwise a row with
             several labels belongs to several classes.
 
     Raises:
-        ArgumentError: They are none of these, or there are none.
+        ArgumentError: The labels are of another kind, or there are no labels.
     """
     array = _as_labels(labels, name)
     rows = len(array)
@@ -135,7 +135,7 @@ def _as_labels(labels: Any, name: str) -> NDArray[Any]:
 
 
 def _encode(labels: NDArray[Any], name: str) -> tuple[list[Any], NDArray[Any]]:
-    """Numbers the classes from 0 on, in numbers as small as possible: they sort faster."""
+    """Numbers the classes from 0 on, in the smallest possible dtype: it sorts faster."""
     if labels.dtype.kind not in "bui":
         try:
             names, codes = np.unique(labels, return_inverse=True)
@@ -150,12 +150,12 @@ def _encode(labels: NDArray[Any], name: str) -> tuple[list[Any], NDArray[Any]]:
         return names.tolist(), codes.astype(np.min_scalar_type(len(names)))
     codes = labels.astype(np.int64, copy=False)
     codes = (codes - lowest if lowest else codes).astype(np.min_scalar_type(highest - lowest))
-    found = np.flatnonzero(np.bincount(codes))
-    if len(found) <= highest - lowest:
-        number = np.zeros(highest - lowest + 1, np.min_scalar_type(len(found)))
-        number[found] = np.arange(len(found))
+    present = np.flatnonzero(np.bincount(codes))
+    if len(present) <= highest - lowest:
+        number = np.zeros(highest - lowest + 1, np.min_scalar_type(len(present)))
+        number[present] = np.arange(len(present))
         codes = number[codes]
-    return (found + lowest).tolist(), codes
+    return (present + lowest).tolist(), codes
 
 
 def _encode_combinations(labels: NDArray[Any]) -> tuple[list[Any], NDArray[Any]]:

@@ -1,4 +1,4 @@
-"""Random orders that are functions of a key, evaluated where they are needed."""
+"""Random orders that are functions of a key, and are computed only where they are needed."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ _ROUNDS = 8
 def permute(positions: Rows, size: int, key: tuple[int, ...]) -> Rows:
     """Evaluates a pseudo-random permutation of range(size) at some positions.
 
-    Up to 65536 values it is a drawn one, kept for the next call. Beyond, it is a Feistel
-    network on the bits of the position, applied again while the result is not below `size`:
-    a bijection that needs no memory, however large `size` is (Mitchell et al.,
-    "Bandwidth-optimal random shuffling for GPUs", ACM TOPC 2022, section 4; Black and
+    Up to 65536 values, the permutation is drawn as a whole and cached. Larger ones are a
+    Feistel network on the bits of the position, which is applied again while its result is
+    not below `size`. That is a bijection which needs no memory for any `size` (Mitchell et
+    al., "Bandwidth-optimal random shuffling for GPUs", ACM TOPC 2022, section 4; Black and
     Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002).
 
     Args:
-        positions: int64 array, values in [0, size).
-        size: How many values are permuted, at most 2**62.
+        positions: int64 array with values in [0, size).
+        size: The number of permuted values, at most 2**62.
         key: Whole numbers from 0 on that choose the permutation.
 
     Returns:
@@ -42,9 +42,10 @@ def permute(positions: Rows, size: int, key: tuple[int, ...]) -> Rows:
 
 
 def generator(key: tuple[int, ...]) -> np.random.RandomState:
-    """Makes a generator of random numbers that depend on the key alone.
+    """Makes a generator of random numbers that depend only on the key.
 
-    `RandomState` is frozen: another version of NumPy draws the same, as a `Generator` need not.
+    NumPy guarantees that `RandomState` draws the same numbers in every version. It gives no
+    such guarantee for `Generator`.
 
     Args:
         key: As in `permute`.
@@ -54,12 +55,12 @@ def generator(key: tuple[int, ...]) -> np.random.RandomState:
 
 @functools.lru_cache(maxsize=4)
 def _drawn_permutation(size: int, key: tuple[int, ...]) -> Rows:
-    drawn: Rows = generator(key).permutation(size)
-    return drawn
+    permutation: Rows = generator(key).permutation(size)
+    return permutation
 
 
 def _feistel(values: Rows, bits: int, keys: NDArray[np.uint32]) -> Rows:
-    """Applies a keyed bijection of range(2**bits): each round changes one half by the other."""
+    """Applies a keyed bijection of range(2**bits); each round changes one half of the bits."""
     low_bits = bits // 2
     low = (values & ((1 << low_bits) - 1)).astype(np.uint32)
     high = (values >> low_bits).astype(np.uint32)
@@ -73,7 +74,7 @@ def _feistel(values: Rows, bits: int, keys: NDArray[np.uint32]) -> Rows:
 
 
 def _top_bits_of_hash(half: Any, key: np.uint32, bits: int) -> Any:
-    """Hashes 32-bit numbers: a key, two odd multipliers, and a shift between them."""
+    """Hashes 32-bit numbers with a key, two odd multipliers, and a shift between them."""
     mixed = half ^ key
     mixed *= np.uint32(0x85EBCA6B)
     mixed ^= mixed >> np.uint32(15)

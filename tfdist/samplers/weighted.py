@@ -1,4 +1,4 @@
-"""Rows drawn in proportion to weights."""
+"""A sampler that draws rows in proportion to weights."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ from tfdist.samplers.permutation import Rows, generator, permute
 class Weighted(Drawing):
     """Draws each row with a probability proportional to its weight.
 
-    An epoch is as many draws as the data has rows. A row with weight w comes n*w/sum(weights)
-    times in it, rounded up or down at random so that the expectation is exact: systematic
-    sampling (Cochran, "Sampling Techniques", 1977, section 9A.5; Douc and Cappé, "Comparison
-    of resampling schemes for particle filtering", 2005, section 2.4), with less variance
-    than independent draws. With equal weights every row comes once. The order is random.
+    An epoch has as many draws as the data has rows. A row with weight w is drawn
+    n*w/sum(weights) times in it. This number is rounded up or down at random, so that the
+    expectation is exact: systematic sampling, which has less variance than independent draws
+    (Cochran, "Sampling Techniques", 1977, section 9A.5; Douc and Cappé, "Comparison of
+    resampling schemes for particle filtering", 2005, section 2.4). With equal weights every
+    row is drawn once. The order is random.
 
     Args:
-        weights: Array of shape [rows], from 0 on, not all 0.
+        weights: Array of shape [rows] with values of 0 or more, not all 0.
 
     Raises:
         ArgumentError: A weight is negative, NaN or infinite, or all are 0.
@@ -63,7 +64,7 @@ class Weighted(Drawing):
         return len(self.weights)
 
     @property
-    def drawn(self) -> int:  # type: ignore[override]
+    def draws_per_epoch(self) -> int:  # type: ignore[override]
         """Rows drawn in an epoch."""
         return self.num_rows
 
@@ -73,11 +74,11 @@ class Weighted(Drawing):
         return self
 
     def repeats(self, num_rows: int) -> NDArray[np.float64]:
-        """Says how often each row is drawn in an epoch; see `Sampler.repeats`."""
+        """Returns how often each row is drawn in an epoch; see `Sampler.repeats`."""
         return np.diff(self._ends, prepend=0.0)
 
     def stretch(self, epoch: int, start: int, stop: int, batch_size: int, seed: int) -> Rows:
-        """Gives the rows of adjacent steps; see `Drawing.stretch`."""
+        """Returns the rows of adjacent steps; see `Drawing.stretch`."""
         positions = np.arange(start * batch_size, min(stop * batch_size, self.num_rows))
         places = permute(positions, self.num_rows, (seed, OF_BLOCK, epoch))
         rows: Rows = self._epoch_of((seed, OF_EPOCH, epoch))[places].astype(np.int64)
@@ -85,10 +86,10 @@ class Weighted(Drawing):
 
     @functools.cached_property
     def _ends(self) -> NDArray[np.float64]:
-        """Where each row's interval ends, of adjacent ones that are as long as it is wanted."""
+        """The ends of adjacent intervals, one a row, whose lengths are the expected draws."""
         ends = np.cumsum(np.asarray(self.weights, np.float64))
         ends *= self.num_rows / ends[-1]
-        # Rounded: equal weights give whole numbers, and machines agree on the last digit.
+        # Rounded, so that equal weights give whole numbers and all machines the same digits.
         return np.round(ends, 6)
 
     @functools.cached_property
@@ -96,7 +97,9 @@ class Weighted(Drawing):
         return functools.lru_cache(maxsize=1)(self._draw_epoch)
 
     def _draw_epoch(self, key: tuple[int, ...]) -> NDArray[Any]:
-        """Lists the rows of an epoch: those in whose interval a point of a grid falls."""
+        """Lists the rows of an epoch, in the order of the data."""
+        # Grid points have distance 1 and a random offset. A row is drawn once for each point
+        # in its interval.
         shifted = np.floor(self._ends + generator(key).random_sample()).astype(np.int64)
         rows = np.arange(self.num_rows, dtype=np.min_scalar_type(self.num_rows))
         return np.repeat(rows, np.diff(shifted, prepend=0))

@@ -62,7 +62,7 @@ def become_worker() -> None:
     _wait_for_rendezvous()
     strategy = tfdist.init(strategy=os.environ.get("TFDIST_STRATEGY", "auto")).strategy
     place = strategy.place
-    launched_config.keep(place.num_workers > 1, place.is_chief)
+    launched_config.remember(place.num_workers > 1, place.is_chief)
     device_settings.explain(place.is_chief)
     if place.num_workers > 1 or strategy.has_servers:
         claim(strategy)

@@ -57,7 +57,9 @@ class Strategy(abc.ABC):
         gathers_rows: Whether the functions of `own_functions` take row numbers instead of
             rows, where the data set has rows.
         sums_exactly: Whether `reduce_step` sums gradients without loss.
+        sums_gradients: Whether `reduce_step` is linear in the gradients.
         compression: The compression of gradients that applies if `fit` gets none.
+        predivide: The divisor of gradients in half precision before they are summed.
     """
 
     name: ClassVar[str]
@@ -68,7 +70,9 @@ class Strategy(abc.ABC):
     has_servers: bool = False
     gathers_rows: bool = False
     sums_exactly: bool = True
+    sums_gradients: bool = True
     compression: str | None = None
+    predivide: float = 1.0
 
     @classmethod
     @abc.abstractmethod

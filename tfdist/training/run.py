@@ -44,6 +44,7 @@ class Training:
         self._request = request
         self._extensions = extensions
         self._continuation = continuation
+        self._has_begun = False
 
     def run(self) -> Any:
         """Trains.
@@ -81,6 +82,9 @@ class Training:
         request, source, validation = self._request, self._training_data, self._validation_data
         self._continuation.begin_attempt(source)
         prepared = self._prepare()
+        if not self._has_begun:
+            prepared.begin_training()
+        self._has_begun = True
         self._announce()
         callbacks = self._callbacks(prepared)
         # Called when the first batch is read, since a callback may restore the optimizer.
@@ -93,7 +97,7 @@ class Training:
             self._step_strategy,
             start,
             epoch=epoch,
-            made=step,
+            steps_made=step,
             on_progress=self._continuation.note_step,
             is_watched=tfdist_callbacks.look_between_steps(callbacks),
             logs=logs,

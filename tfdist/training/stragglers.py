@@ -141,7 +141,7 @@ class StragglerCallback(keras.callbacks.Callback):  # type: ignore[misc]
     def on_train_begin(self, logs: Any = None) -> None:
         """Begins to measure."""
         self._last_read = None
-        here.noting = self._note
+        here.on_step = self._note
 
     def _note(self, between: float, lasted: float) -> None:
         times, before = self._timers.read(), self._last_read
@@ -175,7 +175,7 @@ class StragglerCallback(keras.callbacks.Callback):  # type: ignore[misc]
 
     def on_train_end(self, logs: Any = None) -> None:
         """Shows the report, if there is a straggler."""
-        here.noting = None
+        here.on_step = None
         if self._writer is not None:
             self._writer.close()
         if self._shows and sum(len(epoch[0]) for epoch in self._epochs) >= _MIN_STEPS:

@@ -1,4 +1,4 @@
-"""Notices that nothing goes on any more, says why, and ends the run. Needs no TensorFlow."""
+"""The watchdog notices a hang, reports its cause and ends the run. It needs no TensorFlow."""
 
 from tfdist.watchdog.calls import calling, configure, meet
 from tfdist.watchdog.progress import EXCHANGING, SAVING, here

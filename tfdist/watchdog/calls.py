@@ -1,4 +1,4 @@
-"""Calls of `fit`, `evaluate` and `predict`, watched by this process's one watcher."""
+"""Watches the calls of `fit`, `evaluate` and `predict`, with one watcher a process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,12 @@ from tfdist.watchdog.progress import here
 from tfdist.watchdog.settings import Settings
 from tfdist.watchdog.watcher import Watcher
 
-_BROKEN_OFF = ("UnavailableError", "DeadlineExceededError", "AbortedError", "CancelledError")
+_ERRORS_OF_LOSS = (
+    "UnavailableError",
+    "DeadlineExceededError",
+    "AbortedError",
+    "CancelledError",
+)
 
 
 _watcher: Watcher | None = None
@@ -23,11 +28,11 @@ _settings: Settings | None = None
 
 
 def configure(hang_limit: float | None = None, on_hang: str | None = None) -> None:
-    """Sets what the environment does not, or otherwise.
+    """Changes the settings; without a call, the environment variables count.
 
     Args:
-        hang_limit: Seconds; 0 switches the watcher off.
-        on_hang: "end" or "report".
+        hang_limit: Seconds; 0 switches the watcher off. None keeps the setting.
+        on_hang: "end" or "report". None keeps the setting.
     """
     global _settings
     _settings = (_settings or Settings.from_environment()).changed(hang_limit, on_hang)
@@ -40,12 +45,12 @@ def calling(name: str, strategy: Any) -> Iterator[None]:
     """Watches a call of `fit`, `evaluate` or `predict`.
 
     Args:
-        name: Of the function.
+        name: The function's name.
         strategy: The `Strategy` that it uses.
 
     Raises:
-        HungError: A worker did not answer any more.
-        SystemExit: An evaluator has come to `fit`.
+        HungError: A worker no longer answers.
+        SystemExit: The process is an evaluator, and the function is `fit`.
     """
     global _watcher
     if name == "fit":
@@ -73,15 +78,15 @@ def calling(name: str, strategy: Any) -> Iterator[None]:
 
 
 def meet() -> None:
-    """Gets to know the other workers, once all of them have called the same function."""
+    """Reads the status of the store's keeper; call it once all workers are in the same call."""
     if _watcher is not None:
         _watcher.meet()
 
 
 def _is_loss(error: Exception) -> bool:
-    """Tells whether a collective was broken off."""
+    """Tells whether a collective failed because another worker is lost."""
     if isinstance(error, PeerError):
         return True
-    return type(error).__name__ in _BROKEN_OFF and type(error).__module__.startswith(
+    return type(error).__name__ in _ERRORS_OF_LOSS and type(error).__module__.startswith(
         "tensorflow"
     )

@@ -1,4 +1,4 @@
-"""What this process tells the watchers of the others of itself."""
+"""The status of this process, which its watcher sends to the other workers."""
 
 from __future__ import annotations
 
@@ -21,39 +21,40 @@ from tfdist.watchdog.progress import (
 from tfdist.watchdog.settings import Settings
 
 
-class Oneself:
-    """Makes this process's notes, of which each is numbered."""
+class LocalStatus:
+    """Makes the numbered status messages of this process."""
 
     def __init__(self) -> None:
         self._beat = 0
-        self._exchange: float | None = None  # when the one began that is under way
+        self._exchange_since: float | None = None  # the beginning of the present exchange
 
-    def note(self, worker: int, settings: Settings, with_stack: bool = False) -> StatusMessage:
-        """Says where this process is now.
+    def now(self, worker: int, settings: Settings, with_stack: bool = False) -> StatusMessage:
+        """Makes a message with the present status.
 
         Args:
-            worker: Its number.
-            settings: What is too long.
-            with_stack: Whether to say where its Python stands.
+            worker: This worker's number.
+            settings: The limits.
+            with_stack: Whether to add the Python stacks.
         """
         frame = stacks.main_frame()
-        now = time.monotonic()
+        current_time = time.monotonic()
         at, since, call = here.at, here.since, here.call
         exchanging = at != STEP and here.doing == EXCHANGING
         if not exchanging:
-            self._exchange = None
-        elif self._exchange is None:
-            self._exchange = now
+            self._exchange_since = None
+        elif self._exchange_since is None:
+            self._exchange_since = current_time
         if exchanging and at == BETWEEN:
-            since = max(since, self._exchange or since)
-        # Who exchanges does nothing by itself; those that it waits for have limits too.
+            since = max(since, self._exchange_since or since)
+        # An exchange only waits for other workers, which have their own limits: a step's
+        # limit is enough for it.
         limit_at = STEP if exchanging and at == BETWEEN else at
         limit = 0.0 if at == OUTSIDE else settings.limit_of(limit_at, here.median)
-        idle = now - since
+        idle = current_time - since
         late = idle > limit / 2 or with_stack
         for_data = late and here.waits_for_data
         left = memory.left_mib() or (None, None)
-        stack = [*stacks.describe(frame), *stacks.others()] if with_stack else []
+        stack = [*stacks.describe(frame), *stacks.other_threads()] if with_stack else []
         self._beat += 1
         return StatusMessage(
             worker=worker,
@@ -80,10 +81,10 @@ class Oneself:
         )
 
     def ended(self, worker: int) -> StatusMessage:
-        """Says that this process's script has ended.
+        """Makes the message that this process's script has ended.
 
         Args:
-            worker: Its number.
+            worker: This worker's number.
         """
         return StatusMessage(
             worker=worker,

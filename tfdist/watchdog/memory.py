@@ -1,4 +1,4 @@
-"""How much memory this process has and how much is left for it, as Linux says."""
+"""The memory of this process and of its machine, as Linux reports it."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ _MIB = 2**20
 
 
 def used_mib() -> int | None:
-    """Gives the memory of this process, MiB; None where the system does not say."""
+    """Returns the memory of this process in MiB; None if the system does not report it."""
     kib = _field(PROC / "self/status", "VmRSS")
     return None if kib is None else kib // 1024
 
 
 def left_mib() -> tuple[int, int] | None:
-    """Gives what is left to use, and all there is, in MiB; the container's if it is less.
+    """Returns the free and the total memory in MiB, of the container if that has less.
 
     Returns:
-        None where the system does not say.
+        None if the system does not report it.
     """
     available = _field(PROC / "meminfo", "MemAvailable")
     total = _field(PROC / "meminfo", "MemTotal")
@@ -32,20 +32,20 @@ def left_mib() -> tuple[int, int] | None:
     ):
         limit, used = _number(folder / limit_name), _number(folder / used_name)
         if limit is not None and used is not None and limit // _MIB < most:
-            # Files that are cached count as used, and are given back when need be.
+            # Cached files count as used, but the system frees them when it needs memory.
             used -= _field(folder / "memory.stat", "inactive_file") or 0
             left, most = min(left, max(0, limit - used) // _MIB), limit // _MIB
     return left, most
 
 
 def state_of(pid: int) -> str | None:
-    """Gives the state of a process of this machine, a letter as in `ps`.
+    """Returns the state of a process of this machine, a letter as in `ps`.
 
     Args:
-        pid: Its number.
+        pid: The process's number.
 
     Returns:
-        None where there is no such process; "?" where the system does not say.
+        None if there is no such process; "?" if the system does not report it.
     """
     if not (PROC / "self").exists():
         return "?"

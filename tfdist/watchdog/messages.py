@@ -1,4 +1,4 @@
-"""What a worker's watcher tells those of the others."""
+"""The status messages that the workers' watchers exchange."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ ENDED = "ended"
 
 @dataclass(frozen=True)
 class StatusMessage:
-    """Where a worker is.
+    """The status of a worker.
 
     Attributes:
         worker: Its number.
         task: Its name: "worker 1", "rank 1".
-        beat: Grows with every note.
-        clock: When it was written, by `time.time()`.
+        beat: The number of the message; it grows with every message.
+        clock: The time of the message, by `time.time()`.
         host: The machine's name.
         pid: The process's number.
         call: The innermost call that is under way, or the last one; None before the first.
-        number: How many calls came before that, and it.
-        alone: Whether that call does not exchange with other workers.
-        step: Steps begun in it.
-        at: What it is at; see `progress`. `ENDED` when its script has ended.
+        number: The number of this call, from 1.
+        alone: Whether this call does not exchange with other workers.
+        step: Steps begun in this call.
+        at: The kind of work, as in `progress`; `ENDED` when the script has ended.
         phase: The same in words.
-        idle: Seconds that nothing has gone on.
-        limit: Seconds that this may take.
-        waits_for_data: Whether the step has not drawn its data.
-        is_exchanging: Whether it exchanges something with the others, outside of a step.
-        is_debugged: Whether a debugger holds it.
-        used_mib: Its memory.
-        left_mib: Memory that is left on its machine.
-        all_mib: All there is.
-        stack: Where its Python stands.
+        idle: Seconds without progress.
+        limit: The seconds without progress that are allowed.
+        waits_for_data: Whether the step still waits for its data.
+        is_exchanging: Whether the worker exchanges something with the others outside a step.
+        is_debugged: Whether a debugger holds the process.
+        used_mib: The memory of the process.
+        left_mib: The free memory of its machine.
+        all_mib: The total memory of its machine.
+        stack: The Python stacks, as lines.
     """
 
     worker: int
@@ -62,12 +62,12 @@ class StatusMessage:
 
     @property
     def is_overdue(self) -> bool:
-        """Whether what it is at takes too long."""
+        """Whether it has been without progress for too long."""
         return 0 < self.limit < self.idle
 
     @property
     def is_waiting(self) -> bool:
-        """Whether it can only wait for other workers."""
+        """Whether it can do nothing but wait for other workers."""
         in_step = self.at in (STEP, FIRST_STEP) and not self.waits_for_data
         return self.is_inside and (in_step or self.is_exchanging)
 
@@ -84,17 +84,17 @@ class StatusMessage:
         return self.left_mib < max(64, self.all_mib // 25)
 
     def text(self) -> str:
-        """Gives the note as a text."""
+        """Returns the message as JSON."""
         return json.dumps(asdict(self))
 
     @classmethod
     def read(cls, text: str) -> StatusMessage:
-        """Reads what `text` gave, also in another version.
+        """Reads a message, also one of another version of tfdist.
 
         Args:
-            text: The text.
+            text: The JSON that the method `text` returned.
         """
-        known = {f.name for f in fields(cls)}
-        content = {k: v for k, v in json.loads(text).items() if k in known}
+        field_names = {f.name for f in fields(cls)}
+        content = {k: v for k, v in json.loads(text).items() if k in field_names}
         content["stack"] = tuple(content.get("stack", ()))
         return cls(**content)

@@ -1,4 +1,4 @@
-"""What the watchers of the other workers said last, and which of them do not answer."""
+"""The last status of the other workers, and which of them do not answer."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from tfdist.watchdog import memory
 from tfdist.watchdog.diagnosis import Lost
 from tfdist.watchdog.messages import ENDED, StatusMessage
 
-NOTE = "watch"
-"""How the names of the notes on the key-value store begin."""
+STATUS_PREFIX = "watch"
+"""The names of the status messages in the key-value store begin with it."""
 
 _BEATS_MISSED = 3
 
 
-def state_of(note: StatusMessage) -> str | None:
-    """Gives the state of a note's process as in `ps`; "?" if it is on another machine.
+def state_of(status: StatusMessage) -> str | None:
+    """Returns the state of a worker's process as in `ps`; "?" if it is on another machine.
 
     Args:
-        note: Its last.
+        status: The worker's last status.
     """
-    return memory.state_of(note.pid) if note.host == socket.gethostname() else "?"
+    return memory.state_of(status.pid) if status.host == socket.gethostname() else "?"
 
 
-class Others:
-    """The notes that were seen, and when.
+class Peers:
+    """The last status of each worker, and when it came.
 
     Attributes:
         keeper_answers: Whether the key-value store could be read.
@@ -34,61 +34,60 @@ class Others:
 
     def __init__(self) -> None:
         self.keeper_answers = True
-        self._seen: dict[
-            int, tuple[StatusMessage, float]
-        ] = {}  # and when a new one was seen first
+        # The last status of each worker, and the time at which it was read first.
+        self._seen: dict[int, tuple[StatusMessage, float]] = {}
 
     def read(self, store: KeyValueStore, worker: int) -> None:
-        """Reads a worker's note.
+        """Reads a worker's status.
 
         Args:
-            store: Where it is.
-            worker: Whose.
+            store: The key-value store.
+            worker: The worker's number.
         """
-        text = store.read(f"{NOTE}/{worker}")
+        text = store.read(f"{STATUS_PREFIX}/{worker}")
         if text is not None:
-            self._see(worker, text)
+            self._record(worker, text)
 
-    def everyone(
-        self, store: KeyValueStore | None, mine: StatusMessage, beat: float
+    def read_all(
+        self, store: KeyValueStore | None, local: StatusMessage, beat: float
     ) -> tuple[dict[int, StatusMessage], dict[int, Lost]]:
-        """Gives what the workers said last, and which of them do not answer.
+        """Returns the last status of each worker, and the workers that do not answer.
 
         Args:
-            store: Where their notes are.
-            mine: This worker's.
-            beat: Seconds between a worker's notes.
+            store: The key-value store.
+            local: This worker's status.
+            beat: Seconds between two messages of a worker.
         """
         now = time.monotonic()
-        texts = {} if store is None else store.read_all(NOTE)
+        texts = {} if store is None else store.read_all(STATUS_PREFIX)
         self.keeper_answers = store is None or bool(texts)
         for worker, text in texts.items():
-            self._see(worker, text)
-        self._seen[mine.worker] = (mine, now)
+            self._record(worker, text)
+        self._seen[local.worker] = (local, now)
         missed = max(2.0, _BEATS_MISSED * beat)
         lost = {
-            worker: Lost(max(now - seen, time.time() - note.clock), state_of(note))
-            for worker, (note, seen) in self._seen.items()
-            if now - seen > missed and note.at != ENDED
+            worker: Lost(max(now - seen, time.time() - status.clock), state_of(status))
+            for worker, (status, seen) in self._seen.items()
+            if now - seen > missed and status.at != ENDED
         }
         if not self.keeper_answers:
-            lost = self.keeper_lost(store, mine.worker)
-        return {worker: note for worker, (note, _) in self._seen.items()}, lost
+            lost = self.keeper_lost(store, local.worker)
+        return {worker: status for worker, (status, _) in self._seen.items()}, lost
 
-    def keeper_lost(self, store: KeyValueStore | None, own: int) -> dict[int, Lost]:
-        """Gives the worker that keeps the store, which is gone: nothing is known of the others.
+    def keeper_lost(self, store: KeyValueStore | None, worker: int) -> dict[int, Lost]:
+        """Returns the keeper of a store that does not answer; nothing is known of the others.
 
         Args:
-            store: That does not answer.
-            own: This worker's number.
+            store: The store.
+            worker: This worker's number.
         """
         keeper = None if store is None else store.keeper
-        if keeper is None or keeper == own or keeper not in self._seen:
+        if keeper is None or keeper == worker or keeper not in self._seen:
             return {}
-        note, seen = self._seen[keeper]
-        return {keeper: Lost(time.monotonic() - seen, state_of(note))}
+        status, seen = self._seen[keeper]
+        return {keeper: Lost(time.monotonic() - seen, state_of(status))}
 
-    def _see(self, worker: int, text: str) -> None:
-        note, known = StatusMessage.read(text), self._seen.get(worker)
-        if known is None or (known[0].beat, known[0].pid) != (note.beat, note.pid):
-            self._seen[worker] = (note, time.monotonic())
+    def _record(self, worker: int, text: str) -> None:
+        status, previous = StatusMessage.read(text), self._seen.get(worker)
+        if previous is None or (previous[0].beat, previous[0].pid) != (status.beat, status.pid):
+            self._seen[worker] = (status, time.monotonic())

@@ -1,6 +1,6 @@
-"""How far this process is: noted by what trains, read by the watcher.
+"""The progress of this process: written by the training loop, read by the watcher.
 
-Notes are plain attributes, since they are written at every step.
+The training loop writes at every step, so the progress is kept in plain attributes.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 STEP, FIRST_STEP, BETWEEN, START, OUTSIDE = "step", "first step", "between", "start", "outside"
-"""What a process can be at: they have limits of their own."""
+"""The kinds of work of a process; each kind has its own limit."""
 
 EXCHANGING, SAVING = "exchanging", "saving"
-"""What a process may do besides, between steps or before them."""
+"""What a process may do between steps or before the first one."""
 
 _WARM_UP = 3
 _REMEMBERED = 200
 
 
-class Counted(Protocol):
-    """Data that counts the steps made of it."""
+class CountedData(Protocol):
+    """Data of an epoch that counts its steps."""
 
     @property
     def steps_taken(self) -> int:
-        """Steps that were made of an epoch."""
+        """Steps of the epoch so far."""
 
     @property
     def begins(self) -> bool:
-        """Whether nothing was drawn yet, and buffers have to fill."""
+        """Whether no batch was drawn yet, so that buffers have to fill."""
 
 
 @dataclass
@@ -41,11 +41,11 @@ class Call:
     """One call of `fit`, `evaluate` or `predict`.
 
     Attributes:
-        name: Of the function.
-        number: How many calls of several workers came before it, and it.
+        name: The function's name.
+        number: The number of this call among the calls of several workers, from 1.
         alone: Whether it does not exchange with other workers.
-        step: Steps that were begun in training, or where there is none in evaluation.
-        validating: Whether the last step was one of validation.
+        step: Training steps begun so far; in `evaluate` and `predict`, their own steps.
+        validating: Whether the last step was a validation step.
     """
 
     name: str
@@ -57,19 +57,19 @@ class Call:
 
 @dataclass
 class Progress:
-    """Where this process is.
+    """The progress of this process.
 
     Attributes:
-        at: One of the constants above.
-        since: When that began, by `time.monotonic()`.
+        at: The kind of work, one of the constants above.
+        since: When that work began, by `time.monotonic()`.
         call: The innermost call that is under way, or the last one.
         calls: Calls of several workers so far.
         traced: Whether a debugger or a profiler was tracing when the last call began.
-        counted: Gives how many shares were drawn and how many steps were made of them, also
-            while a step is made; None where that cannot be known.
+        data_counts: Returns how many batches were drawn and how many steps are complete, also
+            while a step runs. None if that cannot be known.
         durations: Seconds of the last steps, by kind.
-        doing: One of `EXCHANGING` and `SAVING`, or None.
-        noting: Called after each training step with the seconds before it and in it.
+        doing: `EXCHANGING`, `SAVING` or None.
+        on_step: Called after each training step with the seconds before it and in it.
     """
 
     at: str = OUTSIDE
@@ -77,19 +77,19 @@ class Progress:
     call: Call | None = None
     calls: int = 0
     traced: bool = False
-    counted: Callable[[], tuple[int, int]] | None = None
+    data_counts: Callable[[], tuple[int, int]] | None = None
     durations: dict[str, deque[float]] = field(default_factory=dict)
     doing: str | None = None
-    noting: Callable[[float, float], None] | None = None
+    on_step: Callable[[float, float], None] | None = None
 
-    def _go(self, at: str) -> float:
+    def _enter(self, at: str) -> float:
         now = time.monotonic()
-        lasted, self.since, self.at = now - self.since, now, at
-        return lasted
+        seconds, self.since, self.at = now - self.since, now, at
+        return seconds
 
     @contextlib.contextmanager
     def while_doing(self, what: str) -> Iterator[None]:
-        """Marks what the main thread does while the context lasts.
+        """Records what the main thread does while the context lasts.
 
         Args:
             what: `EXCHANGING` or `SAVING`.
@@ -102,10 +102,10 @@ class Progress:
 
     @contextlib.contextmanager
     def calling(self, name: str, alone: bool) -> Iterator[Call]:
-        """Notes a call of `fit`, `evaluate` or `predict`, which a callback may make too.
+        """Records a call of `fit`, `evaluate` or `predict`; calls may be nested in callbacks.
 
         Args:
-            name: Of the function.
+            name: The function's name.
             alone: Whether it does not exchange with other workers.
         """
         before, at = self.call, self.at
@@ -114,64 +114,64 @@ class Progress:
         call = self.call = Call(name, self.calls, alone)
         if before is None or at == OUTSIDE:
             self.durations = {}
-        self._go(START)
+        self._enter(START)
         try:
             yield call
         finally:
-            self._go(at)
+            self._enter(at)
             if at != OUTSIDE:
                 self.call = before
             else:
-                self.noting = None
+                self.on_step = None
 
-    def making(self, function: Callable[[Any], Any], kind: str) -> Callable[[Any], Any]:
-        """Wraps what Keras's loop calls, to note when steps begin and end.
+    def recording(self, function: Callable[[Any], Any], kind: str) -> Callable[[Any], Any]:
+        """Wraps a function that makes steps, to record when steps begin and end.
 
         Args:
-            function: Makes some steps; of a `Counted`, but for predictions.
+            function: Keras's loop calls it with its data: a `CountedData`, except in `predict`.
             kind: "training", "validation" or "prediction".
         """
 
-        def noted(data: Any) -> Any:
+        def recorded(data: Any) -> Any:
             call = self.call
-            counted: Counted | None = None if kind == "prediction" else data
-            taken = None if counted is None else counted.steps_taken
-            begins = counted is not None and counted.begins
-            known = self.durations.setdefault(kind, deque(maxlen=_REMEMBERED))
+            counted_data: CountedData | None = None if kind == "prediction" else data
+            steps_taken = None if counted_data is None else counted_data.steps_taken
+            begins = counted_data is not None and counted_data.begins
+            durations = self.durations.setdefault(kind, deque(maxlen=_REMEMBERED))
             if call is not None:
                 call.validating = kind == "validation" and call.name == "fit"
                 if not call.validating:
-                    call.step = call.step + 1 if taken is None else taken + 1
-            between = self._go(FIRST_STEP if begins or len(known) < _WARM_UP else STEP)
+                    call.step = call.step + 1 if steps_taken is None else steps_taken + 1
+            between = self._enter(FIRST_STEP if begins or len(durations) < _WARM_UP else STEP)
             try:
                 result = function(data)
             finally:
-                lasted = self._go(BETWEEN)
-            known.append(lasted)
-            if kind == "training" and self.noting is not None:
-                self.noting(between, lasted)
+                seconds = self._enter(BETWEEN)
+            durations.append(seconds)
+            if kind == "training" and self.on_step is not None:
+                self.on_step(between, seconds)
             return result
 
-        return noted
+        return recorded
 
     @property
     def median(self) -> float | None:
-        """Seconds that a step usually takes, of the kind that was made last."""
+        """The median seconds of a step of the last kind, or None if there were few steps."""
         call = self.call
         if call is None:
             return None
         kind = "validation" if call.validating or call.name == "evaluate" else "training"
-        known = self.durations.get(kind if call.name != "predict" else "prediction", ())
-        return statistics.median(known) if len(known) >= _WARM_UP else None
+        durations = self.durations.get(kind if call.name != "predict" else "prediction", ())
+        return statistics.median(durations) if len(durations) >= _WARM_UP else None
 
     @property
     def waits_for_data(self) -> bool:
-        """Whether the step that is under way has not drawn its data yet."""
-        if self.at not in (STEP, FIRST_STEP) or self.counted is None:
+        """Whether the present step still waits for its data."""
+        if self.at not in (STEP, FIRST_STEP) or self.data_counts is None:
             return False
-        drawn, made = self.counted()
-        return drawn == made
+        shares_drawn, steps_made = self.data_counts()
+        return shares_drawn == steps_made
 
 
 here = Progress()
-"""This process's."""
+"""The progress of this process."""

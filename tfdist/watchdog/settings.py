@@ -1,4 +1,4 @@
-"""How long without progress is a hang, and what is done then."""
+"""The watcher's settings: how long a hang is, and what happens then."""
 
 from __future__ import annotations
 
@@ -10,24 +10,27 @@ from tfdist.errors import ArgumentError
 from tfdist.watchdog import progress
 
 HANG_LIMIT = "TFDIST_HANG_LIMIT"
-"""Environment variable: the least seconds without progress that are a hang; 60, 0 for off."""
+"""Environment variable: after so many seconds without progress a run may hang.
+
+The default is 60; 0 switches the watcher off.
+"""
 
 ON_HANG = "TFDIST_ON_HANG"
 """Environment variable: "end" the run after the report, or "report" only."""
 
 _ACTIONS = ("end", "report")
-_STEPS = 20  # so many times the median step is too long for one
-_GENEROUS = 10  # what may take long for good reasons: tracing, filling buffers, callbacks
-_END = 10  # if nothing is certain, so many limits are waited before the end
-_LONGEST = 3  # but no longer than so many generous limits
+_STEPS = 20  # a step that takes this many median steps is too long
+_GENEROUS = 10  # factor for work that may take long: tracing, filling buffers, callbacks
+_END = 10  # if no cause is certain, the run ends after so many limits in a step
+_LONGEST = 3  # ... and after so many generous limits outside a step
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Of the watcher.
+    """The settings of the watcher.
 
     Attributes:
-        limit: Seconds; 0 switches it off.
+        limit: The least seconds without progress that count as a hang; 0 switches it off.
         on_hang: "end" or "report".
     """
 
@@ -36,27 +39,27 @@ class Settings:
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] = os.environ) -> Settings:
-        """Reads the variables.
+        """Reads the settings from environment variables.
 
         Args:
-            environ: Where they are.
+            environ: The environment variables.
 
         Raises:
-            ArgumentError: One has no meaning.
+            ArgumentError: A value is invalid.
         """
         limit = _seconds(HANG_LIMIT, environ.get(HANG_LIMIT, "60"))
         on_hang = _action(ON_HANG, environ.get(ON_HANG, "end"))
         return cls(limit, on_hang)
 
     def changed(self, hang_limit: float | None, on_hang: str | None) -> Settings:
-        """Gives settings with what is not None.
+        """Returns the settings with other values; None keeps a value.
 
         Args:
             hang_limit: Seconds.
             on_hang: "end" or "report".
 
         Raises:
-            ArgumentError: One has no meaning.
+            ArgumentError: A value is invalid.
         """
         changed = self
         if hang_limit is not None:
@@ -66,21 +69,21 @@ class Settings:
         return changed
 
     def limit_of(self, at: str, median: float | None) -> float:
-        """Gives the seconds after which something is reported.
+        """Returns the seconds without progress after which a hang is reported.
 
         Args:
-            at: What the process is at.
-            median: Seconds of its usual step, if known.
+            at: The kind of work of the process.
+            median: The median seconds of a step, if known.
         """
-        learned = max(self.limit, _STEPS * (median or 0.0))
-        return learned if at == progress.STEP else max(_GENEROUS * self.limit, learned)
+        from_median = max(self.limit, _STEPS * (median or 0.0))
+        return from_median if at == progress.STEP else max(_GENEROUS * self.limit, from_median)
 
     def end_of(self, at: str, median: float | None) -> float:
-        """Gives the seconds after which the run ends, if the cause is not certain.
+        """Returns the seconds after which the run ends if no cause is certain.
 
         Args:
-            at: What the process is at.
-            median: Seconds of its usual step, if known.
+            at: The kind of work of the process.
+            median: The median seconds of a step, if known.
         """
         factor = _END if at == progress.STEP else _LONGEST
         return factor * self.limit_of(at, median)

@@ -1,4 +1,4 @@
-"""Where Python stands in another thread: what a user wrote first, then the innermost frame."""
+"""Describes the Python stack of another thread: the user's frames, then the innermost frame."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
-_OURS = str(Path(__file__).parent.parent)
+_TFDIST_FOLDER = str(Path(__file__).parent.parent)
 _LIBRARIES = tuple(
     os.path.realpath(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")
 )
@@ -21,18 +21,18 @@ _MOST = 8
 
 
 def main_frame() -> FrameType | None:
-    """Gives the innermost frame of the main thread."""
+    """Returns the innermost frame of the main thread."""
     return sys._current_frames().get(threading.main_thread().ident or 0)
 
 
 def describe(frame: FrameType | None) -> list[str]:
-    """Says where a thread stands.
+    """Describes the stack of a thread.
 
     Args:
-        frame: The innermost.
+        frame: The innermost frame.
 
     Returns:
-        The user's frames, innermost first; and the innermost frame of all.
+        The user's frames, innermost first; then the innermost frame if it is not the user's.
     """
     frames = list(_outwards(frame))
     lines = [_line(f) for f in frames if _is_users(f)][:_MOST]
@@ -41,27 +41,27 @@ def describe(frame: FrameType | None) -> list[str]:
     return lines
 
 
-def others() -> list[str]:
-    """Says where other threads are that run a user's code, such as a generator."""
+def other_threads() -> list[str]:
+    """Describes the stacks of other threads that run a user's code, such as a generator."""
     skipped = {threading.main_thread().ident, threading.get_ident()}
-    found = []
+    lines_of_all = []
     for thread, frame in sys._current_frames().items():
         lines = [_line(f) for f in _outwards(frame) if _is_users(f)][:_MOST]
         if lines and thread not in skipped:
-            found += [f"in another thread: {lines[0]}", *lines[1:]]
-    return found
+            lines_of_all += [f"in another thread: {lines[0]}", *lines[1:]]
+    return lines_of_all
 
 
 def callback(frame: FrameType | None) -> str | None:
     """Names the Keras callback that is running, with its method.
 
     Args:
-        frame: The innermost of the thread.
+        frame: The innermost frame of the thread.
     """
-    for one in _outwards(frame):
-        name = one.f_code.co_name
+    for caller in _outwards(frame):
+        name = caller.f_code.co_name
         if name.startswith("on_"):
-            classes = type(one.f_locals.get("self")).__mro__
+            classes = type(caller.f_locals.get("self")).__mro__
             kinds = [c.__name__ for c in classes if c.__module__.startswith("keras.")]
             if "Callback" in kinds and "CallbackList" not in kinds:
                 return f"{classes[0].__name__}.{name}"
@@ -69,10 +69,10 @@ def callback(frame: FrameType | None) -> str | None:
 
 
 def is_tracing(frame: FrameType | None) -> bool:
-    """Tells whether TensorFlow makes a graph of a Python function.
+    """Tells whether TensorFlow is tracing a Python function.
 
     Args:
-        frame: The innermost of the thread.
+        frame: The innermost frame of the thread.
     """
     return any(
         f.f_code.co_name in _TRACERS and f.f_code.co_filename.endswith("tracing_compilation.py")
@@ -84,11 +84,11 @@ def is_debugged(frame: FrameType | None) -> bool:
     """Tells whether a debugger holds the thread, or traces this process from outside.
 
     Args:
-        frame: The innermost of the thread.
+        frame: The innermost frame of the thread.
     """
-    for one in _outwards(frame):
-        module = str(one.f_globals.get("__name__", "")).partition(".")[0]
-        if module in _DEBUGGERS or one.f_trace is not None:
+    for caller in _outwards(frame):
+        module = str(caller.f_globals.get("__name__", "")).partition(".")[0]
+        if module in _DEBUGGERS or caller.f_trace is not None:
             return True
     try:
         status = Path("/proc/self/status").read_text()
@@ -109,7 +109,7 @@ def _is_users(frame: FrameType) -> bool:
     if name.startswith("<"):
         return name.startswith(("<stdin>", "<ipython"))
     path = os.path.realpath(name)
-    return not path.startswith((_OURS, *_LIBRARIES)) and "site-packages" not in path
+    return not path.startswith((_TFDIST_FOLDER, *_LIBRARIES)) and "site-packages" not in path
 
 
 def _line(frame: FrameType, with_text: bool = True) -> str:

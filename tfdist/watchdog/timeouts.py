@@ -1,8 +1,9 @@
-"""A limit to every wait for other workers, since TensorFlow's collectives have none.
+"""A timeout for every wait for other workers: TensorFlow's collectives have none.
 
-TensorFlow notices a worker that died. One that lives and never comes (it returned early, or
-hangs in a callback) is noticed here. `CommunicationOptions(timeout_seconds=)` is no way out:
-in TensorFlow 2.21 each collective then leaves two threads asleep until the limit is over.
+TensorFlow notices a worker that died. It does not notice a worker that lives but never
+arrives, because it returned early or hangs in a callback. `WaitLimit` does.
+`CommunicationOptions(timeout_seconds=)` does not help: in TensorFlow 2.21 each collective
+then leaves two sleeping threads behind until its timeout is over.
 """
 
 from __future__ import annotations
@@ -20,28 +21,28 @@ from tfdist.errors import START_ME_AGAIN
 from tfdist.watchdog import here, stacks
 
 STEP_TIMEOUT = "TFDIST_STEP_TIMEOUT"
-"""Environment variable: seconds a worker waits for the others, default 1800; 0 for ever."""
+"""Environment variable: seconds a worker waits for the others; default 1800, 0 for no limit."""
 
 _LONG_S = 60.0
-_LOOK_S = 5.0
+_PAUSE_S = 5.0
 _PREPARING = "preparing"
 
 
 class WaitLimit:
-    """Ends the process when one wait takes too long; a wait in a collective cannot be left.
+    """Ends the process when a wait takes too long: a wait in a collective cannot be stopped.
 
-    Before, after a quarter of the limit and at most 60 s, it warns of the wait. Each warning
-    doubles that time, so that steps which really take long are not warned of each time.
+    It first warns, after a quarter of the limit and at most 60 s. Each warning doubles that
+    time, so that a run with long steps gets few warnings.
 
-    While this process traces or compiles a step, or its data has not come, it waits for
-    nobody: that time does not count, and the others are told.
+    The time counts from when the process really waits for others. While it traces or
+    compiles a step, or waits for its data, the time does not count, and the others read that.
 
     Args:
-        seconds: The limit of a wait; 0 means none.
-        worker: Who waits, for the message.
-        store: Where workers write for what they wait, if there is such a place.
-        number: This worker's on the store.
-        absent: Names the processes that do not answer now.
+        seconds: The limit of a wait; 0 for no limit.
+        worker: The name of this worker, for the message.
+        store: The key-value store in which workers write what they wait for, or None.
+        number: This worker's number in the store.
+        absent: Returns the names of the processes that do not answer now.
     """
 
     def __init__(
@@ -57,11 +58,11 @@ class WaitLimit:
         self._worker = worker
         self._store = store
         self._number = number
-        self._written = ""
+        self._last_text = ""
         self._since: float | None = None
-        self._busy = 0.0  # when it was seen last to prepare what it is to wait in
+        self._last_busy = 0.0  # when this process was last seen tracing or reading data
         self._what = ""
-        self._long = min(_LONG_S, seconds / 4) if seconds > 0 else _LONG_S
+        self._warn_after = min(_LONG_S, seconds / 4) if seconds > 0 else _LONG_S
         self._warned: float | None = None
         threading.Thread(target=self._watch, name="tfdist-wait_limit", daemon=True).start()
 
@@ -73,13 +74,13 @@ class WaitLimit:
         number: int = 0,
         absent: Callable[[], list[str]] = list,
     ) -> WaitLimit:
-        """Makes one with the limit that the environment sets.
+        """Makes a `WaitLimit` with the limit of the environment variable.
 
         Args:
-            worker: Who waits.
-            store: Where workers write for what they wait.
-            number: This worker's on the store.
-            absent: Names the processes that do not answer now.
+            worker: The name of this worker.
+            store: The key-value store in which workers write what they wait for, or None.
+            number: This worker's number in the store.
+            absent: Returns the names of the processes that do not answer now.
         """
         return cls(limit_of(STEP_TIMEOUT, 1800), worker, store, number, absent)
 
@@ -88,67 +89,67 @@ class WaitLimit:
         """Limits the time that the context lasts.
 
         Args:
-            what: Named in the message.
+            what: The name of the wait, for the message.
         """
-        self._what, self._since, self._busy = what, time.monotonic(), 0.0
+        self._what, self._since, self._last_busy = what, time.monotonic(), 0.0
         try:
             yield
         finally:
             self._since = None
 
     def _watch(self) -> None:
-        look = min(_LOOK_S, self._long / 4)
+        pause = min(_PAUSE_S, self._warn_after / 4)
         while True:
-            time.sleep(look)
+            time.sleep(pause)
             since = self._since
             if since is None:
                 self._write("after")
                 continue
-            if _prepares():
-                self._busy = time.monotonic()
+            if _is_preparing():
+                self._last_busy = time.monotonic()
                 self._write(_PREPARING)
                 continue
             self._write("in")
-            waited = time.monotonic() - max(since, self._busy)
+            waited = time.monotonic() - max(since, self._last_busy)
             if 0 < self._seconds < waited:
                 self._give_up()
-            if waited > self._long and since != self._warned:
+            if waited > self._warn_after and since != self._warned:
                 self._warn(waited)
                 self._warned = since
-                self._long *= 2
+                self._warn_after *= 2
 
     def _write(self, where: str) -> None:
-        note = f"{where} {self._what}" if self._what else "before its first exchange"
-        if self._store is not None and note != self._written:
-            self._store.post(f"progress/{self._number}", note)
-            self._written = note
+        text = f"{where} {self._what}" if self._what else "before its first exchange"
+        if self._store is not None and text != self._last_text:
+            self._store.post(f"progress/{self._number}", text)
+            self._last_text = text
 
-    def _notes(self) -> dict[int, str]:
+    def _read_progress(self) -> dict[int, str]:
         return {} if self._store is None else self._store.read_all("progress")
 
-    def _others(self, notes: Mapping[int, str]) -> str:
+    def _describe_peers(self, progress: Mapping[int, str]) -> str:
         absent = self._absent()
         kind = self._worker.split()[0]
-        others = "; ".join(f"{kind} {i} is {note}" for i, note in sorted(notes.items()))
+        others = "; ".join(f"{kind} {i} is {text}" for i, text in sorted(progress.items()))
         return (f"By what they last wrote, {others}. " if others else "") + (
             f"{' and '.join(absent)} did not answer just now. " if absent else ""
         )
 
     def _warn(self, waited: float) -> None:
         end = f"at {self._seconds:g} s" if self._seconds > 0 else "never"
-        notes = self._notes()
-        others = [note for i, note in notes.items() if i != self._number]
-        # A large model is traced for minutes: that is no reason to worry.
-        prepared = any(note.startswith(_PREPARING) for note in others)
+        progress = self._read_progress()
+        others = [text for i, text in progress.items() if i != self._number]
+        # Tracing a large model takes minutes, so that is not worth a warning.
+        peers_prepare = any(text.startswith(_PREPARING) for text in others)
         print(
-            f"tfdist: {'' if prepared else 'warning: '}{self._worker} has waited "
+            f"tfdist: {'' if peers_prepare else 'warning: '}{self._worker} has waited "
             f"{waited:.0f} s for {self._what}"
             + (
                 ", which others still trace or compile, or read data for. "
-                if prepared
+                if peers_prepare
                 else ". "
             )
-            + f"{self._others(notes)}The wait is given up {end} ({STEP_TIMEOUT}).",
+            + f"{self._describe_peers(progress)}The wait is given up {end} ({STEP_TIMEOUT}).",
             file=sys.stderr,
             flush=True,
         )
@@ -156,7 +157,7 @@ class WaitLimit:
     def _give_up(self) -> None:
         print(
             f"tfdist: {self._worker} waited more than {self._seconds:g} s for {self._what}. "
-            f"{self._others(self._notes())}"
+            f"{self._describe_peers(self._read_progress())}"
             "Another worker did not come to it: it may have left `fit` early, run another "
             "script, or hang in a callback or in reading data. See its output. If a step "
             f"really takes so long, set {STEP_TIMEOUT} to more seconds.",
@@ -166,8 +167,8 @@ class WaitLimit:
         os._exit(START_ME_AGAIN)
 
 
-def _prepares() -> bool:
-    """Tells whether this process is not yet where it waits for the others."""
-    with contextlib.suppress(Exception):  # its thread must live
+def _is_preparing() -> bool:
+    """Tells whether this process still traces a step or waits for its data."""
+    with contextlib.suppress(Exception):  # an error must not end the watching thread
         return here.waits_for_data or stacks.is_tracing(stacks.main_frame())
     return False

@@ -1,4 +1,4 @@
-"""Learning rates: schedules, callbacks, and what a callback of one's own assigns."""
+"""Learning rates: schedules, callbacks, and rates that a custom callback assigns."""
 
 import keras
 import outcome

@@ -1,4 +1,4 @@
-"""A search: many models in one script, folds of scikit-learn, sessions cleared."""
+"""A search: many models in one script, folds of scikit-learn, cleared sessions."""
 
 import keras
 import numpy as np

@@ -1,1 +1,1 @@
-"""Gets Horovod: its wheel, built for the installed TensorFlow. No TensorFlow is needed."""
+"""Builds and installs Horovod's wheel for the installed TensorFlow, without importing it."""

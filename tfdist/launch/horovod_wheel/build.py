@@ -1,4 +1,4 @@
-"""Builds Horovod's wheel against the installed TensorFlow, installs it and tries it."""
+"""Builds Horovod's wheel against the installed TensorFlow, installs it and checks it."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from tfdist.launch.horovod_wheel.recipe import (
     HOROVOD,
     Recipe,
     cache_folder,
+    cached_wheel,
     check_tools,
     jobs_for_here,
-    kept_wheel,
     minutes,
     recipe_for_here,
     search_path,
 )
 from tfdist.launch.horovod_wheel.source import change_source
-from tfdist.launch.horovod_wheel.steps import Workshop, keep, workshop
+from tfdist.launch.horovod_wheel.steps import StepRunner, step_runner, store_file
 
 _DOWNLOAD_S = 600
 _BUILD_S = 3600
@@ -52,21 +52,21 @@ def build(
     console: Console | None = None,
     environ: Mapping[str, str] = os.environ,
 ) -> Path:
-    """Builds the wheel of Horovod for this interpreter and its TensorFlow, or finds it built.
+    """Builds Horovod's wheel for this interpreter and its TensorFlow, or finds it in the cache.
 
     Args:
-        cache_dir: Where to keep it; else TFDIST_CACHE_DIR, XDG_CACHE_HOME/tfdist or
+        cache_dir: The cache folder; by default TFDIST_CACHE_DIR, XDG_CACHE_HOME/tfdist or
             ~/.cache/tfdist.
-        force: Whether to build it although it is there.
-        jobs: How many files to compile at once; as many as cores and memory allow if None.
-        console: Where to show the progress; standard error unless given.
-        environ: The variables; Horovod's own build options among them are respected.
+        force: Whether to build the wheel even if the cache has it.
+        jobs: How many files to compile at once; None for as many as cores and memory allow.
+        console: The console for the progress; standard error by default.
+        environ: The environment variables, which may hold Horovod's own build options.
 
     Returns:
         The wheel.
 
     Raises:
-        BuildError: Something needed is missing, or the build failed; it shows the cause.
+        BuildError: A tool or package is missing, or the build failed; it shows the cause.
 
     Example:
         >>> wheel = build()  # doctest: +SKIP
@@ -74,7 +74,7 @@ def build(
     console = console or _standard_error()
     recipe = recipe_for_here(environ)
     folder = cache_folder(cache_dir, environ) / "horovod" / recipe.key
-    wheel = kept_wheel(folder)
+    wheel = cached_wheel(folder)
     if wheel is not None and not force:
         _say(console, f"{recipe.describe()}: already built, the wheel is in {folder}")
         return wheel
@@ -89,10 +89,12 @@ def build(
         f"the wheel is kept in {folder}",
     )
     began = time.monotonic()
-    with workshop(console, _build_environment(recipe, environ, path, jobs), folder) as shop:
-        wheel = keep(_compile(shop, recipe), folder)
-    took_min, took_s = divmod(round(time.monotonic() - began), 60)
-    _say(console, f"Built in {took_min} min {took_s} s.")
+    with step_runner(
+        console, _build_environment(recipe, environ, path, jobs), folder
+    ) as runner:
+        wheel = store_file(_compile(runner, recipe), folder)
+    minutes_taken, seconds_taken = divmod(round(time.monotonic() - began), 60)
+    _say(console, f"Built in {minutes_taken} min {seconds_taken} s.")
     return wheel
 
 
@@ -102,24 +104,24 @@ def install(
     console: Console | None = None,
     environ: Mapping[str, str] = os.environ,
 ) -> None:
-    """Installs a wheel into this interpreter's environment, with what Horovod requires.
+    """Installs a wheel into this interpreter's environment, with Horovod's requirements.
 
     Args:
-        wheel: What `build` returned.
-        console: Where to show the progress; standard error unless given.
-        environ: The variables.
+        wheel: The wheel that `build` returned.
+        console: The console for the progress; standard error by default.
+        environ: The environment variables.
 
     Raises:
         BuildError: pip failed.
     """
     console = console or _standard_error()
-    with workshop(console, environ, wheel.parent) as shop:
-        shop.display.begin("Installing")
-        # Without it pip keeps a wheel of the same version, built for another TensorFlow.
+    with step_runner(console, environ, wheel.parent) as runner:
+        runner.display.begin("Installing")
+        # Otherwise pip would keep an installed wheel of this version for another TensorFlow.
         replace = ("install", "--force-reinstall", "--no-deps", str(wheel))
-        shop.run((*_PIP, *replace), "Installing Horovod", _INSTALL_S)
+        runner.run((*_PIP, *replace), "Installing Horovod", _INSTALL_S)
         requirements = ("install", f"horovod=={HOROVOD}")
-        shop.run((*_PIP, *requirements), "Installing what Horovod requires", _INSTALL_S)
+        runner.run((*_PIP, *requirements), "Installing what Horovod requires", _INSTALL_S)
     _say(console, f"Installed into {sys.prefix}.")
 
 
@@ -129,52 +131,54 @@ def check(
     log_folder: Path | None = None,
     environ: Mapping[str, str] = os.environ,
 ) -> None:
-    """Lets two processes of the installed Horovod sum their numbers.
+    """Checks the installed Horovod: two processes sum their numbers.
 
     Args:
-        console: Where to show the result; standard error unless given.
-        log_folder: Where to keep the processes' output if they fail.
-        environ: The variables.
+        console: The console for the result; standard error by default.
+        log_folder: The folder for the processes' output if they fail.
+        environ: The environment variables.
 
     Raises:
-        BuildError: They did not end within two minutes, or did not arrive at the right sum.
+        BuildError: The processes did not end within two minutes, or their sum is wrong.
     """
     console = console or _standard_error()
-    # What belongs to another run, or to this machine's GPUs, would change what is checked.
-    quiet = {n: v for n, v in environ.items() if not n.startswith(("HOROVOD_", "TF_CONFIG"))}
-    quiet |= {"CUDA_VISIBLE_DEVICES": "-1", "TF_CPP_MIN_LOG_LEVEL": "3"}
-    over = (
+    # Variables of another run, or this machine's GPUs, would change the check.
+    variables = {
+        n: v for n, v in environ.items() if not n.startswith(("HOROVOD_", "TF_CONFIG"))
+    }
+    variables |= {"CUDA_VISIBLE_DEVICES": "-1", "TF_CPP_MIN_LOG_LEVEL": "3"}
+    transport = (
         ("MPI", "--mpi") if environ.get("HOROVOD_WITHOUT_GLOO") == "1" else ("Gloo", "--gloo")
     )
-    with workshop(console, quiet, log_folder) as shop:
-        shop.display.begin("Checking")
-        program = shop.folder / "all_reduce.py"
+    with step_runner(console, variables, log_folder) as runner:
+        runner.display.begin("Checking")
+        program = runner.folder / "all_reduce.py"
         program.write_text(_ALL_REDUCE)
-        launch = (sys.executable, "-m", "horovod.runner.launch", over[1], "-np", "2")
+        launch = (sys.executable, "-m", "horovod.runner.launch", transport[1], "-np", "2")
         command = (*launch, "-H", "localhost:2", sys.executable, str(program))
         try:
-            shop.run(command, "The all-reduce of two processes", _CHECK_S)
+            runner.run(command, "The all-reduce of two processes", _CHECK_S)
         except BuildError:
-            # Where it cannot be imported, its launcher only says that it has no Gloo.
+            # If Horovod cannot be imported, its launcher only reports that it has no Gloo.
             load = (sys.executable, "-c", "import horovod.tensorflow")
-            shop.run(load, "Importing Horovod", _CHECK_S)
+            runner.run(load, "Importing Horovod", _CHECK_S)
             raise
-    _say(console, f"It works: two processes summed 1 + 2 = 3 over {over[0]}.")
+    _say(console, f"It works: two processes summed 1 + 2 = 3 over {transport[0]}.")
 
 
-def _compile(shop: Workshop, recipe: Recipe) -> Path:
-    shop.display.begin("Downloading")
-    # Only Horovod comes as source: what its setup needs may come as it likes.
+def _compile(runner: StepRunner, recipe: Recipe) -> Path:
+    runner.display.begin("Downloading")
+    # Only Horovod must come as source; the packages for its setup may come as wheels.
     source = ("--no-deps", "--no-build-isolation", "--no-binary", "horovod")
     download = ("download", *source, "-d", "sdist", f"horovod=={recipe.horovod}")
-    shop.run((*_PIP, *download), f"Downloading Horovod {recipe.horovod}", _DOWNLOAD_S)
-    tree = _unpack(next((shop.folder / "sdist").iterdir()), shop.folder)
+    runner.run((*_PIP, *download), f"Downloading Horovod {recipe.horovod}", _DOWNLOAD_S)
+    tree = _unpack(next((runner.folder / "sdist").iterdir()), runner.folder)
     change_source(tree)
-    shop.display.begin("Configuring")
+    runner.display.begin("Configuring")
     # pip would keep a second copy of the wheel, under this folder's name.
     wheel = ("wheel", "-v", "--no-cache-dir", "--no-deps", "--no-build-isolation")
-    out = shop.folder / "wheel"
-    shop.run((*_PIP, *wheel, "-w", str(out), "."), "Building Horovod", _BUILD_S, cwd=tree)
+    out = runner.folder / "wheel"
+    runner.run((*_PIP, *wheel, "-w", str(out), "."), "Building Horovod", _BUILD_S, cwd=tree)
     return next(out.glob("horovod-*.whl"))
 
 
@@ -189,18 +193,18 @@ def _unpack(sdist: Path, folder: Path) -> Path:
 def _build_environment(
     recipe: Recipe, environ: Mapping[str, str], path: str, jobs: int
 ) -> dict[str, str]:
-    # Those of a make that called tfdist would bring its own jobs.
-    ours = {n: v for n, v in environ.items() if n not in ("MAKELEVEL", "MFLAGS")}
+    # If a make called tfdist, these variables would bring that make's number of jobs.
+    variables = {n: v for n, v in environ.items() if n not in ("MAKELEVEL", "MFLAGS")}
     return {
-        **ours,
+        **variables,
         **recipe.environment,
         "PATH": path,
         "MAKEFLAGS": f"-j{jobs}",
         # setup.py hands options to make.
         "CMAKE_GENERATOR": "Unix Makefiles",
-        # Gloo asks for a CMake so old that CMake 4 refuses it.
+        # Gloo asks for compatibility with a CMake so old that CMake 4 refuses.
         "CMAKE_POLICY_VERSION_MINIMUM": "3.5",
-        # The causes of failures are looked for in English.
+        # The search for a failure's cause expects English messages.
         "LC_ALL": "C",
         "PYTHONUNBUFFERED": "1",
         "TF_CPP_MIN_LOG_LEVEL": "3",
@@ -219,12 +223,12 @@ def _check_writable(folder: Path) -> None:
 
 
 def _standard_error() -> Console:
-    # Standard output is for the wheel's path alone.
+    # Standard output has only the wheel's path.
     return Console(stderr=True, highlight=False)
 
 
 def _say(console: Console, text: str) -> None:
-    # Neither brackets nor narrow terminals may change a path.
+    # Brackets or a narrow terminal must not change a path.
     console.print(text, markup=False, soft_wrap=True)
 
 

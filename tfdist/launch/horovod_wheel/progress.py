@@ -1,4 +1,4 @@
-"""How far a build is, read from what make writes, and how it is shown."""
+"""The progress of a build: read from the output of make, and shown."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 _PERCENT = re.compile(r"\s*\[ *(\d+)%\] (?:Building|Linking|Built target) ?(?:.*[ /])?(\S+)")
-# The share of the time that has gone when make has come so far: Gloo's many files are small,
-# Horovod's few are not.
+# Pairs of make's percentage and the percentage of the time then spent: Gloo has many small
+# files, Horovod has a few large ones.
 _TIME = ((0, 0), (75, 30), (87, 50), (99, 80), (100, 100))
 
 
 class Display:
-    """Shows how far the work is: a bar on a terminal, elsewhere a line now and then."""
+    """Shows the progress: a bar on a terminal, a line now and then elsewhere."""
 
     def __init__(self, console: Console) -> None:
-        """Shows nothing yet.
+        """Prepares the display; it shows nothing yet.
 
         Args:
-            console: Where to write.
+            console: The console to write to.
         """
         self._console = console
-        self._shown = 0
+        self._percent_shown = 0
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(30),
@@ -50,60 +50,60 @@ class Display:
     ) -> None:
         self._progress.stop()
 
-    def begin(self, what: str) -> None:
+    def begin(self, step_name: str) -> None:
         """Begins a step whose length is not known.
 
         Args:
-            what: The step, such as "Installing".
+            step_name: The step, such as "Installing".
         """
         if self._console.is_terminal:
             self._progress.update(
-                self._task, description=what, total=None, percent="", detail=""
+                self._task, description=step_name, total=None, percent="", detail=""
             )
         else:
-            self._console.print(f"{what} ...")
+            self._console.print(f"{step_name} ...")
 
     def advance(self, line: str) -> None:
-        """Shows how far make is.
+        """Shows the progress of make.
 
         Args:
-            line: What it wrote.
+            line: A line of make's output.
         """
-        found = progress(line)
-        if found is None:
+        parsed = progress(line)
+        if parsed is None:
             return
-        percent, file = time_share(found[0]), found[1]
+        percent, file = time_share(parsed[0]), parsed[1]
         self._progress.update(
             self._task, description="Compiling", total=100, completed=percent,
             percent=f"{percent:3d} %", detail=file,
         )  # fmt: skip
-        if not self._console.is_terminal and percent >= self._shown + 10:
-            self._shown = percent - percent % 10
-            self._console.print(f"Compiling: {self._shown} %")
+        if not self._console.is_terminal and percent >= self._percent_shown + 10:
+            self._percent_shown = percent - percent % 10
+            self._console.print(f"Compiling: {self._percent_shown} %")
 
 
 def progress(line: str) -> tuple[int, str] | None:
-    """Reads what make says of its progress.
+    """Reads the progress from a line of make's output.
 
     Args:
-        line: A line of its output.
+        line: The line.
 
     Returns:
-        The percentage and the file at work; None if the line is another.
+        The percentage and the file that is compiled; None if the line shows no progress.
 
     Example:
         >>> progress("[ 45%] Building CXX object gloo/CMakeFiles/gloo.dir/broadcast.cc.o")
         (45, 'broadcast.cc')
     """
-    found = _PERCENT.match(line)
-    return (int(found[1]), found[2].removesuffix(".o")) if found else None
+    parsed = _PERCENT.match(line)
+    return (int(parsed[1]), parsed[2].removesuffix(".o")) if parsed else None
 
 
 def time_share(percent: int) -> int:
-    """Turns make's percentage, which counts files, into one of the time that compiling takes.
+    """Turns make's percentage, which counts files, into the percentage of the time.
 
     Args:
-        percent: From 0 to 100.
+        percent: Make's percentage, from 0 to 100.
 
     Returns:
         From 0 to 100.

@@ -1,4 +1,4 @@
-"""What a wheel of Horovod is built from, where it is kept, and what building it needs."""
+"""What determines a wheel of Horovod, its place in the cache, and the tools for the build."""
 
 from __future__ import annotations
 
@@ -23,42 +23,42 @@ from tfdist.errors import BuildError
 from tfdist.launch.horovod_wheel.source import CHANGES_KEY
 from tfdist.launch.resources import usable_cores
 
-# The last release; the changes that it needs were tried on no other.
+# The last release. The changes to its source were tested with this release only.
 HOROVOD = "0.28.1"
 
 _TENSORFLOWS = (
     "tensorflow", "tensorflow-cpu", "tensorflow-gpu", "tensorflow-rocm", "tensorflow-macos",
     "intel-tensorflow", "tf-nightly", "tf-nightly-cpu",
 )  # fmt: skip
-# Horovod reads variables of the same prefix while it trains, which change no wheel.
+# Only build options: Horovod's other variables, which it reads while it trains, do not count.
 _OPTION = re.compile(
     r"HOROVOD_(?:WITH_|WITHOUT_|GPU|CUDA_HOME$|ROCM_HOME$|NCCL_(?:HOME|INCLUDE|LIB|LINK)$"
     r"|NVTX_INCLUDE$|BUILD_|CPU_OPERATIONS$|ALLOW_MIXED_GPU_IMPL$|DEBUG$|LOCAL_VERSION$)"
 )
 _NO_TENSORFLOW = ("HOROVOD_WITHOUT_TENSORFLOW", "HOROVOD_SKIP_COMPILE")
-_LEFT_OUT = ("PYTORCH", "MXNET", "MPI")
+_OFF_BY_DEFAULT = ("PYTORCH", "MXNET", "MPI")
 
 _OLDEST_CMAKE = (3, 13)
 _PROBE = b"#include <string_view>\nint main() { return std::string_view().size() != 0; }\n"
 _PROBE_S = 60
-# The largest compiler was seen with 1.24 GB.
+# The largest compiler process used 1.24 GB.
 _JOB_BYTES = 5 * 2**28
-# Of one core, seen with TensorFlow 2.21 and GCC 12: what runs in parallel, and what does not.
+# Minutes on one core, measured with TensorFlow 2.21 and GCC 12: parallel and serial work.
 _PARALLEL_MIN, _SERIAL_MIN = 5.0, 1.0
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a wheel depends on: two equal recipes give the same wheel.
+    """Everything that determines a wheel: two equal recipes give the same wheel.
 
     Attributes:
         tensorflow: TensorFlow's version.
-        package: The name under which it is installed.
+        package: The name of the package that installed TensorFlow.
         python: Python's tag, such as "cp311".
         platform: The system, the processor and the C library.
         options: The HOROVOD_* variables that the user set for the build, sorted.
         horovod: Horovod's version.
-        changes: Which changes are made to its source.
+        changes: A hash of the changes to Horovod's source.
     """
 
     tensorflow: str
@@ -80,27 +80,27 @@ class Recipe:
 
     @property
     def environment(self) -> dict[str, str]:
-        """The variables that tell Horovod what to build; what the user set comes first."""
-        given = dict(self.options)
+        """The variables that tell Horovod what to build; the user's options come first."""
+        options = dict(self.options)
         defaults = {"HOROVOD_WITH_TENSORFLOW": "1"}
-        for name in _LEFT_OUT:
-            if given.get(f"HOROVOD_WITH_{name}") != "1":
+        for name in _OFF_BY_DEFAULT:
+            if options.get(f"HOROVOD_WITH_{name}") != "1":
                 defaults[f"HOROVOD_WITHOUT_{name}"] = "1"
-        return {**defaults, **given}
+        return {**defaults, **options}
 
     def describe(self) -> str:
         """Returns what is built, in words."""
         version = f"{self.python[2]}.{self.python[3:]}"
         options = "".join(f", {name}={value}" for name, value in self.options)
-        known = f"TensorFlow {self.tensorflow}, Python {version}"
-        return f"Horovod {self.horovod} for {known}{options}"
+        versions = f"TensorFlow {self.tensorflow}, Python {version}"
+        return f"Horovod {self.horovod} for {versions}{options}"
 
 
 def recipe_for_here(environ: Mapping[str, str]) -> Recipe:
-    """Describes the wheel that this interpreter, its TensorFlow and the user's options need.
+    """Makes the recipe for this interpreter, its TensorFlow and the user's options.
 
     Args:
-        environ: The variables; Horovod's build options are taken from them.
+        environ: The environment variables, which may hold Horovod's build options.
 
     Returns:
         The recipe.
@@ -127,11 +127,11 @@ def recipe_for_here(environ: Mapping[str, str]) -> Recipe:
 
 
 def cache_folder(cache_dir: Path | None, environ: Mapping[str, str]) -> Path:
-    """Returns the folder of all that tfdist keeps.
+    """Returns tfdist's cache folder.
 
     Args:
-        cache_dir: The user's choice, if there is one.
-        environ: The variables; TFDIST_CACHE_DIR and XDG_CACHE_HOME are looked at.
+        cache_dir: The user's choice, or None.
+        environ: The environment variables, of which TFDIST_CACHE_DIR and XDG_CACHE_HOME count.
 
     Example:
         >>> cache_folder(None, {"TFDIST_CACHE_DIR": "/shared/cache"})
@@ -145,38 +145,40 @@ def cache_folder(cache_dir: Path | None, environ: Mapping[str, str]) -> Path:
     return (Path(home) if home else Path("~/.cache").expanduser()) / "tfdist"
 
 
-def kept_wheel(folder: Path) -> Path | None:
-    """Returns the wheel in a folder of the cache; None if there is no whole one.
+def cached_wheel(folder: Path) -> Path | None:
+    """Returns the wheel in a folder of the cache; None if there is no intact one.
 
     Args:
         folder: The recipe's folder.
     """
-    whole = (wheel for wheel in folder.glob("horovod-*.whl") if zipfile.is_zipfile(wheel))
-    return max(whole, default=None)
+    intact_wheels = (
+        wheel for wheel in folder.glob("horovod-*.whl") if zipfile.is_zipfile(wheel)
+    )
+    return max(intact_wheels, default=None)
 
 
 def search_path(environ: Mapping[str, str]) -> str:
-    """Returns PATH, with the programs of this interpreter's environment before all others.
+    """Returns PATH, with the programs of this interpreter's environment first.
 
     Args:
-        environ: The variables.
+        environ: The environment variables.
     """
-    own = (str(Path(sys.executable).parent), sysconfig.get_path("scripts"))
-    return os.pathsep.join(filter(None, (*dict.fromkeys(own), environ.get("PATH"))))
+    own_folders = (str(Path(sys.executable).parent), sysconfig.get_path("scripts"))
+    return os.pathsep.join(filter(None, (*dict.fromkeys(own_folders), environ.get("PATH"))))
 
 
 def check_tools(environ: Mapping[str, str], path: str) -> None:
-    """Checks that all that a build needs is there, so that none is missed minutes later.
+    """Checks for all tools of the build, so that it does not fail after minutes.
 
     Args:
-        environ: The variables; CC, CXX and HOROVOD_CMAKE name other tools than the usual.
-        path: Where to look for programs, as in PATH.
+        environ: The environment variables; CC, CXX and HOROVOD_CMAKE may name the tools.
+        path: The folders with programs, as in PATH.
 
     Raises:
-        BuildError: Tools are missing or too old; it names all of them.
+        BuildError: Tools are missing or too old; the message names all of them.
     """
     missing = [_cmake_problem(environ, path), *_compiler_problems(environ, path)]
-    if _found(path, "gmake", "make") is None:
+    if _which(path, "gmake", "make") is None:
         missing.append("make")
     modules = [n for n in ("setuptools", "wheel") if importlib.util.find_spec(n) is None]
     missing += [f"the Python package {name}" for name in modules]
@@ -201,7 +203,7 @@ def check_tools(environ: Mapping[str, str], path: str) -> None:
 
 
 def jobs_for_here() -> int:
-    """Returns how many files to compile at once: one a core, if memory allows."""
+    """Returns how many files to compile at once: one a core if the memory is large enough."""
     return max(1, min(usable_cores(), _memory() // _JOB_BYTES))
 
 
@@ -230,21 +232,21 @@ def _tensorflow() -> tuple[str, str]:
     )
 
 
-def _found(path: str, *names: str) -> str | None:
+def _which(path: str, *names: str) -> str | None:
     return next(filter(None, (shutil.which(name, path=path) for name in names)), None)
 
 
 def _cmake_problem(environ: Mapping[str, str], path: str) -> str:
-    program = _found(path, environ.get("HOROVOD_CMAKE") or "cmake")
+    program = _which(path, environ.get("HOROVOD_CMAKE") or "cmake")
     if program is None:
         return "cmake"
     try:
-        said = subprocess.run(
+        output = subprocess.run(
             [program, "--version"], capture_output=True, text=True, timeout=_PROBE_S, check=True
         ).stdout
     except (OSError, subprocess.SubprocessError):
         return f"cmake that runs ({program} does not)"
-    version = re.search(r"version (\d+)\.(\d+)", said)
+    version = re.search(r"version (\d+)\.(\d+)", output)
     if version is None or tuple(map(int, version.groups())) < _OLDEST_CMAKE:
         return f"cmake 3.13 ({program} is {version[0] if version else 'unknown'})"
     return ""
@@ -253,11 +255,11 @@ def _cmake_problem(environ: Mapping[str, str], path: str) -> str:
 def _compiler_problems(environ: Mapping[str, str], path: str) -> list[str]:
     problems = []
     # In CMake's order.
-    cc = shlex.split(environ.get("CC", "")) or [_found(path, "cc", "gcc", "clang") or ""]
-    cxx = shlex.split(environ.get("CXX", "")) or [_found(path, "c++", "g++", "clang++") or ""]
-    if _found(path, cc[0]) is None:
+    cc = shlex.split(environ.get("CC", "")) or [_which(path, "cc", "gcc", "clang") or ""]
+    cxx = shlex.split(environ.get("CXX", "")) or [_which(path, "c++", "g++", "clang++") or ""]
+    if _which(path, cc[0]) is None:
         problems.append(f"C compiler ({cc[0] or 'cc, gcc or clang'})")
-    if _found(path, cxx[0]) is None:
+    if _which(path, cxx[0]) is None:
         problems.append(f"C++ compiler ({cxx[0] or 'c++, g++ or clang++'})")
         return problems
     command = [*cxx, "-std=c++17", "-fsyntax-only", "-x", "c++", "-"]
@@ -272,7 +274,7 @@ def _compiler_problems(environ: Mapping[str, str], path: str) -> list[str]:
 
 
 def _memory() -> int:
-    """Returns how many bytes this process may still use, as far as the system tells."""
+    """Returns how many bytes this process may still use, as far as the system knows."""
     limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     try:
         available = re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())

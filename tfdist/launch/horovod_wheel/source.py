@@ -1,4 +1,4 @@
-"""What is changed in Horovod's source before it is built."""
+"""Changes Horovod's source before it is built."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from tfdist.errors import BuildError
 
 @dataclass(frozen=True)
 class Change:
-    """A change to the one line of a file that holds a text.
+    """A change to the only line of a file that contains a text.
 
     Attributes:
-        file: Below the source's root.
-        old: What the line holds.
-        new: What takes the place of `old`; the whole line goes if None.
+        file: The file's path below the source's root.
+        old: The text in the line.
+        new: The text that replaces `old`; None removes the whole line.
     """
 
     file: str
@@ -25,9 +25,9 @@ class Change:
 
 
 CHANGES = (
-    # TensorFlow's wheel lacks headers that this file includes, and nothing else needs the file.
+    # TensorFlow's wheel lacks headers that this file includes. Nothing else needs the file.
     Change("horovod/tensorflow/CMakeLists.txt", "xla_mpi_ops.cc"),
-    # The vector is filled through data() and stays empty, so no rank is ever found stalled.
+    # The vector is written through data() but stays empty, so no stalled rank is ever found.
     Change(
         "horovod/common/gloo/gloo_controller.cc",
         "global_ranks_.reserve(size_);",
@@ -35,7 +35,7 @@ CHANGES = (
     ),
 )
 CHANGES_KEY = hashlib.sha256(repr(CHANGES).encode()).hexdigest()[:8]
-"""Stands for the changes in the name of a wheel's folder."""
+"""A hash of the changes, part of the name of a wheel's folder."""
 
 
 def change_source(tree: Path) -> None:
@@ -45,18 +45,18 @@ def change_source(tree: Path) -> None:
         tree: The unpacked source.
 
     Raises:
-        BuildError: The source is not the one expected.
+        BuildError: The source is not the expected one.
     """
     for change in CHANGES:
         path = tree / change.file
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        found = [index for index, line in enumerate(lines) if change.old in line]
-        if len(found) != 1:
+        matches = [index for index, line in enumerate(lines) if change.old in line]
+        if len(matches) != 1:
             raise BuildError(
                 f"One line of Horovod's {change.file} must hold {change.old}. "
-                f"Received: {len(found)}. Is pip's index one with changed sources?"
+                f"Received: {len(matches)}. Is pip's index one with changed sources?"
             )
-        (index,) = found
+        (index,) = matches
         old, new = change.old, change.new
         lines[index] = "" if new is None else lines[index].replace(old, new)
         path.write_text("".join(lines))

@@ -1,4 +1,4 @@
-"""One step of a build: its process, its log, and why it failed."""
+"""Runs a step of a build as a process, writes its log, and finds the cause of a failure."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from tfdist.launch.horovod_wheel.progress import Display
 from tfdist.launch.output import Lines
 from tfdist.launch.signals import handled
 
-# What make writes for each file, between which the compiler's words stand.
+# Make writes these lines; the compiler's messages are between them.
 _COMMAND = re.compile(r"\[ *\d+%\]|g?make(?:\[\d+\])?: |/\S*/g?make |cd /|-- ")
 _ERROR = re.compile(
     r"CMake Error\b|(?:fatal )?error ?(?:#\d+|C\d+)?: |.*\b(?:fatal )?error: |ERROR: "
     r"|.*: undefined reference to |.*\bNo space left on device|.*\bcannot find -l"
     r"|(?:\w+\.)*\w*(?:Error|Exception|Exit|Interrupt): "
 )
-# pip and make only pass on that something before them failed.
+# With these lines pip and make only repeat that an earlier command failed.
 _CONSEQUENCE = re.compile(r"error: subprocess-exited|ERROR: Failed (?:building|to build)")
 _LINES = 12
 _REMEDIES = {
@@ -45,13 +45,13 @@ _ENDING = ((signal.SIGTERM, 6.0), (signal.SIGKILL, 5.0))
 
 
 @dataclass(frozen=True)
-class Workshop:
-    """Where steps run.
+class StepRunner:
+    """Runs steps in a temporary folder.
 
     Attributes:
-        folder: A temporary folder.
-        environ: The variables of the steps.
-        display: What shows how far they are.
+        folder: The temporary folder.
+        environ: The environment variables of the steps.
+        display: Shows the progress.
     """
 
     folder: Path
@@ -60,7 +60,7 @@ class Workshop:
 
     @property
     def log(self) -> Path:
-        """What all steps wrote."""
+        """The log file with the output of all steps."""
         return self.folder / "failure.log"
 
     def run(
@@ -70,12 +70,12 @@ class Workshop:
 
         Args:
             command: The program and its arguments.
-            what: What it does, as the subject of a sentence.
-            limit_s: How many seconds it may take.
-            cwd: Where to run it, if not in the temporary folder.
+            what: The name of the step, as the subject of a sentence.
+            limit_s: The most seconds.
+            cwd: The folder to run it in; the temporary folder if None.
 
         Raises:
-            BuildError: It failed or took too long; the cause is shown.
+            BuildError: It failed or took too long; the message shows the cause.
         """
         cwd = cwd or self.folder
         start = self.log.stat().st_size if self.log.exists() else 0
@@ -90,16 +90,16 @@ class Workshop:
             return
         text = self.log.read_bytes()[start:].decode(errors="replace").replace(f"{cwd}/", "")
         if status is None:
-            told = tuple(text.splitlines()[-_LINES:])
+            error_lines = tuple(text.splitlines()[-_LINES:])
             failure = f"within {limit_s / 60:.0f} minutes. Received: it was still running."
         else:
-            told = cause(text.splitlines())
+            error_lines = cause(text.splitlines())
             failure = f"with exit status 0. Received: exit status {status}."
-        remedies = [tip for sign, tip in _REMEDIES.items() if sign in "\n".join(told)]
+        remedies = [tip for sign, tip in _REMEDIES.items() if sign in "\n".join(error_lines)]
         lines = (
             f"{what} must end {failure}",
             "",
-            *(f"  | {line[:200]}" for line in told),
+            *(f"  | {line[:200]}" for line in error_lines),
             "",
             *remedies,
         )
@@ -107,15 +107,15 @@ class Workshop:
 
 
 @contextmanager
-def workshop(
+def step_runner(
     console: Console, environ: Mapping[str, str], log_folder: Path | None
-) -> Iterator[Workshop]:
-    """Opens a temporary folder for steps, and keeps their log if one of them fails.
+) -> Iterator[StepRunner]:
+    """Opens a temporary folder for steps, and stores their log if a step fails.
 
     Args:
-        console: Where to show how far they are.
-        environ: Their variables.
-        log_folder: Where to keep the log; nowhere if None.
+        console: The console for the progress.
+        environ: The environment variables of the steps.
+        log_folder: The folder to store the log in, or None.
     """
     with (
         unwound_when_terminated(),
@@ -123,44 +123,44 @@ def workshop(
         Display(console) as display,
     ):
         folder = Path(name).resolve()
-        # What compilers and pip leave there when they are ended goes with the folder.
+        # Killed compilers leave files in TMPDIR: here they vanish together with the folder.
         (folder / "tmp").mkdir()
-        shop = Workshop(folder, {**environ, "TMPDIR": str(folder / "tmp")}, display)
+        runner = StepRunner(folder, {**environ, "TMPDIR": str(folder / "tmp")}, display)
         try:
-            yield shop
+            yield runner
         except BuildError as error:
-            kept = _kept_log(shop, log_folder)
-            raise BuildError(f"{error}{kept}") from None
+            log_note = _store_log(runner, log_folder)
+            raise BuildError(f"{error}{log_note}") from None
 
 
 def cause(lines: Sequence[str]) -> tuple[str, ...]:
     """Finds the lines of a log that say why the build failed.
 
     Args:
-        lines: The whole log; after the first failure make lets its other compilers finish,
-            so that the cause may stand far from the end.
+        lines: The whole log. The cause may be far from its end, because make lets other
+            compilers finish after the first failure.
 
     Returns:
-        The first error and what belongs to it; the last lines if none looks like an error.
+        The first error with its lines; the last lines if no line looks like an error.
     """
-    # pip indents what others wrote.
+    # pip indents the output of other programs.
     lines = [line.removeprefix("  ") for line in lines]
     errors = (i for i, line in enumerate(lines) if _ERROR.match(line))
     first = next((i for i in errors if not _CONSEQUENCE.match(lines[i])), None)
     if first is None:
         return tuple(lines[-_LINES:])
-    told = [lines[first]]
+    error_lines = [lines[first]]
     for line in lines[first + 1 : first + _LINES]:
         if _COMMAND.match(line) or _CONSEQUENCE.match(line):
             break
-        told.append(line)
-    while told and not told[-1].strip():
-        told.pop()
-    return tuple(told)
+        error_lines.append(line)
+    while error_lines and not error_lines[-1].strip():
+        error_lines.pop()
+    return tuple(error_lines)
 
 
-def keep(file: Path, folder: Path) -> Path:
-    """Copies a file into the cache, where all of it is to be seen or nothing."""
+def store_file(file: Path, folder: Path) -> Path:
+    """Copies a file into a folder; other processes see the whole file or none."""
     target = folder / file.name
     part = folder / f".{file.name}.{os.getpid()}.part"
     shutil.copyfile(file, part)
@@ -177,15 +177,15 @@ def run_step(
     limit_s: float,
     on_line: Callable[[str], None] = lambda line: None,
 ) -> int:
-    """Runs a program to its end; with it end its children, whatever happens here.
+    """Runs a program to its end, and always ends its child processes too.
 
     Args:
         command: The program and its arguments.
         log: A file to which its output is appended.
-        cwd: Where to run it.
-        environ: Its variables.
-        limit_s: How many seconds it may take.
-        on_line: Is given each line of its output.
+        cwd: The folder to run it in.
+        environ: Its environment variables.
+        limit_s: The most seconds.
+        on_line: Called with each line of its output.
 
     Returns:
         Its exit status, negative for a signal.
@@ -214,7 +214,7 @@ def run_step(
 
 @contextmanager
 def unwound_when_terminated() -> Iterator[None]:
-    """Lets SIGTERM and SIGHUP unwind the program as Ctrl-C does, so no step outlives it."""
+    """Lets SIGTERM and SIGHUP unwind the program as Ctrl-C does, so that its steps end too."""
 
     def leave(number: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + number)
@@ -223,13 +223,13 @@ def unwound_when_terminated() -> Iterator[None]:
         yield
 
 
-def _kept_log(shop: Workshop, folder: Path | None) -> str:
-    if folder is None or not shop.log.exists():
+def _store_log(runner: StepRunner, folder: Path | None) -> str:
+    if folder is None or not runner.log.exists():
         return ""
     try:
-        return f"\n\nThe whole log: {keep(shop.log, folder)}"
+        return f"\n\nThe whole log: {store_file(runner.log, folder)}"
     except OSError as error:
-        # A shared cache may be there for reading only; the cause is shown all the same.
+        # A shared cache may be read-only; the user still sees the cause.
         return f"\n\nThe whole log could not be kept in {folder} ({error.strerror})."
 
 

@@ -57,7 +57,7 @@ class Preemption:
         original_fd = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
         global _process
         _process = os.getpid()
-        heartbeat.here.mark(saves=True)
+        heartbeat.here.set_flags(saves=True)
         thread = threading.Thread(
             target=self._listen, args=(reading,), name="tfdist-preemption", daemon=True
         )
@@ -71,7 +71,7 @@ class Preemption:
                 signal.signal(signal.SIGTERM, _ignoring_for_a_while(original))
             else:
                 signal.signal(signal.SIGTERM, original or signal.SIG_DFL)
-                heartbeat.here.mark()
+                heartbeat.here.set_flags()
             os.close(writing)
             thread.join()
             os.close(reading)
@@ -79,7 +79,7 @@ class Preemption:
     def leave(self) -> None:
         """Notes that the training is saved and the process is ending."""
         self.is_leaving = True
-        heartbeat.here.mark(saves=True, preempted=True)
+        heartbeat.here.set_flags(saves=True, preempted=True)
 
     def _listen(self, reading: int) -> None:
         while numbers := os.read(reading, 64):

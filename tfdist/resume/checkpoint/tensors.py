@@ -12,7 +12,7 @@ import tensorflow as tf
 from tfdist import _keras
 from tfdist.step.state import TrainState
 from tfdist.strategies.base import Strategy
-from tfdist.strategies.whole import whole
+from tfdist.strategies.whole import Whole, whole
 
 Tensor = Any
 _GLOBAL_SEED = "keras/global_seed_generator"
@@ -25,7 +25,7 @@ def take(strategy: Strategy, state: TrainState) -> dict[str, Tensor]:
     if there are any, all workers must call this.
 
     Args:
-        strategy: The strategy.
+        strategy: The strategy that computes a batch. `Whole` counts as one replica.
         state: The variables.
 
     Returns:
@@ -56,7 +56,7 @@ def put_back(
     summed, and each replica gets an equal part of the sum: only the sum matters.
 
     Args:
-        strategy: The strategy.
+        strategy: The strategy that computes a batch. `Whole` counts as one replica.
         state: The variables.
         read: Returns a tensor by its name. None on workers that have not read the checkpoint.
         has_global_seed: Whether the checkpoint has Keras's global seed.
@@ -69,10 +69,15 @@ def put_back(
             variable.assign(read(f"variables/{number}"))
         if has_global_seed:
             variables[-1].assign(read(_GLOBAL_SEED))
-    strategy.agree(variables)
+    _connecting(strategy).agree(variables)
     for number, variable in enumerate(state.per_replica):
         saved = None if read is None else read(f"per_replica/{number}")
         strategy.assign_copies(variable, _distribute(strategy, variable, saved))
+
+
+def _connecting(strategy: Strategy) -> Strategy:
+    """Returns the strategy that connects the processes."""
+    return strategy.connected if isinstance(strategy, Whole) else strategy
 
 
 def _gather(strategy: Strategy, variable: Any) -> Tensor:
