@@ -56,8 +56,8 @@ MUTANTS = {
     ),
     "a metric is reduced as a mean": Mutant(
         "_keras/metrics.py",
-        'given["sample_weight"] = share',
-        'given["sample_weight"] = 1.0',
+        'arguments["sample_weight"] = share',
+        'arguments["sample_weight"] = 1.0',
         "tests/keras/test_discovery.py",
     ),
     "the chief's weights are not broadcast": Mutant(
@@ -152,7 +152,7 @@ MUTANTS = {
     ),
     "a Dice loss sees its share": Mutant(
         "_keras/losses.py",
-        "return not found if is_scalar else found is False",
+        "return not is_known_mean if is_scalar else is_known_mean is False",
         "return False",
         "tests/keras/test_discovery.py",
     ),
@@ -182,8 +182,8 @@ MUTANTS = {
     ),
     "fit draws from Python's generator": Mutant(
         "strategies/session.py",
-        "_drawn.fits += 1",
-        "_drawn.fits += random.getrandbits(1) * 0 + 1",
+        "_seeds.fits += 1",
+        "_seeds.fits += random.getrandbits(1) * 0 + 1",
         "tests/scripts/test_drop_in.py",
     ),
     "dropout is the same on all replicas": Mutant(
@@ -206,8 +206,8 @@ MUTANTS = {
     ),
     "rows of an embedding travel as one type": Mutant(
         "strategies/packing.py",
-        "together.setdefault(tensor.dtype.name, [])",
-        "together.setdefault('', [])",
+        "packs.setdefault(tensor.dtype.name, [])",
+        "packs.setdefault('', [])",
         f"{BEHAVIOUR} -k multi_worker-2-sums_are",
     ),
     "what was not sent is forgotten": Mutant(

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from tfdist.cluster.key_value_store import Limited
-from tfdist.strategies.horovod.store import RendezvousBoard
+from tfdist.strategies.horovod.store import RendezvousStore
 
 pytestmark = pytest.mark.quick
 
@@ -27,10 +27,10 @@ def test_a_call_that_does_not_return_is_left_and_no_other_begins() -> None:
 
 
 def test_a_rendezvous_that_is_gone_gives_no_notes() -> None:
-    assert RendezvousBoard.from_environment("g", 2, {}) is None
+    assert RendezvousStore.from_environment("g", 2, {}) is None
     where = {"HOROVOD_GLOO_RENDEZVOUS_ADDR": "127.0.0.1", "HOROVOD_GLOO_RENDEZVOUS_PORT": "9"}
-    assert RendezvousBoard.from_environment("g", 1, where) is None
-    store = RendezvousBoard.from_environment("g", 2, where)
+    assert RendezvousStore.from_environment("g", 1, where) is None
+    store = RendezvousStore.from_environment("g", 2, where)
     assert store is not None
     assert not store.post("a", "b")
     assert store.read_all("a") == {}

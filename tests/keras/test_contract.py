@@ -238,7 +238,7 @@ def test_a_split_variable_trains_like_a_whole_one() -> None:
 def test_a_scope_that_assigns_nothing_reads_what_is_there() -> None:
     made = model()
     kernel = made.trainable_variables[0]
-    with served.Apart([]) as scope:
+    with served.StepScope([]) as scope:
         kernel.assign(kernel * 0)
         assert scope.assigned(made.trainable_variables[1]) is None
         with served.stateful():
@@ -268,9 +268,9 @@ def test_weights_that_were_read_have_the_same_gradients() -> None:
         seen: list[Any] = []
         made.optimizer.apply_gradients = lambda pairs, seen=seen: seen.extend(pairs)
         with served.served(rows_only=False):
-            weights = served.read_together(made, largest)
+            weights = served.read_packed(made, largest)
             assert len(weights) == 2
-            with served.Apart([], weights):
+            with served.StepScope([], weights):
                 made.train_step((tf.ones([5, 4]), tf.ones([5, 2])))
         gradients.append([g for g, _ in seen])
     for one, other in zip(*gradients, strict=True):

@@ -58,4 +58,4 @@ def test_loops_of_the_drop_in_end_alike_and_say_so(tmp_path: Path) -> None:
     }
     assert len(weights) == 1
     assert "`train_on_batch` computes its whole batch on every worker" in output
-    assert "a training loop of this script's own runs on every worker" in output
+    assert "the script's own training loop runs on every worker" in output

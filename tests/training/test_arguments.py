@@ -132,7 +132,7 @@ def test_a_call_of_the_chief_alone_is_named(model: Any, tmp_path: Path) -> None:
             preflight.check_call(workers, "evaluate")
 
     best = Best(str(tmp_path / "best.keras"))
-    with pytest.raises(DisagreementError, match="from the callback Best, which the chief"):
+    with pytest.raises(DisagreementError, match="from the callback Best, which only the chief"):
         model.fit(X, Y, callbacks=[best], verbose=0)
     workers.sent = "evaluate"
     best.on_epoch_end(0)  # by hand, maybe on all workers

@@ -1,11 +1,11 @@
-"""The only file that touches what Keras and its TensorFlow trainer keep private.
+"""The only package that uses private parts of Keras and its TensorFlow trainer.
 
-Every touch says what it relies on; `tests/keras/test_contract.py` fails loudly when a
-Keras release changes it.
+Each use says what it relies on. `tests/keras/test_contract.py` fails if a Keras release
+changes it.
 
-Keras's own `train_step` is what tfdist runs, on every strategy. It was written for one
-process, and the modules here replace, while several replicas train, the few places in
-which it has to know that its batch is a share of a larger one:
+tfdist runs Keras's own `train_step`, on every strategy. It was written for one process. While
+several replicas train, the modules here replace the few places that must know that a batch is
+a share of a global batch:
 
 ========================  ==========================================================
 place                     what changes
@@ -15,11 +15,12 @@ the loss's reduction      no division by the number of replicas; a masked or wei
 the optimizer's update    the backend-neutral one: each replica updates its own copy
                           with the same, already reduced, gradient
 BatchNormalization        moments over the global batch when `synchronized=True`
-dropout, random seeds     a function of the example's place in the global batch; dropout also
-                          where one process trains, the same compiled by XLA or not; in private
-                          training all of `keras.random`, a function of what the example holds
-Variable assignment       is noted, so that what the forward pass changed can be
-                          brought to the same value everywhere
+dropout, random seeds     a function of the example's position in the global batch; dropout
+                          also in a single process, with the same result with or without XLA;
+                          in private training all of `keras.random` is a function of the
+                          example's contents
+Variable assignment       is recorded, so that variables that the forward pass changes can
+                          get the same value on all replicas
 ========================  ==========================================================
 """
 

@@ -1,4 +1,4 @@
-"""What tfdist keeps with a model between two calls: all of it in one object."""
+"""The state that tfdist attaches to a model, in one object."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ _NAME = "_tfdist"
 
 @dataclass
 class Attached:
-    """Belongs to one model; a copy of the model begins without.
+    """The state of one model. A copy of the model begins without it.
 
     Attributes:
-        prepared: Its functions on a strategy, traced, and where its variables live.
-        scope: The `tf.distribute` strategy in whose scope a script made it, if it did.
-        compositions: What each of its steps is made of, by the name of the step.
-        metric_variables: State of metrics that only its steps know of.
-        clip_optimizer: What moves the norm to clip to in private training, if one does.
-        tied_weights: The ids of its trainable variables, and which of them are used outside
-            of the layers that hold them.
-        foldings: The same ids, and where the batch is in what its layers are called with.
+        prepared: The model's traced functions and placed variables on a strategy.
+        scope: The `tf.distribute` strategy in whose scope a script made the model, if any.
+        compositions: The variables and optimizers of each of its steps, by the step's name.
+        metric_variables: State of metrics that the model does not list, but its steps update.
+        clip_optimizer: The optimizer of the clipping norm in private training, if there is one.
+        tied_weights: The ids of the trainable variables, and the ids of those that are used
+            outside of the layers that own them.
+        foldings: The same ids, and the position of the batch axis in its layers' inputs.
     """
 
     prepared: Any = None
@@ -33,11 +33,11 @@ class Attached:
 
 
 def attached(model: Any) -> Attached:
-    """Gives what is kept with a model.
+    """Returns the state that is attached to a model.
 
     Args:
         model: A `keras.Model`.
     """
-    # Not by `setattr`, which Keras watches for layers and variables.
-    kept: Attached = vars(model).setdefault(_NAME, Attached())
-    return kept
+    # Not with `setattr`, which Keras watches for layers and variables.
+    state: Attached = vars(model).setdefault(_NAME, Attached())
+    return state

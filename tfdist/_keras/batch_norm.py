@@ -14,16 +14,16 @@ _keras_moments = keras.layers.BatchNormalization._moments
 
 
 def moments(layer: Any, inputs: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Gives moments over the global batch, one collective, no row counted that is padding.
+    """Computes moments over the global batch in one collective, without padding rows.
 
-    Sums are taken of x - moving_mean, which is the same on every replica: E[x^2] - E[x]^2
-    then does not cancel once the moving mean has come near the mean.
+    The sums are of x - moving_mean, which is the same on every replica. Without the shift,
+    E[x^2] - E[x]^2 would lose precision by cancellation.
     """
     batch = current_batch()
     if batch is None or not layer.synchronized:
-        own = functools.partial(_keras_moments, layer, inputs, mask)
-        found: tuple[Tensor, Tensor] = own() if batch is None else batch.of_whole(own)
-        return found
+        of_rows = functools.partial(_keras_moments, layer, inputs, mask)
+        result: tuple[Tensor, Tensor] = of_rows() if batch is None else batch.of_whole(of_rows)
+        return result
     axes = layer._reduction_axes
     shape = [1] * len(inputs.shape)
     shape[layer.axis] = inputs.shape[layer.axis]
@@ -43,20 +43,20 @@ def moments(layer: Any, inputs: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     (reduced,) = batch.all_reduce([sums])
     first, second, count = tf.unstack(reduced)
     if mask is not None:
-        count += keras.config.epsilon()  # as Keras does in its masked moments
+        count += keras.config.epsilon()  # as in Keras's masked moments
     first, second = (
         tf.math.divide_no_nan(first, count),
         tf.math.divide_no_nan(second, count),
     )
     variance = tf.maximum(second - tf.square(first), 0.0)
-    # Without a row the moving statistics must stay what they are.
+    # An empty global batch must not change the moving statistics.
     moving = tf.cast(layer.moving_variance, variance.dtype)
     variance = tf.where(batch.total > 0, variance, moving)
     return first + tf.reshape(shift, [-1]), variance
 
 
 def synchronized_variables(model: Any) -> set[int]:
-    """Collects the ids of variables which replicas change to the same value by themselves.
+    """Collects the ids of variables to which all replicas assign the same value anyway.
 
     Args:
         model: A `keras.Model`.

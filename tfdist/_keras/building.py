@@ -1,4 +1,4 @@
-"""What a model is made of, and making it before it is trained."""
+"""Builds a model before it is trained, and lists its parts."""
 
 from __future__ import annotations
 
@@ -19,35 +19,35 @@ from tfdist._keras.discovery import Step, run, trace
 
 
 def build(model: Any, kind: str, spec: Any, sample: Callable[[], Any]) -> Step:
-    """Creates every variable that a step will need, without making a step.
+    """Creates every variable that a step needs, without running a step.
 
-    Variables made while a replica's step is traced would belong to that replica. Keras builds
-    a model from shapes alone where it can; a model with a step of its own, or with code that
-    needs tensors, is built by a first trace of that step.
+    A variable that is made while a replica's step is traced would belong to that replica.
+    Keras can build most models from shapes. If a model has a custom step, or code that needs
+    tensors, a first trace of the step builds it.
 
     Args:
-        model: A `keras.Model`, compiled unless it predicts.
+        model: A `keras.Model`, compiled unless `kind` is "predict_step".
         kind: "train_step", "test_step" or "predict_step".
-        spec: Describes a batch: `x`, `(x, y)` or `(x, y, sample_weight)`, leaves with shape and
-            dtype.
-        sample: Gives a batch, for a model that runs eagerly.
+        spec: Describes a batch: `x`, `(x, y)` or `(x, y, sample_weight)`, whose leaves have
+            a shape and a dtype.
+        sample: Returns a batch, for a model that runs eagerly.
 
     Returns:
-        What the step is made of besides the model, where it has one of its own.
+        What the trace has found, if one was needed.
 
     Raises:
-        Exception: What the step raises, as in Keras's own first step.
+        Exception: Any error of the step, as in Keras's own first step.
     """
-    # Code of somebody's own may keep seeds, optimizers, or a tf.Variable.
+    # Custom code may hold seeds, optimizers or a tf.Variable, which only a trace shows.
     optimizer = getattr(model, "optimizer", None)
-    is_keras_s = not has_own_code(model) and (optimizer is None or _is_keras(type(optimizer)))
+    is_all_keras = not has_own_code(model) and (optimizer is None or _is_keras(type(optimizer)))
     if kind == "predict_step":
         is_built = not has_own(model, kind)
         if is_built:
             build_layers(model, spec)
     else:
         is_built = not has_own(model, kind) and build_from_shapes(model, spec)
-    if is_built and is_keras_s:
+    if is_built and is_all_keras:
         return Step()
     step = step_of(model, kind)
     if model.run_eagerly:
@@ -56,20 +56,21 @@ def build(model: Any, kind: str, spec: Any, sample: Callable[[], Any]) -> Step:
 
 
 def build_from_shapes(model: Any, spec: Any) -> bool:
-    """Builds a model, its optimizer and metrics from shapes alone, where that can be.
+    """Builds a model, its optimizer and metrics from shapes, if possible.
 
-    What a step that is traced makes is nothing if the trace fails, and a second `fit` finds it.
+    Without it, a failed trace of the first step could leave variables behind that are unusable
+    in a second `fit`.
 
     Args:
         model: A compiled `keras.Model`.
         spec: As in `build`.
 
     Returns:
-        Whether it could be.
+        Whether it was possible.
     """
     try:
         model._symbolic_build(data_batch=spec)
-    except Exception:  # whatever the model's own code makes of shapes without values
+    except Exception:  # custom code may fail on shapes without values in any way
         return False
     return True
 
@@ -79,7 +80,7 @@ def _type_spec(leaf: Any) -> Any:
 
 
 def build_layers(model: Any, batch: Any) -> None:
-    """Creates a model's own variables, which is all that `predict` needs.
+    """Creates the variables of a model's layers, which is all that `predict` needs.
 
     Args:
         model: A `keras.Model`, compiled or not.
@@ -95,7 +96,7 @@ def build_layers(model: Any, batch: Any) -> None:
 
 
 def compiled_state(model: Any) -> tuple[Any, ...]:
-    """Gives objects whose identity changes whenever the model is compiled again.
+    """Returns objects whose identity changes when the model is compiled again.
 
     Args:
         model: A `keras.Model`.
@@ -111,14 +112,16 @@ def is_compiled_as(model: Any, state: tuple[Any, ...]) -> bool:
 
     Args:
         model: A compiled `keras.Model`.
-        state: What `compiled_state` gave.
+        state: An earlier result of `compiled_state`.
     """
-    now = compiled_state(model)
-    return len(now) == len(state) and all(a is b for a, b in zip(now, state, strict=True))
+    current = compiled_state(model)
+    return len(current) == len(state) and all(
+        a is b for a, b in zip(current, state, strict=True)
+    )
 
 
 def has_global_seed() -> bool:
-    """Tells whether anything drew from Keras's own seed generator, or may have."""
+    """Tells whether Keras's global seed generator exists, so that its state matters."""
     return _global_state.get_global_attribute("global_seed_generator") is not None
 
 
@@ -128,10 +131,10 @@ def is_seeded() -> bool:
 
 
 def global_seed_variable() -> Any:
-    """Gives the state of the generator that draws where no seed was given.
+    """Returns the state of the generator that Keras uses where no seed is passed.
 
     Returns:
-        A `keras.Variable`; the generator is made if there is none.
+        A `keras.Variable`. The generator is created if there is none.
     """
     return _global_seed_generator().state
 
@@ -146,7 +149,7 @@ def layers_of(model: Any) -> list[Any]:
 
 
 def computes_coarsely(model: Any) -> bool:
-    """Tells whether some of a model's products are rounded to half precision, or near it.
+    """Tells whether some products are rounded to half precision or TensorFloat-32.
 
     Args:
         model: A `keras.Model`.
@@ -159,15 +162,15 @@ def computes_coarsely(model: Any) -> bool:
 
 
 def has_own_code(model: Any) -> bool:
-    """Tells whether a model, or something in it, is of a class that is not Keras's.
+    """Tells whether a model, or a part of it, is of a class that is not Keras's.
 
     Args:
         model: A compiled `keras.Model`.
     """
     compiled = [getattr(model, "_compile_loss", None), getattr(model, "_compile_metrics", None)]
-    asked = [getattr(part, "_user_loss", None) for part in compiled if part is not None]
-    asked += [getattr(part, "_user_metrics", None) for part in compiled if part is not None]
-    parts = [*layers_of(model), *model.metrics, *keras.tree.flatten(asked)]
+    passed = [getattr(part, "_user_loss", None) for part in compiled if part is not None]
+    passed += [getattr(part, "_user_metrics", None) for part in compiled if part is not None]
+    parts = [*layers_of(model), *model.metrics, *keras.tree.flatten(passed)]
     return any(
         not _is_keras(part if callable(part) and hasattr(part, "__module__") else type(part))
         for part in parts
@@ -191,9 +194,9 @@ def has_own(model: Any, kind: str) -> bool:
 
 
 def step_of(model: Any, kind: str) -> Callable[[Any], Any]:
-    """Gives a model's step, without the `tf.function` that its class may have put around it.
+    """Returns a model's step, without a `tf.function` that its class may have added.
 
-    A function of its own would be traced for one replica and then run on all of them.
+    A `tf.function` would be traced for one replica, and all replicas would run that trace.
 
     Args:
         model: A `keras.Model`.
@@ -203,6 +206,6 @@ def step_of(model: Any, kind: str) -> Callable[[Any], Any]:
     plain = getattr(inspect.getattr_static(type(model), kind), "python_function", None)
     if plain is None:
         return step
-    with contextlib.suppress(Exception):  # as tf.function does: what has no source stays
+    with contextlib.suppress(Exception):  # as tf.function does for code without source
         plain = tf.autograph.to_graph(plain)
     return types.MethodType(plain, model)

@@ -1,4 +1,4 @@
-"""Whether a function of a `tf.data.Dataset` lets an example have a part in others."""
+"""Checks whether a function of a `tf.data.Dataset` lets an example influence others."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ _BRANCHES = frozenset({"Case", "If", "StatelessCase", "StatelessIf", "StatelessW
 
 
 def nodes(function: Any) -> Iterator[Any]:
-    """Lists the ops of a traced function, and of what it calls.
+    """Lists the ops of a traced function, and of the functions that it calls.
 
     Args:
-        function: Of a dataset.
+        function: The function of a dataset.
     """
     definition = function.graph.as_graph_def()
     yield from definition.node
@@ -44,21 +44,21 @@ def nodes(function: Any) -> Iterator[Any]:
 
 
 def captures_datasets(function: Any) -> bool:
-    """Tells whether a traced function uses a dataset that it was not given.
+    """Tells whether a traced function captures another dataset.
 
     Args:
-        function: Of a dataset.
+        function: The function of a dataset.
     """
     return any(outer.dtype == tf.variant for outer, _ in function.graph.captures)
 
 
 def state_of(function: Any) -> str | None:
-    """Names an op by which an element may change what becomes of later ones.
+    """Names an op by which an element may influence later elements, if there is one.
 
-    Python code is not looked into; seeds of Keras may move on.
+    Python code is not examined. Ops that advance Keras's seeds are allowed.
 
     Args:
-        function: Of a dataset.
+        function: The function of a dataset.
     """
     definition = function.graph.as_graph_def()
     functions = {f.signature.name: list(f.node_def) for f in definition.library.function}
@@ -67,8 +67,8 @@ def state_of(function: Any) -> str | None:
 
     def look(nodes: Any, in_branch: bool, seen: tuple[str, ...]) -> str | None:
         for node in nodes:
-            known = _op_defs.get(node.op)
-            if known is not None and known.is_stateful and node.op not in allowed:
+            op_def = _op_defs.get(node.op)
+            if op_def is not None and op_def.is_stateful and node.op not in allowed:
                 return str(node.op)
             if in_branch and node.op in _DRAWS | _ASSIGNS:
                 return f"{node.op} in a branch"
@@ -77,69 +77,74 @@ def state_of(function: Any) -> str | None:
             for name in called:
                 if name in functions and name not in seen:
                     branches = in_branch or node.op in _BRANCHES
-                    found = look(functions[name], branches, (*seen, name))
-                    if found is not None:
-                        return found
+                    stateful_op = look(functions[name], branches, (*seen, name))
+                    if stateful_op is not None:
+                        return stateful_op
         return None
 
     return look(definition.node, False, ())
 
 
 def untried(function: Any) -> str | None:
-    """Names an op because of which a function may give another result the second time.
+    """Names an op because of which two calls may differ, so that `mixes_rows` cannot test it.
 
     Args:
-        function: Of a dataset.
+        function: The function of a dataset.
     """
-    found = {node.op for node in nodes(function)} & (_DRAWS | _PYTHON | _ASSIGNS)
-    return min(found, default=None)
+    varying_ops = {node.op for node in nodes(function)} & (_DRAWS | _PYTHON | _ASSIGNS)
+    return min(varying_ops, default=None)
 
 
 def mixes_rows(one: Any) -> bool:
-    """Tries a map on a batch, and on one of which half of the rows are others.
+    """Tells whether a row of a mapped batch depends on other rows.
+
+    It applies the map to a batch, and to the batch with half of its rows changed. The results
+    of the other half must stay the same.
 
     Args:
         one: A dataset that maps batches of tensors.
     """
     source = one._inputs()[0]
-    with contextlib.suppress(tf.errors.OpError):  # too large to be written down
-        source = copied(source)  # so that no shuffle of the user's moves on
+    with contextlib.suppress(tf.errors.OpError):  # raised for a dataset that is too large
+        source = copied(source)  # the state of the user's shuffles must not change
     batch = next(iter(source))
     leaves = tf.nest.flatten(batch)
     count = int(leaves[0].shape[0])
     if any(int(leaf.shape[0]) != count for leaf in leaves):
         return True
     sizes = [spec.shape[1:] for spec in tf.nest.flatten(source.element_spec)]
-    made_sizes = [spec.shape[1:] for spec in tf.nest.flatten(one.element_spec)]
-    are_known = (all(s.is_fully_defined() for s in each) for each in (sizes, made_sizes))
-    if next(are_known) and not next(are_known):
+    mapped_sizes = [spec.shape[1:] for spec in tf.nest.flatten(one.element_spec)]
+    are_defined = (all(s.is_fully_defined() for s in each) for each in (sizes, mapped_sizes))
+    if next(are_defined) and not next(are_defined):
         return True
-    kept = np.arange(count) % 2 == 0
+    unchanged = np.arange(count) % 2 == 0
 
-    def changed(leaf: Any) -> Any:
-        moved = tf.gather(leaf, (np.arange(count) + count // 2) % count)
+    def change(leaf: Any) -> Any:
+        other_rows = tf.gather(leaf, (np.arange(count) + count // 2) % count)
         if leaf.dtype.is_floating:
-            moved = moved * 3 + 1
-        return tf.where(tf.reshape(kept, [-1] + [1] * (leaf.shape.rank - 1)), leaf, moved)
+            other_rows = other_rows * 3 + 1
+        mask = tf.reshape(unchanged, [-1] + [1] * (leaf.shape.rank - 1))
+        return tf.where(mask, leaf, other_rows)
 
-    def made(batch: Any) -> list[Any]:
+    def mapped(batch: Any) -> list[Any]:
         tensors = _structure.to_tensor_list(source.element_spec, batch)
-        found = one._map_func.function(*tensors)
-        given = _structure.from_compatible_tensor_list(one._map_func.output_structure, found)
-        leaves: list[Any] = tf.nest.flatten(given)
+        outputs = one._map_func.function(*tensors)
+        structure = one._map_func.output_structure
+        elements = _structure.from_compatible_tensor_list(structure, outputs)
+        leaves: list[Any] = tf.nest.flatten(elements)
         return leaves
 
-    pairs = zip(made(batch), made(tf.nest.map_structure(changed, batch)), strict=True)
-    return not all(_agree(a, b, count, kept) for a, b in pairs)
+    pairs = zip(mapped(batch), mapped(tf.nest.map_structure(change, batch)), strict=True)
+    return not all(_rows_agree(a, b, count, unchanged) for a, b in pairs)
 
 
-def _agree(one: Any, other: Any, count: int, kept: Any) -> bool:
-    if not isinstance(one, tf.Tensor) or one.shape.rank == 0 or one.shape != other.shape:
+def _rows_agree(first: Any, second: Any, count: int, rows: Any) -> bool:
+    if not isinstance(first, tf.Tensor) or first.shape.rank == 0:
         return False
-    if int(one.shape[0]) != count:
+    if first.shape != second.shape or int(first.shape[0]) != count:
         return False
-    mine, others = one.numpy()[kept], other.numpy()[kept]
-    if one.dtype.is_floating:
-        mine, others = mine.astype(np.float64), others.astype(np.float64)
-        return bool(np.allclose(mine, others, rtol=1e-4, atol=1e-6, equal_nan=True))
-    return bool((mine == others).all())
+    a, b = first.numpy()[rows], second.numpy()[rows]
+    if first.dtype.is_floating:
+        a, b = a.astype(np.float64), b.astype(np.float64)
+        return bool(np.allclose(a, b, rtol=1e-4, atol=1e-6, equal_nan=True))
+    return bool((a == b).all())

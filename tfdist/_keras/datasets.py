@@ -1,7 +1,8 @@
-"""A `tf.data.Dataset` of somebody's: what its order depends on, and copies that own it.
+"""The order of a user's `tf.data.Dataset`: what it depends on, and copies with a fixed order.
 
-The state of a shuffle belongs to its dataset, and all iterators move it on, as far as buffers
-draw ahead. A copy through the dataset's graph has a state of its own, at its beginning.
+The state of a shuffle belongs to its dataset. All iterators advance it, by as much as their
+buffers read ahead. A copy through the dataset's graph has a state of its own, which starts at
+the beginning.
 """
 
 from __future__ import annotations
@@ -16,17 +17,17 @@ from tfdist._keras.discovery import RANDOM_OPS
 
 # Inputs of the ops that shuffle: where their seeds are, and the generator of later seeds.
 _SHUFFLES = {"ShuffleDatasetV3": ((2, 3), 4), "ShuffleAndRepeatDatasetV2": ((2, 3), 5)}
-_KEPT_OF_MAP = (
+_MAP_ATTRIBUTES = (  # those of "ParallelMapDatasetV2" that "MapDataset" has too
     "f", "Targuments", "output_types", "output_shapes", "use_inter_op_parallelism",
     "preserve_cardinality", "metadata",
 )  # fmt: skip
-_IGNORE_STATE = 1  # of lookup tables and random ops: they are shared, or begin anew
+_IGNORE_STATE = 1  # of lookup tables, which are shared, and of random ops, which begin anew
 
 
 def reshuffles_ahead(dataset: Any) -> bool:
-    """Tells whether a dataset repeats, by itself, something that is shuffled anew each time.
+    """Tells whether a dataset itself repeats a dataset that is reshuffled each time.
 
-    Then how far its shuffle has come depends on how far buffers have drawn ahead.
+    Then the state of the shuffle depends on how far buffers have read ahead.
 
     Args:
         dataset: A `tf.data.Dataset`.
@@ -38,63 +39,63 @@ def reshuffles_ahead(dataset: Any) -> bool:
 
 
 def repetitions(dataset: Any) -> list[tuple[int, bool]]:
-    """Lists what a dataset repeats by itself.
+    """Lists the repetitions within a dataset.
 
     Args:
         dataset: A `tf.data.Dataset` of batches.
 
     Returns:
-        For each repetition how many elements it repeats, negative if unknown, and whether
-        batches are made of these.
+        For each repetition the number of elements that it repeats, negative if unknown, and
+        whether a later operation batches them.
     """
-    found: list[tuple[int, bool]] = []
+    repeats: list[tuple[int, bool]] = []
 
     def look(one: Any, is_batched: bool) -> None:
-        before = one._inputs()
+        inputs = one._inputs()
         if _is(one, "Repeat") or _is(one, "ShuffleAndRepeat"):
-            found.append((int(before[0].cardinality()), is_batched))
-        for inner in before:
+            repeats.append((int(inputs[0].cardinality()), is_batched))
+        for inner in inputs:
             look(inner, is_batched or "Batch" in type(one).__name__)
 
     look(dataset, False)
-    return found
+    return repeats
 
 
 def draws_in_parallel(dataset: Any) -> str | None:
-    """Names an operation that draws random numbers for several elements at once, if any.
+    """Names an operation that draws random numbers for several elements in parallel, if any.
 
-    Which element gets which number then differs from run to run.
+    The assignment of numbers to elements then differs from run to run.
 
     Args:
         dataset: A `tf.data.Dataset`.
     """
     for one in _upstream(dataset):
-        found = RANDOM_OPS & _ops(one) if _is(one, "ParallelMap") else ()
-        if found:
-            return sorted(found)[0]
+        random_ops = RANDOM_OPS & _ops(one) if _is(one, "ParallelMap") else ()
+        if random_ops:
+            return sorted(random_ops)[0]
     return None
 
 
 def may_differ(dataset: Any) -> list[str]:
-    """Names what may give other elements, or another order, in another process.
+    """Names operations that may give other elements, or another order, in another process.
 
     Args:
         dataset: A `tf.data.Dataset`.
     """
-    found: dict[str, None] = {}
+    causes: dict[str, None] = {}  # an ordered set
     for one in _upstream(dataset):
         ops = _ops(one)
         if _is(one, "Shuffle"):
-            found["shuffle"] = None
+            causes["shuffle"] = None
         if ops & {"PyFunc", "PyFuncStateless", "EagerPyFunc"}:
-            found["a Python function (from_generator, py_function or numpy_function)"] = None
+            causes["a Python function (from_generator, py_function or numpy_function)"] = None
         if ops & RANDOM_OPS:
-            found["a map that draws random numbers"] = None
-    return list(found)
+            causes["a map that draws random numbers"] = None
+    return list(causes)
 
 
 def _ops(dataset: Any) -> set[str]:
-    """Names the ops of the function that a dataset applies, if it applies one."""
+    """Names the ops of the function that a dataset applies, if there is one."""
     function = getattr(getattr(dataset, "_map_func", None), "function", None)
     if function is None:
         return set()
@@ -118,20 +119,21 @@ def _is_reshuffling(dataset: Any) -> bool:
 
 
 def copied(dataset: Any, number: int = 0) -> Any:
-    """Makes a dataset of the same elements whose order is its own, from the beginning.
+    """Copies a dataset. The copy has its own order, which starts at the beginning.
 
-    Random numbers are drawn for one element after the other. Tables, generators and Python
-    functions are shared with the original.
+    It draws random numbers sequentially. It shares tables, generators and Python functions
+    with the original.
 
     Args:
         dataset: A `tf.data.Dataset`.
-        number: Copies with different numbers shuffle in different ways; 0 as the original.
+        number: Copies with different numbers have different shuffles. Copy 0 shuffles as the
+            original does.
 
     Returns:
         A `tf.data.Dataset`.
 
     Raises:
-        tf.errors.OpError: It cannot be written down, for instance because it is too large.
+        tf.errors.OpError: The dataset cannot be serialized, for instance for its size.
     """
     graph = written(dataset)
     functions = {function.signature.name: function for function in graph.library.function}
@@ -139,21 +141,21 @@ def copied(dataset: Any, number: int = 0) -> Any:
         by_name = {node.name: node for node in nodes}
         for node in nodes:
             if node.op in _SHUFFLES:
-                _own_order(node, by_name, number)
+                _set_seed(node, by_name, number)
             elif node.op == "ParallelMapDatasetV2" and _is_random(node, functions):
-                _one_by_one(node)
+                _make_sequential(node)
     variant = tf.raw_ops.DatasetFromGraph(graph_def=graph.SerializeToString())
     return _dataset_ops._VariantDataset(variant, dataset.element_spec)
 
 
 def written(dataset: Any) -> Any:
-    """Writes a dataset down as a graph.
+    """Serializes a dataset as a graph.
 
     Args:
         dataset: A `tf.data.Dataset`.
 
     Raises:
-        tf.errors.OpError: It cannot be, for instance because it is too large.
+        tf.errors.OpError: The dataset cannot be serialized, for instance for its size.
     """
     graph = tf.raw_ops.DatasetToGraphV2(
         input_dataset=dataset._variant_tensor,
@@ -163,15 +165,16 @@ def written(dataset: Any) -> Any:
     return tf.compat.v1.GraphDef.FromString(graph.numpy())
 
 
-def _own_order(node: Any, by_name: dict[str, Any], number: int) -> None:
+def _set_seed(node: Any, by_name: dict[str, Any], number: int) -> None:
+    """Gives a shuffle its own generator of seeds, and seeds that depend on a number."""
     seeds, generator = _SHUFFLES[node.op]
     handle = by_name.get(node.input[generator].partition(":")[0])
     if handle is not None and handle.op == "Const":
         handle.op = "DummySeedGenerator"
         handle.attr.clear()
     if number:
-        for place in seeds:
-            constant = by_name.get(node.input[place].partition(":")[0])
+        for index in seeds:
+            constant = by_name.get(node.input[index].partition(":")[0])
             if constant is not None and constant.op == "Const":
                 value = int(tf.make_ndarray(constant.attr["value"].tensor))
                 moved = (value + number * 0x9E3779B1) % 2**31
@@ -192,8 +195,9 @@ def _is_random(node: Any, functions: dict[str, Any]) -> bool:
     return False
 
 
-def _one_by_one(node: Any) -> None:
+def _make_sequential(node: Any) -> None:
+    """Turns a parallel map into a sequential one, without the number of parallel calls."""
     node.op = "MapDataset"
     del node.input[len([i for i in node.input if not i.startswith("^")]) - 1]
-    for name in [name for name in node.attr if name not in _KEPT_OF_MAP]:
+    for name in [name for name in node.attr if name not in _MAP_ATTRIBUTES]:
         del node.attr[name]

@@ -1,8 +1,8 @@
-"""What a step is made of: found by tracing it once, before it trains.
+"""Finds the variables and optimizers of a step, by a trace before training.
 
-A model's own `train_step` may build optimizers and layers when it first runs, and keep them
-anywhere. Its first trace shows them, as Keras's own first step would. Nothing is computed. A
-model that runs eagerly makes one step on a sample instead, and gets all of its state back.
+A custom `train_step` may create optimizers and layers when it first runs, and store them
+anywhere. A trace finds them without computing anything. A model that runs eagerly runs one
+step on a sample instead, and then its state is restored.
 """
 
 from __future__ import annotations
@@ -41,17 +41,17 @@ RANDOM_OPS = frozenset(
 
 @dataclass
 class Step:
-    """What a step does, as far as its trace tells.
+    """What the trace of a step has found.
 
     Attributes:
-        optimizers: That it applies.
+        optimizers: The optimizers that it applies.
         metrics: Variables of the metrics that it updates.
-        assigned: `keras.Variable`s that it assigns, but for those of optimizers and metrics.
+        assigned: `keras.Variable`s that it assigns, without those of optimizers and metrics.
         updated: `keras.Variable`s that optimizers assign, such as those of their seeds.
-        raw: Names of `tf.Variable`s that it writes and that no `keras.Variable` holds.
+        raw: Names of `tf.Variable`s that it assigns and that back no `keras.Variable`.
         updates_in_branch: Whether an optimizer is applied in a branch, loop or function of
             the graph.
-        is_random: Whether it draws numbers that are no function of a seed it is given.
+        is_random: Whether it draws random numbers without an explicit seed.
         by_rows: `keras.Variable`s whose gradients are `tf.IndexedSlices`.
     """
 
@@ -66,18 +66,18 @@ class Step:
 
     @property
     def assigns_weights(self) -> bool:
-        """Whether it assigns trainable weights by itself, without an optimizer."""
+        """Whether it assigns trainable weights without an optimizer."""
         return any(variable.trainable for variable in self.assigned)
 
     @property
     def variables(self) -> list[Any]:
-        """All `keras.Variable`s that were found, some of them twice."""
+        """All `keras.Variable`s that the trace has found, some of them twice."""
         of_optimizers = [v for o in with_nested(self.optimizers) for v in o.variables]
         return [*self.assigned, *self.metrics, *self.updated, *of_optimizers]
 
 
 class _Recorder:
-    """Stands where a step's reduction would, and notes what comes by."""
+    """Takes the place of a step's reduction, and records its calls."""
 
     def __init__(self) -> None:
         self.step = Step()
@@ -86,7 +86,7 @@ class _Recorder:
         self._graph = tf.compat.v1.get_default_graph()
 
     def scale(self, optimizer: Any, loss: Tensor) -> Tensor:
-        """Leaves the loss as it is."""
+        """Returns the loss as it is."""
         return loss
 
     def apply(
@@ -96,8 +96,8 @@ class _Recorder:
         update: Callable[[list[Tensor]], None],
         variables: Sequence[Any],
     ) -> None:
-        """Notes the optimizer, and builds it as its own `apply` would; changes nothing."""
-        if not any(known is optimizer for known in self.step.optimizers):
+        """Records the optimizer, and builds it as its own `apply` would, without an update."""
+        if not any(recorded is optimizer for recorded in self.step.optimizers):
             self.step.optimizers.append(optimizer)
         if not tf.executing_eagerly():
             self.step.updates_in_branch |= tf.compat.v1.get_default_graph() is not self._graph
@@ -113,44 +113,44 @@ class _Recorder:
             update(grads)
 
     def begin(self, variables: Sequence[Any]) -> None:
-        """Notes a metric's variables."""
-        known = {id(v) for v in self.step.metrics}
-        new = [v for v in variables if id(v) not in known]
+        """Records a metric's variables."""
+        recorded = {id(v) for v in self.step.metrics}
+        new = [v for v in variables if id(v) not in recorded]
         self.step.metrics += new
         if tf.executing_eagerly():
             self.before += [(v, tf.identity(v.value)) for v in new]
-            for variable in new:  # as an epoch begins, whatever it has seen before
+            for variable in new:  # as at the beginning of an epoch
                 variable.assign(tf.zeros_like(variable.value))
 
 
 def trace(step: Callable[[Any], Any], spec: Any) -> Step:
-    """Finds what a step is made of, and builds it, without computing anything.
+    """Traces a step, and creates its variables, without computing anything.
 
     Args:
         step: A function of a batch, such as `model.train_step`.
-        spec: Describes a batch: leaves are `tf.TypeSpec`s.
+        spec: Describes a batch. Its leaves are `tf.TypeSpec`s.
 
     Raises:
-        Exception: What the step raises, as in Keras's own first step.
+        Exception: Any error of the step, as in Keras's own first step.
     """
-    found: list[Step] = []
+    steps: list[Step] = []
 
     def traced(data: Any) -> None:
-        with recording(_alone(data)) as recorder:
+        with recording(_only_replica(data)) as recorder:
             step(data)
-        found.append(recorder.step)
+        steps.append(recorder.step)
 
-    # Not by tf.function, whose variables are of a kind of its own.
+    # Not with tf.function, which creates variables of a special class.
     with keeping_random_state(), replicated():
         graph = _func_graph.func_graph_from_py_func("discovery", traced, (spec,), {})
-    result = found[-1]
+    result = steps[-1]
     result.is_random = bool(random_ops(graph))
     result.raw = _raw_writes(graph, result)
     return result
 
 
 def random_ops(graph: Any) -> list[str]:
-    """Names the ops of a graph whose numbers are no function of a seed that they are given.
+    """Names the ops of a graph that draw random numbers without an explicit seed.
 
     Args:
         graph: A `tf.Graph`.
@@ -161,9 +161,9 @@ def random_ops(graph: Any) -> list[str]:
 
 
 def _raw_writes(graph: Any, step: Step) -> list[str]:
-    """Names the `tf.Variable`s that a trace writes and nobody else knows."""
-    known = {id(v._value) for v in step.variables}
-    known |= {id(v._value) for o in step.optimizers for v in o._trainable_variables}
+    """Names the `tf.Variable`s that a trace assigns and that back no `keras.Variable`."""
+    backing = {id(v._value) for v in step.variables}
+    backing |= {id(v._value) for o in step.optimizers for v in o._trainable_variables}
     written: set[int] = set()
     for op in graph.get_operations():
         resources = [i for i, t in enumerate(op.inputs) if t.dtype == tf.resource]
@@ -173,37 +173,37 @@ def _raw_writes(graph: Any, step: Step) -> list[str]:
     return [
         variable.name
         for variable in graph.variables
-        if id(variable) not in known and handles.get(id(variable.handle)) in written
+        if id(variable) not in backing and handles.get(id(variable.handle)) in written
     ]
 
 
 def run(step: Callable[[Any], Any], sample: Any) -> Step:
-    """As `trace`, for a step that must run eagerly: it runs, and what it changed goes back.
+    """Like `trace`, for a step that must run eagerly. It runs, then its state is restored.
 
     Args:
         step: A function of a batch.
         sample: A batch.
     """
-    with keeping_random_state(), replicated(), recording(_alone(sample)) as recorder:
+    with keeping_random_state(), replicated(), recording(_only_replica(sample)) as recorder:
         step(sample)
     return recorder.step
 
 
-def _alone(data: Any) -> ReplicaBatch:
-    """Makes what the only replica of a batch knows of it."""
+def _only_replica(data: Any) -> ReplicaBatch:
+    """Makes the `ReplicaBatch` of a single replica."""
     rows = tf.cast(rows_of(data), tf.int64)
     return ReplicaBatch(rows, rows, tf.zeros([], tf.int64), list, tf.identity)
 
 
 @contextlib.contextmanager
 def recording(batch: ReplicaBatch) -> Iterator[_Recorder]:
-    """Notes what a step does that runs meanwhile; what it changes eagerly goes back.
+    """Records the step that runs in this context. At its end, eager changes are reverted.
 
     Args:
-        batch: What the step's replica knows.
+        batch: The batch of the step's replica.
 
     Yields:
-        What notes it.
+        The recorder.
     """
     recorder = _Recorder()
     batch.updates = batch.metrics = recorder
@@ -235,16 +235,19 @@ def rows_of(data: Any) -> Tensor:
 
 @contextlib.contextmanager
 def keeping_random_state() -> Iterator[None]:
-    """Leaves Python's, NumPy's and TensorFlow's generators where they are."""
-    ours, theirs = random.getstate(), np.random.get_state()
-    tensorflows = generator()
-    its = None if tensorflows is None else tensorflows.getstate()
+    """Restores the states of Python's, NumPy's and TensorFlow's generators at the end."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    tensorflow_generator = generator()
+    tensorflow_state = None if tensorflow_generator is None else tensorflow_generator.getstate()
     try:
         yield
     finally:
-        random.setstate(ours)
-        np.random.set_state(theirs)
-        if tensorflows is not None and tensorflows.getstate() != its:
-            tensorflows.setstate(its)
-            # Kernels of the seeds that were drawn have states of their own.
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        if (
+            tensorflow_generator is not None
+            and tensorflow_generator.getstate() != tensorflow_state
+        ):
+            tensorflow_generator.setstate(tensorflow_state)
+            # Cached kernels have a random state too, each for its seed.
             _context.context().clear_kernel_cache()

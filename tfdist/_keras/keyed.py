@@ -1,7 +1,8 @@
-"""Random numbers as a function of a secret, the draw and the row that they are for.
+"""Random numbers as a function of a secret, the draw and the key of a row.
 
-In private training what a row contributes must depend on no other row, so its numbers may
-not follow from its place in the batch: a row that is left out would move those after it.
+In private training the contribution of a row must not depend on other rows. So its random
+numbers must not depend on its position in the batch: without one row, all later rows would
+have other positions.
 """
 
 from __future__ import annotations
@@ -19,16 +20,16 @@ from tfdist._keras.traces import map_fn
 
 Tensor = Any
 _PHILOX = tf.random.Algorithm.PHILOX.value
-# So many of a number's bits make a float from 0 to 1.
+# Number of random bits in a float from 0 to 1.
 FRACTION_BITS = {tf.float16: 10, tf.bfloat16: 7, tf.float32: 23, tf.float64: 52}
 
 
 @dataclass(frozen=True)
 class RowKeys:
-    """What tells the rows of a batch apart, wherever in it they are.
+    """The keys of a batch's rows, independent of their positions.
 
     Attributes:
-        rows: A number for each row, int64 of shape [rows].
+        rows: The key of each row, int64 of shape [rows].
         secret: int64 of shape [2], the same on all replicas.
     """
 
@@ -36,42 +37,43 @@ class RowKeys:
     secret: Tensor
 
     def at(self, rows: Tensor) -> RowKeys:
-        """Gives the keys of some rows.
+        """Returns the keys of some rows.
 
         Args:
-            rows: Their places, shape [some].
+            rows: Their positions, shape [some].
         """
         return RowKeys(tf.gather(self.rows, rows), self.secret)
 
     def words(self, shape: Sequence[Any] | Tensor, seed: Tensor, fine: bool = False) -> Tensor:
         """Draws 64 bits for each number of a tensor.
 
-        Where a tensor's first axis has as many places as there are rows, or a multiple of it
-        in a batch of any size, each row has its own numbers; else all rows have the same.
+        Each row has its own numbers if the tensor's first axis is as long as the number of
+        rows, or, for a batch of unknown size, a multiple of it. Otherwise all rows have the
+        same numbers.
 
-        A number at position j of the row with key k is made from a[j] * k + b[j], with a and b
-        from Philox: for one row, and for any two, independent (multiply-shift, Dietzfelbinger,
-        "Universal hashing and k-wise independent random variables via integer arithmetic
-        without primes", STACS 1996). Two rounds of MurmurHash3's finalizer take the linear
-        relation from three and more rows.
+        The number at position j of the row with key k is computed from a[j] * k + b[j]. Philox
+        generates a and b. The numbers of any two rows are independent (multiply-shift,
+        Dietzfelbinger, "Universal hashing and k-wise independent random variables via integer
+        arithmetic without primes", STACS 1996). Two rounds of MurmurHash3's finalizer remove
+        the linear relation between three or more rows.
 
         Args:
-            shape: Of the tensor.
-            seed: Of the draw, int32 of shape [2].
-            fine: Whether the lower 32 bits are needed too.
+            shape: The shape of the tensor.
+            seed: The seed of the draw, int32 of shape [2].
+            fine: Whether the caller needs the lower 32 bits too.
 
         Returns:
             uint64 of the shape.
         """
-        whole, static = _shapes(shape)
+        size, static = _shapes(shape)
         rows = tf.size(self.rows, tf.int64)
-        is_by_row = self._is_by_row(whole, static, rows)
+        is_by_row = self._is_by_row(size, static, rows)
         keys = tf.where(is_by_row, self.rows[: tf.where(is_by_row, rows, 1)], 0)
-        positions = tf.reduce_prod(whole) // tf.maximum(tf.size(keys, tf.int64), 1)
-        with_seed = tf.bitcast(tf.cast(seed, tf.int32), tf.uint32)
-        high = tf.cast(with_seed[0], tf.uint64) * tf.constant(2**32, tf.uint64)
+        positions = tf.reduce_prod(size) // tf.maximum(tf.size(keys, tf.int64), 1)
+        seed_words = tf.bitcast(tf.cast(seed, tf.int32), tf.uint32)
+        high = tf.cast(seed_words[0], tf.uint64) * tf.constant(2**32, tf.uint64)
         secret = tf.bitcast(self.secret, tf.uint64)
-        high = (high + tf.cast(with_seed[1], tf.uint64)) ^ secret[1]
+        high = (high + tf.cast(seed_words[1], tf.uint64)) ^ secret[1]
         factors = tf.raw_ops.StatelessRandomUniformFullIntV2(
             shape=tf.stack([2, tf.cast(positions, tf.int32)]),
             key=secret[:1],
@@ -80,45 +82,45 @@ class RowKeys:
             dtype=tf.uint64,
         )
         words = factors[0] * tf.bitcast(keys, tf.uint64)[:, None] + factors[1]
-        return tf.ensure_shape(tf.reshape(_mixed(words, fine), whole), static)
+        return tf.ensure_shape(tf.reshape(_mix(words, fine), size), static)
 
-    def _is_by_row(self, whole: Tensor, static: tf.TensorShape, rows: Tensor) -> Tensor:
-        """Says whether a tensor's first axis is that of the batch."""
+    def _is_by_row(self, size: Tensor, static: tf.TensorShape, rows: Tensor) -> Tensor:
+        """Tells whether a tensor's first axis is the axis of the batch."""
         if not static.rank:
             return tf.constant(False)
         if static[0] is not None and not tf.executing_eagerly():
-            # A number that was written down is the batch's only if that was, too.
+            # A static length can be the batch size only if the batch has a static size.
             return tf.constant(static[0] == self.rows.shape[0])
         if static[0] is not None:
-            return tf.equal(whole[0], rows)
-        return (whole[0] % tf.maximum(rows, 1) == 0) & (whole[0] >= rows)
+            return tf.equal(size[0], rows)
+        return (size[0] % tf.maximum(rows, 1) == 0) & (size[0] >= rows)
 
     def fold(self, seed: Tensor, rows: Tensor) -> Tensor:
-        """Makes a seed of a draw's and a row's key.
+        """Derives a seed from the seed of a draw and the key of a row.
 
         Args:
-            seed: Of the draw, int32 of shape [2].
+            seed: The seed of the draw, int32 of shape [2].
             rows: The key, a scalar int64.
 
         Returns:
             int64 of shape [2].
         """
-        one = RowKeys(rows[None], self.secret)
-        words = one.words(tf.constant([1, 2], tf.int64), seed, fine=True)[0]
+        of_row = RowKeys(rows[None], self.secret)
+        words = of_row.words(tf.constant([1, 2], tf.int64), seed, fine=True)[0]
         return tf.cast(tf.bitwise.right_shift(words, tf.constant(33, tf.uint64)), tf.int64)
 
 
 def row_numbers(data: Any, offset: Tensor, copies: int = 1) -> Tensor:
-    """Gives each row a number that follows from its contents alone.
+    """Computes a number for each row from its contents.
 
-    So the numbers of other rows stay as they are when a row is left out of the data, added
-    or replaced. Equal rows have equal numbers.
+    So if a row of the data is removed, added or replaced, all other rows keep their numbers.
+    Equal rows have equal numbers.
 
     Args:
-        data: `x`, `(x, y)` or `(x, y, sample_weight)`; weights do not count.
-        offset: Scalar int64, the place of the first row in the global batch: where contents
-            cannot be summed up (ragged and sparse inputs), rows are told apart by their place.
-        copies: How often each row comes, one behind the other; copies are told apart.
+        data: `x`, `(x, y)` or `(x, y, sample_weight)`. Weights are ignored.
+        offset: Scalar int64, the position of the first row in the global batch. Ragged and
+            sparse inputs have no fingerprint: there the number is the row's position.
+        copies: Number of adjacent copies of each row. Copies have different numbers.
 
     Returns:
         int64 of shape [rows].
@@ -135,31 +137,33 @@ def row_numbers(data: Any, offset: Tensor, copies: int = 1) -> Tensor:
             continue
         if column.shape.rank == 1:
             column = column[:, None]
-        found = tf.bitcast(tf.fingerprint(column), tf.int64)
-        number = number * 0x2127599BF4325C37 + found
+        fingerprint = tf.bitcast(tf.fingerprint(column), tf.int64)
+        number = number * 0x2127599BF4325C37 + fingerprint
     return number
 
 
 def _shapes(shape: Any) -> tuple[Tensor, tf.TensorShape]:
-    """Gives a shape as a tensor, and what is known of it."""
+    """Returns a shape as a tensor, and the static shape."""
     if tf.is_tensor(shape):
-        known = tf.get_static_value(shape, partial=True)
-        known = [None] * int(shape.shape[0]) if known is None else list(known)
-        return tf.cast(shape, tf.int64), tf.TensorShape(known)
+        sizes = tf.get_static_value(shape, partial=True)
+        sizes = [None] * int(shape.shape[0]) if sizes is None else list(sizes)
+        return tf.cast(shape, tf.int64), tf.TensorShape(sizes)
     static = [size if isinstance(size, int | np.integer) else None for size in shape]
     sizes = [tf.cast(size, tf.int64) for size in shape]
     return (tf.stack(sizes) if sizes else tf.zeros([0], tf.int64)), tf.TensorShape(static)
 
 
-def _mixed(words: Tensor, fine: bool) -> Tensor:
-    def shifted(words: Tensor, bits: int) -> Tensor:
+def _mix(words: Tensor, fine: bool) -> Tensor:
+    """Applies MurmurHash3's finalizer, or its first half: enough for the upper bits."""
+
+    def xor_shift(words: Tensor, bits: int) -> Tensor:
         return words ^ tf.bitwise.right_shift(words, tf.constant(bits, tf.uint64))
 
-    words = shifted(words, 33) * tf.constant(0xFF51AFD7ED558CCD, tf.uint64)
+    words = xor_shift(words, 33) * tf.constant(0xFF51AFD7ED558CCD, tf.uint64)
     if not fine:
         return words
-    words = shifted(words, 33) * tf.constant(0xC4CEB9FE1A85EC53, tf.uint64)
-    return shifted(words, 33)
+    words = xor_shift(words, 33) * tf.constant(0xC4CEB9FE1A85EC53, tf.uint64)
+    return xor_shift(words, 33)
 
 
 def _upper(words: Tensor, bits: int) -> Tensor:
@@ -169,11 +173,11 @@ def _upper(words: Tensor, bits: int) -> Tensor:
 def is_at_least(
     rate: float, keys: RowKeys, shape: Any, seed: Tensor, dtype: tf.DType
 ) -> Tensor:
-    """Tells where a number from 0 to 1 is `rate` or more, as fine as `dtype` is.
+    """Tells where a random number from 0 to 1, in the precision of `dtype`, is at least `rate`.
 
     Args:
         rate: The bound.
-        keys: Of the rows.
+        keys: The rows' keys.
         shape: As in `RowKeys.words`.
         seed: As in `RowKeys.words`.
         dtype: A floating dtype.
@@ -185,10 +189,10 @@ def is_at_least(
 
 
 def uniform(keys: RowKeys, shape: Any, seed: Tensor, dtype: tf.DType) -> Tensor:
-    """Draws numbers from 0, included, to 1.
+    """Draws numbers from 0, included, to 1, excluded.
 
     Args:
-        keys: Of the rows.
+        keys: The rows' keys.
         shape: As in `RowKeys.words`.
         seed: As in `RowKeys.words`.
         dtype: A floating dtype.
@@ -202,7 +206,7 @@ def normal(keys: RowKeys, shape: Any, seed: Tensor, dtype: tf.DType) -> Tensor:
     """Draws normal numbers of mean 0 and variance 1 (Box and Muller, 1958).
 
     Args:
-        keys: Of the rows.
+        keys: The rows' keys.
         shape: As in `RowKeys.words`.
         seed: As in `RowKeys.words`.
         dtype: A floating dtype.
@@ -212,7 +216,7 @@ def normal(keys: RowKeys, shape: Any, seed: Tensor, dtype: tf.DType) -> Tensor:
     low = tf.bitwise.bitwise_and(words, tf.constant(2**32 - 1, tf.uint64))
     first = (tf.cast(tf.cast(_upper(words, 32), tf.int64), computed) + 0.5) * 2.0**-32
     angle = tf.cast(tf.cast(low, tf.int64), computed) * (math.pi * 2.0**-31)
-    # Rounded to float32 the largest of them would be 1, which is no harm: the radius is 0.
+    # The largest value of `first` rounds to 1 in float32. It is valid: the radius is 0.
     return tf.cast(tf.sqrt(-2.0 * tf.math.log(first)) * tf.cos(angle), dtype)
 
 
@@ -220,10 +224,10 @@ def integers(keys: RowKeys, shape: Any, seed: Tensor, dtype: tf.DType = tf.int64
     """Draws whole numbers from 0 to 2**62 - 1.
 
     Args:
-        keys: Of the rows.
+        keys: The rows' keys.
         shape: As in `RowKeys.words`.
         seed: As in `RowKeys.words`.
-        dtype: Has room for them.
+        dtype: An integer dtype of 64 bits.
     """
     return tf.cast(_upper(keys.words(shape, seed, fine=True), 62), dtype)
 
@@ -231,31 +235,35 @@ def integers(keys: RowKeys, shape: Any, seed: Tensor, dtype: tf.DType = tf.int64
 def row_by_row(
     draw: Callable[..., Tensor], keys: RowKeys, shape: Any, seed: Tensor, *parameters: Any
 ) -> Tensor:
-    """Draws from a distribution for one row after the other: exact for any, and slow.
+    """Draws from any distribution, for one row after the other. It is slow.
 
     Args:
-        draw: Takes a shape, a seed and the parameters.
-        keys: Of the rows.
+        draw: A function of a shape, a seed and the parameters.
+        keys: The rows' keys.
         shape: As in `RowKeys.words`.
         seed: As in `RowKeys.words`.
         *parameters: Tensors that can be broadcast to `shape`.
     """
-    whole, static = _shapes(shape)
+    size, static = _shapes(shape)
     rows = tf.size(keys.rows, tf.int64)
-    is_by_row = keys._is_by_row(whole, static, rows)
-    used = tf.where(is_by_row, keys.rows[: tf.where(is_by_row, rows, 1)], 0)
-    split = tf.concat([[tf.size(used, tf.int64), -1], whole[1:]], 0)
+    is_by_row = keys._is_by_row(size, static, rows)
+    row_keys = tf.where(is_by_row, keys.rows[: tf.where(is_by_row, rows, 1)], 0)
+    num_keys = tf.size(row_keys, tf.int64)
+    split = tf.concat([[num_keys, -1], size[1:]], 0)
     split = split if static.rank else tf.constant([1, 1], tf.int64)
-    given = [tf.reshape(tf.broadcast_to(p, whole), split) for p in parameters]
-    of_row = tf.concat([[tf.reduce_prod(whole[:1]) // tf.size(used, tf.int64)], whole[1:]], 0)
+    by_row = [tf.reshape(tf.broadcast_to(p, size), split) for p in parameters]
+    row_shape = tf.concat([[tf.reduce_prod(size[:1]) // num_keys], size[1:]], 0)
 
-    def one(row: Any) -> Tensor:
-        key, *own = row
-        return draw(of_row, tf.cast(keys.fold(seed, key), tf.int32), *own)
+    def draw_row(key_and_parameters: Any) -> Tensor:
+        key, *row_parameters = key_and_parameters
+        return draw(row_shape, tf.cast(keys.fold(seed, key), tf.int32), *row_parameters)
 
-    probe = draw(tf.constant([1]), tf.constant([0, 0]), *(tf.ones([1], p.dtype) for p in given))
-    drawn = map_fn(one, (used, *given), fn_output_signature=tf.TensorSpec(None, probe.dtype))
-    return tf.ensure_shape(tf.reshape(drawn, whole), static)
+    ones = [tf.ones([1], parameter.dtype) for parameter in by_row]
+    dtype = draw(tf.constant([1]), tf.constant([0, 0]), *ones).dtype
+    numbers = map_fn(
+        draw_row, (row_keys, *by_row), fn_output_signature=tf.TensorSpec(None, dtype)
+    )
+    return tf.ensure_shape(tf.reshape(numbers, size), static)
 
 
 BY_OP: dict[Callable[..., Any], Callable[..., Tensor]] = {

@@ -1,4 +1,4 @@
-"""Layers: what they hold, how they are called, and the loss that a model compiles.
+"""Layers: their variables, their calls, and the compiled loss of a model.
 
 `tests/privacy/test_clipping.py` has the contract tests.
 """
@@ -15,7 +15,7 @@ from keras.src.models import Functional as _Functional
 
 
 def own_variables(layer: Any) -> list[Any]:
-    """Lists the trainable variables a layer has itself, not through its sublayers.
+    """Lists the trainable variables of a layer, without those of its sublayers.
 
     Relies on `Layer._trainable_variables`, which its tracker fills.
 
@@ -26,7 +26,7 @@ def own_variables(layer: Any) -> list[Any]:
 
 
 def sublayers(layer: Any) -> list[Any]:
-    """Lists the layers that a layer holds directly.
+    """Lists the direct sublayers of a layer.
 
     Relies on `Layer._flatten_layers`.
 
@@ -38,36 +38,36 @@ def sublayers(layer: Any) -> list[Any]:
 
 @contextlib.contextmanager
 def called_through(layer: Any, function: Callable[..., Any]) -> Iterator[None]:
-    """Has `function(call, *args, **kwargs)` called where Keras calls `layer.call`.
+    """Makes Keras call `function(call, *args, **kwargs)` instead of `layer.call`.
 
-    Relies on `Layer.__call__` looking `call` up on the instance, or `quantized_call` of a
-    quantized layer, with the arguments cast and masks filled in before, and under the scope
-    that casts variables.
+    Relies on `Layer.__call__`: it looks up `call` on the instance, or `quantized_call` of a
+    quantized layer. Before that, it casts the arguments and fills in masks. It calls in the
+    scope that casts variables.
 
     Args:
         layer: A built `keras.Layer`.
-        function: Gets the layer's own `call` and its arguments.
+        function: A function of the layer's own `call` and its arguments.
     """
     name = "call" if getattr(layer, "quantization_mode", None) is None else "quantized_call"
     call = getattr(layer, name)
-    had = vars(layer).get(name)
+    instance_call = vars(layer).get(name)
 
-    def through(*args: Any, **kwargs: Any) -> Any:
+    def replacement(*args: Any, **kwargs: Any) -> Any:
         return function(call, *args, **kwargs)
 
-    vars(layer)[name] = through
+    vars(layer)[name] = replacement
     try:
         yield
     finally:
-        if had is None:
+        if instance_call is None:
             del vars(layer)[name]
         else:
-            vars(layer)[name] = had
+            vars(layer)[name] = instance_call
 
 
 @contextlib.contextmanager
 def changed(layer: Any, **attributes: Any) -> Iterator[None]:
-    """Gives a layer's attributes other values, past its tracker, which is locked once built.
+    """Changes attributes of a layer in this context, bypassing its locked tracker.
 
     Args:
         layer: A `keras.Layer`.
@@ -87,36 +87,36 @@ def has_mask(tensor: Any) -> bool:
     Relies on the attribute `_keras_mask`.
 
     Args:
-        tensor: What a layer returned.
+        tensor: The output of a layer.
     """
     return getattr(tensor, "_keras_mask", None) is not None
 
 
 def mask_of(tensor: Any) -> Any:
-    """Gives the mask that a layer has left on its output.
+    """Returns the mask that a layer has attached to its output.
 
     Relies on `Tensor._keras_mask`.
 
     Args:
-        tensor: For which `has_mask` holds.
+        tensor: A tensor with a mask; see `has_mask`.
     """
     return tensor._keras_mask
 
 
 def give_mask(tensor: Any, mask: Any) -> None:
-    """Leaves a mask on a tensor, as layers do.
+    """Attaches a mask to a tensor, as layers do.
 
     Args:
-        tensor: Any.
+        tensor: Any tensor.
         mask: Shape [rows, positions].
     """
     tensor._keras_mask = mask
 
 
 def is_plain(layer: Any) -> bool:
-    """Tells whether a layer computes with the weights that it trains as they are.
+    """Tells whether a layer computes with its trainable weights as they are.
 
-    One that is quantized to 8 bits does if it trains a low-rank change of them (QLoRA).
+    A layer that is quantized to 8 bits does if it trains a low-rank update (QLoRA).
 
     Args:
         layer: A `keras.Layer`.
@@ -126,7 +126,7 @@ def is_plain(layer: Any) -> bool:
 
 
 def is_seed(variable: Any) -> bool:
-    """Tells whether a variable is a state of random numbers.
+    """Tells whether a variable is the state of a seed generator.
 
     Relies on its name.
 
@@ -137,7 +137,7 @@ def is_seed(variable: Any) -> bool:
 
 
 def seeds(layer: Any) -> list[Any]:
-    """Lists the states of a layer's random numbers.
+    """Lists the states of a layer's seed generators.
 
     Args:
         layer: A `keras.Layer`.
@@ -146,19 +146,19 @@ def seeds(layer: Any) -> list[Any]:
 
 
 def index_of(optimizer: Any, variable: Any) -> int:
-    """Says which of an optimizer's variables one is: its state is in lists.
+    """Returns the index of a variable in an optimizer's lists of state.
 
     Relies on `Optimizer._get_variable_index`, which Keras's optimizers use.
 
     Args:
         optimizer: A built `keras.optimizers.Optimizer`.
-        variable: One of those it was built with.
+        variable: A variable that the optimizer trains.
     """
     return int(optimizer._get_variable_index(variable))
 
 
 _losses = keras.losses
-# Each of these has a loss for every example that depends on it alone, and takes the mean.
+# Each of these computes a loss for every example from this example only, and takes the mean.
 _OF_EXAMPLES = (
     _losses.BinaryCrossentropy,
     _losses.BinaryFocalCrossentropy,
@@ -202,13 +202,13 @@ _FUNCTIONS = (
 
 
 def is_mean_over_examples(loss: Any, weighted: bool) -> bool:
-    """Tells whether a compiled loss is known to be the mean of losses of single examples.
+    """Tells whether a compiled loss is certainly the mean of the examples' losses.
 
     Relies on `LossFunctionWrapper._fn_kwargs`, the options of the loss.
 
     Args:
-        loss: One leaf of `model.loss`.
-        weighted: Whether losses are multiplied by weights of examples.
+        loss: A leaf of `model.loss`.
+        weighted: Whether the examples have weights.
     """
     if isinstance(loss, str):
         if loss.lower() in ("crossentropy", "ce"):  # Keras chooses one of three
@@ -219,7 +219,7 @@ def is_mean_over_examples(loss: Any, weighted: bool) -> bool:
     if type(loss) not in _OF_EXAMPLES:
         return False
     options = loss._fn_kwargs
-    # What it ignores does not count in the mean.
+    # The mean does not count ignored targets.
     if options.get("axis", -1) != -1 or options.get("ignore_class") is not None:
         return False
     means = ("sum_over_batch_size", "mean", *(() if weighted else ("mean_with_sample_weight",)))
@@ -227,7 +227,7 @@ def is_mean_over_examples(loss: Any, weighted: bool) -> bool:
 
 
 def is_graph_of_layers(model: Any) -> bool:
-    """Tells whether a model is given by its layers, and not by code of its own.
+    """Tells whether a model consists of layers only, without custom code.
 
     Relies on the class `Functional`, which `keras.Model(inputs, outputs)` makes.
 
@@ -238,7 +238,7 @@ def is_graph_of_layers(model: Any) -> bool:
 
 
 def losses_of(model: Any) -> list[Any]:
-    """Lists the losses a model was compiled with.
+    """Lists the losses with which a model was compiled.
 
     Args:
         model: A compiled `keras.Model`.
@@ -264,8 +264,8 @@ def compiled_loss(model: Any, x: Any, y: Any, outputs: Any, sample_weight: Any) 
         model: A compiled `keras.Model`.
         x: Inputs.
         y: Targets.
-        outputs: The model's.
-        sample_weight: As Keras has it, or None.
+        outputs: The model's outputs.
+        sample_weight: The weights of the examples, or None.
     """
     return model._compute_loss(
         x=x, y=y, y_pred=outputs, sample_weight=sample_weight, training=True
@@ -274,7 +274,7 @@ def compiled_loss(model: Any, x: Any, y: Any, outputs: Any, sample_weight: Any) 
 
 @contextlib.contextmanager
 def without_regularizers(variables: Sequence[Any]) -> Iterator[None]:
-    """Takes the regularizers of variables away while the context lasts.
+    """Removes the regularizers of variables while the context lasts.
 
     Args:
         variables: `keras.Variable`s.
@@ -290,13 +290,13 @@ def without_regularizers(variables: Sequence[Any]) -> Iterator[None]:
 
 
 def track_loss(model: Any, loss: Any, examples: Any) -> None:
-    """Counts a loss in what the progress bar shows.
+    """Adds a loss to the metric that the progress bar shows.
 
     Relies on `Trainer._loss_tracker`.
 
     Args:
         model: A compiled `keras.Model`.
-        loss: Scalar, of a batch.
-        examples: How many the batch has.
+        loss: Scalar, the loss of a batch.
+        examples: Number of examples of the batch.
     """
     model._loss_tracker.update_state(loss, sample_weight=examples)

@@ -1,4 +1,4 @@
-"""Keras's own loop, which calls what tfdist gives it."""
+"""Runs Keras's own loop with tfdist's data and functions."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from tfdist.errors import ArgumentError
 
 
 class StreamAdapter(_DataAdapter):  # type: ignore[misc]
-    """Hands a tfdist stream to Keras's loop, which takes a `DataAdapter` as it is.
+    """Passes a tfdist stream to Keras's loop, which uses a `DataAdapter` as it is.
 
     Args:
-        stream: Iterable, one iteration an epoch.
-        num_batches: Steps an epoch, or None when unknown.
-        on_epoch_end: Called by Keras when an epoch of data ends.
+        stream: An iterable. One iteration is one epoch.
+        num_batches: Number of steps of an epoch, or None if unknown.
+        on_epoch_end: Keras calls it at the end of an epoch of data.
     """
 
     def __init__(
@@ -36,12 +36,12 @@ class StreamAdapter(_DataAdapter):  # type: ignore[misc]
         self._on_epoch_end = on_epoch_end
 
     def get_tf_dataset(self) -> Any:
-        """Returns the stream: the default strategy's `distribute_dataset` leaves it be."""
+        """Returns the stream. The default strategy's `distribute_dataset` keeps it."""
         return self._stream
 
     @property
     def num_batches(self) -> int | None:
-        """Steps an epoch, or None when unknown."""
+        """Number of steps of an epoch, or None if unknown."""
         return self._num_batches
 
     @property
@@ -60,7 +60,7 @@ class StreamAdapter(_DataAdapter):  # type: ignore[misc]
         return None
 
     def on_epoch_begin(self) -> None:
-        """Nothing to do: a stream starts its epoch when its first element is drawn."""
+        """Does nothing: a stream starts its epoch when its first element is read."""
 
     def on_epoch_end(self) -> None:
         """Tells the source that its epoch is over."""
@@ -73,11 +73,11 @@ def around(callbacks: Any, first: Sequence[Any] = (), last: Sequence[Any] = ()) 
 
     Args:
         callbacks: A list of callbacks, or a `CallbackList`.
-        first: That come before.
-        last: That come after.
+        first: Callbacks to put before the others.
+        last: Callbacks to put after the others.
 
     Returns:
-        Of the kind that was given.
+        A list or a `CallbackList`, as `callbacks`.
     """
     if not isinstance(callbacks, keras.callbacks.CallbackList):
         return [*first, *callbacks, *last]
@@ -85,7 +85,7 @@ def around(callbacks: Any, first: Sequence[Any] = (), last: Sequence[Any] = ()) 
     return callbacks
 
 
-# As Keras defines them, whatever `tfdist.drop_in()` puts in their place.
+# Keras's own methods, which `tfdist.drop_in()` may replace later.
 FIT = keras.Model.fit
 EVALUATE = keras.Model.evaluate
 PREDICT = keras.Model.predict
@@ -95,52 +95,53 @@ PREDICT = keras.Model.predict
 def loop_functions(
     model: Any, kinds: tuple[type, ...], **functions: Callable[..., Any]
 ) -> Iterator[None]:
-    """Makes Keras's loop call other functions than it would build for itself.
+    """Makes Keras's loop call other functions than its own compiled functions.
 
-    `make_train_function` and its siblings return early when the attribute is set. What a
-    callback evaluates or predicts meanwhile on data of its own, Keras's functions do.
+    `make_train_function` and its siblings return early if the model has the function already.
+    If a callback evaluates or predicts on other data, Keras's functions still run.
 
     Args:
         model: A `keras.Model`.
-        kinds: The classes of what a `StreamAdapter`'s stream gives.
-        **functions: `train_function`, `test_function`, `predict_function`, for those.
+        kinds: The classes of the elements of a `StreamAdapter`'s stream. The functions are
+            called for these.
+        **functions: `train_function`, `test_function` and `predict_function`.
     """
     before = {name: getattr(model, name) for name in functions}
-    own: dict[str, Callable[..., Any]] = {}
+    keras_functions: dict[str, Callable[..., Any]] = {}
     is_outermost = "_get_metrics_result_or_logs" not in vars(model)
-    results = model._get_metrics_result_or_logs
-    has_made_steps = False
+    get_results = model._get_metrics_result_or_logs
+    has_run_steps = False
 
     def results_of_steps(logs: Any) -> Any:
-        """Gives no zeros as the results of an epoch without a step, as Keras does."""
-        nonlocal has_made_steps
-        made, has_made_steps = has_made_steps, False
-        found = results(logs)
-        return found if made else dict.fromkeys(found, math.nan)
+        """Returns NaN, where Keras returns zeros, for an epoch without a step."""
+        nonlocal has_run_steps
+        had_steps, has_run_steps = has_run_steps, False
+        results = get_results(logs)
+        return results if had_steps else dict.fromkeys(results, math.nan)
 
     def dispatching(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def dispatch(data: Any) -> Any:
-            nonlocal has_made_steps
+            nonlocal has_run_steps
             first = data[0] if isinstance(data, list) else data
             if isinstance(first, kinds):
-                made = function(data)
+                result = function(data)
             else:
-                if name not in own:
+                if name not in keras_functions:
                     setattr(model, name, None)
                     getattr(model, f"make_{name}")()
-                    own[name] = getattr(model, name)
+                    keras_functions[name] = getattr(model, name)
                     setattr(model, name, dispatch)
-                made = own[name](data)
-            has_made_steps = True
-            return made
+                result = keras_functions[name](data)
+            has_run_steps = True
+            return result
 
         return dispatch
 
     compiled, make = compiled_state(model), model.make_train_function
-    own_make = vars(model).get("make_train_function")
+    instance_make = vars(model).get("make_train_function")
 
     def make_train_function(force: bool = False) -> Any:
-        """Refuses a model that was compiled again: its optimizer is nobody's."""
+        """Raises if the model has been compiled again: tfdist has not moved its optimizer."""
         if not is_compiled_as(model, compiled):
             raise ArgumentError(
                 "A model must not be compiled while it trains. Received: a callback that calls "
@@ -159,18 +160,18 @@ def loop_functions(
         if is_outermost:
             del vars(model)["_get_metrics_result_or_logs"]
         else:
-            vars(model)["_get_metrics_result_or_logs"] = results
-        if own_make is None:
+            vars(model)["_get_metrics_result_or_logs"] = get_results
+        if instance_make is None:
             del vars(model)["make_train_function"]
         else:
-            vars(model)["make_train_function"] = own_make
+            vars(model)["make_train_function"] = instance_make
         for name, function in before.items():
             setattr(model, name, function)
 
 
 @contextlib.contextmanager
 def end_of_data_unless(is_stopped: Callable[[], bool]) -> Iterator[None]:
-    """Keeps Keras's loop from calling a stop an input that ran out.
+    """Suppresses Keras's warning that the input ran out, if the steps were stopped instead.
 
     Args:
         is_stopped: Tells whether a `StopIteration` was a stop.

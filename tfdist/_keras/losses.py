@@ -1,4 +1,4 @@
-"""Losses of a share, so that their sums over replicas are those of the batch."""
+"""Losses of a share, scaled so that their sum over replicas is the loss of the batch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _keras_reduce_weighted_values = _loss.reduce_weighted_values
 
 
 def replacements() -> list[Replacement]:
-    """Lists what of losses changes while several replicas train."""
+    """Lists the replacements for losses while several replicas train."""
     return [
         # Called through the module by Keras's losses, trainer and CompileLoss.
         (_loss, "scale_loss_for_distribution", lambda value: value),
@@ -30,28 +30,30 @@ def replacements() -> list[Replacement]:
 
 
 def _calls_of_losses() -> list[Replacement]:
-    # CompileLoss, which calls a model's losses, is one as well.
+    # CompileLoss, which calls a model's losses, is a subclass of Loss too.
     family = in_family(keras.losses.Loss, "call", _of_whole_batch)
-    return [found for found in family if found[0] is not _CompileLoss]
+    return [replacement for replacement in family if replacement[0] is not _CompileLoss]
 
 
 def sees_whole_batch(function: Callable[..., Any], value: Any, *rows: Tensor) -> bool:
-    """Tells whether a function makes of a batch what is neither of single rows nor their mean.
+    """Tells whether a function compares rows of a batch.
+
+    Such a function returns neither a value for each row nor a mean over the rows.
 
     Args:
-        function: Of targets and predictions.
-        value: What it gave for `rows`.
-        rows: What it was called with, shape [rows, ...] each.
+        function: A function of targets and predictions.
+        value: Its result for `rows`.
+        rows: Its arguments, each of shape [rows, ...].
     """
     if not all(isinstance(part, tf.Tensor) and part.shape.rank for part in rows):
         return False
     is_scalar = tf.convert_to_tensor(value).shape.rank == 0
-    found = is_mean(function, *rows)
-    return not found if is_scalar else found is False
+    is_known_mean = is_mean(function, *rows)
+    return not is_known_mean if is_scalar else is_known_mean is False
 
 
 def _of_whole_batch(original: Method) -> Method:
-    """Lets a loss that compares the rows of a batch, such as Dice's, see the whole batch."""
+    """Gives the whole batch to a loss that compares its rows, such as Dice's."""
 
     @functools.wraps(original)
     def call(loss: Any, y_true: Any, y_pred: Any, **kwargs: Any) -> Any:
@@ -70,10 +72,10 @@ def _of_whole_batch(original: Method) -> Method:
 
 
 def gathered(weights: Any) -> Any:
-    """Gives the weights or the mask of the whole batch; a scalar, or None, as it is.
+    """Returns the weights or the mask of the whole batch. A scalar or None stays as it is.
 
     Args:
-        weights: Of the share's rows.
+        weights: Weights or mask of the share's rows.
     """
     batch = current_batch()
     if batch is None or weights is None or not tf.convert_to_tensor(weights).shape.rank:
@@ -90,9 +92,10 @@ def reduce_weighted_values(
 ) -> Tensor:
     """Reduces a loss so that its mean over replicas, weighted by their rows, is exact.
 
-    Later the result is multiplied by the replica's share and summed over replicas. For a
-    mean over rows that is all; a sum, or a mean whose divisor is a number of unmasked
-    elements or a sum of weights, is corrected here for what that will do to it.
+    Later the result is multiplied by the replica's fraction of the batch, and summed over
+    replicas. That is right for a mean over rows. Other reductions are corrected here in
+    advance: a sum, and a mean with the number of unmasked elements or the sum of weights as
+    divisor.
     """
     batch = current_batch()
     is_whole = batch is not None and batch.is_whole(values)

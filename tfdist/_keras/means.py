@@ -1,7 +1,7 @@
-"""Whether a function of rows gives each a number, or their mean: found by computing it.
+"""Tests whether a function of rows returns a number for each row or a mean over rows.
 
-A share's mean can be made part of the batch's. What is none, such as a Dice loss, a sum, or the
-rows of least loss, has to see the whole batch.
+The mean of the batch follows from the means of shares. Any other function needs the whole
+batch: for example a Dice loss, a sum, or the mean over the rows of least loss.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ _UNKNOWN_LENGTH = 4
 
 
 def parts_of(rows: int) -> list[tuple[int, int]]:
-    """Cuts rows into parts that tell a mean from what only looks like one.
+    """Cuts rows into two or three parts, from whose values a mean can be recognized.
 
-    The last part is of two rows: what keeps a share of the rows by their rank, such as the
-    lower half, keeps another share of two.
+    The last part has two rows. This detects a function that selects a fraction of the rows by
+    their rank, such as the lower half: of two rows it selects another fraction.
 
     Args:
-        rows: How many, at least two.
+        rows: Number of rows, at least two.
 
     Returns:
-        Where each part begins and ends, two or three.
+        Begin and end of each part.
     """
     half, last = rows // 2, min(2, rows - rows // 2)
     edges = sorted({0, half, rows - last, rows})
@@ -38,24 +38,24 @@ def parts_of(rows: int) -> list[tuple[int, int]]:
 
 
 def rows_to_try(elements: int, most: int = _ROWS) -> int:
-    """Gives how many rows are enough to see what a function does, and take no long time.
+    """Returns a number of rows that is enough to test a function, and takes little time.
 
     Args:
-        elements: Numbers in a row.
-        most: Rows at most.
+        elements: Number of elements of a row.
+        most: The largest number of rows.
     """
     return max(8, min(most, _ELEMENTS // max(1, elements)))
 
 
 def is_mean(function: Callable[..., Any], *arguments: Tensor) -> bool | None:
-    """Tells whether a function gives a number for each row, or a mean over them.
+    """Tells whether a function returns a number for each row, or a mean over the rows.
 
     Args:
-        function: Of tensors of shape [rows, ...].
-        arguments: Such as it is called with; only their shapes and dtypes are looked at.
+        function: A function of tensors of shape [rows, ...].
+        arguments: Typical arguments. Only their shapes and dtypes are used.
 
     Returns:
-        Whether it does; None where it cannot be told.
+        True or False, or None if the test is not possible.
     """
     shapes = [tf.TensorShape(argument.shape) for argument in arguments]
     if any(shape.rank is None or not shape.rank for shape in shapes):
@@ -74,21 +74,20 @@ def is_mean(function: Callable[..., Any], *arguments: Tensor) -> bool | None:
                 for begin, end in ((0, rows), *parts_of(rows))
             )
             joined = np.concatenate(parts) if whole.ndim else None
-        except Exception:  # whatever the function makes of numbers that it was not made for
+        except Exception:  # the function may fail on these random arguments in any way
             return None
-    if joined is not None:  # a number for each row, or what only looks so
+    if joined is not None:  # has a number for each row, if that is what they are
         return whole.shape[0] == rows and _are_close(whole, joined)
     weights = [(end - begin) / rows for begin, end in parts_of(rows)]
     return _are_close(whole, np.dot(weights, parts))
 
 
-def _are_close(one: Any, other: Any) -> bool:
-    alike = one.shape == other.shape
-    return alike and np.allclose(one, other, rtol=1e-4, atol=1e-6, equal_nan=True)
+def _are_close(a: Any, b: Any) -> bool:
+    return a.shape == b.shape and np.allclose(a, b, rtol=1e-4, atol=1e-6, equal_nan=True)
 
 
 def _sample(random: Any, shape: list[int], dtype: Any) -> Tensor:
-    # The rows differ in what they are drawn from, so that parts are no small copies of all.
+    # Each row has another distribution, so that a part does not look like the whole.
     rise = np.linspace(0.0, 0.6, shape[0]).reshape(-1, *[1] * (len(shape) - 1))
     numbers = 0.05 + rise + random.uniform(0.0, 0.3, shape)
     if not tf.as_dtype(dtype).is_floating:

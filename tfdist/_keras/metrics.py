@@ -1,7 +1,7 @@
-"""Metrics of a share: what they add is summed over replicas, whoever holds them.
+"""Metrics of a share. Their increments are summed over replicas.
 
-A share's part of a step's numbers is told from the rest by where they are made: each metric
-that a step updates is found when it does, and each result that it returns by what it is.
+A model may store metrics anywhere. So a metric is recorded when a step updates it, and a
+result when the step computes it. The returned values of a step are then recognized by identity.
 """
 
 from __future__ import annotations
@@ -20,17 +20,18 @@ from tfdist._keras.replica import Tensor, current_batch
 
 
 def replacements() -> list[Replacement]:
-    """Lists what of metrics changes while several replicas train or evaluate."""
+    """Lists the replacements for metrics while several replicas train or evaluate."""
     metric = keras.metrics.Metric
-    # Of a class that is named twice the later one counts, and calls the earlier one.
+    # `MeanMetricWrapper.update_state` has two replacements. The last one applies, and calls
+    # the first.
     return [
-        *in_family(metric, "update_state", _noted_update),
-        *in_family(metric, "result", _noted_result),
+        *in_family(metric, "update_state", _recorded_update),
+        *in_family(metric, "result", _recorded_result),
         (keras.metrics.MeanMetricWrapper, "update_state", _updated_by_whole_batch),
     ]
 
 
-def _noted_update(original: Method) -> Method:
+def _recorded_update(original: Method) -> Method:
     counts_scalars = original in (
         keras.metrics.Mean.update_state,
         keras.metrics.Sum.update_state,
@@ -43,7 +44,7 @@ def _noted_update(original: Method) -> Method:
             return original(metric, *args, **kwargs)
         batch.begin_metric(metric)
         if counts_scalars:
-            args, kwargs = _weighed(args, kwargs, batch.share)
+            args, kwargs = _scalar_weighted(args, kwargs, batch.share)
         return original(metric, *args, **kwargs)
 
     return update_state
@@ -56,18 +57,18 @@ _keras_update_by_function = keras.metrics.MeanMetricWrapper.update_state
 def _updated_by_whole_batch(
     metric: Any, y_true: Any, y_pred: Any, sample_weight: Any = None
 ) -> Any:
-    """Lets a function that compares the rows of a batch see the whole batch."""
+    """Gives the whole batch to a function that compares its rows."""
     batch = current_batch()
     if batch is not None and batch.is_shared:
         function = functools.partial(metric._fn, **metric._fn_kwargs)
         value = function(y_true, y_pred)
         if sees_whole_batch(function, value, y_true, y_pred):
             y_true, y_pred = batch.gather(y_true), batch.gather(y_pred)
-            if tf.convert_to_tensor(value).shape.rank:  # each replica counts its share of all
-                each = tf.fill([tf.shape(y_true)[0]], batch.share)
-                given = 1.0 if sample_weight is None else gathered(sample_weight)
-                sample_weight = _weighted(each, tf.cast(given, tf.float32))
-    update = _noted_update(_keras_update_by_function)
+            if tf.convert_to_tensor(value).shape.rank:  # each replica counts all rows in part
+                fractions = tf.fill([tf.shape(y_true)[0]], batch.share)
+                weights = 1.0 if sample_weight is None else gathered(sample_weight)
+                sample_weight = _weighted(fractions, tf.cast(weights, tf.float32))
+    update = _recorded_update(_keras_update_by_function)
     return update(metric, y_true, y_pred, sample_weight)
 
 
@@ -75,18 +76,18 @@ def _weighted(rows: Tensor, weights: Tensor) -> Tensor:
     return weights * tf.reshape(rows, [-1] + [1] * max(0, weights.shape.rank - 1))
 
 
-def _weighed(
+def _scalar_weighted(
     args: tuple[Any, ...], kwargs: dict[str, Any], share: Tensor
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Counts one number of a batch, such as its loss, once and not once a replica."""
-    given = dict(zip(("values", "sample_weight"), args, strict=False)) | kwargs
-    is_scalar = tf.convert_to_tensor(given["values"]).shape.rank == 0
-    if is_scalar and given.get("sample_weight") is None:
-        given["sample_weight"] = share
-    return (), given
+    """Weighs a scalar of a batch, such as its loss, so that all replicas count it once."""
+    arguments = dict(zip(("values", "sample_weight"), args, strict=False)) | kwargs
+    is_scalar = tf.convert_to_tensor(arguments["values"]).shape.rank == 0
+    if is_scalar and arguments.get("sample_weight") is None:
+        arguments["sample_weight"] = share
+    return (), arguments
 
 
-def _noted_result(original: Method) -> Method:
+def _recorded_result(original: Method) -> Method:
     @functools.wraps(original)
     def result(metric: Any, *args: Any, **kwargs: Any) -> Any:
         value = original(metric, *args, **kwargs)
@@ -112,7 +113,7 @@ def metrics_of(model: Any) -> list[Any]:
 
 
 def metric_variables(model: Any) -> list[Any]:
-    """Lists the variables of the metrics that a model holds, each once.
+    """Lists the variables of a model's metrics, each once.
 
     Args:
         model: A compiled, built `keras.Model`.
@@ -120,15 +121,15 @@ def metric_variables(model: Any) -> list[Any]:
     Returns:
         `keras.Variable`s.
     """
-    held = [metric for layer in model._flatten_layers() for metric in layer._metrics]
-    metrics = [*model.metrics, *held]
-    found = [v for metric in metrics for v in metric.variables]
-    found += attached(model).metric_variables
-    return list({id(variable): variable for variable in found}.values())
+    of_layers = [metric for layer in model._flatten_layers() for metric in layer._metrics]
+    metrics = [*model.metrics, *of_layers]
+    variables = [v for metric in metrics for v in metric.variables]
+    variables += attached(model).metric_variables
+    return list({id(variable): variable for variable in variables}.values())
 
 
 def note_metrics(model: Any, variables: list[Any]) -> None:
-    """Notes variables of metrics that a model's steps update, and that it does not list.
+    """Records variables of metrics that a model's steps update but the model does not list.
 
     Args:
         model: A `keras.Model`.

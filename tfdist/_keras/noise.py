@@ -1,7 +1,7 @@
-"""TensorFlow's and NumPy's own random numbers in a step: other ones on each worker.
+"""Gives each worker its own random numbers of TensorFlow and NumPy, within a step.
 
-All workers begin with the same seeds, so that what their scripts draw for data is the same.
-What a step draws must differ, or the noise of a batch would come as often as there are workers.
+All workers have the same seeds, so that their scripts draw the same numbers for data. Within a
+step, the numbers must differ. Otherwise all shares of a batch would have the same noise.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.python.eager import context as _context
 
-_STRIDE = 0x9E3779B1  # far from what users choose
+_STRIDE = 0x9E3779B1  # large, so that no seed meets another seed that a user chooses
 
 
 def generator() -> Any:
-    """Gives the generator of TensorFlow's seeds: another object after each seeding, or None."""
+    """Returns TensorFlow's generator of seeds, or None. Each seeding creates a new object."""
     return getattr(_context.context(), "_rng", None)
 
 
@@ -27,7 +27,7 @@ class OwnNoise:
     """The generators of one worker's steps.
 
     Args:
-        worker: Its number; the first one's noise is what one process would draw.
+        worker: The worker's index. Worker 0 draws the numbers of a single process.
     """
 
     def __init__(self, worker: int) -> None:
@@ -54,11 +54,11 @@ class OwnNoise:
 
     @contextlib.contextmanager
     def _swapped(self) -> Iterator[None]:
-        theirs: Any = np.random.get_state()
+        script_state: Any = np.random.get_state()
         seeds = generator()
-        before = None if seeds is None else seeds.getstate()
+        script_seeds = None if seeds is None else seeds.getstate()
         if self._numpy is None:
-            seed = (int(theirs[1][0]) + self._worker * _STRIDE) % 2**31
+            seed = (int(script_state[1][0]) + self._worker * _STRIDE) % 2**31
             self._numpy = np.random.RandomState(seed).get_state()
             self._tensorflow = random.Random(seed).getstate()
         np.random.set_state(self._numpy)
@@ -68,7 +68,7 @@ class OwnNoise:
             yield
         finally:
             self._numpy = np.random.get_state()
-            np.random.set_state(theirs)
+            np.random.set_state(script_state)
             if seeds is not None:
                 self._tensorflow = seeds.getstate()
-                seeds.setstate(before)
+                seeds.setstate(script_seeds)

@@ -1,4 +1,4 @@
-"""Optimizers, which update with what was reduced over replicas."""
+"""Makes optimizers update with gradients that are reduced over replicas."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from tfdist._keras.replica import Tensor, current_batch
 
 
 def replacements(has_servers: bool) -> list[Replacement]:
-    """Lists what of optimizers changes while several replicas train.
+    """Lists the replacements for optimizers while several replicas train.
 
     Args:
         has_servers: Whether `served` replaces the update itself.
     """
-    # TFOptimizer overrides these with tf.distribute's merge_call, which reduces a second
-    # time and cannot run inside tf.cond (gradient accumulation, EMA, loss scaling).
-    # The versions it overrides assign plainly, which is right on every replica because
-    # all of them hold the same weights and the same reduced gradient.
-    plain = [
+    # TFOptimizer overrides these methods with tf.distribute's merge_call, which reduces a
+    # second time and cannot run inside tf.cond (gradient accumulation, EMA, loss scaling).
+    # The overridden versions assign plainly. That is right on every replica, because all
+    # replicas have the same weights and the same reduced gradient.
+    plain_methods = [
         *(() if has_servers else ("_apply_weight_decay", "_backend_update_step")),
         "_backend_increment_gradient_accumulators",
         "_overwrite_model_variables_with_average_value",
     ]
     return [
         *in_family(_BaseOptimizer, "apply", _intercepted_apply),
-        *_own_apply_gradients(),
+        *_custom_apply_gradients(),
         *in_family(_BaseOptimizer, "scale_loss", _intercepted_scale_loss),
         (keras.optimizers.LossScaleOptimizer, "_tf_apply", _apply_loss_scaled),
-        *((_TFOptimizer, name, vars(_BaseOptimizer)[name]) for name in plain),
+        *((_TFOptimizer, name, vars(_BaseOptimizer)[name]) for name in plain_methods),
     ]
 
 
@@ -45,12 +45,13 @@ def _apply_loss_scaled(optimizer: Any, grads: Any, trainable_variables: Any = No
 
 
 def _intercepted_apply(original: Method) -> Method:
-    """Lets the calling thread's replica stand between a train step and an optimizer."""
+    """Passes gradients to the replica of the calling thread, which reduces them first."""
 
     @functools.wraps(original)
     def apply(optimizer: Any, grads: Sequence[Tensor], trainable_variables: Any = None) -> Any:
         batch = current_batch()
-        # An optimizer's own `apply` calls that of its base, or of one that it wraps.
+        # `is_updating`: an optimizer's `apply` may call that of its base class, or of the
+        # optimizer that it wraps.
         if batch is None or batch.updates is None or batch.is_updating:
             return original(optimizer, grads, trainable_variables)
 
@@ -65,10 +66,14 @@ def _intercepted_apply(original: Method) -> Method:
     return apply
 
 
-def _own_apply_gradients() -> list[Replacement]:
-    """Lists what subclasses do to gradients before they apply them."""
+def _custom_apply_gradients() -> list[Replacement]:
+    """Lists replacements for custom subclasses, which may process gradients first."""
     family = in_family(_BaseOptimizer, "apply_gradients", _intercepted_apply_gradients)
-    return [found for found in family if not found[0].__module__.startswith("keras.")]
+    return [
+        replacement
+        for replacement in family
+        if not replacement[0].__module__.startswith("keras.")
+    ]
 
 
 def _intercepted_apply_gradients(original: Method) -> Method:
@@ -104,27 +109,27 @@ def _intercepted_scale_loss(original: Method) -> Method:
 
 
 def watch_updates(on_update: Callable[[], None]) -> None:
-    """Lets something be told, from now on, of updates where no replica's step runs.
+    """Watches, from now on, for updates outside of a replica's step.
 
     Args:
         on_update: Called before each such update that runs or is traced.
     """
 
-    def told(original: Method) -> Method:
+    def watched(original: Method) -> Method:
         @functools.wraps(original)
         def apply(optimizer: Any, *args: Any, **kwargs: Any) -> Any:
-            # In a strategy's own `run`, TensorFlow reduces.
+            # Inside of `run` of a tf.distribute strategy, TensorFlow reduces the gradients.
             if current_batch() is None and not tf.distribute.has_strategy():
                 on_update()
             return original(optimizer, *args, **kwargs)
 
         return apply
 
-    _BaseOptimizer.apply = told(_BaseOptimizer.apply)
+    _BaseOptimizer.apply = watched(_BaseOptimizer.apply)
 
 
 def optimizers_of(model: Any) -> list[Any]:
-    """Lists the optimizers a model holds: the compiled one and, in a GAN, its others.
+    """Lists the optimizers of a model: the compiled one and others, such as those of a GAN.
 
     Args:
         model: A `keras.Model`.
@@ -132,37 +137,37 @@ def optimizers_of(model: Any) -> list[Any]:
     Returns:
         Distinct `keras.Optimizer` instances, the compiled one first.
     """
-    of_tfdist = attached(model).clip_optimizer
-    held = [getattr(model, "optimizer", None), *vars(model).values(), of_tfdist]
-    return with_nested([o for o in held if isinstance(o, keras.optimizers.Optimizer)])
+    clip_optimizer = attached(model).clip_optimizer
+    values = [getattr(model, "optimizer", None), *vars(model).values(), clip_optimizer]
+    return with_nested([o for o in values if isinstance(o, keras.optimizers.Optimizer)])
 
 
 def with_nested(optimizers: Sequence[Any]) -> list[Any]:
-    """Adds the optimizers that optimizers wrap; each comes once.
+    """Adds the optimizers that optimizers wrap. Each occurs once.
 
     Args:
         optimizers: `keras.Optimizer`s.
     """
-    found: dict[int, Any] = {}
-    waiting = list(reversed(optimizers))
-    while waiting:
-        optimizer = waiting.pop()
-        if id(optimizer) not in found:
-            found[id(optimizer)] = optimizer
-            held = keras.tree.flatten(list(vars(optimizer).values()))
-            waiting += [o for o in held if isinstance(o, keras.optimizers.Optimizer)]
-    return list(found.values())
+    nested: dict[int, Any] = {}
+    stack = list(reversed(optimizers))
+    while stack:
+        optimizer = stack.pop()
+        if id(optimizer) not in nested:
+            nested[id(optimizer)] = optimizer
+            attributes = keras.tree.flatten(list(vars(optimizer).values()))
+            stack += [o for o in attributes if isinstance(o, keras.optimizers.Optimizer)]
+    return list(nested.values())
 
 
 def swap_strategy(optimizer: Any, strategy: Any) -> Any:
-    """Gives an optimizer another strategy through which its variables are assigned.
+    """Sets the strategy through which an optimizer assigns its variables.
 
     Args:
         optimizer: A `keras.Optimizer`.
         strategy: A `tf.distribute.Strategy`.
 
     Returns:
-        The one it had.
+        The former strategy.
     """
     before = optimizer._distribution_strategy
     optimizer._distribution_strategy = strategy
@@ -179,9 +184,10 @@ def trained_variables(optimizer: Any) -> list[Any]:
 
 
 def reindex_optimizer(optimizer: Any) -> None:
-    """Lets an optimizer find its variables after `swap_value`.
+    """Updates an optimizer's index of variables after `swap_value`.
 
-    Keras indexes them by the id of the underlying `tf.Variable`, at build time.
+    Keras builds the index by the ids of the backing `tf.Variable`s, when it builds the
+    optimizer.
 
     Args:
         optimizer: A built `keras.Optimizer`.
@@ -192,6 +198,6 @@ def reindex_optimizer(optimizer: Any) -> None:
                 part._var_key(variable): index
                 for index, variable in enumerate(part._trainable_variables)
             }
-            # The cache of which variables decay is keyed in the same way.
+            # The cache of the variables without weight decay has the same keys.
             if hasattr(part, "_exclude_from_weight_decay_cache"):
                 part._exclude_from_weight_decay_cache = {}

@@ -1,4 +1,4 @@
-"""What a `keras.Variable` can live in besides a `tf.Variable`: parts, rows, a known value.
+"""Backing variables of a `keras.Variable` other than a `tf.Variable`: parts, rows, a tensor.
 
 Keras reads a variable's `_value` by `__tf_tensor__`, writes it by its `assign` methods, and
 finds an optimizer's state for it by `_unique_id`.
@@ -17,7 +17,7 @@ Tensor = Any
 
 
 class Split:
-    """A variable whose rows are on several servers; a `keras.Variable` can live in it.
+    """A backing variable whose rows are on several servers.
 
     Args:
         parts: `tf.Variable`s, in the order of their rows.
@@ -32,8 +32,8 @@ class Split:
         self.device = parts[0].device
         self.handle = None
         self._unique_id = uuid.uuid4().hex
-        # A gradient of the whole that was made of the parts': they need not be cut out again.
-        self._known: tuple[Tensor, list[Tensor]] | None = None
+        # The last gradient that `join` has made, with its parts, so that `cut` need not slice.
+        self._joined: tuple[Tensor, list[Tensor]] | None = None
 
     def __tf_tensor__(self, dtype: Any = None, name: str | None = None) -> Tensor:
         return tf.cast(tf.concat(self.parts, 0), dtype or self.dtype)
@@ -67,30 +67,30 @@ class Split:
             part.assign_add(rows)
 
     def lookup(self, ids: Tensor) -> Tensor:
-        """Reads rows, each from the server that has it.
+        """Reads rows, each from its server.
 
         Args:
             ids: Row numbers of any shape.
         """
         flat = tf.reshape(ids, [-1])
         edges = tf.constant(self.edges[1:-1], flat.dtype)
-        owner = tf.searchsorted(edges, flat, side="right")
-        places = tf.dynamic_partition(tf.range(tf.size(flat)), owner, len(self.parts))
+        owners = tf.searchsorted(edges, flat, side="right")
+        positions = tf.dynamic_partition(tf.range(tf.size(flat)), owners, len(self.parts))
         rows = [
             tf.gather(part, tf.gather(flat, at) - edge)
-            for part, at, edge in zip(self.parts, places, self.edges, strict=False)
+            for part, at, edge in zip(self.parts, positions, self.edges, strict=False)
         ]
-        found = tf.dynamic_stitch(places, rows)
-        return tf.reshape(found, tf.concat([tf.shape(ids), self.shape[1:]], 0))
+        stitched = tf.dynamic_stitch(positions, rows)
+        return tf.reshape(stitched, tf.concat([tf.shape(ids), self.shape[1:]], 0))
 
     def cut(self, whole: Tensor) -> list[Tensor]:
-        """Gives each part's rows of a tensor, or of `tf.IndexedSlices`.
+        """Cuts a tensor, or `tf.IndexedSlices`, into the rows of each part.
 
         Args:
-            whole: Of the whole shape.
+            whole: A tensor of the whole shape.
         """
-        if self._known is not None and self._known[0] is whole:
-            return self._known[1]
+        if self._joined is not None and self._joined[0] is whole:
+            return self._joined[1]
         return [self._rows(whole, *edges) for edges in itertools.pairwise(self.edges)]
 
     def _rows(self, whole: Tensor, begin: int, end: int) -> Tensor:
@@ -104,10 +104,10 @@ class Split:
         )
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
-        """Makes one gradient of the parts' gradients, of which some may be None.
+        """Joins the gradients of the parts into one. Some may be None.
 
         Args:
-            parts: Each part's; dense or `tf.IndexedSlices`.
+            parts: The gradient of each part, dense or `tf.IndexedSlices`.
         """
         if all(part is None for part in parts):
             return None
@@ -119,18 +119,20 @@ class Split:
                 ],
                 0,
             )
-            self._known = (whole, tf.split(whole, [int(p.shape[0]) for p in self.parts]))
+            self._joined = (whole, tf.split(whole, [int(p.shape[0]) for p in self.parts]))
             return whole
-        found = [(p, edge) for p, edge in zip(parts, self.edges, strict=False) if p is not None]
+        slices = [
+            (p, edge) for p, edge in zip(parts, self.edges, strict=False) if p is not None
+        ]
         return tf.IndexedSlices(
-            tf.concat([part.values for part, _ in found], 0),
-            tf.concat([tf.cast(part.indices, tf.int64) + edge for part, edge in found], 0),
+            tf.concat([part.values for part, _ in slices], 0),
+            tf.concat([tf.cast(part.indices, tf.int64) + edge for part, edge in slices], 0),
             tf.constant(self.shape.as_list(), tf.int64),
         )
 
 
-class Rows:
-    """Some rows of a variable, which an optimizer takes for a variable of its own.
+class VariableRows:
+    """Some rows of a variable. An optimizer updates them like a whole variable.
 
     Args:
         variable: The `tf.Variable`.
@@ -160,24 +162,24 @@ class Rows:
         self._variable.scatter_sub(tf.IndexedSlices(values, self._ids))
 
 
-class Known:
-    """A value that a `keras.Variable` has for a while, and that nobody assigns.
+class FixedValue:
+    """A tensor that backs a `keras.Variable` for a while. It cannot be assigned.
 
     Args:
         value: The tensor.
     """
 
     def __init__(self, value: Tensor) -> None:
-        self._known = value
+        self._tensor = value
         self.dtype = value.dtype
         self.shape = value.shape
 
     def __tf_tensor__(self, dtype: Any = None, name: str | None = None) -> Tensor:
-        return tf.cast(self._known, dtype or self.dtype)
+        return tf.cast(self._tensor, dtype or self.dtype)
 
 
 def parts_of(variable: Any) -> list[Any]:
-    """Lists the `tf.Variable`s in which a `keras.Variable` lives.
+    """Lists the `tf.Variable`s that back a `keras.Variable`.
 
     Args:
         variable: The `keras.Variable`.

@@ -1,8 +1,8 @@
-"""Whether examples of a `tf.data.Dataset` keep their places, whatever the others hold.
+"""Checks that an example of a `tf.data.Dataset` cannot influence other examples.
 
-A private step bounds what one example changes. That bounds nothing if an example decides into
-which batch others go, or what they become. So only operations pass that are known to go by
-numbers and places alone; what is not known is refused.
+A private step bounds the effect of one example. The bound fails if an example decides which
+batch others go into, or what their values are. So only known operations pass: those whose
+effect depends on counts and positions alone. All others are refused.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import tensorflow as tf
 from tfdist._keras import dataset_maps
 from tfdist._keras.datasets import written
 
-# By the names of their classes. These keep the order, or choose by number.
+# Names of dataset classes. These keep the order, or choose by position.
 _UNCHANGED = frozenset(
     {
         "CacheDataset", "_AssertCardinalityDataset", "_GlobalShuffleDataset",
@@ -26,10 +26,10 @@ _UNCHANGED = frozenset(
 )  # fmt: skip
 _BATCHES = frozenset({"_BatchDataset", "_DenseToRaggedDataset", "_ParallelBatchDataset"})
 _MAPS = frozenset({"_MapDataset", "_ParallelMapDataset"})
-_FROM_FILES = frozenset({"_FlatMapDataset", "_InterleaveDataset", "_ParallelInterleaveDataset"})
+_FILE_MAPS = frozenset({"_FlatMapDataset", "_InterleaveDataset", "_ParallelInterleaveDataset"})
 _JOINS = frozenset({"_ConcatenateDataset", "_DirectedInterleaveDataset", "_ZipDataset"})
 _NUMBERS = frozenset({"_RandomDataset", "_RangeDataset"})
-_OF_NUMBERS = frozenset(  # by the names of their ops
+_NUMBER_OPS = frozenset(  # names of dataset ops
     {
         "BatchDatasetV2", "MapDataset", "OptionsDataset", "ParallelMapDatasetV2",
         "RandomDataset", "RandomDatasetV2", "RangeDataset", "RepeatDataset",
@@ -42,34 +42,40 @@ _SOURCES = frozenset(
         "_LoadDataset", "_SparseTensorSliceDataset", "_TensorDataset", "_TensorSliceDataset",
     }
 )  # fmt: skip
-# By the names of their ops, in what makes a data set of a file's name.
+# Names of ops, in a function that makes a dataset of a file's name.
 _READERS = frozenset(
     {"FixedLengthRecordDatasetV2", "TFRecordDataset", "TFRecordDatasetV2", "TextLineDataset"}
 )
-_IN_FILES = _READERS | {
+_FILE_OPS = _READERS | {
     "BatchDatasetV2", "FlatMapDataset", "MapDataset", "OptionsDataset", "ParallelMapDatasetV2",
     "PrefetchDataset", "ShardDataset", "SkipDataset", "TakeDataset", "TensorSliceDataset",
 }  # fmt: skip
 
-_AHEAD = "Do that once ahead, and train on what you saved (Dataset.save and load, or arrays)."
-_WEIGH = "To leave examples out, map them to a `sample_weight` of 0. " + _AHEAD
+_SAVE_FIRST = (
+    "Do that once before training, and train on the saved result (Dataset.save, or arrays)."
+)
+_USE_WEIGHTS = "To leave examples out, map them to a `sample_weight` of 0. " + _SAVE_FIRST
 _PROMISE = "Pass `min_separation`: your promise of how often an example may come."
-_BEFORE = "Let `map` come before `batch`, or pass random layers as fit(augment=...)."
-_REMEDIES = {"_FilterDataset": _WEIGH, "_TakeWhileDataset": _WEIGH, "_UniqueDataset": _WEIGH}
+_MAP_FIRST = "Let `map` come before `batch`, or pass random layers as fit(augment=...)."
+_REMEDIES = {
+    "_FilterDataset": _USE_WEIGHTS,
+    "_TakeWhileDataset": _USE_WEIGHTS,
+    "_UniqueDataset": _USE_WEIGHTS,
+}
 
 Problem = tuple[str, str]
 
 
 def misplaced(dataset: Any, promised: bool) -> Problem | None:
-    """Finds what may let an example of a dataset decide about others, or come twice in a pass.
+    """Finds an operation by which an example may influence others, or occur twice in a pass.
 
     Args:
         dataset: A `tf.data.Dataset` of batches.
-        promised: Whether the user has said how often an example comes.
+        promised: Whether the user has promised how often an example occurs.
 
     Returns:
-        What it is, a part of a sentence, and a sentence that says what to do; None if every
-        example is known to keep its place. Python code in maps is not looked into.
+        The operation, as a part of a sentence, and the remedy, a sentence. None if no example
+        influences others. Python code in maps is not examined.
     """
     walk = _Walk()
     if dataset.options().deterministic is False:
@@ -81,11 +87,11 @@ def misplaced(dataset: Any, promised: bool) -> Problem | None:
 
 
 class _Walk:
-    """Goes through a dataset from its end to its sources.
+    """Walks through a dataset from its end to its sources.
 
     Attributes:
-        problem: The first thing that is wrong, whatever is promised.
-        again: The first by which an example might come more than once.
+        problem: The first problem that no promise solves.
+        again: The first operation by which an example may occur more than once.
     """
 
     def __init__(self) -> None:
@@ -94,24 +100,24 @@ class _Walk:
         self._sources: list[Any] = []
 
     def look(self, one: Any, of_batches: bool, is_mapped: bool) -> None:
-        """Looks at a dataset and all before it.
+        """Checks a dataset and all its inputs.
 
         Args:
             one: The dataset.
             of_batches: Whether its elements are batches.
-            is_mapped: Whether a function makes something of them before they are joined.
+            is_mapped: Whether a later function maps its elements before they are joined.
         """
-        kind, before = type(one).__name__, one._inputs()
-        known = _UNCHANGED | _BATCHES | _MAPS | _FROM_FILES | _JOINS | _NUMBERS | _SOURCES
+        kind, inputs = type(one).__name__, one._inputs()
+        allowed = _UNCHANGED | _BATCHES | _MAPS | _FILE_MAPS | _JOINS | _NUMBERS | _SOURCES
         if kind in ("_PaddedBatchDataset", "_UnbatchDataset"):
-            self._look_at_sizes(one, before[0])
+            self._look_at_sizes(one, inputs[0])
         elif kind == "_VariantDataset" and _are_numbers(one):
-            return  # as `enumerate` and `choose_from_datasets` have them
-        elif kind not in known:
-            self._note(f"the operation {_plain(kind)}", _REMEDIES.get(kind, _AHEAD))
+            return  # made by `enumerate` or `choose_from_datasets`
+        elif kind not in allowed:
+            self._note(f"the operation {_plain(kind)}", _REMEDIES.get(kind, _SAVE_FIRST))
         if kind in _MAPS:
             self._look_at_map(one, of_batches)
-        elif kind in _FROM_FILES:
+        elif kind in _FILE_MAPS:
             self._look_at_files(one)
         if getattr(one, "_deterministic", None) == "false":
             self._note(f"{_plain(kind)}(deterministic=False)", "Leave `deterministic` out.")
@@ -119,13 +125,13 @@ class _Walk:
             return
         if kind in _SOURCES or (kind == "_RangeDataset" and is_mapped):
             self._look_at_source(one)
-            return  # how files are read is its own affair
+            return  # a source's inputs are names of files and options
         if kind == "_DirectedInterleaveDataset":
-            choice, *before = before
+            choice, *inputs = inputs
             self._look_at_choice(choice)
         of_batches = kind not in _BATCHES | {"_PaddedBatchDataset"} and of_batches
-        is_mapped = kind not in _JOINS and (is_mapped or kind in _MAPS | _FROM_FILES)
-        for inner in before:
+        is_mapped = kind not in _JOINS and (is_mapped or kind in _MAPS | _FILE_MAPS)
+        for inner in inputs:
             self.look(inner, of_batches or kind == "_UnbatchDataset", is_mapped)
 
     def _note(self, what: str, remedy: str) -> None:
@@ -134,12 +140,12 @@ class _Walk:
     def _may_come_again(self, what: str, remedy: str = _PROMISE) -> None:
         self.again = self.again or (what, remedy)
 
-    def _look_at_sizes(self, one: Any, before: Any) -> None:
-        """Rows that are padded, or cut up, must not be so by what they or others hold."""
+    def _look_at_sizes(self, one: Any, source: Any) -> None:
+        """Checks that padding and unbatching do not depend on the contents of examples."""
         if type(one).__name__ == "_UnbatchDataset":
-            sizes = [leaf.shape[:1] for leaf in tf.nest.flatten(before.element_spec)]
+            sizes = [leaf.shape[:1] for leaf in tf.nest.flatten(source.element_spec)]
             if not all(shape.is_fully_defined() for shape in sizes):
-                self._note("unbatch of batches whose sizes may differ", _AHEAD)
+                self._note("unbatch of batches whose sizes may differ", _SAVE_FIRST)
             return
         shapes = [leaf.shape[1:] for leaf in tf.nest.flatten(one.element_spec)]
         if not all(shape.is_fully_defined() for shape in shapes):
@@ -149,16 +155,16 @@ class _Walk:
     def _look_at_files(self, one: Any) -> None:
         function = one._map_func.function
         ops = {node.op for node in dataset_maps.nodes(function)}
-        made = {op for op in ops if "Dataset" in op}
-        if "GeneratorDataset" in made:
+        dataset_ops = {op for op in ops if "Dataset" in op}
+        if "GeneratorDataset" in dataset_ops:
             self._may_come_again("a Python generator")
         elif (
-            not made & _READERS
-            or not made <= _IN_FILES
+            not dataset_ops & _READERS
+            or not dataset_ops <= _FILE_OPS
             or dataset_maps.captures_datasets(function)
         ):
             name = _plain(type(one).__name__)
-            self._note(f"{name} of other things than files' names", _AHEAD)
+            self._note(f"{name} of other things than files' names", _SAVE_FIRST)
 
     def _look_at_choice(self, choice: Any) -> None:
         if not _are_numbers(choice):
@@ -166,15 +172,15 @@ class _Walk:
 
     def _look_at_source(self, one: Any) -> None:
         if any(_is_same(one, other) for other in self._sources):
-            joined = "Give each source once: map(lambda x: (x, x)) rather than zip. "
-            self._may_come_again("one source in several places", joined + _PROMISE)
+            remedy = "Give each source once: map(lambda x: (x, x)) rather than zip. "
+            self._may_come_again("one source in several places", remedy + _PROMISE)
         self._sources.append(one)
 
     def _look_at_map(self, one: Any, of_batches: bool) -> None:
         function = one._map_func.function
         state = dataset_maps.state_of(function)
         if state is not None:
-            self._note(f"a map that may keep state ({state})", _AHEAD)
+            self._note(f"a map that may keep state ({state})", _SAVE_FIRST)
         if not of_batches or self.problem is not None:
             return
         specs = tf.nest.flatten(one._inputs()[0].element_spec)
@@ -182,41 +188,41 @@ class _Walk:
             if all(isinstance(spec, tf.TensorSpec) for spec in specs):
                 self._may_come_again("a function that makes whole batches")
             else:
-                self._note("a map of batches that are ragged or sparse", _BEFORE)
+                self._note("a map of batches that are ragged or sparse", _MAP_FIRST)
             return
         untried = dataset_maps.untried(function)
         if untried is not None:
-            self._note(f"a map of batches that cannot be tried ({untried})", _BEFORE)
+            self._note(f"a map of batches that cannot be tried ({untried})", _MAP_FIRST)
         elif dataset_maps.mixes_rows(one):
-            self._note("a map of batches in which a row depends on others", _BEFORE)
+            self._note("a map of batches in which a row depends on others", _MAP_FIRST)
 
 
 def _are_numbers(one: Any) -> bool:
-    """Tells whether a dataset is made of ranges and random numbers alone."""
+    """Tells whether a dataset consists of ranges and random numbers only."""
     try:
         graph = written(one)
     except tf.errors.OpError:
         return False
-    return {node.op for node in graph.node if "Dataset" in node.op} <= _OF_NUMBERS
+    return {node.op for node in graph.node if "Dataset" in node.op} <= _NUMBER_OPS
 
 
 def _plain(kind: str) -> str:
-    """Makes a method's name of a class's."""
+    """Converts the name of a dataset class to the name of its method."""
     words = kind.strip("_").removesuffix("Dataset").removeprefix("Parallel")
     return "".join(f"_{c.lower()}" if c.isupper() else c for c in words).strip("_")
 
 
 def _is_same(one: Any, other: Any) -> bool:
-    """Tells whether two sources give the same elements."""
+    """Tells whether two sources have the same elements."""
     if one is other or type(one) is not type(other):
         return one is other
     names = ("_tensors", "_filenames", "_path", "_start", "_stop", "_step")
-    mine, others = (
+    a_inputs, b_inputs = (
         [t for n in names for t in tf.nest.flatten(vars(d).get(n, []))] for d in (one, other)
     )
-    if len(mine) != len(others) or not mine:
+    if len(a_inputs) != len(b_inputs) or not a_inputs:
         return False
-    return all(_are_equal(a, b) for a, b in zip(mine, others, strict=True))
+    return all(_are_equal(a, b) for a, b in zip(a_inputs, b_inputs, strict=True))
 
 
 def _are_equal(one: Any, other: Any) -> bool:

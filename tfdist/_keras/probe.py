@@ -1,9 +1,9 @@
-"""Whether a step's outcome is a mean over rows: found by making it on a few of them.
+"""Tests whether the results of a step are means over rows, by a run on a sample.
 
-Replicas share a batch, and their gradients, statistics and results are weighed by their rows.
-That is right for means. A step may also sum, keep running counts, or compare the rows of a
-batch. So a step runs on a batch, and on its parts, at the same state; what comes of the parts
-together must be what comes of the whole.
+Replicas split a batch, and their gradients, statistics and results are weighted by their
+numbers of rows. That is right for means. But a step may also sum, count, or compare the rows of
+a batch. So the step runs on a sample and on its parts, from the same state. The results of the
+parts together must equal those of the whole sample.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from tfdist._keras.means import parts_of
 from tfdist._keras.replica import ReplicaBatch, Tensor
 from tfdist._keras.replicated import replicated
 
-_FINE, _COARSE = 1e-5, 3e-2  # of what rounding leaves
+_FINE, _COARSE = 1e-5, 3e-2  # relative tolerances for rounding errors
 _MEAN, _SUM, _SAME, _ROWS = "mean", "sum", "same", "rows"
 
 
 class _Fact(NamedTuple):
-    """A number that a step came to, and how it comes from the numbers of parts."""
+    """A result of a step, and the rule by which the results of parts combine to it."""
 
     kind: str
     value: Any
 
 
 class _Part(ReplicaBatch):
-    """A part of the sample; what replicas would exchange is what the whole had."""
+    """A part of the sample. Exchanges between replicas return the whole sample's values."""
 
     def __init__(self, begin: int, end: int, total: int, exchanged: list[Any]) -> None:
         rows, offset = tf.constant(end - begin, tf.int64), tf.constant(begin, tf.int64)
@@ -49,7 +49,7 @@ class _Part(ReplicaBatch):
         return self.of_whole(lambda: tensor)
 
     def of_whole(self, compute: Callable[[], Any]) -> Any:
-        """Gives what the whole sample came to, also for a part; no gradient goes through it."""
+        """Computes a value of the whole sample. A part gets it too, without gradient."""
         if self._is_whole:
             self._exchanged.append(tf.nest.map_structure(tf.stop_gradient, compute()))
             return self._exchanged[-1]
@@ -63,18 +63,18 @@ def what_is_no_mean(
     is_coarse: bool = False,
     predicts: bool = False,
 ) -> str | None:
-    """Names something that a step computes and that is no mean over rows, if there is.
+    """Names a result of a step that is no mean over rows, if there is one.
 
     Args:
         step: A function of a batch, such as `model.train_step`, of a built model.
         sample: A batch of at least two rows.
-        rows: How many of them to use, at most.
+        rows: The largest number of rows to use.
         is_coarse: Whether numbers are rounded to half precision.
-        predicts: Whether the step gives a row for each of its rows, and changes nothing.
+        predicts: Whether the step returns a row for each of its rows, and changes nothing.
 
     Returns:
-        A few words; None if there is nothing, or if it cannot be told: the step draws random
-        numbers that are no function of a row, or does not run on the sample.
+        A few words. None if all results are means, or if the test is not possible: because
+        the step draws random numbers that are no function of a row, or fails on the sample.
     """
     if any(not isinstance(leaf, tf.Tensor) for leaf in tf.nest.flatten(sample)):
         return None
@@ -87,37 +87,40 @@ def what_is_no_mean(
             exchanged: list[Any] = []
             observed = functools.partial(_observed, step, predicts)
             whole = observed(sample, _Part(0, total, total, exchanged))
-            parts = _of_parts(observed, sample, total, exchanged)
+            parts = _run_on_parts(observed, sample, total, exchanged)
             if parts is not None and _differing(whole, parts, whole, tolerance) is None:
-                return None  # as nearly all are: what rounding leaves is not asked for
+                return None  # nearly always: no need to measure rounding errors
+            # Runs again with other random numbers: the results must not depend on them.
             with keeping_random_state():
                 tf.random.uniform([]), random.random(), np.random.rand()
                 again = observed(sample, _Part(0, total, total, []))
-            alike = {name: fact._replace(kind=_SAME) for name, fact in whole.items()}
-            if _differing(alike, [(total, again)], alike, tolerance) is not None:
+            expected = {name: fact._replace(kind=_SAME) for name, fact in whole.items()}
+            if _differing(expected, [(total, again)], expected, tolerance) is not None:
                 return None
+            # A slightly changed sample shows how much the step amplifies rounding errors.
             nearby = observed(_nearby(sample), _Part(0, total, total, []))
-    except Exception:  # whatever the step makes of a sample
+    except Exception:  # the step may fail on a sample in any way
         return None
     if parts is None:
         return "its step, which does not run on some rows of a batch,"
     return _differing(whole, parts, nearby, tolerance)
 
 
-def _of_parts(
+def _run_on_parts(
     observed: Callable[[Any, _Part], dict[str, _Fact]],
     sample: Any,
     total: int,
     exchanged: list[Any],
 ) -> list[tuple[int, dict[str, _Fact]]] | None:
-    """Gives the rows of each part and what a step comes to on it; None if it does not run."""
-    found = []
+    """Returns the number of rows and the step's results of each part, or None if it fails."""
+    results = []
     for begin, end in parts_of(total):
         try:
-            found.append((end - begin, observed(sample, _Part(begin, end, total, exchanged))))
+            facts = observed(sample, _Part(begin, end, total, exchanged))
         except Exception:
             return None
-    return found
+        results.append((end - begin, facts))
+    return results
 
 
 def _observed(
@@ -148,14 +151,14 @@ def _observed(
 
 
 def _fact(kind: str, value: Any) -> _Fact | None:
-    tensor = tf.convert_to_tensor(value)  # of slices, too
+    tensor = tf.convert_to_tensor(value)  # also makes tf.IndexedSlices dense
     if tensor.dtype != tf.bool and not (tensor.dtype.is_floating or tensor.dtype.is_integer):
         return None
     return _Fact(kind, tf.cast(tensor, tf.float64).numpy())
 
 
 def _nearby(sample: Any) -> Any:
-    """Changes a sample in its last digits."""
+    """Changes the last digits of a sample."""
     return tf.nest.map_structure(
         lambda leaf: leaf * (1 + 1e-6) if leaf.dtype.is_floating else leaf, sample
     )
@@ -167,14 +170,14 @@ def _differing(
     nearby: dict[str, _Fact],
     tolerance: float,
 ) -> str | None:
-    """Names the first fact that does not come from those of the parts, but for rounding."""
+    """Names the first fact that does not follow from those of the parts, except rounding."""
     if any(whole.keys() != facts.keys() for facts in (nearby, *(f for _, f in parts))):
         return None
-    with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is no evidence
-        return _first_unlike(whole, parts, nearby, tolerance)
+    with np.errstate(invalid="ignore", over="ignore"):  # comparisons with NaN are False
+        return _first_different(whole, parts, nearby, tolerance)
 
 
-def _first_unlike(
+def _first_different(
     whole: dict[str, _Fact],
     parts: Sequence[tuple[int, dict[str, _Fact]]],
     nearby: dict[str, _Fact],
@@ -182,11 +185,11 @@ def _first_unlike(
 ) -> str | None:
     means = [float(np.linalg.norm(f.value)) for f in whole.values() if f.kind == _MEAN]
     for name, (kind, value) in whole.items():
-        found = [(rows, facts[name].value) for rows, facts in parts]
-        expected = _expected(kind, found)
+        values = [(rows, facts[name].value) for rows, facts in parts]
+        expected = _expected(kind, values)
         if expected is None or expected.shape != value.shape:
             return name
-        size = max(np.linalg.norm(value), *(np.linalg.norm(part) for _, part in found))
+        size = max(np.linalg.norm(value), *(np.linalg.norm(part) for _, part in values))
         rounding = np.linalg.norm(value - nearby[name].value)
         allowed = tolerance * size + 20 * rounding + 1e-6 * max(means, default=0.0) + 1e-7
         if np.linalg.norm(value - expected) > allowed:
@@ -195,10 +198,10 @@ def _first_unlike(
 
 
 def _expected(kind: str, parts: Sequence[tuple[int, Any]]) -> Any:
-    """Gives what the whole should be, of the numbers of rows and the values of its parts.
+    """Combines the parts' numbers of rows and values into the expected value of the whole.
 
     Returns:
-        An array; None if nothing can be made of the parts.
+        An array, or None if the parts do not fit together.
     """
     first = parts[0][1]
     if kind == _ROWS:

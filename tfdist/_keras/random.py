@@ -1,6 +1,6 @@
-"""Random numbers as a function of the example's place in the global batch.
+"""Random numbers as a function of the example's position in the global batch.
 
-Where rows have keys, in private training, they are a function of the row's key instead.
+In private training rows have keys. There they are a function of the row's key instead.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _PHILOX = tf.random.Algorithm.PHILOX.value
 
 
 def _drawing_batch() -> ReplicaBatch | None:
-    """Gives the share that draws; an optimizer's noise is the same on all replicas."""
+    """Returns this replica's batch, but None in an optimizer: its noise is equal everywhere."""
     batch = current_batch()
     return None if batch is None or batch.is_updating else batch
 
@@ -41,45 +41,45 @@ def draw_seed(seed: Any) -> Tensor:
     """Draws a seed that differs between replicas, so that their noise is independent."""
     if tf.is_tensor(seed):
         return seed
-    drawn = _keras_draw_seed(seed)
+    common_seed = _keras_draw_seed(seed)
     batch = _drawing_batch()
     if batch is None:
-        return drawn
+        return common_seed
     if batch.keys is not None:
-        return drawn + tf.cast(batch.keys.secret % (2**31 - 1), drawn.dtype)
-    offset = tf.cast(batch.offset, drawn.dtype)
-    return drawn + tf.stack([tf.zeros_like(offset), offset * 7919])
+        return common_seed + tf.cast(batch.keys.secret % (2**31 - 1), common_seed.dtype)
+    offset = tf.cast(batch.offset, common_seed.dtype)
+    return common_seed + tf.stack([tf.zeros_like(offset), offset * 7919])
 
 
 def normal(
     shape: Any, mean: float = 0.0, stddev: float = 1.0, dtype: Any = None, seed: Any = None
 ) -> Tensor:
-    """Draws what one process would draw: of the rows of a batch, those of the share."""
+    """Draws the share's rows of the numbers that one process would draw for the batch."""
     batch = _drawing_batch()
     dtype = tf.as_dtype(dtype or keras.config.floatx())
     if batch is None or not dtype.is_floating:
         return _keras_normal(shape, mean, stddev, dtype.name, seed)
     if batch.keys is not None:
-        drawn = keyed.normal(batch.keys, shape, _seed_of_draw(seed), dtype)
+        numbers = keyed.normal(batch.keys, shape, _seed_of_draw(seed), dtype)
     else:
-        drawn = _rows_of_share(batch, shape, dtype, seed, tf.raw_ops.StatelessRandomNormalV2)
-    return drawn * tf.cast(stddev, dtype) + tf.cast(mean, dtype)
+        numbers = _rows_of_share(batch, shape, dtype, seed, tf.raw_ops.StatelessRandomNormalV2)
+    return numbers * tf.cast(stddev, dtype) + tf.cast(mean, dtype)
 
 
 def uniform(
     shape: Any, minval: float = 0.0, maxval: float = 1.0, dtype: Any = None, seed: Any = None
 ) -> Tensor:
-    """Draws what one process would draw: of the rows of a batch, those of the share."""
+    """Draws the share's rows of the numbers that one process would draw for the batch."""
     batch = _drawing_batch()
     dtype = tf.as_dtype(dtype or keras.config.floatx())
     if batch is None or not dtype.is_floating:
         return _keras_uniform(shape, minval, maxval, dtype.name, seed)
     if batch.keys is not None:
-        drawn = keyed.uniform(batch.keys, shape, _seed_of_draw(seed), dtype)
+        numbers = keyed.uniform(batch.keys, shape, _seed_of_draw(seed), dtype)
     else:
-        drawn = _rows_of_share(batch, shape, dtype, seed, tf.raw_ops.StatelessRandomUniformV2)
+        numbers = _rows_of_share(batch, shape, dtype, seed, tf.raw_ops.StatelessRandomUniformV2)
     least = tf.cast(minval, dtype)
-    return drawn * (tf.cast(maxval, dtype) - least) + least
+    return numbers * (tf.cast(maxval, dtype) - least) + least
 
 
 def _keys() -> RowKeys | None:
@@ -98,9 +98,9 @@ def randint(
     keys = _keys()
     if keys is None:
         return _keras_randint(shape, minval, maxval, dtype, seed)
-    drawn = keyed.integers(keys, shape, _seed_of_draw(seed))
+    numbers = keyed.integers(keys, shape, _seed_of_draw(seed))
     least = tf.cast(minval, tf.int64)
-    return tf.cast(drawn % (tf.cast(maxval, tf.int64) - least) + least, dtype)
+    return tf.cast(numbers % (tf.cast(maxval, tf.int64) - least) + least, dtype)
 
 
 def truncated_normal(
@@ -112,10 +112,10 @@ def truncated_normal(
         return _keras_truncated_normal(shape, mean, stddev, dtype, seed)
     dtype = tf.as_dtype(dtype or keras.config.floatx())
     wide = tf.float64 if dtype == tf.float64 else tf.float32
-    drawn = keyed.uniform(keys, shape, _seed_of_draw(seed), wide)
-    # The inverse of the normal distribution's function, between its values at -2 and 2.
-    drawn = math.sqrt(2.0) * tf.math.erfinv((2.0 * drawn - 1.0) * math.erf(math.sqrt(2.0)))
-    return tf.cast(drawn, dtype) * tf.cast(stddev, dtype) + tf.cast(mean, dtype)
+    uniforms = keyed.uniform(keys, shape, _seed_of_draw(seed), wide)
+    # The inverse of the normal distribution function, between its values at -2 and 2.
+    numbers = math.sqrt(2.0) * tf.math.erfinv((2.0 * uniforms - 1.0) * math.erf(math.sqrt(2.0)))
+    return tf.cast(numbers, dtype) * tf.cast(stddev, dtype) + tf.cast(mean, dtype)
 
 
 def categorical(
@@ -128,83 +128,86 @@ def categorical(
     logits = tf.convert_to_tensor(logits)
     shape = [logits.shape[0] or tf.shape(logits)[0], num_samples, tf.shape(logits)[1]]
     numbers = keyed.uniform(keys, shape, _seed_of_draw(seed), tf.float32)
-    # The largest of logits with Gumbel noise; the least uniform number is 0.
+    # The index of the largest logit with Gumbel noise. The smallest uniform number is 0, whose
+    # logarithm is not finite.
     noise = -tf.math.log(-tf.math.log(numbers + 2.0**-24))
     return tf.argmax(tf.cast(logits, tf.float32)[:, None] + noise, -1, tf.as_dtype(dtype))
 
 
 def gamma(shape: Any, alpha: Any, dtype: Any = None, seed: Any = None) -> Tensor:
     """Draws from gamma distributions: as Keras does, or by the rows' keys."""
-    return _slowly(_keras_gamma, shape, (alpha,), dtype, seed)
+    return _draw_by_rows(_keras_gamma, shape, (alpha,), dtype, seed)
 
 
 def beta(shape: Any, alpha: Any, beta: Any, dtype: Any = None, seed: Any = None) -> Tensor:
     """Draws from beta distributions: as Keras does, or by the rows' keys."""
-    return _slowly(_keras_beta, shape, (alpha, beta), dtype, seed)
+    return _draw_by_rows(_keras_beta, shape, (alpha, beta), dtype, seed)
 
 
 def binomial(
     shape: Any, counts: Any, probabilities: Any, dtype: Any = None, seed: Any = None
 ) -> Tensor:
     """Draws from binomial distributions: as Keras does, or by the rows' keys."""
-    return _slowly(_keras_binomial, shape, (counts, probabilities), dtype, seed)
+    return _draw_by_rows(_keras_binomial, shape, (counts, probabilities), dtype, seed)
 
 
-def _slowly(
+def _draw_by_rows(
     draw: Callable[..., Tensor], shape: Any, parameters: Any, dtype: Any, seed: Any
 ) -> Tensor:
     keys = _keys()
     if keys is None:
         return draw(shape, *parameters, dtype, seed)
 
-    def with_seed(shape: Any, seed: Tensor, *own: Any) -> Tensor:
-        return draw(shape, *own, dtype, seed)
+    def with_seed(shape: Any, seed: Tensor, *row_parameters: Any) -> Tensor:
+        return draw(shape, *row_parameters, dtype, seed)
 
-    given = [tf.cast(parameter, tf.float32) for parameter in parameters]
-    return keyed.row_by_row(with_seed, keys, shape, _seed_of_draw(seed), *given)
+    tensors = [tf.cast(parameter, tf.float32) for parameter in parameters]
+    return keyed.row_by_row(with_seed, keys, shape, _seed_of_draw(seed), *tensors)
 
 
 def _rows_of_share(
     batch: ReplicaBatch, shape: Any, dtype: Any, seed: Any, draw: Callable[..., Tensor]
 ) -> Tensor:
-    """Draws numbers by row where there are as many as the share has; else the same for all."""
-    drawn = _random._cast_seed(_keras_draw_seed(seed))
+    """Draws each row's numbers if the first axis has the share's rows, else equal numbers."""
+    op_seed = _random._cast_seed(_keras_draw_seed(seed))
     static = tf.TensorShape([size if isinstance(size, int) else None for size in shape])
-    whole = tf.cast(tf.convert_to_tensor(shape), tf.int64)
+    size = tf.cast(tf.convert_to_tensor(shape), tf.int64)
     first = tf.constant(0, tf.int64)
     if len(shape):
         local = tf.maximum(batch.rows, 1)
-        repeats = whole[0] // local
-        # A number that was written down is the share's only if it is the very same one.
+        repeats = size[0] // local
+        # A static length must equal the number of rows. Another one may be a multiple of it,
+        # as a layer may fold other axes into the first.
         fits = repeats == 1 if static[0] is not None else repeats >= 1
-        is_of_share = tf.logical_and(fits, whole[0] == repeats * local)
+        is_of_share = tf.logical_and(fits, size[0] == repeats * local)
         first = tf.where(is_of_share, batch.offset * repeats, first)
-    numbers = uniform_rows(whole, first, drawn, dtype, draw)
+    numbers = uniform_rows(size, first, op_seed, dtype, draw)
     return tf.ensure_shape(numbers, static)
 
 
 def dropout(inputs: Tensor, rate: float, noise_shape: Any = None, seed: Any = None) -> Tensor:
-    """Drops what one process would drop: noise for the global batch, the share's rows of it.
+    """Drops the elements that one process would drop.
 
-    The generator is counter-based, so the rows before the share cost nothing.
+    The mask is the share's rows of the global batch's mask. The generator is counter-based,
+    so skipping the rows before the share costs nothing.
     """
     if rate in (0.0, 1.0):
         return _keras_dropout(inputs, rate, noise_shape, seed)
     batch = current_batch()
     if batch is not None and batch.keys is not None:
         return _dropout_by_key(batch.keys, inputs, rate, noise_shape, seed)
-    draw = _random.draw_seed if batch is None else _keras_draw_seed
-    drawn = _random._cast_seed(draw(seed))
+    next_seed = _random.draw_seed if batch is None else _keras_draw_seed
+    op_seed = _random._cast_seed(next_seed(seed))
     shape = _random._get_concrete_noise_shape(inputs, noise_shape)
     shape = tf.cast(tf.shape(inputs) if shape is None else shape, tf.int64)
     first = tf.constant(0, tf.int64)
     if batch is not None:
         local = tf.cast(tf.shape(inputs)[0], tf.int64)
-        # A layer may have folded other axes into the first: so many positions an example has.
+        # A layer may have folded other axes into the first. Then an example has several rows.
         repeats = local // tf.maximum(batch.rows, 1)
         first = tf.where(shape[0] == local, batch.offset * repeats, first)
-    is_kept = _is_at_least(rate, shape, first, drawn, tf.as_dtype(inputs.dtype))
-    return _kept(inputs, rate, is_kept)
+    mask = _is_at_least(rate, shape, first, op_seed, tf.as_dtype(inputs.dtype))
+    return _apply_mask(inputs, rate, mask)
 
 
 def _dropout_by_key(
@@ -212,38 +215,40 @@ def _dropout_by_key(
 ) -> Tensor:
     inputs = tf.convert_to_tensor(inputs)
     sizes = tf.shape(inputs, tf.int64)
-    asked = [None] * len(inputs.shape) if noise_shape is None else noise_shape
+    noise_sizes = [None] * len(inputs.shape) if noise_shape is None else noise_shape
     shape = [
-        size if size is not None else known if known is not None else sizes[axis]
-        for axis, (size, known) in enumerate(zip(asked, inputs.shape, strict=True))
+        size if size is not None else static if static is not None else sizes[axis]
+        for axis, (size, static) in enumerate(zip(noise_sizes, inputs.shape, strict=True))
     ]
     dtype = tf.as_dtype(inputs.dtype)
-    is_kept = keyed.is_at_least(rate, keys, shape, _seed_of_draw(seed), dtype)
-    return _kept(inputs, rate, is_kept)
+    mask = keyed.is_at_least(rate, keys, shape, _seed_of_draw(seed), dtype)
+    return _apply_mask(inputs, rate, mask)
 
 
-def _kept(inputs: Tensor, rate: float, is_kept: Tensor) -> Tensor:
+def _apply_mask(inputs: Tensor, rate: float, mask: Tensor) -> Tensor:
     scaled = inputs * tf.constant(1.0 / (1.0 - rate), inputs.dtype)
-    return tf.where(is_kept, scaled, tf.zeros_like(scaled))
+    return tf.where(mask, scaled, tf.zeros_like(scaled))
 
 
 def _is_at_least(
     rate: float, shape: Tensor, first: Tensor, seed: Tensor, dtype: tf.DType
 ) -> Tensor:
-    """Tells where what `uniform_rows` gives is `rate` or more, compiled by XLA or not.
+    """Tells where the numbers of `uniform_rows` are at least `rate`, with or without XLA.
 
-    Of the same bits XLA makes other floats than TensorFlow's kernels do, so that one process
-    on a GPU, which Keras compiles, would drop other numbers: what is compared are the bits.
+    It compares bits, not floats: XLA converts the same bits to other floats than TensorFlow's
+    kernels do. Keras uses XLA in a single process on a GPU, whose mask would differ otherwise.
     """
     bits = FRACTION_BITS[dtype]
-    whole = tf.uint64 if dtype == tf.float64 else tf.uint32
-    drawn = uniform_rows(shape, first, seed, whole, tf.raw_ops.StatelessRandomUniformFullIntV2)
-    if dtype == tf.float64:  # TensorFlow's kernel takes the first half for the upper one
-        half = tf.constant(32, whole)
-        drawn = tf.bitwise.left_shift(drawn, half) | tf.bitwise.right_shift(drawn, half)
-    fraction = tf.bitwise.bitwise_and(drawn, tf.constant(2**bits - 1, whole))
+    int_dtype = tf.uint64 if dtype == tf.float64 else tf.uint32
+    words = uniform_rows(
+        shape, first, seed, int_dtype, tf.raw_ops.StatelessRandomUniformFullIntV2
+    )
+    if dtype == tf.float64:  # TensorFlow's kernel uses the first half as the upper one
+        half = tf.constant(32, int_dtype)
+        words = tf.bitwise.left_shift(words, half) | tf.bitwise.right_shift(words, half)
+    fraction = tf.bitwise.bitwise_and(words, tf.constant(2**bits - 1, int_dtype))
     least = math.ceil(float(np.asarray(rate, dtype.as_numpy_dtype)) * 2**bits)
-    return fraction >= tf.constant(least, whole)
+    return fraction >= tf.constant(least, int_dtype)
 
 
 def uniform_rows(
@@ -255,9 +260,9 @@ def uniform_rows(
 ) -> Tensor:
     """Computes rows [first, first + shape[0]) of `tf.random.stateless_uniform`.
 
-    Philox turns each value of its counter into 128 bits (Salmon et al., "Parallel random
-    numbers: as easy as 1, 2, 3", SC 2011), which TensorFlow makes 4 floats or 2 doubles.
-    `draw` may be another op that makes as many of them, such as StatelessRandomNormalV2.
+    Philox converts each value of its counter into 128 bits (Salmon et al., "Parallel random
+    numbers: as easy as 1, 2, 3", SC 2011). TensorFlow makes 4 floats or 2 doubles from them.
+    `draw` may be another op with the same count, such as StatelessRandomNormalV2.
     """
     per_count = 2 if tf.as_dtype(dtype).size == 8 else 4
     elements, start = tf.reduce_prod(shape), first * tf.reduce_prod(shape[1:])

@@ -1,4 +1,4 @@
-"""What a replica knows of its share while its step is traced."""
+"""The share of a replica while its step is traced."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import tensorflow as tf
 from tfdist._keras.keyed import RowKeys
 
 Tensor = Any
-"""A `tf.Tensor`, `tf.IndexedSlices` or what converts to one."""
+"""A `tf.Tensor`, `tf.IndexedSlices`, or a value that converts to a tensor."""
 
 
 class OptimizerUpdates(Protocol):
-    """What stands between a replica's train step and its optimizers."""
+    """The interface between a replica's train step and its optimizers."""
 
     def scale(self, optimizer: Any, loss: Tensor) -> Tensor:
         """Changes the loss before its gradient is taken."""
@@ -29,11 +29,11 @@ class OptimizerUpdates(Protocol):
         update: Callable[[list[Tensor]], None],
         variables: Sequence[Any],
     ) -> None:
-        """Takes a replica's gradients; sooner or later calls `update` with reduced ones."""
+        """Takes a replica's gradients. Calls `update` with reduced ones, now or later."""
 
 
 class Metrics(Protocol):
-    """What stands between a replica's step and the metrics it updates."""
+    """The interface between a replica's step and its metrics."""
 
     def begin(self, variables: Sequence[Any]) -> None:
         """Takes the variables of a metric that is about to be updated."""
@@ -41,22 +41,22 @@ class Metrics(Protocol):
 
 @dataclass
 class ReplicaBatch:
-    """What one replica knows, while a step is traced, about its share of a global batch.
+    """One replica's share of a global batch, and a record of its step while it is traced.
 
     Attributes:
-        rows: Scalar int64 tensor, the examples of this replica's share. At 0 the share
-            holds one padding row, which must contribute nothing.
-        total: Scalar int64 tensor, the examples of the global batch.
-        offset: Scalar int64 tensor, the global batch's row at which the share begins.
+        rows: Scalar int64 tensor, number of examples of the share. If it is 0, the share has
+            one padding row, which must contribute nothing.
+        total: Scalar int64 tensor, number of examples of the global batch.
+        offset: Scalar int64 tensor, index of the share's first row in the global batch.
         all_reduce: Sums a list of tensors over all replicas.
         all_gather: Concatenates a tensor of every replica along axis 0.
-        updates: Receives what the train step does with optimizers, while it runs.
-        metrics: Receives the metrics that the step updates, while it runs.
-        keys: What random numbers of rows follow from, in place of their place in the batch.
-        is_traced: Whether it is part of a graph.
-        touched: `keras.Variable`s assigned so far, with the value before, by their id; but
-            for those of `metrics` and what optimizers update.
-        updated: `keras.Variable`s that optimizers assigned as such, by their id.
+        updates: Receives the optimizers' updates while the train step runs.
+        metrics: Receives the metrics that the step updates.
+        keys: The rows' keys for random numbers, which replace their positions in the batch.
+        is_traced: Whether the batch belongs to a graph.
+        touched: `keras.Variable`s that the step has assigned, with their former values, by
+            id. Variables of `metrics` and those that optimizers update are not in it.
+        updated: `keras.Variable`s that optimizers have assigned, by id.
     """
 
     rows: Tensor
@@ -78,17 +78,17 @@ class ReplicaBatch:
 
     @property
     def has_rows(self) -> Tensor:
-        """Scalar bool tensor: whether the share holds examples."""
+        """Scalar bool tensor: whether the share has examples."""
         return self.rows > 0
 
     @property
     def is_shared(self) -> bool:
-        """Whether a step runs that sums up what replicas come to."""
+        """Whether the results of this step are summed over replicas."""
         return self.metrics is not None
 
     @property
     def share(self) -> Tensor:
-        """Scalar float32 tensor: the share's part of the global batch, from 0 to 1.
+        """Scalar float32 tensor: the share's fraction of the global batch, from 0 to 1.
 
         It is 0 when the global batch is empty.
         """
@@ -104,10 +104,10 @@ class ReplicaBatch:
         )
 
     def gather(self, rows: Tensor) -> Tensor:
-        """Gives the rows of the global batch, from those of the share.
+        """Gathers the rows of the global batch from those of the shares.
 
-        What is computed of them is the same on every replica. So the gradient that comes back
-        is the share's part of it, and is made such that replicas' sums are the whole.
+        Every replica computes the same values from them. So the gradient is cut to the rows
+        of the share, and scaled such that the sum over replicas is the gradient of the batch.
 
         Args:
             rows: Shape [rows of the share, ...].
@@ -116,18 +116,19 @@ class ReplicaBatch:
         @tf.custom_gradient  # type: ignore[untyped-decorator]
         def gathered(share: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
             def gradient(upstream: Tensor) -> Tensor:
-                own = upstream[self.offset : self.offset + self.rows]
+                of_share = upstream[self.offset : self.offset + self.rows]
                 padding = tf.shape(share)[0] - tf.cast(self.rows, tf.int32)
-                own = tf.pad(own, [[0, padding], *([[0, 0]] * (len(share.shape) - 1))])
-                return own * tf.cast(self.inverse_share, own.dtype)
+                paddings = [[0, padding], *([[0, 0]] * (len(share.shape) - 1))]
+                of_share = tf.pad(of_share, paddings)
+                return of_share * tf.cast(self.inverse_share, of_share.dtype)
 
             return self.all_gather(share[: self.rows]), gradient
 
-        # What cannot be differentiated keeps its dtype: targets may be integers.
+        # Integers, such as targets, have no gradient.
         return gathered(rows) if rows.dtype.is_floating else self.all_gather(rows[: self.rows])
 
     def note_whole(self, value: Tensor) -> None:
-        """Notes what was computed of the whole batch, the same on every replica.
+        """Records a value that is computed of the whole batch, equal on every replica.
 
         Args:
             value: A tensor.
@@ -135,24 +136,24 @@ class ReplicaBatch:
         self._whole[id(value)] = value
 
     def is_whole(self, value: Tensor) -> bool:
-        """Tells whether a value was noted by `note_whole`.
+        """Tells whether `note_whole` has recorded a value.
 
         Args:
-            value: Anything.
+            value: Any value.
         """
         return self._whole.get(id(value)) is value
 
     def of_whole(self, compute: Callable[[], Any]) -> Any:
-        """Gives what is computed of a share as it is; see `probe`.
+        """Computes a value of the share. `probe` overrides this to use the whole sample.
 
         Args:
-            compute: Computes it.
+            compute: Computes the value.
         """
         return compute()
 
     @contextlib.contextmanager
     def updating(self) -> Iterator[None]:
-        """Makes a context in which optimizers are not intercepted."""
+        """Makes a context in which updates of optimizers are not intercepted."""
         before, self.is_updating = self.is_updating, True
         try:
             yield
@@ -160,7 +161,7 @@ class ReplicaBatch:
             self.is_updating = before
 
     def touch(self, variable: Any) -> None:
-        """Notes that a `keras.Variable` is about to be assigned, and what it holds.
+        """Records the value of a `keras.Variable` that is about to be assigned.
 
         Args:
             variable: The `keras.Variable`.
@@ -171,12 +172,12 @@ class ReplicaBatch:
             return
         if key in self.touched or key in self._of_metrics:
             return
-        # Where a branch assigns it, the value is read before the branch.
+        # If a branch assigns it, the value is read outside of the branch.
         with contextlib.nullcontext() if tf.executing_eagerly() else self._graph.as_default():
             self.touched[key] = variable, tf.identity(variable._value)
 
     def begin_metric(self, metric: Any) -> None:
-        """Notes that a metric is about to be updated, if somebody wants to know.
+        """Records a metric that is about to be updated, if `metrics` is set.
 
         Args:
             metric: The metric.
@@ -187,23 +188,26 @@ class ReplicaBatch:
             self.metrics.begin(variables)
 
     def note_result(self, metric: Any, value: Any) -> None:
-        """Notes what a metric's `result` gave.
+        """Records the result of a metric.
 
         Args:
             metric: The metric.
-            value: A tensor, or several.
+            value: The tensor or nested tensors that its `result` returned.
         """
         for number, leaf in enumerate(tf.nest.flatten(value)):
             self._results.setdefault(id(leaf), (leaf, metric, number))
 
     def metric_of(self, value: Any) -> tuple[Any, int] | None:
-        """Tells which metric's `result` a value is, and which of its tensors.
+        """Finds the metric whose result a value is.
 
         Args:
-            value: Anything.
+            value: Any value.
+
+        Returns:
+            The metric and the index of the value among the tensors of its result, or None.
         """
-        known = self._results.get(id(value))
-        return None if known is None or known[0] is not value else known[1:]
+        record = self._results.get(id(value))
+        return None if record is None or record[0] is not value else record[1:]
 
 
 _current = threading.local()
@@ -211,7 +215,7 @@ _current = threading.local()
 
 def current_batch() -> ReplicaBatch | None:
     batch: ReplicaBatch | None = getattr(_current, "batch", None)
-    # Variables are made outside of a step that is traced, and are no replica's.
+    # While a step is traced, variables are created eagerly. They belong to no replica.
     if batch is not None and batch.is_traced and tf.executing_eagerly():
         return None
     return batch
@@ -219,11 +223,11 @@ def current_batch() -> ReplicaBatch | None:
 
 @contextlib.contextmanager
 def on_replica(batch: Any) -> Iterator[Any]:
-    """Makes `batch` what Keras's functions see in this thread, within `replicated()`.
+    """Makes `batch` the current batch of this thread, for the functions of `replicated()`.
 
     Args:
-        batch: The replica's share, a `ReplicaBatch`; None for what is no part of a larger
-            batch. tf.distribute traces each replica in its own thread.
+        batch: The replica's `ReplicaBatch`, or None outside of a replica's step.
+            tf.distribute traces each replica in a thread of its own.
 
     Yields:
         `batch`.
@@ -238,16 +242,16 @@ def on_replica(batch: Any) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Puts something else in a place of a class or module, while the context lasts.
+    """Replaces an attribute of a class or module while the context lasts.
 
     Args:
-        owner: The class or module, in whose own `__dict__` the place is.
-        name: Of the place.
-        value: What to put there.
+        owner: The class or module whose own `__dict__` has the attribute.
+        name: The attribute's name.
+        value: The new value.
     """
-    before = owner.__dict__[name]
+    original = owner.__dict__[name]
     setattr(owner, name, value)
     try:
         yield
     finally:
-        setattr(owner, name, before)
+        setattr(owner, name, original)

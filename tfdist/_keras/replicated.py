@@ -1,4 +1,4 @@
-"""The places of Keras that change while several replicas train."""
+"""Applies the replacements in Keras while several replicas train."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ _DRAWS = (
     "beta",
     "binomial",
 )
-_depth = 0  # of calls within each other: an evaluation in a callback
+_depth = 0  # of nested contexts, such as an evaluation in a callback
 
 
 @contextlib.contextmanager
 def replicated(has_servers: bool = False) -> Iterator[None]:
-    """Replaces the places named in the package while a model is trained.
+    """Applies the replacements that the package lists, while a model is trained.
 
-    The replacements look up the calling thread's `on_replica` batch and do what Keras
-    does when there is none.
+    A replacement looks up the calling thread's `on_replica` batch. Without one, it does what
+    Keras does.
 
     Args:
         has_servers: Whether `served` replaces the optimizer's update.
@@ -57,12 +57,12 @@ def _leave() -> None:
 
 
 def alone() -> contextlib.AbstractContextManager[None]:
-    """Lets a model that is no replica drop what it would drop as one, also compiled by XLA."""
+    """Makes dropout in a single process the same as on a replica, also if XLA compiles it."""
     return replaced(_random, "dropout", draws.dropout)
 
 
 def replacements(has_servers: bool = False) -> list[Replacement]:
-    """Lists the places and what takes them; see the package.
+    """Lists the replacements; see the package.
 
     Args:
         has_servers: As in `replicated`.

@@ -1,4 +1,4 @@
-"""TensorFlow's runtime of this process: its devices, its cluster, its key-value store."""
+"""TensorFlow's runtime in this process: devices, cluster, key-value store."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from tensorflow.python.eager import context as _context
 from tensorflow.python.framework import config as _config
 
 EagerTensor: Any = tf.__internal__.EagerTensor
-"""The class of tensors that hold numbers; `tf.Tensor` is that of symbolic ones, too."""
+"""The class of tensors with values. `tf.Tensor` includes symbolic tensors."""
 
 
 def has_devices() -> bool:
-    """Tells whether TensorFlow has made its devices: then no cluster can be joined."""
+    """Tells whether TensorFlow has created its devices. Then it cannot join a cluster."""
     return bool(_context.context()._initialized)
 
 
@@ -24,28 +24,28 @@ def is_deterministic() -> bool:
 
 
 def key_value_store() -> Any:
-    """Gives what has `get_config_key_value` and others; None where nothing connects workers."""
+    """Returns the object with `get_config_key_value`, or None if nothing connects workers."""
     context = _context.context()
     return None if context.coordination_service is None else context
 
 
 def configure_coordination(jobs: Mapping[str, int], leader: str, seconds: float) -> None:
-    """Sets how TensorFlow waits for a cluster, before it is joined.
+    """Configures how long TensorFlow waits for the other workers when it joins a cluster.
 
-    MultiWorkerMirroredStrategy leaves an existing configuration alone; its own waits for a
-    worker that never comes for an hour.
+    MultiWorkerMirroredStrategy uses an existing configuration. Its default waits an hour for a
+    worker that never starts.
 
     Args:
-        jobs: How many tasks each has.
-        leader: The job whose task 0 keeps the service.
-        seconds: How long to wait for the others.
+        jobs: Number of tasks of each job.
+        leader: The job whose task 0 runs the coordination service.
+        seconds: How long to wait for the other workers.
     """
     coordinated = _context.coordination_config_pb2.CoordinatedJob
     _context.context().configure_coordination_service(
         service_type="standalone",
         service_leader=f"/job:{leader}/replica:0/task:0",
         cluster_register_timeout_in_ms=int(seconds * 1000),
-        # A machine at its limit may be late by seconds, and is not lost for that.
+        # An overloaded machine may be late by many seconds.
         heartbeat_timeout_in_ms=60_000,
         coordinated_jobs=[coordinated(name=job, num_tasks=n) for job, n in jobs.items()],
     )

@@ -1,7 +1,7 @@
-"""Something of a model's own in the files that Keras saves: `.keras` and `.weights.h5`.
+"""Adds an entry to the files that Keras saves: `.keras` and `.weights.h5`.
 
-It is one more array among the weights, under a name of its own. Keras without tfdist reads such
-files as ever, since it looks up what it needs by name.
+The entry is an additional array among the weights. Keras without tfdist can still read such
+files, since it looks up the weights by name.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ def carry_in_files(
     write: Callable[[Any], bytes | None],
     read: Callable[[Any, bytes], None],
 ) -> None:
-    """Lets the files of each model, or layer, hold something more, from now on in this process.
+    """Adds an entry to the files of all models and layers, from now on in this process.
 
-    `_save_state` and `_load_state` go through a model and all its parts; both are called for
-    the model itself first, with an empty path, whatever the format of the file is.
+    Relies on `_save_state` and `_load_state`, which visit a model and all its parts. For every
+    file format, both are called first for the model itself, with an empty path.
 
     Args:
-        name: In the file.
-        write: Gives a model's, or None if it has nothing to be saved.
-        read: Called with a model that was loaded, and what its file held.
+        name: The name of the entry in the file.
+        write: Returns the entry of a model, or None if it has none.
+        read: Called with a loaded model and the entry of its file.
     """
     save, load = _saving_lib._save_state, _saving_lib._load_state
 
@@ -37,22 +37,22 @@ def carry_in_files(
         saveable: Any, weights_store: Any, assets_store: Any, inner_path: str, *args: Any,
         **options: Any,
     ) -> Any:  # fmt: skip
-        done = save(saveable, weights_store, assets_store, inner_path, *args, **options)
+        result = save(saveable, weights_store, assets_store, inner_path, *args, **options)
         if not inner_path and isinstance(saveable, keras.Layer) and weights_store:
-            written = write(saveable)
-            if written is not None:
-                weights_store.make(name)[_ENTRY] = np.frombuffer(written, np.uint8)
-        return done
+            entry = write(saveable)
+            if entry is not None:
+                weights_store.make(name)[_ENTRY] = np.frombuffer(entry, np.uint8)
+        return result
 
     def load_state(
         saveable: Any, weights_store: Any, assets_store: Any, inner_path: str, *args: Any,
         **options: Any,
     ) -> Any:  # fmt: skip
-        done = load(saveable, weights_store, assets_store, inner_path, *args, **options)
-        is_whole = not inner_path and isinstance(saveable, keras.Layer) and weights_store
-        found = weights_store.get(name) if is_whole else {}
-        if _ENTRY in found.keys():  # noqa: SIM118, a store of Keras's is no dict
-            read(saveable, bytes(np.asarray(found[_ENTRY], np.uint8)))
-        return done
+        result = load(saveable, weights_store, assets_store, inner_path, *args, **options)
+        is_outermost = not inner_path and isinstance(saveable, keras.Layer) and weights_store
+        entries = weights_store.get(name) if is_outermost else {}
+        if _ENTRY in entries.keys():  # noqa: SIM118, Keras's store is no dict
+            read(saveable, bytes(np.asarray(entries[_ENTRY], np.uint8)))
+        return result
 
     _saving_lib._save_state, _saving_lib._load_state = save_state, load_state

@@ -1,4 +1,4 @@
-"""Models and calls that a script puts into a `tf.distribute` scope of its own."""
+"""Handles models and calls in a `tf.distribute` scope that the user's script has opened."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tfdist._keras.variables import swap_value
 
 @contextlib.contextmanager
 def outside_scopes() -> Iterator[None]:
-    """Makes a context in which no strategy's scope is entered, whichever the caller is in."""
+    """Makes a context outside of all strategies' scopes, even if the caller is in one."""
     if not tf.distribute.has_strategy():
         yield
         return
@@ -32,7 +32,7 @@ def outside_scopes() -> Iterator[None]:
 
 
 def scope_of(model: Any) -> Any:
-    """Gives the strategy in whose scope a model was made, or None.
+    """Returns the strategy in whose scope a model was made, or None.
 
     Args:
         model: A `keras.Model`.
@@ -41,12 +41,12 @@ def scope_of(model: Any) -> Any:
 
 
 def leave_scope(model: Any, variables: Sequence[Any], optimizers: Sequence[Any]) -> None:
-    """Makes a model that was made in a scope what it would be without one.
+    """Converts a model that was made in a scope into a model without one.
 
     Args:
         model: A `keras.Model`.
         variables: Its `keras.Variable`s, with those of its optimizers and metrics.
-        optimizers: Its optimizers, those that they wrap included.
+        optimizers: Its optimizers, with those that they wrap.
     """
     for layer in layers_of(model):
         if scope_of(layer) is not None:
@@ -68,10 +68,10 @@ def leave_scope(model: Any, variables: Sequence[Any], optimizers: Sequence[Any])
 
 
 def undistributed(dataset: Any) -> Any:
-    """Gives the dataset that a strategy was asked to distribute, or what it was given.
+    """Returns the original of a distributed dataset. Any other value is returned as it is.
 
     Args:
-        dataset: Anything; a `tf.distribute.DistributedDataset` that holds one is unpacked.
+        dataset: A `tf.distribute.DistributedDataset`, or any other value.
     """
     if isinstance(dataset, tf.distribute.DistributedDataset):
         return getattr(dataset, "_original_dataset", dataset)

@@ -1,17 +1,17 @@
-"""What is replaced in Keras while a model's variables are on parameter servers.
+"""Replacements in Keras while a model's variables are on parameter servers.
 
 ========================  ==========================================================
 place                     what changes
 ========================  ==========================================================
-the optimizer's update    each variable is updated on the server that holds it, a part
-                          of a split variable on the part's; of a variable whose
-                          gradient has rows, only these, if asked for
-`GradientTape`            a split variable has a gradient: its parts' in one; weights
-                          that a worker has read together are watched
-`Embedding.call`          reads the rows it needs, where the table is
+the optimizer's update    each variable, or part of a split variable, is updated on
+                          its own server; with `rows_only`, only the rows that have a
+                          gradient
+`GradientTape`            a split variable has one gradient, joined from those of its
+                          parts; weights that a worker has read already are watched
+`Embedding.call`          reads only the rows that it needs, on the table's server
 ========================  ==========================================================
 
-(TensorFlow's own `Embedding` of Keras 2 and its `ShardedVariable` did the same.)
+(The `Embedding` of Keras 2 and TensorFlow's `ShardedVariable` did the same.)
 """
 
 from __future__ import annotations
@@ -44,9 +44,10 @@ def served(rows_only: bool) -> Iterator[None]:
     """Replaces the places named at the top of this file.
 
     Args:
-        rows_only: Whether an optimizer whose elements are independent updates only rows that
-            have a gradient, each by the sum of its gradients. Keras's own update leaves no
-            row alone that has a moment, and takes the gradients of a row one by one.
+        rows_only: Whether an optimizer with independent elements updates only the rows that
+            have a gradient, each by the sum of its gradients. Keras's own update also changes
+            all other rows that have a moment, and applies several gradients of a row one by
+            one.
     """
     with contextlib.ExitStack() as stack:
         for owner, name, value in replacements(rows_only):
@@ -55,22 +56,22 @@ def served(rows_only: bool) -> Iterator[None]:
 
 
 def replacements(rows_only: bool) -> list[tuple[Any, str, Callable[..., Any]]]:
-    """Lists the places, and what is put there; see `served`."""
+    """Lists the replacements; see `served`."""
 
     def update_step(
         optimizer: Any, grads: Sequence[Tensor], trainable_variables: Any, learning_rate: Any
     ) -> None:
         by_rows = rows_only and is_elementwise(optimizer)
-        kept = {id(variable): slots for variable, slots in trained_by(optimizer)}
+        slots = {id(variable): slots for variable, slots in trained_by(optimizer)}
         copies = _Copies(optimizer, learning_rate)
-        of_servers: dict[str, list[Callable[[], None]]] = {}
+        by_server: dict[str, list[Callable[[], None]]] = {}
         for gradient, variable in zip(grads, trainable_variables, strict=True):
-            found = _updates_of_parts(
-                optimizer, gradient, variable, kept[id(variable)], copies, by_rows
+            updates_of_parts = _updates_of_parts(
+                optimizer, gradient, variable, slots[id(variable)], copies, by_rows
             )
-            for device, update in found:
-                of_servers.setdefault(device, []).append(update)
-        for device, updates in of_servers.items():
+            for device, update in updates_of_parts:
+                by_server.setdefault(device, []).append(update)
+        for device, updates in by_server.items():
             _on_server(device, updates)
 
     return [
@@ -87,7 +88,7 @@ _tensorflow_gradient = tf.GradientTape.gradient
 
 def _weights_read() -> dict[int, Tensor]:
     scope = _global_state.get_global_attribute("stateless_scope")
-    return scope.weights if isinstance(scope, Apart) else {}
+    return scope.weights if isinstance(scope, StepScope) else {}
 
 
 _tensorflow_enter = tf.GradientTape.__enter__
@@ -101,14 +102,14 @@ def _enter(tape: Any) -> Any:
 
 
 def _gradient(tape: Any, target: Any, sources: Any, *args: Any, **options: Any) -> Any:
-    read = _weights_read()
-    flat = [read.get(id(source), source) for source in tf.nest.flatten(sources)]
+    weights = _weights_read()
+    flat = [weights.get(id(source), source) for source in tf.nest.flatten(sources)]
     splits = [getattr(source, "_value", None) for source in flat]
     nested = [v.parts if isinstance(v, Split) else s for s, v in zip(flat, splits, strict=True)]
-    found = _tensorflow_gradient(tape, target, nested, *args, **options)
+    gradients = _tensorflow_gradient(tape, target, nested, *args, **options)
     joined = [
-        v.join(part) if isinstance(v, Split) else part
-        for part, v in zip(found, splits, strict=True)
+        v.join(gradient) if isinstance(v, Split) else gradient
+        for gradient, v in zip(gradients, splits, strict=True)
     ]
     return tf.nest.pack_sequence_as(sources, joined)
 
@@ -133,15 +134,15 @@ def _embed(layer: Any, inputs: Tensor) -> Tensor:
     return tf.cast(rows, layer.compute_dtype)
 
 
-class Apart(keras.StatelessScope):  # type: ignore[misc]
-    """A scope in which nothing is assigned, and in which only some variables have values.
+class StepScope(keras.StatelessScope):  # type: ignore[misc]
+    """A stateless scope in which only some variables have values of their own.
 
-    Keras gives every variable a value when it trains in a `StatelessScope`, and asks the
-    scope for those that it regularizes.
+    All other variables keep the values of their backing variables. In Keras's own
+    `StatelessScope`, every variable needs a value.
 
     Args:
-        values: What variables begin with.
-        weights: Values of trainable variables that were read already; tapes watch them.
+        values: Initial values of variables.
+        weights: Values of trainable variables that are read already. Tapes watch them.
     """
 
     def __init__(
@@ -153,12 +154,12 @@ class Apart(keras.StatelessScope):  # type: ignore[misc]
         self.weights = {id(variable): value for variable, value in weights}
 
     def get_current_value(self, ref: Any) -> Any:
-        """Gives what a variable is in this scope."""
-        found = self.assigned(ref)
-        return ref._value if found is None else found
+        """Returns the value of a variable in this scope."""
+        value = self.assigned(ref)
+        return ref._value if value is None else value
 
     def assigned(self, ref: Any) -> Any:
-        """Gives what a variable began with or was assigned in this scope, or None.
+        """Returns the initial or assigned value of a variable in this scope, or None.
 
         Args:
             ref: The `keras.Variable`.
@@ -166,19 +167,19 @@ class Apart(keras.StatelessScope):  # type: ignore[misc]
         return super().get_current_value(ref)
 
 
-def read_together(
+def read_packed(
     model: Any, largest: int, after: Sequence[Tensor] = ()
 ) -> list[tuple[Any, Tensor]]:
-    """Reads a model's weights, the small ones of a server in one tensor.
+    """Reads a model's weights, the small weights of a server in one tensor.
 
     Args:
-        model: A built `keras.Model`, its variables on servers.
-        largest: Elements above which a weight is read alone.
-        after: What is read before, on any server.
+        model: A built `keras.Model`, with its variables on servers.
+        largest: Number of elements above which a weight is read on its own.
+        after: Tensors that must be read before the weights.
 
     Returns:
-        Pairs of a `keras.Variable` and its value; split ones, and tables that are read by
-        rows, are left out.
+        Pairs of a `keras.Variable` and its value, without split variables and without
+        embedding tables, which are read by rows.
     """
     layers = model._flatten_layers()
     tables = {id(la.__dict__.get("_embeddings")) for la in layers if hasattr(la, "embeddings")}
@@ -186,24 +187,24 @@ def read_together(
     for variable in model.trainable_variables:
         value = variable._value
         if isinstance(value, tf.Variable) and id(variable) not in tables:
-            alone = id(value) if value.shape.num_elements() > largest else None
-            packs.setdefault((value.device, value.dtype, alone), []).append(variable)
-    found = []
+            single = id(value) if value.shape.num_elements() > largest else None
+            packs.setdefault((value.device, value.dtype, single), []).append(variable)
+    weights = []
     for (device, *_), variables in packs.items():
         with tf.device(device), tf.control_dependencies(after):
             if len(variables) == 1:
-                found.append((variables[0], tf.identity(variables[0]._value)))
+                weights.append((variables[0], tf.identity(variables[0]._value)))
                 continue
             flat = tf.concat([tf.reshape(v._value, [-1]) for v in variables], 0)
         parts = tf.split(flat, [v._value.shape.num_elements() for v in variables])
         values = [tf.reshape(p, v.shape) for p, v in zip(parts, variables, strict=True)]
-        found += list(zip(variables, values, strict=True))
-    return found
+        weights += list(zip(variables, values, strict=True))
+    return weights
 
 
 @contextlib.contextmanager
 def stateful() -> Iterator[None]:
-    """Lets assignments through, inside of a `keras.StatelessScope`."""
+    """Suspends the `keras.StatelessScope`, so that assignments take effect."""
     scope = _global_state.get_global_attribute("stateless_scope")
     _global_state.set_global_attribute("stateless_scope", None)
     try:

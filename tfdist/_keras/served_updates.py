@@ -1,4 +1,4 @@
-"""How optimizers update variables that are on parameter servers."""
+"""Optimizer updates of variables on parameter servers."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from tfdist._keras.parts import Known, Rows, Split, parts_of
+from tfdist._keras.parts import FixedValue, Split, VariableRows, parts_of
 from tfdist._keras.replica import Tensor
 
-# Each element is updated by its own gradient and state alone: rows can be apart.
+# These update each element from its own gradient and state only, so rows are independent.
 _ELEMENTWISE = tuple(
     getattr(keras.optimizers, name)
     for name in ("SGD", "RMSprop", "Adam", "AdamW", "Adadelta", "Adagrad", "Adamax", "Nadam",
@@ -22,13 +22,16 @@ _ELEMENTWISE = tuple(
 
 
 def trained_by(optimizer: Any) -> list[tuple[Any, list[Any]]]:
-    """Lists the variables that an optimizer trains, each with what it keeps for it.
+    """Lists the variables that an optimizer trains, each with its slots.
 
-    Keras's optimizers keep lists of variables, one for each trainable variable; the
-    optimizer that a LossScaleOptimizer wraps is looked at in its place.
+    A Keras optimizer has lists of slots, with one slot for each trainable variable. Of a
+    LossScaleOptimizer, the wrapped optimizer is used.
 
     Args:
         optimizer: A built `keras.Optimizer`.
+
+    Returns:
+        Pairs of a variable and its slots.
     """
     optimizer = getattr(optimizer, "inner_optimizer", optimizer)
     trained = optimizer._trainable_variables
@@ -41,13 +44,13 @@ def trained_by(optimizer: Any) -> list[tuple[Any, list[Any]]]:
         and any(isinstance(item, keras.Variable) for item in value)
     ]
     return [
-        (variable, [found[i] for found in lists if isinstance(found[i], keras.Variable)])
+        (variable, [slots[i] for slots in lists if isinstance(slots[i], keras.Variable)])
         for i, variable in enumerate(trained)
     ]
 
 
 def is_elementwise(optimizer: Any) -> bool:
-    """Tells whether an optimizer updates each element for itself.
+    """Tells whether an optimizer updates each element independently.
 
     Args:
         optimizer: A `keras.Optimizer`.
@@ -56,34 +59,34 @@ def is_elementwise(optimizer: Any) -> bool:
 
 
 def register_parts(optimizer: Any) -> None:
-    """Lets an optimizer find its state by a part of a split variable.
+    """Adds the parts of split variables to an optimizer's index of variables.
 
     Args:
         optimizer: A built `keras.Optimizer`, reindexed.
     """
-    for one in (optimizer, getattr(optimizer, "inner_optimizer", None)):
-        if one is not None and one.built:
-            for index, variable in enumerate(one._trainable_variables):
+    for each in (optimizer, getattr(optimizer, "inner_optimizer", None)):
+        if each is not None and each.built:
+            for index, variable in enumerate(each._trainable_variables):
                 for part in parts_of(variable):
-                    one._trainable_variables_indices[part._unique_id] = index
+                    each._trainable_variables_indices[part._unique_id] = index
 
 
 def _on_server(device: str, updates: Sequence[Callable[[], None]]) -> None:
-    """Makes all updates of a server in one call.
+    """Makes all updates of a server in one function call.
 
-    What waits for them then waits for one thing on that server. Otherwise TensorFlow tells
-    the other servers of every single assignment.
+    Later ops then depend on a single op of that server. Otherwise TensorFlow would notify the
+    other servers of every single assignment.
     """
 
-    def together() -> None:
+    def update_all() -> None:
         for update in updates:
             update()
 
-    if tf.executing_eagerly():  # a server's function cannot take a tensor of another server
-        together()
+    if tf.executing_eagerly():  # an eager function cannot take a tensor of another server
+        update_all()
         return
     with tf.device(device):
-        tf.function(together, autograph=False)()
+        tf.function(update_all, autograph=False)()
 
 
 def _updates_of_parts(
@@ -99,11 +102,11 @@ def _updates_of_parts(
     slots_parts = [parts_of(slot) for slot in slots]
     updates: list[tuple[str, Callable[[], None]]] = []
     for i, (part, rows) in enumerate(zip(parts_of(variable), gradients, strict=True)):
-        homes = [(variable, part)]
-        homes += [(s, parts[i]) for s, parts in zip(slots, slots_parts, strict=True)]
-        sent = copies.on(part.device)
+        backings = [(variable, part)]
+        backings += [(s, parts[i]) for s, parts in zip(slots, slots_parts, strict=True)]
+        rate_and_count = copies.on(part.device)
         update = functools.partial(
-            _update, optimizer, rows, variable, homes, sent, by_rows, part.device
+            _update, optimizer, rows, variable, backings, rate_and_count, by_rows, part.device
         )
         updates.append((part.device, update))
     return updates
@@ -113,58 +116,58 @@ def _update(
     optimizer: Any,
     gradient: Tensor,
     variable: Any,
-    homes: Sequence[tuple[Any, Any]],
-    sent: tuple[Tensor, Known],
+    backings: Sequence[tuple[Any, Any]],
+    rate_and_count: tuple[Tensor, FixedValue],
     by_rows: bool,
     device: str,
 ) -> None:
-    learning_rate, iterations = sent
+    learning_rate, iterations = rate_and_count
     with tf.device(device):
         if isinstance(gradient, tf.IndexedSlices) and by_rows:
             ids, gradient = _summed_by_row(gradient)
-            homes = [(v, Rows(home, ids)) for v, home in homes]
-        with _living_in([*homes, (optimizer._iterations, iterations)]):
+            backings = [(v, VariableRows(backing, ids)) for v, backing in backings]
+        with _backed_by([*backings, (optimizer._iterations, iterations)]):
             optimizer.update_step(gradient, variable, learning_rate)
 
 
 class _Copies:
-    """The learning rate and the counter, sent to each server once for all its variables."""
+    """Copies of the learning rate and the step counter, one for each server."""
 
     def __init__(self, optimizer: Any, learning_rate: Any) -> None:
-        # Not `iterations`, which counts updates when several steps make one.
-        both = [tf.convert_to_tensor(v) for v in (learning_rate, optimizer._iterations)]
-        self._dtypes = [tensor.dtype for tensor in both]
-        self._packed = tf.stack([tf.cast(tensor, tf.float64) for tensor in both])
-        self._sent: dict[str, tuple[Tensor, Known]] = {}
+        # With gradient accumulation, `iterations` counts updates and `_iterations` steps.
+        values = [tf.convert_to_tensor(v) for v in (learning_rate, optimizer._iterations)]
+        self._dtypes = [tensor.dtype for tensor in values]
+        self._packed = tf.stack([tf.cast(tensor, tf.float64) for tensor in values])
+        self._copies: dict[str, tuple[Tensor, FixedValue]] = {}
 
-    def on(self, device: str) -> tuple[Tensor, Known]:
-        """Gives both where a server has them.
+    def on(self, device: str) -> tuple[Tensor, FixedValue]:
+        """Returns both on a server.
 
         Args:
-            device: The server's.
+            device: The server's device.
         """
-        if device not in self._sent:
+        if device not in self._copies:
             with tf.device(device):
                 parts = tf.unstack(tf.identity(self._packed))
                 rate, count = (tf.cast(p, d) for p, d in zip(parts, self._dtypes, strict=True))
-                self._sent[device] = (rate, Known(count))
-        return self._sent[device]
+                self._copies[device] = (rate, FixedValue(count))
+        return self._copies[device]
 
 
 def _summed_by_row(slices: Tensor) -> tuple[Tensor, Tensor]:
-    ids, places = tf.unique(slices.indices)
-    return ids, tf.math.unsorted_segment_sum(slices.values, places, tf.size(ids))
+    ids, segments = tf.unique(slices.indices)
+    return ids, tf.math.unsorted_segment_sum(slices.values, segments, tf.size(ids))
 
 
 @contextlib.contextmanager
-def _living_in(homes: Sequence[tuple[Any, Any]]) -> Iterator[None]:
-    before = [variable._value for variable, _ in homes]
-    for variable, home in homes:
-        variable._value = home
+def _backed_by(backings: Sequence[tuple[Any, Any]]) -> Iterator[None]:
+    before = [variable._value for variable, _ in backings]
+    for variable, backing in backings:
+        variable._value = backing
     try:
         yield
     finally:
-        for (variable, _), value in zip(homes, before, strict=True):
+        for (variable, _), value in zip(backings, before, strict=True):
             variable._value = value
 
 

@@ -1,4 +1,4 @@
-"""Gradients of rows: whose they are, and how the rows of shares add up."""
+"""Sparse gradients: tells whether the rows of shares must be added or concatenated."""
 
 from __future__ import annotations
 
@@ -6,29 +6,29 @@ from typing import Any
 
 import tensorflow as tf
 
-# Their first input's numbers, moved, chosen from or added to.
-_PASSES_ON = frozenset(
+# Ops whose output keeps the distinct numbers of their first input distinct.
+_KEEPS_DISTINCT = frozenset(
     {"AddV2", "Cast", "ExpandDims", "GatherV2", "Identity", "Reshape", "Squeeze", "Sub"}
 )
 _OF_SHAPES = frozenset({"Shape", "ShapeN", "Size", "Rank"})
 
 
 def has_fixed_rows(gradient: Any) -> bool:
-    """Tells whether a gradient has rows that no example chose, such as those of positions.
+    """Tells whether the rows of a gradient do not depend on examples, such as positions.
 
-    Then each share's rows are sums over its examples, to be added up; where examples chose
-    them, rows of shares stand next to each other, as they would in one process.
+    Then each share's rows are sums over its examples, and must be added. If the rows depend
+    on the examples, the rows of shares are concatenated, as in one process.
 
     Args:
-        gradient: A gradient that is traced; dense, or `tf.IndexedSlices`.
+        gradient: A gradient that is being traced, dense or `tf.IndexedSlices`.
     """
     if not isinstance(gradient, tf.IndexedSlices) or tf.executing_eagerly():
         return False
     graph = gradient.indices.graph
     captured = {id(tensor) for tensor in getattr(graph, "internal_captures", ())}
-    waiting, seen = [gradient.indices], set()
-    while waiting:
-        tensor = waiting.pop()
+    stack, seen = [gradient.indices], set()
+    while stack:
+        tensor = stack.pop()
         if id(tensor) in seen or id(tensor) in captured:
             continue
         seen.add(id(tensor))
@@ -37,17 +37,17 @@ def has_fixed_rows(gradient: Any) -> bool:
             continue
         if not op.inputs and op.type != "Const":
             return False  # the share's data
-        if any(given.dtype in (tf.resource, tf.variant) for given in op.inputs):
-            return False  # an iterator's, or what a function gave
-        waiting += list(op.inputs)
+        if any(tensor.dtype in (tf.resource, tf.variant) for tensor in op.inputs):
+            return False  # from an iterator or a function
+        stack += list(op.inputs)
     return True
 
 
 def has_unique_rows(gradient: Any) -> bool:
-    """Tells whether a gradient has each row once, whichever examples chose it.
+    """Tells whether a gradient has each row once, even if several examples use it.
 
-    A product with a sparse matrix looks up each row once for all of a batch. Then rows that
-    several shares have must be one again.
+    A product with a sparse matrix looks up each row once for a whole batch. Then rows that
+    several shares have must be added into one.
 
     Args:
         gradient: As in `has_fixed_rows`.
@@ -58,19 +58,19 @@ def has_unique_rows(gradient: Any) -> bool:
 
 
 def _is_unique(op: Any) -> bool:
-    while op.type in _PASSES_ON:
+    while op.type in _KEEPS_DISTINCT:
         op = op.inputs[0].op
-    if op.type == "ConcatV2":  # of the parts of a variable on several servers
+    if op.type == "ConcatV2":  # joins the parts of a split variable
         return all(_is_unique(part.op) for part in list(op.inputs)[:-1])
     return bool(op.type in ("Unique", "UniqueV2"))
 
 
 def once_each(gradient: Any) -> Any:
-    """Adds up the rows of a gradient that are of one index.
+    """Adds the rows of a gradient that have the same index.
 
     Args:
         gradient: `tf.IndexedSlices`.
     """
-    ids, places = tf.unique(gradient.indices)
-    values = tf.math.unsorted_segment_sum(gradient.values, places, tf.size(ids))
+    ids, segments = tf.unique(gradient.indices)
+    values = tf.math.unsorted_segment_sum(gradient.values, segments, tf.size(ids))
     return tf.IndexedSlices(values, ids, gradient.dense_shape)

@@ -1,4 +1,4 @@
-"""Where variables live, and which of them a step assigns."""
+"""The backing variables of `keras.Variable`s, and a record of assignments."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def direct_assign(variable: Any, value: Tensor) -> None:
 
 
 def as_python(kind: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Makes `int` or `float` of a variable, which Keras cannot where there are copies of it.
+    """Makes `int` or `float` work for a mirrored variable, for which Keras's version fails.
 
     Args:
         kind: `int` or `float`.
@@ -36,7 +36,7 @@ def as_python(kind: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 def backing_variable(variable: Any) -> Any:
-    """Gives the `tf.Variable` that a `keras.Variable` lives in.
+    """Returns the backing `tf.Variable` of a `keras.Variable`.
 
     Args:
         variable: The `keras.Variable`.
@@ -45,14 +45,14 @@ def backing_variable(variable: Any) -> Any:
 
 
 def swap_value(variable: Any, value: Any) -> Any:
-    """Gives a `keras.Variable` another `tf.Variable` to live in.
+    """Replaces the backing `tf.Variable` of a `keras.Variable`.
 
     Args:
         variable: The `keras.Variable`.
         value: A `tf.Variable` of its shape and dtype.
 
     Returns:
-        The `tf.Variable` it lived in before.
+        The former backing `tf.Variable`.
     """
     before = variable._value
     variable._value = value

@@ -1,1 +1,1 @@
-"""Training that goes on: from a checkpoint, or when processes come and go."""
+"""Continues a training: from a checkpoint, or when processes join or leave."""

@@ -1,9 +1,9 @@
-"""Training that goes on when processes come and go, from the last committed step.
+"""Elastic training: it continues from the last commit when processes join or leave.
 
-A commit is a copy of the state and the position it belongs to, made after each step on every
-process. When one is lost, the others leave Keras's loop, take the state of the last commit,
-meet whoever is there, and enter the loop again at that position. The sampler is a function
-of the step, so no example is lost or repeated. (After Horovod's elastic states.)
+A commit is a copy of the state, with its position. Every process commits after each step. If a
+process is lost, the others leave Keras's loop, restore the last commit, connect to the
+processes that are there now, and enter the loop again at that position. The sampler is a
+function of the step, so no example is lost or repeated. (After Horovod's elastic states.)
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ class ElasticRun(Continuation):
     """One `fit` of an elastic run, from the first attempt to the last.
 
     Args:
-        strategy: Connects the processes.
+        strategy: The strategy that connects the processes.
         others: As in `Continuation`.
 
     Attributes:
-        position: Of the last commit; None before the first.
-        seed: The sampler's, of all processes.
+        position: The position of the last commit. None before the first commit.
+        seed: The sampler's seed, the same on all processes.
     """
 
     needs_state = True
@@ -52,22 +52,22 @@ class ElasticRun(Continuation):
         self._number = next(_numbers)
         self._strategy = strategy
         self._state = TrainState(())
-        self._kept: Sequence[Any] = ()
-        self._copy: Callable[[], Sequence[Any]] = tuple
+        self._committed: Sequence[Any] = ()
+        self._copy_state: Callable[[], Sequence[Any]] = tuple
         self._stop = Stop()
         self._steps: int | None = None
-        self._where: Callable[[], DataPosition] = DataPosition
-        self._began: dict[int, Any] = {}
+        self._data_position: Callable[[], DataPosition] = DataPosition
+        self._begun_callbacks: dict[int, Any] = {}
 
     def choose(self, request: Request) -> Request:
-        """Joins the others, and takes the seed that they have."""
+        """Joins the other processes, and takes their seed."""
         assert request.seed is not None
         self.seed = request.seed
         self._join()
         return replace(super().choose(request), seed=self.seed)
 
     def bind(self, request: Request, source: Source) -> None:
-        """Refuses data that cannot be drawn again."""
+        """Checks that the data can be read several times."""
         if not source.repeatable:
             raise ArgumentError(
                 "`x` must be data that can be drawn again in an elastic run. Received: a "
@@ -75,19 +75,19 @@ class ElasticRun(Continuation):
             )
 
     def begin_attempt(self, source: Source) -> None:
-        """Draws from the data as one that has just come does."""
+        """Resets the data, so that this process reads it like one that has just joined."""
         source.begin_anew()
 
     def train(self, attempt: Callable[[], Any]) -> Any:
-        """Trains until an attempt comes to its end.
+        """Trains until an attempt completes.
 
         Args:
-            attempt: Trains from `position` on and returns Keras's `History`.
+            attempt: Trains from `position` on. Returns Keras's `History`.
         """
         with self._strategy.members_watched(self._note_change):
             while True:
                 try:
-                    return self._agreed(attempt())
+                    return self._agree_on(attempt())
                 except (PeerError, MembersChanged) as reason:
                     said = f"tfdist: {reason} Training goes on."
                     if self._state.per_replica:
@@ -98,40 +98,43 @@ class ElasticRun(Continuation):
                     print(said, file=sys.stderr, flush=True)
                     if self.position is not None:
                         for variable, value in zip(
-                            self._state.variables, self._kept, strict=True
+                            self._state.variables, self._committed, strict=True
                         ):
                             variable.assign(value)
                     self._strategy.reconnect()
                     self._join()
 
-    def _agreed(self, history: Any) -> Any:
-        """Gives all processes the chief's: one that came late has missed the beginning."""
+    def _agree_on(self, history: Any) -> Any:
+        """Gives every process the chief's state and history.
+
+        The history of a process that joined late lacks the first epochs.
+        """
         self._strategy.agree(self._state.replicated)
-        said = self._strategy.broadcast_object((history.epoch, history.history))
-        history.epoch, history.history = said
+        chiefs_history = self._strategy.broadcast_object((history.epoch, history.history))
+        history.epoch, history.history = chiefs_history
         return history
 
     def begin(self, epoch: int, start: Callable[[], DataPosition]) -> Begins:
         """Says where an attempt begins.
 
         Args:
-            epoch: Where the first one does.
-            start: Says where its data begins, once callbacks have begun.
+            epoch: The epoch of the first attempt.
+            start: As in `Continuation.begin`.
 
         Returns:
-            The epoch, the steps made of it, what says where its data began, and the logs of
-            the last step made, which is never an epoch's last.
+            As in `Continuation.begin`. The logs are empty: a commit never follows the last
+            step of an epoch, so a later step has logs.
         """
         if self.position is not None:
-            epoch, step, where = self.position
-            return epoch, step, lambda: where, {}
+            epoch, step, data_position = self.position
+            return epoch, step, lambda: data_position, {}
         return epoch, 0, start, {}
 
     def note_step(self, step: int) -> None:
-        """Commits after a step, but for an epoch's last: the next epoch's beginning is.
+        """Commits after a step, except the last of an epoch: `begin_epoch` commits next.
 
         Args:
-            step: Steps made of the epoch.
+            step: Number of completed steps of the epoch.
         """
         if step != self._steps and self.position is not None:
             self.commit(self.position._replace(step=step))
@@ -144,52 +147,60 @@ class ElasticRun(Continuation):
         where: Callable[[], DataPosition],
         **options: Any,
     ) -> Any:
-        """Makes the `CallbackList` of an attempt: what began in an earlier one goes on.
+        """Makes the `CallbackList` of an attempt.
+
+        A callback that has begun in an earlier attempt does not begin again.
 
         Args:
             given: This process's callbacks.
-            prepared: The model, whose state a commit keeps.
-            where: Says where the data stands, between two epochs.
-            **options: Of `keras.callbacks.CallbackList`.
+            prepared: The model. A commit copies its state.
+            where: Returns the position of the data, between two epochs.
+            **options: Arguments of `keras.callbacks.CallbackList`.
         """
-        self._where, self._steps, self._stop = where, options["steps"], prepared.stop
+        self._data_position, self._steps, self._stop = where, options["steps"], prepared.stop
         self._state, variables = prepared.state, prepared.state.variables
-        self._copy = tf.function(
+        self._copy_state = tf.function(
             lambda: [tf.identity(v.value) for v in variables], autograph=False
         )
-        history = [c for c in self._began.values() if isinstance(c, keras.callbacks.History)]
-        made = _Continued([*given, *history, _Commits(self)], add_history=True, **options)
-        made.began = self._began
-        made.made = 0 if self.position is None else self.position.step
-        return made
+        history = [
+            callback
+            for callback in self._begun_callbacks.values()
+            if isinstance(callback, keras.callbacks.History)
+        ]
+        callbacks = _AttemptCallbacks(
+            [*given, *history, _Commits(self)], add_history=True, **options
+        )
+        callbacks.begun = self._begun_callbacks
+        callbacks.made = 0 if self.position is None else self.position.step
+        return callbacks
 
     def commit(self, position: Position) -> None:
-        """Keeps the state that belongs to a position.
+        """Copies the state, with its position.
 
         Args:
-            position: Where training stands.
+            position: The position.
         """
-        self._kept = self._copy()
+        self._committed = self._copy_state()
         self.position = position
 
     def begin_epoch(self, epoch: int) -> None:
-        """Commits at the beginning of an epoch, unless this is the rest of one.
+        """Commits at the beginning of an epoch, unless an earlier attempt has begun it.
 
         Args:
-            epoch: As Keras counts.
+            epoch: The epoch, as Keras counts.
         """
         if self.position is None or self.position.epoch != epoch:
-            self.commit(Position(epoch, 0, self._where()))
+            self.commit(Position(epoch, 0, self._data_position()))
 
     def _join(self) -> None:
         self._strategy.join()
-        said = self._strategy.gather_objects((self.position, self.seed, self._number))
-        if said[0][0] is None and any(position is not None for position, *_ in said):
+        states = self._strategy.gather_objects((self.position, self.seed, self._number))
+        if states[0][0] is None and any(position is not None for position, *_ in states):
             raise StrategyError(
                 "The first rank must be one that was training. Received: a new one. Start "
                 "the job again, from a checkpoint."
             )
-        self.position, self.seed, number = said[0]
+        self.position, self.seed, number = states[0]
         if number != self._number:
             raise StrategyError(
                 "A process that joins an elastic run must find it in the same `fit`. "
@@ -201,34 +212,35 @@ class ElasticRun(Continuation):
         self._stop.members_changed = True
 
 
-class _Continued(ContinuedCallbacks):
-    """Callbacks of which some have begun in an earlier attempt."""
+class _AttemptCallbacks(ContinuedCallbacks):
+    """Callbacks of which some have begun in an earlier attempt, by their ids."""
 
-    began: dict[int, Any]
+    begun: dict[int, Any]
 
     def on_train_begin(self, logs: Any = None) -> None:
-        everyone = self.callbacks
-        self.callbacks = [c for c in everyone if id(c) not in self.began]
-        self.began.update((id(c), c) for c in self.callbacks)
+        all_callbacks = self.callbacks
+        self.callbacks = [c for c in all_callbacks if id(c) not in self.begun]
+        self.begun.update((id(c), c) for c in self.callbacks)
         super().on_train_begin(logs)
-        self.callbacks = everyone
+        self.callbacks = all_callbacks
 
 
 class _Commits(keras.callbacks.Callback):  # type: ignore[misc]
-    """Commits at the beginning of an epoch; brings back the metrics of a broken one."""
+    """Commits at the beginning of an epoch, and restores the metrics of an interrupted one."""
 
     def __init__(self, run: ElasticRun) -> None:
         super().__init__()
         self._run = run
-        self._counted: list[tuple[Any, Any]] = []
+        self._metric_values: list[tuple[Any, Any]] = []
 
     def on_train_begin(self, logs: Any = None) -> None:
+        # Keras's loop resets the metrics when the epoch begins, after this.
         if self._run.position is not None and self._run.position.step:
             metrics = _keras.metric_variables(self.model)
-            self._counted = [(variable, variable.numpy()) for variable in metrics]
+            self._metric_values = [(variable, variable.numpy()) for variable in metrics]
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        for variable, value in self._counted:
+        for variable, value in self._metric_values:
             variable.assign(value)
-        self._counted = []
+        self._metric_values = []
         self._run.begin_epoch(epoch)

@@ -1,4 +1,7 @@
-"""What a training that goes on has in common, after a restart or among other processes."""
+"""The position of a training, and callbacks that continue from it.
+
+Checkpoints and elastic runs share both.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,12 @@ from tfdist.data.epochs import DataPosition
 
 
 class Position(NamedTuple):
-    """Where training stands.
+    """The position of a training.
 
     Attributes:
-        epoch: As Keras counts.
-        step: Steps made of it.
-        data: Where the data stood when the epoch began.
+        epoch: The epoch, as Keras counts.
+        step: Number of completed steps of the epoch.
+        data: The position of the data at the beginning of the epoch.
     """
 
     epoch: int
@@ -23,54 +26,54 @@ class Position(NamedTuple):
     data: DataPosition
 
     def to_json(self) -> list[Any]:
-        """Gives what JSON can hold."""
+        """Returns the position as a list for JSON."""
         return [self.epoch, self.step, list(self.data)]
 
     @classmethod
-    def from_json(cls, written: list[Any]) -> Position:
-        """Reads what `to_json` gave.
+    def from_json(cls, values: list[Any]) -> Position:
+        """Makes a position from the list of `to_json`.
 
         Args:
-            written: The list.
+            values: The list.
         """
-        epoch, step, where = written
-        return cls(epoch, step, DataPosition(*where))
+        epoch, step, data_position = values
+        return cls(epoch, step, DataPosition(*data_position))
 
 
 class ContinuedCallbacks(keras.callbacks.CallbackList):  # type: ignore[misc]
-    """Callbacks that hear nothing of the steps that were made already.
+    """Callbacks that are not called for the steps that an earlier attempt has completed.
 
-    Keras's loop goes over all steps of an epoch, so that it counts them as ever; the train
-    function makes those that are left.
+    Keras's loop iterates over all steps of an epoch, so that its count is right. The train
+    function runs only the remaining steps.
 
     Attributes:
-        made: Steps of the first epoch that were made already.
+        made: Number of steps of the first epoch that are completed already.
     """
 
     callbacks: list[Any]
     made = 0
 
     def is_made(self, first: int) -> bool:
-        """Tells whether the steps of one execution were made already.
+        """Tells whether the steps of one execution are completed already.
 
         Args:
-            first: Of these steps, in the epoch.
+            first: Index of the first of these steps in the epoch.
         """
         stop = first + int(self.model.steps_per_execution)
         steps = self.params.get("steps")
         return stop <= self.made or (steps is not None and steps <= self.made)
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
-        """Tells them that steps begin."""
+        """Calls the callbacks before steps."""
         if not self.is_made(batch):
             super().on_train_batch_begin(batch, logs)
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        """Tells them that steps were made."""
+        """Calls the callbacks after steps."""
         if not self.is_made(batch + 1 - int(self.model.steps_per_execution)):
             super().on_train_batch_end(batch, logs)
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        """Tells them that an epoch has ended."""
+        """Calls the callbacks after an epoch."""
         self.made = 0
         super().on_epoch_end(epoch, logs)

@@ -1,1 +1,1 @@
-"""Scripts as people write them, in the processes that `tfdist run` starts."""
+"""Runs users' scripts in the processes that `tfdist run` starts, and adapts Keras for them."""

@@ -1,4 +1,4 @@
-"""Runs an unmodified Keras script distributed: its `fit` becomes tfdist's."""
+"""Distributes an unmodified Keras script: its `fit` becomes tfdist's."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from tfdist.strategies.session import current
 from tfdist.training import routing
 from tfdist.training.routing import METHODS, is_running, replacing
 
-_STARTED = time.time()
-_seen: dict[str, int] = {}  # the folder that was at a path after the last save
-_PATHS = ("filepath", "export_dir")  # by which savers take a path
-# Functions of something and a path.
+_PROCESS_START = time.time()
+_inodes: dict[str, int] = {}  # of the folder at a path after its last save
+_PATH_ARGUMENTS = ("filepath", "export_dir")
+# Functions of an object and a path.
 _SAVERS = (
     (keras.saving, "save_model"),
     (keras.saving, "save_weights"),
@@ -35,11 +35,11 @@ _SAVERS = (
 
 
 class DropIn(replacing):
-    """What `drop_in` replaced; leaving it as a context, or `undo`, puts Keras's own back.
+    """The replacements of `drop_in`. `undo`, or its exit as a context, restores Keras.
 
     Args:
-        methods: Of `keras.Model`, by name.
-        strategy: What this process trains with.
+        methods: The new methods of `keras.Model`, by name.
+        strategy: The strategy of this process.
     """
 
     def __init__(self, methods: dict[str, Any], strategy: Strategy) -> None:
@@ -50,20 +50,21 @@ class DropIn(replacing):
         if strategy.place.num_replicas > 1 or strategy.has_servers:
             self._stack.callback(claim(strategy))
         if strategy.place.num_workers > 1:
-            # Not by contexts: those of a handle that nobody keeps are left when it is freed.
+            # These are callbacks, not context managers: a script may drop the handle at once,
+            # and a generator-based context would end with it.
             for module, name in _SAVERS:
-                before = getattr(module, name, None)
-                if before is None:  # in this version of Keras
+                original = getattr(module, name, None)
+                if original is None:  # this version of Keras lacks it
                     continue
-                self._replace(module, name, _whole(before))
-            self._replace(_keras.CheckpointSaver, "save", _whole_checkpoint)
+                self._replace(module, name, _atomic(original))
+            self._replace(_keras.CheckpointSaver, "save", _save_checkpoint_atomically)
 
     def _replace(self, owner: Any, name: str, value: Any) -> None:
         self._stack.callback(setattr, owner, name, getattr(owner, name))
         setattr(owner, name, value)
 
     def undo(self) -> None:
-        """Puts Keras's and TensorFlow's own back; doing so twice does no harm."""
+        """Restores Keras's and TensorFlow's functions. A second call has no effect."""
         super().undo()
         self._stack.close()
 
@@ -71,16 +72,16 @@ class DropIn(replacing):
 def drop_in(strategy: Any = "auto") -> DropIn:
     """Makes every `keras.Model` train, evaluate and predict with tfdist.
 
-    A script's own `model.fit(...)` then runs on all replicas, its `batch_size` being the
-    global one. On several workers, saving a model writes to a temporary file that takes its
-    name when it is complete: the workers hold the same weights, so whoever comes last
-    leaves the same file, and nobody reads half of one.
+    Then `model.fit(...)` in a script runs on all replicas, and its `batch_size` is that of the
+    global batch. On several workers, a model is saved to a temporary file, which gets its
+    name when it is complete. All workers have the same weights and write the same file, and
+    no reader sees a part of it.
 
     Args:
         strategy: As in `tfdist.fit`.
 
     Returns:
-        A handle with `undo()`, which is a context manager too.
+        A handle with `undo()`. It is also a context manager.
 
     Example:
         >>> import keras, numpy as np, tfdist
@@ -95,34 +96,34 @@ def drop_in(strategy: Any = "auto") -> DropIn:
         name: _routed(getattr(tfdist, name).direct, getattr(keras.Model, name), strategy)
         for name in METHODS
     }
-    used = current(strategy).strategy
-    if used.place.num_workers > 1:
+    current_strategy = current(strategy).strategy
+    if current_strategy.place.num_workers > 1:
         for name in ("save", "save_weights", "export"):
-            methods[name] = _whole(getattr(keras.Model, name))
-    return DropIn(methods, used)
+            methods[name] = _atomic(getattr(keras.Model, name))
+    return DropIn(methods, current_strategy)
 
 
 def _routed(function: Callable[..., Any], original: Any, strategy: Any) -> Callable[..., Any]:
     @functools.wraps(original)
     def method(model: Any, *args: Any, **kwargs: Any) -> Any:
-        if is_running():  # a callback's own, or Keras's fit that validates
+        if is_running():  # called in a callback, or by Keras's own fit for validation
             return original(model, *args, **kwargs)
         return function(model, *args, strategy=strategy, **kwargs)
 
     return method
 
 
-def _whole(save: Callable[..., Any]) -> Callable[..., Any]:
+def _atomic(save: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(save)
-    def method(saved: Any, *args: Any, **kwargs: Any) -> Any:
-        name = next((name for name in _PATHS if name in kwargs), None)
-        given = args[0] if name is None else kwargs[name]
-        if not _is_local(given):
-            return save(saved, *args, **kwargs)
-        with _appearing(Path(given)) as path:
+    def method(saved_object: Any, *args: Any, **kwargs: Any) -> Any:
+        name = next((name for name in _PATH_ARGUMENTS if name in kwargs), None)
+        target = args[0] if name is None else kwargs[name]
+        if not _is_local(target):
+            return save(saved_object, *args, **kwargs)
+        with _temporary_path(Path(target)) as path:
             if name is None:
-                return save(saved, str(path), *args[1:], **kwargs)
-            return save(saved, *args, **{**kwargs, name: str(path)})
+                return save(saved_object, str(path), *args[1:], **kwargs)
+            return save(saved_object, *args, **{**kwargs, name: str(path)})
 
     return method
 
@@ -131,11 +132,11 @@ _tensorflow_save = _keras.CheckpointSaver.save
 
 
 @functools.wraps(_tensorflow_save)
-def _whole_checkpoint(saver: Any, file_prefix: Any, *args: Any, **kwargs: Any) -> Any:
-    """Saves a `tf.train.Checkpoint`: its files take their places when they are complete."""
+def _save_checkpoint_atomically(saver: Any, file_prefix: Any, *args: Any, **kwargs: Any) -> Any:
+    """Saves a `tf.train.Checkpoint`. Its files get their names when they are complete."""
     if not _is_local(file_prefix):
         return _tensorflow_save(saver, file_prefix, *args, **kwargs)
-    with _appearing(Path(file_prefix)) as path:
+    with _temporary_path(Path(file_prefix)) as path:
         _tensorflow_save(saver, str(path), *args, **kwargs)
     return file_prefix
 
@@ -145,38 +146,42 @@ def _is_local(path: Any) -> bool:
 
 
 @contextlib.contextmanager
-def _appearing(target: Path) -> Iterator[Path]:
-    """Gives a path to write to, which becomes `target` when the writing is done."""
+def _temporary_path(target: Path) -> Iterator[Path]:
+    """Yields a temporary path to write to. At the end, it is moved to `target`."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".saving-") as folder:
         path = Path(folder) / target.name
         yield path
         for written in sorted(Path(folder).iterdir()):  # a sharded save writes its index last
-            there = target.parent / written.name
+            destination = target.parent / written.name
             if written.is_dir():
-                _appear_once(written, there)
+                _move_folder_once(written, destination)
             else:
-                os.replace(written, there)
+                os.replace(written, destination)
 
 
-def _appear_once(written: Path, there: Path) -> None:
-    """Moves a folder to its place, unless another worker's of this save is there.
+def _move_folder_once(written: Path, destination: Path) -> None:
+    """Moves a folder to its destination, unless another worker has moved its own there.
 
-    It may be read by then, file by file, and what two workers wrote is numbered differently.
+    Somebody may already read the other worker's folder, file by file, and the files of two
+    workers do not fit together.
     """
-    key = str(there.resolve())
-    if not _is_of_this_save(there, _seen.get(key)):
-        with tempfile.TemporaryDirectory(dir=there.parent, prefix=".old-") as old:
+    key = str(destination.resolve())
+    if not _is_of_this_save(destination, _inodes.get(key)):
+        with tempfile.TemporaryDirectory(dir=destination.parent, prefix=".old-") as old:
             with contextlib.suppress(FileNotFoundError):
-                os.rename(there, Path(old) / there.name)
-            with contextlib.suppress(OSError):  # another worker's came in between
-                os.rename(written, there)
-    _seen[key] = there.stat().st_ino
+                os.rename(destination, Path(old) / destination.name)
+            with contextlib.suppress(OSError):  # another worker was faster
+                os.rename(written, destination)
+    _inodes[key] = destination.stat().st_ino
 
 
-def _is_of_this_save(there: Path, seen: int | None) -> bool:
+def _is_of_this_save(destination: Path, last_inode: int | None) -> bool:
+    """Tells whether another worker has written the folder since this worker's last save."""
     try:
-        found = there.stat()
+        status = destination.stat()
     except FileNotFoundError:
         return False
-    return found.st_ctime >= _STARTED if seen is None else found.st_ino != seen
+    if last_inode is None:
+        return status.st_ctime >= _PROCESS_START
+    return status.st_ino != last_inode

@@ -1,6 +1,7 @@
-"""Says, in a worker among several, when a script trains without tfdist.
+"""Detects, on several workers, a script that trains without tfdist.
 
-Such workers would each train a model of their own, and the run would end as if all were well.
+Without this check, each worker would train a model of its own, and the run would seem to
+succeed.
 """
 
 from __future__ import annotations
@@ -27,40 +28,42 @@ _REMEDY = (
 
 
 def guard(strategy: Strategy) -> None:
-    """Watches what Keras trains outside of tfdist, for the rest of the process's life.
+    """Watches Keras for training outside of tfdist, until the process ends.
 
     Args:
-        strategy: What this process trains with, among several workers.
+        strategy: The strategy of this process, with several workers.
     """
-    keras.Model.fit = _alone(keras.Model.fit, "model.fit")
-    keras.Model.train_on_batch = _on_batch(keras.Model.train_on_batch, strategy)
-    _keras.watch_updates(_heed_update)
+    keras.Model.fit = _guarded_fit(keras.Model.fit, "model.fit")
+    keras.Model.train_on_batch = _guarded_train_on_batch(keras.Model.train_on_batch, strategy)
+    _keras.watch_updates(_check_update)
 
 
-def _alone(original: Callable[..., Any], name: str) -> Callable[..., Any]:
+def _guarded_fit(original: Callable[..., Any], name: str) -> Callable[..., Any]:
     @functools.wraps(original)
     def method(model: Any, *args: Any, **kwargs: Any) -> Any:
         if not routing.is_running():
-            _object(f"`{name}`")
+            _report(f"`{name}`")
         with routing.running():
             return original(model, *args, **kwargs)
 
     return method
 
 
-def _on_batch(original: Callable[..., Any], strategy: Strategy) -> Callable[..., Any]:
-    """Computes a batch whole on every worker, and then takes the chief's state."""
+def _guarded_train_on_batch(
+    original: Callable[..., Any], strategy: Strategy
+) -> Callable[..., Any]:
+    """Computes the whole batch on every worker, then takes the chief's state."""
 
     @functools.wraps(original)
     def method(model: Any, *args: Any, **kwargs: Any) -> Any:
         if routing.is_running():
             return original(model, *args, **kwargs)
         if not routing.is_drop_in():
-            _object("`model.train_on_batch`")
+            _report("`model.train_on_batch`")
             return original(model, *args, **kwargs)
         _say_once(
             "`train_on_batch` computes its whole batch on every worker: the weights are those "
-            "of one process, and it is no faster. `fit` shares batches."
+            "of one process, and it is no faster. `fit` splits batches among the workers."
         )
         with routing.running(), _keras.outside_scopes():
             scoped(model, "auto")
@@ -73,22 +76,22 @@ def _on_batch(original: Callable[..., Any], strategy: Strategy) -> Callable[...,
     return method
 
 
-def _heed_update() -> None:
-    """Called when an optimizer updates weights where no replica's step runs."""
+def _check_update() -> None:
+    """Called when an optimizer updates weights outside of a replica's step."""
     if routing.is_running():
         return
     if not routing.is_drop_in():
-        _object("a training loop of its own")
+        _report("a training loop of its own")
     else:
         _say_once(
-            "a training loop of this script's own runs on every worker for itself: --drop-in "
-            "leads model.fit, evaluate, predict and train_on_batch to all workers, and no "
-            "loop. Workers that draw the same data train the same weights, no faster."
+            "the script's own training loop runs on every worker independently: --drop-in "
+            "distributes model.fit, evaluate, predict and train_on_batch, and no loop. "
+            "Workers that draw the same data train the same weights, no faster."
         )
 
 
-def _object(what: str) -> None:
-    """Refuses to train alone, or says so where the script knows of tfdist."""
+def _report(what: str) -> None:
+    """Raises if the script does not use tfdist, else prints a warning."""
     if _names_tfdist():
         _say_once(f"{what} is Keras's own and trains this worker alone. {_REMEDY}")
         return

@@ -1,7 +1,8 @@
-"""Strategies that a script makes for itself, in a process that trains with tfdist's.
+"""Strategies that a script creates itself, in a process that trains with tfdist.
 
-A connected process has one strategy: a second one would connect again, with the ports and the
-names of the first, and TensorFlow ends such a process. So the script gets the one there is.
+A connected process can have only one strategy. A second one would connect again, with the ports
+and names of the first, and TensorFlow would end the process. So the script gets the strategy
+that exists already.
 """
 
 from __future__ import annotations
@@ -28,53 +29,54 @@ _LOOPS = (
 
 
 def claim(strategy: Strategy) -> Callable[[], None]:
-    """Lets the constructors of `tf.distribute` give a connected process's strategy.
+    """Makes the constructors of `tf.distribute` return the strategy of a connected process.
 
     Args:
-        strategy: What this process trains with.
+        strategy: The strategy of this process.
 
     Returns:
-        What puts TensorFlow's own back.
+        A function that restores TensorFlow's constructors.
     """
-    given = None if strategy.has_servers else getattr(strategy, "strategy", None)
-    given = given or _StandIn(strategy)
-    # Not by a context: one that nobody keeps is left when it is freed.
+    existing = None if strategy.has_servers else getattr(strategy, "strategy", None)
+    existing = existing or _StandIn(strategy)
+    # Returns a function, not a context: a context would end if the caller dropped it.
     with contextlib.ExitStack() as stack:
         for module in (tf.distribute, tf.distribute.experimental):
             for name in _NAMES:
                 original = getattr(module, name, None)
                 if isinstance(original, type):
                     stack.callback(setattr, module, name, original)
-                    setattr(module, name, _claimed(original, given))
-            if isinstance(given, _StandIn):
+                    setattr(module, name, _claimed(original, existing))
+            if isinstance(existing, _StandIn):
                 name, coordinator = "ClusterCoordinator", module.coordinator
                 stack.callback(setattr, coordinator, name, getattr(coordinator, name))
                 setattr(coordinator, name, _refuse_coordinator)
         return stack.pop_all().close
 
 
-def _claimed(original: type, given: Any) -> type:
+def _claimed(original: type, existing: Any) -> type:
     class Claiming(type(original)):  # type: ignore[misc]
-        """Gives what there is when a class is called."""
+        """Returns the existing strategy when the class is called."""
 
         def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-            launched_config.restore()  # a script sets it for this
-            return given
+            launched_config.restore()  # the script may have changed it for this call
+            return existing
 
         def __instancecheck__(cls, instance: Any) -> bool:
-            return instance is given or isinstance(instance, original)
+            return instance is existing or isinstance(instance, original)
 
     name, text = original.__name__, original.__doc__
     return Claiming(name, (original,), {"__doc__": text, "__module__": original.__module__})
 
 
 class _StandIn(tf.distribute.OneDeviceStrategy):  # type: ignore[misc]
-    """What a script gets where processes are not connected by `tf.distribute`.
+    """The strategy that a script gets if `tf.distribute` does not connect the processes.
 
-    Models made in its scope train with tfdist. Loops over it would train each process alone.
+    Models made in its scope train with tfdist. A custom training loop with it would train each
+    process alone, so its methods for such loops raise.
 
     Args:
-        strategy: What this process trains with.
+        strategy: The strategy of this process.
     """
 
     def __init__(self, strategy: Strategy) -> None:
@@ -83,11 +85,11 @@ class _StandIn(tf.distribute.OneDeviceStrategy):  # type: ignore[misc]
 
     @property
     def num_replicas_in_sync(self) -> int:
-        """All replicas, as a script multiplies its batch size by it."""
+        """The number of all replicas. Scripts scale their batch size by it."""
         return self._strategy.place.num_replicas
 
 
-def _refusing(name: str) -> Any:
+def _raising(name: str) -> Any:
     def method(stand_in: _StandIn, *args: Any, **kwargs: Any) -> Any:
         raise StrategyError(
             f"A training loop of your own must run on a tf.distribute.Strategy. Received: "
@@ -100,12 +102,12 @@ def _refusing(name: str) -> Any:
 
 
 for _name in _LOOPS:
-    setattr(_StandIn, _name, _refusing(_name))
+    setattr(_StandIn, _name, _raising(_name))
 
 
 def _refuse_coordinator(*args: Any, **kwargs: Any) -> Any:
     raise StrategyError(
         "A ClusterCoordinator of your own must be the only one. Received: "
         "ClusterCoordinator(...) in a process whose servers tfdist coordinates. Train with "
-        "model.fit, which hands steps to the workers, or start the processes without tfdist."
+        "model.fit, which sends steps to the workers, or start the processes without tfdist."
     )

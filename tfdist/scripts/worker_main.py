@@ -1,7 +1,7 @@
-"""What `tfdist run` starts in each worker: `python -m tfdist.scripts.worker_main SCRIPT`.
+"""The program that `tfdist run` starts: `python -m tfdist.scripts.worker_main SCRIPT`.
 
-It ties the worker's life to the launcher's, makes the process a worker before TensorFlow
-does anything, and then runs the user's script as Python itself would.
+It makes the process end with the launcher, and connects it before TensorFlow does anything
+else. Then it runs the user's script as Python itself would.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ _EXIT_HANDLERS_S = 3.0
 
 
 def follow_launcher() -> None:
-    """Makes this process and its children end when the launcher dies, however it dies.
+    """Ends this process and its children when the launcher ends, for whatever reason.
 
-    The launcher's end of a pipe is closed by the system even after kill -9. Does nothing in
-    a process that no launcher started.
+    The system closes the launcher's end of a pipe even after kill -9. If no launcher has
+    started this process, the function does nothing.
     """
     text = os.environ.pop("TFDIST_LAUNCHER_FD", None)
     if text is None:
@@ -48,7 +48,7 @@ def follow_launcher() -> None:
 
 
 def become_worker() -> None:
-    """Takes this process's place in the cluster, as the launcher's variables say.
+    """Connects this process to the cluster that the launcher's variables describe.
 
     Raises:
         TfdistError: The cluster is malformed, or the strategy cannot run here.
@@ -59,7 +59,7 @@ def become_worker() -> None:
     from tfdist.scripts.guard import guard
     from tfdist.scripts.own_strategies import claim
 
-    _wait_for_meeting_place()
+    _wait_for_rendezvous()
     strategy = tfdist.init(strategy=os.environ.get("TFDIST_STRATEGY", "auto")).strategy
     place = strategy.place
     launched_config.remember(place.num_workers > 1, place.is_chief)
@@ -69,13 +69,13 @@ def become_worker() -> None:
         guard(strategy)
     if os.environ.get("TFDIST_DROP_IN") == "1":
         tfdist.drop_in()
-    # Once connected, TensorFlow's preemption notice catches SIGTERM and the worker lives on:
-    # every run with a failure would take the launcher's whole grace. Seen with 2.21.
+    # In a connected process, TensorFlow 2.21's preemption notifier catches SIGTERM, and the
+    # worker goes on. Then the launcher would wait for its whole grace period after a failure.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def _wait_for_meeting_place() -> None:
-    """Waits for the server at which Horovod's ranks meet: Horovod itself tries for 2 s."""
+def _wait_for_rendezvous() -> None:
+    """Waits for the rendezvous server of Horovod's ranks. Horovod itself waits only 2 s."""
     host = os.environ.get("HOROVOD_GLOO_RENDEZVOUS_ADDR")
     port = os.environ.get("HOROVOD_GLOO_RENDEZVOUS_PORT")
     if host and port:
@@ -84,9 +84,10 @@ def _wait_for_meeting_place() -> None:
 
 
 def _import_tensorflow() -> None:
-    """Imports TensorFlow, whose objects live as long as the process: none is ever garbage.
+    """Imports TensorFlow, and excludes its objects from garbage collection.
 
-    Garbage collections would go through them all, again and again while a step is traced.
+    They live as long as the process. Otherwise each collection would visit them all, many
+    times while a step is traced.
     """
     gc.disable()
     import tensorflow  # noqa: F401
@@ -96,16 +97,16 @@ def _import_tensorflow() -> None:
 
 
 def run_script(arguments: list[str]) -> None:
-    """Runs a script, or after `-m` a module, as `python` would.
+    """Runs a script, or with `-m` a module, as `python` would.
 
     Args:
-        arguments: The script, or `-m` and the module, and then its own arguments.
+        arguments: The script, or `-m` and the module, followed by its arguments.
     """
     is_module = arguments[0] == "-m"
     target, *rest = arguments[1:] if is_module else arguments
     sys.argv = [target, *rest]
     if not sys.flags.safe_path:
-        # In place of the working directory, which `python -m` put there.
+        # Replaces the working directory, which `python -m` has put there.
         sys.path[0] = os.getcwd() if is_module else os.path.dirname(os.path.realpath(target))
     if is_module:
         runpy.run_module(target, run_name="__main__", alter_sys=True)
@@ -134,21 +135,22 @@ def main() -> None:
             print(error.code, file=sys.stderr)
         _leave(error.code if isinstance(error.code, int) else 1)
     except BaseException as error:
-        own = _own_frames(error.__traceback__)
+        traceback = _script_frames(error.__traceback__)
         if _is_interrupt(error):
-            # Every worker gets the Ctrl-C: a line each says enough, and where it was.
-            place = (
-                f" at {own.tb_frame.f_code.co_filename}, line {own.tb_lineno}" if own else ""
-            )
+            # Every worker gets the Ctrl-C, so each prints a single line.
+            place = ""
+            if traceback is not None:
+                file = traceback.tb_frame.f_code.co_filename
+                place = f" at {file}, line {traceback.tb_lineno}"
             print(f"interrupted{place}", file=sys.stderr)
             _leave(130)
-        sys.excepthook(type(error), error.with_traceback(own), own)
+        sys.excepthook(type(error), error.with_traceback(traceback), traceback)
         statuses = ((ServerLostError, START_ME_AGAIN), (HungError, HUNG))
         _leave(next((status for kind, status in statuses if isinstance(error, kind)), 1))
 
 
 def _leave(status: int) -> NoReturn:
-    """Exits at once: TensorFlow's own shutdown would wait for peers that wait for us."""
+    """Exits at once. TensorFlow's shutdown would wait for peers, which wait for this worker."""
     handlers = threading.Thread(target=atexit._run_exitfuncs, daemon=True)
     handlers.start()
     handlers.join(_EXIT_HANDLERS_S)
@@ -158,21 +160,21 @@ def _leave(status: int) -> NoReturn:
     os._exit(status & 0xFF)
 
 
-def _own_frames(traceback: TracebackType | None) -> TracebackType | None:
-    """Drops the frames that led to the user's script, if it came to that."""
-    own = traceback
-    while own is not None and own.tb_frame.f_code is not run_script.__code__:
-        own = own.tb_next
-    if own is None:
+def _script_frames(traceback: TracebackType | None) -> TracebackType | None:
+    """Drops the frames above the user's script, if the error came from the script."""
+    frame = traceback
+    while frame is not None and frame.tb_frame.f_code is not run_script.__code__:
+        frame = frame.tb_next
+    if frame is None:
         return traceback
-    own = own.tb_next
-    while own is not None and "runpy" in own.tb_frame.f_code.co_filename:
-        own = own.tb_next
-    return own
+    frame = frame.tb_next
+    while frame is not None and "runpy" in frame.tb_frame.f_code.co_filename:
+        frame = frame.tb_next
+    return frame
 
 
 def _is_interrupt(error: BaseException) -> bool:
-    # A Ctrl-C in the middle of a TensorFlow call comes out as a RuntimeError that tells of it.
+    # A Ctrl-C during a call of TensorFlow becomes a RuntimeError with this text.
     return isinstance(error, KeyboardInterrupt) or "KeyboardInterrupt" in str(error)
 
 

@@ -1,4 +1,4 @@
-"""The strategies, found by entry point: a new one is one file and one entry."""
+"""The distribution strategies. Each is found by its entry point."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ def find(name: str) -> type[Strategy]:
 def choose(name: str, cluster: Cluster) -> tuple[type[Strategy], str]:
     """Finds the strategy to use and says why.
 
-    An evaluator stands outside of the cluster: where the strategy that was named needs one, it
-    takes what "auto" gives.
+    An evaluator is not part of the cluster. If the named strategy needs a cluster, the
+    evaluator uses the strategy that "auto" selects.
 
     Args:
-        name: As in `strategy=`; "auto" asks each strategy whether it fits the cluster.
-        cluster: This process's place.
+        name: As in `strategy=`. With "auto", each strategy says whether it fits the cluster.
+        cluster: The cluster, and this process's task in it.
 
     Returns:
-        The strategy's class and the reason, a few words.
+        The strategy's class, and the reason in a few words.
 
     Raises:
-        StrategyError: The strategy that was named, or that fits the cluster, cannot run here.
+        StrategyError: The strategy cannot run in this process.
         ArgumentError: There is no such strategy.
     """
     if name != "auto":
@@ -63,7 +63,7 @@ def choose(name: str, cluster: Cluster) -> tuple[type[Strategy], str]:
         if reason is None:
             continue
         obstacle = strategy.unavailable(cluster)
-        if obstacle is not None:  # another strategy would train unconnected processes
+        if obstacle is not None:  # a fallback would train each process on its own
             raise StrategyError(
                 f"The strategy that fits the cluster must be able to run here. Received: "
                 f"strategy='auto', which is {strategy.name!r} ({reason}), but {obstacle}."

@@ -1,11 +1,9 @@
-"""What a strategy must answer, with a default for all that one process needs not care about."""
+"""The interface of a strategy. The defaults fit a single process."""
 
 from __future__ import annotations
 
 import abc
 import contextlib
-import itertools
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -15,44 +13,23 @@ import numpy as np
 
 from tfdist.cluster import Cluster
 from tfdist.cluster.key_value_store import KeyValueStore
+from tfdist.strategies.place import Place
+
+__all__ = ["Functions", "Place", "Strategy", "Tensor"]
 
 Tensor = Any
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where this process's replicas stand among all.
-
-    Attributes:
-        num_replicas: Copies of the model, over all workers.
-        first_replica: Global number of this process's first replica.
-        local_replicas: Replicas of this process, numbered from `first_replica` on.
-        num_workers: Processes.
-        worker_index: This process's number; 0 is the chief.
-    """
-
-    num_replicas: int = 1
-    first_replica: int = 0
-    local_replicas: int = 1
-    num_workers: int = 1
-    worker_index: int = 0
-
-    @property
-    def is_chief(self) -> bool:
-        """Whether this process writes files and shows progress."""
-        return self.worker_index == 0
-
-
-@dataclass(frozen=True)
 class Functions:
-    """What Keras's loop calls instead of what it would build for itself.
+    """The functions that Keras's loop calls instead of its own compiled functions.
 
     Attributes:
-        train: Makes the next steps of an epoch of shares, and returns logs.
+        train: Runs the next training steps of an epoch, and returns logs.
         test: The same, for evaluation.
-        predict: Gives the outputs for a list of shares.
+        predict: Returns the outputs for a list of per-replica batches.
         running: Makes a context that lasts as long as Keras's loop.
-        timers: Clocks inside of the steps, if they have some.
+        timers: The step timers, if the steps have any.
     """
 
     train: Callable[[Any], Any]
@@ -63,25 +40,26 @@ class Functions:
 
 
 class Strategy(abc.ABC):
-    """How training is spread over devices and processes.
+    """Distributes training over devices and processes.
 
-    A subclass sets `name`, takes a `Cluster` in its constructor and sets `place` there,
-    answers `unavailable` and `chosen_by` without touching a device, and overrides what
-    differs from one process with one device. Code inside `run` is in a replica: it may call
-    `replica_id`, `all_reduce_sum` and `all_gather`.
+    A subclass sets `name`. Its constructor takes a `Cluster` and sets `place`. It answers
+    `unavailable` and `chosen_by` without touching a device. It overrides the methods whose
+    defaults, made for one process with one device, do not fit. A function that `run` calls
+    runs in a replica: it may call `replica_id`, `all_reduce_sum` and `all_gather`.
 
     Attributes:
-        name: What the user passes as `strategy=`.
-        priority: `auto` asks strategies in falling order of this number.
-        place: Where this process's replicas stand; changes only in `reconnect`.
-        is_plain: Whether one process trains its own variables, as Keras alone does.
-        elastic: Whether processes may come and go while training goes on.
-        has_servers: Whether `hold` leaves variables where no replica is.
-        gathers_rows: Whether its own functions take row numbers where data has rows.
-        sums_exactly: Whether `reduce_step` sums gradients as they are.
+        name: The value that you pass as `strategy=`.
+        priority: "auto" asks the strategies in descending order of this number.
+        place: The replicas of this process. Only `reconnect` changes it.
+        is_plain: Whether a single process trains its own variables, as Keras alone does.
+        elastic: Whether processes may join and leave during training.
+        has_servers: Whether `hold` moves variables to processes without a replica.
+        gathers_rows: Whether the functions of `own_functions` take row numbers instead of
+            rows, where the data set has rows.
+        sums_exactly: Whether `reduce_step` sums gradients without loss.
         sums_gradients: Whether `reduce_step` is linear in the gradients.
-        compression: Of gradients, where `fit` asks for none; as in `fit`.
-        predivide: By what gradients in half precision are divided before they are summed.
+        compression: The compression of gradients that applies if `fit` gets none.
+        predivide: The divisor of gradients in half precision before they are summed.
     """
 
     name: ClassVar[str]
@@ -99,31 +77,31 @@ class Strategy(abc.ABC):
     @classmethod
     @abc.abstractmethod
     def unavailable(cls, cluster: Cluster) -> str | None:
-        """Says why the strategy cannot run in this process, with the remedy, or None."""
+        """Returns why the strategy cannot run in this process, with the remedy, or None."""
 
     @classmethod
     def chosen_by(cls, cluster: Cluster) -> str | None:
-        """Says why `auto` should choose this strategy here, or None."""
+        """Returns why `auto` should choose this strategy here, or None."""
         return None
 
     def run(self, function: Callable[..., Any], *args: Any) -> Any:
         """Runs `function` once on every local replica.
 
         Args:
-            function: Called with `args`, each replica seeing its part of per-replica values.
-            *args: What `distribute`'s iterator gave, or the same value for all.
+            function: Called with `args`. Of a per-replica value, each replica gets its part.
+            *args: Elements of `distribute`'s iterator, or values equal for all replicas.
 
         Returns:
-            What the first local replica returned.
+            The result of the first local replica.
         """
         return function(*args)
 
     def replica_id(self) -> Tensor:
-        """The global number of the replica that is running, a scalar int32 tensor or an int."""
+        """The global index of the running replica, a scalar int32 tensor or an int."""
         return self.place.first_replica
 
     def all_reduce_sum(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Sums each tensor over all replicas, every replica getting the result.
+        """Sums each tensor over all replicas. Every replica gets the result.
 
         Args:
             tensors: Dense tensors of any dtypes, or `tf.IndexedSlices`.
@@ -133,45 +111,45 @@ class Strategy(abc.ABC):
     def reduce_step(
         self,
         gradients: Sequence[Tensor],
-        others: Sequence[Tensor],
+        exact_tensors: Sequence[Tensor],
         share: Tensor,
         variables: Sequence[Any],
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Sums what replicas contribute to a step: gradients, metrics' state and signals.
+        """Sums the replicas' contributions to a step: gradients, metric state and signals.
 
         Args:
-            gradients: Each replica's part of the gradients, their sum the whole; dense, or
-                `tf.IndexedSlices`. A strategy may reduce them in a way that is not exact,
-                if the user asked for it.
-            others: To be summed exactly.
-            share: Scalar float32, the replica's part of the global batch, by which its
-                gradients were multiplied.
+            gradients: This replica's gradients, dense or `tf.IndexedSlices`. The sum over
+                the replicas is the gradient of the global batch. If the user asked for it,
+                the reduction may be lossy.
+            exact_tensors: Tensors whose sum must be exact.
+            share: Scalar float32, the replica's fraction of the global batch. The gradients
+                are multiplied by it already.
             variables: The `keras.Variable` of each gradient.
         """
-        reduced = self.all_reduce_sum([*gradients, *others])
+        reduced = self.all_reduce_sum([*gradients, *exact_tensors])
         return reduced[: len(gradients)], reduced[len(gradients) :]
 
     def update(self, action: Callable[[], None]) -> None:
-        """Updates variables with what was reduced, on this replica.
+        """Updates variables with the reduced tensors, on this replica.
 
         Args:
-            action: Assigns the same values on every replica.
+            action: Assigns variables. It assigns the same values on every replica.
         """
         action()
 
     def signals_lead(self, elements: int) -> bool:
-        """Tells whether the workers' signals go ahead of a step, in a collective of their own.
+        """Tells whether the workers' signals are reduced before the gradients of a step.
 
-        They cost least with the gradients. Known ahead, they let each variable be updated
-        while the gradient of another still travels.
+        A collective together with the gradients is cheapest. An earlier collective lets
+        each variable be updated while the gradients of others are still being reduced.
 
         Args:
-            elements: Of all the gradients of the step.
+            elements: Number of elements of all gradients of the step.
         """
         return False
 
     def all_gather(self, tensor: Tensor) -> Tensor:
-        """Concatenates a tensor of every replica along axis 0, in the order of replicas.
+        """Concatenates a tensor of every replica along axis 0, in the replicas' order.
 
         Args:
             tensor: Shape [rows, ...]; `rows` may differ between replicas.
@@ -179,71 +157,59 @@ class Strategy(abc.ABC):
         return tensor
 
     def distribute(self, dataset: Callable[[], Any]) -> Iterable[Any]:
-        """Turns this process's stream of shares into one that `run` deals out to replicas.
+        """Turns this process's per-replica batches into elements for `run`.
 
         Args:
-            dataset: Builds a `tf.data.Dataset` whose elements are the shares of the local
-                replicas in turn, `place.local_replicas` elements a step.
+            dataset: Builds a `tf.data.Dataset` whose elements are per-replica batches:
+                `place.local_replicas` elements a step, in the replicas' order.
         """
-        made: Iterable[Any] = dataset()
-        return made
+        batches: Iterable[Any] = dataset()
+        return batches
 
     def next_share(self, iterator: Any) -> Any:
-        """Draws from `distribute`'s iterator what `run` deals out.
+        """Returns the next argument for `run`.
 
         Args:
-            iterator: The iterator.
+            iterator: An iterator over what `distribute` returned.
         """
         return iterator.get_next()
 
     def own_functions(self, model: Any) -> Functions | None:
-        """Makes what Keras's loop calls, where steps are not replicas' shares of one batch.
+        """Makes the functions for Keras's loop, if replicas do not split one global batch.
 
         Args:
-            model: A compiled, built `keras.Model`, its variables held by the strategy.
+            model: A compiled, built `keras.Model`, inside `hold`.
 
         Returns:
-            The functions, or None for those of all other strategies.
+            The functions, or None for the functions of `tfdist.step`.
         """
         return None
 
     def describe(self, batch_size: int | None) -> str:
-        """Says how many replicas there are and how a batch is split, a few words.
+        """Says how many replicas there are and how a batch is split, in a few words.
 
         Args:
-            batch_size: Examples of a full global batch, if known.
+            batch_size: Number of examples of a full global batch, if known.
         """
-        replicas = self.place.num_replicas
-        if replicas == 1:
-            return "1 replica"
-        if batch_size is None:
-            return f"{replicas} replicas"
-        edges = [batch_size * r // replicas for r in range(replicas + 1)]
-        sizes = [end - begin for begin, end in itertools.pairwise(edges)]
-        split = (
-            " + ".join(map(str, sizes))
-            if replicas <= 4
-            else " + ".join(f"{n} x {size}" for size, n in sorted(Counter(sizes).items()))
-        )
-        return f"{replicas} replicas, batch {batch_size} = {split}"
+        return self.place.describe(batch_size)
 
     def summary(self) -> str | None:
-        """Says what the user should know after a training, or None."""
+        """Returns a line for the user at the end of a training, or None."""
         return None
 
     def join(self) -> None:  # noqa: B027, only elastic strategies have anything to join
-        """Begins to exchange with the others: until then each is alone."""
+        """Begins the collectives of an elastic run. Until then this process is alone."""
 
     def reconnect(self) -> None:  # noqa: B027
-        """Finds the processes that are there now; they `join` anew."""
+        """Connects the processes that are there now. They must `join` again."""
 
     def members_watched(
         self, on_change: Callable[[], None]
     ) -> contextlib.AbstractContextManager[None]:
-        """Makes a context in which a launcher's news of processes are heard.
+        """Makes a context in which this process hears of changes from the launcher.
 
         Args:
-            on_change: Called, from any thread, when processes came or are about to go.
+            on_change: Called, from any thread, when processes have joined or will leave.
         """
         return contextlib.nullcontext()
 
@@ -252,42 +218,42 @@ class Strategy(abc.ABC):
     ) -> contextlib.AbstractContextManager[None]:
         """Makes a context in which `variables` live where the replicas can update them.
 
-        It can be entered again and again, and is to be kept with the functions traced in
-        it. On leaving, each `keras.Variable` is the plain variable it was, with the
-        trained value.
+        The context can be entered several times. Functions traced in it need the same
+        context. At its end, each `keras.Variable` has its former backing variable again,
+        with the trained value.
 
         Args:
-            variables: `keras.Variable`s, built.
-            optimizers: The optimizers among whose variables they are.
+            variables: Built `keras.Variable`s.
+            optimizers: The optimizers that own some of these variables.
         """
         return contextlib.nullcontext()
 
     def copies(self, variable: Any) -> list[Any]:
-        """Gives the values of a variable that the replicas of this process hold, as arrays.
+        """Returns a variable's value on each replica of this process, as arrays.
 
         Args:
-            variable: A `keras.Variable`, held by the strategy.
+            variable: A `keras.Variable`, inside `hold`.
         """
         return [np.asarray(keras.ops.convert_to_numpy(variable))]
 
     def assign_copies(self, variable: Any, values: Sequence[Any]) -> None:
-        """Gives each replica of this process a value of its own.
+        """Assigns a value of its own to each replica of this process.
 
         Args:
-            variable: A `keras.Variable`, held by the strategy.
-            values: Arrays, as `copies` gives them.
+            variable: A `keras.Variable`, inside `hold`.
+            values: Arrays, as `copies` returns them.
         """
         variable.assign(values[0])
 
     def agree(self, variables: Sequence[Any]) -> None:  # noqa: B027, one process agrees
-        """Gives `variables` the chief's values on every worker.
+        """Assigns the chief's values to `variables` on every worker.
 
         Args:
             variables: `keras.Variable`s, in the same order on every worker.
         """
 
     def gather_objects(self, value: Any) -> list[Any]:
-        """Collects a small picklable object of every worker, in the order of workers.
+        """Collects a small picklable object of every worker, in the workers' order.
 
         Args:
             value: This worker's object.
@@ -295,32 +261,32 @@ class Strategy(abc.ABC):
         return [value]
 
     def key_value_store(self) -> KeyValueStore | None:
-        """Gives the store in which workers leave notes for each other, if there is one.
+        """Returns the key-value store of the workers, if there is one.
 
-        It works from another thread while this process waits in a collective.
+        Another thread can use it while this process waits in a collective.
         """
         return None
 
     def silent(self) -> list[str]:
-        """Names processes of the run that do not answer now, where one can ask them."""
+        """Names the processes of the run that do not answer now, if they can be asked."""
         return []
 
     def waiting_for(self, what: str) -> contextlib.AbstractContextManager[None]:
-        """Makes a context that limits how long this process waits for others.
+        """Makes a context that limits how long this process waits for its peers.
 
         Args:
-            what: What it waits for, for the message.
+            what: Names the operation it waits for, for the message.
         """
         return contextlib.nullcontext()
 
     def explaining_losses(self) -> contextlib.AbstractContextManager[None]:
-        """Makes a context, around a whole training, that says what a lost process means."""
+        """Makes a context, around a whole training, that explains the loss of a process."""
         return contextlib.nullcontext()
 
     def broadcast_object(self, value: Any) -> Any:
-        """Gives every worker the chief's object.
+        """Returns the chief's object on every worker.
 
         Args:
-            value: A picklable object; only the chief's is used.
+            value: A picklable object. Only the chief's is used.
         """
         return self.gather_objects(value)[0]

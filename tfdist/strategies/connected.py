@@ -1,4 +1,4 @@
-"""What strategies of several processes share: weights and objects travel as bytes."""
+"""The base of strategies with several processes, which exchange objects as bytes."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from tfdist.watchdog.timeouts import WaitLimit
 
 
 class Connected(Strategy):
-    """A strategy whose processes exchange bytes; a subclass says how.
+    """A strategy whose processes exchange bytes. A subclass implements the exchange.
 
     Args:
-        wait_limit: Limits this process's waits for the others.
+        wait_limit: Limits how long this process waits for its peers.
     """
 
     def __init__(self, wait_limit: WaitLimit | None = None) -> None:
@@ -29,38 +29,38 @@ class Connected(Strategy):
 
     @abc.abstractmethod
     def broadcast_bytes(self, content: bytes) -> bytes:
-        """Gives every worker the chief's bytes.
+        """Returns the chief's bytes on every worker.
 
         Args:
-            content: Of the same length on every worker.
+            content: Bytes of the same length on every worker.
         """
 
     @abc.abstractmethod
     def gather_bytes(self, content: bytes) -> list[bytes]:
-        """Collects the bytes of every worker, in the order of workers.
+        """Collects the bytes of every worker, in the workers' order.
 
         Args:
-            content: Of any length but 0.
+            content: At least one byte.
         """
 
     def agree(self, variables: Sequence[Any]) -> None:
-        """Gives `variables` the chief's values on every worker, bit by bit."""
+        """Assigns the chief's values to `variables` on every worker, bit by bit."""
         if self.place.num_workers == 1 or not variables:
             return
-        mine = [np.asarray(keras.ops.convert_to_numpy(v)) for v in variables]
-        content = b"".join(value.tobytes() for value in mine)
+        local_values = [np.asarray(keras.ops.convert_to_numpy(v)) for v in variables]
+        content = b"".join(value.tobytes() for value in local_values)
         if len(set(self.gather_objects(hashlib.sha256(content).digest()))) == 1:
-            return  # as after every other `fit`: sending and assigning take much longer
+            return  # Usual from the second `fit` on. Sending and assigning take much longer.
         with self._exchanging("the chief's weights"):
             received = self.broadcast_bytes(content)
         start = 0
-        for variable, value in zip(variables, mine, strict=True):
+        for variable, value in zip(variables, local_values, strict=True):
             part = np.frombuffer(received, value.dtype, value.size, offset=start)
             start += value.nbytes
             variable.assign(part.reshape(value.shape))
 
     def gather_objects(self, value: Any) -> list[Any]:
-        """Collects an object of every worker, in the order of workers."""
+        """Collects an object of every worker, in the workers' order."""
         if self.place.num_workers == 1:
             return [value]
         with self._exchanging("an exchange of settings between workers"):

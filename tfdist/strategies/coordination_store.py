@@ -1,4 +1,4 @@
-"""The key-value store of workers that TensorFlow connects: its coordination service's."""
+"""The key-value store of TensorFlow's coordination service, for workers that it connects."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ import tensorflow as tf
 from tfdist import _keras
 from tfdist.cluster.key_value_store import KeyValueStore, Limited
 
-# A note that is replaced is gone for a moment; the store can be asked to wait so long.
-_REPLACED_MS = 50
-_TRIES = 20
+# A value is absent for a moment while it is replaced. A read waits this long for it.
+_REPLACE_MS = 50
+_MAX_TRIES = 20
 
 
 class CoordinationStore(KeyValueStore):
-    """Notes in TensorFlow's coordination service, which the chief's process keeps.
+    """Values in TensorFlow's coordination service, which runs in the chief's process.
 
-    The service runs beside Python, so a chief that is busy or waits answers all the same;
-    one that is stopped does not.
+    The service runs in threads of its own. It answers while the chief's Python code is busy
+    or waits. It does not answer if the chief's process is stopped.
 
     Args:
-        num_workers: How many workers there are.
+        num_workers: Number of workers.
     """
 
     keeper = 0
@@ -30,22 +30,22 @@ class CoordinationStore(KeyValueStore):
 
     @classmethod
     def of_this_process(cls, num_workers: int) -> CoordinationStore | None:
-        """Gives the key-value store, if TensorFlow's coordination service connects the workers.
+        """Returns the store, or None if the coordination service connects no workers.
 
         Args:
-            num_workers: How many workers there are.
+            num_workers: Number of workers.
         """
         store = _keras.key_value_store()
         return None if store is None or num_workers == 1 else cls(num_workers)
 
     def post(self, name: str, text: str) -> bool:
-        """Puts a note in the place of what was there."""
+        """Sets the value of a key, in place of an earlier value."""
 
         def put() -> bool:
             store = _keras.key_value_store()
-            for _ in range(_TRIES):
+            for _ in range(_MAX_TRIES):
                 try:
-                    # The service refuses to change a value.
+                    # The service refuses to change a value, so delete it first.
                     store.delete_config_key_value(_key(name))
                     store.set_config_key_value(_key(name), text)
                 except tf.errors.AlreadyExistsError:
@@ -58,19 +58,19 @@ class CoordinationStore(KeyValueStore):
         return bool(self._limited.call(put))
 
     def read(self, name: str) -> str | None:
-        """Gives a note."""
+        """Returns the value of a key, or None."""
 
         def get() -> str | None:
             try:
-                value = _keras.key_value_store().get_config_key_value(_key(name), _REPLACED_MS)
+                value = _keras.key_value_store().get_config_key_value(_key(name), _REPLACE_MS)
             except (tf.errors.OpError, RuntimeError):
                 return None
             return str(value)
 
-        note: str | None = self._limited.call(get)
-        return note
+        value: str | None = self._limited.call(get)
+        return value
 
 
 def _key(name: str) -> str:
-    # With slashes a name would be a folder of others, which goes with all that is in it.
+    # A slash would make a folder: deleting its name would delete the keys below it too.
     return f"tfdist/{name.replace('/', ':')}"

@@ -24,7 +24,7 @@ class Mirrored(TFDistribute):
 
     @classmethod
     def unavailable(cls, cluster: Cluster) -> str | None:
-        """Says why not: with several workers, `multi_worker` mirrors over all of them."""
+        """Returns an obstacle if there are several workers: `multi_worker` serves them."""
         if cluster.num_workers > 1:
             return (
                 f"the cluster has {cluster.num_workers} workers and mirrored knows one: "
@@ -34,11 +34,11 @@ class Mirrored(TFDistribute):
 
     @classmethod
     def chosen_by(cls, cluster: Cluster) -> str | None:
-        """Says why `auto` chooses it: several GPUs."""
+        """Returns the reason for `auto`: this process has several GPUs."""
         gpus = len(tf.config.list_physical_devices("GPU"))
         return f"{gpus} GPUs in this process" if gpus > 1 else None
 
 
 def _devices() -> list[Any]:
-    found: list[Any] = tf.config.list_logical_devices("GPU")
-    return found or list(tf.config.list_logical_devices("CPU"))
+    gpus: list[Any] = tf.config.list_logical_devices("GPU")
+    return gpus or list(tf.config.list_logical_devices("CPU"))

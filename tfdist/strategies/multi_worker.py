@@ -48,7 +48,7 @@ class MultiWorker(TFDistribute):
 
     @classmethod
     def unavailable(cls, cluster: Cluster) -> str | None:
-        """Says why not: there is one worker, or there are parameter servers."""
+        """Returns an obstacle if there is one worker or there are parameter servers."""
         if cluster.has_parameter_servers:
             return "the cluster has parameter servers, which multi_worker does not use"
         if cluster.launched:
@@ -62,14 +62,14 @@ class MultiWorker(TFDistribute):
 
     @classmethod
     def chosen_by(cls, cluster: Cluster) -> str | None:
-        """Says why `auto` chooses it: the cluster has several workers."""
+        """Returns the reason for `auto`: the cluster has several workers."""
         if len(cluster.workers) > 1 and not cluster.has_parameter_servers:
             return f"{cluster.num_workers} workers in {cluster.source}"
         return None
 
 
 def _connect(cluster: Cluster) -> Any:
-    """Starts TensorFlow's server and waits for the other workers, not for ever."""
+    """Starts TensorFlow's server and waits for the other workers, up to a limit."""
     seconds = start_timeout()
     meet(
         cluster,

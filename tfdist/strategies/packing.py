@@ -1,4 +1,4 @@
-"""Many small tensors travel as one: a collective costs more than its bytes."""
+"""Packs small tensors into one, since a collective has a fixed cost."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ def reduce_packed(
     reduce: Callable[[Tensor], Tensor],
     largest: float = float("inf"),
 ) -> list[Tensor]:
-    """Reduces tensors, dense ones of one type together as one flat tensor.
+    """Reduces tensors. Dense tensors of one type are packed into one flat tensor.
 
     Args:
         tensors: Dense tensors, or `tf.IndexedSlices`, which are never packed.
         reduce: Sums one tensor over all replicas.
-        largest: Elements above which a tensor travels alone; so does one whose size is
-            unknown, unless there is no such limit.
+        largest: Number of elements above which a tensor is reduced on its own. If there is
+            such a limit, a tensor of unknown size is reduced on its own too.
 
     Returns:
         The reduced tensors, in their order.
@@ -41,27 +41,27 @@ def reduce_packed(
 
 
 def packs_of(tensors: Sequence[Tensor], largest: float) -> list[list[int]]:
-    """Says which tensors travel together: dense ones of one type, unless they are large.
+    """Groups tensors into packs: dense tensors of one type, unless they are large.
 
     Args:
         tensors: As in `reduce_packed`.
         largest: As in `reduce_packed`.
 
     Returns:
-        The positions of each pack's tensors; each tensor is in one pack.
+        The indices of each pack's tensors. Each tensor is in one pack.
     """
-    alone: list[list[int]] = []
-    # By name: a tf.DType equals the number that it has among the types, tf.float32 == 1.
-    together: dict[str, list[int]] = {}
+    single: list[list[int]] = []
+    # The key is the name: a tf.DType equals its enum number, tf.float32 == 1.
+    packs: dict[str, list[int]] = {}
     for index, tensor in enumerate(tensors):
-        if _travels_alone(tensor, largest):
-            alone.append([index])
+        if _is_single(tensor, largest):
+            single.append([index])
         else:
-            together.setdefault(tensor.dtype.name, []).append(index)
-    return [*alone, *together.values()]
+            packs.setdefault(tensor.dtype.name, []).append(index)
+    return [*single, *packs.values()]
 
 
-def _travels_alone(tensor: Tensor, largest: float) -> bool:
+def _is_single(tensor: Tensor, largest: float) -> bool:
     if not isinstance(tensor, tf.Tensor):
         return True
     elements = tensor.shape.num_elements()

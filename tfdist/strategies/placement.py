@@ -1,4 +1,4 @@
-"""`tfdist.placement`: which variable is on which server."""
+"""`tfdist.placement`: the server of each variable."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import keras
 from tfdist import _keras
 from tfdist.errors import ArgumentError
 from tfdist.strategies.parameter_server import ParameterServer
-from tfdist.strategies.parameter_server.held import num_bytes
+from tfdist.strategies.parameter_server.server_variables import num_bytes
 from tfdist.strategies.session import current
 
 
@@ -21,9 +21,9 @@ class Home:
     Attributes:
         path: The variable's path in the model.
         shape: The shape of these rows.
-        server: The server's number.
-        bytes: Of these rows.
-        state_bytes: Of what the optimizer keeps for them.
+        server: The server's index.
+        bytes: Number of bytes of these rows.
+        state_bytes: Number of bytes of the optimizer's state for these rows.
     """
 
     path: str
@@ -35,21 +35,21 @@ class Home:
 
 @dataclass(frozen=True)
 class Placement:
-    """Which variable is on which server; prints as a table.
+    """The server of each variable. It prints as a table.
 
     Attributes:
-        homes: Of all variables, in the model's order.
-        num_servers: How many servers there are.
+        homes: The servers of all variables, in the model's order.
+        num_servers: Number of servers.
     """
 
     homes: tuple[Home, ...]
     num_servers: int
 
     def bytes_of(self, server: int) -> int:
-        """Counts the bytes that a server holds, with the optimizer's state.
+        """Counts the bytes on a server, with the optimizer's state.
 
         Args:
-            server: Its number.
+            server: The server's index.
         """
         return sum(h.bytes + h.state_bytes for h in self.homes if h.server == server)
 
@@ -72,14 +72,14 @@ class Placement:
 
 
 def placement(model: Any, strategy: Any = "auto") -> Placement:
-    """Shows on which server each variable of a model is, or will be, while it trains.
+    """Shows the server of each variable of a model during training.
 
     Args:
         model: A compiled and built `keras.Model`.
-        strategy: As in `tfdist.fit`; it must be `parameter_server`.
+        strategy: As in `tfdist.fit`. It must be `parameter_server`.
 
     Returns:
-        The placement; print it for a table.
+        The placement. Print it to see a table.
 
     Raises:
         ArgumentError: The model is not built, or the strategy has no servers.
@@ -110,15 +110,15 @@ def placement(model: Any, strategy: Any = "auto") -> Placement:
     for variable, parts, slots in chosen.placed(model.variables, optimizers):
         rows = int(variable.shape[0]) if variable.shape.rank else 1
         for part in parts:
-            share = (part.end - part.begin) / rows if len(parts) > 1 else 1.0
+            fraction = (part.end - part.begin) / rows if len(parts) > 1 else 1.0
             shape = tuple(variable.shape)
             homes.append(
                 Home(
                     variable.path,
                     (part.end - part.begin, *shape[1:]) if len(parts) > 1 else shape,
                     part.server,
-                    round(num_bytes(variable) * share),
-                    round(sum(map(num_bytes, slots)) * share),
+                    round(num_bytes(variable) * fraction),
+                    round(sum(map(num_bytes, slots)) * fraction),
                 )
             )
     order = {v.path: i for i, v in enumerate(model.variables)}

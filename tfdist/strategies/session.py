@@ -1,4 +1,4 @@
-"""One process's place in the cluster, its strategy and its seed."""
+"""The session of a process: its strategy and its seed."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from tfdist.strategies.tf_distribute import adopt
 
 @dataclass(frozen=True)
 class Session:
-    """What this process trains with.
+    """The strategy and the seed of this process.
 
     Attributes:
-        strategy: Where the replicas are.
-        reason: Why this strategy, a few words.
-        seed: What `init` was given, for the sampler too, or None.
+        strategy: The strategy.
+        reason: Why this strategy was chosen, in a few words.
+        seed: The `seed` of `init`, also for the sampler, or None.
     """
 
     strategy: Strategy
@@ -40,28 +40,30 @@ class Session:
         """Chooses the seed of one `fit`.
 
         Args:
-            seed: What `fit` was given, or None.
+            seed: The `seed` of `fit`, or None.
 
         Returns:
-            That one, else `init`'s, else one that follows from the state of Python's `random`
-            (which `keras.utils.set_random_seed` seeds); the same on every worker.
+            The seed of `fit`, else that of `init`, else a seed derived from the state of
+            Python's `random` (which `keras.utils.set_random_seed` seeds). It is the same on
+            every worker.
         """
-        chosen = self.seed if seed is None else seed
-        return int(self.strategy.broadcast_object(_next_seed() if chosen is None else chosen))
+        fixed_seed = self.seed if seed is None else seed
+        proposed = _next_seed() if fixed_seed is None else fixed_seed
+        return int(self.strategy.broadcast_object(proposed))
 
     def describe(self, batch_size: int | None) -> str:
-        """Says in one line what was chosen, why, and how a batch is split.
+        """Says in one line which strategy was chosen, why, and how a batch is split.
 
         Args:
-            batch_size: Examples of a full global batch, if known.
+            batch_size: Number of examples of a full global batch, if known.
         """
         split = self.strategy.describe(batch_size)
         return f"tfdist: {self.strategy.name} ({self.reason}): {split}"
 
 
 @dataclass
-class _Drawn:
-    """The state of Python's generator at the last fit, and how many fits it has seen."""
+class _SeedSequence:
+    """The random state at the last `fit`, and the number of seeds derived from it."""
 
     state: Any = None
     generator: Any = None
@@ -69,20 +71,20 @@ class _Drawn:
 
 
 def _next_seed() -> int:
-    """Gives a seed, another each time, and leaves Python's generator where it is.
+    """Derives a new seed from the state of Python's generator, without advancing it.
 
-    Keras draws initial weights from that generator, and its own `fit` draws nothing. Who seeds
-    again begins again.
+    Keras draws initial weights from that generator, and the `fit` of Keras draws nothing
+    from it. If the script seeds the generator again, the sequence starts again.
     """
     state, generator = random.getstate(), _keras.generator()
-    if state != _drawn.state or generator is not _drawn.generator:
-        _drawn.state, _drawn.generator, _drawn.fits = state, generator, 0
-    text = f"{state} {_drawn.fits}"
-    _drawn.fits += 1
+    if state != _seeds.state or generator is not _seeds.generator:
+        _seeds.state, _seeds.generator, _seeds.fits = state, generator, 0
+    text = f"{state} {_seeds.fits}"
+    _seeds.fits += 1
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") >> 1
 
 
-_drawn = _Drawn()
+_seeds = _SeedSequence()
 _sessions: dict[Any, Session] = {}
 _current: Session | None = None
 
@@ -94,24 +96,25 @@ def init(
     hang_limit: float | None = None,
     on_hang: str | None = None,
 ) -> Session:
-    """Connects this process to the others and seeds every worker alike.
+    """Connects this process to its peers and gives every worker the same seed.
 
-    `tfdist run` calls it before the script. A script that something else starts on several
-    workers (a TF_CONFIG from Kubernetes, `srun`) calls it right after its imports: a worker
-    must be connected before TensorFlow does anything else in it. In a single process it is
-    needed only to set a seed, and `fit` calls it when nobody did.
+    `tfdist run` calls it before the script. If something else starts your script on several
+    workers (a TF_CONFIG from Kubernetes, `srun`), call it right after the imports: a worker
+    must connect before TensorFlow does anything else in it. In a single process you need it
+    only to set a seed. `fit` calls it if you did not.
 
     Args:
-        strategy: "auto" to keep what this process has, at first to choose from the
-            environment; a name ("single", "mirrored",
-            "multi_worker", "horovod", "parameter_server", "tpu"); or an instance of
-            `tf.distribute.Strategy`, `tfdist.Horovod` or `tfdist.ParameterServer`.
+        strategy: "auto", a name ("single", "mirrored", "multi_worker", "horovod",
+            "parameter_server", "tpu"), or an instance of `tf.distribute.Strategy`,
+            `tfdist.Horovod` or `tfdist.ParameterServer`. "auto" keeps the strategy that this
+            process has; the first call chooses one that fits the environment.
         seed: Seeds Python, NumPy, Keras and TensorFlow, and the sampler of `fit`. With None
             a single process keeps the seeds that it has, and the workers of a cluster take
-            one that the chief draws.
-        hang_limit: Seconds without progress after which a report says who is where; 0 for
-            never. None for TFDIST_HANG_LIMIT, else 60.
-        on_hang: "end" the run then, or only "report". None for TFDIST_ON_HANG, else "end".
+            a random seed from the chief.
+        hang_limit: Seconds without progress after which a report says where each worker
+            is; 0 for never. None for TFDIST_HANG_LIMIT, else 60.
+        on_hang: "end" to end the run then, or "report" only to report. None for
+            TFDIST_ON_HANG, else "end".
 
     Returns:
         The session.
@@ -136,21 +139,21 @@ def _begin(strategy: Any, seed: int | None) -> Session:
     cluster = Cluster.from_environment()
     key: Any
     if isinstance(strategy, str) and strategy == "auto" and _current is not None:
-        made, reason = _current.strategy, _current.reason
-        key = next(key for key, known in _sessions.items() if known.strategy is made)
+        chosen, reason = _current.strategy, _current.reason
+        key = next(key for key, past in _sessions.items() if past.strategy is chosen)
     elif isinstance(strategy, str):
         cls, reason = strategies.choose(strategy, cluster)
         key = cls.name
-        made = _sessions[key].strategy if key in _sessions else _make(cls, cluster)
+        chosen = _sessions[key].strategy if key in _sessions else _make(cls, cluster)
     else:
         key, reason = strategy, "as passed"
-        made = _sessions[key].strategy if key in _sessions else _adopt(strategy)
-    # A script that has seeded its workers by itself has done it alike.
+        chosen = _sessions[key].strategy if key in _sessions else _adopt(strategy)
+    # A script that seeds its workers itself gives them the same seed: keep that one.
     is_seeded = _keras.is_seeded()
-    if seed is not None or (made.place.num_workers > 1 and not is_seeded):
-        drawn = random.SystemRandom().getrandbits(31) if seed is None else seed
-        keras.utils.set_random_seed(int(made.broadcast_object(drawn)))
-    _sessions[key] = Session(made, reason, seed)
+    if seed is not None or (chosen.place.num_workers > 1 and not is_seeded):
+        new_seed = random.SystemRandom().getrandbits(31) if seed is None else seed
+        keras.utils.set_random_seed(int(chosen.broadcast_object(new_seed)))
+    _sessions[key] = Session(chosen, reason, seed)
     return _sessions[key]
 
 
@@ -168,26 +171,26 @@ def _adopt(strategy: Any) -> Strategy:
 
 
 def current(strategy: Any = "auto") -> Session:
-    """Gives the session for a strategy, beginning one if need be.
+    """Returns the session of a strategy, and begins one if there is none.
 
     Args:
-        strategy: As in `init`; "auto" is what `init` chose, if it was called.
+        strategy: As in `init`. "auto" is the strategy that `init` chose, if it was called.
     """
     if isinstance(strategy, str) and strategy == "auto":
         return init() if _current is None else _current
-    known = _sessions.get(strategy)
-    if known is not None:
-        return known
+    session = _sessions.get(strategy)
+    if session is not None:
+        return session
     if _current is None:
         return init(strategy)
     return _begin(strategy, _current.seed)
 
 
 def is_chief() -> bool:
-    """Tells whether this process is the one that writes files.
+    """Tells whether this process writes files.
 
     Returns:
-        True in a single process, and on one worker of a cluster.
+        True in a single process, and on exactly one worker of a cluster.
 
     Example:
         >>> import tfdist

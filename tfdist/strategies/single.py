@@ -1,4 +1,4 @@
-"""One process, one device: Keras as it is, with tfdist's data road."""
+"""One process with one device: Keras as it is, with tfdist's input pipeline."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from tfdist.strategies.base import Place, Strategy
 
 
 class Single(Strategy):
-    """One replica: nothing is reduced, nothing is moved."""
+    """One replica. It needs no reduction, and its variables stay where they are."""
 
     name = "single"
     is_plain = True
@@ -17,10 +17,10 @@ class Single(Strategy):
 
     @classmethod
     def unavailable(cls, cluster: Cluster) -> str | None:
-        """Says why not: it always can."""
+        """Returns None: this strategy can always run."""
         return None
 
     @classmethod
     def chosen_by(cls, cluster: Cluster) -> str | None:
-        """Says why `auto` chooses it: nothing else was found."""
+        """Returns the reason for `auto`, which asks this strategy last."""
         return "one process and at most one accelerator"

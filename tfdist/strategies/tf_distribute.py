@@ -1,4 +1,4 @@
-"""What the strategies built on `tf.distribute` share, and any instance a user passes."""
+"""Strategies built on `tf.distribute`, and the wrapper of an instance that the user passes."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ from tfdist.strategies.coordination_store import CoordinationStore
 from tfdist.strategies.packing import reduce_packed
 from tfdist.watchdog.timeouts import WaitLimit
 
-# As TensorFlow has them, whatever a script gets in their place.
+# TensorFlow's own classes: in a script, tfdist may put others in their place.
 MirroredStrategy = tf.distribute.MirroredStrategy
 MultiWorkerMirroredStrategy = tf.distribute.MultiWorkerMirroredStrategy
 ParameterServerStrategy = tf.distribute.ParameterServerStrategy
 ClusterCoordinator = tf.distribute.coordinator.ClusterCoordinator
 
 _WORDS = tf.TensorSpec([None], tf.int32)
-_CHUNK = 2**22  # int32 words that travel at once: 16 MiB
+_CHUNK = 2**22  # int32 words of one collective: 16 MiB
 
 
 class TFDistribute(Connected):
     """Runs replicas through a `tf.distribute.Strategy`.
 
-    tf.distribute supplies the replicas' threads, the collectives and the input's way to
-    the devices. Its own rules for gradients, variables and losses are not used: every
-    variable is a mirrored one that aggregates nothing, so that a replica's assignment is
-    local, and equality follows from equal, explicitly reduced inputs.
+    tf.distribute supplies the replicas' threads, the collectives and the transfer of input
+    to the devices. Its own rules for gradients, variables and losses are not used. Every
+    variable is a mirrored variable without aggregation, so an assignment is local to its
+    replica. The copies stay equal because every replica assigns the same reduced values.
 
     Args:
         strategy: The `tf.distribute.Strategy` instance.
-        place: Where this process's replicas stand.
-        wait_limit: Limits this process's waits for the others.
-        key-value store: Where workers leave notes.
+        place: The replicas of this process.
+        wait_limit: Limits how long this process waits for its peers.
+        store: The key-value store of the workers.
     """
 
     name = "tf.distribute"
@@ -61,11 +61,11 @@ class TFDistribute(Connected):
 
     @classmethod
     def unavailable(cls, cluster: Cluster) -> str | None:
-        """Says why not: whoever made the instance knows."""
+        """Returns None: the user who made the instance has chosen it."""
         return None
 
     def key_value_store(self) -> KeyValueStore | None:
-        """Gives the key-value store of several workers that TensorFlow connects."""
+        """Returns the key-value store of several workers that TensorFlow connects."""
         return self._store
 
     def run(self, function: Callable[..., Any], *args: Any) -> Any:
@@ -76,11 +76,11 @@ class TFDistribute(Connected):
         )
 
     def replica_id(self) -> Tensor:
-        """The global number of the replica that is running."""
+        """The global index of the running replica."""
         return tf.distribute.get_replica_context().replica_id_in_sync_group
 
     def all_reduce_sum(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Sums each tensor over all replicas; dense ones travel together, by dtype."""
+        """Sums each tensor over all replicas, dense tensors in one collective per dtype."""
         if self.place.num_replicas == 1:
             return list(tensors)
         context = tf.distribute.get_replica_context()
@@ -93,10 +93,10 @@ class TFDistribute(Connected):
         return tf.distribute.get_replica_context().all_gather(tensor, axis=0)
 
     def distribute(self, dataset: Callable[[], Any]) -> Iterable[Any]:
-        """Deals shares out to the local replicas, prefetching to their devices."""
+        """Distributes per-replica batches to the local replicas and their devices."""
         if self.place.local_replicas == 1:
-            made: Iterable[Any] = dataset()
-            return made
+            batches: Iterable[Any] = dataset()
+            return batches
         distributed: Iterable[Any] = self.strategy.distribute_datasets_from_function(
             lambda _: dataset()
         )
@@ -105,24 +105,25 @@ class TFDistribute(Connected):
     def hold(
         self, variables: Sequence[Any], optimizers: Sequence[Any]
     ) -> contextlib.AbstractContextManager[None]:
-        """Mirrors variables when the process has several replicas, leaves them otherwise."""
+        """Mirrors variables if the process has several replicas."""
         if self.place.local_replicas == 1:
             return contextlib.nullcontext()
         return MirroredVariables(self.strategy, variables, optimizers)
 
     def copies(self, variable: Any) -> list[Any]:
-        """Gives the values of a variable on each device of this process."""
-        held = self.strategy.experimental_local_results(variable.value)
-        return [np.asarray(value) for value in held]
+        """Returns the value of a variable on each device of this process."""
+        local_values = self.strategy.experimental_local_results(variable.value)
+        return [np.asarray(value) for value in local_values]
 
     def assign_copies(self, variable: Any, values: Sequence[Any]) -> None:
-        """Gives each device of this process a value of its own."""
-        held = self.strategy.experimental_local_results(_keras.backing_variable(variable))
-        for copy, value in zip(held, values, strict=True):
-            copy.assign(value)
+        """Assigns a value of its own to each device of this process."""
+        mirrored = _keras.backing_variable(variable)
+        local_variables = self.strategy.experimental_local_results(mirrored)
+        for local_variable, value in zip(local_variables, values, strict=True):
+            local_variable.assign(value)
 
     def broadcast_bytes(self, content: bytes) -> bytes:
-        """Gives every worker the chief's bytes."""
+        """Returns the chief's bytes on every worker."""
         words = np.frombuffer(content + bytes(-len(content) % 4), np.int32)
         received = [
             self._broadcast_words(tf.constant(words[start : start + _CHUNK])).numpy()
@@ -133,12 +134,12 @@ class TFDistribute(Connected):
     @functools.cached_property
     def _broadcast_words(self) -> Callable[[Tensor], Tensor]:
         def on_replicas(words: Tensor) -> Tensor:
-            def one() -> Tensor:
+            def on_replica() -> Tensor:
                 is_first = tf.equal(self.replica_id(), 0)
-                # There is no broadcast among tf.distribute's public collectives.
+                # tf.distribute has no public broadcast, so all others add zeros.
                 return self.all_reduce_sum([tf.where(is_first, words, tf.zeros_like(words))])[0]
 
-            return self.run(one)
+            return self.run(on_replica)
 
         broadcast: Callable[[Tensor], Tensor]
         broadcast = tf.function(on_replicas, [_WORDS], autograph=False)
@@ -147,13 +148,13 @@ class TFDistribute(Connected):
     @functools.cached_property
     def _gather_words(self) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
         def on_replicas(payload: Tensor) -> tuple[Tensor, Tensor]:
-            def one() -> tuple[Tensor, Tensor]:
-                # One copy a worker: its first replica's.
+            def on_replica() -> tuple[Tensor, Tensor]:
+                # Only the first replica of a worker sends; the others send no rows.
                 is_first = tf.equal(self.replica_id() % self.place.local_replicas, 0)
-                sent = payload[: tf.where(is_first, tf.size(payload), 0)]
-                return self.all_gather(tf.shape(sent)), self.all_gather(sent)
+                words = payload[: tf.where(is_first, tf.size(payload), 0)]
+                return self.all_gather(tf.shape(words)), self.all_gather(words)
 
-            result: tuple[Tensor, Tensor] = self.run(one)
+            result: tuple[Tensor, Tensor] = self.run(on_replica)
             return result
 
         gather: Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -162,8 +163,8 @@ class TFDistribute(Connected):
 
     def gather_bytes(self, content: bytes) -> list[bytes]:
         """Collects the bytes of every worker, in two collectives."""
-        mine = np.frombuffer(content, np.uint8).astype(np.int32)
-        sizes, payloads = (t.numpy() for t in self._gather_words(tf.constant(mine)))
+        words = np.frombuffer(content, np.uint8).astype(np.int32)
+        sizes, payloads = (t.numpy() for t in self._gather_words(tf.constant(words)))
         parts = np.split(payloads, np.cumsum([size for size in sizes if size])[:-1])
         return [part.astype(np.uint8).tobytes() for part in parts]
 
@@ -171,14 +172,14 @@ class TFDistribute(Connected):
 class MirroredVariables(contextlib.AbstractContextManager[None]):
     """Moves variables to all devices of a process, and back.
 
-    While inside, a `keras.Variable` holds one copy on each device and a replica reads and
-    assigns its own. The plain `tf.Variable`s stay what they are, so what was traced with
-    them, in and outside of the context, goes on working.
+    Inside the context, a `keras.Variable` has one copy on each device. A replica reads and
+    assigns its own copy. The plain `tf.Variable`s still exist, so functions traced with
+    them, inside or outside of the context, remain valid.
 
     Args:
         strategy: A `tf.distribute.Strategy` with several devices in this process.
         variables: `keras.Variable`s.
-        optimizers: The optimizers among whose variables they are.
+        optimizers: The optimizers that own some of these variables.
     """
 
     def __init__(
@@ -188,29 +189,31 @@ class MirroredVariables(contextlib.AbstractContextManager[None]):
         self._variables = variables
         self._optimizers = optimizers
         self._strategies: dict[Any, Any] = {}
-        self._elsewhere: list[Any] = []  # the copies that are not in use
+        # The backing variables not in use now: the mirrored ones outside of the context, the
+        # plain ones inside.
+        self._unused: list[Any] = []
 
     def __enter__(self) -> None:
-        if self._elsewhere:
-            for variable, mirrored in zip(self._variables, self._elsewhere, strict=True):
+        if self._unused:
+            for variable, mirrored in zip(self._variables, self._unused, strict=True):
                 mirrored.assign(variable.value)
         else:
-            self._elsewhere = [self._mirror(variable) for variable in self._variables]
+            self._unused = [self._mirror(variable) for variable in self._variables]
         self._swap()
 
     def __exit__(self, *_: object) -> None:
         self._swap()
-        for variable, mirrored in zip(self._variables, self._elsewhere, strict=True):
+        for variable, mirrored in zip(self._variables, self._unused, strict=True):
             variable.assign(self._strategy.experimental_local_results(mirrored)[0])
 
     def _swap(self) -> None:
-        self._elsewhere = [
+        self._unused = [
             _keras.swap_value(variable, other)
-            for variable, other in zip(self._variables, self._elsewhere, strict=True)
+            for variable, other in zip(self._variables, self._unused, strict=True)
         ]
         for optimizer in self._optimizers:
             _keras.reindex_optimizer(optimizer)
-            # What a callback assigns, it assigns through it.
+            # A callback that assigns an optimizer's variable goes through its strategy.
             self._strategies[optimizer] = _keras.swap_strategy(
                 optimizer, self._strategies.get(optimizer, self._strategy)
             )
@@ -227,7 +230,7 @@ class MirroredVariables(contextlib.AbstractContextManager[None]):
 
 
 def require_unused_tensorflow(cluster: Cluster) -> None:
-    """Refuses to connect a process in which TensorFlow has made its devices already.
+    """Checks that TensorFlow has not created its devices yet, and can still connect.
 
     Args:
         cluster: The process's place.
@@ -238,7 +241,8 @@ def require_unused_tensorflow(cluster: Cluster) -> None:
     if not _keras.has_devices():
         return
     if tf.distribute.has_strategy():
-        found = f"in the scope of a {type(tf.distribute.get_strategy()).__name__} that was made"
+        scope = type(tf.distribute.get_strategy()).__name__
+        state = f"in the scope of a {scope} that was made"
         remedy = (
             "With spark-tensorflow-distributor, make the MirroredStrategyRunner with "
             "use_custom_strategy=True, and let the function begin with tfdist.init(). "
@@ -246,16 +250,16 @@ def require_unused_tensorflow(cluster: Cluster) -> None:
             "tfdist.init(strategy=tf.distribute.get_strategy())."
         )
     else:
-        found = "with TensorFlow in use"
+        state = "with TensorFlow in use"
         remedy = (
             "Call tfdist.init() right after the imports (in a function that a scheduler runs, "
             "as its first line), or start the script with `tfdist run`, which does that."
         )
     raise StrategyError(
         "In a process of a cluster tfdist must connect to the others before TensorFlow "
-        "does anything else (building a model is something). "
+        "does anything else. Building a model counts too. "
         f"Received: a cluster of {cluster.num_workers} workers from {cluster.source}, "
-        f"{found} already. {remedy}"
+        f"{state} already. {remedy}"
     )
 
 
@@ -266,13 +270,13 @@ def adopt(strategy: Any) -> TFDistribute:
         strategy: The instance.
 
     Returns:
-        A strategy with the place that the instance implies.
+        The strategy. Its `place` follows from the instance's cluster.
 
     Raises:
         StrategyError: It is not a synchronous `tf.distribute.Strategy`.
     """
-    unfit = ParameterServerStrategy
-    if not isinstance(strategy, tf.distribute.Strategy) or isinstance(strategy, unfit):
+    is_tf_strategy = isinstance(strategy, tf.distribute.Strategy)
+    if not is_tf_strategy or isinstance(strategy, ParameterServerStrategy):
         raise StrategyError(
             "`strategy` must be a name or a synchronous tf.distribute.Strategy. Received: "
             f"strategy={strategy!r}. For parameter servers use strategy='parameter_server'."

@@ -1,4 +1,4 @@
-"""The cores of a TPU: `tf.distribute.TPUStrategy`. Never run: no TPU was at hand."""
+"""The cores of a TPU: `tf.distribute.TPUStrategy`. It has never run on a TPU."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tfdist.strategies.tf_distribute import TFDistribute
 
 
 class TPU(TFDistribute):
-    """One replica on each core of this machine's TPU, or of the one that TPU_NAME names."""
+    """One replica on each core of the TPU that TPU_NAME names, else of this machine's."""
 
     name = "tpu"
     priority = 20
@@ -26,12 +26,12 @@ class TPU(TFDistribute):
 
     @classmethod
     def unavailable(cls, cluster: Cluster) -> str | None:
-        """Says why not: TensorFlow sees no TPU, and none is named."""
+        """Returns an obstacle if TensorFlow sees no TPU and TPU_NAME names none."""
         if "TPU_NAME" in os.environ or tf.config.list_physical_devices("TPU"):
             return None
         return "TensorFlow sees no TPU on this machine, and TPU_NAME names none"
 
     @classmethod
     def chosen_by(cls, cluster: Cluster) -> str | None:
-        """Says why `auto` chooses it: a TPU is there."""
+        """Returns the reason for `auto`: there is a TPU."""
         return "a TPU is there" if cls.unavailable(cluster) is None else None

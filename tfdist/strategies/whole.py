@@ -1,4 +1,4 @@
-"""Every replica computes the whole batch: for steps whose outcome is no mean over its rows."""
+"""Every process computes the whole batch, for steps that are no mean over its rows."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from tfdist.strategies.base import Place, Strategy, Tensor
 
 
 class Whole(Strategy):
-    """Trains in each process as one process would; all take the chief's state after a step.
+    """Trains each process on the whole batch. After a step, all take the chief's state.
 
-    That is what one process computes, whatever a step does, and it is no faster.
+    The result is that of one process, whatever the step computes. It is not faster.
 
     Args:
-        strategy: What connects the processes.
+        strategy: The strategy that connects the processes.
     """
 
     def __init__(self, strategy: Strategy) -> None:
@@ -28,16 +28,16 @@ class Whole(Strategy):
 
     @classmethod
     def unavailable(cls, cluster: Cluster) -> str | None:
-        """Says why not: it always can."""
+        """Returns None: this strategy can always run."""
         return None
 
     @property
     def has_company(self) -> bool:
-        """Whether there are other processes that compute the same."""
+        """Whether other processes compute the same batches."""
         return self.connected.place.num_workers > 1
 
     def explaining_losses(self) -> contextlib.AbstractContextManager[None]:
-        """Says what a lost process means, as what connects them does."""
+        """Explains the loss of a process, as the connecting strategy does."""
         return self.connected.explaining_losses()
 
     def waiting_for(self, what: str) -> contextlib.AbstractContextManager[None]:
@@ -45,15 +45,15 @@ class Whole(Strategy):
         return self.connected.waiting_for(what)
 
     def sums(self, values: Tensor) -> Tensor:
-        """Sums a float tensor of every worker.
+        """Sums a tensor of every worker.
 
         Args:
-            values: Of the same shape on every worker.
+            values: A tensor of the same shape and dtype on every worker.
         """
         return self._summed([values], is_chiefs=False)[0]
 
     def take_chiefs(self, variables: Sequence[Any]) -> None:
-        """Gives variables the chief's values, on every worker.
+        """Assigns the chief's values to variables, on every worker.
 
         Args:
             variables: `keras.Variable`s, in the same order on every worker.
@@ -72,19 +72,19 @@ class Whole(Strategy):
         copies = strategy.place.local_replicas
 
         def summed(tensors: list[Tensor], is_chiefs: bool, zero: Tensor) -> list[Tensor]:
-            def one() -> list[Tensor]:
-                # Of what is known when it is traced, TensorFlow makes constants; also of
-                # Horovod's sums, which then are made once.
+            def on_replica() -> list[Tensor]:
+                # Horovod's replica id is a Python number. Adding a tensor keeps TensorFlow
+                # from folding the sums below into constants, which it would do only once.
                 replica = strategy.replica_id() + zero
-                counts = tf.equal(replica if is_chiefs else replica % copies, 0)
+                contributes = tf.equal(replica if is_chiefs else replica % copies, 0)
                 return strategy.all_reduce_sum(
                     [
-                        tf.where(counts, _summable(t), tf.zeros_like(_summable(t)))
+                        tf.where(contributes, _summable(t), tf.zeros_like(_summable(t)))
                         for t in tensors
                     ]
                 )
 
-            reduced = strategy.run(one)
+            reduced = strategy.run(on_replica)
             return [tf.cast(r, t.dtype) for r, t in zip(reduced, tensors, strict=True)]
 
         return tf.function(summed, autograph=False)  # type: ignore[no-any-return]
@@ -96,9 +96,9 @@ def _summable(tensor: Tensor) -> Tensor:
 
 @functools.cache
 def whole(strategy: Strategy) -> Whole:
-    """Gives what computes whole batches in a strategy's processes.
+    """Returns the `Whole` of a strategy's processes, always the same one.
 
     Args:
-        strategy: What connects the processes.
+        strategy: The strategy that connects the processes.
     """
     return Whole(strategy)

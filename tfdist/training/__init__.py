@@ -1,1 +1,1 @@
-"""One `fit`: what is asked for, who takes part, and the straight line through it."""
+"""One `fit`: its request, its extensions, and the sequence of its steps (`run.py`)."""

@@ -1,4 +1,4 @@
-"""Keras's callbacks on several workers: one writes, all decide the same, at the same step."""
+"""Keras's callbacks on several workers: the chief writes, and all workers stop together."""
 
 from __future__ import annotations
 
@@ -37,39 +37,39 @@ def prepare(
     timers: Any = None,
     shows: bool = False,
 ) -> Any:
-    """Makes the user's callbacks right for this process.
+    """Adapts the user's callbacks to this process.
 
-    Every worker runs the callbacks that decide: they see the same logs. Those that write
+    Callbacks that decide run on every worker: they see the same logs. Callbacks that write
     (`ModelCheckpoint`, `BackupAndRestore`, `CSVLogger`, `TensorBoard` and classes derived
-    from them) run on the chief alone; what `BackupAndRestore` restores there, every worker
-    gets.
+    from them) run on the chief only. Every worker then takes the chief's state, so it gets
+    what `BackupAndRestore` has restored.
 
     Args:
         callbacks: A callback, a list of them, a `CallbackList`, or None.
-        strategy: Where the replicas are.
+        strategy: The strategy.
         stop: Shared with the train function.
         variables: The model's state, which all workers take from the chief.
-        timers: Clocks inside of the steps, if they have some.
+        timers: The step timers, if the steps have any.
         shows: Whether this process prints.
 
     Returns:
-        What `Model.fit` takes as `callbacks`.
+        The value for `callbacks` of `Model.fit`.
     """
     last: list[Any] = []
-    given = getattr(callbacks, "callbacks", callbacks)
-    given = [
-        c for c in (given if isinstance(given, list | tuple) else [given]) if c is not None
+    users = getattr(callbacks, "callbacks", callbacks)
+    users = [
+        c for c in (users if isinstance(users, list | tuple) else [users]) if c is not None
     ]
     if strategy.place.num_workers > 1 and timers is not None and not strategy.elastic:
-        boards = [c for c in given if isinstance(c, keras.callbacks.TensorBoard)]
+        boards = [c for c in users if isinstance(c, keras.callbacks.TensorBoard)]
         log_dir = boards[0].log_dir if boards and strategy.place.is_chief else None
         last.append(StragglerCallback(strategy, timers, shows, log_dir))
     if strategy.place.num_workers > 1:
         last.append(WorkerAgreement(strategy, stop, variables))
     if isinstance(callbacks, keras.callbacks.CallbackList):
-        callbacks.callbacks = [*_for_process(given, strategy), *last]
+        callbacks.callbacks = [*_for_process(users, strategy), *last]
         return callbacks
-    return [*_for_process(given, strategy), *last]
+    return [*_for_process(users, strategy), *last]
 
 
 _BETWEEN_STEPS = (
@@ -78,35 +78,39 @@ _BETWEEN_STEPS = (
 
 
 def look_between_steps(callbacks: Any) -> bool:
-    """Tells whether a callback is told of every step.
+    """Tells whether a callback needs a call at every step.
 
     Args:
-        callbacks: What `prepare` gave.
+        callbacks: The result of `prepare`.
     """
     return any(map(_looks_between_steps, getattr(callbacks, "callbacks", callbacks)))
 
 
 def _looks_between_steps(callback: Any) -> bool:
-    idle = [keras.callbacks.Callback]
+    # Classes whose methods do nothing at a step.
+    idle_classes = [keras.callbacks.Callback]
     if getattr(callback, "save_freq", None) == "epoch":
-        idle += [keras.callbacks.ModelCheckpoint, keras.callbacks.BackupAndRestore]
+        idle_classes += [keras.callbacks.ModelCheckpoint, keras.callbacks.BackupAndRestore]
     return any(
         getattr(getattr(callback, name), "__func__", None)
-        not in [getattr(cls, name) for cls in idle]
+        not in [getattr(cls, name) for cls in idle_classes]
         for name in _BETWEEN_STEPS
     )
 
 
 def _for_process(callbacks: Sequence[Any], strategy: Strategy) -> list[Any]:
-    """Leaves writers to the chief; what sets the rate comes before what saves it."""
-    kept = [c for c in callbacks if strategy.place.is_chief or not _writes(c)]
-    for callback in kept:
+    """Selects and orders callbacks: the chief's only if they write, learning rates first.
+
+    A callback that sets the learning rate comes before those that save or restore it.
+    """
+    selected = [c for c in callbacks if strategy.place.is_chief or not _writes(c)]
+    for callback in selected:
         if isinstance(callback, RateCallback):
             callback.num_replicas = strategy.place.num_replicas
         if isinstance(callback, PerClassMetrics):
             callback.strategy = strategy
     return sorted(
-        kept,
+        selected,
         key=lambda c: (not isinstance(c, RateCallback), not isinstance(c, LearningRateScaling)),
     )
 
@@ -116,22 +120,22 @@ def _writes(callback: Any) -> bool:
 
 
 def writer_that_calls() -> Any:
-    """Gives the callback that this call comes from, if it is one that the chief alone runs."""
+    """Returns the callback from which this call comes, if only the chief runs it."""
     frame, writer = inspect.currentframe(), None
     while frame is not None:
         owner = frame.f_locals.get("self")
         if writer is not None and isinstance(owner, keras.callbacks.CallbackList):
-            return writer  # else somebody calls its methods by hand, maybe on all workers
+            return writer  # Called by Keras, not by the user's own code on every worker.
         writer = owner if isinstance(owner, _WRITERS) else writer
         frame = frame.f_back
     return None
 
 
 class WorkerAgreement(keras.callbacks.Callback):  # type: ignore[misc]
-    """Keeps the workers together; runs after all other callbacks.
+    """Keeps the workers in agreement. It runs after all other callbacks.
 
     Args:
-        strategy: Where the replicas are.
+        strategy: The strategy.
         stop: Shared with the train function.
         variables: The model's state.
     """
@@ -143,7 +147,7 @@ class WorkerAgreement(keras.callbacks.Callback):  # type: ignore[misc]
         self._variables = variables
 
     def on_train_begin(self, logs: Any = None) -> None:
-        """Starts every worker from the chief's state, whatever it loaded."""
+        """Gives every worker the chief's state and initial epoch."""
         self._strategy.agree(self._variables)
         self.model._initial_epoch = self._strategy.broadcast_object(self.model._initial_epoch)
 
@@ -154,12 +158,12 @@ class WorkerAgreement(keras.callbacks.Callback):  # type: ignore[misc]
             rate.assign(self._strategy.broadcast_object(np.asarray(rate.numpy())))
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        """Holds a request to stop back until all workers know of it."""
+        """Delays a request to stop until all workers know of it."""
         if self.model.stop_training:
             self._stop.requested = True
             self.model.stop_training = False
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        """Stops everywhere when anyone asked to."""
-        asked = self.model.stop_training or self._stop.requested or self._stop.agreed
-        self.model.stop_training = any(self._strategy.gather_objects(bool(asked)))
+        """Stops all workers if one of them has a request to stop."""
+        stops = self.model.stop_training or self._stop.requested or self._stop.agreed
+        self.model.stop_training = any(self._strategy.gather_objects(bool(stops)))

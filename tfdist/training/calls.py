@@ -1,4 +1,4 @@
-"""Calls of tfdist's public functions: watched for hangs, led through a model's own methods."""
+"""Wraps tfdist's public functions: hang detection, and models with methods of their own."""
 
 from __future__ import annotations
 
@@ -19,56 +19,58 @@ from tfdist.training import preflight, routing
 P = ParamSpec("P")
 
 
-_ONE_OF_ALL = (
+_CALLBACK_ON_EACH_WORKER = (
     "tfdist: each of {number} workers runs your callbacks. One that makes or removes files "
     "should do it in a single worker: `if tfdist.is_chief(): ...`."
 )
 
 
 def watched(function: Callable[P, Any]) -> Callable[P, Any]:
-    """Watches a public function for hangs, once the workers were found to have called it.
+    """Watches a public function for hangs, after a check that all workers call it.
 
-    A model whose class has a method of that name prepares its data there, and then calls
-    Keras's, in whose place the function is.
+    If the model's class overrides the method of that name, its method is called first. It may
+    prepare its data there. When it calls Keras's method, `function` runs instead.
     """
     name = function.__name__
     keras_names = set(inspect.signature(getattr(keras.Model, name)).parameters)
 
     @functools.wraps(function)
     def direct(*args: P.args, **kwargs: P.kwargs) -> Any:
-        if routing.is_running():  # in a callback: of a call that is watched
+        if routing.is_running():  # called in a callback, so an outer call is watched
             return function(*args, **kwargs)
         model: Any = args[0] if args else kwargs.get("model")
         with contextlib.ExitStack() as stack:
             stack.enter_context(_keras.outside_scopes())
             if isinstance(model, keras.Model):
                 kwargs["strategy"] = scoped(model, kwargs.get("strategy", "auto"))
-            used = current(kwargs.get("strategy", "auto")).strategy
-            stack.enter_context(watchdog.calling(name, used))
+            strategy = current(kwargs.get("strategy", "auto")).strategy
+            stack.enter_context(watchdog.calling(name, strategy))
             stack.enter_context(routing.running())
-            if not used.elastic:  # whoever joins later has missed the call
-                preflight.check_call(used, name)
+            if not strategy.elastic:  # workers that join later have missed this exchange
+                preflight.check_call(strategy, name)
                 watchdog.meet()
             try:
                 return function(*args, **kwargs)
             except (ArgumentError, DisagreementError) as error:
-                # They are about the caller's arguments: tfdist's lines say nothing of them.
+                # The cause is in the caller's code, so tfdist's frames are left out.
                 raise error.with_traceback(outside(error)) from error.__cause__
             except OSError as error:
-                if used.place.num_workers > 1:
-                    error.add_note(_ONE_OF_ALL.format(number=used.place.num_workers))
+                workers = strategy.place.num_workers
+                if workers > 1:
+                    error.add_note(_CALLBACK_ON_EACH_WORKER.format(number=workers))
                 raise
 
     @functools.wraps(function)
     def public(*args: P.args, **kwargs: P.kwargs) -> Any:
         model: Any = args[0] if args else kwargs.get("model")
-        own = routing.own_method(model, name)
-        if own is None:
+        overriding = routing.own_method(model, name)
+        if overriding is None:
             return direct(*args, **kwargs)
-        known = {key: kwargs[key] for key in kwargs if key in keras_names}
-        more: Any = {key: kwargs[key] for key in kwargs.keys() - keras_names - {"model"}}
-        with routing.led(model, name, functools.partial(direct, **more)):
-            return own(*args[1:], **known)
+        keras_arguments = {key: kwargs[key] for key in kwargs if key in keras_names}
+        other_names = kwargs.keys() - keras_names - {"model"}
+        other_arguments: Any = {key: kwargs[key] for key in other_names}
+        with routing.redirected(model, name, functools.partial(direct, **other_arguments)):
+            return overriding(*args[1:], **keras_arguments)
 
     public.direct = direct  # type: ignore[attr-defined]
     return public

@@ -11,7 +11,7 @@ from tfdist.step.prepared import prepare
 from tfdist.strategies.session import current
 from tfdist.training import preflight
 from tfdist.training.calls import watched
-from tfdist.training.sources import adapted, composed, read_in_order
+from tfdist.training.sources import keras_adapter, read_in_order, strategy_for_steps
 
 
 @watched
@@ -29,26 +29,26 @@ def evaluate(
     strategy: Any = "auto",
     shard: Any = None,
 ) -> Any:
-    """Computes loss and metrics, every example counted once, on every replica there is.
+    """Computes loss and metrics on all replicas. Every example counts once.
 
     Args:
         model: A compiled `keras.Model`, or a function that returns one.
         x: As in `fit`.
         y: As in `fit`.
-        batch_size: Examples of one step over all replicas; 32 if None.
-        verbose: "auto", 0, 1 or 2; only the chief shows anything.
+        batch_size: Number of examples of one step over all replicas; 32 if None.
+        verbose: "auto", 0, 1 or 2. Only the chief shows progress.
         sample_weight: As in `fit`.
-        steps: Batches to evaluate, if not all.
+        steps: Number of batches to evaluate; all if None.
         callbacks: Keras callbacks.
         return_dict: Whether to return a dict by metric name rather than a list.
         strategy: As in `fit`.
         shard: As in `fit`.
 
     Returns:
-        What `keras.Model.evaluate` returns, the same on every worker.
+        The result of `keras.Model.evaluate`, the same on every worker.
 
     Raises:
-        ArgumentError: Arguments or data cannot be used as they are.
+        ArgumentError: An argument or the data is invalid.
         StrategyError: The strategy cannot run here.
         DisagreementError: The workers were called differently.
 
@@ -73,15 +73,15 @@ def evaluate(
         strategy=session.strategy,
     )
     preflight.check_batched(model, x, source.spec())
-    used = composed(model, "test_step", source, session.strategy)
-    prepared = prepare(model, used)
+    step_strategy = strategy_for_steps(model, "test_step", source, session.strategy)
+    prepared = prepare(model, step_strategy)
     preflight.check_agreement(
         session, model, {"batch_size": batch_size, "steps": source.steps}, source
     )
     with prepared.running(source):
         return _keras.EVALUATE(
             model,
-            adapted(source, used),
+            keras_adapter(source, step_strategy),
             verbose=verbose if session.is_chief else 0,
             callbacks=callbacks,
             return_dict=return_dict,
@@ -99,22 +99,22 @@ def predict(
     *,
     strategy: Any = "auto",
 ) -> Any:
-    """Computes the model's outputs, in the order of the input, on every replica there is.
+    """Computes the model's outputs on all replicas, in the order of the input.
 
     Args:
         model: A `keras.Model`, or a function that returns one.
         x: As in `fit`.
-        batch_size: Examples of one step over all replicas; 32 if None.
-        verbose: "auto", 0, 1 or 2; only the chief shows anything.
-        steps: Batches to predict, if not all.
+        batch_size: Number of examples of one step over all replicas; 32 if None.
+        verbose: "auto", 0, 1 or 2. Only the chief shows progress.
+        steps: Number of batches to predict; all if None.
         callbacks: Keras callbacks.
         strategy: As in `fit`.
 
     Returns:
-        NumPy arrays of shape [examples, ...], all of them on every worker.
+        NumPy arrays of shape [examples, ...], complete on every worker.
 
     Raises:
-        ArgumentError: Arguments or data cannot be used as they are.
+        ArgumentError: An argument or the data is invalid.
         StrategyError: The strategy cannot run here.
         DisagreementError: The workers were called differently.
 
@@ -131,15 +131,15 @@ def predict(
         x, None, None, batch_size=batch_size, steps=steps, strategy=session.strategy
     )
     preflight.check_batched(model, x, source.spec())
-    used = composed(model, "predict_step", source, session.strategy)
-    prepared = prepare(model, used)
+    step_strategy = strategy_for_steps(model, "predict_step", source, session.strategy)
+    prepared = prepare(model, step_strategy)
     preflight.check_agreement(
         session, model, {"batch_size": batch_size, "steps": source.steps}, source
     )
     with prepared.running(source):
         return _keras.PREDICT(
             model,
-            adapted(source, used, by_number=False),
+            keras_adapter(source, step_strategy, by_number=False),
             verbose=verbose if session.is_chief else 0,
             callbacks=callbacks,
         )

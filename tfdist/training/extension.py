@@ -1,4 +1,4 @@
-"""What a training may have besides: privacy, checkpoints, processes that come and go."""
+"""The interface of extensions: privacy, checkpoints, elastic runs and others."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ Begins = tuple[int, int, Callable[[], data.DataPosition], dict[str, Any]]
 
 
 class Extension:
-    """Takes part in one `fit`; each method does nothing here.
+    """Takes part in one `fit`. By default, each method does nothing.
 
-    `fit` calls them in this order: `choose`, `bind`, then for each attempt to train `facts`,
-    `notice` and `callbacks`, within `running`, and `report` at the end.
+    `fit` calls the methods in this order: `choose`, `bind`, then for each attempt to train
+    `facts`, `notice` and `callbacks`, inside the context `running`, and `report` at the end.
 
     Attributes:
-        name: Its key in a checkpoint.
-        needs_state: Whether all of the model's variables must be there before it trains.
-        exchange_maker: Of what is put around the reduction of gradients, or None.
-        step_maker: Of the step that takes the place of Keras's, or None.
+        name: The extension's key in a checkpoint.
+        needs_state: Whether the model must have all its variables before training begins.
+        exchange_maker: Makes what wraps the reduction of gradients, or None.
+        step_maker: Makes the step that replaces Keras's, or None.
     """
 
     name: ClassVar[str] = ""
@@ -35,93 +35,100 @@ class Extension:
     step_maker: StepMaker | None = None
 
     def choose(self, request: Request) -> Request:
-        """Refuses what cannot be, and asks for something else where it must.
+        """Checks the request, and replaces arguments if it must.
 
         Args:
-            request: What is asked for until now.
+            request: The arguments of `fit`, as earlier extensions have left them.
+
+        Returns:
+            The request, with replacements.
 
         Raises:
-            ArgumentError: The request is one that it cannot take part in.
+            ArgumentError: The extension does not support the request.
         """
         return request
 
     def bind(self, request: Request, source: data.Source) -> None:
-        """Looks at the data, and at the model, which is built.
+        """Reads what it needs to know of the data and of the model, which is built now.
 
         Args:
-            request: What is asked for.
-            source: The data.
+            request: The arguments of `fit`.
+            source: The training data.
         """
 
     def facts(self) -> dict[str, Any]:
-        """Gives what all workers must have been asked alike, by name."""
+        """Returns values, by name, that must be equal on all workers."""
         return {}
 
     def notice(self, request: Request) -> str | None:
-        """Says what the user should know before training, or None.
+        """Returns a line for the user before training, or None.
 
         Args:
-            request: What is asked for.
+            request: The arguments of `fit`.
         """
         return None
 
-    def callbacks(self, request: Request, given: Any, prepared: Prepared) -> Any:
-        """Adds to the callbacks.
+    def callbacks(self, request: Request, callbacks: Any, prepared: Prepared) -> Any:
+        """Adds callbacks.
 
         Args:
-            request: What is asked for.
-            given: A list of callbacks, or a `CallbackList`.
-            prepared: The model.
+            request: The arguments of `fit`.
+            callbacks: A list of callbacks, or a `CallbackList`.
+            prepared: The model's compiled functions and state.
+
+        Returns:
+            The callbacks, of the same kind.
         """
-        return given
+        return callbacks
 
     def running(self) -> contextlib.AbstractContextManager[None]:
         """Makes a context around the training."""
         return contextlib.nullcontext()
 
     def report(self, request: Request, history: Any) -> None:
-        """Adds to what `fit` returns.
+        """Adds to the `History` that `fit` returns.
 
         Args:
-            request: What was asked for.
+            request: The arguments of `fit`.
             history: Keras's `History`.
         """
 
-    # --- where a training goes on in another process --------------------------------------
+    # --- a training that another process continues ----------------------------------------
 
     def settings(self) -> Any:
-        """Gives what must stay as it is in a training that goes on, plain data or None."""
+        """Returns settings that must not change in a continued training, plain data or None."""
         return None
 
     def go_on(self, saved: Any, steps: int = 0, directory: Path | None = None) -> Any:
-        """Takes its state from a checkpoint.
+        """Restores its state from a checkpoint.
 
         Args:
-            saved: What an earlier process got from this method; None if this is the first.
-            steps: That the checkpoint has.
-            directory: Where checkpoints are; None if there are none.
+            saved: The value that this method returned in an earlier process, or None in the
+                first one.
+            steps: Number of steps that the checkpoint contains.
+            directory: The directory of the checkpoints, or None.
 
         Returns:
-            What is to be saved, plain data or None.
+            The value to save in the next checkpoints, plain data or None.
         """
         return None
 
     def note_restored(self) -> None:
-        """Learns that the model's state was put back."""
+        """Called when the model's state has been restored."""
 
 
 class Continuation(Extension):
-    """Where a training begins, and what hears of its steps: here it begins at its start.
+    """Says where a training begins, and follows its steps. By default it begins anew.
 
     Args:
-        others: The training's other extensions, whose state goes on with it.
+        others: The training's other extensions, whose state it restores.
     """
 
     def __init__(self, others: Sequence[Extension] = ()) -> None:
         self._others = others
 
     def choose(self, request: Request) -> Request:
-        """Lets the others begin."""
+        """Tells the other extensions to begin without a saved state."""
         for other in self._others:
             other.go_on(None)
         return request
@@ -130,35 +137,36 @@ class Continuation(Extension):
         """Trains to the end.
 
         Args:
-            attempt: Trains from where `begin` says, and returns Keras's `History`.
+            attempt: Trains from where `begin` says. Returns Keras's `History`.
         """
         return attempt()
 
     def begin_attempt(self, source: data.Source) -> None:
-        """Makes the data ready for an attempt.
+        """Prepares the data for an attempt.
 
         Args:
-            source: The data.
+            source: The training data.
         """
 
     def begin(self, epoch: int, start: Callable[[], data.DataPosition]) -> Begins:
         """Says where an attempt begins.
 
         Args:
-            epoch: Where `fit` was asked to.
-            start: Says where its data begins, once callbacks have begun.
+            epoch: The `initial_epoch` of `fit`.
+            start: Returns the position at which its data begins. To call after the
+                callbacks' `on_train_begin`.
 
         Returns:
-            The epoch, the steps made of it, what says where its data began, and the logs of
-            the last step made.
+            The epoch, the number of its steps that are completed, a function like `start`,
+            and the logs of the last completed step.
         """
         return epoch, 0, start, {}
 
     def note_step(self, step: int) -> None:
-        """Hears of a step.
+        """Called after each step.
 
         Args:
-            step: Steps made of the epoch.
+            step: Number of completed steps of the epoch.
         """
 
     def loop_callbacks(
@@ -169,12 +177,12 @@ class Continuation(Extension):
         where: Callable[[], data.DataPosition],
         **options: Any,
     ) -> Any:
-        """Makes what Keras's loop takes as callbacks.
+        """Makes the callbacks for Keras's loop.
 
         Args:
             given: This process's callbacks.
-            prepared: The model.
-            where: Says where the data stands, between two epochs.
-            **options: Of `keras.callbacks.CallbackList`.
+            prepared: The model's compiled functions and state.
+            where: Returns the position of the data, between two epochs.
+            **options: Arguments of `keras.callbacks.CallbackList`.
         """
         return given

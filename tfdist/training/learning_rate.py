@@ -1,4 +1,4 @@
-"""Callbacks that fit the learning rate to a larger batch, for every strategy."""
+"""Callbacks that adapt the learning rate to a larger batch, for every strategy."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _RULES = ("linear", "sqrt")
 
 
 class RateCallback(keras.callbacks.Callback):  # type: ignore[misc]
-    """What both callbacks need.
+    """The base of callbacks that set the learning rate.
 
     Attributes:
-        num_replicas: Set by `tfdist.fit`; 1 under Keras's own `fit`.
+        num_replicas: Number of replicas. `tfdist.fit` sets it; it is 1 in Keras's own `fit`.
     """
 
     num_replicas = 1
@@ -26,14 +26,14 @@ class RateCallback(keras.callbacks.Callback):  # type: ignore[misc]
         """The optimizer's learning rate, a `keras.Variable`.
 
         Raises:
-            ArgumentError: It is a schedule, which has its own idea of each step's rate.
+            ArgumentError: The learning rate is a schedule, which sets each step's rate itself.
         """
         rate = self.model.optimizer.learning_rate
         if isinstance(rate, keras.Variable):
             return rate
         optimizer = getattr(self.model.optimizer, "inner_optimizer", self.model.optimizer)
-        given = optimizer.get_config().get("learning_rate")
-        kind = given.get("class_name") if isinstance(given, dict) else "function"
+        config = optimizer.get_config().get("learning_rate")
+        kind = config.get("class_name") if isinstance(config, dict) else "function"
         raise ArgumentError(
             f"`{type(self).__name__}` needs an optimizer with a number as learning rate. "
             f"Received: learning_rate={str(kind).strip('_')}, a schedule. Put the factor into "
@@ -42,21 +42,21 @@ class RateCallback(keras.callbacks.Callback):  # type: ignore[misc]
 
 
 class LearningRateScaling(RateCallback):
-    """Multiplies the learning rate while `fit` runs, because the batch is larger.
+    """Scales the learning rate during `fit`, for a larger batch.
 
-    The linear rule keeps the size of an epoch's updates when their number falls (Goyal et
-    al., "Accurate, Large Minibatch SGD", 2017, section 2.1). The square-root rule keeps the
-    variance of the updates, and suits Adam (Krizhevsky, "One weird trick", 2014, section 5;
-    Malladi et al., "On the SDEs and scaling rules for adaptive gradient algorithms", 2022).
+    The linear rule keeps the total size of an epoch's updates when their number falls (Goyal
+    et al., "Accurate, Large Minibatch SGD", 2017, section 2.1). The square-root rule keeps
+    the variance of the updates, and suits Adam (Krizhevsky, "One weird trick", 2014, section
+    5; Malladi et al., "On the SDEs and scaling rules for adaptive gradient algorithms", 2022).
 
     Args:
-        factor: How many times larger the batch is than the one for which the rate was
-            chosen; the number of replicas if None, which is right when `batch_size` was
-            multiplied by it.
+        factor: The batch size divided by the batch size for which you chose the learning
+            rate. None takes the number of replicas, for a `batch_size` that you multiplied
+            by this number.
         rule: "linear" or "sqrt".
 
     Raises:
-        ArgumentError: An argument is none of these, or the rate is a schedule.
+        ArgumentError: An argument is invalid, or the learning rate is a schedule.
 
     Example:
         >>> import keras, numpy as np, tfdist
@@ -80,26 +80,28 @@ class LearningRateScaling(RateCallback):
         self._applied = 1.0
 
     def on_train_begin(self, logs: Any = None) -> None:
-        """Multiplies the rate; `tfdist.fit` lets callbacks that restore one come after."""
+        """Scales the rate. `tfdist.fit` runs callbacks that restore a rate after this one."""
         factor = float(self.num_replicas if self.factor is None else self.factor)
         self._applied = factor if self.rule == "linear" else math.sqrt(factor)
         self.rate.assign(self.rate * self._applied)
 
     def on_train_end(self, logs: Any = None) -> None:
-        """Gives the rate back as it was, but for what other callbacks made of it."""
+        """Removes the factor. Changes by other callbacks remain."""
         self.rate.assign(self.rate / self._applied)
 
 
 class LearningRateWarmup(RateCallback):
-    """Raises the learning rate from a small one during the first epochs, step by step.
+    """Raises the learning rate step by step from a small value, during the first epochs.
 
-    A large batch diverges at a large rate while the weights change fast (Goyal et al.,
-    2017, section 2.2). SGD's momentum is corrected for the changing rate (section 3,
-    remark 2). Callbacks that change or save the rate between epochs see the whole rate.
+    Training with a large batch and a large rate can diverge while the weights change fast
+    (Goyal et al., 2017, section 2.2). SGD's momentum is corrected for the changing rate
+    (section 3, remark 2). Callbacks that change or save the rate between epochs see the full
+    rate.
 
     Args:
-        epochs: How long, from epoch 0 on; may be a fraction.
-        start: The part of the rate to begin with; 1 / the number of replicas if None.
+        epochs: Number of epochs, from epoch 0 on. It may be a fraction.
+        start: The first rate, as a fraction of the full rate; 1 / the number of replicas if
+            None.
         momentum_correction: Whether to scale SGD's velocity as the rate changes.
 
     Raises:
@@ -130,25 +132,25 @@ class LearningRateWarmup(RateCallback):
         self.start = start
         self.momentum_correction = momentum_correction
         self._epoch = 0
-        self._whole: Any = None  # the rate to arrive at, while another one is set
+        self._full_rate: Any = None  # while a smaller rate is set
 
     def on_train_begin(self, logs: Any = None) -> None:
-        """Refuses a schedule before any work."""
-        self._whole = None
+        """Raises for a schedule before the first step."""
+        self._full_rate = None
         _ = self.rate
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        """Notes where training stands."""
+        """Notes the epoch."""
         self._epoch = epoch
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
         """Sets the rate of this step."""
         if self._epoch >= self.epochs:
             return
-        if self._whole is None:
-            self._whole = self.rate.numpy()
+        if self._full_rate is None:
+            self._full_rate = self.rate.numpy()
         factor = self._factor(batch)
-        self.rate.assign(self._whole * factor)
+        self.rate.assign(self._full_rate * factor)
         optimizer = getattr(self.model.optimizer, "inner_optimizer", self.model.optimizer)
         if (
             self.momentum_correction
@@ -160,10 +162,10 @@ class LearningRateWarmup(RateCallback):
                 velocity.assign(velocity * change)
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        """Shows the whole rate to callbacks that change or save it between epochs."""
-        if self._whole is not None:
-            self.rate.assign(self._whole)
-            self._whole = None
+        """Sets the full rate for callbacks that change or save it between epochs."""
+        if self._full_rate is not None:
+            self.rate.assign(self._full_rate)
+            self._full_rate = None
 
     def _factor(self, batch: int) -> float:
         steps = self.params.get("steps") or 1

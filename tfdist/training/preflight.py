@@ -1,4 +1,4 @@
-"""Checks before any work: the model, the numbers, and that the workers agree."""
+"""Checks before training: the model, the arguments, and that all workers agree."""
 
 from __future__ import annotations
 
@@ -19,42 +19,42 @@ from tfdist.training.callbacks import writer_that_calls
 
 
 def compiled(model: Any) -> Any:
-    """Gives the compiled model that `fit` was given, or that the given function makes.
+    """Returns a compiled model.
 
     Args:
-        model: A `keras.Model` or a function without arguments.
+        model: A compiled `keras.Model`, or a function without arguments that returns one.
 
     Raises:
-        ArgumentError: It is neither, or the model is not compiled.
+        ArgumentError: `model` is neither, or the model is not compiled.
     """
-    made = model if isinstance(model, keras.Model) or not callable(model) else model()
-    if not isinstance(made, keras.Model):
+    result = model if isinstance(model, keras.Model) or not callable(model) else model()
+    if not isinstance(result, keras.Model):
         raise ArgumentError(
             "`model` must be a compiled keras.Model or a function that returns one. "
-            f"Received: model={made!r}."
+            f"Received: model={result!r}."
         )
-    if not made.compiled:
+    if not result.compiled:
         raise ArgumentError(
             "`model` must be compiled. Received: a model without optimizer and loss. "
             "Call model.compile(optimizer=..., loss=...) first."
         )
-    if type(made.optimizer).__module__.partition(".")[0] == "horovod":
+    if type(result.optimizer).__module__.partition(".")[0] == "horovod":
         raise ArgumentError(
             "`model` must be compiled with a plain optimizer: Horovod's DistributedOptimizer "
             "reduces nothing under Keras 3. Received: a model with a DistributedOptimizer. "
-            "Compile with what it wraps; tfdist.Horovod(...) has its options."
+            "Compile with the optimizer that it wraps; tfdist.Horovod(...) has its options."
         )
-    return made
+    return result
 
 
 def check_counts(**counts: Any) -> None:
-    """Refuses numbers of epochs that are none.
+    """Checks that numbers of epochs are whole and not negative.
 
     Args:
         **counts: Values by the name of their argument.
 
     Raises:
-        ArgumentError: One is not a whole number, or negative.
+        ArgumentError: A value is not a whole number, or negative.
     """
     for name, value in counts.items():
         if not isinstance(value, int) or value < 0:
@@ -64,13 +64,13 @@ def check_counts(**counts: Any) -> None:
 
 
 def check_steps(**steps: Any) -> None:
-    """Refuses numbers of steps that are none.
+    """Checks that numbers of steps are whole and positive.
 
     Args:
-        **steps: Values by the name of their argument; None means all of the data.
+        **steps: Values by the name of their argument. None means all of the data.
 
     Raises:
-        ArgumentError: One is not a whole number, or below 1.
+        ArgumentError: A value is not a whole number, or below 1.
     """
     for name, value in steps.items():
         if value is not None and (not isinstance(value, int) or value < 1):
@@ -81,30 +81,30 @@ def check_steps(**steps: Any) -> None:
 
 
 def check_call(strategy: Strategy, name: str) -> None:
-    """Compares which function the workers have called, before anything is done.
+    """Checks that all workers have called the same function, before it does any work.
 
     Args:
-        strategy: Where the replicas are.
-        name: Of the function.
+        strategy: The strategy.
+        name: The function's name.
 
     Raises:
-        DisagreementError: Another one was called elsewhere, or none.
+        DisagreementError: Another worker has called another function, or none.
     """
     writer = writer_that_calls() if strategy.place.num_workers > 1 else None
     if writer is not None:
         raise DisagreementError(
             f"`{name}` must be called on every worker. Received: a call from the callback "
-            f"{type(writer).__name__}, which the chief alone runs, as it does all that write. "
+            f"{type(writer).__name__}, which only the chief runs, because it writes files. "
             "Call it in a keras.callbacks.Callback before this one, and leave the result in "
             "`logs`."
         )
-    # Who is not in a call of these has sent what it exchanges just now.
-    called = [
-        f"`{other}`" if isinstance(other, str) else "another exchange"
-        for other in strategy.gather_objects(name)
+    # A worker that is elsewhere in its script takes part with the object of another exchange.
+    calls = [
+        f"`{value}`" if isinstance(value, str) else "another exchange"
+        for value in strategy.gather_objects(name)
     ]
-    if any(other != f"`{name}`" for other in called):
-        listed = "; ".join(f"worker {i}: {other}" for i, other in enumerate(called))
+    if any(call != f"`{name}`" for call in calls):
+        listed = "; ".join(f"worker {i}: {call}" for i, call in enumerate(calls))
         raise DisagreementError(
             f"All workers must call the same functions in the same order. Received: {listed}. "
             "Look for `if tfdist.is_chief():` and other conditions around `fit`, `evaluate` "
@@ -113,37 +113,38 @@ def check_call(strategy: Strategy, name: str) -> None:
 
 
 def check_batched(model: Any, x: Any, batch: Any) -> None:
-    """Refuses a `tf.data.Dataset` of examples where a model takes batches of them.
+    """Checks that a `tf.data.Dataset` yields batches, not single examples.
 
-    Only where Keras could not train either: a model without methods of its own has inputs of
-    one dimension more than `x`, or all that is yielded are scalars.
+    It raises only if Keras could not train either: if a model without methods of its own has
+    inputs of one dimension more than `x`, or if the data set yields only scalars.
 
     Args:
         model: A `keras.Model`.
-        x: What `fit`, `evaluate` or `predict` was given.
-        batch: What the source says of a batch.
+        x: The `x` of `fit`, `evaluate` or `predict`.
+        batch: The source's spec of a batch.
 
     Raises:
-        ArgumentError: It is such.
+        ArgumentError: The data set yields single examples.
     """
     is_plain = type(model).__module__.partition(".")[0] == "keras"
     if not isinstance(x, tf.data.Dataset) or not is_plain:
         return
     inputs: list[Any] = []
-    with contextlib.suppress(AttributeError, ValueError):  # of models that have not run yet
+    with contextlib.suppress(AttributeError, ValueError):  # raised if the model is not built
         inputs = tf.nest.flatten(model.inputs)
     parts = tf.nest.flatten(batch)
     ranks = [part.shape.rank for part in tf.nest.flatten(_x_of(batch))]
     if None in ranks:
         return
-    # Keras adds a last dimension of 1 itself.
-    misses = inputs and all(tensor.shape[-1:] != (1,) for tensor in inputs)
-    too_low = misses and sorted(ranks) == sorted(len(t.shape) - 1 for t in inputs)
+    # Keras itself adds a missing last dimension if the model's input has 1 there.
+    keras_adds_none = inputs and all(tensor.shape[-1:] != (1,) for tensor in inputs)
+    too_low = keras_adds_none and sorted(ranks) == sorted(len(t.shape) - 1 for t in inputs)
     if too_low or all(part.shape.rank == 0 for part in parts):
         shapes = ", ".join(str(tuple(part.shape)) for part in parts)
         raise ArgumentError(
             "A tf.data.Dataset must yield batches, whose first dimension is of examples. "
-            f"Received: one of elements with shapes {shapes}. Call .batch(batch_size) on it."
+            f"Received: a dataset of elements with shapes {shapes}. Call .batch(batch_size) "
+            "on it."
         )
 
 
@@ -152,45 +153,45 @@ def _x_of(batch: Any) -> Any:
 
 
 def check_agreement(
-    session: Session, model: Any, asked: dict[str, Any], source: data.Source
+    session: Session, model: Any, arguments: dict[str, Any], source: data.Source
 ) -> None:
-    """Compares what the workers were asked to do, before any of it is done.
+    """Checks that all workers have the same arguments, model, data and versions.
 
     Args:
-        session: This process's place.
+        session: The session.
         model: A built `keras.Model`.
-        asked: What must be the same, by name.
+        arguments: Values that must be equal, by name.
         source: The data.
 
     Raises:
-        DisagreementError: Something differs; it and each worker's value are named.
+        DisagreementError: A value differs. The message names it, with each worker's value.
     """
     if session.strategy.place.num_workers == 1:
         return
-    mine = {
+    local_facts = {
         "versions": f"tfdist {__version__}, keras {keras.__version__}, tensorflow "
         f"{tf.__version__}, numpy {np.__version__}, python {platform.python_version()}",
         "model": [f"{v.path} {tuple(v.shape)} {v.dtype}" for v in model.variables],
         "data": source.fingerprint(),
-        **asked,
+        **arguments,
     }
-    everyone = session.strategy.gather_objects(mine)
-    for name in dict.fromkeys(key for facts in everyone for key in facts):
-        values = [facts.get(name) for facts in everyone]
+    all_facts = session.strategy.gather_objects(local_facts)
+    for name in dict.fromkeys(key for facts in all_facts for key in facts):
+        values = [facts.get(name) for facts in all_facts]
         if any(value != values[0] for value in values):
-            seen = data.difference(source, session.strategy) if name == "data" else None
-            _raise_disagreement(name, values, seen)
+            detail = data.difference(source, session.strategy) if name == "data" else None
+            _raise_disagreement(name, values, detail)
 
 
-def _raise_disagreement(name: str, values: list[Any], seen: str | None) -> None:
-    if isinstance(values[0], list):  # of a model's variables, only what differs
+def _raise_disagreement(name: str, values: list[Any], detail: str | None) -> None:
+    if isinstance(values[0], list):  # a model's variables: list only those that differ
         common = set.intersection(*(set(value or []) for value in values))
         values = [[line for line in value or [] if line not in common] for value in values]
     listed = "; ".join(f"worker {i}: {value}" for i, value in enumerate(values))
     remedy = {
-        "data": "Give every worker the same data in the same order; seed what draws it.",
+        "data": "Give every worker the same data in the same order. Seed random generators.",
         "versions": "Install the same versions on every host.",
     }.get(name, "Start the same script with the same arguments on every worker.")
     raise DisagreementError(
-        f"All workers must be given the same {name}. Received: {seen or listed}. {remedy}"
+        f"All workers must be given the same {name}. Received: {detail or listed}. {remedy}"
     )

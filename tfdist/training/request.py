@@ -1,4 +1,4 @@
-"""What one call of `fit` asks for."""
+"""The arguments of one call of `fit`."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from tfdist.strategies.session import Session
 
 @dataclass(frozen=True)
 class Request:
-    """The arguments of `fit`; extensions may ask for others in their place.
+    """The arguments of `fit`. An extension may replace some of them.
 
     Attributes:
-        session: Where the replicas are.
+        session: The session, with the strategy.
         model: A compiled `keras.Model`.
         is_seeded: Whether the user has chosen `seed`.
-        seed_is_secret: Whether a guarantee rests on nobody knowing `seed`.
-        copies: Rows of each example, changed by `augment` each in its own way.
-        is_private: Whether single examples must not be told from the outcome.
+        seed_is_secret: Whether a privacy guarantee needs `seed` to stay secret.
+        copies: Number of copies of each example, each with an augmentation of its own.
+        is_private: Whether the training must protect single examples.
 
-    The others are as in `tfdist.fit`.
+    All other attributes are arguments of `tfdist.fit`.
     """
 
     session: Session

@@ -1,4 +1,4 @@
-"""Keras's `fit`, `evaluate` and `predict`, led to tfdist's, and which of them run now."""
+"""Redirects Keras's `fit`, `evaluate` and `predict` to tfdist's, and tracks running calls."""
 
 from __future__ import annotations
 
@@ -13,11 +13,16 @@ METHODS = ("fit", "evaluate", "predict")
 
 
 class _Calls(threading.local):
-    """What this thread is in the middle of."""
+    """The running calls of this thread.
+
+    Attributes:
+        depth: Number of nested calls of tfdist's functions.
+        overriding: The running methods that override Keras's, as pairs of model and name.
+    """
 
     def __init__(self) -> None:
         self.depth = 0
-        self.own: list[tuple[Any, str]] = []
+        self.overriding: list[tuple[Any, str]] = []
 
 
 _calls = _Calls()
@@ -25,17 +30,17 @@ _drop_ins = 0
 
 
 def is_running() -> bool:
-    """Tells whether one of tfdist's functions runs in this thread, and this is a callback."""
+    """Tells whether one of tfdist's functions runs in this thread, so this is a callback."""
     return _calls.depth > 0
 
 
 def is_drop_in() -> bool:
-    """Tells whether every model's methods are led to tfdist's."""
+    """Tells whether the methods of all models are redirected to tfdist's."""
     return _drop_ins > 0
 
 
 def note_drop_in(change: int) -> None:
-    """Notes that `drop_in` was called, or undone.
+    """Counts the calls of `drop_in` that are active.
 
     Args:
         change: 1 or -1.
@@ -55,16 +60,16 @@ def running() -> Iterator[None]:
 
 
 def own_method(model: Any, name: str) -> Callable[..., Any] | None:
-    """Gives the method with which a model's class prepares its data and calls Keras's.
+    """Returns the method by which a model's class overrides Keras's.
 
     Args:
-        model: What a user passed as a model.
-        name: Of the method.
+        model: The value that the user passed as the model.
+        name: The method's name.
 
     Returns:
-        The bound method; None if it is Keras's, or is being called.
+        The bound method. None if the class does not override it, or if it runs now.
     """
-    if not isinstance(model, keras.Model) or (model, name) in _calls.own:
+    if not isinstance(model, keras.Model) or (model, name) in _calls.overriding:
         return None
     if getattr(type(model), name) is getattr(keras.Model, name):
         return None
@@ -73,48 +78,48 @@ def own_method(model: Any, name: str) -> Callable[..., Any] | None:
 
 
 @contextlib.contextmanager
-def led(model: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
-    """Makes a context in which Keras's method of a model is another function.
+def redirected(model: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
+    """Makes a context in which Keras's method of a model calls another function.
 
     Args:
         model: A `keras.Model`.
-        name: Of the method.
+        name: The method's name.
         function: Called with the model and the method's arguments.
     """
     original = getattr(keras.Model, name)
 
     def method(called: Any, *args: Any, **kwargs: Any) -> Any:
-        is_meant = called is model and (model, name) in _calls.own
-        return (function if is_meant else original)(called, *args, **kwargs)
+        is_redirected = called is model and (model, name) in _calls.overriding
+        return (function if is_redirected else original)(called, *args, **kwargs)
 
-    _calls.own.append((model, name))
+    _calls.overriding.append((model, name))
     try:
         with replacing({name: method}):
             yield
     finally:
-        _calls.own.pop()
+        _calls.overriding.pop()
 
 
 class replacing(contextlib.AbstractContextManager[None]):  # noqa: N801, used as a function
-    """Replaces methods of `keras.Model`, at once; leaving it, or `undo`, puts them back.
+    """Replaces methods of `keras.Model` at once. Its exit, or `undo`, restores them.
 
     Args:
-        methods: By name.
+        methods: The new methods by name.
     """
 
     def __init__(self, methods: dict[str, Any]) -> None:
-        self._before = {name: vars(keras.Model).get(name) for name in methods}
+        self._originals = {name: vars(keras.Model).get(name) for name in methods}
         for name, method in methods.items():
             setattr(keras.Model, name, method)
 
     def undo(self) -> None:
-        """Puts back what was there; doing so twice does no harm."""
-        for name, method in self._before.items():
+        """Restores the methods. A second call has no effect."""
+        for name, method in self._originals.items():
             if method is None:
                 delattr(keras.Model, name)
             else:
                 setattr(keras.Model, name, method)
-        self._before = {}
+        self._originals = {}
 
     def __exit__(self, *_: object) -> None:
         self.undo()

@@ -1,4 +1,4 @@
-"""One `fit` in a straight line: choose, read, build, bind, agree, run Keras's loop, report."""
+"""One `fit`, step by step: choose, read, build, bind, agree, run Keras's loop, report."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from tfdist.training import callbacks as tfdist_callbacks
 from tfdist.training import preflight
 from tfdist.training.extension import Continuation, Extension
 from tfdist.training.request import Request
-from tfdist.training.sources import adapted, composed, read
+from tfdist.training.sources import keras_adapter, read, strategy_for_steps
 
 
 class Seeds(Extension):
-    """Chooses the sampler and its seed, where nothing before it has."""
+    """Chooses the sampler and its seed, if no earlier extension has."""
 
     def choose(self, request: Request) -> Request:
-        """Takes the user's seed, else one that the chief draws."""
+        """Takes the user's sampler and seed, or chooses them."""
         sampler = request.sampler or from_shuffle(request.shuffle)
         seed = request.session.sampler_seed(request.seed)
         return replace(request, sampler=sampler, seed=seed)
@@ -33,9 +33,9 @@ class Training:
     """One `fit`.
 
     Args:
-        request: What is asked for.
-        extensions: What takes part in it, in the order in which each is asked.
-        continuation: The one of them that says where training begins.
+        request: The arguments of `fit`.
+        extensions: The extensions, in the order in which they are called.
+        continuation: One of them, which says where training begins.
     """
 
     def __init__(
@@ -55,17 +55,17 @@ class Training:
         for extension in self._extensions:
             self._request = extension.choose(self._request)
         request = self._request
-        self._source, self._validation = read(request)
-        self._used = composed(
+        self._training_data, self._validation_data = read(request)
+        self._step_strategy = strategy_for_steps(
             request.model,
             "train_step",
-            self._source,
+            self._training_data,
             request.session.strategy,
             request.whole_batch,
             any(extension.needs_state for extension in self._extensions),
         )
         for extension in self._extensions:
-            extension.bind(request, self._source)
+            extension.bind(request, self._training_data)
         with contextlib.ExitStack() as stack:
             for extension in self._extensions:
                 stack.enter_context(extension.running())
@@ -75,21 +75,26 @@ class Training:
         return history
 
     def _attempt(self) -> Any:
-        """Trains from where the continuation says, once: processes may come and go."""
-        request, source, validation = self._request, self._source, self._validation
+        """Trains once, from where the continuation says.
+
+        An elastic run makes further attempts if processes join or leave.
+        """
+        request, source, validation = self._request, self._training_data, self._validation_data
         self._continuation.begin_attempt(source)
-        prepared = self._prepared()
+        prepared = self._prepare()
         if not self._has_begun:
             prepared.begin_training()
         self._has_begun = True
         self._announce()
         callbacks = self._callbacks(prepared)
-        # Asked for when the first share is drawn: a callback may restore the optimizer.
-        begins = functools.partial(_start, request.model, source)
-        epoch, step, start, logs = self._continuation.begin(request.initial_epoch, begins)
+        # Called when the first batch is read, since a callback may restore the optimizer.
+        start_of_data = functools.partial(_start_of_data, request.model, source)
+        epoch, step, start, logs = self._continuation.begin(
+            request.initial_epoch, start_of_data
+        )
         stream = data.Stream(
             source,
-            self._used,
+            self._step_strategy,
             start,
             epoch=epoch,
             steps_made=step,
@@ -98,19 +103,19 @@ class Training:
             logs=logs,
             trains=True,
         )
-        shown = request.verbose if request.session.is_chief else 0
+        verbose = request.verbose if request.session.is_chief else 0
         callbacks = self._continuation.loop_callbacks(
             callbacks,
             prepared,
             where=lambda: stream.position,
             steps=source.steps,
             epochs=request.epochs,
-            verbose=shown,
-            add_progbar=shown != 0,
+            verbose=verbose,
+            add_progbar=verbose != 0,
             model=request.model,
         )
 
-        def ended() -> None:
+        def on_epoch_end() -> None:
             stream.on_epoch_end()
             if stream.is_over:
                 request.model.stop_training = True
@@ -118,11 +123,11 @@ class Training:
         with prepared.running(source), _keras.end_of_data_unless(lambda: prepared.stop.agreed):
             history = _keras.FIT(
                 request.model,
-                _keras.StreamAdapter(stream, source.steps, ended),
+                _keras.StreamAdapter(stream, source.steps, on_epoch_end),
                 epochs=request.epochs,
-                verbose=shown,
+                verbose=verbose,
                 callbacks=callbacks,
-                validation_data=validation and adapted(validation, self._used),
+                validation_data=validation and keras_adapter(validation, self._step_strategy),
                 shuffle=False,
                 initial_epoch=epoch,
                 validation_freq=request.validation_freq,
@@ -133,8 +138,8 @@ class Training:
             print(f"tfdist: {summary}", flush=True)
         return history
 
-    def _prepared(self) -> Prepared:
-        request, validation = self._request, self._validation
+    def _prepare(self) -> Prepared:
+        request, validation = self._request, self._validation_data
         facts: dict[str, Any] = {}
         for extension in self._extensions:
             facts |= extension.facts()
@@ -142,38 +147,40 @@ class Training:
         makers = [e.step_maker for e in self._extensions if e.step_maker is not None]
         prepared = prepare(
             request.model,
-            self._used,
+            self._step_strategy,
             for_training=True,
             maker=makers[0] if makers else None,
             exchange_maker=exchanges[0] if exchanges else None,
         )
-        asked = {
+        arguments = {
             "batch_size": request.batch_size,
             "epochs": request.epochs,
             "initial_epoch": request.initial_epoch,
             "validation_steps": validation and validation.steps,
             "steps_per_execution": request.model.steps_per_execution,
-            "steps": self._source.steps,
+            "steps": self._training_data.steps,
         }
-        preflight.check_agreement(request.session, request.model, asked | facts, self._source)
+        preflight.check_agreement(
+            request.session, request.model, arguments | facts, self._training_data
+        )
         return prepared
 
     def _announce(self) -> None:
-        request, source = self._request, self._source
+        request, source = self._request, self._training_data
         notices = [extension.notice(request) for extension in self._extensions]
         if not request.shows:
             return
         print(request.session.describe(getattr(source, "batch_size", None)), flush=True)
         if (report := source.report()) is not None:
             print(report, flush=True)
-        if self._used is not request.session.strategy:
+        if self._step_strategy is not request.session.strategy:
             notices.insert(0, _notice_of_whole(request.model, "train_step"))
         for notice in filter(None, notices):
             print(f"tfdist: {notice}", flush=True)
 
     def _callbacks(self, prepared: Prepared) -> Any:
         request = self._request
-        found = tfdist_callbacks.prepare(
+        callbacks = tfdist_callbacks.prepare(
             request.callbacks,
             request.session.strategy,
             prepared.stop,
@@ -182,12 +189,12 @@ class Training:
             shows=request.shows,
         )
         for extension in self._extensions:
-            found = extension.callbacks(request, found, prepared)
-        return found
+            callbacks = extension.callbacks(request, callbacks, prepared)
+        return callbacks
 
 
-def _start(model: Any, source: data.Source) -> data.DataPosition:
-    """Says where the data begins: after the steps that the optimizer has behind it."""
+def _start_of_data(model: Any, source: data.Source) -> data.DataPosition:
+    """Returns the data's position after the steps that the optimizer has counted."""
     optimizer = model.optimizer
     return source.position_after(0 if optimizer is None else int(optimizer.iterations.numpy()))
 

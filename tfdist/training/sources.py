@@ -1,4 +1,4 @@
-"""What is trained or evaluated on, and how replicas compute a batch of it."""
+"""The data of a training or evaluation, and how replicas compute its batches."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tfdist.training.request import Request
 
 
 def read(request: Request) -> tuple[data.Source, data.Source | None]:
-    """Gives what to train on and what to validate on, neither of which is read yet."""
+    """Makes the sources of training and validation data. It does not read the data yet."""
     strategy = request.session.strategy
     shard = data.local_shard(request.shard, strategy)
     columns = request.x, request.y, request.sample_weight
@@ -71,18 +71,18 @@ def read_in_order(
     shard: data.LocalShard | None = None,
     strategy: Strategy | None = None,
 ) -> data.Source:
-    """Gives data of which each row is used once, as `evaluate` and `predict` do.
+    """Makes a source that uses each row once, as `evaluate` and `predict` do.
 
     Args:
         x: As in `fit`.
         y: As in `fit`.
         sample_weight: As in `fit`.
-        batch_size: Examples of one step over all replicas; 32 if None.
-        steps: Batches, if not all.
-        shard: What this worker holds, if not everything.
-        strategy: Where the replicas are.
+        batch_size: Number of examples of one step over all replicas; 32 if None.
+        steps: Number of batches; all if None.
+        shard: This worker's shard of the data, if the data is sharded.
+        strategy: The strategy.
     """
-    # In order, all rows of a batch would be one worker's.
+    # With shards in sequence, all rows of a batch would come from one worker.
     sampler = Sequential() if shard is None else Uniform()
     settings = data.SourceSettings(
         batch_size,
@@ -97,7 +97,7 @@ def read_in_order(
     return data.read(x, y, sample_weight, settings)
 
 
-def composed(
+def strategy_for_steps(
     model: Any,
     kind: str,
     source: data.Source,
@@ -105,20 +105,21 @@ def composed(
     whole_batch: bool | None = None,
     needs_state: bool = False,
 ) -> Strategy:
-    """Builds a model where Keras's own loop must not, and chooses how a batch is computed.
+    """Chooses the strategy that computes the steps. Builds the model if it must.
 
     Args:
         model: A compiled `keras.Model`.
-        kind: "train_step" or "test_step".
+        kind: "train_step", "test_step" or "predict_step".
         source: The data.
-        strategy: Where the replicas are.
+        strategy: The strategy of the session.
         whole_batch: As in `fit`.
-        needs_state: Whether all of its variables must be there before it trains.
+        needs_state: Whether the model must have all its variables before training begins.
 
     Returns:
-        What computes it: the strategy, or one of whole batches.
+        The strategy, or a `Whole` if replicas cannot split the batches.
     """
-    # XLA compiles no step in which variables are made.
+    # Keras's own loop may build the model in its first step, except where replicas need the
+    # variables earlier. With `jit_compile` too: XLA compiles no step that creates variables.
     if not needs_state and not model.jit_compile and not has_replicas(strategy, source):
         if kind != "predict_step" and not _keras.has_own(model, kind):
             _keras.build_from_shapes(model, source.spec())
@@ -127,21 +128,21 @@ def composed(
 
 
 def has_replicas(strategy: Strategy, source: data.Source) -> bool:
-    """Tells whether a model's variables are more than those of one plain Keras process.
+    """Tells whether steps need more than the variables of a plain Keras process.
 
     Args:
-        strategy: Where the replicas are.
+        strategy: The strategy.
         source: The data.
     """
     return not strategy.is_plain or source.may_be_empty
 
 
-def adapted(source: data.Source, strategy: Strategy, by_number: bool = True) -> Any:
-    """Gives data as Keras's loop takes it.
+def keras_adapter(source: data.Source, strategy: Strategy, by_number: bool = True) -> Any:
+    """Makes the data adapter for Keras's loop.
 
     Args:
         source: The data.
-        strategy: Deals shares out to replicas.
+        strategy: Distributes batches to replicas.
         by_number: As in `data.Stream`.
     """
     stream = data.Stream(source, strategy, by_number=by_number)

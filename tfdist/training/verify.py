@@ -1,4 +1,4 @@
-"""Checks while training runs that all replicas hold the same weights, bit by bit."""
+"""Checks during training that all replicas have the same weights, bit by bit."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _DIGEST_BYTES = 8
 
 
 class Verification(Extension):
-    """Compares replicas at the end of a training, and while it runs if asked to.
+    """Compares replicas at the end of a training, and during it on request.
 
     Args:
-        every: Steps between two comparisons, None for one at the end, 0 for none.
+        every: Number of steps between two comparisons. None compares at the end only, 0 never.
 
     Raises:
-        ArgumentError: It is not a whole number, or below 0.
+        ArgumentError: `every` is not a whole number, or below 0.
     """
 
     def __init__(self, every: int | None) -> None:
@@ -38,31 +38,32 @@ class Verification(Extension):
         self._every = every
 
     def facts(self) -> dict[str, Any]:
-        """Gives how often it compares."""
+        """Returns how often it compares."""
         return {"verify_every": self._every}
 
-    def callbacks(self, request: Request, given: Any, prepared: Prepared) -> Any:
+    def callbacks(self, request: Request, callbacks: Any, prepared: Prepared) -> Any:
         """Adds the callback that compares."""
         strategy = request.session.strategy
-        # Whoever leaves an elastic run would be missed at its end.
-        is_asked = self._every is not None or not strategy.elastic
-        if self._every == 0 or not is_asked or strategy.place.num_replicas == 1:
-            return given
+        # A worker that has left an elastic run cannot take part in a comparison at its end.
+        compares = self._every is not None or not strategy.elastic
+        if self._every == 0 or not compares or strategy.place.num_replicas == 1:
+            return callbacks
         return _keras.around(
-            given, last=[VerifyReplicas(self._every, strategy, prepared.state.replicated)]
+            callbacks, last=[VerifyReplicas(self._every, strategy, prepared.state.replicated)]
         )
 
 
 class VerifyReplicas(keras.callbacks.Callback):  # type: ignore[misc]
-    """Compares a checksum of each variable of all replicas, every so many steps and at the end.
+    """Compares a checksum of each variable of all replicas, during training and at its end.
 
     Args:
-        every: Steps between two checks, or None for the end only.
-        strategy: Where the replicas are.
-        variables: `keras.Variable`s that must be the same everywhere.
+        every: Number of steps between two checks, or None for the end only.
+        strategy: The strategy.
+        variables: `keras.Variable`s that must be equal on all replicas.
 
     Raises:
-        DisagreementError: A variable differs; the first is named, with who differs.
+        DisagreementError: A variable differs. The message names the first one, and the
+            replicas where it differs.
     """
 
     def __init__(self, every: int | None, strategy: Strategy, variables: Sequence[Any]) -> None:
@@ -71,32 +72,32 @@ class VerifyReplicas(keras.callbacks.Callback):  # type: ignore[misc]
         self._strategy = strategy
         self._state = variables
         self._variables: Sequence[Any] = ()
-        self._checked = 0
-        self._before = 0  # steps of epochs that are over
+        self._checked_step = 0
+        self._steps_before = 0  # of completed epochs
         self._epoch = self._step = 0
 
     def on_train_begin(self, logs: Any = None) -> None:
-        """Leaves metrics out: what one worker's callback evaluates changes its own."""
-        of_metrics = {id(v) for v in _keras.metric_variables(self.model)}
-        self._variables = [v for v in self._state if id(v) not in of_metrics]
+        """Leaves metrics out: a callback's evaluation changes them on one worker only."""
+        metric_ids = {id(v) for v in _keras.metric_variables(self.model)}
+        self._variables = [v for v in self._state if id(v) not in metric_ids]
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         """Notes the epoch, for the message."""
-        self._before += self._step
+        self._steps_before += self._step
         self._epoch, self._step = epoch, 0
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        """Compares, if it is time to."""
+        """Compares, every `every` steps."""
         self._step = batch + 1
-        made = self._before + self._step
+        step = self._steps_before + self._step
         if self._every is None:
             return
-        if made // self._every > self._checked // self._every:
-            self._checked = made
+        if step // self._every > self._checked_step // self._every:
+            self._checked_step = step
             self.compare(f"after step {self._step} of epoch {self._epoch + 1}")
 
     def on_train_end(self, logs: Any = None) -> None:
-        """Compares what training gives back."""
+        """Compares the final weights."""
         self.compare("at the end of training")
 
     def compare(self, when: str) -> None:
@@ -109,17 +110,19 @@ class VerifyReplicas(keras.callbacks.Callback):  # type: ignore[misc]
             DisagreementError: A variable differs.
         """
         place = self._strategy.place
-        mine = [
+        local_digests = [
             [_digest(copy) for copy in self._strategy.copies(variable)]
             for variable in self._variables
         ]
-        everyone = self._strategy.gather_objects(mine)
+        all_digests = self._strategy.gather_objects(local_digests)
         differing = []
-        for number, variable in enumerate(self._variables):
+        for index, variable in enumerate(self._variables):
             digests = [
                 (replica, digest)
-                for worker, found in enumerate(everyone)
-                for replica, digest in enumerate(found[number], worker * place.local_replicas)
+                for worker, of_worker in enumerate(all_digests)
+                for replica, digest in enumerate(
+                    of_worker[index], worker * place.local_replicas
+                )
             ]
             usual, _ = Counter(digest for _, digest in digests).most_common(1)[0]
             odd = [replica for replica, digest in digests if digest != usual]
@@ -130,11 +133,11 @@ class VerifyReplicas(keras.callbacks.Callback):  # type: ignore[misc]
         variable, odd = differing[0]
         raise DisagreementError(
             f"All replicas must hold the same weights. Received: {when}, `{variable.path}` of "
-            f"{_named(odd, place.num_workers, place.local_replicas)} differs from the others'; "
+            f"{_names(odd, place.num_workers, place.local_replicas)} differs from the others'; "
             f"so do {len(differing) - 1} of {len(self._variables) - 1} further variables. "
             "Look for what changes weights on one worker only: a callback, a train_step that "
-            "assigns what it has not reduced, an operation with another result each time. "
-            "Without any, a faulty device is likely."
+            "assigns a value without a reduction, or a nondeterministic operation. "
+            "If there is none, a faulty device is likely."
         )
 
 
@@ -142,7 +145,7 @@ def _digest(value: Any) -> bytes:
     return hashlib.sha256(value.tobytes()).digest()[:_DIGEST_BYTES]
 
 
-def _named(replicas: Sequence[int], workers: int, local: int) -> str:
+def _names(replicas: Sequence[int], workers: int, local: int) -> str:
     if workers == 1:
         return "replica " + " and ".join(map(str, replicas))
     names = [

@@ -1,4 +1,4 @@
-"""Checkpoints from which a training goes on as if it had never stopped."""
+"""Checkpoints: a training continues from one as if it had never stopped."""
 
 from tfdist.resume.checkpoint.run import CheckpointRun
 from tfdist.resume.checkpoint.settings import Checkpoint

@@ -1,4 +1,4 @@
-"""What callbacks remember: found by what training changes in them, put back later."""
+"""The state of callbacks: the attributes that training changes are saved and restored."""
 
 from __future__ import annotations
 
@@ -12,23 +12,24 @@ import numpy as np
 from tfdist.errors import ArgumentError
 from tfdist.resume.checkpoint.plain import NotPlain, decode, encode
 
-# Keras sets these anew, or they are of the process.
+# Keras sets these in each process.
 _NOT_STATE = ("_model", "model", "params", "validation_data")
-# Changes its sign when `monitor_op`, a function, is chosen: at each process's first epoch end.
+# Keras changes the sign of `min_delta` when it chooses `monitor_op`, a function: at the end of
+# the first epoch of each process.
 _NOT_STATE_OF_MONITORS = ("min_delta",)
-_OF_THE_PROCESS = (keras.callbacks.ProgbarLogger,)
+_WITHOUT_STATE = (keras.callbacks.ProgbarLogger,)
 _Attributes = dict[str, tuple[Any, list[Any]]]
 
 
 class Memory:
     """The state of a list of callbacks.
 
-    An attribute is state if it is plain data and training has changed it: what it was when
-    training began, or after `on_train_begin`, is compared. What a user has set differently
-    when a training is started again, such as another patience, stays.
+    An attribute is state if it is plain data and training has changed it, compared to its
+    value before or after `on_train_begin`. So a setting that you change before you continue a
+    training, such as another patience, keeps its new value.
 
     Args:
-        callbacks: Before `on_train_begin`.
+        callbacks: The callbacks, before `on_train_begin`.
     """
 
     def __init__(self, callbacks: Sequence[Any]) -> None:
@@ -37,59 +38,59 @@ class Memory:
         self._begun = self._at_first
 
     def note_begun(self) -> None:
-        """Notes what `on_train_begin` has made of them."""
+        """Notes the attributes after `on_train_begin`."""
         self._begun = {name: _attributes(callback) for name, callback in self._named}
 
     def state(self, arrays: list[Any]) -> dict[str, Any]:
-        """Gives what they remember, as JSON knows it.
+        """Returns the state of all callbacks, for JSON.
 
         Args:
-            arrays: Gets the arrays in it.
+            arrays: A list to which the arrays of the state are appended.
         """
-        found: dict[str, Any] = {}
+        states: dict[str, Any] = {}
         for name, callback in self._named:
-            own = getattr(callback, "checkpoint_state", None)
-            if own is not None:
-                found[name] = {"own": _encoded(callback, own(), arrays)}
+            checkpoint_state = getattr(callback, "checkpoint_state", None)
+            if checkpoint_state is not None:
+                states[name] = {"own": _encode(callback, checkpoint_state(), arrays)}
                 continue
             first, begun = self._at_first[name], self._begun[name]
             changed = {
                 attribute: value
                 for attribute, value in _attributes(callback).items()
                 if not (
-                    _same(value, first.get(attribute)) and _same(value, begun.get(attribute))
+                    _equal(value, first.get(attribute)) and _equal(value, begun.get(attribute))
                 )
             }
-            found[name] = {
+            states[name] = {
                 attribute: encode(vars(callback)[attribute], arrays) for attribute in changed
             }
-        return found
+        return states
 
     def restore(self, state: dict[str, Any], arrays: Callable[[int], Any]) -> None:
-        """Puts back what they remembered; those that were not there stay as they are.
+        """Restores the state of callbacks. A callback without saved state is not changed.
 
         Args:
-            state: What `state` gave.
-            arrays: Gives an array by its place.
+            state: The result of `state`.
+            arrays: Returns an array by its index.
         """
-        state = {_stable(name): written for name, written in state.items()}
+        state = {_stable(name): encoded for name, encoded in state.items()}
         for name, callback in self._named:
-            written = state.get(name, {})
+            encoded = state.get(name, {})
             if hasattr(callback, "restore_checkpoint_state"):
-                if "own" in written:
-                    callback.restore_checkpoint_state(decode(written["own"], arrays))
+                if "own" in encoded:
+                    callback.restore_checkpoint_state(decode(encoded["own"], arrays))
                 continue
-            for attribute, value in written.items():
-                known = getattr(callback, attribute, None)
+            for attribute, value in encoded.items():
+                current = getattr(callback, attribute, None)
                 restored = decode(value, arrays)
-                if isinstance(known, dict) and type(known) is not dict:
-                    known.clear()  # a defaultdict stays one
-                    known.update(restored)
+                if isinstance(current, dict) and type(current) is not dict:
+                    current.clear()  # keeps its class, such as defaultdict
+                    current.update(restored)
                 else:
                     setattr(callback, attribute, restored)
 
 
-def _encoded(callback: Any, state: Any, arrays: list[Any]) -> Any:
+def _encode(callback: Any, state: Any, arrays: list[Any]) -> Any:
     try:
         return encode(state, arrays)
     except NotPlain:
@@ -101,39 +102,40 @@ def _encoded(callback: Any, state: Any, arrays: list[Any]) -> Any:
 
 
 def _named(callbacks: Sequence[Any]) -> Iterator[tuple[str, Any]]:
-    """Names each by its class, and its number among those of it.
+    """Names each callback by its class, and by its number among those of the class.
 
-    The chief has callbacks that other workers do not have, but never of a class of theirs.
+    The chief has additional callbacks, but their classes are on no other worker. So the names
+    are the same on all workers.
     """
     seen: Counter[str] = Counter()
     for callback in callbacks:
-        if not isinstance(callback, _OF_THE_PROCESS):
+        if not isinstance(callback, _WITHOUT_STATE):
             kind = _stable(f"{type(callback).__module__}.{type(callback).__qualname__}")
             seen[kind] += 1
             yield f"{kind} {seen[kind]}", callback
 
 
 def _stable(name: str) -> str:
-    """Leaves out in which module Keras or tfdist keep a class: releases move them."""
+    """Removes the module from the name of a class of Keras or tfdist: releases move them."""
     package, _, rest = name.partition(".")
     return f"{package}.{rest.rpartition('.')[2]}" if package in ("keras", "tfdist") else name
 
 
 def _attributes(callback: Any) -> _Attributes:
-    found: _Attributes = {}
+    attributes: _Attributes = {}
     is_monitor = "monitor_op" in vars(callback)
     left_out = _NOT_STATE + (_NOT_STATE_OF_MONITORS if is_monitor else ())
     for attribute, value in vars(callback).items():
         arrays: list[Any] = []
         if attribute not in left_out:
             try:
-                found[attribute] = (encode(value, arrays), arrays)
+                attributes[attribute] = (encode(value, arrays), arrays)
             except NotPlain:
                 continue
-    return found
+    return attributes
 
 
-def _same(one: Any, other: Any) -> bool:
+def _equal(one: Any, other: Any) -> bool:
     if one is None or other is None or one[0] != other[0] or len(one[1]) != len(other[1]):
         return False
     pairs = zip(one[1], other[1], strict=True)

@@ -1,7 +1,7 @@
-"""Checkpoints on disk: a folder each, made whole under another name and then renamed.
+"""Checkpoints on disk. Each is a folder, written under a temporary name and then renamed.
 
-Tensors are in TensorFlow's own format, as `tf.train.load_checkpoint` reads it; the rest is
-JSON. `SHA256SUMS` is what `sha256sum -c` takes.
+Tensors are in TensorFlow's own format, which `tf.train.load_checkpoint` reads. All other state
+is JSON. You can check `SHA256SUMS` with `sha256sum -c`.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ _UNFINISHED = ".unfinished-"
 _DAMAGED = "damaged-"
 
 
-class Damaged(Exception):  # noqa: N818, says what a folder is
-    """A checkpoint is not what was written."""
+class Damaged(Exception):  # noqa: N818, describes a folder
+    """A checkpoint is incomplete or has been changed."""
 
 
 class Saved:
-    """A checkpoint that was read and found whole.
+    """A checkpoint on disk whose checksums are right.
 
     Args:
-        folder: Where it is.
-        state: What was saved besides tensors.
+        folder: Its folder.
+        state: The saved state without tensors.
 
     Attributes:
-        folder: Where it is.
-        state: What was saved besides tensors.
+        folder: Its folder.
+        state: The saved state without tensors.
     """
 
     def __init__(self, folder: Path, state: dict[str, Any]) -> None:
@@ -48,7 +48,7 @@ class Saved:
         self.state = state
 
     def tensors(self) -> Callable[[str], Tensor]:
-        """Gives what reads a tensor, a NumPy array, by name."""
+        """Returns a function that reads a tensor by its name, as a NumPy array."""
         read: Callable[[str], Tensor] = tf.train.load_checkpoint(
             str(self.folder / _TENSORS)
         ).get_tensor
@@ -56,19 +56,19 @@ class Saved:
 
 
 def open_directory(directory: Path) -> None:
-    """Makes sure that a directory can be written, and clears what a crash left there.
+    """Makes sure that a directory is writable, and removes what a crash left there.
 
     Args:
-        directory: Where checkpoints are to be.
+        directory: The directory of the checkpoints.
 
     Raises:
-        CheckpointError: It cannot be written.
+        CheckpointError: The directory is not writable.
     """
     probe = directory / f"{_UNFINISHED}probe-{os.getpid()}"
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        for left in directory.glob(f"{_UNFINISHED}*"):
-            shutil.rmtree(left, ignore_errors=True)
+        for unfinished in directory.glob(f"{_UNFINISHED}*"):
+            shutil.rmtree(unfinished, ignore_errors=True)
         probe.mkdir()
         probe.rmdir()
     except OSError as error:
@@ -79,14 +79,14 @@ def open_directory(directory: Path) -> None:
 
 
 def check_room(directory: Path, needed: int) -> None:
-    """Refuses to begin where a checkpoint has no room.
+    """Checks that the disk has room for a checkpoint.
 
     Args:
-        directory: Where checkpoints are to be.
-        needed: Bytes of one.
+        directory: The directory of the checkpoints.
+        needed: Number of bytes of a checkpoint.
 
     Raises:
-        CheckpointError: There is less.
+        CheckpointError: The disk has less room.
     """
     free = shutil.disk_usage(directory).free
     if free < needed:
@@ -98,18 +98,18 @@ def check_room(directory: Path, needed: int) -> None:
 
 
 def latest(directory: Path) -> Saved | None:
-    """Reads the last checkpoint that is whole.
+    """Reads the last checkpoint that is not damaged.
 
-    Those after it are renamed, so that they are not in the way, and named on standard error.
+    Damaged checkpoints after it are renamed, with a warning on standard error.
 
     Args:
-        directory: Where checkpoints are.
+        directory: The directory of the checkpoints.
 
     Returns:
-        The checkpoint, or None if there is none.
+        The checkpoint, or None if the directory has none.
 
     Raises:
-        CheckpointError: There are some, and all are damaged.
+        CheckpointError: All checkpoints are damaged.
     """
     folders = _folders(directory)
     for folder in reversed(folders):
@@ -141,47 +141,48 @@ def write(
     state: Mapping[str, Any],
     keep: int,
 ) -> None:
-    """Writes a checkpoint, whole or not at all, and removes old ones.
+    """Writes a checkpoint, completely or not at all, and removes old ones.
 
     Args:
-        directory: Where to.
-        epoch: It belongs to this epoch.
-        step: It was made after so many steps of it.
-        tensors: By name.
-        state: All else; what JSON knows.
-        keep: How many are kept, this one among them.
+        directory: The directory of the checkpoints.
+        epoch: The epoch of the checkpoint.
+        step: Number of completed steps of the epoch.
+        tensors: The tensors by name.
+        state: All other state, for JSON.
+        keep: Number of checkpoints to keep, with this one.
 
     Raises:
-        CheckpointError: It could not be written.
+        CheckpointError: The checkpoint could not be written.
     """
     name = f"epoch-{epoch:05d}-step-{step:07d}"
-    part = directory / f"{_UNFINISHED}{name}-{os.getpid()}"
+    unfinished = directory / f"{_UNFINISHED}{name}-{os.getpid()}"
     try:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
         with tf.device("CPU:0"):
             tf.raw_ops.SaveV2(
-                prefix=str(part / _TENSORS),
+                prefix=str(unfinished / _TENSORS),
                 tensor_names=list(tensors),
                 shape_and_slices=[""] * len(tensors),
                 tensors=list(tensors.values()),
             )
-        (part / _STATE).write_text(json.dumps(state, default=lambda number: number.item()))
-        sums = [f"{_digest(file)}  {file.name}\n" for file in sorted(part.iterdir())]
-        (part / _SUMS).write_text("".join(sums))
-        for file in (*part.iterdir(), part):
-            _sync(file)
+        text = json.dumps(state, default=lambda number: number.item())
+        (unfinished / _STATE).write_text(text)
+        sums = [f"{_digest(file)}  {file.name}\n" for file in sorted(unfinished.iterdir())]
+        (unfinished / _SUMS).write_text("".join(sums))
+        for path in (*unfinished.iterdir(), unfinished):
+            _sync(path)
         final = directory / name
-        if final.exists():  # the run was set back to before it, and made it again
+        if final.exists():  # training continued from an earlier checkpoint, and came here again
             replaced = directory / f"{_UNFINISHED}replaced-{name}-{os.getpid()}"
             final.rename(replaced)
-            part.rename(final)
+            unfinished.rename(final)
             shutil.rmtree(replaced, ignore_errors=True)
         else:
-            part.rename(final)
+            unfinished.rename(final)
         _sync(directory)
     except (OSError, tf.errors.OpError) as error:
-        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
         reason = getattr(error, "strerror", None) or getattr(error, "message", None) or error
         raise CheckpointError(
             f"A checkpoint must be written to {str(directory)!r}. Received: {reason}. The ones "
@@ -193,8 +194,8 @@ def write(
 
 def _folders(directory: Path) -> list[Path]:
     """Lists checkpoints in the order of training."""
-    found = [(_NAME.fullmatch(p.name), p) for p in directory.iterdir() if p.is_dir()]
-    numbered = [((int(m[1]), int(m[2])), path) for m, path in found if m is not None]
+    matches = [(_NAME.fullmatch(p.name), p) for p in directory.iterdir() if p.is_dir()]
+    numbered = [((int(m[1]), int(m[2])), path) for m, path in matches if m is not None]
     return [path for _, path in sorted(numbered)]
 
 

@@ -1,7 +1,7 @@
-"""Python state as JSON, and arrays apart from it.
+"""Encodes Python state as JSON, with its arrays kept separately.
 
-Only data is written, never what would have to be run to be read again: a checkpoint from
-elsewhere can do nothing but be wrong.
+Only data is written, never code, unlike with pickle. So a checkpoint from an untrusted source
+cannot run code when it is read.
 """
 
 from __future__ import annotations
@@ -16,19 +16,20 @@ import tensorflow as tf
 from tfdist import _keras
 
 
-class NotPlain(Exception):  # noqa: N818, says what a value is
-    """A value is not made of numbers, text, arrays and Python's containers."""
+class NotPlain(Exception):  # noqa: N818, describes a value
+    """A value does not consist of numbers, text, arrays and Python's containers."""
 
 
 def encode(value: Any, arrays: list[Any]) -> Any:
-    """Makes what JSON knows of a value.
+    """Encodes a value for JSON.
 
     Args:
         value: Numbers, text, bytes, arrays, and lists, tuples, sets and dicts of them.
-        arrays: Gets copies of the arrays, which the result names by their place.
+        arrays: A list to which copies of the arrays are appended. The result has their
+            indices.
 
     Raises:
-        NotPlain: It is made of something else.
+        NotPlain: The value contains something else.
     """
     if value is None or type(value) in (bool, int, float, str):
         return value
@@ -50,16 +51,16 @@ def encode(value: Any, arrays: list[Any]) -> Any:
     return {kind: len(arrays) - 1}
 
 
-def decode(written: Any, arrays: Callable[[int], Any]) -> Any:
-    """Makes the value again.
+def decode(encoded: Any, arrays: Callable[[int], Any]) -> Any:
+    """Decodes a value.
 
     Args:
-        written: What `encode` gave.
-        arrays: Gives a NumPy array by its place.
+        encoded: The result of `encode`.
+        arrays: Returns a NumPy array by its index.
     """
-    if not isinstance(written, dict):
-        return written
-    ((name, content),) = written.items()
+    if not isinstance(encoded, dict):
+        return encoded
+    ((name, content),) = encoded.items()
     if name == "bytes":
         return bytes.fromhex(content)
     if name == "dict":
@@ -69,7 +70,7 @@ def decode(written: Any, arrays: Callable[[int], Any]) -> Any:
     array = arrays(content)
     if name == "scalar":
         return np.asarray(array)[()]
-    # An array of a single number comes back from TensorFlow as that number.
+    # TensorFlow's checkpoint reader returns an array of a single number as a plain number.
     return tf.constant(array) if name == "tensor" else np.array(array)
 
 

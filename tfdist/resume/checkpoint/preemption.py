@@ -1,4 +1,4 @@
-"""SIGTERM while a training is saved: it is heard at once, and heeded when a step is made."""
+"""Handles SIGTERM in a training with checkpoints: it saves after the current step, and ends."""
 
 from __future__ import annotations
 
@@ -14,43 +14,47 @@ from typing import Any
 from tfdist.cluster import heartbeat
 from tfdist.errors import START_ME_AGAIN
 
-# A scheduler may signal a worker and its launcher, which passes the signal on.
-_SAME_S = 1.0
-# What comes while a process that has saved ends says nothing new.
-_LEAVING_S = 10.0
+# A scheduler may signal a worker and also its launcher, which passes the signal on. Signals
+# within this time count as one.
+_SAME_SIGNAL_S = 1.0
+# Signals in this time after the training is saved are ignored: the process is ending anyway.
+_IGNORE_S = 10.0
 
 
 class Preemption:
-    """Whether this process was asked to end; a second SIGTERM ends it at once.
+    """Listens for SIGTERM. A second SIGTERM ends the process at once.
 
-    The signal is heard by a thread: the main thread may wait in a collective.
+    A thread listens, since the main thread may wait in a collective.
 
     Attributes:
-        asked: Whether SIGTERM came.
-        on_asked: Called then, from any thread.
-        is_leaving: Whether all is saved and the process ends: what comes now says nothing new.
+        asked: Whether SIGTERM has been received.
+        on_asked: Called when it is received, from any thread.
+        is_leaving: Whether the training is saved and the process is ending. Then further
+            signals are ignored.
     """
 
     def __init__(self) -> None:
         self.asked = False
         self.on_asked: Callable[[], None] = lambda: None
         self.is_leaving = False
-        self._first: float | None = None
+        self._first_signal_time: float | None = None
 
     @contextlib.contextmanager
     def heard(self) -> Iterator[None]:
-        """Hears SIGTERM while the context lasts; outside of the main thread it does nothing."""
-        # None stands for a handler that is not Python's, as TensorFlow's own.
-        usual = signal.getsignal(signal.SIGTERM)
-        if threading.current_thread() is not threading.main_thread() or usual == signal.SIG_IGN:
+        """Listens for SIGTERM while the context lasts, if entered in the main thread."""
+        # `getsignal` returns None for a handler that is not Python's, such as TensorFlow's.
+        original = signal.getsignal(signal.SIGTERM)
+        is_main = threading.current_thread() is threading.main_thread()
+        if not is_main or original == signal.SIG_IGN:
             yield
             return
         reading, writing = os.pipe()
         os.set_blocking(writing, False)
-        # Python runs this in the main thread when that is free, at the latest; a signal that
-        # comes between two steps is heeded by the first of them.
+        # Python calls this handler in the main thread, as soon as that runs Python code. So a
+        # signal between two steps takes effect in the next step, even if the listening thread
+        # is late.
         signal.signal(signal.SIGTERM, lambda number, frame: self._ask())
-        before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+        original_fd = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
         global _process
         _process = os.getpid()
         heartbeat.here.set_flags(saves=True)
@@ -61,19 +65,19 @@ class Preemption:
         try:
             yield
         finally:
-            signal.set_wakeup_fd(before)
+            signal.set_wakeup_fd(original_fd)
             _process = 0
             if self.is_leaving:
-                signal.signal(signal.SIGTERM, _ignoring_for_a_while(usual))
+                signal.signal(signal.SIGTERM, _ignoring_for_a_while(original))
             else:
-                signal.signal(signal.SIGTERM, usual or signal.SIG_DFL)
+                signal.signal(signal.SIGTERM, original or signal.SIG_DFL)
                 heartbeat.here.set_flags()
             os.close(writing)
             thread.join()
             os.close(reading)
 
     def leave(self) -> None:
-        """Notes that all is saved."""
+        """Notes that the training is saved and the process is ending."""
         self.is_leaving = True
         heartbeat.here.set_flags(saves=True, preempted=True)
 
@@ -81,20 +85,21 @@ class Preemption:
         while numbers := os.read(reading, 64):
             for number in numbers:
                 if number == signal.SIGTERM and not self.is_leaving:
-                    self._hear()
+                    self._handle_signal()
 
     def _ask(self) -> None:
         self.asked = True
         self.on_asked()
 
-    def _hear(self) -> None:
+    def _handle_signal(self) -> None:
         now = time.monotonic()
-        is_second = self._first is not None and now - self._first > _SAME_S
+        first = self._first_signal_time
+        is_second = first is not None and now - first > _SAME_SIGNAL_S
         if is_second or heartbeat.here.must_end:
             os._exit(128 + signal.SIGTERM)
         self._ask()
-        if self._first is None:
-            self._first = now
+        if first is None:
+            self._first_signal_time = now
             print(
                 "tfdist: SIGTERM: when this step is made, training is saved and ends with "
                 f"status {START_ME_AGAIN}. A second SIGTERM ends it at once.",
@@ -103,25 +108,25 @@ class Preemption:
             )
 
 
-def _ignoring_for_a_while(usual: Any) -> Callable[[int, Any], None]:
-    left = time.monotonic()
+def _ignoring_for_a_while(original: Any) -> Callable[[int, Any], None]:
+    begin = time.monotonic()
 
     def handle(number: int, frame: Any) -> None:
-        if time.monotonic() - left > _LEAVING_S:  # somebody has caught the exit
-            signal.signal(signal.SIGTERM, usual or signal.SIG_DFL)
+        if time.monotonic() - begin > _IGNORE_S:  # the script has caught `Preempted`, and runs
+            signal.signal(signal.SIGTERM, original or signal.SIG_DFL)
             signal.raise_signal(signal.SIGTERM)
 
     return handle
 
 
-_process = 0
+_process = 0  # the process that listens
 
 
-def _forget() -> None:
-    """Keeps a forked child's signals from being heard as those of its parent."""
+def _stop_listening_in_child() -> None:
+    """Removes the handlers in a forked child, whose signals are not its parent's."""
     if _process == os.getppid():
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-os.register_at_fork(after_in_child=_forget)
+os.register_at_fork(after_in_child=_stop_listening_in_child)

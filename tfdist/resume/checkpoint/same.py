@@ -1,4 +1,4 @@
-"""What must be the same in a training that goes on."""
+"""Checks that a continued training has the same model, data and settings."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tfdist.data.arrays import Arrays
 from tfdist.errors import ArgumentError
 from tfdist.samplers import Sampler
 
-_CONTENTS = "contents"  # may differ: a loader may compute its last bits anew
+_CONTENTS = "contents"  # may differ in the last bits, as a loader may compute them
 
 
 def describe(
@@ -25,16 +25,16 @@ def describe(
     *,
     names_contents: bool,
 ) -> dict[str, Any]:
-    """Describes a training by what must be the same when it goes on.
+    """Describes everything that must not change when a training continues.
 
     Args:
         model: A compiled `keras.Model`.
-        variables: Its state.
+        variables: The model's state.
         source: The data.
-        sampler: Which rows make up each step.
-        seed: The sampler's, or None if it is secret.
-        of_extensions: What extensions must not change, by their names.
-        names_contents: Whether a fingerprint of the data may be written down.
+        sampler: The sampler.
+        seed: The sampler's seed, or None if it is secret.
+        of_extensions: The settings of the extensions, by their names.
+        names_contents: Whether a fingerprint of the data may be saved.
 
     Returns:
         Plain data by name.
@@ -60,56 +60,58 @@ def describe(
 
 
 def has_other_contents(now: dict[str, Any], saved: dict[str, Any]) -> bool:
-    """Tells whether training goes on with arrays of other values, as far as is known.
+    """Tells whether the values of the arrays have changed, if both fingerprints are known.
 
     Args:
-        now: What `describe` gives.
-        saved: What it gave.
+        now: The result of `describe`.
+        saved: The result of `describe` in the checkpoint.
     """
-    found = {setup.get(_CONTENTS) for setup in (now, saved)} - {None}
-    return len(found) > 1
+    fingerprints = {setup.get(_CONTENTS) for setup in (now, saved)} - {None}
+    return len(fingerprints) > 1
 
 
 def compare(now: dict[str, Any], saved: dict[str, Any], folder: str) -> None:
-    """Refuses a checkpoint of another training.
+    """Checks that a checkpoint is of the same training.
 
     Args:
-        now: What `describe` gives.
-        saved: What it gave.
-        folder: Of the checkpoint.
+        now: The result of `describe`.
+        saved: The result of `describe` in the checkpoint.
+        folder: The checkpoint's folder.
 
     Raises:
-        ArgumentError: Something differs; it is named.
+        ArgumentError: Something differs. The message names it.
     """
     remedy = "Train as then, or pass another directory."
     for name in {**now, **saved}:
-        ours, theirs = now.get(name), saved.get(name)
-        if name not in ("variables", _CONTENTS) and ours != theirs:
-            ours, theirs = _differing(ours, theirs)
+        current, former = now.get(name), saved.get(name)
+        if name not in ("variables", _CONTENTS) and current != former:
+            current, former = _differences(current, former)
             raise ArgumentError(
-                f"A checkpoint must be of the same training. Received: {name}={ours!r}, and "
-                f"{theirs!r} in {folder}. {remedy}"
+                f"A checkpoint must be of the same training. Received: {name}={current!r}, and "
+                f"{former!r} in {folder}. {remedy}"
             )
-    for ours, theirs in itertools.zip_longest(now["variables"], saved["variables"]):
-        # Paths have numbers of models that a process made before.
-        if ours is None or theirs is None or ours[1:] != theirs[1:]:
+    for current, former in itertools.zip_longest(now["variables"], saved["variables"]):
+        # Paths are not compared: they have numbers, which depend on the models that a process
+        # has made before.
+        if current is None or former is None or current[1:] != former[1:]:
             raise ArgumentError(
                 "A checkpoint must be of the same model, optimizer and metrics. Received: "
-                f"{_described(ours)}, and {_described(theirs)} in {folder}. {remedy}"
+                f"{_describe_variable(current)}, and {_describe_variable(former)} in {folder}. "
+                f"{remedy}"
             )
 
 
-def _differing(ours: Any, theirs: Any) -> tuple[Any, Any]:
-    """Leaves of two descriptions what differs; of data that it does."""
-    if not (isinstance(ours, dict) and isinstance(theirs, dict)):
-        return ours, theirs
-    names = [n for n in {**ours, **theirs} if ours.get(n) != theirs.get(n)]
-    said = {"values": ("these values of the data", "others")}
-    pairs = {n: said.get(n, (ours.get(n), theirs.get(n))) for n in names}
+def _differences(current: Any, former: Any) -> tuple[Any, Any]:
+    """Reduces two dicts to the entries that differ. Fingerprints of data become words."""
+    if not (isinstance(current, dict) and isinstance(former, dict)):
+        return current, former
+    names = [n for n in {**current, **former} if current.get(n) != former.get(n)]
+    words = {"values": ("these values of the data", "others")}
+    pairs = {n: words.get(n, (current.get(n), former.get(n))) for n in names}
     return {n: p[0] for n, p in pairs.items()}, {n: p[1] for n, p in pairs.items()}
 
 
-def _described(variable: Any) -> str:
+def _describe_variable(variable: Any) -> str:
     if variable is None:
         return "no more variables"
     path, shape, dtype = variable

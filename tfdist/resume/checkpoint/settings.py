@@ -1,4 +1,4 @@
-"""What a user says about checkpoints."""
+"""The user's settings for checkpoints."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from tfdist.errors import ArgumentError
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Where `fit` saves all that training depends on, how often, and how much is kept.
+    """Where and how often `fit` saves the complete state of a training.
 
-    Pass it to `fit` as `checkpoint`; a directory alone stands for `Checkpoint(directory)`.
-    When `fit` finds a checkpoint there it goes on from it, in the middle of an epoch too,
-    and ends with the weights of a training that was never stopped.
+    Pass it to `fit` as `checkpoint`. A directory alone stands for `Checkpoint(directory)`.
+    If `fit` finds a checkpoint there, it continues from it, even in the middle of an epoch.
+    The final weights are those of a training that was never stopped.
 
     Args:
-        directory: Of one training alone; made if it is not there. All workers may see it,
-            or only the chief, which alone reads and writes it.
-        every: "epoch", to save when an epoch has ended; a whole number of steps; or a
+        directory: A directory for this training only; created if it does not exist. Only the
+            chief reads and writes it, so the other workers need no access.
+        every: "epoch", to save at the end of each epoch; a whole number of steps; or a
             `datetime.timedelta`. The end of training is always saved.
-        keep: The latest so many checkpoints are kept, at least 1. With 2 or more there is
-            another when the last one is damaged.
+        keep: Number of latest checkpoints to keep, at least 1. With 2 or more, `fit` can
+            continue from an older one if the last is damaged.
 
     Raises:
-        ArgumentError: An argument is none of these.
+        ArgumentError: An argument is invalid.
 
     Example:
         >>> import keras, numpy as np, tempfile, tfdist
@@ -72,22 +72,22 @@ class Checkpoint:
             )
 
     @classmethod
-    def of(cls, given: Any) -> Checkpoint:
+    def of(cls, checkpoint: Any) -> Checkpoint:
         """Reads the argument `checkpoint` of `fit`.
 
         Args:
-            given: A `Checkpoint` or a directory.
+            checkpoint: A `Checkpoint` or a directory.
 
         Raises:
             ArgumentError: It is neither.
         """
-        if isinstance(given, cls):
-            return given
-        if isinstance(given, str | os.PathLike):
-            return cls(given)
+        if isinstance(checkpoint, cls):
+            return checkpoint
+        if isinstance(checkpoint, str | os.PathLike):
+            return cls(checkpoint)
         raise ArgumentError(
             "`checkpoint` must be a tfdist.Checkpoint or a directory. Received: "
-            f"checkpoint={given!r}."
+            f"checkpoint={checkpoint!r}."
         )
 
     @property

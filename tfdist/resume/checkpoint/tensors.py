@@ -1,4 +1,4 @@
-"""What of a training's state is tensors: how it is taken, and put back."""
+"""The tensors of a checkpoint: collects them from a training, and restores them."""
 
 from __future__ import annotations
 
@@ -19,25 +19,26 @@ _GLOBAL_SEED = "keras/global_seed_generator"
 
 
 def take(strategy: Strategy, state: TrainState) -> dict[str, Tensor]:
-    """Gives the tensors of a training, by name.
+    """Collects the tensors of a training, by name.
 
-    Replicated ones are this process's own, so nothing is exchanged for them. What each replica
-    has for itself is gathered: then all workers must call this.
+    Replicated variables need no exchange between workers. Per-replica variables are gathered:
+    if there are any, all workers must call this.
 
     Args:
-        strategy: What computes a batch; `Whole` counts as one replica.
+        strategy: The strategy that computes a batch. `Whole` counts as one replica.
         state: The variables.
 
     Returns:
-        Tensors; those of other workers' replicas on the chief alone.
+        The tensors. Only the chief has those of other workers' replicas.
     """
-    # Read now; what is read shares memory with a variable until that is assigned to.
+    # This does not copy: a tensor shares memory with its variable until the next assignment,
+    # which then allocates new memory.
     tensors = {
         f"variables/{number}": tf.convert_to_tensor(variable)
         for number, variable in enumerate(state.replicated)
     }
     for number, variable in enumerate(state.per_replica):
-        tensors[f"per_replica/{number}"] = _gathered(strategy, variable)
+        tensors[f"per_replica/{number}"] = _gather(strategy, variable)
     if _keras.has_global_seed():
         tensors[_GLOBAL_SEED] = tf.identity(_keras.global_seed_variable().value)
     return tensors
@@ -49,16 +50,16 @@ def put_back(
     read: Callable[[str], Any] | None,
     has_global_seed: bool,
 ) -> None:
-    """Puts back what `take` gave, on every worker.
+    """Restores the tensors of `take`, on every worker.
 
-    On another number of replicas each gets the mean of what all had for themselves, times
-    their old number: only the sum matters.
+    If the number of replicas has changed, the saved values of a per-replica variable are
+    summed, and each replica gets an equal part of the sum: only the sum matters.
 
     Args:
-        strategy: What computes a batch; `Whole` counts as one replica.
+        strategy: The strategy that computes a batch. `Whole` counts as one replica.
         state: The variables.
-        read: Gives a tensor by name; None on workers that have not read the checkpoint.
-        has_global_seed: Whether it was among them.
+        read: Returns a tensor by its name. None on workers that have not read the checkpoint.
+        has_global_seed: Whether the checkpoint has Keras's global seed.
     """
     variables = list(state.replicated)
     if has_global_seed:
@@ -71,22 +72,23 @@ def put_back(
     _connecting(strategy).agree(variables)
     for number, variable in enumerate(state.per_replica):
         saved = None if read is None else read(f"per_replica/{number}")
-        strategy.assign_copies(variable, _dealt_out(strategy, variable, saved))
+        strategy.assign_copies(variable, _distribute(strategy, variable, saved))
 
 
 def _connecting(strategy: Strategy) -> Strategy:
+    """Returns the strategy that connects the processes."""
     return strategy.connected if isinstance(strategy, Whole) else strategy
 
 
-def _gathered(strategy: Strategy, variable: Any) -> Tensor:
-    """Gives the values of all replicas on the chief: shape [replicas, ...]."""
-    place, own = strategy.place, strategy.copies(variable)
+def _gather(strategy: Strategy, variable: Any) -> Tensor:
+    """Returns the values of all replicas on the chief: shape [replicas, ...]."""
+    place, copies = strategy.place, strategy.copies(variable)
     values = []
     for replica in range(place.num_replicas):
         local = replica - place.first_replica
         is_here = 0 <= local < place.local_replicas
-        value = own[local] if is_here else np.zeros_like(own[0])
-        # One replica's at a time: all of them may be more than a worker's memory holds.
+        value = copies[local] if is_here else np.zeros_like(copies[0])
+        # One replica at a time: all of them may not fit into a worker's memory.
         if place.num_workers > 1:
             value = whole(strategy).sums(tf.constant(value)).numpy()
         values.append(value)
@@ -95,25 +97,26 @@ def _gathered(strategy: Strategy, variable: Any) -> Tensor:
     return tf.constant(np.stack(values)) if place.is_chief else None
 
 
-def _dealt_out(strategy: Strategy, variable: Any, saved: Any) -> list[Any]:
-    """Gives the values of this process's replicas, of what the chief has read."""
+def _distribute(strategy: Strategy, variable: Any, saved: Any) -> list[Any]:
+    """Returns the values for this process's replicas, which the chief has read."""
     place = strategy.place
     if saved is not None and len(saved) != place.num_replicas:
         mean = saved.sum(0) / place.num_replicas
         saved = [mean.astype(saved.dtype)] * place.num_replicas
     values: list[Any] = []
-    box = keras.Variable(np.zeros(variable.shape), dtype=variable.dtype, trainable=False)
+    # `agree` sends variables only.
+    buffer = keras.Variable(np.zeros(variable.shape), dtype=variable.dtype, trainable=False)
     for replica in range(place.num_replicas):
         if saved is not None:
-            box.assign(saved[replica])
-        strategy.agree([box])
+            buffer.assign(saved[replica])
+        strategy.agree([buffer])
         if 0 <= replica - place.first_replica < place.local_replicas:
-            values.append(np.array(keras.ops.convert_to_numpy(box)))
+            values.append(np.array(keras.ops.convert_to_numpy(buffer)))
     return values
 
 
 def size_of(variables: Sequence[Any]) -> int:
-    """Gives the bytes that variables need on disk.
+    """Computes the number of bytes that variables need on disk.
 
     Args:
         variables: `keras.Variable`s.

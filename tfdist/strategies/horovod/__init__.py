@@ -1,4 +1,4 @@
-"""Processes that Horovod connects: its collectives, never its Keras layer."""
+"""The strategy `horovod`. It uses Horovod's collectives, not its Keras layer."""
 
 from tfdist.strategies.horovod.strategy import Horovod
 

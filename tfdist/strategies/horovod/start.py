@@ -1,4 +1,4 @@
-"""How ranks begin: Horovod is started, its process sets are made, news of hosts are heard."""
+"""Starts Horovod on a rank: connects it, makes process sets, listens for new hosts."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from tfdist.errors import ArgumentError, StrategyError
 
 
 class HostListener:
-    """What Horovod's notification service calls."""
+    """The listener that Horovod's notification service calls."""
 
     def __init__(self, on_change: Callable[[], None]) -> None:
         self._on_change = on_change
 
     def on_hosts_updated(self, timestamp: float, update: int) -> None:
-        """Passes it on."""
+        """Passes the call on."""
         self._on_change()
 
 
-def _sets(hvd: Any, groups: Sequence[Sequence[int]], ranks: int) -> list[Any]:
-    """Makes the process sets of groups of ranks; none where all ranks are one group."""
-    everyone = sorted(rank for group in groups for rank in group)
-    if groups and everyone != list(range(ranks)):
+def _process_sets(hvd: Any, groups: Sequence[Sequence[int]], ranks: int) -> list[Any]:
+    """Makes a process set for each group of ranks, or none if all ranks are one group."""
+    all_ranks = sorted(rank for group in groups for rank in group)
+    if groups and all_ranks != list(range(ranks)):
         raise ArgumentError(
             f"`process_sets` must name each of {ranks} ranks once. Received: "
             f"process_sets={[list(group) for group in groups]}."
@@ -34,15 +34,15 @@ def _sets(hvd: Any, groups: Sequence[Sequence[int]], ranks: int) -> list[Any]:
     return [hvd.ProcessSet(list(group)) for group in groups] if len(groups) > 1 else []
 
 
-def started(cluster: Cluster, groups: Sequence[Sequence[int]]) -> tuple[Any, Any]:
+def start(cluster: Cluster, groups: Sequence[Sequence[int]]) -> tuple[Any, Any]:
     """Imports Horovod, connects the ranks and gives this one a GPU of its own.
 
     Args:
-        cluster: Its ranks.
-        groups: The ranks that train together; none for all.
+        cluster: The cluster of the ranks.
+        groups: The ranks of each group that trains on its own. Empty if all train together.
 
     Returns:
-        Horovod, and the process set of this rank.
+        The module `horovod.tensorflow`, and the process set of this rank.
     """
     try:
         import horovod.tensorflow as hvd
@@ -51,13 +51,13 @@ def started(cluster: Cluster, groups: Sequence[Sequence[int]]) -> tuple[Any, Any
             "Horovod must have been built for this TensorFlow. Received: TensorFlow "
             f"{tf.__version__}, and {error}. Run `tfdist horovod build --force`."
         ) from error
-    sets = _sets(hvd, groups, cluster.num_workers)
-    if sets and hvd.is_initialized():
-        # Sets can be added later only at the price of one exchange more in every cycle.
+    process_sets = _process_sets(hvd, groups, cluster.num_workers)
+    if process_sets and hvd.is_initialized():
+        # Horovod can add sets later too, but then needs one exchange more in every cycle.
         hvd.shutdown()
     if not hvd.is_initialized():
         try:
-            hvd.init(process_sets=sets)
+            hvd.init(process_sets=process_sets)
         except (RuntimeError, ValueError) as error:
             raise StrategyError(
                 f"All {cluster.num_workers} ranks must connect. Received: rank {cluster.index} "
@@ -72,15 +72,15 @@ def started(cluster: Cluster, groups: Sequence[Sequence[int]]) -> tuple[Any, Any
         )
     gpus = tf.config.list_physical_devices("GPU")
     if len(gpus) > 1:
-        # A `tfdist run` that started all ranks of this machine has shared the GPUs out;
-        # otherwise each rank may see all of them.
-        is_shared = os.environ.get("TFDIST_LOCAL_SIZE") == str(hvd.local_size())
-        local = 0 if is_shared else hvd.local_rank() % len(gpus)
+        # If `tfdist run` started all ranks of this machine, it has assigned the GPUs to them
+        # already. Otherwise each rank may see all GPUs.
+        is_assigned = os.environ.get("TFDIST_LOCAL_SIZE") == str(hvd.local_size())
+        index = 0 if is_assigned else hvd.local_rank() % len(gpus)
         try:
-            tf.config.set_visible_devices(gpus[local], "GPU")
+            tf.config.set_visible_devices(gpus[index], "GPU")
         except RuntimeError as error:
             raise StrategyError(
                 "A rank must choose its GPU before TensorFlow uses one. Received: TensorFlow "
                 "in use already. Call tfdist.init() right after the imports."
             ) from error
-    return hvd, next((one for one in sets if one.included()), hvd.global_process_set)
+    return hvd, next((each for each in process_sets if each.included()), hvd.global_process_set)

@@ -1,4 +1,4 @@
-"""The key-value store of ranks that Horovod connects: at the rendezvous that started them."""
+"""The key-value store of the rendezvous server, for ranks that Horovod connects."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from collections.abc import Mapping
 
 from tfdist.cluster.key_value_store import KeyValueStore
 
-_ASK_S = 5.0
+_TIMEOUT_S = 5.0
 
 
-class RendezvousBoard(KeyValueStore):
-    """Notes kept by the rendezvous server, a plain store of texts over HTTP.
+class RendezvousStore(KeyValueStore):
+    """Values on the rendezvous server, which stores texts over HTTP.
 
-    Horovod's launcher and tfdist's keep it running as long as the ranks, in a process of its
-    own.
+    The launcher, Horovod's or tfdist's, runs the server in a process of its own as long as
+    the ranks run.
 
     Args:
         address: "host:port" of the server.
-        group: Names the ranks that train together.
-        size: How many they are.
+        group: Name of the group of ranks that train together.
+        size: Number of ranks in the group.
     """
 
     def __init__(self, address: str, group: str, size: int) -> None:
@@ -31,12 +31,12 @@ class RendezvousBoard(KeyValueStore):
     @classmethod
     def from_environment(
         cls, group: str, size: int, environ: Mapping[str, str] = os.environ
-    ) -> RendezvousBoard | None:
-        """Finds the server; there is none under `mpirun`.
+    ) -> RendezvousStore | None:
+        """Returns the store, or None if there is no server, as under `mpirun`.
 
         Args:
-            group: Names the ranks that train together.
-            size: How many they are.
+            group: Name of the group of ranks that train together.
+            size: Number of ranks in the group.
             environ: The environment variables.
         """
         host = environ.get("HOROVOD_GLOO_RENDEZVOUS_ADDR")
@@ -44,22 +44,22 @@ class RendezvousBoard(KeyValueStore):
         return cls(f"{host}:{port}", group, size) if host and port and size > 1 else None
 
     def post(self, name: str, text: str) -> bool:
-        """Puts a note in the place of what was there."""
-        request = urllib.request.Request(self._address(name), text.encode(), method="PUT")
-        return self._ask(request) is not None
+        """Sets the value of a key, in place of an earlier value."""
+        request = urllib.request.Request(self._url_of(name), text.encode(), method="PUT")
+        return self._send(request) is not None
 
     def read(self, name: str) -> str | None:
-        """Gives a note."""
-        return self._ask(urllib.request.Request(self._address(name)))
+        """Returns the value of a key, or None."""
+        return self._send(urllib.request.Request(self._url_of(name)))
 
-    def _address(self, name: str) -> str:
-        # The server knows a scope and a key, and no deeper path.
+    def _url_of(self, name: str) -> str:
+        # The server's paths have a scope and a key, and nothing deeper.
         return f"{self._url}/{urllib.parse.quote(name.replace('/', ':'), safe=':')}"
 
-    def _ask(self, request: urllib.request.Request) -> str | None:
-        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    def _send(self, request: urllib.request.Request) -> str | None:
+        without_proxy = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         try:
-            with direct.open(request, timeout=_ASK_S) as answer:
-                return str(answer.read().decode())
+            with without_proxy.open(request, timeout=_TIMEOUT_S) as response:
+                return str(response.read().decode())
         except (OSError, ValueError):
             return None

@@ -1,4 +1,4 @@
-"""Processes that Horovod connects: its collectives, never its Keras layer."""
+"""The strategy `horovod`: ranks reduce with Horovod's collectives."""
 
 from __future__ import annotations
 
@@ -17,45 +17,47 @@ from tfdist.cluster.key_value_store import KeyValueStore
 from tfdist.errors import ArgumentError, PeerError, StrategyError
 from tfdist.strategies.base import Place, Tensor
 from tfdist.strategies.connected import Connected
-from tfdist.strategies.horovod.start import HostListener, started
-from tfdist.strategies.horovod.store import RendezvousBoard
+from tfdist.strategies.horovod.start import HostListener, start
+from tfdist.strategies.horovod.store import RendezvousStore
 from tfdist.strategies.horovod.sums import adasum, sum_bf16
 from tfdist.strategies.packing import reduce_packed
 from tfdist.watchdog.timeouts import WaitLimit
 
 _COMPRESSIONS = {None: None, "fp16": tf.float16, "bf16": tf.bfloat16}
-# Elements. Larger tensors overlap with the backward pass and need no copy; smaller ones cost
-# less in one collective than in many (docs/performance.md).
+# Elements. A larger tensor is reduced on its own: that overlaps with the backward pass and
+# needs no copy. Smaller ones cost less in one collective (docs/performance.md).
 _LARGEST_PACKED = 2**14
-# Elements of all gradients, above which updates that begin early save more than the signals'
-# own collective costs.
+# Elements of all gradients. Above this size, updates that begin early save more time than the
+# separate collective of the signals costs.
 _SIGNALS_LEAD = 2**20
 _OPS = ("average", "adasum")
 
 
 class Horovod(Connected):
-    """One replica a rank, on one GPU or the processor; ranks exchange by Horovod.
+    """Runs one replica on each rank, on one GPU or the CPU. Horovod connects the ranks.
 
-    Made by `strategy="horovod"`; pass an instance to choose what Horovod's
-    `DistributedOptimizer` has as arguments. Whatever is not the default below changes the
-    weights: only plain sums equal one process's.
+    `strategy="horovod"` makes an instance with the default options; pass an instance to
+    choose others. They correspond to the arguments of Horovod's `DistributedOptimizer`. An
+    option other than the default changes the weights: only plain sums give the weights of
+    one process.
 
     Args:
-        cluster: This process's place; read from the environment if None.
+        cluster: The cluster of this process. None reads it from the environment.
         op: "average", the exact mean over the examples of the global batch; or "adasum",
             which adds orthogonal gradients and averages parallel ones (Maleki et al.,
             "Scaling distributed training with adaptive summation", MLSys 2021).
-        compression: None, "fp16" or "bf16": the type in which gradients travel.
+        compression: None, "fp16" or "bf16": the type in which gradients are sent.
         gradient_predivide_factor: Gradients are divided by it before the sum, and the sum
             by `size / gradient_predivide_factor`, so that half precision does not overflow.
-        sparse_as_dense: Whether gradients of embeddings travel as dense tensors rather than
-            as gathered rows. Faster for small tables; most optimizers of Keras treat the
-            sum of a row that repeats within a batch otherwise than its parts.
-        process_sets: Groups of ranks, the same on every rank; a rank trains with the group
-            that it is in, and groups train apart. All ranks are one group if None.
+        sparse_as_dense: Whether gradients of embeddings are reduced as dense tensors rather
+            than as gathered rows. This is faster for small tables. It changes the result of
+            most Keras optimizers if a row occurs several times in a batch: they get one
+            summed gradient for it instead of several.
+        process_sets: Groups of ranks, the same on every rank. Each group trains on its own.
+            None makes one group of all ranks.
 
     Raises:
-        ArgumentError: An argument is none of these.
+        ArgumentError: An argument is invalid.
         StrategyError: Horovod cannot start.
 
     Example:
@@ -81,20 +83,20 @@ class Horovod(Connected):
         obstacle = self.unavailable(cluster)
         if obstacle is not None:
             raise StrategyError(f"Horovod must be able to run here. Received: {obstacle}.")
-        self._hvd, self._process_set = started(cluster, process_sets or ())
+        self._hvd, self._process_set = start(cluster, process_sets or ())
         self._first_rank = self._process_set.ranks[0]
         self.elastic = os.environ.get("HOROVOD_ELASTIC") == "1"
         self._joined = not self.elastic
         self._take_place()
         self._op = op
-        self._wire_type = _COMPRESSIONS[compression]
+        self._compressed_dtype = _COMPRESSIONS[compression]
         self.predivide = gradient_predivide_factor
         self.compression = compression if op == "average" else None
         self.sums_gradients = op == "average"
         self.sums_exactly = op == "average" and compression is None
         self._sparse_as_dense = sparse_as_dense
         size = self._process_set.size()
-        self._store = RendezvousBoard.from_environment(f"group-{self._first_rank}", size)
+        self._store = RendezvousStore.from_environment(f"group-{self._first_rank}", size)
         number = self.place.worker_index
         super().__init__(
             WaitLimit.from_environment(f"rank {self._hvd.rank()}", self._store, number)
@@ -105,15 +107,15 @@ class Horovod(Connected):
         self.place = Place(size, rank, 1, size, rank)
 
     def key_value_store(self) -> KeyValueStore | None:
-        """Gives the key-value store of the ranks that train together; `mpirun` has none."""
+        """Returns the key-value store of the ranks that train together, if there is one."""
         return self._store
 
     def join(self) -> None:
-        """Begins to exchange with the other ranks, which do the same."""
+        """Begins the collectives with the other ranks, which call this too."""
         self._joined = True
 
     def reconnect(self) -> None:
-        """Meets the ranks that are there now."""
+        """Connects to the ranks that are there now."""
         self._joined = False
         self._hvd.shutdown()
         self._hvd.init()
@@ -123,7 +125,7 @@ class Horovod(Connected):
 
     @contextlib.contextmanager
     def members_watched(self, on_change: Callable[[], None]) -> Iterator[None]:
-        """Hears from horovodrun that hosts came or are about to go."""
+        """Listens to horovodrun: it tells when hosts have joined or will leave."""
         if not self.elastic:
             yield
             return
@@ -138,12 +140,12 @@ class Horovod(Connected):
             notification_manager.remove_listener(listener)
 
     def gather_objects(self, value: Any) -> list[Any]:
-        """Collects an object of every rank; of an elastic run's, once they have joined."""
+        """Collects an object of every rank. In an elastic run, ranks must `join` first."""
         return super().gather_objects(value) if self._joined else [value]
 
     @classmethod
     def unavailable(cls, cluster: Cluster) -> str | None:
-        """Says why not: Horovod is not installed, or nothing started several ranks."""
+        """Returns an obstacle if Horovod is not installed or did not start the ranks."""
         if find_spec("horovod") is None:
             return "Horovod is not installed: run `tfdist horovod build`"
         if cluster.has_parameter_servers:
@@ -157,46 +159,46 @@ class Horovod(Connected):
 
     @classmethod
     def chosen_by(cls, cluster: Cluster) -> str | None:
-        """Says why `auto` chooses it: horovodrun or mpirun started the processes."""
+        """Returns the reason for `auto`: horovodrun or mpirun started the processes."""
         if cluster.launched > 1:
             return f"{cluster.launched} ranks in {cluster.source}"
         return None
 
     def all_reduce_sum(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Sums each tensor over all ranks; large ones leave as soon as they are known."""
+        """Sums each tensor over all ranks. Small ones are packed, large ones are not."""
         return reduce_packed(tensors, self._sum, _LARGEST_PACKED)
 
     def reduce_step(
         self,
         gradients: Sequence[Tensor],
-        others: Sequence[Tensor],
+        exact_tensors: Sequence[Tensor],
         share: Tensor,
         variables: Sequence[Any],
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Sums a step's tensors; gradients as the arguments say."""
+        """Sums a step's tensors, the gradients as the constructor's arguments say."""
         if self._sparse_as_dense:
             gradients = [tf.convert_to_tensor(g) for g in gradients]
         if self._op == "average" and self.predivide == 1.0:
-            return super().reduce_step(gradients, others, share, variables)
+            return super().reduce_step(gradients, exact_tensors, share, variables)
         if self._op == "adasum":
             reduced = [self._adasum(tf.convert_to_tensor(g), share) for g in gradients]
         else:
             reduced = reduce_packed(gradients, self._sum_gradient, _LARGEST_PACKED)
-        return reduced, self.all_reduce_sum(others)
+        return reduced, self.all_reduce_sum(exact_tensors)
 
     def signals_lead(self, elements: int) -> bool:
-        """Sends signals ahead of a step with many gradients."""
+        """Reduces the signals first if the gradients are large."""
         return elements > _SIGNALS_LEAD
 
     def all_gather(self, tensor: Tensor) -> Tensor:
         """Concatenates a tensor of every rank along axis 0."""
-        if tensor.dtype == tf.bfloat16:  # which Horovod does not know
+        if tensor.dtype == tf.bfloat16:  # Horovod does not support it
             return tf.bitcast(self.all_gather(tf.bitcast(tensor, tf.uint16)), tf.bfloat16)
         return self._hvd.allgather(tensor, process_set=self._process_set)
 
     @contextlib.contextmanager
     def waiting_for(self, what: str) -> Iterator[None]:
-        """Limits a wait for the other ranks, and says what it means when Horovod gives up."""
+        """Limits a wait for the other ranks, and explains an error of Horovod."""
         try:
             with super().waiting_for(what):
                 yield
@@ -210,17 +212,18 @@ class Horovod(Connected):
             ) from None
 
     def broadcast_bytes(self, content: bytes) -> bytes:
-        """Gives every rank the first one's bytes."""
-        sent: bytes = self._broadcast(tf.constant(np.frombuffer(content, np.uint8))).numpy()
-        return bytes(sent)
+        """Returns the first rank's bytes on every rank."""
+        array = self._broadcast(tf.constant(np.frombuffer(content, np.uint8))).numpy()
+        return bytes(array)
 
     def gather_bytes(self, content: bytes) -> list[bytes]:
         """Collects the bytes of every rank."""
-        mine = tf.constant(np.frombuffer(content, np.uint8))
-        sizes, payloads = (t.numpy() for t in self._gather(mine))
+        array = tf.constant(np.frombuffer(content, np.uint8))
+        sizes, payloads = (t.numpy() for t in self._gather(array))
         return [part.tobytes() for part in np.split(payloads, np.cumsum(sizes)[:-1])]
 
-    # Traced: an eager collective has no name of its own, by which ranks could match it.
+    # Ranks match collectives by name, and an eager collective has no name of its own. So
+    # these are traced.
 
     @functools.cached_property
     def _broadcast(self) -> Callable[[Tensor], Tensor]:
@@ -260,7 +263,7 @@ class Horovod(Connected):
         )
 
     def _sum_gradient(self, gradient: Tensor) -> Tensor:
-        """Sums a gradient over the ranks, divided before and multiplied after."""
+        """Sums a gradient over the ranks, with the predivide factor."""
         if isinstance(gradient, tf.IndexedSlices):
             return self._sum(gradient)
         if gradient.dtype in (tf.float16, tf.bfloat16):  # `HalfExchange` has divided it
@@ -269,15 +272,16 @@ class Horovod(Connected):
         return self._sum(gradient, size / self.predivide, self.predivide / size)
 
     def _all_to_all(self, tensor: Tensor) -> Tensor:
-        """Deals out equal parts of a vector, a part to each rank."""
-        parts = tf.fill([self.place.num_replicas], tf.size(tensor) // self.place.num_replicas)
-        received, _ = self._hvd.alltoall(tensor, parts, process_set=self._process_set)
+        """Sends an equal part of a vector to each rank."""
+        sizes = tf.fill([self.place.num_replicas], tf.size(tensor) // self.place.num_replicas)
+        received, _ = self._hvd.alltoall(tensor, sizes, process_set=self._process_set)
         return received
 
     def _adasum(self, gradient: Tensor, share: Tensor) -> Tensor:
         mean = tf.math.divide_no_nan(gradient, tf.cast(share, gradient.dtype))
-        wire = tf.cast(mean, self._wire_type or gradient.dtype)
-        return tf.cast(adasum(wire, self.place.num_replicas, self.all_gather), gradient.dtype)
+        compressed = tf.cast(mean, self._compressed_dtype or gradient.dtype)
+        combined = adasum(compressed, self.place.num_replicas, self.all_gather)
+        return tf.cast(combined, gradient.dtype)
 
 
 def _check(op: str, compression: str | None, predivide: float) -> None:

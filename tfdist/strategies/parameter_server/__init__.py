@@ -1,4 +1,4 @@
-"""Parameters on servers, computation on workers, and the script on the chief."""
+"""Parameter servers store the variables, workers compute, and the chief runs the script."""
 
 from tfdist.strategies.parameter_server.strategy import ParameterServer
 from tfdist.strategies.parameter_server.update_log import Staleness

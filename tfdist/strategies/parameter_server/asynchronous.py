@@ -1,8 +1,9 @@
-"""Asynchronous training: each worker takes the next batch, reads, computes, and updates.
+"""Asynchronous training: each worker takes the next batch, reads weights and updates them.
 
-A step is one function that the coordinator hands to a worker (`worker_steps.py`). Updates are
-applied one after the other, each whole, to whatever the weights have become meanwhile (Dean et
-al., "Large scale distributed deep networks", NIPS 2012, section 4.1, without its races).
+A step is one function that the coordinator schedules on a worker (`worker_steps.py`). Updates
+are applied one after the other, each as a whole, to the weights as earlier updates have left
+them (Dean et al., "Large scale distributed deep networks", NIPS 2012, section 4.1, without
+its races).
 """
 
 from __future__ import annotations
@@ -27,18 +28,18 @@ Tensor = Any
 Logs = dict[str, Any]
 
 _REFRESH_S = 0.25
-_STEPS_TOGETHER = 8  # handed to a worker in one message, where nobody looks between them
+_STEPS_PER_MESSAGE = 8  # steps of one message to a worker, if no callback needs each step
 
 
 class Asynchronous:
     """A model's functions for Keras's loop.
 
     Args:
-        model: A compiled, built `keras.Model`, its variables on the servers.
-        servers: What the chief is connected to.
-        max_staleness: The bound that was asked for, or None.
+        model: A compiled, built `keras.Model`, with its variables on the servers.
+        servers: The servers and workers that the chief is connected to.
+        max_staleness: The bound of the staleness, or None.
         waiting_for: Limits a wait, as `Strategy.waiting_for` does.
-        on_end: Is told how old weights were, when a training has ended.
+        on_end: Called with the staleness at the end of a training.
     """
 
     def __init__(
@@ -55,16 +56,18 @@ class Asynchronous:
         self._max_staleness = max_staleness
         self._waiting_for = waiting_for
         self._on_end = on_end
-        self._ledger = UpdateLog(servers.servers[0])
-        self._pending: deque[Any] = deque()
-        self._resident: list[tuple[Any, Any]] = []  # columns, and where workers have them
-        self._drawing: tuple[Any, Any] = (None, None)  # an iterator, and what draws from it
-        self._number = 0
-        self._queued: list[Any] = []  # batches that wait for others to go with them
-        self._next: tuple[Any, Any] = (None, None)  # what to do with them, and on what
-        self._shown: Logs = {}
-        self._shown_at = 0.0
-        self._steps = WorkerSteps(model, self._ledger)
+        self._update_log = UpdateLog(servers.servers[0])
+        self._pending: deque[Any] = deque()  # results of scheduled functions
+        # Columns of arrays, and the iterator by which workers read their copy.
+        self._columns_on_workers: list[tuple[Any, Any]] = []
+        # An iterator over batches, and its traced `get_next`.
+        self._traced_iterator: tuple[Any, Any] = (None, None)
+        self._number = 0  # the next step's
+        self._queued: list[Any] = []  # batches for the next message
+        self._queued_for: tuple[Any, Any] = (None, None)  # their function and columns
+        self._logs: Logs = {}  # the last known
+        self._logs_read_at = 0.0
+        self._steps = WorkerSteps(model, self._update_log)
         self._train = self._steps.several(self._steps.train_step)
         self._test = self._steps.several(self._steps.test_step)
         self._predict = traced(model.predict_step)
@@ -73,37 +76,38 @@ class Asynchronous:
         self._traces: dict[Any, Any] = {}
 
     def functions(self) -> Functions:
-        """Gives what Keras's loop calls."""
+        """Returns the functions for Keras's loop."""
         return Functions(self._train_epoch, self._test_epoch, self._predict_batch, self.running)
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        """Makes the model's metrics those of all steps that were begun, while it lasts."""
-        self._own_results = self._model.get_metrics_result
-        self._steps.known = {metric.name for metric in self._model.metrics}
-        self._steps.known |= set(self._read_results())
+        """Makes the model's metric results wait for all scheduled steps, in this context."""
+        self._model_results = self._model.get_metrics_result
+        self._steps.metric_names = {metric.name for metric in self._model.metrics}
+        self._steps.metric_names |= set(self._read_results())
 
-        def settled() -> Logs:
-            if not tf.executing_eagerly():  # a step that is traced asks for its own
-                return self._own_results()  # type: ignore[no-any-return]
-            self._settle()
+        def results_of_all_steps() -> Logs:
+            if not tf.executing_eagerly():  # called while a step is traced
+                return self._model_results()  # type: ignore[no-any-return]
+            self._finish_pending()
             results = self._read_results()
-            # Keras takes these for a step's own results where the names are the same.
+            # Keras compares the names with those that a step returned. If a name is missing,
+            # it keeps the step's logs instead of these results.
             others = self._steps.returned[self._kind]
-            return {name: self._shown[name] for name in others & self._shown.keys()} | results
+            return {name: self._logs[name] for name in others & self._logs.keys()} | results
 
-        self._ledger.clear()
-        self._number, self._shown, self._shown_at = 0, {}, 0.0
-        vars(self._model)["get_metrics_result"] = settled
+        self._update_log.clear()
+        self._number, self._logs, self._logs_read_at = 0, {}, 0.0
+        vars(self._model)["get_metrics_result"] = results_of_all_steps
         try:
             yield
-            self._settle()
-            self._on_end(self._ledger.staleness())
+            self._finish_pending()
+            self._on_end(self._update_log.staleness())
         finally:
             del vars(self._model)["get_metrics_result"]
             self._queued.clear()
             self._pending.clear()
-            self._resident.clear()
+            self._columns_on_workers.clear()
 
     # --- on the chief -----------------------------------------------------------------
 
@@ -129,155 +133,156 @@ class Asynchronous:
         with epoch.drawing():
             try:
                 for _ in range(steps):
-                    batches.append(self._drawn(epoch))  # noqa: PERF401, may raise
+                    batches.append(self._next_batch(epoch))  # noqa: PERF401, may raise
             except tf.errors.OutOfRangeError:
                 if not batches:
                     raise
         self._queued += batches
-        self._next = (function, epoch.columns)
-        size = self._together(epoch, len(batches))
+        self._queued_for = (function, epoch.columns)
+        size = self._message_size(epoch, len(batches))
         if len(self._queued) >= size:
             with self._waiting_for(f"step {epoch.steps_taken}"):
-                self._hand_out(size)
+                self._schedule_queued(size)
         epoch.note_progress(len(batches))
-        if time.monotonic() > self._shown_at + _REFRESH_S:
-            self._shown |= self._read_results()
-            self._shown_at = time.monotonic()
-        return dict(self._shown)
+        if time.monotonic() > self._logs_read_at + _REFRESH_S:
+            self._logs |= self._read_results()
+            self._logs_read_at = time.monotonic()
+        return dict(self._logs)
 
-    def _together(self, epoch: Any, drawn: int) -> int:
-        """Says how many steps to hand out at once: some, as long as all workers get some."""
+    def _message_size(self, epoch: Any, num_batches: int) -> int:
+        """Says how many steps go into one message, so that each worker still gets some."""
         if self._model.steps_per_execution > 1:
-            return drawn
-        enough = self._num_workers * _STEPS_TOGETHER
-        alone = epoch.is_watched or self._max_staleness is not None
-        return 1 if alone or (epoch.steps_left or 0) < enough else _STEPS_TOGETHER
+            return num_batches
+        enough = self._num_workers * _STEPS_PER_MESSAGE
+        is_single = epoch.is_watched or self._max_staleness is not None
+        return 1 if is_single or (epoch.steps_left or 0) < enough else _STEPS_PER_MESSAGE
 
-    def _hand_out(self, size: int) -> None:
-        """Gives the batches that wait to workers; waits until few functions are under way."""
-        function, columns = self._next
+    def _schedule_queued(self, size: int) -> None:
+        """Schedules the queued batches, and waits until fewer than `window` are pending."""
+        function, columns = self._queued_for
         while self._queued:
             batches = tuple(self._queued[:size])
             del self._queued[:size]
             first = tf.constant(self._number, tf.int64)
             self._number += len(batches)
             graph = self._traced_for(function, batches, first, columns)
-            held = None if columns is None else self._on_workers(columns)
-            self._pending.append(self._servers.schedule(graph, (batches, first, held)))
-            most = window(self._max_staleness, self._num_workers, len(batches))
-            while len(self._pending) >= most:
-                self._shown |= self._pending.popleft().fetch()
+            iterator = None if columns is None else self._iterator_on_workers(columns)
+            self._pending.append(self._servers.schedule(graph, (batches, first, iterator)))
+            limit = window(self._max_staleness, self._num_workers, len(batches))
+            while len(self._pending) >= limit:
+                self._logs |= self._pending.popleft().fetch()
 
-    def _drawn(self, epoch: Any) -> Any:
-        """Draws a batch, or the numbers of its rows."""
+    def _next_batch(self, epoch: Any) -> Any:
+        """Reads the next batch, or the row numbers of one whose columns workers have."""
         if epoch.columns is not None:
             return tf.constant(next(epoch.iterator), tf.int64)
-        # A function that fails, as at the end of data, cancels the steps that are under way.
+        # A traced function that fails, here at the end of the data, cancels the pending
+        # steps. So the iterator is traced only if the number of batches is known.
         if epoch.may_end_early:
             return epoch.iterator.get_next().data
-        iterator, draw = self._drawing  # a function takes a fraction of the time
+        iterator, next_batch = self._traced_iterator
         if iterator is not epoch.iterator:
             iterator = epoch.iterator
-            draw = traced(lambda: iterator.get_next().data).get_concrete_function()
-            self._drawing = (iterator, draw)
-        return draw()
+            next_batch = traced(lambda: iterator.get_next().data).get_concrete_function()
+            self._traced_iterator = (iterator, next_batch)
+        return next_batch()
 
     def _traced_for(self, function: Any, batches: Any, first: Tensor, columns: Any) -> Any:
-        """Finds a function's trace for such batches; TensorFlow looks for it much longer."""
+        """Returns a function's trace for such batches, faster than TensorFlow's own cache."""
         leaves = tf.nest.flatten((batches, columns), expand_composites=True)
         key = (function, *((leaf.shape, leaf.dtype) for leaf in leaves if leaf is not None))
         if key not in self._traces:
-            held = None
-            if columns is not None:  # of which each worker has an iterator
-                held = tf.data.IteratorSpec(
+            iterator = None
+            if columns is not None:
+                iterator = tf.data.IteratorSpec(
                     tf.nest.map_structure(tf.type_spec_from_value, columns)
                 )
-            self._traces[key] = function.get_concrete_function(batches, first, held)
+            self._traces[key] = function.get_concrete_function(batches, first, iterator)
         return self._traces[key]
 
-    def _on_workers(self, columns: Any) -> Any:
-        """Sends arrays to the workers, once; gives what a step reads them from."""
-        for known, iterator in self._resident:
-            if known is columns:
+    def _iterator_on_workers(self, columns: Any) -> Any:
+        """Sends columns to the workers once. Returns the iterator from which a step reads."""
+        for sent_columns, iterator in self._columns_on_workers:
+            if sent_columns is columns:
                 return iterator
         dataset = self._servers.coordinator.create_per_worker_dataset(
             lambda: tf.data.Dataset.from_tensors(columns).repeat()
         )
-        self._resident.append((columns, iter(dataset)))
-        return self._resident[-1][1]
+        self._columns_on_workers.append((columns, iter(dataset)))
+        return self._columns_on_workers[-1][1]
 
     def _predict_batch(self, shares: list[Any]) -> Any:
-        """Predicts global batches, each worker a slice of each."""
+        """Predicts global batches. Each worker gets a slice of each."""
         with self._waiting_for("a step"):
             pending = [
                 self._servers.coordinator.schedule(self._predict, args=(piece,))
                 for share in shares
                 for piece in _pieces(share.data, self._num_workers)
             ]
-            outputs = [one.fetch() for one in pending]
-        # Keras asks what it gets for NumPy arrays.
+            outputs = [result.fetch() for result in pending]
+        # Keras calls `.numpy()` on the outputs.
         return tf.nest.map_structure(
             lambda *parts: tf.constant(np.concatenate(parts)), *outputs
         )
 
     def _read_results(self) -> Logs:
-        """Reads the metrics' results, under the names that steps return them by."""
+        """Reads the metrics' results, under the names by which steps return them."""
         key = (self._kind, bool(self._steps.named[self._kind]))
         if key not in self._readers:
             self._readers[key] = traced(self._results)
         return self._readers[key]()
 
     def _results(self) -> Logs:
-        with tf.device(self._ledger.server):  # in one call
+        with tf.device(self._update_log.server):  # where the metrics are: one remote call
             named = self._steps.named[self._kind]
             if not named:
-                results: Logs = self._own_results()
+                results: Logs = self._model_results()
                 return results
             return {
                 name: tf.nest.flatten(metric.result())[number]
                 for name, (metric, number) in named.items()
             }
 
-    def _settle(self) -> None:
-        """Waits until all steps that were begun are done."""
+    def _finish_pending(self) -> None:
+        """Waits for the end of all steps that are queued or scheduled."""
         if self._queued or self._pending:
             with self._waiting_for("the last steps of an epoch"):
-                self._hand_out(1)
+                self._schedule_queued(1)
                 self._servers.coordinator.join()
-                for one in self._pending:
-                    self._shown |= one.fetch()
+                for result in self._pending:
+                    self._logs |= result.fetch()
             self._pending.clear()
 
 
 def window(max_staleness: int | None, workers: int, updates: int) -> int:
-    """Says how many functions may be under way so that no update is staler than allowed.
+    """Computes how many functions may be pending so that no update exceeds the staleness.
 
-    An update may be overtaken by those that were under way on other workers when it began,
-    and by those that began while it was the oldest: a function begins only if fewer than the
-    window are under way from the oldest on.
+    Two kinds of updates can come before an update: those of functions that ran on other
+    workers when it began, and those of functions that began while it was the oldest. A
+    function begins only if fewer functions than the window are pending.
 
     Args:
         max_staleness: The bound, or None for a window that keeps all workers busy.
-        workers: How many there are.
-        updates: Of one function, one after the other.
+        workers: Number of workers.
+        updates: Number of updates of one function.
 
     Returns:
-        At least 1.
+        The window, at least 1.
 
     Example:
         >>> window(None, 2, 1), window(0, 2, 1), window(2, 2, 1), window(9, 4, 2)
         (4, 1, 2, 3)
     """
     if max_staleness is None:
-        return 2 * workers  # one under way on each, and one that is sent to it meanwhile
-    most = 1
-    while updates * (min(workers - 1, most) + most) <= max_staleness:
-        most += 1
-    return most
+        return 2 * workers  # each worker runs one function while the next is sent to it
+    size = 1
+    while updates * (min(workers - 1, size) + size) <= max_staleness:
+        size += 1
+    return size
 
 
 def _pieces(data: Any, count: int) -> list[Any]:
-    """Cuts a batch into as many pieces as there are workers, or rows."""
+    """Cuts a batch into pieces: as many as workers, and no more than rows."""
     rows = int(tf.shape(tf.nest.flatten(data)[0])[0])
     count = max(1, min(count, rows))
     edges = [rows * i // count for i in range(count + 1)]

@@ -1,4 +1,4 @@
-"""Which parameter is on which server: large ones split, all balanced by bytes."""
+"""Assigns variables to servers: balances bytes, and splits large variables."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import NamedTuple
 
 
 class Size(NamedTuple):
-    """What a variable needs on a server, with what the optimizer keeps for it.
+    """The size of a variable, with its optimizer's state.
 
     Attributes:
         rows: Its first dimension; 1 for a scalar.
-        bytes: Of the variable and the optimizer's variables of its shape.
-        can_split: Whether rows can be updated apart from each other.
+        bytes: Bytes of the variable and of the optimizer's variables of its shape.
+        can_split: Whether its rows can be updated independently of each other.
     """
 
     rows: int
@@ -24,9 +24,9 @@ class VariableSlice(NamedTuple):
     """Rows of a variable on one server.
 
     Attributes:
-        server: Its number.
+        server: The server's index.
         begin: The first row.
-        end: The one after the last.
+        end: One past the last row.
     """
 
     server: int
@@ -37,19 +37,20 @@ class VariableSlice(NamedTuple):
 def place(
     sizes: Sequence[Size], servers: int, min_part_bytes: int
 ) -> list[tuple[VariableSlice, ...]]:
-    """Spreads variables over servers, the largest first, each to the one with fewest bytes.
+    """Assigns variables to servers: the largest first, each to the server with fewest bytes.
 
-    A variable of at least twice `min_part_bytes` is split by rows, over as many servers as
-    give each part so many bytes. (Graham, "Bounds on multiprocessing timing anomalies", 1969:
-    no server gets more than 4/3 of what the best placement of whole parts would give it.)
+    A variable of at least twice `min_part_bytes` is split by rows over servers, so that each
+    part has at least `min_part_bytes`. No server gets more than 4/3 of the bytes that the
+    best placement of the same parts would give it (Graham, "Bounds on multiprocessing timing
+    anomalies", 1969).
 
     Args:
-        sizes: Of each variable.
-        servers: How many there are.
-        min_part_bytes: Of a part.
+        sizes: The size of each variable.
+        servers: Number of servers.
+        min_part_bytes: Smallest number of bytes of a part.
 
     Returns:
-        For each variable its parts, in the order of their rows.
+        The parts of each variable, in the order of their rows.
 
     Example:
         >>> place([Size(10, 400, True), Size(1, 100, False)], 2, 100)
@@ -62,10 +63,10 @@ def place(
         parts = min(servers, size.rows, size.bytes // max(1, min_part_bytes))
         parts = parts if size.can_split and parts > 1 else 1
         edges = [size.rows * i // parts for i in range(parts + 1)]
-        least = sorted(sorted(range(servers), key=lambda server: load[server])[:parts])
-        for server in least:
+        chosen = sorted(sorted(range(servers), key=lambda server: load[server])[:parts])
+        for server in chosen:
             load[server] += size.bytes // parts
         placed[index] = tuple(
-            VariableSlice(server, edges[i], edges[i + 1]) for i, server in enumerate(least)
+            VariableSlice(server, edges[i], edges[i + 1]) for i, server in enumerate(chosen)
         )
     return placed

@@ -1,4 +1,4 @@
-"""The processes of a parameter-server cluster: the chief connects, all others serve it."""
+"""The processes of a parameter-server cluster: the chief connects, the others serve it."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from tfdist.errors import StrategyError
 from tfdist.strategies.tf_distribute import ClusterCoordinator, ParameterServerStrategy
 
 _POLL_S = 0.5
-_SILENCE_S = 5.0
-_GONE = 4  # so often in turn the chief must not answer to be gone
+_ANSWER_TIMEOUT_S = 5.0
+_MAX_MISSED = 4  # consecutive polls without an answer, after which the chief counts as gone
 
 
 @dataclass(frozen=True)
 class Servers:
-    """What the chief is connected to.
+    """The workers and servers that the chief is connected to.
 
     Attributes:
-        strategy: TensorFlow's, by which a `ClusterCoordinator` finds the workers.
+        strategy: TensorFlow's strategy, by which a `ClusterCoordinator` finds the workers.
         workers: The device of each worker.
-        servers: The processor of each parameter server.
+        servers: The CPU device of each parameter server.
         addresses: `host:port` of every worker and server by its task, such as "worker 0".
     """
 
@@ -40,34 +40,33 @@ class Servers:
 
     @functools.cached_property
     def coordinator(self) -> Any:
-        """Hands steps to whichever worker is free, and again to another if one is lost."""
+        """Gives functions to free workers. If a worker is lost, another gets its function."""
         return ClusterCoordinator(self.strategy)
 
     def schedule(self, function: Any, arguments: tuple[Any, ...]) -> Any:
-        """Hands a function to the next worker that is free.
-
-        `ClusterCoordinator.schedule` does the same in the strategy's scope, in which
-        variables are made. To enter it takes longer than all the rest.
+        """Schedules a function on the next free worker.
 
         Args:
-            function: A concrete function, so that nothing is made.
-            arguments: Its arguments; of values per worker a worker gets its own.
+            function: A concrete function, which creates no variables.
+            arguments: Its arguments. Of a per-worker value, a worker gets its own.
 
         Returns:
             A `RemoteValue`.
         """
+        # `ClusterCoordinator.schedule` enters the strategy's scope first, in which variables
+        # are created. That takes longer than everything else, and is not needed here.
         return self.coordinator._cluster.schedule(function, args=arguments, kwargs={})
 
     def silent(self) -> list[str]:
-        """Names the tasks that do not answer now, within some seconds."""
+        """Names the tasks that do not answer within some seconds."""
         with ThreadPoolExecutor(len(self.addresses)) as pool:
-            heard = pool.map(
-                lambda address: answers(address, _SILENCE_S), self.addresses.values()
+            replies = pool.map(
+                lambda address: answers(address, _ANSWER_TIMEOUT_S), self.addresses.values()
             )
             return [
                 task
-                for task, is_there in zip(self.addresses, heard, strict=True)
-                if not is_there
+                for task, has_answered in zip(self.addresses, replies, strict=True)
+                if not has_answered
             ]
 
 
@@ -76,10 +75,10 @@ def connect(cluster: Cluster) -> Servers:
     """Connects the chief to all workers and servers, once in a process.
 
     Args:
-        cluster: The chief's place.
+        cluster: The cluster, as the chief sees it.
 
     Raises:
-        StrategyError: A worker or server did not come up in time.
+        StrategyError: A worker or server did not start in time.
     """
     addresses = {
         f"{job} {index}": address
@@ -105,16 +104,16 @@ def connect(cluster: Cluster) -> Servers:
 
 
 def serve(cluster: Cluster) -> NoReturn:
-    """Does what the chief asks for until the chief has ended, and then ends this process.
+    """Serves the chief until the chief has ended, then ends this process.
 
     Args:
-        cluster: This process's place, a worker's or a server's.
+        cluster: The cluster, as this worker or server sees it.
 
     Raises:
-        StrategyError: The port is taken, or the chief did not come up in time.
+        StrategyError: The port is taken, or the chief did not start in time.
     """
     (chief,) = cluster.jobs[CHIEF]
-    # Each worker may have an operation under way that waits for another worker's.
+    # Operations of different workers can wait for each other. Each needs a thread.
     threads = max(4, len(cluster.jobs[WORKER]) + 2, os.cpu_count() or 1)
     try:
         server = tf.distribute.Server(
@@ -132,13 +131,13 @@ def serve(cluster: Cluster) -> NoReturn:
         ) from error
     wait_until_up({CHIEF: chief}, start_timeout())
     missed = 0
-    while missed < _GONE:
+    while missed < _MAX_MISSED:
         time.sleep(_POLL_S)
         missed = 0 if is_up(chief) else missed + 1
     del server
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
-    # TensorFlow's server cannot be stopped, and would keep the process.
+    # TensorFlow's server cannot be stopped, and keeps the process alive.
     os._exit(0)
 
 

@@ -1,4 +1,4 @@
-"""The strategy: asynchronous by default, synchronous when asked."""
+"""The strategy `parameter_server`: asynchronous by default, synchronous on request."""
 
 from __future__ import annotations
 
@@ -16,11 +16,18 @@ from tfdist.cluster import CHIEF, PS, Cluster
 from tfdist.errors import ArgumentError, ServerLostError, StrategyError
 from tfdist.strategies.base import Functions, Place, Strategy, Tensor
 from tfdist.strategies.parameter_server.asynchronous import Asynchronous
-from tfdist.strategies.parameter_server.held import ServerVariables, plan
+from tfdist.strategies.parameter_server.server_variables import ServerVariables, plan
 from tfdist.strategies.parameter_server.servers import connect, serve
+from tfdist.strategies.parameter_server.synchronous import (
+    SynchronousVariables,
+    concatenate_on_device,
+    differentiable_sum,
+    mirrored_strategy,
+    sum_on_devices,
+    update_once,
+)
 from tfdist.strategies.parameter_server.update_log import Staleness
 from tfdist.strategies.tf_distribute import (
-    MirroredStrategy,
     MirroredVariables,
     TFDistribute,
     require_unused_tensorflow,
@@ -29,31 +36,32 @@ from tfdist.watchdog.timeouts import WaitLimit
 
 
 class ParameterServer(TFDistribute):
-    """Variables on parameter servers; workers read them, compute, and send gradients.
+    """Stores variables on parameter servers. Workers read them and send gradients.
 
-    The script runs on the chief alone. Made by `strategy="parameter_server"`; pass an
-    instance to choose the options below.
+    The script runs on the chief only. `strategy="parameter_server"` makes an instance with
+    the default options; pass an instance to choose others.
 
     Args:
-        cluster: This process's place; read from the environment if None.
-        synchronous: False: each worker takes a global batch of its own, and its update is
-            applied to whatever the weights have become meanwhile. True: all workers compute
-            a share of the same global batch with the same weights, which gives the weights
-            of one process. None: True under `tfdist run --synchronous`, else False.
-        max_staleness: At most so many updates may come between a step's reading of the
-            weights and its own update; no bound if None. 0 makes one step at a time.
-        data: "chief": the chief sends batches, of any kind of input. "workers": arrays are
-            sent to every worker once, and then only the numbers of a batch's rows; other
-            inputs are sent by the chief. Not for synchronous training.
-        min_part_bytes: A variable of at least twice as many bytes, with its optimizer's
-            state, is split by rows over servers.
+        cluster: The cluster of this process. None reads it from the environment.
+        synchronous: False: each worker takes a global batch of its own. Its update is
+            applied to the weights as other workers have changed them meanwhile. True: all
+            workers compute a part of the same global batch with the same weights, which
+            gives the weights of one process. None: True under `tfdist run --synchronous`,
+            else False.
+        max_staleness: The largest number of updates between a step's reading of the weights
+            and its own update. None sets no bound. 0 runs one step at a time.
+        data: "chief": the chief sends the batches of any kind of input. "workers": the chief
+            sends arrays to every worker once, then only the row numbers of each batch; it
+            sends the batches of other inputs. Synchronous training needs "chief".
+        min_part_bytes: A variable is split by rows over servers if it has, with its
+            optimizer's state, at least twice this number of bytes.
 
     Attributes:
-        staleness: Of the last asynchronous training, a `Staleness`, or None.
+        staleness: The `Staleness` of the last asynchronous training, or None.
 
     Raises:
-        ArgumentError: An argument is none of these, or they contradict each other.
-        StrategyError: The cluster has no servers, or one did not come up.
+        ArgumentError: An argument is invalid, or two arguments contradict each other.
+        StrategyError: The cluster has no servers, or a process did not start in time.
 
     Example:
         >>> import tfdist  # doctest: +SKIP
@@ -89,7 +97,7 @@ class ParameterServer(TFDistribute):
         self._servers = connect(cluster)
         workers = len(self._servers.workers)
         place = Place(workers, 0, workers) if synchronous else Place()
-        strategy = _mirrored(self._servers.workers) if synchronous else None
+        strategy = mirrored_strategy(self._servers.workers) if synchronous else None
         wait_limit = WaitLimit.from_environment("the chief", absent=self.silent)
         super().__init__(strategy, place, wait_limit)
         self.synchronous = synchronous
@@ -100,7 +108,7 @@ class ParameterServer(TFDistribute):
 
     @classmethod
     def unavailable(cls, cluster: Cluster) -> str | None:
-        """Says why not: the cluster has no chief, no workers or no servers."""
+        """Returns an obstacle if the cluster has no chief, no workers or no servers."""
         missing = [j for j in (CHIEF, "worker", PS) if not cluster.jobs.get(j)]
         if missing:
             return (
@@ -111,7 +119,7 @@ class ParameterServer(TFDistribute):
 
     @classmethod
     def chosen_by(cls, cluster: Cluster) -> str | None:
-        """Says why `auto` chooses it: the cluster has parameter servers."""
+        """Returns the reason for `auto`: the cluster has parameter servers."""
         if not cluster.has_parameter_servers:
             return None
         workers, servers = (len(cluster.jobs.get(job, ())) for job in ("worker", PS))
@@ -134,11 +142,11 @@ class ParameterServer(TFDistribute):
         return self._servers.silent()
 
     def copies(self, variable: Any) -> list[Any]:
-        """Gives the one value of a variable, which the servers hold."""
+        """Returns the one value of a variable, which is on the servers."""
         return Strategy.copies(self, variable)
 
     def placed(self, variables: Sequence[Any], optimizers: Sequence[Any]) -> Any:
-        """Plans where variables go; see `plan`."""
+        """Plans the servers of variables; see `plan`."""
         return plan(variables, optimizers, self.num_servers, self.min_part_bytes)
 
     def hold(
@@ -146,16 +154,17 @@ class ParameterServer(TFDistribute):
     ) -> contextlib.AbstractContextManager[None]:
         """Moves weights and the optimizers' state to the servers, as `Strategy.hold` says.
 
-        In synchronous training each worker has a copy of what it writes in a step.
+        In synchronous training each worker has a copy of all other variables, such as the
+        state of metrics.
         """
-        on_servers, copied = list(variables), []
+        on_servers, on_workers = list(variables), []
         if self.synchronous:
-            served_ids = {id(v) for o in optimizers for v in o.variables}
-            served_ids |= {id(v) for o in optimizers for v in _keras.trained_variables(o)}
-            on_servers = [v for v in variables if id(v) in served_ids]
-            copied = [v for v in variables if id(v) not in served_ids]
-        return _Both(
-            MirroredVariables(self.strategy, copied, ()) if copied else None,
+            server_ids = {id(v) for o in optimizers for v in o.variables}
+            server_ids |= {id(v) for o in optimizers for v in _keras.trained_variables(o)}
+            on_servers = [v for v in variables if id(v) in server_ids]
+            on_workers = [v for v in variables if id(v) not in server_ids]
+        return SynchronousVariables(
+            MirroredVariables(self.strategy, on_workers, ()) if on_workers else None,
             ServerVariables(
                 self.placed(on_servers, optimizers),
                 optimizers,
@@ -165,7 +174,7 @@ class ParameterServer(TFDistribute):
         )
 
     def own_functions(self, model: Any) -> Functions | None:
-        """Makes the asynchronous steps."""
+        """Makes the functions of asynchronous training."""
         if self.synchronous:
             return None
         return Asynchronous(
@@ -173,28 +182,28 @@ class ParameterServer(TFDistribute):
         ).functions()
 
     def summary(self) -> str | None:
-        """Says how stale weights were."""
-        seen = self.staleness
-        if seen is None or not seen.updates:
+        """Says how stale the weights were."""
+        staleness = self.staleness
+        if staleness is None or not staleness.updates:
             return None
         return (
-            f"{seen.updates} updates, with gradients of weights that were {seen.mean:.1f} "
-            f"updates old on average, {seen.maximum} at most"
+            f"{staleness.updates} updates, with gradients of weights that were "
+            f"{staleness.mean:.1f} updates old on average, {staleness.maximum} at most"
         )
 
     def _note_staleness(self, staleness: Staleness) -> None:
-        if staleness.updates:  # an evaluation makes none
+        if staleness.updates:  # an evaluation has none
             self.staleness = staleness
 
     # --- synchronous steps ------------------------------------------------------------
 
     def distribute(self, dataset: Callable[[], Any]) -> Iterable[Any]:
-        """Leaves the data on the chief, which feeds the workers."""
-        made: Iterable[Any] = dataset()
-        return made
+        """Leaves the data on the chief, which sends batches to the workers."""
+        batches: Iterable[Any] = dataset()
+        return batches
 
     def next_share(self, iterator: Any) -> Any:
-        """Draws each worker's share."""
+        """Returns each worker's per-replica batch."""
         if not self.synchronous:
             return iterator.get_next()
         shares = [iterator.get_next() for _ in range(self.place.num_replicas)]
@@ -208,95 +217,42 @@ class ParameterServer(TFDistribute):
     def reduce_step(
         self,
         gradients: Sequence[Tensor],
-        others: Sequence[Tensor],
+        exact_tensors: Sequence[Tensor],
         share: Tensor,
         variables: Sequence[Any],
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Sums gradients on the servers that hold their variables, the rest on the first."""
-        first = self._servers.servers[0]
-        devices = [_keras.backing_variable(v).device for v in variables] + [first] * len(others)
-        summed = self._summed([*gradients, *others], devices)
-        return summed[: len(gradients)], summed[len(gradients) :]
+        """Sums gradients on the servers of their variables, the rest on the first server."""
+        server = self._servers.servers[0]
+        devices = [_keras.backing_variable(variable).device for variable in variables]
+        devices += [server] * len(exact_tensors)
+        sums = sum_on_devices([*gradients, *exact_tensors], devices)
+        return sums[: len(gradients)], sums[len(gradients) :]
 
     def all_reduce_sum(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Sums tensors of all workers on the first server; gradients are summed likewise."""
-        first = self._servers.servers[0]
-
-        @tf.custom_gradient  # type: ignore[untyped-decorator]
-        def summed(*given: Tensor) -> tuple[list[Tensor], Callable[..., list[Tensor]]]:
-            devices = [first] * len(given)
-            return self._summed(given, devices), lambda *dys: self._summed(dys, devices)
-
-        # A custom gradient takes dense tensors alone, and no layer gathers slices.
-        rows = [isinstance(tensor, tf.IndexedSlices) for tensor in tensors]
-        slices = [tensor for tensor, is_rows in zip(tensors, rows, strict=True) if is_rows]
-        dense = [tensor for tensor, is_rows in zip(tensors, rows, strict=True) if not is_rows]
-        gathered = iter(self._summed(slices, [first] * len(slices)))
-        added = iter(summed(*dense) if dense else ())
-        return [next(gathered if is_rows else added) for is_rows in rows]
-
-    def _summed(self, tensors: Sequence[Tensor], devices: Sequence[str]) -> list[Tensor]:
-        if not tensors:
-            return []
-
-        def add(strategy: Any, given: Any) -> list[Tensor]:
-            sums = []
-            for tensor, device in zip(given, devices, strict=True):
-                parts = strategy.experimental_local_results(tensor)
-                with tf.device(device):
-                    sums.append(_sum(parts))
-            return sums
-
-        context = tf.distribute.get_replica_context()
-        result: list[Tensor] = context.merge_call(add, args=(list(tensors),))
-        return result
+        """Sums tensors of all workers on the first server. It is differentiable."""
+        return differentiable_sum(tensors, self._servers.servers[0])
 
     def all_gather(self, tensor: Tensor) -> Tensor:
         """Concatenates a tensor of every worker along axis 0."""
-
-        def join(strategy: Any, given: Any) -> Tensor:
-            with tf.device(self._servers.servers[0]):
-                return tf.concat(strategy.experimental_local_results(given), 0)
-
-        return tf.distribute.get_replica_context().merge_call(join, args=(tensor,))
+        return concatenate_on_device(tensor, self._servers.servers[0])
 
     def update(self, action: Callable[[], None]) -> None:
         """Updates the variables on the servers, once for all workers."""
-
-        def once(strategy: Any) -> None:
-            with tf.device(self._servers.servers[0]):
-                action()
-
-        tf.distribute.get_replica_context().merge_call(once)
+        update_once(action, self._servers.servers[0])
 
     @contextlib.contextmanager
     def explaining_losses(self) -> Iterator[None]:
-        """Says which process was lost, and what to do."""
+        """Says which process was lost, and what you can do."""
         try:
             yield
         except tf.errors.UnavailableError:
-            listed = " and ".join(self.silent()) or "one of them"
+            lost_tasks = " and ".join(self.silent()) or "one of them"
             raise ServerLostError(
                 "All servers, and in synchronous training all workers, must live until "
-                f"training ends. Received: no answer from {listed}. "
+                f"training ends. Received: no answer from {lost_tasks}. "
                 "`tfdist run` starts all processes again; with `checkpoint` of `fit` "
                 "training goes on from the last one."
             ) from None
-
-
-class _Both(contextlib.AbstractContextManager[None]):
-    """Variables on servers, and copies of others on the workers."""
-
-    def __init__(self, copied: MirroredVariables | None, on_servers: ServerVariables) -> None:
-        self._parts = [part for part in (copied, on_servers) if part is not None]
-
-    def __enter__(self) -> None:
-        for part in self._parts:
-            part.__enter__()
-
-    def __exit__(self, *error: object) -> None:
-        for part in reversed(self._parts):
-            part.__exit__(*error)
 
 
 def _check(
@@ -322,22 +278,3 @@ def _check(
             "`min_part_bytes` must be a whole number of at least 1. Received: "
             f"min_part_bytes={min_part_bytes!r}."
         )
-
-
-def _mirrored(devices: Sequence[str]) -> Any:
-    # TensorFlow refuses devices of several processes outside of a graph; in one it does
-    # all that is needed here: to trace a function once for each device, in step.
-    with tf.Graph().as_default():
-        return MirroredStrategy(
-            list(devices), cross_device_ops=tf.distribute.ReductionToOneDevice()
-        )
-
-
-def _sum(parts: Sequence[Tensor]) -> Tensor:
-    if isinstance(parts[0], tf.IndexedSlices):
-        return tf.IndexedSlices(
-            tf.concat([part.values for part in parts], 0),
-            tf.concat([part.indices for part in parts], 0),
-            parts[0].dense_shape,
-        )
-    return tf.add_n(list(parts))

@@ -1,4 +1,4 @@
-"""What the first server knows of updates: which were made, how old their weights were."""
+"""The log of updates on the first server: which steps are applied, and their staleness."""
 
 from __future__ import annotations
 
@@ -10,18 +10,21 @@ import tensorflow as tf
 
 Tensor = Any
 
-_REMEMBERED = 4096  # steps that may be made a second time, after a worker was lost
-MOST_UPDATES = 8  # of one step, at most: a model's own train step may have several
+_LOGGED_STEPS = 4096  # the last steps, which may run a second time if a worker is lost
+MAX_UPDATES = 8  # updates of one step: a custom train step may have several
 
 
 @dataclass(frozen=True)
 class Staleness:
-    """How old the weights were with which gradients had been computed.
+    """The staleness of gradients in asynchronous training.
+
+    The staleness of a step is the number of updates between its reading of the weights and
+    its own update.
 
     Attributes:
-        updates: Updates applied.
-        mean: Updates applied between a step's reading of the weights and its own, on average.
-        maximum: The most of them.
+        updates: Number of updates.
+        mean: Mean staleness of a step.
+        maximum: Largest staleness of a step.
     """
 
     updates: int
@@ -30,10 +33,14 @@ class Staleness:
 
 
 class UpdateLog:
-    """What the first server remembers of updates: their number, their age, and a lock.
+    """The number of updates, their staleness, and the lock under which they are applied.
 
     Args:
-        server: The device.
+        server: The device of the first server.
+
+    Attributes:
+        section: The lock.
+        version: Number of updates applied so far.
     """
 
     def __init__(self, server: str) -> None:
@@ -42,54 +49,59 @@ class UpdateLog:
             self.section = tf.CriticalSection(name="tfdist_updates")
             self.version = tf.Variable(0, dtype=tf.int64, trainable=False)
             self._sum = tf.Variable(0, dtype=tf.int64, trainable=False)
-            self._most = tf.Variable(0, dtype=tf.int64, trainable=False)
-            self._made = tf.Variable(
-                tf.fill([MOST_UPDATES, _REMEMBERED], tf.constant(-1, tf.int64)), trainable=False
+            self._maximum = tf.Variable(0, dtype=tf.int64, trainable=False)
+            # The last steps whose changes are applied, by the change's part of its step.
+            self._applied = tf.Variable(
+                tf.fill([MAX_UPDATES, _LOGGED_STEPS], tf.constant(-1, tf.int64)),
+                trainable=False,
             )
 
     def clear(self) -> None:
         """Forgets the steps of an earlier `fit`."""
-        for variable in (self.version, self._sum, self._most):
+        for variable in (self.version, self._sum, self._maximum):
             variable.assign(0)
-        self._made.assign(tf.fill([MOST_UPDATES, _REMEMBERED], tf.constant(-1, tf.int64)))
+        self._applied.assign(tf.fill([MAX_UPDATES, _LOGGED_STEPS], tf.constant(-1, tf.int64)))
 
     def staleness(self) -> Staleness:
-        """Reads how old weights were."""
+        """Reads the staleness of all updates."""
         updates = int(self.version.numpy())
         mean = int(self._sum.numpy()) / updates if updates else 0.0
-        return Staleness(updates, mean, int(self._most.numpy()))
+        return Staleness(updates, mean, int(self._maximum.numpy()))
 
     def once(self, number: Tensor, part: int, change: Callable[[], None]) -> None:
-        """Does what a step changes, unless it was done: a lost worker's step is made again.
+        """Applies a change of a step, unless it is applied already.
+
+        If a worker is lost, another worker runs its step again. Then part of the changes may
+        be applied already.
 
         Args:
-            number: Scalar int64, of the step.
-            part: Which of the step's changes this is.
+            number: Scalar int64, the step number.
+            part: The index of the change among those of the step.
             change: Assigns variables.
         """
         with tf.device(self.server):
             number = tf.identity(number)
-            place = number % _REMEMBERED
+            slot = number % _LOGGED_STEPS
 
-            def do() -> Tensor:
+            def apply() -> Tensor:
                 change()
-                self._made.scatter_nd_update([[part, place]], [number])
+                self._applied.scatter_nd_update([[part, slot]], [number])
                 return tf.constant(True)
 
-            def guarded() -> Tensor:
+            def apply_if_new() -> Tensor:
                 with tf.device(self.server):
-                    fresh = self._made[part, place] != number
-                    return tf.cond(fresh, do, lambda: tf.constant(False))
+                    is_new = self._applied[part, slot] != number
+                    return tf.cond(is_new, apply, lambda: tf.constant(False))
 
-            self.section.execute(guarded)
+            self.section.execute(apply_if_new)
 
-    def note(self, read: Tensor) -> None:
-        """Counts an update.
+    def count(self, version_read: Tensor) -> None:
+        """Counts an update and its staleness.
 
         Args:
-            read: The number of updates when the weights were read.
+            version_read: The value of `version` when the weights were read.
         """
-        age = self.version - read
-        self._sum.assign_add(age)
-        self._most.assign(tf.maximum(self._most, age))
+        staleness = self.version - version_read
+        self._sum.assign_add(staleness)
+        self._maximum.assign(tf.maximum(self._maximum, staleness))
         self.version.assign_add(1)

@@ -1,4 +1,4 @@
-"""What stands between a worker's train step and its optimizers."""
+"""Sends a worker's gradients to the servers, and applies the optimizers there."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from tfdist import _keras
 from tfdist._keras.parts import Split, parts_of
 from tfdist._keras.served import stateful
 from tfdist.strategies.packing import packs_of
-from tfdist.strategies.parameter_server.update_log import MOST_UPDATES, UpdateLog
+from tfdist.strategies.parameter_server.update_log import MAX_UPDATES, UpdateLog
 
 Tensor = Any
-LARGEST_PACKED = 2**18  # elements: what packing copies costs less than a call of its own
+# Elements. Up to this size, the copy that packing needs costs less than a call of its own.
+LARGEST_PACKED = 2**18
 
 
 class ServerUpdates:
@@ -22,20 +23,20 @@ class ServerUpdates:
 
     Args:
         model: The `keras.Model`.
-        ledger: The first server's.
-        number: Scalar int64 tensor, of the step.
+        update_log: The log on the first server.
+        number: Scalar int64 tensor, the step number.
     """
 
-    def __init__(self, model: Any, ledger: UpdateLog, number: Tensor) -> None:
-        self._ledger = ledger
+    def __init__(self, model: Any, update_log: UpdateLog, number: Tensor) -> None:
+        self._update_log = update_log
         self._number = number
-        self._at_once = _keras.has_own(model, "train_step")
-        self._waiting: list[Callable[[], None]] = []
-        self._sent: list[Tensor] = []
+        self._applies_at_once = _keras.has_own(model, "train_step")
+        self._pending_updates: list[Callable[[], None]] = []
+        self._gradients: list[Tensor] = []
         self._applied = 0
 
     def scale(self, optimizer: Any, loss: Tensor) -> Tensor:
-        """Leaves the loss: a step's batch is the whole of it."""
+        """Returns the loss as it is: a worker computes a whole global batch."""
         return loss
 
     def apply(
@@ -45,44 +46,49 @@ class ServerUpdates:
         update: Callable[[list[Tensor]], None],
         variables: Sequence[Any],
     ) -> None:
-        """Sends gradients to their servers; applies them at the end of the step, or now."""
-        sent = _sent(grads, variables, self._ledger.server)
-        self._sent += [s for s in sent if s is not None]
-        self._waiting.append(lambda: update(sent))
-        if self._at_once:
+        """Sends gradients to their servers.
+
+        `finish` applies them at the end of the step. In a custom train step they are applied
+        now, since the step may read the updated weights.
+        """
+        on_servers = _to_servers(grads, variables, self._update_log.server)
+        self._gradients += [gradient for gradient in on_servers if gradient is not None]
+        self._pending_updates.append(lambda: update(on_servers))
+        if self._applies_at_once:
             self.finish(lambda: None, self._number)
 
     def finish(
         self, change: Callable[[], None], number: Tensor, needed: Sequence[Tensor] = ()
     ) -> None:
-        """Applies what waits, with a change that belongs to it.
+        """Applies the pending updates and a further change in one section.
 
         Args:
             change: Assigns variables.
-            number: Of the step, on the server already or not.
-            needed: What it needs, on the server already.
+            number: The step number, on any device.
+            needed: Tensors that `change` needs, on the server already.
         """
-        waiting, self._waiting = self._waiting, []
+        updates, self._pending_updates = self._pending_updates, []
 
-        def everything() -> None:
-            for update in waiting:
+        def apply() -> None:
+            for update in updates:
                 update()
             change()
 
-        if self._applied == MOST_UPDATES:
-            raise ValueError(f"A train step may have at most {MOST_UPDATES - 1} updates.")
-        leaves = tf.nest.flatten([self._sent, list(needed)], expand_composites=True)
-        with stateful(), tf.control_dependencies(leaves):
-            self._ledger.once(number, self._applied, everything)
+        if self._applied == MAX_UPDATES:
+            raise ValueError(f"A train step may have at most {MAX_UPDATES - 1} updates.")
+        # All tensors arrive before the lock is taken, so that it is held only shortly.
+        tensors = tf.nest.flatten([self._gradients, list(needed)], expand_composites=True)
+        with stateful(), tf.control_dependencies(tensors):
+            self._update_log.once(number, self._applied, apply)
         self._applied += 1
 
 
-def sent_together(tensors: Sequence[Tensor], device: str) -> list[Tensor]:
-    """Moves tensors to a server; small ones of one type travel as one.
+def move_packed(tensors: Sequence[Tensor], device: str) -> list[Tensor]:
+    """Moves tensors to a server. Small tensors of one type are packed into one.
 
     Args:
         tensors: Dense tensors, or `tf.IndexedSlices`.
-        device: The server's.
+        device: The server's device.
     """
     moved = list(tensors)
     for indices in packs_of(tensors, LARGEST_PACKED):
@@ -102,25 +108,25 @@ def sent_together(tensors: Sequence[Tensor], device: str) -> list[Tensor]:
     return moved
 
 
-def _sent(grads: Sequence[Tensor], variables: Sequence[Any], server: str) -> list[Tensor]:
-    """Moves gradients to where they will be applied, before anything is locked."""
-    pieces: dict[str, list[tuple[int, int, Tensor]]] = {}
+def _to_servers(grads: Sequence[Tensor], variables: Sequence[Any], server: str) -> list[Tensor]:
+    """Moves gradients to the servers of their variables, before the lock is taken."""
+    by_device: dict[str, list[tuple[int, int, Tensor]]] = {}
     for index, (gradient, variable) in enumerate(zip(grads, variables, strict=True)):
         if gradient is None:
             continue
         value = _keras.backing_variable(variable)
         rows = value.cut(gradient) if isinstance(value, Split) else [gradient]
         for number, (part, piece) in enumerate(zip(parts_of(variable), rows, strict=True)):
-            pieces.setdefault(part.device, []).append((index, number, piece))
+            by_device.setdefault(part.device, []).append((index, number, piece))
     moved: list[dict[int, Tensor]] = [{} for _ in grads]
-    for device, there in pieces.items():
-        sent = sent_together([piece for *_, piece in there], device)
-        for (index, number, _), tensor in zip(there, sent, strict=True):
+    for device, pieces in by_device.items():
+        tensors = move_packed([piece for *_, piece in pieces], device)
+        for (index, number, _), tensor in zip(pieces, tensors, strict=True):
             moved[index][number] = tensor
     with tf.device(server):
         return [
-            _keras.backing_variable(variable).join([found[i] for i in range(len(found))])
-            if found and isinstance(_keras.backing_variable(variable), Split)
-            else found.get(0)
-            for found, variable in zip(moved, variables, strict=True)
+            _keras.backing_variable(variable).join([parts[i] for i in range(len(parts))])
+            if parts and isinstance(_keras.backing_variable(variable), Split)
+            else parts.get(0)
+            for parts, variable in zip(moved, variables, strict=True)
         ]

@@ -1,4 +1,4 @@
-"""A model's variables on the servers while it trains, and back."""
+"""Moves a model's variables to the servers for training, and back."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from tfdist.strategies.parameter_server.placement import Size, VariableSlice, pl
 def plan(
     variables: Sequence[Any], optimizers: Sequence[Any], servers: int, min_part_bytes: int
 ) -> list[tuple[Any, tuple[VariableSlice, ...], list[Any]]]:
-    """Decides where each variable goes.
+    """Chooses the servers of each variable.
 
     Args:
-        variables: A model's `keras.Variable`s, its optimizers' among them.
+        variables: A model's `keras.Variable`s, with those of its optimizers.
         optimizers: The optimizers.
-        servers: How many there are.
-        min_part_bytes: Of a part of a split variable.
+        servers: Number of servers.
+        min_part_bytes: Smallest number of bytes of a part of a split variable.
 
     Returns:
-        Variables with their parts and with those that go where they go, an optimizer's
-        state for them. Single numbers and what is left is on the first server.
+        Triples of a variable, its parts, and its slots. The slots, an optimizer's state for
+        the variable, have the same parts. Scalars are on the first server.
     """
     groups: list[tuple[Any, list[Any], bool]] = []
     seen: set[int] = set()
@@ -37,11 +37,11 @@ def plan(
             continue
         can_split = served_updates.is_elementwise(optimizer)
         for variable, slots in served_updates.trained_by(optimizer):
-            if id(variable) in seen:  # a second optimizer's state is placed like the first's
+            if id(variable) in seen:  # trained by two optimizers: it has its place already
                 continue
-            same = [slot for slot in slots if slot.shape == variable.shape]
-            seen.update(id(v) for v in (variable, *same))
-            groups.append((variable, same, can_split and bool(variable.shape.rank)))
+            same_shape = [slot for slot in slots if slot.shape == variable.shape]
+            seen.update(id(v) for v in (variable, *same_shape))
+            groups.append((variable, same_shape, can_split and bool(variable.shape.rank)))
     rest = [v for v in variables if id(v) not in seen]
     groups += [(v, [], False) for v in rest if v.shape.rank]
     sizes = [
@@ -66,14 +66,14 @@ def num_bytes(variable: Any) -> int:
 class ServerVariables(contextlib.AbstractContextManager[None]):
     """Moves variables to the servers, and back.
 
-    While inside, a `keras.Variable` lives on the server that has it, or on several; see
-    `MirroredVariables`, which does so for devices of one process.
+    Inside the context, the backing variable of a `keras.Variable` is on one or several
+    servers. `MirroredVariables` does the same for devices of one process.
 
     Args:
-        placed: What `plan` returned.
-        optimizers: The optimizers among whose variables they are.
-        servers: Their devices.
-        replacements: Makes the context in which Keras knows where variables are.
+        placed: The result of `plan`.
+        optimizers: The optimizers that own some of the variables.
+        servers: The servers' devices.
+        replacements: Makes the context in which Keras's layers read variables from servers.
     """
 
     def __init__(
@@ -83,21 +83,23 @@ class ServerVariables(contextlib.AbstractContextManager[None]):
         servers: Sequence[str],
         replacements: Callable[[], contextlib.AbstractContextManager[None]],
     ) -> None:
-        self._homes = [
+        self._parts_of = [
             (each, parts) for variable, parts, slots in placed for each in (variable, *slots)
         ]
         self._optimizers = optimizers
         self._servers = servers
         self._replacements = replacements
         self._stack = contextlib.ExitStack()
-        self._elsewhere: list[Any] = []  # the copies that are not in use
+        # The backing variables not in use now: those on servers outside of the context, the
+        # plain ones inside.
+        self._unused: list[Any] = []
 
     def __enter__(self) -> None:
-        if self._elsewhere:
-            for (variable, _), there in zip(self._homes, self._elsewhere, strict=True):
-                there.assign(tf.convert_to_tensor(variable.value))
+        if self._unused:
+            for (variable, _), on_server in zip(self._parts_of, self._unused, strict=True):
+                on_server.assign(tf.convert_to_tensor(variable.value))
         else:
-            self._elsewhere = [self._make(variable, parts) for variable, parts in self._homes]
+            self._unused = [self._make(variable, parts) for variable, parts in self._parts_of]
         self._swap()
         for optimizer in self._optimizers:
             served_updates.register_parts(optimizer)
@@ -106,24 +108,24 @@ class ServerVariables(contextlib.AbstractContextManager[None]):
     def __exit__(self, *_: object) -> None:
         self._stack.close()
         self._swap()
-        for (variable, _), there in zip(self._homes, self._elsewhere, strict=True):
-            variable.assign(there.numpy())
+        for (variable, _), on_server in zip(self._parts_of, self._unused, strict=True):
+            variable.assign(on_server.numpy())
 
     def _swap(self) -> None:
-        self._elsewhere = [
+        self._unused = [
             _keras.swap_value(variable, other)
-            for (variable, _), other in zip(self._homes, self._elsewhere, strict=True)
+            for (variable, _), other in zip(self._parts_of, self._unused, strict=True)
         ]
         for optimizer in self._optimizers:
             _keras.reindex_optimizer(optimizer)
 
     def _make(self, variable: Any, parts: Sequence[VariableSlice]) -> Any:
         value = variable.numpy()
-        made = []
+        backing = []
         for part in parts:
             with tf.device(self._servers[part.server]):
                 rows = value if len(parts) == 1 else value[part.begin : part.end]
-                made.append(
+                backing.append(
                     tf.Variable(
                         rows,
                         dtype=variable.dtype,
@@ -131,4 +133,4 @@ class ServerVariables(contextlib.AbstractContextManager[None]):
                         name=variable.name,
                     )
                 )
-        return made[0] if len(made) == 1 else Split(made)
+        return backing[0] if len(backing) == 1 else Split(backing)
