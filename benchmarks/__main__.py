@@ -13,6 +13,7 @@ for name in (
     "input_road",
     "scaling",
     "horovod",
+    "compression",
     "parameter_server",
     "imbalance",
     "augment",

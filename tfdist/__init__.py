@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 from tfdist._version import __version__
 
 if TYPE_CHECKING:
-    from tfdist import imbalance, privacy, samplers
+    from tfdist import compression, imbalance, privacy, samplers
     from tfdist.api import fit
     from tfdist.compression.settings import PowerSGD
     from tfdist.data import Augment, ByClass, LocalShard
     from tfdist.privacy.budget import PrivacyBudget
-    from tfdist.privacy.in_turn import DPFTRL
+    from tfdist.privacy.dpftrl import DPFTRL
     from tfdist.privacy.settings import DPSGD
     from tfdist.resume.checkpoint import Checkpoint
     from tfdist.scripts.drop_in import drop_in
@@ -38,6 +38,7 @@ __all__ = [
     "PowerSGD",
     "PrivacyBudget",
     "__version__",
+    "compression",
     "drop_in",
     "evaluate",
     "fit",
@@ -55,7 +56,7 @@ _HOMES = {
     "Augment": "tfdist.data",
     "ByClass": "tfdist.data",
     "Checkpoint": "tfdist.resume.checkpoint.settings",
-    "DPFTRL": "tfdist.privacy.in_turn",
+    "DPFTRL": "tfdist.privacy.dpftrl",
     "DPSGD": "tfdist.privacy.settings",
     "Horovod": "tfdist.strategies.horovod",
     "LearningRateScaling": "tfdist.training.learning_rate",
@@ -101,11 +102,11 @@ def _follow_files() -> None:
         return
     backend = getattr(sys.modules["keras"], "backend", None)
     if backend is not None and backend.backend() == "tensorflow":
-        importlib.import_module("tfdist.privacy.memory")
+        importlib.import_module("tfdist.privacy.model_history")
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("imbalance", "privacy", "samplers"):
+    if name in ("compression", "imbalance", "privacy", "samplers"):
         return importlib.import_module(f"tfdist.{name}")
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)

@@ -8,9 +8,9 @@ from typing import Any
 from tfdist import data
 from tfdist.compression.extension import CompressedTraining
 from tfdist.compression.settings import PowerSGD
-from tfdist.privacy import memory
+from tfdist.privacy import model_history
+from tfdist.privacy.extension import PrivateTraining
 from tfdist.privacy.settings import DPSGD
-from tfdist.private import PrivateTraining
 from tfdist.resume import elastic
 from tfdist.resume.checkpoint import Checkpoint, CheckpointRun
 from tfdist.samplers import Sampler
@@ -128,7 +128,7 @@ def fit(
     preflight.check_counts(epochs=epochs, initial_epoch=initial_epoch)
     preflight.check_steps(steps_per_epoch=steps_per_epoch, validation_steps=validation_steps)
     session, model = current(strategy), preflight.compiled(model)
-    memory.check_idle(model)
+    model_history.check_idle(model)
     request = Request(
         session=session,
         model=model,

@@ -7,6 +7,7 @@ from pathlib import Path
 from tests.behaviour import (
     checkpoint_checks,  # noqa: F401, they register themselves
     checks,  # noqa: F401
+    compression_checks,  # noqa: F401
     contract_checks,  # noqa: F401
     horovod_checks,  # noqa: F401
     local_checks,  # noqa: F401

@@ -43,7 +43,7 @@ def dataset() -> Any:
 
 
 def read(x: Any, y: Any, class_weight: Any, steps: int | None = None) -> data.Source:
-    settings = data.Settings(
+    settings = data.SourceSettings(
         None, steps, Uniform(), shuffle=True, seed=0, training=True, class_weight=class_weight
     )
     return data.read(x, y, None, settings)

@@ -85,7 +85,7 @@ def test_shares_hold_the_rows(kind: str, form: str, replicas: int) -> None:
     for replica in range(replicas):
         x, y = KINDS[kind](FORMATS[form])
         size = 8 if kind == "arrays" else None
-        settings = data.Settings(size, None, Sequential(), False, 0, training=False)
+        settings = data.SourceSettings(size, None, Sequential(), False, 0, training=False)
         source = data.read(x, y, None, settings)
         for step, share in enumerate(source.shares(Place(replicas, replica))):
             made, _ = share.data
@@ -103,7 +103,7 @@ def test_rows_are_split_and_fingerprinted() -> None:
     for (part, _, _), rows in ((first, slice(0, 17)), (last, slice(17, ROWS))):
         assert rows_of(part["s"]) == ZEROS[rows].tolist()
         assert part["r"].to_list() == RAGGED.to_list()[rows]
-    settings = data.Settings(8, None, Sequential(), False, 0, training=False)
+    settings = data.SourceSettings(8, None, Sequential(), False, 0, training=False)
     other = RAGGED.with_values(RAGGED.values + 1)
     prints = {
         data.read(changed, Y, None, settings).fingerprint()

@@ -29,7 +29,7 @@ from tfdist.strategies.base import Place
 pytestmark = pytest.mark.quick
 
 
-def settings(**changes: Any) -> data.Settings:
+def settings(**changes: Any) -> data.SourceSettings:
     values: dict[str, Any] = {
         "batch_size": None,
         "steps": None,
@@ -38,7 +38,7 @@ def settings(**changes: Any) -> data.Settings:
         "seed": 0,
         "training": False,
     }
-    return data.Settings(**{**values, **changes})
+    return data.SourceSettings(**{**values, **changes})
 
 
 @pytest.mark.parametrize("total", [1, 2, 3, 64, 65])

@@ -583,7 +583,8 @@ def private(train: Train) -> tuple[Any, Any]:
 @case("privacy")
 def private_compiled_by_xla(train: Train) -> tuple[Any, Any]:
     model = private_mlp(keras.optimizers.Adam(0.01), jit_compile=True)
-    privacy = noiseless(l2_norm_clip=0.5)
+    falling = keras.optimizers.schedules.ExponentialDecay(0.5, 5, 0.5)
+    privacy = noiseless(l2_norm_clip=falling)
     return model, train(model, *table(300), batch_size=64, epochs=2, privacy=privacy)
 
 
@@ -597,7 +598,7 @@ def private_adaptive(train: Train) -> tuple[Any, Any]:
 @case("privacy")
 def private_clipped_by_layer(train: Train) -> tuple[Any, Any]:
     model = private_mlp(keras.optimizers.Adam(0.01))
-    privacy = noiseless(l2_norm_clip=0.1, clipping="per_layer")
+    privacy = noiseless(l2_norm_clip=0.1, clipping="per_layer", bands=2)
     return model, train(model, *table(300), batch_size=64, epochs=2, privacy=privacy)
 
 

@@ -200,6 +200,21 @@ def test_smote_finds_the_rare_digits(clusters):
     assert found["ClassBalanced(), Augment"][2] > recall_of_odd[0] + 10
 
 
+@run_on(TWO, command="compressed_digits.py")
+def test_compressed_digits_are_small_and_accurate(place, clusters):
+    printed = printed_on(clusters, place, "compressed_digits.py")
+    facts = facts_of(printed)
+    assert float(facts["held-out accuracy"].rstrip("%")) > 95
+    assert float(facts["times fewer"]) > 100
+    rows = re.findall(r"^(\S.*\S) +(\d+) kB +([\d.]+)%$", printed, re.MULTILINE)
+    size = {name: int(kilobytes) for name, kilobytes, _ in rows}
+    assert len(rows) == 8
+    assert size["Keras, with Adam"] > 2.5 * size["Keras"]
+    assert size["Keras"] > 2.5 * size["Keras int8"] > 2.5 * size["Keras int4"]
+    assert size["LiteRT float32"] > 3.5 * size["LiteRT int8, all"]
+    assert min(float(accuracy) for *_, accuracy in rows) > 94
+
+
 @run_on(TWO, command="private_digits.py")
 def test_private_digits_keeps_to_its_budget(place, clusters):
     printed = printed_on(clusters, place, "private_digits.py")

@@ -284,7 +284,7 @@ class TestStatement:
         assert "Rényi" in text
 
     def test_never_rounds_down(self):
-        from tfdist.privacy.report import _rounded_up
+        from tfdist.privacy.accounting.report import _rounded_up
 
         for value, shown in [(2.3852, "2.39"), (2.3901, "2.4"), (0.12501, "0.126"), (13, "13")]:
             assert _rounded_up(value) == shown

@@ -19,18 +19,21 @@ from tfdist.privacy import (
     AuditReport,
     Ledger,
     audit,
-    auditing,
-    bounds,
+    audits,
     canaries,
     epsilon,
     epsilon_lower_bound,
     gaussian_lower_bound,
-    membership,
-    tradeoffs,
 )
-from tfdist.privacy.bounds import clopper_pearson, p_value
-from tfdist.privacy.ledger import Phase
-from tfdist.privacy.tradeoffs import curve_of, curve_of_ledger, gaussian_epsilon, p_value_of
+from tfdist.privacy.accounting.ledger import Phase
+from tfdist.privacy.audit_scores import bounds, membership, tradeoffs
+from tfdist.privacy.audit_scores.bounds import clopper_pearson, p_value
+from tfdist.privacy.audit_scores.tradeoffs import (
+    curve_of,
+    curve_of_ledger,
+    gaussian_epsilon,
+    p_value_of,
+)
 
 DELTA = 1e-5
 
@@ -384,7 +387,7 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_examples_of_the_docstrings() -> None:
-    for module in (bounds, membership, auditing, tradeoffs):
+    for module in (bounds, membership, audits, tradeoffs):
         result = doctest.testmod(module)
         assert result.attempted > 0
         assert result.failed == 0
@@ -488,7 +491,7 @@ CLAIMED = epsilon(sampling_probability=1.0, noise_multiplier=NOISE, steps=STEPS,
 
 def too_little_on_each_replica(patch: pytest.MonkeyPatch) -> None:
     """Lets 16 replicas add noise of 1 / 16 each, where 1 / sqrt(16) were right."""
-    from tfdist.privacy.noise import Noise
+    from tfdist.privacy.mechanism.noise import Noise
 
     normal = Noise.normal
     patch.setattr(Noise, "normal", lambda *arguments: normal(*arguments) / 4)
@@ -508,7 +511,7 @@ def clipped_after_the_sum(patch: pytest.MonkeyPatch) -> None:
         gradients, _ = tf.clip_by_global_norm(tape.gradient(loss, variables), norm)
         return outputs, [g * mechanism.expected_batch for g in gradients], tf.constant(0.0)
 
-    patch.setattr("tfdist.privacy.step.clipped_share", share)
+    patch.setattr("tfdist.privacy.mechanism.step.clipped_share", share)
 
 
 def audited(noise: float) -> AuditReport:

@@ -21,7 +21,8 @@ import tensorflow as tf
 from sklearn import metrics
 from sklearn.metrics import _ranking
 
-from tfdist.privacy import AuditReport, audit, clipping, epsilon
+from tfdist.privacy import AuditReport, audit, epsilon
+from tfdist.privacy.mechanism import clipping
 
 APART = Path(sys.prefix, "tensorflow-privacy")
 MODULES = "tensorflow_privacy.privacy"

@@ -13,10 +13,10 @@ import tensorflow as tf
 import tfdist
 from tfdist.errors import ArgumentError
 from tfdist.privacy import check
-from tfdist.privacy_check import checking
-from tfdist.privacy_check.draw_tests import draw_facts
-from tfdist.privacy_check.noise_tests import Block, noise_facts, smallest_error
-from tfdist.privacy_check.report import CheckReport, Fact
+from tfdist.privacy.checking import checking
+from tfdist.privacy.checking.draw_tests import draw_facts
+from tfdist.privacy.checking.noise_tests import Block, noise_facts, smallest_error
+from tfdist.privacy.checking.report import CheckReport, Finding
 
 L = keras.layers
 ALPHA = 1e-6
@@ -47,7 +47,7 @@ def failed(report: CheckReport) -> set[str]:
 # --- statistics -------------------------------------------------------------------------
 
 
-def names(facts: list[Fact]) -> set[str]:
+def names(facts: list[Finding]) -> set[str]:
     return {fact.name for fact in facts if not fact.passed}
 
 
@@ -90,6 +90,18 @@ def test_noise_that_is_wrong_in_one_way(change: Any, expected: str) -> None:
     assert any(
         name.startswith(expected) for name in names(noise_facts(change(z), BLOCKS, ALPHA))
     )
+
+
+@pytest.mark.quick
+def test_the_grid_of_the_noise_is_no_fault() -> None:
+    rng = np.random.default_rng(0)
+    blocks = (Block("all", slice(0, 400)),)
+    found = []
+    for _ in range(10):
+        z = np.round(rng.normal(size=(100, 400)) * 64) / 64
+        facts = noise_facts(z, blocks, ALPHA)
+        found += [fact.measured for fact in facts if fact.name.startswith("noise: normal")]
+    assert np.median(found) > 0.2  # a probability; of the bare grid it is a tenth
 
 
 @pytest.mark.quick
@@ -173,14 +185,14 @@ def test_other_mechanisms_pass(privacy: Any) -> None:
 
 
 def times(patch: pytest.MonkeyPatch, factor: float) -> None:
-    from tfdist.privacy.noise import Noise
+    from tfdist.privacy.mechanism.noise import Noise
 
     normal = Noise.normal
     patch.setattr(Noise, "normal", lambda *given: normal(*given) * factor)
 
 
 def the_same_in_every_step(patch: pytest.MonkeyPatch) -> None:
-    from tfdist.privacy.noise import Noise
+    from tfdist.privacy.mechanism.noise import Noise
 
     normal = Noise.normal
     patch.setattr(
@@ -215,7 +227,7 @@ def test_wrong_noise_is_found(
 def test_wrong_noise_on_the_count_within_the_norm_is_found(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from tfdist.privacy.adaptive import AdaptiveClip
+    from tfdist.privacy.mechanism.adaptive import AdaptiveClip
 
     with_noise = AdaptiveClip.with_noise
     monkeypatch.setattr(
@@ -232,7 +244,7 @@ def test_wrong_noise_on_the_count_within_the_norm_is_found(
 
 
 def test_clipping_to_twice_the_norm_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tfdist.privacy import step
+    from tfdist.privacy.mechanism import step
 
     share = step.clipped_share
 
@@ -249,7 +261,7 @@ def test_clipping_to_twice_the_norm_is_found(monkeypatch: pytest.MonkeyPatch) ->
 def test_an_example_without_a_finite_gradient_that_is_not_left_out_is_found(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from tfdist.privacy import step
+    from tfdist.privacy.mechanism import step
 
     share = step.clipped_share
 
@@ -278,7 +290,7 @@ def test_shuffled_batches_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_division_by_the_batch_that_came_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tfdist.privacy import step
+    from tfdist.privacy.mechanism import step
 
     share = step.clipped_share
 
@@ -301,7 +313,7 @@ class Centre(L.Layer):
 
 def test_a_layer_that_mixes_examples_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     # Without the refusal of `fit` itself.
-    monkeypatch.setattr("tfdist.private.PrivateRun._try", lambda *given: None)
+    monkeypatch.setattr("tfdist.privacy.run.PrivateRun._try", lambda *given: None)
     report = measured(classifier(Centre()), *table(8), parts=["contributions"])
     assert {name.partition(":")[0] for name in failed(report)} == {"neighbours"}
     assert len(report.failures) == 2
@@ -331,8 +343,8 @@ def test_what_cannot_be_checked(change: Any, message: str) -> None:
 
 @pytest.mark.quick
 def test_a_report_is_read_by_name() -> None:
-    good = Fact("one", 1.0, 1.0, 0.9, 1.1)
-    bad = Fact("two", float("nan"), 1.0, -np.inf, 1.1, "why")
+    good = Finding("one", 1.0, 1.0, 0.9, 1.1)
+    bad = Finding("two", float("nan"), 1.0, -np.inf, 1.1, "why")
     report = CheckReport((good, bad), ("three: no",), 1e-4, 2.0)
     assert not report.passed
     assert report.failures == (bad,)

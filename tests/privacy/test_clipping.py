@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from tfdist._keras import layers as keras_layers
 from tfdist.errors import ArgumentError
-from tfdist.privacy import clipping, independence
+from tfdist.privacy.mechanism import clipping, independence
 
 L = keras.layers
 EXAMPLES = 5
@@ -566,6 +566,8 @@ def test_what_mixes_or_draws_is_refused() -> None:
         model, x, y = sequential(shape, *layers)
         with pytest.raises(ArgumentError, match=message):
             clipped_sum(model, x, y, ones, 1.0)
+        # Else the next `MirroredStrategy().scope()` is refused.
+        assert tf.compat.v1.get_variable_scope().caching_device is None
 
 
 @pytest.mark.quick

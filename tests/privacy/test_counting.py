@@ -18,10 +18,10 @@ import pytest
 import tensorflow as tf
 
 import tfdist
+from tfdist.data.separation import SeparationCheck
 from tfdist.errors import ArgumentError, CheckpointError
-from tfdist.privacy import Ledger, Phase, memory
-from tfdist.privacy.correlated import coefficients, sensitivity
-from tfdist.privacy.separation import SeparationCheck
+from tfdist.privacy import Ledger, Phase, model_history
+from tfdist.privacy.accounting.correlated import coefficients, sensitivity
 
 L = keras.layers
 NUMBERS = 2000
@@ -295,11 +295,11 @@ def adapted(model: Any) -> Any:
 )
 def test_other_weights_of_a_layer_keep_what_was_spent(change: Any) -> None:
     model = still()
-    memory.keep(model, memory.History(SPENT))
-    assert memory.of(change(model)).ledger == SPENT
-    with memory.forgotten(model):
-        assert memory.of(model) == memory.History()
-    assert memory.of(model).ledger == SPENT
+    model_history.keep(model, model_history.History(SPENT))
+    assert model_history.of(change(model)).ledger == SPENT
+    with model_history.forgotten(model):
+        assert model_history.of(model) == model_history.History()
+    assert model_history.of(model).ledger == SPENT
 
 
 def test_what_is_not_counted_is_noted() -> None:

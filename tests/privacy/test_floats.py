@@ -13,11 +13,12 @@ from scipy import integrate, optimize, special, stats
 
 import tfdist
 from tfdist.errors import ArgumentError
-from tfdist.privacy import Ledger, Phase, normals
-from tfdist.privacy.accountants import gaussian_epsilon
-from tfdist.privacy.grid import Rounding
-from tfdist.privacy.normals import from_words, standard_normal
-from tfdist.privacy.pld import Composition, Losses
+from tfdist.privacy import Ledger, Phase
+from tfdist.privacy.accounting.accountants import gaussian_epsilon
+from tfdist.privacy.accounting.pld import LossDistributions, Losses
+from tfdist.privacy.mechanism import normals
+from tfdist.privacy.mechanism.grid import Rounding
+from tfdist.privacy.mechanism.normals import from_words, standard_normal
 
 pytestmark = pytest.mark.quick
 NORMAL = stats.norm
@@ -206,7 +207,7 @@ def test_composition_is_above_the_truth_and_near(mean: float, steps: int, delta:
     one = plds.from_gaussian_mechanism(math.sqrt(steps) / mean, **options)
     pmf = one._pmf_remove.to_dense_pmf()
     losses = Losses(pmf._probs, pmf._lower_loss, pmf._infinity_mass, steps)
-    received = Composition([losses], interval).epsilon(delta)
+    received = LossDistributions([losses], interval).epsilon(delta)
     assert exact <= received < exact * 1.01
     assert exact <= gaussian_epsilon(mean, delta) < exact * (1 + 1e-6) + 1e-9
     phase = Phase(1.0, math.sqrt(steps) / mean, steps)

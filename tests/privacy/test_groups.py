@@ -14,9 +14,10 @@ from tests.privacy.test_clipping import FAST, SLOW, close
 from tfdist import data
 from tfdist._keras import layers as keras_layers
 from tfdist.errors import ArgumentError
-from tfdist.privacy import Ledger, Phase, Poisson, clipping
-from tfdist.privacy.together import Copies, Groups, Together
-from tfdist.privacy.users import PoissonOfUsers, Users
+from tfdist.privacy import Ledger, Phase, Poisson
+from tfdist.privacy.mechanism import clipping
+from tfdist.privacy.mechanism.clipping_groups import ClippingGroups, CopiesOfExamples, Groups
+from tfdist.privacy.sampling.users import PoissonOfUsers, Users
 from tfdist.strategies.base import Place
 
 L = keras.layers
@@ -63,14 +64,14 @@ def some(structure: Any, rows: list[int]) -> Any:
     return tf.nest.map_structure(lambda leaf: np.asarray(leaf)[rows], structure)
 
 
-WAYS: dict[str, tuple[list[int], Together, Units, float]] = {
+WAYS: dict[str, tuple[list[int], ClippingGroups, Units, float]] = {
     "users": (
         [0, 1, 2, 3, 4],
         Groups(tf.constant([7, 7, 7, 2, 9]), 3),
         [[0, 1, 2], [3], [4]],
         1.0,
     ),
-    "copies": ([0, 1, 2, 3], Copies(2), [[0, 1], [2, 3]], 0.5),
+    "copies": ([0, 1, 2, 3], CopiesOfExamples(2), [[0, 1], [2, 3]], 0.5),
 }  # fmt: skip
 
 
@@ -299,7 +300,7 @@ def test_the_mean_over_augmented_copies_is_clipped(name: str) -> None:
     sampler: Any = Poisson(capacity=len(x))
     if name == "users":
         sampler = PoissonOfUsers(Users(ids, 3), Poisson())
-    read = data.Settings(
+    read = data.SourceSettings(
         8, 4, sampler, False, 3, training=True, augment=augment, private=True, copies=3
     )
     shares = list(data.read(x, y, None, read).shares(Place()).take(8))

@@ -17,9 +17,9 @@ from tests.privacy.test_groups import classifier, loop, rows
 from tfdist._keras import layers as keras_layers
 from tfdist.errors import ArgumentError
 from tfdist.privacy import Ledger, Phase
-from tfdist.privacy.correlated import coefficients, sensitivity
-from tfdist.privacy.in_turn import SameOrder
-from tfdist.privacy.noise import Noise
+from tfdist.privacy.accounting.correlated import coefficients, sensitivity
+from tfdist.privacy.dpftrl import SameOrder
+from tfdist.privacy.mechanism.noise import Noise
 
 L = keras.layers
 SGD = keras.optimizers.SGD

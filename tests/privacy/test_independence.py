@@ -12,7 +12,7 @@ import tensorflow as tf
 
 import tfdist
 from tfdist.errors import ArgumentError
-from tfdist.privacy import independence
+from tfdist.privacy.mechanism import independence
 
 L, R, ops = keras.layers, keras.random, keras.ops
 Tried = tuple[Any, Any, Any]

@@ -14,9 +14,9 @@ import tfdist
 from tfdist import _keras
 from tfdist._keras import RowKeys, keyed, row_numbers
 from tfdist.errors import ArgumentError
-from tfdist.privacy import independence
-from tfdist.privacy.clipping import clipped_sum
-from tfdist.privacy.contributions import pinned
+from tfdist.privacy.mechanism import independence
+from tfdist.privacy.mechanism.clipping import clipped_sum
+from tfdist.privacy.mechanism.contributions import pinned
 
 L = keras.layers
 SEED = tf.constant([7, 3], tf.int32)

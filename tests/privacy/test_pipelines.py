@@ -12,8 +12,8 @@ import pytest
 import tensorflow as tf
 
 from tfdist._keras.pipelines import misplaced
+from tfdist.data.separation import check_places
 from tfdist.errors import ArgumentError
-from tfdist.privacy.separation import check_places
 
 pytestmark = pytest.mark.quick
 X = np.arange(48, dtype="float32").reshape(24, 2)

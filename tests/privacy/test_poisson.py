@@ -132,7 +132,9 @@ class Given(Sampler):
 @pytest.mark.parametrize("replicas", [1, 2, 3])
 def test_shares_of_an_empty_batch_have_no_rows(replicas: int) -> None:
     x = np.arange(9.0)
-    settings = data.Settings(4, 3, Given([], [5, 7], []), shuffle=False, seed=0, training=True)
+    settings = data.SourceSettings(
+        4, 3, Given([], [5, 7], []), shuffle=False, seed=0, training=True
+    )
     source = data.read(x, x, None, settings)
     shares = list(source.shares(Place(replicas, 0, replicas)).take(3 * replicas))
     counts = [int(share.rows) for share in shares]

@@ -16,13 +16,18 @@ from hypothesis import strategies as st
 
 from tfdist._keras import ReplicaBatch
 from tfdist.errors import ArgumentError
-from tfdist.privacy import grams, parts, rounding
-from tfdist.privacy.adaptive import AdaptiveClip
-from tfdist.privacy.closed_forms import FORMS as OF_LAYERS
-from tfdist.privacy.closed_forms import Call
-from tfdist.privacy.parts import Lookup, Part, Product, Written
+from tfdist.privacy.mechanism import gram_matrices, parts, rounding
+from tfdist.privacy.mechanism.adaptive import AdaptiveClip
+from tfdist.privacy.mechanism.clipping_groups import (
+    Alone,
+    ClippingGroups,
+    CopiesOfExamples,
+    Groups,
+)
+from tfdist.privacy.mechanism.closed_forms import FORMS as OF_LAYERS
+from tfdist.privacy.mechanism.closed_forms import LayerCall
+from tfdist.privacy.mechanism.parts import GradientPart, Lookup, Product, Written
 from tfdist.privacy.settings import DPSGD, LARGEST_NORM, LEAST_NORM, Mechanism
-from tfdist.privacy.together import Alone, Copies, Groups, Together
 
 UNITS = 3
 SLACK = 1e-5
@@ -62,7 +67,7 @@ def cases(spread: int) -> st.SearchStrategy[Case]:
     )
 
 
-def product(case: Case) -> tuple[Part, Any]:
+def product(case: Case) -> tuple[GradientPart, Any]:
     variable = keras.Variable(np.zeros((case.p, case.q), "float32"))
     exact = np.einsum(
         "btp,btq->bpq", case.inputs.astype("float64"), case.outputs.astype("float64")
@@ -70,30 +75,32 @@ def product(case: Case) -> tuple[Part, Any]:
     return Product(variable, tf.constant(case.inputs), tf.constant(case.outputs)), exact
 
 
-def lookup(case: Case) -> tuple[Part, Any]:
+def lookup(case: Case) -> tuple[GradientPart, Any]:
     variable = keras.Variable(np.zeros((3, case.q), "float32"))
     same = np.eye(3)[case.rows]
     exact = np.einsum("btr,btq->brq", same, case.outputs.astype("float64"))
     return Lookup(variable, tf.constant(case.rows), tf.constant(case.outputs)), exact
 
 
-def written(case: Case) -> tuple[Part, Any]:
+def written(case: Case) -> tuple[GradientPart, Any]:
     variable = keras.Variable(np.zeros((case.positions, case.q), "float32"))
     return Written(variable, tf.constant(case.outputs)), case.outputs.astype("float64")
 
 
-FORMS: dict[str, Callable[[Case], tuple[Part, Any]]] = {
+FORMS: dict[str, Callable[[Case], tuple[GradientPart, Any]]] = {
     "product": product,
     "lookup": lookup,
     "written": written,
 }
 
 
-def norm(part: Part, together: Together) -> Any:
+def norm(part: GradientPart, together: ClippingGroups) -> Any:
     return np.sqrt(part.squared_norms(together).numpy().astype("float64"))
 
 
-def added(part: Part, unit: int, units: int, factor: float, together: Together) -> float:
+def added(
+    part: GradientPart, unit: int, units: int, factor: float, together: ClippingGroups
+) -> float:
     """Gives the norm of what one unit adds."""
     weights = np.zeros(units, "float32")
     weights[unit] = factor
@@ -142,12 +149,12 @@ def test_no_unit_of_examples_that_cancel_adds_more(form: str, kind: str, case: C
     for factor, sign in ((case.inputs, 1.0), (case.outputs, -1.0)):
         factor[1] = sign * factor[0] * np.float32(1 + 2e-7)
     case.rows[1] = case.rows[0]
-    together: Together = Groups(tf.constant([4, 4, 9]), 2)
+    together: ClippingGroups = Groups(tf.constant([4, 4, 9]), 2)
     if kind == "copies":
         case.inputs, case.outputs, case.rows = (
             a[:2] for a in (case.inputs, case.outputs, case.rows)
         )
-        together = Copies(2)
+        together = CopiesOfExamples(2)
     part, _ = FORMS[form](case)
     norms = norm(part, together)
     for unit in range(len(norms)):
@@ -169,7 +176,7 @@ def test_devices_that_round_factors(unit: float, case: Case) -> None:
         )
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (grams, parts, rounding):
+        for module in (gram_matrices, parts, rounding):
             patch.setattr(module, "factor_unit", lambda: unit)
         patch.setattr(parts, "_gram_is_smaller", lambda *_: True)
         patch.setattr(tf, "matmul", lambda a, b, **k: real(rounded(a), rounded(b), **k))
@@ -306,7 +313,7 @@ def test_no_layer_adds_more_than_its_norm(name: str, seed: int, part: int) -> No
     made = made * np.where(np.arange(count) % 2, -1, 1)[:, None]
     made += random.normal(size=(2, count, outputs.shape[-1])) * 10.0**-part * np.abs(made)
     gradients = made.reshape(outputs.shape).astype("float32")
-    call = Call((tf.constant(x),), {}, outputs, gradients=tf.constant(gradients))
+    call = LayerCall((tf.constant(x),), {}, outputs, gradients=tf.constant(gradients))
     found = OF_LAYERS[type(layer)](layer, [call])
     assert found
     norms = np.sqrt(sum(norm(each, Alone()) ** 2 for each in found))

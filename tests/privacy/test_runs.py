@@ -8,6 +8,7 @@ import json
 import math
 import shutil
 import tempfile
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,12 +20,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tfdist
-from tfdist.privacy import Ledger, Phase, memory
-from tfdist.privacy.chains import mechanisms
-from tfdist.privacy.correlated import coefficients
-from tfdist.privacy.course import Course
-from tfdist.privacy.memory import History
-from tfdist.spending import _AGREED, Spending
+from tfdist.privacy import Ledger, Phase, model_history
+from tfdist.privacy.accounting.chains import mechanisms
+from tfdist.privacy.accounting.correlated import coefficients
+from tfdist.privacy.accounting.levels import Levels
+from tfdist.privacy.model_history import History
+from tfdist.privacy.progress import StepProgress
+from tfdist.privacy.spending import _AGREED, Spending
 
 pytestmark = pytest.mark.quick
 STRATEGY = SimpleNamespace(
@@ -36,6 +38,23 @@ MODEL.compile("sgd", "mse")
 GIVEN, PLANNED = 5, 300  # so that three steps are written down at once
 WORKERS = [Ledger((Phase(0.2, 1.0, 5),)) for _ in range(2)]
 SPENT = Ledger((Phase(0.2, 1.0, GIVEN),))
+KINDS = ["sampled", "scheduled", "cyclic", "in turn"]
+SCHEDULE = Levels((0, 2, 5, 8), (4.0, 2.0, 4.0, 1.0))
+
+
+def noise_of(kind: str, place: int) -> float:
+    """SCHEDULE by hand."""
+    if kind != "scheduled" or place >= 8:
+        return 1.0
+    return 2.0 if 2 <= place < 5 else 4.0
+
+
+def covers(ledger: Ledger, true: frozenset[Any]) -> bool:
+    """Whether a ledger has all steps, each with the noise that it had."""
+    known, made = Counter[float](), Counter(noise for _, noise in true)
+    for phase in ledger.phases:
+        known[phase.noise_multiplier] += phase.steps
+    return all(known[noise] >= count for noise, count in made.items())
 
 
 @dataclasses.dataclass
@@ -50,32 +69,38 @@ class Folder:
 
 @dataclasses.dataclass
 class Tree:
-    correlated: bool
+    kind: str
     root: Path
     folders: list[Folder] = dataclasses.field(default_factory=list)
     files: list[tuple[Any, frozenset[Any]]] = dataclasses.field(default_factory=list)
     kills: int = 0
     numbers: Any = dataclasses.field(default_factory=itertools.count)
 
-    def process(self, folder: Folder) -> tuple[Spending, Course, Any]:
+    def process(self, folder: Folder) -> tuple[Spending, StepProgress, Any]:
         """A script that is started in a folder."""
         options: Any = {"noise_multiplier": 1.0, "delta": 1e-3, "spent": SPENT}
-        kind = tfdist.DPFTRL if self.correlated else tfdist.DPSGD
         phase = Phase(0.1, 1.0, 1, num_rows=20)
-        if self.correlated:
+        if self.kind in ("cyclic", "in turn"):
             options["bands"] = 3
+        if self.kind == "cyclic":
+            phase = Phase(0.6, 1.0, 1, num_rows=20, bands=3, cyclic=True)
+        elif self.kind == "in turn":
             phase = Phase(1.0, 1.0, 1, num_rows=20, bands=3, separation=4)
-        privacy = kind(1.0, **options)
-        course = Course(MODEL, privacy)
-        spending = Spending(privacy, SESSION, MODEL, course, [], secret=True)
+        privacy = (tfdist.DPFTRL if self.kind == "in turn" else tfdist.DPSGD)(1.0, **options)
+        progress = StepProgress(MODEL, privacy)
+        spending = Spending(privacy, SESSION, MODEL, progress, [], secret=True)
         saved = None if folder.saved is None else json.loads(folder.saved)
         state = spending.go_on(saved, folder.kept, folder.path)
-        spending.plan(spending.named(phase, None), PLANNED)
-        return spending, course, state
+        levels = SCHEDULE if self.kind == "scheduled" else None
+        spending.plan(spending.named(phase, None), PLANNED, levels)
+        return spending, progress, state
+
+    def step(self, place: int) -> tuple[Any, float]:
+        return next(self.numbers), noise_of(self.kind, place)
 
     def start(self) -> None:
         path = self.root / str(len(self.folders))
-        self.folders.append(Folder(path, frozenset((i, "given") for i in range(GIVEN))))
+        self.folders.append(Folder(path, frozenset((f"given {i}", 1.0) for i in range(GIVEN))))
 
     def copy(self, which: int) -> None:
         old = self.folders[which % len(self.folders)]
@@ -86,8 +111,8 @@ class Tree:
 
     def train(self, which: int, steps: int, save: int, load: int, killed: bool) -> None:
         folder = self.folders[which % len(self.folders)]
-        with memory.forgotten(MODEL):
-            spending, course, state = self.process(folder)
+        with model_history.forgotten(MODEL):
+            spending, progress, state = self.process(folder)
             wraps = spending.counting()
             if not killed:
                 wraps.__enter__()
@@ -95,39 +120,44 @@ class Tree:
                 said, true = self.files[load % len(self.files)]
                 spending.absorb(History.from_dict(json.loads(said)))
                 folder.true |= true
+            spending.begun()
+            begins = folder.kept
             for made in range(1, steps + 1):
                 spending.before_steps(made)
-                course.settle(made)
-                folder.true |= {next(self.numbers)}
+                progress.settle(made)
+                folder.true |= {self.step(begins + made - 1)}
                 if made == save:
-                    folder.saved, folder.kept = json.dumps(state), course.position
+                    folder.saved, folder.kept = json.dumps(state), progress.position
             said = json.dumps(spending.history().to_dict())
             self.files.append((said, folder.true))
-            assert spending.ledger(steps).steps >= len(folder.true)
+            assert covers(spending.ledger(steps), folder.true)
             self.kills += killed
             if not killed:
                 wraps.__exit__(None, None, None)
 
     def race(self, which: int, steps: int, save: int) -> None:
         folder = self.folders[which % len(self.folders)]
-        with memory.forgotten(MODEL):
+        with model_history.forgotten(MODEL):
             processes = [self.process(folder) for _ in range(2)]
+        begins = folder.kept
+        for spending, _, _ in processes:
+            spending.begun()
         for made in range(1, steps + 1):
-            for spending, course, state in processes:
+            for spending, progress, state in processes:
                 spending.before_steps(made)
-                course.settle(made)
-                folder.true |= {next(self.numbers)}
+                progress.settle(made)
+                folder.true |= {self.step(begins + made - 1)}
                 if made == save:
-                    folder.saved, folder.kept = json.dumps(state), course.position
+                    folder.saved, folder.kept = json.dumps(state), progress.position
         self.kills += 2
 
     def merged(self) -> Ledger:
         """What is known to who starts one more process in each folder, and loads all files."""
         found = Ledger()
         for folder in self.folders:
-            with memory.forgotten(MODEL):
+            with model_history.forgotten(MODEL):
                 ledger = self.process(folder)[0].before.ledger
-            assert ledger.steps >= len(folder.true)
+            assert covers(ledger, folder.true)
             found = found.merged(ledger) if len(found.phases) % 2 else ledger.merged(found)
         for said, _ in self.files:
             found = found.merged(History.from_dict(json.loads(said)).ledger)
@@ -145,24 +175,28 @@ ACTS = st.one_of(
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(ACTS, max_size=8), st.booleans())
-def test_no_tree_of_processes_counts_too_few(acts: list[Any], correlated: bool) -> None:
+@given(st.lists(ACTS, max_size=8), st.sampled_from(KINDS))
+def test_no_tree_of_processes_counts_too_few(acts: list[Any], kind: str) -> None:
     with tempfile.TemporaryDirectory() as root:
-        tree = Tree(correlated, Path(root))
+        tree = Tree(kind, Path(root))
         tree.start()
         for name, *options in acts:
             getattr(tree, name)(*options)
         true = frozenset[Any]().union(*(folder.true for folder in tree.folders))
-        steps = tree.merged().steps
+        merged = tree.merged()
+        steps = merged.steps
+        assert covers(merged, true)
         # Files knew of more only by what a process that was killed had written down.
         assert len(true) <= steps <= len(true) + 2 * tree.kills
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 6), st.booleans()), max_size=6), st.booleans())
-def test_a_history_in_a_line_is_that_of_one_process(runs: Any, correlated: bool) -> None:
+@given(
+    st.lists(st.tuples(st.integers(0, 6), st.booleans()), max_size=6), st.sampled_from(KINDS)
+)
+def test_a_history_in_a_line_is_that_of_one_process(runs: Any, kind: str) -> None:
     with tempfile.TemporaryDirectory() as root:
-        tree = Tree(correlated, Path(root))
+        tree = Tree(kind, Path(root))
         tree.start()
         for steps, loads in runs:  # each ends by an exception, and has saved its last step
             tree.train(0, steps, steps, 0 if loads else -1, killed=False)
@@ -170,8 +204,32 @@ def test_a_history_in_a_line_is_that_of_one_process(runs: Any, correlated: bool)
         total = sum(steps for steps, _ in runs)
         assert (spent,) == SPENT.phases
         assert sum(phase.steps for phase in made) == total
-        if correlated:
+        counts = Counter(noise_of(kind, place) for place in range(total))
+        assert counts == sum((Counter({p.noise_multiplier: p.steps}) for p in made), Counter())
+        if kind == "cyclic":  # each process is a mechanism
+            costs = [phase.independent[1] for phase in made]
+            assert costs == [-(-steps // 3) for steps, _ in runs if steps]
+        if kind == "in turn":
             assert [(p.after, p.steps) for p in made] == [(0, total)] * bool(total)
+
+
+@pytest.mark.parametrize("kind", ["scheduled", "cyclic"])
+def test_steps_of_a_backup_that_says_nothing_count(kind: str, tmp_path: Path) -> None:
+    tree = Tree(kind, tmp_path)
+    tree.start()
+    with model_history.forgotten(MODEL):
+        spending, progress, _ = tree.process(tree.folders[0])
+        with spending.counting():
+            MODEL.optimizer.iterations.assign(4)  # as a callback does
+            spending.begun()
+            progress.settle(5)
+            ledger = spending.ledger(progress.steps_made)
+        MODEL.optimizer.iterations.assign(0)
+    true = frozenset(tree.step(place) for place in range(9))
+    assert covers(ledger, true)
+    assert ledger.steps == GIVEN + 9
+    if kind == "cyclic":  # the backup's were another mechanism
+        assert [p.independent[1] for p in ledger.phases[1:]] == [2, 2]
 
 
 def test_phases_that_all_workers_make_by_hand_are_the_same() -> None:
@@ -183,10 +241,10 @@ def test_phases_that_all_workers_make_by_hand_are_the_same() -> None:
         session: Any = SimpleNamespace(strategy=strategy, is_chief=True)
         ledgers = []
         for spent in WORKERS:
-            with memory.forgotten(MODEL):
+            with model_history.forgotten(MODEL):
                 privacy = tfdist.DPSGD(1.0, noise_multiplier=1.0, delta=1e-3, spent=spent)
-                course = Course(MODEL, privacy)
-                spending = Spending(privacy, session, MODEL, course, [], secret=True)
+                progress = StepProgress(MODEL, privacy)
+                spending = Spending(privacy, session, MODEL, progress, [], secret=True)
                 spending.plan(spending.named(Phase(0.1, 1.0, 1), None), PLANNED)
                 spending.begun()
                 ledgers.append(spending.ledger(4))

@@ -11,7 +11,7 @@ import tensorflow as tf
 
 import tfdist
 from tfdist.errors import ArgumentError
-from tfdist.refused import are_rows_of
+from tfdist.privacy.validation import are_rows_of
 
 pytestmark = pytest.mark.quick
 RNG = np.random.default_rng(0)

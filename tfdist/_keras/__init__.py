@@ -74,8 +74,14 @@ from tfdist._keras.runtime import (
     key_value_store,
 )
 from tfdist._keras.saving import carry_in_files
-from tfdist._keras.scopes import leave_scope, outside_scopes, scope_of, undistributed
+from tfdist._keras.scopes import (
+    leave_scope,
+    outside_scopes,
+    scope_of,
+    undistributed,
+)
 from tfdist._keras.slices import has_fixed_rows, has_unique_rows, once_each
+from tfdist._keras.traces import keeping_variable_scope, map_fn
 from tfdist._keras.variables import backing_variable, swap_value
 
 __all__ = [
@@ -113,10 +119,12 @@ __all__ = [
     "is_deterministic",
     "is_seeded",
     "keeping_random_state",
+    "keeping_variable_scope",
     "key_value_store",
     "layers_of",
     "leave_scope",
     "loop_functions",
+    "map_fn",
     "metric_variables",
     "metrics_of",
     "note_metrics",

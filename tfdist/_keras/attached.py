@@ -20,6 +20,7 @@ class Attached:
         clip_optimizer: What moves the norm to clip to in private training, if one does.
         tied_weights: The ids of its trainable variables, and which of them are used outside
             of the layers that hold them.
+        foldings: The same ids, and where the batch is in what its layers are called with.
     """
 
     prepared: Any = None
@@ -28,6 +29,7 @@ class Attached:
     metric_variables: list[Any] = field(default_factory=list)
     clip_optimizer: Any = None
     tied_weights: tuple[tuple[int, ...], frozenset[int]] = ((), frozenset())
+    foldings: tuple[tuple[int, ...] | None, Any] = (None, None)
 
 
 def attached(model: Any) -> Attached:

@@ -52,6 +52,7 @@ class Step:
         updates_in_branch: Whether an optimizer is applied in a branch, loop or function of
             the graph.
         is_random: Whether it draws numbers that are no function of a seed it is given.
+        by_rows: `keras.Variable`s whose gradients are `tf.IndexedSlices`.
     """
 
     optimizers: list[Any] = field(default_factory=list)
@@ -61,6 +62,7 @@ class Step:
     raw: list[str] = field(default_factory=list)
     updates_in_branch: bool = False
     is_random: bool = False
+    by_rows: list[Any] = field(default_factory=list)
 
     @property
     def assigns_weights(self) -> bool:
@@ -102,6 +104,11 @@ class _Recorder:
         if not optimizer.built:
             optimizer.build(list(variables))
         self.gradients += zip(variables, grads, strict=True)
+        self.step.by_rows += [
+            variable
+            for variable, gradient in zip(variables, grads, strict=True)
+            if isinstance(gradient, tf.IndexedSlices)
+        ]
         if not tf.executing_eagerly():
             update(grads)
 

@@ -23,6 +23,7 @@ from keras.src.backend.tensorflow import random as _random
 from tfdist._keras import keyed
 from tfdist._keras.random import uniform_rows
 from tfdist._keras.replica import replaced
+from tfdist._keras.traces import map_fn
 from tfdist.errors import ArgumentError
 
 Tensor = Any
@@ -171,7 +172,7 @@ def transform(layer: Any, batch: Tensor, rows: Rows, by_row: bool) -> Tensor:
 
     made = transformed(layer, tf.TensorSpec((None, *batch.shape[1:]), batch.dtype))
     signature = tf.TensorSpec(made.shape[1:], made.dtype)
-    return tf.map_fn(one, (batch, rows.identity), fn_output_signature=signature)
+    return map_fn(one, (batch, rows.identity), fn_output_signature=signature)
 
 
 class _How:

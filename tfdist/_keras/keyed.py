@@ -15,6 +15,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from tfdist._keras.traces import map_fn
+
 Tensor = Any
 _PHILOX = tf.random.Algorithm.PHILOX.value
 # So many of a number's bits make a float from 0 to 1.
@@ -252,7 +254,7 @@ def row_by_row(
         return draw(of_row, tf.cast(keys.fold(seed, key), tf.int32), *own)
 
     probe = draw(tf.constant([1]), tf.constant([0, 0]), *(tf.ones([1], p.dtype) for p in given))
-    drawn = tf.map_fn(one, (used, *given), fn_output_signature=tf.TensorSpec(None, probe.dtype))
+    drawn = map_fn(one, (used, *given), fn_output_signature=tf.TensorSpec(None, probe.dtype))
     return tf.ensure_shape(tf.reshape(drawn, whole), static)
 
 

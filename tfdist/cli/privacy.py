@@ -125,7 +125,7 @@ def show_noise(target_epsilon: float, **run: Any) -> None:
 
     Exit status: 0, or 1 if there is no answer, 2 for a wrong command line.
     """  # noqa: D301
-    from tfdist.privacy.accounting import noise_multiplier
+    from tfdist.privacy.accounting.dp_sgd import noise_multiplier
 
     least = noise_multiplier(
         target_epsilon=target_epsilon,
@@ -144,8 +144,8 @@ def show_noise(target_epsilon: float, **run: Any) -> None:
 
 def _show(noise_multiplier: float, run: dict[str, Any]) -> None:
     """Prints the epsilon of a run and its statement."""
-    from tfdist.privacy.ledger import Ledger, Phase
-    from tfdist.privacy.report import statement
+    from tfdist.privacy.accounting.ledger import Ledger, Phase
+    from tfdist.privacy.accounting.report import statement
 
     phase = Phase(
         _probability(run), noise_multiplier, _steps(run), run["capacity"], run["sample_size"]

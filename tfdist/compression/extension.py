@@ -49,6 +49,12 @@ class CompressedTraining(Extension):
                 f"{self._compression!r} with {strategy.name}, whose state is on servers. Use "
                 "another strategy, or compression='bf16'."
             )
+        if not strategy.sums_gradients and isinstance(self._compression, PowerSGD):
+            raise ArgumentError(
+                "`PowerSGD` needs gradients to be added up. Received: compression="
+                f"{self._compression!r} with {strategy.name} that combines them in another "
+                "way. Use tfdist.Horovod(op='average')."
+            )
         if request.is_private:
             raise ArgumentError(
                 "Private training must exchange sums as they are: what a replica sends has "

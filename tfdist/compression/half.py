@@ -34,26 +34,32 @@ class HalfPrecision:
             model: Any.
             strategy: Where the replicas are.
         """
-        return HalfExchange(_TYPES[self.name], strategy.place.num_replicas)
+        factor = strategy.place.num_replicas / strategy.predivide
+        return HalfExchange(_TYPES[self.name], factor)
 
 
 class HalfExchange:
     """Rounds dense gradients of 32 and 64 bits before they travel.
 
     Mean gradients of replicas travel, since their parts of the global gradient may be too
-    small for fp16, and are averaged after the sum.
+    small for fp16, and are averaged after the sum. Where that sum may be too large, they are
+    divided before.
 
     Args:
         wire_type: The type in which they travel.
-        replicas: How many there are.
+        factor: By which parts of the gradient are multiplied to travel.
     """
 
     state: Sequence[tuple[Any, Role]] = ()
     acts_alone = False
+    has_phases = False
 
-    def __init__(self, wire_type: tf.DType, replicas: int) -> None:
+    def __init__(self, wire_type: tf.DType, factor: float) -> None:
         self._wire_type = wire_type
-        self._replicas = float(replicas)
+        self._factor = factor
+
+    def reset(self) -> None:
+        """Keeps nothing."""
 
     def running(self) -> contextlib.AbstractContextManager[None]:
         """Needs none."""
@@ -84,12 +90,12 @@ class HalfExchange:
     def _rounded(self, gradient: Tensor) -> Tensor:
         if not _is_wide(gradient):
             return gradient
-        return tf.cast(gradient * tf.cast(self._replicas, gradient.dtype), self._wire_type)
+        return tf.cast(gradient * tf.cast(self._factor, gradient.dtype), self._wire_type)
 
     def _widened(self, total: Tensor, gradient: Tensor) -> Tensor:
         if not _is_wide(gradient):
             return total
-        return tf.cast(total, gradient.dtype) / tf.cast(self._replicas, gradient.dtype)
+        return tf.cast(total, gradient.dtype) / tf.cast(self._factor, gradient.dtype)
 
 
 def _is_wide(gradient: Tensor) -> bool:

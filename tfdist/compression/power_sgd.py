@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -12,7 +11,12 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tfdist import _keras
+from tfdist.compression.matrices import (
+    is_compressed,
+    matrix_shape,
+    trained_variables,
+    updated_by_rows,
+)
 from tfdist.compression.settings import PowerSGD
 from tfdist.step.exchange import Contribution, Sums
 from tfdist.step.state import Role
@@ -104,21 +108,34 @@ class Factors:
         self.left = zeros((rows, rank), "left")
         self.right = zeros((columns, rank), "right")
         self.residual = zeros((rows, columns), "residual")
-        self.left.assign(self._drawn(rows, tf.constant(0, tf.int64)))
+        self.reset()
+
+    def reset(self) -> None:
+        """Brings everything to where a training begins."""
+        # Both sides: where the first gradients are not finite, the second step has the other.
+        for variable in (self.left, self.right):
+            variable.assign(self._drawn(variable.shape[0], tf.constant(0, tf.int64)))
+        self.residual.assign(tf.zeros(self.residual.shape, self.residual.dtype))
 
     def _drawn(self, size: int, step: Tensor) -> Tensor:
         """Draws vectors, the same on all replicas."""
         seed = tf.stack([tf.constant(_SEED + self._number, tf.int64), step])
-        shape = [size, self.left.shape[-1]]
-        return tf.random.stateless_normal(shape, seed, dtype=self.left.dtype)
+        # Else XLA has an algorithm of its own, and one replica other numbers than several.
+        return tf.random.stateless_normal(
+            [size, self.left.shape[-1]], seed, dtype=self.left.dtype, alg="philox"
+        )
 
-    def compress(self, gradient: Tensor, side: str, step: Tensor) -> Sent:
+    def compress(
+        self, gradient: Tensor, side: str, step: Tensor, scale: Tensor | None = None
+    ) -> Sent:
         """Gives what a replica sends of its gradient.
 
         Args:
             gradient: Of the variable's shape.
             side: `LEFT` or `RIGHT`: of which side the vectors are known.
             step: Scalar int64: the steps made.
+            scale: By which the loss was multiplied. Scales change from step to step, so what
+                is kept is divided by it.
         """
         known = self.left if side == LEFT else self.right
         vectors = tf.convert_to_tensor(known)
@@ -126,20 +143,26 @@ class Factors:
             vectors = self._drawn(vectors.shape[0], step)
         basis = tf.linalg.qr(vectors).q
         matrix = tf.reshape(tf.cast(gradient, self.residual.dtype), self._matrix)
+        if scale is not None:
+            matrix /= tf.cast(scale, matrix.dtype)
         matrix += tf.convert_to_tensor(self.residual)
         return Sent(matrix, basis, tf.matmul(matrix, basis, transpose_a=side == LEFT), side)
 
-    def decompress(self, sent: Sent, summed: Tensor) -> Tensor:
+    def decompress(self, sent: Sent, summed: Tensor, scale: Tensor | None = None) -> Tensor:
         """Gives the gradient that all replicas apply.
 
         Args:
             sent: By this replica.
             summed: What all sent, added up.
+            scale: As `compress` got it.
 
         Returns:
             Tensor of the variable's shape.
         """
-        return tf.reshape(sent.matrix_of(summed), self._shape)
+        matrix = sent.matrix_of(summed)
+        if scale is not None:
+            matrix *= tf.cast(scale, matrix.dtype)
+        return tf.reshape(matrix, self._shape)
 
     def keep(self, sent: Sent, summed: Tensor, counts: Tensor) -> None:
         """Keeps the sum, and what this replica has not sent.
@@ -164,13 +187,15 @@ class LowRankExchange:
     """
 
     acts_alone = True
+    has_phases = True
 
     def __init__(self, settings: PowerSGD, model: Any) -> None:
         self._settings = settings
+        by_rows = updated_by_rows(model)
         self._factors = {
             id(variable): Factors(variable, settings, number)
-            for number, variable in enumerate(model.trainable_variables)
-            if is_compressed(variable, settings, _tables(model))
+            for number, variable in enumerate(trained_variables(model))
+            if is_compressed(variable, settings, by_rows)
         }
         self._count = keras.Variable(0, dtype="int64", trainable=False, name="power_sgd_steps")
         self._step: int | None = None
@@ -183,6 +208,12 @@ class LowRankExchange:
             found += [(factors.left, Role.REPLICATED), (factors.right, Role.REPLICATED)]
             found.append((factors.residual, Role.PER_REPLICA))
         return found
+
+    def reset(self) -> None:
+        """Forgets an earlier training."""
+        self._count.assign(0)
+        for factors in self._factors.values():
+            factors.reset()
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
@@ -214,10 +245,10 @@ class LowRankExchange:
             zip(given.gradients, given.variables, strict=True)
         ):
             factors = self._factors.get(id(variable))
-            if side == PLAIN or factors is None or isinstance(gradient, tf.IndexedSlices):
+            if side == PLAIN or factors is None or not _is_whole(gradient, variable):
                 continue
-            unscaled = _divided(gradient, given.loss_scales[i])
-            sent[i] = factors, factors.compress(unscaled, side, step)
+            own = factors.compress(gradient, side, step, given.loss_scales[i])
+            sent[i] = factors, own
         travelling = [
             sent[i][1].vectors if i in sent else gradient
             for i, gradient in enumerate(given.gradients)
@@ -227,12 +258,14 @@ class LowRankExchange:
         )
         totals = list(summed)
         for i, (factors, own) in sent.items():
-            total = tf.cast(factors.decompress(own, summed[i]), given.gradients[i].dtype)
-            totals[i] = _multiplied(total, given.loss_scales[i])
+            total = factors.decompress(own, summed[i], given.loss_scales[i])
+            totals[i] = tf.cast(total, given.gradients[i].dtype)
 
         def keep(counts: Tensor) -> None:
-            # What is not finite would stay in the residual for ever.
-            finite = [tf.reduce_all(tf.math.is_finite(summed[i])) for i in sent]
+            # What is not finite would stay in the residual for ever; and where loss scaling
+            # skips a step, because of any gradient, what was sent in it is not applied.
+            values = [t.values if isinstance(t, tf.IndexedSlices) else t for t in summed]
+            finite = [tf.reduce_all(tf.math.is_finite(value)) for value in values]
             counts = tf.reduce_all(tf.stack([counts, *finite]))
             for i, (factors, own) in sent.items():
                 factors.keep(own, summed[i], counts)
@@ -244,37 +277,7 @@ class LowRankExchange:
         self._count.assign_add(tf.cast(counts, tf.int64))
 
 
-def _divided(gradient: Tensor, scale: Tensor | None) -> Tensor:
-    return gradient if scale is None else gradient / tf.cast(scale, gradient.dtype)
-
-
-def _multiplied(gradient: Tensor, scale: Tensor | None) -> Tensor:
-    return gradient if scale is None else gradient * tf.cast(scale, gradient.dtype)
-
-
-def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
-    """Sees a kernel as a matrix: its last dimension, and all others together.
-
-    Args:
-        shape: Of at least two dimensions.
-    """
-    return math.prod(shape[:-1]), int(shape[-1])
-
-
-def is_compressed(variable: Any, settings: PowerSGD, tables: set[int]) -> bool:
-    """Tells whether a variable's gradient travels in low rank.
-
-    Args:
-        variable: A `keras.Variable`.
-        settings: What the user asked for.
-        tables: The ids of variables whose gradients are sparse.
-    """
-    if len(variable.shape) < 2 or id(variable) in tables:
-        return False
-    return settings.ratio(*matrix_shape(variable.shape)) >= settings.min_ratio
-
-
-def _tables(model: Any) -> set[int]:
-    """Finds the tables of embeddings, whose gradients are rows unless they are tied."""
-    tables = [o for o in _keras.layers_of(model) if isinstance(o, keras.layers.Embedding)]
-    return {id(t.embeddings) for t in tables if not getattr(t, "tie_weights", False)}
+def _is_whole(gradient: Tensor, variable: Any) -> bool:
+    """Tells whether a gradient is one of all of a variable, not of some of its rows."""
+    is_rows = isinstance(gradient, tf.IndexedSlices)
+    return not is_rows and tuple(gradient.shape) == tuple(variable.shape)

@@ -21,7 +21,8 @@ class PowerSGD:
     depend on the number of replicas, up to float order.
 
     Args:
-        rank: Of the matrices that travel, 1 or more.
+        rank: Of the matrices that travel, 1 or more. A matrix that has no higher rank travels
+            as it is.
         start_after: Steps that exchange everything before compression begins.
         min_ratio: How many times fewer bytes a matrix must need: else it travels as it is, as
             vectors and sparse gradients do.

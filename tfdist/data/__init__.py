@@ -14,7 +14,7 @@ from tfdist.data.epochs import DataPosition
 from tfdist.data.leaves import is_composite
 from tfdist.data.local import LocalShard, local_shard
 from tfdist.data.reading import read
-from tfdist.data.settings import Settings
+from tfdist.data.settings import SourceSettings
 from tfdist.data.source import Share, Source, bounds, no_groups
 from tfdist.data.stream import Epoch, Stream
 
@@ -24,9 +24,9 @@ __all__ = [
     "DataPosition",
     "Epoch",
     "LocalShard",
-    "Settings",
     "Share",
     "Source",
+    "SourceSettings",
     "Stream",
     "bounds",
     "difference",

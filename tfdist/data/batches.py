@@ -13,6 +13,7 @@ import tensorflow as tf
 
 from tfdist.data import leaves
 from tfdist.data.epochs import START, DataPosition
+from tfdist.data.separation import SeparationCheck
 from tfdist.data.source import (
     FEW,
     FOREVER,
@@ -27,7 +28,6 @@ from tfdist.data.source import (
     without_tuning,
 )
 from tfdist.errors import ArgumentError
-from tfdist.privacy.separation import SeparationCheck
 from tfdist.samplers import permute
 from tfdist.strategies.base import Place
 

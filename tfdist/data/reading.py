@@ -20,13 +20,13 @@ from tfdist.data.class_weight import Weigh, weigher, x_and_y
 from tfdist.data.columns import is_arrays, is_values, kind_of_values
 from tfdist.data.datasets import DatasetBatches
 from tfdist.data.reading_arrays import read_arrays, read_local
-from tfdist.data.settings import Settings, checked_batch_size
+from tfdist.data.settings import SourceSettings, checked_batch_size
 from tfdist.data.source import Source, shortened
 from tfdist.errors import ArgumentError
 from tfdist.samplers import ByQuota, Sequential, Uniform
 
 
-def read(x: Any, y: Any, sample_weight: Any, settings: Settings) -> Source:
+def read(x: Any, y: Any, sample_weight: Any, settings: SourceSettings) -> Source:
     """Makes the data source for an input.
 
     Args:
@@ -45,7 +45,7 @@ def read(x: Any, y: Any, sample_weight: Any, settings: Settings) -> Source:
     return Augmented(source, settings.augment, settings.seed, copies)
 
 
-def _read(x: Any, y: Any, sample_weight: Any, settings: Settings) -> Source:
+def _read(x: Any, y: Any, sample_weight: Any, settings: SourceSettings) -> Source:
     if settings.class_weight and sample_weight is not None:
         raise ArgumentError(
             "`class_weight` and `sample_weight` cannot be used at the same time. Multiply "
@@ -94,7 +94,7 @@ def _read(x: Any, y: Any, sample_weight: Any, settings: Settings) -> Source:
     return GeneratorBatches(x, settings.steps, settings.training)
 
 
-def _check_arguments(kind: str, y: Any, sample_weight: Any, settings: Settings) -> None:
+def _check_arguments(kind: str, y: Any, sample_weight: Any, settings: SourceSettings) -> None:
     """Refuses arguments that only arrays can have, for an input of another kind."""
     if settings.shard is not None:
         raise ArgumentError(
@@ -114,7 +114,7 @@ def _check_arguments(kind: str, y: Any, sample_weight: Any, settings: Settings) 
             )
 
 
-def _check_batching(kind: str, settings: Settings) -> None:
+def _check_batching(kind: str, settings: SourceSettings) -> None:
     """Refuses a sampler, and ignores a batch size, for an input that yields batches."""
     if not isinstance(settings.sampler, Sequential | Uniform):
         raise ArgumentError(
@@ -166,14 +166,14 @@ _UNCOUNTABLE = (
 )
 
 
-def _weigher(settings: Settings, targets: Callable[[], Iterable[Any]]) -> Weigh | None:
+def _weigher(settings: SourceSettings, targets: Callable[[], Iterable[Any]]) -> Weigh | None:
     """Makes the function that adds class weights; classes of a dict need not occur."""
     if not settings.class_weight:
         return None
     return weigher(settings.class_weight, targets, must_occur=False)
 
 
-def _by_class(x: Any, settings: Settings) -> ByClass | None:
+def _by_class(x: Any, settings: SourceSettings) -> ByClass | None:
     """Returns a `ByClass` if the sampler draws from `x` by class, otherwise None."""
     if isinstance(x, ByClass):
         return x

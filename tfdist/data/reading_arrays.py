@@ -16,14 +16,14 @@ from tfdist.data.class_weight import weigher, x_and_y
 from tfdist.data.columns import read_columns
 from tfdist.data.local import LocalArrays, LocalShard, bind
 from tfdist.data.local_rows import exchange
-from tfdist.data.settings import Settings, checked_batch_size
+from tfdist.data.settings import SourceSettings, checked_batch_size
 from tfdist.errors import ArgumentError
 from tfdist.samplers import Sampler, Sequential, Uniform
 from tfdist.samplers.labelled import Labelled
 from tfdist.strategies.base import Strategy
 
 
-def _padding(settings: Settings) -> dict[str, int]:
+def _padding(settings: SourceSettings) -> dict[str, int]:
     """Returns how rows of a share are copied and padded.
 
     Poisson sampling draws another number of rows each time, and TensorFlow keeps kernels for
@@ -39,7 +39,7 @@ def _padding(settings: Settings) -> dict[str, int]:
     return {"copies": settings.copies, "rows_multiple": rows_multiple}
 
 
-def read_arrays(x: Any, y: Any, sample_weight: Any, settings: Settings) -> Arrays:
+def read_arrays(x: Any, y: Any, sample_weight: Any, settings: SourceSettings) -> Arrays:
     """Reads arrays that every worker has.
 
     Args:
@@ -74,7 +74,7 @@ def _packed(data: tuple[Any, ...]) -> Any:
     return data[0] if len(data) == 1 and not isinstance(data[0], tuple) else data
 
 
-def _passes(sampler: Sampler, num_rows: int, batch_size: int, settings: Settings) -> Any:
+def _passes(sampler: Sampler, num_rows: int, batch_size: int, settings: SourceSettings) -> Any:
     """Returns the steps of a pass over the rows, and the user's steps an epoch.
 
     A sampler with its own order has no passes that the end of an epoch could interrupt.
@@ -89,7 +89,7 @@ def read_local(
     x: Any,
     y: Any,
     sample_weight: Any,
-    settings: Settings,
+    settings: SourceSettings,
     shard: LocalShard,
     strategy: Strategy,
 ) -> LocalArrays:

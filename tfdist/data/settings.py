@@ -15,7 +15,7 @@ from tfdist.strategies.base import Strategy
 
 
 @dataclass(frozen=True)
-class Settings:
+class SourceSettings:
     """The settings of a data source.
 
     Attributes:
@@ -48,7 +48,7 @@ class Settings:
     copies: int = 1
 
 
-def checked_batch_size(settings: Settings) -> int:
+def checked_batch_size(settings: SourceSettings) -> int:
     """Returns the examples of a full global batch of arrays.
 
     Args:

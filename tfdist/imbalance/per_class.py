@@ -147,7 +147,7 @@ class PerClassMetrics(keras.callbacks.Callback):  # type: ignore[misc]
     def _predict(self) -> Any:
         if self.strategy is None:  # Keras's own `fit`
             return self.model.predict(self.x, batch_size=self.batch_size, verbose=0)
-        settings = data.Settings(
+        settings = data.SourceSettings(
             self.batch_size, None, Sequential(), shuffle=False, seed=0, training=False
         )
         source = data.read(self.x, None, None, settings)

@@ -10,19 +10,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tfdist.privacy.accounting import capacity, epsilon, noise_multiplier
-    from tfdist.privacy.adam import DPAdam
-    from tfdist.privacy.auditing import Canaries, audit, canaries
-    from tfdist.privacy.bounds import epsilon_lower_bound
-    from tfdist.privacy.ledger import Ledger, Phase
-    from tfdist.privacy.likeness import PoissonLike
-    from tfdist.privacy.membership import AuditReport
-    from tfdist.privacy.poisson import Poisson
-    from tfdist.privacy.rebuild import make_private_model
-    from tfdist.privacy.report import Report, statement
-    from tfdist.privacy.thresholds import ThresholdAttack
-    from tfdist.privacy.tradeoffs import gaussian_lower_bound
-    from tfdist.privacy_check import CheckReport, check
+    from tfdist.privacy.accounting.dp_sgd import capacity, epsilon, noise_multiplier
+    from tfdist.privacy.accounting.ledger import Ledger, Phase
+    from tfdist.privacy.accounting.report import Report, statement
+    from tfdist.privacy.audit_scores.bounds import epsilon_lower_bound
+    from tfdist.privacy.audit_scores.membership import AuditReport
+    from tfdist.privacy.audit_scores.thresholds import ThresholdAttack
+    from tfdist.privacy.audit_scores.tradeoffs import gaussian_lower_bound
+    from tfdist.privacy.audits import Canaries, audit, canaries
+    from tfdist.privacy.checking import CheckReport, check
+    from tfdist.privacy.mechanism.adam import DPAdam
+    from tfdist.privacy.private_model import make_private_model
+    from tfdist.privacy.sampling.poisson import Poisson
+    from tfdist.privacy.sampling.rates import PoissonLike
 
 __all__ = [
     "AuditReport",
@@ -48,26 +48,26 @@ __all__ = [
 ]
 
 _HOMES = {
-    "AuditReport": "tfdist.privacy.membership",
-    "Canaries": "tfdist.privacy.auditing",
-    "CheckReport": "tfdist.privacy_check",
-    "DPAdam": "tfdist.privacy.adam",
-    "Ledger": "tfdist.privacy.ledger",
-    "Phase": "tfdist.privacy.ledger",
-    "Poisson": "tfdist.privacy.poisson",
-    "PoissonLike": "tfdist.privacy.likeness",
-    "Report": "tfdist.privacy.report",
-    "ThresholdAttack": "tfdist.privacy.thresholds",
-    "audit": "tfdist.privacy.auditing",
-    "canaries": "tfdist.privacy.auditing",
-    "capacity": "tfdist.privacy.accounting",
-    "check": "tfdist.privacy_check",
-    "epsilon": "tfdist.privacy.accounting",
-    "epsilon_lower_bound": "tfdist.privacy.bounds",
-    "gaussian_lower_bound": "tfdist.privacy.tradeoffs",
-    "make_private_model": "tfdist.privacy.rebuild",
-    "noise_multiplier": "tfdist.privacy.accounting",
-    "statement": "tfdist.privacy.report",
+    "AuditReport": "tfdist.privacy.audit_scores.membership",
+    "Canaries": "tfdist.privacy.audits",
+    "CheckReport": "tfdist.privacy.checking",
+    "DPAdam": "tfdist.privacy.mechanism.adam",
+    "Ledger": "tfdist.privacy.accounting.ledger",
+    "Phase": "tfdist.privacy.accounting.ledger",
+    "Poisson": "tfdist.privacy.sampling.poisson",
+    "PoissonLike": "tfdist.privacy.sampling.rates",
+    "Report": "tfdist.privacy.accounting.report",
+    "ThresholdAttack": "tfdist.privacy.audit_scores.thresholds",
+    "audit": "tfdist.privacy.audits",
+    "canaries": "tfdist.privacy.audits",
+    "capacity": "tfdist.privacy.accounting.dp_sgd",
+    "check": "tfdist.privacy.checking",
+    "epsilon": "tfdist.privacy.accounting.dp_sgd",
+    "epsilon_lower_bound": "tfdist.privacy.audit_scores.bounds",
+    "gaussian_lower_bound": "tfdist.privacy.audit_scores.tradeoffs",
+    "make_private_model": "tfdist.privacy.private_model",
+    "noise_multiplier": "tfdist.privacy.accounting.dp_sgd",
+    "statement": "tfdist.privacy.accounting.report",
 }
 
 

@@ -7,12 +7,12 @@ from typing import Any, Protocol
 import keras
 
 from tfdist.errors import ArgumentError
-from tfdist.privacy.arguments import check_number
-from tfdist.privacy.ledger import Ledger, Phase
+from tfdist.privacy.accounting.arguments import check_number
+from tfdist.privacy.accounting.ledger import Ledger, most_within
 from tfdist.privacy.settings import DPSGD
 
 
-class Run(Protocol):
+class AccountedRun(Protocol):
     """What the callback asks of a private `fit`."""
 
     privacy: DPSGD
@@ -28,9 +28,6 @@ class Run(Protocol):
 
     def ledger(self, steps: int) -> Ledger:
         """Gives all private steps on the data, with so many of this `fit`."""
-
-    def phase(self, steps: int) -> Phase:
-        """Describes steps of this `fit`."""
 
 
 class PrivacyBudget(keras.callbacks.Callback):  # type: ignore[misc]
@@ -61,7 +58,7 @@ class PrivacyBudget(keras.callbacks.Callback):  # type: ignore[misc]
         (True, True)
     """
 
-    run: Run | None = None
+    run: AccountedRun | None = None
 
     def __init__(self, max_epsilon: float | None = None) -> None:
         super().__init__()
@@ -71,7 +68,7 @@ class PrivacyBudget(keras.callbacks.Callback):  # type: ignore[misc]
         self._affordable: int | None = None
         self._counted: Ledger | None = None
 
-    def _started(self) -> Run:
+    def _started(self) -> AccountedRun:
         if self.run is None:
             raise ArgumentError(
                 "PrivacyBudget must be used in private training. Received: a `fit` without "
@@ -80,13 +77,12 @@ class PrivacyBudget(keras.callbacks.Callback):  # type: ignore[misc]
         return self.run
 
     def on_train_begin(self, logs: Any = None) -> None:
-        """Finds how many steps there may be."""
+        """Begins anew."""
         self._started()
         self._affordable, self._counted = None, None
-        self._check()
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        """Finds it again if a callback has loaded weights that were trained on the data."""
+        """Finds how many steps there may be, once other callbacks have restored the model."""
         self._check()
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
@@ -117,16 +113,9 @@ class PrivacyBudget(keras.callbacks.Callback):  # type: ignore[misc]
         if before is self._counted or before == self._counted:
             self._counted = before
             return False
-        settings, self._counted = run.privacy, before
-        assert settings.delta is not None
-        self._affordable = before.affordable(
-            run.phase(run.planned_steps + run.kept),
-            max_epsilon=self.max_epsilon,
-            delta=settings.delta,
-            accountant=settings.accountant,
-            relation=settings.relation,
-            coarse=True,
-        )
+        self._counted = before
+        most = run.planned_steps + run.kept
+        self._affordable = most_within(self._epsilon, self.max_epsilon, most)
         return True
 
     def _check(self) -> None:

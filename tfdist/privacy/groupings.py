@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import secrets
 
-from tfdist.privacy.ledger import Ledger
-from tfdist.privacy.memory import History
+from tfdist.privacy.accounting.ledger import Ledger
+from tfdist.privacy.model_history import History
 
 _NAMES: dict[str, str] = {}  # of those that this process has seen
 

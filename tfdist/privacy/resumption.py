@@ -6,9 +6,10 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from tfdist.errors import ArgumentError, CheckpointError
-from tfdist.privacy.identity import same_made_again
-from tfdist.privacy.ledger import Ledger, Phase
-from tfdist.privacy.memory import History
+from tfdist.privacy.accounting.identity import same_made_again
+from tfdist.privacy.accounting.ledger import Ledger, Phase
+from tfdist.privacy.accounting.levels import Levels
+from tfdist.privacy.model_history import History
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,8 @@ class Earlier:
         runs: As in `Phase.run_id`, one of each of them, from the first to the last.
         spent: What they were given as `spent`.
         history: All that they knew, with their own steps.
-        last: The last one's steps that are in the weights, if that is known.
+        last: The last one's steps that are in the weights, if that is known; all of them
+            together, if their noise followed a schedule.
     """
 
     runs: tuple[str, ...] = ()
@@ -31,6 +33,11 @@ class Earlier:
     def phases(self) -> list[Phase]:
         """Their own steps, also those that were lost."""
         return [p for p in self.history.ledger.phases if p.run_id in self.runs]
+
+    @property
+    def in_order(self) -> list[Phase]:
+        """The same, those of the first process first."""
+        return sorted(self.phases, key=lambda phase: self.runs.index(phase.run_id))
 
     @property
     def newest(self) -> str:
@@ -105,7 +112,11 @@ class Earlier:
             )
         found = cls.from_dict(saved)
         last = replace(Phase(**saved["phase"]), steps=kept - int(saved["first"]))
-        known = History(Ledger().add(last), last.secret)
+        made = [last]
+        if saved["levels"] is not None:
+            levels = Levels.from_dict(saved["levels"])
+            made = levels.phases(last, int(saved["counted_from"]), last.steps)
+        known = History(Ledger(tuple(p for p in made if p.steps)), last.secret)
         return replace(found, history=found.history.merged(known), last=last)
 
     def names_of(self, spent: Ledger) -> dict[str, str]:
@@ -139,11 +150,17 @@ def saved_state(before: Earlier, run_id: str, kept: int) -> dict[str, Any]:
     return {**replace(before, runs=(*before.runs, run_id)).to_dict(), "first": kept}
 
 
-def with_phase(saved: dict[str, Any], phase: Phase) -> None:
+def with_phase(
+    saved: dict[str, Any], phase: Phase, levels: Levels | None, counted_from: int
+) -> None:
     """Adds to what `saved_state` gave what the steps are like that are to come.
 
     Args:
         saved: It is changed, since the checkpoint has it by then.
         phase: Of them.
+        levels: Of their noise, if it is not that of `phase`.
+        counted_from: The place of the first of them in `levels`.
     """
     saved["phase"] = asdict(phase)
+    saved["levels"] = None if levels is None else levels.to_dict()
+    saved["counted_from"] = counted_from

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from tfdist.errors import ArgumentError
-from tfdist.privacy.arguments import check_choice, check_count, check_number
-from tfdist.privacy.correlated import coefficients
-from tfdist.privacy.ledger import ACCOUNTANTS, RELATIONS, Ledger
+from tfdist.privacy.accounting.arguments import check_choice, check_count, check_number
+from tfdist.privacy.accounting.correlated import banded, coefficients, inverse
+from tfdist.privacy.accounting.ledger import ACCOUNTANTS, RELATIONS, Ledger
+
+if TYPE_CHECKING:
+    from tfdist.privacy.schedules import StepSchedule
 
 LEAST_NORM, LARGEST_NORM = 1e-10, 1e15
 """Norms to clip to. Squares of gradients underflow far below, and overflow far above."""
@@ -23,15 +27,22 @@ class DPSGD:
     over all replicas, Gaussian noise is added to the sum, and the result is divided by the
     expected size of a batch (Abadi et al., "Deep learning with differential privacy", CCS
     2016, algorithm 1). The optimizer sees nothing else of the data. Give either
-    `noise_multiplier` or `target_epsilon`.
+    `noise_multiplier` or `target_epsilon`, or both if the former is a schedule.
+
+    A schedule is a function of the step's number, counted from 0 in each `fit`, such as a
+    `keras.optimizers.schedules.LearningRateSchedule`. It is evaluated for all steps before the
+    first, and must depend on nothing else. What goes on from a checkpoint goes on in it.
 
     Args:
         l2_norm_clip: The norm, over all variables, to which each example's gradient is
-            clipped; between 1e-10 and 1e15.
+            clipped; between 1e-10 and 1e15. A schedule of it costs nothing, since noise is in
+            units of each step's norm.
         noise_multiplier: The noise's standard deviation on the sum over all replicas, in
-            units of `l2_norm_clip`; 0 adds none, and then nothing is private.
+            units of `l2_norm_clip`; 0 adds none, and then nothing is private. A schedule is
+            above 0; if it takes more than 32 values it is rounded down to so many.
         target_epsilon: What all steps on these data may cost, those in `spent` and those of
-            earlier `fit`s of the model included; the noise is found for it.
+            earlier `fit`s of the model included; the noise is found for it. With a schedule a
+            factor is found by which it is multiplied.
         delta: Between 0 and 1, far below 1 / the number of examples.
         accountant: "pld" or "rdp", as in `tfdist.privacy.epsilon`.
         relation: Which data sets shall look alike, as in `tfdist.privacy.epsilon`.
@@ -62,6 +73,13 @@ class DPSGD:
             by other random numbers; the mean of these gradients is clipped, so they cost
             nothing but time (De et al., "Unlocking high-accuracy differentially private image
             classification through scale", 2022, section 3.2).
+        bands: For noise that later steps take back in part, of how many steps a column of its
+            matrix is. Then examples are split into so many groups at random, which take turns,
+            and a step draws each example of its group with `bands` times the probability, at
+            most 1 (Choquette-Choo et al., "(Amplified) banded matrix factorization for
+            differentially private learning", NeurIPS 2023). So many vectors of the size of the
+            weights are kept. None, and 1, give independent noise. Only with `noise_multiplier`
+            and `l2_norm_clip` that are numbers, and without `group_ids` and `target_quantile`.
         seed: Of the noise, and of the sampling unless `fit` has a `seed`. For tests: what
             comes from a known seed is not private, and the report says so. None draws from
             the operating system.
@@ -81,8 +99,10 @@ class DPSGD:
         (10, 0.4)
     """
 
-    l2_norm_clip: float
-    noise_multiplier: float | None = None
+    samples: ClassVar[bool] = True  # rather than take all examples in turn
+
+    l2_norm_clip: float | Callable[[int], Any]
+    noise_multiplier: float | Callable[[int], Any] | None = None
     target_epsilon: float | None = None
     delta: float | None = None
     accountant: str = "pld"
@@ -96,17 +116,20 @@ class DPSGD:
     group_ids: Any = field(default=None, compare=False, repr=False)
     max_rows_per_group: int | None = None
     augmentations: int = 1
+    bands: int | None = None
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        check_number("l2_norm_clip", self.l2_norm_clip, LEAST_NORM, LARGEST_NORM)
-        if (self.noise_multiplier is None) == (self.target_epsilon is None):
+        if not callable(self.l2_norm_clip):
+            check_number("l2_norm_clip", self.l2_norm_clip, LEAST_NORM, LARGEST_NORM)
+        both = callable(self.noise_multiplier) and self.target_epsilon is not None
+        if not both and (self.noise_multiplier is None) == (self.target_epsilon is None):
             raise ArgumentError(
                 "Exactly one of `noise_multiplier` and `target_epsilon` must be given. "
                 f"Received: noise_multiplier={self.noise_multiplier!r}, "
                 f"target_epsilon={self.target_epsilon!r}. With a target the noise is found."
             )
-        if self.noise_multiplier is not None:
+        if self.noise_multiplier is not None and not callable(self.noise_multiplier):
             check_number("noise_multiplier", self.noise_multiplier, 0)
         if self.target_epsilon is not None:
             check_number("target_epsilon", self.target_epsilon, 0)
@@ -130,13 +153,42 @@ class DPSGD:
                     f"max_rows_per_group={self.max_rows_per_group!r} and group_ids=None."
                 )
         check_count("augmentations", self.augmentations, 1)
+        if self.samples and self.bands is not None:
+            self._check_cyclic()
         if self.seed is not None:
             check_count("seed", self.seed, 0)
+
+    @property
+    def is_scheduled(self) -> bool:
+        """Whether steps differ in their noise or norm."""
+        return callable(self.noise_multiplier) or callable(self.l2_norm_clip)
+
+    def _check_cyclic(self) -> None:
+        check_count("bands", self.bands, 1)
+        if self.is_scheduled:
+            raise ArgumentError(
+                "`noise_multiplier` and `l2_norm_clip` must be numbers with `bands`: noise is "
+                "taken back as large as it was given. Received: a schedule. Leave one of them "
+                "out."
+            )
+        for name in ("group_ids", "target_quantile"):
+            if getattr(self, name) is not None:
+                raise ArgumentError(
+                    f"`{name}` must be None with `bands`: correlated noise is of single "
+                    f"examples, and of one norm. Received: {name} and bands={self.bands!r}. "
+                    "Leave one of them out."
+                )
 
     def _check_adaptive(self) -> None:
         if self.target_quantile is None:
             return
         check_number("target_quantile", self.target_quantile, 0, 1, open_ends=True)
+        if self.is_scheduled:
+            raise ArgumentError(
+                "`target_quantile` must be None with a schedule: it moves the norm itself, and "
+                "shares the noise of each step. Received: target_quantile="
+                f"{self.target_quantile!r} and a schedule. Leave one of them out."
+            )
         if self.clipping == "per_layer":
             raise ArgumentError(
                 "`target_quantile` is of the norm over all variables. Received: "
@@ -152,8 +204,8 @@ class Mechanism:
     """What is done to the gradients of one step.
 
     Attributes:
-        l2_norm_clip: As in `DPSGD`.
-        noise_multiplier: As in `DPSGD`, found if need be.
+        l2_norm_clip: As in `DPSGD`; the first step's, if there is a schedule.
+        noise_multiplier: As in `DPSGD`, found if need be; the least, if there is a schedule.
         expected_batch: `batch_size`: the examples that a step draws on average, if there are
             as many.
         microbatch_size: As in `DPSGD`.
@@ -162,6 +214,8 @@ class Mechanism:
         rows_of_user: The most examples of a user in a step; None without `group_ids`.
         copies: Rows of an example, whose mean counts.
         bands: As in `tfdist.DPFTRL`; None where each step has noise of its own alone.
+        cyclic: Whether they are those of `DPSGD`.
+        schedule: What each step gets; None if all get the same.
     """
 
     l2_norm_clip: float
@@ -176,11 +230,17 @@ class Mechanism:
     rows_of_user: int | None = None
     copies: int = 1
     bands: int | None = None
+    cyclic: bool = False
+    schedule: StepSchedule | None = None
 
     @property
     def factors(self) -> tuple[float, ...]:
-        """With what factors the noise of a step and those before is added up."""
-        return coefficients(self.bands or 1)
+        """With what factors the noise of a step and those before is added up.
+
+        Of `cyclic` ones, those that matter.
+        """
+        bands = self.bands or 1
+        return inverse(banded(bands), 16 * bands) if self.cyclic else coefficients(bands)
 
     def most(self, replicas: int) -> float:
         """Says how long a sum of clipped gradients may be, practically, in norms.

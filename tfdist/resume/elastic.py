@@ -21,8 +21,8 @@ from tfdist import _keras
 from tfdist.data import DataPosition, Source
 from tfdist.errors import ArgumentError, MembersChanged, PeerError, StrategyError
 from tfdist.resume.position import ContinuedCallbacks, Position
-from tfdist.step.functions import Stop
 from tfdist.step.prepared import Prepared
+from tfdist.step.signals import Stop
 from tfdist.step.state import TrainState
 from tfdist.strategies.base import Strategy
 from tfdist.training.extension import Begins, Continuation, Extension
@@ -89,7 +89,13 @@ class ElasticRun(Continuation):
                 try:
                     return self._agreed(attempt())
                 except (PeerError, MembersChanged) as reason:
-                    print(f"tfdist: {reason} Training goes on.", file=sys.stderr, flush=True)
+                    said = f"tfdist: {reason} Training goes on."
+                    if self._state.per_replica:
+                        said += (
+                            " What processes that are gone had kept of their gradients, to "
+                            "send it later, is lost."
+                        )
+                    print(said, file=sys.stderr, flush=True)
                     if self.position is not None:
                         for variable, value in zip(
                             self._state.variables, self._kept, strict=True

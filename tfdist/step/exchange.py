@@ -47,6 +47,13 @@ class Exchange(Protocol):
     def acts_alone(self) -> bool:
         """Whether it changes the result of one replica, too."""
 
+    @property
+    def has_phases(self) -> bool:
+        """Whether `next_phase` says several things."""
+
+    def reset(self) -> None:
+        """Brings its state to where a training begins."""
+
     def running(self) -> contextlib.AbstractContextManager[None]:
         """Makes a context around a training."""
 

@@ -8,84 +8,25 @@ are summed and need no division; metrics are summed as state; both travel togeth
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import tensorflow as tf
 
 from tfdist import _keras
-from tfdist._keras import ReplicaBatch
-from tfdist.data import Epoch, Share, no_groups
-from tfdist.errors import DisagreementError, MembersChanged, StrategyError
+from tfdist.data import Epoch, Share
+from tfdist.errors import MembersChanged, StrategyError
 from tfdist.step.exchange import Exchange
 from tfdist.step.own_step import OwnStep
 from tfdist.step.reduction import (
-    DISAGREED,
     GOES_ON,
-    MEMBERS_CHANGED,
-    STOPPED,
-    MetricState,
-    ReducedUpdates,
-    StepAgreement,
 )
+from tfdist.step.replica_steps import Logs, ReplicaSteps, Result
+from tfdist.step.signals import Stop, Tensor, heed
 from tfdist.step.timers import StepTimers
 from tfdist.strategies.base import Functions, Strategy
 from tfdist.strategies.whole import Whole
-
-Tensor = Any
-Logs = dict[str, Tensor]
-
-
-@dataclass
-class Stop:
-    """Whether a callback of this or of another worker asked to stop.
-
-    Attributes:
-        requested: Set by this worker's callbacks; goes out with the next step.
-        agreed: Set when a step learned of a request: that step changed nothing, on any
-            worker, so all of them stop after the one before.
-        members_changed: Set when an elastic run's launcher said that processes came or go.
-        preempted: Set when this worker has to leave; goes out with the next step.
-        leaving: Set when a step learned of that: all workers leave after it.
-    """
-
-    requested: bool = False
-    agreed: bool = False
-    members_changed: bool = False
-    preempted: bool = False
-    leaving: bool = False
-
-    def asked(self) -> Tensor:
-        """Gives what this worker tells the others: float32 of shape [3]."""
-        return tf.constant(
-            [float(one) for one in (self.requested, self.members_changed, self.preempted)]
-        )
-
-
-class Signals(NamedTuple):
-    """What the workers tell each other at every step, in the gradients' collective.
-
-    Attributes:
-        status: Scalar int32; see `StepAgreement`.
-        check: This worker's `Share.check`.
-        leaving: Scalar bool; see `StepAgreement`.
-        reducing: Scalar float64, seconds that this worker's reduction took; no signal.
-    """
-
-    status: Tensor
-    check: Tensor
-    leaving: Tensor
-    reducing: Tensor
-
-
-def _no_signals() -> Signals:
-    return Signals(tf.constant(0), tf.zeros([4]), tf.constant(False), tf.zeros([], tf.float64))
-
-
-def _signals(agreement: StepAgreement, share: Share) -> Signals:
-    return Signals(agreement.status, share.check, agreement.leaving, agreement.seconds)
 
 
 def make_functions(
@@ -121,9 +62,9 @@ def make_functions(
         )
     if own is not None:
         return own
-    replica = _Replica(model, strategy, own_step, exchange)
+    replica = ReplicaSteps(model, strategy, own_step, exchange)
     if isinstance(strategy, Whole) and strategy.has_company:
-        return _in_company(strategy, replica, stop, variables)
+        return _in_company(strategy, replica, stop, variables, exchange)
     # One process has nobody to wait for, and servers' steps no place for the clocks.
     timers = StepTimers() if strategy.place.num_workers > 1 else None
     return Functions(
@@ -135,11 +76,15 @@ def make_functions(
 
 
 def _in_company(
-    strategy: Whole, replica: _Replica, stop: Stop, variables: Sequence[Any]
+    strategy: Whole,
+    replica: ReplicaSteps,
+    stop: Stop,
+    variables: Sequence[Any],
+    exchange: Exchange | None,
 ) -> Functions:
     """Builds the functions of processes that all compute whole batches."""
     model = replica.model
-    train = _over_epoch(model, strategy, replica.train, Stop(), None)
+    train = _over_epoch(model, strategy, replica.train, Stop(), None, exchange=exchange)
     test = _over_epoch(model, strategy, replica.test, Stop(), None)
 
     def trained(epoch: Epoch) -> Logs:
@@ -174,7 +119,6 @@ def _traced(model: Any, function: Callable[..., Any], **options: Any) -> Callabl
     return traced
 
 
-Result = tuple[Logs, Signals]
 ReplicaStep = Callable[[Share, Tensor, Hashable], Result]
 
 
@@ -267,7 +211,8 @@ def _over_epoch(
         return result
 
     # A loop in a graph on several processes goes over all of them each round.
-    loops_here = model.run_eagerly or strategy.has_servers or exchange is not None
+    has_phases = exchange is not None and exchange.has_phases
+    loops_here = model.run_eagerly or strategy.has_servers or has_phases
 
     def function(epoch: Epoch) -> Logs:
         steps = epoch.pass_made(epoch.take(model.steps_per_execution))
@@ -293,39 +238,11 @@ def _over_epoch(
                 several = of_phase(None).several
                 logs, signals = several(epoch.iterator, tf.constant(steps), stopping)
         if strategy.place.num_workers > 1:
-            _heed(signals, stop, strategy, epoch)
+            heed(signals, stop, strategy, epoch)
         epoch.note_progress(steps)
         return logs
 
     return function
-
-
-def _heed(signals: Signals, stop: Stop, strategy: Strategy, epoch: Epoch) -> None:
-    """Does what the other workers' signals ask for, on all workers alike."""
-    stop.leaving = bool(signals.leaving)
-    status = int(signals.status)
-    if status == STOPPED:
-        stop.agreed = True
-        raise StopIteration
-    if status == MEMBERS_CHANGED:
-        raise MembersChanged("Processes came, or are about to go.")
-    if status == DISAGREED:
-        checks = strategy.gather_objects([int(part) for part in signals.check])
-        listed = ", ".join(f"worker {i}: {check}" for i, check in enumerate(checks))
-        raise DisagreementError(
-            "All workers must draw the same batches in the same order. Received batches with "
-            f"different checksums at step {epoch.steps_taken}: {listed}. The step changed "
-            f"nothing. {_remedy(epoch.suspects)}"
-        )
-
-
-def _remedy(suspects: Sequence[str]) -> str:
-    if not suspects:
-        return "Seed what a generator or PyDataset draws, and sort what it lists."
-    return (
-        f"The data set has {', '.join(suspects)}: seed them, and let them depend on nothing "
-        "that differs between workers, such as the time, the order of files or of a set."
-    )
 
 
 def _over_shares(
@@ -345,107 +262,3 @@ def _over_shares(
         return tf.nest.map_structure(lambda *parts: tf.concat(parts, 0), *outputs)
 
     return function
-
-
-class _Replica:
-    """One replica's steps."""
-
-    def __init__(
-        self,
-        model: Any,
-        strategy: Strategy,
-        own_step: OwnStep | None,
-        exchange: Exchange | None,
-    ) -> None:
-        self.model = model
-        self.strategy = strategy
-        self.own_step = own_step
-        self.exchange = exchange
-        self.alone = strategy.place.num_replicas == 1
-        self.takes_part = own_step is not None or exchange is not None
-        self.train_step, self.test_step = model.train_step, model.test_step
-        if not self.alone or self.takes_part:
-            self.train_step = _keras.step_of(model, "train_step")
-        if not self.alone:
-            self.test_step = _keras.step_of(model, "test_step")
-        self.elements = sum(math.prod(v.shape) for v in model.trainable_variables)
-
-    def train(self, share: Share, stopping: Tensor, phase: Hashable) -> Result:
-        """Updates the weights, once."""
-        if share.total is None and self.takes_part:  # the whole of a stream's batch
-            count = tf.shape(tf.nest.flatten(share.data)[0], tf.int64)[0]
-            nothing = tf.constant(0, tf.int64)
-            share = Share(share.data, count, count, nothing, tf.zeros([4]), no_groups())
-        if share.total is None:
-            return self.train_step(share.data), _no_signals()
-        with _keras.on_replica(self._batch(share)) as batch:
-            own_step = self.own_step
-            if own_step is not None:
-                data, stopping = own_step.begin_step(share.data, batch, stopping)
-                share = share._replace(data=data)
-            exchange = None if self.exchange is None else (self.exchange, phase)
-            agreement = StepAgreement(self.strategy, share, stopping, self.elements, exchange)
-            updates = ReducedUpdates(
-                self.model, batch, agreement, self.strategy, are_parts=own_step is not None
-            )
-            batch.metrics = metrics = MetricState(not _keras.has_own(self.model, "train_step"))
-            batch.updates = updates
-            if own_step is None:
-                logs = self.train_step(share.data)
-            else:
-                logs = own_step.train_step(share.data, batch, share.groups)
-            batch.updates = batch.metrics = None
-            updates.finish(metrics)
-            return self._logs(batch, logs), _signals(agreement, share)
-
-    def test(self, share: Share, stopping: Tensor, phase: Hashable) -> Result:
-        """Adds a share to the metrics."""
-        if self.alone:
-            return self.test_step(share.data), _no_signals()
-        with _keras.on_replica(self._batch(share)) as batch:
-            agreement = StepAgreement(self.strategy, share, stopping)
-            batch.metrics = metrics = MetricState(not _keras.has_own(self.model, "test_step"))
-            logs = self.test_step(share.data)
-            batch.metrics = None
-            _, changes = agreement.reduce(batch, [], metrics.changes(batch))
-            metrics.assign(changes)
-            return self._logs(batch, logs), _signals(agreement, share)
-
-    def predict(self, share: Share) -> Any:
-        """Gives the outputs for the whole global batch, in its order."""
-        if self.alone:
-            return self.model.predict_step(share.data)
-        with _keras.on_replica(self._batch(share)):
-            outputs = self.model.predict_step(share.data)
-            # A share without examples has one row all the same.
-            return tf.nest.map_structure(
-                lambda output: self.strategy.all_gather(output[: share.rows]), outputs
-            )
-
-    def _batch(self, share: Share) -> ReplicaBatch:
-        return ReplicaBatch(
-            share.rows,
-            share.total,
-            share.offset,
-            self.strategy.all_reduce_sum,
-            self.strategy.all_gather,
-        )
-
-    def _logs(self, batch: ReplicaBatch, logs: Logs) -> Logs:
-        """Gives the results of reduced metrics, and the mean of what else a step returned."""
-        leaves = tf.nest.flatten(logs)
-        of_metrics = [batch.metric_of(leaf) for leaf in leaves]
-        metrics = {id(found[0]): found[0] for found in of_metrics if found is not None}
-        results = {key: tf.nest.flatten(one.result()) for key, one in metrics.items()}
-        others = [
-            tf.cast(leaf, tf.float32) * batch.share
-            for leaf, found in zip(leaves, of_metrics, strict=True)
-            if found is None
-        ]
-        means = iter(batch.all_reduce(others) if others else ())
-        reduced = [
-            next(means) if found is None else results[id(found[0])][found[1]]
-            for found in of_metrics
-        ]
-        packed: Logs = tf.nest.pack_sequence_as(logs, reduced)
-        return packed

@@ -9,11 +9,13 @@ from typing import Any
 
 from tfdist import _keras, data
 from tfdist.step.exchange import Exchange, ExchangeMaker
-from tfdist.step.functions import Stop, make_functions
+from tfdist.step.functions import make_functions
 from tfdist.step.own_step import OwnStep, StepMaker
+from tfdist.step.signals import Stop
 from tfdist.step.state import TrainState, optimizers_of, variables_of
 from tfdist.strategies.base import Functions, Place, Strategy
 from tfdist.strategies.session import current
+from tfdist.strategies.whole import Whole
 from tfdist.watchdog import here
 
 
@@ -43,6 +45,11 @@ class Prepared:
             and _keras.is_compiled_as(model, self.compiled_state)
             and (self.strategy.is_plain or self.state.is_of(model))
         )
+
+    def begin_training(self) -> None:
+        """Brings what an extension keeps between steps to where a training begins."""
+        if self.exchange is not None:
+            self.exchange.reset()
 
     @contextlib.contextmanager
     def running(self, source: data.Source) -> Iterator[None]:
@@ -114,11 +121,11 @@ def prepare(
     stop = Stop()
     _keras.attached(model).clip_optimizer = None
     own_step = None if maker is None else maker.make(model, strategy)
-    exchange = None if exchange_maker is None else exchange_maker.make(model, strategy)
-    if exchange is not None and strategy.place.num_replicas == 1 and not exchange.acts_alone:
-        exchange = None
+    exchange = _exchange(known, model, strategy, exchange_maker)
     of_extensions = () if exchange is None else tuple(exchange.state)
     state = TrainState(tuple(variables_of(model)), of_extensions)
+    # Where each process computes whole batches, all have the chief's residuals, too.
+    agreed = state.variables if isinstance(strategy, Whole) else state.replicated
     prepared = Prepared(
         model,
         strategy,
@@ -126,7 +133,7 @@ def prepare(
         _keras.compiled_state(model),
         state,
         strategy.hold(state.variables, optimizers_of(model)),
-        make_functions(model, strategy, stop, state.replicated, own_step, exchange),
+        make_functions(model, strategy, stop, agreed, own_step, exchange),
         stop,
         own_step,
         maker,
@@ -135,6 +142,23 @@ def prepare(
     )
     _keras.attached(model).prepared = prepared
     return prepared
+
+
+def _exchange(
+    known: Prepared | None, model: Any, strategy: Strategy, maker: ExchangeMaker | None
+) -> Exchange | None:
+    """Makes what is put around the reduction; one with state outlives a change of replicas."""
+    if maker is None:
+        return None
+    if known is not None and known.exchange is not None and known.exchange_maker == maker:
+        is_same = _keras.is_compiled_as(model, known.compiled_state) and known.state.is_of(
+            model
+        )
+        if known.exchange.state and is_same:
+            return known.exchange
+    exchange = maker.make(model, strategy)
+    alone = strategy.place.num_replicas == 1
+    return None if alone and not exchange.acts_alone else exchange
 
 
 def scoped(model: Any, strategy: Any) -> Any:

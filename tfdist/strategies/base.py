@@ -79,7 +79,9 @@ class Strategy(abc.ABC):
         has_servers: Whether `hold` leaves variables where no replica is.
         gathers_rows: Whether its own functions take row numbers where data has rows.
         sums_exactly: Whether `reduce_step` sums gradients as they are.
+        sums_gradients: Whether `reduce_step` is linear in the gradients.
         compression: Of gradients, where `fit` asks for none; as in `fit`.
+        predivide: By what gradients in half precision are divided before they are summed.
     """
 
     name: ClassVar[str]
@@ -90,7 +92,9 @@ class Strategy(abc.ABC):
     has_servers: bool = False
     gathers_rows: bool = False
     sums_exactly: bool = True
+    sums_gradients: bool = True
     compression: str | None = None
+    predivide: float = 1.0
 
     @classmethod
     @abc.abstractmethod

@@ -10,7 +10,7 @@ import keras
 import numpy as np
 
 from tfdist.imbalance.per_class import PerClassMetrics
-from tfdist.step.functions import Stop
+from tfdist.step.signals import Stop
 from tfdist.strategies.base import Strategy
 from tfdist.training.learning_rate import LearningRateScaling, RateCallback
 from tfdist.training.stragglers import StragglerCallback

@@ -44,6 +44,7 @@ class Training:
         self._request = request
         self._extensions = extensions
         self._continuation = continuation
+        self._has_begun = False
 
     def run(self) -> Any:
         """Trains.
@@ -78,6 +79,9 @@ class Training:
         request, source, validation = self._request, self._source, self._validation
         self._continuation.begin_attempt(source)
         prepared = self._prepared()
+        if not self._has_begun:
+            prepared.begin_training()
+        self._has_begun = True
         self._announce()
         callbacks = self._callbacks(prepared)
         # Asked for when the first share is drawn: a callback may restore the optimizer.

@@ -28,7 +28,7 @@ def read(request: Request) -> tuple[data.Source, data.Source | None]:
     assert request.seed is not None
     source = data.read(
         *columns,
-        data.Settings(
+        data.SourceSettings(
             batch_size=request.batch_size,
             steps=request.steps_per_epoch,
             sampler=request.sampler,
@@ -84,7 +84,7 @@ def read_in_order(
     """
     # In order, all rows of a batch would be one worker's.
     sampler = Sequential() if shard is None else Uniform()
-    settings = data.Settings(
+    settings = data.SourceSettings(
         batch_size,
         steps,
         sampler,

@@ -6,6 +6,7 @@ elsewhere can do nothing but be wrong.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -74,3 +75,18 @@ def decode(written: Any, arrays: Callable[[int], Any]) -> Any:
 
 _SEQUENCES: dict[Any, str] = {list: "list", tuple: "tuple", set: "set", frozenset: "frozenset"}
 _KINDS: dict[str, Callable[..., Any]] = {name: kind for kind, name in _SEQUENCES.items()}
+
+
+def plain_logs(logs: Any, arrays: list[Any]) -> Any:
+    """Gives what of a step's logs is numbers, as JSON knows it.
+
+    Args:
+        logs: By name.
+        arrays: Gets the arrays in them.
+    """
+    found = {}
+    for name, value in (logs or {}).items():
+        with contextlib.suppress(NotPlain):
+            encode(value, [])
+            found[name] = np.asarray(value) if tf.is_tensor(value) else value
+    return encode(found, arrays)

@@ -8,11 +8,9 @@ import functools
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, NoReturn
 
-import numpy as np
 import tensorflow as tf
 
 from tfdist import _keras, data, watchdog
@@ -20,18 +18,19 @@ from tfdist._version import __version__
 from tfdist.errors import START_ME_AGAIN, ArgumentError, CheckpointError, Preempted
 from tfdist.resume.checkpoint import files, same, tensors
 from tfdist.resume.checkpoint.callbacks import Memory
-from tfdist.resume.checkpoint.plain import NotPlain, decode, encode
+from tfdist.resume.checkpoint.plain import decode, plain_logs
 from tfdist.resume.checkpoint.preemption import Preemption
+from tfdist.resume.checkpoint.reading import FORMAT, last_checkpoint, notice_of
+from tfdist.resume.checkpoint.saving import SavingCallbacks
 from tfdist.resume.checkpoint.settings import Checkpoint
-from tfdist.resume.position import ContinuedCallbacks, Position
-from tfdist.step.functions import Stop
+from tfdist.resume.checkpoint.writer import Writer
+from tfdist.resume.position import Position
 from tfdist.step.prepared import Prepared
+from tfdist.step.signals import Stop
 from tfdist.step.state import TrainState, variables_of
 from tfdist.strategies.base import Strategy
 from tfdist.training.extension import Begins, Continuation, Extension
 from tfdist.training.request import Request
-
-_FORMAT = 3
 
 
 class CheckpointRun(Continuation):
@@ -61,19 +60,18 @@ class CheckpointRun(Continuation):
         self._every = self._settings.every
         self._refuse()
         self._states: dict[str, Any] = {}
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="tfdist-checkpoint")
-        self._writing: Future[None] | None = None
-        self._read: Callable[[str], Any] | None = None
+        self._writer = Writer()
         self._preemption, self._stop = Preemption(), Stop()
         self._model: Any = None
-        self._state, self._arrays = self._found()
+        last = last_checkpoint(self._settings.path, strategy)
+        self._state, self._arrays, self._read = last.state, last.arrays, last.read
         self._position: Position | None = None
         self._made = 0 if self._state is None else self._state["steps"]
         self._saved_at, self._saved_time, self._is_due = self._made, time.monotonic(), False
         self._initial_epoch = self._epochs = 0
         self._where: Callable[[], data.DataPosition] = data.DataPosition
         self._setup: dict[str, Any] = {}
-        self._train_state = TrainState(())
+        self._train_state, self._computing = TrainState(()), strategy
 
     def _refuse(self) -> None:
         if self._strategy.elastic:
@@ -87,29 +85,6 @@ class CheckpointRun(Continuation):
                 "`every` of `Checkpoint` must be 'epoch' in asynchronous training, which has "
                 f"no step of all workers. Received: every={self._every!r}."
             )
-
-    def _found(self) -> tuple[dict[str, Any] | None, dict[int, Any]]:
-        """Lets the chief look for a checkpoint, and tells all workers."""
-        problem, state, arrays = None, None, {}
-        if self._strategy.place.is_chief:
-            try:
-                files.open_directory(self._settings.path)
-                saved = files.latest(self._settings.path)
-                if saved is not None:
-                    self._read, state = saved.tensors(), saved.state
-                    state["folder"] = str(saved.folder)
-                    arrays = {i: self._read(f"arrays/{i}") for i in range(state["arrays"])}
-            except CheckpointError as error:
-                problem = str(error)
-        problem, state, arrays = self._strategy.broadcast_object((problem, state, arrays))
-        if problem is not None:
-            raise CheckpointError(problem)
-        if state is not None and state["format"] != _FORMAT:
-            raise CheckpointError(
-                f"A checkpoint must be of format {_FORMAT}. Received: {state['folder']} of "
-                f"format {state['format']}. Use tfdist {state['tfdist']}, which wrote it."
-            )
-        return state, arrays
 
     # --- before training --------------------------------------------------------------
 
@@ -129,25 +104,7 @@ class CheckpointRun(Continuation):
         """Says which checkpoint training goes on from, if there is one, and with what."""
         if self._state is None:
             return None
-        epochs = request.epochs
-        folder, epoch = self._state["folder"], self._state["position"][0]
-        if self._state["stopped"]:
-            return (
-                f"a callback ended the training in {folder} after epoch {epoch}: nothing is "
-                "left to train. Pass another directory to train anew."
-            )
-        if epoch >= epochs:
-            return (
-                f"{folder} has all {epochs} epochs: nothing is left to train. Raise `epochs`, "
-                "or pass another directory to train anew."
-            )
-        said = f"training goes on from {folder}"
-        if same.has_other_contents(self._setup, self._state["setup"]):
-            said += (
-                ", with other values in its arrays than it was trained on. If that is not "
-                "meant, pass another directory."
-            )
-        return said
+        return notice_of(self._state, self._setup, request.epochs)
 
     def bind(self, request: Request, source: data.Source) -> None:
         """Refuses a checkpoint of another training, and a disk without room for one.
@@ -218,13 +175,14 @@ class CheckpointRun(Continuation):
             **options: Of `keras.callbacks.CallbackList`.
         """
         self._train_state, self._where = prepared.state, where
+        self._computing = prepared.strategy
         self._epochs = options["epochs"]
         self._stop, self._model = prepared.stop, prepared.model
         self._preemption.on_asked = self._note_asked
         self._note_asked()
         made = 0 if self._position is None else self._position.step
         given = list(getattr(given, "callbacks", given))
-        return _Saving(self, made, given, add_history=True, **options)
+        return SavingCallbacks(self, made, given, add_history=True, **options)
 
     # --- while training runs ------------------------------------------------------------
 
@@ -240,12 +198,12 @@ class CheckpointRun(Continuation):
                 yield
             except BaseException:
                 with contextlib.suppress(Exception):  # the first failure is the one to show
-                    self._finish()
+                    self._writer.finish()
                 raise
             finally:
-                self._pool.shutdown()
+                self._writer.close()
                 self._stop.preempted = False
-            self._finish()
+            self._writer.finish()
             if any(self._strategy.gather_objects(self._preemption.asked)):
                 self._leave("training had come to its end, and is saved")
 
@@ -275,7 +233,7 @@ class CheckpointRun(Continuation):
         try:
             if self._saved_at != self._made:
                 self._save(self._position, memory, logs)
-            self._finish()
+            self._writer.finish()
         except CheckpointError as error:
             problem = str(error)
         # The others wait for the chief, as a launcher would end all when the first has left.
@@ -314,7 +272,7 @@ class CheckpointRun(Continuation):
         if self._state is None:
             return
         has_seed = bool(self._state["global_seed"])
-        tensors.put_back(self._strategy, self._train_state, self._read, has_seed)
+        tensors.put_back(self._computing, self._train_state, self._read, has_seed)
         memory.restore(self._state["callbacks"], self._arrays.__getitem__)
 
     def note_restored(self) -> None:
@@ -348,7 +306,7 @@ class CheckpointRun(Continuation):
             waited = time.monotonic() - self._saved_time
             self._is_due = waited >= self._every.total_seconds()
         # Training does not wait for the disk: then a later step is saved.
-        is_ready = self._writing is None or self._writing.done()
+        is_ready = self._writer.is_idle
         if self._train_state.per_replica:  # which all workers save at the same step
             is_ready = True
             if isinstance(self._every, datetime.timedelta):
@@ -376,13 +334,13 @@ class CheckpointRun(Continuation):
         self._saved_at, self._saved_time, self._is_due = self._made, time.monotonic(), False
         if not self._strategy.place.is_chief and not self._train_state.per_replica:
             return
-        self._finish()
-        taken = tensors.take(self._strategy, self._train_state)
+        self._writer.finish()
+        taken = tensors.take(self._computing, self._train_state)
         if not self._strategy.place.is_chief:
             return
         arrays: list[Any] = []
         state = {
-            "format": _FORMAT,
+            "format": FORMAT,
             "tfdist": __version__,
             "position": position.to_json(),
             "initial_epoch": self._initial_epoch,
@@ -390,7 +348,7 @@ class CheckpointRun(Continuation):
             "stopped": is_stopped,
             "setup": self._setup,
             "others": self._states,
-            "logs": _plain(logs, arrays),
+            "logs": plain_logs(logs, arrays),
             "callbacks": memory.state(arrays),
             "global_seed": _keras.has_global_seed(),
             "arrays": len(arrays),
@@ -406,53 +364,4 @@ class CheckpointRun(Continuation):
             state,
             settings.keep,
         )
-        self._writing = self._pool.submit(write)
-
-    @watchdog.here.while_doing(watchdog.SAVING)
-    def _finish(self) -> None:
-        """Waits for what is being written; its failure is raised."""
-        writing, self._writing = self._writing, None
-        if writing is not None:
-            writing.result()
-
-
-class _Saving(ContinuedCallbacks):
-    """Callbacks whose state is put back at the beginning, and saved after steps and epochs."""
-
-    def __init__(self, run: CheckpointRun, made: int, callbacks: Any, **options: Any) -> None:
-        super().__init__(callbacks, **options)
-        self.made = made
-        self._run = run
-        self._memory = Memory(self.callbacks)
-
-    def on_train_begin(self, logs: Any = None) -> None:
-        super().on_train_begin(logs)
-        self.model._initial_epoch = None  # BackupAndRestore's; the checkpoint's is passed
-        self._memory.note_begun()
-        self._run.restore(self._memory)
-        self._run.note_restored()
-
-    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        super().on_epoch_begin(epoch, logs)
-        self._run.begin_epoch(epoch, self._memory)
-
-    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        super().on_train_batch_end(batch, logs)
-        if not self.is_made(batch + 1 - int(self.model.steps_per_execution)):
-            self._run.after_step(self._memory, logs)
-            if not self.model.stop_training:  # else the end of the epoch is saved
-                self._run.leave_if_asked(self._memory, logs)
-
-    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        super().on_epoch_end(epoch, logs)
-        self._run.after_epoch(self._memory, bool(self.model.stop_training))
-
-
-def _plain(logs: Any, arrays: list[Any]) -> Any:
-    """Gives what of a step's logs is numbers, as JSON knows it."""
-    found = {}
-    for name, value in (logs or {}).items():
-        with contextlib.suppress(NotPlain):
-            encode(value, [])
-            found[name] = np.asarray(value) if tf.is_tensor(value) else value
-    return encode(found, arrays)
+        self._writer.begin(write)

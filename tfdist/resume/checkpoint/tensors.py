@@ -12,7 +12,7 @@ import tensorflow as tf
 from tfdist import _keras
 from tfdist.step.state import TrainState
 from tfdist.strategies.base import Strategy
-from tfdist.strategies.whole import whole
+from tfdist.strategies.whole import Whole, whole
 
 Tensor = Any
 _GLOBAL_SEED = "keras/global_seed_generator"
@@ -25,7 +25,7 @@ def take(strategy: Strategy, state: TrainState) -> dict[str, Tensor]:
     has for itself is gathered: then all workers must call this.
 
     Args:
-        strategy: Where the replicas are.
+        strategy: What computes a batch; `Whole` counts as one replica.
         state: The variables.
 
     Returns:
@@ -55,7 +55,7 @@ def put_back(
     their old number: only the sum matters.
 
     Args:
-        strategy: Where the replicas are.
+        strategy: What computes a batch; `Whole` counts as one replica.
         state: The variables.
         read: Gives a tensor by name; None on workers that have not read the checkpoint.
         has_global_seed: Whether it was among them.
@@ -68,10 +68,14 @@ def put_back(
             variable.assign(read(f"variables/{number}"))
         if has_global_seed:
             variables[-1].assign(read(_GLOBAL_SEED))
-    strategy.agree(variables)
+    _connecting(strategy).agree(variables)
     for number, variable in enumerate(state.per_replica):
         saved = None if read is None else read(f"per_replica/{number}")
         strategy.assign_copies(variable, _dealt_out(strategy, variable, saved))
+
+
+def _connecting(strategy: Strategy) -> Strategy:
+    return strategy.connected if isinstance(strategy, Whole) else strategy
 
 
 def _gathered(strategy: Strategy, variable: Any) -> Tensor:

@@ -88,8 +88,9 @@ class Horovod(Connected):
         self._take_place()
         self._op = op
         self._wire_type = _COMPRESSIONS[compression]
-        self._predivide = gradient_predivide_factor
+        self.predivide = gradient_predivide_factor
         self.compression = compression if op == "average" else None
+        self.sums_gradients = op == "average"
         self.sums_exactly = op == "average" and compression is None
         self._sparse_as_dense = sparse_as_dense
         size = self._process_set.size()
@@ -175,7 +176,7 @@ class Horovod(Connected):
         """Sums a step's tensors; gradients as the arguments say."""
         if self._sparse_as_dense:
             gradients = [tf.convert_to_tensor(g) for g in gradients]
-        if self._op == "average" and self._predivide == 1.0:
+        if self._op == "average" and self.predivide == 1.0:
             return super().reduce_step(gradients, others, share, variables)
         if self._op == "adasum":
             reduced = [self._adasum(tf.convert_to_tensor(g), share) for g in gradients]
@@ -262,10 +263,10 @@ class Horovod(Connected):
         """Sums a gradient over the ranks, divided before and multiplied after."""
         if isinstance(gradient, tf.IndexedSlices):
             return self._sum(gradient)
-        # In half precision mean gradients of ranks come, see `HalfExchange`.
-        is_half = gradient.dtype in (tf.float16, tf.bfloat16)
-        size = 1.0 if is_half else float(self.place.num_replicas)
-        return self._sum(gradient, size / self._predivide, self._predivide / size)
+        if gradient.dtype in (tf.float16, tf.bfloat16):  # `HalfExchange` has divided it
+            return self._sum(gradient)
+        size = float(self.place.num_replicas)
+        return self._sum(gradient, size / self.predivide, self.predivide / size)
 
     def _all_to_all(self, tensor: Tensor) -> Tensor:
         """Deals out equal parts of a vector, a part to each rank."""

@@ -1,0 +1,66 @@
+"""Which gradients are taken as matrices, and of what size."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+
+from tfdist import _keras
+from tfdist.compression.settings import PowerSGD
+from tfdist.step.composition import found_in_steps
+from tfdist.step.state import optimizers_of
+
+
+def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
+    """Sees a kernel as a matrix: its last dimension, and all others together.
+
+    Args:
+        shape: Of at least two dimensions.
+    """
+    return math.prod(shape[:-1]), int(shape[-1])
+
+
+def is_compressed(variable: Any, settings: PowerSGD, by_rows: set[int]) -> bool:
+    """Tells whether a variable's gradient travels in low rank.
+
+    Args:
+        variable: A `keras.Variable`.
+        settings: What the user asked for.
+        by_rows: The ids of variables whose gradients are sparse.
+    """
+    if len(variable.shape) < 2 or id(variable) in by_rows:
+        return False
+    rows, columns = matrix_shape(variable.shape)
+    if settings.rank >= min(rows, columns):  # as it is, it needs no more bytes and is exact
+        return False
+    return settings.ratio(rows, columns) >= settings.min_ratio
+
+
+def trained_variables(model: Any) -> list[Any]:
+    """Lists the variables that get gradients, each once.
+
+    Args:
+        model: A built `keras.Model`.
+    """
+    of_optimizers = [v for o in optimizers_of(model) for v in _keras.trained_variables(o)]
+    return list({id(v): v for v in [*model.trainable_variables, *of_optimizers]}.values())
+
+
+def updated_by_rows(model: Any) -> set[int]:
+    """Finds the variables of whose gradients only some rows are there, such as embeddings.
+
+    Args:
+        model: A built `keras.Model`.
+
+    Returns:
+        Their ids: of those that the model's step was found to update so; before it was looked
+        at, of embeddings that no other layer uses.
+    """
+    steps = found_in_steps(model)
+    if any(step.optimizers for step in steps):
+        return {id(variable) for step in steps for variable in step.by_rows}
+    tables = [o for o in _keras.layers_of(model) if isinstance(o, keras.layers.Embedding)]
+    return {id(t.embeddings) for t in tables if not getattr(t, "tie_weights", False)}

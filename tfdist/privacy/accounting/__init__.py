@@ -1,0 +1,1 @@
+"""What private steps cost: ledgers, accountants, statements. No TensorFlow is needed here."""

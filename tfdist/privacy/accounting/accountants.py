@@ -1,0 +1,149 @@
+"""The accountants: dp-accounting's numbers for steps, and their composition.
+
+Needs no TensorFlow.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import dp_accounting as dp
+import numpy as np
+from dp_accounting.pld import privacy_loss_distribution as plds
+
+from tfdist.errors import ArgumentError
+from tfdist.privacy.accounting.ledger import Phase
+from tfdist.privacy.accounting.pld import Array, LossDistributions, Losses
+
+_WHOLE_ORDERS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128, 256, 512)
+
+
+def rdp_epsilon(made: Sequence[Phase], delta: float, relation: str) -> float:
+    """Bounds the epsilon of steps by Rényi divergences.
+
+    Args:
+        made: The steps, all of them with noise.
+        delta: Between 0 and 1.
+        relation: As in `tfdist.privacy.epsilon`.
+
+    Raises:
+        ArgumentError: The method is not known for such steps.
+    """
+    truncating = [phase for phase in made if phase.truncates]
+    if truncating:
+        raise ArgumentError(
+            "The accountant 'rdp' must be given steps without a capacity. Received: "
+            f"{truncating[0]}. Use accountant='pld'."
+        )
+    if relation == "replace_one":
+        raise ArgumentError(
+            "The accountant 'rdp' cannot do Poisson sampling for relation='replace_one'. "
+            "Use accountant='pld', or another relation."
+        )
+    accountant = dp.rdp.RdpAccountant(neighboring_relation=_relation(relation))
+    for phase in made:
+        accountant.compose(phase.event())
+    return float(accountant.get_epsilon(delta))
+
+
+@functools.lru_cache(maxsize=40)  # more than a schedule has levels
+def _step(
+    probability: float,
+    noise: float,
+    limits: tuple[int, int] | None,
+    relation: str,
+    interval: float,
+    log_left_out: float,
+) -> list[tuple[Array, int, float]]:
+    """Has dp-accounting find the distribution of a step, in each direction of a relation.
+
+    Gives probabilities, the first multiple, and the probability of an infinite loss.
+    """
+    options = {
+        "value_discretization_interval": interval,
+        "log_mass_truncation_bound": log_left_out,
+        "neighboring_relation": _relation(relation),
+    }
+    if limits is None:
+        found = plds.from_gaussian_mechanism(noise, sampling_prob=probability, **options)
+    else:  # the cost is proven in Ganesh et al., arXiv 2508.15089
+        rows, room = limits
+        found = plds.from_truncated_subsampled_gaussian_mechanism(
+            rows, probability, room, noise, **options
+        )
+    both = [found._pmf_remove]
+    if not found._symmetric:
+        both.append(found._pmf_add)
+    dense = [pmf.to_dense_pmf() for pmf in both]
+    return [(np.asarray(p._probs), int(p._lower_loss), float(p._infinity_mass)) for p in dense]
+
+
+def gaussian_epsilon(mean: float, delta: float) -> float:
+    """Gives the epsilon of a Gaussian mechanism, in closed form.
+
+    By dp-accounting (Balle and Wang, "Improving the Gaussian mechanism for differential
+    privacy", ICML 2018, theorem 8), and what its floats and its search may have missed.
+
+    Args:
+        mean: What an example can change, in standard deviations of the noise.
+        delta: Between 0 and 1.
+    """
+    return float(dp.get_epsilon_gaussian(1 / mean, delta)) * (1 + 1e-9) + 1e-11
+
+
+def pld_epsilon(made: Sequence[Phase], delta: float, relation: str, coarseness: float) -> float:
+    """Computes the epsilon of steps by distributions of the privacy loss.
+
+    Args:
+        made: The steps, all of them with noise.
+        delta: Between 0 and 1.
+        relation: As in `tfdist.privacy.epsilon`.
+        coarseness: How many times as far apart losses may be kept as they should be.
+    """
+    square = sum(phase.gaussian_square for phase in made)
+    sampled = [phase for phase in made if not phase.gaussian_square]
+    if not sampled:
+        return gaussian_epsilon(math.sqrt(square) * (1 + (relation == "replace_one")), delta)
+    interval = coarseness * _interval(made, delta)
+    steps = sum(phase.steps for phase in sampled) + 1
+    # What a step leaves out counts as an infinite loss, and shall be little of delta.
+    log_left_out = min(-50.0, -10.0 * math.ceil(math.log(1e5 * steps / delta) / 10))
+    kinds: list[tuple[list[tuple[Array, int, float]], int]] = []
+    if square:
+        kinds.append((_step(1.0, square**-0.5, None, relation, interval, log_left_out), 1))
+    for phase in sampled:
+        limits = None
+        if phase.truncates:
+            assert phase.num_rows is not None
+            assert phase.capacity is not None
+            limits = phase.num_rows, phase.capacity
+        q, (noise, times) = phase.sampling_probability, phase.independent
+        kinds.append((_step(q, noise, limits, relation, interval, log_left_out), times))
+    # A symmetric distribution stands for both directions.
+    return max(
+        LossDistributions(
+            [Losses(*both[min(way, len(both) - 1)], times) for both, times in kinds], interval
+        ).epsilon(delta)
+        for way in range(max(len(both) for both, _ in kinds))
+    )
+
+
+def _interval(made: Sequence[Phase], delta: float) -> float:
+    """Chooses how finely privacy losses are kept apart: each is rounded to the safe side.
+
+    A tenth of a thousandth is within 1 % for an epsilon around 1; a small epsilon needs
+    less, and a large one would need gigabytes. The scale is a coarse bound by RDP.
+    """
+    rdp = dp.rdp.RdpAccountant(_WHOLE_ORDERS)
+    for phase in made:
+        rdp.compose(phase.event(truncated=False))
+    scale = float(rdp.get_epsilon(delta))
+    wanted = max(1e-5, 1e-4 * min(1.0, scale), 2e-6 * scale)
+    return float(2.0 ** (math.floor(2 * math.log2(wanted)) / 2))  # often the same: it is kept
+
+
+def _relation(name: str) -> Any:
+    return dp.NeighboringRelation[name.upper()]

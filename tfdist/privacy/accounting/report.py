@@ -1,0 +1,303 @@
+"""A privacy guarantee in plain words, with everything that it rests on."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from tfdist.privacy.accounting.ledger import EXAMPLE, USER, Ledger, Phase
+
+_ALIKE = {
+    "add_or_remove_one": "differ by {}, added or removed",
+    "replace_special": "differ in {}, replaced by {} that contributes nothing",
+    "replace_one": "differ in {}, replaced by any other",
+}
+_ONE = {EXAMPLE: ("one example", "one"), USER: ("all examples of one user", "a user")}
+_WHOM = {
+    EXAMPLE: "This holds for one example of the data, not for a person who contributed "
+    "several.",
+    USER: "This holds for all examples together that `group_ids` gave to one user, not for a "
+    "person with several ids.",
+}
+_SEVERAL = 3  # phases that are told one by one
+_LARGE = 10  # where the last tier of Ponomareva et al., "How to DP-fy ML", 2023, begins
+_FLOATS = (
+    "tfdist adds noise in float64, up to 9.49 standard deviations, of 96 random bits for two "
+    "numbers, and rounds the sums to a grid that does not depend on the data before anything "
+    "reads them. "
+    "Gradients, their norms and their sums before that are of float32; that their rounding may "
+    "move a sum by a little more than C is not counted."
+)
+_SECRET = {True: "{}s were drawn and noise was", False: "noise was"}
+_METHODS = {
+    "pld": "privacy loss distributions, those of single steps from dp-accounting",
+    "rdp": "Rényi divergences, with dp-accounting",
+}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a private `fit` has spent; `history.privacy`.
+
+    Attributes:
+        ledger: All private steps on the data: of this `fit`, of earlier ones of the model, and
+            those in `DPSGD.spent`.
+        delta: As in `tfdist.DPSGD`.
+        accountant: As in `tfdist.DPSGD`.
+        relation: As in `tfdist.DPSGD`.
+        secret: Whether all random numbers came from the operating system; if not, there is
+            no guarantee.
+        uncounted_steps: Updates that the optimizer had made before the first private step;
+            whether they saw these data is not known.
+        changes: How often the weights were changed between private steps by something that is
+            not counted, such as weights that were set.
+        validated_inside: Whether validation was on data that are protected.
+        norm_changes: Whether the norm that gradients were clipped to followed a schedule.
+    """
+
+    ledger: Ledger
+    delta: float
+    accountant: str = "pld"
+    relation: str = "add_or_remove_one"
+    secret: bool = True
+    uncounted_steps: int = 0
+    changes: int = 0
+    validated_inside: bool = False
+    norm_changes: bool = False
+
+    @functools.cached_property
+    def epsilon(self) -> float:
+        """What all steps have cost together; it takes seconds to compute."""
+        return self.ledger.epsilon(
+            self.delta, accountant=self.accountant, relation=self.relation
+        )
+
+    def statement(self) -> str:
+        """Says it in a paragraph of plain words; see `tfdist.privacy.statement`."""
+        text = statement(
+            self.ledger, delta=self.delta, accountant=self.accountant, relation=self.relation
+        )
+        before = [_SEEDED] if self.ledger.secret and not self.secret else []
+        after = [_INSIDE] if self.validated_inside else []
+        if self.norm_changes:
+            after.append(_MOVING)
+        if self.uncounted_steps:
+            after.append(
+                f"The optimizer had made {self.uncounted_steps} updates before, or between "
+                "private steps, which are not counted: they must not have seen these data."
+            )
+        if self.changes:
+            after.append(
+                "Between private steps the weights were changed by something that is not "
+                f"counted ({self.changes} times): it must not have seen these data."
+            )
+        return " ".join([*before, text, *after])
+
+    def line(self, within: float | None = None) -> str:
+        """Says it in a few words, quickly: epsilon may be some tenths of a percent too large.
+
+        Args:
+            within: What it was planned to be at most; then it is computed well enough to
+                show that it is.
+        """
+        epsilon = self.ledger.epsilon(
+            self.delta, accountant=self.accountant, relation=self.relation, coarse=True
+        )
+        if within is not None and epsilon > within:
+            epsilon = self.epsilon
+        if math.isinf(epsilon):
+            spent = f"no privacy, {self.ledger.steps} steps without noise"
+        else:
+            spent = (
+                f"epsilon {_rounded_up(epsilon)} at delta {self.delta:g} spent in "
+                f"{self.ledger.steps} steps"
+            )
+            if self.ledger.unit == USER:
+                spent += ", for each user"
+            if epsilon > _LARGE:
+                spent += f"; an epsilon above {_LARGE} promises little"
+        if self.uncounted_steps or self.changes:
+            spent += "; other training of the weights is not counted"
+        return spent if self.secret else f"{spent}, with no guarantee: a seed was given"
+
+
+_SEEDED = (
+    "There is no guarantee, since sampling or noise came from a seed that was given: who knows "
+    "it can undo both. Were they secret, this would hold:"
+)
+_INSIDE = (
+    "Validation was on rows of the data that are protected, or on rows held out from them: its "
+    "losses and metrics are exact, and must be kept as the data are."
+)
+
+_MOVING = (
+    "The norm C followed a schedule that was fixed before training, and the noise with it."
+)
+
+
+def statement(
+    ledger: Ledger,
+    *,
+    delta: float,
+    accountant: str = "pld",
+    relation: str = "add_or_remove_one",
+    num_rows: int | None = None,
+) -> str:
+    """Says in plain words what a ledger guarantees, and under which assumptions.
+
+    Args:
+        ledger: All private steps that were made on the data.
+        delta: As in `tfdist.privacy.epsilon`.
+        accountant: As in `tfdist.privacy.epsilon`.
+        relation: As in `tfdist.privacy.epsilon`.
+        num_rows: Examples in the data, or users, to say whether `delta` is small enough for
+            them; what the ledger knows if None.
+
+    Returns:
+        A paragraph, without line breaks.
+
+    Raises:
+        ArgumentError: As `Ledger.epsilon`.
+        MissingPackageError: As `Ledger.epsilon`.
+
+    Example:
+        >>> import tfdist
+        >>> phase = tfdist.privacy.Phase(
+        ...     sampling_probability=0.01, noise_multiplier=4.0, steps=10000
+        ... )
+        >>> text = tfdist.privacy.statement(tfdist.privacy.Ledger((phase,)), delta=1e-5)
+        >>> text[:71]
+        'The weights are differentially private with epsilon = 0.947 and delta ='
+    """
+    spent = ledger.epsilon(delta, accountant=accountant, relation=relation)
+    if math.isinf(spent):
+        return (
+            "The weights are not differentially private: at least one step was made without "
+            "noise."
+        )
+    unit = ledger.unit
+    sampled = any(phase.bands is None or phase.cyclic for phase in ledger.phases)
+    alike = _ALIKE[relation].format(*_ONE[unit])
+    sentences = [
+        *([] if ledger.secret else [_SEEDED]),
+        f"The weights are differentially private with epsilon = {_rounded_up(spent)} and "
+        f"delta = {delta:g}: for any two data sets that {alike}, whatever can be "
+        f"concluded from the weights is at most e^epsilon = {_rounded_up(math.exp(spent))} "
+        "times as likely with the one as with the other, but for an additional probability of "
+        "delta."
+        if spent < 100
+        else f"The weights have epsilon = {_rounded_up(spent)} at delta = {delta:g}, for data "
+        f"sets that {alike}. An epsilon so large protects nobody.",
+        _WHOM[unit],
+        f"The weights came from {_described(ledger)}.",
+        f"Epsilon was computed by {_METHODS[accountant]}.",
+        "It holds for the weights of every step, the optimizer's state and whatever is "
+        "computed from them, so all of them may be released.",
+        f"It assumes that {_SECRET[sampled].format(unit)} made from random numbers nobody "
+        "can predict or repeat, that no other step was made on these data, and that choices "
+        "made by looking at the data (the model, its settings, the preprocessing) are not "
+        "counted.",
+        _public(ledger),
+        "Losses and metrics, such as those in `History`, in logs and in progress bars, got no "
+        "noise, those of validation neither: they do not protect the rows that they are of. "
+        "Choices by validation (when to stop, which settings to take) are covered only if its "
+        "data need no protection.",
+        _FLOATS,
+    ]
+    careless = careless_delta(ledger, delta, num_rows)
+    return " ".join([*sentences, careless] if careless else sentences)
+
+
+def careless_delta(ledger: Ledger, delta: float, num_rows: int | None = None) -> str | None:
+    """Says that a `delta` is too large for the data, if it is known to be.
+
+    Args:
+        ledger: Steps that were made, or are to be.
+        delta: As in `statement`.
+        num_rows: As in `statement`.
+    """
+    known = [p.num_rows for p in ledger.phases if p.num_rows is not None]
+    rows = num_rows or max(known, default=0)
+    if delta * rows < 1:
+        return None
+    return (
+        f"delta is not below 1 / {rows}, one over the number of {ledger.unit}s: giving away a "
+        f"random {ledger.unit} would satisfy this guarantee."
+    )
+
+
+def _public(ledger: Ledger) -> str:
+    if ledger.unit == USER:
+        same = (
+            ""
+            if len(ledger.phases) < 2
+            else " All steps are assumed to have had the same `group_ids`."
+        )
+        return f"The numbers of examples and of users are assumed to be public.{same}"
+    if any(phase.at_most for phase in ledger.phases):
+        return (
+            "The number of examples is assumed to be public, and so is what else the "
+            "probability of drawing an example follows from, such as the size of each class."
+        )
+    return "The number of examples is assumed to be public."
+
+
+def _described(ledger: Ledger) -> str:
+    if not ledger.steps:
+        return "no step at all"
+    made = ledger.mechanisms
+    if len(made) <= _SEVERAL:
+        return ", then ".join(map(_describe, made))
+    alike: dict[Any, list[Phase]] = {}
+    for number, phase in enumerate(made):  # of a schedule there are many
+        plain = replace(phase, steps=0, noise_multiplier=0.0)
+        alike.setdefault(number if phase.bands else plain, []).append(phase)
+    return ", then ".join(_describe(phases[0], phases) for phases in alike.values())
+
+
+def _describe(phase: Phase, alike: Sequence[Phase] = ()) -> str:
+    limit = "" if phase.capacity is None else f", at most {phase.capacity} of them kept"
+    if phase.cyclic:
+        return (
+            f"{phase.steps} steps of DP-SGD with correlated noise, each example in one of "
+            f"{phase.bands} groups that take turns and drawn into each step of its group "
+            f"independently with probability {phase.sampling_probability:.6g}, each example's "
+            "gradient clipped to a norm C, and Gaussian noise of standard deviation "
+            f"{phase.noise_multiplier:.6g} C for each step, of which later steps take a part "
+            "back"
+        )
+    if phase.bands is not None:
+        often = "takes part in no more than one of them"
+        if phase.separation is not None:
+            often = f"comes in steps that are at least {phase.separation} apart"
+        resumed = "" if not phase.after else f" that went on after {phase.after} others"
+        return (
+            f"{phase.steps} steps of DP-FTRL{resumed}, each example's gradient clipped to a "
+            f"norm C, in which an example {often}, and Gaussian noise of standard deviation "
+            f"{phase.noise_multiplier:.6g} C for each step, of which the {phase.bands - 1} "
+            "steps after it take a part back"
+        )
+    most = "at most " if phase.at_most else ""
+    whole = "gradient" if phase.unit == EXAMPLE else "gradients added up and"
+    noise = f"{phase.noise_multiplier:.6g} C"
+    if len(alike) > 1:
+        noises = sorted({p.noise_multiplier for p in alike})
+        noise = f"{noises[0]:.6g} to {noises[-1]:.6g} C, {len(noises)} values in all,"
+    steps = sum(p.steps for p in alike) or phase.steps
+    return (
+        f"{steps} steps of DP-SGD, each {phase.unit} drawn into each step independently "
+        f"with probability {most}{phase.sampling_probability:.6g}{limit}, each {phase.unit}'s "
+        f"{whole} clipped to a norm C, and Gaussian noise of standard deviation {noise} "
+        "added to their sum"
+    )
+
+
+def _rounded_up(value: float) -> str:
+    """Gives three digits, never less than the value."""
+    if value == 0:
+        return "0"
+    unit = 10.0 ** (math.floor(math.log10(value)) - 2)
+    return f"{math.ceil(value / unit - 1e-9) * unit:.3g}"

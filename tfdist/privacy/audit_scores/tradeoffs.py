@@ -1,0 +1,237 @@
+"""What right guesses say against a whole trade-off curve, rather than one epsilon and delta.
+
+A mechanism is f-private if no test of who was in has both errors below the curve f (Dong, Roth
+and Su, "Gaussian differential privacy", JRSS B 2022). One epsilon and delta keep a single
+tangent of the curve, and guesses about many canaries do not all fall where it touches. So a
+test of the curve itself refutes more (Mahloujifar, Melis and Chaudhuri, "Auditing
+f-differential privacy in one run", ICML 2025).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tfdist.privacy.accounting.arguments import check_number
+from tfdist.privacy.accounting.ledger import Ledger, dp_accounting
+from tfdist.privacy.audit_scores.bounds import check_guesses, scipy_special
+
+Floats = NDArray[np.float64]
+Curve = Callable[[Floats], Floats]
+"""Of probabilities y the least x with y <= 1 - f(x): what follows for the other data set."""
+
+_AT_ONCE = 32
+_ROUNDS = 4
+_MOST_MU = 64.0
+_INTERVAL, _POINTS, _MOST_EPSILON, _LEAST_DELTA = 1e-3, 120, 100.0, 1e-9
+
+
+def is_refuted(
+    curve: Curve, *, num_canaries: int, guesses: int, right: int, error: Floats
+) -> NDArray[np.bool_]:
+    """Tells whether so many right guesses are less probable than an error.
+
+    With p[t] the probability of t right guesses of c, of m canaries, each private curve gives,
+    for every j, sum over t >= j of (t / m) p[t] <= 1 - f(sum over t >= j - 1 of ((c - t) / m)
+    p[t]): to flip one canary's coin turns a right guess into a wrong one, and leaves those
+    about others (Mahloujifar et al., theorem 9). The least mass below that keeps to this, if
+    the probability of `right` or more is `error`, is found from the top down; if all together
+    must be above 1 there is no such mechanism.
+
+    Args:
+        curve: Of arrays, element by element; never above the true one.
+        num_canaries: Canaries, m.
+        guesses: Guesses that were made, c, fixed before the scores were seen.
+        right: Right ones.
+        error: Probabilities, any shape, each tested by itself.
+    """
+    whole = guesses / num_canaries
+    least_right = error * right / num_canaries
+    least_wrong = error * (guesses - right) / num_canaries
+    for below in range(right - 1, -1, -1):
+        needed = np.maximum(least_wrong, curve(np.minimum(least_right, 1.0)))
+        least_right = least_right + below / (guesses - below) * (needed - least_wrong)
+        least_wrong = needed
+    found: NDArray[np.bool_] = least_right + least_wrong > whole * (1 + 1e-12)
+    return found
+
+
+def gaussian_lower_bound(
+    *, num_canaries: int, guesses: int, right: int, confidence: float = 0.95
+) -> float:
+    """Bounds from below how Gaussian a training is: the mu of mu-GDP.
+
+    Args:
+        num_canaries: Canaries for which a coin was thrown.
+        guesses: Canaries about which a guess was made; fixed before the scores were seen.
+        right: Guesses that were right.
+        confidence: Probability with which the bound holds, above 0 and below 1.
+
+    Returns:
+        A number from 0 on: the training cannot be mu-GDP for a smaller mu. A Gaussian
+        mechanism has the mu sensitivity / standard deviation. It does not bound the epsilon
+        of trainings whose curve is no Gaussian one.
+
+    Raises:
+        ArgumentError: A count or a probability is out of its range.
+        MissingPackageError: SciPy is not installed.
+
+    Example:
+        >>> from tfdist.privacy.audit_scores.tradeoffs import gaussian_lower_bound
+        >>> round(gaussian_lower_bound(num_canaries=1000, guesses=100, right=75), 2)
+        0.27
+    """
+    check_number("confidence", confidence, 0, 1, open_ends=True)
+    check_guesses(num_canaries, guesses, right)
+    if right == 0:
+        return 0.0
+    special = scipy_special()
+
+    def refuted(mu: Floats) -> NDArray[np.bool_]:
+        def curve(y: Floats) -> Floats:
+            moved: Floats = special.ndtr(special.ndtri(y) - mu)
+            return moved
+
+        return is_refuted(
+            curve,
+            num_canaries=num_canaries,
+            guesses=guesses,
+            right=right,
+            error=np.full(mu.shape, 1 - confidence),
+        )
+
+    low, high = 0.0, _MOST_MU
+    if not refuted(np.array([low]))[0]:
+        return 0.0
+    for _ in range(_ROUNDS):
+        tried = np.linspace(low, high, _AT_ONCE)
+        kept = int(refuted(tried).argmin())  # the first that is not refuted
+        if kept == 0:
+            return high
+        low, high = float(tried[kept - 1]), float(tried[kept])
+    return low
+
+
+def gaussian_epsilon(mu: float, delta: float) -> float:
+    """Gives the epsilon of a Gaussian mechanism.
+
+    Balle and Wang, "Improving the Gaussian mechanism for differential privacy", ICML 2018,
+    theorem 8.
+
+    Args:
+        mu: Sensitivity / standard deviation.
+        delta: Above 0 and below 1.
+
+    Example:
+        >>> round(gaussian_epsilon(1.0, 1e-5), 2)
+        4.38
+    """
+    from scipy import optimize, special
+
+    if mu == 0:
+        return 0.0
+
+    def gap(epsilon: float) -> float:
+        first = special.ndtr(mu / 2 - epsilon / mu)
+        second = epsilon + special.log_ndtr(-mu / 2 - epsilon / mu)
+        return float(first - math.exp(second)) - delta
+
+    if gap(0.0) <= 0:
+        return 0.0
+    return float(optimize.brentq(gap, 0.0, mu * (mu / 2 + 40), xtol=1e-12))
+
+
+def curve_of(epsilons: Sequence[float], deltas: Sequence[float]) -> Curve:
+    """Gives the curve of a mechanism of which some (epsilon, delta) are known.
+
+    Args:
+        epsilons: From 0 on.
+        deltas: What the mechanism has at each, or more.
+    """
+    # y <= delta + e^epsilon x, and the same of what is not: straight lines below the curve.
+    lines = [(0.0, 0.0)]
+    for epsilon, delta in zip(epsilons, deltas, strict=True):
+        lines.append((math.exp(-epsilon), -delta * math.exp(-epsilon)))
+        lines.append((math.exp(epsilon), 1 - delta - math.exp(epsilon)))
+    slopes, offsets, begins = _envelope(lines)
+
+    def curve(y: Floats) -> Floats:
+        line = np.searchsorted(begins, y, "right")
+        found: Floats = np.maximum(0.0, slopes[line] * y + offsets[line])
+        return found
+
+    return curve
+
+
+def _envelope(lines: Sequence[tuple[float, float]]) -> tuple[Floats, Floats, Floats]:
+    """Gives the highest lines from left to right, and where each but the first begins."""
+    kept: list[tuple[float, float]] = []
+    begins: list[float] = []
+    for slope, offset in sorted(lines):
+        while kept:
+            gain = slope - kept[-1][0]
+            cross = (kept[-1][1] - offset) / gain if gain > 0 else -math.inf
+            if begins and cross <= begins[-1]:
+                kept.pop()
+                begins.pop()
+            elif gain <= 0:  # parallel, and not below
+                kept.pop()
+                if begins:
+                    begins.pop()
+            else:
+                begins.append(cross)
+                break
+        kept.append((slope, offset))
+    found = np.array(kept)
+    return found[:, 0], found[:, 1], np.array(begins)
+
+
+def curve_of_ledger(ledger: Ledger, relation: str = "add_or_remove_one") -> Curve:
+    """Gives the curve of all steps of a ledger, by privacy loss distributions.
+
+    Args:
+        ledger: The steps.
+        relation: As in `tfdist.privacy.epsilon`.
+
+    Raises:
+        ArgumentError: The steps do not compose.
+        MissingPackageError: dp-accounting is not installed.
+    """
+    ledger.check_unit()
+    made = [phase for phase in ledger.mechanisms if phase.sampling_probability]
+    if any(phase.noise_multiplier == 0 for phase in made):
+        return curve_of([0.0], [1.0])  # any
+    accounting = dp_accounting()
+    accountant = accounting.pld.PLDAccountant(
+        accounting.NeighboringRelation[relation.upper()], _INTERVAL
+    )
+    for phase in made:
+        accountant.compose(phase.event())
+    epsilons = [0.0, *np.geomspace(1e-3, _MOST_EPSILON, _POINTS)]
+    # The accountant's transforms are not exact below that.
+    return curve_of(epsilons, [max(_LEAST_DELTA, accountant.get_delta(e)) for e in epsilons])
+
+
+def p_value_of(curve: Curve, *, num_canaries: int, guesses: int, right: int) -> float:
+    """Bounds the probability of so many right guesses, if the training has a curve.
+
+    Args:
+        curve: As in `is_refuted`.
+        num_canaries: As in `is_refuted`.
+        guesses: As in `is_refuted`.
+        right: As in `is_refuted`.
+
+    Returns:
+        Between 1e-12 and 1.
+    """
+    if right == 0:
+        return 1.0
+    tried = np.concatenate([10.0 ** np.linspace(-12, -1, 111), np.linspace(0.1, 1, 91)[1:]])
+    refuted = is_refuted(
+        curve, num_canaries=num_canaries, guesses=guesses, right=right, error=tried
+    )
+    # What is refuted at an error has a probability below it, and at each larger one too.
+    return float(tried[refuted.argmax()]) if refuted.any() else 1.0

@@ -1,0 +1,235 @@
+"""Audits of trained models: whom they give away, and canaries to find out."""
+
+from __future__ import annotations
+
+import functools
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+from numpy.typing import NDArray
+
+from tfdist.errors import ArgumentError
+from tfdist.privacy.accounting.arguments import check_count
+from tfdist.privacy.audit_scores.membership import AuditReport
+from tfdist.privacy.mechanism import example_losses
+
+Score = Callable[[Any, Any, Any], Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Canaries:
+    """Data of which some rows, the canaries, were each left out or not by a fair coin.
+
+    Attributes:
+        x: Inputs to train on: all rows but the canaries that were left out.
+        y: Their targets.
+        rows: Which rows of the whole data are canaries, shape [canaries].
+        included: Of each canary, whether it is in `x`; shape [canaries], bool.
+        canary_x: Inputs of all canaries, in the order of `rows`.
+        canary_y: Their targets.
+    """
+
+    x: Any
+    y: Any
+    rows: NDArray[np.int64]
+    included: NDArray[np.bool_]
+    canary_x: Any
+    canary_y: Any
+
+
+def canaries(x: Any, y: Any, rows: Any, seed: int | None = None) -> Canaries:
+    """Throws a coin for each of some rows, and leaves it out of the data on tails.
+
+    To be called before training, on the data that `fit` would get; then
+    `audit(model, found)` can bound epsilon from below (Steinke, Nasr and Jagielski, "Privacy
+    auditing with one (1) training run", NeurIPS 2023). Rows that a model can only learn by
+    heart give themselves away most and make the bound sharpest: with wrong labels, say, or
+    made for the purpose and put at the end of the data. Hundreds are needed, since m canaries
+    of which all are guessed right show an epsilon of about ln(m / 3). How many coins fell on
+    heads shows in the number of rows, which all of tfdist's accounting takes as public.
+
+    Args:
+        x: Inputs: an array of shape [rows, ...], or several, nested as the model takes them.
+        y: Targets, in the same way.
+        rows: How many canaries, to be chosen at random, or an array of the numbers of the
+            rows that are to be canaries.
+        seed: Of the choice and the coins. None takes it from the operating system; workers
+            that train together must all give the same.
+
+    Returns:
+        Data to train on, and what an audit needs.
+
+    Raises:
+        ArgumentError: There are too few rows, or a row was named twice or does not exist.
+
+    Example:
+        >>> import keras, numpy as np, tfdist
+        >>> rng = np.random.default_rng(0)
+        >>> x, y = np.eye(400, dtype="float32"), rng.choice([-1.0, 1.0], size=(400, 1))
+        >>> found = tfdist.privacy.canaries(x, y, rows=300, seed=1)
+        >>> layer = keras.layers.Dense(1, use_bias=False)
+        >>> model = keras.Sequential([keras.Input((400,)), layer])
+        >>> model.compile(keras.optimizers.SGD(20.0), "mse")
+        >>> history = tfdist.fit(model, found.x, found.y, epochs=5, batch_size=50, verbose=0)
+        >>> tfdist.privacy.audit(model, found).epsilon_lower_bound(delta=1e-5) > 1
+        True
+    """
+    if seed is not None:
+        check_count("seed", seed, 0)
+    rng = np.random.default_rng(secrets.randbits(128) if seed is None else seed)
+    total = _num_rows(x, y)
+    if np.ndim(rows) == 0:
+        check_count("rows", rows, 2)
+        if rows > total:
+            raise ArgumentError(
+                f"`rows` must be at most the number of rows, {total}. Received: rows={rows}."
+            )
+        chosen = np.sort(rng.choice(total, int(rows), replace=False))
+    else:
+        chosen = np.asarray(rows)
+        _check_rows(chosen, total)
+    included = rng.integers(0, 2, len(chosen)).astype(bool)
+    kept = np.ones(total, bool)
+    kept[chosen[~included]] = False
+    return Canaries(
+        _taken(x, kept),
+        _taken(y, kept),
+        chosen.astype(np.int64),
+        included,
+        _taken(x, chosen),
+        _taken(y, chosen),
+    )
+
+
+def audit(
+    model: Any,
+    members: Canaries | tuple[Any, Any],
+    non_members: tuple[Any, Any] | None = None,
+    *,
+    score: Score | None = None,
+    reference: Any = None,
+    batch_size: int = 256,
+) -> AuditReport:
+    """Attacks a trained model: can it be told who was trained on?
+
+    The attack is that of Yeom et al. ("Privacy risk in machine learning", CSF 2018): who has
+    a small loss is taken for a member. With a reference model, it is who has a loss smaller
+    than there, which separates what was learnt by heart from what is easy (Watson et al., "On
+    the importance of difficulty calibration in membership inference attacks", ICLR 2022).
+
+    Args:
+        model: The trained `keras.Model`.
+        members: `Canaries`, or inputs and targets that the model was trained on, as `(x, y)`.
+        non_members: Inputs and targets that it was not trained on, of the same kind
+            otherwise: any other difference would be taken for one that training made. None
+            with `Canaries`.
+        score: Gives a score for each example from `(model, x, y)`, shape [examples]; the
+            higher, the likelier a member. The loss, with the sign changed, if None.
+        reference: A model that saw none of the examples, for example the one of before
+            training; compiled with the same loss.
+        batch_size: Examples to be computed at once.
+
+    Returns:
+        An `AuditReport`. It comes from members' data without noise: it is not private.
+
+    Raises:
+        ArgumentError: `non_members` are missing, the model has no loss and there is no
+            `score`, or a score is NaN.
+
+    Example:
+        >>> import keras, numpy as np, tfdist
+        >>> model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
+        >>> model.compile(loss="mse")
+        >>> x = np.arange(4, dtype="float32").reshape(-1, 1)
+        >>> y = model.predict(x, verbose=0)
+        >>> found = tfdist.privacy.audit(model, (x, y), (x, y + 1))
+        >>> print(found)
+        4 members and 4 non-members: AUC 1.000, advantage 1.000
+    """
+    check_count("batch_size", batch_size, 1)
+    if isinstance(members, Canaries):
+        if non_members is not None:
+            raise ArgumentError(
+                "`non_members` must be left out with Canaries, which know who was left out. "
+                "Received: both."
+            )
+        parts = [(members.canary_x, members.canary_y)]
+        included = members.included
+    else:
+        pairs = {"members": members, "non_members": non_members}
+        for name, pair in pairs.items():
+            if not isinstance(pair, tuple) or len(pair) != 2:
+                raise ArgumentError(
+                    f"`{name}` must be a pair (x, y). Received: {name} of type "
+                    f"{type(pair).__name__}. Pass members and non-members, or Canaries."
+                )
+        parts = list(pairs.values())  # type: ignore[arg-type]
+        included = np.repeat([True, False], [_num_rows(*part) for part in parts])
+
+    def scores_of(scored: Any) -> NDArray[np.float64]:
+        given = _minus_loss(scored) if score is None else functools.partial(score, scored)
+        found = [
+            np.asarray(given(*batch), np.float64)
+            for part in parts
+            for batch in _batches(*part, batch_size)
+        ]
+        return np.concatenate(found)
+
+    scores = scores_of(model)
+    if reference is not None:
+        scores = scores - scores_of(reference)
+    return AuditReport(scores, included, fair_coins=isinstance(members, Canaries))
+
+
+def _minus_loss(model: Any) -> Callable[[Any, Any], Any]:
+    if not model.compiled or model.loss is None:
+        raise ArgumentError(
+            "`model` must be compiled with a loss. Received: a model without one. Compile it, "
+            "or pass `score`."
+        )
+
+    @tf.function(autograph=False, reduce_retracing=True)  # type: ignore[untyped-decorator]
+    def minus_losses(x: Any, y: Any) -> Any:
+        return -example_losses.losses_alone(model, x, y, None, model(x, training=False))
+
+    return minus_losses  # type: ignore[no-any-return]
+
+
+def _batches(x: Any, y: Any, batch_size: int) -> Any:
+    for begin in range(0, _num_rows(x, y), batch_size):
+        rows = slice(begin, begin + batch_size)
+        yield _tensors(x, rows), _tensors(y, rows)
+
+
+def _tensors(columns: Any, rows: slice) -> Any:
+    return keras.tree.map_structure(
+        lambda leaf: tf.convert_to_tensor(np.asarray(leaf)[rows]), columns
+    )
+
+
+def _taken(columns: Any, rows: Any) -> Any:
+    return keras.tree.map_structure(lambda leaf: np.asarray(leaf)[rows], columns)
+
+
+def _num_rows(x: Any, y: Any) -> int:
+    counts = {len(leaf) for leaf in keras.tree.flatten((x, y))}
+    if len(counts) != 1:
+        raise ArgumentError(
+            "`x` and `y` must have the same number of rows. Received: arrays of "
+            f"{sorted(counts)} rows."
+        )
+    return int(counts.pop())
+
+
+def _check_rows(rows: Any, total: int) -> None:
+    good = rows.ndim == 1 and np.issubdtype(rows.dtype, np.integer) and len(rows) >= 2
+    if not good or rows.min() < 0 or rows.max() >= total or len(np.unique(rows)) < len(rows):
+        raise ArgumentError(
+            f"`rows` must be at least two different row numbers below {total}. Received: "
+            f"rows={rows!r}."
+        )

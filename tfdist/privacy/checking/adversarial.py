@@ -1,0 +1,190 @@
+"""Examples that might contribute too much: scaled ones, and ones whose gradients cancel."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+from numpy.typing import NDArray
+
+from tfdist import _keras
+from tfdist.privacy.checking.columns import Columns, joined, mapped, rows_of, taken
+
+_SCALES = (1e-2, 30.0, 1e3, 1e30, math.nan)
+HUGE, NOT_A_NUMBER = 6, 12  # by which rule `families` makes them of one example
+_OFFSETS = (1.0, 10.0, 100.0)
+_ASCENT_STEPS = 60
+_ASCENT_RATE = 0.05
+
+
+def families(model: Any, own: Columns, rng: np.random.Generator) -> Columns:
+    """Makes examples of others, each by one rule.
+
+    The rules are those by which norms that are computed from products go wrong: huge and tiny
+    inputs and targets and such as are no numbers, equal positions of a sequence, opposite
+    ones, equal ones far from 0, a word that is repeated, inputs of a model that are alike.
+
+    Args:
+        model: Whose inputs they are.
+        own: The examples.
+        rng: Chooses.
+    """
+    x, y, weight = own
+    inputs_scale = not _has_embedding(model)
+    made: list[Columns] = []
+    for scale in _SCALES:
+        grown = mapped(partial(_scaled, scale=scale, may_be_whole=inputs_scale), x)
+        targets = mapped(partial(_scaled, scale=scale), y)
+        made += [(grown, y, weight), (grown, targets, weight), (x, targets, weight)]
+    for offset in _OFFSETS:
+        for sign in (1.0, -1.0):
+            rule = partial(_alike, offset=offset, sign=sign, may_scale=inputs_scale, rng=rng)
+            alike = _same_inputs(mapped(rule, x))
+            for factor in (1.0, 100.0):
+                targets = mapped(partial(_scaled, scale=factor * offset), y)
+                made.append((alike, targets, weight))
+    return joined(made)
+
+
+def mutated(model: Any, found: Columns, rng: np.random.Generator) -> Columns:
+    """Changes examples at random.
+
+    Args:
+        model: Whose inputs they are.
+        found: The examples.
+        rng: Chooses.
+    """
+    inputs_scale = not _has_embedding(model)
+    x, y, weight = found
+
+    def change(leaf: Any, may_scale: bool) -> Any:
+        count = len(leaf)
+        shape = (count, *[1] * (leaf.ndim - 1))
+        if _is_scalable(leaf, may_scale):
+            grown = leaf * np.exp(rng.normal(size=shape)).astype(leaf.dtype)
+            size = np.abs(leaf).mean() * 0.1 * rng.choice([0.0, 0.01, 1.0], size=shape)
+            return (grown + rng.normal(size=leaf.shape) * size).astype(leaf.dtype)
+        others = leaf[rng.integers(0, count, count)]
+        return np.where(rng.random(leaf.shape) < 0.3, others, leaf)
+
+    changed_y = mapped(lambda leaf: change(leaf, True), y)
+    return mapped(lambda leaf: change(leaf, inputs_scale), x), changed_y, weight
+
+
+def cancelled(model: Any, own: Columns, rng: np.random.Generator) -> Columns | None:
+    """Finds inputs whose gradient is small beside what it is the sum of, by gradient descent.
+
+    Where the parts of an example's gradient, those of single positions, cancel, a norm that is
+    computed from products of them is the least exact. So the ratio of the gradient's norm to
+    the sizes of the input and of the outputs' gradients is made small, and the result scaled.
+
+    Args:
+        model: A compiled, built `keras.Model`.
+        own: Examples to begin with.
+        rng: Chooses.
+
+    Returns:
+        Examples; None if no input can be moved.
+    """
+    x, y, _ = own
+    leaves = tf.nest.flatten(x)
+    moved = [
+        n for n, leaf in enumerate(leaves) if _is_scalable(leaf, not _has_embedding(model))
+    ]
+    if not moved or y is None:
+        return None
+    variables = [v.value for v in model.trainable_variables]
+
+    def ratio(values: Any, targets: Any) -> Any:
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            for variable in variables:
+                tape.watch(variable)
+            outputs = model(tf.nest.pack_sequence_as(x, values), training=False)
+            loss = model.compute_loss(None, targets, outputs, None, training=False)
+        gradients = [g for g in tape.gradient(loss, variables) if g is not None]
+        squares = [tf.reduce_sum(tf.square(tf.convert_to_tensor(g))) for g in gradients]
+        size = tf.add_n([tf.reduce_sum(tf.square(values[n])) for n in moved])
+        return tf.math.log(tf.add_n(squares) + 1e-20) - tf.math.log(size + 1e-20)
+
+    @tf.function(autograph=False, reduce_retracing=True)  # type: ignore[untyped-decorator]
+    def descend(values: Any, targets: Any) -> Any:
+        def step(_: Any, now: Any) -> Any:
+            with tf.GradientTape(watch_accessed_variables=False) as tape:
+                for n in moved:
+                    tape.watch(now[n])
+                value = ratio(now, targets)
+            slopes = tape.gradient(value, [now[n] for n in moved])
+            later = list(now)
+            for n, slope in zip(moved, slopes, strict=True):
+                if slope is not None:
+                    size = tf.norm(now[n]) * _ASCENT_RATE
+                    later[n] = now[n] - slope * tf.math.divide_no_nan(size, tf.norm(slope))
+            return _ + 1, later
+
+        return tf.while_loop(lambda i, _: i < _ASCENT_STEPS, step, (tf.constant(0), values))[1]
+
+    found: list[Columns] = []
+    for row in range(rows_of(own)):
+        one_x, one_y, one_weight = taken(own, [row])
+        values = [tf.convert_to_tensor(leaf) for leaf in tf.nest.flatten(one_x)]
+        later = [leaf.numpy() for leaf in descend(values, one_y)]
+        for scale in (1.0, 10.0, 1000.0):
+            grown = [
+                (leaf * scale).astype(leaf.dtype) if n in moved else leaf
+                for n, leaf in enumerate(later)
+            ]
+            targets = mapped(partial(_scaled, scale=scale), one_y)
+            found.append((tf.nest.pack_sequence_as(x, grown), targets, one_weight))
+    return joined(found)
+
+
+def _is_scalable(leaf: NDArray[Any], may_be_whole: bool = False) -> bool:
+    """Tells numbers that may be any from those that count or name something."""
+    if not np.issubdtype(leaf.dtype, np.floating):
+        return False
+    return may_be_whole or not bool((leaf == np.round(leaf)).all())
+
+
+def _scaled(leaf: NDArray[Any], scale: float, may_be_whole: bool = False) -> NDArray[Any]:
+    scalable = _is_scalable(leaf, may_be_whole)
+    grown: NDArray[Any] = (leaf * scale).astype(leaf.dtype) if scalable else leaf
+    return grown
+
+
+def _alike(
+    leaf: NDArray[Any], offset: float, sign: float, may_scale: bool, rng: Any
+) -> NDArray[Any]:
+    """Gives all positions of an example nearly the same values, or in turn opposite ones."""
+    if leaf.ndim < 2:
+        return leaf
+    if not _is_scalable(leaf, may_scale):
+        same = np.repeat(leaf[:, :1], leaf.shape[1], 1)
+        if sign < 0 and leaf.shape[1] > 1:
+            same[:, 1::2] = leaf[:, 1:2]
+        return same
+    near: NDArray[Any] = (rng.normal(size=leaf.shape) * 0.01 + offset).astype(leaf.dtype)
+    if leaf.ndim > 2:
+        near[:, 1::2] *= sign
+    return near
+
+
+def _same_inputs(x: Any) -> Any:
+    """Gives all inputs of words the first one's values, where shapes allow."""
+    leaves = tf.nest.flatten(x)
+    first = leaves[0]
+    same = [
+        first.copy()
+        if leaf.shape == first.shape and leaf.dtype == first.dtype and leaf.dtype.kind != "f"
+        else leaf
+        for leaf in leaves
+    ]
+    return tf.nest.pack_sequence_as(x, same)
+
+
+def _has_embedding(model: Any) -> bool:
+    """Tells whether an input may be numbers of words, which must stay below a limit."""
+    return any(isinstance(part, keras.layers.Embedding) for part in _keras.layers_of(model))

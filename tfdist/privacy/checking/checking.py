@@ -1,0 +1,205 @@
+"""`tfdist.privacy.check`: the mechanism of private training, measured on a model."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import numpy as np
+
+from tfdist import _keras, data
+from tfdist.errors import ArgumentError, MissingPackageError
+from tfdist.privacy.accounting.arguments import check_choice, check_count, check_number
+from tfdist.privacy.checking.adversarial import HUGE, NOT_A_NUMBER, families
+from tfdist.privacy.checking.columns import Columns, as_columns, joined, rows_of, taken
+from tfdist.privacy.checking.contributions import (
+    Neighbours,
+    Noiseless,
+    compare_neighbours,
+    largest_contribution,
+)
+from tfdist.privacy.checking.draws import Draws, measure_draws
+from tfdist.privacy.checking.noises import NoiseCheck
+from tfdist.privacy.checking.recorder import subject_of
+from tfdist.privacy.checking.report import CheckReport, Finding
+from tfdist.privacy.sampling.rates import PoissonLike
+from tfdist.privacy.schedules import without_schedules
+from tfdist.privacy.settings import DPSGD
+
+PARTS = ("draws", "contributions", "noise")
+FALSE_ALARM = 1e-4
+_ALPHA = FALSE_ALARM / 25  # of each test: there are fewer
+_OWN = 48  # of the user's rows that are tried
+_NUMBERS, _STEPS, _ROUNDS = 400_000, 240, 2
+
+
+def check(
+    model: Any,
+    x: Any,
+    y: Any = None,
+    privacy: DPSGD | None = None,
+    *,
+    batch_size: int = 32,
+    sample_weight: Any = None,
+    sampler: Any = None,
+    strategy: Any = "auto",
+    parts: Sequence[str] = PARTS,
+    effort: float = 1.0,
+    seed: int = 0,
+) -> CheckReport:
+    """Measures whether private training does on a model what its epsilon is computed for.
+
+    Epsilon follows from four facts, and each is measured through `tfdist.fit` itself, on the
+    model, the data, the settings and the strategy it would have: noise has the right deviation
+    and is independent between weights, steps, calls and resumed runs; no example contributes
+    more than `l2_norm_clip`, of yours, of scaled ones, and of such as are searched for; an
+    example that is missing changes nothing else; and each example is drawn into each step by
+    a coin of its own, its part divided by the expected batch. The optimizer is one that keeps
+    its gradient and moves no weight.
+
+    The model is left as it was, its ledger and random state too; what was not built is built.
+
+    Args:
+        model: A compiled `keras.Model`.
+        x: Arrays of examples, as in `fit`. They are read, and not private in the report.
+        y: Targets, as in `fit`.
+        privacy: The `tfdist.DPSGD` or `tfdist.DPFTRL` that `fit` will get. Its `seed` is not
+            used; with a `target_epsilon` the noise multiplier is 1 here.
+        batch_size: As in `fit`.
+        sample_weight: As in `fit`.
+        sampler: As in `fit`.
+        strategy: As in `fit`.
+        parts: What is measured: "draws", "contributions" and "noise". Draws are measured on
+            a model that has a weight for each example, the others on yours.
+        effort: How much is measured, in units of the default, which takes half a minute or
+            less on a small model; above 0.
+        seed: Of what is tried, the same on all workers; never of what is measured.
+
+    Returns:
+        A report; `report.passed`, and `print(report)` for all facts.
+
+    Raises:
+        ArgumentError: `fit` would refuse it, or it cannot be measured.
+        MissingPackageError: SciPy or dp-accounting is not installed.
+
+    Example:
+        >>> import keras, numpy as np, tfdist
+        >>> model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(3)])
+        >>> model.compile("sgd", "mse")
+        >>> rng = np.random.default_rng(0)
+        >>> x, y = rng.normal(size=(100, 8)), rng.normal(size=(100, 3))
+        >>> privacy = tfdist.DPSGD(l2_norm_clip=1.0, noise_multiplier=2.0, delta=1e-3)
+        >>> report = tfdist.privacy.check(model, x, y, privacy, batch_size=10, effort=0.1)
+        >>> report.passed
+        True
+    """
+    began = time.monotonic()
+    _check_arguments(model, x, privacy, batch_size, effort, seed)
+    for part in parts:
+        check_choice("parts", part, PARTS)
+    assert privacy is not None
+    columns = as_columns(x, y, sample_weight)
+    notes = _notes(privacy, sampler)
+    if privacy.target_epsilon is not None:
+        shape = privacy.noise_multiplier or 1.0  # the former is a schedule
+        privacy = dataclasses.replace(privacy, target_epsilon=None, noise_multiplier=shape)
+    fixed = without_schedules(privacy)
+    if privacy.samples and privacy.bands is not None:
+        fixed = dataclasses.replace(fixed, bands=None)
+        parts = [part for part in parts if part == "contributions"]
+    rng = np.random.default_rng(seed)
+    own = np.sort(rng.choice(rows_of(columns), min(_OWN, rows_of(columns)), replace=False))
+    if isinstance(sampler, PoissonLike):
+        sampler = sampler.bind(columns[1], rows_of(columns))
+    draws = Draws(fixed, rows_of(columns), batch_size, columns[1], sampler, strategy)
+    facts: list[Finding] = []
+    is_repeatable = False
+    if "draws" in parts and getattr(sampler, "capacity", None) is None:
+        facts += measure_draws(draws, math.ceil(_STEPS * effort), _ALPHA)
+    with subject_of(model, strategy) as subject:
+        if "contributions" in parts:
+            found = _contributions(Noiseless(subject, fixed), taken(columns, own), effort, rng)
+            facts, notes = [*facts, *found.facts], [*notes, *found.notes]
+            is_repeatable = found.draws_nothing
+        if "noise" in parts and privacy.noise_multiplier == 0:
+            notes.append("noise: noise_multiplier is 0, and nothing is private")
+        elif "noise" in parts:
+            numbers = math.ceil(_NUMBERS * effort)
+            noiseless = Noiseless(subject, privacy)
+            noise = NoiseCheck(noiseless, columns, batch_size, own, is_repeatable, numbers)
+            facts += noise.facts(_ALPHA, rng)
+    return CheckReport(
+        tuple(facts),
+        tuple(notes),
+        FALSE_ALARM,
+        time.monotonic() - began,
+    )
+
+
+def _contributions(
+    noiseless: Noiseless, some: Columns, effort: float, rng: np.random.Generator
+) -> Neighbours:
+    """Measures contributions and neighbours."""
+    model = noiseless.subject.model
+    facts = largest_contribution(noiseless, some, round(_ROUNDS * effort), rng)
+    strange = taken(families(model, taken(some, [0]), rng), [HUGE, NOT_A_NUMBER])
+    rows = joined([strange, taken(some, np.arange(min(32, rows_of(some))))])
+    found = compare_neighbours(noiseless, rows, _is_half(model))
+    return dataclasses.replace(found, facts=(*facts, *found.facts))
+
+
+def _notes(privacy: DPSGD, sampler: Any) -> list[str]:
+    notes = []
+    if privacy.target_epsilon is not None:
+        notes.append(
+            "the noise that `target_epsilon` leads to: measured with a multiplier of 1, or the "
+            "schedule as it is"
+        )
+    if privacy.samples and privacy.bands is not None:
+        notes.append("draws and noise: not with `bands`")
+    if privacy.is_scheduled:
+        notes.append("contributions and draws: with the first step's norm of a schedule")
+    if privacy.augmentations > 1:
+        notes.append("augmentations: measured without")
+    if getattr(sampler, "capacity", None) is not None:
+        notes.append("draws: a `capacity` makes each depend on the others")
+    return notes
+
+
+def _is_half(model: Any) -> bool:
+    return any(
+        part.compute_dtype in ("bfloat16", "float16") for part in _keras.layers_of(model)
+    )
+
+
+def _check_arguments(
+    model: Any, x: Any, privacy: Any, batch_size: Any, effort: Any, seed: Any
+) -> None:
+    if not isinstance(model, keras.Model) or not model.compiled:
+        raise ArgumentError(
+            "`model` must be a compiled keras.Model. Received: a "
+            f"{type(model).__name__}. Call model.compile(...) first."
+        )
+    if not isinstance(privacy, DPSGD):
+        raise ArgumentError(
+            f"`privacy` must be a tfdist.DPSGD or DPFTRL. Received: privacy={privacy!r}."
+        )
+    if not data.is_arrays(x):
+        raise ArgumentError(
+            "`x` must be arrays: single examples are tried. Received: x of type "
+            f"{type(x).__name__}. Pass some examples of the data set."
+        )
+    check_count("batch_size", batch_size, 1)
+    check_number("effort", effort, 0, open_ends=True)
+    check_count("seed", seed, 0)
+    try:
+        import scipy.stats  # noqa: F401
+    except ImportError:
+        raise MissingPackageError(
+            "A check needs SciPy. Received: an installation without it. "
+            'Install it: pip install "tfdist[privacy]".'
+        ) from None

@@ -1,0 +1,284 @@
+"""How much one example contributes to the sum of clipped gradients, and to others' parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tfdist.privacy.checking.adversarial import cancelled, families, mutated
+from tfdist.privacy.checking.columns import Columns, joined, rows_of, taken
+from tfdist.privacy.checking.recorder import Floats, Planned, Subject
+from tfdist.privacy.checking.report import Finding
+from tfdist.privacy.schedules import norm_of, without_schedules
+from tfdist.privacy.settings import DPSGD
+
+Plan = Sequence[Sequence[int]]
+_TOLERANCE = 1e-3  # of norms and sums in float32
+_COARSE = 2e-2  # of what is computed in half precision
+_BATCHES = 12
+_KEPT = 8
+
+
+@dataclass(frozen=True)
+class Noiseless:
+    """Sums of clipped gradients without noise, of planned batches.
+
+    Args:
+        subject: The model.
+        privacy: What the user asked for.
+    """
+
+    subject: Subject
+    privacy: DPSGD
+
+    def settings(self, units: Any) -> DPSGD:
+        """Gives the user's clipping, without noise and repeatable.
+
+        Args:
+            units: The user of each row, or None.
+        """
+        asked = without_schedules(self.privacy)
+        return DPSGD(
+            asked.l2_norm_clip,
+            noise_multiplier=0.0,
+            delta=asked.delta,
+            microbatch_size=asked.microbatch_size,
+            clipping=asked.clipping,
+            target_quantile=asked.target_quantile,
+            clip_learning_rate=0.0,
+            group_ids=units,
+            max_rows_per_group=asked.max_rows_per_group,
+            seed=1,
+        )
+
+    def sums(
+        self,
+        columns: Columns,
+        plan: Plan,
+        consume: Callable[[int, Floats], None],
+        units: Any = None,
+    ) -> Floats:
+        """Gives out the sums of batches, what regularizers add taken off.
+
+        Args:
+            columns: Data.
+            plan: The rows of each batch, or the users.
+            consume: Called with the number of a batch and its sum.
+            units: The user of each row; None where examples are clipped.
+
+        Returns:
+            What regularizers add.
+        """
+        penalty: list[Floats] = []
+
+        def read(step: int, gradient: Floats) -> None:
+            if step == 0:  # an empty batch
+                penalty.append(gradient)
+            else:
+                consume(step - 1, gradient - penalty[0])
+
+        batches = tuple(tuple(int(n) for n in batch) for batch in ((), *plan))
+        if self.privacy.group_ids is not None and units is None:
+            units = np.arange(rows_of(columns))
+        self.subject.rewind()
+        self.subject.fit(
+            columns,
+            read,
+            batch_size=1,  # so that sums are divided by 1
+            epochs=1,
+            steps_per_epoch=len(batches),
+            sampler=Planned(plan=batches),
+            privacy=self.settings(units),
+            seed=1,
+        )
+        return penalty[0]
+
+
+def largest_contribution(
+    noiseless: Noiseless, own: Columns, rounds: int, rng: np.random.Generator
+) -> list[Finding]:
+    """Searches for the example that contributes most.
+
+    Args:
+        noiseless: Measures.
+        own: Some of the user's examples.
+        rounds: How often the largest are changed and measured again.
+        rng: Chooses.
+    """
+    model = noiseless.subject.model
+    few = taken(own, np.arange(min(4, rows_of(own))))
+    some = taken(own, np.arange(min(12, rows_of(own))))
+    parts = [own, families(model, some, rng)]
+    by_descent = cancelled(model, few, rng)
+    if by_descent is not None:
+        parts.append(by_descent)
+    tried = joined(parts)
+    norms = _norms(noiseless, own, tried)
+    clip, of_own = norm_of(noiseless.privacy), norms[: rows_of(own)]
+    count = len(norms)
+    best, best_norms = tried, norms
+    for _ in range(rounds):
+        order = np.argsort(-best_norms, kind="stable")[:_KEPT]
+        parents = taken(best, np.repeat(order, 4))
+        best = joined([taken(best, order), mutated(model, parents, rng)])
+        best_norms = _norms(noiseless, own, best)
+        count += len(best_norms) - _KEPT
+        norms = np.concatenate([norms, best_norms])
+    facts = [
+        Finding(
+            "contribution: largest found over l2_norm_clip",
+            float(norms.max() / clip),
+            1.0,
+            -np.inf,
+            1 + _TOLERANCE,
+            f"{count} examples tried; of {len(of_own)} of yours the largest "
+            f"{float(of_own.max() / clip):.4g}, clipped "
+            f"{float((of_own > clip * (1 - _TOLERANCE)).mean()):.0%}",
+        )
+    ]
+    if noiseless.privacy.group_ids is not None:
+        order = np.argsort(-norms[: rows_of(tried)], kind="stable")[:_KEPT]
+        facts.append(_of_users(noiseless, own, taken(tried, order), rng))
+    return facts
+
+
+def _norms(noiseless: Noiseless, own: Columns, tried: Columns) -> Any:
+    """Measures each of some examples; the user's own come first, on which `fit` looks."""
+    first = taken(own, np.arange(min(3, rows_of(own))))
+    ahead, count = rows_of(first), rows_of(tried)
+    norms = np.zeros(count)
+
+    def read(step: int, contribution: Floats) -> None:
+        norms[step] = np.linalg.norm(contribution.astype(np.float64))
+
+    noiseless.sums(joined([first, tried]), [[ahead + n] for n in range(count)], read)
+    return norms
+
+
+def _of_users(
+    noiseless: Noiseless, own: Columns, largest: Columns, rng: np.random.Generator
+) -> Finding:
+    """Measures users with several examples: equal ones, and any."""
+    most = noiseless.privacy.max_rows_per_group or 16
+    rows, users = [np.arange(rows_of(own))], [np.arange(rows_of(own))]
+    data, user = [own], rows_of(own)
+    for n in range(2 * rows_of(largest)):
+        picked = np.full(2 * most, n // 2) if n % 2 else rng.integers(0, rows_of(largest), most)
+        data.append(taken(largest, picked))
+        rows.append(picked)
+        users.append(np.full(len(picked), user))
+        user += 1
+    norms: list[float] = []
+    noiseless.sums(
+        joined(data),
+        [[u] for u in range(rows_of(own), user)],
+        lambda _, c: norms.append(float(np.linalg.norm(c.astype(np.float64)))),
+        np.concatenate(users),
+    )
+    return Finding(
+        "contribution: largest of a user with several examples, over l2_norm_clip",
+        max(norms) / norm_of(noiseless.privacy),
+        1.0,
+        -np.inf,
+        1 + _TOLERANCE,
+        f"{len(norms)} users of up to {2 * most} examples tried",
+    )
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """What neighbouring data sets showed.
+
+    Attributes:
+        facts: What was measured.
+        notes: What was not.
+        draws_nothing: Whether a batch gives the same sum in every step.
+    """
+
+    facts: tuple[Finding, ...]
+    notes: tuple[str, ...]
+    draws_nothing: bool
+
+
+def compare_neighbours(noiseless: Noiseless, own: Columns, is_half: bool) -> Neighbours:
+    """Takes one example out of batches, and sees that nothing else changes.
+
+    A layer that mixes examples changes the parts of others. So do random numbers that go by
+    an example's place in the batch, which an example that is missing moves.
+
+    Args:
+        noiseless: Measures.
+        own: Some of the user's examples, and before them two that are taken out in turn: one
+            that is huge, and one that is no number.
+        is_half: Whether the model computes in half precision.
+    """
+    count = rows_of(own)
+    rng = np.random.default_rng(2)
+    batches, without = [], []
+    for number in range(_BATCHES):
+        others = rng.permutation(np.arange(2, count))
+        place = (0, len(others) // 2, len(others))[number % 3]
+        batches.append(list(np.insert(others, place, number % 2)))
+        without.append(list(others))
+    alone = [[n] for n in batches[0]]
+    first = _vectors(noiseless, own, [*batches, batches[0], *alone])
+    again = _vectors(noiseless, own, batches[:2])
+    second = _vectors(noiseless, own, without)
+    clip = norm_of(noiseless.privacy)
+    sizes = [float(np.linalg.norm(np.nan_to_num(v))) for v in first[:_BATCHES]]
+    size = max(1e-30, *sizes)
+    tolerance = _COARSE if is_half else _TOLERANCE
+    limit = tolerance * size
+    same = all(_is_near(a, b, limit) for a, b in zip(first, again, strict=False))
+    draws_nothing = _is_near(first[0], first[_BATCHES], limit)
+    facts, notes = [], []
+    if same:
+        changes = [_distance(a, b) for a, b in zip(first, second, strict=False)]
+        facts.append(
+            Finding(
+                "neighbours: largest change without one example, over l2_norm_clip",
+                float(np.max(changes)) / clip,
+                1.0,
+                -np.inf,
+                1 + tolerance + 1e-6 * size / clip,
+                f"{_BATCHES} batches of {count - 1}, without one that is huge or no number",
+            )
+        )
+    else:
+        notes.append(
+            "what changes without one example: two runs with the same seed differ, so random "
+            "numbers of the model hide it"
+        )
+    if draws_nothing:
+        parts = first[_BATCHES + 1 :]
+        lengths = sum(float(np.linalg.norm(part)) for part in parts)
+        facts.append(
+            Finding(
+                "neighbours: sum of a batch less the sum of its examples alone",
+                _distance(first[0], np.sum(parts, 0)) / max(lengths, 1e-30),
+                0.0,
+                -np.inf,
+                tolerance,
+                "relative; a layer that mixes examples shows here",
+            )
+        )
+    return Neighbours(tuple(facts), tuple(notes), draws_nothing)
+
+
+def _vectors(noiseless: Noiseless, columns: Columns, plan: Plan) -> list[Any]:
+    found: list[Any] = []
+    noiseless.sums(columns, plan, lambda _, v: found.append(v.astype(np.float64)))
+    return found
+
+
+def _is_near(a: Any, b: Any, limit: float) -> bool:
+    """Compares sums; what is no number in both is the same, and shows as a change."""
+    alike = bool((np.isfinite(a) == np.isfinite(b)).all())
+    return alike and _distance(np.nan_to_num(a), np.nan_to_num(b)) < limit
+
+
+def _distance(a: Any, b: Any) -> float:
+    return float(np.linalg.norm(a - b))

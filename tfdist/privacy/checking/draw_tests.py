@@ -1,0 +1,123 @@
+"""Tests of draws that should be independent coins."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tfdist.privacy.checking.report import Finding, of_probability
+
+Bools = NDArray[np.bool_]
+_LAGS = (1, 2, 3, 5)
+
+
+def draw_facts(drawn: Bools, probability: Any, alpha: float) -> list[Finding]:
+    """Tests which examples took part in which steps.
+
+    Args:
+        drawn: Shape [steps, examples].
+        probability: With which each should have been drawn, a number or shape [examples].
+        alpha: Probability of a false alarm of each test.
+
+    Returns:
+        At most 5 facts.
+    """
+    steps, examples = drawn.shape
+    each = np.broadcast_to(np.asarray(probability, np.float64), [examples])
+    rng = np.random.default_rng(1)  # breaks ties
+    counts = drawn.sum(0)
+    facts = [
+        _of_counts("draws: of each example", counts, steps, each, rng, alpha),
+        _most(counts, steps, each, alpha),
+    ]
+    if each.min() == each.max() < 1:
+        one = float(each[0])
+        sizes = drawn.sum(1)
+        facts += [
+            _of_counts("draws: sizes of batches", sizes, examples, one, rng, alpha),
+            _between_steps(drawn, one, alpha),
+            _between_examples(drawn, one, alpha),
+        ]
+    return facts
+
+
+def _of_counts(
+    name: str, counts: Any, trials: int, probability: Any, rng: Any, alpha: float
+) -> Finding:
+    """Compares counts with a binomial distribution.
+
+    A count is turned into a number that is uniform between 0 and 1 if it is of that
+    distribution: its distribution function, ties broken at random (Brockwell, "Universal
+    residuals", Statistics and Probability Letters 2007). Counts that vary too little, as those
+    of a shuffle, show as well as counts that vary too much.
+    """
+    stats = _stats()
+    below = stats.binom.cdf(counts - 1, trials, probability)
+    at = stats.binom.pmf(counts, trials, probability)
+    uniform = below + rng.random(len(counts)) * at
+    found = stats.kstest(uniform, "uniform").pvalue
+    detail = (
+        f"{len(counts)} counts of {trials} coins, mean {float(np.mean(counts)):.4g}, expected "
+        f"{float(np.mean(probability)) * trials:.4g}"
+    )
+    return of_probability(f"{name}, binomial", float(found), alpha, detail)
+
+
+def _most(counts: Any, steps: int, each: Any, alpha: float) -> Finding:
+    """Looks for a single example that is drawn too often or too rarely."""
+    stats = _stats()
+    tails = np.minimum(
+        stats.binom.cdf(counts, steps, each), stats.binom.sf(counts - 1, steps, each)
+    )
+    worst = int(tails.argmin())
+    detail = f"example {worst} in {int(counts[worst])} of {steps} steps"
+    return of_probability(
+        "draws: the least probable", 2 * len(counts) * float(tails[worst]), alpha, detail
+    )
+
+
+def _between_steps(drawn: Bools, probability: float, alpha: float) -> Finding:
+    """Counts who is in two steps: of a shuffle nobody, of repeated draws everybody."""
+    steps, examples = drawn.shape
+    as_floats = drawn.astype(np.float32)
+    both = (as_floats @ as_floats.T)[np.triu_indices(steps, 1)]
+    found = [1.0]
+    if len(both):
+        found += [
+            _of_count(int(n), examples, probability**2) * 2 * len(both)
+            for n in (both.min(), both.max())
+        ]
+    lags = [lag for lag in {*_LAGS, steps // 2} if 0 < lag <= steps // 2]
+    for lag in lags:
+        # No step is in two pairs, so all pairs are independent.
+        first = np.array([s for s in range(steps - lag) if s // lag % 2 == 0])
+        count = int((drawn[first] & drawn[first + lag]).sum())
+        trials = len(first) * examples
+        found.append(_of_count(count, trials, probability**2) * 2 * len(lags))
+    detail = f"{steps} steps, all pairs, and together those {_LAGS} apart"
+    return of_probability("draws: independent between steps", min(found), alpha, detail)
+
+
+def _between_examples(drawn: Bools, probability: float, alpha: float) -> Finding:
+    """Counts neighbours that are drawn together."""
+    examples = drawn.shape[1]
+    found = [1.0]
+    for lag in {1, examples // 2} - {0}:
+        first = np.array([i for i in range(examples - lag) if i // lag % 2 == 0])
+        count = int((drawn[:, first] & drawn[:, first + lag]).sum())
+        found.append(2 * _of_count(count, len(first) * len(drawn), probability**2))
+    return of_probability("draws: independent between examples", min(found), alpha)
+
+
+def _of_count(count: int, trials: int, probability: float) -> float:
+    binom = _stats().binom
+    tails = binom.cdf(count, trials, probability), binom.sf(count - 1, trials, probability)
+    return min(1.0, 2 * float(min(tails)))
+
+
+def _stats() -> Any:
+    from scipy import stats
+
+    return stats

@@ -1,0 +1,227 @@
+"""Tests of numbers that should be independent, normal, of mean 0 and variance 1."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tfdist.privacy.checking.report import Finding, of_probability
+
+Floats = NDArray[np.float64]
+_FOUND_WITH = 0.999
+_LAGS = 8
+_SORTED = 200_000  # numbers that are compared with the normal distribution
+_GRID = 2.0**-6  # of the noise, in standard deviations; see `tfdist.privacy.mechanism.grid`
+_MEDIAN = 0.6744897501960817  # of the absolute value of a normal number
+_FEWEST_FOR_KURTOSIS = 100_000  # of fewer its distribution is too skewed
+
+
+class Block(NamedTuple):
+    """Which of the numbers are of one variable.
+
+    Attributes:
+        name: The variable's.
+        columns: Where they begin and end.
+    """
+
+    name: str
+    columns: slice
+
+
+def noise_facts(z: Floats, blocks: Sequence[Block], alpha: float) -> list[Finding]:
+    """Tests noise, divided by the standard deviation that it should have.
+
+    Args:
+        z: Shape [steps, weights].
+        blocks: The variables that the weights are of.
+        alpha: Probability of a false alarm of each test.
+
+    Returns:
+        At most 12 facts.
+    """
+    facts = [deviation(z, alpha), _by_variable(z, blocks, alpha)]
+    # A wrong deviation is told once, and not by all other tests too.
+    z = z / max(1e-300, math.sqrt(float((z**2).mean())))
+    facts += [_mean(z, alpha), *_shape(z, alpha)]
+    facts += [_pairs(z, alpha), _pairs_of_sizes(z, alpha), _lags(z, alpha)]
+    return [*facts, *_weights(z, alpha), _variables(z, blocks, alpha)]
+
+
+def smallest_error(count: int, alpha: float) -> float:
+    """Says which lack of standard deviation is found with a probability of 0.999.
+
+    Args:
+        count: Normal numbers.
+        alpha: Probability of a false alarm.
+
+    Returns:
+        The relative lack: of 0.01, noise of 0.99 times its deviation is found.
+    """
+    chi2 = _stats().chi2
+    least, largest = chi2.ppf(alpha / 2, count), chi2.ppf(_FOUND_WITH, count)
+    return float(1 - math.sqrt(least / largest))
+
+
+def deviation(z: Floats, alpha: float) -> Finding:
+    """Compares a standard deviation with 1, by the chi-squared distribution of squares.
+
+    Args:
+        z: Any shape.
+        alpha: Probability of a false alarm.
+    """
+    chi2, count = _stats().chi2, z.size
+    lowest, highest = (
+        math.sqrt(quantile / count)
+        for quantile in (chi2.ppf(alpha / 2, count), chi2.isf(alpha / 2, count))
+    )
+    return Finding(
+        "noise: standard deviation over the right one",
+        math.sqrt(float((z**2).mean())),
+        1.0,
+        lowest,
+        highest,
+        f"{count} numbers; finds a lack of {smallest_error(count, alpha):.2%} with "
+        f"probability {_FOUND_WITH}",
+    )
+
+
+def _by_variable(z: Floats, blocks: Sequence[Block], alpha: float) -> Finding:
+    found = [
+        (_of_squares(float((z[:, b.columns] ** 2).sum()), z[:, b.columns].size), b.name)
+        for b in blocks
+    ]
+    probability, name = min(found)
+    least = min(z[:, b.columns].size for b in blocks)
+    return of_probability(
+        "noise: standard deviation of each variable",
+        probability * len(blocks),
+        alpha,
+        f"{len(blocks)} variables, the worst {name}; finds a lack of "
+        f"{smallest_error(least, alpha / len(blocks)):.1%} in each",
+    )
+
+
+def _of_squares(squares: float, count: int) -> float:
+    chi2 = _stats().chi2
+    return 2 * float(min(chi2.cdf(squares, count), chi2.sf(squares, count)))
+
+
+def _mean(z: Floats, alpha: float) -> Finding:
+    score = float(z.sum()) / math.sqrt(z.size)
+    return of_probability("noise: mean 0", _two_sided(score), alpha)
+
+
+def _shape(z: Floats, alpha: float) -> list[Finding]:
+    stats, flat = _stats(), z.ravel()
+    some = flat[:: max(1, flat.size // _SORTED)]
+    # Noise is rounded to a grid, whose steps the test would take for what is not normal.
+    within = np.random.default_rng(1).random(some.size) - 0.5
+    normal = stats.kstest(some + within * _GRID, "norm").pvalue
+    facts = [of_probability("noise: normal, by Kolmogorov and Smirnov", normal, alpha)]
+    if flat.size >= _FEWEST_FOR_KURTOSIS:
+        score = float((flat**4).mean() - 6 * (flat**2).mean() + 3) / math.sqrt(24 / flat.size)
+        detail = f"fourth moment {float((flat**4).mean()):.4f}, wanted 3"
+        facts.append(of_probability("noise: kurtosis", _two_sided(score), alpha, detail))
+    tails = []
+    for limit in (2.5, 3.5, 4.5):
+        beyond = int((np.abs(flat) > limit).sum())
+        tails.append(_of_count(beyond, flat.size, 2 * float(stats.norm.sf(limit))))
+    detail = "numbers beyond 2.5, 3.5 and 4.5 standard deviations"
+    return [*facts, of_probability("noise: tails", len(tails) * min(tails), alpha, detail)]
+
+
+def _pairs(z: Floats, alpha: float) -> Finding:
+    """Correlates each step with each other one: noise that comes twice has 1."""
+    steps, width = z.shape
+    largest, probability = 0.0, 1.0
+    if steps > 1 and width > 3:
+        centred = z - z.mean(1, keepdims=True)
+        centred /= np.maximum(np.linalg.norm(centred, axis=1, keepdims=True), 1e-300)
+        others = np.abs(centred @ centred.T)[np.triu_indices(steps, 1)]
+        largest = float(min(1.0, others.max()))
+        probability = _of_correlation(largest, width - 2) * len(others)
+    return of_probability(
+        "noise: independent between steps",
+        probability,
+        alpha,
+        f"{steps} steps, largest correlation of two {largest:.3f}",
+    )
+
+
+def _pairs_of_sizes(z: Floats, alpha: float) -> Finding:
+    """Counts where two steps are both large or both small: signs may have changed."""
+    steps, width = z.shape
+    signs = np.where(np.abs(z) > _MEDIAN, 1.0, -1.0)
+    both = ((width + signs @ signs.T) / 2)[np.triu_indices(steps, 1)]
+    found = (
+        [_of_count(int(n), width, 0.5) for n in (both.min(), both.max())] if steps > 1 else []
+    )
+    probability = min([1.0, *(p * len(both) for p in found)])
+    return of_probability("noise: sizes independent between steps", probability, alpha)
+
+
+def _lags(z: Floats, alpha: float) -> Finding:
+    """Adds up the products of all steps so far apart: finds a little in each of them."""
+    found = [1.0]
+    for lag in range(1, min(_LAGS, len(z) - 1) + 1):
+        products = z[lag:] * z[:-lag]
+        found.append(_two_sided(float(products.sum()) / math.sqrt(products.size)) * _LAGS)
+    return of_probability(f"noise: nothing left of the {_LAGS} steps before", min(found), alpha)
+
+
+def _weights(z: Floats, alpha: float) -> list[Finding]:
+    """Compares weights that are next to each other, or half of all weights apart."""
+    width = z.shape[1]
+    signs = np.where(np.abs(z) > _MEDIAN, 1, -1)
+    shifts = sorted({s for s in (1, 2, width // 2, -(-width // 2)) if 0 < s < width})
+    values, sizes = [1.0], [1.0]
+    for shift in shifts:
+        products = z[:, shift:] * z[:, :-shift]
+        score = float(products.sum()) / math.sqrt(products.size)
+        values.append(_two_sided(score) * len(shifts))
+        alike = int((signs[:, shift:] == signs[:, :-shift]).sum())
+        sizes.append(_of_count(alike, products.size, 0.5) * len(shifts))
+    return [
+        of_probability("noise: independent between weights", min(values), alpha),
+        of_probability("noise: sizes independent between weights", min(sizes), alpha),
+    ]
+
+
+def _variables(z: Floats, blocks: Sequence[Block], alpha: float) -> Finding:
+    """Correlates variables of the same size, which might have got the same noise."""
+    parts = [z[:, b.columns] for b in blocks]
+    pairs = [(a, b) for a, b in itertools.combinations(parts, 2) if a.size == b.size][:100]
+    found = [1.0]
+    for a, b in pairs:
+        if a.size > 3:
+            largest = abs(float(np.corrcoef(a.ravel(), b.ravel())[0, 1]))
+            found.append(_of_correlation(min(1.0, largest), a.size - 2) * len(pairs))
+    return of_probability("noise: independent between variables", min(found), alpha)
+
+
+def _of_correlation(correlation: float, freedom: int) -> float:
+    if correlation >= 1:
+        return 0.0
+    t = correlation * math.sqrt(freedom / (1 - correlation**2))
+    return 2 * float(_stats().t.sf(t, freedom))
+
+
+def _of_count(count: int, trials: int, probability: float) -> float:
+    binom = _stats().binom
+    tails = binom.cdf(count, trials, probability), binom.sf(count - 1, trials, probability)
+    return min(1.0, 2 * float(min(tails)))
+
+
+def _two_sided(score: float) -> float:
+    return 2 * float(_stats().norm.sf(abs(score)))
+
+
+def _stats() -> Any:
+    from scipy import stats
+
+    return stats

@@ -1,0 +1,92 @@
+"""Private training as a part of `fit`."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from typing import Any
+
+from tfdist import data
+from tfdist.privacy.mechanism.step import PrivateStep, PrivateSteps
+from tfdist.privacy.run import PrivateRun
+from tfdist.step.prepared import Prepared
+from tfdist.training.extension import Extension
+from tfdist.training.request import Request
+
+
+class PrivateTraining(Extension):
+    """DP-SGD as a part of `fit`.
+
+    Args:
+        privacy: What `fit` was given.
+    """
+
+    name = "privacy"
+    needs_state = True
+    run: PrivateRun
+
+    def __init__(self, privacy: Any) -> None:
+        self._privacy = privacy
+
+    def choose(self, request: Request) -> Request:
+        """Takes the sampler and the seed that the guarantee rests on."""
+        self.run = run = PrivateRun(self._privacy, request)
+        changed = dataclasses.replace(
+            request,
+            sampler=run.sampler,
+            whole_batch=False,
+            copies=run.privacy.augmentations,
+            is_private=True,
+        )
+        if not run.draws_secretly:
+            return changed
+        return dataclasses.replace(
+            changed,
+            seed=run.sampling_seed,
+            is_seeded=run.is_seeded,
+            seed_is_secret=not run.is_seeded,
+        )
+
+    def bind(self, request: Request, source: data.Source) -> None:
+        """Finds the noise, and tries the model."""
+        self.run.plan(source, request.epochs - request.initial_epoch)
+        self.step_maker = PrivateSteps(self.run.mechanism)
+
+    def facts(self) -> dict[str, Any]:
+        """Gives what all workers must have been asked alike."""
+        return self.run.asked
+
+    def notice(self, request: Request) -> str | None:
+        """Says that `delta` is too large, and what is slow."""
+        return self.run.notice()
+
+    def callbacks(self, request: Request, given: Any, prepared: Prepared) -> Any:
+        """Adds what keeps count and renews the noise."""
+        return (
+            given
+            if not isinstance(prepared.own_step, PrivateStep)
+            else self.run.watched(given, prepared.own_step)
+        )
+
+    def running(self) -> contextlib.AbstractContextManager[None]:
+        """Wraps the training; what was made counts, however it ends."""
+        return self.run.counting()
+
+    def report(self, request: Request, history: Any) -> None:
+        """Gives the history its report, and prints a line of it."""
+        history.privacy = self.run.report()
+        if request.shows:
+            line = history.privacy.line(self.run.privacy.target_epsilon)
+            print(f"tfdist: {line}", flush=True)
+
+    def settings(self) -> Any:
+        """Gives what must stay as it is in a training that goes on."""
+        return self.run.settings
+
+    def go_on(self, saved: Any, steps: int = 0, directory: Any = None) -> Any:
+        """Takes what an earlier process knew."""
+        return self.run.go_on(saved, steps, directory)
+
+    def note_restored(self) -> None:
+        """Called when a checkpoint was restored."""
+        self.run.note_restored()

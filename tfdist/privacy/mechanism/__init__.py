@@ -1,0 +1,1 @@
+"""The private step: per-example gradients, clipped and summed, and the noise on the sum."""

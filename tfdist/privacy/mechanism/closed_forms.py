@@ -1,0 +1,298 @@
+"""Layers whose per-example gradients follow from their inputs and outputs' gradients.
+
+Each function takes a layer and what was recorded of its calls, and gives a `GradientPart` for
+each of its variables. Calls of a shared layer are joined along the positions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import keras
+import tensorflow as tf
+from keras import layers, ops
+
+from tfdist._keras import layers as keras_layers
+from tfdist.privacy.mechanism import lora, recurrent
+from tfdist.privacy.mechanism.lora import of_kernel, of_table
+from tfdist.privacy.mechanism.parts import GradientPart, Written
+from tfdist.privacy.mechanism.patches import channels_last, folded, patches
+from tfdist.privacy.mechanism.recurrent import of_recurrent
+
+Tensor = Any
+Parts = list[GradientPart]
+
+
+class LayerCall(NamedTuple):
+    """One call of a layer.
+
+    Attributes:
+        args: Positional arguments.
+        kwargs: Named arguments.
+        outputs: What it returned, before the activation where the layer has one.
+        normalized: Of a normalization, the outputs before scale and offset, where recorded.
+        gradients: The loss's gradients by `outputs`, in the same structure.
+        seeds: The states of its random numbers, and what they were before it.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    outputs: Any
+    normalized: Any = None
+    gradients: Any = None
+    seeds: Sequence[tuple[Any, Tensor]] = ()
+
+    @property
+    def inputs(self) -> Tensor:
+        """The first argument."""
+        return self.args[0] if self.args else next(iter(self.kwargs.values()))
+
+    def argument(self, place: int, name: str) -> Any:
+        """Gives an argument however it was passed; None if it was not.
+
+        Args:
+            place: Among the positional ones.
+            name: Its.
+        """
+        return self.args[place] if len(self.args) > place else self.kwargs.get(name)
+
+
+def _dense(layer: Any, calls: Sequence[LayerCall]) -> Parts:
+    inputs = tf.concat([_positions(call.inputs) for call in calls], 1)
+    outputs = tf.concat([_positions(call.gradients) for call in calls], 1)
+    parts = of_kernel(layer, inputs, outputs)
+    if layer.bias is not None:
+        parts.append(Written(layer.bias, tf.reduce_sum(tf.cast(outputs, tf.float32), 1)))
+    return parts
+
+
+def _einsum_dense(layer: Any, calls: Sequence[LayerCall]) -> Parts | None:
+    inputs, outputs = [], []
+    for call in calls:
+        labels = _einsum_labels(layer.equation, len(call.inputs.shape))
+        if labels is None:
+            return None
+        given, kernel, made = labels
+        positions = [c for c in given[1:] if c in made]
+        contracted = [c for c in kernel if c in given]
+        produced = [c for c in kernel if c in made]
+        if lora.is_enabled(layer) and kernel[-1] not in made:
+            return None
+        sizes = dict(zip(kernel, lora.kernel_shape(layer), strict=True))
+        p, q = (math.prod(sizes[c] for c in part) for part in (contracted, produced))
+        order = [given.index(c) for c in (given[0], *positions, *contracted)]
+        count = folded(call.inputs, [given.index(c) for c in positions])
+        inputs.append(tf.reshape(tf.transpose(call.inputs, order), [-1, count, p]))
+        order = [made.index(c) for c in (given[0], *positions, *produced)]
+        outputs.append(tf.reshape(tf.transpose(call.gradients, order), [-1, count, q]))
+    order = [(contracted + produced).index(c) for c in kernel]
+    axes = [sizes[c] for c in contracted + produced], order
+    joined = tf.concat(inputs, 1), tf.concat(outputs, 1)
+    parts = of_kernel(layer, *joined, axes)
+    if layer.bias is not None:
+        shape = layer.bias.shape
+        summed = sum(_sum_to(call.gradients, shape) for call in calls)
+        parts.append(Written(layer.bias, summed))
+    return parts
+
+
+def _einsum_labels(equation: str, rank: int) -> tuple[list[str], list[str], list[str]] | None:
+    """Splits an equation into labels, or gives None if it is not a plain product."""
+    sides, made = equation.replace(" ", "").split("->")
+    given, kernel = sides.split(",")
+    if "..." in kernel:
+        return None
+    spare = [c for c in "ABCDEFGHIJKLMNOPQRSTUVWXYZ" if c not in equation]
+    rest = "".join(spare[: rank - len(given.replace("...", ""))])
+    given, made = given.replace("...", rest), made.replace("...", rest)
+    labels = [list(part) for part in (given, kernel, made)]
+    distinct = all(len(set(part)) == len(part) for part in labels)
+    example = given[0] == made[0] and given[0] not in kernel
+    once = all((c in given) != (c in made) for c in kernel)
+    nothing_lost = all(c in kernel or c in made for c in given)
+    nothing_new = all(c in kernel or c in given for c in made)
+    if distinct and example and once and nothing_lost and nothing_new:
+        return labels[0], labels[1], labels[2]
+    return None
+
+
+def _embedding(layer: Any, calls: Sequence[LayerCall]) -> Parts:
+    rows, outputs = [], []
+    for call in calls:
+        ids = tf.cast(call.inputs, tf.int32)
+        count = folded(ids, range(1, len(ids.shape)))
+        ids = tf.where(ids < 0, ids + layer.input_dim, ids)  # as `keras.ops.take` has it
+        rows.append(tf.reshape(ids, [-1, count]))
+        outputs.append(tf.reshape(call.gradients, [-1, count, layer.output_dim]))
+    return of_table(layer, tf.concat(rows, 1), tf.concat(outputs, 1))
+
+
+def _conv(layer: Any, calls: Sequence[LayerCall]) -> Parts | None:
+    if lora.is_enabled(layer) and layer.groups != 1:
+        return None
+    seen = tf.concat([patches(layer, call.inputs) for call in calls], 1)
+    outputs = tf.concat([_positions(channels_last(layer, c.gradients)) for c in calls], 1)
+    channels = seen.shape[-1]
+    window = math.prod(layer.kernel_size)
+    parts: Parts
+    if layer.groups == 1:
+        flat = tf.reshape(seen, [-1, seen.shape[1] or _length(seen), window * channels])
+        parts = of_kernel(layer, flat, outputs)
+    else:
+        groups = layer.groups
+        split = tf.reshape(seen, [-1, _length(seen), window, groups, channels // groups])
+        made = tf.reshape(outputs, [-1, _length(outputs), groups, layer.filters // groups])
+        each = tf.einsum("btwgi,btgo->bwigo", split, made)
+        parts = [Written(layer.kernel, _shaped(each, layer.kernel.shape))]
+    if layer.use_bias:
+        parts.append(Written(layer.bias, tf.reduce_sum(tf.cast(outputs, tf.float32), 1)))
+    return parts
+
+
+def _depthwise_conv(layer: Any, calls: Sequence[LayerCall]) -> Parts:
+    seen = tf.concat([patches(layer, call.inputs) for call in calls], 1)
+    outputs = tf.concat([_positions(channels_last(layer, c.gradients)) for c in calls], 1)
+    made = tf.reshape(outputs, [-1, _length(outputs), seen.shape[-1], layer.depth_multiplier])
+    each = tf.einsum("btwc,btcm->bwcm", tf.cast(seen, tf.float32), tf.cast(made, tf.float32))
+    parts: Parts = [Written(layer.kernel, _shaped(each, layer.kernel.shape))]
+    if layer.use_bias:
+        parts.append(Written(layer.bias, tf.reduce_sum(tf.cast(outputs, tf.float32), 1)))
+    return parts
+
+
+def _normalization(layer: Any, calls: Sequence[LayerCall]) -> Parts | None:
+    """Gives the parts of what multiplies, and is added to, normalized inputs."""
+    gamma, beta = _scale_and_offset(layer)
+    by_gamma, by_beta = [], []
+    for call in calls:
+        rank = len(call.inputs.shape)
+        kept = _normalized_axes(layer, rank)
+        if kept != sorted(kept) or 0 in kept:
+            return None
+        summed = [a for a in range(1, rank) if a not in kept]
+        gradients = tf.cast(call.gradients, tf.float32)
+        by_beta.append(tf.reduce_sum(gradients, summed))
+        if gamma is not None:
+            normalized = call.normalized
+            if normalized is None:
+                with keras_layers.changed(layer, **_UNSCALED[type(layer)]):
+                    normalized = tf.cast(layer.call(call.inputs), tf.float32)
+            by_gamma.append(tf.reduce_sum(gradients * normalized, summed))
+    parts: Parts = []
+    for variable, gradients in ((gamma, by_gamma), (beta, by_beta)):
+        if variable is not None:
+            parts.append(Written(variable, _shaped(sum(gradients), variable.shape)))
+    return parts
+
+
+def scaled(layer: Any, normalized: Tensor) -> Tensor:
+    """Multiplies by a layer's scale, and adds its offset.
+
+    Args:
+        layer: A normalization with `left_out`.
+        normalized: What it gave then.
+    """
+    rank = len(normalized.shape)
+    kept = _normalized_axes(layer, rank)
+    shape = [normalized.shape[a] if a in kept else 1 for a in range(rank)]
+    gamma, beta = _scale_and_offset(layer)
+    if gamma is not None:
+        normalized *= ops.reshape(gamma, shape)
+    return normalized if beta is None else normalized + ops.reshape(beta, shape)
+
+
+def _scale_and_offset(layer: Any) -> tuple[Any, Any]:
+    if isinstance(layer, layers.RMSNormalization):
+        return layer.scale, None
+    return layer.gamma, layer.beta
+
+
+def _normalized_axes(layer: Any, rank: int) -> list[int]:
+    axes = layer.axis if isinstance(layer.axis, list | tuple) else [layer.axis]
+    return [axis % rank for axis in axes]
+
+
+def _positions(tensor: Tensor) -> Tensor:
+    """Folds the axes between the first and the last into one."""
+    count = folded(tensor, range(1, len(tensor.shape) - 1))
+    return tf.reshape(tensor, [-1, count, tensor.shape[-1]])
+
+
+def _length(tensor: Tensor) -> Any:
+    return folded(tensor, [1])
+
+
+def _shaped(each: Tensor, shape: Sequence[int]) -> Tensor:
+    return tf.reshape(each, [-1, *shape])
+
+
+def _sum_to(gradients: Tensor, shape: Sequence[int]) -> Tensor:
+    """Sums, example by example, to the shape of what was broadcast along the last axes."""
+    gradients = tf.cast(gradients, tf.float32)
+    extra = len(gradients.shape) - 1 - len(shape)
+    summed = tf.reduce_sum(gradients, list(range(1, 1 + extra)))
+    broadcast = [axis + 1 for axis, size in enumerate(shape) if size == 1]
+    return tf.reduce_sum(summed, broadcast, keepdims=True) if broadcast else summed
+
+
+FORMS: dict[type, Callable[[Any, Sequence[LayerCall]], Parts | None]] = {
+    layers.Dense: _dense,
+    layers.EinsumDense: _einsum_dense,
+    layers.Embedding: _embedding,
+    layers.Conv1D: _conv,
+    layers.Conv2D: _conv,
+    layers.Conv3D: _conv,
+    layers.DepthwiseConv1D: _depthwise_conv,
+    layers.DepthwiseConv2D: _depthwise_conv,
+    layers.LayerNormalization: _normalization,
+    layers.GroupNormalization: _normalization,
+    layers.RMSNormalization: _normalization,
+    layers.LSTM: of_recurrent,
+    layers.GRU: of_recurrent,
+    layers.SimpleRNN: of_recurrent,
+    layers.RNN: of_recurrent,
+}
+"""The closed form of a layer's class; None from it means that it does not hold here."""
+
+
+def has_form(layer: Any) -> bool:
+    """Tells whether a layer has a closed form.
+
+    Args:
+        layer: A `keras.Layer`.
+    """
+    if type(layer) not in FORMS or not keras_layers.is_plain(layer):
+        return False
+    return recurrent.has_form(layer) if isinstance(layer, layers.RNN) else True
+
+
+# The attributes with which the `call` of a layer's class normalizes, and does no more.
+_UNSCALED: dict[type, dict[str, Any]] = {
+    layers.LayerNormalization: {"gamma": None, "beta": None},
+    layers.GroupNormalization: {"scale": False, "center": False},
+    layers.RMSNormalization: {"scale": None},
+}
+
+
+def has_activation(layer: Any) -> bool:
+    """Tells whether a layer with a closed form ends with an activation of its own.
+
+    Args:
+        layer: A `keras.Layer`.
+    """
+    activation = vars(layer).get("activation")  # a recurrent layer's is its cell's
+    return activation is not None and activation is not keras.activations.linear
+
+
+def left_out(layer: Any) -> dict[str, Any]:
+    """Gives the attributes with which a normalization's `call` neither scales nor offsets.
+
+    Args:
+        layer: A `keras.Layer`.
+
+    Returns:
+        Empty for another layer, and for one that would round in between.
+    """
+    return _UNSCALED.get(type(layer), {}) if layer.compute_dtype == "float32" else {}

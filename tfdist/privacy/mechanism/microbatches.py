@@ -1,0 +1,212 @@
+"""A share of a batch, computed piece by piece or by a function compiled by XLA."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import tensorflow as tf
+
+from tfdist import _keras
+from tfdist._keras import ReplicaBatch
+from tfdist._keras import layers as keras_layers
+from tfdist.privacy.mechanism.clipping import clipped_sum
+from tfdist.privacy.mechanism.clipping_groups import (
+    Alone,
+    ClippingGroups,
+    CopiesOfExamples,
+    Groups,
+    begins,
+)
+from tfdist.privacy.mechanism.unfit_layers import check_untouched
+from tfdist.privacy.settings import Mechanism
+
+Tensor = Any
+Columns = tuple[Any, Any, Any]
+_ROUNDED_TO = 32  # rows: XLA compiles once for each number of them
+
+
+def clipped_share(
+    model: Any,
+    columns: Columns,
+    batch: ReplicaBatch,
+    mechanism: Mechanism,
+    l2_norm_clip: Any,
+    compiled: bool = False,
+    groups: Tensor | None = None,
+) -> tuple[Any, list[Tensor], Tensor]:
+    """Gives a share's outputs, the sums of its clipped gradients, and `Clipped.votes`.
+
+    Args:
+        model: A compiled, built `keras.Model`.
+        columns: `x`, `y` and `sample_weight` of the share.
+        batch: What the replica knows of it.
+        mechanism: What is done to the gradients.
+        l2_norm_clip: The norm that they are clipped to.
+        compiled: Whether by XLA; never with `groups`, of which each batch has other sizes.
+        groups: The user of each row, where users are clipped.
+    """
+    compiled = compiled and groups is None
+    if mechanism.microbatch_size is None and not compiled:
+        mask = tf.range(_examples(columns)) < tf.cast(batch.rows, tf.int32)
+        x, y, weight = columns
+        together = _together(mechanism, groups)
+        clipped = clipped_sum(
+            model, x, y, mask, l2_norm_clip, weight, mechanism.per_layer, together
+        )
+        return clipped.outputs, clipped.sums, clipped.votes
+    pieces = _Pieces(model, columns, batch, mechanism, l2_norm_clip, compiled, groups)
+    outputs, sums = pieces.all()
+    return outputs, sums[:-1], sums[-1]
+
+
+def _together(mechanism: Mechanism, groups: Tensor | None) -> ClippingGroups:
+    if groups is not None:
+        assert mechanism.rows_of_user is not None
+        return Groups(groups, mechanism.rows_of_user, mechanism.copies)
+    return CopiesOfExamples(mechanism.copies) if mechanism.copies > 1 else Alone()
+
+
+class _Pieces:
+    """Computes one piece after the other, or all as one piece; no unit is cut in two.
+
+    Its sums are those of clipped gradients, and last their `votes`.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        columns: Columns,
+        batch: ReplicaBatch,
+        mechanism: Mechanism,
+        l2_norm_clip: Any,
+        compiled: bool,
+        groups: Tensor | None,
+    ) -> None:
+        self._model = model
+        self._columns = columns
+        self._batch = batch
+        self._mechanism = mechanism
+        self._l2_norm_clip = l2_norm_clip
+        self._compiled = compiled
+        self._groups = groups
+        self._examples = _examples(columns)
+        self._seeds = [v for v in model.non_trainable_variables if keras_layers.is_seed(v)]
+        self._structure: Any = None
+        self._masked: list[bool] = []
+
+    def all(self) -> tuple[Any, list[Tensor]]:
+        drawn = [tf.identity(seed.value) for seed in self._seeds]
+        for seed, value in zip(self._seeds, drawn, strict=True):
+            seed.assign(value)  # noted here, since in an inner graph it cannot be
+        edges, size = self._edges()
+        count = tf.size(edges) - 1
+        if self._mechanism.microbatch_size is None:
+            flat, sums = self._piece(edges[0], edges[1], size)
+            return self._packed(flat), sums
+
+        def body(index: Tensor, sums: list[Tensor], kept: list[Any]) -> Any:
+            for seed, value in zip(self._seeds, drawn, strict=True):
+                seed.assign(value)  # a place in the batch has its random numbers
+            flat, more = self._piece(edges[index], edges[index + 1], size)
+            kept = [array.write(index, part) for array, part in zip(kept, flat, strict=True)]
+            return index + 1, [a + b for a, b in zip(sums, more, strict=True)], kept
+
+        # The first piece tells the outputs' types.
+        first, sums = self._piece(edges[0], edges[1], size)
+        kept = [
+            tf.TensorArray(
+                part.dtype,
+                count,
+                infer_shape=False,
+                element_shape=[None, *part.shape[1:]],
+            ).write(0, part)
+            for part in first
+        ]
+        _, sums, kept = tf.while_loop(
+            lambda index, *_: index < count,
+            body,
+            (tf.constant(1), sums, kept),
+            maximum_iterations=count,
+            parallel_iterations=1,
+        )
+        return self._packed([array.concat() for array in kept]), sums
+
+    def _edges(self) -> tuple[Tensor, Tensor]:
+        """Gives the rows at which pieces begin, and last the end; and a piece's most rows."""
+        size, copies = self._mechanism.microbatch_size, self._mechanism.copies
+        if size is None:
+            whole = math.lcm(_ROUNDED_TO, copies)
+            return tf.stack([0, self._examples]), -(-self._examples // whole) * whole
+        if self._groups is None:
+            size = max(1, size // copies) * copies
+            starts = tf.range(0, self._examples, size)
+        else:
+            assert self._mechanism.rows_of_user is not None
+            users = max(1, size // (self._mechanism.rows_of_user * copies))
+            starts = begins(self._groups)[::users]
+        return tf.concat([starts, [self._examples]], 0), tf.constant(size)
+
+    def _piece(
+        self, begin: Tensor, end: Tensor, size: Tensor
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        if not self._compiled:
+            columns = _map(lambda leaf: leaf[begin:end], self._columns)
+            groups = None if self._groups is None else self._groups[begin:end]
+            return self._computed(columns, begin, groups)
+        # Of one shape for many batches; what is there twice does not count.
+        rows = tf.minimum(begin + tf.range(size), self._examples - 1)
+        columns = _map(lambda leaf: tf.gather(leaf, rows), self._columns)
+        compiled = tf.function(self._computed, autograph=False, jit_compile=True)
+        flat, sums = compiled(columns, begin)
+        return [part[: end - begin] for part in flat], sums
+
+    def _computed(
+        self, columns: Columns, begin: Tensor, groups: Tensor | None = None
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        batch = self._batch
+        start = tf.cast(begin, tf.int64)
+        examples = tf.cast(_examples(columns), tf.int64)
+        counted = start + tf.range(examples) < batch.rows
+        piece = ReplicaBatch(
+            examples, batch.total, batch.offset + start, batch.all_reduce, batch.all_gather
+        )
+        if batch.keys is not None:
+            places = tf.minimum(begin + tf.range(_examples(columns)), self._examples - 1)
+            piece.keys = batch.keys.at(places)
+        with _keras.on_replica(piece):
+            clipped = clipped_sum(
+                self._model,
+                columns[0],
+                columns[1],
+                counted,
+                self._l2_norm_clip,
+                columns[2],
+                self._mechanism.per_layer,
+                _together(self._mechanism, groups),
+            )
+        check_untouched(self._model, piece)
+        leaves = tf.nest.flatten(clipped.outputs)
+        self._structure = clipped.outputs
+        self._masked = [keras_layers.has_mask(leaf) for leaf in leaves]
+        masks = [keras_layers.mask_of(leaf) for leaf in leaves if keras_layers.has_mask(leaf)]
+        return [*leaves, *masks], [*clipped.sums, clipped.votes]
+
+    def _packed(self, flat: list[Tensor]) -> Any:
+        """Undoes `_computed`'s flattening."""
+        outputs, masks = flat[: len(self._masked)], iter(flat[len(self._masked) :])
+        for output, masked in zip(outputs, self._masked, strict=True):
+            if masked:
+                keras_layers.give_mask(output, next(masks))
+        return tf.nest.pack_sequence_as(self._structure, outputs)
+
+
+def _examples(columns: Columns) -> Tensor:
+    return tf.shape(tf.nest.flatten(columns[0])[0])[0]
+
+
+def _map(function: Any, columns: Columns) -> Columns:
+    mapped: Columns = tf.nest.map_structure(
+        lambda leaf: leaf if leaf is None else function(leaf), columns
+    )
+    return mapped

@@ -1,0 +1,293 @@
+"""Per-example gradients of one variable, kept in a form that is cheap to sum up.
+
+Of each form the squared norm of every example's gradient and the weighted sum over examples
+are known in closed form (Goodfellow, "Efficient per-example gradient computations", 2015; Li
+et al., "Large language models can be strong differentially private learners", ICLR 2022; Bu
+et al., "Differentially private optimization on large model at small cost", ICML 2023).
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from tfdist.privacy.mechanism.clipping_groups import Alone, ClippingGroups, Groups
+from tfdist.privacy.mechanism.gram_matrices import (
+    squared_norms_by_row,
+    squared_norms_of_products,
+)
+from tfdist.privacy.mechanism.rounding import UNDERFLOW, factor_unit, gamma, sums_of_squares
+
+Tensor = Any
+_ALONE = Alone()
+
+
+class GradientPart(abc.ABC):
+    """The gradients of all examples by one variable.
+
+    Attributes:
+        variable: The `keras.Variable`.
+    """
+
+    variable: Any
+
+    @abc.abstractmethod
+    def squared_norms(self, together: ClippingGroups = _ALONE) -> Tensor:
+        """Gives the squared norm of the sum of each unit's gradients, shape [units].
+
+        It is of what `weighted_sum` adds for a weight of 1, rounding errors included, and
+        rounded up: never below it, but for what underflows, which is no more than 1e-14.
+
+        Args:
+            together: Which examples make up a unit.
+        """
+
+    @abc.abstractmethod
+    def weighted_sum(
+        self, weights: Tensor, all_finite: Tensor, together: ClippingGroups = _ALONE
+    ) -> Tensor:
+        """Gives the sum of the gradients, each times its weight, in the variable's shape.
+
+        Args:
+            weights: Shape [units]; a unit of weight 0 counts nothing, finite or not.
+            all_finite: Scalar bool, whether all squared norms are finite, also those of units
+                of weight 0.
+            together: As in `squared_norms`, which comes before.
+        """
+
+    @abc.abstractmethod
+    def each(self) -> Tensor:
+        """Gives the gradients one by one, shape [examples, *the variable's]."""
+
+    @abc.abstractmethod
+    def folded(self, count: int) -> GradientPart:
+        """Gives the gradients of examples of which each has several rows here.
+
+        Args:
+            count: Rows of an example, one behind the other.
+        """
+
+
+class Written(GradientPart):
+    """Gradients written out one by one.
+
+    Args:
+        variable: The `keras.Variable`.
+        gradients: Shape [examples, *the variable's].
+    """
+
+    def __init__(self, variable: Any, gradients: Tensor) -> None:
+        self.variable = variable
+        self._gradients = tf.cast(gradients, tf.float32)
+        self._summed: Tensor = None  # the units' gradients, once they were needed
+
+    def squared_norms(self, together: ClippingGroups = _ALONE) -> Tensor:
+        """Squares and sums; see `GradientPart`."""
+        self._summed = together.sums(self._gradients)
+        return _of_written(self._summed)
+
+    def weighted_sum(
+        self, weights: Tensor, all_finite: Tensor, together: ClippingGroups = _ALONE
+    ) -> Tensor:
+        """Contracts with the weights; see `GradientPart`."""
+        # Of a unit's gradients that cancel, what is added must be what was measured.
+        units = together.sums(self._gradients) if self._summed is None else self._summed
+        (units,) = _finite(all_finite, weights, units)
+        return tf.tensordot(weights, units, 1)
+
+    def each(self) -> Tensor:
+        """Gives them as they are; see `GradientPart`."""
+        return self._gradients
+
+    def folded(self, count: int) -> GradientPart:
+        """Adds up; see `GradientPart`."""
+        split = tf.reshape(self._gradients, [-1, count, *self._gradients.shape[1:]])
+        return Written(self.variable, tf.reduce_sum(split, 1))
+
+
+class Product(GradientPart):
+    """Gradients that are, for each example, the product of two matrices.
+
+    Args:
+        variable: The `keras.Variable`.
+        inputs: Shape [examples, positions, p].
+        outputs: Gradients by the outputs, shape [examples, positions, q].
+        axes: What the p and q of the product are in the variable, in its order: a shape of
+            p's parts followed by q's, and the transposition to the variable's axes.
+    """
+
+    def __init__(
+        self,
+        variable: Any,
+        inputs: Tensor,
+        outputs: Tensor,
+        axes: tuple[Sequence[int], Sequence[int]] | None = None,
+    ) -> None:
+        self.variable = variable
+        self._inputs = tf.cast(inputs, tf.float32)
+        self._outputs = tf.cast(outputs, tf.float32)
+        self._axes = axes
+        self._written: Tensor = None  # the products, once they were needed
+
+    def squared_norms(self, together: ClippingGroups = _ALONE) -> Tensor:
+        """Uses the Gram matrices of both factors where they are smaller; see `GradientPart`."""
+        positions = self._inputs.shape[1]
+        sizes = self._inputs.shape[2], self._outputs.shape[2]
+        if positions is not None:
+            positions *= together.most
+        if positions == 1:
+            squares = [
+                sums_of_squares(f) + f.shape[2] * UNDERFLOW
+                for f in (self._inputs, self._outputs)
+            ]
+            return squares[0] * squares[1] * _read_again()
+        factors = together.joined(self._inputs), together.joined(self._outputs)
+        if _gram_is_smaller(positions, *sizes):
+            return squared_norms_of_products(*factors)
+        self._written = tf.matmul(*factors, transpose_a=True)
+        return _of_written(self._written)
+
+    def weighted_sum(
+        self, weights: Tensor, all_finite: Tensor, together: ClippingGroups = _ALONE
+    ) -> Tensor:
+        """Sums over examples and positions in one product; see `GradientPart`."""
+        if self._written is not None:
+            (written,) = _finite(all_finite, weights, self._written)
+            product = tf.tensordot(weights, written, 1)
+            return self._arranged(product[None])[0]
+        weights = together.by_row(weights)
+        inputs, outputs = _finite(all_finite, weights, self._inputs, self._outputs)
+        p, q = inputs.shape[2], outputs.shape[2]
+        if p <= q:  # several products may have the same inputs
+            inputs *= weights[:, None, None]
+        else:
+            outputs *= weights[:, None, None]
+        product = tf.matmul(
+            tf.reshape(inputs, [-1, p]), tf.reshape(outputs, [-1, q]), transpose_a=True
+        )
+        return self._arranged(product[None])[0]
+
+    def each(self) -> Tensor:
+        """Multiplies example by example; see `GradientPart`."""
+        return self._arranged(tf.matmul(self._inputs, self._outputs, transpose_a=True))
+
+    def folded(self, count: int) -> GradientPart:
+        """Makes positions of rows; see `GradientPart`."""
+        inputs, outputs = _unfolded(self._inputs, count), _unfolded(self._outputs, count)
+        return Product(self.variable, inputs, outputs, self._axes)
+
+    def _arranged(self, products: Tensor) -> Tensor:
+        shape, order = self._axes or (self.variable.shape, range(len(self.variable.shape)))
+        parts = tf.reshape(products, [-1, *shape])
+        if list(order) != list(range(len(shape))):
+            parts = tf.transpose(parts, [0, *(axis + 1 for axis in order)])
+        return tf.reshape(parts, [-1, *self.variable.shape])
+
+
+class Lookup(GradientPart):
+    """Gradients by a table of which each example used some rows.
+
+    Args:
+        variable: The `keras.Variable`, shape [rows, q].
+        rows: Which rows, int, shape [examples, positions].
+        outputs: Gradients by what was looked up, shape [examples, positions, q].
+    """
+
+    def __init__(self, variable: Any, rows: Tensor, outputs: Tensor) -> None:
+        self.variable = variable
+        self._rows = rows
+        self._outputs = tf.cast(outputs, tf.float32)
+
+    def squared_norms(self, together: ClippingGroups = _ALONE) -> Tensor:
+        """Counts positions with the same row together; see `GradientPart`."""
+        if isinstance(together, Groups):
+            return self._squared_norms_by_row(together)
+        rows, outputs = together.joined(self._rows), together.joined(self._outputs)
+        return squared_norms_by_row(rows, outputs)
+
+    def _squared_norms_by_row(self, together: Groups) -> Tensor:
+        """Adds up by unit and row: a unit of many examples has too many pairs of positions."""
+        count, size = self.variable.shape
+        units = tf.cast(together.unit, tf.int64)[:, None]
+        keys = tf.reshape(units * count + tf.cast(self._rows, tf.int64), [-1])
+        found, places = tf.unique(keys)
+        outputs = tf.reshape(self._outputs, [-1, size])
+        sums = tf.math.unsorted_segment_sum(outputs, places, tf.size(found))
+        lengths = tf.sqrt(sums_of_squares(outputs))
+        magnitudes = tf.math.unsorted_segment_sum(lengths, places, tf.size(found))
+        positions = tf.cast(tf.size(keys), tf.float32)
+        # The sum over all examples may add up in another order.
+        largest = tf.sqrt(sums_of_squares(sums)) + 2 * gamma(positions) * magnitudes
+        squares = tf.math.unsorted_segment_sum(
+            tf.square(largest), found // count, tf.cast(together.unit[-1], tf.int64) + 1
+        )
+        return squares * (1 + gamma(positions))
+
+    def weighted_sum(
+        self, weights: Tensor, all_finite: Tensor, together: ClippingGroups = _ALONE
+    ) -> Tensor:
+        """Adds up by row; see `GradientPart`.
+
+        In float64: positions of one example that cancel may be large, and would round what
+        others add up to on their way through it.
+        """
+        weights = together.by_row(weights)
+        (outputs,) = _finite(all_finite, weights, self._outputs)
+        outputs = tf.cast(outputs * weights[:, None, None], tf.float64)
+        count, size = self.variable.shape
+        sums = tf.math.unsorted_segment_sum(
+            tf.reshape(outputs, [-1, size]), tf.reshape(self._rows, [-1]), count
+        )
+        return tf.cast(sums, tf.float32)
+
+    def each(self) -> Tensor:
+        """Writes the tables out, mostly zeros; see `GradientPart`."""
+        count, size = self.variable.shape
+        examples = tf.shape(self._rows)[0]
+        rows = self._rows + tf.range(examples, dtype=self._rows.dtype)[:, None] * count
+        sums = tf.math.unsorted_segment_sum(
+            tf.reshape(self._outputs, [-1, size]), tf.reshape(rows, [-1]), examples * count
+        )
+        return tf.reshape(sums, [-1, count, size])
+
+    def folded(self, count: int) -> GradientPart:
+        """Makes positions of rows; see `GradientPart`."""
+        rows, outputs = _unfolded(self._rows, count), _unfolded(self._outputs, count)
+        return Lookup(self.variable, rows, outputs)
+
+
+def _unfolded(factor: Tensor, count: int) -> Tensor:
+    """Lays an example's rows one behind the other, shape [examples, count * positions, ...]."""
+    positions = factor.shape[1] if factor.shape[1] is not None else tf.shape(factor)[1]
+    return tf.reshape(factor, [-1, count * positions, *factor.shape[2:]])
+
+
+def _gram_is_smaller(positions: int | None, p: int, q: int) -> bool:
+    return positions is not None and 2 * positions**2 <= p * q
+
+
+def _of_written(gradients: Tensor) -> Tensor:
+    return sums_of_squares(gradients) * _read_again()
+
+
+def _read_again() -> float:
+    """By how much squares grow where a product reads gradients as the device has it."""
+    return float((1 + 2 * factor_unit()) ** 2 * (1 + gamma(4)))
+
+
+def _finite(all_finite: Tensor, weights: Tensor, *values: Tensor) -> list[Tensor]:
+    """Zeroes the rows of weight 0 unless all is finite: 0 times NaN would be NaN."""
+
+    def zeroed() -> list[Tensor]:
+        counts = weights != 0
+        return [
+            tf.where(tf.reshape(counts, [-1] + [1] * (len(v.shape) - 1)), v, 0.0)
+            for v in values
+        ]
+
+    # Mostly all is, and to go through all numbers takes longer than to look.
+    found: list[Tensor] = tf.cond(all_finite, lambda: list(values), zeroed)
+    return found

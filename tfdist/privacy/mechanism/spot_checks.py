@@ -1,0 +1,140 @@
+"""Now and then during training: do examples of a real batch depend on each other?
+
+What was tried before training was a few rows. A layer may mix examples only in larger
+batches, after some steps, or once its weights have grown. So at the first step of each epoch,
+and at a few others, four rows of the batch are computed once more by themselves. If what they
+add to the gradient is another thing in the batch, that step is not made, and training ends.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tensorflow as tf
+
+from tfdist._keras import ReplicaBatch, RowKeys
+from tfdist._keras import layers as keras_layers
+from tfdist.privacy.mechanism.contributions import added, is_same, mixes, tolerance_for
+
+Tensor = Any
+MARK = "tfdist: examples depend on each other"
+_ROWS = 4
+_COARSE = 1e-2
+_APART = 16  # steps at least between two first steps of an epoch that are checked
+_EVERY = 128  # so many others, by chance: 1 % of a training's time
+
+
+class SpotChecks:
+    """Compares some rows of a replica's batches with the same rows by themselves.
+
+    Args:
+        model: A compiled, built `keras.Model`.
+        strategy: Where the replicas are.
+        most: The most rows that are computed at once; any number if None.
+    """
+
+    def __init__(self, model: Any, strategy: Any, most: int | None) -> None:
+        self._model, self._strategy, self._most = model, strategy, most
+        self._tolerance = tolerance_for(model)
+        if tf.config.list_physical_devices("GPU"):
+            # Products of other shapes may be rounded otherwise there (TensorFloat-32).
+            self._tolerance = max(self._tolerance, _COARSE)
+        with tf.init_scope(), tf.device("CPU:0"):
+            self._period = tf.Variable(tf.ones([], tf.int64), trainable=False)
+            self._failed = tf.Variable(False, trainable=False)
+
+    def begin(self, steps: int | None) -> None:
+        """Begins a `fit`.
+
+        Args:
+            steps: Of an epoch, if known.
+        """
+        steps = steps or _APART
+        self._period.assign(-(-_APART // steps) * steps)
+        self._failed.assign(False)
+
+    def check(
+        self, data: Any, batch: ReplicaBatch, stopping: Tensor, step: Tensor
+    ) -> tuple[Any, Tensor]:
+        """Compares, in some steps; then nothing is made of data that fails.
+
+        Args:
+            data: `x`, `y` and `sample_weight` of a replica's share.
+            batch: What the replica knows of it, its rows' keys included.
+            stopping: What this worker tells the others, float32 of shape [3].
+            step: How many steps of this `fit` came before, by tfdist's own count.
+
+        Returns:
+            `data`, and `stopping`, which asks for a stop if the rows depend on each other.
+        """
+        assert batch.keys is not None
+        passed = tf.cond(
+            self._is_due(batch.keys, step) & (batch.rows > 1),
+            lambda: self._passes(data, batch),
+            lambda: tf.constant(True),
+        )
+        if self._strategy.place.num_workers == 1:
+            with tf.control_dependencies([tf.debugging.Assert(passed, [MARK])]):
+                return tf.nest.map_structure(_again, data), tf.identity(stopping)
+        with tf.device("CPU:0"):
+            failed = tf.logical_or(self._failed.read_value(), ~passed)
+            with tf.control_dependencies([self._failed.assign(failed)]):
+                asks = tf.stack([tf.cast(~passed, tf.float32), 0.0, 0.0])
+        return data, stopping + asks
+
+    def _is_due(self, keys: RowKeys, step: Tensor) -> Tensor:
+        with tf.device("CPU:0"):
+            period = self._period.read_value()
+        drawn = tf.random.stateless_uniform([], tf.stack([keys.secret[0], step]))
+        return (step % period == 0) | (drawn < 1.0 / _EVERY)
+
+    def _passes(self, data: Any, batch: ReplicaBatch) -> Tensor:
+        keys = batch.keys
+        assert keys is not None
+        rows = tf.size(keys.rows)
+        if self._most is not None:
+            rows = tf.minimum(rows, self._most)
+        counting = tf.minimum(tf.cast(batch.rows, tf.int32), rows)
+        seed = tf.stack([keys.secret[1], tf.cast(counting, tf.int64)])
+        order = tf.argsort(tf.random.stateless_uniform([counting], seed))
+        chosen = tf.sort(order[: tf.maximum(1, tf.minimum(_ROWS, counting // 2))])
+        ones = tf.ones(tf.shape(chosen))
+        weights = tf.scatter_nd(chosen[:, None], ones, [rows])
+        alone = added(self._model, _cut(data, chosen), keys.at(chosen), ones)
+        everyone = tf.range(rows)
+        whole = added(self._model, _cut(data, everyone), keys.at(everyone), weights)
+        return is_same(whole, alone, ones, self._tolerance)
+
+    def raise_if_failed(self, error: Exception | None = None) -> None:
+        """Ends a training in which a comparison failed, on all workers alike.
+
+        Args:
+            error: That ended the loop, if one did.
+
+        Raises:
+            ArgumentError: It failed.
+        """
+        if error is not None:
+            failed = MARK in str(error)
+        else:
+            failed = any(self._strategy.gather_objects(bool(self._failed.numpy())))
+        if failed:
+            raise mixes(
+                "some examples of a batch added another thing to the gradient when they were "
+                "computed by themselves (that step was not made)"
+            ) from None
+
+
+def _cut(data: Any, rows: Tensor) -> Any:
+    return tf.nest.map_structure(
+        lambda leaf: leaf if leaf is None else tf.gather(leaf, rows), data
+    )
+
+
+def _again(leaf: Any) -> Any:
+    if leaf is None:
+        return None
+    same = tf.identity(leaf)
+    if keras_layers.has_mask(leaf):
+        keras_layers.give_mask(same, keras_layers.mask_of(leaf))
+    return same

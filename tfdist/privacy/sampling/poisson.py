@@ -1,0 +1,148 @@
+"""Poisson sampling: each row enters each step by itself, with the same probability."""
+
+from __future__ import annotations
+
+import abc
+import functools
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from tfdist.privacy.accounting.arguments import check_count
+from tfdist.privacy.accounting.dp_sgd import capacity as choose_capacity
+from tfdist.privacy.accounting.ledger import Phase
+from tfdist.samplers import Rows, Sampler
+from tfdist.samplers.permutation import generator
+
+
+class Accounted(Sampler):
+    """A sampler whose steps the accountant can be told of."""
+
+    may_be_empty: ClassVar[bool] = True
+
+    @abc.abstractmethod
+    def phase(
+        self, *, num_rows: int, batch_size: int, steps: int, noise_multiplier: float
+    ) -> Phase:
+        """Describes steps of this sampler to the accountant.
+
+        Args:
+            num_rows: Examples in the data.
+            batch_size: Expected examples of a global batch.
+            steps: How many steps.
+            noise_multiplier: As in `Phase`.
+        """
+
+    @abc.abstractmethod
+    def expected_rows(self, num_rows: int, batch_size: int) -> float:
+        """Says how many rows a step has on average, before any is left out.
+
+        Args:
+            num_rows: Examples in the data.
+            batch_size: Expected examples of a global batch.
+        """
+
+    def expected_units(self, num_rows: int, batch_size: int) -> float:
+        """Says how many of what is clipped by itself a step has on average.
+
+        Args:
+            num_rows: Examples in the data.
+            batch_size: Expected examples of a global batch.
+        """
+        return self.expected_rows(num_rows, batch_size)
+
+
+@dataclass(frozen=True)
+class Poisson(Accounted):
+    """Draws each row into each step independently, with probability batch_size / num_rows.
+
+    This is the sampling that the accounting of DP-SGD assumes (Abadi et al., "Deep learning
+    with differential privacy", CCS 2016, section 3.1). Batches vary in size around
+    `batch_size`, may be empty, and over an epoch a row may come twice or not at all. The rows
+    of a step are sorted.
+
+    Whoever knows the seed knows who was drawn: for a guarantee it must be secret.
+
+    Args:
+        capacity: The most rows of a step; when more were drawn, a random choice of so many
+            stays. None has `tfdist.privacy.capacity` choose one that costs nothing.
+
+    Raises:
+        ArgumentError: The capacity is no whole number of at least 1.
+
+    Example:
+        >>> import tfdist
+        >>> sampler = tfdist.privacy.Poisson(capacity=100)
+        >>> rows = sampler.rows(5, num_rows=10000, batch_size=64, seed=0)
+        >>> 30 < len(rows) <= 100
+        True
+    """
+
+    capacity: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.capacity is not None:
+            check_count("capacity", self.capacity, 1)
+
+    def phase(
+        self, *, num_rows: int, batch_size: int, steps: int, noise_multiplier: float
+    ) -> Phase:
+        """Describes steps of this sampler to the accountant; see `Accounted.phase`."""
+        room = self.capacity_for(num_rows, batch_size)
+        probability = _probability(num_rows, batch_size)
+        return Phase(probability, noise_multiplier, steps, room, num_rows)
+
+    def expected_rows(self, num_rows: int, batch_size: int) -> float:
+        """Says how many rows a step has on average, before any is left out."""
+        return _probability(num_rows, batch_size) * num_rows
+
+    def capacity_for(self, num_rows: int, batch_size: float) -> int:
+        """Says how many rows a step has at most.
+
+        Args:
+            num_rows: Examples in the data.
+            batch_size: Expected examples of a global batch.
+        """
+        if self.capacity is not None:
+            return min(self.capacity, num_rows)
+        return _chosen_capacity(num_rows, batch_size)
+
+    def rows(self, step: int, *, num_rows: int, batch_size: float, seed: int) -> Rows:
+        """Gives the rows of one global batch, possibly none; see `Sampler.rows`."""
+        random = generator((seed, step))
+        drawn = bernoulli(random, num_rows, _probability(num_rows, batch_size))
+        room = self.capacity_for(num_rows, batch_size)
+        if len(drawn) > room:
+            drawn = np.sort(random.permutation(drawn)[:room])
+        return drawn
+
+
+def _probability(num_rows: int, batch_size: float) -> float:
+    return min(1.0, batch_size / num_rows)
+
+
+@functools.lru_cache(maxsize=16)
+def _chosen_capacity(num_rows: int, batch_size: float) -> int:
+    probability = _probability(num_rows, batch_size)
+    return choose_capacity(num_rows=num_rows, sampling_probability=probability)
+
+
+def bernoulli(random: np.random.RandomState, trials: int, probability: float) -> Rows:
+    """Gives the numbers of the trials that succeed, by drawing the gaps between them.
+
+    The gaps between successes of independent trials are geometric (Devroye, "Non-uniform
+    random variate generation", 1986, section X.4), so the work is that of the successes.
+    """
+    expected = trials * probability
+    at_once = int(expected + 5 * math.sqrt(expected)) + 8
+    found: list[Rows] = []
+    last = -1
+    while last < trials:
+        # No gap can be of use beyond the trials, and a sum of huge ones would overflow.
+        gaps = np.minimum(random.geometric(probability, at_once), trials + 1)
+        found.append(last + np.cumsum(gaps, dtype=np.int64))
+        last = int(found[-1][-1])
+    numbers = np.concatenate(found)
+    return numbers[: np.searchsorted(numbers, trials)]

@@ -1,0 +1,115 @@
+"""Poisson sampling with probabilities of their own: as often as another sampler draws."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tfdist.errors import ArgumentError
+from tfdist.privacy.accounting.ledger import Phase
+from tfdist.privacy.sampling.poisson import Accounted, bernoulli
+from tfdist.samplers import Rows, Sampler
+from tfdist.samplers.permutation import generator
+
+
+@dataclass(frozen=True, eq=False)
+class PoissonLike(Accounted):
+    """Draws each row into each step independently, on average as often as another sampler.
+
+    So private training can rebalance classes: the rows of rare ones get a larger probability.
+    A row that such a sampler draws r times in an epoch, of R draws in all, enters a step with
+    the probability min(1, batch_size * r / R). All steps are accounted as if every row had the
+    largest of these: for any one row, subsampling with less is no less private (the others'
+    draws are independent of it). So it costs more than `Poisson`, by about as much as the
+    rarest class is made more frequent.
+
+    The probabilities must not follow from the very rows that are protected: the guarantee takes
+    as public how they are found, such as how many examples each class has.
+
+    Batches vary in size around `batch_size` and none is limited; an epoch has as many steps as
+    that of the other sampler.
+
+    Args:
+        sampler: Such as `tfdist.samplers.ClassBalanced()` or `Weighted(weights)`: any one that
+            knows how often it draws each row (`Sampler.repeats`).
+
+    Raises:
+        ArgumentError: It is no sampler, or does not know that.
+
+    Example:
+        >>> import numpy as np
+        >>> import tfdist
+        >>> labels = np.repeat([0, 1], [900, 100])
+        >>> balanced = tfdist.samplers.ClassBalanced(labels=labels)
+        >>> sampler = tfdist.privacy.PoissonLike(balanced).bind(None, 1000)
+        >>> settings = {"num_rows": 1000, "batch_size": 20}
+        >>> phase = sampler.phase(**settings, steps=50, noise_multiplier=1.0)
+        >>> round(phase.sampling_probability, 3)  # 20 * 0.5 / 100, not 20 / 1000
+        0.1
+    """
+
+    sampler: Sampler
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.sampler, Sampler):
+            raise ArgumentError(
+                "`sampler` of PoissonLike must be a sampler. Received: "
+                f"sampler={self.sampler!r}. Pass for example tfdist.samplers.ClassBalanced()."
+            )
+
+    def bind(self, targets: Any, num_rows: int) -> PoissonLike:
+        """Gives the other sampler its data, and sees that it can be followed."""
+        bound = self.sampler.bind(targets, num_rows)
+        if bound.repeats(num_rows) is None:
+            raise ArgumentError(
+                "`sampler` of PoissonLike must know how often it draws each row. Received: a "
+                f"{type(self.sampler).__name__}, whose `repeats` gives None. Use "
+                "tfdist.samplers.Weighted(weights)."
+            )
+        return PoissonLike(bound)
+
+    def steps_per_epoch(self, num_rows: int, batch_size: int) -> int:
+        """Says how many steps make an epoch: as many as the other sampler's."""
+        return self.sampler.steps_per_epoch(num_rows, batch_size)
+
+    def repeats(self, num_rows: int) -> NDArray[np.float64] | None:
+        """Says how often each row is drawn in an epoch; see `Sampler.repeats`."""
+        return self.sampler.repeats(num_rows)
+
+    def phase(
+        self, *, num_rows: int, batch_size: int, steps: int, noise_multiplier: float
+    ) -> Phase:
+        """Describes steps of this sampler to the accountant; see `Accounted.phase`."""
+        _, most = self._probabilities(num_rows, batch_size)
+        return Phase(most, noise_multiplier, steps, None, num_rows, at_most=True)
+
+    def expected_rows(self, num_rows: int, batch_size: int) -> float:
+        """Says how many rows a step has on average."""
+        probabilities, _ = self._probabilities(num_rows, batch_size)
+        return float(probabilities.sum())
+
+    def rows(self, step: int, *, num_rows: int, batch_size: int, seed: int) -> Rows:
+        """Gives the rows of one global batch, possibly none; see `Sampler.rows`."""
+        probabilities, most = self._probabilities(num_rows, batch_size)
+        random = generator((seed, step))
+        # Each is drawn with the largest probability, and then kept with its part of that.
+        drawn = bernoulli(random, num_rows, most)
+        kept: Rows = drawn[random.random_sample(len(drawn)) * most < probabilities[drawn]]
+        return kept
+
+    @functools.cached_property
+    def _probabilities(self) -> Any:
+        return functools.lru_cache(maxsize=2)(self._find_probabilities)
+
+    def _find_probabilities(
+        self, num_rows: int, batch_size: int
+    ) -> tuple[NDArray[np.float64], float]:
+        """Gives those of all rows, and the largest."""
+        repeats = self.sampler.repeats(num_rows)
+        assert repeats is not None  # `bind` has looked
+        found: NDArray[np.float64] = np.minimum(1.0, batch_size * repeats / repeats.sum())
+        return found, float(found.max())

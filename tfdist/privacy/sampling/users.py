@@ -1,0 +1,148 @@
+"""Sampling of whole users: each with all of its examples, up to a limit."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tfdist.errors import ArgumentError
+from tfdist.privacy.accounting.arguments import check_count
+from tfdist.privacy.accounting.ledger import USER, Phase
+from tfdist.privacy.sampling.poisson import Accounted, Poisson
+from tfdist.samplers import Rows, Sampler
+from tfdist.samplers.permutation import generator
+
+
+class Users:
+    """Which rows are whose.
+
+    Args:
+        group_ids: A name or number for each row, shape [rows].
+        most: The most rows of a user in a step; all if None.
+
+    Attributes:
+        group_of: The number of each row's user, int64 of shape [rows].
+        count: Users.
+        most: The most rows of a user in a step.
+        kept: Rows of all users together, no more than `most` of each.
+
+    Raises:
+        ArgumentError: There is not one for each row.
+    """
+
+    def __init__(self, group_ids: Any, most: int | None = None) -> None:
+        ids = np.asarray(group_ids)
+        if ids.ndim != 1 or ids.dtype == object:
+            ids = np.array([str(i) for i in ids]) if ids.ndim == 1 else ids
+        if ids.ndim != 1 or not len(ids) or ids.dtype.kind not in "iubUSM":
+            raise ArgumentError(
+                "`group_ids` must have a whole number or a name for each example. Received: "
+                f"group_ids of shape {ids.shape} and dtype {ids.dtype}."
+            )
+        if most is not None:
+            check_count("max_rows_per_group", most, 1)
+        names, numbers, counts = np.unique(ids, return_inverse=True, return_counts=True)
+        self.group_of = numbers.reshape(-1).astype(np.int64)
+        self.count = len(names)
+        self._order = np.argsort(self.group_of, kind="stable").astype(np.int64)
+        self._first = np.concatenate([[0], np.cumsum(counts)])
+        self.most = int(counts.max()) if most is None else min(most, int(counts.max()))
+        self.kept = int(np.minimum(counts, self.most).sum())
+
+    def rows(self, drawn: NDArray[np.int64], random: np.random.RandomState) -> Rows:
+        """Gives the rows of some users, of each at most `most`, chosen anew.
+
+        Args:
+            drawn: Numbers of users.
+            random: Chooses.
+        """
+        found = []
+        for user in drawn:
+            rows = self._order[self._first[user] : self._first[user + 1]]
+            if len(rows) > self.most:
+                rows = np.sort(random.permutation(rows)[: self.most])
+            found.append(rows)
+        return np.concatenate([np.zeros(0, np.int64), *found])
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Sums up whose each row is."""
+        return hashlib.sha256(self.group_of.tobytes()).hexdigest()[:12]
+
+
+@dataclass(frozen=True, eq=False)
+class PoissonOfUsers(Accounted):
+    """Draws each user into each step independently, with all rows or as many as may be.
+
+    Its probability is `batch_size` over the rows that all users have, as far as they count,
+    so that a step has `batch_size` rows on average.
+
+    Args:
+        users: Whose rows there are.
+        poisson: Draws them; its capacity is of users.
+    """
+
+    users: Users
+    poisson: Poisson
+
+    @property
+    def group_of(self) -> Rows:
+        """The number of each row's user: its rows stay together on a replica."""
+        return self.users.group_of
+
+    def bind(self, targets: Any, num_rows: int) -> Sampler:
+        """Compares the number of rows; see `Sampler.bind`."""
+        if num_rows != len(self.users.group_of):
+            raise ArgumentError(
+                "`group_ids` must have one for each example. Received: "
+                f"{len(self.users.group_of)} of them and {num_rows} examples."
+            )
+        poisson = self.poisson.bind(targets, self.users.count)
+        assert isinstance(poisson, Poisson)
+        return PoissonOfUsers(self.users, poisson)
+
+    def steps_per_epoch(self, num_rows: int, batch_size: int) -> int:
+        """Says after how many steps each user was drawn once, on average."""
+        return -(-self.users.kept // batch_size)
+
+    def phase(
+        self, *, num_rows: int, batch_size: int, steps: int, noise_multiplier: float
+    ) -> Phase:
+        """Describes steps of this sampler to the accountant; see `Accounted.phase`."""
+        return Phase(
+            self._probability(batch_size),
+            noise_multiplier,
+            steps,
+            self.poisson.capacity_for(self.users.count, self._expected(batch_size)),
+            self.users.count,
+            USER,
+        )
+
+    def expected_rows(self, num_rows: int, batch_size: int) -> float:
+        """Says how many rows a step has on average."""
+        return self._probability(batch_size) * self.users.kept
+
+    def expected_units(self, num_rows: int, batch_size: int) -> float:
+        """Says how many users a step has on average."""
+        return self._expected(batch_size)
+
+    def rows(self, step: int, *, num_rows: int, batch_size: int, seed: int) -> Rows:
+        """Gives the rows of one global batch, user by user, possibly none."""
+        drawn = self.poisson.rows(
+            step,
+            num_rows=self.users.count,
+            batch_size=self._expected(batch_size),
+            seed=seed,
+        )
+        return self.users.rows(drawn, generator((seed, step, *b"rows")))
+
+    def _probability(self, batch_size: int) -> float:
+        return min(1.0, batch_size / self.users.kept)
+
+    def _expected(self, batch_size: int) -> float:
+        return self._probability(batch_size) * self.users.count

@@ -1,0 +1,89 @@
+"""The checkpoint that a training goes on from: read by the chief, known to all workers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tfdist.errors import CheckpointError
+from tfdist.resume.checkpoint import files, same
+from tfdist.strategies.base import Strategy
+
+FORMAT = 3
+
+
+@dataclass(frozen=True)
+class LastCheckpoint:
+    """What the last checkpoint in a directory says.
+
+    Attributes:
+        state: What it holds besides tensors; None if there is no checkpoint.
+        arrays: The arrays that `state` refers to, by number.
+        read: Gives a tensor by name, on the chief alone.
+    """
+
+    state: dict[str, Any] | None = None
+    arrays: dict[int, Any] = field(default_factory=dict)
+    read: Callable[[str], Any] | None = None
+
+
+def last_checkpoint(path: Path, strategy: Strategy) -> LastCheckpoint:
+    """Lets the chief look for a checkpoint, and tells all workers.
+
+    Args:
+        path: The directory.
+        strategy: Whose workers these are.
+
+    Raises:
+        CheckpointError: The directory or the checkpoint cannot be used.
+    """
+    problem, state, arrays, read = None, None, {}, None
+    if strategy.place.is_chief:
+        try:
+            files.open_directory(path)
+            saved = files.latest(path)
+            if saved is not None:
+                read, state = saved.tensors(), saved.state
+                state["folder"] = str(saved.folder)
+                arrays = {i: read(f"arrays/{i}") for i in range(state["arrays"])}
+        except CheckpointError as error:
+            problem = str(error)
+    problem, state, arrays = strategy.broadcast_object((problem, state, arrays))
+    if problem is not None:
+        raise CheckpointError(problem)
+    if state is not None and state["format"] != FORMAT:
+        raise CheckpointError(
+            f"A checkpoint must be of format {FORMAT}. Received: {state['folder']} of "
+            f"format {state['format']}. Use tfdist {state['tfdist']}, which wrote it."
+        )
+    return LastCheckpoint(state, arrays, read)
+
+
+def notice_of(state: dict[str, Any], setup: dict[str, Any], epochs: int) -> str:
+    """Says which checkpoint training goes on from, and with what.
+
+    Args:
+        state: Of the checkpoint.
+        setup: Of the training that goes on, as `same.describe` gives it.
+        epochs: The epoch to train until.
+    """
+    folder, epoch = state["folder"], state["position"][0]
+    if state["stopped"]:
+        return (
+            f"a callback ended the training in {folder} after epoch {epoch}: nothing is "
+            "left to train. Pass another directory to train anew."
+        )
+    if epoch >= epochs:
+        return (
+            f"{folder} has all {epochs} epochs: nothing is left to train. Raise `epochs`, "
+            "or pass another directory to train anew."
+        )
+    text = f"training goes on from {folder}"
+    if same.has_other_contents(setup, state["setup"]):
+        text += (
+            ", with other values in its arrays than it was trained on. If that is not "
+            "meant, pass another directory."
+        )
+    return text

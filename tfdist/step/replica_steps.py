@@ -1,0 +1,131 @@
+"""One replica's train, test and predict step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable
+from typing import Any
+
+import tensorflow as tf
+
+from tfdist import _keras
+from tfdist._keras import ReplicaBatch
+from tfdist.data import Share, no_groups
+from tfdist.step.exchange import Exchange
+from tfdist.step.own_step import OwnStep
+from tfdist.step.reduction import (
+    MetricState,
+    ReducedUpdates,
+    StepAgreement,
+)
+from tfdist.step.signals import Signals, Tensor, no_signals, signals_of
+from tfdist.strategies.base import Strategy
+
+Logs = dict[str, Tensor]
+
+
+Result = tuple[Logs, Signals]
+
+
+class ReplicaSteps:
+    """One replica's steps."""
+
+    def __init__(
+        self,
+        model: Any,
+        strategy: Strategy,
+        own_step: OwnStep | None,
+        exchange: Exchange | None,
+    ) -> None:
+        self.model = model
+        self.strategy = strategy
+        self.own_step = own_step
+        self.exchange = exchange
+        self.alone = strategy.place.num_replicas == 1
+        self.takes_part = own_step is not None or exchange is not None
+        self.train_step, self.test_step = model.train_step, model.test_step
+        if not self.alone or self.takes_part:
+            self.train_step = _keras.step_of(model, "train_step")
+        if not self.alone:
+            self.test_step = _keras.step_of(model, "test_step")
+        self.elements = sum(math.prod(v.shape) for v in model.trainable_variables)
+
+    def train(self, share: Share, stopping: Tensor, phase: Hashable) -> Result:
+        """Updates the weights, once."""
+        if share.total is None and self.takes_part:  # the whole of a stream's batch
+            count = tf.shape(tf.nest.flatten(share.data)[0], tf.int64)[0]
+            nothing = tf.constant(0, tf.int64)
+            share = Share(share.data, count, count, nothing, tf.zeros([4]), no_groups())
+        if share.total is None:
+            return self.train_step(share.data), no_signals()
+        with _keras.on_replica(self._batch(share)) as batch:
+            own_step = self.own_step
+            if own_step is not None:
+                data, stopping = own_step.begin_step(share.data, batch, stopping)
+                share = share._replace(data=data)
+            exchange = None if self.exchange is None else (self.exchange, phase)
+            agreement = StepAgreement(self.strategy, share, stopping, self.elements, exchange)
+            updates = ReducedUpdates(
+                self.model, batch, agreement, self.strategy, are_parts=own_step is not None
+            )
+            batch.metrics = metrics = MetricState(not _keras.has_own(self.model, "train_step"))
+            batch.updates = updates
+            if own_step is None:
+                logs = self.train_step(share.data)
+            else:
+                logs = own_step.train_step(share.data, batch, share.groups)
+            batch.updates = batch.metrics = None
+            updates.finish(metrics)
+            return self._logs(batch, logs), signals_of(agreement, share)
+
+    def test(self, share: Share, stopping: Tensor, phase: Hashable) -> Result:
+        """Adds a share to the metrics."""
+        if self.alone:
+            return self.test_step(share.data), no_signals()
+        with _keras.on_replica(self._batch(share)) as batch:
+            agreement = StepAgreement(self.strategy, share, stopping)
+            batch.metrics = metrics = MetricState(not _keras.has_own(self.model, "test_step"))
+            logs = self.test_step(share.data)
+            batch.metrics = None
+            _, changes = agreement.reduce(batch, [], metrics.changes(batch))
+            metrics.assign(changes)
+            return self._logs(batch, logs), signals_of(agreement, share)
+
+    def predict(self, share: Share) -> Any:
+        """Gives the outputs for the whole global batch, in its order."""
+        if self.alone:
+            return self.model.predict_step(share.data)
+        with _keras.on_replica(self._batch(share)):
+            outputs = self.model.predict_step(share.data)
+            # A share without examples has one row all the same.
+            return tf.nest.map_structure(
+                lambda output: self.strategy.all_gather(output[: share.rows]), outputs
+            )
+
+    def _batch(self, share: Share) -> ReplicaBatch:
+        return ReplicaBatch(
+            share.rows,
+            share.total,
+            share.offset,
+            self.strategy.all_reduce_sum,
+            self.strategy.all_gather,
+        )
+
+    def _logs(self, batch: ReplicaBatch, logs: Logs) -> Logs:
+        """Gives the results of reduced metrics, and the mean of what else a step returned."""
+        leaves = tf.nest.flatten(logs)
+        of_metrics = [batch.metric_of(leaf) for leaf in leaves]
+        metrics = {id(found[0]): found[0] for found in of_metrics if found is not None}
+        results = {key: tf.nest.flatten(one.result()) for key, one in metrics.items()}
+        others = [
+            tf.cast(leaf, tf.float32) * batch.share
+            for leaf, found in zip(leaves, of_metrics, strict=True)
+            if found is None
+        ]
+        means = iter(batch.all_reduce(others) if others else ())
+        reduced = [
+            next(means) if found is None else results[id(found[0])][found[1]]
+            for found in of_metrics
+        ]
+        packed: Logs = tf.nest.pack_sequence_as(logs, reduced)
+        return packed
