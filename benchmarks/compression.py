@@ -177,9 +177,9 @@ def chart(times: dict[int | None, dict[str, Any]]) -> None:
 def write(name: str, text: str) -> None:
     """Puts a table between its marks in the page."""
     page = PAGE.read_text("utf-8")
-    begin, end = f"<!-- {name} -->\n", f"\n<!-- end of {name} -->"
+    begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
     before, rest = page.split(begin)
-    PAGE.write_text(before + begin + text + end + rest.split(end)[1], "utf-8")
+    PAGE.write_text(before + begin + text + "\n" + end + rest.split(end)[1], "utf-8")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -224,7 +224,7 @@ def rare_class(seed: int) -> tuple[Any, Any]:
 
 def ways(counts: Any) -> Ways:
     return {
-        "nothing": {},
+        "untreated": {},
         'class_weight="balanced"': {"class_weight": "balanced"},
         'class_weight="effective"': {"class_weight": "effective"},
         "ClassBalanced()": {"sampler": samplers.ClassBalanced()},
@@ -238,7 +238,7 @@ def ways(counts: Any) -> Ways:
             "sampler": samplers.ClassBalanced(),
             "correct": True,
         },
-        "nothing, correct_prior to equal": {"correct_from": counts},
+        "untreated, correct_prior to equal": {"correct_from": counts},
     }
 
 

@@ -1,14 +1,14 @@
-"""Trains on handwritten digits, is stopped in the middle, and goes on as if nothing had been.
+"""Trains on handwritten digits, is stopped in the middle, and continues.
 
-The first command is never stopped. The second gets SIGTERM after its 60th step, as from a
+The first command is never stopped. The second receives SIGTERM after its 60th step, as from a
 scheduler that wants the machine back: it saves and ends with status 75, "start me again".
-The third goes on. The hash of the weights, printed last, is that of the first.
+The third continues. It prints the same hash of the weights as the first.
 
     python examples/checkpoint.py /tmp/never-stopped
     python examples/checkpoint.py /tmp/stopped --sigterm-after 60
     python examples/checkpoint.py /tmp/stopped
 
-`tfdist run` starts it again by itself, on any number of workers:
+`tfdist run` can restart it by itself, on any number of workers:
 
     tfdist run -n 2 --max-restarts 1 examples/checkpoint.py /tmp/two --sigterm-after 60
 """
@@ -32,7 +32,7 @@ arguments = parser.parse_args()
 
 
 class SignalOnce(keras.callbacks.Callback):
-    """Sends this process SIGTERM, once in the life of a directory."""
+    """Sends SIGTERM to this process, once for each directory."""
 
     marker = arguments.directory / "signalled"
 

@@ -1,8 +1,8 @@
-"""Learns clicks on advertisements, from an embedding table that is split over the servers.
+"""Predicts clicks on advertisements, with an embedding table that is split over servers.
 
 A click depends on a hidden taste of each user and a hidden quality of each advertisement. The
-data is generated: 300 000 users, most of them seen a few times only. A worker reads and
-updates only the rows of its batch, so a step does not depend on the size of the table.
+data is generated: it has 300 000 users, and most of them occur only a few times. A worker
+reads and updates only the rows of its batch, so the size of the table does not matter.
 
     tfdist run -n 2 --ps 2 examples/click_through.py
 """
@@ -19,7 +19,7 @@ BATCH_SIZE, EPOCHS = 256, 6
 def make_data(seed=0):
     rng = np.random.default_rng(seed)
     taste, quality = rng.normal(size=(USERS, 4)), rng.normal(size=(ADS, 4))
-    # A few users see many advertisements, as they do.
+    # As in real data, a few users see many advertisements.
     users = (USERS * rng.random(CLICKS) ** 12).astype("int32")
     ads = rng.integers(0, ADS, CLICKS).astype("int32")
     appeal = (taste[users] * quality[ads]).sum(1)
@@ -47,25 +47,25 @@ model = make_model()
 print(tfdist.placement(model))
 
 x, y = make_data()
-known = CLICKS * 9 // 10
+num_train = CLICKS * 9 // 10
 before = model.get_weights()[0]
 tfdist.fit(
     model,
-    {name: ids[:known] for name, ids in x.items()},
-    y[:known],
+    {name: ids[:num_train] for name, ids in x.items()},
+    y[:num_train],
     batch_size=BATCH_SIZE,
     epochs=EPOCHS,
     verbose=2,
 )
 scores = tfdist.evaluate(
     model,
-    {name: ids[known:] for name, ids in x.items()},
-    y[known:],
+    {name: ids[num_train:] for name, ids in x.items()},
+    y[num_train:],
     verbose=0,
     return_dict=True,
 )
 changed = np.flatnonzero((model.get_weights()[0] != before).any(1))
-seen = np.unique(x["user"][:known])
+seen = np.unique(x["user"][:num_train])
 print(f"held-out AUC:     {scores['auc']:.3f}")
 print(f"rows changed:     {len(changed)} of {USERS}, those of the users that were seen: "
       f"{np.array_equal(changed, seen)}")  # fmt: skip

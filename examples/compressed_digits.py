@@ -1,7 +1,7 @@
-"""Trains on scikit-learn's handwritten digits with few bytes, and makes the model small after.
+"""Trains on scikit-learn's handwritten digits with compressed gradients, then quantizes.
 
-Gradients travel as two thin matrices each, by PowerSGD. Then the chief quantises the trained
-model with Keras and with LiteRT, and shows what each file needs and how accurate it is.
+PowerSGD sends each gradient as two thin matrices. Then the chief quantizes the trained
+model with Keras and with LiteRT, and prints the size and accuracy of each file.
 
     python examples/compressed_digits.py
     tfdist run -n 2 examples/compressed_digits.py
@@ -46,7 +46,7 @@ def make_model():
 
 
 def without_optimizer(model):
-    """A copy that was never compiled: files of a compiled one hold Adam's slots, too."""
+    """Returns an uncompiled copy: files of a compiled model also contain Adam's slots."""
     copy = type(model).from_config(model.get_config())
     copy.set_weights(model.get_weights())
     return copy
@@ -58,7 +58,7 @@ def keras_size(model, folder):
 
 
 def litert(model, **options):
-    """The model as LiteRT runs it on telephones."""
+    """Returns the model in the format of LiteRT, for mobile devices."""
     converter = tf.lite.TFLiteConverter.from_keras_model(model)
     converter.optimizations = options.pop("optimizations", [])
     converter.representative_dataset = options.pop("representative_dataset", None)
@@ -128,6 +128,6 @@ accuracy = tfdist.evaluate(model, x_test, y_test, verbose=0, return_dict=True)["
 if session.is_chief:
     traffic = tfdist.compression.bytes_per_step(model, COMPRESSION)
     print(f"\nheld-out accuracy: {accuracy:.1%}")
-    print(f"bytes a step: {traffic.compressed:,} in place of {traffic.plain:,}")
+    print(f"bytes a step: {traffic.compressed:,} instead of {traffic.plain:,}")
     print(f"times fewer: {traffic.ratio:.1f}\n")
     show_small_models(model, x_train, x_test, y_test)

@@ -1,6 +1,7 @@
-"""Trains on scikit-learn's handwritten digits the way Horovod's users do, on every rank.
+"""Trains on scikit-learn's handwritten digits with Horovod, in the style of its users.
 
-The batch grows with the ranks, so the learning rate grows with it, after a warm-up.
+The batch size is scaled with the number of ranks. So the learning rate is scaled too, after a
+warm-up.
 
     python examples/horovod_digits.py
     tfdist run --strategy horovod -n 2 examples/horovod_digits.py
@@ -17,7 +18,7 @@ from sklearn.model_selection import train_test_split
 
 import tfdist
 
-BATCH_SIZE_OF_A_RANK = 32
+BATCH_SIZE_PER_RANK = 32
 EPOCHS = 15
 
 
@@ -42,7 +43,7 @@ def make_model():
     return model
 
 
-# Instead of hvd.init(), and of choosing a GPU by hvd.local_rank().
+# This replaces hvd.init(), and the choice of a GPU by hvd.local_rank().
 session = tfdist.init(seed=1)
 ranks = session.strategy.place.num_replicas
 
@@ -56,12 +57,12 @@ tfdist.fit(
     model,
     x_train,  # all of the data on every rank: no shard()
     y_train,
-    batch_size=BATCH_SIZE_OF_A_RANK * ranks,
+    batch_size=BATCH_SIZE_PER_RANK * ranks,
     epochs=EPOCHS,
-    verbose=2,  # rank 0 alone shows progress
+    verbose=2,  # only rank 0 shows progress
     callbacks=[
         tfdist.LearningRateScaling(),  # the rate times the number of ranks
-        tfdist.LearningRateWarmup(epochs=3),  # from the rate of one rank up to it
+        tfdist.LearningRateWarmup(epochs=3),  # from the rate of one rank to the scaled rate
     ],
 )
 scores = tfdist.evaluate(model, x_test, y_test, verbose=0, return_dict=True)

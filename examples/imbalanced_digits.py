@@ -1,7 +1,7 @@
-"""Trains on digits of which each odd one is rare: as it is, with class weights, rebalanced.
+"""Trains on digits with rare odd ones: untreated, with class weights, and rebalanced.
 
-The training data have 1 in 50 images of each odd digit; the held-out data have all digits
-alike. The figures are the same in one process and in two:
+The training data has 1 in 50 images of each odd digit. The held-out data has all digits
+equally often. The results are the same in one process and in two:
 
     python examples/imbalanced_digits.py
     tfdist run -n 2 examples/imbalanced_digits.py
@@ -19,22 +19,22 @@ import tfdist
 SEED = 1
 BATCH_SIZE = 32
 STEPS_PER_EPOCH = 25
-EPOCHS = 12
+EPOCHS = 6
 
-WAYS = {
-    "nothing": {},
+METHODS = {
+    "untreated": {},
     'class_weight="balanced"': {"class_weight": "balanced"},
     "ClassBalanced()": {"sampler": tfdist.samplers.ClassBalanced()},
 }
 
 
 def keep_few_odd(x, y):
-    """Leaves one in 50 images of each odd digit, and all of the even ones."""
-    keep = y % 2 == 0
+    """Keeps one in 50 images of each odd digit, and all images of the even ones."""
+    is_kept = y % 2 == 0
     for digit in range(1, 10, 2):
         rows = np.flatnonzero(y == digit)
-        keep[rows[: -(-len(rows) // 50)]] = True
-    return x[keep], y[keep]
+        is_kept[rows[: -(-len(rows) // 50)]] = True
+    return x[is_kept], y[is_kept]
 
 
 def make_model():
@@ -64,7 +64,7 @@ table = Table(title="Held-out digits, odd ones rare in training", title_justify=
 table.box = box.ROUNDED
 for column in ("", "balanced accuracy", "recall of even", "recall of odd"):
     table.add_column(column, justify="right" if column else "left")
-for name, options in WAYS.items():
+for name, options in METHODS.items():
     metrics = tfdist.PerClassMetrics(*held_out)
     history = tfdist.fit(
         make_model(),
@@ -77,8 +77,12 @@ for name, options in WAYS.items():
         verbose=0,
         **options,
     ).history
-    recall = [history[f"val_recall_{digit}"][-1] for digit in range(10)]
-    figures = history["val_balanced_accuracy"][-1], np.mean(recall[::2]), np.mean(recall[1::2])
+    recalls = [history[f"val_recall_{digit}"][-1] for digit in range(10)]
+    figures = (
+        history["val_balanced_accuracy"][-1],
+        np.mean(recalls[::2]),
+        np.mean(recalls[1::2]),
+    )
     table.add_row(name, *[f"{figure:.2%}" for figure in figures])
 
 if session.is_chief:

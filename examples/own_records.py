@@ -1,7 +1,7 @@
-"""Two hospitals train one model, each on records that do not leave it.
+"""Two hospitals train one model. The records of a hospital do not leave it.
 
-The first has twenty times as many as the second, and mostly healthy patients. The figures are
-those of one process that has all records:
+The first hospital has twenty times as many records as the second, mostly of healthy patients.
+The results are those of one process that has all records:
 
     python examples/own_records.py
     tfdist run -n 2 examples/own_records.py
@@ -17,7 +17,7 @@ SEED = 1
 
 
 def records_of(hospital):
-    """Gives the training records of a hospital: measurements and diagnoses."""
+    """Returns the training records of a hospital: measurements and diagnoses."""
     x, y = load_breast_cancer(return_X_y=True)
     x = ((x - x.mean(0)) / x.std(0)).astype("float32")
     x, y = x[:480], 1 - y[:480]  # 1 is malignant
@@ -34,7 +34,7 @@ if place.num_workers == 1:
 elif place.num_workers == 2:
     x, y = records_of(place.worker_index)
 else:
-    raise SystemExit("There are two hospitals: start it with `tfdist run -n 2`.")
+    raise SystemExit("There are two hospitals: start this script with `tfdist run -n 2`.")
 
 model = keras.Sequential(
     [
@@ -59,8 +59,10 @@ tfdist.fit(
 )
 
 if session.is_chief:
-    everyone, diagnoses = load_breast_cancer(return_X_y=True)
-    held_out = ((everyone - everyone.mean(0)) / everyone.std(0))[480:].astype("float32")
+    measurements, diagnoses = load_breast_cancer(return_X_y=True)
+    held_out = ((measurements - measurements.mean(0)) / measurements.std(0))[480:].astype(
+        "float32"
+    )
     malignant = model.predict(held_out, verbose=0)[:, 0] > 0
     right = int((malignant == (diagnoses[480:] == 0)).sum())
     print(f"held out: {right} of {len(held_out)} right")

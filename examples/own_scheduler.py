@@ -1,7 +1,8 @@
-"""A function that trains, sent by a scheduler to processes that were there before.
+"""A training function that a scheduler sends to processes that already run.
 
-Ray Train, PySpark and Dask do so: each process sets TF_CONFIG and calls the function.
-Here two processes of Python's own do, and the function runs in a thread, as in Ray and Dask.
+Ray Train, PySpark and Dask work like this: each process sets TF_CONFIG and calls the function.
+Here Python's own process pool plays the scheduler. The function runs in a thread, as in Ray
+and Dask.
 
     python examples/own_scheduler.py
 """
@@ -38,7 +39,7 @@ def train():
 
 
 def in_worker(index, addresses):
-    """What a scheduler runs in each of its processes."""
+    """Runs in each process of the scheduler."""
     task = {"type": "worker", "index": index}
     os.environ["TF_CONFIG"] = json.dumps({"cluster": {"worker": addresses}, "task": task})
     with ThreadPoolExecutor(1) as threads:
@@ -53,7 +54,7 @@ def free_address():
 
 if __name__ == "__main__":
     addresses = [free_address() for _ in range(WORKERS)]
-    # A process that was forked from one that has TensorFlow would hang: it is spawned.
+    # A fork of a process that uses TensorFlow would hang, so the processes are spawned.
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(WORKERS, mp_context=spawn) as processes:
         results = list(processes.map(in_worker, range(WORKERS), [addresses] * WORKERS))

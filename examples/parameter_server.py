@@ -1,12 +1,13 @@
 """Trains on scikit-learn's handwritten digits with the weights on parameter servers.
 
-Shows what happens there: which variable is on which server, how the weights move from epoch
-to epoch on the servers themselves, and how stale the weights were with which workers computed.
+It shows which variable is on which server, how the weights on the servers change from epoch
+to epoch, and how stale the weights were that the workers used.
 
     tfdist run -n 2 --ps 2 examples/parameter_server.py
     tfdist run -n 2 --ps 2 examples/parameter_server.py --synchronous
 
-Only the chief runs this script. The workers compute, the servers hold and update.
+Only the chief runs this script. The workers compute gradients; the servers hold the weights
+and update them.
 """
 
 import sys
@@ -39,13 +40,13 @@ def make_model():
 
 
 class ShowServers(keras.callbacks.Callback):
-    """Reads the weights where they are, at the end of every third epoch."""
+    """Prints the server and the norm of each variable after every third epoch."""
 
     def on_epoch_end(self, epoch, logs=None):
         if epoch % 3 != 2:
             return
         for variable in self.model.trainable_variables:
-            device = variable.value.device  # where TensorFlow has it while `fit` lasts
+            device = variable.value.device  # the server that holds it while `fit` runs
             task = (
                 device.partition("/job:")[2].replace("/replica:0/task:", " ").partition("/")[0]
             )

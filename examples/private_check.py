@@ -1,7 +1,7 @@
-"""Measures whether private training does what its epsilon is computed for.
+"""Measures whether private training does what its epsilon assumes.
 
-Noise, clipping, sampling and the sum over replicas are measured on the model to be trained,
-through the very `fit` that will train it.
+The check measures noise, clipping, sampling and the sum over replicas. It uses your model, and
+the same `fit` that will train it.
 
     python examples/private_check.py
     tfdist run -n 2 examples/private_check.py
@@ -29,4 +29,4 @@ privacy = tfdist.DPSGD(l2_norm_clip=0.5, noise_multiplier=3.0, delta=1e-4)
 report = tfdist.privacy.check(model, images / 16, labels, privacy, batch_size=128, effort=0.2)
 if session.is_chief:
     print(report)
-    print(f"all as it must be: {report.passed}")
+    print(f"every check passed: {report.passed}")

@@ -1,6 +1,6 @@
 """Trains on scikit-learn's handwritten digits with differential privacy, within a budget.
 
-No image can be told to have been in the data or not, up to epsilon and delta, from the weights.
+From the weights nobody can tell whether an image was in the data, up to epsilon and delta.
 
     python examples/private_digits.py
     tfdist run -n 2 examples/private_digits.py
@@ -18,7 +18,7 @@ MAX_EPSILON = 3.0
 
 
 def make_model():
-    # Fewer weights take less noise, and tanh bounds what one image can do (Papernot et al.,
+    # Fewer weights get less noise, and tanh bounds the effect of one image (Papernot et al.,
     # "Tempered sigmoid activations for deep learning with differential privacy", AAAI 2021).
     model = keras.Sequential(
         [
@@ -35,7 +35,7 @@ def make_model():
     return model
 
 
-session = tfdist.init(seed=1)  # of the first weights: what is drawn and added stays secret
+session = tfdist.init(seed=1)  # seeds the initial weights; sampling and noise stay secret
 
 images, labels = load_digits(return_X_y=True)
 x_train, x_test, y_train, y_test = train_test_split(
@@ -47,8 +47,8 @@ history = tfdist.fit(
     model,
     x_train,
     y_train,
-    batch_size=256,  # on average: each image is drawn by itself
-    epochs=100,  # or as many as the budget allows
+    batch_size=256,  # on average, because each image is drawn independently
+    epochs=100,  # or fewer, if the budget ends before
     verbose=2,
     privacy=tfdist.DPSGD(l2_norm_clip=0.5, noise_multiplier=3.0, delta=1e-4),
     callbacks=[tfdist.PrivacyBudget(MAX_EPSILON)],
@@ -57,7 +57,7 @@ history = tfdist.fit(
 accuracy = tfdist.evaluate(model, x_test, y_test, verbose=0, return_dict=True)["accuracy"]
 if session.is_chief:
     report = history.privacy
-    # Without noise, so for our eyes alone.
+    # The result of the attack has no noise: do not publish it.
     attack = tfdist.privacy.audit(model, (x_train, y_train), (x_test, y_test))
     print(f"strategy:          {session.strategy.name}")
     print(f"held-out accuracy: {accuracy:.2%}")

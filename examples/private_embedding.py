@@ -1,9 +1,9 @@
-"""Learns words with differential privacy: what clipping and noise do to an embedding table.
+"""Trains an embedding table of words with differential privacy.
 
-The data is generated: sentences of 24 words, 1000 words that somebody wrote and 200 that nobody
-did. Each sentence is good or bad, as most of its words are. A sentence's gradient touches a few
-rows of the table, but noise must fall on all of them: rows that stay as they were would tell
-which words nobody wrote.
+The data is generated: sentences of 24 words, with 1000 words that occur and 200 that never
+occur. A sentence is good if the sum of its words' moods is high. The gradient of a sentence
+has a few rows of the table, but every row must get noise: unchanged rows would reveal which
+words never occur.
 
     python examples/private_embedding.py
     tfdist run -n 2 examples/private_embedding.py
@@ -20,7 +20,7 @@ EPSILON, DELTA = 3.0, 1e-5
 
 def make_data(seed=0):
     rng = np.random.default_rng(seed)
-    mood = rng.normal(size=WRITTEN)  # of each word
+    mood = rng.normal(size=WRITTEN)  # the mood of each word
     popularity = 1 / np.arange(10, WRITTEN + 10)
     words = rng.choice(WRITTEN, size=(SENTENCES, LENGTH), p=popularity / popularity.sum())
     score = mood[words].sum(1)
@@ -47,7 +47,7 @@ def make_model():
 
 session = tfdist.init(seed=1)
 x, y = make_data()
-known = SENTENCES * 5 // 6
+num_train = SENTENCES * 5 // 6
 
 for name, privacy in (
     ("without privacy", None),
@@ -57,14 +57,14 @@ for name, privacy in (
     before = model.get_layer("words").get_weights()[0]
     history = tfdist.fit(
         model,
-        x[:known],
-        y[:known],
+        x[:num_train],
+        y[:num_train],
         batch_size=500,
         epochs=8,
         verbose=0,
         privacy=privacy,
     )
-    held_out = x[known:], y[known:]
+    held_out = x[num_train:], y[num_train:]
     accuracy = tfdist.evaluate(model, *held_out, verbose=0, return_dict=True)["accuracy"]
     changed = (model.get_layer("words").get_weights()[0] != before).any(1)
     if session.is_chief:

@@ -1,4 +1,4 @@
-"""Trains a small CNN on scikit-learn's handwritten digits, on every worker there is.
+"""Trains a small CNN on scikit-learn's handwritten digits, on all workers.
 
 Run it in one process, or in two:
 
@@ -24,7 +24,7 @@ EPOCHS = 8
 
 
 def make_stopwatch():
-    """Makes a callback that notes when each epoch begins and ends, and the list of notes."""
+    """Returns a callback and a list: the callback appends when each epoch begins and ends."""
     times = []
     stopwatch = keras.callbacks.LambdaCallback(
         on_epoch_begin=lambda epoch, logs: times.append(time.perf_counter()),
@@ -78,7 +78,7 @@ tfdist.fit(
     callbacks=[stopwatch],
 )
 scores = tfdist.evaluate(model, x_test, y_test, verbose=0, return_dict=True)
-# The first epoch is left out: TensorFlow traces its graphs in it.
+# Skip the first epoch, in which TensorFlow traces its graphs.
 seconds = sum(times[3::2]) - sum(times[2::2])
 hashes = session.strategy.gather_objects(hash_of(model))
 

@@ -1,8 +1,9 @@
-"""Trains on digits of which each odd one is rare, with imbalanced-learn's SMOTE before `fit`.
+"""Trains on digits with rare odd ones, with imbalanced-learn's SMOTE before `fit`.
 
-SMOTE makes rows between those of a rare class (Chawla et al., JAIR 2002), once, beforehand.
-Every worker makes the same ones: what they depend on is `random_state`. Beside it, `fit`'s own
-way: rare rows drawn more often, and moved a little each time that they come again.
+SMOTE makes new rows between those of a rare class (Chawla et al., JAIR 2002), once, before
+training. Every worker makes the same rows, because they depend only on `random_state`. The
+script compares this with tfdist's method: `fit` draws rare rows more often, and shifts them a
+little each time that they are repeated.
 
     pip install imbalanced-learn
     python examples/smote.py
@@ -26,12 +27,12 @@ EPOCHS = 12
 
 
 def keep_few_odd(x, y):
-    """Leaves one in 20 images of each odd digit, and all of the even ones."""
-    keep = y % 2 == 0
+    """Keeps one in 20 images of each odd digit, and all images of the even ones."""
+    is_kept = y % 2 == 0
     for digit in range(1, 10, 2):
         rows = np.flatnonzero(y == digit)
-        keep[rows[: -(-len(rows) // 20)]] = True
-    return x[keep], y[keep]
+        is_kept[rows[: -(-len(rows) // 20)]] = True
+    return x[is_kept], y[is_kept]
 
 
 def make_model():
@@ -59,23 +60,23 @@ images = images.astype("float32") / 16
 )
 x, y = keep_few_odd(x, y)
 
-# Each rare row has the 6 others of its class at most to be mixed with.
-more_x, more_y = SMOTE(k_neighbors=5, random_state=SEED).fit_resample(x, y)
+# `k_neighbors` is below the number of rows of the rarest class, as SMOTE requires.
+smote_x, smote_y = SMOTE(k_neighbors=5, random_state=SEED).fit_resample(x, y)
 
-moved = tfdist.Augment(keras.layers.RandomTranslation(0.1, 0.1), repeated=True)
+shift = tfdist.Augment(keras.layers.RandomTranslation(0.1, 0.1), repeated=True)
 balanced = {"sampler": tfdist.samplers.ClassBalanced()}
-WAYS = {
-    "nothing": (x, y, {}),
-    "SMOTE": (more_x, more_y, {}),
+METHODS = {
+    "untreated": (x, y, {}),
+    "SMOTE": (smote_x, smote_y, {}),
     "ClassBalanced()": (x, y, balanced),
-    "ClassBalanced(), Augment": (x, y, {**balanced, "augment": moved}),
+    "ClassBalanced(), Augment": (x, y, {**balanced, "augment": shift}),
 }
 
 table = Table(title="Held-out digits, odd ones rare in training", title_justify="left")
 table.box = box.ROUNDED
 for column in ("", "rows", "balanced accuracy", "recall of odd"):
     table.add_column(column, justify="right" if column else "left")
-for name, (x_train, y_train, options) in WAYS.items():
+for name, (x_train, y_train, options) in METHODS.items():
     metrics = tfdist.PerClassMetrics(x_held_out.reshape(-1, 8, 8, 1), y_held_out)
     history = tfdist.fit(
         make_model(),

@@ -1,9 +1,9 @@
-"""A plain Keras script, without a line of tfdist in it.
+"""A plain Keras script that does not use tfdist.
 
     python examples/unmodified_keras.py [folder]
     tfdist run -n 2 --drop-in examples/unmodified_keras.py [folder]
 
-The second command trains it on two workers. It writes its best model to `folder`.
+The second command trains on two workers. The script writes its best model to `folder`.
 """
 
 import sys

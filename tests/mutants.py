@@ -214,13 +214,13 @@ MUTANTS = {
         "compression/power_sgd.py",
         "matrix += tf.convert_to_tensor(self.residual)",
         "matrix += tf.zeros_like(matrix)",
-        "tests/test_compression.py -k what_is_applied",
+        "tests/compression/test_compression.py -k what_is_applied",
     ),
     "each of other replicas gets a mean of what was not sent": Mutant(
         "resume/checkpoint/tensors.py",
         "mean = saved.sum(0) / place.num_replicas",
         "mean = saved.mean(0)",
-        "tests/test_compression.py -k dealt_out",
+        "tests/compression/test_compression.py -k dealt_out",
     ),
     "moments are those of the share": Mutant(
         "_keras/replicated.py",

@@ -1,4 +1,4 @@
-"""`fit`, `evaluate` and `predict`: from arguments to Keras's own loop."""
+"""`fit`: from its arguments to Keras's own training loop."""
 
 from __future__ import annotations
 
@@ -54,66 +54,67 @@ def fit(
     verify_every: int | None = None,
     whole_batch: bool | None = None,
 ) -> Any:
-    """Trains a Keras model on every replica there is, as one process would.
+    """Trains a Keras model on all replicas, with the result of one process.
 
-    The arguments are those of `keras.Model.fit` with their meaning there, and more by name.
-    The weights afterwards equal those of one process with the same seed, up to the order of
-    float additions, for every synchronous strategy and any number of replicas and examples;
-    `docs/promise.md` has the limits. Sums over replicas are taken of gradients and of
-    metrics' state, weighted by examples (Goyal et al., "Accurate, Large Minibatch SGD",
-    2017, section 3, says why a mean of means is wrong).
+    The arguments are those of `keras.Model.fit`, with the same meaning. The keyword-only
+    arguments are tfdist's. The weights afterwards equal those of one process with the same
+    seed, up to the order of float additions, for every synchronous strategy, any number of
+    replicas and any number of examples. `docs/promise.md` lists the limits. Gradients and the
+    state of metrics are summed over replicas, weighted by examples (Goyal et al., "Accurate,
+    Large Minibatch SGD", 2017, section 3, says why a mean of means is wrong).
 
     Args:
         model: A compiled `keras.Model`, or a function without arguments that returns one.
         x: Arrays of shape [examples, ...] (NumPy, TensorFlow, pandas, SciPy), nested in dicts,
-            lists or tuples; or a `tf.data.Dataset`, a `keras.utils.PyDataset` or a generator
-            of global batches `(x, y)` or `(x, y, sample_weight)`, the same on every worker;
-            or a `tfdist.ByClass`, of which `sampler` draws examples.
+            lists or tuples. Or a `tf.data.Dataset`, a `keras.utils.PyDataset` or a generator
+            of global batches `(x, y)` or `(x, y, sample_weight)`, the same on every worker.
+            Or a `tfdist.ByClass`, from which `sampler` draws examples.
         y: Targets, arrays of shape [examples, ...].
-        batch_size: Examples of one update over all replicas; 32 if None.
-        epochs: The epoch to train until.
-        verbose: "auto", 0, 1 or 2; only the chief shows anything.
-        callbacks: Keras callbacks. Those that write run on the chief.
-        validation_split: Part of the arrays, from their end, to validate on.
-        validation_data: What to validate on, of any kind that `x` may be.
-        shuffle: Whether rows come in another order each epoch; "batch" keeps batches whole.
-        class_weight: Weight of the loss by class number; or "balanced", "effective" or a
-            `tfdist.imbalance.EffectiveNumber`, which find it from how often classes come.
+        batch_size: Number of examples of one update, over all replicas; 32 if None.
+        epochs: The epoch at which training ends.
+        verbose: "auto", 0, 1 or 2. Only the chief prints.
+        callbacks: Keras callbacks. Those that write files run only on the chief.
+        validation_split: Fraction of the arrays, from their end, to validate on.
+        validation_data: Validation data, of any kind that `x` may be.
+        shuffle: Whether each epoch has another order of rows. "batch" changes only the order
+            of batches.
+        class_weight: Weight of the loss by class number. Or "balanced", "effective" or a
+            `tfdist.imbalance.EffectiveNumber`, which compute weights from the class counts.
         sample_weight: Weight of the loss by example, shape [examples] or more.
-        initial_epoch: The epoch to start at.
-        steps_per_epoch: Updates in an epoch, if not the whole data.
-        validation_steps: Batches to validate on, if not all.
-        validation_batch_size: As `batch_size`, for validation.
-        validation_freq: Epochs between validations, or a list of epochs.
+        initial_epoch: The epoch at which training begins.
+        steps_per_epoch: Number of updates in an epoch; the whole data if None.
+        validation_steps: Number of batches to validate on; all if None.
+        validation_batch_size: Like `batch_size`, for validation.
+        validation_freq: Number of epochs between validations, or a list of epochs.
         strategy: "auto", "single", "mirrored", "multi_worker", "horovod",
             "parameter_server", "tpu", or an instance of `tf.distribute.Strategy`,
             `tfdist.Horovod` or `tfdist.ParameterServer`.
-        sampler: Which rows make up each step; overrides `shuffle`.
+        sampler: Chooses the rows of each step; replaces `shuffle`.
         augment: Changes training examples at random, with Keras's preprocessing layers.
-        shard: None if every worker passes the same data. "local", or a `tfdist.LocalShard`, if
-            each passes the arrays that it holds, of any number of rows, also to validate on;
-            the union of all is trained on, and no row leaves its worker.
-        seed: Of sampler and augmentation; `init`'s if None, and drawn if that is None too.
-            In private training `init`'s is not used.
+        shard: None if every worker passes the same data. "local" or a `tfdist.LocalShard` if
+            each worker passes its own arrays, of any number of rows, also for validation.
+            Then training uses the rows of all workers, and no row leaves its worker.
+        seed: Seed of sampler and augmentation. If None, that of `init`; if that is also None,
+            a random one. Private training ignores the seed of `init`.
         privacy: A `tfdist.DPSGD` or `tfdist.DPFTRL` for differentially private training.
-        compression: "bf16" or "fp16" for gradients that travel in half the bytes, or a
-            `tfdist.PowerSGD` for far fewer. None: as the strategy says, else none.
-        checkpoint: A `tfdist.Checkpoint`, or a directory, from which training goes on as if it
-            had never stopped, and in which it is saved.
-        verify_every: Steps after which all replicas' weights are compared, again and again,
-            and at the end; only at the end if None, never if 0.
-        whole_batch: Whether every replica computes the whole batch, which gives the weights of
-            one process whatever a step does, and is no faster. None: where a step's outcome is
-            found to be no mean over rows, such as a sum or what batches in a row share.
+        compression: "bf16" or "fp16" to send gradients in half the bytes, or a
+            `tfdist.PowerSGD` to send far fewer. If None, the strategy's setting, if it has one.
+        checkpoint: A `tfdist.Checkpoint`, or a directory. Training saves its state there, and
+            continues from the last saved state.
+        verify_every: Number of steps between two comparisons of all replicas' weights. They
+            are also compared at the end. If None, only at the end; if 0, never.
+        whole_batch: Whether every replica computes the whole batch. Then the weights are those
+            of one process for any step, but more replicas are no faster. If None, tfdist
+            does so if it finds that the result of a step is not a mean over rows.
 
     Returns:
-        Keras's `History`, the same on every worker; in private training its attribute
+        Keras's `History`, the same on every worker. After private training, its attribute
         `privacy` is a `tfdist.privacy.Report`.
 
     Raises:
-        ArgumentError: Arguments or data cannot be used as they are.
+        ArgumentError: An argument or the data cannot be used.
         StrategyError: The strategy cannot run here.
-        DisagreementError: The workers were called differently, or replicas differ.
+        DisagreementError: The workers passed different arguments or data, or replicas differ.
         CheckpointError: A checkpoint could not be written, or none could be read.
 
     Example:

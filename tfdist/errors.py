@@ -1,7 +1,7 @@
 """The exceptions of tfdist.
 
-Each message says what must hold, then what was received, then what to do.
-They derive from the built-in exception a Keras user would catch.
+Each message says what must hold, then what was received, then what to do. Each exception
+also derives from the built-in exception that a Keras user would catch.
 """
 
 from __future__ import annotations
@@ -11,27 +11,31 @@ from pathlib import Path
 from types import TracebackType
 
 START_ME_AGAIN = 75
-"""The exit status of a process that nothing is wrong with but what it lost (EX_TEMPFAIL)."""
+"""The exit status of a process that may be started again (EX_TEMPFAIL): it lost another
+process, or training was saved after SIGTERM."""
 
 HUNG = 76
-"""The exit status of a process that found that the run hangs (EX_PROTOCOL)."""
+"""The exit status of a process that detected a hang of the run (EX_PROTOCOL)."""
 
 
 def outside(error: BaseException) -> TracebackType | None:
-    """Gives an error's traceback without this package's lines.
+    """Returns the traceback of an error without the lines of this package.
 
     Args:
-        error: That was caught.
+        error: A caught exception.
     """
     package = str(Path(__file__).parent) + os.sep
-    kept, part, parts = None, error.__traceback__, []
-    while part is not None:
-        parts.append(part)
-        part = part.tb_next
-    for part in reversed(parts):
-        if not part.tb_frame.f_code.co_filename.startswith(package):
-            kept = TracebackType(kept, part.tb_frame, part.tb_lasti, part.tb_lineno)
-    return kept
+    entries, entry = [], error.__traceback__
+    while entry is not None:
+        entries.append(entry)
+        entry = entry.tb_next
+    traceback = None
+    for entry in reversed(entries):
+        if not entry.tb_frame.f_code.co_filename.startswith(package):
+            traceback = TracebackType(
+                traceback, entry.tb_frame, entry.tb_lasti, entry.tb_lineno
+            )
+    return traceback
 
 
 class TfdistError(Exception):
@@ -39,7 +43,7 @@ class TfdistError(Exception):
 
 
 class ArgumentError(TfdistError, ValueError):
-    """An argument of a public function cannot be used as it was given."""
+    """An argument of a public function cannot be used."""
 
 
 class ClusterError(TfdistError, ValueError):
@@ -47,7 +51,7 @@ class ClusterError(TfdistError, ValueError):
 
 
 class StrategyError(TfdistError, RuntimeError):
-    """A strategy cannot run here, or was asked for too late."""
+    """A strategy cannot run here, or was requested too late."""
 
 
 class DisagreementError(TfdistError, RuntimeError):
@@ -55,29 +59,29 @@ class DisagreementError(TfdistError, RuntimeError):
 
 
 class PeerError(TfdistError, RuntimeError):
-    """Another process of the cluster ended or failed while this one needed it."""
+    """Another process of the cluster ended or failed, and this process needs it."""
 
 
 class HungError(PeerError):
-    """Another process of the cluster lives, and does not come to where this one waits."""
+    """Another process of the cluster is alive, but does not reach this process's step."""
 
 
 class ServerLostError(PeerError):
-    """A parameter server, or in synchronous training a worker, ended while it was needed."""
+    """A parameter server ended during training, or a worker during synchronous training."""
 
 
-class MembersChanged(TfdistError):  # noqa: N818, `fit` catches it: nothing went wrong
-    """An elastic run has more or fewer processes from now on."""
+class MembersChanged(TfdistError):  # noqa: N818, `fit` catches it: it is not an error
+    """The number of processes of an elastic run changed."""
 
 
 class MissingPackageError(TfdistError, ImportError):
-    """An optional package is needed for what was asked, and is not installed."""
+    """An optional package is needed, and is not installed."""
 
 
 class Preempted(SystemExit):
-    """SIGTERM came, training is saved, and the process ends with status 75.
+    """SIGTERM was received, training is saved, and the process ends with status 75.
 
-    As a `SystemExit` it ends a script without a traceback, whoever started it.
+    It is a `SystemExit`, so it ends a script without a traceback under any launcher.
     """
 
     def __init__(self) -> None:
@@ -89,8 +93,8 @@ class CheckpointError(TfdistError, RuntimeError):
 
 
 class LaunchError(TfdistError, RuntimeError):
-    """The launcher could not start or keep the worker processes."""
+    """The launcher could not start the worker processes, or lost them."""
 
 
 class BuildError(TfdistError, RuntimeError):
-    """Horovod could not be built, installed, or made to reduce."""
+    """Horovod could not be built or installed, or failed its check."""

@@ -139,7 +139,7 @@ def figures(printed: str, name: str, number: str) -> dict[str, list[float]]:
 @on(SINGLE, example("imbalanced_digits.py"))
 @on(TWO, example("imbalanced_digits.py"))
 def test_imbalanced_digits_has_the_same_figures_on_one_and_on_two_workers(clusters):
-    names = r"nothing|class_weight\S+|ClassBalanced\(\)"
+    names = r"untreated|class_weight\S+|ClassBalanced\(\)"
     one, two = (
         figures(printed_on(clusters, place, "imbalanced_digits.py"), names, r"([\d.]+)%")
         for place in (SINGLE, TWO)
@@ -149,8 +149,8 @@ def test_imbalanced_digits_has_the_same_figures_on_one_and_on_two_workers(cluste
         # An image may lie so near to two classes that the last digit decides: 1 of 45 or more.
         assert two[name] == pytest.approx(row, abs=1.0)
     recall_of_odd = {name: row[2] for name, row in one.items()}
-    assert recall_of_odd["ClassBalanced()"] > recall_of_odd["nothing"] + 10
-    assert recall_of_odd['class_weight="balanced"'] > recall_of_odd["nothing"] + 10
+    assert recall_of_odd["ClassBalanced()"] > recall_of_odd["untreated"] + 10
+    assert recall_of_odd['class_weight="balanced"'] > recall_of_odd["untreated"] + 10
 
 
 @on(SINGLE, example("checkpoint.py FOLDER"))
@@ -191,10 +191,10 @@ def test_own_records_have_the_same_figures_as_all_records_in_one_process(cluster
 
 @on(SINGLE, example("smote.py"))
 def test_smote_finds_the_rare_digits(clusters):
-    names = r"nothing|SMOTE|ClassBalanced\(\)(?:, Augment)?"
+    names = r"untreated|SMOTE|ClassBalanced\(\)(?:, Augment)?"
     found = figures(printed_on(clusters, SINGLE, "smote.py"), names, r"[\d.]+")
     assert len(found) == 4
-    rows, _, recall_of_odd = zip(*(found[name] for name in ("nothing", "SMOTE")), strict=True)
+    rows, _, recall_of_odd = zip(*(found[name] for name in ("untreated", "SMOTE")), strict=True)
     assert rows[1] > rows[0]
     assert recall_of_odd[1] > recall_of_odd[0] + 5
     assert found["ClassBalanced(), Augment"][2] > recall_of_odd[0] + 10
@@ -236,7 +236,7 @@ def test_private_digits_keeps_to_its_budget(place, clusters):
 def test_private_check_finds_nothing_wrong(clusters):
     printed = printed_on(clusters, SINGLE, "private_check.py")
     assert "all passed" in printed
-    assert facts_of(printed)["all as it must be"] == "True"
+    assert facts_of(printed)["every check passed"] == "True"
 
 
 @on(SINGLE, example("private_embedding.py"))

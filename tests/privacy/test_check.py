@@ -141,7 +141,7 @@ def test_draws_that_are_wrong_in_one_way() -> None:
 
 def test_a_sound_mechanism_passes_and_the_model_stays_as_it_was() -> None:
     x, y = table(8)
-    model = classifier(L.Dense(12, activation="tanh", kernel_regularizer="l2"))
+    model = classifier(L.Dense(60, activation="tanh", kernel_regularizer="l2"))
     first = tfdist.fit(model, x, y, batch_size=10, verbose=0, privacy=PRIVACY)
     variables = [*model.variables, *model.optimizer.variables, *model.metrics_variables]
     before = [v.numpy() for v in variables]
@@ -177,7 +177,7 @@ def test_a_sound_mechanism_passes_and_the_model_stays_as_it_was() -> None:
     ids=["per_layer", "adaptive", "users", "in_turn"],
 )
 def test_other_mechanisms_pass(privacy: Any) -> None:
-    report = measured(classifier(L.Dense(12)), *table(8), privacy, parts=("draws", "noise"))
+    report = measured(classifier(L.Dense(60)), *table(8), privacy, parts=("draws", "noise"))
     assert report.passed, report
 
 

@@ -12,9 +12,16 @@ import tensorflow as tf
 from tfdist._keras import layers as keras_layers
 from tfdist.errors import ArgumentError
 from tfdist.privacy.mechanism import clipping, independence
+from tfdist.privacy.mechanism.clipping_groups import (
+    Alone,
+    ClippingGroups,
+    CopiesOfExamples,
+    Groups,
+)
 
 L = keras.layers
 EXAMPLES = 5
+Units = list[list[int]]
 
 
 def clipped_sum(*args: Any) -> tuple[list[Any], Any]:
@@ -23,31 +30,55 @@ def clipped_sum(*args: Any) -> tuple[list[Any], Any]:
     return sums, norms
 
 
-def loop(
-    model: Any, x: Any, y: Any, clip: float, measured: Any = None
-) -> tuple[list[Any], Any]:
-    """Takes the gradient of one example after the other, and clips it.
-
-    By its norm, or by the one that was measured.
-    """
-    variables = model.trainable_variables
-    sums, norms = [np.zeros(v.shape) for v in variables], []
+def gradients_of_each(model: Any, x: Any, y: Any) -> list[list[Any]]:
+    """Takes the gradients of one example after the other."""
+    variables, found = model.trainable_variables, []
     for i in range(len(tf.nest.flatten(y)[0])):
         one_x, one_y = (
             tf.nest.map_structure(lambda a, i=i: a[i : i + 1], part) for part in (x, y)
         )
         with tf.GradientTape() as tape:
             loss = model.compute_loss(one_x, one_y, model(one_x, training=True))
-        gradients = [
-            np.zeros(v.shape) if g is None else tf.convert_to_tensor(g).numpy()
-            for g, v in zip(tape.gradient(loss, variables), variables, strict=True)
+        found.append(
+            [
+                np.zeros(v.shape) if g is None else tf.convert_to_tensor(g).numpy()
+                for g, v in zip(tape.gradient(loss, variables), variables, strict=True)
+            ]
+        )
+    return found
+
+
+def clipped(
+    gradients: list[list[Any]],
+    units: Units,
+    clip: float,
+    scale: float = 1.0,
+    measured: Any = None,
+) -> tuple[list[Any], Any]:
+    """Adds up the gradients of each unit, and clips what it adds.
+
+    By its norm, or by the one that was measured.
+    """
+    sums, norms = [np.zeros(g.shape) for g in gradients[0]], []
+    for number, unit in enumerate(units):
+        total = [
+            scale * sum(parts) for parts in zip(*(gradients[i] for i in unit), strict=True)
         ]
-        norm = np.sqrt(sum((g.astype("float64") ** 2).sum() for g in gradients))
+        norm = np.sqrt(sum((t.astype("float64") ** 2).sum() for t in total))
         norms.append(norm)
-        used = norm if measured is None else float(measured[i])
+        used = norm if measured is None else float(measured[number])
         factor = min(1.0, clip / used) if used else 1.0
-        sums = [s + g * factor for s, g in zip(sums, gradients, strict=True)]
+        sums = [s + t * factor for s, t in zip(sums, total, strict=True)]
     return sums, np.array(norms)
+
+
+def loop(
+    model: Any, x: Any, y: Any, clip: float, measured: Any = None
+) -> tuple[list[Any], Any]:
+    """Takes the gradient of one example after the other, and clips it."""
+    gradients = gradients_of_each(model, x, y)
+    units = [[i] for i in range(len(gradients))]
+    return clipped(gradients, units, clip, measured=measured)
 
 
 def data(*shape: int, words: int = 0) -> Any:
@@ -394,25 +425,93 @@ def close(received: Any, expected: Any) -> None:
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
+# What is clipped together: the rows, what says so, whose rows are one unit, the factor.
+WAYS: dict[str, tuple[list[int], ClippingGroups, Units, float]] = {
+    "examples": ([0, 1, 2, 3, 4], Alone(), [[0], [1], [2], [3], [4]], 1.0),
+    "users": (
+        [0, 1, 2, 3, 4],
+        Groups(tf.constant([7, 7, 7, 2, 9]), 3),
+        [[0, 1, 2], [3], [4]],
+        1.0,
+    ),
+    "copies": ([0, 1, 2, 3], CopiesOfExamples(2), [[0, 1], [2, 3]], 0.5),
+}  # fmt: skip
+
+
+def some(structure: Any, rows: list[int]) -> Any:
+    return tf.nest.map_structure(lambda leaf: np.asarray(leaf)[rows], structure)
+
+
 @pytest.mark.parametrize("name", [*FAST, *SLOW])
 def test_equals_a_loop_over_examples(name: str) -> None:
     model, x, y = {**FAST, **SLOW}[name]()
-    _, norms = loop(model, x, y, 1.0)
-    clip = float(np.median(norms))  # some are clipped, some are not
+    gradients = gradients_of_each(model, x, y)
+    for rows, together, units, scale in WAYS.values():
+        _, norms = clipped(gradients, units, 1.0, scale)
+        clip = float(np.median(norms))  # some are clipped, some are not
+        mask = np.ones(len(rows), bool)
+        received = clipping.clipped_sum(
+            model, some(x, rows), some(y, rows), mask, clip, together=together
+        )
+        # Enlarged by the most that rounding can take from them.
+        assert np.all(received.norms >= norms * (1 - 1e-5) - 1e-6)
+        np.testing.assert_allclose(received.norms, norms, rtol=3e-3, atol=1e-6)
+        close(received.sums, clipped(gradients, units, clip, scale, received.norms)[0])
+    is_fast = name in FAST or name.startswith(("einsum", "layer_norm_", "lora"))
+    alone = [layer for layer in clipping.computed_alone(model) if layer != "the loss"]
+    assert (alone == []) == is_fast
+
+
+# One for each way of computing norms and sums. Tracing all costs 40 s: in `make test-full`.
+TRACED = (
+    "dense",
+    "dense_many_positions",
+    "dense_long",
+    "embedding_long",
+    "einsum_turned",
+    "conv1d_causal",
+    "conv2d",
+    "conv2d_wide_dilated",
+    "depthwise2d",
+    "embedding",
+    "layer_norm_axes",
+    "group_norm",
+    "attention",
+    "shared_embedding",
+    "several_outputs",
+    "masked_words",
+    "gru",
+    "folded_and_not",
+    "lora_conv",
+    "custom",
+    "time_distributed",
+    "positions_in_a_model",
+    "tied_in_a_model",
+)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in TRACED else pytest.mark.full)
+        for name in (*FAST, *SLOW)
+    ],
+)
+def test_traced_it_is_the_same_and_the_check_finds_nothing(name: str) -> None:
+    model, x, y = {**FAST, **SLOW}[name]()
+    gradients = gradients_of_each(model, x, y)
+    units = [[i] for i in range(EXAMPLES)]
+    clip = float(np.median(clipped(gradients, units, 1.0)[1]))
     traced = tf.function(
         lambda x, y, mask: clipped_sum(model, x, y, mask, clip), autograph=False
     )
     tensors = [tf.nest.map_structure(tf.constant, part) for part in (x, y)]
-    received, received_norms = traced(*tensors, tf.ones([EXAMPLES], tf.bool))
-    # Enlarged by the most that rounding can take from them.
-    assert np.all(received_norms >= norms * (1 - 1e-5) - 1e-6)
-    np.testing.assert_allclose(received_norms, norms, rtol=3e-3, atol=1e-6)
-    expected, _ = loop(model, x, y, clip, received_norms)
+    received, norms = traced(*tensors, tf.ones([EXAMPLES], tf.bool))
+    expected, expected_norms = clipped(gradients, units, clip, measured=norms)
+    assert np.all(norms >= expected_norms * (1 - 1e-5) - 1e-6)
+    np.testing.assert_allclose(norms, expected_norms, rtol=3e-3, atol=1e-6)
     close(received, expected)
     independence.check(model, x, y)
-    is_fast = name in FAST or name.startswith(("einsum", "layer_norm_", "lora"))
-    alone = [layer for layer in clipping.computed_alone(model) if layer != "the loss"]
-    assert (alone == []) == is_fast
 
 
 @pytest.mark.parametrize("name", ["dense", "conv2d", "attention", "embedding", "lstm"])

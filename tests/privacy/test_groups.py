@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import keras
@@ -10,84 +11,29 @@ import pytest
 import tensorflow as tf
 
 import tfdist
-from tests.privacy.test_clipping import FAST, SLOW, close
+from tests.privacy.test_clipping import FAST, Units, clipped, close, gradients_of_each, some
 from tfdist import data
 from tfdist._keras import layers as keras_layers
 from tfdist.errors import ArgumentError
 from tfdist.privacy import Ledger, Phase, Poisson
 from tfdist.privacy.mechanism import clipping
-from tfdist.privacy.mechanism.clipping_groups import ClippingGroups, CopiesOfExamples, Groups
+from tfdist.privacy.mechanism.clipping_groups import Groups
 from tfdist.privacy.sampling.users import PoissonOfUsers, Users
 from tfdist.strategies.base import Place
 
 L = keras.layers
-Units = list[list[int]]
 
 
 def loop(
-    model: Any,
-    x: Any,
-    y: Any,
-    clip: float,
-    units: Units,
-    scale: float = 1.0,
-    measured: Any = None,
+    model: Any, x: Any, y: Any, clip: float, units: Units, scale: float = 1.0
 ) -> tuple[list[Any], Any]:
-    """Takes the gradients of single examples, adds up those of each unit, and clips the sum.
-
-    By its norm, or by the one that was measured.
-    """
-    variables = model.trainable_variables
-    sums, norms = [np.zeros(v.shape) for v in variables], []
-    for number, unit in enumerate(units):
-        total = [np.zeros(v.shape) for v in variables]
-        for i in unit:
-            one_x, one_y = (
-                tf.nest.map_structure(lambda a, i=i: a[i : i + 1], part) for part in (x, y)
-            )
-            with tf.GradientTape() as tape:
-                loss = model.compute_loss(one_x, one_y, model(one_x, training=True))
-            found = tape.gradient(loss, variables)
-            total = [
-                t if g is None else t + scale * tf.convert_to_tensor(g).numpy()
-                for t, g in zip(total, found, strict=True)
-            ]
-        norm = np.sqrt(sum((t.astype("float64") ** 2).sum() for t in total))
-        norms.append(norm)
-        used = norm if measured is None else float(measured[number])
-        factor = min(1.0, clip / used) if used else 1.0
-        sums = [s + t * factor for s, t in zip(sums, total, strict=True)]
-    return sums, np.array(norms)
-
-
-def some(structure: Any, rows: list[int]) -> Any:
-    return tf.nest.map_structure(lambda leaf: np.asarray(leaf)[rows], structure)
-
-
-WAYS: dict[str, tuple[list[int], ClippingGroups, Units, float]] = {
-    "users": (
-        [0, 1, 2, 3, 4],
-        Groups(tf.constant([7, 7, 7, 2, 9]), 3),
-        [[0, 1, 2], [3], [4]],
-        1.0,
-    ),
-    "copies": ([0, 1, 2, 3], CopiesOfExamples(2), [[0, 1], [2, 3]], 0.5),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", [*FAST, *SLOW])
-def test_what_is_clipped_together_equals_a_loop(name: str) -> None:
-    model, all_x, all_y = (FAST | SLOW)[name]()
-    for rows, together, units, scale in WAYS.values():
-        x, y = some(all_x, rows), some(all_y, rows)
-        _, norms = loop(model, x, y, 1e9, units, scale)
-        clip = float(np.median(norms))
-        mask = np.ones(len(rows), bool)
-        received = clipping.clipped_sum(model, x, y, mask, clip, together=together)
-        assert np.all(received.norms >= norms * (1 - 1e-5))
-        np.testing.assert_allclose(received.norms, norms, rtol=3e-3)
-        expected, _ = loop(model, x, y, clip, units, scale, received.norms)
-        close(received.sums, expected)
+    """Takes the gradients of single examples, adds up those of each unit, and clips the sum."""
+    rows = [row for unit in units for row in unit]
+    if not rows:
+        return [np.zeros(v.shape) for v in model.trainable_variables], np.zeros(0)
+    gradients = gradients_of_each(model, some(x, rows), some(y, rows))
+    numbers = iter(range(len(rows)))
+    return clipped(gradients, [[next(numbers) for _ in unit] for unit in units], clip, scale)
 
 
 def test_a_group_with_something_not_finite_counts_nothing_and_others_do() -> None:
@@ -135,19 +81,28 @@ def drawn_users(ids: Any, most: int | None, batch_size: int, step: int, seed: in
     return found
 
 
-def by_hand(model: Any, x: Any, y: Any, ids: Any, steps: int, most: int | None) -> None:
-    """User-level DP-SGD without noise, one example after the other."""
+@functools.cache
+def by_hand(steps: int, most: int | None) -> Any:
+    """User-level DP-SGD without noise, one example after the other; gives the weights."""
+    x, y, ids = rows()
+    model = classifier()
     for step in range(steps):
         units = list(drawn_users(ids, most, 15, step, 3).values())
-        variables = model.trainable_variables
-        with _no_regularizers(variables):
-            sums, _ = loop(model, x, y, CLIP, units)
-        for variable, summed in zip(variables, sums, strict=True):
-            penalty = 2 * 0.01 * variable.numpy() if variable.regularizer else 0.0
-            variable.assign(variable.numpy() - 0.5 * (summed / 15 + penalty))
+        add_clipped(model, x, y, units, 15)
+    return model.get_weights()
 
 
-_no_regularizers = keras_layers.without_regularizers
+def add_clipped(
+    model: Any, x: Any, y: Any, units: Units, batch_size: int, scale: float = 1.0
+) -> None:
+    """Makes one step by hand."""
+    variables = model.trainable_variables
+    with keras_layers.without_regularizers(variables):
+        sums, _ = loop(model, x, y, CLIP, units, scale)
+    for variable, summed in zip(variables, sums, strict=True):
+        penalty = 2 * 0.01 * variable.numpy() if variable.regularizer else 0.0
+        variable.assign(variable.numpy() - 0.5 * (summed / batch_size + penalty))
+
 
 FITS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "all_rows": ({}, {}),
@@ -163,15 +118,12 @@ FITS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 def test_fit_with_users_does_what_the_algorithm_says(name: str) -> None:
     compiled, settings = FITS[name]
     x, y, ids = rows()
-    expected = classifier()
-    start = expected.get_weights()
-    by_hand(expected, x, y, ids, 8, settings.get("max_rows_per_group"))
+    expected = by_hand(8, settings.get("max_rows_per_group"))
     model = classifier(**compiled)
-    model.set_weights(start)
     privacy = tfdist.DPSGD(CLIP, noise_multiplier=0.0, delta=1e-2, group_ids=ids, **settings)
     options = {"batch_size": 15, "epochs": 2, "steps_per_epoch": 4, "verbose": 0, "seed": 3}
     tfdist.fit(model, x, y, privacy=privacy, **options)
-    for received, wanted in zip(model.get_weights(), expected.get_weights(), strict=True):
+    for received, wanted in zip(model.get_weights(), expected, strict=True):
         np.testing.assert_allclose(received, wanted, rtol=2e-4, atol=1e-6)
 
 
@@ -290,38 +242,45 @@ COPIED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", COPIED)
+@functools.cache
+def copies_by_hand(of_users: bool) -> Any:
+    """DP-SGD without noise on means over 3 copies, one after the other; gives the weights."""
+    x, y, ids = rows()
+    augment = tfdist.Augment(L.GaussianNoise(0.5))
+    sampler: Any = Poisson(capacity=len(x))
+    if of_users:
+        sampler = PoissonOfUsers(Users(ids, 3), Poisson())
+    read = data.Settings(
+        8, 4, sampler, False, 3, training=True, augment=augment, private=True, copies=3
+    )
+    model = classifier()
+    for share in data.read(x, y, None, read).shares(Place()).take(8):
+        copies = [column.numpy()[: int(share.rows)] for column in share.data]  # no padding
+        of = share.groups.numpy() if of_users else np.arange(len(copies[0])) // 3
+        units = [list(np.flatnonzero(of == u)) for u in dict.fromkeys(of)] if share.rows else []
+        add_clipped(model, *copies, units, 8, 1 / 3)
+    return model.get_weights()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.full if name == "compiled" else ())
+        for name in COPIED
+    ],
+)
 def test_the_mean_over_augmented_copies_is_clipped(name: str) -> None:
     compiled, settings = COPIED[name]
     x, y, ids = rows()
     if name == "users":
         settings = {**settings, "group_ids": ids}
+    expected = copies_by_hand(name == "users")
     augment = tfdist.Augment(L.GaussianNoise(0.5))
-    sampler: Any = Poisson(capacity=len(x))
-    if name == "users":
-        sampler = PoissonOfUsers(Users(ids, 3), Poisson())
-    read = data.SourceSettings(
-        8, 4, sampler, False, 3, training=True, augment=augment, private=True, copies=3
-    )
-    shares = list(data.read(x, y, None, read).shares(Place()).take(8))
-    expected = classifier()
-    start = expected.get_weights()
-    for share in shares:
-        copies = [column.numpy()[: int(share.rows)] for column in share.data]  # no padding
-        of = np.arange(len(copies[0])) // 3 if name != "users" else share.groups.numpy()
-        units = [list(np.flatnonzero(of == u)) for u in dict.fromkeys(of)] if share.rows else []
-        variables = expected.trainable_variables
-        with _no_regularizers(variables):
-            sums, _ = loop(expected, *copies, CLIP, units, 1 / 3)
-        for variable, summed in zip(variables, sums, strict=True):
-            penalty = 2 * 0.01 * variable.numpy() if variable.regularizer else 0.0
-            variable.assign(variable.numpy() - 0.5 * (summed / 8 + penalty))
     model = classifier(**compiled)
-    model.set_weights(start)
     privacy = tfdist.DPSGD(CLIP, noise_multiplier=0.0, delta=1e-2, augmentations=3, **settings)
     options = {"batch_size": 8, "epochs": 2, "steps_per_epoch": 4, "verbose": 0, "seed": 3}
     tfdist.fit(model, x, y, privacy=privacy, augment=augment, **options)
-    for received, wanted in zip(model.get_weights(), expected.get_weights(), strict=True):
+    for received, wanted in zip(model.get_weights(), expected, strict=True):
         np.testing.assert_allclose(received, wanted, rtol=5e-4, atol=1e-5)
 
 

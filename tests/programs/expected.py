@@ -60,15 +60,17 @@ def unless(ends: Ends, why: str, *places: str) -> Program:
 WORKERS = ("multi_worker-2", "horovod-2")
 SERVERS = "parameter_server-2"
 ORDER = "Keras shuffles arrays in another order"
-NOISE = "`tf.random` draws other numbers than in plain Keras; `keras.random` the same"
-MOMENTS = "BatchNormalization without `synchronized=True` has the moments of a share"
-FOR_ITSELF = "every worker computes all of it: no faster"
-WHOLE = "replicas compute the whole batch: no faster"
+NOISE = "`tf.random` draws other numbers than in plain Keras; `keras.random` draws the same"
+MOMENTS = (
+    "BatchNormalization without `synchronized=True` uses the moments of a per-replica batch"
+)
+FOR_ITSELF = "every worker computes everything: no faster"
+WHOLE = "every replica computes the whole batch: no faster"
 LOOP = "A training loop of your own must run on a tf.distribute.Strategy."
 
 # By what they have in common: the programs of each family take turns on the strategies.
 FAMILIES: dict[str, dict[str, Program]] = {
-    "own steps": {
+    "custom steps": {
         "own_train_step": Program(),
         "vae": Program(),
         "distillation": Program(),

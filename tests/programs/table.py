@@ -14,27 +14,27 @@ BEFORE = """\
 # Does my program run?
 
 Below are programs in the style of Keras's examples and TensorFlow's guides. They are ordinary
-scripts: none of them imports tfdist. Each was run in plain Keras, and then under the drop-in on
-each kind of place:
+scripts that do not import tfdist. We ran each in plain Keras, and then with the drop-in on
+each strategy:
 
 ```sh
 python program.py
 tfdist run -n 2 --drop-in program.py
 ```
 
-All weights, histories and printed numbers were compared. Find the program most like yours.
+We compared all weights, histories and printed numbers. Find the program most like yours.
 
-| in a cell | means |
+| cell | meaning |
 |---|---|
-| equal | its weights and numbers are those of plain Keras in one process |
-| as one | they are those of one process of tfdist; plain Keras has other ones |
-| alike | it runs, and all workers end with the same weights; plain Keras has other ones |
-| refused | it ends with the sentence in the last column |
-| fails | it does not run, or not as it should |
+| equal | its weights and numbers equal those of plain Keras in one process |
+| as one | they equal those of tfdist in one process, but not those of plain Keras |
+| alike | it runs; all workers end with the same weights, but not with those of plain Keras |
+| refused | it ends with the message in the last column |
+| fails | it does not run, or gives a wrong result |
 
-Equal means to a ten-thousandth of a variable's norm. The programs seed themselves with
+"Equal" means: to a ten-thousandth of a variable's norm. The programs call
 `keras.utils.set_random_seed` and train for one to four epochs. `multi_worker`, `horovod` and
-`parameter_server` had two workers, `mirrored` two devices; parameter servers were synchronous.
+`parameter_server` had two workers, `mirrored` two devices. Parameter servers were synchronous.
 [The promise](promise.md) says what is equal in general, and why.
 
 """

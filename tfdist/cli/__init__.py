@@ -1,4 +1,4 @@
-"""The command line. No TensorFlow is needed here."""
+"""The command line. It does not import TensorFlow."""
 
 from tfdist.cli.commands import main
 

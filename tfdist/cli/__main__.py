@@ -1,4 +1,4 @@
-"""`python -m tfdist.cli` is `tfdist`."""
+"""`python -m tfdist.cli` runs the command `tfdist`."""
 
 from tfdist.cli.commands import main
 

@@ -1,4 +1,4 @@
-"""The command `tfdist`: its subcommands, and how errors are shown."""
+"""The command `tfdist`: its subcommands, and the display of errors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 96}
 
 
 class _Commands(click.Group):
-    """Turns tfdist's errors into a message and exit status 1, without a traceback."""
+    """Shows tfdist's errors as a message without a traceback, with exit status 1."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -35,9 +35,9 @@ def main() -> None:
     Examples:
       tfdist run -n 2 train.py             train in two worker processes
       tfdist run -n 2 --drop-in train.py   the same, for a plain Keras script
-      tfdist doctor                        what can run on this machine
-      tfdist horovod build                 Horovod for the installed TensorFlow
-      tfdist privacy epsilon --help        what training with DP-SGD costs
+      tfdist doctor                        show what can run on this machine
+      tfdist horovod build                 build Horovod for the installed TensorFlow
+      tfdist privacy epsilon --help        compute the cost of training with DP-SGD
     """  # noqa: D301
 
 

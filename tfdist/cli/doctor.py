@@ -1,4 +1,4 @@
-"""`tfdist doctor`: what this machine has, and which strategies can run on it."""
+"""`tfdist doctor`: shows this machine, and which strategies can run on it."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ def doctor() -> None:
     Example:
       tfdist doctor
 
-    Exit status: 0 if training in one process works and the cluster is well described, else 1.
+    Exit status: 0 if training in one process works and the cluster description is valid,
+    else 1.
     """  # noqa: D301
-    # Only this command draws tables.
+    # Only this command needs the library that draws tables.
     from tfdist.launch.doctor import examine
     from tfdist.launch.doctor_page import show
 

@@ -14,7 +14,9 @@ _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 @click.group()
 def privacy() -> None:
-    """Account for training with DP-SGD; needs `pip install "tfdist[privacy]"`.
+    """Compute the privacy cost of training with DP-SGD.
+
+    It needs `pip install "tfdist[privacy]"`.
 
     \b
     Example:
@@ -32,49 +34,52 @@ def _training(command: _Command) -> _Command:
                 type=click.IntRange(min=1),
                 required=True,
                 metavar="N",
-                help="Examples in the training data.",
+                help="Number of examples in the training data.",
             ),
             click.option(
                 "--batch-size",
                 type=click.IntRange(min=1),
                 required=True,
                 metavar="B",
-                help="Expected examples of a step; each is drawn with probability B / N.",
+                help="Expected examples of a step. Each is drawn with probability B / N.",
             ),
             click.option(
                 "--epochs",
                 type=click.FloatRange(min=0, min_open=True),
                 metavar="E",
-                help="How long: an epoch is N / B steps, rounded up.",
+                help="Number of epochs. An epoch has N / B steps, rounded up.",
             ),
             click.option(
-                "--steps", type=click.IntRange(min=1), metavar="T", help="Or how many steps."
+                "--steps",
+                type=click.IntRange(min=1),
+                metavar="T",
+                help="Number of steps, instead of --epochs.",
             ),
             click.option(
                 "--delta",
                 type=float,
                 required=True,
-                help="The other half of the guarantee, far below 1 / N.",
+                help="The delta of the guarantee. It should be far below 1 / N.",
             ),
             click.option(
                 "--capacity",
                 type=click.IntRange(min=1),
                 metavar="C",
-                help="The most examples a step takes.  [default: no limit]",
+                help="The largest number of examples of a step.  [default: no limit]",
             ),
             click.option(
                 "--accountant",
                 type=click.Choice(("pld", "rdp")),
                 default="pld",
                 show_default=True,
-                help="Privacy loss distributions, which are tight, or Rényi divergences.",
+                help="pld: privacy loss distributions (tight). rdp: Rényi divergences.",
             ),
             click.option(
                 "--relation",
                 type=click.Choice(("add_or_remove_one", "replace_special", "replace_one")),
                 default="add_or_remove_one",
                 show_default=True,
-                help="Which data sets shall look alike.",
+                help="Which data sets the guarantee makes indistinguishable.",
             ),
         )
     ):
@@ -89,10 +94,10 @@ def _training(command: _Command) -> _Command:
     type=float,
     required=True,
     metavar="S",
-    help="The noise's standard deviation over the norm that gradients are clipped to.",
+    help="The standard deviation of the noise, divided by the clipping norm.",
 )
 def show_epsilon(noise_multiplier: float, **run: Any) -> None:
-    """Show the epsilon of a training run, and what it means.
+    """Show the epsilon of a training run, and its meaning.
 
     \b
     Example:
@@ -111,12 +116,12 @@ def show_epsilon(noise_multiplier: float, **run: Any) -> None:
     type=float,
     required=True,
     metavar="E",
-    help="What the whole run may cost.",
+    help="The epsilon that the whole run may spend.",
 )
 def show_noise(target_epsilon: float, **run: Any) -> None:
-    """Show the least noise with which a training run keeps to an epsilon.
+    """Show the smallest noise multiplier that keeps a training run within an epsilon.
 
-    Takes seconds.
+    This takes some seconds.
 
     \b
     Example:
@@ -127,7 +132,7 @@ def show_noise(target_epsilon: float, **run: Any) -> None:
     """  # noqa: D301
     from tfdist.privacy.accounting.dp_sgd import noise_multiplier
 
-    least = noise_multiplier(
+    smallest = noise_multiplier(
         target_epsilon=target_epsilon,
         sampling_probability=_probability(run),
         steps=_steps(run),
@@ -137,7 +142,7 @@ def show_noise(target_epsilon: float, **run: Any) -> None:
         capacity=run["capacity"],
         num_rows=run["sample_size"],
     )
-    noise = math.ceil(least * 1e6) / 1e6
+    noise = math.ceil(smallest * 1e6) / 1e6
     click.echo(f"noise_multiplier = {noise:.6f}")
     _show(noise, run)
 

@@ -1,4 +1,4 @@
-"""`tfdist run`: starts the worker processes of a script, and says why they failed."""
+"""`tfdist run`: starts the worker processes of a script, and explains failures."""
 
 from __future__ import annotations
 
@@ -29,64 +29,70 @@ from tfdist.launch import (
     script_command,
 )
 
-# Generated code, which TensorFlow quotes in its tracebacks, has lines of thousands.
-_WIDEST = 240
+# TensorFlow quotes generated code in its tracebacks, with lines of thousands of characters.
+_MAX_LINE_LENGTH = 240
 
 
 @click.command(context_settings={"allow_interspersed_args": False})
-@click.option("-n", "--workers", type=int, help="Workers in all.  [default: 1]")
+@click.option("-n", "--workers", type=int, help="Total number of workers.  [default: 1]")
 @click.option(
     "--ps",
     "servers",
     type=int,
     default=0,
     metavar="N",
-    help="Parameter servers in all; the script then runs on a chief beside the workers.",
+    help="Total number of parameter servers. The script then runs on an additional chief.",
 )
 @click.option(
     "--synchronous",
     is_flag=True,
-    help="With --ps: the workers share each batch, as in all other strategies.",
+    help="With --ps: all workers compute parts of the same batch, as in other strategies.",
 )
-@click.option("--hosts", metavar="H:N,...", help="The machines, and how many workers on each.")
-@click.option("--node-rank", type=int, metavar="I", help="Which of --hosts this machine is.")
+@click.option(
+    "--hosts", metavar="H:N,...", help="The machines, and the number of workers on each."
+)
+@click.option("--node-rank", type=int, metavar="I", help="Index of this machine in --hosts.")
 @click.option(
     "--port",
     type=int,
     default=DEFAULT_PORT,
     show_default=True,
-    help="With --hosts: the port of worker 0; worker k has this one + k.",
+    help="With --hosts: the port of worker 0. Worker k uses this port + k.",
 )
 @click.option(
     "--strategy",
     type=click.Choice(["auto", *strategy_names.names()]),
-    help="How to distribute; else what the script asks for, or auto.",
+    help="The strategy.  [default: the script's choice, or auto]",
 )
-@click.option("--drop-in", is_flag=True, help="Distribute a script's own Model.fit.")
+@click.option(
+    "--drop-in",
+    is_flag=True,
+    help="Distribute the Model.fit of a script that does not import tfdist.",
+)
 @click.option(
     "--output",
     type=click.Choice(("chief", "all")),
     default="chief",
     show_default=True,
-    help="Whose output is shown. With chief: on other hosts their first worker's; others' "
-    "is kept, and shown if they fail.",
+    help="Whose output to show. chief: the chief's, and on other hosts that of the first "
+    "worker. A worker that fails is always shown.",
 )
 @click.option(
     "--log-dir",
     type=click.Path(file_okay=False, path_type=Path),
     metavar="DIR",
-    help="Also write each worker's output to DIR/worker-<i>.log.",
+    help="Also write the output of each worker to DIR/worker-<i>.log.",
 )
 @click.option(
     "--max-restarts",
     type=click.IntRange(min=0),
     metavar="N",
-    help="Restarts after failures, at most.  [default: 0, with --ps or --elastic 3]",
+    help="Maximum number of restarts after failures.  [default: 0; 3 with --ps or --elastic]",
 )
 @click.option(
     "--elastic",
     metavar="MIN:MAX",
-    help="Start MAX workers; go on with MIN at least, without what is lost.",
+    help="Start MAX workers. If workers are lost, continue with at least MIN.",
 )
 @click.option(
     "--grace",
@@ -94,7 +100,7 @@ _WIDEST = 240
     default=SAVING_S,
     show_default=True,
     metavar="SECONDS",
-    help="After SIGTERM: how long workers with a checkpoint may take to save.",
+    help="After SIGTERM: time in which workers with a checkpoint may save.",
 )
 @click.option(
     "--node-timeout",
@@ -102,7 +108,7 @@ _WIDEST = 240
     default=NODE_TIMEOUT_S,
     show_default=True,
     metavar="SECONDS",
-    help="With --hosts and --max-restarts: how long a host may take to come (back).",
+    help="With --hosts and --max-restarts: time to wait for a host to start or come back.",
 )
 @click.option("-m", "--module", is_flag=True, help="SCRIPT is a module, as after python -m.")
 @click.argument("script")
@@ -128,10 +134,10 @@ def run(
 ) -> None:
     """Run SCRIPT in one or more worker processes.
 
-    Everything after SCRIPT belongs to the script. Cores and GPUs are shared out between the
-    workers of a machine. The first failure ends all workers. With --max-restarts they are
-    then started again, unless the same failure comes twice in a row at the same step; with
-    `fit(..., checkpoint=...)` in the script, training goes on from its last checkpoint, and
+    All arguments after SCRIPT are passed to the script. The workers of a machine share its
+    cores and GPUs. The first failure ends all workers. With --max-restarts they are
+    then started again, unless the same failure happens twice in a row at the same step. If the
+    script calls `fit(..., checkpoint=...)`, training continues from its last checkpoint, and
     SIGTERM saves and ends with status 75.
 
     \b
@@ -142,11 +148,10 @@ def run(
       tfdist run --hosts node1:4,node2:4 --node-rank 0 train.py    on node1
       tfdist run --hosts node1:4,node2:4 --node-rank 1 train.py    on node2
 
-    Exit status: 0 when every worker succeeded, else that of the worker that failed first
-    (128 + n if signal n ended it); 75 when training was saved after SIGTERM, or only lost
-    another, and should be started again; 76 if the run hung, with a report of who was
-    where; 130 after Ctrl-C; 1 if tfdist could not start the
-    workers, 2 for a wrong command line.
+    Exit status: 0 if every worker succeeded, else that of the worker that failed first
+    (128 + n if signal n ended it). 75: start the run again, because training was saved after
+    SIGTERM or another worker was lost. 76: the run hung; a report says where each worker was.
+    130: Ctrl-C. 1: tfdist could not start the workers. 2: the command line is wrong.
     """  # noqa: D301
     if not module and not Path(script).is_file():
         raise click.BadParameter(
@@ -160,7 +165,7 @@ def run(
             "--ps. Add --ps 1, or leave it out: other strategies are synchronous."
         )
     if synchronous:
-        os.environ["TFDIST_SYNCHRONOUS"] = "1"  # which the workers inherit
+        os.environ["TFDIST_SYNCHRONOUS"] = "1"  # the workers inherit it
     machines = parse_hosts(hosts) if hosts is not None else ()
     roster = Roster(
         script_command((script, *arguments), module=module),
@@ -176,15 +181,15 @@ def run(
     check_names(machines)
     if max_restarts is None and elastic is not None:
         max_restarts = 3
-    # A lost worker is usual beside servers; an exception is started again where that was asked.
+    # With servers a lost worker is usual. Exceptions cause a restart only if the user asked.
     restarts = (
         Restarts(3 if servers else 0, of_exceptions=False)
         if max_restarts is None
         else Restarts(max_restarts)
     )
-    together: AbstractContextManager[CoordinatorClient | None] = nullcontext()
+    connection: AbstractContextManager[CoordinatorClient | None] = nullcontext()
     if max_restarts and len(machines) > 1:
-        together = joined(
+        connection = joined(
             machines,
             node_rank or 0,
             port,
@@ -194,7 +199,7 @@ def run(
             strategy=strategy,
             ps=servers,
         )
-    with together as client:
+    with connection as client:
         outcome = run_workers(
             roster.workers,
             log_dir=log_dir,
@@ -212,21 +217,23 @@ def run(
 
 def _explain(
     outcome: Outcome,
-    planned: tuple[Worker, ...],
+    workers: tuple[Worker, ...],
     log_dir: Path | None,
     has_other_hosts: bool = False,
 ) -> None:
     if outcome.interrupted == signal.SIGPIPE:
-        # Standard output has no reader left: Python would complain about it at its exit.
+        # Standard output has no reader any more, and Python would print an error at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return
     failure = outcome.failure
     if failure is None:
         if outcome.elsewhere is not None:
-            again = " It came twice in a row at this step." if outcome.is_repeated else ""
+            repetition = (
+                " It happened twice in a row at this step." if outcome.is_repeated else ""
+            )
             click.echo(
                 click.style("Error: ", fg="red", bold=True)
-                + f"{outcome.elsewhere.what}{again} All workers have been ended.",
+                + f"{outcome.elsewhere.what}{repetition} All workers have been ended.",
                 err=True,
             )
         for line in listed(outcome.restarts):
@@ -237,7 +244,7 @@ def _explain(
     if excerpt:
         lines[0] += " Its last lines:"
         bar = click.style("│", fg="red")
-        lines += ["", *(f"  {bar} {line[:_WIDEST]}" for line in excerpt), ""]
+        lines += ["", *(f"  {bar} {line[:_MAX_LINE_LENGTH]}" for line in excerpt), ""]
     else:
         lines[0] += " It had written nothing."
     if failure.blames_peer and outcome.finished:
@@ -252,7 +259,7 @@ def _explain(
         lines.append(f"It came twice in a row {where}: it is not started again.")
     if log_dir is not None:
         lines.append(f"Its whole output: {log_dir / failure.worker.log_name}")
-    if len(planned) > 1:
+    if len(workers) > 1:
         lines.append("All workers on this machine have been ended.")
     lines += listed(outcome.restarts)
     click.echo("\n".join(lines), err=True)

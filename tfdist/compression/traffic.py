@@ -54,7 +54,7 @@ def bytes_per_step(model: Any, compression: Any, embedding_rows: int = 0) -> Tra
         >>> import keras, tfdist
         >>> model = keras.Sequential([keras.Input((1000,)), keras.layers.Dense(1000)])
         >>> tfdist.compression.bytes_per_step(model, tfdist.PowerSGD(rank=2))
-        Traffic(plain=4004000, compressed=20000)
+        Traffic(plain=4004000, compressed=12000)
     """
     # Keras, which a user who only makes settings has not asked for yet.
     from tfdist.compression.matrices import (

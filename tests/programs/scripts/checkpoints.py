@@ -1,4 +1,4 @@
-"""Callbacks that keep models: the best one, backups, averaged weights, early stopping."""
+"""Callbacks that save models: the best one, backups, averaged weights, early stopping."""
 
 import keras
 import outcome

@@ -1,4 +1,4 @@
-"""A diffusion model: noise and times of each row, an averaged copy updated in the step."""
+"""A diffusion model: noise and times for each row, a moving average updated in the step."""
 
 import keras
 import outcome

@@ -1,4 +1,4 @@
-"""The first example that everybody runs: a convnet with dropout, arrays, a validation split."""
+"""The usual first example: a convnet with dropout, arrays, a validation split."""
 
 import keras
 import outcome

@@ -1,4 +1,4 @@
-"""Distillation: an own `compute_loss` with a teacher that does not learn."""
+"""Distillation: a custom `compute_loss` with a frozen teacher."""
 
 import keras
 import outcome

@@ -1,4 +1,4 @@
-"""A GAN: two optimizers given to an own `compile`, and never built before the first step."""
+"""A GAN: two optimizers in a custom `compile`, not built before the first step."""
 
 import keras
 import outcome

@@ -1,4 +1,4 @@
-"""Metric learning: a batch is an anchor and a positive of each class, compared all with all."""
+"""Metric learning: a batch is an anchor and a positive of each class, all compared."""
 
 import keras
 import numpy as np

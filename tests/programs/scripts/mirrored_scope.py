@@ -1,4 +1,4 @@
-"""TensorFlow's guide: a model made and compiled in `MirroredStrategy`'s scope."""
+"""TensorFlow's guide: a model built and compiled in `MirroredStrategy`'s scope."""
 
 import keras
 import outcome

@@ -1,4 +1,4 @@
-"""Callbacks of one's own: they predict, evaluate, record, and stop the training."""
+"""Custom callbacks: they predict, evaluate, record, and stop the training."""
 
 import keras
 import numpy as np

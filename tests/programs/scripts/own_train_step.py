@@ -1,4 +1,4 @@
-"""The guide on customizing `fit`: own steps, own trackers, sample weights."""
+"""The guide on customizing `fit`: custom steps, custom trackers, sample weights."""
 
 import keras
 import numpy as np

@@ -1,4 +1,4 @@
-"""Ragged tensors given to the model itself."""
+"""Ragged tensors as the input of the model."""
 
 import keras
 import numpy as np

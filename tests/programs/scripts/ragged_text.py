@@ -8,7 +8,7 @@ from keras import layers
 
 keras.utils.set_random_seed(1)
 rng = np.random.default_rng(6)
-words = [rng.integers(1, 30, rng.integers(1, 15)) for _ in range(300)]
+words = [rng.integers(1, 30, rng.integers(1, 15)) for _ in range(150)]
 labels = np.array([(text > 15).mean() > 0.5 for text in words], "float32")
 ragged = tf.ragged.constant([list(text) for text in words], dtype=tf.int32)
 
@@ -16,7 +16,7 @@ dataset = tf.data.Dataset.from_tensor_slices((ragged, labels)).batch(32)
 dataset = dataset.map(lambda text, label: (text.to_tensor(0), label))
 inputs = keras.Input((None,), dtype="int32")
 x = layers.Embedding(30, 8, mask_zero=True)(inputs)
-x = layers.Bidirectional(layers.GRU(6))(x)
+x = layers.GRU(6)(x)
 model = keras.Model(inputs, layers.Dense(1, activation="sigmoid")(x))
 model.compile("adam", "binary_crossentropy", metrics=["accuracy", "auc"])
 history = model.fit(dataset, epochs=2, verbose=0)

@@ -1,4 +1,4 @@
-"""Saving: a model, its weights, an export, TensorFlow's checkpoints; training goes on."""
+"""Saving: a model, its weights, an export, TensorFlow's checkpoints; training continues."""
 
 import keras
 import numpy as np

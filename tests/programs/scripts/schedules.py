@@ -1,4 +1,4 @@
-"""Learning rates: schedules, callbacks, and what a callback of one's own assigns."""
+"""Learning rates: schedules, callbacks, and rates that a custom callback assigns."""
 
 import keras
 import outcome
@@ -40,8 +40,7 @@ halved = keras.callbacks.LearningRateScheduler(lambda epoch, rate: rate * 0.5**e
 plateau = keras.callbacks.ReduceLROnPlateau(factor=0.1, patience=1, min_delta=10.0)
 runs = [
     train(decay, []),
-    train(0.1, [halved]),
-    train(0.1, [plateau], epochs=4),
+    train(0.1, [halved, plateau], epochs=4),
     train(0.01, [Warmup(), Cut()]),
 ]
 outcome.save([model for model, _ in runs], [history for _, history in runs])

@@ -1,4 +1,4 @@
-"""A siamese network: triplets of a zipped `tf.data`, a loss of each row, not reduced."""
+"""A siamese network: triplets of a zipped `tf.data`, an unreduced loss for each row."""
 
 import keras
 import numpy as np

@@ -1,4 +1,4 @@
-"""A stateful LSTM: rows go on where those of the batch before ended."""
+"""A stateful LSTM: each batch continues the sequences of the batch before."""
 
 import keras
 import numpy as np

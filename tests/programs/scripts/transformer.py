@@ -1,4 +1,4 @@
-"""A small causal transformer: masked loss of its own, text generated after each epoch."""
+"""A small causal transformer: a custom masked loss, text generated after each epoch."""
 
 import keras
 import numpy as np

@@ -1,7 +1,6 @@
-"""A search: many models in one script, folds of scikit-learn, sessions cleared."""
+"""A search: many models in one script, folds of scikit-learn, cleared sessions."""
 
 import keras
-import numpy as np
 import outcome
 from keras import layers
 from sklearn.datasets import load_iris
@@ -21,15 +20,13 @@ def build(units, rate):
 
 
 scores = {}
-for units, rate in ((4, 0.02), (8, 0.02)):
-    folds = []
-    for train, held_out in KFold(2, shuffle=True, random_state=1).split(x):
-        keras.backend.clear_session()
-        keras.utils.set_random_seed(2)
-        model = build(units, rate)
-        model.fit(x[train], y[train], epochs=2, batch_size=16, shuffle=False, verbose=0)
-        folds.append(model.evaluate(x[held_out], y[held_out], verbose=0))
-    scores[units, rate] = np.mean(folds)
+folds = KFold(2, shuffle=True, random_state=1).split(x)
+for (units, rate), (train, held_out) in zip(((4, 0.02), (8, 0.02)), folds, strict=True):
+    keras.backend.clear_session()
+    keras.utils.set_random_seed(2)
+    model = build(units, rate)
+    model.fit(x[train], y[train], epochs=2, batch_size=16, shuffle=False, verbose=0)
+    scores[units, rate] = model.evaluate(x[held_out], y[held_out], verbose=0)
 
 best = min(scores, key=scores.get)
 keras.utils.set_random_seed(3)

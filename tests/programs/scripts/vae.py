@@ -1,4 +1,4 @@
-"""A variational autoencoder: its own `train_step`, no `call`, noise from `keras.random`."""
+"""A variational autoencoder: a custom `train_step`, no `call`, noise from `keras.random`."""
 
 import keras
 import outcome

@@ -1,4 +1,4 @@
-"""WGAN-GP: several steps of the critic a step, a gradient's gradient, `tf.random`."""
+"""WGAN-GP: several critic steps in a step, a gradient of a gradient, `tf.random`."""
 
 import keras
 import outcome
