@@ -25,9 +25,9 @@ START_TIMEOUT = "TFDIST_START_TIMEOUT"
 
 _POLL_S = 0.2
 _MOST_GREETING_BYTES = 1 << 20
-# After so many seconds the missing workers are named.
+# After this many seconds a message names the missing workers.
 _NOTICE_S = 10.0
-# So long a worker that has found a mistake still greets the other workers.
+# After it has found a mistake, a worker greets the other workers for this many seconds more.
 _PARTING_S = 5.0
 
 

@@ -32,7 +32,7 @@ from tfdist.samplers.permutation import Rows
 from tfdist.strategies.base import Place
 
 Tensor = Any
-_ROWS_AT_ONCE = 2**17  # so many that a call of the sampler costs little: 1 MiB of numbers
+_ROWS_AT_ONCE = 2**17  # with this many rows, a call of the sampler costs little: 1 MiB
 _STEPS_AT_ONCE = 128
 
 

@@ -37,10 +37,10 @@ class ByClass:
         datasets: A dataset of examples `(x, y)` with a single number as `y`, or of batches
             `(x, y)` whose `y` are class numbers or one-hot; or a dict of datasets by class,
             each of examples or each of batches.
-        buffer_size: Classes with at most so many examples are kept in memory.
+        buffer_size: A class with at most this many examples is kept in memory.
         classes: The class numbers of a dataset that does not end, or that you do not want to
             count. Then the sampler must be `ClassBalanced()`, with `steps_per_epoch`.
-        limit: With `classes`, each class must come at least once in so many examples.
+        limit: With `classes`, each class must come at least once in this many examples.
 
     Raises:
         ArgumentError: The dataset is not of this kind.
@@ -178,7 +178,7 @@ class _ClassCounter:
     """Counts a dataset's classes, and keeps the examples of small classes.
 
     Args:
-        buffer_size: Only classes with at most so many examples are kept.
+        buffer_size: Only classes with at most this many examples are kept.
         numbers: Returns the classes of a batch's targets.
     """
 

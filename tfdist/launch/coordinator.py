@@ -22,7 +22,7 @@ from tfdist.launch.protocol import BEAT_S, SILENCE_S, Connection, proof
 from tfdist.launch.restarts import RestartCause, Restarts
 
 _TICK_S = 0.1
-# If a failure only blames a peer, so long the coordinator waits for the peer's own failure.
+# If a failure only blames a peer, the coordinator waits this long for the peer's own failure.
 _PEER_FAILURE_S = 2.0
 _FAREWELL_S = 5.0
 _INTERRUPTED = 130

@@ -62,7 +62,7 @@ def extent(
 
 
 def _checked_count(workers: int) -> int:
-    """Checks that there are enough ports for so many workers, and returns their number."""
+    """Checks that there are enough ports for the workers, and returns their number."""
     if workers > _MOST_WORKERS:
         raise LaunchError(
             f"There must be at most {_MOST_WORKERS} workers, as each has a port. Received: "

@@ -22,7 +22,7 @@ from tfdist.launch.stopped import StoppedWorkers
 from tfdist.launch.worker import Worker
 
 _POLL_S = 0.05
-# So long the children of a worker that has ended may take to end by themselves.
+# The children of a worker that has ended get this many seconds to end by themselves.
 _CHILDREN_S = 2.0
 
 

@@ -22,7 +22,7 @@ from tfdist.launch.signals import handled
 from tfdist.launch.slots import Slots
 from tfdist.launch.worker import Worker
 
-# If a failure only blames a peer, so long the launcher waits for the peer's own failure.
+# If a failure only blames a peer, the launcher waits this long for the peer's own failure.
 _PEER_FAILURE_S = 1.0
 SAVING_S = 25.0
 """Seconds for saving after SIGTERM: Kubernetes kills a pod after 30."""

@@ -16,7 +16,7 @@ TOKEN = "TFDIST_TOKEN"
 
 BEAT_S = 1.0
 SILENCE_S = 10.0
-"""A launcher that sends nothing for so long counts as lost."""
+"""A launcher that sends nothing for this many seconds counts as lost."""
 
 _MOST_BYTES = 1 << 20
 

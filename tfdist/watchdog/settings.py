@@ -10,7 +10,7 @@ from tfdist.errors import ArgumentError
 from tfdist.watchdog import progress
 
 HANG_LIMIT = "TFDIST_HANG_LIMIT"
-"""Environment variable: after so many seconds without progress a run may hang.
+"""Environment variable: a run without progress for this many seconds may hang.
 
 The default is 60; 0 switches the watcher off.
 """
@@ -21,8 +21,8 @@ ON_HANG = "TFDIST_ON_HANG"
 _ACTIONS = ("end", "report")
 _STEPS = 20  # a step that takes this many median steps is too long
 _GENEROUS = 10  # factor for work that may take long: tracing, filling buffers, callbacks
-_END = 10  # if no cause is certain, the run ends after so many limits in a step
-_LONGEST = 3  # ... and after so many generous limits outside a step
+_END = 10  # if no cause is certain, the run ends after this many limits in a step
+_LONGEST = 3  # ... and after this many generous limits outside a step
 
 
 @dataclass(frozen=True)
