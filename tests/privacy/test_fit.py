@@ -15,9 +15,9 @@ import tensorflow as tf
 import tfdist
 from tfdist.errors import ArgumentError
 from tfdist.privacy import Ledger, Phase, Poisson
+from tfdist.privacy.mechanism.mechanism import Mechanism
 from tfdist.privacy.mechanism.noise import Noise
 from tfdist.privacy.mechanism.normals import standard_normal
-from tfdist.privacy.settings import Mechanism
 
 L = keras.layers
 SGD = keras.optimizers.SGD

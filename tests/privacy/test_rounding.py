@@ -26,8 +26,9 @@ from tfdist.privacy.mechanism.clipping_groups import (
 )
 from tfdist.privacy.mechanism.closed_forms import FORMS as OF_LAYERS
 from tfdist.privacy.mechanism.closed_forms import LayerCall
+from tfdist.privacy.mechanism.mechanism import Mechanism
 from tfdist.privacy.mechanism.parts import GradientPart, Lookup, Product, Written
-from tfdist.privacy.settings import DPSGD, LARGEST_NORM, LEAST_NORM, Mechanism
+from tfdist.privacy.settings import DPSGD, LARGEST_NORM, LEAST_NORM
 
 UNITS = 3
 SLACK = 1e-5

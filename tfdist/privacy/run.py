@@ -24,6 +24,7 @@ from tfdist.privacy.calibration import find_noise
 from tfdist.privacy.dpftrl import SameOrder
 from tfdist.privacy.leaking_callbacks import StepLogs
 from tfdist.privacy.mechanism import clipping, independence, unfit_layers
+from tfdist.privacy.mechanism.mechanism import Mechanism
 from tfdist.privacy.mechanism.spot_checks import SpotChecks
 from tfdist.privacy.mechanism.step import PrivateStep
 from tfdist.privacy.planning import in_its_turn, plan, watch
@@ -32,7 +33,7 @@ from tfdist.privacy.sampling.cyclic import CyclicPoisson
 from tfdist.privacy.sampling.poisson import Poisson
 from tfdist.privacy.sampling.users import PoissonOfUsers, Users
 from tfdist.privacy.schedules import norm_of
-from tfdist.privacy.settings import DPSGD, Mechanism
+from tfdist.privacy.settings import DPSGD
 from tfdist.privacy.spending import Spending
 from tfdist.samplers import Sampler, Sequential
 from tfdist.step.composition import found_in_steps

@@ -15,7 +15,7 @@ import numpy as np
 from dp_accounting.pld import privacy_loss_distribution as plds
 
 from tfdist.errors import ArgumentError
-from tfdist.privacy.accounting.ledger import Phase
+from tfdist.privacy.accounting.phase import Phase
 from tfdist.privacy.accounting.pld import Array, LossDistributions, Losses
 
 _WHOLE_ORDERS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128, 256, 512)

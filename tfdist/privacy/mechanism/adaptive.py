@@ -11,7 +11,8 @@ import tensorflow as tf
 from tfdist import _keras
 from tfdist._keras import ReplicaBatch
 from tfdist.privacy.mechanism.grid import Rounding
-from tfdist.privacy.settings import LARGEST_NORM, LEAST_NORM, Mechanism
+from tfdist.privacy.mechanism.mechanism import Mechanism
+from tfdist.privacy.settings import LARGEST_NORM, LEAST_NORM
 
 Tensor = Any
 

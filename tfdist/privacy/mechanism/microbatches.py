@@ -18,8 +18,8 @@ from tfdist.privacy.mechanism.clipping_groups import (
     Groups,
     begins,
 )
+from tfdist.privacy.mechanism.mechanism import Mechanism
 from tfdist.privacy.mechanism.unfit_layers import check_untouched
-from tfdist.privacy.settings import Mechanism
 
 Tensor = Any
 Columns = tuple[Any, Any, Any]

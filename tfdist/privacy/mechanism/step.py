@@ -19,6 +19,7 @@ from tfdist.privacy.mechanism.adaptive import AdaptiveClip
 from tfdist.privacy.mechanism.counter import StepCounter
 from tfdist.privacy.mechanism.grid import Rounding
 from tfdist.privacy.mechanism.masks import Masks
+from tfdist.privacy.mechanism.mechanism import Mechanism
 from tfdist.privacy.mechanism.microbatches import clipped_share
 from tfdist.privacy.mechanism.noise import Noise, like
 from tfdist.privacy.mechanism.normals import at_once
@@ -26,7 +27,6 @@ from tfdist.privacy.mechanism.spot_checks import SpotChecks
 from tfdist.privacy.mechanism.unfit_layers import check_untouched
 from tfdist.privacy.sampling.cyclic import Recursion
 from tfdist.privacy.schedules import Now
-from tfdist.privacy.settings import Mechanism
 
 Tensor = Any
 
