@@ -1,4 +1,4 @@
-"""Traces that may fail, and leave TensorFlow as it was."""
+"""Restores TensorFlow's state after a trace that fails."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import tensorflow as tf
 
 @contextlib.contextmanager
 def keeping_variable_scope() -> Iterator[None]:
-    """Leaves TensorFlow's variable scope as it is, also where a trace fails.
+    """Restores TensorFlow's variable scope at the end, even if a trace fails.
 
-    A loop of TensorFlow sets the scope's device for caches while it is traced. If the trace
-    fails the device stays set, and the next `MirroredStrategy().scope()` is refused.
+    While a TensorFlow loop is traced, it sets the caching device of the scope. If the trace
+    fails, the device remains set, and the next `MirroredStrategy().scope()` raises.
 
     Relies on `VariableScope._caching_device`.
     """
@@ -27,12 +27,12 @@ def keeping_variable_scope() -> Iterator[None]:
 
 
 def map_fn(function: Callable[..., Any], elements: Any, **options: Any) -> Any:
-    """Applies a function to one row after the other, as `tf.map_fn`; it may raise.
+    """Applies a function to each row, like `tf.map_fn`. The function may raise.
 
     Args:
-        function: Of a row.
-        elements: Tensors of the same number of rows.
-        **options: Of `tf.map_fn`.
+        function: A function of a row.
+        elements: Tensors with the same number of rows.
+        **options: Arguments of `tf.map_fn`.
     """
     with keeping_variable_scope():
         return tf.map_fn(function, elements, **options)

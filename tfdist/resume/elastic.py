@@ -89,13 +89,13 @@ class ElasticRun(Continuation):
                 try:
                     return self._agree_on(attempt())
                 except (PeerError, MembersChanged) as reason:
-                    said = f"tfdist: {reason} Training goes on."
+                    message = f"tfdist: {reason} Training goes on."
                     if self._state.per_replica:
-                        said += (
-                            " What processes that are gone had kept of their gradients, to "
-                            "send it later, is lost."
+                        message += (
+                            " The gradient residuals of lost processes, which compression "
+                            "would send later, are lost."
                         )
-                    print(said, file=sys.stderr, flush=True)
+                    print(message, file=sys.stderr, flush=True)
                     if self.position is not None:
                         for variable, value in zip(
                             self._state.variables, self._committed, strict=True

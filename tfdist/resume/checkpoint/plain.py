@@ -79,15 +79,15 @@ _KINDS: dict[str, Callable[..., Any]] = {name: kind for kind, name in _SEQUENCES
 
 
 def plain_logs(logs: Any, arrays: list[Any]) -> Any:
-    """Gives what of a step's logs is numbers, as JSON knows it.
+    """Encodes a step's logs for JSON. Values that are not plain are left out.
 
     Args:
-        logs: By name.
-        arrays: Gets the arrays in them.
+        logs: The logs by name, or None.
+        arrays: A list to which the arrays of the logs are appended.
     """
-    found = {}
+    plain = {}
     for name, value in (logs or {}).items():
         with contextlib.suppress(NotPlain):
             encode(value, [])
-            found[name] = np.asarray(value) if tf.is_tensor(value) else value
-    return encode(found, arrays)
+            plain[name] = np.asarray(value) if tf.is_tensor(value) else value
+    return encode(plain, arrays)
