@@ -37,7 +37,7 @@ class CompressedTraining(Extension):
         strategy = request.session.strategy
         if self._compression is None:
             return request
-        if getattr(strategy, "synchronous", True) is False:
+        if not strategy.synchronous:
             raise ArgumentError(
                 "`compression` needs a strategy that sums gradients. Received: compression="
                 f"{self._compression!r} with asynchronous {strategy.name}. Leave it out, or "

@@ -26,7 +26,7 @@ from tfdist.step.replica_steps import Logs, ReplicaSteps, Result
 from tfdist.step.signals import Stop, Tensor, heed
 from tfdist.step.timers import StepTimers
 from tfdist.strategies.base import Functions, Strategy
-from tfdist.strategies.whole import Whole
+from tfdist.strategies.whole import Whole, as_whole
 
 
 def make_functions(
@@ -63,8 +63,9 @@ def make_functions(
     if own is not None:
         return own
     replica = ReplicaSteps(model, strategy, own_step, exchange)
-    if isinstance(strategy, Whole) and strategy.has_company:
-        return _in_company(strategy, replica, stop, variables, exchange)
+    company = as_whole(strategy)
+    if company is not None and company.has_company:
+        return _in_company(company, replica, stop, variables, exchange)
     # One process has nobody to wait for, and servers' steps no place for the clocks.
     timers = StepTimers() if strategy.place.num_workers > 1 else None
     return Functions(

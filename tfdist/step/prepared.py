@@ -15,7 +15,7 @@ from tfdist.step.signals import Stop
 from tfdist.step.state import TrainState, optimizers_of, variables_of
 from tfdist.strategies.base import Functions, Place, Strategy
 from tfdist.strategies.session import current
-from tfdist.strategies.whole import Whole
+from tfdist.strategies.whole import as_whole
 from tfdist.watchdog import here
 
 
@@ -125,7 +125,7 @@ def prepare(
     of_extensions = () if exchange is None else tuple(exchange.state)
     state = TrainState(tuple(variables_of(model)), of_extensions)
     # Where each process computes whole batches, all have the chief's residuals, too.
-    agreed = state.variables if isinstance(strategy, Whole) else state.replicated
+    agreed = state.variables if as_whole(strategy) else state.replicated
     prepared = Prepared(
         model,
         strategy,

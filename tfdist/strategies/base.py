@@ -52,6 +52,7 @@ class Strategy(abc.ABC):
         priority: "auto" asks the strategies in descending order of this number.
         place: The replicas of this process. Only `reconnect` changes it.
         is_plain: Whether a single process trains its own variables, as Keras alone does.
+        synchronous: Whether all replicas make each step together.
         elastic: Whether processes may join and leave during training.
         has_servers: Whether `hold` moves variables to processes without a replica.
         gathers_rows: Whether the functions of `own_functions` take row numbers instead of
@@ -66,6 +67,7 @@ class Strategy(abc.ABC):
     priority: ClassVar[int] = 0
     place: Place
     is_plain: bool = False
+    synchronous: bool = True
     elastic: bool = False
     has_servers: bool = False
     gathers_rows: bool = False

@@ -94,6 +94,15 @@ def _summable(tensor: Tensor) -> Tensor:
     return tf.cast(tensor, tf.int32) if tensor.dtype in (tf.bool, tf.uint32) else tensor
 
 
+def as_whole(strategy: Strategy) -> Whole | None:
+    """Gives a strategy if it computes whole batches, else None.
+
+    Args:
+        strategy: Any.
+    """
+    return strategy if isinstance(strategy, Whole) else None
+
+
 @functools.cache
 def whole(strategy: Strategy) -> Whole:
     """Returns the `Whole` of a strategy's processes, always the same one.

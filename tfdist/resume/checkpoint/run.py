@@ -15,7 +15,7 @@ import tensorflow as tf
 
 from tfdist import _keras, data, watchdog
 from tfdist._version import __version__
-from tfdist.errors import START_ME_AGAIN, ArgumentError, CheckpointError, Preempted
+from tfdist.errors import START_ME_AGAIN, CheckpointError, Preempted
 from tfdist.resume.checkpoint import files, same, tensors
 from tfdist.resume.checkpoint.callbacks import Memory
 from tfdist.resume.checkpoint.plain import decode, plain_logs
@@ -58,7 +58,7 @@ class CheckpointRun(Continuation):
         self._settings = Checkpoint.of(checkpoint)
         self._strategy = strategy
         self._every = self._settings.every
-        self._refuse()
+        self._settings.check_strategy(strategy)
         self._states: dict[str, Any] = {}
         self._writer = Writer()
         self._preemption, self._stop = Preemption(), Stop()
@@ -72,19 +72,6 @@ class CheckpointRun(Continuation):
         self._where: Callable[[], data.DataPosition] = data.DataPosition
         self._setup: dict[str, Any] = {}
         self._train_state, self._computing = TrainState(()), strategy
-
-    def _refuse(self) -> None:
-        if self._strategy.elastic:
-            raise ArgumentError(
-                "`checkpoint` must not be passed in an elastic run, which keeps its state in "
-                f"memory. Received: checkpoint={self._settings!r}. Use "
-                "keras.callbacks.BackupAndRestore against the loss of all processes at once."
-            )
-        if getattr(self._strategy, "synchronous", True) is False and self._every != "epoch":
-            raise ArgumentError(
-                "`every` of `Checkpoint` must be 'epoch' in asynchronous training, which has "
-                f"no step of all workers. Received: every={self._every!r}."
-            )
 
     # --- before training --------------------------------------------------------------
 

@@ -6,9 +6,12 @@ import datetime
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tfdist.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from tfdist.strategies.base import Strategy
 
 
 @dataclass(frozen=True)
@@ -94,3 +97,24 @@ class Checkpoint:
     def path(self) -> Path:
         """The directory."""
         return Path(os.fspath(self.directory)).expanduser()
+
+    def check_strategy(self, strategy: Strategy) -> None:
+        """Refuses strategies that are not saved like this.
+
+        Args:
+            strategy: Where the replicas are.
+
+        Raises:
+            ArgumentError: It is one of them.
+        """
+        if strategy.elastic:
+            raise ArgumentError(
+                "`checkpoint` must not be passed in an elastic run, which keeps its state in "
+                f"memory. Received: checkpoint={self!r}. Use "
+                "keras.callbacks.BackupAndRestore against the loss of all processes at once."
+            )
+        if not strategy.synchronous and self.every != "epoch":
+            raise ArgumentError(
+                "`every` of `Checkpoint` must be 'epoch' in asynchronous training, which has "
+                f"no step of all workers. Received: every={self.every!r}."
+            )

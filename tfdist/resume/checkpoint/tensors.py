@@ -12,7 +12,7 @@ import tensorflow as tf
 from tfdist import _keras
 from tfdist.step.state import TrainState
 from tfdist.strategies.base import Strategy
-from tfdist.strategies.whole import Whole, whole
+from tfdist.strategies.whole import as_whole, whole
 
 Tensor = Any
 _GLOBAL_SEED = "keras/global_seed_generator"
@@ -77,7 +77,8 @@ def put_back(
 
 def _connecting(strategy: Strategy) -> Strategy:
     """Returns the strategy that connects the processes."""
-    return strategy.connected if isinstance(strategy, Whole) else strategy
+    whole_batches = as_whole(strategy)
+    return strategy if whole_batches is None else whole_batches.connected
 
 
 def _gather(strategy: Strategy, variable: Any) -> Tensor:
