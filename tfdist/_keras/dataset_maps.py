@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import tensorflow as tf
-from tensorflow.python.data.util import structure as _structure
 from tensorflow.python.framework import op_def_registry as _op_defs
 
-from tfdist._keras.datasets import copied
 from tfdist._keras.discovery import RANDOM_OPS
 
 _PYTHON = frozenset({"EagerPyFunc", "PyFunc", "PyFuncStateless"})
@@ -85,66 +81,11 @@ def state_of(function: Any) -> str | None:
     return look(definition.node, False, ())
 
 
-def untried(function: Any) -> str | None:
-    """Names an op because of which two calls may differ, so that `mixes_rows` cannot test it.
+def varying_op(function: Any) -> str | None:
+    """Names an op because of which two calls may differ.
 
     Args:
         function: The function of a dataset.
     """
     varying_ops = {node.op for node in nodes(function)} & (_DRAWS | _PYTHON | _ASSIGNS)
     return min(varying_ops, default=None)
-
-
-def mixes_rows(one: Any) -> bool:
-    """Tells whether a row of a mapped batch depends on other rows.
-
-    It applies the map to a batch, and to the batch with half of its rows changed. The results
-    of the other half must stay the same.
-
-    Args:
-        one: A dataset that maps batches of tensors.
-    """
-    source = one._inputs()[0]
-    with contextlib.suppress(tf.errors.OpError):  # raised for a dataset that is too large
-        source = copied(source)  # the state of the user's shuffles must not change
-    batch = next(iter(source))
-    leaves = tf.nest.flatten(batch)
-    count = int(leaves[0].shape[0])
-    if any(int(leaf.shape[0]) != count for leaf in leaves):
-        return True
-    sizes = [spec.shape[1:] for spec in tf.nest.flatten(source.element_spec)]
-    mapped_sizes = [spec.shape[1:] for spec in tf.nest.flatten(one.element_spec)]
-    are_defined = (all(s.is_fully_defined() for s in each) for each in (sizes, mapped_sizes))
-    if next(are_defined) and not next(are_defined):
-        return True
-    unchanged = np.arange(count) % 2 == 0
-
-    def change(leaf: Any) -> Any:
-        other_rows = tf.gather(leaf, (np.arange(count) + count // 2) % count)
-        if leaf.dtype.is_floating:
-            other_rows = other_rows * 3 + 1
-        mask = tf.reshape(unchanged, [-1] + [1] * (leaf.shape.rank - 1))
-        return tf.where(mask, leaf, other_rows)
-
-    def mapped(batch: Any) -> list[Any]:
-        tensors = _structure.to_tensor_list(source.element_spec, batch)
-        outputs = one._map_func.function(*tensors)
-        structure = one._map_func.output_structure
-        elements = _structure.from_compatible_tensor_list(structure, outputs)
-        leaves: list[Any] = tf.nest.flatten(elements)
-        return leaves
-
-    pairs = zip(mapped(batch), mapped(tf.nest.map_structure(change, batch)), strict=True)
-    return not all(_rows_agree(a, b, count, unchanged) for a, b in pairs)
-
-
-def _rows_agree(first: Any, second: Any, count: int, rows: Any) -> bool:
-    if not isinstance(first, tf.Tensor) or first.shape.rank == 0:
-        return False
-    if first.shape != second.shape or int(first.shape[0]) != count:
-        return False
-    a, b = first.numpy()[rows], second.numpy()[rows]
-    if first.dtype.is_floating:
-        a, b = a.astype(np.float64), b.astype(np.float64)
-        return bool(np.allclose(a, b, rtol=1e-4, atol=1e-6, equal_nan=True))
-    return bool((a == b).all())

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tfdist._keras import dataset_maps
+from tfdist._keras import dataset_maps, row_wise
 from tfdist._keras.datasets import written
 
 # Names of dataset classes. These keep the order, or choose by position.
@@ -46,17 +46,17 @@ _SOURCES = frozenset(
 _READERS = frozenset(
     {"FixedLengthRecordDatasetV2", "TFRecordDataset", "TFRecordDatasetV2", "TextLineDataset"}
 )
-_FILE_OPS = _READERS | {
-    "BatchDatasetV2", "FlatMapDataset", "MapDataset", "OptionsDataset", "ParallelMapDatasetV2",
-    "PrefetchDataset", "ShardDataset", "SkipDataset", "TakeDataset", "TensorSliceDataset",
-}  # fmt: skip
+# TFRecordDataset and the like are themselves a flat_map over a list of names.
+_LISTS = frozenset({"TensorDataset", "TensorSliceDataset"})
+_FILE_OPS = _READERS | _LISTS | {"FlatMapDataset", "PrefetchDataset", "SkipDataset"}
 
 _SAVE_FIRST = (
     "Do that once before training, and train on the saved result (Dataset.save, or arrays)."
 )
 _USE_WEIGHTS = "To leave examples out, map them to a `sample_weight` of 0. " + _SAVE_FIRST
 _PROMISE = "Pass `min_separation`: your promise of how often an example may come."
-_MAP_FIRST = "Let `map` come before `batch`, or pass random layers as fit(augment=...)."
+_MAP_FIRST = "Let `map` come before `batch`, or pass layers as fit(augment=...)."
+_READ_ALONE = "Let it only read the file, and let `map` and the rest come after it."
 _REMEDIES = {
     "_FilterDataset": _USE_WEIGHTS,
     "_TakeWhileDataset": _USE_WEIGHTS,
@@ -80,7 +80,7 @@ def misplaced(dataset: Any, promised: bool) -> Problem | None:
     walk = _Walk()
     if dataset.options().deterministic is False:
         return "options that let elements come out of order", "Set deterministic=True."
-    walk.look(dataset, of_batches=True, is_mapped=False)
+    walk.look(dataset, level=1, is_mapped=False)
     if walk.problem is None and not promised:
         return walk.again
     return walk.problem
@@ -99,12 +99,12 @@ class _Walk:
         self.again: Problem | None = None
         self._sources: list[Any] = []
 
-    def look(self, one: Any, of_batches: bool, is_mapped: bool) -> None:
+    def look(self, one: Any, level: int, is_mapped: bool) -> None:
         """Checks a dataset and all its inputs.
 
         Args:
             one: The dataset.
-            of_batches: Whether its elements are batches.
+            level: How many times its elements are batched: 0 for single examples.
             is_mapped: Whether a later function maps its elements before they are joined.
         """
         kind, inputs = type(one).__name__, one._inputs()
@@ -116,7 +116,7 @@ class _Walk:
         elif kind not in allowed:
             self._note(f"the operation {_plain(kind)}", _REMEDIES.get(kind, _SAVE_FIRST))
         if kind in _MAPS:
-            self._look_at_map(one, of_batches)
+            self._look_at_map(one, level > 0)
         elif kind in _FILE_MAPS:
             self._look_at_files(one)
         if getattr(one, "_deterministic", None) == "false":
@@ -125,14 +125,16 @@ class _Walk:
             return
         if kind in _SOURCES or (kind == "_RangeDataset" and is_mapped):
             self._look_at_source(one)
+            if is_mapped and _has_numbers_alone(one):
+                self._may_come_again("a map that may choose examples by their numbers")
             return  # a source's inputs are names of files and options
         if kind == "_DirectedInterleaveDataset":
             choice, *inputs = inputs
             self._look_at_choice(choice)
-        of_batches = kind not in _BATCHES | {"_PaddedBatchDataset"} and of_batches
+        level += (kind == "_UnbatchDataset") - (kind in _BATCHES | {"_PaddedBatchDataset"})
         is_mapped = kind not in _JOINS and (is_mapped or kind in _MAPS | _FILE_MAPS)
         for inner in inputs:
-            self.look(inner, of_batches or kind == "_UnbatchDataset", is_mapped)
+            self.look(inner, level, is_mapped)
 
     def _note(self, what: str, remedy: str) -> None:
         self.problem = self.problem or (what, remedy)
@@ -156,7 +158,7 @@ class _Walk:
         function = one._map_func.function
         ops = {node.op for node in dataset_maps.nodes(function)}
         dataset_ops = {op for op in ops if "Dataset" in op}
-        if "GeneratorDataset" in dataset_ops:
+        if dataset_ops == {"GeneratorDataset"}:
             self._may_come_again("a Python generator")
         elif (
             not dataset_ops & _READERS
@@ -164,7 +166,9 @@ class _Walk:
             or dataset_maps.captures_datasets(function)
         ):
             name = _plain(type(one).__name__)
-            self._note(f"{name} of other things than files' names", _SAVE_FIRST)
+            self._note(f"{name} of other things than files' names", _READ_ALONE)
+        elif not _reads_alone(one, function):
+            self._note("a function of files in which a record may decide", _READ_ALONE)
 
     def _look_at_choice(self, choice: Any) -> None:
         if not _are_numbers(choice):
@@ -190,11 +194,14 @@ class _Walk:
             else:
                 self._note("a map of batches that are ragged or sparse", _MAP_FIRST)
             return
-        untried = dataset_maps.untried(function)
-        if untried is not None:
-            self._note(f"a map of batches that cannot be tried ({untried})", _MAP_FIRST)
-        elif dataset_maps.mixes_rows(one):
-            self._note("a map of batches in which a row depends on others", _MAP_FIRST)
+        varying = dataset_maps.varying_op(function)
+        if varying is not None:
+            self._note(f"a map of batches that draws or calls Python ({varying})", _MAP_FIRST)
+            return
+        mixing = row_wise.mixing_op(function)
+        if mixing is not None:
+            what = f"a map of batches in which a row may depend on others ({mixing})"
+            self._note(what, _MAP_FIRST)
 
 
 def _are_numbers(one: Any) -> bool:
@@ -204,6 +211,33 @@ def _are_numbers(one: Any) -> bool:
     except tf.errors.OpError:
         return False
     return {node.op for node in graph.node if "Dataset" in node.op} <= _NUMBER_OPS
+
+
+def _has_numbers_alone(one: Any) -> bool:
+    """Tells whether the elements of a source are whole numbers, as of rows."""
+    leaves = tf.nest.flatten(one.element_spec)
+    return all(
+        isinstance(leaf, tf.TensorSpec) and leaf.dtype.is_integer and leaf.shape.rank == 0
+        for leaf in leaves
+    )
+
+
+def _reads_alone(one: Any, function: Any) -> bool:
+    """Tells whether a function of a file's name gives all records of the file, in their order.
+
+    But for a number of them at the beginning, which is the same for each file.
+    """
+    names = tf.nest.flatten(one._inputs()[0].element_spec)
+    if [(leaf.dtype, leaf.shape.rank) for leaf in names] != [(tf.string, 0)]:
+        return False
+    for op in function.graph.get_operations():
+        if op.type == "SkipDataset" and tf.get_static_value(op.inputs[1]) is None:
+            return False
+        if op.type == "FlatMapDataset" and op.inputs[0].op.type not in _LISTS:
+            return False
+    library = function.graph.as_graph_def().library.function
+    inner = {node.op for f in library for node in f.node_def if "Dataset" in node.op}
+    return inner <= _READERS
 
 
 def _plain(kind: str) -> str:
@@ -231,4 +265,8 @@ def _are_equal(one: Any, other: Any) -> bool:
     if tf.is_tensor(one) and one.dtype == tf.variant:
         return one is other
     one, other = np.asarray(one), np.asarray(other)
-    return one.shape == other.shape and one.dtype == other.dtype and bool((one == other).all())
+    if one.shape != other.shape:
+        return False
+    if one.dtype != other.dtype and one.dtype.kind in "fiu" and other.dtype.kind in "fiu":
+        return bool(np.allclose(one, other, equal_nan=True))  # the same, in another type
+    return one.dtype == other.dtype and bool((one == other).all())
