@@ -20,7 +20,6 @@ import keras
 import tensorflow as tf
 
 import tfdist
-from tests import tried_once
 from tests.jobs import write
 from tests.places.clusters import Outcome, file_of
 
@@ -55,7 +54,6 @@ def do(task: str, folder: Path, strategy: Any) -> Outcome:
 
 def main(name: str, replicas: str, folder: Path) -> None:
     gc.freeze()  # what TensorFlow made when imported: a seventh of the time would go through it
-    tried_once.install()
     strategy = strategy_of(name, replicas)
     place = tfdist.init(strategy, seed=SEED).strategy.place
     for task in (folder / "tasks").read_text().splitlines():

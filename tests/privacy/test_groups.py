@@ -250,7 +250,7 @@ def copies_by_hand(of_users: bool) -> Any:
     sampler: Any = Poisson(capacity=len(x))
     if of_users:
         sampler = PoissonOfUsers(Users(ids, 3), Poisson())
-    read = data.Settings(
+    read = data.SourceSettings(
         8, 4, sampler, False, 3, training=True, augment=augment, private=True, copies=3
     )
     model = classifier()
