@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -80,3 +81,7 @@ def _nothing_is_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     left = before.left()
     assert not left, f"left behind: {left}"
+    if (
+        tensorflow := sys.modules.get("tensorflow")
+    ) is not None:  # a trace that failed in a loop
+        assert tensorflow.compat.v1.get_variable_scope().caching_device is None

@@ -17,6 +17,7 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
+from tfdist import _keras
 from tfdist.errors import ArgumentError
 from tfdist.privacy.accounting.arguments import check_number
 from tfdist.privacy.accounting.levels import Levels
@@ -191,7 +192,9 @@ def _mapped(given: Callable[[int], Any], steps: int) -> Values:
 
     with tf.device("CPU:0"):
         numbers = tf.range(steps, dtype=tf.int64)
-        mapped = tf.function(lambda all_: tf.map_fn(each, all_, fn_output_signature=tf.float64))
+        mapped = tf.function(
+            lambda all_: _keras.map_fn(each, all_, fn_output_signature=tf.float64)
+        )
         found: Values = mapped(numbers).numpy()
     return found
 
