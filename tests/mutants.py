@@ -223,9 +223,9 @@ MUTANTS = {
         "tests/compression/test_compression.py -k dealt_out",
     ),
     "moments are those of the share": Mutant(
-        "_keras/replicated.py",
-        '(keras.layers.BatchNormalization, "_moments", moments),',
-        "",
+        "_keras/batch_norm.py",
+        "first, second, count = tf.unstack(reduced)",
+        "first, second, count = tf.unstack(sums)",
         f"{EQUIVALENCE} -k mirrored-4-cnn",
     ),
 }
