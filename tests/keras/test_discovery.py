@@ -272,6 +272,7 @@ def tracking() -> Any:
     [
         tracking,  # a tracker counts a loss by rows
         lambda: shared([keras.layers.BatchNormalization(), keras.layers.Dropout(0.5, seed=1)]),
+        lambda: shared([keras.layers.BatchNormalization(synchronized=True)]),
         lambda: shared([], keras.losses.Dice(), [lambda y, p: tf.reduce_max(y - p)]),
         lambda: shared([], lambda y, p: tf.reduce_sum((y - p) ** 2)),
         lambda: shared([], ranked(lower), [ranked(eight)]),
