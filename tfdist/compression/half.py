@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 
 import tensorflow as tf
 
-from tfdist.step.exchange import Contribution, Sums
-from tfdist.step.state import Role
+from tfdist.step.exchange import Contribution, Exchange, Sums
 from tfdist.strategies.base import Strategy
 
 Tensor = Any
@@ -38,7 +36,7 @@ class HalfPrecision:
         return HalfExchange(_TYPES[self.name], factor)
 
 
-class HalfExchange:
+class HalfExchange(Exchange):
     """Rounds dense gradients of 32 and 64 bits before they travel.
 
     Mean gradients of replicas travel, since their parts of the global gradient may be too
@@ -50,30 +48,9 @@ class HalfExchange:
         factor: By which parts of the gradient are multiplied to travel.
     """
 
-    state: Sequence[tuple[Any, Role]] = ()
-    acts_alone = False
-    has_phases = False
-
     def __init__(self, wire_type: tf.DType, factor: float) -> None:
         self._wire_type = wire_type
         self._factor = factor
-
-    def reset(self) -> None:
-        """Keeps nothing."""
-
-    def running(self) -> contextlib.AbstractContextManager[None]:
-        """Needs none."""
-        return contextlib.nullcontext()
-
-    def next_phase(self) -> Hashable:
-        """All steps are alike."""
-        return None
-
-    def end_step(self) -> None:
-        """Counts none."""
-
-    def finish(self, counts: Tensor) -> None:
-        """Keeps nothing."""
 
     def reduce(
         self, strategy: Strategy, given: Contribution, phase: Hashable

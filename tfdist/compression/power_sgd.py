@@ -18,7 +18,7 @@ from tfdist.compression.matrices import (
     updated_by_rows,
 )
 from tfdist.compression.settings import PowerSGD
-from tfdist.step.exchange import Contribution, Sums
+from tfdist.step.exchange import Contribution, Exchange, Sums
 from tfdist.step.state import Role
 from tfdist.strategies.base import Strategy
 
@@ -178,7 +178,7 @@ class Factors:
             variable.assign(tf.where(counts, value, tf.convert_to_tensor(variable)))
 
 
-class LowRankExchange:
+class LowRankExchange(Exchange):
     """Exchanges low-rank parts of gradients, in one collective a step.
 
     Args:

@@ -62,11 +62,8 @@ class PrivateTraining(Extension):
 
     def callbacks(self, request: Request, given: Any, prepared: Prepared) -> Any:
         """Adds what keeps count and renews the noise."""
-        return (
-            given
-            if not isinstance(prepared.own_step, PrivateStep)
-            else self.run.watched(given, prepared.own_step)
-        )
+        step = prepared.own_step
+        return self.run.watched(given, step) if isinstance(step, PrivateStep) else given
 
     def running(self) -> contextlib.AbstractContextManager[None]:
         """Wraps the training; what was made counts, however it ends."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import abc
 import contextlib
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from tfdist.step.state import Role
 from tfdist.strategies.base import Strategy
@@ -36,40 +37,44 @@ class Contribution:
     loss_scales: Sequence[Tensor | None]
 
 
-class Exchange(Protocol):
-    """Changes what travels between replicas."""
+class Exchange(abc.ABC):
+    """Changes what travels between replicas; but for `reduce` each method does nothing here.
+
+    Attributes:
+        acts_alone: Whether it changes the result of one replica, too.
+        has_phases: Whether `next_phase` says several things.
+    """
+
+    acts_alone: ClassVar[bool] = False
+    has_phases: ClassVar[bool] = False
 
     @property
     def state(self) -> Sequence[tuple[Any, Role]]:
         """Its `keras.Variable`s, each with its role."""
+        return ()
 
-    @property
-    def acts_alone(self) -> bool:
-        """Whether it changes the result of one replica, too."""
-
-    @property
-    def has_phases(self) -> bool:
-        """Whether `next_phase` says several things."""
-
-    def reset(self) -> None:
+    def reset(self) -> None:  # noqa: B027
         """Brings its state to where a training begins."""
 
     def running(self) -> contextlib.AbstractContextManager[None]:
         """Makes a context around a training."""
+        return contextlib.nullcontext()
 
     def next_phase(self) -> Hashable:
         """Says which kind of step comes next; each kind is traced once."""
+        return None
 
-    def end_step(self) -> None:
+    def end_step(self) -> None:  # noqa: B027
         """Called when a step was made."""
 
-    def finish(self, counts: Tensor) -> None:
+    def finish(self, counts: Tensor) -> None:  # noqa: B027
         """Called once on each replica, after all reductions of a step.
 
         Args:
             counts: Scalar bool: whether the step counts.
         """
 
+    @abc.abstractmethod
     def reduce(
         self, strategy: Strategy, given: Contribution, phase: Hashable
     ) -> tuple[Sums, Callable[[Tensor], None]]:

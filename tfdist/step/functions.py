@@ -19,9 +19,7 @@ from tfdist.data import Epoch, Share
 from tfdist.errors import MembersChanged, StrategyError
 from tfdist.step.exchange import Exchange
 from tfdist.step.own_step import OwnStep
-from tfdist.step.reduction import (
-    GOES_ON,
-)
+from tfdist.step.reduction import GOES_ON
 from tfdist.step.replica_steps import Logs, ReplicaSteps, Result
 from tfdist.step.signals import Stop, Tensor, heed
 from tfdist.step.timers import StepTimers

@@ -13,17 +13,11 @@ from tfdist._keras import ReplicaBatch
 from tfdist.data import Share, no_groups
 from tfdist.step.exchange import Exchange
 from tfdist.step.own_step import OwnStep
-from tfdist.step.reduction import (
-    MetricState,
-    ReducedUpdates,
-    StepAgreement,
-)
+from tfdist.step.reduction import MetricState, ReducedUpdates, StepAgreement
 from tfdist.step.signals import Signals, Tensor, no_signals, signals_of
 from tfdist.strategies.base import Strategy
 
 Logs = dict[str, Tensor]
-
-
 Result = tuple[Logs, Signals]
 
 

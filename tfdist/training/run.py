@@ -143,14 +143,14 @@ class Training:
         facts: dict[str, Any] = {}
         for extension in self._extensions:
             facts |= extension.facts()
-        exchanges = [e.exchange_maker for e in self._extensions if e.exchange_maker is not None]
-        makers = [e.step_maker for e in self._extensions if e.step_maker is not None]
+        step_makers = (e.step_maker for e in self._extensions)
+        exchange_makers = (e.exchange_maker for e in self._extensions)
         prepared = prepare(
             request.model,
             self._step_strategy,
             for_training=True,
-            maker=makers[0] if makers else None,
-            exchange_maker=exchanges[0] if exchanges else None,
+            maker=next(filter(None, step_makers), None),
+            exchange_maker=next(filter(None, exchange_makers), None),
         )
         arguments = {
             "batch_size": request.batch_size,

@@ -144,7 +144,8 @@ class Phase:
 
         0 where examples are sampled, which makes them no Gaussian mechanism.
         """
-        if self.bands is not None and not self.cyclic:
+        if self.in_turn:
+            assert self.bands is not None
             moved = sensitivity(self.bands, self.separation, self.steps, self.after)
             return (moved / self.noise_multiplier) ** 2
         if self.sampling_probability < 1 or self.truncates:
@@ -160,7 +161,8 @@ class Phase:
         """
         dp = dp_accounting()
         noise, times = self.independent
-        if self.bands is not None and not self.cyclic:
+        if self.in_turn:
+            assert self.bands is not None
             once = sensitivity(self.bands, self.separation, self.steps, self.after)
             return dp.GaussianDpEvent(self.noise_multiplier / once)
         if truncated and self.truncates:

@@ -20,6 +20,7 @@ import tensorflow as tf
 from tfdist import _keras
 from tfdist._keras import RowKeys
 from tfdist._keras import layers as keras_layers
+from tfdist.data.leaves import spec as spec_of_rows
 from tfdist.errors import ArgumentError
 from tfdist.privacy.mechanism import clipping, rows
 from tfdist.privacy.mechanism.contributions import (
@@ -227,7 +228,7 @@ class _Comparison:
         if model.run_eagerly:
             return compute
         signature = [
-            [rows.of_any_size(leaf) for leaf in leaves],
+            [spec_of_rows(leaf) for leaf in leaves],
             tf.TensorSpec([None], tf.int64),
             tf.TensorSpec([None], tf.float32),
         ]

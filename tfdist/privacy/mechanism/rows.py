@@ -42,18 +42,3 @@ def joined(*several: Columns) -> Columns:
         lambda *parts: None if parts[0] is None else tf.concat(parts, 0), *several
     )
     return found
-
-
-def of_any_size(leaf: Any) -> Any:
-    """Describes a column of any number of rows.
-
-    Args:
-        leaf: One of some rows.
-    """
-    spec = tf.type_spec_from_value(leaf)
-    if isinstance(spec, tf.TensorSpec):
-        return tf.TensorSpec([None, *spec.shape[1:]], spec.dtype)
-    shape = [None, *spec.shape[1:]]
-    if isinstance(spec, tf.SparseTensorSpec):
-        return tf.SparseTensorSpec(shape, spec.dtype)
-    return tf.RaggedTensorSpec(shape, spec.dtype, spec.ragged_rank, spec.row_splits_dtype)
