@@ -85,3 +85,6 @@ def _nothing_is_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
         tensorflow := sys.modules.get("tensorflow")
     ) is not None:  # a trace that failed in a loop
         assert tensorflow.compat.v1.get_variable_scope().caching_device is None
+    if (session := sys.modules.get("tfdist.strategies.session")) is not None:
+        begun = session._current
+        assert begun is None or begun.seed is None, "left behind: a seed of tfdist.init"
