@@ -157,6 +157,30 @@ def predictions_of_whole_batches(folder: Path) -> None:
 
 
 @check(MIRRORED)
+def a_model_without_an_input_is_shared(folder: Path) -> None:
+    """Keras builds it for the size of the first batch, which each replica has a part of."""
+    rows = []
+
+    class Counted(L.Layer):
+        def call(self, x: Any) -> Any:
+            if tf.executing_eagerly() is False:
+                rows.append(x.shape[0])
+            return x
+
+    models = []
+    for _ in range(2):
+        keras.utils.set_random_seed(1)
+        models.append(keras.Sequential([Counted(), L.Dense(3)]))
+        models[-1].compile(clipped_sgd(), "mse")
+    ours, expected = models
+    x, y = np.random.rand(64, 5).astype("float32"), np.random.rand(64, 3).astype("float32")
+    tfdist.fit(ours, x, y, batch_size=16, shuffle=False, verbose=0)
+    assert {8} <= set(rows), rows
+    expected.fit(x, y, batch_size=16, shuffle=False, verbose=0)
+    assert_weights_close(ours, expected)
+
+
+@check(MIRRORED)
 def a_variable_is_a_number_in_a_callback(folder: Path) -> None:
     model, found = mlp(clipped_sgd()), []
 

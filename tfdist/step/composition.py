@@ -117,5 +117,7 @@ def _why_indivisible(model: Any, kind: str, step: _keras.Step, source: Source) -
 
 
 def _has_static_batch(model: Any) -> bool:
+    if isinstance(model, keras.Sequential):
+        return False  # Keras built it for the size of a first batch; its layers take any size
     inputs = keras.tree.flatten(getattr(model, "inputs", None) or [])
     return any(len(tensor.shape) and tensor.shape[0] is not None for tensor in inputs)
