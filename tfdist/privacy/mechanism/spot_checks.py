@@ -14,7 +14,7 @@ import tensorflow as tf
 
 from tfdist._keras import ReplicaBatch, RowKeys
 from tfdist._keras import layers as keras_layers
-from tfdist.privacy.mechanism.contributions import added, is_same, mixes, tolerance_for
+from tfdist.privacy.mechanism.contributions import Added, added, is_same, mixes, tolerance_for
 
 Tensor = Any
 MARK = "tfdist: examples depend on each other"
@@ -100,9 +100,15 @@ class SpotChecks:
         chosen = tf.sort(order[: tf.maximum(1, tf.minimum(_ROWS, counting // 2))])
         ones = tf.ones(tf.shape(chosen))
         weights = tf.scatter_nd(chosen[:, None], ones, [rows])
-        alone = added(self._model, _cut(data, chosen), keys.at(chosen), ones)
+
+        # Both batches have a size that is not static: one trace does for both.
+        @tf.function(autograph=False)
+        def added_by(data: Any, row_keys: Tensor, weights: Tensor) -> Added:
+            return added(self._model, data, RowKeys(row_keys, keys.secret), weights)
+
+        alone = added_by(_cut(data, chosen), keys.at(chosen).rows, ones)
         everyone = tf.range(rows)
-        whole = added(self._model, _cut(data, everyone), keys.at(everyone), weights)
+        whole = added_by(_cut(data, everyone), keys.at(everyone).rows, weights)
         return is_same(whole, alone, ones, self._tolerance)
 
     def raise_if_failed(self, error: Exception | None = None) -> None:
