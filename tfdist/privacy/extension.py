@@ -7,6 +7,7 @@ import dataclasses
 from typing import Any
 
 from tfdist import data
+from tfdist.errors import StrategyError
 from tfdist.privacy.mechanism.step import PrivateStep, PrivateSteps
 from tfdist.privacy.run import PrivateRun
 from tfdist.step.prepared import Prepared
@@ -29,8 +30,20 @@ class PrivateTraining(Extension):
         self._privacy = privacy
 
     def choose(self, request: Request) -> Request:
-        """Takes the sampler and the seed that the guarantee rests on."""
+        """Takes the sampler and the seed that the guarantee rests on.
+
+        Raises:
+            StrategyError: The strategy is asynchronous.
+        """
         self.run = run = PrivateRun(self._privacy, request)
+        strategy = request.session.strategy
+        if not strategy.synchronous:
+            raise StrategyError(
+                "Private training must be synchronous: the accounting does not cover gradients "
+                "of weights that another worker has changed meanwhile. Received: asynchronous "
+                f"strategy {strategy.name!r}. Use "
+                "strategy=tfdist.ParameterServer(synchronous=True)."
+            )
         changed = dataclasses.replace(
             request,
             sampler=run.sampler,

@@ -49,14 +49,14 @@ def make_functions(
         The functions for `_keras.loop_functions`.
 
     Raises:
-        StrategyError: A step of an extension's own is not possible there.
+        StrategyError: Both an extension and the strategy replace the train step.
     """
     own = strategy.own_functions(model)
     if own is not None and own_step is not None:
         raise StrategyError(
-            "Private training must be synchronous: a gradient of weights that others have "
-            f"changed meanwhile is not accounted for. Received: {strategy.name} with steps of "
-            "its own. Use strategy=tfdist.ParameterServer(synchronous=True)."
+            "An extension that replaces Keras's train step needs a strategy that splits one "
+            f"global batch. Received: strategy {strategy.name!r}, which has functions of its "
+            "own. Use another strategy."
         )
     if own is not None:
         return own
