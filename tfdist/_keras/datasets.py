@@ -182,12 +182,12 @@ def _set_seed(node: Any, by_name: dict[str, Any], number: int) -> None:
 
 
 def _is_random(node: Any, functions: dict[str, Any]) -> bool:
-    names, seen = [node.attr["f"].func.name], set()
+    names, visited = [node.attr["f"].func.name], set()
     while names:
         name = names.pop()
-        if name in seen or name not in functions:
+        if name in visited or name not in functions:
             continue
-        seen.add(name)
+        visited.add(name)
         for inner in functions[name].node_def:
             if inner.op in RANDOM_OPS:
                 return True

@@ -53,14 +53,16 @@ class HalfExchange(Exchange):
         self._factor = factor
 
     def reduce(
-        self, strategy: Strategy, given: Contribution, phase: Hashable
+        self, strategy: Strategy, contribution: Contribution, phase: Hashable
     ) -> tuple[Sums, Callable[[Tensor], None]]:
         """Sums rounded gradients; see `Exchange`."""
-        sent = [self._rounded(gradient) for gradient in given.gradients]
-        summed, others = strategy.reduce_step(sent, given.others, given.share, given.variables)
+        sent = [self._rounded(gradient) for gradient in contribution.gradients]
+        summed, others = strategy.reduce_step(
+            sent, contribution.others, contribution.share, contribution.variables
+        )
         back = [
             self._widened(total, gradient)
-            for total, gradient in zip(summed, given.gradients, strict=True)
+            for total, gradient in zip(summed, contribution.gradients, strict=True)
         ]
         return (back, others), lambda counts: None
 

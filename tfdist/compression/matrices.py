@@ -10,7 +10,7 @@ import keras
 
 from tfdist import _keras
 from tfdist.compression.settings import PowerSGD
-from tfdist.step.composition import found_in_steps
+from tfdist.step.composition import traced_steps
 from tfdist.step.state import optimizers_of
 
 
@@ -59,7 +59,7 @@ def updated_by_rows(model: Any) -> set[int]:
         Their ids: of those that the model's step was found to update so; before it was looked
         at, of embeddings that no other layer uses.
     """
-    steps = found_in_steps(model)
+    steps = traced_steps(model)
     if any(step.optimizers for step in steps):
         return {id(variable) for step in steps for variable in step.by_rows}
     tables = [o for o in _keras.layers_of(model) if isinstance(o, keras.layers.Embedding)]

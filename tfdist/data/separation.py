@@ -102,14 +102,14 @@ class SeparationCheck:
             self._rows = {m: s for m, s in self._rows.items() if m % self._every == 0}
         return np.bool_(True)
 
-    def _compare(self, last: int, step: int, what: str) -> None:
+    def _compare(self, last: int, step: int, subject: str) -> None:
         if self._separation is not None and step - last >= self._separation:
             return
         promised = "once" if self._separation is None else f"every {self._separation} steps"
         # What is drawn ahead goes on after the first.
         self.problem = self.problem or (
             "An example must not come back earlier than was promised, or it is less protected "
-            f"than epsilon says. Received: {what} of step {last + 1} again in step "
+            f"than epsilon says. Received: {subject} of step {last + 1} again in step "
             f"{step + 1}; promised was {promised} at most. Do not shuffle or repeat the data "
             "set, or pass a `min_separation` that it keeps to."
         )
@@ -141,9 +141,9 @@ def check_places(dataset: Any, promised: bool) -> None:
     """
     problem = pipelines.misplaced(dataset, promised)
     if problem is not None:
-        what, remedy = problem
+        operation, remedy = problem
         raise ArgumentError(
             "An example of DPFTRL must go into the same batch whatever the others hold, and "
             "once in a pass unless `min_separation` says how often. Received: a "
-            f"tf.data.Dataset with {what}. {remedy}"
+            f"tf.data.Dataset with {operation}. {remedy}"
         )

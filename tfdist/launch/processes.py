@@ -150,14 +150,14 @@ def _restart(
     leaves_out = slots is not None and slots.leaves_out(failure)
     if not restarts.allows(cause, changes=leaves_out):
         return None
-    what = "All are started again"
+    action = "All are started again"
     if slots is not None:
         before = len(workers)
         slots.plan_next_start(failure)
         workers = slots.workers
         if leaves_out or len(workers) != before:
-            what = f"{what}, now {len(workers)} in all"
-    return workers, restarts.record(cause, what)
+            action = f"{action}, now {len(workers)} in all"
+    return workers, restarts.record(cause, action)
 
 
 def _watch(

@@ -141,7 +141,7 @@ class ElasticRun(Continuation):
 
     def loop_callbacks(
         self,
-        given: Sequence[Any],
+        callbacks: Sequence[Any],
         prepared: Prepared,
         *,
         where: Callable[[], DataPosition],
@@ -152,7 +152,7 @@ class ElasticRun(Continuation):
         A callback that has begun in an earlier attempt does not begin again.
 
         Args:
-            given: This process's callbacks.
+            callbacks: This process's callbacks.
             prepared: The model. A commit copies its state.
             where: Returns the position of the data, between two epochs.
             **options: Arguments of `keras.callbacks.CallbackList`.
@@ -167,12 +167,12 @@ class ElasticRun(Continuation):
             for callback in self._begun_callbacks.values()
             if isinstance(callback, keras.callbacks.History)
         ]
-        callbacks = _AttemptCallbacks(
-            [*given, *history, _Commits(self)], add_history=True, **options
+        all_callbacks = _AttemptCallbacks(
+            [*callbacks, *history, _Commits(self)], add_history=True, **options
         )
-        callbacks.begun = self._begun_callbacks
-        callbacks.made = 0 if self.position is None else self.position.step
-        return callbacks
+        all_callbacks.begun = self._begun_callbacks
+        all_callbacks.steps_made = 0 if self.position is None else self.position.step
+        return all_callbacks
 
     def commit(self, position: Position) -> None:
         """Copies the state, with its position.

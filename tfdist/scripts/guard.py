@@ -90,14 +90,14 @@ def _check_update() -> None:
         )
 
 
-def _report(what: str) -> None:
+def _report(call: str) -> None:
     """Raises if the script does not use tfdist, else prints a warning."""
     if _names_tfdist():
-        _say_once(f"{what} is Keras's own and trains this worker alone. {_REMEDY}")
+        _say_once(f"{call} is Keras's own and trains this worker alone. {_REMEDY}")
         return
     raise StrategyError(
         "Workers that `tfdist run` starts must train together. Received: a script that trains "
-        f"with {what} and never names tfdist, so that every worker would train a model of its "
+        f"with {call} and never names tfdist, so that every worker would train a model of its "
         f"own. {_REMEDY}"
     )
 

@@ -48,27 +48,27 @@ def compose(
     Returns:
         The strategy, or what computes whole batches in its processes.
     """
-    memory = _keras.attached(model).compositions
-    known: Composition | None = memory.get(kind)
-    if known is None or not _keras.is_compiled_as(model, known.compiled_state):
+    compositions = _keras.attached(model).compositions
+    composition: Composition | None = compositions.get(kind)
+    if composition is None or not _keras.is_compiled_as(model, composition.compiled_state):
         step = _keras.build(model, kind, source.spec(), source.sample)
         _keras.note_metrics(model, step.metrics)
-        found = None
+        reason = None
         if strategy.place.num_replicas > 1 and whole_batch is None:
-            found = _why_indivisible(model, kind, step, source)
-        known = Composition(_keras.compiled_state(model), step, found)
-        memory[kind] = known
-    is_whole = known.indivisible is not None if whole_batch is None else whole_batch
+            reason = _why_indivisible(model, kind, step, source)
+        composition = Composition(_keras.compiled_state(model), step, reason)
+        compositions[kind] = composition
+    is_whole = composition.indivisible is not None if whole_batch is None else whole_batch
     return whole(strategy) if is_whole and strategy.place.num_replicas > 1 else strategy
 
 
-def found_in_steps(model: Any) -> list[_keras.Step]:
+def traced_steps(model: Any) -> list[_keras.Step]:
     """Lists what a model's steps are made of besides the model.
 
     Args:
         model: A `keras.Model`.
     """
-    return [known.step for known in _keras.attached(model).compositions.values()]
+    return [composition.step for composition in _keras.attached(model).compositions.values()]
 
 
 def why_whole(model: Any, kind: str) -> str | None:
@@ -78,8 +78,8 @@ def why_whole(model: Any, kind: str) -> str | None:
         model: A `keras.Model` that was composed.
         kind: "train_step" or "test_step".
     """
-    known: Composition | None = _keras.attached(model).compositions.get(kind)
-    return None if known is None else known.indivisible
+    composition: Composition | None = _keras.attached(model).compositions.get(kind)
+    return None if composition is None else composition.indivisible
 
 
 def _why_indivisible(model: Any, kind: str, step: _keras.Step, source: Source) -> str | None:
@@ -104,16 +104,16 @@ def _why_indivisible(model: Any, kind: str, step: _keras.Step, source: Source) -
     sample = source.sample(rows)
     if sample is None:
         return None
-    found = _keras.what_is_no_mean(
+    no_mean = _keras.what_is_no_mean(
         _keras.step_of(model, kind),
         sample,
         rows,
         _keras.computes_coarsely(model),
         predicts=kind == "predict_step",
     )
-    if found is None and step.assigns_weights and step.is_random:
+    if no_mean is None and step.assigns_weights and step.is_random:
         return "its step assigns weights by itself"
-    return None if found is None else f"{found} is no mean over the rows of a batch"
+    return None if no_mean is None else f"{no_mean} is no mean over the rows of a batch"
 
 
 def _has_static_batch(model: Any) -> bool:

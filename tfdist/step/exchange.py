@@ -76,13 +76,13 @@ class Exchange(abc.ABC):
 
     @abc.abstractmethod
     def reduce(
-        self, strategy: Strategy, given: Contribution, phase: Hashable
+        self, strategy: Strategy, contribution: Contribution, phase: Hashable
     ) -> tuple[Sums, Callable[[Tensor], None]]:
         """Sums what replicas contribute.
 
         Args:
             strategy: Does the collectives.
-            given: Of this replica.
+            contribution: Of this replica.
             phase: What `next_phase` gave.
 
         Returns:

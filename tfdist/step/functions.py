@@ -61,9 +61,9 @@ def make_functions(
     if own is not None:
         return own
     replica = ReplicaSteps(model, strategy, own_step, exchange)
-    company = as_whole(strategy)
-    if company is not None and company.has_company:
-        return _in_company(company, replica, stop, variables, exchange)
+    whole_batch = as_whole(strategy)
+    if whole_batch is not None and whole_batch.has_company:
+        return _with_whole_batches(whole_batch, replica, stop, variables, exchange)
     # One process has nobody to wait for, and servers' steps no place for the clocks.
     timers = StepTimers() if strategy.place.num_workers > 1 else None
     return Functions(
@@ -74,7 +74,7 @@ def make_functions(
     )
 
 
-def _in_company(
+def _with_whole_batches(
     strategy: Whole,
     replica: ReplicaSteps,
     stop: Stop,
@@ -86,7 +86,7 @@ def _in_company(
     train = _over_epoch(model, strategy, replica.train, Stop(), None, exchange=exchange)
     test = _over_epoch(model, strategy, replica.test, Stop(), None)
 
-    def trained(epoch: Epoch) -> Logs:
+    def train_and_share(epoch: Epoch) -> Logs:
         with strategy.waiting_for(f"step {epoch.steps_taken + 1}"):
             stopped, changed, leaves = strategy.sums(stop.asked()).numpy()
         stop.leaving = bool(leaves)
@@ -100,14 +100,14 @@ def _in_company(
             strategy.take_chiefs(variables)
         return logs
 
-    def tested(epoch: Epoch) -> Logs:
+    def test_and_share(epoch: Epoch) -> Logs:
         logs = test(epoch)
         with strategy.waiting_for(f"the end of step {epoch.steps_taken}"):
             strategy.take_chiefs(_keras.metric_variables(model))
         return logs
 
     predict = _over_shares(model, strategy, replica.predict)
-    return Functions(train=trained, test=tested, predict=predict)
+    return Functions(train=train_and_share, test=test_and_share, predict=predict)
 
 
 def _traced(model: Any, function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
@@ -126,12 +126,13 @@ class _TracedSteps:
     """Functions of an iterator that draw and make steps of one kind.
 
     Attributes:
-        one: Makes one step, given what `Stop.asked` gives.
-        several: Makes as many as it is told, one after the other.
+        one_step: Makes one step. Its arguments are an iterator and the result of `Stop.asked`.
+        several_steps: Makes steps one after the other. Its arguments are an iterator, the
+            number of steps and the result of `Stop.asked`.
     """
 
-    one: Callable[[Any, Tensor], Result]
-    several: Callable[[Any, Tensor, Tensor], Result]
+    one_step: Callable[[Any, Tensor], Result]
+    several_steps: Callable[[Any, Tensor, Tensor], Result]
 
 
 def _traced_steps(
@@ -155,7 +156,7 @@ def _traced_steps(
 
     noise = _keras.OwnNoise(strategy.place.worker_index)
 
-    def one_step(share: Share, stopping: Tensor) -> Result:
+    def on_replicas(share: Share, stopping: Tensor) -> Result:
         with noise.drawing():
             if own_step is not None:
                 own_step.begin(share)
@@ -166,9 +167,9 @@ def _traced_steps(
 
     alone = strategy.place.num_replicas == 1
     compiled = alone and model.jit_compile and own_step is None
-    compiled_step = _traced(model, one_step, jit_compile=compiled)
+    compiled_step = _traced(model, on_replicas, jit_compile=compiled)
 
-    def one(iterator: Any, stopping: Tensor) -> Result:
+    def one_step(iterator: Any, stopping: Tensor) -> Result:
         if timers is None:
             unmarked: Result = compiled_step(strategy.next_share(iterator), stopping)
             return unmarked
@@ -177,15 +178,15 @@ def _traced_steps(
         timers.note_step(result, result[1].reducing)
         return result
 
-    def several(iterator: Any, steps: Tensor, stopping: Tensor) -> Result:
-        def again(done: Tensor, _: Any) -> tuple[Tensor, Result]:
-            return done + 1, one(iterator, stopping)
+    def several_steps(iterator: Any, steps: Tensor, stopping: Tensor) -> Result:
+        def next_step(done: Tensor, _: Any) -> tuple[Tensor, Result]:
+            return done + 1, one_step(iterator, stopping)
 
-        started = (tf.constant(1), one(iterator, stopping))
-        _, last = tf.while_loop(lambda done, _: done < steps, again, started)
+        started = (tf.constant(1), one_step(iterator, stopping))
+        _, last = tf.while_loop(lambda done, _: done < steps, next_step, started)
         return last  # type: ignore[no-any-return]
 
-    return _TracedSteps(_traced(model, one), _traced(model, several))
+    return _TracedSteps(_traced(model, one_step), _traced(model, several_steps))
 
 
 def _over_epoch(
@@ -202,9 +203,9 @@ def _over_epoch(
         functools.partial(_traced_steps, model, strategy, step, timers, own_step)
     )
 
-    def make_one(epoch: Epoch, stopping: Tensor) -> Result:
+    def make_step(epoch: Epoch, stopping: Tensor) -> Result:
         phase = None if exchange is None else exchange.next_phase()
-        result = of_phase(phase).one(epoch.iterator, stopping)
+        result = of_phase(phase).one_step(epoch.iterator, stopping)
         if exchange is not None:
             exchange.end_step()
         return result
@@ -220,22 +221,22 @@ def _over_epoch(
         if stop.members_changed and strategy.place.num_workers == 1:
             raise MembersChanged("Other processes are ready to join.")
         stopping = stop.asked()
-        made = 0
+        completed = 0
         with epoch.drawing(), strategy.waiting_for(f"step {epoch.steps_taken}"):
             if model.steps_per_execution == 1:
-                logs, signals = make_one(epoch, stopping)
+                logs, signals = make_step(epoch, stopping)
             # A loop in a graph in which data ends does not say how many steps it has made.
             elif loops_here or epoch.may_end_early:
                 try:
-                    for made in range(steps):  # noqa: B007, needed where data ends
-                        logs, signals = make_one(epoch, stopping)
+                    for completed in range(steps):  # noqa: B007, needed where data ends
+                        logs, signals = make_step(epoch, stopping)
                 except tf.errors.OutOfRangeError:
-                    if not made:
+                    if not completed:
                         raise
-                    steps = made
+                    steps = completed
             else:
-                several = of_phase(None).several
-                logs, signals = several(epoch.iterator, tf.constant(steps), stopping)
+                several_steps = of_phase(None).several_steps
+                logs, signals = several_steps(epoch.iterator, tf.constant(steps), stopping)
         if strategy.place.num_workers > 1:
             heed(signals, stop, strategy, epoch)
         epoch.note_progress(steps)
@@ -249,11 +250,11 @@ def _over_shares(
 ) -> Callable[[list[Share]], Any]:
     noise = _keras.OwnNoise(strategy.place.worker_index)
 
-    def predicted(share: Share) -> Any:
+    def predict_share(share: Share) -> Any:
         with noise.drawing():
             return strategy.run(step, share)
 
-    one_step = _traced(model, predicted)
+    one_step = _traced(model, predict_share)
 
     def function(shares: list[Share]) -> Any:
         with strategy.waiting_for("a step"):

@@ -28,7 +28,7 @@ class Prepared:
     place: Place
     compiled_state: tuple[Any, ...]
     state: TrainState
-    held: contextlib.AbstractContextManager[None]
+    placed_variables: contextlib.AbstractContextManager[None]
     functions: Functions
     stop: Stop
     own_step: OwnStep | None = None
@@ -68,12 +68,12 @@ class Prepared:
         here.data_counts = None if timers is None else timers.counted
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.strategy.explaining_losses())
-            stack.enter_context(self.held)
+            stack.enter_context(self.placed_variables)
             stack.enter_context(self._functions())
             has_servers = self.strategy.has_servers
-            takes_part = self.own_step is not None or self.exchange is not None
-            several = not self.strategy.is_plain or takes_part
-            if has_servers or several or source.may_be_empty:
+            is_extended = self.own_step is not None or self.exchange is not None
+            needs_reduction = not self.strategy.is_plain or is_extended
+            if has_servers or needs_reduction or source.may_be_empty:
                 stack.enter_context(_keras.replicated(has_servers))
             else:
                 stack.enter_context(_keras.alone())
@@ -112,16 +112,16 @@ def prepare(
         maker: Of the step that takes the place of Keras's, if there is one.
         exchange_maker: Of what is put around the reduction, if something is.
     """
-    known = _keras.attached(model).prepared
-    usable = known is not None and known.fits(model, strategy)
+    previous = _keras.attached(model).prepared
+    usable = previous is not None and previous.fits(model, strategy)
     if usable and (
-        not for_training or (known.maker, known.exchange_maker) == (maker, exchange_maker)
+        not for_training or (previous.maker, previous.exchange_maker) == (maker, exchange_maker)
     ):
-        return known  # type: ignore[no-any-return]
+        return previous  # type: ignore[no-any-return]
     stop = Stop()
     _keras.attached(model).clip_optimizer = None
     own_step = None if maker is None else maker.make(model, strategy)
-    exchange = _exchange(known, model, strategy, exchange_maker)
+    exchange = _exchange(previous, model, strategy, exchange_maker)
     of_extensions = () if exchange is None else tuple(exchange.state)
     state = TrainState(tuple(variables_of(model)), of_extensions)
     # Where each process computes whole batches, all have the chief's residuals, too.
@@ -145,17 +145,21 @@ def prepare(
 
 
 def _exchange(
-    known: Prepared | None, model: Any, strategy: Strategy, maker: ExchangeMaker | None
+    previous: Prepared | None, model: Any, strategy: Strategy, maker: ExchangeMaker | None
 ) -> Exchange | None:
     """Makes what is put around the reduction; one with state outlives a change of replicas."""
     if maker is None:
         return None
-    if known is not None and known.exchange is not None and known.exchange_maker == maker:
-        is_same = _keras.is_compiled_as(model, known.compiled_state) and known.state.is_of(
-            model
-        )
-        if known.exchange.state and is_same:
-            return known.exchange
+    if (
+        previous is not None
+        and previous.exchange is not None
+        and previous.exchange_maker == maker
+    ):
+        is_same = _keras.is_compiled_as(
+            model, previous.compiled_state
+        ) and previous.state.is_of(model)
+        if previous.exchange.state and is_same:
+            return previous.exchange
     exchange = maker.make(model, strategy)
     alone = strategy.place.num_replicas == 1
     return None if alone and not exchange.acts_alone else exchange

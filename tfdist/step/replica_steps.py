@@ -36,9 +36,9 @@ class ReplicaSteps:
         self.own_step = own_step
         self.exchange = exchange
         self.alone = strategy.place.num_replicas == 1
-        self.takes_part = own_step is not None or exchange is not None
+        self.is_extended = own_step is not None or exchange is not None
         self.train_step, self.test_step = model.train_step, model.test_step
-        if not self.alone or self.takes_part:
+        if not self.alone or self.is_extended:
             self.train_step = _keras.step_of(model, "train_step")
         if not self.alone:
             self.test_step = _keras.step_of(model, "test_step")
@@ -46,7 +46,7 @@ class ReplicaSteps:
 
     def train(self, share: Share, stopping: Tensor, phase: Hashable) -> Result:
         """Updates the weights, once."""
-        if share.total is None and self.takes_part:  # the whole of a stream's batch
+        if share.total is None and self.is_extended:  # the whole of a stream's batch
             count = tf.shape(tf.nest.flatten(share.data)[0], tf.int64)[0]
             nothing = tf.constant(0, tf.int64)
             share = Share(share.data, count, count, nothing, tf.zeros([4]), no_groups())
@@ -110,7 +110,7 @@ class ReplicaSteps:
         leaves = tf.nest.flatten(logs)
         of_metrics = [batch.metric_of(leaf) for leaf in leaves]
         metrics = {id(found[0]): found[0] for found in of_metrics if found is not None}
-        results = {key: tf.nest.flatten(one.result()) for key, one in metrics.items()}
+        results = {key: tf.nest.flatten(metric.result()) for key, metric in metrics.items()}
         others = [
             tf.cast(leaf, tf.float32) * batch.share
             for leaf, found in zip(leaves, of_metrics, strict=True)

@@ -43,7 +43,7 @@ class Stop:
     def asked(self) -> Tensor:
         """Gives what this worker tells the others: float32 of shape [3]."""
         return tf.constant(
-            [float(one) for one in (self.requested, self.members_changed, self.preempted)]
+            [float(signal) for signal in (self.requested, self.members_changed, self.preempted)]
         )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tfdist import _keras
-from tfdist.step.composition import found_in_steps
+from tfdist.step.composition import traced_steps
 
 
 class Role(enum.Enum):
@@ -64,8 +64,8 @@ def optimizers_of(model: Any) -> list[Any]:
     Args:
         model: A `keras.Model`.
     """
-    found = [optimizer for step in found_in_steps(model) for optimizer in step.optimizers]
-    return _keras.with_nested([*_keras.optimizers_of(model), *found])
+    of_steps = [optimizer for step in traced_steps(model) for optimizer in step.optimizers]
+    return _keras.with_nested([*_keras.optimizers_of(model), *of_steps])
 
 
 def variables_of(model: Any) -> list[Any]:
@@ -79,5 +79,5 @@ def variables_of(model: Any) -> list[Any]:
     parts += [_keras.trained_variables(o) for o in optimizers]
     if model.compiled:
         parts.append(_keras.metric_variables(model))
-    parts += [step.variables for step in found_in_steps(model)]
+    parts += [step.variables for step in traced_steps(model)]
     return list({id(v): v for part in parts for v in part}.values())

@@ -20,15 +20,15 @@ class Times(NamedTuple):
     """What the timers have counted.
 
     Attributes:
-        drawn: Shares drawn.
-        made: Steps made of them.
+        shares: Shares drawn.
+        steps: Steps made of them.
         data: Seconds that steps waited for their data.
         reducing: Seconds from where this process had its part of a step's sums to where it
             had the sums of all: waiting for the others, and the exchange itself.
     """
 
-    drawn: float
-    made: float
+    shares: float
+    steps: float
     data: float
     reducing: float
 
@@ -49,7 +49,7 @@ class StepTimers:
     def counted(self) -> tuple[int, int]:
         """Gives how many shares were drawn, and how many steps made."""
         times = self.read()
-        return int(times.drawn), int(times.made)
+        return int(times.shares), int(times.steps)
 
     def draw(self, next_share: Any, iterator: Any) -> Any:
         """Draws what a step needs, and notes how long that took.

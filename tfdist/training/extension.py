@@ -171,7 +171,7 @@ class Continuation(Extension):
 
     def loop_callbacks(
         self,
-        given: Any,
+        callbacks: Any,
         prepared: Prepared,
         *,
         where: Callable[[], data.DataPosition],
@@ -180,9 +180,9 @@ class Continuation(Extension):
         """Makes the callbacks for Keras's loop.
 
         Args:
-            given: This process's callbacks.
+            callbacks: This process's callbacks.
             prepared: The model's compiled functions and state.
             where: Returns the position of the data, between two epochs.
             **options: Arguments of `keras.callbacks.CallbackList`.
         """
-        return given
+        return callbacks

@@ -146,7 +146,7 @@ class StragglerCallback(keras.callbacks.Callback):  # type: ignore[misc]
     def _note(self, between: float, lasted: float) -> None:
         times, before = self._timers.read(), self._last_read
         self._last_read = times
-        steps = 0.0 if before is None else times.made - before.made
+        steps = 0.0 if before is None else times.steps - before.steps
         if before is None or not steps:  # leaves out the first step, whose tracing takes long
             return
         self._epoch_times.extend(

@@ -88,13 +88,13 @@ class Progress:
         return seconds
 
     @contextlib.contextmanager
-    def while_doing(self, what: str) -> Iterator[None]:
+    def while_doing(self, activity: str) -> Iterator[None]:
         """Records what the main thread does while the context lasts.
 
         Args:
-            what: `EXCHANGING` or `SAVING`.
+            activity: `EXCHANGING` or `SAVING`.
         """
-        before, self.doing = self.doing, what
+        before, self.doing = self.doing, activity
         try:
             yield
         finally:

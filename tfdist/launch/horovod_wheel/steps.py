@@ -64,13 +64,13 @@ class StepRunner:
         return self.folder / "failure.log"
 
     def run(
-        self, command: Sequence[str], what: str, limit_s: float, *, cwd: Path | None = None
+        self, command: Sequence[str], step: str, limit_s: float, *, cwd: Path | None = None
     ) -> None:
         """Runs a step to its end.
 
         Args:
             command: The program and its arguments.
-            what: The name of the step, as the subject of a sentence.
+            step: The name of the step, as the subject of a sentence.
             limit_s: The most seconds.
             cwd: The folder to run it in; the temporary folder if None.
 
@@ -97,7 +97,7 @@ class StepRunner:
             failure = f"with exit status 0. Received: exit status {status}."
         remedies = [tip for sign, tip in _REMEDIES.items() if sign in "\n".join(error_lines)]
         lines = (
-            f"{what} must end {failure}",
+            f"{step} must end {failure}",
             "",
             *(f"  | {line[:200]}" for line in error_lines),
             "",

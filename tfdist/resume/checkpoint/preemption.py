@@ -9,10 +9,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 from tfdist.cluster import heartbeat
-from tfdist.errors import START_ME_AGAIN
+from tfdist.errors import START_ME_AGAIN, Preempted
 
 # A scheduler may signal a worker and also its launcher, which passes the signal on. Signals
 # within this time count as one.
@@ -76,10 +76,24 @@ class Preemption:
             thread.join()
             os.close(reading)
 
-    def leave(self) -> None:
-        """Notes that the training is saved and the process is ending."""
+    def leave(self, reason: str | None) -> NoReturn:
+        """Ends the training, which is saved now.
+
+        Args:
+            reason: The beginning of a line for the user; None on workers that say nothing.
+
+        Raises:
+            Preempted: Always.
+        """
         self.is_leaving = True
         heartbeat.here.set_flags(saves=True, preempted=True)
+        if reason is not None:
+            print(
+                f"tfdist: {reason}; the run ends with status {START_ME_AGAIN}, to be started "
+                "again.",
+                flush=True,
+            )
+        raise Preempted
 
     def _listen(self, reading: int) -> None:
         while numbers := os.read(reading, 64):

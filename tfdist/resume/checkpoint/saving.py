@@ -9,47 +9,49 @@ from tfdist.resume.position import ContinuedCallbacks
 
 
 class CheckpointedRun(Protocol):
-    """What puts state back, and saves it; see `CheckpointRun`."""
+    """Saves and restores the state of a training; see `CheckpointRun`."""
 
     def restore(self, memory: Memory) -> None:
-        """Puts the state back that belongs to the position."""
+        """Restores the state of the checkpoint."""
 
     def note_restored(self) -> None:
-        """Tells others that the state was put back."""
+        """Tells the other extensions that the state was restored."""
 
     def begin_epoch(self, epoch: int, memory: Memory) -> None:
-        """Notes that an epoch begins, or the rest of one."""
+        """Notes the position at which an epoch, or the rest of one, begins."""
 
     def after_step(self, memory: Memory, logs: Any) -> None:
-        """Saves, if it is time to."""
+        """Saves, if a checkpoint is due."""
 
     def leave_if_asked(self, memory: Memory, logs: Any) -> None:
-        """Saves and leaves, if a worker was asked to."""
+        """Saves and ends the process, if a worker has received SIGTERM."""
 
     def after_epoch(self, memory: Memory, is_stopped: bool) -> None:
-        """Saves the beginning of the next epoch, if it is time to."""
+        """Saves the beginning of the next epoch, if a checkpoint is due."""
 
 
 class SavingCallbacks(ContinuedCallbacks):
-    """Callbacks whose state is put back at the beginning, and saved after steps and epochs.
+    """Callbacks whose state is restored at the beginning, and saved after steps and epochs.
 
     Args:
-        run: Saves and puts back.
-        made: Steps of the first epoch that were made already.
+        run: Saves and restores.
+        steps_made: Number of completed steps of the first epoch.
         callbacks: As in `keras.callbacks.CallbackList`.
-        **options: As there.
+        **options: As in `keras.callbacks.CallbackList`.
     """
 
-    def __init__(self, run: CheckpointedRun, made: int, callbacks: Any, **options: Any) -> None:
+    def __init__(
+        self, run: CheckpointedRun, steps_made: int, callbacks: Any, **options: Any
+    ) -> None:
         super().__init__(callbacks, **options)
-        self.made = made
+        self.steps_made = steps_made
         self._run = run
         self._memory = Memory(self.callbacks)
 
     def on_train_begin(self, logs: Any = None) -> None:
-        """Puts the state back."""
+        """Restores the state, after the callbacks have begun."""
         super().on_train_begin(logs)
-        self.model._initial_epoch = None  # BackupAndRestore's; the checkpoint's is passed
+        self.model._initial_epoch = None  # of BackupAndRestore; tfdist passes its own
         self._memory.note_begun()
         self._run.restore(self._memory)
         self._run.note_restored()
@@ -60,14 +62,14 @@ class SavingCallbacks(ContinuedCallbacks):
         self._run.begin_epoch(epoch, self._memory)
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        """Saves, or leaves."""
+        """Saves, or ends the process."""
         super().on_train_batch_end(batch, logs)
-        if not self.is_made(batch + 1 - int(self.model.steps_per_execution)):
+        if not self.is_completed(batch + 1 - int(self.model.steps_per_execution)):
             self._run.after_step(self._memory, logs)
             if not self.model.stop_training:  # else the end of the epoch is saved
                 self._run.leave_if_asked(self._memory, logs)
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        """Saves."""
+        """Saves the beginning of the next epoch."""
         super().on_epoch_end(epoch, logs)
         self._run.after_epoch(self._memory, bool(self.model.stop_training))
