@@ -23,7 +23,7 @@ from tfdist.launch import Failure, Host, Worker, parse_hosts, plan_workers
 from tfdist.launch.cause import root_cause
 from tfdist.launch.hidden_output import HiddenOutput, leader
 from tfdist.launch.hosts import worker_addresses
-from tfdist.launch.output import Lines, Screen, settled
+from tfdist.launch.output import LineSplitter, Screen, settled
 from tfdist.launch.plan import free_addresses
 from tfdist.launch.resources import gpu_environments, usable_cores, visible_gpus
 
@@ -454,7 +454,7 @@ class TestLines:
     def test_cut_anywhere(self):
         text = "eins │ ━━\nzwei\r\n\ndrei\b\b\b\b\rvier\n"
         for size in range(1, 9):
-            lines = Lines()
+            lines = LineSplitter()
             data = text.encode()
             found = [
                 line
@@ -464,7 +464,7 @@ class TestLines:
             assert found == ["eins │ ━━", "zwei", "", "vier"]
 
     def test_progress_bar_does_not_pile_up(self):
-        lines = Lines()
+        lines = LineSplitter()
         tracemalloc.start()
         try:
             for i in range(10_000):

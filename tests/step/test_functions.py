@@ -9,7 +9,7 @@ import pytest
 from tfdist.cluster import Cluster
 from tfdist.errors import StrategyError
 from tfdist.step.functions import make_functions
-from tfdist.step.signals import Stop
+from tfdist.step.signals import StopState
 from tfdist.strategies.single import Single
 
 pytestmark = pytest.mark.quick
@@ -24,7 +24,7 @@ class OwnFunctions(Single):
 
 def test_a_strategy_may_replace_a_step_or_an_extension_but_not_both() -> None:
     strategy: Any = OwnFunctions(Cluster())
-    assert make_functions(None, strategy, Stop()) is strategy.functions
+    assert make_functions(None, strategy, StopState()) is strategy.functions
     own_step: Any = object()
     with pytest.raises(StrategyError, match="'single', which has functions of its own"):
-        make_functions(None, strategy, Stop(), own_step=own_step)
+        make_functions(None, strategy, StopState(), own_step=own_step)

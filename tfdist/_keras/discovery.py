@@ -40,7 +40,7 @@ RANDOM_OPS = frozenset(
 
 
 @dataclass
-class Step:
+class StepTrace:
     """What the trace of a step has found.
 
     Attributes:
@@ -80,7 +80,7 @@ class _Recorder:
     """Takes the place of a step's reduction, and records its calls."""
 
     def __init__(self) -> None:
-        self.step = Step()
+        self.step = StepTrace()
         self.gradients: list[tuple[Any, Tensor]] = []
         self.before: list[tuple[Any, Tensor]] = []
         self._graph = tf.compat.v1.get_default_graph()
@@ -123,7 +123,7 @@ class _Recorder:
                 variable.assign(tf.zeros_like(variable.value))
 
 
-def trace(step: Callable[[Any], Any], spec: Any) -> Step:
+def trace(step: Callable[[Any], Any], spec: Any) -> StepTrace:
     """Traces a step, and creates its variables, without computing anything.
 
     Args:
@@ -133,7 +133,7 @@ def trace(step: Callable[[Any], Any], spec: Any) -> Step:
     Raises:
         Exception: Any error of the step, as in Keras's own first step.
     """
-    steps: list[Step] = []
+    steps: list[StepTrace] = []
 
     def traced(data: Any) -> None:
         with recording(_only_replica(data)) as recorder:
@@ -160,7 +160,7 @@ def random_ops(graph: Any) -> list[str]:
     return sorted(RANDOM_OPS & {node.op for node in nodes})
 
 
-def _raw_writes(graph: Any, step: Step) -> list[str]:
+def _raw_writes(graph: Any, step: StepTrace) -> list[str]:
     """Names the `tf.Variable`s that a trace assigns and that back no `keras.Variable`."""
     backing = {id(v._value) for v in step.variables}
     backing |= {id(v._value) for o in step.optimizers for v in o._trainable_variables}
@@ -177,7 +177,7 @@ def _raw_writes(graph: Any, step: Step) -> list[str]:
     ]
 
 
-def run(step: Callable[[Any], Any], sample: Any) -> Step:
+def run(step: Callable[[Any], Any], sample: Any) -> StepTrace:
     """Like `trace`, for a step that must run eagerly. It runs, then its state is restored.
 
     Args:

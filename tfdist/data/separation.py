@@ -18,7 +18,7 @@ _FEWEST = 8  # different rows of a batch that does not come twice by chance
 
 
 @dataclass(slots=True)
-class _Seen:
+class _Occurrences:
     """The steps in which rows of the same values came.
 
     Attributes:
@@ -52,7 +52,7 @@ class SeparationCheck:
         self._separation = separation
         self._steps_made = steps_made
         self._number = self._first = 0
-        self._rows: dict[int, _Seen] = {}
+        self._rows: dict[int, _Occurrences] = {}
         self._batches: dict[int, int] = {}
         self._every = 1
         self.problem: str | None = None
@@ -90,11 +90,12 @@ class SeparationCheck:
         if last is not None and len(np.unique(marks)) >= _FEWEST:
             self._compare(last, step, "a batch")
         for mark in marks[marks % np.uint64(self._every) == 0].tolist():
-            seen = self._rows.setdefault(mark, _Seen(self._number))
-            if seen.number != self._number:
-                seen.number, seen.before, seen.steps = self._number, seen.steps, []
-            earlier = seen.before[len(seen.steps) :]
-            seen.steps.append(step)
+            occurrences = self._rows.setdefault(mark, _Occurrences(self._number))
+            if occurrences.number != self._number:
+                occurrences.number = self._number
+                occurrences.before, occurrences.steps = occurrences.steps, []
+            earlier = occurrences.before[len(occurrences.steps) :]
+            occurrences.steps.append(step)
             if earlier:
                 self._compare(earlier[0], step, "an example")
         while len(self._rows) > _MANY:

@@ -14,7 +14,7 @@ from typing import Any, TextIO
 
 from tfdist.errors import START_ME_AGAIN
 from tfdist.launch.cause import Failure, root_cause
-from tfdist.launch.client import CoordinatorClient
+from tfdist.launch.client import CoordinatorClient, Decision
 from tfdist.launch.output import Screen
 from tfdist.launch.process_group import ProcessGroup
 from tfdist.launch.restarts import Restart, RestartCause, Restarts
@@ -263,6 +263,20 @@ def _run_with_peers(
             group.end(_AFTER_FAILURE, received)
         else:
             _end_after(group, tuple(group.failures), failure, received)
+    return _decided(group, client, decision, failure, finished)
+
+
+def _decided(
+    group: ProcessGroup,
+    client: CoordinatorClient,
+    decision: Decision,
+    failure: Failure | None,
+    finished: tuple[str, ...],
+) -> Outcome | None:
+    """Follows the coordinator's decision after this machine's workers have ended.
+
+    `failure` is this machine's, if it had one. The result is None if all start again.
+    """
     if decision.cause is None:
         return Outcome(0, finished=finished)
     if decision.again:

@@ -10,7 +10,7 @@ from tfdist import data
 from tfdist.errors import StrategyError
 from tfdist.privacy.mechanism.step import PrivateStep, PrivateSteps
 from tfdist.privacy.run import PrivateRun
-from tfdist.step.prepared import Prepared
+from tfdist.step.prepared import PreparedModel
 from tfdist.training.extension import Extension
 from tfdist.training.request import Request
 
@@ -73,7 +73,7 @@ class PrivateTraining(Extension):
         """Says that `delta` is too large, and what is slow."""
         return self.run.notice()
 
-    def callbacks(self, request: Request, given: Any, prepared: Prepared) -> Any:
+    def callbacks(self, request: Request, given: Any, prepared: PreparedModel) -> Any:
         """Adds what keeps count and renews the noise."""
         step = prepared.own_step
         return self.run.watched(given, step) if isinstance(step, PrivateStep) else given

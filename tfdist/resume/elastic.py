@@ -21,8 +21,8 @@ from tfdist import _keras
 from tfdist.data import DataPosition, Source
 from tfdist.errors import ArgumentError, MembersChanged, PeerError, StrategyError
 from tfdist.resume.position import ContinuedCallbacks, Position
-from tfdist.step.prepared import Prepared
-from tfdist.step.signals import Stop
+from tfdist.step.prepared import PreparedModel
+from tfdist.step.signals import StopState
 from tfdist.step.state import TrainState
 from tfdist.strategies.base import Strategy
 from tfdist.training.extension import Begins, Continuation, Extension
@@ -54,7 +54,7 @@ class ElasticRun(Continuation):
         self._state = TrainState(())
         self._committed: Sequence[Any] = ()
         self._copy_state: Callable[[], Sequence[Any]] = tuple
-        self._stop = Stop()
+        self._stop = StopState()
         self._steps: int | None = None
         self._data_position: Callable[[], DataPosition] = DataPosition
         self._begun_callbacks: dict[int, Any] = {}
@@ -142,7 +142,7 @@ class ElasticRun(Continuation):
     def loop_callbacks(
         self,
         callbacks: Sequence[Any],
-        prepared: Prepared,
+        prepared: PreparedModel,
         *,
         where: Callable[[], DataPosition],
         **options: Any,

@@ -1,8 +1,8 @@
 """The train, test and predict steps that every strategy runs.
 
-A step is Keras's own `train_step`, run on each replica's share of the global batch, with
-one exact reduction: each replica's loss is scaled by its part of the batch, so gradients
-are summed and need no division; metrics are summed as state; both travel together.
+A step is Keras's own `train_step`, which runs on each replica's share of the global batch.
+One exact reduction follows. Each replica's loss is scaled by its part of the batch, so the
+sum of the gradients needs no division. Metrics are summed as state, in the same collective.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tfdist.step.exchange import Exchange
 from tfdist.step.own_step import OwnStep
 from tfdist.step.reduction import GOES_ON
 from tfdist.step.replica_steps import Logs, ReplicaSteps, Result
-from tfdist.step.signals import Stop, Tensor, heed
+from tfdist.step.signals import StopState, Tensor, heed
 from tfdist.step.timers import StepTimers
 from tfdist.strategies.base import Functions, Strategy
 from tfdist.strategies.whole import Whole, as_whole
@@ -30,7 +30,7 @@ from tfdist.strategies.whole import Whole, as_whole
 def make_functions(
     model: Any,
     strategy: Strategy,
-    stop: Stop,
+    stop: StopState,
     variables: Sequence[Any] = (),
     own_step: OwnStep | None = None,
     exchange: Exchange | None = None,
@@ -39,11 +39,11 @@ def make_functions(
 
     Args:
         model: A compiled, built `keras.Model`, its variables held by the strategy.
-        strategy: Where its replicas are.
-        stop: Shared with the callback that sets `requested` and reads `agreed`.
-        variables: All state of the model.
-        own_step: Takes the place of Keras's train step.
-        exchange: Is put around the reduction of gradients.
+        strategy: The strategy on whose replicas they run.
+        stop: The state that is shared with the callback that sets `requested`.
+        variables: The variables that processes with whole batches take from the chief.
+        own_step: Replaces Keras's train step.
+        exchange: Wraps the reduction of gradients.
 
     Returns:
         The functions for `_keras.loop_functions`.
@@ -64,11 +64,11 @@ def make_functions(
     whole_batch = as_whole(strategy)
     if whole_batch is not None and whole_batch.has_company:
         return _with_whole_batches(whole_batch, replica, stop, variables, exchange)
-    # One process has nobody to wait for, and servers' steps no place for the clocks.
+    # One process waits for nobody. A chief with servers has no place for clocks in its steps.
     timers = StepTimers() if strategy.place.num_workers > 1 else None
     return Functions(
         train=_over_epoch(model, strategy, replica.train, stop, timers, own_step, exchange),
-        test=_over_epoch(model, strategy, replica.test, Stop(), timers),
+        test=_over_epoch(model, strategy, replica.test, StopState(), timers),
         predict=_over_shares(model, strategy, replica.predict),
         timers=timers,
     )
@@ -77,14 +77,18 @@ def make_functions(
 def _with_whole_batches(
     strategy: Whole,
     replica: ReplicaSteps,
-    stop: Stop,
+    stop: StopState,
     variables: Sequence[Any],
     exchange: Exchange | None,
 ) -> Functions:
-    """Builds the functions of processes that all compute whole batches."""
+    """Builds the functions of processes that all compute whole batches.
+
+    Such a step needs no reduction of gradients. The processes exchange the signals before it,
+    and take the chief's state after it, so that float errors cannot drive them apart.
+    """
     model = replica.model
-    train = _over_epoch(model, strategy, replica.train, Stop(), None, exchange=exchange)
-    test = _over_epoch(model, strategy, replica.test, Stop(), None)
+    train = _over_epoch(model, strategy, replica.train, StopState(), None, exchange=exchange)
+    test = _over_epoch(model, strategy, replica.test, StopState(), None)
 
     def train_and_share(epoch: Epoch) -> Logs:
         with strategy.waiting_for(f"step {epoch.steps_taken + 1}"):
@@ -123,12 +127,12 @@ ReplicaStep = Callable[[Share, Tensor, Hashable], Result]
 
 @dataclass(frozen=True)
 class _TracedSteps:
-    """Functions of an iterator that draw and make steps of one kind.
+    """Traced functions that draw batches from an iterator and make steps of one kind.
 
     Attributes:
-        one_step: Makes one step. Its arguments are an iterator and the result of `Stop.asked`.
-        several_steps: Makes steps one after the other. Its arguments are an iterator, the
-            number of steps and the result of `Stop.asked`.
+        one_step: Makes one step, from an iterator and the result of `StopState.asked`.
+        several_steps: Makes steps one after the other, from an iterator, the number of steps
+            and the result of `StopState.asked`.
     """
 
     one_step: Callable[[Any, Tensor], Result]
@@ -145,12 +149,13 @@ def _traced_steps(
 ) -> _TracedSteps:
     """Wraps a replica's step into functions of an iterator.
 
-    The batches of a step of an extension's own may be of another size each time, so such a step
-    compiles what it can for itself.
+    An extension's own step may get batches of another size each time, so it is not compiled
+    here. It compiles the parts that it can.
     """
 
     def after_data(share: Share, stopping: Tensor) -> Result:
-        # When the data is over, drawing fails, and then nothing must have been changed.
+        # Drawing fails when the data ends. The step must wait for it: a step that fails must
+        # not have changed anything.
         with tf.control_dependencies(tf.nest.flatten(share, expand_composites=True)[:1]):
             return step(share, stopping, phase)
 
@@ -193,7 +198,7 @@ def _over_epoch(
     model: Any,
     strategy: Strategy,
     step: ReplicaStep,
-    stop: Stop,
+    stop: StopState,
     timers: StepTimers | None,
     own_step: OwnStep | None = None,
     exchange: Exchange | None = None,
@@ -210,7 +215,8 @@ def _over_epoch(
             exchange.end_step()
         return result
 
-    # A loop in a graph on several processes goes over all of them each round.
+    # Python's loop is chosen if a loop in the graph would be slower or wrong: the chief sends
+    # each round of it to all servers, and steps of several phases are several graphs.
     has_phases = exchange is not None and exchange.has_phases
     loops_here = model.run_eagerly or strategy.has_servers or has_phases
 
@@ -225,7 +231,7 @@ def _over_epoch(
         with epoch.drawing(), strategy.waiting_for(f"step {epoch.steps_taken}"):
             if model.steps_per_execution == 1:
                 logs, signals = make_step(epoch, stopping)
-            # A loop in a graph in which data ends does not say how many steps it has made.
+            # If the data ends in a graph's loop, nobody knows how many steps it has made.
             elif loops_here or epoch.may_end_early:
                 try:
                     for completed in range(steps):  # noqa: B007, needed where data ends

@@ -21,11 +21,11 @@ class Role(enum.Enum):
 class TrainState:
     """The variables of a training.
 
-    Whoever compares, broadcasts, saves or commits state asks for the roles that it knows.
+    Code that compares, broadcasts, saves or commits state asks for variables by role.
 
     Attributes:
         of_model: `keras.Variable`s of the model, its optimizers and metrics, all replicated.
-        of_extensions: Those of extensions, each with its role.
+        of_extensions: `keras.Variable`s of extensions, each with its role.
     """
 
     of_model: tuple[Any, ...]
@@ -43,7 +43,7 @@ class TrainState:
 
     @property
     def variables(self) -> tuple[Any, ...]:
-        """All of them."""
+        """All variables, of each role."""
         return self.of_model + tuple(variable for variable, _ in self.of_extensions)
 
     def _with(self, role: Role) -> tuple[Any, ...]:
@@ -59,7 +59,7 @@ class TrainState:
 
 
 def optimizers_of(model: Any) -> list[Any]:
-    """Lists a model's optimizers, those that only its steps know of included; each once.
+    """Lists a model's optimizers, including those that only its steps use; each once.
 
     Args:
         model: A `keras.Model`.
@@ -69,7 +69,7 @@ def optimizers_of(model: Any) -> list[Any]:
 
 
 def variables_of(model: Any) -> list[Any]:
-    """Lists all state of a model: weights, seeds, optimizers', metrics'; each once.
+    """Lists all state of a model: weights, seeds, state of optimizers and metrics; each once.
 
     Args:
         model: A built `keras.Model`.

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from tfdist import data
 from tfdist.step.exchange import ExchangeMaker
 from tfdist.step.own_step import StepMaker
-from tfdist.step.prepared import Prepared
+from tfdist.step.prepared import PreparedModel
 from tfdist.training.request import Request
 
 Begins = tuple[int, int, Callable[[], data.DataPosition], dict[str, Any]]
@@ -68,7 +68,7 @@ class Extension:
         """
         return None
 
-    def callbacks(self, request: Request, callbacks: Any, prepared: Prepared) -> Any:
+    def callbacks(self, request: Request, callbacks: Any, prepared: PreparedModel) -> Any:
         """Adds callbacks.
 
         Args:
@@ -172,7 +172,7 @@ class Continuation(Extension):
     def loop_callbacks(
         self,
         callbacks: Any,
-        prepared: Prepared,
+        prepared: PreparedModel,
         *,
         where: Callable[[], data.DataPosition],
         **options: Any,

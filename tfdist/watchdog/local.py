@@ -18,7 +18,7 @@ from tfdist.watchdog.progress import (
     STEP,
     here,
 )
-from tfdist.watchdog.settings import Settings
+from tfdist.watchdog.settings import WatchdogSettings
 
 
 class LocalStatus:
@@ -28,7 +28,9 @@ class LocalStatus:
         self._beat = 0
         self._exchange_since: float | None = None  # the beginning of the present exchange
 
-    def now(self, worker: int, settings: Settings, with_stack: bool = False) -> StatusMessage:
+    def now(
+        self, worker: int, settings: WatchdogSettings, with_stack: bool = False
+    ) -> StatusMessage:
         """Makes a message with the present status.
 
         Args:

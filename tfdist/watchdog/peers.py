@@ -7,7 +7,7 @@ import time
 
 from tfdist.cluster.key_value_store import KeyValueStore
 from tfdist.watchdog import memory
-from tfdist.watchdog.diagnosis import Lost
+from tfdist.watchdog.diagnosis import LostWorker
 from tfdist.watchdog.messages import ENDED, StatusMessage
 
 STATUS_PREFIX = "watch"
@@ -50,7 +50,7 @@ class Peers:
 
     def read_all(
         self, store: KeyValueStore | None, local: StatusMessage, beat: float
-    ) -> tuple[dict[int, StatusMessage], dict[int, Lost]]:
+    ) -> tuple[dict[int, StatusMessage], dict[int, LostWorker]]:
         """Returns the last status of each worker, and the workers that do not answer.
 
         Args:
@@ -66,7 +66,7 @@ class Peers:
         self._statuses[local.worker] = (local, now)
         missed = max(2.0, _BEATS_MISSED * beat)
         lost = {
-            worker: Lost(max(now - read_at, time.time() - status.clock), state_of(status))
+            worker: LostWorker(max(now - read_at, time.time() - status.clock), state_of(status))
             for worker, (status, read_at) in self._statuses.items()
             if now - read_at > missed and status.at != ENDED
         }
@@ -74,7 +74,7 @@ class Peers:
             lost = self.keeper_lost(store, local.worker)
         return {worker: status for worker, (status, _) in self._statuses.items()}, lost
 
-    def keeper_lost(self, store: KeyValueStore | None, worker: int) -> dict[int, Lost]:
+    def keeper_lost(self, store: KeyValueStore | None, worker: int) -> dict[int, LostWorker]:
         """Returns the keeper of a store that does not answer; nothing is known of the others.
 
         Args:
@@ -85,7 +85,7 @@ class Peers:
         if keeper is None or keeper == worker or keeper not in self._statuses:
             return {}
         status, read_at = self._statuses[keeper]
-        return {keeper: Lost(time.monotonic() - read_at, state_of(status))}
+        return {keeper: LostWorker(time.monotonic() - read_at, state_of(status))}
 
     def _record(self, worker: int, text: str) -> None:
         status, previous = StatusMessage.read(text), self._statuses.get(worker)

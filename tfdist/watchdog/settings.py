@@ -26,7 +26,7 @@ _LONGEST = 3  # ... and after this many generous limits outside a step
 
 
 @dataclass(frozen=True)
-class Settings:
+class WatchdogSettings:
     """The settings of the watcher.
 
     Attributes:
@@ -38,7 +38,7 @@ class Settings:
     on_hang: str = "end"
 
     @classmethod
-    def from_environment(cls, environ: Mapping[str, str] = os.environ) -> Settings:
+    def from_environment(cls, environ: Mapping[str, str] = os.environ) -> WatchdogSettings:
         """Reads the settings from environment variables.
 
         Args:
@@ -51,7 +51,7 @@ class Settings:
         on_hang = _action(ON_HANG, environ.get(ON_HANG, "end"))
         return cls(limit, on_hang)
 
-    def changed(self, hang_limit: float | None, on_hang: str | None) -> Settings:
+    def changed(self, hang_limit: float | None, on_hang: str | None) -> WatchdogSettings:
         """Returns the settings with other values; None keeps a value.
 
         Args:

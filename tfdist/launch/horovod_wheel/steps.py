@@ -19,8 +19,8 @@ from types import FrameType
 from rich.console import Console
 
 from tfdist.errors import BuildError
-from tfdist.launch.horovod_wheel.progress import Display
-from tfdist.launch.output import Lines
+from tfdist.launch.horovod_wheel.progress import ProgressDisplay
+from tfdist.launch.output import LineSplitter
 from tfdist.launch.signals import handled
 
 # Make writes these lines; the compiler's messages are between them.
@@ -56,7 +56,7 @@ class StepRunner:
 
     folder: Path
     environ: Mapping[str, str]
-    display: Display
+    display: ProgressDisplay
 
     @property
     def log(self) -> Path:
@@ -120,7 +120,7 @@ def step_runner(
     with (
         unwound_when_terminated(),
         tempfile.TemporaryDirectory(prefix="tfdist-", ignore_cleanup_errors=True) as name,
-        Display(console) as display,
+        ProgressDisplay(console) as display,
     ):
         folder = Path(name).resolve()
         # Killed compilers leave files in TMPDIR: here they vanish together with the folder.
@@ -195,7 +195,7 @@ def run_step(
         OSError: It could not be started.
     """
     deadline = time.monotonic() + limit_s
-    output = Lines(log.open("ab"))
+    output = LineSplitter(log.open("ab"))
     process = subprocess.Popen(
         command, cwd=cwd, env=dict(environ), stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,

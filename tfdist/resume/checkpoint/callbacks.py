@@ -21,7 +21,7 @@ _WITHOUT_STATE = (keras.callbacks.ProgbarLogger,)
 _Attributes = dict[str, tuple[Any, list[Any]]]
 
 
-class Memory:
+class CallbackState:
     """The state of a list of callbacks.
 
     An attribute is state if it is plain data and training has changed it, compared to its

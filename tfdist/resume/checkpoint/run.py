@@ -15,7 +15,7 @@ from tfdist import _keras, data, watchdog
 from tfdist._version import __version__
 from tfdist.errors import CheckpointError
 from tfdist.resume.checkpoint import files, same, tensors
-from tfdist.resume.checkpoint.callbacks import Memory
+from tfdist.resume.checkpoint.callbacks import CallbackState
 from tfdist.resume.checkpoint.plain import decode, plain_logs
 from tfdist.resume.checkpoint.preemption import Preemption
 from tfdist.resume.checkpoint.reading import FORMAT, last_checkpoint, notice_of
@@ -24,8 +24,8 @@ from tfdist.resume.checkpoint.schedule import SavingSchedule
 from tfdist.resume.checkpoint.settings import Checkpoint
 from tfdist.resume.checkpoint.writer import Writer
 from tfdist.resume.position import Position
-from tfdist.step.prepared import Prepared
-from tfdist.step.signals import Stop
+from tfdist.step.prepared import PreparedModel
+from tfdist.step.signals import StopState
 from tfdist.step.state import TrainState, variables_of
 from tfdist.strategies.base import Strategy
 from tfdist.training.extension import Begins, Continuation, Extension
@@ -59,7 +59,7 @@ class CheckpointRun(Continuation):
         self._settings.check_strategy(strategy)
         self._states: dict[str, Any] = {}
         self._writer = Writer()
-        self._preemption, self._stop = Preemption(), Stop()
+        self._preemption, self._stop = Preemption(), StopState()
         self._model: Any = None
         last = last_checkpoint(self._settings.path, strategy)
         self._state, self._arrays, self._read = last.state, last.arrays, last.read
@@ -145,7 +145,7 @@ class CheckpointRun(Continuation):
     def loop_callbacks(
         self,
         callbacks: Any,
-        prepared: Prepared,
+        prepared: PreparedModel,
         *,
         where: Callable[[], data.DataPosition],
         **options: Any,
@@ -194,13 +194,13 @@ class CheckpointRun(Continuation):
     def _note_asked(self) -> None:
         self._stop.preempted = self._preemption.asked
 
-    def leave_if_asked(self, memory: Memory, logs: Any) -> None:
+    def leave_if_asked(self, callback_state: CallbackState, logs: Any) -> None:
         """Saves and ends the process, if one of the workers has received SIGTERM.
 
         All workers do so after the same step: each step tells all of them who has to leave.
 
         Args:
-            memory: The state of the callbacks after the step.
+            callback_state: The state of the callbacks after the step.
             logs: The logs of the step.
 
         Raises:
@@ -218,7 +218,7 @@ class CheckpointRun(Continuation):
         problem = None
         try:
             if not self._schedule.has_saved(self._steps_made):
-                self._save(self._position, memory, logs)
+                self._save(self._position, callback_state, logs)
             self._writer.finish()
         except CheckpointError as error:
             problem = str(error)
@@ -242,43 +242,43 @@ class CheckpointRun(Continuation):
         self._steps_made += step - self._position.step
         self._position = self._position._replace(step=step)
 
-    def restore(self, memory: Memory) -> None:
+    def restore(self, callback_state: CallbackState) -> None:
         """Restores the state of the checkpoint, on every worker.
 
         Args:
-            memory: The state of the callbacks.
+            callback_state: The state of the callbacks.
         """
         if self._state is None:
             return
         has_seed = bool(self._state["global_seed"])
         tensors.put_back(self._computing, self._train_state, self._read, has_seed)
-        memory.restore(self._state["callbacks"], self._arrays.__getitem__)
+        callback_state.restore(self._state["callbacks"], self._arrays.__getitem__)
 
     def note_restored(self) -> None:
         """Tells the other extensions that the state was restored."""
         for other in self._others:
             other.note_restored()
 
-    def begin_epoch(self, epoch: int, memory: Memory) -> None:
+    def begin_epoch(self, epoch: int, callback_state: CallbackState) -> None:
         """Notes the position at which an epoch, or the rest of one, begins.
 
         Args:
             epoch: The epoch, as Keras counts.
-            memory: The state of the callbacks, after their `on_epoch_begin`.
+            callback_state: The state of the callbacks, after their `on_epoch_begin`.
         """
         if self._position is None or self._position.epoch != epoch:
             self._position = Position(epoch, 0, self._where())
         elif self._position.step:
             # In the middle of an epoch. Keras's loop has just reset the metrics, and callbacks
             # have begun the epoch a second time: both get the checkpoint's state again.
-            self.restore(memory)
+            self.restore(callback_state)
         self._state, self._read, self._arrays = None, None, {}
 
-    def after_step(self, memory: Memory, logs: Any) -> None:
+    def after_step(self, callback_state: CallbackState, logs: Any) -> None:
         """Saves, if a checkpoint is due.
 
         Args:
-            memory: The state of the callbacks after the step.
+            callback_state: The state of the callbacks after the step.
             logs: The logs of the step.
         """
         schedule = self._schedule
@@ -293,23 +293,27 @@ class CheckpointRun(Continuation):
                 schedule.is_due = self._strategy.broadcast_object(schedule.is_due)
         if schedule.is_due and is_ready:
             assert self._position is not None
-            self._save(self._position, memory, logs)
+            self._save(self._position, callback_state, logs)
 
-    def after_epoch(self, memory: Memory, is_stopped: bool) -> None:
+    def after_epoch(self, callback_state: CallbackState, is_stopped: bool) -> None:
         """Saves the beginning of the next epoch, if a checkpoint is due.
 
         Args:
-            memory: The state of the callbacks after the epoch.
+            callback_state: The state of the callbacks after the epoch.
             is_stopped: Whether a callback has ended the training.
         """
         assert self._position is not None
         following = self._position.epoch + 1
         if self._schedule.is_each_epoch or is_stopped or following >= self._epochs:
-            self._save(Position(following, 0, self._where()), memory, {}, is_stopped)
+            self._save(Position(following, 0, self._where()), callback_state, {}, is_stopped)
 
     @watchdog.here.while_doing(watchdog.SAVING)
     def _save(
-        self, position: Position, memory: Memory, logs: Any, is_stopped: bool = False
+        self,
+        position: Position,
+        callback_state: CallbackState,
+        logs: Any,
+        is_stopped: bool = False,
     ) -> None:
         self._schedule.note_saved(self._steps_made)
         # Per-replica state is gathered, so every worker takes part in `take`.
@@ -330,7 +334,7 @@ class CheckpointRun(Continuation):
             "setup": self._setup,
             "others": self._states,
             "logs": plain_logs(logs, arrays),
-            "callbacks": memory.state(arrays),
+            "callbacks": callback_state.state(arrays),
             "global_seed": _keras.has_global_seed(),
             "arrays": len(arrays),
         }
