@@ -41,7 +41,7 @@ RANDOM_OPS = frozenset(
 
 @dataclass
 class StepTrace:
-    """What the trace of a step has found.
+    """The optimizers, metrics and variables that a traced step uses.
 
     Attributes:
         optimizers: The optimizers that it applies.

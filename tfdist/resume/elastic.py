@@ -115,7 +115,7 @@ class ElasticRun(Continuation):
         return history
 
     def begin(self, epoch: int, start: Callable[[], DataPosition]) -> Begins:
-        """Says where an attempt begins.
+        """Returns where an attempt begins.
 
         Args:
             epoch: The epoch of the first attempt.

@@ -49,7 +49,7 @@ class Extension:
         return request
 
     def bind(self, request: Request, source: data.Source) -> None:
-        """Reads what it needs to know of the data and of the model, which is built now.
+        """Inspects the data and the model. The model has its variables now.
 
         Args:
             request: The arguments of `fit`.
@@ -118,7 +118,7 @@ class Extension:
 
 
 class Continuation(Extension):
-    """Says where a training begins, and follows its steps. By default it begins anew.
+    """Decides where a training begins, and follows its steps. By default it begins anew.
 
     Args:
         others: The training's other extensions, whose state it restores.
@@ -149,7 +149,7 @@ class Continuation(Extension):
         """
 
     def begin(self, epoch: int, start: Callable[[], data.DataPosition]) -> Begins:
-        """Says where an attempt begins.
+        """Returns where an attempt begins.
 
         Args:
             epoch: The `initial_epoch` of `fit`.

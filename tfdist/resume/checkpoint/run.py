@@ -118,7 +118,7 @@ class CheckpointRun(Continuation):
             files.check_room(self._settings.path, tensors.size_of(variables))
 
     def begin(self, epoch: int, start: Callable[[], data.DataPosition]) -> Begins:
-        """Says where training begins.
+        """Returns where training begins.
 
         Args:
             epoch: The `initial_epoch` of `fit`.
