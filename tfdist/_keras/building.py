@@ -178,8 +178,8 @@ def has_own_code(model: Any) -> bool:
     )
 
 
-def _is_keras(thing: Any) -> bool:
-    module = getattr(thing, "__module__", None) or type(thing).__module__
+def _is_keras(part: Any) -> bool:
+    module = getattr(part, "__module__", None) or type(part).__module__
     return str(module).partition(".")[0] == "keras"
 
 

@@ -164,16 +164,16 @@ def _raw_writes(graph: Any, step: StepTrace) -> list[str]:
     """Names the `tf.Variable`s that a trace assigns and that back no `keras.Variable`."""
     backing = {id(v._value) for v in step.variables}
     backing |= {id(v._value) for o in step.optimizers for v in o._trainable_variables}
-    written: set[int] = set()
+    written_ids: set[int] = set()
     for op in graph.get_operations():
         resources = [i for i, t in enumerate(op.inputs) if t.dtype == tf.resource]
         read_only = set(_dependencies._get_read_only_resource_input_indices_op(op))
-        written |= {id(op.inputs[i]) for i in resources if i not in read_only}
+        written_ids |= {id(op.inputs[i]) for i in resources if i not in read_only}
     handles = {id(outer): id(inner) for outer, inner in graph.captures}
     return [
         variable.name
         for variable in graph.variables
-        if id(variable) not in backing and handles.get(id(variable.handle)) in written
+        if id(variable) not in backing and handles.get(id(variable.handle)) in written_ids
     ]
 
 

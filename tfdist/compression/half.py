@@ -56,15 +56,15 @@ class HalfExchange(Exchange):
         self, strategy: Strategy, contribution: Contribution, phase: Hashable
     ) -> tuple[Sums, Callable[[Tensor], None]]:
         """Sums rounded gradients; see `Exchange`."""
-        sent = [self._rounded(gradient) for gradient in contribution.gradients]
+        rounded = [self._rounded(gradient) for gradient in contribution.gradients]
         summed, others = strategy.reduce_step(
-            sent, contribution.others, contribution.share, contribution.variables
+            rounded, contribution.others, contribution.share, contribution.variables
         )
-        back = [
+        gradients = [
             self._widened(total, gradient)
             for total, gradient in zip(summed, contribution.gradients, strict=True)
         ]
-        return (back, others), lambda counts: None
+        return (gradients, others), lambda counts: None
 
     def _rounded(self, gradient: Tensor) -> Tensor:
         if not _is_wide(gradient):

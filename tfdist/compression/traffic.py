@@ -64,7 +64,7 @@ def bytes_per_step(model: Any, compression: Any, embedding_rows: int = 0) -> Tra
         updated_by_rows,
     )
 
-    asked = check(compression)
+    settings = check(compression)
     by_rows = updated_by_rows(model)
     plain = compressed = 0.0
     for variable in trained_variables(model):
@@ -76,11 +76,11 @@ def bytes_per_step(model: Any, compression: Any, embedding_rows: int = 0) -> Tra
             plain, compressed = plain + rows, compressed + rows
             continue
         plain += number * size
-        if isinstance(asked, PowerSGD) and is_compressed(variable, asked, by_rows):
+        if isinstance(settings, PowerSGD) and is_compressed(variable, settings, by_rows):
             # Vectors have at least 32 bits.
             shape = matrix_shape(variable.shape)
-            compressed += number / asked.ratio(*shape) * max(size, _WIDE["float32"])
-        elif isinstance(asked, str):
+            compressed += number / settings.ratio(*shape) * max(size, _WIDE["float32"])
+        elif isinstance(settings, str):
             compressed += number * _HALF_BYTES
         else:
             compressed += number * size

@@ -119,7 +119,9 @@ class Augmented(Source):
         """Builds the stream of the local replicas' shares; see `Source.shares`."""
         # A pass of unknown length gets 2**40 step numbers of its own.
         number, batches = position.number, self.batches
-        first_step = (number << 40 if batches is None else number * batches) + position.drawn
+        first_step = (
+            number << 40 if batches is None else number * batches
+        ) + position.num_drawn
 
         def change(number: Tensor, share: Share) -> Share:
             step = first_step + number // place.local_replicas
@@ -203,18 +205,18 @@ class Augmented(Source):
         """Changes the chosen examples of a share."""
         if not self._chooses:
             return self._through_layers(x, rows)
-        chosen = tf.fill([rows.count], True)
+        is_chosen = tf.fill([rows.count], True)
         if self.augment.classes is not None:
-            chosen &= self.augment.chosen(y)
+            is_chosen &= self.augment.chosen(y)
         if repeats is not None:
             choice = rows.of(_CHOICE).uniform()
-            chosen &= choice * tf.maximum(repeats, 1.0) < repeats - 1.0
-        places = tf.where(chosen)[:, 0]
+            is_chosen &= choice * tf.maximum(repeats, 1.0) < repeats - 1.0
+        places = tf.where(is_chosen)[:, 0]
         number = tf.size(places)
         # Not every layer accepts an empty batch: then one example is changed and not used.
         chosen_rows = tf.cond(number > 0, lambda: places, lambda: rows.chosen[:1])
         rows = dataclasses.replace(rows, chosen=chosen_rows)
-        changed = self._through_layers(
+        augmented = self._through_layers(
             tf.nest.map_structure(lambda leaf: tf.gather(leaf, chosen_rows), x), rows
         )
         return tf.nest.map_structure(
@@ -222,7 +224,7 @@ class Augmented(Source):
                 tf.cast(leaf, new.dtype), places[:, None], new[:number]
             ),
             x,
-            changed,
+            augmented,
         )
 
     def _through_layers(self, x: Any, rows: draws.TransformedRows) -> Any:

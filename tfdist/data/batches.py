@@ -148,7 +148,7 @@ class GeneratorBatches(Batches):
 
     def stream(self, position: DataPosition) -> Any:
         """Wraps the rest of the generator, after the batches that an earlier process drew."""
-        for _ in itertools.islice(self._rest, position.drawn):
+        for _ in itertools.islice(self._rest, position.num_drawn):
             pass
 
         def batches() -> Iterator[Any]:
@@ -228,7 +228,7 @@ class PyDatasetBatches(Batches):
             return tf.nest.pack_sequence_as(self._spec, loaded, expand_composites=True)
 
         end = FOREVER if self.batches is None else self.batches
-        places = tf.data.Dataset.range(position.drawn, end)
+        places = tf.data.Dataset.range(position.num_drawn, end)
         workers = max(1, self.dataset.workers)
         return without_tuning(places.map(batch, workers, deterministic=True))
 

@@ -85,7 +85,7 @@ class DatasetBatches(Batches):
 
     def stream(self, position: DataPosition) -> Any:
         """Returns the dataset from a position on."""
-        return self.dataset.skip(position.drawn) if position.drawn else self.dataset
+        return self.dataset.skip(position.num_drawn) if position.num_drawn else self.dataset
 
     def spec(self) -> Any:
         """Returns the shapes and dtypes of a batch."""

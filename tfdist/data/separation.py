@@ -70,27 +70,27 @@ class SeparationCheck:
             batches: The dataset.
         """
 
-        def look(place: Tensor, batch: Any) -> Any:
-            marks = _fingerprints(batch)
-            if marks is None:
+        def look(index: Tensor, batch: Any) -> Any:
+            fingerprints = _fingerprints(batch)
+            if fingerprints is None:
                 return batch
-            is_good = tf.numpy_function(self._see, [place, marks], tf.bool)
+            is_good = tf.numpy_function(self._see, [index, fingerprints], tf.bool)
             with tf.control_dependencies([is_good]):
                 return tf.nest.map_structure(tf.identity, batch, expand_composites=True)
 
         pairs = batches.enumerate()
         return pairs.map(tf.autograph.experimental.do_not_convert(look))
 
-    def _see(self, place: np.int64, marks: Any) -> np.bool_:
+    def _see(self, index: np.int64, fingerprints: Any) -> np.bool_:
         """Checks the fingerprints of a batch, uint64 of shape [rows]."""
-        step = self._first + int(place)
-        whole = hash(marks.tobytes())
+        step = self._first + int(index)
+        whole = hash(fingerprints.tobytes())
         last = self._batches.get(whole)
         self._batches[whole] = step
-        if last is not None and len(np.unique(marks)) >= _FEWEST:
+        if last is not None and len(np.unique(fingerprints)) >= _FEWEST:
             self._compare(last, step, "a batch")
-        for mark in marks[marks % np.uint64(self._every) == 0].tolist():
-            occurrences = self._rows.setdefault(mark, _Occurrences(self._number))
+        for fingerprint in fingerprints[fingerprints % np.uint64(self._every) == 0].tolist():
+            occurrences = self._rows.setdefault(fingerprint, _Occurrences(self._number))
             if occurrences.number != self._number:
                 occurrences.number = self._number
                 occurrences.before, occurrences.steps = occurrences.steps, []
@@ -126,8 +126,8 @@ def _fingerprints(batch: Any) -> Tensor:
     ]
     if not parts:
         return None
-    marks = tf.raw_ops.Fingerprint(data=tf.concat(parts, 1), method="farmhash64")
-    return tf.bitcast(marks, tf.uint64)
+    of_rows = tf.raw_ops.Fingerprint(data=tf.concat(parts, 1), method="farmhash64")
+    return tf.bitcast(of_rows, tf.uint64)
 
 
 def check_places(dataset: Any, promised: bool) -> None:

@@ -93,7 +93,9 @@ class Stream:
         position = self.epochs.position
         goes_on = self._pass == position.number or self.source.spans_passes
         if self.iterator is None or not goes_on:
-            self.iterator = self._iterator(position._replace(drawn=position.drawn + steps_made))
+            self.iterator = self._iterator(
+                position._replace(num_drawn=position.num_drawn + steps_made)
+            )
         self._pass = position.number
         return steps_made
 
@@ -108,7 +110,7 @@ class Stream:
         shares = self._pipeline
         if shares is None:
             shares = self.strategy.distribute(build)
-            if source.is_same_each_pass and self.columns is None and not position.drawn:
+            if source.is_same_each_pass and self.columns is None and not position.num_drawn:
                 self._pipeline = shares
         source.note_iterator(position)
         return iter(shares)

@@ -170,7 +170,7 @@ class ElasticRun(Continuation):
         all_callbacks = _AttemptCallbacks(
             [*callbacks, *history, _Commits(self)], add_history=True, **options
         )
-        all_callbacks.begun = self._begun_callbacks
+        all_callbacks.begun_callbacks = self._begun_callbacks
         all_callbacks.steps_made = 0 if self.position is None else self.position.step
         return all_callbacks
 
@@ -215,12 +215,12 @@ class ElasticRun(Continuation):
 class _AttemptCallbacks(ContinuedCallbacks):
     """Callbacks of which some have begun in an earlier attempt, by their ids."""
 
-    begun: dict[int, Any]
+    begun_callbacks: dict[int, Any]
 
     def on_train_begin(self, logs: Any = None) -> None:
         all_callbacks = self.callbacks
-        self.callbacks = [c for c in all_callbacks if id(c) not in self.begun]
-        self.begun.update((id(c), c) for c in self.callbacks)
+        self.callbacks = [c for c in all_callbacks if id(c) not in self.begun_callbacks]
+        self.begun_callbacks.update((id(c), c) for c in self.callbacks)
         super().on_train_begin(logs)
         self.callbacks = all_callbacks
 

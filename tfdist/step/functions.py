@@ -92,7 +92,7 @@ def _with_whole_batches(
 
     def train_and_share(epoch: Epoch) -> Logs:
         with strategy.waiting_for(f"step {epoch.steps_taken + 1}"):
-            stopped, changed, leaves = strategy.sums(stop.asked()).numpy()
+            stopped, changed, leaves = strategy.sums(stop.requests()).numpy()
         stop.leaving = bool(leaves)
         if changed:
             raise MembersChanged("Processes came, or are about to go.")
@@ -130,9 +130,9 @@ class _TracedSteps:
     """Traced functions that draw batches from an iterator and make steps of one kind.
 
     Attributes:
-        one_step: Makes one step, from an iterator and the result of `StopState.asked`.
+        one_step: Makes one step, from an iterator and the result of `StopState.requests`.
         several_steps: Makes steps one after the other, from an iterator, the number of steps
-            and the result of `StopState.asked`.
+            and the result of `StopState.requests`.
     """
 
     one_step: Callable[[Any, Tensor], Result]
@@ -184,11 +184,11 @@ def _traced_steps(
         return result
 
     def several_steps(iterator: Any, steps: Tensor, stopping: Tensor) -> Result:
-        def next_step(done: Tensor, _: Any) -> tuple[Tensor, Result]:
-            return done + 1, one_step(iterator, stopping)
+        def next_step(completed: Tensor, _: Any) -> tuple[Tensor, Result]:
+            return completed + 1, one_step(iterator, stopping)
 
         started = (tf.constant(1), one_step(iterator, stopping))
-        _, last = tf.while_loop(lambda done, _: done < steps, next_step, started)
+        _, last = tf.while_loop(lambda completed, _: completed < steps, next_step, started)
         return last  # type: ignore[no-any-return]
 
     return _TracedSteps(_traced(model, one_step), _traced(model, several_steps))
@@ -226,7 +226,7 @@ def _over_epoch(
             return epoch.logs
         if stop.members_changed and strategy.place.num_workers == 1:
             raise MembersChanged("Other processes are ready to join.")
-        stopping = stop.asked()
+        stopping = stop.requests()
         completed = 0
         with epoch.drawing(), strategy.waiting_for(f"step {epoch.steps_taken}"):
             if model.steps_per_execution == 1:

@@ -39,7 +39,7 @@ class OwnStep(Protocol):
         Args:
             data: The replica's rows: `x`, `(x, y)` or `(x, y, sample_weight)`.
             batch: The position of these rows in the global batch.
-            stopping: The result of `StopState.asked`.
+            stopping: The result of `StopState.requests`.
 
         Returns:
             The rows and `stopping`; the step may change both.

@@ -41,7 +41,7 @@ class StopState:
     preempted: bool = False
     leaving: bool = False
 
-    def asked(self) -> Tensor:
+    def requests(self) -> Tensor:
         """Returns the requests that this worker sends: float32 of shape [3]."""
         return tf.constant(
             [float(signal) for signal in (self.requested, self.members_changed, self.preempted)]

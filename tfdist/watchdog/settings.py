@@ -61,12 +61,12 @@ class WatchdogSettings:
         Raises:
             ArgumentError: A value is invalid.
         """
-        changed = self
+        settings = self
         if hang_limit is not None:
-            changed = replace(changed, limit=_seconds("hang_limit", hang_limit))
+            settings = replace(settings, limit=_seconds("hang_limit", hang_limit))
         if on_hang is not None:
-            changed = replace(changed, on_hang=_action("on_hang", on_hang))
-        return changed
+            settings = replace(settings, on_hang=_action("on_hang", on_hang))
+        return settings
 
     def limit_of(self, at: str, median: float | None) -> float:
         """Returns the seconds without progress after which a hang is reported.

@@ -237,8 +237,8 @@ def _output(process: subprocess.Popen[bytes], deadline: float) -> Iterator[bytes
     assert process.stdout is not None
     with selectors.DefaultSelector() as selector, process.stdout as stream:
         selector.register(stream, selectors.EVENT_READ)
-        while (left := deadline - time.monotonic()) > 0:
-            if selector.select(left):
+        while (seconds_left := deadline - time.monotonic()) > 0:
+            if selector.select(seconds_left):
                 data = os.read(stream.fileno(), 65536)
                 if not data:
                     return

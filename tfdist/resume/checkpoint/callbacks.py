@@ -34,12 +34,12 @@ class CallbackState:
 
     def __init__(self, callbacks: Sequence[Any]) -> None:
         self._named = list(_named(callbacks))
-        self._at_first = {name: _attributes(callback) for name, callback in self._named}
-        self._begun = self._at_first
+        self._before_begin = {name: _attributes(callback) for name, callback in self._named}
+        self._after_begin = self._before_begin
 
     def note_begun(self) -> None:
         """Notes the attributes after `on_train_begin`."""
-        self._begun = {name: _attributes(callback) for name, callback in self._named}
+        self._after_begin = {name: _attributes(callback) for name, callback in self._named}
 
     def state(self, arrays: list[Any]) -> dict[str, Any]:
         """Returns the state of all callbacks, for JSON.
@@ -53,7 +53,7 @@ class CallbackState:
             if checkpoint_state is not None:
                 states[name] = {"own": _encode(callback, checkpoint_state(), arrays)}
                 continue
-            first, begun = self._at_first[name], self._begun[name]
+            first, begun = self._before_begin[name], self._after_begin[name]
             changed = {
                 attribute: value
                 for attribute, value in _attributes(callback).items()

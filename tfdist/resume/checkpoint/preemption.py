@@ -27,20 +27,20 @@ class Preemption:
     A thread listens, since the main thread may wait in a collective.
 
     Attributes:
-        asked: Whether SIGTERM has been received.
-        on_asked: Called when it is received, from any thread.
+        is_requested: Whether SIGTERM has been received.
+        on_request: Called when it is received, from any thread.
         is_leaving: Whether the training is saved and the process is ending. Then further
             signals are ignored.
     """
 
     def __init__(self) -> None:
-        self.asked = False
-        self.on_asked: Callable[[], None] = lambda: None
+        self.is_requested = False
+        self.on_request: Callable[[], None] = lambda: None
         self.is_leaving = False
         self._first_signal_time: float | None = None
 
     @contextlib.contextmanager
-    def heard(self) -> Iterator[None]:
+    def listening(self) -> Iterator[None]:
         """Listens for SIGTERM while the context lasts, if entered in the main thread."""
         # `getsignal` returns None for a handler that is not Python's, such as TensorFlow's.
         original = signal.getsignal(signal.SIGTERM)
@@ -53,7 +53,7 @@ class Preemption:
         # Python calls this handler in the main thread, as soon as that runs Python code. So a
         # signal between two steps takes effect in the next step, even if the listening thread
         # is late.
-        signal.signal(signal.SIGTERM, lambda number, frame: self._ask())
+        signal.signal(signal.SIGTERM, lambda number, frame: self._request())
         original_fd = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
         global _process
         _process = os.getpid()
@@ -101,9 +101,9 @@ class Preemption:
                 if number == signal.SIGTERM and not self.is_leaving:
                     self._handle_signal()
 
-    def _ask(self) -> None:
-        self.asked = True
-        self.on_asked()
+    def _request(self) -> None:
+        self.is_requested = True
+        self.on_request()
 
     def _handle_signal(self) -> None:
         now = time.monotonic()
@@ -111,7 +111,7 @@ class Preemption:
         is_second = first is not None and now - first > _SAME_SIGNAL_S
         if is_second or heartbeat.here.must_end:
             os._exit(128 + signal.SIGTERM)
-        self._ask()
+        self._request()
         if first is None:
             self._first_signal_time = now
             print(

@@ -162,8 +162,8 @@ class CheckpointRun(Continuation):
         self._computing = prepared.strategy
         self._epochs = options["epochs"]
         self._stop, self._model = prepared.stop, prepared.model
-        self._preemption.on_asked = self._note_asked
-        self._note_asked()
+        self._preemption.on_request = self._note_preemption
+        self._note_preemption()
         steps_made = 0 if self._position is None else self._position.step
         callbacks = list(getattr(callbacks, "callbacks", callbacks))
         return SavingCallbacks(self, steps_made, callbacks, add_history=True, **options)
@@ -177,7 +177,7 @@ class CheckpointRun(Continuation):
         Raises:
             Preempted: One of the workers has received SIGTERM.
         """
-        with self._preemption.heard():
+        with self._preemption.listening():
             try:
                 yield
             except BaseException:
@@ -188,13 +188,13 @@ class CheckpointRun(Continuation):
                 self._writer.close()
                 self._stop.preempted = False
             self._writer.finish()
-            if any(self._strategy.gather_objects(self._preemption.asked)):
+            if any(self._strategy.gather_objects(self._preemption.is_requested)):
                 self._leave("training had come to its end, and is saved")
 
-    def _note_asked(self) -> None:
-        self._stop.preempted = self._preemption.asked
+    def _note_preemption(self) -> None:
+        self._stop.preempted = self._preemption.is_requested
 
-    def leave_if_asked(self, callback_state: CallbackState, logs: Any) -> None:
+    def leave_if_preempted(self, callback_state: CallbackState, logs: Any) -> None:
         """Saves and ends the process, if one of the workers has received SIGTERM.
 
         All workers do so after the same step: each step tells all of them who has to leave.

@@ -23,7 +23,7 @@ class CheckpointedRun(Protocol):
     def after_step(self, callback_state: CallbackState, logs: Any) -> None:
         """Saves, if a checkpoint is due."""
 
-    def leave_if_asked(self, callback_state: CallbackState, logs: Any) -> None:
+    def leave_if_preempted(self, callback_state: CallbackState, logs: Any) -> None:
         """Saves and ends the process, if a worker has received SIGTERM."""
 
     def after_epoch(self, callback_state: CallbackState, is_stopped: bool) -> None:
@@ -67,7 +67,7 @@ class SavingCallbacks(ContinuedCallbacks):
         if not self.is_completed(batch + 1 - int(self.model.steps_per_execution)):
             self._run.after_step(self._callback_state, logs)
             if not self.model.stop_training:  # else the end of the epoch is saved
-                self._run.leave_if_asked(self._callback_state, logs)
+                self._run.leave_if_preempted(self._callback_state, logs)
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         """Saves the beginning of the next epoch."""
