@@ -91,6 +91,8 @@ class Stream:
         self._current = epoch
         self.epochs.begin()
         position = self.epochs.position
+        # As in Keras, an epoch may end within a pass, and the next one goes on with the same
+        # iterator. A new iterator would shuffle the pass again.
         goes_on = self._pass == position.number or self.source.spans_passes
         if self.iterator is None or not goes_on:
             self.iterator = self._iterator(

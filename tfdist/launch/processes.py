@@ -228,6 +228,8 @@ def _run_with_peers(
     meeting: Callable[[Worker], AbstractContextManager[Any]],
 ) -> Outcome | None:
     """Runs workers together with those of other machines; None if all start again."""
+    # Each machine reports once how its own workers ended, and then goes on with their output
+    # until the coordinator has decided for all machines.
     failure, has_reported, has_made_step = None, False, False
     decision = client.meet(received, lambda line: group.say(0, line))
     if plan is not None and client.active:

@@ -96,6 +96,10 @@ class ElasticRun(Continuation):
                             "would send later, are lost."
                         )
                     print(message, file=sys.stderr, flush=True)
+                    # The step that failed may have changed some variables, and one process may
+                    # have completed it when another has not. So each process returns to its
+                    # last commit. `_join` takes the first rank's position, and the next attempt
+                    # its state.
                     if self.position is not None:
                         for variable, value in zip(
                             self._state.variables, self._committed, strict=True
@@ -193,6 +197,8 @@ class ElasticRun(Continuation):
             self.commit(Position(epoch, 0, self._data_position()))
 
     def _join(self) -> None:
+        # A process that joins has no position yet. It takes all of this from the first rank,
+        # which is why the first rank must be an old one.
         self._strategy.join()
         states = self._strategy.gather_objects((self.position, self.seed, self._number))
         if states[0][0] is None and any(position is not None for position, *_ in states):

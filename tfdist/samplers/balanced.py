@@ -229,6 +229,8 @@ class Quotas(BoundSampler):
 
     def _draw_block(self, seed: int, epoch: int, block: int) -> Rows:
         counts, before, _ = self._plan(seed, epoch)
+        # The passes through a class go on from epoch to epoch: each of its rows is drawn once
+        # before the first one is drawn again.
         firsts = epoch * self.quotas + before[block]
         present = np.flatnonzero(counts[block])
         by_class = np.concatenate(

@@ -221,6 +221,8 @@ def _over_epoch(
     loops_here = model.run_eagerly or strategy.has_servers or has_phases
 
     def function(epoch: Epoch) -> Logs:
+        # The position counts an execution's steps before they are drawn, on all workers alike.
+        # Steps that an earlier process made are only counted.
         steps = epoch.pass_made(epoch.take(model.steps_per_execution))
         if steps == 0:
             return epoch.logs
@@ -243,6 +245,7 @@ def _over_epoch(
             else:
                 several_steps = of_phase(None).several_steps
                 logs, signals = several_steps(epoch.iterator, tf.constant(steps), stopping)
+        # All workers heed the signals of the same step, and before any callback sees its logs.
         if strategy.place.num_workers > 1:
             heed(signals, stop, strategy, epoch)
         epoch.note_progress(steps)

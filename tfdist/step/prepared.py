@@ -81,6 +81,8 @@ class PreparedModel:
         stop.requested = stop.agreed = stop.members_changed = stop.leaving = False
         timers = self.functions.timers
         here.data_counts = None if timers is None else timers.counted
+        # The order matters when the contexts end: Keras gets its functions back before the
+        # variables leave the replicas, and a lost worker is explained after both.
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.strategy.explaining_losses())
             stack.enter_context(self.placed_variables)

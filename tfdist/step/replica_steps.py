@@ -63,6 +63,7 @@ class ReplicaSteps:
             return self.train_step(share.data), no_signals()
         with _keras.on_replica(self._batch(share)) as batch:
             own_step = self.own_step
+            # It may ask all workers to stop, so it comes before the agreement sends `stopping`.
             if own_step is not None:
                 data, stopping = own_step.begin_step(share.data, batch, stopping)
                 share = share._replace(data=data)

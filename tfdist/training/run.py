@@ -81,6 +81,8 @@ class Training:
         """
         request, source, validation = self._request, self._training_data, self._validation_data
         self._continuation.begin_attempt(source)
+        # This compares the facts of all workers. A difference is named here, before it can make
+        # a later collective hang.
         prepared = self._prepare()
         if not self._has_begun:
             prepared.begin_training()
