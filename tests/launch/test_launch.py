@@ -37,7 +37,8 @@ LAUNCHER = """
 import json, sys
 from pathlib import Path
 from contextlib import nullcontext
-from tfdist.launch import Restarts, Roster, joined, listed, parse_hosts, run_workers
+from tfdist.launch import Restarts, Roster, connect_launchers
+from tfdist.launch import parse_hosts, restart_lines, run_workers
 options = json.loads(sys.argv[1])
 log_dir = options.pop("log_dir", None)
 options["hosts"] = hosts = parse_hosts(options["hosts"]) if "hosts" in options else ()
@@ -52,7 +53,7 @@ roster = Roster(
 )
 together = nullcontext()
 if most and options["hosts"]:
-    together = joined(
+    together = connect_launchers(
         options["hosts"],
         options["node_rank"],
         options["port"],
@@ -71,7 +72,7 @@ with together as client:
         plan=roster.of_hosts if least else None,
         shows_all=shows_all,
     )
-for line in listed(outcome.restarts):
+for line in restart_lines(outcome.restarts):
     print(line)
 if outcome.elsewhere:
     print("ELSEWHERE", outcome.elsewhere.what)

@@ -114,13 +114,13 @@ def test_limits_are_learned() -> None:
     assert settings.limit_of(STEP, 10.0) == 200
     assert settings.limit_of(BETWEEN, 10.0) == 600
     assert settings.end_of(STEP, None) == 600
-    changed = settings.changed(0, "report")
+    changed = settings.with_values(0, "report")
     assert changed == WatchdogSettings(0.0, "report")
     for wrong in ({"TFDIST_HANG_LIMIT": "-1"}, {"TFDIST_ON_HANG": "stop"}):
         with pytest.raises(ArgumentError, match=next(iter(wrong))):
             WatchdogSettings.from_environment(wrong)
     with pytest.raises(ArgumentError, match="hang_limit"):
-        settings.changed(float("nan"), None)
+        settings.with_values(float("nan"), None)
 
 
 def test_progress_of_nested_calls() -> None:

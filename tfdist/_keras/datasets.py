@@ -119,7 +119,7 @@ def _is_reshuffling(dataset: Any) -> bool:
     return _is(dataset, "Shuffle") and bool(dataset._reshuffle_each_iteration)
 
 
-def copied(dataset: Any, number: int = 0) -> Any:
+def copy_of(dataset: Any, number: int = 0) -> Any:
     """Copies a dataset. The copy has its own order, which starts at the beginning.
 
     It draws random numbers sequentially. It shares tables, generators and Python functions

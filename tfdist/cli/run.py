@@ -21,10 +21,10 @@ from tfdist.launch import (
     Roster,
     Worker,
     check_names,
-    joined,
-    listed,
+    connect_launchers,
     parse_elastic,
     parse_hosts,
+    restart_lines,
     run_workers,
     script_command,
 )
@@ -173,7 +173,7 @@ def run(
         max_restarts = 3
     connection: AbstractContextManager[CoordinatorClient | None] = nullcontext()
     if max_restarts and len(machines) > 1:
-        connection = joined(
+        connection = connect_launchers(
             machines,
             node_rank or 0,
             port,
@@ -243,7 +243,7 @@ def _explain(
                 + f"{outcome.elsewhere.what}{repetition} All workers have been ended.",
                 err=True,
             )
-        for line in listed(outcome.restarts):
+        for line in restart_lines(outcome.restarts):
             click.echo(line, err=True)
         return
     lines = [click.style("Error: ", fg="red", bold=True) + failure.describe()]
@@ -268,5 +268,5 @@ def _explain(
         lines.append(f"Its whole output: {log_dir / failure.worker.log_name}")
     if len(workers) > 1:
         lines.append("All workers on this machine have been ended.")
-    lines += listed(outcome.restarts)
+    lines += restart_lines(outcome.restarts)
     click.echo("\n".join(lines), err=True)

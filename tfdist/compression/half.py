@@ -56,22 +56,22 @@ class HalfExchange(Exchange):
         self, strategy: Strategy, contribution: Contribution, phase: Hashable
     ) -> tuple[Sums, Callable[[Tensor], None]]:
         """Sums rounded gradients; see `Exchange`."""
-        rounded = [self._rounded(gradient) for gradient in contribution.gradients]
+        rounded = [self._round(gradient) for gradient in contribution.gradients]
         summed, others = strategy.reduce_step(
             rounded, contribution.others, contribution.share, contribution.variables
         )
         gradients = [
-            self._widened(total, gradient)
+            self._widen(total, gradient)
             for total, gradient in zip(summed, contribution.gradients, strict=True)
         ]
         return (gradients, others), lambda counts: None
 
-    def _rounded(self, gradient: Tensor) -> Tensor:
+    def _round(self, gradient: Tensor) -> Tensor:
         if not _is_wide(gradient):
             return gradient
         return tf.cast(gradient * tf.cast(self._factor, gradient.dtype), self._wire_type)
 
-    def _widened(self, total: Tensor, gradient: Tensor) -> Tensor:
+    def _widen(self, total: Tensor, gradient: Tensor) -> Tensor:
         if not _is_wide(gradient):
             return total
         return tf.cast(total, gradient.dtype) / tf.cast(self._factor, gradient.dtype)

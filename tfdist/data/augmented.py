@@ -135,7 +135,7 @@ class Augmented(Source):
             rows = draws.TransformedRows(self._seed, first, count, tf.range(count), keys).of(
                 step
             )
-            return share._replace(data=_with_x(batch, self._changed(x, y, repeats, rows)))
+            return share._replace(data=_with_x(batch, self._augment(x, y, repeats, rows)))
 
         shares = self.source.shares(place, position).enumerate()
         return map_elements(shares, change).prefetch(PARALLEL)
@@ -201,7 +201,7 @@ class Augmented(Source):
     def _chooses(self) -> bool:
         return self.augment.classes is not None or self.augment.repeated
 
-    def _changed(self, x: Any, y: Any, repeats: Any, rows: draws.TransformedRows) -> Any:
+    def _augment(self, x: Any, y: Any, repeats: Any, rows: draws.TransformedRows) -> Any:
         """Changes the chosen examples of a share."""
         if not self._chooses:
             return self._through_layers(x, rows)

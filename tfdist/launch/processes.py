@@ -18,7 +18,7 @@ from tfdist.launch.client import CoordinatorClient, Decision
 from tfdist.launch.output import Screen
 from tfdist.launch.process_group import ProcessGroup
 from tfdist.launch.restarts import Restart, RestartCause, Restarts
-from tfdist.launch.signals import handled
+from tfdist.launch.signals import handling
 from tfdist.launch.slots import Slots
 from tfdist.launch.worker import Worker
 
@@ -250,10 +250,10 @@ def _run_with_peers(
                 failure = root_cause(group.failures)
                 waited = time.monotonic() - failed_at > _PEER_FAILURE_S
                 if waited or not group.is_running or not failure.blames_peer:
-                    client.failed(RestartCause.of(failure))
+                    client.report_failure(RestartCause.of(failure))
                     has_reported = True
             elif not group.is_running or group.is_done:
-                client.done()
+                client.report_done()
                 has_reported = True
         if received:
             outcome = _interrupted(group, received, grace)
@@ -318,5 +318,5 @@ def _signals() -> Iterator[list[int]]:
     def collect(number: int, frame: FrameType | None) -> None:
         received.append(number)
 
-    with handled((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), collect):
+    with handling((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), collect):
         yield received

@@ -171,7 +171,7 @@ class Restarts:
                 restart.seconds = time.time() - restart.cause.ended
 
 
-def listed(restarts: Sequence[Restart]) -> list[str]:
+def restart_lines(restarts: Sequence[Restart]) -> list[str]:
     """Returns the lines of the summary.
 
     Args:

@@ -15,7 +15,7 @@ import keras
 
 from tfdist import _keras
 from tfdist.errors import StrategyError
-from tfdist.step.prepared import scoped
+from tfdist.step.prepared import take_out_of_scope
 from tfdist.step.state import variables_of
 from tfdist.strategies.base import Strategy
 from tfdist.strategies.whole import whole
@@ -66,7 +66,7 @@ def _guarded_train_on_batch(
             "of one process, and it is no faster. `fit` splits batches among the workers."
         )
         with routing.running(), _keras.outside_scopes():
-            scoped(model, "auto")
+            take_out_of_scope(model, "auto")
             result = original(model, *args, **kwargs)
         if strategy.place.num_workers > 1:
             with strategy.waiting_for("the end of train_on_batch"):

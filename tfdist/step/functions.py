@@ -114,7 +114,7 @@ def _with_whole_batches(
     return Functions(train=train_and_share, test=test_and_share, predict=predict)
 
 
-def _traced(model: Any, function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+def _trace(model: Any, function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     function = tf.autograph.experimental.do_not_convert(function)
     if model.run_eagerly:
         return function
@@ -172,7 +172,7 @@ def _traced_steps(
 
     alone = strategy.place.num_replicas == 1
     compiled = alone and model.jit_compile and own_step is None
-    compiled_step = _traced(model, on_replicas, jit_compile=compiled)
+    compiled_step = _trace(model, on_replicas, jit_compile=compiled)
 
     def one_step(iterator: Any, stopping: Tensor) -> Result:
         if timers is None:
@@ -191,7 +191,7 @@ def _traced_steps(
         _, last = tf.while_loop(lambda completed, _: completed < steps, next_step, started)
         return last  # type: ignore[no-any-return]
 
-    return _TracedSteps(_traced(model, one_step), _traced(model, several_steps))
+    return _TracedSteps(_trace(model, one_step), _trace(model, several_steps))
 
 
 def _over_epoch(
@@ -263,7 +263,7 @@ def _over_shares(
         with noise.drawing():
             return strategy.run(step, share)
 
-    one_step = _traced(model, predict_share)
+    one_step = _trace(model, predict_share)
 
     def function(shares: list[Share]) -> Any:
         with strategy.waiting_for("a step"):

@@ -80,7 +80,7 @@ class PreparedModel:
         stop = self.stop
         stop.requested = stop.agreed = stop.members_changed = stop.leaving = False
         timers = self.functions.timers
-        here.data_counts = None if timers is None else timers.counted
+        here.data_counts = None if timers is None else timers.counts
         # The order matters when the contexts end: Keras gets its functions back before the
         # variables leave the replicas, and a lost worker is explained after both.
         with contextlib.ExitStack() as stack:
@@ -182,7 +182,7 @@ def _exchange(
     return None if alone and not exchange.acts_alone else exchange
 
 
-def scoped(model: Any, strategy: Any) -> Any:
+def take_out_of_scope(model: Any, strategy: Any) -> Any:
     """Takes a model out of the `tf.distribute` scope in which it was made.
 
     Args:

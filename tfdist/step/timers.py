@@ -46,7 +46,7 @@ class StepTimers:
         read = tf.raw_ops.ReadVariableOp(resource=self._values.handle, dtype=tf.float64)
         return StepTimes(*read.numpy().tolist())
 
-    def counted(self) -> tuple[int, int]:
+    def counts(self) -> tuple[int, int]:
         """Returns the numbers of shares drawn and of steps made."""
         times = self.read()
         return int(times.shares), int(times.steps)

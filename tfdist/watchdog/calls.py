@@ -35,7 +35,9 @@ def configure(hang_limit: float | None = None, on_hang: str | None = None) -> No
         on_hang: "end" or "report". None keeps the setting.
     """
     global _settings
-    _settings = (_settings or WatchdogSettings.from_environment()).changed(hang_limit, on_hang)
+    _settings = (_settings or WatchdogSettings.from_environment()).with_values(
+        hang_limit, on_hang
+    )
     if _watcher is not None:
         _watcher.settings = _settings
 

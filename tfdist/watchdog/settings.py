@@ -51,7 +51,7 @@ class WatchdogSettings:
         on_hang = _action(ON_HANG, environ.get(ON_HANG, "end"))
         return cls(limit, on_hang)
 
-    def changed(self, hang_limit: float | None, on_hang: str | None) -> WatchdogSettings:
+    def with_values(self, hang_limit: float | None, on_hang: str | None) -> WatchdogSettings:
         """Returns the settings with other values; None keeps a value.
 
         Args:

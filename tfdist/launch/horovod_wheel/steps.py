@@ -21,7 +21,7 @@ from rich.console import Console
 from tfdist.errors import BuildError
 from tfdist.launch.horovod_wheel.progress import ProgressDisplay
 from tfdist.launch.output import LineSplitter
-from tfdist.launch.signals import handled
+from tfdist.launch.signals import handling
 
 # Make writes these lines; the compiler's messages are between them.
 _COMMAND = re.compile(r"\[ *\d+%\]|g?make(?:\[\d+\])?: |/\S*/g?make |cd /|-- ")
@@ -219,7 +219,7 @@ def unwound_when_terminated() -> Iterator[None]:
     def leave(number: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + number)
 
-    with handled((signal.SIGTERM, signal.SIGHUP), leave):
+    with handling((signal.SIGTERM, signal.SIGHUP), leave):
         yield
 
 
