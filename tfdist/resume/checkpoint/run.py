@@ -339,14 +339,8 @@ class CheckpointRun(Continuation):
             "arrays": len(arrays),
         }
         content |= {f"arrays/{i}": tf.convert_to_tensor(a) for i, a in enumerate(arrays)}
-        settings = self._settings
-        write = functools.partial(
-            files.write,
-            settings.path,
-            position.epoch,
-            position.step,
-            content,
-            state,
-            settings.keep,
+        path, keep = self._settings.path, self._settings.keep
+        epoch, step, _ = position
+        self._writer.begin(
+            functools.partial(files.write, path, epoch, step, content, state, keep)
         )
-        self._writer.begin(write)
