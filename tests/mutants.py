@@ -116,7 +116,7 @@ MUTANTS = {
     ),
     "a checkpoint forgets where the data stands": Mutant(
         "data/datasets.py",
-        "return self.dataset.skip(position.drawn) if position.drawn else self.dataset",
+        "return self.dataset.skip(position.num_drawn) if position.num_drawn else self.dataset",
         "return self.dataset",
         "tests/resume/test_checkpoint.py",
     ),

@@ -128,7 +128,7 @@ def fit(
     """
     preflight.check_counts(epochs=epochs, initial_epoch=initial_epoch)
     preflight.check_steps(steps_per_epoch=steps_per_epoch, validation_steps=validation_steps)
-    session, model = current(strategy), preflight.compiled(model)
+    session, model = current(strategy), preflight.compiled_model(model)
     model_history.check_idle(model)
     request = Request(
         session=session,

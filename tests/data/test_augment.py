@@ -47,7 +47,7 @@ def transforming(layer: Any) -> Any:
     @tf.function
     def transformed(batch: Any, first: Any, chosen: Any) -> Any:
         seed, count = tf.constant([3, 4], tf.int64), tf.shape(batch, tf.int64)[0]
-        rows = draws.Rows(seed, tf.cast(first, tf.int64), count, chosen)
+        rows = draws.TransformedRows(seed, tf.cast(first, tf.int64), count, chosen)
         return draws.transform(layer, tf.gather(batch, chosen), rows, by_row)
 
     return by_row, lambda batch, first, chosen: transformed(
@@ -86,7 +86,9 @@ def test_numbers_are_uniform_and_independent_of_other_draws() -> None:
     draws.transformed(layer, spec)
     assert draws.draws_by_row(layer, spec)
     count = tf.constant(20_000, tf.int64)
-    rows = draws.Rows(tf.constant([1, 2], tf.int64), 0 * count, count, tf.range(count))
+    rows = draws.TransformedRows(
+        tf.constant([1, 2], tf.int64), 0 * count, count, tf.range(count)
+    )
     whole, part, tail = draws.transform(layer, tf.zeros((20_000, 1)), rows, True).numpy().T
     np.testing.assert_allclose(np.bincount(whole.astype(int)), [0, 0, 0, *[5000] * 4], atol=300)
     np.testing.assert_allclose(np.histogram(part, 10, (0, 1))[0], [2000] * 10, atol=250)

@@ -11,7 +11,7 @@ import tensorflow as tf
 import tfdist
 from tfdist.cluster import Cluster
 from tfdist.data.local import LocalArrays, bind
-from tfdist.data.local_rows import Holdings, exchange
+from tfdist.data.local_rows import RowsPerWorker, exchange
 from tfdist.errors import ArgumentError
 from tfdist.samplers import ClassBalanced, Stratified, Uniform
 from tfdist.strategies.base import Place
@@ -23,7 +23,7 @@ ALONE = Single(Cluster.from_environment())
 
 def arrays_of(rows: list[int], sampler: Any, place: Place, **options: Any) -> LocalArrays:
     """What the worker of a place holds: row r of the global data set has the value r."""
-    holdings = options.pop("holdings", None) or Holdings(rows, None, [])
+    holdings = options.pop("holdings", None) or RowsPerWorker(rows, None, [])
     worker = place.worker_index
     first, end = holdings.first_rows[worker : worker + 2]
     column = tf.range(first, end, dtype=tf.float32)[:, None]
@@ -78,7 +78,7 @@ def test_a_share_without_rows_carries_zeros():
 
 
 def test_classes_are_drawn_over_all_workers():
-    holdings = Holdings([50, 10], [0, 1], [[50, 0], [5, 5]])
+    holdings = RowsPerWorker([50, 10], [0, 1], [[50, 0], [5, 5]])
     place = places(2, 1)[1]
     order = np.array([1, 3, 5, 7, 9, 0, 2, 4, 6, 8])  # its rows of class 0, then of class 1
     source = arrays_of([50, 10], ClassBalanced(), place, holdings=holdings, order=order)
@@ -95,11 +95,11 @@ def test_classes_are_drawn_over_all_workers():
 
 
 def test_labels_are_made_up_from_counts():
-    holdings = Holdings([3, 2], ["cat", "dog"], [[1, 2], [2, 0]])
+    holdings = RowsPerWorker([3, 2], ["cat", "dog"], [[1, 2], [2, 0]])
     assert holdings.labels().tolist() == ["cat", "dog", "dog", "cat", "cat"]
-    several = Holdings([2, 1], [(), (0, 2)], [[1, 1], [0, 1]], columns=3)
+    several = RowsPerWorker([2, 1], [(), (0, 2)], [[1, 1], [0, 1]], columns=3)
     np.testing.assert_array_equal(several.labels(), [[0, 0, 0], [1, 0, 1], [1, 0, 1]])
-    assert Holdings([2, 1], None, []).labels() is None
+    assert RowsPerWorker([2, 1], None, []).labels() is None
 
 
 def test_what_a_worker_tells():
@@ -122,18 +122,20 @@ def test_what_a_worker_tells():
     ],
 )
 def test_skew(counts, skew):
-    found = Holdings([sum(row) for row in counts], list(range(len(counts[0]))), counts).skew()
+    found = RowsPerWorker(
+        [sum(row) for row in counts], list(range(len(counts[0]))), counts
+    ).skew()
     assert found == pytest.approx(skew, abs=1e-12)
 
 
 def test_skew_between_the_ends():
-    skew = Holdings([100, 100], [0, 1], [[90, 10], [10, 90]]).skew()
+    skew = RowsPerWorker([100, 100], [0, 1], [[90, 10], [10, 90]]).skew()
     # The mutual information of class and worker, in bits; a worker is worth one.
     assert skew == pytest.approx(1 + 0.9 * np.log2(0.9) + 0.1 * np.log2(0.1))
 
 
 def test_report():
-    holdings = Holdings([30, 10], [0, 1], [[30, 0], [5, 5]])
+    holdings = RowsPerWorker([30, 10], [0, 1], [[30, 0], [5, 5]])
     source = arrays_of([30, 10], Stratified(), places(2, 1)[0], holdings=holdings)
     lines = source.report().splitlines()
     assert lines[1].split() == [
@@ -154,7 +156,7 @@ def test_report():
 
 
 def test_workers_that_weigh_the_same():
-    holdings = Holdings([90, 10, 0], None, [])
+    holdings = RowsPerWorker([90, 10, 0], None, [])
     weights = [holdings.weight_of(worker) for worker in range(2)]
     assert weights == pytest.approx([100 / 180, 100 / 20])
     assert sum(n * w for n, w in zip(holdings.rows, weights, strict=False)) == pytest.approx(
@@ -166,4 +168,4 @@ def test_one_process_needs_no_exchange():
     with pytest.raises(ArgumentError, match="weight_by"):
         tfdist.LocalShard(weight_by="rows")
     with pytest.raises(ArgumentError, match="that are not classes"):
-        bind(ClassBalanced(), Holdings([2], None, []))
+        bind(ClassBalanced(), RowsPerWorker([2], None, []))

@@ -23,7 +23,7 @@ from tfdist.launch import Failure, Host, Worker, parse_hosts, plan_workers
 from tfdist.launch.cause import root_cause
 from tfdist.launch.hidden_output import HiddenOutput, leader
 from tfdist.launch.hosts import worker_addresses
-from tfdist.launch.output import Lines, Screen, settled
+from tfdist.launch.output import LineSplitter, Screen, settled
 from tfdist.launch.plan import free_addresses
 from tfdist.launch.resources import gpu_environments, usable_cores, visible_gpus
 
@@ -37,7 +37,8 @@ LAUNCHER = """
 import json, sys
 from pathlib import Path
 from contextlib import nullcontext
-from tfdist.launch import Restarts, Roster, joined, listed, parse_hosts, run_workers
+from tfdist.launch import Restarts, Roster, connect_launchers
+from tfdist.launch import parse_hosts, restart_lines, run_workers
 options = json.loads(sys.argv[1])
 log_dir = options.pop("log_dir", None)
 options["hosts"] = hosts = parse_hosts(options["hosts"]) if "hosts" in options else ()
@@ -52,7 +53,7 @@ roster = Roster(
 )
 together = nullcontext()
 if most and options["hosts"]:
-    together = joined(
+    together = connect_launchers(
         options["hosts"],
         options["node_rank"],
         options["port"],
@@ -71,7 +72,7 @@ with together as client:
         plan=roster.of_hosts if least else None,
         shows_all=shows_all,
     )
-for line in listed(outcome.restarts):
+for line in restart_lines(outcome.restarts):
     print(line)
 if outcome.elsewhere:
     print("ELSEWHERE", outcome.elsewhere.what)
@@ -454,7 +455,7 @@ class TestLines:
     def test_cut_anywhere(self):
         text = "eins │ ━━\nzwei\r\n\ndrei\b\b\b\b\rvier\n"
         for size in range(1, 9):
-            lines = Lines()
+            lines = LineSplitter()
             data = text.encode()
             found = [
                 line
@@ -464,7 +465,7 @@ class TestLines:
             assert found == ["eins │ ━━", "zwei", "", "vier"]
 
     def test_progress_bar_does_not_pile_up(self):
-        lines = Lines()
+        lines = LineSplitter()
         tracemalloc.start()
         try:
             for i in range(10_000):

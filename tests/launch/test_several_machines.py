@@ -116,11 +116,11 @@ def test_launchers_start_together_and_again_and_end_together(
     both = link(port, 0), link(port, 1)
     assert meet(*both) == [None, None]
     lost = failure(-9)
-    both[1].failed(lost)
+    both[1].report_failure(lost)
     assert [decision_of(one) for one in both] == [(True, lost), (True, lost)]
     assert meet(*both) == [None, None]
     later = replace(lost, where="later", signature=("x",))
-    both[0].failed(later)  # one restart was allowed
+    both[0].report_failure(later)  # one restart was allowed
     assert [decision_of(one) for one in both] == [(False, later), (False, later)]
     for one in both:
         one.close()
@@ -129,10 +129,10 @@ def test_launchers_start_together_and_again_and_end_together(
 def test_the_run_is_over_when_all_have_ended_well(coordinator: Coordinator, port: int) -> None:
     both = link(port, 0), link(port, 1)
     meet(*both)
-    both[0].done()
+    both[0].report_done()
     time.sleep(0.5)
     assert both[0].decision is None
-    both[1].done()
+    both[1].report_done()
     assert [decision_of(one) for one in both] == [(False, None), (False, None)]
     for one in both:
         one.close()

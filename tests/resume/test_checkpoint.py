@@ -21,7 +21,7 @@ from tests.equivalence.cases import table
 from tfdist import watchdog
 from tfdist.errors import ArgumentError, CheckpointError
 from tfdist.resume.checkpoint import files, plain
-from tfdist.resume.checkpoint.callbacks import Memory
+from tfdist.resume.checkpoint.callbacks import CallbackState
 
 STEPS = 7  # of an epoch
 quick = pytest.mark.quick
@@ -460,11 +460,11 @@ def test_only_what_training_changed_is_put_back() -> None:
             self.patience, self.wait = patience, 0
 
     before, after = Counting(patience=2), Counting(patience=5)
-    memory = Memory([before])
+    memory = CallbackState([before])
     before.wait = 1
     arrays: list[Any] = []
     state = memory.state(arrays)
-    Memory([after]).restore(state, arrays.__getitem__)
+    CallbackState([after]).restore(state, arrays.__getitem__)
     assert (after.patience, after.wait) == (5, 1)
 
 
@@ -484,18 +484,18 @@ def test_a_callback_may_say_itself_what_its_state_is() -> None:
     one, other = Own(), Own()
     one.generator.random(3)
     arrays: list[Any] = []
-    state = json.loads(json.dumps(Memory([one]).state(arrays)))
-    Memory([other]).restore(state, arrays.__getitem__)
+    state = json.loads(json.dumps(CallbackState([one]).state(arrays)))
+    CallbackState([other]).restore(state, arrays.__getitem__)
     assert other.generator.random() == one.generator.random()
 
 
 @quick
 def test_where_a_release_keeps_its_callbacks_does_not_matter() -> None:
     one, other = (keras.callbacks.EarlyStopping("loss") for _ in range(2))
-    memory = Memory([one])
+    memory = CallbackState([one])
     one.wait = 3
     (name, state), *_ = memory.state([]).items()
     assert name == "keras.EarlyStopping 1"
     older = {"keras.src.callbacks.early_stopping.EarlyStopping 1": state}
-    Memory([other]).restore(older, [].__getitem__)
+    CallbackState([other]).restore(older, [].__getitem__)
     assert other.wait == 3

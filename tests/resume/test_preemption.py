@@ -41,10 +41,10 @@ def test_it_is_heard_while_the_context_lasts() -> None:
     usual = signal.signal(signal.SIGTERM, lambda number, frame: calls.append(number))
     try:
         preemption = Preemption()
-        with preemption.heard():
-            assert not preemption.asked
+        with preemption.listening():
+            assert not preemption.is_requested
             os.kill(os.getpid(), signal.SIGTERM)
-            assert preemption.asked
+            assert preemption.is_requested
             os.kill(os.getpid(), signal.SIGTERM)  # the launcher's, of the same request
             time.sleep(0.2)
         assert calls == []
@@ -58,7 +58,7 @@ def test_a_second_one_ends_the_process() -> None:
 
     def wait() -> None:
         preemption = Preemption()
-        with preemption.heard():
+        with preemption.listening():
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(1.2)
             os.kill(os.getpid(), signal.SIGTERM)
@@ -69,7 +69,7 @@ def test_a_second_one_ends_the_process() -> None:
 
 def test_a_child_is_ended_and_its_signal_is_not_the_parents() -> None:
     preemption = Preemption()
-    with preemption.heard():
+    with preemption.listening():
         children: list[int] = []
         thread = threading.Thread(
             target=lambda: children.append(forked(lambda: time.sleep(30)))
@@ -82,4 +82,4 @@ def test_a_child_is_ended_and_its_signal_is_not_the_parents() -> None:
             os.kill(child, signal.SIGTERM)
         assert [status_of(child) for child in children] == [-signal.SIGTERM] * 2
         time.sleep(0.2)
-        assert not preemption.asked
+        assert not preemption.is_requested

@@ -123,9 +123,9 @@ def test_a_copy_of_a_dataset_begins_anew(seed: int | None) -> None:
     dataset = tf.data.Dataset.range(8).shuffle(8, seed=seed)
     orders = order(dataset, 3)
     assert len(set(map(tuple, orders))) == 3
-    assert order(datasets.copied(dataset), 3) == orders
-    other = order(datasets.copied(dataset, 1))
-    assert other == order(datasets.copied(dataset, 1))
+    assert order(datasets.copy_of(dataset), 3) == orders
+    other = order(datasets.copy_of(dataset, 1))
+    assert other == order(datasets.copy_of(dataset, 1))
     assert other[0] not in orders
 
 
@@ -153,7 +153,7 @@ def test_random_maps_are_made_in_turn() -> None:
         lambda x: tf.random.uniform([]) + 0.0 * tf.cast(x, tf.float32), num_parallel_calls=4
     )
     assert datasets.draws_in_parallel(rows) == "RandomUniform"
-    first, second = ([float(x) for x in datasets.copied(rows)] for _ in range(2))
+    first, second = ([float(x) for x in datasets.copy_of(rows)] for _ in range(2))
     assert first == second
     assert datasets.draws_in_parallel(rows.map(lambda x: x, num_parallel_calls=4)) is not None
 

@@ -37,6 +37,6 @@ def test_steps_are_counted_and_timed_where_there_are_clocks(deterministic: bool)
 
     for _ in range(3):
         step()
-    assert ours.counted() == (3, 3)
+    assert ours.counts() == (3, 3)
     times = ours.read()
     assert (times.reducing > 0) == (times.data > 0) == (not deterministic)

@@ -20,11 +20,11 @@ from tfdist.launch.worker import Worker
 from tfdist.strategies.base import Place
 from tfdist.strategies.connected import Connected
 from tfdist.watchdog import diagnosis, memory, progress, stacks
-from tfdist.watchdog.diagnosis import Lost
+from tfdist.watchdog.diagnosis import LostWorker
 from tfdist.watchdog.local import LocalStatus
 from tfdist.watchdog.messages import ENDED, StatusMessage
 from tfdist.watchdog.progress import BETWEEN, OUTSIDE, START, STEP, Progress
-from tfdist.watchdog.settings import Settings
+from tfdist.watchdog.settings import WatchdogSettings
 
 pytestmark = pytest.mark.quick
 
@@ -36,7 +36,7 @@ def note(worker: int, **values: Any) -> StatusMessage:
     return StatusMessage(worker, f"worker {worker}", **{**usual, **values})
 
 
-def first_cause(*notes: StatusMessage, lost: dict[int, Lost] | None = None) -> Any:
+def first_cause(*notes: StatusMessage, lost: dict[int, LostWorker] | None = None) -> Any:
     return diagnosis.causes(dict(enumerate(notes)), lost or {})[0]
 
 
@@ -71,7 +71,7 @@ def test_causes(other: dict[str, Any], words: str, certain: bool) -> None:
     ],
 )
 def test_workers_that_do_not_answer(state: str | None, words: str, certain: bool) -> None:
-    lost = {1: Lost(20.0, state)}
+    lost = {1: LostWorker(20.0, state)}
     cause = first_cause(note(0), note(1, pid=4), lost=lost)
     assert words in cause.text
     assert cause.certain == certain
@@ -108,19 +108,19 @@ def test_notes_come_back_also_from_another_version() -> None:
 
 
 def test_limits_are_learned() -> None:
-    settings = Settings.from_environment({})
-    assert settings == Settings(60.0, "end")
+    settings = WatchdogSettings.from_environment({})
+    assert settings == WatchdogSettings(60.0, "end")
     assert settings.limit_of(STEP, None) == settings.limit_of(STEP, 2.0) == 60
     assert settings.limit_of(STEP, 10.0) == 200
     assert settings.limit_of(BETWEEN, 10.0) == 600
     assert settings.end_of(STEP, None) == 600
-    changed = settings.changed(0, "report")
-    assert changed == Settings(0.0, "report")
+    changed = settings.with_values(0, "report")
+    assert changed == WatchdogSettings(0.0, "report")
     for wrong in ({"TFDIST_HANG_LIMIT": "-1"}, {"TFDIST_ON_HANG": "stop"}):
         with pytest.raises(ArgumentError, match=next(iter(wrong))):
-            Settings.from_environment(wrong)
+            WatchdogSettings.from_environment(wrong)
     with pytest.raises(ArgumentError, match="hang_limit"):
-        settings.changed(float("nan"), None)
+        settings.with_values(float("nan"), None)
 
 
 def test_progress_of_nested_calls() -> None:
@@ -155,7 +155,7 @@ class Pair(Connected):
         return content
 
     def gather_bytes(self, content: bytes) -> list[bytes]:
-        self.seen.append(LocalStatus().now(0, Settings()).phase)
+        self.seen.append(LocalStatus().now(0, WatchdogSettings()).phase)
         return [content, content]
 
 
@@ -164,8 +164,8 @@ def test_what_goes_on_between_steps_is_marked() -> None:
     with progress.here.calling("fit", alone=False):
         assert pair.gather_objects(3) == [3, 3]
         with progress.here.while_doing(progress.SAVING):
-            phase = LocalStatus().now(0, Settings()).phase
-        after = LocalStatus().now(0, Settings()).phase
+            phase = LocalStatus().now(0, WatchdogSettings()).phase
+        after = LocalStatus().now(0, WatchdogSettings()).phase
     start = "`fit`, before its first step: "
     assert pair.seen == [f"{start}exchanging settings with the others"]
     assert phase == f"{start}saving a checkpoint"

@@ -42,7 +42,7 @@ from tfdist._keras.building import (
     step_of,
 )
 from tfdist._keras.checkpoints import CheckpointSaver
-from tfdist._keras.discovery import Step, keeping_random_state, random_ops, rows_of
+from tfdist._keras.discovery import StepTrace, keeping_random_state, random_ops, rows_of
 from tfdist._keras.keyed import RowKeys, row_numbers
 from tfdist._keras.loop import (
     EVALUATE,
@@ -94,7 +94,7 @@ __all__ = [
     "OwnNoise",
     "ReplicaBatch",
     "RowKeys",
-    "Step",
+    "StepTrace",
     "StreamAdapter",
     "alone",
     "around",

@@ -15,10 +15,10 @@ from keras.src.backend.common import global_state as _global_state
 from keras.src.random.seed_generator import global_seed_generator as _global_seed_generator
 from keras.src.utils import rng_utils as _rng_utils
 
-from tfdist._keras.discovery import Step, run, trace
+from tfdist._keras.discovery import StepTrace, run, trace
 
 
-def build(model: Any, kind: str, spec: Any, sample: Callable[[], Any]) -> Step:
+def build(model: Any, kind: str, spec: Any, sample: Callable[[], Any]) -> StepTrace:
     """Creates every variable that a step needs, without running a step.
 
     A variable that is made while a replica's step is traced would belong to that replica.
@@ -48,7 +48,7 @@ def build(model: Any, kind: str, spec: Any, sample: Callable[[], Any]) -> Step:
     else:
         is_built = not has_own(model, kind) and build_from_shapes(model, spec)
     if is_built and is_all_keras:
-        return Step()
+        return StepTrace()
     step = step_of(model, kind)
     if model.run_eagerly:
         return run(step, sample())
@@ -178,8 +178,8 @@ def has_own_code(model: Any) -> bool:
     )
 
 
-def _is_keras(thing: Any) -> bool:
-    module = getattr(thing, "__module__", None) or type(thing).__module__
+def _is_keras(part: Any) -> bool:
+    module = getattr(part, "__module__", None) or type(part).__module__
     return str(module).partition(".")[0] == "keras"
 
 

@@ -33,8 +33,9 @@ def reshuffles_ahead(dataset: Any) -> bool:
         dataset: A `tf.data.Dataset`.
     """
     return any(
-        _is(one, "Repeat") and any(_is_reshuffling(before) for before in _upstream(one))
-        for one in _upstream(dataset)
+        _is(upstream, "Repeat")
+        and any(_is_reshuffling(earlier) for earlier in _upstream(upstream))
+        for upstream in _upstream(dataset)
     )
 
 
@@ -50,12 +51,12 @@ def repetitions(dataset: Any) -> list[tuple[int, bool]]:
     """
     repeats: list[tuple[int, bool]] = []
 
-    def look(one: Any, is_batched: bool) -> None:
-        inputs = one._inputs()
-        if _is(one, "Repeat") or _is(one, "ShuffleAndRepeat"):
+    def look(node: Any, is_batched: bool) -> None:
+        inputs = node._inputs()
+        if _is(node, "Repeat") or _is(node, "ShuffleAndRepeat"):
             repeats.append((int(inputs[0].cardinality()), is_batched))
-        for inner in inputs:
-            look(inner, is_batched or "Batch" in type(one).__name__)
+        for source in inputs:
+            look(source, is_batched or "Batch" in type(node).__name__)
 
     look(dataset, False)
     return repeats
@@ -69,8 +70,8 @@ def draws_in_parallel(dataset: Any) -> str | None:
     Args:
         dataset: A `tf.data.Dataset`.
     """
-    for one in _upstream(dataset):
-        random_ops = RANDOM_OPS & _ops(one) if _is(one, "ParallelMap") else ()
+    for upstream in _upstream(dataset):
+        random_ops = RANDOM_OPS & _ops(upstream) if _is(upstream, "ParallelMap") else ()
         if random_ops:
             return sorted(random_ops)[0]
     return None
@@ -83,9 +84,9 @@ def may_differ(dataset: Any) -> list[str]:
         dataset: A `tf.data.Dataset`.
     """
     causes: dict[str, None] = {}  # an ordered set
-    for one in _upstream(dataset):
-        ops = _ops(one)
-        if _is(one, "Shuffle"):
+    for upstream in _upstream(dataset):
+        ops = _ops(upstream)
+        if _is(upstream, "Shuffle"):
             causes["shuffle"] = None
         if ops & {"PyFunc", "PyFuncStateless", "EagerPyFunc"}:
             causes["a Python function (from_generator, py_function or numpy_function)"] = None
@@ -106,8 +107,8 @@ def _ops(dataset: Any) -> set[str]:
 
 def _upstream(dataset: Any) -> Iterator[Any]:
     yield dataset
-    for one in dataset._inputs():
-        yield from _upstream(one)
+    for source in dataset._inputs():
+        yield from _upstream(source)
 
 
 def _is(dataset: Any, name: str) -> bool:
@@ -118,7 +119,7 @@ def _is_reshuffling(dataset: Any) -> bool:
     return _is(dataset, "Shuffle") and bool(dataset._reshuffle_each_iteration)
 
 
-def copied(dataset: Any, number: int = 0) -> Any:
+def copy_of(dataset: Any, number: int = 0) -> Any:
     """Copies a dataset. The copy has its own order, which starts at the beginning.
 
     It draws random numbers sequentially. It shares tables, generators and Python functions
@@ -182,12 +183,12 @@ def _set_seed(node: Any, by_name: dict[str, Any], number: int) -> None:
 
 
 def _is_random(node: Any, functions: dict[str, Any]) -> bool:
-    names, seen = [node.attr["f"].func.name], set()
+    names, visited = [node.attr["f"].func.name], set()
     while names:
         name = names.pop()
-        if name in seen or name not in functions:
+        if name in visited or name not in functions:
             continue
-        seen.add(name)
+        visited.add(name)
         for inner in functions[name].node_def:
             if inner.op in RANDOM_OPS:
                 return True

@@ -40,8 +40,8 @@ RANDOM_OPS = frozenset(
 
 
 @dataclass
-class Step:
-    """What the trace of a step has found.
+class StepTrace:
+    """The optimizers, metrics and variables that a traced step uses.
 
     Attributes:
         optimizers: The optimizers that it applies.
@@ -80,7 +80,7 @@ class _Recorder:
     """Takes the place of a step's reduction, and records its calls."""
 
     def __init__(self) -> None:
-        self.step = Step()
+        self.step = StepTrace()
         self.gradients: list[tuple[Any, Tensor]] = []
         self.before: list[tuple[Any, Tensor]] = []
         self._graph = tf.compat.v1.get_default_graph()
@@ -123,7 +123,7 @@ class _Recorder:
                 variable.assign(tf.zeros_like(variable.value))
 
 
-def trace(step: Callable[[Any], Any], spec: Any) -> Step:
+def trace(step: Callable[[Any], Any], spec: Any) -> StepTrace:
     """Traces a step, and creates its variables, without computing anything.
 
     Args:
@@ -133,7 +133,7 @@ def trace(step: Callable[[Any], Any], spec: Any) -> Step:
     Raises:
         Exception: Any error of the step, as in Keras's own first step.
     """
-    steps: list[Step] = []
+    steps: list[StepTrace] = []
 
     def traced(data: Any) -> None:
         with recording(_only_replica(data)) as recorder:
@@ -160,24 +160,24 @@ def random_ops(graph: Any) -> list[str]:
     return sorted(RANDOM_OPS & {node.op for node in nodes})
 
 
-def _raw_writes(graph: Any, step: Step) -> list[str]:
+def _raw_writes(graph: Any, step: StepTrace) -> list[str]:
     """Names the `tf.Variable`s that a trace assigns and that back no `keras.Variable`."""
     backing = {id(v._value) for v in step.variables}
     backing |= {id(v._value) for o in step.optimizers for v in o._trainable_variables}
-    written: set[int] = set()
+    written_ids: set[int] = set()
     for op in graph.get_operations():
         resources = [i for i, t in enumerate(op.inputs) if t.dtype == tf.resource]
         read_only = set(_dependencies._get_read_only_resource_input_indices_op(op))
-        written |= {id(op.inputs[i]) for i in resources if i not in read_only}
+        written_ids |= {id(op.inputs[i]) for i in resources if i not in read_only}
     handles = {id(outer): id(inner) for outer, inner in graph.captures}
     return [
         variable.name
         for variable in graph.variables
-        if id(variable) not in backing and handles.get(id(variable.handle)) in written
+        if id(variable) not in backing and handles.get(id(variable.handle)) in written_ids
     ]
 
 
-def run(step: Callable[[Any], Any], sample: Any) -> Step:
+def run(step: Callable[[Any], Any], sample: Any) -> StepTrace:
     """Like `trace`, for a step that must run eagerly. It runs, then its state is restored.
 
     Args:

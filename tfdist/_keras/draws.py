@@ -17,14 +17,14 @@ from tfdist._keras.layer_draws import (
     CountingDraws,
     ExampleDraws,
     RowDraws,
-    Rows,
+    TransformedRows,
     drawing,
     fold,
 )
 from tfdist._keras.traces import map_fn
 from tfdist.errors import ArgumentError
 
-__all__ = ["Rows", "draws_by_row", "mixes", "transform", "transformed"]
+__all__ = ["TransformedRows", "draws_by_row", "mixes", "transform", "transformed"]
 
 Tensor = Any
 # Ops whose numbers depend on earlier draws, which differ between replicas.
@@ -95,7 +95,7 @@ def mixes(name: str) -> ArgumentError:
     )
 
 
-def transform(layer: Any, batch: Tensor, rows: Rows, by_row: bool) -> Tensor:
+def transform(layer: Any, batch: Tensor, rows: TransformedRows, by_row: bool) -> Tensor:
     """Applies a layer. Its random numbers are a function of `rows`.
 
     Args:

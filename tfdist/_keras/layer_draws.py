@@ -27,7 +27,7 @@ fold = tf.random.experimental.stateless_fold_in
 
 
 @dataclass(frozen=True)
-class Rows:
+class TransformedRows:
     """The examples of a share that a layer transforms, and the seed of their numbers.
 
     Attributes:
@@ -45,7 +45,7 @@ class Rows:
     chosen: Tensor
     keys: Tensor | None = None
 
-    def of(self, number: Any) -> Rows:
+    def of(self, number: Any) -> TransformedRows:
         """Returns the same examples with another seed.
 
         Args:
@@ -120,7 +120,7 @@ class ExampleDraws(LayerDraws):
 class RowDraws(LayerDraws):
     """LayerDraws for all examples of the share, and returns the rows of the chosen ones."""
 
-    def __init__(self, rows: Rows) -> None:
+    def __init__(self, rows: TransformedRows) -> None:
         self._rows = rows
 
     def numbers(self, shape: Any, dtype: Any, op: Callable[..., Any]) -> Tensor:

@@ -106,9 +106,7 @@ def loop_functions(
             called for these.
         **functions: `train_function`, `test_function` and `predict_function`.
     """
-    before = {name: getattr(model, name) for name in functions}
     keras_functions: dict[str, Callable[..., Any]] = {}
-    is_outermost = "_get_metrics_result_or_logs" not in vars(model)
     get_results = model._get_metrics_result_or_logs
     has_run_steps = False
 
@@ -137,11 +135,23 @@ def loop_functions(
 
         return dispatch
 
+    replacements = {
+        "make_train_function": _refusing_compile(model),
+        "_get_metrics_result_or_logs": results_of_steps,
+        **{name: dispatching(name, function) for name, function in functions.items()},
+    }
+    with contextlib.ExitStack() as stack:
+        for name, replacement in replacements.items():
+            stack.enter_context(_replaced_attribute(model, name, replacement))
+        yield
+
+
+def _refusing_compile(model: Any) -> Callable[..., Any]:
+    """Makes a `make_train_function` that raises if the model has been compiled again."""
     compiled, make = compiled_state(model), model.make_train_function
-    instance_make = vars(model).get("make_train_function")
 
     def make_train_function(force: bool = False) -> Any:
-        """Raises if the model has been compiled again: tfdist has not moved its optimizer."""
+        # tfdist has not moved the variables of the new optimizer.
         if not is_compiled_as(model, compiled):
             raise ArgumentError(
                 "A model must not be compiled while it trains. Received: a callback that calls "
@@ -150,23 +160,22 @@ def loop_functions(
             )
         return make(force)
 
-    vars(model)["make_train_function"] = make_train_function
-    for name, function in functions.items():
-        setattr(model, name, dispatching(name, function))
-    vars(model)["_get_metrics_result_or_logs"] = results_of_steps
+    return make_train_function
+
+
+@contextlib.contextmanager
+def _replaced_attribute(model: Any, name: str, replacement: Any) -> Iterator[None]:
+    """Replaces an attribute of a model itself. Its class's attribute shows again at the end."""
+    is_own = name in vars(model)
+    original = vars(model).get(name)
+    vars(model)[name] = replacement
     try:
         yield
     finally:
-        if is_outermost:
-            del vars(model)["_get_metrics_result_or_logs"]
+        if is_own:
+            vars(model)[name] = original
         else:
-            vars(model)["_get_metrics_result_or_logs"] = get_results
-        if instance_make is None:
-            del vars(model)["make_train_function"]
-        else:
-            vars(model)["make_train_function"] = instance_make
-        for name, function in before.items():
-            setattr(model, name, function)
+            vars(model).pop(name, None)
 
 
 @contextlib.contextmanager

@@ -106,9 +106,9 @@ def metrics_of(model: Any) -> list[Any]:
         model: A `keras.Model`.
     """
     return [
-        one
+        inner
         for metric in model.metrics
-        for one in (metric.metrics if isinstance(metric, CompileMetrics) else [metric])
+        for inner in (metric.metrics if isinstance(metric, CompileMetrics) else [metric])
     ]
 
 

@@ -25,7 +25,7 @@ _FINE, _COARSE = 1e-5, 3e-2  # relative tolerances for rounding errors
 _MEAN, _SUM, _SAME, _ROWS = "mean", "sum", "same", "rows"
 
 
-class _Fact(NamedTuple):
+class _StepResult(NamedTuple):
     """A result of a step, and the rule by which the results of parts combine to it."""
 
     kind: str
@@ -107,11 +107,11 @@ def what_is_no_mean(
 
 
 def _run_on_parts(
-    observed: Callable[[Any, _Part], dict[str, _Fact]],
+    observed: Callable[[Any, _Part], dict[str, _StepResult]],
     sample: Any,
     total: int,
     exchanged: list[Any],
-) -> list[tuple[int, dict[str, _Fact]]] | None:
+) -> list[tuple[int, dict[str, _StepResult]]] | None:
     """Returns the number of rows and the step's results of each part, or None if it fails."""
     results = []
     for begin, end in parts_of(total):
@@ -125,11 +125,11 @@ def _run_on_parts(
 
 def _observed(
     step: Callable[[Any], Any], predicts: bool, sample: Any, part: _Part
-) -> dict[str, _Fact]:
+) -> dict[str, _StepResult]:
     begin = int(part.offset)
     end = begin + int(part.rows)
     rows = tf.nest.map_structure(lambda leaf: leaf[begin:end], sample)
-    facts: dict[str, _Fact | None] = {}
+    facts: dict[str, _StepResult | None] = {}
     with keeping_random_state(), recording(part) as recorder:
         returned = step(rows)
         for number, (variable, gradient) in enumerate(recorder.gradients):
@@ -150,11 +150,11 @@ def _observed(
     return {name: fact for name, fact in facts.items() if fact is not None}
 
 
-def _fact(kind: str, value: Any) -> _Fact | None:
+def _fact(kind: str, value: Any) -> _StepResult | None:
     tensor = tf.convert_to_tensor(value)  # also makes tf.IndexedSlices dense
     if tensor.dtype != tf.bool and not (tensor.dtype.is_floating or tensor.dtype.is_integer):
         return None
-    return _Fact(kind, tf.cast(tensor, tf.float64).numpy())
+    return _StepResult(kind, tf.cast(tensor, tf.float64).numpy())
 
 
 def _nearby(sample: Any) -> Any:
@@ -165,9 +165,9 @@ def _nearby(sample: Any) -> Any:
 
 
 def _differing(
-    whole: dict[str, _Fact],
-    parts: Sequence[tuple[int, dict[str, _Fact]]],
-    nearby: dict[str, _Fact],
+    whole: dict[str, _StepResult],
+    parts: Sequence[tuple[int, dict[str, _StepResult]]],
+    nearby: dict[str, _StepResult],
     tolerance: float,
 ) -> str | None:
     """Names the first fact that does not follow from those of the parts, except rounding."""
@@ -178,9 +178,9 @@ def _differing(
 
 
 def _first_different(
-    whole: dict[str, _Fact],
-    parts: Sequence[tuple[int, dict[str, _Fact]]],
-    nearby: dict[str, _Fact],
+    whole: dict[str, _StepResult],
+    parts: Sequence[tuple[int, dict[str, _StepResult]]],
+    nearby: dict[str, _StepResult],
     tolerance: float,
 ) -> str | None:
     means = [float(np.linalg.norm(f.value)) for f in whole.values() if f.kind == _MEAN]

@@ -29,8 +29,8 @@ from tfdist._keras.parts import Split
 from tfdist._keras.replica import replaced
 from tfdist._keras.served_updates import (
     _apply_weight_decay,
-    _Copies,
     _on_server,
+    _ServerCopies,
     _updates_of_parts,
     is_elementwise,
     trained_by,
@@ -63,7 +63,7 @@ def replacements(rows_only: bool) -> list[tuple[Any, str, Callable[..., Any]]]:
     ) -> None:
         by_rows = rows_only and is_elementwise(optimizer)
         slots = {id(variable): slots for variable, slots in trained_by(optimizer)}
-        copies = _Copies(optimizer, learning_rate)
+        copies = _ServerCopies(optimizer, learning_rate)
         by_server: dict[str, list[Callable[[], None]]] = {}
         for gradient, variable in zip(grads, trainable_variables, strict=True):
             updates_of_parts = _updates_of_parts(

@@ -94,7 +94,7 @@ def _updates_of_parts(
     gradient: Tensor,
     variable: Any,
     slots: Sequence[Any],
-    copies: _Copies,
+    copies: _ServerCopies,
     by_rows: bool,
 ) -> list[tuple[str, Callable[[], None]]]:
     value = variable._value
@@ -130,7 +130,7 @@ def _update(
             optimizer.update_step(gradient, variable, learning_rate)
 
 
-class _Copies:
+class _ServerCopies:
     """Copies of the learning rate and the step counter, one for each server."""
 
     def __init__(self, optimizer: Any, learning_rate: Any) -> None:

@@ -26,12 +26,12 @@ def has_fixed_rows(gradient: Any) -> bool:
         return False
     graph = gradient.indices.graph
     captured = {id(tensor) for tensor in getattr(graph, "internal_captures", ())}
-    stack, seen = [gradient.indices], set()
+    stack, visited = [gradient.indices], set()
     while stack:
         tensor = stack.pop()
-        if id(tensor) in seen or id(tensor) in captured:
+        if id(tensor) in visited or id(tensor) in captured:
             continue
-        seen.add(id(tensor))
+        visited.add(id(tensor))
         op = tensor.op
         if op.type in _OF_SHAPES:
             continue

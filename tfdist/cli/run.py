@@ -21,10 +21,10 @@ from tfdist.launch import (
     Roster,
     Worker,
     check_names,
-    joined,
-    listed,
+    connect_launchers,
     parse_elastic,
     parse_hosts,
+    restart_lines,
     run_workers,
     script_command,
 )
@@ -153,17 +153,7 @@ def run(
     SIGTERM or another worker was lost. 76: the run hung; a report says where each worker was.
     130: Ctrl-C. 1: tfdist could not start the workers. 2: the command line is wrong.
     """  # noqa: D301
-    if not module and not Path(script).is_file():
-        raise click.BadParameter(
-            f"SCRIPT must be a Python file. Received: {script!r}, which is "
-            f"{'no file' if Path(script).exists() else 'not there'}. "
-            "Check the path; the options of `tfdist run` come before it."
-        )
-    if synchronous and not servers:
-        raise click.BadParameter(
-            "--synchronous must come with parameter servers. Received: --synchronous without "
-            "--ps. Add --ps 1, or leave it out: other strategies are synchronous."
-        )
+    _check_options(script, module, synchronous, servers)
     if synchronous:
         os.environ["TFDIST_SYNCHRONOUS"] = "1"  # the workers inherit it
     machines = parse_hosts(hosts) if hosts is not None else ()
@@ -181,15 +171,9 @@ def run(
     check_names(machines)
     if max_restarts is None and elastic is not None:
         max_restarts = 3
-    # With servers a lost worker is usual. Exceptions cause a restart only if the user asked.
-    restarts = (
-        Restarts(3 if servers else 0, of_exceptions=False)
-        if max_restarts is None
-        else Restarts(max_restarts)
-    )
     connection: AbstractContextManager[CoordinatorClient | None] = nullcontext()
     if max_restarts and len(machines) > 1:
-        connection = joined(
+        connection = connect_launchers(
             machines,
             node_rank or 0,
             port,
@@ -203,7 +187,7 @@ def run(
         outcome = run_workers(
             roster.workers,
             log_dir=log_dir,
-            restarts=restarts,
+            restarts=_restarts(max_restarts, servers),
             grace=grace,
             client=client,
             slots=roster.slots,
@@ -213,6 +197,29 @@ def run(
         )
     _explain(outcome, roster.workers, log_dir, has_other_hosts=len(machines) > 1)
     sys.exit(outcome.status)
+
+
+def _check_options(script: str, module: bool, synchronous: bool, servers: int) -> None:
+    """Refuses a script that is not there, and options that contradict each other."""
+    if not module and not Path(script).is_file():
+        raise click.BadParameter(
+            f"SCRIPT must be a Python file. Received: {script!r}, which is "
+            f"{'no file' if Path(script).exists() else 'not there'}. "
+            "Check the path; the options of `tfdist run` come before it."
+        )
+    if synchronous and not servers:
+        raise click.BadParameter(
+            "--synchronous must come with parameter servers. Received: --synchronous without "
+            "--ps. Add --ps 1, or leave it out: other strategies are synchronous."
+        )
+
+
+def _restarts(max_restarts: int | None, servers: int) -> Restarts:
+    """Returns how often failed workers are started again."""
+    if max_restarts is not None:
+        return Restarts(max_restarts)
+    # With servers a lost worker is usual. Exceptions cause a restart only if the user asked.
+    return Restarts(3 if servers else 0, of_exceptions=False)
 
 
 def _explain(
@@ -236,7 +243,7 @@ def _explain(
                 + f"{outcome.elsewhere.what}{repetition} All workers have been ended.",
                 err=True,
             )
-        for line in listed(outcome.restarts):
+        for line in restart_lines(outcome.restarts):
             click.echo(line, err=True)
         return
     lines = [click.style("Error: ", fg="red", bold=True) + failure.describe()]
@@ -261,5 +268,5 @@ def _explain(
         lines.append(f"Its whole output: {log_dir / failure.worker.log_name}")
     if len(workers) > 1:
         lines.append("All workers on this machine have been ended.")
-    lines += listed(outcome.restarts)
+    lines += restart_lines(outcome.restarts)
     click.echo("\n".join(lines), err=True)

@@ -130,6 +130,8 @@ def meet(cluster: Cluster, seconds: float, versions: str = "") -> None:
     unreached, not_called_back = dict.fromkeys(addresses, "no answer yet"), set(addresses)
     greeting = _Greeting(cluster.worker_index, cluster.workers, versions)
     wait, problem, deadline = _Wait(cluster.task, seconds), "", math.inf
+    # Both directions are tried, since a firewall may allow only one of them. TensorFlow would
+    # wait without a message.
     with _listening(cluster, local_address) as listener:
         while (unreached or not_called_back) and time.monotonic() < deadline:
             for worker in tuple(unreached):

@@ -13,13 +13,13 @@ from tfdist.training.request import Request
 
 
 class CompressedTraining(Extension):
-    """Compresses what replicas exchange.
+    """Compresses the gradients that replicas exchange.
 
     Args:
-        compression: What `fit` was given.
+        compression: The argument `compression` of `fit`.
 
     Raises:
-        ArgumentError: It is no compression.
+        ArgumentError: `compression` is not valid.
     """
 
     name = "compression"
@@ -33,7 +33,7 @@ class CompressedTraining(Extension):
             self.exchange_maker = HalfPrecision(self._compression)
 
     def choose(self, request: Request) -> Request:
-        """Refuses strategies that do not sum gradients, and private training in half."""
+        """Refuses strategies that do not sum gradients, and private training."""
         strategy = request.session.strategy
         if self._compression is None:
             return request
@@ -64,9 +64,9 @@ class CompressedTraining(Extension):
         return request
 
     def facts(self) -> dict[str, Any]:
-        """Gives what all workers must have been asked alike."""
+        """Returns the compression, which must be equal on all workers."""
         return {"compression": repr(self._compression)}
 
     def settings(self) -> Any:
-        """Gives what must stay as it is in a training that goes on."""
+        """Returns the compression, which must not change in a continued training."""
         return None if self._compression is None else repr(self._compression)

@@ -1,4 +1,4 @@
-"""Gradients that travel in half precision."""
+"""Gradients that replicas exchange in half precision."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ class HalfPrecision:
         """Makes the exchange.
 
         Args:
-            model: Any.
-            strategy: Where the replicas are.
+            model: Not used.
+            strategy: The strategy on whose replicas the model trains.
         """
         factor = strategy.place.num_replicas / strategy.predivide
         return HalfExchange(_TYPES[self.name], factor)
 
 
 class HalfExchange(Exchange):
-    """Rounds dense gradients of 32 and 64 bits before they travel.
+    """Rounds dense gradients of 32 and 64 bits before the collective.
 
-    Mean gradients of replicas travel, since their parts of the global gradient may be too
-    small for fp16, and are averaged after the sum. Where that sum may be too large, they are
-    divided before.
+    A replica's part of the global gradient may be too small for fp16. So each replica sends
+    its mean gradient, which is larger by the number of replicas, and the sum is divided by
+    that number. If the sum may be too large, each replica first divides by `predivide`.
 
     Args:
-        wire_type: The type in which they travel.
-        factor: By which parts of the gradient are multiplied to travel.
+        wire_type: The type in which gradients are sent.
+        factor: The factor by which a replica multiplies its part of the gradient.
     """
 
     def __init__(self, wire_type: tf.DType, factor: float) -> None:
@@ -53,23 +53,25 @@ class HalfExchange(Exchange):
         self._factor = factor
 
     def reduce(
-        self, strategy: Strategy, given: Contribution, phase: Hashable
+        self, strategy: Strategy, contribution: Contribution, phase: Hashable
     ) -> tuple[Sums, Callable[[Tensor], None]]:
         """Sums rounded gradients; see `Exchange`."""
-        sent = [self._rounded(gradient) for gradient in given.gradients]
-        summed, others = strategy.reduce_step(sent, given.others, given.share, given.variables)
-        back = [
-            self._widened(total, gradient)
-            for total, gradient in zip(summed, given.gradients, strict=True)
+        rounded = [self._round(gradient) for gradient in contribution.gradients]
+        summed, others = strategy.reduce_step(
+            rounded, contribution.others, contribution.share, contribution.variables
+        )
+        gradients = [
+            self._widen(total, gradient)
+            for total, gradient in zip(summed, contribution.gradients, strict=True)
         ]
-        return (back, others), lambda counts: None
+        return (gradients, others), lambda counts: None
 
-    def _rounded(self, gradient: Tensor) -> Tensor:
+    def _round(self, gradient: Tensor) -> Tensor:
         if not _is_wide(gradient):
             return gradient
         return tf.cast(gradient * tf.cast(self._factor, gradient.dtype), self._wire_type)
 
-    def _widened(self, total: Tensor, gradient: Tensor) -> Tensor:
+    def _widen(self, total: Tensor, gradient: Tensor) -> Tensor:
         if not _is_wide(gradient):
             return total
         return tf.cast(total, gradient.dtype) / tf.cast(self._factor, gradient.dtype)

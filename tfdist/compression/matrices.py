@@ -1,4 +1,4 @@
-"""Which gradients are taken as matrices, and of what size."""
+"""Chooses the gradients that PowerSGD compresses, and their shapes as matrices."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ import keras
 
 from tfdist import _keras
 from tfdist.compression.settings import PowerSGD
-from tfdist.step.composition import found_in_steps
+from tfdist.step.composition import traced_steps
 from tfdist.step.state import optimizers_of
 
 
 def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
-    """Sees a kernel as a matrix: its last dimension, and all others together.
+    """Returns a kernel's shape as a matrix: the product of all dimensions but the last one.
 
     Args:
-        shape: Of at least two dimensions.
+        shape: A shape with at least two dimensions.
     """
     return math.prod(shape[:-1]), int(shape[-1])
 
 
 def is_compressed(variable: Any, settings: PowerSGD, by_rows: set[int]) -> bool:
-    """Tells whether a variable's gradient travels in low rank.
+    """Tells whether a variable's gradient is sent in low rank.
 
     Args:
         variable: A `keras.Variable`.
-        settings: What the user asked for.
+        settings: The settings.
         by_rows: The ids of variables whose gradients are sparse.
     """
     if len(variable.shape) < 2 or id(variable) in by_rows:
         return False
     rows, columns = matrix_shape(variable.shape)
-    if settings.rank >= min(rows, columns):  # as it is, it needs no more bytes and is exact
+    if settings.rank >= min(rows, columns):  # uncompressed it needs no more bytes, and is exact
         return False
     return settings.ratio(rows, columns) >= settings.min_ratio
 
@@ -50,16 +50,16 @@ def trained_variables(model: Any) -> list[Any]:
 
 
 def updated_by_rows(model: Any) -> set[int]:
-    """Finds the variables of whose gradients only some rows are there, such as embeddings.
+    """Finds the variables with sparse gradients, such as embeddings.
 
     Args:
         model: A built `keras.Model`.
 
     Returns:
-        Their ids: of those that the model's step was found to update so; before it was looked
-        at, of embeddings that no other layer uses.
+        Their ids. They come from the trace of the model's step if there is one. Otherwise
+        they are those of all `Embedding` layers that do not share their table.
     """
-    steps = found_in_steps(model)
+    steps = traced_steps(model)
     if any(step.optimizers for step in steps):
         return {id(variable) for step in steps for variable in step.by_rows}
     tables = [o for o in _keras.layers_of(model) if isinstance(o, keras.layers.Embedding)]

@@ -1,4 +1,4 @@
-"""What a user asks of compression."""
+"""The settings of compression."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ HALF = ("bf16", "fp16")
 
 @dataclass(frozen=True)
 class PowerSGD:
-    """Compresses gradients of matrices to a low rank, and adds what is lost to the next ones.
+    """Compresses gradients of matrices to a low rank, with error feedback.
 
-    A kernel is taken as a matrix of m rows (the product of all its dimensions but the last)
-    and n columns. Each step all replicas exchange either n or m vectors of `rank` numbers in
-    its place. What a replica could not send is kept, and added to its next gradient: the error
-    feedback, without which training ends elsewhere. The method is linear, so the weights do not
-    depend on the number of replicas, up to float order.
+    A kernel counts as a matrix of m rows (the product of all its dimensions but the last) and
+    n columns. In its place, each step exchanges either n or m vectors of `rank` numbers. A
+    replica adds the part of a gradient that it could not send to its next gradient. Without
+    this error feedback, training converges to other weights. The method is linear, so the
+    weights do not depend on the number of replicas, up to float order.
 
     Args:
-        rank: Of the matrices that travel, 1 or more. A matrix that has no higher rank travels
-            as it is.
-        start_after: Steps that exchange everything before compression begins.
-        min_ratio: How many times fewer bytes a matrix must need: else it travels as it is, as
-            vectors and sparse gradients do.
-        warm_start: Whether a step begins with the vectors that the step before found. Else they
-            are drawn anew each step, which is less exact.
+        rank: The rank of the compressed gradients, at least 1. A matrix whose smaller
+            dimension is not larger than this is not compressed.
+        start_after: Number of first steps without compression.
+        min_ratio: The least factor by which compression must reduce the bytes of a matrix.
+            Other matrices, vectors and sparse gradients are not compressed.
+        warm_start: Whether a step begins with the vectors of the step before. Otherwise each
+            step draws new vectors, which is less exact.
 
     Raises:
-        ArgumentError: A number makes no sense.
+        ArgumentError: A number is out of its range.
 
     Example:
         >>> import tfdist
@@ -63,11 +63,11 @@ class PowerSGD:
             )
 
     def ratio(self, rows: int, columns: int) -> float:
-        """Tells how many times fewer numbers travel for a matrix, on average over two steps.
+        """Returns the factor by which a matrix shrinks, on average over two steps.
 
         Args:
-            rows: Of the matrix.
-            columns: Of the matrix.
+            rows: Number of rows of the matrix.
+            columns: Number of columns of the matrix.
         """
         rank = min(self.rank, rows, columns)
         return rows * columns / (rank * (rows + columns) / 2)
@@ -77,13 +77,13 @@ Compression = str | PowerSGD | None
 
 
 def check(compression: Any) -> Compression:
-    """Refuses what is no compression.
+    """Checks the argument `compression`, and returns it.
 
     Args:
         compression: As in `fit`.
 
     Raises:
-        ArgumentError: It is none.
+        ArgumentError: `compression` is not valid.
     """
     if compression is None or isinstance(compression, PowerSGD):
         return compression

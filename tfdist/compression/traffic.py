@@ -1,4 +1,4 @@
-"""How many bytes of gradients a step exchanges, with and without compression."""
+"""Computes the bytes of gradients that a step exchanges, with and without compression."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _HALF_BYTES = 2
 class Traffic:
     """Bytes of gradients that each replica contributes to the sum of one step.
 
-    A ring's all-reduce sends each of them almost twice; metrics and signals, a few hundred
-    bytes, are not counted.
+    A ring all-reduce sends each byte almost twice. Metrics and signals are not counted: they
+    are a few hundred bytes.
 
     Attributes:
-        plain: Without compression.
-        compressed: With it.
+        plain: Bytes without compression.
+        compressed: Bytes with compression.
     """
 
     plain: int
@@ -29,26 +29,26 @@ class Traffic:
 
     @property
     def ratio(self) -> float:
-        """How many times fewer bytes travel with compression."""
+        """The factor by which compression reduces the bytes."""
         return self.plain / self.compressed if self.compressed else 1.0
 
 
 def bytes_per_step(model: Any, compression: Any, embedding_rows: int = 0) -> Traffic:
-    """Tells how many bytes of gradients a step exchanges, with and without compression.
+    """Computes the bytes of gradients that a step exchanges, with and without compression.
 
     Args:
-        model: A built `keras.Model`; once it was trained, what its steps update by rows is
-            known, before that the tables of its `Embedding` layers are taken.
-        compression: As in `fit`. Of `PowerSGD` the mean of its two kinds of steps is given,
-            after the first `start_after` ones.
-        embedding_rows: Rows that a replica's part of a batch looks up in each table. Rows
-            travel as they are, each with its number.
+        model: A built `keras.Model`. If it has been trained, the variables with sparse
+            gradients are known. Otherwise they are the tables of its `Embedding` layers.
+        compression: As in `fit`. The result for `PowerSGD` is the mean of its two kinds of
+            steps, after the first `start_after` steps.
+        embedding_rows: Rows that a replica's part of a batch looks up in each table. Rows are
+            not compressed, and each is sent with its number.
 
     Returns:
         The bytes.
 
     Raises:
-        ArgumentError: `compression` is none.
+        ArgumentError: `compression` is not valid.
 
     Example:
         >>> import keras, tfdist
@@ -56,7 +56,7 @@ def bytes_per_step(model: Any, compression: Any, embedding_rows: int = 0) -> Tra
         >>> tfdist.compression.bytes_per_step(model, tfdist.PowerSGD(rank=2))
         Traffic(plain=4004000, compressed=12000)
     """
-    # Keras, which a user who only makes settings has not asked for yet.
+    # This imports Keras, which settings alone do not need.
     from tfdist.compression.matrices import (
         is_compressed,
         matrix_shape,
@@ -64,7 +64,7 @@ def bytes_per_step(model: Any, compression: Any, embedding_rows: int = 0) -> Tra
         updated_by_rows,
     )
 
-    asked = check(compression)
+    settings = check(compression)
     by_rows = updated_by_rows(model)
     plain = compressed = 0.0
     for variable in trained_variables(model):
@@ -72,15 +72,15 @@ def bytes_per_step(model: Any, compression: Any, embedding_rows: int = 0) -> Tra
         number = math.prod(variable.shape)
         if id(variable) in by_rows:
             row = number // max(1, int(variable.shape[0]))
-            rows = embedding_rows * (row * size + 8)  # an int64 says which
+            rows = embedding_rows * (row * size + 8)  # each row has an int64 number
             plain, compressed = plain + rows, compressed + rows
             continue
         plain += number * size
-        if isinstance(asked, PowerSGD) and is_compressed(variable, asked, by_rows):
-            # Vectors are of 32 bits at least.
+        if isinstance(settings, PowerSGD) and is_compressed(variable, settings, by_rows):
+            # Vectors have at least 32 bits.
             shape = matrix_shape(variable.shape)
-            compressed += number / asked.ratio(*shape) * max(size, _WIDE["float32"])
-        elif isinstance(asked, str):
+            compressed += number / settings.ratio(*shape) * max(size, _WIDE["float32"])
+        elif isinstance(settings, str):
             compressed += number * _HALF_BYTES
         else:
             compressed += number * size

@@ -85,7 +85,9 @@ class Arrays(Source):
     def position_after(self, steps: int) -> DataPosition:
         """Returns the position of a new call of `fit`: after the rows of the last epoch."""
         if self.batches is None and self.requested_steps is not None:
-            return DataPosition(drawn=-(-steps // self.requested_steps) * self.requested_steps)
+            return DataPosition(
+                num_drawn=-(-steps // self.requested_steps) * self.requested_steps
+            )
         return super().position_after(steps)
 
     def shares(self, place: Place, position: DataPosition = START) -> Any:
@@ -187,7 +189,7 @@ class Arrays(Source):
         batches = numbers.map(draw_tensors, 1).prefetch(2).unbatch()
         if self.spans_passes:
             return batches
-        return batches.take((self.batches or 0) - position.drawn)
+        return batches.take((self.batches or 0) - position.num_drawn)
 
     @property
     def _at_once(self) -> int:
@@ -199,7 +201,7 @@ class Arrays(Source):
 
     def _first_step(self, position: DataPosition) -> int:
         passes = position.number * (self.batches or 0) if self.spans_passes else 0
-        return passes + position.drawn
+        return passes + position.num_drawn
 
     def _draw(self, first: int) -> tuple[list[Rows], list[list[int]]]:
         """Draws global batches; returns the rows and the facts (the size) for `_share`."""

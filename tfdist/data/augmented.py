@@ -25,7 +25,7 @@ _NUM_TRIED = 8  # examples in a check of the layers
 _CHOICE, _LAYERS = 0, 1
 
 
-class _Step(NamedTuple):
+class _AppliedLayer(NamedTuple):
     """A layer, the name of its input, and whether it draws numbers for each example."""
 
     name: str | None
@@ -119,7 +119,9 @@ class Augmented(Source):
         """Builds the stream of the local replicas' shares; see `Source.shares`."""
         # A pass of unknown length gets 2**40 step numbers of its own.
         number, batches = position.number, self.batches
-        first_step = (number << 40 if batches is None else number * batches) + position.drawn
+        first_step = (
+            number << 40 if batches is None else number * batches
+        ) + position.num_drawn
 
         def change(number: Tensor, share: Share) -> Share:
             step = first_step + number // place.local_replicas
@@ -130,8 +132,10 @@ class Augmented(Source):
             keys = None
             if self._copies is not None:
                 keys = keyed.row_numbers(batch, first, self._copies)
-            rows = draws.Rows(self._seed, first, count, tf.range(count), keys).of(step)
-            return share._replace(data=_with_x(batch, self._changed(x, y, repeats, rows)))
+            rows = draws.TransformedRows(self._seed, first, count, tf.range(count), keys).of(
+                step
+            )
+            return share._replace(data=_with_x(batch, self._augment(x, y, repeats, rows)))
 
         shares = self.source.shares(place, position).enumerate()
         return map_elements(shares, change).prefetch(PARALLEL)
@@ -139,7 +143,7 @@ class Augmented(Source):
     def _parts(self, batch: Any) -> tuple[Any, Any]:
         return batch if self.augment.repeated else (batch, None)
 
-    def _plan(self, x: Any) -> tuple[list[_Step], Any]:
+    def _plan(self, x: Any) -> tuple[list[_AppliedLayer], Any]:
         """Builds the layers and finds out how they draw random numbers.
 
         Returns:
@@ -150,7 +154,7 @@ class Augmented(Source):
                 "`x` must be dense to be augmented. Received: x with a sparse or ragged leaf. "
                 "Leave `augment` out, or convert it: tensor.to_tensor(), matrix.toarray()."
             )
-        steps: list[_Step] = []
+        steps: list[_AppliedLayer] = []
         augmented_spec = x
         for name, layers in self.augment.by_input.items():
             before = x if name is None else x.get(name) if isinstance(x, dict) else None
@@ -163,7 +167,7 @@ class Augmented(Source):
             spec = before
             for layer in layers:
                 input_spec, spec = spec, draws.transformed(layer, spec)
-                steps.append(_Step(name, layer, draws.draws_by_row(layer, input_spec)))
+                steps.append(_AppliedLayer(name, layer, draws.draws_by_row(layer, input_spec)))
             if self._chooses and spec.shape.as_list() != before.shape.as_list():
                 raise ArgumentError(
                     "`layers` must keep the shape of examples when only some are changed. "
@@ -197,22 +201,22 @@ class Augmented(Source):
     def _chooses(self) -> bool:
         return self.augment.classes is not None or self.augment.repeated
 
-    def _changed(self, x: Any, y: Any, repeats: Any, rows: draws.Rows) -> Any:
+    def _augment(self, x: Any, y: Any, repeats: Any, rows: draws.TransformedRows) -> Any:
         """Changes the chosen examples of a share."""
         if not self._chooses:
             return self._through_layers(x, rows)
-        chosen = tf.fill([rows.count], True)
+        is_chosen = tf.fill([rows.count], True)
         if self.augment.classes is not None:
-            chosen &= self.augment.chosen(y)
+            is_chosen &= self.augment.chosen(y)
         if repeats is not None:
             choice = rows.of(_CHOICE).uniform()
-            chosen &= choice * tf.maximum(repeats, 1.0) < repeats - 1.0
-        places = tf.where(chosen)[:, 0]
+            is_chosen &= choice * tf.maximum(repeats, 1.0) < repeats - 1.0
+        places = tf.where(is_chosen)[:, 0]
         number = tf.size(places)
         # Not every layer accepts an empty batch: then one example is changed and not used.
         chosen_rows = tf.cond(number > 0, lambda: places, lambda: rows.chosen[:1])
         rows = dataclasses.replace(rows, chosen=chosen_rows)
-        changed = self._through_layers(
+        augmented = self._through_layers(
             tf.nest.map_structure(lambda leaf: tf.gather(leaf, chosen_rows), x), rows
         )
         return tf.nest.map_structure(
@@ -220,10 +224,10 @@ class Augmented(Source):
                 tf.cast(leaf, new.dtype), places[:, None], new[:number]
             ),
             x,
-            changed,
+            augmented,
         )
 
-    def _through_layers(self, x: Any, rows: draws.Rows) -> Any:
+    def _through_layers(self, x: Any, rows: draws.TransformedRows) -> Any:
         for number, (name, layer, by_row) in enumerate(self._steps):
             before = x if name is None else x[name]
             after = draws.transform(layer, before, rows.of(_LAYERS + number), by_row)
@@ -240,11 +244,11 @@ def _jittered(values: Any) -> Any:
     return values + tf.constant(noise, values.dtype)
 
 
-def _rows_of(numbers: Any) -> draws.Rows:
+def _rows_of(numbers: Any) -> draws.TransformedRows:
     """Describes examples whose random numbers depend on these numbers."""
     count = tf.constant(len(numbers), tf.int64)
     seed, keys = tf.constant([1, 2], tf.int64), tf.constant(numbers, tf.int64)
-    return draws.Rows(seed, tf.constant(0, tf.int64), count, tf.range(count), keys)
+    return draws.TransformedRows(seed, tf.constant(0, tf.int64), count, tf.range(count), keys)
 
 
 def _with_x(batch: Any, x: Any) -> Any:

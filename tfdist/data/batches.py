@@ -108,11 +108,14 @@ def _check(batch: Any) -> Tensor:
             ends = tf.concat([part[:1], part[-1:]], 0)
             ends = tf.cast(tf.reshape(ends, [-1]), tf.float32)
             position = tf.range(tf.size(ends), dtype=tf.float32)
+            # Irregular factors, so that values in another order have another sum.
             factors = tf.sin(position[:, None] * [1.1, 1.7, 2.3, 3.1] + [1.0, 2.0, 3.0, 4.0])
             sums += tf.reduce_sum(
                 tf.where(tf.math.is_finite(ends), ends, 0.0)[:, None] * factors, 0
             )
-    # The low bits of a float are the ones that differ.
+    # The low bits of a float are the ones that differ. Six bits are enough, and so few that
+    # float32 adds these numbers and their squares over all replicas without rounding: all
+    # numbers are equal if replicas * (sum of squares) = (sum) ** 2.
     return tf.cast(tf.bitwise.bitwise_and(tf.bitcast(sums, tf.int32), 63), tf.float32)
 
 
@@ -148,7 +151,7 @@ class GeneratorBatches(Batches):
 
     def stream(self, position: DataPosition) -> Any:
         """Wraps the rest of the generator, after the batches that an earlier process drew."""
-        for _ in itertools.islice(self._rest, position.drawn):
+        for _ in itertools.islice(self._rest, position.num_drawn):
             pass
 
         def batches() -> Iterator[Any]:
@@ -228,7 +231,7 @@ class PyDatasetBatches(Batches):
             return tf.nest.pack_sequence_as(self._spec, loaded, expand_composites=True)
 
         end = FOREVER if self.batches is None else self.batches
-        places = tf.data.Dataset.range(position.drawn, end)
+        places = tf.data.Dataset.range(position.num_drawn, end)
         workers = max(1, self.dataset.workers)
         return without_tuning(places.map(batch, workers, deterministic=True))
 

@@ -77,13 +77,15 @@ class ClassStreams(Batches):
     def position_after(self, steps: int) -> DataPosition:
         """Returns the position of a new call of `fit`: after the draws of the last epoch."""
         if self.batches is None and self.requested_steps is not None:
-            return DataPosition(drawn=-(-steps // self.requested_steps) * self.requested_steps)
+            return DataPosition(
+                num_drawn=-(-steps // self.requested_steps) * self.requested_steps
+            )
         return super().position_after(steps)
 
     def stream(self, position: DataPosition) -> Any:
         """Builds the stream of global batches from a position on."""
         passes = position.number * (self.batches or 0)
-        first = (passes + position.drawn) * self.batch_size
+        first = (passes + position.num_drawn) * self.batch_size
         # Each class's stream skips the examples that were drawn before this position.
         rounds = first // self._drawing.draws_per_epoch
         before = self._drawing.quotas * rounds + self._count(

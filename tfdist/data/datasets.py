@@ -62,7 +62,7 @@ class DatasetBatches(Batches):
 
     def begin_anew(self) -> None:
         """Draws from a copy whose shuffles have never been drawn from."""
-        self.dataset, self._iterators = datasets.copied(self.user_dataset), 0
+        self.dataset, self._iterators = datasets.copy_of(self.user_dataset), 0
 
     def suspects(self) -> list[str]:
         """Names the operations that shuffle, draw random numbers or call Python."""
@@ -85,7 +85,7 @@ class DatasetBatches(Batches):
 
     def stream(self, position: DataPosition) -> Any:
         """Returns the dataset from a position on."""
-        return self.dataset.skip(position.drawn) if position.drawn else self.dataset
+        return self.dataset.skip(position.num_drawn) if position.num_drawn else self.dataset
 
     def spec(self) -> Any:
         """Returns the shapes and dtypes of a batch."""
@@ -108,9 +108,9 @@ def ordered(dataset: Any, several_workers: bool) -> Any:
     try:
         if number and datasets.reshuffles_ahead(dataset):
             # The number of elements drawn ahead differs between processes.
-            return datasets.copied(dataset, number)
+            return datasets.copy_of(dataset, number)
         if several_workers and datasets.draws_in_parallel(dataset) is not None:
-            memory["copy"] = memory["copy"] or datasets.copied(dataset)
+            memory["copy"] = memory["copy"] or datasets.copy_of(dataset)
             return memory["copy"]
     except tf.errors.OpError:  # too large to be serialized
         return dataset

@@ -10,7 +10,7 @@ class DataPosition(NamedTuple):
 
     Attributes:
         number: The number of the pass over the data to which the next batch belongs.
-        drawn: Batches of that pass that were drawn.
+        num_drawn: Number of batches drawn from that pass.
         iterators: Iterators that Keras would have made before that pass's iterator. A
             shuffled `tf.data.Dataset` has another order for each iterator.
         is_open: Whether that pass has its iterator, so that the next epoch goes on with it.
@@ -18,7 +18,7 @@ class DataPosition(NamedTuple):
     """
 
     number: int = 0
-    drawn: int = 0
+    num_drawn: int = 0
     iterators: int = 0
     is_open: bool = False
     batches: int | None = None
@@ -31,7 +31,7 @@ class DataPosition(NamedTuple):
         """
         return self._replace(
             number=self.number + 1,
-            drawn=0,
+            num_drawn=0,
             iterators=self.iterators + iterators,
             is_open=False,
         )
@@ -80,7 +80,7 @@ class Epochs:
     @property
     def _left_in_pass(self) -> int | None:
         batches = self.position.batches
-        return None if batches is None else batches - self.position.drawn
+        return None if batches is None else batches - self.position.num_drawn
 
     def begin(self) -> None:
         """Begins an epoch."""
@@ -114,7 +114,7 @@ class Epochs:
         num_batches = max_batches if in_pass is None else min(max_batches, in_pass)
         # Keras counts whole executions, so an epoch may have more steps than requested.
         self._requested += max_batches
-        self.position = self.position._replace(drawn=self.position.drawn + num_batches)
+        self.position = self.position._replace(num_drawn=self.position.num_drawn + num_batches)
         return num_batches
 
     def end(self, ran_out: bool) -> None:
@@ -126,7 +126,7 @@ class Epochs:
         position = self.position
         if ran_out:
             # Keras counts the execution that failed too.
-            batches = position.batches or position.drawn
+            batches = position.batches or position.num_drawn
             self.position = position.next_pass()._replace(batches=batches)
         elif self._left_in_pass == 0 and self._steps is not None:
             # Keras makes the next pass's iterator now.

@@ -18,7 +18,7 @@ import tensorflow as tf
 
 from tfdist.data import leaves
 from tfdist.data.arrays import Arrays
-from tfdist.data.local_rows import Holdings
+from tfdist.data.local_rows import RowsPerWorker
 from tfdist.data.source import Share
 from tfdist.errors import ArgumentError
 from tfdist.samplers import Rows, Sampler, Weighted
@@ -93,7 +93,7 @@ def local_shard(shard: Any, strategy: Strategy) -> LocalShard | None:
     return shard
 
 
-def bind(sampler: Sampler, holdings: Holdings) -> Sampler:
+def bind(sampler: Sampler, holdings: RowsPerWorker) -> Sampler:
     """Returns the sampler that draws from the global data set.
 
     Args:
@@ -131,7 +131,7 @@ class LocalArrays(Arrays):
             the same.
     """
 
-    holdings: Holdings
+    holdings: RowsPerWorker
     worker: int
     order: Rows | None
 

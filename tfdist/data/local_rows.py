@@ -16,7 +16,7 @@ _SHOWN_CLASSES = 8
 
 
 @dataclass(frozen=True)
-class Holdings:
+class RowsPerWorker:
     """How many rows each worker holds.
 
     Attributes:
@@ -106,7 +106,9 @@ def _entropy(shares: Any) -> float:
     return float(-(positive_shares * np.log(positive_shares)).sum())
 
 
-def exchange(strategy: Strategy, num_rows: int, labels: Any) -> tuple[Holdings, Rows | None]:
+def exchange(
+    strategy: Strategy, num_rows: int, labels: Any
+) -> tuple[RowsPerWorker, Rows | None]:
     """Tells the other workers how many rows of each class this worker holds.
 
     Args:
@@ -139,13 +141,13 @@ def exchange(strategy: Strategy, num_rows: int, labels: Any) -> tuple[Holdings, 
             f"{len(rows)} workers. Check the path or the filter that produced the data."
         )
     if rows_by_class is None or any(classes is None for _, classes, _ in all_workers):
-        return Holdings(rows, None, []), None
+        return RowsPerWorker(rows, None, []), None
     tables = [dict(classes) for _, classes, _ in all_workers]
     names = sorted({name for table in tables for name in table})
     counts = [[table.get(name, 0) for name in names] for table in tables]
     parts = [rows_by_class[name] for name in names if name in rows_by_class]
     order = np.concatenate(parts) if parts else np.zeros(0, np.int64)
-    return Holdings(rows, names, counts, columns), order
+    return RowsPerWorker(rows, names, counts, columns), order
 
 
 def _by_class(num_rows: int, labels: Any) -> dict[Any, Any] | None:
@@ -162,7 +164,7 @@ def _by_class(num_rows: int, labels: Any) -> dict[Any, Any] | None:
     return dict(zip(classes.names, groups, strict=True))
 
 
-def _class_names(holdings: Holdings) -> list[str]:
+def _class_names(holdings: RowsPerWorker) -> list[str]:
     names = holdings.names or []
     shown_counts = [f"class {_short(name)}" for name in names[:_SHOWN_CLASSES]]
     return [*shown_counts, "others"] if len(names) > _SHOWN_CLASSES else shown_counts
@@ -172,7 +174,7 @@ def _short(name: Any) -> str:
     return "+".join(map(str, name)) or "none" if isinstance(name, tuple) else str(name)
 
 
-def _class_shares(holdings: Holdings, worker: int) -> list[str]:
+def _class_shares(holdings: RowsPerWorker, worker: int) -> list[str]:
     if holdings.names is None:
         return []
     counts, rows = holdings.counts[worker], holdings.rows[worker]

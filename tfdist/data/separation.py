@@ -1,4 +1,4 @@
-"""A look at what a stream gives: does an example come back earlier than was promised?"""
+"""Checks that no example of a stream comes back earlier than `min_separation` allows."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from tfdist._keras import pipelines
 from tfdist.errors import ArgumentError
 
 Tensor = Any
-_MANY = 2**18  # rows that are kept in mind; of more, a part of all that is always the same
+_MANY = 2**18  # fingerprints in memory; with more rows, a fixed part of all fingerprints
 _FEWEST = 8  # different rows of a batch that does not come twice by chance
 
 
 @dataclass(slots=True)
-class _Seen:
-    """The steps in which rows of the same values came.
+class _Occurrences:
+    """The steps that had rows with the same values.
 
     Attributes:
-        number: Of the pass.
-        steps: In it.
-        before: In the pass before in which they came.
+        number: The number of the last pass with such rows.
+        steps: The steps of this pass.
+        before: The steps of the pass before it that had such rows.
     """
 
     number: int
@@ -33,68 +33,69 @@ class _Seen:
 
 
 class SeparationCheck:
-    """Compares fingerprints of rows and batches with those that came before.
+    """Compares the fingerprints of rows and batches with those of earlier steps.
 
-    Different examples may have the same values. So the first of them in a pass is compared
-    with the first in the pass before, the second with the second, and so on: no other way to
-    pair them has larger distances, and who keeps the promise is never stopped. Within a pass
-    whole batches are compared.
+    Different examples may have the same values. So the check compares the first of them in a
+    pass with the first in the pass before, the second with the second, and so on. No other
+    pairing has larger distances, so data that keeps `min_separation` always passes. Within a
+    pass, the check compares whole batches.
 
-    It sees what a user did by mistake, not what was made to go past it.
+    It finds mistakes. It does not find data that was made to deceive it.
 
     Args:
-        separation: Steps from one that an example takes part in to the next, at least; None
-            if it takes part once.
-        steps_made: Tells how many steps the training has made.
+        separation: The least number of steps between two steps with the same example; None if
+            each example comes once.
+        steps_made: Returns the number of steps that the training has made.
     """
 
     def __init__(self, separation: int | None, steps_made: Callable[[], int]) -> None:
         self._separation = separation
         self._steps_made = steps_made
         self._number = self._first = 0
-        self._rows: dict[int, _Seen] = {}
+        self._rows: dict[int, _Occurrences] = {}
         self._batches: dict[int, int] = {}
         self._every = 1
         self.problem: str | None = None
 
     def begin_pass(self) -> None:
-        """Called before data is drawn from its beginning, or from where a process stopped."""
+        """Called before the data is drawn, from its beginning or a checkpoint's position."""
         self._number += 1
         self._first = self._steps_made()
         self._batches = {}
 
     def watching(self, batches: Any) -> Any:
-        """Looks at all batches of a `tf.data.Dataset` on their way.
+        """Adds the check to a `tf.data.Dataset` of batches.
 
         Args:
             batches: The dataset.
         """
 
-        def look(place: Tensor, batch: Any) -> Any:
-            marks = _fingerprints(batch)
-            if marks is None:
+        def look(index: Tensor, batch: Any) -> Any:
+            fingerprints = _fingerprints(batch)
+            if fingerprints is None:
                 return batch
-            is_good = tf.numpy_function(self._see, [place, marks], tf.bool)
+            is_good = tf.numpy_function(self._see, [index, fingerprints], tf.bool)
             with tf.control_dependencies([is_good]):
                 return tf.nest.map_structure(tf.identity, batch, expand_composites=True)
 
         pairs = batches.enumerate()
         return pairs.map(tf.autograph.experimental.do_not_convert(look))
 
-    def _see(self, place: np.int64, marks: Any) -> np.bool_:
-        """Takes the fingerprints of a batch, uint64 of shape [rows]."""
-        step = self._first + int(place)
-        whole = hash(marks.tobytes())
+    def _see(self, index: np.int64, fingerprints: Any) -> np.bool_:
+        """Checks the fingerprints of a batch, uint64 of shape [rows]."""
+        step = self._first + int(index)
+        whole = hash(fingerprints.tobytes())
         last = self._batches.get(whole)
         self._batches[whole] = step
-        if last is not None and len(np.unique(marks)) >= _FEWEST:
+        if last is not None and len(np.unique(fingerprints)) >= _FEWEST:
             self._compare(last, step, "a batch")
-        for mark in marks[marks % np.uint64(self._every) == 0].tolist():
-            seen = self._rows.setdefault(mark, _Seen(self._number))
-            if seen.number != self._number:
-                seen.number, seen.before, seen.steps = self._number, seen.steps, []
-            earlier = seen.before[len(seen.steps) :]
-            seen.steps.append(step)
+        for fingerprint in fingerprints[fingerprints % np.uint64(self._every) == 0].tolist():
+            occurrences = self._rows.setdefault(fingerprint, _Occurrences(self._number))
+            if occurrences.number != self._number:
+                occurrences.number = self._number
+                occurrences.before, occurrences.steps = occurrences.steps, []
+            earlier = occurrences.before[len(occurrences.steps) :]
+            occurrences.steps.append(step)
             if earlier:
                 self._compare(earlier[0], step, "an example")
         while len(self._rows) > _MANY:
@@ -102,14 +103,14 @@ class SeparationCheck:
             self._rows = {m: s for m, s in self._rows.items() if m % self._every == 0}
         return np.bool_(True)
 
-    def _compare(self, last: int, step: int, what: str) -> None:
+    def _compare(self, last: int, step: int, subject: str) -> None:
         if self._separation is not None and step - last >= self._separation:
             return
         promised = "once" if self._separation is None else f"every {self._separation} steps"
-        # What is drawn ahead goes on after the first.
+        # Batches are drawn ahead, so several may fail. The first one is the one to report.
         self.problem = self.problem or (
             "An example must not come back earlier than was promised, or it is less protected "
-            f"than epsilon says. Received: {what} of step {last + 1} again in step "
+            f"than epsilon says. Received: {subject} of step {last + 1} again in step "
             f"{step + 1}; promised was {promised} at most. Do not shuffle or repeat the data "
             "set, or pass a `min_separation` that it keeps to."
         )
@@ -117,7 +118,7 @@ class SeparationCheck:
 
 
 def _fingerprints(batch: Any) -> Tensor:
-    """Gives a fingerprint of each row of a batch, or None where no leaf has rows."""
+    """Returns a fingerprint of each row of a batch, or None if no leaf has rows."""
     parts = [
         tf.raw_ops.Fingerprint(data=leaf, method="farmhash64")
         for leaf in tf.nest.flatten(batch)
@@ -125,8 +126,8 @@ def _fingerprints(batch: Any) -> Tensor:
     ]
     if not parts:
         return None
-    marks = tf.raw_ops.Fingerprint(data=tf.concat(parts, 1), method="farmhash64")
-    return tf.bitcast(marks, tf.uint64)
+    of_rows = tf.raw_ops.Fingerprint(data=tf.concat(parts, 1), method="farmhash64")
+    return tf.bitcast(of_rows, tf.uint64)
 
 
 def check_places(dataset: Any, promised: bool) -> None:
@@ -141,9 +142,9 @@ def check_places(dataset: Any, promised: bool) -> None:
     """
     problem = pipelines.misplaced(dataset, promised)
     if problem is not None:
-        what, remedy = problem
+        operation, remedy = problem
         raise ArgumentError(
             "An example of DPFTRL must go into the same batch whatever the others hold, and "
             "once in a pass unless `min_separation` says how often. Received: a "
-            f"tf.data.Dataset with {what}. {remedy}"
+            f"tf.data.Dataset with {operation}. {remedy}"
         )

@@ -91,9 +91,13 @@ class Stream:
         self._current = epoch
         self.epochs.begin()
         position = self.epochs.position
+        # As in Keras, an epoch may end within a pass, and the next one goes on with the same
+        # iterator. A new iterator would shuffle the pass again.
         goes_on = self._pass == position.number or self.source.spans_passes
         if self.iterator is None or not goes_on:
-            self.iterator = self._iterator(position._replace(drawn=position.drawn + steps_made))
+            self.iterator = self._iterator(
+                position._replace(num_drawn=position.num_drawn + steps_made)
+            )
         self._pass = position.number
         return steps_made
 
@@ -108,7 +112,7 @@ class Stream:
         shares = self._pipeline
         if shares is None:
             shares = self.strategy.distribute(build)
-            if source.is_same_each_pass and self.columns is None and not position.drawn:
+            if source.is_same_each_pass and self.columns is None and not position.num_drawn:
                 self._pipeline = shares
         source.note_iterator(position)
         return iter(shares)

@@ -5,9 +5,9 @@ from tfdist.launch.client import CoordinatorClient
 from tfdist.launch.hosts import Host, check_names, parse_hosts
 from tfdist.launch.plan import DEFAULT_PORT, plan_workers
 from tfdist.launch.processes import SAVING_S, Outcome, run_workers
-from tfdist.launch.restarts import Restarts, listed
+from tfdist.launch.restarts import Restarts, restart_lines
 from tfdist.launch.roster import Roster
-from tfdist.launch.several_machines import NODE_TIMEOUT_S, joined
+from tfdist.launch.several_machines import NODE_TIMEOUT_S, connect_launchers
 from tfdist.launch.slots import parse_elastic
 from tfdist.launch.worker import Worker, script_command
 
@@ -23,11 +23,11 @@ __all__ = [
     "Roster",
     "Worker",
     "check_names",
-    "joined",
-    "listed",
+    "connect_launchers",
     "parse_elastic",
     "parse_hosts",
     "plan_workers",
+    "restart_lines",
     "run_workers",
     "script_command",
 ]

@@ -128,11 +128,11 @@ class CoordinatorClient:
             self._start.wait(0.1)
         return None
 
-    def failed(self, cause: RestartCause) -> None:
+    def report_failure(self, cause: RestartCause) -> None:
         """Reports that a worker here has failed."""
         self._send("failed", cause=cause.to_json())
 
-    def done(self) -> None:
+    def report_done(self) -> None:
         """Reports that all workers here have ended well."""
         self._send("done")
 

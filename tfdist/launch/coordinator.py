@@ -213,6 +213,11 @@ class Coordinator:
         return None
 
     # --- the run ------------------------------------------------------------------------
+    #
+    # Meeting: each launcher says "ready". When all are (or enough, after the limit), they get
+    # "start". Running: a launcher says "done" or "failed", or is lost. The first cause that
+    # does not only blame a peer decides. "again" leads back to the meeting, "over" ends the
+    # run. All launchers get the same decision, so none of them restarts alone.
 
     def _handle(self, launcher: _Launcher, message: dict[str, Any]) -> None:
         kind = message["kind"]
@@ -251,7 +256,7 @@ class Coordinator:
         missing = [rank for rank in range(len(self._hosts)) if rank not in ready]
         is_late = now - self._since > self._limit
         if not missing or (is_late and self._is_enough(ready)):
-            self._causes = []
+            self._causes = []  # of the start before
             self._phase, self._active = "running", ready
             for launcher in self._launchers:
                 if launcher.rank in ready:
@@ -276,6 +281,8 @@ class Coordinator:
 
     def _run(self, now: float) -> None:
         if self._causes:
+            # A worker often notices that its peer is lost before the peer's launcher reports
+            # why. So a cause that only blames a peer waits a moment for a better one.
             cause = min(self._causes, key=lambda c: c.blames_peer)
             if cause.blames_peer and now - self._failed_at < _PEER_FAILURE_S:
                 return

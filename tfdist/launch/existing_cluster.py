@@ -49,18 +49,18 @@ def variables(cluster: Cluster, strategy: str | None) -> dict[str, str]:
     Raises:
         LaunchError: Horovod is not installed, or its ranks cannot be assigned to machines.
     """
-    chosen = {} if strategy is None else {"TFDIST_STRATEGY": strategy}
+    of_strategy = {} if strategy is None else {"TFDIST_STRATEGY": strategy}
     if cluster.job == EVALUATOR:
         # An evaluator is not part of the cluster, so it must not distribute training.
-        return chosen if strategy in ONE_PROCESS_STRATEGIES else {}
+        return of_strategy if strategy in ONE_PROCESS_STRATEGIES else {}
     if strategy != "horovod" or not cluster.workers:
-        return chosen
+        return of_strategy
     hosts, rank = hosts_of(cluster), cluster.worker_index
     ends = itertools.accumulate(host.slots for host in hosts)
     node = next(i for i, end in enumerate(ends) if rank < end)
     # The name of a pod resolves only once the pod exists.
     wait_until_resolved([host.name for host in hosts[:2]], start_timeout())
-    return {**chosen, **rank_environments(hosts, node, cluster.workers[0])[rank]}
+    return {**of_strategy, **rank_environments(hosts, node, cluster.workers[0])[rank]}
 
 
 def hosts_of(cluster: Cluster) -> tuple[Host, ...]:

@@ -13,13 +13,13 @@ from typing import BinaryIO
 from tfdist.cluster.heartbeat import HEARTBEAT_FD, Heartbeat, shared_memory
 from tfdist.errors import LaunchError
 from tfdist.launch.hidden_output import HiddenOutput
-from tfdist.launch.output import Lines, Screen
+from tfdist.launch.output import LineSplitter, Screen
 from tfdist.launch.worker import Worker
 
 LAUNCHER_FD = "TFDIST_LAUNCHER_FD"
 
 
-class Member:
+class StartedWorker:
     """One started worker."""
 
     def __init__(
@@ -28,7 +28,7 @@ class Member:
         worker: Worker,
         process: subprocess.Popen[bytes],
         fd: int,
-        lines: Lines,
+        lines: LineSplitter,
         is_live: bool,
         heartbeat: Heartbeat,
         hidden_output: HiddenOutput | None,
@@ -63,7 +63,7 @@ def start_member(
     *,
     log: BinaryIO | None,
     hidden_output: HiddenOutput | None,
-) -> Member:
+) -> StartedWorker:
     """Starts a worker.
 
     Args:
@@ -106,9 +106,11 @@ def start_member(
     finally:
         os.close(writing)
     os.set_blocking(reading, False)
-    lines = Lines(log, worker.is_quiet)
+    lines = LineSplitter(log, worker.is_quiet)
     heartbeat = Heartbeat.of(memory)
-    return Member(position, worker, process, reading, lines, is_live, heartbeat, hidden_output)
+    return StartedWorker(
+        position, worker, process, reading, lines, is_live, heartbeat, hidden_output
+    )
 
 
 def _terminal(screen: Screen) -> tuple[int, int]:

@@ -75,7 +75,7 @@ def plain(text: str) -> str:
     return _STYLE.sub("", text)
 
 
-class Lines:
+class LineSplitter:
     """Cuts the bytes of one worker into lines.
 
     Attributes:

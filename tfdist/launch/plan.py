@@ -67,38 +67,27 @@ def plan_workers(
     gpus = visible_gpus(environ) if local > 1 else ()
     gpu_variables = gpu_environments(gpus, local)
     places: Sequence[Mapping[str, str]]
-    other_tasks: list[Cluster] = []
+    other_tasks: list[Cluster]
     is_joined = (
         not servers and total == 1 and (existing.num_workers > 1 or existing.job != WORKER)
     )
     if is_joined:
         check_strategy(existing, strategy)
-        places = [variables(existing, strategy)]
-    elif servers:
-        clusters, other_tasks = _clusters_with_servers(
-            hosts, node_rank or 0, total, servers, port, range(first, first + local)
-        )
-        places = [{"TF_CONFIG": cluster.to_tf_config()} for cluster in clusters]
-    elif strategy == "horovod":
-        address = f"{hosts[0].name}:{port}" if hosts else free_addresses(1)[0]
-        places = rank_environments(hosts or one_host(total), node_rank or 0, address)
-    elif total > 1:
-        addresses = worker_addresses(hosts, port) if hosts else free_addresses(total)
-        if hosts:
-            check_ports(addresses[first : first + local])
-        clusters = [Cluster({WORKER: addresses}, WORKER, i, "TF_CONFIG") for i in range(total)]
-        places = [{"TF_CONFIG": cluster.to_tf_config()} for cluster in clusters]
+        places, other_tasks = [variables(existing, strategy)], []
     else:
-        places = [{}]
+        local_workers = range(first, first + local)
+        places, other_tasks = _places(
+            hosts, node_rank or 0, total, local_workers, servers, port, strategy
+        )
 
     shared = _shared_environment(local, None if is_joined else strategy, drop_in, environ)
     is_quiet = "TF_CPP_MIN_LOG_LEVEL" not in environ
-    planned_workers: list[Worker] = []
+    all_workers: list[Worker] = []
     for cluster in other_tasks:
         # The chief and the servers leave the GPUs to the workers.
         environment = {**shared, "TF_CONFIG": cluster.to_tf_config(), _GPUS: "-1"}
         serves = cluster.job != CHIEF
-        planned_workers.append(
+        all_workers.append(
             Worker(cluster.index, tuple(command), environment, is_quiet, cluster.job, serves)
         )
     for local_rank in range(local):
@@ -113,10 +102,42 @@ def plan_workers(
         job = WORKER
         if is_joined:
             index, job = label(existing)
-        planned_workers.append(
+        all_workers.append(
             Worker(index, tuple(command), environment, is_quiet, job, serves=bool(servers))
         )
-    return tuple(planned_workers)
+    return tuple(all_workers)
+
+
+def _places(
+    hosts: Sequence[Host],
+    node_rank: int,
+    total: int,
+    local_workers: range,
+    servers: int,
+    port: int,
+    strategy: str | None,
+) -> tuple[Sequence[Mapping[str, str]], list[Cluster]]:
+    """Returns the environment variables that tell each worker of the run its place.
+
+    Besides, it returns the places of the chief and the servers on this machine.
+    """
+    clusters: Sequence[Cluster]
+    other_tasks: list[Cluster] = []
+    if servers:
+        clusters, other_tasks = _clusters_with_servers(
+            hosts, node_rank, total, servers, port, local_workers
+        )
+    elif strategy == "horovod":
+        address = f"{hosts[0].name}:{port}" if hosts else free_addresses(1)[0]
+        return rank_environments(hosts or one_host(total), node_rank, address), []
+    elif total > 1:
+        addresses = worker_addresses(hosts, port) if hosts else free_addresses(total)
+        if hosts:
+            check_ports(addresses[local_workers.start : local_workers.stop])
+        clusters = [Cluster({WORKER: addresses}, WORKER, i, "TF_CONFIG") for i in range(total)]
+    else:
+        return [{}], []
+    return [{"TF_CONFIG": cluster.to_tf_config()} for cluster in clusters], other_tasks
 
 
 def _clusters_with_servers(

@@ -16,7 +16,7 @@ from tfdist.cluster.heartbeat import WorkerProgress
 from tfdist.errors import LaunchError
 from tfdist.launch.cause import Failure
 from tfdist.launch.hidden_output import HiddenOutput, leader
-from tfdist.launch.member import Member, start_member
+from tfdist.launch.member import StartedWorker, start_member
 from tfdist.launch.output import Screen
 from tfdist.launch.stopped import StoppedWorkers
 from tfdist.launch.worker import Worker
@@ -50,7 +50,7 @@ class ProcessGroup:
         self._leader = 0
         self._has_explained_hiding = False
         self._log_dir: Path | None = None
-        self._members: list[Member] = []
+        self._members: list[StartedWorker] = []
         self._selector = selectors.DefaultSelector()
         self._stopped = StoppedWorkers()
         # Workers have the reading end: it reports the end of the file when the launcher dies.
@@ -150,7 +150,7 @@ class ProcessGroup:
                 lines = [f"tfdist: it lost another worker. {failure.last_error}"]
             self._screen.show(member.position, lines)
 
-    def _start(self, position: int, worker: Worker, again: bool = False) -> Member:
+    def _start(self, position: int, worker: Worker, again: bool = False) -> StartedWorker:
         is_shown = self._shows_all or position == self._leader
         member = start_member(
             position,
@@ -265,7 +265,7 @@ class ProcessGroup:
         with suppress(BrokenPipeError):
             self._screen.close()
 
-    def _record_end(self, member: Member) -> None:
+    def _record_end(self, member: StartedWorker) -> None:
         if member.process.returncode == 0:
             self.finished.append(member.worker.task)
             return
@@ -275,7 +275,7 @@ class ProcessGroup:
             Failure(member.worker, member.process.returncode, lines, progress, time.time())
         )
 
-    def _read(self, member: Member) -> bool:
+    def _read(self, member: StartedWorker) -> bool:
         """Reads once; returns whether there may be more."""
         if member.fd is None:
             return False
@@ -296,7 +296,7 @@ class ProcessGroup:
         self._screen.show(member.position, self._lines_to_show(member, lines), live)
         return True
 
-    def _lines_to_show(self, member: Member, lines: list[str]) -> list[str]:
+    def _lines_to_show(self, member: StartedWorker, lines: list[str]) -> list[str]:
         if member.hidden_output is None:
             return lines
         visible = member.hidden_output.take(lines)
@@ -310,7 +310,7 @@ class ProcessGroup:
             )
         return visible
 
-    def _drain(self, member: Member) -> None:
+    def _drain(self, member: StartedWorker) -> None:
         while self._read(member):
             pass
         rest = self._lines_to_show(member, member.lines.finish())

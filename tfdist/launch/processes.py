@@ -14,11 +14,11 @@ from typing import Any, TextIO
 
 from tfdist.errors import START_ME_AGAIN
 from tfdist.launch.cause import Failure, root_cause
-from tfdist.launch.client import CoordinatorClient
+from tfdist.launch.client import CoordinatorClient, Decision
 from tfdist.launch.output import Screen
 from tfdist.launch.process_group import ProcessGroup
 from tfdist.launch.restarts import Restart, RestartCause, Restarts
-from tfdist.launch.signals import handled
+from tfdist.launch.signals import handling
 from tfdist.launch.slots import Slots
 from tfdist.launch.worker import Worker
 
@@ -150,14 +150,14 @@ def _restart(
     leaves_out = slots is not None and slots.leaves_out(failure)
     if not restarts.allows(cause, changes=leaves_out):
         return None
-    what = "All are started again"
+    action = "All are started again"
     if slots is not None:
         before = len(workers)
         slots.plan_next_start(failure)
         workers = slots.workers
         if leaves_out or len(workers) != before:
-            what = f"{what}, now {len(workers)} in all"
-    return workers, restarts.record(cause, what)
+            action = f"{action}, now {len(workers)} in all"
+    return workers, restarts.record(cause, action)
 
 
 def _watch(
@@ -228,6 +228,8 @@ def _run_with_peers(
     meeting: Callable[[Worker], AbstractContextManager[Any]],
 ) -> Outcome | None:
     """Runs workers together with those of other machines; None if all start again."""
+    # Each machine reports once how its own workers ended, and then goes on with their output
+    # until the coordinator has decided for all machines.
     failure, has_reported, has_made_step = None, False, False
     decision = client.meet(received, lambda line: group.say(0, line))
     if plan is not None and client.active:
@@ -248,10 +250,10 @@ def _run_with_peers(
                 failure = root_cause(group.failures)
                 waited = time.monotonic() - failed_at > _PEER_FAILURE_S
                 if waited or not group.is_running or not failure.blames_peer:
-                    client.failed(RestartCause.of(failure))
+                    client.report_failure(RestartCause.of(failure))
                     has_reported = True
             elif not group.is_running or group.is_done:
-                client.done()
+                client.report_done()
                 has_reported = True
         if received:
             outcome = _interrupted(group, received, grace)
@@ -263,6 +265,20 @@ def _run_with_peers(
             group.end(_AFTER_FAILURE, received)
         else:
             _end_after(group, tuple(group.failures), failure, received)
+    return _decided(group, client, decision, failure, finished)
+
+
+def _decided(
+    group: ProcessGroup,
+    client: CoordinatorClient,
+    decision: Decision,
+    failure: Failure | None,
+    finished: tuple[str, ...],
+) -> Outcome | None:
+    """Follows the coordinator's decision after this machine's workers have ended.
+
+    `failure` is this machine's, if it had one. The result is None if all start again.
+    """
     if decision.cause is None:
         return Outcome(0, finished=finished)
     if decision.again:
@@ -302,5 +318,5 @@ def _signals() -> Iterator[list[int]]:
     def collect(number: int, frame: FrameType | None) -> None:
         received.append(number)
 
-    with handled((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), collect):
+    with handling((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), collect):
         yield received

@@ -151,18 +151,18 @@ class Restarts:
             and cause.signature == self.history[-1].cause.signature
         )
 
-    def record(self, cause: RestartCause, what: str) -> str:
+    def record(self, cause: RestartCause, action: str) -> str:
         """Counts a restart.
 
         Args:
             cause: The cause of the restart.
-            what: A sentence that says what is started again, without its full stop.
+            action: A sentence that says what is started again, without its full stop.
 
         Returns:
             The line that tells the user.
         """
         self.history.append(Restart(cause))
-        return f"tfdist: {cause.what} {what} ({len(self.history)} of {self.limit})."
+        return f"tfdist: {cause.what} {action} ({len(self.history)} of {self.limit})."
 
     def record_step(self) -> None:
         """Records that training made a step after the last restart."""
@@ -171,7 +171,7 @@ class Restarts:
                 restart.seconds = time.time() - restart.cause.ended
 
 
-def listed(restarts: Sequence[Restart]) -> list[str]:
+def restart_lines(restarts: Sequence[Restart]) -> list[str]:
     """Returns the lines of the summary.
 
     Args:

@@ -21,7 +21,7 @@ NODE_TIMEOUT_S = 600.0
 
 
 @contextlib.contextmanager
-def joined(
+def connect_launchers(
     hosts: Sequence[Host],
     node_rank: int,
     port: int,

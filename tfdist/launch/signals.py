@@ -10,7 +10,7 @@ from types import FrameType
 
 
 @contextmanager
-def handled(
+def handling(
     numbers: Sequence[int], handler: Callable[[int, FrameType | None], None]
 ) -> Iterator[None]:
     """Handles signals while the context lasts; does nothing outside of the main thread.

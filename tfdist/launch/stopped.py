@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from tfdist.launch.member import Member
+from tfdist.launch.member import StartedWorker
 from tfdist.watchdog.memory import state_of
-from tfdist.watchdog.settings import HANG_LIMIT, Settings
+from tfdist.watchdog.settings import HANG_LIMIT, WatchdogSettings
 
 
 class StoppedWorkers:
@@ -20,7 +20,7 @@ class StoppedWorkers:
     def __init__(self) -> None:
         self._since: float | None = None
 
-    def lost(self, members: Sequence[Member]) -> list[tuple[Member, str]]:
+    def lost(self, members: Sequence[StartedWorker]) -> list[tuple[StartedWorker, str]]:
         """Returns the workers that have been stopped for too long, with a line for the user.
 
         Args:
@@ -33,7 +33,7 @@ class StoppedWorkers:
             return []
         now = time.monotonic()
         self._since = self._since or now
-        limit = Settings.from_environment(running[0].worker.environment).limit
+        limit = WatchdogSettings.from_environment(running[0].worker.environment).limit
         if not limit or now - self._since < limit:
             return []
         return [

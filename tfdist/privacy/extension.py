@@ -7,9 +7,10 @@ import dataclasses
 from typing import Any
 
 from tfdist import data
+from tfdist.errors import StrategyError
 from tfdist.privacy.mechanism.step import PrivateStep, PrivateSteps
 from tfdist.privacy.run import PrivateRun
-from tfdist.step.prepared import Prepared
+from tfdist.step.prepared import PreparedModel
 from tfdist.training.extension import Extension
 from tfdist.training.request import Request
 
@@ -29,8 +30,20 @@ class PrivateTraining(Extension):
         self._privacy = privacy
 
     def choose(self, request: Request) -> Request:
-        """Takes the sampler and the seed that the guarantee rests on."""
+        """Takes the sampler and the seed that the guarantee rests on.
+
+        Raises:
+            StrategyError: The strategy is asynchronous.
+        """
         self.run = run = PrivateRun(self._privacy, request)
+        strategy = request.session.strategy
+        if not strategy.synchronous:
+            raise StrategyError(
+                "Private training must be synchronous: the accounting does not cover gradients "
+                "of weights that another worker has changed meanwhile. Received: asynchronous "
+                f"strategy {strategy.name!r}. Use "
+                "strategy=tfdist.ParameterServer(synchronous=True)."
+            )
         changed = dataclasses.replace(
             request,
             sampler=run.sampler,
@@ -60,7 +73,7 @@ class PrivateTraining(Extension):
         """Says that `delta` is too large, and what is slow."""
         return self.run.notice()
 
-    def callbacks(self, request: Request, given: Any, prepared: Prepared) -> Any:
+    def callbacks(self, request: Request, given: Any, prepared: PreparedModel) -> Any:
         """Adds what keeps count and renews the noise."""
         step = prepared.own_step
         return self.run.watched(given, step) if isinstance(step, PrivateStep) else given

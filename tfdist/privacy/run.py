@@ -36,7 +36,7 @@ from tfdist.privacy.schedules import norm_of
 from tfdist.privacy.settings import DPSGD
 from tfdist.privacy.spending import Spending
 from tfdist.samplers import Sampler, Sequential
-from tfdist.step.composition import found_in_steps
+from tfdist.step.composition import traced_steps
 from tfdist.strategies.base import Place
 from tfdist.training.request import Request
 
@@ -140,7 +140,7 @@ class PrivateRun:
                 examples.
         """
         privacy, self._source = self.privacy, source
-        for step in found_in_steps(self._model):
+        for step in traced_steps(self._model):
             if step.raw:
                 raise unfit_layers.keeps_state(step.raw[0])
         planned = plan(privacy, source, epochs)

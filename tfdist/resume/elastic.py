@@ -21,8 +21,8 @@ from tfdist import _keras
 from tfdist.data import DataPosition, Source
 from tfdist.errors import ArgumentError, MembersChanged, PeerError, StrategyError
 from tfdist.resume.position import ContinuedCallbacks, Position
-from tfdist.step.prepared import Prepared
-from tfdist.step.signals import Stop
+from tfdist.step.prepared import PreparedModel
+from tfdist.step.signals import StopState
 from tfdist.step.state import TrainState
 from tfdist.strategies.base import Strategy
 from tfdist.training.extension import Begins, Continuation, Extension
@@ -54,7 +54,7 @@ class ElasticRun(Continuation):
         self._state = TrainState(())
         self._committed: Sequence[Any] = ()
         self._copy_state: Callable[[], Sequence[Any]] = tuple
-        self._stop = Stop()
+        self._stop = StopState()
         self._steps: int | None = None
         self._data_position: Callable[[], DataPosition] = DataPosition
         self._begun_callbacks: dict[int, Any] = {}
@@ -96,6 +96,10 @@ class ElasticRun(Continuation):
                             "would send later, are lost."
                         )
                     print(message, file=sys.stderr, flush=True)
+                    # The step that failed may have changed some variables, and one process may
+                    # have completed it when another has not. So each process returns to its
+                    # last commit. `_join` takes the first rank's position, and the next attempt
+                    # its state.
                     if self.position is not None:
                         for variable, value in zip(
                             self._state.variables, self._committed, strict=True
@@ -115,7 +119,7 @@ class ElasticRun(Continuation):
         return history
 
     def begin(self, epoch: int, start: Callable[[], DataPosition]) -> Begins:
-        """Says where an attempt begins.
+        """Returns where an attempt begins.
 
         Args:
             epoch: The epoch of the first attempt.
@@ -141,8 +145,8 @@ class ElasticRun(Continuation):
 
     def loop_callbacks(
         self,
-        given: Sequence[Any],
-        prepared: Prepared,
+        callbacks: Sequence[Any],
+        prepared: PreparedModel,
         *,
         where: Callable[[], DataPosition],
         **options: Any,
@@ -152,7 +156,7 @@ class ElasticRun(Continuation):
         A callback that has begun in an earlier attempt does not begin again.
 
         Args:
-            given: This process's callbacks.
+            callbacks: This process's callbacks.
             prepared: The model. A commit copies its state.
             where: Returns the position of the data, between two epochs.
             **options: Arguments of `keras.callbacks.CallbackList`.
@@ -167,12 +171,12 @@ class ElasticRun(Continuation):
             for callback in self._begun_callbacks.values()
             if isinstance(callback, keras.callbacks.History)
         ]
-        callbacks = _AttemptCallbacks(
-            [*given, *history, _Commits(self)], add_history=True, **options
+        all_callbacks = _AttemptCallbacks(
+            [*callbacks, *history, _Commits(self)], add_history=True, **options
         )
-        callbacks.begun = self._begun_callbacks
-        callbacks.made = 0 if self.position is None else self.position.step
-        return callbacks
+        all_callbacks.begun_callbacks = self._begun_callbacks
+        all_callbacks.steps_made = 0 if self.position is None else self.position.step
+        return all_callbacks
 
     def commit(self, position: Position) -> None:
         """Copies the state, with its position.
@@ -193,6 +197,8 @@ class ElasticRun(Continuation):
             self.commit(Position(epoch, 0, self._data_position()))
 
     def _join(self) -> None:
+        # A process that joins has no position yet. It takes all of this from the first rank,
+        # which is why the first rank must be an old one.
         self._strategy.join()
         states = self._strategy.gather_objects((self.position, self.seed, self._number))
         if states[0][0] is None and any(position is not None for position, *_ in states):
@@ -215,12 +221,12 @@ class ElasticRun(Continuation):
 class _AttemptCallbacks(ContinuedCallbacks):
     """Callbacks of which some have begun in an earlier attempt, by their ids."""
 
-    begun: dict[int, Any]
+    begun_callbacks: dict[int, Any]
 
     def on_train_begin(self, logs: Any = None) -> None:
         all_callbacks = self.callbacks
-        self.callbacks = [c for c in all_callbacks if id(c) not in self.begun]
-        self.begun.update((id(c), c) for c in self.callbacks)
+        self.callbacks = [c for c in all_callbacks if id(c) not in self.begun_callbacks]
+        self.begun_callbacks.update((id(c), c) for c in self.callbacks)
         super().on_train_begin(logs)
         self.callbacks = all_callbacks
 

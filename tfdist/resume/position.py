@@ -47,13 +47,13 @@ class ContinuedCallbacks(keras.callbacks.CallbackList):  # type: ignore[misc]
     function runs only the remaining steps.
 
     Attributes:
-        made: Number of steps of the first epoch that are completed already.
+        steps_made: Number of steps of the first epoch that are completed already.
     """
 
     callbacks: list[Any]
-    made = 0
+    steps_made = 0
 
-    def is_made(self, first: int) -> bool:
+    def is_completed(self, first: int) -> bool:
         """Tells whether the steps of one execution are completed already.
 
         Args:
@@ -61,19 +61,19 @@ class ContinuedCallbacks(keras.callbacks.CallbackList):  # type: ignore[misc]
         """
         stop = first + int(self.model.steps_per_execution)
         steps = self.params.get("steps")
-        return stop <= self.made or (steps is not None and steps <= self.made)
+        return stop <= self.steps_made or (steps is not None and steps <= self.steps_made)
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
         """Calls the callbacks before steps."""
-        if not self.is_made(batch):
+        if not self.is_completed(batch):
             super().on_train_batch_begin(batch, logs)
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         """Calls the callbacks after steps."""
-        if not self.is_made(batch + 1 - int(self.model.steps_per_execution)):
+        if not self.is_completed(batch + 1 - int(self.model.steps_per_execution)):
             super().on_train_batch_end(batch, logs)
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         """Calls the callbacks after an epoch."""
-        self.made = 0
+        self.steps_made = 0
         super().on_epoch_end(epoch, logs)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from tfdist.errors import ArgumentError
 from tfdist.samplers.classes import Classes, group_rows
-from tfdist.samplers.labelled import OF_BLOCK, OF_EPOCH, Drawing, Labelled, Passes
+from tfdist.samplers.labelled import OF_BLOCK, OF_EPOCH, BoundSampler, Labelled, Passes
 from tfdist.samplers.permutation import Rows, generator, permute
 
 _BLOCK = 2**16
@@ -169,7 +169,7 @@ def apportion(seats: int, shares: NDArray[np.float64]) -> Rows:
     return whole
 
 
-class Quotas(Drawing):
+class Quotas(BoundSampler):
     """Draws each class's quota in an epoch, in random order.
 
     The order is drawn in blocks of at most 65536 draws. Each block has its part of every
@@ -200,7 +200,7 @@ class Quotas(Drawing):
         return repeats
 
     def stretch(self, epoch: int, start: int, stop: int, batch_size: int, seed: int) -> Rows:
-        """Returns the rows of adjacent steps; see `Drawing.stretch`."""
+        """Returns the rows of adjacent steps; see `BoundSampler.stretch`."""
         begin, end = start * batch_size, min(stop * batch_size, self.draws_per_epoch)
         _, _, edges = self._plan(seed, epoch)
         first = int(np.searchsorted(edges, begin, "right")) - 1
@@ -229,6 +229,8 @@ class Quotas(Drawing):
 
     def _draw_block(self, seed: int, epoch: int, block: int) -> Rows:
         counts, before, _ = self._plan(seed, epoch)
+        # The passes through a class go on from epoch to epoch: each of its rows is drawn once
+        # before the first one is drawn again.
         firsts = epoch * self.quotas + before[block]
         present = np.flatnonzero(counts[block])
         by_class = np.concatenate(

@@ -27,7 +27,7 @@ class Labelled(Sampler):
     labels: Any
 
     @abc.abstractmethod
-    def drawing(self, labels: Any, name: str) -> Drawing:
+    def drawing(self, labels: Any, name: str) -> BoundSampler:
         """Makes the sampler that draws from rows with these labels.
 
         Args:
@@ -47,7 +47,7 @@ class Labelled(Sampler):
         return drawing
 
     @functools.cached_property
-    def _of_labels(self) -> Drawing:
+    def _of_labels(self) -> BoundSampler:
         if self.labels is None:
             raise ArgumentError(
                 f"`{type(self).__name__}` must know the rows' classes. Received: labels=None. "
@@ -72,7 +72,7 @@ class Labelled(Sampler):
         )
 
 
-class Drawing(Sampler):
+class BoundSampler(Sampler):
     """A sampler that is bound to its data, and draws adjacent steps of an epoch in one call.
 
     Attributes:

@@ -36,6 +36,8 @@ def permute(positions: Rows, size: int, key: tuple[int, ...]) -> Rows:
     bits = int(size - 1).bit_length()
     keys = np.random.SeedSequence(key).generate_state(_ROUNDS).astype(np.uint32)
     values = _feistel(positions, bits, keys)
+    # More than half of all values of `bits` bits are below `size`, so each round brings more
+    # than half of the rest inside.
     while len(outside := np.flatnonzero(values >= size)):
         values[outside] = _feistel(values[outside], bits, keys)
     return values

@@ -13,7 +13,7 @@ from tfdist.samplers.labelled import (
     OF_BLOCK,
     OF_EPOCH,
     OF_PLACES,
-    Drawing,
+    BoundSampler,
     Labelled,
     Passes,
 )
@@ -42,12 +42,12 @@ class Stratified(Labelled):
 
     labels: Any = None
 
-    def drawing(self, labels: Any, name: str) -> Drawing:
+    def drawing(self, labels: Any, name: str) -> BoundSampler:
         """Makes the sampler that draws from rows with these labels."""
         return _Strata(group_rows(labels, name, combinations=True))
 
 
-class _Strata(Drawing):
+class _Strata(BoundSampler):
     """Sorts the rows by class, and distributes them over the batches in turn.
 
     The rows of a class are adjacent, so each batch gets its share of them, rounded up or down.
@@ -65,7 +65,7 @@ class _Strata(Drawing):
         self._plan = functools.lru_cache(maxsize=2)(self._draw_plan)
 
     def stretch(self, epoch: int, start: int, stop: int, batch_size: int, seed: int) -> Rows:
-        """Returns the rows of adjacent steps; see `Drawing.stretch`."""
+        """Returns the rows of adjacent steps; see `BoundSampler.stretch`."""
         full = self.num_rows // batch_size
         in_full_batches, turns, places = self._plan(seed, epoch, batch_size)
         edges = np.concatenate([[0], np.cumsum(in_full_batches)])

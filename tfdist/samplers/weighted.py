@@ -10,12 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tfdist.errors import ArgumentError
-from tfdist.samplers.labelled import OF_BLOCK, OF_EPOCH, Drawing
+from tfdist.samplers.labelled import OF_BLOCK, OF_EPOCH, BoundSampler
 from tfdist.samplers.permutation import Rows, generator, permute
 
 
 @dataclass(frozen=True, eq=False)
-class Weighted(Drawing):
+class Weighted(BoundSampler):
     """Draws each row with a probability proportional to its weight.
 
     An epoch has as many draws as the data has rows. A row with weight w is drawn
@@ -78,7 +78,7 @@ class Weighted(Drawing):
         return np.diff(self._ends, prepend=0.0)
 
     def stretch(self, epoch: int, start: int, stop: int, batch_size: int, seed: int) -> Rows:
-        """Returns the rows of adjacent steps; see `Drawing.stretch`."""
+        """Returns the rows of adjacent steps; see `BoundSampler.stretch`."""
         positions = np.arange(start * batch_size, min(stop * batch_size, self.num_rows))
         places = permute(positions, self.num_rows, (seed, OF_BLOCK, epoch))
         rows: Rows = self._epoch_of((seed, OF_EPOCH, epoch))[places].astype(np.int64)

@@ -15,7 +15,7 @@ import keras
 
 from tfdist import _keras
 from tfdist.errors import StrategyError
-from tfdist.step.prepared import scoped
+from tfdist.step.prepared import take_out_of_scope
 from tfdist.step.state import variables_of
 from tfdist.strategies.base import Strategy
 from tfdist.strategies.whole import whole
@@ -66,7 +66,7 @@ def _guarded_train_on_batch(
             "of one process, and it is no faster. `fit` splits batches among the workers."
         )
         with routing.running(), _keras.outside_scopes():
-            scoped(model, "auto")
+            take_out_of_scope(model, "auto")
             result = original(model, *args, **kwargs)
         if strategy.place.num_workers > 1:
             with strategy.waiting_for("the end of train_on_batch"):
@@ -90,14 +90,14 @@ def _check_update() -> None:
         )
 
 
-def _report(what: str) -> None:
+def _report(call: str) -> None:
     """Raises if the script does not use tfdist, else prints a warning."""
     if _names_tfdist():
-        _say_once(f"{what} is Keras's own and trains this worker alone. {_REMEDY}")
+        _say_once(f"{call} is Keras's own and trains this worker alone. {_REMEDY}")
         return
     raise StrategyError(
         "Workers that `tfdist run` starts must train together. Received: a script that trains "
-        f"with {what} and never names tfdist, so that every worker would train a model of its "
+        f"with {call} and never names tfdist, so that every worker would train a model of its "
         f"own. {_REMEDY}"
     )
 

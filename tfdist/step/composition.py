@@ -1,4 +1,4 @@
-"""What a model's step is made of, found before it trains on several replicas."""
+"""Finds what a model's step uses, and whether replicas can share a batch."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from tfdist.strategies.base import Strategy
 from tfdist.strategies.whole import whole
 
 _LARGE = 2**24
-_ROWS = 256  # of a batch that is tried; few steps look at more of them at once
+_ROWS = 256  # rows of a trial batch; few steps combine more rows than that
 
 
 @dataclass(frozen=True)
 class Composition:
-    """What was found of one of a model's steps.
+    """What one of a model's steps uses.
 
     Attributes:
-        compiled_state: Changes when the model is compiled again.
-        step: What it is made of besides the model.
-        indivisible: Why replicas cannot share a batch, a few words; None if they can.
+        compiled_state: Differs if the model has been compiled again.
+        step: The optimizers, metrics and variables that the step uses.
+        indivisible: Why replicas cannot share a batch, in a few words; None if they can.
     """
 
     compiled_state: tuple[Any, ...]
-    step: _keras.Step
+    step: _keras.StepTrace
     indivisible: str | None = None
 
 
@@ -42,47 +42,49 @@ def compose(
         model: A `keras.Model`, compiled unless it predicts.
         kind: "train_step", "test_step" or "predict_step".
         source: The data.
-        strategy: Where the replicas are.
-        whole_batch: What the user wants, or None.
+        strategy: The strategy of this process.
+        whole_batch: The argument of `fit`. None lets tfdist decide.
 
     Returns:
-        The strategy, or what computes whole batches in its processes.
+        The strategy, or a wrapper of it with which each process computes whole batches.
     """
-    memory = _keras.attached(model).compositions
-    known: Composition | None = memory.get(kind)
-    if known is None or not _keras.is_compiled_as(model, known.compiled_state):
+    compositions = _keras.attached(model).compositions
+    composition: Composition | None = compositions.get(kind)
+    if composition is None or not _keras.is_compiled_as(model, composition.compiled_state):
         step = _keras.build(model, kind, source.spec(), source.sample)
         _keras.note_metrics(model, step.metrics)
-        found = None
+        reason = None
         if strategy.place.num_replicas > 1 and whole_batch is None:
-            found = _why_indivisible(model, kind, step, source)
-        known = Composition(_keras.compiled_state(model), step, found)
-        memory[kind] = known
-    is_whole = known.indivisible is not None if whole_batch is None else whole_batch
+            reason = _why_indivisible(model, kind, step, source)
+        composition = Composition(_keras.compiled_state(model), step, reason)
+        compositions[kind] = composition
+    is_whole = composition.indivisible is not None if whole_batch is None else whole_batch
     return whole(strategy) if is_whole and strategy.place.num_replicas > 1 else strategy
 
 
-def found_in_steps(model: Any) -> list[_keras.Step]:
-    """Lists what a model's steps are made of besides the model.
+def traced_steps(model: Any) -> list[_keras.StepTrace]:
+    """Lists the traces of a model's steps.
 
     Args:
         model: A `keras.Model`.
     """
-    return [known.step for known in _keras.attached(model).compositions.values()]
+    return [composition.step for composition in _keras.attached(model).compositions.values()]
 
 
 def why_whole(model: Any, kind: str) -> str | None:
-    """Says why replicas cannot share a batch.
+    """Returns why replicas cannot share a batch, or None.
 
     Args:
-        model: A `keras.Model` that was composed.
+        model: A `keras.Model` for which `compose` was called.
         kind: "train_step" or "test_step".
     """
-    known: Composition | None = _keras.attached(model).compositions.get(kind)
-    return None if known is None else known.indivisible
+    composition: Composition | None = _keras.attached(model).compositions.get(kind)
+    return None if composition is None else composition.indivisible
 
 
-def _why_indivisible(model: Any, kind: str, step: _keras.Step, source: Source) -> str | None:
+def _why_indivisible(
+    model: Any, kind: str, step: _keras.StepTrace, source: Source
+) -> str | None:
     if step.updates_in_branch:
         return "its step applies an optimizer in a branch, a loop or a tf.function"
     if step.raw:
@@ -97,23 +99,23 @@ def _why_indivisible(model: Any, kind: str, step: _keras.Step, source: Source) -
             return f"the metric {metric.name!r} keeps what it has seen in no variable"
     elements = sum(math.prod(variable.shape) for variable in model.trainable_variables)
     if elements > _LARGE and not _keras.has_own_code(model):
-        return None  # few of Keras's own layers can mix rows, and the steps would take long
+        return None  # trial steps would take long, and few of Keras's own layers mix rows
     shapes = [spec.shape for spec in tf.nest.flatten(source.spec())]
     of_row = sum(math.prod(size or 1 for size in s[1:]) if s.rank else 1 for s in shapes)
     rows = _keras.rows_to_try(of_row, _ROWS)
     sample = source.sample(rows)
     if sample is None:
         return None
-    found = _keras.what_is_no_mean(
+    no_mean = _keras.what_is_no_mean(
         _keras.step_of(model, kind),
         sample,
         rows,
         _keras.computes_coarsely(model),
         predicts=kind == "predict_step",
     )
-    if found is None and step.assigns_weights and step.is_random:
+    if no_mean is None and step.assigns_weights and step.is_random:
         return "its step assigns weights by itself"
-    return None if found is None else f"{found} is no mean over the rows of a batch"
+    return None if no_mean is None else f"{no_mean} is no mean over the rows of a batch"
 
 
 def _has_static_batch(model: Any) -> bool:

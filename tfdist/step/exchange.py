@@ -1,4 +1,4 @@
-"""What an extension may put around the reduction of gradients, compression for example."""
+"""The exchange: an extension's wrapper around the reduction of gradients."""
 
 from __future__ import annotations
 
@@ -13,21 +13,20 @@ from tfdist.strategies.base import Strategy
 
 Tensor = Any
 Sums = tuple[list[Tensor], list[Tensor]]
-"""Reduced gradients, and what else was reduced with them."""
+"""Reduced gradients, and the other tensors that were reduced with them."""
 
 
 @dataclass(frozen=True)
 class Contribution:
-    """What a replica gives to one reduction.
+    """A replica's part of one reduction.
 
     Attributes:
-        gradients: The replica's parts of the gradients: their sum over replicas is the whole.
-            Dense, or `tf.IndexedSlices`.
+        gradients: The replica's parts of the gradients, whose sum over all replicas is the
+            gradient of the global batch. Dense tensors, or `tf.IndexedSlices`.
         others: Dense tensors that must be summed exactly.
         share: Scalar float32: the replica's part of the batch.
         variables: The `keras.Variable` of each gradient.
-        loss_scales: By what the loss that a gradient comes from was multiplied, a scalar
-            tensor each; None where it was not.
+        loss_scales: The factor of loss scaling in each gradient, a scalar tensor, or None.
     """
 
     gradients: Sequence[Tensor]
@@ -38,11 +37,11 @@ class Contribution:
 
 
 class Exchange(abc.ABC):
-    """Changes what travels between replicas; but for `reduce` each method does nothing here.
+    """Changes what replicas send each other. By default, each method but `reduce` does nothing.
 
     Attributes:
-        acts_alone: Whether it changes the result of one replica, too.
-        has_phases: Whether `next_phase` says several things.
+        acts_alone: Whether it also changes the result of a single replica.
+        has_phases: Whether `next_phase` has several values.
     """
 
     acts_alone: ClassVar[bool] = False
@@ -50,22 +49,22 @@ class Exchange(abc.ABC):
 
     @property
     def state(self) -> Sequence[tuple[Any, Role]]:
-        """Its `keras.Variable`s, each with its role."""
+        """The `keras.Variable`s of the exchange, each with its role."""
         return ()
 
     def reset(self) -> None:  # noqa: B027
-        """Brings its state to where a training begins."""
+        """Resets its state, at the beginning of a training."""
 
     def running(self) -> contextlib.AbstractContextManager[None]:
         """Makes a context around a training."""
         return contextlib.nullcontext()
 
     def next_phase(self) -> Hashable:
-        """Says which kind of step comes next; each kind is traced once."""
+        """Returns the kind of the next step. Each kind is traced once."""
         return None
 
     def end_step(self) -> None:  # noqa: B027
-        """Called when a step was made."""
+        """Called after each step."""
 
     def finish(self, counts: Tensor) -> None:  # noqa: B027
         """Called once on each replica, after all reductions of a step.
@@ -76,28 +75,28 @@ class Exchange(abc.ABC):
 
     @abc.abstractmethod
     def reduce(
-        self, strategy: Strategy, given: Contribution, phase: Hashable
+        self, strategy: Strategy, contribution: Contribution, phase: Hashable
     ) -> tuple[Sums, Callable[[Tensor], None]]:
-        """Sums what replicas contribute.
+        """Sums the replicas' contributions.
 
         Args:
-            strategy: Does the collectives.
-            given: Of this replica.
-            phase: What `next_phase` gave.
+            strategy: Its collectives do the sums.
+            contribution: The contribution of this replica.
+            phase: The result of `next_phase`.
 
         Returns:
-            The sums; and what keeps the state that the step leaves behind, given a scalar bool
-            tensor: whether the step counts.
+            The sums, and a function that stores the exchange's new state. Its argument is a
+            scalar bool tensor: whether the step counts.
         """
 
 
 class ExchangeMaker(Protocol):
-    """Says what is put around the reduction; two that are equal make the same."""
+    """Makes an exchange. Two makers that are equal make equal exchanges."""
 
     def make(self, model: Any, strategy: Strategy) -> Exchange:
-        """Makes it for a model.
+        """Makes the exchange of a model.
 
         Args:
             model: A compiled, built `keras.Model`.
-            strategy: Where its replicas are.
+            strategy: The strategy on whose replicas it trains.
         """

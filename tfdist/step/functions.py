@@ -1,8 +1,8 @@
 """The train, test and predict steps that every strategy runs.
 
-A step is Keras's own `train_step`, run on each replica's share of the global batch, with
-one exact reduction: each replica's loss is scaled by its part of the batch, so gradients
-are summed and need no division; metrics are summed as state; both travel together.
+A step is Keras's own `train_step`, which runs on each replica's share of the global batch.
+One exact reduction follows. Each replica's loss is scaled by its part of the batch, so the
+sum of the gradients needs no division. Metrics are summed as state, in the same collective.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tfdist.step.exchange import Exchange
 from tfdist.step.own_step import OwnStep
 from tfdist.step.reduction import GOES_ON
 from tfdist.step.replica_steps import Logs, ReplicaSteps, Result
-from tfdist.step.signals import Stop, Tensor, heed
+from tfdist.step.signals import StopState, Tensor, heed
 from tfdist.step.timers import StepTimers
 from tfdist.strategies.base import Functions, Strategy
 from tfdist.strategies.whole import Whole, as_whole
@@ -30,7 +30,7 @@ from tfdist.strategies.whole import Whole, as_whole
 def make_functions(
     model: Any,
     strategy: Strategy,
-    stop: Stop,
+    stop: StopState,
     variables: Sequence[Any] = (),
     own_step: OwnStep | None = None,
     exchange: Exchange | None = None,
@@ -39,56 +39,60 @@ def make_functions(
 
     Args:
         model: A compiled, built `keras.Model`, its variables held by the strategy.
-        strategy: Where its replicas are.
-        stop: Shared with the callback that sets `requested` and reads `agreed`.
-        variables: All state of the model.
-        own_step: Takes the place of Keras's train step.
-        exchange: Is put around the reduction of gradients.
+        strategy: The strategy on whose replicas they run.
+        stop: The state that is shared with the callback that sets `requested`.
+        variables: The variables that processes with whole batches take from the chief.
+        own_step: Replaces Keras's train step.
+        exchange: Wraps the reduction of gradients.
 
     Returns:
         The functions for `_keras.loop_functions`.
 
     Raises:
-        StrategyError: A step of an extension's own is not possible there.
+        StrategyError: Both an extension and the strategy replace the train step.
     """
     own = strategy.own_functions(model)
     if own is not None and own_step is not None:
         raise StrategyError(
-            "Private training must be synchronous: a gradient of weights that others have "
-            f"changed meanwhile is not accounted for. Received: {strategy.name} with steps of "
-            "its own. Use strategy=tfdist.ParameterServer(synchronous=True)."
+            "An extension that replaces Keras's train step needs a strategy that splits one "
+            f"global batch. Received: strategy {strategy.name!r}, which has functions of its "
+            "own. Use another strategy."
         )
     if own is not None:
         return own
     replica = ReplicaSteps(model, strategy, own_step, exchange)
-    company = as_whole(strategy)
-    if company is not None and company.has_company:
-        return _in_company(company, replica, stop, variables, exchange)
-    # One process has nobody to wait for, and servers' steps no place for the clocks.
+    whole_batch = as_whole(strategy)
+    if whole_batch is not None and whole_batch.has_company:
+        return _with_whole_batches(whole_batch, replica, stop, variables, exchange)
+    # One process waits for nobody. A chief with servers has no place for clocks in its steps.
     timers = StepTimers() if strategy.place.num_workers > 1 else None
     return Functions(
         train=_over_epoch(model, strategy, replica.train, stop, timers, own_step, exchange),
-        test=_over_epoch(model, strategy, replica.test, Stop(), timers),
+        test=_over_epoch(model, strategy, replica.test, StopState(), timers),
         predict=_over_shares(model, strategy, replica.predict),
         timers=timers,
     )
 
 
-def _in_company(
+def _with_whole_batches(
     strategy: Whole,
     replica: ReplicaSteps,
-    stop: Stop,
+    stop: StopState,
     variables: Sequence[Any],
     exchange: Exchange | None,
 ) -> Functions:
-    """Builds the functions of processes that all compute whole batches."""
-    model = replica.model
-    train = _over_epoch(model, strategy, replica.train, Stop(), None, exchange=exchange)
-    test = _over_epoch(model, strategy, replica.test, Stop(), None)
+    """Builds the functions of processes that all compute whole batches.
 
-    def trained(epoch: Epoch) -> Logs:
+    Such a step needs no reduction of gradients. The processes exchange the signals before it,
+    and take the chief's state after it, so that float errors cannot drive them apart.
+    """
+    model = replica.model
+    train = _over_epoch(model, strategy, replica.train, StopState(), None, exchange=exchange)
+    test = _over_epoch(model, strategy, replica.test, StopState(), None)
+
+    def train_and_share(epoch: Epoch) -> Logs:
         with strategy.waiting_for(f"step {epoch.steps_taken + 1}"):
-            stopped, changed, leaves = strategy.sums(stop.asked()).numpy()
+            stopped, changed, leaves = strategy.sums(stop.requests()).numpy()
         stop.leaving = bool(leaves)
         if changed:
             raise MembersChanged("Processes came, or are about to go.")
@@ -100,17 +104,17 @@ def _in_company(
             strategy.take_chiefs(variables)
         return logs
 
-    def tested(epoch: Epoch) -> Logs:
+    def test_and_share(epoch: Epoch) -> Logs:
         logs = test(epoch)
         with strategy.waiting_for(f"the end of step {epoch.steps_taken}"):
             strategy.take_chiefs(_keras.metric_variables(model))
         return logs
 
     predict = _over_shares(model, strategy, replica.predict)
-    return Functions(train=trained, test=tested, predict=predict)
+    return Functions(train=train_and_share, test=test_and_share, predict=predict)
 
 
-def _traced(model: Any, function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+def _trace(model: Any, function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     function = tf.autograph.experimental.do_not_convert(function)
     if model.run_eagerly:
         return function
@@ -123,15 +127,16 @@ ReplicaStep = Callable[[Share, Tensor, Hashable], Result]
 
 @dataclass(frozen=True)
 class _TracedSteps:
-    """Functions of an iterator that draw and make steps of one kind.
+    """Traced functions that draw batches from an iterator and make steps of one kind.
 
     Attributes:
-        one: Makes one step, given what `Stop.asked` gives.
-        several: Makes as many as it is told, one after the other.
+        one_step: Makes one step, from an iterator and the result of `StopState.requests`.
+        several_steps: Makes steps one after the other, from an iterator, the number of steps
+            and the result of `StopState.requests`.
     """
 
-    one: Callable[[Any, Tensor], Result]
-    several: Callable[[Any, Tensor, Tensor], Result]
+    one_step: Callable[[Any, Tensor], Result]
+    several_steps: Callable[[Any, Tensor, Tensor], Result]
 
 
 def _traced_steps(
@@ -144,18 +149,19 @@ def _traced_steps(
 ) -> _TracedSteps:
     """Wraps a replica's step into functions of an iterator.
 
-    The batches of a step of an extension's own may be of another size each time, so such a step
-    compiles what it can for itself.
+    An extension's own step may get batches of another size each time, so it is not compiled
+    here. It compiles the parts that it can.
     """
 
     def after_data(share: Share, stopping: Tensor) -> Result:
-        # When the data is over, drawing fails, and then nothing must have been changed.
+        # Drawing fails when the data ends. The step must wait for it: a step that fails must
+        # not have changed anything.
         with tf.control_dependencies(tf.nest.flatten(share, expand_composites=True)[:1]):
             return step(share, stopping, phase)
 
     noise = _keras.OwnNoise(strategy.place.worker_index)
 
-    def one_step(share: Share, stopping: Tensor) -> Result:
+    def on_replicas(share: Share, stopping: Tensor) -> Result:
         with noise.drawing():
             if own_step is not None:
                 own_step.begin(share)
@@ -166,9 +172,9 @@ def _traced_steps(
 
     alone = strategy.place.num_replicas == 1
     compiled = alone and model.jit_compile and own_step is None
-    compiled_step = _traced(model, one_step, jit_compile=compiled)
+    compiled_step = _trace(model, on_replicas, jit_compile=compiled)
 
-    def one(iterator: Any, stopping: Tensor) -> Result:
+    def one_step(iterator: Any, stopping: Tensor) -> Result:
         if timers is None:
             unmarked: Result = compiled_step(strategy.next_share(iterator), stopping)
             return unmarked
@@ -177,22 +183,22 @@ def _traced_steps(
         timers.note_step(result, result[1].reducing)
         return result
 
-    def several(iterator: Any, steps: Tensor, stopping: Tensor) -> Result:
-        def again(done: Tensor, _: Any) -> tuple[Tensor, Result]:
-            return done + 1, one(iterator, stopping)
+    def several_steps(iterator: Any, steps: Tensor, stopping: Tensor) -> Result:
+        def next_step(completed: Tensor, _: Any) -> tuple[Tensor, Result]:
+            return completed + 1, one_step(iterator, stopping)
 
-        started = (tf.constant(1), one(iterator, stopping))
-        _, last = tf.while_loop(lambda done, _: done < steps, again, started)
+        started = (tf.constant(1), one_step(iterator, stopping))
+        _, last = tf.while_loop(lambda completed, _: completed < steps, next_step, started)
         return last  # type: ignore[no-any-return]
 
-    return _TracedSteps(_traced(model, one), _traced(model, several))
+    return _TracedSteps(_trace(model, one_step), _trace(model, several_steps))
 
 
 def _over_epoch(
     model: Any,
     strategy: Strategy,
     step: ReplicaStep,
-    stop: Stop,
+    stop: StopState,
     timers: StepTimers | None,
     own_step: OwnStep | None = None,
     exchange: Exchange | None = None,
@@ -202,40 +208,44 @@ def _over_epoch(
         functools.partial(_traced_steps, model, strategy, step, timers, own_step)
     )
 
-    def make_one(epoch: Epoch, stopping: Tensor) -> Result:
+    def make_step(epoch: Epoch, stopping: Tensor) -> Result:
         phase = None if exchange is None else exchange.next_phase()
-        result = of_phase(phase).one(epoch.iterator, stopping)
+        result = of_phase(phase).one_step(epoch.iterator, stopping)
         if exchange is not None:
             exchange.end_step()
         return result
 
-    # A loop in a graph on several processes goes over all of them each round.
+    # Python's loop is chosen if a loop in the graph would be slower or wrong: the chief sends
+    # each round of it to all servers, and steps of several phases are several graphs.
     has_phases = exchange is not None and exchange.has_phases
     loops_here = model.run_eagerly or strategy.has_servers or has_phases
 
     def function(epoch: Epoch) -> Logs:
+        # The position counts an execution's steps before they are drawn, on all workers alike.
+        # Steps that an earlier process made are only counted.
         steps = epoch.pass_made(epoch.take(model.steps_per_execution))
         if steps == 0:
             return epoch.logs
         if stop.members_changed and strategy.place.num_workers == 1:
             raise MembersChanged("Other processes are ready to join.")
-        stopping = stop.asked()
-        made = 0
+        stopping = stop.requests()
+        completed = 0
         with epoch.drawing(), strategy.waiting_for(f"step {epoch.steps_taken}"):
             if model.steps_per_execution == 1:
-                logs, signals = make_one(epoch, stopping)
-            # A loop in a graph in which data ends does not say how many steps it has made.
+                logs, signals = make_step(epoch, stopping)
+            # If the data ends in a graph's loop, nobody knows how many steps it has made.
             elif loops_here or epoch.may_end_early:
                 try:
-                    for made in range(steps):  # noqa: B007, needed where data ends
-                        logs, signals = make_one(epoch, stopping)
+                    for completed in range(steps):  # noqa: B007, needed where data ends
+                        logs, signals = make_step(epoch, stopping)
                 except tf.errors.OutOfRangeError:
-                    if not made:
+                    if not completed:
                         raise
-                    steps = made
+                    steps = completed
             else:
-                several = of_phase(None).several
-                logs, signals = several(epoch.iterator, tf.constant(steps), stopping)
+                several_steps = of_phase(None).several_steps
+                logs, signals = several_steps(epoch.iterator, tf.constant(steps), stopping)
+        # All workers heed the signals of the same step, and before any callback sees its logs.
         if strategy.place.num_workers > 1:
             heed(signals, stop, strategy, epoch)
         epoch.note_progress(steps)
@@ -249,11 +259,11 @@ def _over_shares(
 ) -> Callable[[list[Share]], Any]:
     noise = _keras.OwnNoise(strategy.place.worker_index)
 
-    def predicted(share: Share) -> Any:
+    def predict_share(share: Share) -> Any:
         with noise.drawing():
             return strategy.run(step, share)
 
-    one_step = _traced(model, predicted)
+    one_step = _trace(model, predict_share)
 
     def function(shares: list[Share]) -> Any:
         with strategy.waiting_for("a step"):

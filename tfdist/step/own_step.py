@@ -1,4 +1,4 @@
-"""What may take the place of Keras's train step, private training's for example."""
+"""The interface of a train step that replaces Keras's, such as that of private training."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ Tensor = Any
 
 
 class OwnStep(Protocol):
-    """A train step of an extension's own, on one model and one strategy."""
+    """An extension's train step, for one model on one strategy."""
 
     def running(self) -> contextlib.AbstractContextManager[None]:
-        """Makes a context in which the step is traced and made."""
+        """Makes a context in which the step is traced and run."""
 
     def begin(self, share: Any) -> None:
-        """Called before all replicas of this process make a step.
+        """Called before the replicas of this process make a step.
 
         Args:
-            share: What is dealt out to them.
+            share: The share of each of them.
         """
 
     def end(self, is_made: Tensor) -> None:
-        """Called when they have made it.
+        """Called after the replicas of this process have made a step.
 
         Args:
-            is_made: Scalar bool: whether it has changed anything.
+            is_made: Scalar bool: whether the step has changed anything.
         """
 
     def begin_step(
@@ -38,11 +38,11 @@ class OwnStep(Protocol):
 
         Args:
             data: The replica's rows: `x`, `(x, y)` or `(x, y, sample_weight)`.
-            batch: What the replica knows of them.
-            stopping: As `Stop.asked` gives it.
+            batch: The position of these rows in the global batch.
+            stopping: The result of `StopState.requests`.
 
         Returns:
-            The rows and `stopping`, both perhaps changed.
+            The rows and `stopping`; the step may change both.
         """
 
     def train_step(self, data: Any, batch: ReplicaBatch, groups: Tensor) -> Any:
@@ -51,20 +51,20 @@ class OwnStep(Protocol):
         Args:
             data: As in `begin_step`.
             batch: As in `begin_step`.
-            groups: Int64 [rows]: the group of each row, where rows have groups.
+            groups: Int64 [rows]: the group of each row, if rows have groups.
 
         Returns:
-            Logs.
+            The logs of the step.
         """
 
 
 class StepMaker(Protocol):
-    """Says which step a training makes; two that are equal make the same."""
+    """Makes a step. Two makers that are equal make equal steps."""
 
     def make(self, model: Any, strategy: Strategy) -> OwnStep:
         """Makes the step of a model.
 
         Args:
             model: A compiled, built `keras.Model`.
-            strategy: Where its replicas are.
+            strategy: The strategy on whose replicas it trains.
         """

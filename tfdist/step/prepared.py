@@ -1,4 +1,4 @@
-"""A model on a strategy: its state where the replicas are, its functions traced once."""
+"""A model on a strategy: its variables on the replicas, and its functions, traced once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tfdist import _keras, data
 from tfdist.step.exchange import Exchange, ExchangeMaker
 from tfdist.step.functions import make_functions
 from tfdist.step.own_step import OwnStep, StepMaker
-from tfdist.step.signals import Stop
+from tfdist.step.signals import StopState
 from tfdist.step.state import TrainState, optimizers_of, variables_of
 from tfdist.strategies.base import Functions, Place, Strategy
 from tfdist.strategies.session import current
@@ -20,17 +20,32 @@ from tfdist.watchdog import here
 
 
 @dataclass
-class Prepared:
-    """A model's functions on a strategy, kept with it so that they are traced once."""
+class PreparedModel:
+    """A model's functions on a strategy. The model keeps them, so they are traced once.
+
+    Attributes:
+        model: The `keras.Model`.
+        strategy: The strategy on whose replicas it runs.
+        place: The strategy's place at that time. An elastic run changes it.
+        compiled_state: Differs if the model has been compiled again.
+        state: All variables, with their roles.
+        placed_variables: A context in which the variables are on the replicas.
+        functions: The functions for Keras's loop.
+        stop: The state that the functions share with callbacks.
+        own_step: An extension's step, or None.
+        maker: The maker of `own_step`.
+        exchange: An extension's exchange, or None.
+        exchange_maker: The maker of `exchange`.
+    """
 
     model: Any
     strategy: Strategy
     place: Place
     compiled_state: tuple[Any, ...]
     state: TrainState
-    held: contextlib.AbstractContextManager[None]
+    placed_variables: contextlib.AbstractContextManager[None]
     functions: Functions
-    stop: Stop
+    stop: StopState
     own_step: OwnStep | None = None
     maker: StepMaker | None = None
     exchange: Exchange | None = None
@@ -38,7 +53,7 @@ class Prepared:
     _runs: bool = field(default=False, init=False)
 
     def fits(self, model: Any, strategy: Strategy) -> bool:
-        """Tells whether the model was compiled or rebuilt since, or moved elsewhere."""
+        """Tells whether the functions still fit: no compile, rebuild or move came since."""
         return (
             self.strategy is strategy
             and self.place == strategy.place
@@ -47,16 +62,16 @@ class Prepared:
         )
 
     def begin_training(self) -> None:
-        """Brings what an extension keeps between steps to where a training begins."""
+        """Resets the state that an extension keeps between steps."""
         if self.exchange is not None:
             self.exchange.reset()
 
     @contextlib.contextmanager
     def running(self, source: data.Source) -> Iterator[None]:
-        """Lets Keras's loop run the functions, and gives a plain model back.
+        """Lets Keras's loop run the functions. The model is a plain one again afterwards.
 
         Args:
-            source: The data they run on.
+            source: The data of the call.
         """
         if self._runs:  # a callback evaluates the model that trains
             with self._functions():
@@ -65,15 +80,17 @@ class Prepared:
         stop = self.stop
         stop.requested = stop.agreed = stop.members_changed = stop.leaving = False
         timers = self.functions.timers
-        here.data_counts = None if timers is None else timers.counted
+        here.data_counts = None if timers is None else timers.counts
+        # The order matters when the contexts end: Keras gets its functions back before the
+        # variables leave the replicas, and a lost worker is explained after both.
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.strategy.explaining_losses())
-            stack.enter_context(self.held)
+            stack.enter_context(self.placed_variables)
             stack.enter_context(self._functions())
             has_servers = self.strategy.has_servers
-            takes_part = self.own_step is not None or self.exchange is not None
-            several = not self.strategy.is_plain or takes_part
-            if has_servers or several or source.may_be_empty:
+            is_extended = self.own_step is not None or self.exchange is not None
+            needs_reduction = not self.strategy.is_plain or is_extended
+            if has_servers or needs_reduction or source.may_be_empty:
                 stack.enter_context(_keras.replicated(has_servers))
             else:
                 stack.enter_context(_keras.alone())
@@ -102,31 +119,31 @@ def prepare(
     for_training: bool = False,
     maker: StepMaker | None = None,
     exchange_maker: ExchangeMaker | None = None,
-) -> Prepared:
-    """Gives a model's functions on a strategy, making them when it has none that fit.
+) -> PreparedModel:
+    """Returns a model's functions on a strategy, and makes them if it has none that fit.
 
     Args:
         model: A built `keras.Model`.
-        strategy: Where its replicas are.
+        strategy: The strategy on whose replicas it runs.
         for_training: Whether the train function will be used.
-        maker: Of the step that takes the place of Keras's, if there is one.
-        exchange_maker: Of what is put around the reduction, if something is.
+        maker: Makes the step that replaces Keras's, or None.
+        exchange_maker: Makes the exchange that wraps the reduction, or None.
     """
-    known = _keras.attached(model).prepared
-    usable = known is not None and known.fits(model, strategy)
+    previous = _keras.attached(model).prepared
+    usable = previous is not None and previous.fits(model, strategy)
     if usable and (
-        not for_training or (known.maker, known.exchange_maker) == (maker, exchange_maker)
+        not for_training or (previous.maker, previous.exchange_maker) == (maker, exchange_maker)
     ):
-        return known  # type: ignore[no-any-return]
-    stop = Stop()
+        return previous  # type: ignore[no-any-return]
+    stop = StopState()
     _keras.attached(model).clip_optimizer = None
     own_step = None if maker is None else maker.make(model, strategy)
-    exchange = _exchange(known, model, strategy, exchange_maker)
+    exchange = _exchange(previous, model, strategy, exchange_maker)
     of_extensions = () if exchange is None else tuple(exchange.state)
     state = TrainState(tuple(variables_of(model)), of_extensions)
-    # Where each process computes whole batches, all have the chief's residuals, too.
+    # Processes with whole batches also take the chief's residuals.
     agreed = state.variables if as_whole(strategy) else state.replicated
-    prepared = Prepared(
+    prepared = PreparedModel(
         model,
         strategy,
         strategy.place,
@@ -145,32 +162,36 @@ def prepare(
 
 
 def _exchange(
-    known: Prepared | None, model: Any, strategy: Strategy, maker: ExchangeMaker | None
+    previous: PreparedModel | None, model: Any, strategy: Strategy, maker: ExchangeMaker | None
 ) -> Exchange | None:
-    """Makes what is put around the reduction; one with state outlives a change of replicas."""
+    """Makes the exchange. One with state is kept if only the number of replicas changes."""
     if maker is None:
         return None
-    if known is not None and known.exchange is not None and known.exchange_maker == maker:
-        is_same = _keras.is_compiled_as(model, known.compiled_state) and known.state.is_of(
-            model
-        )
-        if known.exchange.state and is_same:
-            return known.exchange
+    if (
+        previous is not None
+        and previous.exchange is not None
+        and previous.exchange_maker == maker
+    ):
+        is_same = _keras.is_compiled_as(
+            model, previous.compiled_state
+        ) and previous.state.is_of(model)
+        if previous.exchange.state and is_same:
+            return previous.exchange
     exchange = maker.make(model, strategy)
     alone = strategy.place.num_replicas == 1
     return None if alone and not exchange.acts_alone else exchange
 
 
-def scoped(model: Any, strategy: Any) -> Any:
-    """Takes a model out of the scope that it was made in, and remembers whose it was.
+def take_out_of_scope(model: Any, strategy: Any) -> Any:
+    """Takes a model out of the `tf.distribute` scope in which it was made.
 
     Args:
         model: A `keras.Model`.
         strategy: As in `fit`.
 
     Returns:
-        The strategy of the scope, if it has several replicas and none was named or chosen; else
-        `strategy`.
+        The strategy of the scope, if it has several replicas and you have not named or chosen
+        another one. Otherwise `strategy`.
     """
     scope = _keras.scope_of(model)
     if scope is not None:

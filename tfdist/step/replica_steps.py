@@ -22,7 +22,14 @@ Result = tuple[Logs, Signals]
 
 
 class ReplicaSteps:
-    """One replica's steps."""
+    """One replica's train, test and predict step.
+
+    Args:
+        model: A compiled, built `keras.Model`.
+        strategy: The strategy on whose replicas it runs.
+        own_step: An extension's step, or None.
+        exchange: An extension's exchange, or None.
+    """
 
     def __init__(
         self,
@@ -36,17 +43,19 @@ class ReplicaSteps:
         self.own_step = own_step
         self.exchange = exchange
         self.alone = strategy.place.num_replicas == 1
-        self.takes_part = own_step is not None or exchange is not None
+        self.is_extended = own_step is not None or exchange is not None
         self.train_step, self.test_step = model.train_step, model.test_step
-        if not self.alone or self.takes_part:
+        if not self.alone or self.is_extended:
             self.train_step = _keras.step_of(model, "train_step")
         if not self.alone:
             self.test_step = _keras.step_of(model, "test_step")
         self.elements = sum(math.prod(v.shape) for v in model.trainable_variables)
 
     def train(self, share: Share, stopping: Tensor, phase: Hashable) -> Result:
-        """Updates the weights, once."""
-        if share.total is None and self.takes_part:  # the whole of a stream's batch
+        """Makes one train step, with one update of the weights."""
+        if (
+            share.total is None and self.is_extended
+        ):  # a stream's batch, which this replica has alone
             count = tf.shape(tf.nest.flatten(share.data)[0], tf.int64)[0]
             nothing = tf.constant(0, tf.int64)
             share = Share(share.data, count, count, nothing, tf.zeros([4]), no_groups())
@@ -54,6 +63,7 @@ class ReplicaSteps:
             return self.train_step(share.data), no_signals()
         with _keras.on_replica(self._batch(share)) as batch:
             own_step = self.own_step
+            # It may ask all workers to stop, so it comes before the agreement sends `stopping`.
             if own_step is not None:
                 data, stopping = own_step.begin_step(share.data, batch, stopping)
                 share = share._replace(data=data)
@@ -73,7 +83,7 @@ class ReplicaSteps:
             return self._logs(batch, logs), signals_of(agreement, share)
 
     def test(self, share: Share, stopping: Tensor, phase: Hashable) -> Result:
-        """Adds a share to the metrics."""
+        """Makes one test step, which adds a share to the metrics."""
         if self.alone:
             return self.test_step(share.data), no_signals()
         with _keras.on_replica(self._batch(share)) as batch:
@@ -86,12 +96,12 @@ class ReplicaSteps:
             return self._logs(batch, logs), signals_of(agreement, share)
 
     def predict(self, share: Share) -> Any:
-        """Gives the outputs for the whole global batch, in its order."""
+        """Returns the outputs for the whole global batch, in its order."""
         if self.alone:
             return self.model.predict_step(share.data)
         with _keras.on_replica(self._batch(share)):
             outputs = self.model.predict_step(share.data)
-            # A share without examples has one row all the same.
+            # A share without examples holds one row of padding.
             return tf.nest.map_structure(
                 lambda output: self.strategy.all_gather(output[: share.rows]), outputs
             )
@@ -106,20 +116,20 @@ class ReplicaSteps:
         )
 
     def _logs(self, batch: ReplicaBatch, logs: Logs) -> Logs:
-        """Gives the results of reduced metrics, and the mean of what else a step returned."""
+        """Returns the results of reduced metrics, and the means of the other logs."""
         leaves = tf.nest.flatten(logs)
-        of_metrics = [batch.metric_of(leaf) for leaf in leaves]
-        metrics = {id(found[0]): found[0] for found in of_metrics if found is not None}
-        results = {key: tf.nest.flatten(one.result()) for key, one in metrics.items()}
+        entries = [batch.metric_of(leaf) for leaf in leaves]
+        metrics = {id(entry[0]): entry[0] for entry in entries if entry is not None}
+        results = {key: tf.nest.flatten(metric.result()) for key, metric in metrics.items()}
         others = [
             tf.cast(leaf, tf.float32) * batch.share
-            for leaf, found in zip(leaves, of_metrics, strict=True)
-            if found is None
+            for leaf, entry in zip(leaves, entries, strict=True)
+            if entry is None
         ]
         means = iter(batch.all_reduce(others) if others else ())
         reduced = [
-            next(means) if found is None else results[id(found[0])][found[1]]
-            for found in of_metrics
+            next(means) if entry is None else results[id(entry[0])][entry[1]]
+            for entry in entries
         ]
         packed: Logs = tf.nest.pack_sequence_as(logs, reduced)
         return packed

@@ -1,4 +1,4 @@
-"""What the workers tell each other at every step, and what they do about it."""
+"""The signals that workers exchange at each step, and what a worker does about them."""
 
 from __future__ import annotations
 
@@ -22,16 +22,17 @@ Tensor = Any
 
 
 @dataclass
-class Stop:
-    """Whether a callback of this or of another worker asked to stop.
+class StopState:
+    """Whether a callback or a signal on any worker ends the training.
 
     Attributes:
-        requested: Set by this worker's callbacks; goes out with the next step.
-        agreed: Set when a step learned of a request: that step changed nothing, on any
-            worker, so all of them stop after the one before.
-        members_changed: Set when an elastic run's launcher said that processes came or go.
-        preempted: Set when this worker has to leave; goes out with the next step.
-        leaving: Set when a step learned of that: all workers leave after it.
+        requested: Set by this worker's callbacks. The next step sends it to the others.
+        agreed: Set when a step has received a request. That step changes nothing on any
+            worker, so all workers stop after the step before it.
+        members_changed: Set when the launcher of an elastic run says that processes have
+            come or will go.
+        preempted: Set when this worker has to leave. The next step sends it to the others.
+        leaving: Set when a step has received that. All workers leave after this step.
     """
 
     requested: bool = False
@@ -40,21 +41,21 @@ class Stop:
     preempted: bool = False
     leaving: bool = False
 
-    def asked(self) -> Tensor:
-        """Gives what this worker tells the others: float32 of shape [3]."""
+    def requests(self) -> Tensor:
+        """Returns the requests that this worker sends: float32 of shape [3]."""
         return tf.constant(
-            [float(one) for one in (self.requested, self.members_changed, self.preempted)]
+            [float(signal) for signal in (self.requested, self.members_changed, self.preempted)]
         )
 
 
 class Signals(NamedTuple):
-    """What the workers tell each other at every step, in the gradients' collective.
+    """The result of the signals, which travel in the collective of the gradients.
 
     Attributes:
         status: Scalar int32; see `StepAgreement`.
         check: This worker's `Share.check`.
         leaving: Scalar bool; see `StepAgreement`.
-        reducing: Scalar float64, seconds that this worker's reduction took; no signal.
+        reducing: Scalar float64: seconds that this worker's reduction took. It is not sent.
     """
 
     status: Tensor
@@ -64,27 +65,27 @@ class Signals(NamedTuple):
 
 
 def no_signals() -> Signals:
-    """Gives the signals of a process that has nobody to tell."""
+    """Returns the signals of a process without other workers."""
     return Signals(tf.constant(0), tf.zeros([4]), tf.constant(False), tf.zeros([], tf.float64))
 
 
 def signals_of(agreement: StepAgreement, share: Share) -> Signals:
-    """Gives what a step has learned of the other workers.
+    """Returns the signals that a step has received.
 
     Args:
-        agreement: Of the step.
+        agreement: The agreement of the step.
         share: The replica's part of the batch.
     """
     return Signals(agreement.status, share.check, agreement.leaving, agreement.seconds)
 
 
-def heed(signals: Signals, stop: Stop, strategy: Strategy, epoch: Epoch) -> None:
-    """Does what the other workers' signals ask for, on all workers alike.
+def heed(signals: Signals, stop: StopState, strategy: Strategy, epoch: Epoch) -> None:
+    """Acts on the signals of a step. All workers receive the same sums, so all act alike.
 
     Args:
-        signals: Of the step that was made.
-        stop: Shared with the callbacks.
-        strategy: Where the replicas are.
+        signals: The signals of the step.
+        stop: The state that is shared with callbacks.
+        strategy: The strategy of this process.
         epoch: The epoch of the step.
 
     Raises:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tfdist import _keras
-from tfdist.step.composition import found_in_steps
+from tfdist.step.composition import traced_steps
 
 
 class Role(enum.Enum):
@@ -21,11 +21,11 @@ class Role(enum.Enum):
 class TrainState:
     """The variables of a training.
 
-    Whoever compares, broadcasts, saves or commits state asks for the roles that it knows.
+    Code that compares, broadcasts, saves or commits state asks for variables by role.
 
     Attributes:
         of_model: `keras.Variable`s of the model, its optimizers and metrics, all replicated.
-        of_extensions: Those of extensions, each with its role.
+        of_extensions: `keras.Variable`s of extensions, each with its role.
     """
 
     of_model: tuple[Any, ...]
@@ -43,7 +43,7 @@ class TrainState:
 
     @property
     def variables(self) -> tuple[Any, ...]:
-        """All of them."""
+        """All variables, of each role."""
         return self.of_model + tuple(variable for variable, _ in self.of_extensions)
 
     def _with(self, role: Role) -> tuple[Any, ...]:
@@ -59,17 +59,17 @@ class TrainState:
 
 
 def optimizers_of(model: Any) -> list[Any]:
-    """Lists a model's optimizers, those that only its steps know of included; each once.
+    """Lists a model's optimizers, including those that only its steps use; each once.
 
     Args:
         model: A `keras.Model`.
     """
-    found = [optimizer for step in found_in_steps(model) for optimizer in step.optimizers]
-    return _keras.with_nested([*_keras.optimizers_of(model), *found])
+    of_steps = [optimizer for step in traced_steps(model) for optimizer in step.optimizers]
+    return _keras.with_nested([*_keras.optimizers_of(model), *of_steps])
 
 
 def variables_of(model: Any) -> list[Any]:
-    """Lists all state of a model: weights, seeds, optimizers', metrics'; each once.
+    """Lists all state of a model: weights, seeds, state of optimizers and metrics; each once.
 
     Args:
         model: A built `keras.Model`.
@@ -79,5 +79,5 @@ def variables_of(model: Any) -> list[Any]:
     parts += [_keras.trained_variables(o) for o in optimizers]
     if model.compiled:
         parts.append(_keras.metric_variables(model))
-    parts += [step.variables for step in found_in_steps(model)]
+    parts += [step.variables for step in traced_steps(model)]
     return list({id(v): v for part in parts for v in part}.values())

@@ -1,7 +1,7 @@
-"""Clocks inside of a step: when its data had come, and how long its reduction took.
+"""Clocks inside a step: how long it waited for its data, and how long its reduction took.
 
-A step draws its data and exchanges in one traced function, of which Python sees only the
-beginning and the end. These timers are made on the processor, in the function itself.
+A step draws its data and reduces gradients in one traced function. Python sees only the
+beginning and the end of it, so these clocks are operations of the function itself.
 """
 
 from __future__ import annotations
@@ -16,46 +16,46 @@ from tfdist import _keras
 Tensor = Any
 
 
-class Times(NamedTuple):
-    """What the timers have counted.
+class StepTimes(NamedTuple):
+    """The counts and times of all steps so far.
 
     Attributes:
-        drawn: Shares drawn.
-        made: Steps made of them.
+        shares: Number of shares drawn.
+        steps: Number of steps made with them.
         data: Seconds that steps waited for their data.
-        reducing: Seconds from where this process had its part of a step's sums to where it
-            had the sums of all: waiting for the others, and the exchange itself.
+        reducing: Seconds that steps spent in reductions. This includes the wait for slower
+            workers.
     """
 
-    drawn: float
-    made: float
+    shares: float
+    steps: float
     data: float
     reducing: float
 
 
 class StepTimers:
-    """Counts what steps do; can be read from another thread while one is under way."""
+    """Counts and times steps. Another thread can read it while a step runs."""
 
     def __init__(self) -> None:
         with tf.init_scope(), tf.device("CPU:0"):
             self._values = tf.Variable(tf.zeros([4], tf.float64), trainable=False)
 
-    def read(self) -> Times:
-        """Gives what was counted so far."""
-        # Every step does it: a Variable's own way to its value takes five times as long.
+    def read(self) -> StepTimes:
+        """Returns the counts and times so far."""
+        # Each step reads it, and `Variable.read_value` takes five times as long.
         read = tf.raw_ops.ReadVariableOp(resource=self._values.handle, dtype=tf.float64)
-        return Times(*read.numpy().tolist())
+        return StepTimes(*read.numpy().tolist())
 
-    def counted(self) -> tuple[int, int]:
-        """Gives how many shares were drawn, and how many steps made."""
+    def counts(self) -> tuple[int, int]:
+        """Returns the numbers of shares drawn and of steps made."""
         times = self.read()
-        return int(times.drawn), int(times.made)
+        return int(times.shares), int(times.steps)
 
     def draw(self, next_share: Any, iterator: Any) -> Any:
-        """Draws what a step needs, and notes how long that took.
+        """Draws a step's share, and times it.
 
         Args:
-            next_share: Draws from an iterator.
+            next_share: Returns the next share of an iterator.
             iterator: The iterator.
         """
         began = now()
@@ -66,11 +66,11 @@ class StepTimers:
         return share
 
     def note_step(self, result: Any, reducing: Tensor) -> None:
-        """Notes that a step was made.
+        """Counts a step.
 
         Args:
-            result: What it gives.
-            reducing: Seconds, scalar float64.
+            result: The result of the step. The count waits for it.
+            reducing: Seconds spent in reductions, scalar float64.
         """
         with tf.control_dependencies(_tensors(result)):
             self._add([0.0, 1.0, 0.0, reducing])
@@ -81,15 +81,15 @@ class StepTimers:
 
 
 def has_clocks() -> bool:
-    """Tells whether times are known: TensorFlow refuses its clock to deterministic programs."""
+    """Tells whether there are clocks: with deterministic ops, TensorFlow allows none."""
     return not _keras.is_deterministic()
 
 
 def now(after: Any = ()) -> Tensor:
-    """Gives the time in seconds, a scalar float64 tensor; 0 where there are no clocks.
+    """Returns the time in seconds, a scalar float64 tensor; 0 if there are no clocks.
 
     Args:
-        after: Tensors, nested, that must be known before.
+        after: Nested tensors that must be computed before the clock is read.
     """
     if not has_clocks():
         return tf.zeros([], tf.float64)

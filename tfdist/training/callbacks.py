@@ -10,7 +10,7 @@ import keras
 import numpy as np
 
 from tfdist.imbalance.per_class import PerClassMetrics
-from tfdist.step.signals import Stop
+from tfdist.step.signals import StopState
 from tfdist.strategies.base import Strategy
 from tfdist.training.learning_rate import LearningRateScaling, RateCallback
 from tfdist.training.stragglers import StragglerCallback
@@ -32,7 +32,7 @@ _WRITERS = tuple(
 def prepare(
     callbacks: Any,
     strategy: Strategy,
-    stop: Stop,
+    stop: StopState,
     variables: Sequence[Any],
     timers: Any = None,
     shows: bool = False,
@@ -140,7 +140,7 @@ class WorkerAgreement(keras.callbacks.Callback):  # type: ignore[misc]
         variables: The model's state.
     """
 
-    def __init__(self, strategy: Strategy, stop: Stop, variables: Sequence[Any]) -> None:
+    def __init__(self, strategy: Strategy, stop: StopState, variables: Sequence[Any]) -> None:
         super().__init__()
         self._strategy = strategy
         self._stop = stop

@@ -12,7 +12,7 @@ import keras
 
 from tfdist import _keras, watchdog
 from tfdist.errors import ArgumentError, DisagreementError, outside
-from tfdist.step.prepared import scoped
+from tfdist.step.prepared import take_out_of_scope
 from tfdist.strategies.session import current
 from tfdist.training import preflight, routing
 
@@ -42,7 +42,7 @@ def watched(function: Callable[P, Any]) -> Callable[P, Any]:
         with contextlib.ExitStack() as stack:
             stack.enter_context(_keras.outside_scopes())
             if isinstance(model, keras.Model):
-                kwargs["strategy"] = scoped(model, kwargs.get("strategy", "auto"))
+                kwargs["strategy"] = take_out_of_scope(model, kwargs.get("strategy", "auto"))
             strategy = current(kwargs.get("strategy", "auto")).strategy
             stack.enter_context(watchdog.calling(name, strategy))
             stack.enter_context(routing.running())

@@ -62,7 +62,7 @@ def evaluate(
     """
     session = current(strategy)
     preflight.check_steps(steps=steps)
-    model = preflight.compiled(model)
+    model = preflight.compiled_model(model)
     source = read_in_order(
         x,
         y,

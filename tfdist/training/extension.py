@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from tfdist import data
 from tfdist.step.exchange import ExchangeMaker
 from tfdist.step.own_step import StepMaker
-from tfdist.step.prepared import Prepared
+from tfdist.step.prepared import PreparedModel
 from tfdist.training.request import Request
 
 Begins = tuple[int, int, Callable[[], data.DataPosition], dict[str, Any]]
@@ -49,7 +49,7 @@ class Extension:
         return request
 
     def bind(self, request: Request, source: data.Source) -> None:
-        """Reads what it needs to know of the data and of the model, which is built now.
+        """Inspects the data and the model. The model has its variables now.
 
         Args:
             request: The arguments of `fit`.
@@ -68,7 +68,7 @@ class Extension:
         """
         return None
 
-    def callbacks(self, request: Request, callbacks: Any, prepared: Prepared) -> Any:
+    def callbacks(self, request: Request, callbacks: Any, prepared: PreparedModel) -> Any:
         """Adds callbacks.
 
         Args:
@@ -118,7 +118,7 @@ class Extension:
 
 
 class Continuation(Extension):
-    """Says where a training begins, and follows its steps. By default it begins anew.
+    """Decides where a training begins, and follows its steps. By default it begins anew.
 
     Args:
         others: The training's other extensions, whose state it restores.
@@ -149,7 +149,7 @@ class Continuation(Extension):
         """
 
     def begin(self, epoch: int, start: Callable[[], data.DataPosition]) -> Begins:
-        """Says where an attempt begins.
+        """Returns where an attempt begins.
 
         Args:
             epoch: The `initial_epoch` of `fit`.
@@ -171,8 +171,8 @@ class Continuation(Extension):
 
     def loop_callbacks(
         self,
-        given: Any,
-        prepared: Prepared,
+        callbacks: Any,
+        prepared: PreparedModel,
         *,
         where: Callable[[], data.DataPosition],
         **options: Any,
@@ -180,9 +180,9 @@ class Continuation(Extension):
         """Makes the callbacks for Keras's loop.
 
         Args:
-            given: This process's callbacks.
+            callbacks: This process's callbacks.
             prepared: The model's compiled functions and state.
             where: Returns the position of the data, between two epochs.
             **options: Arguments of `keras.callbacks.CallbackList`.
         """
-        return given
+        return callbacks

@@ -18,7 +18,7 @@ from tfdist.strategies.session import Session
 from tfdist.training.callbacks import writer_that_calls
 
 
-def compiled(model: Any) -> Any:
+def compiled_model(model: Any) -> Any:
     """Returns a compiled model.
 
     Args:

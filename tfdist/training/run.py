@@ -11,7 +11,7 @@ from typing import Any
 from tfdist import _keras, data
 from tfdist.samplers import from_shuffle
 from tfdist.step.composition import why_whole
-from tfdist.step.prepared import Prepared, prepare
+from tfdist.step.prepared import PreparedModel, prepare
 from tfdist.training import callbacks as tfdist_callbacks
 from tfdist.training import preflight
 from tfdist.training.extension import Continuation, Extension
@@ -81,6 +81,8 @@ class Training:
         """
         request, source, validation = self._request, self._training_data, self._validation_data
         self._continuation.begin_attempt(source)
+        # This compares the facts of all workers. A difference is named here, before it can make
+        # a later collective hang.
         prepared = self._prepare()
         if not self._has_begun:
             prepared.begin_training()
@@ -138,7 +140,7 @@ class Training:
             print(f"tfdist: {summary}", flush=True)
         return history
 
-    def _prepare(self) -> Prepared:
+    def _prepare(self) -> PreparedModel:
         request, validation = self._request, self._validation_data
         facts: dict[str, Any] = {}
         for extension in self._extensions:
@@ -178,7 +180,7 @@ class Training:
         for notice in filter(None, notices):
             print(f"tfdist: {notice}", flush=True)
 
-    def _callbacks(self, prepared: Prepared) -> Any:
+    def _callbacks(self, prepared: PreparedModel) -> Any:
         request = self._request
         callbacks = tfdist_callbacks.prepare(
             request.callbacks,

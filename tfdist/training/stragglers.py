@@ -12,7 +12,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tfdist.step.timers import StepTimers, Times, has_clocks
+from tfdist.step.timers import StepTimers, StepTimes, has_clocks
 from tfdist.strategies.base import Strategy
 from tfdist.watchdog import here
 
@@ -135,7 +135,7 @@ class StragglerCallback(keras.callbacks.Callback):  # type: ignore[misc]
         self._epoch_times = array("d")  # three numbers a step
         self._epochs: list[Any] = []  # the times of each worker, by epoch
         self._seconds = 0.0
-        self._last_read: Times | None = None
+        self._last_read: StepTimes | None = None
         self._writer: Any = None
 
     def on_train_begin(self, logs: Any = None) -> None:
@@ -146,7 +146,7 @@ class StragglerCallback(keras.callbacks.Callback):  # type: ignore[misc]
     def _note(self, between: float, lasted: float) -> None:
         times, before = self._timers.read(), self._last_read
         self._last_read = times
-        steps = 0.0 if before is None else times.made - before.made
+        steps = 0.0 if before is None else times.steps - before.steps
         if before is None or not steps:  # leaves out the first step, whose tracing takes long
             return
         self._epoch_times.extend(

@@ -11,7 +11,7 @@ import keras
 
 from tfdist import _keras
 from tfdist.errors import ArgumentError, DisagreementError
-from tfdist.step.prepared import Prepared
+from tfdist.step.prepared import PreparedModel
 from tfdist.strategies.base import Strategy
 from tfdist.training.extension import Extension
 from tfdist.training.request import Request
@@ -41,7 +41,7 @@ class Verification(Extension):
         """Returns how often it compares."""
         return {"verify_every": self._every}
 
-    def callbacks(self, request: Request, callbacks: Any, prepared: Prepared) -> Any:
+    def callbacks(self, request: Request, callbacks: Any, prepared: PreparedModel) -> Any:
         """Adds the callback that compares."""
         strategy = request.session.strategy
         # A worker that has left an elastic run cannot take part in a comparison at its end.

@@ -10,7 +10,7 @@ from tfdist.cluster import launched_config
 from tfdist.cluster.evaluator import leave_training
 from tfdist.errors import PeerError
 from tfdist.watchdog.progress import here
-from tfdist.watchdog.settings import Settings
+from tfdist.watchdog.settings import WatchdogSettings
 from tfdist.watchdog.watcher import Watcher
 
 _ERRORS_OF_LOSS = (
@@ -24,7 +24,7 @@ _ERRORS_OF_LOSS = (
 _watcher: Watcher | None = None
 
 
-_settings: Settings | None = None
+_settings: WatchdogSettings | None = None
 
 
 def configure(hang_limit: float | None = None, on_hang: str | None = None) -> None:
@@ -35,7 +35,9 @@ def configure(hang_limit: float | None = None, on_hang: str | None = None) -> No
         on_hang: "end" or "report". None keeps the setting.
     """
     global _settings
-    _settings = (_settings or Settings.from_environment()).changed(hang_limit, on_hang)
+    _settings = (_settings or WatchdogSettings.from_environment()).with_values(
+        hang_limit, on_hang
+    )
     if _watcher is not None:
         _watcher.settings = _settings
 

@@ -13,7 +13,7 @@ HEADLINE = "tfdist: the run hangs"
 
 
 @dataclass(frozen=True)
-class Lost:
+class LostWorker:
     """A worker whose watcher does not answer.
 
     Attributes:
@@ -40,7 +40,9 @@ class HangCause:
 
 
 def goes_on(
-    statuses: Mapping[int, StatusMessage], lost: Mapping[int, Lost], silent: Sequence[str] = ()
+    statuses: Mapping[int, StatusMessage],
+    lost: Mapping[int, LostWorker],
+    silent: Sequence[str] = (),
 ) -> bool:
     """Tells whether a worker for which the others wait is still within its own limit.
 
@@ -59,7 +61,9 @@ def goes_on(
 
 
 def causes(
-    statuses: Mapping[int, StatusMessage], lost: Mapping[int, Lost], silent: Sequence[str] = ()
+    statuses: Mapping[int, StatusMessage],
+    lost: Mapping[int, LostWorker],
+    silent: Sequence[str] = (),
 ) -> list[HangCause]:
     """Lists the likely causes, the likeliest first.
 
@@ -121,7 +125,7 @@ def causes(
     return likely
 
 
-def _lost(status: StatusMessage, reason: Lost) -> HangCause:
+def _lost(status: StatusMessage, reason: LostWorker) -> HangCause:
     since = f"{status.task} has not answered for {reason.seconds:.0f} s"
     if reason.state in ("T", "t"):
         text = (
@@ -249,7 +253,7 @@ def _elsewhere(
 
 def report(
     statuses: Mapping[int, StatusMessage],
-    lost: Mapping[int, Lost],
+    lost: Mapping[int, LostWorker],
     missing: Sequence[str] = (),
     silent: Sequence[str] = (),
     ending: str = "",

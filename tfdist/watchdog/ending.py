@@ -8,10 +8,10 @@ from collections.abc import Iterable
 from tfdist.errors import HUNG
 from tfdist.watchdog.messages import StatusMessage
 from tfdist.watchdog.progress import here
-from tfdist.watchdog.settings import Settings
+from tfdist.watchdog.settings import WatchdogSettings
 
 
-def may_end(settings: Settings) -> bool:
+def may_end(settings: WatchdogSettings) -> bool:
     """Tells whether the watcher may end this process.
 
     Args:
@@ -21,7 +21,9 @@ def may_end(settings: Settings) -> bool:
     return settings.on_hang == "end" and not interactive and not here.traced
 
 
-def sentence(settings: Settings, statuses: Iterable[StatusMessage], is_certain: bool) -> str:
+def sentence(
+    settings: WatchdogSettings, statuses: Iterable[StatusMessage], is_certain: bool
+) -> str:
     """Returns the last sentence of a report: whether and when the run ends.
 
     Args:

@@ -18,7 +18,7 @@ from tfdist.watchdog.progress import (
     STEP,
     here,
 )
-from tfdist.watchdog.settings import Settings
+from tfdist.watchdog.settings import WatchdogSettings
 
 
 class LocalStatus:
@@ -28,7 +28,9 @@ class LocalStatus:
         self._beat = 0
         self._exchange_since: float | None = None  # the beginning of the present exchange
 
-    def now(self, worker: int, settings: Settings, with_stack: bool = False) -> StatusMessage:
+    def now(
+        self, worker: int, settings: WatchdogSettings, with_stack: bool = False
+    ) -> StatusMessage:
         """Makes a message with the present status.
 
         Args:
@@ -53,7 +55,7 @@ class LocalStatus:
         idle = current_time - since
         late = idle > limit / 2 or with_stack
         for_data = late and here.waits_for_data
-        left = memory.left_mib() or (None, None)
+        memory_left = memory.left_mib() or (None, None)
         stack = [*stacks.describe(frame), *stacks.other_threads()] if with_stack else []
         self._beat += 1
         return StatusMessage(
@@ -75,8 +77,8 @@ class LocalStatus:
             is_exchanging=exchanging,
             is_debugged=late and (here.traced or stacks.is_debugged(frame)),
             used_mib=memory.used_mib(),
-            left_mib=left[0],
-            all_mib=left[1],
+            left_mib=memory_left[0],
+            all_mib=memory_left[1],
             stack=tuple(stack),
         )
 

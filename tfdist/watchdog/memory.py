@@ -25,17 +25,18 @@ def left_mib() -> tuple[int, int] | None:
     total = _field(PROC / "meminfo", "MemTotal")
     if available is None or total is None:
         return None
-    left, most = available // 1024, total // 1024
+    available_mib, total_mib = available // 1024, total // 1024
     for folder, limit_name, used_name in (
         (CGROUP, "memory.max", "memory.current"),
         (CGROUP / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
     ):
         limit, used = _number(folder / limit_name), _number(folder / used_name)
-        if limit is not None and used is not None and limit // _MIB < most:
+        if limit is not None and used is not None and limit // _MIB < total_mib:
             # Cached files count as used, but the system frees them when it needs memory.
             used -= _field(folder / "memory.stat", "inactive_file") or 0
-            left, most = min(left, max(0, limit - used) // _MIB), limit // _MIB
-    return left, most
+            available_mib = min(available_mib, max(0, limit - used) // _MIB)
+            total_mib = limit // _MIB
+    return available_mib, total_mib
 
 
 def state_of(pid: int) -> str | None:

@@ -7,7 +7,7 @@ import time
 
 from tfdist.cluster.key_value_store import KeyValueStore
 from tfdist.watchdog import memory
-from tfdist.watchdog.diagnosis import Lost
+from tfdist.watchdog.diagnosis import LostWorker
 from tfdist.watchdog.messages import ENDED, StatusMessage
 
 STATUS_PREFIX = "watch"
@@ -35,7 +35,7 @@ class Peers:
     def __init__(self) -> None:
         self.keeper_answers = True
         # The last status of each worker, and the time at which it was read first.
-        self._seen: dict[int, tuple[StatusMessage, float]] = {}
+        self._statuses: dict[int, tuple[StatusMessage, float]] = {}
 
     def read(self, store: KeyValueStore, worker: int) -> None:
         """Reads a worker's status.
@@ -50,7 +50,7 @@ class Peers:
 
     def read_all(
         self, store: KeyValueStore | None, local: StatusMessage, beat: float
-    ) -> tuple[dict[int, StatusMessage], dict[int, Lost]]:
+    ) -> tuple[dict[int, StatusMessage], dict[int, LostWorker]]:
         """Returns the last status of each worker, and the workers that do not answer.
 
         Args:
@@ -63,18 +63,18 @@ class Peers:
         self.keeper_answers = store is None or bool(texts)
         for worker, text in texts.items():
             self._record(worker, text)
-        self._seen[local.worker] = (local, now)
+        self._statuses[local.worker] = (local, now)
         missed = max(2.0, _BEATS_MISSED * beat)
         lost = {
-            worker: Lost(max(now - seen, time.time() - status.clock), state_of(status))
-            for worker, (status, seen) in self._seen.items()
-            if now - seen > missed and status.at != ENDED
+            worker: LostWorker(max(now - read_at, time.time() - status.clock), state_of(status))
+            for worker, (status, read_at) in self._statuses.items()
+            if now - read_at > missed and status.at != ENDED
         }
         if not self.keeper_answers:
             lost = self.keeper_lost(store, local.worker)
-        return {worker: status for worker, (status, _) in self._seen.items()}, lost
+        return {worker: status for worker, (status, _) in self._statuses.items()}, lost
 
-    def keeper_lost(self, store: KeyValueStore | None, worker: int) -> dict[int, Lost]:
+    def keeper_lost(self, store: KeyValueStore | None, worker: int) -> dict[int, LostWorker]:
         """Returns the keeper of a store that does not answer; nothing is known of the others.
 
         Args:
@@ -82,12 +82,12 @@ class Peers:
             worker: This worker's number.
         """
         keeper = None if store is None else store.keeper
-        if keeper is None or keeper == worker or keeper not in self._seen:
+        if keeper is None or keeper == worker or keeper not in self._statuses:
             return {}
-        status, seen = self._seen[keeper]
-        return {keeper: Lost(time.monotonic() - seen, state_of(status))}
+        status, read_at = self._statuses[keeper]
+        return {keeper: LostWorker(time.monotonic() - read_at, state_of(status))}
 
     def _record(self, worker: int, text: str) -> None:
-        status, previous = StatusMessage.read(text), self._seen.get(worker)
+        status, previous = StatusMessage.read(text), self._statuses.get(worker)
         if previous is None or (previous[0].beat, previous[0].pid) != (status.beat, status.pid):
-            self._seen[worker] = (status, time.monotonic())
+            self._statuses[worker] = (status, time.monotonic())

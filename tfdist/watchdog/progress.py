@@ -37,7 +37,7 @@ class CountedData(Protocol):
 
 
 @dataclass
-class Call:
+class LoopCall:
     """One call of `fit`, `evaluate` or `predict`.
 
     Attributes:
@@ -74,7 +74,7 @@ class Progress:
 
     at: str = OUTSIDE
     since: float = field(default_factory=time.monotonic)
-    call: Call | None = None
+    call: LoopCall | None = None
     calls: int = 0
     traced: bool = False
     data_counts: Callable[[], tuple[int, int]] | None = None
@@ -88,20 +88,20 @@ class Progress:
         return seconds
 
     @contextlib.contextmanager
-    def while_doing(self, what: str) -> Iterator[None]:
+    def while_doing(self, activity: str) -> Iterator[None]:
         """Records what the main thread does while the context lasts.
 
         Args:
-            what: `EXCHANGING` or `SAVING`.
+            activity: `EXCHANGING` or `SAVING`.
         """
-        before, self.doing = self.doing, what
+        before, self.doing = self.doing, activity
         try:
             yield
         finally:
             self.doing = before
 
     @contextlib.contextmanager
-    def calling(self, name: str, alone: bool) -> Iterator[Call]:
+    def calling(self, name: str, alone: bool) -> Iterator[LoopCall]:
         """Records a call of `fit`, `evaluate` or `predict`; calls may be nested in callbacks.
 
         Args:
@@ -111,7 +111,7 @@ class Progress:
         before, at = self.call, self.at
         self.calls += not alone
         self.traced = sys.gettrace() is not None
-        call = self.call = Call(name, self.calls, alone)
+        call = self.call = LoopCall(name, self.calls, alone)
         if before is None or at == OUTSIDE:
             self.durations = {}
         self._enter(START)

@@ -26,7 +26,7 @@ _LONGEST = 3  # ... and after this many generous limits outside a step
 
 
 @dataclass(frozen=True)
-class Settings:
+class WatchdogSettings:
     """The settings of the watcher.
 
     Attributes:
@@ -38,7 +38,7 @@ class Settings:
     on_hang: str = "end"
 
     @classmethod
-    def from_environment(cls, environ: Mapping[str, str] = os.environ) -> Settings:
+    def from_environment(cls, environ: Mapping[str, str] = os.environ) -> WatchdogSettings:
         """Reads the settings from environment variables.
 
         Args:
@@ -51,7 +51,7 @@ class Settings:
         on_hang = _action(ON_HANG, environ.get(ON_HANG, "end"))
         return cls(limit, on_hang)
 
-    def changed(self, hang_limit: float | None, on_hang: str | None) -> Settings:
+    def with_values(self, hang_limit: float | None, on_hang: str | None) -> WatchdogSettings:
         """Returns the settings with other values; None keeps a value.
 
         Args:
@@ -61,12 +61,12 @@ class Settings:
         Raises:
             ArgumentError: A value is invalid.
         """
-        changed = self
+        settings = self
         if hang_limit is not None:
-            changed = replace(changed, limit=_seconds("hang_limit", hang_limit))
+            settings = replace(settings, limit=_seconds("hang_limit", hang_limit))
         if on_hang is not None:
-            changed = replace(changed, on_hang=_action("on_hang", on_hang))
-        return changed
+            settings = replace(settings, on_hang=_action("on_hang", on_hang))
+        return settings
 
     def limit_of(self, at: str, median: float | None) -> float:
         """Returns the seconds without progress after which a hang is reported.

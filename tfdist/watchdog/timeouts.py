@@ -61,7 +61,7 @@ class WaitLimit:
         self._last_text = ""
         self._since: float | None = None
         self._last_busy = 0.0  # when this process was last seen tracing or reading data
-        self._what = ""
+        self._name = ""
         self._warn_after = min(_LONG_S, seconds / 4) if seconds > 0 else _LONG_S
         self._warned: float | None = None
         threading.Thread(target=self._watch, name="tfdist-wait_limit", daemon=True).start()
@@ -85,13 +85,13 @@ class WaitLimit:
         return cls(limit_of(STEP_TIMEOUT, 1800), worker, store, number, absent)
 
     @contextlib.contextmanager
-    def waiting_for(self, what: str) -> Iterator[None]:
+    def waiting_for(self, name: str) -> Iterator[None]:
         """Limits the time that the context lasts.
 
         Args:
-            what: The name of the wait, for the message.
+            name: The name of the wait, for the message.
         """
-        self._what, self._since, self._last_busy = what, time.monotonic(), 0.0
+        self._name, self._since, self._last_busy = name, time.monotonic(), 0.0
         try:
             yield
         finally:
@@ -119,7 +119,7 @@ class WaitLimit:
                 self._warn_after *= 2
 
     def _write(self, where: str) -> None:
-        text = f"{where} {self._what}" if self._what else "before its first exchange"
+        text = f"{where} {self._name}" if self._name else "before its first exchange"
         if self._store is not None and text != self._last_text:
             self._store.post(f"progress/{self._number}", text)
             self._last_text = text
@@ -143,7 +143,7 @@ class WaitLimit:
         peers_prepare = any(text.startswith(_PREPARING) for text in others)
         print(
             f"tfdist: {'' if peers_prepare else 'warning: '}{self._worker} has waited "
-            f"{waited:.0f} s for {self._what}"
+            f"{waited:.0f} s for {self._name}"
             + (
                 ", which others still trace or compile, or read data for. "
                 if peers_prepare
@@ -156,7 +156,7 @@ class WaitLimit:
 
     def _give_up(self) -> None:
         print(
-            f"tfdist: {self._worker} waited more than {self._seconds:g} s for {self._what}. "
+            f"tfdist: {self._worker} waited more than {self._seconds:g} s for {self._name}. "
             f"{self._describe_peers(self._read_progress())}"
             "Another worker did not come to it: it may have left `fit` early, run another "
             "script, or hang in a callback or in reading data. See its output. If a step "

@@ -13,12 +13,12 @@ from collections.abc import Callable
 from tfdist.cluster.key_value_store import KeyValueStore
 from tfdist.errors import HUNG, HungError, PeerError
 from tfdist.watchdog import diagnosis, ending
-from tfdist.watchdog.diagnosis import Lost
+from tfdist.watchdog.diagnosis import LostWorker
 from tfdist.watchdog.local import LocalStatus
 from tfdist.watchdog.messages import ENDED, StatusMessage
 from tfdist.watchdog.peers import STATUS_PREFIX, Peers, state_of
 from tfdist.watchdog.progress import OUTSIDE, here
-from tfdist.watchdog.settings import Settings
+from tfdist.watchdog.settings import WatchdogSettings
 
 _HANG = "hang"
 _BEAT_S = 5.0
@@ -43,7 +43,7 @@ class Watcher:
 
     def __init__(
         self,
-        settings: Settings,
+        settings: WatchdogSettings,
         worker: int = 0,
         workers: int = 1,
         store: KeyValueStore | None = None,
@@ -62,7 +62,7 @@ class Watcher:
         self._has_written_report = False
         self._collective_failed = threading.Event()
         self._explained = threading.Event()
-        self._lost: dict[int, Lost] = {}
+        self._lost: dict[int, LostWorker] = {}
         self._ask_servers: Callable[[], list[str]] = list
         self._unanswered: set[str] = set()  # servers that did not answer the last time
         self._silent: list[str] = []  # servers that did not answer twice in a row
@@ -236,7 +236,9 @@ class Watcher:
         # A worker that has not answered by now is lost, even if its last status is recent.
         for worker, status in statuses.items():
             if status.clock < asked_at - 60 or (not status.stack and status.at != ENDED):
-                lost.setdefault(worker, Lost(time.time() - status.clock, state_of(status)))
+                lost.setdefault(
+                    worker, LostWorker(time.time() - status.clock, state_of(status))
+                )
         if not self._peers.keeper_answers:
             lost = self._peers.keeper_lost(self._store, self._worker)
         self._lost = lost
@@ -247,7 +249,7 @@ class Watcher:
         self._has_written_report = True
         self._report(statuses, lost)
 
-    def _report(self, statuses: dict[int, StatusMessage], lost: dict[int, Lost]) -> None:
+    def _report(self, statuses: dict[int, StatusMessage], lost: dict[int, LostWorker]) -> None:
         missing = [f"worker {w}" for w in range(self._workers) if w not in statuses]
         is_certain = any(
             cause.certain for cause in diagnosis.causes(statuses, lost, self._silent)
@@ -295,7 +297,7 @@ class Watcher:
 
     def _read_statuses(
         self, local: StatusMessage
-    ) -> tuple[dict[int, StatusMessage], dict[int, Lost]]:
+    ) -> tuple[dict[int, StatusMessage], dict[int, LostWorker]]:
         return self._peers.read_all(self._store, local, self._beat_s)
 
     def _post_end(self) -> None:

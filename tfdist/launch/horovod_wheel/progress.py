@@ -15,7 +15,7 @@ _PERCENT = re.compile(r"\s*\[ *(\d+)%\] (?:Building|Linking|Built target) ?(?:.*
 _TIME = ((0, 0), (75, 30), (87, 50), (99, 80), (100, 100))
 
 
-class Display:
+class ProgressDisplay:
     """Shows the progress: a bar on a terminal, a line now and then elsewhere."""
 
     def __init__(self, console: Console) -> None:
@@ -38,7 +38,7 @@ class Display:
         )
         self._task = self._progress.add_task("Starting", total=None, percent="", detail="")
 
-    def __enter__(self) -> Display:
+    def __enter__(self) -> ProgressDisplay:
         self._progress.start()
         return self
 

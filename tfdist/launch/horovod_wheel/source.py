@@ -10,7 +10,7 @@ from tfdist.errors import BuildError
 
 
 @dataclass(frozen=True)
-class Change:
+class SourceChange:
     """A change to the only line of a file that contains a text.
 
     Attributes:
@@ -26,9 +26,9 @@ class Change:
 
 CHANGES = (
     # TensorFlow's wheel lacks headers that this file includes. Nothing else needs the file.
-    Change("horovod/tensorflow/CMakeLists.txt", "xla_mpi_ops.cc"),
+    SourceChange("horovod/tensorflow/CMakeLists.txt", "xla_mpi_ops.cc"),
     # The vector is written through data() but stays empty, so no stalled rank is ever found.
-    Change(
+    SourceChange(
         "horovod/common/gloo/gloo_controller.cc",
         "global_ranks_.reserve(size_);",
         "global_ranks_.resize(size_);",

@@ -19,9 +19,9 @@ from types import FrameType
 from rich.console import Console
 
 from tfdist.errors import BuildError
-from tfdist.launch.horovod_wheel.progress import Display
-from tfdist.launch.output import Lines
-from tfdist.launch.signals import handled
+from tfdist.launch.horovod_wheel.progress import ProgressDisplay
+from tfdist.launch.output import LineSplitter
+from tfdist.launch.signals import handling
 
 # Make writes these lines; the compiler's messages are between them.
 _COMMAND = re.compile(r"\[ *\d+%\]|g?make(?:\[\d+\])?: |/\S*/g?make |cd /|-- ")
@@ -56,7 +56,7 @@ class StepRunner:
 
     folder: Path
     environ: Mapping[str, str]
-    display: Display
+    display: ProgressDisplay
 
     @property
     def log(self) -> Path:
@@ -64,13 +64,13 @@ class StepRunner:
         return self.folder / "failure.log"
 
     def run(
-        self, command: Sequence[str], what: str, limit_s: float, *, cwd: Path | None = None
+        self, command: Sequence[str], step: str, limit_s: float, *, cwd: Path | None = None
     ) -> None:
         """Runs a step to its end.
 
         Args:
             command: The program and its arguments.
-            what: The name of the step, as the subject of a sentence.
+            step: The name of the step, as the subject of a sentence.
             limit_s: The most seconds.
             cwd: The folder to run it in; the temporary folder if None.
 
@@ -97,7 +97,7 @@ class StepRunner:
             failure = f"with exit status 0. Received: exit status {status}."
         remedies = [tip for sign, tip in _REMEDIES.items() if sign in "\n".join(error_lines)]
         lines = (
-            f"{what} must end {failure}",
+            f"{step} must end {failure}",
             "",
             *(f"  | {line[:200]}" for line in error_lines),
             "",
@@ -120,7 +120,7 @@ def step_runner(
     with (
         unwound_when_terminated(),
         tempfile.TemporaryDirectory(prefix="tfdist-", ignore_cleanup_errors=True) as name,
-        Display(console) as display,
+        ProgressDisplay(console) as display,
     ):
         folder = Path(name).resolve()
         # Killed compilers leave files in TMPDIR: here they vanish together with the folder.
@@ -195,7 +195,7 @@ def run_step(
         OSError: It could not be started.
     """
     deadline = time.monotonic() + limit_s
-    output = Lines(log.open("ab"))
+    output = LineSplitter(log.open("ab"))
     process = subprocess.Popen(
         command, cwd=cwd, env=dict(environ), stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
@@ -219,7 +219,7 @@ def unwound_when_terminated() -> Iterator[None]:
     def leave(number: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + number)
 
-    with handled((signal.SIGTERM, signal.SIGHUP), leave):
+    with handling((signal.SIGTERM, signal.SIGHUP), leave):
         yield
 
 
@@ -237,8 +237,8 @@ def _output(process: subprocess.Popen[bytes], deadline: float) -> Iterator[bytes
     assert process.stdout is not None
     with selectors.DefaultSelector() as selector, process.stdout as stream:
         selector.register(stream, selectors.EVENT_READ)
-        while (left := deadline - time.monotonic()) > 0:
-            if selector.select(left):
+        while (seconds_left := deadline - time.monotonic()) > 0:
+            if selector.select(seconds_left):
                 data = os.read(stream.fileno(), 65536)
                 if not data:
                     return

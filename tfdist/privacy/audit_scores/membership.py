@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tfdist.errors import ArgumentError
-from tfdist.figures import new_figure
 from tfdist.privacy.accounting.arguments import check_number
 from tfdist.privacy.accounting.ledger import Ledger
 from tfdist.privacy.audit_scores.bounds import epsilon_lower_bound
+from tfdist.privacy.audit_scores.plots import plot_scores
 from tfdist.privacy.audit_scores.thresholds import ThresholdAttack, best_threshold
 from tfdist.privacy.audit_scores.tradeoffs import (
     curve_of_ledger,
@@ -315,24 +315,7 @@ class AuditReport:
         Raises:
             MissingPackageError: matplotlib is not installed.
         """
-        figure = new_figure(figsize=(9, 4))
-        curve, counts = figure.subplots(1, 2)
-        least = 0.5 / max(len(self.members), len(self.non_members))
-        false, true = (np.maximum(rate, least) for rate in self.roc())
-        curve.plot(false, true, drawstyle="steps-post", label=f"AUC {self.auc:.3f}")
-        curve.plot([least, 1], [least, 1], color="gray", linestyle=":", label="chance")
-        curve.set(xscale="log", yscale="log", xlim=(least, 1), ylim=(least, 1))
-        curve.set_xlabel("false positive rate")
-        curve.set_ylabel("true positive rate")
-        curve.legend(loc="lower right")
-        finite = self.scores[np.isfinite(self.scores)]
-        edges = np.histogram_bin_edges(finite, 40)
-        for scores, name in ((self.members, "members"), (self.non_members, "non-members")):
-            counts.hist(scores[np.isfinite(scores)], edges, alpha=0.6, label=name)
-        counts.set_xlabel("score")
-        counts.set_ylabel("examples")
-        counts.legend()
-        return figure
+        return plot_scores(self.members, self.non_members, self.roc(), self.auc)
 
     def __str__(self) -> str:
         text = (

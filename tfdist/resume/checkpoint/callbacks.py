@@ -21,7 +21,7 @@ _WITHOUT_STATE = (keras.callbacks.ProgbarLogger,)
 _Attributes = dict[str, tuple[Any, list[Any]]]
 
 
-class Memory:
+class CallbackState:
     """The state of a list of callbacks.
 
     An attribute is state if it is plain data and training has changed it, compared to its
@@ -34,12 +34,12 @@ class Memory:
 
     def __init__(self, callbacks: Sequence[Any]) -> None:
         self._named = list(_named(callbacks))
-        self._at_first = {name: _attributes(callback) for name, callback in self._named}
-        self._begun = self._at_first
+        self._before_begin = {name: _attributes(callback) for name, callback in self._named}
+        self._after_begin = self._before_begin
 
     def note_begun(self) -> None:
         """Notes the attributes after `on_train_begin`."""
-        self._begun = {name: _attributes(callback) for name, callback in self._named}
+        self._after_begin = {name: _attributes(callback) for name, callback in self._named}
 
     def state(self, arrays: list[Any]) -> dict[str, Any]:
         """Returns the state of all callbacks, for JSON.
@@ -53,7 +53,7 @@ class Memory:
             if checkpoint_state is not None:
                 states[name] = {"own": _encode(callback, checkpoint_state(), arrays)}
                 continue
-            first, begun = self._at_first[name], self._begun[name]
+            first, begun = self._before_begin[name], self._after_begin[name]
             changed = {
                 attribute: value
                 for attribute, value in _attributes(callback).items()
@@ -107,12 +107,12 @@ def _named(callbacks: Sequence[Any]) -> Iterator[tuple[str, Any]]:
     The chief has additional callbacks, but their classes are on no other worker. So the names
     are the same on all workers.
     """
-    seen: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     for callback in callbacks:
         if not isinstance(callback, _WITHOUT_STATE):
             kind = _stable(f"{type(callback).__module__}.{type(callback).__qualname__}")
-            seen[kind] += 1
-            yield f"{kind} {seen[kind]}", callback
+            counts[kind] += 1
+            yield f"{kind} {counts[kind]}", callback
 
 
 def _stable(name: str) -> str:
@@ -135,8 +135,13 @@ def _attributes(callback: Any) -> _Attributes:
     return attributes
 
 
-def _equal(one: Any, other: Any) -> bool:
-    if one is None or other is None or one[0] != other[0] or len(one[1]) != len(other[1]):
+def _equal(first: Any, second: Any) -> bool:
+    if (
+        first is None
+        or second is None
+        or first[0] != second[0]
+        or len(first[1]) != len(second[1])
+    ):
         return False
-    pairs = zip(one[1], other[1], strict=True)
+    pairs = zip(first[1], second[1], strict=True)
     return all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in pairs)

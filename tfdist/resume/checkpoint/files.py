@@ -27,11 +27,11 @@ _UNFINISHED = ".unfinished-"
 _DAMAGED = "damaged-"
 
 
-class Damaged(Exception):  # noqa: N818, describes a folder
+class DamagedCheckpoint(Exception):  # noqa: N818, describes a folder
     """A checkpoint is incomplete or has been changed."""
 
 
-class Saved:
+class SavedCheckpoint:
     """A checkpoint on disk whose checksums are right.
 
     Args:
@@ -97,7 +97,7 @@ def check_room(directory: Path, needed: int) -> None:
         )
 
 
-def latest(directory: Path) -> Saved | None:
+def latest(directory: Path) -> SavedCheckpoint | None:
     """Reads the last checkpoint that is not damaged.
 
     Damaged checkpoints after it are renamed, with a warning on standard error.
@@ -114,8 +114,8 @@ def latest(directory: Path) -> Saved | None:
     folders = _folders(directory)
     for folder in reversed(folders):
         try:
-            return Saved(folder, _verified(folder))
-        except Damaged as reason:
+            return SavedCheckpoint(folder, _verified(folder))
+        except DamagedCheckpoint as reason:
             print(
                 f"tfdist: warning: the checkpoint {folder} is damaged ({reason}) and is not "
                 "used. The one before it is.",
@@ -205,15 +205,15 @@ def _verified(folder: Path) -> dict[str, Any]:
         expected = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
         missing = {_STATE, f"{_TENSORS}.index"} - expected.keys()
         if missing:
-            raise Damaged(f"{_SUMS} does not list {min(missing)}")
+            raise DamagedCheckpoint(f"{_SUMS} does not list {min(missing)}")
         for name, digest in expected.items():
             if _digest(folder / name) != digest:
-                raise Damaged(f"{name} has another checksum")
+                raise DamagedCheckpoint(f"{name} has another checksum")
         state: dict[str, Any] = json.loads((folder / _STATE).read_text())
     except FileNotFoundError as error:
-        raise Damaged(f"{Path(error.filename).name} is missing") from None
+        raise DamagedCheckpoint(f"{Path(error.filename).name} is missing") from None
     except (OSError, ValueError) as error:
-        raise Damaged(str(error)) from None
+        raise DamagedCheckpoint(str(error)) from None
     return state
 
 

@@ -9,10 +9,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 from tfdist.cluster import heartbeat
-from tfdist.errors import START_ME_AGAIN
+from tfdist.errors import START_ME_AGAIN, Preempted
 
 # A scheduler may signal a worker and also its launcher, which passes the signal on. Signals
 # within this time count as one.
@@ -27,20 +27,20 @@ class Preemption:
     A thread listens, since the main thread may wait in a collective.
 
     Attributes:
-        asked: Whether SIGTERM has been received.
-        on_asked: Called when it is received, from any thread.
+        is_requested: Whether SIGTERM has been received.
+        on_request: Called when it is received, from any thread.
         is_leaving: Whether the training is saved and the process is ending. Then further
             signals are ignored.
     """
 
     def __init__(self) -> None:
-        self.asked = False
-        self.on_asked: Callable[[], None] = lambda: None
+        self.is_requested = False
+        self.on_request: Callable[[], None] = lambda: None
         self.is_leaving = False
         self._first_signal_time: float | None = None
 
     @contextlib.contextmanager
-    def heard(self) -> Iterator[None]:
+    def listening(self) -> Iterator[None]:
         """Listens for SIGTERM while the context lasts, if entered in the main thread."""
         # `getsignal` returns None for a handler that is not Python's, such as TensorFlow's.
         original = signal.getsignal(signal.SIGTERM)
@@ -53,7 +53,7 @@ class Preemption:
         # Python calls this handler in the main thread, as soon as that runs Python code. So a
         # signal between two steps takes effect in the next step, even if the listening thread
         # is late.
-        signal.signal(signal.SIGTERM, lambda number, frame: self._ask())
+        signal.signal(signal.SIGTERM, lambda number, frame: self._request())
         original_fd = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
         global _process
         _process = os.getpid()
@@ -76,10 +76,24 @@ class Preemption:
             thread.join()
             os.close(reading)
 
-    def leave(self) -> None:
-        """Notes that the training is saved and the process is ending."""
+    def leave(self, reason: str | None) -> NoReturn:
+        """Ends the training, which is saved now.
+
+        Args:
+            reason: The beginning of a line for the user; None on workers that say nothing.
+
+        Raises:
+            Preempted: Always.
+        """
         self.is_leaving = True
         heartbeat.here.set_flags(saves=True, preempted=True)
+        if reason is not None:
+            print(
+                f"tfdist: {reason}; the run ends with status {START_ME_AGAIN}, to be started "
+                "again.",
+                flush=True,
+            )
+        raise Preempted
 
     def _listen(self, reading: int) -> None:
         while numbers := os.read(reading, 64):
@@ -87,9 +101,9 @@ class Preemption:
                 if number == signal.SIGTERM and not self.is_leaving:
                     self._handle_signal()
 
-    def _ask(self) -> None:
-        self.asked = True
-        self.on_asked()
+    def _request(self) -> None:
+        self.is_requested = True
+        self.on_request()
 
     def _handle_signal(self) -> None:
         now = time.monotonic()
@@ -97,7 +111,7 @@ class Preemption:
         is_second = first is not None and now - first > _SAME_SIGNAL_S
         if is_second or heartbeat.here.must_end:
             os._exit(128 + signal.SIGTERM)
-        self._ask()
+        self._request()
         if first is None:
             self._first_signal_time = now
             print(

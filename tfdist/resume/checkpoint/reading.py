@@ -1,4 +1,4 @@
-"""The checkpoint that a training goes on from: read by the chief, known to all workers."""
+"""Reads the checkpoint from which a training continues. The chief reads it for all workers."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ FORMAT = 3
 
 @dataclass(frozen=True)
 class LastCheckpoint:
-    """What the last checkpoint in a directory says.
+    """The content of the last checkpoint in a directory.
 
     Attributes:
-        state: What it holds besides tensors; None if there is no checkpoint.
-        arrays: The arrays that `state` refers to, by number.
-        read: Gives a tensor by name, on the chief alone.
+        state: The state without tensors; None if there is no checkpoint.
+        arrays: The arrays to which `state` refers, by number.
+        read: Returns a tensor by its name. None on other workers than the chief.
     """
 
     state: dict[str, Any] | None = None
@@ -30,11 +30,11 @@ class LastCheckpoint:
 
 
 def last_checkpoint(path: Path, strategy: Strategy) -> LastCheckpoint:
-    """Lets the chief look for a checkpoint, and tells all workers.
+    """Reads the last checkpoint on the chief, and sends its state to all workers.
 
     Args:
         path: The directory.
-        strategy: Whose workers these are.
+        strategy: The strategy that connects the workers.
 
     Raises:
         CheckpointError: The directory or the checkpoint cannot be used.
@@ -62,12 +62,12 @@ def last_checkpoint(path: Path, strategy: Strategy) -> LastCheckpoint:
 
 
 def notice_of(state: dict[str, Any], setup: dict[str, Any], epochs: int) -> str:
-    """Says which checkpoint training goes on from, and with what.
+    """Returns a line about the checkpoint from which a training continues.
 
     Args:
-        state: Of the checkpoint.
-        setup: Of the training that goes on, as `same.describe` gives it.
-        epochs: The epoch to train until.
+        state: The state of the checkpoint.
+        setup: The description of the present training, from `same.describe`.
+        epochs: The argument `epochs` of `fit`.
     """
     folder, epoch = state["folder"], state["position"][0]
     if state["stopped"]:

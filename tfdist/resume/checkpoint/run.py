@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
 import functools
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NoReturn
@@ -15,18 +13,19 @@ import tensorflow as tf
 
 from tfdist import _keras, data, watchdog
 from tfdist._version import __version__
-from tfdist.errors import START_ME_AGAIN, CheckpointError, Preempted
+from tfdist.errors import CheckpointError
 from tfdist.resume.checkpoint import files, same, tensors
-from tfdist.resume.checkpoint.callbacks import Memory
+from tfdist.resume.checkpoint.callbacks import CallbackState
 from tfdist.resume.checkpoint.plain import decode, plain_logs
 from tfdist.resume.checkpoint.preemption import Preemption
 from tfdist.resume.checkpoint.reading import FORMAT, last_checkpoint, notice_of
 from tfdist.resume.checkpoint.saving import SavingCallbacks
+from tfdist.resume.checkpoint.schedule import SavingSchedule
 from tfdist.resume.checkpoint.settings import Checkpoint
 from tfdist.resume.checkpoint.writer import Writer
 from tfdist.resume.position import Position
-from tfdist.step.prepared import Prepared
-from tfdist.step.signals import Stop
+from tfdist.step.prepared import PreparedModel
+from tfdist.step.signals import StopState
 from tfdist.step.state import TrainState, variables_of
 from tfdist.strategies.base import Strategy
 from tfdist.training.extension import Begins, Continuation, Extension
@@ -36,16 +35,16 @@ from tfdist.training.request import Request
 class CheckpointRun(Continuation):
     """The checkpoints of one `fit`, from the one it begins at to the last it writes.
 
-    The chief alone reads and writes; what it has read, every worker gets. Replicated state is
-    written without an exchange between workers.
+    Only the chief reads and writes files. It sends what it has read to every worker.
+    Replicated state is written without an exchange between workers.
 
     Args:
-        checkpoint: What `fit` was given.
-        strategy: Where the replicas are.
+        checkpoint: The argument `checkpoint` of `fit`.
+        strategy: The strategy of this process.
         others: The training's other extensions, whose state is saved as well.
 
     Raises:
-        ArgumentError: It is no checkpoint.
+        ArgumentError: `checkpoint` is not valid.
         CheckpointError: The directory cannot be used.
     """
 
@@ -57,17 +56,16 @@ class CheckpointRun(Continuation):
         super().__init__(others)
         self._settings = Checkpoint.of(checkpoint)
         self._strategy = strategy
-        self._every = self._settings.every
         self._settings.check_strategy(strategy)
         self._states: dict[str, Any] = {}
         self._writer = Writer()
-        self._preemption, self._stop = Preemption(), Stop()
+        self._preemption, self._stop = Preemption(), StopState()
         self._model: Any = None
         last = last_checkpoint(self._settings.path, strategy)
         self._state, self._arrays, self._read = last.state, last.arrays, last.read
         self._position: Position | None = None
-        self._made = 0 if self._state is None else self._state["steps"]
-        self._saved_at, self._saved_time, self._is_due = self._made, time.monotonic(), False
+        self._steps_made = 0 if self._state is None else self._state["steps"]
+        self._schedule = SavingSchedule(self._settings.every, self._steps_made)
         self._initial_epoch = self._epochs = 0
         self._where: Callable[[], data.DataPosition] = data.DataPosition
         self._setup: dict[str, Any] = {}
@@ -76,7 +74,7 @@ class CheckpointRun(Continuation):
     # --- before training --------------------------------------------------------------
 
     def choose(self, request: Request) -> Request:
-        """Gives the others their state, and the sampler its seed unless the user chose one."""
+        """Restores the other extensions, and the sampler's seed unless the user chose one."""
         before = {} if self._state is None else self._state["others"]
         steps = 0 if self._state is None else int(self._state["steps"])
         self._states = {
@@ -88,7 +86,7 @@ class CheckpointRun(Continuation):
         return replace(request, seed=int(saved)) if is_open and saved is not None else request
 
     def notice(self, request: Request) -> str | None:
-        """Says which checkpoint training goes on from, if there is one, and with what."""
+        """Names the checkpoint from which training continues, if there is one."""
         if self._state is None:
             return None
         return notice_of(self._state, self._setup, request.epochs)
@@ -96,11 +94,11 @@ class CheckpointRun(Continuation):
     def bind(self, request: Request, source: data.Source) -> None:
         """Refuses a checkpoint of another training, and a disk without room for one.
 
-        The data is told what an earlier process has drawn of it.
+        It tells the data how many epochs earlier processes have completed.
 
         Raises:
-            ArgumentError: Something differs; it is named.
-            CheckpointError: There is no room.
+            ArgumentError: The checkpoint is of another training; the message says why.
+            CheckpointError: The disk has no room.
         """
         assert request.sampler is not None
         variables = variables_of(request.model)
@@ -120,15 +118,14 @@ class CheckpointRun(Continuation):
             files.check_room(self._settings.path, tensors.size_of(variables))
 
     def begin(self, epoch: int, start: Callable[[], data.DataPosition]) -> Begins:
-        """Says where training begins.
+        """Returns where training begins.
 
         Args:
-            epoch: Where `fit` was asked to.
-            start: Says where its data begins, once callbacks have begun.
+            epoch: The `initial_epoch` of `fit`.
+            start: As in `Continuation.begin`.
 
         Returns:
-            The epoch, the steps made of it, what says where its data began, and the logs of
-            the last step made.
+            As in `Continuation.begin`.
         """
         self._initial_epoch = epoch
         if self._state is None:
@@ -147,8 +144,8 @@ class CheckpointRun(Continuation):
 
     def loop_callbacks(
         self,
-        given: Any,
-        prepared: Prepared,
+        callbacks: Any,
+        prepared: PreparedModel,
         *,
         where: Callable[[], data.DataPosition],
         **options: Any,
@@ -156,31 +153,31 @@ class CheckpointRun(Continuation):
         """Makes the `CallbackList` of the training.
 
         Args:
-            given: This process's callbacks.
-            prepared: The model, whose state is saved.
-            where: Says where the data stands, between two epochs.
-            **options: Of `keras.callbacks.CallbackList`.
+            callbacks: This process's callbacks.
+            prepared: The model. Its state is saved.
+            where: Returns the position of the data, between two epochs.
+            **options: Arguments of `keras.callbacks.CallbackList`.
         """
         self._train_state, self._where = prepared.state, where
         self._computing = prepared.strategy
         self._epochs = options["epochs"]
         self._stop, self._model = prepared.stop, prepared.model
-        self._preemption.on_asked = self._note_asked
-        self._note_asked()
-        made = 0 if self._position is None else self._position.step
-        given = list(getattr(given, "callbacks", given))
-        return SavingCallbacks(self, made, given, add_history=True, **options)
+        self._preemption.on_request = self._note_preemption
+        self._note_preemption()
+        steps_made = 0 if self._position is None else self._position.step
+        callbacks = list(getattr(callbacks, "callbacks", callbacks))
+        return SavingCallbacks(self, steps_made, callbacks, add_history=True, **options)
 
     # --- while training runs ------------------------------------------------------------
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        """Wraps the training; when it is left, all that was to be saved is.
+        """Wraps the training. At its end, it waits until the last checkpoint is on the disk.
 
         Raises:
-            Preempted: SIGTERM came to one of the workers.
+            Preempted: One of the workers has received SIGTERM.
         """
-        with self._preemption.heard():
+        with self._preemption.listening():
             try:
                 yield
             except BaseException:
@@ -191,138 +188,139 @@ class CheckpointRun(Continuation):
                 self._writer.close()
                 self._stop.preempted = False
             self._writer.finish()
-            if any(self._strategy.gather_objects(self._preemption.asked)):
+            if any(self._strategy.gather_objects(self._preemption.is_requested)):
                 self._leave("training had come to its end, and is saved")
 
-    def _note_asked(self) -> None:
-        self._stop.preempted = self._preemption.asked
+    def _note_preemption(self) -> None:
+        self._stop.preempted = self._preemption.is_requested
 
-    def leave_if_asked(self, memory: Memory, logs: Any) -> None:
-        """Saves and leaves, if one of the workers was asked to; all do so after the same step.
+    def leave_if_preempted(self, callback_state: CallbackState, logs: Any) -> None:
+        """Saves and ends the process, if one of the workers has received SIGTERM.
+
+        All workers do so after the same step: each step tells all of them who has to leave.
 
         Args:
-            memory: The callbacks', which know of the step.
-            logs: Of the step.
+            callback_state: The state of the callbacks after the step.
+            logs: The logs of the step.
 
         Raises:
-            Preempted: One was.
-            CheckpointError: It could not be saved.
+            Preempted: A worker has received SIGTERM, and the training is saved.
+            CheckpointError: The training could not be saved.
         """
         alone = self._strategy.place.num_workers == 1
         if not (self._stop.preempted if alone else self._stop.leaving):
             return
         assert self._position is not None
         if any(self._strategy.gather_objects(self._stop.requested)):
-            return  # a callback's stop, of which the next step tells: the end is saved
+            return  # a callback has stopped the training: its end is saved instead
         if alone:
-            self._model.get_metrics_result()  # asynchronous steps under way are waited for
+            self._model.get_metrics_result()  # waits for asynchronous steps
         problem = None
         try:
-            if self._saved_at != self._made:
-                self._save(self._position, memory, logs)
+            if not self._schedule.has_saved(self._steps_made):
+                self._save(self._position, callback_state, logs)
             self._writer.finish()
         except CheckpointError as error:
             problem = str(error)
-        # The others wait for the chief, as a launcher would end all when the first has left.
+        # The workers wait for the chief: a launcher ends all workers when the first one leaves.
         problem = self._strategy.broadcast_object(problem)
         if problem is not None:
             raise CheckpointError(problem)
         epoch, step, _ = self._position
         self._leave(f"saved after step {step} of epoch {epoch + 1}")
 
-    def _leave(self, what: str) -> NoReturn:
-        self._preemption.leave()
-        if self._strategy.place.is_chief:
-            print(
-                f"tfdist: {what}; the run ends with status {START_ME_AGAIN}, to be started "
-                "again.",
-                flush=True,
-            )
-        raise Preempted
+    def _leave(self, reason: str) -> NoReturn:
+        self._preemption.leave(reason if self._strategy.place.is_chief else None)
 
     def note_step(self, step: int) -> None:
         """Counts a step.
 
         Args:
-            step: Steps made of the epoch.
+            step: Number of completed steps of the epoch.
         """
         assert self._position is not None
-        self._made += step - self._position.step
+        self._steps_made += step - self._position.step
         self._position = self._position._replace(step=step)
 
-    def restore(self, memory: Memory) -> None:
-        """Puts the state back that belongs to the position, on every worker.
+    def restore(self, callback_state: CallbackState) -> None:
+        """Restores the state of the checkpoint, on every worker.
 
         Args:
-            memory: The callbacks'.
+            callback_state: The state of the callbacks.
         """
         if self._state is None:
             return
         has_seed = bool(self._state["global_seed"])
         tensors.put_back(self._computing, self._train_state, self._read, has_seed)
-        memory.restore(self._state["callbacks"], self._arrays.__getitem__)
+        callback_state.restore(self._state["callbacks"], self._arrays.__getitem__)
 
     def note_restored(self) -> None:
-        """Tells the others that the state was put back."""
+        """Tells the other extensions that the state was restored."""
         for other in self._others:
             other.note_restored()
 
-    def begin_epoch(self, epoch: int, memory: Memory) -> None:
-        """Notes that an epoch begins, or the rest of one.
+    def begin_epoch(self, epoch: int, callback_state: CallbackState) -> None:
+        """Notes the position at which an epoch, or the rest of one, begins.
 
         Args:
-            epoch: As Keras counts.
-            memory: The callbacks', which have begun it.
+            epoch: The epoch, as Keras counts.
+            callback_state: The state of the callbacks, after their `on_epoch_begin`.
         """
         if self._position is None or self._position.epoch != epoch:
             self._position = Position(epoch, 0, self._where())
         elif self._position.step:
-            self.restore(memory)
+            # In the middle of an epoch. Keras's loop has just reset the metrics, and callbacks
+            # have begun the epoch a second time: both get the checkpoint's state again.
+            self.restore(callback_state)
         self._state, self._read, self._arrays = None, None, {}
 
-    def after_step(self, memory: Memory, logs: Any) -> None:
-        """Saves, if it is time to.
+    def after_step(self, callback_state: CallbackState, logs: Any) -> None:
+        """Saves, if a checkpoint is due.
 
         Args:
-            memory: The callbacks', which know of the step.
-            logs: Of the step.
+            callback_state: The state of the callbacks after the step.
+            logs: The logs of the step.
         """
-        if isinstance(self._every, int):
-            self._is_due |= self._made // self._every > self._saved_at // self._every
-        elif isinstance(self._every, datetime.timedelta):
-            waited = time.monotonic() - self._saved_time
-            self._is_due = waited >= self._every.total_seconds()
-        # Training does not wait for the disk: then a later step is saved.
+        schedule = self._schedule
+        schedule.note_step(self._steps_made)
+        # Training does not wait for the disk. If the writer is busy, a later step is saved.
         is_ready = self._writer.is_idle
-        if self._train_state.per_replica:  # which all workers save at the same step
+        if self._train_state.per_replica:
+            # All workers gather this state, so all must save at the same step. Neither a busy
+            # disk nor a process's own clock may decide.
             is_ready = True
-            if isinstance(self._every, datetime.timedelta):
-                self._is_due = self._strategy.broadcast_object(self._is_due)
-        if self._is_due and is_ready:
+            if schedule.is_timed:
+                schedule.is_due = self._strategy.broadcast_object(schedule.is_due)
+        if schedule.is_due and is_ready:
             assert self._position is not None
-            self._save(self._position, memory, logs)
+            self._save(self._position, callback_state, logs)
 
-    def after_epoch(self, memory: Memory, is_stopped: bool) -> None:
-        """Saves the beginning of the next epoch, if it is time to.
+    def after_epoch(self, callback_state: CallbackState, is_stopped: bool) -> None:
+        """Saves the beginning of the next epoch, if a checkpoint is due.
 
         Args:
-            memory: The callbacks', which know of the epoch.
+            callback_state: The state of the callbacks after the epoch.
             is_stopped: Whether a callback has ended the training.
         """
         assert self._position is not None
         following = self._position.epoch + 1
-        if self._every == "epoch" or is_stopped or following >= self._epochs:
-            self._save(Position(following, 0, self._where()), memory, {}, is_stopped)
+        if self._schedule.is_each_epoch or is_stopped or following >= self._epochs:
+            self._save(Position(following, 0, self._where()), callback_state, {}, is_stopped)
 
     @watchdog.here.while_doing(watchdog.SAVING)
     def _save(
-        self, position: Position, memory: Memory, logs: Any, is_stopped: bool = False
+        self,
+        position: Position,
+        callback_state: CallbackState,
+        logs: Any,
+        is_stopped: bool = False,
     ) -> None:
-        self._saved_at, self._saved_time, self._is_due = self._made, time.monotonic(), False
+        self._schedule.note_saved(self._steps_made)
+        # Per-replica state is gathered, so every worker takes part in `take`.
         if not self._strategy.place.is_chief and not self._train_state.per_replica:
             return
         self._writer.finish()
-        taken = tensors.take(self._computing, self._train_state)
+        content = tensors.take(self._computing, self._train_state)
         if not self._strategy.place.is_chief:
             return
         arrays: list[Any] = []
@@ -331,24 +329,18 @@ class CheckpointRun(Continuation):
             "tfdist": __version__,
             "position": position.to_json(),
             "initial_epoch": self._initial_epoch,
-            "steps": self._made,
+            "steps": self._steps_made,
             "stopped": is_stopped,
             "setup": self._setup,
             "others": self._states,
             "logs": plain_logs(logs, arrays),
-            "callbacks": memory.state(arrays),
+            "callbacks": callback_state.state(arrays),
             "global_seed": _keras.has_global_seed(),
             "arrays": len(arrays),
         }
-        taken |= {f"arrays/{i}": tf.convert_to_tensor(a) for i, a in enumerate(arrays)}
-        settings = self._settings
-        write = functools.partial(
-            files.write,
-            settings.path,
-            position.epoch,
-            position.step,
-            taken,
-            state,
-            settings.keep,
+        content |= {f"arrays/{i}": tf.convert_to_tensor(a) for i, a in enumerate(arrays)}
+        path, keep = self._settings.path, self._settings.keep
+        epoch, step, _ = position
+        self._writer.begin(
+            functools.partial(files.write, path, epoch, step, content, state, keep)
         )
-        self._writer.begin(write)

@@ -101,6 +101,8 @@ def _gather(strategy: Strategy, variable: Any) -> Tensor:
 def _distribute(strategy: Strategy, variable: Any, saved: Any) -> list[Any]:
     """Returns the values for this process's replicas, which the chief has read."""
     place = strategy.place
+    # A residual is the part of a replica's gradient that is still to be sent. The replicas'
+    # residuals are sent as a sum, so any division of the sum continues the same training.
     if saved is not None and len(saved) != place.num_replicas:
         mean = saved.sum(0) / place.num_replicas
         saved = [mean.astype(saved.dtype)] * place.num_replicas

@@ -9,7 +9,7 @@ from tfdist import watchdog
 
 
 class Writer:
-    """A thread that writes."""
+    """Writes checkpoints in a thread."""
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="tfdist-checkpoint")
@@ -17,11 +17,11 @@ class Writer:
 
     @property
     def is_idle(self) -> bool:
-        """Whether nothing is being written."""
+        """Whether no checkpoint is being written."""
         return self._writing is None or self._writing.done()
 
     def begin(self, write: Callable[[], None]) -> None:
-        """Begins to write; `finish` must have been called since the last time.
+        """Begins to write. Call `finish` before you call it again.
 
         Args:
             write: Writes a checkpoint.
@@ -30,15 +30,15 @@ class Writer:
 
     @watchdog.here.while_doing(watchdog.SAVING)
     def finish(self) -> None:
-        """Waits for what is being written.
+        """Waits until the checkpoint is written.
 
         Raises:
-            CheckpointError: It could not be written.
+            CheckpointError: The checkpoint could not be written.
         """
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
 
     def close(self) -> None:
-        """Ends the thread, when it has written."""
+        """Waits until the checkpoint is written, and ends the thread."""
         self._pool.shutdown()
