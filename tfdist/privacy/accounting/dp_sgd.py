@@ -5,6 +5,7 @@ No formula of privacy is written here, and nothing of this needs TensorFlow.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -15,6 +16,7 @@ from tfdist.privacy.accounting.ledger import Ledger, Phase, dp_accounting
 _LEAST_NOISE = 2.0**-5
 _MOST_NOISE = 2.0**20
 _FEW = 4  # different steps: of more, a factor that is some tenths of a percent large is enough
+_REFINEMENTS = 3
 
 
 def epsilon(
@@ -153,11 +155,23 @@ def noise_for(
         return ledger.epsilon(delta, accountant=accountant, relation=relation, coarse=coarse)
 
     def enough(room: int | None) -> float:
-        # A coarse epsilon is a larger one, and costs a tenth.
-        start = _least(lambda n: cost(n, room, coarse=True) - target_epsilon, 1.0, 2.0)
+        # A coarse epsilon is a larger one, and costs a tenth. Its excess hardly depends on the
+        # noise: found once, it says where the fine one meets the target.
+        def above(wanted: float, noise: float) -> float:
+            return cost(noise, room, coarse=True) - wanted
+
+        noise = _least(functools.partial(above, target_epsilon), 1.0, 2.0)
         if len(phases) > _FEW:
-            return start
-        return _least(lambda n: cost(n, room, coarse=False) - target_epsilon, start, 1.02)
+            return noise
+        for _ in range(_REFINEMENTS):
+            excess = above(cost(noise, room, coarse=False), noise)
+            previous, wanted = noise, target_epsilon + excess
+            noise = _least(functools.partial(above, wanted), noise, 1.01)
+            if abs(noise - previous) <= 2e-4 * noise:
+                break
+        while cost(noise, room, coarse=False) > target_epsilon:
+            noise *= 1 + 1e-4
+        return noise
 
     already = before.epsilon(delta, accountant=accountant, relation=relation)
     if already >= target_epsilon:
