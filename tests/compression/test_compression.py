@@ -17,7 +17,7 @@ from tfdist.compression.extension import CompressedTraining
 from tfdist.compression.half import HalfExchange, HalfPrecision
 from tfdist.compression.power_sgd import LowRankExchange
 from tfdist.errors import ArgumentError
-from tfdist.resume.checkpoint import tensors
+from tfdist.resume.checkpoint import files, tensors
 from tfdist.step.exchange import Contribution
 from tfdist.step.prepared import prepare
 from tfdist.step.state import Role, TrainState
@@ -256,6 +256,18 @@ def test_half_precision_variables_have_wide_residuals_and_scales():
     np.testing.assert_allclose(applied[0] + rest * 2.0**20, small[0], rtol=1e-2)
 
 
+def test_vectors_are_drawn_alike_with_xla_and_without():
+    (factors,) = begun(tfdist.PowerSGD(2, 0, 0.0), 1).exchanges[0]._factors.values()
+
+    def drawn_at(step: Any) -> Any:  # an argument: what is constant is computed without XLA
+        return factors._drawn(12, step)
+
+    step = tf.constant(5, tf.int64)
+    vectors = drawn_at(step)
+    np.testing.assert_array_equal(tf.function(drawn_at, jit_compile=True)(step), vectors)
+    assert np.abs(vectors - drawn_at(step + 1)).min() > 0
+
+
 def test_rows_of_a_matrix_travel_as_they_are():
     model = model_of()
     exchange = LowRankExchange(tfdist.PowerSGD(1, 0, 0.0), model)
@@ -440,6 +452,7 @@ def test_gradients_are_divided_before_they_are_rounded():
         {"start_after": -1},
         {"min_ratio": -1},
         {"min_ratio": "2"},
+        {"min_ratio": True},
         {"min_ratio": float("nan")},
         {"warm_start": 1},
     ],
@@ -454,9 +467,8 @@ def test_settings_that_make_no_sense_are_refused(options):
 def test_what_is_no_compression_is_refused(compression):
     with pytest.raises(ArgumentError, match="`compression` must be None"):
         CompressedTraining(compression)
-    if compression != "":
-        with pytest.raises(ArgumentError, match="`compression` must be None"):
-            tfdist.fit(small_model(), *table(8), compression=compression, verbose=0)
+    with pytest.raises(ArgumentError, match="`compression` must be None"):
+        tfdist.fit(small_model(), *table(8), compression=compression, verbose=0)
 
 
 def test_private_training_is_refused():
@@ -480,6 +492,8 @@ def test_bytes_are_those_of_the_vectors():
     assert found.ratio == pytest.approx(plain / found.compressed)
     with pytest.raises(ArgumentError):
         bytes_of(model, "int8")
+    with pytest.raises(ArgumentError, match="`model` must be built"):
+        bytes_of(keras.Sequential([L.Dense(2)]), "bf16")
 
 
 class StoppedError(Exception):
@@ -510,6 +524,17 @@ def test_a_training_that_goes_on_ends_with_the_same_bits(stopped_after, tmp_path
     assert_same(model.get_weights(), expected.get_weights())
     ours, theirs = (exchange_of(one).state for one in (model, expected))
     assert_same([v.numpy() for v, _ in ours], [v.numpy() for v, _ in theirs])
+
+
+def test_a_disk_must_have_room_for_what_replicas_keep(tmp_path, monkeypatch):
+    needed = []
+    monkeypatch.setattr(files, "check_room", lambda directory, size: needed.append(size))
+    tfdist.fit(small_model(), *table(64), compression=FIRST_RANK, checkpoint=tmp_path, **ORDERED)
+    (written,) = tmp_path.glob("*/tensors.data*")
+    assert needed == [pytest.approx(written.stat().st_size, rel=0.02)]
+    kept = keras.Variable(np.zeros((5, 3)), dtype="float32", trainable=False)
+    state = TrainState((kept,), ((kept, Role.PER_REPLICA),))
+    assert tensors.size_of(state, 3) == 60 + 3 * 60
 
 
 def test_another_compression_is_another_training(tmp_path):

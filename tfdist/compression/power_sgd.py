@@ -118,12 +118,14 @@ class Factors:
         self.residual.assign(tf.zeros(self.residual.shape, self.residual.dtype))
 
     def _drawn(self, size: int, step: Tensor) -> Tensor:
-        """Draws vectors, the same on all replicas."""
+        """Draws vectors, the same on all replicas; their lengths do not matter."""
         seed = tf.stack([tf.constant(_SEED + self._number, tf.int64), step])
-        # Else XLA has an algorithm of its own, and one replica other numbers than several.
-        return tf.random.stateless_normal(
-            [size, self.left.shape[-1]], seed, dtype=self.left.dtype, alg="philox"
+        # Real numbers of the same seed are others under XLA, which has one replica of a
+        # compiled model; whole numbers are not. A sum of a few is close to normal.
+        bits = tf.random.stateless_uniform(
+            [4, size, self.left.shape[-1]], seed, None, None, tf.int32, alg="philox"
         )
+        return tf.reduce_sum(tf.cast(bits, self.left.dtype) / 2.0**31, 0)
 
     def compress(
         self, gradient: Tensor, side: str, step: Tensor, scale: Tensor | None = None

@@ -51,7 +51,8 @@ class PowerSGD:
     def __post_init__(self) -> None:
         _check_whole("rank", self.rank, 1)
         _check_whole("start_after", self.start_after, 0)
-        if not isinstance(self.min_ratio, int | float) or not self.min_ratio >= 0:
+        is_number = isinstance(self.min_ratio, int | float)
+        if not is_number or isinstance(self.min_ratio, bool) or not self.min_ratio >= 0:
             raise ArgumentError(
                 "`min_ratio` of `PowerSGD` must be a number of at least 0. Received: "
                 f"min_ratio={self.min_ratio!r}."

@@ -94,13 +94,12 @@ class CheckpointRun(Continuation):
         return notice_of(self._state, self._setup, request.epochs)
 
     def bind(self, request: Request, source: data.Source) -> None:
-        """Refuses a checkpoint of another training, and a disk without room for one.
+        """Refuses a checkpoint of another training.
 
         The data is told what an earlier process has drawn of it.
 
         Raises:
             ArgumentError: Something differs; it is named.
-            CheckpointError: There is no room.
         """
         assert request.sampler is not None
         variables = variables_of(request.model)
@@ -116,8 +115,6 @@ class CheckpointRun(Continuation):
         if self._state is not None:
             same.compare(self._setup, self._state["setup"], self._state["folder"])
             source.go_on_after(self._state["position"][0] - self._state["initial_epoch"])
-        if self._strategy.place.is_chief:
-            files.check_room(self._settings.path, tensors.size_of(variables))
 
     def begin(self, epoch: int, start: Callable[[], data.DataPosition]) -> Begins:
         """Says where training begins.
@@ -160,9 +157,15 @@ class CheckpointRun(Continuation):
             prepared: The model, whose state is saved.
             where: Says where the data stands, between two epochs.
             **options: Of `keras.callbacks.CallbackList`.
+
+        Raises:
+            CheckpointError: The disk has no room for a checkpoint.
         """
         self._train_state, self._where = prepared.state, where
         self._computing = prepared.strategy
+        if self._strategy.place.is_chief:
+            needed = tensors.size_of(prepared.state, self._computing.place.num_replicas)
+            files.check_room(self._settings.path, needed)
         self._epochs = options["epochs"]
         self._stop, self._model = prepared.stop, prepared.model
         self._preemption.on_asked = self._note_asked
