@@ -553,7 +553,9 @@ def test_a_training_that_goes_on_ends_with_the_same_bits(stopped_after, tmp_path
 def test_a_disk_must_have_room_for_what_replicas_keep(tmp_path, monkeypatch):
     needed = []
     monkeypatch.setattr(files, "check_room", lambda directory, size: needed.append(size))
-    tfdist.fit(small_model(), *table(64), compression=FIRST_RANK, checkpoint=tmp_path, **ORDERED)
+    tfdist.fit(
+        small_model(), *table(64), compression=FIRST_RANK, checkpoint=tmp_path, **ORDERED
+    )
     (written,) = tmp_path.glob("*/tensors.data*")
     assert needed == [pytest.approx(written.stat().st_size, rel=0.02)]
     kept = keras.Variable(np.zeros((5, 3)), dtype="float32", trainable=False)
