@@ -159,7 +159,9 @@ def fit(
     extensions: list[Extension] = [Verification(verify_every)]
     if privacy is not None:
         extensions.append(PrivateTraining(privacy))
-    extensions.append(CompressedTraining(compression or session.strategy.compression))
+    if compression is None:
+        compression = session.strategy.compression
+    extensions.append(CompressedTraining(compression))
     continuation = Continuation(extensions)
     if checkpoint is not None:
         continuation = CheckpointRun(checkpoint, session.strategy, extensions)

@@ -22,6 +22,7 @@ from tests.behaviour.checks import (
     twins,
 )
 from tests.behaviour.registry import HOROVOD, MIRRORED, MULTI_WORKER, SERVERS, WORKERS, check
+from tests.compression.test_compression import orthonormal
 from tests.equivalence.cases import crossentropy, table
 from tfdist import _keras
 from tfdist.compression.power_sgd import LowRank
@@ -35,8 +36,9 @@ SETTINGS = tfdist.PowerSGD(rank=1, start_after=START_AFTER, min_ratio=1.5)
 class Reference:
     """One process's PowerSGD of a kernel, in NumPy; what it keeps is another's sum."""
 
-    def __init__(self, shape: tuple[int, int], left: Any) -> None:
-        self.residual, self.left, self.right = np.zeros(shape), left, None
+    def __init__(self, shape: tuple[int, int], firsts: tuple[Any, Any]) -> None:
+        self.residual, self.firsts = np.zeros(shape), firsts
+        self.left, self.right = firsts
         self.steps = 0
 
     def update(self, gradient: Any) -> Any:
@@ -46,11 +48,11 @@ class Reference:
             return gradient
         matrix = gradient + self.residual
         if number % 2 == 0:
-            basis, _ = np.linalg.qr(self.left)
+            basis = orthonormal(self.left, self.firsts[0])
             self.right = matrix.T @ basis
             applied = basis @ self.right.T
         else:
-            basis, _ = np.linalg.qr(self.right)
+            basis = orthonormal(self.right, self.firsts[1])
             self.left = matrix @ basis
             applied = self.left @ basis.T
         self.residual = matrix - applied
@@ -70,17 +72,17 @@ def exchange_of(model: Any) -> Any:
     return _keras.attached(model).prepared.exchange
 
 
-def left_of(model: Any) -> Any:
-    """The first vectors, which no training has changed."""
+def firsts_of(model: Any) -> Any:
+    """The first vectors of both sides, which no training has changed."""
     exchange = LowRank(SETTINGS).make(model, tfdist.strategies.session.current().strategy)
     (factors,) = exchange._factors.values()
-    return factors.left.numpy()
+    return factors.left.numpy(), factors.right.numpy()
 
 
 def expected_of(model: Any, x: Any, y: Any, epochs: int) -> tuple[Any, Reference]:
     """Trains in NumPy; gives the weights, and what is known besides."""
     (weights,) = model.get_weights()
-    reference = Reference(weights.shape, left_of(model))
+    reference = Reference(weights.shape, firsts_of(model))
     for _ in range(epochs):
         for begin in range(0, len(x), 64):
             rows, classes = x[begin : begin + 64], y[begin : begin + 64]

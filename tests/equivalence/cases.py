@@ -612,6 +612,24 @@ def private_users(train: Train) -> tuple[Any, Any]:
     return model, train(model, *table(300), batch_size=20, epochs=2, privacy=privacy)
 
 
+@case("optimizers")
+def power_sgd(train: Train) -> tuple[Any, Any]:
+    # Few steps in float64, since warm starts amplify rounding.
+    keras.config.set_dtype_policy("float64")
+    try:
+        words = keras.Input((12,), dtype="int32")
+        hidden = L.Embedding(50, 8)(words)  # whose rows travel as they are
+        hidden = L.Conv1D(6, 3, activation="tanh")(hidden)
+        model = keras.Model(words, L.Dense(4)(L.Flatten()(hidden)))
+        optimizer = keras.optimizers.SGD(0.1, momentum=0.9, global_clipnorm=1.0)
+        model.compile(optimizer, crossentropy(dtype="float64"))
+    finally:
+        keras.config.set_dtype_policy("float32")
+    compression = tfdist.PowerSGD(rank=2, start_after=1, min_ratio=1.1)
+    x, y = sequences(193)  # the last batch has a row, and other replicas none
+    return model, train(model, x, y % 4, batch_size=64, epochs=2, compression=compression)
+
+
 @case("privacy")
 def private_long_and_rebalanced(train: Train) -> tuple[Any, Any]:
     # So many positions that XLA computes the norms.

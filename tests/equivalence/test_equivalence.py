@@ -28,6 +28,7 @@ SPINE = (
     "own_train_step",
     "two_optimizers",
     "poisson_some_batches_empty",
+    "power_sgd",
     "private",
 )
 # One strategy has all that three replicas change; the others what they do in ways of their own.
@@ -40,14 +41,20 @@ SPINE_ON_MORE = {
         "private",
     ),
     "horovod-3": ("rows_961", "embedding_lstm"),  # uneven shares, rows gathered
-    "mirrored-4": ("rows_1", "cnn_synchronized_batch_norm"),  # replicas without rows
+    # Replicas without rows.
+    "mirrored-4": ("rows_1", "cnn_synchronized_batch_norm", "power_sgd"),
 }
 OLDEST = {
     "multi_worker-2": SPINE,
     "mirrored-2": ("rows_961", "cnn_synchronized_batch_norm", "private"),
 }
 # In half precision the sum over a share is rounded to 11 bits before shares are summed.
-TOLERANCE = {"mixed_precision": 1e-3, "private_class_weight_and_mixed_precision": 1e-3}
+TOLERANCE = {
+    "mixed_precision": 1e-3,
+    "private_class_weight_and_mixed_precision": 1e-3,
+    "power_sgd": 1e-9,  # in float64
+}
+REFUSED = {"power_sgd": "parameter_server"}  # whose state would be on servers
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]
 
@@ -68,6 +75,8 @@ def cells() -> Iterator[Any]:
     chosen = always()
     for place in PLACES[1:]:
         for name in CASES:
+            if place.startswith(REFUSED.get(name, "none")):
+                continue
             task = f"tests.equivalence.program {name}"
             marks = [on("single-1", task), on(place, task)]
             if name not in chosen.get(place, ()):
@@ -94,7 +103,7 @@ def test_the_training_equals_one_process_s(
     assert received["history"].keys() == expected["history"].keys()
     for metric, values in expected["history"].items():
         np.testing.assert_allclose(
-            received["history"][metric], values, tolerance, err_msg=metric
+            received["history"][metric], values, max(tolerance, 1e-5), err_msg=metric
         )
     assert received["plain"], "a variable is not a plain one again"
     for other in others:

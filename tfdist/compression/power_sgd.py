@@ -25,6 +25,7 @@ from tfdist.strategies.base import Strategy
 Tensor = Any
 PLAIN, LEFT, RIGHT = "plain", "left", "right"
 _SEED = 0x5EED
+_TILT = 1e-3
 
 
 @dataclass(frozen=True)
@@ -118,12 +119,23 @@ class Factors:
         self.residual.assign(tf.zeros(self.residual.shape, self.residual.dtype))
 
     def _drawn(self, size: int, step: Tensor) -> Tensor:
-        """Draws vectors, the same on all replicas."""
+        """Draws vectors, the same on all replicas; their lengths do not matter."""
         seed = tf.stack([tf.constant(_SEED + self._number, tf.int64), step])
-        # Else XLA has an algorithm of its own, and one replica other numbers than several.
-        return tf.random.stateless_normal(
-            [size, self.left.shape[-1]], seed, dtype=self.left.dtype, alg="philox"
+        # Real numbers of the same seed are others under XLA, which has one replica of a
+        # compiled model; whole numbers are not. A sum of a few is close to normal.
+        bits = tf.random.stateless_uniform(
+            [4, size, self.left.shape[-1]], seed, None, None, tf.int32, alg="philox"
         )
+        return tf.reduce_sum(tf.cast(bits, self.left.dtype) / 2.0**31, 0)
+
+    def _tilted(self, vectors: Tensor) -> Tensor:
+        """Turns vectors a little to fixed ones.
+
+        Where the gradient's rank is below that of the vectors, one of them is rounding errors,
+        other ones on each number of replicas. Made orthonormal, they would be of length one.
+        """
+        fixed = self._drawn(vectors.shape[0], tf.constant(0, tf.int64))
+        return vectors + _TILT * tf.norm(vectors) / tf.norm(fixed) * fixed
 
     def compress(
         self, gradient: Tensor, side: str, step: Tensor, scale: Tensor | None = None
@@ -139,7 +151,9 @@ class Factors:
         """
         known = self.left if side == LEFT else self.right
         vectors = tf.convert_to_tensor(known)
-        if not self._settings.warm_start:
+        if self._settings.warm_start:
+            vectors = self._tilted(vectors)
+        else:
             vectors = self._drawn(vectors.shape[0], step)
         basis = tf.linalg.qr(vectors).q
         matrix = tf.reshape(tf.cast(gradient, self.residual.dtype), self._matrix)

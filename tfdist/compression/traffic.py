@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tfdist.compression.settings import PowerSGD, check
+from tfdist.errors import ArgumentError
 
 _WIDE = {"float32": 4, "float64": 8}
 _HALF_BYTES = 2
@@ -48,7 +49,7 @@ def bytes_per_step(model: Any, compression: Any, embedding_rows: int = 0) -> Tra
         The bytes.
 
     Raises:
-        ArgumentError: `compression` is not valid.
+        ArgumentError: `compression` is not valid, or the model has no weights yet.
 
     Example:
         >>> import keras, tfdist
@@ -65,6 +66,12 @@ def bytes_per_step(model: Any, compression: Any, embedding_rows: int = 0) -> Tra
     )
 
     settings = check(compression)
+    if not model.built:
+        raise ArgumentError(
+            "`model` must be built, so that its weights have shapes. Received: "
+            f"model={model.name!r} without weights. Give it a `keras.Input`, call it once, or "
+            "train it first."
+        )
     by_rows = updated_by_rows(model)
     plain = compressed = 0.0
     for variable in trained_variables(model):

@@ -101,11 +101,11 @@ class SpotChecks:
         ones = tf.ones(tf.shape(chosen))
         weights = tf.scatter_nd(chosen[:, None], ones, [rows])
 
-        # Both batches have a size that is not static: one trace does for both.
-        @tf.function(autograph=False)
-        def added_by(data: Any, row_keys: Tensor, weights: Tensor) -> Added:
+        def compute(data: Any, row_keys: Tensor, weights: Tensor) -> Added:
             return added(self._model, data, RowKeys(row_keys, keys.secret), weights)
 
+        # The sizes of both batches are not static, so both share one trace.
+        added_by = tf.function(compute, autograph=False)
         alone = added_by(_cut(data, chosen), keys.at(chosen).rows, ones)
         everyone = tf.range(rows)
         whole = added_by(_cut(data, everyone), keys.at(everyone).rows, weights)

@@ -92,13 +92,12 @@ class CheckpointRun(Continuation):
         return notice_of(self._state, self._setup, request.epochs)
 
     def bind(self, request: Request, source: data.Source) -> None:
-        """Refuses a checkpoint of another training, and a disk without room for one.
+        """Refuses a checkpoint of another training.
 
         It tells the data how many epochs earlier processes have completed.
 
         Raises:
             ArgumentError: The checkpoint is of another training; the message says why.
-            CheckpointError: The disk has no room.
         """
         assert request.sampler is not None
         variables = variables_of(request.model)
@@ -114,8 +113,6 @@ class CheckpointRun(Continuation):
         if self._state is not None:
             same.compare(self._setup, self._state["setup"], self._state["folder"])
             source.go_on_after(self._state["position"][0] - self._state["initial_epoch"])
-        if self._strategy.place.is_chief:
-            files.check_room(self._settings.path, tensors.size_of(variables))
 
     def begin(self, epoch: int, start: Callable[[], data.DataPosition]) -> Begins:
         """Returns where training begins.
@@ -157,9 +154,15 @@ class CheckpointRun(Continuation):
             prepared: The model. Its state is saved.
             where: Returns the position of the data, between two epochs.
             **options: Arguments of `keras.callbacks.CallbackList`.
+
+        Raises:
+            CheckpointError: The disk has no room for a checkpoint.
         """
         self._train_state, self._where = prepared.state, where
         self._computing = prepared.strategy
+        if self._strategy.place.is_chief:
+            needed = tensors.size_of(prepared.state, self._computing.place.num_replicas)
+            files.check_room(self._settings.path, needed)
         self._epochs = options["epochs"]
         self._stop, self._model = prepared.stop, prepared.model
         self._preemption.on_request = self._note_preemption

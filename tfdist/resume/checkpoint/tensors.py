@@ -118,10 +118,15 @@ def _distribute(strategy: Strategy, variable: Any, saved: Any) -> list[Any]:
     return values
 
 
-def size_of(variables: Sequence[Any]) -> int:
-    """Computes the number of bytes that variables need on disk.
+def size_of(state: TrainState, replicas: int) -> int:
+    """Computes the number of bytes that the tensors of `take` need on disk.
 
     Args:
-        variables: `keras.Variable`s.
+        state: The variables.
+        replicas: Each has its own values of the per-replica ones.
     """
-    return sum(int(np.prod(v.shape)) * tf.as_dtype(v.dtype).size for v in variables)
+
+    def of(variables: Sequence[Any]) -> int:
+        return sum(int(np.prod(v.shape)) * tf.as_dtype(v.dtype).size for v in variables)
+
+    return of(state.replicated) + replicas * of(state.per_replica)
