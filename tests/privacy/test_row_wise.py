@@ -76,6 +76,7 @@ MIXED: dict[str, Map] = {
     "transposed": lambda x, y, w: tf.matmul(x[:, 0, 0], tf.ones([4, 2]), transpose_a=True),
     "contrast": lambda x, y, w: tf.image.adjust_contrast(x[..., 0], 2.0),
     "einsum": lambda x, y, w: tf.einsum("bi,ci->bc", x[:, 0, 0], x[:, 0, 0]),
+    "einsum_with_constant": lambda x, y, w: tf.einsum("bi,bc->ic", x[:, 0, 0], tf.ones([4, 4])),
     "segments": lambda x, y, w: tf.gather(tf.math.unsorted_segment_sum(y, y, 3), y),
     "branch": lambda x, y, w: tf.cond(tf.reduce_any(y > 1), lambda: x, lambda: -x),
     "loop": lambda x, y, w: tf.map_fn(lambda row: row + tf.cast(y[2], tf.float32), x),
