@@ -248,11 +248,11 @@ class TestLedger:
         numbers = {"sampling_probability", "noise_multiplier"}
         counts = {"steps", "num_rows", "capacity", "bands", "separation", "after"}
         flags, texts = {"at_most", "cyclic", "secret"}, {"run_id", "continues"}
-        wrong = {
-            **dict.fromkeys(numbers, ["3", True, math.nan, math.inf, -1, 10**400, None, []]),
-            **dict.fromkeys(counts, ["3", True, math.nan, -1, 1.5, 10**400, {}]),
-            **dict.fromkeys(flags, ["false", 0, 1, None, []]),
-            **dict.fromkeys([*texts, "groups", "unit"], [3, True, [], {}]),
+        wrong: dict[str, tuple[object, ...]] = {
+            **dict.fromkeys(numbers, ("3", True, math.nan, math.inf, -1, 10**400, None, ())),
+            **dict.fromkeys(counts, ("3", True, math.nan, -1, 1.5, 10**400, ())),
+            **dict.fromkeys(flags, ("false", 0, 1, None, ())),
+            **dict.fromkeys([*texts, "groups", "unit"], (3, True, ())),
         }
         assert wrong.keys() == good["phases"][place].keys()
         for name, values in wrong.items():

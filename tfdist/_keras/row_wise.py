@@ -18,7 +18,7 @@ from tfdist._keras.inlined import Inlined
 # One value for one value.
 _UNARY = frozenset(
     {
-        "Abs", "Acos", "Asin", "AsString", "Atan", "Cast", "Ceil", "Cos", "Cosh", "Elu", "Erf",
+        "Abs", "Acos", "Asin", "AsString", "Atan", "Cast", "Ceil", "Cos", "Cosh", "Elu", "EnsureShape", "Erf",
         "Exp", "Expm1", "Floor", "Identity", "Inv", "IsFinite", "IsInf", "IsNan", "LeakyRelu",
         "Log", "Log1p", "LogicalNot", "Neg", "OnesLike", "Reciprocal", "RegexFullMatch",
         "Relu", "Relu6", "Rint", "Round", "Rsqrt", "Selu", "Sigmoid", "Sign", "Sin", "Sinh",

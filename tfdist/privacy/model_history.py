@@ -77,7 +77,7 @@ class History:
         return {**vars(self), "ledger": self.ledger.to_dict(), "format": _FORMAT}
 
     @classmethod
-    def from_dict(cls, saved: dict[str, Any]) -> History:
+    def from_dict(cls, saved: Any) -> History:
         """Reads what `to_dict` gave.
 
         Args:

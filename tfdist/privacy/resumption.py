@@ -85,7 +85,7 @@ class Earlier:
         }
 
     @classmethod
-    def from_dict(cls, saved: dict[str, Any]) -> Earlier:
+    def from_dict(cls, saved: Any) -> Earlier:
         """Reads what `to_dict` gave.
 
         Args:

@@ -58,7 +58,7 @@ def check_count(name: str, value: Any, low: int) -> None:
         )
     if value > MOST:
         raise ArgumentError(
-            f"`{name}` must be a whole number of at most 2**53. Received: {name}={str(value)[:24]}."
+            f"`{name}` must be at most 2**53. Received: one of {int(value).bit_length()} bits."
         )
 
 
