@@ -246,6 +246,12 @@ MOVE: dict[str, tuple[Change, str]] = {
         lambda d: Data.zip((batch(X), batch(X[:21] + 1))).map(lambda a, b: a + b),
         "in which a row may depend on others (AddV2)",
     ),
+    "rows_of_another": (
+        lambda d: Data.zip((batch(X), Data.from_tensor_slices(X).batch(2))).map(
+            lambda a, b: tf.reshape(a, [tf.shape(b)[0], -1])
+        ),
+        "in which a row may depend on others (Reshape)",
+    ),
     "numbered": (
         lambda d: d.batch(4).enumerate().map(lambda n, e: mixed_up(*e)),
         "in which a row may depend on others (ReverseV2)",

@@ -27,6 +27,11 @@ LOOKUP = keras.layers.StringLookup(vocabulary=["a", "b"])
 SCALE = tf.Variable([1.0, 2.0, 3.0])
 
 
+def as_many_rows_as_columns(x: Any, y: Any, w: Any) -> Any:
+    rows = tf.reshape(x, [tf.shape(x)[0], -1])
+    return tf.reshape(rows, [tf.shape(rows)[1], -1])
+
+
 APART: dict[str, Map] = {
     "rescaled": lambda x, y, w: (tf.cast(x, tf.float16) / 255, tf.one_hot(y, 3)),
     "standardized": lambda x, y, w: tf.image.per_image_standardization(x),
@@ -62,6 +67,7 @@ MIXED: dict[str, Map] = {
     "transposed_twice": lambda x, y, w: tf.transpose(tf.cumsum(tf.transpose(x), 3)),
     "folded": lambda x, y, w: tf.reduce_sum(tf.reshape(x, [2, -1]), 1)[:1] + tf.ones([4, 1]),
     "two_rows_in_one": lambda x, y, w: tf.reduce_sum(tf.reshape(x, [-1, 96]), 1),
+    "as_many_rows_as_columns": as_many_rows_as_columns,
     "row_by_column": lambda x, y, w: y[:, None] * y,
     "tiled": lambda x, y, w: tf.tile(y, [2]),
     "padded": lambda x, y, w: tf.pad(y, [[1, 0]])[:-1],

@@ -18,13 +18,14 @@ from tfdist._keras.inlined import Inlined
 # One value for one value.
 _UNARY = frozenset(
     {
-        "Abs", "Acos", "Asin", "AsString", "Atan", "Cast", "Ceil", "Cos", "Cosh", "Elu", "EnsureShape", "Erf",
-        "Exp", "Expm1", "Floor", "Identity", "Inv", "IsFinite", "IsInf", "IsNan", "LeakyRelu",
-        "Log", "Log1p", "LogicalNot", "Neg", "OnesLike", "Reciprocal", "RegexFullMatch",
-        "Relu", "Relu6", "Rint", "Round", "Rsqrt", "Selu", "Sigmoid", "Sign", "Sin", "Sinh",
-        "Softplus", "Softsign", "Sqrt", "Square", "StaticRegexFullMatch",
-        "StaticRegexReplace", "StopGradient", "StringLength", "StringLower", "StringStrip",
-        "StringToHashBucketFast", "StringToNumber", "StringUpper", "Tan", "Tanh", "ZerosLike",
+        "Abs", "Acos", "Asin", "AsString", "Atan", "Cast", "Ceil", "Cos", "Cosh", "Elu",
+        "EnsureShape", "Erf", "Exp", "Expm1", "Floor", "Identity", "Inv", "IsFinite", "IsInf",
+        "IsNan", "LeakyRelu", "Log", "Log1p", "LogicalNot", "Neg", "OnesLike", "Reciprocal",
+        "RegexFullMatch", "Relu", "Relu6", "Rint", "Round", "Rsqrt", "Selu", "Sigmoid",
+        "Sign", "Sin", "Sinh", "Softplus", "Softsign", "Sqrt", "Square",
+        "StaticRegexFullMatch", "StaticRegexReplace", "StopGradient", "StringLength",
+        "StringLower", "StringStrip", "StringToHashBucketFast", "StringToNumber",
+        "StringUpper", "Tan", "Tanh", "ZerosLike",
     }
 )  # fmt: skip
 _BROADCAST = frozenset(
