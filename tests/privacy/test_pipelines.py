@@ -252,6 +252,16 @@ MOVE: dict[str, tuple[Change, str]] = {
         ),
         "in which a row may depend on others (Reshape)",
     ),
+    "believed": (
+        lambda d: d.map(of_wrong_shape).batch(4).map(lambda v: tf.reshape(v, [-1, 5])),
+        "in which a row may depend on others (Reshape)",
+    ),
+    "by_number_in_branch": (
+        lambda d: Data.range(6).map(
+            lambda n: tf.cond(n > 2, lambda: tf.cumsum(X[:4], 0), lambda: tf.constant(X[4:8]))
+        ),
+        "in which a row may depend on others",
+    ),
     "numbered": (
         lambda d: d.batch(4).enumerate().map(lambda n, e: mixed_up(*e)),
         "in which a row may depend on others (ReverseV2)",
