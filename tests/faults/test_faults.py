@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.strikes import LIMIT_S, TOLERANCE, train
-from tests.faults.training import Fault
+from tests.faults.training import STEPS_PER_EPOCH, Fault
 from tests.places.clusters import Clusters, on
 
 pytestmark = [pytest.mark.cluster, pytest.mark.waits, pytest.mark.timeout(2 * LIMIT_S)]
@@ -22,8 +22,8 @@ SCHEDULES = {
         Fault("stop", "step", 40, "worker 1"),
     ],
     "multi_worker otherwise": [
-        Fault("kill", "start", 0, "worker 1"),
         Fault("exception", "end", 0, "worker 0"),
+        Fault("kill", "private", 11, "worker 1"),
     ],
     "horovod": [
         Fault("terminate", "step", 20, "worker 0"),
@@ -52,5 +52,10 @@ def test_training_ends_with_the_same_weights(
     assert outcome.status == 0, outcome.printed
     assert outcome.struck == len(faults), outcome.printed
     assert outcome.distance <= TOLERANCE.get(strategy, 0.0), outcome.printed
+    counts = list(tmp_path.glob("ledger-*"))
+    assert len(counts) == 2 * any(fault.moment == "private" for fault in faults)
+    for path in counts:  # what may have been seen is counted
+        made = (tmp_path / path.name.replace("ledger", "private")).stat().st_size
+        assert STEPS_PER_EPOCH < made <= int(path.read_text()) <= made + 2
     if any(fault.kind == "stop" for fault in faults):
         assert "is stopped (SIGSTOP" in outcome.printed

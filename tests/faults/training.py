@@ -4,6 +4,8 @@ tfdist run -n 2 --max-restarts 5 tests/faults/training.py FOLDER
 
 FOLDER/faults.json lists the faults. FOLDER gets the checkpoints, the time of each step of a
 worker (`steps-*`), of a fault (`struck-*`), and at last the state of each worker (`final-*`).
+If a fault is to strike then, a private training follows. Its steps are in `private-*`, and what
+its ledger counts in `ledger-*`.
 """
 
 from __future__ import annotations
@@ -37,8 +39,9 @@ class Fault:
 
     Attributes:
         kind: "kill", "stop", "terminate", "memory", "exception" or "slow".
-        moment: "start", "step" (in the middle of one), "saving" or "end".
-        step: Of the whole training, for "step"; the first one saved from there, for "saving".
+        moment: "start", "step" (in the middle of one), "saving", "end" or "private".
+        step: Of the whole training, for "step"; the first one saved from there, for "saving";
+            of those that a worker made of the private training, for "private".
         task: "worker 1", or with parameter servers "ps 0" or "chief" too.
     """
 
@@ -63,12 +66,11 @@ class Faults(keras.callbacks.Callback):  # type: ignore[misc]
     def step(self) -> int:
         return int(self.model.optimizer.iterations) if self.model is not None else 0
 
-    def strike(self, moment: str) -> None:
+    def strike(self, moment: str, step: int | None = None) -> None:
+        step = self.step if step is None else step
         for number, fault in self.faults.items():
             ours = self.task == fault.task or (self.leads and fault.task != "chief")
-            due = moment == fault.moment and (
-                moment in ("start", "end") or self.step == fault.step
-            )
+            due = moment == fault.moment and (moment in ("start", "end") or step == fault.step)
             if ours and due and self.is_first(number):
                 self.hit(fault)
 
@@ -132,6 +134,38 @@ class Faults(keras.callbacks.Callback):  # type: ignore[misc]
         self.steps.flush()
 
 
+class PrivateSteps(keras.callbacks.Callback):  # type: ignore[misc]
+    """Notes each private step when it is made."""
+
+    def __init__(self, faults: Faults) -> None:
+        super().__init__()
+        self.faults = faults
+        self.path = faults.folder / f"private-{faults.task.replace(' ', '-')}"
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        with self.path.open("a") as file:
+            file.write(".")
+        self.faults.strike("private", self.path.stat().st_size)
+
+
+def train_privately(x: Any, y: Any, faults: Faults) -> None:
+    """Trains once more, with a private step that is struck."""
+    model = keras.Sequential([keras.Input((64,)), keras.layers.Dense(10)])
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    history = tfdist.fit(
+        model,
+        x,
+        y,
+        batch_size=BATCH,
+        callbacks=[PrivateSteps(faults)],
+        checkpoint=tfdist.Checkpoint(faults.folder / "private", every=EVERY),
+        privacy=tfdist.DPSGD(l2_norm_clip=1.0, noise_multiplier=4.0, delta=1e-4),
+        verbose=0,
+    )
+    counted = faults.folder / f"ledger-{faults.task.replace(' ', '-')}"
+    counted.write_text(str(history.privacy.ledger.steps))
+
+
 SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "terminate": signal.SIGTERM}
 ROWS = 1797
 STEPS_PER_EPOCH = -(-ROWS // BATCH)
@@ -185,6 +219,8 @@ def main(folder: Path) -> dict[str, Any]:
     state = {str(number): np.asarray(variable) for number, variable in enumerate(variables)}
     state["history"] = np.asarray(json.dumps(history.history, sort_keys=True))
     np.savez(folder / f"final-{task.replace(' ', '-')}.npz", **state)
+    if any(fault.moment == "private" for fault in faults.faults.values()):
+        train_privately(x, y, faults)
     return state
 
 

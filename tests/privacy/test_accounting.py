@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import subprocess
@@ -235,9 +236,31 @@ class TestLedger:
     def test_goes_through_json(self):
         ledger = Ledger().add(Phase(0.01, 4.0, 1000)).add(Phase(0.02, 1.0, 3, 50, 1000))
         assert Ledger.from_dict(json.loads(json.dumps(ledger.to_dict()))) == ledger
-        for broken in ({}, {"phases": [{"steps": 1}]}, {"phases": [{"other": 1}]}):
+        for broken in (None, 3, {}, {"phases": {}}, {"phases": [{"steps": 1}]}):
             with pytest.raises(ArgumentError, match=r"what `Ledger.to_dict` gave"):
                 Ledger.from_dict(broken)
+
+    @pytest.mark.quick
+    @pytest.mark.parametrize("place", [0, 1])
+    def test_edited_json_is_one_clear_error(self, place):
+        phases = (Phase(0.01, 4.0, 10, 50, 1000), Phase(1.0, 4.0, 10, 50, 99, bands=4))
+        good = Ledger(phases).to_dict()
+        numbers = {"sampling_probability", "noise_multiplier"}
+        counts = {"steps", "num_rows", "capacity", "bands", "separation", "after"}
+        flags, texts = {"at_most", "cyclic", "secret"}, {"run_id", "continues"}
+        wrong: dict[str, tuple[object, ...]] = {
+            **dict.fromkeys(numbers, ("3", True, math.nan, math.inf, -1, 10**400, None, ())),
+            **dict.fromkeys(counts, ("3", True, math.nan, -1, 1.5, 10**400, ())),
+            **dict.fromkeys(flags, ("false", 0, 1, None, ())),
+            **dict.fromkeys([*texts, "groups", "unit"], (3, True, ())),
+        }
+        assert wrong.keys() == good["phases"][place].keys()
+        for name, values in wrong.items():
+            for value in values:
+                edited = copy.deepcopy(good)
+                edited["phases"][place][name] = value
+                with pytest.raises(ArgumentError, match=f"`{name}` must "):
+                    Ledger.from_dict(edited)
 
     @pytest.mark.parametrize("accountant", ["pld", quick("rdp")])
     def test_affordable_steps_are_the_most(self, accountant):

@@ -79,6 +79,14 @@ KEEP: dict[str, Change] = {
     "unbatch": lambda d: d.batch(3, drop_remainder=True).unbatch().batch(4),
     "padded": lambda d: d.padded_batch(4, ([5], [])),
     "layer": lambda d: d.map(lambda x, y: (keras.layers.Rescaling(0.5)(x), y)).batch(4),
+    "full_batches": lambda d: Data.zip((d.batch(4, **FOURS).shuffle(9), batch(X + 1))).map(
+        lambda e, z: e[0] * z
+    ),
+    "draws_in_function": lambda d: d.map(tf.function(jittered)).batch(4),
+    "repeated_choice": lambda d: Data.choose_from_datasets(
+        [batch((X, Y)), batch((X + 1, Y))], Data.range(2).repeat(6)
+    ),
+    "tokens": lambda d: Data.from_tensor_slices(Y).map(lambda y: (y + 1, y)).batch(4),
     "branch": lambda d: d.map(lambda x, y: (tf.cond(y > 3, lambda: x, lambda: -x), y)).batch(4),
 }
 
@@ -120,6 +128,46 @@ def test_records_of_several_files_keep_places(tmp_path: Path) -> None:
     assert "one source in several places" in str(misplaced(twice.batch(4), promised=False))
 
 
+def test_a_file_that_is_read_twice_needs_a_promise(tmp_path: Path) -> None:
+    records = tf.data.TFRecordDataset
+    names = written(tmp_path)
+    files = Data.from_tensor_slices(names)
+    for data in (
+        records([*names, f"{tmp_path}/./0.tfrecord"]),
+        files.map(lambda f: tf.strings.regex_replace(f, "1", "0")).interleave(records),
+        files.interleave(lambda f: records(names[0])),
+        files.interleave(lambda f: records([f, f])),
+        files.interleave(lambda f: records(tf.strings.join([f, f]))),
+    ):
+        found = misplaced(data.map(read).batch(4), promised=False)
+        assert "twice" in str(found)
+        assert misplaced(data.map(read).batch(4), promised=True) is None
+
+
+def test_a_reader_of_a_saved_data_set_changes_nothing(tmp_path: Path) -> None:
+    examples().save(str(tmp_path))
+
+    def loaded(reader: Change) -> Any:
+        return Data.load(str(tmp_path), reader_func=reader).batch(4)
+
+    def orderly(shards: Any) -> Any:
+        return shards.shuffle(4, seed=1).interleave(lambda s: s, num_parallel_calls=2)
+
+    assert misplaced(loaded(orderly), promised=False) is None
+    for reader in (
+        lambda shards: shards.flat_map(lambda s: s.batch(4).map(mixed_up).unbatch()),
+        lambda shards: shards.flat_map(lambda s: s.concatenate(s)),
+        lambda shards: shards.repeat(2).flat_map(lambda s: s),
+        lambda shards: shards.interleave(
+            lambda s: s, num_parallel_calls=2, deterministic=False
+        ),
+    ):
+        assert "reader_func" in str(misplaced(loaded(reader), promised=True))
+
+
+SEEN = tf.Variable(0)
+
+
 def counted(data: Any) -> Any:
     seen = tf.Variable(0.0)
     return data.map(lambda x, y: (x + seen.assign_add(x[0]), y)).batch(4)
@@ -138,7 +186,122 @@ def mixed_up(x: Any, y: Any) -> Any:
     return 0.7 * x + 0.3 * tf.reverse(x, [0]), y
 
 
+def drawn_by_label(x: Any, y: Any) -> Any:
+    return x + tf.reduce_sum(tf.random.normal([y], seed=3)), y
+
+
+def drawn_in_parallel(x: Any, y: Any) -> Any:
+    return x + tf.reduce_sum(
+        tf.vectorized_map(lambda _: tf.random.normal([], seed=3), tf.range(y))
+    ), y
+
+
+def advanced_by_data(data: Any) -> Any:
+    seeds = keras.random.SeedGenerator(1)
+
+    def move(x: Any, y: Any) -> Any:
+        seeds.state.assign(tf.cast(tf.stack([y, y]), seeds.state.dtype))
+        return x, y
+
+    return data.map(move).batch(4)
+
+
+def written_over(data: Any) -> Any:
+    kept = tf.zeros([1, 2])
+    return data.map(
+        lambda x, y: (x + tf.raw_ops.InplaceAdd(x=kept, i=[0], v=x[None])[0], y)
+    ).batch(4)
+
+
+def brought_together(data: Any) -> Any:
+    @tf.nondifferentiable_batch_function(4, 4, 10**6, [4])
+    def centered(x: Any) -> Any:
+        return x - tf.reduce_mean(x, 0)
+
+    return data.map(lambda x, y: (centered(x[None])[0], y), num_parallel_calls=4).batch(4)
+
+
+def of_wrong_shape(x: Any, y: Any) -> Any:
+    values = tf.boolean_mask(tf.repeat(x[:1], y + 1), tf.repeat(True, y + 1))
+    values.set_shape([5])
+    return values
+
+
+def chosen_by(numbers: Any) -> Change:
+    sets = [batch((X, Y)), batch((X + 1, Y))]
+    return lambda d: Data.choose_from_datasets(sets, numbers())
+
+
+FOURS: Any = {"drop_remainder": True}
+TWICE: Change = lambda d: d.batch(2, **FOURS).batch(2, **FOURS)  # noqa: E731
 MOVE: dict[str, tuple[Change, str]] = {
+    "one_row_to_four": (
+        lambda d: d.batch(1).map(
+            lambda x, y: (x + tf.zeros([4, 1]), y + tf.zeros([4], y.dtype))
+        ),
+        "in which a row may depend on others (AddV2)",
+    ),
+    "sizes": (lambda d: Data.zip((batch(X), Data.from_tensor_slices(Y).batch(1))), "of rows"),
+    "short_last": (
+        lambda d: Data.zip((batch(X), batch(X[:21] + 1))).map(lambda a, b: a + b),
+        "in which a row may depend on others (AddV2)",
+    ),
+    "rows_of_another": (
+        lambda d: Data.zip((batch(X), Data.from_tensor_slices(X).batch(2))).map(
+            lambda a, b: tf.reshape(a, [tf.shape(b)[0], -1])
+        ),
+        "in which a row may depend on others (Reshape)",
+    ),
+    "believed": (
+        lambda d: d.map(of_wrong_shape).batch(4).map(lambda v: tf.reshape(v, [-1, 5])),
+        "in which a row may depend on others (Reshape)",
+    ),
+    "by_number_in_branch": (
+        lambda d: Data.range(6).map(
+            lambda n: tf.cond(n > 2, lambda: tf.cumsum(X[:4], 0), lambda: tf.constant(X[4:8]))
+        ),
+        "in which a row may depend on others",
+    ),
+    "numbered": (
+        lambda d: d.batch(4).enumerate().map(lambda n, e: mixed_up(*e)),
+        "in which a row may depend on others (ReverseV2)",
+    ),
+    "whole_batches": (
+        lambda d: Data.range(6).map(lambda n: tf.cumsum(tf.constant(X)[n : n + 4], 0)),
+        "in which a row may depend on others (Cumsum)",
+    ),
+    "two_levels": (
+        lambda d: TWICE(d).map(lambda x, y: (tf.cumsum(x, 1), y)).unbatch().unbatch().batch(4),
+        "a map of batches of batches",
+    ),
+    "ragged_levels": (
+        lambda d: (
+            d.batch(4, **FOURS).map(mixed_up).ragged_batch(2, **FOURS).unbatch().unbatch()
+        ),
+        "unbatch of batches whose",
+    ),
+    "unknown_rank": (
+        lambda d: (
+            d.map(lambda x, y: tf.numpy_function(np.copy, [x], tf.float32))
+            .batch(4)
+            .map(lambda x: x - tf.reduce_mean(x, 0))
+        ),
+        "of unknown shape",
+    ),
+    "set_shape": (lambda d: d.map(of_wrong_shape).unbatch().batch(4), "unbatch of batches"),
+    "draws_of_sizes": (lambda d: d.map(drawn_by_label).batch(4), "Normal of unknown shape"),
+    "draws_in_parallel": (lambda d: d.map(drawn_in_parallel).batch(4), "of unknown shape"),
+    "seeds": (advanced_by_data, "AssignVariableOp of an element"),
+    "in_place": (written_over, "InplaceAdd"),
+    "together": (brought_together, "BatchFunction"),
+    "chosen_by_labels": (
+        chosen_by(lambda: Data.range(24).map(lambda n: tf.cast(tf.gather(Y, n) % 2, n.dtype))),
+        "choices that come from data",
+    ),
+    "chosen_by_variable": (
+        chosen_by(lambda: Data.range(24).map(lambda n: tf.cast(SEEN, n.dtype) % 2)),
+        "choices that come from data",
+    ),
     "filter": (lambda d: d.filter(lambda x, y: y > 3).batch(4), "the operation filter"),
     "buckets": (by_length, "the operation group_by_window"),
     "scan": (
@@ -191,6 +354,7 @@ def test_what_goes_by_contents_is_refused_with_a_promise_too(name: str) -> None:
     assert message in found[0]
 
 
+TABLE = tf.Variable(X)
 REPEAT: dict[str, Change] = {
     "zip": lambda d: Data.zip((d.batch(4), d.shuffle(9).batch(4))),
     "concatenate": lambda d: d.batch(4).concatenate(d.batch(4)),
@@ -201,6 +365,14 @@ REPEAT: dict[str, Change] = {
         output_signature=(tf.TensorSpec([2]), tf.TensorSpec([], tf.int32)),
     ).batch(4),
     "by_number": lambda d: Data.range(24).map(lambda n: (tf.gather(X, n // 2), n)).batch(4),
+    "pairs": lambda d: (
+        Data.from_tensor_slices(np.c_[Y, Y[::-1]])
+        .map(lambda n: (tf.gather(X, n[0]), tf.gather(X, n[1])))
+        .batch(4)
+    ),
+    "variable": lambda d: (
+        d.enumerate().map(lambda n, e: (tf.gather(TABLE, n // 2), e[1])).batch(4)
+    ),
     "other_type": lambda d: Data.zip((batch(X), batch(X.astype("float64")))),
     "function": lambda d: Data.range(6).map(lambda n: (tf.constant(X)[n % 2 :], Y[:23])),
 }

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import tensorflow as tf
 from tensorflow.python.framework import op_def_registry as _op_defs
+from tensorflow.python.ops.handle_data_util import get_resource_handle_data as _handle_data
 
 from tfdist._keras.discovery import RANDOM_OPS
+from tfdist._keras.inlined import CALLS, Inlined
 
-_PYTHON = frozenset({"EagerPyFunc", "PyFunc", "PyFuncStateless"})
-_DRAWS = RANDOM_OPS | {
-    "RngReadAndSkip", "RngSkip", "SampleDistortedBoundingBox", "SampleDistortedBoundingBoxV2",
-    "StatefulStandardNormalV2", "StatefulUniform", "StatefulUniformFullInt",
-    "StatefulUniformInt",
-}  # fmt: skip
+PYTHON = frozenset({"EagerPyFunc", "PyFunc", "PyFuncStateless"})
+_GENERATORS = frozenset(
+    {
+        "RngReadAndSkip", "RngSkip", "StatefulStandardNormalV2", "StatefulUniform",
+        "StatefulUniformFullInt", "StatefulUniformInt",
+    }
+)  # fmt: skip
+_BOXES = frozenset({"SampleDistortedBoundingBox", "SampleDistortedBoundingBoxV2"})
+_DRAWS = RANDOM_OPS | _GENERATORS | _BOXES
 _READS = frozenset(
     {
         "Assert", "Case", "DummySeedGenerator", "HashTableV2", "If", "LookupTableFindV2",
@@ -24,7 +29,21 @@ _READS = frozenset(
     }
 )  # fmt: skip
 _ASSIGNS = frozenset({"AssignAddVariableOp", "AssignVariableOp"})
-_BRANCHES = frozenset({"Case", "If", "StatelessCase", "StatelessIf", "StatelessWhile", "While"})
+_BRANCHES = frozenset(
+    {"Case", "If", "MapDefun", "StatelessCase", "StatelessIf", "StatelessWhile", "While"}
+)
+# TensorFlow does not call them stateful, but they bring several calls together, or write to
+# the memory of what they read.
+_IMPURE = frozenset(
+    {
+        "Batch", "BatchFunction", "GetElementAtIndex", "InplaceAdd", "InplaceSub",
+        "InplaceUpdate", "Unbatch", "UnbatchGrad",
+    }
+)  # fmt: skip
+_TABLES = frozenset(
+    {"GatherNd", "GatherV2", "ResourceGather", "ResourceGatherNd", "Slice", "StridedSlice"}
+)
+_FEW_ROWS, _PART, _MANY_ROWS = 16, 8, 1024
 
 
 def nodes(function: Any) -> Iterator[Any]:
@@ -39,6 +58,15 @@ def nodes(function: Any) -> Iterator[Any]:
         yield from inner.node_def
 
 
+def reads(function: Any) -> bool:
+    """Tells whether a function reads files or calls Python, by which it may get examples.
+
+    Args:
+        function: The function of a dataset.
+    """
+    return any(node.op in PYTHON | {"ReadFile"} for node in nodes(function))
+
+
 def captures_datasets(function: Any) -> bool:
     """Tells whether a traced function captures another dataset.
 
@@ -48,29 +76,33 @@ def captures_datasets(function: Any) -> bool:
     return any(outer.dtype == tf.variant for outer, _ in function.graph.captures)
 
 
-def state_of(function: Any) -> str | None:
+def state_of(function: Any, shapes: Sequence[Any]) -> str | None:
     """Names an op by which an element may influence later elements, if there is one.
 
-    Python code is not examined. Ops that advance Keras's seeds are allowed.
+    Python code is not examined. Ops that advance Keras's seeds are allowed, if neither how
+    often they run nor what they assign depends on an element: later elements get other random
+    numbers otherwise.
 
     Args:
         function: The function of a dataset.
+        shapes: The proven shape of each of its arguments.
     """
     definition = function.graph.as_graph_def()
     functions = {f.signature.name: list(f.node_def) for f in definition.library.function}
     seeds = all("seed_generator_state" in v.name for v in function.graph.variables)
-    allowed = _READS | _DRAWS | _PYTHON | (_ASSIGNS if seeds else frozenset())
+    allowed = _READS | _DRAWS | PYTHON | (_ASSIGNS if seeds else frozenset())
 
     def look(nodes: Any, in_branch: bool, seen: tuple[str, ...]) -> str | None:
         for node in nodes:
-            op_def = _op_defs.get(node.op)
-            if op_def is not None and op_def.is_stateful and node.op not in allowed:
+            if not _is_pure(node.op) and node.op not in allowed:
                 return str(node.op)
             if in_branch and node.op in _DRAWS | _ASSIGNS:
                 return f"{node.op} in a branch"
-            called = [node.op, *(a.func.name for a in node.attr.values() if a.HasField("func"))]
+            called = [a.func.name for a in node.attr.values() if a.HasField("func")]
             called += [f.name for a in node.attr.values() for f in a.list.func]
-            for name in called:
+            if called and node.op not in CALLS | _BRANCHES | PYTHON:
+                return str(node.op)
+            for name in [node.op, *called]:
                 if name in functions and name not in seen:
                     branches = in_branch or node.op in _BRANCHES
                     stateful_op = look(functions[name], branches, (*seen, name))
@@ -78,7 +110,76 @@ def state_of(function: Any) -> str | None:
                         return stateful_op
         return None
 
-    return look(definition.node, False, ())
+    found = look(definition.node, False, ())
+    if found is not None or not {node.op for node in nodes(function)} & (_DRAWS | _ASSIGNS):
+        return found
+    return _varying_draw(function, shapes)
+
+
+def _is_pure(kind: str) -> bool:
+    """Tells whether what an op returns depends on its inputs alone."""
+    op_def = _op_defs.get(kind)
+    if op_def is None or kind in _IMPURE:
+        return False
+    return not op_def.is_stateful and not any(arg.is_ref for arg in op_def.input_arg)
+
+
+def _varying_draw(function: Any, shapes: Sequence[Any]) -> str | None:
+    """Names an op that advances random numbers by more or less, as an element decides."""
+    try:
+        graph = Inlined(function, shapes)
+    except ValueError:
+        return "set_shape"
+    decided = _decided(graph)
+    for op in graph.ops:
+        varies = any(t.name in decided for t in op.inputs)
+        if varies and op.type in _GENERATORS | _ASSIGNS:
+            return f"{op.type} of an element"
+        if op.type in RANDOM_OPS and not op.outputs[0].shape.is_fully_defined():
+            return f"{op.type} of unknown shape"
+    return None
+
+
+def _decided(graph: Inlined) -> Collection[str]:
+    """Names what follows from the elements, but for sizes that are always the same."""
+    decided = {t.name for t in graph.elements}
+    for op in graph.ops:
+        if any(t.name in decided for t in op.inputs) and op.type not in _DRAWS:
+            sized = op.type == "Shape" and op.inputs[0].shape.is_fully_defined()
+            decided.update(t.name for t in op.outputs if not sized)
+    return decided
+
+
+def looks_up_rows(function: Any, shapes: Sequence[Any], count: int) -> bool:
+    """Tells whether an element chooses from a table that may be the examples.
+
+    A small table, as of classes, is none.
+
+    Args:
+        function: The function of a dataset.
+        shapes: The proven shape of each of its arguments.
+        count: How many elements there are; negative if unknown.
+    """
+    try:
+        graph = Inlined(function, shapes)
+    except ValueError:
+        return True
+    decided = _decided(graph)
+    least = max(_FEW_ROWS, count // _PART) if count >= 0 else _MANY_ROWS
+    for op in graph.ops:
+        if op.type in _TABLES and op.inputs[0].name not in decided:
+            rows = _table_rows(op.inputs[0])
+            if rows >= least and any(t.name in decided for t in op.inputs):
+                return True
+    return False
+
+
+def _table_rows(table: Any) -> int:
+    shape = table.shape
+    if table.dtype == tf.resource:
+        data = _handle_data(table)
+        shape = tf.TensorShape(data.shape_and_type[0].shape if data.is_set else None)
+    return int(shape[0] or 0) if shape.rank else 0
 
 
 def varying_op(function: Any) -> str | None:
@@ -87,5 +188,5 @@ def varying_op(function: Any) -> str | None:
     Args:
         function: The function of a dataset.
     """
-    varying_ops = {node.op for node in nodes(function)} & (_DRAWS | _PYTHON | _ASSIGNS)
+    varying_ops = {node.op for node in nodes(function)} & (_DRAWS | PYTHON | _ASSIGNS)
     return min(varying_ops, default=None)

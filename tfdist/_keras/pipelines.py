@@ -11,20 +11,23 @@ from typing import Any
 
 import numpy as np
 import tensorflow as tf
+from tensorflow.python.framework import op_def_registry as _op_defs
 
-from tfdist._keras import dataset_maps, row_wise
+from tfdist._keras import dataset_files, dataset_maps
 from tfdist._keras.datasets import written
+from tfdist._keras.elements import Elements
 
 # Names of dataset classes. These keep the order, or choose by position.
 _UNCHANGED = frozenset(
     {
-        "CacheDataset", "_AssertCardinalityDataset", "_GlobalShuffleDataset",
+        "CacheDataset", "_AssertCardinalityDataset", "_DenseToRaggedDataset",
+        "_GlobalShuffleDataset",
         "_OptionsDataset", "_PrefetchDataset", "_RebatchDataset", "_RepeatDataset",
         "_RestructuredDataset", "_ShardDataset", "_ShuffleAndRepeatDataset",
         "_ShuffleDataset", "_SkipDataset", "_TakeDataset",
     }
 )  # fmt: skip
-_BATCHES = frozenset({"_BatchDataset", "_DenseToRaggedDataset", "_ParallelBatchDataset"})
+_BATCHES = frozenset({"_BatchDataset", "_ParallelBatchDataset"})
 _MAPS = frozenset({"_MapDataset", "_ParallelMapDataset"})
 _FILE_MAPS = frozenset({"_FlatMapDataset", "_InterleaveDataset", "_ParallelInterleaveDataset"})
 _JOINS = frozenset({"_ConcatenateDataset", "_DirectedInterleaveDataset", "_ZipDataset"})
@@ -42,13 +45,11 @@ _SOURCES = frozenset(
         "_LoadDataset", "_SparseTensorSliceDataset", "_TensorDataset", "_TensorSliceDataset",
     }
 )  # fmt: skip
-# Names of ops, in a function that makes a dataset of a file's name.
-_READERS = frozenset(
-    {"FixedLengthRecordDatasetV2", "TFRecordDataset", "TFRecordDatasetV2", "TextLineDataset"}
+# Ops of a data set of numbers that are no function of them.
+_STATEFUL_NUMBERS = frozenset(
+    {"AnonymousRandomSeedGenerator", "AnonymousSeedGenerator", "DummySeedGenerator", "_Retval"}
 )
-# TFRecordDataset and the like are themselves a flat_map over a list of names.
-_LISTS = frozenset({"TensorDataset", "TensorSliceDataset"})
-_FILE_OPS = _READERS | _LISTS | {"FlatMapDataset", "PrefetchDataset", "SkipDataset"}
+_FEW_NUMBERS = 16  # that are no examples' labels
 
 _SAVE_FIRST = (
     "Do that once before training, and train on the saved result (Dataset.save, or arrays)."
@@ -57,6 +58,10 @@ _USE_WEIGHTS = "To leave examples out, map them to a `sample_weight` of 0. " + _
 _PROMISE = "Pass `min_separation`: your promise of how often an example may come."
 _MAP_FIRST = "Let `map` come before `batch`, or pass layers as fit(augment=...)."
 _READ_ALONE = "Let it only read the file, and let `map` and the rest come after it."
+_KNOWN_SHAPE = "Call tf.ensure_shape before, so that each example takes as many random numbers."
+_READ_ALL = "Leave `reader_func` out."
+_CHOOSE_BY_RANGE = "Choose by Dataset.range or by weights."
+_ZIP_FIRST = "Let `zip` come before `batch`, or pass drop_remainder=True."
 _REMEDIES = {
     "_FilterDataset": _USE_WEIGHTS,
     "_TakeWhileDataset": _USE_WEIGHTS,
@@ -80,7 +85,9 @@ def misplaced(dataset: Any, promised: bool) -> Problem | None:
     walk = _Walk()
     if dataset.options().deterministic is False:
         return "options that let elements come out of order", "Set deterministic=True."
-    walk.look(dataset, level=1, is_mapped=False)
+    walk.look(dataset, level=1, mapped="")
+    if walk.problem is None:
+        walk.look_at_rows(dataset)
     if walk.problem is None and not promised:
         return walk.again
     return walk.problem
@@ -98,43 +105,52 @@ class _Walk:
         self.problem: Problem | None = None
         self.again: Problem | None = None
         self._sources: list[Any] = []
+        self._elements = Elements()
 
-    def look(self, one: Any, level: int, is_mapped: bool) -> None:
+    def look(self, one: Any, level: int, mapped: str) -> None:
         """Checks a dataset and all its inputs.
 
         Args:
             one: The dataset.
             level: How many times its elements are batched: 0 for single examples.
-            is_mapped: Whether a later function maps its elements before they are joined.
+            mapped: What later functions do with its elements before they are joined: nothing,
+                "mapped", or "read" files or call Python.
         """
         kind, inputs = type(one).__name__, one._inputs()
         allowed = _UNCHANGED | _BATCHES | _MAPS | _FILE_MAPS | _JOINS | _NUMBERS | _SOURCES
         if kind in ("_PaddedBatchDataset", "_UnbatchDataset"):
-            self._look_at_sizes(one, inputs[0])
+            self._look_at_sizes(one, inputs[0], level)
         elif kind == "_VariantDataset" and _are_numbers(one):
             return  # made by `enumerate` or `choose_from_datasets`
         elif kind not in allowed:
             self._note(f"the operation {_plain(kind)}", _REMEDIES.get(kind, _SAVE_FIRST))
         if kind in _MAPS:
-            self._look_at_map(one, level > 0)
+            self._look_at_map(one, level)
         elif kind in _FILE_MAPS:
             self._look_at_files(one)
+        elif kind == "_LoadDataset" and not dataset_files.loads_all(one):
+            self._note("Dataset.load with a reader_func that may change elements", _READ_ALL)
         if getattr(one, "_deterministic", None) == "false":
             self._note(f"{_plain(kind)}(deterministic=False)", "Leave `deterministic` out.")
         if self.problem is not None:
             return
-        if kind in _SOURCES or (kind == "_RangeDataset" and is_mapped):
+        if kind in _SOURCES or (kind == "_RangeDataset" and mapped):
             self._look_at_source(one)
-            if is_mapped and _has_numbers_alone(one):
+            by_number = kind == "_RangeDataset" or mapped == "read"
+            if mapped and by_number and _has_numbers_alone(one):
                 self._may_come_again("a map that may choose examples by their numbers")
             return  # a source's inputs are names of files and options
         if kind == "_DirectedInterleaveDataset":
             choice, *inputs = inputs
             self._look_at_choice(choice)
         level += (kind == "_UnbatchDataset") - (kind in _BATCHES | {"_PaddedBatchDataset"})
-        is_mapped = kind not in _JOINS and (is_mapped or kind in _MAPS | _FILE_MAPS)
+        if kind in _JOINS:
+            mapped = ""
+        elif kind in _MAPS | _FILE_MAPS:
+            reads = mapped == "read" or dataset_maps.reads(one._map_func.function)
+            mapped = "read" if reads else "mapped"
         for inner in inputs:
-            self.look(inner, level, is_mapped)
+            self.look(inner, level, mapped)
 
     def _note(self, what: str, remedy: str) -> None:
         self.problem = self.problem or (what, remedy)
@@ -142,10 +158,22 @@ class _Walk:
     def _may_come_again(self, what: str, remedy: str = _PROMISE) -> None:
         self.again = self.again or (what, remedy)
 
-    def _look_at_sizes(self, one: Any, source: Any) -> None:
+    def look_at_rows(self, dataset: Any) -> None:
+        """Checks that the parts of a batch have the same number of rows.
+
+        A loss repeats one row for all rows of the others.
+        """
+        leaves = self._elements.of(dataset, 1)
+        sizes = {leaf.size for leaf in leaves if leaf.rows is not None}
+        if not sizes:
+            self._may_come_again("a function that makes whole batches")
+        elif len(sizes) > 1 and not all(_is_selected(size) for size in sizes):
+            self._note("parts that may have different numbers of rows", _ZIP_FIRST)
+
+    def _look_at_sizes(self, one: Any, source: Any, level: int) -> None:
         """Checks that padding and unbatching do not depend on the contents of examples."""
         if type(one).__name__ == "_UnbatchDataset":
-            sizes = [leaf.shape[:1] for leaf in tf.nest.flatten(source.element_spec)]
+            sizes = [leaf.shape[:1] for leaf in self._elements.of(source, level + 1)]
             if not all(shape.is_fully_defined() for shape in sizes):
                 self._note("unbatch of batches whose sizes may differ", _SAVE_FIRST)
             return
@@ -156,61 +184,98 @@ class _Walk:
 
     def _look_at_files(self, one: Any) -> None:
         function = one._map_func.function
-        ops = {node.op for node in dataset_maps.nodes(function)}
-        dataset_ops = {op for op in ops if "Dataset" in op}
+        dataset_ops = {n.op for n in dataset_maps.nodes(function) if "Dataset" in n.op}
         if dataset_ops == {"GeneratorDataset"}:
             self._may_come_again("a Python generator")
-        elif (
-            not dataset_ops & _READERS
-            or not dataset_ops <= _FILE_OPS
-            or dataset_maps.captures_datasets(function)
-        ):
+        elif not dataset_files.reads_files(function):
             name = _plain(type(one).__name__)
             self._note(f"{name} of other things than files' names", _READ_ALONE)
-        elif not _reads_alone(one, function):
+        elif not dataset_files.reads_alone(one, function):
             self._note("a function of files in which a record may decide", _READ_ALONE)
+        elif not dataset_files.reads_its_argument(function):
+            self._may_come_again("a function that may read a file twice")
+        elif dataset_files.names_twice(one._inputs()[0]):
+            self._may_come_again("a file that is named twice")
 
     def _look_at_choice(self, choice: Any) -> None:
         if not _are_numbers(choice):
-            self._note("choices that come from data", "Choose by Dataset.range or by weights.")
+            self._note("choices that come from data", _CHOOSE_BY_RANGE)
 
     def _look_at_source(self, one: Any) -> None:
         if any(_is_same(one, other) for other in self._sources):
             remedy = "Give each source once: map(lambda x: (x, x)) rather than zip. "
             self._may_come_again("one source in several places", remedy + _PROMISE)
         self._sources.append(one)
+        names = vars(one).get("_filenames")
+        if isinstance(names, tf.data.Dataset) and dataset_files.names_twice(names):
+            self._may_come_again("a file that is named twice")
 
-    def _look_at_map(self, one: Any, of_batches: bool) -> None:
-        function = one._map_func.function
-        state = dataset_maps.state_of(function)
+    def _look_at_map(self, one: Any, level: int) -> None:
+        function, source = one._map_func.function, one._inputs()[0]
+        specs = tf.nest.flatten(source.element_spec)
+        leaves = self._elements.of(source, level)
+        shapes = [leaf.shape for leaf in leaves]
+        varying = dataset_maps.varying_op(function) if level > 0 else None
+        state = None if varying else dataset_maps.state_of(function, shapes)
         if state is not None:
-            self._note(f"a map that may keep state ({state})", _SAVE_FIRST)
-        if not of_batches or self.problem is not None:
+            remedy = _KNOWN_SHAPE if state.endswith("of unknown shape") else _SAVE_FIRST
+            self._note(f"a map that may keep state ({state})", remedy)
+        elif any(isinstance(spec, tf.data.DatasetSpec) for spec in specs):
+            self._note("a map of data sets", _SAVE_FIRST)
+        if self.problem is not None:
             return
-        specs = tf.nest.flatten(one._inputs()[0].element_spec)
-        if not all(isinstance(spec, tf.TensorSpec) and spec.shape.rank for spec in specs):
-            if all(isinstance(spec, tf.TensorSpec) for spec in specs):
-                self._may_come_again("a function that makes whole batches")
-            else:
-                self._note("a map of batches that are ragged or sparse", _MAP_FIRST)
-            return
-        varying = dataset_maps.varying_op(function)
-        if varying is not None:
+        if dataset_maps.looks_up_rows(function, shapes, int(source.cardinality())):
+            self._may_come_again("a map that may choose examples by their numbers")
+        if level == 1:
+            self._look_at_map_of_batches(one, leaves, specs)
+        elif level > 1:
+            self._note("a map of batches of batches", _MAP_FIRST)
+
+    def _look_at_map_of_batches(self, one: Any, leaves: Any, specs: Any) -> None:
+        varying = dataset_maps.varying_op(one._map_func.function)
+        if not all(isinstance(spec, tf.TensorSpec) for spec in specs):
+            self._note("a map of batches that are ragged or sparse", _MAP_FIRST)
+        elif varying in dataset_maps.PYTHON and all(leaf.rows is None for leaf in leaves):
+            self._may_come_again("a function that makes whole batches")
+        elif varying is not None:
             self._note(f"a map of batches that draws or calls Python ({varying})", _MAP_FIRST)
-            return
-        mixing = row_wise.mixing_op(function)
-        if mixing is not None:
-            what = f"a map of batches in which a row may depend on others ({mixing})"
-            self._note(what, _MAP_FIRST)
+        elif any(leaf.rows is not None and not leaf.shape.rank for leaf in leaves):
+            what = "a map of batches, a part of which is of unknown shape or has no rows"
+            self._note(what, "Let `map` come before `batch`, and end in tf.ensure_shape.")
+        else:
+            self._elements.of(one, 1)
+            mixing = self._elements.proofs[id(one)].mixing
+            if mixing is not None:
+                what = f"a map of batches in which a row may depend on others ({mixing})"
+                self._note(what, _MAP_FIRST)
+
+
+def _is_selected(size: Any) -> bool:
+    """Tells whether rows are those that a function of numbers takes from a table."""
+    return isinstance(size, tuple) and size[0] == "selected"
 
 
 def _are_numbers(one: Any) -> bool:
-    """Tells whether a dataset consists of ranges and random numbers only."""
+    """Tells whether a dataset consists of ranges and random numbers only.
+
+    Not of a table either, which may hold the examples' labels.
+    """
     try:
         graph = written(one)
     except tf.errors.OpError:
         return False
-    return {node.op for node in graph.node if "Dataset" in node.op} <= _NUMBER_OPS
+    found = [*graph.node, *(node for f in graph.library.function for node in f.node_def)]
+    return all(_makes_numbers(node) for node in found)
+
+
+def _makes_numbers(node: Any) -> bool:
+    if node.op == "Const":
+        shape = tf.TensorShape(node.attr["value"].tensor.tensor_shape)
+        return bool(shape.num_elements() <= _FEW_NUMBERS)
+    if "Dataset" in node.op:
+        return node.op in _NUMBER_OPS
+    op_def = _op_defs.get(node.op)
+    return node.op in _STATEFUL_NUMBERS or (op_def is not None and not op_def.is_stateful)
 
 
 def _has_numbers_alone(one: Any) -> bool:
@@ -220,24 +285,6 @@ def _has_numbers_alone(one: Any) -> bool:
         isinstance(leaf, tf.TensorSpec) and leaf.dtype.is_integer and leaf.shape.rank == 0
         for leaf in leaves
     )
-
-
-def _reads_alone(one: Any, function: Any) -> bool:
-    """Tells whether a function of a file's name gives all records of the file, in their order.
-
-    But for a number of them at the beginning, which is the same for each file.
-    """
-    names = tf.nest.flatten(one._inputs()[0].element_spec)
-    if [(leaf.dtype, leaf.shape.rank) for leaf in names] != [(tf.string, 0)]:
-        return False
-    for op in function.graph.get_operations():
-        if op.type == "SkipDataset" and tf.get_static_value(op.inputs[1]) is None:
-            return False
-        if op.type == "FlatMapDataset" and op.inputs[0].op.type not in _LISTS:
-            return False
-    library = function.graph.as_graph_def().library.function
-    inner = {node.op for f in library for node in f.node_def if "Dataset" in node.op}
-    return inner <= _READERS
 
 
 def _plain(kind: str) -> str:

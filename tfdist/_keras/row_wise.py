@@ -6,77 +6,189 @@ of other batches. Only operations that are known to keep rows apart pass.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
-# One number for one number.
+from tfdist._keras.inlined import Inlined
+
+# One value for one value.
 _UNARY = frozenset(
     {
-        "Abs", "Cast", "Ceil", "Cos", "Elu", "Exp", "Floor", "Identity", "Inv", "IsFinite",
-        "IsInf", "IsNan", "Log", "Log1p", "LogicalNot", "Neg", "OnesLike", "Reciprocal", "Relu",
-        "Relu6", "Round", "Rsqrt", "Selu", "Sigmoid", "Sign", "Sin", "Softplus", "Sqrt",
-        "Square", "StopGradient", "StringToNumber", "Tanh", "ZerosLike",
+        "Abs", "Acos", "Asin", "AsString", "Atan", "Cast", "Ceil", "Cos", "Cosh", "Elu",
+        "EnsureShape", "Erf", "Exp", "Expm1", "Floor", "Identity", "Inv", "IsFinite", "IsInf",
+        "IsNan", "LeakyRelu", "Log", "Log1p", "LogicalNot", "Neg", "OnesLike", "Reciprocal",
+        "RegexFullMatch", "Relu", "Relu6", "Rint", "Round", "Rsqrt", "Selu", "Sigmoid",
+        "Sign", "Sin", "Sinh", "Softplus", "Softsign", "Sqrt", "Square",
+        "StaticRegexFullMatch", "StaticRegexReplace", "StopGradient", "StringLength",
+        "StringLower", "StringStrip", "StringToHashBucketFast", "StringToNumber",
+        "StringUpper", "Tan", "Tanh", "ZerosLike",
     }
 )  # fmt: skip
 _BROADCAST = frozenset(
     {
-        "Add", "AddV2", "ClipByValue", "Div", "DivNoNan", "Equal", "FloorDiv", "FloorMod",
-        "Greater", "GreaterEqual", "Less", "LessEqual", "LogicalAnd", "LogicalOr", "Maximum",
-        "Minimum", "Mod", "Mul", "MulNoNan", "NotEqual", "Pow", "RealDiv", "SelectV2",
-        "SquaredDifference", "Sub", "TruncateDiv", "TruncateMod",
+        "Add", "AddV2", "Atan2", "ClipByValue", "Div", "DivNoNan", "Equal", "FloorDiv",
+        "FloorMod", "Greater", "GreaterEqual", "Less", "LessEqual", "LogicalAnd", "LogicalOr",
+        "Maximum", "Minimum", "Mod", "Mul", "MulNoNan", "NotEqual", "Pow", "RealDiv",
+        "SelectV2", "SquaredDifference", "Sub", "TruncateDiv", "TruncateMod", "Xdivy", "Xlogy",
     }
 )  # fmt: skip
 _OF_SIZES = frozenset({"Rank", "Shape", "Size"})
-_REDUCE = frozenset({"All", "Any", "ArgMax", "ArgMin", "Max", "Mean", "Min", "Prod", "Sum"})
+# The second input says along which axes.
+_ALONG = frozenset(
+    {
+        "All", "Any", "ArgMax", "ArgMin", "Cumprod", "Cumsum", "Max", "Mean", "Min", "Prod",
+        "ReverseV2", "Sum",
+    }
+)  # fmt: skip
 # The first input has rows, all others are the same for every batch.
-_FIRST_HAS_ROWS = frozenset({"BiasAdd", "MatMul", "ResizeBilinear", "ResizeNearestNeighbor"})
-_OF_LAST_AXIS = frozenset({"LogSoftmax", "Softmax"})
+_FIRST_HAS_ROWS = frozenset(
+    {"BiasAdd", "MatMul", "ResizeBicubic", "ResizeBilinear", "ResizeNearestNeighbor"}
+)
+# The least rank with which they work along other axes than the first.
+_OF_LAST_AXES = {
+    "AdjustContrastv2": 4, "AdjustHue": 2, "AdjustSaturation": 2, "HSVToRGB": 2,
+    "LogSoftmax": 2, "RGBToHSV": 2, "Softmax": 2, "TopKV2": 2,
+}  # fmt: skip
+_SELECTS = frozenset({"GatherV2", "Slice", "StridedSlice"})
+_OF_NUMBERS = _UNARY | _BROADCAST | {"ConcatV2", "ExpandDims", "Fill", "Pack", "Range"}
+_FEW = 16  # numbers that are no examples
 
 
-def mixing_op(function: Any) -> str | None:
-    """Names an operation that is not known to keep the rows of a batch apart.
+@dataclass(frozen=True)
+class Leaf:
+    """What is known of a part of a data set's elements.
+
+    Attributes:
+        shape: Its proven shape.
+        rows: Parts with the same value have as many rows in every element. None of a part that
+            holds no example, as a count does.
+    """
+
+    shape: Any
+    rows: Hashable | None
+
+    @property
+    def size(self) -> Hashable | None:
+        """`rows`, or the number of rows, where it is always the same."""
+        if self.rows is None or not self.shape.rank or self.shape[0] is None:
+            return self.rows
+        return int(self.shape[0])
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What was found.
+
+    Attributes:
+        mixing: The type of the operation that is not known to keep rows apart, if any.
+        outputs: What the function returns; only without `mixing`.
+    """
+
+    mixing: str | None
+    outputs: tuple[Leaf, ...] = ()
+
+
+def proof(function: Any, leaves: Sequence[Leaf]) -> Proof:
+    """Looks for an operation that is not known to keep the rows of a batch apart.
 
     Args:
-        function: The function of a dataset that maps batches: each of its arguments has rows
-            as its first axis.
-
-    Returns:
-        The type of the operation; None if each row of an output follows from the same rows of
-        the arguments.
+        function: The function of a dataset that maps batches.
+        leaves: Its arguments. The first axis of those with `rows` is rows.
     """
-    graph = function.graph
-    captured = {inner.name for _, inner in graph.captures}
-    # The rank of what has rows; tensors that are not named are the same for every batch.
-    ranks = {t.name: t.shape.rank for t in graph.inputs if t.name not in captured}
-    if None in ranks.values() or 0 in ranks.values():
-        return "Placeholder"
-    for op in graph.get_operations():
-        if op.type in _OF_SIZES or not any(t.name in ranks for t in op.inputs):
-            continue  # the same for every batch of as many rows
-        if not _keeps_rows(op, ranks):
-            return str(op.type)
+    try:
+        graph = Inlined(function, [leaf.shape for leaf in leaves])
+    except ValueError:
+        return Proof("set_shape")
+    # What has rows. Tensors that are not named are the same for every batch.
+    rows: dict[str, Leaf] = {}
+    numbers: set[str] = set()  # what follows from counts
+    sizes: dict[str, Hashable | None] = {}  # shapes and counts that are of so many rows
+    for tensor, leaf in zip(graph.elements, leaves, strict=True):
+        if leaf.rows is None:
+            numbers.add(tensor.name)
+        elif not tensor.shape.rank:
+            return Proof("Placeholder")
+        else:
+            rows[tensor.name] = leaf
+    for op in graph.ops:
+        found = [rows[t.name] for t in op.inputs if t.name in rows]
+        counted = any(t.name in numbers for t in op.inputs)
+        if op.type in _OF_SIZES or (not found and not counted):
+            # The same for every batch of as many rows.
+            size = _size_of(op, rows, sizes)
+            if size is not None and op.type == "Fill":
+                rows[op.outputs[0].name] = Leaf(op.outputs[0].shape, size)
+            elif size is not None:
+                sizes[op.outputs[0].name] = size
+            continue
+        if not found and not _selects(op, numbers):
+            if not _makes_numbers(op, numbers):
+                return Proof(str(op.type))
+            numbers.update(t.name for t in op.outputs)
+            continue
+        size = _rows_of(op, rows, sizes) if found else ("selected", op.name)
         for output in op.outputs:
-            if output.shape.rank in (None, 0):
-                return str(op.type)
-            ranks[output.name] = output.shape.rank
-    return None
+            if size is None or not output.shape.rank:
+                return Proof(str(op.type))
+            rows[output.name] = Leaf(output.shape, size)
+    return Proof(None, tuple(rows.get(t.name, Leaf(t.shape, None)) for t in graph.outputs))
 
 
-def _keeps_rows(op: Any, ranks: dict[str, int]) -> bool:
+def _selects(op: Any, numbers: Collection[str]) -> bool:
+    """Tells whether an operation takes rows from a table by numbers."""
+    return op.type in _SELECTS and op.inputs[0].name not in numbers
+
+
+def _makes_numbers(op: Any, numbers: Collection[str]) -> bool:
+    """Tells whether what an operation makes of numbers can hold no examples of a table."""
+    small = all(
+        t.name in numbers or (t.shape.num_elements() or _FEW + 1) <= _FEW for t in op.inputs
+    )
+    return small and op.type in _OF_NUMBERS
+
+
+def _size_of(
+    op: Any, rows: Mapping[str, Leaf], sizes: Mapping[str, Hashable | None]
+) -> Hashable | None:
+    """Gives `Leaf.rows` of parts with the shape that an operation makes, where it is known.
+
+    Shapes are those of such parts, or begin with their number of rows.
+    """
+    first = op.inputs[0].name if op.inputs else ""
+    if op.type == "Shape":
+        return rows[first].rows if first in rows else None
+    if op.type == "StridedSlice" and op.get_attr("shrink_axis_mask") == 1:
+        begin = _constant(op.inputs[1])
+        return sizes.get(first) if begin is not None and begin.tolist() == [0] else None
+    if op.type == "Pack" and op.inputs[0].shape.rank == 0:
+        return sizes.get(first)
+    return sizes.get(first) if op.type == "Fill" and op.outputs[0].shape.rank else None
+
+
+def _rows_of(
+    op: Any, rows: Mapping[str, Leaf], sizes: Mapping[str, Hashable | None]
+) -> Hashable | None:
+    """Gives `Leaf.rows` of what an operation returns; None if it may mix rows."""
+    found = [rows[t.name] for t in op.inputs if t.name in rows]
+    if op.type == "Reshape" and op.inputs[1].name not in rows:
+        size = sizes.get(op.inputs[1].name)  # as many rows as before
+        if size is not None and size == found[0].rows:
+            return size
+    same = len({leaf.size for leaf in found}) == 1
+    return found[0].rows if same and _keeps_rows(op, rows) else None
+
+
+def _keeps_rows(op: Any, rows: Mapping[str, Leaf]) -> bool:
     kind, inputs = op.type, list(op.inputs)
-    has_rows = [t.name in ranks for t in inputs]
+    has_rows = [t.name in rows for t in inputs]
     if kind in _UNARY:
-        return True
+        return not any(has_rows[1:])
     if kind in _BROADCAST:
-        return _broadcasts_by_row(inputs, ranks)
-    first_alone = has_rows[0] and not any(has_rows[1:])
-    if kind in _FIRST_HAS_ROWS:
-        return first_alone and (kind != "MatMul" or not bool(op.get_attr("transpose_a")))
-    if kind in _OF_LAST_AXIS:
-        return bool(inputs[0].shape.rank >= 2)
+        return _broadcasts_by_row(inputs, rows)
     if kind == "ConcatV2":
         *parts, axis = inputs
         same = {t.shape.rank for t in parts}
@@ -87,16 +199,38 @@ def _keeps_rows(op: Any, ranks: dict[str, int]) -> bool:
         return all(has_rows) and len(same) == 1 and axis >= 1
     if kind in ("GatherV2", "ResourceGather", "LookupTableFindV2"):
         return _looks_up(op, has_rows)
-    if not first_alone:
-        return False
-    return _keeps_first_axis(op, inputs)
+    if kind == "BatchMatMulV2":  # of the last two axes
+        return inputs[0].shape.rank >= 3 and _broadcasts_by_row(inputs, rows)
+    if kind in ("Split", "SplitV"):
+        value, axis = (1, 0) if kind == "Split" else (0, 2)
+        alone = has_rows[value] and sum(has_rows) == 1
+        return alone and _avoids_rows(inputs[axis], inputs[value].shape.rank)
+    first_alone = has_rows[0] and not any(has_rows[1:])
+    return first_alone and (_works_by_row(op, inputs) or _keeps_first_axis(op, inputs))
+
+
+def _works_by_row(op: Any, inputs: Sequence[Any]) -> bool:
+    """Tells it of operations with rows in the first input that count along other axes."""
+    kind, rank = op.type, inputs[0].shape.rank
+    if kind in _FIRST_HAS_ROWS:
+        return kind != "MatMul" or not bool(op.get_attr("transpose_a"))
+    if kind in _OF_LAST_AXES:
+        return bool(rank >= _OF_LAST_AXES[kind])
+    if kind in _ALONG:
+        return _avoids_rows(inputs[1], rank)
+    if kind == "Roll":
+        return _avoids_rows(inputs[2], rank)
+    if kind == "ParseExampleV2":
+        shapes = [tf.TensorShape(shape) for shape in op.get_attr("dense_shapes")]
+        is_dense = not op.get_attr("sparse_types") and not op.get_attr("ragged_value_types")
+        # Of unknown sizes, all are padded to the longest.
+        return is_dense and all(shape.is_fully_defined() for shape in shapes)
+    return False
 
 
 def _keeps_first_axis(op: Any, inputs: Sequence[Any]) -> bool:
     """Tells it of operations that change the shape of one tensor with rows."""
     kind, rank = op.type, inputs[0].shape.rank
-    if kind in _REDUCE:
-        return _avoids_rows(inputs[1], rank)
     if kind == "OneHot":
         axis = op.get_attr("axis")
         return bool(axis == -1 or axis >= 1)
@@ -105,32 +239,50 @@ def _keeps_first_axis(op: Any, inputs: Sequence[Any]) -> bool:
     if kind == "Squeeze":
         axes = list(op.get_attr("squeeze_dims"))
         return bool(axes) and all(axis % rank >= 1 for axis in axes)
+    if kind == "Unpack":
+        return bool(op.get_attr("axis") % rank >= 1)
     if kind == "Transpose":
         order = _constant(inputs[1])
         return order is not None and int(order.ravel()[0]) == 0
+    if kind in ("Pad", "PadV2", "MirrorPad", "Tile"):
+        known = _constant(inputs[1])
+        unchanged = 1 if kind == "Tile" else 0
+        return known is not None and bool(np.all(known[0] == unchanged))
     if kind == "Reshape":
         before, after = inputs[0].shape[1:], op.outputs[0].shape[1:]
         known = before.is_fully_defined() and after.is_fully_defined()
         # As many numbers for each row: so rows stay what they are.
-        return bool(known and before.num_elements() == after.num_elements())
+        return bool(known and before.num_elements() == after.num_elements() > 0)
     if kind == "StridedSlice":
-        strides = _constant(inputs[3])
-        whole = op.get_attr("begin_mask") & 1 and op.get_attr("end_mask") & 1
-        moves_axes = op.get_attr("ellipsis_mask") or op.get_attr("new_axis_mask") & 1
-        drops_rows = op.get_attr("shrink_axis_mask") & 1
-        keeps = whole and not moves_axes and not drops_rows
-        return bool(keeps and strides is not None and strides[0] == 1)
+        return _slices_other_axes(op, inputs)
     return False
 
 
-def _broadcasts_by_row(inputs: Sequence[Any], ranks: dict[str, int]) -> bool:
-    """Tells whether rows meet rows: what has rows has the same rank, the rest no higher one."""
-    with_rows = {t.shape.rank for t in inputs if t.name in ranks}
-    others = [t.shape.rank for t in inputs if t.name not in ranks]
-    if len(with_rows) != 1 or None in others:
+def _slices_other_axes(op: Any, inputs: Sequence[Any]) -> bool:
+    """Tells whether a slice such as `x[:, 1:]` or `x[..., 0]` takes all rows, in order."""
+    strides = _constant(inputs[3])
+    if strides is None or not strides.size:
+        return False
+    if op.get_attr("ellipsis_mask") & 1:
+        new = bin(op.get_attr("new_axis_mask")).count("1")
+        return bool(strides.size - 1 - new < inputs[0].shape.rank)
+    whole = op.get_attr("begin_mask") & 1 and op.get_attr("end_mask") & 1
+    dropped = (op.get_attr("new_axis_mask") | op.get_attr("shrink_axis_mask")) & 1
+    return bool(whole and not dropped and strides[0] == 1)
+
+
+def _broadcasts_by_row(inputs: Sequence[Any], rows: Mapping[str, Leaf]) -> bool:
+    """Tells whether rows meet rows, and none is made several.
+
+    What has rows has the same rank. The rest is of a lower rank, or has one row for all: a
+    single row meets all rows of what has more.
+    """
+    with_rows = {t.shape.rank for t in inputs if t.name in rows}
+    others = [t.shape for t in inputs if t.name not in rows]
+    if len(with_rows) != 1 or any(shape.rank is None for shape in others):
         return False
     (rank,) = with_rows
-    return all(other <= rank for other in others)
+    return all(s.rank < rank or (s.rank == rank and s[0] == 1) for s in others)
 
 
 def _looks_up(op: Any, has_rows: Sequence[bool]) -> bool:

@@ -23,6 +23,7 @@ from tfdist._keras import layers as keras_layers
 # By itself: this module may be imported while `_keras` is.
 from tfdist._keras.saving import carry_in_files
 from tfdist.errors import ArgumentError
+from tfdist.privacy.accounting.arguments import check_count, check_type
 from tfdist.privacy.accounting.ledger import Ledger
 
 _ATTRIBUTE = "_tfdist_spent"
@@ -76,7 +77,7 @@ class History:
         return {**vars(self), "ledger": self.ledger.to_dict(), "format": _FORMAT}
 
     @classmethod
-    def from_dict(cls, saved: dict[str, Any]) -> History:
+    def from_dict(cls, saved: Any) -> History:
         """Reads what `to_dict` gave.
 
         Args:
@@ -85,17 +86,17 @@ class History:
         Raises:
             ArgumentError: It is none.
         """
+        check_type("a record of private steps", saved, dict, "a dict")
         if saved.get("format") != _FORMAT:
             raise ArgumentError(
                 "What a file says of private steps must be read by the version of tfdist that "
                 f"wrote it, or a later one. Received: format {saved.get('format')!r}."
             )
-        return cls(
-            Ledger.from_dict(saved["ledger"]),
-            bool(saved["secret"]),
-            int(saved["uncounted"]),
-            int(saved["changes"]),
-        )
+        secret, uncounted, changes = map(saved.get, ("secret", "uncounted", "changes"))
+        check_type("secret", secret, bool, "True or False")
+        check_count("uncounted", uncounted, 0)
+        check_count("changes", changes, 0)
+        return cls(Ledger.from_dict(saved.get("ledger")), secret, uncounted, changes)
 
 
 class RunUnderWay(Protocol):

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from tfdist.errors import ArgumentError, CheckpointError
+from tfdist.privacy.accounting.arguments import check_type
 from tfdist.privacy.accounting.identity import same_made_again
 from tfdist.privacy.accounting.ledger import Ledger, Phase
 from tfdist.privacy.accounting.levels import Levels
@@ -84,14 +85,16 @@ class Earlier:
         }
 
     @classmethod
-    def from_dict(cls, saved: dict[str, Any]) -> Earlier:
+    def from_dict(cls, saved: Any) -> Earlier:
         """Reads what `to_dict` gave.
 
         Args:
             saved: The dict.
         """
-        spent = Ledger.from_dict(saved["spent"])
-        return cls(tuple(saved["runs"]), spent, History.from_dict(saved))
+        history = History.from_dict(saved)
+        runs = saved.get("runs")
+        check_type("runs", runs, (list, tuple), "a list")
+        return cls(tuple(runs), Ledger.from_dict(saved.get("spent")), history)
 
     @classmethod
     def of_checkpoint(cls, saved: dict[str, Any], kept: int) -> Earlier:

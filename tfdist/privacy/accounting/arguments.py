@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from typing import Any
 
 from tfdist.errors import ArgumentError
+
+MOST = 2**53  # a float holds all whole numbers up to it
 
 
 def check_number(
@@ -24,10 +27,10 @@ def check_number(
     Raises:
         ArgumentError: It must not be that.
     """
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = math.nan
+    number = math.nan
+    if not isinstance(value, (bool, bytes, str)):
+        with contextlib.suppress(TypeError, ValueError, OverflowError):
+            number = float(value)
     inside = low < number < high if open_ends else low <= number <= high
     if inside and math.isfinite(number):
         return
@@ -48,10 +51,31 @@ def check_count(name: str, value: Any, low: int) -> None:
     Raises:
         ArgumentError: It must not be that.
     """
-    if isinstance(value, bool) or not hasattr(value, "__index__") or value < low:
+    is_whole = hasattr(value, "__index__") and not isinstance(value, bool)
+    if not is_whole or value < low:
         raise ArgumentError(
             f"`{name}` must be a whole number of at least {low}. Received: {name}={value!r}."
         )
+    if value > MOST:
+        raise ArgumentError(
+            f"`{name}` must be at most 2**53. Received: one of {int(value).bit_length()} bits."
+        )
+
+
+def check_type(name: str, value: Any, kinds: type | tuple[type, ...], wanted: str) -> None:
+    """Refuses what is of another type.
+
+    Args:
+        name: The argument's.
+        value: To be checked.
+        kinds: The right types.
+        wanted: Their names, as a part of a sentence.
+
+    Raises:
+        ArgumentError: It is of none of them.
+    """
+    if not isinstance(value, kinds):
+        raise ArgumentError(f"`{name}` must be {wanted}. Received: {name}={value!r}.")
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:

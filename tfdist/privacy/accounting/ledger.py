@@ -257,7 +257,7 @@ class Ledger:
         return {"phases": [asdict(phase) for phase in self.phases]}
 
     @classmethod
-    def from_dict(cls, saved: dict[str, Any]) -> Ledger:
+    def from_dict(cls, saved: Any) -> Ledger:
         """Makes a ledger of what `to_dict` gave.
 
         Args:
@@ -267,7 +267,10 @@ class Ledger:
             ArgumentError: It is none.
         """
         try:
-            return cls(tuple(Phase(**phase) for phase in saved["phases"]))
+            phases = saved["phases"]
+            if not isinstance(phases, (list, tuple)):
+                raise TypeError("`phases` must be a list")
+            return cls(tuple(Phase(**phase) for phase in phases))
         except (TypeError, KeyError) as error:
             raise ArgumentError(
                 "A ledger must be read from what `Ledger.to_dict` gave. "

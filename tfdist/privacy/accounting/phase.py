@@ -8,7 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tfdist.errors import ArgumentError, MissingPackageError
-from tfdist.privacy.accounting.arguments import check_choice, check_count, check_number
+from tfdist.privacy.accounting.arguments import (
+    check_choice,
+    check_count,
+    check_number,
+    check_type,
+)
 from tfdist.privacy.accounting.correlated import banded_norm, sensitivity
 
 EXAMPLE, USER = "example", "user"
@@ -79,6 +84,11 @@ class Phase:
     secret: bool = field(default=True, compare=False, repr=False)
 
     def __post_init__(self) -> None:
+        for name in ("at_most", "cyclic", "secret"):
+            check_type(name, getattr(self, name), bool, "True or False")
+        for name in ("run_id", "continues"):
+            check_type(name, getattr(self, name), str, "a text")
+        check_type("groups", self.groups, (str, type(None)), "a text or None")
         self._check_correlated()
         check_choice("unit", self.unit, (EXAMPLE, USER))
         check_number("sampling_probability", self.sampling_probability, 0, 1)

@@ -1,0 +1,152 @@
+"""What the elements of a `tf.data.Dataset` are: proven shapes, and which parts have rows."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from tfdist._keras import row_wise
+from tfdist._keras.inlined import Inlined
+from tfdist._keras.row_wise import Leaf
+
+# Names of dataset classes.
+_SAME = frozenset(
+    {
+        "CacheDataset", "_AssertCardinalityDataset", "_OptionsDataset", "_PrefetchDataset",
+        "_RestructuredDataset", "_TakeDataset",
+    }
+)  # fmt: skip
+# Which element is which changes, so that a short batch may meet a full one.
+_MOVED = frozenset(
+    {
+        "_GlobalShuffleDataset", "_RebatchDataset", "_RepeatDataset", "_ShardDataset",
+        "_ShuffleAndRepeatDataset", "_ShuffleDataset", "_SkipDataset",
+    }
+)  # fmt: skip
+_BATCHES = frozenset({"_BatchDataset", "_ParallelBatchDataset"})
+_MAPS = frozenset({"_MapDataset", "_ParallelMapDataset"})
+_NUMBERS = frozenset({"_RandomDataset", "_RangeDataset", "_VariantDataset"})
+_UNKNOWN = tf.TensorShape(None)
+
+
+class Elements:
+    """Finds out about the elements of datasets."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[int, bool], list[Leaf]] = {}
+        self.proofs: dict[int, row_wise.Proof] = {}
+
+    def of(self, one: Any, level: int) -> list[Leaf]:
+        """Describes each part of a dataset's elements.
+
+        Args:
+            one: A dataset.
+            level: How many times its elements are batched.
+        """
+        key = (id(one), level > 0)
+        if key not in self._found:
+            self._found[key] = self._look(one, level)
+        return self._found[key]
+
+    def _look(self, one: Any, level: int) -> list[Leaf]:
+        kind, inputs = type(one).__name__, one._inputs()
+        if kind in _SAME:
+            return self.of(inputs[0], level)
+        if kind == "_DenseToRaggedDataset":
+            pairs = zip(
+                tf.nest.flatten(one.element_spec), self.of(inputs[0], level), strict=True
+            )
+            return [
+                leaf if isinstance(spec, tf.TensorSpec) else Leaf(_UNKNOWN, leaf.rows)
+                for spec, leaf in pairs
+            ]
+        if kind in _MOVED:
+            leaves = self.of(inputs[0], level)
+            if kind == "_RebatchDataset":
+                leaves = [Leaf(_batched(leaf.shape[1:], None), leaf.rows) for leaf in leaves]
+            return _anew(one, leaves)
+        if kind in _BATCHES or kind == "_PaddedBatchDataset":
+            return self._of_batches(one, level)
+        if kind == "_UnbatchDataset":
+            return [Leaf(leaf.shape[1:], id(one)) for leaf in self.of(inputs[0], level + 1)]
+        if kind == "_ZipDataset":
+            return [leaf for inner in inputs for leaf in self.of(inner, level)]
+        if kind in ("_ConcatenateDataset", "_DirectedInterleaveDataset"):
+            joined = inputs[kind.startswith("_D") :]
+            return _merged(one, [self.of(inner, level) for inner in joined])
+        if kind in _MAPS:
+            return self._mapped(one, level)
+        specs = tf.nest.flatten(one.element_spec)
+        rows = None if kind in _NUMBERS else id(one)
+        return [Leaf(_shape(spec), rows) for spec in specs]
+
+    def _of_batches(self, one: Any, level: int) -> list[Leaf]:
+        source = one._inputs()[0]
+        size, count = int(one._batch_size), int(source.cardinality())
+        drops = bool(one._drop_remainder)
+        always = size if drops else None
+        rows: Hashable = id(one)  # the last batch may be short
+        if drops or (count >= 0 and count % size == 0):
+            rows = size
+        elif count >= 0:
+            rows = (size, count)
+        specs = tf.nest.flatten(one.element_spec)
+        inner = self.of(source, level - 1)
+        if type(one).__name__ == "_PaddedBatchDataset":
+            return [Leaf(_batched(_shape(spec)[1:], always), rows) for spec in specs]
+        return [
+            Leaf(
+                _batched(leaf.shape, always) if isinstance(spec, tf.TensorSpec) else _UNKNOWN,
+                rows,
+            )
+            for spec, leaf in zip(specs, inner, strict=True)
+        ]
+
+    def _mapped(self, one: Any, level: int) -> list[Leaf]:
+        leaves, function = self.of(one._inputs()[0], level), one._map_func.function
+        specs = tf.nest.flatten(one.element_spec)
+        if level > 0:
+            self.proofs[id(one)] = proof = row_wise.proof(function, leaves)
+            if proof.mixing is None and len(proof.outputs) == len(specs):
+                return list(proof.outputs)
+            return [Leaf(_UNKNOWN, id(one)) for _ in specs]
+        try:
+            outputs = Inlined(function, [leaf.shape for leaf in leaves]).outputs
+        except ValueError:
+            outputs = []
+        if len(outputs) != len(specs):
+            return [Leaf(_UNKNOWN, id(one)) for _ in specs]
+        return [
+            Leaf(t.shape if isinstance(spec, tf.TensorSpec) else _UNKNOWN, id(one))
+            for t, spec in zip(outputs, specs, strict=True)
+        ]
+
+
+def _shape(spec: Any) -> Any:
+    return spec.shape if isinstance(spec, tf.TensorSpec) else _UNKNOWN
+
+
+def _batched(shape: Any, size: int | None) -> Any:
+    return tf.TensorShape([size]).concatenate(shape)
+
+
+def _anew(one: Any, leaves: Sequence[Leaf]) -> list[Leaf]:
+    """Leaves that have as many rows as each other keep that within this dataset."""
+    return [
+        leaf if leaf.rows is None else Leaf(leaf.shape, (id(one), leaf.size)) for leaf in leaves
+    ]
+
+
+def _merged(one: Any, parts: Sequence[Sequence[Leaf]]) -> list[Leaf]:
+    """Leaves of elements of several datasets."""
+    alike = all(len({leaf.size for leaf in part}) == 1 for part in parts)
+    merged = []
+    for number, leaves in enumerate(zip(*parts, strict=True)):
+        shape = leaves[0].shape
+        for leaf in leaves[1:]:
+            shape = shape.most_specific_compatible_shape(leaf.shape)
+        public = all(leaf.rows is None for leaf in leaves)
+        merged.append(Leaf(shape, None if public else (id(one), 0 if alike else number)))
+    return merged
