@@ -9,7 +9,7 @@ from typing import Any
 import tensorflow as tf
 
 from tfdist._keras import dataset_maps
-from tfdist._keras.datasets import copied
+from tfdist._keras.datasets import copy_of
 
 # Names of ops, in a function that makes a dataset of a file's name.
 _READERS = frozenset(
@@ -89,7 +89,7 @@ def names_twice(names: Any) -> bool:
     """
     seen: set[Any] = set()
     try:
-        for name in itertools.islice(copied(names).as_numpy_iterator(), _MOST_NAMES):
+        for name in itertools.islice(copy_of(names).as_numpy_iterator(), _MOST_NAMES):
             path = name if b"://" in name else os.path.realpath(name)
             if path in seen:
                 return True
