@@ -8,13 +8,22 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import keras
 import numpy as np
 import tensorflow as tf
 
 import tfdist
-from tests.behaviour.registry import EVERYWHERE, REPLICAS, WORKERS, check
+from tests.behaviour.registry import (
+    EVERYWHERE,
+    MIRRORED,
+    MULTI_WORKER,
+    REPLICAS,
+    WORKERS,
+    check,
+)
+from tfdist.strategies import connected, tf_distribute
 
 THREE = ("multi_worker-3", "horovod-3")
 MORE = ("mirrored-4", *THREE)
@@ -47,6 +56,16 @@ def dense(value: Any) -> Any:
 
 @check(*EVERYWHERE, *MORE)
 def sums_are_of_all_replicas(folder: Path) -> None:
+    sum_up_tensors()
+
+
+@check(MIRRORED, MULTI_WORKER, "multi_worker-3")
+def sums_in_several_packs_are_of_all_replicas(folder: Path) -> None:
+    with mock.patch.object(tf_distribute, "PACK_BYTES", 40):  # of tensors of 12 to 48 bytes
+        sum_up_tensors()
+
+
+def sum_up_tensors() -> None:
     replicas = strategy().place.num_replicas
 
     def sum_up() -> Any:
@@ -140,7 +159,8 @@ def workers_take_the_chief_s_bits(folder: Path) -> None:
         for value in values
     ]
     for _ in range(2):  # the second time they are equal already
-        strategy().agree(variables)
+        with mock.patch.object(connected, "BYTES_SENT", 20):  # several groups
+            strategy().agree(variables)
         for variable, value in zip(variables, values, strict=True):
             assert np.asarray(variable).tobytes() == value.tobytes()
 

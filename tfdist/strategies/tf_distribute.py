@@ -27,6 +27,8 @@ ParameterServerStrategy = tf.distribute.ParameterServerStrategy
 ClusterCoordinator = tf.distribute.coordinator.ClusterCoordinator
 
 _WORDS = tf.TensorSpec([None], tf.int32)
+# Larger packs need more memory, smaller ones more time (docs/performance.md).
+PACK_BYTES = 2**22
 _CHUNK = 2**22  # int32 words of one collective: 16 MiB
 
 
@@ -80,11 +82,15 @@ class TFDistribute(Connected):
         return tf.distribute.get_replica_context().replica_id_in_sync_group
 
     def all_reduce_sum(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Sums each tensor over all replicas, dense tensors in one collective per dtype."""
+        """Sums each tensor over all replicas, small tensors together in one collective."""
         if self.place.num_replicas == 1:
             return list(tensors)
         context = tf.distribute.get_replica_context()
-        return reduce_packed(tensors, lambda tensor: context.all_reduce("SUM", tensor))
+        return reduce_packed(
+            tensors,
+            lambda tensor: context.all_reduce("SUM", tensor),
+            pack_bytes=PACK_BYTES,
+        )
 
     def all_gather(self, tensor: Tensor) -> Tensor:
         """Concatenates a tensor of every replica along axis 0."""
