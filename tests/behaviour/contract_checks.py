@@ -6,6 +6,7 @@ known beforehand.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -24,6 +25,7 @@ from tests.behaviour.registry import (
     check,
 )
 from tfdist.strategies import connected, tf_distribute
+from tfdist.strategies.mesh import Mesh
 
 THREE = ("multi_worker-3", "horovod-3")
 MORE = ("mirrored-4", *THREE)
@@ -99,6 +101,46 @@ def rows_are_gathered_in_the_order_of_replicas(folder: Path) -> None:
     expected = np.repeat(np.arange(replicas), np.arange(replicas))
     np.testing.assert_array_equal(rows, np.stack([expected] * 2, 1))
     np.testing.assert_array_equal(numbers, np.arange(replicas))
+
+
+@check(*EVERYWHERE, *MORE)
+def sums_and_rows_are_of_the_group_along_an_axis(folder: Path) -> None:
+    place = strategy().place
+    replicas = place.num_replicas
+    is_grid = replicas == 4
+    axes = (("data", 2), ("model", 2)) if is_grid else (("data", replicas),)
+    groups = [[(0, 2), (1, 3)], [(0, 1), (2, 3)]] if is_grid else [[range(replicas)]]
+
+    def along(zero: Any) -> Any:  # known when it runs: constants would be folded on Horovod
+        replica = tf.cast(strategy().replica_id(), tf.float32) + zero
+        reports = []
+        for (axis, _), of_axis in zip(axes, groups, strict=True):
+            slices = tf.IndexedSlices(replica[None], tf.constant([1]), tf.constant([3]))
+            tensors = [tf.fill([1], 10.0**replica), slices]
+            rows = tf.fill([tf.cast(replica, tf.int32)], replica)  # none of the first one
+            for sums, gathered in (
+                (strategy().sum_along(axis, tensors), strategy().gather_along(axis, rows)),
+                (
+                    strategy().sum_in_groups(of_axis, tensors),
+                    strategy().gather_in_groups(of_axis, rows),
+                ),
+            ):
+                report = tf.concat([sums[0], dense(sums[1]), gathered], 0)
+                reports.append(tf.pad(report, [[0, 10 - tf.size(report)]]))
+        assert strategy().sum_along("pipe", tensors)[0] is tensors[0]
+        return strategy().all_gather(tf.stack(reports)[None])
+
+    with mock.patch.object(strategy(), "place", replace(place, mesh=Mesh(axes))):
+        traced = tf.function(lambda zero: strategy().run(along, zero), autograph=False)
+        received = traced(tf.constant(0.0)).numpy()
+    for replica in range(replicas):
+        expected = []
+        for of_axis in groups:
+            (group,) = (group for group in of_axis if replica in group)
+            rows = [float(member) for member in group for _ in range(member)]
+            report = [sum(10.0**member for member in group), 0, sum(group), 0, *rows]
+            expected += [[*report, *[0] * (10 - len(report))]] * 2
+        np.testing.assert_array_equal(received[replica], expected)
 
 
 @check(*EVERYWHERE, *MORE)

@@ -32,7 +32,7 @@ class HalfPrecision:
             model: Any.
             strategy: Where the replicas are.
         """
-        factor = strategy.place.num_replicas / strategy.predivide
+        factor = strategy.place.num_shares / strategy.predivide
         return HalfExchange(_TYPES[self.name], factor)
 
 

@@ -54,7 +54,7 @@ def compose(
         step = _keras.build(model, kind, source.spec(), source.sample)
         _keras.note_metrics(model, step.metrics)
         found = None
-        if strategy.place.num_replicas > 1 and whole_batch is None:
+        if strategy.place.num_shares > 1 and whole_batch is None:
             found = _why_indivisible(model, kind, step, source)
         known = Composition(_keras.compiled_state(model), step, found)
         memory[kind] = known

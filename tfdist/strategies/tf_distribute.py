@@ -14,7 +14,7 @@ from tfdist import _keras
 from tfdist.cluster import Cluster
 from tfdist.cluster.key_value_store import KeyValueStore
 from tfdist.errors import StrategyError
-from tfdist.strategies.base import Place, Tensor
+from tfdist.strategies.base import Groups, Place, Tensor
 from tfdist.strategies.connected import Connected
 from tfdist.strategies.coordination_store import CoordinationStore
 from tfdist.strategies.packing import reduce_packed
@@ -97,6 +97,22 @@ class TFDistribute(Connected):
         if self.place.num_replicas == 1:
             return tensor
         return tf.distribute.get_replica_context().all_gather(tensor, axis=0)
+
+    def sum_in_groups(self, groups: Groups, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Sums each tensor over the replicas of a group. Only traced functions can do it."""
+        return reduce_packed(
+            tensors,
+            lambda tensor: self._group_collectives.sum(tensor, groups),
+            pack_bytes=PACK_BYTES,
+        )
+
+    def gather_in_groups(self, groups: Groups, tensor: Tensor) -> Tensor:
+        """Concatenates a tensor of a group's replicas. Only traced functions can do it."""
+        return self._group_collectives.gather(tensor, groups)
+
+    @functools.cached_property
+    def _group_collectives(self) -> Any:
+        return _keras.GroupCollectives(self.strategy, self.place.first_replica)
 
     def distribute(self, dataset: Callable[[], Any]) -> Iterable[Any]:
         """Distributes per-replica batches to the local replicas and their devices."""
