@@ -24,6 +24,8 @@ from tests.behaviour.registry import (
     WORKERS,
     check,
 )
+from tfdist.resume.checkpoint import tensors
+from tfdist.step.state import Role, Sharded, TrainState
 from tfdist.strategies import connected, tf_distribute
 from tfdist.strategies.mesh import Mesh
 
@@ -184,6 +186,34 @@ def each_replica_has_variables_of_its_own_while_they_are_held(folder: Path) -> N
         np.testing.assert_array_equal(copies, np.stack([1.0 + changes, 2.0 + changes], 1))
         np.testing.assert_array_equal(variable, copies[0])
         assert variable.value is plain
+
+
+@check(*REPLICAS, *MORE)
+def what_replicas_have_of_their_own_is_saved_and_restored(folder: Path) -> None:
+    place = strategy().place
+    rows = 2 * place.num_replicas - 1  # a row of padding
+    whole = np.arange(3.0 * rows, dtype="float32").reshape(rows, 3)
+    padded = np.concatenate([whole, np.zeros((1, 3), "float32")])
+    parts = np.split(padded, place.num_replicas)
+    local = range(place.first_replica, place.first_replica + place.local_replicas)
+    of_role = [keras.Variable(np.zeros((2, 3)), trainable=False) for _ in range(2)]
+    roles = (Sharded(rows), Role.PER_REPLICA)
+    state = TrainState((), tuple(zip(of_role, roles, strict=True)))
+    with strategy().hold(of_role, []):
+        for variable in of_role:
+            strategy().assign_copies(variable, [parts[r] for r in local])
+        saved = tensors.take(strategy(), state)
+        if place.is_chief:
+            np.testing.assert_array_equal(saved["sharded/0"], whole)
+            np.testing.assert_array_equal(saved["per_replica/0"], parts)
+        for variable in of_role:
+            strategy().assign_copies(variable, [np.zeros((2, 3))] * len(local))
+        read = (lambda name: saved[name].numpy()) if place.is_chief else None
+        tensors.put_back(strategy(), state, read, has_global_seed=False)
+        for variable in of_role:
+            np.testing.assert_array_equal(
+                strategy().copies(variable), [parts[r] for r in local]
+            )
 
 
 @check(*WORKERS, *THREE)

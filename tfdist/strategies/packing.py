@@ -71,12 +71,13 @@ def packs_of(
         if _is_single(tensor, largest) or _bytes_of(tensor) > pack_bytes:
             single.append([index])
             continue
-        pack, size = open_packs.get(tensor.dtype.name, ([], 0))
+        key = tensor.dtype.name
+        pack, size = open_packs.get(key, ([], 0))
         if not pack or size + _bytes_of(tensor) > pack_bytes:
             pack, size = [], 0
             packs.append(pack)
         pack.append(index)
-        open_packs[tensor.dtype.name] = pack, size + _bytes_of(tensor)
+        open_packs[key] = pack, size + _bytes_of(tensor)
     if is_bounded:
         return sorted([*single, *packs], key=lambda pack: -pack[-1])
     return [*single, *packs]

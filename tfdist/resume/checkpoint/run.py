@@ -294,7 +294,7 @@ class CheckpointRun(Continuation):
             self._is_due = waited >= self._every.total_seconds()
         # Training does not wait for the disk: then a later step is saved.
         is_ready = self._writer.is_idle
-        if self._train_state.per_replica:  # which all workers save at the same step
+        if not self._train_state.is_everywhere:  # then all workers save at the same step
             is_ready = True
             if isinstance(self._every, datetime.timedelta):
                 self._is_due = self._strategy.broadcast_object(self._is_due)
@@ -319,7 +319,7 @@ class CheckpointRun(Continuation):
         self, position: Position, memory: Memory, logs: Any, is_stopped: bool = False
     ) -> None:
         self._saved_at, self._saved_time, self._is_due = self._made, time.monotonic(), False
-        if not self._strategy.place.is_chief and not self._train_state.per_replica:
+        if not self._strategy.place.is_chief and self._train_state.is_everywhere:
             return
         self._writer.finish()
         taken = tensors.take(self._computing, self._train_state)
