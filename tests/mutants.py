@@ -44,8 +44,8 @@ BEHAVIOUR = "tests/behaviour/test_behaviour.py"
 MUTANTS = {
     "a share begins a row too late": Mutant(
         "data/source.py",
-        "return total * replica // replicas, total",
-        "return total * replica // replicas + (replica > 0), total",
+        "return total * share // shares, total",
+        "return total * share // shares + (share > 0), total",
         f"{EQUIVALENCE} -k mirrored-2-rows_961",
     ),
     "gradients of an own train_step are not weighed": Mutant(
@@ -206,9 +206,21 @@ MUTANTS = {
     ),
     "rows of an embedding travel as one type": Mutant(
         "strategies/packing.py",
-        "packs.setdefault(tensor.dtype.name, [])",
-        "packs.setdefault('', [])",
+        "key = tensor.dtype.name",
+        "key = ''",
         f"{BEHAVIOUR} -k multi_worker-2-sums_are",
+    ),
+    "sums along an axis are of another axis": Mutant(
+        "strategies/base.py",
+        "return self.sum_in_groups(self.place.mesh.groups(axis), tensors)",
+        'return self.sum_in_groups(self.place.mesh.groups("data"), tensors)',
+        f"{BEHAVIOUR} -k mirrored-4-sums_and_rows",
+    ),
+    "a sharded tensor is saved with its padding": Mutant(
+        "resume/checkpoint/tensors.py",
+        "np.concatenate(parts)[: role.rows]",
+        "np.concatenate(parts)",
+        "tests/resume/test_tensors.py -k sharded",
     ),
     "what was not sent is forgotten": Mutant(
         "compression/power_sgd.py",
@@ -220,7 +232,7 @@ MUTANTS = {
         "resume/checkpoint/tensors.py",
         "mean = saved.sum(0) / place.num_replicas",
         "mean = saved.mean(0)",
-        "tests/compression/test_compression.py -k dealt_out",
+        "tests/resume/test_tensors.py -k dealt_out",
     ),
     "moments are those of the share": Mutant(
         "_keras/batch_norm.py",

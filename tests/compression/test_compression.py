@@ -12,6 +12,7 @@ import tensorflow as tf
 
 import tfdist
 from tests.equivalence.cases import crossentropy, table
+from tests.strategies.devices import Devices
 from tfdist import _keras
 from tfdist.compression.extension import CompressedTraining
 from tfdist.compression.half import HalfExchange, HalfPrecision
@@ -21,7 +22,6 @@ from tfdist.resume.checkpoint import files, tensors
 from tfdist.step.exchange import Contribution
 from tfdist.step.prepared import prepare
 from tfdist.step.state import Role, TrainState
-from tfdist.strategies.base import Place, Strategy
 
 L = keras.layers
 WORKERS = 3
@@ -568,37 +568,3 @@ def test_another_compression_is_another_training(tmp_path):
     tfdist.fit(small_model(), *table(100), compression=FIRST_RANK, **options)
     with pytest.raises(ArgumentError, match=r"Received: compression='PowerSGD\(rank=2"):
         tfdist.fit(small_model(), *table(100), compression=tfdist.PowerSGD(), **options)
-
-
-class Devices(Strategy):
-    """Stands for a process with several replicas, of which it gives and keeps copies."""
-
-    name = "devices"
-
-    def __init__(self, replicas: int, values: Any = None) -> None:
-        self.place = Place(replicas, 0, replicas)
-        self.values = values
-
-    @classmethod
-    def unavailable(cls, cluster: Any) -> str | None:
-        return None
-
-    def copies(self, variable: Any) -> list[Any]:
-        return list(self.values)
-
-    def assign_copies(self, variable: Any, values: Any) -> None:
-        self.values = np.stack(values)
-
-
-@pytest.mark.parametrize("replicas", [1, 2, 3])
-def test_what_replicas_have_not_sent_is_dealt_out_to_any_number(replicas):
-    kept = np.random.default_rng(0).normal(size=(2, 5, 3)).astype("float32")
-    variable = keras.Variable(kept[0], trainable=False)
-    state = TrainState((), ((variable, Role.PER_REPLICA),))
-    saved = tensors.take(Devices(2, kept), state)
-    now = Devices(replicas)
-    tensors.put_back(now, state, lambda name: saved[name].numpy(), has_global_seed=False)
-    assert now.values.shape == (replicas, 5, 3)
-    np.testing.assert_allclose(now.values.sum(0), kept.sum(0), rtol=1e-5)
-    if replicas == 2:
-        np.testing.assert_array_equal(now.values, kept)

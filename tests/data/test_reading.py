@@ -25,6 +25,7 @@ from tfdist.samplers import (
     Weighted,
 )
 from tfdist.strategies.base import Place
+from tfdist.strategies.mesh import Mesh
 
 pytestmark = pytest.mark.quick
 
@@ -72,6 +73,17 @@ def test_shares_make_up_each_global_batch(kind: str, replicas: int) -> None:
         np.testing.assert_array_equal(rows, np.arange(4 * step, 4 * step + size))
         offsets = np.cumsum([0, *(int(s.rows) for s in shares)])[:-1]
         assert [int(s.offset) for s in shares] == list(offsets)
+
+
+def test_replicas_along_other_axes_get_equal_parts() -> None:
+    x = np.arange(5)
+    place = Place(4, 0, 4, mesh=Mesh((("data", 2), ("model", 2))))
+    for given, size in ((x, 5), (tf.data.Dataset.from_tensor_slices(x).batch(5), None)):
+        source = data.read(given, None, None, settings(batch_size=size))
+        shares = list(source.shares(place).take(4))
+        rows = [tf.nest.flatten(s.data)[0].numpy().tolist() for s in shares]
+        assert rows == [[0, 1]] * 2 + [[2, 3, 4]] * 2
+        assert [int(s.total) for s in shares] == [5] * 4
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,7 @@ from tfdist._keras.building import (
 )
 from tfdist._keras.checkpoints import CheckpointSaver
 from tfdist._keras.discovery import StepTrace, keeping_random_state, random_ops, rows_of
+from tfdist._keras.groups import GroupCollectives
 from tfdist._keras.keyed import RowKeys, row_numbers
 from tfdist._keras.loop import (
     EVALUATE,
@@ -91,6 +92,7 @@ __all__ = [
     "PREDICT",
     "CheckpointSaver",
     "EagerTensor",
+    "GroupCollectives",
     "OwnNoise",
     "ReplicaBatch",
     "RowKeys",

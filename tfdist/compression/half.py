@@ -32,7 +32,7 @@ class HalfPrecision:
             model: Not used.
             strategy: The strategy on whose replicas the model trains.
         """
-        factor = strategy.place.num_replicas / strategy.predivide
+        factor = strategy.place.num_shares / strategy.predivide
         return HalfExchange(_TYPES[self.name], factor)
 
 

@@ -33,8 +33,8 @@ def _padding(settings: SourceSettings) -> dict[str, int]:
     rows_multiple = 1
     if settings.private:
         strategy = settings.strategy
-        replicas = 1 if strategy is None else strategy.place.num_replicas
-        share = checked_batch_size(settings) / replicas
+        shares = 1 if strategy is None else strategy.place.num_shares
+        share = checked_batch_size(settings) / shares
         rows_multiple = 2 ** max(0, round(math.log2(share) / 2))
     return {"copies": settings.copies, "rows_multiple": rows_multiple}
 

@@ -61,8 +61,8 @@ def bounds(total: Tensor, replica: Tensor, place: Place) -> tuple[Tensor, Tensor
     Returns:
         The first row and the row after the last one.
     """
-    replicas = place.num_replicas
-    return total * replica // replicas, total * (replica + 1) // replicas
+    share, shares = place.share_of(replica), place.num_shares
+    return total * share // shares, total * (share + 1) // shares
 
 
 def rows_per_replica(total: int | None, place: Place) -> int | None:
@@ -72,9 +72,9 @@ def rows_per_replica(total: int | None, place: Place) -> int | None:
         total: Rows of the global batch, or None if unknown.
         place: The number of replicas.
     """
-    if total is None or total % place.num_replicas:
+    if total is None or total % place.num_shares:
         return None
-    return total // place.num_replicas
+    return total // place.num_shares
 
 
 def bounds_of_groups(groups: Tensor, replica: Tensor, place: Place) -> tuple[Tensor, Tensor]:

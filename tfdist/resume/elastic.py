@@ -164,6 +164,12 @@ class ElasticRun(Continuation):
         """
         self._data_position, self._steps, self._stop = where, options["steps"], prepared.stop
         self._state, variables = prepared.state, prepared.state.variables
+        if self._state.sharded:
+            raise ArgumentError(
+                "In an elastic run each process must have all state, since any may be lost. "
+                f"Received: the sharded variable {self._state.sharded[0][0].path!r}. Use "
+                "`checkpoint`, and restarts of `tfdist run`."
+            )
         self._copy_state = tf.function(
             lambda: [tf.identity(v.value) for v in variables], autograph=False
         )

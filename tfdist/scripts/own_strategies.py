@@ -86,7 +86,7 @@ class _StandIn(tf.distribute.OneDeviceStrategy):  # type: ignore[misc]
     @property
     def num_replicas_in_sync(self) -> int:
         """The number of all replicas. Scripts scale their batch size by it."""
-        return self._strategy.place.num_replicas
+        return self._strategy.place.num_shares
 
 
 def _raising(name: str) -> Any:

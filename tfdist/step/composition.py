@@ -54,7 +54,7 @@ def compose(
         step = _keras.build(model, kind, source.spec(), source.sample)
         _keras.note_metrics(model, step.metrics)
         reason = None
-        if strategy.place.num_replicas > 1 and whole_batch is None:
+        if strategy.place.num_shares > 1 and whole_batch is None:
             reason = _why_indivisible(model, kind, step, source)
         composition = Composition(_keras.compiled_state(model), step, reason)
         compositions[kind] = composition

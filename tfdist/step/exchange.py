@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
-from tfdist.step.state import Role
+from tfdist.step.state import AnyRole
 from tfdist.strategies.base import Strategy
 
 Tensor = Any
@@ -48,7 +48,7 @@ class Exchange(abc.ABC):
     has_phases: ClassVar[bool] = False
 
     @property
-    def state(self) -> Sequence[tuple[Any, Role]]:
+    def state(self) -> Sequence[tuple[Any, AnyRole]]:
         """The `keras.Variable`s of the exchange, each with its role."""
         return ()
 

@@ -18,6 +18,24 @@ class Role(enum.Enum):
 
 
 @dataclass(frozen=True)
+class Sharded:
+    """The role of a variable whose values on all replicas are parts of one tensor.
+
+    The parts have equal shapes. They follow each other along axis 0 in the replicas' order, and
+    padding follows the tensor. As with `Role.PER_REPLICA`, only the first local replica's part
+    is kept where `hold` ends.
+
+    Attributes:
+        rows: Number of rows of the tensor, without the padding.
+    """
+
+    rows: int
+
+
+AnyRole = Role | Sharded
+
+
+@dataclass(frozen=True)
 class TrainState:
     """The variables of a training.
 
@@ -29,7 +47,7 @@ class TrainState:
     """
 
     of_model: tuple[Any, ...]
-    of_extensions: tuple[tuple[Any, Role], ...] = ()
+    of_extensions: tuple[tuple[Any, AnyRole], ...] = ()
 
     @property
     def replicated(self) -> tuple[Any, ...]:
@@ -40,6 +58,16 @@ class TrainState:
     def per_replica(self) -> tuple[Any, ...]:
         """Variables of which each replica has its own value."""
         return self._with(Role.PER_REPLICA)
+
+    @property
+    def sharded(self) -> tuple[tuple[Any, Sharded], ...]:
+        """Variables of which each replica has a part, each with its role."""
+        return tuple((v, role) for v, role in self.of_extensions if isinstance(role, Sharded))
+
+    @property
+    def is_everywhere(self) -> bool:
+        """Whether each process has all state: then saving needs no exchange."""
+        return all(role is Role.REPLICATED for _, role in self.of_extensions)
 
     @property
     def variables(self) -> tuple[Any, ...]:

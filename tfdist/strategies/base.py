@@ -13,9 +13,10 @@ import numpy as np
 
 from tfdist.cluster import Cluster
 from tfdist.cluster.key_value_store import KeyValueStore
+from tfdist.strategies.gathered_groups import Groups, gather_in_group, sum_in_group
 from tfdist.strategies.place import Place
 
-__all__ = ["Functions", "Place", "Strategy", "Tensor"]
+__all__ = ["Functions", "Groups", "Place", "Strategy", "Tensor"]
 
 Tensor = Any
 
@@ -157,6 +158,58 @@ class Strategy(abc.ABC):
             tensor: Shape [rows, ...]; `rows` may differ between replicas.
         """
         return tensor
+
+    def sum_along(self, axis: str, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Sums each tensor over the replicas that differ on one axis of the mesh only.
+
+        Args:
+            axis: The axis's name, as in `Mesh`.
+            tensors: As in `all_reduce_sum`.
+        """
+        size = self.place.mesh.size_of(axis)
+        if size == 1:
+            return list(tensors)
+        if size == self.place.num_replicas:
+            return self.all_reduce_sum(tensors)
+        return self.sum_in_groups(self.place.mesh.groups(axis), tensors)
+
+    def gather_along(self, axis: str, tensor: Tensor) -> Tensor:
+        """Concatenates a tensor of every replica that differs on one axis of the mesh only.
+
+        Args:
+            axis: The axis's name, as in `Mesh`.
+            tensor: As in `all_gather`.
+        """
+        size = self.place.mesh.size_of(axis)
+        if size == 1:
+            return tensor
+        if size == self.place.num_replicas:
+            return self.all_gather(tensor)
+        return self.gather_in_groups(self.place.mesh.groups(axis), tensor)
+
+    def sum_in_groups(self, groups: Groups, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Sums each tensor over the replicas of a group. Every replica must call it.
+
+        A subclass overrides this if it can reduce in groups. Here all replicas gather.
+
+        Args:
+            groups: The global indices of each group's replicas; each replica is in one group,
+                and the groups have equal sizes.
+            tensors: As in `all_reduce_sum`.
+        """
+        replica = self.replica_id()
+        return [sum_in_group(t, groups, replica, self.all_gather) for t in tensors]
+
+    def gather_in_groups(self, groups: Groups, tensor: Tensor) -> Tensor:
+        """Concatenates a tensor of every replica of a group. Every replica must call it.
+
+        A subclass overrides this if it can gather in groups. Here all replicas gather.
+
+        Args:
+            groups: As in `sum_in_groups`.
+            tensor: As in `all_gather`.
+        """
+        return gather_in_group(tensor, groups, self.replica_id(), self.all_gather)
 
     def distribute(self, dataset: Callable[[], Any]) -> Iterable[Any]:
         """Turns this process's per-replica batches into elements for `run`.

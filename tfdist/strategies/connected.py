@@ -16,6 +16,8 @@ from tfdist import watchdog
 from tfdist.strategies.base import Strategy
 from tfdist.watchdog.timeouts import WaitLimit
 
+BYTES_SENT = 2**26  # of variables at a time: a copy of all would be the peak of a training
+
 
 class Connected(Strategy):
     """A strategy whose processes exchange bytes. A subclass implements the exchange.
@@ -47,12 +49,16 @@ class Connected(Strategy):
         """Assigns the chief's values to `variables` on every worker, bit by bit."""
         if self.place.num_workers == 1 or not variables:
             return
-        local_values = [np.asarray(keras.ops.convert_to_numpy(v)) for v in variables]
-        content = b"".join(value.tobytes() for value in local_values)
-        if len(set(self.gather_objects(hashlib.sha256(content).digest()))) == 1:
+        if len(set(self.gather_objects(_digest(variables)))) == 1:
             return  # Usual from the second `fit` on. Sending and assigning take much longer.
         with self._exchanging("the chief's weights"):
-            received = self.broadcast_bytes(content)
+            for group in _groups(variables):
+                self._take_chiefs(group)
+
+    def _take_chiefs(self, variables: Sequence[Any]) -> None:
+        local_values = [_value(variable) for variable in variables]
+        content = b"".join(value.tobytes() for value in local_values)
+        received = self.broadcast_bytes(content) if content else b""
         start = 0
         for variable, value in zip(variables, local_values, strict=True):
             part = np.frombuffer(received, value.dtype, value.size, offset=start)
@@ -76,3 +82,29 @@ class Connected(Strategy):
         if self._wait_limit is None:
             return contextlib.nullcontext()
         return self._wait_limit.waiting_for(what)
+
+
+def _value(variable: Any) -> Any:
+    return np.asarray(keras.ops.convert_to_numpy(variable))
+
+
+def _digest(variables: Sequence[Any]) -> bytes:
+    """Hashes the values of variables one after the other, without a copy of all."""
+    digest = hashlib.sha256()
+    for variable in variables:
+        digest.update(_value(variable).tobytes())
+    return digest.digest()
+
+
+def _groups(variables: Sequence[Any]) -> Iterator[list[Any]]:
+    """Groups variables to send together, so that no copy of all is needed."""
+    group: list[Any] = []
+    size = 0
+    for variable in variables:
+        group.append(variable)
+        size += _value(variable).nbytes
+        if size > BYTES_SENT:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group

@@ -14,7 +14,7 @@ from tfdist import _keras
 from tfdist.cluster import Cluster
 from tfdist.cluster.key_value_store import KeyValueStore
 from tfdist.errors import StrategyError
-from tfdist.strategies.base import Place, Tensor
+from tfdist.strategies.base import Groups, Place, Tensor
 from tfdist.strategies.connected import Connected
 from tfdist.strategies.coordination_store import CoordinationStore
 from tfdist.strategies.packing import reduce_packed
@@ -27,6 +27,8 @@ ParameterServerStrategy = tf.distribute.ParameterServerStrategy
 ClusterCoordinator = tf.distribute.coordinator.ClusterCoordinator
 
 _WORDS = tf.TensorSpec([None], tf.int32)
+# Larger packs need more memory, smaller ones more time (docs/performance.md).
+PACK_BYTES = 2**22
 _CHUNK = 2**22  # int32 words of one collective: 16 MiB
 
 
@@ -80,17 +82,37 @@ class TFDistribute(Connected):
         return tf.distribute.get_replica_context().replica_id_in_sync_group
 
     def all_reduce_sum(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Sums each tensor over all replicas, dense tensors in one collective per dtype."""
+        """Sums each tensor over all replicas, small tensors together in one collective."""
         if self.place.num_replicas == 1:
             return list(tensors)
         context = tf.distribute.get_replica_context()
-        return reduce_packed(tensors, lambda tensor: context.all_reduce("SUM", tensor))
+        return reduce_packed(
+            tensors,
+            lambda tensor: context.all_reduce("SUM", tensor),
+            pack_bytes=PACK_BYTES,
+        )
 
     def all_gather(self, tensor: Tensor) -> Tensor:
         """Concatenates a tensor of every replica along axis 0."""
         if self.place.num_replicas == 1:
             return tensor
         return tf.distribute.get_replica_context().all_gather(tensor, axis=0)
+
+    def sum_in_groups(self, groups: Groups, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Sums each tensor over the replicas of a group. Only traced functions can do it."""
+        return reduce_packed(
+            tensors,
+            lambda tensor: self._group_collectives.sum(tensor, groups),
+            pack_bytes=PACK_BYTES,
+        )
+
+    def gather_in_groups(self, groups: Groups, tensor: Tensor) -> Tensor:
+        """Concatenates a tensor of a group's replicas. Only traced functions can do it."""
+        return self._group_collectives.gather(tensor, groups)
+
+    @functools.cached_property
+    def _group_collectives(self) -> Any:
+        return _keras.GroupCollectives(self.strategy, self.place.first_replica)
 
     def distribute(self, dataset: Callable[[], Any]) -> Iterable[Any]:
         """Distributes per-replica batches to the local replicas and their devices."""

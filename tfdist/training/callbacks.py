@@ -106,7 +106,7 @@ def _for_process(callbacks: Sequence[Any], strategy: Strategy) -> list[Any]:
     selected = [c for c in callbacks if strategy.place.is_chief or not _writes(c)]
     for callback in selected:
         if isinstance(callback, RateCallback):
-            callback.num_replicas = strategy.place.num_replicas
+            callback.num_replicas = strategy.place.num_shares
         if isinstance(callback, PerClassMetrics):
             callback.strategy = strategy
     return sorted(

@@ -288,7 +288,7 @@ class CheckpointRun(Continuation):
         schedule.note_step(self._steps_made)
         # Training does not wait for the disk. If the writer is busy, a later step is saved.
         is_ready = self._writer.is_idle
-        if self._train_state.per_replica:
+        if not self._train_state.is_everywhere:
             # All workers gather this state, so all must save at the same step. Neither a busy
             # disk nor a process's own clock may decide.
             is_ready = True
@@ -319,8 +319,8 @@ class CheckpointRun(Continuation):
         is_stopped: bool = False,
     ) -> None:
         self._schedule.note_saved(self._steps_made)
-        # Per-replica state is gathered, so every worker takes part in `take`.
-        if not self._strategy.place.is_chief and not self._train_state.per_replica:
+        # State that is not everywhere is gathered, so every worker takes part in `take`.
+        if not self._strategy.place.is_chief and self._train_state.is_everywhere:
             return
         self._writer.finish()
         content = tensors.take(self._computing, self._train_state)

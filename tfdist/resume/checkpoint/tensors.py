@@ -21,8 +21,8 @@ _GLOBAL_SEED = "keras/global_seed_generator"
 def take(strategy: Strategy, state: TrainState) -> dict[str, Tensor]:
     """Collects the tensors of a training, by name.
 
-    Replicated variables need no exchange between workers. Per-replica variables are gathered:
-    if there are any, all workers must call this.
+    Replicated variables need no exchange between workers. Per-replica and sharded variables
+    are gathered: if there are any, all workers must call this.
 
     Args:
         strategy: The strategy that computes a batch. `Whole` counts as one replica.
@@ -38,7 +38,12 @@ def take(strategy: Strategy, state: TrainState) -> dict[str, Tensor]:
         for number, variable in enumerate(state.replicated)
     }
     for number, variable in enumerate(state.per_replica):
-        tensors[f"per_replica/{number}"] = _gather(strategy, variable)
+        values = _gather(strategy, variable)
+        tensors[f"per_replica/{number}"] = tf.constant(np.stack(values)) if values else None
+    for number, (variable, role) in enumerate(state.sharded):
+        parts = _gather(strategy, variable)
+        whole_tensor = tf.constant(np.concatenate(parts)[: role.rows]) if parts else None
+        tensors[f"sharded/{number}"] = whole_tensor
     if _keras.has_global_seed():
         tensors[_GLOBAL_SEED] = tf.identity(_keras.global_seed_variable().value)
     return tensors
@@ -53,7 +58,8 @@ def put_back(
     """Restores the tensors of `take`, on every worker.
 
     If the number of replicas has changed, the saved values of a per-replica variable are
-    summed, and each replica gets an equal part of the sum: only the sum matters.
+    summed, and each replica gets an equal part of the sum: only the sum matters. A sharded
+    variable's tensor is cut for the replicas that there are now.
 
     Args:
         strategy: The strategy that computes a batch. `Whole` counts as one replica.
@@ -61,7 +67,7 @@ def put_back(
         read: Returns a tensor by its name. None on workers that have not read the checkpoint.
         has_global_seed: Whether the checkpoint has Keras's global seed.
     """
-    variables = list(state.replicated)
+    place, variables = strategy.place, list(state.replicated)
     if has_global_seed:
         variables.append(_keras.global_seed_variable())
     if read is not None:
@@ -72,6 +78,14 @@ def put_back(
     _connecting(strategy).agree(variables)
     for number, variable in enumerate(state.per_replica):
         saved = None if read is None else read(f"per_replica/{number}")
+        if saved is not None and len(saved) != place.num_replicas:
+            # A residual is the part of a replica's gradient that is still to be sent. The
+            # replicas send residuals as a sum, so any division of it continues the training.
+            mean = saved.sum(0) / place.num_replicas
+            saved = [mean.astype(saved.dtype)] * place.num_replicas
+        strategy.assign_copies(variable, _distribute(strategy, variable, saved))
+    for number, (variable, _) in enumerate(state.sharded):
+        saved = None if read is None else _cut(read(f"sharded/{number}"), strategy, variable)
         strategy.assign_copies(variable, _distribute(strategy, variable, saved))
 
 
@@ -81,8 +95,15 @@ def _connecting(strategy: Strategy) -> Strategy:
     return strategy if whole_batches is None else whole_batches.connected
 
 
-def _gather(strategy: Strategy, variable: Any) -> Tensor:
-    """Returns the values of all replicas on the chief: shape [replicas, ...]."""
+def _cut(tensor: Any, strategy: Strategy, variable: Any) -> list[Any]:
+    """Returns the replicas' parts of a tensor, the last ones padded with zeros."""
+    rows, replicas = int(variable.shape[0]), strategy.place.num_replicas
+    padding = [(0, rows * replicas - len(tensor))] + [(0, 0)] * (np.ndim(tensor) - 1)
+    return np.split(np.pad(tensor, padding), replicas)
+
+
+def _gather(strategy: Strategy, variable: Any) -> list[Any]:
+    """Returns the values of all replicas on the chief, nothing on other workers."""
     place, copies = strategy.place, strategy.copies(variable)
     values = []
     for replica in range(place.num_replicas):
@@ -95,17 +116,12 @@ def _gather(strategy: Strategy, variable: Any) -> Tensor:
         values.append(value)
         if not place.is_chief:
             values.clear()
-    return tf.constant(np.stack(values)) if place.is_chief else None
+    return values
 
 
 def _distribute(strategy: Strategy, variable: Any, saved: Any) -> list[Any]:
-    """Returns the values for this process's replicas, which the chief has read."""
+    """Returns the values for this process's replicas; the chief gives all of them."""
     place = strategy.place
-    # A residual is the part of a replica's gradient that is still to be sent. The replicas'
-    # residuals are sent as a sum, so any division of the sum continues the same training.
-    if saved is not None and len(saved) != place.num_replicas:
-        mean = saved.sum(0) / place.num_replicas
-        saved = [mean.astype(saved.dtype)] * place.num_replicas
     values: list[Any] = []
     # `agree` sends variables only.
     buffer = keras.Variable(np.zeros(variable.shape), dtype=variable.dtype, trainable=False)
@@ -123,10 +139,11 @@ def size_of(state: TrainState, replicas: int) -> int:
 
     Args:
         state: The variables.
-        replicas: Each has its own values of the per-replica ones.
+        replicas: Each has its own values of the per-replica ones, and a part of the sharded.
     """
 
     def of(variables: Sequence[Any]) -> int:
         return sum(int(np.prod(v.shape)) * tf.as_dtype(v.dtype).size for v in variables)
 
-    return of(state.replicated) + replicas * of(state.per_replica)
+    parts = [variable for variable, _ in state.sharded]
+    return of(state.replicated) + replicas * of([*state.per_replica, *parts])

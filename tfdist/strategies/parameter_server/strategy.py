@@ -236,6 +236,10 @@ class ParameterServer(TFDistribute):
         """Concatenates a tensor of every worker along axis 0."""
         return concatenate_on_device(tensor, self._servers.servers[0])
 
+    # Workers have no collectives of TensorFlow's: servers sum and gather.
+    sum_in_groups = Strategy.sum_in_groups
+    gather_in_groups = Strategy.gather_in_groups
+
     def update(self, action: Callable[[], None]) -> None:
         """Updates the variables on the servers, once for all workers."""
         update_once(action, self._servers.servers[0])

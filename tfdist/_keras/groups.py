@@ -1,0 +1,83 @@
+"""Collectives of tf.distribute among some of the replicas."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import tensorflow as tf
+from tensorflow.python.distribute.cross_device_utils import (
+    CollectiveKeys,
+    CollectiveReplicaLauncher,
+)
+
+Tensor = Any
+_FIRST_KEY = 2**24  # TensorFlow numbers the groups of its strategies from 1 upwards
+
+
+class GroupCollectives:
+    """Sums and gathers among groups of replicas of one strategy.
+
+    TensorFlow matches collectives by a key of the group and by their number in it. All
+    processes make the same groups in the same order, so they number them alike.
+
+    All collectives of a device share the ordering token of the strategy's own. Two devices
+    that began collectives of two groups in different orders would wait for each other forever.
+
+    Args:
+        strategy: A `tf.distribute.Strategy` that reduces by collective operations.
+        first_replica: Global index of the first replica of this process.
+    """
+
+    def __init__(self, strategy: Any, first_replica: int) -> None:
+        extended = strategy.extended
+        own = getattr(extended, "_collective_ops", None) or extended._cross_device_ops
+        self._own_launchers = own._launchers
+        self._first_replica = first_replica
+        self._next_key = _FIRST_KEY
+        self._launchers: dict[Any, list[Any]] = {}
+
+    def sum(self, tensor: Tensor, groups: Sequence[Sequence[int]]) -> Tensor:
+        """Sums a tensor over the group of the running replica.
+
+        Args:
+            tensor: Dense, or `tf.IndexedSlices`.
+            groups: The global indices of each group's replicas.
+        """
+        launcher = self._launcher(groups)
+        if isinstance(tensor, tf.IndexedSlices):
+            return launcher.all_reduce_indexed_slices(tensor)
+        return launcher.all_reduce(tensor)
+
+    def gather(self, tensor: Tensor, groups: Sequence[Sequence[int]]) -> Tensor:
+        """Concatenates a tensor of every replica of the running replica's group, on axis 0.
+
+        Args:
+            tensor: Shape [rows, ...]; `rows` may differ between replicas.
+            groups: As in `sum`.
+        """
+        return self._launcher(groups).all_gather(tensor, 0)
+
+    def _launcher(self, groups: Sequence[Sequence[int]]) -> Any:
+        key = tuple(map(tuple, groups))
+        if key not in self._launchers:
+            self._launchers[key] = self._make(key)
+        replica = tf.distribute.get_replica_context()._replica_id_in_sync_group
+        return self._launchers[key][replica - self._first_replica]
+
+    def _make(self, groups: tuple[tuple[int, ...], ...]) -> list[Any]:
+        launchers = []
+        for local, own in enumerate(self._own_launchers):
+            (number,) = (n for n, g in enumerate(groups) if self._first_replica + local in g)
+            keys = CollectiveKeys(self._next_key + number)
+            launcher = CollectiveReplicaLauncher(
+                keys.get_group_key([own._device]),
+                len(groups[number]),
+                keys,
+                own._device,
+                own._options,
+            )
+            launcher._ordering_token = own._ordering_token
+            launchers.append(launcher)
+        self._next_key += len(groups)
+        return launchers
