@@ -167,6 +167,7 @@ def test_a_stopped_training_goes_on_to_the_weights_of_one_never_stopped(clusters
     assert result[0] in went_on
 
 
+@pytest.mark.full  # tests/launch/test_restarts.py sends it to two workers too
 def test_two_workers_are_started_again_after_sigterm(tmp_path):
     arguments = EXAMPLES / "checkpoint.py", tmp_path, "--sigterm-after", "60"
     printed = launched(tfdist_run(2, *arguments, options=["--max-restarts", "1"]))
@@ -258,7 +259,7 @@ def test_private_embedding_hides_which_words_nobody_wrote(clusters):
     ("options", "scripts"),
     [
         (["--drop-in"], 2),
-        (["--ps", "1", "--drop-in"], 1),  # the chief alone runs the script
+        pytest.param(["--ps", "1", "--drop-in"], 1, marks=pytest.mark.full),  # the chief's
     ],
     ids=["two workers", "servers"],
 )

@@ -134,6 +134,7 @@ class TestNoiseMultiplier:
             noise = noise_multiplier(target_epsilon=target, **options)
             assert 0.97 * target < epsilon(noise_multiplier=noise, **options) <= target
 
+    @pytest.mark.full
     def test_with_a_capacity_that_costs_something(self):
         options = {"sampling_probability": 0.2, "steps": 10, "delta": 1e-5}
         options |= {"capacity": 14, "num_rows": 50}
