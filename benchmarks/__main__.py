@@ -12,6 +12,7 @@ for name in (
     "overhead",
     "input_road",
     "scaling",
+    "packs",
     "horovod",
     "compression",
     "parameter_server",

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import keras
 import numpy as np
@@ -34,6 +35,7 @@ from tests.behaviour.registry import (
 from tests.equivalence.cases import clipped_sgd, crossentropy, mlp, table
 from tfdist import samplers
 from tfdist.errors import DisagreementError
+from tfdist.strategies import tf_distribute
 
 L = keras.layers
 
@@ -308,6 +310,18 @@ def a_stop_on_any_worker_takes_effect_at_the_same_step(folder: Path) -> None:
             assert stop.ended == batch + 1
             assert_weights_close(ours, theirs)
             same_everywhere(ours)
+
+
+@check(MIRRORED, MULTI_WORKER)
+def a_model_of_many_packs_trains_and_stops_as_one_process(folder: Path) -> None:
+    ours, theirs = twins()
+    with mock.patch.multiple(tf_distribute, SIGNALS_LEAD=0, PACK_BYTES=256):
+        stop = StopAt(5, place().num_workers - 1)
+        tfdist.fit(ours, *table(), callbacks=[stop], **ORDERED)
+    theirs.fit(*table(), callbacks=[StopAt(5, None)], **ORDERED)
+    assert int(ours.optimizer.iterations) == int(theirs.optimizer.iterations) == 6
+    assert_weights_close(ours, theirs)
+    same_everywhere(ours)
 
 
 @check(MIRRORED, MULTI_WORKER)

@@ -29,6 +29,9 @@ ClusterCoordinator = tf.distribute.coordinator.ClusterCoordinator
 _WORDS = tf.TensorSpec([None], tf.int32)
 # Larger packs need more memory, smaller ones more time (docs/performance.md).
 PACK_BYTES = 2**22
+# Elements of all gradients. Above this size, a gradient is used and freed while others are
+# still being reduced, which saves more than the separate collective of the signals costs.
+SIGNALS_LEAD = 2**24
 _CHUNK = 2**22  # int32 words of one collective: 16 MiB
 
 
@@ -97,6 +100,10 @@ class TFDistribute(Connected):
         if self.place.num_replicas == 1:
             return tensor
         return tf.distribute.get_replica_context().all_gather(tensor, axis=0)
+
+    def signals_lead(self, elements: int) -> bool:
+        """Reduces the signals first if the gradients are very large."""
+        return elements > SIGNALS_LEAD
 
     def sum_in_groups(self, groups: Groups, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Sums each tensor over the replicas of a group. Only traced functions can do it."""

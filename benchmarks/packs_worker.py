@@ -1,0 +1,63 @@
+"""A worker of `benchmarks.packs`: trains, and prints what a step takes in MiB and ms.
+
+Its argument is the number of layers, their width, and "packs" or "one tensor".
+"""
+
+from __future__ import annotations
+
+import re
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+
+import tfdist
+from tfdist.strategies import tf_distribute
+
+BATCH, STEPS = 32, 10
+STATUS, PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def mib(name: str) -> float:
+    """Reads VmRSS or VmHWM of this process, in MiB."""
+    found = re.search(rf"{name}:\s+(\d+) kB", STATUS.read_text())
+    assert found is not None
+    return int(found[1]) / 1024
+
+
+class Steps(keras.callbacks.Callback):  # type: ignore[misc]
+    """Times steps, and resets the peak after the first two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.times: list[float] = []
+
+    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
+        if batch == 2:
+            PEAK.write_text("5")
+        self.began = time.perf_counter()
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        self.times.append(time.perf_counter() - self.began)
+
+
+def main(layers: str, width: str, kind: str) -> None:
+    if kind != "packs":
+        tf_distribute.PACK_BYTES = 2**62
+    size = int(width)
+    dense = [keras.layers.Dense(size, "tanh") for _ in range(int(layers))]
+    model = keras.Sequential([keras.Input((size,)), *dense, keras.layers.Dense(1)])
+    model.compile("adam", "mse")
+    model.optimizer.build(model.trainable_variables)
+    x = np.random.default_rng(0).normal(size=(BATCH * STEPS, size)).astype("float32")
+    built, steps = mib("VmRSS"), Steps()
+    tfdist.fit(model, x, x[:, :1], batch_size=BATCH, verbose=0, seed=1, callbacks=[steps])
+    print(f"measured [{mib('VmHWM') - built}, {statistics.median(steps.times[2:]) * 1e3}]")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1].split(","))
