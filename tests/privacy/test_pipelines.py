@@ -309,7 +309,7 @@ MOVE: dict[str, tuple[Change, str]] = {
     ),
     "believed_in_branch": (
         lambda d: (
-            d.map(lambda x, y: tf.cond(y > 3, lambda: of_wrong_shape(x, y), lambda: x[:1]))
+            d.map(lambda x, y: tf.cond(y > 3, *[lambda: of_wrong_shape(x, y)] * 2))
             .batch(1)
             .map(lambda v: tf.reshape(v, [-1, 5, 1]))
         ),
