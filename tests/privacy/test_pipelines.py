@@ -60,6 +60,18 @@ def read(record: Any) -> Any:
     return values, values[0]
 
 
+def in_branch_and_loop(x: Any, y: Any) -> Any:
+    found = tf.cond(y > 3, lambda: x[::-1], lambda: x)
+    _, found = tf.while_loop(lambda n, _: n < y, lambda n, v: (n + 1, 2 * v), [0, found])
+    return tf.switch_case(y % 2, [lambda: found, lambda: -found])
+
+
+def table(values: Any) -> Any:
+    rows = tf.lookup.KeyValueTensorInitializer(Y[: len(values)], values)
+    return tf.lookup.StaticHashTable(rows, 0.0)
+
+
+WIDE, CLASSES, HASHED = np.eye(2, dtype="float32")[Y % 2], table([0.5, 2.0]), table(X[:, 0])
 KEEP: dict[str, Change] = {
     "shuffle": lambda d: d.shuffle(9, seed=1).map(doubled).cache().batch(4).prefetch(2),
     "numbers": lambda d: d.skip(2).take(20).shard(2, 0).batch(4, drop_remainder=True),
@@ -88,6 +100,9 @@ KEEP: dict[str, Change] = {
     ),
     "tokens": lambda d: Data.from_tensor_slices(Y).map(lambda y: (y + 1, y)).batch(4),
     "branch": lambda d: d.map(lambda x, y: (tf.cond(y > 3, lambda: x, lambda: -x), y)).batch(4),
+    "shapes": lambda d: d.map(in_branch_and_loop).batch(4).map(lambda x: x[..., None]),
+    "same_labels": lambda d: batch((X, Y, WIDE)).concatenate(batch((X + 1, Y, WIDE))),
+    "classes": lambda d: d.map(lambda x, y: (x, y, CLASSES.lookup(y % 2))).batch(4),
 }
 
 
@@ -138,10 +153,39 @@ def test_a_file_that_is_read_twice_needs_a_promise(tmp_path: Path) -> None:
         files.interleave(lambda f: records(names[0])),
         files.interleave(lambda f: records([f, f])),
         files.interleave(lambda f: records(tf.strings.join([f, f]))),
+        records(names).concatenate(records(names[:1])),
+        records(names).concatenate(files.take(1).interleave(records)),
+        records([*names, linked(names[0])]),
+        Data.from_tensor_slices([*names, names[0]]).map(tf.io.read_file),
     ):
         found = misplaced(data.map(read).batch(4), promised=False)
         assert "twice" in str(found)
         assert misplaced(data.map(read).batch(4), promised=True) is None
+
+
+def linked(name: str) -> str:
+    Path(f"{name}-2").hardlink_to(name)
+    return f"{name}-2"
+
+
+def test_saved_examples_and_caches_that_are_read_twice_need_a_promise(tmp_path: Path) -> None:
+    saved, cached = str(tmp_path / "saved"), str(tmp_path / "cached")
+    examples().save(saved)
+    loaded = Data.load(saved)
+    for data in (
+        loaded.concatenate(Data.load(f"{saved}/.")),
+        examples().cache(cached).concatenate(Data.from_tensor_slices((X + 1, Y)).cache(cached)),
+        loaded.map(lambda x, y: (x + tf.io.decode_raw(tf.io.read_file(saved), x.dtype), y)),
+    ):
+        assert misplaced(data.batch(4), promised=False) is not None
+        assert misplaced(data.batch(4), promised=True) is None
+
+
+def test_what_is_claimed_of_saved_examples_is_not_believed(tmp_path: Path) -> None:
+    examples().map(lambda x, y: tf.repeat(x[:1], y)).save(str(tmp_path))
+    claimed = Data.load(str(tmp_path), element_spec=tf.TensorSpec([5]))
+    found = misplaced(claimed.batch(1).map(lambda v: tf.reshape(v, [-1, 5, 1])), promised=True)
+    assert "(Reshape)" in str(found)
 
 
 def test_a_reader_of_a_saved_data_set_changes_nothing(tmp_path: Path) -> None:
@@ -188,6 +232,13 @@ def mixed_up(x: Any, y: Any) -> Any:
 
 def drawn_by_label(x: Any, y: Any) -> Any:
     return x + tf.reduce_sum(tf.random.normal([y], seed=3)), y
+
+
+def drawn_by_a_draw(data: Any) -> Any:
+    normal = tf.random.Generator.from_seed(1).normal
+    return data.map(
+        lambda x, y: (x + tf.reduce_sum(normal([tf.random.uniform([], 0, y + 1, y.dtype)])), y)
+    ).batch(4)
 
 
 def drawn_in_parallel(x: Any, y: Any) -> Any:
@@ -256,6 +307,28 @@ MOVE: dict[str, tuple[Change, str]] = {
         lambda d: d.map(of_wrong_shape).batch(4).map(lambda v: tf.reshape(v, [-1, 5])),
         "in which a row may depend on others (Reshape)",
     ),
+    "believed_in_branch": (
+        lambda d: (
+            d.map(lambda x, y: tf.cond(y > 3, *[lambda: of_wrong_shape(x, y)] * 2))
+            .batch(1)
+            .map(lambda v: tf.reshape(v, [-1, 5, 1]))
+        ),
+        "in which a row may depend on others (Reshape)",
+    ),
+    "believed_in_loop": (
+        lambda d: (
+            d.map(
+                lambda x, y: tf.while_loop(
+                    lambda v: tf.reduce_all(v < 9),
+                    lambda v: (of_wrong_shape(x, y),),
+                    [tf.zeros([5])],
+                )[0]
+            )
+            .batch(1)
+            .map(lambda v: tf.reshape(v, [-1, 5, 1]))
+        ),
+        "in which a row may depend on others (Reshape)",
+    ),
     "by_number_in_branch": (
         lambda d: Data.range(6).map(
             lambda n: tf.cond(n > 2, lambda: tf.cumsum(X[:4], 0), lambda: tf.constant(X[4:8]))
@@ -290,6 +363,7 @@ MOVE: dict[str, tuple[Change, str]] = {
     ),
     "set_shape": (lambda d: d.map(of_wrong_shape).unbatch().batch(4), "unbatch of batches"),
     "draws_of_sizes": (lambda d: d.map(drawn_by_label).batch(4), "Normal of unknown shape"),
+    "draws_of_draws": (drawn_by_a_draw, "RngReadAndSkip of an element"),
     "draws_in_parallel": (lambda d: d.map(drawn_in_parallel).batch(4), "of unknown shape"),
     "seeds": (advanced_by_data, "AssignVariableOp of an element"),
     "in_place": (written_over, "InplaceAdd"),
@@ -354,7 +428,7 @@ def test_what_goes_by_contents_is_refused_with_a_promise_too(name: str) -> None:
     assert message in found[0]
 
 
-TABLE = tf.Variable(X)
+TABLE, COUNT = tf.Variable(X[:20]), tf.Variable(0, name="seed_generator_state")
 REPEAT: dict[str, Change] = {
     "zip": lambda d: Data.zip((d.batch(4), d.shuffle(9).batch(4))),
     "concatenate": lambda d: d.batch(4).concatenate(d.batch(4)),
@@ -374,6 +448,21 @@ REPEAT: dict[str, Change] = {
         d.enumerate().map(lambda n, e: (tf.gather(TABLE, n // 2), e[1])).batch(4)
     ),
     "other_type": lambda d: Data.zip((batch(X), batch(X.astype("float64")))),
+    "by_luck": lambda d: d.map(
+        lambda x, y: (x + tf.gather(TABLE, tf.random.uniform([], 0, 20, y.dtype)), y)
+    ).batch(4),
+    "by_count": lambda d: d.map(
+        lambda x, y: (x + tf.gather(X[:20], COUNT.assign_add(1) // 2), y)
+    ).batch(4),
+    "by_key": lambda d: d.map(lambda x, y: (x + HASHED.lookup(y // 2), y)).batch(4),
+    "mean": lambda d: d.batch(4).map(lambda x, y: (x - tf.reduce_mean(X, 0), y)),
+    "one_class_more": lambda d: d.concatenate(
+        Data.from_tensor_slices((X[Y > 18], Y[:5]))
+    ).batch(4),
+    "permuted": lambda d: Data.zip(
+        (d, Data.from_tensor_slices(X[::-1].astype("float64")))
+    ).batch(4),
+    "numbers_again": lambda d: Data.zip((batch(X[:, 0]), batch(X[::-1, 0]))),
     "function": lambda d: Data.range(6).map(lambda n: (tf.constant(X)[n % 2 :], Y[:23])),
 }
 

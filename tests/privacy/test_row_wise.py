@@ -82,6 +82,8 @@ MIXED: dict[str, Map] = {
     "product": lambda x, y, w: tf.matmul(x[:, 0, 0], x[:, 0, 1], transpose_b=True),
     "transposed": lambda x, y, w: tf.matmul(x[:, 0, 0], tf.ones([4, 2]), transpose_a=True),
     "contrast": lambda x, y, w: tf.image.adjust_contrast(x[..., 0], 2.0),
+    "table_of_rows": lambda x, y, w: tf.gather(x, [2, 0, 2, 1]),
+    "top_of_rows": lambda x, y, w: y + tf.math.top_k(y, 4).values,
     "einsum": lambda x, y, w: tf.einsum("bi,ci->bc", x[:, 0, 0], x[:, 0, 0]),
     "einsum_with_constant": lambda x, y, w: tf.einsum("bi,bc->ic", x[:, 0, 0], tf.ones([4, 4])),
     "segments": lambda x, y, w: tf.gather(tf.math.unsorted_segment_sum(y, y, 3), y),

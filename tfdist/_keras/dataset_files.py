@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+from collections.abc import Hashable
 from typing import Any
 
 import tensorflow as tf
@@ -81,22 +82,49 @@ def reads_its_argument(function: Any) -> bool:
     )
 
 
-def names_twice(names: Any) -> bool:
+def names_twice(names: Any, seen: set[Hashable]) -> bool:
     """Tells whether a dataset of files' names may give a file twice.
 
     Args:
         names: The dataset. It is read from a copy, so that its shuffles stay where they are.
+        seen: The paths, or numbers, of other files. Those of these files are added.
     """
-    seen: set[Any] = set()
+    count = 0
     try:
         for name in itertools.islice(copy_of(names).as_numpy_iterator(), _MOST_NAMES):
-            path = name if b"://" in name else os.path.realpath(name)
-            if path in seen:
+            if is_seen(name, seen):
                 return True
-            seen.add(path)
+            count += 1
     except (tf.errors.OpError, TypeError):
         return True
-    return len(seen) >= _MOST_NAMES
+    return count >= _MOST_NAMES
+
+
+def is_seen(name: bytes, seen: set[Hashable]) -> bool:
+    """Tells whether a file is among others, and adds it to them.
+
+    Args:
+        name: Its name.
+        seen: The paths, or numbers, of the others.
+    """
+    path: Hashable = name
+    if b"://" not in name:
+        path = os.path.realpath(name)
+        if os.path.exists(path):
+            status = os.stat(path)  # a file may have several paths
+            path = (status.st_dev, status.st_ino)
+    known = path in seen
+    seen.add(path)
+    return known
+
+
+def saved_spec(one: Any) -> Any:
+    """Reads what a saved dataset says of its elements. `element_spec=` is a claim.
+
+    Args:
+        one: The dataset of `Dataset.load`.
+    """
+    return tf.data.Dataset.load(one._path, compression=one._compression).element_spec
 
 
 def loads_all(one: Any) -> bool:

@@ -140,20 +140,25 @@ def _varying_draw(function: Any, shapes: Sequence[Any]) -> str | None:
     return None
 
 
-def _decided(graph: Inlined) -> Collection[str]:
-    """Names what follows from the elements, but for sizes that are always the same."""
+def _decided(graph: Inlined, by: Collection[str] = ()) -> Collection[str]:
+    """Names what follows from the elements, but for sizes that are always the same.
+
+    Args:
+        graph: The graph of a function.
+        by: Types of ops from which it may follow too.
+    """
     decided = {t.name for t in graph.elements}
     for op in graph.ops:
-        if any(t.name in decided for t in op.inputs) and op.type not in _DRAWS:
+        if op.type in by or any(t.name in decided for t in op.inputs):
             sized = op.type == "Shape" and op.inputs[0].shape.is_fully_defined()
             decided.update(t.name for t in op.outputs if not sized)
     return decided
 
 
 def looks_up_rows(function: Any, shapes: Sequence[Any], count: int) -> bool:
-    """Tells whether an element chooses from a table that may be the examples.
+    """Tells whether an element, or luck, chooses from a table that may be the examples.
 
-    A small table, as of classes, is none.
+    A small table, as of classes, is none. A file that is read for each element is one.
 
     Args:
         function: The function of a dataset.
@@ -164,9 +169,15 @@ def looks_up_rows(function: Any, shapes: Sequence[Any], count: int) -> bool:
         graph = Inlined(function, shapes)
     except ValueError:
         return True
-    decided = _decided(graph)
+    counts = {"ReadVariableOp"} if any(op.type in _ASSIGNS for op in graph.ops) else set()
+    decided = _decided(graph, _DRAWS | PYTHON | counts)
     least = max(_FEW_ROWS, count // _PART) if count >= 0 else _MANY_ROWS
     for op in graph.ops:
+        if op.type == "ReadFile" and op.inputs[0].name not in decided:
+            return True
+        values = op.type == "LookupTableFindV2" and op.outputs[0].dtype.is_floating
+        if values and _hash_table_size(graph.resources.get(op.inputs[0].name)) >= least:
+            return True
         if op.type in _TABLES and op.inputs[0].name not in decided:
             rows = _table_rows(op.inputs[0])
             if rows >= least and any(t.name in decided for t in op.inputs):
@@ -174,12 +185,39 @@ def looks_up_rows(function: Any, shapes: Sequence[Any], count: int) -> bool:
     return False
 
 
+def most_rows(function: Any) -> int:
+    """Gives the longest axis of all tables that a function has as constants or captures.
+
+    Args:
+        function: The function of a dataset.
+    """
+    captured = [inner for _, inner in function.graph.captures]
+    constants = [
+        tf.TensorShape(node.attr["value"].tensor.tensor_shape)
+        for node in nodes(function)
+        if node.op == "Const"
+    ]
+    shapes = [*constants, *map(_table_shape, captured)]
+    return max((size or 0 for shape in shapes if shape.rank for size in shape), default=0)
+
+
 def _table_rows(table: Any) -> int:
-    shape = table.shape
-    if table.dtype == tf.resource:
-        data = _handle_data(table)
-        shape = tf.TensorShape(data.shape_and_type[0].shape if data.is_set else None)
+    shape = _table_shape(table)
     return int(shape[0] or 0) if shape.rank else 0
+
+
+def _table_shape(table: Any) -> Any:
+    if table.dtype != tf.resource:
+        return table.shape
+    data = _handle_data(table)
+    return tf.TensorShape(data.shape_and_type[0].shape if data.is_set else None)
+
+
+def _hash_table_size(handle: Any) -> int:
+    if not isinstance(handle, tf.__internal__.EagerTensor):
+        return 0
+    with tf.init_scope():
+        return int(tf.raw_ops.LookupTableSizeV2(table_handle=handle))
 
 
 def varying_op(function: Any) -> str | None:

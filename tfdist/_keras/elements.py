@@ -7,7 +7,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from tfdist._keras import row_wise
+from tfdist._keras import dataset_files, row_wise
 from tfdist._keras.inlined import Inlined
 from tfdist._keras.row_wise import Leaf
 
@@ -78,7 +78,8 @@ class Elements:
             return _merged(one, [self.of(inner, level) for inner in joined])
         if kind in _MAPS:
             return self._mapped(one, level)
-        specs = tf.nest.flatten(one.element_spec)
+        spec = dataset_files.saved_spec(one) if kind == "_LoadDataset" else one.element_spec
+        specs = tf.nest.flatten(spec)
         rows = None if kind in _NUMBERS else id(one)
         return [Leaf(_shape(spec), rows) for spec in specs]
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import tensorflow as tf
 from tensorflow.python.framework import op_def_registry as _op_defs
 
 from tfdist._keras import dataset_files, dataset_maps
+from tfdist._keras.dataset_sources import Sources
 from tfdist._keras.datasets import written
 from tfdist._keras.elements import Elements
 
@@ -88,6 +88,7 @@ def misplaced(dataset: Any, promised: bool) -> Problem | None:
     walk.look(dataset, level=1, mapped="")
     if walk.problem is None:
         walk.look_at_rows(dataset)
+        walk.look_at_tables()
     if walk.problem is None and not promised:
         return walk.again
     return walk.problem
@@ -104,7 +105,8 @@ class _Walk:
     def __init__(self) -> None:
         self.problem: Problem | None = None
         self.again: Problem | None = None
-        self._sources: list[Any] = []
+        self._sources = Sources()
+        self._most_rows = 0
         self._elements = Elements()
 
     def look(self, one: Any, level: int, mapped: str) -> None:
@@ -128,6 +130,8 @@ class _Walk:
             self._look_at_map(one, level)
         elif kind in _FILE_MAPS:
             self._look_at_files(one)
+        elif kind == "CacheDataset" and self._sources.is_cached_before(one):
+            self._may_come_again("one file of `cache` in several places")
         elif kind == "_LoadDataset" and not dataset_files.loads_all(one):
             self._note("Dataset.load with a reader_func that may change elements", _READ_ALL)
         if getattr(one, "_deterministic", None) == "false":
@@ -135,7 +139,7 @@ class _Walk:
         if self.problem is not None:
             return
         if kind in _SOURCES or (kind == "_RangeDataset" and mapped):
-            self._look_at_source(one)
+            self._look_at_source(one, mapped)
             by_number = kind == "_RangeDataset" or mapped == "read"
             if mapped and by_number and _has_numbers_alone(one):
                 self._may_come_again("a map that may choose examples by their numbers")
@@ -194,24 +198,28 @@ class _Walk:
             self._note("a function of files in which a record may decide", _READ_ALONE)
         elif not dataset_files.reads_its_argument(function):
             self._may_come_again("a function that may read a file twice")
-        elif dataset_files.names_twice(one._inputs()[0]):
+        elif dataset_files.names_twice(one._inputs()[0], self._sources.paths):
             self._may_come_again("a file that is named twice")
 
     def _look_at_choice(self, choice: Any) -> None:
         if not _are_numbers(choice):
             self._note("choices that come from data", _CHOOSE_BY_RANGE)
 
-    def _look_at_source(self, one: Any) -> None:
-        if any(_is_same(one, other) for other in self._sources):
+    def _look_at_source(self, one: Any, mapped: str) -> None:
+        if self._sources.has_rows_of(one):
             remedy = "Give each source once: map(lambda x: (x, x)) rather than zip. "
             self._may_come_again("one source in several places", remedy + _PROMISE)
-        self._sources.append(one)
-        names = vars(one).get("_filenames")
-        if isinstance(names, tf.data.Dataset) and dataset_files.names_twice(names):
+        if self._sources.has_files_of(one, read=mapped == "read"):
             self._may_come_again("a file that is named twice")
+
+    def look_at_tables(self) -> None:
+        """Checks that no function has a table that may be the examples."""
+        if self._most_rows >= self._sources.most_rows > 0:
+            self._may_come_again("a map with a table of as many rows as there are examples")
 
     def _look_at_map(self, one: Any, level: int) -> None:
         function, source = one._map_func.function, one._inputs()[0]
+        self._most_rows = max(self._most_rows, dataset_maps.most_rows(function))
         specs = tf.nest.flatten(source.element_spec)
         leaves = self._elements.of(source, level)
         shapes = [leaf.shape for leaf in leaves]
@@ -291,29 +299,3 @@ def _plain(kind: str) -> str:
     """Converts the name of a dataset class to the name of its method."""
     words = kind.strip("_").removesuffix("Dataset").removeprefix("Parallel")
     return "".join(f"_{c.lower()}" if c.isupper() else c for c in words).strip("_")
-
-
-def _is_same(one: Any, other: Any) -> bool:
-    """Tells whether two sources have the same elements."""
-    if one is other or type(one) is not type(other):
-        return one is other
-    names = ("_tensors", "_filenames", "_path", "_start", "_stop", "_step")
-    a_inputs, b_inputs = (
-        [t for n in names for t in tf.nest.flatten(vars(d).get(n, []))] for d in (one, other)
-    )
-    if len(a_inputs) != len(b_inputs) or not a_inputs:
-        return False
-    return all(_are_equal(a, b) for a, b in zip(a_inputs, b_inputs, strict=True))
-
-
-def _are_equal(one: Any, other: Any) -> bool:
-    if isinstance(one, tf.data.Dataset):
-        return _is_same(one, other)
-    if tf.is_tensor(one) and one.dtype == tf.variant:
-        return one is other
-    one, other = np.asarray(one), np.asarray(other)
-    if one.shape != other.shape:
-        return False
-    if one.dtype != other.dtype and one.dtype.kind in "fiu" and other.dtype.kind in "fiu":
-        return bool(np.allclose(one, other, equal_nan=True))  # the same, in another type
-    return one.dtype == other.dtype and bool((one == other).all())

@@ -1,0 +1,144 @@
+"""Finds examples that a `tf.data.Dataset` has several times, in its sources."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Hashable
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from tfdist._keras import dataset_files
+
+_FEW_ROWS = 16
+_SHARE = 100  # two sources have the same examples if more than one in so many is in both
+
+
+class Sources:
+    """The sources of one dataset that were found until now.
+
+    Attributes:
+        paths: The paths, or numbers, of its files.
+        most_rows: The length of the longest source of arrays; 0 if it is short.
+    """
+
+    def __init__(self) -> None:
+        self.paths: set[Hashable] = set()
+        self.most_rows = 0
+        self._caches: set[Hashable] = set()
+        self._found: list[Any] = []
+
+    def has_rows_of(self, one: Any) -> bool:
+        """Tells whether a source has elements of an earlier one, and adds it to them.
+
+        Args:
+            one: The source.
+        """
+        again = any(_is_same(one, other) or _overlap(one, other) for other in self._found)
+        self._found.append(one)
+        count = int(one.cardinality())
+        if type(one).__name__ == "_TensorSliceDataset" and count >= _FEW_ROWS:
+            self.most_rows = max(self.most_rows, count)
+        return again
+
+    def has_files_of(self, one: Any, read: bool) -> bool:
+        """Tells whether a source names a file twice, or one of an earlier source.
+
+        Args:
+            one: The source.
+            read: Whether a later function reads files.
+        """
+        names = vars(one).get("_filenames")
+        if isinstance(names, tf.data.Dataset):
+            return dataset_files.names_twice(names, self.paths)
+        path = vars(one).get("_path")
+        if path is not None:
+            return dataset_files.is_seen(_bytes(path), self.paths)
+        for tensor in tf.nest.flatten(vars(one).get("_tensors", [])) if read else []:
+            if tensor.dtype == tf.string and tensor.shape.rank == 1:
+                found = tensor.numpy().tolist()
+                if found and os.path.exists(found[0]):
+                    return any(dataset_files.is_seen(name, self.paths) for name in found)
+        return False
+
+    def is_cached_before(self, one: Any) -> bool:
+        """Tells whether another dataset has the same file as cache.
+
+        Args:
+            one: A dataset of `cache`.
+        """
+        name = _bytes(one._filename)
+        return bool(name) and dataset_files.is_seen(name, self._caches)
+
+
+def _bytes(value: Any) -> bytes:
+    return bytes(tf.constant(value).numpy())
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    """Tells whether two sources have the same elements."""
+    if one is other or type(one) is not type(other):
+        return one is other
+    names = ("_tensors", "_filenames", "_path", "_start", "_stop", "_step")
+    a_inputs, b_inputs = (
+        [t for n in names for t in tf.nest.flatten(vars(d).get(n, []))] for d in (one, other)
+    )
+    if len(a_inputs) != len(b_inputs) or not a_inputs:
+        return False
+    return all(_are_equal(a, b) for a, b in zip(a_inputs, b_inputs, strict=True))
+
+
+def _are_equal(one: Any, other: Any) -> bool:
+    if isinstance(one, tf.data.Dataset):
+        return _is_same(one, other)
+    if tf.is_tensor(one) and one.dtype == tf.variant:
+        return one is other
+    one, other = np.asarray(one), np.asarray(other)
+    if one.shape != other.shape:
+        return False
+    if one.dtype != other.dtype and one.dtype.kind in "fiu" and other.dtype.kind in "fiu":
+        return bool(np.allclose(one, other, equal_nan=True))  # the same, in another type
+    return one.dtype == other.dtype and bool((one == other).all())
+
+
+def _overlap(one: Any, other: Any) -> bool:
+    """Tells whether parts of two sources have rows in common, as a class that is given again.
+
+    Single whole numbers and repeated rows, as of labels, tell nothing of examples.
+    """
+    pairs = ((a, b) for a in _tables(one) for b in _tables(other))
+    return any(_have_common_rows(a, b) for a, b in pairs)
+
+
+def _tables(one: Any) -> list[Any]:
+    return [t for t in tf.nest.flatten(vars(one).get("_tensors", [])) if _may_be_examples(t)]
+
+
+def _may_be_examples(tensor: Any) -> bool:
+    kind, rank = tensor.dtype, tensor.shape.rank
+    if kind == tf.string:
+        return bool(rank == 1)
+    return bool(rank and (kind.is_floating or (kind.is_integer and rank > 1)))
+
+
+def _have_common_rows(one: Any, other: Any) -> bool:
+    if (one.dtype == tf.string) != (other.dtype == tf.string):
+        return False
+    if one.dtype != other.dtype:
+        one, other = tf.cast(one, tf.float32), tf.cast(other, tf.float32)
+    a_size, b_size = (int(t.shape[1:].num_elements()) for t in (one, other))
+    size = min(a_size, b_size)
+    if size == 0 or a_size % size or b_size % size:
+        return False
+    fewer, more = sorted((_fingerprints(t, size) for t in (one, other)), key=len)
+    distinct = np.unique(fewer)
+    if 2 * len(distinct) < len(fewer):
+        return False
+    return bool(_SHARE * np.isin(distinct, more).sum() > len(distinct))
+
+
+def _fingerprints(rows: Any, size: int) -> Any:
+    data = rows if rows.dtype == tf.string else tf.reshape(rows, [-1, size])
+    found = tf.raw_ops.Fingerprint(data=data, method="farmhash64")
+    return tf.bitcast(found, tf.uint64).numpy()
