@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import itertools
 import os
 import re
 import statistics
@@ -30,7 +31,7 @@ TORCH_WORKER = Path(__file__).with_name("compression_torch_worker.py")
 PAGE = ROOT / "docs" / "compression.md"
 PICTURE = ROOT / "docs" / "images" / "compression.svg"
 NAMES = ("none", "bf16", "PowerSGD 1", "PowerSGD 2", "PowerSGD 4")
-SEEDS, ROUNDS = 5, 5
+SEEDS, ROUNDS = 5, 6
 RATES: tuple[int | None, ...] = (100, 300, 1000, None)  # Mbit/s
 LIMIT_S = 1800
 Rows = list[list[str]]
@@ -73,7 +74,7 @@ def on_link(link: links.Link, mbit: int | None, model: str, steps: int) -> dict[
     run += ["--hosts", ",".join(link.addresses)]
     worker = [str(WORKER), "steps", model, str(steps), *NAMES]
     commands = [[*link.within(i), *run, "--node-rank", str(i), *worker] for i in range(2)]
-    return {name: (seconds, sent) for name, seconds, sent in run_all(commands)}
+    return {name: (seconds, sent) for name, seconds, sent, _ in run_all(commands)}
 
 
 def with_horovod(link: links.Link, model: str, steps: int) -> dict[str, Any]:
@@ -83,20 +84,23 @@ def with_horovod(link: links.Link, model: str, steps: int) -> dict[str, Any]:
     worker = [str(WORKER), "steps", model, str(steps), "none", "fp16", "bf16", "PowerSGD 2"]
     command = [*link.within(0), *run, *worker]
     found = run_all([command], **{links.VARIABLE: "lo"})
-    return {name: (seconds, sent / 2) for name, seconds, sent in found}
+    return {name: (seconds, sent / 2) for name, seconds, sent, _ in found}
 
 
-def alone(model: str, steps: int, name: str) -> tuple[float, float]:
+def alone(model: str, steps: int, name: str) -> list[tuple[float, float]]:
     """Compares steps with and without compression in one process, in turn.
 
     Returns:
-        The median ratio, and the seconds of a step without.
+        The seconds of a step without, and the median ratio: by the clock, and of the processor.
     """
     names = ["none", name] * ROUNDS
     worker = [sys.executable, str(WORKER), "alone", model, str(steps), *names]
-    seconds = [found[1] for found in run_all([worker])]
-    pairs = list(zip(seconds[::2], seconds[1::2], strict=True))
-    return statistics.median(b / a for a, b in pairs), statistics.median(seconds[::2])
+    measured = [(seconds, busy) for _, seconds, _, busy in run_all([worker])]
+    found = []
+    for times in zip(*measured, strict=True):
+        ratios = [b / a for a, b in zip(times[::2], times[1::2], strict=True)]
+        found.append((statistics.median(times[::2]), statistics.median(ratios)))
+    return found
 
 
 def accuracies(task: str) -> dict[str, list[float]]:
@@ -196,9 +200,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             wire = across(link, options.torch, options.write)
     rows = []
     for model, steps in (("cnn", 60), ("large", 10)):
-        ratio, seconds = alone(model, steps, "PowerSGD 2")
-        rows.append([model, f"{1e3 * seconds:.1f}", f"{ratio:.2f}"])
+        pairs = alone(model, steps, "PowerSGD 2")
+        cells = [(f"{1e3 * seconds:.1f}", f"{ratio:.2f}") for seconds, ratio in pairs]
+        rows.append([model, *itertools.chain(*cells)])
     columns = ["model", "step without, ms", "with PowerSGD 2, times"]
+    columns += ["processor without, ms", "with PowerSGD 2, times"]
     report("cost", "What compressing costs, in one process", columns, rows, options.write)
     columns = ["task", "compression", "bytes a step and worker", "times fewer", "accuracy, %"]
     report("accuracies", "Accuracy", columns, accuracy_table(wire), options.write)

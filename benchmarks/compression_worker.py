@@ -90,7 +90,7 @@ TASKS: dict[str, tuple[Callable[[int], Any], int]] = {
 
 
 class Clock(keras.callbacks.Callback):  # type: ignore[misc]
-    """Notes the time and what was sent, after the first steps and at the end."""
+    """Notes times and what was sent, after the first steps and at the end."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -99,14 +99,17 @@ class Clock(keras.callbacks.Callback):  # type: ignore[misc]
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         self.made += 1
         if self.made == WARM:
-            self.notes.append((time.perf_counter(), links.bytes_sent()))
+            self.note()
 
     def on_train_end(self, logs: Any = None) -> None:
-        self.notes.append((time.perf_counter(), links.bytes_sent()))
+        self.note()
+
+    def note(self) -> None:
+        self.notes.append((time.perf_counter(), links.bytes_sent(), time.process_time()))
 
 
 def step(make: Callable[[], Any], number: int, name: str, strategy: Any = "auto") -> Any:
-    """Trains a model; gives the seconds of a step, and the bytes that this worker sends."""
+    """Trains a model; gives seconds and bytes sent of a step, and its processor seconds."""
     model = make()
     shape, dtype = model.input_shape[1:], model.inputs[0].dtype
     x, y = models.digits((WARM + number) * BATCH, shape, dtype)
@@ -124,8 +127,8 @@ def step(make: Callable[[], Any], number: int, name: str, strategy: Any = "auto"
         compression=compression_of(name),
         verify_every=0,
     )
-    (begin, before), (end, after) = clock.notes
-    return name, (end - begin) / number, (after - before) / number
+    seconds, sent, busy = ((b - a) / number for a, b in zip(*clock.notes, strict=True))
+    return name, seconds, sent, busy
 
 
 def accuracies(task: str, seeds: int) -> Any:

@@ -228,6 +228,12 @@ MUTANTS = {
         "matrix += tf.zeros_like(matrix)",
         "tests/compression/test_compression.py -k what_is_applied",
     ),
+    "vectors are drawn anew at each step": Mutant(
+        "compression/power_sgd.py",
+        "vectors = self._tilted(vectors)",
+        "vectors = self._tilted(self._drawn(vectors.shape[0], step))",
+        "tests/compression/test_compression.py -k authors_method",
+    ),
     "each of other replicas gets a mean of what was not sent": Mutant(
         "resume/checkpoint/tensors.py",
         "mean = saved.sum(0) / place.num_replicas",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import keras
 import numpy as np
@@ -80,3 +82,15 @@ def an_unwritable_directory_is_refused_on_every_worker(folder: Path) -> None:
     (folder / "file").touch()
     with pytest.raises(CheckpointError, match="must be a directory that can be written"):
         train(untrained(), folder / "file" / "below")
+
+
+@check(*WORKERS)
+def a_full_disk_of_the_chief_is_refused_on_every_worker(folder: Path) -> None:
+    space = shutil.disk_usage(folder)
+    if place().is_chief:  # the others have no disk that counts
+        space = space._replace(free=1)
+    with (
+        mock.patch.object(shutil, "disk_usage", return_value=space),
+        pytest.raises(CheckpointError, match="room for a checkpoint"),
+    ):
+        train(untrained(), folder / "c")

@@ -17,11 +17,11 @@ from tfdist import _keras
 from tfdist.compression.extension import CompressedTraining
 from tfdist.compression.half import HalfExchange, HalfPrecision
 from tfdist.compression.power_sgd import LowRankExchange
-from tfdist.errors import ArgumentError
+from tfdist.errors import ArgumentError, CheckpointError
 from tfdist.resume.checkpoint import files, tensors
 from tfdist.step.exchange import Contribution
 from tfdist.step.prepared import prepare
-from tfdist.step.state import Role, TrainState
+from tfdist.step.state import Role, Sharded, TrainState
 
 L = keras.layers
 WORKERS = 3
@@ -568,3 +568,57 @@ def test_another_compression_is_another_training(tmp_path):
     tfdist.fit(small_model(), *table(100), compression=FIRST_RANK, **options)
     with pytest.raises(ArgumentError, match=r"Received: compression='PowerSGD\(rank=2"):
         tfdist.fit(small_model(), *table(100), compression=tfdist.PowerSGD(), **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("per_replica/0", lambda kept: None, r"2 tensors per_replica/\*. Received: 1 in here"),
+        ("per_replica/7", lambda kept: np.zeros(2), "2 tensors per_replica"),
+        ("per_replica/1", lambda kept: kept[:, 1:], r"shape \(5, 3\) and float32 for each"),
+        ("per_replica/1", lambda kept: kept[0], "for each replica"),
+        ("per_replica/1", lambda kept: kept[:0], "for each replica"),
+        ("per_replica/1", lambda kept: kept.astype("float64"), "and float64 in here"),
+        ("per_replica/1", lambda kept: kept * np.nan, "finite numbers in per_replica/1"),
+        ("variables/0", lambda kept: None, "1 tensors variables"),
+        ("variables/0", lambda kept: kept[1:], r"variables/0 of shape \(5, 3\) and float32"),
+        ("sharded/0", lambda kept: kept[1:], r"sharded/0 of shape \(7, 3\) and float32"),
+        ("keras/global_seed_generator", lambda kept: None, "a tensor keras/global_seed"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused(name, change, message):
+    kept = [keras.Variable(np.ones((5, 3)), dtype="float32") for _ in range(4)]
+    own = [(v, Role.PER_REPLICA) for v in kept[2:]]
+    state = TrainState((kept[0],), ((kept[1], Sharded(7)), *own))
+    ones = np.ones((2, 5, 3), "float32")
+    values = {"variables/0": ones[0], "per_replica/0": ones, "per_replica/1": ones}
+    values["sharded/0"] = np.ones((7, 3), "float32")
+    values["keras/global_seed_generator"] = np.zeros(2, "int32")
+
+    def checked() -> None:
+        specs = {key: (value.shape, value.dtype.name) for key, value in values.items()}
+        about = {"global_seed": True, "folder": "here"}
+        tensors.check(state, values.__getitem__, specs, about)
+
+    checked()
+    changed = change(values.pop(name, None))
+    if changed is not None:
+        values[name] = changed
+    with pytest.raises(CheckpointError, match=message):
+        checked()
+
+
+def test_what_replicas_keep_is_checked_before_a_training_goes_on(tmp_path):
+    options = {**ORDERED, "checkpoint": tmp_path, "compression": FIRST_RANK}
+    tfdist.fit(small_model(), *table(128), **options)
+    (folder,) = tmp_path.iterdir()
+    saved = files.latest(tmp_path)
+    assert saved is not None
+    read = saved.tensors()
+    values = {name: tf.constant(read(name)) for name in saved.specs()}
+    values["per_replica/0"] *= np.nan
+    epoch, step, _ = saved.state["position"]
+    files.write(tmp_path, epoch, step, values, saved.state, keep=1)
+    assert list(tmp_path.iterdir()) == [folder]
+    with pytest.raises(CheckpointError, match=r"finite numbers in per_replica/0\. Received"):
+        tfdist.fit(small_model(), *table(128), epochs=2, **options)

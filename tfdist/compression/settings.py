@@ -28,8 +28,8 @@ class PowerSGD:
         min_ratio: The least factor by which compression must reduce the bytes of a matrix.
             Other matrices, vectors and sparse gradients are not compressed.
         warm_start: Whether a step begins with the vectors of the step before. Otherwise each
-            step draws new vectors. This does not amplify rounding, but is less exact, and can
-            diverge with momentum at rates at which warm starts do not.
+            step draws new vectors. This does not amplify rounding, but is less exact, and does
+            not train with momentum: on digits with 0.9, it failed at each rate tried.
 
     Raises:
         ArgumentError: A number is out of its range.

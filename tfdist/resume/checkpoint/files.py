@@ -21,6 +21,7 @@ import tensorflow as tf
 from tfdist.errors import CheckpointError
 
 Tensor = Any
+Specs = Mapping[str, tuple[tuple[int, ...], str]]
 _NAME = re.compile(r"epoch-(\d{5,})-step-(\d{7,})")
 _STATE, _TENSORS, _SUMS = "state.json", "tensors", "SHA256SUMS"
 _UNFINISHED = ".unfinished-"
@@ -53,6 +54,15 @@ class SavedCheckpoint:
             str(self.folder / _TENSORS)
         ).get_tensor
         return read
+
+    def specs(self) -> Specs:
+        """Returns the shape and the type of each tensor, by name."""
+        reader = tf.train.load_checkpoint(str(self.folder / _TENSORS))
+        types = reader.get_variable_to_dtype_map()
+        return {
+            name: (tuple(shape), types[name].name)
+            for name, shape in reader.get_variable_to_shape_map().items()
+        }
 
 
 def open_directory(directory: Path) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from tfdist.errors import CheckpointError
-from tfdist.resume.checkpoint import files, same
+from tfdist.resume.checkpoint import files, same, tensors
+from tfdist.step.prepared import PreparedModel
 from tfdist.strategies.base import Strategy
 
 FORMAT = 3
@@ -22,11 +23,13 @@ class LastCheckpoint:
         state: The state without tensors; None if there is no checkpoint.
         arrays: The arrays to which `state` refers, by number.
         read: Returns a tensor by its name. None on other workers than the chief.
+        specs: Shape and type of each tensor, by name. Empty on other workers.
     """
 
     state: dict[str, Any] | None = None
     arrays: dict[int, Any] = field(default_factory=dict)
     read: Callable[[str], Any] | None = None
+    specs: files.Specs = field(default_factory=dict)
 
 
 def last_checkpoint(path: Path, strategy: Strategy) -> LastCheckpoint:
@@ -40,12 +43,13 @@ def last_checkpoint(path: Path, strategy: Strategy) -> LastCheckpoint:
         CheckpointError: The directory or the checkpoint cannot be used.
     """
     problem, state, arrays, read = None, None, {}, None
+    specs: files.Specs = {}
     if strategy.place.is_chief:
         try:
             files.open_directory(path)
             saved = files.latest(path)
             if saved is not None:
-                read, state = saved.tensors(), saved.state
+                read, state, specs = saved.tensors(), saved.state, saved.specs()
                 state["folder"] = str(saved.folder)
                 arrays = {i: read(f"arrays/{i}") for i in range(state["arrays"])}
         except CheckpointError as error:
@@ -58,7 +62,35 @@ def last_checkpoint(path: Path, strategy: Strategy) -> LastCheckpoint:
             f"A checkpoint must be of format {FORMAT}. Received: {state['folder']} of "
             f"format {state['format']}. Use tfdist {state['tfdist']}, which wrote it."
         )
-    return LastCheckpoint(state, arrays, read)
+    return LastCheckpoint(state, arrays, read, specs)
+
+
+def check_before_training(
+    path: Path, last: LastCheckpoint, prepared: PreparedModel, strategy: Strategy
+) -> None:
+    """Checks the disk and the tensors to restore on the chief, and tells all workers.
+
+    Args:
+        path: The directory.
+        last: The checkpoint from which the training continues, if there is one.
+        prepared: The model that is about to be trained.
+        strategy: The strategy that connects the workers.
+
+    Raises:
+        CheckpointError: The disk has no room, or a tensor does not fit; on all workers.
+    """
+    problem = None
+    if strategy.place.is_chief:
+        try:
+            replicas = prepared.strategy.place.num_replicas
+            files.check_room(path, tensors.size_of(prepared.state, replicas))
+            if last.state is not None and last.read is not None:
+                tensors.check(prepared.state, last.read, last.specs, last.state)
+        except CheckpointError as error:
+            problem = str(error)
+    problem = strategy.broadcast_object(problem)
+    if problem is not None:
+        raise CheckpointError(problem)
 
 
 def notice_of(state: dict[str, Any], setup: dict[str, Any], epochs: int) -> str:

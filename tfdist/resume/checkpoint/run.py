@@ -14,11 +14,11 @@ import tensorflow as tf
 from tfdist import _keras, data, watchdog
 from tfdist._version import __version__
 from tfdist.errors import CheckpointError
-from tfdist.resume.checkpoint import files, same, tensors
+from tfdist.resume.checkpoint import files, reading, same, tensors
 from tfdist.resume.checkpoint.callbacks import CallbackState
 from tfdist.resume.checkpoint.plain import decode, plain_logs
 from tfdist.resume.checkpoint.preemption import Preemption
-from tfdist.resume.checkpoint.reading import FORMAT, last_checkpoint, notice_of
+from tfdist.resume.checkpoint.reading import LastCheckpoint
 from tfdist.resume.checkpoint.saving import SavingCallbacks
 from tfdist.resume.checkpoint.schedule import SavingSchedule
 from tfdist.resume.checkpoint.settings import Checkpoint
@@ -61,10 +61,9 @@ class CheckpointRun(Continuation):
         self._writer = Writer()
         self._preemption, self._stop = Preemption(), StopState()
         self._model: Any = None
-        last = last_checkpoint(self._settings.path, strategy)
-        self._state, self._arrays, self._read = last.state, last.arrays, last.read
+        self._last = reading.last_checkpoint(self._settings.path, strategy)
         self._position: Position | None = None
-        self._steps_made = 0 if self._state is None else self._state["steps"]
+        self._steps_made = 0 if self._last.state is None else self._last.state["steps"]
         self._schedule = SavingSchedule(self._settings.every, self._steps_made)
         self._initial_epoch = self._epochs = 0
         self._where: Callable[[], data.DataPosition] = data.DataPosition
@@ -75,21 +74,22 @@ class CheckpointRun(Continuation):
 
     def choose(self, request: Request) -> Request:
         """Restores the other extensions, and the sampler's seed unless the user chose one."""
-        before = {} if self._state is None else self._state["others"]
-        steps = 0 if self._state is None else int(self._state["steps"])
+        state = self._last.state
+        before = {} if state is None else state["others"]
+        steps = 0 if state is None else int(state["steps"])
         self._states = {
             o.name: o.go_on(before.get(o.name), steps, self._settings.path)
             for o in self._others
         }
-        saved = None if self._state is None else self._state["setup"]["seed"]
+        saved = None if state is None else state["setup"]["seed"]
         is_open = not request.is_seeded and not request.seed_is_secret
         return replace(request, seed=int(saved)) if is_open and saved is not None else request
 
     def notice(self, request: Request) -> str | None:
         """Names the checkpoint from which training continues, if there is one."""
-        if self._state is None:
+        if self._last.state is None:
             return None
-        return notice_of(self._state, self._setup, request.epochs)
+        return reading.notice_of(self._last.state, self._setup, request.epochs)
 
     def bind(self, request: Request, source: data.Source) -> None:
         """Refuses a checkpoint of another training.
@@ -110,9 +110,9 @@ class CheckpointRun(Continuation):
             {other.name: other.settings() for other in self._others if other.name},
             names_contents=not request.is_private,
         )
-        if self._state is not None:
-            same.compare(self._setup, self._state["setup"], self._state["folder"])
-            source.go_on_after(self._state["position"][0] - self._state["initial_epoch"])
+        if (state := self._last.state) is not None:
+            same.compare(self._setup, state["setup"], state["folder"])
+            source.go_on_after(state["position"][0] - state["initial_epoch"])
 
     def begin(self, epoch: int, start: Callable[[], data.DataPosition]) -> Begins:
         """Returns where training begins.
@@ -124,20 +124,16 @@ class CheckpointRun(Continuation):
         Returns:
             As in `Continuation.begin`.
         """
+        state, arrays = self._last.state, self._last.arrays
         self._initial_epoch = epoch
-        if self._state is None:
+        if state is None:
             return epoch, 0, start, {}
-        self._initial_epoch = self._state["initial_epoch"]
-        self._position = Position.from_json(self._state["position"])
+        self._initial_epoch = state["initial_epoch"]
+        self._position = Position.from_json(state["position"])
         epoch, step, where = self._position
-        if self._state["stopped"]:  # a callback's decision holds, however many are asked for
+        if state["stopped"]:  # a callback's decision holds, however many are asked for
             epoch, step = sys.maxsize, 0
-        return (
-            epoch,
-            step,
-            lambda: where,
-            decode(self._state["logs"], self._arrays.__getitem__),
-        )
+        return epoch, step, lambda: where, decode(state["logs"], arrays.__getitem__)
 
     def loop_callbacks(
         self,
@@ -156,13 +152,11 @@ class CheckpointRun(Continuation):
             **options: Arguments of `keras.callbacks.CallbackList`.
 
         Raises:
-            CheckpointError: The disk has no room for a checkpoint.
+            CheckpointError: The disk has no room, or the checkpoint cannot be restored.
         """
         self._train_state, self._where = prepared.state, where
         self._computing = prepared.strategy
-        if self._strategy.place.is_chief:
-            needed = tensors.size_of(prepared.state, self._computing.place.num_replicas)
-            files.check_room(self._settings.path, needed)
+        reading.check_before_training(self._settings.path, self._last, prepared, self._strategy)
         self._epochs = options["epochs"]
         self._stop, self._model = prepared.stop, prepared.model
         self._preemption.on_request = self._note_preemption
@@ -251,11 +245,11 @@ class CheckpointRun(Continuation):
         Args:
             callback_state: The state of the callbacks.
         """
-        if self._state is None:
+        if self._last.state is None:
             return
-        has_seed = bool(self._state["global_seed"])
-        tensors.put_back(self._computing, self._train_state, self._read, has_seed)
-        callback_state.restore(self._state["callbacks"], self._arrays.__getitem__)
+        has_seed = bool(self._last.state["global_seed"])
+        tensors.put_back(self._computing, self._train_state, self._last.read, has_seed)
+        callback_state.restore(self._last.state["callbacks"], self._last.arrays.__getitem__)
 
     def note_restored(self) -> None:
         """Tells the other extensions that the state was restored."""
@@ -275,7 +269,7 @@ class CheckpointRun(Continuation):
             # In the middle of an epoch. Keras's loop has just reset the metrics, and callbacks
             # have begun the epoch a second time: both get the checkpoint's state again.
             self.restore(callback_state)
-        self._state, self._read, self._arrays = None, None, {}
+        self._last = LastCheckpoint()
 
     def after_step(self, callback_state: CallbackState, logs: Any) -> None:
         """Saves, if a checkpoint is due.
@@ -328,7 +322,7 @@ class CheckpointRun(Continuation):
             return
         arrays: list[Any] = []
         state = {
-            "format": FORMAT,
+            "format": reading.FORMAT,
             "tfdist": __version__,
             "position": position.to_json(),
             "initial_epoch": self._initial_epoch,

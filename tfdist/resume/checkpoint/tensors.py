@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn
 
 import keras
 import numpy as np
 import tensorflow as tf
 
 from tfdist import _keras
+from tfdist.errors import CheckpointError
 from tfdist.step.state import TrainState
 from tfdist.strategies.base import Strategy
 from tfdist.strategies.whole import as_whole, whole
@@ -87,6 +88,60 @@ def put_back(
     for number, (variable, _) in enumerate(state.sharded):
         saved = None if read is None else _cut(read(f"sharded/{number}"), strategy, variable)
         strategy.assign_copies(variable, _distribute(strategy, variable, saved))
+
+
+def check(
+    state: TrainState,
+    read: Callable[[str], Any],
+    specs: Mapping[str, tuple[tuple[int, ...], str]],
+    saved: Mapping[str, Any],
+) -> None:
+    """Checks that a checkpoint has the tensors that `put_back` reads.
+
+    Args:
+        state: The variables.
+        read: Returns a tensor by its name.
+        specs: The shape and the type of each tensor in the checkpoint.
+        saved: The checkpoint's state without tensors.
+
+    Raises:
+        CheckpointError: A tensor is missing, has another shape or type, or is not finite.
+    """
+
+    def refuse(what: str, received: str) -> NoReturn:
+        raise CheckpointError(
+            f"A checkpoint must have {what}. Received: {received} in {saved['folder']}. Begin "
+            "with an older checkpoint, or in another directory."
+        )
+
+    def shape_of(variable: Any) -> tuple[int, ...]:
+        return tuple(variable.shape)
+
+    kinds: dict[str, list[tuple[Any, tuple[int, ...]]]] = {
+        "variables": [(v, shape_of(v)) for v in state.replicated],
+        "per_replica": [(v, shape_of(v)) for v in state.per_replica],
+        "sharded": [(v, (role.rows, *shape_of(v)[1:])) for v, role in state.sharded],
+    }
+    for kind, variables in kinds.items():
+        found = {name for name in specs if name.startswith(f"{kind}/")}
+        if found != {f"{kind}/{number}" for number in range(len(variables))}:
+            refuse(f"{len(variables)} tensors {kind}/*", f"{len(found)}")
+        for number, (variable, expected) in enumerate(variables):
+            name = f"{kind}/{number}"
+            shape, dtype = specs[name]
+            copies = shape[:1] if kind == "per_replica" else ()
+            is_shape = shape == copies + expected and 0 not in copies
+            if not is_shape or dtype != tf.as_dtype(variable.dtype).name:
+                replicas = " for each replica" if kind == "per_replica" else ""
+                refuse(
+                    f"a tensor {name} of shape {expected} and {variable.dtype}{replicas}",
+                    f"shape {shape} and {dtype}",
+                )
+            # What is not finite would be added to the gradients of all later steps.
+            if kind == "per_replica" and not np.isfinite(read(name)).all():
+                refuse(f"finite numbers in {name}", "NaN or infinity")
+    if saved["global_seed"] and _GLOBAL_SEED not in specs:
+        refuse(f"a tensor {_GLOBAL_SEED}", "none")
 
 
 def _connecting(strategy: Strategy) -> Strategy:
