@@ -40,6 +40,7 @@ def stopping(**options: Any) -> Any:
         {"validation_data": (X[5:90:3].copy(), Y[5:90:3])},  # shares no memory
         {"validation_data": (X[5:90].astype("float64"), Y[5:90])},
         {"validation_data": (tf.constant(X[:9]), tf.constant(Y[:9]))},
+        {"validation_data": tf.data.Dataset.from_tensor_slices((X, Y)).shuffle(99).batch(9)},
     ],
 )
 def test_no_callback_decides_by_private_data(options: dict[str, Any]) -> None:

@@ -202,7 +202,8 @@ def check_validation(
     if validation_data is not None:
         of_validation = keras.utils.unpack_x_y_sample_weight(validation_data)[0]
         given = "validation_data with rows of `x`"
-        if not (_overlap(of_validation, x) or are_rows_of(of_validation, x)):
+        looked_at = _rows_at_first(of_validation), _rows_at_first(x)
+        if not (_overlap(of_validation, x) or are_rows_of(*looked_at)):
             return False
     elif not validation_split:
         return False
@@ -216,6 +217,20 @@ def check_validation(
                 "validation_data that need not be protected, or leave the callback out."
             )
     return True
+
+
+def _rows_at_first(x: Any) -> Any:
+    """Gives arrays, or the inputs of a stream's first batch; None if it has none."""
+    if isinstance(x, tf.data.Dataset):
+        batch = next(iter(x), None)
+    elif isinstance(x, keras.utils.PyDataset):
+        batch = x[0]
+    else:
+        return x
+    inputs = None if batch is None else keras.utils.unpack_x_y_sample_weight(batch)[0]
+    if any(map(data.is_composite, tf.nest.flatten(inputs))):
+        return None
+    return tf.nest.map_structure(np.asarray, inputs)
 
 
 def are_rows_of(some: Any, x: Any) -> bool:
