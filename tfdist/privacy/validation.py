@@ -243,7 +243,7 @@ def are_rows_of(some: Any, x: Any) -> bool:
         some: Arrays of rows, nested as `x`.
         x: Arrays, else there is nothing to be found.
     """
-    if not (data.is_arrays(some) and data.is_arrays(x)):
+    if some is None or x is None or not (data.is_arrays(some) and data.is_arrays(x)):
         return False
     leaves = [*tf.nest.flatten(some), *tf.nest.flatten(x)]
     half = len(tf.nest.flatten(x))
@@ -251,7 +251,7 @@ def are_rows_of(some: Any, x: Any) -> bool:
         return False
     arrays = [np.asarray(leaf) for leaf in leaves]
     wanted, held = arrays[:half], arrays[half:]
-    if not len(wanted[0]) or any(array.dtype == object for array in arrays):
+    if any(array.dtype == object or not array.ndim for array in arrays) or not len(wanted[0]):
         return False
     if any(w.shape[1:] != h.shape[1:] for w, h in zip(wanted, held, strict=True)):
         return False
