@@ -229,6 +229,30 @@ def tied_in_a_model() -> tuple[Any, Any, Any]:
     return model, data(3, words=6), data(6)
 
 
+def layers_in_the_loss() -> tuple[Any, Any, Any]:
+    class Rebuilding(keras.Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.code, self.last, self.back = L.Dense(3, "tanh"), L.Dense(2), L.Dense(4)
+
+        def build(self, shape: Any) -> None:
+            self.code.build(shape)
+            self.last.build((None, 3))
+            self.back.build((None, 3))
+
+        def call(self, x: Any) -> Any:
+            return self.last(self.code(x))
+
+        def compute_loss(self, x: Any, y: Any, y_pred: Any, *options: Any) -> Any:
+            rebuilt = keras.ops.square(self.back(self.code(x)) - x)
+            return keras.ops.mean(keras.ops.square(y_pred - y)) + keras.ops.mean(rebuilt)
+
+    model = Rebuilding()
+    model.compile()
+    model(data(4))
+    return model, data(4), data(2)
+
+
 def positions_in_a_model() -> tuple[Any, Any, Any]:
     class Summing(keras.Model):
         def __init__(self) -> None:
@@ -413,6 +437,7 @@ SLOW = {
     "custom": lambda: sequential((4, 5), Scale()),
     "tied_by_hand": functional(tied_by_hand),
     "tied_in_a_model": functional(tied_in_a_model),
+    "layers_in_the_loss": functional(layers_in_the_loss),
     "frozen_kernel": functional(frozen_kernel),
     "lora_conv_groups": low_rank((5, 5, 4), lambda: L.Conv2D(6, 3, groups=2)),
     "lora_einsum_over_inputs": low_rank((3, 4), lambda: L.EinsumDense("abc,dc->abd", (3, 5))),
@@ -487,6 +512,7 @@ TRACED = (
     "time_distributed",
     "positions_in_a_model",
     "tied_in_a_model",
+    "layers_in_the_loss",
 )
 
 

@@ -435,6 +435,12 @@ def own_step() -> Any:
     return model
 
 
+def step_of_the_instance() -> Any:
+    model = classifier(L.Dense(3))
+    model.train_step = lambda data: {}
+    return model
+
+
 REFUSED = {
     "batch_norm": (
         lambda: classifier(L.BatchNormalization(), L.Dense(3)),
@@ -448,6 +454,7 @@ REFUSED = {
         "must not have an `activity_regularizer`",
     ),
     "own_step": (own_step, "`train_step` of its own"),
+    "step_of_the_instance": (step_of_the_instance, "`train_step` of its own"),
     "circle": (lambda: classifier(L.Dense(3), loss=keras.losses.Circle()), "Circle"),
     "clipping": (lambda: classifier(optimizer=SGD(0.1, clipnorm=1.0)), "clipnorm=1.0"),
     "accumulation": (

@@ -103,6 +103,11 @@ def capacity(x: Any, training: bool, seeds: Any) -> Any:
     return x * tf.cast(tf.cumsum(tf.cast(x[:, 0] > 0, tf.int32)) <= 8, x.dtype)[:, None]
 
 
+def now_and_then(x: Any, training: bool, seeds: Any) -> Any:
+    """Mixes in a quarter of the batches."""
+    return ops.where(R.uniform((), seed=seeds) < 0.25, x + mean(x), x)
+
+
 def ranked(x: Any, training: bool, seeds: Any) -> Any:
     return x + 0.1 * ops.cast(ops.arange(ops.shape(x)[0]), x.dtype)[:, None]
 
@@ -161,6 +166,7 @@ MIXING: dict[str, Callable[[], Tried]] = {
     "capacity": lambda: with_x(np.abs, model_of((4,), Own(capacity))),
     "a_little": lambda: model_of((4,), Own(lambda x, t, s: x + 1e-4 * ops.tanh(ops.mean(x)))),
     "rank": lambda: model_of((4,), Own(ranked)),
+    "now_and_then": lambda: model_of((4,), Own(now_and_then)),
     "size": lambda: model_of(
         (4,), Own(lambda x, t, s: x * (1 + 0.01 * ops.cast(ops.shape(x)[0], x.dtype)))
     ),

@@ -156,10 +156,20 @@ def test_an_augmentation_that_mixes_is_refused() -> None:
         def call(self, inputs: Any) -> Any:
             return inputs + inputs[::-1]
 
+    class NowAndThen(L.Layer):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seeds = keras.random.SeedGenerator(1)
+
+        def call(self, inputs: Any) -> Any:
+            drawn = keras.random.uniform((keras.ops.shape(inputs)[0], 1), seed=self.seeds)
+            return keras.ops.where(drawn < 0.1, inputs + inputs[::-1], inputs)
+
     x, y = np.zeros((20, 6), "float32"), np.zeros((20, 1), "float32")
-    augment = tfdist.Augment([L.GaussianNoise(0.5), Turned()])
-    with pytest.raises(ArgumentError, match="Turned, which mixes the examples of a batch"):
-        sum_of_clipped(x, y, list, augment=augment)
+    for layer in (Turned(), NowAndThen()):
+        augment = tfdist.Augment([L.GaussianNoise(0.5), layer])
+        with pytest.raises(ArgumentError, match=f"{type(layer).__name__}, which mixes the ex"):
+            sum_of_clipped(x, y, list, augment=augment)
 
 
 class Positions(L.Layer):

@@ -11,7 +11,7 @@ import tensorflow as tf
 
 import tfdist
 from tfdist.errors import ArgumentError
-from tfdist.privacy.validation import are_rows_of
+from tfdist.privacy.validation import are_rows_of, check_validation
 
 pytestmark = pytest.mark.quick
 RNG = np.random.default_rng(0)
@@ -40,6 +40,7 @@ def stopping(**options: Any) -> Any:
         {"validation_data": (X[5:90:3].copy(), Y[5:90:3])},  # shares no memory
         {"validation_data": (X[5:90].astype("float64"), Y[5:90])},
         {"validation_data": (tf.constant(X[:9]), tf.constant(Y[:9]))},
+        {"validation_data": tf.data.Dataset.from_tensor_slices((X, Y)).shuffle(99).batch(9)},
     ],
 )
 def test_no_callback_decides_by_private_data(options: dict[str, Any]) -> None:
@@ -105,3 +106,9 @@ def test_rows_that_are_equal_by_chance_do_not_count() -> None:
     assert not are_rows_of(X[:0], X)
     assert not are_rows_of(X[:, :3].copy(), X)
     assert not are_rows_of(tf.data.Dataset.from_tensors(X), X)
+
+
+@pytest.mark.parametrize("rows", [[], [[1, 2], [3]]])
+def test_a_stream_without_dense_rows_is_looked_at_in_vain(rows: Any) -> None:
+    stream = tf.data.Dataset.from_tensor_slices(tf.ragged.constant(rows, ragged_rank=1))
+    assert not check_validation([stopping()], X, stream.batch(2), 0.0)

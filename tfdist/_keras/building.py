@@ -184,13 +184,14 @@ def _is_keras(part: Any) -> bool:
 
 
 def has_own(model: Any, kind: str) -> bool:
-    """Tells whether a model's class overrides a step.
+    """Tells whether a model's class, or the model itself, overrides a step.
 
     Args:
         model: A `keras.Model`.
         kind: "train_step" or "test_step".
     """
-    return getattr(type(model), kind) is not getattr(keras.Model, kind)
+    is_of_class = getattr(type(model), kind) is not getattr(keras.Model, kind)
+    return is_of_class or kind in vars(model)
 
 
 def step_of(model: Any, kind: str) -> Callable[[Any], Any]:

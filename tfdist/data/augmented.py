@@ -20,6 +20,7 @@ from tfdist.errors import ArgumentError
 from tfdist.strategies.base import Place
 
 _NUM_TRIED = 8  # examples in a check of the layers
+_NUM_ATTEMPTS = 1  # with other random numbers
 
 # A step's seed has two uses: it chooses the examples, and it seeds the layers.
 _CHOICE, _LAYERS = 0, 1
@@ -182,20 +183,24 @@ class Augmented(Source):
         if sample is None:
             return
         x, _, _ = keras.utils.unpack_x_y_sample_weight(self._parts(sample)[0])
-        all_numbers = np.arange(_NUM_TRIED)
-        chosen_rows = np.random.default_rng(0).permutation(_NUM_TRIED)[: _NUM_TRIED // 2]
-        inputs = {
-            name: _jittered(x if name is None else x[name]) for name in self.augment.by_input
-        }
-        for name, layer, by_row in self._steps:
-            before = inputs[name]
-            inputs[name] = draws.transform(layer, before, _rows_of(all_numbers), by_row)
-            alone = draws.transform(
-                layer, tf.gather(before, chosen_rows), _rows_of(chosen_rows), by_row
-            )
-            expected, received = tf.gather(inputs[name], chosen_rows).numpy(), alone.numpy()
-            if not np.allclose(received, expected, 1e-4, 1e-4 * np.abs(expected).max()):
-                raise draws.mixes(type(layer).__name__)
+        random = np.random.default_rng(0)
+        # Several times: a layer may mix only where an example's number says so.
+        for attempt in range(_NUM_ATTEMPTS):
+            all_numbers = np.arange(_NUM_TRIED) + attempt * _NUM_TRIED
+            chosen_rows = random.permutation(_NUM_TRIED)[: _NUM_TRIED // 2]
+            inputs = {
+                name: _jittered(x if name is None else x[name])
+                for name in self.augment.by_input
+            }
+            for name, layer, by_row in self._steps:
+                before, numbers = inputs[name], all_numbers[chosen_rows]
+                inputs[name] = draws.transform(layer, before, _rows_of(all_numbers), by_row)
+                alone = draws.transform(
+                    layer, tf.gather(before, chosen_rows), _rows_of(numbers), by_row
+                )
+                expected, received = tf.gather(inputs[name], chosen_rows).numpy(), alone.numpy()
+                if not np.allclose(received, expected, 1e-4, 1e-4 * np.abs(expected).max()):
+                    raise draws.mixes(type(layer).__name__)
 
     @property
     def _chooses(self) -> bool:

@@ -202,7 +202,8 @@ def check_validation(
     if validation_data is not None:
         of_validation = keras.utils.unpack_x_y_sample_weight(validation_data)[0]
         given = "validation_data with rows of `x`"
-        if not (_overlap(of_validation, x) or are_rows_of(of_validation, x)):
+        looked_at = _rows_at_first(of_validation), _rows_at_first(x)
+        if not (_overlap(of_validation, x) or are_rows_of(*looked_at)):
             return False
     elif not validation_split:
         return False
@@ -218,6 +219,20 @@ def check_validation(
     return True
 
 
+def _rows_at_first(x: Any) -> Any:
+    """Gives arrays, or the inputs of a stream's first batch; None if it has none."""
+    if isinstance(x, tf.data.Dataset):
+        batch = next(iter(x), None)
+    elif isinstance(x, keras.utils.PyDataset):
+        batch = x[0]
+    else:
+        return x
+    inputs = None if batch is None else keras.utils.unpack_x_y_sample_weight(batch)[0]
+    if any(map(data.is_composite, tf.nest.flatten(inputs))):
+        return None
+    return tf.nest.map_structure(np.asarray, inputs)
+
+
 def are_rows_of(some: Any, x: Any) -> bool:
     """Tells whether at least half of some rows are found in arrays.
 
@@ -228,7 +243,7 @@ def are_rows_of(some: Any, x: Any) -> bool:
         some: Arrays of rows, nested as `x`.
         x: Arrays, else there is nothing to be found.
     """
-    if not (data.is_arrays(some) and data.is_arrays(x)):
+    if some is None or x is None or not (data.is_arrays(some) and data.is_arrays(x)):
         return False
     leaves = [*tf.nest.flatten(some), *tf.nest.flatten(x)]
     half = len(tf.nest.flatten(x))
@@ -236,7 +251,7 @@ def are_rows_of(some: Any, x: Any) -> bool:
         return False
     arrays = [np.asarray(leaf) for leaf in leaves]
     wanted, held = arrays[:half], arrays[half:]
-    if not len(wanted[0]) or any(array.dtype == object for array in arrays):
+    if any(array.dtype == object or not array.ndim for array in arrays) or not len(wanted[0]):
         return False
     if any(w.shape[1:] != h.shape[1:] for w, h in zip(wanted, held, strict=True)):
         return False

@@ -194,13 +194,14 @@ def recorded(
     seeds = [(v, tf.identity(v.value)) for v in keras_layers.seeds(model)] if by_hand else []
     tape = tf.GradientTape(watch_accessed_variables=False)
     variables = [v.value for v in model.trainable_variables] if also_plain else []
-    with contextlib.ExitStack() as stack:
-        for unit in units_and_whole:
-            stack.enter_context(_recording(unit, calls[id(unit)], tape))
-        stack.enter_context(tape)
+    with tape:
         for variable in variables:
             tape.watch(variable)
-        outputs = model(x, training=training)
+        # A loss that calls layers does so for one example after the other: see `tied`.
+        with contextlib.ExitStack() as stack:
+            for unit in units_and_whole:
+                stack.enter_context(_recording(unit, calls[id(unit)], tape))
+            outputs = model(x, training=training)
         loss = summed_loss(model, x, y, sample_weight, outputs)
     recorded = [call.outputs for made in calls.values() for call in made]
     gradients, plain = tape.gradient(

@@ -63,7 +63,9 @@ def losses_alone(model: Any, x: Any, y: Any, sample_weight: Any, outputs: Any) -
             (x, y, sample_weight),
         )
         one_outputs = tf.nest.map_structure(row, outputs)
-        loss = keras_layers.compiled_loss(model, one_x, one_y, one_outputs, one_weight)
+        # Each begins with the same seeds: what one draws must not depend on those before.
+        with keras.StatelessScope():
+            loss = keras_layers.compiled_loss(model, one_x, one_y, one_outputs, one_weight)
         return tf.cast(loss, tf.float32)
 
     examples = tf.shape(tf.nest.flatten(outputs)[0])[0]

@@ -40,6 +40,7 @@ ROWS = 16  # that are tried together
 _FOR_SUMS = 3  # rows: these are computed without a graph
 _LARGE = 1e3
 _PINNED = (0x1234567, 0x89ABCDE)  # which numbers are drawn does not matter here
+_DRAWS = 1  # with other random numbers: a layer may mix only where one of them says so
 
 
 def check(model: Any, x: Any, y: Any, sample_weight: Any = None) -> None:
@@ -125,6 +126,7 @@ class _Comparison:
         count = max(4, min(ROWS, rows.count(columns[0])))
         self._columns = rows.taken(columns, np.arange(count) % rows.count(columns[0]))
         self._rows = count
+        self._secret = _PINNED
         self._function = self._traced(self._columns)
 
     def make(self) -> None:
@@ -140,6 +142,7 @@ class _Comparison:
         if whole is None:
             return  # none of these rows counts anything
         self._compare_alone(self._columns, kept, weights, whole)
+        self._compare_other_draws(weights)
         others = np.setdiff1d(np.arange(self._rows), kept)
         for amount, factor in ((1.0, _LARGE), (1e-3, 1.0)):
             try:
@@ -185,6 +188,17 @@ class _Comparison:
         self._check(alone, whole, weights, "without others")
         return order
 
+    def _compare_other_draws(self, weights: Any) -> None:
+        """Compares rows among all with the same alone, if random numbers matter to them."""
+        if not keras_layers.seeds(self._model):
+            return
+        kept = np.flatnonzero(weights)
+        for number in range(1, _DRAWS):
+            self._secret = _PINNED[0] + number, _PINNED[1]
+            whole = self._added(self._columns, np.arange(self._rows), weights)
+            self._compare_alone(self._columns, kept, weights, whole)
+        self._secret = _PINNED
+
     def _compare(self, columns: Columns, company: Columns, kept: Any) -> None:
         """Gives rows company in the order that they have, and then other, in another order."""
         weights = self._weights(kept)
@@ -211,25 +225,29 @@ class _Comparison:
     def _added(self, columns: Columns, numbers: Any, weights: Any) -> Added:
         leaves = [leaf for leaf in tf.nest.flatten(columns) if leaf is not None]
         numbers = tf.constant(numbers + 1, tf.int64)
-        found: Added = self._function(leaves, numbers, tf.constant(weights, tf.float32))
+        secret = tf.constant(self._secret, tf.int64)
+        found: Added = self._function(leaves, numbers, secret, tf.constant(weights, tf.float32))
         return found
 
     def _traced(self, columns: Columns) -> Any:
         model = self._model
         leaves = [leaf for leaf in tf.nest.flatten(columns) if leaf is not None]
 
-        def compute(leaves: list[Any], numbers: Tensor, weights: Tensor) -> Added:
+        def compute(
+            leaves: list[Any], numbers: Tensor, secret: Tensor, weights: Tensor
+        ) -> Added:
             given = iter(leaves)
             filled = tf.nest.map_structure(
                 lambda leaf: None if leaf is None else next(given), columns
             )
-            return added(model, filled, _keys(numbers), weights)
+            return added(model, filled, RowKeys(numbers, secret), weights)
 
         if model.run_eagerly:
             return compute
         signature = [
             [spec_of_rows(leaf) for leaf in leaves],
             tf.TensorSpec([None], tf.int64),
+            tf.TensorSpec([2], tf.int64),
             tf.TensorSpec([None], tf.float32),
         ]
         function = tf.function(compute, input_signature=signature, autograph=False)

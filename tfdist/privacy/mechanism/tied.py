@@ -1,4 +1,4 @@
-"""Weights that are used outside the `call` of the layer that holds them: tied by hand, say.
+"""Weights that are used outside the recorded calls: tied by hand, or in a loss of one's own.
 
 Of such a use nothing is recorded. So all uses of that weight are computed again, by running the
 whole model on one example after the other: exact, and slow.
@@ -24,8 +24,8 @@ Tensor = Any
 def tied(model: Any, units: Sequence[Any], loss: Callable[[Any], Tensor], x: Any) -> list[Any]:
     """Finds weights that the loss depends on other than through calls of recorded layers.
 
-    The model is traced once, with the weights cut off in these calls, and never run. What is
-    found is kept.
+    The model is traced once, with the weights cut off in its calls of these layers, and never
+    run. What is found is kept.
 
     Args:
         model: A compiled, built `keras.Model`.
@@ -75,12 +75,14 @@ def _connected(
         values = [v.value for v in variables]
         with contextlib.ExitStack() as stack:
             stack.enter_context(_keras.on_replica(None))  # whose graph is another one
-            for unit in units:
-                stack.enter_context(keras_layers.called_through(unit, without(unit)))
             tape = stack.enter_context(tf.GradientTape(watch_accessed_variables=False))
             for value in values:
                 tape.watch(value)
-            whole = loss(model(x, training=True))
+            with contextlib.ExitStack() as cut:
+                for unit in units:
+                    cut.enter_context(keras_layers.called_through(unit, without(unit)))
+                outputs = model(x, training=True)
+            whole = loss(outputs)
         gradients = tape.gradient(whole, values)
         found.update(id(v) for v, g in zip(variables, gradients, strict=True) if g is not None)
 
