@@ -20,7 +20,7 @@ from tfdist.errors import ArgumentError
 from tfdist.strategies.base import Place
 
 _NUM_TRIED = 8  # examples in a check of the layers
-_NUM_ATTEMPTS = 1  # with other random numbers
+_NUM_ATTEMPTS = 8  # with other random numbers
 
 # A step's seed has two uses: it chooses the examples, and it seeds the layers.
 _CHOICE, _LAYERS = 0, 1

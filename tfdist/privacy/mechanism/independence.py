@@ -40,7 +40,7 @@ ROWS = 16  # that are tried together
 _FOR_SUMS = 3  # rows: these are computed without a graph
 _LARGE = 1e3
 _PINNED = (0x1234567, 0x89ABCDE)  # which numbers are drawn does not matter here
-_DRAWS = 1  # with other random numbers: a layer may mix only where one of them says so
+_DRAWS = 16  # with other random numbers: a layer may mix only where one of them says so
 
 
 def check(model: Any, x: Any, y: Any, sample_weight: Any = None) -> None:
