@@ -66,6 +66,7 @@ MOMENTS = (
 )
 FOR_ITSELF = "every worker computes everything: no faster"
 WHOLE = "every replica computes the whole batch: no faster"
+CHECKPOINT = "A tf.train.Checkpoint must be saved after training"
 LOOP = "A training loop of your own must run on a tf.distribute.Strategy."
 
 # By what they have in common: the programs of each family take turns on the strategies.
@@ -113,7 +114,7 @@ FAMILIES: dict[str, dict[str, Program]] = {
     },
     "scripts": {
         "tuner": Program(),
-        "saving": Program(),
+        "saving": unless(Ends.REFUSED, CHECKPOINT, SERVERS),
         "custom_loop": unless(Ends.EQUAL, FOR_ITSELF, *WORKERS),
         "train_on_batch": unless(Ends.EQUAL, FOR_ITSELF, *WORKERS),
         "mirrored_scope": Program(),

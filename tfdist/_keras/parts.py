@@ -13,6 +13,8 @@ from typing import Any
 
 import tensorflow as tf
 
+from tfdist.errors import StrategyError
+
 Tensor = Any
 
 
@@ -44,6 +46,13 @@ class Split:
     def numpy(self) -> Any:
         """Reads all parts."""
         return tf.convert_to_tensor(self).numpy()
+
+    def _serialize_to_tensors(self) -> dict[str, Tensor]:
+        raise StrategyError(
+            "A tf.train.Checkpoint must be saved after training where variables are on several "
+            "servers. Received: a callback that saves one. Pass `checkpoint=` to fit, or save "
+            "the model by a keras.callbacks.ModelCheckpoint."
+        )
 
     def assign(self, value: Any) -> None:
         """Writes all parts.
