@@ -84,7 +84,7 @@ from tfdist._keras.scopes import (
 )
 from tfdist._keras.slices import has_fixed_rows, has_unique_rows, once_each
 from tfdist._keras.traces import keeping_variable_scope, map_fn
-from tfdist._keras.variables import backing_variable, swap_value
+from tfdist._keras.variables import backing_variable, num_bytes, swap_value
 
 __all__ = [
     "EVALUATE",
@@ -131,6 +131,7 @@ __all__ = [
     "metric_variables",
     "metrics_of",
     "note_metrics",
+    "num_bytes",
     "on_replica",
     "once_each",
     "optimizers_of",

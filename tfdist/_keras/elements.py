@@ -8,25 +8,25 @@ from typing import Any
 import tensorflow as tf
 
 from tfdist._keras import dataset_files, row_wise
-from tfdist._keras.inlined import Inlined
+from tfdist._keras.inlined import Inlined, in_common
 from tfdist._keras.row_wise import Leaf
 
 # Names of dataset classes.
-_SAME = frozenset(
+SAME = frozenset(
     {
         "CacheDataset", "_AssertCardinalityDataset", "_OptionsDataset", "_PrefetchDataset",
         "_RestructuredDataset", "_TakeDataset",
     }
 )  # fmt: skip
 # Which element is which changes, so that a short batch may meet a full one.
-_MOVED = frozenset(
+MOVED = frozenset(
     {
         "_GlobalShuffleDataset", "_RebatchDataset", "_RepeatDataset", "_ShardDataset",
         "_ShuffleAndRepeatDataset", "_ShuffleDataset", "_SkipDataset",
     }
 )  # fmt: skip
-_BATCHES = frozenset({"_BatchDataset", "_ParallelBatchDataset"})
-_MAPS = frozenset({"_MapDataset", "_ParallelMapDataset"})
+BATCHES = frozenset({"_BatchDataset", "_ParallelBatchDataset"})
+MAPS = frozenset({"_MapDataset", "_ParallelMapDataset"})
 _NUMBERS = frozenset({"_RandomDataset", "_RangeDataset", "_VariantDataset"})
 _UNKNOWN = tf.TensorShape(None)
 
@@ -52,7 +52,7 @@ class Elements:
 
     def _look(self, one: Any, level: int) -> list[Leaf]:
         kind, inputs = type(one).__name__, one._inputs()
-        if kind in _SAME:
+        if kind in SAME:
             return self.of(inputs[0], level)
         if kind == "_DenseToRaggedDataset":
             pairs = zip(
@@ -62,12 +62,12 @@ class Elements:
                 leaf if isinstance(spec, tf.TensorSpec) else Leaf(_UNKNOWN, leaf.rows)
                 for spec, leaf in pairs
             ]
-        if kind in _MOVED:
+        if kind in MOVED:
             leaves = self.of(inputs[0], level)
             if kind == "_RebatchDataset":
                 leaves = [Leaf(_batched(leaf.shape[1:], None), leaf.rows) for leaf in leaves]
             return _anew(one, leaves)
-        if kind in _BATCHES or kind == "_PaddedBatchDataset":
+        if kind in BATCHES or kind == "_PaddedBatchDataset":
             return self._of_batches(one, level)
         if kind == "_UnbatchDataset":
             return [Leaf(leaf.shape[1:], id(one)) for leaf in self.of(inputs[0], level + 1)]
@@ -76,7 +76,7 @@ class Elements:
         if kind in ("_ConcatenateDataset", "_DirectedInterleaveDataset"):
             joined = inputs[kind.startswith("_D") :]
             return _merged(one, [self.of(inner, level) for inner in joined])
-        if kind in _MAPS:
+        if kind in MAPS:
             return self._mapped(one, level)
         spec = dataset_files.saved_spec(one) if kind == "_LoadDataset" else one.element_spec
         specs = tf.nest.flatten(spec)
@@ -145,9 +145,7 @@ def _merged(one: Any, parts: Sequence[Sequence[Leaf]]) -> list[Leaf]:
     alike = all(len({leaf.size for leaf in part}) == 1 for part in parts)
     merged = []
     for number, leaves in enumerate(zip(*parts, strict=True)):
-        shape = leaves[0].shape
-        for leaf in leaves[1:]:
-            shape = shape.most_specific_compatible_shape(leaf.shape)
+        shape = in_common([leaf.shape for leaf in leaves])
         public = all(leaf.rows is None for leaf in leaves)
         merged.append(Leaf(shape, None if public else (id(one), 0 if alike else number)))
     return merged

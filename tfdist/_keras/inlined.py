@@ -100,13 +100,13 @@ class Inlined:
     def _of_branches(self, branches: Sequence[Any], inputs: Sequence[Any]) -> list[Any]:
         given = [t.shape for t in inputs]
         found = [self._inferred(branch.name, inputs, given) for branch in branches]
-        return [_in_common(shapes) for shapes in zip(*found, strict=True)]
+        return [in_common(shapes) for shapes in zip(*found, strict=True)]
 
     def _of_loop(self, body: Any, inputs: Sequence[Any]) -> list[Any]:
         shapes = [t.shape for t in inputs]
         for _ in range(_MOST_ROUNDS):
             found = self._inferred(body.name, inputs, shapes)
-            merged = [_in_common(pair) for pair in zip(shapes, found, strict=True)]
+            merged = [in_common(pair) for pair in zip(shapes, found, strict=True)]
             if [s.as_proto() for s in merged] == [s.as_proto() for s in shapes]:
                 return shapes
             shapes = merged
@@ -141,7 +141,8 @@ class Inlined:
         return bool(found[0].shape.rank == found[1].shape.rank == 1)
 
 
-def _in_common(shapes: Sequence[Any]) -> Any:
+def in_common(shapes: Sequence[Any]) -> Any:
+    """Gives the shape that is known if any one of some shapes may be the right one."""
     first, *others = shapes
     for shape in others:
         first = first.most_specific_compatible_shape(shape)

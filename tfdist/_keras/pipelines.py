@@ -15,20 +15,10 @@ from tensorflow.python.framework import op_def_registry as _op_defs
 from tfdist._keras import dataset_files, dataset_maps
 from tfdist._keras.dataset_sources import Sources
 from tfdist._keras.datasets import written
-from tfdist._keras.elements import Elements
+from tfdist._keras.elements import BATCHES, MAPS, MOVED, SAME, Elements
 
 # Names of dataset classes. These keep the order, or choose by position.
-_UNCHANGED = frozenset(
-    {
-        "CacheDataset", "_AssertCardinalityDataset", "_DenseToRaggedDataset",
-        "_GlobalShuffleDataset",
-        "_OptionsDataset", "_PrefetchDataset", "_RebatchDataset", "_RepeatDataset",
-        "_RestructuredDataset", "_ShardDataset", "_ShuffleAndRepeatDataset",
-        "_ShuffleDataset", "_SkipDataset", "_TakeDataset",
-    }
-)  # fmt: skip
-_BATCHES = frozenset({"_BatchDataset", "_ParallelBatchDataset"})
-_MAPS = frozenset({"_MapDataset", "_ParallelMapDataset"})
+_UNCHANGED = SAME | MOVED | {"_DenseToRaggedDataset"}
 _FILE_MAPS = frozenset({"_FlatMapDataset", "_InterleaveDataset", "_ParallelInterleaveDataset"})
 _JOINS = frozenset({"_ConcatenateDataset", "_DirectedInterleaveDataset", "_ZipDataset"})
 _NUMBERS = frozenset({"_RandomDataset", "_RangeDataset"})
@@ -119,14 +109,14 @@ class _Walk:
                 "mapped", or "read" files or call Python.
         """
         kind, inputs = type(one).__name__, one._inputs()
-        allowed = _UNCHANGED | _BATCHES | _MAPS | _FILE_MAPS | _JOINS | _NUMBERS | _SOURCES
+        allowed = _UNCHANGED | BATCHES | MAPS | _FILE_MAPS | _JOINS | _NUMBERS | _SOURCES
         if kind in ("_PaddedBatchDataset", "_UnbatchDataset"):
             self._look_at_sizes(one, inputs[0], level)
         elif kind == "_VariantDataset" and _are_numbers(one):
             return  # made by `enumerate` or `choose_from_datasets`
         elif kind not in allowed:
             self._note(f"the operation {_plain(kind)}", _REMEDIES.get(kind, _SAVE_FIRST))
-        if kind in _MAPS:
+        if kind in MAPS:
             self._look_at_map(one, level)
         elif kind in _FILE_MAPS:
             self._look_at_files(one)
@@ -147,10 +137,10 @@ class _Walk:
         if kind == "_DirectedInterleaveDataset":
             choice, *inputs = inputs
             self._look_at_choice(choice)
-        level += (kind == "_UnbatchDataset") - (kind in _BATCHES | {"_PaddedBatchDataset"})
+        level += (kind == "_UnbatchDataset") - (kind in BATCHES | {"_PaddedBatchDataset"})
         if kind in _JOINS:
             mapped = ""
-        elif kind in _MAPS | _FILE_MAPS:
+        elif kind in MAPS | _FILE_MAPS:
             reads = mapped == "read" or dataset_maps.reads(one._map_func.function)
             mapped = "read" if reads else "mapped"
         for inner in inputs:
@@ -235,12 +225,13 @@ class _Walk:
         if dataset_maps.looks_up_rows(function, shapes, int(source.cardinality())):
             self._may_come_again("a map that may choose examples by their numbers")
         if level == 1:
-            self._look_at_map_of_batches(one, leaves, specs)
+            self._look_at_map_of_batches(one, leaves, specs, varying)
         elif level > 1:
             self._note("a map of batches of batches", _MAP_FIRST)
 
-    def _look_at_map_of_batches(self, one: Any, leaves: Any, specs: Any) -> None:
-        varying = dataset_maps.varying_op(one._map_func.function)
+    def _look_at_map_of_batches(
+        self, one: Any, leaves: Any, specs: Any, varying: str | None
+    ) -> None:
         if not all(isinstance(spec, tf.TensorSpec) for spec in specs):
             self._note("a map of batches that are ragged or sparse", _MAP_FIRST)
         elif varying in dataset_maps.PYTHON and all(leaf.rows is None for leaf in leaves):

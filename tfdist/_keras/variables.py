@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -33,6 +34,15 @@ def as_python(kind: Callable[[Any], Any]) -> Callable[[Any], Any]:
         return kind(value.numpy() if has_copies and not value.shape.rank else variable.value)
 
     return number
+
+
+def num_bytes(variable: Any) -> int:
+    """Counts the bytes of a variable.
+
+    Args:
+        variable: A built `keras.Variable`.
+    """
+    return math.prod(map(int, variable.shape)) * int(tf.as_dtype(variable.dtype).size)
 
 
 def backing_variable(variable: Any) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from tfdist import watchdog
+from tfdist import _keras, watchdog
 from tfdist.strategies.base import Strategy
 from tfdist.watchdog.timeouts import WaitLimit
 
@@ -102,7 +102,7 @@ def _groups(variables: Sequence[Any]) -> Iterator[list[Any]]:
     size = 0
     for variable in variables:
         group.append(variable)
-        size += _value(variable).nbytes
+        size += _keras.num_bytes(variable)
         if size > BYTES_SENT:
             yield group
             group, size = [], 0

@@ -10,7 +10,6 @@ import keras
 from tfdist import _keras
 from tfdist.errors import ArgumentError
 from tfdist.strategies.parameter_server import ParameterServer
-from tfdist.strategies.parameter_server.server_variables import num_bytes
 from tfdist.strategies.session import current
 
 
@@ -117,8 +116,8 @@ def placement(model: Any, strategy: Any = "auto") -> Placement:
                     variable.path,
                     (part.end - part.begin, *shape[1:]) if len(parts) > 1 else shape,
                     part.server,
-                    round(num_bytes(variable) * fraction),
-                    round(sum(map(num_bytes, slots)) * fraction),
+                    round(_keras.num_bytes(variable) * fraction),
+                    round(sum(map(_keras.num_bytes, slots)) * fraction),
                 )
             )
     order = {v.path: i for i, v in enumerate(model.variables)}

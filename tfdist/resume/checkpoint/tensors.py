@@ -198,7 +198,7 @@ def size_of(state: TrainState, replicas: int) -> int:
     """
 
     def of(variables: Sequence[Any]) -> int:
-        return sum(int(np.prod(v.shape)) * tf.as_dtype(v.dtype).size for v in variables)
+        return sum(map(_keras.num_bytes, variables))
 
     parts = [variable for variable, _ in state.sharded]
     return of(state.replicated) + replicas * of([*state.per_replica, *parts])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -47,7 +46,7 @@ def plan(
     sizes = [
         Size(
             int(variable.shape[0]) if variable.shape.rank else 1,
-            num_bytes(variable) * (1 + len(slots)),
+            _keras.num_bytes(variable) * (1 + len(slots)),
             can_split,
         )
         for variable, slots, can_split in groups
@@ -56,11 +55,6 @@ def plan(
     placed = [(v, p, slots) for (v, slots, _), p in zip(groups, parts, strict=True)]
     first = (VariableSlice(0, 0, 1),)
     return [*placed, *((v, first, []) for v in rest if not v.shape.rank)]
-
-
-def num_bytes(variable: Any) -> int:
-    """Counts the bytes of a `keras.Variable`."""
-    return math.prod(map(int, variable.shape)) * int(tf.as_dtype(variable.dtype).size)
 
 
 class ServerVariables(contextlib.AbstractContextManager[None]):
