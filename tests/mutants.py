@@ -112,7 +112,7 @@ MUTANTS = {
         "training/callbacks.py",
         "self._stop.requested = True",
         "self._stop.requested = False",
-        f"{BEHAVIOUR} -k horovod-2-a_stop_on_any",
+        f"{BEHAVIOUR} -k multi_worker-2-a_stop_on_any",
     ),
     "a checkpoint forgets where the data stands": Mutant(
         "data/datasets.py",
@@ -196,7 +196,7 @@ MUTANTS = {
         "training/verify.py",
         "if digest != usual",
         "if False",
-        f"{BEHAVIOUR} -k mirrored-2-replicas_that_differ",
+        f"{BEHAVIOUR} -k multi_worker-2-replicas_that_differ",
     ),
     "the optimizer is clipped before the sum": Mutant(
         "step/reduction.py",

@@ -18,5 +18,5 @@ from tests.behaviour.registry import CHECKS
 
 
 def do(name: str, folder: Path) -> None:
-    function, _ = CHECKS[name]
+    function, *_ = CHECKS[name]
     function(folder)

@@ -18,6 +18,7 @@ import pytest
 import tensorflow as tf
 
 import tfdist
+from tests.parameters import in_part
 from tfdist.data.separation import SeparationCheck
 from tfdist.errors import ArgumentError, CheckpointError
 from tfdist.privacy import Ledger, Phase, model_history
@@ -90,7 +91,7 @@ class SetBack(keras.callbacks.Callback):  # type: ignore[misc]
 # --- callbacks --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("at_once", [1, 2])
+@pytest.mark.parametrize("at_once", in_part([1, 2], full=[1]))
 def test_no_callback_moves_the_count_or_the_noise(tmp_path: Path, at_once: int) -> None:
     model = still()
     model.steps_per_execution = at_once
@@ -177,7 +178,7 @@ def test_steps_that_are_made_again_have_other_noise(tmp_path: Path) -> None:
             )  # fmt: skip
 
 
-@pytest.mark.parametrize("make", [sgd, ftrl])
+@pytest.mark.parametrize("make", in_part([sgd, ftrl], full=[sgd]))
 def test_two_that_go_on_from_copies_add_up(tmp_path: Path, make: Any) -> None:
     disk, copies = tmp_path / "disk", [tmp_path / "a", tmp_path / "b"]
 

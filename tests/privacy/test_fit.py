@@ -13,6 +13,7 @@ import pytest
 import tensorflow as tf
 
 import tfdist
+from tests.parameters import in_part
 from tfdist.errors import ArgumentError
 from tfdist.privacy import Ledger, Phase, Poisson
 from tfdist.privacy.mechanism.mechanism import Mechanism
@@ -97,7 +98,10 @@ WAYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+ALONE_TOO = ("adaptive_microbatches", "adaptive_compiled", "per_layer_microbatches")
+
+
+@pytest.mark.parametrize("way", in_part(WAYS, full=ALONE_TOO))
 def test_fit_does_what_the_algorithm_says(way: str) -> None:
     compiled, settings = WAYS[way]
     x, y = rows()
@@ -335,7 +339,7 @@ def test_a_careless_guarantee_is_said(capsys: Any) -> None:
 # --- the budget -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("at_once", [1, 4])
+@pytest.mark.parametrize("at_once", in_part([1, 4], full=[1]))
 def test_the_budget_stops_before_it_is_exceeded(at_once: int) -> None:
     model = classifier(steps_per_execution=at_once)
     report = private_fit(model, epochs=9, callbacks=[tfdist.PrivacyBudget(0.8)]).privacy
@@ -350,7 +354,10 @@ def test_the_budget_stops_before_it_is_exceeded(at_once: int) -> None:
         private_fit(model, callbacks=[tfdist.PrivacyBudget(0.8)])
 
 
-@pytest.mark.parametrize(("when", "most"), [("on_train_begin", 5), ("on_epoch_end", 25)])
+@pytest.mark.parametrize(
+    ("when", "most"),
+    [pytest.param("on_train_begin", 5, marks=pytest.mark.full), ("on_epoch_end", 25)],
+)
 def test_the_budget_knows_of_weights_that_are_loaded(
     when: str, most: int, tmp_path: Path
 ) -> None:

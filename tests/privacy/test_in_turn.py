@@ -13,6 +13,7 @@ import pytest
 import tensorflow as tf
 
 import tfdist
+from tests.parameters import in_part
 from tests.privacy.test_groups import classifier, loop, rows
 from tfdist._keras import layers as keras_layers
 from tfdist.errors import ArgumentError
@@ -164,7 +165,9 @@ def by_hand(model: Any, x: Any, y: Any, batches: Any) -> None:
             variable.assign(variable.numpy() - 0.5 * (summed / 16 + penalty))
 
 
-@pytest.mark.parametrize("kind", ["arrays", "in_order", "dataset", "py_dataset"])
+@pytest.mark.parametrize(
+    "kind", in_part(["arrays", "in_order", "dataset", "py_dataset"], full=["in_order"])
+)
 def test_every_example_takes_part_in_its_turn(kind: str) -> None:
     x, y, _ = rows()
     order = SameOrder(kind == "arrays")
@@ -232,7 +235,7 @@ class BrokenOffError(Exception):
     pass
 
 
-@pytest.mark.parametrize("seed", [4, None])
+@pytest.mark.parametrize("seed", in_part([4, None], full=[4]))
 def test_noise_goes_on_after_an_interruption(tmp_path: Path, seed: int | None) -> None:
     """With a seed to the same bits; with a secret, what is taken back is what was given."""
     keras.utils.set_random_seed(1)
