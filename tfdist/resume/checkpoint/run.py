@@ -16,6 +16,7 @@ from tfdist._version import __version__
 from tfdist.errors import CheckpointError
 from tfdist.resume.checkpoint import files, reading, same, tensors
 from tfdist.resume.checkpoint.callbacks import CallbackState
+from tfdist.resume.checkpoint.lease import Lease
 from tfdist.resume.checkpoint.plain import decode, plain_logs
 from tfdist.resume.checkpoint.preemption import Preemption
 from tfdist.resume.checkpoint.reading import LastCheckpoint
@@ -61,7 +62,8 @@ class CheckpointRun(Continuation):
         self._writer = Writer()
         self._preemption, self._stop = Preemption(), StopState()
         self._model: Any = None
-        self._last = reading.last_checkpoint(self._settings.path, strategy)
+        self._lease = Lease(self._settings.path)
+        self._last = reading.last_checkpoint(self._lease, self._settings.path, strategy)
         self._position: Position | None = None
         self._steps_made = 0 if self._last.state is None else self._last.state["steps"]
         self._schedule = SavingSchedule(self._settings.every, self._steps_made)
@@ -174,7 +176,7 @@ class CheckpointRun(Continuation):
         Raises:
             Preempted: One of the workers has received SIGTERM.
         """
-        with self._preemption.listening():
+        with self._lease.renewed(), self._preemption.listening():
             try:
                 yield
             except BaseException:
@@ -339,5 +341,7 @@ class CheckpointRun(Continuation):
         path, keep = self._settings.path, self._settings.keep
         epoch, step, _ = position
         self._writer.begin(
-            functools.partial(files.write, path, epoch, step, content, state, keep)
+            functools.partial(
+                files.write, path, epoch, step, content, state, keep, self._lease.check
+            )
         )
