@@ -25,7 +25,7 @@ _MOST_NAMES = 2**18
 
 
 def reads_files(function: Any) -> bool:
-    """Tells whether a function makes a dataset of a file, and uses no other one.
+    """Returns whether a function makes a dataset of a file, and uses no other one.
 
     Args:
         function: The function of a dataset.
@@ -36,7 +36,7 @@ def reads_files(function: Any) -> bool:
 
 
 def reads_alone(one: Any, function: Any) -> bool:
-    """Tells whether a function of a file's name gives all records of the file, in their order.
+    """Returns whether a function of a file's name gives all records of the file, in their order.
 
     But for a number of them at the beginning, which is the same for each file.
 
@@ -58,7 +58,7 @@ def reads_alone(one: Any, function: Any) -> bool:
 
 
 def reads_its_argument(function: Any) -> bool:
-    """Tells whether a function reads the one file that its argument names.
+    """Returns whether a function reads the one file that its argument names.
 
     Args:
         function: The function of a dataset of names.
@@ -83,7 +83,7 @@ def reads_its_argument(function: Any) -> bool:
 
 
 def names_twice(names: Any, seen: set[Hashable]) -> bool:
-    """Tells whether a dataset of files' names may give a file twice.
+    """Returns whether a dataset of files' names may give a file twice.
 
     Args:
         names: The dataset. It is read from a copy, so that its shuffles stay where they are.
@@ -101,7 +101,7 @@ def names_twice(names: Any, seen: set[Hashable]) -> bool:
 
 
 def is_seen(name: bytes, seen: set[Hashable]) -> bool:
-    """Tells whether a file is among others, and adds it to them.
+    """Returns whether a file is among others, and adds it to them.
 
     Args:
         name: Its name.
@@ -128,7 +128,7 @@ def saved_spec(one: Any) -> Any:
 
 
 def loads_all(one: Any) -> bool:
-    """Tells whether a saved dataset is loaded with each of its elements once.
+    """Returns whether a saved dataset is loaded with each of its elements once.
 
     Args:
         one: The dataset of `Dataset.load`.

@@ -59,7 +59,7 @@ def nodes(function: Any) -> Iterator[Any]:
 
 
 def reads(function: Any) -> bool:
-    """Tells whether a function reads files or calls Python, by which it may get examples.
+    """Returns whether a function reads files or calls Python, by which it may get examples.
 
     Args:
         function: The function of a dataset.
@@ -68,7 +68,7 @@ def reads(function: Any) -> bool:
 
 
 def captures_datasets(function: Any) -> bool:
-    """Tells whether a traced function captures another dataset.
+    """Returns whether a traced function captures another dataset.
 
     Args:
         function: The function of a dataset.
@@ -117,7 +117,7 @@ def state_of(function: Any, shapes: Sequence[Any]) -> str | None:
 
 
 def _is_pure(kind: str) -> bool:
-    """Tells whether what an op returns depends on its inputs alone."""
+    """Returns whether what an op returns depends on its inputs alone."""
     op_def = _op_defs.get(kind)
     if op_def is None or kind in _IMPURE:
         return False
@@ -156,7 +156,7 @@ def _decided(graph: Inlined, by: Collection[str] = ()) -> Collection[str]:
 
 
 def looks_up_rows(function: Any, shapes: Sequence[Any], count: int) -> bool:
-    """Tells whether an element, or luck, chooses from a table that may be the examples.
+    """Returns whether an element, or luck, chooses from a table that may be the examples.
 
     A small table, as of classes, is none. A file that is read for each element is one.
 

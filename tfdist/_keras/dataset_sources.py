@@ -30,7 +30,7 @@ class Sources:
         self._found: list[Any] = []
 
     def has_rows_of(self, one: Any) -> bool:
-        """Tells whether a source has elements of an earlier one, and adds it to them.
+        """Returns whether a source has elements of an earlier one, and adds it to them.
 
         Args:
             one: The source.
@@ -43,7 +43,7 @@ class Sources:
         return again
 
     def has_files_of(self, one: Any, read: bool) -> bool:
-        """Tells whether a source names a file twice, or one of an earlier source.
+        """Returns whether a source names a file twice, or one of an earlier source.
 
         Args:
             one: The source.
@@ -63,7 +63,7 @@ class Sources:
         return False
 
     def is_cached_before(self, one: Any) -> bool:
-        """Tells whether another dataset has the same file as cache.
+        """Returns whether another dataset has the same file as cache.
 
         Args:
             one: A dataset of `cache`.
@@ -77,7 +77,7 @@ def _bytes(value: Any) -> bytes:
 
 
 def _is_same(one: Any, other: Any) -> bool:
-    """Tells whether two sources have the same elements."""
+    """Returns whether two sources have the same elements."""
     if one is other or type(one) is not type(other):
         return one is other
     names = ("_tensors", "_filenames", "_path", "_start", "_stop", "_step")
@@ -103,7 +103,7 @@ def _are_equal(one: Any, other: Any) -> bool:
 
 
 def _overlap(one: Any, other: Any) -> bool:
-    """Tells whether parts of two sources have rows in common, as a class that is given again.
+    """Returns whether parts of two sources have rows in common, as a class that is given again.
 
     Single whole numbers and repeated rows, as of labels, tell nothing of examples.
     """

@@ -131,7 +131,7 @@ class Inlined:
             self._into, self.resources = kept
 
     def _is_of_single_values(self, lookup: Any) -> bool:
-        """Tells whether a table has a single value for a single key, by its contents."""
+        """Returns whether a table has a single value for a single key, by its contents."""
         table = self.resources.get(lookup.inputs[0].name)
         if not isinstance(table, tf.__internal__.EagerTensor):
             return False

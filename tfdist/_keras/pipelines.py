@@ -250,12 +250,12 @@ class _Walk:
 
 
 def _is_selected(size: Any) -> bool:
-    """Tells whether rows are those that a function of numbers takes from a table."""
+    """Returns whether rows are those that a function of numbers takes from a table."""
     return isinstance(size, tuple) and size[0] == "selected"
 
 
 def _are_numbers(one: Any) -> bool:
-    """Tells whether a dataset consists of ranges and random numbers only.
+    """Returns whether a dataset consists of ranges and random numbers only.
 
     Not of a table either, which may hold the examples' labels.
     """
@@ -278,7 +278,7 @@ def _makes_numbers(node: Any) -> bool:
 
 
 def _has_numbers_alone(one: Any) -> bool:
-    """Tells whether the elements of a source are whole numbers, as of rows."""
+    """Returns whether the elements of a source are whole numbers, as of rows."""
     leaves = tf.nest.flatten(one.element_spec)
     return all(
         isinstance(leaf, tf.TensorSpec) and leaf.dtype.is_integer and leaf.shape.rank == 0

@@ -139,12 +139,12 @@ def proof(function: Any, leaves: Sequence[Leaf]) -> Proof:
 
 
 def _selects(op: Any, numbers: Collection[str]) -> bool:
-    """Tells whether an operation takes rows from a table by numbers."""
+    """Returns whether an operation takes rows from a table by numbers."""
     return op.type in _SELECTS and op.inputs[0].name not in numbers
 
 
 def _makes_numbers(op: Any, numbers: Collection[str]) -> bool:
-    """Tells whether what an operation makes of numbers can hold no examples of a table."""
+    """Returns whether what an operation makes of numbers can hold no examples of a table."""
     small = all(
         t.name in numbers or (t.shape.num_elements() or _FEW + 1) <= _FEW for t in op.inputs
     )
@@ -259,7 +259,7 @@ def _keeps_first_axis(op: Any, inputs: Sequence[Any]) -> bool:
 
 
 def _slices_other_axes(op: Any, inputs: Sequence[Any]) -> bool:
-    """Tells whether a slice such as `x[:, 1:]` or `x[..., 0]` takes all rows, in order."""
+    """Returns whether a slice such as `x[:, 1:]` or `x[..., 0]` takes all rows, in order."""
     strides = _constant(inputs[3])
     if strides is None or not strides.size:
         return False
@@ -272,7 +272,7 @@ def _slices_other_axes(op: Any, inputs: Sequence[Any]) -> bool:
 
 
 def _broadcasts_by_row(inputs: Sequence[Any], rows: Mapping[str, Leaf]) -> bool:
-    """Tells whether rows meet rows, and none is made several.
+    """Returns whether rows meet rows, and none is made several.
 
     What has rows has the same rank. The rest is of a lower rank, or has one row for all: a
     single row meets all rows of what has more.
@@ -286,7 +286,7 @@ def _broadcasts_by_row(inputs: Sequence[Any], rows: Mapping[str, Leaf]) -> bool:
 
 
 def _looks_up(op: Any, has_rows: Sequence[bool]) -> bool:
-    """Tells whether rows choose from a table that is the same for every batch."""
+    """Returns whether rows choose from a table that is the same for every batch."""
     if op.type == "GatherV2":
         axis = _constant(op.inputs[2])
         whole = op.get_attr("batch_dims") == 0 and axis is not None and int(axis) == 0
@@ -297,7 +297,7 @@ def _looks_up(op: Any, has_rows: Sequence[bool]) -> bool:
 
 
 def _avoids_rows(axis: Any, rank: int) -> bool:
-    """Tells whether axes are known, and none of them is the first."""
+    """Returns whether axes are known, and none of them is the first."""
     known = _constant(axis)
     if known is None or not known.size:
         return False

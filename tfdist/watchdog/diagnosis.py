@@ -44,7 +44,7 @@ def goes_on(
     lost: Mapping[int, LostWorker],
     silent: Sequence[str] = (),
 ) -> bool:
-    """Tells whether a worker for which the others wait is still within its own limit.
+    """Returns whether a worker for which the others wait is still within its own limit.
 
     Args:
         statuses: The last status of each worker.

@@ -181,7 +181,7 @@ class Watcher:
                 self._end(f"Nothing has gone on for {status.idle:.0f} s.")
 
     def _has_lost_server(self, status: StatusMessage) -> bool:
-        """Tells whether another server has not answered twice in a row."""
+        """Returns whether another server has not answered twice in a row."""
         if status.idle <= self.settings.limit or status.at == OUTSIDE or status.is_debugged:
             self._unanswered, self._silent = set(), []
             return False

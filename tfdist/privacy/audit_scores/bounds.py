@@ -125,7 +125,7 @@ def p_value(
 def clopper_pearson(
     successes: NDArray[np.int64], trials: int, confidence: float
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Gives intervals for probabilities, from independent trials.
+    """Returns intervals for probabilities, from independent trials.
 
     Clopper and Pearson, "The use of confidence or fiducial limits illustrated in the case of
     the binomial", Biometrika 1934.

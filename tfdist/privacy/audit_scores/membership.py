@@ -115,7 +115,7 @@ class AuditReport:
         return float((true - false).max())
 
     def roc(self) -> tuple[Floats, Floats]:
-        """Gives false and true positive rates, for thresholds from the highest down."""
+        """Returns false and true positive rates, for thresholds from the highest down."""
         thresholds = np.unique(self.scores)[::-1]
         rates = [
             1 - np.searchsorted(np.sort(s), thresholds, "left") / len(s)
@@ -125,7 +125,7 @@ class AuditReport:
         return false, true
 
     def true_positive_rate(self, at: float) -> float:
-        """Gives the part of the members that is found at a false positive rate.
+        """Returns the part of the members that is found at a false positive rate.
 
         What counts for those it happens to is the part that is found almost without error
         (Carlini et al., "Membership inference attacks from first principles", S&P 2022).
@@ -212,7 +212,7 @@ class AuditReport:
         relation: str = "add_or_remove_one",
         guesses: tuple[int, int] | None = None,
     ) -> float:
-        """Says how probable so many right guesses are, at most, if a ledger is right.
+        """Returns how probable so many right guesses are, at most, if a ledger is right.
 
         The test is of the ledger's whole trade-off curve, that of its noise, sampling and
         steps, and not of one epsilon; with all numbers of guesses together as in

@@ -32,7 +32,7 @@ _INTERVAL, _POINTS, _MOST_EPSILON, _LEAST_DELTA = 1e-3, 120, 100.0, 1e-9
 def is_refuted(
     curve: Curve, *, num_canaries: int, guesses: int, right: int, error: Floats
 ) -> NDArray[np.bool_]:
-    """Tells whether so many right guesses are less probable than an error.
+    """Returns whether so many right guesses are less probable than an error.
 
     With p[t] the probability of t right guesses of c, of m canaries, each private curve gives,
     for every j, sum over t >= j of (t / m) p[t] <= 1 - f(sum over t >= j - 1 of ((c - t) / m)
@@ -116,7 +116,7 @@ def gaussian_lower_bound(
 
 
 def gaussian_epsilon(mu: float, delta: float) -> float:
-    """Gives the epsilon of a Gaussian mechanism.
+    """Returns the epsilon of a Gaussian mechanism.
 
     Balle and Wang, "Improving the Gaussian mechanism for differential privacy", ICML 2018,
     theorem 8.
@@ -145,7 +145,7 @@ def gaussian_epsilon(mu: float, delta: float) -> float:
 
 
 def curve_of(epsilons: Sequence[float], deltas: Sequence[float]) -> Curve:
-    """Gives the curve of a mechanism of which some (epsilon, delta) are known.
+    """Returns the curve of a mechanism of which some (epsilon, delta) are known.
 
     Args:
         epsilons: From 0 on.
@@ -167,7 +167,7 @@ def curve_of(epsilons: Sequence[float], deltas: Sequence[float]) -> Curve:
 
 
 def _envelope(lines: Sequence[tuple[float, float]]) -> tuple[Floats, Floats, Floats]:
-    """Gives the highest lines from left to right, and where each but the first begins."""
+    """Returns the highest lines from left to right, and where each but the first begins."""
     kept: list[tuple[float, float]] = []
     begins: list[float] = []
     for slope, offset in sorted(lines):
@@ -190,7 +190,7 @@ def _envelope(lines: Sequence[tuple[float, float]]) -> tuple[Floats, Floats, Flo
 
 
 def curve_of_ledger(ledger: Ledger, relation: str = "add_or_remove_one") -> Curve:
-    """Gives the curve of all steps of a ledger, by privacy loss distributions.
+    """Returns the curve of all steps of a ledger, by privacy loss distributions.
 
     Args:
         ledger: The steps.

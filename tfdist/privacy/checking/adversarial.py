@@ -186,5 +186,5 @@ def _same_inputs(x: Any) -> Any:
 
 
 def _has_embedding(model: Any) -> bool:
-    """Tells whether an input may be numbers of words, which must stay below a limit."""
+    """Returns whether an input may be numbers of words, which must stay below a limit."""
     return any(isinstance(part, keras.layers.Embedding) for part in _keras.layers_of(model))

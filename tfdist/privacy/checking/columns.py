@@ -14,7 +14,7 @@ Columns = tuple[Any, Any, Any]
 
 
 def as_columns(x: Any, y: Any, sample_weight: Any) -> Columns:
-    """Gives arrays as `fit` reads them, on the host.
+    """Returns arrays as `fit` reads them, on the host.
 
     Args:
         x: As in `fit`.

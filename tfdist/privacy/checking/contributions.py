@@ -35,7 +35,7 @@ class Noiseless:
     privacy: DPSGD
 
     def settings(self, units: Any) -> DPSGD:
-        """Gives the user's clipping, without noise and repeatable.
+        """Returns the user's clipping, without noise and repeatable.
 
         Args:
             units: The user of each row, or None.

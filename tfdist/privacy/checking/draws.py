@@ -169,7 +169,7 @@ def _model(rows: int) -> Any:
 
 
 def _moved(subject: Any, draws: Draws, **options: Any) -> list[Floats]:
-    """Gives the parts of all examples, for each step."""
+    """Returns the parts of all examples, for each step."""
     found: list[Floats] = []
     # Far from 0, so that each gradient is clipped.
     y = np.full((draws.num_rows, 1), -10 * norm_of(draws.privacy), np.float32)

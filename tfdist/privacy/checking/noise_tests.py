@@ -53,7 +53,7 @@ def noise_facts(z: Floats, blocks: Sequence[Block], alpha: float) -> list[Findin
 
 
 def smallest_error(count: int, alpha: float) -> float:
-    """Says which lack of standard deviation is found with a probability of 0.999.
+    """Returns which lack of standard deviation is found with a probability of 0.999.
 
     Args:
         count: Normal numbers.

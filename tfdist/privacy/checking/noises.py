@@ -233,7 +233,7 @@ class NoiseCheck:
         return np.array(found)
 
     def _correlated(self, steps: int, weights: Sampled) -> Any:
-        """Gives what each step drew, from the noise that later steps take back in part."""
+        """Returns what each step drew, from the noise that later steps take back in part."""
         private = self._asked
         assert isinstance(private, DPFTRL)
         rows = min(rows_of(self.columns), 8 * self.batch_size)

@@ -68,7 +68,7 @@ class Planned(Poisson):
         return Planned(num_rows, self.plan)
 
     def rows(self, step: int, *, num_rows: int, batch_size: float, seed: int) -> Rows:
-        """Gives the planned rows; see `Sampler.rows`."""
+        """Returns the planned rows; see `Sampler.rows`."""
         return np.array(self.plan[step] if step < len(self.plan) else (), np.int64)
 
 

@@ -83,7 +83,7 @@ class CheckReport:
         return tuple(fact for fact in self.facts if not fact.passed)
 
     def __getitem__(self, name: str) -> Finding:
-        """Gives the fact of a name, or the first that begins with it."""
+        """Returns the fact of a name, or the first that begins with it."""
         for fact in self.facts:
             if fact.name.startswith(name):
                 return fact

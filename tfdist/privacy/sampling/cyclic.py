@@ -47,11 +47,11 @@ class CyclicPoisson(Accounted):
         )
 
     def expected_rows(self, num_rows: int, batch_size: int) -> float:
-        """Says how many rows a step has on average."""
+        """Returns how many rows a step has on average."""
         return self._probability(num_rows, batch_size) * num_rows / self.groups
 
     def rows(self, step: int, *, num_rows: int, batch_size: int, seed: int) -> Rows:
-        """Gives the rows of one global batch, possibly none; see `Sampler.rows`."""
+        """Returns the rows of one global batch, possibly none; see `Sampler.rows`."""
         members = _members(num_rows, self.groups, seed)[step % self.groups]
         probability = self._probability(num_rows, batch_size)
         drawn: Rows = members[bernoulli(generator((seed, step)), len(members), probability)]
@@ -63,7 +63,7 @@ class CyclicPoisson(Accounted):
 
 @functools.lru_cache(maxsize=4)
 def _members(num_rows: int, groups: int, seed: int) -> list[NDArray[np.int64]]:
-    """Gives the rows of each group, in order."""
+    """Returns the rows of each group, in order."""
     group_of = generator((seed, *b"groups")).randint(0, groups, num_rows)
     return [np.flatnonzero(group_of == group) for group in range(groups)]
 
@@ -95,7 +95,7 @@ class Recursion:
         self._before.assign(tf.zeros_like(self._before))
 
     def next(self, own: Tensor) -> Tensor:
-        """Gives the noise of a step, in order.
+        """Returns the noise of a step, in order.
 
         Args:
             own: What it draws, float64 of shape [count].

@@ -37,7 +37,7 @@ class Accounted(Sampler):
 
     @abc.abstractmethod
     def expected_rows(self, num_rows: int, batch_size: int) -> float:
-        """Says how many rows a step has on average, before any is left out.
+        """Returns how many rows a step has on average, before any is left out.
 
         Args:
             num_rows: Examples in the data.
@@ -45,7 +45,7 @@ class Accounted(Sampler):
         """
 
     def expected_units(self, num_rows: int, batch_size: int) -> float:
-        """Says how many of what is clipped by itself a step has on average.
+        """Returns how many of what is clipped by itself a step has on average.
 
         Args:
             num_rows: Examples in the data.
@@ -95,11 +95,11 @@ class Poisson(Accounted):
         return Phase(probability, noise_multiplier, steps, room, num_rows)
 
     def expected_rows(self, num_rows: int, batch_size: int) -> float:
-        """Says how many rows a step has on average, before any is left out."""
+        """Returns how many rows a step has on average, before any is left out."""
         return _probability(num_rows, batch_size) * num_rows
 
     def capacity_for(self, num_rows: int, batch_size: float) -> int:
-        """Says how many rows a step has at most.
+        """Returns how many rows a step has at most.
 
         Args:
             num_rows: Examples in the data.
@@ -110,7 +110,7 @@ class Poisson(Accounted):
         return _chosen_capacity(num_rows, batch_size)
 
     def rows(self, step: int, *, num_rows: int, batch_size: float, seed: int) -> Rows:
-        """Gives the rows of one global batch, possibly none; see `Sampler.rows`."""
+        """Returns the rows of one global batch, possibly none; see `Sampler.rows`."""
         random = generator((seed, step))
         drawn = bernoulli(random, num_rows, _probability(num_rows, batch_size))
         room = self.capacity_for(num_rows, batch_size)
@@ -130,7 +130,7 @@ def _chosen_capacity(num_rows: int, batch_size: float) -> int:
 
 
 def bernoulli(random: np.random.RandomState, trials: int, probability: float) -> Rows:
-    """Gives the numbers of the trials that succeed, by drawing the gaps between them.
+    """Returns the numbers of the trials that succeed, by drawing the gaps between them.
 
     The gaps between successes of independent trials are geometric (Devroye, "Non-uniform
     random variate generation", 1986, section X.4), so the work is that of the successes.

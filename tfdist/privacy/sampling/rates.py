@@ -73,11 +73,11 @@ class PoissonLike(Accounted):
         return PoissonLike(bound)
 
     def steps_per_epoch(self, num_rows: int, batch_size: int) -> int:
-        """Says how many steps make an epoch: as many as the other sampler's."""
+        """Returns how many steps make an epoch: as many as the other sampler's."""
         return self.sampler.steps_per_epoch(num_rows, batch_size)
 
     def repeats(self, num_rows: int) -> NDArray[np.float64] | None:
-        """Says how often each row is drawn in an epoch; see `Sampler.repeats`."""
+        """Returns how often each row is drawn in an epoch; see `Sampler.repeats`."""
         return self.sampler.repeats(num_rows)
 
     def phase(
@@ -88,12 +88,12 @@ class PoissonLike(Accounted):
         return Phase(most, noise_multiplier, steps, None, num_rows, at_most=True)
 
     def expected_rows(self, num_rows: int, batch_size: int) -> float:
-        """Says how many rows a step has on average."""
+        """Returns how many rows a step has on average."""
         probabilities, _ = self._probabilities(num_rows, batch_size)
         return float(probabilities.sum())
 
     def rows(self, step: int, *, num_rows: int, batch_size: int, seed: int) -> Rows:
-        """Gives the rows of one global batch, possibly none; see `Sampler.rows`."""
+        """Returns the rows of one global batch, possibly none; see `Sampler.rows`."""
         probabilities, most = self._probabilities(num_rows, batch_size)
         random = generator((seed, step))
         # Each is drawn with the largest probability, and then kept with its part of that.
@@ -108,7 +108,7 @@ class PoissonLike(Accounted):
     def _find_probabilities(
         self, num_rows: int, batch_size: int
     ) -> tuple[NDArray[np.float64], float]:
-        """Gives those of all rows, and the largest."""
+        """Returns those of all rows, and the largest."""
         repeats = self.sampler.repeats(num_rows)
         assert repeats is not None  # `bind` has looked
         found: NDArray[np.float64] = np.minimum(1.0, batch_size * repeats / repeats.sum())

@@ -55,7 +55,7 @@ class Users:
         self.kept = int(np.minimum(counts, self.most).sum())
 
     def rows(self, drawn: NDArray[np.int64], random: np.random.RandomState) -> Rows:
-        """Gives the rows of some users, of each at most `most`, chosen anew.
+        """Returns the rows of some users, of each at most `most`, chosen anew.
 
         Args:
             drawn: Numbers of users.
@@ -107,7 +107,7 @@ class PoissonOfUsers(Accounted):
         return PoissonOfUsers(self.users, poisson)
 
     def steps_per_epoch(self, num_rows: int, batch_size: int) -> int:
-        """Says after how many steps each user was drawn once, on average."""
+        """Returns after how many steps each user was drawn once, on average."""
         return -(-self.users.kept // batch_size)
 
     def phase(
@@ -124,15 +124,15 @@ class PoissonOfUsers(Accounted):
         )
 
     def expected_rows(self, num_rows: int, batch_size: int) -> float:
-        """Says how many rows a step has on average."""
+        """Returns how many rows a step has on average."""
         return self._probability(batch_size) * self.users.kept
 
     def expected_units(self, num_rows: int, batch_size: int) -> float:
-        """Says how many users a step has on average."""
+        """Returns how many users a step has on average."""
         return self._expected(batch_size)
 
     def rows(self, step: int, *, num_rows: int, batch_size: int, seed: int) -> Rows:
-        """Gives the rows of one global batch, user by user, possibly none."""
+        """Returns the rows of one global batch, user by user, possibly none."""
         drawn = self.poisson.rows(
             step,
             num_rows=self.users.count,
