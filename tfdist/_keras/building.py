@@ -157,8 +157,17 @@ def computes_coarsely(model: Any) -> bool:
     is_tf32 = tf.config.experimental.tensor_float_32_execution_enabled()
     if is_tf32 and tf.config.list_physical_devices("GPU"):
         return True
-    halves = ("float16", "bfloat16")
-    return any(layer.compute_dtype in halves for layer in layers_of(model))
+    return computes_in(model, "float16", "bfloat16")
+
+
+def computes_in(model: Any, *dtypes: str) -> bool:
+    """Returns whether a layer of a model computes in one of some types.
+
+    Args:
+        model: A `keras.Model`.
+        *dtypes: Names of types, such as "bfloat16".
+    """
+    return any(layer.compute_dtype in dtypes for layer in layers_of(model))
 
 
 def has_own_code(model: Any) -> bool:

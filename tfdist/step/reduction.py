@@ -239,7 +239,7 @@ class ReducedUpdates:
         self._are_parts = are_parts
         # In float16 a sum over fewer rows overflows later than that of one process. In float32
         # the sum over all replicas overflows as it does.
-        has_float16 = any(layer.compute_dtype == "float16" for layer in _keras.layers_of(model))
+        has_float16 = _keras.computes_in(model, "float16")
         self._is_afterwards = has_float16 and not _keras.synchronized_variables(model)
         self._scaled: set[int] = set()
         self._waiting: list[_Waiting] = []

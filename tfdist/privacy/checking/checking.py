@@ -148,8 +148,9 @@ def _contributions(
     facts = largest_contribution(noiseless, some, round(_ROUNDS * effort), rng)
     strange = taken(families(model, taken(some, [0]), rng), [HUGE, NOT_A_NUMBER])
     rows = joined([strange, taken(some, np.arange(min(32, rows_of(some))))])
-    found = compare_neighbours(noiseless, rows, _is_half(model))
-    return dataclasses.replace(found, facts=(*facts, *found.facts))
+    is_half = _keras.computes_in(model, "bfloat16", "float16")
+    neighbours = compare_neighbours(noiseless, rows, is_half)
+    return dataclasses.replace(neighbours, facts=(*facts, *neighbours.facts))
 
 
 def _notes(privacy: DPSGD, sampler: Any) -> list[str]:
@@ -168,12 +169,6 @@ def _notes(privacy: DPSGD, sampler: Any) -> list[str]:
     if getattr(sampler, "capacity", None) is not None:
         notes.append("draws: a `capacity` makes each depend on the others")
     return notes
-
-
-def _is_half(model: Any) -> bool:
-    return any(
-        part.compute_dtype in ("bfloat16", "float16") for part in _keras.layers_of(model)
-    )
 
 
 def _check_arguments(

@@ -15,7 +15,6 @@ from tfdist.privacy.mechanism import clipping
 
 Tensor = Any
 Columns = tuple[Any, Any, Any]
-_HALF = ("bfloat16", "float16")
 
 
 class Added(NamedTuple):
@@ -75,8 +74,7 @@ def tolerance_for(model: Any) -> float:
     Args:
         model: A `keras.Model`.
     """
-    has_half = any(layer.compute_dtype in _HALF for layer in _keras.layers_of(model))
-    return 0.05 if has_half else 1e-3
+    return 0.05 if _keras.computes_in(model, "bfloat16", "float16") else 1e-3
 
 
 @contextlib.contextmanager
