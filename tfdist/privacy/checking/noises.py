@@ -1,4 +1,4 @@
-"""The noise of a `fit`: what its gradients have beside the sums of clipped ones."""
+"""Measures the noise of a `fit`: its gradients minus the sums of clipped gradients."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from tfdist.privacy.settings import DPSGD
 
 _FEWEST, _MOST = 32, 400  # steps
 _BATCHES, _ROWS = 4, 16
-_CYCLE = 4 * 2 * _BATCHES  # so that each part of the steps begins with the same batch
+_CYCLE = 4 * 2 * _BATCHES  # each of four parts of the steps begins with the same batch
 
 
 @dataclass(frozen=True)
 class Sampled:
-    """Which weights are looked at.
+    """A sample of the weights.
 
     Attributes:
-        columns: Their numbers among all.
-        blocks: Which of them are of which variable.
+        columns: The numbers of the weights.
+        blocks: The weights of each variable.
     """
 
     columns: NDArray[np.int64]
@@ -44,9 +44,9 @@ def sampled(variables: Sequence[Any], most: int, rng: np.random.Generator) -> Sa
     """Chooses weights, some of each variable.
 
     Args:
-        variables: All that are trained.
-        most: About how many.
-        rng: Chooses.
+        variables: All trained variables.
+        most: About how many weights to choose.
+        rng: The random generator of the choice.
     """
     sizes = [math.prod(v.shape) for v in variables]
     part = min(1.0, most / max(1, sum(sizes)))
@@ -66,12 +66,12 @@ class NoiseCheck:
     """Measures noise.
 
     Args:
-        noiseless: Knows the sums without noise.
+        noiseless: Computes sums without noise.
         columns: The user's data.
         batch_size: As in `fit`.
-        own: Numbers of some of the rows.
-        is_repeatable: Whether a batch gives the same sum in every step.
-        numbers: About how many to draw.
+        own: The numbers of some rows.
+        is_repeatable: Whether a batch has the same sum in every step.
+        numbers: About how many random numbers to measure.
     """
 
     noiseless: Noiseless
@@ -82,11 +82,11 @@ class NoiseCheck:
     numbers: int
 
     def facts(self, alpha: float, rng: np.random.Generator) -> list[Finding]:
-        """Measures it.
+        """Measures the noise.
 
         Args:
-            alpha: Probability of a false alarm of each test.
-            rng: Chooses weights and batches.
+            alpha: The probability of a false alarm of each test.
+            rng: The random generator for the choice of weights and batches.
         """
         subject = self.noiseless.subject
         if not subject.weights:  # which `fit` builds
@@ -114,11 +114,11 @@ class NoiseCheck:
         )
 
     def _deviations(self, first: int, planned: int) -> list[float]:
-        """What the noise on the sums of a `fit`'s steps must have.
+        """Returns the expected standard deviations of the noise on the steps of a `fit`.
 
         Args:
-            first: The first step that is looked at.
-            planned: Steps of the whole training.
+            first: The first measured step.
+            planned: The planned steps of the training.
         """
         schedule = schedule_of(self._asked, planned)
         if schedule is None:
@@ -128,7 +128,10 @@ class NoiseCheck:
         return list(map(float, deviations[runs]))
 
     def _deviation(self) -> float:
-        """What the noise on the sum must have (Andrew et al., 2021, theorem 1, if adaptive)."""
+        """Returns the expected standard deviation of the noise on the sum.
+
+        With adaptive clipping it is that of Andrew et al., 2021, theorem 1.
+        """
         asked = self._asked
         assert asked.noise_multiplier is not None
         multiplier = asked.noise_multiplier
@@ -138,23 +141,24 @@ class NoiseCheck:
         return float(multiplier * norm_of(asked))
 
     def _units(self) -> float:
-        """How many examples, or users, a step has on average."""
+        """Returns the mean number of examples, or of users, of a step."""
         asked = self._asked
         if asked.group_ids is None:
             return float(self.batch_size)
         users, counts = np.unique(np.asarray(asked.group_ids), return_counts=True)
-        kept = np.minimum(counts, asked.max_rows_per_group or counts.max()).sum()
-        return self.batch_size * len(users) / float(kept)
+        rows = np.minimum(counts, asked.max_rows_per_group or counts.max()).sum()
+        return self.batch_size * len(users) / float(rows)
 
     def _count_deviation(self) -> float:
-        """What the noise on the count of those within the norm must have."""
+        """Returns the expected standard deviation of the noise on the adaptive count."""
         return float(self._asked.count_noise or self._units() / 20)
 
     def _of_count(self, alpha: float) -> Finding:
-        """Reads the noise on the count of those within the norm from how the norm moves.
+        """Measures the noise on the count of units within the norm, by how the norm moves.
 
-        In steps with one example, or user, without weight, so within it: the norm's logarithm
-        moves by the rate times the part within, less the quantile (Andrew et al., 2021).
+        Each step has one unit with a sample weight of 0, which is within the norm. The norm's
+        logarithm moves by the rate times the fraction within the norm minus the quantile
+        (Andrew et al., 2021).
         """
         asked, rate = self._asked, 0.2
         quantile, units = asked.target_quantile, self._units()
@@ -178,7 +182,7 @@ class NoiseCheck:
     def _independent(self, steps: int, weights: Sampled, rng: np.random.Generator) -> Any:
         batches: list[tuple[int, ...]] = []
         private = self.noiseless.privacy
-        moves = callable(private.l2_norm_clip)  # then sums are others in each step
+        moves = callable(private.l2_norm_clip)  # then sums differ between steps
         if self.is_repeatable and private.group_ids is None and not moves:
             batches = [
                 tuple(np.sort(rng.choice(len(self.own), min(_ROWS, len(self.own)), False)))
@@ -192,16 +196,17 @@ class NoiseCheck:
                 some, batches, lambda _, v: sums.append(v[weights.columns])
             )
             penalty = all_weights[weights.columns]
-        # Every other batch is empty, so that noise is seen alone.
+        # Every other batch is empty, so that it has noise alone.
         kinds = [n for batch in range(len(batches)) for n in (None, batch)] or [None]
         numbered: dict[int | None, tuple[int, ...]] = {
             n: tuple(self.own[list(batch)].tolist()) for n, batch in enumerate(batches)
         }
         plan = tuple(numbered.get(kinds[step % len(kinds)], ()) for step in range(steps))
-        found: list[Any] = []
+        noise: list[Any] = []
 
         def reading(first: int, planned: int) -> Any:
-            # Not by the step's number: one that resumes may begin at 0 or go on.
+            # Steps are counted here: in a resumed training their numbers may begin at 0 or
+            # continue.
             coming = enumerate(self._deviations(first, planned))
 
             def read(_: int, gradient: Floats) -> None:
@@ -211,7 +216,7 @@ class NoiseCheck:
                 if kind is not None:
                     expected = sums[kind].astype(np.float64) / self.batch_size
                 noisy = gradient[weights.columns].astype(np.float64) - penalty
-                found.append((noisy - expected) * (self.batch_size / deviation))
+                noise.append((noisy - expected) * (self.batch_size / deviation))
 
             return read
 
@@ -230,16 +235,16 @@ class NoiseCheck:
             subject.fit(self.columns, lambda _, __: None, epochs=1, **resumed)
             read = reading(quarter, 2 * quarter)
             subject.fit(self.columns, read, epochs=2, **resumed)
-        return np.array(found)
+        return np.array(noise)
 
     def _correlated(self, steps: int, weights: Sampled) -> Any:
-        """Returns what each step drew, from the noise that later steps take back in part."""
+        """Returns the random numbers of each step, recovered from correlated noise."""
         private = self._asked
         assert isinstance(private, DPFTRL)
         rows = min(rows_of(self.columns), 8 * self.batch_size)
         epochs = -(-steps // (2 * -(-rows // self.batch_size)))
         some = taken(self.columns, np.arange(rows))
-        if not self.is_repeatable:  # no weight, no gradient
+        if not self.is_repeatable:  # with a sample weight of 0, gradients are 0
             x, y, weight = some
             none = (
                 np.zeros(rows, np.float32) if weight is None else mapped(np.zeros_like, weight)
@@ -263,24 +268,25 @@ class NoiseCheck:
         assert not callable(private.noise_multiplier)
         sums = recorded(0.0)
         scale = self.batch_size / self._deviation()
-        drawn = [
+        runs = [
             _uncorrelated((recorded(private.noise_multiplier) - sums) * scale, private.bands)
             for _ in range(2)
         ]
-        return np.concatenate(drawn)
+        return np.concatenate(runs)
 
 
 def _uncorrelated(noise: Any, bands: int) -> Any:
-    """Undoes the correlation: noise of a step is (1 - x)^(1/2) of what was drawn, cut off.
+    """Inverts the correlation of noise.
 
-    Kalinin et al., "Back to square roots", ICLR 2026: the first `bands` coefficients of that
-    series, here as binomial coefficients.
+    The factors of correlated noise are the first `bands` coefficients of (1 - x)^(1/2) (Kalinin
+    et al., "Back to square roots", ICLR 2026). Here they are computed as binomial coefficients,
+    independently of the tested code.
     """
     from scipy import special
 
     factors = special.binom(0.5, np.arange(bands)) * (-1.0) ** np.arange(bands)
-    drawn = np.zeros_like(noise)
+    normal = np.zeros_like(noise)
     for step in range(len(noise)):
         back = range(1, min(bands, step + 1))
-        drawn[step] = noise[step] - sum(factors[lag] * drawn[step - lag] for lag in back)
-    return drawn
+        normal[step] = noise[step] - sum(factors[lag] * normal[step - lag] for lag in back)
+    return normal
