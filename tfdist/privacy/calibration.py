@@ -42,10 +42,10 @@ def find_noise(
         return multiplier, None
     # A training that continues keeps its noise: steps of one phase must be equal.
     if schedule is None:
-        noise = spending.noise_then(phase)
+        noise = spending.earlier_noise(phase)
     else:
         schedule = schedule.scaled(1 / schedule.least)
-        noise = spending.noise_then(phase, schedule)
+        noise = spending.earlier_noise(phase, schedule)
     if noise is None:
         noise = _noise_within(privacy, session, spending, planned.steps, phase, schedule)
     if schedule is None:

@@ -67,7 +67,7 @@ class PrivateTraining(Extension):
 
     def facts(self) -> dict[str, Any]:
         """Returns the settings that must be equal on all workers."""
-        return self.run.asked
+        return self.run.common_settings
 
     def notice(self, request: Request) -> str | None:
         """Returns warnings: a `delta` that is too large, and slow parts of the model."""

@@ -22,7 +22,7 @@ def name_of(users: str) -> str:
     return _NAMES.setdefault(users, secrets.token_hex(8))
 
 
-def known(history: History) -> History:
+def comparable(history: History) -> History:
     """Removes the names of groupings of other processes, which cannot be compared here.
 
     Args:

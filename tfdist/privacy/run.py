@@ -235,7 +235,7 @@ class PrivateRun:
         return self.privacy.delta
 
     @property
-    def asked(self) -> dict[str, Any]:
+    def common_settings(self) -> dict[str, Any]:
         """The settings that must be equal on all workers."""
         return {
             "l2_norm_clip": self.mechanism.l2_norm_clip,

@@ -74,7 +74,7 @@ class Spending:
         """Merges the steps of earlier processes, of `spent` and of the model."""
         history = self._earlier.history.merged(History(self._earlier.spent))
         history = history.merged(History(self._spent)).merged(model_history.of(self._model))
-        return groupings.known(
+        return groupings.comparable(
             dataclasses.replace(history, secret=history.secret and self._is_secret)
         )
 
@@ -184,7 +184,7 @@ class Spending:
             changes=history.changes + (is_changed and not updates),
         )
 
-    def noise_then(self, phase: Phase, levels: Levels | None = None) -> float | None:
+    def earlier_noise(self, phase: Phase, levels: Levels | None = None) -> float | None:
         """Returns the noise of the interrupted training that this one continues, or None.
 
         If steps were lost, the target leaves room for fewer steps than planned, and training
@@ -260,7 +260,7 @@ class Spending:
         of_this_run = [p for p in history.ledger.phases if p.run_id == self._run_id]
         steps = sum(phase.steps for phase in of_this_run)
         self._progress.kept = max(self._progress.kept, steps - self._progress.made_here)
-        self.before = self.before.merged(groupings.known(history.without(self._run_id)))
+        self.before = self.before.merged(groupings.comparable(history.without(self._run_id)))
         self._write(max(self._ahead, self._progress.steps_made))
 
     def before_steps(self, steps: int) -> None:

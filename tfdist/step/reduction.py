@@ -188,8 +188,12 @@ class _Waiting(NamedTuple):
 
     def pairs(self) -> list[tuple[Tensor, Any]]:
         """Returns the gradients that are not None, each with its variable."""
-        both = zip(self.grads, self.variables, strict=True)
-        return [(gradient, variable) for gradient, variable in both if gradient is not None]
+        gradients_and_variables = zip(self.grads, self.variables, strict=True)
+        return [
+            (gradient, variable)
+            for gradient, variable in gradients_and_variables
+            if gradient is not None
+        ]
 
 
 def _of_rows(gradient: Tensor, total: Tensor, has_fixed_rows: bool) -> Tensor:

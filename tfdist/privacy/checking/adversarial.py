@@ -12,7 +12,7 @@ import tensorflow as tf
 from numpy.typing import NDArray
 
 from tfdist import _keras
-from tfdist.privacy.checking.columns import Columns, joined, mapped, rows_of, taken
+from tfdist.privacy.checking.columns import Columns, joined, mapped, rows_of, selected
 
 _SCALES = (1e-2, 30.0, 1e3, 1e30, math.nan)
 HUGE, NOT_A_NUMBER = 6, 12  # places of these examples in the result of `families`
@@ -128,7 +128,7 @@ def cancelled(model: Any, own: Columns) -> Columns | None:
 
     variants: list[Columns] = []
     for row in range(rows_of(own)):
-        one_x, one_y, one_weight = taken(own, [row])
+        one_x, one_y, one_weight = selected(own, [row])
         values = [tf.convert_to_tensor(leaf) for leaf in tf.nest.flatten(one_x)]
         later = [leaf.numpy() for leaf in descend(values, one_y)]
         for scale in (1.0, 10.0, 1000.0):

@@ -15,7 +15,7 @@ from tfdist import _keras, data
 from tfdist.errors import ArgumentError, MissingPackageError
 from tfdist.privacy.accounting.arguments import check_choice, check_count, check_number
 from tfdist.privacy.checking.adversarial import HUGE, NOT_A_NUMBER, families
-from tfdist.privacy.checking.columns import Columns, as_columns, joined, rows_of, taken
+from tfdist.privacy.checking.columns import Columns, as_columns, joined, rows_of, selected
 from tfdist.privacy.checking.contributions import (
     Neighbours,
     Noiseless,
@@ -126,7 +126,7 @@ def check(
         facts += measure_draws(draws, math.ceil(_STEPS * effort), _ALPHA)
     with subject_of(model, strategy) as subject:
         if "contributions" in parts:
-            some = taken(columns, own)
+            some = selected(columns, own)
             neighbours = _contributions(Noiseless(subject, fixed), some, effort, rng)
             facts, notes = [*facts, *neighbours.facts], [*notes, *neighbours.notes]
             is_repeatable = neighbours.draws_nothing
@@ -151,8 +151,8 @@ def _contributions(
     """Measures contributions and neighbours."""
     model = noiseless.subject.model
     facts = largest_contribution(noiseless, some, round(_ROUNDS * effort), rng)
-    strange = taken(families(model, taken(some, [0]), rng), [HUGE, NOT_A_NUMBER])
-    rows = joined([strange, taken(some, np.arange(min(32, rows_of(some))))])
+    strange = selected(families(model, selected(some, [0]), rng), [HUGE, NOT_A_NUMBER])
+    rows = joined([strange, selected(some, np.arange(min(32, rows_of(some))))])
     is_half = _keras.computes_in(model, "bfloat16", "float16")
     neighbours = compare_neighbours(noiseless, rows, is_half)
     return dataclasses.replace(neighbours, facts=(*facts, *neighbours.facts))

@@ -36,7 +36,7 @@ def rows_of(columns: Columns) -> int:
     return len(tf.nest.flatten(columns[0])[0])
 
 
-def taken(columns: Columns, rows: Any) -> Columns:
+def selected(columns: Columns, rows: Any) -> Columns:
     """Selects rows.
 
     Args:

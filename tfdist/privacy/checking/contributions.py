@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from tfdist.privacy.checking.adversarial import cancelled, families, mutated
-from tfdist.privacy.checking.columns import Columns, joined, rows_of, taken
+from tfdist.privacy.checking.columns import Columns, joined, rows_of, selected
 from tfdist.privacy.checking.recorder import Floats, Planned, Subject
 from tfdist.privacy.checking.report import Finding
 from tfdist.privacy.schedules import norm_of, without_schedules
@@ -40,17 +40,17 @@ class Noiseless:
         Args:
             units: The user of each row, or None.
         """
-        asked = without_schedules(self.privacy)
+        settings = without_schedules(self.privacy)
         return DPSGD(
-            asked.l2_norm_clip,
+            settings.l2_norm_clip,
             noise_multiplier=0.0,
-            delta=asked.delta,
-            microbatch_size=asked.microbatch_size,
-            clipping=asked.clipping,
-            target_quantile=asked.target_quantile,
+            delta=settings.delta,
+            microbatch_size=settings.microbatch_size,
+            clipping=settings.clipping,
+            target_quantile=settings.target_quantile,
             clip_learning_rate=0.0,
             group_ids=units,
-            max_rows_per_group=asked.max_rows_per_group,
+            max_rows_per_group=settings.max_rows_per_group,
             seed=1,
         )
 
@@ -109,8 +109,8 @@ def largest_contribution(
         rng: The random generator of the search.
     """
     model = noiseless.subject.model
-    few = taken(own, np.arange(min(4, rows_of(own))))
-    some = taken(own, np.arange(min(12, rows_of(own))))
+    few = selected(own, np.arange(min(4, rows_of(own))))
+    some = selected(own, np.arange(min(12, rows_of(own))))
     parts = [own, families(model, some, rng)]
     by_descent = cancelled(model, few)
     if by_descent is not None:
@@ -122,8 +122,8 @@ def largest_contribution(
     best, best_norms = examples, norms
     for _ in range(rounds):
         order = np.argsort(-best_norms, kind="stable")[:_KEPT]
-        parents = taken(best, np.repeat(order, 4))
-        best = joined([taken(best, order), mutated(model, parents, rng)])
+        parents = selected(best, np.repeat(order, 4))
+        best = joined([selected(best, order), mutated(model, parents, rng)])
         best_norms = _norms(noiseless, own, best)
         count += len(best_norms) - _KEPT
         norms = np.concatenate([norms, best_norms])
@@ -141,7 +141,7 @@ def largest_contribution(
     ]
     if noiseless.privacy.group_ids is not None:
         order = np.argsort(-norms[: rows_of(examples)], kind="stable")[:_KEPT]
-        facts.append(_of_users(noiseless, own, taken(examples, order), rng))
+        facts.append(_of_users(noiseless, own, selected(examples, order), rng))
     return facts
 
 
@@ -150,7 +150,7 @@ def _norms(noiseless: Noiseless, own: Columns, tried: Columns) -> Any:
 
     Some of the user's examples come first, since `fit` checks the model on the first rows.
     """
-    first = taken(own, np.arange(min(3, rows_of(own))))
+    first = selected(own, np.arange(min(3, rows_of(own))))
     ahead, count = rows_of(first), rows_of(tried)
     norms = np.zeros(count)
 
@@ -170,7 +170,7 @@ def _of_users(
     data, user = [own], rows_of(own)
     for n in range(2 * rows_of(largest)):
         picked = np.full(2 * most, n // 2) if n % 2 else rng.integers(0, rows_of(largest), most)
-        data.append(taken(largest, picked))
+        data.append(selected(largest, picked))
         rows.append(picked)
         users.append(np.full(len(picked), user))
         user += 1

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tfdist.privacy.accounting.ledger import Ledger
-from tfdist.privacy.checking.columns import Columns, mapped, rows_of, taken
+from tfdist.privacy.checking.columns import Columns, mapped, rows_of, selected
 from tfdist.privacy.checking.contributions import Noiseless
 from tfdist.privacy.checking.noise_tests import Block, deviation, noise_facts
 from tfdist.privacy.checking.recorder import Floats, Planned
@@ -90,7 +90,7 @@ class NoiseCheck:
         """
         subject = self.noiseless.subject
         if not subject.weights:  # which `fit` builds
-            self.noiseless.sums(taken(self.columns, self.own), [], lambda _, __: None)
+            self.noiseless.sums(selected(self.columns, self.own), [], lambda _, __: None)
         weights = sampled(subject.weights, self.numbers // _FEWEST, rng)
         steps = min(_MOST, max(_FEWEST, self.numbers // len(weights.columns)))
         steps = -(-steps // _CYCLE) * _CYCLE
@@ -99,12 +99,12 @@ class NoiseCheck:
         else:
             noise = self._independent(steps, weights, rng)
         facts = noise_facts(noise, weights.blocks, alpha)
-        if self._asked.target_quantile is not None:
+        if self._settings.target_quantile is not None:
             facts.append(self._of_count(alpha))
         return facts
 
     @property
-    def _asked(self) -> DPSGD:
+    def _settings(self) -> DPSGD:
         return dataclasses.replace(
             self.noiseless.privacy,
             seed=None,
@@ -120,7 +120,7 @@ class NoiseCheck:
             first: The first measured step.
             planned: The planned steps of the training.
         """
-        schedule = schedule_of(self._asked, planned)
+        schedule = schedule_of(self._settings, planned)
         if schedule is None:
             return [self._deviation()] * (planned - first)
         runs = np.searchsorted(schedule.begins, np.arange(first, planned), "right") - 1
@@ -132,26 +132,26 @@ class NoiseCheck:
 
         With adaptive clipping it is that of Andrew et al., 2021, theorem 1.
         """
-        asked = self._asked
-        assert asked.noise_multiplier is not None
-        multiplier = asked.noise_multiplier
+        settings = self._settings
+        assert settings.noise_multiplier is not None
+        multiplier = settings.noise_multiplier
         assert not callable(multiplier)
-        if asked.target_quantile is not None:
+        if settings.target_quantile is not None:
             multiplier = (multiplier**-2 - (2 * self._count_deviation()) ** -2) ** -0.5
-        return float(multiplier * norm_of(asked))
+        return float(multiplier * norm_of(settings))
 
     def _units(self) -> float:
         """Returns the mean number of examples, or of users, of a step."""
-        asked = self._asked
-        if asked.group_ids is None:
+        settings = self._settings
+        if settings.group_ids is None:
             return float(self.batch_size)
-        users, counts = np.unique(np.asarray(asked.group_ids), return_counts=True)
-        rows = np.minimum(counts, asked.max_rows_per_group or counts.max()).sum()
+        users, counts = np.unique(np.asarray(settings.group_ids), return_counts=True)
+        rows = np.minimum(counts, settings.max_rows_per_group or counts.max()).sum()
         return self.batch_size * len(users) / float(rows)
 
     def _count_deviation(self) -> float:
         """Returns the expected standard deviation of the noise on the adaptive count."""
-        return float(self._asked.count_noise or self._units() / 20)
+        return float(self._settings.count_noise or self._units() / 20)
 
     def _of_count(self, alpha: float) -> Finding:
         """Measures the noise on the count of units within the norm, by how the norm moves.
@@ -160,8 +160,8 @@ class NoiseCheck:
         logarithm moves by the rate times the fraction within the norm minus the quantile
         (Andrew et al., 2021).
         """
-        asked, rate = self._asked, 0.2
-        quantile, units = asked.target_quantile, self._units()
+        settings, rate = self._settings, 0.2
+        quantile, units = settings.target_quantile, self._units()
         assert quantile is not None
         x, y, weight = self.columns
         none = np.zeros(rows_of(self.columns), np.float32)
@@ -172,7 +172,7 @@ class NoiseCheck:
             epochs=1,
             steps_per_epoch=_MOST + 1,
             sampler=Planned(plan=((0,),) * (_MOST + 1)),
-            privacy=dataclasses.replace(asked, clip_learning_rate=rate),
+            privacy=dataclasses.replace(settings, clip_learning_rate=rate),
         )
         norms = np.array([entry["l2_norm_clip"] for entry in logs])
         count = (-np.diff(np.log(norms)) / rate - (0.5 - quantile)) * units - 0.5
@@ -188,7 +188,7 @@ class NoiseCheck:
                 tuple(np.sort(rng.choice(len(self.own), min(_ROWS, len(self.own)), False)))
                 for _ in range(_BATCHES)
             ]
-        subject, some = self.noiseless.subject, taken(self.columns, self.own)
+        subject, some = self.noiseless.subject, selected(self.columns, self.own)
         sums: list[Floats] = []
         penalty: Any = 0.0
         if batches or any(v.regularizer is not None for v in subject.weights):
@@ -225,7 +225,7 @@ class NoiseCheck:
             "batch_size": self.batch_size,
             "steps_per_epoch": quarter,
             "sampler": Planned(plan=plan),
-            "privacy": self._asked,
+            "privacy": self._settings,
         }
         subject.rewind()
         subject.fit(self.columns, reading(0, 2 * quarter), epochs=2, **options)
@@ -239,11 +239,11 @@ class NoiseCheck:
 
     def _correlated(self, steps: int, weights: Sampled) -> Any:
         """Returns the random numbers of each step, recovered from correlated noise."""
-        private = self._asked
+        private = self._settings
         assert isinstance(private, DPFTRL)
         rows = min(rows_of(self.columns), 8 * self.batch_size)
         epochs = -(-steps // (2 * -(-rows // self.batch_size)))
-        some = taken(self.columns, np.arange(rows))
+        some = selected(self.columns, np.arange(rows))
         if not self.is_repeatable:  # with a sample weight of 0, gradients are 0
             x, y, weight = some
             none = (
@@ -254,13 +254,13 @@ class NoiseCheck:
         private = dataclasses.replace(private, min_separation=None)
 
         def recorded(multiplier: float) -> Any:
-            asked = dataclasses.replace(
+            settings = dataclasses.replace(
                 private, noise_multiplier=multiplier, target_epsilon=None
             )
             found: list[Floats] = []
             self.noiseless.subject.rewind()
             self.noiseless.subject.fit(
-                some, lambda _, g: found.append(g[weights.columns]), privacy=asked, **options
+                some, lambda _, g: found.append(g[weights.columns]), privacy=settings, **options
             )
             return np.array(found, np.float64)
 

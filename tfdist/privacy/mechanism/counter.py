@@ -74,7 +74,7 @@ class StepCounter:
             begun = self._begun.assign_add(1, read_value=True)
             return tf.identity(begun) - 1 + self._first.read_value()
 
-    def before(self, number: Tensor) -> Tensor:
+    def steps_before(self, number: Tensor) -> Tensor:
         """Returns how many steps have begun before a step, since `restart`.
 
         Args:

@@ -62,7 +62,7 @@ def check(model: Any, x: Any, y: Any, sample_weight: Any = None) -> None:
     tolerance = tolerance_for(model)
     state = model.non_trainable_variables
     values = [tf.identity(v.value) for v in state]
-    few = rows.taken((x, y, sample_weight), np.arange(_ROWS_FOR_SUMS) % rows.count(x))
+    few = rows.selected((x, y, sample_weight), np.arange(_ROWS_FOR_SUMS) % rows.count(x))
     try:
         with _exact_products(), _keras.replicated():
             _check_sum(model, *few, tolerance)
@@ -125,7 +125,7 @@ class _Comparison:
         self._model, self._tolerance = model, tolerance
         self._random = np.random.default_rng(0)
         count = max(4, min(ROWS, rows.count(columns[0])))
-        self._columns = rows.taken(columns, np.arange(count) % rows.count(columns[0]))
+        self._columns = rows.selected(columns, np.arange(count) % rows.count(columns[0]))
         self._rows = count
         self._secret = _SECRET
         self._function = self._traced(self._columns)
@@ -170,7 +170,7 @@ class _Comparison:
         finite = np.flatnonzero(np.isfinite(among_all.squares.numpy()))
         if len(finite) == self._rows or not len(finite):
             return among_all if len(finite) else None
-        self._columns = rows.taken(self._columns, finite[numbers % len(finite)])
+        self._columns = rows.selected(self._columns, finite[numbers % len(finite)])
         return self._added(self._columns, numbers, weights)
 
     def _weights(self, half: Any) -> Any:
@@ -189,7 +189,7 @@ class _Comparison:
             The order.
         """
         order = half[self._random.permutation(len(half))]
-        alone = self._added(rows.taken(columns, order), order, weights[order])
+        alone = self._added(rows.selected(columns, order), order, weights[order])
         self._check(alone, among_all, weights, "without others")
         return order
 
@@ -215,7 +215,9 @@ class _Comparison:
         other_half = np.setdiff1d(numbers, half)[::-1]
         first, last = np.split(other_half, [len(other_half) // 2 + 1])
         moved = rows.joined(
-            rows.taken(company, first), rows.taken(columns, order), rows.taken(company, last)
+            rows.selected(company, first),
+            rows.selected(columns, order),
+            rows.selected(company, last),
         )
         # Changed rows get new numbers, and so other random numbers. The half keeps its own.
         moved_numbers = np.concatenate([first + self._rows, order, last + self._rows])

@@ -122,13 +122,13 @@ _compiled = tf.function(_pairs, autograph=False, jit_compile=True)
 
 def _words(key: Tensor, low: Tensor, high: Tensor) -> list[Tensor]:
     """Returns the first three words of Philox4x32-10, each in the lower half of 64 bits."""
-    keys = [key & _whole(_LOW), _upper(key, 32)]
+    keys = [key & _uint64(_LOW), _upper(key, 32)]
     zeros = tf.zeros_like(low)
     # Upper halves of the 64 bits are arbitrary between rounds, since each product masks them.
     state = [low, _upper(low, 32), zeros + high, zeros + _upper(high, 32)]
     for _ in range(_ROUNDS):
         first, second = (
-            (word & _whole(_LOW)) * _whole(multiplier)
+            (word & _uint64(_LOW)) * _uint64(multiplier)
             for word, multiplier in zip(state[::2], _MULTIPLIERS, strict=True)
         )
         state = [
@@ -137,8 +137,8 @@ def _words(key: Tensor, low: Tensor, high: Tensor) -> list[Tensor]:
             _upper(first, 32) ^ state[3] ^ keys[1],
             first,
         ]
-        keys = [k + _whole(step) for k, step in zip(keys, _KEY_STEPS, strict=True)]
-    return [word & _whole(_LOW) for word in state[:3]]
+        keys = [k + _uint64(step) for k, step in zip(keys, _KEY_STEPS, strict=True)]
+    return [word & _uint64(_LOW) for word in state[:3]]
 
 
 def _log(value: Tensor) -> Tensor:
@@ -148,9 +148,9 @@ def _log(value: Tensor) -> Tensor:
     2 artanh(s) at s = (m - 1) / (m + 1).
     """
     bits = tf.bitcast(value, tf.uint64)
-    exponent = _upper(bits + _whole(_ONE - _HALF_ROOT), 52)
+    exponent = _upper(bits + _uint64(_ONE - _HALF_ROOT), 52)
     mantissa = tf.bitcast(
-        bits - tf.bitwise.left_shift(exponent, _whole(52)) + _whole(_ONE), tf.float64
+        bits - tf.bitwise.left_shift(exponent, _uint64(52)) + _uint64(_ONE), tf.float64
     )
     divisor = mantissa + 1.0
     # The line is within 2 % of 1 / divisor. Each of Newton's steps squares the relative error.
@@ -164,15 +164,15 @@ def _log(value: Tensor) -> Tensor:
 
 def _cosine_and_sine(word: Tensor) -> tuple[Tensor, Tensor]:
     """Returns cosine and sine of an angle of 32 bits, within 2e-15, by their series."""
-    fraction = word & _whole(2**30 - 1)  # of a quarter turn, from -45 to 45 degrees
+    fraction = word & _uint64(2**30 - 1)  # of a quarter turn, from -45 to 45 degrees
     angle = _as_float(fraction) * _QUARTER_TURN - (2.0**29 - 0.5) * _QUARTER_TURN
     signs = [(-1) ** (n // 2) / math.factorial(n) for n in range(17)]
     square = angle * angle
     cosine, sine = _polynomial(square, signs[::2]), angle * _polynomial(square, signs[1::2])
-    is_turned = tf.equal(word & _whole(2**30), _whole(2**30))
+    is_turned = tf.equal(word & _uint64(2**30), _uint64(2**30))
     cosine, sine = tf.where(is_turned, -sine, cosine), tf.where(is_turned, cosine, sine)
     # The highest bit is the sign.
-    flip = tf.bitwise.left_shift(_upper(word, 31), _whole(63))
+    flip = tf.bitwise.left_shift(_upper(word, 31), _uint64(63))
     turned = [tf.bitcast(tf.bitcast(v, tf.uint64) ^ flip, tf.float64) for v in (cosine, sine)]
     return turned[0], turned[1]
 
@@ -190,12 +190,12 @@ def _as_float(word: Tensor) -> Tensor:
     Processors have no vector instruction for it. The bits of 2^52 with a number in the lowest
     bits are the float64 2^52 + number.
     """
-    return tf.bitcast(word | _whole(0x4330000000000000), tf.float64) - 2.0**52
+    return tf.bitcast(word | _uint64(0x4330000000000000), tf.float64) - 2.0**52
 
 
 def _upper(word: Tensor, bits: int) -> Tensor:
-    return tf.bitwise.right_shift(word, _whole(bits))
+    return tf.bitwise.right_shift(word, _uint64(bits))
 
 
-def _whole(value: int) -> Tensor:
+def _uint64(value: int) -> Tensor:
     return tf.constant(value, tf.uint64)

@@ -19,17 +19,17 @@ def count(x: Any) -> int:
     return int(leaf.shape[0])
 
 
-def taken(columns: Columns, rows: Any) -> Columns:
+def selected(columns: Columns, rows: Any) -> Columns:
     """Selects rows.
 
     Args:
         columns: Nested columns. None stays None.
         rows: The numbers of the rows.
     """
-    selected: Columns = tf.nest.map_structure(
+    gathered: Columns = tf.nest.map_structure(
         lambda leaf: None if leaf is None else tf.gather(leaf, rows), columns
     )
-    return selected
+    return gathered
 
 
 def joined(*several: Columns) -> Columns:

@@ -76,7 +76,7 @@ class SpotChecks:
         if self._strategy.place.num_workers == 1:
             # A single worker can fail at once: `data` cannot be read before the assertion.
             with tf.control_dependencies([tf.debugging.Assert(passed, [MARK])]):
-                return tf.nest.map_structure(_again, data), tf.identity(stopping)
+                return tf.nest.map_structure(_copied, data), tf.identity(stopping)
         # An assertion on one worker would leave the others waiting in a collective. So all
         # workers learn of the failure by the signals that each step sums, and stop together.
         with tf.device("CPU:0"):
@@ -140,7 +140,7 @@ def _gathered(data: Any, rows: Tensor) -> Any:
     )
 
 
-def _again(leaf: Any) -> Any:
+def _copied(leaf: Any) -> Any:
     if leaf is None:
         return None
     copy = tf.identity(leaf)

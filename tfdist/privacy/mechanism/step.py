@@ -193,7 +193,7 @@ class PrivateStep:
         """
         batch.keys = self.masks.keys(data, batch.offset, self.mechanism.copies)
         columns = keras.utils.unpack_x_y_sample_weight(data)
-        step = self.counter.before(self._number)
+        step = self.counter.steps_before(self._number)
         columns, stopping = self.spot_checks.check(columns, batch, stopping, step)
         return keras.utils.pack_x_y_sample_weight(*columns), stopping
 
