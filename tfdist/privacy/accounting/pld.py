@@ -145,7 +145,8 @@ class LossDistributions:
         above = math.exp(log_above) * (1 + 1e-6)
         tilted = self._convolved(tilt.value, last - first + 1)
         size = len(tilted.probabilities)
-        # A circular convolution knows places only up to the size; those of the window are it.
+        # The places of a circular convolution are modulo its size. The window is extended to
+        # this size, so each place belongs to one of its losses.
         start = sum(p.times * p.first for p in self._losses)
         places = np.roll(tilted.probabilities, (start - first) % size)
         losses = self._interval * (first + np.arange(size))
