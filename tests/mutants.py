@@ -93,7 +93,7 @@ MUTANTS = {
     "steps made again have the noise of the first time": Mutant(
         "privacy/progress.py",
         "[*needed, (kept, self._new_secret())]",
-        "known",
+        "pairs",
         "tests/privacy/test_counting.py -k made_again",
     ),
     "a callback that writes runs on all workers": Mutant(

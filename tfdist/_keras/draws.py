@@ -47,7 +47,7 @@ def transformed(layer: Any, spec: Any) -> Any:
 
 
 def draws_by_row(layer: Any, spec: Any) -> bool:
-    """Tells whether all draws of a layer have a separate number for each example.
+    """Returns whether all draws of a layer have a separate number for each example.
 
     Args:
         layer: A built `keras.Layer`.

@@ -82,7 +82,7 @@ def changed(layer: Any, **attributes: Any) -> Iterator[None]:
 
 
 def has_mask(tensor: Any) -> bool:
-    """Tells whether Keras has attached a mask to a tensor.
+    """Returns whether Keras has attached a mask to a tensor.
 
     Relies on the attribute `_keras_mask`.
 
@@ -114,7 +114,7 @@ def give_mask(tensor: Any, mask: Any) -> None:
 
 
 def is_plain(layer: Any) -> bool:
-    """Tells whether a layer computes with its trainable weights as they are.
+    """Returns whether a layer computes with its trainable weights as they are.
 
     A layer that is quantized to 8 bits does if it trains a low-rank update (QLoRA).
 
@@ -126,7 +126,7 @@ def is_plain(layer: Any) -> bool:
 
 
 def is_seed(variable: Any) -> bool:
-    """Tells whether a variable is the state of a seed generator.
+    """Returns whether a variable is the state of a seed generator.
 
     Relies on its name.
 
@@ -202,7 +202,7 @@ _FUNCTIONS = (
 
 
 def is_mean_over_examples(loss: Any, weighted: bool) -> bool:
-    """Tells whether a compiled loss is certainly the mean of the examples' losses.
+    """Returns whether a compiled loss is certainly the mean of the examples' losses.
 
     Relies on `LossFunctionWrapper._fn_kwargs`, the options of the loss.
 
@@ -227,7 +227,7 @@ def is_mean_over_examples(loss: Any, weighted: bool) -> bool:
 
 
 def is_graph_of_layers(model: Any) -> bool:
-    """Tells whether a model consists of layers only, without custom code.
+    """Returns whether a model consists of layers only, without custom code.
 
     Relies on the class `Functional`, which `keras.Model(inputs, outputs)` makes.
 
@@ -247,7 +247,7 @@ def losses_of(model: Any) -> list[Any]:
 
 
 def has_own_compute_loss(model: Any) -> bool:
-    """Tells whether the model's class overrides `compute_loss`.
+    """Returns whether the model's class overrides `compute_loss`.
 
     Args:
         model: A `keras.Model`.

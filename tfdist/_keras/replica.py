@@ -136,7 +136,7 @@ class ReplicaBatch:
         self._whole[id(value)] = value
 
     def is_whole(self, value: Tensor) -> bool:
-        """Tells whether `note_whole` has recorded a value.
+        """Returns whether `note_whole` has recorded a value.
 
         Args:
             value: Any value.

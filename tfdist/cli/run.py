@@ -173,6 +173,7 @@ def run(
         max_restarts = 3
     connection: AbstractContextManager[CoordinatorClient | None] = nullcontext()
     if max_restarts and len(machines) > 1:
+        # The launchers of several machines must agree on each restart.
         connection = connect_launchers(
             machines,
             node_rank or 0,
@@ -183,20 +184,33 @@ def run(
             strategy=strategy,
             ps=servers,
         )
+    restarts, shows_all = _restarts(max_restarts, servers), output == "all"
     with connection as client:
-        outcome = run_workers(
-            roster.workers,
-            log_dir=log_dir,
-            restarts=_restarts(max_restarts, servers),
-            grace=grace,
-            client=client,
-            slots=roster.slots,
-            plan=None if roster.elastic is None else roster.of_hosts,
-            meeting=roster.meeting,
-            shows_all=output == "all",
-        )
+        outcome = _run(roster, log_dir, restarts, grace, client, shows_all)
     _explain(outcome, roster.workers, log_dir, has_other_hosts=len(machines) > 1)
     sys.exit(outcome.status)
+
+
+def _run(
+    roster: Roster,
+    log_dir: Path | None,
+    restarts: Restarts,
+    grace: float,
+    client: CoordinatorClient | None,
+    shows_all: bool,
+) -> Outcome:
+    """Runs the workers of this machine to their end."""
+    return run_workers(
+        roster.workers,
+        log_dir=log_dir,
+        restarts=restarts,
+        grace=grace,
+        client=client,
+        slots=roster.slots,
+        plan=None if roster.elastic is None else roster.of_hosts,
+        meeting=roster.meeting,
+        shows_all=shows_all,
+    )
 
 
 def _check_options(script: str, module: bool, synchronous: bool, servers: int) -> None:

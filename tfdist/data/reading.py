@@ -152,7 +152,7 @@ def _check_kind(x: Any) -> None:
 
 
 def _is_by_name(x: Any) -> bool:
-    """Tells whether an input is a dict with a dataset for each class."""
+    """Returns whether an input is a dict with a dataset for each class."""
     return (
         isinstance(x, dict)
         and bool(x)

@@ -1,4 +1,4 @@
-"""Callbacks that look at the training data without noise, refused where they let it out."""
+"""Refuses callbacks that use the training data without noise for decisions or files."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ _BEST_ONLY = tuple(
 def check_callbacks(callbacks: Sequence[Any]) -> None:
     """Refuses callbacks whose decisions or files would not be private.
 
-    What the weights become must not depend on a training loss, which got no noise: nor when
-    training ends, nor which weights are kept, nor the learning rate. And no file shall have
-    the losses of single batches, which may hold very few examples.
+    The training loss has no noise. So the end of training, the choice of weights and the
+    learning rate must not depend on it. Files must not contain losses of single batches, which
+    may have very few examples.
 
     Args:
-        callbacks: Keras callbacks. Code of one's own, such as a `LambdaCallback`'s, cannot be
-            judged.
+        callbacks: Keras callbacks. Custom code, such as that of a `LambdaCallback`, cannot be
+            checked.
 
     Raises:
-        ArgumentError: There is one.
+        ArgumentError: A callback is not private.
     """
     for callback in callbacks:
         kind = type(callback).__name__
@@ -54,14 +54,14 @@ def check_callbacks(callbacks: Sequence[Any]) -> None:
 
 
 def check_names(callbacks: Sequence[Any], names: Collection[str]) -> None:
-    """Refuses callbacks that decide by a training metric, whatever it is called.
+    """Refuses callbacks that decide by a training metric, also one whose name begins with val_.
 
     Args:
         callbacks: Keras callbacks.
-        names: Of what a training step logs without noise.
+        names: The names that a training step logs without noise.
 
     Raises:
-        ArgumentError: There is one.
+        ArgumentError: A callback monitors one of them.
     """
     for callback in callbacks:
         if _decides(callback) and callback.monitor in names:
@@ -69,11 +69,11 @@ def check_names(callbacks: Sequence[Any], names: Collection[str]) -> None:
 
 
 class StepLogs(keras.callbacks.Callback):  # type: ignore[misc]
-    """Looks at what steps log: only what they do not is of validation.
+    """Checks the names that training steps log. Other names are those of validation.
 
     Args:
-        callbacks: Those of the training.
-        noisy: Names of what has noise.
+        callbacks: The callbacks of the training.
+        noisy: The names of logged values that have noise.
     """
 
     def __init__(self, callbacks: Sequence[Any], noisy: Collection[str]) -> None:
@@ -103,7 +103,7 @@ def _decides(callback: Any) -> bool:
 
 
 def decides_by_validation(callback: Any) -> bool:
-    """Tells whether a callback decides by a loss or metric of validation.
+    """Returns whether a callback decides by a loss or metric of validation.
 
     Args:
         callback: A Keras callback.

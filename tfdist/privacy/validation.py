@@ -1,4 +1,4 @@
-"""What of `fit`'s arguments private training cannot use, with the reason and the remedy."""
+"""Refuses arguments of `fit` that private training cannot use, with reason and remedy."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ _ROWS_SOUGHT = 200
 def check_data(
     session: Session, x: Any, sampler: Any, class_weight: Any, privacy: DPSGD
 ) -> None:
-    """Refuses data, sampling and sums that the accounting is not of.
+    """Refuses data, sampling and sums that the accounting does not cover.
 
     Args:
-        session: Where the replicas are.
-        x: What `fit` was given.
-        sampler: What `fit` was given.
-        class_weight: What `fit` was given.
+        session: The session of `fit`.
+        x: As in `fit`.
+        sampler: As in `fit`.
+        class_weight: As in `fit`.
         privacy: The settings.
 
     Raises:
-        ArgumentError: It is such.
+        ArgumentError: An argument is not covered.
     """
     if any(map(data.is_composite, tf.nest.flatten(x))):
         raise ArgumentError(
@@ -114,14 +114,14 @@ def _check_data_in_turn(session: Session, x: Any, sampler: Any) -> None:
 
 
 def check_copies(privacy: DPSGD, augment: Any) -> None:
-    """Refuses several augmentations of which none is made.
+    """Refuses several augmentations without an `augment` function.
 
     Args:
         privacy: The settings.
-        augment: What `fit` was given.
+        augment: As in `fit`.
 
     Raises:
-        ArgumentError: It is such.
+        ArgumentError: `augment` is missing.
     """
     if privacy.augmentations > 1 and augment is None:
         raise ArgumentError(
@@ -131,15 +131,15 @@ def check_copies(privacy: DPSGD, augment: Any) -> None:
 
 
 def check_users(privacy: DPSGD, shard: Any, validation_split: float) -> None:
-    """Refuses what would take a user's examples apart.
+    """Refuses arguments that would separate a user's examples.
 
     Args:
         privacy: The settings.
-        shard: What `fit` was given.
-        validation_split: What `fit` was given.
+        shard: As in `fit`.
+        validation_split: As in `fit`.
 
     Raises:
-        ArgumentError: It is such.
+        ArgumentError: An argument would separate them.
     """
     if privacy.group_ids is None:
         return
@@ -157,17 +157,17 @@ def check_users(privacy: DPSGD, shard: Any, validation_split: float) -> None:
 
 
 def check_callbacks(callbacks: Any, x: Any) -> None:
-    """Refuses callbacks that decide or show without noise what single examples do.
+    """Refuses callbacks that use values of single examples without noise.
 
     Args:
-        callbacks: What `fit` was given.
-        x: What `fit` was given.
+        callbacks: As in `fit`.
+        x: As in `fit`.
 
     Raises:
-        ArgumentError: There is one.
+        ArgumentError: A callback is not private.
     """
-    given = getattr(callbacks, "callbacks", callbacks)
-    listed = given if isinstance(given, list | tuple) else [given]
+    listed = getattr(callbacks, "callbacks", callbacks)
+    listed = listed if isinstance(listed, list | tuple) else [listed]
     leaking_callbacks.check_callbacks([c for c in listed if c is not None])
     for callback in listed:
         if isinstance(callback, PerClassMetrics) and _overlap(callback.x, x):
@@ -181,29 +181,29 @@ def check_callbacks(callbacks: Any, x: Any) -> None:
 def check_validation(
     callbacks: Any, x: Any, validation_data: Any, validation_split: float
 ) -> bool:
-    """Refuses decisions by validation on the data that are protected.
+    """Refuses decisions by validation on protected data.
 
-    What is evaluated is neither clipped nor hidden. Whether other data are like them cannot be
-    seen, nor whether `fit` is called again by what validation found, as tuners do.
+    Validation has neither clipping nor noise. Two things cannot be detected: other data that
+    need protection, and calls of `fit` that depend on earlier validation, as tuners make them.
 
     Args:
-        callbacks: What `fit` was given.
-        x: What `fit` was given.
-        validation_data: What `fit` was given.
-        validation_split: What `fit` was given.
+        callbacks: As in `fit`.
+        x: As in `fit`.
+        validation_data: As in `fit`.
+        validation_split: As in `fit`.
 
     Returns:
-        Whether validation is on such data.
+        Whether validation uses protected data.
 
     Raises:
-        ArgumentError: A callback decides by it.
+        ArgumentError: A callback decides by validation on protected data.
     """
-    given = "validation_split"
+    received = "validation_split"
     if validation_data is not None:
-        of_validation = keras.utils.unpack_x_y_sample_weight(validation_data)[0]
-        given = "validation_data with rows of `x`"
-        looked_at = _rows_at_first(of_validation), _rows_at_first(x)
-        if not (_overlap(of_validation, x) or are_rows_of(*looked_at)):
+        validation_x = keras.utils.unpack_x_y_sample_weight(validation_data)[0]
+        received = "validation_data with rows of `x`"
+        samples = _rows_at_first(validation_x), _rows_at_first(x)
+        if not (_overlap(validation_x, x) or are_rows_of(*samples)):
             return False
     elif not validation_split:
         return False
@@ -212,7 +212,7 @@ def check_validation(
         if leaking_callbacks.decides_by_validation(callback):
             raise ArgumentError(
                 "What private training does must not depend on validation on the data that are "
-                f"protected, which has no noise. Received: {given}, and "
+                f"protected, which has no noise. Received: {received}, and "
                 f"{type(callback).__name__} with monitor={callback.monitor!r}. Pass "
                 "validation_data that need not be protected, or leave the callback out."
             )
@@ -220,7 +220,7 @@ def check_validation(
 
 
 def _rows_at_first(x: Any) -> Any:
-    """Gives arrays, or the inputs of a stream's first batch; None if it has none."""
+    """Returns arrays as they are, or the inputs of a stream's first batch, or None."""
     if isinstance(x, tf.data.Dataset):
         batch = next(iter(x), None)
     elif isinstance(x, keras.utils.PyDataset):
@@ -234,14 +234,14 @@ def _rows_at_first(x: Any) -> Any:
 
 
 def are_rows_of(some: Any, x: Any) -> bool:
-    """Tells whether at least half of some rows are found in arrays.
+    """Returns whether at least half of some rows are also rows of `x`.
 
-    Rows that come several times there do not count: of few values, any may be there by chance.
-    Some 200 of them are looked for.
+    Up to 200 rows are searched. Rows that `x` has several times do not count, since rows with
+    few possible values are equal by chance.
 
     Args:
         some: Arrays of rows, nested as `x`.
-        x: Arrays, else there is nothing to be found.
+        x: Arrays. For other data the result is False.
     """
     if some is None or x is None or not (data.is_arrays(some) and data.is_arrays(x)):
         return False
@@ -250,15 +250,15 @@ def are_rows_of(some: Any, x: Any) -> bool:
     if len(leaves) != 2 * half or any(map(data.is_composite, leaves)):
         return False
     arrays = [np.asarray(leaf) for leaf in leaves]
-    wanted, held = arrays[:half], arrays[half:]
-    if any(array.dtype == object or not array.ndim for array in arrays) or not len(wanted[0]):
+    rows, x_rows = arrays[:half], arrays[half:]
+    if any(array.dtype == object or not array.ndim for array in arrays) or not len(rows[0]):
         return False
-    if any(w.shape[1:] != h.shape[1:] for w, h in zip(wanted, held, strict=True)):
+    if any(a.shape[1:] != b.shape[1:] for a, b in zip(rows, x_rows, strict=True)):
         return False
-    chosen = np.unique(np.linspace(0, len(wanted[0]) - 1, _ROWS_SOUGHT).astype(int))
-    wanted = [w[chosen].astype(h.dtype) for w, h in zip(wanted, held, strict=True)]
-    sought = {_bytes(wanted, row) for row in range(len(chosen))}
-    counts = collections.Counter(_bytes(held, row) for row in _candidates(wanted[0], held[0]))
+    chosen = np.unique(np.linspace(0, len(rows[0]) - 1, _ROWS_SOUGHT).astype(int))
+    rows = [a[chosen].astype(b.dtype) for a, b in zip(rows, x_rows, strict=True)]
+    sought = {_bytes(rows, row) for row in range(len(chosen))}
+    counts = collections.Counter(_bytes(x_rows, row) for row in _candidates(rows[0], x_rows[0]))
     return sum(counts[row] == 1 for row in sought) >= max(1, len(sought) / 2)
 
 
@@ -266,19 +266,22 @@ def _bytes(arrays: list[Any], row: int) -> bytes:
     return b"".join(np.asarray(array[row]).tobytes() for array in arrays)
 
 
-def _candidates(wanted: Any, held: Any) -> Any:
-    """Gives the rows that may be among some, by a few of their columns, which is quick."""
-    wanted, held = wanted.reshape(len(wanted), -1), held.reshape(len(held), -1)
-    columns = np.unique(np.linspace(0, wanted.shape[1] - 1, 64).astype(int))
-    telling = sorted(columns, key=lambda c: -len(np.unique(wanted[:, c])))[:3]
-    fits = np.ones(len(held), bool)
-    for column in telling:
-        fits &= np.isin(held[:, column], wanted[:, column])
-    return np.flatnonzero(fits)
+def _candidates(rows: Any, x: Any) -> Any:
+    """Returns the numbers of rows of `x` that agree with some row in three columns.
+
+    The three columns have the most different values of 64. This is a quick first selection.
+    """
+    rows, x = rows.reshape(len(rows), -1), x.reshape(len(x), -1)
+    columns = np.unique(np.linspace(0, rows.shape[1] - 1, 64).astype(int))
+    selective = sorted(columns, key=lambda c: -len(np.unique(rows[:, c])))[:3]
+    may_match = np.ones(len(x), bool)
+    for column in selective:
+        may_match &= np.isin(x[:, column], rows[:, column])
+    return np.flatnonzero(may_match)
 
 
 def _overlap(first: Any, second: Any) -> bool:
-    """Tells whether arrays have memory in common; tensors, whether they are the same."""
+    """Returns whether arrays share memory, or any two leaves are the same object."""
     for a in tf.nest.flatten(first):
         for b in tf.nest.flatten(second):
             if a is b:

@@ -53,7 +53,7 @@ class PreparedModel:
     _runs: bool = field(default=False, init=False)
 
     def fits(self, model: Any, strategy: Strategy) -> bool:
-        """Tells whether the functions still fit: no compile, rebuild or move came since."""
+        """Returns whether the functions still fit: no compile, rebuild or move came since."""
         return (
             self.strategy is strategy
             and self.place == strategy.place

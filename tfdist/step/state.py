@@ -78,7 +78,7 @@ class TrainState:
         return tuple(variable for variable, its_role in self.of_extensions if its_role is role)
 
     def is_of(self, model: Any) -> bool:
-        """Tells whether a model still has these variables.
+        """Returns whether a model still has these variables.
 
         Args:
             model: A built `keras.Model`.

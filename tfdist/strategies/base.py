@@ -141,7 +141,7 @@ class Strategy(abc.ABC):
         action()
 
     def signals_lead(self, elements: int) -> bool:
-        """Tells whether the workers' signals are reduced before the gradients of a step.
+        """Returns whether the workers' signals are reduced before the gradients of a step.
 
         A collective together with the gradients is cheapest. An earlier collective lets
         each variable be updated while the gradients of others are still being reduced.
@@ -241,7 +241,7 @@ class Strategy(abc.ABC):
         return None
 
     def describe(self, batch_size: int | None) -> str:
-        """Says how many replicas there are and how a batch is split, in a few words.
+        """Returns how many replicas there are and how a batch is split, in a few words.
 
         Args:
             batch_size: Number of examples of a full global batch, if known.

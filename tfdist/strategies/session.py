@@ -52,7 +52,7 @@ class Session:
         return int(self.strategy.broadcast_object(proposed))
 
     def describe(self, batch_size: int | None) -> str:
-        """Says in one line which strategy was chosen, why, and how a batch is split.
+        """Returns a line that says which strategy was chosen, why, and how a batch is split.
 
         Args:
             batch_size: Number of examples of a full global batch, if known.
@@ -187,7 +187,7 @@ def current(strategy: Any = "auto") -> Session:
 
 
 def is_chief() -> bool:
-    """Tells whether this process writes files.
+    """Returns whether this process writes files.
 
     Returns:
         True in a single process, and on exactly one worker of a cluster.

@@ -176,6 +176,8 @@ class TFDistribute(Connected):
 
     @functools.cached_property
     def _gather_words(self) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+        # Workers have payloads of different sizes, so the sizes are gathered too, to split the
+        # concatenation of all payloads.
         def on_replicas(payload: Tensor) -> tuple[Tensor, Tensor]:
             def on_replica() -> tuple[Tensor, Tensor]:
                 # Only the first replica of a worker sends; the others send no rows.

@@ -135,10 +135,13 @@ class Training:
                 validation_freq=request.validation_freq,
             )
         stream.close()
-        summary = request.session.strategy.summary()
-        if summary is not None and request.shows:
-            print(f"tfdist: {summary}", flush=True)
+        self._print_summary()
         return history
+
+    def _print_summary(self) -> None:
+        summary = self._request.session.strategy.summary()
+        if summary is not None and self._request.shows:
+            print(f"tfdist: {summary}", flush=True)
 
     def _prepare(self) -> PreparedModel:
         request, validation = self._request, self._validation_data

@@ -197,17 +197,24 @@ def write(
         (unfinished / _STATE).write_text(text)
         sums = [f"{_digest(file)}  {file.name}\n" for file in sorted(unfinished.iterdir())]
         (unfinished / _SUMS).write_text("".join(sums))
+        # The rename is the commit: a folder with the final name is complete. So all files, and
+        # the folder that lists them, must be on the disk before it. Otherwise a power failure
+        # could leave the new name with empty files.
         for path in (*unfinished.iterdir(), unfinished):
             _sync(path)
         final = directory / name
         check()
-        if final.exists():  # training continued from an earlier checkpoint, and came here again
+        if final.exists():
+            # Training continued from an earlier checkpoint, and came to this step again. A
+            # folder cannot replace a folder with files in one operation. Between both renames
+            # this checkpoint is missing, and the one before it would be used.
             replaced = directory / f"{_UNFINISHED}replaced-{name}-{os.getpid()}"
             final.rename(replaced)
             unfinished.rename(final)
             shutil.rmtree(replaced, ignore_errors=True)
         else:
             unfinished.rename(final)
+        # Only now is the rename itself on the disk. Old checkpoints are removed after it.
         _sync(directory)
     except CheckpointError:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -231,6 +238,7 @@ def _folders(directory: Path) -> list[Path]:
 
 
 def _verified(folder: Path) -> dict[str, Any]:
+    """Reads the state of a checkpoint, and compares the checksums of all its files."""
     try:
         lines = [line.split("  ", 1) for line in (folder / _SUMS).read_text().splitlines()]
         if any(len(line) < 2 for line in lines):

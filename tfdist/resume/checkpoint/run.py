@@ -77,10 +77,10 @@ class CheckpointRun(Continuation):
     def choose(self, request: Request) -> Request:
         """Restores the other extensions, and the sampler's seed unless the user chose one."""
         state = self._last.state
-        before = {} if state is None else state["others"]
+        saved_states = {} if state is None else state["others"]
         steps = 0 if state is None else int(state["steps"])
         self._states = {
-            o.name: o.go_on(before.get(o.name), steps, self._settings.path)
+            o.name: o.go_on(saved_states.get(o.name), steps, self._settings.path)
             for o in self._others
         }
         saved = None if state is None else state["setup"]["seed"]
@@ -133,7 +133,8 @@ class CheckpointRun(Continuation):
         self._initial_epoch = state["initial_epoch"]
         self._position = Position.from_json(state["position"])
         epoch, step, where = self._position
-        if state["stopped"]:  # a callback's decision holds, however many are asked for
+        if state["stopped"]:
+            # A callback has ended the training, which holds for any number of epochs.
             epoch, step = sys.maxsize, 0
         return epoch, step, lambda: where, decode(state["logs"], arrays.__getitem__)
 
@@ -318,6 +319,7 @@ class CheckpointRun(Continuation):
         # State that is not everywhere is gathered, so every worker takes part in `take`.
         if not self._strategy.place.is_chief and self._train_state.is_everywhere:
             return
+        # One checkpoint is written at a time. An error of the previous one is raised here.
         self._writer.finish()
         content = tensors.take(self._computing, self._train_state)
         if not self._strategy.place.is_chief:
