@@ -9,6 +9,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+SEEDS_APART = 1_000_003
+
 
 def batches(rows: int, size: int, first: int, count: int) -> list[slice]:
     """The rows of `count` local steps from step `first` on, without shuffling."""
@@ -24,7 +26,7 @@ def federated_averaging(
     *,
     optimizer: Callable[[], Any],
     batch_size: int = 32,
-    local_steps: int | None = None,
+    local_steps: int | Sequence[int] | None = None,
     server: Any = None,
     proximal: float = 0.0,
     uniform: bool = False,
@@ -34,6 +36,7 @@ def federated_averaging(
     """Trains a compiled model in place; gives the mean loss of each round."""
     weights, losses = model.trainable_variables, []
     statistics = [v for v in model.non_trainable_variables if "seed" not in v.name]
+    seeds = [v for v in model.non_trainable_variables if "seed" in v.name]
     optimizers = [optimizer() for _ in parts]
     taken = [0] * len(parts)
     if server is not None:
@@ -45,14 +48,19 @@ def federated_averaging(
         start = [v.numpy() for v in weights], [v.numpy() for v in statistics]
         delta = [np.zeros_like(v) for v in start[0]]
         average = [np.zeros_like(v) for v in start[1]]
+        seeds_start = [v.numpy() for v in seeds]
+        draws = [np.zeros_like(v) for v in seeds_start]
         loss_sum = seen = 0.0
         for client, part in zip(clients, sizes / sizes.sum(), strict=True):
             assign(weights, start[0])
             assign(statistics, start[1])
+            own_seeds = [seed + np.array([client * SEEDS_APART, 0]) for seed in seeds_start]
+            assign(seeds, own_seeds)
             if not keeps:
                 optimizers[client] = optimizer()
             x, y = parts[client]
             steps = local_steps or -(-len(x) // batch_size)
+            steps = steps[client] if isinstance(steps, Sequence) else steps
             for rows in batches(len(x), batch_size, taken[client], steps):
                 loss = local_step(model, optimizers[client], x[rows], y[rows], proximal, start)
                 loss_sum, seen = loss_sum + loss * len(x[rows]), seen + len(x[rows])
@@ -62,6 +70,8 @@ def federated_averaging(
                 for d, w, v in zip(delta, start[0], weights, strict=True)
             ]
             average = [a + part * v.numpy() for a, v in zip(average, statistics, strict=True)]
+            draws = [d + v.numpy() - s for d, v, s in zip(draws, seeds, own_seeds, strict=True)]
+        assign(seeds, [s + d for s, d in zip(seeds_start, draws, strict=True)])
         assign(statistics, average)
         if server is None:
             assign(weights, [w - d for w, d in zip(start[0], delta, strict=True)])
@@ -89,11 +99,12 @@ def assign(variables: Sequence[Any], values: Sequence[Any]) -> None:
         variable.assign(value)
 
 
-def model_of(optimizer: Any, seed: int = 3, norm: bool = False) -> Any:
+def model_of(optimizer: Any, norm: bool = False, dropout: float = 0.0) -> Any:
     """A small compiled model in float64."""
-    keras.utils.set_random_seed(seed)
+    keras.utils.set_random_seed(3)
     layers: list[Any] = [keras.Input((6,)), keras.layers.Dense(5, "tanh")]
     layers += [keras.layers.BatchNormalization(momentum=0.8)] if norm else []
+    layers += [keras.layers.Dropout(dropout)] if dropout else []
     model = keras.Sequential([*layers, keras.layers.Dense(3)])
     model.compile(
         optimizer,
