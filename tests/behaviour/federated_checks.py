@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ import tfdist
 from tests.behaviour.checkpoint_checks import Stop, StoppedError
 from tests.behaviour.checks import assert_weights_close, place, same_everywhere
 from tests.behaviour.registry import MIRRORED, MULTI_WORKER, REPLICAS, WORKERS, check
-from tests.federated.reference import federated_averaging, model_of, rows_of
+from tests.federated.reference import federated_averaging, in_float64, model_of, rows_of
 from tfdist.federated import clients as of
 from tfdist.strategies.base import Place
 
@@ -24,16 +22,6 @@ PARTS = rows_of(*SIZES)
 X, Y = (np.concatenate(arrays) for arrays in zip(*PARTS, strict=True))
 IDS = np.repeat(range(len(SIZES)), SIZES)
 OPTIONS: dict[str, Any] = {"batch_size": 16, "shuffle": False, "seed": 5, "verbose": 0}
-
-
-@contextlib.contextmanager
-def in_float64() -> Iterator[None]:
-    before = keras.config.floatx()
-    keras.config.set_floatx("float64")
-    try:
-        yield
-    finally:
-        keras.config.set_floatx(before)
 
 
 def momentum() -> Any:

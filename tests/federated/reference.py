@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -10,6 +11,19 @@ import numpy as np
 import tensorflow as tf
 
 SEEDS_APART = 1_000_003
+
+
+@contextlib.contextmanager
+def in_float64() -> Iterator[None]:
+    """Models and optimizers that are made here compute in float64."""
+    before = keras.config.floatx(), keras.config.dtype_policy()
+    keras.config.set_floatx("float64")
+    keras.config.set_dtype_policy("float64")
+    try:
+        yield
+    finally:
+        keras.config.set_floatx(before[0])
+        keras.config.set_dtype_policy(before[1])
 
 
 def batches(rows: int, size: int, first: int, count: int) -> list[slice]:
