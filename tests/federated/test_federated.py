@@ -40,7 +40,7 @@ def largest_difference(ours: Any, theirs: Any) -> float:
 
 
 CASES: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
-    "whole passes, and statistics of layers": (momentum, {}, {"norm": True}),
+    "whole passes, and statistics of layers": (momentum, {}, {"norm": True, "dropout": 0.4}),
     "uniform weights": (adam, {"local_steps": 3, "weighting": "uniform"}, {"uniform": True}),
     "kept optimizers, pulled to the server, Adam on it": (
         adam,
@@ -59,8 +59,8 @@ CASES: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
 def test_weights_are_those_of_a_loop_over_clients(name):
     optimizer, settings, reference = CASES[name]
     reference = dict(reference)
-    norm = reference.pop("norm", False)
-    ours, theirs = (model_of(optimizer(), norm=norm) for _ in range(2))
+    layers = {name: reference.pop(name) for name in ("norm", "dropout") if name in reference}
+    ours, theirs = (model_of(optimizer(), **layers) for _ in range(2))
     averaging = tfdist.FedAvg(clients=IDS, **settings)
     history = tfdist.fit(ours, X, Y, epochs=3, federated=averaging, **OPTIONS)
     losses = federated_averaging(

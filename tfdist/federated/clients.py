@@ -43,9 +43,10 @@ class Clients:
         """Says how many clients there are, and how many rows they hold."""
         least, most = int(self.sizes.min()), int(self.sizes.max())
         rows = f"{least:,}" if least == most else f"{least:,} to {most:,}"
-        number = "1 client" if self.number == 1 else f"{self.number:,} clients"
+        if self.number == 1:
+            return f"1 client of {rows} rows"
         each = {"replica": ", one on each replica", "worker": ", one on each worker"}
-        return f"{number}{each.get(self.kind, '')}, of {rows} rows"
+        return f"{self.number:,} clients{each.get(self.kind, '')}, of {rows} rows"
 
 
 def of_replicas(num_rows: int, place: Place, seed: int) -> Clients:

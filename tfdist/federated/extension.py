@@ -89,17 +89,15 @@ class FederatedTraining(Extension):
         assert self._clients is not None
         settings = self._settings
         number = settings.clients_per_round
-        chosen = "all of them" if number is None else f"{number:,} of them"
-        steps, passes = settings.local_steps, settings.local_epochs or 1
-        work = f"{steps} local steps" if steps else f"{passes} local epochs"
-        place = request.session.strategy.place
-        text = (
-            f"federated: {self._clients.describe()}; an epoch is a round: {chosen}, {work} each"
-        )
-        if self._clients.kind == "worker" and place.local_replicas > 1:
-            text += (
-                f"; a client trains on one of the {place.local_replicas} devices of its worker"
-            )
+        chosen = "" if number is None else f" of {number:,} of them"
+        count, noun = settings.local_steps, "local step"
+        if count is None:
+            count, noun = settings.local_epochs or 1, "local epoch"
+        work = f"{count} {noun}{'s' if count > 1 else ''} each"
+        text = f"federated: {self._clients.describe()}; an epoch is a round{chosen}, {work}"
+        devices = request.session.strategy.place.local_replicas
+        if self._clients.kind == "worker" and devices > 1:
+            text += f"; each trains on one of the {devices} devices of its worker"
         return text
 
     def _find_clients(self, request: Request, source: Arrays) -> Clients:

@@ -10,7 +10,7 @@ import hashlib
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,29 +50,31 @@ class Round:
 
 
 class OfReplica(NamedTuple):
-    """What one replica does in a round.
+    """What one replica does in a round: arrays in a plan, tensors in a step.
 
     Attributes:
-        rows: The rows of each local step, padded, shape [steps, most rows].
-        counts: Rows of each local step, shape [steps].
-        clients: The clients in the order in which they train, shape [n].
-        steps: Local steps of each, shape [n].
-        weights: The weight of each, shape [n].
-        slots: The place of each among the clients whose optimizers this replica keeps.
-        held: Rows that the replica's clients hold, and those of all clients of the round.
-        longest: The most local steps of a client of the round, on any replica.
-        check: See `Round.check`.
+        rows: The rows of each local step, padded, int64 of shape [steps, most rows].
+        counts: Rows of each local step, int64 of shape [steps].
+        clients: The clients in the order in which they train, int64 of shape [n].
+        steps: Local steps of each, int64 of shape [n].
+        weights: The weight of each, float64 of shape [n].
+        slots: The place of each among the clients whose optimizers this replica keeps, int64
+            of shape [n].
+        held: Rows that the replica's clients hold, and those of all clients of the round,
+            int64 of shape [2].
+        longest: The most local steps of a client of the round, on any replica, scalar int64.
+        check: See `Round.check`, float32 of shape [4].
     """
 
-    rows: Rows
-    counts: Rows
-    clients: Rows
-    steps: Rows
-    weights: NDArray[np.float64]
-    slots: Rows
-    held: Rows
-    longest: np.int64
-    check: NDArray[np.float32]
+    rows: Any
+    counts: Any
+    clients: Any
+    steps: Any
+    weights: Any
+    slots: Any
+    held: Any
+    longest: Any
+    check: Any
 
 
 class Plan:

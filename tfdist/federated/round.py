@@ -164,8 +164,9 @@ class FederatedRound:
         state = self._state
         now = tf.cast(iterations[0], tf.int64) if iterations else tf.constant(0, tf.int64)
         before = now if self._kept is None else self._kept.begin(now)
-        values = [_values(part) for part in (state.trained, state.averaged, state.counted)]
-        return _Start(*values, before)
+        return _Start(
+            _values(state.trained), _values(state.averaged), _values(state.counted), before
+        )
 
     def _train_clients(self, share: OfReplica, start: _Start) -> _Sums:
         """Trains the replica's clients one after the other.

@@ -93,12 +93,13 @@ class FedAvg:
                 "weights from the model's own optimizer only",
                 "server_optimizer",
             )
-        is_number = isinstance(self.proximal, int | float)
-        if not is_number or not 0 <= self.proximal < math.inf:
+        proximal: Any = self.proximal
+        if not isinstance(proximal, int | float) or not 0 <= proximal < math.inf:
             self._refuse("needs a `proximal` of at least 0", "proximal")
         if self.weighting not in ("examples", "uniform"):
             self._refuse("needs 'examples' or 'uniform' as `weighting`", "weighting")
-        if not isinstance(self.keep_optimizer, bool):
+        keeps: Any = self.keep_optimizer
+        if not isinstance(keeps, bool):
             self._refuse("needs True or False as `keep_optimizer`", "keep_optimizer")
 
     def _check_whole(self, name: str) -> None:

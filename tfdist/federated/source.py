@@ -17,8 +17,17 @@ from tfdist.federated.plan import OfReplica, Plan
 from tfdist.strategies.base import Place
 
 Tensor = Any
-_TYPES = OfReplica(*[tf.int64] * 4, tf.float64, *[tf.int64] * 3, tf.float32)
-_SHAPES = OfReplica([None, None], *[[None]] * 5, [2], [], [4])
+_SPECS = OfReplica(
+    rows=tf.TensorSpec([None, None], tf.int64),
+    counts=tf.TensorSpec([None], tf.int64),
+    clients=tf.TensorSpec([None], tf.int64),
+    steps=tf.TensorSpec([None], tf.int64),
+    weights=tf.TensorSpec([None], tf.float64),
+    slots=tf.TensorSpec([None], tf.int64),
+    held=tf.TensorSpec([2], tf.int64),
+    longest=tf.TensorSpec([], tf.int64),
+    check=tf.TensorSpec([4], tf.float32),
+)
 
 
 class Batch(NamedTuple):
@@ -57,9 +66,9 @@ class Rounds(Source):
 
         @without_autograph
         def element(number: Tensor) -> OfReplica:
-            parts = tf.numpy_function(of_replica, [number], list(_TYPES))
-            shaped = [tf.ensure_shape(p, s) for p, s in zip(parts, _SHAPES, strict=True)]
-            return OfReplica(*shaped)
+            parts = tf.numpy_function(of_replica, [number], [spec.dtype for spec in _SPECS])
+            pairs = zip(parts, _SPECS, strict=True)
+            return OfReplica(*(tf.ensure_shape(part, spec.shape) for part, spec in pairs))
 
         first = position.number + position.num_drawn
         return without_tuning(tf.data.Dataset.range(FOREVER).map(element, 1).prefetch(2))
