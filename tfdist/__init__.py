@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from tfdist.api import fit
     from tfdist.compression.settings import PowerSGD
     from tfdist.data import Augment, ByClass, LocalShard
+    from tfdist.federated.settings import DiLoCo, FedAvg
     from tfdist.privacy.budget import PrivacyBudget
     from tfdist.privacy.dpftrl import DPFTRL
     from tfdist.privacy.settings import DPSGD
@@ -29,6 +30,8 @@ __all__ = [
     "Augment",
     "ByClass",
     "Checkpoint",
+    "DiLoCo",
+    "FedAvg",
     "Horovod",
     "LearningRateScaling",
     "LearningRateWarmup",
@@ -58,6 +61,8 @@ _HOMES = {
     "Checkpoint": "tfdist.resume.checkpoint.settings",
     "DPFTRL": "tfdist.privacy.dpftrl",
     "DPSGD": "tfdist.privacy.settings",
+    "DiLoCo": "tfdist.federated.settings",
+    "FedAvg": "tfdist.federated.settings",
     "Horovod": "tfdist.strategies.horovod",
     "LearningRateScaling": "tfdist.training.learning_rate",
     "LearningRateWarmup": "tfdist.training.learning_rate",

@@ -8,6 +8,8 @@ from typing import Any
 from tfdist import data
 from tfdist.compression.extension import CompressedTraining
 from tfdist.compression.settings import PowerSGD
+from tfdist.federated.extension import FederatedTraining
+from tfdist.federated.settings import FedAvg
 from tfdist.privacy import model_history
 from tfdist.privacy.extension import PrivateTraining
 from tfdist.privacy.settings import DPSGD
@@ -50,6 +52,7 @@ def fit(
     seed: int | None = None,
     privacy: DPSGD | None = None,
     compression: str | PowerSGD | None = None,
+    federated: FedAvg | None = None,
     checkpoint: Checkpoint | str | os.PathLike[str] | None = None,
     verify_every: int | None = None,
     whole_batch: bool | None = None,
@@ -99,6 +102,8 @@ def fit(
         privacy: A `tfdist.DPSGD` or `tfdist.DPFTRL` for differentially private training.
         compression: "bf16" or "fp16" to send gradients in half the bytes, or a
             `tfdist.PowerSGD` to send far fewer. If None, the strategy's setting, if it has one.
+        federated: A `tfdist.FedAvg` or `tfdist.DiLoCo`: an epoch is a round, in which clients
+            make several steps alone on their own rows, and a server averages them.
         checkpoint: A `tfdist.Checkpoint`, or a directory. Training saves its state there, and
             continues from the last saved state.
         verify_every: Number of steps between two comparisons of all replicas' weights. They
@@ -162,6 +167,8 @@ def fit(
     if compression is None:
         compression = session.strategy.compression
     extensions.append(CompressedTraining(compression))
+    if federated is not None:
+        extensions.append(FederatedTraining(federated))
     continuation = Continuation(extensions)
     if checkpoint is not None:
         continuation = CheckpointRun(checkpoint, session.strategy, extensions)

@@ -43,6 +43,14 @@ from tfdist._keras.building import (
     step_of,
 )
 from tfdist._keras.checkpoints import CheckpointSaver
+from tfdist._keras.clients import (
+    built_copy,
+    first_values,
+    iterations_of,
+    rates_of,
+    schedules_after,
+    statistics_of,
+)
 from tfdist._keras.discovery import StepTrace, keeping_random_state, random_ops, rows_of
 from tfdist._keras.groups import GroupCollectives
 from tfdist._keras.keyed import RowKeys, row_numbers
@@ -106,12 +114,14 @@ __all__ = [
     "build",
     "build_from_shapes",
     "build_layers",
+    "built_copy",
     "carry_in_files",
     "compiled_state",
     "computes_coarsely",
     "computes_in",
     "configure_coordination",
     "end_of_data_unless",
+    "first_values",
     "generator",
     "global_seed_variable",
     "has_devices",
@@ -123,6 +133,7 @@ __all__ = [
     "is_compiled_as",
     "is_deterministic",
     "is_seeded",
+    "iterations_of",
     "keeping_random_state",
     "keeping_variable_scope",
     "key_value_store",
@@ -139,13 +150,16 @@ __all__ = [
     "optimizers_of",
     "outside_scopes",
     "random_ops",
+    "rates_of",
     "reindex_optimizer",
     "replaced",
     "replicated",
     "row_numbers",
     "rows_of",
     "rows_to_try",
+    "schedules_after",
     "scope_of",
+    "statistics_of",
     "step_of",
     "swap_strategy",
     "swap_value",

@@ -18,6 +18,7 @@ from tfdist import _keras
 from tfdist.data import Epoch, Share
 from tfdist.errors import MembersChanged, StrategyError
 from tfdist.step.exchange import Exchange
+from tfdist.step.own_round import OwnRound
 from tfdist.step.own_step import OwnStep
 from tfdist.step.reduction import GOES_ON
 from tfdist.step.replica_steps import Logs, ReplicaSteps, Result
@@ -34,6 +35,7 @@ def make_functions(
     variables: Sequence[Any] = (),
     own_step: OwnStep | None = None,
     exchange: Exchange | None = None,
+    own_round: OwnRound | None = None,
 ) -> Functions:
     """Builds the functions of a model on a strategy; they are traced when first called.
 
@@ -44,6 +46,7 @@ def make_functions(
         variables: The variables that processes with whole batches take from the chief.
         own_step: Replaces Keras's train step.
         exchange: Wraps the reduction of gradients.
+        own_round: Makes several local steps in place of a train step.
 
     Returns:
         The functions for `_keras.loop_functions`.
@@ -67,7 +70,16 @@ def make_functions(
     # One process waits for nobody. A chief with servers has no place for clocks in its steps.
     timers = StepTimers() if strategy.place.num_workers > 1 else None
     return Functions(
-        train=_over_epoch(model, strategy, replica.train, stop, timers, own_step, exchange),
+        train=_over_epoch(
+            model,
+            strategy,
+            replica.train if own_round is None else own_round.train,
+            stop,
+            timers,
+            own_step,
+            exchange,
+            compiles=own_step is None and own_round is None,
+        ),
         test=_over_epoch(model, strategy, replica.test, StopState(), timers),
         predict=_over_shares(model, strategy, replica.predict),
         timers=timers,
@@ -122,7 +134,7 @@ def _trace(model: Any, function: Callable[..., Any], **options: Any) -> Callable
     return traced
 
 
-ReplicaStep = Callable[[Share, Tensor, Hashable], Result]
+ReplicaStep = Callable[[Any, Tensor, Hashable], Result]
 
 
 @dataclass(frozen=True)
@@ -145,12 +157,13 @@ def _traced_steps(
     step: ReplicaStep,
     timers: StepTimers | None,
     own_step: OwnStep | None,
+    compiles: bool,
     phase: Hashable,
 ) -> _TracedSteps:
     """Wraps a replica's step into functions of an iterator.
 
-    An extension's own step may get batches of another size each time, so it is not compiled
-    here. It compiles the parts that it can.
+    An extension's own step or round may get batches of another size each time, so it is not
+    compiled here. It compiles the parts that it can.
     """
 
     def after_data(share: Share, stopping: Tensor) -> Result:
@@ -171,7 +184,7 @@ def _traced_steps(
         return result
 
     alone = strategy.place.num_replicas == 1
-    compiled = alone and model.jit_compile and own_step is None
+    compiled = alone and model.jit_compile and compiles
     compiled_step = _trace(model, on_replicas, jit_compile=compiled)
 
     def one_step(iterator: Any, stopping: Tensor) -> Result:
@@ -202,10 +215,11 @@ def _over_epoch(
     timers: StepTimers | None,
     own_step: OwnStep | None = None,
     exchange: Exchange | None = None,
+    compiles: bool = True,
 ) -> Callable[[Epoch], Logs]:
     """Wraps a replica's step into a function of an epoch, `steps_per_execution` at a time."""
     of_phase = functools.cache(
-        functools.partial(_traced_steps, model, strategy, step, timers, own_step)
+        functools.partial(_traced_steps, model, strategy, step, timers, own_step, compiles)
     )
 
     def make_step(epoch: Epoch, stopping: Tensor) -> Result:

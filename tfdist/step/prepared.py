@@ -10,6 +10,7 @@ from typing import Any
 from tfdist import _keras, data
 from tfdist.step.exchange import Exchange, ExchangeMaker
 from tfdist.step.functions import make_functions
+from tfdist.step.own_round import OwnRound, RoundMaker
 from tfdist.step.own_step import OwnStep, StepMaker
 from tfdist.step.signals import StopState
 from tfdist.step.state import TrainState, optimizers_of, variables_of
@@ -36,6 +37,8 @@ class PreparedModel:
         maker: The maker of `own_step`.
         exchange: An extension's exchange, or None.
         exchange_maker: The maker of `exchange`.
+        own_round: An extension's rounds, or None.
+        round_maker: The maker of `own_round`.
     """
 
     model: Any
@@ -50,6 +53,8 @@ class PreparedModel:
     maker: StepMaker | None = None
     exchange: Exchange | None = None
     exchange_maker: ExchangeMaker | None = None
+    own_round: OwnRound | None = None
+    round_maker: RoundMaker | None = None
     _runs: bool = field(default=False, init=False)
 
     def fits(self, model: Any, strategy: Strategy) -> bool:
@@ -63,8 +68,9 @@ class PreparedModel:
 
     def begin_training(self) -> None:
         """Resets the state that an extension keeps between steps."""
-        if self.exchange is not None:
-            self.exchange.reset()
+        for part in (self.exchange, self.own_round):
+            if part is not None:
+                part.reset()
 
     @contextlib.contextmanager
     def running(self, source: data.Source) -> Iterator[None]:
@@ -88,14 +94,15 @@ class PreparedModel:
             stack.enter_context(self.placed_variables)
             stack.enter_context(self._functions())
             has_servers = self.strategy.has_servers
-            is_extended = self.own_step is not None or self.exchange is not None
+            parts = (self.own_step, self.exchange, self.own_round)
+            is_extended = any(part is not None for part in parts)
             needs_reduction = not self.strategy.is_plain or is_extended
             if has_servers or needs_reduction or source.may_be_empty:
                 stack.enter_context(_keras.replicated(has_servers))
             else:
                 stack.enter_context(_keras.alone())
             stack.enter_context(self.functions.running())
-            for part in (self.own_step, self.exchange):
+            for part in parts:
                 if part is not None:
                     stack.enter_context(part.running())
             self._runs = True
@@ -119,6 +126,7 @@ def prepare(
     for_training: bool = False,
     maker: StepMaker | None = None,
     exchange_maker: ExchangeMaker | None = None,
+    round_maker: RoundMaker | None = None,
 ) -> PreparedModel:
     """Returns a model's functions on a strategy, and makes them if it has none that fit.
 
@@ -128,18 +136,24 @@ def prepare(
         for_training: Whether the train function will be used.
         maker: Makes the step that replaces Keras's, or None.
         exchange_maker: Makes the exchange that wraps the reduction, or None.
+        round_maker: Makes the rounds of local steps that replace Keras's step, or None.
     """
+    makers = (maker, exchange_maker, round_maker)
     previous = _keras.attached(model).prepared
     usable = previous is not None and previous.fits(model, strategy)
     if usable and (
-        not for_training or (previous.maker, previous.exchange_maker) == (maker, exchange_maker)
+        not for_training
+        or (previous.maker, previous.exchange_maker, previous.round_maker) == makers
     ):
         return previous  # type: ignore[no-any-return]
     stop = StopState()
     _keras.attached(model).clip_optimizer = None
     own_step = None if maker is None else maker.make(model, strategy)
     exchange = _exchange(previous, model, strategy, exchange_maker)
-    of_extensions = () if exchange is None else tuple(exchange.state)
+    own_round = None if round_maker is None else round_maker.make(model, strategy, exchange)
+    with_state = [part for part in (exchange, own_round) if part is not None]
+    of_extensions = tuple(pair for part in with_state for pair in part.state)
+    optimizers = [*optimizers_of(model), *(own_round.optimizers if own_round else ())]
     state = TrainState(tuple(variables_of(model)), of_extensions)
     # Processes with whole batches also take the chief's residuals.
     agreed = state.variables if as_whole(strategy) else state.replicated
@@ -149,13 +163,15 @@ def prepare(
         strategy.place,
         _keras.compiled_state(model),
         state,
-        strategy.hold(state.variables, optimizers_of(model)),
-        make_functions(model, strategy, stop, agreed, own_step, exchange),
+        strategy.hold(state.variables, optimizers),
+        make_functions(model, strategy, stop, agreed, own_step, exchange, own_round),
         stop,
         own_step,
         maker,
         exchange,
         exchange_maker,
+        own_round,
+        round_maker,
     )
     _keras.attached(model).prepared = prepared
     return prepared

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from tfdist import data
 from tfdist.step.exchange import ExchangeMaker
+from tfdist.step.own_round import RoundMaker
 from tfdist.step.own_step import StepMaker
 from tfdist.step.prepared import PreparedModel
 from tfdist.training.request import Request
@@ -19,20 +20,23 @@ Begins = tuple[int, int, Callable[[], data.DataPosition], dict[str, Any]]
 class Extension:
     """Takes part in one `fit`. By default, each method does nothing.
 
-    `fit` calls the methods in this order: `choose`, `bind`, then for each attempt to train
-    `facts`, `notice` and `callbacks`, inside the context `running`, and `report` at the end.
+    `fit` calls the methods in this order: `choose`, `source`, `bind`, then for each attempt to
+    train `facts`, `notice` and `callbacks`, inside the context `running`, and `report` at the
+    end.
 
     Attributes:
         name: The extension's key in a checkpoint.
         needs_state: Whether the model must have all its variables before training begins.
         exchange_maker: Makes what wraps the reduction of gradients, or None.
         step_maker: Makes the step that replaces Keras's, or None.
+        round_maker: Makes rounds of local steps that replace Keras's step, or None.
     """
 
     name: ClassVar[str] = ""
     needs_state: bool = False
     exchange_maker: ExchangeMaker | None = None
     step_maker: StepMaker | None = None
+    round_maker: RoundMaker | None = None
 
     def choose(self, request: Request) -> Request:
         """Checks the request, and replaces arguments if it must.
@@ -47,6 +51,15 @@ class Extension:
             ArgumentError: The extension does not support the request.
         """
         return request
+
+    def source(self, request: Request, source: data.Source) -> data.Source:
+        """Returns the source of training data, or another one that draws from it otherwise.
+
+        Args:
+            request: The arguments of `fit`.
+            source: The training data.
+        """
+        return source
 
     def bind(self, request: Request, source: data.Source) -> None:
         """Inspects the data and the model. The model has its variables now.

@@ -56,6 +56,8 @@ class Training:
             self._request = extension.choose(self._request)
         request = self._request
         self._training_data, self._validation_data = read(request)
+        for extension in self._extensions:
+            self._training_data = extension.source(request, self._training_data)
         self._step_strategy = strategy_for_steps(
             request.model,
             "train_step",
@@ -150,12 +152,14 @@ class Training:
             facts |= extension.facts()
         step_makers = (e.step_maker for e in self._extensions)
         exchange_makers = (e.exchange_maker for e in self._extensions)
+        round_makers = (e.round_maker for e in self._extensions)
         prepared = prepare(
             request.model,
             self._step_strategy,
             for_training=True,
             maker=next(filter(None, step_makers), None),
             exchange_maker=next(filter(None, exchange_makers), None),
+            round_maker=next(filter(None, round_makers), None),
         )
         arguments = {
             "batch_size": request.batch_size,

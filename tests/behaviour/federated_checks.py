@@ -1,0 +1,151 @@
+"""What federated training must do where replicas are, against a plain loop over clients."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+
+import tfdist
+from tests.behaviour.checkpoint_checks import Stop, StoppedError
+from tests.behaviour.checks import assert_weights_close, place, same_everywhere
+from tests.behaviour.registry import MIRRORED, MULTI_WORKER, REPLICAS, WORKERS, check
+from tests.federated.reference import federated_averaging, in_float64, model_of, rows_of
+from tfdist.federated import clients as of
+from tfdist.strategies.base import Place
+
+SIZES = (40, 7, 70, 1, 33, 20)
+PARTS = rows_of(*SIZES)
+X, Y = (np.concatenate(arrays) for arrays in zip(*PARTS, strict=True))
+IDS = np.repeat(range(len(SIZES)), SIZES)
+OPTIONS: dict[str, Any] = {"batch_size": 16, "shuffle": False, "seed": 5, "verbose": 0}
+
+
+def momentum() -> Any:
+    return keras.optimizers.SGD(0.1, momentum=0.9)
+
+
+@check(*REPLICAS)
+def simulated_clients_are_those_of_one_process(folder: Path) -> None:
+    """More clients than replicas, all of what they keep, drawn for each round."""
+    settings = {"local_steps": 3, "proximal": 0.3, "keep_optimizer": True}
+    with in_float64():
+        averaging = tfdist.FedAvg(
+            clients=IDS, clients_per_round=4, server_optimizer=keras.optimizers.Adam(0.1),
+            **settings,
+        )  # fmt: skip
+        ours, theirs = (model_of(momentum(), norm=True, dropout=0.4) for _ in range(2))
+        history = tfdist.fit(
+            ours, X, Y, epochs=4, federated=averaging, validation_data=(X, Y), **OPTIONS
+        )
+        clients = of.of_ids(IDS, len(IDS), tfdist.strategies.session.current().strategy, False)
+        plan = tfdist.federated.plan.Plan(
+            averaging, clients, Place(), tfdist.samplers.Sequential(), 16, 5
+        )
+        drawn = [plan.chosen(number).tolist() for number in range(4)]
+        losses = federated_averaging(
+            theirs, PARTS, 4, optimizer=momentum, batch_size=16, local_steps=3, proximal=0.3,
+            keeps=True, server=keras.optimizers.Adam(0.1), chosen=drawn.__getitem__,
+        )  # fmt: skip
+        expected = theirs.evaluate(X, Y, verbose=0)[0]
+    assert len({tuple(d) for d in drawn}) > 1
+    assert_weights_close(ours, theirs, 1e-12)
+    np.testing.assert_allclose(history.history["loss"], losses, rtol=1e-12)
+    np.testing.assert_allclose(history.history["val_loss"][-1], expected, rtol=1e-12)
+    same_everywhere(ours)
+
+
+@check(*WORKERS)
+def each_worker_is_a_client(folder: Path) -> None:
+    """The first worker has more rows than the other, all rows, or one."""
+    with in_float64():
+        for first in (101, len(X), 1):
+            ours, theirs = (model_of(momentum()) for _ in range(2))
+            cuts = slice(0, first), slice(first, None)
+            own = cuts[place().worker_index]
+            history = tfdist.fit(
+                ours, X[own], Y[own], epochs=2, shard="local",
+                federated=tfdist.FedAvg(local_epochs=2), **OPTIONS,
+            )  # fmt: skip
+            parts = [(X[cut], Y[cut]) for cut in cuts]
+            losses = [
+                *federated_averaging(
+                    theirs, parts, 2, optimizer=momentum, batch_size=16,
+                    local_steps=[2 * -(-len(x) // 16) for x, _ in parts],
+                )
+            ]  # fmt: skip
+            assert_weights_close(ours, theirs, 1e-12)
+            np.testing.assert_allclose(history.history["loss"], losses, rtol=1e-12)
+            same_everywhere(ours)
+
+
+@check(MULTI_WORKER)
+def clients_stay_on_the_worker_that_has_their_rows(folder: Path) -> None:
+    with in_float64():
+        ours, theirs = (model_of(momentum()) for _ in range(2))
+        own = (IDS < 4) == (place().worker_index == 0)
+        averaging = tfdist.FedAvg(local_steps=2, clients=IDS[own], keep_optimizer=True)
+        options = {**OPTIONS, "epochs": 2, "shard": "local"}
+        tfdist.fit(ours, X[own], Y[own], federated=averaging, **options)
+        federated_averaging(
+            theirs, PARTS, 2, optimizer=momentum, batch_size=16, local_steps=2, keeps=True
+        )
+        assert_weights_close(ours, theirs, 1e-12)
+
+
+@check(*REPLICAS)
+def one_step_of_all_clients_is_a_step_of_all_rows(folder: Path) -> None:
+    """Each replica is a client; then SGD on the server is SGD on all rows."""
+    with in_float64():
+        for server, plain in (
+            (None, keras.optimizers.SGD(0.2)),
+            (keras.optimizers.SGD(1.0, 0.9), keras.optimizers.SGD(0.2, 0.9)),
+        ):
+            ours, theirs = model_of(keras.optimizers.SGD(0.2)), model_of(plain)
+            averaging = tfdist.FedAvg(local_steps=1, server_optimizer=server)
+            options = {"batch_size": len(X), "epochs": 3, "verbose": 0, "seed": 1}
+            a = tfdist.fit(ours, X, Y, federated=averaging, **options)
+            b = theirs.fit(X, Y, batch_size=len(X), epochs=3, verbose=0)
+            assert_weights_close(ours, theirs, 1e-12)
+            for name in b.history:
+                np.testing.assert_allclose(a.history[name], b.history[name], rtol=1e-12)
+
+
+@check(MIRRORED, MULTI_WORKER)
+def a_stopped_federated_training_ends_with_the_same_bits(folder: Path) -> None:
+    averaging = tfdist.DiLoCo(local_steps=3, clients=IDS, clients_per_round=3)
+
+    def trained(*callbacks: Any, **options: Any) -> Any:
+        model = model_of(keras.optimizers.Adam(0.05), norm=True, dropout=0.4)
+        tfdist.fit(
+            model, X, Y, epochs=5, federated=averaging, callbacks=list(callbacks), **options,
+            **OPTIONS,
+        )  # fmt: skip
+        return [*model.get_weights(), int(model.optimizer.iterations)]
+
+    expected = trained()
+    checkpoint = tfdist.Checkpoint(folder / "c", every="epoch")
+    with pytest.raises(StoppedError):
+        trained(Stop(3), checkpoint=checkpoint)
+    for ours, theirs in zip(trained(checkpoint=checkpoint), expected, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+@check(MIRRORED, *WORKERS)
+def updates_travel_compressed(folder: Path) -> None:
+    models = []
+    for compression in (None, "bf16", tfdist.PowerSGD(rank=3, start_after=1, min_ratio=1.0)):
+        model = model_of(keras.optimizers.Adam(0.05))
+        averaging = tfdist.FedAvg(local_steps=2, clients=IDS)
+        options = {"epochs": 3, "compression": compression, "federated": averaging}
+        tfdist.fit(model, X, Y, **options, **OPTIONS)
+        same_everywhere(model)
+        models.append(model)
+    plain, half, low_rank = models
+    assert_weights_close(half, plain, 2e-2)
+    for model in (half, low_rank):
+        pairs = zip(model.get_weights(), plain.get_weights(), strict=True)
+        assert any((a != b).any() for a, b in pairs)

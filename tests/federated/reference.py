@@ -1,0 +1,138 @@
+"""Federated averaging as its authors describe it: a loop over clients, by a GradientTape."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+SEEDS_APART = 1_000_003
+
+
+@contextlib.contextmanager
+def in_float64() -> Iterator[None]:
+    """Models and optimizers that are made here compute in float64."""
+    before = keras.config.floatx(), keras.config.dtype_policy()
+    keras.config.set_floatx("float64")
+    keras.config.set_dtype_policy("float64")
+    try:
+        yield
+    finally:
+        keras.config.set_floatx(before[0])
+        keras.config.set_dtype_policy(before[1])
+
+
+def batches(rows: int, size: int, first: int, count: int) -> list[slice]:
+    """The rows of `count` local steps from step `first` on, without shuffling."""
+    per_pass = -(-rows // size)
+    begins = [step % per_pass * size for step in range(first, first + count)]
+    return [slice(begin, min(begin + size, rows)) for begin in begins]
+
+
+def federated_averaging(
+    model: Any,
+    parts: Sequence[tuple[Any, Any]],
+    rounds: int,
+    *,
+    optimizer: Callable[[], Any],
+    batch_size: int = 32,
+    local_steps: int | Sequence[int] | None = None,
+    server: Any = None,
+    proximal: float = 0.0,
+    uniform: bool = False,
+    keeps: bool = False,
+    chosen: Callable[[int], Sequence[int]] | None = None,
+) -> list[float]:
+    """Trains a compiled model in place; gives the mean loss of each round."""
+    weights, losses = model.trainable_variables, []
+    statistics = [v for v in model.non_trainable_variables if "seed" not in v.name]
+    seeds = [v for v in model.non_trainable_variables if "seed" in v.name]
+    optimizers = [optimizer() for _ in parts]
+    taken = [0] * len(parts)
+    if server is not None:
+        server.build(weights)
+    for number in range(rounds):
+        clients = range(len(parts)) if chosen is None else chosen(number)
+        clients = [c for c in clients if len(parts[c][0])]
+        sizes = np.array([1 if uniform else len(parts[c][0]) for c in clients], float)
+        start = [v.numpy() for v in weights], [v.numpy() for v in statistics]
+        delta = [np.zeros_like(v) for v in start[0]]
+        average = [np.zeros_like(v) for v in start[1]]
+        seeds_start = [v.numpy() for v in seeds]
+        draws = [np.zeros_like(v) for v in seeds_start]
+        loss_sum = seen = 0.0
+        for client, part in zip(clients, sizes / sizes.sum(), strict=True):
+            assign(weights, start[0])
+            assign(statistics, start[1])
+            own_seeds = [seed + np.array([client * SEEDS_APART, 0]) for seed in seeds_start]
+            assign(seeds, own_seeds)
+            if not keeps:
+                optimizers[client] = optimizer()
+            x, y = parts[client]
+            steps = local_steps or -(-len(x) // batch_size)
+            steps = steps[client] if isinstance(steps, Sequence) else steps
+            for rows in batches(len(x), batch_size, taken[client], steps):
+                loss = local_step(model, optimizers[client], x[rows], y[rows], proximal, start)
+                loss_sum, seen = loss_sum + loss * len(x[rows]), seen + len(x[rows])
+            taken[client] += steps
+            delta = [
+                d + part * (w - v.numpy())
+                for d, w, v in zip(delta, start[0], weights, strict=True)
+            ]
+            average = [a + part * v.numpy() for a, v in zip(average, statistics, strict=True)]
+            draws = [d + v.numpy() - s for d, v, s in zip(draws, seeds, own_seeds, strict=True)]
+        assign(seeds, [s + d for s, d in zip(seeds_start, draws, strict=True)])
+        assign(statistics, average)
+        if server is None:
+            assign(weights, [w - d for w, d in zip(start[0], delta, strict=True)])
+        else:
+            assign(weights, start[0])
+            server.apply([tf.constant(d) for d in delta], weights)
+        losses.append(loss_sum / seen)
+    return losses
+
+
+def local_step(
+    model: Any, optimizer: Any, x: Any, y: Any, proximal: float, start: Any
+) -> float:
+    with tf.GradientTape() as tape:
+        loss = model.compute_loss(y=tf.constant(y), y_pred=model(x, training=True))
+    variables = model.trainable_variables
+    pairs = zip(tape.gradient(loss, variables), variables, start[0], strict=True)
+    gradients = [g + proximal * (v.numpy() - w) for g, v, w in pairs]
+    optimizer.apply(gradients, variables)
+    return float(loss)
+
+
+def assign(variables: Sequence[Any], values: Sequence[Any]) -> None:
+    for variable, value in zip(variables, values, strict=True):
+        variable.assign(value)
+
+
+def model_of(optimizer: Any, norm: bool = False, dropout: float = 0.0) -> Any:
+    """A small compiled model in float64."""
+    keras.utils.set_random_seed(3)
+    layers: list[Any] = [keras.Input((6,)), keras.layers.Dense(5, "tanh")]
+    layers += [keras.layers.BatchNormalization(momentum=0.8)] if norm else []
+    layers += [keras.layers.Dropout(dropout)] if dropout else []
+    model = keras.Sequential([*layers, keras.layers.Dense(3)])
+    model.compile(
+        optimizer,
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy"],
+    )
+    return model
+
+
+def rows_of(*sizes: int) -> list[tuple[Any, Any]]:
+    """Rows of clients that differ from each other."""
+    rng = np.random.default_rng(0)
+    parts = []
+    for number, size in enumerate(sizes):
+        x = rng.normal(size=(size, 6)) + number / 2
+        parts.append((x, (x[:, :3].argmax(1) + number) % 3))
+    return parts

@@ -1,0 +1,163 @@
+"""Plans of rounds: who trains, on which rows and where."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+import tfdist
+from tests.strategies.devices import Devices
+from tfdist.errors import ArgumentError
+from tfdist.federated import clients as of
+from tfdist.federated.plan import Plan
+from tfdist.samplers import Sequential, Uniform
+from tfdist.strategies.base import Place
+
+pytestmark = pytest.mark.quick
+SIZES = (40, 7, 70, 1, 33)
+IDS = np.random.default_rng(1).permutation(np.repeat(list("edcba"), SIZES))
+
+
+def plan_of(replicas: int = 1, sampler: Any = None, **settings: Any) -> Plan:
+    devices = Devices(replicas)
+    clients = of.of_ids(IDS, len(IDS), devices, is_local=False)
+    averaging = tfdist.FedAvg(**settings)
+    return Plan(averaging, clients, devices.place, sampler or Uniform(), 16, seed=4)
+
+
+def work_of(plan: Plan, number: int, replicas: int) -> dict[int, tuple[float, list[Any]]]:
+    """By client: its weight, and the rows of its local steps; from all replicas."""
+    work: dict[int, tuple[float, list[Any]]] = {}
+    for replica in range(replicas):
+        part = plan.of_replica(number, replica)
+        batches = [r[:n].tolist() for r, n in zip(part.rows, part.counts, strict=True)]
+        for client, steps, weight in zip(part.clients, part.steps, part.weights, strict=True):
+            assert client not in work
+            work[int(client)] = float(weight), batches[:steps]
+            batches = batches[steps:]
+        assert not batches
+    return work
+
+
+@pytest.mark.parametrize("settings", [{"clients_per_round": 3}, {"keep_optimizer": True}, {}])
+def test_rounds_are_the_same_for_any_number_of_replicas(settings):
+    alone = plan_of(local_steps=5, **settings)
+    for replicas in (2, 3):
+        several = plan_of(replicas, local_steps=5, **settings)
+        for number in (0, 3, 1):  # also out of order, as a continued training asks for them
+            expected = work_of(alone, number, 1)
+            assert work_of(several, number, replicas) == expected
+            assert sum(weight for weight, _ in expected.values()) == pytest.approx(1)
+
+
+def test_a_client_goes_through_its_own_rows_pass_by_pass():
+    plan = plan_of(local_steps=2, clients_per_round=2)
+    rows: dict[int, list[int]] = {}
+    drawn = []
+    for number in range(40):
+        work = work_of(plan, number, 1)
+        drawn.append(tuple(work))
+        for client, (_, batches) in work.items():
+            rows.setdefault(client, []).extend(row for batch in batches for row in batch)
+    assert len(set(drawn)) > 5
+    names = sorted(set(IDS))
+    for client, taken in rows.items():
+        own = np.flatnonzero(np.array(IDS) == names[client]).tolist()
+        passes = len(taken) // len(own)
+        assert passes > 0
+        for number in range(passes):
+            assert sorted(taken[number * len(own) :][: len(own)]) == own
+
+
+def test_weights_are_by_rows_or_equal():
+    sizes = dict(zip("edcba", SIZES, strict=True))
+    by_rows = work_of(plan_of(local_epochs=2), 0, 1)
+    for client, name in enumerate("abcde"):
+        weight, batches = by_rows[client]
+        assert weight == pytest.approx(sizes[name] / sum(SIZES))
+        assert len(batches) == 2 * -(-sizes[name] // 16)
+    equal = work_of(plan_of(weighting="uniform", clients_per_round=4), 0, 1)
+    assert [weight for weight, _ in equal.values()] == [0.25] * 4
+
+
+def test_clients_are_dealt_by_their_steps():
+    plan = plan_of(2, local_epochs=1)
+    planned = plan.round(0)
+    loads = [int(planned.steps[planned.replicas == replica].sum()) for replica in (0, 1)]
+    assert sorted(loads) == [6, 7]  # of 3, 1, 5, 1 and 3 steps
+    kept = plan_of(2, local_epochs=1, keep_optimizer=True)
+    places = set(zip(kept.round(0).replicas, kept._slots, strict=True))
+    assert len(places) == 5
+    assert kept.slots_per_replica == 3
+
+
+def test_rows_are_dealt_once():
+    place = Place(3, 0, 3)
+    clients = of.of_replicas(100, place, seed=1)
+    assert sorted(np.concatenate(list(clients.members.values()))) == list(range(100))
+    assert clients.sizes.tolist() == [34, 33, 33]
+    (alone,) = of.of_replicas(5, Place(), seed=1).members.values()
+    assert alone.tolist() == [0, 1, 2, 3, 4]
+
+
+def test_a_worker_without_rows_does_not_train():
+    clients = of.of_workers([5, 0, 3], worker=1)
+    place = Place(6, 2, 2, 3, 1)
+    plan = Plan(tfdist.FedAvg(local_steps=2), clients, place, Sequential(), 4, 1)
+    planned = plan.round(7)
+    assert planned.clients.tolist() == [0, 2]
+    assert planned.replicas.tolist() == [0, 4]  # the first replica of each worker
+    assert plan.of_replica(7, 2).counts.size == 0
+    assert plan.of_replica(7, 2).longest == 2
+
+
+class Workers(Devices):
+    """Two workers, each with a table of clients."""
+
+    def __init__(self, *tables: Any) -> None:
+        super().__init__(1)
+        self.tables = tables
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        assert value in self.tables
+        return list(self.tables)
+
+
+def test_ids_of_workers_own_rows():
+    tables = [("a", 2), ("c", 1)], [("b", 3)]
+    clients = of.of_ids(["c", "a", "a"], 3, Workers(*tables), is_local=True)
+    assert clients.sizes.tolist() == [2, 3, 1]
+    assert clients.workers.tolist() == [0, 1, 0]
+    assert {c: r.tolist() for c, r in clients.members.items()} == {0: [1, 2], 2: [0]}
+    assert of.of_ids([], 0, Workers([], [("b", 3)]), is_local=True).number == 1
+    with pytest.raises(ArgumentError, match="client 'a' on workers 0 and 1"):
+        of.of_ids(["a", "a"], 2, Workers([("a", 2)], [("a", 1)]), is_local=True)
+
+
+@pytest.mark.parametrize(
+    ("ids", "match"), [([0, 1], "shape"), ([[0]] * 3, "shape"), ([0.5] * 3, "float64")]
+)
+def test_ids_that_do_not_fit_are_refused(ids, match):
+    with pytest.raises(ArgumentError, match=match):
+        of.of_ids(ids, 3, Devices(1), is_local=False)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"local_steps": 0},
+        {"local_steps": True},
+        {"local_steps": 1, "local_epochs": 1},
+        {"server_optimizer": "sgd"},
+        {"proximal": -1.0},
+        {"proximal": float("nan")},
+        {"clients_per_round": 1.5},
+        {"weighting": "rows"},
+        {"keep_optimizer": 1},
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(settings):
+    with pytest.raises(ArgumentError, match=f"Received: {list(settings)[-1]}="):
+        tfdist.FedAvg(**settings)

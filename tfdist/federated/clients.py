@@ -1,0 +1,125 @@
+"""Who the clients are: the rows of each, and the worker that holds them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tfdist.errors import ArgumentError
+from tfdist.samplers import Rows, permute
+from tfdist.strategies.base import Place, Strategy
+
+ANYWHERE = -1
+_DEALING = 0xDEA1
+
+
+@dataclass(frozen=True)
+class Clients:
+    """The clients of a training, numbered in the order of their ids.
+
+    Attributes:
+        sizes: Rows of each client, int64 of shape [clients].
+        workers: The worker that holds a client's rows, or `ANYWHERE`; shape [clients].
+        members: The numbers of a client's rows in this process's data, by client. Clients of
+            other workers are not in it.
+        kind: What a client is: "replica", "worker" or "id".
+    """
+
+    sizes: Rows
+    workers: Rows
+    members: Mapping[int, Rows]
+    kind: str
+
+    @property
+    def number(self) -> int:
+        """Number of clients, with those that hold no rows."""
+        return len(self.sizes)
+
+    def describe(self) -> str:
+        """Says how many clients there are, and how many rows they hold."""
+        least, most = int(self.sizes.min()), int(self.sizes.max())
+        rows = f"{least:,}" if least == most else f"{least:,} to {most:,}"
+        if self.number == 1:
+            return f"1 client of {rows} rows"
+        each = {"replica": ", one on each replica", "worker": ", one on each worker"}
+        return f"{self.number:,} clients{each.get(self.kind, '')}, of {rows} rows"
+
+
+def of_replicas(num_rows: int, place: Place, seed: int) -> Clients:
+    """Deals all rows to the replicas, each of which is a client.
+
+    Args:
+        num_rows: Rows that every worker has.
+        place: The replicas.
+        seed: Chooses which replica gets which rows.
+    """
+    replicas = place.num_replicas
+    if replicas == 1:
+        members = {0: np.arange(num_rows)}
+    else:
+        local = range(place.first_replica, place.first_replica + place.local_replicas)
+        members = {
+            replica: permute(np.arange(replica, num_rows, replicas), num_rows, (seed, _DEALING))
+            for replica in local
+        }
+    sizes = np.array([len(range(r, num_rows, replicas)) for r in range(replicas)], np.int64)
+    return Clients(sizes, np.full(replicas, ANYWHERE), members, "replica")
+
+
+def of_workers(rows_per_worker: list[int], worker: int) -> Clients:
+    """Makes each worker a client.
+
+    Args:
+        rows_per_worker: Rows that each worker holds.
+        worker: This worker.
+    """
+    sizes = np.array(rows_per_worker, np.int64)
+    members = {worker: np.arange(sizes[worker])}
+    return Clients(sizes, np.arange(len(sizes)), members, "worker")
+
+
+def of_ids(ids: Any, num_rows: int, strategy: Strategy, is_local: bool) -> Clients:
+    """Makes a client of all rows with the same id.
+
+    Args:
+        ids: The id of each row, shape [rows].
+        num_rows: Rows of this process's data.
+        strategy: The strategy of the workers.
+        is_local: Whether each worker has its own rows. Otherwise all have all rows.
+
+    Raises:
+        ArgumentError: The ids do not fit the rows, or two workers hold rows of one client.
+    """
+    ids = np.asarray(ids)
+    if ids.dtype == object and all(isinstance(name, str) for name in ids.flat):
+        ids = ids.astype(str)
+    if ids.ndim != 1 or len(ids) != num_rows or (ids.dtype.kind not in "iuU" and len(ids)):
+        raise ArgumentError(
+            "`clients` must be a whole number or a string for each row, shape "
+            f"[{num_rows}]. Received: clients of shape {ids.shape} and dtype {ids.dtype}."
+        )
+    names, inverse = np.unique(ids, return_inverse=True)
+    order = np.argsort(inverse, kind="stable")
+    counts = np.bincount(inverse, minlength=len(names))
+    rows = np.split(order, np.cumsum(counts)[:-1]) if len(names) else []
+    if not is_local:
+        members = dict(enumerate(rows))
+        return Clients(counts, np.full(len(names), ANYWHERE), members, "id")
+    by_name = dict(zip(names.tolist(), rows, strict=True))
+    tables = strategy.gather_objects([(n, len(r)) for n, r in by_name.items()])
+    entries = [(n, w, size) for w, table in enumerate(tables) for n, size in table]
+    entries.sort(key=lambda entry: (isinstance(entry[0], str), *entry))
+    for (name, worker, _), (following, other, _) in itertools.pairwise(entries):
+        if name == following:
+            raise ArgumentError(
+                "With `shard='local'` all rows of a client must be on one worker. Received: "
+                f"rows of client {name!r} on workers {worker} and {other}. Give the client of "
+                "each worker an id of its own."
+            )
+    members = {i: by_name[n] for i, (n, _, _) in enumerate(entries) if n in by_name}
+    _, workers, sizes = zip(*entries, strict=True)
+    return Clients(np.array(sizes, np.int64), np.array(workers), members, "id")

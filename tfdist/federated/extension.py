@@ -1,0 +1,123 @@
+"""Federated training as a part of `fit`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from tfdist import data
+from tfdist.data.arrays import Arrays
+from tfdist.data.local import LocalArrays
+from tfdist.errors import ArgumentError
+from tfdist.federated import clients as of
+from tfdist.federated.clients import Clients
+from tfdist.federated.plan import Plan
+from tfdist.federated.round import Federation
+from tfdist.federated.settings import check
+from tfdist.federated.source import Rounds
+from tfdist.federated.validation import check_model, check_request
+from tfdist.training.extension import Extension
+from tfdist.training.request import Request
+
+
+class FederatedTraining(Extension):
+    """Makes each epoch a round of federated training.
+
+    Args:
+        federated: The argument `federated` of `fit`.
+
+    Raises:
+        ArgumentError: `federated` is not valid.
+    """
+
+    name = "federated"
+    needs_state = True
+
+    def __init__(self, federated: Any) -> None:
+        self._settings = check(federated)
+        self._clients: Clients | None = None
+
+    def choose(self, request: Request) -> Request:
+        """Refuses what cannot be federated. Each client computes its own, whole batches."""
+        check_request(request)
+        return replace(request, whole_batch=False)
+
+    def source(self, request: Request, source: data.Source) -> data.Source:
+        """Makes rounds of the rows."""
+        assert isinstance(source, Arrays)
+        assert request.sampler is not None
+        assert request.seed is not None
+        self._clients = self._find_clients(request, source)
+        holders = int((self._clients.sizes > 0).sum())
+        wanted = self._settings.clients_per_round
+        if wanted is not None and wanted > holders:
+            raise ArgumentError(
+                "`clients_per_round` must be at most the number of clients that hold rows. "
+                f"Received: clients_per_round={wanted} and {holders} clients."
+            )
+        plan = Plan(
+            self._settings,
+            self._clients,
+            request.session.strategy.place,
+            request.sampler,
+            source.batch_size,
+            request.seed,
+        )
+        return Rounds(source, plan)
+
+    def bind(self, request: Request, source: data.Source) -> None:
+        """Refuses models whose local steps are not known, and prepares the rounds."""
+        assert isinstance(source, Rounds)
+        check_model(request, source)
+        self.round_maker = Federation(self._settings, source)
+
+    def facts(self) -> dict[str, Any]:
+        """Returns the settings, which must be equal on all workers."""
+        return {"federated": self.settings()}
+
+    def settings(self) -> Any:
+        """Returns the settings and the clients, which must not change when it continues."""
+        assert self._clients is not None
+        clients = {"kind": self._clients.kind, "number": self._clients.number}
+        return self._settings.describe() | clients
+
+    def notice(self, request: Request) -> str | None:
+        """Says who the clients are, and what a round is."""
+        assert self._clients is not None
+        settings = self._settings
+        number = settings.clients_per_round
+        chosen = "" if number is None else f" of {number:,} of them"
+        count, noun = settings.local_steps, "local step"
+        if count is None:
+            count, noun = settings.local_epochs or 1, "local epoch"
+        work = f"{count} {noun}{'s' if count > 1 else ''} each"
+        text = f"federated: {self._clients.describe()}; an epoch is a round{chosen}, {work}"
+        devices = request.session.strategy.place.local_replicas
+        if self._clients.kind == "worker" and devices > 1:
+            text += f"; each trains on one of the {devices} devices of its worker"
+        return text
+
+    def _find_clients(self, request: Request, source: Arrays) -> Clients:
+        strategy, ids = request.session.strategy, self._settings.clients
+        is_local = isinstance(source, LocalArrays)
+        num_rows = source.num_rows
+        if isinstance(source, LocalArrays):
+            num_rows = source.holdings.rows[source.worker]
+        if ids is not None:
+            ids = np.asarray(ids)
+            if request.validation_split and len(ids) == _num_rows(request.x):
+                ids = ids[:num_rows]
+            return of.of_ids(ids, num_rows, strategy, is_local)
+        if isinstance(source, LocalArrays):
+            return of.of_workers(source.holdings.rows, source.worker)
+        if request.shard is not None:
+            return of.of_workers([num_rows], 0)
+        assert request.seed is not None
+        return of.of_replicas(num_rows, strategy.place, request.seed)
+
+
+def _num_rows(x: Any) -> int:
+    return len(tf.nest.flatten(x)[0])

@@ -1,0 +1,253 @@
+"""The plan of a round: its clients, their weights and steps, and the replica of each.
+
+A plan is a function of the seed and the number of the round, so all workers make the same one,
+and a training that is continued makes the plans of the first one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tfdist.federated.clients import ANYWHERE, Clients
+from tfdist.federated.settings import FedAvg
+from tfdist.samplers import Rows, Sampler, permute
+from tfdist.strategies.base import Place
+
+_DRAWING = 0xD4A3
+
+
+@dataclass(frozen=True)
+class Round:
+    """A round of all replicas.
+
+    Attributes:
+        clients: The clients in ascending order, shape [n].
+        steps: Local steps of each, shape [n].
+        first_steps: Local steps that each has made in earlier rounds, shape [n].
+        weights: The weight of each in the average, shape [n]; they add up to 1.
+        replicas: The replica on which each trains, shape [n].
+    """
+
+    clients: Rows
+    steps: Rows
+    first_steps: Rows
+    weights: NDArray[np.float64]
+    replicas: Rows
+
+    @property
+    def check(self) -> NDArray[np.float32]:
+        """Four whole numbers below 64 that differ if rounds differ."""
+        parts = (self.clients, self.steps, self.first_steps, self.weights, self.replicas)
+        digest = hashlib.sha256(b"".join(part.tobytes() for part in parts)).digest()
+        return (np.frombuffer(digest[:4], np.uint8) % 64).astype(np.float32)
+
+
+class OfReplica(NamedTuple):
+    """What one replica does in a round: arrays in a plan, tensors in a step.
+
+    Attributes:
+        rows: The rows of each local step, padded, int64 of shape [steps, most rows].
+        counts: Rows of each local step, int64 of shape [steps].
+        clients: The clients in the order in which they train, int64 of shape [n].
+        steps: Local steps of each, int64 of shape [n].
+        weights: The weight of each, float64 of shape [n].
+        slots: The place of each among the clients whose optimizers this replica keeps, int64
+            of shape [n].
+        held: Rows that the replica's clients hold, and those of all clients of the round,
+            int64 of shape [2].
+        longest: The most local steps of a client of the round, on any replica, scalar int64.
+        check: See `Round.check`, float32 of shape [4].
+    """
+
+    rows: Any
+    counts: Any
+    clients: Any
+    steps: Any
+    weights: Any
+    slots: Any
+    held: Any
+    longest: Any
+    check: Any
+
+
+class Plan:
+    """Plans rounds.
+
+    Args:
+        settings: The settings.
+        clients: The clients.
+        place: The replicas.
+        sampler: Chooses the rows of a client's local steps.
+        batch_size: Rows of a local step.
+        seed: The seed of the training.
+
+    Attributes:
+        clients: The clients.
+        batch_size: Rows of a local step.
+        full_batch: Rows of each local step, if all have the same number, else None.
+        slots_per_replica: The most clients whose optimizers one replica keeps.
+        num_slots: Number of all slots that may be used.
+        longest: The most local steps that any client makes in a round.
+    """
+
+    def __init__(
+        self,
+        settings: FedAvg,
+        clients: Clients,
+        place: Place,
+        sampler: Sampler,
+        batch_size: int,
+        seed: int,
+    ) -> None:
+        self._settings = settings
+        self.clients = clients
+        self.batch_size = batch_size
+        self._place = place
+        self._sampler = sampler
+        self._seed = seed
+        self._eligible = np.flatnonzero(clients.sizes)
+        passes = [int(n) and sampler.steps_per_epoch(int(n), batch_size) for n in clients.sizes]
+        self._steps = np.array([settings.steps_of(steps) for steps in passes], np.int64)
+        self.longest = int(self._steps.max())
+        is_full = not (clients.sizes % batch_size).any()
+        self.full_batch = batch_size if is_full else None
+        self._homes, self._slots = self._keep()
+        self.slots_per_replica = int(self._slots.max()) + 1
+        is_contiguous = (clients.workers == ANYWHERE).all()
+        padded = place.num_replicas * self.slots_per_replica
+        self.num_slots = clients.number if is_contiguous else padded
+        self._drawn = np.zeros(clients.number, np.int64)
+        self._drawn_up_to = 0
+        self._last: tuple[int, Round] | None = None
+
+    def _keep(self) -> tuple[Rows, Rows]:
+        """Chooses the replica that keeps a client's optimizer, and the place there."""
+        clients, place = self.clients, self._place
+        numbers = np.arange(clients.number)
+        block = -(-clients.number // place.num_replicas)
+        homes, slots = numbers // block, numbers % block
+        for worker in np.unique(clients.workers[clients.workers != ANYWHERE]):
+            own = np.flatnonzero(clients.workers == worker)
+            local = np.arange(len(own))
+            homes[own] = worker * place.local_replicas + local % place.local_replicas
+            slots[own] = local // place.local_replicas
+        return homes, slots
+
+    def chosen(self, number: int) -> Rows:
+        """Returns the clients of a round, in ascending order.
+
+        Args:
+            number: The number of the round.
+        """
+        wanted = self._settings.clients_per_round
+        if wanted is None or wanted >= len(self._eligible):
+            return self._eligible
+        key = (self._seed, _DRAWING, number)
+        return np.sort(self._eligible[permute(np.arange(wanted), len(self._eligible), key)])
+
+    def round(self, number: int) -> Round:
+        """Returns a round.
+
+        Args:
+            number: The number of the round.
+        """
+        if self._last is None or self._last[0] != number:
+            self._last = number, self._make(number)
+        return self._last[1]
+
+    def _make(self, number: int) -> Round:
+        clients = self.chosen(number)
+        steps = self._steps[clients]
+        first_steps = self._rounds_made(number)[clients] * steps
+        parts = np.ones(len(clients))
+        if self._settings.weighting == "examples":
+            parts = self.clients.sizes[clients].astype(np.float64)
+        replicas = self._homes[clients] if self._is_fixed else self._deal(clients, steps)
+        return Round(clients, steps, first_steps, parts / parts.sum(), replicas)
+
+    @property
+    def _is_fixed(self) -> bool:
+        """Whether a client always trains on the same replica."""
+        return self._settings.keep_optimizer or self.clients.kind != "id"
+
+    def _rounds_made(self, number: int) -> Rows:
+        """Counts each client's earlier rounds."""
+        if len(self.chosen(0)) == len(self._eligible):
+            return np.full(self.clients.number, number)
+        if number < self._drawn_up_to:
+            self._drawn, self._drawn_up_to = np.zeros_like(self._drawn), 0
+        for earlier in range(self._drawn_up_to, number):
+            self._drawn[self.chosen(earlier)] += 1
+        self._drawn_up_to = number
+        return self._drawn.copy()
+
+    def _deal(self, clients: Rows, steps: Rows) -> Rows:
+        """Gives each client to the replica with the fewest steps, long clients first."""
+        place = self._place
+        replicas = np.zeros(len(clients), np.int64)
+        workers = self.clients.workers[clients]
+        for worker in np.unique(workers):
+            everywhere = range(place.num_replicas)
+            first = int(worker) * place.local_replicas
+            local = (
+                everywhere if worker == ANYWHERE else range(first, first + place.local_replicas)
+            )
+            loads = [(0, replica) for replica in local]
+            own = np.flatnonzero(workers == worker)
+            for i in own[np.argsort(-steps[own], kind="stable")]:
+                load, replica = loads[0]
+                heapq.heapreplace(loads, (load + int(steps[i]), replica))
+                replicas[i] = replica
+        return replicas
+
+    def of_replica(self, number: int, replica: int) -> OfReplica:
+        """Returns what a replica of this process does in a round.
+
+        Args:
+            number: The number of the round.
+            replica: The replica's global number.
+        """
+        planned = self.round(number)
+        own = np.flatnonzero(planned.replicas == replica)
+        batches: list[Rows] = []
+        for i in own:
+            batches += self._batches(
+                int(planned.clients[i]), int(planned.first_steps[i]), int(planned.steps[i])
+            )
+        clients = planned.clients[own]
+        held = [self.clients.sizes[clients].sum(), self.clients.sizes[planned.clients].sum()]
+        return OfReplica(
+            _padded(batches),
+            np.array([len(batch) for batch in batches], np.int64),
+            clients,
+            planned.steps[own],
+            planned.weights[own],
+            self._slots[clients],
+            np.array(held, np.int64),
+            planned.steps.max(),
+            planned.check,
+        )
+
+    def _batches(self, client: int, first: int, count: int) -> list[Rows]:
+        members = self.clients.members[client]
+        # The first client has the seed of the training: alone, it draws what `fit` draws.
+        words = np.random.SeedSequence((self._seed, client)).generate_state(1, np.uint64)
+        seed = int(words[0] >> 1) if client else self._seed
+        batches = self._sampler.batches(
+            first, count, num_rows=len(members), batch_size=self.batch_size, seed=seed
+        )
+        return [members[batch] for batch in batches]
+
+
+def _padded(batches: Sequence[Rows]) -> Rows:
+    rows = np.zeros((len(batches), max([1, *map(len, batches)])), np.int64)
+    for row, batch in zip(rows, batches, strict=True):
+        row[: len(batch)] = batch
+    return rows

@@ -1,0 +1,299 @@
+"""A round on a replica: its clients train one after the other, then all replicas average."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+from tfdist import _keras
+from tfdist.federated.client import ClientSteps
+from tfdist.federated.kept import KeptOptimizers
+from tfdist.federated.plan import OfReplica
+from tfdist.federated.settings import FedAvg
+from tfdist.federated.source import Rounds
+from tfdist.federated.state import LocalState, state_of
+from tfdist.step.exchange import Exchange
+from tfdist.step.reduction import StepAgreement
+from tfdist.step.signals import Signals, signals_of
+from tfdist.step.state import AnyRole, Role
+from tfdist.strategies.base import Strategy
+
+Tensor = Any
+_HALVES = (tf.float16, tf.bfloat16)
+
+
+@dataclass(frozen=True, eq=False)
+class Federation:
+    """Makes the rounds; see `RoundMaker`. No two are equal, since each has data of its own.
+
+    Attributes:
+        settings: The settings.
+        source: The rounds' input.
+    """
+
+    settings: FedAvg
+    source: Rounds
+
+    def make(self, model: Any, strategy: Strategy, exchange: Exchange | None) -> FederatedRound:
+        """Makes the rounds of a model.
+
+        Args:
+            model: A compiled, built `keras.Model`.
+            strategy: The strategy on whose replicas it trains.
+            exchange: Another extension's wrapper of the reduction, or None.
+        """
+        return FederatedRound(self.settings, self.source, model, strategy, exchange)
+
+
+class _Start(NamedTuple):
+    """What each client starts from: the values of `LocalState`, and a step of schedules."""
+
+    trained: list[Tensor]
+    averaged: list[Tensor]
+    counted: list[Tensor]
+    steps_before: Tensor
+
+
+class _Sums(NamedTuple):
+    """What the clients of a replica, or of all, have contributed; in the order of `_Start`."""
+
+    trained: list[Tensor]
+    averaged: list[Tensor]
+    counted: list[Tensor]
+
+
+class FederatedRound:
+    """Rounds of one model on one strategy; see `OwnRound`.
+
+    Args:
+        settings: The settings.
+        source: The rounds' input.
+        model: A compiled, built `keras.Model`.
+        strategy: The strategy on whose replicas it trains.
+        exchange: Another extension's wrapper of the reduction, or None.
+    """
+
+    def __init__(
+        self,
+        settings: FedAvg,
+        source: Rounds,
+        model: Any,
+        strategy: Strategy,
+        exchange: Exchange | None,
+    ) -> None:
+        self._source = source
+        self._strategy = strategy
+        self._exchange = exchange
+        self._state: LocalState = state_of(model)
+        self._steps = ClientSteps(model, self._state, settings.proximal)
+        plan = source.plan
+        self._kept: KeptOptimizers | None = None
+        if settings.keep_optimizer:
+            slots = plan.slots_per_replica, plan.num_slots
+            self._kept = KeptOptimizers(self._state, *slots)
+        self._server: Any = None
+        self._server_first: list[Any] = []
+        if settings.server_optimizer is not None:
+            self._server = _keras.built_copy(settings.server_optimizer, self._state.trained)
+            self._server_first = [np.asarray(v.numpy()) for v in self._server.variables]
+        # The only client's values are taken as they are: w - (w - y) is not y in floats.
+        alone = plan.clients.number == 1
+        self._takes_values = alone and self._server is None and exchange is None
+
+    @property
+    def state(self) -> Sequence[tuple[Any, AnyRole]]:
+        """The server's optimizer, and those that clients keep."""
+        of_server = [] if self._server is None else self._server.variables
+        of_clients = [] if self._kept is None else self._kept.variables
+        return [*((variable, Role.REPLICATED) for variable in of_server), *of_clients]
+
+    @property
+    def optimizers(self) -> Sequence[Any]:
+        """The server's optimizer."""
+        return [] if self._server is None else [self._server]
+
+    def reset(self) -> None:
+        """Begins with a new server optimizer and new optimizers of clients."""
+        for optimizer in self.optimizers:
+            for variable, value in zip(optimizer.variables, self._server_first, strict=True):
+                variable.assign(value)
+        if self._kept is not None:
+            self._kept.reset()
+
+    def running(self) -> contextlib.AbstractContextManager[None]:
+        """Does nothing."""
+        return contextlib.nullcontext()
+
+    def train(self, share: OfReplica, stopping: Tensor, phase: Hashable) -> tuple[Any, Signals]:
+        """Trains the replica's clients, and updates the server's model; see `OwnRound`."""
+        state = self._state
+        metrics_before = _values(state.metrics)
+        for variable, value in zip(state.metrics, metrics_before, strict=True):
+            variable.assign(tf.zeros_like(value))
+        iterations = _values(state.iterations)
+        start = self._start(iterations)
+        own = self._train_clients(share, start)
+        agreement = StepAgreement(
+            self._strategy,
+            share,  # type: ignore[arg-type]
+            stopping,
+            sum(int(np.prod(v.shape)) for v in state.trained),
+            None if self._exchange is None else (self._exchange, phase),
+        )
+        sums, of_metrics = self._sum(agreement, share, own)
+        agreement.finish()
+        self._update_model(agreement, start, sums)
+        longest = agreement.choose(share.longest, tf.zeros_like(share.longest))
+        for variable, value in zip(state.of_optimizers, state.first, strict=True):
+            variable.assign(tf.broadcast_to(tf.cast(value, variable.dtype), variable.shape))
+        for variable, value in zip(state.iterations, iterations, strict=True):
+            variable.assign(value + tf.cast(longest, value.dtype))
+        for variable, value, change in zip(
+            state.metrics, metrics_before, of_metrics, strict=True
+        ):
+            variable.assign(value + agreement.choose(change, tf.zeros_like(change)))
+        return self._steps.logs(), signals_of(agreement, share)  # type: ignore[arg-type]
+
+    def _start(self, iterations: Sequence[Tensor]) -> _Start:
+        state = self._state
+        now = tf.cast(iterations[0], tf.int64) if iterations else tf.constant(0, tf.int64)
+        before = now if self._kept is None else self._kept.begin(now)
+        return _Start(
+            _values(state.trained), _values(state.averaged), _values(state.counted), before
+        )
+
+    def _train_clients(self, share: OfReplica, start: _Start) -> _Sums:
+        """Trains the replica's clients one after the other.
+
+        Returns:
+            Their weighted updates w - y, or values y if `_takes_values`, and what they have
+            added to whole numbers.
+        """
+        batch_of = self._source.batch_of(share)
+        number = tf.size(share.clients, tf.int64)
+        zero = tf.constant(0, tf.int64)
+        sums = _Sums(
+            [tf.zeros_like(_wide(value)) for value in start.trained],
+            [tf.zeros_like(_wide(value)) for value in start.averaged],
+            [tf.zeros_like(value, tf.int64) for value in start.counted],
+        )
+
+        def local_step(step: Tensor) -> tuple[Tensor]:
+            self._steps.make(batch_of(step), start.trained, start.steps_before)
+            return (step + 1,)
+
+        def train_client(i: Tensor, step: Tensor, sums: _Sums) -> tuple[Tensor, Tensor, _Sums]:
+            self._begin_client(share, i, start)
+            end = step + share.steps[i]
+            _loop(lambda step: step < end, local_step, (step,))
+            return i + 1, end, self._add(sums, share, i, start)
+
+        return _loop(lambda i, *_: i < number, train_client, (zero, zero, sums))[2]  # type: ignore[no-any-return]
+
+    def _begin_client(self, share: OfReplica, i: Tensor, start: _Start) -> None:
+        state = self._state
+        counted = state.seeds_of(share.clients[i], start.counted)
+        values = [*start.trained, *start.averaged, *counted]
+        for variable, value in zip(state.of_model, values, strict=True):
+            variable.assign(value)
+        first: Sequence[Any] = state.first
+        if self._kept is not None:
+            first = self._kept.read(share.slots[i])
+        for variable, value in zip(state.of_optimizers, first, strict=True):
+            variable.assign(tf.broadcast_to(tf.cast(value, variable.dtype), variable.shape))
+
+    def _add(self, sums: _Sums, share: OfReplica, i: Tensor, start: _Start) -> _Sums:
+        """Adds what a client contributes when it has made its local steps."""
+        state = self._state
+        if self._kept is not None:
+            self._kept.write(share.slots[i], _values(state.of_optimizers))
+        weight = share.weights[i]
+
+        def weighted(variable: Any, value: Tensor) -> Tensor:
+            own, value = _wide(tf.convert_to_tensor(variable)), _wide(value)
+            update = own if self._takes_values else value - own
+            return tf.cast(weight, update.dtype) * update
+
+        counted = state.seeds_of(share.clients[i], start.counted)
+        added = [
+            tf.cast(tf.convert_to_tensor(variable) - value, tf.int64)
+            for variable, value in zip(state.counted, counted, strict=True)
+        ]
+        return _Sums(
+            _plus(sums.trained, map(weighted, state.trained, start.trained)),
+            _plus(sums.averaged, map(weighted, state.averaged, start.averaged)),
+            _plus(sums.counted, added),
+        )
+
+    def _sum(
+        self, agreement: StepAgreement, share: OfReplica, own: _Sums
+    ) -> tuple[_Sums, list[Tensor]]:
+        """Sums over all replicas. The weights of the clients add up to 1, so it is the mean."""
+        held, of_all = tf.unstack(share.held, 2)
+        batch = _keras.ReplicaBatch(
+            held,
+            of_all,
+            tf.constant(0, tf.int64),
+            self._strategy.all_reduce_sum,
+            self._strategy.all_gather,
+        )
+        trained, others = agreement.reduce(
+            batch,
+            own.trained,
+            [*own.averaged, *own.counted, *_values(self._state.metrics)],
+            self._state.trained,
+            [None] * len(own.trained),
+        )
+        averaged, counted = len(own.averaged), len(own.counted)
+        rest = others[averaged : averaged + counted]
+        return _Sums(trained, others[:averaged], rest), others[averaged + counted :]
+
+    def _update_model(self, agreement: StepAgreement, start: _Start, sums: _Sums) -> None:
+        state = self._state
+
+        def mean(value: Tensor, total: Tensor) -> Tensor:
+            new = total if self._takes_values else _wide(value) - total
+            return agreement.choose(tf.cast(new, value.dtype), value)
+
+        for variable, value, total in zip(
+            state.averaged, start.averaged, sums.averaged, strict=True
+        ):
+            variable.assign(mean(value, total))
+        for variable, value, added in zip(
+            state.counted, start.counted, sums.counted, strict=True
+        ):
+            variable.assign(agreement.choose(value + tf.cast(added, value.dtype), value))
+        for variable, value, total in zip(
+            state.trained, start.trained, sums.trained, strict=True
+        ):
+            variable.assign(mean(value, total) if self._server is None else value)
+        if self._server is not None:
+            deltas = [
+                tf.cast(total, value.dtype)
+                for value, total in zip(start.trained, sums.trained, strict=True)
+            ]
+            apply = functools.partial(self._server.apply, deltas, list(state.trained))
+            self._strategy.update(functools.partial(agreement.do, apply))
+
+
+def _values(variables: Sequence[Any]) -> list[Tensor]:
+    return [tf.identity(tf.convert_to_tensor(variable)) for variable in variables]
+
+
+def _wide(value: Tensor) -> Tensor:
+    """Returns a value in a type in which sums over clients are precise enough."""
+    return tf.cast(value, tf.float32) if value.dtype in _HALVES else value
+
+
+def _plus(sums: Sequence[Tensor], values: Any) -> list[Tensor]:
+    return [total + value for total, value in zip(sums, values, strict=True)]
+
+
+def _loop(condition: Any, body: Any, variables: Any) -> Any:
+    return tf.while_loop(condition, body, variables, parallel_iterations=1)

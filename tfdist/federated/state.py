@@ -1,0 +1,123 @@
+"""The variables that local steps change, and what a round makes of each kind."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from tfdist import _keras
+from tfdist.errors import ArgumentError
+from tfdist.step.composition import traced_steps
+from tfdist.step.state import optimizers_of, variables_of
+
+Tensor = Any
+_SEED_NAME = "seed_generator_state"
+# Clients are far apart in the space of seeds, since users seed layers with small numbers.
+_SEEDS_APART = 1_000_003
+
+
+@dataclass(frozen=True)
+class LocalState:
+    """The `keras.Variable`s that local steps may change.
+
+    Attributes:
+        trained: Trainable weights. The server updates them.
+        averaged: Statistics of layers in floating point, which are averaged.
+        counted: Whole numbers. What clients add to them is summed up.
+        metrics: State of metrics, whose changes are summed up.
+        optimizers: The optimizers of the model.
+        of_optimizers: Their state, without learning rates.
+        first: The values of `of_optimizers` in new optimizers; see `_keras.first_values`.
+        iterations: The counts of updates among `of_optimizers`.
+    """
+
+    trained: tuple[Any, ...]
+    averaged: tuple[Any, ...]
+    counted: tuple[Any, ...]
+    metrics: tuple[Any, ...]
+    optimizers: tuple[Any, ...]
+    of_optimizers: tuple[Any, ...]
+    first: tuple[Any, ...]
+    iterations: tuple[Any, ...]
+
+    @property
+    def of_model(self) -> tuple[Any, ...]:
+        """The variables that each client takes from the server."""
+        return self.trained + self.averaged + self.counted
+
+    def check_touched(self, variables: Sequence[Any]) -> None:
+        """Checks that a local step has assigned no other variables.
+
+        Args:
+            variables: The `keras.Variable`s that it has assigned.
+
+        Raises:
+            ArgumentError: It has assigned another one.
+        """
+        known = {id(v) for v in (*self.of_model, *self.metrics, *self.of_optimizers)}
+        for variable in variables:
+            if id(variable) not in known:
+                raise ArgumentError(
+                    "In federated training a local step may assign trainable weights, numbers "
+                    "that layers keep as non-trainable weights, metrics and optimizers. "
+                    f"Received: a step that assigns {variable.path!r}, of dtype "
+                    f"{variable.dtype}. Make it a non-trainable weight of a layer."
+                )
+
+    def seeds_of(self, client: Tensor, values: Sequence[Tensor]) -> list[Tensor]:
+        """Gives a client's first values of `counted`: seeds of its own, other numbers as are.
+
+        Args:
+            client: The number of the client, scalar int64.
+            values: The values of `counted`.
+        """
+        return [
+            value + tf.cast(tf.stack([client * _SEEDS_APART, 0]), value.dtype)
+            if _is_seed(variable)
+            else value
+            for variable, value in zip(self.counted, values, strict=True)
+        ]
+
+
+def _is_seed(variable: Any) -> bool:
+    return bool(variable.name == _SEED_NAME and tuple(variable.shape) == (2,))
+
+
+def state_of(model: Any) -> LocalState:
+    """Finds the state that local steps change.
+
+    Args:
+        model: A compiled, built `keras.Model`.
+
+    Raises:
+        ArgumentError: An optimizer cannot be made anew; see `_keras.first_values`.
+    """
+    optimizers = optimizers_of(model)
+    rates = {id(rate) for rate in _keras.rates_of(optimizers)}
+    first: dict[int, tuple[Any, Any]] = {}
+    for optimizer in filter(lambda o: o.built, optimizers):
+        values = _keras.first_values(optimizer)
+        pairs = zip(optimizer.variables, values, strict=True)
+        first |= {id(v): (v, value) for v, value in pairs if id(v) not in rates}
+    trained = tuple(model.trainable_variables)
+    metrics = tuple(_keras.metric_variables(model))
+    others = {*first, *rates, *(id(v) for v in (*trained, *metrics))}
+    assigned = [v for step in traced_steps(model) for v in step.assigned]
+    kept = {id(v): v for v in [*_keras.statistics_of(model), *assigned]}
+    kept |= {id(v): v for v in variables_of(model) if v.name == _SEED_NAME}
+    kept = {key: v for key, v in kept.items() if key not in others}
+    types = {key: tf.as_dtype(v.dtype) for key, v in kept.items()}
+    return LocalState(
+        trained,
+        tuple(v for key, v in kept.items() if types[key].is_floating),
+        tuple(v for key, v in kept.items() if types[key].is_integer),
+        metrics,
+        tuple(optimizers),
+        tuple(variable for variable, _ in first.values()),
+        tuple(np.asarray(value) for _, value in first.values()),
+        tuple(_keras.iterations_of(o) for o in optimizers),
+    )

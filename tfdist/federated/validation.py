@@ -1,0 +1,147 @@
+"""What federated training does not take, each refused in one sentence."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tfdist import _keras, data
+from tfdist.data.local import LocalShard
+from tfdist.errors import ArgumentError
+from tfdist.federated.source import Rounds
+from tfdist.samplers import Sequential, Uniform
+from tfdist.step.composition import compose, traced_steps, why_whole
+from tfdist.step.state import optimizers_of
+from tfdist.strategies.base import Strategy
+from tfdist.strategies.whole import as_whole
+from tfdist.training.learning_rate import LearningRateScaling
+from tfdist.training.request import Request
+
+
+def check_request(request: Request) -> None:
+    """Refuses arguments of `fit` that federated training does not take.
+
+    Args:
+        request: The arguments of `fit`.
+
+    Raises:
+        ArgumentError: There is such an argument.
+    """
+    _check_strategy(request.session.strategy)
+    if request.is_private:
+        _refuse("trains without `privacy`", "privacy", "Leave one of them out.")
+    if not data.is_arrays(request.x):
+        _refuse(
+            "needs arrays, whose rows belong to clients",
+            f"x of type {type(request.x).__name__}",
+            "Pass arrays.",
+        )
+    if request.sampler is not None and not isinstance(request.sampler, Sequential | Uniform):
+        _refuse(
+            "draws each client's rows by `shuffle`",
+            f"a sampler of type {type(request.sampler).__name__}",
+            "Leave `sampler` out; `class_weight` and `sample_weight` can be used.",
+        )
+    if request.augment is not None:
+        _refuse(
+            "changes no examples",
+            "augment",
+            "Put the preprocessing layers into the model.",
+        )
+    if request.steps_per_epoch is not None:
+        _refuse(
+            "makes a round in each epoch",
+            f"steps_per_epoch={request.steps_per_epoch}",
+            "Set `local_steps` or `local_epochs` of `FedAvg`.",
+        )
+    if request.whole_batch:
+        _refuse("gives each client a batch of its own", "whole_batch=True", "Leave it out.")
+    if request.model.steps_per_execution != 1:
+        _refuse(
+            "makes one round in an execution",
+            f"steps_per_execution={request.model.steps_per_execution}",
+            "Compile without it: a round's local steps run together anyway.",
+        )
+    shard = request.shard
+    if isinstance(shard, LocalShard) and shard.weight_by != "examples":
+        _refuse(
+            "weighs clients itself",
+            f"LocalShard(weight_by={shard.weight_by!r})",
+            "Use shard='local' and FedAvg(weighting='uniform').",
+        )
+    callbacks = getattr(request.callbacks, "callbacks", request.callbacks)
+    callbacks = callbacks if isinstance(callbacks, list | tuple) else [callbacks]
+    if any(isinstance(callback, LearningRateScaling) for callback in callbacks):
+        _refuse(
+            "has batches whose size does not grow with the number of replicas",
+            "a LearningRateScaling among `callbacks`",
+            "Leave it out.",
+        )
+
+
+def _check_strategy(strategy: Strategy) -> None:
+    place = strategy.place
+    obstacle = None
+    if not strategy.synchronous or strategy.has_servers:
+        obstacle = "whose variables are on servers"
+    elif strategy.elastic:
+        obstacle = "whose workers may leave with their clients"
+    elif not strategy.sums_gradients:
+        obstacle = "which combines gradients in another way than by their sum"
+    elif place.num_shares != place.num_replicas:
+        obstacle = "whose replicas share a batch"
+    if obstacle is not None:
+        _refuse(
+            "needs replicas that each have the whole model, and a sum over them",
+            f"{strategy.name}, {obstacle}",
+            "Use single, mirrored, multi_worker, or horovod that is not elastic.",
+        )
+
+
+def check_model(request: Request, source: Rounds) -> None:
+    """Refuses models of which it is not known what local steps change.
+
+    Args:
+        request: The arguments of `fit`.
+        source: The training data.
+
+    Raises:
+        ArgumentError: The model is such a one.
+    """
+    model = request.model
+    raw = [name for step in traced_steps(model) for name in step.raw]
+    if raw:
+        _refuse(
+            "must know all that a step changes",
+            f"a step that writes the tf.Variable {raw[0]!r}",
+            "Make it a non-trainable weight of a layer.",
+        )
+    stateful = [layer.name for layer in _keras.layers_of(model) if _is_stateful(layer)]
+    if stateful:
+        _refuse(
+            "has batches of several clients, one after the other",
+            f"the stateful layer {stateful[0]!r}",
+            "Make it with stateful=False.",
+        )
+    averaging = [o for o in optimizers_of(model) if getattr(o, "use_ema", False)]
+    if averaging:
+        _refuse(
+            "averages weights over clients, not over steps",
+            f"{type(averaging[0]).__name__}(use_ema=True)",
+            "Compile without it.",
+        )
+    validates = request.validation_data is not None or request.validation_split
+    strategy = request.session.strategy
+    if validates and as_whole(compose(model, "test_step", source, strategy)) is not None:
+        _refuse(
+            "has no validation of batches that replicas cannot share",
+            f"validation data, and a model of which {why_whole(model, 'test_step')}",
+            "Evaluate it after `fit`: tfdist.evaluate.",
+        )
+
+
+def _is_stateful(layer: Any) -> bool:
+    return bool(getattr(layer, "stateful", False))
+
+
+def _refuse(rule: str, received: str, remedy: str) -> None:
+    raise ArgumentError(f"Federated training {rule}. Received: {received}. {remedy}")
