@@ -193,7 +193,7 @@ MUTANTS = {
         f"{EQUIVALENCE} -k mirrored-2-dropout",
     ),
     "replicas that differ are not seen": Mutant(
-        "training/verify.py",
+        "training/verification.py",
         "if digest != usual",
         "if False",
         f"{BEHAVIOUR} -k multi_worker-2-replicas_that_differ",

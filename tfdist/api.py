@@ -22,7 +22,7 @@ from tfdist.training.calls import watched
 from tfdist.training.extension import Continuation, Extension
 from tfdist.training.request import Request
 from tfdist.training.run import Seeds, Training
-from tfdist.training.verify import Verification
+from tfdist.training.verification import Verification
 
 
 @watched
