@@ -11,6 +11,7 @@ import tensorflow as tf
 
 import tfdist
 from tests.federated.reference import federated_averaging, in_float64, model_of, rows_of
+from tfdist import _keras
 from tfdist.errors import ArgumentError
 
 SIZES = (40, 7, 70, 33)
@@ -161,6 +162,18 @@ def test_weights_that_nothing_changes_stay_and_counts_are_summed():
     for old, new in zip(before, after, strict=True):
         np.testing.assert_array_equal(old, new)
     assert int(counting.calls.numpy()) == 4 * 2 + 2 * 2 * 3
+
+
+def test_a_model_keeps_no_data_and_can_be_trained_otherwise():
+    ours, theirs = model_of(momentum()), model_of(momentum())
+    tfdist.fit(ours, X, Y, federated=tfdist.FedAvg(keep_optimizer=True), **OPTIONS)
+    prepared = _keras.attached(ours).prepared
+    assert prepared.own_round is None
+    theirs.set_weights(ours.get_weights())
+    tfdist.evaluate(ours, X, Y, verbose=0)
+    for model in (ours, theirs):  # the optimizer of `ours` is as a new one
+        tfdist.fit(model, X, Y, **OPTIONS)
+    assert largest_difference(ours, theirs) == 0.0
 
 
 def test_the_proximal_term_is_scaled_as_the_loss_is():

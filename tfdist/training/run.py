@@ -137,6 +137,7 @@ class Training:
                 validation_freq=request.validation_freq,
             )
         stream.close()
+        prepared.end_training()
         summary = request.session.strategy.summary()
         if summary is not None and request.shows:
             print(f"tfdist: {summary}", flush=True)
