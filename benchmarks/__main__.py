@@ -15,6 +15,7 @@ for name in (
     "packs",
     "horovod",
     "compression",
+    "federated",
     "parameter_server",
     "imbalance",
     "augment",

@@ -240,6 +240,24 @@ MUTANTS = {
         "mean = saved.mean(0)",
         "tests/resume/test_tensors.py -k dealt_out",
     ),
+    "clients have the random numbers of one": Mutant(
+        "federated/state.py",
+        "_SEEDS_APART = 1_000_003",
+        "_SEEDS_APART = 0",
+        "tests/federated/test_federated.py -k loop_over",
+    ),
+    "a client takes another one's optimizer": Mutant(
+        "federated/kept.py",
+        "[tf.convert_to_tensor(table)[slot] for",
+        "[tf.convert_to_tensor(table)[slot * 0] for",
+        "tests/federated/test_federated.py -k loop_over",
+    ),
+    "a client begins with the weights of the one before": Mutant(
+        "federated/round.py",
+        "values = [*start.trained, *start.averaged, *counted]",
+        "values = [*_values(state.trained), *start.averaged, *counted]",
+        "tests/federated/test_federated.py -k loop_over",
+    ),
     "moments are those of the share": Mutant(
         "_keras/batch_norm.py",
         "first, second, count = tf.unstack(reduced)",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import tfdist
 from tests.behaviour.checkpoint_checks import Stop, StoppedError
 from tests.behaviour.checks import assert_weights_close, place, same_everywhere
-from tests.behaviour.registry import MIRRORED, MULTI_WORKER, REPLICAS, WORKERS, check
+from tests.behaviour.registry import HOROVOD, MIRRORED, MULTI_WORKER, REPLICAS, check
 from tests.federated.reference import federated_averaging, in_float64, model_of, rows_of
 from tfdist.federated import clients as of
 from tfdist.strategies.base import Place
@@ -58,28 +59,33 @@ def simulated_clients_are_those_of_one_process(folder: Path) -> None:
     same_everywhere(ours)
 
 
-@check(*WORKERS)
-def each_worker_is_a_client(folder: Path) -> None:
-    """The first worker has more rows than the other, all rows, or one."""
+def each_is_a_client(first: int) -> None:
+    """Trains where the first worker has so many rows, and the second one the rest."""
     with in_float64():
-        for first in (101, len(X), 1):
-            ours, theirs = (model_of(momentum()) for _ in range(2))
-            cuts = slice(0, first), slice(first, None)
-            own = cuts[place().worker_index]
-            history = tfdist.fit(
-                ours, X[own], Y[own], epochs=2, shard="local",
-                federated=tfdist.FedAvg(local_epochs=2), **OPTIONS,
-            )  # fmt: skip
-            parts = [(X[cut], Y[cut]) for cut in cuts]
-            losses = [
-                *federated_averaging(
-                    theirs, parts, 2, optimizer=momentum, batch_size=16,
-                    local_steps=[2 * -(-len(x) // 16) for x, _ in parts],
-                )
-            ]  # fmt: skip
-            assert_weights_close(ours, theirs, 1e-12)
-            np.testing.assert_allclose(history.history["loss"], losses, rtol=1e-12)
-            same_everywhere(ours)
+        ours, theirs = (model_of(momentum()) for _ in range(2))
+        cuts = slice(0, first), slice(first, None)
+        own = cuts[place().worker_index]
+        averaging = tfdist.FedAvg(local_epochs=2)
+        options = {**OPTIONS, "epochs": 2, "shard": "local", "federated": averaging}
+        history = tfdist.fit(ours, X[own], Y[own], **options)
+        parts = [(X[cut], Y[cut]) for cut in cuts]
+        steps = [2 * -(-len(x) // 16) for x, _ in parts]
+        losses = federated_averaging(
+            theirs, parts, 2, optimizer=momentum, batch_size=16, local_steps=steps
+        )
+        assert_weights_close(ours, theirs, 1e-12)
+        np.testing.assert_allclose(history.history["loss"], losses, rtol=1e-12)
+        same_everywhere(ours)
+
+
+@check(HOROVOD)
+def each_worker_is_a_client(folder: Path) -> None:
+    each_is_a_client(101)
+
+
+@check(MULTI_WORKER)
+def a_worker_without_rows_trains_nobody(folder: Path) -> None:
+    each_is_a_client(len(X))
 
 
 @check(MULTI_WORKER)
@@ -96,45 +102,47 @@ def clients_stay_on_the_worker_that_has_their_rows(folder: Path) -> None:
         assert_weights_close(ours, theirs, 1e-12)
 
 
-@check(*REPLICAS)
+@check(MIRRORED)
 def one_step_of_all_clients_is_a_step_of_all_rows(folder: Path) -> None:
     """Each replica is a client; then SGD on the server is SGD on all rows."""
     with in_float64():
-        for server, plain in (
-            (None, keras.optimizers.SGD(0.2)),
-            (keras.optimizers.SGD(1.0, 0.9), keras.optimizers.SGD(0.2, 0.9)),
-        ):
-            ours, theirs = model_of(keras.optimizers.SGD(0.2)), model_of(plain)
-            averaging = tfdist.FedAvg(local_steps=1, server_optimizer=server)
-            options = {"batch_size": len(X), "epochs": 3, "verbose": 0, "seed": 1}
-            a = tfdist.fit(ours, X, Y, federated=averaging, **options)
-            b = theirs.fit(X, Y, batch_size=len(X), epochs=3, verbose=0)
-            assert_weights_close(ours, theirs, 1e-12)
-            for name in b.history:
-                np.testing.assert_allclose(a.history[name], b.history[name], rtol=1e-12)
+        ours = model_of(keras.optimizers.SGD(0.2))
+        theirs = model_of(keras.optimizers.SGD(0.2, momentum=0.9))
+        averaging = tfdist.FedAvg(
+            local_steps=1, server_optimizer=keras.optimizers.SGD(1.0, momentum=0.9)
+        )
+        options = {"batch_size": len(X), "epochs": 3, "verbose": 0}
+        a = tfdist.fit(ours, X, Y, federated=averaging, seed=1, **options)
+        b = theirs.fit(X, Y, **options)
+        assert_weights_close(ours, theirs, 1e-12)
+        for name in b.history:
+            np.testing.assert_allclose(a.history[name], b.history[name], rtol=1e-12)
 
 
-@check(MIRRORED, MULTI_WORKER)
+@check(MIRRORED)
 def a_stopped_federated_training_ends_with_the_same_bits(folder: Path) -> None:
-    averaging = tfdist.DiLoCo(local_steps=3, clients=IDS, clients_per_round=3)
+    """On one replica, which then keeps the optimizers of all clients, up to float order."""
 
     def trained(*callbacks: Any, **options: Any) -> Any:
         model = model_of(keras.optimizers.Adam(0.05), norm=True, dropout=0.4)
-        tfdist.fit(
-            model, X, Y, epochs=5, federated=averaging, callbacks=list(callbacks), **options,
-            **OPTIONS,
-        )  # fmt: skip
+        averaging = tfdist.DiLoCo(local_steps=3, clients=IDS, clients_per_round=3)
+        options |= {**OPTIONS, "epochs": 5, "callbacks": list(callbacks)}
+        tfdist.fit(model, X, Y, federated=averaging, **options)
         return [*model.get_weights(), int(model.optimizer.iterations)]
 
-    expected = trained()
-    checkpoint = tfdist.Checkpoint(folder / "c", every="epoch")
-    with pytest.raises(StoppedError):
-        trained(Stop(3), checkpoint=checkpoint)
-    for ours, theirs in zip(trained(checkpoint=checkpoint), expected, strict=True):
+    with in_float64():
+        expected = trained()
+        with pytest.raises(StoppedError):
+            trained(Stop(3), checkpoint=folder / "c")
+        shutil.copytree(folder / "c", folder / "alone")
+        again = trained(checkpoint=folder / "c")
+        alone = trained(checkpoint=folder / "alone", strategy="single")
+    for ours, of_one, theirs in zip(again, alone, expected, strict=True):
         np.testing.assert_array_equal(ours, theirs)
+        np.testing.assert_allclose(of_one, theirs, rtol=1e-11, atol=1e-12)
 
 
-@check(MIRRORED, *WORKERS)
+@check(MULTI_WORKER)
 def updates_travel_compressed(folder: Path) -> None:
     models = []
     for compression in (None, "bf16", tfdist.PowerSGD(rank=3, start_after=1, min_ratio=1.0)):

@@ -199,6 +199,16 @@ def test_own_records_have_the_same_figures_as_all_records_in_one_process(cluster
     assert re.search(r"1 +22 +1\.\d +0\.0% +100\.0%", two)
 
 
+@on(SINGLE, example("federated_digits.py"))
+@on(TWO, example("federated_digits.py"))
+def test_federated_digits_do_not_depend_on_the_number_of_workers(clusters):
+    one, two = (printed_on(clusters, place, "federated_digits.py") for place in (SINGLE, TWO))
+    losses = [re.findall(r"loss: ([\d.]+)", printed) for printed in (one, two)]
+    assert len(losses[0]) == 40 + 4
+    np.testing.assert_allclose(*(np.array(found, float) for found in losses), atol=2e-3)
+    assert float(facts_of(one)["held-out accuracy"].rstrip("%")) > 85
+
+
 @on(SINGLE, example("smote.py"))
 def test_smote_finds_the_rare_digits(clusters):
     names = r"untreated|SMOTE|ClassBalanced\(\)(?:, Augment)?"

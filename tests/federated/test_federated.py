@@ -11,6 +11,7 @@ import tensorflow as tf
 
 import tfdist
 from tests.federated.reference import federated_averaging, in_float64, model_of, rows_of
+from tfdist import _keras
 from tfdist.errors import ArgumentError
 
 SIZES = (40, 7, 70, 33)
@@ -34,6 +35,10 @@ def adam() -> Any:
     return keras.optimizers.Adam(0.05)
 
 
+def nadam() -> Any:  # one of its variables begins with 1
+    return keras.optimizers.Nadam(0.05)
+
+
 def largest_difference(ours: Any, theirs: Any) -> float:
     pairs = zip(ours.get_weights(), theirs.get_weights(), strict=True)
     return max(float(np.abs(a - b).max()) for a, b in pairs)
@@ -43,7 +48,7 @@ CASES: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
     "whole passes, and statistics of layers": (momentum, {}, {"norm": True, "dropout": 0.4}),
     "uniform weights": (adam, {"local_steps": 3, "weighting": "uniform"}, {"uniform": True}),
     "kept optimizers, pulled to the server, Adam on it": (
-        adam,
+        nadam,
         {
             "local_steps": 3,
             "proximal": 0.3,
@@ -117,7 +122,8 @@ def test_schedules_go_on_where_optimizers_begin_anew():
     for keeps in (False, True):
         ours, theirs = model_of(decaying()), model_of(decaying())
         averaging = tfdist.FedAvg(local_steps=3, clients=IDS, keep_optimizer=keeps)
-        tfdist.fit(ours, X, Y, epochs=3, federated=averaging, **OPTIONS)
+        for epochs in (3,) if keeps else (2, 1):
+            tfdist.fit(ours, X, Y, epochs=epochs, federated=averaging, **OPTIONS)
         federated_averaging(
             theirs, PARTS, 3, optimizer=decaying, batch_size=16, local_steps=3, keeps=True
         )
@@ -126,9 +132,10 @@ def test_schedules_go_on_where_optimizers_begin_anew():
 
 
 class Counting(keras.layers.Layer):
-    """Keeps how often it was called, in a whole number."""
+    """Keeps how often it was called, in a whole number, and a weight that nothing changes."""
 
     def build(self, shape: Any) -> None:
+        self.still = self.add_weight(shape=(5,), initializer="uniform", name="still")
         self.calls = self.add_weight(
             shape=(), dtype="int64", initializer="zeros", trainable=False, name="calls"
         )
@@ -136,10 +143,10 @@ class Counting(keras.layers.Layer):
     def call(self, x: Any, training: bool = False) -> Any:
         if training:
             self.calls.assign(self.calls + 1)
-        return x
+        return x + 0.0 * self.still
 
 
-def test_frozen_weights_stay_and_counts_are_summed():
+def test_weights_that_nothing_changes_stay_and_counts_are_summed():
     keras.utils.set_random_seed(3)
     frozen = keras.layers.Dense(5, "tanh", trainable=False)
     counting = Counting()
@@ -148,12 +155,25 @@ def test_frozen_weights_stay_and_counts_are_summed():
     optimizer = keras.optimizers.SGD(0.1)
     model.compile(optimizer, loss, run_eagerly=True)
     tfdist.fit(model, X, Y, federated=tfdist.FedAvg(local_steps=2, clients=IDS), **OPTIONS)
-    before = [w.copy() for w in frozen.get_weights()]
+    before = [*frozen.get_weights(), counting.still.numpy()]
     averaging = tfdist.FedAvg(local_steps=3, clients=IDS, clients_per_round=2)
     tfdist.fit(model, X, Y, epochs=2, federated=averaging, **OPTIONS)
-    for old, new in zip(before, frozen.get_weights(), strict=True):
+    after = [*frozen.get_weights(), counting.still.numpy()]
+    for old, new in zip(before, after, strict=True):
         np.testing.assert_array_equal(old, new)
     assert int(counting.calls.numpy()) == 4 * 2 + 2 * 2 * 3
+
+
+def test_a_model_keeps_no_data_and_can_be_trained_otherwise():
+    ours, theirs = model_of(momentum()), model_of(momentum())
+    tfdist.fit(ours, X, Y, federated=tfdist.FedAvg(keep_optimizer=True), **OPTIONS)
+    prepared = _keras.attached(ours).prepared
+    assert prepared.own_round is None
+    theirs.set_weights(ours.get_weights())
+    tfdist.evaluate(ours, X, Y, verbose=0)
+    for model in (ours, theirs):  # the optimizer of `ours` is as a new one
+        tfdist.fit(model, X, Y, **OPTIONS)
+    assert largest_difference(ours, theirs) == 0.0
 
 
 def test_the_proximal_term_is_scaled_as_the_loss_is():

@@ -84,6 +84,11 @@ class KeptOptimizers:
             values: Of `LocalState.of_optimizers`.
         """
         for table, value in zip(self._tables, values, strict=True):
+            if not value.dtype.is_floating:  # counts; GPUs cannot write a row of each type
+                is_row = tf.equal(tf.range(table.shape[0], dtype=tf.int64), slot)
+                is_row = tf.reshape(is_row, [-1] + [1] * value.shape.rank)
+                table.assign(tf.where(is_row, value, tf.convert_to_tensor(table)))
+                continue
             # Only one row is written: a table may have thousands.
             tf.raw_ops.ResourceScatterUpdate(
                 resource=_keras.backing_variable(table).handle,

@@ -98,10 +98,8 @@ class FederatedRound:
             slots = plan.slots_per_replica, plan.num_slots
             self._kept = KeptOptimizers(self._state, *slots)
         self._server: Any = None
-        self._server_first: list[Any] = []
         if settings.server_optimizer is not None:
             self._server = _keras.built_copy(settings.server_optimizer, self._state.trained)
-            self._server_first = [np.asarray(v.numpy()) for v in self._server.variables]
         # The only client's values are taken as they are: w - (w - y) is not y in floats.
         alone = plan.clients.number == 1
         self._takes_values = alone and self._server is None and exchange is None
@@ -119,10 +117,7 @@ class FederatedRound:
         return [] if self._server is None else [self._server]
 
     def reset(self) -> None:
-        """Begins with a new server optimizer and new optimizers of clients."""
-        for optimizer in self.optimizers:
-            for variable, value in zip(optimizer.variables, self._server_first, strict=True):
-                variable.assign(value)
+        """Begins with new optimizers of clients. The server's is new with this object."""
         if self._kept is not None:
             self._kept.reset()
 

@@ -134,7 +134,7 @@ def check_model(request: Request, source: Rounds) -> None:
     if validates and as_whole(compose(model, "test_step", source, strategy)) is not None:
         _refuse(
             "has no validation of batches that replicas cannot share",
-            f"validation data, and a model of which {why_whole(model, 'test_step')}",
+            f"validation data; {why_whole(model, 'test_step')}",
             "Evaluate it after `fit`: tfdist.evaluate.",
         )
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, NoReturn
 
 from tfdist import _keras, data
 from tfdist.step.exchange import Exchange, ExchangeMaker
@@ -72,6 +72,12 @@ class PreparedModel:
             if part is not None:
                 part.reset()
 
+    def end_training(self) -> None:
+        """Drops what holds the data of a training: rounds, which no other training can use."""
+        if self.own_round is not None:
+            self.functions = replace(self.functions, train=_dropped)
+            self.own_round, self.round_maker = None, _Dropped()
+
     @contextlib.contextmanager
     def running(self, source: data.Source) -> Iterator[None]:
         """Lets Keras's loop run the functions. The model is a plain one again afterwards.
@@ -117,6 +123,18 @@ class PreparedModel:
             test_function=here.recording(self.functions.test, "validation"),
             predict_function=here.recording(self.functions.predict, "prediction"),
         )
+
+
+class _Dropped:
+    """Stands for the maker of rounds that are not there any more. It equals no other."""
+
+    def make(self, model: Any, strategy: Strategy, exchange: Exchange | None) -> NoReturn:
+        """Is never called."""
+        raise NotImplementedError
+
+
+def _dropped(epoch: Any) -> NoReturn:
+    raise NotImplementedError
 
 
 def prepare(

@@ -137,6 +137,7 @@ class Training:
                 validation_freq=request.validation_freq,
             )
         stream.close()
+        prepared.end_training()
         self._print_summary()
         return history
 
