@@ -82,9 +82,20 @@ from tfdist._keras.scopes import (
     scope_of,
     undistributed,
 )
+from tfdist._keras.served_updates import is_elementwise
+from tfdist._keras.sharded import Sharding, slots_in_parts, updating_parts
 from tfdist._keras.slices import has_fixed_rows, has_unique_rows, once_each
 from tfdist._keras.traces import keeping_variable_scope, map_fn
-from tfdist._keras.variables import backing_variable, num_bytes, swap_value
+from tfdist._keras.unfilled import built_unfilled, fill, note_filled, unfilled_value
+from tfdist._keras.variables import (
+    backing_variable,
+    empty,
+    exchange_value,
+    is_empty,
+    num_bytes,
+    refill,
+    swap_value,
+)
 
 __all__ = [
     "EVALUATE",
@@ -96,6 +107,7 @@ __all__ = [
     "OwnNoise",
     "ReplicaBatch",
     "RowKeys",
+    "Sharding",
     "StepTrace",
     "StreamAdapter",
     "alone",
@@ -105,11 +117,15 @@ __all__ = [
     "build",
     "build_from_shapes",
     "build_layers",
+    "built_unfilled",
     "carry_in_files",
     "compiled_state",
     "computes_coarsely",
     "configure_coordination",
+    "empty",
     "end_of_data_unless",
+    "exchange_value",
+    "fill",
     "generator",
     "global_seed_variable",
     "has_devices",
@@ -120,6 +136,8 @@ __all__ = [
     "has_unique_rows",
     "is_compiled_as",
     "is_deterministic",
+    "is_elementwise",
+    "is_empty",
     "is_seeded",
     "keeping_random_state",
     "keeping_variable_scope",
@@ -130,6 +148,7 @@ __all__ = [
     "map_fn",
     "metric_variables",
     "metrics_of",
+    "note_filled",
     "note_metrics",
     "num_bytes",
     "on_replica",
@@ -137,6 +156,7 @@ __all__ = [
     "optimizers_of",
     "outside_scopes",
     "random_ops",
+    "refill",
     "reindex_optimizer",
     "replaced",
     "replicated",
@@ -144,12 +164,15 @@ __all__ = [
     "rows_of",
     "rows_to_try",
     "scope_of",
+    "slots_in_parts",
     "step_of",
     "swap_strategy",
     "swap_value",
     "synchronized_variables",
     "trained_variables",
     "undistributed",
+    "unfilled_value",
+    "updating_parts",
     "watch_updates",
     "what_is_no_mean",
     "with_nested",

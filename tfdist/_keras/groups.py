@@ -10,6 +10,7 @@ from tensorflow.python.distribute.cross_device_utils import (
     CollectiveKeys,
     CollectiveReplicaLauncher,
 )
+from tensorflow.python.ops.collective_ops import all_to_all_v2
 
 Tensor = Any
 _FIRST_KEY = 2**24  # TensorFlow numbers the groups of its strategies from 1 upwards
@@ -57,6 +58,42 @@ class GroupCollectives:
             groups: As in `sum`.
         """
         return self._launcher(groups).all_gather(tensor, 0)
+
+    def all_to_all(self, tensor: Tensor, groups: Sequence[Sequence[int]]) -> Tensor:
+        """Sends each row of a tensor to one replica of the running replica's group.
+
+        Args:
+            tensor: Shape [size of the group, ...], the same on all replicas.
+            groups: As in `sum`.
+
+        Returns:
+            The rows that the replica has received, in the senders' order.
+        """
+        launcher = self._launcher(groups)
+        options = launcher._options
+        key, token = launcher._next_instance_key(), launcher._get_ordering_token()
+        with tf.device(launcher._device):
+            return all_to_all_v2(
+                tensor,
+                launcher._group_size,
+                launcher._group_key,
+                key,
+                communication_hint=options.implementation.value,
+                timeout=options.timeout_seconds,
+                ordering_token=token,
+            )
+
+    def gather_equal(self, tensor: Tensor, groups: Sequence[Sequence[int]]) -> Tensor:
+        """Concatenates a tensor of the same shape on every replica of the group, on axis 0.
+
+        Args:
+            tensor: Shape [rows, ...].
+            groups: As in `sum`.
+        """
+        if tensor.dtype == tf.bfloat16:  # CPUs cannot gather it
+            gathered = self.gather_equal(tf.bitcast(tensor, tf.float16), groups)
+            return tf.bitcast(gathered, tf.bfloat16)
+        return self._launcher(groups)._all_gather(tensor, None)
 
     def _launcher(self, groups: Sequence[Sequence[int]]) -> Any:
         key = tuple(map(tuple, groups))

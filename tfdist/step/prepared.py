@@ -67,11 +67,12 @@ class PreparedModel:
             self.exchange.reset()
 
     @contextlib.contextmanager
-    def running(self, source: data.Source) -> Iterator[None]:
+    def running(self, source: data.Source, trains: bool = False) -> Iterator[None]:
         """Lets Keras's loop run the functions. The model is a plain one again afterwards.
 
         Args:
             source: The data of the call.
+            trains: Whether the loop trains.
         """
         if self._runs:  # a callback evaluates the model that trains
             with self._functions():
@@ -98,6 +99,8 @@ class PreparedModel:
             for part in (self.own_step, self.exchange):
                 if part is not None:
                     stack.enter_context(part.running())
+            if trains and self.exchange is not None:
+                stack.enter_context(self.exchange.training())
             self._runs = True
             stack.callback(setattr, self, "_runs", False)
             yield
@@ -140,7 +143,10 @@ def prepare(
     own_step = None if maker is None else maker.make(model, strategy)
     exchange = _exchange(previous, model, strategy, exchange_maker)
     of_extensions = () if exchange is None else tuple(exchange.state)
-    state = TrainState(tuple(variables_of(model)), of_extensions)
+    parts = () if exchange is None else tuple(exchange.parts)
+    state = TrainState(tuple(variables_of(model)), of_extensions, parts)
+    in_parts = {id(variable) for variable, _ in parts}  # the exchange holds these itself
+    placed = [v for v in state.variables if id(v) not in in_parts]
     # Processes with whole batches also take the chief's residuals.
     agreed = state.variables if as_whole(strategy) else state.replicated
     prepared = PreparedModel(
@@ -149,7 +155,7 @@ def prepare(
         strategy.place,
         _keras.compiled_state(model),
         state,
-        strategy.hold(state.variables, optimizers_of(model)),
+        strategy.hold(placed, optimizers_of(model)),
         make_functions(model, strategy, stop, agreed, own_step, exchange),
         stop,
         own_step,

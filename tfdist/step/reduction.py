@@ -70,12 +70,13 @@ class StepAgreement:
         others: Sequence[Tensor],
         variables: Sequence[Any] = (),
         loss_scales: Sequence[Tensor | None] = (),
+        are_rows: Sequence[bool] = (),
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Sums tensors over all replicas; the first time the signals go with them."""
         said = [] if self._known else [self._said]
         sent = [*others, *said]
         arrived = timers.now([gradients, sent]) if self.needed else self.seconds
-        given = Contribution(gradients, sent, batch.share, variables, loss_scales)
+        given = Contribution(gradients, sent, batch.share, variables, loss_scales, are_rows)
         (gradients, others), keep = self._sums(given)
         if self.needed:
             self.seconds += timers.now([gradients, others]) - arrived
@@ -93,6 +94,12 @@ class StepAgreement:
             given.gradients, given.others, given.share, given.variables
         )
         return sums, None
+
+    def own(self, gradients: Sequence[Tensor], variables: Sequence[Any]) -> list[Tensor]:
+        """Returns the reduced gradients that this replica applies."""
+        if self._exchange is None:
+            return list(gradients)
+        return self._exchange[0].own(gradients, variables)
 
     def finish(self) -> None:
         """Ends a step, after its last reduction."""
@@ -261,9 +268,10 @@ class ReducedUpdates:
         are_fixed = [_keras.has_fixed_rows(gradient) for gradient in gradients]
         sent = [g.values if fixed else g for g, fixed in zip(gradients, are_fixed, strict=True)]
         summed, others = self.agreement.reduce(
-            self._batch, sent, with_gradients, [v for _, v in pairs], scales
+            self._batch, sent, with_gradients, [v for _, v in pairs], scales, are_fixed
         )
-        reduced = iter(map(_of_rows, gradients, summed, are_fixed))
+        whole = list(map(_of_rows, gradients, summed, are_fixed))
+        reduced = iter(self.agreement.own(whole, [v for _, v in pairs]))
         ready = [
             functools.partial(w.update, [g if g is None else next(reduced) for g in w.grads])
             for w in self._waiting

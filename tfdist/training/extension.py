@@ -19,8 +19,9 @@ Begins = tuple[int, int, Callable[[], data.DataPosition], dict[str, Any]]
 class Extension:
     """Takes part in one `fit`. By default, each method does nothing.
 
-    `fit` calls the methods in this order: `choose`, `bind`, then for each attempt to train
-    `facts`, `notice` and `callbacks`, inside the context `running`, and `report` at the end.
+    `fit` calls the methods in this order: `choose`, `around`, `bind`, then for each attempt to
+    train `facts`, `notice` and `callbacks`, inside the context `running`, and `report` at the
+    end.
 
     Attributes:
         name: The extension's key in a checkpoint.
@@ -47,6 +48,14 @@ class Extension:
             ArgumentError: The extension does not support the request.
         """
         return request
+
+    def around(self, request: Request) -> contextlib.AbstractContextManager[None]:
+        """Makes a context around all that follows `choose`.
+
+        Args:
+            request: The arguments of `fit`, as all extensions have left them.
+        """
+        return contextlib.nullcontext()
 
     def bind(self, request: Request, source: data.Source) -> None:
         """Inspects the data and the model. The model has its variables now.
