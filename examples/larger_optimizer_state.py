@@ -33,7 +33,9 @@ class StateBytes(keras.callbacks.Callback):
 def train(strategy):
     model, state = make_model(), StateBytes()
     options = {"batch_size": 64, "epochs": 3, "seed": 1, "callbacks": [state]}
-    tfdist.fit(model, x, y, strategy=strategy, verbose=2 if strategy != "auto" else 0, **options)
+    tfdist.fit(
+        model, x, y, strategy=strategy, verbose=2 if strategy != "auto" else 0, **options
+    )
     return model, state.bytes
 
 

@@ -186,6 +186,10 @@ def _replacements(sharding: Sharding) -> list[Replacement]:
     def backend_apply_gradients(optimizer: Any, grads: Any, variables: Any) -> None:
         before = getattr(applying, "weights", None)
         applying.weights = list(variables)
+        if sharding.has_parts(optimizer) and is_elementwise(optimizer):
+            grads = [
+                _own_gradient(sharding, g, v) for g, v in zip(grads, variables, strict=True)
+            ]
         try:
             apply_gradients(optimizer, grads, variables)
         finally:
@@ -266,6 +270,18 @@ def _update_parts(
             optimizer.update_step(grads[i], part, learning_rate)
             updated.append((variable, cut, part.tensor))
         _assign_gathered(sharding, updated)
+
+
+def _own_gradient(sharding: Sharding, gradient: Tensor, variable: Any) -> Tensor:
+    """Returns this replica's part of a gradient, which may be in parts already."""
+    cut = sharding.cut_of(variable)
+    if cut is None:
+        return gradient
+    if isinstance(gradient, tf.IndexedSlices):
+        return cut.own_rows(gradient, sharding.replica_id())
+    if gradient.shape.is_fully_defined() and tuple(gradient.shape) == cut.part_shape:
+        return gradient
+    return cut.own(gradient, sharding.replica_id())
 
 
 def _own(sharding: Sharding, variable: Any, cut: Any) -> Tensor:

@@ -109,7 +109,8 @@ class ShardedExchange(Exchange):
         scattered = [
             i
             for i, (gradient, variable) in enumerate(zip(gradients, variables, strict=True))
-            if id(variable) in self._cuts
+            if contribution.is_applied
+            and id(variable) in self._cuts
             and not contribution.are_rows[i]
             and not isinstance(gradient, tf.IndexedSlices)
         ]
@@ -139,21 +140,6 @@ class ShardedExchange(Exchange):
             parts = tf.split(own, [cut.part_size for cut in chosen])
             for i, cut, part in zip(indices, chosen, parts, strict=True):
                 sums[i] = tf.reshape(part, cut.part_shape)
-
-    def own(self, gradients: Sequence[Tensor], variables: Sequence[Any]) -> list[Tensor]:
-        """Returns this replica's parts of gradients that are still whole."""
-        owned = []
-        for gradient, variable in zip(gradients, variables, strict=True):
-            cut = self._cuts.get(id(variable))
-            if cut is None or gradient is None:
-                owned.append(gradient)
-            elif isinstance(gradient, tf.IndexedSlices):
-                owned.append(cut.own_rows(gradient, self.replica_id()))
-            elif tuple(gradient.shape) == cut.part_shape:
-                owned.append(gradient)
-            else:
-                owned.append(cut.own(gradient, self.replica_id()))
-        return owned
 
     # --- for the replacements in Keras's optimizers -----------------------------------------
 

@@ -28,6 +28,7 @@ class Contribution:
         variables: The `keras.Variable` of each gradient.
         loss_scales: The factor of loss scaling in each gradient, a scalar tensor, or None.
         are_rows: Whether each gradient has the values of some rows, the same on all replicas.
+        is_applied: Whether optimizers apply the sums as they are.
     """
 
     gradients: Sequence[Tensor]
@@ -36,6 +37,7 @@ class Contribution:
     variables: Sequence[Any]
     loss_scales: Sequence[Tensor | None]
     are_rows: Sequence[bool] = ()
+    is_applied: bool = True
 
 
 class Exchange(abc.ABC):
@@ -76,15 +78,6 @@ class Exchange(abc.ABC):
 
     def end_step(self) -> None:  # noqa: B027
         """Called after each step."""
-
-    def own(self, gradients: Sequence[Tensor], variables: Sequence[Any]) -> list[Tensor]:
-        """Returns the gradients that this replica applies.
-
-        Args:
-            gradients: Reduced gradients. None where a variable has none.
-            variables: The `keras.Variable` of each gradient.
-        """
-        return list(gradients)
 
     def finish(self, counts: Tensor) -> None:  # noqa: B027
         """Called once on each replica, after all reductions of a step.

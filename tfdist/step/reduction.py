@@ -71,12 +71,15 @@ class StepAgreement:
         variables: Sequence[Any] = (),
         loss_scales: Sequence[Tensor | None] = (),
         are_rows: Sequence[bool] = (),
+        is_applied: bool = True,
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Sums tensors over all replicas; the first time the signals go with them."""
         said = [] if self._known else [self._said]
         sent = [*others, *said]
         arrived = timers.now([gradients, sent]) if self.needed else self.seconds
-        given = Contribution(gradients, sent, batch.share, variables, loss_scales, are_rows)
+        given = Contribution(
+            gradients, sent, batch.share, variables, loss_scales, are_rows, is_applied
+        )
         (gradients, others), keep = self._sums(given)
         if self.needed:
             self.seconds += timers.now([gradients, others]) - arrived
@@ -94,12 +97,6 @@ class StepAgreement:
             given.gradients, given.others, given.share, given.variables
         )
         return sums, None
-
-    def own(self, gradients: Sequence[Tensor], variables: Sequence[Any]) -> list[Tensor]:
-        """Returns the reduced gradients that this replica applies."""
-        if self._exchange is None:
-            return list(gradients)
-        return self._exchange[0].own(gradients, variables)
 
     def finish(self) -> None:
         """Ends a step, after its last reduction."""
@@ -268,10 +265,15 @@ class ReducedUpdates:
         are_fixed = [_keras.has_fixed_rows(gradient) for gradient in gradients]
         sent = [g.values if fixed else g for g, fixed in zip(gradients, are_fixed, strict=True)]
         summed, others = self.agreement.reduce(
-            self._batch, sent, with_gradients, [v for _, v in pairs], scales, are_fixed
+            self._batch,
+            sent,
+            with_gradients,
+            [v for _, v in pairs],
+            scales,
+            are_fixed,
+            is_applied=not self._are_parts,  # an extension's own step goes on with the sums
         )
-        whole = list(map(_of_rows, gradients, summed, are_fixed))
-        reduced = iter(self.agreement.own(whole, [v for _, v in pairs]))
+        reduced = iter(map(_of_rows, gradients, summed, are_fixed))
         ready = [
             functools.partial(w.update, [g if g is None else next(reduced) for g in w.grads])
             for w in self._waiting
