@@ -14,6 +14,7 @@ from keras.src.optimizers.base_optimizer import BaseOptimizer as _BaseOptimizer
 
 from tfdist._keras.optimizers import with_nested
 from tfdist._keras.replica import replaced
+from tfdist._keras.served_updates import is_elementwise
 from tfdist._keras.variables import empty, is_empty, refill
 
 _FILL = "_tfdist_fill"  # the attribute of a variable that has no value yet
@@ -38,7 +39,9 @@ def built_unfilled(optimizers: Sequence[Any]) -> Iterator[None]:
     ) -> Any:
         variable = original(optimizer, reference_variable, name=name, initializer=initializer)
         value = _fill_value(initializer)
-        if id(optimizer) in known and value is not None and tf.executing_eagerly():
+        # Others may assign a variable in their `build`, as ScheduleFreeAdamW does.
+        is_known = id(optimizer) in known and is_elementwise(optimizer)
+        if is_known and value is not None and tf.executing_eagerly():
             setattr(variable, _FILL, value)
             empty(variable._value)
         return variable
@@ -59,7 +62,6 @@ def unfilled_value(variable: Any) -> float | None:
         variable: A `keras.Variable`.
     """
     value = getattr(variable, _FILL, None)
-    # An optimizer may have assigned it while it was built.
     return value if value is not None and is_empty(variable) else None
 
 
