@@ -12,6 +12,8 @@ from tensorflow.python.distribute.cross_device_utils import (
 )
 from tensorflow.python.ops.collective_ops import all_to_all_v2
 
+from tfdist.errors import StrategyError
+
 Tensor = Any
 _FIRST_KEY = 2**24  # TensorFlow numbers the groups of its strategies from 1 upwards
 
@@ -28,11 +30,20 @@ class GroupCollectives:
     Args:
         strategy: A `tf.distribute.Strategy` that reduces by collective operations.
         first_replica: Global index of the first replica of this process.
+
+    Raises:
+        StrategyError: The strategy has no collective operations.
     """
 
     def __init__(self, strategy: Any, first_replica: int) -> None:
         extended = strategy.extended
         own = getattr(extended, "_collective_ops", None) or extended._cross_device_ops
+        if not hasattr(own, "_launchers"):
+            raise StrategyError(
+                "A strategy must have collective operations between its devices. Received: "
+                f"{type(strategy).__name__} with {type(own).__name__}. Make it without the "
+                "argument `cross_device_ops`."
+            )
         self._own_launchers = own._launchers
         self._first_replica = first_replica
         self._next_key = _FIRST_KEY

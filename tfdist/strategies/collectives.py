@@ -118,11 +118,15 @@ class Collectives(abc.ABC):
         """
         return tf.reshape(self.all_gather(part), [self.place.num_replicas, -1])
 
+    @property
+    def everyone(self) -> Groups:
+        """One group of all replicas."""
+        return (tuple(range(self.place.num_replicas)),)
+
     def sum_in_branch(self, tensor: Tensor) -> Tensor:
         """Sums a dense tensor over all replicas. All of them must be in the same branch.
 
         Args:
             tensor: A small tensor. The call may be in a branch of a conditional.
         """
-        everyone = (tuple(range(self.place.num_replicas)),)
-        return self.sum_in_groups(everyone, [tensor])[0]
+        return self.sum_in_groups(self.everyone, [tensor])[0]

@@ -120,16 +120,12 @@ class TFDistribute(Connected):
     def sum_of_part(self, stacked: Tensor) -> Tensor:
         """Sums a tensor; each replica gets its row. Only traced functions can do it."""
         # The collectives of CPUs have no reduce-scatter. An all-to-all moves as many bytes.
-        received = self._group_collectives.all_to_all(stacked, self._everyone)
+        received = self._group_collectives.all_to_all(stacked, self.everyone)
         return tf.reduce_sum(received, 0)
 
     def gather_parts(self, part: Tensor) -> Tensor:
         """Stacks a tensor of every replica. Only traced functions can do it."""
-        return self._group_collectives.gather_equal(part[None], self._everyone)
-
-    @property
-    def _everyone(self) -> Groups:
-        return (tuple(range(self.place.num_replicas)),)
+        return self._group_collectives.gather_equal(part[None], self.everyone)
 
     @functools.cached_property
     def _group_collectives(self) -> Any:
