@@ -241,7 +241,7 @@ MUTANTS = {
         f"{BEHAVIOUR} -k multi_worker-2-sums_are",
     ),
     "sums along an axis are of another axis": Mutant(
-        "strategies/base.py",
+        "strategies/collectives.py",
         "return self.sum_in_groups(self.place.mesh.groups(axis), tensors)",
         'return self.sum_in_groups(self.place.mesh.groups("data"), tensors)',
         f"{BEHAVIOUR} -k mirrored-4-sums_and_rows",

@@ -42,9 +42,7 @@ def take(strategy: Strategy, state: TrainState) -> dict[str, Tensor]:
         values = _gather(strategy, variable)
         tensors[f"per_replica/{number}"] = tf.constant(np.stack(values)) if values else None
     for number, (variable, role) in enumerate(state.sharded):
-        parts = _gather(strategy, variable)
-        whole_tensor = tf.constant(np.concatenate(parts)[: role.rows]) if parts else None
-        tensors[f"sharded/{number}"] = whole_tensor
+        tensors[f"sharded/{number}"] = _take_whole(strategy, variable, role)
     if _keras.has_global_seed():
         tensors[_GLOBAL_SEED] = tf.identity(_keras.global_seed_variable().value)
     return tensors
@@ -161,7 +159,8 @@ def _take_whole(strategy: Strategy, variable: Any, role: Sharded | None) -> Tens
     parts = _gather(strategy, variable)
     if not parts:
         return None
-    return tf.constant(np.concatenate(parts)[: role.rows].reshape(role.shape))
+    whole_tensor = np.concatenate(parts)[: role.rows]
+    return tf.constant(whole_tensor if role.shape is None else whole_tensor.reshape(role.shape))
 
 
 def _connecting(strategy: Strategy) -> Strategy:
