@@ -68,16 +68,18 @@ class Slots:
         """
         self._check_whole()
         self._agree()
-        for slot in self._slots:
-            self._cut(slot)
+        cut: list[Slot] = []
         try:
+            for slot in self._slots:
+                self._cut(slot)
+                cut.append(slot)
             yield
         except BaseException:
             is_alone = self._strategy.place.num_workers == 1
-            for slot in self._slots:
+            for slot in cut:
                 self._restore(slot, self.join(slot) if is_alone else None)
             raise
-        for slot in self._slots:
+        for slot in cut:
             self._restore(slot, self.join(slot))
 
     def _check_whole(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tfdist import _keras, data
@@ -16,6 +16,7 @@ from tfdist.step.state import TrainState, optimizers_of, variables_of
 from tfdist.strategies.base import Functions, Place, Strategy
 from tfdist.strategies.session import current
 from tfdist.strategies.whole import as_whole
+from tfdist.strategies.zero import Zero
 from tfdist.watchdog import here
 
 
@@ -204,7 +205,10 @@ def take_out_of_scope(model: Any, strategy: Any) -> Any:
         _keras.leave_scope(model, variables_of(model), optimizers_of(model))
         _keras.attached(model).scope = scope
     scope = _keras.attached(model).scope
-    is_open = isinstance(strategy, str) and strategy == "auto"
+    connecting = strategy.on if isinstance(strategy, Zero) else strategy
+    is_open = isinstance(connecting, str) and connecting == "auto"
     if scope is None or not is_open or not current().strategy.is_plain:
         return strategy
-    return scope if scope.num_replicas_in_sync > 1 else strategy
+    if scope.num_replicas_in_sync == 1:
+        return strategy
+    return replace(strategy, on=scope) if isinstance(strategy, Zero) else scope
