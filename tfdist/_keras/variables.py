@@ -122,7 +122,7 @@ def is_empty(variable: Any) -> bool:
         variable: The `keras.Variable`.
     """
     shape = tf.raw_ops.VariableShape(input=_copies(variable._value)[0].handle)
-    return shape.numpy().tolist() == [0]
+    return bool(shape.numpy().tolist() == [0])
 
 
 def _copies(value: Any) -> Any:
