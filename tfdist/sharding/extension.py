@@ -75,7 +75,7 @@ class ShardedOptimizer(Extension):
         if not exchange.parts:
             return "the optimizer's state is whole: it has nothing that is large enough to cut"
         count = request.session.strategy.place.num_replicas
-        return f"optimizer state in {count} parts of {exchange.part_bytes / 2**20:.3g} MiB"
+        return f"optimizer state in {count} parts of {_size(exchange.part_bytes)}"
 
     def callbacks(self, request: Request, callbacks: Any, prepared: PreparedModel) -> Any:
         """Gathers the state at the end of each epoch, if a callback on the chief saves it."""
@@ -94,6 +94,16 @@ class ShardedOptimizer(Extension):
             on_epoch_end=lambda epoch, logs: exchange.held.drop_collected()
         )
         return _keras.around(callbacks, first=[first], last=[last])
+
+
+def _size(count: int) -> str:
+    """Formats a number of bytes.
+
+    Example:
+        >>> _size(200_000_000), _size(6144)
+        ('191 MiB', '6 KiB')
+    """
+    return f"{count / 2**20:.3g} MiB" if count >= 2**20 else f"{count / 2**10:.3g} KiB"
 
 
 def _exchange_of(model: Any) -> ShardedExchange | None:
