@@ -13,6 +13,7 @@ for name in (
     "input_road",
     "scaling",
     "packs",
+    "model_parallel",
     "horovod",
     "compression",
     "federated",

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from tfdist.resume.checkpoint import Checkpoint
     from tfdist.scripts.drop_in import drop_in
     from tfdist.strategies.session import init, is_chief
+    from tfdist.strategies.zero import Zero
     from tfdist.training.evaluation import evaluate, predict
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "PerClassMetrics",
     "PowerSGD",
     "PrivacyBudget",
+    "Zero",
     "__version__",
     "compression",
     "drop_in",
@@ -71,6 +73,7 @@ _HOMES = {
     "PerClassMetrics": "tfdist.imbalance.per_class",
     "PowerSGD": "tfdist.compression.settings",
     "PrivacyBudget": "tfdist.privacy.budget",
+    "Zero": "tfdist.strategies.zero",
     "drop_in": "tfdist.scripts.drop_in",
     "evaluate": "tfdist.training.evaluation",
     "fit": "tfdist.api",

@@ -14,6 +14,7 @@ from tests.behaviour import (
     local_checks,  # noqa: F401
     privacy_checks,  # noqa: F401
     server_checks,  # noqa: F401
+    zero_checks,  # noqa: F401
 )
 from tests.behaviour.registry import CHECKS
 

@@ -88,6 +88,16 @@ def test_distributed_gradient_descent_equals_one_process(place, clusters):
     assert float(facts["largest difference to one"]) < 1e-5
 
 
+@run_on(SINGLE, TWO, command="larger_optimizer_state.py")
+def test_larger_optimizer_state_has_half_of_it_and_the_same_weights(place, clusters):
+    facts = facts_of(printed_on(clusters, place, "larger_optimizer_state.py"))
+    part, whole = re.findall(r"[\d,]+", facts["bytes of the optimizer's state on a worker"])
+    ratio = int(part.replace(",", "")) / int(whole.replace(",", ""))
+    assert ratio == pytest.approx(1 / workers_of(place), rel=0.1)
+    assert facts["weights equal, bit by bit"] == "True"
+    assert facts["optimizer equal, bit by bit"] == "True"
+
+
 @run_on(HOROVOD, command="horovod_digits.py")
 def test_horovod_digits_trains_and_all_ranks_hold_the_same_weights(place, clusters):
     printed = printed_on(clusters, place, "horovod_digits.py")

@@ -24,7 +24,7 @@ from keras.src.trainers.data_adapters import get_data_adapter
 from tensorflow.python.eager import context as _context
 
 from tfdist import _keras
-from tfdist._keras import parts, served, served_updates
+from tfdist._keras import parts, served, served_updates, sharded
 from tfdist._keras.random import uniform_rows
 from tfdist._keras.replicated import replacements
 
@@ -53,6 +53,38 @@ def test_replacing_is_undone() -> None:
     with _keras.replicated():
         assert [vars(owner)[name] for owner, name in places] != before
     assert [vars(owner)[name] for owner, name in places] == before
+
+
+def test_every_place_that_parts_replace_exists() -> None:
+    for owner, name, value in sharded.replacements(Any):
+        assert name in vars(owner), f"{owner}.{name}"
+        assert len(parameters(value)) == len(parameters(vars(owner)[name])), name
+
+
+def test_an_emptied_variable_can_be_filled_and_traces_see_it() -> None:
+    variable = keras.Variable(np.arange(6.0).reshape(2, 3))
+    total = tf.function(lambda: tf.reduce_sum(variable.value))
+    assert total() == 15
+    _keras.empty(variable.value)
+    assert _keras.is_empty(variable)
+    _keras.refill(variable.value, [np.ones((2, 3))])
+    assert not _keras.is_empty(variable)
+    assert total() == 6
+    variable.assign_add(np.ones((2, 3)))
+    assert total() == 12
+
+
+def test_an_optimizer_is_built_without_its_state_and_then_filled() -> None:
+    made = model()
+    adagrad = keras.optimizers.Adagrad(initial_accumulator_value=0.25)
+    scheduled = keras.optimizers.ScheduleFreeAdamW()  # it assigns its state in `build`
+    with _keras.built_unfilled([adagrad, scheduled]):
+        adagrad.build(made.trainable_variables)
+        scheduled.build(made.trainable_variables)
+        assert [_keras.is_empty(v) for v in adagrad.variables[2:]] == [True, True]
+        assert _keras.unfilled_value(adagrad.variables[2]) == 0.25
+        assert not any(map(_keras.is_empty, scheduled.variables))
+    np.testing.assert_array_equal(adagrad.variables[2], np.full((4, 2), 0.25))
 
 
 def test_no_other_optimizer_method_uses_tf_distribute() -> None:

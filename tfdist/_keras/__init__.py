@@ -91,9 +91,21 @@ from tfdist._keras.scopes import (
     scope_of,
     undistributed,
 )
+from tfdist._keras.served_updates import is_elementwise
+from tfdist._keras.sharded import slots_in_parts, updating_parts
+from tfdist._keras.sharded_updates import Sharding
 from tfdist._keras.slices import has_fixed_rows, has_unique_rows, once_each
 from tfdist._keras.traces import keeping_variable_scope, map_fn
-from tfdist._keras.variables import backing_variable, num_bytes, swap_value
+from tfdist._keras.unfilled import built_unfilled, fill, note_filled, unfilled_value
+from tfdist._keras.variables import (
+    backing_variable,
+    empty,
+    exchange_value,
+    is_empty,
+    num_bytes,
+    refill,
+    swap_value,
+)
 
 __all__ = [
     "EVALUATE",
@@ -105,6 +117,7 @@ __all__ = [
     "OwnNoise",
     "ReplicaBatch",
     "RowKeys",
+    "Sharding",
     "StepTrace",
     "StreamAdapter",
     "alone",
@@ -115,12 +128,16 @@ __all__ = [
     "build_from_shapes",
     "build_layers",
     "built_copy",
+    "built_unfilled",
     "carry_in_files",
     "compiled_state",
     "computes_coarsely",
     "computes_in",
     "configure_coordination",
+    "empty",
     "end_of_data_unless",
+    "exchange_value",
+    "fill",
     "first_values",
     "generator",
     "global_seed_variable",
@@ -132,6 +149,8 @@ __all__ = [
     "has_unique_rows",
     "is_compiled_as",
     "is_deterministic",
+    "is_elementwise",
+    "is_empty",
     "is_seeded",
     "iterations_of",
     "keeping_random_state",
@@ -143,6 +162,7 @@ __all__ = [
     "map_fn",
     "metric_variables",
     "metrics_of",
+    "note_filled",
     "note_metrics",
     "num_bytes",
     "on_replica",
@@ -151,6 +171,7 @@ __all__ = [
     "outside_scopes",
     "random_ops",
     "rates_of",
+    "refill",
     "reindex_optimizer",
     "replaced",
     "replicated",
@@ -159,6 +180,7 @@ __all__ = [
     "rows_to_try",
     "schedules_after",
     "scope_of",
+    "slots_in_parts",
     "statistics_of",
     "step_of",
     "swap_strategy",
@@ -166,6 +188,8 @@ __all__ = [
     "synchronized_variables",
     "trained_variables",
     "undistributed",
+    "unfilled_value",
+    "updating_parts",
     "watch_updates",
     "what_is_no_mean",
     "with_nested",

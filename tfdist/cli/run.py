@@ -65,6 +65,12 @@ _MAX_LINE_LENGTH = 240
     help="The strategy.  [default: the script's choice, or auto]",
 )
 @click.option(
+    "--zero",
+    type=int,
+    metavar="STAGE",
+    help="1: each worker keeps only its part of the optimizer's state.",
+)
+@click.option(
     "--drop-in",
     is_flag=True,
     help="Distribute the Model.fit of a script that does not import tfdist.",
@@ -121,6 +127,7 @@ def run(
     node_rank: int | None,
     port: int,
     strategy: str | None,
+    zero: int | None,
     drop_in: bool,
     output: str,
     log_dir: Path | None,
@@ -153,9 +160,11 @@ def run(
     SIGTERM or another worker was lost. 76: the run hung; a report says where each worker was.
     130: Ctrl-C. 1: tfdist could not start the workers. 2: the command line is wrong.
     """  # noqa: D301
-    _check_options(script, module, synchronous, servers)
+    _check_options(script, module, synchronous, servers, zero)
     if synchronous:
         os.environ["TFDIST_SYNCHRONOUS"] = "1"  # the workers inherit it
+    if zero is not None:
+        os.environ["TFDIST_ZERO"] = str(zero)
     machines = parse_hosts(hosts) if hosts is not None else ()
     roster = Roster(
         script_command((script, *arguments), module=module),
@@ -213,7 +222,9 @@ def _run(
     )
 
 
-def _check_options(script: str, module: bool, synchronous: bool, servers: int) -> None:
+def _check_options(
+    script: str, module: bool, synchronous: bool, servers: int, zero: int | None
+) -> None:
     """Refuses a script that is not there, and options that contradict each other."""
     if not module and not Path(script).is_file():
         raise click.BadParameter(
@@ -225,6 +236,15 @@ def _check_options(script: str, module: bool, synchronous: bool, servers: int) -
         raise click.BadParameter(
             "--synchronous must come with parameter servers. Received: --synchronous without "
             "--ps. Add --ps 1, or leave it out: other strategies are synchronous."
+        )
+    if zero is not None and zero != 1:
+        raise click.BadParameter(
+            f"--zero must be 1: the other stages are not built yet. Received: --zero {zero}."
+        )
+    if zero is not None and servers:
+        raise click.BadParameter(
+            "--zero must come without parameter servers, which keep the optimizer's state "
+            f"already. Received: --zero {zero} --ps {servers}. Leave one of them out."
         )
 
 

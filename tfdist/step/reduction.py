@@ -69,6 +69,8 @@ class StepAgreement:
         others: Sequence[Tensor],
         variables: Sequence[Any] = (),
         loss_scales: Sequence[Tensor | None] = (),
+        are_rows: Sequence[bool] = (),
+        is_applied: bool = True,
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Sums tensors over all replicas. The first reduction also sums the signals."""
         # The signals are the last tensor of the collective. Their position must be the same on
@@ -77,7 +79,13 @@ class StepAgreement:
         exact_tensors = [*others, *signals]
         began = timers.now([gradients, exact_tensors]) if self.needed else self.seconds
         contribution = Contribution(
-            gradients, exact_tensors, batch.share, variables, loss_scales
+            gradients,
+            exact_tensors,
+            batch.share,
+            variables,
+            loss_scales,
+            are_rows,
+            is_applied,
         )
         (gradients, others), store_state = self._sums(contribution)
         if self.needed:
@@ -284,7 +292,13 @@ class ReducedUpdates:
         are_fixed = [_keras.has_fixed_rows(gradient) for gradient in gradients]
         sent = [g.values if fixed else g for g, fixed in zip(gradients, are_fixed, strict=True)]
         summed, others = self.agreement.reduce(
-            self._batch, sent, with_gradients, [v for _, v in pairs], scales
+            self._batch,
+            sent,
+            with_gradients,
+            [v for _, v in pairs],
+            scales,
+            are_fixed,
+            is_applied=not self._are_parts,  # an extension's own step goes on with the sums
         )
         reduced = iter(map(_of_rows, gradients, summed, are_fixed))
         updates = [

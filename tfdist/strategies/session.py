@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import keras
@@ -15,6 +15,7 @@ from tfdist.cluster import Cluster
 from tfdist.errors import StrategyError
 from tfdist.strategies.base import Strategy
 from tfdist.strategies.tf_distribute import adopt
+from tfdist.strategies.zero import Zero, of_environment
 
 
 @dataclass(frozen=True)
@@ -25,11 +26,13 @@ class Session:
         strategy: The strategy.
         reason: Why this strategy was chosen, in a few words.
         seed: The `seed` of `init`, also for the sampler, or None.
+        zero: How the optimizer's state is kept in parts, or None.
     """
 
     strategy: Strategy
     reason: str
     seed: int | None
+    zero: Zero | None = None
 
     @property
     def is_chief(self) -> bool:
@@ -106,8 +109,9 @@ def init(
     Args:
         strategy: "auto", a name ("single", "mirrored", "multi_worker", "horovod",
             "parameter_server", "tpu"), or an instance of `tf.distribute.Strategy`,
-            `tfdist.Horovod` or `tfdist.ParameterServer`. "auto" keeps the strategy that this
-            process has; the first call chooses one that fits the environment.
+            `tfdist.Horovod`, `tfdist.ParameterServer` or `tfdist.Zero`. "auto" keeps the
+            strategy that this process has; the first call chooses one that fits the
+            environment.
         seed: Seeds Python, NumPy, Keras and TensorFlow, and the sampler of `fit`. With None
             a single process keeps the seeds that it has, and the workers of a cluster take
             a random seed from the chief.
@@ -136,10 +140,14 @@ def init(
 
 
 def _begin(strategy: Any, seed: int | None) -> Session:
+    if isinstance(strategy, Zero):
+        _sessions[strategy] = replace(_begin(strategy.on, seed), zero=strategy)
+        return _sessions[strategy]
     cluster = Cluster.from_environment()
+    zero = of_environment()
     key: Any
     if isinstance(strategy, str) and strategy == "auto" and _current is not None:
-        chosen, reason = _current.strategy, _current.reason
+        chosen, reason, zero = _current.strategy, _current.reason, _current.zero
         key = next(key for key, past in _sessions.items() if past.strategy is chosen)
     elif isinstance(strategy, str):
         cls, reason = strategies.choose(strategy, cluster)
@@ -153,7 +161,7 @@ def _begin(strategy: Any, seed: int | None) -> Session:
     if seed is not None or (chosen.place.num_workers > 1 and not is_seeded):
         new_seed = random.SystemRandom().getrandbits(31) if seed is None else seed
         keras.utils.set_random_seed(int(chosen.broadcast_object(new_seed)))
-    _sessions[key] = Session(chosen, reason, seed)
+    _sessions[key] = Session(chosen, reason, seed, zero)
     return _sessions[key]
 
 
