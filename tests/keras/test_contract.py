@@ -356,6 +356,27 @@ def test_the_loop_begins_where_initial_epoch_says() -> None:
     assert "self._initial_epoch or initial_epoch" in source
 
 
+def test_what_a_client_changes_is_found() -> None:
+    layers = [keras.layers.Dense(3, trainable=False), keras.layers.BatchNormalization()]
+    made = keras.Sequential([keras.Input((4,)), *layers, keras.layers.Dense(2)])
+    names = {variable.name for variable in _keras.statistics_of(made)}
+    assert names == {"moving_mean", "moving_variance"}  # and no frozen weight
+    halving = keras.optimizers.schedules.ExponentialDecay(0.8, 1, 0.5)
+    optimizer = keras.optimizers.Nadam(halving)
+    optimizer.build(made.trainable_variables)
+    first = _keras.first_values(optimizer)
+    optimizer.apply([tf.ones(v.shape) for v in made.trainable_variables])
+    new = {v.name: value for v, value in zip(optimizer.variables, first, strict=True)}
+    assert new["iteration"] == 0
+    assert int(_keras.iterations_of(optimizer).numpy()) == 1
+    assert [np.ndim(value) for value in first] == [0] * len(first)
+    assert sum(float(value) == 1.0 for value in first) == 1  # the product of Nadam's momenta
+    assert _keras.rates_of([optimizer, keras.optimizers.SGD(0.25)])[0].numpy() == 0.25
+    with _keras.schedules_after([optimizer], tf.constant(2)):
+        assert float(optimizer.learning_rate) == pytest.approx(0.8 * 0.5**3)
+    assert float(optimizer.learning_rate) == pytest.approx(0.8 * 0.5)
+
+
 def test_tensorflow_s_runtime_says_what_it_is() -> None:
     assert isinstance(tf.constant(1.0), _keras.EagerTensor)
     assert _keras.has_devices()
