@@ -19,6 +19,7 @@ dropout, random seeds     a function of the example's position in the global bat
                           also in a single process, with the same result with or without XLA;
                           in private training all of `keras.random` is a function of the
                           example's contents
+a layer's losses          each replica has its own
 Variable assignment       is recorded, so that variables that the forward pass changes can
                           get the same value on all replicas
 ========================  ==========================================================
@@ -45,6 +46,7 @@ from tfdist._keras.checkpoints import CheckpointSaver
 from tfdist._keras.discovery import StepTrace, keeping_random_state, random_ops, rows_of
 from tfdist._keras.groups import GroupCollectives
 from tfdist._keras.keyed import RowKeys, row_numbers
+from tfdist._keras.layers import sublayers
 from tfdist._keras.loop import (
     EVALUATE,
     FIT,
@@ -66,6 +68,7 @@ from tfdist._keras.optimizers import (
     with_nested,
 )
 from tfdist._keras.probe import what_is_no_mean
+from tfdist._keras.recomputation import recomputed_calls, set_recomputed
 from tfdist._keras.replica import ReplicaBatch, on_replica, replaced
 from tfdist._keras.replicated import alone, replicated
 from tfdist._keras.runtime import (
@@ -83,6 +86,7 @@ from tfdist._keras.scopes import (
     undistributed,
 )
 from tfdist._keras.slices import has_fixed_rows, has_unique_rows, once_each
+from tfdist._keras.step_graph import StepGraph, batch_specs, step_graph
 from tfdist._keras.traces import keeping_variable_scope, map_fn
 from tfdist._keras.variables import backing_variable, num_bytes, swap_value
 
@@ -96,12 +100,14 @@ __all__ = [
     "OwnNoise",
     "ReplicaBatch",
     "RowKeys",
+    "StepGraph",
     "StepTrace",
     "StreamAdapter",
     "alone",
     "around",
     "attached",
     "backing_variable",
+    "batch_specs",
     "build",
     "build_from_shapes",
     "build_layers",
@@ -137,6 +143,7 @@ __all__ = [
     "optimizers_of",
     "outside_scopes",
     "random_ops",
+    "recomputed_calls",
     "reindex_optimizer",
     "replaced",
     "replicated",
@@ -144,7 +151,10 @@ __all__ = [
     "rows_of",
     "rows_to_try",
     "scope_of",
+    "set_recomputed",
+    "step_graph",
     "step_of",
+    "sublayers",
     "swap_strategy",
     "swap_value",
     "synchronized_variables",
