@@ -13,6 +13,7 @@ for name in (
     "input_road",
     "scaling",
     "packs",
+    "recompute",
     "horovod",
     "compression",
     "parameter_server",

@@ -11,6 +11,7 @@ import pytest
 import tensorflow as tf
 
 import tfdist
+from tfdist import _keras
 from tfdist.errors import ArgumentError
 
 L = keras.layers
@@ -120,12 +121,13 @@ class Small(L.Layer):  # type: ignore[misc]
     def __init__(self, seed: int = 1, **options: Any) -> None:
         super().__init__(**options)
         self.parts = [L.Dense(9, "tanh"), L.BatchNormalization(), L.Dropout(0.3, seed=seed)]
+        self.scale = self.add_weight(shape=(), initializer="ones")
 
     def call(self, x: Any) -> Any:
         Small.calls += 1
         for part in self.parts:
             x = part(x)
-        return x
+        return x * self.scale
 
 
 def small() -> Any:
@@ -208,6 +210,31 @@ class OwnStep(keras.Model):  # type: ignore[misc]
 
 def test_nothing_that_a_layer_uses_is_missed() -> None:
     assert difference(trained(OwnStep, "blocks"), trained(OwnStep)) < 2e-6
+
+
+def test_the_second_pass_waits_for_the_gradients_of_its_results() -> None:
+    model = keras.Sequential(
+        [keras.Input((8,)), *(keras.Sequential([L.Dense(8, "tanh")]) for _ in range(2))]
+    )
+    model.compile("sgd", "mse")
+    tfdist.recompute(model)
+    graph = _keras.step_graph(model, *_keras.batch_specs(model, 4, None, None))
+    first, second = (
+        [op for op in part if op.type == "Tanh"]
+        for part in (graph.ops[: graph.forward], graph.ops[graph.forward :])
+    )
+    assert len(first) == len(second) == 2
+    for op in second:
+        before: set[Any] = set()
+        waiting = [op]
+        while waiting:
+            waiting += [o for o in _before(waiting.pop()) if o not in before]
+            before.update(waiting)
+        assert first[-1] in before
+
+
+def _before(op: Any) -> list[Any]:
+    return [*(tensor.op for tensor in op.inputs), *op.control_inputs]
 
 
 def test_xla_does_not_merge_the_passes() -> None:

@@ -154,7 +154,7 @@ def _recomputed(layer: Any, call: Call, args: Any, kwargs: Any) -> Any:
 
     def gradient(*upstream: Tensor) -> list[Any]:
         dense = [tf.convert_to_tensor(gradient) for gradient in upstream]
-        again, later_values = _after(dense, tensors), _after(dense, list(values.values()))
+        again, later_values = _after(dense, tensors, list(values.values()))
         later = [*again, *later_values]
         with surroundings.restored(), tf.GradientTape() as tape:
             tape.watch([t for t in [*later, *hidden] if _has_gradient(t)])
@@ -230,21 +230,34 @@ def _hidden(graph: Any, ops: Sequence[Any], tensors: Sequence[Tensor]) -> list[T
     return [tensor for tensor in hidden.values() if _has_gradient(tensor)]
 
 
-def _after(upstream: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
+def _after(
+    upstream: Sequence[Tensor], tensors: Sequence[Tensor], values: Sequence[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
     """Returns the same tensors, available when the gradients of the layer's results are.
 
     Otherwise the second pass could run at any time, and its activations would be kept, or
     be found to be those of the first pass.
+
+    Args:
+        upstream: The gradients.
+        tensors: The layer's arguments.
+        values: The values of variables.
     """
     if not _control_flow.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph()):
         with tf.control_dependencies(upstream):
-            return [tf.identity(tensor) for tensor in tensors]
+            return [tf.identity(t) for t in tensors], [tf.identity(v) for v in values]
     # XLA ignores control dependencies. So, as in `tf.recompute_grad`, a zero is added that XLA
     # cannot know to be one. A barrier for XLA does not keep the passes apart on a CPU.
     first = tf.reshape(upstream[0], [-1])[:1]
     is_any = tf.cast(tf.reduce_max(tf.math.real(first)), tf.bool)
     zero = tf.where(tf.equal(is_any, is_any), 0.0, float("nan"))
-    return [t + tf.cast(zero, t.dtype) if _has_gradient(t) else t for t in tensors]
+
+    def later(given: Sequence[Tensor]) -> list[Tensor]:
+        return [t + tf.cast(zero, t.dtype) if _has_gradient(t) else t for t in given]
+
+    if any(map(_has_gradient, tensors)):
+        return later(tensors), list(values)
+    return list(tensors), later(values)
 
 
 def _check_same(layer: Any, results: Sequence[Any], repeats: Sequence[Any]) -> None:

@@ -162,7 +162,8 @@ def memory(
         if not model.optimizer.built:
             model.optimizer.build(model.trainable_variables)
         slots = sum(map(_keras.num_bytes, model.optimizer.variables))
-    devices, loops = [], ()
+    devices: list[DeviceMemory] = []
+    loops: tuple[str, ...] = ()
     for number in counts:
         rows = -(-batch_size // number)
         specs = _keras.batch_specs(model, rows, x, y)

@@ -45,8 +45,8 @@ def recompute(model: Any, layers: str | Iterable[Any] = "blocks") -> Recomputati
     statistics again. A step takes longer by one forward pass of these layers.
 
     It acts in `model.fit`, in `tfdist.fit` and in a `tf.function` with a `GradientTape`. Eager
-    code keeps all activations, and so do layers on parameter servers. A saved model is an
-    ordinary one: call `recompute` again after loading it.
+    code and asynchronous parameter servers keep all activations. A saved model is an ordinary
+    one: call `recompute` again after loading it.
 
     Args:
         model: A `keras.Model` or layer. It is changed in place.
