@@ -14,6 +14,7 @@ for name in (
     "scaling",
     "packs",
     "model_parallel",
+    "recompute",
     "horovod",
     "compression",
     "federated",

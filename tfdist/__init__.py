@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from tfdist.privacy.settings import DPSGD
     from tfdist.resume.checkpoint import Checkpoint
     from tfdist.scripts.drop_in import drop_in
+    from tfdist.step.memory import memory
+    from tfdist.step.recompute import recompute
     from tfdist.strategies.session import init, is_chief
     from tfdist.strategies.zero import Zero
     from tfdist.training.evaluation import evaluate, predict
@@ -50,9 +52,11 @@ __all__ = [
     "imbalance",
     "init",
     "is_chief",
+    "memory",
     "placement",
     "predict",
     "privacy",
+    "recompute",
     "samplers",
 ]
 
@@ -79,8 +83,10 @@ _HOMES = {
     "fit": "tfdist.api",
     "init": "tfdist.strategies.session",
     "is_chief": "tfdist.strategies.session",
+    "memory": "tfdist.step.memory",
     "placement": "tfdist.strategies.placement",
     "predict": "tfdist.training.evaluation",
+    "recompute": "tfdist.step.recompute",
 }
 
 

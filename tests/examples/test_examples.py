@@ -230,6 +230,16 @@ def test_smote_finds_the_rare_digits(clusters):
     assert found["ClassBalanced(), Augment"][2] > recall_of_odd[0] + 10
 
 
+@run_on(SINGLE, command="recompute.py")
+def test_recompute_saves_memory_and_keeps_the_weights(place, clusters):
+    printed = printed_on(clusters, place, "recompute.py")
+    facts = facts_of(printed)
+    kept, recomputed = map(float, re.findall(r"([\d.]+) MiB", facts["activations kept"]))
+    assert 10 * recomputed < kept
+    assert float(facts["largest difference of a weight"]) < 1e-5
+    assert printed.count("(Block)") == 4
+
+
 @run_on(SINGLE, command="compressed_digits.py")
 def test_compressed_digits_are_small_and_accurate(place, clusters):
     printed = printed_on(clusters, place, "compressed_digits.py")

@@ -16,6 +16,7 @@ from keras.src.random.seed_generator import global_seed_generator as _global_see
 from keras.src.utils import rng_utils as _rng_utils
 
 from tfdist._keras.discovery import StepTrace, run, trace
+from tfdist._keras.recomputation import recomputed_calls
 
 
 def build(model: Any, kind: str, spec: Any, sample: Callable[[], Any]) -> StepTrace:
@@ -96,15 +97,17 @@ def build_layers(model: Any, batch: Any) -> None:
 
 
 def compiled_state(model: Any) -> tuple[Any, ...]:
-    """Returns objects whose identity changes when the model is compiled again.
+    """Returns objects that change when the model is compiled again or recomputes other layers.
 
     Args:
         model: A `keras.Model`.
 
     Returns:
-        The loss tracker, the optimizer and the steps per execution.
+        The loss tracker, the optimizer, the steps per execution, and what `recompute` has set.
     """
-    return (model._loss_tracker, getattr(model, "optimizer", None), model.steps_per_execution)
+    optimizer = getattr(model, "optimizer", None)
+    compiled = (model._loss_tracker, optimizer, model.steps_per_execution)
+    return (*compiled, *recomputed_calls(model))
 
 
 def is_compiled_as(model: Any, state: tuple[Any, ...]) -> bool:

@@ -14,6 +14,7 @@ from tfdist import _keras, strategies, watchdog
 from tfdist.cluster import Cluster
 from tfdist.errors import StrategyError
 from tfdist.strategies.base import Strategy
+from tfdist.strategies.keras_distribution import check_devices, without_distribution
 from tfdist.strategies.tf_distribute import adopt
 from tfdist.strategies.zero import Zero, of_environment
 
@@ -135,7 +136,8 @@ def init(
     """
     global _current
     watchdog.configure(hang_limit, on_hang)
-    _current = _begin(strategy, seed)
+    _current = _begin(without_distribution(strategy), seed)
+    check_devices(strategy, _current.strategy.place.num_replicas)
     return _current
 
 
@@ -183,7 +185,16 @@ def current(strategy: Any = "auto") -> Session:
 
     Args:
         strategy: As in `init`. "auto" is the strategy that `init` chose, if it was called.
+
+    Raises:
+        StrategyError: Keras was asked for model parallelism, or for other devices.
     """
+    session = _session(without_distribution(strategy))
+    check_devices(strategy, session.strategy.place.num_replicas)
+    return session
+
+
+def _session(strategy: Any) -> Session:
     if isinstance(strategy, str) and strategy == "auto":
         return init() if _current is None else _current
     session = _sessions.get(strategy)

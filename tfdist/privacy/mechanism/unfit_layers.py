@@ -54,13 +54,21 @@ def check_model(model: Any) -> None:
 
     Raises:
         ArgumentError: It has a custom step or a loss of the whole batch, a layer that mixes
-            examples, or an optimizer that does more than update.
+            examples or is recomputed, or an optimizer that does more than update.
     """
     if _keras.has_own(model, "train_step"):
         raise ArgumentError(
             "A private model must be trained by Keras's train step, which private training "
             f"replaces. Received: a {type(model).__name__} with a `train_step` of its own. "
             "Write what differs as `compute_loss`, which is called for one example at a time."
+        )
+    recomputed = _keras.recomputed_calls(model)
+    if recomputed:
+        raise ArgumentError(
+            "A private model must keep its activations, by which each example's gradient is "
+            "measured. Received: a model that recomputes the layer "
+            f"{recomputed[0].layer.name!r}. Call tfdist.recompute(model, layers=[]) before, "
+            "and save memory by DPSGD(microbatch_size=...)."
         )
     for layer in _keras.layers_of(model):
         if isinstance(layer, layers.BatchNormalization) and layer.trainable:
