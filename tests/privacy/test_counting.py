@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import json
 import math
@@ -292,6 +293,7 @@ def adapted(model: Any) -> Any:
         lambda model: around(quantized(model).get_layer("still")),
         lambda model: around(copy.deepcopy(model.get_layer("still"))),
         lambda model: pickle.loads(pickle.dumps(quantized(model))),
+        lambda model: tfdist.privacy.make_private_model(model)[0],
     ],
 )
 def test_other_weights_of_a_layer_keep_what_was_spent(change: Any) -> None:
@@ -314,6 +316,9 @@ def test_what_is_not_counted_is_noted() -> None:
     report = train(model).privacy
     assert (report.ledger.steps, report.uncounted_steps, report.changes) == (12, 4, 1)
     assert report.line().endswith("; other training of the weights is not counted")
+    model.set_weights([np.zeros((40, 50))])
+    copied, _ = tfdist.privacy.make_private_model(model)
+    assert model_history.of(copied) == dataclasses.replace(model_history.of(model), changes=2)
 
 
 # --- ledgers ----------------------------------------------------------------------------

@@ -181,6 +181,35 @@ def changed_since(model: Any) -> tuple[int, bool]:
     return max(0, updates), moved
 
 
+def with_changes(model: Any, history: History) -> History:
+    """Adds the changes of a model since its last private training, which no ledger has.
+
+    Args:
+        model: A built `keras.Model`.
+        history: Its history, with steps that are known from elsewhere.
+    """
+    updates, is_changed = changed_since(model)
+    uncounted = history.uncounted + updates
+    if not history.ledger.phases:
+        uncounted = max(history.uncounted, _iterations(model))
+    changes = history.changes + (is_changed and not updates)
+    return dataclasses.replace(history, uncounted=uncounted, changes=changes)
+
+
+def pass_on(model: Any, copy: Any) -> None:
+    """Attaches the history of a model to another model that gets its weights.
+
+    Every function of tfdist that copies weights calls it.
+
+    Args:
+        model: A built `keras.Model`.
+        copy: The other model, with the copied weights.
+    """
+    history = with_changes(model, of(model))
+    if history != History():
+        keep(copy, of(copy).merged(history))
+
+
 def keep(model: Any, source: History | RunUnderWay) -> None:
     """Attaches a history to a model, with digests of its current weights.
 

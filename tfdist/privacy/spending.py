@@ -153,7 +153,7 @@ class Spending:
             self.before = self._history_before()
             self._restored = sum(phase.steps for phase in written.phases)
         else:
-            self._note_changes()
+            self.before = model_history.with_changes(self._model, self.before)
         bands = self._privacy.bands or 1
         noise = self._progress.go_on(None if saved is None else saved["noise"], kept, bands)
         before = dataclasses.replace(self._earlier, spent=self._spent, history=self.before)
@@ -170,19 +170,6 @@ class Spending:
         self._earlier = earlier.completed(written) if self._is_secret else earlier
         self.before = self._history_before()
         self._restored = kept
-
-    def _note_changes(self) -> None:
-        """Counts the changes of the model that no ledger has."""
-        history = self.before
-        updates, is_changed = model_history.changed_since(self._model)
-        uncounted = history.uncounted + updates
-        if not history.ledger.phases:
-            uncounted = max(history.uncounted, self._progress.iterations)
-        self.before = dataclasses.replace(
-            history,
-            uncounted=uncounted,
-            changes=history.changes + (is_changed and not updates),
-        )
 
     def earlier_noise(self, phase: Phase, levels: Levels | None = None) -> float | None:
         """Returns the noise of the interrupted training that this one continues, or None.
