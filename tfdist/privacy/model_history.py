@@ -150,11 +150,20 @@ def check_idle(model: Any) -> None:
         ArgumentError: The model is in private training.
     """
     if any(not isinstance(holder.source, History) for holder in _holders(model)):
-        raise ArgumentError(
-            "A model that trains privately must not be trained by a callback meanwhile: its "
-            "steps could not be counted. Received: a `fit` within a `fit`. Train one after the "
-            "other, or another model."
-        )
+        raise trained_meanwhile("a `fit` within a `fit`")
+
+
+def trained_meanwhile(received: str) -> ArgumentError:
+    """Makes the error about a callback that trains a model in private training.
+
+    Args:
+        received: What it does.
+    """
+    return ArgumentError(
+        "A model that trains privately must not be trained by a callback meanwhile: its steps "
+        f"could not be counted. Received: {received}. Train one after the other, or another "
+        "model."
+    )
 
 
 def changed_since(model: Any) -> tuple[int, bool]:
@@ -176,7 +185,7 @@ def changed_since(model: Any) -> tuple[int, bool]:
         is_same = holder.optimizer == id(optimizer)
         updates = max(updates, iterations - holder.iterations if is_same else iterations)
     moved = any(
-        vars(v)[_ATTRIBUTE][1] != _digest(v) for v in model.variables if _ATTRIBUTE in vars(v)
+        vars(v)[_ATTRIBUTE][1] != digest(v) for v in model.variables if _ATTRIBUTE in vars(v)
     )
     return max(0, updates), moved
 
@@ -241,7 +250,7 @@ def forgotten(model: Any) -> Iterator[None]:
 def _attach(model: Any, holder: _Holder) -> None:
     for thing in _places(model):
         is_variable = isinstance(thing, keras.Variable)
-        vars(thing)[_ATTRIBUTE] = holder, _digest(thing) if is_variable else None
+        vars(thing)[_ATTRIBUTE] = holder, digest(thing) if is_variable else None
 
 
 def _places(model: Any) -> list[Any]:
@@ -264,7 +273,12 @@ def _iterations(model: Any) -> int:
     return 0 if optimizer is None else int(optimizer.iterations.numpy())
 
 
-def _digest(variable: Any) -> bytes:
+def digest(variable: Any) -> bytes:
+    """Returns a fingerprint of a variable's value.
+
+    Args:
+        variable: A `keras.Variable`.
+    """
     value = np.ascontiguousarray(variable.numpy())
     return hashlib.blake2b(value.view(np.uint8).data, digest_size=16).digest()
 

@@ -325,7 +325,8 @@ class PrivateRun:
                 callback.run = self
         noisy = () if self.privacy.target_quantile is None else ("l2_norm_clip",)
         names = StepLogs(self._callbacks, noisy)
-        return watched(callbacks, self._progress, self._spending, names)
+        counted = watched(callbacks, self._progress, self._spending, names)
+        return self._spending.outside.watched(counted)
 
     @contextlib.contextmanager
     def counting(self) -> Iterator[None]:

@@ -18,8 +18,8 @@ _AT_ONCE = 4096
 _PART_OF_CERTAIN = 0.05
 _PART_ABOVE_CHANCE = 0.25
 
-# Columns of the sought rows, and of the data: two arrays of shape [rows, columns]. The first has
-# the type in which both are compared.
+# Columns of the sought rows, and of the data: two arrays of shape [rows, columns]. The first
+# has the type in which both are compared.
 _Pair = tuple[Any, Any]
 
 
@@ -92,7 +92,7 @@ def _spread(rows: Any) -> Any:
 
 
 def _common_type(one: Any, other: Any) -> Any:
-    """Returns the type in which equal numbers stay equal, whichever was rounded to the other."""
+    """Returns a type in which numbers stay equal if one was rounded to the other's type."""
     if one.kind in "US" or other.kind in "US":
         return np.result_type(one, other)
     floats = [kind for kind in (one, other) if tf.as_dtype(kind).is_floating]

@@ -13,6 +13,7 @@ import tensorflow as tf
 
 from tfdist._keras import ReplicaBatch
 from tfdist._keras import layers as keras_layers
+from tfdist.privacy import model_history
 from tfdist.privacy.accounting.correlated import banded
 from tfdist.privacy.mechanism.adam import DPAdam
 from tfdist.privacy.mechanism.adaptive import AdaptiveClip
@@ -153,6 +154,14 @@ class PrivateStep:
         finally:
             if isinstance(optimizer, DPAdam):
                 optimizer.noise_deviation = None
+
+    def refuse_other_data(self) -> None:
+        """Refuses Keras's own step, which a callback would run on other data.
+
+        Raises:
+            ArgumentError: Always.
+        """
+        raise model_history.trained_meanwhile("`train_on_batch`, or Keras's `fit`")
 
     def begin(self, share: Any) -> None:
         """Counts a step of all replicas of this process, before they compute it.
