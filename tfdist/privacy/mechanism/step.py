@@ -259,6 +259,9 @@ class PrivateStep:
                 g * factor if r is None else g * factor + r
                 for g, r in zip(summed, penalties, strict=True)
             ]
+            # `apply` divides gradients by the factor of a loss that Keras would have scaled.
+            if (scale := optimizer.loss_scale_factor) is not None:
+                gradients = [g * scale for g in gradients]
             with batch.updating():
                 optimizer.apply(gradients, variables)
 
