@@ -11,6 +11,7 @@ import tensorflow as tf
 
 import tfdist
 from tfdist.errors import ArgumentError
+from tfdist.privacy import leaking_callbacks
 from tfdist.privacy.shared_rows import are_rows_of
 from tfdist.privacy.validation import check_callbacks, check_validation
 
@@ -76,6 +77,10 @@ def test_a_training_metric_decides_under_no_name(name: str) -> None:
     metric = keras.metrics.MeanSquaredError("mine" if name == "val_other" else name)
     model.compile("sgd", "mse", metrics=[metric])
     privacy = tfdist.DPSGD(1.0, noise_multiplier=8.0, delta=1e-4)
+    named = keras.callbacks.ModelCheckpoint(f"{{{name}}}.keras")
+    if name.startswith("val_"):
+        with pytest.raises(ArgumentError, match="The name of a file"):
+            leaking_callbacks.check_names([named], ["loss", name])
     made = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: pytest.fail("late"))
     with pytest.raises(ArgumentError, match=f"EarlyStopping with monitor='{name}'"):
         tfdist.fit(
