@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -23,6 +25,7 @@ from tfdist.data.separation import SeparationCheck
 from tfdist.errors import ArgumentError, CheckpointError
 from tfdist.privacy import Ledger, Phase, model_history
 from tfdist.privacy.accounting.correlated import coefficients, sensitivity
+from tfdist.privacy.outside_changes import OutsideChanges
 
 L = keras.layers
 NUMBERS = 2000
@@ -120,6 +123,51 @@ def test_no_callback_trains_what_trains_privately(privacy: Any) -> None:
     with pytest.raises(ArgumentError, match="must not be trained by a callback"):
         train(model, callbacks=[inner])
     assert train(model).privacy.ledger.steps == 8
+
+
+class Meddles(keras.callbacks.Callback):  # type: ignore[misc]
+    """Loads and restores weights, sets others twice, and makes an update."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._path = path
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        model = self.model
+        for trains in (model.train_on_batch, functools.partial(keras.Model.fit, model)):
+            with pytest.raises(ArgumentError, match="must not be trained by a callback"):
+                trains(*ZEROS)
+        if epoch == 0:
+            self._first = model.get_weights()
+            model.load_weights(self._path)
+        elif epoch == 1:
+            model.set_weights(self._first)
+        elif epoch == 2:
+            model.set_weights([self._first[0] + 1])
+        else:
+            model.optimizer.apply([tf.ones((40, 50))], model.trainable_variables)
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        if self.model.optimizer.iterations == 6:
+            self.model.set_weights([self._first[0] - 1])
+
+
+def test_what_callbacks_do_to_the_weights_is_noted(tmp_path: Path) -> None:
+    other, path = still(), tmp_path / "other.weights.h5"
+    other.set_weights([np.ones((40, 50))])
+    model_history.keep(other, model_history.History(SPENT))
+    other.save_weights(path)
+    model = still()
+    report = train(model, steps=16, callbacks=[Meddles(path)]).privacy
+    assert (report.uncounted_steps, report.changes) == (1, 2)
+    assert report.ledger.steps == 500 + 16  # the file is no change: it has its own steps
+    assert model_history.of(model).changes == 2
+    assert model_history.changed_since(model) == (0, False)
+    # Keras's own callbacks compute what they set from released weights.
+    given = [keras.callbacks.EarlyStopping(), keras.callbacks.SwapEMAWeights()]
+    watched = OutsideChanges(model, pytest.fail).watched([*given, Meddles(path)])
+    assert watched[:2] == given
+    assert len(watched) == 5
 
 
 # --- crashes ----------------------------------------------------------------------------
@@ -292,6 +340,7 @@ def adapted(model: Any) -> Any:
         lambda model: around(quantized(model).get_layer("still")),
         lambda model: around(copy.deepcopy(model.get_layer("still"))),
         lambda model: pickle.loads(pickle.dumps(quantized(model))),
+        lambda model: tfdist.privacy.make_private_model(model)[0],
     ],
 )
 def test_other_weights_of_a_layer_keep_what_was_spent(change: Any) -> None:
@@ -314,6 +363,9 @@ def test_what_is_not_counted_is_noted() -> None:
     report = train(model).privacy
     assert (report.ledger.steps, report.uncounted_steps, report.changes) == (12, 4, 1)
     assert report.line().endswith("; other training of the weights is not counted")
+    model.set_weights([np.zeros((40, 50))])
+    copied, _ = tfdist.privacy.make_private_model(model)
+    assert model_history.of(copied) == dataclasses.replace(model_history.of(model), changes=2)
 
 
 # --- ledgers ----------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import string
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -11,6 +13,7 @@ from keras import callbacks as keras_callbacks
 from tfdist.errors import ArgumentError
 
 _NOISY = ("epsilon", "l2_norm_clip", "learning_rate")
+_COUNTS = ("epoch", "batch")
 _BEST_ONLY = tuple(
     getattr(keras_callbacks, name)
     for name in ("ModelCheckpoint", "OrbaxCheckpoint")
@@ -23,7 +26,7 @@ def check_callbacks(callbacks: Sequence[Any]) -> None:
 
     The training loss has no noise. So the end of training, the choice of weights and the
     learning rate must not depend on it. Files must not contain losses of single batches, which
-    may have very few examples.
+    may have very few examples. Names of files of weights must not contain any loss.
 
     Args:
         callbacks: Keras callbacks. Custom code, such as that of a `LambdaCallback`, cannot be
@@ -43,6 +46,8 @@ def check_callbacks(callbacks: Sequence[Any]) -> None:
         monitor = getattr(callback, "monitor", None)
         if _decides(callback) and not _may_be_public(monitor):
             raise _decides_by_training(callback)
+        if not all(map(_may_be_public, _names_in_path(callback).difference(_COUNTS))):
+            raise _named_by_training(callback)
         frequency = getattr(callback, "update_freq", "epoch")
         if isinstance(callback, keras_callbacks.TensorBoard) and frequency != "epoch":
             raise ArgumentError(
@@ -54,18 +59,20 @@ def check_callbacks(callbacks: Sequence[Any]) -> None:
 
 
 def check_names(callbacks: Sequence[Any], names: Collection[str]) -> None:
-    """Refuses callbacks that decide by a training metric, also one whose name begins with val_.
+    """Refuses callbacks that use a training metric, also one whose name begins with val_.
 
     Args:
         callbacks: Keras callbacks.
         names: The names that a training step logs without noise.
 
     Raises:
-        ArgumentError: A callback monitors one of them.
+        ArgumentError: A callback monitors one of them, or names files by it.
     """
     for callback in callbacks:
         if _decides(callback) and callback.monitor in names:
             raise _decides_by_training(callback)
+        if not _names_in_path(callback).isdisjoint(names):
+            raise _named_by_training(callback)
 
 
 class StepLogs(keras.callbacks.Callback):  # type: ignore[misc]
@@ -92,6 +99,25 @@ def _decides_by_training(callback: Any) -> ArgumentError:
         f"monitor={callback.monitor!r}. Use one of data that need not be protected, such as "
         "monitor='val_loss' with validation_data."
     )
+
+
+def _named_by_training(callback: Any) -> ArgumentError:
+    return ArgumentError(
+        "The name of a file of weights must not have a loss or metric of the training data in "
+        f"private training, which has no noise. Received: {type(callback).__name__} with "
+        f"filepath={callback.filepath!r}. Use {{epoch}}, or a metric of data that need not be "
+        "protected, such as {val_loss} with validation_data."
+    )
+
+
+def _names_in_path(callback: Any) -> set[str]:
+    """Returns the names that Keras replaces in the path of a callback's files."""
+    if not isinstance(callback, _BEST_ONLY):
+        return set()
+    path, fields = str(getattr(callback, "filepath", "")), []
+    with contextlib.suppress(ValueError):  # Keras will raise it, too
+        fields = [field for _, field, _, _ in string.Formatter().parse(path) if field]
+    return {field.split(".")[0].split("[")[0] for field in fields}
 
 
 def _decides(callback: Any) -> bool:

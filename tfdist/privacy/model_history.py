@@ -150,11 +150,20 @@ def check_idle(model: Any) -> None:
         ArgumentError: The model is in private training.
     """
     if any(not isinstance(holder.source, History) for holder in _holders(model)):
-        raise ArgumentError(
-            "A model that trains privately must not be trained by a callback meanwhile: its "
-            "steps could not be counted. Received: a `fit` within a `fit`. Train one after the "
-            "other, or another model."
-        )
+        raise trained_meanwhile("a `fit` within a `fit`")
+
+
+def trained_meanwhile(received: str) -> ArgumentError:
+    """Makes the error about a callback that trains a model in private training.
+
+    Args:
+        received: What it does.
+    """
+    return ArgumentError(
+        "A model that trains privately must not be trained by a callback meanwhile: its steps "
+        f"could not be counted. Received: {received}. Train one after the other, or another "
+        "model."
+    )
 
 
 def changed_since(model: Any) -> tuple[int, bool]:
@@ -176,9 +185,38 @@ def changed_since(model: Any) -> tuple[int, bool]:
         is_same = holder.optimizer == id(optimizer)
         updates = max(updates, iterations - holder.iterations if is_same else iterations)
     moved = any(
-        vars(v)[_ATTRIBUTE][1] != _digest(v) for v in model.variables if _ATTRIBUTE in vars(v)
+        vars(v)[_ATTRIBUTE][1] != digest(v) for v in model.variables if _ATTRIBUTE in vars(v)
     )
     return max(0, updates), moved
+
+
+def with_changes(model: Any, history: History) -> History:
+    """Adds the changes of a model since its last private training, which no ledger has.
+
+    Args:
+        model: A built `keras.Model`.
+        history: Its history, with steps that are known from elsewhere.
+    """
+    updates, is_changed = changed_since(model)
+    uncounted = history.uncounted + updates
+    if not history.ledger.phases:
+        uncounted = max(history.uncounted, _iterations(model))
+    changes = history.changes + (is_changed and not updates)
+    return dataclasses.replace(history, uncounted=uncounted, changes=changes)
+
+
+def pass_on(model: Any, copy: Any) -> None:
+    """Attaches the history of a model to another model that gets its weights.
+
+    Every function of tfdist that copies weights calls it.
+
+    Args:
+        model: A built `keras.Model`.
+        copy: The other model, with the copied weights.
+    """
+    history = with_changes(model, of(model))
+    if history != History():
+        keep(copy, of(copy).merged(history))
 
 
 def keep(model: Any, source: History | RunUnderWay) -> None:
@@ -212,7 +250,7 @@ def forgotten(model: Any) -> Iterator[None]:
 def _attach(model: Any, holder: _Holder) -> None:
     for thing in _places(model):
         is_variable = isinstance(thing, keras.Variable)
-        vars(thing)[_ATTRIBUTE] = holder, _digest(thing) if is_variable else None
+        vars(thing)[_ATTRIBUTE] = holder, digest(thing) if is_variable else None
 
 
 def _places(model: Any) -> list[Any]:
@@ -235,7 +273,12 @@ def _iterations(model: Any) -> int:
     return 0 if optimizer is None else int(optimizer.iterations.numpy())
 
 
-def _digest(variable: Any) -> bytes:
+def digest(variable: Any) -> bytes:
+    """Returns a fingerprint of a variable's value.
+
+    Args:
+        variable: A `keras.Variable`.
+    """
     value = np.ascontiguousarray(variable.numpy())
     return hashlib.blake2b(value.view(np.uint8).data, digest_size=16).digest()
 

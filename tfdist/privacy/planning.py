@@ -16,6 +16,7 @@ from tfdist.data import leaves
 from tfdist.data.arrays import Arrays
 from tfdist.data.batches import Batches, PyDatasetBatches
 from tfdist.data.datasets import DatasetBatches
+from tfdist.data.epochs import count_steps
 from tfdist.data.separation import SeparationCheck, check_places
 from tfdist.data.source import Source
 from tfdist.errors import ArgumentError
@@ -30,7 +31,7 @@ class Plan(NamedTuple):
     """The plan of a private `fit`.
 
     Attributes:
-        steps: The number of planned steps.
+        steps: The number of planned steps, in whole executions as they are made.
         phase: One step, without noise.
         divisor: The divisor of the sum of a step's gradients. It is `batch_size`, even if the
             data have fewer examples: their number would otherwise show in the noise.
@@ -43,19 +44,22 @@ class Plan(NamedTuple):
     expected_units: float
 
 
-def plan(privacy: DPSGD, source: Source, epochs: int) -> Plan:
+def plan(privacy: DPSGD, source: Source, epochs: int, at_once: int) -> Plan:
     """Plans the steps of a private `fit`.
 
     Args:
         privacy: The settings.
         source: The data.
         epochs: The number of epochs.
+        at_once: The `steps_per_execution` of the model.
 
     Raises:
         ArgumentError: The number of steps is unknown, or the plan would not be private.
     """
+    epochs = max(0, epochs)
+    steps = count_steps(source.requested_steps, source.batches, epochs, at_once)
     if isinstance(privacy, DPFTRL):
-        return _in_turn(privacy, source, max(0, epochs))
+        return _in_turn(privacy, source, epochs, steps)
     arrays = source.drawn_from
     assert isinstance(arrays, Arrays)
     sampler = arrays.sampler
@@ -65,7 +69,7 @@ def plan(privacy: DPSGD, source: Source, epochs: int) -> Plan:
     if not phase.truncates:
         phase = dataclasses.replace(phase, capacity=None)
     return Plan(
-        (arrays.steps or 0) * max(0, epochs),
+        steps,
         phase,
         float(batch_size),
         sampler.expected_units(rows, batch_size),
@@ -163,7 +167,7 @@ def _check_separation(
         )
 
 
-def _in_turn(privacy: DPFTRL, source: Source, epochs: int) -> Plan:
+def _in_turn(privacy: DPFTRL, source: Source, epochs: int, steps: int) -> Plan:
     """Plans steps without sampling, in which each example takes part once an epoch."""
     inner = source.drawn_from
     if source.steps is None:
@@ -187,4 +191,4 @@ def _in_turn(privacy: DPFTRL, source: Source, epochs: int) -> Plan:
         batch_size = int(tf.nest.flatten(first_batch.data)[0].shape[0])
         _check_separation(separation, inner, batch_size, epochs)
     phase = Phase(1.0, 0.0, 1, None, rows, bands=privacy.bands, separation=separation)
-    return Plan(source.steps * epochs, phase, batch_size, batch_size)
+    return Plan(steps, phase, batch_size, batch_size)

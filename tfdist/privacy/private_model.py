@@ -10,6 +10,7 @@ from keras import layers
 from tfdist import _keras
 from tfdist._keras import layers as keras_layers
 from tfdist.errors import ArgumentError
+from tfdist.privacy import model_history
 
 _MOST_GROUPS = 32
 _LEAST_CHANNELS = 4
@@ -21,7 +22,7 @@ def make_private_model(model: Any) -> tuple[Any, list[str]]:
     Group normalization (Wu and He, "Group normalization", ECCV 2018) computes its statistics
     from one example alone. Channels are split into at most 32 groups of at least 4 channels.
     All other layers keep their weights. The new layers have initial weights, so a trained model
-    needs more training.
+    needs more training. The new model has the privacy that was spent on the old one.
 
     Args:
         model: A built Sequential or functional `keras.Model`, compiled or not. It does not
@@ -97,6 +98,7 @@ def make_private_model(model: Any) -> tuple[Any, list[str]]:
             new.trainable = old.trainable
     if model.compiled:
         private_model.compile_from_config(model.get_compile_config())
+    model_history.pass_on(model, private_model)
     return private_model, changed
 
 

@@ -143,7 +143,7 @@ class PrivateRun:
         for step in traced_steps(self._model):
             if step.raw:
                 raise unfit_layers.keeps_state(step.raw[0])
-        planned = plan(privacy, source, epochs)
+        planned = plan(privacy, source, epochs, int(self._model.steps_per_execution))
         self.planned_steps, phase, expected, units = planned
         users = None if self._users is None else self._users.fingerprint
         phase = self._spending.named(phase, users)
@@ -325,7 +325,8 @@ class PrivateRun:
                 callback.run = self
         noisy = () if self.privacy.target_quantile is None else ("l2_norm_clip",)
         names = StepLogs(self._callbacks, noisy)
-        return watched(callbacks, self._progress, self._spending, names)
+        counted = watched(callbacks, self._progress, self._spending, names)
+        return self._spending.outside.watched(counted)
 
     @contextlib.contextmanager
     def counting(self) -> Iterator[None]:

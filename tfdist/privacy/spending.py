@@ -15,6 +15,7 @@ from tfdist.privacy.accounting.ledger import Ledger, Phase
 from tfdist.privacy.accounting.levels import Levels
 from tfdist.privacy.journal import Journal, backup_of, steps_ahead
 from tfdist.privacy.model_history import History
+from tfdist.privacy.outside_changes import OutsideChanges
 from tfdist.privacy.progress import StepProgress
 from tfdist.privacy.resumption import Earlier, saved_state, with_phase
 from tfdist.privacy.settings import DPSGD
@@ -37,6 +38,7 @@ class Spending:
 
     Attributes:
         before: The history of all other steps on the data, before this training or beside it.
+        outside: Notices what callbacks do to the weights between steps.
         limit: The target epsilon, if training may have to end before its last step. None if
             all planned steps are within the target.
     """
@@ -54,6 +56,7 @@ class Spending:
         self.limit: float | None = None
         self._privacy, self._session, self._model = privacy, session, model
         self._progress = progress
+        self.outside = OutsideChanges(model, self._note_outside)
         self._is_secret = secret
         self._run_id = secrets.token_hex(8)
         self._phase: Phase | None = None
@@ -153,7 +156,7 @@ class Spending:
             self.before = self._history_before()
             self._restored = sum(phase.steps for phase in written.phases)
         else:
-            self._note_changes()
+            self.before = model_history.with_changes(self._model, self.before)
         bands = self._privacy.bands or 1
         noise = self._progress.go_on(None if saved is None else saved["noise"], kept, bands)
         before = dataclasses.replace(self._earlier, spent=self._spent, history=self.before)
@@ -170,19 +173,6 @@ class Spending:
         self._earlier = earlier.completed(written) if self._is_secret else earlier
         self.before = self._history_before()
         self._restored = kept
-
-    def _note_changes(self) -> None:
-        """Counts the changes of the model that no ledger has."""
-        history = self.before
-        updates, is_changed = model_history.changed_since(self._model)
-        uncounted = history.uncounted + updates
-        if not history.ledger.phases:
-            uncounted = max(history.uncounted, self._progress.iterations)
-        self.before = dataclasses.replace(
-            history,
-            uncounted=uncounted,
-            changes=history.changes + (is_changed and not updates),
-        )
 
     def earlier_noise(self, phase: Phase, levels: Levels | None = None) -> float | None:
         """Returns the noise of the interrupted training that this one continues, or None.
@@ -261,6 +251,18 @@ class Spending:
         steps = sum(phase.steps for phase in of_this_run)
         self._progress.kept = max(self._progress.kept, steps - self._progress.made_here)
         self.before = self.before.merged(groupings.comparable(history.without(self._run_id)))
+        self.outside.accept()
+        self._write(max(self._ahead, self._progress.steps_made))
+
+    def _note_outside(self, updates: int) -> None:
+        """Notes that a callback has changed the weights between steps."""
+        before = self.before
+        if not updates:
+            if not self.history().ledger.steps:
+                return  # weights that a callback has set before the first private step
+            self.before = dataclasses.replace(before, changes=before.changes + 1)
+        else:
+            self.before = dataclasses.replace(before, uncounted=before.uncounted + updates)
         self._write(max(self._ahead, self._progress.steps_made))
 
     def before_steps(self, steps: int) -> None:
@@ -331,6 +333,7 @@ class Spending:
         try:
             yield
         finally:
+            self.outside.settle()  # a callback may have failed
             model_history.keep(self._model, self.history())
             # If this fails, the journal counts too many steps. That is safe, and no reason to
             # lose the trained model.

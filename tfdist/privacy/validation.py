@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import collections
 from typing import Any
 
 import keras
-import numpy as np
 import tensorflow as tf
 
 from tfdist import data
 from tfdist.errors import ArgumentError
 from tfdist.imbalance.per_class import PerClassMetrics
-from tfdist.privacy import leaking_callbacks
+from tfdist.privacy import leaking_callbacks, shared_rows
 from tfdist.privacy.dpftrl import DPFTRL
 from tfdist.privacy.sampling.poisson import Accounted, Poisson
 from tfdist.privacy.settings import DPSGD
 from tfdist.strategies.session import Session
-
-_ROWS_SOUGHT = 200
 
 
 def check_data(
@@ -170,11 +166,11 @@ def check_callbacks(callbacks: Any, x: Any) -> None:
     listed = listed if isinstance(listed, list | tuple) else [listed]
     leaking_callbacks.check_callbacks([c for c in listed if c is not None])
     for callback in listed:
-        if isinstance(callback, PerClassMetrics) and _overlap(callback.x, x):
+        if isinstance(callback, PerClassMetrics) and shared_rows.has_rows_of(callback.x, x):
             raise ArgumentError(
                 "PerClassMetrics must not be of the training data in private training: it "
-                "counts single examples, without noise. Received: the arrays of `x`. Give it "
-                "data that need not be protected."
+                "counts single examples, without noise. Received: rows of `x`. Give it data "
+                "that need not be protected."
             )
 
 
@@ -202,8 +198,7 @@ def check_validation(
     if validation_data is not None:
         validation_x = keras.utils.unpack_x_y_sample_weight(validation_data)[0]
         received = "validation_data with rows of `x`"
-        samples = _rows_at_first(validation_x), _rows_at_first(x)
-        if not (_overlap(validation_x, x) or are_rows_of(*samples)):
+        if not shared_rows.has_rows_of(validation_x, x):
             return False
     elif not validation_split:
         return False
@@ -217,79 +212,3 @@ def check_validation(
                 "validation_data that need not be protected, or leave the callback out."
             )
     return True
-
-
-def _rows_at_first(x: Any) -> Any:
-    """Returns arrays as they are, or the inputs of a stream's first batch, or None."""
-    if isinstance(x, tf.data.Dataset):
-        batch = next(iter(x), None)
-    elif isinstance(x, keras.utils.PyDataset):
-        batch = x[0]
-    else:
-        return x
-    inputs = None if batch is None else keras.utils.unpack_x_y_sample_weight(batch)[0]
-    if any(map(data.is_composite, tf.nest.flatten(inputs))):
-        return None
-    return tf.nest.map_structure(np.asarray, inputs)
-
-
-def are_rows_of(some: Any, x: Any) -> bool:
-    """Returns whether at least half of some rows are also rows of `x`.
-
-    Up to 200 rows are searched. Rows that `x` has several times do not count, since rows with
-    few possible values are equal by chance.
-
-    Args:
-        some: Arrays of rows, nested as `x`.
-        x: Arrays. For other data the result is False.
-    """
-    if some is None or x is None or not (data.is_arrays(some) and data.is_arrays(x)):
-        return False
-    leaves = [*tf.nest.flatten(some), *tf.nest.flatten(x)]
-    half = len(tf.nest.flatten(x))
-    if len(leaves) != 2 * half or any(map(data.is_composite, leaves)):
-        return False
-    arrays = [np.asarray(leaf) for leaf in leaves]
-    rows, x_rows = arrays[:half], arrays[half:]
-    if any(array.dtype == object or not array.ndim for array in arrays) or not len(rows[0]):
-        return False
-    if any(a.shape[1:] != b.shape[1:] for a, b in zip(rows, x_rows, strict=True)):
-        return False
-    chosen = np.unique(np.linspace(0, len(rows[0]) - 1, _ROWS_SOUGHT).astype(int))
-    rows = [a[chosen].astype(b.dtype) for a, b in zip(rows, x_rows, strict=True)]
-    sought = {_bytes(rows, row) for row in range(len(chosen))}
-    counts = collections.Counter(_bytes(x_rows, row) for row in _candidates(rows[0], x_rows[0]))
-    return sum(counts[row] == 1 for row in sought) >= max(1, len(sought) / 2)
-
-
-def _bytes(arrays: list[Any], row: int) -> bytes:
-    return b"".join(np.asarray(array[row]).tobytes() for array in arrays)
-
-
-def _candidates(rows: Any, x: Any) -> Any:
-    """Returns the numbers of rows of `x` that agree with some row in three columns.
-
-    The three columns have the most different values of 64. This is a quick first selection.
-    """
-    rows, x = rows.reshape(len(rows), -1), x.reshape(len(x), -1)
-    columns = np.unique(np.linspace(0, rows.shape[1] - 1, 64).astype(int))
-    selective = sorted(columns, key=lambda c: -len(np.unique(rows[:, c])))[:3]
-    may_match = np.ones(len(x), bool)
-    for column in selective:
-        may_match &= np.isin(x[:, column], rows[:, column])
-    return np.flatnonzero(may_match)
-
-
-def _overlap(first: Any, second: Any) -> bool:
-    """Returns whether arrays share memory, or any two leaves are the same object."""
-    for a in tf.nest.flatten(first):
-        for b in tf.nest.flatten(second):
-            if a is b:
-                return True
-            if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
-                try:
-                    if np.shares_memory(a, b, max_work=1000):  # type: ignore[arg-type]
-                        return True
-                except np.exceptions.TooHardError:
-                    continue
-    return False

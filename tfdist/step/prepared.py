@@ -123,6 +123,7 @@ class PreparedModel:
         return _keras.loop_functions(
             self.model,
             (data.Epoch, data.Share),
+            None if self.own_step is None else self.own_step.refuse_other_data,
             train_function=here.recording(self.functions.train, "training"),
             test_function=here.recording(self.functions.test, "validation"),
             predict_function=here.recording(self.functions.predict, "prediction"),

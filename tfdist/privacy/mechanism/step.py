@@ -13,6 +13,7 @@ import tensorflow as tf
 
 from tfdist._keras import ReplicaBatch
 from tfdist._keras import layers as keras_layers
+from tfdist.privacy import model_history
 from tfdist.privacy.accounting.correlated import banded
 from tfdist.privacy.mechanism.adam import DPAdam
 from tfdist.privacy.mechanism.adaptive import AdaptiveClip
@@ -154,6 +155,14 @@ class PrivateStep:
             if isinstance(optimizer, DPAdam):
                 optimizer.noise_deviation = None
 
+    def refuse_other_data(self) -> None:
+        """Refuses Keras's own step, which a callback would run on other data.
+
+        Raises:
+            ArgumentError: Always.
+        """
+        raise model_history.trained_meanwhile("`train_on_batch`, or Keras's `fit`")
+
     def begin(self, share: Any) -> None:
         """Counts a step of all replicas of this process, before they compute it.
 
@@ -250,6 +259,9 @@ class PrivateStep:
                 g * factor if r is None else g * factor + r
                 for g, r in zip(summed, penalties, strict=True)
             ]
+            # `apply` divides gradients by the factor of a loss that Keras would have scaled.
+            if (scale := optimizer.loss_scale_factor) is not None:
+                gradients = [g * scale for g in gradients]
             with batch.updating():
                 optimizer.apply(gradients, variables)
 
