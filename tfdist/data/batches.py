@@ -41,6 +41,7 @@ class Batches(Source):
         batches: Batches of one pass; None if unknown or endless.
         requested_steps: The user's number of batches an epoch, or None.
         transform: Applied to each batch, for example to add class weights.
+        copies: How often each row is repeated, one copy after the other.
     """
 
     def __init__(
@@ -48,10 +49,12 @@ class Batches(Source):
         batches: int | None,
         requested_steps: int | None,
         transform: Callable[[Any], Any] | None = None,
+        copies: int = 1,
     ) -> None:
         self.batches = batches
         self.requested_steps = requested_steps
         self.transform = transform
+        self.copies = copies
         self.watch: SeparationCheck | None = None
 
     @abc.abstractmethod
@@ -76,12 +79,13 @@ class Batches(Source):
             batches = map_elements(batches, self.transform)
 
         is_tuple = isinstance(batches.element_spec, tuple)
+        copies = self.copies
 
         def share(*batch_and_replica: Any) -> Share:
             *parts, replica = batch_and_replica
             batch = tuple(parts) if is_tuple else parts[0]
             if place.num_replicas == 1:
-                return Share(batch)
+                return Share(_repeated(batch, copies))
             total = leaves.count(tf.nest.flatten(batch)[0])
             begin, end = bounds(total, replica, place)
             # A share without rows takes an arbitrary row as padding.
@@ -95,9 +99,42 @@ class Batches(Source):
 
             data = tf.nest.map_structure(part, batch)
             check = _check(batch) if place.num_workers > 1 else tf.zeros([4])
-            return Share(data, end - begin, total, begin, check, no_groups())
+            counts = (copies * count for count in (end - begin, total, begin))
+            return Share(_repeated(data, copies), *counts, check, no_groups())
 
         return split_over_replicas(batches, share, place)
+
+    def spec_of_shares(self, spec: Any) -> Any:
+        """Returns the shapes and dtypes of a batch after `transform`, with all copies.
+
+        Args:
+            spec: The shapes and dtypes before it.
+        """
+        if self.transform is not None:
+            spec = transformed_spec(self.transform, spec)
+        if self.copies == 1:
+            return spec
+        return tf.nest.map_structure(lambda leaf: _spec_of_copies(leaf, self.copies), spec)
+
+
+def _repeated(batch: Any, copies: int) -> Any:
+    """Repeats each row of a batch, one copy after the other."""
+    if copies == 1:
+        return batch
+    rows = tf.repeat(tf.range(leaves.count(tf.nest.flatten(batch)[0])), copies)
+
+    def part(leaf: Tensor) -> Tensor:
+        count = leaf.shape[0]
+        return leaves.with_num_rows(
+            leaves.gather(leaf, rows), None if count is None else count * copies
+        )
+
+    return tf.nest.map_structure(part, batch)
+
+
+def _spec_of_copies(spec: Any, copies: int) -> Any:
+    count = spec.shape[0]
+    return leaves.spec(spec, None if count is None else count * copies)
 
 
 def _check(batch: Any) -> Tensor:
@@ -177,6 +214,7 @@ class PyDatasetBatches(Batches):
         shuffle: Whether each epoch has its own order of batches.
         seed: Chooses the orders.
         transform: Applied to each batch.
+        copies: As in `Batches`.
     """
 
     def __init__(
@@ -187,13 +225,14 @@ class PyDatasetBatches(Batches):
         shuffle: bool,
         seed: int,
         transform: Callable[[Any], Any] | None = None,
+        copies: int = 1,
     ) -> None:
         length = dataset.num_batches
         if length == 0:
             raise ArgumentError(
                 "A data set must have at least one batch. Received: a PyDataset of length 0."
             )
-        super().__init__(length, steps, transform)
+        super().__init__(length, steps, transform, copies)
         self.dataset = dataset
         self.shuffle = shuffle and length is not None
         self.seed = seed
@@ -244,9 +283,7 @@ class PyDatasetBatches(Batches):
 
     def spec(self) -> Any:
         """Returns the shapes and dtypes of a batch."""
-        if self.transform is None:
-            return self._spec
-        return transformed_spec(self.transform, self._spec)
+        return self.spec_of_shares(self._spec)
 
 
 def transformed_spec(transform: Callable[..., Any], spec: Any) -> Any:

@@ -184,7 +184,7 @@ def _in_turn(privacy: DPFTRL, source: Source, epochs: int) -> Plan:
         if isinstance(inner, DatasetBatches):
             check_places(inner.user_dataset, separation is not None)
         first_batch = next(iter(inner.shares(Place())))
-        batch_size = int(tf.nest.flatten(first_batch.data)[0].shape[0])
+        batch_size = int(tf.nest.flatten(first_batch.data)[0].shape[0]) // inner.copies
         _check_separation(separation, inner, batch_size, epochs)
     phase = Phase(1.0, 0.0, 1, None, rows, bands=privacy.bands, separation=separation)
     return Plan(source.steps * epochs, phase, batch_size, batch_size)
