@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from tfdist.data import leaves
 from tfdist.data.epochs import START, DataPosition
-from tfdist.data.separation import SeparationCheck
+from tfdist.data.separation import SeparationCheck, check_shuffled
 from tfdist.data.source import (
     FEW,
     FOREVER,
@@ -63,6 +63,14 @@ class Batches(Source):
 
         Args:
             position: The position of the first batch.
+        """
+
+    def check_order(self, separation: int | None, comes_again: bool) -> None:  # noqa: B027
+        """Refuses batches in which an example of `DPFTRL` may come too early.
+
+        Args:
+            separation: As in `SeparationCheck`.
+            comes_again: Whether there is more than one pass.
         """
 
     def note_iterator(self, position: DataPosition) -> None:
@@ -273,6 +281,12 @@ class PyDatasetBatches(Batches):
         places = tf.data.Dataset.range(position.num_drawn, end)
         workers = max(1, self.dataset.workers)
         return without_tuning(places.map(batch, workers, deterministic=True))
+
+    def check_order(self, separation: int | None, comes_again: bool) -> None:
+        """Refuses batches that `fit` shuffles in each pass."""
+        if self.shuffle and comes_again and separation is not None:
+            data = "a PyDataset whose batches `fit` shuffles in each epoch"
+            check_shuffled(data, "Pass fit(shuffle=False).", separation, in_one_batch=False)
 
     def _number(self, place: int, number: int) -> int:
         """Returns the number of the batch at a position of a pass."""

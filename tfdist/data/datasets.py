@@ -10,6 +10,7 @@ import tensorflow as tf
 from tfdist._keras import datasets
 from tfdist.data.batches import Batches
 from tfdist.data.epochs import DataPosition
+from tfdist.data.separation import check_places
 from tfdist.errors import ArgumentError
 
 _MEMORY = "_tfdist_read"
@@ -61,6 +62,10 @@ class DatasetBatches(Batches):
     def repetitions(self) -> list[tuple[int, bool]]:
         """Lists what the dataset repeats by itself; see `datasets.repetitions`."""
         return datasets.repetitions(self.user_dataset)
+
+    def check_order(self, separation: int | None, comes_again: bool) -> None:
+        """Refuses a dataset in which an example may come too early, or decide about others."""
+        check_places(self.user_dataset, separation, comes_again)
 
     def begin_anew(self) -> None:
         """Draws from a copy whose shuffles have never been drawn from."""
