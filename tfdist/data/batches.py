@@ -65,7 +65,7 @@ class Batches(Source):
             position: The position of the first batch.
         """
 
-    def check_order(self, separation: int | None, comes_again: bool) -> None:  # noqa: B027
+    def check_order(self, separation: int | None, comes_again: bool) -> None:
         """Refuses batches in which an example of `DPFTRL` may come too early.
 
         Args:

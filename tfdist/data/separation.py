@@ -40,8 +40,8 @@ class SeparationCheck:
     pairing has larger distances, so data that keeps `min_separation` always passes. Within a
     pass, the check compares whole batches.
 
-    It finds mistakes. It does not find data that was made to deceive it, nor rows that get other
-    random numbers each time. So `check_places` refuses shuffles before training.
+    It finds mistakes. It does not find data that was made to deceive it, nor rows that get
+    other random numbers each time. So `check_places` refuses shuffles before training.
 
     Args:
         separation: The least number of steps between two steps with the same example; None if
