@@ -88,8 +88,8 @@ def draws_by_row(layer: Any, spec: Any) -> bool:
     if state is not None:
         raise ArgumentError(
             "A layer of `Augment` must keep no state: an example would change those after it, "
-            f"and replicas would differ. Received: {name}, with the operation {state}. Leave the "
-            "state out, or put the layer into the model."
+            f"and replicas would differ. Received: {name}, with the operation {state}. Leave "
+            "the state out, or put the layer into the model."
         )
     return draws.by_row == draws.count
 
