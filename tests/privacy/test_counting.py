@@ -21,6 +21,7 @@ import tensorflow as tf
 
 import tfdist
 from tests.parameters import in_part
+from tfdist.data.batches import PyDatasetBatches
 from tfdist.data.separation import SeparationCheck
 from tfdist.errors import ArgumentError, CheckpointError
 from tfdist.privacy import Ledger, Phase, model_history
@@ -480,6 +481,17 @@ def test_examples_that_come_back_early_are_seen() -> None:
         assert message in check.problem
 
 
+def turned(dataset: Any) -> Any:
+    """Batches in the reverse order in each second pass, by Python."""
+    passes = itertools.count()
+
+    def batches() -> Any:
+        return reversed(list(dataset)) if next(passes) % 2 else iter(dataset)
+
+    made = tf.data.Dataset.from_generator(batches, output_signature=dataset.element_spec)
+    return made.apply(tf.data.experimental.assert_cardinality(4))
+
+
 @pytest.mark.parametrize(
     ("make", "separation", "options", "message"),
     [
@@ -493,7 +505,8 @@ def test_examples_that_come_back_early_are_seen() -> None:
             "min_separation=2 and 1 batches",
         ),
         (lambda d: d, 5, {"epochs": 2}, "min_separation=5 and 4 batches"),
-        (lambda d: d.shuffle(4, seed=1), 4, {"epochs": 9}, "must not come back earlier"),
+        (lambda d: d.shuffle(4, seed=1), 4, {"epochs": 2}, "reshuffle_each_iteration=False"),
+        (lambda d: turned(d), 4, {"epochs": 2}, "an example of step 4 again in step 5"),
     ],
 )
 def test_promises_that_data_cannot_keep_are_refused(
@@ -506,6 +519,26 @@ def test_promises_that_data_cannot_keep_are_refused(
         tfdist.fit(
             still(), dataset, verbose=0, privacy=ftrl(min_separation=separation), **options
         )
+
+
+@pytest.mark.quick
+def test_a_py_dataset_that_fit_shuffles_keeps_no_promise() -> None:
+    class Pages(keras.utils.PyDataset):  # type: ignore[misc]
+        def __len__(self) -> int:
+            return 3
+
+        def __getitem__(self, page: int) -> Any:
+            return np.full((2, 1), page, "float32")
+
+    def check(separation: int | None, comes_again: bool, shuffle: bool = True) -> None:
+        pages = PyDatasetBatches(Pages(), None, shuffle=shuffle, seed=1)
+        pages.check_order(separation, comes_again)
+
+    check(3, comes_again=False)
+    check(1, comes_again=True)
+    check(3, comes_again=True, shuffle=False)
+    with pytest.raises(ArgumentError, match=r"steps that follow each other. Pass fit\(shuffle"):
+        check(3, comes_again=True)
 
 
 def test_a_frozen_model_brings_what_was_spent(tmp_path: Path) -> None:

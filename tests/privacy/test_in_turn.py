@@ -16,11 +16,13 @@ import tfdist
 from tests.parameters import in_part
 from tests.privacy.test_groups import classifier, loop, rows
 from tfdist._keras import layers as keras_layers
+from tfdist.data.datasets import DatasetBatches
 from tfdist.errors import ArgumentError
 from tfdist.privacy import Ledger, Phase
 from tfdist.privacy.accounting.correlated import coefficients, sensitivity
 from tfdist.privacy.dpftrl import SameOrder
 from tfdist.privacy.mechanism.noise import Noise
+from tfdist.privacy.validation import check_copies
 
 L = keras.layers
 SGD = keras.optimizers.SGD
@@ -204,6 +206,21 @@ def test_every_example_takes_part_in_its_turn(kind: str) -> None:
     (phase,) = report.ledger.phases
     assert (phase.steps, phase.separation, phase.bands) == (8, 4, 8)
     assert report.secret  # the order may be known
+
+
+def test_batches_hold_the_copies_that_are_clipped_as_one() -> None:
+    x, y, _ = rows(24)
+    augment = tfdist.Augment([L.GaussianNoise(0.5, seed=1)])
+    models, data = [], tf.data.Dataset.from_tensor_slices((x, y)).batch(8)
+    for given, options in (((x, y), {"batch_size": 8, "shuffle": False}), ((data,), {})):
+        models.append(classifier(L.Dense(3, kernel_initializer="zeros")))
+        privacy = ftrl(0.0, augmentations=3)
+        options = {"verbose": 0, "seed": 3, "augment": augment, **options}
+        tfdist.fit(models[-1], *given, privacy=privacy, **options)
+    for arrays, batches in zip(*(model.get_weights() for model in models), strict=True):
+        np.testing.assert_allclose(batches, arrays, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ArgumentError, match="augmentations=3 and data with 1"):
+        check_copies(ftrl(augmentations=3), augment, DatasetBatches(data, None))
 
 
 def test_a_target_is_kept_to_and_said() -> None:

@@ -11,6 +11,13 @@ import tensorflow as tf
 
 from tfdist._keras import dataset_files
 
+# Names of dataset classes.
+SOURCES = frozenset(
+    {
+        "FixedLengthRecordDatasetV2", "TFRecordDatasetV2", "TextLineDatasetV2", "_ListDataset",
+        "_LoadDataset", "_SparseTensorSliceDataset", "_TensorDataset", "_TensorSliceDataset",
+    }
+)  # fmt: skip
 _FEW_ROWS = 16
 _SHARE = 100  # two sources overlap if more than one row in so many is in both
 

@@ -13,6 +13,8 @@ import keras
 import tensorflow as tf
 from keras.src.models import Functional as _Functional
 
+_FLOAT32 = keras.dtype_policies.DTypePolicy("float32")
+
 
 def own_variables(layer: Any) -> list[Any]:
     """Lists the trainable variables of a layer, without those of its sublayers.
@@ -79,6 +81,24 @@ def changed(layer: Any, **attributes: Any) -> Iterator[None]:
         yield
     finally:
         vars(layer).update(before)
+
+
+@contextlib.contextmanager
+def in_float32(model: Any) -> Iterator[None]:
+    """Lets a model's layers compute in float32 where they compute in 16 bits.
+
+    Relies on `Layer._dtype_policy`. Quantized layers stay as they are.
+
+    Args:
+        model: A built `keras.Model`.
+    """
+    layers = model._flatten_layers()
+    half = ("bfloat16", "float16")
+    with contextlib.ExitStack() as stack:
+        for layer in layers:
+            if layer.compute_dtype in half and layer.quantization_mode is None:
+                stack.enter_context(changed(layer, _dtype_policy=_FLOAT32))
+        yield
 
 
 def has_mask(tensor: Any) -> bool:

@@ -13,7 +13,7 @@ import tensorflow as tf
 from tensorflow.python.framework import op_def_registry as _op_defs
 
 from tfdist._keras import dataset_files, dataset_maps
-from tfdist._keras.dataset_sources import Sources
+from tfdist._keras.dataset_sources import SOURCES, Sources
 from tfdist._keras.datasets import written
 from tfdist._keras.elements import BATCHES, MAPS, MOVED, SAME, Elements
 
@@ -27,12 +27,6 @@ _NUMBER_OPS = frozenset(  # names of dataset ops
         "BatchDatasetV2", "MapDataset", "OptionsDataset", "ParallelMapDatasetV2",
         "RandomDataset", "RandomDatasetV2", "RangeDataset", "RepeatDataset",
         "ShuffleDatasetV3", "SkipDataset", "TakeDataset", "ZipDataset",
-    }
-)  # fmt: skip
-_SOURCES = frozenset(
-    {
-        "FixedLengthRecordDatasetV2", "TFRecordDatasetV2", "TextLineDatasetV2", "_ListDataset",
-        "_LoadDataset", "_SparseTensorSliceDataset", "_TensorDataset", "_TensorSliceDataset",
     }
 )  # fmt: skip
 # Ops of a data set of numbers that are not a function of the numbers.
@@ -109,7 +103,7 @@ class _Walk:
                 "mapped", or "read" files or call Python.
         """
         kind, inputs = type(one).__name__, one._inputs()
-        allowed = _UNCHANGED | BATCHES | MAPS | _FILE_MAPS | _JOINS | _NUMBERS | _SOURCES
+        allowed = _UNCHANGED | BATCHES | MAPS | _FILE_MAPS | _JOINS | _NUMBERS | SOURCES
         if kind in ("_PaddedBatchDataset", "_UnbatchDataset"):
             self._look_at_sizes(one, inputs[0], level)
         elif kind == "_VariantDataset" and _are_numbers(one):
@@ -128,7 +122,7 @@ class _Walk:
             self._note(f"{_plain(kind)}(deterministic=False)", "Leave `deterministic` out.")
         if self.problem is not None:
             return
-        if kind in _SOURCES or (kind == "_RangeDataset" and mapped):
+        if kind in SOURCES or (kind == "_RangeDataset" and mapped):
             self._look_at_source(one, mapped)
             by_number = kind == "_RangeDataset" or mapped == "read"
             if mapped and by_number and _has_numbers_alone(one):

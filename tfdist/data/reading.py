@@ -75,6 +75,7 @@ def _read(x: Any, y: Any, sample_weight: Any, settings: SourceSettings) -> Sourc
             x,
             settings.steps,
             transform=_weigher(settings, lambda: _targets_of_dataset(x, settings.steps)),
+            copies=settings.copies,
             several_workers=settings.strategy is not None
             and settings.strategy.place.num_workers > 1,
         )
@@ -85,6 +86,7 @@ def _read(x: Any, y: Any, sample_weight: Any, settings: SourceSettings) -> Sourc
             shuffle=settings.shuffle,
             seed=settings.seed,
             transform=_weigher(settings, lambda: _targets_of_py_dataset(x)),
+            copies=settings.copies,
         )
     if settings.class_weight:
         raise ArgumentError(

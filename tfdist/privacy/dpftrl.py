@@ -29,8 +29,8 @@ class DPFTRL(DPSGD):
         min_separation: The least number of steps between two steps in which an example takes
             part. It is your promise about a data set of batches, needed for more than one
             epoch, and for one epoch if the data set may contain an example twice. Without
-            reshuffling it is the number of batches. Leave it None for arrays, which tfdist
-            orders equally in each epoch.
+            reshuffling it is the number of batches, with it 1. Leave it None for arrays, which
+            tfdist orders equally in each epoch.
         relation: "replace_special", or "replace_one". An added example would move all others to
             other batches.
 

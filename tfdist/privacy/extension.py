@@ -10,6 +10,7 @@ from tfdist import data
 from tfdist.errors import StrategyError
 from tfdist.privacy.mechanism.step import PrivateStep, PrivateSteps
 from tfdist.privacy.run import PrivateRun
+from tfdist.privacy.validation import check_copies
 from tfdist.step.prepared import PreparedModel
 from tfdist.training.extension import Extension
 from tfdist.training.request import Request
@@ -62,6 +63,7 @@ class PrivateTraining(Extension):
 
     def bind(self, request: Request, source: data.Source) -> None:
         """Calibrates the noise, and checks the model on a few rows."""
+        check_copies(self.run.privacy, request.augment, source)
         self.run.plan(source, request.epochs - request.initial_epoch)
         self.step_maker = PrivateSteps(self.run.mechanism)
 

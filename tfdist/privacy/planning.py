@@ -17,7 +17,7 @@ from tfdist.data.arrays import Arrays
 from tfdist.data.batches import Batches, PyDatasetBatches
 from tfdist.data.datasets import DatasetBatches
 from tfdist.data.epochs import count_steps
-from tfdist.data.separation import SeparationCheck, check_places
+from tfdist.data.separation import SeparationCheck
 from tfdist.data.source import Source
 from tfdist.errors import ArgumentError
 from tfdist.privacy.accounting.ledger import Phase
@@ -185,10 +185,10 @@ def _in_turn(privacy: DPFTRL, source: Source, epochs: int, steps: int) -> Plan:
         rows, batch_size = inner.num_rows, inner.batch_size
         separation = inner.sampler.steps_per_epoch(rows, batch_size)
     else:
-        if isinstance(inner, DatasetBatches):
-            check_places(inner.user_dataset, separation is not None)
+        assert isinstance(inner, Batches)  # `validation.check_data` refuses all others
+        inner.check_order(separation, comes_again=epochs > 1)
         first_batch = next(iter(inner.shares(Place())))
-        batch_size = int(tf.nest.flatten(first_batch.data)[0].shape[0])
+        batch_size = int(tf.nest.flatten(first_batch.data)[0].shape[0]) // inner.copies
         _check_separation(separation, inner, batch_size, epochs)
     phase = Phase(1.0, 0.0, 1, None, rows, bands=privacy.bands, separation=separation)
     return Plan(steps, phase, batch_size, batch_size)

@@ -216,7 +216,8 @@ class PrivateRun:
                 lambda column: column[: independence.ROWS], first_batch.data
             )
         x, y, weight = keras.utils.unpack_x_y_sample_weight(batch)
-        independence.check(self._model, x, y, sample_weight=weight)
+        norm = self.mechanism.l2_norm_clip
+        independence.check(self._model, x, y, sample_weight=weight, l2_norm_clip=norm)
         unfit_layers.check_metrics(self._model, x, y, sample_weight=weight)
 
     def notice(self) -> str | None:

@@ -109,20 +109,29 @@ def _check_data_in_turn(session: Session, x: Any, sampler: Any) -> None:
         )
 
 
-def check_copies(privacy: DPSGD, augment: Any) -> None:
-    """Refuses several augmentations without an `augment` function.
+def check_copies(privacy: DPSGD, augment: Any, source: data.Source | None = None) -> None:
+    """Refuses several augmentations without an `augment` function, or without copies.
 
     Args:
         privacy: The settings.
         augment: As in `fit`.
+        source: The data, if it is read already.
 
     Raises:
-        ArgumentError: `augment` is missing.
+        ArgumentError: `augment` is missing, or the data repeats rows another number of times.
     """
     if privacy.augmentations > 1 and augment is None:
         raise ArgumentError(
             "`augmentations` must come with an `augment` of `fit`, or all copies are the "
             f"same. Received: augmentations={privacy.augmentations!r} and augment=None."
+        )
+    copies = privacy.augmentations if source is None else source.drawn_from.copies
+    if copies != privacy.augmentations:
+        # Otherwise different examples would be clipped together as copies of one.
+        raise ArgumentError(
+            "`augmentations` must be the number of copies that the data has of each example. "
+            f"Received: augmentations={privacy.augmentations!r} and data with {copies}. Pass "
+            "arrays."
         )
 
 

@@ -14,6 +14,7 @@ from tfdist.errors import ArgumentError
 from tfdist.privacy.mechanism import clipping
 
 Tensor = Any
+_ABSOLUTE = 1e-6  # rounding of gradients of almost 0, as of a saturated loss
 Columns = tuple[Any, Any, Any]
 
 
@@ -46,14 +47,21 @@ def added(model: Any, columns: Columns, keys: RowKeys, weights: Tensor) -> Added
     return Added(clipping.weighted_sums(model, parts, factors, finite), squares)
 
 
-def is_same(one: Added, other: Added, weights: Tensor, tolerance: float) -> Tensor:
+def is_same(
+    one: Added, other: Added, weights: Tensor, tolerance: float, l2_norm_clip: Any
+) -> Tensor:
     """Returns whether some rows contribute the same to two batches.
+
+    Clipping does not enlarge differences: a row of norm g changes what it adds by at most
+    `tolerance * min(g, l2_norm_clip)`, besides the absolute tolerance for gradients of almost
+    0. That tolerance is also bounded by `tolerance * l2_norm_clip`.
 
     Args:
         one: The contribution in one batch.
         other: The contribution in another batch.
         weights: The weights of all rows of the other batch.
         tolerance: The largest difference that rounding may cause, relative to norms.
+        l2_norm_clip: The clipping norm.
 
     Returns:
         Scalar bool. It is true if norms are not finite, since nothing can be compared then.
@@ -65,16 +73,19 @@ def is_same(one: Added, other: Added, weights: Tensor, tolerance: float) -> Tens
     ]
     distance = tf.sqrt(tf.add_n(differences))
     is_finite = tf.math.is_finite(scale)
-    return ~is_finite | (distance <= tolerance * scale + 1e-6)
+    least = tf.minimum(_ABSOLUTE, tolerance * tf.cast(l2_norm_clip, tf.float32))
+    return ~is_finite | (distance <= tolerance * scale + least)
 
 
 def tolerance_for(model: Any) -> float:
     """Returns the largest relative difference that rounding may cause in a gradient.
 
     Args:
-        model: A `keras.Model`.
+        model: A `keras.Model`, in the context `keras_layers.in_float32`.
     """
-    return 0.05 if _keras.computes_in(model, "bfloat16", "float16") else 1e-3
+    half = ("bfloat16", "float16")
+    in_half = _keras.computes_in(model, *half) or any(v.dtype in half for v in model.variables)
+    return 5e-3 if in_half else 1e-4
 
 
 @contextlib.contextmanager

@@ -39,11 +39,15 @@ Tensor = Any
 ROWS = 16  # rows of a batch
 _ROWS_FOR_SUMS = 3  # rows that are computed eagerly, which is slow
 _LARGE = 1e3
+_SUM = 1e-3  # relative difference of a sum of gradients from the plain gradient
+_ROUNDING = 1e-6  # by which gradients that cancel may differ, relative to their norms
 _SECRET = (0x1234567, 0x89ABCDE)  # any constants: the random numbers need not be secret here
 _DRAWS = 16  # batches with other random numbers: some numbers may let a layer mix examples
 
 
-def check(model: Any, x: Any, y: Any, sample_weight: Any = None) -> None:
+def check(
+    model: Any, x: Any, y: Any, sample_weight: Any = None, l2_norm_clip: float = 1.0
+) -> None:
     """Checks the gradients of some examples against plain ones, and in several batches.
 
     The sum of the unclipped gradients of examples must be the plain gradient. It is not if a
@@ -54,20 +58,21 @@ def check(model: Any, x: Any, y: Any, sample_weight: Any = None) -> None:
         x: Some rows, which should differ. As in `clipped_sum`.
         y: As in `clipped_sum`.
         sample_weight: As in `clipped_sum`.
+        l2_norm_clip: The clipping norm, of the first step if it changes.
 
     Raises:
         ArgumentError: They differ, or the model changes its state, adds losses, or draws
             random numbers by other means than `keras.random`.
     """
-    tolerance = tolerance_for(model)
     state = model.non_trainable_variables
     values = [tf.identity(v.value) for v in state]
     few = rows.selected((x, y, sample_weight), np.arange(_ROWS_FOR_SUMS) % rows.count(x))
     try:
-        with _exact_products(), _keras.replicated():
+        with _exact_products(), _keras.replicated(), keras_layers.in_float32(model):
+            tolerance = tolerance_for(model)
             _check_sum(model, *few, tolerance)
             _check_state(state, values)
-            _Comparison(model, (x, y, sample_weight), tolerance).make()
+            _Comparison(model, (x, y, sample_weight), tolerance, l2_norm_clip).make()
     finally:
         for variable, value in zip(state, values, strict=True):
             variable.assign(value)
@@ -95,14 +100,16 @@ def _check_sum(model: Any, x: Any, y: Any, sample_weight: Any, tolerance: float)
                 "Received: a model with a layer that calls `add_loss` or has an "
                 "`activity_regularizer`: what they add is of the whole batch. Leave them out."
             )
-    examples = tf.shape(parts[0].squared_norms())[0]
-    ones = {id(part.variable): tf.ones([examples]) for part in parts}
+    squares = tf.add_n([part.squared_norms() for part in parts])
+    scale = float(tf.sqrt(tf.reduce_sum(squares)))
+    ones = {id(part.variable): tf.ones(tf.shape(squares)) for part in parts}
     received = clipping.weighted_sums(model, parts, ones, tf.constant(True))
     for variable, sums, expected in zip(
         model.trainable_variables, received, plain, strict=True
     ):
         difference = float(tf.norm(sums - tf.cast(expected, tf.float32)))
-        if difference > tolerance * float(tf.norm(tf.cast(expected, tf.float32))) + 1e-6:
+        norm = float(tf.norm(tf.cast(expected, tf.float32)))
+        if difference > _SUM * norm + _ROUNDING * scale:
             raise ArgumentError(
                 "All weights must be used by the layers that hold them, in their `call`, and "
                 "no layer may mix examples. Received: a model in which the gradients by "
@@ -121,8 +128,10 @@ def _check_state(state: Sequence[Any], values: Sequence[Tensor]) -> None:
 class _Comparison:
     """Compares the contribution of half of some rows to the gradient in several batches."""
 
-    def __init__(self, model: Any, columns: Columns, tolerance: float) -> None:
-        self._model, self._tolerance = model, tolerance
+    def __init__(
+        self, model: Any, columns: Columns, tolerance: float, l2_norm_clip: float
+    ) -> None:
+        self._model, self._tolerance, self._norm = model, tolerance, l2_norm_clip
         self._random = np.random.default_rng(0)
         count = max(4, min(ROWS, rows.count(columns[0])))
         self._columns = rows.selected(columns, np.arange(count) % rows.count(columns[0]))
@@ -174,10 +183,13 @@ class _Comparison:
         return self._added(self._columns, numbers, weights)
 
     def _weights(self, half: Any) -> Any:
-        """Draws the factors of the gradients of half of the rows. The others have 0."""
+        """Draws the factors of the gradients of half of the rows. The others have 0.
+
+        They are positive, so that a small change that all rows have in common adds up, and
+        differ, so that opposite changes do not cancel.
+        """
         weights = np.zeros(self._rows)
-        weights[half] = self._random.choice([-1.0, 1.0], len(half))
-        weights[half] *= self._random.uniform(0.5, 1.5, len(half))
+        weights[half] = self._random.uniform(0.2, 1.8, len(half))
         return weights
 
     def _compare_alone(
@@ -227,7 +239,7 @@ class _Comparison:
 
     def _check(self, other: Added, among_all: Added, weights: Any, where: str) -> None:
         weights = tf.constant(weights, tf.float32)
-        if not bool(is_same(other, among_all, weights, self._tolerance)):
+        if not bool(is_same(other, among_all, weights, self._tolerance, self._norm)):
             raise mixes(f"what examples add to the gradient is another thing {where}")
 
     def _added(self, columns: Columns, numbers: Any, weights: Any) -> Added:

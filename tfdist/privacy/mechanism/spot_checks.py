@@ -20,6 +20,9 @@ Tensor = Any
 MARK = "tfdist: examples depend on each other"
 _ROWS = 4
 _COARSE = 1e-2
+# More than before training, which must not end because of rounding: gradients of trained models
+# are differences of almost equal numbers.
+_LEAST_TOLERANCE = 1e-3
 _LEAST_PERIOD = 16  # the least number of steps between two checked first steps of epochs
 _MEAN_PERIOD = 128  # the mean number of steps between random checks: 1 % of the time
 
@@ -35,7 +38,8 @@ class SpotChecks:
 
     def __init__(self, model: Any, strategy: Any, most: int | None) -> None:
         self._model, self._strategy, self._most = model, strategy, most
-        self._tolerance = tolerance_for(model)
+        with keras_layers.in_float32(model):
+            self._tolerance = max(tolerance_for(model), _LEAST_TOLERANCE)
         if tf.config.list_physical_devices("GPU"):
             # GPUs may round products of other shapes differently (TensorFloat-32).
             self._tolerance = max(self._tolerance, _COARSE)
@@ -54,7 +58,12 @@ class SpotChecks:
         self._failed.assign(False)
 
     def check(
-        self, data: Any, batch: ReplicaBatch, stopping: Tensor, step: Tensor
+        self,
+        data: Any,
+        batch: ReplicaBatch,
+        stopping: Tensor,
+        step: Tensor,
+        l2_norm_clip: Any,
     ) -> tuple[Any, Tensor]:
         """Compares rows in some steps. A step whose rows differ is not made.
 
@@ -63,6 +72,7 @@ class SpotChecks:
             batch: Its description, with the keys of the rows.
             stopping: The worker's signals to the other workers, float32 of shape [3].
             step: The number of steps of this `fit` before this one, by tfdist's own count.
+            l2_norm_clip: The clipping norm of this step.
 
         Returns:
             `data`, and `stopping`, which requests a stop if the rows depend on each other.
@@ -70,7 +80,7 @@ class SpotChecks:
         assert batch.keys is not None
         passed = tf.cond(
             self._is_due(batch.keys, step) & (batch.rows > 1),
-            lambda: self._passes(data, batch),
+            lambda: self._passes(data, batch, l2_norm_clip),
             lambda: tf.constant(True),
         )
         if self._strategy.place.num_workers == 1:
@@ -91,7 +101,7 @@ class SpotChecks:
         uniform = tf.random.stateless_uniform([], tf.stack([keys.secret[0], step]))
         return (step % period == 0) | (uniform < 1.0 / _MEAN_PERIOD)
 
-    def _passes(self, data: Any, batch: ReplicaBatch) -> Tensor:
+    def _passes(self, data: Any, batch: ReplicaBatch, l2_norm_clip: Any) -> Tensor:
         keys = batch.keys
         assert keys is not None
         rows = tf.size(keys.rows)
@@ -105,14 +115,15 @@ class SpotChecks:
         weights = tf.scatter_nd(chosen[:, None], ones, [rows])
 
         def compute(data: Any, row_keys: Tensor, weights: Tensor) -> Added:
-            return added(self._model, data, RowKeys(row_keys, keys.secret), weights)
+            with keras_layers.in_float32(self._model):
+                return added(self._model, data, RowKeys(row_keys, keys.secret), weights)
 
         # The sizes of both batches are not static, so both share one trace.
         added_by = tf.function(compute, autograph=False)
         alone = added_by(_gathered(data, chosen), keys.at(chosen).rows, ones)
         numbers = tf.range(rows)
         among_all = added_by(_gathered(data, numbers), keys.at(numbers).rows, weights)
-        return is_same(among_all, alone, ones, self._tolerance)
+        return is_same(among_all, alone, ones, self._tolerance, l2_norm_clip)
 
     def raise_if_failed(self, error: Exception | None = None) -> None:
         """Ends a training in which a comparison failed, on all workers alike.

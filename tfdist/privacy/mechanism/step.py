@@ -203,7 +203,8 @@ class PrivateStep:
         batch.keys = self.masks.keys(data, batch.offset, self.mechanism.copies)
         columns = keras.utils.unpack_x_y_sample_weight(data)
         step = self.counter.steps_before(self._number)
-        columns, stopping = self.spot_checks.check(columns, batch, stopping, step)
+        norm = self._norm()
+        columns, stopping = self.spot_checks.check(columns, batch, stopping, step, norm)
         return keras.utils.pack_x_y_sample_weight(*columns), stopping
 
     def train_step(self, data: Any, batch: ReplicaBatch, groups: Tensor) -> Any:
