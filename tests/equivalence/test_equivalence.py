@@ -48,7 +48,7 @@ OLDEST = {
     "multi_worker-2": SPINE,
     "mirrored-2": ("rows_961", "cnn_synchronized_batch_norm", "private"),
 }
-# With the optimizer's state in parts. The case "clipped" of a norm comes by `rows_961`.
+# With the optimizer's state in parts; `rows_961` clips by a norm.
 ZERO = {
     "mirrored-2": ("rows_961", "loss_scaling", "every_optimizer", "two_optimizers", "private"),
     "multi_worker-2": ("adamw_ema", "embedding_lstm", "gradient_accumulation"),
