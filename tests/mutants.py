@@ -132,12 +132,6 @@ MUTANTS = {
         "begin = (self.parts - 1 - tf.cast(number, tf.int32)) * self.part_size",
         "tests/sharding/test_cuts.py",
     ),
-    "a replica's gradients alone are looked at for what is not finite": Mutant(
-        "_keras/sharded.py",
-        "if current_batch() is None or not has_parts:",
-        "if True:",
-        f"{EQUIVALENCE} -k mirrored-2-loss_scaling-zero",
-    ),
     "a norm is of a replica's part": Mutant(
         "_keras/sharded_updates.py",
         "summed = tf.unstack(sharding.sum(local))",

@@ -52,7 +52,7 @@ OLDEST = {
 }
 # In `make test-full` only: the costly ones whose parts other cases have.
 COSTLY = ("private_compiled_by_xla", "private_masked_tagging")
-# With the optimizer's state in parts. The case "clipped" of a norm comes by `rows_961`.
+# With the optimizer's state in parts; `rows_961` clips by a norm.
 ZERO = {
     "mirrored-2": ("rows_961", "loss_scaling", "every_optimizer", "private"),
     "multi_worker-2": ("adamw_ema", "gradient_accumulation"),
