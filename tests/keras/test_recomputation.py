@@ -19,7 +19,6 @@ RNG = np.random.default_rng(0)
 VECTORS = RNG.normal(size=(20, 8)).astype("float32")
 WORDS = RNG.integers(1, 20, (20, 6)) * (np.arange(6) < RNG.integers(2, 7, (20, 1)))
 TARGETS = RNG.normal(size=(20, 1)).astype("float32")
-pytestmark = pytest.mark.quick
 
 
 @keras.saving.register_keras_serializable("tests")
@@ -135,6 +134,7 @@ def small() -> Any:
     return keras.Model(x, L.Dense(1)(Small(seed=2)(Small()(x))))
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("policy", ["float32", "mixed_float16"])
 def test_the_precision_is_that_of_the_first_pass(policy: str) -> None:
     keras.config.set_dtype_policy(policy)
@@ -147,6 +147,7 @@ def test_the_precision_is_that_of_the_first_pass(policy: str) -> None:
     assert difference(recomputed, plain) < 1e-6
 
 
+@pytest.mark.quick
 def test_eager_code_keeps_activations() -> None:
     Small.calls = 0
     plain, calls, Small.calls = trained(small, run_eagerly=True), Small.calls, 0
@@ -212,6 +213,7 @@ def test_nothing_that_a_layer_uses_is_missed() -> None:
     assert difference(trained(OwnStep, "blocks"), trained(OwnStep)) < 2e-6
 
 
+@pytest.mark.quick
 def test_the_second_pass_waits_for_the_gradients_of_its_results() -> None:
     model = keras.Sequential(
         [keras.Input((8,)), *(keras.Sequential([L.Dense(8, "tanh")]) for _ in range(2))]
@@ -237,6 +239,7 @@ def _before(op: Any) -> list[Any]:
     return [*(tensor.op for tensor in op.inputs), *op.control_inputs]
 
 
+@pytest.mark.quick
 def test_xla_does_not_merge_the_passes() -> None:
     model = keras.Sequential([keras.Sequential([L.Dense(8, "tanh")] * 2) for _ in range(2)])
     x = tf.ones((4, 8))
@@ -290,6 +293,7 @@ class Dropping(L.SimpleRNNCell):  # type: ignore[misc]
         return super().call(self.drop(x, training=training), states)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("kind", "words"),
     [

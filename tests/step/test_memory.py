@@ -7,6 +7,7 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 import tfdist
 from tfdist.errors import ArgumentError
@@ -45,6 +46,7 @@ def test_recomputed_blocks_keep_their_inputs_only() -> None:
     # The inputs of the second and third block, the last layer's, and those of the loss.
     assert found.device.activations == FLOAT * (20 * (3 * 8 + 1) + 1)
     assert found.recomputed == 3
+    assert found.unsized == 0
     assert "layers that compute their activations again: 3" in str(found)
 
 
@@ -75,6 +77,15 @@ def test_shapes_are_taken_from_examples() -> None:
     found = tfdist.memory(model, 4, x=x)
     assert found.device.gradients < found.device.weights  # only rows of the table
     assert "not counted: what is inside the loops" in str(found)
+
+
+def test_what_it_cannot_count_is_said() -> None:
+    x = keras.Input((8,))
+    chosen = L.Lambda(lambda t: tf.boolean_mask(t, t[:, 0] > 0), output_shape=(8,))(x)
+    model = keras.Model(x, L.Dense(1)(chosen))
+    found = tfdist.memory(model, 4)
+    assert found.unsized > 0
+    assert f"not counted: {found.unsized} tensors of unknown shape" in str(found)
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,7 @@ class Liveness:
         largest: Bytes of the largest tensor that is no gradient.
         largest_name: The name of the op that makes it.
         loops: Names of loops, whose tensors inside are not counted.
+        unsized: Number of tensors whose shapes are unknown, which are not counted.
     """
 
     kept: int
@@ -51,6 +52,7 @@ class Liveness:
     largest: int
     largest_name: str
     loops: tuple[str, ...]
+    unsized: int
 
 
 def liveness(step: StepGraph) -> Liveness:
@@ -78,7 +80,7 @@ def liveness(step: StepGraph) -> Liveness:
         live -= sum(memory.sizes[root] for root in memory.ended_by(index, made))
     gradients = sum(map(_bytes, _dense(step.gradients)))
     loops = tuple(op.name for _, op in needed if op.type in _CALLS)
-    return Liveness(kept, peak, gradients, largest, largest_name, loops)
+    return Liveness(kept, peak, gradients, largest, largest_name, loops, memory.unsized)
 
 
 class _Memory:
@@ -86,6 +88,7 @@ class _Memory:
 
     def __init__(self, step: StepGraph, needed: Sequence[tuple[int, Any]]) -> None:
         self.sizes: dict[str, int] = {}
+        self.unsized = 0
         self.made: dict[str, int] = {}
         self.last: dict[str, int] = {}
         self._aliases: dict[str, str] = {}
@@ -106,6 +109,7 @@ class _Memory:
                     self._aliases[output.name] = op.inputs[number].name
                     continue
                 self.sizes[output.name] = 0 if op.type in _OUTSIDE else _bytes(output)
+                self.unsized += op.type not in _OUTSIDE and _is_unsized(output)
                 self.made[output.name] = index
         # The gradient of a loop adds inputs to ops that were made before.
         for index, op in needed:
@@ -165,3 +169,8 @@ def _dense(gradients: Iterable[Any]) -> list[Any]:
 def _bytes(tensor: Any) -> int:
     elements = tensor.shape.num_elements() if tensor.shape.rank is not None else None
     return (elements or 0) * int(tensor.dtype.size)
+
+
+def _is_unsized(tensor: Any) -> bool:
+    is_handle = tensor.dtype.size < 1 or tensor.dtype.name in ("resource", "variant")
+    return not is_handle and not tensor.shape.is_fully_defined()

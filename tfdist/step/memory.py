@@ -9,7 +9,7 @@ import keras
 
 from tfdist import _keras
 from tfdist.errors import ArgumentError
-from tfdist.step.liveness import liveness
+from tfdist.step.liveness import Liveness, liveness
 from tfdist.strategies.session import current
 
 
@@ -59,6 +59,7 @@ class Memory:
         devices: The memory of a device, for 1, 2, 4, ... and all replicas.
         recomputed: Number of layers that compute their activations again.
         loops: Names of loops in the graph. Activations inside are not counted.
+        unsized: Number of tensors of unknown shape, which are not counted.
     """
 
     strategy: str
@@ -66,6 +67,7 @@ class Memory:
     devices: tuple[DeviceMemory, ...]
     recomputed: int = 0
     loops: tuple[str, ...] = ()
+    unsized: int = 0
 
     @property
     def device(self) -> DeviceMemory:
@@ -96,6 +98,8 @@ class Memory:
             lines.append(f"layers that compute their activations again: {self.recomputed}")
         if self.loops:
             lines.append(f"not counted: what is inside the loops {', '.join(self.loops)}")
+        if self.unsized:
+            lines.append(f"not counted: {self.unsized} tensors of unknown shape")
         return "\n".join(lines)
 
 
@@ -138,6 +142,38 @@ def memory(
         >>> tfdist.memory(model, batch_size=50).device.weights
         4040
     """
+    _check(model, batch_size, replicas)
+    chosen = current(strategy).strategy
+    if chosen.has_servers:
+        raise ArgumentError(
+            "`memory` needs a strategy whose devices hold all weights. Received: "
+            f"strategy={chosen.name!r}. tfdist.placement shows what each server holds."
+        )
+    count = replicas or chosen.place.num_replicas
+    counts = sorted({count, *(2**i for i in range(count.bit_length()) if 2**i < count)})
+    steps = [_step(model, -(-batch_size // number), x, y) for number in counts]
+    weights, slots = sum(map(_keras.num_bytes, model.variables)), _slots(model)
+    devices = tuple(
+        DeviceMemory(
+            replicas=number,
+            rows=-(-batch_size // number),
+            weights=weights,
+            slots=slots,
+            gradients=step.gradients,
+            exchange=step.gradients if number > 1 else 0,
+            activations=step.kept,
+            step=step.peak,
+            largest=step.largest,
+            largest_name=step.largest_name,
+        )
+        for number, step in zip(counts, steps, strict=True)
+    )
+    recomputed = len(_keras.recomputed_calls(model))
+    loops, unsized = steps[-1].loops, steps[-1].unsized
+    return Memory(chosen.name, batch_size, devices, recomputed, loops, unsized)
+
+
+def _check(model: Any, batch_size: Any, replicas: Any) -> None:
     for name, number in (("batch_size", batch_size), ("replicas", replicas)):
         if number is not None and (not isinstance(number, int) or number < 1):
             raise ArgumentError(
@@ -148,48 +184,27 @@ def memory(
             "`model` must be a built keras.Model. Received: "
             f"model={model!r}. Give it an Input, or call it once."
         )
-    chosen = current(strategy).strategy
-    if chosen.has_servers:
+
+
+def _slots(model: Any) -> int:
+    """Counts the bytes of the optimizer's variables."""
+    optimizer = getattr(model, "optimizer", None)
+    if optimizer is None:
+        return 0
+    if not optimizer.built:
+        optimizer.build(model.trainable_variables)
+    return sum(map(_keras.num_bytes, optimizer.variables))
+
+
+def _step(model: Any, rows: int, x: Any, y: Any) -> Liveness:
+    """Follows a step with some rows."""
+    specs = _keras.batch_specs(model, rows, x, y)
+    if specs is None:
         raise ArgumentError(
-            "`memory` needs a strategy whose devices hold all weights. Received: "
-            f"strategy={chosen.name!r}. tfdist.placement shows what each server holds."
+            "`x` must be given for a model that does not know the shapes of its inputs. "
+            f"Received: model {model.name!r} and x=None. Pass some examples."
         )
-    count = replicas or chosen.place.num_replicas
-    counts = sorted({count, *(2**i for i in range(count.bit_length()) if 2**i < count)})
-    weights = sum(map(_keras.num_bytes, model.variables))
-    slots = 0
-    if getattr(model, "optimizer", None) is not None:
-        if not model.optimizer.built:
-            model.optimizer.build(model.trainable_variables)
-        slots = sum(map(_keras.num_bytes, model.optimizer.variables))
-    devices: list[DeviceMemory] = []
-    loops: tuple[str, ...] = ()
-    for number in counts:
-        rows = -(-batch_size // number)
-        specs = _keras.batch_specs(model, rows, x, y)
-        if specs is None:
-            raise ArgumentError(
-                "`x` must be given for a model that does not know the shapes of its inputs. "
-                f"Received: model {model.name!r} and x=None. Pass some examples."
-            )
-        live = liveness(_keras.step_graph(model, *specs))
-        loops = live.loops
-        devices.append(
-            DeviceMemory(
-                replicas=number,
-                rows=rows,
-                weights=weights,
-                slots=slots,
-                gradients=live.gradients,
-                exchange=live.gradients if number > 1 else 0,
-                activations=live.kept,
-                step=live.peak,
-                largest=live.largest,
-                largest_name=live.largest_name,
-            )
-        )
-    recomputed = len(_keras.recomputed_calls(model))
-    return Memory(chosen.name, batch_size, tuple(devices), recomputed, loops)
+    return liveness(_keras.step_graph(model, *specs))
 
 
 def _mib(number: int) -> str:
