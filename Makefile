@@ -70,7 +70,7 @@ test-oldest: $(OLDEST_VENV)/.dev $(OLDEST_VENV)/.horovod
 	$(OLDEST_VENV)/bin/python $(PYTEST) -m oldest
 
 check: lint  ## Lint, type-check and run the quick tests: for every commit.
-	$(BIN)/python -m pytest -m quick -q
+	$(BIN)/python -m pytest -m quick -q -n 2 --dist loadfile
 
 lint: $(VENV)/.dev  ## Lint and type-check.
 	$(BIN)/ruff format --check .

@@ -13,6 +13,8 @@ for name in (
     "input_road",
     "scaling",
     "packs",
+    "model_parallel",
+    "recompute",
     "horovod",
     "compression",
     "federated",

@@ -93,7 +93,7 @@ MUTANTS = {
     "steps made again have the noise of the first time": Mutant(
         "privacy/progress.py",
         "[*needed, (kept, self._new_secret())]",
-        "known",
+        "pairs",
         "tests/privacy/test_counting.py -k made_again",
     ),
     "a callback that writes runs on all workers": Mutant(
@@ -112,7 +112,7 @@ MUTANTS = {
         "training/callbacks.py",
         "self._stop.requested = True",
         "self._stop.requested = False",
-        f"{BEHAVIOUR} -k horovod-2-a_stop_on_any",
+        f"{BEHAVIOUR} -k multi_worker-2-a_stop_on_any",
     ),
     "a checkpoint forgets where the data stands": Mutant(
         "data/datasets.py",
@@ -125,6 +125,36 @@ MUTANTS = {
         "first = tf.where(is_of_share, batch.offset * repeats, first)",
         "first = tf.where(is_of_share, first, first)",
         f"{EQUIVALENCE} -k 'vae_of_random or noise_layers'",
+    ),
+    "parts are cut in the wrong order": Mutant(
+        "sharding/cuts.py",
+        "begin = tf.cast(number, tf.int32) * self.part_size",
+        "begin = (self.parts - 1 - tf.cast(number, tf.int32)) * self.part_size",
+        "tests/sharding/test_cuts.py",
+    ),
+    "a replica's gradients alone are looked at for what is not finite": Mutant(
+        "_keras/sharded.py",
+        "if current_batch() is None or not has_parts:",
+        "if True:",
+        f"{EQUIVALENCE} -k mirrored-2-loss_scaling-zero",
+    ),
+    "a norm is of a replica's part": Mutant(
+        "_keras/sharded_updates.py",
+        "summed = tf.unstack(sharding.sum(local))",
+        "summed = tf.unstack(local)",
+        f"{EQUIVALENCE} -k mirrored-2-rows_961-zero",
+    ),
+    "rows of a sparse gradient come to all parts": Mutant(
+        "sharding/cuts.py",
+        "is_own = (indices >= 0) & (indices < rows)",
+        "is_own = indices < rows",
+        "tests/sharding/test_cuts.py",
+    ),
+    "a part is not brought back after training": Mutant(
+        "sharding/slots.py",
+        "return slot.cut.joined_arrays(parts)",
+        "return slot.cut.joined_arrays([parts[0]] * len(parts))",
+        f"{BEHAVIOUR} -k mirrored-2-zero_has_the_bits",
     ),
     "what is no mean is not seen": Mutant(
         "_keras/probe.py",
@@ -193,10 +223,10 @@ MUTANTS = {
         f"{EQUIVALENCE} -k mirrored-2-dropout",
     ),
     "replicas that differ are not seen": Mutant(
-        "training/verify.py",
+        "training/verification.py",
         "if digest != usual",
         "if False",
-        f"{BEHAVIOUR} -k mirrored-2-replicas_that_differ",
+        f"{BEHAVIOUR} -k multi_worker-2-replicas_that_differ",
     ),
     "the optimizer is clipped before the sum": Mutant(
         "step/reduction.py",
@@ -211,7 +241,7 @@ MUTANTS = {
         f"{BEHAVIOUR} -k multi_worker-2-sums_are",
     ),
     "sums along an axis are of another axis": Mutant(
-        "strategies/base.py",
+        "strategies/collectives.py",
         "return self.sum_in_groups(self.place.mesh.groups(axis), tensors)",
         'return self.sum_in_groups(self.place.mesh.groups("data"), tensors)',
         f"{BEHAVIOUR} -k mirrored-4-sums_and_rows",

@@ -21,7 +21,10 @@ if TYPE_CHECKING:
     from tfdist.privacy.settings import DPSGD
     from tfdist.resume.checkpoint import Checkpoint
     from tfdist.scripts.drop_in import drop_in
+    from tfdist.step.memory import memory
+    from tfdist.step.recompute import recompute
     from tfdist.strategies.session import init, is_chief
+    from tfdist.strategies.zero import Zero
     from tfdist.training.evaluation import evaluate, predict
 
 __all__ = [
@@ -40,6 +43,7 @@ __all__ = [
     "PerClassMetrics",
     "PowerSGD",
     "PrivacyBudget",
+    "Zero",
     "__version__",
     "compression",
     "drop_in",
@@ -48,9 +52,11 @@ __all__ = [
     "imbalance",
     "init",
     "is_chief",
+    "memory",
     "placement",
     "predict",
     "privacy",
+    "recompute",
     "samplers",
 ]
 
@@ -71,13 +77,16 @@ _HOMES = {
     "PerClassMetrics": "tfdist.imbalance.per_class",
     "PowerSGD": "tfdist.compression.settings",
     "PrivacyBudget": "tfdist.privacy.budget",
+    "Zero": "tfdist.strategies.zero",
     "drop_in": "tfdist.scripts.drop_in",
     "evaluate": "tfdist.training.evaluation",
     "fit": "tfdist.api",
     "init": "tfdist.strategies.session",
     "is_chief": "tfdist.strategies.session",
+    "memory": "tfdist.step.memory",
     "placement": "tfdist.strategies.placement",
     "predict": "tfdist.training.evaluation",
+    "recompute": "tfdist.step.recompute",
 }
 
 

@@ -16,13 +16,14 @@ from tfdist.privacy.settings import DPSGD
 from tfdist.resume import elastic
 from tfdist.resume.checkpoint import Checkpoint, CheckpointRun
 from tfdist.samplers import Sampler
+from tfdist.sharding.extension import ShardedOptimizer
 from tfdist.strategies.session import current
 from tfdist.training import preflight
 from tfdist.training.calls import watched
 from tfdist.training.extension import Continuation, Extension
 from tfdist.training.request import Request
 from tfdist.training.run import Seeds, Training
-from tfdist.training.verify import Verification
+from tfdist.training.verification import Verification
 
 
 @watched
@@ -91,7 +92,7 @@ def fit(
         validation_freq: Number of epochs between validations, or a list of epochs.
         strategy: "auto", "single", "mirrored", "multi_worker", "horovod",
             "parameter_server", "tpu", or an instance of `tf.distribute.Strategy`,
-            `tfdist.Horovod` or `tfdist.ParameterServer`.
+            `tfdist.Horovod`, `tfdist.ParameterServer` or `tfdist.Zero`.
         sampler: Chooses the rows of each step; replaces `shuffle`.
         augment: Changes training examples at random, with Keras's preprocessing layers.
         shard: None if every worker passes the same data. "local" or a `tfdist.LocalShard` if
@@ -169,6 +170,8 @@ def fit(
     extensions.append(CompressedTraining(compression))
     if federated is not None:
         extensions.append(FederatedTraining(federated))
+    if session.zero is not None:
+        extensions.append(ShardedOptimizer(session.zero, compression))
     continuation = Continuation(extensions)
     if checkpoint is not None:
         continuation = CheckpointRun(checkpoint, session.strategy, extensions)

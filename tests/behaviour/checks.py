@@ -26,7 +26,6 @@ from tests.behaviour.registry import (
     HOROVOD,
     MIRRORED,
     MULTI_WORKER,
-    REPLICAS,
     SERVERS,
     SINGLE,
     WORKERS,
@@ -96,7 +95,7 @@ def equals_plain_keras(folder: Path) -> None:
         np.testing.assert_allclose(a.history[name], b.history[name], rtol=1e-5)
 
 
-@check(*EVERYWHERE)
+@check(MIRRORED, SERVERS, full=(SINGLE, *WORKERS))
 def evaluate_counts_each_example_once(folder: Path) -> None:
     model = mlp(
         clipped_sgd(),
@@ -111,7 +110,7 @@ def evaluate_counts_each_example_once(folder: Path) -> None:
     assert list(named) == ["accuracy", "loss", "sparse_categorical_crossentropy"]
 
 
-@check(*EVERYWHERE)
+@check(MIRRORED, MULTI_WORKER, SERVERS, full=(SINGLE, HOROVOD))
 def predictions_are_in_order(folder: Path) -> None:
     model = mlp(clipped_sgd())
     for rows in (1, 3, 7, 300):
@@ -137,7 +136,7 @@ class Remembering(L.Layer):
         return x
 
 
-@check(MIRRORED, HOROVOD, SERVERS)
+@check(MIRRORED, HOROVOD, full=(SERVERS,))
 def predictions_of_whole_batches(folder: Path) -> None:
     """Outputs that are no rows of their own are those of one process, in number too."""
     inputs, ops = keras.Input((20,)), keras.ops
@@ -208,7 +207,7 @@ def predicts_nested_outputs_without_compiling(folder: Path) -> None:
         np.testing.assert_allclose(received[name], expected[name], rtol=1e-5, atol=1e-6)
 
 
-@check(MULTI_WORKER, SERVERS)
+@check(MULTI_WORKER, full=(SERVERS,))
 def per_class_metrics_are_exact(folder: Path) -> None:
     from sklearn import metrics as skl
 
@@ -249,7 +248,7 @@ def a_stop_in_the_last_step_survives_per_class_metrics(folder: Path) -> None:
     assert len(history.epoch) == 1
 
 
-@check(*REPLICAS)
+@check(MIRRORED, full=WORKERS)
 def unsynchronized_batch_norm_agrees_and_is_finite(folder: Path) -> None:
     model = keras.Sequential([keras.Input((20,)), L.BatchNormalization(), L.Dense(3)])
     model.compile("adam", crossentropy())
@@ -258,7 +257,7 @@ def unsynchronized_batch_norm_agrees_and_is_finite(folder: Path) -> None:
     same_everywhere(model)
 
 
-@check(HOROVOD, SERVERS)
+@check(HOROVOD, full=(SERVERS,))
 def early_stopping_and_plateau_decide_alike(folder: Path) -> None:
     ours, theirs = twins()
 
@@ -293,7 +292,7 @@ class StopAt(keras.callbacks.Callback):
             self.model.stop_training = True
 
 
-@check(SINGLE, *WORKERS, SERVERS)
+@check(MULTI_WORKER, SERVERS, full=(SINGLE, HOROVOD))
 def a_stop_on_any_worker_takes_effect_at_the_same_step(folder: Path) -> None:
     last = 15  # of batches 0 to 15: then the epoch's end has to carry the news
     ours, theirs = twins()
@@ -312,7 +311,7 @@ def a_stop_on_any_worker_takes_effect_at_the_same_step(folder: Path) -> None:
             same_everywhere(ours)
 
 
-@check(MIRRORED, MULTI_WORKER)
+@check(MULTI_WORKER, full=(MIRRORED,))
 def a_model_of_many_packs_trains_and_stops_as_one_process(folder: Path) -> None:
     ours, theirs = twins()
     with mock.patch.multiple(tf_distribute, SIGNALS_LEAD=0, PACK_BYTES=256):
@@ -324,7 +323,7 @@ def a_model_of_many_packs_trains_and_stops_as_one_process(folder: Path) -> None:
     same_everywhere(ours)
 
 
-@check(MIRRORED, MULTI_WORKER)
+@check(MIRRORED, full=(MULTI_WORKER,))
 def terminate_on_nan_stops_everywhere(folder: Path) -> None:
     x, y = table()
     x[130] = np.nan  # on one replica
@@ -334,7 +333,7 @@ def terminate_on_nan_stops_everywhere(folder: Path) -> None:
     assert int(ours.optimizer.iterations) == int(theirs.optimizer.iterations) < 16
 
 
-@check(*WORKERS)
+@check(HOROVOD, full=(MULTI_WORKER,))
 def only_the_chief_writes(folder: Path) -> None:
     model = mlp(clipped_sgd())
     tfdist.fit(
@@ -417,7 +416,7 @@ class LooksOnAllReplicas(Looks):
         self.seen.append((loss, float(tfdist.predict(self.model, x, verbose=0).sum())))
 
 
-@check(MIRRORED, HOROVOD, SERVERS)
+@check(HOROVOD, SERVERS, full=(MIRRORED,))
 def callbacks_may_evaluate_and_predict(folder: Path) -> None:
     ours, theirs = twins()
     a, b, c = Looks(), Looks(), LooksOnAllReplicas()
@@ -441,7 +440,7 @@ class Counting(keras.Model):
         return self.dense(x)
 
 
-@check(SINGLE, MIRRORED, HOROVOD, SERVERS)
+@check(MIRRORED, SERVERS, full=(SINGLE, HOROVOD))
 def a_second_fit_traces_nothing(folder: Path) -> None:
     model = Counting()
     model.compile(clipped_sgd(), crossentropy())
@@ -454,7 +453,7 @@ def a_second_fit_traces_nothing(folder: Path) -> None:
     assert model.calls > traced
 
 
-@check(MIRRORED, MULTI_WORKER, SERVERS)
+@check(MIRRORED, full=(MULTI_WORKER, SERVERS))
 def the_model_is_plain_keras_again(folder: Path) -> None:
     model = mlp(clipped_sgd())
     optimizer = model.optimizer
@@ -528,7 +527,7 @@ def mine(value: Any, other: Any) -> Any:
     return other if place().worker_index == place().num_workers - 1 else value
 
 
-@check(*WORKERS)
+@check(MULTI_WORKER, full=(HOROVOD,))
 def workers_that_disagree_are_named(folder: Path) -> None:
     x, y = table(100)
     refused(DisagreementError, "batch_size", "worker 1: 16", x=x, y=y, batch_size=mine(32, 16))
@@ -550,7 +549,7 @@ def workers_that_disagree_are_named(folder: Path) -> None:
     refused(DisagreementError, "model", "(20, 4)", model=small, x=x, y=y)
 
 
-@check(*WORKERS)
+@check(HOROVOD, full=(MULTI_WORKER,))
 def workers_that_draw_different_batches_are_named(folder: Path) -> None:
     seed = place().worker_index
     dataset = tf.data.Dataset.from_tensor_slices(table(100)).shuffle(100, seed=seed).batch(10)
@@ -565,7 +564,7 @@ def workers_that_draw_different_batches_are_named(folder: Path) -> None:
     assert int(model.optimizer.iterations) == 5
 
 
-@check(*WORKERS)
+@check(MULTI_WORKER, full=(HOROVOD,))
 def only_the_chief_shows_progress(folder: Path) -> None:
     me = place().worker_index
     assert tfdist.is_chief() == (me == 0)
@@ -582,7 +581,7 @@ def only_the_chief_shows_progress(folder: Path) -> None:
     assert "2 replicas, batch 64 = 32 + 32" in lines[0]
 
 
-@check(MIRRORED, MULTI_WORKER)
+@check(MIRRORED, full=(MULTI_WORKER,))
 def learning_rate_is_scaled_and_warmed_up(folder: Path) -> None:
     replicas = place().num_replicas
     model, seen = mlp(keras.optimizers.SGD(0.1, momentum=0.9)), []
@@ -599,7 +598,7 @@ def learning_rate_is_scaled_and_warmed_up(folder: Path) -> None:
     same_everywhere(model)
 
 
-@check(SINGLE, MULTI_WORKER)
+@check(SINGLE, full=(MULTI_WORKER,))
 def seeds_make_it_repeatable(folder: Path) -> None:
     def train(**options: Any) -> Any:
         model = mlp("sgd")
@@ -614,7 +613,7 @@ def seeds_make_it_repeatable(folder: Path) -> None:
     assert train(seed=2) != first
 
 
-@check(MIRRORED, MULTI_WORKER, SERVERS)
+@check(MULTI_WORKER, full=(MIRRORED, SERVERS))
 def drop_in_and_back(folder: Path) -> None:
     ours, theirs = twins()
     theirs.fit(*table(), epochs=2, validation_split=0.1, **ORDERED)
@@ -702,7 +701,7 @@ class Meddles(keras.callbacks.Callback):
         variable.assign(changed)
 
 
-@check(MIRRORED, MULTI_WORKER)
+@check(MULTI_WORKER, full=(MIRRORED,))
 def replicas_that_differ_are_named(folder: Path) -> None:
     fit = {"batch_size": 64, "epochs": 2, "verbose": 0, "verify_every": 5}
     ours, theirs = twins()
@@ -725,7 +724,7 @@ def replicas_that_differ_are_named(folder: Path) -> None:
             assert word in str(caught.value), (word, str(caught.value))
 
 
-@check(*WORKERS)
+@check(MULTI_WORKER, full=(HOROVOD,))
 def a_worker_that_holds_the_others_back_is_named(folder: Path) -> None:
     me = place().worker_index
 

@@ -21,7 +21,7 @@ from tests.behaviour.checks import (
     same_everywhere,
     twins,
 )
-from tests.behaviour.registry import HOROVOD, MIRRORED, MULTI_WORKER, SERVERS, WORKERS, check
+from tests.behaviour.registry import HOROVOD, MIRRORED, MULTI_WORKER, SERVERS, check
 from tests.compression.test_compression import orthonormal
 from tests.equivalence.cases import crossentropy, table
 from tfdist import _keras
@@ -107,7 +107,7 @@ class Remaining(keras.callbacks.Callback):
         self.sum = residuals(self.model)
 
 
-@check(MIRRORED, *WORKERS)
+@check(HOROVOD, full=(MIRRORED, MULTI_WORKER))
 def low_rank_training_is_that_of_one_process(folder: Path) -> None:
     model = linear()
     x, y = table(193)  # the last batch has a row, and a replica none
@@ -148,7 +148,7 @@ def compressed(model: Any, *callbacks: Any, **options: Any) -> Any:
     return [model.get_weights()[0], remaining.sum]
 
 
-@check(MIRRORED, MULTI_WORKER)
+@check(MULTI_WORKER, full=(MIRRORED,))
 def a_stopped_low_rank_training_ends_with_the_same_bits(folder: Path) -> None:
     expected = compressed(linear())
     for step, every in ((5, 1), (4, datetime.timedelta(microseconds=1))):
@@ -169,7 +169,7 @@ class Before(keras.callbacks.Callback):
         self.count = int(exchange_of(self.model)._count.numpy())
 
 
-@check(*WORKERS)
+@check(HOROVOD, full=(MULTI_WORKER,))
 def a_step_that_workers_cancel_keeps_nothing(folder: Path) -> None:
     model, before = linear(), Before()
     stop = StopAt(5, place().num_workers - 1)
@@ -180,7 +180,7 @@ def a_step_that_workers_cancel_keeps_nothing(folder: Path) -> None:
     assert before.residual.any()
 
 
-@check(MIRRORED, *WORKERS)
+@check(MULTI_WORKER, HOROVOD, full=(MIRRORED,))
 def half_precision_is_close(folder: Path) -> None:
     exact: list[Any] = []
     for compression, tolerance in (("bf16", 4e-2), ("fp16", 5e-3)):

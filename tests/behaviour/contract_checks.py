@@ -63,7 +63,7 @@ def sums_are_of_all_replicas(folder: Path) -> None:
     sum_up_tensors()
 
 
-@check(MIRRORED, MULTI_WORKER, "multi_worker-3")
+@check(MULTI_WORKER, full=(MIRRORED, "multi_worker-3"))
 def sums_in_several_packs_are_of_all_replicas(folder: Path) -> None:
     with mock.patch.object(tf_distribute, "PACK_BYTES", 40):  # of tensors of 12 to 48 bytes
         sum_up_tensors()

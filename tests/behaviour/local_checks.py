@@ -11,7 +11,7 @@ import pytest
 
 import tfdist
 from tests.behaviour.checks import ORDERED, assert_weights_close, level, place, twins
-from tests.behaviour.registry import HOROVOD, MULTI_WORKER, WORKERS, check
+from tests.behaviour.registry import HOROVOD, MULTI_WORKER, check
 from tests.equivalence.cases import mlp, private_mlp, table
 from tfdist.errors import ArgumentError
 
@@ -34,7 +34,7 @@ def own(first: int, *arrays: Any) -> list[Any]:
     return [array[rows] for array in arrays]
 
 
-@check(*WORKERS)
+@check(HOROVOD, full=(MULTI_WORKER,))
 def any_split_equals_one_process(folder: Path) -> None:
     ours, theirs = twins()
     options = {**ORDERED, "epochs": 2}
@@ -117,7 +117,7 @@ def workers_may_weigh_the_same(folder: Path) -> None:
     assert_weights_close(ours, theirs)
 
 
-@check(*WORKERS)
+@check(MULTI_WORKER, full=(HOROVOD,))
 def validation_counts_every_row_once(folder: Path) -> None:
     ours, _ = twins()
     for first in (5, 0):

@@ -14,13 +14,11 @@ import tensorflow as tf
 import tfdist
 from tests.behaviour.checks import StopAt, everywhere, place, same_everywhere
 from tests.behaviour.registry import (
-    EVERYWHERE,
     HOROVOD,
     MIRRORED,
     MULTI_WORKER,
-    REPLICAS,
     SERVERS,
-    WORKERS,
+    SINGLE,
     check,
 )
 from tests.equivalence.cases import private_mlp, table
@@ -46,7 +44,7 @@ def steps_of_noise(privacy: Any) -> Any:
     return 5 * np.diff(np.array(weights), axis=0).reshape(16, -1)
 
 
-@check(*EVERYWHERE, "mirrored-4", "multi_worker-3")
+@check(MIRRORED, HOROVOD, SERVERS, full=(SINGLE, MULTI_WORKER, "mirrored-4", "multi_worker-3"))
 def noise_on_the_sum_has_the_right_deviation(folder: Path) -> None:
     """Without a gradient, weights move by noise alone.
 
@@ -63,7 +61,7 @@ def noise_on_the_sum_has_the_right_deviation(folder: Path) -> None:
     assert np.abs(correlation).max() < 5.5 / math.sqrt(2000)
 
 
-@check(MIRRORED, MULTI_WORKER)
+@check(MIRRORED, full=(MULTI_WORKER,))
 def noise_follows_a_schedule_on_all_replicas(folder: Path) -> None:
     """Of 2000 numbers a step the deviation is known within 8 %."""
     schedules = keras.optimizers.schedules
@@ -75,7 +73,7 @@ def noise_follows_a_schedule_on_all_replicas(folder: Path) -> None:
     np.testing.assert_allclose(numbers.std(1), right, rtol=0.08)
 
 
-@check(MIRRORED, MULTI_WORKER, HOROVOD)
+@check(HOROVOD, full=(MIRRORED, MULTI_WORKER))
 def noise_of_groups_that_take_turns_is_given_once(folder: Path) -> None:
     """Of 2000 numbers a step the deviation is known within 8 %."""
     numbers = steps_of_noise(tfdist.DPSGD(0.7, noise_multiplier=1.5, delta=1e-3, bands=3))
@@ -111,7 +109,7 @@ def the_check_finds_noise_of_one_replica_alone(folder: Path) -> None:
     assert found.measured == pytest.approx(place().num_replicas ** -0.5, rel=0.05)
 
 
-@check(*REPLICAS, SERVERS)
+@check(MULTI_WORKER, SERVERS, full=(MIRRORED, HOROVOD))
 def noise_that_is_taken_back_was_given_once(folder: Path) -> None:
     """With factors 1 and -1/2, of a step's own noise and of that of the step before.
 
@@ -126,7 +124,7 @@ def noise_that_is_taken_back_was_given_once(folder: Path) -> None:
     assert abs((numbers[2:] * numbers[:-2]).mean()) < 0.04
 
 
-@check(*REPLICAS)
+@check(MULTI_WORKER, full=(MIRRORED, HOROVOD))
 def all_workers_draw_and_count_the_same(folder: Path) -> None:
     model = private_mlp(keras.optimizers.SGD(0.1))
     initial = model.get_weights()
@@ -143,7 +141,7 @@ def all_workers_draw_and_count_the_same(folder: Path) -> None:
     assert all((a != b).any() for a, b in zip(weights, model.get_weights(), strict=True))
 
 
-@check(*WORKERS, SERVERS)
+@check(MULTI_WORKER, full=(HOROVOD, SERVERS))
 def the_budget_stops_all_workers_at_the_same_step(folder: Path) -> None:
     model = private_mlp(keras.optimizers.SGD(0.1))
     budget = tfdist.PrivacyBudget(0.6)
@@ -157,7 +155,7 @@ def the_budget_stops_all_workers_at_the_same_step(folder: Path) -> None:
     same_everywhere(model)
 
 
-@check(*WORKERS)
+@check(HOROVOD, full=(MULTI_WORKER,))
 def a_stop_that_one_worker_asks_for_is_counted_exactly(folder: Path) -> None:
     model = private_mlp(keras.optimizers.SGD(0.1))
     asks = [StopAt(4, place().num_workers - 1)]
@@ -198,7 +196,7 @@ class Late(L.Layer):
         return inputs + is_large * keras.ops.mean(inputs, 0, keepdims=True)
 
 
-@check(*EVERYWHERE)
+@check(HOROVOD, SERVERS, full=(SINGLE, MIRRORED, MULTI_WORKER))
 def examples_that_are_mixed_end_the_training_on_all_workers(folder: Path) -> None:
     model = keras.Sequential([keras.Input((20,)), Late(), L.Dense(1)])
     model.compile("sgd", "mse")

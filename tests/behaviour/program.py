@@ -14,10 +14,11 @@ from tests.behaviour import (
     local_checks,  # noqa: F401
     privacy_checks,  # noqa: F401
     server_checks,  # noqa: F401
+    zero_checks,  # noqa: F401
 )
 from tests.behaviour.registry import CHECKS
 
 
 def do(name: str, folder: Path) -> None:
-    function, _ = CHECKS[name]
+    function, *_ = CHECKS[name]
     function(folder)

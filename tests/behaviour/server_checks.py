@@ -110,9 +110,9 @@ class Rows(keras.metrics.Metric):  # type: ignore[misc]
 
 
 @check(SERVERS)
-def every_optimizer_learns_and_stays_finite(folder: Path) -> None:
-    for name in ("SGD", "RMSprop", "Adam", "AdamW", "Adadelta", "Adagrad", "Adamax", "Nadam",
-                 "Ftrl", "Lion", "Adafactor", "Lamb"):  # fmt: skip
+def optimizers_learn_and_stay_finite(folder: Path) -> None:
+    """One of each kind: no slots, means of squares, a count, signs, factors, norms."""
+    for name in ("SGD", "Adadelta", "Nadam", "Lion", "Adafactor", "Lamb"):
         rate = 0.1 if name in ("Adadelta", "Ftrl") else 0.01
         model = mlp(getattr(keras.optimizers, name)(rate))
         options = {"batch_size": 16, "epochs": 2, "verbose": 0, "strategy": asynchronous()}

@@ -16,10 +16,12 @@ OLDEST = {("multi_worker-2", "tests.behaviour.contract_checks")}
 
 def cells() -> Iterator[Any]:
     """Gives each place and check, with what the test needs to be done."""
-    for name, (function, places) in CHECKS.items():
+    for name, (function, always, full) in CHECKS.items():
         task = f"tests.behaviour.program {name}"
-        for place in places:
+        for place in (*always, *full):
             marks = [on(place, task)]
+            if place in full:
+                marks.append(pytest.mark.full)
             if (place, function.__module__) in OLDEST:
                 marks.append(pytest.mark.oldest)
             yield pytest.param(place, task, marks=marks, id=f"{place}-{name}")

@@ -82,6 +82,15 @@ class TestRun:
         assert invoke("run", str(script)).exit_code == 0
         assert most == [3, 7, 0]
 
+    def test_zero_comes_to_the_workers(self, script, planned, monkeypatch):
+        monkeypatch.setenv("TFDIST_ZERO", "")  # so that it is as before afterwards
+        assert invoke("run", "-n", "2", "--zero", "1", str(script)).exit_code == 0
+        assert {w.environment["TFDIST_ZERO"] for w in planned[0][0]} == {"1"}
+        for refused in (["--zero", "3"], ["--zero", "1", "--ps", "1"]):
+            result = invoke("run", *refused, str(script))
+            assert result.exit_code == 2
+            assert "--zero must" in result.output
+
     def test_one_worker_unless_told(self, script, planned):
         assert invoke("run", str(script)).exit_code == 0
         assert len(planned[0][0]) == 1

@@ -239,8 +239,18 @@ class Unseeded(keras.Layer):  # type: ignore[misc]
         return x + tf.random.normal(tf.shape(x))
 
 
+class RunningMean(keras.Layer):  # type: ignore[misc]
+    def build(self, shape: Any) -> None:
+        self.mean = self.add_weight(shape=(), trainable=False, name="seed_generator_state")
+
+    def call(self, x: Any) -> Any:
+        self.mean.assign(0.9999 * self.mean + 0.0001 * keras.ops.mean(x))
+        return x - self.mean
+
+
 Y = np.arange(10) % 2
 WRONG = {
+    "state": (lambda: tfdist.Augment(RunningMean()), Y, {}, "no state.*AssignVariableOp"),
     "mix": (lambda: tfdist.Augment(L.MixUp()), Y, {}, "mixes the examples"),
     "unseeded": (lambda: tfdist.Augment(Unseeded()), Y, {}, "RandomStandardNormal"),
     "none": (lambda: tfdist.Augment([]), Y, {}, "must have a layer"),

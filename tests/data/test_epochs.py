@@ -14,6 +14,7 @@ import pytest
 import tensorflow as tf
 
 import tfdist
+from tfdist.data.epochs import count_steps
 from tfdist.errors import ArgumentError
 
 N = 5
@@ -189,6 +190,10 @@ def test_several_steps_at_once(kind: str, steps: int | None, at_once: int) -> No
         for fit in (tfdist.fit, PLAIN)
     )
     assert ours == theirs
+    made = int(counting(PLAIN, at_once).optimizer.iterations)
+    batches = None if kind == "unknown length" else N
+    planned = count_steps(steps, batches, epochs=4, at_once=at_once)
+    assert planned == made if batches else planned >= made
 
 
 @pytest.mark.parametrize(

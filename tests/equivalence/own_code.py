@@ -12,6 +12,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+import tfdist
 from tests.equivalence.cases import CASES, FAMILIES, Train, case, sequences, table
 
 __all__ = ["CASES", "FAMILIES"]
@@ -505,3 +506,27 @@ def a_layer_with_a_variable_of_tensorflow(train: Train) -> tuple[Any, Any]:
     model = keras.Sequential([keras.Input((6,)), Centred(), L.Dense(1)])
     model.compile(keras.optimizers.SGD(0.05), "mse")
     return model, train(model, *rows(), **FIT)
+
+
+@case("recomputed")
+def recomputed_blocks(train: Train) -> tuple[Any, Any]:
+    def block(number: int) -> Any:
+        norm = L.BatchNormalization(synchronized=True, momentum=0.9)
+        wide = L.Dense(9, "tanh", activity_regularizer="l2")
+        return keras.Sequential([wide, norm, L.Dropout(0.3, seed=number), L.Dense(6)])
+
+    model = keras.Sequential([keras.Input((6,)), *map(block, range(2)), L.Dense(1)])
+    model.compile(keras.optimizers.SGD(0.1, momentum=0.9, global_clipnorm=0.5), "mse")
+    tfdist.recompute(model)
+    return model, train(model, *rows(), **FIT)
+
+
+@case("recomputed")
+def recomputed_words(train: Train) -> tuple[Any, Any]:
+    words = keras.Input((12,), dtype="int32")
+    embedding = L.Embedding(50, 8, mask_zero=True, name="table")
+    block = keras.Sequential([L.LSTM(8, dropout=0.2, seed=1), L.Dense(8, "tanh")], name="block")
+    model = keras.Model(words, L.Dense(1)(block(embedding(words))))
+    model.compile(keras.optimizers.Adam(0.01), "mse")
+    tfdist.recompute(model, ["table", "block"])
+    return model, train(model, *sequences(), batch_size=32, epochs=2)

@@ -14,7 +14,11 @@ from tests.places.program import SEED
 
 
 def do(name: str, folder: Path) -> dict[str, Any]:
-    models, history = CASES[name](functools.partial(tfdist.fit, seed=SEED, verbose=0))
+    name, _, zero = name.partition(" ")
+    options = {"strategy": tfdist.Zero()} if zero else {}
+    models, history = CASES[name](
+        functools.partial(tfdist.fit, seed=SEED, verbose=0, **options)
+    )
     models = models if isinstance(models, list) else [models]
     optimizers = [getattr(model, "optimizer", None) for model in models]
     states = [[] if one is None else one.variables for one in optimizers]

@@ -40,13 +40,24 @@ SPINE_ON_MORE = {
         "embedding_lstm",
         "private",
     ),
-    "horovod-3": ("rows_961", "embedding_lstm"),  # uneven shares, rows gathered
     # Replicas without rows; at the edge of an overflow, the more replicas the more it matters.
     "mirrored-4": ("rows_1", "cnn_synchronized_batch_norm", "loss_scaling", "power_sgd"),
 }
+# These depend on what a replica computes, not on how replicas sum: `make test` does them on
+# `mirrored` and `horovod`.
+ON_TWO_STRATEGIES = ("rows_3", "gradient_accumulation", "dropout", "two_optimizers")
 OLDEST = {
-    "multi_worker-2": SPINE,
+    "multi_worker-2": ("rows_961", "embedding_lstm", "own_train_step", "private"),
     "mirrored-2": ("rows_961", "cnn_synchronized_batch_norm", "private"),
+}
+# In `make test-full` only: the costly ones whose parts other cases have.
+COSTLY = ("private_compiled_by_xla", "private_masked_tagging")
+# With the optimizer's state in parts. The case "clipped" of a norm comes by `rows_961`.
+ZERO = {
+    "mirrored-2": ("rows_961", "loss_scaling", "every_optimizer", "private"),
+    "multi_worker-2": ("adamw_ema", "gradient_accumulation"),
+    "horovod-2": ("embedding_lstm", "two_optimizers"),
+    "multi_worker-3": ("rows_1", "own_train_step"),
 }
 # In half precision the sum over a share is rounded to 11 bits before shares are summed.
 TOLERANCE = {
@@ -62,9 +73,11 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]
 def always() -> dict[str, list[str]]:
     """Gives the cases of `make test` by place: each family comes to each strategy."""
     chosen = {place: list(SPINE) for place in TWO}
+    for place in ("multi_worker-2", "parameter_server-2"):
+        chosen[place] = [name for name in SPINE if name not in ON_TWO_STRATEGIES]
     chosen |= {place: list(names) for place, names in SPINE_ON_MORE.items()}
     for number, names in enumerate(FAMILIES.values()):
-        others = [name for name in names if name not in SPINE]
+        others = [name for name in names if name not in (*SPINE, *COSTLY)]
         for turn, name in enumerate(others, start=number):
             chosen[TWO[turn % len(TWO)]].append(name)
     return chosen
@@ -84,13 +97,20 @@ def cells() -> Iterator[Any]:
             if name in OLDEST.get(place, ()):
                 marks.append(pytest.mark.oldest)
             yield pytest.param(place, name, task, marks=marks, id=f"{place}-{name}")
+            if place.startswith("parameter_server") or name == "power_sgd":
+                continue
+            with_zero = f"{task} zero"
+            marks = [on("single-1", task), on(place, with_zero)]
+            if name not in ZERO.get(place, ()):
+                marks.append(pytest.mark.full)
+            yield pytest.param(place, name, with_zero, marks=marks, id=f"{place}-{name}-zero")
 
 
 @pytest.mark.parametrize(("place", "name", "task"), cells())
 def test_the_training_equals_one_process_s(
     place: str, name: str, task: str, clusters: Clusters
 ) -> None:
-    (expected,) = clusters.outcomes("single-1", task)
+    (expected,) = clusters.outcomes("single-1", task.removesuffix(" zero"))
     received, *others = clusters.outcomes(place, task)
     tolerance = TOLERANCE.get(name, 1e-5)
     for what in ("weights", "optimizer"):

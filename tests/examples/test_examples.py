@@ -88,6 +88,16 @@ def test_distributed_gradient_descent_equals_one_process(place, clusters):
     assert float(facts["largest difference to one"]) < 1e-5
 
 
+@run_on(SINGLE, TWO, command="larger_optimizer_state.py")
+def test_larger_optimizer_state_has_half_of_it_and_the_same_weights(place, clusters):
+    facts = facts_of(printed_on(clusters, place, "larger_optimizer_state.py"))
+    part, whole = re.findall(r"[\d,]+", facts["bytes of the optimizer's state on a worker"])
+    ratio = int(part.replace(",", "")) / int(whole.replace(",", ""))
+    assert ratio == pytest.approx(1 / workers_of(place), rel=0.1)
+    assert facts["weights equal, bit by bit"] == "True"
+    assert facts["optimizer equal, bit by bit"] == "True"
+
+
 @run_on(HOROVOD, command="horovod_digits.py")
 def test_horovod_digits_trains_and_all_ranks_hold_the_same_weights(place, clusters):
     printed = printed_on(clusters, place, "horovod_digits.py")
@@ -136,21 +146,30 @@ def figures(printed: str, name: str, number: str) -> dict[str, list[float]]:
     return {row.strip(): [float(f) for f in re.findall(number, rest)] for row, rest in rows}
 
 
+BALANCING = r"untreated|class_weight\S+|ClassBalanced\(\)"
+
+
+@on(SINGLE, example("imbalanced_digits.py"))
+def test_imbalanced_digits_finds_the_rare_digits(clusters):
+    printed = printed_on(clusters, SINGLE, "imbalanced_digits.py")
+    found = figures(printed, BALANCING, r"([\d.]+)%")
+    assert len(found) == 3
+    recall_of_odd = {name: row[2] for name, row in found.items()}
+    assert recall_of_odd["ClassBalanced()"] > recall_of_odd["untreated"] + 10
+    assert recall_of_odd['class_weight="balanced"'] > recall_of_odd["untreated"] + 10
+
+
+@pytest.mark.full  # equivalence compares samplers and class weights
 @on(SINGLE, example("imbalanced_digits.py"))
 @on(TWO, example("imbalanced_digits.py"))
 def test_imbalanced_digits_has_the_same_figures_on_one_and_on_two_workers(clusters):
-    names = r"untreated|class_weight\S+|ClassBalanced\(\)"
     one, two = (
-        figures(printed_on(clusters, place, "imbalanced_digits.py"), names, r"([\d.]+)%")
+        figures(printed_on(clusters, place, "imbalanced_digits.py"), BALANCING, r"([\d.]+)%")
         for place in (SINGLE, TWO)
     )
-    assert len(one) == 3
     for name, row in one.items():
         # An image may lie so near to two classes that the last digit decides: 1 of 45 or more.
         assert two[name] == pytest.approx(row, abs=1.0)
-    recall_of_odd = {name: row[2] for name, row in one.items()}
-    assert recall_of_odd["ClassBalanced()"] > recall_of_odd["untreated"] + 10
-    assert recall_of_odd['class_weight="balanced"'] > recall_of_odd["untreated"] + 10
 
 
 @on(SINGLE, example("checkpoint.py FOLDER"))
@@ -211,7 +230,17 @@ def test_smote_finds_the_rare_digits(clusters):
     assert found["ClassBalanced(), Augment"][2] > recall_of_odd[0] + 10
 
 
-@run_on(TWO, command="compressed_digits.py")
+@run_on(SINGLE, command="recompute.py")
+def test_recompute_saves_memory_and_keeps_the_weights(place, clusters):
+    printed = printed_on(clusters, place, "recompute.py")
+    facts = facts_of(printed)
+    kept, recomputed = map(float, re.findall(r"([\d.]+) MiB", facts["activations kept"]))
+    assert 10 * recomputed < kept
+    assert float(facts["largest difference of a weight"]) < 1e-5
+    assert printed.count("(Block)") == 4
+
+
+@run_on(SINGLE, command="compressed_digits.py")
 def test_compressed_digits_are_small_and_accurate(place, clusters):
     printed = printed_on(clusters, place, "compressed_digits.py")
     facts = facts_of(printed)
@@ -226,7 +255,7 @@ def test_compressed_digits_are_small_and_accurate(place, clusters):
     assert min(float(accuracy) for *_, accuracy in rows) > 94
 
 
-@run_on(TWO, command="private_digits.py")
+@run_on(SINGLE, command="private_digits.py")
 def test_private_digits_keeps_to_its_budget(place, clusters):
     printed = printed_on(clusters, place, "private_digits.py")
     facts = facts_of(printed)
@@ -285,10 +314,14 @@ def test_unmodified_keras_script(options, scripts, tmp_path):
 
 
 # TensorFlow's devices are set once in a process, so the page that sets them comes first.
+# The others begin with one process: pages choose strategies of their own.
 RUN_PAGES = """
 import pathlib, re, sys
-pages = sorted(map(pathlib.Path, sys.argv[1:]), key=lambda page: page.name != "mirrored.md")
+import tfdist
+pages = sorted(map(pathlib.Path, sys.argv[1:]), key=lambda p: (p.name != "mirrored.md", p))
 for page in pages:
+    if page.name != "mirrored.md":
+        tfdist.init("single")
     blocks = re.findall(r"^```python\\n(.*?)^```", page.read_text("utf-8"), re.M | re.S)
     for number, block in enumerate(blocks):
         print(f"running {page.name} {number}", flush=True)

@@ -237,6 +237,7 @@ def test_a_checkpoint_of_another_federation_is_refused(tmp_path):
             {"privacy": tfdist.DPSGD(l2_norm_clip=1.0, noise_multiplier=1.0, delta=1e-3)},
             "privacy",
         ),
+        ({"strategy": tfdist.Zero(on="single")}, "a whole optimizer"),
         ({"federated": "fedavg"}, "federated='fedavg'"),
         ({"federated": tfdist.FedAvg(clients=IDS[:9])}, "shape"),
         ({"federated": tfdist.FedAvg(clients=IDS, clients_per_round=5)}, "and 4 clients"),

@@ -6,6 +6,7 @@ is looked at, so that a failure names the place.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from pathlib import Path
 from typing import Any
@@ -14,17 +15,27 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from keras.src.backend.common import global_state
 from keras.src.backend.tensorflow import random as keras_random
 from keras.src.backend.tensorflow.core import Variable
 from keras.src.backend.tensorflow.optimizer import TFOptimizer
 from keras.src.losses import loss as keras_loss
+from keras.src.ops.operation import Operation
 from keras.src.optimizers.base_optimizer import BaseOptimizer
 from keras.src.saving import saving_lib
 from keras.src.trainers.data_adapters import get_data_adapter
 from tensorflow.python.eager import context as _context
+from tensorflow.python.eager import record
 
 from tfdist import _keras
-from tfdist._keras import parts, served, served_updates
+from tfdist._keras import (
+    ReplicaBatch,
+    parts,
+    recomputed_ops,
+    served,
+    served_updates,
+    sharded,
+)
 from tfdist._keras.random import uniform_rows
 from tfdist._keras.replicated import replacements
 
@@ -53,6 +64,38 @@ def test_replacing_is_undone() -> None:
     with _keras.replicated():
         assert [vars(owner)[name] for owner, name in places] != before
     assert [vars(owner)[name] for owner, name in places] == before
+
+
+def test_every_place_that_parts_replace_exists() -> None:
+    for owner, name, value in sharded.replacements(Any):
+        assert name in vars(owner), f"{owner}.{name}"
+        assert len(parameters(value)) == len(parameters(vars(owner)[name])), name
+
+
+def test_an_emptied_variable_can_be_filled_and_traces_see_it() -> None:
+    variable = keras.Variable(np.arange(6.0).reshape(2, 3))
+    total = tf.function(lambda: tf.reduce_sum(variable.value))
+    assert total() == 15
+    _keras.empty(variable.value)
+    assert _keras.is_empty(variable)
+    _keras.refill(variable.value, [np.ones((2, 3))])
+    assert not _keras.is_empty(variable)
+    assert total() == 6
+    variable.assign_add(np.ones((2, 3)))
+    assert total() == 12
+
+
+def test_an_optimizer_is_built_without_its_state_and_then_filled() -> None:
+    made = model()
+    adagrad = keras.optimizers.Adagrad(initial_accumulator_value=0.25)
+    scheduled = keras.optimizers.ScheduleFreeAdamW()  # it assigns its state in `build`
+    with _keras.built_unfilled([adagrad, scheduled]):
+        adagrad.build(made.trainable_variables)
+        scheduled.build(made.trainable_variables)
+        assert [_keras.is_empty(v) for v in adagrad.variables[2:]] == [True, True]
+        assert _keras.unfilled_value(adagrad.variables[2]) == 0.25
+        assert not any(map(_keras.is_empty, scheduled.variables))
+    np.testing.assert_array_equal(adagrad.variables[2], np.full((4, 2), 0.25))
 
 
 def test_no_other_optimizer_method_uses_tf_distribute() -> None:
@@ -370,3 +413,50 @@ def test_all_of_tensorflow_s_checkpoints_are_written_in_one_place(tmp_path: Path
         checkpoint.save(str(tmp_path / "b"))
         tf.train.CheckpointManager(checkpoint, str(tmp_path / "c"), 1).save()
     assert [Path(prefix).name for prefix in seen] == ["a", "b-1", "ckpt-2"]
+
+
+def test_the_losses_of_a_layer_are_an_attribute_of_the_instance() -> None:
+    made = model()
+    assert "_losses" in vars(made)
+    assert not hasattr(keras.Layer, "_losses")
+    batches = [ReplicaBatch(tf.constant(1), tf.constant(1), tf.constant(0), list, tf.identity)]
+    batches += [dataclasses.replace(batches[0])]
+    with _keras.replicated():
+        for number, batch in enumerate(batches):
+            with _keras.on_replica(batch):
+                made.add_loss(tf.constant(float(number)))
+        with _keras.on_replica(batches[0]):
+            assert [float(loss) for loss in made.losses] == [0.0]
+    assert made.losses == []
+    assert not hasattr(keras.Layer, "_losses")
+
+
+def test_a_recomputed_layer_finds_what_surrounds_its_call() -> None:
+    # Names of Keras's global state that the second call restores.
+    seen: list[Any] = []
+
+    class Looking(keras.layers.Layer):  # type: ignore[misc]
+        def call(self, x: Any) -> Any:
+            found = [global_state.get_global_attribute(name) for name in names]
+            seen.append([found[0].training, found[1].dtype])
+            return x
+
+    names = ("current_call_ctx", "autocast_scope")
+    Looking(dtype="mixed_float16")(np.ones((1, 2)), training=True)
+    assert seen == [[True, "float16"]]
+    with keras.StatelessScope() as scope:
+        assert global_state.get_global_attribute("stateless_scope") is scope
+    assert {"call", "quantized_call"} <= set(dir(keras.Layer))
+    assert "self.call" in inspect.getsource(Operation.__call__)
+
+
+def test_all_ops_of_a_graph_are_made_in_one_place() -> None:
+    with tf.Graph().as_default() as graph:
+        ops = recomputed_ops.ops_of_thread(graph)
+        number = tf.compat.v1.placeholder(tf.float32, [])
+        variable = tf.Variable(1.0)
+        variable.assign(tf.cond(number > 0, lambda: number, lambda: number + variable))
+        assert ops == graph.get_operations()
+        assert not record.could_possibly_record()
+        with tf.GradientTape():
+            assert record.could_possibly_record()

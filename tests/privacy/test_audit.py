@@ -14,6 +14,7 @@ import pytest
 import tensorflow as tf
 
 import tfdist
+from tests.parameters import in_part
 from tfdist.errors import ArgumentError, MissingPackageError
 from tfdist.privacy import (
     AuditReport,
@@ -550,7 +551,7 @@ def test_broken_training_is_caught(broken: Any, monkeypatch: pytest.MonkeyPatch)
     assert found.epsilon_lower_bound(DELTA) > CLAIMED
 
 
-@pytest.mark.parametrize("noise", [40.0, 0.0])
+@pytest.mark.parametrize("noise", in_part([40.0, 0.0], full=[40.0]))
 def test_wrong_labels_of_digits(noise: float) -> None:
     from sklearn.datasets import load_digits
 

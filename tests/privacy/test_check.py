@@ -161,7 +161,13 @@ def test_a_sound_mechanism_passes_and_the_model_stays_as_it_was() -> None:
 @pytest.mark.parametrize(
     ("privacy", "part"),  # the part that the mechanism changes
     [
-        (tfdist.DPSGD(0.5, noise_multiplier=2.0, delta=1e-4, clipping="per_layer"), "noise"),
+        pytest.param(
+            *(
+                tfdist.DPSGD(0.5, noise_multiplier=2.0, delta=1e-4, clipping="per_layer"),
+                "noise",
+            ),
+            marks=pytest.mark.full,
+        ),
         (
             tfdist.DPSGD(
                 0.5, noise_multiplier=2.0, delta=1e-4, target_quantile=0.5, count_noise=1.5
@@ -179,7 +185,10 @@ def test_a_sound_mechanism_passes_and_the_model_stays_as_it_was() -> None:
             "draws",
         ),
         (tfdist.DPFTRL(0.5, noise_multiplier=2.0, delta=1e-4, bands=4), "draws"),
-        (tfdist.DPFTRL(0.5, noise_multiplier=2.0, delta=1e-4, bands=4), "noise"),
+        pytest.param(
+            *(tfdist.DPFTRL(0.5, noise_multiplier=2.0, delta=1e-4, bands=4), "noise"),
+            marks=pytest.mark.full,
+        ),
     ],
     ids=["per_layer", "adaptive", "users", "in_turn", "noise in turn"],
 )
@@ -361,6 +370,7 @@ def test_a_report_is_read_by_name() -> None:
         report["four"]
 
 
+@pytest.mark.full  # examples/private_check.py is nearly the same
 def test_the_example_of_the_docstring() -> None:
     result = doctest.testmod(checking)
     assert result.attempted > 0

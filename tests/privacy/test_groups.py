@@ -11,6 +11,7 @@ import pytest
 import tensorflow as tf
 
 import tfdist
+from tests.parameters import in_part
 from tests.privacy.test_clipping import FAST, Units, clipped, close, gradients_of_each, some
 from tfdist import data
 from tfdist._keras import layers as keras_layers
@@ -114,7 +115,7 @@ FITS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", FITS)
+@pytest.mark.parametrize("name", in_part(FITS, full=["some_rows", "small_microbatches"]))
 def test_fit_with_users_does_what_the_algorithm_says(name: str) -> None:
     compiled, settings = FITS[name]
     x, y, ids = rows()
@@ -263,11 +264,7 @@ def copies_by_hand(of_users: bool) -> Any:
 
 
 @pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=pytest.mark.full if name == "compiled" else ())
-        for name in COPIED
-    ],
+    "name", in_part(COPIED, full=["compiled", "compiled_microbatches", "microbatches"])
 )
 def test_the_mean_over_augmented_copies_is_clipped(name: str) -> None:
     compiled, settings = COPIED[name]

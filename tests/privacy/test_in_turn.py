@@ -13,13 +13,16 @@ import pytest
 import tensorflow as tf
 
 import tfdist
+from tests.parameters import in_part
 from tests.privacy.test_groups import classifier, loop, rows
 from tfdist._keras import layers as keras_layers
+from tfdist.data.datasets import DatasetBatches
 from tfdist.errors import ArgumentError
 from tfdist.privacy import Ledger, Phase
 from tfdist.privacy.accounting.correlated import coefficients, sensitivity
 from tfdist.privacy.dpftrl import SameOrder
 from tfdist.privacy.mechanism.noise import Noise
+from tfdist.privacy.validation import check_copies
 
 L = keras.layers
 SGD = keras.optimizers.SGD
@@ -164,7 +167,9 @@ def by_hand(model: Any, x: Any, y: Any, batches: Any) -> None:
             variable.assign(variable.numpy() - 0.5 * (summed / 16 + penalty))
 
 
-@pytest.mark.parametrize("kind", ["arrays", "in_order", "dataset", "py_dataset"])
+@pytest.mark.parametrize(
+    "kind", in_part(["arrays", "in_order", "dataset", "py_dataset"], full=["in_order"])
+)
 def test_every_example_takes_part_in_its_turn(kind: str) -> None:
     x, y, _ = rows()
     order = SameOrder(kind == "arrays")
@@ -203,6 +208,21 @@ def test_every_example_takes_part_in_its_turn(kind: str) -> None:
     assert report.secret  # the order may be known
 
 
+def test_batches_hold_the_copies_that_are_clipped_as_one() -> None:
+    x, y, _ = rows(24)
+    augment = tfdist.Augment([L.GaussianNoise(0.5, seed=1)])
+    models, data = [], tf.data.Dataset.from_tensor_slices((x, y)).batch(8)
+    for given, options in (((x, y), {"batch_size": 8, "shuffle": False}), ((data,), {})):
+        models.append(classifier(L.Dense(3, kernel_initializer="zeros")))
+        privacy = ftrl(0.0, augmentations=3)
+        options = {"verbose": 0, "seed": 3, "augment": augment, **options}
+        tfdist.fit(models[-1], *given, privacy=privacy, **options)
+    for arrays, batches in zip(*(model.get_weights() for model in models), strict=True):
+        np.testing.assert_allclose(batches, arrays, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ArgumentError, match="augmentations=3 and data with 1"):
+        check_copies(ftrl(augmentations=3), augment, DatasetBatches(data, None))
+
+
 def test_a_target_is_kept_to_and_said() -> None:
     x, y, _ = rows()
     privacy = tfdist.DPFTRL(CLIP, target_epsilon=2.0, delta=1e-3, bands=4)
@@ -232,7 +252,7 @@ class BrokenOffError(Exception):
     pass
 
 
-@pytest.mark.parametrize("seed", [4, None])
+@pytest.mark.parametrize("seed", in_part([4, None], full=[4]))
 def test_noise_goes_on_after_an_interruption(tmp_path: Path, seed: int | None) -> None:
     """With a seed to the same bits; with a secret, what is taken back is what was given."""
     keras.utils.set_random_seed(1)

@@ -55,10 +55,15 @@ def attention() -> Tried:
     return model, *(rng.normal(size=(20, *s)).astype("float32") for s in ((6, 8), (2,)))
 
 
-def half_precision() -> Tried:
+def all_alike(x: Any, training: bool, seeds: Any) -> Any:
+    """Changes all rows by less than bfloat16 can show, without a derivative."""
+    return x * (1 + 2e-4 * ops.stop_gradient(ops.sign(ops.mean(x))))
+
+
+def in_half_precision(make: Callable[[], Tried]) -> Tried:
     keras.config.set_dtype_policy("mixed_bfloat16")
     try:
-        return attention()
+        return make()
     finally:
         keras.config.set_dtype_policy("float32")
 
@@ -126,7 +131,7 @@ HONEST: dict[str, Callable[[], Tried]] = {
     "erasing": lambda: model_of((6, 6, 3), L.RandomErasing(), L.GroupNormalization(3)),
     "gru": lambda: model_of((3, 3), L.GRU(3)),
     "attention": attention,
-    "half_precision": half_precision,
+    "half_precision": lambda: in_half_precision(attention),
     "masked_words": masked_words,
     "several": several_inputs_and_outputs,
     "words": lambda: model_of((5,), L.Embedding(9, 4), L.Dropout(0.3), words=9),
@@ -165,6 +170,8 @@ MIXING: dict[str, Callable[[], Tried]] = {
     "cut_mix": lambda: model_of((6, 6, 1), L.CutMix()),
     "capacity": lambda: with_x(np.abs, model_of((4,), Own(capacity))),
     "a_little": lambda: model_of((4,), Own(lambda x, t, s: x + 1e-4 * ops.tanh(ops.mean(x)))),
+    "all_alike": lambda: model_of((4,), Own(all_alike)),
+    "all_alike_in_half": lambda: in_half_precision(lambda: model_of((4,), Own(all_alike))),
     "rank": lambda: model_of((4,), Own(ranked)),
     "now_and_then": lambda: model_of((4,), Own(now_and_then)),
     "size": lambda: model_of(
@@ -194,6 +201,23 @@ def test_a_model_that_mixes_nothing_is_accepted_and_left_as_it_was(name: str) ->
 def test_a_layer_that_mixes_is_refused(name: str) -> None:
     with pytest.raises(ArgumentError, match="may mix the examples of a batch"):
         independence.check(*MIXING[name]())
+
+
+@pytest.mark.parametrize("mixes", [False, True])
+def test_tiny_gradients_are_compared_in_units_of_the_norm(mixes: bool) -> None:
+    """Whole numbers, so that no changed inputs have larger gradients."""
+
+    def centered(x: Any, training: bool, seeds: Any) -> Any:
+        x = ops.cast(x, "float32")
+        return x - mean(x) if mixes else x
+
+    model, x, y = model_of((3,), Own(centered), words=3)
+    model.layers[-1].kernel.assign(0 * model.layers[-1].kernel)
+    if not mixes:
+        independence.check(model, x, 1e-10 * y, l2_norm_clip=1e-10)
+        return
+    with pytest.raises(ArgumentError, match="may mix the examples of a batch"):
+        independence.check(model, x, 1e-10 * y, l2_norm_clip=1e-10)
 
 
 def test_numbers_that_no_seed_determines_are_refused() -> None:

@@ -471,8 +471,10 @@ REPEAT: dict[str, Change] = {
 def test_what_may_come_twice_needs_a_promise(name: str) -> None:
     data = REPEAT[name](examples())
     with pytest.raises(ArgumentError, match="unless `min_separation` says how often"):
-        check_places(data, promised=False)
-    check_places(data, promised=True)
+        check_places(data, None)
+    if name == "zip":  # one of its parts is shuffled
+        data = Data.zip((examples().batch(4), examples().batch(4)))
+    check_places(data, 1)
 
 
 def test_a_try_moves_no_shuffle_on() -> None:
@@ -486,3 +488,77 @@ def test_a_try_moves_no_shuffle_on() -> None:
     untried = order(tried=False)
     tf.random.set_seed(1)
     assert order(tried=True) == untried
+
+
+FIXED: dict[str, Any] = {"buffer_size": 24, "reshuffle_each_iteration": False}
+# Datasets, whether they are drawn more than once, and the least promise that is refused.
+ORDERS: dict[str, tuple[Change, bool, int | None]] = {
+    "once": (lambda d: d.shuffle(24).batch(4), False, None),
+    "fixed": (lambda d: d.shuffle(**FIXED).repeat(3).batch(4), True, None),
+    "no_shuffle": (lambda d: d.repeat(3).batch(4), True, None),
+    "pairs": (lambda d: Data.zip((d.batch(4), d.batch(4))), True, None),
+    "several_epochs": (lambda d: d.shuffle(24).batch(4), True, 2),
+    "noise": (lambda d: d.shuffle(24).map(jittered).batch(4), True, 2),
+    "cached": (lambda d: d.shuffle(24).cache().batch(4), True, 2),
+    "rows": (lambda d: d.shuffle(24).repeat(2).batch(4), False, 1),
+    "endless": (lambda d: d.shuffle(24).repeat().batch(4).take(9), False, 1),
+    "once_repeated": (lambda d: d.shuffle(24).repeat(1).batch(4), False, None),
+    "batches": (lambda d: d.shuffle(24).batch(4).repeat(2), False, 2),
+    "rebatched": (
+        lambda d: d.shuffle(24).batch(3, drop_remainder=True).repeat(2).unbatch().batch(4),
+        False,
+        1,
+    ),
+    "after_repeat": (lambda d: d.repeat(2).shuffle(**FIXED).batch(4), False, 1),
+    "batches_after_repeat": (lambda d: d.batch(4).repeat(2).shuffle(**FIXED), False, 2),
+    "joined": (lambda d: d.shuffle(**FIXED).concatenate(d).batch(4), False, 1),
+    "joined_batches": (lambda d: d.batch(4).concatenate(d.batch(4).shuffle(9)), False, 2),
+    "zipped": (lambda d: Data.zip((d.batch(4), d.shuffle(**FIXED).batch(4))), False, 1),
+    "chosen": (
+        lambda d: Data.sample_from_datasets(
+            [batch((X, Y)), batch((X + 1, Y))], rerandomize_each_iteration=True
+        ),
+        True,
+        2,
+    ),
+    "choices": (
+        lambda d: Data.choose_from_datasets(
+            [batch((X, Y)), batch((X + 1, Y))], Data.range(2).repeat(6).shuffle(12)
+        ),
+        True,
+        2,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ORDERS)
+def test_a_shuffle_keeps_no_promise_of_what_comes_again(name: str) -> None:
+    make, comes_again, refused = ORDERS[name]
+    data = make(examples())
+    for separation in (1, 2):
+        if refused is None or separation < refused:
+            check_places(data, separation, comes_again)
+            continue
+        message = "twice in a batch" if refused == 1 else "steps that follow each other"
+        with pytest.raises(ArgumentError, match=message):
+            check_places(data, separation, comes_again)
+
+
+def test_shuffled_names_of_files_are_shuffled_examples(tmp_path: Path) -> None:
+    written(tmp_path)
+    files = Data.list_files(f"{tmp_path}/*.tfrecord")
+    for records in (
+        tf.data.TFRecordDataset(files),
+        files.interleave(tf.data.TFRecordDataset),
+        saved_and_shuffled(tmp_path),
+    ):
+        check_places(records.batch(4), 2, comes_again=False)
+        with pytest.raises(ArgumentError, match="steps that follow each other"):
+            check_places(records.batch(4), 2, comes_again=True)
+
+
+def saved_and_shuffled(folder: Path) -> Any:
+    examples().save(f"{folder}/saved")
+    return Data.load(
+        f"{folder}/saved", reader_func=lambda shards: shards.shuffle(4).interleave(lambda s: s)
+    )

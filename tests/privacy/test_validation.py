@@ -11,7 +11,9 @@ import tensorflow as tf
 
 import tfdist
 from tfdist.errors import ArgumentError
-from tfdist.privacy.validation import are_rows_of, check_validation
+from tfdist.privacy import leaking_callbacks
+from tfdist.privacy.shared_rows import are_rows_of
+from tfdist.privacy.validation import check_callbacks, check_validation
 
 pytestmark = pytest.mark.quick
 RNG = np.random.default_rng(0)
@@ -75,6 +77,10 @@ def test_a_training_metric_decides_under_no_name(name: str) -> None:
     metric = keras.metrics.MeanSquaredError("mine" if name == "val_other" else name)
     model.compile("sgd", "mse", metrics=[metric])
     privacy = tfdist.DPSGD(1.0, noise_multiplier=8.0, delta=1e-4)
+    named = keras.callbacks.ModelCheckpoint(f"{{{name}}}.keras")
+    if name.startswith("val_"):
+        with pytest.raises(ArgumentError, match="The name of a file"):
+            leaking_callbacks.check_names([named], ["loss", name])
     made = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: pytest.fail("late"))
     with pytest.raises(ArgumentError, match=f"EarlyStopping with monitor='{name}'"):
         tfdist.fit(
@@ -97,15 +103,38 @@ def test_rows_that_are_equal_by_chance_do_not_count() -> None:
     bits = RNG.integers(0, 2, (500, 3))
     assert not are_rows_of(RNG.integers(0, 2, (50, 3)), bits)
     assert not are_rows_of(OTHERS[0], X)
-    mostly_others = np.concatenate([OTHERS[0], X[:20]])
-    assert not are_rows_of(mostly_others, X)
+    assert not are_rows_of(np.concatenate([OTHERS[0], X[:2]]), X)
+    few = RNG.integers(0, 3, (300, 6))  # a third of the rows come twice
+    assert not are_rows_of(RNG.integers(0, 3, (100, 6)), few)
+    assert are_rows_of(few[:90].copy(), few)
     assert are_rows_of({"a": X[3:40].copy(), "b": bits[3:40]}, {"a": X, "b": bits[:120]})
-    assert not are_rows_of({"a": X[3:40], "b": bits[13:50]}, {"a": X, "b": bits[:120]})
+    assert not are_rows_of({"a": OTHERS[0], "b": bits[:40]}, {"a": X, "b": bits[:120]})
     words = np.array(["one", "two", "three", "four"])
     assert are_rows_of(words[1:3].copy(), words)
     assert not are_rows_of(X[:0], X)
     assert not are_rows_of(X[:, :3].copy(), X)
     assert not are_rows_of(tf.data.Dataset.from_tensors(X), X)
+
+
+def test_rows_are_found_rounded_repeated_and_among_others() -> None:
+    exact = RNG.normal(size=(120, 8))
+    assert are_rows_of(exact[:40].astype("float32"), exact)
+    assert are_rows_of(exact[:40].astype("float32").astype("float64"), exact)
+    assert are_rows_of(X[:40].astype("float16"), X)
+    assert are_rows_of(X[:40].copy(), np.concatenate([X, X, X[:60]]))
+    assert are_rows_of(np.concatenate([OTHERS[0], X[:4]]), X)
+    assert are_rows_of(-np.eye(9), np.eye(9) * -1.0 + 0.0)  # -0 and 0 are one number
+    pixels = RNG.integers(0, 256, (80, 9), "uint8")
+    assert are_rows_of(pixels[:20].astype("float32"), np.concatenate([pixels, pixels]))
+    assert not are_rows_of(pixels[:20] / 255.0, pixels)
+
+
+@pytest.mark.parametrize("x", [X, tf.data.Dataset.from_tensor_slices((X, Y)).batch(60)])
+def test_metrics_of_classes_are_not_of_private_rows(x: Any) -> None:
+    labels = np.arange(40) % 2
+    with pytest.raises(ArgumentError, match="PerClassMetrics must not be of the training data"):
+        check_callbacks([tfdist.PerClassMetrics(X[:40].copy(), labels)], x)
+    check_callbacks([tfdist.PerClassMetrics(OTHERS[0], labels)], x)
 
 
 @pytest.mark.parametrize("rows", [[], [[1, 2], [3]]])

@@ -353,10 +353,43 @@ def test_damaged_checkpoints_are_named_and_passed_over(whole, tmp_path, capfd) -
     errors = capfd.readouterr().err
     assert f"{last} is damaged ({data.name} has another checksum)" in errors
     assert f"{before} is damaged (state.json is missing)" in errors
-    for folder in tmp_path.glob("epoch-*"):
+    first, *others = sorted(tmp_path.glob("epoch-*"))
+    (first / "SHA256SUMS").write_text("cut")
+    for folder in others:
         (folder / "SHA256SUMS").unlink()
-    with pytest.raises(CheckpointError, match="all damaged"):
+    named = sorted(path.name for path in tmp_path.glob("*epoch-*"))
+    for _ in range(2):  # the next try does not begin anew either
+        with pytest.raises(CheckpointError, match=r"all damaged .*SHA256SUMS is cut off"):
+            train(tmp_path)
+        assert sorted(path.name for path in tmp_path.glob("*epoch-*")) == named
+    for folder in (first, *others):
+        folder.rename(folder.with_name(f"damaged-again-{folder.name}"))
+    with pytest.raises(CheckpointError, match=r"all damaged .*renamed before"):
         train(tmp_path)
+
+
+def test_a_checkpoint_that_cannot_be_read_is_not_damaged(tmp_path) -> None:
+    train(tfdist.Checkpoint(tmp_path, every=3))
+    last = max(tmp_path.glob("epoch-*"))
+    sums = last / "SHA256SUMS"
+    sums.rename(tmp_path / "aside")
+    sums.mkdir()  # an error that is neither a missing file nor another content
+    with pytest.raises(CheckpointError, match=r"must be readable\. Received: .*SHA256SUMS"):
+        train(tfdist.Checkpoint(tmp_path, every=3))
+    assert last.is_dir()
+
+
+def test_a_training_whose_directory_another_one_took_writes_no_more(tmp_path) -> None:
+    def take(epoch: int, logs: Any) -> None:
+        if epoch == 1:  # as a job that was queued again, while this process was stopped
+            lease = tmp_path / ".lease"
+            other = json.loads(lease.read_text()) | {"host": "other", "token": "other"}
+            lease.write_text(json.dumps(other))
+
+    with pytest.raises(CheckpointError, match=r"which process \d+ on other has taken"):
+        train(tmp_path, keras.callbacks.LambdaCallback(on_epoch_end=take))
+    assert not list(tmp_path.glob("epoch-00002-*"))
+    assert (tmp_path / ".lease").exists()
 
 
 class FilesMayNotGrow(keras.callbacks.Callback):

@@ -135,6 +135,7 @@ def test_a_host_that_comes_back_joins_in_the_middle(script, alone, tmp_path):
     ]
 
 
+@pytest.mark.full  # below, they go on as well, until the host comes back
 def test_the_others_go_on_when_a_rank_is_killed(script, tmp_path):
     expected = by_itself(script, "noiseless")
     found, printed = elastic(script, "127.0.0.1", tmp_path, 0, "noiseless", LONG)
@@ -144,6 +145,19 @@ def test_the_others_go_on_when_a_rank_is_killed(script, tmp_path):
     assert Ledger.from_dict(found[0]["ledger"]) == Ledger.from_dict(expected["ledger"])
 
 
+def test_a_host_that_comes_back_joins_a_private_training(script, tmp_path):
+    # Without noise, the training is that of one process.
+    expected = by_itself(script, "noiseless")
+    found, printed = elastic(script, "localhost", tmp_path, 0.4, "noiseless")
+    assert sorted(result["host"] for result in found) == sorted(HOSTS), printed
+    assert "ready to join" in printed
+    for result in found:
+        assert_equal(result, expected)
+        assert Ledger.from_dict(result["ledger"]) == Ledger.from_dict(expected["ledger"])
+    assert found[0]["weights"] == found[1]["weights"]
+
+
+@pytest.mark.full  # the ledger of the test before counts each step once
 def test_every_step_counts_once_for_who_joins_a_private_training(script, tmp_path):
     found, printed = elastic(script, "localhost", tmp_path, 0.4, "noise")
     assert sorted(result["host"] for result in found) == sorted(HOSTS), printed

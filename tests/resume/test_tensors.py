@@ -8,6 +8,7 @@ import pytest
 
 from tests.strategies.devices import Devices
 from tfdist.resume.checkpoint import tensors
+from tfdist.sharding.cuts import Cut
 from tfdist.step.state import Role, Sharded, TrainState
 
 pytestmark = pytest.mark.quick
@@ -42,6 +43,31 @@ def test_a_sharded_tensor_is_cut_for_any_number(replicas, rows):
     assert now.values.shape == (replicas, rows, 2)
     np.testing.assert_array_equal(now.values.reshape(-1, 2)[:7], whole)
     assert not now.values.reshape(-1, 2)[7:].any()
+
+
+@pytest.mark.parametrize("shape", [(7, 5), (100, 3)])  # cut between elements, between rows
+@pytest.mark.parametrize("replicas", [1, 2, 3])
+def test_a_variable_in_parts_is_saved_whole_and_cut_for_any_number(replicas, shape):
+    def in_parts(number, values):
+        cut = Cut(shape, number)
+        parts = [cut.own(values, i).numpy() for i in range(number)]
+        part = keras.Variable(parts[0], trainable=False)
+        return TrainState((part,), (), ((part, cut.role),)), Devices(number, parts), cut
+
+    whole = np.random.default_rng(0).normal(size=shape).astype("float32")
+    state, before, _ = in_parts(2, whole)
+    saved = tensors.take(before, state)
+    np.testing.assert_array_equal(saved["variables/0"], whole)
+    assert not state.is_everywhere
+    assert state.replicated == ()
+    if replicas == 1:  # and without parts
+        variable = keras.Variable(np.zeros(shape, "float32"))
+        state, now = TrainState((variable,)), Devices(1)
+    else:
+        state, now, cut = in_parts(replicas, np.zeros(shape, "float32"))
+    tensors.put_back(now, state, lambda name: saved[name].numpy(), has_global_seed=False)
+    found = variable.numpy() if replicas == 1 else cut.joined_arrays(now.values)
+    np.testing.assert_array_equal(found, whole)
 
 
 def test_who_has_what_is_asked_of_the_state():

@@ -209,7 +209,7 @@ class TestLosses:
         assert result(printed) == {"w": [-200.0] * 4, "iterations": 200, "epochs": 4}
 
     def test_after_a_killed_server_training_goes_on_from_the_backup(self, script, tmp_path):
-        command = tfdist_run(2, script, "asynchronous", "ps 0", tmp_path, options=["--ps", "2"])
+        command = tfdist_run(1, script, "asynchronous", "ps 0", tmp_path, options=["--ps", "1"])
         status, printed = finished(command, LIMIT_S)
         assert status == 0, printed
         assert "ps 0 was ended by signal 9 (SIGKILL)" in printed
@@ -226,6 +226,7 @@ class TestLosses:
         assert "started again (1 of 3)" in printed
         assert result(printed) == {"w": [-200.0] * 4, "iterations": 200, "epochs": 3}
 
+    @pytest.mark.full  # tests/launch says what the launcher says of any process
     def test_without_restarts_the_cause_is_named(self, script, tmp_path):
         options = ["--ps", "1", "--max-restarts", "0"]
         command = tfdist_run(1, script, "asynchronous", "ps 0", tmp_path, options=options)

@@ -101,7 +101,10 @@ def hanging(tmp_path: Path, case: str, command: list[str], limit: float = 2) -> 
             HUNG,
             ["worker 1 has left `fit`", "after step 12", "in <module>: time.sleep(100)"],
         ),
-        ("horovod", "times", 1, ["worker 1 has ended, after 2 calls", "call number 3"]),
+        pytest.param(  # the next one is of the same kind
+            *("horovod", "times", 1, ["worker 1 has ended, after 2 calls", "call number 3"]),
+            marks=pytest.mark.full,
+        ),
         ("multi_worker", "function", 1, ["worker 0: `fit`; worker 1: `evaluate`"]),
         (
             "multi_worker",

@@ -19,6 +19,7 @@ dropout, random seeds     a function of the example's position in the global bat
                           also in a single process, with the same result with or without XLA;
                           in private training all of `keras.random` is a function of the
                           example's contents
+a layer's losses          each replica has its own
 Variable assignment       is recorded, so that variables that the forward pass changes can
                           get the same value on all replicas
 ========================  ==========================================================
@@ -32,6 +33,7 @@ from tfdist._keras.building import (
     build_layers,
     compiled_state,
     computes_coarsely,
+    computes_in,
     global_seed_variable,
     has_global_seed,
     has_own,
@@ -53,6 +55,7 @@ from tfdist._keras.clients import (
 from tfdist._keras.discovery import StepTrace, keeping_random_state, random_ops, rows_of
 from tfdist._keras.groups import GroupCollectives
 from tfdist._keras.keyed import RowKeys, row_numbers
+from tfdist._keras.layers import sublayers
 from tfdist._keras.loop import (
     EVALUATE,
     FIT,
@@ -74,6 +77,7 @@ from tfdist._keras.optimizers import (
     with_nested,
 )
 from tfdist._keras.probe import what_is_no_mean
+from tfdist._keras.recomputation import recomputed_calls, set_recomputed
 from tfdist._keras.replica import ReplicaBatch, on_replica, replaced
 from tfdist._keras.replicated import alone, replicated
 from tfdist._keras.runtime import (
@@ -90,9 +94,22 @@ from tfdist._keras.scopes import (
     scope_of,
     undistributed,
 )
+from tfdist._keras.served_updates import is_elementwise
+from tfdist._keras.sharded import slots_in_parts, updating_parts
+from tfdist._keras.sharded_updates import Sharding
 from tfdist._keras.slices import has_fixed_rows, has_unique_rows, once_each
+from tfdist._keras.step_graph import StepGraph, batch_specs, step_graph
 from tfdist._keras.traces import keeping_variable_scope, map_fn
-from tfdist._keras.variables import backing_variable, num_bytes, swap_value
+from tfdist._keras.unfilled import built_unfilled, fill, note_filled, unfilled_value
+from tfdist._keras.variables import (
+    backing_variable,
+    empty,
+    exchange_value,
+    is_empty,
+    num_bytes,
+    refill,
+    swap_value,
+)
 
 __all__ = [
     "EVALUATE",
@@ -104,21 +121,29 @@ __all__ = [
     "OwnNoise",
     "ReplicaBatch",
     "RowKeys",
+    "Sharding",
+    "StepGraph",
     "StepTrace",
     "StreamAdapter",
     "alone",
     "around",
     "attached",
     "backing_variable",
+    "batch_specs",
     "build",
     "build_from_shapes",
     "build_layers",
     "built_copy",
+    "built_unfilled",
     "carry_in_files",
     "compiled_state",
     "computes_coarsely",
+    "computes_in",
     "configure_coordination",
+    "empty",
     "end_of_data_unless",
+    "exchange_value",
+    "fill",
     "first_values",
     "generator",
     "global_seed_variable",
@@ -130,6 +155,8 @@ __all__ = [
     "has_unique_rows",
     "is_compiled_as",
     "is_deterministic",
+    "is_elementwise",
+    "is_empty",
     "is_seeded",
     "iterations_of",
     "keeping_random_state",
@@ -141,6 +168,7 @@ __all__ = [
     "map_fn",
     "metric_variables",
     "metrics_of",
+    "note_filled",
     "note_metrics",
     "num_bytes",
     "on_replica",
@@ -149,6 +177,8 @@ __all__ = [
     "outside_scopes",
     "random_ops",
     "rates_of",
+    "recomputed_calls",
+    "refill",
     "reindex_optimizer",
     "replaced",
     "replicated",
@@ -157,13 +187,19 @@ __all__ = [
     "rows_to_try",
     "schedules_after",
     "scope_of",
+    "set_recomputed",
+    "slots_in_parts",
     "statistics_of",
+    "step_graph",
     "step_of",
+    "sublayers",
     "swap_strategy",
     "swap_value",
     "synchronized_variables",
     "trained_variables",
     "undistributed",
+    "unfilled_value",
+    "updating_parts",
     "watch_updates",
     "what_is_no_mean",
     "with_nested",

@@ -16,6 +16,7 @@ from keras.src.random.seed_generator import global_seed_generator as _global_see
 from keras.src.utils import rng_utils as _rng_utils
 
 from tfdist._keras.discovery import StepTrace, run, trace
+from tfdist._keras.recomputation import recomputed_calls
 
 
 def build(model: Any, kind: str, spec: Any, sample: Callable[[], Any]) -> StepTrace:
@@ -96,19 +97,21 @@ def build_layers(model: Any, batch: Any) -> None:
 
 
 def compiled_state(model: Any) -> tuple[Any, ...]:
-    """Returns objects whose identity changes when the model is compiled again.
+    """Returns objects that change when the model is compiled again or recomputes other layers.
 
     Args:
         model: A `keras.Model`.
 
     Returns:
-        The loss tracker, the optimizer and the steps per execution.
+        The loss tracker, the optimizer, the steps per execution, and what `recompute` has set.
     """
-    return (model._loss_tracker, getattr(model, "optimizer", None), model.steps_per_execution)
+    optimizer = getattr(model, "optimizer", None)
+    compiled = (model._loss_tracker, optimizer, model.steps_per_execution)
+    return (*compiled, *recomputed_calls(model))
 
 
 def is_compiled_as(model: Any, state: tuple[Any, ...]) -> bool:
-    """Tells whether a model has not been compiled again.
+    """Returns whether a model has not been compiled again.
 
     Args:
         model: A compiled `keras.Model`.
@@ -121,12 +124,12 @@ def is_compiled_as(model: Any, state: tuple[Any, ...]) -> bool:
 
 
 def has_global_seed() -> bool:
-    """Tells whether Keras's global seed generator exists, so that its state matters."""
+    """Returns whether Keras's global seed generator exists, so that its state matters."""
     return _global_state.get_global_attribute("global_seed_generator") is not None
 
 
 def is_seeded() -> bool:
-    """Tells whether `keras.utils.set_random_seed` was called in this process."""
+    """Returns whether `keras.utils.set_random_seed` was called in this process."""
     return _rng_utils.get_random_seed() is not None
 
 
@@ -149,7 +152,7 @@ def layers_of(model: Any) -> list[Any]:
 
 
 def computes_coarsely(model: Any) -> bool:
-    """Tells whether some products are rounded to half precision or TensorFloat-32.
+    """Returns whether some products are rounded to half precision or TensorFloat-32.
 
     Args:
         model: A `keras.Model`.
@@ -157,12 +160,21 @@ def computes_coarsely(model: Any) -> bool:
     is_tf32 = tf.config.experimental.tensor_float_32_execution_enabled()
     if is_tf32 and tf.config.list_physical_devices("GPU"):
         return True
-    halves = ("float16", "bfloat16")
-    return any(layer.compute_dtype in halves for layer in layers_of(model))
+    return computes_in(model, "float16", "bfloat16")
+
+
+def computes_in(model: Any, *dtypes: str) -> bool:
+    """Returns whether a layer of a model computes in one of some types.
+
+    Args:
+        model: A `keras.Model`.
+        *dtypes: Names of types, such as "bfloat16".
+    """
+    return any(layer.compute_dtype in dtypes for layer in layers_of(model))
 
 
 def has_own_code(model: Any) -> bool:
-    """Tells whether a model, or a part of it, is of a class that is not Keras's.
+    """Returns whether a model, or a part of it, is of a class that is not Keras's.
 
     Args:
         model: A compiled `keras.Model`.
@@ -184,7 +196,7 @@ def _is_keras(part: Any) -> bool:
 
 
 def has_own(model: Any, kind: str) -> bool:
-    """Tells whether a model's class, or the model itself, overrides a step.
+    """Returns whether a model's class, or the model itself, overrides a step.
 
     Args:
         model: A `keras.Model`.

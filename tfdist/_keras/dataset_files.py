@@ -1,4 +1,4 @@
-"""Checks that a `tf.data.Dataset` of files gives each record once, whatever records hold."""
+"""Checks that a `tf.data.Dataset` of files returns each record once, whatever it contains."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ _MOST_NAMES = 2**18
 
 
 def reads_files(function: Any) -> bool:
-    """Tells whether a function makes a dataset of a file, and uses no other one.
+    """Returns whether a function makes a dataset of a file, and uses no other dataset.
 
     Args:
         function: The function of a dataset.
     """
     ops = {node.op for node in dataset_maps.nodes(function) if "Dataset" in node.op}
-    known = bool(ops & _READERS) and ops <= _FILE_OPS
-    return known and not dataset_maps.captures_datasets(function)
+    reads_a_file = bool(ops & _READERS) and ops <= _FILE_OPS
+    return reads_a_file and not dataset_maps.captures_datasets(function)
 
 
 def reads_alone(one: Any, function: Any) -> bool:
-    """Tells whether a function of a file's name gives all records of the file, in their order.
+    """Returns whether a function of a file's name returns all of the file's records, in order.
 
-    But for a number of them at the beginning, which is the same for each file.
+    It may skip a fixed number of records at the beginning.
 
     Args:
         one: The dataset that applies the function.
@@ -58,7 +58,7 @@ def reads_alone(one: Any, function: Any) -> bool:
 
 
 def reads_its_argument(function: Any) -> bool:
-    """Tells whether a function reads the one file that its argument names.
+    """Returns whether a function reads the one file that its argument names.
 
     Args:
         function: The function of a dataset of names.
@@ -68,8 +68,9 @@ def reads_its_argument(function: Any) -> bool:
     if len(lists) != 1 or any(op.type in _READERS for op in graph.get_operations()):
         return False
     for inner in graph.as_graph_def().library.function:
-        given = [arg.name for arg in inner.signature.input_arg]
-        if any(node.input[0] not in given for node in inner.node_def if node.op in _READERS):
+        arguments = [arg.name for arg in inner.signature.input_arg]
+        readers = [node for node in inner.node_def if node.op in _READERS]
+        if any(node.input[0] not in arguments for node in readers):
             return False
     name = lists[0].inputs[0]
     while name.op.type in ("ExpandDims", "Identity", "Reshape", "StringJoin"):
@@ -77,17 +78,16 @@ def reads_its_argument(function: Any) -> bool:
         if len(varying) != 1:
             return False
         name = varying[0]
-    return any(
-        name is given for given in graph.inputs[: len(graph.inputs) - len(graph.captures)]
-    )
+    own_inputs = graph.inputs[: len(graph.inputs) - len(graph.captures)]
+    return any(name is tensor for tensor in own_inputs)
 
 
 def names_twice(names: Any, seen: set[Hashable]) -> bool:
-    """Tells whether a dataset of files' names may give a file twice.
+    """Returns whether a dataset of files' names may name a file twice.
 
     Args:
-        names: The dataset. It is read from a copy, so that its shuffles stay where they are.
-        seen: The paths, or numbers, of other files. Those of these files are added.
+        names: The dataset. A copy of it is read, so that its shuffles do not advance.
+        seen: The paths, or inode numbers, of other files. Those of these files are added.
     """
     count = 0
     try:
@@ -101,11 +101,11 @@ def names_twice(names: Any, seen: set[Hashable]) -> bool:
 
 
 def is_seen(name: bytes, seen: set[Hashable]) -> bool:
-    """Tells whether a file is among others, and adds it to them.
+    """Returns whether a file is among others, and adds it to them.
 
     Args:
         name: Its name.
-        seen: The paths, or numbers, of the others.
+        seen: The paths, or inode numbers, of the others.
     """
     path: Hashable = name
     if b"://" not in name:
@@ -113,13 +113,15 @@ def is_seen(name: bytes, seen: set[Hashable]) -> bool:
         if os.path.exists(path):
             status = os.stat(path)  # a file may have several paths
             path = (status.st_dev, status.st_ino)
-    known = path in seen
+    is_repeated = path in seen
     seen.add(path)
-    return known
+    return is_repeated
 
 
 def saved_spec(one: Any) -> Any:
-    """Reads what a saved dataset says of its elements. `element_spec=` is a claim.
+    """Reads the element spec of a saved dataset from its files.
+
+    `element_spec=` of `Dataset.load` is only a claim of the user.
 
     Args:
         one: The dataset of `Dataset.load`.
@@ -128,16 +130,16 @@ def saved_spec(one: Any) -> Any:
 
 
 def loads_all(one: Any) -> bool:
-    """Tells whether a saved dataset is loaded with each of its elements once.
+    """Returns whether a saved dataset is loaded with each of its elements once.
 
     Args:
         one: The dataset of `Dataset.load`.
     """
     function = one._reader_func.function
     ops = function.graph.get_operations()
-    made = [op for op in ops if "Dataset" in op.type]
-    joins = [op for op in made if op.type in _JOINS]
-    if len(joins) != 1 or not all(op.type in _OF_SHARDS for op in made):
+    dataset_ops = [op for op in ops if "Dataset" in op.type]
+    joins = [op for op in dataset_ops if op.type in _JOINS]
+    if len(joins) != 1 or not all(op.type in _OF_SHARDS for op in dataset_ops):
         return False
     if any(
         op.type.startswith("Parallel") and op.get_attr("deterministic") == b"false"

@@ -10,7 +10,7 @@ from tensorflow.python.framework import op_def_registry as _op_defs
 from tensorflow.python.ops.handle_data_util import get_resource_handle_data as _handle_data
 
 from tfdist._keras.discovery import RANDOM_OPS
-from tfdist._keras.inlined import CALLS, Inlined
+from tfdist._keras.inlined import CALLS, Inlined, InlinedGraphs
 
 PYTHON = frozenset({"EagerPyFunc", "PyFunc", "PyFuncStateless"})
 _GENERATORS = frozenset(
@@ -59,7 +59,7 @@ def nodes(function: Any) -> Iterator[Any]:
 
 
 def reads(function: Any) -> bool:
-    """Tells whether a function reads files or calls Python, by which it may get examples.
+    """Returns whether a function reads files or calls Python, from which examples may come.
 
     Args:
         function: The function of a dataset.
@@ -68,7 +68,7 @@ def reads(function: Any) -> bool:
 
 
 def captures_datasets(function: Any) -> bool:
-    """Tells whether a traced function captures another dataset.
+    """Returns whether a traced function captures another dataset.
 
     Args:
         function: The function of a dataset.
@@ -76,16 +76,17 @@ def captures_datasets(function: Any) -> bool:
     return any(outer.dtype == tf.variant for outer, _ in function.graph.captures)
 
 
-def state_of(function: Any, shapes: Sequence[Any]) -> str | None:
+def state_of(function: Any, shapes: Sequence[Any], graphs: InlinedGraphs) -> str | None:
     """Names an op by which an element may influence later elements, if there is one.
 
-    Python code is not examined. Ops that advance Keras's seeds are allowed, if neither how
-    often they run nor what they assign depends on an element: later elements get other random
-    numbers otherwise.
+    Python code is not examined. Ops that advance Keras's seeds are allowed if neither their
+    number nor the assigned values depend on an element. Otherwise later elements would get
+    other random numbers.
 
     Args:
         function: The function of a dataset.
         shapes: The proven shape of each of its arguments.
+        graphs: The inlined graphs of the pipeline.
     """
     definition = function.graph.as_graph_def()
     functions = {f.signature.name: list(f.node_def) for f in definition.library.function}
@@ -110,24 +111,25 @@ def state_of(function: Any, shapes: Sequence[Any]) -> str | None:
                         return stateful_op
         return None
 
-    found = look(definition.node, False, ())
-    if found is not None or not {node.op for node in nodes(function)} & (_DRAWS | _ASSIGNS):
-        return found
-    return _varying_draw(function, shapes)
+    stateful_op = look(definition.node, False, ())
+    advances = bool({node.op for node in nodes(function)} & (_DRAWS | _ASSIGNS))
+    if stateful_op is not None or not advances:
+        return stateful_op
+    return _varying_draw(function, shapes, graphs)
 
 
 def _is_pure(kind: str) -> bool:
-    """Tells whether what an op returns depends on its inputs alone."""
+    """Returns whether the outputs of an op depend on its inputs alone."""
     op_def = _op_defs.get(kind)
     if op_def is None or kind in _IMPURE:
         return False
     return not op_def.is_stateful and not any(arg.is_ref for arg in op_def.input_arg)
 
 
-def _varying_draw(function: Any, shapes: Sequence[Any]) -> str | None:
-    """Names an op that advances random numbers by more or less, as an element decides."""
+def _varying_draw(function: Any, shapes: Sequence[Any], graphs: InlinedGraphs) -> str | None:
+    """Names an op that advances random numbers by a count that depends on an element."""
     try:
-        graph = Inlined(function, shapes)
+        graph = graphs.of(function, shapes)
     except ValueError:
         return "set_shape"
     decided = _decided(graph)
@@ -141,11 +143,11 @@ def _varying_draw(function: Any, shapes: Sequence[Any]) -> str | None:
 
 
 def _decided(graph: Inlined, by: Collection[str] = ()) -> Collection[str]:
-    """Names what follows from the elements, but for sizes that are always the same.
+    """Names the tensors that depend on the elements, without sizes that are always the same.
 
     Args:
         graph: The graph of a function.
-        by: Types of ops from which it may follow too.
+        by: Types of ops whose outputs count as depending on an element, too.
     """
     decided = {t.name for t in graph.elements}
     for op in graph.ops:
@@ -155,20 +157,25 @@ def _decided(graph: Inlined, by: Collection[str] = ()) -> Collection[str]:
     return decided
 
 
-def looks_up_rows(function: Any, shapes: Sequence[Any], count: int) -> bool:
-    """Tells whether an element, or luck, chooses from a table that may be the examples.
+def looks_up_rows(
+    function: Any, shapes: Sequence[Any], count: int, graphs: InlinedGraphs
+) -> bool:
+    """Returns whether an element or a random number chooses from a table of examples.
 
-    A small table, as of classes, is none. A file that is read for each element is one.
+    A small table, such as one of classes, has no examples. A file that is read for each element
+    counts as a table of examples.
 
     Args:
         function: The function of a dataset.
         shapes: The proven shape of each of its arguments.
-        count: How many elements there are; negative if unknown.
+        count: The number of elements, negative if unknown.
+        graphs: The inlined graphs of the pipeline.
     """
     try:
-        graph = Inlined(function, shapes)
+        graph = graphs.of(function, shapes)
     except ValueError:
         return True
+    # A variable that the function advances is a counter, by which it may choose rows.
     counts = {"ReadVariableOp"} if any(op.type in _ASSIGNS for op in graph.ops) else set()
     decided = _decided(graph, _DRAWS | PYTHON | counts)
     least = max(_FEW_ROWS, count // _PART) if count >= 0 else _MANY_ROWS
@@ -186,7 +193,7 @@ def looks_up_rows(function: Any, shapes: Sequence[Any], count: int) -> bool:
 
 
 def most_rows(function: Any) -> int:
-    """Gives the longest axis of all tables that a function has as constants or captures.
+    """Returns the longest axis of all constants and captured tables of a function.
 
     Args:
         function: The function of a dataset.
@@ -221,7 +228,7 @@ def _hash_table_size(handle: Any) -> int:
 
 
 def varying_op(function: Any) -> str | None:
-    """Names an op because of which two calls may differ.
+    """Names an op that may return something else in each call, if there is one.
 
     Args:
         function: The function of a dataset.

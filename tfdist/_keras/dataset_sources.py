@@ -11,39 +11,46 @@ import tensorflow as tf
 
 from tfdist._keras import dataset_files
 
+# Names of dataset classes.
+SOURCES = frozenset(
+    {
+        "FixedLengthRecordDatasetV2", "TFRecordDatasetV2", "TextLineDatasetV2", "_ListDataset",
+        "_LoadDataset", "_SparseTensorSliceDataset", "_TensorDataset", "_TensorSliceDataset",
+    }
+)  # fmt: skip
 _FEW_ROWS = 16
-_SHARE = 100  # two sources have the same examples if more than one in so many is in both
+_SHARE = 100  # two sources overlap if more than one row in so many is in both
 
 
 class Sources:
-    """The sources of one dataset that were found until now.
+    """The sources of a dataset, collected while it is walked through.
 
     Attributes:
-        paths: The paths, or numbers, of its files.
-        most_rows: The length of the longest source of arrays; 0 if it is short.
+        paths: The paths, or inode numbers, of its files.
+        most_rows: The length of the longest source of arrays, 0 if it is short.
     """
 
     def __init__(self) -> None:
         self.paths: set[Hashable] = set()
         self.most_rows = 0
         self._caches: set[Hashable] = set()
-        self._found: list[Any] = []
+        self._all: list[Any] = []
 
     def has_rows_of(self, one: Any) -> bool:
-        """Tells whether a source has elements of an earlier one, and adds it to them.
+        """Returns whether a source has elements of an earlier one, and adds it to them.
 
         Args:
             one: The source.
         """
-        again = any(_is_same(one, other) or _overlap(one, other) for other in self._found)
-        self._found.append(one)
+        is_repeated = any(_is_same(one, other) or _overlap(one, other) for other in self._all)
+        self._all.append(one)
         count = int(one.cardinality())
         if type(one).__name__ == "_TensorSliceDataset" and count >= _FEW_ROWS:
             self.most_rows = max(self.most_rows, count)
-        return again
+        return is_repeated
 
     def has_files_of(self, one: Any, read: bool) -> bool:
-        """Tells whether a source names a file twice, or one of an earlier source.
+        """Returns whether a source names a file twice, or one of an earlier source.
 
         Args:
             one: The source.
@@ -57,13 +64,13 @@ class Sources:
             return dataset_files.is_seen(_bytes(path), self.paths)
         for tensor in tf.nest.flatten(vars(one).get("_tensors", [])) if read else []:
             if tensor.dtype == tf.string and tensor.shape.rank == 1:
-                found = tensor.numpy().tolist()
-                if found and os.path.exists(found[0]):
-                    return any(dataset_files.is_seen(name, self.paths) for name in found)
+                names = tensor.numpy().tolist()
+                if names and os.path.exists(names[0]):
+                    return any(dataset_files.is_seen(name, self.paths) for name in names)
         return False
 
     def is_cached_before(self, one: Any) -> bool:
-        """Tells whether another dataset has the same file as cache.
+        """Returns whether another dataset has the same file as cache.
 
         Args:
             one: A dataset of `cache`.
@@ -77,7 +84,7 @@ def _bytes(value: Any) -> bytes:
 
 
 def _is_same(one: Any, other: Any) -> bool:
-    """Tells whether two sources have the same elements."""
+    """Returns whether two sources have the same elements."""
     if one is other or type(one) is not type(other):
         return one is other
     names = ("_tensors", "_filenames", "_path", "_start", "_stop", "_step")
@@ -103,9 +110,9 @@ def _are_equal(one: Any, other: Any) -> bool:
 
 
 def _overlap(one: Any, other: Any) -> bool:
-    """Tells whether parts of two sources have rows in common, as a class that is given again.
+    """Returns whether two sources share rows, such as a class that a script passes twice.
 
-    Single whole numbers and repeated rows, as of labels, tell nothing of examples.
+    Single whole numbers and repeated rows, such as labels, do not identify examples.
     """
     pairs = ((a, b) for a in _tables(one) for b in _tables(other))
     return any(_have_common_rows(a, b) for a, b in pairs)
@@ -140,5 +147,5 @@ def _have_common_rows(one: Any, other: Any) -> bool:
 
 def _fingerprints(rows: Any, size: int) -> Any:
     data = rows if rows.dtype == tf.string else tf.reshape(rows, [-1, size])
-    found = tf.raw_ops.Fingerprint(data=data, method="farmhash64")
-    return tf.bitcast(found, tf.uint64).numpy()
+    fingerprints = tf.raw_ops.Fingerprint(data=data, method="farmhash64")
+    return tf.bitcast(fingerprints, tf.uint64).numpy()

@@ -25,7 +25,7 @@ _IGNORE_STATE = 1  # of lookup tables, which are shared, and of random ops, whic
 
 
 def reshuffles_ahead(dataset: Any) -> bool:
-    """Tells whether a dataset itself repeats a dataset that is reshuffled each time.
+    """Returns whether a dataset itself repeats a dataset that is reshuffled each time.
 
     Then the state of the shuffle depends on how far buffers have read ahead.
 

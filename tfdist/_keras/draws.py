@@ -12,6 +12,8 @@ import keras
 import tensorflow as tf
 from keras.src import backend as _backend
 
+from tfdist._keras import dataset_maps
+from tfdist._keras.inlined import InlinedGraphs
 from tfdist._keras.layer_draws import (
     PROBE,
     CountingDraws,
@@ -47,7 +49,7 @@ def transformed(layer: Any, spec: Any) -> Any:
 
 
 def draws_by_row(layer: Any, spec: Any) -> bool:
-    """Tells whether all draws of a layer have a separate number for each example.
+    """Returns whether all draws of a layer have a separate number for each example.
 
     Args:
         layer: A built `keras.Layer`.
@@ -57,7 +59,7 @@ def draws_by_row(layer: Any, spec: Any) -> bool:
         False for a layer that draws once for a whole batch, such as `RandomCrop`.
 
     Raises:
-        ArgumentError: The layer mixes examples, or draws numbers without a seed.
+        ArgumentError: The layer mixes examples, draws numbers without a seed, or keeps state.
     """
     draws = CountingDraws()
 
@@ -79,6 +81,15 @@ def draws_by_row(layer: Any, spec: Any) -> bool:
         raise ArgumentError(
             "A layer of `Augment` must draw by keras.random, from a SeedGenerator. "
             f"Received: {name}, which draws by TensorFlow's {stateful_ops[0]}."
+        )
+    arguments = traced.graph.inputs[: len(traced.graph.inputs) - len(traced.graph.captures)]
+    shapes = [tensor.shape for tensor in arguments]
+    state = dataset_maps.state_of(traced, shapes, InlinedGraphs())
+    if state is not None:
+        raise ArgumentError(
+            "A layer of `Augment` must keep no state: an example would change those after it, "
+            f"and replicas would differ. Received: {name}, with the operation {state}. Leave "
+            "the state out, or put the layer into the model."
         )
     return draws.by_row == draws.count
 

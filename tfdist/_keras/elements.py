@@ -1,4 +1,4 @@
-"""What the elements of a `tf.data.Dataset` are: proven shapes, and which parts have rows."""
+"""Proves the shapes of a `tf.data.Dataset`'s elements, and which of their parts have rows."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import tensorflow as tf
 
 from tfdist._keras import dataset_files, row_wise
-from tfdist._keras.inlined import Inlined, in_common
+from tfdist._keras.inlined import InlinedGraphs, in_common
 from tfdist._keras.row_wise import Leaf
 
 # Names of dataset classes.
@@ -18,7 +18,8 @@ SAME = frozenset(
         "_RestructuredDataset", "_TakeDataset",
     }
 )  # fmt: skip
-# Which element is which changes, so that a short batch may meet a full one.
+# These move elements to other places. So a short batch of one part may meet a full batch of
+# another part in `zip`, even if both parts had equal batches before.
 MOVED = frozenset(
     {
         "_GlobalShuffleDataset", "_RebatchDataset", "_RepeatDataset", "_ShardDataset",
@@ -32,11 +33,17 @@ _UNKNOWN = tf.TensorShape(None)
 
 
 class Elements:
-    """Finds out about the elements of datasets."""
+    """Describes the elements of datasets.
+
+    Attributes:
+        proofs: The proofs about maps of batches, by the id of the dataset.
+        graphs: The inlined graphs of the maps' functions.
+    """
 
     def __init__(self) -> None:
-        self._found: dict[tuple[int, bool], list[Leaf]] = {}
+        self._leaves: dict[tuple[int, bool], list[Leaf]] = {}
         self.proofs: dict[int, row_wise.Proof] = {}
+        self.graphs = InlinedGraphs()
 
     def of(self, one: Any, level: int) -> list[Leaf]:
         """Describes each part of a dataset's elements.
@@ -46,9 +53,9 @@ class Elements:
             level: How many times its elements are batched.
         """
         key = (id(one), level > 0)
-        if key not in self._found:
-            self._found[key] = self._look(one, level)
-        return self._found[key]
+        if key not in self._leaves:
+            self._leaves[key] = self._look(one, level)
+        return self._leaves[key]
 
     def _look(self, one: Any, level: int) -> list[Leaf]:
         kind, inputs = type(one).__name__, one._inputs()
@@ -109,12 +116,12 @@ class Elements:
         leaves, function = self.of(one._inputs()[0], level), one._map_func.function
         specs = tf.nest.flatten(one.element_spec)
         if level > 0:
-            self.proofs[id(one)] = proof = row_wise.proof(function, leaves)
+            self.proofs[id(one)] = proof = row_wise.proof(function, leaves, self.graphs)
             if proof.mixing is None and len(proof.outputs) == len(specs):
                 return list(proof.outputs)
             return [Leaf(_UNKNOWN, id(one)) for _ in specs]
         try:
-            outputs = Inlined(function, [leaf.shape for leaf in leaves]).outputs
+            outputs = self.graphs.of(function, [leaf.shape for leaf in leaves]).outputs
         except ValueError:
             outputs = []
         if len(outputs) != len(specs):
@@ -134,18 +141,21 @@ def _batched(shape: Any, size: int | None) -> Any:
 
 
 def _anew(one: Any, leaves: Sequence[Leaf]) -> list[Leaf]:
-    """Leaves that have as many rows as each other keep that within this dataset."""
+    """Returns the leaves of a dataset that moves elements.
+
+    Leaves with equal numbers of rows still have equal numbers, but only within this dataset.
+    """
     return [
         leaf if leaf.rows is None else Leaf(leaf.shape, (id(one), leaf.size)) for leaf in leaves
     ]
 
 
 def _merged(one: Any, parts: Sequence[Sequence[Leaf]]) -> list[Leaf]:
-    """Leaves of elements of several datasets."""
-    alike = all(len({leaf.size for leaf in part}) == 1 for part in parts)
+    """Returns the leaves of a dataset that takes each element from one of several datasets."""
+    are_equal = all(len({leaf.size for leaf in part}) == 1 for part in parts)
     merged = []
     for number, leaves in enumerate(zip(*parts, strict=True)):
         shape = in_common([leaf.shape for leaf in leaves])
         public = all(leaf.rows is None for leaf in leaves)
-        merged.append(Leaf(shape, None if public else (id(one), 0 if alike else number)))
+        merged.append(Leaf(shape, None if public else (id(one), 0 if are_equal else number)))
     return merged

@@ -10,6 +10,9 @@ from tensorflow.python.distribute.cross_device_utils import (
     CollectiveKeys,
     CollectiveReplicaLauncher,
 )
+from tensorflow.python.ops.collective_ops import all_to_all_v2
+
+from tfdist.errors import StrategyError
 
 Tensor = Any
 _FIRST_KEY = 2**24  # TensorFlow numbers the groups of its strategies from 1 upwards
@@ -27,11 +30,20 @@ class GroupCollectives:
     Args:
         strategy: A `tf.distribute.Strategy` that reduces by collective operations.
         first_replica: Global index of the first replica of this process.
+
+    Raises:
+        StrategyError: The strategy has no collective operations.
     """
 
     def __init__(self, strategy: Any, first_replica: int) -> None:
         extended = strategy.extended
         own = getattr(extended, "_collective_ops", None) or extended._cross_device_ops
+        if not hasattr(own, "_launchers"):
+            raise StrategyError(
+                "A strategy must have collective operations between its devices. Received: "
+                f"{type(strategy).__name__} with {type(own).__name__}. Make it without the "
+                "argument `cross_device_ops`."
+            )
         self._own_launchers = own._launchers
         self._first_replica = first_replica
         self._next_key = _FIRST_KEY
@@ -57,6 +69,42 @@ class GroupCollectives:
             groups: As in `sum`.
         """
         return self._launcher(groups).all_gather(tensor, 0)
+
+    def all_to_all(self, tensor: Tensor, groups: Sequence[Sequence[int]]) -> Tensor:
+        """Sends each row of a tensor to one replica of the running replica's group.
+
+        Args:
+            tensor: Shape [size of the group, ...], the same on all replicas.
+            groups: As in `sum`.
+
+        Returns:
+            The rows that the replica has received, in the senders' order.
+        """
+        launcher = self._launcher(groups)
+        options = launcher._options
+        key, token = launcher._next_instance_key(), launcher._get_ordering_token()
+        with tf.device(launcher._device):
+            return all_to_all_v2(
+                tensor,
+                launcher._group_size,
+                launcher._group_key,
+                key,
+                communication_hint=options.implementation.value,
+                timeout=options.timeout_seconds,
+                ordering_token=token,
+            )
+
+    def gather_equal(self, tensor: Tensor, groups: Sequence[Sequence[int]]) -> Tensor:
+        """Concatenates a tensor of the same shape on every replica of the group, on axis 0.
+
+        Args:
+            tensor: Shape [rows, ...].
+            groups: As in `sum`.
+        """
+        if tensor.dtype == tf.bfloat16:  # CPUs cannot gather it
+            gathered = self.gather_equal(tf.bitcast(tensor, tf.float16), groups)
+            return tf.bitcast(gathered, tf.bfloat16)
+        return self._launcher(groups)._all_gather(tensor, None)
 
     def _launcher(self, groups: Sequence[Sequence[int]]) -> Any:
         key = tuple(map(tuple, groups))

@@ -1,7 +1,7 @@
-"""The graph of a dataset's function, built again, with what it calls in its place.
+"""Copies the graph of a dataset's function, with the functions that it calls inlined.
 
-Shapes are inferred anew, also in branches and loops. `Tensor.set_shape` is a claim that
-TensorFlow does not check, so what is proven must not rest on it.
+TensorFlow infers the shapes of the copy again, also in branches and loops. `Tensor.set_shape`
+is a claim that TensorFlow does not check, so a proof must not depend on it.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from tensorflow.python.framework.function_def_to_graph import (
 from tensorflow.python.ops.handle_data_util import copy_handle_data as _copy_handle_data
 
 CALLS = frozenset({"PartitionedCall", "StatefulPartitionedCall"})
-_MOST_ROUNDS = 4  # until the shapes of a loop's variables stay what they are
+_MOST_ROUNDS = 4  # of inference, until the shapes of a loop's variables do not change
 
 
 class Inlined:
-    """The graph of a function.
+    """The inlined graph of a function.
 
     Args:
         function: The function of a dataset.
         shapes: The proven shape of each argument.
 
     Attributes:
-        elements: The tensors of the arguments, without what is captured.
-        ops: All operations, each after those that it reads from.
-        outputs: The tensors that are returned.
-        resources: The captured resource of each tensor's name.
+        elements: The tensors of the arguments, without captured tensors.
+        ops: All operations, each after its inputs.
+        outputs: The returned tensors.
+        resources: The captured resources, by the names of their tensors.
 
     Raises:
-        ValueError: Operations do not fit to the proven shapes.
+        ValueError: An operation does not fit the proven shapes.
     """
 
     def __init__(self, function: Any, shapes: Sequence[Any]) -> None:
@@ -42,14 +42,14 @@ class Inlined:
         definition = graph.as_graph_def()
         self._library = {f.signature.name: f for f in definition.library.function}
         captures = {inner.name: outer for outer, inner in graph.captures}
-        given = iter(shapes)
+        argument_shapes = iter(shapes)
         self.resources: dict[str, Any] = {}
         self._into = _FuncGraph("inlined")
         with self._into.as_default():
             placed = []
             for old in graph.inputs:
                 outer = captures.get(old.name)
-                shape = next(given, None) if outer is None else outer.shape
+                shape = next(argument_shapes, None) if outer is None else outer.shape
                 new = tf.compat.v1.placeholder(old.dtype, shape)
                 _copy_handle_data(old if outer is None else outer, new)
                 placed.append(new)
@@ -60,13 +60,13 @@ class Inlined:
         self.elements = [new for old, new in pairs if old.name not in captures]
         self.ops = self._into.get_operations()
 
-    def _copied(self, graph: Any, given: Sequence[Any]) -> list[Any]:
-        """Copies the operations of a graph, and gives the tensors that it returns."""
-        known = {old.name: new for old, new in zip(graph.inputs, given, strict=True)}
+    def _copied(self, graph: Any, arguments: Sequence[Any]) -> list[Any]:
+        """Copies the operations of a graph, and returns the copies of its outputs."""
+        copies = {old.name: new for old, new in zip(graph.inputs, arguments, strict=True)}
         for op in graph.get_operations():
-            if op.outputs and op.outputs[0].name in known:
+            if op.outputs and op.outputs[0].name in copies:
                 continue
-            inputs = [known[t.name] for t in op.inputs]
+            inputs = [copies[t.name] for t in op.inputs]
             if op.type in CALLS and op.get_attr("f").name in self._library:
                 called = _to_graph(self._library[op.get_attr("f").name])
                 outputs = self._copied(called, inputs)
@@ -81,11 +81,15 @@ class Inlined:
                 outputs = copy.outputs
                 if op.type == "LookupTableFindV2" and self._is_of_single_values(copy):
                     outputs[0].set_shape(inputs[1].shape)
-            known.update({old.name: new for old, new in zip(op.outputs, outputs, strict=True)})
-        return [known[t.name] for t in graph.outputs]
+            copies.update({old.name: new for old, new in zip(op.outputs, outputs, strict=True)})
+        return [copies[t.name] for t in graph.outputs]
 
     def _shapes_of(self, op: Any, inputs: Sequence[Any]) -> Any:
-        """Infers the output shapes of an operation, which it holds as an attribute itself."""
+        """Infers the output shapes of an operation that has them as an attribute.
+
+        TensorFlow does not infer them, and the attribute may come from `set_shape`. Shapes that
+        cannot be inferred here are unknown.
+        """
         shapes = [tf.TensorShape(None)] * len(op.outputs)
         if op.type in ("If", "StatelessIf"):
             branches = [op.get_attr("then_branch"), op.get_attr("else_branch")]
@@ -94,55 +98,85 @@ class Inlined:
             shapes = self._of_branches(op.get_attr("branches"), inputs[1:])
         elif op.type in ("While", "StatelessWhile"):
             shapes = self._of_loop(op.get_attr("body"), inputs)
-        kept = tf.compat.v1.AttrValue.ListValue(shape=[shape.as_proto() for shape in shapes])
-        return tf.compat.v1.AttrValue(list=kept)
+        value = tf.compat.v1.AttrValue.ListValue(shape=[shape.as_proto() for shape in shapes])
+        return tf.compat.v1.AttrValue(list=value)
 
     def _of_branches(self, branches: Sequence[Any], inputs: Sequence[Any]) -> list[Any]:
-        given = [t.shape for t in inputs]
-        found = [self._inferred(branch.name, inputs, given) for branch in branches]
-        return [in_common(shapes) for shapes in zip(*found, strict=True)]
+        """Infers the output shapes of an operation that runs one of several branches."""
+        shapes = [t.shape for t in inputs]
+        of_branches = [self._inferred(branch.name, inputs, shapes) for branch in branches]
+        return [in_common(of_output) for of_output in zip(*of_branches, strict=True)]
 
     def _of_loop(self, body: Any, inputs: Sequence[Any]) -> list[Any]:
+        """Infers the shapes of a loop's variables.
+
+        A shape must hold before and after each iteration. So the shapes of the body's outputs
+        are merged into those of its inputs until nothing changes.
+        """
         shapes = [t.shape for t in inputs]
         for _ in range(_MOST_ROUNDS):
-            found = self._inferred(body.name, inputs, shapes)
-            merged = [in_common(pair) for pair in zip(shapes, found, strict=True)]
+            after = self._inferred(body.name, inputs, shapes)
+            merged = [in_common(pair) for pair in zip(shapes, after, strict=True)]
             if [s.as_proto() for s in merged] == [s.as_proto() for s in shapes]:
                 return shapes
             shapes = merged
         return [tf.TensorShape(None)] * len(inputs)
 
     def _inferred(self, name: str, inputs: Sequence[Any], shapes: Sequence[Any]) -> list[Any]:
-        """Infers what shapes a function returns, in a graph that is not kept."""
-        kept = self._into, self.resources
+        """Infers the output shapes of a function, in a temporary graph."""
+        outer_graph, outer_resources = self._into, self.resources
         self._into = _FuncGraph("branch")
         try:
             with self._into.as_default():
-                given = [
+                arguments = [
                     tf.compat.v1.placeholder(old.dtype, shape)
                     for old, shape in zip(inputs, shapes, strict=True)
                 ]
-                pairs = list(zip(inputs, given, strict=True))
+                pairs = list(zip(inputs, arguments, strict=True))
                 for old, new in pairs:
                     _copy_handle_data(old, new)
-                self.resources = {new.name: kept[1].get(old.name) for old, new in pairs}
-                return [t.shape for t in self._copied(_to_graph(self._library[name]), given)]
+                self.resources = {new.name: outer_resources.get(old.name) for old, new in pairs}
+                graph = _to_graph(self._library[name])
+                return [t.shape for t in self._copied(graph, arguments)]
         finally:
-            self._into, self.resources = kept
+            self._into, self.resources = outer_graph, outer_resources
 
     def _is_of_single_values(self, lookup: Any) -> bool:
-        """Tells whether a table has a single value for a single key, by its contents."""
+        """Returns whether a table has a single value for a single key, by its contents."""
         table = self.resources.get(lookup.inputs[0].name)
         if not isinstance(table, tf.__internal__.EagerTensor):
             return False
         kinds = {"Tkeys": lookup.inputs[1].dtype, "Tvalues": lookup.inputs[2].dtype}
         with tf.init_scope():
-            found = tf.raw_ops.LookupTableExportV2(table_handle=table, **kinds)
-        return bool(found[0].shape.rank == found[1].shape.rank == 1)
+            exported = tf.raw_ops.LookupTableExportV2(table_handle=table, **kinds)
+        return bool(exported[0].shape.rank == exported[1].shape.rank == 1)
+
+
+class InlinedGraphs:
+    """Caches the inlined graphs of a pipeline's functions, since several proofs read each."""
+
+    def __init__(self) -> None:
+        # The functions are stored too: the id of a deleted function could be used again.
+        self._graphs: dict[tuple[Any, ...], tuple[Any, Inlined]] = {}
+
+    def of(self, function: Any, shapes: Sequence[Any]) -> Inlined:
+        """Returns the inlined graph of a function.
+
+        Args:
+            function: As in `Inlined`.
+            shapes: As in `Inlined`.
+
+        Raises:
+            ValueError: As in `Inlined`.
+        """
+        key = id(function), *map(str, shapes)
+        if key not in self._graphs:
+            self._graphs[key] = function, Inlined(function, shapes)
+        return self._graphs[key][1]
 
 
 def in_common(shapes: Sequence[Any]) -> Any:
-    """Gives the shape that is known if any one of some shapes may be the right one."""
+    """Returns the most specific shape that is compatible with each of some shapes."""
     first, *others = shapes
     for shape in others:
         first = first.most_specific_compatible_shape(shape)

@@ -85,7 +85,7 @@ class RowKeys:
         return tf.ensure_shape(tf.reshape(_mix(words, fine), size), static)
 
     def _is_by_row(self, size: Tensor, static: tf.TensorShape, rows: Tensor) -> Tensor:
-        """Tells whether a tensor's first axis is the axis of the batch."""
+        """Returns whether a tensor's first axis is the axis of the batch."""
         if not static.rank:
             return tf.constant(False)
         if static[0] is not None and not tf.executing_eagerly():

@@ -13,6 +13,8 @@ import keras
 import tensorflow as tf
 from keras.src.models import Functional as _Functional
 
+_FLOAT32 = keras.dtype_policies.DTypePolicy("float32")
+
 
 def own_variables(layer: Any) -> list[Any]:
     """Lists the trainable variables of a layer, without those of its sublayers.
@@ -81,8 +83,26 @@ def changed(layer: Any, **attributes: Any) -> Iterator[None]:
         vars(layer).update(before)
 
 
+@contextlib.contextmanager
+def in_float32(model: Any) -> Iterator[None]:
+    """Lets a model's layers compute in float32 where they compute in 16 bits.
+
+    Relies on `Layer._dtype_policy`. Quantized layers stay as they are.
+
+    Args:
+        model: A built `keras.Model`.
+    """
+    layers = model._flatten_layers()
+    half = ("bfloat16", "float16")
+    with contextlib.ExitStack() as stack:
+        for layer in layers:
+            if layer.compute_dtype in half and layer.quantization_mode is None:
+                stack.enter_context(changed(layer, _dtype_policy=_FLOAT32))
+        yield
+
+
 def has_mask(tensor: Any) -> bool:
-    """Tells whether Keras has attached a mask to a tensor.
+    """Returns whether Keras has attached a mask to a tensor.
 
     Relies on the attribute `_keras_mask`.
 
@@ -114,7 +134,7 @@ def give_mask(tensor: Any, mask: Any) -> None:
 
 
 def is_plain(layer: Any) -> bool:
-    """Tells whether a layer computes with its trainable weights as they are.
+    """Returns whether a layer computes with its trainable weights as they are.
 
     A layer that is quantized to 8 bits does if it trains a low-rank update (QLoRA).
 
@@ -126,7 +146,7 @@ def is_plain(layer: Any) -> bool:
 
 
 def is_seed(variable: Any) -> bool:
-    """Tells whether a variable is the state of a seed generator.
+    """Returns whether a variable is the state of a seed generator.
 
     Relies on its name.
 
@@ -202,7 +222,7 @@ _FUNCTIONS = (
 
 
 def is_mean_over_examples(loss: Any, weighted: bool) -> bool:
-    """Tells whether a compiled loss is certainly the mean of the examples' losses.
+    """Returns whether a compiled loss is certainly the mean of the examples' losses.
 
     Relies on `LossFunctionWrapper._fn_kwargs`, the options of the loss.
 
@@ -227,7 +247,7 @@ def is_mean_over_examples(loss: Any, weighted: bool) -> bool:
 
 
 def is_graph_of_layers(model: Any) -> bool:
-    """Tells whether a model consists of layers only, without custom code.
+    """Returns whether a model consists of layers only, without custom code.
 
     Relies on the class `Functional`, which `keras.Model(inputs, outputs)` makes.
 
@@ -247,7 +267,7 @@ def losses_of(model: Any) -> list[Any]:
 
 
 def has_own_compute_loss(model: Any) -> bool:
-    """Tells whether the model's class overrides `compute_loss`.
+    """Returns whether the model's class overrides `compute_loss`.
 
     Args:
         model: A `keras.Model`.

@@ -93,7 +93,10 @@ PREDICT = keras.Model.predict
 
 @contextlib.contextmanager
 def loop_functions(
-    model: Any, kinds: tuple[type, ...], **functions: Callable[..., Any]
+    model: Any,
+    kinds: tuple[type, ...],
+    before_other_training: Callable[[], None] | None = None,
+    **functions: Callable[..., Any],
 ) -> Iterator[None]:
     """Makes Keras's loop call other functions than its own compiled functions.
 
@@ -104,6 +107,7 @@ def loop_functions(
         model: A `keras.Model`.
         kinds: The classes of the elements of a `StreamAdapter`'s stream. The functions are
             called for these.
+        before_other_training: Called if a callback trains on other data.
         **functions: `train_function`, `test_function` and `predict_function`.
     """
     keras_functions: dict[str, Callable[..., Any]] = {}
@@ -128,6 +132,8 @@ def loop_functions(
             if isinstance(first, kinds):
                 result = function(data)
             else:
+                if name == "train_function" and before_other_training is not None:
+                    before_other_training()
                 if name not in keras_functions:
                     setattr(model, name, None)
                     getattr(model, f"make_{name}")()

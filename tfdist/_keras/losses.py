@@ -36,7 +36,7 @@ def _calls_of_losses() -> list[Replacement]:
 
 
 def sees_whole_batch(function: Callable[..., Any], value: Any, *rows: Tensor) -> bool:
-    """Tells whether a function compares rows of a batch.
+    """Returns whether a function compares rows of a batch.
 
     Such a function returns neither a value for each row nor a mean over the rows.
 

@@ -48,7 +48,7 @@ def rows_to_try(elements: int, most: int = _ROWS) -> int:
 
 
 def is_mean(function: Callable[..., Any], *arguments: Tensor) -> bool | None:
-    """Tells whether a function returns a number for each row, or a mean over the rows.
+    """Returns whether a function returns a number for each row, or a mean over the rows.
 
     Args:
         function: A function of tensors of shape [rows, ...].

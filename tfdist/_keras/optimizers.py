@@ -198,6 +198,10 @@ def reindex_optimizer(optimizer: Any) -> None:
                 part._var_key(variable): index
                 for index, variable in enumerate(part._trainable_variables)
             }
+            if hasattr(part, "_var_to_optimizer_idx"):  # of a MultiOptimizer, in their order
+                numbers = part._var_to_optimizer_idx.values()
+                keys = map(part._var_key, part._trainable_variables)
+                part._var_to_optimizer_idx = dict(zip(keys, numbers, strict=True))
             # The cache of the variables without weight decay has the same keys.
             if hasattr(part, "_exclude_from_weight_decay_cache"):
                 part._exclude_from_weight_decay_cache = {}

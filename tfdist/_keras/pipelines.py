@@ -13,7 +13,7 @@ import tensorflow as tf
 from tensorflow.python.framework import op_def_registry as _op_defs
 
 from tfdist._keras import dataset_files, dataset_maps
-from tfdist._keras.dataset_sources import Sources
+from tfdist._keras.dataset_sources import SOURCES, Sources
 from tfdist._keras.datasets import written
 from tfdist._keras.elements import BATCHES, MAPS, MOVED, SAME, Elements
 
@@ -29,17 +29,11 @@ _NUMBER_OPS = frozenset(  # names of dataset ops
         "ShuffleDatasetV3", "SkipDataset", "TakeDataset", "ZipDataset",
     }
 )  # fmt: skip
-_SOURCES = frozenset(
-    {
-        "FixedLengthRecordDatasetV2", "TFRecordDatasetV2", "TextLineDatasetV2", "_ListDataset",
-        "_LoadDataset", "_SparseTensorSliceDataset", "_TensorDataset", "_TensorSliceDataset",
-    }
-)  # fmt: skip
-# Ops of a data set of numbers that are no function of them.
+# Ops of a data set of numbers that are not a function of the numbers.
 _STATEFUL_NUMBERS = frozenset(
     {"AnonymousRandomSeedGenerator", "AnonymousSeedGenerator", "DummySeedGenerator", "_Retval"}
 )
-_FEW_NUMBERS = 16  # that are no examples' labels
+_FEW_NUMBERS = 16  # a constant with more numbers may hold the examples' labels
 
 _SAVE_FIRST = (
     "Do that once before training, and train on the saved result (Dataset.save, or arrays)."
@@ -109,7 +103,7 @@ class _Walk:
                 "mapped", or "read" files or call Python.
         """
         kind, inputs = type(one).__name__, one._inputs()
-        allowed = _UNCHANGED | BATCHES | MAPS | _FILE_MAPS | _JOINS | _NUMBERS | _SOURCES
+        allowed = _UNCHANGED | BATCHES | MAPS | _FILE_MAPS | _JOINS | _NUMBERS | SOURCES
         if kind in ("_PaddedBatchDataset", "_UnbatchDataset"):
             self._look_at_sizes(one, inputs[0], level)
         elif kind == "_VariantDataset" and _are_numbers(one):
@@ -128,7 +122,7 @@ class _Walk:
             self._note(f"{_plain(kind)}(deterministic=False)", "Leave `deterministic` out.")
         if self.problem is not None:
             return
-        if kind in _SOURCES or (kind == "_RangeDataset" and mapped):
+        if kind in SOURCES or (kind == "_RangeDataset" and mapped):
             self._look_at_source(one, mapped)
             by_number = kind == "_RangeDataset" or mapped == "read"
             if mapped and by_number and _has_numbers_alone(one):
@@ -146,11 +140,11 @@ class _Walk:
         for inner in inputs:
             self.look(inner, level, mapped)
 
-    def _note(self, what: str, remedy: str) -> None:
-        self.problem = self.problem or (what, remedy)
+    def _note(self, operation: str, remedy: str) -> None:
+        self.problem = self.problem or (operation, remedy)
 
-    def _may_come_again(self, what: str, remedy: str = _PROMISE) -> None:
-        self.again = self.again or (what, remedy)
+    def _may_come_again(self, operation: str, remedy: str = _PROMISE) -> None:
+        self.again = self.again or (operation, remedy)
 
     def look_at_rows(self, dataset: Any) -> None:
         """Checks that the parts of a batch have the same number of rows.
@@ -214,7 +208,8 @@ class _Walk:
         leaves = self._elements.of(source, level)
         shapes = [leaf.shape for leaf in leaves]
         varying = dataset_maps.varying_op(function) if level > 0 else None
-        state = None if varying else dataset_maps.state_of(function, shapes)
+        graphs = self._elements.graphs
+        state = None if varying else dataset_maps.state_of(function, shapes, graphs)
         if state is not None:
             remedy = _KNOWN_SHAPE if state.endswith("of unknown shape") else _SAVE_FIRST
             self._note(f"a map that may keep state ({state})", remedy)
@@ -222,7 +217,7 @@ class _Walk:
             self._note("a map of data sets", _SAVE_FIRST)
         if self.problem is not None:
             return
-        if dataset_maps.looks_up_rows(function, shapes, int(source.cardinality())):
+        if dataset_maps.looks_up_rows(function, shapes, int(source.cardinality()), graphs):
             self._may_come_again("a map that may choose examples by their numbers")
         if level == 1:
             self._look_at_map_of_batches(one, leaves, specs, varying)
@@ -239,32 +234,32 @@ class _Walk:
         elif varying is not None:
             self._note(f"a map of batches that draws or calls Python ({varying})", _MAP_FIRST)
         elif any(leaf.rows is not None and not leaf.shape.rank for leaf in leaves):
-            what = "a map of batches, a part of which is of unknown shape or has no rows"
-            self._note(what, "Let `map` come before `batch`, and end in tf.ensure_shape.")
+            operation = "a map of batches, a part of which is of unknown shape or has no rows"
+            self._note(operation, "Let `map` come before `batch`, and end in tf.ensure_shape.")
         else:
             self._elements.of(one, 1)
             mixing = self._elements.proofs[id(one)].mixing
             if mixing is not None:
-                what = f"a map of batches in which a row may depend on others ({mixing})"
-                self._note(what, _MAP_FIRST)
+                operation = f"a map of batches in which a row may depend on others ({mixing})"
+                self._note(operation, _MAP_FIRST)
 
 
 def _is_selected(size: Any) -> bool:
-    """Tells whether rows are those that a function of numbers takes from a table."""
+    """Returns whether a function has taken these rows from a table by numbers."""
     return isinstance(size, tuple) and size[0] == "selected"
 
 
 def _are_numbers(one: Any) -> bool:
-    """Tells whether a dataset consists of ranges and random numbers only.
+    """Returns whether a dataset consists of ranges and random numbers only.
 
-    Not of a table either, which may hold the examples' labels.
+    A dataset with a table does not: the table may hold the examples' labels.
     """
     try:
         graph = written(one)
     except tf.errors.OpError:
         return False
-    found = [*graph.node, *(node for f in graph.library.function for node in f.node_def)]
-    return all(_makes_numbers(node) for node in found)
+    nodes = [*graph.node, *(node for f in graph.library.function for node in f.node_def)]
+    return all(_makes_numbers(node) for node in nodes)
 
 
 def _makes_numbers(node: Any) -> bool:
@@ -278,7 +273,7 @@ def _makes_numbers(node: Any) -> bool:
 
 
 def _has_numbers_alone(one: Any) -> bool:
-    """Tells whether the elements of a source are whole numbers, as of rows."""
+    """Returns whether the elements of a source are whole numbers, such as row numbers."""
     leaves = tf.nest.flatten(one.element_spec)
     return all(
         isinstance(leaf, tf.TensorSpec) and leaf.dtype.is_integer and leaf.shape.rank == 0

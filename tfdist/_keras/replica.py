@@ -57,6 +57,7 @@ class ReplicaBatch:
         touched: `keras.Variable`s that the step has assigned, with their former values, by
             id. Variables of `metrics` and those that optimizers update are not in it.
         updated: `keras.Variable`s that optimizers have assigned, by id.
+        losses: The losses that each layer has added, by the layer's id.
     """
 
     rows: Tensor
@@ -69,6 +70,7 @@ class ReplicaBatch:
     keys: RowKeys | None = None
     touched: dict[int, tuple[Any, Tensor]] = field(default_factory=dict, init=False)
     updated: dict[int, Any] = field(default_factory=dict, init=False)
+    losses: dict[int, list[Tensor]] = field(default_factory=dict, init=False)
     is_updating: bool = field(default=False, init=False)
     _results: dict[int, tuple[Tensor, Any, int]] = field(default_factory=dict, init=False)
     _whole: dict[int, Tensor] = field(default_factory=dict, init=False)
@@ -136,7 +138,7 @@ class ReplicaBatch:
         self._whole[id(value)] = value
 
     def is_whole(self, value: Tensor) -> bool:
-        """Tells whether `note_whole` has recorded a value.
+        """Returns whether `note_whole` has recorded a value.
 
         Args:
             value: Any value.

@@ -14,6 +14,7 @@ from tfdist._keras import losses, metrics, optimizers
 from tfdist._keras import random as draws
 from tfdist._keras.batch_norm import moments
 from tfdist._keras.interception import Replacement
+from tfdist._keras.layer_losses import losses_by_replica
 from tfdist._keras.replica import replaced
 from tfdist._keras.variables import as_python, direct_assign
 
@@ -46,8 +47,10 @@ def replicated(has_servers: bool = False) -> Iterator[None]:
     _depth += 1
     with contextlib.ExitStack() as stack:
         stack.callback(_leave)
-        for owner, name, value in replacements(has_servers) if _depth == 1 else ():
-            stack.enter_context(replaced(owner, name, value))
+        if _depth == 1:
+            for owner, name, value in replacements(has_servers):
+                stack.enter_context(replaced(owner, name, value))
+            stack.enter_context(losses_by_replica())
         yield
 
 

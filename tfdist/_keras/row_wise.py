@@ -1,7 +1,7 @@
-"""Proves that each row of a mapped batch follows from the same row of the batch alone.
+"""Proves that each row of a mapped batch depends on the same row of the batch alone.
 
-The graph of the function is read, nothing is tried: what a batch shows by chance says nothing
-of other batches. Only operations that are known to keep rows apart pass.
+The proof reads the graph of the function. Trying the function on a batch would say nothing of
+other batches. Only operations that are known to keep rows apart pass.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tfdist._keras.inlined import Inlined
+from tfdist._keras.inlined import InlinedGraphs
 
 # One value for one value.
 _UNARY = frozenset(
@@ -37,7 +37,7 @@ _BROADCAST = frozenset(
     }
 )  # fmt: skip
 _OF_SIZES = frozenset({"Rank", "Shape", "Size"})
-# The second input says along which axes.
+# The second input has the axes along which they work.
 _ALONG = frozenset(
     {
         "All", "Any", "ArgMax", "ArgMin", "Cumprod", "Cumsum", "Max", "Mean", "Min", "Prod",
@@ -55,17 +55,17 @@ _OF_LAST_AXES = {
 }  # fmt: skip
 _SELECTS = frozenset({"GatherV2", "Slice", "StridedSlice"})
 _OF_NUMBERS = _UNARY | _BROADCAST | {"ConcatV2", "ExpandDims", "Fill", "Pack", "Range"}
-_FEW = 16  # numbers that are no examples
+_FEW = 16  # a constant with more numbers may hold examples
 
 
 @dataclass(frozen=True)
 class Leaf:
-    """What is known of a part of a data set's elements.
+    """The proven properties of a part of a data set's elements.
 
     Attributes:
-        shape: Its proven shape.
-        rows: Parts with the same value have as many rows in every element. None of a part that
-            holds no example, as a count does.
+        shape: The proven shape.
+        rows: Parts with equal `rows` have equally many rows in every element. None if the part
+            holds no examples, such as a count.
     """
 
     shape: Any
@@ -73,7 +73,7 @@ class Leaf:
 
     @property
     def size(self) -> Hashable | None:
-        """`rows`, or the number of rows, where it is always the same."""
+        """The number of rows if it is always the same, else `rows`."""
         if self.rows is None or not self.shape.rank or self.shape[0] is None:
             return self.rows
         return int(self.shape[0])
@@ -81,32 +81,36 @@ class Leaf:
 
 @dataclass(frozen=True)
 class Proof:
-    """What was found.
+    """The result of a proof.
 
     Attributes:
-        mixing: The type of the operation that is not known to keep rows apart, if any.
-        outputs: What the function returns; only without `mixing`.
+        mixing: The type of an operation that is not known to keep rows apart, or None.
+        outputs: The outputs of the function, if `mixing` is None.
     """
 
     mixing: str | None
     outputs: tuple[Leaf, ...] = ()
 
 
-def proof(function: Any, leaves: Sequence[Leaf]) -> Proof:
+def proof(function: Any, leaves: Sequence[Leaf], graphs: InlinedGraphs) -> Proof:
     """Looks for an operation that is not known to keep the rows of a batch apart.
 
     Args:
         function: The function of a dataset that maps batches.
-        leaves: Its arguments. The first axis of those with `rows` is rows.
+        leaves: Its arguments. The first axis of arguments with `rows` is that of rows.
+        graphs: The inlined graphs of the pipeline.
     """
     try:
-        graph = Inlined(function, [leaf.shape for leaf in leaves])
+        graph = graphs.of(function, [leaf.shape for leaf in leaves])
     except ValueError:
         return Proof("set_shape")
-    # What has rows. Tensors that are not named are the same for every batch.
+    # The proof goes through the operations in order, and sorts tensors by name. `rows`: tensors
+    # whose first axis is that of rows. `numbers`: tensors that depend on parts without
+    # examples, such as counts. `sizes`: shapes and numbers of rows. Other tensors are the same
+    # for every batch.
     rows: dict[str, Leaf] = {}
-    numbers: set[str] = set()  # what follows from counts
-    sizes: dict[str, Hashable | None] = {}  # shapes and counts that are of so many rows
+    numbers: set[str] = set()
+    sizes: dict[str, Hashable | None] = {}
     for tensor, leaf in zip(graph.elements, leaves, strict=True):
         if leaf.rows is None:
             numbers.add(tensor.name)
@@ -115,22 +119,22 @@ def proof(function: Any, leaves: Sequence[Leaf]) -> Proof:
         else:
             rows[tensor.name] = leaf
     for op in graph.ops:
-        found = [rows[t.name] for t in op.inputs if t.name in rows]
-        counted = any(t.name in numbers for t in op.inputs)
-        if op.type in _OF_SIZES or (not found and not counted):
-            # The same for every batch of as many rows.
+        has_rows = any(t.name in rows for t in op.inputs)
+        has_numbers = any(t.name in numbers for t in op.inputs)
+        if op.type in _OF_SIZES or not (has_rows or has_numbers):
+            # The output is the same for every batch with as many rows.
             size = _size_of(op, rows, sizes)
             if size is not None and op.type == "Fill":
                 rows[op.outputs[0].name] = Leaf(op.outputs[0].shape, size)
             elif size is not None:
                 sizes[op.outputs[0].name] = size
             continue
-        if not found and not _selects(op, numbers):
+        if not has_rows and not _selects(op, numbers):
             if not _makes_numbers(op, numbers):
                 return Proof(str(op.type))
             numbers.update(t.name for t in op.outputs)
             continue
-        size = _rows_of(op, rows, sizes) if found else ("selected", op.name)
+        size = _rows_of(op, rows, sizes) if has_rows else ("selected", op.name)
         for output in op.outputs:
             if size is None or not output.shape.rank:
                 return Proof(str(op.type))
@@ -139,24 +143,25 @@ def proof(function: Any, leaves: Sequence[Leaf]) -> Proof:
 
 
 def _selects(op: Any, numbers: Collection[str]) -> bool:
-    """Tells whether an operation takes rows from a table by numbers."""
+    """Returns whether an operation takes rows from a table by numbers."""
     return op.type in _SELECTS and op.inputs[0].name not in numbers
 
 
 def _makes_numbers(op: Any, numbers: Collection[str]) -> bool:
-    """Tells whether what an operation makes of numbers can hold no examples of a table."""
-    small = all(
+    """Returns whether an operation on numbers cannot return examples of a table."""
+    are_small = all(
         t.name in numbers or (t.shape.num_elements() or _FEW + 1) <= _FEW for t in op.inputs
     )
-    return small and op.type in _OF_NUMBERS
+    return are_small and op.type in _OF_NUMBERS
 
 
 def _size_of(
     op: Any, rows: Mapping[str, Leaf], sizes: Mapping[str, Hashable | None]
 ) -> Hashable | None:
-    """Gives `Leaf.rows` of parts with the shape that an operation makes, where it is known.
+    """Returns `Leaf.rows` of tensors whose number of rows an operation computes, or None.
 
-    Shapes are those of such parts, or begin with their number of rows.
+    The operation returns the shape of such a tensor, its number of rows, or a shape that begins
+    with this number.
     """
     first = op.inputs[0].name if op.inputs else ""
     if op.type == "Shape":
@@ -172,17 +177,19 @@ def _size_of(
 def _rows_of(
     op: Any, rows: Mapping[str, Leaf], sizes: Mapping[str, Hashable | None]
 ) -> Hashable | None:
-    """Gives `Leaf.rows` of what an operation returns; None if it may mix rows."""
-    found = [rows[t.name] for t in op.inputs if t.name in rows]
+    """Returns `Leaf.rows` of an operation's outputs, or None if it may mix rows."""
+    leaves = [rows[t.name] for t in op.inputs if t.name in rows]
     if op.type == "Reshape" and op.inputs[1].name not in rows:
-        size = sizes.get(op.inputs[1].name)  # as many rows as before
-        if size is not None and size == found[0].rows:
+        # With as many rows as before, and row-major order, each row keeps its numbers.
+        size = sizes.get(op.inputs[1].name)
+        if size is not None and size == leaves[0].rows:
             return size
-    same = len({leaf.size for leaf in found}) == 1
-    return found[0].rows if same and _keeps_rows(op, rows) else None
+    are_equal = len({leaf.size for leaf in leaves}) == 1
+    return leaves[0].rows if are_equal and _keeps_rows(op, rows) else None
 
 
 def _keeps_rows(op: Any, rows: Mapping[str, Leaf]) -> bool:
+    """Returns whether each row of an operation's outputs depends on one row of its inputs."""
     kind, inputs = op.type, list(op.inputs)
     has_rows = [t.name in rows for t in inputs]
     if kind in _UNARY:
@@ -191,26 +198,26 @@ def _keeps_rows(op: Any, rows: Mapping[str, Leaf]) -> bool:
         return _broadcasts_by_row(inputs, rows)
     if kind == "ConcatV2":
         *parts, axis = inputs
-        same = {t.shape.rank for t in parts}
-        return all(has_rows[:-1]) and len(same) == 1 and _avoids_rows(axis, same.pop())
+        ranks = {t.shape.rank for t in parts}
+        return all(has_rows[:-1]) and len(ranks) == 1 and _avoids_rows(axis, ranks.pop())
     if kind == "Pack":
-        same = {t.shape.rank for t in inputs}
+        ranks = {t.shape.rank for t in inputs}
         axis = op.get_attr("axis") % (inputs[0].shape.rank + 1)
-        return all(has_rows) and len(same) == 1 and axis >= 1
+        return all(has_rows) and len(ranks) == 1 and axis >= 1
     if kind in ("GatherV2", "ResourceGather", "LookupTableFindV2"):
         return _looks_up(op, has_rows)
-    if kind == "BatchMatMulV2":  # of the last two axes
+    if kind == "BatchMatMulV2":  # it multiplies along the last two axes
         return inputs[0].shape.rank >= 3 and _broadcasts_by_row(inputs, rows)
     if kind in ("Split", "SplitV"):
         value, axis = (1, 0) if kind == "Split" else (0, 2)
-        alone = has_rows[value] and sum(has_rows) == 1
-        return alone and _avoids_rows(inputs[axis], inputs[value].shape.rank)
-    first_alone = has_rows[0] and not any(has_rows[1:])
-    return first_alone and (_works_by_row(op, inputs) or _keeps_first_axis(op, inputs))
+        only_value = has_rows[value] and sum(has_rows) == 1
+        return only_value and _avoids_rows(inputs[axis], inputs[value].shape.rank)
+    only_first = has_rows[0] and not any(has_rows[1:])
+    return only_first and (_works_by_row(op, inputs) or _keeps_first_axis(op, inputs))
 
 
 def _works_by_row(op: Any, inputs: Sequence[Any]) -> bool:
-    """Tells it of operations with rows in the first input that count along other axes."""
+    """Returns whether an operation combines numbers along other axes than the first one."""
     kind, rank = op.type, inputs[0].shape.rank
     if kind in _FIRST_HAS_ROWS:
         return kind != "MatMul" or not bool(op.get_attr("transpose_a"))
@@ -223,13 +230,13 @@ def _works_by_row(op: Any, inputs: Sequence[Any]) -> bool:
     if kind == "ParseExampleV2":
         shapes = [tf.TensorShape(shape) for shape in op.get_attr("dense_shapes")]
         is_dense = not op.get_attr("sparse_types") and not op.get_attr("ragged_value_types")
-        # Of unknown sizes, all are padded to the longest.
+        # Features of unknown size are padded to the longest one of the batch.
         return is_dense and all(shape.is_fully_defined() for shape in shapes)
     return False
 
 
 def _keeps_first_axis(op: Any, inputs: Sequence[Any]) -> bool:
-    """Tells it of operations that change the shape of one tensor with rows."""
+    """Returns whether an operation that changes the shape of a tensor keeps its rows."""
     kind, rank = op.type, inputs[0].shape.rank
     if kind == "OneHot":
         axis = op.get_attr("axis")
@@ -245,37 +252,38 @@ def _keeps_first_axis(op: Any, inputs: Sequence[Any]) -> bool:
         order = _constant(inputs[1])
         return order is not None and int(order.ravel()[0]) == 0
     if kind in ("Pad", "PadV2", "MirrorPad", "Tile"):
-        known = _constant(inputs[1])
+        amounts = _constant(inputs[1])
         unchanged = 1 if kind == "Tile" else 0
-        return known is not None and bool(np.all(known[0] == unchanged))
+        return amounts is not None and bool(np.all(amounts[0] == unchanged))
     if kind == "Reshape":
-        before, after = inputs[0].shape[1:], op.outputs[0].shape[1:]
-        known = before.is_fully_defined() and after.is_fully_defined()
-        # As many numbers for each row: so rows stay what they are.
-        return bool(known and before.num_elements() == after.num_elements() > 0)
+        old, new = inputs[0].shape[1:], op.outputs[0].shape[1:]
+        are_known = old.is_fully_defined() and new.is_fully_defined()
+        # A row keeps its numbers if rows have as many numbers as before.
+        return bool(are_known and old.num_elements() == new.num_elements() > 0)
     if kind == "StridedSlice":
         return _slices_other_axes(op, inputs)
     return False
 
 
 def _slices_other_axes(op: Any, inputs: Sequence[Any]) -> bool:
-    """Tells whether a slice such as `x[:, 1:]` or `x[..., 0]` takes all rows, in order."""
+    """Returns whether a slice such as `x[:, 1:]` or `x[..., 0]` takes all rows, in order."""
     strides = _constant(inputs[3])
     if strides is None or not strides.size:
         return False
     if op.get_attr("ellipsis_mask") & 1:
-        new = bin(op.get_attr("new_axis_mask")).count("1")
-        return bool(strides.size - 1 - new < inputs[0].shape.rank)
-    whole = op.get_attr("begin_mask") & 1 and op.get_attr("end_mask") & 1
-    dropped = (op.get_attr("new_axis_mask") | op.get_attr("shrink_axis_mask")) & 1
-    return bool(whole and not dropped and strides[0] == 1)
+        # The ellipsis stands for at least the first axis.
+        new_axes = bin(op.get_attr("new_axis_mask")).count("1")
+        return bool(strides.size - 1 - new_axes < inputs[0].shape.rank)
+    takes_all = op.get_attr("begin_mask") & 1 and op.get_attr("end_mask") & 1
+    moves_axis = (op.get_attr("new_axis_mask") | op.get_attr("shrink_axis_mask")) & 1
+    return bool(takes_all and not moves_axis and strides[0] == 1)
 
 
 def _broadcasts_by_row(inputs: Sequence[Any], rows: Mapping[str, Leaf]) -> bool:
-    """Tells whether rows meet rows, and none is made several.
+    """Returns whether broadcasting combines each row with the same row of other inputs.
 
-    What has rows has the same rank. The rest is of a lower rank, or has one row for all: a
-    single row meets all rows of what has more.
+    All inputs with rows must have the same rank. Other inputs must have a lower rank, or one
+    row for all. Otherwise a single row of the batch could be broadcast to several rows.
     """
     with_rows = {t.shape.rank for t in inputs if t.name in rows}
     others = [t.shape for t in inputs if t.name not in rows]
@@ -286,22 +294,22 @@ def _broadcasts_by_row(inputs: Sequence[Any], rows: Mapping[str, Leaf]) -> bool:
 
 
 def _looks_up(op: Any, has_rows: Sequence[bool]) -> bool:
-    """Tells whether rows choose from a table that is the same for every batch."""
+    """Returns whether each row looks up values in a table that is the same for every batch."""
     if op.type == "GatherV2":
         axis = _constant(op.inputs[2])
-        whole = op.get_attr("batch_dims") == 0 and axis is not None and int(axis) == 0
-        return list(has_rows) == [False, True, False] and whole
+        is_by_row = op.get_attr("batch_dims") == 0 and axis is not None and int(axis) == 0
+        return list(has_rows) == [False, True, False] and is_by_row
     if op.type == "ResourceGather":
         return list(has_rows) == [False, True] and op.get_attr("batch_dims") == 0
     return list(has_rows) == [False, True, False]
 
 
 def _avoids_rows(axis: Any, rank: int) -> bool:
-    """Tells whether axes are known, and none of them is the first."""
-    known = _constant(axis)
-    if known is None or not known.size:
+    """Returns whether axes are constants, and none of them is the first one."""
+    axes = _constant(axis)
+    if axes is None or not axes.size:
         return False
-    return bool(np.all(known.ravel() % rank >= 1))
+    return bool(np.all(axes.ravel() % rank >= 1))
 
 
 def _constant(tensor: Any) -> Any:

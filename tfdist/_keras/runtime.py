@@ -14,12 +14,12 @@ EagerTensor: Any = tf.__internal__.EagerTensor
 
 
 def has_devices() -> bool:
-    """Tells whether TensorFlow has created its devices. Then it cannot join a cluster."""
+    """Returns whether TensorFlow has created its devices. Then it cannot join a cluster."""
     return bool(_context.context()._initialized)
 
 
 def is_deterministic() -> bool:
-    """Tells whether `tf.config.experimental.enable_op_determinism` was called."""
+    """Returns whether `tf.config.experimental.enable_op_determinism` was called."""
     return bool(_config.is_op_determinism_enabled())
 
 

@@ -50,7 +50,7 @@ def trained_by(optimizer: Any) -> list[tuple[Any, list[Any]]]:
 
 
 def is_elementwise(optimizer: Any) -> bool:
-    """Tells whether an optimizer updates each element independently.
+    """Returns whether an optimizer updates each element independently.
 
     Args:
         optimizer: A `keras.Optimizer`.

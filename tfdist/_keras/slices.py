@@ -14,7 +14,7 @@ _OF_SHAPES = frozenset({"Shape", "ShapeN", "Size", "Rank"})
 
 
 def has_fixed_rows(gradient: Any) -> bool:
-    """Tells whether the rows of a gradient do not depend on examples, such as positions.
+    """Returns whether the rows of a gradient do not depend on examples, such as positions.
 
     Then each share's rows are sums over its examples, and must be added. If the rows depend
     on the examples, the rows of shares are concatenated, as in one process.
@@ -44,7 +44,7 @@ def has_fixed_rows(gradient: Any) -> bool:
 
 
 def has_unique_rows(gradient: Any) -> bool:
-    """Tells whether a gradient has each row once, even if several examples use it.
+    """Returns whether a gradient has each row once, even if several examples use it.
 
     A product with a sparse matrix looks up each row once for a whole batch. Then rows that
     several shares have must be added into one.

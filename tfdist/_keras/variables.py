@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -67,3 +67,63 @@ def swap_value(variable: Any, value: Any) -> Any:
     before = variable._value
     variable._value = value
     return before
+
+
+def exchange_value(variable: Any, value: Any, shape: tuple[int, ...]) -> Any:
+    """Replaces the backing `tf.Variable` of a `keras.Variable` by one of another shape.
+
+    Args:
+        variable: The `keras.Variable`.
+        value: A `tf.Variable` of its dtype.
+        shape: The shape of `value`.
+
+    Returns:
+        The former backing `tf.Variable`.
+    """
+    variable._shape = tuple(shape)
+    variable._ndim = len(shape)
+    return swap_value(variable, value)
+
+
+def empty(value: Any) -> None:
+    """Frees the memory of a `tf.Variable`, or of all its copies. It must not be read then.
+
+    Functions that were traced with it stay valid: `refill` gives it a value again.
+
+    Args:
+        value: A `tf.Variable`, mirrored or not.
+    """
+    for local in _copies(value):
+        with tf.device(local.device):
+            _replace(local, tf.zeros([0], local.dtype))
+
+
+def refill(value: Any, tensors: Sequence[Any]) -> None:
+    """Assigns a `tf.Variable` that may be empty.
+
+    Args:
+        value: A `tf.Variable`, mirrored or not.
+        tensors: The value of each of its copies.
+    """
+    for local, tensor in zip(_copies(value), tensors, strict=True):
+        with tf.device(local.device):
+            _replace(local, tf.convert_to_tensor(tensor, local.dtype))
+
+
+def _replace(value: Any, tensor: Tensor) -> None:
+    # The method of a `tf.Variable` refuses another shape than that of its present value.
+    tf.raw_ops.AssignVariableOp(resource=value.handle, value=tensor, validate_shape=False)
+
+
+def is_empty(variable: Any) -> bool:
+    """Tells whether `empty` has freed the memory of a `keras.Variable`.
+
+    Args:
+        variable: The `keras.Variable`.
+    """
+    shape = tf.raw_ops.VariableShape(input=_copies(variable._value)[0].handle)
+    return bool(shape.numpy().tolist() == [0])
+
+
+def _copies(value: Any) -> Any:
+    return value.values if isinstance(value, tf.distribute.DistributedValues) else (value,)

@@ -65,6 +65,12 @@ _MAX_LINE_LENGTH = 240
     help="The strategy.  [default: the script's choice, or auto]",
 )
 @click.option(
+    "--zero",
+    type=int,
+    metavar="STAGE",
+    help="1: each worker keeps only its part of the optimizer's state.",
+)
+@click.option(
     "--drop-in",
     is_flag=True,
     help="Distribute the Model.fit of a script that does not import tfdist.",
@@ -121,6 +127,7 @@ def run(
     node_rank: int | None,
     port: int,
     strategy: str | None,
+    zero: int | None,
     drop_in: bool,
     output: str,
     log_dir: Path | None,
@@ -153,9 +160,11 @@ def run(
     SIGTERM or another worker was lost. 76: the run hung; a report says where each worker was.
     130: Ctrl-C. 1: tfdist could not start the workers. 2: the command line is wrong.
     """  # noqa: D301
-    _check_options(script, module, synchronous, servers)
+    _check_options(script, module, synchronous, servers, zero)
     if synchronous:
         os.environ["TFDIST_SYNCHRONOUS"] = "1"  # the workers inherit it
+    if zero is not None:
+        os.environ["TFDIST_ZERO"] = str(zero)
     machines = parse_hosts(hosts) if hosts is not None else ()
     roster = Roster(
         script_command((script, *arguments), module=module),
@@ -173,6 +182,7 @@ def run(
         max_restarts = 3
     connection: AbstractContextManager[CoordinatorClient | None] = nullcontext()
     if max_restarts and len(machines) > 1:
+        # The launchers of several machines must agree on each restart.
         connection = connect_launchers(
             machines,
             node_rank or 0,
@@ -183,23 +193,38 @@ def run(
             strategy=strategy,
             ps=servers,
         )
+    restarts, shows_all = _restarts(max_restarts, servers), output == "all"
     with connection as client:
-        outcome = run_workers(
-            roster.workers,
-            log_dir=log_dir,
-            restarts=_restarts(max_restarts, servers),
-            grace=grace,
-            client=client,
-            slots=roster.slots,
-            plan=None if roster.elastic is None else roster.of_hosts,
-            meeting=roster.meeting,
-            shows_all=output == "all",
-        )
+        outcome = _run(roster, log_dir, restarts, grace, client, shows_all)
     _explain(outcome, roster.workers, log_dir, has_other_hosts=len(machines) > 1)
     sys.exit(outcome.status)
 
 
-def _check_options(script: str, module: bool, synchronous: bool, servers: int) -> None:
+def _run(
+    roster: Roster,
+    log_dir: Path | None,
+    restarts: Restarts,
+    grace: float,
+    client: CoordinatorClient | None,
+    shows_all: bool,
+) -> Outcome:
+    """Runs the workers of this machine to their end."""
+    return run_workers(
+        roster.workers,
+        log_dir=log_dir,
+        restarts=restarts,
+        grace=grace,
+        client=client,
+        slots=roster.slots,
+        plan=None if roster.elastic is None else roster.of_hosts,
+        meeting=roster.meeting,
+        shows_all=shows_all,
+    )
+
+
+def _check_options(
+    script: str, module: bool, synchronous: bool, servers: int, zero: int | None
+) -> None:
     """Refuses a script that is not there, and options that contradict each other."""
     if not module and not Path(script).is_file():
         raise click.BadParameter(
@@ -211,6 +236,15 @@ def _check_options(script: str, module: bool, synchronous: bool, servers: int) -
         raise click.BadParameter(
             "--synchronous must come with parameter servers. Received: --synchronous without "
             "--ps. Add --ps 1, or leave it out: other strategies are synchronous."
+        )
+    if zero is not None and zero != 1:
+        raise click.BadParameter(
+            f"--zero must be 1: the other stages are not built yet. Received: --zero {zero}."
+        )
+    if zero is not None and servers:
+        raise click.BadParameter(
+            "--zero must come without parameter servers, which keep the optimizer's state "
+            f"already. Received: --zero {zero} --ps {servers}. Leave one of them out."
         )
 
 

@@ -87,7 +87,7 @@ class Heartbeat:
         self._write()
 
     def set_flags(self, *, saves: bool = False, preempted: bool = False) -> None:
-        """Says what SIGTERM does, or has done.
+        """Returns what SIGTERM does, or has done.
 
         Args:
             saves: Whether SIGTERM makes the worker save its training.

@@ -86,7 +86,7 @@ def _resolves(name: str) -> bool:
 
 
 def is_up(address: str) -> bool:
-    """Tells whether something listens at an address.
+    """Returns whether something listens at an address.
 
     Args:
         address: `host:port`.
@@ -95,7 +95,7 @@ def is_up(address: str) -> bool:
 
 
 def answers(address: str, seconds: float) -> bool:
-    """Tells whether the TensorFlow server at an address answers.
+    """Returns whether the TensorFlow server at an address answers.
 
     A connection alone proves nothing: the system accepts connections for a stopped process
     too. A server that runs sends the first bytes, the settings of HTTP/2.
@@ -202,7 +202,7 @@ class _Greeting(NamedTuple):
 
 
 def _difference(received: _Greeting, local: _Greeting, cluster: Cluster) -> str:
-    """Says why a worker cannot train with this one; "" if it can."""
+    """Returns why a worker cannot train with this one; "" if it can."""
     if received.worker == local.worker:
         return (
             f"Each worker must have a place of its own. Received: two processes with the place "

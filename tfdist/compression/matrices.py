@@ -24,7 +24,7 @@ def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
 
 
 def is_compressed(variable: Any, settings: PowerSGD, by_rows: set[int]) -> bool:
-    """Tells whether a variable's gradient is sent in low rank.
+    """Returns whether a variable's gradient is sent in low rank.
 
     Args:
         variable: A `keras.Variable`.

@@ -1,4 +1,4 @@
-"""PowerSGD: gradients of matrices travel as vectors, what is lost is added to the next ones."""
+"""PowerSGD: low-rank compression of gradients, with error feedback."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tfdist.strategies.base import Strategy
 Tensor = Any
 PLAIN, LEFT, RIGHT = "plain", "left", "right"
 _SEED = 0x5EED
-_TILT = 1e-3
+_TILT = 1e-3  # the length of the fixed part, over that of the vectors
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class LowRank:
     """Makes the exchange; see `ExchangeMaker`.
 
     Attributes:
-        settings: What the user asked for.
+        settings: The settings.
     """
 
     settings: PowerSGD
@@ -43,18 +43,19 @@ class LowRank:
 
         Args:
             model: A built `keras.Model`.
-            strategy: Where its replicas are.
+            strategy: The strategy on whose replicas it trains.
         """
         return LowRankExchange(self.settings, model)
 
 
 class Sent(NamedTuple):
-    """What a replica sends of a gradient.
+    """A replica's compressed gradient.
 
     Attributes:
-        matrix: Shape [m, n]: the gradient, and what the replica had not sent before.
+        matrix: The gradient plus the replica's residual, shape [m, n].
         basis: Orthonormal vectors of one side, shape [m, rank] or [n, rank].
-        vectors: What travels: the matrix times these, shape [n, rank] or [m, rank].
+        vectors: The product of the matrix and the basis, shape [n, rank] or [m, rank]. Only
+            these are sent.
         side: The side of the basis.
     """
 
@@ -64,31 +65,32 @@ class Sent(NamedTuple):
     side: str
 
     def matrix_of(self, vectors: Tensor) -> Tensor:
-        """Gives the matrix that vectors stand for.
+        """Returns the product of the basis and some vectors.
 
         Args:
-            vectors: Of the other side than the basis.
+            vectors: Vectors of the side opposite to the basis.
         """
         pair = (self.basis, vectors) if self.side == LEFT else (vectors, self.basis)
         return tf.matmul(*pair, transpose_b=True)
 
 
 class Factors:
-    """What is kept for one matrix, and how its gradient is compressed.
+    """The state of one matrix, and the compression of its gradient.
 
-    A replica adds what it has not sent yet to its gradient: M. With orthonormal vectors P it
-    sends Q = M^T P and keeps M - P Q^T. All replicas update by P (sum of Q)^T. In the next step
-    the sides are exchanged.
+    A replica adds its residual to its gradient, which gives M. With orthonormal vectors P it
+    sends Q = M^T P, and M - P Q^T is its new residual. All replicas update by P (sum of Q)^T.
+    The next step uses the other side: its orthonormal vectors come from the sum of Q.
 
     Args:
         variable: A `keras.Variable` of at least two dimensions.
-        settings: What the user asked for.
-        number: Of the variable, from which its first vectors are drawn.
+        settings: The settings.
+        number: The variable's number, from which its first vectors are drawn.
 
     Attributes:
         left: `keras.Variable` of shape [m, rank].
         right: `keras.Variable` of shape [n, rank].
-        residual: `keras.Variable` of shape [m, n]: what a replica has not sent yet.
+        residual: `keras.Variable` of shape [m, n]: the part of gradients that the replica has
+            not sent yet.
     """
 
     def __init__(self, variable: Any, settings: PowerSGD, number: int) -> None:
@@ -101,9 +103,9 @@ class Factors:
         self._matrix = rows, columns
         name = variable.name
 
-        def zeros(shape: tuple[int, ...], what: str) -> Any:
+        def zeros(shape: tuple[int, ...], suffix: str) -> Any:
             return keras.Variable(
-                np.zeros(shape), dtype=dtype, trainable=False, name=f"{name}_{what}"
+                np.zeros(shape), dtype=dtype, trainable=False, name=f"{name}_{suffix}"
             )
 
         self.left = zeros((rows, rank), "left")
@@ -112,27 +114,29 @@ class Factors:
         self.reset()
 
     def reset(self) -> None:
-        """Brings everything to where a training begins."""
-        # Both sides: where the first gradients are not finite, the second step has the other.
+        """Sets the initial state of a training."""
+        # Both sides are drawn. If the first gradients are not finite, that step stores nothing,
+        # and the second step begins with the other side.
         for variable in (self.left, self.right):
             variable.assign(self._drawn(variable.shape[0], tf.constant(0, tf.int64)))
         self.residual.assign(tf.zeros(self.residual.shape, self.residual.dtype))
 
     def _drawn(self, size: int, step: Tensor) -> Tensor:
-        """Draws vectors, the same on all replicas; their lengths do not matter."""
+        """Draws vectors that are equal on all replicas. Their lengths do not matter."""
         seed = tf.stack([tf.constant(_SEED + self._number, tf.int64), step])
-        # Real numbers of the same seed are others under XLA, which has one replica of a
-        # compiled model; whole numbers are not. A sum of a few is close to normal.
+        # XLA, which compiles the step of a single replica, draws other real numbers from the
+        # same seed, but the same whole numbers. A sum of four uniform ones is close to normal.
         bits = tf.random.stateless_uniform(
             [4, size, self.left.shape[-1]], seed, None, None, tf.int32, alg="philox"
         )
         return tf.reduce_sum(tf.cast(bits, self.left.dtype) / 2.0**31, 0)
 
     def _tilted(self, vectors: Tensor) -> Tensor:
-        """Turns vectors a little to fixed ones.
+        """Adds a small part of fixed vectors.
 
-        Where the gradient's rank is below that of the vectors, one of them is rounding errors,
-        other ones on each number of replicas. Made orthonormal, they would be of length one.
+        If the rank of the gradient is below the number of vectors, some vectors consist of
+        rounding errors, which depend on the number of replicas. The QR decomposition would make
+        them as long as the others. With the fixed part, they have a fixed direction.
         """
         fixed = self._drawn(vectors.shape[0], tf.constant(0, tf.int64))
         return vectors + _TILT * tf.norm(vectors) / tf.norm(fixed) * fixed
@@ -140,17 +144,17 @@ class Factors:
     def compress(
         self, gradient: Tensor, side: str, step: Tensor, scale: Tensor | None = None
     ) -> Sent:
-        """Gives what a replica sends of its gradient.
+        """Compresses a replica's gradient.
 
         Args:
-            gradient: Of the variable's shape.
-            side: `LEFT` or `RIGHT`: of which side the vectors are known.
-            step: Scalar int64: the steps made.
-            scale: By which the loss was multiplied. Scales change from step to step, so what
-                is kept is divided by it.
+            gradient: The gradient, of the variable's shape.
+            side: The side of the orthonormal vectors, `LEFT` or `RIGHT`.
+            step: The number of steps made, scalar int64.
+            scale: The factor of loss scaling in the gradient, or None. It changes between
+                steps, so the residual is stored without it.
         """
-        known = self.left if side == LEFT else self.right
-        vectors = tf.convert_to_tensor(known)
+        previous = self.left if side == LEFT else self.right
+        vectors = tf.convert_to_tensor(previous)
         if self._settings.warm_start:
             vectors = self._tilted(vectors)
         else:
@@ -163,12 +167,12 @@ class Factors:
         return Sent(matrix, basis, tf.matmul(matrix, basis, transpose_a=side == LEFT), side)
 
     def decompress(self, sent: Sent, summed: Tensor, scale: Tensor | None = None) -> Tensor:
-        """Gives the gradient that all replicas apply.
+        """Returns the gradient that all replicas apply.
 
         Args:
-            sent: By this replica.
-            summed: What all sent, added up.
-            scale: As `compress` got it.
+            sent: The compressed gradient of this replica.
+            summed: The sum of the vectors of all replicas.
+            scale: As in `compress`.
 
         Returns:
             Tensor of the variable's shape.
@@ -179,24 +183,24 @@ class Factors:
         return tf.reshape(matrix, self._shape)
 
     def keep(self, sent: Sent, summed: Tensor, counts: Tensor) -> None:
-        """Keeps the sum, and what this replica has not sent.
+        """Stores the sum, and the residual of this replica.
 
         Args:
-            sent: By this replica.
-            summed: What all sent, added up.
-            counts: Scalar bool: whether the step counts; else nothing is changed.
+            sent: The compressed gradient of this replica.
+            summed: The sum of the vectors of all replicas.
+            counts: Scalar bool: whether the step counts. Otherwise nothing changes.
         """
-        rest = sent.matrix - sent.matrix_of(sent.vectors)
-        other = self.right if sent.side == LEFT else self.left
-        for variable, value in ((self.residual, rest), (other, summed)):
+        residual = sent.matrix - sent.matrix_of(sent.vectors)
+        opposite = self.right if sent.side == LEFT else self.left
+        for variable, value in ((self.residual, residual), (opposite, summed)):
             variable.assign(tf.where(counts, value, tf.convert_to_tensor(variable)))
 
 
 class LowRankExchange(Exchange):
-    """Exchanges low-rank parts of gradients, in one collective a step.
+    """Exchanges low-rank parts of gradients, in one collective for each step.
 
     Args:
-        settings: What the user asked for.
+        settings: The settings.
         model: A built `keras.Model`.
     """
 
@@ -216,33 +220,33 @@ class LowRankExchange(Exchange):
 
     @property
     def state(self) -> Sequence[tuple[Any, Role]]:
-        """What is kept between steps."""
-        found = [(self._count, Role.REPLICATED)]
+        """The variables that keep state between steps, with their roles."""
+        state = [(self._count, Role.REPLICATED)]
         for factors in self._factors.values():
-            found += [(factors.left, Role.REPLICATED), (factors.right, Role.REPLICATED)]
-            found.append((factors.residual, Role.PER_REPLICA))
-        return found
+            state += [(factors.left, Role.REPLICATED), (factors.right, Role.REPLICATED)]
+            state.append((factors.residual, Role.PER_REPLICA))
+        return state
 
     def reset(self) -> None:
-        """Forgets an earlier training."""
+        """Resets all state at the beginning of a training."""
         self._count.assign(0)
         for factors in self._factors.values():
             factors.reset()
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        """Counts steps from what the state says when the first one is made."""
+        """Returns a context for a training. `next_phase` then reads the number of steps."""
         self._step = None
         yield
 
     def next_phase(self) -> Hashable:
-        """Says from which side gradients are compressed, if they are."""
+        """Returns the side of the next step's compression, or `PLAIN`."""
         if self._step is None:
             self._step = int(self._count.numpy())
-        since = self._step - self._settings.start_after
-        if since < 0 or not self._factors:
+        compressed_steps = self._step - self._settings.start_after
+        if compressed_steps < 0 or not self._factors:
             return PLAIN
-        return RIGHT if since % 2 else LEFT
+        return RIGHT if compressed_steps % 2 else LEFT
 
     def end_step(self) -> None:
         """Counts a step."""
@@ -250,39 +254,40 @@ class LowRankExchange(Exchange):
             self._step += 1
 
     def reduce(
-        self, strategy: Strategy, given: Contribution, phase: Hashable
+        self, strategy: Strategy, contribution: Contribution, phase: Hashable
     ) -> tuple[Sums, Callable[[Tensor], None]]:
-        """Sums what is sent of each gradient; see `Exchange`."""
+        """Sums compressed gradients; see `Exchange`."""
         side, step = str(phase), tf.convert_to_tensor(self._count)
         sent: dict[int, tuple[Factors, Sent]] = {}
         for i, (gradient, variable) in enumerate(
-            zip(given.gradients, given.variables, strict=True)
+            zip(contribution.gradients, contribution.variables, strict=True)
         ):
             factors = self._factors.get(id(variable))
             if side == PLAIN or factors is None or not _is_whole(gradient, variable):
                 continue
-            own = factors.compress(gradient, side, step, given.loss_scales[i])
-            sent[i] = factors, own
-        travelling = [
+            compressed = factors.compress(gradient, side, step, contribution.loss_scales[i])
+            sent[i] = factors, compressed
+        tensors = [
             sent[i][1].vectors if i in sent else gradient
-            for i, gradient in enumerate(given.gradients)
+            for i, gradient in enumerate(contribution.gradients)
         ]
         summed, others = strategy.reduce_step(
-            travelling, given.others, given.share, given.variables
+            tensors, contribution.others, contribution.share, contribution.variables
         )
         totals = list(summed)
-        for i, (factors, own) in sent.items():
-            total = factors.decompress(own, summed[i], given.loss_scales[i])
-            totals[i] = tf.cast(total, given.gradients[i].dtype)
+        for i, (factors, compressed) in sent.items():
+            total = factors.decompress(compressed, summed[i], contribution.loss_scales[i])
+            totals[i] = tf.cast(total, contribution.gradients[i].dtype)
 
         def keep(counts: Tensor) -> None:
-            # What is not finite would stay in the residual for ever; and where loss scaling
-            # skips a step, because of any gradient, what was sent in it is not applied.
+            # The state changes only if all sums are finite. NaN would stay in the residual
+            # forever. And if any gradient makes loss scaling skip a step, the sent parts of
+            # that step are not applied, so they must stay in the residual.
             values = [t.values if isinstance(t, tf.IndexedSlices) else t for t in summed]
             finite = [tf.reduce_all(tf.math.is_finite(value)) for value in values]
             counts = tf.reduce_all(tf.stack([counts, *finite]))
-            for i, (factors, own) in sent.items():
-                factors.keep(own, summed[i], counts)
+            for i, (factors, compressed) in sent.items():
+                factors.keep(compressed, summed[i], counts)
 
         return (totals, others), keep
 
@@ -292,6 +297,6 @@ class LowRankExchange(Exchange):
 
 
 def _is_whole(gradient: Tensor, variable: Any) -> bool:
-    """Tells whether a gradient is one of all of a variable, not of some of its rows."""
+    """Returns whether a gradient has the shape of its variable, and is not sparse."""
     is_rows = isinstance(gradient, tf.IndexedSlices)
     return not is_rows and tuple(gradient.shape) == tuple(variable.shape)

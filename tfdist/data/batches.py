@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from tfdist.data import leaves
 from tfdist.data.epochs import START, DataPosition
-from tfdist.data.separation import SeparationCheck
+from tfdist.data.separation import SeparationCheck, check_shuffled
 from tfdist.data.source import (
     FEW,
     FOREVER,
@@ -41,6 +41,7 @@ class Batches(Source):
         batches: Batches of one pass; None if unknown or endless.
         requested_steps: The user's number of batches an epoch, or None.
         transform: Applied to each batch, for example to add class weights.
+        copies: How often each row is repeated, one copy after the other.
     """
 
     def __init__(
@@ -48,10 +49,12 @@ class Batches(Source):
         batches: int | None,
         requested_steps: int | None,
         transform: Callable[[Any], Any] | None = None,
+        copies: int = 1,
     ) -> None:
         self.batches = batches
         self.requested_steps = requested_steps
         self.transform = transform
+        self.copies = copies
         self.watch: SeparationCheck | None = None
 
     @abc.abstractmethod
@@ -60,6 +63,14 @@ class Batches(Source):
 
         Args:
             position: The position of the first batch.
+        """
+
+    def check_order(self, separation: int | None, comes_again: bool) -> None:
+        """Refuses batches in which an example of `DPFTRL` may come too early.
+
+        Args:
+            separation: As in `SeparationCheck`.
+            comes_again: Whether there is more than one pass.
         """
 
     def note_iterator(self, position: DataPosition) -> None:
@@ -76,12 +87,13 @@ class Batches(Source):
             batches = map_elements(batches, self.transform)
 
         is_tuple = isinstance(batches.element_spec, tuple)
+        copies = self.copies
 
         def share(*batch_and_replica: Any) -> Share:
             *parts, replica = batch_and_replica
             batch = tuple(parts) if is_tuple else parts[0]
             if place.num_replicas == 1:
-                return Share(batch)
+                return Share(_repeated(batch, copies))
             total = leaves.count(tf.nest.flatten(batch)[0])
             begin, end = bounds(total, replica, place)
             # A share without rows takes an arbitrary row as padding.
@@ -95,9 +107,42 @@ class Batches(Source):
 
             data = tf.nest.map_structure(part, batch)
             check = _check(batch) if place.num_workers > 1 else tf.zeros([4])
-            return Share(data, end - begin, total, begin, check, no_groups())
+            counts = (copies * count for count in (end - begin, total, begin))
+            return Share(_repeated(data, copies), *counts, check, no_groups())
 
         return split_over_replicas(batches, share, place)
+
+    def spec_of_shares(self, spec: Any) -> Any:
+        """Returns the shapes and dtypes of a batch after `transform`, with all copies.
+
+        Args:
+            spec: The shapes and dtypes before it.
+        """
+        if self.transform is not None:
+            spec = transformed_spec(self.transform, spec)
+        if self.copies == 1:
+            return spec
+        return tf.nest.map_structure(lambda leaf: _spec_of_copies(leaf, self.copies), spec)
+
+
+def _repeated(batch: Any, copies: int) -> Any:
+    """Repeats each row of a batch, one copy after the other."""
+    if copies == 1:
+        return batch
+    rows = tf.repeat(tf.range(leaves.count(tf.nest.flatten(batch)[0])), copies)
+
+    def part(leaf: Tensor) -> Tensor:
+        count = leaf.shape[0]
+        return leaves.with_num_rows(
+            leaves.gather(leaf, rows), None if count is None else count * copies
+        )
+
+    return tf.nest.map_structure(part, batch)
+
+
+def _spec_of_copies(spec: Any, copies: int) -> Any:
+    count = spec.shape[0]
+    return leaves.spec(spec, None if count is None else count * copies)
 
 
 def _check(batch: Any) -> Tensor:
@@ -177,6 +222,7 @@ class PyDatasetBatches(Batches):
         shuffle: Whether each epoch has its own order of batches.
         seed: Chooses the orders.
         transform: Applied to each batch.
+        copies: As in `Batches`.
     """
 
     def __init__(
@@ -187,13 +233,14 @@ class PyDatasetBatches(Batches):
         shuffle: bool,
         seed: int,
         transform: Callable[[Any], Any] | None = None,
+        copies: int = 1,
     ) -> None:
         length = dataset.num_batches
         if length == 0:
             raise ArgumentError(
                 "A data set must have at least one batch. Received: a PyDataset of length 0."
             )
-        super().__init__(length, steps, transform)
+        super().__init__(length, steps, transform, copies)
         self.dataset = dataset
         self.shuffle = shuffle and length is not None
         self.seed = seed
@@ -235,6 +282,12 @@ class PyDatasetBatches(Batches):
         workers = max(1, self.dataset.workers)
         return without_tuning(places.map(batch, workers, deterministic=True))
 
+    def check_order(self, separation: int | None, comes_again: bool) -> None:
+        """Refuses batches that `fit` shuffles in each pass."""
+        if self.shuffle and comes_again and separation is not None:
+            data = "a PyDataset whose batches `fit` shuffles in each epoch"
+            check_shuffled(data, "Pass fit(shuffle=False).", separation, in_one_batch=False)
+
     def _number(self, place: int, number: int) -> int:
         """Returns the number of the batch at a position of a pass."""
         if not self.shuffle or self.batches is None:
@@ -244,9 +297,7 @@ class PyDatasetBatches(Batches):
 
     def spec(self) -> Any:
         """Returns the shapes and dtypes of a batch."""
-        if self.transform is None:
-            return self._spec
-        return transformed_spec(self.transform, self._spec)
+        return self.spec_of_shares(self._spec)
 
 
 def transformed_spec(transform: Callable[..., Any], spec: Any) -> Any:

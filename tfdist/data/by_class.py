@@ -114,7 +114,7 @@ class ByClass:
 
 
 def may_not_end(dataset: Any, steps: int | None) -> bool:
-    """Tells whether a dataset may be endless, so that it must not be read to its end.
+    """Returns whether a dataset may be endless, so that it must not be read to its end.
 
     Args:
         dataset: A `tf.data.Dataset`.

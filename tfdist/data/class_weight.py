@@ -210,7 +210,7 @@ def _count(targets: Iterable[Any], whole: bool = True) -> NDArray[np.int64]:
 
 
 def are_classes(y: Any) -> bool:
-    """Tells whether targets are whole numbers, or one-hot.
+    """Returns whether targets are whole numbers, or one-hot.
 
     Args:
         y: As in `class_numbers`.

@@ -66,7 +66,7 @@ def to_tensors(structure: Any, name: str) -> Any:
 
 
 def is_array(value: Any) -> bool:
-    """Tells whether a value is an array, of any library.
+    """Returns whether a value is an array, of any library.
 
     Args:
         value: Anything.
@@ -77,7 +77,7 @@ def is_array(value: Any) -> bool:
 
 
 def is_values(structure: Any) -> bool:
-    """Tells whether a value is a nested list of numbers or texts.
+    """Returns whether a value is a nested list of numbers or texts.
 
     Keras would take such a list for several inputs.
 
@@ -101,7 +101,7 @@ def kind_of_values(structure: Any) -> str:
 
 
 def is_arrays(structure: Any) -> bool:
-    """Tells whether an input is arrays, nested or not, rather than an iterable of batches.
+    """Returns whether an input is arrays, nested or not, rather than an iterable of batches.
 
     Args:
         structure: The user's `x`.

@@ -8,8 +8,9 @@ from typing import Any
 import tensorflow as tf
 
 from tfdist._keras import datasets
-from tfdist.data.batches import Batches, transformed_spec
+from tfdist.data.batches import Batches
 from tfdist.data.epochs import DataPosition
+from tfdist.data.separation import check_places
 from tfdist.errors import ArgumentError
 
 _MEMORY = "_tfdist_read"
@@ -22,6 +23,7 @@ class DatasetBatches(Batches):
         dataset: Yields batches as in `Share.data`.
         steps: The user's number of batches an epoch, or None.
         transform: Applied to each batch.
+        copies: As in `Batches`.
         several_workers: Whether other processes draw from the same dataset.
 
     Attributes:
@@ -34,6 +36,7 @@ class DatasetBatches(Batches):
         steps: int | None,
         *,
         transform: Callable[[Any], Any] | None = None,
+        copies: int = 1,
         several_workers: bool = False,
     ) -> None:
         length = int(dataset.cardinality())
@@ -49,7 +52,7 @@ class DatasetBatches(Batches):
                 "validation_steps for validation_data, or steps to evaluate and predict; or "
                 "leave out .repeat()."
             )
-        super().__init__(length if length > 0 else None, steps, transform)
+        super().__init__(length if length > 0 else None, steps, transform, copies)
         self.user_dataset = dataset
         self.dataset = ordered(dataset, several_workers)
         self._iterators = 0
@@ -59,6 +62,10 @@ class DatasetBatches(Batches):
     def repetitions(self) -> list[tuple[int, bool]]:
         """Lists what the dataset repeats by itself; see `datasets.repetitions`."""
         return datasets.repetitions(self.user_dataset)
+
+    def check_order(self, separation: int | None, comes_again: bool) -> None:
+        """Refuses a dataset in which an example may come too early, or decide about others."""
+        check_places(self.user_dataset, separation, comes_again)
 
     def begin_anew(self) -> None:
         """Draws from a copy whose shuffles have never been drawn from."""
@@ -89,8 +96,7 @@ class DatasetBatches(Batches):
 
     def spec(self) -> Any:
         """Returns the shapes and dtypes of a batch."""
-        spec = self.dataset.element_spec
-        return spec if self.transform is None else transformed_spec(self.transform, spec)
+        return self.spec_of_shares(self.dataset.element_spec)
 
 
 def ordered(dataset: Any, several_workers: bool) -> Any:

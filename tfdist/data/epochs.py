@@ -133,3 +133,29 @@ class Epochs:
             self.position = position.next_pass()._replace(is_open=True)
         elif self._left_in_pass == 0:
             self.position = position.next_pass(2)  # Keras also makes an iterator it never uses
+
+
+def count_steps(steps: int | None, batches: int | None, epochs: int, at_once: int) -> int:
+    """Counts the steps of a call of `fit` that begins with a new pass over the data.
+
+    An epoch makes whole executions, unless the data ends. So it may have more steps than
+    `steps_per_epoch`. If the number of batches is unknown, the data is taken as endless.
+
+    Args:
+        steps: The user's number of batches an epoch, or None.
+        batches: Batches of a pass, or None if unknown.
+        epochs: The number of epochs.
+        at_once: The steps of one execution.
+
+    Returns:
+        The number of steps; 0 if both `steps` and `batches` are None.
+    """
+    data, total = Epochs(steps, batches), 0
+    if data.length is None:
+        return 0
+    whole = -(-data.length // at_once) * at_once
+    for _ in range(epochs):
+        data.begin()
+        total += data.take(whole)
+        data.end(ran_out=False)
+    return total

@@ -47,7 +47,7 @@ class SparseRows:
 
 
 def is_scipy(value: Any) -> bool:
-    """Tells whether a value is a sparse matrix of SciPy, of any format.
+    """Returns whether a value is a sparse matrix of SciPy, of any format.
 
     Args:
         value: Anything.
@@ -56,7 +56,7 @@ def is_scipy(value: Any) -> bool:
 
 
 def is_composite(value: Any) -> bool:
-    """Tells whether a value is a sparse or ragged tensor, or describes one.
+    """Returns whether a value is a sparse or ragged tensor, or describes one.
 
     Args:
         value: Anything.
@@ -66,7 +66,7 @@ def is_composite(value: Any) -> bool:
 
 
 def is_dense(leaf: Any) -> bool:
-    """Tells whether a leaf is a plain tensor, neither sparse nor ragged.
+    """Returns whether a leaf is a plain tensor, neither sparse nor ragged.
 
     Args:
         leaf: A column.

@@ -75,6 +75,7 @@ def _read(x: Any, y: Any, sample_weight: Any, settings: SourceSettings) -> Sourc
             x,
             settings.steps,
             transform=_weigher(settings, lambda: _targets_of_dataset(x, settings.steps)),
+            copies=settings.copies,
             several_workers=settings.strategy is not None
             and settings.strategy.place.num_workers > 1,
         )
@@ -85,6 +86,7 @@ def _read(x: Any, y: Any, sample_weight: Any, settings: SourceSettings) -> Sourc
             shuffle=settings.shuffle,
             seed=settings.seed,
             transform=_weigher(settings, lambda: _targets_of_py_dataset(x)),
+            copies=settings.copies,
         )
     if settings.class_weight:
         raise ArgumentError(
@@ -152,7 +154,7 @@ def _check_kind(x: Any) -> None:
 
 
 def _is_by_name(x: Any) -> bool:
-    """Tells whether an input is a dict with a dataset for each class."""
+    """Returns whether an input is a dict with a dataset for each class."""
     return (
         isinstance(x, dict)
         and bool(x)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tfdist._keras import pipelines
+from tfdist._keras import dataset_orders, pipelines
 from tfdist.errors import ArgumentError
 
 Tensor = Any
@@ -40,7 +40,8 @@ class SeparationCheck:
     pairing has larger distances, so data that keeps `min_separation` always passes. Within a
     pass, the check compares whole batches.
 
-    It finds mistakes. It does not find data that was made to deceive it.
+    It finds mistakes. It does not find data that was made to deceive it, nor rows that get
+    other random numbers each time. So `check_places` refuses shuffles before training.
 
     Args:
         separation: The least number of steps between two steps with the same example; None if
@@ -130,17 +131,18 @@ def _fingerprints(batch: Any) -> Tensor:
     return tf.bitcast(of_rows, tf.uint64)
 
 
-def check_places(dataset: Any, promised: bool) -> None:
-    """Refuses a data set in which an example may decide about others, or come twice in a pass.
+def check_places(dataset: Any, separation: int | None, comes_again: bool = False) -> None:
+    """Refuses a data set in which an example may decide about others, or come too early.
 
     Args:
         dataset: A `tf.data.Dataset` of batches.
-        promised: Whether `min_separation` says how often an example comes.
+        separation: As in `SeparationCheck`.
+        comes_again: Whether the data set is drawn more than once.
 
     Raises:
         ArgumentError: It may.
     """
-    problem = pipelines.misplaced(dataset, promised)
+    problem = pipelines.misplaced(dataset, separation is not None)
     if problem is not None:
         operation, remedy = problem
         raise ArgumentError(
@@ -148,3 +150,33 @@ def check_places(dataset: Any, promised: bool) -> None:
             "once in a pass unless `min_separation` says how often. Received: a "
             f"tf.data.Dataset with {operation}. {remedy}"
         )
+    if separation is None:
+        return
+    found = dataset_orders.reordering(dataset, comes_again)
+    if found is not None:
+        data = f"a tf.data.Dataset with {found.operation}"
+        check_shuffled(data, found.remedy, separation, found.in_one_batch)
+
+
+def check_shuffled(data: str, remedy: str, separation: int, in_one_batch: bool) -> None:
+    """Refuses a promise that shuffled data cannot keep.
+
+    Args:
+        data: The data, as a part of a sentence.
+        remedy: What keeps the order, a sentence.
+        separation: As in `SeparationCheck`.
+        in_one_batch: Whether an example may come twice in a batch.
+
+    Raises:
+        ArgumentError: Always, except if the promise is 1 and an example comes once in a batch.
+    """
+    if separation == 1 and not in_one_batch:
+        return
+    how, other = "in steps that follow each other", " Or pass min_separation=1."
+    if in_one_batch:
+        how, other = "twice in a batch", ""
+    raise ArgumentError(
+        "An example must not come back earlier than was promised, or it is less protected than "
+        f"epsilon says. Received: min_separation={separation}, and {data}, by which an example "
+        f"may come {how}. {remedy}{other}"
+    )

@@ -105,6 +105,7 @@ class Source(abc.ABC):
             single replica too.
         spans_passes: Whether the stream of one pass goes on with the next pass.
         is_same_each_pass: Whether the streams of all passes are equal.
+        copies: How often each row comes in a share, one copy after the other.
     """
 
     batches: int | None
@@ -113,6 +114,7 @@ class Source(abc.ABC):
     may_be_empty: bool = False
     spans_passes: bool = False
     is_same_each_pass: bool = False
+    copies: int = 1
 
     @property
     def steps(self) -> int | None:

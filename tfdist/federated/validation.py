@@ -27,6 +27,12 @@ def check_request(request: Request) -> None:
         ArgumentError: There is such an argument.
     """
     _check_strategy(request.session.strategy)
+    if request.session.zero is not None:
+        _refuse(
+            "gives each client a whole optimizer",
+            f"strategy={request.session.zero!r}",
+            "Use the strategy without `Zero`.",
+        )
     if request.is_private:
         _refuse("trains without `privacy`", "privacy", "Leave one of them out.")
     if not data.is_arrays(request.x):

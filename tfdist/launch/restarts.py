@@ -124,7 +124,7 @@ class Restarts:
         self.history = [Restart(cause) for cause in causes]
 
     def allows(self, cause: RestartCause, changes: bool = False) -> bool:
-        """Tells whether to start again.
+        """Returns whether to start again.
 
         Args:
             cause: The cause of the restart.
@@ -140,7 +140,7 @@ class Restarts:
         )
 
     def repeats(self, cause: RestartCause) -> bool:
-        """Tells whether the last restart had the same cause: such restarts would never end.
+        """Returns whether the last restart had the same cause: such restarts would never end.
 
         Args:
             cause: The cause of the present failure.

@@ -40,7 +40,7 @@ class Slots:
         return [slot for slot in range(len(self._all)) if slot != self._omitted_slot]
 
     def leaves_out(self, failure: Failure) -> bool:
-        """Tells whether the next start will leave out the slot of a failed worker.
+        """Returns whether the next start will leave out the slot of a failed worker.
 
         Args:
             failure: The worker's failure.

@@ -1,7 +1,6 @@
-"""Differential privacy: what a training run costs, draws and gives away.
+"""Differential privacy: private training, accounting, sampling and audits.
 
-The accountant needs neither TensorFlow nor NumPy of its own, so nothing is imported here
-before it is asked for.
+The accountant needs no TensorFlow, so each name is imported when it is first used.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Audits of trained models: whom they give away, and canaries to find out."""
+"""Audits of trained models by membership inference, with or without canaries."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ Score = Callable[[Any, Any, Any], Any]
 
 @dataclass(frozen=True, eq=False)
 class Canaries:
-    """Data of which some rows, the canaries, were each left out or not by a fair coin.
+    """Data in which a fair coin decided for each canary whether it is left out.
 
     Attributes:
-        x: Inputs to train on: all rows but the canaries that were left out.
-        y: Their targets.
-        rows: Which rows of the whole data are canaries, shape [canaries].
-        included: Of each canary, whether it is in `x`; shape [canaries], bool.
-        canary_x: Inputs of all canaries, in the order of `rows`.
-        canary_y: Their targets.
+        x: The inputs to train on: all rows except the canaries that were left out.
+        y: The targets of `x`.
+        rows: The numbers of the canaries' rows in the original data, shape [canaries].
+        included: Whether each canary is in `x`, bool of shape [canaries].
+        canary_x: The inputs of all canaries, in the order of `rows`.
+        canary_y: The targets of `canary_x`.
     """
 
     x: Any
@@ -43,29 +43,29 @@ class Canaries:
 
 
 def canaries(x: Any, y: Any, rows: Any, seed: int | None = None) -> Canaries:
-    """Throws a coin for each of some rows, and leaves it out of the data on tails.
+    """Throws a coin for each of some rows, the canaries, and leaves it out on tails.
 
-    To be called before training, on the data that `fit` would get; then
-    `audit(model, found)` can bound epsilon from below (Steinke, Nasr and Jagielski, "Privacy
-    auditing with one (1) training run", NeurIPS 2023). Rows that a model can only learn by
-    heart give themselves away most and make the bound sharpest: with wrong labels, say, or
-    made for the purpose and put at the end of the data. Hundreds are needed, since m canaries
-    of which all are guessed right show an epsilon of about ln(m / 3). How many coins fell on
-    heads shows in the number of rows, which all of tfdist's accounting takes as public.
+    Call it before training, on the data for `fit`. After training, `audit(model, canaries)`
+    bounds epsilon from below (Steinke, Nasr and Jagielski, "Privacy auditing with one (1)
+    training run", NeurIPS 2023). The bound is best for rows that the model can only memorize,
+    such as rows with wrong labels, or artificial rows that you append to the data. Hundreds of
+    canaries are needed: m canaries that are all guessed right show an epsilon of about
+    ln(m / 3). The number of rows reveals how many canaries were included. The accounting of
+    tfdist assumes that this number is public.
 
     Args:
         x: Inputs: an array of shape [rows, ...], or several, nested as the model takes them.
-        y: Targets, in the same way.
-        rows: How many canaries, to be chosen at random, or an array of the numbers of the
-            rows that are to be canaries.
-        seed: Of the choice and the coins. None takes it from the operating system; workers
-            that train together must all give the same.
+        y: Targets, in the same form.
+        rows: The number of canaries, which are chosen at random, or an array of the numbers of
+            the rows to use.
+        seed: The seed of the choice and the coins. None takes it from the operating system.
+            Workers that train together must pass the same seed.
 
     Returns:
-        Data to train on, and what an audit needs.
+        The data to train on, and the canaries.
 
     Raises:
-        ArgumentError: There are too few rows, or a row was named twice or does not exist.
+        ArgumentError: There are too few rows, or a row number is repeated or does not exist.
 
     Example:
         >>> import keras, numpy as np, tfdist
@@ -94,15 +94,15 @@ def canaries(x: Any, y: Any, rows: Any, seed: int | None = None) -> Canaries:
         chosen = np.asarray(rows)
         _check_rows(chosen, total)
     included = rng.integers(0, 2, len(chosen)).astype(bool)
-    kept = np.ones(total, bool)
-    kept[chosen[~included]] = False
+    in_training = np.ones(total, bool)
+    in_training[chosen[~included]] = False
     return Canaries(
-        _taken(x, kept),
-        _taken(y, kept),
+        _rows_of(x, in_training),
+        _rows_of(y, in_training),
         chosen.astype(np.int64),
         included,
-        _taken(x, chosen),
-        _taken(y, chosen),
+        _rows_of(x, chosen),
+        _rows_of(y, chosen),
     )
 
 
@@ -115,27 +115,28 @@ def audit(
     reference: Any = None,
     batch_size: int = 256,
 ) -> AuditReport:
-    """Attacks a trained model: can it be told who was trained on?
+    """Attacks a trained model, and measures how well members of its data are recognized.
 
-    The attack is that of Yeom et al. ("Privacy risk in machine learning", CSF 2018): who has
-    a small loss is taken for a member. With a reference model, it is who has a loss smaller
-    than there, which separates what was learnt by heart from what is easy (Watson et al., "On
-    the importance of difficulty calibration in membership inference attacks", ICLR 2022).
+    The attack is that of Yeom et al. ("Privacy risk in machine learning", CSF 2018): examples
+    with a small loss are taken for members. With a reference model, examples whose loss is
+    smaller than with the reference are taken for members. This separates memorized examples
+    from easy ones (Watson et al., "On the importance of difficulty calibration in membership
+    inference attacks", ICLR 2022).
 
     Args:
         model: The trained `keras.Model`.
         members: `Canaries`, or inputs and targets that the model was trained on, as `(x, y)`.
-        non_members: Inputs and targets that it was not trained on, of the same kind
-            otherwise: any other difference would be taken for one that training made. None
+        non_members: Inputs and targets that the model was not trained on, from the same
+            distribution. Any other difference would be taken for an effect of training. None
             with `Canaries`.
-        score: Gives a score for each example from `(model, x, y)`, shape [examples]; the
-            higher, the likelier a member. The loss, with the sign changed, if None.
-        reference: A model that saw none of the examples, for example the one of before
-            training; compiled with the same loss.
-        batch_size: Examples to be computed at once.
+        score: A function from `(model, x, y)` to a score for each example, shape [examples]. A
+            higher score means a likelier member. None is the negative loss.
+        reference: A model that was trained on none of the examples, such as the model before
+            training. It must be compiled with the same loss.
+        batch_size: The number of examples that are computed at once.
 
     Returns:
-        An `AuditReport`. It comes from members' data without noise: it is not private.
+        An `AuditReport`. It is computed from the members without noise, so it is not private.
 
     Raises:
         ArgumentError: `non_members` are missing, the model has no loss and there is no
@@ -172,13 +173,13 @@ def audit(
         included = np.repeat([True, False], [_num_rows(*part) for part in parts])
 
     def scores_of(scored: Any) -> NDArray[np.float64]:
-        given = _minus_loss(scored) if score is None else functools.partial(score, scored)
-        found = [
-            np.asarray(given(*batch), np.float64)
+        function = _minus_loss(scored) if score is None else functools.partial(score, scored)
+        batch_scores = [
+            np.asarray(function(*batch), np.float64)
             for part in parts
             for batch in _batches(*part, batch_size)
         ]
-        return np.concatenate(found)
+        return np.concatenate(batch_scores)
 
     scores = scores_of(model)
     if reference is not None:
@@ -212,7 +213,7 @@ def _tensors(columns: Any, rows: slice) -> Any:
     )
 
 
-def _taken(columns: Any, rows: Any) -> Any:
+def _rows_of(columns: Any, rows: Any) -> Any:
     return keras.tree.map_structure(lambda leaf: np.asarray(leaf)[rows], columns)
 
 
@@ -227,8 +228,13 @@ def _num_rows(x: Any, y: Any) -> int:
 
 
 def _check_rows(rows: Any, total: int) -> None:
-    good = rows.ndim == 1 and np.issubdtype(rows.dtype, np.integer) and len(rows) >= 2
-    if not good or rows.min() < 0 or rows.max() >= total or len(np.unique(rows)) < len(rows):
+    are_rows = rows.ndim == 1 and np.issubdtype(rows.dtype, np.integer) and len(rows) >= 2
+    if (
+        not are_rows
+        or rows.min() < 0
+        or rows.max() >= total
+        or len(np.unique(rows)) < len(rows)
+    ):
         raise ArgumentError(
             f"`rows` must be at least two different row numbers below {total}. Received: "
             f"rows={rows!r}."

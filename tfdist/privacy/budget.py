@@ -1,4 +1,4 @@
-"""Epsilon in the logs of `fit`, and an end before it is too much."""
+"""A callback that logs epsilon, and ends training before a budget is exceeded."""
 
 from __future__ import annotations
 
@@ -13,33 +13,34 @@ from tfdist.privacy.settings import DPSGD
 
 
 class AccountedRun(Protocol):
-    """What the callback asks of a private `fit`."""
+    """The properties of a private `fit` that the callback uses."""
 
     privacy: DPSGD
     planned_steps: int
 
     @property
     def steps_made(self) -> int:
-        """Steps until now, those of earlier processes included."""
+        """The number of steps so far, with those of earlier processes."""
 
     @property
     def kept(self) -> int:
-        """Those of earlier processes."""
+        """The number of steps of earlier processes."""
 
     def ledger(self, steps: int) -> Ledger:
-        """Gives all private steps on the data, with so many of this `fit`."""
+        """Returns all private steps on the data, with `steps` steps of this `fit`."""
 
 
 class PrivacyBudget(keras.callbacks.Callback):  # type: ignore[misc]
     """Shows the epsilon spent, and ends training before the step that would exceed a budget.
 
     For `tfdist.fit(..., privacy=tfdist.DPSGD(...))`. After each epoch `logs`, the progress bar
-    and `History` have "epsilon": of all steps on the data, of earlier `fit`s too. It is
-    computed quickly, which gives some tenths of a percent too much, so training may end a few
-    steps early, never late.
+    and `History` contain "epsilon". It covers all steps on the data, also those of earlier
+    `fit`s. It is computed coarsely, and may be some tenths of a percent too large. So training
+    may end a few steps early, but never late.
 
     Args:
-        max_epsilon: What all steps may cost, at the `delta` of the `DPSGD`; no limit if None.
+        max_epsilon: The largest epsilon of all steps, at the `delta` of the `DPSGD`. None is no
+            limit.
 
     Raises:
         ArgumentError: `max_epsilon` is negative or no number.
@@ -77,25 +78,25 @@ class PrivacyBudget(keras.callbacks.Callback):  # type: ignore[misc]
         return self.run
 
     def on_train_begin(self, logs: Any = None) -> None:
-        """Begins anew."""
+        """Resets the callback."""
         self._started()
         self._affordable, self._counted = None, None
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        """Finds how many steps there may be, once other callbacks have restored the model."""
+        """Finds how many steps the budget allows, after callbacks have restored the model."""
         self._check()
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
-        """Finds it again if a callback has loaded weights that were trained on the data."""
+        """Updates the number if a callback has loaded weights that were trained on the data."""
         self._check()
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        """Asks to stop when the next steps would cost too much."""
-        self._look()
+        """Ends training if the next steps would exceed the budget."""
+        self._update()
         if self._affordable is None:
             return
-        made = self._started().steps_made
-        if made + self.model.steps_per_execution > self._affordable:
+        steps = self._started().steps_made
+        if steps + self.model.steps_per_execution > self._affordable:
             self.model.stop_training = True
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
@@ -104,31 +105,31 @@ class PrivacyBudget(keras.callbacks.Callback):  # type: ignore[misc]
             logs["epsilon"] = self._epsilon(self._started().steps_made)
         self.on_train_batch_end(0)
 
-    def _look(self) -> bool:
-        """Counts the steps there may be, unless it is known; tells whether it was not."""
+    def _update(self) -> bool:
+        """Finds how many steps the budget allows, and returns whether the number is new."""
         run = self._started()
         if self.max_epsilon is None or not run.planned_steps:
             return False
-        before = run.ledger(0)
-        if before is self._counted or before == self._counted:
-            self._counted = before
+        earlier = run.ledger(0)
+        if earlier is self._counted or earlier == self._counted:
+            self._counted = earlier
             return False
-        self._counted = before
+        self._counted = earlier
         most = run.planned_steps + run.kept
         self._affordable = most_within(self._epsilon, self.max_epsilon, most)
         return True
 
     def _check(self) -> None:
-        """Refuses to go on if nothing is left for the next steps."""
-        if not self._look():
+        """Refuses to continue if the budget does not allow the next steps."""
+        if not self._update():
             return
         run = self._started()
         assert self._affordable is not None
-        made = run.steps_made
-        if self._affordable < made + min(self.model.steps_per_execution, run.planned_steps):
+        steps = run.steps_made
+        if self._affordable < steps + min(self.model.steps_per_execution, run.planned_steps):
             raise ArgumentError(
                 "`max_epsilon` must leave something for the steps to come. Received: "
-                f"max_epsilon={self.max_epsilon!r}, with {self._epsilon(made):.4g} spent "
+                f"max_epsilon={self.max_epsilon!r}, with {self._epsilon(steps):.4g} spent "
                 "before. Raise it, or add more noise."
             )
 

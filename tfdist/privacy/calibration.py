@@ -1,4 +1,4 @@
-"""How much noise a private `fit` adds: what was asked for, or what a target leaves room for."""
+"""The noise of a private `fit`: the multiplier of the settings, or the least for a target."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ from tfdist.strategies.session import Session
 def find_noise(
     privacy: DPSGD, session: Session, spending: Spending, planned: Plan, phase: Phase
 ) -> tuple[float, StepSchedule | None]:
-    """Finds the noise, for the target if it was not given.
+    """Returns the noise of the settings, or calibrates it for the target.
 
     Args:
         privacy: The settings.
-        session: Whose workers are to have the same.
-        spending: Knows what was spent before.
-        planned: What is planned.
-        phase: As its steps will be counted, without noise.
+        session: The session, whose workers must have equal noise.
+        spending: The steps that were made before.
+        planned: The plan.
+        phase: The phase of the coming steps, without noise.
 
     Returns:
-        The multiplier, the least one of a schedule, and what each step gets if they differ.
+        The noise multiplier, and the schedule or None. With a schedule the multiplier is its
+        least one.
 
     Raises:
         ArgumentError: No noise is enough, or a schedule cannot be private.
@@ -35,20 +36,21 @@ def find_noise(
     if privacy.target_epsilon is None:
         if schedule is not None:
             return schedule.least, schedule
-        given = privacy.noise_multiplier
-        assert given is not None
-        assert not callable(given)
-        return given, None
+        multiplier = privacy.noise_multiplier
+        assert multiplier is not None
+        assert not callable(multiplier)
+        return multiplier, None
+    # A training that continues keeps its noise: steps of one phase must be equal.
     if schedule is None:
-        found = spending.noise_then(phase)
+        noise = spending.earlier_noise(phase)
     else:
         schedule = schedule.scaled(1 / schedule.least)
-        found = spending.noise_then(phase, schedule)
-    if found is None:
-        found = _noise_within(privacy, session, spending, planned.steps, phase, schedule)
+        noise = spending.earlier_noise(phase, schedule)
+    if noise is None:
+        noise = _noise_within(privacy, session, spending, planned.steps, phase, schedule)
     if schedule is None:
-        return found, None
-    schedule = schedule.scaled(found)
+        return noise, None
+    schedule = schedule.scaled(noise)
     return schedule.least, schedule
 
 
@@ -60,12 +62,12 @@ def _noise_within(
     phase: Phase,
     schedule: StepSchedule | None,
 ) -> float:
-    """Finds the noise, or what a schedule is to be multiplied by, for the target."""
+    """Calibrates the noise, or the factor of a schedule, for the target."""
     assert privacy.target_epsilon is not None
     assert privacy.delta is not None
     steps = max(1, steps)
     noises = {1.0: steps} if schedule is None else schedule.counts(0, steps)
-    found = noise_for(
+    factor = noise_for(
         [replace(phase, noise_multiplier=noise, steps=n) for noise, n in noises.items()],
         privacy.target_epsilon,
         privacy.delta,
@@ -74,5 +76,6 @@ def _noise_within(
         spent=spending.ledger(0),
     )
     strategy = session.strategy
-    # Who joins an elastic run later would be alone with this; there it is compared.
-    return found if strategy.elastic else float(strategy.broadcast_object(found))
+    # A worker that joins an elastic run later would be alone in this collective. Elastic runs
+    # compare the noise of all workers instead.
+    return factor if strategy.elastic else float(strategy.broadcast_object(factor))

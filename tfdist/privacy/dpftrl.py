@@ -1,4 +1,4 @@
-"""Private training without sampling: every example in its turn, with correlated noise."""
+"""Private training without sampling: examples take part in turn, and noise is correlated."""
 
 from __future__ import annotations
 
@@ -15,31 +15,32 @@ from tfdist.samplers import Rows, Sampler, Sequential, Uniform
 class DPFTRL(DPSGD):
     """Private training without sampling, for `fit(..., privacy=DPFTRL(...))`.
 
-    Every example takes part once an epoch, always in the same step of it, so nothing has to
-    be drawn in secret, and data may also be a `tf.data.Dataset` or a `PyDataset`. In place of
-    the privacy that sampling gives, each step takes back a part of the noise of the steps
-    before, so that the weights, the sum of all steps, hold much less of it (Kairouz et al.,
-    "Practical and private (deep) learning without sampling or shuffling", ICML 2021; here
-    with banded inverse square roots, Kalinin et al., "Back to square roots", ICLR 2026). The
-    numbers of earlier steps are drawn again rather than kept, so it costs time, and no memory.
+    Each example takes part once an epoch, always in the same step of the epoch. So nothing is
+    drawn in secret, and the data may also be a `tf.data.Dataset` or a `PyDataset`. Instead of
+    the privacy of sampling, each step subtracts a part of the noise of the steps before it. The
+    weights are the sum of all steps, and have much less noise then (Kairouz et al., "Practical
+    and private (deep) learning without sampling or shuffling", ICML 2021; the factors are
+    banded inverse square roots, Kalinin et al., "Back to square roots", ICLR 2026). The numbers
+    of earlier steps are drawn again instead of stored, which costs time but no memory.
 
     Args:
-        bands: Of how many steps the noise of one is made, itself included; 1 is independent
-            noise. Time for noise grows with it.
-        min_separation: Of a data set of batches that is gone through more than once: the least
-            number of steps from one that an example takes part in to its next. A promise of
-            yours: without reshuffling it is the number of its batches. Also needed for one
-            pass where a data set may hold an example twice. Arrays have an order of their
-            own, the same in each epoch.
-        relation: "replace_special", or "replace_one". An example that is added would move all
-            others to other batches.
+        bands: The number of steps whose noise a step combines, with its own. 1 is independent
+            noise. The time for noise grows with `bands`.
+        min_separation: The least number of steps between two steps in which an example takes
+            part. It is your promise about a data set of batches, needed for more than one
+            epoch, and for one epoch if the data set may contain an example twice. Without
+            reshuffling it is the number of batches, with it 1. Leave it None for arrays, which
+            tfdist orders equally in each epoch.
+        relation: "replace_special", or "replace_one". An added example would move all others to
+            other batches.
 
-    The other arguments are `DPSGD`'s, with these differences: noise of `noise_multiplier` is
-    what each step draws, before parts of it are taken back; `group_ids` and `target_quantile`
-    cannot be used; only `seed` makes the noise known, not the `seed` of `fit`.
+    The other arguments are those of `DPSGD`, with these differences: `noise_multiplier` is the
+    noise that a step draws, before parts of it are subtracted. `group_ids` and
+    `target_quantile` cannot be used. Only `seed` makes the noise known, not the `seed` of
+    `fit`.
 
     Raises:
-        ArgumentError: As `DPSGD`, or a value is out of its range.
+        ArgumentError: As in `DPSGD`, or a value is out of its range.
 
     Example:
         >>> import keras, numpy as np, tfdist
@@ -89,15 +90,15 @@ class SameOrder(Sampler):
     """Takes every row once an epoch, in batches that are the same in each epoch.
 
     Args:
-        shuffled: Whether rows are shuffled, once; else they keep their order.
+        shuffled: Whether rows are shuffled once. Otherwise they keep their order.
     """
 
-    may_be_empty: ClassVar[bool] = True  # so that a share always says what counts
+    may_be_empty: ClassVar[bool] = True  # so that batches have a mask of the rows that count
 
     shuffled: bool = True
 
     def rows(self, step: int, *, num_rows: int, batch_size: int, seed: int) -> Rows:
-        """Gives the rows of one global batch; see `Sampler.rows`."""
+        """Returns the rows of one global batch; see `Sampler.rows`."""
         order = Uniform() if self.shuffled else Sequential()
         step %= self.steps_per_epoch(num_rows, batch_size)
         return order.rows(step, num_rows=num_rows, batch_size=batch_size, seed=seed)

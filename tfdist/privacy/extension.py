@@ -10,6 +10,7 @@ from tfdist import data
 from tfdist.errors import StrategyError
 from tfdist.privacy.mechanism.step import PrivateStep, PrivateSteps
 from tfdist.privacy.run import PrivateRun
+from tfdist.privacy.validation import check_copies
 from tfdist.step.prepared import PreparedModel
 from tfdist.training.extension import Extension
 from tfdist.training.request import Request
@@ -19,7 +20,7 @@ class PrivateTraining(Extension):
     """DP-SGD as a part of `fit`.
 
     Args:
-        privacy: What `fit` was given.
+        privacy: The argument `privacy` of `fit`.
     """
 
     name = "privacy"
@@ -30,7 +31,7 @@ class PrivateTraining(Extension):
         self._privacy = privacy
 
     def choose(self, request: Request) -> Request:
-        """Takes the sampler and the seed that the guarantee rests on.
+        """Sets the sampler and the seed of the guarantee.
 
         Raises:
             StrategyError: The strategy is asynchronous.
@@ -61,42 +62,43 @@ class PrivateTraining(Extension):
         )
 
     def bind(self, request: Request, source: data.Source) -> None:
-        """Finds the noise, and tries the model."""
+        """Calibrates the noise, and checks the model on a few rows."""
+        check_copies(self.run.privacy, request.augment, source)
         self.run.plan(source, request.epochs - request.initial_epoch)
         self.step_maker = PrivateSteps(self.run.mechanism)
 
     def facts(self) -> dict[str, Any]:
-        """Gives what all workers must have been asked alike."""
-        return self.run.asked
+        """Returns the settings that must be equal on all workers."""
+        return self.run.common_settings
 
     def notice(self, request: Request) -> str | None:
-        """Says that `delta` is too large, and what is slow."""
+        """Returns warnings: a `delta` that is too large, and slow parts of the model."""
         return self.run.notice()
 
     def callbacks(self, request: Request, given: Any, prepared: PreparedModel) -> Any:
-        """Adds what keeps count and renews the noise."""
+        """Adds callbacks that count steps, and renews the noise."""
         step = prepared.own_step
         return self.run.watched(given, step) if isinstance(step, PrivateStep) else given
 
     def running(self) -> contextlib.AbstractContextManager[None]:
-        """Wraps the training; what was made counts, however it ends."""
+        """Returns a context for the training. Its steps count even if it fails."""
         return self.run.counting()
 
     def report(self, request: Request, history: Any) -> None:
-        """Gives the history its report, and prints a line of it."""
+        """Adds the report to the history, and prints its summary."""
         history.privacy = self.run.report()
         if request.shows:
             line = history.privacy.line(self.run.privacy.target_epsilon)
             print(f"tfdist: {line}", flush=True)
 
     def settings(self) -> Any:
-        """Gives what must stay as it is in a training that goes on."""
+        """Returns the settings that must not change in a continued training."""
         return self.run.settings
 
     def go_on(self, saved: Any, steps: int = 0, directory: Any = None) -> Any:
-        """Takes what an earlier process knew."""
+        """Reads the records of earlier processes."""
         return self.run.go_on(saved, steps, directory)
 
     def note_restored(self) -> None:
-        """Called when a checkpoint was restored."""
+        """Called after a checkpoint was restored."""
         self.run.note_restored()

@@ -1,4 +1,4 @@
-"""Names of groupings of examples: of `group_ids` a ledger must say nothing else."""
+"""Random names of groupings of examples, so that a ledger reveals nothing of `group_ids`."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import secrets
 from tfdist.privacy.accounting.ledger import Ledger
 from tfdist.privacy.model_history import History
 
-_NAMES: dict[str, str] = {}  # of those that this process has seen
+_NAMES: dict[str, str] = {}  # the names by fingerprint, of this process
 
 
 def name_of(users: str) -> str:
-    """Gives the name of a grouping, the same each time.
+    """Returns the name of a grouping, which is the same in each call.
 
-    It is random: what a file or a ledger says must not depend on who is in the data.
+    The name is random, since files and ledgers must not depend on the users in the data.
 
     Args:
         users: The fingerprint of the grouping.
@@ -22,11 +22,11 @@ def name_of(users: str) -> str:
     return _NAMES.setdefault(users, secrets.token_hex(8))
 
 
-def known(history: History) -> History:
-    """Leaves out names that only another process could compare.
+def comparable(history: History) -> History:
+    """Removes the names of groupings of other processes, which cannot be compared here.
 
     Args:
-        history: Of a model, or of a file.
+        history: The history of a model, or of a file.
     """
     names = set(_NAMES.values())
     phases = tuple(

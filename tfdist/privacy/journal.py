@@ -1,4 +1,7 @@
-"""Steps are written down before they are made: a crash counts too many, never too few."""
+"""A file of private steps, written before they are made.
+
+After a crash the file may count too many steps, but never too few.
+"""
 
 from __future__ import annotations
 
@@ -12,24 +15,24 @@ from tfdist.errors import CheckpointError
 from tfdist.privacy.resumption import Earlier
 
 NAME = "privacy.json"
-_PARTS = 100  # of a training: how many steps are written down at once
+_PARTS = 100  # a training's steps are written in about so many parts
 
 
 class Journal:
-    """A small file beside a backup: what all processes together have made at most.
+    """A small file beside a backup, with all steps that any process may have made.
 
     Args:
-        directory: Where it is, or will be.
+        directory: The directory of the file. It need not exist.
     """
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
         self._path = Path(os.fspath(directory)).expanduser() / NAME
 
     def read(self) -> Earlier | None:
-        """Gives what the process that wrote last, and those before it, may have made.
+        """Returns all steps that earlier processes may have made, or None without a file.
 
         Raises:
-            CheckpointError: It is there, and cannot be read.
+            CheckpointError: The file cannot be read.
         """
         try:
             return Earlier.from_dict(json.loads(self._path.read_text()))
@@ -42,25 +45,27 @@ class Journal:
                 "directory, and pass what was spent as DPSGD(spent=...)."
             ) from None
 
-    def write(self, made: Earlier) -> None:
-        """Writes down what may have been made; it is on the disk when this returns.
+    def write(self, record: Earlier) -> None:
+        """Writes steps to the disk, before they are made.
 
-        What another process has written stays: two may have begun in the same directory.
+        The steps of another process stay in the file, since two processes may have begun in the
+        same directory.
 
         Args:
-            made: All steps, those to come of this process, its last run, included.
+            record: All steps, with the coming steps of this process as its last run.
 
         Raises:
-            CheckpointError: It cannot be written.
+            CheckpointError: The file cannot be written.
         """
-        there = self.read()
-        if there is not None:
-            made = made.beside(there)
+        written = self.read()
+        if written is not None:
+            record = record.beside(written)
+        # A new file replaces the old one in one operation, so a crash never leaves half a file.
         new = self._path.with_name(f"{NAME}.{os.getpid()}")
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with new.open("w") as file:
-                json.dump(made.to_dict(), file)
+                json.dump(record.to_dict(), file)
                 file.flush()
                 os.fsync(file.fileno())
             new.replace(self._path)
@@ -75,35 +80,35 @@ class Journal:
 
     @property
     def is_there(self) -> bool:
-        """Whether something was written, and was not deleted since."""
+        """Whether the file exists."""
         return self._path.exists()
 
 
 def steps_ahead(planned: int, at_once: int) -> int:
-    """Says how many steps are written down at once.
+    """Returns how many coming steps are written at once.
 
-    A hundredth of a training: so a crash counts that much too much at most, and the file is
-    written some hundred times.
+    It is a hundredth of a training. So a crash counts at most 1 % of the steps too many, and
+    the file is written about a hundred times.
 
     Args:
-        planned: Steps of the training.
-        at_once: Steps of one execution.
+        planned: The planned steps of the training.
+        at_once: The steps of one execution.
     """
     return max(at_once, -(-planned // _PARTS))
 
 
 def backup_of(callbacks: Any) -> Any:
-    """Gives the directory of a `BackupAndRestore` among callbacks, or None.
+    """Returns the directory of a `BackupAndRestore` among callbacks, or None.
 
-    One that no file system has, such as `gs://...`, is left out.
+    Directories outside of the file system, such as `gs://...`, are left out.
 
     Args:
-        callbacks: What `fit` was given.
+        callbacks: The argument `callbacks` of `fit`.
     """
     import keras
 
-    given = getattr(callbacks, "callbacks", callbacks)
-    for callback in given if isinstance(given, list | tuple) else [given]:
+    listed = getattr(callbacks, "callbacks", callbacks)
+    for callback in listed if isinstance(listed, list | tuple) else [listed]:
         is_backup = isinstance(callback, keras.callbacks.BackupAndRestore)
         if is_backup and "://" not in os.fspath(callback.backup_dir):
             return callback.backup_dir

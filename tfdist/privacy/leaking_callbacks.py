@@ -1,7 +1,9 @@
-"""Callbacks that look at the training data without noise, refused where they let it out."""
+"""Refuses callbacks that use the training data without noise for decisions or files."""
 
 from __future__ import annotations
 
+import contextlib
+import string
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -11,6 +13,7 @@ from keras import callbacks as keras_callbacks
 from tfdist.errors import ArgumentError
 
 _NOISY = ("epsilon", "l2_norm_clip", "learning_rate")
+_COUNTS = ("epoch", "batch")
 _BEST_ONLY = tuple(
     getattr(keras_callbacks, name)
     for name in ("ModelCheckpoint", "OrbaxCheckpoint")
@@ -21,16 +24,16 @@ _BEST_ONLY = tuple(
 def check_callbacks(callbacks: Sequence[Any]) -> None:
     """Refuses callbacks whose decisions or files would not be private.
 
-    What the weights become must not depend on a training loss, which got no noise: nor when
-    training ends, nor which weights are kept, nor the learning rate. And no file shall have
-    the losses of single batches, which may hold very few examples.
+    The training loss has no noise. So the end of training, the choice of weights and the
+    learning rate must not depend on it. Files must not contain losses of single batches, which
+    may have very few examples. Names of files of weights must not contain any loss.
 
     Args:
-        callbacks: Keras callbacks. Code of one's own, such as a `LambdaCallback`'s, cannot be
-            judged.
+        callbacks: Keras callbacks. Custom code, such as that of a `LambdaCallback`, cannot be
+            checked.
 
     Raises:
-        ArgumentError: There is one.
+        ArgumentError: A callback is not private.
     """
     for callback in callbacks:
         kind = type(callback).__name__
@@ -43,6 +46,8 @@ def check_callbacks(callbacks: Sequence[Any]) -> None:
         monitor = getattr(callback, "monitor", None)
         if _decides(callback) and not _may_be_public(monitor):
             raise _decides_by_training(callback)
+        if not all(map(_may_be_public, _names_in_path(callback).difference(_COUNTS))):
+            raise _named_by_training(callback)
         frequency = getattr(callback, "update_freq", "epoch")
         if isinstance(callback, keras_callbacks.TensorBoard) and frequency != "epoch":
             raise ArgumentError(
@@ -54,26 +59,28 @@ def check_callbacks(callbacks: Sequence[Any]) -> None:
 
 
 def check_names(callbacks: Sequence[Any], names: Collection[str]) -> None:
-    """Refuses callbacks that decide by a training metric, whatever it is called.
+    """Refuses callbacks that use a training metric, also one whose name begins with val_.
 
     Args:
         callbacks: Keras callbacks.
-        names: Of what a training step logs without noise.
+        names: The names that a training step logs without noise.
 
     Raises:
-        ArgumentError: There is one.
+        ArgumentError: A callback monitors one of them, or names files by it.
     """
     for callback in callbacks:
         if _decides(callback) and callback.monitor in names:
             raise _decides_by_training(callback)
+        if not _names_in_path(callback).isdisjoint(names):
+            raise _named_by_training(callback)
 
 
 class StepLogs(keras.callbacks.Callback):  # type: ignore[misc]
-    """Looks at what steps log: only what they do not is of validation.
+    """Checks the names that training steps log. Other names are those of validation.
 
     Args:
-        callbacks: Those of the training.
-        noisy: Names of what has noise.
+        callbacks: The callbacks of the training.
+        noisy: The names of logged values that have noise.
     """
 
     def __init__(self, callbacks: Sequence[Any], noisy: Collection[str]) -> None:
@@ -94,6 +101,25 @@ def _decides_by_training(callback: Any) -> ArgumentError:
     )
 
 
+def _named_by_training(callback: Any) -> ArgumentError:
+    return ArgumentError(
+        "The name of a file of weights must not have a loss or metric of the training data in "
+        f"private training, which has no noise. Received: {type(callback).__name__} with "
+        f"filepath={callback.filepath!r}. Use {{epoch}}, or a metric of data that need not be "
+        "protected, such as {val_loss} with validation_data."
+    )
+
+
+def _names_in_path(callback: Any) -> set[str]:
+    """Returns the names that Keras replaces in the path of a callback's files."""
+    if not isinstance(callback, _BEST_ONLY):
+        return set()
+    path, fields = str(getattr(callback, "filepath", "")), []
+    with contextlib.suppress(ValueError):  # Keras will raise it, too
+        fields = [field for _, field, _, _ in string.Formatter().parse(path) if field]
+    return {field.split(".")[0].split("[")[0] for field in fields}
+
+
 def _decides(callback: Any) -> bool:
     if isinstance(callback, _BEST_ONLY):
         return bool(callback.save_best_only)
@@ -103,7 +129,7 @@ def _decides(callback: Any) -> bool:
 
 
 def decides_by_validation(callback: Any) -> bool:
-    """Tells whether a callback decides by a loss or metric of validation.
+    """Returns whether a callback decides by a loss or metric of validation.
 
     Args:
         callback: A Keras callback.

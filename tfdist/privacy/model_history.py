@@ -1,8 +1,8 @@
-"""What is known of the private steps behind a model's weights.
+"""The history of private steps behind a model's weights.
 
-It is kept with the variables, with the layers that have them and with the model. So a model
-made of another one's layers has it too, and so has a layer whose weights were replaced, such
-as by `quantize`. It is in the files that Keras saves: see `tfdist._keras.saving`.
+The history is attached to the variables, to the layers that own them and to the model. So it
+stays with layers that are used in another model, and with a layer whose weights are replaced,
+such as by `quantize`. Files that Keras saves contain it: see `tfdist._keras.saving`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 from tfdist import _keras
 from tfdist._keras import layers as keras_layers
 
-# By itself: this module may be imported while `_keras` is.
+# A separate import: this module may be imported while `_keras` is being imported.
 from tfdist._keras.saving import carry_in_files
 from tfdist.errors import ArgumentError
 from tfdist.privacy.accounting.arguments import check_count, check_type
@@ -32,11 +32,11 @@ _FORMAT = 1
 
 @dataclasses.dataclass(frozen=True)
 class History:
-    """Private steps that are in a model's weights.
+    """The private steps in a model's weights.
 
     Attributes:
         ledger: The steps.
-        secret: As in `Report`, of what its ledgers do not say.
+        secret: Whether all random numbers that the ledger does not record were secret.
         uncounted: As `uncounted_steps` in `Report`.
         changes: As in `Report`.
     """
@@ -47,10 +47,10 @@ class History:
     changes: int = 0
 
     def merged(self, other: History) -> History:
-        """Gives what both know together.
+        """Merges two histories.
 
         Args:
-            other: Of the same weights, or of others that are now in the same model.
+            other: A history of the same weights, or of other weights of the same model.
         """
         return History(
             self.ledger.merged(other.ledger),
@@ -65,7 +65,7 @@ class History:
         return self.secret and self.ledger.secret
 
     def without(self, run_id: str) -> History:
-        """Gives it without the steps of a training.
+        """Returns the history without the steps of a training.
 
         Args:
             run_id: As in `Phase`.
@@ -73,18 +73,18 @@ class History:
         return dataclasses.replace(self, ledger=self.ledger.without(run_id))
 
     def to_dict(self) -> dict[str, Any]:
-        """Gives what JSON can hold."""
+        """Returns plain data for JSON."""
         return {**vars(self), "ledger": self.ledger.to_dict(), "format": _FORMAT}
 
     @classmethod
     def from_dict(cls, saved: Any) -> History:
-        """Reads what `to_dict` gave.
+        """Reads the result of `to_dict`.
 
         Args:
             saved: The dict.
 
         Raises:
-            ArgumentError: It is none.
+            ArgumentError: `saved` is not such a dict.
         """
         check_type("a record of private steps", saved, dict, "a dict")
         if saved.get("format") != _FORMAT:
@@ -100,123 +100,161 @@ class History:
 
 
 class RunUnderWay(Protocol):
-    """A private training that is under way."""
+    """A private training in progress."""
 
     def history(self) -> History:
-        """Gives what is in the weights now."""
+        """Returns the history of the current weights."""
 
     def absorb(self, history: History) -> None:
-        """Takes what a file says that was loaded meanwhile."""
+        """Adds the history of a file that was loaded during the training."""
 
 
 @dataclasses.dataclass
 class _Holder:
-    """Shared by the variables that were trained together.
+    """The history that variables share which were trained together.
 
     Attributes:
-        known: What is known, or the run that knows.
-        optimizer: The id of the optimizer then.
-        iterations: What it had made then.
+        source: The history, or the training in progress that has it.
+        optimizer: The id of the optimizer when the history was attached.
+        iterations: The count of that optimizer at that time.
     """
 
-    known: History | RunUnderWay
+    source: History | RunUnderWay
     optimizer: int = 0
     iterations: int = 0
 
     @property
     def history(self) -> History:
-        return self.known if isinstance(self.known, History) else self.known.history()
+        return self.source if isinstance(self.source, History) else self.source.history()
 
 
 def of(model: Any) -> History:
-    """Gives what is known of a model.
+    """Returns the history of a model.
 
     Args:
         model: A `keras.Model`, or a layer.
     """
-    found = History()
+    history = History()
     for holder in _holders(model):
-        found = found.merged(holder.history)
-    return found
+        history = history.merged(holder.history)
+    return history
 
 
 def check_idle(model: Any) -> None:
-    """Refuses a model that trains privately now: two trainings cannot be counted at once.
+    """Refuses a model in private training. Two trainings cannot be counted at once.
 
     Args:
         model: A `keras.Model`.
 
     Raises:
-        ArgumentError: It does.
+        ArgumentError: The model is in private training.
     """
-    if any(not isinstance(holder.known, History) for holder in _holders(model)):
-        raise ArgumentError(
-            "A model that trains privately must not be trained by a callback meanwhile: its "
-            "steps could not be counted. Received: a `fit` within a `fit`. Train one after the "
-            "other, or another model."
-        )
+    if any(not isinstance(holder.source, History) for holder in _holders(model)):
+        raise trained_meanwhile("a `fit` within a `fit`")
+
+
+def trained_meanwhile(received: str) -> ArgumentError:
+    """Makes the error about a callback that trains a model in private training.
+
+    Args:
+        received: What it does.
+    """
+    return ArgumentError(
+        "A model that trains privately must not be trained by a callback meanwhile: its steps "
+        f"could not be counted. Received: {received}. Train one after the other, or another "
+        "model."
+    )
 
 
 def changed_since(model: Any) -> tuple[int, bool]:
-    """Tells what other training than the private one has made of a model since.
+    """Finds changes of a model since its last private training.
 
     Args:
         model: A built `keras.Model`.
 
     Returns:
-        The updates that its optimizer has made, as far as it counts them, and whether weights
-        are not what they were.
+        The number of updates of its optimizer, as far as it counts them, and whether any
+        weight has changed.
     """
     updates = 0
     optimizer = getattr(model, "optimizer", None)
     for holder in _holders(model):
-        if not isinstance(holder.known, History):
+        if not isinstance(holder.source, History):
             continue
-        made = _iterations(model)
-        same = holder.optimizer == id(optimizer)
-        updates = max(updates, made - holder.iterations if same else made)
+        iterations = _iterations(model)
+        is_same = holder.optimizer == id(optimizer)
+        updates = max(updates, iterations - holder.iterations if is_same else iterations)
     moved = any(
-        vars(v)[_ATTRIBUTE][1] != _digest(v) for v in model.variables if _ATTRIBUTE in vars(v)
+        vars(v)[_ATTRIBUTE][1] != digest(v) for v in model.variables if _ATTRIBUTE in vars(v)
     )
     return max(0, updates), moved
 
 
-def keep(model: Any, known: History | RunUnderWay) -> None:
-    """Notes what is known, with the weights as they are.
+def with_changes(model: Any, history: History) -> History:
+    """Adds the changes of a model since its last private training, which no ledger has.
 
     Args:
         model: A built `keras.Model`.
-        known: What is known, or the run that will know.
+        history: Its history, with steps that are known from elsewhere.
     """
-    _put(model, _Holder(known, id(getattr(model, "optimizer", None)), _iterations(model)))
+    updates, is_changed = changed_since(model)
+    uncounted = history.uncounted + updates
+    if not history.ledger.phases:
+        uncounted = max(history.uncounted, _iterations(model))
+    changes = history.changes + (is_changed and not updates)
+    return dataclasses.replace(history, uncounted=uncounted, changes=changes)
+
+
+def pass_on(model: Any, copy: Any) -> None:
+    """Attaches the history of a model to another model that gets its weights.
+
+    Every function of tfdist that copies weights calls it.
+
+    Args:
+        model: A built `keras.Model`.
+        copy: The other model, with the copied weights.
+    """
+    history = with_changes(model, of(model))
+    if history != History():
+        keep(copy, of(copy).merged(history))
+
+
+def keep(model: Any, source: History | RunUnderWay) -> None:
+    """Attaches a history to a model, with digests of its current weights.
+
+    Args:
+        model: A built `keras.Model`.
+        source: The history, or the training in progress that has it.
+    """
+    _attach(model, _Holder(source, id(getattr(model, "optimizer", None)), _iterations(model)))
 
 
 @contextlib.contextmanager
 def forgotten(model: Any) -> Iterator[None]:
-    """Makes a context in which nothing is known of a model; what it makes known goes with it.
+    """Detaches a model's history in a context. History of the context is dropped at its end.
 
     Args:
         model: A `keras.Model`.
     """
-    before = [(thing, vars(thing).pop(_ATTRIBUTE, None)) for thing in _places(model)]
+    attached = [(thing, vars(thing).pop(_ATTRIBUTE, None)) for thing in _places(model)]
     try:
         yield
     finally:
         for thing in _places(model):
             vars(thing).pop(_ATTRIBUTE, None)
-        for thing, known in before:
-            if known is not None:
-                vars(thing)[_ATTRIBUTE] = known
+        for thing, value in attached:
+            if value is not None:
+                vars(thing)[_ATTRIBUTE] = value
 
 
-def _put(model: Any, holder: _Holder) -> None:
+def _attach(model: Any, holder: _Holder) -> None:
     for thing in _places(model):
         is_variable = isinstance(thing, keras.Variable)
-        vars(thing)[_ATTRIBUTE] = holder, _digest(thing) if is_variable else None
+        vars(thing)[_ATTRIBUTE] = holder, digest(thing) if is_variable else None
 
 
 def _places(model: Any) -> list[Any]:
-    """Lists all that what is known is kept with: any of them may be trained later."""
+    """Lists the objects to which history is attached. Any of them may be trained later."""
     things: list[Any] = [model]
     for layer in _keras.layers_of(model):
         weights = [v for v in layer.variables if not keras_layers.is_seed(v)]
@@ -226,8 +264,8 @@ def _places(model: Any) -> list[Any]:
 
 def _holders(model: Any) -> Iterator[_Holder]:
     things = [*model.variables, *_keras.layers_of(model)]
-    found = [vars(thing)[_ATTRIBUTE][0] for thing in things if _ATTRIBUTE in vars(thing)]
-    yield from {id(holder): holder for holder in found}.values()
+    holders = [vars(thing)[_ATTRIBUTE][0] for thing in things if _ATTRIBUTE in vars(thing)]
+    yield from {id(holder): holder for holder in holders}.values()
 
 
 def _iterations(model: Any) -> int:
@@ -235,21 +273,26 @@ def _iterations(model: Any) -> int:
     return 0 if optimizer is None else int(optimizer.iterations.numpy())
 
 
-def _digest(variable: Any) -> bytes:
+def digest(variable: Any) -> bytes:
+    """Returns a fingerprint of a variable's value.
+
+    Args:
+        variable: A `keras.Variable`.
+    """
     value = np.ascontiguousarray(variable.numpy())
     return hashlib.blake2b(value.view(np.uint8).data, digest_size=16).digest()
 
 
 def _written(model: Any) -> bytes | None:
-    """Gives what a file of the model says."""
+    """Returns the history for a file of the model, or None if it is empty."""
     history = of(model)
     return json.dumps(history.to_dict()).encode() if history != History() else None
 
 
 def _read(model: Any, written: bytes) -> None:
-    """Takes what the file said that a model was loaded from."""
+    """Attaches the history of a file to the model that was loaded from it."""
     history = History.from_dict(json.loads(written))
-    running = [h.known for h in _holders(model) if not isinstance(h.known, History)]
+    running = [h.source for h in _holders(model) if not isinstance(h.source, History)]
     for run in running:
         run.absorb(history)
     if not running:

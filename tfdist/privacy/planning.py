@@ -1,4 +1,4 @@
-"""What a private `fit` will do with its data: its steps, who takes part, and how often."""
+"""The plan of a private `fit`: its steps, and how often each example takes part."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from tfdist.data import leaves
 from tfdist.data.arrays import Arrays
 from tfdist.data.batches import Batches, PyDatasetBatches
 from tfdist.data.datasets import DatasetBatches
-from tfdist.data.separation import SeparationCheck, check_places
+from tfdist.data.epochs import count_steps
+from tfdist.data.separation import SeparationCheck
 from tfdist.data.source import Source
 from tfdist.errors import ArgumentError
 from tfdist.privacy.accounting.ledger import Phase
@@ -27,14 +28,14 @@ from tfdist.strategies.base import Place
 
 
 class Plan(NamedTuple):
-    """What is planned.
+    """The plan of a private `fit`.
 
     Attributes:
-        steps: All that are planned.
+        steps: The number of planned steps, in whole executions as they are made.
         phase: One step, without noise.
-        divisor: Of the sum of a step's gradients: `batch_size`, also where the data have fewer
-            examples. Divided by their number, the noise would tell it.
-        expected_units: What is clipped by itself in a step on average: examples or users.
+        divisor: The divisor of the sum of a step's gradients. It is `batch_size`, even if the
+            data have fewer examples: their number would otherwise show in the noise.
+        expected_units: The mean number of examples, or of users, in a step.
     """
 
     steps: int
@@ -43,19 +44,22 @@ class Plan(NamedTuple):
     expected_units: float
 
 
-def plan(privacy: DPSGD, source: Source, epochs: int) -> Plan:
-    """Finds out what is planned.
+def plan(privacy: DPSGD, source: Source, epochs: int, at_once: int) -> Plan:
+    """Plans the steps of a private `fit`.
 
     Args:
         privacy: The settings.
         source: The data.
-        epochs: To be made.
+        epochs: The number of epochs.
+        at_once: The `steps_per_execution` of the model.
 
     Raises:
-        ArgumentError: It cannot be known, or would not be private.
+        ArgumentError: The number of steps is unknown, or the plan would not be private.
     """
+    epochs = max(0, epochs)
+    steps = count_steps(source.requested_steps, source.batches, epochs, at_once)
     if isinstance(privacy, DPFTRL):
-        return _in_turn(privacy, source, max(0, epochs))
+        return _in_turn(privacy, source, epochs, steps)
     arrays = source.drawn_from
     assert isinstance(arrays, Arrays)
     sampler = arrays.sampler
@@ -65,7 +69,7 @@ def plan(privacy: DPSGD, source: Source, epochs: int) -> Plan:
     if not phase.truncates:
         phase = dataclasses.replace(phase, capacity=None)
     return Plan(
-        (arrays.steps or 0) * max(0, epochs),
+        steps,
         phase,
         float(batch_size),
         sampler.expected_units(rows, batch_size),
@@ -73,7 +77,7 @@ def plan(privacy: DPSGD, source: Source, epochs: int) -> Plan:
 
 
 def watch(source: Source, separation: int | None, steps_made: Callable[[], int]) -> Any:
-    """Lets the data be looked at while it comes, where its order is a user's promise.
+    """Checks batches while they are read, if the user promises their order.
 
     Args:
         source: The data.
@@ -81,32 +85,35 @@ def watch(source: Source, separation: int | None, steps_made: Callable[[], int])
         steps_made: As in `SeparationCheck`.
 
     Returns:
-        What looks at it, or None.
+        The check, or None for arrays, whose order is known.
     """
-    inner = source.drawn_from
-    if not isinstance(inner, Batches):
+    batches = source.drawn_from
+    if not isinstance(batches, Batches):
         return None
-    inner.watch = SeparationCheck(separation, steps_made)
-    return inner.watch
+    batches.watch = SeparationCheck(separation, steps_made)
+    return batches.watch
 
 
 def in_its_turn(model: Any, source: Source) -> dict[str, Any]:
-    """Describes what an example contributes and when, where its part in earlier steps counts.
+    """Describes the contributions of examples, for a training without sampling.
+
+    Such a training continues only with the same loss, optimizer and data: an example's
+    contribution to earlier steps is part of the mechanism of later ones.
 
     Args:
         model: A compiled `keras.Model`.
         source: The data.
 
     Returns:
-        Plain data by name. A checkpoint's folder holds it, which is not to be released.
+        Plain data by name. It is saved in the checkpoint's folder, which must not be released.
     """
-    inner = source.drawn_from
-    found = {"loss": _text(model.loss), "optimizer": _text_of_optimizer(model.optimizer)}
-    if type(inner) is Arrays:
-        found["values"] = _digest(inner.data)
-    elif not isinstance(inner, Arrays):
-        found["values"] = _digest(next(iter(inner.shares(Place()))).data)
-    return found
+    rows = source.drawn_from
+    facts = {"loss": _text(model.loss), "optimizer": _text_of_optimizer(model.optimizer)}
+    if type(rows) is Arrays:
+        facts["values"] = _digest(rows.data)
+    elif not isinstance(rows, Arrays):
+        facts["values"] = _digest(next(iter(rows.shares(Place()))).data)
+    return facts
 
 
 def _text(value: Any) -> str:
@@ -137,22 +144,22 @@ def _digest(structure: Any) -> str:
 def _check_separation(
     separation: int | None, source: Source, batch_size: int, epochs: int
 ) -> None:
-    """Refuses a promise that is missing, or that the data cannot keep."""
+    """Refuses a `min_separation` that is missing, or larger than the data allows."""
     repeated = source.repetitions() if isinstance(source, DatasetBatches) else []
     endless = isinstance(source, PyDatasetBatches) and source.batches is None
     if separation is None and (epochs > 1 or repeated or endless):
-        what = "data that repeats itself" if repeated or endless else f"{epochs} epochs"
+        received = "data that repeats itself" if repeated or endless else f"{epochs} epochs"
         raise ArgumentError(
             "`min_separation` must be given where batches come more than once: how many steps "
-            f"lie between two that an example takes part in. Received: {what} and "
+            f"lie between two that an example takes part in. Received: {received} and "
             "min_separation=None. Without reshuffling it is the number of batches."
         )
     if separation is None:
         return
-    # Of rows that are repeated, each comes after so many batches, or one more.
-    known = [count // batch_size if of_rows else count for count, of_rows in repeated]
-    known += [source.batches] if source.batches is not None else []
-    most = min((count for count in known if count >= 0), default=None)
+    # A row of repeated rows comes again after `count // batch_size` batches, or one more.
+    distances = [count // batch_size if of_rows else count for count, of_rows in repeated]
+    distances += [source.batches] if source.batches is not None else []
+    most = min((count for count in distances if count >= 0), default=None)
     if most is not None and separation > max(1, most):
         raise ArgumentError(
             "`min_separation` must not be above the number of batches in which each example "
@@ -160,7 +167,8 @@ def _check_separation(
         )
 
 
-def _in_turn(privacy: DPFTRL, source: Source, epochs: int) -> Plan:
+def _in_turn(privacy: DPFTRL, source: Source, epochs: int, steps: int) -> Plan:
+    """Plans steps without sampling, in which each example takes part once an epoch."""
     inner = source.drawn_from
     if source.steps is None:
         raise ArgumentError(
@@ -177,10 +185,10 @@ def _in_turn(privacy: DPFTRL, source: Source, epochs: int) -> Plan:
         rows, batch_size = inner.num_rows, inner.batch_size
         separation = inner.sampler.steps_per_epoch(rows, batch_size)
     else:
-        if isinstance(inner, DatasetBatches):
-            check_places(inner.user_dataset, separation is not None)
-        share = next(iter(inner.shares(Place())))
-        batch_size = int(tf.nest.flatten(share.data)[0].shape[0])
+        assert isinstance(inner, Batches)  # `validation.check_data` refuses all others
+        inner.check_order(separation, comes_again=epochs > 1)
+        first_batch = next(iter(inner.shares(Place())))
+        batch_size = int(tf.nest.flatten(first_batch.data)[0].shape[0]) // inner.copies
         _check_separation(separation, inner, batch_size, epochs)
     phase = Phase(1.0, 0.0, 1, None, rows, bands=privacy.bands, separation=separation)
-    return Plan(source.steps * epochs, phase, batch_size, batch_size)
+    return Plan(steps, phase, batch_size, batch_size)

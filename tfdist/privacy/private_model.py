@@ -1,4 +1,4 @@
-"""Models made fit for private training."""
+"""Replaces layers that mix examples, for private training."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from keras import layers
 from tfdist import _keras
 from tfdist._keras import layers as keras_layers
 from tfdist.errors import ArgumentError
+from tfdist.privacy import model_history
 
 _MOST_GROUPS = 32
 _LEAST_CHANNELS = 4
@@ -18,18 +19,17 @@ _LEAST_CHANNELS = 4
 def make_private_model(model: Any) -> tuple[Any, list[str]]:
     """Replaces BatchNormalization, which mixes the examples of a batch, by GroupNormalization.
 
-    Group normalization (Wu and He, "Group normalization", ECCV 2018) takes its statistics
-    from one example alone. Channels are split into at most 32 groups of at least 4. All other
-    layers keep their weights; the new ones begin anew, so a trained model has to be trained
-    on.
+    Group normalization (Wu and He, "Group normalization", ECCV 2018) computes its statistics
+    from one example alone. Channels are split into at most 32 groups of at least 4 channels.
+    All other layers keep their weights. The new layers have initial weights, so a trained model
+    needs more training. The new model has the privacy that was spent on the old one.
 
     Args:
-        model: A built Sequential or functional `keras.Model`, compiled or not. It is left as
-            it is.
+        model: A built Sequential or functional `keras.Model`, compiled or not. It does not
+            change.
 
     Returns:
-        Another model, compiled in the same way if it was, and a line for each layer that was
-        replaced.
+        A new model, compiled like `model`, and a line for each replaced layer.
 
     Raises:
         ArgumentError: The model is subclassed, so that its layers cannot be replaced from
@@ -57,9 +57,9 @@ def make_private_model(model: Any) -> tuple[Any, list[str]]:
         )
     changed: list[str] = []
 
-    def replaced(layer: Any) -> Any:
+    def replace(layer: Any) -> Any:
         if keras_layers.is_graph_of_layers(layer):
-            return cloned(layer)
+            return clone(layer)
         if not isinstance(layer, layers.BatchNormalization):
             return layer.__class__.from_config(layer.get_config())
         channels = int(layer.moving_mean.shape[0])
@@ -79,28 +79,30 @@ def make_private_model(model: Any) -> tuple[Any, list[str]]:
             dtype=layer.dtype_policy,
         )
 
-    def called(layer: Any, *args: Any, **kwargs: Any) -> Any:
+    def call(layer: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(layer, layers.GroupNormalization):
-            return layer(*args)  # which takes neither `training` nor `mask`
+            return layer(*args)  # it accepts neither `training` nor `mask`
         return layer(*args, **kwargs)
 
-    def cloned(graph: Any) -> Any:
-        # Sequential models are cloned without a call of each layer.
-        calls = {} if isinstance(graph, keras.Sequential) else {"call_function": called}
-        return keras.models.clone_model(graph, clone_function=replaced, **calls)
+    def clone(graph: Any) -> Any:
+        # `clone_model` does not call the layers of a Sequential model.
+        options = {} if isinstance(graph, keras.Sequential) else {"call_function": call}
+        return keras.models.clone_model(graph, clone_function=replace, **options)
 
-    made = cloned(model)
-    for old, new in zip(_keras.layers_of(model), _keras.layers_of(made), strict=True):
+    private_model = clone(model)
+    pairs = zip(_keras.layers_of(model), _keras.layers_of(private_model), strict=True)
+    for old, new in pairs:
         inner = _keras.layers_of(old)[1:]
         if type(old) is type(new) and not inner:
             new.set_weights(old.get_weights())
             new.trainable = old.trainable
     if model.compiled:
-        made.compile_from_config(model.get_compile_config())
-    return made, changed
+        private_model.compile_from_config(model.get_compile_config())
+    model_history.pass_on(model, private_model)
+    return private_model, changed
 
 
 def _groups(channels: int) -> int:
-    """Gives the most groups that channels can be split into, within the limits."""
+    """Returns the largest allowed number of groups that divides the channels."""
     possible = range(min(_MOST_GROUPS, channels // _LEAST_CHANNELS), 0, -1)
     return next((groups for groups in possible if channels % groups == 0), 1)

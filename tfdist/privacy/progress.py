@@ -1,4 +1,4 @@
-"""How far a private training has come, and which noise its steps get."""
+"""The progress of a private training, and the noise of its steps."""
 
 from __future__ import annotations
 
@@ -15,32 +15,31 @@ from tfdist.privacy.settings import DPSGD
 
 
 class Listener(Protocol):
-    """What wants to hear of a training's progress."""
+    """An object that is told of a training's progress."""
 
     def before_steps(self, steps: int) -> None:
         """Called before steps are made.
 
         Args:
-            steps: Of this training, these included.
+            steps: The number of steps of this training after the coming ones.
         """
 
     def begun(self) -> None:
-        """Called when all callbacks have begun: they may have restored the model."""
+        """Called after all callbacks have begun. They may have restored the model."""
 
 
 class StepProgress:
-    """Counts the steps of a private training, and says which noise they get.
+    """Counts the steps of a private training, and chooses their noise.
 
-    The count is a `StepCounter`'s. What a user or a callback does to the optimizer does not
-    matter to it.
+    A `StepCounter` counts the steps, whatever users and callbacks do to the optimizer's count.
 
     Args:
         model: A compiled `keras.Model`.
         privacy: The settings.
 
     Attributes:
-        correlated: Whether steps take back noise of steps before, so that it must go on.
-        kept: Steps of this run that are not this process's.
+        correlated: Whether a step subtracts noise of steps before it.
+        kept: The number of steps of this run that another process has made.
         counted_from: The place in a schedule of the first step that `steps_made` counts.
     """
 
@@ -49,58 +48,59 @@ class StepProgress:
         self.kept = self.counted_from = 0
         self._model = model
         self._seed = privacy.seed
-        # From which step on which secret makes the noise.
+        # Pairs of a step and the secret of the noise from this step on.
         self._secrets = [(0, self._new_secret())]
         self._first = 0
-        self._earlier = 0
+        self._steps_before_step = 0
         self._step: PrivateStep | None = None
-        self._seen = 0
+        self._last_iterations = 0
 
     def _new_secret(self) -> int:
         return secrets.randbits(127) if self._seed is None else self._seed
 
     @property
     def iterations(self) -> int:
-        """Steps that the optimizer says it has made."""
+        """The steps that the optimizer has counted."""
         return int(self._model.optimizer.iterations.numpy())
 
     @property
     def made_here(self) -> int:
-        """Steps that this process has made."""
-        return self._earlier + (0 if self._step is None else self._step.counter.steps)
+        """The number of steps that this process has made."""
+        return self._steps_before_step + (0 if self._step is None else self._step.counter.steps)
 
     @property
     def steps_made(self) -> int:
-        """Steps of this run, so without those of processes that a checkpoint is of."""
+        """The number of steps of this run, without those of earlier runs in a checkpoint."""
         return self.kept + self.made_here
 
     @property
     def position(self) -> int:
-        """Steps of this training, those included that a checkpoint has."""
+        """The number of steps of this training, with those of earlier runs in a checkpoint."""
         return self._first + self.steps_made
 
     def go_on(self, saved: dict[str, Any] | None, kept: int, bands: int) -> dict[str, Any]:
-        """Goes on with a training.
+        """Continues a training.
 
-        What the steps before have added is taken back with their secret. Steps to come get a
-        new one: they may be others than an earlier process made and lost, and the same noise
-        on both would cancel in their difference.
+        The noise of steps in the weights is subtracted with the secrets that made it. New steps
+        get a new secret. An earlier process may have made other steps with the same numbers,
+        and lost them. With equal noise on both, the noise would cancel in their difference.
 
         Args:
-            saved: What an earlier process got from this method, or None.
-            kept: Steps that are in the weights.
-            bands: Of how many steps the noise of one is made.
+            saved: The return value of this method in an earlier process, or None.
+            kept: The number of steps in the weights.
+            bands: The number of steps whose noise a step combines.
 
         Returns:
-            What is to be saved, plain data.
+            Plain data to be saved.
         """
         self._first = self.counted_from = kept
         if saved is not None:
-            known = [(int(begin), int(secret)) for begin, secret in saved["secrets"]]
-            known = [(begin, secret) for begin, secret in known if begin < kept]
+            pairs = [(int(begin), int(secret)) for begin, secret in saved["secrets"]]
+            pairs = [(begin, secret) for begin, secret in pairs if begin < kept]
+            # Secrets of steps that no coming step reaches back to are dropped.
             needed = [
                 pair
-                for pair, following in zip(known, [*known[1:], (kept, 0)], strict=True)
+                for pair, following in zip(pairs, [*pairs[1:], (kept, 0)], strict=True)
                 if following[0] > kept - bands + 1
             ]
             self._secrets = [*needed, (kept, self._new_secret())]
@@ -108,56 +108,55 @@ class StepProgress:
 
     @property
     def place(self) -> int:
-        """Where in a schedule this process begins: the steps that are in the weights."""
+        """The place in a schedule at which this process begins: the steps in the weights."""
         return self._first + max(0, self.moved(), self.kept)
 
     def begin_at(self, place: int) -> None:
-        """Sets where in a schedule this process begins.
+        """Sets the place in a schedule at which this process begins.
 
         Args:
-            place: As in `place`, the same on all workers.
+            place: The value of `place`, equal on all workers.
         """
         self.counted_from = place - self.kept
         if self._step is not None:
-            self._step.counter.count_from(place + self._earlier)
+            self._step.counter.count_from(place + self._steps_before_step)
 
     def settle(self, made_here: int) -> None:
-        """Takes the number of steps that all workers have agreed on.
+        """Sets the number of steps on which all workers have agreed.
 
         Args:
-            made_here: Before the step function runs again.
+            made_here: The value of `made_here`, before the step function runs again.
         """
-        self._earlier = made_here
+        self._steps_before_step = made_here
 
     def restart(self, step: PrivateStep) -> None:
-        """Gives a step new noise, or that which goes on; what was made before stays counted.
+        """Sets the noise of a step function. Steps that were made before stay counted.
 
         Args:
-            step: What will be made.
+            step: The step function of the coming steps.
         """
-        if (
-            self._step is not None
-        ):  # an elastic run goes on: what broke off is not in the weights
-            self._earlier += self._step.counter.finished
+        if self._step is not None:
+            # An elastic run continues. A step that was interrupted is not in the weights.
+            self._steps_before_step += self._step.counter.finished
         self._step = step
         step.restart(self._seed, self._first, self._secrets if self.correlated else None)
         self.look()
 
     def number_by_optimizer(self) -> None:
-        """Lets noise that is known anyway depend on the optimizer's count, to be repeatable."""
+        """Makes noise with a known seed repeatable: numbers it by the optimizer's count."""
         if self._seed is not None and not self.correlated and self._step is not None:
             self._step.counter.number_from(self.iterations)
 
     def look(self) -> None:
-        """Notes how far the optimizer is."""
-        self._seen = self.iterations
+        """Reads the optimizer's count."""
+        self._last_iterations = self.iterations
 
     def moved(self) -> int:
-        """Tells how far callbacks have moved the optimizer since `look`."""
-        return self.iterations - self._seen
+        """Returns how far callbacks have moved the optimizer's count since `look`."""
+        return self.iterations - self._last_iterations
 
     def check_unmoved(self) -> None:
-        """Refuses weights of another step: noise would be taken back that is not in them.
+        """Refuses weights of another step, which do not have the noise that is subtracted.
 
         Raises:
             ArgumentError: A callback has moved the optimizer.
@@ -166,46 +165,46 @@ class StepProgress:
             raise ArgumentError(
                 "No callback may set the optimizer's `iterations` with DPFTRL: the noise that "
                 "a step takes back must be in the weights. Received: "
-                f"{self.iterations} in place of {self._seen}. "
+                f"{self.iterations} in place of {self._last_iterations}. "
                 "To go on after an interruption use fit(checkpoint=...)."
             )
 
 
 def watched(callbacks: Any, progress: StepProgress, listener: Listener, *others: Any) -> Any:
-    """Adds to the callbacks what keeps count.
+    """Adds callbacks that count steps, before and after all other callbacks.
 
     Args:
         callbacks: A list of callbacks, or a `CallbackList`.
-        progress: Of the training.
-        listener: Told of it.
-        *others: Callbacks that come first as well.
+        progress: The progress of the training.
+        listener: The object that is told of it.
+        *others: Other callbacks that must come first.
     """
     first = [_First(progress, listener), *others]
     return _keras.around(callbacks, first, [_Last(progress, listener)])
 
 
 class _First(keras.callbacks.Callback):  # type: ignore[misc]
-    """Comes before all other callbacks, and sees what they have not yet moved."""
+    """Runs before all other callbacks, which may move the optimizer's count."""
 
     def __init__(self, progress: StepProgress, listener: Listener) -> None:
         super().__init__()
         self._progress, self._listener = progress, listener
-        self._asked = 0
+        self._announced = 0
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        self._asked = self._progress.steps_made
+        self._announced = self._progress.steps_made
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
-        # Without reading the count: that would wait for the device.
-        self._asked += int(self.model.steps_per_execution)
-        self._listener.before_steps(self._asked)
+        # The counter is not read here, which would wait for the device.
+        self._announced += int(self.model.steps_per_execution)
+        self._listener.before_steps(self._announced)
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         self._progress.look()
 
 
 class _Last(keras.callbacks.Callback):  # type: ignore[misc]
-    """Comes after all other callbacks, and sees what they have restored."""
+    """Runs after all other callbacks, which may have restored the model."""
 
     def __init__(self, progress: StepProgress, listener: Listener) -> None:
         super().__init__()

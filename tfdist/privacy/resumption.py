@@ -1,4 +1,4 @@
-"""What earlier processes of a private `fit` have made, as files say to one that goes on."""
+"""The private steps of earlier processes of a `fit`, read from files when it continues."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from tfdist.privacy.model_history import History
 
 @dataclass(frozen=True)
 class Earlier:
-    """Earlier processes of a `fit`.
+    """The earlier processes of a `fit`.
 
     Attributes:
-        runs: As in `Phase.run_id`, one of each of them, from the first to the last.
-        spent: What they were given as `spent`.
-        history: All that they knew, with their own steps.
-        last: The last one's steps that are in the weights, if that is known; all of them
-            together, if their noise followed a schedule.
+        runs: The `run_id` of each process, from the first to the last.
+        spent: The `spent` of their settings.
+        history: The history of the model with their own steps.
+        last: The last process's steps in the weights, or None if unknown. With a schedule of
+            the noise it has the sum of these steps.
     """
 
     runs: tuple[str, ...] = ()
@@ -32,29 +32,29 @@ class Earlier:
 
     @property
     def phases(self) -> list[Phase]:
-        """Their own steps, also those that were lost."""
+        """Their own steps, with those that were lost."""
         return [p for p in self.history.ledger.phases if p.run_id in self.runs]
 
     @property
     def in_order(self) -> list[Phase]:
-        """The same, those of the first process first."""
+        """Their own steps, in the order of the processes."""
         return sorted(self.phases, key=lambda phase: self.runs.index(phase.run_id))
 
     @property
     def newest(self) -> str:
-        """The run that the last step in the weights is of; empty if there is none."""
+        """The run of the last step in the weights, or an empty text."""
         if self.last is None:
             return ""
         return self.last.run_id if self.last.steps else self.last.continues
 
     def completed(self, written: Earlier | None) -> Earlier:
-        """Gives what a checkpoint says, with what was made since.
+        """Returns the processes of a checkpoint with the steps that were made since.
 
         Args:
-            written: What lies beside it; see `Journal`.
+            written: The content of the `Journal` beside the checkpoint.
 
         Raises:
-            CheckpointError: There is nothing.
+            CheckpointError: There is no journal.
         """
         if written is None:
             raise CheckpointError(
@@ -64,20 +64,20 @@ class Earlier:
             )
         return self._with(written.runs, written.history)
 
-    def beside(self, there: Earlier) -> Earlier:
-        """Gives what both know, where this one knows better what its last run has made.
+    def beside(self, other: Earlier) -> Earlier:
+        """Merges two records. The steps of the last run are those of this record.
 
         Args:
-            there: Of the same `fit`.
+            other: Another record of the same `fit`.
         """
-        return self._with(there.runs, there.history.without(self.runs[-1]))
+        return self._with(other.runs, other.history.without(self.runs[-1]))
 
     def _with(self, runs: tuple[str, ...], history: History) -> Earlier:
         runs = tuple(dict.fromkeys((*runs, *self.runs)))
         return replace(self, runs=runs, history=self.history.merged(history))
 
     def to_dict(self) -> dict[str, Any]:
-        """Gives what JSON can hold."""
+        """Returns plain data for JSON."""
         return {
             **self.history.to_dict(),
             "runs": list(self.runs),
@@ -86,7 +86,7 @@ class Earlier:
 
     @classmethod
     def from_dict(cls, saved: Any) -> Earlier:
-        """Reads what `to_dict` gave.
+        """Reads the result of `to_dict`.
 
         Args:
             saved: The dict.
@@ -98,14 +98,14 @@ class Earlier:
 
     @classmethod
     def of_checkpoint(cls, saved: dict[str, Any], kept: int) -> Earlier:
-        """Reads what a checkpoint says.
+        """Reads the record of a checkpoint.
 
         Args:
-            saved: What `saved_state` gave, with the phase.
-            kept: Steps that are in the weights.
+            saved: The result of `saved_state`, with the phase.
+            kept: The number of steps in the weights.
 
         Raises:
-            CheckpointError: It is of another version.
+            CheckpointError: An older version of tfdist has written it.
         """
         if "phase" not in saved:
             raise CheckpointError(
@@ -113,27 +113,27 @@ class Earlier:
                 "Received: one of an older version. Begin anew in another directory, and "
                 "pass what was spent as DPSGD(spent=...)."
             )
-        found = cls.from_dict(saved)
+        earlier = cls.from_dict(saved)
         last = replace(Phase(**saved["phase"]), steps=kept - int(saved["first"]))
-        made = [last]
+        phases = [last]
         if saved["levels"] is not None:
             levels = Levels.from_dict(saved["levels"])
-            made = levels.phases(last, int(saved["counted_from"]), last.steps)
-        known = History(Ledger(tuple(p for p in made if p.steps)), last.secret)
-        return replace(found, history=found.history.merged(known), last=last)
+            phases = levels.phases(last, int(saved["counted_from"]), last.steps)
+        in_weights = History(Ledger(tuple(p for p in phases if p.steps)), last.secret)
+        return replace(earlier, history=earlier.history.merged(in_weights), last=last)
 
     def names_of(self, spent: Ledger) -> dict[str, str]:
-        """Says what `spent` is called that a script has made anew.
+        """Maps the run names of a `spent` that a script has made again to the saved names.
 
         Args:
-            spent: What this process was given.
+            spent: The `spent` of this process.
 
         Raises:
-            ArgumentError: It is not what the earlier ones were given.
+            ArgumentError: It is not the `spent` of the earlier processes.
         """
         names = same_made_again(spent.phases, self.spent.phases)
-        given = spent.renamed(names)
-        if spent.phases and given.merged(self.spent).steps != given.steps:
+        renamed = spent.renamed(names)
+        if spent.phases and renamed.merged(self.spent).steps != renamed.steps:
             raise ArgumentError(
                 "`spent` must hold what it held when this training began, or be left out: the "
                 f"checkpoint has it. Received: {spent.steps} steps, and {self.spent.steps} in "
@@ -143,12 +143,12 @@ class Earlier:
 
 
 def saved_state(before: Earlier, run_id: str, kept: int) -> dict[str, Any]:
-    """Gives what a checkpoint is to hold; the phase of the steps to come is still missing.
+    """Returns the record for a checkpoint, without the phase of the coming steps.
 
     Args:
-        before: What earlier processes have made, and what was spent before.
-        run_id: Of this one.
-        kept: Steps in the weights it begins with.
+        before: The earlier processes, and the steps before them.
+        run_id: The run of this process.
+        kept: The number of steps in the weights when it begins.
     """
     return {**replace(before, runs=(*before.runs, run_id)).to_dict(), "first": kept}
 
@@ -156,13 +156,13 @@ def saved_state(before: Earlier, run_id: str, kept: int) -> dict[str, Any]:
 def with_phase(
     saved: dict[str, Any], phase: Phase, levels: Levels | None, counted_from: int
 ) -> None:
-    """Adds to what `saved_state` gave what the steps are like that are to come.
+    """Adds the phase of the coming steps to the result of `saved_state`.
 
     Args:
-        saved: It is changed, since the checkpoint has it by then.
-        phase: Of them.
-        levels: Of their noise, if it is not that of `phase`.
-        counted_from: The place of the first of them in `levels`.
+        saved: The record. It is changed in place, since the checkpoint already refers to it.
+        phase: The phase of the coming steps.
+        levels: The levels of their noise if it follows a schedule, else None.
+        counted_from: The place of the first coming step in `levels`.
     """
     saved["phase"] = asdict(phase)
     saved["levels"] = None if levels is None else levels.to_dict()

@@ -1,4 +1,4 @@
-"""One private `fit`: what is drawn, how much noise, and what it cost."""
+"""One private `fit`: its sampling, its noise and its cost."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from tfdist.training.request import Request
 
 @dataclasses.dataclass(frozen=True)
 class _Everyone(Poisson):
-    """Has room for all examples: batches need not be of one shape, so none is left out."""
+    """Poisson sampling without a capacity: batches need not have one shape."""
 
     def bind(self, targets: Any, num_rows: int) -> Sampler:
         return Poisson(capacity=num_rows)
@@ -53,19 +53,19 @@ class PrivateRun:
     """A private `fit` from its arguments to its report.
 
     Args:
-        privacy: What `fit` was given.
-        request: What is asked for besides.
+        privacy: The argument `privacy` of `fit`.
+        request: The other arguments of `fit`.
 
     Attributes:
-        sampler: Chooses the rows of each step.
-        sampling_seed: Its seed.
-        mechanism: What is done to gradients; known after `plan`.
-        planned_steps: Of this `fit`.
-        is_seeded: Whether the user has chosen `sampling_seed`; else it is secret.
-        draws_secretly: Whether the guarantee rests on the sampling.
+        sampler: The sampler of the rows of each step.
+        sampling_seed: The seed of the sampler.
+        mechanism: The clipping and the noise. It is set by `plan`.
+        planned_steps: The planned steps of this `fit`.
+        is_seeded: Whether the user has chosen `sampling_seed`. Otherwise it is secret.
+        draws_secretly: Whether the guarantee depends on secret sampling.
 
     Raises:
-        ArgumentError: The model, or an argument, cannot be private.
+        ArgumentError: The model or an argument cannot be used in private training.
         MissingPackageError: dp-accounting is not installed.
     """
 
@@ -82,13 +82,13 @@ class PrivateRun:
         validation.check_data(session, x, request.sampler, request.class_weight, privacy)
         validation.check_copies(privacy, request.augment)
         validation.check_users(privacy, request.shard, request.validation_split)
-        given = getattr(callbacks, "callbacks", callbacks)
-        self._callbacks = [*given] if isinstance(given, list | tuple) else [given]
+        listed = getattr(callbacks, "callbacks", callbacks)
+        self._callbacks = [*listed] if isinstance(listed, list | tuple) else [listed]
         validation.check_callbacks(callbacks, x)
         self._validates_inside = validation.check_validation(
             callbacks, x, request.validation_data, request.validation_split
         )
-        dp_accounting()  # missing, it must not be missed after training
+        dp_accounting()  # a missing package is reported now, not after training
         unfit_layers.check_model(model)
         self.privacy = privacy
         self.draws_secretly = privacy.samples
@@ -103,12 +103,12 @@ class PrivateRun:
         if privacy.group_ids is not None:
             self._users = Users(privacy.group_ids, privacy.max_rows_per_group)
             self.sampler = PoissonOfUsers(self._users, self.sampler)  # type: ignore[arg-type]
-        known = privacy.seed if seed is None else seed
-        self.sampling_seed = secrets.randbits(127) if known is None else known
+        user_seed = privacy.seed if seed is None else seed
+        self.sampling_seed = secrets.randbits(127) if user_seed is None else user_seed
         self._model = model
         self._session = session
-        drawn = known is None or not self.draws_secretly
-        self.is_seeded = known is not None
+        has_secret_sampling = user_seed is None or not self.draws_secretly
+        self.is_seeded = user_seed is not None
         self._progress = StepProgress(model, privacy)
         self._spending = Spending(
             privacy,
@@ -116,7 +116,7 @@ class PrivateRun:
             model,
             self._progress,
             callbacks,
-            secret=privacy.seed is None and drawn,
+            secret=privacy.seed is None and has_secret_sampling,
         )
         self._watch: SeparationCheck | None = None
         self._source: data.Source | None = None
@@ -125,31 +125,31 @@ class PrivateRun:
     def go_on(
         self, saved: dict[str, Any] | None = None, kept: int = 0, directory: Any = None
     ) -> dict[str, Any]:
-        """Takes what earlier processes knew; see `Spending.go_on`."""
+        """Reads the records of earlier processes; see `Spending.go_on`."""
         return self._spending.go_on(saved, kept, directory)
 
     def plan(self, source: data.Source, epochs: int) -> None:
-        """Finds the noise, and tries the model on a few rows.
+        """Calibrates the noise, and checks the model on a few rows.
 
         Args:
             source: The data.
-            epochs: To be made.
+            epochs: The number of epochs.
 
         Raises:
-            ArgumentError: The budget is spent, or the model does not give gradients of single
-                examples.
+            ArgumentError: The budget is spent, or the gradients of single examples cannot be
+                computed.
         """
         privacy, self._source = self.privacy, source
         for step in traced_steps(self._model):
             if step.raw:
                 raise unfit_layers.keeps_state(step.raw[0])
-        planned = plan(privacy, source, epochs)
+        planned = plan(privacy, source, epochs, int(self._model.steps_per_execution))
         self.planned_steps, phase, expected, units = planned
         users = None if self._users is None else self._users.fingerprint
         phase = self._spending.named(phase, users)
-        everything = self.ledger(0).add(dataclasses.replace(phase, steps=1))
-        everything.check_unit()
-        everything.check_relation(privacy.relation)
+        with_first_step = self.ledger(0).add(dataclasses.replace(phase, steps=1))
+        with_first_step.check_unit()
+        with_first_step.check_relation(privacy.relation)
         noise, schedule = find_noise(privacy, self._session, self._spending, planned, phase)
         phase = dataclasses.replace(phase, noise_multiplier=noise)
         self._spending.plan(phase, self.planned_steps, schedule)
@@ -177,48 +177,51 @@ class PrivateRun:
             self._watch = watch(source, phase.separation, lambda: self._progress.position)
 
     def _agreed_mask_seed(self, source: data.Source) -> int:
-        """Gives the seed of random numbers of rows: secret if none was chosen."""
+        """Returns the seed of rows' random numbers. It is secret unless the user chose one."""
         if self.draws_secretly:
             return int(source.drawn_from.seed)  # type: ignore[attr-defined]  # of `Arrays`
         if self.is_seeded:
             return self.sampling_seed
         strategy = self._session.strategy
-        # Who joins an elastic run later would be alone with it; then only contents count.
+        # A worker that joins an elastic run later would be alone in this collective. With a
+        # constant seed, random numbers of rows follow from the contents of rows alone.
         return 0 if strategy.elastic else int(strategy.broadcast_object(self.sampling_seed))
 
     def _count_noise(self, noise: float, units: float) -> float:
         if self.privacy.target_quantile is None or noise == 0:
             return 0.0
         chosen = self.privacy.count_noise
-        found = units / 20 if chosen is None else chosen
-        if 2 * found <= noise:
+        count_noise = units / 20 if chosen is None else chosen
+        if 2 * count_noise <= noise:
             raise ArgumentError(
                 "`count_noise` must be above noise_multiplier / 2, or nothing is left for the "
-                f"gradients. Received: {found:g}, and noise_multiplier={noise:g}. Pass a "
+                f"gradients. Received: {count_noise:g}, and noise_multiplier={noise:g}. Pass a "
                 "larger `count_noise`, or a larger `batch_size`."
             )
-        return found
+        return count_noise
 
     @property
     def _rows_tried(self) -> int:
         return min(independence.ROWS, max(4, self.privacy.microbatch_size or independence.ROWS))
 
     def _try(self, source: data.Source) -> None:
+        """Checks the model and its metrics on a few rows."""
         if isinstance(source, Arrays):
             rows = np.linspace(0, source.num_local_rows - 1, self._rows_tried)
-            rows = np.unique(rows.astype(np.int64))  # side by side they may be alike
+            rows = np.unique(rows.astype(np.int64))  # neighbours may be equal, so not the first
             batch = tf.nest.map_structure(lambda column: tf.gather(column, rows), source.data)
-        else:  # as the model will see them, augmented
-            share = next(iter(source.shares(Place())))
+        else:  # rows of the first batch, with augmentation
+            first_batch = next(iter(source.shares(Place())))
             batch = tf.nest.map_structure(
-                lambda column: column[: independence.ROWS], share.data
+                lambda column: column[: independence.ROWS], first_batch.data
             )
         x, y, weight = keras.utils.unpack_x_y_sample_weight(batch)
-        independence.check(self._model, x, y, sample_weight=weight)
+        norm = self.mechanism.l2_norm_clip
+        independence.check(self._model, x, y, sample_weight=weight, l2_norm_clip=norm)
         unfit_layers.check_metrics(self._model, x, y, sample_weight=weight)
 
     def notice(self) -> str | None:
-        """Says that `delta` is too large; in a model's first private `fit`, what is slow."""
+        """Warns of a large `delta`, and of slow parts in a model's first private `fit`."""
         slow = (
             [] if self._spending.before.ledger.phases else clipping.computed_alone(self._model)
         )
@@ -233,8 +236,8 @@ class PrivateRun:
         return self.privacy.delta
 
     @property
-    def asked(self) -> dict[str, Any]:
-        """What all workers must have been asked alike."""
+    def common_settings(self) -> dict[str, Any]:
+        """The settings that must be equal on all workers."""
         return {
             "l2_norm_clip": self.mechanism.l2_norm_clip,
             "clipping": (self.privacy.clipping, self.privacy.target_quantile),
@@ -255,11 +258,11 @@ class PrivateRun:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What must stay as it is in a training that goes on: its steps are one phase."""
+        """The settings that must not change in a continued training."""
         described = dataclasses.asdict(self._spending.phase(0))
         left_out = ["run_id", "groups", "after", "continues", "secret"]
         if self._schedule_text is not None and self.privacy.target_epsilon is None:
-            left_out.append("noise_multiplier")  # of more epochs the least may be another
+            left_out.append("noise_multiplier")  # the schedule's least changes with the epochs
         for name in left_out:
             del described[name]
         in_turn = self._source if self._progress.correlated else None
@@ -273,24 +276,24 @@ class PrivateRun:
 
     @property
     def steps_made(self) -> int:
-        """Steps of this training, those that an earlier process made included."""
+        """The number of steps of this training, with those of earlier processes."""
         return self._progress.steps_made
 
     @property
     def kept(self) -> int:
-        """Those that an earlier process made."""
+        """The number of steps of earlier processes."""
         return self._progress.kept
 
     def ledger(self, steps: int) -> Ledger:
-        """Gives all private steps on the data.
+        """Returns all private steps on the data.
 
         Args:
-            steps: Of this training.
+            steps: The number of steps of this training.
         """
         return self._spending.ledger(steps)
 
     def report(self) -> Report:
-        """Sums up what was made until now."""
+        """Returns the report of all steps so far."""
         history = self._spending.history()
         return Report(
             history.ledger,
@@ -305,43 +308,44 @@ class PrivateRun:
         )
 
     def watched(self, callbacks: Any, step: PrivateStep) -> Any:
-        """Adds to the callbacks what keeps count, and renews the noise.
+        """Adds callbacks that count steps, and renews the noise.
 
         Args:
             callbacks: A list of callbacks, or a `CallbackList`.
-            step: What will be made.
+            step: The step function of the training.
         """
         self._progress.restart(step)
         step.masks.renew(self._mask_seed)
         step.spot_checks.begin(self._steps_of_epoch)
         self._spot_checks = step.spot_checks
-        given = getattr(callbacks, "callbacks", callbacks)
+        listed = getattr(callbacks, "callbacks", callbacks)
         if self._spending.limit is not None:
-            given.append(PrivacyBudget(self._spending.limit))
-        for callback in given:
+            listed.append(PrivacyBudget(self._spending.limit))
+        for callback in listed:
             if isinstance(callback, PrivacyBudget):
                 callback.run = self
         noisy = () if self.privacy.target_quantile is None else ("l2_norm_clip",)
         names = StepLogs(self._callbacks, noisy)
-        return watched(callbacks, self._progress, self._spending, names)
+        counted = watched(callbacks, self._progress, self._spending, names)
+        return self._spending.outside.watched(counted)
 
     @contextlib.contextmanager
     def counting(self) -> Iterator[None]:
-        """Wraps the training; what was made counts, however it ends."""
+        """Returns a context for the training. Its steps count even if it fails."""
         with self._spending.counting():
             try:
                 yield
                 if self._spot_checks is not None:
                     self._spot_checks.raise_if_failed()
             except tf.errors.OpError as error:
-                is_check_s = isinstance(error, tf.errors.InvalidArgumentError)
-                if is_check_s and self._spot_checks is not None:
+                may_be_check = isinstance(error, tf.errors.InvalidArgumentError)
+                if may_be_check and self._spot_checks is not None:
                     self._spot_checks.raise_if_failed(error)
                 if self._watch is None or self._watch.problem is None:
                     raise
                 raise ArgumentError(self._watch.problem) from None
 
     def note_restored(self) -> None:
-        """Called when a checkpoint was restored."""
+        """Called after a checkpoint was restored."""
         self._progress.number_by_optimizer()
         self._progress.look()

@@ -1,8 +1,8 @@
-"""Noise and norms that follow a schedule: what each step gets, known before training.
+"""Schedules of the noise and of the clipping norm, evaluated before training.
 
-A schedule is evaluated for all planned steps before the first one, so nothing that training
-sees can move it, and the accountant composes the noise that each step really has: with
-multipliers and norms that are fixed in advance, steps compose as any others do.
+A schedule is evaluated for all planned steps before the first one, so it cannot depend on the
+data. The accountant then composes the noise of each step: with multipliers and norms that are
+fixed in advance, steps compose as steps with equal noise do.
 """
 
 from __future__ import annotations
@@ -26,16 +26,17 @@ from tfdist.privacy.settings import DPSGD, LARGEST_NORM, LEAST_NORM
 Tensor = Any
 Values = NDArray[np.float64]
 MOST_LEVELS = 32
-"""Different multipliers of a training: each costs the accountant a distribution."""
+"""The most different multipliers of a training. Each costs the accountant a distribution."""
 
 
-class Now(NamedTuple):
-    """What a step gets.
+class ScheduledStep(NamedTuple):
+    """The norm and the noise of one step.
 
     Attributes:
-        norm: To clip to, scalar float32.
-        unit: Of the noise that the least multiplier of the schedule would give: the norm times
-            the step's multiplier over the least one, scalar float64.
+        norm: The clipping norm, scalar float32.
+        unit: The unit of the noise, scalar float64: the norm times the step's multiplier over
+            the schedule's least multiplier. Noise of the least multiplier in this unit is the
+            step's noise.
     """
 
     norm: Tensor
@@ -44,26 +45,26 @@ class Now(NamedTuple):
 
 @dataclass(frozen=True)
 class StepSchedule(Levels):
-    """The multiplier and the norm of each step, as runs of steps that have the same.
+    """The multiplier and the norm of each step, as runs of steps with equal values.
 
     Args:
         begins: As in `Levels`.
         multipliers: As in `Levels`.
-        norms: Of each run.
+        norms: The norm of each run.
     """
 
     norms: tuple[float, ...]
 
     def scaled(self, factor: float) -> StepSchedule:
-        """Gives the schedule with all multipliers multiplied.
+        """Returns the schedule with all multipliers scaled.
 
         Args:
-            factor: By which.
+            factor: The factor by which they are multiplied.
         """
         return replace(self, multipliers=tuple(factor * m for m in self.multipliers))
 
-    def at(self, step: Tensor) -> Now:
-        """Gives what a step gets, in a graph.
+    def at(self, step: Tensor) -> ScheduledStep:
+        """Looks up the norm and the unit of a step, in a graph.
 
         Args:
             step: The step's number, scalar int64.
@@ -74,11 +75,11 @@ class StepSchedule(Levels):
             norms, multipliers = np.array(self.norms), np.array(self.multipliers)
             units = norms * (multipliers / self.least if self.least else 1.0)
             norm = tf.constant(norms, tf.float32)[run]
-            return Now(norm, tf.constant(units, tf.float64)[run])
+            return ScheduledStep(norm, tf.constant(units, tf.float64)[run])
 
     @property
     def fingerprint(self) -> str:
-        """Sums it up."""
+        """A short hash, by which workers compare their schedules."""
         text = repr((self.begins, self.multipliers, self.norms))
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -86,32 +87,34 @@ class StepSchedule(Levels):
 def schedule_of(privacy: DPSGD, steps: int) -> StepSchedule | None:
     """Evaluates schedules for all steps.
 
-    A multiplier that takes more than `MOST_LEVELS` values is rounded down to so many: then it
-    is these that steps have, and that are accounted.
+    If a multiplier takes more than `MOST_LEVELS` values, it is rounded down to that many. Steps
+    have the rounded multipliers, and the accountant gets them too.
 
     Args:
         privacy: The settings.
-        steps: That are planned. Later ones get what the last of these gets.
+        steps: The planned steps. Later steps have the values of the last planned one.
 
     Returns:
-        What each step gets, or None if all get the same.
+        The schedule, or None if all steps are equal.
 
     Raises:
-        ArgumentError: A schedule gives something else than numbers in the range of what it
-            stands for, or depends on something else than the step.
+        ArgumentError: A schedule returns something else than numbers in their range, or does
+            not depend on the step alone.
     """
     if not privacy.is_scheduled:
         return None
     steps = max(1, steps)
-    asked = privacy.noise_multiplier
-    multipliers = _values("noise_multiplier", 1.0 if asked is None else asked, steps)
+    noise_multiplier = privacy.noise_multiplier
+    multipliers = _values(
+        "noise_multiplier", 1.0 if noise_multiplier is None else noise_multiplier, steps
+    )
     norms = _values("l2_norm_clip", privacy.l2_norm_clip, steps)
     check_number("l2_norm_clip", norms.min(), LEAST_NORM, LARGEST_NORM)
     check_number("l2_norm_clip", norms.max(), LEAST_NORM, LARGEST_NORM)
-    if callable(asked):
+    if callable(noise_multiplier):
         check_number("noise_multiplier", multipliers.min(), 0, open_ends=True)
         multipliers = _rounded_down(multipliers)
-    # As the gradients' dtype has them, so that noise is of the norm that is clipped to.
+    # Gradients are clipped to float32 norms. Noise must be in units of the same rounded norms.
     norms = norms.astype(np.float32).astype(np.float64)
     changes = (np.diff(multipliers) != 0) | (np.diff(norms) != 0)
     begins = np.concatenate([[0], 1 + np.flatnonzero(changes)])
@@ -123,7 +126,7 @@ def schedule_of(privacy: DPSGD, steps: int) -> StepSchedule | None:
 
 
 def without_schedules(privacy: DPSGD) -> DPSGD:
-    """Gives settings in which all steps have what the first one has.
+    """Returns settings in which all steps have the values of the first one.
 
     Args:
         privacy: The settings.
@@ -136,7 +139,7 @@ def without_schedules(privacy: DPSGD) -> DPSGD:
 
 
 def norm_of(privacy: DPSGD) -> float:
-    """Gives the norm that gradients are clipped to; the first step's, if it has a schedule.
+    """Returns the clipping norm. With a schedule it is that of the first step.
 
     Args:
         privacy: The settings.
@@ -146,77 +149,79 @@ def norm_of(privacy: DPSGD) -> float:
     return norm
 
 
-def _values(name: str, given: float | Callable[[int], Any], steps: int) -> Values:
-    if not callable(given):
-        return np.full(steps, float(given))
-    _check_closed(name, given)
+def _values(name: str, schedule: float | Callable[[int], Any], steps: int) -> Values:
+    """Evaluates a schedule, and checks that it depends on the step alone."""
+    if not callable(schedule):
+        return np.full(steps, float(schedule))
+    _check_closed(name, schedule)
     try:
-        found = _evaluated(given, steps)
-        some = np.unique(np.linspace(0, steps - 1, 16).astype(np.int64))
-        again = np.array([float(given(int(step))) for step in some])
+        values = _evaluated(schedule, steps)
+        samples = np.unique(np.linspace(0, steps - 1, 16).astype(np.int64))
+        repeated = np.array([float(schedule(int(step))) for step in samples])
     except Exception as error:
         raise ArgumentError(
             f"A schedule of `{name}` must give a number for each step's number. Received: "
-            f"{given!r}, which raised {type(error).__name__}: {error}"
+            f"{schedule!r}, which raised {type(error).__name__}: {error}"
         ) from error
-    if not np.isfinite(found).all():
-        step = int(np.flatnonzero(~np.isfinite(found))[0])
+    if not np.isfinite(values).all():
+        step = int(np.flatnonzero(~np.isfinite(values))[0])
         raise ArgumentError(
-            f"A schedule of `{name}` must give finite numbers. Received: {found[step]} for "
+            f"A schedule of `{name}` must give finite numbers. Received: {values[step]} for "
             f"step {step}."
         )
-    same = np.isclose(found[some], again, rtol=1e-5)  # vectors and scalars round differently
-    if not same.all():
-        step = int(some[~same][0])
+    # Vectors and scalars may round differently, so equality is not required.
+    is_repeated = np.isclose(values[samples], repeated, rtol=1e-5)
+    if not is_repeated.all():
+        step = int(samples[~is_repeated][0])
         raise ArgumentError(
             f"A schedule of `{name}` must give the same for the same step. Received: "
-            f"{found[step]:g} and {float(given(step)):g} for step {step}. It must depend on "
-            "nothing but the step."
+            f"{values[step]:g} and {float(schedule(step)):g} for step {step}. It must depend "
+            "on nothing but the step."
         )
-    return found
+    return values
 
 
-def _evaluated(given: Callable[[int], Any], steps: int) -> Values:
-    """Calls a schedule with each step; a Keras one in a graph, which is faster."""
-    if isinstance(given, keras.optimizers.schedules.LearningRateSchedule):
+def _evaluated(schedule: Callable[[int], Any], steps: int) -> Values:
+    """Calls a schedule with each step. A Keras schedule is called in a graph, for speed."""
+    if isinstance(schedule, keras.optimizers.schedules.LearningRateSchedule):
         try:
-            return _mapped(given, steps)
-        except Exception:  # one by one, then: if that fails too, it is said
+            return _mapped(schedule, steps)
+        except Exception:  # the calls below raise the error if the schedule itself is wrong
             pass
-    return np.array([float(given(step)) for step in range(steps)])
+    return np.array([float(schedule(step)) for step in range(steps)])
 
 
-def _mapped(given: Callable[[int], Any], steps: int) -> Values:
-    def each(step: Tensor) -> Tensor:
-        return tf.reshape(tf.cast(given(step), tf.float64), [])
+def _mapped(schedule: Callable[[int], Any], steps: int) -> Values:
+    def value_at(step: Tensor) -> Tensor:
+        return tf.reshape(tf.cast(schedule(step), tf.float64), [])
 
     with tf.device("CPU:0"):
         numbers = tf.range(steps, dtype=tf.int64)
         mapped = tf.function(
-            lambda all_: _keras.map_fn(each, all_, fn_output_signature=tf.float64)
+            lambda all_: _keras.map_fn(value_at, all_, fn_output_signature=tf.float64)
         )
-        found: Values = mapped(numbers).numpy()
-    return found
+        values: Values = mapped(numbers).numpy()
+    return values
 
 
-def _check_closed(name: str, given: Callable[[int], Any]) -> None:
-    """Refuses what reads variables: they may hold what training found in the data."""
+def _check_closed(name: str, schedule: Callable[[int], Any]) -> None:
+    """Refuses a schedule that reads variables, which may depend on the data by training."""
     try:
-        traced = tf.function(given).get_concrete_function(tf.TensorSpec([], tf.int64))
+        traced = tf.function(schedule).get_concrete_function(tf.TensorSpec([], tf.int64))
     except Exception:
-        return  # plain Python, which cannot be looked into
+        return  # plain Python code: whether it reads variables cannot be seen
     if any(t.dtype == tf.resource for t in traced.captured_inputs):
         raise ArgumentError(
-            f"A schedule of `{name}` must depend on nothing but the step. Received: {given!r}, "
-            "which reads variables. What follows the data needs a budget of its own: "
-            "`target_quantile` moves the norm privately."
+            f"A schedule of `{name}` must depend on nothing but the step. Received: "
+            f"{schedule!r}, which reads variables. What follows the data needs a budget of its "
+            "own: `target_quantile` moves the norm privately."
         )
 
 
 def _rounded_down(values: Values) -> Values:
-    """Rounds to few values, none above what it stands for."""
-    kept: Values = np.unique(values)
-    if len(kept) > MOST_LEVELS:
-        kept = np.geomspace(kept[0], kept[-1], MOST_LEVELS)
-        kept[0], kept[-1] = values.min(), values.max()  # but for rounding
-    return kept[np.searchsorted(kept, values, "right") - 1]
+    """Rounds down to at most `MOST_LEVELS` values, which the accountant then counts."""
+    levels: Values = np.unique(values)
+    if len(levels) > MOST_LEVELS:
+        levels = np.geomspace(levels[0], levels[-1], MOST_LEVELS)
+        levels[0], levels[-1] = values.min(), values.max()  # `geomspace` may round its ends
+    return levels[np.searchsorted(levels, values, "right") - 1]

@@ -1,87 +1,85 @@
-"""What a user asks of private training, and what a step makes of it."""
+"""The settings of private training."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from tfdist.errors import ArgumentError
 from tfdist.privacy.accounting.arguments import check_choice, check_count, check_number
 from tfdist.privacy.accounting.ledger import ACCOUNTANTS, RELATIONS, Ledger
 
-if TYPE_CHECKING:
-    pass
-
 LEAST_NORM, LARGEST_NORM = 1e-10, 1e15
-"""Norms to clip to. Squares of gradients underflow far below, and overflow far above."""
+"""The range of clipping norms. Squares of gradients underflow below and overflow above."""
 
 
 @dataclass(frozen=True)
 class DPSGD:
     """Differentially private training, for `fit(..., privacy=DPSGD(...))`.
 
-    In each step every example is drawn independently with probability `batch_size` /
-    examples, its gradient is clipped to a norm by itself, the clipped gradients are summed
-    over all replicas, Gaussian noise is added to the sum, and the result is divided by the
-    expected size of a batch (Abadi et al., "Deep learning with differential privacy", CCS
-    2016, algorithm 1). The optimizer sees nothing else of the data. Give either
-    `noise_multiplier` or `target_epsilon`, or both if the former is a schedule.
+    Each step draws every example independently with probability `batch_size` / examples. Each
+    example's gradient is clipped to a norm. The clipped gradients are summed over all replicas,
+    Gaussian noise is added to the sum, and the result is divided by the expected size of a
+    batch (Abadi et al., "Deep learning with differential privacy", CCS 2016, algorithm 1). The
+    optimizer gets nothing else from the data. Pass either `noise_multiplier` or
+    `target_epsilon`, or both if `noise_multiplier` is a schedule.
 
     A schedule is a function of the step's number, counted from 0 in each `fit`, such as a
     `keras.optimizers.schedules.LearningRateSchedule`. It is evaluated for all steps before the
-    first, and must depend on nothing else. What goes on from a checkpoint goes on in it.
+    first one, and must depend on nothing else. A training that continues from a checkpoint
+    continues the schedule.
 
     Args:
         l2_norm_clip: The norm, over all variables, to which each example's gradient is
-            clipped; between 1e-10 and 1e15. A schedule of it costs nothing, since noise is in
-            units of each step's norm.
+            clipped; between 1e-10 and 1e15. A schedule does not change epsilon, since noise is
+            in units of each step's norm.
         noise_multiplier: The noise's standard deviation on the sum over all replicas, in
-            units of `l2_norm_clip`; 0 adds none, and then nothing is private. A schedule is
-            above 0; if it takes more than 32 values it is rounded down to so many.
-        target_epsilon: What all steps on these data may cost, those in `spent` and those of
-            earlier `fit`s of the model included; the noise is found for it. With a schedule a
-            factor is found by which it is multiplied.
+            units of `l2_norm_clip`. 0 adds no noise, and then nothing is private. A schedule
+            must be above 0. If it takes more than 32 values, it is rounded down to 32 values.
+        target_epsilon: The largest epsilon of all steps on these data, with those in `spent`
+            and those of earlier `fit`s of the model. The noise is calibrated for it. With a
+            schedule, the factor of the schedule is calibrated.
         delta: Between 0 and 1, far below 1 / the number of examples.
         accountant: "pld" or "rdp", as in `tfdist.privacy.epsilon`.
-        relation: Which data sets shall look alike, as in `tfdist.privacy.epsilon`.
-        microbatch_size: Examples that a replica computes at once, if a batch does not fit
-            into memory; all if None. It changes nothing but time and memory.
-        spent: Steps made on the same data before, by another process say. Those of earlier
-            `fit`s of the same model in this process are known.
-        clipping: "flat", over all variables; or "per_layer": each of L layers with weights to
-            `l2_norm_clip` / sqrt(L), which costs the same and keeps a layer with large
-            gradients from scaling the others down (McMahan et al., "Learning differentially
+        relation: The neighbouring relation, as in `tfdist.privacy.epsilon`.
+        microbatch_size: The number of examples that a replica computes at once, if a batch does
+            not fit into memory. None is all. It changes only time and memory.
+        spent: Steps that were made on the same data before, for example by another process.
+            Steps of earlier `fit`s of the same model in this process are counted anyway.
+        clipping: "flat" clips over all variables. "per_layer" clips each of L layers with
+            weights to `l2_norm_clip` / sqrt(L). It costs the same, and a layer with large
+            gradients does not scale the others down (McMahan et al., "Learning differentially
             private recurrent language models", ICLR 2018, section 2).
-        target_quantile: The part of examples whose gradients shall not be clipped, between 0
-            and 1: then the norm starts at `l2_norm_clip` and is moved, from the noisy number
-            of examples within it (Andrew et al., "Differentially private learning with
-            adaptive clipping", NeurIPS 2021). Both noises together cost what
-            `noise_multiplier` says. None leaves the norm as it is.
-        clip_learning_rate: How fast the norm's logarithm moves; above 0.
-        count_noise: The standard deviation of the noise on that number; a twentieth of the
-            expected batch if None.
-        group_ids: A number or a name for each example, shape [examples]: those with the same
-            are one user's. Then users are protected rather than examples: each is drawn into
-            a step with all of its examples, and their gradients are added up and clipped
-            together (McMahan et al., 2018, section 2). A step has `batch_size` examples on
-            average.
-        max_rows_per_group: The most examples of a user in a step, of more a random choice;
-            all if None.
-        augmentations: How often each drawn example is changed by `fit`'s `augment`, each time
-            by other random numbers; the mean of these gradients is clipped, so they cost
-            nothing but time (De et al., "Unlocking high-accuracy differentially private image
-            classification through scale", 2022, section 3.2).
-        bands: For noise that later steps take back in part, of how many steps a column of its
-            matrix is. Then examples are split into so many groups at random, which take turns,
-            and a step draws each example of its group with `bands` times the probability, at
-            most 1 (Choquette-Choo et al., "(Amplified) banded matrix factorization for
-            differentially private learning", NeurIPS 2023). So many vectors of the size of the
-            weights are kept. None, and 1, give independent noise. Only with `noise_multiplier`
-            and `l2_norm_clip` that are numbers, and without `group_ids` and `target_quantile`.
-        seed: Of the noise, and of the sampling unless `fit` has a `seed`. For tests: what
-            comes from a known seed is not private, and the report says so. None draws from
-            the operating system.
+        target_quantile: The fraction of examples whose gradients shall not be clipped, between
+            0 and 1. The norm then starts at `l2_norm_clip`, and a noisy count of examples
+            within the norm moves it (Andrew et al., "Differentially private learning with
+            adaptive clipping", NeurIPS 2021). The noise of both is chosen so that together
+            they cost as much as `noise_multiplier`. None keeps the norm fixed.
+        clip_learning_rate: The learning rate of the norm's logarithm, above 0.
+        count_noise: The standard deviation of the noise on that count. None is a twentieth of
+            the expected batch.
+        group_ids: The number or name of each example's user, shape [examples]. Users are then
+            protected instead of examples: a step draws each user with all of its examples, and
+            their gradients are summed and clipped together (McMahan et al., 2018, section 2). A
+            step has `batch_size` examples on average.
+        max_rows_per_group: The most examples of a user in a step. If a user has more, a random
+            choice is taken. None is no limit.
+        augmentations: How many random changes `augment` of `fit` makes of each drawn example.
+            The mean of their gradients is clipped, so they cost only time (De et al.,
+            "Unlocking high-accuracy differentially private image classification through
+            scale", 2022, section 3.2).
+        bands: The number of bands of the matrix of correlated noise: later steps subtract a
+            part of earlier noise. Examples are then split into `bands` random groups that take
+            turns, and a step draws each example of its group with `bands` times the
+            probability, at most 1 (Choquette-Choo et al., "(Amplified) banded matrix
+            factorization for differentially private learning", NeurIPS 2023). Training keeps
+            `bands` vectors of the size of the weights. None and 1 give independent noise. It
+            needs a `noise_multiplier` and an `l2_norm_clip` that are numbers, and cannot be
+            combined with `group_ids` and `target_quantile`.
+        seed: The seed of the noise, and of the sampling unless `fit` has a `seed`. It is for
+            tests: a training with a known seed is not private, and the report says so. None
+            draws from the operating system.
 
     Raises:
         ArgumentError: A value is out of its range, or not exactly one of `noise_multiplier`
@@ -98,7 +96,7 @@ class DPSGD:
         (10, 0.4)
     """
 
-    samples: ClassVar[bool] = True  # rather than take all examples in turn
+    samples: ClassVar[bool] = True  # False if all examples take part in turn
 
     l2_norm_clip: float | Callable[[int], Any]
     noise_multiplier: float | Callable[[int], Any] | None = None
@@ -121,8 +119,8 @@ class DPSGD:
     def __post_init__(self) -> None:
         if not callable(self.l2_norm_clip):
             check_number("l2_norm_clip", self.l2_norm_clip, LEAST_NORM, LARGEST_NORM)
-        both = callable(self.noise_multiplier) and self.target_epsilon is not None
-        if not both and (self.noise_multiplier is None) == (self.target_epsilon is None):
+        is_scaled = callable(self.noise_multiplier) and self.target_epsilon is not None
+        if not is_scaled and (self.noise_multiplier is None) == (self.target_epsilon is None):
             raise ArgumentError(
                 "Exactly one of `noise_multiplier` and `target_epsilon` must be given. "
                 f"Received: noise_multiplier={self.noise_multiplier!r}, "

@@ -1,4 +1,4 @@
-"""What a private training has spent, together with all that was spent on its weights before."""
+"""The privacy that a training has spent, with all that was spent on its weights before."""
 
 from __future__ import annotations
 
@@ -15,29 +15,32 @@ from tfdist.privacy.accounting.ledger import Ledger, Phase
 from tfdist.privacy.accounting.levels import Levels
 from tfdist.privacy.journal import Journal, backup_of, steps_ahead
 from tfdist.privacy.model_history import History
+from tfdist.privacy.outside_changes import OutsideChanges
 from tfdist.privacy.progress import StepProgress
 from tfdist.privacy.resumption import Earlier, saved_state, with_phase
 from tfdist.privacy.settings import DPSGD
 from tfdist.strategies.session import Session
 
-_AGREED: dict[str, str] = {}  # what the first worker calls phases that each made by hand
+_AGREED: dict[str, str] = {}  # the chief's run names of phases that each worker made by hand
 
 
 class Spending:
-    """Keeps the books of one private `fit`.
+    """Accounts for the steps of one private `fit`.
 
     Args:
         privacy: The settings.
-        session: Where the replicas are.
+        session: The session of `fit`.
         model: A compiled `keras.Model`.
-        progress: Counts the steps.
-        callbacks: What `fit` was given.
-        secret: Whether all random numbers come from the operating system. What has a known
-            seed comes out the same again: nothing of it is lost in a crash.
+        progress: The step count of this training.
+        callbacks: The argument `callbacks` of `fit`.
+        secret: Whether all random numbers come from the operating system. Steps with a known
+            seed can be repeated after a crash, so they need no journal.
 
     Attributes:
-        before: What was spent before this training, and beside it.
-        limit: What all steps may cost, if the training may have to end before it is over.
+        before: The history of all other steps on the data, before this training or beside it.
+        outside: Notices what callbacks do to the weights between steps.
+        limit: The target epsilon, if training may have to end before its last step. None if
+            all planned steps are within the target.
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class Spending:
         self.limit: float | None = None
         self._privacy, self._session, self._model = privacy, session, model
         self._progress = progress
+        self.outside = OutsideChanges(model, self._note_outside)
         self._is_secret = secret
         self._run_id = secrets.token_hex(8)
         self._phase: Phase | None = None
@@ -62,29 +66,29 @@ class Spending:
         self._noise: float | None = None
         self._saved: dict[str, Any] = {}
         self._spent = privacy.spent.renamed(_AGREED)
-        self.before = self._known_before()
+        self.before = self._history_before()
         self._restored = self._counted_at_first = 0
         self._journal: Journal | None = None
         directory = backup_of(callbacks)
         if directory is not None and secret and not session.strategy.elastic:
             self._journal = Journal(directory)
 
-    def _known_before(self) -> History:
-        """Puts together what was spent before, with what earlier processes have made."""
-        found = self._earlier.history.merged(History(self._earlier.spent))
-        found = found.merged(History(self._spent)).merged(model_history.of(self._model))
-        return groupings.known(
-            dataclasses.replace(found, secret=found.secret and self._is_secret)
+    def _history_before(self) -> History:
+        """Merges the steps of earlier processes, of `spent` and of the model."""
+        history = self._earlier.history.merged(History(self._earlier.spent))
+        history = history.merged(History(self._spent)).merged(model_history.of(self._model))
+        return groupings.comparable(
+            dataclasses.replace(history, secret=history.secret and self._is_secret)
         )
 
     def named(self, phase: Phase, users: str | None) -> Phase:
-        """Gives a phase the names of this process's run and of its grouping of examples.
+        """Adds the names of this process's run and of its grouping of examples to a phase.
 
-        A name is random: what a file or a ledger says must not depend on who is in the data.
+        Names are random, since files and ledgers must not depend on the users in the data.
 
         Args:
-            phase: Of this training.
-            users: The fingerprint of the grouping, if there is one.
+            phase: A phase of this training.
+            users: The fingerprint of the grouping, or None.
         """
         groups = None
         if users is not None:
@@ -96,12 +100,12 @@ class Spending:
         )  # fmt: skip
 
     def plan(self, phase: Phase, steps: int, levels: Levels | None = None) -> None:
-        """Takes what will be made.
+        """Sets the planned steps.
 
         Args:
-            phase: As its steps will be counted.
-            steps: How many are planned, those that a checkpoint has included.
-            levels: Of their noise, if it is not that of `phase`.
+            phase: The phase in which steps are counted.
+            steps: The number of planned steps, with those in a checkpoint.
+            levels: The levels of the noise if it follows a schedule, else None.
         """
         self._phase, self._planned, self._levels = phase, steps, levels
         with_phase(self._saved, phase, levels, self._progress.counted_from)
@@ -109,8 +113,8 @@ class Spending:
         if target is None or self._noise is None:
             return
         assert privacy.delta is not None
-        whole = self.ledger(max(0, steps - self._progress.position))
-        spent = whole.epsilon(
+        planned = self.ledger(max(0, steps - self._progress.position))
+        spent = planned.epsilon(
             privacy.delta, accountant=privacy.accountant, relation=privacy.relation
         )
         self.limit = target if spent > target else None
@@ -118,40 +122,41 @@ class Spending:
     def go_on(
         self, saved: dict[str, Any] | None = None, kept: int = 0, directory: Any = None
     ) -> dict[str, Any]:
-        """Takes what earlier processes knew of the model, and of this `fit`.
+        """Reads the records of earlier processes of this `fit`.
 
-        The steps that this process makes get a name of their own, also if it goes on with
-        another one's training: of two that go on from copies of a folder, each makes steps of
-        its own.
+        The steps of this process get their own name, also if it continues the training of
+        another process. Two processes may continue from copies of a folder, and each then
+        makes its own steps.
 
         Args:
-            saved: What one of them got from this method; None if there is none.
-            kept: Steps of this `fit` that are in the weights it has saved.
-            directory: Where it was saved, if it is a `Checkpoint`.
+            saved: The return value of this method in an earlier process, or None.
+            kept: The number of steps of this `fit` in the saved weights.
+            directory: The directory of the `Checkpoint`, or None.
 
         Returns:
-            What is to be saved, plain data, once `plan` has been called.
+            Plain data to be saved, after `plan` has been called.
 
         Raises:
-            ArgumentError: `spent` is not what it was.
-            CheckpointError: How many steps were made is not known.
+            ArgumentError: `spent` is not that of the earlier processes.
+            CheckpointError: The number of steps that were made is unknown.
         """
         if directory is not None:
             self._journal = Journal(directory) if self._is_secret else None
-        found = None if self._journal is None else self._journal.read()
+        written = None if self._journal is None else self._journal.read()
         strategy = self._session.strategy
         if self._journal is not None or saved is not None:
-            found, self._run_id = strategy.broadcast_object((found, self._run_id))
+            written, self._run_id = strategy.broadcast_object((written, self._run_id))
         if saved is not None:
-            self._go_on_with(saved, kept, found)
-        elif found is not None:
-            self._earlier = found
-            names = same_made_again(self._spent.phases, found.spent.phases)
+            self._go_on_with(saved, kept, written)
+        elif written is not None:
+            # The journal of a `BackupAndRestore`, which has no state of ours.
+            self._earlier = written
+            names = same_made_again(self._spent.phases, written.spent.phases)
             self._spent = self._spent.renamed(names)
-            self.before = self._known_before()
-            self._restored = sum(phase.steps for phase in found.phases)
+            self.before = self._history_before()
+            self._restored = sum(phase.steps for phase in written.phases)
         else:
-            self._note_changes()
+            self.before = model_history.with_changes(self._model, self.before)
         bands = self._privacy.bands or 1
         noise = self._progress.go_on(None if saved is None else saved["noise"], kept, bands)
         before = dataclasses.replace(self._earlier, spent=self._spent, history=self.before)
@@ -159,42 +164,32 @@ class Spending:
         self._saved["noise"] = noise if self._progress.correlated else None
         return self._saved
 
-    def _go_on_with(self, saved: dict[str, Any], kept: int, found: Earlier | None) -> None:
-        """Takes what a checkpoint knows, and what was made since it was written."""
+    def _go_on_with(self, saved: dict[str, Any], kept: int, written: Earlier | None) -> None:
+        """Reads the record of a checkpoint, and of steps since it was written."""
         earlier = Earlier.of_checkpoint(saved, kept)
         self._spent = self._spent.renamed(earlier.names_of(self._spent)).merged(earlier.spent)
-        self._earlier = earlier.completed(found) if self._is_secret else earlier
-        self.before = self._known_before()
+        # Steps after the checkpoint are not in the weights, but they have been released to
+        # whoever saw the lost weights. So they count, unless the same noise repeats them.
+        self._earlier = earlier.completed(written) if self._is_secret else earlier
+        self.before = self._history_before()
         self._restored = kept
 
-    def _note_changes(self) -> None:
-        """Notes what was made of the model that is not counted."""
-        known = self.before
-        updates, is_changed = model_history.changed_since(self._model)
-        uncounted = known.uncounted + updates
-        if not known.ledger.phases:
-            uncounted = max(known.uncounted, self._progress.iterations)
-        self.before = dataclasses.replace(
-            known,
-            uncounted=uncounted,
-            changes=known.changes + (is_changed and not updates),
-        )
+    def earlier_noise(self, phase: Phase, levels: Levels | None = None) -> float | None:
+        """Returns the noise of the interrupted training that this one continues, or None.
 
-    def noise_then(self, phase: Phase, levels: Levels | None = None) -> float | None:
-        """Gives the noise of the training that broke off, if this one goes on with it.
-
-        If steps of it were lost, fewer are left for a target than were planned: the training
-        ends earlier, see `limit`.
+        If steps were lost, the target leaves room for fewer steps than planned, and training
+        ends earlier. See `limit`.
 
         Args:
             phase: One step, without noise.
-            levels: If noise follows a schedule; then what that was multiplied by is given.
+            levels: The levels of a schedule, or None. With levels the result is the factor by
+                which they were multiplied.
         """
-        made = self._earlier.in_order
+        phases = self._earlier.in_order
         if levels is not None:
-            self._noise = levels.factor_in(made, phase)
+            self._noise = levels.factor_in(phases, phase)
             return self._noise
-        for earlier in made:
+        for earlier in phases:
             noise, steps = phase.noise_multiplier, phase.steps
             as_now = dataclasses.replace(
                 earlier, noise_multiplier=noise, steps=steps, after=phase.after
@@ -204,22 +199,22 @@ class Spending:
         return self._noise
 
     def notice(self) -> str | None:
-        """Says that `spent` may hold what is known already."""
+        """Returns a warning that `spent` may count steps twice, or None."""
         return like_steps(self._spent.phases, self.before.ledger.phases)
 
     def ledger(self, steps: int) -> Ledger:
-        """Gives all private steps on the data.
+        """Returns all private steps on the data.
 
         Args:
-            steps: Of this training.
+            steps: The number of steps of this training.
         """
-        found = self.before.ledger
+        ledger = self.before.ledger
         for phase in self._phases(steps):
-            found = found.add(phase)
-        return found
+            ledger = ledger.add(phase)
+        return ledger
 
     def _phases(self, steps: int) -> list[Phase]:
-        """Describes steps of this training, by their noise."""
+        """Describes steps of this training, one phase for each noise."""
         if self._phase is None:
             return []
         progress = self._progress
@@ -227,41 +222,54 @@ class Spending:
             return self._levels.phases(self._phase, progress.counted_from, steps)
         if not self._phase.cyclic:
             return [self.phase(steps)]
-        # What a backup has that says nothing of its steps was another mechanism.
-        unknown = min(progress.kept, steps)
-        named = dataclasses.replace(self.phase(unknown), run_id=f"{self._run_id}-before")
-        return [named, self.phase(steps - unknown)]
+        # A backup without a record has steps of another process. Correlated noise does not
+        # continue over processes, so these steps are a mechanism of their own.
+        from_backup = min(progress.kept, steps)
+        earlier = dataclasses.replace(self.phase(from_backup), run_id=f"{self._run_id}-before")
+        return [earlier, self.phase(steps - from_backup)]
 
     def phase(self, steps: int) -> Phase:
         """Describes steps of this training.
 
         Args:
-            steps: How many.
+            steps: The number of steps.
         """
         assert self._phase is not None
         return dataclasses.replace(self._phase, steps=steps)
 
     def history(self) -> History:
-        """Gives what is in the weights now; see `model_history.RunUnderWay`."""
+        """Returns the history of the current weights; see `model_history.RunUnderWay`."""
         return dataclasses.replace(self.before, ledger=self.ledger(self._progress.steps_made))
 
     def absorb(self, history: History) -> None:
-        """Takes what a file says whose weights a callback has loaded.
+        """Adds the history of a file whose weights a callback has loaded.
 
         Args:
-            history: Of the file; of this run it may know less.
+            history: The history of the file. It may have fewer steps of this run.
         """
-        own = [p for p in history.ledger.phases if p.run_id == self._run_id]
-        made = sum(phase.steps for phase in own)
-        self._progress.kept = max(self._progress.kept, made - self._progress.made_here)
-        self.before = self.before.merged(groupings.known(history.without(self._run_id)))
+        of_this_run = [p for p in history.ledger.phases if p.run_id == self._run_id]
+        steps = sum(phase.steps for phase in of_this_run)
+        self._progress.kept = max(self._progress.kept, steps - self._progress.made_here)
+        self.before = self.before.merged(groupings.comparable(history.without(self._run_id)))
+        self.outside.accept()
+        self._write(max(self._ahead, self._progress.steps_made))
+
+    def _note_outside(self, updates: int) -> None:
+        """Notes that a callback has changed the weights between steps."""
+        before = self.before
+        if not updates:
+            if not self.history().ledger.steps:
+                return  # weights that a callback has set before the first private step
+            self.before = dataclasses.replace(before, changes=before.changes + 1)
+        else:
+            self.before = dataclasses.replace(before, uncounted=before.uncounted + updates)
         self._write(max(self._ahead, self._progress.steps_made))
 
     def before_steps(self, steps: int) -> None:
-        """Writes steps down before they are made; see `Listener`.
+        """Writes coming steps to the journal; see `Listener`.
 
         Args:
-            steps: Of this training.
+            steps: The number of steps of this training after the coming ones.
         """
         if self._journal is None or steps <= self._ahead:
             return
@@ -276,15 +284,15 @@ class Spending:
             self._journal.write(Earlier(runs, self._spent, history))
 
     def begun(self) -> None:
-        """Counts what callbacks have restored; see `Listener`."""
+        """Counts the steps that callbacks have restored; see `Listener`."""
         self._agree()
-        found = self.before.ledger.steps + self._progress.steps_made - self._counted_at_first
-        # A backup that says nothing of its steps: they are taken for steps like these.
-        self._progress.kept += max(0, self._progress.moved() - found)
+        counted = self.before.ledger.steps + self._progress.steps_made - self._counted_at_first
+        # If a backup has no record of its steps, they are counted as steps of this training.
+        self._progress.kept += max(0, self._progress.moved() - counted)
         self._begin_levels()
 
     def _begin_levels(self) -> None:
-        """Finds the place in a schedule, one for all workers: a backup may have moved it."""
+        """Sets the place in a schedule, equal on all workers. A backup may have moved it."""
         if self._levels is None:
             return
         progress, strategy = self._progress, self._session.strategy
@@ -295,38 +303,40 @@ class Spending:
         self._saved["counted_from"] = progress.counted_from
 
     def _agree(self) -> None:
-        """Gives all workers the largest counts: one may have read a file, or come late."""
+        """Gives all workers the largest counts. One may have read a file, or joined late."""
         strategy = self._session.strategy
         if strategy.place.num_workers == 1:
             return
         progress = self._progress
-        said = strategy.gather_objects(
+        records = strategy.gather_objects(
             (self._run_id, self._spent, self.before, progress.kept, progress.made_here)
         )
-        self._run_id, spent = said[0][:2]
+        self._run_id, spent = records[0][:2]
         assert self._phase is not None
         self._phase = dataclasses.replace(self._phase, run_id=self._run_id)
-        # What each of them has made by hand, in the same script, is the same.
+        # Each worker runs the same script, so phases that each made by hand are the same.
         _AGREED.update(same_made_again(self._spent.phases, spent.phases))
-        self._spent, self.before = spent, said[0][2]
-        for _, theirs, before, kept, made in said:
-            names = same_made_again(theirs.phases, spent.phases)
-            renamed = dataclasses.replace(before, ledger=before.ledger.renamed(names))
-            self.before = self.before.merged(renamed)
+        self._spent, self.before = spent, records[0][2]
+        for _, worker_spent, worker_before, kept, made_here in records:
+            names = same_made_again(worker_spent.phases, spent.phases)
+            ledger = worker_before.ledger.renamed(names)
+            self.before = self.before.merged(dataclasses.replace(worker_before, ledger=ledger))
             progress.kept = max(progress.kept, kept)
-            progress.settle(max(made, progress.made_here))
+            progress.settle(max(made_here, progress.made_here))
 
     @contextlib.contextmanager
     def counting(self) -> Iterator[None]:
-        """Wraps the training; what was made counts, however it ends."""
+        """Returns a context for the training. Its steps count even if it fails."""
         self._progress.look()
         self._counted_at_first = self.before.ledger.steps - self._restored
         model_history.keep(self._model, self)
         try:
             yield
         finally:
+            self.outside.settle()  # a callback may have failed
             model_history.keep(self._model, self.history())
-            # Else it says too much, which is no reason to lose what was trained.
+            # If this fails, the journal counts too many steps. That is safe, and no reason to
+            # lose the trained model.
             with contextlib.suppress(CheckpointError):
                 if self._journal is not None and self._journal.is_there:
                     self._write(self._progress.steps_made)

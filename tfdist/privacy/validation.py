@@ -1,40 +1,36 @@
-"""What of `fit`'s arguments private training cannot use, with the reason and the remedy."""
+"""Refuses arguments of `fit` that private training cannot use, with reason and remedy."""
 
 from __future__ import annotations
 
-import collections
 from typing import Any
 
 import keras
-import numpy as np
 import tensorflow as tf
 
 from tfdist import data
 from tfdist.errors import ArgumentError
 from tfdist.imbalance.per_class import PerClassMetrics
-from tfdist.privacy import leaking_callbacks
+from tfdist.privacy import leaking_callbacks, shared_rows
 from tfdist.privacy.dpftrl import DPFTRL
 from tfdist.privacy.sampling.poisson import Accounted, Poisson
 from tfdist.privacy.settings import DPSGD
 from tfdist.strategies.session import Session
 
-_ROWS_SOUGHT = 200
-
 
 def check_data(
     session: Session, x: Any, sampler: Any, class_weight: Any, privacy: DPSGD
 ) -> None:
-    """Refuses data, sampling and sums that the accounting is not of.
+    """Refuses data, sampling and sums that the accounting does not cover.
 
     Args:
-        session: Where the replicas are.
-        x: What `fit` was given.
-        sampler: What `fit` was given.
-        class_weight: What `fit` was given.
+        session: The session of `fit`.
+        x: As in `fit`.
+        sampler: As in `fit`.
+        class_weight: As in `fit`.
         privacy: The settings.
 
     Raises:
-        ArgumentError: It is such.
+        ArgumentError: An argument is not covered.
     """
     if any(map(data.is_composite, tf.nest.flatten(x))):
         raise ArgumentError(
@@ -113,33 +109,42 @@ def _check_data_in_turn(session: Session, x: Any, sampler: Any) -> None:
         )
 
 
-def check_copies(privacy: DPSGD, augment: Any) -> None:
-    """Refuses several augmentations of which none is made.
+def check_copies(privacy: DPSGD, augment: Any, source: data.Source | None = None) -> None:
+    """Refuses several augmentations without an `augment` function, or without copies.
 
     Args:
         privacy: The settings.
-        augment: What `fit` was given.
+        augment: As in `fit`.
+        source: The data, if it is read already.
 
     Raises:
-        ArgumentError: It is such.
+        ArgumentError: `augment` is missing, or the data repeats rows another number of times.
     """
     if privacy.augmentations > 1 and augment is None:
         raise ArgumentError(
             "`augmentations` must come with an `augment` of `fit`, or all copies are the "
             f"same. Received: augmentations={privacy.augmentations!r} and augment=None."
         )
+    copies = privacy.augmentations if source is None else source.drawn_from.copies
+    if copies != privacy.augmentations:
+        # Otherwise different examples would be clipped together as copies of one.
+        raise ArgumentError(
+            "`augmentations` must be the number of copies that the data has of each example. "
+            f"Received: augmentations={privacy.augmentations!r} and data with {copies}. Pass "
+            "arrays."
+        )
 
 
 def check_users(privacy: DPSGD, shard: Any, validation_split: float) -> None:
-    """Refuses what would take a user's examples apart.
+    """Refuses arguments that would separate a user's examples.
 
     Args:
         privacy: The settings.
-        shard: What `fit` was given.
-        validation_split: What `fit` was given.
+        shard: As in `fit`.
+        validation_split: As in `fit`.
 
     Raises:
-        ArgumentError: It is such.
+        ArgumentError: An argument would separate them.
     """
     if privacy.group_ids is None:
         return
@@ -157,53 +162,52 @@ def check_users(privacy: DPSGD, shard: Any, validation_split: float) -> None:
 
 
 def check_callbacks(callbacks: Any, x: Any) -> None:
-    """Refuses callbacks that decide or show without noise what single examples do.
+    """Refuses callbacks that use values of single examples without noise.
 
     Args:
-        callbacks: What `fit` was given.
-        x: What `fit` was given.
+        callbacks: As in `fit`.
+        x: As in `fit`.
 
     Raises:
-        ArgumentError: There is one.
+        ArgumentError: A callback is not private.
     """
-    given = getattr(callbacks, "callbacks", callbacks)
-    listed = given if isinstance(given, list | tuple) else [given]
+    listed = getattr(callbacks, "callbacks", callbacks)
+    listed = listed if isinstance(listed, list | tuple) else [listed]
     leaking_callbacks.check_callbacks([c for c in listed if c is not None])
     for callback in listed:
-        if isinstance(callback, PerClassMetrics) and _overlap(callback.x, x):
+        if isinstance(callback, PerClassMetrics) and shared_rows.has_rows_of(callback.x, x):
             raise ArgumentError(
                 "PerClassMetrics must not be of the training data in private training: it "
-                "counts single examples, without noise. Received: the arrays of `x`. Give it "
-                "data that need not be protected."
+                "counts single examples, without noise. Received: rows of `x`. Give it data "
+                "that need not be protected."
             )
 
 
 def check_validation(
     callbacks: Any, x: Any, validation_data: Any, validation_split: float
 ) -> bool:
-    """Refuses decisions by validation on the data that are protected.
+    """Refuses decisions by validation on protected data.
 
-    What is evaluated is neither clipped nor hidden. Whether other data are like them cannot be
-    seen, nor whether `fit` is called again by what validation found, as tuners do.
+    Validation has neither clipping nor noise. Two things cannot be detected: other data that
+    need protection, and calls of `fit` that depend on earlier validation, as tuners make them.
 
     Args:
-        callbacks: What `fit` was given.
-        x: What `fit` was given.
-        validation_data: What `fit` was given.
-        validation_split: What `fit` was given.
+        callbacks: As in `fit`.
+        x: As in `fit`.
+        validation_data: As in `fit`.
+        validation_split: As in `fit`.
 
     Returns:
-        Whether validation is on such data.
+        Whether validation uses protected data.
 
     Raises:
-        ArgumentError: A callback decides by it.
+        ArgumentError: A callback decides by validation on protected data.
     """
-    given = "validation_split"
+    received = "validation_split"
     if validation_data is not None:
-        of_validation = keras.utils.unpack_x_y_sample_weight(validation_data)[0]
-        given = "validation_data with rows of `x`"
-        looked_at = _rows_at_first(of_validation), _rows_at_first(x)
-        if not (_overlap(of_validation, x) or are_rows_of(*looked_at)):
+        validation_x = keras.utils.unpack_x_y_sample_weight(validation_data)[0]
+        received = "validation_data with rows of `x`"
+        if not shared_rows.has_rows_of(validation_x, x):
             return False
     elif not validation_split:
         return False
@@ -212,81 +216,8 @@ def check_validation(
         if leaking_callbacks.decides_by_validation(callback):
             raise ArgumentError(
                 "What private training does must not depend on validation on the data that are "
-                f"protected, which has no noise. Received: {given}, and "
+                f"protected, which has no noise. Received: {received}, and "
                 f"{type(callback).__name__} with monitor={callback.monitor!r}. Pass "
                 "validation_data that need not be protected, or leave the callback out."
             )
     return True
-
-
-def _rows_at_first(x: Any) -> Any:
-    """Gives arrays, or the inputs of a stream's first batch; None if it has none."""
-    if isinstance(x, tf.data.Dataset):
-        batch = next(iter(x), None)
-    elif isinstance(x, keras.utils.PyDataset):
-        batch = x[0]
-    else:
-        return x
-    inputs = None if batch is None else keras.utils.unpack_x_y_sample_weight(batch)[0]
-    if any(map(data.is_composite, tf.nest.flatten(inputs))):
-        return None
-    return tf.nest.map_structure(np.asarray, inputs)
-
-
-def are_rows_of(some: Any, x: Any) -> bool:
-    """Tells whether at least half of some rows are found in arrays.
-
-    Rows that come several times there do not count: of few values, any may be there by chance.
-    Some 200 of them are looked for.
-
-    Args:
-        some: Arrays of rows, nested as `x`.
-        x: Arrays, else there is nothing to be found.
-    """
-    if some is None or x is None or not (data.is_arrays(some) and data.is_arrays(x)):
-        return False
-    leaves = [*tf.nest.flatten(some), *tf.nest.flatten(x)]
-    half = len(tf.nest.flatten(x))
-    if len(leaves) != 2 * half or any(map(data.is_composite, leaves)):
-        return False
-    arrays = [np.asarray(leaf) for leaf in leaves]
-    wanted, held = arrays[:half], arrays[half:]
-    if any(array.dtype == object or not array.ndim for array in arrays) or not len(wanted[0]):
-        return False
-    if any(w.shape[1:] != h.shape[1:] for w, h in zip(wanted, held, strict=True)):
-        return False
-    chosen = np.unique(np.linspace(0, len(wanted[0]) - 1, _ROWS_SOUGHT).astype(int))
-    wanted = [w[chosen].astype(h.dtype) for w, h in zip(wanted, held, strict=True)]
-    sought = {_bytes(wanted, row) for row in range(len(chosen))}
-    counts = collections.Counter(_bytes(held, row) for row in _candidates(wanted[0], held[0]))
-    return sum(counts[row] == 1 for row in sought) >= max(1, len(sought) / 2)
-
-
-def _bytes(arrays: list[Any], row: int) -> bytes:
-    return b"".join(np.asarray(array[row]).tobytes() for array in arrays)
-
-
-def _candidates(wanted: Any, held: Any) -> Any:
-    """Gives the rows that may be among some, by a few of their columns, which is quick."""
-    wanted, held = wanted.reshape(len(wanted), -1), held.reshape(len(held), -1)
-    columns = np.unique(np.linspace(0, wanted.shape[1] - 1, 64).astype(int))
-    telling = sorted(columns, key=lambda c: -len(np.unique(wanted[:, c])))[:3]
-    fits = np.ones(len(held), bool)
-    for column in telling:
-        fits &= np.isin(held[:, column], wanted[:, column])
-    return np.flatnonzero(fits)
-
-
-def _overlap(first: Any, second: Any) -> bool:
-    """Tells whether arrays have memory in common; tensors, whether they are the same."""
-    for a in tf.nest.flatten(first):
-        for b in tf.nest.flatten(second):
-            if a is b:
-                return True
-            if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
-                try:
-                    if np.shares_memory(a, b, max_work=1000):  # type: ignore[arg-type]
-                        return True
-                except np.exceptions.TooHardError:
-                    continue
-    return False

@@ -54,7 +54,7 @@ class ContinuedCallbacks(keras.callbacks.CallbackList):  # type: ignore[misc]
     steps_made = 0
 
     def is_completed(self, first: int) -> bool:
-        """Tells whether the steps of one execution are completed already.
+        """Returns whether the steps of one execution are completed already.
 
         Args:
             first: Index of the first of these steps in the epoch.

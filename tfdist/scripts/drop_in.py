@@ -177,7 +177,7 @@ def _move_folder_once(written: Path, destination: Path) -> None:
 
 
 def _is_of_this_save(destination: Path, last_inode: int | None) -> bool:
-    """Tells whether another worker has written the folder since this worker's last save."""
+    """Returns whether another worker has written the folder since this worker's last save."""
     try:
         status = destination.stat()
     except FileNotFoundError:

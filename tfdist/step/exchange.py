@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
-from tfdist.step.state import AnyRole
+from tfdist.step.state import AnyRole, Sharded
 from tfdist.strategies.base import Strategy
 
 Tensor = Any
@@ -27,6 +27,8 @@ class Contribution:
         share: Scalar float32: the replica's part of the batch.
         variables: The `keras.Variable` of each gradient.
         loss_scales: The factor of loss scaling in each gradient, a scalar tensor, or None.
+        are_rows: Whether each gradient has the values of some rows, the same on all replicas.
+        is_applied: Whether optimizers apply the sums as they are.
     """
 
     gradients: Sequence[Tensor]
@@ -34,6 +36,8 @@ class Contribution:
     share: Tensor
     variables: Sequence[Any]
     loss_scales: Sequence[Tensor | None]
+    are_rows: Sequence[bool] = ()
+    is_applied: bool = True
 
 
 class Exchange(abc.ABC):
@@ -52,11 +56,20 @@ class Exchange(abc.ABC):
         """The `keras.Variable`s of the exchange, each with its role."""
         return ()
 
+    @property
+    def parts(self) -> Sequence[tuple[Any, Sharded]]:
+        """The model's `keras.Variable`s that it keeps in parts while training."""
+        return ()
+
     def reset(self) -> None:  # noqa: B027
         """Resets its state, at the beginning of a training."""
 
     def running(self) -> contextlib.AbstractContextManager[None]:
         """Makes a context around a training."""
+        return contextlib.nullcontext()
+
+    def training(self) -> contextlib.AbstractContextManager[None]:
+        """Makes a context around a training, but not around an evaluation."""
         return contextlib.nullcontext()
 
     def next_phase(self) -> Hashable:

@@ -54,15 +54,15 @@ def make_functions(
     Raises:
         StrategyError: Both an extension and the strategy replace the train step.
     """
-    own = strategy.own_functions(model)
-    if own is not None and own_step is not None:
+    own_functions = strategy.own_functions(model)
+    if own_functions is not None and own_step is not None:
         raise StrategyError(
             "An extension that replaces Keras's train step needs a strategy that splits one "
             f"global batch. Received: strategy {strategy.name!r}, which has functions of its "
             "own. Use another strategy."
         )
-    if own is not None:
-        return own
+    if own_functions is not None:
+        return own_functions
     replica = ReplicaSteps(model, strategy, own_step, exchange)
     whole_batch = as_whole(strategy)
     if whole_batch is not None and whole_batch.has_company:

@@ -17,6 +17,9 @@ class OwnStep(Protocol):
     def running(self) -> contextlib.AbstractContextManager[None]:
         """Makes a context in which the step is traced and run."""
 
+    def refuse_other_data(self) -> None:
+        """Called if a callback trains the model by Keras's step. May raise an error."""
+
     def begin(self, share: Any) -> None:
         """Called before the replicas of this process make a step.
 

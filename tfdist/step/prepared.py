@@ -17,6 +17,7 @@ from tfdist.step.state import TrainState, optimizers_of, variables_of
 from tfdist.strategies.base import Functions, Place, Strategy
 from tfdist.strategies.session import current
 from tfdist.strategies.whole import as_whole
+from tfdist.strategies.zero import Zero
 from tfdist.watchdog import here
 
 
@@ -58,7 +59,7 @@ class PreparedModel:
     _runs: bool = field(default=False, init=False)
 
     def fits(self, model: Any, strategy: Strategy) -> bool:
-        """Tells whether the functions still fit: no compile, rebuild or move came since."""
+        """Returns whether the functions still fit: no compile, rebuild or move came since."""
         return (
             self.strategy is strategy
             and self.place == strategy.place
@@ -79,11 +80,12 @@ class PreparedModel:
             self.own_round, self.round_maker = None, _Dropped()
 
     @contextlib.contextmanager
-    def running(self, source: data.Source) -> Iterator[None]:
+    def running(self, source: data.Source, trains: bool = False) -> Iterator[None]:
         """Lets Keras's loop run the functions. The model is a plain one again afterwards.
 
         Args:
             source: The data of the call.
+            trains: Whether the loop trains.
         """
         if self._runs:  # a callback evaluates the model that trains
             with self._functions():
@@ -111,6 +113,8 @@ class PreparedModel:
             for part in parts:
                 if part is not None:
                     stack.enter_context(part.running())
+            if trains and self.exchange is not None:
+                stack.enter_context(self.exchange.training())
             self._runs = True
             stack.callback(setattr, self, "_runs", False)
             yield
@@ -119,6 +123,7 @@ class PreparedModel:
         return _keras.loop_functions(
             self.model,
             (data.Epoch, data.Share),
+            None if self.own_step is None else self.own_step.refuse_other_data,
             train_function=here.recording(self.functions.train, "training"),
             test_function=here.recording(self.functions.test, "validation"),
             predict_function=here.recording(self.functions.predict, "prediction"),
@@ -172,7 +177,10 @@ def prepare(
     with_state = [part for part in (exchange, own_round) if part is not None]
     of_extensions = tuple(pair for part in with_state for pair in part.state)
     optimizers = [*optimizers_of(model), *(own_round.optimizers if own_round else ())]
-    state = TrainState(tuple(variables_of(model)), of_extensions)
+    parts = () if exchange is None else tuple(exchange.parts)
+    state = TrainState(tuple(variables_of(model)), of_extensions, parts)
+    in_parts = {id(variable) for variable, _ in parts}  # the exchange holds these itself
+    placed = [v for v in state.variables if id(v) not in in_parts]
     # Processes with whole batches also take the chief's residuals.
     agreed = state.variables if as_whole(strategy) else state.replicated
     prepared = PreparedModel(
@@ -181,7 +189,7 @@ def prepare(
         strategy.place,
         _keras.compiled_state(model),
         state,
-        strategy.hold(state.variables, optimizers),
+        strategy.hold(placed, optimizers),
         make_functions(model, strategy, stop, agreed, own_step, exchange, own_round),
         stop,
         own_step,
@@ -232,7 +240,10 @@ def take_out_of_scope(model: Any, strategy: Any) -> Any:
         _keras.leave_scope(model, variables_of(model), optimizers_of(model))
         _keras.attached(model).scope = scope
     scope = _keras.attached(model).scope
-    is_open = isinstance(strategy, str) and strategy == "auto"
+    connecting = strategy.on if isinstance(strategy, Zero) else strategy
+    is_open = isinstance(connecting, str) and connecting == "auto"
     if scope is None or not is_open or not current().strategy.is_plain:
         return strategy
-    return scope if scope.num_replicas_in_sync > 1 else strategy
+    if scope.num_replicas_in_sync == 1:
+        return strategy
+    return replace(strategy, on=scope) if isinstance(strategy, Zero) else scope

@@ -1,7 +1,7 @@
-"""The exact reduction: what a replica contributes to a step, and what all make of it.
+"""The exact reduction of a step: gradients, metric state, statistics and signals.
 
-Gradients, metrics' state, changed statistics and the workers' signals to each other travel
-in one collective where the train step allows it.
+Each replica contributes sums, and all replicas get the totals. Gradients, the state of metrics,
+changed statistics and the workers' signals share one collective if the train step allows it.
 """
 
 from __future__ import annotations
@@ -24,22 +24,21 @@ GOES_ON, STOPPED, DISAGREED, MEMBERS_CHANGED = 0, 1, 2, 3
 
 
 class StepAgreement:
-    """Whether all workers go on with this step; known after the step's first reduction.
+    """The agreement of all workers on a step. It is known after the step's first reduction.
 
     Args:
-        strategy: Where the replica is.
-        share: Its share of the batch.
-        stopping: Whether this worker was asked to stop, whether members changed, and whether
-            this worker has to leave.
-        elements: Of all gradients that will be reduced; by it the strategy decides whether
-            to learn of the others' signals ahead.
-        exchange: What an extension puts around the reduction, and the kind of this step.
+        strategy: The strategy on whose replicas the step runs.
+        share: The per-replica batch.
+        stopping: The result of `StopState.requests` on this worker.
+        elements: The number of elements of all gradients of the step, by which the strategy
+            decides whether the signals are reduced before the gradients.
+        exchange: An extension's exchange and the phase of this step, or None.
 
     Attributes:
-        status: Scalar int32: `GOES_ON`; else nothing changes in this step.
-        leaving: Scalar bool: whether a worker has to leave. This step is made all the same.
-        needed: Whether there are other workers to agree with.
-        seconds: Scalar float64: how long reductions took, if there are other workers.
+        status: Scalar int32. If it is not `GOES_ON`, the step changes nothing.
+        leaving: Scalar bool: whether a worker has to leave. The step is made nevertheless.
+        needed: Whether there are other workers.
+        seconds: Scalar float64: the seconds of reductions, if there are other workers.
     """
 
     def __init__(
@@ -60,8 +59,8 @@ class StepAgreement:
         self._replicas = float(strategy.place.num_replicas)
         self._said = tf.concat([stopping, share.check, tf.square(share.check)], 0)
         if self.needed and strategy.signals_lead(elements):
-            (heard,) = strategy.all_reduce_sum([self._said])
-            self._hear(heard)
+            (summed,) = strategy.all_reduce_sum([self._said])
+            self._hear(summed)
 
     def reduce(
         self,
@@ -70,27 +69,42 @@ class StepAgreement:
         others: Sequence[Tensor],
         variables: Sequence[Any] = (),
         loss_scales: Sequence[Tensor | None] = (),
+        are_rows: Sequence[bool] = (),
+        is_applied: bool = True,
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Sums tensors over all replicas; the first time the signals go with them."""
-        said = [] if self._known else [self._said]
-        sent = [*others, *said]
-        arrived = timers.now([gradients, sent]) if self.needed else self.seconds
-        given = Contribution(gradients, sent, batch.share, variables, loss_scales)
-        (gradients, others), keep = self._sums(given)
+        """Sums tensors over all replicas. The first reduction also sums the signals."""
+        # The signals are the last tensor of the collective. Their position must be the same on
+        # all workers, since collectives match tensors by position.
+        signals = [] if self._known else [self._said]
+        exact_tensors = [*others, *signals]
+        began = timers.now([gradients, exact_tensors]) if self.needed else self.seconds
+        contribution = Contribution(
+            gradients,
+            exact_tensors,
+            batch.share,
+            variables,
+            loss_scales,
+            are_rows,
+            is_applied,
+        )
+        (gradients, others), store_state = self._sums(contribution)
         if self.needed:
-            self.seconds += timers.now([gradients, others]) - arrived
-        if said:
+            self.seconds += timers.now([gradients, others]) - began
+        if signals:
             self._hear(others.pop())
-        if keep is not None:
-            keep(self.goes_on)
+        if store_state is not None:
+            store_state(self.goes_on)
         return gradients, others
 
-    def _sums(self, given: Contribution) -> tuple[Sums, Callable[[Tensor], None] | None]:
-        if self._exchange is not None and given.gradients:
+    def _sums(self, contribution: Contribution) -> tuple[Sums, Callable[[Tensor], None] | None]:
+        if self._exchange is not None and contribution.gradients:
             exchange, phase = self._exchange
-            return exchange.reduce(self._strategy, given, phase)
+            return exchange.reduce(self._strategy, contribution, phase)
         sums = self._strategy.reduce_step(
-            given.gradients, given.others, given.share, given.variables
+            contribution.gradients,
+            contribution.others,
+            contribution.share,
+            contribution.variables,
         )
         return sums, None
 
@@ -101,20 +115,22 @@ class StepAgreement:
 
     @property
     def goes_on(self) -> Tensor:
-        """Scalar bool: whether the step counts; known after the first reduction."""
+        """Scalar bool: whether the step counts. It is known after the first reduction."""
         return tf.equal(self.status, GOES_ON)
 
-    def _hear(self, heard: Tensor) -> None:
-        stopping, sums, squares = tf.split(heard, [3, 4, 4])
-        # Whole numbers below 64: sums of squares are exact in float32 up to 4096 replicas,
-        # and equal numbers are the only ones without variance.
+    def _hear(self, summed: Tensor) -> None:
+        """Sets the status from the summed signals of all replicas."""
+        stopping, sums, squares = tf.split(summed, [3, 4, 4])
+        # Checksums are equal on all R replicas exactly if R times the sum of their squares is
+        # the square of their sum: their variance is 0 then. Each part of a checksum is a whole
+        # number below 64, so these sums are exact in float32 for up to 4096 replicas.
         differ = tf.reduce_any(squares * self._replicas != tf.square(sums))
         status = tf.where(differ, DISAGREED, tf.where(stopping[0] > 0, STOPPED, GOES_ON))
         status = tf.where(stopping[1] > 0, MEMBERS_CHANGED, status)
         self.status, self.leaving, self._known = status, stopping[2] > 0, True
 
     def do(self, action: Callable[[], None]) -> None:
-        """Does something if the workers go on."""
+        """Calls a function if the step counts."""
 
         def act() -> Tensor:
             action()
@@ -126,16 +142,17 @@ class StepAgreement:
             action()
 
     def choose(self, going_on: Tensor, otherwise: Tensor) -> Tensor:
-        """Gives one tensor if the workers go on, else the other."""
+        """Returns one tensor if the step counts, else the other."""
         return tf.where(self.goes_on, going_on, otherwise)
 
 
 class MetricState:
-    """The metrics that a step updates: their state before, and what the share adds to it.
+    """The metrics that a step updates, their state before it, and the replica's changes.
 
     Args:
-        from_zero: Whether a metric's state is only the share's while the step runs. Then its
-            sums are exact; else results that a step computes with are those of the epoch.
+        from_zero: Whether the state of metrics is 0 when the step begins, so that the sums over
+            replicas are exact. Otherwise it is that of the epoch so far. A custom `train_step`
+            may use the results of its metrics, so there it is that of the epoch.
     """
 
     def __init__(self, from_zero: bool) -> None:
@@ -143,7 +160,7 @@ class MetricState:
         self._before: dict[int, tuple[Any, Tensor]] = {}
 
     def begin(self, variables: Sequence[Any]) -> None:
-        """Notes the state of a metric that is about to be updated."""
+        """Records the state of a metric before its first update in the step."""
         for variable in variables:
             if id(variable) not in self._before:
                 before = tf.identity(variable.value)
@@ -152,7 +169,7 @@ class MetricState:
                     variable.assign(tf.zeros_like(before))
 
     def changes(self, batch: ReplicaBatch) -> list[Tensor]:
-        """What the share added: nothing, when it holds no example."""
+        """Returns the changes by the replica's batch. They are 0 if it has no example."""
         return [
             tf.where(
                 batch.has_rows,
@@ -163,14 +180,14 @@ class MetricState:
         ]
 
     def assign(self, changes: Sequence[Tensor]) -> None:
-        """Adds what all shares added to the state before."""
+        """Adds the changes of all replicas to the state before the step."""
         states = self._before.values()
         for (variable, before), change in zip(states, changes, strict=True):
             variable.assign(before + change)
 
 
 class _Waiting(NamedTuple):
-    """An update that needs its gradients reduced."""
+    """An update that waits for the reduction of its gradients."""
 
     update: Callable[[list[Tensor]], None]
     grads: list[Tensor]
@@ -178,31 +195,44 @@ class _Waiting(NamedTuple):
     loss_scale: Tensor | None
 
     def pairs(self) -> list[tuple[Tensor, Any]]:
-        """Gives the gradients that there are, each with its variable."""
-        both = zip(self.grads, self.variables, strict=True)
-        return [(gradient, variable) for gradient, variable in both if gradient is not None]
+        """Returns the gradients that are not None, each with its variable."""
+        gradients_and_variables = zip(self.grads, self.variables, strict=True)
+        return [
+            (gradient, variable)
+            for gradient, variable in gradients_and_variables
+            if gradient is not None
+        ]
 
 
-def _of_rows(own: Tensor, total: Tensor, has_fixed_rows: bool) -> Tensor:
-    """Gives a reduced gradient the rows that one process would have."""
+def _of_rows(gradient: Tensor, total: Tensor, has_fixed_rows: bool) -> Tensor:
+    """Gives a reduced gradient the rows that one process would have.
+
+    Args:
+        gradient: The replica's gradient.
+        total: The sum over all replicas.
+        has_fixed_rows: Whether all replicas have the same rows, whose values alone were summed.
+    """
     if has_fixed_rows:
-        return tf.IndexedSlices(total, own.indices, own.dense_shape)
-    return _keras.once_each(total) if _keras.has_unique_rows(own) else total
+        return tf.IndexedSlices(total, gradient.indices, gradient.dense_shape)
+    # Gathered rows of several replicas may repeat. An optimizer that gets unique rows from one
+    # process would update a repeated row several times.
+    return _keras.once_each(total) if _keras.has_unique_rows(gradient) else total
 
 
 class ReducedUpdates:
-    """Stands between a train step and its optimizers, to reduce before they apply.
+    """Reduces gradients between a train step and its optimizers.
 
-    With Keras's `train_step` nothing after the update depends on it, so it waits for the
-    metrics and shares their collective. A model's own `train_step` may rely on updated
-    weights (a GAN's second half does), so there each update is made at once.
+    In Keras's `train_step` nothing after the update depends on it. So the update waits for the
+    metrics, and shares their collective. A custom `train_step` may use updated weights, as the
+    second half of a GAN's step does. So there each update is made at once.
 
     Args:
         model: The model that is trained.
-        batch: The replica's share.
-        agreement: Whether the workers go on.
-        strategy: Where the replica is.
-        are_parts: Whether gradients come as parts of the global one, which add up to it.
+        batch: The description of the per-replica batch.
+        agreement: The agreement of the workers on this step.
+        strategy: The strategy on whose replicas the step runs.
+        are_parts: Whether gradients are already parts of the global gradient, which is their
+            sum over all replicas.
     """
 
     def __init__(
@@ -221,14 +251,15 @@ class ReducedUpdates:
         self._are_parts = are_parts
         # In float16 a sum over fewer rows overflows later than that of one process. In float32
         # the sum over all replicas overflows as it does.
-        has_float16 = any(layer.compute_dtype == "float16" for layer in _keras.layers_of(model))
+        has_float16 = _keras.computes_in(model, "float16")
         self._is_afterwards = has_float16 and not _keras.synchronized_variables(model)
         self._scaled: set[int] = set()
         self._waiting: list[_Waiting] = []
 
     def scale(self, optimizer: Any, loss: Tensor) -> Tensor:
-        """Makes the loss the share's part of the global loss."""
-        # The share's mean overflows in float16 about where one process's does.
+        """Returns the loss as the replica's part of the global loss."""
+        # In float16 the unscaled mean overflows about where that of one process does. `apply`
+        # scales the gradients instead.
         if self._is_afterwards and hasattr(optimizer, "dynamic_scale"):
             return loss
         # Before the backward pass: collectives inside the model (synchronized
@@ -243,7 +274,7 @@ class ReducedUpdates:
         update: Callable[[list[Tensor]], None],
         variables: Sequence[Any],
     ) -> None:
-        """Keeps the share's gradients for the reduction, or reduces and applies them now."""
+        """Stores the replica's gradients for the reduction, or reduces and applies them now."""
         if not self._are_parts and id(optimizer) not in self._scaled:
             share = self._batch.share
             grads = [g if g is None else g * tf.cast(share, g.dtype) for g in grads]
@@ -254,27 +285,33 @@ class ReducedUpdates:
             self._reduce_and_apply([])
 
     def _reduce_and_apply(self, with_gradients: Sequence[Tensor]) -> list[Tensor]:
-        """Reduces waiting gradients and some tensors in one go, and applies the gradients."""
+        """Reduces waiting gradients and other tensors together, and applies the gradients."""
         pairs = [pair for waiting in self._waiting for pair in waiting.pairs()]
         scales = [waiting.loss_scale for waiting in self._waiting for _ in waiting.pairs()]
         gradients = [gradient for gradient, _ in pairs]
         are_fixed = [_keras.has_fixed_rows(gradient) for gradient in gradients]
         sent = [g.values if fixed else g for g, fixed in zip(gradients, are_fixed, strict=True)]
         summed, others = self.agreement.reduce(
-            self._batch, sent, with_gradients, [v for _, v in pairs], scales
+            self._batch,
+            sent,
+            with_gradients,
+            [v for _, v in pairs],
+            scales,
+            are_fixed,
+            is_applied=not self._are_parts,  # an extension's own step goes on with the sums
         )
         reduced = iter(map(_of_rows, gradients, summed, are_fixed))
-        ready = [
+        updates = [
             functools.partial(w.update, [g if g is None else next(reduced) for g in w.grads])
             for w in self._waiting
         ]
         self._waiting = []
-        for update in ready:
+        for update in updates:
             self._strategy.update(functools.partial(self.agreement.do, update))
         return others
 
     def finish(self, metrics: MetricState) -> None:
-        """Brings metrics, and what else the forward pass changed, to one value everywhere."""
+        """Makes metrics, and variables that the forward pass changed, equal on all replicas."""
         synchronized = _keras.synchronized_variables(self._model)
         touched = list(self._batch.touched.values())
         differing = [
@@ -282,25 +319,27 @@ class ReducedUpdates:
             for variable, before in touched
             if before.dtype.is_floating and id(variable) not in synchronized
         ]
-        # What the forward pass made of a weight, its update starts from.
+        # If the forward pass has changed a weight, its update starts from the changed value. So
+        # the means of such weights need a collective of their own, before the updates.
         weights = [pair for pair in differing if pair[0].trainable and self._waiting]
         if weights:
             _, means = self.agreement.reduce(self._batch, [], self._weighed(weights))
             self._assign(weights, means)
             differing = [pair for pair in differing if not pair[0].trainable]
-        weighed = self._weighed(differing)
-        reduced = self._reduce_and_apply([*weighed, *metrics.changes(self._batch)])
+        parts = self._weighed(differing)
+        reduced = self._reduce_and_apply([*parts, *metrics.changes(self._batch)])
         self.agreement.finish()
         changes = reduced[len(differing) :]
         self._assign(differing, reduced)
         if self.agreement.needed:
+            # A step that does not count changes nothing: variables get their values before it.
             changes = [self.agreement.choose(c, tf.zeros_like(c)) for c in changes]
             for variable, before in touched:
                 variable.assign(self.agreement.choose(variable.value, before))
         metrics.assign(changes)
 
     def _weighed(self, touched: Sequence[tuple[Any, Tensor]]) -> list[Tensor]:
-        """Gives the share's part of what variables are on all replicas."""
+        """Returns the replica's parts of the means of variables over all examples."""
         return [
             tf.where(
                 self._batch.has_rows,

@@ -53,9 +53,9 @@ class ReplicaSteps:
 
     def train(self, share: Share, stopping: Tensor, phase: Hashable) -> Result:
         """Makes one train step, with one update of the weights."""
-        if (
-            share.total is None and self.is_extended
-        ):  # a stream's batch, which this replica has alone
+        if share.total is None and self.is_extended:
+            # A single replica gets the batches of a stream as they are. An extension needs
+            # their description too.
             count = tf.shape(tf.nest.flatten(share.data)[0], tf.int64)[0]
             nothing = tf.constant(0, tf.int64)
             share = Share(share.data, count, count, nothing, tf.zeros([4]), no_groups())
@@ -78,6 +78,8 @@ class ReplicaSteps:
                 logs = self.train_step(share.data)
             else:
                 logs = own_step.train_step(share.data, batch, share.groups)
+            # From here on, variables are assigned as usual. `finish` makes the step's last
+            # reduction, which every replica must reach, whatever its rows were.
             batch.updates = batch.metrics = None
             updates.finish(metrics)
             return self._logs(batch, logs), signals_of(agreement, share)

@@ -23,13 +23,16 @@ class Sharded:
 
     The parts have equal shapes. They follow each other along axis 0 in the replicas' order, and
     padding follows the tensor. As with `Role.PER_REPLICA`, only the first local replica's part
-    is kept where `hold` ends.
+    of an extension's variable is kept where `hold` ends. A variable of the model is in parts
+    only while `Exchange.training` lasts, and whole before and after it.
 
     Attributes:
         rows: Number of rows of the tensor, without the padding.
+        shape: The tensor's shape. None if a part has the tensor's shape but for axis 0.
     """
 
     rows: int
+    shape: tuple[int, ...] | None = None
 
 
 AnyRole = Role | Sharded
@@ -42,17 +45,35 @@ class TrainState:
     Code that compares, broadcasts, saves or commits state asks for variables by role.
 
     Attributes:
-        of_model: `keras.Variable`s of the model, its optimizers and metrics, all replicated.
+        of_model: `keras.Variable`s of the model, its optimizers and metrics. They are
+            replicated, but for those in `parts`.
         of_extensions: `keras.Variable`s of extensions, each with its role.
+        parts: The variables of `of_model` that are in parts while training, each with its
+            role.
     """
 
     of_model: tuple[Any, ...]
     of_extensions: tuple[tuple[Any, AnyRole], ...] = ()
+    parts: tuple[tuple[Any, Sharded], ...] = ()
 
     @property
     def replicated(self) -> tuple[Any, ...]:
         """Variables that are equal on all replicas."""
+        in_parts = {id(variable) for variable, _ in self.parts}
+        return tuple(v for v in self.named if id(v) not in in_parts)
+
+    @property
+    def named(self) -> tuple[Any, ...]:
+        """Variables with one value: the replicated ones, and those of the model in parts."""
         return self.of_model + self._with(Role.REPLICATED)
+
+    def role_in_parts(self, variable: Any) -> Sharded | None:
+        """Returns the role of a variable of the model that is in parts, or None.
+
+        Args:
+            variable: A variable of `named`.
+        """
+        return next((role for v, role in self.parts if v is variable), None)
 
     @property
     def per_replica(self) -> tuple[Any, ...]:
@@ -67,7 +88,8 @@ class TrainState:
     @property
     def is_everywhere(self) -> bool:
         """Whether each process has all state: then saving needs no exchange."""
-        return all(role is Role.REPLICATED for _, role in self.of_extensions)
+        are_replicated = all(role is Role.REPLICATED for _, role in self.of_extensions)
+        return are_replicated and not self.parts
 
     @property
     def variables(self) -> tuple[Any, ...]:
@@ -78,7 +100,7 @@ class TrainState:
         return tuple(variable for variable, its_role in self.of_extensions if its_role is role)
 
     def is_of(self, model: Any) -> bool:
-        """Tells whether a model still has these variables.
+        """Returns whether a model still has these variables.
 
         Args:
             model: A built `keras.Model`.

@@ -81,7 +81,7 @@ class StepTimers:
 
 
 def has_clocks() -> bool:
-    """Tells whether there are clocks: with deterministic ops, TensorFlow allows none."""
+    """Returns whether there are clocks: with deterministic ops, TensorFlow allows none."""
     return not _keras.is_deterministic()
 
 

@@ -10,10 +10,12 @@ from typing import Any, ClassVar
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 from tfdist.cluster import Cluster
 from tfdist.cluster.key_value_store import KeyValueStore
-from tfdist.strategies.gathered_groups import Groups, gather_in_group, sum_in_group
+from tfdist.strategies.collectives import Collectives
+from tfdist.strategies.gathered_groups import Groups
 from tfdist.strategies.place import Place
 
 __all__ = ["Functions", "Groups", "Place", "Strategy", "Tensor"]
@@ -40,7 +42,7 @@ class Functions:
     timers: Any = None
 
 
-class Strategy(abc.ABC):
+class Strategy(Collectives):
     """Distributes training over devices and processes.
 
     A subclass sets `name`. Its constructor takes a `Cluster` and sets `place`. It answers
@@ -99,18 +101,6 @@ class Strategy(abc.ABC):
         """
         return function(*args)
 
-    def replica_id(self) -> Tensor:
-        """The global index of the running replica, a scalar int32 tensor or an int."""
-        return self.place.first_replica
-
-    def all_reduce_sum(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Sums each tensor over all replicas. Every replica gets the result.
-
-        Args:
-            tensors: Dense tensors of any dtypes, or `tf.IndexedSlices`.
-        """
-        return list(tensors)
-
     def reduce_step(
         self,
         gradients: Sequence[Tensor],
@@ -141,7 +131,7 @@ class Strategy(abc.ABC):
         action()
 
     def signals_lead(self, elements: int) -> bool:
-        """Tells whether the workers' signals are reduced before the gradients of a step.
+        """Returns whether the workers' signals are reduced before the gradients of a step.
 
         A collective together with the gradients is cheapest. An earlier collective lets
         each variable be updated while the gradients of others are still being reduced.
@@ -150,66 +140,6 @@ class Strategy(abc.ABC):
             elements: Number of elements of all gradients of the step.
         """
         return False
-
-    def all_gather(self, tensor: Tensor) -> Tensor:
-        """Concatenates a tensor of every replica along axis 0, in the replicas' order.
-
-        Args:
-            tensor: Shape [rows, ...]; `rows` may differ between replicas.
-        """
-        return tensor
-
-    def sum_along(self, axis: str, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Sums each tensor over the replicas that differ on one axis of the mesh only.
-
-        Args:
-            axis: The axis's name, as in `Mesh`.
-            tensors: As in `all_reduce_sum`.
-        """
-        size = self.place.mesh.size_of(axis)
-        if size == 1:
-            return list(tensors)
-        if size == self.place.num_replicas:
-            return self.all_reduce_sum(tensors)
-        return self.sum_in_groups(self.place.mesh.groups(axis), tensors)
-
-    def gather_along(self, axis: str, tensor: Tensor) -> Tensor:
-        """Concatenates a tensor of every replica that differs on one axis of the mesh only.
-
-        Args:
-            axis: The axis's name, as in `Mesh`.
-            tensor: As in `all_gather`.
-        """
-        size = self.place.mesh.size_of(axis)
-        if size == 1:
-            return tensor
-        if size == self.place.num_replicas:
-            return self.all_gather(tensor)
-        return self.gather_in_groups(self.place.mesh.groups(axis), tensor)
-
-    def sum_in_groups(self, groups: Groups, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Sums each tensor over the replicas of a group. Every replica must call it.
-
-        A subclass overrides this if it can reduce in groups. Here all replicas gather.
-
-        Args:
-            groups: The global indices of each group's replicas; each replica is in one group,
-                and the groups have equal sizes.
-            tensors: As in `all_reduce_sum`.
-        """
-        replica = self.replica_id()
-        return [sum_in_group(t, groups, replica, self.all_gather) for t in tensors]
-
-    def gather_in_groups(self, groups: Groups, tensor: Tensor) -> Tensor:
-        """Concatenates a tensor of every replica of a group. Every replica must call it.
-
-        A subclass overrides this if it can gather in groups. Here all replicas gather.
-
-        Args:
-            groups: As in `sum_in_groups`.
-            tensor: As in `all_gather`.
-        """
-        return gather_in_group(tensor, groups, self.replica_id(), self.all_gather)
 
     def distribute(self, dataset: Callable[[], Any]) -> Iterable[Any]:
         """Turns this process's per-replica batches into elements for `run`.
@@ -241,7 +171,7 @@ class Strategy(abc.ABC):
         return None
 
     def describe(self, batch_size: int | None) -> str:
-        """Says how many replicas there are and how a batch is split, in a few words.
+        """Returns how many replicas there are and how a batch is split, in a few words.
 
         Args:
             batch_size: Number of examples of a full global batch, if known.
@@ -252,10 +182,10 @@ class Strategy(abc.ABC):
         """Returns a line for the user at the end of a training, or None."""
         return None
 
-    def join(self) -> None:  # noqa: B027, only elastic strategies have anything to join
+    def join(self) -> None:
         """Begins the collectives of an elastic run. Until then this process is alone."""
 
-    def reconnect(self) -> None:  # noqa: B027
+    def reconnect(self) -> None:
         """Connects the processes that are there now. They must `join` again."""
 
     def members_watched(
@@ -283,6 +213,15 @@ class Strategy(abc.ABC):
         """
         return contextlib.nullcontext()
 
+    def make_variable(self, value: Tensor, name: str) -> Any:
+        """Makes a backing variable of which each replica of this process has its own value.
+
+        Args:
+            value: The initial value on all of them.
+            name: Its name.
+        """
+        return tf.Variable(value, trainable=False, name=name)
+
     def copies(self, variable: Any) -> list[Any]:
         """Returns a variable's value on each replica of this process, as arrays.
 
@@ -300,7 +239,7 @@ class Strategy(abc.ABC):
         """
         variable.assign(values[0])
 
-    def agree(self, variables: Sequence[Any]) -> None:  # noqa: B027, one process agrees
+    def agree(self, variables: Sequence[Any]) -> None:
         """Assigns the chief's values to `variables` on every worker.
 
         Args:

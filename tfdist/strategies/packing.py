@@ -58,6 +58,8 @@ def packs_of(
         The indices of each pack's tensors. Each tensor is in one pack. With `pack_bytes`, the
         packs are in the order in which the backward pass completes them.
     """
+    # All replicas must form the same packs in the same order, since their collectives are
+    # matched. So only static types and shapes decide.
     single: list[list[int]] = []
     packs: list[list[int]] = []
     # The open pack of each type, and its bytes. The key is the name of the type: a tf.DType

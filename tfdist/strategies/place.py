@@ -64,7 +64,7 @@ class Place:
         return self.worker_index == 0
 
     def describe(self, batch_size: int | None) -> str:
-        """Says how many replicas there are and how a batch is split, in a few words.
+        """Returns how many replicas there are and how a batch is split, in a few words.
 
         Args:
             batch_size: Number of examples of a full global batch, if known.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import keras
@@ -14,7 +14,9 @@ from tfdist import _keras, strategies, watchdog
 from tfdist.cluster import Cluster
 from tfdist.errors import StrategyError
 from tfdist.strategies.base import Strategy
+from tfdist.strategies.keras_distribution import check_devices, without_distribution
 from tfdist.strategies.tf_distribute import adopt
+from tfdist.strategies.zero import Zero, of_environment
 
 
 @dataclass(frozen=True)
@@ -25,11 +27,13 @@ class Session:
         strategy: The strategy.
         reason: Why this strategy was chosen, in a few words.
         seed: The `seed` of `init`, also for the sampler, or None.
+        zero: How the optimizer's state is kept in parts, or None.
     """
 
     strategy: Strategy
     reason: str
     seed: int | None
+    zero: Zero | None = None
 
     @property
     def is_chief(self) -> bool:
@@ -52,7 +56,7 @@ class Session:
         return int(self.strategy.broadcast_object(proposed))
 
     def describe(self, batch_size: int | None) -> str:
-        """Says in one line which strategy was chosen, why, and how a batch is split.
+        """Returns a line that says which strategy was chosen, why, and how a batch is split.
 
         Args:
             batch_size: Number of examples of a full global batch, if known.
@@ -106,8 +110,9 @@ def init(
     Args:
         strategy: "auto", a name ("single", "mirrored", "multi_worker", "horovod",
             "parameter_server", "tpu"), or an instance of `tf.distribute.Strategy`,
-            `tfdist.Horovod` or `tfdist.ParameterServer`. "auto" keeps the strategy that this
-            process has; the first call chooses one that fits the environment.
+            `tfdist.Horovod`, `tfdist.ParameterServer` or `tfdist.Zero`. "auto" keeps the
+            strategy that this process has; the first call chooses one that fits the
+            environment.
         seed: Seeds Python, NumPy, Keras and TensorFlow, and the sampler of `fit`. With None
             a single process keeps the seeds that it has, and the workers of a cluster take
             a random seed from the chief.
@@ -131,15 +136,20 @@ def init(
     """
     global _current
     watchdog.configure(hang_limit, on_hang)
-    _current = _begin(strategy, seed)
+    _current = _begin(without_distribution(strategy), seed)
+    check_devices(strategy, _current.strategy.place.num_replicas)
     return _current
 
 
 def _begin(strategy: Any, seed: int | None) -> Session:
+    if isinstance(strategy, Zero):
+        _sessions[strategy] = replace(_begin(strategy.on, seed), zero=strategy)
+        return _sessions[strategy]
     cluster = Cluster.from_environment()
+    zero = of_environment()
     key: Any
     if isinstance(strategy, str) and strategy == "auto" and _current is not None:
-        chosen, reason = _current.strategy, _current.reason
+        chosen, reason, zero = _current.strategy, _current.reason, _current.zero
         key = next(key for key, past in _sessions.items() if past.strategy is chosen)
     elif isinstance(strategy, str):
         cls, reason = strategies.choose(strategy, cluster)
@@ -153,7 +163,7 @@ def _begin(strategy: Any, seed: int | None) -> Session:
     if seed is not None or (chosen.place.num_workers > 1 and not is_seeded):
         new_seed = random.SystemRandom().getrandbits(31) if seed is None else seed
         keras.utils.set_random_seed(int(chosen.broadcast_object(new_seed)))
-    _sessions[key] = Session(chosen, reason, seed)
+    _sessions[key] = Session(chosen, reason, seed, zero)
     return _sessions[key]
 
 
@@ -175,7 +185,16 @@ def current(strategy: Any = "auto") -> Session:
 
     Args:
         strategy: As in `init`. "auto" is the strategy that `init` chose, if it was called.
+
+    Raises:
+        StrategyError: Keras was asked for model parallelism, or for other devices.
     """
+    session = _session(without_distribution(strategy))
+    check_devices(strategy, session.strategy.place.num_replicas)
+    return session
+
+
+def _session(strategy: Any) -> Session:
     if isinstance(strategy, str) and strategy == "auto":
         return init() if _current is None else _current
     session = _sessions.get(strategy)
@@ -187,7 +206,7 @@ def current(strategy: Any = "auto") -> Session:
 
 
 def is_chief() -> bool:
-    """Tells whether this process writes files.
+    """Returns whether this process writes files.
 
     Returns:
         True in a single process, and on exactly one worker of a cluster.

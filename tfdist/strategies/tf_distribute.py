@@ -117,6 +117,16 @@ class TFDistribute(Connected):
         """Concatenates a tensor of a group's replicas. Only traced functions can do it."""
         return self._group_collectives.gather(tensor, groups)
 
+    def sum_of_part(self, stacked: Tensor) -> Tensor:
+        """Sums a tensor; each replica gets its row. Only traced functions can do it."""
+        # The collectives of CPUs have no reduce-scatter. An all-to-all moves as many bytes.
+        received = self._group_collectives.all_to_all(stacked, self.everyone)
+        return tf.reduce_sum(received, 0)
+
+    def gather_parts(self, part: Tensor) -> Tensor:
+        """Stacks a tensor of every replica. Only traced functions can do it."""
+        return self._group_collectives.gather_equal(part[None], self.everyone)
+
     @functools.cached_property
     def _group_collectives(self) -> Any:
         return _keras.GroupCollectives(self.strategy, self.place.first_replica)
@@ -138,6 +148,15 @@ class TFDistribute(Connected):
         if self.place.local_replicas == 1:
             return contextlib.nullcontext()
         return MirroredVariables(self.strategy, variables, optimizers)
+
+    def make_variable(self, value: Tensor, name: str) -> Any:
+        """Makes a variable with a copy on each device of this process."""
+        if self.place.local_replicas == 1:
+            return super().make_variable(value, name)
+        with self.strategy.scope():
+            return tf.Variable(
+                value, trainable=False, name=name, aggregation=tf.VariableAggregation.NONE
+            )
 
     def copies(self, variable: Any) -> list[Any]:
         """Returns the value of a variable on each device of this process."""
@@ -176,6 +195,8 @@ class TFDistribute(Connected):
 
     @functools.cached_property
     def _gather_words(self) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+        # Workers have payloads of different sizes, so the sizes are gathered too, to split the
+        # concatenation of all payloads.
         def on_replicas(payload: Tensor) -> tuple[Tensor, Tensor]:
             def on_replica() -> tuple[Tensor, Tensor]:
                 # Only the first replica of a worker sends; the others send no rows.

@@ -78,7 +78,7 @@ _BETWEEN_STEPS = (
 
 
 def look_between_steps(callbacks: Any) -> bool:
-    """Tells whether a callback needs a call at every step.
+    """Returns whether a callback needs a call at every step.
 
     Args:
         callbacks: The result of `prepare`.

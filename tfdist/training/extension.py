@@ -20,9 +20,9 @@ Begins = tuple[int, int, Callable[[], data.DataPosition], dict[str, Any]]
 class Extension:
     """Takes part in one `fit`. By default, each method does nothing.
 
-    `fit` calls the methods in this order: `choose`, `source`, `bind`, then for each attempt to
-    train `facts`, `notice` and `callbacks`, inside the context `running`, and `report` at the
-    end.
+    `fit` calls the methods in this order: `choose`, `around`, `source`, `bind`, then for each
+    attempt to train `facts`, `notice` and `callbacks`, inside the context `running`, and
+    `report` at the end.
 
     Attributes:
         name: The extension's key in a checkpoint.
@@ -60,6 +60,14 @@ class Extension:
             source: The training data.
         """
         return source
+
+    def around(self, request: Request) -> contextlib.AbstractContextManager[None]:
+        """Makes a context around all that follows `choose`.
+
+        Args:
+            request: The arguments of `fit`, as all extensions have left them.
+        """
+        return contextlib.nullcontext()
 
     def bind(self, request: Request, source: data.Source) -> None:
         """Inspects the data and the model. The model has its variables now.

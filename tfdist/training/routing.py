@@ -30,12 +30,12 @@ _drop_ins = 0
 
 
 def is_running() -> bool:
-    """Tells whether one of tfdist's functions runs in this thread, so this is a callback."""
+    """Returns whether one of tfdist's functions runs in this thread, so this is a callback."""
     return _calls.depth > 0
 
 
 def is_drop_in() -> bool:
-    """Tells whether the methods of all models are redirected to tfdist's."""
+    """Returns whether the methods of all models are redirected to tfdist's."""
     return _drop_ins > 0
 
 

@@ -54,6 +54,12 @@ class Training:
         """
         for extension in self._extensions:
             self._request = extension.choose(self._request)
+        with contextlib.ExitStack() as stack:
+            for extension in self._extensions:
+                stack.enter_context(extension.around(self._request))
+            return self._run()
+
+    def _run(self) -> Any:
         request = self._request
         self._training_data, self._validation_data = read(request)
         for extension in self._extensions:
@@ -124,7 +130,10 @@ class Training:
             if stream.is_over:
                 request.model.stop_training = True
 
-        with prepared.running(source), _keras.end_of_data_unless(lambda: prepared.stop.agreed):
+        with (
+            prepared.running(source, trains=True),
+            _keras.end_of_data_unless(lambda: prepared.stop.agreed),
+        ):
             history = _keras.FIT(
                 request.model,
                 _keras.StreamAdapter(stream, source.steps, on_epoch_end),
@@ -138,10 +147,13 @@ class Training:
             )
         stream.close()
         prepared.end_training()
-        summary = request.session.strategy.summary()
-        if summary is not None and request.shows:
-            print(f"tfdist: {summary}", flush=True)
+        self._print_summary()
         return history
+
+    def _print_summary(self) -> None:
+        summary = self._request.session.strategy.summary()
+        if summary is not None and self._request.shows:
+            print(f"tfdist: {summary}", flush=True)
 
     def _prepare(self) -> PreparedModel:
         request, validation = self._request, self._validation_data

@@ -128,7 +128,7 @@ def strategy_for_steps(
 
 
 def has_replicas(strategy: Strategy, source: data.Source) -> bool:
-    """Tells whether steps need more than the variables of a plain Keras process.
+    """Returns whether steps need more than the variables of a plain Keras process.
 
     Args:
         strategy: The strategy.

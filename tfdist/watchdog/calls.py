@@ -86,7 +86,7 @@ def meet() -> None:
 
 
 def _is_loss(error: Exception) -> bool:
-    """Tells whether a collective failed because another worker is lost."""
+    """Returns whether a collective failed because another worker is lost."""
     if isinstance(error, PeerError):
         return True
     return type(error).__name__ in _ERRORS_OF_LOSS and type(error).__module__.startswith(

@@ -44,7 +44,7 @@ def goes_on(
     lost: Mapping[int, LostWorker],
     silent: Sequence[str] = (),
 ) -> bool:
-    """Tells whether a worker for which the others wait is still within its own limit.
+    """Returns whether a worker for which the others wait is still within its own limit.
 
     Args:
         statuses: The last status of each worker.
@@ -167,6 +167,8 @@ def _calls(
     answering: Sequence[StatusMessage], inside: Sequence[StatusMessage]
 ) -> list[HangCause]:
     """Finds workers that are not in the same call as the others."""
+    # Workers in a call count only if they have waited too long. Otherwise the others may still
+    # come to the same call.
     in_call = [n for n in inside if n.at != START and n.is_waiting and n.is_overdue]
     likely = []
     for status in answering:
@@ -242,10 +244,11 @@ def _elsewhere(
             )
     steps = {status.step for status in waiting}
     if len(steps) > 1:
-        late = min(waiting, key=lambda status: status.step)
+        slowest = min(waiting, key=lambda status: status.step)
         likely.append(
             HangCause(
-                f"{late.task} is behind, in step {late.step}: see where its Python stands."
+                f"{slowest.task} is behind, in step {slowest.step}: see where its Python "
+                "stands."
             )
         )
     return likely

@@ -12,7 +12,7 @@ from tfdist.watchdog.settings import WatchdogSettings
 
 
 def may_end(settings: WatchdogSettings) -> bool:
-    """Tells whether the watcher may end this process.
+    """Returns whether the watcher may end this process.
 
     Args:
         settings: The watcher's settings.

@@ -69,7 +69,7 @@ def callback(frame: FrameType | None) -> str | None:
 
 
 def is_tracing(frame: FrameType | None) -> bool:
-    """Tells whether TensorFlow is tracing a Python function.
+    """Returns whether TensorFlow is tracing a Python function.
 
     Args:
         frame: The innermost frame of the thread.
@@ -81,7 +81,7 @@ def is_tracing(frame: FrameType | None) -> bool:
 
 
 def is_debugged(frame: FrameType | None) -> bool:
-    """Tells whether a debugger holds the thread, or traces this process from outside.
+    """Returns whether a debugger holds the thread, or traces this process from outside.
 
     Args:
         frame: The innermost frame of the thread.

@@ -168,7 +168,7 @@ class WaitLimit:
 
 
 def _is_preparing() -> bool:
-    """Tells whether this process still traces a step or waits for its data."""
+    """Returns whether this process still traces a step or waits for its data."""
     with contextlib.suppress(Exception):  # an error must not end the watching thread
         return here.waits_for_data or stacks.is_tracing(stacks.main_frame())
     return False

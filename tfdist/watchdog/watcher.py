@@ -20,10 +20,10 @@ from tfdist.watchdog.peers import STATUS_PREFIX, Peers, state_of
 from tfdist.watchdog.progress import OUTSIDE, here
 from tfdist.watchdog.settings import WatchdogSettings
 
-_HANG = "hang"
-_BEAT_S = 5.0
-_ASKED_S = 2.0
-_SUSPENDED_S = 6.0
+_HANG = "hang"  # the key of the request that all workers read
+_BEAT_S = 5.0  # between two status messages of a worker
+_ASKED_S = 2.0  # between two readings of the request
+_SUSPENDED_S = 6.0  # a longer pause of this thread means that the process was stopped
 _LEAD_S = 4.0  # the worker that wrote the report ends first, so that the launcher shows it
 
 
@@ -137,12 +137,12 @@ class Watcher:
     def _watch(self) -> None:
         while not self._over:
             limit = self.settings.limit
-            before = time.monotonic()
+            slept_at = time.monotonic()
             time.sleep(min(1.0, limit / 5) if limit else 1.0)
             now = time.monotonic()
-            if now - before > _SUSPENDED_S:
+            if now - slept_at > _SUSPENDED_S:
                 # The whole process was stopped: that time does not count as work.
-                here.since += now - before
+                here.since += now - slept_at
             if limit and not self._over:
                 with contextlib.suppress(Exception):  # an error here must not end the training
                     self._check(now)
@@ -172,6 +172,8 @@ class Watcher:
                 or self._unanswered - {*self._silent}
             ):
                 return
+            # `since` identifies the wait: it changes with each progress. A wait is reported
+            # once, and may end the run only after its report.
             since = here.since
             if self._reported_since != since and not diagnosis.goes_on(
                 statuses, lost, self._silent
@@ -181,13 +183,14 @@ class Watcher:
                 self._end(f"Nothing has gone on for {status.idle:.0f} s.")
 
     def _has_lost_server(self, status: StatusMessage) -> bool:
-        """Tells whether another server has not answered twice in a row."""
+        """Returns whether another server has not answered twice in a row."""
         if status.idle <= self.settings.limit or status.at == OUTSIDE or status.is_debugged:
             self._unanswered, self._silent = set(), []
             return False
-        before, silent_before = self._unanswered, self._silent
+        # A busy server may miss one question. So a server is lost if it misses two in a row.
+        previous, silent_before = self._unanswered, self._silent
         self._unanswered = set(self._ask_servers())
-        self._silent = sorted(before & self._unanswered)
+        self._silent = sorted(previous & self._unanswered)
         return bool(self._silent) and self._silent != silent_before
 
     def _say_if_run_continues(self) -> None:
@@ -217,7 +220,11 @@ class Watcher:
         self._answer(name)
 
     def _answer(self, name: str) -> None:
-        """Posts this worker's status and reads the others; the first worker then reports."""
+        """Posts this worker's status, and reads the others. The first worker then reports.
+
+        The watchers need no vote: the worker with the lowest number among those that answer
+        writes the report. If two watchers have read different statuses, both may write one.
+        """
         self._answered_request, self._reported_since = name, here.since
         self._has_written_report = False
         local = self._local.now(self._worker, self.settings, with_stack=True)

@@ -1,4 +1,4 @@
-"""The accountants: dp-accounting's numbers for steps, and their composition.
+"""The accountants: dp-accounting's results for steps, and their composition.
 
 Needs no TensorFlow.
 """
@@ -21,18 +21,18 @@ from tfdist.privacy.accounting.pld import Array, LossDistributions, Losses
 _WHOLE_ORDERS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128, 256, 512)
 
 
-def rdp_epsilon(made: Sequence[Phase], delta: float, relation: str) -> float:
+def rdp_epsilon(phases: Sequence[Phase], delta: float, relation: str) -> float:
     """Bounds the epsilon of steps by Rényi divergences.
 
     Args:
-        made: The steps, all of them with noise.
+        phases: The steps, all of them with noise.
         delta: Between 0 and 1.
         relation: As in `tfdist.privacy.epsilon`.
 
     Raises:
-        ArgumentError: The method is not known for such steps.
+        ArgumentError: The method does not support such steps.
     """
-    truncating = [phase for phase in made if phase.truncates]
+    truncating = [phase for phase in phases if phase.truncates]
     if truncating:
         raise ArgumentError(
             "The accountant 'rdp' must be given steps without a capacity. Received: "
@@ -44,7 +44,7 @@ def rdp_epsilon(made: Sequence[Phase], delta: float, relation: str) -> float:
             "Use accountant='pld', or another relation."
         )
     accountant = dp.rdp.RdpAccountant(neighboring_relation=_relation(relation))
-    for phase in made:
+    for phase in phases:
         accountant.compose(phase.event())
     return float(accountant.get_epsilon(delta))
 
@@ -58,9 +58,11 @@ def _step(
     interval: float,
     log_left_out: float,
 ) -> list[tuple[Array, int, float]]:
-    """Has dp-accounting find the distribution of a step, in each direction of a relation.
+    """Computes the distribution of a step by dp-accounting, in each direction of a relation.
 
-    Gives probabilities, the first multiple, and the probability of an infinite loss.
+    Returns:
+        For each direction the probabilities, the first multiple of the grid's step, and the
+        probability of an infinite loss. A symmetric relation has one direction.
     """
     options = {
         "value_discretization_interval": interval,
@@ -68,48 +70,52 @@ def _step(
         "neighboring_relation": _relation(relation),
     }
     if limits is None:
-        found = plds.from_gaussian_mechanism(noise, sampling_prob=probability, **options)
+        distribution = plds.from_gaussian_mechanism(noise, sampling_prob=probability, **options)
     else:  # the cost is proven in Ganesh et al., arXiv 2508.15089
-        rows, room = limits
-        found = plds.from_truncated_subsampled_gaussian_mechanism(
-            rows, probability, room, noise, **options
+        rows, capacity = limits
+        distribution = plds.from_truncated_subsampled_gaussian_mechanism(
+            rows, probability, capacity, noise, **options
         )
-    both = [found._pmf_remove]
-    if not found._symmetric:
-        both.append(found._pmf_add)
-    dense = [pmf.to_dense_pmf() for pmf in both]
+    directions = [distribution._pmf_remove]
+    if not distribution._symmetric:
+        directions.append(distribution._pmf_add)
+    dense = [pmf.to_dense_pmf() for pmf in directions]
     return [(np.asarray(p._probs), int(p._lower_loss), float(p._infinity_mass)) for p in dense]
 
 
 def gaussian_epsilon(mean: float, delta: float) -> float:
-    """Gives the epsilon of a Gaussian mechanism, in closed form.
+    """Returns the epsilon of a Gaussian mechanism, in closed form.
 
-    By dp-accounting (Balle and Wang, "Improving the Gaussian mechanism for differential
-    privacy", ICML 2018, theorem 8), and what its floats and its search may have missed.
+    dp-accounting computes it (Balle and Wang, "Improving the Gaussian mechanism for
+    differential privacy", ICML 2018, theorem 8). A margin for its rounding errors and its
+    search is added.
 
     Args:
-        mean: What an example can change, in standard deviations of the noise.
+        mean: The sensitivity over the standard deviation of the noise.
         delta: Between 0 and 1.
     """
     return float(dp.get_epsilon_gaussian(1 / mean, delta)) * (1 + 1e-9) + 1e-11
 
 
-def pld_epsilon(made: Sequence[Phase], delta: float, relation: str, coarseness: float) -> float:
+def pld_epsilon(
+    phases: Sequence[Phase], delta: float, relation: str, coarseness: float
+) -> float:
     """Computes the epsilon of steps by distributions of the privacy loss.
 
     Args:
-        made: The steps, all of them with noise.
+        phases: The steps, all of them with noise.
         delta: Between 0 and 1.
         relation: As in `tfdist.privacy.epsilon`.
-        coarseness: How many times as far apart losses may be kept as they should be.
+        coarseness: The factor by which the grid of losses is coarser than usual.
     """
-    square = sum(phase.gaussian_square for phase in made)
-    sampled = [phase for phase in made if not phase.gaussian_square]
+    square = sum(phase.gaussian_square for phase in phases)
+    sampled = [phase for phase in phases if not phase.gaussian_square]
     if not sampled:
         return gaussian_epsilon(math.sqrt(square) * (1 + (relation == "replace_one")), delta)
-    interval = coarseness * _interval(made, delta)
+    interval = coarseness * _interval(phases, delta)
     steps = sum(phase.steps for phase in sampled) + 1
-    # What a step leaves out counts as an infinite loss, and shall be little of delta.
+    # The left-out tail of a step counts as an infinite loss. All tails together must be a small
+    # part of delta.
     log_left_out = min(-50.0, -10.0 * math.ceil(math.log(1e5 * steps / delta) / 10))
     kinds: list[tuple[list[tuple[Array, int, float]], int]] = []
     if square:
@@ -122,27 +128,29 @@ def pld_epsilon(made: Sequence[Phase], delta: float, relation: str, coarseness: 
             limits = phase.num_rows, phase.capacity
         q, (noise, times) = phase.sampling_probability, phase.independent
         kinds.append((_step(q, noise, limits, relation, interval, log_left_out), times))
-    # A symmetric distribution stands for both directions.
+    # A symmetric distribution is used for both directions.
     return max(
         LossDistributions(
-            [Losses(*both[min(way, len(both) - 1)], times) for both, times in kinds], interval
+            [Losses(*of_step[min(direction, len(of_step) - 1)], n) for of_step, n in kinds],
+            interval,
         ).epsilon(delta)
-        for way in range(max(len(both) for both, _ in kinds))
+        for direction in range(max(len(of_step) for of_step, _ in kinds))
     )
 
 
-def _interval(made: Sequence[Phase], delta: float) -> float:
-    """Chooses how finely privacy losses are kept apart: each is rounded to the safe side.
+def _interval(phases: Sequence[Phase], delta: float) -> float:
+    """Chooses the step of the grid to which privacy losses are rounded, to the safe side.
 
-    A tenth of a thousandth is within 1 % for an epsilon around 1; a small epsilon needs
-    less, and a large one would need gigabytes. The scale is a coarse bound by RDP.
+    A step of 1e-4 is within 1 % for an epsilon around 1. A smaller epsilon needs a finer grid,
+    and a larger one would need gigabytes. A coarse bound by RDP gives the scale.
     """
     rdp = dp.rdp.RdpAccountant(_WHOLE_ORDERS)
-    for phase in made:
+    for phase in phases:
         rdp.compose(phase.event(truncated=False))
     scale = float(rdp.get_epsilon(delta))
     wanted = max(1e-5, 1e-4 * min(1.0, scale), 2e-6 * scale)
-    return float(2.0 ** (math.floor(2 * math.log2(wanted)) / 2))  # often the same: it is kept
+    # Few different values, so that `_step` finds its results in the cache.
+    return float(2.0 ** (math.floor(2 * math.log2(wanted)) / 2))
 
 
 def _relation(name: str) -> Any:

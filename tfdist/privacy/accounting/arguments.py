@@ -1,4 +1,4 @@
-"""Numbers, counts and words that a function was given, refused where they make no sense."""
+"""Checks arguments: numbers, counts, types and choices."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ MOST = 2**53  # a float holds all whole numbers up to it
 def check_number(
     name: str, value: Any, low: float, high: float = math.inf, *, open_ends: bool = False
 ) -> None:
-    """Refuses what is no number or out of range.
+    """Refuses a value that is not a number in a range.
 
     Args:
-        name: The argument's.
-        value: To be checked.
+        name: The name of the argument.
+        value: Its value.
         low: The least value.
         high: The largest value.
         open_ends: Whether `low` and `high` themselves are refused.
 
     Raises:
-        ArgumentError: It must not be that.
+        ArgumentError: The value is not a number, or out of range.
     """
     number = math.nan
     if not isinstance(value, (bool, bytes, str)):
@@ -41,15 +41,15 @@ def check_number(
 
 
 def check_count(name: str, value: Any, low: int) -> None:
-    """Refuses what is no whole number or too small.
+    """Refuses a value that is not a whole number of at least `low`.
 
     Args:
-        name: The argument's.
-        value: To be checked.
+        name: The name of the argument.
+        value: Its value.
         low: The least value.
 
     Raises:
-        ArgumentError: It must not be that.
+        ArgumentError: The value is not a whole number, or out of range.
     """
     is_whole = hasattr(value, "__index__") and not isinstance(value, bool)
     if not is_whole or value < low:
@@ -63,31 +63,31 @@ def check_count(name: str, value: Any, low: int) -> None:
 
 
 def check_type(name: str, value: Any, kinds: type | tuple[type, ...], wanted: str) -> None:
-    """Refuses what is of another type.
+    """Refuses a value of another type.
 
     Args:
-        name: The argument's.
-        value: To be checked.
-        kinds: The right types.
+        name: The name of the argument.
+        value: Its value.
+        kinds: The allowed types.
         wanted: Their names, as a part of a sentence.
 
     Raises:
-        ArgumentError: It is of none of them.
+        ArgumentError: The value has another type.
     """
     if not isinstance(value, kinds):
         raise ArgumentError(f"`{name}` must be {wanted}. Received: {name}={value!r}.")
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
-    """Refuses what is not among some words.
+    """Refuses a value that is not one of several choices.
 
     Args:
-        name: The argument's.
-        value: To be checked.
-        choices: The words.
+        name: The name of the argument.
+        value: Its value.
+        choices: The choices.
 
     Raises:
-        ArgumentError: It is none of them.
+        ArgumentError: The value is not one of them.
     """
     if value not in choices:
         raise ArgumentError(

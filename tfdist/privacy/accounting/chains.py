@@ -1,4 +1,4 @@
-"""What the phases of a ledger are together: steps that go on from others are one mechanism.
+"""Joins the phases of a ledger into mechanisms. Steps that continue others are one mechanism.
 
 Needs neither TensorFlow nor NumPy.
 """
@@ -15,47 +15,48 @@ from tfdist.privacy.accounting.phase import Phase
 def mechanisms(phases: Sequence[Phase]) -> list[Phase]:
     """Joins steps of several processes that are one mechanism.
 
-    Steps whose noise is independent join the ones before if their settings are the same.
+    Steps with independent noise join the steps before them if their settings are equal.
 
-    With correlated noise, a training that is resumed, also several times from copies of a
-    folder, is a tree: each process draws new noise from the step on at which it goes on,
-    and takes back that of the steps before. What it releases is a function of `C g + z` of
-    its own steps, where `z` is new, and of what the processes before it have released. So
-    all steps of the tree together are a Gaussian mechanism with one coordinate of `C g` for
-    each of them, and the square of what an example moves is the sum over any parts that the
-    tree is cut into, each at its worst. Long parts are better, since one example is seldom
-    the worst in all of them: the longest way from a root is taken first, then the longest
-    of what is left, and so on. Of a training without branches that is all of it, as if one
-    process had made it.
+    With correlated noise, a training that is resumed, possibly several times from copies of a
+    folder, is a tree. Each process draws new noise from its first step on, and subtracts noise
+    of the steps before it. Its release is a function of `C g + z` of its own steps, where `z`
+    is new, and of the releases of the processes before it. So all steps of the tree together
+    are a Gaussian mechanism with one coordinate of `C g` for each step. The tree may be cut
+    into any parts: the squared sensitivity is at most the sum of the parts' squared
+    sensitivities. Long parts give a better bound, since one example is seldom the worst in all
+    parts. So the longest path from a root is taken first, then the longest remaining one, and
+    so on. A training without branches is a single part, as if one process had made it.
 
     Args:
-        phases: Of one ledger.
+        phases: The phases of a ledger.
 
     Returns:
-        Phases that cost together what these do; none is without steps.
+        Phases that together cost as much as `phases`. All of them have steps.
     """
-    made = {i: p for i, p in enumerate(phases) if p.bands is not None and p.steps}
-    counts = Counter(phase.run_id for phase in made.values())
-    by_name = {p.run_id: i for i, p in made.items() if counts[p.run_id] == 1}
-    left = {i: phase.after for i, phase in made.items()}  # where what is not yet cut begins
-    found = {i: phase for i, phase in enumerate(phases) if i not in made and phase.steps}
-    for last in sorted(made, key=lambda i: -_end(made[i])):
-        end, begin, at = _end(made[last]), left[last], last
+    correlated = {i: p for i, p in enumerate(phases) if p.bands is not None and p.steps}
+    counts = Counter(phase.run_id for phase in correlated.values())
+    by_name = {p.run_id: i for i, p in correlated.items() if counts[p.run_id] == 1}
+    # For each phase the first step that is in no part yet.
+    begins = {i: phase.after for i, phase in correlated.items()}
+    parts = {i: phase for i, phase in enumerate(phases) if i not in correlated and phase.steps}
+    for last in sorted(correlated, key=lambda i: -_end(correlated[i])):
+        end, begin, current = _end(correlated[last]), begins[last], last
         if begin >= end:
             continue
-        left[last] = end
-        while begin == made[at].after:
-            before = by_name.get(made[at].continues)
-            if before is None or not left[before] < begin <= _end(made[before]):
+        begins[last] = end
+        # The part is extended to the phases that its steps continue, towards the root.
+        while begin == correlated[current].after:
+            parent = by_name.get(correlated[current].continues)
+            if parent is None or not begins[parent] < begin <= _end(correlated[parent]):
                 break
-            if _settings(made[before]) != _settings(made[at]):
+            if _settings(correlated[parent]) != _settings(correlated[current]):
                 break
-            begin, left[before], at = left[before], begin, before
-        found[last] = replace(made[last], after=begin, steps=end - begin)
+            begin, begins[parent], current = begins[parent], begin, parent
+        parts[last] = replace(correlated[last], after=begin, steps=end - begin)
     joined: list[Phase] = []
-    for _, phase in sorted(found.items()):
-        is_more = bool(joined) and replace(joined[-1], steps=0) == replace(phase, steps=0)
-        if is_more and phase.bands is None:
+    for _, phase in sorted(parts.items()):
+        is_equal = bool(joined) and replace(joined[-1], steps=0) == replace(phase, steps=0)
+        if is_equal and phase.bands is None:
             joined[-1] = replace(phase, steps=joined[-1].steps + phase.steps)
         else:
             joined.append(phase)

@@ -1,4 +1,4 @@
-"""Which steps on the same data have a cost together."""
+"""Refuses steps on the same data whose costs do not compose."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from tfdist.privacy.accounting.phase import USER, Phase
 
 
 def check_relation(phases: Sequence[Phase], relation: str) -> None:
-    """Refuses a relation under which correlated noise has another cost.
+    """Refuses a relation that the accounting of correlated noise does not cover.
 
     Args:
-        phases: Of one ledger.
+        phases: The phases of a ledger.
         relation: As in `tfdist.privacy.epsilon`.
 
     Raises:
-        ArgumentError: It is one.
+        ArgumentError: The relation is not covered.
     """
     if relation == "add_or_remove_one" and any(p.in_turn and p.steps for p in phases):
         raise ArgumentError(
@@ -28,17 +28,18 @@ def check_relation(phases: Sequence[Phase], relation: str) -> None:
 
 
 def check_unit(phases: Sequence[Phase]) -> None:
-    """Refuses steps of which some protect examples, and some users, or others' examples.
+    """Refuses steps that protect different units: examples, users or other groupings of users.
 
     Args:
-        phases: Of one ledger.
+        phases: The phases of a ledger.
 
     Raises:
-        ArgumentError: There are such.
+        ArgumentError: The units differ.
     """
     units = {phase.unit for phase in phases if phase.steps}
     if len(units) > 1:
-        # Of a clipped sum of a user's examples, one of them may change twice the norm.
+        # One example may change the clipped sum of a user's examples by twice the norm, so
+        # steps with users do not protect examples at the same cost.
         raise ArgumentError(
             "All steps on the same data must protect the same: examples or users. "
             f"Received: {len(phases)} phases, of {' and '.join(sorted(units))}s. "

@@ -1,6 +1,6 @@
-"""What DP-SGD costs, and how much noise a budget asks for: Google's dp-accounting answers.
+"""The cost of DP-SGD, and the noise for a budget, computed by Google's dp-accounting.
 
-No formula of privacy is written here, and nothing of this needs TensorFlow.
+This file has no formula of privacy, and needs no TensorFlow.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from tfdist.privacy.accounting.ledger import Ledger, Phase, dp_accounting
 
 _LEAST_NOISE = 2.0**-5
 _MOST_NOISE = 2.0**20
-_FEW = 4  # different steps: of more, a factor that is some tenths of a percent large is enough
+# With more phases than these, a factor that is some tenths of a percent too large is accepted.
+_MOST_REFINED = 4
 _REFINEMENTS = 3
 
 
@@ -33,27 +34,27 @@ def epsilon(
     """Computes the epsilon of DP-SGD with Poisson sampling.
 
     Args:
-        sampling_probability: Of each example in each step: the expected batch size over
-            the number of examples.
-        noise_multiplier: The noise's standard deviation over the norm that gradients are
-            clipped to.
-        steps: Updates of the weights.
+        sampling_probability: The probability with which a step draws an example: the expected
+            batch size over the number of examples.
+        noise_multiplier: The noise's standard deviation over the clipping norm.
+        steps: The number of updates of the weights.
         delta: Between 0 and 1, far below 1 / the number of examples.
         accountant: "pld" composes distributions of the privacy loss (Koskela et al.,
             "Computing tight differential privacy guarantees using FFT", AISTATS 2020), and
             is tight; "rdp" bounds by Rényi divergences (Mironov et al., "Rényi differential
             privacy of the sampled Gaussian mechanism", 2019), as most papers did.
-        relation: Which data sets shall look alike: with one example "add_or_remove_one",
-            "replace_special" (by one that counts nothing), or "replace_one" (by any other;
-            about twice the epsilon).
-        capacity: The most examples a step takes, if there is a limit; needs `num_rows`.
-        num_rows: Examples in the data.
+        relation: How neighbouring data sets differ in one example: "add_or_remove_one",
+            "replace_special" (by one that contributes nothing), or "replace_one" (by any
+            other, which about doubles epsilon).
+        capacity: The most examples of a step, or None if there is no limit. It needs
+            `num_rows`.
+        num_rows: The number of examples in the data.
 
     Returns:
-        Epsilon; infinity without noise.
+        Epsilon. It is infinite without noise.
 
     Raises:
-        ArgumentError: A value is out of its range, or the accountant cannot do it.
+        ArgumentError: A value is out of its range, or the accountant does not support it.
         MissingPackageError: dp-accounting is not installed.
 
     Example:
@@ -83,7 +84,7 @@ def noise_multiplier(
     """Finds the least noise with which steps stay within a budget.
 
     Args:
-        target_epsilon: What the steps, and those spent before, may cost.
+        target_epsilon: The largest epsilon of these steps together with `spent`.
         sampling_probability: As in `epsilon`.
         steps: As in `epsilon`.
         delta: As in `epsilon`.
@@ -91,11 +92,11 @@ def noise_multiplier(
         relation: As in `epsilon`.
         capacity: As in `epsilon`.
         num_rows: As in `epsilon`.
-        spent: Steps that were made on the same data before.
+        spent: The steps that were made on the same data before.
 
     Returns:
-        The noise multiplier, within 0.1 % of the least one, and not below 0.015. Its
-        epsilon is never above the target.
+        The noise multiplier, within 0.1 % of the least one and not below 0.015. Its epsilon is
+        never above the target.
 
     Raises:
         ArgumentError: A value is out of its range, or no noise is enough.
@@ -131,11 +132,11 @@ def noise_for(
     relation: str,
     spent: Ledger,
 ) -> float:
-    """Finds the least factor of their noise with which steps stay within a budget.
+    """Finds the least factor of the noise of steps that keeps them within a budget.
 
     Args:
-        phases: The steps, the least of whose noise multipliers is 1: then the factor is the
-            least noise. All have the same capacity.
+        phases: The steps. Their least noise multiplier is 1, so that the factor is the least
+            noise. All have the same capacity.
         target_epsilon: As in `noise_multiplier`.
         delta: As in `noise_multiplier`.
         accountant: As in `noise_multiplier`.
@@ -145,52 +146,53 @@ def noise_for(
     Raises:
         ArgumentError: No noise is enough.
     """
-    before = spent
 
-    def cost(noise: float, room: int | None, *, coarse: bool) -> float:
-        ledger = before
+    def cost(noise: float, capacity: int | None, *, coarse: bool) -> float:
+        ledger = spent
         for phase in phases:
             multiplier = noise * phase.noise_multiplier
-            ledger = ledger.add(replace(phase, noise_multiplier=multiplier, capacity=room))
+            ledger = ledger.add(replace(phase, noise_multiplier=multiplier, capacity=capacity))
         return ledger.epsilon(delta, accountant=accountant, relation=relation, coarse=coarse)
 
-    def enough(room: int | None) -> float:
-        # A coarse epsilon is a larger one, and costs a tenth. Its excess hardly depends on the
-        # noise: found once, it says where the fine one meets the target.
+    def least_noise(capacity: int | None) -> float:
+        # A coarse epsilon takes a tenth of the time, and is too large by an excess that hardly
+        # depends on the noise. So the search is by coarse epsilons, for the target plus the
+        # excess, and a few fine ones correct the excess.
         def above(wanted: float, noise: float) -> float:
-            return cost(noise, room, coarse=True) - wanted
+            return cost(noise, capacity, coarse=True) - wanted
 
         noise = _least(functools.partial(above, target_epsilon), 1.0, 2.0)
-        if len(phases) > _FEW:
+        if len(phases) > _MOST_REFINED:
             return noise
         for _ in range(_REFINEMENTS):
-            excess = above(cost(noise, room, coarse=False), noise)
+            excess = above(cost(noise, capacity, coarse=False), noise)
             previous, wanted = noise, target_epsilon + excess
             noise = _least(functools.partial(above, wanted), noise, 1.01)
             if abs(noise - previous) <= 2e-4 * noise:
                 break
-        while cost(noise, room, coarse=False) > target_epsilon:
+        while cost(noise, capacity, coarse=False) > target_epsilon:
             noise *= 1 + 1e-4
         return noise
 
-    already = before.epsilon(delta, accountant=accountant, relation=relation)
+    already = spent.epsilon(delta, accountant=accountant, relation=relation)
     if already >= target_epsilon:
         raise ArgumentError(
             "`target_epsilon` must leave something for the steps to come. Received: "
             f"target_epsilon={target_epsilon!r}, with {already:.4g} spent before, at "
             f"delta={delta!r}. Raise it."
         )
-    room = phases[0].capacity
-    if room is not None:
-        # A capacity that is never reached costs nothing, and its accounting takes long.
-        found = enough(None) * (1 + 1e-4)
-        if cost(found, room, coarse=False) <= target_epsilon:
-            return found
-    return enough(room)
+    capacity = phases[0].capacity
+    if capacity is not None:
+        # Accounting for a capacity takes long, and a capacity that is rarely reached costs
+        # almost nothing. So the noise without a capacity is tried first.
+        noise = least_noise(None) * (1 + 1e-4)
+        if cost(noise, capacity, coarse=False) <= target_epsilon:
+            return noise
+    return least_noise(capacity)
 
 
 def _least(gap: Callable[[float], float], start: float, factor: float) -> float:
-    """Finds the least noise whose gap is not above 0, by factors from a start, then between."""
+    """Finds the least noise whose gap is at most 0: brackets it by factors, then bisects."""
     high = low = start
     while gap(high) > 0:
         low, high = high, high * factor
@@ -205,29 +207,28 @@ def _least(gap: Callable[[float], float], start: float, factor: float) -> float:
         low, high = low / factor, low
     from scipy import optimize  # dp-accounting brings it
 
-    found = float(optimize.brentq(gap, low, high, xtol=1e-4 * high, rtol=1e-4))
-    while gap(found) > 0:
-        found *= 1 + 1e-4
-    return found
+    noise = float(optimize.brentq(gap, low, high, xtol=1e-4 * high, rtol=1e-4))
+    while gap(noise) > 0:
+        noise *= 1 + 1e-4
+    return noise
 
 
 def capacity(
     *, num_rows: int, sampling_probability: float, steps: int = 10**6, delta: float = 1e-6
 ) -> int:
-    """Chooses how many examples a step must have room for so that truncation costs nothing.
+    """Chooses a capacity of steps that costs almost no privacy.
 
-    Whether it did cost anything is never taken from here: give the capacity to `epsilon`,
-    which accounts for it.
+    Pass the capacity to `epsilon`, which accounts for its exact cost.
 
     Args:
-        num_rows: Examples in the data.
-        sampling_probability: Of each of them in each step.
-        steps: Updates of the weights, or more.
+        num_rows: The number of examples in the data.
+        sampling_probability: As in `epsilon`.
+        steps: The number of updates of the weights, or more.
         delta: As in `epsilon`, or smaller.
 
     Returns:
         The least number that any of the steps exceeds with a probability of at most
-        `delta` / 1000; at most `num_rows`.
+        `delta` / 1000, but at most `num_rows`.
 
     Raises:
         ArgumentError: A value is out of its range.

@@ -1,4 +1,4 @@
-"""Which steps of two ledgers are the same ones; the rule is `Ledger`'s."""
+"""Decides which steps of two ledgers are the same, by the rule of `Ledger`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _BY_HAND = "by hand "
 
 
 def named(phase: Phase) -> Phase:
-    """Gives a phase that was made by hand a name that no other one has.
+    """Names a phase that was made by hand, with a name that no other phase has.
 
     Args:
         phase: Any phase.
@@ -22,7 +22,7 @@ def named(phase: Phase) -> Phase:
 
 
 def run_of(phase: Phase) -> Any:
-    """Gives what phases of one run have in common, however many steps were made.
+    """Returns a key that phases of one run share, whatever their number of steps.
 
     Args:
         phase: Any phase.
@@ -31,73 +31,77 @@ def run_of(phase: Phase) -> Any:
 
 
 def union(first: Iterable[Phase], second: Iterable[Phase]) -> tuple[Phase, ...]:
-    """Gives the steps that one of two ledgers knows, each once.
+    """Returns the steps of two ledgers, each once.
 
-    Both know the first steps of a run, so the larger number holds for both.
+    Phases of a run stand for the first steps of the run. So the larger number of steps covers
+    both ledgers.
 
     Args:
-        first: Of one ledger.
-        second: Of the other.
+        first: The phases of one ledger.
+        second: The phases of the other one.
     """
-    found = list(first)
-    own, others = _by_run(found), list(second)
-    for run, places in _by_run(others).items():
-        theirs, known = [others[i] for i in places], own.get(run, [])
-        if not known:
-            found += theirs
-        elif theirs[0].bands is None:
-            more = sum(p.steps for p in theirs) - sum(found[i].steps for i in known)
-            last = found[known[-1]]
-            found[known[-1]] = replace(last, steps=last.steps + max(0, more))
-        else:  # several of one name are a mechanism each, unless the name was chosen badly
-            known = sorted(known, key=lambda i: -found[i].steps)
-            theirs = sorted(theirs, key=lambda p: -p.steps)
-            for place, phase in zip(known, theirs, strict=False):
-                found[place] = max(found[place], phase, key=lambda p: p.steps)
-            found += theirs[len(known) :]
-    return tuple(phase for phase in found if phase.steps)
+    merged = list(first)
+    first_by_run, second = _by_run(merged), list(second)
+    for run, numbers in _by_run(second).items():
+        phases, places = [second[i] for i in numbers], first_by_run.get(run, [])
+        if not places:
+            merged += phases
+        elif phases[0].bands is None:
+            more = sum(p.steps for p in phases) - sum(merged[i].steps for i in places)
+            last = merged[places[-1]]
+            merged[places[-1]] = replace(last, steps=last.steps + max(0, more))
+        else:
+            # Phases with correlated noise do not join: each is a mechanism. Several of one run
+            # exist only if a user gave them the same `run_id`. The longest ones are paired.
+            places = sorted(places, key=lambda i: -merged[i].steps)
+            phases = sorted(phases, key=lambda p: -p.steps)
+            for place, phase in zip(places, phases, strict=False):
+                merged[place] = max(merged[place], phase, key=lambda p: p.steps)
+            merged += phases[len(places) :]
+    return tuple(phase for phase in merged if phase.steps)
 
 
 def _by_run(phases: Sequence[Phase]) -> dict[Any, list[int]]:
-    found: dict[Any, list[int]] = {}
-    for place, phase in enumerate(phases):
-        found.setdefault(run_of(phase), []).append(place)
-    return found
+    """Groups the numbers of phases by run."""
+    numbers: dict[Any, list[int]] = {}
+    for number, phase in enumerate(phases):
+        numbers.setdefault(run_of(phase), []).append(number)
+    return numbers
 
 
-def same_made_again(given: Iterable[Phase], known: Iterable[Phase]) -> dict[str, str]:
-    """Finds phases made by hand that another process made by hand in the same place.
+def same_made_again(phases: Iterable[Phase], earlier: Iterable[Phase]) -> dict[str, str]:
+    """Matches phases made by hand with equal phases that another process made by hand.
 
-    A script that is started again makes its phases anew, and means the same steps.
+    A script that is started again makes its phases again, and means the same steps.
 
     Args:
-        given: Of this process.
-        known: What the other one was given where this one was given `given`.
+        phases: The phases of this process.
+        earlier: The phases of the other process, from the same place in the script.
 
     Returns:
-        What they are called there, by what they are called here.
+        The names in the other process by the names in this one.
     """
-    given, known = list(given), list(known)
-    here, there = ({phase.run_id for phase in phases} for phases in (given, known))
-    free = [p for p in known if p.run_id.startswith(_BY_HAND) and p.run_id not in here]
+    phases, earlier = list(phases), list(earlier)
+    names_here, names_there = ({p.run_id for p in some} for some in (phases, earlier))
+    free = [p for p in earlier if p.run_id.startswith(_BY_HAND) and p.run_id not in names_here]
     names: dict[str, str] = {}
-    for phase in given:
-        is_new = phase.run_id.startswith(_BY_HAND) and phase.run_id not in there
+    for phase in phases:
+        is_new = phase.run_id.startswith(_BY_HAND) and phase.run_id not in names_there
         if is_new and phase in free:
             names[phase.run_id] = free.pop(free.index(phase)).run_id
     return names
 
 
-def like_steps(spent: Sequence[Phase], known: Sequence[Phase]) -> str | None:
-    """Says that phases made by hand are like others, and count besides them.
+def like_steps(spent: Sequence[Phase], counted: Sequence[Phase]) -> str | None:
+    """Warns of phases made by hand that equal other phases, and are counted besides them.
 
     Args:
-        spent: What was given.
-        known: All that is known.
+        spent: The phases that the user passed.
+        counted: All phases that are counted.
     """
-    given = {phase.run_id for phase in spent}
-    again = same_made_again(spent, [p for p in known if p.run_id not in given])
-    steps = sum(phase.steps for phase in spent if phase.run_id in again)
+    names = {phase.run_id for phase in spent}
+    repeated = same_made_again(spent, [p for p in counted if p.run_id not in names])
+    steps = sum(phase.steps for phase in spent if phase.run_id in repeated)
     if not steps:
         return None
     return (

@@ -1,6 +1,6 @@
-"""What private steps were made, and what they cost together.
+"""The ledger of private steps, and their cost together.
 
-The numbers are dp-accounting's; this file only says to it what happened.
+dp-accounting computes the numbers. This file describes the steps to it.
 """
 
 from __future__ import annotations
@@ -27,24 +27,22 @@ RELATIONS = ("add_or_remove_one", "replace_special", "replace_one")
 class Ledger:
     """All private steps that were made on the same data.
 
-    A ledger does not change: `add` gives another one. Whatever released something about
-    the data must be in it: several calls of `fit`, a run that was resumed, another batch
-    size or another noise.
+    A ledger does not change: `add` returns a new one. It must contain every release of the
+    data: several calls of `fit`, a resumed run, steps with another batch size or other noise.
 
     **What counts as the same steps.** A `run_id` names the steps that one process made in one
-    `fit`, one after the other; a process that resumes a training takes a new one. A phase of
-    `n` steps stands for the first `n` steps of its run, or, where noise follows a schedule, for
-    the first `n` of those with its multiplier. So of two ledgers that know a run, the
-    one with more steps of it knows all that the other does, and `merged` has exactly the steps
-    that one of them knows, each once, whatever was copied, resumed or lost: it counts too few
-    only if both do.
+    `fit`, in order. A process that resumes a training has a new one. A phase of `n` steps
+    stands for the first `n` steps of its run or, if noise follows a schedule, for the first `n`
+    steps with its multiplier. So if two ledgers have steps of a run, the one with more steps of
+    it contains those of the other. `merged` has each step of both ledgers exactly once,
+    whatever was copied, resumed or lost. It counts too few steps only if both ledgers do.
 
-    A phase that you make yourself gets a name when it comes into a ledger: of steps that are
-    in no other one. Pass the same ledger again, or one read from its `to_dict`, to speak of
-    the same steps; or give your phase a `run_id` of your choice.
+    A phase that you make yourself gets a new name when it is added to a ledger: its steps are
+    then in no other ledger. To refer to the same steps, pass the same ledger, or one that was
+    read from its `to_dict`, or give your phase a `run_id`.
 
     Args:
-        phases: What was made.
+        phases: The steps.
 
     Example:
         >>> first = Phase(sampling_probability=0.01, noise_multiplier=1.0, steps=100)
@@ -70,7 +68,7 @@ class Ledger:
         return all(phase.secret for phase in self.phases if phase.steps)
 
     def __eq__(self, other: object) -> bool:
-        """Whether the same steps were made, in the same order, by whatever processes."""
+        """Returns whether the same steps were made in the same order, by any processes."""
         return isinstance(other, Ledger) and self.mechanisms == other.mechanisms
 
     def __hash__(self) -> int:
@@ -78,78 +76,78 @@ class Ledger:
 
     @property
     def mechanisms(self) -> list[Phase]:
-        """What was made, without regard to which process made it; see `chains`."""
+        """The mechanisms of all steps, whichever process made them; see `chains`."""
         return mechanisms(self.phases)
 
     @property
     def steps(self) -> int:
-        """Steps in all."""
+        """The number of steps."""
         return sum(phase.steps for phase in self.phases)
 
     @property
     def unit(self) -> str:
-        """What is protected, an "example" or a "user"; see `check_unit`."""
+        """The protected unit, "example" or "user"; see `check_unit`."""
         self.check_unit()
         return next((phase.unit for phase in self.phases if phase.steps), EXAMPLE)
 
     def check_relation(self, relation: str) -> None:
-        """Refuses a relation under which correlated noise has another cost.
+        """Refuses a relation that the accounting of correlated noise does not cover.
 
         Args:
             relation: As in `epsilon`.
 
         Raises:
-            ArgumentError: Steps without sampling are to be judged by what one example more or
-                less changes: it would move all others to other batches.
+            ArgumentError: The relation adds or removes an example, and steps are without
+                sampling. An added example would move all others to other batches.
         """
         composable.check_relation(self.phases, relation)
 
     def check_unit(self) -> None:
-        """Refuses steps of which some protect examples, and some users.
+        """Refuses steps that protect different units.
 
         Raises:
-            ArgumentError: There are such.
+            ArgumentError: Some steps protect examples and some protect users.
         """
         composable.check_unit(self.phases)
 
     def add(self, phase: Phase) -> Ledger:
-        """Gives the ledger with more steps in it.
+        """Returns the ledger with additional steps.
 
         Args:
-            phase: The steps. Of a run that the last phase is of, they come after those.
+            phase: The steps. If the last phase has the same run, they follow its steps.
         """
         if not phase.steps:
             return self
         last = self.phases[-1] if self.phases else phase
-        is_more = bool(self.phases and phase.run_id) and (run_of(last), last.groups) == (
-            run_of(phase),
-            phase.groups,
+        continues_last = bool(self.phases and phase.run_id) and (
+            (run_of(last), last.groups) == (run_of(phase), phase.groups)
         )
-        if is_more and phase.bands is None:
+        if continues_last and phase.bands is None:
             joined = replace(last, steps=last.steps + phase.steps)
             return Ledger((*self.phases[:-1], joined))
         return Ledger((*self.phases, phase))
 
     def merged(self, other: Ledger) -> Ledger:
-        """Gives the ledger with what another one has beyond it.
+        """Returns the ledger with the additional steps of another one.
 
         Args:
-            other: Steps on the same data; of a run that both know the larger number counts.
+            other: Steps on the same data. If both have steps of a run, the larger number
+                counts.
         """
         return Ledger(union(self.phases, other.phases))
 
     def renamed(self, names: Mapping[str, str]) -> Ledger:
-        """Gives the ledger with other names of runs.
+        """Returns the ledger with other names of runs.
 
         Args:
-            names: The new ones, by those that they replace.
+            names: A mapping from old to new names.
         """
         return Ledger(
             tuple(replace(p, run_id=names.get(p.run_id, p.run_id)) for p in self.phases)
         )
 
     def without(self, run_id: str) -> Ledger:
-        """Gives the ledger without the steps of a training.
+        """Returns the ledger without the steps of a training.
 
         Args:
             run_id: As in `Phase`.
@@ -170,13 +168,13 @@ class Ledger:
             delta: Between 0 and 1, far below 1 / the number of examples.
             accountant: As in `tfdist.privacy.epsilon`.
             relation: As in `tfdist.privacy.epsilon`.
-            coarse: Whether "pld" may give some percent too much, in a tenth of the time.
+            coarse: Whether "pld" may return some percent too much, in a tenth of the time.
 
         Returns:
-            Epsilon; infinity if a step had no noise.
+            Epsilon, which is infinite if a step had no noise.
 
         Raises:
-            ArgumentError: A value is out of its range, or the accountant cannot do it.
+            ArgumentError: A value is out of its range, or the accountant does not support it.
             MissingPackageError: dp-accounting is not installed.
 
         Example:
@@ -190,25 +188,26 @@ class Ledger:
         self.check_unit()
         self.check_relation(relation)
         steps_of: dict[Phase, int] = {}
-        found = self.mechanisms
-        made = [phase for phase in found if phase.bands is not None]
-        for phase in found:
+        all_phases = self.mechanisms
+        phases = [phase for phase in all_phases if phase.bands is not None]
+        for phase in all_phases:
             if phase.bands is None:
                 key = replace(phase, steps=0)
                 steps_of[key] = steps_of.get(key, 0) + phase.steps
-        made += [
+        phases += [
             replace(p, steps=n) for p, n in steps_of.items() if n and p.sampling_probability
         ]
-        if not made:
+        if not phases:
             return 0.0
-        if any(phase.noise_multiplier == 0 for phase in made):
+        if any(phase.noise_multiplier == 0 for phase in phases):
             return math.inf
-        dp_accounting()  # said to be missing before SciPy, which it brings, is
+        # A missing dp-accounting is reported before SciPy, which it depends on.
+        dp_accounting()
         from tfdist.privacy.accounting import accountants
 
         if accountant == "rdp":
-            return accountants.rdp_epsilon(made, delta, relation)
-        return accountants.pld_epsilon(made, delta, relation, 10.0 if coarse else 1.0)
+            return accountants.rdp_epsilon(phases, delta, relation)
+        return accountants.pld_epsilon(phases, delta, relation, 10.0 if coarse else 1.0)
 
     def affordable(
         self,
@@ -223,15 +222,15 @@ class Ledger:
         """Counts how many steps of a phase may follow within a budget.
 
         Args:
-            phase: What is planned; at most its `steps`.
-            max_epsilon: What all steps together may cost.
+            phase: The planned steps, of which at most `steps` follow.
+            max_epsilon: The budget: the largest epsilon of all steps together.
             delta: As in `epsilon`.
             accountant: As in `epsilon`.
             relation: As in `epsilon`.
-            coarse: As in `epsilon`; some steps too few, then.
+            coarse: As in `epsilon`. The result may be some steps too small.
 
         Returns:
-            From 0 to `phase.steps`, the most that stay within the budget.
+            The largest number of steps within the budget, from 0 to `phase.steps`.
 
         Raises:
             ArgumentError: As `epsilon`.
@@ -253,18 +252,18 @@ class Ledger:
         return most_within(cost, max_epsilon, phase.steps)
 
     def to_dict(self) -> dict[str, Any]:
-        """Gives numbers, strings, lists and dicts only, as JSON has them."""
+        """Returns numbers, strings, lists and dicts only, as JSON has them."""
         return {"phases": [asdict(phase) for phase in self.phases]}
 
     @classmethod
     def from_dict(cls, saved: Any) -> Ledger:
-        """Makes a ledger of what `to_dict` gave.
+        """Reads the result of `to_dict`.
 
         Args:
             saved: The dict.
 
         Raises:
-            ArgumentError: It is none.
+            ArgumentError: `saved` is not such a dict.
         """
         try:
             phases = saved["phases"]
@@ -282,8 +281,8 @@ def most_within(cost: Callable[[int], float], max_epsilon: float, most: int) -> 
     """Counts how many steps stay within a budget.
 
     Args:
-        cost: The epsilon of so many steps; it grows with them.
-        max_epsilon: What they may cost.
+        cost: A function from a number of steps to their epsilon. It must not fall.
+        max_epsilon: The budget.
         most: The most steps.
     """
 

@@ -1,8 +1,8 @@
-"""Noise that is not the same in all steps, as the books have it. Needs no TensorFlow.
+"""The accounting of noise that differs between steps. Needs no TensorFlow.
 
-A run then has a phase for each multiplier. Which step gets which one is fixed by its place, and
-a process makes its steps in order. So among the steps of a run with one multiplier, a phase of
-`n` steps stands for the first `n` of these, and `Ledger.merged` may take the larger number.
+A run then has a phase for each multiplier. A step's multiplier follows from its place, and a
+process makes its steps in order. So a phase of `n` steps stands for the first `n` steps of the
+run with this multiplier, and `Ledger.merged` may take the larger number.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from tfdist.privacy.accounting.phase import Phase
 
 @dataclass(frozen=True)
 class Levels:
-    """The multiplier of each step, as runs of steps that have the same.
+    """The multiplier of each step, as runs of steps with equal multipliers.
 
     Args:
-        begins: The first step of each run; of the first run it is 0. The last one has no end.
-        multipliers: Of each run.
+        begins: The first step of each run, beginning with 0. The last run has no end.
+        multipliers: The multiplier of each run.
     """
 
     begins: tuple[int, ...]
@@ -33,28 +33,28 @@ class Levels:
         return min(self.multipliers)
 
     def counts(self, first: int, steps: int) -> dict[float, int]:
-        """Says how many steps have which multiplier.
+        """Counts the steps with each multiplier.
 
         Args:
             first: The number of the first step.
-            steps: How many steps, from that one on.
+            steps: The number of steps.
 
         Returns:
-            Steps by multiplier, in the order in which they first come.
+            The number of steps by multiplier, in the order of their first steps.
         """
-        found: dict[float, int] = {}
+        counts: dict[float, int] = {}
         ends = (*self.begins[1:], first + steps)
         for begin, end, multiplier in zip(self.begins, ends, self.multipliers, strict=True):
             count = min(end, first + steps) - max(begin, first)
             if count > 0:
-                found[multiplier] = found.get(multiplier, 0) + count
-        return found
+                counts[multiplier] = counts.get(multiplier, 0) + count
+        return counts
 
     def phases(self, phase: Phase, first: int, steps: int) -> list[Phase]:
-        """Describes steps one after the other, a phase for each multiplier.
+        """Describes successive steps, with a phase for each multiplier.
 
         Args:
-            phase: What they have in common.
+            phase: The phase of all steps, except for the multiplier and the number.
             first: As in `counts`.
             steps: As in `counts`.
         """
@@ -63,35 +63,35 @@ class Levels:
             for noise, count in self.counts(first, steps).items()
         ]
 
-    def factor_in(self, made: Iterable[Phase], phase: Phase) -> float | None:
-        """Finds what the multipliers were multiplied by.
+    def factor_in(self, phases: Iterable[Phase], phase: Phase) -> float | None:
+        """Finds the factor by which the multipliers were scaled in earlier steps.
 
         Args:
-            made: Steps of the same training, its first one first.
-            phase: One step as they must be, whatever its noise.
+            phases: Steps of the same training, in order.
+            phase: One step. Only its noise may differ from these steps.
 
         Returns:
-            The factor, or None if they are others.
+            The factor, or None if other settings differ.
         """
-        made = [p for p in made if p.steps]
-        if not made or not self.multipliers[0]:
+        phases = [p for p in phases if p.steps]
+        if not phases or not self.multipliers[0]:
             return None
-        factor = made[0].noise_multiplier / self.multipliers[0]
-        return factor if all(self._has(p, phase, factor) for p in made) else None
+        factor = phases[0].noise_multiplier / self.multipliers[0]
+        return factor if all(self._has(p, phase, factor) for p in phases) else None
 
-    def _has(self, made: Phase, phase: Phase, factor: float) -> bool:
-        noise = made.noise_multiplier
-        as_now = replace(made, noise_multiplier=phase.noise_multiplier, steps=phase.steps)
+    def _has(self, earlier: Phase, phase: Phase, factor: float) -> bool:
+        noise = earlier.noise_multiplier
+        unscaled = replace(earlier, noise_multiplier=phase.noise_multiplier, steps=phase.steps)
         levels = (factor * multiplier for multiplier in self.multipliers)
-        return as_now == phase and any(math.isclose(noise, m, rel_tol=1e-9) for m in levels)
+        return unscaled == phase and any(math.isclose(noise, m, rel_tol=1e-9) for m in levels)
 
     def to_dict(self) -> dict[str, Any]:
-        """Gives what JSON can hold, without norms."""
+        """Returns plain data for JSON, without norms."""
         return {"begins": list(self.begins), "multipliers": list(self.multipliers)}
 
     @classmethod
     def from_dict(cls, saved: dict[str, Any]) -> Levels:
-        """Reads what `to_dict` gave.
+        """Reads the result of `to_dict`.
 
         Args:
             saved: The dict.

@@ -1,6 +1,4 @@
-"""Steps of private training that were made with the same settings, and what they are to an
-accountant.
-"""
+"""Private steps with the same settings, and their description for an accountant."""
 
 from __future__ import annotations
 
@@ -23,41 +21,40 @@ EXAMPLE, USER = "example", "user"
 class Phase:
     """Steps of DP-SGD made with the same settings.
 
-    In each of them every example is drawn independently with `sampling_probability`
-    (Poisson sampling), gradients are clipped one by one, and their sum gets Gaussian noise
-    of standard deviation `noise_multiplier` times the norm they were clipped to (Abadi et
-    al., "Deep learning with differential privacy", CCS 2016, algorithm 1).
+    Each step draws every example independently with `sampling_probability` (Poisson sampling),
+    and clips its gradient. The sum of the clipped gradients gets Gaussian noise with a standard
+    deviation of `noise_multiplier` times the clipping norm (Abadi et al., "Deep learning with
+    differential privacy", CCS 2016, algorithm 1).
 
     Args:
-        sampling_probability: From 0 to 1: the expected batch size over the examples.
-        noise_multiplier: At least 0; without noise nothing is private.
-        steps: How many steps, at least 0.
-        capacity: The most examples a step takes, or None if there is no limit. When more
-            were drawn, a random choice of `capacity` of them stays.
-        num_rows: Examples in the data; needed with `capacity`.
-        unit: "example", or "user": then a user takes an example's place in all of this, and
-            the gradients of a user's examples are added up before they are clipped.
-        bands: For correlated noise, `tfdist.DPFTRL`: of how many steps it is; then all
-            examples take part in turn, and `sampling_probability` must be 1, unless `cyclic`.
-            Such phases do not join: each is a mechanism of its own.
-        separation: With `bands`, the steps from one that an example takes part in to the
-            next, at least; None if it takes part once.
-        cyclic: With `bands`, whether each example is in one of so many groups, which take
-            turns: in a step of its group it is drawn with `sampling_probability`
-            (`tfdist.DPSGD(bands=)`).
-        at_most: Whether `sampling_probability` is the largest of several: examples are drawn
-            independently, but some less often than others. It costs as if all had it.
-        after: With `bands`, how many steps another process had made before these: they take a
-            part of its noise back.
-        run_id: Which process made these steps in which `fit`, random text. `Ledger` says what
-            follows from it.
+        sampling_probability: From 0 to 1: the expected batch size over the number of examples.
+        noise_multiplier: At least 0. Without noise nothing is private.
+        steps: The number of steps, at least 0.
+        capacity: The most examples of a step, or None if there is no limit. If more are drawn,
+            a random choice of `capacity` of them stays.
+        num_rows: The number of examples in the data. Required with `capacity`.
+        unit: "example" or "user". With "user", users are drawn instead of examples, and the
+            gradients of a user's examples are summed before they are clipped.
+        bands: For correlated noise, as in `tfdist.DPFTRL`: the number of steps whose noise a
+            step combines. All examples then take part in turn, and `sampling_probability` must
+            be 1, unless `cyclic`. Such phases do not join: each is a separate mechanism.
+        separation: With `bands`, the least number of steps between two steps in which an
+            example takes part. None if it takes part once.
+        cyclic: With `bands`, whether examples are split into `bands` groups that take turns. A
+            step then draws each example of its group with `sampling_probability`. It is the
+            `bands` of `tfdist.DPSGD`.
+        at_most: Whether `sampling_probability` is the largest of several. Some examples are
+            drawn less often then. The cost is computed as if all had the largest one.
+        after: With `bands`, the number of steps that another process made before these steps,
+            which subtract a part of its noise.
+        run_id: A random text that names the process and the `fit` of these steps. See `Ledger`.
         continues: With `after`, the `run_id` of the steps just before these.
-        groups: With users, which grouping of the examples they were, random text. Different
-            groupings do not compose.
-        secret: Whether its random numbers came from the operating system; else there is no
+        groups: With users, a random text that names the grouping of examples. Steps with
+            different groupings do not compose.
+        secret: Whether the random numbers came from the operating system. Otherwise there is no
             guarantee.
 
-    The last four make no phase another one: phases are compared without them.
+    Comparisons of phases ignore the last four arguments.
 
     Raises:
         ArgumentError: A value is out of its range.
@@ -122,7 +119,7 @@ class Phase:
 
     @property
     def truncates(self) -> bool:
-        """Whether more examples may be drawn than the capacity takes."""
+        """Whether a step may draw more examples than the capacity."""
         return (
             self.capacity is not None
             and self.num_rows is not None
@@ -131,17 +128,17 @@ class Phase:
 
     @property
     def in_turn(self) -> bool:
-        """Whether noise is correlated, and nothing is sampled."""
+        """Whether noise is correlated and all examples take part in turn."""
         return self.bands is not None and not self.cyclic
 
     @property
     def independent(self) -> tuple[float, int]:
-        """The noise and the number of Poisson sampled Gaussian mechanisms that these are.
+        """The noise and the number of the equivalent Poisson sampled Gaussian mechanisms.
 
-        As many as there are steps, and of `cyclic` ones as many as a group has: an example's
-        columns have no row in common, so given the past each step depends on one coin alone
-        (Choquette-Choo et al., "(Amplified) banded matrix factorization", NeurIPS 2023,
-        theorem 4).
+        There are as many as steps or, with `cyclic`, as many as steps of a group: the columns
+        of an example's steps have no row in common, so each of these steps depends on one coin
+        alone, given the past (Choquette-Choo et al., "(Amplified) banded matrix factorization",
+        NeurIPS 2023, theorem 4).
         """
         if not self.cyclic:
             return self.noise_multiplier, self.steps
@@ -150,34 +147,34 @@ class Phase:
 
     @property
     def gaussian_square(self) -> float:
-        """What these steps add to the square of a Gaussian mechanism's mean over deviation.
+        """The square of sensitivity over noise, which adds up over Gaussian mechanisms.
 
-        0 where examples are sampled, which makes them no Gaussian mechanism.
+        It is 0 if examples are sampled: the steps are not a Gaussian mechanism then.
         """
         if self.in_turn:
             assert self.bands is not None
-            moved = sensitivity(self.bands, self.separation, self.steps, self.after)
-            return (moved / self.noise_multiplier) ** 2
+            norm = sensitivity(self.bands, self.separation, self.steps, self.after)
+            return (norm / self.noise_multiplier) ** 2
         if self.sampling_probability < 1 or self.truncates:
             return 0.0
         noise, times = self.independent
         return times / noise**2
 
     def event(self, *, truncated: bool = True) -> Any:
-        """Gives dp-accounting's description of these steps.
+        """Returns dp-accounting's description of these steps.
 
         Args:
-            truncated: Whether the capacity counts.
+            truncated: Whether the capacity is taken into account.
         """
         dp = dp_accounting()
         noise, times = self.independent
         if self.in_turn:
             assert self.bands is not None
-            once = sensitivity(self.bands, self.separation, self.steps, self.after)
-            return dp.GaussianDpEvent(self.noise_multiplier / once)
+            norm = sensitivity(self.bands, self.separation, self.steps, self.after)
+            return dp.GaussianDpEvent(self.noise_multiplier / norm)
         if truncated and self.truncates:
             # The cost is proven in Ganesh et al., arXiv 2508.15089.
-            one = dp.TruncatedSubsampledGaussianDpEvent(
+            step = dp.TruncatedSubsampledGaussianDpEvent(
                 self.num_rows,
                 self.sampling_probability,
                 self.capacity,
@@ -185,8 +182,8 @@ class Phase:
             )
         else:
             gaussian = dp.GaussianDpEvent(noise)
-            one = dp.PoissonSampledDpEvent(self.sampling_probability, gaussian)
-        return dp.SelfComposedDpEvent(one, times)
+            step = dp.PoissonSampledDpEvent(self.sampling_probability, gaussian)
+        return dp.SelfComposedDpEvent(step, times)
 
 
 def dp_accounting() -> Any:
@@ -196,10 +193,10 @@ def dp_accounting() -> Any:
         MissingPackageError: It is not installed.
     """
     try:
-        import dp_accounting as found
+        import dp_accounting as module
     except ImportError as error:
         raise MissingPackageError(
             "Privacy accounting must have the package dp-accounting. Received: "
             f'{error}. Install it with: pip install "tfdist[privacy]"'
         ) from None
-    return found
+    return module

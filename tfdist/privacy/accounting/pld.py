@@ -1,10 +1,10 @@
-"""Composes distributions of the privacy loss, with a bound for what floats make wrong.
+"""Composes distributions of the privacy loss, with a bound of rounding errors.
 
-dp-accounting gives the distribution of a single step; its composition by FFT has an error of
-about 1e-16 times the steps, whatever the probability, which may be more than `delta`. Here the
-distributions are tilted first, so that the losses around epsilon are the likely ones: then the
-error is one of the probability that is asked for (Wilson and Keich, "Accurate pairwise
-convolutions of non-negative vectors via FFT", Computational Statistics 2016), and is added.
+dp-accounting computes the distribution of a single step. Its composition by FFT has an absolute
+error of about 1e-16 times the steps, which may be larger than `delta`. Here the distributions
+are tilted first, so that losses around epsilon are likely. The error is then relative to the
+wanted probability (Wilson and Keich, "Accurate pairwise convolutions of non-negative vectors
+via FFT", Computational Statistics 2016), and is added to it.
 
 Needs no TensorFlow.
 """
@@ -23,7 +23,7 @@ from scipy import fft, optimize
 Array = NDArray[np.float64]
 _UNIT = 2.0**-53
 _LOG_LEFT_OUT = -18.0  # losses above the window have at most e^-18 of delta, which is added
-_LOG_ELSEWHERE = -35.0  # tilted losses that are taken for larger or smaller ones of the window
+_LOG_ELSEWHERE = -35.0  # tilted losses outside of the window, which wrap around in the FFT
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,10 +31,11 @@ class Losses:
     """The distribution of the privacy loss of a step, on a grid, rounded to the safe side.
 
     Args:
-        probabilities: Of losses that are whole multiples of the grid's step, from `first` on.
+        probabilities: The probabilities of losses that are whole multiples of the grid's step,
+            beginning with `first`.
         first: The first multiple.
-        infinite: Probability of an infinite loss.
-        times: How many such steps there are.
+        infinite: The probability of an infinite loss.
+        times: The number of steps with this distribution.
     """
 
     probabilities: Array
@@ -43,20 +44,20 @@ class Losses:
     times: int
 
     def log_moments(self, interval: float, tilt: float) -> tuple[Array, float]:
-        """Gives the exponents of tilted probabilities, and their largest."""
+        """Returns the exponents of tilted probabilities, and their largest."""
         with np.errstate(divide="ignore"):
             losses = interval * (self.first + np.arange(len(self.probabilities)))
             exponents = np.log(self.probabilities) + tilt * losses
         return exponents, float(exponents.max())
 
     def log_moment(self, interval: float, tilt: float) -> float:
-        """Gives the logarithm of the mean of exp(tilt * loss), of one step."""
+        """Returns the logarithm of the mean of exp(tilt * loss), of one step."""
         exponents, largest = self.log_moments(interval, tilt)
         return largest + math.log(np.exp(exponents - largest).sum())
 
 
 class _Tilt(NamedTuple):
-    """A tilt, what it makes of a composition, and where losses are likely then."""
+    """A tilt, with the log moment, the mean and the deviation of the tilted composition."""
 
     value: float
     log_moment: float
@@ -65,10 +66,10 @@ class _Tilt(NamedTuple):
 
 
 class LossDistributions:
-    """Many steps together.
+    """The composition of many steps.
 
     Args:
-        losses: Of all kinds of steps, on the same grid.
+        losses: The distributions of all kinds of steps, on the same grid.
         interval: The grid's step.
     """
 
@@ -77,48 +78,49 @@ class LossDistributions:
         self._interval = interval
 
     def epsilon(self, delta: float) -> float:
-        """Gives the smallest epsilon that is known to be enough; infinity if there is none.
+        """Returns the smallest epsilon that is proven for `delta`, possibly infinite.
 
         Args:
             delta: Between 0 and 1.
         """
         infinite = -math.expm1(sum(p.times * math.log1p(-p.infinite) for p in self._losses))
-        left = delta - infinite * (1 + 1e-9)
-        if left <= 0:
+        finite_delta = delta - infinite * (1 + 1e-9)
+        if finite_delta <= 0:
             return math.inf
-        tilt = self._best_tilt(left)
-        # Chernoff's bound: losses above it have a probability of no more than what is left.
-        bound = (tilt.log_moment - math.log(left)) / tilt.value
+        tilt = self._best_tilt(finite_delta)
+        # Chernoff's bound: larger losses have a probability of at most `finite_delta`. Where
+        # the FFT is too coarse, this bound is the smaller one.
+        bound = (tilt.log_moment - math.log(finite_delta)) / tilt.value
         bound = bound + 1e-9 * (1 + abs(bound) + abs(tilt.log_moment) / tilt.value)
-        return max(0.0, min(bound, self._by_fft(tilt, left)))
+        return max(0.0, min(bound, self._by_fft(tilt, finite_delta)))
 
     def _log_moment(self, tilt: float) -> float:
         return sum(p.times * p.log_moment(self._interval, tilt) for p in self._losses)
 
     def _best_tilt(self, delta: float) -> _Tilt:
-        """Finds the tilt with the best of Chernoff's bounds, roughly: any is right."""
+        """Finds the tilt with nearly the best Chernoff bound. The result holds for any tilt."""
         log_delta = math.log(delta)
-        found = optimize.minimize_scalar(
+        minimum = optimize.minimize_scalar(
             lambda log: (self._log_moment(math.exp(log)) - log_delta) / math.exp(log),
             bounds=(math.log(1e-2), math.log(1e6)),
             method="bounded",
             options={"xatol": 0.03, "maxiter": 25},
         )
-        tilt = math.exp(found.x)
+        tilt = math.exp(minimum.x)
         moment = mean = variance = 0.0
         for part in self._losses:
             exponents, largest = part.log_moments(self._interval, tilt)
             weights = np.exp(exponents - largest)
             total = weights.sum()
             losses = self._interval * (part.first + np.arange(len(weights)))
-            of_one = float(weights @ losses / total)
-            mean += part.times * of_one
-            variance += part.times * float(weights @ (losses - of_one) ** 2 / total)
+            step_mean = float(weights @ losses / total)
+            mean += part.times * step_mean
+            variance += part.times * float(weights @ (losses - step_mean) ** 2 / total)
             moment += part.times * (largest + math.log(total))
         return _Tilt(tilt, moment, mean, max(math.sqrt(variance), self._interval))
 
     def _window(self, tilt: _Tilt, delta: float) -> tuple[int, int, float]:
-        """Chooses the losses to look at: their first and last, and log P(loss above them)."""
+        """Chooses a window of losses: the first, the last, and log P(loss above them)."""
         low = float(sum(p.times * p.first for p in self._losses))
         high = low + sum(p.times * (len(p.probabilities) - 1) for p in self._losses)
         first, last, log_above = low, high, -math.inf
@@ -126,7 +128,7 @@ class LossDistributions:
         for deviations in (0.5, 1.0, 2.0, 4.0, 8.0):
             more = tilt.value + deviations / tilt.deviation
             moment = self._log_moment(more)
-            # By Chernoff's bounds, of the losses themselves and of the tilted ones.
+            # Chernoff's bounds of the losses, and of the tilted losses.
             top = (moment - wanted) / more
             tilted = (moment - tilt.log_moment - _LOG_ELSEWHERE) / (more - tilt.value)
             top = math.ceil(max(top, tilted) / self._interval) + 1
@@ -143,7 +145,8 @@ class LossDistributions:
         above = math.exp(log_above) * (1 + 1e-6)
         tilted = self._convolved(tilt.value, last - first + 1)
         size = len(tilted.probabilities)
-        # A circular convolution knows places only up to the size; those of the window are it.
+        # The places of a circular convolution are modulo its size. The window is extended to
+        # this size, so each place belongs to one of its losses.
         start = sum(p.times * p.first for p in self._losses)
         places = np.roll(tilted.probabilities, (start - first) % size)
         losses = self._interval * (first + np.arange(size))
@@ -158,12 +161,12 @@ class LossDistributions:
         falling = np.exp(losses[0] - losses)
 
         def parts(begin: int) -> tuple[float, float]:
-            """Gives the probability of these losses and larger ones, by both data sets."""
+            """Returns the probability of these losses and larger ones, by both data sets."""
             larger = by_one[begin:]
             return float(larger.sum()), float(larger @ falling[: len(larger)])
 
         def too_little(begin: int) -> bool:
-            """Tells whether an epsilon of this loss is not known to be enough."""
+            """Returns whether an epsilon of this loss is not known to be enough."""
             one, other = parts(begin)
             return above + margin * max(0.0, one - other) + 1e-12 * one > delta
 
@@ -175,7 +178,8 @@ class LossDistributions:
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if too_little(middle) else (low, middle)
-        # Between two losses the same ones are larger, and delta falls as exp(epsilon) grows.
+        # For epsilons between two losses of the grid, the same losses are larger, and delta is
+        # linear in exp(epsilon). So the exact epsilon follows by interpolation.
         one, other = parts(high)
         wanted = one - (delta - above - 1e-12 * one) / margin
         if wanted <= 0 or other <= 0:
@@ -206,19 +210,20 @@ class LossDistributions:
             reach = tilt * self._interval * max(abs(part.first), abs(part.first + len(weights)))
             of_weights += part.times * 8 * _UNIT * (2 + reach + abs(log_moment))
         power = np.where(np.isfinite(log_power), np.exp(log_power), 0)
-        found = fft.irfft(power, size)
-        # Of each number: the errors of all frequencies, and those of the way back.
+        inverse = fft.irfft(power, size)
+        # The error of each number is at most the sum of the errors of all frequencies, of which
+        # `rfft` has half. `relative` begins with the error of the inverse transform.
         error = 2 * float((np.exp(log_bound) * relative).sum()) / size
-        return _Convolved(np.maximum(found, 0) + error, log_scale, of_weights)
+        return _Convolved(np.maximum(inverse, 0) + error, log_scale, of_weights)
 
 
 class _Convolved(NamedTuple):
     """A tilted composition, on a circle.
 
     Attributes:
-        probabilities: Bounded from above, but for `relative`.
-        log_scale: They were multiplied by exp(tilt * loss - log_scale).
-        relative: How much too small each may be, as a logarithm.
+        probabilities: Upper bounds of the tilted probabilities, up to `relative`.
+        log_scale: Probabilities were multiplied by exp(tilt * loss - log_scale).
+        relative: A bound of their relative error, as a logarithm.
     """
 
     probabilities: Array
@@ -227,7 +232,7 @@ class _Convolved(NamedTuple):
 
 
 def _folded(weights: Array, size: int) -> Array:
-    """Adds up what falls on the same place of a circle."""
+    """Adds up numbers at the same place of a circle."""
     padded = np.zeros(-(-len(weights) // size) * size)
     padded[: len(weights)] = weights
     folded: Array = padded.reshape(-1, size).sum(0)

@@ -1,4 +1,4 @@
-"""A privacy guarantee in plain words, with everything that it rests on."""
+"""The report of a private training: its guarantee in plain words, with its assumptions."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _WHOM = {
     USER: "This holds for all examples together that `group_ids` gave to one user, not for a "
     "person with several ids.",
 }
-_SEVERAL = 3  # phases that are told one by one
-_LARGE = 10  # where the last tier of Ponomareva et al., "How to DP-fy ML", 2023, begins
+_MOST_LISTED = 3  # phases that are described one by one
+_LARGE = 10  # the last tier of Ponomareva et al., "How to DP-fy ML", 2023, begins here
 _FLOATS = (
     "tfdist adds noise in float64, up to 9.49 standard deviations, of 96 random bits for two "
     "numbers, and rounds the sums to a grid that does not depend on the data before anything "
@@ -40,22 +40,22 @@ _METHODS = {
 
 @dataclass(frozen=True)
 class Report:
-    """What a private `fit` has spent; `history.privacy`.
+    """The privacy that a `fit` has spent, as in `history.privacy`.
 
     Attributes:
-        ledger: All private steps on the data: of this `fit`, of earlier ones of the model, and
-            those in `DPSGD.spent`.
+        ledger: All private steps on the data: of this `fit`, of earlier `fit`s of the model,
+            and those in `DPSGD.spent`.
         delta: As in `tfdist.DPSGD`.
         accountant: As in `tfdist.DPSGD`.
         relation: As in `tfdist.DPSGD`.
-        secret: Whether all random numbers came from the operating system; if not, there is
-            no guarantee.
-        uncounted_steps: Updates that the optimizer had made before the first private step;
-            whether they saw these data is not known.
-        changes: How often the weights were changed between private steps by something that is
-            not counted, such as weights that were set.
-        validated_inside: Whether validation was on data that are protected.
-        norm_changes: Whether the norm that gradients were clipped to followed a schedule.
+        secret: Whether all random numbers came from the operating system. Otherwise there is no
+            guarantee.
+        uncounted_steps: The updates that the optimizer had made before the first private step.
+            They may have used these data.
+        changes: How often the weights were changed between private steps without being counted,
+            for example by setting them.
+        validated_inside: Whether validation used protected data.
+        norm_changes: Whether the clipping norm followed a schedule.
     """
 
     ledger: Ledger
@@ -70,38 +70,38 @@ class Report:
 
     @functools.cached_property
     def epsilon(self) -> float:
-        """What all steps have cost together; it takes seconds to compute."""
+        """The epsilon of all steps together. It takes seconds to compute."""
         return self.ledger.epsilon(
             self.delta, accountant=self.accountant, relation=self.relation
         )
 
     def statement(self) -> str:
-        """Says it in a paragraph of plain words; see `tfdist.privacy.statement`."""
+        """Returns a paragraph in plain words; see `tfdist.privacy.statement`."""
         text = statement(
             self.ledger, delta=self.delta, accountant=self.accountant, relation=self.relation
         )
-        before = [_SEEDED] if self.ledger.secret and not self.secret else []
-        after = [_INSIDE] if self.validated_inside else []
+        introduction = [_SEEDED] if self.ledger.secret and not self.secret else []
+        remarks = [_INSIDE] if self.validated_inside else []
         if self.norm_changes:
-            after.append(_MOVING)
+            remarks.append(_MOVING)
         if self.uncounted_steps:
-            after.append(
+            remarks.append(
                 f"The optimizer had made {self.uncounted_steps} updates before, or between "
                 "private steps, which are not counted: they must not have seen these data."
             )
         if self.changes:
-            after.append(
+            remarks.append(
                 "Between private steps the weights were changed by something that is not "
                 f"counted ({self.changes} times): it must not have seen these data."
             )
-        return " ".join([*before, text, *after])
+        return " ".join([*introduction, text, *remarks])
 
     def line(self, within: float | None = None) -> str:
-        """Says it in a few words, quickly: epsilon may be some tenths of a percent too large.
+        """Returns a summary in one line. Its epsilon may be some tenths of a percent too large.
 
         Args:
-            within: What it was planned to be at most; then it is computed well enough to
-                show that it is.
+            within: The target epsilon, or None. If the coarse epsilon is above the target, it
+                is computed exactly.
         """
         epsilon = self.ledger.epsilon(
             self.delta, accountant=self.accountant, relation=self.relation, coarse=True
@@ -146,22 +146,22 @@ def statement(
     relation: str = "add_or_remove_one",
     num_rows: int | None = None,
 ) -> str:
-    """Says in plain words what a ledger guarantees, and under which assumptions.
+    """Describes the guarantee of a ledger and its assumptions in plain words.
 
     Args:
         ledger: All private steps that were made on the data.
         delta: As in `tfdist.privacy.epsilon`.
         accountant: As in `tfdist.privacy.epsilon`.
         relation: As in `tfdist.privacy.epsilon`.
-        num_rows: Examples in the data, or users, to say whether `delta` is small enough for
-            them; what the ledger knows if None.
+        num_rows: The number of examples, or of users, in the data, to check `delta` against it.
+            None takes it from the ledger.
 
     Returns:
-        A paragraph, without line breaks.
+        A paragraph without line breaks.
 
     Raises:
-        ArgumentError: As `Ledger.epsilon`.
-        MissingPackageError: As `Ledger.epsilon`.
+        ArgumentError: As in `Ledger.epsilon`.
+        MissingPackageError: As in `Ledger.epsilon`.
 
     Example:
         >>> import tfdist
@@ -212,15 +212,15 @@ def statement(
 
 
 def careless_delta(ledger: Ledger, delta: float, num_rows: int | None = None) -> str | None:
-    """Says that a `delta` is too large for the data, if it is known to be.
+    """Returns a warning if `delta` is too large for the data, else None.
 
     Args:
-        ledger: Steps that were made, or are to be.
+        ledger: The steps.
         delta: As in `statement`.
         num_rows: As in `statement`.
     """
-    known = [p.num_rows for p in ledger.phases if p.num_rows is not None]
-    rows = num_rows or max(known, default=0)
+    sizes = [p.num_rows for p in ledger.phases if p.num_rows is not None]
+    rows = num_rows or max(sizes, default=0)
     if delta * rows < 1:
         return None
     return (
@@ -231,12 +231,12 @@ def careless_delta(ledger: Ledger, delta: float, num_rows: int | None = None) ->
 
 def _public(ledger: Ledger) -> str:
     if ledger.unit == USER:
-        same = (
+        remark = (
             ""
             if len(ledger.phases) < 2
             else " All steps are assumed to have had the same `group_ids`."
         )
-        return f"The numbers of examples and of users are assumed to be public.{same}"
+        return f"The numbers of examples and of users are assumed to be public.{remark}"
     if any(phase.at_most for phase in ledger.phases):
         return (
             "The number of examples is assumed to be public, and so is what else the "
@@ -248,17 +248,18 @@ def _public(ledger: Ledger) -> str:
 def _described(ledger: Ledger) -> str:
     if not ledger.steps:
         return "no step at all"
-    made = ledger.mechanisms
-    if len(made) <= _SEVERAL:
-        return ", then ".join(map(_describe, made))
-    alike: dict[Any, list[Phase]] = {}
-    for number, phase in enumerate(made):  # of a schedule there are many
+    mechanisms = ledger.mechanisms
+    if len(mechanisms) <= _MOST_LISTED:
+        return ", then ".join(map(_describe, mechanisms))
+    # A schedule has many phases that differ only in their noise. They are described together.
+    groups: dict[Any, list[Phase]] = {}
+    for number, phase in enumerate(mechanisms):
         plain = replace(phase, steps=0, noise_multiplier=0.0)
-        alike.setdefault(number if phase.bands else plain, []).append(phase)
-    return ", then ".join(_describe(phases[0], phases) for phases in alike.values())
+        groups.setdefault(number if phase.bands else plain, []).append(phase)
+    return ", then ".join(_describe(phases[0], phases) for phases in groups.values())
 
 
-def _describe(phase: Phase, alike: Sequence[Phase] = ()) -> str:
+def _describe(phase: Phase, group: Sequence[Phase] = ()) -> str:
     limit = "" if phase.capacity is None else f", at most {phase.capacity} of them kept"
     if phase.cyclic:
         return (
@@ -281,22 +282,22 @@ def _describe(phase: Phase, alike: Sequence[Phase] = ()) -> str:
             "steps after it take a part back"
         )
     most = "at most " if phase.at_most else ""
-    whole = "gradient" if phase.unit == EXAMPLE else "gradients added up and"
+    clipped = "gradient" if phase.unit == EXAMPLE else "gradients added up and"
     noise = f"{phase.noise_multiplier:.6g} C"
-    if len(alike) > 1:
-        noises = sorted({p.noise_multiplier for p in alike})
+    if len(group) > 1:
+        noises = sorted({p.noise_multiplier for p in group})
         noise = f"{noises[0]:.6g} to {noises[-1]:.6g} C, {len(noises)} values in all,"
-    steps = sum(p.steps for p in alike) or phase.steps
+    steps = sum(p.steps for p in group) or phase.steps
     return (
         f"{steps} steps of DP-SGD, each {phase.unit} drawn into each step independently "
         f"with probability {most}{phase.sampling_probability:.6g}{limit}, each {phase.unit}'s "
-        f"{whole} clipped to a norm C, and Gaussian noise of standard deviation {noise} "
+        f"{clipped} clipped to a norm C, and Gaussian noise of standard deviation {noise} "
         "added to their sum"
     )
 
 
 def _rounded_up(value: float) -> str:
-    """Gives three digits, never less than the value."""
+    """Rounds up to three digits."""
     if value == 0:
         return "0"
     unit = 10.0 ** (math.floor(math.log10(value)) - 2)

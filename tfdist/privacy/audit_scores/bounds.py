@@ -1,4 +1,4 @@
-"""Lower bounds of epsilon from how well it was guessed who was trained on."""
+"""Lower bounds of epsilon from guesses about the members of the training data."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ def epsilon_lower_bound(
 ) -> float:
     """Bounds epsilon from below by guesses about the canaries of one training run.
 
-    Each canary was put into the data or left out by a fair coin of its own, and from what the
-    training released it was guessed of some of them whether they were in. If the training
-    were (epsilon, delta)-private, no way of guessing could be right much more often than
-    randomized response (Steinke, Nasr and Jagielski, "Privacy auditing with one (1) training
-    run", NeurIPS 2023, theorem 5.2; the computation is that of appendix D). An epsilon under
-    which so many right guesses had a probability of at most 1 - `confidence` is refuted, and
-    the largest refuted one is returned.
+    A fair coin decided for each canary whether it was in the data. From the trained model it
+    was guessed for some canaries whether they were in. If training is (epsilon,
+    delta)-private, no method guesses right much more often than randomized response (Steinke,
+    Nasr and Jagielski, "Privacy auditing with one (1) training run", NeurIPS 2023, theorem
+    5.2; the computation is that of appendix D). An epsilon is refuted if, under it, so many
+    right guesses have a probability of at most 1 - `confidence`. The largest refuted epsilon
+    is returned.
 
     Args:
-        num_canaries: Canaries for which a coin was thrown.
-        guesses: Canaries about which a guess was made; fixed before the scores were seen.
-        right: Guesses that were right.
-        delta: Of the guarantee that is tested, between 0 and 1.
-        confidence: Probability with which the bound holds, above 0 and below 1, over coins
-            and training.
+        num_canaries: The number of canaries for which a coin was thrown.
+        guesses: The number of guesses, fixed before looking at the scores.
+        right: The number of right guesses.
+        delta: The delta of the tested guarantee, between 0 and 1.
+        confidence: The probability with which the bound holds, over coins and training, above
+            0 and below 1.
 
     Returns:
-        A number from 0 on: with add-or-remove-one as the relation, the training cannot be
-        (epsilon, delta)-private for a smaller epsilon. 0 says nothing.
+        A number of at least 0: under the relation "add_or_remove_one", the training cannot be
+        (epsilon, delta)-private for a smaller epsilon. 0 refutes nothing.
 
     Raises:
         ArgumentError: A count or a probability is out of its range.
@@ -104,7 +104,7 @@ def p_value(
     if right == 0:
         return 1.0
     special = scipy_special()
-    # What randomized response guesses right, each guess by itself.
+    # The probability that a guess by randomized response is right.
     accuracy = 1 / (1 + math.exp(-epsilon))
     p = float(special.betainc(right, guesses - right + 1, accuracy))
     if delta > 0:
@@ -116,7 +116,8 @@ def p_value(
             + special.xlogy(fewer, accuracy)
             + special.xlogy(guesses - fewer, 1 / (1 + math.exp(epsilon)))
         )
-        # Where delta, which may fall on every canary, turns misses into hits at best.
+        # At worst, the failure that delta allows turns wrong guesses into right ones, and it
+        # may happen for each canary.
         worst = (np.cumsum(probability) / np.arange(1, right + 1)).max()
         p += 2 * num_canaries * delta * float(worst)
     return min(p, 1.0)
@@ -125,7 +126,7 @@ def p_value(
 def clopper_pearson(
     successes: NDArray[np.int64], trials: int, confidence: float
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Gives intervals for probabilities, from independent trials.
+    """Returns intervals for probabilities, from independent trials.
 
     Clopper and Pearson, "The use of confidence or fiducial limits illustrated in the case of
     the binomial", Biometrika 1934.
@@ -167,7 +168,7 @@ def scipy_special() -> Any:
 
 
 def check_guesses(num_canaries: int, guesses: int, right: int) -> None:
-    """Refuses counts that cannot be.
+    """Refuses impossible counts.
 
     Args:
         num_canaries: As in `epsilon_lower_bound`.
@@ -175,7 +176,7 @@ def check_guesses(num_canaries: int, guesses: int, right: int) -> None:
         right: As in `epsilon_lower_bound`.
 
     Raises:
-        ArgumentError: They are such.
+        ArgumentError: The counts are impossible.
     """
     check_count("num_canaries", num_canaries, 1)
     check_count("guesses", guesses, 0)

@@ -1,4 +1,4 @@
-"""What scores of members and non-members say: how well they are told apart, and epsilon."""
+"""The report of an audit: how well scores separate members, and bounds of epsilon."""
 
 from __future__ import annotations
 
@@ -29,17 +29,18 @@ _FEWEST_SCORES = 20
 
 @dataclass(frozen=True, eq=False)
 class AuditReport:
-    """How well it can be told from a model who was trained on; `tfdist.privacy.audit`.
+    """The report of `tfdist.privacy.audit`: how well members of the data are recognized.
 
-    `auc` and `advantage` describe one attack on one model. They are estimates, and that an
-    attack fails shows no privacy: a better one may not. `epsilon_lower_bound` is a theorem,
-    and can refute a claimed epsilon but never confirm it. `threshold_attack` is one between:
-    a bound if each score came from a training of its own, and of one model an estimate.
+    `auc` and `advantage` describe one attack on one model. They are estimates. An attack that
+    fails does not show privacy, since a better attack may succeed. `epsilon_lower_bound` is a
+    theorem: it can refute a claimed epsilon, but never confirm it. `threshold_attack` is a
+    bound only if each score comes from a separate training. For the scores of one model it is
+    an estimate.
 
     Args:
-        scores: Shape [examples], float; the higher, the likelier a member.
-        included: Shape [examples], bool: who was trained on.
-        fair_coins: Whether each example was included by a fair coin of its own.
+        scores: Float of shape [examples]. A higher score means a likelier member.
+        included: Bool of shape [examples]: whether the example was trained on.
+        fair_coins: Whether a fair coin decided for each example whether it was included.
 
     Raises:
         ArgumentError: A score is NaN, the shapes differ, or there are no members or no
@@ -84,12 +85,12 @@ class AuditReport:
 
     @property
     def members(self) -> Floats:
-        """Scores of those who were trained on."""
+        """The scores of examples that were trained on."""
         return self.scores[self.included]
 
     @property
     def non_members(self) -> Floats:
-        """Scores of those who were not."""
+        """The scores of examples that were not trained on."""
         return self.scores[~self.included]
 
     @property
@@ -107,15 +108,15 @@ class AuditReport:
     def advantage(self) -> float:
         """The largest difference of true and false positive rate, over all thresholds.
 
-        0 is chance and 1 certainty (Yeom et al., "Privacy risk in machine learning", CSF
-        2018). The threshold is chosen on the same scores, so it is above 0 even for scores
-        that mean nothing: of n members and as many others, by about 0.9 / sqrt(n).
+        0 is chance and 1 is certainty (Yeom et al., "Privacy risk in machine learning", CSF
+        2018). The threshold is chosen on the same scores. So the advantage of random scores is
+        above 0, by about 0.9 / sqrt(n) for n members and n non-members.
         """
         false, true = self.roc()
         return float((true - false).max())
 
     def roc(self) -> tuple[Floats, Floats]:
-        """Gives false and true positive rates, for thresholds from the highest down."""
+        """Returns false and true positive rates, for thresholds from the highest down."""
         thresholds = np.unique(self.scores)[::-1]
         rates = [
             1 - np.searchsorted(np.sort(s), thresholds, "left") / len(s)
@@ -125,13 +126,13 @@ class AuditReport:
         return false, true
 
     def true_positive_rate(self, at: float) -> float:
-        """Gives the part of the members that is found at a false positive rate.
+        """Returns the fraction of members that is found at a false positive rate.
 
-        What counts for those it happens to is the part that is found almost without error
-        (Carlini et al., "Membership inference attacks from first principles", S&P 2022).
+        For those members, the fraction that is found almost without error matters (Carlini et
+        al., "Membership inference attacks from first principles", S&P 2022).
 
         Args:
-            at: The false positive rate, 0.001 say; below 1 / non-members it means none.
+            at: The false positive rate, for example 0.001. Below 1 / non-members it is 0.
         """
         check_number("at", at, 0, 1)
         false, true = self.roc()
@@ -145,24 +146,25 @@ class AuditReport:
     ) -> float:
         """Bounds the training's epsilon from below, by `tfdist.privacy.epsilon_lower_bound`.
 
-        The highest scores are guessed to be members, the lowest to be non-members, and of
-        those between nothing is said. How many are guessed must not depend on how well it
-        goes. So either `guesses` is fixed before, or several numbers are tried, each at a
-        confidence so much higher that all hold together (Bonferroni's correction).
+        The highest scores are guessed to be members, and the lowest to be non-members. No guess
+        is made about scores between them. The number of guesses must not depend on their
+        success. So either `guesses` is fixed before, or several numbers are tried, each at a
+        higher confidence, so that all bounds hold together (Bonferroni's correction).
 
         Args:
-            delta: Of the guarantee, between 0 and 1.
-            confidence: Probability with which the bound holds, over coins and training.
-            guesses: How many of the highest and how many of the lowest scores, chosen before
-                looking at them. If None, half of the canaries, a quarter and so on are tried,
-                of both ends together and of each alone.
+            delta: The delta of the guarantee, between 0 and 1.
+            confidence: The probability with which the bound holds, over coins and training.
+            guesses: The number of highest and of lowest scores about which a guess is made,
+                chosen before looking at the scores. With None, half of the canaries, a
+                quarter and so on are tried, at both ends together and at each end alone.
 
         Returns:
-            A number from 0 on: the training cannot be (epsilon, delta)-private for less.
+            A number of at least 0: the training cannot be (epsilon, delta)-private for a
+            smaller epsilon.
 
         Raises:
-            ArgumentError: The examples were not included by fair coins, or more guesses than
-                there are canaries.
+            ArgumentError: The examples were not included by fair coins, or there are more
+                guesses than canaries.
             MissingPackageError: SciPy is not installed.
         """
         check_number("confidence", confidence, 0, 1, open_ends=True)
@@ -179,12 +181,13 @@ class AuditReport:
         confidence: float = 0.95,
         guesses: tuple[int, int] | None = None,
     ) -> float:
-        """Bounds epsilon from below as `epsilon_lower_bound`, for Gaussian mechanisms alone.
+        """Bounds epsilon from below, if the training is a Gaussian mechanism.
 
-        It assumes that the training has the trade-off curve of some Gaussian mechanism, as
-        steps on all data have, and steps on a sample nearly, and bounds which one
-        (Mahloujifar, Melis and Chaudhuri, "Auditing f-differential privacy in one run", ICML
-        2025). So it is about twice as large, and of other trainings an estimate.
+        It assumes that the training has the trade-off curve of a Gaussian mechanism, and bounds
+        its noise (Mahloujifar, Melis and Chaudhuri, "Auditing f-differential privacy in one
+        run", ICML 2025). Steps on all data have such a curve, and steps on a sample nearly. The
+        bound is about twice that of `epsilon_lower_bound`. For other trainings it is an
+        estimate.
 
         Args:
             delta: As in `epsilon_lower_bound`, above 0 and below 1.
@@ -192,8 +195,8 @@ class AuditReport:
             guesses: As in `epsilon_lower_bound`.
 
         Returns:
-            The epsilon at `delta` of the Gaussian mechanism with the least noise that is not
-            excluded; 0 says nothing.
+            The epsilon at `delta` of the Gaussian mechanism with the most noise that is not
+            refuted. 0 refutes nothing.
 
         Raises:
             ArgumentError: As `epsilon_lower_bound`.
@@ -212,14 +215,14 @@ class AuditReport:
         relation: str = "add_or_remove_one",
         guesses: tuple[int, int] | None = None,
     ) -> float:
-        """Says how probable so many right guesses are, at most, if a ledger is right.
+        """Returns the largest probability of so many right guesses if a ledger is right.
 
-        The test is of the ledger's whole trade-off curve, that of its noise, sampling and
-        steps, and not of one epsilon; with all numbers of guesses together as in
+        It tests the ledger's whole trade-off curve, which follows from noise, sampling and
+        steps, instead of one epsilon. Several numbers of guesses are tried together, as in
         `epsilon_lower_bound`.
 
         Args:
-            ledger: What the training claims, `history.privacy.ledger`.
+            ledger: The ledger of the training, `history.privacy.ledger`.
             relation: As in `tfdist.privacy.epsilon`.
             guesses: As in `epsilon_lower_bound`.
 
@@ -235,7 +238,7 @@ class AuditReport:
         return min(1.0, len(tried) * min(p_value_of(curve, **counts) for counts in tried))
 
     def _tried(self, guesses: tuple[int, int] | None) -> list[dict[str, int]]:
-        """Counts guesses and right ones, for each number of guesses that is tried."""
+        """Counts the guesses and the right ones, for each number of guesses to try."""
         if not self.fair_coins:
             raise ArgumentError(
                 "Each example must have been included by a fair coin of its own. Received: "
@@ -258,7 +261,8 @@ class AuditReport:
                 "`guesses` must be two numbers from 0 on, together at most the number of "
                 f"canaries. Received: guesses={(highest, lowest)} of {len(self.scores)}."
             )
-        # Equal scores come with members first: guessed wrong, which can only lower the bound.
+        # Equal scores are sorted with members first, so that guesses among them are wrong. This
+        # can only lower the bound.
         ordered = self.included[np.lexsort((~self.included, self.scores))]
         as_members = ordered[len(ordered) - highest :]
         return int(as_members.sum()) + int((~ordered[:lowest]).sum())
@@ -266,19 +270,19 @@ class AuditReport:
     def threshold_attack(
         self, delta: float, confidence: float = 0.95, seed: int = 0
     ) -> ThresholdAttack:
-        """Attacks with one threshold, and says which epsilon its success implies.
+        """Attacks with one threshold, and computes the epsilon that its success implies.
 
-        In an (epsilon, delta)-private training, whatever is said of a member is at most
-        e^epsilon times as likely as of a non-member, plus delta (Kairouz, Oh and Viswanath,
-        "The composition theorem for differential privacy", ICML 2015). The threshold is
-        chosen on a random half of the scores; on the other half, Clopper and Pearson's
-        intervals hold the two probabilities. They take the scores as independent, which those
-        of one model are not quite: for a bound that holds of one run, use canaries.
+        In an (epsilon, delta)-private training, any outcome for a member is at most e^epsilon
+        times as likely as for a non-member, plus delta (Kairouz, Oh and Viswanath, "The
+        composition theorem for differential privacy", ICML 2015). The threshold is chosen on a
+        random half of the scores. On the other half, Clopper and Pearson's intervals bound the
+        two probabilities. They assume independent scores, but scores of one model are not
+        quite independent. For a bound from a single training, use canaries.
 
         Args:
-            delta: Of the guarantee, between 0 and 1.
-            confidence: Of both intervals together.
-            seed: Of the halves.
+            delta: The delta of the guarantee, between 0 and 1.
+            confidence: The confidence of both intervals together.
+            seed: The seed of the random halves.
 
         Raises:
             ArgumentError: Fewer than 20 members or non-members.
@@ -326,7 +330,7 @@ class AuditReport:
 
 
 def _numbers_of_guesses(canaries: int) -> list[tuple[int, int]]:
-    """Chooses what to try, without a look at the scores."""
+    """Chooses the numbers of guesses to try, independently of the scores."""
     tried: list[tuple[int, int]] = []
     count = max(1, canaries // 2)
     while count >= _FEWEST_GUESSES or not tried:

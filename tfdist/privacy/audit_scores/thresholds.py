@@ -14,15 +14,15 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class ThresholdAttack:
-    """An attack that says "member" of all scores above a threshold, or "non-member" below it.
+    """An attack that guesses "member" above a threshold, or "non-member" below it.
 
     Attributes:
-        threshold: Chosen on one half of the scores.
-        says_member: Whether it speaks up above the threshold, of members; if not, below it, of
-            non-members.
-        right: Interval of the probability that it speaks up where it is right to, from the
-            other half of the scores.
-        wrong: The same, where it is wrong to.
+        threshold: The threshold, chosen on one half of the scores.
+        says_member: Whether the attack guesses "member" above the threshold. Otherwise it
+            guesses "non-member" below the threshold.
+        right: The confidence interval of the probability of a guess for an example for which
+            it is right, from the other half of the scores.
+        wrong: The same interval for examples for which the guess is wrong.
         epsilon: max(0, ln((right[0] - delta) / wrong[1])), the least epsilon that allows both.
     """
 
@@ -41,12 +41,12 @@ def best_threshold(
     delta: float,
     confidence: float,
 ) -> ThresholdAttack:
-    """Measures attacks with several thresholds, and gives the best.
+    """Measures attacks with several thresholds, and returns the best one.
 
     Args:
-        members: Scores of those who were trained on.
-        others: Scores of those who were not.
-        thresholds: To be tried.
+        members: The scores of members.
+        others: The scores of non-members.
+        thresholds: The thresholds.
         says_member: As in `ThresholdAttack`.
         delta: As in `AuditReport.threshold_attack`.
         confidence: As in `AuditReport.threshold_attack`.

@@ -1,8 +1,8 @@
-"""What right guesses say against a whole trade-off curve, rather than one epsilon and delta.
+"""Tests a whole trade-off curve by guesses about canaries, not one epsilon and delta.
 
-A mechanism is f-private if no test of who was in has both errors below the curve f (Dong, Roth
-and Su, "Gaussian differential privacy", JRSS B 2022). One epsilon and delta keep a single
-tangent of the curve, and guesses about many canaries do not all fall where it touches. So a
+A mechanism is f-private if no test of membership has both errors below the curve f (Dong, Roth
+and Su, "Gaussian differential privacy", JRSS B 2022). One epsilon and delta are a single
+tangent of the curve, which is close to the curve only near the point where it touches. So a
 test of the curve itself refutes more (Mahloujifar, Melis and Chaudhuri, "Auditing
 f-differential privacy in one run", ICML 2025).
 """
@@ -21,7 +21,7 @@ from tfdist.privacy.audit_scores.bounds import check_guesses, scipy_special
 
 Floats = NDArray[np.float64]
 Curve = Callable[[Floats], Floats]
-"""Of probabilities y the least x with y <= 1 - f(x): what follows for the other data set."""
+"""Maps a probability y under one data set to the least x under the other: y <= 1 - f(x)."""
 
 _AT_ONCE = 32
 _ROUNDS = 4
@@ -32,31 +32,32 @@ _INTERVAL, _POINTS, _MOST_EPSILON, _LEAST_DELTA = 1e-3, 120, 100.0, 1e-9
 def is_refuted(
     curve: Curve, *, num_canaries: int, guesses: int, right: int, error: Floats
 ) -> NDArray[np.bool_]:
-    """Tells whether so many right guesses are less probable than an error.
+    """Returns whether the curve makes so many right guesses less probable than an error.
 
-    With p[t] the probability of t right guesses of c, of m canaries, each private curve gives,
-    for every j, sum over t >= j of (t / m) p[t] <= 1 - f(sum over t >= j - 1 of ((c - t) / m)
-    p[t]): to flip one canary's coin turns a right guess into a wrong one, and leaves those
-    about others (Mahloujifar et al., theorem 9). The least mass below that keeps to this, if
-    the probability of `right` or more is `error`, is found from the top down; if all together
-    must be above 1 there is no such mechanism.
+    Let p[t] be the probability of t right guesses among c guesses about m canaries. For a
+    private mechanism and every j, sum over t >= j of (t / m) p[t] <= 1 - f(sum over t >= j - 1
+    of ((c - t) / m) p[t]): flipping the coin of one canary turns a right guess about it into a
+    wrong one, and does not change guesses about others (Mahloujifar et al., theorem 9). If
+    `right` or more guesses are right with probability `error`, the least possible
+    probabilities of fewer right guesses follow from the top down. If all of them together are
+    above 1, there is no such mechanism.
 
     Args:
-        curve: Of arrays, element by element; never above the true one.
-        num_canaries: Canaries, m.
-        guesses: Guesses that were made, c, fixed before the scores were seen.
-        right: Right ones.
-        error: Probabilities, any shape, each tested by itself.
+        curve: A function of arrays, element by element. It must never be above the true curve.
+        num_canaries: The number of canaries, m.
+        guesses: The number of guesses, c, fixed before looking at the scores.
+        right: The number of right guesses.
+        error: Probabilities of any shape. Each is tested separately.
     """
-    whole = guesses / num_canaries
+    total = guesses / num_canaries
     least_right = error * right / num_canaries
     least_wrong = error * (guesses - right) / num_canaries
     for below in range(right - 1, -1, -1):
         needed = np.maximum(least_wrong, curve(np.minimum(least_right, 1.0)))
         least_right = least_right + below / (guesses - below) * (needed - least_wrong)
         least_wrong = needed
-    found: NDArray[np.bool_] = least_right + least_wrong > whole * (1 + 1e-12)
-    return found
+    exceeds_one: NDArray[np.bool_] = least_right + least_wrong > total * (1 + 1e-12)
+    return exceeds_one
 
 
 def gaussian_lower_bound(
@@ -65,15 +66,15 @@ def gaussian_lower_bound(
     """Bounds from below how Gaussian a training is: the mu of mu-GDP.
 
     Args:
-        num_canaries: Canaries for which a coin was thrown.
-        guesses: Canaries about which a guess was made; fixed before the scores were seen.
-        right: Guesses that were right.
-        confidence: Probability with which the bound holds, above 0 and below 1.
+        num_canaries: The number of canaries for which a coin was thrown.
+        guesses: The number of guesses, fixed before looking at the scores.
+        right: The number of right guesses.
+        confidence: The probability with which the bound holds, above 0 and below 1.
 
     Returns:
-        A number from 0 on: the training cannot be mu-GDP for a smaller mu. A Gaussian
-        mechanism has the mu sensitivity / standard deviation. It does not bound the epsilon
-        of trainings whose curve is no Gaussian one.
+        A number of at least 0: the training cannot be mu-GDP for a smaller mu. The mu of a
+        Gaussian mechanism is sensitivity / standard deviation. If the curve of the training is
+        not that of a Gaussian mechanism, it does not bound epsilon.
 
     Raises:
         ArgumentError: A count or a probability is out of its range.
@@ -108,15 +109,15 @@ def gaussian_lower_bound(
         return 0.0
     for _ in range(_ROUNDS):
         tried = np.linspace(low, high, _AT_ONCE)
-        kept = int(refuted(tried).argmin())  # the first that is not refuted
-        if kept == 0:
+        first = int(refuted(tried).argmin())  # the first mu that is not refuted
+        if first == 0:
             return high
-        low, high = float(tried[kept - 1]), float(tried[kept])
+        low, high = float(tried[first - 1]), float(tried[first])
     return low
 
 
 def gaussian_epsilon(mu: float, delta: float) -> float:
-    """Gives the epsilon of a Gaussian mechanism.
+    """Returns the epsilon of a Gaussian mechanism.
 
     Balle and Wang, "Improving the Gaussian mechanism for differential privacy", ICML 2018,
     theorem 8.
@@ -145,13 +146,14 @@ def gaussian_epsilon(mu: float, delta: float) -> float:
 
 
 def curve_of(epsilons: Sequence[float], deltas: Sequence[float]) -> Curve:
-    """Gives the curve of a mechanism of which some (epsilon, delta) are known.
+    """Returns a curve from some (epsilon, delta) of a mechanism.
 
     Args:
-        epsilons: From 0 on.
-        deltas: What the mechanism has at each, or more.
+        epsilons: Numbers of at least 0.
+        deltas: The mechanism's delta at each epsilon, or a larger one.
     """
-    # y <= delta + e^epsilon x, and the same of what is not: straight lines below the curve.
+    # Each pair gives two lines below the curve: y <= delta + e^epsilon x, and the same for the
+    # complements of both events.
     lines = [(0.0, 0.0)]
     for epsilon, delta in zip(epsilons, deltas, strict=True):
         lines.append((math.exp(-epsilon), -delta * math.exp(-epsilon)))
@@ -167,7 +169,7 @@ def curve_of(epsilons: Sequence[float], deltas: Sequence[float]) -> Curve:
 
 
 def _envelope(lines: Sequence[tuple[float, float]]) -> tuple[Floats, Floats, Floats]:
-    """Gives the highest lines from left to right, and where each but the first begins."""
+    """Returns the upper envelope of lines, from left to right, and where each line begins."""
     kept: list[tuple[float, float]] = []
     begins: list[float] = []
     for slope, offset in sorted(lines):
@@ -190,7 +192,7 @@ def _envelope(lines: Sequence[tuple[float, float]]) -> tuple[Floats, Floats, Flo
 
 
 def curve_of_ledger(ledger: Ledger, relation: str = "add_or_remove_one") -> Curve:
-    """Gives the curve of all steps of a ledger, by privacy loss distributions.
+    """Returns the curve of all steps of a ledger, by privacy loss distributions.
 
     Args:
         ledger: The steps.
@@ -201,17 +203,17 @@ def curve_of_ledger(ledger: Ledger, relation: str = "add_or_remove_one") -> Curv
         MissingPackageError: dp-accounting is not installed.
     """
     ledger.check_unit()
-    made = [phase for phase in ledger.mechanisms if phase.sampling_probability]
-    if any(phase.noise_multiplier == 0 for phase in made):
-        return curve_of([0.0], [1.0])  # any
+    phases = [phase for phase in ledger.mechanisms if phase.sampling_probability]
+    if any(phase.noise_multiplier == 0 for phase in phases):
+        return curve_of([0.0], [1.0])  # without noise, nothing is refuted
     accounting = dp_accounting()
     accountant = accounting.pld.PLDAccountant(
         accounting.NeighboringRelation[relation.upper()], _INTERVAL
     )
-    for phase in made:
+    for phase in phases:
         accountant.compose(phase.event())
     epsilons = [0.0, *np.geomspace(1e-3, _MOST_EPSILON, _POINTS)]
-    # The accountant's transforms are not exact below that.
+    # The accountant's transforms are not exact below `_LEAST_DELTA`.
     return curve_of(epsilons, [max(_LEAST_DELTA, accountant.get_delta(e)) for e in epsilons])
 
 
@@ -233,5 +235,5 @@ def p_value_of(curve: Curve, *, num_canaries: int, guesses: int, right: int) -> 
     refuted = is_refuted(
         curve, num_canaries=num_canaries, guesses=guesses, right=right, error=tried
     )
-    # What is refuted at an error has a probability below it, and at each larger one too.
+    # If an error is refuted, the probability is below it, and larger errors are refuted too.
     return float(tried[refuted.argmax()]) if refuted.any() else 1.0

@@ -1,8 +1,8 @@
 """Measures the mechanism of private training on a model: noise, clipping and sampling.
 
-Everything is measured through `tfdist.fit(..., privacy=...)` itself, with an optimizer that
-keeps the gradient it is given in place of the model's own. Nothing of the mechanism is
-written down here a second time: what is expected comes from its definition.
+All measurements run `tfdist.fit(..., privacy=...)` itself, with an optimizer that records its
+gradients instead of the model's own optimizer. The expected values come from the definition of
+the mechanism, not from a second implementation of it.
 """
 
 from tfdist.privacy.checking.checking import check

@@ -1,4 +1,4 @@
-"""Examples that might contribute too much: scaled ones, and ones whose gradients cancel."""
+"""Makes examples that may contribute too much: scaled ones, and ones with cancelling parts."""
 
 from __future__ import annotations
 
@@ -12,54 +12,54 @@ import tensorflow as tf
 from numpy.typing import NDArray
 
 from tfdist import _keras
-from tfdist.privacy.checking.columns import Columns, joined, mapped, rows_of, taken
+from tfdist.privacy.checking.columns import Columns, joined, mapped, rows_of, selected
 
 _SCALES = (1e-2, 30.0, 1e3, 1e30, math.nan)
-HUGE, NOT_A_NUMBER = 6, 12  # by which rule `families` makes them of one example
+HUGE, NOT_A_NUMBER = 6, 12  # places of these examples in the result of `families`
 _OFFSETS = (1.0, 10.0, 100.0)
 _ASCENT_STEPS = 60
 _ASCENT_RATE = 0.05
 
 
 def families(model: Any, own: Columns, rng: np.random.Generator) -> Columns:
-    """Makes examples of others, each by one rule.
+    """Makes examples from others, each by one rule.
 
-    The rules are those by which norms that are computed from products go wrong: huge and tiny
-    inputs and targets and such as are no numbers, equal positions of a sequence, opposite
-    ones, equal ones far from 0, a word that is repeated, inputs of a model that are alike.
+    The rules make cases in which norms that are computed from products may be wrong: huge, tiny
+    and NaN inputs and targets, sequences with equal or opposite positions, equal positions far
+    from 0, a repeated word, and equal inputs of a model.
 
     Args:
-        model: Whose inputs they are.
+        model: The model of the inputs.
         own: The examples.
-        rng: Chooses.
+        rng: The random generator of the rules.
     """
     x, y, weight = own
     inputs_scale = not _has_embedding(model)
-    made: list[Columns] = []
+    variants: list[Columns] = []
     for scale in _SCALES:
         grown = mapped(partial(_scaled, scale=scale, may_be_whole=inputs_scale), x)
         targets = mapped(partial(_scaled, scale=scale), y)
-        made += [(grown, y, weight), (grown, targets, weight), (x, targets, weight)]
+        variants += [(grown, y, weight), (grown, targets, weight), (x, targets, weight)]
     for offset in _OFFSETS:
         for sign in (1.0, -1.0):
             rule = partial(_alike, offset=offset, sign=sign, may_scale=inputs_scale, rng=rng)
             alike = _same_inputs(mapped(rule, x))
             for factor in (1.0, 100.0):
                 targets = mapped(partial(_scaled, scale=factor * offset), y)
-                made.append((alike, targets, weight))
-    return joined(made)
+                variants.append((alike, targets, weight))
+    return joined(variants)
 
 
-def mutated(model: Any, found: Columns, rng: np.random.Generator) -> Columns:
+def mutated(model: Any, examples: Columns, rng: np.random.Generator) -> Columns:
     """Changes examples at random.
 
     Args:
-        model: Whose inputs they are.
-        found: The examples.
-        rng: Chooses.
+        model: The model of the inputs.
+        examples: The examples.
+        rng: The random generator of the changes.
     """
     inputs_scale = not _has_embedding(model)
-    x, y, weight = found
+    x, y, weight = examples
 
     def change(leaf: Any, may_scale: bool) -> Any:
         count = len(leaf)
@@ -75,20 +75,19 @@ def mutated(model: Any, found: Columns, rng: np.random.Generator) -> Columns:
     return mapped(lambda leaf: change(leaf, inputs_scale), x), changed_y, weight
 
 
-def cancelled(model: Any, own: Columns, rng: np.random.Generator) -> Columns | None:
-    """Finds inputs whose gradient is small beside what it is the sum of, by gradient descent.
+def cancelled(model: Any, own: Columns) -> Columns | None:
+    """Finds inputs whose gradient is small compared with its parts, by gradient descent.
 
-    Where the parts of an example's gradient, those of single positions, cancel, a norm that is
-    computed from products of them is the least exact. So the ratio of the gradient's norm to
-    the sizes of the input and of the outputs' gradients is made small, and the result scaled.
+    An example's gradient is a sum over positions. If the parts of the sum cancel, a norm that
+    is computed from products is the least exact. So the ratio of the gradient's norm to the
+    size of the input is minimized, and the result is scaled.
 
     Args:
         model: A compiled, built `keras.Model`.
-        own: Examples to begin with.
-        rng: Chooses.
+        own: The examples to begin with.
 
     Returns:
-        Examples; None if no input can be moved.
+        The examples, or None if no input can be changed continuously.
     """
     x, y, _ = own
     leaves = tf.nest.flatten(x)
@@ -127,9 +126,9 @@ def cancelled(model: Any, own: Columns, rng: np.random.Generator) -> Columns | N
 
         return tf.while_loop(lambda i, _: i < _ASCENT_STEPS, step, (tf.constant(0), values))[1]
 
-    found: list[Columns] = []
+    variants: list[Columns] = []
     for row in range(rows_of(own)):
-        one_x, one_y, one_weight = taken(own, [row])
+        one_x, one_y, one_weight = selected(own, [row])
         values = [tf.convert_to_tensor(leaf) for leaf in tf.nest.flatten(one_x)]
         later = [leaf.numpy() for leaf in descend(values, one_y)]
         for scale in (1.0, 10.0, 1000.0):
@@ -138,12 +137,12 @@ def cancelled(model: Any, own: Columns, rng: np.random.Generator) -> Columns | N
                 for n, leaf in enumerate(later)
             ]
             targets = mapped(partial(_scaled, scale=scale), one_y)
-            found.append((tf.nest.pack_sequence_as(x, grown), targets, one_weight))
-    return joined(found)
+            variants.append((tf.nest.pack_sequence_as(x, grown), targets, one_weight))
+    return joined(variants)
 
 
 def _is_scalable(leaf: NDArray[Any], may_be_whole: bool = False) -> bool:
-    """Tells numbers that may be any from those that count or name something."""
+    """Returns whether an array has arbitrary numbers, not counts or names."""
     if not np.issubdtype(leaf.dtype, np.floating):
         return False
     return may_be_whole or not bool((leaf == np.round(leaf)).all())
@@ -158,7 +157,7 @@ def _scaled(leaf: NDArray[Any], scale: float, may_be_whole: bool = False) -> NDA
 def _alike(
     leaf: NDArray[Any], offset: float, sign: float, may_scale: bool, rng: Any
 ) -> NDArray[Any]:
-    """Gives all positions of an example nearly the same values, or in turn opposite ones."""
+    """Makes all positions of an example nearly equal, or alternately opposite."""
     if leaf.ndim < 2:
         return leaf
     if not _is_scalable(leaf, may_scale):
@@ -173,7 +172,7 @@ def _alike(
 
 
 def _same_inputs(x: Any) -> Any:
-    """Gives all inputs of words the first one's values, where shapes allow."""
+    """Sets all inputs of words to the values of the first one, if shapes allow."""
     leaves = tf.nest.flatten(x)
     first = leaves[0]
     same = [
@@ -186,5 +185,5 @@ def _same_inputs(x: Any) -> Any:
 
 
 def _has_embedding(model: Any) -> bool:
-    """Tells whether an input may be numbers of words, which must stay below a limit."""
+    """Returns whether an input may have word numbers, which must stay below a limit."""
     return any(isinstance(part, keras.layers.Embedding) for part in _keras.layers_of(model))

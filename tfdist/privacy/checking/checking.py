@@ -1,4 +1,4 @@
-"""`tfdist.privacy.check`: the mechanism of private training, measured on a model."""
+"""`tfdist.privacy.check` measures the mechanism of private training on a model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tfdist import _keras, data
 from tfdist.errors import ArgumentError, MissingPackageError
 from tfdist.privacy.accounting.arguments import check_choice, check_count, check_number
 from tfdist.privacy.checking.adversarial import HUGE, NOT_A_NUMBER, families
-from tfdist.privacy.checking.columns import Columns, as_columns, joined, rows_of, taken
+from tfdist.privacy.checking.columns import Columns, as_columns, joined, rows_of, selected
 from tfdist.privacy.checking.contributions import (
     Neighbours,
     Noiseless,
@@ -33,7 +33,7 @@ from tfdist.privacy.settings import DPSGD
 PARTS = ("draws", "contributions", "noise")
 FALSE_ALARM = 1e-4
 _ALPHA = FALSE_ALARM / 25  # of each test: there are fewer
-_OWN = 48  # of the user's rows that are tried
+_OWN = 48  # the most of the user's rows that are used
 _NUMBERS, _STEPS, _ROUNDS = 400_000, 240, 2
 
 
@@ -51,39 +51,43 @@ def check(
     effort: float = 1.0,
     seed: int = 0,
 ) -> CheckReport:
-    """Measures whether private training does on a model what its epsilon is computed for.
+    """Measures whether private training on a model matches the assumptions of its epsilon.
 
-    Epsilon follows from four facts, and each is measured through `tfdist.fit` itself, on the
-    model, the data, the settings and the strategy it would have: noise has the right deviation
-    and is independent between weights, steps, calls and resumed runs; no example contributes
-    more than `l2_norm_clip`, of yours, of scaled ones, and of such as are searched for; an
-    example that is missing changes nothing else; and each example is drawn into each step by
-    a coin of its own, its part divided by the expected batch. The optimizer is one that keeps
-    its gradient and moves no weight.
+    Epsilon rests on four properties. Each is measured by `tfdist.fit` itself, with the model,
+    the data, the settings and the strategy of the training:
 
-    The model is left as it was, its ledger and random state too; what was not built is built.
+    - Noise has the right deviation, and is independent between weights, steps, calls and
+      resumed runs.
+    - No example contributes more than `l2_norm_clip`: not yours, not scaled ones, and not those
+      of a search for large contributions.
+    - A missing example changes nothing else.
+    - Each step draws each example by an independent coin, and divides by the expected batch.
+
+    The check uses an optimizer that records gradients and changes no weight. The model is
+    restored, with its ledger and random state. A model that was not built is built.
 
     Args:
         model: A compiled `keras.Model`.
-        x: Arrays of examples, as in `fit`. They are read, and not private in the report.
+        x: Arrays of examples, as in `fit`. The report is computed from them without noise.
         y: Targets, as in `fit`.
-        privacy: The `tfdist.DPSGD` or `tfdist.DPFTRL` that `fit` will get. Its `seed` is not
-            used; with a `target_epsilon` the noise multiplier is 1 here.
+        privacy: The `tfdist.DPSGD` or `tfdist.DPFTRL` of the training. Its `seed` is not used.
+            With a `target_epsilon`, the check uses a noise multiplier of 1.
         batch_size: As in `fit`.
         sample_weight: As in `fit`.
         sampler: As in `fit`.
         strategy: As in `fit`.
-        parts: What is measured: "draws", "contributions" and "noise". Draws are measured on
-            a model that has a weight for each example, the others on yours.
-        effort: How much is measured, in units of the default, which takes half a minute or
-            less on a small model; above 0.
-        seed: Of what is tried, the same on all workers; never of what is measured.
+        parts: The properties to measure: "draws", "contributions" and "noise". Draws are
+            measured on a model with a weight for each example, the others on your model.
+        effort: The amount of measurements, above 0. The default 1 takes half a minute or less
+            on a small model.
+        seed: The seed of the examples to try, equal on all workers. It has no effect on the
+            measured random numbers.
 
     Returns:
-        A report; `report.passed`, and `print(report)` for all facts.
+        A report. `report.passed` is the result, and `print(report)` shows all findings.
 
     Raises:
-        ArgumentError: `fit` would refuse it, or it cannot be measured.
+        ArgumentError: `fit` would refuse the arguments, or they cannot be measured.
         MissingPackageError: SciPy or dp-accounting is not installed.
 
     Example:
@@ -105,8 +109,8 @@ def check(
     columns = as_columns(x, y, sample_weight)
     notes = _notes(privacy, sampler)
     if privacy.target_epsilon is not None:
-        shape = privacy.noise_multiplier or 1.0  # the former is a schedule
-        privacy = dataclasses.replace(privacy, target_epsilon=None, noise_multiplier=shape)
+        multiplier = privacy.noise_multiplier or 1.0  # with a target it can only be a schedule
+        privacy = dataclasses.replace(privacy, target_epsilon=None, noise_multiplier=multiplier)
     fixed = without_schedules(privacy)
     if privacy.samples and privacy.bands is not None:
         fixed = dataclasses.replace(fixed, bands=None)
@@ -122,9 +126,10 @@ def check(
         facts += measure_draws(draws, math.ceil(_STEPS * effort), _ALPHA)
     with subject_of(model, strategy) as subject:
         if "contributions" in parts:
-            found = _contributions(Noiseless(subject, fixed), taken(columns, own), effort, rng)
-            facts, notes = [*facts, *found.facts], [*notes, *found.notes]
-            is_repeatable = found.draws_nothing
+            some = selected(columns, own)
+            neighbours = _contributions(Noiseless(subject, fixed), some, effort, rng)
+            facts, notes = [*facts, *neighbours.facts], [*notes, *neighbours.notes]
+            is_repeatable = neighbours.draws_nothing
         if "noise" in parts and privacy.noise_multiplier == 0:
             notes.append("noise: noise_multiplier is 0, and nothing is private")
         elif "noise" in parts:
@@ -146,10 +151,11 @@ def _contributions(
     """Measures contributions and neighbours."""
     model = noiseless.subject.model
     facts = largest_contribution(noiseless, some, round(_ROUNDS * effort), rng)
-    strange = taken(families(model, taken(some, [0]), rng), [HUGE, NOT_A_NUMBER])
-    rows = joined([strange, taken(some, np.arange(min(32, rows_of(some))))])
-    found = compare_neighbours(noiseless, rows, _is_half(model))
-    return dataclasses.replace(found, facts=(*facts, *found.facts))
+    strange = selected(families(model, selected(some, [0]), rng), [HUGE, NOT_A_NUMBER])
+    rows = joined([strange, selected(some, np.arange(min(32, rows_of(some))))])
+    is_half = _keras.computes_in(model, "bfloat16", "float16")
+    neighbours = compare_neighbours(noiseless, rows, is_half)
+    return dataclasses.replace(neighbours, facts=(*facts, *neighbours.facts))
 
 
 def _notes(privacy: DPSGD, sampler: Any) -> list[str]:
@@ -168,12 +174,6 @@ def _notes(privacy: DPSGD, sampler: Any) -> list[str]:
     if getattr(sampler, "capacity", None) is not None:
         notes.append("draws: a `capacity` makes each depend on the others")
     return notes
-
-
-def _is_half(model: Any) -> bool:
-    return any(
-        part.compute_dtype in ("bfloat16", "float16") for part in _keras.layers_of(model)
-    )
 
 
 def _check_arguments(

@@ -1,4 +1,4 @@
-"""Rows of nested arrays: taken, joined, and made into others."""
+"""Selects, joins and changes the rows of nested arrays."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Columns = tuple[Any, Any, Any]
 
 
 def as_columns(x: Any, y: Any, sample_weight: Any) -> Columns:
-    """Gives arrays as `fit` reads them, on the host.
+    """Returns arrays as `fit` reads them, on the host.
 
     Args:
         x: As in `fit`.
@@ -22,9 +22,9 @@ def as_columns(x: Any, y: Any, sample_weight: Any) -> Columns:
         sample_weight: As in `fit`.
     """
     read, _ = read_columns(x, y, sample_weight)
-    found = [tf.nest.map_structure(lambda leaf: leaf.numpy(), column) for column in read]
-    given = [*found, None, None]
-    return given[0], given[1], given[2]
+    columns = [tf.nest.map_structure(lambda leaf: leaf.numpy(), column) for column in read]
+    filled = [*columns, None, None]
+    return filled[0], filled[1], filled[2]
 
 
 def rows_of(columns: Columns) -> int:
@@ -36,22 +36,22 @@ def rows_of(columns: Columns) -> int:
     return len(tf.nest.flatten(columns[0])[0])
 
 
-def taken(columns: Columns, rows: Any) -> Columns:
-    """Takes some rows.
+def selected(columns: Columns, rows: Any) -> Columns:
+    """Selects rows.
 
     Args:
         columns: `x`, `y` and `sample_weight`.
-        rows: Their numbers.
+        rows: The numbers of the rows.
     """
     some: Columns = mapped(lambda leaf: leaf[np.asarray(rows, np.int64)], columns)
     return some
 
 
 def joined(parts: Sequence[Columns]) -> Columns:
-    """Puts rows behind each other.
+    """Concatenates rows.
 
     Args:
-        parts: Of the same structure.
+        parts: Columns of the same structure.
     """
     flat = [tf.nest.flatten(part) for part in parts]
     leaves = [
@@ -62,10 +62,10 @@ def joined(parts: Sequence[Columns]) -> Columns:
 
 
 def mapped(function: Callable[[Any], Any], columns: Any) -> Any:
-    """Changes all arrays.
+    """Applies a function to all arrays.
 
     Args:
-        function: Of an array.
-        columns: Nested; None stays.
+        function: A function of an array.
+        columns: Nested arrays. None stays None.
     """
     return tf.nest.map_structure(lambda leaf: None if leaf is None else function(leaf), columns)

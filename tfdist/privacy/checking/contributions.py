@@ -1,4 +1,4 @@
-"""How much one example contributes to the sum of clipped gradients, and to others' parts."""
+"""Measures an example's contribution to the sum of clipped gradients, and to other examples."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from tfdist.privacy.checking.adversarial import cancelled, families, mutated
-from tfdist.privacy.checking.columns import Columns, joined, rows_of, taken
+from tfdist.privacy.checking.columns import Columns, joined, rows_of, selected
 from tfdist.privacy.checking.recorder import Floats, Planned, Subject
 from tfdist.privacy.checking.report import Finding
 from tfdist.privacy.schedules import norm_of, without_schedules
@@ -17,7 +17,7 @@ from tfdist.privacy.settings import DPSGD
 
 Plan = Sequence[Sequence[int]]
 _TOLERANCE = 1e-3  # of norms and sums in float32
-_COARSE = 2e-2  # of what is computed in half precision
+_COARSE = 2e-2  # the same in half precision
 _BATCHES = 12
 _KEPT = 8
 
@@ -28,29 +28,29 @@ class Noiseless:
 
     Args:
         subject: The model.
-        privacy: What the user asked for.
+        privacy: The user's settings.
     """
 
     subject: Subject
     privacy: DPSGD
 
     def settings(self, units: Any) -> DPSGD:
-        """Gives the user's clipping, without noise and repeatable.
+        """Returns settings with the user's clipping, without noise, and with a seed.
 
         Args:
             units: The user of each row, or None.
         """
-        asked = without_schedules(self.privacy)
+        settings = without_schedules(self.privacy)
         return DPSGD(
-            asked.l2_norm_clip,
+            settings.l2_norm_clip,
             noise_multiplier=0.0,
-            delta=asked.delta,
-            microbatch_size=asked.microbatch_size,
-            clipping=asked.clipping,
-            target_quantile=asked.target_quantile,
+            delta=settings.delta,
+            microbatch_size=settings.microbatch_size,
+            clipping=settings.clipping,
+            target_quantile=settings.target_quantile,
             clip_learning_rate=0.0,
             group_ids=units,
-            max_rows_per_group=asked.max_rows_per_group,
+            max_rows_per_group=settings.max_rows_per_group,
             seed=1,
         )
 
@@ -61,16 +61,16 @@ class Noiseless:
         consume: Callable[[int, Floats], None],
         units: Any = None,
     ) -> Floats:
-        """Gives out the sums of batches, what regularizers add taken off.
+        """Computes the sums of batches, without the gradients of regularizers.
 
         Args:
-            columns: Data.
-            plan: The rows of each batch, or the users.
+            columns: The data.
+            plan: The rows, or the users, of each batch.
             consume: Called with the number of a batch and its sum.
-            units: The user of each row; None where examples are clipped.
+            units: The user of each row, or None if examples are clipped.
 
         Returns:
-            What regularizers add.
+            The gradients of regularizers.
         """
         penalty: list[Floats] = []
 
@@ -100,30 +100,30 @@ class Noiseless:
 def largest_contribution(
     noiseless: Noiseless, own: Columns, rounds: int, rng: np.random.Generator
 ) -> list[Finding]:
-    """Searches for the example that contributes most.
+    """Searches for the example with the largest contribution.
 
     Args:
-        noiseless: Measures.
+        noiseless: Computes sums without noise.
         own: Some of the user's examples.
-        rounds: How often the largest are changed and measured again.
-        rng: Chooses.
+        rounds: How often the largest examples are changed and measured again.
+        rng: The random generator of the search.
     """
     model = noiseless.subject.model
-    few = taken(own, np.arange(min(4, rows_of(own))))
-    some = taken(own, np.arange(min(12, rows_of(own))))
+    few = selected(own, np.arange(min(4, rows_of(own))))
+    some = selected(own, np.arange(min(12, rows_of(own))))
     parts = [own, families(model, some, rng)]
-    by_descent = cancelled(model, few, rng)
+    by_descent = cancelled(model, few)
     if by_descent is not None:
         parts.append(by_descent)
-    tried = joined(parts)
-    norms = _norms(noiseless, own, tried)
+    examples = joined(parts)
+    norms = _norms(noiseless, own, examples)
     clip, of_own = norm_of(noiseless.privacy), norms[: rows_of(own)]
     count = len(norms)
-    best, best_norms = tried, norms
+    best, best_norms = examples, norms
     for _ in range(rounds):
         order = np.argsort(-best_norms, kind="stable")[:_KEPT]
-        parents = taken(best, np.repeat(order, 4))
-        best = joined([taken(best, order), mutated(model, parents, rng)])
+        parents = selected(best, np.repeat(order, 4))
+        best = joined([selected(best, order), mutated(model, parents, rng)])
         best_norms = _norms(noiseless, own, best)
         count += len(best_norms) - _KEPT
         norms = np.concatenate([norms, best_norms])
@@ -140,14 +140,17 @@ def largest_contribution(
         )
     ]
     if noiseless.privacy.group_ids is not None:
-        order = np.argsort(-norms[: rows_of(tried)], kind="stable")[:_KEPT]
-        facts.append(_of_users(noiseless, own, taken(tried, order), rng))
+        order = np.argsort(-norms[: rows_of(examples)], kind="stable")[:_KEPT]
+        facts.append(_of_users(noiseless, own, selected(examples, order), rng))
     return facts
 
 
 def _norms(noiseless: Noiseless, own: Columns, tried: Columns) -> Any:
-    """Measures each of some examples; the user's own come first, on which `fit` looks."""
-    first = taken(own, np.arange(min(3, rows_of(own))))
+    """Measures the contribution of each of some examples.
+
+    Some of the user's examples come first, since `fit` checks the model on the first rows.
+    """
+    first = selected(own, np.arange(min(3, rows_of(own))))
     ahead, count = rows_of(first), rows_of(tried)
     norms = np.zeros(count)
 
@@ -161,13 +164,13 @@ def _norms(noiseless: Noiseless, own: Columns, tried: Columns) -> Any:
 def _of_users(
     noiseless: Noiseless, own: Columns, largest: Columns, rng: np.random.Generator
 ) -> Finding:
-    """Measures users with several examples: equal ones, and any."""
+    """Measures users with several examples, equal or different ones."""
     most = noiseless.privacy.max_rows_per_group or 16
     rows, users = [np.arange(rows_of(own))], [np.arange(rows_of(own))]
     data, user = [own], rows_of(own)
     for n in range(2 * rows_of(largest)):
         picked = np.full(2 * most, n // 2) if n % 2 else rng.integers(0, rows_of(largest), most)
-        data.append(taken(largest, picked))
+        data.append(selected(largest, picked))
         rows.append(picked)
         users.append(np.full(len(picked), user))
         user += 1
@@ -190,12 +193,12 @@ def _of_users(
 
 @dataclass(frozen=True)
 class Neighbours:
-    """What neighbouring data sets showed.
+    """The comparison of neighbouring data sets.
 
     Attributes:
-        facts: What was measured.
-        notes: What was not.
-        draws_nothing: Whether a batch gives the same sum in every step.
+        facts: The findings.
+        notes: Properties that were not measured.
+        draws_nothing: Whether a batch has the same sum in every step.
     """
 
     facts: tuple[Finding, ...]
@@ -204,38 +207,39 @@ class Neighbours:
 
 
 def compare_neighbours(noiseless: Noiseless, own: Columns, is_half: bool) -> Neighbours:
-    """Takes one example out of batches, and sees that nothing else changes.
+    """Removes one example from batches, and checks that nothing else changes.
 
-    A layer that mixes examples changes the parts of others. So do random numbers that go by
-    an example's place in the batch, which an example that is missing moves.
+    A layer that mixes examples changes the contributions of other examples. So do random
+    numbers that depend on the place in the batch, since a missing example moves the examples
+    after it.
 
     Args:
-        noiseless: Measures.
-        own: Some of the user's examples, and before them two that are taken out in turn: one
-            that is huge, and one that is no number.
+        noiseless: Computes sums without noise.
+        own: Two examples that are removed in turn, a huge one and one that is not a number,
+            followed by some of the user's examples.
         is_half: Whether the model computes in half precision.
     """
     count = rows_of(own)
     rng = np.random.default_rng(2)
     batches, without = [], []
     for number in range(_BATCHES):
-        others = rng.permutation(np.arange(2, count))
-        place = (0, len(others) // 2, len(others))[number % 3]
-        batches.append(list(np.insert(others, place, number % 2)))
-        without.append(list(others))
+        rest = rng.permutation(np.arange(2, count))
+        place = (0, len(rest) // 2, len(rest))[number % 3]
+        batches.append(list(np.insert(rest, place, number % 2)))
+        without.append(list(rest))
     alone = [[n] for n in batches[0]]
     first = _vectors(noiseless, own, [*batches, batches[0], *alone])
-    again = _vectors(noiseless, own, batches[:2])
+    repeated = _vectors(noiseless, own, batches[:2])
     second = _vectors(noiseless, own, without)
     clip = norm_of(noiseless.privacy)
     sizes = [float(np.linalg.norm(np.nan_to_num(v))) for v in first[:_BATCHES]]
     size = max(1e-30, *sizes)
     tolerance = _COARSE if is_half else _TOLERANCE
     limit = tolerance * size
-    same = all(_is_near(a, b, limit) for a, b in zip(first, again, strict=False))
+    is_repeatable = all(_is_near(a, b, limit) for a, b in zip(first, repeated, strict=False))
     draws_nothing = _is_near(first[0], first[_BATCHES], limit)
     facts, notes = [], []
-    if same:
+    if is_repeatable:
         changes = [_distance(a, b) for a, b in zip(first, second, strict=False)]
         facts.append(
             Finding(
@@ -269,13 +273,13 @@ def compare_neighbours(noiseless: Noiseless, own: Columns, is_half: bool) -> Nei
 
 
 def _vectors(noiseless: Noiseless, columns: Columns, plan: Plan) -> list[Any]:
-    found: list[Any] = []
-    noiseless.sums(columns, plan, lambda _, v: found.append(v.astype(np.float64)))
-    return found
+    sums: list[Any] = []
+    noiseless.sums(columns, plan, lambda _, v: sums.append(v.astype(np.float64)))
+    return sums
 
 
 def _is_near(a: Any, b: Any, limit: float) -> bool:
-    """Compares sums; what is no number in both is the same, and shows as a change."""
+    """Compares sums. Numbers that are not finite in both sums count as equal."""
     alike = bool((np.isfinite(a) == np.isfinite(b)).all())
     return alike and _distance(np.nan_to_num(a), np.nan_to_num(b)) < limit
 

@@ -1,4 +1,4 @@
-"""Tests of draws that should be independent coins."""
+"""Statistical tests of draws by independent coins."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ _LAGS = (1, 2, 3, 5)
 
 
 def draw_facts(drawn: Bools, probability: Any, alpha: float) -> list[Finding]:
-    """Tests which examples took part in which steps.
+    """Tests the participation of examples in steps.
 
     Args:
-        drawn: Shape [steps, examples].
-        probability: With which each should have been drawn, a number or shape [examples].
-        alpha: Probability of a false alarm of each test.
+        drawn: Whether a step drew an example, shape [steps, examples].
+        probability: The expected probability of a draw, a number or of shape [examples].
+        alpha: The probability of a false alarm of each test.
 
     Returns:
-        At most 5 facts.
+        At most 5 findings.
     """
     steps, examples = drawn.shape
     each = np.broadcast_to(np.asarray(probability, np.float64), [examples])
@@ -48,25 +48,25 @@ def _of_counts(
 ) -> Finding:
     """Compares counts with a binomial distribution.
 
-    A count is turned into a number that is uniform between 0 and 1 if it is of that
-    distribution: its distribution function, ties broken at random (Brockwell, "Universal
-    residuals", Statistics and Probability Letters 2007). Counts that vary too little, as those
-    of a shuffle, show as well as counts that vary too much.
+    The distribution function, with ties broken at random, maps binomial counts to uniform
+    numbers between 0 and 1 (Brockwell, "Universal residuals", Statistics and Probability
+    Letters 2007). The test finds counts that vary too much, and also counts that vary too
+    little, such as those of a shuffle.
     """
     stats = _stats()
     below = stats.binom.cdf(counts - 1, trials, probability)
     at = stats.binom.pmf(counts, trials, probability)
     uniform = below + rng.random(len(counts)) * at
-    found = stats.kstest(uniform, "uniform").pvalue
+    p_value = stats.kstest(uniform, "uniform").pvalue
     detail = (
         f"{len(counts)} counts of {trials} coins, mean {float(np.mean(counts)):.4g}, expected "
         f"{float(np.mean(probability)) * trials:.4g}"
     )
-    return of_probability(f"{name}, binomial", float(found), alpha, detail)
+    return of_probability(f"{name}, binomial", float(p_value), alpha, detail)
 
 
 def _most(counts: Any, steps: int, each: Any, alpha: float) -> Finding:
-    """Looks for a single example that is drawn too often or too rarely."""
+    """Finds a single example that is drawn too often or too rarely."""
     stats = _stats()
     tails = np.minimum(
         stats.binom.cdf(counts, steps, each), stats.binom.sf(counts - 1, steps, each)
@@ -79,36 +79,36 @@ def _most(counts: Any, steps: int, each: Any, alpha: float) -> Finding:
 
 
 def _between_steps(drawn: Bools, probability: float, alpha: float) -> Finding:
-    """Counts who is in two steps: of a shuffle nobody, of repeated draws everybody."""
+    """Counts examples in both of two steps: none with a shuffle, all with repeated draws."""
     steps, examples = drawn.shape
     as_floats = drawn.astype(np.float32)
-    both = (as_floats @ as_floats.T)[np.triu_indices(steps, 1)]
-    found = [1.0]
-    if len(both):
-        found += [
-            _of_count(int(n), examples, probability**2) * 2 * len(both)
-            for n in (both.min(), both.max())
+    shared = (as_floats @ as_floats.T)[np.triu_indices(steps, 1)]
+    probabilities = [1.0]
+    if len(shared):
+        probabilities += [
+            _of_count(int(n), examples, probability**2) * 2 * len(shared)
+            for n in (shared.min(), shared.max())
         ]
     lags = [lag for lag in {*_LAGS, steps // 2} if 0 < lag <= steps // 2]
     for lag in lags:
-        # No step is in two pairs, so all pairs are independent.
+        # No step is in two pairs, so the pairs are independent.
         first = np.array([s for s in range(steps - lag) if s // lag % 2 == 0])
         count = int((drawn[first] & drawn[first + lag]).sum())
         trials = len(first) * examples
-        found.append(_of_count(count, trials, probability**2) * 2 * len(lags))
+        probabilities.append(_of_count(count, trials, probability**2) * 2 * len(lags))
     detail = f"{steps} steps, all pairs, and together those {_LAGS} apart"
-    return of_probability("draws: independent between steps", min(found), alpha, detail)
+    return of_probability("draws: independent between steps", min(probabilities), alpha, detail)
 
 
 def _between_examples(drawn: Bools, probability: float, alpha: float) -> Finding:
-    """Counts neighbours that are drawn together."""
+    """Counts how often neighbouring examples are drawn together."""
     examples = drawn.shape[1]
-    found = [1.0]
+    probabilities = [1.0]
     for lag in {1, examples // 2} - {0}:
         first = np.array([i for i in range(examples - lag) if i // lag % 2 == 0])
         count = int((drawn[:, first] & drawn[:, first + lag]).sum())
-        found.append(2 * _of_count(count, len(first) * len(drawn), probability**2))
-    return of_probability("draws: independent between examples", min(found), alpha)
+        probabilities.append(2 * _of_count(count, len(first) * len(drawn), probability**2))
+    return of_probability("draws: independent between examples", min(probabilities), alpha)
 
 
 def _of_count(count: int, trials: int, probability: float) -> float:

@@ -1,4 +1,4 @@
-"""Who takes part in which steps, read from the weights of a model that has one an example."""
+"""Measures sampling by a model with one weight for each example."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ _PARTS = 3  # two epochs of a `fit`, and a `fit` more
 
 @dataclass(frozen=True)
 class Draws:
-    """How a `fit` will draw.
+    """The sampling of a `fit`.
 
     Attributes:
-        privacy: What the user asked for.
-        num_rows: Examples.
+        privacy: The user's settings.
+        num_rows: The number of examples.
         batch_size: As in `fit`.
-        targets: Of the examples, for samplers that look at them.
+        targets: The targets of the examples, for samplers that depend on them.
         sampler: As in `fit`.
         strategy: As in `fit`.
     """
@@ -46,7 +46,7 @@ class Draws:
 
     @property
     def users(self) -> NDArray[np.int64]:
-        """The number of each example's user, shape [examples]; its own without users."""
+        """The number of each example's user, shape [examples], or its own without users."""
         ids = self.privacy.group_ids
         if ids is None:
             return np.arange(self.num_rows)
@@ -54,7 +54,7 @@ class Draws:
 
     @property
     def probability(self) -> Any:
-        """With which an example, or a user, is to be drawn into a step."""
+        """The expected probability with which a step draws an example or a user."""
         if isinstance(self.sampler, PoissonLike):
             repeats = self.sampler.repeats(self.num_rows)
             assert repeats is not None
@@ -67,47 +67,51 @@ class Draws:
 
     @property
     def divisor(self) -> float:
-        """By which sums are to be divided, whatever was drawn."""
+        """The expected divisor of sums, whatever their batch has."""
         if isinstance(self.sampler, PoissonLike):
             return float(self.probability.sum())
         return float(self.batch_size)
 
 
 def measure_draws(draws: Draws, steps: int, alpha: float) -> list[Finding]:
-    """Trains a model with a weight for each example, and reads who took part.
+    """Trains a model with a weight for each example, and reads which examples took part.
 
-    Each example moves its own weight by `l2_norm_clip` over the expected batch, and nothing
-    else does, so sampling, the split over replicas, clipping, the sum over them and the
-    division are all seen as they come out.
+    Each example changes its own weight by `l2_norm_clip` over the expected batch, and nothing
+    else changes this weight. So the weights show the effect of sampling, the split over
+    replicas, clipping, the sum over replicas and the division.
 
     Args:
-        draws: How.
-        steps: How many to look at, about; fewer with many examples.
-        alpha: Probability of a false alarm of each test.
+        draws: The sampling.
+        steps: About how many steps to measure, fewer with many examples.
+        alpha: The probability of a false alarm of each test.
     """
     if isinstance(draws.privacy, DPFTRL):
         return _in_turn(draws, draws.privacy)
-    each = max(20, min(steps, _MOST_DRAWS // draws.num_rows) // _PARTS)
+    steps_per_epoch = max(20, min(steps, _MOST_DRAWS // draws.num_rows) // _PARTS)
     clip = norm_of(draws.privacy)
     private = dataclasses.replace(_noiseless(draws.privacy), group_ids=draws.privacy.group_ids)
     with subject_of(_model(draws.num_rows), draws.strategy) as subject:
-        options = {"privacy": private, "sampler": draws.sampler, "steps_per_epoch": each}
-        found = _moved(subject, draws, epochs=2, **options)
-        found += _moved(subject, draws, epochs=1, **options)
+        options = {
+            "privacy": private,
+            "sampler": draws.sampler,
+            "steps_per_epoch": steps_per_epoch,
+        }
+        parts = _moved(subject, draws, epochs=2, **options)
+        parts += _moved(subject, draws, epochs=1, **options)
     users = draws.users
     squares = np.array(
-        [np.bincount(users, weights=(row.astype(np.float64) / clip) ** 2) for row in found]
+        [np.bincount(users, weights=(row.astype(np.float64) / clip) ** 2) for row in parts]
     )
     times = np.sqrt(squares) * draws.divisor
-    drawn = np.round(times)
+    counts = np.round(times)
     facts = [
         Finding(
             "division: an example's part, over l2_norm_clip over the expected batch",
-            float(times[drawn > 0].mean()) if (drawn > 0).any() else 0.0,
+            float(times[counts > 0].mean()) if (counts > 0).any() else 0.0,
             1.0,
             1 - _TOLERANCE,
             1 + _TOLERANCE,
-            f"{int((drawn > 0).sum())} parts, of batches of any size",
+            f"{int((counts > 0).sum())} parts, of batches of any size",
         ),
         Finding(
             "draws: largest part of an example in a step, in units of the right one",
@@ -117,18 +121,18 @@ def measure_draws(draws: Draws, steps: int, alpha: float) -> list[Finding]:
             1 + _TOLERANCE,
         ),
     ]
-    return [*facts, *draw_facts(drawn > 0, draws.probability, alpha)]
+    return [*facts, *draw_facts(counts > 0, draws.probability, alpha)]
 
 
 def _in_turn(draws: Draws, privacy: DPFTRL) -> list[Finding]:
-    """Sees that every example takes part once an epoch, in the same step of it."""
+    """Checks that each example takes part once an epoch, in the same step of the epoch."""
     rows = min(draws.num_rows, 200 * draws.batch_size, _MOST_DRAWS // 400)
     draws = dataclasses.replace(draws, num_rows=rows)
     private = _noiseless(dataclasses.replace(privacy, bands=1, min_separation=None))
     with subject_of(_model(rows), draws.strategy) as subject:
-        found = np.array(_moved(subject, draws, epochs=2, privacy=private))
+        parts = np.array(_moved(subject, draws, epochs=2, privacy=private))
     scale = draws.batch_size / norm_of(draws.privacy)
-    first, second = np.split(np.abs(found) * scale, 2)
+    first, second = np.split(np.abs(parts) * scale, 2)
     return [
         Finding(
             "turns: an example's part of an epoch, in units of the right one, the largest",
@@ -169,10 +173,10 @@ def _model(rows: int) -> Any:
 
 
 def _moved(subject: Any, draws: Draws, **options: Any) -> list[Floats]:
-    """Gives the parts of all examples, for each step."""
-    found: list[Floats] = []
-    # Far from 0, so that each gradient is clipped.
+    """Returns the contributions of all examples, for each step."""
+    parts: list[Floats] = []
+    # Targets are far from the outputs, so that each gradient is clipped.
     y = np.full((draws.num_rows, 1), -10 * norm_of(draws.privacy), np.float32)
     columns = np.arange(draws.num_rows, dtype=np.int32), y, None
-    subject.fit(columns, lambda _, v: found.append(v), batch_size=draws.batch_size, **options)
-    return found
+    subject.fit(columns, lambda _, v: parts.append(v), batch_size=draws.batch_size, **options)
+    return parts

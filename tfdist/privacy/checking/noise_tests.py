@@ -1,4 +1,4 @@
-"""Tests of numbers that should be independent, normal, of mean 0 and variance 1."""
+"""Statistical tests of independent normal numbers with mean 0 and variance 1."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from tfdist.privacy.checking.report import Finding, of_probability
 Floats = NDArray[np.float64]
 _FOUND_WITH = 0.999
 _LAGS = 8
-_SORTED = 200_000  # numbers that are compared with the normal distribution
+_SORTED = 200_000  # the most numbers that are compared with the normal distribution
 _GRID = 2.0**-6  # of the noise, in standard deviations; see `tfdist.privacy.mechanism.grid`
 _MEDIAN = 0.6744897501960817  # of the absolute value of a normal number
-_FEWEST_FOR_KURTOSIS = 100_000  # of fewer its distribution is too skewed
+_FEWEST_FOR_KURTOSIS = 100_000  # with fewer numbers, its distribution is too skewed
 
 
 class Block(NamedTuple):
-    """Which of the numbers are of one variable.
+    """The columns of one variable.
 
     Attributes:
-        name: The variable's.
-        columns: Where they begin and end.
+        name: The variable's name.
+        columns: The first and the last column.
     """
 
     name: str
@@ -34,18 +34,18 @@ class Block(NamedTuple):
 
 
 def noise_facts(z: Floats, blocks: Sequence[Block], alpha: float) -> list[Finding]:
-    """Tests noise, divided by the standard deviation that it should have.
+    """Tests noise that is divided by its expected standard deviation.
 
     Args:
-        z: Shape [steps, weights].
-        blocks: The variables that the weights are of.
-        alpha: Probability of a false alarm of each test.
+        z: The noise, shape [steps, weights].
+        blocks: The columns of each variable.
+        alpha: The probability of a false alarm of each test.
 
     Returns:
-        At most 12 facts.
+        At most 12 findings.
     """
     facts = [deviation(z, alpha), _by_variable(z, blocks, alpha)]
-    # A wrong deviation is told once, and not by all other tests too.
+    # The other tests use noise of variance 1, so that they do not fail for the deviation too.
     z = z / max(1e-300, math.sqrt(float((z**2).mean())))
     facts += [_mean(z, alpha), *_shape(z, alpha)]
     facts += [_pairs(z, alpha), _pairs_of_sizes(z, alpha), _lags(z, alpha)]
@@ -53,11 +53,11 @@ def noise_facts(z: Floats, blocks: Sequence[Block], alpha: float) -> list[Findin
 
 
 def smallest_error(count: int, alpha: float) -> float:
-    """Says which lack of standard deviation is found with a probability of 0.999.
+    """Returns the lack of standard deviation that is found with a probability of 0.999.
 
     Args:
-        count: Normal numbers.
-        alpha: Probability of a false alarm.
+        count: The number of normal numbers.
+        alpha: The probability of a false alarm.
 
     Returns:
         The relative lack: of 0.01, noise of 0.99 times its deviation is found.
@@ -71,8 +71,8 @@ def deviation(z: Floats, alpha: float) -> Finding:
     """Compares a standard deviation with 1, by the chi-squared distribution of squares.
 
     Args:
-        z: Any shape.
-        alpha: Probability of a false alarm.
+        z: Numbers of any shape.
+        alpha: The probability of a false alarm.
     """
     chi2, count = _stats().chi2, z.size
     lowest, highest = (
@@ -91,11 +91,11 @@ def deviation(z: Floats, alpha: float) -> Finding:
 
 
 def _by_variable(z: Floats, blocks: Sequence[Block], alpha: float) -> Finding:
-    found = [
+    probabilities = [
         (_of_squares(float((z[:, b.columns] ** 2).sum()), z[:, b.columns].size), b.name)
         for b in blocks
     ]
-    probability, name = min(found)
+    probability, name = min(probabilities)
     least = min(z[:, b.columns].size for b in blocks)
     return of_probability(
         "noise: standard deviation of each variable",
@@ -119,7 +119,7 @@ def _mean(z: Floats, alpha: float) -> Finding:
 def _shape(z: Floats, alpha: float) -> list[Finding]:
     stats, flat = _stats(), z.ravel()
     some = flat[:: max(1, flat.size // _SORTED)]
-    # Noise is rounded to a grid, whose steps the test would take for what is not normal.
+    # Noise is rounded to a grid. The test would find its steps, so they are filled at random.
     within = np.random.default_rng(1).random(some.size) - 0.5
     normal = stats.kstest(some + within * _GRID, "norm").pvalue
     facts = [of_probability("noise: normal, by Kolmogorov and Smirnov", normal, alpha)]
@@ -136,7 +136,7 @@ def _shape(z: Floats, alpha: float) -> list[Finding]:
 
 
 def _pairs(z: Floats, alpha: float) -> Finding:
-    """Correlates each step with each other one: noise that comes twice has 1."""
+    """Correlates all pairs of steps. Repeated noise has a correlation of 1."""
     steps, width = z.shape
     largest, probability = 0.0, 1.0
     if steps > 1 and width > 3:
@@ -154,28 +154,34 @@ def _pairs(z: Floats, alpha: float) -> Finding:
 
 
 def _pairs_of_sizes(z: Floats, alpha: float) -> Finding:
-    """Counts where two steps are both large or both small: signs may have changed."""
+    """Counts how often two steps are both large or both small, whatever their signs."""
     steps, width = z.shape
     signs = np.where(np.abs(z) > _MEDIAN, 1.0, -1.0)
-    both = ((width + signs @ signs.T) / 2)[np.triu_indices(steps, 1)]
-    found = (
-        [_of_count(int(n), width, 0.5) for n in (both.min(), both.max())] if steps > 1 else []
+    agreements = ((width + signs @ signs.T) / 2)[np.triu_indices(steps, 1)]
+    probabilities = (
+        [_of_count(int(n), width, 0.5) for n in (agreements.min(), agreements.max())]
+        if steps > 1
+        else []
     )
-    probability = min([1.0, *(p * len(both) for p in found)])
+    probability = min([1.0, *(p * len(agreements) for p in probabilities)])
     return of_probability("noise: sizes independent between steps", probability, alpha)
 
 
 def _lags(z: Floats, alpha: float) -> Finding:
-    """Adds up the products of all steps so far apart: finds a little in each of them."""
-    found = [1.0]
+    """Sums the products of all steps at a distance, which finds a small part in each step."""
+    probabilities = [1.0]
     for lag in range(1, min(_LAGS, len(z) - 1) + 1):
         products = z[lag:] * z[:-lag]
-        found.append(_two_sided(float(products.sum()) / math.sqrt(products.size)) * _LAGS)
-    return of_probability(f"noise: nothing left of the {_LAGS} steps before", min(found), alpha)
+        probabilities.append(
+            _two_sided(float(products.sum()) / math.sqrt(products.size)) * _LAGS
+        )
+    return of_probability(
+        f"noise: nothing left of the {_LAGS} steps before", min(probabilities), alpha
+    )
 
 
 def _weights(z: Floats, alpha: float) -> list[Finding]:
-    """Compares weights that are next to each other, or half of all weights apart."""
+    """Compares neighbouring weights, and weights at half of the total distance."""
     width = z.shape[1]
     signs = np.where(np.abs(z) > _MEDIAN, 1, -1)
     shifts = sorted({s for s in (1, 2, width // 2, -(-width // 2)) if 0 < s < width})
@@ -184,8 +190,8 @@ def _weights(z: Floats, alpha: float) -> list[Finding]:
         products = z[:, shift:] * z[:, :-shift]
         score = float(products.sum()) / math.sqrt(products.size)
         values.append(_two_sided(score) * len(shifts))
-        alike = int((signs[:, shift:] == signs[:, :-shift]).sum())
-        sizes.append(_of_count(alike, products.size, 0.5) * len(shifts))
+        agreements = int((signs[:, shift:] == signs[:, :-shift]).sum())
+        sizes.append(_of_count(agreements, products.size, 0.5) * len(shifts))
     return [
         of_probability("noise: independent between weights", min(values), alpha),
         of_probability("noise: sizes independent between weights", min(sizes), alpha),
@@ -193,15 +199,15 @@ def _weights(z: Floats, alpha: float) -> list[Finding]:
 
 
 def _variables(z: Floats, blocks: Sequence[Block], alpha: float) -> Finding:
-    """Correlates variables of the same size, which might have got the same noise."""
+    """Correlates variables of equal size, which may have the same noise by mistake."""
     parts = [z[:, b.columns] for b in blocks]
     pairs = [(a, b) for a, b in itertools.combinations(parts, 2) if a.size == b.size][:100]
-    found = [1.0]
+    probabilities = [1.0]
     for a, b in pairs:
         if a.size > 3:
             largest = abs(float(np.corrcoef(a.ravel(), b.ravel())[0, 1]))
-            found.append(_of_correlation(min(1.0, largest), a.size - 2) * len(pairs))
-    return of_probability("noise: independent between variables", min(found), alpha)
+            probabilities.append(_of_correlation(min(1.0, largest), a.size - 2) * len(pairs))
+    return of_probability("noise: independent between variables", min(probabilities), alpha)
 
 
 def _of_correlation(correlation: float, freedom: int) -> float:

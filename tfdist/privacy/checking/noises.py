@@ -1,4 +1,4 @@
-"""The noise of a `fit`: what its gradients have beside the sums of clipped ones."""
+"""Measures the noise of a `fit`: its gradients minus the sums of clipped gradients."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tfdist.privacy.accounting.ledger import Ledger
-from tfdist.privacy.checking.columns import Columns, mapped, rows_of, taken
+from tfdist.privacy.checking.columns import Columns, mapped, rows_of, selected
 from tfdist.privacy.checking.contributions import Noiseless
 from tfdist.privacy.checking.noise_tests import Block, deviation, noise_facts
 from tfdist.privacy.checking.recorder import Floats, Planned
@@ -24,16 +24,16 @@ from tfdist.privacy.settings import DPSGD
 
 _FEWEST, _MOST = 32, 400  # steps
 _BATCHES, _ROWS = 4, 16
-_CYCLE = 4 * 2 * _BATCHES  # so that each part of the steps begins with the same batch
+_CYCLE = 4 * 2 * _BATCHES  # each of four parts of the steps begins with the same batch
 
 
 @dataclass(frozen=True)
 class Sampled:
-    """Which weights are looked at.
+    """A sample of the weights.
 
     Attributes:
-        columns: Their numbers among all.
-        blocks: Which of them are of which variable.
+        columns: The numbers of the weights.
+        blocks: The weights of each variable.
     """
 
     columns: NDArray[np.int64]
@@ -44,9 +44,9 @@ def sampled(variables: Sequence[Any], most: int, rng: np.random.Generator) -> Sa
     """Chooses weights, some of each variable.
 
     Args:
-        variables: All that are trained.
-        most: About how many.
-        rng: Chooses.
+        variables: All trained variables.
+        most: About how many weights to choose.
+        rng: The random generator of the choice.
     """
     sizes = [math.prod(v.shape) for v in variables]
     part = min(1.0, most / max(1, sum(sizes)))
@@ -66,12 +66,12 @@ class NoiseCheck:
     """Measures noise.
 
     Args:
-        noiseless: Knows the sums without noise.
+        noiseless: Computes sums without noise.
         columns: The user's data.
         batch_size: As in `fit`.
-        own: Numbers of some of the rows.
-        is_repeatable: Whether a batch gives the same sum in every step.
-        numbers: About how many to draw.
+        own: The numbers of some rows.
+        is_repeatable: Whether a batch has the same sum in every step.
+        numbers: About how many random numbers to measure.
     """
 
     noiseless: Noiseless
@@ -82,15 +82,15 @@ class NoiseCheck:
     numbers: int
 
     def facts(self, alpha: float, rng: np.random.Generator) -> list[Finding]:
-        """Measures it.
+        """Measures the noise.
 
         Args:
-            alpha: Probability of a false alarm of each test.
-            rng: Chooses weights and batches.
+            alpha: The probability of a false alarm of each test.
+            rng: The random generator for the choice of weights and batches.
         """
         subject = self.noiseless.subject
         if not subject.weights:  # which `fit` builds
-            self.noiseless.sums(taken(self.columns, self.own), [], lambda _, __: None)
+            self.noiseless.sums(selected(self.columns, self.own), [], lambda _, __: None)
         weights = sampled(subject.weights, self.numbers // _FEWEST, rng)
         steps = min(_MOST, max(_FEWEST, self.numbers // len(weights.columns)))
         steps = -(-steps // _CYCLE) * _CYCLE
@@ -99,12 +99,12 @@ class NoiseCheck:
         else:
             noise = self._independent(steps, weights, rng)
         facts = noise_facts(noise, weights.blocks, alpha)
-        if self._asked.target_quantile is not None:
+        if self._settings.target_quantile is not None:
             facts.append(self._of_count(alpha))
         return facts
 
     @property
-    def _asked(self) -> DPSGD:
+    def _settings(self) -> DPSGD:
         return dataclasses.replace(
             self.noiseless.privacy,
             seed=None,
@@ -114,13 +114,13 @@ class NoiseCheck:
         )
 
     def _deviations(self, first: int, planned: int) -> list[float]:
-        """What the noise on the sums of a `fit`'s steps must have.
+        """Returns the expected standard deviations of the noise on the steps of a `fit`.
 
         Args:
-            first: The first step that is looked at.
-            planned: Steps of the whole training.
+            first: The first measured step.
+            planned: The planned steps of the training.
         """
-        schedule = schedule_of(self._asked, planned)
+        schedule = schedule_of(self._settings, planned)
         if schedule is None:
             return [self._deviation()] * (planned - first)
         runs = np.searchsorted(schedule.begins, np.arange(first, planned), "right") - 1
@@ -128,36 +128,40 @@ class NoiseCheck:
         return list(map(float, deviations[runs]))
 
     def _deviation(self) -> float:
-        """What the noise on the sum must have (Andrew et al., 2021, theorem 1, if adaptive)."""
-        asked = self._asked
-        assert asked.noise_multiplier is not None
-        multiplier = asked.noise_multiplier
+        """Returns the expected standard deviation of the noise on the sum.
+
+        With adaptive clipping it is that of Andrew et al., 2021, theorem 1.
+        """
+        settings = self._settings
+        assert settings.noise_multiplier is not None
+        multiplier = settings.noise_multiplier
         assert not callable(multiplier)
-        if asked.target_quantile is not None:
+        if settings.target_quantile is not None:
             multiplier = (multiplier**-2 - (2 * self._count_deviation()) ** -2) ** -0.5
-        return float(multiplier * norm_of(asked))
+        return float(multiplier * norm_of(settings))
 
     def _units(self) -> float:
-        """How many examples, or users, a step has on average."""
-        asked = self._asked
-        if asked.group_ids is None:
+        """Returns the mean number of examples, or of users, of a step."""
+        settings = self._settings
+        if settings.group_ids is None:
             return float(self.batch_size)
-        users, counts = np.unique(np.asarray(asked.group_ids), return_counts=True)
-        kept = np.minimum(counts, asked.max_rows_per_group or counts.max()).sum()
-        return self.batch_size * len(users) / float(kept)
+        users, counts = np.unique(np.asarray(settings.group_ids), return_counts=True)
+        rows = np.minimum(counts, settings.max_rows_per_group or counts.max()).sum()
+        return self.batch_size * len(users) / float(rows)
 
     def _count_deviation(self) -> float:
-        """What the noise on the count of those within the norm must have."""
-        return float(self._asked.count_noise or self._units() / 20)
+        """Returns the expected standard deviation of the noise on the adaptive count."""
+        return float(self._settings.count_noise or self._units() / 20)
 
     def _of_count(self, alpha: float) -> Finding:
-        """Reads the noise on the count of those within the norm from how the norm moves.
+        """Measures the noise on the count of units within the norm, by how the norm moves.
 
-        In steps with one example, or user, without weight, so within it: the norm's logarithm
-        moves by the rate times the part within, less the quantile (Andrew et al., 2021).
+        Each step has one unit with a sample weight of 0, which is within the norm. The norm's
+        logarithm moves by the rate times the fraction within the norm minus the quantile
+        (Andrew et al., 2021).
         """
-        asked, rate = self._asked, 0.2
-        quantile, units = asked.target_quantile, self._units()
+        settings, rate = self._settings, 0.2
+        quantile, units = settings.target_quantile, self._units()
         assert quantile is not None
         x, y, weight = self.columns
         none = np.zeros(rows_of(self.columns), np.float32)
@@ -168,7 +172,7 @@ class NoiseCheck:
             epochs=1,
             steps_per_epoch=_MOST + 1,
             sampler=Planned(plan=((0,),) * (_MOST + 1)),
-            privacy=dataclasses.replace(asked, clip_learning_rate=rate),
+            privacy=dataclasses.replace(settings, clip_learning_rate=rate),
         )
         norms = np.array([entry["l2_norm_clip"] for entry in logs])
         count = (-np.diff(np.log(norms)) / rate - (0.5 - quantile)) * units - 0.5
@@ -178,13 +182,13 @@ class NoiseCheck:
     def _independent(self, steps: int, weights: Sampled, rng: np.random.Generator) -> Any:
         batches: list[tuple[int, ...]] = []
         private = self.noiseless.privacy
-        moves = callable(private.l2_norm_clip)  # then sums are others in each step
+        moves = callable(private.l2_norm_clip)  # then sums differ between steps
         if self.is_repeatable and private.group_ids is None and not moves:
             batches = [
                 tuple(np.sort(rng.choice(len(self.own), min(_ROWS, len(self.own)), False)))
                 for _ in range(_BATCHES)
             ]
-        subject, some = self.noiseless.subject, taken(self.columns, self.own)
+        subject, some = self.noiseless.subject, selected(self.columns, self.own)
         sums: list[Floats] = []
         penalty: Any = 0.0
         if batches or any(v.regularizer is not None for v in subject.weights):
@@ -192,16 +196,17 @@ class NoiseCheck:
                 some, batches, lambda _, v: sums.append(v[weights.columns])
             )
             penalty = all_weights[weights.columns]
-        # Every other batch is empty, so that noise is seen alone.
+        # Every other batch is empty, so that it has noise alone.
         kinds = [n for batch in range(len(batches)) for n in (None, batch)] or [None]
         numbered: dict[int | None, tuple[int, ...]] = {
             n: tuple(self.own[list(batch)].tolist()) for n, batch in enumerate(batches)
         }
         plan = tuple(numbered.get(kinds[step % len(kinds)], ()) for step in range(steps))
-        found: list[Any] = []
+        noise: list[Any] = []
 
         def reading(first: int, planned: int) -> Any:
-            # Not by the step's number: one that resumes may begin at 0 or go on.
+            # Steps are counted here: in a resumed training their numbers may begin at 0 or
+            # continue.
             coming = enumerate(self._deviations(first, planned))
 
             def read(_: int, gradient: Floats) -> None:
@@ -211,7 +216,7 @@ class NoiseCheck:
                 if kind is not None:
                     expected = sums[kind].astype(np.float64) / self.batch_size
                 noisy = gradient[weights.columns].astype(np.float64) - penalty
-                found.append((noisy - expected) * (self.batch_size / deviation))
+                noise.append((noisy - expected) * (self.batch_size / deviation))
 
             return read
 
@@ -220,7 +225,7 @@ class NoiseCheck:
             "batch_size": self.batch_size,
             "steps_per_epoch": quarter,
             "sampler": Planned(plan=plan),
-            "privacy": self._asked,
+            "privacy": self._settings,
         }
         subject.rewind()
         subject.fit(self.columns, reading(0, 2 * quarter), epochs=2, **options)
@@ -230,16 +235,16 @@ class NoiseCheck:
             subject.fit(self.columns, lambda _, __: None, epochs=1, **resumed)
             read = reading(quarter, 2 * quarter)
             subject.fit(self.columns, read, epochs=2, **resumed)
-        return np.array(found)
+        return np.array(noise)
 
     def _correlated(self, steps: int, weights: Sampled) -> Any:
-        """Gives what each step drew, from the noise that later steps take back in part."""
-        private = self._asked
+        """Returns the random numbers of each step, recovered from correlated noise."""
+        private = self._settings
         assert isinstance(private, DPFTRL)
         rows = min(rows_of(self.columns), 8 * self.batch_size)
         epochs = -(-steps // (2 * -(-rows // self.batch_size)))
-        some = taken(self.columns, np.arange(rows))
-        if not self.is_repeatable:  # no weight, no gradient
+        some = selected(self.columns, np.arange(rows))
+        if not self.is_repeatable:  # with a sample weight of 0, gradients are 0
             x, y, weight = some
             none = (
                 np.zeros(rows, np.float32) if weight is None else mapped(np.zeros_like, weight)
@@ -249,13 +254,13 @@ class NoiseCheck:
         private = dataclasses.replace(private, min_separation=None)
 
         def recorded(multiplier: float) -> Any:
-            asked = dataclasses.replace(
+            settings = dataclasses.replace(
                 private, noise_multiplier=multiplier, target_epsilon=None
             )
             found: list[Floats] = []
             self.noiseless.subject.rewind()
             self.noiseless.subject.fit(
-                some, lambda _, g: found.append(g[weights.columns]), privacy=asked, **options
+                some, lambda _, g: found.append(g[weights.columns]), privacy=settings, **options
             )
             return np.array(found, np.float64)
 
@@ -263,24 +268,25 @@ class NoiseCheck:
         assert not callable(private.noise_multiplier)
         sums = recorded(0.0)
         scale = self.batch_size / self._deviation()
-        drawn = [
+        runs = [
             _uncorrelated((recorded(private.noise_multiplier) - sums) * scale, private.bands)
             for _ in range(2)
         ]
-        return np.concatenate(drawn)
+        return np.concatenate(runs)
 
 
 def _uncorrelated(noise: Any, bands: int) -> Any:
-    """Undoes the correlation: noise of a step is (1 - x)^(1/2) of what was drawn, cut off.
+    """Inverts the correlation of noise.
 
-    Kalinin et al., "Back to square roots", ICLR 2026: the first `bands` coefficients of that
-    series, here as binomial coefficients.
+    The factors of correlated noise are the first `bands` coefficients of (1 - x)^(1/2) (Kalinin
+    et al., "Back to square roots", ICLR 2026). Here they are computed as binomial coefficients,
+    independently of the tested code.
     """
     from scipy import special
 
     factors = special.binom(0.5, np.arange(bands)) * (-1.0) ** np.arange(bands)
-    drawn = np.zeros_like(noise)
+    normal = np.zeros_like(noise)
     for step in range(len(noise)):
         back = range(1, min(bands, step + 1))
-        drawn[step] = noise[step] - sum(factors[lag] * drawn[step - lag] for lag in back)
-    return drawn
+        normal[step] = noise[step] - sum(factors[lag] * normal[step - lag] for lag in back)
+    return normal

@@ -1,4 +1,4 @@
-"""`fit`s of a model that leave it as it was, and tell what its optimizer was given."""
+"""Calls `fit` on a model, records the gradients that its optimizer gets, and restores it."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ _OF_KERAS = (
 
 
 class GradientRecorder(keras.optimizers.Optimizer):  # type: ignore[misc]
-    """Keeps the gradients of the last step, and leaves the weights as they are."""
+    """Records the gradients of the last step, and does not change the weights."""
 
     def __init__(self) -> None:
         super().__init__(learning_rate=1.0, name="tfdist_gradient_recorder")
 
     def build(self, variables: Any) -> None:
-        """Adds room for a gradient of each variable."""
+        """Adds a variable for the gradient of each variable."""
         if self.built:
             return
         super().build(variables)
@@ -48,27 +48,27 @@ class GradientRecorder(keras.optimizers.Optimizer):  # type: ignore[misc]
         ]
 
     def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
-        """Keeps a gradient."""
-        kept = self.gradients[keras_layers.index_of(self, variable)]
-        self.assign(kept, keras.ops.cast(gradient, kept.dtype))
+        """Records a gradient."""
+        recorded = self.gradients[keras_layers.index_of(self, variable)]
+        self.assign(recorded, keras.ops.cast(gradient, recorded.dtype))
 
 
 @dataclass(frozen=True)
 class Planned(Poisson):
-    """Draws what was planned; what is left out of the plan is an empty batch.
+    """Draws planned rows. Steps after the plan have empty batches.
 
     Args:
-        plan: Numbers of rows, or of users, for each step.
+        plan: The numbers of rows, or of users, for each step.
     """
 
     plan: tuple[tuple[int, ...], ...] = ()
 
     def bind(self, targets: Any, num_rows: int) -> Sampler:
-        """Makes room for all rows; see `Sampler.bind`."""
+        """Sets the capacity to all rows; see `Sampler.bind`."""
         return Planned(num_rows, self.plan)
 
     def rows(self, step: int, *, num_rows: int, batch_size: float, seed: int) -> Rows:
-        """Gives the planned rows; see `Sampler.rows`."""
+        """Returns the planned rows; see `Sampler.rows`."""
         return np.array(self.plan[step] if step < len(self.plan) else (), np.int64)
 
 
@@ -79,16 +79,16 @@ class _Reader(keras.callbacks.Callback):  # type: ignore[misc]
         self.logs: list[dict[str, float]] = []
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        found = [
+        gradients = [
             np.asarray(keras.ops.convert_to_numpy(v), np.float32).ravel()
             for v in self._optimizer.gradients
         ]
-        self._consume(len(self.logs), np.concatenate(found))
+        self._consume(len(self.logs), np.concatenate(gradients))
         self.logs.append({name: float(value) for name, value in (logs or {}).items()})
 
 
 class Subject:
-    """A model that is measured; made by `subject_of`.
+    """A measured model. `subject_of` makes it.
 
     Args:
         model: A compiled `keras.Model`.
@@ -111,12 +111,12 @@ class Subject:
     def fit(
         self, columns: Sequence[Any], consume: Consume, **options: Any
     ) -> list[dict[str, float]]:
-        """Trains as a user would, and gives out each step's gradient.
+        """Trains as a user would, and passes on each step's gradient.
 
         Args:
             columns: `x`, `y` and `sample_weight`.
-            consume: Called with the number of each step and all gradients behind each other.
-            **options: Of `tfdist.fit`.
+            consume: Called with the number of each step and its concatenated gradients.
+            **options: Options of `tfdist.fit`.
 
         Returns:
             The logs of each step.
@@ -139,7 +139,7 @@ class Subject:
         return reader.logs
 
     def rewind(self) -> None:
-        """Gives the model's random numbers and metrics back the state they had at first."""
+        """Restores the first state of the model's random numbers and metrics."""
         if self._state is None and self.model.built:
             self._state = _state_of(self.model)
         for variable, value in self._state or ():
@@ -147,25 +147,27 @@ class Subject:
 
 
 def _state_of(model: Any) -> list[tuple[Any, Any]]:
-    found = [*model.variables, *_keras.metric_variables(model)]
+    variables = [*model.variables, *_keras.metric_variables(model)]
     if _keras.has_global_seed():
-        found.append(_keras.global_seed_variable())
-    unique = {id(v): v for v in found}.values()
+        variables.append(_keras.global_seed_variable())
+    unique = {id(v): v for v in variables}.values()
     return [(v, np.array(keras.ops.convert_to_numpy(v))) for v in unique]
 
 
 @contextlib.contextmanager
 def subject_of(model: Any, strategy: Any) -> Iterator[Subject]:
-    """Lends a model to measurements, and gives it back as it was.
+    """Prepares a model for measurements, and restores it afterwards.
 
     Args:
-        model: A compiled `keras.Model`; if it was not built it will be.
+        model: A compiled `keras.Model`. It is built if it was not.
         strategy: As in `fit`.
     """
     attributes = vars(model)
-    before = {n: v for n, v in attributes.items() if n in _OF_KERAS or n.startswith(_OURS)}
+    attributes_before = {
+        n: v for n, v in attributes.items() if n in _OF_KERAS or n.startswith(_OURS)
+    }
     state = _state_of(model) if model.built else []
-    for name in before:
+    for name in attributes_before:
         if name.startswith(_OURS):
             del attributes[name]
     with _keras.keeping_random_state(), model_history.forgotten(model):
@@ -173,8 +175,10 @@ def subject_of(model: Any, strategy: Any) -> Iterator[Subject]:
             yield Subject(model, strategy)
         finally:
             for name in list(attributes):
-                if name.startswith(_OURS) or (name in _OF_KERAS and name not in before):
+                if name.startswith(_OURS) or (
+                    name in _OF_KERAS and name not in attributes_before
+                ):
                     del attributes[name]
-            attributes.update(before)
+            attributes.update(attributes_before)
             for variable, value in state:
                 variable.assign(value)

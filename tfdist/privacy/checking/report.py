@@ -1,4 +1,4 @@
-"""What a check of private training found."""
+"""The report of a check of private training."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was measured.
+    """One measurement.
 
     Attributes:
-        name: What it is of.
-        measured: Its value, or the probability of a value as extreme in a sound mechanism.
-        expected: What it is in a sound mechanism; of a probability, any from 0 to 1.
+        name: The name of the measured property.
+        measured: The measured value, or the p-value of a statistical test.
+        expected: The value of a sound mechanism. A p-value may be any number from 0 to 1.
         lowest: The least value that passes.
         highest: The largest value that passes.
-        detail: From how much it was measured, and which error it finds.
+        detail: The size of the measurement, and the error that it finds.
     """
 
     name: str
@@ -28,7 +28,7 @@ class Finding:
 
     @property
     def passed(self) -> bool:
-        """Whether the value is within its limits; NaN is not."""
+        """Whether the value is within its limits. NaN is not."""
         return self.lowest <= self.measured <= self.highest
 
     def __str__(self) -> str:
@@ -41,13 +41,13 @@ class Finding:
 
 
 def of_probability(name: str, probability: float, least: float, detail: str = "") -> Finding:
-    """Makes the fact of a statistical test.
+    """Makes the finding of a statistical test.
 
     Args:
-        name: What it is of.
-        probability: Of so extreme a value in a sound mechanism, times the number of values
-            that were looked at.
-        least: Fails below it.
+        name: As in `Finding`.
+        probability: The probability of a value as extreme in a sound mechanism, times the
+            number of values that were compared.
+        least: The least probability that passes.
         detail: As in `Finding`.
     """
     return Finding(f"{name}, p-value", min(1.0, probability), 0.5, least, 1.0, detail)
@@ -55,16 +55,16 @@ def of_probability(name: str, probability: float, least: float, detail: str = ""
 
 @dataclass(frozen=True)
 class CheckReport:
-    """What `tfdist.privacy.check` measured.
+    """The results of `tfdist.privacy.check`.
 
-    A sound mechanism passes with a probability of at least 1 - `false_alarm`. That all passed
-    is no proof: what was not measured, or not on this model, may be wrong.
+    A sound mechanism passes with a probability of at least 1 - `false_alarm`. If all findings
+    pass, this is not a proof: properties that were not measured may be wrong.
 
     Attributes:
-        facts: What was measured.
-        notes: What was not, and why.
-        false_alarm: At most so probable is any failure of a statistical test by chance.
-        seconds: How long it took.
+        facts: The findings.
+        notes: Properties that were not measured, and why.
+        false_alarm: A bound of the probability that any statistical test fails by chance.
+        seconds: The time of the check.
     """
 
     facts: tuple[Finding, ...]
@@ -74,16 +74,16 @@ class CheckReport:
 
     @property
     def passed(self) -> bool:
-        """Whether all is as it must be."""
+        """Whether all findings pass."""
         return all(fact.passed for fact in self.facts)
 
     @property
     def failures(self) -> tuple[Finding, ...]:
-        """What is not as it must be."""
+        """The findings that do not pass."""
         return tuple(fact for fact in self.facts if not fact.passed)
 
     def __getitem__(self, name: str) -> Finding:
-        """Gives the fact of a name, or the first that begins with it."""
+        """Returns the first finding whose name begins with a text."""
         for fact in self.facts:
             if fact.name.startswith(name):
                 return fact

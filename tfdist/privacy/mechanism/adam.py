@@ -1,4 +1,4 @@
-"""Adam that knows how much of a gradient's square is noise."""
+"""Adam with the variance of the noise subtracted from its second moment."""
 
 from __future__ import annotations
 
@@ -16,22 +16,23 @@ Tensor = Any
 
 @keras.saving.register_keras_serializable("tfdist")
 class DPAdam(keras.optimizers.Adam):  # type: ignore[misc]
-    """Adam whose second moment is of the gradient, without the noise of private training.
+    """Adam whose second moment excludes the noise of private training.
 
-    Adam divides by the root of the mean square of gradients, which in private training is
-    mostly that of the noise: then it is little more than SGD. Here the noise's variance, which
-    is known, is subtracted: the step is m / sqrt(max(v - variance, floor)), m and v with
-    Adam's bias corrections (Tang, Shpilevskiy and Lécuyer, "DP-AdamBC: your DP-Adam is
-    actually DP-SGD (unless you apply bias correction)", AAAI 2024, algorithm 1). It costs no
-    privacy. `fit` tells the variance; without privacy it is 0.
+    Adam divides by the root of the mean square of gradients. In private training this mean
+    square is mostly that of the noise, and Adam is then little more than SGD. `DPAdam`
+    subtracts the noise's variance, which is known: the step is m / sqrt(max(v - variance,
+    floor)), with Adam's bias corrections of m and v (Tang, Shpilevskiy and Lécuyer,
+    "DP-AdamBC: your DP-Adam is actually DP-SGD (unless you apply bias correction)", AAAI 2024,
+    algorithm 1). It costs no privacy. `fit` provides the variance. Without privacy it is 0.
 
     Args:
         learning_rate: As in `keras.optimizers.Adam`.
-        beta_1: As there.
-        beta_2: As there.
-        variance_floor: The least mean square to divide by the root of, above 0; it bounds how
-            far a weight with gradients of almost 0 may move. The smaller, the more it matters.
-        **options: Others of `keras.optimizers.Adam`, without `amsgrad` and `epsilon`.
+        beta_1: As in `keras.optimizers.Adam`.
+        beta_2: As in `keras.optimizers.Adam`.
+        variance_floor: The least mean square by whose root the step is divided, above 0. It
+            bounds how far a weight with gradients near 0 moves. A smaller floor allows larger
+            steps.
+        **options: Other arguments of `keras.optimizers.Adam`, except `amsgrad` and `epsilon`.
 
     Raises:
         ArgumentError: `variance_floor` is not above 0.
@@ -60,7 +61,7 @@ class DPAdam(keras.optimizers.Adam):  # type: ignore[misc]
         self.noise_deviation: Callable[[], Any] | None = None  # set by private training
 
     def build(self, variables: Any) -> None:
-        """Adds the mean of the noise's variances, which may differ between steps."""
+        """Adds the moving mean of the noise's variances, which may differ between steps."""
         if self.built:
             return
         super().build(variables)
@@ -70,7 +71,7 @@ class DPAdam(keras.optimizers.Adam):  # type: ignore[misc]
         ]
 
     def update_step(self, gradient: Tensor, variable: Any, learning_rate: Any) -> None:
-        """Moves one variable; see the class."""
+        """Updates one variable. See the class."""
         dtype = variable.dtype
         rate, gradient = ops.cast(learning_rate, dtype), ops.cast(gradient, dtype)
         step = ops.cast(self.iterations + 1, dtype)
@@ -87,8 +88,8 @@ class DPAdam(keras.optimizers.Adam):  # type: ignore[misc]
                 (self._noise_moments, ops.square(ops.cast(deviation, "float32")), self.beta_2),
             )
         )
-        own = (square - ops.cast(noise, dtype)) / corrections[1]
-        divisor = ops.sqrt(ops.maximum(own, ops.cast(self.variance_floor, dtype)))
+        noiseless = (square - ops.cast(noise, dtype)) / corrections[1]
+        divisor = ops.sqrt(ops.maximum(noiseless, ops.cast(self.variance_floor, dtype)))
         self.assign_sub(variable, rate * mean / (corrections[0] * divisor))
 
     def _toward(self, moment: Any, value: Tensor, beta: float) -> Tensor:
@@ -96,7 +97,7 @@ class DPAdam(keras.optimizers.Adam):  # type: ignore[misc]
         return ops.convert_to_tensor(moment)
 
     def get_config(self) -> dict[str, Any]:
-        """Gives what `from_config` takes."""
+        """Returns the arguments for `from_config`."""
         config = super().get_config()
         for name in ("amsgrad", "epsilon"):
             config.pop(name, None)

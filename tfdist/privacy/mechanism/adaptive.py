@@ -1,4 +1,4 @@
-"""A norm to clip to that follows a quantile of the examples' norms, found privately."""
+"""A clipping norm that follows a quantile of the examples' norms, estimated privately."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ Tensor = Any
 
 
 class AdaptiveClip:
-    """Moves the norm towards the quantile, by the noisy number of examples within it.
+    """Moves the clipping norm towards a quantile, by a noisy count of examples within it.
 
-    The logarithm of the norm is a variable, whose gradient is the part of examples within it
-    less the quantile (Andrew et al., "Differentially private learning with adaptive clipping",
-    NeurIPS 2021, algorithm 1: the geometric update). So it is summed and updated as weights
-    are. The norm stays between `LEAST_NORM` and `LARGEST_NORM`: gradients of 0 would else make
-    it smaller without end.
+    The logarithm of the norm is a variable. Its gradient is the fraction of examples within
+    the norm, minus the quantile (Andrew et al., "Differentially private learning with adaptive
+    clipping", NeurIPS 2021, algorithm 1: the geometric update). So it is summed and updated as
+    weights are. The norm stays between `LEAST_NORM` and `LARGEST_NORM`. Without these limits,
+    gradients of 0 would make it smaller at every step.
 
     Args:
         model: A compiled, built `keras.Model`.
-        mechanism: With a `target_quantile`.
-        replicas: How many contribute to an update.
+        mechanism: The mechanism, with a `target_quantile`.
+        replicas: The number of replicas that contribute to an update.
     """
 
     def __init__(self, model: Any, mechanism: Mechanism, replicas: int) -> None:
@@ -43,41 +43,42 @@ class AdaptiveClip:
         self._log_norm = keras.Variable(
             math.log(mechanism.l2_norm_clip), dtype="float32", name="log_l2_norm_clip"
         )
-        self._log_norm.constraint = _within  # the optimizer keeps to it
+        self._log_norm.constraint = _clipped  # the optimizer applies it
         self._optimizer = keras.optimizers.SGD(mechanism.clip_learning_rate)
         self._optimizer.build([self._log_norm])
-        # Where strategies look for a model's optimizers.
+        # Strategies look for a model's optimizers among its attachments.
         _keras.attached(model).clip_optimizer = self._optimizer
 
     def norm(self) -> Tensor:
-        """Gives the norm to clip to."""
-        return tf.exp(_within(tf.convert_to_tensor(self._log_norm)))
+        """Returns the clipping norm."""
+        return tf.exp(_clipped(tf.convert_to_tensor(self._log_norm)))
 
     def restart(self) -> None:
-        """Begins with the norm that was asked for."""
+        """Sets the clipping norm to that of the settings."""
         self._log_norm.assign(math.log(self._mechanism.l2_norm_clip))
 
-    def with_noise(self, votes: Tensor, drawn: Tensor) -> Tensor:
-        """Adds a replica's part of the noise, and rounds; see `Rounding.counts`.
+    def with_noise(self, votes: Tensor, normal: Tensor) -> Tensor:
+        """Adds a replica's part of the noise, and rounds. See `Rounding.counts`.
 
         Args:
-            votes: `Clipped.votes` of its examples.
-            drawn: A normal number of variance 1.
+            votes: `Clipped.votes` of the replica's examples.
+            normal: A normal number of variance 1.
         """
-        return votes if self._rounding is None else self._rounding.counts(votes, drawn, 1.0)
+        return votes if self._rounding is None else self._rounding.counts(votes, normal, 1.0)
 
     def update(self, batch: ReplicaBatch, votes: Tensor) -> None:
         """Contributes a replica's part of the update.
 
         Args:
-            batch: What the replica knows.
-            votes: What `with_noise` gave.
+            batch: The description of the replica's batch.
+            votes: The result of `with_noise`.
         """
         assert batch.updates is not None
         step = 1.0 if self._rounding is None else self._rounding.step
 
         def update(summed: list[Tensor]) -> None:
-            # Votes are of a half, so that one example changes their sum by no more than that.
+            # A vote is 1/2 or -1/2 instead of 1 or 0: an example changes the sum by at most
+            # 1/2, so half of the noise is enough.
             within = summed[0] * (step / self._mechanism.expected_units) + 0.5
             with batch.updating():
                 self._optimizer.apply([within - self._quantile], [self._log_norm])
@@ -85,5 +86,5 @@ class AdaptiveClip:
         batch.updates.apply(self._optimizer, [votes], update, [self._log_norm])
 
 
-def _within(log_norm: Tensor) -> Tensor:
+def _clipped(log_norm: Tensor) -> Tensor:
     return tf.clip_by_value(log_norm, math.log(LEAST_NORM), math.log(LARGEST_NORM))

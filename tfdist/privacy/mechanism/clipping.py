@@ -1,9 +1,9 @@
 """The sum of per-example gradients, each clipped, by one forward and one backward pass.
 
-Book-keeping (Bu et al., "Differentially private optimization on large model at small cost",
-ICML 2023): the backward pass goes to the outputs of the layers, not to their weights. From a
-layer's inputs and its outputs' gradients follow the norms of all per-example gradients, and
-then their weighted sum, mostly without writing any of them out.
+The method is book-keeping (Bu et al., "Differentially private optimization on large model at
+small cost", ICML 2023). The backward pass ends at the outputs of the layers, not at their
+weights. A layer's inputs and its outputs' gradients determine the norms of all per-example
+gradients, and then their weighted sum, mostly without computing any of the gradients.
 """
 
 from __future__ import annotations
@@ -40,15 +40,19 @@ _ALONE = Alone()
 
 
 class Clipped(NamedTuple):
-    """What one pass over some examples gives.
+    """The result of a pass over some examples.
+
+    A unit is the set of rows that is clipped together: an example, with its copies, or a user.
 
     Attributes:
-        sums: Of clipped gradients, float32, in the order of `model.trainable_variables`.
-        norms: Of each unit's gradient before clipping, shape [units], 0 where it counts
-            nothing: where it is masked or not finite. Rounded up, by so much that no unit
-            adds more than the clipping norm. An example is a unit if nothing else was said.
-        votes: 1/2 for each that counts and was not clipped, less 1/2 for each that was.
-        outputs: The model's.
+        sums: The sums of clipped gradients, float32, in the order of
+            `model.trainable_variables`.
+        norms: The norm of each unit's gradient before clipping, shape [units]. It is 0 for
+            units that are masked or not finite. It is rounded up, so that no unit adds more
+            than the clipping norm.
+        votes: The number of units that count and were not clipped, minus the number of units
+            that were clipped, divided by 2.
+        outputs: The outputs of the model.
     """
 
     sums: list[Tensor]
@@ -67,26 +71,27 @@ def clipped_sum(
     per_layer: bool = False,
     together: ClippingGroups = _ALONE,
 ) -> Clipped:
-    """Sums the gradients of all examples, each clipped to a norm; can be traced.
+    """Sums the gradients of all examples, each clipped to a norm. It can be traced.
 
     An example's gradient is that of the compiled loss on a batch of this example alone.
-    Regularizers of weights, which do not depend on the data, are left out.
+    Regularizers of weights are left out, since they do not depend on the data.
 
     Args:
         model: A compiled, built `keras.Model`.
         x: A batch of inputs, shape [examples, ...], nested as the model takes them.
         y: Targets.
-        sample_mask: Bool, shape [examples]; False for padding, which counts nothing.
+        sample_mask: Bool, shape [examples]. False for padding, which does not count.
         l2_norm_clip: The largest norm of an example's gradient over all variables, a float or
             a scalar tensor.
-        sample_weight: By which losses are multiplied, before clipping, as Keras has them.
-        per_layer: Whether each of L layers with weights is clipped by itself, to
-            `l2_norm_clip` / sqrt(L), so that the norm over all is bounded just the same.
-        together: Examples whose gradients are added up, or averaged, before they are clipped.
+        sample_weight: The sample weights of Keras. Losses are multiplied by them before
+            clipping.
+        per_layer: Whether each of L layers with weights is clipped separately, to
+            `l2_norm_clip` / sqrt(L). The norm over all layers then has the same bound.
+        together: The rows whose gradients are summed, or averaged, before they are clipped.
 
     Raises:
-        ArgumentError: The model has a layer that mixes examples or draws random numbers
-            within what must be computed again.
+        ArgumentError: The model has a layer that mixes examples, or a layer without a closed
+            form that draws random numbers.
 
     Example:
         >>> import keras, numpy as np
@@ -110,9 +115,8 @@ def clipped_sum(
     factors: dict[int, Tensor] = {}
     for group, of_group in zip(groups, squares, strict=True):
         norms = _norms(of_group, counted)
-        norms *= 1 + gamma(
-            len(group) + 8
-        )  # sums, roots, quotients and products are rounded too
+        # The sum over parts, the root, the quotient and the products below are rounded too.
+        norms *= 1 + gamma(len(group) + 8)
         factor = tf.where(norms > 0, tf.minimum(1.0, tf.math.divide_no_nan(bound, norms)), 1.0)
         factor = tf.where(counted, factor * together.scale, 0.0)
         factors |= {id(part.variable): factor for part in group}
@@ -123,12 +127,12 @@ def clipped_sum(
 
 
 def _norms(squares: Tensor, counted: Tensor) -> Tensor:
-    # Rounding may leave a square of almost 0 below it.
+    # Rounding may make a square of almost 0 negative.
     return tf.sqrt(tf.maximum(tf.where(counted, squares, 0.0), 0.0))
 
 
 def _by_layer(model: Any, parts: Sequence[GradientPart]) -> list[list[GradientPart]]:
-    """Groups parts by the layer that has their variable; a shared one by the first."""
+    """Groups parts by the layer of their variable. A shared variable belongs to the first."""
     layer_of: dict[int, int] = {}
     for number, unit in enumerate(_units(model)):
         for variable in unit.trainable_variables:
@@ -140,19 +144,20 @@ def _by_layer(model: Any, parts: Sequence[GradientPart]) -> list[list[GradientPa
 
 
 def computed_alone(model: Any) -> list[str]:
-    """Names what has no closed form and is computed for one example after the other.
+    """Lists the parts of a model that are computed for one example after the other.
 
     Args:
         model: A compiled, built `keras.Model`.
 
     Returns:
-        Layers with their class, what `check` has found (weights that are used outside their
-        layers, layers that are called without the batch), and "the loss".
+        Layers without a closed form, with their class; weights that are used outside their
+        layers and layers that are called without the batch, as far as `independence.check` has
+        found them; and "the loss" if it is not a mean over examples.
     """
-    found = [f"{u.name} ({type(u).__name__})" for u in _units(model) if not has_form(u)]
-    found += [f"{path}, used outside its layer" for path in found_tied(model)]
-    found += [f"{name}, called without the batch" for name in found_without_batch(model)]
-    return found if is_mean(model, None, []) else [*found, "the loss"]
+    names = [f"{u.name} ({type(u).__name__})" for u in _units(model) if not has_form(u)]
+    names += [f"{path}, used outside its layer" for path in found_tied(model)]
+    names += [f"{name}, called without the batch" for name in found_without_batch(model)]
+    return names if is_mean(model, None, []) else [*names, "the loss"]
 
 
 def weighted_sums(
@@ -162,7 +167,15 @@ def weighted_sums(
     all_finite: Tensor,
     together: ClippingGroups = _ALONE,
 ) -> list[Tensor]:
-    """Sums parts over examples, each weighed as its variable's id says."""
+    """Sums gradients over examples, multiplied by the weights of their variable.
+
+    Args:
+        model: A built `keras.Model`.
+        parts: The gradients of all examples, by variable.
+        weights: The weights of the units, by the id of a variable.
+        all_finite: As in `GradientPart.weighted_sum`.
+        together: As in `clipped_sum`.
+    """
     by_variable = {
         id(part.variable): part.weighted_sum(weights[id(part.variable)], all_finite, together)
         for part in parts
@@ -182,60 +195,82 @@ def recorded(
     also_plain: bool = False,
     training: bool = True,
 ) -> tuple[list[GradientPart], list[Any], Any]:
-    """Runs the model forward and backward, and gives the gradients by variable."""
+    """Runs the model forward and backward, and computes the gradients of all examples.
+
+    Args:
+        model: A compiled, built `keras.Model`.
+        x: As in `clipped_sum`.
+        y: As in `clipped_sum`.
+        sample_weight: As in `clipped_sum`.
+        also_plain: Whether the gradients of the summed loss are computed too.
+        training: Whether the model runs in training mode.
+
+    Returns:
+        The per-example gradients by variable, the plain gradients of the summed loss (none
+        without `also_plain`), and the model's outputs.
+    """
     units = _units(model)
-    found = foldings(model, units, x)
-    whole = {id(layer): layer for layer in found.around.values() if layer is not None}
-    units_and_whole = [*units, *whole.values()]
-    calls: dict[int, list[LayerCall]] = {id(unit): [] for unit in units_and_whole}
-    by_hand = tied(model, units, lambda outs: summed_loss(model, x, y, sample_weight, outs), x)
-    has = {id(v) for v in by_hand}
-    by_hand += [v for v in found.without_batch(units, None) if id(v) not in has]
-    seeds = [(v, tf.identity(v.value)) for v in keras_layers.seeds(model)] if by_hand else []
+    folding = foldings(model, units, x)
+    enclosing = {id(layer): layer for layer in folding.around.values() if layer is not None}
+    recorded_layers = [*units, *enclosing.values()]
+    calls: dict[int, list[LayerCall]] = {id(layer): [] for layer in recorded_layers}
+    by_example = tied(
+        model, units, lambda outs: summed_loss(model, x, y, sample_weight, outs), x
+    )
+    tied_ids = {id(v) for v in by_example}
+    by_example += [v for v in folding.without_batch(units, None) if id(v) not in tied_ids]
+    # Random numbers of a second pass must be those of the first one, so seeds are kept.
+    seeds = [(v, tf.identity(v.value)) for v in keras_layers.seeds(model)] if by_example else []
     tape = tf.GradientTape(watch_accessed_variables=False)
     variables = [v.value for v in model.trainable_variables] if also_plain else []
     with tape:
         for variable in variables:
             tape.watch(variable)
-        # A loss that calls layers does so for one example after the other: see `tied`.
+        # The loss is computed outside the recording. A loss that calls layers calls them for
+        # one example after the other, and `tied` computes these gradients.
         with contextlib.ExitStack() as stack:
-            for unit in units_and_whole:
-                stack.enter_context(_recording(unit, calls[id(unit)], tape))
+            for layer in recorded_layers:
+                stack.enter_context(_recording(layer, calls[id(layer)], tape))
             outputs = model(x, training=training)
         loss = summed_loss(model, x, y, sample_weight, outputs)
-    recorded = [call.outputs for made in calls.values() for call in made]
+    layer_outputs = [call.outputs for of_layer in calls.values() for call in of_layer]
     gradients, plain = tape.gradient(
-        loss, (recorded, variables), unconnected_gradients=tf.UnconnectedGradients.ZERO
+        loss, (layer_outputs, variables), unconnected_gradients=tf.UnconnectedGradients.ZERO
     )
     remaining = iter(tf.nest.map_structure(tf.convert_to_tensor, gradients))
     parts: list[GradientPart] = []
-    for unit in units_and_whole:
-        made = [c._replace(gradients=next(remaining)) for c in calls[id(unit)]]
-        if id(unit) in whole:
-            parts += computed_again(unit, made, found.without_batch(units, unit))
-        elif made and id(unit) not in found.around:
-            parts += _parts(unit, made, found)
-    if by_hand:
-        again = {id(v) for v in by_hand}
-        parts = [part for part in parts if id(part.variable) not in again]
-        parts += of_tied(model, by_hand, (x, y, sample_weight), training, seeds)
+    for layer in recorded_layers:
+        of_layer = [c._replace(gradients=next(remaining)) for c in calls[id(layer)]]
+        if id(layer) in enclosing:
+            parts += computed_again(layer, of_layer, folding.without_batch(units, layer))
+        elif of_layer and id(layer) not in folding.around:
+            parts += _parts(layer, of_layer, folding)
+    if by_example:
+        # The recorded calls are not all uses of these weights, so their parts are replaced.
+        replaced = {id(v) for v in by_example}
+        parts = [part for part in parts if id(part.variable) not in replaced]
+        parts += of_tied(model, by_example, (x, y, sample_weight), training, seeds)
     return _one_each(parts), [tf.convert_to_tensor(g) for g in plain], outputs
 
 
 def _one_each(parts: Sequence[GradientPart]) -> list[GradientPart]:
-    """Adds up the parts of a variable that several layers use: norms of sums need the sums."""
-    found: dict[int, GradientPart] = {}
+    """Adds up the parts of a variable that several layers use.
+
+    The norm of a sum does not follow from the norms of its terms, so the gradients of such a
+    variable are written out.
+    """
+    by_variable: dict[int, GradientPart] = {}
     for part in parts:
-        other = found.get(id(part.variable))
+        other = by_variable.get(id(part.variable))
         if other is not None:
             part = Written(part.variable, part.each() + other.each())
-        found[id(part.variable)] = part
-    return list(found.values())
+        by_variable[id(part.variable)] = part
+    return list(by_variable.values())
 
 
 def _units(model: Any) -> list[Any]:
-    """Finds the layers whose calls are recorded: together they hold all trainable weights."""
-    found: dict[int, Any] = {}
+    """Finds the layers whose calls are recorded. Together they hold all trainable weights."""
+    units: dict[int, Any] = {}
     for layer in _keras.layers_of(model):
         if isinstance(layer, layers.BatchNormalization) and layer.trainable:
             raise ArgumentError(
@@ -253,55 +288,60 @@ def _units(model: Any) -> list[Any]:
     def visit(layer: Any) -> None:
         if not layer.trainable_variables:
             return
-        # These call their inner layers in a loop, where nothing can be recorded.
-        whole = isinstance(layer, layers.RNN | layers.TimeDistributed)
-        if whole or keras_layers.own_variables(layer):
-            found.setdefault(id(layer), layer)
+        # These layers call inner layers in a loop, whose calls cannot be recorded.
+        has_loop = isinstance(layer, layers.RNN | layers.TimeDistributed)
+        if has_loop or keras_layers.own_variables(layer):
+            units.setdefault(id(layer), layer)
         else:
             for part in keras_layers.sublayers(layer):
                 visit(part)
 
     visit(model)
-    return list(found.values())
+    return list(units.values())
 
 
 @contextlib.contextmanager
 def _recording(unit: Any, calls: list[LayerCall], tape: Any) -> Iterator[None]:
-    """Notes a layer's calls, and has the tape give gradients by what they return."""
+    """Records a layer's calls, and makes the tape watch their outputs.
+
+    The activation of a layer with a closed form, and the scale and offset of a normalization,
+    are applied here instead of in the layer, so that the tape watches the values before them.
+    """
     in_closed_form = has_form(unit)
     activates = in_closed_form and has_activation(unit)
     unscaled = left_out(unit) if in_closed_form else {}
-    apart = {"activation": None} if activates else unscaled
-    seeds = keras_layers.seeds(unit)
+    overridden = {"activation": None} if activates else unscaled
+    seed_variables = keras_layers.seeds(unit)
 
     def record(call: Any, *args: Any, **kwargs: Any) -> Any:
-        drawn = [(v, tf.identity(v.value)) for v in seeds]
-        with keras_layers.changed(unit, **apart):
+        seeds = [(v, tf.identity(v.value)) for v in seed_variables]
+        with keras_layers.changed(unit, **overridden):
             outputs = call(*args, **kwargs)
         normalized = None
         if unscaled:
             normalized, outputs = outputs, scaled(unit, outputs)
-        # Where an input is returned as it is, the tape needs a tensor of its own.
+        # A layer may return its input. The tape must watch the output alone.
         outputs = tf.nest.map_structure(tf.identity, outputs)
         for output in tf.nest.flatten(outputs):
             tape.watch(output)
-        calls.append(LayerCall(args, kwargs, outputs, normalized, seeds=drawn))
+        calls.append(LayerCall(args, kwargs, outputs, normalized, seeds=seeds))
         return unit.activation(outputs) if activates else outputs
 
     with keras_layers.called_through(unit, record):
         yield
 
 
-def _parts(unit: Any, calls: Sequence[LayerCall], found: Foldings) -> list[GradientPart]:
+def _parts(unit: Any, calls: Sequence[LayerCall], folding: Foldings) -> list[GradientPart]:
+    """Computes the gradients of a layer from its recorded calls."""
     trained = {id(v) for v in unit.trainable_variables}
-    by_rows: dict[int, list[LayerCall]] = {}
+    calls_by_rows: dict[int, list[LayerCall]] = {}
     for number, call in enumerate(calls):
-        by_rows.setdefault(found.of(unit, number), []).append(call)
+        calls_by_rows.setdefault(folding.of(unit, number), []).append(call)
     parts: list[GradientPart] = []
-    for rows, some in by_rows.items():
-        made = FORMS[type(unit)](unit, some) if has_form(unit) else None
-        if made is None:
-            parts += computed_again(unit, some, unit.trainable_variables, rows)
+    for rows, calls_of_rows in calls_by_rows.items():
+        closed = FORMS[type(unit)](unit, calls_of_rows) if has_form(unit) else None
+        if closed is None:
+            parts += computed_again(unit, calls_of_rows, unit.trainable_variables, rows)
         else:
-            parts += [part if rows == 1 else part.folded(rows) for part in made]
+            parts += [part if rows == 1 else part.folded(rows) for part in closed]
     return [part for part in parts if id(part.variable) in trained]

@@ -1,4 +1,4 @@
-"""Which rows of a batch are clipped together: each alone, copies of one, or those of a user."""
+"""Groups of rows that are clipped together: single rows, copies of an example, or users."""
 
 from __future__ import annotations
 
@@ -11,25 +11,26 @@ Tensor = Any
 
 
 def begins(groups: Tensor) -> Tensor:
-    """Says at which rows groups begin.
+    """Returns the first row of each group.
 
     Args:
-        groups: A number for each row, the same within a group, shape [rows], not empty.
+        groups: The number of each row's group, shape [rows]. It must not be empty.
 
     Returns:
-        int32 of shape [groups], the first 0.
+        int32 of shape [groups]. The first one is 0.
     """
-    later = tf.where(groups[1:] != groups[:-1])[:, 0] + 1
-    return tf.concat([[0], tf.cast(later, tf.int32)], 0)
+    changes = tf.where(groups[1:] != groups[:-1])[:, 0] + 1
+    return tf.concat([[0], tf.cast(changes, tf.int32)], 0)
 
 
 class ClippingGroups(abc.ABC):
-    """Says which rows make up a unit: what is clipped as one, and may be there or not.
+    """Groups rows into units. The gradients of a unit are summed and clipped together.
 
-    A unit's rows follow each other.
+    A unit is what differs between neighbouring data sets: an example or a user. Its rows are
+    next to each other.
 
     Attributes:
-        scale: By which the sum of a unit's gradients is multiplied before it is clipped.
+        scale: The factor of the sum of a unit's gradients, before it is clipped.
         most: The most rows of a unit.
     """
 
@@ -49,7 +50,7 @@ class ClippingGroups(abc.ABC):
 
     @abc.abstractmethod
     def joined(self, each: Tensor) -> Tensor:
-        """Lays a unit's rows one behind the other, with zeros where it has fewer than others.
+        """Concatenates a unit's rows, padded with zeros to the largest unit.
 
         Args:
             each: Shape [rows, positions, ...].
@@ -60,7 +61,7 @@ class ClippingGroups(abc.ABC):
 
     @abc.abstractmethod
     def all_of(self, rows: Tensor) -> Tensor:
-        """Says whether all rows of a unit are true.
+        """Returns whether all rows of each unit are true.
 
         Args:
             rows: Bool, shape [rows].
@@ -71,7 +72,7 @@ class ClippingGroups(abc.ABC):
 
     @abc.abstractmethod
     def by_row(self, units: Tensor) -> Tensor:
-        """Gives each row what its unit has.
+        """Gives each row the value of its unit.
 
         Args:
             units: Shape [units].
@@ -82,48 +83,48 @@ class ClippingGroups(abc.ABC):
 
 
 class Alone(ClippingGroups):
-    """Every row by itself."""
+    """Each row is a unit."""
 
     most = 1
 
     def sums(self, each: Tensor) -> Tensor:
-        """Gives the rows; see `ClippingGroups`."""
+        """Returns its argument; see `ClippingGroups`."""
         return each
 
     def joined(self, each: Tensor) -> Tensor:
-        """Gives the rows; see `ClippingGroups`."""
+        """Returns its argument; see `ClippingGroups`."""
         return each
 
     def all_of(self, rows: Tensor) -> Tensor:
-        """Gives the rows; see `ClippingGroups`."""
+        """Returns its argument; see `ClippingGroups`."""
         return rows
 
     def by_row(self, units: Tensor) -> Tensor:
-        """Gives the units; see `ClippingGroups`."""
+        """Returns its argument; see `ClippingGroups`."""
         return units
 
 
 class CopiesOfExamples(ClippingGroups):
-    """So many rows for each example: copies that were augmented, whose mean counts.
+    """The augmented copies of an example are a unit. Their mean gradient is clipped.
 
     Args:
-        copies: Rows of an example.
+        copies: The number of rows of an example.
     """
 
     def __init__(self, copies: int) -> None:
         self.most, self.scale = copies, 1 / copies
 
     def sums(self, each: Tensor) -> Tensor:
-        """Adds up; see `ClippingGroups`."""
+        """Sums; see `ClippingGroups`."""
         return tf.reduce_sum(self._split(each), 1)
 
     def joined(self, each: Tensor) -> Tensor:
-        """Lays them behind each other; see `ClippingGroups`."""
+        """Concatenates rows; see `ClippingGroups`."""
         sizes = each.shape[1] if each.shape[1] is not None else tf.shape(each)[1]
         return tf.reshape(each, [-1, self.most * sizes, *each.shape[2:]])
 
     def all_of(self, rows: Tensor) -> Tensor:
-        """Asks all copies; see `ClippingGroups`."""
+        """Combines all copies; see `ClippingGroups`."""
         return tf.reduce_all(self._split(rows), 1)
 
     def by_row(self, units: Tensor) -> Tensor:
@@ -135,13 +136,13 @@ class CopiesOfExamples(ClippingGroups):
 
 
 class Groups(ClippingGroups):
-    """Rows of the same group, any number of them, whose sum counts.
+    """The rows of a group, such as a user, are a unit. The sum of their gradients is clipped.
 
     Args:
-        groups: A number for each row, the same within a group and another one in the next,
-            shape [rows].
+        groups: The number of each row's group, shape [rows]. Neighbouring groups have different
+            numbers.
         most: The most examples of a group.
-        copies: Rows of an example, as in `CopiesOfExamples`.
+        copies: As in `CopiesOfExamples`.
     """
 
     def __init__(self, groups: Tensor, most: int, copies: int = 1) -> None:
@@ -156,23 +157,25 @@ class Groups(ClippingGroups):
         return self._unit
 
     def sums(self, each: Tensor) -> Tensor:
-        """Adds up; see `ClippingGroups`."""
+        """Sums; see `ClippingGroups`."""
         return tf.math.unsorted_segment_sum(each, self._unit, self._count)
 
     def joined(self, each: Tensor) -> Tensor:
-        """Lays them behind each other; see `ClippingGroups`."""
+        """Concatenates rows; see `ClippingGroups`."""
         rows = tf.shape(self._unit)[0]
         first = tf.math.unsorted_segment_min(tf.range(rows), self._unit, self._count)
         place = tf.range(rows) - tf.gather(first, self._unit)
-        places = tf.fill([self._count, tf.reduce_max(place) + 1], rows)
-        where = tf.stack([self._unit, place], 1)
-        places = tf.tensor_scatter_nd_update(places, where, tf.range(rows))
-        nothing = tf.zeros([1, *tf.unstack(tf.shape(each)[1:])], each.dtype)
-        found = tf.gather(tf.concat([each, nothing], 0), places)
-        return tf.reshape(found, [self._count, -1, *each.shape[2:]])
+        # A table of row numbers by unit and place. Empty places have the number of a zero row.
+        table = tf.fill([self._count, tf.reduce_max(place) + 1], rows)
+        table = tf.tensor_scatter_nd_update(
+            table, tf.stack([self._unit, place], 1), tf.range(rows)
+        )
+        zero_row = tf.zeros([1, *tf.unstack(tf.shape(each)[1:])], each.dtype)
+        joined = tf.gather(tf.concat([each, zero_row], 0), table)
+        return tf.reshape(joined, [self._count, -1, *each.shape[2:]])
 
     def all_of(self, rows: Tensor) -> Tensor:
-        """Asks all rows; see `ClippingGroups`."""
+        """Combines all rows; see `ClippingGroups`."""
         return self.sums(tf.cast(~rows, tf.int32)) == 0
 
     def by_row(self, units: Tensor) -> Tensor:

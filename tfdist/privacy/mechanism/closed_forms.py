@@ -1,7 +1,7 @@
-"""Layers whose per-example gradients follow from their inputs and outputs' gradients.
+"""Per-example gradients of layers, computed from their inputs and their outputs' gradients.
 
-Each function takes a layer and what was recorded of its calls, and gives a `GradientPart` for
-each of its variables. Calls of a shared layer are joined along the positions.
+Each function takes a layer and its recorded calls, and returns a `GradientPart` for each of the
+layer's variables. Several calls of a shared layer are concatenated along the positions.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ class LayerCall(NamedTuple):
     Attributes:
         args: Positional arguments.
         kwargs: Named arguments.
-        outputs: What it returned, before the activation where the layer has one.
-        normalized: Of a normalization, the outputs before scale and offset, where recorded.
-        gradients: The loss's gradients by `outputs`, in the same structure.
-        seeds: The states of its random numbers, and what they were before it.
+        outputs: The outputs, before the layer's activation if it has one.
+        normalized: The outputs of a normalization before scale and offset, if recorded.
+        gradients: The gradients of the loss by `outputs`, in the same structure.
+        seeds: Pairs of a state of random numbers and its value before the call.
     """
 
     args: tuple[Any, ...]
@@ -50,11 +50,11 @@ class LayerCall(NamedTuple):
         return self.args[0] if self.args else next(iter(self.kwargs.values()))
 
     def argument(self, place: int, name: str) -> Any:
-        """Gives an argument however it was passed; None if it was not.
+        """Returns a positional or named argument, or None if it was not passed.
 
         Args:
-            place: Among the positional ones.
-            name: Its.
+            place: Its place among the positional arguments.
+            name: Its name.
         """
         return self.args[place] if len(self.args) > place else self.kwargs.get(name)
 
@@ -74,18 +74,18 @@ def _einsum_dense(layer: Any, calls: Sequence[LayerCall]) -> Parts | None:
         labels = _einsum_labels(layer.equation, len(call.inputs.shape))
         if labels is None:
             return None
-        given, kernel, made = labels
-        positions = [c for c in given[1:] if c in made]
-        contracted = [c for c in kernel if c in given]
-        produced = [c for c in kernel if c in made]
-        if lora.is_enabled(layer) and kernel[-1] not in made:
+        input_axes, kernel, output_axes = labels
+        positions = [c for c in input_axes[1:] if c in output_axes]
+        contracted = [c for c in kernel if c in input_axes]
+        produced = [c for c in kernel if c in output_axes]
+        if lora.is_enabled(layer) and kernel[-1] not in output_axes:
             return None
         sizes = dict(zip(kernel, lora.kernel_shape(layer), strict=True))
         p, q = (math.prod(sizes[c] for c in part) for part in (contracted, produced))
-        order = [given.index(c) for c in (given[0], *positions, *contracted)]
-        count = folded(call.inputs, [given.index(c) for c in positions])
+        order = [input_axes.index(c) for c in (input_axes[0], *positions, *contracted)]
+        count = folded(call.inputs, [input_axes.index(c) for c in positions])
         inputs.append(tf.reshape(tf.transpose(call.inputs, order), [-1, count, p]))
-        order = [made.index(c) for c in (given[0], *positions, *produced)]
+        order = [output_axes.index(c) for c in (input_axes[0], *positions, *produced)]
         outputs.append(tf.reshape(tf.transpose(call.gradients, order), [-1, count, q]))
     order = [(contracted + produced).index(c) for c in kernel]
     axes = [sizes[c] for c in contracted + produced], order
@@ -99,21 +99,31 @@ def _einsum_dense(layer: Any, calls: Sequence[LayerCall]) -> Parts | None:
 
 
 def _einsum_labels(equation: str, rank: int) -> tuple[list[str], list[str], list[str]] | None:
-    """Splits an equation into labels, or gives None if it is not a plain product."""
-    sides, made = equation.replace(" ", "").split("->")
-    given, kernel = sides.split(",")
+    """Splits an equation into labels of axes, or returns None if the closed form does not hold.
+
+    The form holds for a plain matrix product: each axis of the kernel is either contracted with
+    the inputs or produced in the outputs, and the first axis is that of examples.
+    """
+    sides, outputs = equation.replace(" ", "").split("->")
+    inputs, kernel = sides.split(",")
     if "..." in kernel:
         return None
     spare = [c for c in "ABCDEFGHIJKLMNOPQRSTUVWXYZ" if c not in equation]
-    rest = "".join(spare[: rank - len(given.replace("...", ""))])
-    given, made = given.replace("...", rest), made.replace("...", rest)
-    labels = [list(part) for part in (given, kernel, made)]
-    distinct = all(len(set(part)) == len(part) for part in labels)
-    example = given[0] == made[0] and given[0] not in kernel
-    once = all((c in given) != (c in made) for c in kernel)
-    nothing_lost = all(c in kernel or c in made for c in given)
-    nothing_new = all(c in kernel or c in given for c in made)
-    if distinct and example and once and nothing_lost and nothing_new:
+    ellipsis = "".join(spare[: rank - len(inputs.replace("...", ""))])
+    inputs, outputs = inputs.replace("...", ellipsis), outputs.replace("...", ellipsis)
+    labels = [list(part) for part in (inputs, kernel, outputs)]
+    are_distinct = all(len(set(part)) == len(part) for part in labels)
+    begins_with_examples = inputs[0] == outputs[0] and inputs[0] not in kernel
+    has_no_diagonal = all((c in inputs) != (c in outputs) for c in kernel)
+    has_no_sum = all(c in kernel or c in outputs for c in inputs)
+    has_no_broadcast = all(c in kernel or c in inputs for c in outputs)
+    if (
+        are_distinct
+        and begins_with_examples
+        and has_no_diagonal
+        and has_no_sum
+        and has_no_broadcast
+    ):
         return labels[0], labels[1], labels[2]
     return None
 
@@ -123,7 +133,7 @@ def _embedding(layer: Any, calls: Sequence[LayerCall]) -> Parts:
     for call in calls:
         ids = tf.cast(call.inputs, tf.int32)
         count = folded(ids, range(1, len(ids.shape)))
-        ids = tf.where(ids < 0, ids + layer.input_dim, ids)  # as `keras.ops.take` has it
+        ids = tf.where(ids < 0, ids + layer.input_dim, ids)  # as in `keras.ops.take`
         rows.append(tf.reshape(ids, [-1, count]))
         outputs.append(tf.reshape(call.gradients, [-1, count, layer.output_dim]))
     return of_table(layer, tf.concat(rows, 1), tf.concat(outputs, 1))
@@ -132,46 +142,47 @@ def _embedding(layer: Any, calls: Sequence[LayerCall]) -> Parts:
 def _conv(layer: Any, calls: Sequence[LayerCall]) -> Parts | None:
     if lora.is_enabled(layer) and layer.groups != 1:
         return None
-    seen = tf.concat([patches(layer, call.inputs) for call in calls], 1)
+    windows = tf.concat([patches(layer, call.inputs) for call in calls], 1)
     outputs = tf.concat([_positions(channels_last(layer, c.gradients)) for c in calls], 1)
-    channels = seen.shape[-1]
-    window = math.prod(layer.kernel_size)
+    channels = windows.shape[-1]
+    size = math.prod(layer.kernel_size)
     parts: Parts
     if layer.groups == 1:
-        flat = tf.reshape(seen, [-1, seen.shape[1] or _length(seen), window * channels])
+        flat = tf.reshape(windows, [-1, windows.shape[1] or _length(windows), size * channels])
         parts = of_kernel(layer, flat, outputs)
     else:
         groups = layer.groups
-        split = tf.reshape(seen, [-1, _length(seen), window, groups, channels // groups])
-        made = tf.reshape(outputs, [-1, _length(outputs), groups, layer.filters // groups])
-        each = tf.einsum("btwgi,btgo->bwigo", split, made)
-        parts = [Written(layer.kernel, _shaped(each, layer.kernel.shape))]
+        inputs = tf.reshape(windows, [-1, _length(windows), size, groups, channels // groups])
+        by_group = tf.reshape(outputs, [-1, _length(outputs), groups, layer.filters // groups])
+        gradients = tf.einsum("btwgi,btgo->bwigo", inputs, by_group)
+        parts = [Written(layer.kernel, _shaped(gradients, layer.kernel.shape))]
     if layer.use_bias:
         parts.append(Written(layer.bias, tf.reduce_sum(tf.cast(outputs, tf.float32), 1)))
     return parts
 
 
 def _depthwise_conv(layer: Any, calls: Sequence[LayerCall]) -> Parts:
-    seen = tf.concat([patches(layer, call.inputs) for call in calls], 1)
+    windows = tf.concat([patches(layer, call.inputs) for call in calls], 1)
     outputs = tf.concat([_positions(channels_last(layer, c.gradients)) for c in calls], 1)
-    made = tf.reshape(outputs, [-1, _length(outputs), seen.shape[-1], layer.depth_multiplier])
-    each = tf.einsum("btwc,btcm->bwcm", tf.cast(seen, tf.float32), tf.cast(made, tf.float32))
-    parts: Parts = [Written(layer.kernel, _shaped(each, layer.kernel.shape))]
+    shape = [-1, _length(outputs), windows.shape[-1], layer.depth_multiplier]
+    by_channel = tf.cast(tf.reshape(outputs, shape), tf.float32)
+    gradients = tf.einsum("btwc,btcm->bwcm", tf.cast(windows, tf.float32), by_channel)
+    parts: Parts = [Written(layer.kernel, _shaped(gradients, layer.kernel.shape))]
     if layer.use_bias:
         parts.append(Written(layer.bias, tf.reduce_sum(tf.cast(outputs, tf.float32), 1)))
     return parts
 
 
 def _normalization(layer: Any, calls: Sequence[LayerCall]) -> Parts | None:
-    """Gives the parts of what multiplies, and is added to, normalized inputs."""
+    """Returns the gradients by the scale and the offset of a normalization."""
     gamma, beta = _scale_and_offset(layer)
     by_gamma, by_beta = [], []
     for call in calls:
         rank = len(call.inputs.shape)
-        kept = _normalized_axes(layer, rank)
-        if kept != sorted(kept) or 0 in kept:
+        axes = _normalized_axes(layer, rank)
+        if axes != sorted(axes) or 0 in axes:
             return None
-        summed = [a for a in range(1, rank) if a not in kept]
+        summed = [a for a in range(1, rank) if a not in axes]
         gradients = tf.cast(call.gradients, tf.float32)
         by_beta.append(tf.reduce_sum(gradients, summed))
         if gamma is not None:
@@ -188,15 +199,15 @@ def _normalization(layer: Any, calls: Sequence[LayerCall]) -> Parts | None:
 
 
 def scaled(layer: Any, normalized: Tensor) -> Tensor:
-    """Multiplies by a layer's scale, and adds its offset.
+    """Applies a normalization's scale and offset.
 
     Args:
         layer: A normalization with `left_out`.
-        normalized: What it gave then.
+        normalized: The outputs of its `call` with the attributes of `left_out`.
     """
     rank = len(normalized.shape)
-    kept = _normalized_axes(layer, rank)
-    shape = [normalized.shape[a] if a in kept else 1 for a in range(rank)]
+    axes = _normalized_axes(layer, rank)
+    shape = [normalized.shape[a] if a in axes else 1 for a in range(rank)]
     gamma, beta = _scale_and_offset(layer)
     if gamma is not None:
         normalized *= ops.reshape(gamma, shape)
@@ -229,7 +240,7 @@ def _shaped(each: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def _sum_to(gradients: Tensor, shape: Sequence[int]) -> Tensor:
-    """Sums, example by example, to the shape of what was broadcast along the last axes."""
+    """Sums each example's gradients to the shape of a variable that was broadcast."""
     gradients = tf.cast(gradients, tf.float32)
     extra = len(gradients.shape) - 1 - len(shape)
     summed = tf.reduce_sum(gradients, list(range(1, 1 + extra)))
@@ -254,11 +265,11 @@ FORMS: dict[type, Callable[[Any, Sequence[LayerCall]], Parts | None]] = {
     layers.SimpleRNN: of_recurrent,
     layers.RNN: of_recurrent,
 }
-"""The closed form of a layer's class; None from it means that it does not hold here."""
+"""The closed forms by class of layer. A form returns None if it does not hold for a call."""
 
 
 def has_form(layer: Any) -> bool:
-    """Tells whether a layer has a closed form.
+    """Returns whether a layer has a closed form.
 
     Args:
         layer: A `keras.Layer`.
@@ -268,7 +279,7 @@ def has_form(layer: Any) -> bool:
     return recurrent.has_form(layer) if isinstance(layer, layers.RNN) else True
 
 
-# The attributes with which the `call` of a layer's class normalizes, and does no more.
+# The attributes with which a layer's `call` normalizes without scale and offset.
 _UNSCALED: dict[type, dict[str, Any]] = {
     layers.LayerNormalization: {"gamma": None, "beta": None},
     layers.GroupNormalization: {"scale": False, "center": False},
@@ -277,7 +288,7 @@ _UNSCALED: dict[type, dict[str, Any]] = {
 
 
 def has_activation(layer: Any) -> bool:
-    """Tells whether a layer with a closed form ends with an activation of its own.
+    """Returns whether a layer with a closed form applies an activation.
 
     Args:
         layer: A `keras.Layer`.
@@ -287,12 +298,13 @@ def has_activation(layer: Any) -> bool:
 
 
 def left_out(layer: Any) -> dict[str, Any]:
-    """Gives the attributes with which a normalization's `call` neither scales nor offsets.
+    """Returns the attributes with which a normalization's `call` neither scales nor offsets.
 
     Args:
         layer: A `keras.Layer`.
 
     Returns:
-        Empty for another layer, and for one that would round in between.
+        The attributes and their values. They are empty for other layers, and for a layer that
+        rounds between normalizing and scaling.
     """
     return _UNSCALED.get(type(layer), {}) if layer.compute_dtype == "float32" else {}

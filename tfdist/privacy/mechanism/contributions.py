@@ -1,4 +1,4 @@
-"""What rows of a batch add to the gradient, to be compared with what they add elsewhere."""
+"""The contribution of rows of a batch to the gradient, to compare it between batches."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from tfdist.errors import ArgumentError
 from tfdist.privacy.mechanism import clipping
 
 Tensor = Any
+_ABSOLUTE = 1e-6  # rounding of gradients of almost 0, as of a saturated loss
 Columns = tuple[Any, Any, Any]
-_HALF = ("bfloat16", "float16")
 
 
 class Added(NamedTuple):
-    """What some rows of a batch add to the gradient, each times a weight of its own.
+    """The weighted contribution of some rows of a batch to the gradient.
 
     Attributes:
-        sums: By variable.
-        squares: Of each row's norm, shape [rows].
+        sums: The weighted sum of the rows' gradients, for each variable.
+        squares: The squared norm of each row's gradient, shape [rows].
     """
 
     sums: list[Tensor]
@@ -31,13 +31,13 @@ class Added(NamedTuple):
 
 
 def added(model: Any, columns: Columns, keys: RowKeys, weights: Tensor) -> Added:
-    """Computes what rows add to the gradient in training, and leaves the model as it is.
+    """Computes the contribution of rows in training mode, and leaves the model as it is.
 
     Args:
         model: A compiled, built `keras.Model`.
         columns: `x`, `y` and `sample_weight` of some rows.
-        keys: Of the rows: what their random numbers follow from.
-        weights: By which gradients are multiplied, shape [rows]; with 0 a row adds nothing.
+        keys: The keys of the rows' random numbers.
+        weights: The factors of the rows' gradients, shape [rows]. A row with 0 adds nothing.
     """
     with pinned(model, keys):
         parts, _, _ = clipping.recorded(model, *columns)
@@ -47,17 +47,24 @@ def added(model: Any, columns: Columns, keys: RowKeys, weights: Tensor) -> Added
     return Added(clipping.weighted_sums(model, parts, factors, finite), squares)
 
 
-def is_same(one: Added, other: Added, weights: Tensor, tolerance: float) -> Tensor:
-    """Tells whether two batches got the same from the rows that they have in common.
+def is_same(
+    one: Added, other: Added, weights: Tensor, tolerance: float, l2_norm_clip: Any
+) -> Tensor:
+    """Returns whether some rows contribute the same to two batches.
+
+    Clipping does not enlarge differences: a row of norm g changes what it adds by at most
+    `tolerance * min(g, l2_norm_clip)`, besides the absolute tolerance for gradients of almost
+    0. That tolerance is also bounded by `tolerance * l2_norm_clip`.
 
     Args:
-        one: What the rows added in one batch, the last.
-        other: What they added in the other.
-        weights: Of all rows of that other batch.
-        tolerance: What rounding may change, relative to norms.
+        one: The contribution in one batch.
+        other: The contribution in another batch.
+        weights: The weights of all rows of the other batch.
+        tolerance: The largest difference that rounding may cause, relative to norms.
+        l2_norm_clip: The clipping norm.
 
     Returns:
-        Scalar bool; also true where norms are not finite, which tells nothing.
+        Scalar bool. It is true if norms are not finite, since nothing can be compared then.
     """
     scale = tf.sqrt(tf.reduce_sum(tf.where(weights == 0, 0.0, weights**2 * other.squares)))
     differences = [
@@ -65,29 +72,31 @@ def is_same(one: Added, other: Added, weights: Tensor, tolerance: float) -> Tens
         for a, b in zip(one.sums, other.sums, strict=True)
     ]
     distance = tf.sqrt(tf.add_n(differences))
-    known = tf.math.is_finite(scale)
-    return ~known | (distance <= tolerance * scale + 1e-6)
+    is_finite = tf.math.is_finite(scale)
+    least = tf.minimum(_ABSOLUTE, tolerance * tf.cast(l2_norm_clip, tf.float32))
+    return ~is_finite | (distance <= tolerance * scale + least)
 
 
 def tolerance_for(model: Any) -> float:
-    """Says what rounding may change of a gradient, relative to its norm.
+    """Returns the largest relative difference that rounding may cause in a gradient.
 
     Args:
-        model: A `keras.Model`.
+        model: A `keras.Model`, in the context `keras_layers.in_float32`.
     """
-    half = any(layer.compute_dtype in _HALF for layer in _keras.layers_of(model))
-    return 0.05 if half else 1e-3
+    half = ("bfloat16", "float16")
+    in_half = _keras.computes_in(model, *half) or any(v.dtype in half for v in model.variables)
+    return 5e-3 if in_half else 1e-4
 
 
 @contextlib.contextmanager
 def pinned(model: Any, keys: RowKeys) -> Iterator[None]:
-    """Has random numbers follow from keys, and leaves seeds and other state as they are.
+    """Derives random numbers from keys, and restores seeds and other state afterwards.
 
-    Works within `_keras.replicated()`.
+    It must be used within `_keras.replicated()`.
 
     Args:
         model: A built `keras.Model`.
-        keys: Of the rows that it is called with.
+        keys: The keys of the rows with which the model is called.
     """
     with drawing(keys) as batch:
         yield
@@ -97,13 +106,13 @@ def pinned(model: Any, keys: RowKeys) -> Iterator[None]:
 
 @contextlib.contextmanager
 def drawing(keys: RowKeys) -> Iterator[ReplicaBatch]:
-    """Has random numbers follow from keys; seeds move on, and other state may change.
+    """Derives random numbers from keys. Seeds advance, and other state may change.
 
     Args:
         keys: As in `pinned`.
 
     Yields:
-        What notes the changes.
+        The description of the batch, which records the changes.
     """
     rows = tf.size(keys.rows, tf.int64)
     batch = ReplicaBatch(rows, rows, tf.zeros([], tf.int64), list, tf.identity, keys=keys)
@@ -112,10 +121,10 @@ def drawing(keys: RowKeys) -> Iterator[ReplicaBatch]:
 
 
 def mixes(what: str) -> ArgumentError:
-    """Makes the error that says that examples are mixed.
+    """Makes the error about a model that mixes examples.
 
     Args:
-        what: Was seen, a part of a sentence.
+        what: A clause that describes the observation.
     """
     return ArgumentError(
         "No layer and no loss may mix the examples of a batch. Received: a model in which "

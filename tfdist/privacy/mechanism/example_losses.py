@@ -16,34 +16,34 @@ Tensor = Any
 
 
 def summed_loss(model: Any, x: Any, y: Any, sample_weight: Any, outputs: Any) -> Tensor:
-    """Gives the sum over examples of the loss of each of them alone.
+    """Returns the sum of the examples' losses, each on a batch of this example alone.
 
     Args:
         model: A compiled, built `keras.Model`.
         x: A batch of inputs.
         y: Targets, or None.
-        sample_weight: As Keras has it, or None.
-        outputs: The model's.
+        sample_weight: The sample weights of Keras, or None.
+        outputs: The outputs of the model.
     """
     if not is_mean(model, sample_weight, outputs):
         return tf.reduce_sum(losses_alone(model, x, y, sample_weight, outputs))
     examples = tf.shape(tf.nest.flatten(outputs)[0])[0]
     with _loss_itself(model):
-        whole = keras_layers.compiled_loss(model, x, y, outputs, sample_weight)
-    return whole * tf.cast(examples, whole.dtype)
+        mean = keras_layers.compiled_loss(model, x, y, outputs, sample_weight)
+    return mean * tf.cast(examples, mean.dtype)
 
 
 def losses_alone(model: Any, x: Any, y: Any, sample_weight: Any, outputs: Any) -> Tensor:
     """Computes the compiled loss of each example on a batch of this example alone.
 
-    Regularizers of weights are left out, and no metric is updated. Slow: a loop.
+    Regularizers of weights are left out, and no metric is updated. It is a loop, and slow.
 
     Args:
         model: A compiled, built `keras.Model`.
         x: A batch of inputs, nested as the model takes them.
         y: Targets, or None.
-        sample_weight: As Keras has it, or None.
-        outputs: The model's.
+        sample_weight: The sample weights of Keras, or None.
+        outputs: The outputs of the model.
 
     Returns:
         float32 of shape [examples].
@@ -51,10 +51,10 @@ def losses_alone(model: Any, x: Any, y: Any, sample_weight: Any, outputs: Any) -
 
     def alone(index: Tensor) -> Tensor:
         def row(leaf: Tensor) -> Tensor:
-            mine = leaf[index : index + 1]
+            one_row = leaf[index : index + 1]
             if keras_layers.has_mask(leaf):
-                keras_layers.give_mask(mine, keras_layers.mask_of(leaf)[index : index + 1])
-            return mine
+                keras_layers.give_mask(one_row, keras_layers.mask_of(leaf)[index : index + 1])
+            return one_row
 
         one_x, one_y, one_weight = tf.nest.map_structure(
             lambda leaf: (
@@ -63,7 +63,8 @@ def losses_alone(model: Any, x: Any, y: Any, sample_weight: Any, outputs: Any) -
             (x, y, sample_weight),
         )
         one_outputs = tf.nest.map_structure(row, outputs)
-        # Each begins with the same seeds: what one draws must not depend on those before.
+        # All examples begin with the same seeds. Otherwise the random numbers of an example
+        # would depend on how many examples come before it.
         with keras.StatelessScope():
             loss = keras_layers.compiled_loss(model, one_x, one_y, one_outputs, one_weight)
         return tf.cast(loss, tf.float32)
@@ -75,7 +76,7 @@ def losses_alone(model: Any, x: Any, y: Any, sample_weight: Any, outputs: Any) -
 
 @contextlib.contextmanager
 def _loss_itself(model: Any) -> Iterator[None]:
-    """Lets no loss be a share's part of the global one, or counted by the model's metrics."""
+    """Computes losses without regularizers, without metrics and without the global batch."""
     with (
         _keras.on_replica(None),
         keras_layers.without_regularizers(model.trainable_variables),
@@ -85,12 +86,12 @@ def _loss_itself(model: Any) -> Iterator[None]:
 
 
 def is_mean(model: Any, sample_weight: Any, outputs: Any) -> bool:
-    """Tells whether the compiled loss of a batch is the mean of its examples'.
+    """Returns whether the compiled loss of a batch is the mean of its examples' losses.
 
     Args:
         model: A compiled, built `keras.Model`.
-        sample_weight: As Keras has it, or None.
-        outputs: The model's.
+        sample_weight: The sample weights of Keras, or None.
+        outputs: The outputs of the model.
     """
     if keras_layers.has_own_compute_loss(model):
         return False

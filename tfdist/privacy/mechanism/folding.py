@@ -1,9 +1,9 @@
-"""Where the batch is in what layers are called with: as rows, folded with positions, or not.
+"""Finds the calls of layers whose rows are not the examples of the batch.
 
-A layer may be called with positions folded into the batch (`reshape(x, (-1, d))`), or with what
-is the same for all examples (`Embedding(arange(T))`, whose rows are then broadcast). A row of
-such a call is no example. So the model is traced once with a number of examples that nothing
-else has by chance, and the calls' shapes are looked at.
+A layer may be called with positions folded into the batch (`reshape(x, (-1, d))`), or with a
+tensor that is the same for all examples (`Embedding(arange(T))`, which is then broadcast). A
+row of such a call is not an example. So the model is traced once with a prime number of
+examples, and a size that is a multiple of this prime comes from the batch.
 """
 
 from __future__ import annotations
@@ -25,22 +25,23 @@ _EXAMPLES = 1009  # a prime: sizes that are multiples of it come from the batch
 
 @dataclass(frozen=True)
 class Foldings:
-    """What was found of a model's layers.
+    """How the batch enters the calls of a model's layers.
 
     Attributes:
-        rows: By layer and number of its call how many rows an example has there.
-        around: For a layer whose output at some call has no batch, by its id: the innermost
-            layer around these calls that is called with the batch, or None for the model.
+        rows: The number of rows of an example, by the id of a layer and the number of its call.
+        around: The layers that are called without the batch, by id. The value is the innermost
+            layer that contains all calls and is itself called with the batch, or None for the
+            model.
     """
 
     rows: dict[tuple[int, int], int] = field(default_factory=dict)
     around: dict[int, Any] = field(default_factory=dict)
 
     def of(self, layer: Any, call: int) -> int:
-        """Gives the rows of an example.
+        """Returns the number of rows of an example in a call.
 
         Args:
-            layer: That is called.
+            layer: The layer that is called.
             call: The number of its call in a pass.
         """
         return self.rows.get((id(layer), call), 1)
@@ -50,14 +51,15 @@ class Foldings:
 
         Args:
             units: The layers whose calls are recorded.
-            around: What is run again for these weights, a layer or None for the model.
+            around: A value of the attribute `around`: the layer that is run again for these
+                weights, or None for the model.
         """
-        chosen = [u for u in units if self.around.get(id(u), self) is around]
-        return [v for unit in chosen for v in unit.trainable_variables]
+        without = [u for u in units if self.around.get(id(u), self) is around]
+        return [v for unit in without for v in unit.trainable_variables]
 
 
 def foldings(model: Any, units: Sequence[Any], x: Any) -> Foldings:
-    """Finds where the batch is in the calls of layers; what is found is kept.
+    """Finds how the batch enters the calls of layers. The result is cached with the model.
 
     Args:
         model: A compiled, built `keras.Model`.
@@ -68,53 +70,53 @@ def foldings(model: Any, units: Sequence[Any], x: Any) -> Foldings:
         ArgumentError: A layer is called in a loop or function of its own.
     """
     key = tuple(id(v) for v in model.trainable_variables)
-    known, found = _keras.attached(model).foldings
-    if known != key:
-        found = _found(model, units, x)
-        _keras.attached(model).foldings = key, found
-    result: Foldings = found
+    cached_key, cached = _keras.attached(model).foldings
+    if cached_key != key:
+        cached = _traced_foldings(model, units, x)
+        _keras.attached(model).foldings = key, cached
+    result: Foldings = cached
     return result
 
 
 def found_without_batch(model: Any) -> list[str]:
-    """Names the layers that `foldings` has found to be called without the batch.
+    """Lists the names of layers that `foldings` has found to be called without the batch.
 
     Args:
         model: A `keras.Model`.
     """
-    _, found = _keras.attached(model).foldings
-    around = {} if found is None else found.around
+    _, cached = _keras.attached(model).foldings
+    around = {} if cached is None else cached.around
     return [layer.name for layer in _keras.layers_of(model) if id(layer) in around]
 
 
 @dataclass
-class _SeenCall:
+class _TracedCall:
     """One call of a layer.
 
     Attributes:
-        layer: That was called.
+        layer: The layer.
         around: The calls in which it was called, the outermost first.
-        rows: Rows of an example in its outputs, 0 without a batch, None if unknown.
+        rows: The rows of an example in its outputs, 0 without a batch, None if unknown.
     """
 
     layer: Any
-    around: list[_SeenCall]
+    around: list[_TracedCall]
     rows: int | None = None
 
 
-def _found(model: Any, units: Sequence[Any], x: Any) -> Foldings:
+def _traced_foldings(model: Any, units: Sequence[Any], x: Any) -> Foldings:
     leaves = tf.nest.flatten(x)
     if model.run_eagerly or not all(_has_rows(leaf) for leaf in leaves):
         return Foldings()
     calls = _traced(model, units, x)
     result = Foldings()
     for unit in units:
-        mine = [call for call in calls if call.layer is unit]
-        for number, call in enumerate(mine):
+        of_unit = [call for call in calls if call.layer is unit]
+        for number, call in enumerate(of_unit):
             if call.rows is not None and call.rows > 0:
                 result.rows[id(unit), number] = call.rows
-        if any(call.rows == 0 for call in mine):
-            result.around[id(unit)] = _common(mine)
+        if any(call.rows == 0 for call in of_unit):
+            result.around[id(unit)] = _innermost(of_unit)
     return result
 
 
@@ -124,39 +126,42 @@ def _has_rows(leaf: Any) -> bool:
     return len(leaf.shape) > 0
 
 
-def _common(calls: Sequence[_SeenCall]) -> Any:
-    """Gives the innermost layer with a batch that all calls are in, or None."""
+def _innermost(calls: Sequence[_TracedCall]) -> Any:
+    """Returns the innermost layer with a batch that contains all calls, or None."""
     for layer in [call.layer for call in reversed(calls[0].around)]:
-        within = [next((a for a in c.around if a.layer is layer), None) for c in calls]
-        if all(around is not None and around.rows == 1 for around in within):
+        outer_calls = [next((a for a in c.around if a.layer is layer), None) for c in calls]
+        if all(outer is not None and outer.rows == 1 for outer in outer_calls):
             return layer
     return None
 
 
-def _traced(model: Any, units: Sequence[Any], x: Any) -> list[_SeenCall]:
+def _traced(model: Any, units: Sequence[Any], x: Any) -> list[_TracedCall]:
+    """Traces the model, and lists the calls of its layers; none if it cannot be traced."""
     ids = {id(unit) for unit in units}
     watched = list(units)
     for layer in _keras.layers_of(model)[1:]:
         inner = {id(part) for part in _keras.layers_of(layer)[1:]}
         if id(layer) not in ids and inner & ids:
             watched.append(layer)
-    calls: list[_SeenCall] = []
-    now: list[_SeenCall] = []
+    calls: list[_TracedCall] = []
+    open_calls: list[_TracedCall] = []
     graphs: list[Any] = []
-    in_loops: list[Any] = []  # refused when the trace is over: TensorFlow tidies up in it
+    # An error in the inner graph of a loop would leave TensorFlow's trace half done. So layers
+    # within loops are only collected here, and refused after the trace.
+    in_loops: list[Any] = []
 
     def through(layer: Any) -> Callable[..., Any]:
         def call_through(call: Any, *args: Any, **kwargs: Any) -> Any:
-            seen = _SeenCall(layer, list(now))
-            calls.append(seen)
-            now.append(seen)
+            traced = _TracedCall(layer, list(open_calls))
+            calls.append(traced)
+            open_calls.append(traced)
             try:
                 outputs = call(*args, **kwargs)
             finally:
-                now.pop()
+                open_calls.pop()
             if tf.compat.v1.get_default_graph() is not graphs[0]:
                 in_loops.append(layer)
-            seen.rows = _rows_of(tf.nest.flatten(outputs))
+            traced.rows = _rows_of(tf.nest.flatten(outputs))
             return outputs
 
         return call_through
@@ -176,7 +181,7 @@ def _traced(model: Any, units: Sequence[Any], x: Any) -> list[_SeenCall]:
         with _keras.keeping_variable_scope():
             function = tf.function(trace, autograph=False)
             function.get_concrete_function(tf.nest.map_structure(spec, x))
-    except Exception:  # a model that takes no other number of examples
+    except Exception:  # the model may accept a fixed number of examples only
         calls = []
     if in_loops:
         raise _in_a_loop(in_loops[0])

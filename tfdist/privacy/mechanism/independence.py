@@ -1,11 +1,11 @@
 """Checks that an example's gradient depends on no other example.
 
-Clipping bounds what an example adds to a sum only if the other summands stay as they are
-without it. So one half of some rows is given other company: none, or the other half changed,
-enlarged and moved. The random numbers of each row are pinned to the row meanwhile. What the
-half adds to the gradient must be the same, and the derivatives of its outputs by the inputs of
-other rows must be 0. A layer may also begin to mix later, or in larger batches: see
-`spot_checks`.
+Clipping bounds an example's contribution only if the contributions of other examples do not
+depend on it. So half of some rows are computed in several batches: alone, and together with
+the other half, which is changed, enlarged and moved. The random numbers of each row stay the
+same. The half must add the same to the gradient in each batch, and the derivatives of its
+outputs by the inputs of other rows must be 0. A layer may also begin to mix examples later, or
+only in larger batches: see `spot_checks`.
 """
 
 from __future__ import annotations
@@ -36,40 +36,45 @@ from tfdist.privacy.mechanism.contributions import (
 from tfdist.privacy.mechanism.unfit_layers import keeps_state
 
 Tensor = Any
-ROWS = 16  # that are tried together
-_FOR_SUMS = 3  # rows: these are computed without a graph
+ROWS = 16  # rows of a batch
+_ROWS_FOR_SUMS = 3  # rows that are computed eagerly, which is slow
 _LARGE = 1e3
-_PINNED = (0x1234567, 0x89ABCDE)  # which numbers are drawn does not matter here
-_DRAWS = 16  # with other random numbers: a layer may mix only where one of them says so
+_SUM = 1e-3  # relative difference of a sum of gradients from the plain gradient
+_ROUNDING = 1e-6  # by which gradients that cancel may differ, relative to their norms
+_SECRET = (0x1234567, 0x89ABCDE)  # any constants: the random numbers need not be secret here
+_DRAWS = 16  # batches with other random numbers: some numbers may let a layer mix examples
 
 
-def check(model: Any, x: Any, y: Any, sample_weight: Any = None) -> None:
-    """Compares the gradients of some examples, unclipped, with plain ones, and in two batches.
+def check(
+    model: Any, x: Any, y: Any, sample_weight: Any = None, l2_norm_clip: float = 1.0
+) -> None:
+    """Checks the gradients of some examples against plain ones, and in several batches.
 
-    A weight that is used outside its layer's `call` (tied by hand, say) would else be missed,
-    and a layer that mixes examples would not be noticed. The model is left as it was.
+    The sum of the unclipped gradients of examples must be the plain gradient. It is not if a
+    weight is used in a way that is not recorded. The model's state is restored.
 
     Args:
         model: As in `clipped_sum`.
-        x: As in `clipped_sum`; some rows, which should differ.
+        x: Some rows, which should differ. As in `clipped_sum`.
         y: As in `clipped_sum`.
         sample_weight: As in `clipped_sum`.
+        l2_norm_clip: The clipping norm, of the first step if it changes.
 
     Raises:
         ArgumentError: They differ, or the model changes its state, adds losses, or draws
-            random numbers that do not follow from `keras.random`.
+            random numbers by other means than `keras.random`.
     """
-    tolerance = tolerance_for(model)
     state = model.non_trainable_variables
-    before = [tf.identity(v.value) for v in state]
-    few = rows.taken((x, y, sample_weight), np.arange(_FOR_SUMS) % rows.count(x))
+    values = [tf.identity(v.value) for v in state]
+    few = rows.selected((x, y, sample_weight), np.arange(_ROWS_FOR_SUMS) % rows.count(x))
     try:
-        with _exact_products(), _keras.replicated():
+        with _exact_products(), _keras.replicated(), keras_layers.in_float32(model):
+            tolerance = tolerance_for(model)
             _check_sum(model, *few, tolerance)
-            _check_state(state, before)
-            _Comparison(model, (x, y, sample_weight), tolerance).make()
+            _check_state(state, values)
+            _Comparison(model, (x, y, sample_weight), tolerance, l2_norm_clip).make()
     finally:
-        for variable, value in zip(state, before, strict=True):
+        for variable, value in zip(state, values, strict=True):
             variable.assign(value)
 
 
@@ -85,6 +90,7 @@ def _exact_products() -> Iterator[None]:
 
 
 def _check_sum(model: Any, x: Any, y: Any, sample_weight: Any, tolerance: float) -> None:
+    """Checks that the gradients of single examples add up to the batch's gradient."""
     with drawing(_keys(tf.range(1, rows.count(x) + 1, dtype=tf.int64))):
         parts, plain, _ = clipping.recorded(model, x, y, sample_weight, also_plain=True)
     with keras_layers.without_regularizers(model.trainable_variables):
@@ -94,14 +100,16 @@ def _check_sum(model: Any, x: Any, y: Any, sample_weight: Any, tolerance: float)
                 "Received: a model with a layer that calls `add_loss` or has an "
                 "`activity_regularizer`: what they add is of the whole batch. Leave them out."
             )
-    examples = tf.shape(parts[0].squared_norms())[0]
-    ones = {id(part.variable): tf.ones([examples]) for part in parts}
+    squares = tf.add_n([part.squared_norms() for part in parts])
+    scale = float(tf.sqrt(tf.reduce_sum(squares)))
+    ones = {id(part.variable): tf.ones(tf.shape(squares)) for part in parts}
     received = clipping.weighted_sums(model, parts, ones, tf.constant(True))
     for variable, sums, expected in zip(
         model.trainable_variables, received, plain, strict=True
     ):
         difference = float(tf.norm(sums - tf.cast(expected, tf.float32)))
-        if difference > tolerance * float(tf.norm(tf.cast(expected, tf.float32))) + 1e-6:
+        norm = float(tf.norm(tf.cast(expected, tf.float32)))
+        if difference > _SUM * norm + _ROUNDING * scale:
             raise ArgumentError(
                 "All weights must be used by the layers that hold them, in their `call`, and "
                 "no layer may mix examples. Received: a model in which the gradients by "
@@ -110,124 +118,138 @@ def _check_sum(model: Any, x: Any, y: Any, sample_weight: Any, tolerance: float)
             )
 
 
-def _check_state(state: Sequence[Any], before: Sequence[Tensor]) -> None:
-    for variable, value in zip(state, before, strict=True):
+def _check_state(state: Sequence[Any], values: Sequence[Tensor]) -> None:
+    for variable, value in zip(state, values, strict=True):
         if keras_layers.is_seed(variable) or bool(tf.reduce_all(variable.value == value)):
             continue
         raise keeps_state(variable.path)
 
 
 class _Comparison:
-    """Compares what half of some rows add to the gradient in several batches."""
+    """Compares the contribution of half of some rows to the gradient in several batches."""
 
-    def __init__(self, model: Any, columns: Columns, tolerance: float) -> None:
-        self._model, self._tolerance = model, tolerance
+    def __init__(
+        self, model: Any, columns: Columns, tolerance: float, l2_norm_clip: float
+    ) -> None:
+        self._model, self._tolerance, self._norm = model, tolerance, l2_norm_clip
         self._random = np.random.default_rng(0)
         count = max(4, min(ROWS, rows.count(columns[0])))
-        self._columns = rows.taken(columns, np.arange(count) % rows.count(columns[0]))
+        self._columns = rows.selected(columns, np.arange(count) % rows.count(columns[0]))
         self._rows = count
-        self._secret = _PINNED
+        self._secret = _SECRET
         self._function = self._traced(self._columns)
 
     def make(self) -> None:
-        """Compares.
+        """Makes all comparisons.
 
         Raises:
-            ArgumentError: They add different things, or draw what does not follow from seeds.
+            ArgumentError: The rows add different gradients, or draw random numbers that do not
+                follow from seeds.
         """
         self._check_draws()
-        kept = np.sort(self._random.permutation(self._rows)[: self._rows // 2])
-        weights = self._weights(kept)
-        whole = self._finite(weights)
-        if whole is None:
-            return  # none of these rows counts anything
-        self._compare_alone(self._columns, kept, weights, whole)
+        half = np.sort(self._random.permutation(self._rows)[: self._rows // 2])
+        weights = self._weights(half)
+        among_all = self._finite(weights)
+        if among_all is None:
+            return  # examples with gradients that are not finite count as 0
+        self._compare_alone(self._columns, half, weights, among_all)
         self._compare_other_draws(weights)
-        others = np.setdiff1d(np.arange(self._rows), kept)
+        other_half = np.setdiff1d(np.arange(self._rows), half)
         for amount, factor in ((1.0, _LARGE), (1e-3, 1.0)):
             try:
                 jittered = self._jittered(amount, 1.0)
                 company = self._jittered(amount, factor)
-                self._compare(jittered, company, others)
-                self._check_derivatives(jittered, others)
+                self._compare(jittered, company, other_half)
+                self._check_derivatives(jittered, other_half)
             except ArgumentError:
                 raise
             except (tf.errors.OpError, ValueError, TypeError):
-                continue  # a model need not take what is not of its data
+                # A model need not accept inputs far from its data. Smaller changes come next.
+                continue
             return
 
     def _finite(self, weights: Any) -> Added | None:
-        """Takes other rows in place of those whose gradients are not finite.
+        """Replaces rows whose gradients are not finite by other rows.
 
         Returns:
-            What the rows add, or None if none is finite.
+            The contribution of the rows, or None if no row is finite.
         """
-        everyone = np.arange(self._rows)
-        whole = self._added(self._columns, everyone, weights)
-        finite = np.flatnonzero(np.isfinite(whole.squares.numpy()))
+        numbers = np.arange(self._rows)
+        among_all = self._added(self._columns, numbers, weights)
+        finite = np.flatnonzero(np.isfinite(among_all.squares.numpy()))
         if len(finite) == self._rows or not len(finite):
-            return whole if len(finite) else None
-        self._columns = rows.taken(self._columns, finite[everyone % len(finite)])
-        return self._added(self._columns, everyone, weights)
+            return among_all if len(finite) else None
+        self._columns = rows.selected(self._columns, finite[numbers % len(finite)])
+        return self._added(self._columns, numbers, weights)
 
-    def _weights(self, kept: Any) -> Any:
-        """Draws by what the gradients of kept rows are multiplied; those of others by 0."""
+    def _weights(self, half: Any) -> Any:
+        """Draws the factors of the gradients of half of the rows. The others have 0.
+
+        They are positive, so that a small change that all rows have in common adds up, and
+        differ, so that opposite changes do not cancel.
+        """
         weights = np.zeros(self._rows)
-        weights[kept] = self._random.choice([-1.0, 1.0], len(kept))
-        weights[kept] *= self._random.uniform(0.5, 1.5, len(kept))
+        weights[half] = self._random.uniform(0.2, 1.8, len(half))
         return weights
 
-    def _compare_alone(self, columns: Columns, kept: Any, weights: Any, whole: Added) -> Any:
-        """Compares kept rows among all with the same alone, in another order.
+    def _compare_alone(
+        self, columns: Columns, half: Any, weights: Any, among_all: Added
+    ) -> Any:
+        """Compares rows in a batch of all rows with the same rows alone, in another order.
 
         Returns:
             The order.
         """
-        order = kept[self._random.permutation(len(kept))]
-        alone = self._added(rows.taken(columns, order), order, weights[order])
-        self._check(alone, whole, weights, "without others")
+        order = half[self._random.permutation(len(half))]
+        alone = self._added(rows.selected(columns, order), order, weights[order])
+        self._check(alone, among_all, weights, "without others")
         return order
 
     def _compare_other_draws(self, weights: Any) -> None:
-        """Compares rows among all with the same alone, if random numbers matter to them."""
+        """Compares rows in a batch with the same rows alone, for several random numbers."""
         if not keras_layers.seeds(self._model):
             return
-        kept = np.flatnonzero(weights)
+        half = np.flatnonzero(weights)
         for number in range(1, _DRAWS):
-            self._secret = _PINNED[0] + number, _PINNED[1]
-            whole = self._added(self._columns, np.arange(self._rows), weights)
-            self._compare_alone(self._columns, kept, weights, whole)
-        self._secret = _PINNED
+            self._secret = _SECRET[0] + number, _SECRET[1]
+            among_all = self._added(self._columns, np.arange(self._rows), weights)
+            self._compare_alone(self._columns, half, weights, among_all)
+        self._secret = _SECRET
 
-    def _compare(self, columns: Columns, company: Columns, kept: Any) -> None:
-        """Gives rows company in the order that they have, and then other, in another order."""
-        weights = self._weights(kept)
-        everyone = np.arange(self._rows)
-        whole = self._added(columns, everyone, weights)
-        if not np.isfinite(whole.squares.numpy()[kept]).all():
+    def _compare(self, columns: Columns, company: Columns, half: Any) -> None:
+        """Compares rows among all, alone, and among changed rows at other places."""
+        weights = self._weights(half)
+        numbers = np.arange(self._rows)
+        among_all = self._added(columns, numbers, weights)
+        if not np.isfinite(among_all.squares.numpy()[half]).all():
             raise ValueError("norms that are not finite")
-        order = self._compare_alone(columns, kept, weights, whole)
-        rest = np.setdiff1d(everyone, kept)[::-1]
-        before, after = np.split(rest, [len(rest) // 2 + 1])
+        order = self._compare_alone(columns, half, weights, among_all)
+        other_half = np.setdiff1d(numbers, half)[::-1]
+        first, last = np.split(other_half, [len(other_half) // 2 + 1])
         moved = rows.joined(
-            rows.taken(company, before), rows.taken(columns, order), rows.taken(company, after)
+            rows.selected(company, first),
+            rows.selected(columns, order),
+            rows.selected(company, last),
         )
-        numbers = np.concatenate([before + self._rows, order, after + self._rows])
-        moved_weights = np.concatenate([0 * before, weights[order], 0 * after])
-        among = self._added(moved, numbers, moved_weights)
-        self._check(among, whole, weights, "among others")
+        # Changed rows get new numbers, and so other random numbers. The half keeps its own.
+        moved_numbers = np.concatenate([first + self._rows, order, last + self._rows])
+        moved_weights = np.concatenate([0 * first, weights[order], 0 * last])
+        among_others = self._added(moved, moved_numbers, moved_weights)
+        self._check(among_others, among_all, weights, "among others")
 
-    def _check(self, other: Added, whole: Added, weights: Any, where: str) -> None:
+    def _check(self, other: Added, among_all: Added, weights: Any, where: str) -> None:
         weights = tf.constant(weights, tf.float32)
-        if not bool(is_same(other, whole, weights, self._tolerance)):
+        if not bool(is_same(other, among_all, weights, self._tolerance, self._norm)):
             raise mixes(f"what examples add to the gradient is another thing {where}")
 
     def _added(self, columns: Columns, numbers: Any, weights: Any) -> Added:
         leaves = [leaf for leaf in tf.nest.flatten(columns) if leaf is not None]
         numbers = tf.constant(numbers + 1, tf.int64)
         secret = tf.constant(self._secret, tf.int64)
-        found: Added = self._function(leaves, numbers, secret, tf.constant(weights, tf.float32))
-        return found
+        contribution: Added = self._function(
+            leaves, numbers, secret, tf.constant(weights, tf.float32)
+        )
+        return contribution
 
     def _traced(self, columns: Columns) -> Any:
         model = self._model
@@ -236,9 +258,9 @@ class _Comparison:
         def compute(
             leaves: list[Any], numbers: Tensor, secret: Tensor, weights: Tensor
         ) -> Added:
-            given = iter(leaves)
+            remaining = iter(leaves)
             filled = tf.nest.map_structure(
-                lambda leaf: None if leaf is None else next(given), columns
+                lambda leaf: None if leaf is None else next(remaining), columns
             )
             return added(model, filled, RowKeys(numbers, secret), weights)
 
@@ -254,23 +276,23 @@ class _Comparison:
         return function.get_concrete_function()
 
     def _check_draws(self) -> None:
-        """Refuses random numbers of which it is not known what they follow from."""
+        """Refuses random operations of TensorFlow, which do not follow from keys of rows."""
         if self._model.run_eagerly:
             return
-        drawn = _keras.random_ops(self._function.graph)
-        if drawn:
+        operations = _keras.random_ops(self._function.graph)
+        if operations:
             raise ArgumentError(
                 "The random numbers of a private model must be drawn by `keras.random`: they "
                 "are then a function of a secret and of each example. Received: a layer that "
-                f"draws by TensorFlow's {drawn[0]}. Use keras.random.normal and the like, "
+                f"draws by TensorFlow's {operations[0]}. Use keras.random.normal and the like, "
                 "with a keras.random.SeedGenerator."
             )
 
-    def _check_derivatives(self, columns: Columns, kept: Any) -> None:
-        """Sees that outputs of the kept rows do not follow from inputs of others."""
+    def _check_derivatives(self, columns: Columns, half: Any) -> None:
+        """Checks that outputs of half of the rows do not depend on inputs of other rows."""
         x = tf.nest.map_structure(lambda leaf: tf.convert_to_tensor(leaf), columns[0])
         inputs = [leaf for leaf in tf.nest.flatten(x) if leaf.dtype.is_floating]
-        is_kept = np.isin(np.arange(self._rows), kept)
+        in_half = np.isin(np.arange(self._rows), half)
         keys = _keys(tf.range(1, self._rows + 1, dtype=tf.int64))
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(inputs)
@@ -279,20 +301,20 @@ class _Comparison:
             outputs = [leaf for leaf in tf.nest.flatten(outputs) if leaf.dtype.is_floating]
         cotangents = [
             tf.constant(self._random.normal(size=leaf.shape), leaf.dtype)
-            * tf.cast(tf.reshape(is_kept, [-1] + [1] * (leaf.shape.rank - 1)), leaf.dtype)
+            * tf.cast(tf.reshape(in_half, [-1] + [1] * (leaf.shape.rank - 1)), leaf.dtype)
             for leaf in outputs
         ]
-        found = tape.gradient(outputs, inputs, cotangents) if inputs and outputs else []
-        for derivative in found:
+        derivatives = tape.gradient(outputs, inputs, cotangents) if inputs and outputs else []
+        for derivative in derivatives:
             if derivative is None:
                 continue
             sizes = np.abs(np.asarray(tf.cast(derivative, tf.float64)))
             sizes = sizes.reshape(self._rows, -1).max(1, initial=0.0)
-            if sizes[~is_kept].max() > 1e-9 * sizes[is_kept].max():
+            if sizes[~in_half].max() > 1e-9 * sizes[in_half].max():
                 raise mixes("an example's outputs have derivatives by the inputs of others")
 
     def _jittered(self, amount: float, factor: float) -> Columns:
-        """Changes rows: no two floats are alike, other values go to other rows."""
+        """Adds noise to floats. If they are also enlarged, other values are permuted."""
         order = self._random.permutation(self._rows)
 
         def change(leaf: Any) -> Any:
@@ -310,4 +332,4 @@ class _Comparison:
 
 
 def _keys(numbers: Tensor) -> RowKeys:
-    return RowKeys(numbers, tf.constant(_PINNED, tf.int64))
+    return RowKeys(numbers, tf.constant(_SECRET, tf.int64))

@@ -1,9 +1,9 @@
-"""Per-example gradients by a kernel or a table, or by the two factors of its low-rank change.
+"""Per-example gradients by a kernel or a table, or by the factors of its low-rank update.
 
-`layer.enable_lora(rank)` freezes a kernel W and trains A and B of W + (alpha / rank) A B (Hu et
+`layer.enable_lora(rank)` freezes a kernel W and trains A and B in W + (alpha / rank) A B (Hu et
 al., "LoRA: Low-rank adaptation of large language models", ICLR 2022). The gradients by A and B
-are products as that by W is, of fewer numbers (Yu et al., "Differentially private fine-tuning
-of language models", ICLR 2022, section 3).
+are products of two matrices, as the gradient by W is, but smaller ones (Yu et al.,
+"Differentially private fine-tuning of language models", ICLR 2022, section 3).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Tensor = Any
 
 
 def is_enabled(layer: Any) -> bool:
-    """Tells whether a layer trains a low-rank change of its weights.
+    """Returns whether a layer trains a low-rank update of its weights.
 
     Args:
         layer: A `keras.Layer`.
@@ -28,7 +28,7 @@ def is_enabled(layer: Any) -> bool:
 
 
 def kernel_shape(layer: Any) -> tuple[int, ...]:
-    """Gives the shape of a kernel, of which a quantized layer may keep another one.
+    """Returns the shape of a kernel. A quantized layer may store it in another shape.
 
     Args:
         layer: A layer with a kernel.
@@ -44,10 +44,10 @@ def of_kernel(
     outputs: Tensor,
     axes: tuple[Sequence[int], Sequence[int]] | None = None,
 ) -> list[GradientPart]:
-    """Gives the gradients by a kernel, or by the factors of its change.
+    """Returns the gradients by a kernel, or by the factors of its low-rank update.
 
     Args:
-        layer: A layer with a kernel whose last axis is one of its outputs'.
+        layer: A layer with a kernel whose last axis is also an axis of its outputs.
         inputs: Shape [examples, positions, p].
         outputs: Gradients by the outputs, shape [examples, positions, q].
         axes: As in `Product`.
@@ -57,34 +57,35 @@ def of_kernel(
     first, second, scale = _factors(layer, "kernel")
     inputs, outputs = tf.cast(inputs, tf.float32), tf.cast(outputs, tf.float32) * scale
     rank, last = second.shape
-    p, others = inputs.shape[2], outputs.shape[2] // last  # axes of the outputs but the last
+    # `others` is the product of the outputs' axes but the last. B does not see them.
+    p, others = inputs.shape[2], outputs.shape[2] // last
     positions = _known_or(outputs.shape[1], tf.shape(outputs)[1])
     split = tf.reshape(outputs, [-1, positions * others, last])
     by_first = tf.reshape(
         tf.matmul(split, second, transpose_b=True), [-1, positions, others * rank]
     )
-    of_first = None
+    axes_of_first = None
     if axes is None:
         matrix = tf.reshape(first, [p, rank])
     else:
         shape, order = axes
-        of_first = [*shape[:-1], rank], order
-        back = [list(order).index(axis) for axis in range(len(order))]
-        matrix = tf.reshape(tf.transpose(first, back), [p, others * rank])
-    seen = tf.reshape(tf.matmul(inputs, matrix), [-1, positions * others, rank])
+        axes_of_first = [*shape[:-1], rank], order
+        inverse = [list(order).index(axis) for axis in range(len(order))]
+        matrix = tf.reshape(tf.transpose(first, inverse), [p, others * rank])
+    hidden = tf.reshape(tf.matmul(inputs, matrix), [-1, positions * others, rank])
     return [
-        Product(layer.lora_kernel_a, inputs, by_first, of_first),
-        Product(layer.lora_kernel_b, seen, split),
+        Product(layer.lora_kernel_a, inputs, by_first, axes_of_first),
+        Product(layer.lora_kernel_b, hidden, split),
     ]
 
 
 def of_table(layer: Any, rows: Tensor, outputs: Tensor) -> list[GradientPart]:
-    """Gives the gradients by a table of embeddings, or by the factors of its change.
+    """Returns the gradients by a table of embeddings, or by the factors of its update.
 
     Args:
         layer: A `keras.layers.Embedding`.
-        rows: Which were looked up, int, shape [examples, positions].
-        outputs: Gradients by what was looked up, shape [examples, positions, q].
+        rows: The numbers of the looked-up rows, int, shape [examples, positions].
+        outputs: Gradients by the looked-up rows, shape [examples, positions, q].
     """
     if not is_enabled(layer):
         return [Lookup(layer.embeddings, rows, outputs)]
@@ -97,8 +98,9 @@ def of_table(layer: Any, rows: Tensor, outputs: Tensor) -> list[GradientPart]:
 
 
 def _factors(layer: Any, name: str) -> tuple[Tensor, Tensor, float]:
-    both = [getattr(layer, f"lora_{name}_{which}") for which in "ab"]
-    first, second = (tf.cast(tf.convert_to_tensor(v), tf.float32) for v in both)
+    """Returns A, B and alpha / rank."""
+    variables = [getattr(layer, f"lora_{name}_{letter}") for letter in "ab"]
+    first, second = (tf.cast(tf.convert_to_tensor(v), tf.float32) for v in variables)
     return first, second, layer.lora_alpha / layer.lora_rank
 
 

@@ -1,4 +1,4 @@
-"""What dropout masks and other random numbers of rows follow from in private training."""
+"""The keys of the random numbers of rows, such as dropout masks, in private training."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ Tensor = Any
 
 
 class Masks:
-    """A secret of the run, by which each row has its own random numbers.
+    """A secret of the run, from which each row gets its own random numbers.
 
-    What an example contributes to a step must be a function of this example, and of numbers
-    that no other example has a part in: only then is a sum over examples changed by no more
-    than one of them when one is left out. So the numbers that layers draw for a row follow from
-    the secret, the draw and the row's contents, and not from its place in the batch.
+    An example's contribution to a step must be a function of this example, and of random
+    numbers that do not depend on other examples. Otherwise the sum over examples changes by
+    more than one clipped gradient when an example is left out: the examples behind it would
+    move to other places, and get other random numbers. So the numbers that layers draw for a
+    row follow from the secret, the draw and the row's contents, not from its place in the
+    batch.
     """
 
     def __init__(self) -> None:
@@ -27,21 +29,21 @@ class Masks:
             self._secret = tf.Variable(tf.zeros([2], tf.int64), trainable=False)
 
     def renew(self, seed: int) -> None:
-        """Begins a `fit`.
+        """Sets the secret of a `fit`.
 
         Args:
-            seed: The same on all workers, and secret unless the user has chosen it.
+            seed: A number that is equal on all workers. It is secret unless the user chose it.
         """
         words = np.random.SeedSequence((seed, *b"masks")).generate_state(2, np.uint64)
         self._secret.assign(words.view(np.int64))
 
     def keys(self, data: Any, offset: Tensor, copies: int) -> RowKeys:
-        """Gives the keys of a replica's rows.
+        """Returns the keys of a replica's rows.
 
         Args:
-            data: Its share of a batch.
-            offset: As `row_numbers` takes it.
-            copies: Rows of an example.
+            data: The replica's batch.
+            offset: As in `row_numbers`.
+            copies: The number of rows of an example.
         """
         with tf.device("CPU:0"):
             secret = self._secret.read_value()

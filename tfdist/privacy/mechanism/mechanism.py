@@ -1,4 +1,4 @@
-"""What a private step does to the gradients."""
+"""The settings of a private step: clipping, noise and the expected batch."""
 
 from __future__ import annotations
 
@@ -10,21 +10,24 @@ from tfdist.privacy.schedules import StepSchedule
 
 @dataclass(frozen=True)
 class Mechanism:
-    """What is done to the gradients of one step.
+    """How a step clips gradients and adds noise.
 
     Attributes:
-        l2_norm_clip: As in `DPSGD`; the first step's, if there is a schedule.
-        noise_multiplier: As in `DPSGD`, found if need be; the least, if there is a schedule.
-        expected_batch: `batch_size`: the examples that a step draws on average, if there are
-            as many.
+        l2_norm_clip: As in `DPSGD`. With a schedule it is the norm of the first step.
+        noise_multiplier: As in `DPSGD`, calibrated if the user set a target. With a schedule it
+            is the least multiplier.
+        expected_batch: The `batch_size` of `fit`, by which sums are divided.
         microbatch_size: As in `DPSGD`.
-        per_layer: Whether `DPSGD`'s `clipping` is.
-        expected_units: What is clipped in a step on average: users, or examples.
-        rows_of_user: The most examples of a user in a step; None without `group_ids`.
-        copies: Rows of an example, whose mean counts.
-        bands: As in `tfdist.DPFTRL`; None where each step has noise of its own alone.
-        cyclic: Whether they are those of `DPSGD`.
-        schedule: What each step gets; None if all get the same.
+        per_layer: Whether `clipping` of `DPSGD` is "per_layer".
+        target_quantile: As in `DPSGD`.
+        clip_learning_rate: As in `DPSGD`.
+        count_noise: The standard deviation of the noise on the number of unclipped units.
+        expected_units: The users, or examples, of a step on average.
+        rows_of_user: The most examples of a user in a step. None without `group_ids`.
+        copies: The number of augmented rows of an example, whose mean gradient is clipped.
+        bands: As in `tfdist.DPFTRL`. None if the noise of steps is independent.
+        cyclic: Whether `bands` was given to `DPSGD`, with sampling from groups in turn.
+        schedule: The norm and the noise of each step. None if all steps are equal.
     """
 
     l2_norm_clip: float
@@ -44,32 +47,33 @@ class Mechanism:
 
     @property
     def factors(self) -> tuple[float, ...]:
-        """With what factors the noise of a step and those before is added up.
+        """The factors of a step's own noise, of that of the step before, and so on.
 
-        Of `cyclic` ones, those that matter.
+        With `cyclic` the series does not end. It is cut off after `16 * bands` factors.
         """
         bands = self.bands or 1
         return inverse(banded(bands), 16 * bands) if self.cyclic else coefficients(bands)
 
     def most(self, replicas: int) -> float:
-        """Says how long a sum of clipped gradients may be, practically, in norms.
+        """Bounds the norm of a step's sum of clipped gradients, in clipping norms.
 
-        What is drawn with a mean of b is above 2 b + 64 with a probability below 2^-64
-        (Chernoff's bound), and rows are dealt out evenly.
+        The bound fails with a probability below 2^-64: a Poisson sample with mean b has more
+        than 2 b + 64 units with at most that probability, by Chernoff's bound. Rows are split
+        evenly over replicas, up to one unit each, which the term `replicas` covers.
 
         Args:
-            replicas: Among which a step's rows are.
+            replicas: The number of replicas over which a step's rows are split.
         """
         rows = max(self.expected_batch, self.expected_units)
         return 2 * rows + (64 + replicas) * (self.rows_of_user or 1)
 
     @property
     def gradient_noise(self) -> float:
-        """The noise on the sum of gradients, in units of the norm that is clipped to.
+        """The noise on the sum of gradients, in units of the clipping norm.
 
-        With a noisy count beside it, of which an example can change at most 1/2 once 1/2 is
-        subtracted from each, the two Gaussian mechanisms together cost as much as one of
-        `noise_multiplier` (Andrew et al., theorem 1).
+        With `target_quantile` a step also releases a noisy count, which an example changes by
+        at most 1/2. The noise of both is chosen so that the two Gaussian mechanisms together
+        cost as much as one with `noise_multiplier` (Andrew et al., theorem 1).
         """
         if self.target_quantile is None or self.noise_multiplier == 0:
             return self.noise_multiplier

@@ -1,4 +1,4 @@
-"""A share of a batch, computed piece by piece or by a function compiled by XLA."""
+"""Computes a replica's batch in pieces, or by a function that XLA compiles."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tfdist.privacy.mechanism.unfit_layers import check_untouched
 
 Tensor = Any
 Columns = tuple[Any, Any, Any]
-_ROUNDED_TO = 32  # rows: XLA compiles once for each number of them
+_ROUNDED_TO = 32  # rows: XLA compiles the function anew for each number of rows
 
 
 def clipped_share(
@@ -35,16 +35,17 @@ def clipped_share(
     compiled: bool = False,
     groups: Tensor | None = None,
 ) -> tuple[Any, list[Tensor], Tensor]:
-    """Gives a share's outputs, the sums of its clipped gradients, and `Clipped.votes`.
+    """Returns a replica's outputs, the sums of its clipped gradients, and `Clipped.votes`.
 
     Args:
         model: A compiled, built `keras.Model`.
-        columns: `x`, `y` and `sample_weight` of the share.
-        batch: What the replica knows of it.
-        mechanism: What is done to the gradients.
-        l2_norm_clip: The norm that they are clipped to.
-        compiled: Whether by XLA; never with `groups`, of which each batch has other sizes.
-        groups: The user of each row, where users are clipped.
+        columns: `x`, `y` and `sample_weight` of the replica's batch.
+        batch: Its description.
+        mechanism: The clipping and the noise.
+        l2_norm_clip: The clipping norm.
+        compiled: Whether XLA compiles the computation. It is ignored with `groups`, whose sizes
+            differ between batches.
+        groups: The user of each row if users are clipped, else None.
     """
     compiled = compiled and groups is None
     if mechanism.microbatch_size is None and not compiled:
@@ -68,9 +69,9 @@ def _together(mechanism: Mechanism, groups: Tensor | None) -> ClippingGroups:
 
 
 class _Pieces:
-    """Computes one piece after the other, or all as one piece; no unit is cut in two.
+    """Computes one piece after the other, or everything as one piece. No unit is split.
 
-    Its sums are those of clipped gradients, and last their `votes`.
+    The sums are those of clipped gradients, followed by their `votes`.
     """
 
     def __init__(
@@ -96,25 +97,32 @@ class _Pieces:
         self._masked: list[bool] = []
 
     def all(self) -> tuple[Any, list[Tensor]]:
-        drawn = [tf.identity(seed.value) for seed in self._seeds]
-        for seed, value in zip(self._seeds, drawn, strict=True):
-            seed.assign(value)  # noted here, since in an inner graph it cannot be
+        """Returns the outputs of all rows, and the sums."""
+        seed_values = [tf.identity(seed.value) for seed in self._seeds]
+        for seed, value in zip(self._seeds, seed_values, strict=True):
+            # The replica's batch records variables that change. Within the loop below it
+            # could not, since that is another graph.
+            seed.assign(value)
         edges, size = self._edges()
         count = tf.size(edges) - 1
         if self._mechanism.microbatch_size is None:
             flat, sums = self._piece(edges[0], edges[1], size)
             return self._packed(flat), sums
 
-        def body(index: Tensor, sums: list[Tensor], kept: list[Any]) -> Any:
-            for seed, value in zip(self._seeds, drawn, strict=True):
-                seed.assign(value)  # a place in the batch has its random numbers
+        def body(index: Tensor, sums: list[Tensor], arrays: list[Any]) -> Any:
+            for seed, value in zip(self._seeds, seed_values, strict=True):
+                # Each piece begins with the seeds of the whole batch: random numbers depend
+                # on a row's place in the batch, not on its piece.
+                seed.assign(value)
             flat, more = self._piece(edges[index], edges[index + 1], size)
-            kept = [array.write(index, part) for array, part in zip(kept, flat, strict=True)]
-            return index + 1, [a + b for a, b in zip(sums, more, strict=True)], kept
+            arrays = [
+                array.write(index, part) for array, part in zip(arrays, flat, strict=True)
+            ]
+            return index + 1, [a + b for a, b in zip(sums, more, strict=True)], arrays
 
-        # The first piece tells the outputs' types.
+        # The first piece is computed outside the loop, which needs the outputs' types.
         first, sums = self._piece(edges[0], edges[1], size)
-        kept = [
+        arrays = [
             tf.TensorArray(
                 part.dtype,
                 count,
@@ -123,21 +131,21 @@ class _Pieces:
             ).write(0, part)
             for part in first
         ]
-        _, sums, kept = tf.while_loop(
+        _, sums, arrays = tf.while_loop(
             lambda index, *_: index < count,
             body,
-            (tf.constant(1), sums, kept),
+            (tf.constant(1), sums, arrays),
             maximum_iterations=count,
             parallel_iterations=1,
         )
-        return self._packed([array.concat() for array in kept]), sums
+        return self._packed([array.concat() for array in arrays]), sums
 
     def _edges(self) -> tuple[Tensor, Tensor]:
-        """Gives the rows at which pieces begin, and last the end; and a piece's most rows."""
+        """Returns the first row of each piece, the end, and the most rows of a piece."""
         size, copies = self._mechanism.microbatch_size, self._mechanism.copies
         if size is None:
-            whole = math.lcm(_ROUNDED_TO, copies)
-            return tf.stack([0, self._examples]), -(-self._examples // whole) * whole
+            multiple = math.lcm(_ROUNDED_TO, copies)
+            return tf.stack([0, self._examples]), -(-self._examples // multiple) * multiple
         if self._groups is None:
             size = max(1, size // copies) * copies
             starts = tf.range(0, self._examples, size)
@@ -154,7 +162,7 @@ class _Pieces:
             columns = _map(lambda leaf: leaf[begin:end], self._columns)
             groups = None if self._groups is None else self._groups[begin:end]
             return self._computed(columns, begin, groups)
-        # Of one shape for many batches; what is there twice does not count.
+        # Padding by the last row gives many batches the same shape. Padding does not count.
         rows = tf.minimum(begin + tf.range(size), self._examples - 1)
         columns = _map(lambda leaf: tf.gather(leaf, rows), self._columns)
         compiled = tf.function(self._computed, autograph=False, jit_compile=True)

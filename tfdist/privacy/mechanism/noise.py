@@ -1,4 +1,4 @@
-"""Gaussian noise, for each replica from a stream of its own."""
+"""Gaussian noise. Each replica has its own stream of random numbers."""
 
 from __future__ import annotations
 
@@ -18,19 +18,20 @@ Tensor = Any
 class Noise:
     """Streams of independent Gaussian numbers, one for each replica of this process.
 
-    The numbers of a step are a function of a replica's secret words and of the step's number;
-    see `standard_normal`.
+    The numbers of a step are a function of a replica's secret words and the step's number. See
+    `standard_normal`.
 
     Args:
-        first_replica: Global number of this process's first replica.
-        local_replicas: Replicas of this process.
+        first_replica: The global number of this process's first replica.
+        local_replicas: The number of replicas of this process.
     """
 
     def __init__(self, first_replica: int, local_replicas: int) -> None:
         self._first, self._count = first_replica, local_replicas
         with tf.init_scope(), tf.device("CPU:0"):
             # Variables, since functions are traced once and keys must be new in each `fit`.
-            # One row of words for steps from 0 on, and one more for each restart.
+            # Correlated noise of earlier steps is drawn again after a resumption, with the
+            # secrets of the earlier processes. So there is one row of words for each process.
             self._words = tf.Variable(
                 tf.zeros([1, local_replicas, 2], tf.int64),
                 trainable=False,
@@ -44,7 +45,8 @@ class Noise:
         """Begins new streams.
 
         Args:
-            seed: Makes them known; None takes 127 bits a replica from the operating system.
+            seed: The seed of the streams. Whoever knows it can compute the noise. None takes
+                127 bits for each replica from the operating system.
         """
         if seed is not None:
             self.go_on([(0, seed)])
@@ -53,11 +55,11 @@ class Noise:
         self._set([0], [np.array(words, np.uint64)])
 
     def go_on(self, secrets_from: Sequence[tuple[int, int]]) -> None:
-        """Begins streams, or goes on with them, that are known to who knows the secrets.
+        """Sets the secrets of the streams, also those of steps that earlier processes made.
 
         Args:
-            secrets_from: From which step on which secret makes them, in order of steps. Before
-                the first `correlated` has no noise to take back.
+            secrets_from: Pairs of a step and the secret of the noise from this step on, sorted
+                by step. `correlated` takes noise before the first pair as 0.
         """
         words = [
             [
@@ -75,27 +77,31 @@ class Noise:
     def correlated(
         self, count: int, replica: Tensor, step: Tensor, factors: Sequence[float]
     ) -> Tensor:
-        """Adds up the numbers that `normal` gives for a step and those before it.
+        """Returns the sum of the numbers of a step and of steps before, each times a factor.
+
+        The numbers of steps before are drawn again, so the memory does not grow with the
+        number of factors.
 
         Args:
-            count: How many.
+            count: How many numbers.
             replica: The replica's global number.
             step: Scalar integer.
-            factors: Of the step's own numbers, then of those of the step before, and so on.
+            factors: The factor of the step's own numbers, of those of the step before, and so
+                on.
 
         Returns:
             float64 tensor of shape [count].
         """
         with tf.device("CPU:0"):
-            before = tf.cast(step, tf.int64) - self._begins.read_value()[0]
-        lags = tf.cast(tf.minimum(before + 1, len(factors)), tf.int32)
-        times = tf.constant(factors, tf.float64)
+            preceding = tf.cast(step, tf.int64) - self._begins.read_value()[0]
+        lags = tf.cast(tf.minimum(preceding + 1, len(factors)), tf.int32)
+        factor_of_lag = tf.constant(factors, tf.float64)
 
         def add(lag: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
-            drawn = self.normal(
+            normal = self.normal(
                 count, replica, tf.cast(step, tf.int64) - tf.cast(lag, tf.int64)
             )
-            return lag + 1, total + times[lag] * drawn
+            return lag + 1, total + factor_of_lag[lag] * normal
 
         _, total = tf.while_loop(
             lambda lag, _: lag < lags,
@@ -109,29 +115,29 @@ class Noise:
         """Draws independent normal numbers of mean 0 and variance 1.
 
         Args:
-            count: How many.
+            count: How many numbers.
             replica: The replica's global number.
-            step: Scalar integer, another one in each step.
+            step: Scalar integer, different in each step.
 
         Returns:
             float64 tensor of shape [count].
         """
         with tf.device("CPU:0"):
             words, begins = self._words.read_value(), self._begins.read_value()
-            begun = tf.cast(begins <= tf.cast(step, tf.int64), tf.int32)
-            row = tf.maximum(tf.reduce_sum(begun) - 1, 0)
+            has_begun = tf.cast(begins <= tf.cast(step, tf.int64), tf.int32)
+            row = tf.maximum(tf.reduce_sum(has_begun) - 1, 0)
         words = tf.bitcast(words[row, replica - self._first], tf.uint64)
-        # The low word counts blocks of a step.
+        # The low word counts blocks within a step, so no two steps share a counter.
         low = tf.zeros([], tf.uint64)
         counter = tf.stack([low, words[1] + tf.cast(step, tf.uint64)])
         return standard_normal(count, words[:1], counter)
 
 
 def like(flat: Tensor, variables: Sequence[Any]) -> list[Tensor]:
-    """Cuts a vector into the shapes of variables.
+    """Splits a vector into tensors with the shapes of variables.
 
     Args:
-        flat: As many numbers as the variables have together.
+        flat: A vector with as many numbers as all variables together.
         variables: `keras.Variable`s.
     """
     sizes = [math.prod(v.shape) for v in variables]

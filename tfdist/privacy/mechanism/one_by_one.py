@@ -22,35 +22,36 @@ Tensor = Any
 def computed_again(
     unit: Any, calls: Sequence[LayerCall], variables: Sequence[Any], folded: int = 1
 ) -> list[GradientPart]:
-    """Runs a layer without a closed form on one example after the other: exact, and slow.
+    """Runs a layer without a closed form on one example after the other. Exact, but slow.
 
     Args:
         unit: A `keras.Layer`.
         calls: Its calls.
-        variables: By which gradients are computed.
-        folded: Rows of an example in these calls, one behind the other.
+        variables: The variables by which gradients are computed.
+        folded: The number of neighbouring rows of an example in these calls.
 
     Raises:
-        ArgumentError: It draws random numbers, which do not follow from keys of rows here.
+        ArgumentError: The layer draws random numbers that do not follow from keys of rows.
     """
     _check_repeatable(unit)
     values = [tf.convert_to_tensor(v) for v in variables]
-    summed: list[Any] = [0.0] * len(variables)
+    totals: list[Any] = [0.0] * len(variables)
     for call in calls:
         examples = tf.shape(tf.nest.flatten(call.outputs)[0])[0] // folded
 
-        def one(index: Tensor, call: LayerCall = call) -> list[Tensor]:
+        def gradients_at(index: Tensor, call: LayerCall = call) -> list[Tensor]:
             def row(leaf: Any) -> Any:
                 if not tf.is_tensor(leaf) or leaf.shape.rank == 0:
                     return leaf
-                if folded == 1:  # of known size, as XLA wants it
+                if folded == 1:  # XLA needs the static size that `gather` gives
                     return tf.gather(leaf, index)[None]
                 return leaf[index * folded : (index + 1) * folded]
 
             args, kwargs, gradients = tf.nest.map_structure(
                 row, (call.args, call.kwargs, call.gradients)
             )
-            # Wherever the variables live, the layer uses these values.
+            # The tape watches the values, and variables may be on a server. So the layer must
+            # use the values instead of its variables.
             in_use = [*zip(variables, values, strict=True), *call.seeds]
             with (
                 _keras.on_replica(one_row(index)),
@@ -59,49 +60,49 @@ def computed_again(
             ):
                 tape.watch(values)
                 outputs = unit(*args, **kwargs)
-            found = tape.gradient(
+            by_values = tape.gradient(
                 outputs,
                 values,
                 output_gradients=gradients,
                 unconnected_gradients=tf.UnconnectedGradients.ZERO,
             )
-            return [tf.cast(tf.convert_to_tensor(g), tf.float32) for g in found]
+            return [tf.cast(tf.convert_to_tensor(g), tf.float32) for g in by_values]
 
-        each = _keras.map_fn(
-            one,
+        of_call = _keras.map_fn(
+            gradients_at,
             tf.range(examples),
             fn_output_signature=[tf.TensorSpec(v.shape, tf.float32) for v in variables],
         )
-        summed = [before + more for before, more in zip(summed, each, strict=True)]
-    return [Written(v, each) for v, each in zip(variables, summed, strict=True)]
+        totals = [total + more for total, more in zip(totals, of_call, strict=True)]
+    return [Written(v, gradients) for v, gradients in zip(variables, totals, strict=True)]
 
 
 def one_row(index: Tensor) -> ReplicaBatch | None:
-    """Gives one row of the share that the replica computes, where it computes one.
+    """Describes one row of the replica's batch, or returns None outside of a replica's step.
 
     Args:
-        index: Its place in the share.
+        index: The row's place in the replica's batch.
     """
-    share = current_batch()
-    if share is None:
+    batch = current_batch()
+    if batch is None:
         return None
-    one, place = tf.ones([], tf.int64), share.offset + tf.cast(index, tf.int64)
-    keys = getattr(share, "keys", None)  # what rows' random numbers follow from, if given
-    own = {} if keys is None else {"keys": keys.at(index[None])}
-    return ReplicaBatch(one, share.total, place, share.all_reduce, share.all_gather, **own)
+    count, place = tf.ones([], tf.int64), batch.offset + tf.cast(index, tf.int64)
+    keys = getattr(batch, "keys", None)  # of the rows' random numbers
+    key = {} if keys is None else {"keys": keys.at(index[None])}
+    return ReplicaBatch(count, batch.total, place, batch.all_reduce, batch.all_gather, **key)
 
 
 def _check_repeatable(unit: Any) -> None:
-    """Refuses what would give another result the second time."""
-    inside = _keras.layers_of(unit)
-    inside += [layer.cell for layer in inside if hasattr(layer, "cell")]
-    random = any(
-        getattr(part, name, 0)
-        for part in inside
+    """Refuses a layer whose second run would draw other random numbers than the first."""
+    inner_layers = _keras.layers_of(unit)
+    inner_layers += [layer.cell for layer in inner_layers if hasattr(layer, "cell")]
+    is_random = any(
+        getattr(layer, name, 0)
+        for layer in inner_layers
         for name in ("dropout", "recurrent_dropout", "rate", "stddev")
     )
     keys = getattr(current_batch(), "keys", None)
-    if random and keys is None and keras_layers.seeds(unit):
+    if is_random and keys is None and keras_layers.seeds(unit):
         raise ArgumentError(
             "A layer without a closed form must give the same outputs when it is called "
             f"again. Received: the layer {unit.name!r} of type {type(unit).__name__}, with "

@@ -1,9 +1,9 @@
-"""Per-example gradients of one variable, kept in a form that is cheap to sum up.
+"""Per-example gradients of one variable, in forms that are cheap to sum.
 
-Of each form the squared norm of every example's gradient and the weighted sum over examples
-are known in closed form (Goodfellow, "Efficient per-example gradient computations", 2015; Li
-et al., "Large language models can be strong differentially private learners", ICLR 2022; Bu
-et al., "Differentially private optimization on large model at small cost", ICML 2023).
+Each form has a closed form of the squared norm of every example's gradient and of the weighted
+sum over examples (Goodfellow, "Efficient per-example gradient computations", 2015; Li et al.,
+"Large language models can be strong differentially private learners", ICLR 2022; Bu et al.,
+"Differentially private optimization on large model at small cost", ICML 2023).
 """
 
 from __future__ import annotations
@@ -36,38 +36,38 @@ class GradientPart(abc.ABC):
 
     @abc.abstractmethod
     def squared_norms(self, together: ClippingGroups = _ALONE) -> Tensor:
-        """Gives the squared norm of the sum of each unit's gradients, shape [units].
+        """Returns the squared norm of the sum of each unit's gradients, shape [units].
 
-        It is of what `weighted_sum` adds for a weight of 1, rounding errors included, and
-        rounded up: never below it, but for what underflows, which is no more than 1e-14.
+        The norm bounds what `weighted_sum` adds for a weight of 1, with its rounding errors.
+        Only underflow may make it too small, by at most 1e-14.
 
         Args:
-            together: Which examples make up a unit.
+            together: The rows of each unit.
         """
 
     @abc.abstractmethod
     def weighted_sum(
         self, weights: Tensor, all_finite: Tensor, together: ClippingGroups = _ALONE
     ) -> Tensor:
-        """Gives the sum of the gradients, each times its weight, in the variable's shape.
+        """Returns the sum of the gradients, each times its weight, in the variable's shape.
 
         Args:
-            weights: Shape [units]; a unit of weight 0 counts nothing, finite or not.
-            all_finite: Scalar bool, whether all squared norms are finite, also those of units
-                of weight 0.
-            together: As in `squared_norms`, which comes before.
+            weights: Shape [units]. A unit with weight 0 adds nothing, even if it is not finite.
+            all_finite: Scalar bool: whether all squared norms are finite, also those of units
+                with weight 0.
+            together: As in `squared_norms`, which must be called before.
         """
 
     @abc.abstractmethod
     def each(self) -> Tensor:
-        """Gives the gradients one by one, shape [examples, *the variable's]."""
+        """Returns the gradients one by one, shape [examples, *the variable's]."""
 
     @abc.abstractmethod
     def folded(self, count: int) -> GradientPart:
-        """Gives the gradients of examples of which each has several rows here.
+        """Returns the gradients of examples that have several neighbouring rows here.
 
         Args:
-            count: Rows of an example, one behind the other.
+            count: The number of rows of an example.
         """
 
 
@@ -82,28 +82,31 @@ class Written(GradientPart):
     def __init__(self, variable: Any, gradients: Tensor) -> None:
         self.variable = variable
         self._gradients = tf.cast(gradients, tf.float32)
-        self._summed: Tensor = None  # the units' gradients, once they were needed
+        self._unit_sums: Tensor = None  # set by `squared_norms`
 
     def squared_norms(self, together: ClippingGroups = _ALONE) -> Tensor:
         """Squares and sums; see `GradientPart`."""
-        self._summed = together.sums(self._gradients)
-        return _of_written(self._summed)
+        self._unit_sums = together.sums(self._gradients)
+        return _of_written(self._unit_sums)
 
     def weighted_sum(
         self, weights: Tensor, all_finite: Tensor, together: ClippingGroups = _ALONE
     ) -> Tensor:
         """Contracts with the weights; see `GradientPart`."""
-        # Of a unit's gradients that cancel, what is added must be what was measured.
-        units = together.sums(self._gradients) if self._summed is None else self._summed
+        # The same tensor as in `squared_norms`: if a unit's gradients cancel, another order of
+        # additions may give a sum that is larger than the measured norm.
+        units = self._unit_sums
+        if units is None:
+            units = together.sums(self._gradients)
         (units,) = _finite(all_finite, weights, units)
         return tf.tensordot(weights, units, 1)
 
     def each(self) -> Tensor:
-        """Gives them as they are; see `GradientPart`."""
+        """Returns the gradients; see `GradientPart`."""
         return self._gradients
 
     def folded(self, count: int) -> GradientPart:
-        """Adds up; see `GradientPart`."""
+        """Sums an example's rows; see `GradientPart`."""
         split = tf.reshape(self._gradients, [-1, count, *self._gradients.shape[1:]])
         return Written(self.variable, tf.reduce_sum(split, 1))
 
@@ -115,8 +118,9 @@ class Product(GradientPart):
         variable: The `keras.Variable`.
         inputs: Shape [examples, positions, p].
         outputs: Gradients by the outputs, shape [examples, positions, q].
-        axes: What the p and q of the product are in the variable, in its order: a shape of
-            p's parts followed by q's, and the transposition to the variable's axes.
+        axes: How a product of shape [p, q] becomes the variable: the sizes of the axes in p
+            followed by those in q, and the transposition to the variable's order of axes. None
+            if the variable has the product's order of axes.
     """
 
     def __init__(
@@ -130,15 +134,16 @@ class Product(GradientPart):
         self._inputs = tf.cast(inputs, tf.float32)
         self._outputs = tf.cast(outputs, tf.float32)
         self._axes = axes
-        self._written: Tensor = None  # the products, once they were needed
+        self._written: Tensor = None  # the products, if `squared_norms` has computed them
 
     def squared_norms(self, together: ClippingGroups = _ALONE) -> Tensor:
-        """Uses the Gram matrices of both factors where they are smaller; see `GradientPart`."""
+        """Uses Gram matrices if they are smaller than the products; see `GradientPart`."""
         positions = self._inputs.shape[1]
         sizes = self._inputs.shape[2], self._outputs.shape[2]
         if positions is not None:
             positions *= together.most
         if positions == 1:
+            # The norm of an outer product is the product of the norms of its factors.
             squares = [
                 sums_of_squares(f) + f.shape[2] * UNDERFLOW
                 for f in (self._inputs, self._outputs)
@@ -161,7 +166,9 @@ class Product(GradientPart):
         weights = together.by_row(weights)
         inputs, outputs = _finite(all_finite, weights, self._inputs, self._outputs)
         p, q = inputs.shape[2], outputs.shape[2]
-        if p <= q:  # several products may have the same inputs
+        # The smaller factor is multiplied by the weights. At equal sizes it is the inputs,
+        # which several products may share.
+        if p <= q:
             inputs *= weights[:, None, None]
         else:
             outputs *= weights[:, None, None]
@@ -175,7 +182,7 @@ class Product(GradientPart):
         return self._arranged(tf.matmul(self._inputs, self._outputs, transpose_a=True))
 
     def folded(self, count: int) -> GradientPart:
-        """Makes positions of rows; see `GradientPart`."""
+        """Turns an example's rows into positions; see `GradientPart`."""
         inputs, outputs = _unfolded(self._inputs, count), _unfolded(self._outputs, count)
         return Product(self.variable, inputs, outputs, self._axes)
 
@@ -188,12 +195,12 @@ class Product(GradientPart):
 
 
 class Lookup(GradientPart):
-    """Gradients by a table of which each example used some rows.
+    """Gradients by a table from which each example looked up some rows.
 
     Args:
         variable: The `keras.Variable`, shape [rows, q].
-        rows: Which rows, int, shape [examples, positions].
-        outputs: Gradients by what was looked up, shape [examples, positions, q].
+        rows: The numbers of the rows, int, shape [examples, positions].
+        outputs: Gradients by the looked-up rows, shape [examples, positions, q].
     """
 
     def __init__(self, variable: Any, rows: Tensor, outputs: Tensor) -> None:
@@ -202,37 +209,37 @@ class Lookup(GradientPart):
         self._outputs = tf.cast(outputs, tf.float32)
 
     def squared_norms(self, together: ClippingGroups = _ALONE) -> Tensor:
-        """Counts positions with the same row together; see `GradientPart`."""
+        """Sums positions with equal rows first; see `GradientPart`."""
         if isinstance(together, Groups):
             return self._squared_norms_by_row(together)
         rows, outputs = together.joined(self._rows), together.joined(self._outputs)
         return squared_norms_by_row(rows, outputs)
 
     def _squared_norms_by_row(self, together: Groups) -> Tensor:
-        """Adds up by unit and row: a unit of many examples has too many pairs of positions."""
+        """Sums by unit and row. A unit of many examples has too many pairs of positions."""
         count, size = self.variable.shape
         units = tf.cast(together.unit, tf.int64)[:, None]
         keys = tf.reshape(units * count + tf.cast(self._rows, tf.int64), [-1])
-        found, places = tf.unique(keys)
+        distinct, places = tf.unique(keys)
         outputs = tf.reshape(self._outputs, [-1, size])
-        sums = tf.math.unsorted_segment_sum(outputs, places, tf.size(found))
+        sums = tf.math.unsorted_segment_sum(outputs, places, tf.size(distinct))
         lengths = tf.sqrt(sums_of_squares(outputs))
-        magnitudes = tf.math.unsorted_segment_sum(lengths, places, tf.size(found))
+        magnitudes = tf.math.unsorted_segment_sum(lengths, places, tf.size(distinct))
         positions = tf.cast(tf.size(keys), tf.float32)
-        # The sum over all examples may add up in another order.
+        # Twice gamma: this sum and that of `weighted_sum`, which may add in another order.
         largest = tf.sqrt(sums_of_squares(sums)) + 2 * gamma(positions) * magnitudes
         squares = tf.math.unsorted_segment_sum(
-            tf.square(largest), found // count, tf.cast(together.unit[-1], tf.int64) + 1
+            tf.square(largest), distinct // count, tf.cast(together.unit[-1], tf.int64) + 1
         )
         return squares * (1 + gamma(positions))
 
     def weighted_sum(
         self, weights: Tensor, all_finite: Tensor, together: ClippingGroups = _ALONE
     ) -> Tensor:
-        """Adds up by row; see `GradientPart`.
+        """Sums by row; see `GradientPart`.
 
-        In float64: positions of one example that cancel may be large, and would round what
-        others add up to on their way through it.
+        The sum is in float64. Large positions of one example may cancel each other, and in
+        float32 their partial sum would round away what other examples add.
         """
         weights = together.by_row(weights)
         (outputs,) = _finite(all_finite, weights, self._outputs)
@@ -254,13 +261,13 @@ class Lookup(GradientPart):
         return tf.reshape(sums, [-1, count, size])
 
     def folded(self, count: int) -> GradientPart:
-        """Makes positions of rows; see `GradientPart`."""
+        """Turns an example's rows into positions; see `GradientPart`."""
         rows, outputs = _unfolded(self._rows, count), _unfolded(self._outputs, count)
         return Lookup(self.variable, rows, outputs)
 
 
 def _unfolded(factor: Tensor, count: int) -> Tensor:
-    """Lays an example's rows one behind the other, shape [examples, count * positions, ...]."""
+    """Concatenates an example's rows, shape [examples, count * positions, ...]."""
     positions = factor.shape[1] if factor.shape[1] is not None else tf.shape(factor)[1]
     return tf.reshape(factor, [-1, count * positions, *factor.shape[2:]])
 
@@ -274,12 +281,12 @@ def _of_written(gradients: Tensor) -> Tensor:
 
 
 def _read_again() -> float:
-    """By how much squares grow where a product reads gradients as the device has it."""
+    """Bounds the factor by which squares grow when a matrix product rounds its factors."""
     return float((1 + 2 * factor_unit()) ** 2 * (1 + gamma(4)))
 
 
 def _finite(all_finite: Tensor, weights: Tensor, *values: Tensor) -> list[Tensor]:
-    """Zeroes the rows of weight 0 unless all is finite: 0 times NaN would be NaN."""
+    """Sets rows of weight 0 to 0 unless all values are finite, since 0 times NaN is NaN."""
 
     def zeroed() -> list[Tensor]:
         counts = weights != 0
@@ -288,6 +295,6 @@ def _finite(all_finite: Tensor, weights: Tensor, *values: Tensor) -> list[Tensor
             for v in values
         ]
 
-    # Mostly all is, and to go through all numbers takes longer than to look.
-    found: list[Tensor] = tf.cond(all_finite, lambda: list(values), zeroed)
-    return found
+    # Almost always all values are finite, and the pass over them is saved.
+    finite: list[Tensor] = tf.cond(all_finite, lambda: list(values), zeroed)
+    return finite

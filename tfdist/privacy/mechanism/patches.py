@@ -1,4 +1,4 @@
-"""What a convolution's kernel saw at each position."""
+"""The inputs of a convolution's kernel at each position."""
 
 from __future__ import annotations
 
@@ -11,31 +11,32 @@ import tensorflow as tf
 from keras import ops
 
 Tensor = Any
-_SMALL_WINDOW = 96  # numbers the kernel sees at once
+_SMALL_WINDOW = 96  # numbers in a window
 
 
 def patches(layer: Any, inputs: Tensor) -> Tensor:
-    """Gives what the kernel saw at each position, [examples, positions, window, channels].
+    """Returns the kernel's inputs at each position, [examples, positions, window, channels].
 
-    For small windows by a convolution with an identity as kernel, one output for each place
-    in the window, else by gathering; each is the faster there.
+    Small windows are cut out by a convolution whose kernel is an identity matrix, with one
+    output for each place in the window. Larger windows are gathered. Each way is the faster one
+    for its sizes.
 
     Args:
         layer: A convolution of Keras, of any rank, depthwise or not.
-        inputs: What it was called with.
+        inputs: Its inputs.
     """
     inputs = tf.cast(channels_last(layer, inputs), tf.float32)
     padding = layer.padding
     if padding == "causal":
-        left = layer.dilation_rate[0] * (layer.kernel_size[0] - 1)
-        inputs, padding = tf.pad(inputs, [[0, 0], [left, 0], [0, 0]]), "valid"
+        width = layer.dilation_rate[0] * (layer.kernel_size[0] - 1)
+        inputs, padding = tf.pad(inputs, [[0, 0], [width, 0], [0, 0]]), "valid"
     window, channels = math.prod(layer.kernel_size), inputs.shape[-1]
     if window * channels > _SMALL_WINDOW and None not in inputs.shape[1:]:
         return _gathered(layer, inputs, padding)
     identity = tf.reshape(
         tf.eye(window * channels), [*layer.kernel_size, channels, window * channels]
     )
-    found = ops.conv(
+    windows = ops.conv(
         inputs,
         identity,
         strides=list(layer.strides),
@@ -43,18 +44,18 @@ def patches(layer: Any, inputs: Tensor) -> Tensor:
         data_format="channels_last",
         dilation_rate=list(layer.dilation_rate),
     )
-    positions = folded(found, range(1, len(found.shape) - 1))
-    return tf.reshape(found, [-1, positions, window, channels])
+    positions = folded(windows, range(1, len(windows.shape) - 1))
+    return tf.reshape(windows, [-1, positions, window, channels])
 
 
 def _gathered(layer: Any, inputs: Tensor, padding: str) -> Tensor:
-    """Gathers patches from inputs whose size is known."""
+    """Gathers windows from inputs with static sizes."""
     pads, places = [], []
     settings = zip(layer.kernel_size, layer.strides, layer.dilation_rate, strict=True)
     for size, (kernel, stride, dilation) in zip(inputs.shape[1:-1], settings, strict=True):
         reach = (kernel - 1) * dilation + 1
         missing = 0
-        if padding == "same":  # as TensorFlow has it: the odd one comes after
+        if padding == "same":  # as in TensorFlow: an odd padding is longer at the end
             missing = max(0, (-(-size // stride) - 1) * stride + reach - size)
         pads.append((missing // 2, missing - missing // 2))
         starts = np.arange(0, size + missing - reach + 1, stride)
@@ -82,11 +83,11 @@ def channels_last(layer: Any, tensor: Tensor) -> Tensor:
 
 
 def folded(tensor: Tensor, axes: Sequence[int]) -> Any:
-    """Multiplies sizes, as a number where they are known.
+    """Multiplies the sizes of axes. The result is a number if they are static.
 
     Args:
-        tensor: Of any shape.
-        axes: Whose sizes.
+        tensor: A tensor of any shape.
+        axes: The axes.
     """
     sizes = [tensor.shape[axis] for axis in axes]
     if None not in sizes:

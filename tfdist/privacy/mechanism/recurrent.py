@@ -1,7 +1,7 @@
 """Per-example gradients of recurrent layers, from their gates' inputs at each time step.
 
 A gate's input is x_t W + h_(t-1) U + b, so the gradients by W, U and b are products of x_t,
-h_(t-1) and 1 with the gradient by that input, summed over time. Keras does not show those
+h_(t-1) and 1 with the gradient by that input, summed over time. Keras does not expose those
 gradients, so the layer is computed once more, for all examples at once.
 """
 
@@ -19,12 +19,12 @@ from tfdist.privacy.mechanism.parts import GradientPart, Product, Written
 
 Tensor = Any
 _LAYERS = (layers.LSTM, layers.GRU, layers.SimpleRNN, layers.RNN)
-# What a step makes of the gates' inputs, the part from h alone, and the states.
+# A step's function of the cell, the gates' inputs from x, those from h, and the states.
 _Step = Callable[[Any, Tensor, Tensor, list[Tensor]], list[Tensor]]
 
 
 def has_form(layer: Any) -> bool:
-    """Tells whether a recurrent layer is one that `of_recurrent` knows.
+    """Returns whether `of_recurrent` can compute a recurrent layer.
 
     Args:
         layer: A built `keras.layers.RNN`.
@@ -39,65 +39,68 @@ def has_form(layer: Any) -> bool:
 
 
 def of_recurrent(layer: Any, calls: Sequence[Any]) -> list[GradientPart] | None:
-    """Gives the gradients by the weights of an LSTM, a GRU or a SimpleRNN.
+    """Returns the gradients by the weights of an LSTM, a GRU or a SimpleRNN.
 
     Args:
-        layer: One with `has_form`.
+        layer: A layer for which `has_form` is true.
         calls: Its calls, as `closed_forms.LayerCall`s.
 
     Returns:
-        None if masks of dropout cannot be drawn again.
+        The gradients, or None if masks of dropout cannot be drawn again.
     """
     cell = layer.cell
     if (cell.dropout or cell.recurrent_dropout) and not all(call.seeds for call in calls):
         return None
-    found = [_of_call(layer, call) for call in calls]
-    inputs, befores = (_joined([factors[n] for factors, _, _ in found]) for n in range(2))
-    by_gates = tf.concat([by for _, by, _ in found], 1)
-    by_inner = tf.concat([by for _, _, by in found], 1)
+    results = [_of_call(layer, call) for call in calls]
+    inputs, states = (_joined([factors[n] for factors, _, _ in results]) for n in range(2))
+    by_gates = tf.concat([by for _, by, _ in results], 1)
+    by_inner = tf.concat([by for _, _, by in results], 1)
     parts = [
         _of_gates(cell.kernel, inputs, by_gates),
-        _of_gates(cell.recurrent_kernel, befores, by_inner),
+        _of_gates(cell.recurrent_kernel, states, by_inner),
     ]
     if cell.use_bias:
         sums = [tf.reduce_sum(by_gates, 1), tf.reduce_sum(by_inner, 1)]
-        two = len(cell.bias.shape) == 2  # a GRU has one for each of both parts
-        parts.append(Written(cell.bias, tf.stack(sums, 1) if two else sums[0]))
+        has_two = len(cell.bias.shape) == 2  # a GRU has one bias for x and one for h
+        parts.append(Written(cell.bias, tf.stack(sums, 1) if has_two else sums[0]))
     return parts
 
 
 def _joined(calls: list[list[Tensor]]) -> list[Tensor]:
-    """Joins what the gates saw in several calls, some of which may have dropped nothing."""
+    """Concatenates the gates' factors of several calls.
+
+    A call with dropout has one factor for each gate, and a call without has one for all.
+    """
     most = max(len(factors) for factors in calls)
-    every = [factors * (most // len(factors)) for factors in calls]
-    return [tf.concat(of_gate, 1) for of_gate in zip(*every, strict=True)]
+    repeated = [factors * (most // len(factors)) for factors in calls]
+    return [tf.concat(of_gate, 1) for of_gate in zip(*repeated, strict=True)]
 
 
 def _of_gates(variable: Any, factors: list[Tensor], by: Tensor) -> GradientPart:
-    """Gives the gradients by a kernel whose gates see the same, or each its own."""
+    """Returns the gradients by a kernel, whose gates have one factor, or one each."""
     if len(factors) == 1:
         return Product(variable, factors[0], by)
     split = zip(factors, tf.split(by, len(factors), 2), strict=True)
-    each = [tf.matmul(seen, of_gate, transpose_a=True) for seen, of_gate in split]
-    return Written(variable, tf.concat(each, 2))
+    products = [tf.matmul(factor, of_gate, transpose_a=True) for factor, of_gate in split]
+    return Written(variable, tf.concat(products, 2))
 
 
 def _of_call(layer: Any, call: Any) -> tuple[Any, Tensor, Tensor]:
-    """Gives what gates saw of inputs and states, and the gradients by both their parts."""
+    """Returns the gates' factors from x and h, and the gradients by both gates' inputs."""
     cell = layer.cell
-    dtype = tf.as_dtype(layer.compute_dtype)  # rounded as in the layer itself
-    seen = tf.cast(call.inputs, dtype)
+    dtype = tf.as_dtype(layer.compute_dtype)  # so that values are rounded as in the layer
+    x = tf.cast(call.inputs, dtype)
     mask = call.argument(2, "mask")
     mask = mask[0] if isinstance(mask, list | tuple) else mask
     if layer.go_backwards:
-        seen = tf.reverse(seen, [1])
+        x = tf.reverse(x, [1])
         mask = None if mask is None else tf.reverse(mask, [1])
     states = tf.nest.flatten(call.argument(1, "initial_state"))
     if not states or states[0] is None:
-        states = layer.get_initial_state(tf.shape(seen)[0])
+        states = layer.get_initial_state(tf.shape(x)[0])
     states = [tf.cast(state, dtype) for state in tf.nest.flatten(states)]
-    of_inputs, of_states = _dropped(layer, call, seen, states)
-    inputs = [seen if m is None else seen * m[:, None] for m in of_inputs]
+    of_inputs, of_states = _dropout_masks(layer, call, x, states)
+    inputs = [x if m is None else x * m[:, None] for m in of_inputs]
     kernel, recurrent = (_value(v, dtype) for v in (cell.kernel, cell.recurrent_kernel))
     gates = tf.transpose(_times(inputs, kernel), [1, 0, 2])
     inner = tf.zeros_like(gates)
@@ -111,32 +114,35 @@ def _of_call(layer: Any, call: Any) -> tuple[Any, Tensor, Tensor]:
 
     with tf.GradientTape(watch_accessed_variables=False) as tape:
         tape.watch([gates, inner])
-        outputs, before, last = _run(layer, gates, inner, from_state, states, mask)
-        made = [outputs if layer.return_sequences else outputs[:, -1]]
-        made += last if layer.return_state else []
-    given = [tf.cast(g, dtype) for g in tf.nest.flatten(call.gradients)]
+        outputs, previous_h, last = _run(layer, gates, inner, from_state, states, mask)
+        results = [outputs if layer.return_sequences else outputs[:, -1]]
+        results += last if layer.return_state else []
+    gradients = [tf.cast(g, dtype) for g in tf.nest.flatten(call.gradients)]
     by = tape.gradient(
-        made, [gates, inner], given, unconnected_gradients=tf.UnconnectedGradients.ZERO
+        results,
+        [gates, inner],
+        gradients,
+        unconnected_gradients=tf.UnconnectedGradients.ZERO,
     )
     by_gates, by_inner = (tf.transpose(tf.convert_to_tensor(g), [1, 0, 2]) for g in by)
-    befores = [before if m is None else before * m[:, None] for m in of_states]
-    # What is summed over time is summed in float32.
-    inputs, befores = ([tf.cast(t, tf.float32) for t in each] for each in (inputs, befores))
-    return (inputs, befores), tf.cast(by_gates, tf.float32), tf.cast(by_inner, tf.float32)
+    hidden = [previous_h if m is None else previous_h * m[:, None] for m in of_states]
+    # Sums over time are in float32.
+    inputs, hidden = ([tf.cast(t, tf.float32) for t in ts] for ts in (inputs, hidden))
+    return (inputs, hidden), tf.cast(by_gates, tf.float32), tf.cast(by_inner, tf.float32)
 
 
-def _dropped(layer: Any, call: Any, seen: Tensor, states: list[Tensor]) -> list[list[Any]]:
-    """Gives the masks of dropout of a call for each gate, or one for all; None for none.
+def _dropout_masks(layer: Any, call: Any, x: Tensor, states: list[Tensor]) -> list[list[Any]]:
+    """Returns a call's dropout masks of x and h: one for each gate, one for all, or [None].
 
     They are drawn again, from the same seeds and keys of rows.
     """
     cell = layer.cell
-    asked = bool(cell.dropout or cell.recurrent_dropout) and call.argument(3, "training")
-    if not asked:
+    has_dropout = cell.dropout or cell.recurrent_dropout
+    if not (has_dropout and call.argument(3, "training")):
         return [[None], [None]]
     with keras.StatelessScope(state_mapping=call.seeds):
         try:
-            of_inputs = cell.get_dropout_mask(seen[:, 0])
+            of_inputs = cell.get_dropout_mask(x[:, 0])
             of_states = cell.get_recurrent_dropout_mask(states[0])
         finally:
             cell.reset_dropout_mask()
@@ -145,12 +151,12 @@ def _dropped(layer: Any, call: Any, seen: Tensor, states: list[Tensor]) -> list[
 
 
 def _times(factors: list[Tensor], kernel: Tensor) -> Tensor:
-    """Multiplies by a kernel, of which each gate's part may have a factor of its own."""
-    # XLA takes no `tensordot` within a loop.
-    times = tf.matmul if factors[0].shape.rank == 2 else partial(tf.tensordot, axes=1)
+    """Multiplies a factor, or a factor for each gate, by a kernel."""
+    # XLA does not compile `tensordot` within a loop.
+    multiply = tf.matmul if factors[0].shape.rank == 2 else partial(tf.tensordot, axes=1)
     split = zip(factors, tf.split(kernel, len(factors), 1), strict=True)
-    each = [times(factor, part) for factor, part in split]
-    return each[0] if len(each) == 1 else tf.concat(each, -1)
+    products = [multiply(factor, part) for factor, part in split]
+    return products[0] if len(products) == 1 else tf.concat(products, -1)
 
 
 def _run(
@@ -161,7 +167,12 @@ def _run(
     states: list[Tensor],
     mask: Tensor,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Gives the outputs, h before each step, both batch by time, and the last states."""
+    """Runs the layer over time, as Keras does.
+
+    Returns:
+        The outputs and the h before each step, both of shape [examples, time, ...], and the
+        last states.
+    """
     steps = gates.shape[0] if gates.shape[0] is not None else tf.shape(gates)[0]
     step = _STEPS[type(layer.cell)]
 
@@ -169,44 +180,45 @@ def _run(
         return tf.TensorArray(values.dtype, size=steps).unstack(values)
 
     of_gates, of_inner = read(gates), read(inner)
-    kept = None if mask is None else read(tf.transpose(mask)[:, :, None])
-    written = [tf.TensorArray(gates.dtype, size=steps) for _ in range(2)]
+    of_mask = None if mask is None else read(tf.transpose(mask)[:, :, None])
+    empty_arrays = [tf.TensorArray(gates.dtype, size=steps) for _ in range(2)]
 
-    def body(time: Tensor, output: Tensor, now: list[Tensor], arrays: list[Any]) -> Any:
-        from_h = from_state(now[0]) + of_inner.read(time)
-        after = step(layer.cell, of_gates.read(time), from_h, now)
-        made = after[0]
-        if kept is not None:
-            here = kept.read(time)
-            masked = tf.zeros_like(made) if layer.zero_output_for_mask else output
-            made = tf.where(here, made, masked)
-            after = [tf.where(here, new, old) for new, old in zip(after, now, strict=True)]
-        arrays = [arrays[0].write(time, made), arrays[1].write(time, now[0])]
-        return time + 1, made, after, arrays
+    def body(time: Tensor, output: Tensor, states: list[Tensor], arrays: list[Any]) -> Any:
+        from_h = from_state(states[0]) + of_inner.read(time)
+        next_states = step(layer.cell, of_gates.read(time), from_h, states)
+        next_output = next_states[0]
+        if of_mask is not None:
+            counts = of_mask.read(time)
+            masked = tf.zeros_like(next_output) if layer.zero_output_for_mask else output
+            next_output = tf.where(counts, next_output, masked)
+            pairs = zip(next_states, states, strict=True)
+            next_states = [tf.where(counts, new, old) for new, old in pairs]
+        arrays = [arrays[0].write(time, next_output), arrays[1].write(time, states[0])]
+        return time + 1, next_output, next_states, arrays
 
     _, _, last, arrays = tf.while_loop(
         lambda time, *_: time < steps,
         body,
-        (tf.constant(0), tf.zeros_like(states[0]), states, written),
+        (tf.constant(0), tf.zeros_like(states[0]), states, empty_arrays),
         maximum_iterations=steps,
     )
-    outputs, before = (tf.transpose(array.stack(), [1, 0, 2]) for array in arrays)
-    return outputs, before, last
+    outputs, previous_h = (tf.transpose(array.stack(), [1, 0, 2]) for array in arrays)
+    return outputs, previous_h, last
 
 
 def _lstm(cell: Any, gates: Tensor, from_h: Tensor, states: list[Tensor]) -> list[Tensor]:
     i, f, c, o = tf.split(gates + from_h, 4, 1)
-    opens = cell.recurrent_activation
-    carry = opens(f) * states[1] + opens(i) * cell.activation(c)
-    return [opens(o) * cell.activation(carry), carry]
+    sigma = cell.recurrent_activation
+    carry = sigma(f) * states[1] + sigma(i) * cell.activation(c)
+    return [sigma(o) * cell.activation(carry), carry]
 
 
 def _gru(cell: Any, gates: Tensor, from_h: Tensor, states: list[Tensor]) -> list[Tensor]:
     (z, r, h), (of_z, of_r, of_h) = (tf.split(part, 3, 1) for part in (gates, from_h))
-    opens = cell.recurrent_activation
-    update = opens(z + of_z)
-    made = cell.activation(h + opens(r + of_r) * of_h)
-    return [update * states[0] + (1 - update) * made]
+    sigma = cell.recurrent_activation
+    update = sigma(z + of_z)
+    candidate = cell.activation(h + sigma(r + of_r) * of_h)
+    return [update * states[0] + (1 - update) * candidate]
 
 
 def _simple(cell: Any, gates: Tensor, from_h: Tensor, states: list[Tensor]) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""Rows of nested columns: taken, joined, counted."""
+"""Counts, selects and joins the rows of nested columns."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ def count(x: Any) -> int:
     """Counts the rows of columns.
 
     Args:
-        x: Columns, nested.
+        x: Nested columns.
     """
     leaf = tf.nest.flatten(x)[0]
     return int(leaf.shape[0])
 
 
-def taken(columns: Columns, rows: Any) -> Columns:
-    """Takes rows by their places.
+def selected(columns: Columns, rows: Any) -> Columns:
+    """Selects rows.
 
     Args:
-        columns: Nested; None stays.
-        rows: The places.
+        columns: Nested columns. None stays None.
+        rows: The numbers of the rows.
     """
-    found: Columns = tf.nest.map_structure(
+    gathered: Columns = tf.nest.map_structure(
         lambda leaf: None if leaf is None else tf.gather(leaf, rows), columns
     )
-    return found
+    return gathered
 
 
 def joined(*several: Columns) -> Columns:
-    """Lays rows one behind the other.
+    """Concatenates rows.
 
     Args:
         *several: Columns of the same structure.
     """
-    found: Columns = tf.nest.map_structure(
+    concatenated: Columns = tf.nest.map_structure(
         lambda *parts: None if parts[0] is None else tf.concat(parts, 0), *several
     )
-    return found
+    return concatenated

@@ -1,9 +1,9 @@
-"""Now and then during training: do examples of a real batch depend on each other?
+"""Checks during training that the examples of a batch do not depend on each other.
 
-What was tried before training was a few rows. A layer may mix examples only in larger
+Before training, `independence` has checked a few rows. A layer may mix examples only in larger
 batches, after some steps, or once its weights have grown. So at the first step of each epoch,
-and at a few others, four rows of the batch are computed once more by themselves. If what they
-add to the gradient is another thing in the batch, that step is not made, and training ends.
+and at a few random steps, four rows of the batch are computed again alone. If they add another
+gradient than in the batch, the step is not made and training ends.
 """
 
 from __future__ import annotations
@@ -20,24 +20,28 @@ Tensor = Any
 MARK = "tfdist: examples depend on each other"
 _ROWS = 4
 _COARSE = 1e-2
-_APART = 16  # steps at least between two first steps of an epoch that are checked
-_EVERY = 128  # so many others, by chance: 1 % of a training's time
+# More than before training, which must not end because of rounding: gradients of trained models
+# are differences of almost equal numbers.
+_LEAST_TOLERANCE = 1e-3
+_LEAST_PERIOD = 16  # the least number of steps between two checked first steps of epochs
+_MEAN_PERIOD = 128  # the mean number of steps between random checks: 1 % of the time
 
 
 class SpotChecks:
-    """Compares some rows of a replica's batches with the same rows by themselves.
+    """Compares some rows of a replica's batches with the same rows alone.
 
     Args:
         model: A compiled, built `keras.Model`.
-        strategy: Where the replicas are.
-        most: The most rows that are computed at once; any number if None.
+        strategy: The strategy on whose replicas the model trains.
+        most: The most rows that are computed at once. None is no limit.
     """
 
     def __init__(self, model: Any, strategy: Any, most: int | None) -> None:
         self._model, self._strategy, self._most = model, strategy, most
-        self._tolerance = tolerance_for(model)
+        with keras_layers.in_float32(model):
+            self._tolerance = max(tolerance_for(model), _LEAST_TOLERANCE)
         if tf.config.list_physical_devices("GPU"):
-            # Products of other shapes may be rounded otherwise there (TensorFloat-32).
+            # GPUs may round products of other shapes differently (TensorFloat-32).
             self._tolerance = max(self._tolerance, _COARSE)
         with tf.init_scope(), tf.device("CPU:0"):
             self._period = tf.Variable(tf.ones([], tf.int64), trainable=False)
@@ -47,48 +51,57 @@ class SpotChecks:
         """Begins a `fit`.
 
         Args:
-            steps: Of an epoch, if known.
+            steps: The steps of an epoch, or None if unknown.
         """
-        steps = steps or _APART
-        self._period.assign(-(-_APART // steps) * steps)
+        steps = steps or _LEAST_PERIOD
+        self._period.assign(-(-_LEAST_PERIOD // steps) * steps)
         self._failed.assign(False)
 
     def check(
-        self, data: Any, batch: ReplicaBatch, stopping: Tensor, step: Tensor
+        self,
+        data: Any,
+        batch: ReplicaBatch,
+        stopping: Tensor,
+        step: Tensor,
+        l2_norm_clip: Any,
     ) -> tuple[Any, Tensor]:
-        """Compares, in some steps; then nothing is made of data that fails.
+        """Compares rows in some steps. A step whose rows differ is not made.
 
         Args:
-            data: `x`, `y` and `sample_weight` of a replica's share.
-            batch: What the replica knows of it, its rows' keys included.
-            stopping: What this worker tells the others, float32 of shape [3].
-            step: How many steps of this `fit` came before, by tfdist's own count.
+            data: `x`, `y` and `sample_weight` of a replica's batch.
+            batch: Its description, with the keys of the rows.
+            stopping: The worker's signals to the other workers, float32 of shape [3].
+            step: The number of steps of this `fit` before this one, by tfdist's own count.
+            l2_norm_clip: The clipping norm of this step.
 
         Returns:
-            `data`, and `stopping`, which asks for a stop if the rows depend on each other.
+            `data`, and `stopping`, which requests a stop if the rows depend on each other.
         """
         assert batch.keys is not None
         passed = tf.cond(
             self._is_due(batch.keys, step) & (batch.rows > 1),
-            lambda: self._passes(data, batch),
+            lambda: self._passes(data, batch, l2_norm_clip),
             lambda: tf.constant(True),
         )
         if self._strategy.place.num_workers == 1:
+            # A single worker can fail at once: `data` cannot be read before the assertion.
             with tf.control_dependencies([tf.debugging.Assert(passed, [MARK])]):
-                return tf.nest.map_structure(_again, data), tf.identity(stopping)
+                return tf.nest.map_structure(_copied, data), tf.identity(stopping)
+        # An assertion on one worker would leave the others waiting in a collective. So all
+        # workers learn of the failure by the signals that each step sums, and stop together.
         with tf.device("CPU:0"):
             failed = tf.logical_or(self._failed.read_value(), ~passed)
             with tf.control_dependencies([self._failed.assign(failed)]):
-                asks = tf.stack([tf.cast(~passed, tf.float32), 0.0, 0.0])
-        return data, stopping + asks
+                request = tf.stack([tf.cast(~passed, tf.float32), 0.0, 0.0])
+        return data, stopping + request
 
     def _is_due(self, keys: RowKeys, step: Tensor) -> Tensor:
         with tf.device("CPU:0"):
             period = self._period.read_value()
-        drawn = tf.random.stateless_uniform([], tf.stack([keys.secret[0], step]))
-        return (step % period == 0) | (drawn < 1.0 / _EVERY)
+        uniform = tf.random.stateless_uniform([], tf.stack([keys.secret[0], step]))
+        return (step % period == 0) | (uniform < 1.0 / _MEAN_PERIOD)
 
-    def _passes(self, data: Any, batch: ReplicaBatch) -> Tensor:
+    def _passes(self, data: Any, batch: ReplicaBatch, l2_norm_clip: Any) -> Tensor:
         keys = batch.keys
         assert keys is not None
         rows = tf.size(keys.rows)
@@ -102,23 +115,24 @@ class SpotChecks:
         weights = tf.scatter_nd(chosen[:, None], ones, [rows])
 
         def compute(data: Any, row_keys: Tensor, weights: Tensor) -> Added:
-            return added(self._model, data, RowKeys(row_keys, keys.secret), weights)
+            with keras_layers.in_float32(self._model):
+                return added(self._model, data, RowKeys(row_keys, keys.secret), weights)
 
         # The sizes of both batches are not static, so both share one trace.
         added_by = tf.function(compute, autograph=False)
-        alone = added_by(_cut(data, chosen), keys.at(chosen).rows, ones)
-        everyone = tf.range(rows)
-        whole = added_by(_cut(data, everyone), keys.at(everyone).rows, weights)
-        return is_same(whole, alone, ones, self._tolerance)
+        alone = added_by(_gathered(data, chosen), keys.at(chosen).rows, ones)
+        numbers = tf.range(rows)
+        among_all = added_by(_gathered(data, numbers), keys.at(numbers).rows, weights)
+        return is_same(among_all, alone, ones, self._tolerance, l2_norm_clip)
 
     def raise_if_failed(self, error: Exception | None = None) -> None:
         """Ends a training in which a comparison failed, on all workers alike.
 
         Args:
-            error: That ended the loop, if one did.
+            error: The error that ended the loop, or None.
 
         Raises:
-            ArgumentError: It failed.
+            ArgumentError: A comparison failed.
         """
         if error is not None:
             failed = MARK in str(error)
@@ -131,16 +145,16 @@ class SpotChecks:
             ) from None
 
 
-def _cut(data: Any, rows: Tensor) -> Any:
+def _gathered(data: Any, rows: Tensor) -> Any:
     return tf.nest.map_structure(
         lambda leaf: leaf if leaf is None else tf.gather(leaf, rows), data
     )
 
 
-def _again(leaf: Any) -> Any:
+def _copied(leaf: Any) -> Any:
     if leaf is None:
         return None
-    same = tf.identity(leaf)
+    copy = tf.identity(leaf)
     if keras_layers.has_mask(leaf):
-        keras_layers.give_mask(same, keras_layers.mask_of(leaf))
-    return same
+        keras_layers.give_mask(copy, keras_layers.mask_of(leaf))
+    return copy

@@ -1,4 +1,4 @@
-"""The train step of DP-SGD on one replica's share of a batch."""
+"""The train step of DP-SGD on one replica's batch."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import tensorflow as tf
 
 from tfdist._keras import ReplicaBatch
 from tfdist._keras import layers as keras_layers
+from tfdist.privacy import model_history
 from tfdist.privacy.accounting.correlated import banded
 from tfdist.privacy.mechanism.adam import DPAdam
 from tfdist.privacy.mechanism.adaptive import AdaptiveClip
@@ -26,17 +27,17 @@ from tfdist.privacy.mechanism.normals import at_once
 from tfdist.privacy.mechanism.spot_checks import SpotChecks
 from tfdist.privacy.mechanism.unfit_layers import check_untouched
 from tfdist.privacy.sampling.cyclic import Recursion
-from tfdist.privacy.schedules import Now
+from tfdist.privacy.schedules import ScheduledStep
 
 Tensor = Any
 
 
 @dataclass(frozen=True)
 class PrivateSteps:
-    """Makes the steps of a mechanism.
+    """Makes the private step of a model.
 
     Attributes:
-        mechanism: What is done to the gradients.
+        mechanism: The clipping and the noise.
     """
 
     mechanism: Mechanism
@@ -46,24 +47,24 @@ class PrivateSteps:
 
         Args:
             model: A compiled, built `keras.Model`.
-            strategy: Where its replicas are.
+            strategy: The strategy on whose replicas the model trains.
         """
         return PrivateStep(model, self.mechanism, strategy)
 
 
 class PrivateStep:
-    """Takes the place of Keras's `train_step`.
+    """Replaces Keras's `train_step` in private training.
 
-    A replica contributes the sum of its examples' clipped gradients and its part of the noise,
-    rounded to whole numbers (see `Rounding`); what all contribute is summed as in any step, and
-    then divided by what a global batch is expected to hold. Of R replicas each adds noise of
-    1 / sqrt(R) of the standard deviation, from a stream of its own: streams that were equal by
-    mistake would add more than that.
+    Each replica sums its examples' clipped gradients, adds its part of the noise, and rounds
+    the result to whole numbers (see `Rounding`). The contributions of all replicas are summed
+    as in any step. The sum is divided by the expected size of a global batch, not by its size.
+    Each of R replicas adds noise with 1 / sqrt(R) of the standard deviation, from its own
+    stream. If two streams were equal by mistake, the sum would have more noise, not less.
 
     Args:
         model: A compiled, built `keras.Model`.
-        mechanism: What is done to the gradients.
-        strategy: Where the replicas are.
+        mechanism: The clipping and the noise.
+        strategy: The strategy on whose replicas the model trains.
     """
 
     def __init__(self, model: Any, mechanism: Mechanism, strategy: Any) -> None:
@@ -72,13 +73,15 @@ class PrivateStep:
         self.noise = Noise(place.first_replica, place.local_replicas)
         self.counter = StepCounter()
         self._number: Tensor = None
-        self._now: Now | None = None
+        self._scheduled: ScheduledStep | None = None
         self._recursion: Recursion | None = None
         self._correlated: Tensor = None
         self._first_replica = place.first_replica
         if mechanism.cyclic and mechanism.noise_multiplier > 0:
             count = sum(math.prod(v.shape) for v in model.trainable_variables)
-            # Other processes compute nothing, in the same graph: Horovod goes by its names.
+            # Only the first process computes correlated noise. The other processes trace the
+            # same operations on empty tensors, since Horovod matches collectives by the names
+            # of operations, and names depend on the graph.
             count = count if place.first_replica == 0 else 0
             self._recursion = Recursion(banded(mechanism.bands or 1), count)
         self._rounding: Rounding | None = None
@@ -96,24 +99,25 @@ class PrivateStep:
         self._strategy = strategy
 
     def _norm(self) -> Any:
-        if self._now is not None:
-            return self._now.norm
+        """Returns the norm to which this step clips."""
+        if self._scheduled is not None:
+            return self._scheduled.norm
         return self.mechanism.l2_norm_clip if self.adaptive is None else self.adaptive.norm()
 
     def _factor(self, norm: Any) -> Any:
-        """Gives what a gradient has for each unit of `_unit` in the sum."""
-        if self._now is None:
+        """Returns the factor from a sum in units of `_unit` to a mean gradient."""
+        if self._scheduled is None:
             return norm / self.mechanism.expected_batch
-        return tf.cast(self._now.unit / self.mechanism.expected_batch, tf.float32)
+        return tf.cast(self._scheduled.unit / self.mechanism.expected_batch, tf.float32)
 
     def _unit(self, norm: Any) -> Any:
-        """Gives the norm with which the least noise of a training is that of this step."""
-        return norm if self._now is None else self._now.unit
+        """Returns the unit in which the noise of this step is the schedule's least noise."""
+        return norm if self._scheduled is None else self._scheduled.unit
 
     def _deviation(self) -> Any:
-        """Gives the noise's standard deviation on each number of the global gradient."""
-        own = math.sqrt(sum(factor**2 for factor in self.mechanism.factors))
-        noise = own * self.mechanism.gradient_noise
+        """Returns the noise's standard deviation on each number of the global gradient."""
+        correlation = math.sqrt(sum(factor**2 for factor in self.mechanism.factors))
+        noise = correlation * self.mechanism.gradient_noise
         if self._rounding is not None:
             noise = math.hypot(noise, self._rounding.deviation)
         return noise * self._factor(self._norm())
@@ -121,12 +125,12 @@ class PrivateStep:
     def restart(
         self, seed: int | None, first: int, correlated: Sequence[tuple[int, int]] | None = None
     ) -> None:
-        """Begins a `fit`: with new noise, and the norm that was asked for.
+        """Begins a `fit`, with new noise and the clipping norm of the settings.
 
         Args:
             seed: As in `Noise.renew`.
             first: The number of the first step.
-            correlated: As `Noise.go_on` takes it, where noise is correlated.
+            correlated: The argument of `Noise.go_on` if noise is correlated, else None.
         """
         self.counter.restart()
         self.counter.number_from(first)
@@ -141,7 +145,7 @@ class PrivateStep:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        """Tells an optimizer that asks for it how much noise there is."""
+        """Gives `DPAdam` access to the noise's standard deviation."""
         optimizer = self._model.optimizer
         if isinstance(optimizer, DPAdam):
             optimizer.noise_deviation = self._deviation
@@ -151,56 +155,65 @@ class PrivateStep:
             if isinstance(optimizer, DPAdam):
                 optimizer.noise_deviation = None
 
+    def refuse_other_data(self) -> None:
+        """Refuses Keras's own step, which a callback would run on other data.
+
+        Raises:
+            ArgumentError: Always.
+        """
+        raise model_history.trained_meanwhile("`train_on_batch`, or Keras's `fit`")
+
     def begin(self, share: Any) -> None:
-        """Counts a step of all replicas of this process; called before they make it.
+        """Counts a step of all replicas of this process, before they compute it.
 
         Args:
-            share: What is dealt out to them.
+            share: The batch of this process's replicas.
         """
         parts = tf.nest.flatten(share, expand_composites=True)
         self._number = self.counter.begin(parts[0])
         if self.mechanism.schedule is not None:
-            self._now = self.mechanism.schedule.at(self.counter.place(self._number))
+            self._scheduled = self.mechanism.schedule.at(self.counter.place(self._number))
         if self._recursion is not None:
             replica = tf.constant(self._first_replica)
-            own = self.noise.normal(self._recursion.count, replica, self._number)
-            self._correlated = self._recursion.next(own)
+            normal = self.noise.normal(self._recursion.count, replica, self._number)
+            self._correlated = self._recursion.next(normal)
 
     def end(self, is_made: Tensor) -> None:
-        """Called when they have made it.
+        """Ends a step, after the replicas of this process have computed it.
 
         Args:
-            is_made: Whether it has changed anything.
+            is_made: Scalar bool: whether the step has changed the weights.
         """
         self.counter.end(is_made)
-        self._number = self._now = self._correlated = None
+        self._number = self._scheduled = self._correlated = None
 
     def begin_step(
         self, data: Any, batch: ReplicaBatch, stopping: Tensor
     ) -> tuple[Any, Tensor]:
-        """Gives rows their keys, and sees now and then that none depends on another.
+        """Gives rows the keys of their random numbers, and runs the spot checks.
 
         Args:
             data: As in `train_step`.
-            batch: As in `train_step`; gets the keys.
-            stopping: As `SpotChecks.check` takes it.
+            batch: As in `train_step`. Its `keys` are set.
+            stopping: As in `SpotChecks.check`.
 
         Returns:
-            What `SpotChecks.check` gives.
+            The result of `SpotChecks.check`.
         """
         batch.keys = self.masks.keys(data, batch.offset, self.mechanism.copies)
         columns = keras.utils.unpack_x_y_sample_weight(data)
-        step = self.counter.before(self._number)
-        columns, stopping = self.spot_checks.check(columns, batch, stopping, step)
+        step = self.counter.steps_before(self._number)
+        norm = self._norm()
+        columns, stopping = self.spot_checks.check(columns, batch, stopping, step, norm)
         return keras.utils.pack_x_y_sample_weight(*columns), stopping
 
     def train_step(self, data: Any, batch: ReplicaBatch, groups: Tensor) -> Any:
         """Makes one step, as `keras.Model.train_step` would.
 
         Args:
-            data: A replica's share: `x`, `(x, y)` or `(x, y, sample_weight)`.
-            batch: What the replica knows of it.
-            groups: The user of each row, where users are clipped; else anything.
+            data: A replica's batch: `x`, `(x, y)` or `(x, y, sample_weight)`.
+            batch: Its description.
+            groups: The user of each row if users are clipped. Otherwise it is not read.
 
         Returns:
             Logs.
@@ -220,7 +233,7 @@ class PrivateStep:
             compiled,
             None if self.mechanism.rows_of_user is None else groups,
         )
-        # A share may be padded; what is only there for its shape does not count.
+        # A replica's batch may be padded to a static shape. Padding must not enter metrics.
         (x, y, weight), outputs = _first_rows(batch.rows, (x, y, weight), outputs)
         loss = keras_layers.compiled_loss(model, x, y, outputs, weight)
         keras_layers.track_loss(model, loss, tf.shape(tf.nest.flatten(x)[0])[0])
@@ -232,14 +245,14 @@ class PrivateStep:
     def _update(
         self, batch: ReplicaBatch, sums: list[Tensor], votes: Tensor, norm: Any
     ) -> None:
-        """Contributes to the update what a replica's examples give, with its noise."""
+        """Contributes a replica's sums, with its part of the noise, to the global update."""
         optimizer, variables = self._model.optimizer, self._model.trainable_variables
         assert batch.updates is not None
         factor: Any = 1 / self.mechanism.expected_batch
         if self._rounding is not None:
             sums, votes = self._with_noise(batch, sums, votes, norm)
             factor = self._rounding.step * self._factor(norm)
-        # Of no example, so neither clipped nor hidden.
+        # Regularizers do not depend on the data, so they are neither clipped nor noisy.
         penalties = _penalties(variables)
 
         def update(summed: list[Tensor]) -> None:
@@ -247,6 +260,9 @@ class PrivateStep:
                 g * factor if r is None else g * factor + r
                 for g, r in zip(summed, penalties, strict=True)
             ]
+            # `apply` divides gradients by the factor of a loss that Keras would have scaled.
+            if (scale := optimizer.loss_scale_factor) is not None:
+                gradients = [g * scale for g in gradients]
             with batch.updating():
                 optimizer.apply(gradients, variables)
 
@@ -260,70 +276,74 @@ class PrivateStep:
         assert self._rounding is not None
         variables = self._model.trainable_variables
         count = sum(math.prod(v.shape) for v in variables)
-        drawn = self._drawn(at_once(count + (self.adaptive is not None)))
+        normal = self._normal(at_once(count + (self.adaptive is not None)))
         if self.adaptive is not None:
-            votes = self.adaptive.with_noise(votes, drawn[count])
-        # Rounded sums of some replicas without noise would show what their examples are.
+            votes = self.adaptive.with_noise(votes, normal[count])
+        # Only the first replica draws correlated noise, and each replica would round its sum by
+        # itself. The rounded sum of a replica without noise depends on its examples exactly,
+        # which the proof of `Rounding` does not cover. So sums are added up before rounding.
         correlated = self.mechanism.bands is not None and self._strategy.place.num_replicas > 1
         if correlated:
             sums = batch.all_reduce(sums)
-        # As one vector: rounded in one go, however many variables there are.
+        # One vector of all variables needs one rounding operation.
         flat = tf.concat([tf.reshape(s, [-1]) for s in sums], 0)
         flat = tf.ensure_shape(flat, [count])
-        counts = self._rounding.counts(flat, drawn, self._unit(norm))
+        counts = self._rounding.counts(flat, normal, self._unit(norm))
         if correlated:
-            # Known only when it runs: TensorFlow would leave out a sum that a process does not
-            # need, and others would wait for it.
+            # All replicas have the sum now, and the update adds them up once more: all but the
+            # first contribute 0. The condition must not be a constant of the graph. TensorFlow
+            # would then remove the collective above on processes that do not need its result,
+            # and the other processes would wait for them forever.
             zero = tf.cast(tf.minimum(batch.total, 0), tf.int32)
             is_first = tf.equal(self._strategy.replica_id() + zero, 0)
             counts = tf.where(is_first, counts, tf.zeros_like(counts))
         return like(counts, variables), votes
 
-    def _drawn(self, count: int) -> Tensor:
+    def _normal(self, count: int) -> Tensor:
         """Draws a replica's normal numbers.
 
-        Correlated ones are all drawn by the first: what is taken back must be what was given,
-        on whatever number of replicas training goes on.
+        The first replica draws all correlated noise. A later step subtracts part of it, and
+        training may then run on another number of replicas.
         """
         replica, step = self._strategy.replica_id(), self._number
         if self.mechanism.bands is None:
             return self.noise.normal(count, replica, step)
-        factors, known = self.mechanism.factors, self._correlated
+        factors, correlated = self.mechanism.factors, self._correlated
 
-        def of_first() -> Tensor:
+        def on_first() -> Tensor:
             if self._recursion is not None:
-                unknown = tf.zeros([count - self._recursion.count], tf.float64)
-                return tf.concat([known, unknown], 0)
+                padding = tf.zeros([count - self._recursion.count], tf.float64)
+                return tf.concat([correlated, padding], 0)
             return self.noise.correlated(count, replica, step, factors)
 
-        return tf.cond(tf.equal(replica, 0), of_first, lambda: tf.zeros([count], tf.float64))
+        return tf.cond(tf.equal(replica, 0), on_first, lambda: tf.zeros([count], tf.float64))
 
 
 def _first_rows(rows: Tensor, *structures: Any) -> Any:
-    """Cuts all tensors to so many rows, with their masks; one is left where there is none."""
+    """Cuts all tensors and their masks to `rows` rows, but at least one."""
     rows = tf.maximum(tf.cast(rows, tf.int32), 1)
 
     def cut(leaf: Any) -> Any:
         if leaf is None:
             return None
-        kept = leaf[:rows]
+        first = leaf[:rows]
         if keras_layers.has_mask(leaf):
-            keras_layers.give_mask(kept, keras_layers.mask_of(leaf)[:rows])
-        return kept
+            keras_layers.give_mask(first, keras_layers.mask_of(leaf)[:rows])
+        return first
 
     return tf.nest.map_structure(cut, structures)
 
 
 def _penalties(variables: Any) -> list[Tensor | None]:
-    """Gives the gradients of the variables' regularizers."""
-    found: list[Tensor | None] = []
+    """Returns the gradients of the variables' regularizers."""
+    gradients: list[Tensor | None] = []
     for variable in variables:
         if variable.regularizer is None:
-            found.append(None)
+            gradients.append(None)
             continue
         value = tf.cast(tf.convert_to_tensor(variable), tf.float32)
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(value)
             penalty = variable.regularizer(value)
-        found.append(tape.gradient(penalty, value))
-    return found
+        gradients.append(tape.gradient(penalty, value))
+    return gradients

@@ -1,7 +1,8 @@
-"""Weights that are used outside the recorded calls: tied by hand, or in a loss of one's own.
+"""Gradients by weights that are used outside the recorded calls of layers.
 
-Of such a use nothing is recorded. So all uses of that weight are computed again, by running the
-whole model on one example after the other: exact, and slow.
+Examples are weights that are tied by hand, and weights in a custom loss. Such uses are not
+recorded. So all uses of these weights are computed again, by running the whole model on one
+example after the other. This is exact but slow.
 """
 
 from __future__ import annotations
@@ -22,15 +23,16 @@ Tensor = Any
 
 
 def tied(model: Any, units: Sequence[Any], loss: Callable[[Any], Tensor], x: Any) -> list[Any]:
-    """Finds weights that the loss depends on other than through calls of recorded layers.
+    """Finds weights on which the loss depends other than through recorded calls.
 
-    The model is traced once, with the weights cut off in its calls of these layers, and never
-    run. What is found is kept.
+    The model is traced once and never run. In the trace, the calls of recorded layers pass no
+    gradient to their weights, so a gradient that remains comes from another use. The result is
+    cached with the model.
 
     Args:
         model: A compiled, built `keras.Model`.
         units: The layers whose calls are recorded.
-        loss: Gives the loss of the model's outputs.
+        loss: A function from the model's outputs to the loss.
         x: A batch of inputs.
 
     Returns:
@@ -38,35 +40,36 @@ def tied(model: Any, units: Sequence[Any], loss: Callable[[Any], Tensor], x: Any
     """
     variables = model.trainable_variables
     key = tuple(id(v) for v in variables)
-    known, found = _keras.attached(model).tied_weights
-    if known != key:
-        found = _connected(model, units, loss, x)
-        _keras.attached(model).tied_weights = key, found
-    return [v for v in variables if id(v) in found]
+    cached_key, tied_ids = _keras.attached(model).tied_weights
+    if cached_key != key:
+        tied_ids = _connected(model, units, loss, x)
+        _keras.attached(model).tied_weights = key, tied_ids
+    return [v for v in variables if id(v) in tied_ids]
 
 
 def found_tied(model: Any) -> list[str]:
-    """Names the weights that `tied` has found.
+    """Lists the paths of the weights that `tied` has found.
 
     Args:
         model: A `keras.Model`.
     """
-    _, found = _keras.attached(model).tied_weights
-    return [v.path for v in model.trainable_variables if id(v) in found]
+    _, tied_ids = _keras.attached(model).tied_weights
+    return [v.path for v in model.trainable_variables if id(v) in tied_ids]
 
 
 def _connected(
     model: Any, units: Sequence[Any], loss: Callable[[Any], Tensor], x: Any
 ) -> frozenset[int]:
+    """Returns the ids of the weights by which the loss has other gradients."""
     variables = model.trainable_variables
-    found: set[int] = set()
+    connected: set[int] = set()
 
     def without(unit: Any) -> Callable[..., Any]:
         def call_without(call: Any, *args: Any, **kwargs: Any) -> Any:
-            cut = [
+            constants = [
                 (v, tf.stop_gradient(tf.convert_to_tensor(v))) for v in unit.trainable_variables
             ]
-            with keras.StatelessScope(state_mapping=cut):
+            with keras.StatelessScope(state_mapping=constants):
                 return call(*args, **kwargs)
 
         return call_without
@@ -74,24 +77,25 @@ def _connected(
     def trace() -> None:
         values = [v.value for v in variables]
         with contextlib.ExitStack() as stack:
-            stack.enter_context(_keras.on_replica(None))  # whose graph is another one
+            stack.enter_context(_keras.on_replica(None))  # its tensors belong to another graph
             tape = stack.enter_context(tf.GradientTape(watch_accessed_variables=False))
             for value in values:
                 tape.watch(value)
-            with contextlib.ExitStack() as cut:
+            with contextlib.ExitStack() as layer_stack:
                 for unit in units:
-                    cut.enter_context(keras_layers.called_through(unit, without(unit)))
+                    layer_stack.enter_context(keras_layers.called_through(unit, without(unit)))
                 outputs = model(x, training=True)
-            whole = loss(outputs)
-        gradients = tape.gradient(whole, values)
-        found.update(id(v) for v, g in zip(variables, gradients, strict=True) if g is not None)
+            loss_value = loss(outputs)
+        gradients = tape.gradient(loss_value, values)
+        pairs = zip(variables, gradients, strict=True)
+        connected.update(id(v) for v, g in pairs if g is not None)
 
-    if model.run_eagerly:  # its code may be no graph's; what it assigns is left out
+    if model.run_eagerly:  # its code may not work in a graph; assignments are discarded
         with keras.StatelessScope():
             trace()
     else:
         tf.function(trace, autograph=False).get_concrete_function()
-    return frozenset(found)
+    return frozenset(connected)
 
 
 def of_tied(
@@ -107,9 +111,9 @@ def of_tied(
         model: A compiled, built `keras.Model`.
         variables: The weights.
         batch: `x`, `y` and `sample_weight`, nested as Keras has them.
-        training: As the model takes it.
-        seeds: States of the model's random numbers, and what they were when it was run on the
-            batch: in `fit` a row then has the random numbers that it had there.
+        training: The argument `training` of the model.
+        seeds: Pairs of a state of the model's random numbers and its value when the model ran
+            on the batch. In `fit`, a row then has the same random numbers as in the batch.
     """
     x, _, _ = batch
     values = [tf.convert_to_tensor(v) for v in variables]
@@ -130,14 +134,16 @@ def of_tied(
             tape.watch(values)
             with _keras.on_replica(one_row(index)):
                 outputs = model(one_x, training=training)
-            with _keras.on_replica(None):  # the loss is no part of a larger batch's
+            with _keras.on_replica(None):  # the loss must not be scaled to the global batch
                 loss = keras_layers.compiled_loss(model, one_x, one_y, outputs, one_weight)
-        found = tape.gradient(loss, values, unconnected_gradients=tf.UnconnectedGradients.ZERO)
-        return [tf.cast(tf.convert_to_tensor(g), tf.float32) for g in found]
+        gradients = tape.gradient(
+            loss, values, unconnected_gradients=tf.UnconnectedGradients.ZERO
+        )
+        return [tf.cast(tf.convert_to_tensor(g), tf.float32) for g in gradients]
 
-    each = _keras.map_fn(
+    by_variable = _keras.map_fn(
         alone,
         tf.range(tf.shape(tf.nest.flatten(x)[0])[0]),
         fn_output_signature=[tf.TensorSpec(v.shape, tf.float32) for v in variables],
     )
-    return [Written(v, gradients) for v, gradients in zip(variables, each, strict=True)]
+    return [Written(v, gradients) for v, gradients in zip(variables, by_variable, strict=True)]

@@ -1,4 +1,4 @@
-"""What DP-SGD cannot make private, refused before training with the reason and the remedy."""
+"""Refuses models that DP-SGD cannot train privately, with the reason and the remedy."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _CLIPPING = ("clipnorm", "clipvalue", "global_clipnorm")
 
 
 def check_untouched(model: Any, batch: ReplicaBatch) -> None:
-    """Refuses a step that has assigned anything but metrics and seeds; called while tracing.
+    """Refuses a step that assigns variables other than metrics and seeds, while tracing.
 
     Args:
         model: A built `keras.Model`.
-        batch: What notes the assignments.
+        batch: The description of the replica's batch, which records assignments.
 
     Raises:
-        ArgumentError: It has.
+        ArgumentError: The step assigns another variable.
     """
     metrics = {id(variable) for variable in _keras.metric_variables(model)}
     for variable, _ in batch.touched.values():
@@ -34,10 +34,10 @@ def check_untouched(model: Any, batch: ReplicaBatch) -> None:
 
 
 def keeps_state(name: str) -> ArgumentError:
-    """Makes the error about state of the examples.
+    """Makes the error about a variable that keeps state of the examples.
 
     Args:
-        name: Of a variable.
+        name: The name of the variable.
     """
     return ArgumentError(
         "A private model must keep no state of the examples that it sees: it would be saved "
@@ -53,14 +53,22 @@ def check_model(model: Any) -> None:
         model: A compiled `keras.Model`.
 
     Raises:
-        ArgumentError: It has a step or a loss of its own that is of the whole batch, a layer
-            that mixes examples, or an optimizer that does more than update.
+        ArgumentError: It has a custom step or a loss of the whole batch, a layer that mixes
+            examples or is recomputed, or an optimizer that does more than update.
     """
     if _keras.has_own(model, "train_step"):
         raise ArgumentError(
             "A private model must be trained by Keras's train step, which private training "
             f"replaces. Received: a {type(model).__name__} with a `train_step` of its own. "
             "Write what differs as `compute_loss`, which is called for one example at a time."
+        )
+    recomputed = _keras.recomputed_calls(model)
+    if recomputed:
+        raise ArgumentError(
+            "A private model must keep its activations, by which each example's gradient is "
+            "measured. Received: a model that recomputes the layer "
+            f"{recomputed[0].layer.name!r}. Call tfdist.recompute(model, layers=[]) before, "
+            "and save memory by DPSGD(microbatch_size=...)."
         )
     for layer in _keras.layers_of(model):
         if isinstance(layer, layers.BatchNormalization) and layer.trainable:
@@ -80,21 +88,21 @@ def check_model(model: Any) -> None:
 
 
 def check_metrics(model: Any, x: Any, y: Any, sample_weight: Any = None) -> None:
-    """Refuses metrics that keep what single examples did, rather than a sum or a count.
+    """Refuses metrics that keep values of single examples, rather than a sum or a count.
 
-    They are given some examples, and then the same in another order: a sum stays as it is.
-    Their state is reset.
+    Metrics are updated with some examples, and then with the same ones in another order. A sum
+    does not depend on the order. The state of all metrics is reset.
 
     Args:
         model: A compiled, built `keras.Model`.
         x: A few rows.
         y: Targets.
-        sample_weight: As Keras has it, or None.
+        sample_weight: The sample weights of Keras, or None.
 
     Raises:
-        ArgumentError: There is one.
+        ArgumentError: The state of a metric depends on the order.
     """
-    # Keras holds those that were given to `compile` in one metric, which lists them.
+    # Keras wraps the metrics of `compile` in one metric, which lists them.
     metrics = [inner for m in model.metrics for inner in getattr(m, "metrics", [m])]
     outputs = model(x, training=False)
     rows = tf.shape(tf.nest.flatten(outputs)[0])[0]

@@ -1,1 +1,1 @@
-"""Who takes part in which private step."""
+"""Samplers of private training: the examples or users of each step."""

@@ -1,6 +1,6 @@
-"""Sampling in which groups of examples take turns, and the noise that goes with it.
+"""Sampling from groups of examples in turn, and the correlated noise for it.
 
-Both are of banded matrix factorization (Choquette-Choo et al., "(Amplified) banded matrix
+Both belong to banded matrix factorization (Choquette-Choo et al., "(Amplified) banded matrix
 factorization for differentially private learning", NeurIPS 2023, section 5).
 """
 
@@ -25,14 +25,15 @@ Tensor = Any
 
 @dataclass(frozen=True)
 class CyclicPoisson(Accounted):
-    """Draws each row of one group independently; the groups take turns.
+    """Draws each row of one group independently. The groups take turns.
 
-    Which group a row is in follows from the seed and its number: each is as likely, whatever
-    the others are in, and it is the same in all steps. So that a step has `batch_size` rows on
-    average, the probability is that of `Poisson` times the number of groups.
+    A row's group follows from the seed and the row's number. All groups are equally likely,
+    independently of the groups of other rows, and the group is the same in all steps. The
+    probability is that of `Poisson` times the number of groups, so a step has `batch_size`
+    rows on average.
 
     Args:
-        groups: How many.
+        groups: The number of groups.
     """
 
     groups: int
@@ -47,15 +48,15 @@ class CyclicPoisson(Accounted):
         )
 
     def expected_rows(self, num_rows: int, batch_size: int) -> float:
-        """Says how many rows a step has on average."""
+        """Returns how many rows a step has on average."""
         return self._probability(num_rows, batch_size) * num_rows / self.groups
 
     def rows(self, step: int, *, num_rows: int, batch_size: int, seed: int) -> Rows:
-        """Gives the rows of one global batch, possibly none; see `Sampler.rows`."""
+        """Returns the rows of one global batch, possibly none; see `Sampler.rows`."""
         members = _members(num_rows, self.groups, seed)[step % self.groups]
         probability = self._probability(num_rows, batch_size)
-        drawn: Rows = members[bernoulli(generator((seed, step)), len(members), probability)]
-        return drawn
+        chosen: Rows = members[bernoulli(generator((seed, step)), len(members), probability)]
+        return chosen
 
     def _probability(self, num_rows: int, batch_size: float) -> float:
         return min(1.0, self.groups * batch_size / num_rows)
@@ -63,7 +64,7 @@ class CyclicPoisson(Accounted):
 
 @functools.lru_cache(maxsize=4)
 def _members(num_rows: int, groups: int, seed: int) -> list[NDArray[np.int64]]:
-    """Gives the rows of each group, in order."""
+    """Returns the rows of each group, in order."""
     group_of = generator((seed, *b"groups")).randint(0, groups, num_rows)
     return [np.flatnonzero(group_of == group) for group in range(groups)]
 
@@ -71,39 +72,39 @@ def _members(num_rows: int, groups: int, seed: int) -> list[NDArray[np.int64]]:
 class Recursion:
     """Noise C^-1 z, where C is a lower triangular Toeplitz matrix with few bands.
 
-    A step's is what it draws less what C takes of the noise of the steps before, so that so
-    much of theirs is taken back (Choquette-Choo et al., algorithm 9).
+    The equation C noise = z is solved row by row: the noise of a step is what it draws minus
+    the bands of C times the noise of the steps before (Choquette-Choo et al., algorithm 9).
 
     Args:
-        factors: A column of C, the first 1.
-        count: Numbers of a step.
+        factors: A column of C, beginning with 1.
+        count: The number of random numbers of a step.
 
     Attributes:
-        count: The same.
+        count: As in the arguments.
     """
 
     def __init__(self, factors: Sequence[float], count: int) -> None:
         self._factors = np.array(factors[1:])
         self.count = count
         with tf.init_scope(), tf.device("CPU:0"):
-            self._before = tf.Variable(  # of the last step first
+            self._before = tf.Variable(  # the noise of the steps before, the last step first
                 tf.zeros([len(factors) - 1, count], tf.float64), trainable=False
             )
 
     def restart(self) -> None:
-        """Begins anew: there is nothing to take back."""
+        """Begins without noise of earlier steps."""
         self._before.assign(tf.zeros_like(self._before))
 
-    def next(self, own: Tensor) -> Tensor:
-        """Gives the noise of a step, in order.
+    def next(self, normal: Tensor) -> Tensor:
+        """Returns the noise of the next step.
 
         Args:
-            own: What it draws, float64 of shape [count].
+            normal: The random numbers of this step, float64 of shape [count].
         """
         if not len(self._factors):
-            return own
+            return normal
         with tf.device("CPU:0"):
-            before = self._before.read_value()
-            noise = own - tf.linalg.matvec(before, self._factors, transpose_a=True)
-            self._before.assign(tf.concat([noise[None], before[:-1]], 0))
+            preceding = self._before.read_value()
+            noise = normal - tf.linalg.matvec(preceding, self._factors, transpose_a=True)
+            self._before.assign(tf.concat([noise[None], preceding[:-1]], 0))
             return noise

@@ -1,4 +1,4 @@
-"""Poisson sampling: each row enters each step by itself, with the same probability."""
+"""Poisson sampling: each step draws each row independently, with the same probability."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tfdist.samplers.permutation import generator
 
 
 class Accounted(Sampler):
-    """A sampler whose steps the accountant can be told of."""
+    """A sampler whose steps can be described to the accountant."""
 
     may_be_empty: ClassVar[bool] = True
 
@@ -37,7 +37,7 @@ class Accounted(Sampler):
 
     @abc.abstractmethod
     def expected_rows(self, num_rows: int, batch_size: int) -> float:
-        """Says how many rows a step has on average, before any is left out.
+        """Returns the mean number of rows of a step, before any are left out.
 
         Args:
             num_rows: Examples in the data.
@@ -45,7 +45,7 @@ class Accounted(Sampler):
         """
 
     def expected_units(self, num_rows: int, batch_size: int) -> float:
-        """Says how many of what is clipped by itself a step has on average.
+        """Returns the mean number of units of a step, each of which is clipped separately.
 
         Args:
             num_rows: Examples in the data.
@@ -60,17 +60,18 @@ class Poisson(Accounted):
 
     This is the sampling that the accounting of DP-SGD assumes (Abadi et al., "Deep learning
     with differential privacy", CCS 2016, section 3.1). Batches vary in size around
-    `batch_size`, may be empty, and over an epoch a row may come twice or not at all. The rows
+    `batch_size`, and may be empty. In an epoch, a row may occur twice or not at all. The rows
     of a step are sorted.
 
-    Whoever knows the seed knows who was drawn: for a guarantee it must be secret.
+    Whoever knows the seed knows the drawn rows, so the guarantee needs a secret seed.
 
     Args:
-        capacity: The most rows of a step; when more were drawn, a random choice of so many
-            stays. None has `tfdist.privacy.capacity` choose one that costs nothing.
+        capacity: The most rows of a step. If more are drawn, a random choice of `capacity` rows
+            stays. With None, `tfdist.privacy.capacity` chooses a capacity that costs almost
+            nothing.
 
     Raises:
-        ArgumentError: The capacity is no whole number of at least 1.
+        ArgumentError: The capacity is not a whole number of at least 1.
 
     Example:
         >>> import tfdist
@@ -90,16 +91,16 @@ class Poisson(Accounted):
         self, *, num_rows: int, batch_size: int, steps: int, noise_multiplier: float
     ) -> Phase:
         """Describes steps of this sampler to the accountant; see `Accounted.phase`."""
-        room = self.capacity_for(num_rows, batch_size)
+        capacity = self.capacity_for(num_rows, batch_size)
         probability = _probability(num_rows, batch_size)
-        return Phase(probability, noise_multiplier, steps, room, num_rows)
+        return Phase(probability, noise_multiplier, steps, capacity, num_rows)
 
     def expected_rows(self, num_rows: int, batch_size: int) -> float:
-        """Says how many rows a step has on average, before any is left out."""
+        """Returns the mean number of rows of a step, before any are left out."""
         return _probability(num_rows, batch_size) * num_rows
 
     def capacity_for(self, num_rows: int, batch_size: float) -> int:
-        """Says how many rows a step has at most.
+        """Returns the largest number of rows of a step.
 
         Args:
             num_rows: Examples in the data.
@@ -110,13 +111,13 @@ class Poisson(Accounted):
         return _chosen_capacity(num_rows, batch_size)
 
     def rows(self, step: int, *, num_rows: int, batch_size: float, seed: int) -> Rows:
-        """Gives the rows of one global batch, possibly none; see `Sampler.rows`."""
+        """Returns the rows of one global batch, possibly none; see `Sampler.rows`."""
         random = generator((seed, step))
-        drawn = bernoulli(random, num_rows, _probability(num_rows, batch_size))
-        room = self.capacity_for(num_rows, batch_size)
-        if len(drawn) > room:
-            drawn = np.sort(random.permutation(drawn)[:room])
-        return drawn
+        rows = bernoulli(random, num_rows, _probability(num_rows, batch_size))
+        capacity = self.capacity_for(num_rows, batch_size)
+        if len(rows) > capacity:
+            rows = np.sort(random.permutation(rows)[:capacity])
+        return rows
 
 
 def _probability(num_rows: int, batch_size: float) -> float:
@@ -130,19 +131,20 @@ def _chosen_capacity(num_rows: int, batch_size: float) -> int:
 
 
 def bernoulli(random: np.random.RandomState, trials: int, probability: float) -> Rows:
-    """Gives the numbers of the trials that succeed, by drawing the gaps between them.
+    """Returns the numbers of the trials that succeed, by drawing the gaps between them.
 
     The gaps between successes of independent trials are geometric (Devroye, "Non-uniform
-    random variate generation", 1986, section X.4), so the work is that of the successes.
+    random variate generation", 1986, section X.4). So the time depends on the number of
+    successes, not of trials.
     """
     expected = trials * probability
     at_once = int(expected + 5 * math.sqrt(expected)) + 8
-    found: list[Rows] = []
+    parts: list[Rows] = []
     last = -1
     while last < trials:
-        # No gap can be of use beyond the trials, and a sum of huge ones would overflow.
+        # A gap beyond the trials ends the search. A sum of huge gaps would overflow.
         gaps = np.minimum(random.geometric(probability, at_once), trials + 1)
-        found.append(last + np.cumsum(gaps, dtype=np.int64))
-        last = int(found[-1][-1])
-    numbers = np.concatenate(found)
+        parts.append(last + np.cumsum(gaps, dtype=np.int64))
+        last = int(parts[-1][-1])
+    numbers = np.concatenate(parts)
     return numbers[: np.searchsorted(numbers, trials)]

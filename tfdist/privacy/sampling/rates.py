@@ -1,4 +1,4 @@
-"""Poisson sampling with probabilities of their own: as often as another sampler draws."""
+"""Poisson sampling with unequal probabilities, taken from another sampler."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from tfdist.samplers.permutation import generator
 class PoissonLike(Accounted):
     """Draws each row into each step independently, on average as often as another sampler.
 
-    So private training can rebalance classes: the rows of rare ones get a larger probability.
-    A row that such a sampler draws r times in an epoch, of R draws in all, enters a step with
-    the probability min(1, batch_size * r / R). All steps are accounted as if every row had the
-    largest of these: for any one row, subsampling with less is no less private (the others'
-    draws are independent of it). So it costs more than `Poisson`, by about as much as the
-    rarest class is made more frequent.
+    So private training can rebalance classes: rows of rare classes get a larger probability. A
+    row that the other sampler draws r times in an epoch of R draws is drawn into a step with
+    probability min(1, batch_size * r / R). All steps are accounted as if every row had the
+    largest of these probabilities. This is safe: a row with a smaller probability is no less
+    private, since the draws of other rows are independent of it. So it costs more than
+    `Poisson`, about as much as the rarest class becomes more frequent.
 
-    The probabilities must not follow from the very rows that are protected: the guarantee takes
-    as public how they are found, such as how many examples each class has.
+    The guarantee assumes that the probabilities are public, with all that they are computed
+    from, such as the number of examples of each class.
 
-    Batches vary in size around `batch_size` and none is limited; an epoch has as many steps as
-    that of the other sampler.
+    Batches vary in size around `batch_size`, without a limit. An epoch has as many steps as an
+    epoch of the other sampler.
 
     Args:
-        sampler: Such as `tfdist.samplers.ClassBalanced()` or `Weighted(weights)`: any one that
-            knows how often it draws each row (`Sampler.repeats`).
+        sampler: A sampler that knows how often it draws each row (`Sampler.repeats`), such as
+            `tfdist.samplers.ClassBalanced()` or `Weighted(weights)`.
 
     Raises:
-        ArgumentError: It is no sampler, or does not know that.
+        ArgumentError: It is not a sampler, or does not know how often it draws rows.
 
     Example:
         >>> import numpy as np
@@ -62,7 +62,7 @@ class PoissonLike(Accounted):
             )
 
     def bind(self, targets: Any, num_rows: int) -> PoissonLike:
-        """Gives the other sampler its data, and sees that it can be followed."""
+        """Binds the other sampler to the data, and checks that it knows its draws."""
         bound = self.sampler.bind(targets, num_rows)
         if bound.repeats(num_rows) is None:
             raise ArgumentError(
@@ -73,11 +73,11 @@ class PoissonLike(Accounted):
         return PoissonLike(bound)
 
     def steps_per_epoch(self, num_rows: int, batch_size: int) -> int:
-        """Says how many steps make an epoch: as many as the other sampler's."""
+        """Returns the steps of an epoch of the other sampler."""
         return self.sampler.steps_per_epoch(num_rows, batch_size)
 
     def repeats(self, num_rows: int) -> NDArray[np.float64] | None:
-        """Says how often each row is drawn in an epoch; see `Sampler.repeats`."""
+        """Returns how often each row is drawn in an epoch; see `Sampler.repeats`."""
         return self.sampler.repeats(num_rows)
 
     def phase(
@@ -88,18 +88,20 @@ class PoissonLike(Accounted):
         return Phase(most, noise_multiplier, steps, None, num_rows, at_most=True)
 
     def expected_rows(self, num_rows: int, batch_size: int) -> float:
-        """Says how many rows a step has on average."""
+        """Returns how many rows a step has on average."""
         probabilities, _ = self._probabilities(num_rows, batch_size)
         return float(probabilities.sum())
 
     def rows(self, step: int, *, num_rows: int, batch_size: int, seed: int) -> Rows:
-        """Gives the rows of one global batch, possibly none; see `Sampler.rows`."""
+        """Returns the rows of one global batch, possibly none; see `Sampler.rows`."""
         probabilities, most = self._probabilities(num_rows, batch_size)
         random = generator((seed, step))
-        # Each is drawn with the largest probability, and then kept with its part of that.
-        drawn = bernoulli(random, num_rows, most)
-        kept: Rows = drawn[random.random_sample(len(drawn)) * most < probabilities[drawn]]
-        return kept
+        # Each row is drawn with the largest probability, and stays with its fraction of that.
+        candidates = bernoulli(random, num_rows, most)
+        rows: Rows = candidates[
+            random.random_sample(len(candidates)) * most < probabilities[candidates]
+        ]
+        return rows
 
     @functools.cached_property
     def _probabilities(self) -> Any:
@@ -108,8 +110,10 @@ class PoissonLike(Accounted):
     def _find_probabilities(
         self, num_rows: int, batch_size: int
     ) -> tuple[NDArray[np.float64], float]:
-        """Gives those of all rows, and the largest."""
+        """Returns the probabilities of all rows, and the largest one."""
         repeats = self.sampler.repeats(num_rows)
         assert repeats is not None  # `bind` has looked
-        found: NDArray[np.float64] = np.minimum(1.0, batch_size * repeats / repeats.sum())
-        return found, float(found.max())
+        probabilities: NDArray[np.float64] = np.minimum(
+            1.0, batch_size * repeats / repeats.sum()
+        )
+        return probabilities, float(probabilities.max())

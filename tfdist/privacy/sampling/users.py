@@ -1,4 +1,4 @@
-"""Sampling of whole users: each with all of its examples, up to a limit."""
+"""Sampling of users, each with all of its examples up to a limit."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from tfdist.samplers.permutation import generator
 
 
 class Users:
-    """Which rows are whose.
+    """The users of rows.
 
     Args:
-        group_ids: A name or number for each row, shape [rows].
-        most: The most rows of a user in a step; all if None.
+        group_ids: The name or number of each row's user, shape [rows].
+        most: The most rows of a user in a step. None is no limit.
 
     Attributes:
         group_of: The number of each row's user, int64 of shape [rows].
-        count: Users.
+        count: The number of users.
         most: The most rows of a user in a step.
-        kept: Rows of all users together, no more than `most` of each.
+        kept: The number of rows of all users, with at most `most` of each.
 
     Raises:
-        ArgumentError: There is not one for each row.
+        ArgumentError: `group_ids` does not have one name or number for each row.
     """
 
     def __init__(self, group_ids: Any, most: int | None = None) -> None:
@@ -54,37 +54,37 @@ class Users:
         self.most = int(counts.max()) if most is None else min(most, int(counts.max()))
         self.kept = int(np.minimum(counts, self.most).sum())
 
-    def rows(self, drawn: NDArray[np.int64], random: np.random.RandomState) -> Rows:
-        """Gives the rows of some users, of each at most `most`, chosen anew.
+    def rows(self, users: NDArray[np.int64], random: np.random.RandomState) -> Rows:
+        """Returns the rows of some users, with a new random choice of at most `most` each.
 
         Args:
-            drawn: Numbers of users.
-            random: Chooses.
+            users: The numbers of the users.
+            random: The random generator of the choice.
         """
-        found = []
-        for user in drawn:
+        parts = []
+        for user in users:
             rows = self._order[self._first[user] : self._first[user + 1]]
             if len(rows) > self.most:
                 rows = np.sort(random.permutation(rows)[: self.most])
-            found.append(rows)
-        return np.concatenate([np.zeros(0, np.int64), *found])
+            parts.append(rows)
+        return np.concatenate([np.zeros(0, np.int64), *parts])
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Sums up whose each row is."""
+        """A short hash of the users of all rows."""
         return hashlib.sha256(self.group_of.tobytes()).hexdigest()[:12]
 
 
 @dataclass(frozen=True, eq=False)
 class PoissonOfUsers(Accounted):
-    """Draws each user into each step independently, with all rows or as many as may be.
+    """Draws each user into each step independently, with its rows up to the limit.
 
-    Its probability is `batch_size` over the rows that all users have, as far as they count,
-    so that a step has `batch_size` rows on average.
+    The probability is `batch_size` over the number of rows of all users, up to the limit of
+    each, so a step has `batch_size` rows on average.
 
     Args:
-        users: Whose rows there are.
-        poisson: Draws them; its capacity is of users.
+        users: The users of the rows.
+        poisson: The sampler of users. Its capacity is a number of users.
     """
 
     users: Users
@@ -92,7 +92,7 @@ class PoissonOfUsers(Accounted):
 
     @property
     def group_of(self) -> Rows:
-        """The number of each row's user: its rows stay together on a replica."""
+        """The number of each row's user. Rows of a user stay together on a replica."""
         return self.users.group_of
 
     def bind(self, targets: Any, num_rows: int) -> Sampler:
@@ -107,7 +107,7 @@ class PoissonOfUsers(Accounted):
         return PoissonOfUsers(self.users, poisson)
 
     def steps_per_epoch(self, num_rows: int, batch_size: int) -> int:
-        """Says after how many steps each user was drawn once, on average."""
+        """Returns the number of steps that draw each user once on average."""
         return -(-self.users.kept // batch_size)
 
     def phase(
@@ -124,22 +124,22 @@ class PoissonOfUsers(Accounted):
         )
 
     def expected_rows(self, num_rows: int, batch_size: int) -> float:
-        """Says how many rows a step has on average."""
+        """Returns how many rows a step has on average."""
         return self._probability(batch_size) * self.users.kept
 
     def expected_units(self, num_rows: int, batch_size: int) -> float:
-        """Says how many users a step has on average."""
+        """Returns how many users a step has on average."""
         return self._expected(batch_size)
 
     def rows(self, step: int, *, num_rows: int, batch_size: int, seed: int) -> Rows:
-        """Gives the rows of one global batch, user by user, possibly none."""
-        drawn = self.poisson.rows(
+        """Returns the rows of one global batch, user by user, possibly none."""
+        users = self.poisson.rows(
             step,
             num_rows=self.users.count,
             batch_size=self._expected(batch_size),
             seed=seed,
         )
-        return self.users.rows(drawn, generator((seed, step, *b"rows")))
+        return self.users.rows(users, generator((seed, step, *b"rows")))
 
     def _probability(self, batch_size: int) -> float:
         return min(1.0, batch_size / self.users.kept)

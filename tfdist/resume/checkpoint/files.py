@@ -65,8 +65,8 @@ class SavedCheckpoint:
         }
 
 
-def open_directory(directory: Path) -> None:
-    """Makes sure that a directory is writable, and removes what a crash left there.
+def make_directory(directory: Path) -> None:
+    """Makes a directory, unless it exists, and makes sure that it is writable.
 
     Args:
         directory: The directory of the checkpoints.
@@ -77,8 +77,6 @@ def open_directory(directory: Path) -> None:
     probe = directory / f"{_UNFINISHED}probe-{os.getpid()}"
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        for unfinished in directory.glob(f"{_UNFINISHED}*"):
-            shutil.rmtree(unfinished, ignore_errors=True)
         probe.mkdir()
         probe.rmdir()
     except OSError as error:
@@ -86,6 +84,16 @@ def open_directory(directory: Path) -> None:
             "`checkpoint` must be a directory that can be written. Received: "
             f"{str(directory)!r} ({error.strerror}). Choose another one."
         ) from None
+
+
+def remove_unfinished(directory: Path) -> None:
+    """Removes what a crash left in a directory.
+
+    Args:
+        directory: The directory of the checkpoints, of which this process has the lease.
+    """
+    for unfinished in directory.glob(f"{_UNFINISHED}*"):
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def check_room(directory: Path, needed: int) -> None:
@@ -110,7 +118,8 @@ def check_room(directory: Path, needed: int) -> None:
 def latest(directory: Path) -> SavedCheckpoint | None:
     """Reads the last checkpoint that is not damaged.
 
-    Damaged checkpoints after it are renamed, with a warning on standard error.
+    Damaged checkpoints after it are renamed, with a warning on standard error. Where all are
+    damaged, nothing is renamed, so that another try does not begin anew in silence.
 
     Args:
         directory: The directory of the checkpoints.
@@ -119,26 +128,32 @@ def latest(directory: Path) -> SavedCheckpoint | None:
         The checkpoint, or None if the directory has none.
 
     Raises:
-        CheckpointError: All checkpoints are damaged.
+        CheckpointError: All checkpoints are damaged, or one cannot be read.
     """
-    folders = _folders(directory)
-    for folder in reversed(folders):
+    damaged: dict[Path, str] = {}
+    for folder in reversed(_folders(directory)):
         try:
-            return SavedCheckpoint(folder, _verified(folder))
-        except DamagedCheckpoint as reason:
+            saved = SavedCheckpoint(folder, _verified(folder))
+        except DamagedCheckpoint as error:
+            damaged[folder] = str(error)
+            continue
+        for path, reason in damaged.items():
             print(
-                f"tfdist: warning: the checkpoint {folder} is damaged ({reason}) and is not "
+                f"tfdist: warning: the checkpoint {path} is damaged ({reason}) and is not "
                 "used. The one before it is.",
                 file=sys.stderr,
                 flush=True,
             )
-            damaged = folder.with_name(f"{_DAMAGED}{folder.name}")
-            shutil.rmtree(damaged, ignore_errors=True)
-            folder.rename(damaged)
-    if folders:
+            renamed = path.with_name(f"{_DAMAGED}{path.name}")
+            shutil.rmtree(renamed, ignore_errors=True)
+            path.rename(renamed)
+        return saved
+    reasons = [f"{folder.name}: {reason}" for folder, reason in damaged.items()]
+    reasons += [f"{folder.name}, renamed before" for folder in directory.glob(f"{_DAMAGED}*")]
+    if reasons:
         raise CheckpointError(
-            f"One checkpoint in {str(directory)!r} must be whole. Received: {len(folders)}, "
-            "all damaged. Choose another directory to begin anew."
+            f"One checkpoint in {str(directory)!r} must be whole. Received: {len(reasons)}, "
+            f"all damaged ({'; '.join(reasons)}). Choose another directory to begin anew."
         )
     return None
 
@@ -150,6 +165,7 @@ def write(
     tensors: Mapping[str, Tensor],
     state: Mapping[str, Any],
     keep: int,
+    check: Callable[[], None] = lambda: None,
 ) -> None:
     """Writes a checkpoint, completely or not at all, and removes old ones.
 
@@ -160,6 +176,7 @@ def write(
         tensors: The tensors by name.
         state: All other state, for JSON.
         keep: Number of checkpoints to keep, with this one.
+        check: Raises an error if this training may no longer write there.
 
     Raises:
         CheckpointError: The checkpoint could not be written.
@@ -180,17 +197,28 @@ def write(
         (unfinished / _STATE).write_text(text)
         sums = [f"{_digest(file)}  {file.name}\n" for file in sorted(unfinished.iterdir())]
         (unfinished / _SUMS).write_text("".join(sums))
+        # The rename is the commit: a folder with the final name is complete. So all files, and
+        # the folder that lists them, must be on the disk before it. Otherwise a power failure
+        # could leave the new name with empty files.
         for path in (*unfinished.iterdir(), unfinished):
             _sync(path)
         final = directory / name
-        if final.exists():  # training continued from an earlier checkpoint, and came here again
+        check()
+        if final.exists():
+            # Training continued from an earlier checkpoint, and came to this step again. A
+            # folder cannot replace a folder with files in one operation. Between both renames
+            # this checkpoint is missing, and the one before it would be used.
             replaced = directory / f"{_UNFINISHED}replaced-{name}-{os.getpid()}"
             final.rename(replaced)
             unfinished.rename(final)
             shutil.rmtree(replaced, ignore_errors=True)
         else:
             unfinished.rename(final)
+        # Only now is the rename itself on the disk. Old checkpoints are removed after it.
         _sync(directory)
+    except CheckpointError:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
     except (OSError, tf.errors.OpError) as error:
         shutil.rmtree(unfinished, ignore_errors=True)
         reason = getattr(error, "strerror", None) or getattr(error, "message", None) or error
@@ -210,9 +238,12 @@ def _folders(directory: Path) -> list[Path]:
 
 
 def _verified(folder: Path) -> dict[str, Any]:
+    """Reads the state of a checkpoint, and compares the checksums of all its files."""
     try:
-        lines = (folder / _SUMS).read_text().splitlines()
-        expected = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
+        lines = [line.split("  ", 1) for line in (folder / _SUMS).read_text().splitlines()]
+        if any(len(line) < 2 for line in lines):
+            raise DamagedCheckpoint(f"{_SUMS} is cut off")
+        expected = {name: digest for digest, name in lines}
         missing = {_STATE, f"{_TENSORS}.index"} - expected.keys()
         if missing:
             raise DamagedCheckpoint(f"{_SUMS} does not list {min(missing)}")
@@ -222,8 +253,13 @@ def _verified(folder: Path) -> dict[str, Any]:
         state: dict[str, Any] = json.loads((folder / _STATE).read_text())
     except FileNotFoundError as error:
         raise DamagedCheckpoint(f"{Path(error.filename).name} is missing") from None
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise DamagedCheckpoint(str(error)) from None
+    except OSError as error:
+        raise CheckpointError(
+            f"A checkpoint must be readable. Received: {error.filename or folder} "
+            f"({error.strerror}). Mend that. To use the one before it, move this one away."
+        ) from None
     return state
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from tfdist.errors import CheckpointError
 from tfdist.resume.checkpoint import files, same, tensors
+from tfdist.resume.checkpoint.lease import Lease
 from tfdist.step.prepared import PreparedModel
 from tfdist.strategies.base import Strategy
 
@@ -32,10 +33,11 @@ class LastCheckpoint:
     specs: files.Specs = field(default_factory=dict)
 
 
-def last_checkpoint(path: Path, strategy: Strategy) -> LastCheckpoint:
+def last_checkpoint(lease: Lease, path: Path, strategy: Strategy) -> LastCheckpoint:
     """Reads the last checkpoint on the chief, and sends its state to all workers.
 
     Args:
+        lease: The lease of the directory, which the chief takes.
         path: The directory.
         strategy: The strategy that connects the workers.
 
@@ -46,7 +48,9 @@ def last_checkpoint(path: Path, strategy: Strategy) -> LastCheckpoint:
     specs: files.Specs = {}
     if strategy.place.is_chief:
         try:
-            files.open_directory(path)
+            files.make_directory(path)
+            lease.take()
+            files.remove_unfinished(path)
             saved = files.latest(path)
             if saved is not None:
                 read, state, specs = saved.tensors(), saved.state, saved.specs()

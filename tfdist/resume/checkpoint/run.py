@@ -16,6 +16,7 @@ from tfdist._version import __version__
 from tfdist.errors import CheckpointError
 from tfdist.resume.checkpoint import files, reading, same, tensors
 from tfdist.resume.checkpoint.callbacks import CallbackState
+from tfdist.resume.checkpoint.lease import Lease
 from tfdist.resume.checkpoint.plain import decode, plain_logs
 from tfdist.resume.checkpoint.preemption import Preemption
 from tfdist.resume.checkpoint.reading import LastCheckpoint
@@ -61,7 +62,8 @@ class CheckpointRun(Continuation):
         self._writer = Writer()
         self._preemption, self._stop = Preemption(), StopState()
         self._model: Any = None
-        self._last = reading.last_checkpoint(self._settings.path, strategy)
+        self._lease = Lease(self._settings.path)
+        self._last = reading.last_checkpoint(self._lease, self._settings.path, strategy)
         self._position: Position | None = None
         self._steps_made = 0 if self._last.state is None else self._last.state["steps"]
         self._schedule = SavingSchedule(self._settings.every, self._steps_made)
@@ -75,10 +77,10 @@ class CheckpointRun(Continuation):
     def choose(self, request: Request) -> Request:
         """Restores the other extensions, and the sampler's seed unless the user chose one."""
         state = self._last.state
-        before = {} if state is None else state["others"]
+        saved_states = {} if state is None else state["others"]
         steps = 0 if state is None else int(state["steps"])
         self._states = {
-            o.name: o.go_on(before.get(o.name), steps, self._settings.path)
+            o.name: o.go_on(saved_states.get(o.name), steps, self._settings.path)
             for o in self._others
         }
         saved = None if state is None else state["setup"]["seed"]
@@ -131,7 +133,8 @@ class CheckpointRun(Continuation):
         self._initial_epoch = state["initial_epoch"]
         self._position = Position.from_json(state["position"])
         epoch, step, where = self._position
-        if state["stopped"]:  # a callback's decision holds, however many are asked for
+        if state["stopped"]:
+            # A callback has ended the training, which holds for any number of epochs.
             epoch, step = sys.maxsize, 0
         return epoch, step, lambda: where, decode(state["logs"], arrays.__getitem__)
 
@@ -174,7 +177,7 @@ class CheckpointRun(Continuation):
         Raises:
             Preempted: One of the workers has received SIGTERM.
         """
-        with self._preemption.listening():
+        with self._lease.renewed(), self._preemption.listening():
             try:
                 yield
             except BaseException:
@@ -316,6 +319,7 @@ class CheckpointRun(Continuation):
         # State that is not everywhere is gathered, so every worker takes part in `take`.
         if not self._strategy.place.is_chief and self._train_state.is_everywhere:
             return
+        # One checkpoint is written at a time. An error of the previous one is raised here.
         self._writer.finish()
         content = tensors.take(self._computing, self._train_state)
         if not self._strategy.place.is_chief:
@@ -339,5 +343,7 @@ class CheckpointRun(Continuation):
         path, keep = self._settings.path, self._settings.keep
         epoch, step, _ = position
         self._writer.begin(
-            functools.partial(files.write, path, epoch, step, content, state, keep)
+            functools.partial(
+                files.write, path, epoch, step, content, state, keep, self._lease.check
+            )
         )

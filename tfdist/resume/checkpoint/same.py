@@ -60,7 +60,7 @@ def describe(
 
 
 def has_other_contents(now: dict[str, Any], saved: dict[str, Any]) -> bool:
-    """Tells whether the values of the arrays have changed, if both fingerprints are known.
+    """Returns whether the values of the arrays have changed, if both fingerprints are known.
 
     Args:
         now: The result of `describe`.

@@ -49,7 +49,7 @@ class SavingSchedule:
         self.is_due = False
 
     def has_saved(self, steps: int) -> bool:
-        """Tells whether the last checkpoint contains exactly these steps.
+        """Returns whether the last checkpoint contains exactly these steps.
 
         Args:
             steps: Number of completed steps of the training.

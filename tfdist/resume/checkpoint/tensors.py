@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from tfdist import _keras
 from tfdist.errors import CheckpointError
-from tfdist.step.state import TrainState
+from tfdist.step.state import Sharded, TrainState
 from tfdist.strategies.base import Strategy
 from tfdist.strategies.whole import as_whole, whole
 
@@ -35,16 +35,14 @@ def take(strategy: Strategy, state: TrainState) -> dict[str, Tensor]:
     # This does not copy: a tensor shares memory with its variable until the next assignment,
     # which then allocates new memory.
     tensors = {
-        f"variables/{number}": tf.convert_to_tensor(variable)
-        for number, variable in enumerate(state.replicated)
+        f"variables/{number}": _take_whole(strategy, variable, state.role_in_parts(variable))
+        for number, variable in enumerate(state.named)
     }
     for number, variable in enumerate(state.per_replica):
         values = _gather(strategy, variable)
         tensors[f"per_replica/{number}"] = tf.constant(np.stack(values)) if values else None
     for number, (variable, role) in enumerate(state.sharded):
-        parts = _gather(strategy, variable)
-        whole_tensor = tf.constant(np.concatenate(parts)[: role.rows]) if parts else None
-        tensors[f"sharded/{number}"] = whole_tensor
+        tensors[f"sharded/{number}"] = _take_whole(strategy, variable, role)
     if _keras.has_global_seed():
         tensors[_GLOBAL_SEED] = tf.identity(_keras.global_seed_variable().value)
     return tensors
@@ -71,11 +69,17 @@ def put_back(
     place, variables = strategy.place, list(state.replicated)
     if has_global_seed:
         variables.append(_keras.global_seed_variable())
-    if read is not None:
-        for number, variable in enumerate(state.replicated):
-            variable.assign(read(f"variables/{number}"))
-        if has_global_seed:
-            variables[-1].assign(read(_GLOBAL_SEED))
+    for number, variable in enumerate(state.named):
+        saved = None if read is None else read(f"variables/{number}")
+        if (role := state.role_in_parts(variable)) is not None:
+            if saved is not None:
+                saved = np.reshape(saved, (role.rows, *variable.shape[1:]))
+            parts = None if saved is None else _cut(saved, strategy, variable)
+            strategy.assign_copies(variable, _distribute(strategy, variable, parts))
+        elif saved is not None:
+            variable.assign(saved)
+    if read is not None and has_global_seed:
+        variables[-1].assign(read(_GLOBAL_SEED))
     _connecting(strategy).agree(variables)
     for number, variable in enumerate(state.per_replica):
         saved = None if read is None else read(f"per_replica/{number}")
@@ -117,8 +121,12 @@ def check(
     def shape_of(variable: Any) -> tuple[int, ...]:
         return tuple(variable.shape)
 
+    def whole_shape(variable: Any) -> tuple[int, ...]:
+        role = state.role_in_parts(variable)
+        return shape_of(variable) if role is None or role.shape is None else role.shape
+
     kinds: dict[str, list[tuple[Any, tuple[int, ...]]]] = {
-        "variables": [(v, shape_of(v)) for v in state.replicated],
+        "variables": [(v, whole_shape(v)) for v in state.named],
         "per_replica": [(v, shape_of(v)) for v in state.per_replica],
         "sharded": [(v, (role.rows, *shape_of(v)[1:])) for v, role in state.sharded],
     }
@@ -142,6 +150,17 @@ def check(
                 refuse(f"finite numbers in {name}", "NaN or infinity")
     if saved["global_seed"] and _GLOBAL_SEED not in specs:
         refuse(f"a tensor {_GLOBAL_SEED}", "none")
+
+
+def _take_whole(strategy: Strategy, variable: Any, role: Sharded | None) -> Tensor:
+    """Returns the value of a variable. One in parts is gathered; then only the chief has it."""
+    if role is None:
+        return tf.convert_to_tensor(variable)
+    parts = _gather(strategy, variable)
+    if not parts:
+        return None
+    whole_tensor = np.concatenate(parts)[: role.rows]
+    return tf.constant(whole_tensor if role.shape is None else whole_tensor.reshape(role.shape))
 
 
 def _connecting(strategy: Strategy) -> Strategy:
@@ -201,4 +220,4 @@ def size_of(state: TrainState, replicas: int) -> int:
         return sum(map(_keras.num_bytes, variables))
 
     parts = [variable for variable, _ in state.sharded]
-    return of(state.replicated) + replicas * of([*state.per_replica, *parts])
+    return of(state.named) + replicas * of([*state.per_replica, *parts])

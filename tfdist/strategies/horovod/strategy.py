@@ -196,6 +196,14 @@ class Horovod(Connected):
             return tf.bitcast(self.all_gather(tf.bitcast(tensor, tf.uint16)), tf.bfloat16)
         return self._hvd.allgather(tensor, process_set=self._process_set)
 
+    def sum_of_part(self, stacked: Tensor) -> Tensor:
+        """Sums a tensor; each rank gets its row.
+
+        Horovod's own reduce-scatter is not used: on Gloo it corrupts tensors of 8 MiB and more.
+        """
+        received = self._all_to_all(tf.reshape(stacked, [-1]))
+        return tf.reduce_sum(tf.reshape(received, tf.shape(stacked)), 0)
+
     @contextlib.contextmanager
     def waiting_for(self, what: str) -> Iterator[None]:
         """Limits a wait for the other ranks, and explains an error of Horovod."""
@@ -274,6 +282,8 @@ class Horovod(Connected):
     def _all_to_all(self, tensor: Tensor) -> Tensor:
         """Sends an equal part of a vector to each rank."""
         sizes = tf.fill([self.place.num_replicas], tf.size(tensor) // self.place.num_replicas)
+        if tensor.dtype == tf.bfloat16:  # Horovod does not support it
+            return tf.bitcast(self._all_to_all(tf.bitcast(tensor, tf.uint16)), tf.bfloat16)
         received, _ = self._hvd.alltoall(tensor, sizes, process_set=self._process_set)
         return received
 

@@ -150,7 +150,7 @@ class Asynchronous:
         return dict(self._logs)
 
     def _message_size(self, epoch: Any, num_batches: int) -> int:
-        """Says how many steps go into one message, so that each worker still gets some."""
+        """Returns how many steps go into one message, so that each worker still gets some."""
         if self._model.steps_per_execution > 1:
             return num_batches
         enough = self._num_workers * _STEPS_PER_MESSAGE

@@ -126,7 +126,7 @@ class ParameterServer(TFDistribute):
         return f"{workers} workers and {servers} servers in {cluster.source}"
 
     def describe(self, batch_size: int | None) -> str:
-        """Says how a batch is computed."""
+        """Returns how a batch is computed."""
         if self.synchronous:
             return f"synchronous, {super().describe(batch_size)}"
         each = "a batch" if batch_size is None else f"batch {batch_size}"
@@ -182,7 +182,7 @@ class ParameterServer(TFDistribute):
         ).functions()
 
     def summary(self) -> str | None:
-        """Says how stale the weights were."""
+        """Returns how stale the weights were."""
         staleness = self.staleness
         if staleness is None or not staleness.updates:
             return None
@@ -246,7 +246,7 @@ class ParameterServer(TFDistribute):
 
     @contextlib.contextmanager
     def explaining_losses(self) -> Iterator[None]:
-        """Says which process was lost, and what you can do."""
+        """Returns which process was lost, and what you can do."""
         try:
             yield
         except tf.errors.UnavailableError:

@@ -1,0 +1,55 @@
+"""A worker of `benchmarks.model_parallel`: trains, and prints memory in MiB and a step in ms.
+
+Its argument is the number of layers, their width, and "plain" or "zero".
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+import tfdist
+from benchmarks.packs_worker import BATCH, PEAK, STEPS, Steps, mib
+from tfdist import _keras
+
+
+class Measured(Steps):
+    """Times steps, and reads the peak of the training before it resets it."""
+
+    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
+        if batch == 2:
+            self.first_peak = mib("VmHWM")
+        super().on_train_batch_begin(batch, logs)
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        self.peak = mib("VmHWM")
+        state = {id(v._value): v for v in self.model.optimizer.variables}.values()
+        self.state = sum(map(_keras.num_bytes, state)) / 2**20
+
+
+def main(layers: str, width: str, kind: str) -> None:
+    size = int(width)
+    tf.ones([2, 2]) @ tf.ones([2, 2])
+    x = np.random.default_rng(0).normal(size=(BATCH * STEPS, size)).astype("float32")
+    before, steps = mib("VmRSS"), Measured()
+    PEAK.write_text("5")
+    dense = [keras.layers.Dense(size, "tanh") for _ in range(int(layers))]
+    model = keras.Sequential([keras.Input((size,)), *dense, keras.layers.Dense(1)])
+    model.compile("adam", "mse")
+    strategy = tfdist.Zero() if kind == "zero" else "auto"
+    tfdist.fit(
+        model, x, x[:, :1], batch_size=BATCH, verbose=0, seed=1, callbacks=[steps],
+        strategy=strategy,
+    )  # fmt: skip
+    peak = max(steps.first_peak, steps.peak) - before
+    step = statistics.median(steps.times[2:]) * 1e3
+    print(f"measured [{steps.state}, {peak}, {steps.peak - before}, {step}]")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1].split(","))

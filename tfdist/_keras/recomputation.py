@@ -1,0 +1,274 @@
+"""Layers that keep their inputs only, and compute their activations again in the backward pass.
+
+(Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016.) Keras's own
+`keras.remat` draws other random numbers in the second pass, and changes variables twice.
+
+A layer's `call` runs twice while a step is traced. The first pass is the usual one. Its results
+go on through `tf.custom_gradient`, so the backward pass does not lead into it. The second pass
+runs in the backward pass, in a scope in which each variable has the value that it had in the
+first pass, and in which assignments change nothing. So seeds give the same random numbers, and
+moving statistics are updated once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+from keras.src.backend.common import global_state as _global_state
+from tensorflow.python.eager import record as _record
+from tensorflow.python.ops import control_flow_util as _control_flow
+
+from tfdist._keras.recomputed_ops import ops_of_thread, refuse_unrepeatable
+from tfdist._keras.recomputed_state import FirstPass, SecondPass
+from tfdist._keras.replica import current_batch, on_replica
+from tfdist._keras.served import StepScope
+
+Tensor = Any
+Call = Callable[..., Any]
+_NAMES = ("call", "quantized_call")  # Keras calls the second one of a quantized layer
+
+
+def set_recomputed(layer: Any, recomputed: bool) -> None:
+    """Makes a layer compute its activations again in the backward pass, or keep them.
+
+    Relies on `Layer.__call__`, which looks up `call` on the instance.
+
+    Args:
+        layer: A `keras.Layer`.
+        recomputed: Whether its activations are computed again.
+    """
+    for name in _NAMES:
+        if isinstance(vars(layer).get(name), _RecomputedCall):
+            del vars(layer)[name]
+        if recomputed:
+            # Not with `setattr`, which Keras watches for layers and variables.
+            vars(layer)[name] = _RecomputedCall(layer, getattr(layer, name))
+
+
+def recomputed_calls(model: Any) -> list[Any]:
+    """Lists the objects that replace the calls of recomputed layers.
+
+    Args:
+        model: A `keras.Layer` or model.
+    """
+    calls = (vars(layer).get(_NAMES[0]) for layer in model._flatten_layers())
+    return [call for call in calls if isinstance(call, _RecomputedCall)]
+
+
+class _RecomputedCall:
+    """Takes the place of a layer's `call`."""
+
+    def __init__(self, layer: Any, original: Call) -> None:
+        functools.update_wrapper(self, original)
+        self.layer = layer
+        self._original = original
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        leaves = tf.nest.flatten((args, kwargs), expand_composites=True)
+        if not _is_trained(leaves):
+            return self._original(*args, **kwargs)
+        return _recomputed(self.layer, self._original, args, kwargs)
+
+
+def _is_trained(leaves: Sequence[Any]) -> bool:
+    """Tells whether a call is part of the graph of a gradient."""
+    if tf.executing_eagerly() or not _record.could_possibly_record():
+        return False
+    if _global_state.get_global_attribute("symbolic_scope") is not None:
+        return False  # only shapes are computed
+    if isinstance(_global_state.get_global_attribute("stateless_scope"), StepScope):
+        return False  # the weights are on servers
+    return not any(isinstance(leaf, keras.KerasTensor) for leaf in leaves)
+
+
+@dataclass(frozen=True)
+class _Surroundings:
+    """What a call depends on besides its arguments and variables."""
+
+    autocast: Any
+    context: Any
+    batch: Any
+    python_random: Any
+    numpy_random: Any
+
+    @classmethod
+    def now(cls) -> _Surroundings:
+        """Returns those of the running call."""
+        return cls(
+            _global_state.get_global_attribute("autocast_scope"),
+            copy.copy(_global_state.get_global_attribute("current_call_ctx")),
+            current_batch(),
+            random.getstate(),
+            np.random.get_state(),
+        )
+
+    @contextlib.contextmanager
+    def restored(self) -> Iterator[None]:
+        """Restores them while the context lasts."""
+        before = self.now()
+        try:
+            self._set()
+            with on_replica(self.batch):
+                yield
+        finally:
+            before._set()
+
+    def _set(self) -> None:
+        _global_state.set_global_attribute("autocast_scope", self.autocast)
+        # A copy, as each layer leaves its `training` in it.
+        _global_state.set_global_attribute("current_call_ctx", copy.copy(self.context))
+        random.setstate(self.python_random)
+        np.random.set_state(self.numpy_random)
+
+
+def _recomputed(layer: Any, call: Call, args: Any, kwargs: Any) -> Any:
+    """Calls a layer such that the backward pass calls it again."""
+    given = _Leaves((args, kwargs))
+    surroundings = _Surroundings.now()
+    graph = tf.compat.v1.get_default_graph()
+    made = ops_of_thread(graph)
+    begin = len(made)
+    with FirstPass() as first, _record.VariableWatcher() as watcher:
+        outputs = call(*args, **kwargs)
+    ops = made[begin:]
+    first.refuse_changes_inside(layer)
+    refuse_unrepeatable(layer, graph, ops, first.writes)
+    results = [*tf.nest.flatten(outputs, expand_composites=True), *first.losses]
+    chosen = [i for i, result in enumerate(results) if _has_gradient(result)]
+    if not chosen:
+        first.hand_over_losses(layer, first.losses)
+        return outputs
+    # All that the results can be differentiated by, wherever the layer has it from.
+    tensors, values = given.tensors, first.values
+    hidden = _hidden(graph, ops, tensors)
+    raw = first.others(watcher.watched_variables())
+
+    def gradient(*upstream: Tensor) -> list[Any]:
+        dense = [tf.convert_to_tensor(gradient) for gradient in upstream]
+        again, later_values = _after(dense, tensors, list(values.values()))
+        later = [*again, *later_values]
+        with surroundings.restored(), tf.GradientTape() as tape:
+            tape.watch([t for t in [*later, *hidden] if _has_gradient(t)])
+            scope = SecondPass(dict(zip(values, later_values, strict=True)))
+            with scope:
+                second_args, second_kwargs = given.replaced(again)
+                repeated = call(*second_args, **second_kwargs)
+        repeats = [*tf.nest.flatten(repeated, expand_composites=True), *scope.losses]
+        scope.forget_losses(layer)
+        _check_same(layer, results, repeats)
+        sources = [*(t for t in later if _has_gradient(t)), *hidden, *raw]
+        found: list[Any] = tape.gradient(
+            [repeats[i] for i in chosen], sources, output_gradients=dense
+        )
+        return found
+
+    @tf.custom_gradient  # type: ignore[untyped-decorator]
+    def tied(*inputs: Tensor) -> tuple[list[Tensor], Callable[..., list[Any]]]:
+        return [results[i] for i in chosen], gradient
+
+    anchors = [t for t in [*tensors, *values.values()] if _has_gradient(t)]
+    anchors += [*hidden, *map(tf.identity, raw)]
+    for i, result in zip(chosen, tied(*anchors), strict=True):
+        mask = getattr(results[i], "_keras_mask", None)
+        if mask is not None:
+            result._keras_mask = mask
+        results[i] = result
+    count = len(results) - len(first.losses)
+    first.hand_over_losses(layer, results[count:])
+    return tf.nest.pack_sequence_as(outputs, results[:count], expand_composites=True)
+
+
+class _Leaves:
+    """The arguments of a call, whose tensors can be replaced."""
+
+    def __init__(self, arguments: Any) -> None:
+        self._arguments = arguments
+        self._leaves = tf.nest.flatten(arguments, expand_composites=True)
+        # The call may take masks off its arguments.
+        self._masks = [getattr(leaf, "_keras_mask", None) for leaf in self._leaves]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The tensors of the graph among the arguments."""
+        return [leaf for leaf in self._leaves if tf.is_symbolic_tensor(leaf)]
+
+    def replaced(self, tensors: Sequence[Tensor]) -> Any:
+        """Returns the arguments with other tensors, which get the masks of the first ones.
+
+        Args:
+            tensors: As many as `tensors`.
+        """
+        rest = iter(tensors)
+        leaves = [next(rest) if tf.is_symbolic_tensor(old) else old for old in self._leaves]
+        for leaf, mask in zip(leaves, self._masks, strict=True):
+            if mask is not None:
+                leaf._keras_mask = mask
+        return tf.nest.pack_sequence_as(self._arguments, leaves, expand_composites=True)
+
+
+def _has_gradient(value: Any) -> bool:
+    is_tensor = tf.is_symbolic_tensor(value)
+    return bool(is_tensor and (value.dtype.is_floating or value.dtype.is_complex))
+
+
+def _hidden(graph: Any, ops: Sequence[Any], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Lists tensors that a layer uses and that are neither its arguments nor made by it."""
+    made = {output.name for op in ops if op.type != "Placeholder" for output in op.outputs}
+    made |= {tensor.name for tensor in tensors if tensor.graph is graph}
+    used = [output for op in ops if op.type == "Placeholder" for output in op.outputs]
+    used += [tensor for op in ops for tensor in op.inputs]
+    hidden = {t.name: t for t in used if t.name not in made and t.op.type != "Const"}
+    return [tensor for tensor in hidden.values() if _has_gradient(tensor)]
+
+
+def _after(
+    upstream: Sequence[Tensor], tensors: Sequence[Tensor], values: Sequence[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Returns the same tensors, available when the gradients of the layer's results are.
+
+    Otherwise the second pass could run at any time, and its activations would be kept, or
+    be found to be those of the first pass.
+
+    Args:
+        upstream: The gradients.
+        tensors: The layer's arguments.
+        values: The values of variables.
+    """
+    if not _control_flow.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph()):
+        with tf.control_dependencies(upstream):
+            return [tf.identity(t) for t in tensors], [tf.identity(v) for v in values]
+    # XLA ignores control dependencies. So, as in `tf.recompute_grad`, a zero is added that XLA
+    # cannot know to be one. A barrier for XLA does not keep the passes apart on a CPU.
+    first = tf.reshape(upstream[0], [-1])[:1]
+    is_any = tf.cast(tf.reduce_max(tf.math.real(first)), tf.bool)
+    zero = tf.where(tf.equal(is_any, is_any), 0.0, float("nan"))
+
+    def later(given: Sequence[Tensor]) -> list[Tensor]:
+        return [t + tf.cast(zero, t.dtype) if _has_gradient(t) else t for t in given]
+
+    if any(map(_has_gradient, tensors)):
+        return later(tensors), list(values)
+    return list(tensors), later(values)
+
+
+def _check_same(layer: Any, results: Sequence[Any], repeats: Sequence[Any]) -> None:
+    same = len(results) == len(repeats) and all(
+        getattr(a, "dtype", None) == getattr(b, "dtype", None)
+        and getattr(a, "shape", None) == getattr(b, "shape", None)
+        for a, b in zip(results, repeats, strict=True)
+    )
+    if not same:
+        raise RuntimeError(
+            "A layer whose activations are recomputed must compute the same when it is called "
+            f"again. Received: layer {layer.name!r}, whose second call returned {repeats!r} "
+            f"after {results!r}. Leave it out of `layers` of tfdist.recompute."
+        )

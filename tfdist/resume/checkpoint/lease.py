@@ -1,0 +1,246 @@
+"""The lease of a checkpoint directory: one training at a time writes there.
+
+A lease is a lock that expires (Gray and Cheriton, *Leases: an efficient fault-tolerant
+mechanism for distributed file cache consistency*, 1989). Its owner renews it. If the owner
+stops doing so, another training takes the lease, and what the first one still wants to write
+is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from tfdist.errors import CheckpointError
+
+RENEWED_EVERY_S = 5.0
+EXPIRES_AFTER_S = 30.0
+ENDS_WITHIN_S = 5.0
+"""How long a process of this machine may still need to end, when another takes its place."""
+_POLL_S = 0.2
+_NAME = ".lease"
+
+
+@dataclass(frozen=True)
+class Owner:
+    """What the file of a lease says.
+
+    Attributes:
+        host: The owner's host.
+        pid: Its process number.
+        started: When that process started, as its kernel counts: numbers are used again.
+        kernel: Which running kernel and which namespace of process numbers that is.
+        token: Another one for each lease.
+        renewals: How often the lease was renewed.
+    """
+
+    host: str
+    pid: int
+    started: str
+    kernel: str
+    token: str
+    renewals: int = 0
+
+    @classmethod
+    def here(cls) -> Owner:
+        """Returns this process, with a new token."""
+        pid = os.getpid()
+        return cls(socket.gethostname(), pid, _started(pid), _kernel(), uuid.uuid4().hex)
+
+    @property
+    def is_of_this_kernel(self) -> bool:
+        """Whether this process can see the owner's process."""
+        return self.kernel != "" and self.kernel == _kernel()
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the process is known to have ended, or is this one."""
+        if not self.is_of_this_kernel:
+            return False
+        return self.pid == os.getpid() or _started(self.pid) != self.started
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}"
+
+
+class Lease:
+    """The lease of a directory, for one training.
+
+    Args:
+        directory: The directory of the checkpoints.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._file = directory / _NAME
+        self._mine: Owner | None = None
+
+    def take(self) -> None:
+        """Takes the lease, as soon as its owner has ended or was silent for too long.
+
+        Raises:
+            CheckpointError: Another training has it, and goes on; or the directory is not
+                writable.
+        """
+        try:
+            self._take(Owner.here())
+        except OSError as error:
+            raise CheckpointError(
+                "`checkpoint` must be a directory that can be written. Received: "
+                f"{str(self._directory)!r} ({error.strerror}). Choose another one."
+            ) from None
+
+    def _take(self, mine: Owner) -> None:
+        begun, seen, is_told = time.monotonic(), self._owner(), False
+        while not self._create(mine):
+            owner = self._owner()
+            if owner is None:
+                continue  # it was released just now
+            waited = time.monotonic() - begun
+            if owner.has_ended or (owner == seen and waited > EXPIRES_AFTER_S):
+                self._remove(owner)
+                continue
+            is_renewed = seen is not None and owner != seen
+            if is_renewed or (owner.is_of_this_kernel and waited > ENDS_WITHIN_S):
+                raise CheckpointError(
+                    "One training at a time must use a checkpoint directory. Received: "
+                    f"{str(self._directory)!r}, to which {owner} writes. End it, or choose "
+                    "another directory."
+                )
+            seen = seen or owner
+            if not is_told and not owner.is_of_this_kernel:
+                is_told = True
+                print(
+                    f"tfdist: {owner} has used {str(self._directory)!r}. This process waits up "
+                    f"to {EXPIRES_AFTER_S:.0f} s for a sign that it still does.",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            time.sleep(_POLL_S)
+        self._mine = mine
+
+    @contextlib.contextmanager
+    def renewed(self) -> Iterator[None]:
+        """Renews the lease now and then in a thread, and releases it at the end."""
+        if self._mine is None:  # on other workers than the chief
+            yield
+            return
+        is_over = threading.Event()
+
+        def renew() -> None:
+            while not is_over.wait(RENEWED_EVERY_S):
+                with contextlib.suppress(OSError):  # a full disk: there will be room again
+                    self._renew()
+
+        thread = threading.Thread(target=renew, name="tfdist-lease", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            is_over.set()
+            thread.join()
+            self.release()
+
+    def check(self) -> None:
+        """Checks that this training still has the lease.
+
+        Raises:
+            CheckpointError: Another one has taken it.
+        """
+        owner = self._owner()
+        if self._mine is None or (owner is None and self._create(self._mine)):
+            return
+        if owner is None or owner.token != self._mine.token:
+            raise CheckpointError(
+                "A training must have its checkpoint directory for itself. Received: "
+                f"{str(self._directory)!r}, which {owner or 'another process'} has taken. This "
+                "one was silent for too long, and writes no more."
+            )
+
+    def release(self) -> None:
+        """Removes the lease, if this training still has it."""
+        mine, self._mine = self._mine, None
+        if mine is not None and (owner := self._owner()) and owner.token == mine.token:
+            self._file.unlink(missing_ok=True)
+
+    def _renew(self) -> None:
+        owner = self._owner()
+        if self._mine is None or owner is None or owner.token != self._mine.token:
+            return
+        file = self._written(replace(owner, renewals=owner.renewals + 1))
+        file.replace(self._file)
+
+    def _create(self, owner: Owner) -> bool:
+        """Makes the file of the lease, complete, unless there is one."""
+        file = self._written(owner)
+        try:
+            os.link(file, self._file)
+        except FileExistsError:
+            return False
+        except OSError:  # a file system without hard links
+            try:
+                with self._file.open("x") as made:
+                    made.write(file.read_text())
+            except FileExistsError:
+                return False
+        finally:
+            file.unlink(missing_ok=True)
+        return True
+
+    def _written(self, owner: Owner) -> Path:
+        file = self._directory / f"{_NAME}-{owner.token}"
+        try:
+            file.write_text(json.dumps(asdict(owner)))
+        except OSError:
+            file.unlink(missing_ok=True)
+            raise
+        return file
+
+    def _owner(self) -> Owner | None:
+        for _ in range(2):
+            try:
+                return Owner(**json.loads(self._file.read_text()))
+            except FileNotFoundError:
+                return None
+            except (ValueError, TypeError):  # it is being written
+                time.sleep(_POLL_S)
+        return Owner("an unknown host", 0, "", "", "")
+
+    def _remove(self, owner: Owner) -> None:
+        """Removes the lease of an owner that has ended, but not one that came after it."""
+        aside = self._directory / f"{_NAME}-{uuid.uuid4().hex}"
+        with contextlib.suppress(FileNotFoundError):
+            self._file.rename(aside)
+            taken = json.loads(aside.read_text() or "{}") if owner.token else {}
+            if taken.get("token", "") != owner.token:
+                with contextlib.suppress(OSError):
+                    os.link(aside, self._file)
+        aside.unlink(missing_ok=True)
+
+
+def _kernel() -> str:
+    """Names the running kernel and the namespace of process numbers; "" if unknown."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
+
+
+def _started(pid: int) -> str:
+    """Returns when a process started, "" if there is none or it has ended."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    state, started = fields[0], fields[19]
+    return "" if state in "ZX" else started

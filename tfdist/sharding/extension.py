@@ -1,0 +1,150 @@
+"""Sharded optimizer state as a part of `fit`."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import keras
+
+from tfdist import _keras
+from tfdist.errors import ArgumentError
+from tfdist.sharding.exchange import ShardedExchange, ShardedUpdates
+from tfdist.step.prepared import PreparedModel
+from tfdist.strategies.base import Strategy
+from tfdist.strategies.zero import Zero
+from tfdist.training.extension import Extension
+from tfdist.training.request import Request
+
+
+class ShardedOptimizer(Extension):
+    """Keeps the optimizer's state in parts.
+
+    Args:
+        zero: The user's settings.
+        compression: The compression of gradients, or None.
+    """
+
+    needs_state = True
+
+    def __init__(self, zero: Zero, compression: Any) -> None:
+        self._zero = zero
+        self._compression = compression
+        self._saves = False
+        self.exchange_maker = ShardedUpdates()
+
+    def choose(self, request: Request) -> Request:
+        """Refuses what cannot be exact with parts.
+
+        Raises:
+            ArgumentError: A strategy, a callback or another argument.
+        """
+        _check_strategy(request.session.strategy, self._zero)
+        if self._compression is not None:
+            raise ArgumentError(
+                "`Zero` sends gradients as they are. Received: strategy="
+                f"{self._zero!r} with compression={self._compression!r}. Leave one of them out."
+            )
+        if request.model.run_eagerly and request.session.strategy.place.num_replicas > 1:
+            raise ArgumentError(
+                "`Zero` needs steps that are traced. Received: a model that was compiled with "
+                "run_eagerly=True. Compile it without."
+            )
+        callbacks = getattr(request.callbacks, "callbacks", request.callbacks)
+        callbacks = callbacks if isinstance(callbacks, list | tuple) else [callbacks]
+        for callback in callbacks:
+            _check_callback(callback)
+        self._saves = any(isinstance(c, _saving()) for c in callbacks)
+        return request
+
+    def around(self, request: Request) -> contextlib.AbstractContextManager[None]:
+        """Lets the optimizer be built without memory for its state, if it will be in parts."""
+        if request.session.strategy.place.num_replicas == 1:
+            return contextlib.nullcontext()
+        return _keras.built_unfilled(_keras.optimizers_of(request.model))
+
+    def facts(self) -> dict[str, Any]:
+        """Returns the settings, and whether a callback saves the optimizer."""
+        return {"zero": self._zero.stage, "saving callbacks": self._saves}
+
+    def notice(self, request: Request) -> str | None:
+        """Says in how many parts the optimizer's state is, and how large one is."""
+        exchange = _exchange_of(request.model)
+        if exchange is None:
+            return "the optimizer's state is whole: there is one replica"
+        if not exchange.parts:
+            return "the optimizer's state is whole: it has nothing that is large enough to cut"
+        count = request.session.strategy.place.num_replicas
+        return f"optimizer state in {count} parts of {_size(exchange.part_bytes)}"
+
+    def callbacks(self, request: Request, callbacks: Any, prepared: PreparedModel) -> Any:
+        """Gathers the state at the end of each epoch, if a callback on the chief saves it."""
+        exchange = _exchange_of(request.model)
+        if exchange is None:  # each replica computes whole batches
+            for optimizer in _keras.optimizers_of(request.model):
+                for variable in optimizer.variables:
+                    _keras.fill(variable)
+        has_others = request.session.strategy.place.num_workers > 1
+        if exchange is None or not self._saves or not has_others:
+            return callbacks
+        first = keras.callbacks.LambdaCallback(
+            on_epoch_end=lambda epoch, logs: exchange.held.collect()
+        )
+        last = keras.callbacks.LambdaCallback(
+            on_epoch_end=lambda epoch, logs: exchange.held.drop_collected()
+        )
+        return _keras.around(callbacks, first=[first], last=[last])
+
+
+def _size(count: int) -> str:
+    """Formats a number of bytes.
+
+    Example:
+        >>> _size(200_000_000), _size(6144)
+        ('191 MiB', '6 KiB')
+    """
+    return f"{count / 2**20:.3g} MiB" if count >= 2**20 else f"{count / 2**10:.3g} KiB"
+
+
+def _exchange_of(model: Any) -> ShardedExchange | None:
+    prepared = _keras.attached(model).prepared
+    exchange = None if prepared is None else prepared.exchange
+    return exchange if isinstance(exchange, ShardedExchange) else None
+
+
+def _check_strategy(strategy: Strategy, zero: Zero) -> None:
+    why = None
+    if not strategy.synchronous or strategy.has_servers:
+        why = "whose optimizer state is on servers already"
+    elif strategy.elastic:
+        why = "whose processes may leave with their parts"
+    elif strategy.name == "tpu":
+        why = "which has no collectives of its kind"
+    elif not strategy.sums_exactly or strategy.predivide != 1.0:
+        why = "which does not sum gradients as they are"
+    if why is not None:
+        raise ArgumentError(
+            "`Zero` needs mirrored, multi_worker or horovod, with exact sums of gradients. "
+            f"Received: {zero!r} on {strategy.name}, {why}. Leave `Zero` out."
+        )
+
+
+def _saving() -> tuple[type, ...]:
+    names = ("ModelCheckpoint", "OrbaxCheckpoint")
+    return tuple(getattr(keras.callbacks, n) for n in names if hasattr(keras.callbacks, n))
+
+
+def _check_callback(callback: Any) -> None:
+    if isinstance(callback, keras.callbacks.BackupAndRestore | keras.callbacks.SwapEMAWeights):
+        what, remedy = "reads and writes the optimizer's state", "pass `checkpoint=` to fit"
+        if isinstance(callback, keras.callbacks.SwapEMAWeights):
+            remedy = "use the optimizer's ema_overwrite_frequency"
+    elif isinstance(callback, _saving()) and getattr(callback, "save_freq", "epoch") != "epoch":
+        what, remedy = "saves between steps", "let it save at the end of each epoch"
+    else:
+        return
+    raise ArgumentError(
+        "With `Zero`, a callback must not need the whole state of the optimizer between steps. "
+        f"Received: {type(callback).__name__}, which {what}. Instead {remedy}, or leave `Zero` "
+        "out."
+    )
