@@ -409,13 +409,22 @@ class Looks(keras.callbacks.Callback):
         )
 
 
+class LooksOnAllReplicas(Looks):
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        x, y = table(50)
+        loss, _ = tfdist.evaluate(self.model, x, y, verbose=0)
+        self.seen.append((loss, float(tfdist.predict(self.model, x, verbose=0).sum())))
+
+
 @check(HOROVOD, SERVERS, full=(MIRRORED,))
 def callbacks_may_evaluate_and_predict(folder: Path) -> None:
     ours, theirs = twins()
-    a, b = Looks(), Looks()
-    tfdist.fit(ours, *table(), callbacks=[a], epochs=2, **ORDERED)
-    theirs.fit(*table(), callbacks=[b], epochs=2, **ORDERED)
+    a, b, c = Looks(), Looks(), LooksOnAllReplicas()
+    history = tfdist.fit(ours, *table(), callbacks=[c, a], epochs=2, **ORDERED)
+    expected = theirs.fit(*table(), callbacks=[b], epochs=2, **ORDERED)
     np.testing.assert_allclose(a.seen, b.seen, rtol=1e-4)
+    np.testing.assert_allclose(c.seen, b.seen, rtol=1e-4)
+    np.testing.assert_allclose(history.history["loss"], expected.history["loss"], rtol=1e-4)
 
 
 class Counting(keras.Model):

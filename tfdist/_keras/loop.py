@@ -111,7 +111,9 @@ def loop_functions(
         **functions: `train_function`, `test_function` and `predict_function`.
     """
     keras_functions: dict[str, Callable[..., Any]] = {}
+    # A callback that evaluates is inside another such context, whose steps are not its own.
     get_results = model._get_metrics_result_or_logs
+    get_results = getattr(get_results, "of_keras", get_results)
     has_run_steps = False
 
     def results_of_steps(logs: Any) -> Any:
@@ -120,6 +122,8 @@ def loop_functions(
         had_steps, has_run_steps = has_run_steps, False
         results = get_results(logs)
         return results if had_steps else dict.fromkeys(results, math.nan)
+
+    results_of_steps.of_keras = get_results  # type: ignore[attr-defined]
 
     def dispatching(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def dispatch(data: Any) -> Any:
