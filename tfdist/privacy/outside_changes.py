@@ -126,7 +126,7 @@ class _Calls(keras.callbacks.Callback):  # type: ignore[misc]
     def __init__(self, functions: dict[str, Callable[[], None]]) -> None:
         super().__init__()
         for name, function in functions.items():
-            vars(self)[name] = functools.partial(_call, function)
+            setattr(self, name, functools.partial(_call, function))
 
 
 def _call(function: Callable[[], None], *_: Any, **__: Any) -> None:
