@@ -67,7 +67,7 @@ from tfdist._keras.optimizers import (
     with_nested,
 )
 from tfdist._keras.probe import what_is_no_mean
-from tfdist._keras.replica import ReplicaBatch, on_replica, replaced
+from tfdist._keras.replica import ReplicaBatch, on_replica, replaced, seeding
 from tfdist._keras.replicated import alone, replicated
 from tfdist._keras.runtime import (
     EagerTensor,
@@ -146,6 +146,7 @@ __all__ = [
     "rows_of",
     "rows_to_try",
     "scope_of",
+    "seeding",
     "step_of",
     "swap_strategy",
     "swap_value",

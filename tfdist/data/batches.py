@@ -107,8 +107,8 @@ class Batches(Source):
 
             data = tf.nest.map_structure(part, batch)
             check = _check(batch) if place.num_workers > 1 else tf.zeros([4])
-            counts = (copies * count for count in (end - begin, total, begin))
-            return Share(_repeated(data, copies), *counts, check, no_groups())
+            rows, total, begin = (copies * count for count in (end - begin, total, begin))
+            return Share(_repeated(data, copies), rows, total, begin, check, no_groups())
 
         return split_over_replicas(batches, share, place)
 
