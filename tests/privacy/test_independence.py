@@ -281,6 +281,24 @@ class Codebook(L.Layer):
         return used
 
 
+class Seedlike(L.Layer):
+    """Keeps a mean in a variable with the name of a seed, or in a seed."""
+
+    def __init__(self, is_seed: bool) -> None:
+        super().__init__()
+        self.seeds = R.SeedGenerator(5) if is_seed else None
+
+    def build(self, shape: Any) -> None:
+        name, added = "seed_generator_state", self.seeds is None
+        self.kept = self.add_weight(shape=(2,), name=name, trainable=False) if added else None
+
+    def call(self, x: Any) -> Any:
+        kept = self.seeds.state if self.kept is None else self.kept
+        used = x + ops.sum(ops.cast(kept, x.dtype))
+        kept.assign(ops.cast(ops.abs(x[0, :2]), kept.dtype))
+        return used
+
+
 class Scaled(keras.losses.Loss):
     """Keeps a running scale, in a `keras.Variable` or one of TensorFlow."""
 
@@ -307,8 +325,10 @@ class Scoring(keras.Model):
         (keras.Sequential, [], lambda: Scaled(keras.Variable)),
         (keras.Sequential, [], lambda: Scaled(tf.Variable)),
         (Scoring, [], lambda: "mse"),
+        (keras.Sequential, [lambda: Seedlike(False)], lambda: "mse"),
+        (keras.Sequential, [lambda: Seedlike(True)], lambda: "mse"),
     ],
-    ids=["weight", "loss", "of TensorFlow", "metrics"],
+    ids=["weight", "loss", "of TensorFlow", "metrics", "name of a seed", "seed"],
 )
 def test_state_of_the_examples_is_refused_wherever_it_is_kept(
     cls: Any, layers: Any, loss: Any

@@ -78,7 +78,7 @@ from tfdist._keras.optimizers import (
 )
 from tfdist._keras.probe import what_is_no_mean
 from tfdist._keras.recomputation import recomputed_calls, set_recomputed
-from tfdist._keras.replica import ReplicaBatch, on_replica, replaced
+from tfdist._keras.replica import ReplicaBatch, on_replica, replaced, seeding
 from tfdist._keras.replicated import alone, replicated
 from tfdist._keras.runtime import (
     EagerTensor,
@@ -187,6 +187,7 @@ __all__ = [
     "rows_to_try",
     "schedules_after",
     "scope_of",
+    "seeding",
     "set_recomputed",
     "slots_in_parts",
     "statistics_of",

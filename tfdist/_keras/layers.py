@@ -148,7 +148,8 @@ def is_plain(layer: Any) -> bool:
 def is_seed(variable: Any) -> bool:
     """Returns whether a variable is the state of a seed generator.
 
-    Relies on its name.
+    Relies on its name. Private training refuses a variable of this name that is assigned by
+    other means than `SeedGenerator.next`: see `unfit_layers.check_untouched`.
 
     Args:
         variable: A `keras.Variable`.

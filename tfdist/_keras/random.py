@@ -16,8 +16,9 @@ from keras.src.backend.tensorflow import random as _random
 
 from tfdist._keras import keyed
 from tfdist._keras.keyed import FRACTION_BITS, RowKeys
-from tfdist._keras.replica import ReplicaBatch, Tensor, current_batch
+from tfdist._keras.replica import ReplicaBatch, Tensor, current_batch, seeding
 
+_keras_next = keras.random.SeedGenerator.next
 _keras_dropout = _random.dropout
 _keras_draw_seed = _random.draw_seed
 _keras_normal = _random.normal
@@ -35,6 +36,12 @@ def _drawing_batch() -> ReplicaBatch | None:
     """Returns this replica's batch, but None in an optimizer: its noise is equal everywhere."""
     batch = current_batch()
     return None if batch is None or batch.is_updating else batch
+
+
+def next_seed(generator: Any, ordered: bool = True) -> Tensor:
+    """Advances a seed as Keras does, and notes that its value follows from the value before."""
+    with seeding():
+        return _keras_next(generator, ordered)
 
 
 def draw_seed(seed: Any) -> Tensor:

@@ -58,6 +58,8 @@ class ReplicaBatch:
             id. Variables of `metrics` and those that optimizers update are not in it.
         updated: `keras.Variable`s that optimizers have assigned, by id.
         losses: The losses that each layer has added, by the layer's id.
+        by_value: The ids of variables that were assigned outside of `seeding`.
+        is_seeding: Whether assignments are within `seeding`.
     """
 
     rows: Tensor
@@ -71,7 +73,9 @@ class ReplicaBatch:
     touched: dict[int, tuple[Any, Tensor]] = field(default_factory=dict, init=False)
     updated: dict[int, Any] = field(default_factory=dict, init=False)
     losses: dict[int, list[Tensor]] = field(default_factory=dict, init=False)
+    by_value: set[int] = field(default_factory=set, init=False)
     is_updating: bool = field(default=False, init=False)
+    is_seeding: bool = field(default=False, init=False)
     _results: dict[int, tuple[Tensor, Any, int]] = field(default_factory=dict, init=False)
     _whole: dict[int, Tensor] = field(default_factory=dict, init=False)
     _of_metrics: set[int] = field(default_factory=set, init=False)
@@ -172,6 +176,8 @@ class ReplicaBatch:
         if self.is_updating:
             self.updated[key] = variable
             return
+        if not self.is_seeding:
+            self.by_value.add(key)
         if key in self.touched or key in self._of_metrics:
             return
         # If a branch assigns it, the value is read outside of the branch.
@@ -221,6 +227,23 @@ def current_batch() -> ReplicaBatch | None:
     if batch is not None and batch.is_traced and tf.executing_eagerly():
         return None
     return batch
+
+
+@contextlib.contextmanager
+def seeding() -> Iterator[None]:
+    """Makes a context in which seeds advance, or get an earlier value back.
+
+    Neither keeps anything of the examples.
+    """
+    batch = current_batch()
+    before = None if batch is None else batch.is_seeding
+    if batch is not None:
+        batch.is_seeding = True
+    try:
+        yield
+    finally:
+        if batch is not None:
+            batch.is_seeding = bool(before)
 
 
 @contextlib.contextmanager

@@ -75,6 +75,7 @@ def replacements(has_servers: bool = False) -> list[Replacement]:
         (_Variable, "_direct_assign", direct_assign),
         (_AnyVariable, "__int__", as_python(int)),
         (_AnyVariable, "__float__", as_python(float)),
+        (keras.random.SeedGenerator, "next", draws.next_seed),
         *((_random, name, getattr(draws, name)) for name in _DRAWS),
         *losses.replacements(),
         *optimizers.replacements(has_servers),

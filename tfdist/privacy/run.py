@@ -216,8 +216,7 @@ class PrivateRun:
                 lambda column: column[: independence.ROWS], first_batch.data
             )
         x, y, weight = keras.utils.unpack_x_y_sample_weight(batch)
-        norm = self.mechanism.l2_norm_clip
-        independence.check(self._model, x, y, sample_weight=weight, l2_norm_clip=norm)
+        independence.check(self._model, x, y, weight, self.mechanism.l2_norm_clip)
         unfit_layers.check_metrics(self._model, x, y, sample_weight=weight)
 
     def notice(self) -> str | None:

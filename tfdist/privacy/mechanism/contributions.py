@@ -100,8 +100,9 @@ def pinned(model: Any, keys: RowKeys) -> Iterator[None]:
     """
     with drawing(keys) as batch:
         yield
-    for variable, value in list(batch.touched.values()):
-        variable.assign(value)
+    with _keras.seeding():
+        for variable, value in list(batch.touched.values()):
+            variable.assign(value)
 
 
 @contextlib.contextmanager

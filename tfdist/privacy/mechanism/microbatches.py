@@ -99,10 +99,11 @@ class _Pieces:
     def all(self) -> tuple[Any, list[Tensor]]:
         """Returns the outputs of all rows, and the sums."""
         seed_values = [tf.identity(seed.value) for seed in self._seeds]
-        for seed, value in zip(self._seeds, seed_values, strict=True):
-            # The replica's batch records variables that change. Within the loop below it
-            # could not, since that is another graph.
-            seed.assign(value)
+        with _keras.seeding():
+            for seed, value in zip(self._seeds, seed_values, strict=True):
+                # The replica's batch records variables that change. Within the loop below it
+                # could not, since that is another graph.
+                seed.assign(value)
         edges, size = self._edges()
         count = tf.size(edges) - 1
         if self._mechanism.microbatch_size is None:
@@ -110,10 +111,11 @@ class _Pieces:
             return self._packed(flat), sums
 
         def body(index: Tensor, sums: list[Tensor], arrays: list[Any]) -> Any:
-            for seed, value in zip(self._seeds, seed_values, strict=True):
-                # Each piece begins with the seeds of the whole batch: random numbers depend
-                # on a row's place in the batch, not on its piece.
-                seed.assign(value)
+            with _keras.seeding():
+                for seed, value in zip(self._seeds, seed_values, strict=True):
+                    # Each piece begins with the seeds of the whole batch: random numbers depend
+                    # on a row's place in the batch, not on its piece.
+                    seed.assign(value)
             flat, more = self._piece(edges[index], edges[index + 1], size)
             arrays = [
                 array.write(index, part) for array, part in zip(arrays, flat, strict=True)

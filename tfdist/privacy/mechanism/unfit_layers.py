@@ -20,6 +20,8 @@ _CLIPPING = ("clipnorm", "clipvalue", "global_clipnorm")
 def check_untouched(model: Any, batch: ReplicaBatch) -> None:
     """Refuses a step that assigns variables other than metrics and seeds, while tracing.
 
+    A seed may only advance: what follows from its value alone keeps nothing of the examples.
+
     Args:
         model: A built `keras.Model`.
         batch: The description of the replica's batch, which records assignments.
@@ -29,7 +31,8 @@ def check_untouched(model: Any, batch: ReplicaBatch) -> None:
     """
     metrics = {id(variable) for variable in _keras.metric_variables(model)}
     for variable, _ in batch.touched.values():
-        if id(variable) not in metrics and not keras_layers.is_seed(variable):
+        advances = keras_layers.is_seed(variable) and id(variable) not in batch.by_value
+        if id(variable) not in metrics and not advances:
             raise keeps_state(variable.path)
 
 
