@@ -13,7 +13,7 @@ import pytest
 import tfdist
 from tests.behaviour.checkpoint_checks import Stop, StoppedError
 from tests.behaviour.checks import assert_weights_close, place, same_everywhere
-from tests.behaviour.registry import HOROVOD, MIRRORED, MULTI_WORKER, REPLICAS, check
+from tests.behaviour.registry import HOROVOD, MIRRORED, MULTI_WORKER, check
 from tests.federated.reference import federated_averaging, in_float64, model_of, rows_of
 from tfdist.federated import clients as of
 from tfdist.strategies.base import Place
@@ -29,7 +29,7 @@ def momentum() -> Any:
     return keras.optimizers.SGD(0.1, momentum=0.9)
 
 
-@check(*REPLICAS)
+@check(MIRRORED, HOROVOD, full=(MULTI_WORKER,))
 def simulated_clients_are_those_of_one_process(folder: Path) -> None:
     """More clients than replicas, all of what they keep, drawn for each round."""
     settings = {"local_steps": 3, "proximal": 0.3, "keep_optimizer": True}

@@ -12,7 +12,7 @@ import pytest
 import tfdist
 from tests.behaviour.checkpoint_checks import Stop, StoppedError
 from tests.behaviour.checks import ORDERED, everywhere, place
-from tests.behaviour.registry import MIRRORED, REPLICAS, WORKERS, check
+from tests.behaviour.registry import HOROVOD, MIRRORED, MULTI_WORKER, check
 from tests.equivalence.cases import crossentropy, mlp, sequences, table
 from tfdist import _keras
 from tfdist.errors import ArgumentError, StrategyError
@@ -49,7 +49,7 @@ def train(model: Any, zero: bool, *callbacks: Any, **options: Any) -> list[Any]:
     return state_of(model)
 
 
-@check(*REPLICAS)
+@check(MIRRORED, HOROVOD, full=(MULTI_WORKER,))
 def zero_has_the_bits_of_plain_training_and_half_of_the_state(folder: Path) -> None:
     plain, whole, parts = Shapes(), Shapes(), Shapes()
     expected = train(adam(), False, whole)
@@ -70,7 +70,7 @@ def zero_has_the_bits_of_plain_training_and_half_of_the_state(folder: Path) -> N
     assert_same_bits(state_of(keras.saving.load_model(path)), expected)
 
 
-@check(*REPLICAS)
+@check(MULTI_WORKER, full=(MIRRORED, HOROVOD))
 def zero_has_the_bits_of_plain_training_with_sparse_gradients(folder: Path) -> None:
     def make() -> Any:
         keras.utils.set_random_seed(7)
@@ -84,7 +84,7 @@ def zero_has_the_bits_of_plain_training_with_sparse_gradients(folder: Path) -> N
     assert_same_bits(train(make(), True, data=data), train(make(), False, data=data))
 
 
-@check(*REPLICAS)
+@check(HOROVOD, full=(MIRRORED, MULTI_WORKER))
 def zero_saves_whole_state_at_the_end_of_an_epoch(folder: Path) -> None:
     path = str(folder / "epoch-{epoch}.keras")
     expected = train(adam(), True, keras.callbacks.ModelCheckpoint(path))
@@ -93,7 +93,7 @@ def zero_saves_whole_state_at_the_end_of_an_epoch(folder: Path) -> None:
     assert_same_bits(state_of(saved), expected)
 
 
-@check(MIRRORED, WORKERS[0])
+@check(MULTI_WORKER, full=(MIRRORED,))
 def zero_resumes_with_and_without_parts(folder: Path) -> None:
     expected = train(adam(), False)
     for number, (before, after) in enumerate([(True, False), (False, True)]):
@@ -102,7 +102,7 @@ def zero_resumes_with_and_without_parts(folder: Path) -> None:
         assert_same_bits(train(adam(), after, checkpoint=checkpoint), expected)
 
 
-@check(WORKERS[0])
+@check(MULTI_WORKER)
 def zero_says_that_state_was_lost(folder: Path) -> None:
     model = adam()
     with pytest.raises(StoppedError):

@@ -79,13 +79,7 @@ class StepAgreement:
         exact_tensors = [*others, *signals]
         began = timers.now([gradients, exact_tensors]) if self.needed else self.seconds
         contribution = Contribution(
-            gradients,
-            exact_tensors,
-            batch.share,
-            variables,
-            loss_scales,
-            are_rows,
-            is_applied,
+            gradients, exact_tensors, batch.share, variables, loss_scales, are_rows, is_applied
         )
         (gradients, others), store_state = self._sums(contribution)
         if self.needed:
