@@ -112,6 +112,19 @@ def zero_says_that_state_was_lost(folder: Path) -> None:
 
 
 @check(MIRRORED)
+def zero_refuses_updates_outside_of_the_steps(folder: Path) -> None:
+    class Updates(keras.callbacks.Callback):  # type: ignore[misc]
+        def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+            L.Dense(1)  # saving makes a layer too, which may be the first one during `fit`
+            self.model.train_on_batch(*table(20))
+
+    model = adam()
+    with pytest.raises(StrategyError, match="train_on_batch"):
+        train(model, True, Updates())
+    model.train_on_batch(*table(20))
+
+
+@check(MIRRORED)
 def zero_refuses_what_it_cannot_keep_exact(folder: Path) -> None:
     def refused(match: str, model: Any = None, *callbacks: Any, **options: Any) -> None:
         with pytest.raises(ArgumentError, match=match):

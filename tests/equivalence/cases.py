@@ -120,9 +120,12 @@ def sgd_momentum(train: Train) -> tuple[Any, Any]:
 @case("optimizers")
 def adamw_ema(train: Train) -> tuple[Any, Any]:
     optimizer = keras.optimizers.AdamW(
-        0.01, weight_decay=0.01, use_ema=True, ema_momentum=0.9, ema_overwrite_frequency=5
+        0.01, weight_decay=0.1, use_ema=True, ema_momentum=0.9, ema_overwrite_frequency=5
     )
     model = mlp(optimizer)
+    # Keras matches names with the layer's name, and keeps a list as keys of `tf.Variable`s.
+    kernel = model.trainable_variables[0]
+    optimizer.exclude_from_weight_decay(var_list=[kernel], var_names=["dense.*bias"])
     return model, train(model, *table(), batch_size=64, epochs=2)
 
 

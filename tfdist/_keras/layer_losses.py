@@ -31,6 +31,9 @@ def losses_by_replica() -> Iterator[None]:
 def _losses(layer: Any) -> list[Any]:
     batch = current_batch()
     if batch is None:
+        # Keras asks for the attribute before it exists, if a layer is made during training.
+        if "_losses" not in vars(layer):
+            raise AttributeError("_losses")
         own: list[Any] = vars(layer)["_losses"]
         return own
     return batch.losses.setdefault(id(layer), [])

@@ -14,6 +14,7 @@ from keras.src.optimizers.base_optimizer import BaseOptimizer as _BaseOptimizer
 from tfdist._keras.attached import attached
 from tfdist._keras.interception import Method, Replacement, in_family
 from tfdist._keras.replica import Tensor, current_batch
+from tfdist._keras.variables import first_backing
 
 
 def replacements(has_servers: bool) -> list[Replacement]:
@@ -37,7 +38,28 @@ def replacements(has_servers: bool) -> list[Replacement]:
         *in_family(_BaseOptimizer, "scale_loss", _intercepted_scale_loss),
         (keras.optimizers.LossScaleOptimizer, "_tf_apply", _apply_loss_scaled),
         *((_TFOptimizer, name, vars(_BaseOptimizer)[name]) for name in plain_methods),
+        *in_family(_BaseOptimizer, "_use_weight_decay", _known_by_first_backing),
     ]
+
+
+def _known_by_first_backing(original: Method) -> Method:
+    """Lets `exclude_from_weight_decay` choose the variables that it chooses in plain Keras.
+
+    TFOptimizer matches `var_names` with the name of the `tf.Variable`, which has that of the
+    layer; the plain method has the `keras.Variable`. `var_list` is kept as keys of the
+    `tf.Variable`s that were there when it was given.
+    """
+
+    @functools.wraps(original)
+    def use_weight_decay(optimizer: Any, variable: Any) -> bool:
+        if not isinstance(variable, keras.Variable):
+            return bool(original(optimizer, variable))
+        excluded = getattr(optimizer, "_exclude_from_weight_decay", ())
+        if excluded and optimizer._var_key(variable) in excluded:
+            return False
+        return bool(original(optimizer, first_backing(variable)))
+
+    return use_weight_decay
 
 
 def _apply_loss_scaled(optimizer: Any, grads: Any, trainable_variables: Any = None) -> None:

@@ -44,6 +44,7 @@ from tfdist._keras.sharded_updates import (
     update_parts,
     update_whole,
 )
+from tfdist.errors import StrategyError
 
 _ACCUMULATORS = "_accumulated_gradients"
 
@@ -108,6 +109,13 @@ def _of_updates(sharding: Sharding) -> list[Replacement]:
             update_whole(sharding, optimizer, grads, variables, learning_rate)
 
     def backend_apply_gradients(optimizer: Any, grads: Any, variables: Any) -> None:
+        if sharding.has_parts(optimizer) and current_batch() is None:
+            # A single update would wait forever for the parts of the other replicas.
+            raise StrategyError(
+                "While the optimizer's state is in parts, only the steps of `fit` may update "
+                f"weights. Received: an update by {optimizer.name!r} outside of them, such as "
+                "train_on_batch or fit in a callback. Do it after `fit`, or leave `Zero` out."
+            )
         before = getattr(applying, "weights", None)
         applying.weights = list(variables)
         if updates_parts(optimizer):

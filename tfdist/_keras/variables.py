@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import tensorflow as tf
@@ -12,6 +13,20 @@ from keras.src.backend.tensorflow.core import Variable as _Variable
 from tfdist._keras.replica import Tensor, current_batch
 
 _keras_direct_assign = _Variable._direct_assign
+_FIRST = "_tfdist_first_backing"  # an attribute of a `keras.Variable`
+
+
+@dataclass(frozen=True)
+class FirstBacking:
+    """By what Keras's optimizers knew a variable before its backing was replaced.
+
+    Attributes:
+        name: The name of the `tf.Variable`.
+        _unique_id: Its key, where Keras looks for it.
+    """
+
+    name: str
+    _unique_id: str | None
 
 
 def direct_assign(variable: Any, value: Tensor) -> None:
@@ -65,8 +80,24 @@ def swap_value(variable: Any, value: Any) -> Any:
         The former backing `tf.Variable`.
     """
     before = variable._value
+    if not hasattr(variable, _FIRST):
+        name, key = getattr(before, "name", variable.name), getattr(before, "_unique_id", None)
+        setattr(variable, _FIRST, FirstBacking(name, key))
     variable._value = value
     return before
+
+
+def first_backing(variable: Any) -> FirstBacking:
+    """Returns by what Keras knew a variable before `swap_value`.
+
+    Args:
+        variable: A `keras.Variable`.
+    """
+    first: FirstBacking | None = getattr(variable, _FIRST, None)
+    if first is not None:
+        return first
+    value = variable._value
+    return FirstBacking(value.name, value._unique_id)
 
 
 def exchange_value(variable: Any, value: Any, shape: tuple[int, ...]) -> Any:
