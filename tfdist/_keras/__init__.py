@@ -171,6 +171,8 @@ __all__ = [
     "leave_scope",
     "loop_functions",
     "map_fn",
+    "metric_that_begins_elsewhere",
+    "metric_that_is_no_sum",
     "metric_variables",
     "metrics_of",
     "note_filled",
@@ -207,8 +209,6 @@ __all__ = [
     "unfilled_value",
     "updating_parts",
     "watch_updates",
-    "metric_that_begins_elsewhere",
-    "metric_that_is_no_sum",
     "what_is_no_mean",
     "with_nested",
 ]

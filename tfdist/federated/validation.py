@@ -16,7 +16,6 @@ from tfdist.strategies.whole import as_whole
 from tfdist.training.learning_rate import LearningRateScaling
 from tfdist.training.request import Request
 
-
 _ROWS = 8
 
 
