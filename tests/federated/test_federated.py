@@ -249,6 +249,35 @@ def test_what_cannot_be_federated_is_refused(options, match):
         tfdist.fit(model_of(momentum()), X, Y, **options)
 
 
+class Extreme(keras.metrics.Metric):
+    """The largest, or smallest, size of a prediction."""
+
+    def __init__(self, choose: Any, first: float) -> None:
+        super().__init__(name="extreme")
+        self.first, self.choose = first, choose
+        self.value = self.add_weight(shape=(), initializer="zeros", dtype="float32")
+
+    def update_state(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> None:
+        values = tf.concat(
+            [[self.value.value], tf.cast(tf.reshape(tf.abs(y_pred), [-1]), tf.float32)], 0
+        )
+        self.value.assign(self.choose(values))
+
+    def result(self) -> Any:
+        return self.value + 0.0
+
+    def reset_state(self) -> None:
+        self.value.assign(self.first)
+
+
+@pytest.mark.parametrize(("choose", "first"), [(tf.reduce_max, 0.0), (tf.reduce_min, 1e9)])
+def test_a_metric_that_is_no_sum_is_refused(choose, first):
+    model = model_of(momentum(), dropout=0.4)
+    model.compile("sgd", model.loss, metrics=["accuracy", Extreme(choose, first)])
+    with pytest.raises(ArgumentError, match=r"metric 'extreme.*no sum"):
+        tfdist.fit(model, X, Y, federated=tfdist.FedAvg(clients=IDS), **OPTIONS)
+
+
 def test_models_that_cannot_be_federated_are_refused():
     averaging = tfdist.FedAvg(clients=IDS)
     for change, match in (

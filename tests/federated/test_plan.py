@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
@@ -152,6 +153,7 @@ def test_ids_that_do_not_fit_are_refused(ids, match):
         {"local_steps": 1, "local_epochs": 1},
         {"server_optimizer": "sgd"},
         {"proximal": -1.0},
+        {"proximal": True},
         {"proximal": float("nan")},
         {"clients_per_round": 1.5},
         {"weighting": "rows"},
@@ -161,3 +163,9 @@ def test_ids_that_do_not_fit_are_refused(ids, match):
 def test_settings_that_mean_nothing_are_refused(settings):
     with pytest.raises(ArgumentError, match=f"Received: {list(settings)[-1]}="):
         tfdist.FedAvg(**settings)
+
+
+def test_numbers_of_numpy_are_numbers():
+    settings = tfdist.FedAvg(local_steps=np.int64(3), proximal=np.float32(0.5))
+    assert json.dumps(settings.describe()).startswith('{"local_steps": 3')
+    assert settings.proximal == 0.5

@@ -99,6 +99,20 @@ def test_who_has_lost_it_may_not_write_nor_remove_it(tmp_path) -> None:
     second.check()
 
 
+def test_two_trainings_of_one_process_do_not_share_it(tmp_path) -> None:
+    first, second = Lease(tmp_path), Lease(tmp_path)
+    first.take()
+    with first.renewed():
+        with pytest.raises(CheckpointError, match="another `fit` of this process writes"):
+            second.take()
+        first.check()
+    second.take()
+    with second.renewed():
+        (tmp_path / ".lease").unlink()
+        tmp_path.rmdir()
+        tmp_path.touch()  # what then fails to be removed must not hide what training raises
+
+
 def test_a_file_that_makes_no_sense_expires_too(tmp_path) -> None:
     (tmp_path / ".lease").write_text("{")
     Lease(tmp_path).take()

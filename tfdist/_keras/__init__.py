@@ -66,7 +66,12 @@ from tfdist._keras.loop import (
     loop_functions,
 )
 from tfdist._keras.means import rows_to_try
-from tfdist._keras.metrics import metric_variables, metrics_of, note_metrics
+from tfdist._keras.metrics import (
+    metric_that_begins_elsewhere,
+    metric_variables,
+    metrics_of,
+    note_metrics,
+)
 from tfdist._keras.noise import OwnNoise, generator
 from tfdist._keras.optimizers import (
     optimizers_of,
@@ -76,7 +81,7 @@ from tfdist._keras.optimizers import (
     watch_updates,
     with_nested,
 )
-from tfdist._keras.probe import what_is_no_mean
+from tfdist._keras.probe import metric_that_is_no_sum, what_is_no_mean
 from tfdist._keras.recomputation import recomputed_calls, set_recomputed
 from tfdist._keras.replica import ReplicaBatch, on_replica, replaced, seeding
 from tfdist._keras.replicated import alone, replicated
@@ -166,6 +171,8 @@ __all__ = [
     "leave_scope",
     "loop_functions",
     "map_fn",
+    "metric_that_begins_elsewhere",
+    "metric_that_is_no_sum",
     "metric_variables",
     "metrics_of",
     "note_filled",

@@ -10,6 +10,7 @@ import functools
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 from keras.src.trainers.compile_utils import CompileMetrics
 
@@ -110,6 +111,23 @@ def metrics_of(model: Any) -> list[Any]:
         for metric in model.metrics
         for inner in (metric.metrics if isinstance(metric, CompileMetrics) else [metric])
     ]
+
+
+def metric_that_begins_elsewhere(model: Any) -> str | None:
+    """Names a metric whose state is not zero at first, so that it is no sum: a minimum, say.
+
+    Args:
+        model: A compiled, built `keras.Model`.
+    """
+    for metric in metrics_of(model):
+        before = [(v, v.numpy()) for v in metric.variables]
+        metric.reset_state()
+        begins = [v.numpy() for v in metric.variables]
+        for variable, value in before:
+            variable.assign(value)
+        if any(np.any(value != 0) for value in begins):
+            return str(metric.name)
+    return None
 
 
 def metric_variables(model: Any) -> list[Any]:

@@ -106,6 +106,43 @@ def what_is_no_mean(
     return _differing(whole, parts, nearby, tolerance)
 
 
+def metric_that_is_no_sum(step: Callable[[Any], Any], sample: Any, rows: int) -> str | None:
+    """Names a variable of a metric that a second, equal step does not change as the first did.
+
+    It is one whose state is a maximum or the last value, say. The loss may compare rows.
+
+    Args:
+        step: A function of a batch, such as `model.train_step`, of a built model.
+        sample: A batch.
+        rows: The largest number of rows to use.
+
+    Returns:
+        The path of the variable. None if there is none, or if the step fails on the sample.
+    """
+    total = min(int(rows_of(sample)), rows)
+    data = tf.nest.map_structure(lambda leaf: leaf[:total], sample)
+    part = _Part(0, total, total, [])
+    try:
+        with replicated(), keeping_random_state(), recording(part) as recorder:
+            states: list[list[Any]] = []
+            for _ in range(2):
+                with keeping_random_state():
+                    step(data)
+                states.append([tf.convert_to_tensor(v.value) for v, _ in recorder.before])
+                of_metrics = {id(v) for v, _ in recorder.before}
+                with part.updating():
+                    for variable, value in list(part.touched.values()):
+                        if id(variable) not in of_metrics:
+                            variable.assign(value)
+            for (variable, _), once, twice in zip(recorder.before, *states, strict=True):
+                once, twice = (np.asarray(value, "float64") for value in (once, twice))
+                if not np.allclose(twice, 2 * once, rtol=1e-3, atol=1e-6, equal_nan=True):
+                    return str(variable.path)
+    except Exception:  # the step may fail on a sample in any way
+        return None
+    return None
+
+
 def _run_on_parts(
     observed: Callable[[Any, _Part], dict[str, _StepResult]],
     sample: Any,

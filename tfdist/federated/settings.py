@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import numbers
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -94,8 +95,10 @@ class FedAvg:
                 "server_optimizer",
             )
         proximal: Any = self.proximal
-        if not isinstance(proximal, int | float) or not 0 <= proximal < math.inf:
+        is_number = isinstance(proximal, numbers.Real) and not isinstance(proximal, bool)
+        if not is_number or not 0 <= proximal < math.inf:
             self._refuse("needs a `proximal` of at least 0", "proximal")
+        object.__setattr__(self, "proximal", float(proximal))
         if self.weighting not in ("examples", "uniform"):
             self._refuse("needs 'examples' or 'uniform' as `weighting`", "weighting")
         keeps: Any = self.keep_optimizer
@@ -106,8 +109,10 @@ class FedAvg:
         value = getattr(self, name)
         if value is None:
             return
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        is_whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+        if not is_whole or value < 1:
             self._refuse(f"needs a whole number of at least 1 as `{name}`", name)
+        object.__setattr__(self, name, int(value))  # not a number of NumPy's: it is saved
 
     def _refuse(self, rule: str, name: str) -> None:
         raise ArgumentError(

@@ -16,6 +16,8 @@ from tfdist.strategies.whole import as_whole
 from tfdist.training.learning_rate import LearningRateScaling
 from tfdist.training.request import Request
 
+_ROWS = 8
+
 
 def check_request(request: Request) -> None:
     """Refuses arguments of `fit` that federated training does not take.
@@ -134,6 +136,17 @@ def check_model(request: Request, source: Rounds) -> None:
             "averages weights over clients, not over steps",
             f"{type(averaging[0]).__name__}(use_ema=True)",
             "Compile without it.",
+        )
+    metric = _keras.metric_that_begins_elsewhere(model)
+    sample = source.sample(_ROWS)
+    if metric is None and sample is not None:
+        step = _keras.step_of(model, "train_step")
+        metric = _keras.metric_that_is_no_sum(step, sample, _ROWS)
+    if metric is not None:
+        _refuse(
+            "sums up the state of metrics over clients",
+            f"the metric {metric!r}, whose state is no sum",
+            "Leave it out, or compute it after `fit`: tfdist.evaluate.",
         )
     validates = request.validation_data is not None or request.validation_split
     strategy = request.session.strategy

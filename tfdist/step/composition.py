@@ -97,6 +97,9 @@ def _why_indivisible(
     for metric in _keras.metrics_of(model):
         if not metric.variables:
             return f"the metric {metric.name!r} keeps what it has seen in no variable"
+    elsewhere = _keras.metric_that_begins_elsewhere(model)
+    if elsewhere is not None:
+        return f"the metric {elsewhere!r} has a state that is not zero at first"
     elements = sum(math.prod(variable.shape) for variable in model.trainable_variables)
     if elements > _LARGE and not _keras.has_own_code(model):
         return None  # trial steps would take long, and few of Keras's own layers mix rows

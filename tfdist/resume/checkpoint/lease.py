@@ -27,6 +27,8 @@ EXPIRES_AFTER_S = 30.0
 ENDS_WITHIN_S = 5.0
 """How long a process of this machine may still need to end, when another takes its place."""
 _POLL_S = 0.2
+_IN_USE: set[str] = set()
+"""The tokens of this process's leases whose training runs, in this or another thread."""
 _NAME = ".lease"
 
 
@@ -63,12 +65,16 @@ class Owner:
 
     @property
     def has_ended(self) -> bool:
-        """Whether the process is known to have ended, or is this one."""
+        """Whether the training is known to have ended, with its process or in this one."""
         if not self.is_of_this_kernel:
             return False
-        return self.pid == os.getpid() or _started(self.pid) != self.started
+        if self.pid == os.getpid():
+            return self.token not in _IN_USE
+        return _started(self.pid) != self.started
 
     def __str__(self) -> str:
+        if self.is_of_this_kernel and self.pid == os.getpid():
+            return "another `fit` of this process"
         return f"process {self.pid} on {self.host}"
 
 
@@ -141,6 +147,8 @@ class Lease:
                 with contextlib.suppress(OSError):  # a full disk: there will be room again
                     self._renew()
 
+        token = self._mine.token
+        _IN_USE.add(token)
         thread = threading.Thread(target=renew, name="tfdist-lease", daemon=True)
         thread.start()
         try:
@@ -148,7 +156,9 @@ class Lease:
         finally:
             is_over.set()
             thread.join()
-            self.release()
+            with contextlib.suppress(OSError):  # a folder that is gone has no lease either
+                self.release()
+            _IN_USE.discard(token)
 
     def check(self) -> None:
         """Checks that this training still has the lease.
