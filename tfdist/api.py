@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from typing import Any
 
@@ -177,4 +178,5 @@ def fit(
         continuation = CheckpointRun(checkpoint, session.strategy, extensions)
     elif session.strategy.elastic:
         continuation = elastic.ElasticRun(session.strategy, extensions)
-    return Training(request, [*extensions, Seeds(), continuation], continuation).run()
+    with contextlib.closing(continuation):
+        return Training(request, [*extensions, Seeds(), continuation], continuation).run()

@@ -373,7 +373,7 @@ def test_a_checkpoint_that_cannot_be_read_is_not_damaged(tmp_path) -> None:
     last = max(tmp_path.glob("epoch-*"))
     sums = last / "SHA256SUMS"
     sums.rename(tmp_path / "aside")
-    sums.mkdir()  # an error that is neither a missing file nor another content
+    sums.symlink_to(sums)  # an error that is neither a missing file nor another content
     with pytest.raises(CheckpointError, match=r"must be readable\. Received: .*SHA256SUMS"):
         train(tfdist.Checkpoint(tmp_path, every=3))
     assert last.is_dir()
@@ -383,7 +383,11 @@ def test_a_training_whose_directory_another_one_took_writes_no_more(tmp_path) ->
     def take(epoch: int, logs: Any) -> None:
         if epoch == 1:  # as a job that was queued again, while this process was stopped
             lease = tmp_path / ".lease"
-            other = json.loads(lease.read_text()) | {"host": "other", "token": "other"}
+            other = json.loads(lease.read_text()) | {
+                "host": "other",
+                "kernel": "x",
+                "token": "x",
+            }
             lease.write_text(json.dumps(other))
 
     with pytest.raises(CheckpointError, match=r"which process \d+ on other has taken"):
@@ -447,6 +451,9 @@ def test_a_directory_that_cannot_be_written_is_refused_before_training(tmp_path)
         tfdist.fit(model(), *table(10), checkpoint=5, verbose=0)
     with pytest.raises(CheckpointError, match="room"):
         files.check_room(tmp_path, 2**70)
+    with pytest.raises(ArgumentError, match="rows"):  # and the directory is free again
+        tfdist.fit(model(), np.ones((3, 20)), np.ones(4), checkpoint=tmp_path / "a", verbose=0)
+    assert list((tmp_path / "a").iterdir()) == []
 
 
 @quick

@@ -162,6 +162,9 @@ class Continuation(Extension):
         """
         return attempt()
 
+    def close(self) -> None:
+        """Called at the end of `fit`, also if it ends by an error before training begins."""
+
     def begin_attempt(self, source: data.Source) -> None:
         """Prepares the data for an attempt.
 

@@ -253,6 +253,8 @@ def _verified(folder: Path) -> dict[str, Any]:
         state: dict[str, Any] = json.loads((folder / _STATE).read_text())
     except FileNotFoundError as error:
         raise DamagedCheckpoint(f"{Path(error.filename).name} is missing") from None
+    except (IsADirectoryError, NotADirectoryError) as error:
+        raise DamagedCheckpoint(f"{Path(error.filename).name} is not a file") from None
     except ValueError as error:
         raise DamagedCheckpoint(str(error)) from None
     except OSError as error:

@@ -156,8 +156,7 @@ class Lease:
         finally:
             is_over.set()
             thread.join()
-            with contextlib.suppress(OSError):  # a folder that is gone has no lease either
-                self.release()
+            self.release()
             _IN_USE.discard(token)
 
     def check(self) -> None:
@@ -179,8 +178,9 @@ class Lease:
     def release(self) -> None:
         """Removes the lease, if this training still has it."""
         mine, self._mine = self._mine, None
-        if mine is not None and (owner := self._owner()) and owner.token == mine.token:
-            self._file.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a folder that is gone has no lease either
+            if mine is not None and (owner := self._owner()) and owner.token == mine.token:
+                self._file.unlink(missing_ok=True)
 
     def _renew(self) -> None:
         owner = self._owner()

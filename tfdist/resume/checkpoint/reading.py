@@ -58,6 +58,7 @@ def last_checkpoint(lease: Lease, path: Path, strategy: Strategy) -> LastCheckpo
                 arrays = {i: read(f"arrays/{i}") for i in range(state["arrays"])}
         except CheckpointError as error:
             problem = str(error)
+            lease.release()
     problem, state, arrays = strategy.broadcast_object((problem, state, arrays))
     if problem is not None:
         raise CheckpointError(problem)

@@ -72,7 +72,9 @@ class CheckpointRun(Continuation):
         self._setup: dict[str, Any] = {}
         self._train_state, self._computing = TrainState(()), strategy
 
-    # --- before training --------------------------------------------------------------
+    def close(self) -> None:
+        """Releases the directory."""
+        self._lease.release()
 
     def choose(self, request: Request) -> Request:
         """Restores the other extensions, and the sampler's seed unless the user chose one."""
@@ -167,8 +169,6 @@ class CheckpointRun(Continuation):
         steps_made = 0 if self._position is None else self._position.step
         callbacks = list(getattr(callbacks, "callbacks", callbacks))
         return SavingCallbacks(self, steps_made, callbacks, add_history=True, **options)
-
-    # --- while training runs ------------------------------------------------------------
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
