@@ -148,7 +148,7 @@ MUTANTS = {
         "sharding/slots.py",
         "return slot.cut.joined_arrays(parts)",
         "return slot.cut.joined_arrays([parts[0]] * len(parts))",
-        f"{BEHAVIOUR} -k mirrored-2-zero_has_the_bits",
+        f"{BEHAVIOUR} -k horovod-2-zero_has_the_bits",
     ),
     "what is no mean is not seen": Mutant(
         "_keras/probe.py",

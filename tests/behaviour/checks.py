@@ -22,7 +22,6 @@ import tensorflow as tf
 
 import tfdist
 from tests.behaviour.registry import (
-    EVERYWHERE,
     HOROVOD,
     MIRRORED,
     MULTI_WORKER,
@@ -83,7 +82,7 @@ def level(model: Any, expected: Any) -> None:
 ORDERED = {"batch_size": 64, "shuffle": False, "verbose": 0}
 
 
-@check(*EVERYWHERE)
+@check(SINGLE, full=(MIRRORED, *WORKERS, SERVERS))
 def equals_plain_keras(folder: Path) -> None:
     ours, theirs = twins()
     options = {**ORDERED, "epochs": 2, "validation_split": 0.1}
@@ -370,7 +369,7 @@ class Fails(keras.callbacks.Callback):
             raise KeyboardInterrupt
 
 
-@check(MULTI_WORKER, SERVERS)
+@check(MULTI_WORKER, full=(SERVERS,))
 def backup_and_restore_continues_on_all_workers(folder: Path) -> None:
     whole = mlp(clipped_sgd())
     started = whole.get_weights()
@@ -482,7 +481,7 @@ def pandas_frames(folder: Path) -> None:
     assert_weights_close(ours, theirs)
 
 
-@check(MIRRORED, MULTI_WORKER, SERVERS)
+@check(MIRRORED, full=(MULTI_WORKER, SERVERS))
 def eagerly_too(folder: Path) -> None:
     ours, theirs = twins()
     ours.run_eagerly = True

@@ -148,7 +148,7 @@ def compressed(model: Any, *callbacks: Any, **options: Any) -> Any:
     return [model.get_weights()[0], remaining.sum]
 
 
-@check(MULTI_WORKER, full=(MIRRORED,))
+@check(full=(MIRRORED, MULTI_WORKER))
 def a_stopped_low_rank_training_ends_with_the_same_bits(folder: Path) -> None:
     expected = compressed(linear())
     for step, every in ((5, 1), (4, datetime.timedelta(microseconds=1))):

@@ -29,8 +29,8 @@ from tfdist.step.state import Role, Sharded, TrainState
 from tfdist.strategies import connected, tf_distribute
 from tfdist.strategies.mesh import Mesh
 
-THREE = ("multi_worker-3", "horovod-3")
-MORE = ("mirrored-4", *THREE)
+MORE = ("mirrored-4", "multi_worker-3")
+FULL = ("horovod-3",)
 TYPES = (tf.float32, tf.float64, tf.int32, tf.int64, tf.float16)
 
 
@@ -58,7 +58,7 @@ def dense(value: Any) -> Any:
     return tf.convert_to_tensor(value)
 
 
-@check(*EVERYWHERE, *MORE)
+@check(*EVERYWHERE, *MORE, full=FULL)
 def sums_are_of_all_replicas(folder: Path) -> None:
     sum_up_tensors()
 
@@ -90,7 +90,7 @@ def sum_up_tensors() -> None:
     assert (rows == rows[0]).all()
 
 
-@check(*EVERYWHERE, *MORE)
+@check(*EVERYWHERE, *MORE, full=FULL)
 def rows_are_gathered_in_the_order_of_replicas(folder: Path) -> None:
     replicas = strategy().place.num_replicas
 
@@ -105,7 +105,7 @@ def rows_are_gathered_in_the_order_of_replicas(folder: Path) -> None:
     np.testing.assert_array_equal(numbers, np.arange(replicas))
 
 
-@check(*EVERYWHERE, *MORE)
+@check(*EVERYWHERE, *MORE, full=FULL)
 def sums_and_rows_are_of_the_group_along_an_axis(folder: Path) -> None:
     place = strategy().place
     replicas = place.num_replicas
@@ -145,7 +145,7 @@ def sums_and_rows_are_of_the_group_along_an_axis(folder: Path) -> None:
         np.testing.assert_array_equal(received[replica], expected)
 
 
-@check(*EVERYWHERE, *MORE)
+@check(*EVERYWHERE, *MORE, full=FULL)
 def shares_are_dealt_out_in_order(folder: Path) -> None:
     place = strategy().place
     numbers = [
@@ -165,7 +165,7 @@ def shares_are_dealt_out_in_order(folder: Path) -> None:
     np.testing.assert_array_equal(received, np.arange(3 * place.num_replicas))
 
 
-@check(*REPLICAS, *MORE)
+@check(*REPLICAS, *MORE, full=FULL)
 def each_replica_has_variables_of_its_own_while_they_are_held(folder: Path) -> None:
     place = strategy().place
     variable = keras.Variable([1.0, 2.0])
@@ -188,7 +188,7 @@ def each_replica_has_variables_of_its_own_while_they_are_held(folder: Path) -> N
         assert variable.value is plain
 
 
-@check(*REPLICAS, *MORE)
+@check(*REPLICAS, *MORE, full=FULL)
 def what_replicas_have_of_their_own_is_saved_and_restored(folder: Path) -> None:
     place = strategy().place
     rows = 2 * place.num_replicas - 1  # a row of padding
@@ -216,7 +216,7 @@ def what_replicas_have_of_their_own_is_saved_and_restored(folder: Path) -> None:
             )
 
 
-@check(*WORKERS, *THREE)
+@check(*WORKERS, "multi_worker-3", full=FULL)
 def workers_take_the_chief_s_bits(folder: Path) -> None:
     me = strategy().place.worker_index
     values = [
@@ -237,7 +237,7 @@ def workers_take_the_chief_s_bits(folder: Path) -> None:
             assert np.asarray(variable).tobytes() == value.tobytes()
 
 
-@check(*WORKERS, *THREE)
+@check(*WORKERS, "multi_worker-3", full=FULL)
 def objects_come_from_all_workers(folder: Path) -> None:
     place = strategy().place
     mine = {"worker": place.worker_index, "text": "ü" * 1000 * place.worker_index}

@@ -29,7 +29,7 @@ def momentum() -> Any:
     return keras.optimizers.SGD(0.1, momentum=0.9)
 
 
-@check(MIRRORED, HOROVOD, full=(MULTI_WORKER,))
+@check(MIRRORED, full=(MULTI_WORKER, HOROVOD))
 def simulated_clients_are_those_of_one_process(folder: Path) -> None:
     """More clients than replicas, all of what they keep, drawn for each round."""
     settings = {"local_steps": 3, "proximal": 0.3, "keep_optimizer": True}
@@ -119,7 +119,7 @@ def one_step_of_all_clients_is_a_step_of_all_rows(folder: Path) -> None:
             np.testing.assert_allclose(a.history[name], b.history[name], rtol=1e-12)
 
 
-@check(MIRRORED)
+@check(full=(MIRRORED,))
 def a_stopped_federated_training_ends_with_the_same_bits(folder: Path) -> None:
     """On one replica, which then keeps the optimizers of all clients, up to float order."""
 
@@ -142,7 +142,7 @@ def a_stopped_federated_training_ends_with_the_same_bits(folder: Path) -> None:
         np.testing.assert_allclose(of_one, theirs, rtol=1e-11, atol=1e-12)
 
 
-@check(MULTI_WORKER)
+@check(full=(MULTI_WORKER,))
 def updates_travel_compressed(folder: Path) -> None:
     models = []
     for compression in (None, "bf16", tfdist.PowerSGD(rank=3, start_after=1, min_ratio=1.0)):

@@ -49,7 +49,7 @@ def train(model: Any, zero: bool, *callbacks: Any, **options: Any) -> list[Any]:
     return state_of(model)
 
 
-@check(MIRRORED, HOROVOD, full=(MULTI_WORKER,))
+@check(HOROVOD, full=(MIRRORED, MULTI_WORKER))
 def zero_has_the_bits_of_plain_training_and_half_of_the_state(folder: Path) -> None:
     plain, whole, parts = Shapes(), Shapes(), Shapes()
     expected = train(adam(), False, whole)
@@ -93,7 +93,7 @@ def zero_saves_whole_state_at_the_end_of_an_epoch(folder: Path) -> None:
     assert_same_bits(state_of(saved), expected)
 
 
-@check(MULTI_WORKER, full=(MIRRORED,))
+@check(MIRRORED, full=(MULTI_WORKER,))
 def zero_resumes_with_and_without_parts(folder: Path) -> None:
     expected = train(adam(), False)
     for number, (before, after) in enumerate([(True, False), (False, True)]):

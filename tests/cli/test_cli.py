@@ -147,6 +147,7 @@ class TestRun:
         assert "Traceback" not in result.output
         assert not planned
 
+    @pytest.mark.full
     def test_malformed_cluster(self, script, planned, monkeypatch):
         monkeypatch.setenv("TF_CONFIG", '{"cluster": {"worker": ["a"]}}')
         result = invoke("run", "-n", "2", str(script))
@@ -295,6 +296,7 @@ class TestWorkers:
         assert f"Its whole output: {log}" in ended.stderr
         assert "ValueError: my mistake" in log.read_text()
 
+    @pytest.mark.full
     def test_what_a_script_sets_too_late(self, environ, script):
         environ["TF_NUM_INTRAOP_THREADS"] = "1"
         script.write_text(
@@ -363,6 +365,7 @@ class TestDoctor:
         assert "this is worker 1, from TF_CONFIG" in ended.stdout
         assert "worker 1 of 2, from TF_CONFIG" in ended.stdout
 
+    @pytest.mark.full
     def test_other_keras_backend(self, environ):
         ended = self.run(environ, KERAS_BACKEND="numpy")
         assert ended.returncode == 1

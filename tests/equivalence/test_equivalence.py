@@ -37,7 +37,6 @@ SPINE_ON_MORE = {
         "rows_961",
         "rows_1",
         "cnn_synchronized_batch_norm",
-        "embedding_lstm",
         "private",
     ),
     # Replicas without rows; at the edge of an overflow, the more replicas the more it matters.
@@ -45,16 +44,24 @@ SPINE_ON_MORE = {
 }
 # These depend on what a replica computes, not on how replicas sum: `make test` does them on
 # `mirrored` and `horovod`.
-ON_TWO_STRATEGIES = ("rows_3", "gradient_accumulation", "dropout", "two_optimizers")
+ON_TWO_STRATEGIES = (
+    "rows_3", "gradient_accumulation", "dropout", "two_optimizers", "power_sgd",
+)  # fmt: skip
 OLDEST = {
     "multi_worker-2": ("rows_961", "embedding_lstm", "own_train_step", "private"),
     "mirrored-2": ("rows_961", "cnn_synchronized_batch_norm", "private"),
 }
 # In `make test-full` only: the costly ones whose parts other cases have.
-COSTLY = ("private_compiled_by_xla", "private_masked_tagging")
+COSTLY = (
+    "masked_tagging",
+    "private_augmented",
+    "private_compiled_by_xla",
+    "private_in_turn",
+    "private_masked_tagging",
+)
 # With the optimizer's state in parts; `rows_961` clips by a norm.
 ZERO = {
-    "mirrored-2": ("rows_961", "loss_scaling", "every_optimizer", "private"),
+    "mirrored-2": ("rows_961", "loss_scaling", "private"),
     "multi_worker-2": ("adamw_ema", "gradient_accumulation"),
     "horovod-2": ("embedding_lstm", "two_optimizers"),
     "multi_worker-3": ("rows_1", "own_train_step"),

@@ -220,6 +220,7 @@ def test_federated_digits_do_not_depend_on_the_number_of_workers(clusters):
 
 
 @on(SINGLE, example("smote.py"))
+@pytest.mark.full  # which needs a package of its own
 def test_smote_finds_the_rare_digits(clusters):
     names = r"untreated|SMOTE|ClassBalanced\(\)(?:, Augment)?"
     found = figures(printed_on(clusters, SINGLE, "smote.py"), names, r"[\d.]+")

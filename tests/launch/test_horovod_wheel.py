@@ -622,6 +622,7 @@ def test_command_line(monkeypatch, tmp_path):
 
 @pytest.mark.cluster
 class TestCheck:
+    @pytest.mark.full  # the place horovod-2
     def test_two_processes(self, screen, tmp_path):
         if find_spec("horovod") is None:
             pytest.skip("Horovod is not installed: `tfdist horovod build`")

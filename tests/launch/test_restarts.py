@@ -187,6 +187,7 @@ print("MADE", int(model.optimizer.iterations), len(history.history["loss"]))
 """
 
 
+@pytest.mark.full
 def test_sigterm_saves_asynchronous_training_between_steps(tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(SERVED)
@@ -205,6 +206,7 @@ def test_sigterm_saves_asynchronous_training_between_steps(tmp_path: Path) -> No
         pytest.param(True, id="tfdist run"),
     ],
 )  # python alone: tests/examples
+@pytest.mark.full  # tests/examples: checkpoint.py
 def test_sigterm_saves_a_single_process(
     launched: bool, script: Path, never_stopped: Callable[[str], list[Any]], tmp_path: Path
 ) -> None:

@@ -128,6 +128,7 @@ class TestNoiseMultiplier:
         assert 0.99 * target < epsilon(noise_multiplier=noise, **options) <= target
         assert epsilon(noise_multiplier=noise * 0.998, **options) > target
 
+    @pytest.mark.full
     def test_large_and_small_targets(self):
         for target in (0.01, 50.0):
             options = {"sampling_probability": 0.02, "steps": 500, "delta": 1e-5}

@@ -98,7 +98,12 @@ WAYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-ALONE_TOO = ("adaptive_microbatches", "adaptive_compiled", "per_layer_microbatches")
+ALONE_TOO = (
+    "adaptive_microbatches",
+    "adaptive_compiled",
+    "per_layer_microbatches",
+    "compiled_microbatches",
+)
 
 
 @pytest.mark.parametrize("way", in_part(WAYS, full=ALONE_TOO))

@@ -129,7 +129,11 @@ FROM_THE_COMMAND_LINE = ("custom_loop", "train_on_batch")
 
 
 # In `make test-full` only: other programs, or tests/equivalence, have what is special in them.
-LIKE_OTHERS = ("wgan_gp", "siamese", "vae", "distillation", "mixed_precision", "timeseries")
+LIKE_OTHERS = (
+    "diffusion", "digits_convnet", "distillation", "gan", "generator", "mixed_precision",
+    "pydataset", "several_outputs", "siamese", "text", "timeseries", "transformer", "tuner",
+    "vae", "wgan_gp",
+)  # fmt: skip
 
 
 def always() -> set[tuple[str, str]]:

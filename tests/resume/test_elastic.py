@@ -135,7 +135,6 @@ def test_a_host_that_comes_back_joins_in_the_middle(script, alone, tmp_path):
     ]
 
 
-@pytest.mark.full  # below, they go on as well, until the host comes back
 def test_the_others_go_on_when_a_rank_is_killed(script, tmp_path):
     expected = by_itself(script, "noiseless")
     found, printed = elastic(script, "127.0.0.1", tmp_path, 0, "noiseless", LONG)
@@ -145,6 +144,7 @@ def test_the_others_go_on_when_a_rank_is_killed(script, tmp_path):
     assert Ledger.from_dict(found[0]["ledger"]) == Ledger.from_dict(expected["ledger"])
 
 
+@pytest.mark.full
 def test_a_host_that_comes_back_joins_a_private_training(script, tmp_path):
     # Without noise, the training is that of one process.
     expected = by_itself(script, "noiseless")

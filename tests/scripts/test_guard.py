@@ -44,6 +44,7 @@ def test_a_script_that_knows_nothing_is_refused(tmp_path: Path, script: str, wha
     assert "tfdist run --drop-in" in output
 
 
+@pytest.mark.full
 def test_a_script_that_names_tfdist_is_told(tmp_path: Path) -> None:
     status, output = ran(tmp_path, "import tfdist\n" + FIT)
     assert status == 0

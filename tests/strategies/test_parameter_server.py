@@ -217,6 +217,7 @@ class TestLosses:
         # The first epoch was backed up, three were trained by the second attempt.
         assert result(printed) == {"w": [-200.0] * 4, "iterations": 200, "epochs": 3}
 
+    @pytest.mark.full  # tests/faults kills one too
     def test_a_killed_worker_of_synchronous_training(self, script, tmp_path):
         command = tfdist_run(
             2, script, "synchronous", "worker 0", tmp_path, options=["--ps", "1"]
@@ -298,6 +299,7 @@ class TestClusters:
         assert f"no answer from worker 0 at {addresses[1]} {refused}, worker 1" in done.stderr
         assert f"ps 0 at {addresses[3]}" in done.stderr
 
+    @pytest.mark.full
     def test_a_chief_that_never_comes_is_named(self):
         addresses = free_addresses(3)
         jobs = {CHIEF: addresses[:1], WORKER: addresses[1:2], PS: addresses[2:]}
@@ -305,6 +307,7 @@ class TestClusters:
         assert done.returncode == 1
         assert f"no answer from chief at {addresses[0]}" in done.stderr
 
+    @pytest.mark.full
     def test_a_cluster_without_workers_is_refused(self):
         jobs = {CHIEF: ("127.0.0.1:1",), PS: ("127.0.0.1:2",)}
         done = begun(jobs, CHIEF, 0)
