@@ -14,7 +14,8 @@ import numpy as np
 import tensorflow as tf
 
 import tfdist
-from benchmarks.packs_worker import BATCH, PEAK, STEPS, Steps, mib
+from benchmarks.memory import Steps, mib, reset_peak
+from benchmarks.packs_worker import BATCH, STEPS
 from tfdist import _keras
 
 
@@ -37,7 +38,7 @@ def main(layers: str, width: str, kind: str) -> None:
     tf.ones([2, 2]) @ tf.ones([2, 2])
     x = np.random.default_rng(0).normal(size=(BATCH * STEPS, size)).astype("float32")
     before, steps = mib("VmRSS"), Measured()
-    PEAK.write_text("5")
+    reset_peak()
     dense = [keras.layers.Dense(size, "tanh") for _ in range(int(layers))]
     model = keras.Sequential([keras.Input((size,)), *dense, keras.layers.Dense(1)])
     model.compile("adam", "mse")

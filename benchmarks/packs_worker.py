@@ -5,44 +5,17 @@ Its argument is the number of layers, their width, and "packs" or "one tensor".
 
 from __future__ import annotations
 
-import re
 import statistics
 import sys
-import time
-from pathlib import Path
-from typing import Any
 
 import keras
 import numpy as np
 
 import tfdist
+from benchmarks.memory import Steps, mib
 from tfdist.strategies import tf_distribute
 
 BATCH, STEPS = 32, 10
-STATUS, PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-
-
-def mib(name: str) -> float:
-    """Reads VmRSS or VmHWM of this process, in MiB."""
-    found = re.search(rf"{name}:\s+(\d+) kB", STATUS.read_text())
-    assert found is not None
-    return int(found[1]) / 1024
-
-
-class Steps(keras.callbacks.Callback):  # type: ignore[misc]
-    """Times steps, and resets the peak after the first two."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.times: list[float] = []
-
-    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
-        if batch == 2:
-            PEAK.write_text("5")
-        self.began = time.perf_counter()
-
-    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        self.times.append(time.perf_counter() - self.began)
 
 
 def main(layers: str, width: str, kind: str) -> None:

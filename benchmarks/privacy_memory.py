@@ -14,25 +14,18 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import keras
 
 import tfdist
+from benchmarks.memory import mib, reset_peak
 from benchmarks.models import compiled, digits
 from benchmarks.privacy import BATCH, MODELS
 from benchmarks.report import Ratio, compare, show
 
 PAIRS = 3
 STEPS = {"MLP 784-512-256-10": 60, "MNIST CNN": 30, "encoder d=128": 4}
-
-
-def resident(name: str) -> float:
-    """Reads VmRSS or VmHWM of this process, in MiB."""
-    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None
-    return int(found[1]) / 1024
 
 
 def work(name: str, kind: str) -> None:
@@ -44,15 +37,15 @@ def work(name: str, kind: str) -> None:
     options: dict[str, Any] = {"batch_size": BATCH, "verbose": 0, "privacy": privacy}
     begun = Begun()
     tfdist.fit(model, x, y, steps_per_epoch=STEPS[name], callbacks=[begun], **options)
-    print(f"peak {resident('VmHWM') - begun.resident:.1f}", flush=True)
+    print(f"peak {mib('VmHWM') - begun.resident:.1f}", flush=True)
 
 
 class Begun(keras.callbacks.Callback):  # type: ignore[misc]
     """Notes what is resident when training begins, and measures the peak from there."""
 
     def on_train_begin(self, logs: Any = None) -> None:
-        self.resident = resident("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back to what is resident
+        self.resident = mib("VmRSS")
+        reset_peak()
 
 
 def peak(name: str, kind: str) -> float:

@@ -13,19 +13,17 @@ import re
 import statistics
 import subprocess
 import sys
-import time
-from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
 
 import tfdist
+from benchmarks.memory import Steps, mib
 from benchmarks.report import ratio, show
 
 L = keras.layers
 PAIRS, STEPS = 2, 6
-STATUS, PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def mlp() -> tuple[Any, Any, Any]:
@@ -66,29 +64,6 @@ def encoder() -> tuple[Any, Any, Any]:
 
 
 MODELS = {"MLP, 12 blocks": mlp, "encoder, 8 blocks": encoder}
-
-
-def mib(name: str) -> float:
-    """Reads VmRSS or VmHWM of this process, in MiB."""
-    found = re.search(rf"{name}:\s+(\d+) kB", STATUS.read_text())
-    assert found is not None
-    return int(found[1]) / 1024
-
-
-class Steps(keras.callbacks.Callback):  # type: ignore[misc]
-    """Times steps, and resets the peak after the first two."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.times: list[float] = []
-
-    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
-        if batch == 2:
-            PEAK.write_text("5")
-        self.began = time.perf_counter()
-
-    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        self.times.append(time.perf_counter() - self.began)
 
 
 def work(name: str, kind: str) -> None:
