@@ -18,12 +18,14 @@ from typing import Any
 
 import tensorflow as tf
 
+from tfdist.cluster import strict_json
 from tfdist.errors import CheckpointError
 
 Tensor = Any
 Specs = Mapping[str, tuple[tuple[int, ...], str]]
 _NAME = re.compile(r"epoch-(\d{5,})-step-(\d{7,})")
 _STATE, _TENSORS, _SUMS = "state.json", "tensors", "SHA256SUMS"
+_MOST_STATE_BYTES, _MOST_DEPTH = 1 << 30, 200
 _UNFINISHED = ".unfinished-"
 _DAMAGED = "damaged-"
 
@@ -166,6 +168,7 @@ def write(
     state: Mapping[str, Any],
     keep: int,
     check: Callable[[], None] = lambda: None,
+    is_secret: bool = False,
 ) -> None:
     """Writes a checkpoint, completely or not at all, and removes old ones.
 
@@ -177,6 +180,7 @@ def write(
         state: All other state, for JSON.
         keep: Number of checkpoints to keep, with this one.
         check: Raises an error if this training may no longer write there.
+        is_secret: Whether no other user of the machine may read it.
 
     Raises:
         CheckpointError: The checkpoint could not be written.
@@ -185,7 +189,8 @@ def write(
     unfinished = directory / f"{_UNFINISHED}{name}-{os.getpid()}"
     try:
         shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
+        unfinished.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.mkdir(mode=0o700 if is_secret else 0o777)
         with tf.device("CPU:0"):
             tf.raw_ops.SaveV2(
                 prefix=str(unfinished / _TENSORS),
@@ -200,8 +205,11 @@ def write(
         # The rename is the commit: a folder with the final name is complete. So all files, and
         # the folder that lists them, must be on the disk before it. Otherwise a power failure
         # could leave the new name with empty files.
-        for path in (*unfinished.iterdir(), unfinished):
+        for path in unfinished.iterdir():
+            if is_secret:
+                path.chmod(0o600)
             _sync(path)
+        _sync(unfinished)
         final = directory / name
         check()
         if final.exists():
@@ -244,13 +252,18 @@ def _verified(folder: Path) -> dict[str, Any]:
         if any(len(line) < 2 for line in lines):
             raise DamagedCheckpoint(f"{_SUMS} is cut off")
         expected = {name: digest for digest, name in lines}
+        if any("/" in name or name in (".", "..") for name in expected):
+            raise DamagedCheckpoint(f"{_SUMS} lists files elsewhere")
         missing = {_STATE, f"{_TENSORS}.index"} - expected.keys()
         if missing:
             raise DamagedCheckpoint(f"{_SUMS} does not list {min(missing)}")
         for name, digest in expected.items():
             if _digest(folder / name) != digest:
                 raise DamagedCheckpoint(f"{name} has another checksum")
-        state: dict[str, Any] = json.loads((folder / _STATE).read_text())
+        content = (folder / _STATE).read_bytes()
+        state = strict_json.loads(content, _MOST_STATE_BYTES, _MOST_DEPTH, allow_nan=True)
+        if not isinstance(state, dict):
+            raise DamagedCheckpoint(f"{_STATE} has no state of a training")
     except FileNotFoundError as error:
         raise DamagedCheckpoint(f"{Path(error.filename).name} is missing") from None
     except (IsADirectoryError, NotADirectoryError) as error:
@@ -262,7 +275,7 @@ def _verified(folder: Path) -> dict[str, Any]:
             f"A checkpoint must be readable. Received: {error.filename or folder} "
             f"({error.strerror}). Mend that. To use the one before it, move this one away."
         ) from None
-    return state
+    return dict(state)
 
 
 def _digest(file: Path) -> str:

@@ -342,8 +342,6 @@ class CheckpointRun(Continuation):
         content |= {f"arrays/{i}": tf.convert_to_tensor(a) for i, a in enumerate(arrays)}
         path, keep = self._settings.path, self._settings.keep
         epoch, step, _ = position
-        self._writer.begin(
-            functools.partial(
-                files.write, path, epoch, step, content, state, keep, self._lease.check
-            )
-        )
+        where = path, epoch, step, content, state, keep
+        is_secret = any(other.keeps_secrets for other in self._others)
+        self._writer.begin(functools.partial(files.write, *where, self._lease.check, is_secret))
