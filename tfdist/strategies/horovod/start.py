@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import socket
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -34,6 +36,20 @@ def _process_sets(hvd: Any, groups: Sequence[Sequence[int]], ranks: int) -> list
     return [hvd.ProcessSet(list(group)) for group in groups] if len(groups) > 1 else []
 
 
+def _hint() -> str:
+    """Returns a sentence for machines whose own name is one of theirs alone."""
+    name = socket.gethostname()
+    with contextlib.suppress(OSError):
+        address = socket.gethostbyname(name)
+        if address.startswith("127.") and os.environ.get("HOROVOD_CROSS_SIZE", "1") != "1":
+            return (
+                f" This machine's own name, {name!r}, resolves to {address}, which others "
+                "cannot reach. A Horovod that was built by an earlier tfdist uses it: run "
+                "`tfdist horovod build` again, or change the name's address in /etc/hosts."
+            )
+    return ""
+
+
 def start(cluster: Cluster, groups: Sequence[Sequence[int]]) -> tuple[Any, Any]:
     """Imports Horovod, connects the ranks and gives this one a GPU of its own.
 
@@ -61,7 +77,7 @@ def start(cluster: Cluster, groups: Sequence[Sequence[int]]) -> tuple[Any, Any]:
         except (RuntimeError, ValueError) as error:
             raise StrategyError(
                 f"All {cluster.num_workers} ranks must connect. Received: rank {cluster.index} "
-                f"could not: {error}. See the output of the other ranks."
+                f"could not: {error}. See the output of the other ranks.{_hint()}"
             ) from error
     if hvd.size() != cluster.num_workers:
         raise StrategyError(
