@@ -103,6 +103,7 @@ from tfdist._keras.served_updates import is_elementwise
 from tfdist._keras.sharded import slots_in_parts, updating_parts
 from tfdist._keras.sharded_updates import Sharding
 from tfdist._keras.slices import has_fixed_rows, has_unique_rows, once_each
+from tfdist._keras.snapshots import Snapshot
 from tfdist._keras.step_graph import StepGraph, batch_specs, step_graph
 from tfdist._keras.traces import keeping_variable_scope, map_fn
 from tfdist._keras.unfilled import built_unfilled, fill, note_filled, unfilled_value
@@ -127,6 +128,7 @@ __all__ = [
     "ReplicaBatch",
     "RowKeys",
     "Sharding",
+    "Snapshot",
     "StepGraph",
     "StepTrace",
     "StreamAdapter",
