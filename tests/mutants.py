@@ -271,7 +271,7 @@ MUTANTS = {
         "tests/federated/test_federated.py -k loop_over",
     ),
     "a client takes another one's optimizer": Mutant(
-        "federated/kept.py",
+        "federated/client_optimizers.py",
         "[tf.convert_to_tensor(table)[slot] for",
         "[tf.convert_to_tensor(table)[slot * 0] for",
         "tests/federated/test_federated.py -k loop_over",

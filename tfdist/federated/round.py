@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from tfdist import _keras
 from tfdist.federated.client import ClientSteps
-from tfdist.federated.kept import KeptOptimizers
+from tfdist.federated.client_optimizers import KeptOptimizers
 from tfdist.federated.plan import OfReplica
 from tfdist.federated.settings import FedAvg
 from tfdist.federated.source import Rounds
