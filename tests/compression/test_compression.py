@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from typing import Any
 
 import keras
@@ -512,6 +513,17 @@ def test_private_training_is_refused():
             tfdist.fit(
                 small_model(), *table(64), privacy=private, compression=compression, verbose=0
             )
+
+
+def test_momentum_with_vectors_that_are_drawn_anew_is_warned_of():
+    compression = tfdist.PowerSGD(warm_start=False)
+    for momentum, number in ((0.9, 1), (0.0, 0)):
+        model = small_model()
+        model.compile(keras.optimizers.SGD(0.1, momentum=momentum), crossentropy())
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            tfdist.fit(model, *table(64), compression=compression, steps_per_epoch=1, verbose=0)
+        assert len([w for w in caught if "hardly trains" in str(w.message)]) == number
 
 
 def test_bytes_are_those_of_the_vectors():
