@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import tempfile
 import warnings
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -20,6 +22,7 @@ from tfdist.compression.half import HalfExchange, HalfPrecision
 from tfdist.compression.power_sgd import LowRankExchange
 from tfdist.errors import ArgumentError, CheckpointError
 from tfdist.resume.checkpoint import files, tensors
+from tfdist.resume.checkpoint.shards import Piece, TensorReader, merge, write_shard
 from tfdist.step.exchange import Contribution
 from tfdist.step.prepared import prepare
 from tfdist.step.state import Role, Sharded, TrainState
@@ -618,9 +621,11 @@ def test_tensors_that_do_not_fit_are_refused(name, change, message):
     values["keras/global_seed_generator"] = np.zeros(2, "int32")
 
     def checked() -> None:
-        specs = {key: (value.shape, value.dtype.name) for key, value in values.items()}
-        about = {"global_seed": True, "folder": "here"}
-        tensors.check(state, values.__getitem__, specs, about)
+        with tempfile.TemporaryDirectory() as folder:
+            pieces = [Piece(key, tf.constant(value)) for key, value in values.items()]
+            merge(Path(folder), [write_shard(Path(folder), 0, pieces)])
+            about = {"global_seed": True, "folder": "here"}
+            tensors.check(state, TensorReader(Path(folder)), about)
 
     checked()
     changed = change(values.pop(name, None))
@@ -636,11 +641,12 @@ def test_what_replicas_keep_is_checked_before_a_training_goes_on(tmp_path):
     (folder,) = tmp_path.iterdir()
     saved = files.latest(tmp_path)
     assert saved is not None
-    read = saved.tensors()
-    values = {name: tf.constant(read(name)) for name in saved.specs()}
+    read = saved.tensors.whole
+    values = {name: tf.constant(read(name)) for name in saved.tensors.specs}
     values["per_replica/0"] *= np.nan
     epoch, step, _ = saved.state["position"]
-    files.write(tmp_path, epoch, step, values, saved.state, keep=1)
+    pieces = [Piece(name, value) for name, value in values.items()]
+    files.write(tmp_path, epoch, step, pieces, saved.state, keep=1)
     assert list(tmp_path.iterdir()) == [folder]
     with pytest.raises(CheckpointError, match=r"finite numbers in per_replica/0\. Received"):
         tfdist.fit(small_model(), *table(128), epochs=2, **options)

@@ -90,6 +90,11 @@ class Lease:
         self._file = directory / _NAME
         self._mine: Owner | None = None
 
+    @property
+    def token(self) -> str:
+        """The token of this training's lease, "" without one."""
+        return "" if self._mine is None else self._mine.token
+
     def take(self) -> None:
         """Takes the lease, as soon as its owner has ended or was silent for too long.
 
@@ -235,6 +240,18 @@ class Lease:
                 with contextlib.suppress(OSError):
                     os.link(aside, self._file)
         aside.unlink(missing_ok=True)
+
+
+def token_in(directory: Path) -> str:
+    """Returns the token of the lease in a directory, "" if there is none.
+
+    Args:
+        directory: The directory of the checkpoints.
+    """
+    try:
+        return str(json.loads((directory / _NAME).read_text())["token"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return ""
 
 
 def _kernel() -> str:
