@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from tfdist._version import __version__
 
 if TYPE_CHECKING:
-    from tfdist import compression, imbalance, privacy, samplers
+    from tfdist import compression, flower, imbalance, privacy, samplers
     from tfdist.api import fit
     from tfdist.compression.settings import PowerSGD
     from tfdist.data import Augment, ByClass, LocalShard
@@ -53,6 +53,7 @@ __all__ = [
     "drop_in",
     "evaluate",
     "fit",
+    "flower",
     "imbalance",
     "init",
     "is_chief",
@@ -126,7 +127,7 @@ def _follow_files() -> None:
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("compression", "imbalance", "privacy", "samplers"):
+    if name in ("compression", "flower", "imbalance", "privacy", "samplers"):
         return importlib.import_module(f"tfdist.{name}")
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)

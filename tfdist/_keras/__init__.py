@@ -91,6 +91,7 @@ from tfdist._keras.runtime import (
     has_devices,
     is_deterministic,
     key_value_store,
+    without_retracing_warning,
 )
 from tfdist._keras.saving import carry_in_files
 from tfdist._keras.scopes import (
@@ -213,4 +214,5 @@ __all__ = [
     "watch_updates",
     "what_is_no_mean",
     "with_nested",
+    "without_retracing_warning",
 ]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import tensorflow as tf
 
 from tfdist import data
@@ -140,10 +139,12 @@ class FederatedTraining(Extension):
         if isinstance(source, LocalArrays):
             num_rows = source.holdings.rows[source.worker]
         if ids is not None:
-            ids = np.asarray(ids)
-            if request.validation_split and len(ids) == _num_rows(request.x):
+            ids = of.as_ids(ids)
+            if request.validation_split and ids.shape == (_num_rows(request.x),):
                 ids = ids[:num_rows]
-            return of.of_ids(ids, num_rows, strategy, is_local)
+        clients = of.of_ids(ids, num_rows, strategy, is_local)
+        if clients is not None:
+            return clients
         if isinstance(source, LocalArrays):
             return of.of_workers(source.holdings.rows, source.worker)
         if request.shard is not None:
