@@ -15,6 +15,7 @@ from tfdist.launch import (
     DEFAULT_PORT,
     NODE_TIMEOUT_S,
     SAVING_S,
+    TOKEN,
     CoordinatorClient,
     Outcome,
     Restarts,
@@ -22,11 +23,13 @@ from tfdist.launch import (
     Worker,
     check_names,
     connect_launchers,
+    exposed_ports,
     parse_elastic,
     parse_hosts,
     restart_lines,
     run_workers,
     script_command,
+    share_token,
 )
 
 # TensorFlow quotes generated code in its tracebacks, with lines of thousands of characters.
@@ -166,6 +169,8 @@ def run(
     if zero is not None:
         os.environ["TFDIST_ZERO"] = str(zero)
     machines = parse_hosts(hosts) if hosts is not None else ()
+    if strategy == "horovod":
+        share_token(machines, node_rank, node_timeout)  # for the secret of its ranks
     roster = Roster(
         script_command((script, *arguments), module=module),
         workers=workers,
@@ -183,10 +188,12 @@ def run(
     connection: AbstractContextManager[CoordinatorClient | None] = nullcontext()
     if max_restarts and len(machines) > 1:
         # The launchers of several machines must agree on each restart.
+        share_token(machines, node_rank, node_timeout)
         connection = connect_launchers(
             machines,
             node_rank or 0,
             port,
+            os.environ[TOKEN],
             max_restarts=max_restarts,
             limit=node_timeout,
             min_workers=None if roster.elastic is None else roster.elastic[0],
@@ -195,6 +202,9 @@ def run(
         )
     restarts, shows_all = _restarts(max_restarts, servers), output == "all"
     with connection as client:
+        is_met_here = client is not None and node_rank == 0
+        if exposed := exposed_ports(roster.workers, port - 1 if is_met_here else None):
+            click.echo(exposed, err=True)
         outcome = _run(roster, log_dir, restarts, grace, client, shows_all)
     _explain(outcome, roster.workers, log_dir, has_other_hosts=len(machines) > 1)
     sys.exit(outcome.status)

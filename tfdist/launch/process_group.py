@@ -224,10 +224,12 @@ class ProcessGroup:
             self.pump()
 
     def end_stopped(self) -> None:
-        """Kills workers that stay stopped once all others have ended."""
-        for member, line in self._stopped.lost(self._members):
-            self.say(member.position, line)
-            member.signal_group(signal.SIGKILL)
+        """Kills workers that stay stopped, and names those that are silent."""
+        for notice in self._stopped.notices(self._members):
+            self.say(notice.member.position, f"tfdist: {notice.text}")
+            if notice.is_lost:
+                notice.member.reason = notice.text
+                notice.member.signal_group(signal.SIGKILL)
 
     def end(self, steps: Sequence[tuple[int, float]], received: Sequence[int] = ()) -> None:
         """Ends all workers and their children.
@@ -271,9 +273,8 @@ class ProcessGroup:
             return
         lines = tuple(member.lines.last)
         progress = self.progress if member.worker.serves else member.heartbeat.read()
-        self.failures.append(
-            Failure(member.worker, member.process.returncode, lines, progress, time.time())
-        )
+        code, reason = member.process.returncode, member.reason
+        self.failures.append(Failure(member.worker, code, lines, progress, time.time(), reason))
 
     def _read(self, member: StartedWorker) -> bool:
         """Reads once; returns whether there may be more."""

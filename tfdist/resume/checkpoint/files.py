@@ -18,6 +18,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from tfdist.cluster import strict_json
 from tfdist.errors import CheckpointError
 from tfdist.resume.checkpoint.shards import (
     INDEX,
@@ -26,6 +27,7 @@ from tfdist.resume.checkpoint.shards import (
     Shard,
     TensorReader,
     digest_of,
+    make_folder,
     merge,
     reason_of,
     sync,
@@ -35,6 +37,7 @@ from tfdist.resume.checkpoint.shards import (
 _NAME = re.compile(r"epoch-(\d{5,})-step-(\d{7,})")
 _DATA = re.compile(r"tensors\.data-\d{5}-of-(\d{5})")
 _STATE, _SUMS = "state.json", "SHA256SUMS"
+_MOST_STATE_BYTES, _MOST_DEPTH = 1 << 30, 200
 _UNFINISHED = ".unfinished-"
 _DAMAGED = "damaged-"
 
@@ -177,6 +180,7 @@ def write(
     check: Callable[[], None] = lambda: None,
     token: str = "",
     of_others: Callable[[], Sequence[Shard]] = tuple,
+    is_secret: bool = False,
 ) -> None:
     """Writes a checkpoint, completely or not at all, and removes old ones.
 
@@ -190,6 +194,7 @@ def write(
         check: Raises an error if this training may no longer write there.
         token: As in `unfinished_folder`.
         of_others: Returns the shards of other processes, which are in that folder.
+        is_secret: Whether no other user of the machine may read it.
 
     Raises:
         CheckpointError: The checkpoint could not be written.
@@ -197,7 +202,7 @@ def write(
     name = _name(epoch, step)
     unfinished = unfinished_folder(directory, epoch, step, token or str(os.getpid()))
     try:
-        unfinished.mkdir(parents=True, exist_ok=True)
+        make_folder(unfinished, is_secret)
         own = write_shard(unfinished, 0, pieces)
         digests = merge(unfinished, [shard for shard in (own, *of_others()) if shard])
         text = json.dumps(state, default=lambda number: number.item())
@@ -208,8 +213,11 @@ def write(
         # The rename is the commit: a folder with the final name is complete. So all files, and
         # the folder that lists them, must be on the disk before it. Otherwise a power failure
         # could leave the new name with empty files.
-        for path in (*unfinished.iterdir(), unfinished):
+        for path in unfinished.iterdir():
+            if is_secret:
+                path.chmod(0o600)
             sync(path)
+        sync(unfinished)
         final = directory / name
         check()
         if final.exists():
@@ -264,12 +272,17 @@ def _verified(folder: Path) -> dict[str, Any]:
             for shard in range(count)
         }
         missing = ({_STATE, INDEX} | shards) - expected.keys()
+        if any("/" in name or name in (".", "..") for name in expected):
+            raise DamagedCheckpoint(f"{_SUMS} lists files elsewhere")
         if missing:
             raise DamagedCheckpoint(f"{_SUMS} does not list {min(missing)}")
         for name, digest in expected.items():
             if digest_of(folder / name) != digest:
                 raise DamagedCheckpoint(f"{name} has another checksum")
-        state: dict[str, Any] = json.loads((folder / _STATE).read_text())
+        content = (folder / _STATE).read_bytes()
+        state = strict_json.loads(content, _MOST_STATE_BYTES, _MOST_DEPTH, allow_nan=True)
+        if not isinstance(state, dict):
+            raise DamagedCheckpoint(f"{_STATE} has no state of a training")
     except FileNotFoundError as error:
         raise DamagedCheckpoint(f"{Path(error.filename).name} is missing") from None
     except (IsADirectoryError, NotADirectoryError) as error:
@@ -281,4 +294,4 @@ def _verified(folder: Path) -> dict[str, Any]:
             f"A checkpoint must be readable. Received: {error.filename or folder} "
             f"({error.strerror}). Mend that. To use the one before it, move this one away."
         ) from None
-    return state
+    return dict(state)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,23 @@ from typing import Any
 from tfdist.errors import CheckpointError
 from tfdist.resume.checkpoint import files, same, tensors
 from tfdist.resume.checkpoint.lease import Lease, token_in
-from tfdist.resume.checkpoint.shards import TensorReader
+from tfdist.resume.checkpoint.shards import Specs, TensorReader
 from tfdist.step.prepared import PreparedModel
 from tfdist.strategies.base import Strategy
 
 FORMAT = 3
+
+_FIELDS_OF_ALL: Mapping[str, type] = {"format": int, "tfdist": str, "arrays": int}
+_FIELDS: Mapping[str, type] = {
+    "position": list,
+    "initial_epoch": int,
+    "steps": int,
+    "stopped": bool,
+    "setup": dict,
+    "others": dict,
+    "callbacks": dict,
+    "global_seed": bool,
+}
 
 
 @dataclass(frozen=True)
@@ -54,7 +67,9 @@ def last_checkpoint(lease: Lease, path: Path, strategy: Strategy) -> LastCheckpo
             if saved is not None:
                 reader, state = saved.tensors, saved.state
                 state["folder"] = str(saved.folder)
-                arrays = {i: reader.whole(f"arrays/{i}") for i in range(state["arrays"])}
+                _check(state, _FIELDS_OF_ALL)
+                names = _arrays(state, reader.specs)
+                arrays = {i: reader.whole(name) for i, name in enumerate(names)}
         except CheckpointError as error:
             problem = str(error)
             lease.release()
@@ -68,6 +83,8 @@ def last_checkpoint(lease: Lease, path: Path, strategy: Strategy) -> LastCheckpo
             f"A checkpoint must be of format {FORMAT}. Received: {state['folder']} of "
             f"format {state['format']}. Use tfdist {state['tfdist']}, which wrote it."
         )
+    if state is not None:
+        _check(state, _FIELDS)
     return LastCheckpoint(state, arrays, token, reader)
 
 
@@ -86,6 +103,29 @@ def is_shared(path: Path, token: str, strategy: Strategy) -> bool:
         except CheckpointError:
             sees_it = False
     return all(strategy.gather_objects(sees_it))
+
+
+def _check(state: dict[str, Any], kinds: Mapping[str, type]) -> None:
+    """Refuses a state that lacks fields, or has other ones than tfdist writes."""
+    wrong = [name for name, kind in kinds.items() if type(state.get(name)) is not kind]
+    if wrong:
+        raise CheckpointError(
+            "The state of a checkpoint must be as tfdist writes it. Received: "
+            f"{state['folder']} with {wrong[0]}={str(state.get(wrong[0]))[:40]}. Continue from "
+            "another checkpoint."
+        )
+
+
+def _arrays(state: dict[str, Any], specs: Specs) -> list[str]:
+    """Returns the names of the arrays that a state refers to."""
+    names = [f"arrays/{i}" for i in range(min(state["arrays"], len(specs)))]
+    if len(names) < state["arrays"] or not specs.keys() >= {*names}:
+        raise CheckpointError(
+            "The arrays of a checkpoint must be among its tensors. Received: "
+            f"{state['folder']}, which lacks some of {state['arrays']}. Continue from another "
+            "checkpoint."
+        )
+    return names
 
 
 def check_before_training(

@@ -331,4 +331,5 @@ class CheckpointRun(Continuation):
             return state | {"arrays": len(arrays)}
 
         epoch, step, _ = position
-        self._saver.save(epoch, step, state_of)
+        is_secret = any(other.keeps_secrets for other in self._others)
+        self._saver.save(epoch, step, state_of, is_secret)

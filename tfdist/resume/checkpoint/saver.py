@@ -85,7 +85,11 @@ class Saver:
         )
 
     def save(
-        self, epoch: int, step: int, state_of: Callable[[list[Any]], dict[str, Any]]
+        self,
+        epoch: int,
+        step: int,
+        state_of: Callable[[list[Any]], dict[str, Any]],
+        is_secret: bool,
     ) -> None:
         """Saves. If it is joint, all processes must call it; if not, all may.
 
@@ -93,6 +97,7 @@ class Saver:
             epoch: The epoch of the checkpoint.
             step: Number of completed steps of the epoch.
             state_of: Returns all state but the tensors. It gets a list for its arrays.
+            is_secret: Whether no other user of the machine may read the checkpoint.
 
         Raises:
             CheckpointError: The previous checkpoint could not be written.
@@ -108,13 +113,15 @@ class Saver:
         if self.is_shared:
             number = place.worker_index
             if not place.is_chief:
-                write = functools.partial(shards.write_for_chief, folder, number, pieces)
+                write = functools.partial(
+                    shards.write_for_chief, folder, number, pieces, is_secret
+                )
                 self.writer.begin(write)
                 return
             others, is_given_up = range(1, place.num_workers), lambda: self.writer.is_given_up
             of_others = functools.partial(shards.of_others, folder, others, is_given_up)
         elif self.is_joint:
-            received = _Received(folder)
+            received = _Received(folder, is_secret)
             for part in tensors.of_others(self._computing, self._state):
                 received.add(part)
             of_others = received.shards
@@ -138,6 +145,7 @@ class Saver:
                 self._lease.check,
                 self._token,
                 of_others,
+                is_secret,
             )
         )
 
@@ -149,10 +157,11 @@ class _Received:
 
     Args:
         folder: The folder of the checkpoint.
+        is_secret: As in `shards.make_folder`.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, is_secret: bool) -> None:
+        self._folder, self._is_secret = folder, is_secret
         self._pieces: list[Piece] = []
         self._shards: list[Shard] = []
         self._failure: Exception | None = None
@@ -181,7 +190,7 @@ class _Received:
         if self._failure is not None:
             return
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            shards.make_folder(self._folder, self._is_secret)
             shard = shards.write_shard(self._folder, len(self._shards) + 1, pieces)
         except (OSError, tf.errors.OpError) as error:
             self._failure = error

@@ -65,6 +65,17 @@ class Shard:
     digest: str
 
 
+def make_folder(folder: Path, is_secret: bool) -> None:
+    """Makes the folder of a checkpoint, if another process has not made it.
+
+    Args:
+        folder: The folder.
+        is_secret: Whether no other user of the machine may look into it.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700 if is_secret else 0o777, exist_ok=True)
+
+
 def write_shard(folder: Path, number: int, pieces: Sequence[Piece]) -> Shard | None:
     """Writes tensors to the disk.
 
@@ -125,19 +136,22 @@ def merge(folder: Path, shards: Sequence[Shard]) -> dict[str, str]:
 # --- the other processes ------------------------------------------------------------------
 
 
-def write_for_chief(folder: Path, number: int, pieces: Sequence[Piece]) -> None:
+def write_for_chief(
+    folder: Path, number: int, pieces: Sequence[Piece], is_secret: bool = False
+) -> None:
     """Writes this process's shard, and tells the chief, also of a failure.
 
     Args:
         folder: The folder of the checkpoint, which all processes see.
         number: This process's number.
         pieces: This process's tensors.
+        is_secret: As in `make_folder`.
 
     Raises:
         CheckpointError: The shard could not be written.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder, is_secret)
         shard = write_shard(folder, number, pieces)
         _note(folder, number, {} if shard is None else asdict(shard))
     except (OSError, tf.errors.OpError) as error:
