@@ -19,6 +19,7 @@ from typing import NoReturn
 
 from tfdist.cluster import heartbeat, launched_config
 from tfdist.cluster.rendezvous import start_timeout, wait_until_up
+from tfdist.cluster.warning_signals import survive_warnings
 from tfdist.errors import HUNG, START_ME_AGAIN, HungError, ServerLostError, TfdistError
 
 _EXIT_HANDLERS_S = 3.0
@@ -119,6 +120,7 @@ def main() -> None:
     if len(sys.argv) < 2:
         sys.exit("usage: python -m tfdist.scripts.worker_main [-m] script.py [args]")
     follow_launcher()
+    survive_warnings()
     heartbeat.share_with_launcher()
     arguments = sys.argv[1:]
     try:

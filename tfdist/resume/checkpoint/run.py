@@ -18,7 +18,7 @@ from tfdist.resume.checkpoint import files, reading, same, tensors
 from tfdist.resume.checkpoint.callbacks import CallbackState
 from tfdist.resume.checkpoint.lease import Lease
 from tfdist.resume.checkpoint.plain import decode, plain_logs
-from tfdist.resume.checkpoint.preemption import Preemption
+from tfdist.resume.checkpoint.preemption import WARNED, Preemption
 from tfdist.resume.checkpoint.reading import LastCheckpoint
 from tfdist.resume.checkpoint.saving import SavingCallbacks
 from tfdist.resume.checkpoint.schedule import SavingSchedule
@@ -56,7 +56,7 @@ class CheckpointRun(Continuation):
     ) -> None:
         super().__init__(others)
         self._settings = Checkpoint.of(checkpoint)
-        self._strategy = strategy
+        self._strategy, self._is_alone = strategy, strategy.place.num_workers == 1
         self._settings.check_strategy(strategy)
         self._states: dict[str, Any] = {}
         self._writer = Writer()
@@ -93,7 +93,8 @@ class CheckpointRun(Continuation):
         """Names the checkpoint from which training continues, if there is one."""
         if self._last.state is None:
             return None
-        return reading.notice_of(self._last.state, self._setup, request.epochs)
+        warns = self._strategy.place.is_chief and not request.shows
+        return reading.notice_of(self._last.state, self._setup, request.epochs, warns)
 
     def bind(self, request: Request, source: data.Source) -> None:
         """Refuses a checkpoint of another training.
@@ -119,15 +120,7 @@ class CheckpointRun(Continuation):
             source.go_on_after(state["position"][0] - state["initial_epoch"])
 
     def begin(self, epoch: int, start: Callable[[], data.DataPosition]) -> Begins:
-        """Returns where training begins.
-
-        Args:
-            epoch: The `initial_epoch` of `fit`.
-            start: As in `Continuation.begin`.
-
-        Returns:
-            As in `Continuation.begin`.
-        """
+        """Returns where training begins; see `Continuation.begin`."""
         state, arrays = self._last.state, self._last.arrays
         self._initial_epoch = epoch
         if state is None:
@@ -152,18 +145,17 @@ class CheckpointRun(Continuation):
 
         Args:
             callbacks: This process's callbacks.
-            prepared: The model. Its state is saved.
+            prepared: The model, whose state is saved.
             where: Returns the position of the data, between two epochs.
             **options: Arguments of `keras.callbacks.CallbackList`.
 
         Raises:
             CheckpointError: The disk has no room, or the checkpoint cannot be restored.
         """
-        self._train_state, self._where = prepared.state, where
-        self._computing = prepared.strategy
+        self._train_state, self._where, self._stop = prepared.state, where, prepared.stop
+        self._computing, self._model = prepared.strategy, prepared.model
         reading.check_before_training(self._settings.path, self._last, prepared, self._strategy)
         self._epochs = options["epochs"]
-        self._stop, self._model = prepared.stop, prepared.model
         self._preemption.on_request = self._note_preemption
         self._note_preemption()
         steps_made = 0 if self._position is None else self._position.step
@@ -186,13 +178,14 @@ class CheckpointRun(Continuation):
                 raise
             finally:
                 self._writer.close()
-                self._stop.preempted = False
+                self._stop.preempted = self._stop.warned = False
             self._writer.finish()
             if any(self._strategy.gather_objects(self._preemption.is_requested)):
                 self._leave("training had come to its end, and is saved")
 
     def _note_preemption(self) -> None:
         self._stop.preempted = self._preemption.is_requested
+        self._stop.warned = self._preemption.is_warned
 
     def leave_if_preempted(self, callback_state: CallbackState, logs: Any) -> None:
         """Saves and ends the process, if one of the workers has received SIGTERM.
@@ -207,14 +200,12 @@ class CheckpointRun(Continuation):
             Preempted: A worker has received SIGTERM, and the training is saved.
             CheckpointError: The training could not be saved.
         """
-        alone = self._strategy.place.num_workers == 1
-        if not (self._stop.preempted if alone else self._stop.leaving):
+        if not (self._stop.preempted if self._is_alone else self._stop.leaving):
             return
         assert self._position is not None
         if any(self._strategy.gather_objects(self._stop.requested)):
             return  # a callback has stopped the training: its end is saved instead
-        if alone:
-            self._model.get_metrics_result()  # waits for asynchronous steps
+        self._wait_for_steps()
         problem = None
         try:
             if not self._schedule.has_saved(self._steps_made):
@@ -228,6 +219,11 @@ class CheckpointRun(Continuation):
             raise CheckpointError(problem)
         epoch, step, _ = self._position
         self._leave(f"saved after step {step} of epoch {epoch + 1}")
+
+    def _wait_for_steps(self) -> None:
+        """Waits for asynchronous steps."""
+        if self._is_alone:
+            self._model.get_metrics_result()
 
     def _leave(self, reason: str) -> NoReturn:
         self._preemption.leave(reason if self._strategy.place.is_chief else None)
@@ -283,6 +279,11 @@ class CheckpointRun(Continuation):
         """
         schedule = self._schedule
         schedule.note_step(self._steps_made)
+        if self._preemption.takes_warning(self._stop, self._is_alone):
+            schedule.request()
+            self._wait_for_steps()
+            if self._strategy.place.is_chief:
+                print(WARNED, flush=True)
         # Training does not wait for the disk. If the writer is busy, a later step is saved.
         is_ready = self._writer.is_idle
         if not self._train_state.is_everywhere:
