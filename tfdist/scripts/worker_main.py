@@ -56,6 +56,7 @@ def become_worker() -> None:
     """
     _import_tensorflow()
     import tfdist
+    from tfdist import watchdog
     from tfdist.scripts import device_settings
     from tfdist.scripts.guard import guard
     from tfdist.scripts.own_strategies import claim
@@ -63,6 +64,7 @@ def become_worker() -> None:
     _wait_for_rendezvous()
     strategy = tfdist.init(strategy=os.environ.get("TFDIST_STRATEGY", "auto")).strategy
     place = strategy.place
+    watchdog.tell_end(strategy)
     launched_config.remember(place.num_workers > 1, place.is_chief)
     device_settings.explain(place.is_chief)
     if place.num_workers > 1 or strategy.has_servers:
