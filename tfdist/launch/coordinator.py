@@ -67,6 +67,7 @@ class Coordinator:
         self._restarts, self._limit = restarts, limit
         self._min_workers = min_workers
         self._active: set[int] = set()
+        self._refusals: dict[int, str] = {}  # the last one of each machine
         self._launchers: list[_Launcher] = []
         self._causes: list[RestartCause] = []
         self._failed_at = 0.0
@@ -165,6 +166,8 @@ class Coordinator:
     def _handle_hello(self, launcher: _Launcher, hello: dict[str, Any]) -> None:
         problem = self._refusal(launcher, hello)
         if problem is not None:
+            if isinstance(hello.get("rank"), int):
+                self._refusals[hello["rank"]] = problem
             launcher.connection.send("refused", why=problem)
             return
         for other in self._launchers:
@@ -264,10 +267,16 @@ class Coordinator:
                     launcher.connection.send("start", active=sorted(ready))
         elif is_late:
             listed = " and ".join(self._name(rank) for rank in missing)
+            refusals = "".join(
+                f" {self._name(rank)} was refused: {self._refusals[rank]}"
+                for rank in missing
+                if rank in self._refusals
+            )
             self._end(
                 "over",
                 RestartCause(
-                    f"{listed} did not come within {self._limit:g} s (--node-timeout).",
+                    f"{listed} did not come within {self._limit:g} s (--node-timeout)."
+                    + refusals,
                     "while waiting for all hosts",
                     time.time(),
                     START_ME_AGAIN,
