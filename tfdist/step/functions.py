@@ -104,8 +104,8 @@ def _with_whole_batches(
 
     def train_and_share(epoch: Epoch) -> Logs:
         with strategy.waiting_for(f"step {epoch.steps_taken + 1}"):
-            stopped, changed, leaves = strategy.sums(stop.requests()).numpy()
-        stop.leaving = bool(leaves)
+            stopped, changed, leaves, saves = strategy.sums(stop.requests()).numpy()
+        stop.leaving, stop.saving = bool(leaves), bool(saves)
         if changed:
             raise MembersChanged("Processes came, or are about to go.")
         if stopped:

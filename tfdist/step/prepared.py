@@ -92,7 +92,8 @@ class PreparedModel:
                 yield
             return
         stop = self.stop
-        stop.requested = stop.agreed = stop.members_changed = stop.leaving = False
+        stop.requested = stop.agreed = stop.members_changed = False
+        stop.leaving = stop.saving = False
         timers = self.functions.timers
         here.data_counts = None if timers is None else timers.counts
         # The order matters when the contexts end: Keras gets its functions back before the

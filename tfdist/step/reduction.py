@@ -37,6 +37,7 @@ class StepAgreement:
     Attributes:
         status: Scalar int32. If it is not `GOES_ON`, the step changes nothing.
         leaving: Scalar bool: whether a worker has to leave. The step is made nevertheless.
+        saving: Scalar bool: whether a worker asks for a checkpoint.
         needed: Whether there are other workers.
         seconds: Scalar float64: the seconds of reductions, if there are other workers.
     """
@@ -53,6 +54,7 @@ class StepAgreement:
         self.needed = strategy.place.num_workers > 1
         self.status: Tensor = tf.constant(GOES_ON)
         self.leaving: Tensor = tf.constant(False)
+        self.saving: Tensor = tf.constant(False)
         self.seconds: Tensor = tf.zeros([], tf.float64)
         self._known = not self.needed
         self._exchange = exchange
@@ -114,14 +116,15 @@ class StepAgreement:
 
     def _hear(self, summed: Tensor) -> None:
         """Sets the status from the summed signals of all replicas."""
-        stopping, sums, squares = tf.split(summed, [3, 4, 4])
+        stopping, sums, squares = tf.split(summed, [4, 4, 4])
         # Checksums are equal on all R replicas exactly if R times the sum of their squares is
         # the square of their sum: their variance is 0 then. Each part of a checksum is a whole
         # number below 64, so these sums are exact in float32 for up to 4096 replicas.
         differ = tf.reduce_any(squares * self._replicas != tf.square(sums))
         status = tf.where(differ, DISAGREED, tf.where(stopping[0] > 0, STOPPED, GOES_ON))
         status = tf.where(stopping[1] > 0, MEMBERS_CHANGED, status)
-        self.status, self.leaving, self._known = status, stopping[2] > 0, True
+        self.status, self._known = status, True
+        self.leaving, self.saving = stopping[2] > 0, stopping[3] > 0
 
     def do(self, action: Callable[[], None]) -> None:
         """Calls a function if the step counts."""

@@ -24,6 +24,8 @@ from tfdist.errors import CheckpointError
 
 RENEWED_EVERY_S = 5.0
 EXPIRES_AFTER_S = 30.0
+UNREADABLE_S = 10.0
+"""A lease that cannot be read is written again within this time, if its owner lives."""
 ENDS_WITHIN_S = 5.0
 """How long a process of this machine may still need to end, when another takes its place."""
 _POLL_S = 0.2
@@ -72,10 +74,24 @@ class Owner:
             return self.token not in _IN_USE
         return _started(self.pid) != self.started
 
+    @property
+    def is_readable(self) -> bool:
+        """Whether the file of the lease names an owner."""
+        return self.token != ""
+
+    @property
+    def expires_after(self) -> float:
+        """Seconds of silence after which another training may take the lease."""
+        return EXPIRES_AFTER_S if self.is_readable else UNREADABLE_S
+
     def __str__(self) -> str:
+        if not self.is_readable:
+            return "an unknown process"
         if self.is_of_this_kernel and self.pid == os.getpid():
             return "another `fit` of this process"
-        return f"process {self.pid} on {self.host}"
+        is_stopped = self.is_of_this_kernel and _state(self.pid) == "T"
+        stopped = " (stopped, by SIGSTOP say: `kill -CONT` lets it go on)" if is_stopped else ""
+        return f"process {self.pid} on {self.host}{stopped}"
 
 
 class Lease:
@@ -117,7 +133,7 @@ class Lease:
             if owner is None:
                 continue  # it was released just now
             waited = time.monotonic() - begun
-            if owner.has_ended or (owner == seen and waited > EXPIRES_AFTER_S):
+            if owner.has_ended or (owner == seen and waited > owner.expires_after):
                 self._remove(owner)
                 continue
             is_renewed = seen is not None and owner != seen
@@ -130,14 +146,20 @@ class Lease:
             seen = seen or owner
             if not is_told and not owner.is_of_this_kernel:
                 is_told = True
-                print(
-                    f"tfdist: {owner} has used {str(self._directory)!r}. This process waits up "
-                    f"to {EXPIRES_AFTER_S:.0f} s for a sign that it still does.",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                self._tell(owner)
             time.sleep(_POLL_S)
         self._mine = mine
+
+    def _tell(self, owner: Owner) -> None:
+        text = f"{owner} has used {str(self._directory)!r}."
+        if not owner.is_readable:
+            text = f"{str(self._file)!r} is empty or damaged, so its owner is not known."
+        print(
+            f"tfdist: {text} This process waits up to {owner.expires_after:g} s for a sign "
+            "that it is still used.",
+            file=sys.stderr,
+            flush=True,
+        )
 
     @contextlib.contextmanager
     def renewed(self) -> Iterator[None]:
@@ -173,6 +195,10 @@ class Lease:
         owner = self._owner()
         if self._mine is None or (owner is None and self._create(self._mine)):
             return
+        if owner is not None and not owner.is_readable:
+            with contextlib.suppress(OSError):
+                self._renew()
+            owner = self._owner()
         if owner is None or owner.token != self._mine.token:
             raise CheckpointError(
                 "A training must have its checkpoint directory for itself. Received: "
@@ -189,10 +215,12 @@ class Lease:
 
     def _renew(self) -> None:
         owner = self._owner()
-        if self._mine is None or owner is None or owner.token != self._mine.token:
+        if self._mine is None or owner is None:
             return
-        file = self._written(replace(owner, renewals=owner.renewals + 1))
-        file.replace(self._file)
+        if owner.is_readable and owner.token != self._mine.token:
+            return
+        self._mine = replace(self._mine, renewals=self._mine.renewals + 1)
+        self._written(self._mine).replace(self._file)
 
     def _create(self, owner: Owner) -> bool:
         """Makes the file of the lease, complete, unless there is one."""
@@ -223,20 +251,21 @@ class Lease:
     def _owner(self) -> Owner | None:
         for _ in range(2):
             try:
-                return Owner(**json.loads(self._file.read_text()))
+                owner = _owner_in(self._file.read_bytes())
             except FileNotFoundError:
                 return None
-            except (ValueError, TypeError):  # it is being written
-                time.sleep(_POLL_S)
-        return Owner("an unknown host", 0, "", "", "")
+            if owner is not None:
+                return owner
+            time.sleep(_POLL_S)  # it is being written
+        return Owner("", 0, "", "", "")
 
     def _remove(self, owner: Owner) -> None:
         """Removes the lease of an owner that has ended, but not one that came after it."""
         aside = self._directory / f"{_NAME}-{uuid.uuid4().hex}"
         with contextlib.suppress(FileNotFoundError):
             self._file.rename(aside)
-            taken = json.loads(aside.read_text() or "{}") if owner.token else {}
-            if taken.get("token", "") != owner.token:
+            taken = _owner_in(aside.read_bytes())
+            if taken is not None and taken.token != owner.token:
                 with contextlib.suppress(OSError):
                     os.link(aside, self._file)
         aside.unlink(missing_ok=True)
@@ -248,10 +277,20 @@ def token_in(directory: Path) -> str:
     Args:
         directory: The directory of the checkpoints.
     """
+    with contextlib.suppress(OSError):
+        owner = _owner_in((directory / _NAME).read_bytes())
+        return "" if owner is None else owner.token
+    return ""
+
+
+def _owner_in(content: bytes) -> Owner | None:
+    """Reads the content of a lease; None if it is none."""
     try:
-        return str(json.loads((directory / _NAME).read_text())["token"])
-    except (OSError, ValueError, TypeError, KeyError):
-        return ""
+        owner = Owner(**json.loads(content))
+        is_sound = isinstance(owner.token, str) and isinstance(owner.pid, int)
+    except (ValueError, TypeError, RecursionError):
+        return None
+    return owner if is_sound and owner.token else None
 
 
 def _kernel() -> str:
@@ -265,9 +304,18 @@ def _kernel() -> str:
 
 def _started(pid: int) -> str:
     """Returns when a process started, "" if there is none or it has ended."""
+    fields = _fields(pid)
+    return fields[19] if fields and fields[0] not in "ZX" else ""
+
+
+def _state(pid: int) -> str:
+    """Returns the letter of a process's state, such as "T" for stopped; "" if unknown."""
+    return (_fields(pid) or [""])[0]
+
+
+def _fields(pid: int) -> list[str]:
+    """Returns what the kernel says about a process, from its state on."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
-        return ""
-    state, started = fields[0], fields[19]
-    return "" if state in "ZX" else started
+        return []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -156,13 +157,16 @@ def check_before_training(
         raise CheckpointError(problem)
 
 
-def notice_of(state: dict[str, Any], setup: dict[str, Any], epochs: int) -> str:
+def notice_of(
+    state: dict[str, Any], setup: dict[str, Any], epochs: int, warns: bool = False
+) -> str:
     """Returns a line about the checkpoint from which a training continues.
 
     Args:
         state: The state of the checkpoint.
         setup: The description of the present training, from `same.describe`.
         epochs: The argument `epochs` of `fit`.
+        warns: Whether to warn, if the line is not shown, that the checkpoint has more epochs.
     """
     folder, epoch = state["folder"], state["position"][0]
     if state["stopped"]:
@@ -170,7 +174,16 @@ def notice_of(state: dict[str, Any], setup: dict[str, Any], epochs: int) -> str:
             f"a callback ended the training in {folder} after epoch {epoch}: nothing is "
             "left to train. Pass another directory to train anew."
         )
-    if epoch >= epochs:
+    if epoch > epochs:
+        text = (
+            f"{folder} has {epoch} epochs, and {epochs} are asked for: nothing is left to "
+            f"train, and the weights are those after epoch {epoch}. Raise `epochs`, or pass "
+            "another directory to train anew."
+        )
+        if warns:
+            print(f"tfdist: warning: {text}", file=sys.stderr, flush=True)
+        return text
+    if epoch == epochs:
         return (
             f"{folder} has all {epochs} epochs: nothing is left to train. Raise `epochs`, "
             "or pass another directory to train anew."

@@ -15,7 +15,7 @@ from tfdist.resume.checkpoint import reading, same
 from tfdist.resume.checkpoint.callbacks import CallbackState
 from tfdist.resume.checkpoint.lease import Lease
 from tfdist.resume.checkpoint.plain import decode, plain_logs
-from tfdist.resume.checkpoint.preemption import Preemption
+from tfdist.resume.checkpoint.preemption import WARNED, Preemption
 from tfdist.resume.checkpoint.reading import LastCheckpoint
 from tfdist.resume.checkpoint.saver import Saver
 from tfdist.resume.checkpoint.saving import SavingCallbacks
@@ -54,7 +54,7 @@ class CheckpointRun(Continuation):
     ) -> None:
         super().__init__(others)
         self._settings = Checkpoint.of(checkpoint)
-        self._strategy = strategy
+        self._strategy, self._is_alone = strategy, strategy.place.num_workers == 1
         self._settings.check_strategy(strategy)
         self._states: dict[str, Any] = {}
         self._preemption, self._stop = Preemption(), StopState()
@@ -90,7 +90,8 @@ class CheckpointRun(Continuation):
         """Names the checkpoint from which training continues, if there is one."""
         if self._last.state is None:
             return None
-        return reading.notice_of(self._last.state, self._setup, request.epochs)
+        warns = self._strategy.place.is_chief and not request.shows
+        return reading.notice_of(self._last.state, self._setup, request.epochs, warns)
 
     def bind(self, request: Request, source: data.Source) -> None:
         """Refuses a checkpoint of another training.
@@ -116,15 +117,7 @@ class CheckpointRun(Continuation):
             source.go_on_after(state["position"][0] - state["initial_epoch"])
 
     def begin(self, epoch: int, start: Callable[[], data.DataPosition]) -> Begins:
-        """Returns where training begins.
-
-        Args:
-            epoch: The `initial_epoch` of `fit`.
-            start: As in `Continuation.begin`.
-
-        Returns:
-            As in `Continuation.begin`.
-        """
+        """Returns where training begins; see `Continuation.begin`."""
         state, arrays = self._last.state, self._last.arrays
         self._initial_epoch = epoch
         if state is None:
@@ -149,7 +142,7 @@ class CheckpointRun(Continuation):
 
         Args:
             callbacks: This process's callbacks.
-            prepared: The model. Its state is saved.
+            prepared: The model, whose state is saved.
             where: Returns the position of the data, between two epochs.
             **options: Arguments of `keras.callbacks.CallbackList`.
 
@@ -160,7 +153,6 @@ class CheckpointRun(Continuation):
         reading.check_before_training(self._settings.path, self._last, prepared, self._strategy)
         self._saver.begin(prepared, self._last.token)
         self._epochs = options["epochs"]
-        self._stop, self._model = prepared.stop, prepared.model
         self._preemption.on_request = self._note_preemption
         self._note_preemption()
         steps_made = 0 if self._position is None else self._position.step
@@ -184,13 +176,14 @@ class CheckpointRun(Continuation):
                 raise
             finally:
                 self._saver.writer.close()
-                self._stop.preempted = False
+                self._stop.preempted = self._stop.warned = False
             self._saver.writer.finish()
             if any(self._strategy.gather_objects(self._preemption.is_requested)):
                 self._leave("training had come to its end, and is saved")
 
     def _note_preemption(self) -> None:
         self._stop.preempted = self._preemption.is_requested
+        self._stop.warned = self._preemption.is_warned
 
     def leave_if_preempted(self, callback_state: CallbackState, logs: Any) -> None:
         """Saves and ends the process, if one of the workers has received SIGTERM.
@@ -205,14 +198,12 @@ class CheckpointRun(Continuation):
             Preempted: A worker has received SIGTERM, and the training is saved.
             CheckpointError: The training could not be saved.
         """
-        alone = self._strategy.place.num_workers == 1
-        if not (self._stop.preempted if alone else self._stop.leaving):
+        if not (self._stop.preempted if self._is_alone else self._stop.leaving):
             return
         assert self._position is not None
         if any(self._strategy.gather_objects(self._stop.requested)):
             return  # a callback has stopped the training: its end is saved instead
-        if alone:
-            self._model.get_metrics_result()  # waits for asynchronous steps
+        self._wait_for_steps()
         problem = None
         try:
             if not self._schedule.has_saved(self._steps_made):
@@ -226,6 +217,11 @@ class CheckpointRun(Continuation):
             raise CheckpointError(problem)
         epoch, step, _ = self._position
         self._leave(f"saved after step {step} of epoch {epoch + 1}")
+
+    def _wait_for_steps(self) -> None:
+        """Waits for asynchronous steps."""
+        if self._is_alone:
+            self._model.get_metrics_result()
 
     def _leave(self, reason: str) -> NoReturn:
         self._preemption.leave(reason if self._strategy.place.is_chief else None)
@@ -280,6 +276,11 @@ class CheckpointRun(Continuation):
         """
         schedule = self._schedule
         schedule.note_step(self._steps_made)
+        if self._preemption.takes_warning(self._stop, self._is_alone):
+            schedule.request()
+            self._wait_for_steps()
+            if self._strategy.place.is_chief:
+                print(WARNED, flush=True)
         # Training does not wait for the disk. If the writer is busy, a later step is saved.
         is_ready = self._saver.writer.is_idle
         if self._saver.is_joint:
