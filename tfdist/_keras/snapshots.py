@@ -37,7 +37,7 @@ def _are_same(one: Any, other: Any) -> bool:
     memory, other_memory = memory_of(one), memory_of(other)
     if memory.ctypes.data == other_memory.ctypes.data:
         return True
-    return memory.tobytes() == other_memory.tobytes()
+    return bool(memory.tobytes() == other_memory.tobytes())
 
 
 def memory_of(tensor: Any) -> Any:

@@ -19,7 +19,7 @@ from tfdist.federated.extension import FederatedTraining
 from tfdist.federated.flower import messages
 from tfdist.federated.flower.messages import Task
 from tfdist.federated.plan import OfReplica, Plan
-from tfdist.federated.round import FederatedRound
+from tfdist.federated.round import FederatedRound, Federation
 from tfdist.federated.source import Rounds
 from tfdist.federated.state import LocalState
 from tfdist.samplers import Uniform
@@ -263,7 +263,9 @@ class _OneClient(FederatedTraining):
 
     def make(self, model: Any, strategy: Strategy, exchange: Exchange | None) -> ClientRound:
         """Makes the round; see `RoundMaker`."""
-        self._round = ClientRound(self._settings, self._rounds, model, strategy, exchange)
+        self._round = ClientRound(
+            Federation(self._settings, self._rounds), model, strategy, exchange
+        )
         self._round.begins_with(self._task, self._sent, self._kept)
         return self._round
 

@@ -22,7 +22,7 @@ from tfdist.federated.flower.client import request_of, sent_by_server
 from tfdist.federated.flower.messages import TAKEN, Task
 from tfdist.federated.flower.nodes import Nodes
 from tfdist.federated.plan import OfReplica, Plan
-from tfdist.federated.round import FederatedRound
+from tfdist.federated.round import FederatedRound, Federation
 from tfdist.federated.settings import FedAvg, check
 from tfdist.federated.source import Rounds
 from tfdist.step.exchange import Exchange
@@ -167,8 +167,10 @@ class _Messages(Plan):
             ones,
             planned.weights,
             np.zeros(count, np.int64),
+            planned.clients,
             np.array([held, held], np.int64),
             planned.steps.max(),
+            np.int64(number),
             planned.check,
         )
 
@@ -245,7 +247,9 @@ class _Server(FederatedTraining):
 
     def make(self, model: Any, strategy: Strategy, exchange: Exchange | None) -> ServerRound:
         """Makes the rounds; see `RoundMaker`."""
-        made = ServerRound(self._settings, self._exchanges, model, strategy, exchange)
+        made = ServerRound(
+            Federation(self._settings, self._exchanges), model, strategy, exchange
+        )
         made.asks(self, model)
         return made
 
