@@ -147,9 +147,13 @@ def test_a_node_twice_is_refused(coordinator: Coordinator, port: int) -> None:
 
 
 def test_a_host_that_was_refused_is_not_only_missing(port: int) -> None:
-    coordinator = Coordinator(port, HOSTS, {"version": 1}, Restarts(1), limit=60)
-    first = CoordinatorClient(("127.0.0.1", port), 0, {"version": 1}, Restarts(1), limit=20)
-    other = CoordinatorClient(("127.0.0.1", port), 1, {"version": 2}, Restarts(1), limit=20)
+    coordinator = Coordinator(port, "token", HOSTS, {"version": 1}, Restarts(1), limit=60)
+    first = CoordinatorClient(
+        ("127.0.0.1", port), "token", 0, {"version": 1}, Restarts(1), limit=20
+    )
+    other = CoordinatorClient(
+        ("127.0.0.1", port), "token", 1, {"version": 2}, Restarts(1), limit=20
+    )
     try:
         with pytest.raises(LaunchError, match="`version` must be the same on all hosts"):
             other.meet((), print)

@@ -240,11 +240,10 @@ class TensorReader:
     @functools.cached_property
     def specs(self) -> Specs:
         """The shape and the type of each tensor, by name."""
-        types = self._reader.get_variable_to_dtype_map()
-        return {
-            name: (tuple(shape), types[name].name)
-            for name, shape in self._reader.get_variable_to_shape_map().items()
-        }
+        with self._explaining(INDEX):
+            types = self._reader.get_variable_to_dtype_map()
+            shapes = self._reader.get_variable_to_shape_map()
+        return {name: (tuple(shape), types[name].name) for name, shape in shapes.items()}
 
     def whole(self, name: str) -> Any:
         """Returns a tensor as an array.
