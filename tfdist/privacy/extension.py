@@ -57,7 +57,6 @@ class PrivateTraining(Extension):
         return dataclasses.replace(
             changed,
             seed=run.sampling_seed,
-            is_seeded=run.is_seeded,
             seed_is_secret=not run.is_seeded,
         )
 

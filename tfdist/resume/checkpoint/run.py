@@ -86,8 +86,9 @@ class CheckpointRun(Continuation):
             for o in self._others
         }
         saved = None if state is None else state["setup"]["seed"]
-        is_open = not request.is_seeded and not request.seed_is_secret
-        return replace(request, seed=int(saved)) if is_open and saved is not None else request
+        if saved is None or not request.seed_is_random:
+            return request
+        return replace(request, seed=int(saved))
 
     def notice(self, request: Request) -> str | None:
         """Names the checkpoint from which training continues, if there is one."""
