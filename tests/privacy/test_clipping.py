@@ -476,7 +476,7 @@ def test_equals_a_loop_over_examples(name: str) -> None:
         clip = float(np.median(norms))  # some are clipped, some are not
         mask = np.ones(len(rows), bool)
         received = clipping.clipped_sum(
-            model, some(x, rows), some(y, rows), mask, clip, together=together
+            model, some(x, rows), some(y, rows), mask, clip, grouping=together
         )
         # Enlarged by the most that rounding can take from them.
         assert np.all(received.norms >= norms * (1 - 1e-5) - 1e-6)

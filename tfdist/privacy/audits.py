@@ -89,20 +89,20 @@ def canaries(x: Any, y: Any, rows: Any, seed: int | None = None) -> Canaries:
             raise ArgumentError(
                 f"`rows` must be at most the number of rows, {total}. Received: rows={rows}."
             )
-        chosen = np.sort(rng.choice(total, int(rows), replace=False))
+        row_numbers = np.sort(rng.choice(total, int(rows), replace=False))
     else:
-        chosen = np.asarray(rows)
-        _check_rows(chosen, total)
-    included = rng.integers(0, 2, len(chosen)).astype(bool)
+        row_numbers = np.asarray(rows)
+        _check_rows(row_numbers, total)
+    included = rng.integers(0, 2, len(row_numbers)).astype(bool)
     in_training = np.ones(total, bool)
-    in_training[chosen[~included]] = False
+    in_training[row_numbers[~included]] = False
     return Canaries(
         _rows_of(x, in_training),
         _rows_of(y, in_training),
-        chosen.astype(np.int64),
+        row_numbers.astype(np.int64),
         included,
-        _rows_of(x, chosen),
-        _rows_of(y, chosen),
+        _rows_of(x, row_numbers),
+        _rows_of(y, row_numbers),
     )
 
 

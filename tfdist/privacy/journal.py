@@ -57,21 +57,21 @@ class Journal:
         Raises:
             CheckpointError: The file cannot be written.
         """
-        written = self.read()
-        if written is not None:
-            record = record.beside(written)
+        other_record = self.read()
+        if other_record is not None:
+            record = record.beside(other_record)
         # A new file replaces the old one in one operation, so a crash never leaves half a file.
-        new = self._path.with_name(f"{NAME}.{os.getpid()}")
+        temporary = self._path.with_name(f"{NAME}.{os.getpid()}")
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            with new.open("w") as file:
+            with temporary.open("w") as file:
                 json.dump(record.to_dict(), file)
                 file.flush()
                 os.fsync(file.fileno())
-            new.replace(self._path)
+            temporary.replace(self._path)
         except OSError as error:
             with contextlib.suppress(OSError):
-                new.unlink()
+                temporary.unlink()
             raise CheckpointError(
                 "The number of private steps must be written down before they are made. "
                 f"Received: {str(self._path)!r} ({error.strerror}). Make room, or choose "
@@ -84,17 +84,17 @@ class Journal:
         return self._path.exists()
 
 
-def steps_ahead(planned: int, at_once: int) -> int:
+def steps_ahead(planned_steps: int, at_once: int) -> int:
     """Returns how many coming steps are written at once.
 
     It is a hundredth of a training. So a crash counts at most 1 % of the steps too many, and
     the file is written about a hundred times.
 
     Args:
-        planned: The planned steps of the training.
+        planned_steps: The planned steps of the training.
         at_once: The steps of one execution.
     """
-    return max(at_once, -(-planned // _PARTS))
+    return max(at_once, -(-planned_steps // _PARTS))
 
 
 def backup_of(callbacks: Any) -> Any:

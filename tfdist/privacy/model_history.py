@@ -236,35 +236,35 @@ def forgotten(model: Any) -> Iterator[None]:
     Args:
         model: A `keras.Model`.
     """
-    attached = [(thing, vars(thing).pop(_ATTRIBUTE, None)) for thing in _places(model)]
+    attached = [(owner, vars(owner).pop(_ATTRIBUTE, None)) for owner in _places(model)]
     try:
         yield
     finally:
-        for thing in _places(model):
-            vars(thing).pop(_ATTRIBUTE, None)
-        for thing, value in attached:
+        for owner in _places(model):
+            vars(owner).pop(_ATTRIBUTE, None)
+        for owner, value in attached:
             if value is not None:
-                vars(thing)[_ATTRIBUTE] = value
+                vars(owner)[_ATTRIBUTE] = value
 
 
 def _attach(model: Any, holder: _Holder) -> None:
-    for thing in _places(model):
-        is_variable = isinstance(thing, keras.Variable)
-        vars(thing)[_ATTRIBUTE] = holder, digest(thing) if is_variable else None
+    for owner in _places(model):
+        is_variable = isinstance(owner, keras.Variable)
+        vars(owner)[_ATTRIBUTE] = holder, digest(owner) if is_variable else None
 
 
 def _places(model: Any) -> list[Any]:
     """Lists the objects to which history is attached. Any of them may be trained later."""
-    things: list[Any] = [model]
+    owners: list[Any] = [model]
     for layer in _keras.layers_of(model):
         weights = [v for v in layer.variables if not keras_layers.is_seed(v)]
-        things += [*weights, layer] if weights else []
-    return list({id(thing): thing for thing in things}.values())
+        owners += [*weights, layer] if weights else []
+    return list({id(owner): owner for owner in owners}.values())
 
 
 def _holders(model: Any) -> Iterator[_Holder]:
-    things = [*model.variables, *_keras.layers_of(model)]
-    holders = [vars(thing)[_ATTRIBUTE][0] for thing in things if _ATTRIBUTE in vars(thing)]
+    owners = [*model.variables, *_keras.layers_of(model)]
+    holders = [vars(owner)[_ATTRIBUTE][0] for owner in owners if _ATTRIBUTE in vars(owner)]
     yield from {id(holder): holder for holder in holders}.values()
 
 
@@ -283,15 +283,15 @@ def digest(variable: Any) -> bytes:
     return hashlib.blake2b(value.view(np.uint8).data, digest_size=16).digest()
 
 
-def _written(model: Any) -> bytes | None:
+def _serialized(model: Any) -> bytes | None:
     """Returns the history for a file of the model, or None if it is empty."""
     history = of(model)
     return json.dumps(history.to_dict()).encode() if history != History() else None
 
 
-def _read(model: Any, written: bytes) -> None:
+def _attach_serialized(model: Any, serialized: bytes) -> None:
     """Attaches the history of a file to the model that was loaded from it."""
-    history = History.from_dict(json.loads(written))
+    history = History.from_dict(json.loads(serialized))
     running = [h.source for h in _holders(model) if not isinstance(h.source, History)]
     for run in running:
         run.absorb(history)
@@ -299,4 +299,4 @@ def _read(model: Any, written: bytes) -> None:
         keep(model, of(model).merged(history))
 
 
-carry_in_files("_tfdist_privacy", _written, _read)
+carry_in_files("_tfdist_privacy", _serialized, _attach_serialized)

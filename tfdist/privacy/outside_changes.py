@@ -39,7 +39,7 @@ class OutsideChanges:
 
     def __init__(self, model: Any, note: Callable[[int], None]) -> None:
         self._model, self._note = model, note
-        self._known: set[bytes] = set()
+        self._training_digests: set[bytes] = set()
         self._state: list[bytes] | None = None
         self._sample: list[bytes] | None = None
         self._iterations = 0
@@ -72,7 +72,7 @@ class OutsideChanges:
         """Notes the present weights as those of the training."""
         self._iterations = self._count()
         self._state = self._digests()
-        self._known.update(self._state)
+        self._training_digests.update(self._state)
 
     def mark_sample(self) -> None:
         """Notes a sample of the present weights, which is quick enough for every step."""
@@ -88,7 +88,7 @@ class OutsideChanges:
         if state is None and (sample is None or self._samples() == sample):
             return
         updates = max(0, self._count() - self._iterations)
-        if updates or not self._known.issuperset(self._digests()):
+        if updates or not self._training_digests.issuperset(self._digests()):
             self._note(updates)
 
     def accept(self) -> None:

@@ -159,11 +159,11 @@ def _check_separation(
     # A row of repeated rows comes again after `count // batch_size` batches, or one more.
     distances = [count // batch_size if of_rows else count for count, of_rows in repeated]
     distances += [source.batches] if source.batches is not None else []
-    most = min((count for count in distances if count >= 0), default=None)
-    if most is not None and separation > max(1, most):
+    most_batches = min((count for count in distances if count >= 0), default=None)
+    if most_batches is not None and separation > max(1, most_batches):
         raise ArgumentError(
             "`min_separation` must not be above the number of batches in which each example "
-            f"comes once. Received: min_separation={separation!r} and {most} batches."
+            f"comes once. Received: min_separation={separation!r} and {most_batches} batches."
         )
 
 

@@ -55,7 +55,7 @@ def make_private_model(model: Any) -> tuple[Any, list[str]]:
             "`model` must be built. Received: one without an input shape. Begin it with "
             "keras.Input(shape)."
         )
-    changed: list[str] = []
+    replacements: list[str] = []
 
     def replace(layer: Any) -> Any:
         if keras_layers.is_graph_of_layers(layer):
@@ -64,7 +64,7 @@ def make_private_model(model: Any) -> tuple[Any, list[str]]:
             return layer.__class__.from_config(layer.get_config())
         channels = int(layer.moving_mean.shape[0])
         groups = _groups(channels)
-        changed.append(
+        replacements.append(
             f"{layer.name}: BatchNormalization became GroupNormalization(groups={groups})"
         )
         return layers.GroupNormalization(
@@ -99,7 +99,7 @@ def make_private_model(model: Any) -> tuple[Any, list[str]]:
     if model.compiled:
         private_model.compile_from_config(model.get_compile_config())
     model_history.pass_on(model, private_model)
-    return private_model, changed
+    return private_model, replacements
 
 
 def _groups(channels: int) -> int:

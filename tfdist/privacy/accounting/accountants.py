@@ -148,9 +148,9 @@ def _interval(phases: Sequence[Phase], delta: float) -> float:
     for phase in phases:
         rdp.compose(phase.event(truncated=False))
     scale = float(rdp.get_epsilon(delta))
-    wanted = max(1e-5, 1e-4 * min(1.0, scale), 2e-6 * scale)
+    step = max(1e-5, 1e-4 * min(1.0, scale), 2e-6 * scale)
     # Few different values, so that `_step` finds its results in the cache.
-    return float(2.0 ** (math.floor(2 * math.log2(wanted)) / 2))
+    return float(2.0 ** (math.floor(2 * math.log2(step)) / 2))
 
 
 def _relation(name: str) -> Any:

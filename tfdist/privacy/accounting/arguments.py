@@ -34,10 +34,10 @@ def check_number(
     inside = low < number < high if open_ends else low <= number <= high
     if inside and math.isfinite(number):
         return
-    wanted = f"between {low} and {high}" if math.isfinite(high) else f"of at least {low}"
+    condition = f"between {low} and {high}" if math.isfinite(high) else f"of at least {low}"
     if open_ends:
-        wanted = f"above {low}" + (f" and below {high}" if math.isfinite(high) else "")
-    raise ArgumentError(f"`{name}` must be a number {wanted}. Received: {name}={value!r}.")
+        condition = f"above {low}" + (f" and below {high}" if math.isfinite(high) else "")
+    raise ArgumentError(f"`{name}` must be a number {condition}. Received: {name}={value!r}.")
 
 
 def check_count(name: str, value: Any, low: int) -> None:
@@ -62,20 +62,20 @@ def check_count(name: str, value: Any, low: int) -> None:
         )
 
 
-def check_type(name: str, value: Any, kinds: type | tuple[type, ...], wanted: str) -> None:
+def check_type(name: str, value: Any, kinds: type | tuple[type, ...], names: str) -> None:
     """Refuses a value of another type.
 
     Args:
         name: The name of the argument.
         value: Its value.
         kinds: The allowed types.
-        wanted: Their names, as a part of a sentence.
+        names: Their names, as a part of a sentence.
 
     Raises:
         ArgumentError: The value has another type.
     """
     if not isinstance(value, kinds):
-        raise ArgumentError(f"`{name}` must be {wanted}. Received: {name}={value!r}.")
+        raise ArgumentError(f"`{name}` must be {names}. Received: {name}={value!r}.")
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:

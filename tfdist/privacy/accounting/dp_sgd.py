@@ -158,27 +158,27 @@ def noise_for(
         # A coarse epsilon takes a tenth of the time, and is too large by an excess that hardly
         # depends on the noise. So the search is by coarse epsilons, for the target plus the
         # excess, and a few fine ones correct the excess.
-        def above(wanted: float, noise: float) -> float:
-            return cost(noise, capacity, coarse=True) - wanted
+        def above(target: float, noise: float) -> float:
+            return cost(noise, capacity, coarse=True) - target
 
         noise = _least(functools.partial(above, target_epsilon), 1.0, 2.0)
         if len(phases) > _MOST_REFINED:
             return noise
         for _ in range(_REFINEMENTS):
             excess = above(cost(noise, capacity, coarse=False), noise)
-            previous, wanted = noise, target_epsilon + excess
-            noise = _least(functools.partial(above, wanted), noise, 1.01)
+            previous, target = noise, target_epsilon + excess
+            noise = _least(functools.partial(above, target), noise, 1.01)
             if abs(noise - previous) <= 2e-4 * noise:
                 break
         while cost(noise, capacity, coarse=False) > target_epsilon:
             noise *= 1 + 1e-4
         return noise
 
-    already = spent.epsilon(delta, accountant=accountant, relation=relation)
-    if already >= target_epsilon:
+    spent_epsilon = spent.epsilon(delta, accountant=accountant, relation=relation)
+    if spent_epsilon >= target_epsilon:
         raise ArgumentError(
             "`target_epsilon` must leave something for the steps to come. Received: "
-            f"target_epsilon={target_epsilon!r}, with {already:.4g} spent before, at "
+            f"target_epsilon={target_epsilon!r}, with {spent_epsilon:.4g} spent before, at "
             f"delta={delta!r}. Raise it."
         )
     capacity = phases[0].capacity

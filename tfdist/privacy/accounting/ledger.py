@@ -277,13 +277,13 @@ class Ledger:
             ) from None
 
 
-def most_within(cost: Callable[[int], float], max_epsilon: float, most: int) -> int:
+def most_within(cost: Callable[[int], float], max_epsilon: float, most_steps: int) -> int:
     """Counts how many steps stay within a budget.
 
     Args:
         cost: A function from a number of steps to their epsilon. It must not fall.
         max_epsilon: The budget.
-        most: The most steps.
+        most_steps: The most steps.
     """
 
     def gap(steps: float) -> float:
@@ -291,11 +291,11 @@ def most_within(cost: Callable[[int], float], max_epsilon: float, most: int) -> 
 
     if gap(0) > 0:
         return 0
-    if gap(most) <= 0:
-        return most
+    if gap(most_steps) <= 0:
+        return most_steps
     from scipy import optimize  # dp-accounting brings it
 
-    count: int = round(optimize.brentq(gap, 0, most, xtol=0.5))
+    count: int = round(optimize.brentq(gap, 0, most_steps, xtol=0.5))
     while gap(count) > 0:
         count -= 1
     while gap(count + 1) <= 0:

@@ -281,7 +281,7 @@ def _describe(phase: Phase, group: Sequence[Phase] = ()) -> str:
             f"{phase.noise_multiplier:.6g} C for each step, of which the {phase.bands - 1} "
             "steps after it take a part back"
         )
-    most = "at most " if phase.at_most else ""
+    at_most = "at most " if phase.at_most else ""
     clipped = "gradient" if phase.unit == EXAMPLE else "gradients added up and"
     noise = f"{phase.noise_multiplier:.6g} C"
     if len(group) > 1:
@@ -290,9 +290,9 @@ def _describe(phase: Phase, group: Sequence[Phase] = ()) -> str:
     steps = sum(p.steps for p in group) or phase.steps
     return (
         f"{steps} steps of DP-SGD, each {phase.unit} drawn into each step independently "
-        f"with probability {most}{phase.sampling_probability:.6g}{limit}, each {phase.unit}'s "
-        f"{clipped} clipped to a norm C, and Gaussian noise of standard deviation {noise} "
-        "added to their sum"
+        f"with probability {at_most}{phase.sampling_probability:.6g}{limit}, each "
+        f"{phase.unit}'s {clipped} clipped to a norm C, and Gaussian noise of standard "
+        f"deviation {noise} added to their sum"
     )
 
 

@@ -99,10 +99,10 @@ class AuditReport:
 
         The area under the ROC curve, equal scores counted half.
         """
-        others = np.sort(self.non_members)
-        below = np.searchsorted(others, self.members, "left")
-        up_to = np.searchsorted(others, self.members, "right")
-        return float((below + up_to).mean() / (2 * len(others)))
+        non_members = np.sort(self.non_members)
+        below = np.searchsorted(non_members, self.members, "left")
+        up_to = np.searchsorted(non_members, self.members, "right")
+        return float((below + up_to).mean() / (2 * len(non_members)))
 
     @property
     def advantage(self) -> float:
@@ -296,18 +296,20 @@ class AuditReport:
                 f"Received: {len(self.members)} and {len(self.non_members)}."
             )
         rng = np.random.default_rng(seed)
-        members, others = (rng.permutation(s) for s in (self.members, self.non_members))
+        members, non_members = (rng.permutation(s) for s in (self.members, self.non_members))
         thresholds = np.unique(self.scores)
-        chosen = max(
+        best = max(
             (
-                best_threshold(members[::2], others[::2], thresholds, side, delta, confidence)
+                best_threshold(
+                    members[::2], non_members[::2], thresholds, side, delta, confidence
+                )
                 for side in (True, False)
             ),
             key=lambda attack: attack.epsilon,
         )
-        only = np.array([chosen.threshold])
+        only = np.array([best.threshold])
         return best_threshold(
-            members[1::2], others[1::2], only, chosen.says_member, delta, confidence
+            members[1::2], non_members[1::2], only, best.says_member, delta, confidence
         )
 
     def plot(self) -> Any:

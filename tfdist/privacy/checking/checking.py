@@ -116,7 +116,9 @@ def check(
         fixed = dataclasses.replace(fixed, bands=None)
         parts = [part for part in parts if part == "contributions"]
     rng = np.random.default_rng(seed)
-    own = np.sort(rng.choice(rows_of(columns), min(_OWN, rows_of(columns)), replace=False))
+    row_numbers = np.sort(
+        rng.choice(rows_of(columns), min(_OWN, rows_of(columns)), replace=False)
+    )
     if isinstance(sampler, PoissonLike):
         sampler = sampler.bind(columns[1], rows_of(columns))
     draws = Draws(fixed, rows_of(columns), batch_size, columns[1], sampler, strategy)
@@ -126,8 +128,8 @@ def check(
         facts += measure_draws(draws, math.ceil(_STEPS * effort), _ALPHA)
     with subject_of(model, strategy) as subject:
         if "contributions" in parts:
-            some = selected(columns, own)
-            neighbours = _contributions(Noiseless(subject, fixed), some, effort, rng)
+            examples = selected(columns, row_numbers)
+            neighbours = _contributions(Noiseless(subject, fixed), examples, effort, rng)
             facts, notes = [*facts, *neighbours.facts], [*notes, *neighbours.notes]
             is_repeatable = neighbours.draws_nothing
         if "noise" in parts and privacy.noise_multiplier == 0:
@@ -135,7 +137,9 @@ def check(
         elif "noise" in parts:
             numbers = math.ceil(_NUMBERS * effort)
             noiseless = Noiseless(subject, privacy)
-            noise = NoiseCheck(noiseless, columns, batch_size, own, is_repeatable, numbers)
+            noise = NoiseCheck(
+                noiseless, columns, batch_size, row_numbers, is_repeatable, numbers
+            )
             facts += noise.facts(_ALPHA, rng)
     return CheckReport(
         tuple(facts),

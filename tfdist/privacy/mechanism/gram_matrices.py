@@ -40,7 +40,7 @@ def squared_norms_of_products(inputs: Tensor, outputs: Tensor) -> Tensor:
     Returns:
         float32 of shape [examples].
     """
-    return _chosen(_of_products, inputs, outputs)(inputs, outputs)
+    return _maybe_compiled(_of_products, inputs, outputs)(inputs, outputs)
 
 
 def squared_norms_by_row(rows: Tensor, outputs: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ def squared_norms_by_row(rows: Tensor, outputs: Tensor) -> Tensor:
     Returns:
         float32 of shape [examples].
     """
-    return _chosen(_by_row, outputs)(rows, outputs)
+    return _maybe_compiled(_by_row, outputs)(rows, outputs)
 
 
 def _of_products(inputs: Tensor, outputs: Tensor) -> Tensor:
@@ -137,7 +137,7 @@ def _positions(factor: Tensor) -> Any:
     return static if static is not None else tf.cast(tf.shape(factor)[1], tf.float32)
 
 
-def _chosen(function: Callable[..., Tensor], *factors: Tensor) -> Callable[..., Tensor]:
+def _maybe_compiled(function: Callable[..., Tensor], *factors: Tensor) -> Callable[..., Tensor]:
     """Returns the function, or its compiled form if that is faster."""
     positions, *sizes = factors[0].shape[1], *(factor.shape[2] for factor in factors)
     if tf.executing_eagerly() or positions is None:

@@ -66,11 +66,11 @@ def check(
     """
     state = model.non_trainable_variables
     values = [tf.identity(v.value) for v in state]
-    few = rows.selected((x, y, sample_weight), np.arange(_ROWS_FOR_SUMS) % rows.count(x))
+    few_rows = rows.selected((x, y, sample_weight), np.arange(_ROWS_FOR_SUMS) % rows.count(x))
     try:
         with _exact_products(), _keras.replicated(), keras_layers.in_float32(model):
             tolerance = tolerance_for(model)
-            _check_sum(model, *few, tolerance)
+            _check_sum(model, *few_rows, tolerance)
             _check_state(state, values)
             _Comparison(model, (x, y, sample_weight), tolerance, l2_norm_clip).make()
     finally:
@@ -237,9 +237,9 @@ class _Comparison:
         among_others = self._added(moved, moved_numbers, moved_weights)
         self._check(among_others, among_all, weights, "among others")
 
-    def _check(self, other: Added, among_all: Added, weights: Any, where: str) -> None:
+    def _check(self, contribution: Added, among_all: Added, weights: Any, where: str) -> None:
         weights = tf.constant(weights, tf.float32)
-        if not bool(is_same(other, among_all, weights, self._tolerance, self._norm)):
+        if not bool(is_same(contribution, among_all, weights, self._tolerance, self._norm)):
             raise mixes(f"what examples add to the gradient is another thing {where}")
 
     def _added(self, columns: Columns, numbers: Any, weights: Any) -> Added:

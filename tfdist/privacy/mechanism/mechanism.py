@@ -54,7 +54,7 @@ class Mechanism:
         bands = self.bands or 1
         return inverse(banded(bands), 16 * bands) if self.cyclic else coefficients(bands)
 
-    def most(self, replicas: int) -> float:
+    def sum_bound(self, replicas: int) -> float:
         """Bounds the norm of a step's sum of clipped gradients, in clipping norms.
 
         The bound fails with a probability below 2^-64: a Poisson sample with mean b has more

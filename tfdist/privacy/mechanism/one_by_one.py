@@ -73,7 +73,7 @@ def computed_again(
             tf.range(examples),
             fn_output_signature=[tf.TensorSpec(v.shape, tf.float32) for v in variables],
         )
-        totals = [total + more for total, more in zip(totals, of_call, strict=True)]
+        totals = [total + term for total, term in zip(totals, of_call, strict=True)]
     return [Written(v, gradients) for v, gradients in zip(variables, totals, strict=True)]
 
 

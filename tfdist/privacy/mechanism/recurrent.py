@@ -71,8 +71,8 @@ def _joined(calls: list[list[Tensor]]) -> list[Tensor]:
 
     A call with dropout has one factor for each gate, and a call without has one for all.
     """
-    most = max(len(factors) for factors in calls)
-    repeated = [factors * (most // len(factors)) for factors in calls]
+    most_factors = max(len(factors) for factors in calls)
+    repeated = [factors * (most_factors // len(factors)) for factors in calls]
     return [tf.concat(of_gate, 1) for of_gate in zip(*repeated, strict=True)]
 
 

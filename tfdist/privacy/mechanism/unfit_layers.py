@@ -122,8 +122,8 @@ def check_metrics(model: Any, x: Any, y: Any, sample_weight: Any = None) -> None
     for metric in metrics:
         metric.reset_state()
     for name, values in states[0].items():
-        for one, other in zip(values, states[1][name], strict=True):
-            if not np.allclose(one, other, rtol=1e-3, atol=1e-5, equal_nan=True):
+        for first, second in zip(values, states[1][name], strict=True):
+            if not np.allclose(first, second, rtol=1e-3, atol=1e-5, equal_nan=True):
                 raise ArgumentError(
                     "A metric of private training must sum up or count examples, in any order. "
                     f"Received: {name!r}, whose state depends on their order: it keeps what "

@@ -55,8 +55,8 @@ class CyclicPoisson(Accounted):
         """Returns the rows of one global batch, possibly none; see `Sampler.rows`."""
         members = _members(num_rows, self.groups, seed)[step % self.groups]
         probability = self._probability(num_rows, batch_size)
-        chosen: Rows = members[bernoulli(generator((seed, step)), len(members), probability)]
-        return chosen
+        rows: Rows = members[bernoulli(generator((seed, step)), len(members), probability)]
+        return rows
 
     def _probability(self, num_rows: int, batch_size: float) -> float:
         return min(1.0, self.groups * batch_size / num_rows)

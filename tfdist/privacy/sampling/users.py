@@ -23,19 +23,19 @@ class Users:
 
     Args:
         group_ids: The name or number of each row's user, shape [rows].
-        most: The most rows of a user in a step. None is no limit.
+        limit: The most rows of a user in a step. None is no limit.
 
     Attributes:
         group_of: The number of each row's user, int64 of shape [rows].
         count: The number of users.
-        most: The most rows of a user in a step.
-        kept: The number of rows of all users, with at most `most` of each.
+        limit: The most rows of a user in a step.
+        rows_within_limit: The number of rows of all users, with at most `limit` of each.
 
     Raises:
         ArgumentError: `group_ids` does not have one name or number for each row.
     """
 
-    def __init__(self, group_ids: Any, most: int | None = None) -> None:
+    def __init__(self, group_ids: Any, limit: int | None = None) -> None:
         ids = np.asarray(group_ids)
         if ids.ndim != 1 or ids.dtype == object:
             ids = np.array([str(i) for i in ids]) if ids.ndim == 1 else ids
@@ -44,18 +44,18 @@ class Users:
                 "`group_ids` must have a whole number or a name for each example. Received: "
                 f"group_ids of shape {ids.shape} and dtype {ids.dtype}."
             )
-        if most is not None:
-            check_count("max_rows_per_group", most, 1)
+        if limit is not None:
+            check_count("max_rows_per_group", limit, 1)
         names, numbers, counts = np.unique(ids, return_inverse=True, return_counts=True)
         self.group_of = numbers.reshape(-1).astype(np.int64)
         self.count = len(names)
         self._order = np.argsort(self.group_of, kind="stable").astype(np.int64)
         self._first = np.concatenate([[0], np.cumsum(counts)])
-        self.most = int(counts.max()) if most is None else min(most, int(counts.max()))
-        self.kept = int(np.minimum(counts, self.most).sum())
+        self.limit = int(counts.max()) if limit is None else min(limit, int(counts.max()))
+        self.rows_within_limit = int(np.minimum(counts, self.limit).sum())
 
     def rows(self, users: NDArray[np.int64], random: np.random.RandomState) -> Rows:
-        """Returns the rows of some users, with a new random choice of at most `most` each.
+        """Returns the rows of some users, with a new random choice of at most `limit` each.
 
         Args:
             users: The numbers of the users.
@@ -64,8 +64,8 @@ class Users:
         parts = []
         for user in users:
             rows = self._order[self._first[user] : self._first[user + 1]]
-            if len(rows) > self.most:
-                rows = np.sort(random.permutation(rows)[: self.most])
+            if len(rows) > self.limit:
+                rows = np.sort(random.permutation(rows)[: self.limit])
             parts.append(rows)
         return np.concatenate([np.zeros(0, np.int64), *parts])
 
@@ -108,7 +108,7 @@ class PoissonOfUsers(Accounted):
 
     def steps_per_epoch(self, num_rows: int, batch_size: int) -> int:
         """Returns the number of steps that draw each user once on average."""
-        return -(-self.users.kept // batch_size)
+        return -(-self.users.rows_within_limit // batch_size)
 
     def phase(
         self, *, num_rows: int, batch_size: int, steps: int, noise_multiplier: float
@@ -125,7 +125,7 @@ class PoissonOfUsers(Accounted):
 
     def expected_rows(self, num_rows: int, batch_size: int) -> float:
         """Returns how many rows a step has on average."""
-        return self._probability(batch_size) * self.users.kept
+        return self._probability(batch_size) * self.users.rows_within_limit
 
     def expected_units(self, num_rows: int, batch_size: int) -> float:
         """Returns how many users a step has on average."""
@@ -142,7 +142,7 @@ class PoissonOfUsers(Accounted):
         return self.users.rows(users, generator((seed, step, *b"rows")))
 
     def _probability(self, batch_size: int) -> float:
-        return min(1.0, batch_size / self.users.kept)
+        return min(1.0, batch_size / self.users.rows_within_limit)
 
     def _expected(self, batch_size: int) -> float:
         return self._probability(batch_size) * self.users.count
