@@ -479,7 +479,7 @@ def test_members_and_non_members_are_both_needed() -> None:
     pair = (np.zeros((2, 1)), np.zeros((2, 1)))
     with pytest.raises(ArgumentError, match=r"`non_members` must be a pair \(x, y\)"):
         audit(None, pair)
-    with pytest.raises(ArgumentError, match="must be left out with Canaries"):
+    with pytest.raises(ArgumentError, match="must be None with Canaries"):
         audit(None, canaries(*pair, rows=2), pair)
 
 

@@ -72,8 +72,8 @@ class PrivacyBudget(keras.callbacks.Callback):  # type: ignore[misc]
     def _started(self) -> AccountedRun:
         if self.run is None:
             raise ArgumentError(
-                "PrivacyBudget must be used in private training. Received: a `fit` without "
-                "privacy. Pass privacy=tfdist.DPSGD(...) to tfdist.fit."
+                "PrivacyBudget must be used in private training. Received: privacy=None. Pass "
+                "privacy=tfdist.DPSGD(...) to tfdist.fit."
             )
         return self.run
 
@@ -128,7 +128,7 @@ class PrivacyBudget(keras.callbacks.Callback):  # type: ignore[misc]
         steps = run.steps_made
         if self._affordable < steps + min(self.model.steps_per_execution, run.planned_steps):
             raise ArgumentError(
-                "`max_epsilon` must leave something for the steps to come. Received: "
+                "`max_epsilon` must be large enough for the next steps. Received: "
                 f"max_epsilon={self.max_epsilon!r}, with {self._epsilon(steps):.4g} spent "
                 "before. Raise it, or add more noise."
             )

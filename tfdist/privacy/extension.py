@@ -40,9 +40,9 @@ class PrivateTraining(Extension):
         strategy = request.session.strategy
         if not strategy.synchronous:
             raise StrategyError(
-                "Private training must be synchronous: the accounting does not cover gradients "
-                "of weights that another worker has changed meanwhile. Received: asynchronous "
-                f"strategy {strategy.name!r}. Use "
+                "Private training needs a synchronous strategy: epsilon does not cover "
+                "gradients of weights that another worker has changed meanwhile. Received: "
+                f"strategy={strategy.name!r}, which is asynchronous. Use "
                 "strategy=tfdist.ParameterServer(synchronous=True)."
             )
         private_request = dataclasses.replace(

@@ -40,9 +40,9 @@ class Journal:
             return None
         except (OSError, ValueError, KeyError) as error:
             raise CheckpointError(
-                "The file that counts private steps must be whole, or how many were made is "
-                f"not known. Received: {str(self._path)!r} ({error}). Begin anew in another "
-                "directory, and pass what was spent as DPSGD(spent=...)."
+                "The file that counts private steps must be readable: without it, their number "
+                f"is unknown. Received: {str(self._path)!r} ({error}). Start again in another "
+                "directory, and pass the ledger of the earlier steps as DPSGD(spent=...)."
             ) from None
 
     def write(self, record: Earlier) -> None:
@@ -73,8 +73,8 @@ class Journal:
             with contextlib.suppress(OSError):
                 temporary.unlink()
             raise CheckpointError(
-                "The number of private steps must be written down before they are made. "
-                f"Received: {str(self._path)!r} ({error.strerror}). Make room, or choose "
+                "The number of private steps must be written to disk before the steps. "
+                f"Received: {str(self._path)!r} ({error.strerror}). Free some space, or choose "
                 "another directory."
             ) from error
 

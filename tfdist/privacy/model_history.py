@@ -89,8 +89,9 @@ class History:
         check_type("a record of private steps", saved, dict, "a dict")
         if saved.get("format") != _FORMAT:
             raise ArgumentError(
-                "What a file says of private steps must be read by the version of tfdist that "
-                f"wrote it, or a later one. Received: format {saved.get('format')!r}."
+                "The private steps in a file must be read by the version of tfdist that wrote "
+                f"it, or a later one. Received: format {saved.get('format')!r}. Install a "
+                "later version of tfdist."
             )
         secret, uncounted, changes = map(saved.get, ("secret", "uncounted", "changes"))
         check_type("secret", secret, bool, "True or False")
@@ -160,8 +161,8 @@ def trained_meanwhile(received: str) -> ArgumentError:
         received: What it does.
     """
     return ArgumentError(
-        "A model that trains privately must not be trained by a callback meanwhile: its steps "
-        f"could not be counted. Received: {received}. Train one after the other, or another "
+        "A callback must not train the model that is in private training: these steps could "
+        f"not be counted. Received: {received}. Train it after this `fit`, or train another "
         "model."
     )
 

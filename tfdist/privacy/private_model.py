@@ -46,13 +46,13 @@ def make_private_model(model: Any) -> tuple[Any, list[str]]:
     """
     if not keras_layers.is_graph_of_layers(model):
         raise ArgumentError(
-            "`model` must be a Sequential or functional model. Received: a "
+            "`model` must be a Sequential or functional model. Received: model of type "
             f"{type(model).__name__}, whose layers only its class can replace. Use "
-            "keras.layers.GroupNormalization there."
+            "keras.layers.GroupNormalization in the class."
         )
     if not model.built:
         raise ArgumentError(
-            "`model` must be built. Received: one without an input shape. Begin it with "
+            "`model` must be built. Received: a model without an input shape. Begin it with "
             "keras.Input(shape)."
         )
     replacements: list[str] = []

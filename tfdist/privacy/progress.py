@@ -167,10 +167,10 @@ class StepProgress:
         """
         if self.correlated and self.moved():
             raise ArgumentError(
-                "No callback may set the optimizer's `iterations` with DPFTRL: the noise that "
-                "a step takes back must be in the weights. Received: "
-                f"{self.iterations} in place of {self._last_iterations}. "
-                "To go on after an interruption use fit(checkpoint=...)."
+                "No callback may set the optimizer's `iterations` with DPFTRL: a step "
+                "subtracts noise of earlier steps, which must be in the weights. Received: "
+                f"iterations={self.iterations} in place of {self._last_iterations}. To "
+                "continue after an interruption, use fit(checkpoint=...)."
             )
 
 

@@ -58,9 +58,10 @@ class Earlier:
         """
         if record is None:
             raise CheckpointError(
-                "The file that counts private steps must lie beside the checkpoints: some may "
-                "have been made after the last one. Received: none. Put it back, or begin anew "
-                "in another directory, and pass what was spent as DPSGD(spent=...)."
+                "The file that counts private steps must lie beside the checkpoints: it has "
+                "the steps since the last one. Received: a directory without it. Put it back, "
+                "or start again in another directory and pass the ledger of the earlier steps "
+                "as DPSGD(spent=...)."
             )
         return self._with(record.runs, record.history)
 
@@ -109,9 +110,9 @@ class Earlier:
         """
         if "phase" not in saved:
             raise CheckpointError(
-                "A checkpoint of private training must be of this version of tfdist. "
-                "Received: one of an older version. Begin anew in another directory, and "
-                "pass what was spent as DPSGD(spent=...)."
+                "A checkpoint of private training must be of this version of tfdist. Received: "
+                "a checkpoint of an older version. Start again in another directory, and pass "
+                "the ledger of the earlier steps as DPSGD(spent=...)."
             )
         earlier = cls.from_dict(saved)
         last = replace(Phase(**saved["phase"]), steps=steps_in_weights - int(saved["first"]))
@@ -135,9 +136,9 @@ class Earlier:
         renamed = spent.renamed(names)
         if spent.phases and renamed.merged(self.spent).steps != renamed.steps:
             raise ArgumentError(
-                "`spent` must hold what it held when this training began, or be left out: the "
+                "`spent` must be what it was when this training began, or be left out: the "
                 f"checkpoint has it. Received: {spent.steps} steps, and {self.spent.steps} in "
-                "the checkpoint."
+                "the checkpoint. Leave it out."
             )
         return names
 

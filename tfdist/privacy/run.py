@@ -77,7 +77,8 @@ class PrivateRun:
         callbacks = request.callbacks
         if not isinstance(privacy, DPSGD):
             raise ArgumentError(
-                f"`privacy` must be a tfdist.DPSGD or None. Received: privacy={privacy!r}."
+                f"`privacy` must be a tfdist.DPSGD or None. Received: privacy={privacy!r}. "
+                "Pass tfdist.DPSGD(...) or tfdist.DPFTRL(...)."
             )
         validation.check_data(session, x, request.sampler, request.class_weight, privacy)
         validation.check_copies(privacy, request.augment)
@@ -198,9 +199,10 @@ class PrivateRun:
             count_noise = units / 20
         if 2 * count_noise <= noise:
             raise ArgumentError(
-                "`count_noise` must be above noise_multiplier / 2, or nothing is left for the "
-                f"gradients. Received: {count_noise:g}, and noise_multiplier={noise:g}. Pass a "
-                "larger `count_noise`, or a larger `batch_size`."
+                "`count_noise` must be above noise_multiplier / 2: the gradients need the rest "
+                f"of the budget. Received: count_noise={count_noise:g}, "
+                f"noise_multiplier={noise:g}. Pass a larger `count_noise`, or a larger "
+                "`batch_size`."
             )
         return count_noise
 

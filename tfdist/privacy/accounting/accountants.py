@@ -35,13 +35,13 @@ def rdp_epsilon(phases: Sequence[Phase], delta: float, relation: str) -> float:
     truncating = [phase for phase in phases if phase.truncates]
     if truncating:
         raise ArgumentError(
-            "The accountant 'rdp' must be given steps without a capacity. Received: "
-            f"{truncating[0]}. Use accountant='pld'."
+            "`accountant` must be 'pld' for steps with a capacity. Received: accountant='rdp' "
+            f"with {truncating[0]}. Use accountant='pld'."
         )
     if relation == "replace_one":
         raise ArgumentError(
-            "The accountant 'rdp' cannot do Poisson sampling for relation='replace_one'. "
-            "Use accountant='pld', or another relation."
+            "`accountant` must be 'pld' for Poisson sampling with relation='replace_one'. "
+            "Received: accountant='rdp'. Use accountant='pld', or another relation."
         )
     accountant = dp.rdp.RdpAccountant(neighboring_relation=_relation(relation))
     for phase in phases:

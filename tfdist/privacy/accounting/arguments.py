@@ -58,7 +58,8 @@ def check_count(name: str, value: Any, low: int) -> None:
         )
     if value > MOST:
         raise ArgumentError(
-            f"`{name}` must be at most 2**53. Received: one of {int(value).bit_length()} bits."
+            f"`{name}` must be at most 2**53. Received: {name} with {int(value).bit_length()} "
+            "bits. Pass a smaller number."
         )
 
 

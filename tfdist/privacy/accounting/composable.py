@@ -21,7 +21,7 @@ def check_relation(phases: Sequence[Phase], relation: str) -> None:
     if relation == "add_or_remove_one" and any(p.in_turn and p.steps for p in phases):
         raise ArgumentError(
             "`relation` must be 'replace_special' or 'replace_one' for a model that was "
-            "trained by DPFTRL: an example more would move all others to other batches. "
+            "trained with DPFTRL: an added example would move all others to other batches. "
             f"Received: relation={relation!r}. Pass one of these to DPSGD, epsilon or "
             "statement."
         )
@@ -41,17 +41,17 @@ def check_unit(phases: Sequence[Phase]) -> None:
         # One example may change the clipped sum of a user's examples by twice the norm, so
         # steps with users do not protect examples at the same cost.
         raise ArgumentError(
-            "All steps on the same data must protect the same: examples or users. "
-            f"Received: {len(phases)} phases, of {' and '.join(sorted(units))}s. "
-            "Pass `group_ids` always, or never."
+            "All steps on the same data must protect the same unit: examples or users. "
+            f"Received: {len(phases)} phases, of {' and '.join(sorted(units))}s. Pass "
+            "`group_ids` to each training, or to none."
         )
     of_users = [p for p in phases if p.steps and p.unit == USER]
     groupings = {phase.groups for phase in of_users} - {None}
     sizes = {phase.num_rows for phase in of_users} - {None}
     if len(groupings) > 1 or len(sizes) > 1:
         raise ArgumentError(
-            "All steps on the same data must have the same `group_ids`: of another "
-            "grouping, a user's examples lie with several others. Received: "
-            f"{max(len(groupings), len(sizes))} groupings. Pass the same `group_ids` "
-            "always."
+            "All steps on the same data must have the same `group_ids`: a user's examples "
+            "belong to several users of another grouping. Received: "
+            f"{max(len(groupings), len(sizes))} groupings. Pass the same `group_ids` to each "
+            "training."
         )

@@ -177,9 +177,9 @@ def noise_for(
     spent_epsilon = spent.epsilon(delta, accountant=accountant, relation=relation)
     if spent_epsilon >= target_epsilon:
         raise ArgumentError(
-            "`target_epsilon` must leave something for the steps to come. Received: "
+            "`target_epsilon` must be above the epsilon of the steps before. Received: "
             f"target_epsilon={target_epsilon!r}, with {spent_epsilon:.4g} spent before, at "
-            f"delta={delta!r}. Raise it."
+            f"delta={delta!r}. Raise `target_epsilon`."
         )
     capacity = phases[0].capacity
     if capacity is not None:
@@ -198,8 +198,8 @@ def _least(gap: Callable[[float], float], start: float, factor: float) -> float:
         low, high = high, high * factor
         if high > _MOST_NOISE:
             raise ArgumentError(
-                "`target_epsilon` must be large enough to be computed. Received a target that "
-                f"noise of {_MOST_NOISE:g} does not reach. Raise it, or `delta`."
+                f"`target_epsilon` must be reachable with noise below {_MOST_NOISE:g}. "
+                "Received: a `target_epsilon` that needs more noise. Raise it, or `delta`."
             )
     while low == high or gap(low) <= 0:
         if low < _LEAST_NOISE:

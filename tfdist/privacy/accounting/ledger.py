@@ -272,8 +272,8 @@ class Ledger:
             return cls(tuple(Phase(**phase) for phase in phases))
         except (TypeError, KeyError) as error:
             raise ArgumentError(
-                "A ledger must be read from what `Ledger.to_dict` gave. "
-                f"Received: {saved!r} ({error})."
+                f"A ledger must be read from a result of `Ledger.to_dict`. Received: {saved!r} "
+                f"({error}). Write the ledger again with `to_dict`."
             ) from None
 
 

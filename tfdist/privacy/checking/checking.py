@@ -185,17 +185,18 @@ def _check_arguments(
 ) -> None:
     if not isinstance(model, keras.Model) or not model.compiled:
         raise ArgumentError(
-            "`model` must be a compiled keras.Model. Received: a "
+            "`model` must be a compiled keras.Model. Received: model of type "
             f"{type(model).__name__}. Call model.compile(...) first."
         )
     if not isinstance(privacy, DPSGD):
         raise ArgumentError(
-            f"`privacy` must be a tfdist.DPSGD or DPFTRL. Received: privacy={privacy!r}."
+            "`privacy` must be a tfdist.DPSGD or tfdist.DPFTRL. Received: "
+            f"privacy={privacy!r}. Pass the settings that you give to `fit`."
         )
     if not data.is_arrays(x):
         raise ArgumentError(
-            "`x` must be arrays: single examples are tried. Received: x of type "
-            f"{type(x).__name__}. Pass some examples of the data set."
+            "`x` must be arrays: the check tries single examples. Received: x of type "
+            f"{type(x).__name__}. Pass some examples of the data set as arrays."
         )
     check_count("batch_size", batch_size, 1)
     check_number("effort", effort, 0, open_ends=True)

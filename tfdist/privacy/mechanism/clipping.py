@@ -279,10 +279,11 @@ def _units(model: Any) -> list[Any]:
             )
         if isinstance(layer, layers.SpectralNormalization) and layer.trainable:
             raise ArgumentError(
-                "A layer must not rewrite weights when it is called: a step may call it once, "
-                "or for each piece of a batch of which the examples are secret. Received: the "
-                f"layer {layer.name!r} of type SpectralNormalization. Train what it wraps "
-                "with a `kernel_constraint`, which is applied once a step."
+                "A private model must not have a layer that changes its weights when it is "
+                "called: the number of calls in a step may depend on the drawn examples. "
+                f"Received: the layer {layer.name!r} of type SpectralNormalization. Train the "
+                "wrapped layer with a `kernel_constraint` instead, which is applied once a "
+                "step."
             )
 
     def visit(layer: Any) -> None:

@@ -129,6 +129,6 @@ def mixes(observation: str) -> ArgumentError:
     """
     return ArgumentError(
         "No layer and no loss may mix the examples of a batch. Received: a model in which "
-        f"{observation}. Leave out the layer that does so; random numbers must be drawn by "
+        f"{observation}. Leave out the layer that does so. Draw random numbers with "
         "`keras.random`, with the batch as their first axis."
     )

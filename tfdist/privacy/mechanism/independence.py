@@ -96,9 +96,9 @@ def _check_sum(model: Any, x: Any, y: Any, sample_weight: Any, tolerance: float)
     with keras_layers.without_regularizers(model.trainable_variables):
         if model.losses:
             raise ArgumentError(
-                "The loss must come from `compile` and the regularizers of weights alone. "
+                "The loss must come from `compile` and from regularizers of weights alone. "
                 "Received: a model with a layer that calls `add_loss` or has an "
-                "`activity_regularizer`: what they add is of the whole batch. Leave them out."
+                "`activity_regularizer`, whose loss is of the whole batch. Leave them out."
             )
     squares = tf.add_n([part.squared_norms() for part in parts])
     scale = float(tf.sqrt(tf.reduce_sum(squares)))
@@ -111,10 +111,10 @@ def _check_sum(model: Any, x: Any, y: Any, sample_weight: Any, tolerance: float)
         norm = float(tf.norm(tf.cast(expected, tf.float32)))
         if difference > _SUM * norm + _ROUNDING * scale:
             raise ArgumentError(
-                "All weights must be used by the layers that hold them, in their `call`, and "
+                "Each weight must be used only by the layer that holds it, in its `call`, and "
                 "no layer may mix examples. Received: a model in which the gradients by "
-                f"{variable.path!r} of single examples do not add up to the batch's. Let a "
-                "layer be called where its weight is used."
+                f"{variable.path!r} of single examples do not add up to the batch's. Call the "
+                "layer where its weight is used."
             )
 
 
@@ -283,9 +283,9 @@ class _Comparison:
         if operations:
             raise ArgumentError(
                 "The random numbers of a private model must be drawn by `keras.random`: they "
-                "are then a function of a secret and of each example. Received: a layer that "
-                f"draws by TensorFlow's {operations[0]}. Use keras.random.normal and the like, "
-                "with a keras.random.SeedGenerator."
+                "then follow from a secret and from each example. Received: a layer that draws "
+                f"by TensorFlow's {operations[0]}. Use a function of keras.random with a "
+                "keras.random.SeedGenerator."
             )
 
     def _check_derivatives(self, columns: Columns, half: Any) -> None:

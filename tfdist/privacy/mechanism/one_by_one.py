@@ -104,7 +104,7 @@ def _check_repeatable(unit: Any) -> None:
     keys = getattr(current_batch(), "keys", None)
     if is_random and keys is None and keras_layers.seeds(unit):
         raise ArgumentError(
-            "A layer without a closed form must give the same outputs when it is called "
-            f"again. Received: the layer {unit.name!r} of type {type(unit).__name__}, with "
-            "random numbers that do not follow from keys of rows, as they do in `fit`."
+            "A layer without a closed form must give the same outputs when it is called again. "
+            f"Received: the layer {unit.name!r} of type {type(unit).__name__}, whose random "
+            "numbers do not follow from keys of rows. Use it in `fit`, which sets these keys."
         )

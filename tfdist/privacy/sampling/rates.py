@@ -66,9 +66,9 @@ class PoissonLike(Accounted):
         bound = self.sampler.bind(targets, num_rows)
         if bound.repeats(num_rows) is None:
             raise ArgumentError(
-                "`sampler` of PoissonLike must know how often it draws each row. Received: a "
-                f"{type(self.sampler).__name__}, whose `repeats` gives None. Use "
-                "tfdist.samplers.Weighted(weights)."
+                "`sampler` of PoissonLike must know how often it draws each row. Received: "
+                f"sampler of type {type(self.sampler).__name__}, whose `repeats` returns None. "
+                "Use tfdist.samplers.Weighted(weights)."
             )
         return PoissonLike(bound)
 

@@ -42,7 +42,8 @@ class Users:
         if ids.ndim != 1 or not len(ids) or ids.dtype.kind not in "iubUSM":
             raise ArgumentError(
                 "`group_ids` must have a whole number or a name for each example. Received: "
-                f"group_ids of shape {ids.shape} and dtype {ids.dtype}."
+                f"group_ids of shape {ids.shape} and dtype {ids.dtype}. Pass a list, or an "
+                "array of one dimension."
             )
         if limit is not None:
             check_count("max_rows_per_group", limit, 1)
@@ -99,8 +100,9 @@ class PoissonOfUsers(Accounted):
         """Compares the number of rows; see `Sampler.bind`."""
         if num_rows != len(self.users.group_of):
             raise ArgumentError(
-                "`group_ids` must have one for each example. Received: "
-                f"{len(self.users.group_of)} of them and {num_rows} examples."
+                "`group_ids` must have one number or name for each example. Received: "
+                f"{len(self.users.group_of)} group_ids and {num_rows} examples. Pass as many "
+                "as there are rows in `x`."
             )
         poisson = self.poisson.bind(targets, self.users.count)
         assert isinstance(poisson, Poisson)
