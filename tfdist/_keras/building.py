@@ -180,9 +180,11 @@ def has_own_code(model: Any) -> bool:
         model: A compiled `keras.Model`.
     """
     compiled = [getattr(model, "_compile_loss", None), getattr(model, "_compile_metrics", None)]
-    passed = [getattr(part, "_user_loss", None) for part in compiled if part is not None]
-    passed += [getattr(part, "_user_metrics", None) for part in compiled if part is not None]
-    parts = [*layers_of(model), *model.metrics, *keras.tree.flatten(passed)]
+    user_parts = [getattr(part, "_user_loss", None) for part in compiled if part is not None]
+    user_parts += [
+        getattr(part, "_user_metrics", None) for part in compiled if part is not None
+    ]
+    parts = [*layers_of(model), *model.metrics, *keras.tree.flatten(user_parts)]
     return any(
         not _is_keras(part if callable(part) and hasattr(part, "__module__") else type(part))
         for part in parts

@@ -93,7 +93,7 @@ def state_of(function: Any, shapes: Sequence[Any], graphs: InlinedGraphs) -> str
     seeds = all("seed_generator_state" in v.name for v in function.graph.variables)
     allowed = _READS | _DRAWS | PYTHON | (_ASSIGNS if seeds else frozenset())
 
-    def look(nodes: Any, in_branch: bool, seen: tuple[str, ...]) -> str | None:
+    def look(nodes: Any, in_branch: bool, callers: tuple[str, ...]) -> str | None:
         for node in nodes:
             if not _is_pure(node.op) and node.op not in allowed:
                 return str(node.op)
@@ -104,9 +104,9 @@ def state_of(function: Any, shapes: Sequence[Any], graphs: InlinedGraphs) -> str
             if called and node.op not in CALLS | _BRANCHES | PYTHON:
                 return str(node.op)
             for name in [node.op, *called]:
-                if name in functions and name not in seen:
+                if name in functions and name not in callers:
                     branches = in_branch or node.op in _BRANCHES
-                    stateful_op = look(functions[name], branches, (*seen, name))
+                    stateful_op = look(functions[name], branches, (*callers, name))
                     if stateful_op is not None:
                         return stateful_op
         return None

@@ -136,7 +136,7 @@ def copy_of(dataset: Any, number: int = 0) -> Any:
     Raises:
         tf.errors.OpError: The dataset cannot be serialized, for instance for its size.
     """
-    graph = written(dataset)
+    graph = serialized(dataset)
     functions = {function.signature.name: function for function in graph.library.function}
     for nodes in (graph.node, *(f.node_def for f in functions.values())):
         by_name = {node.name: node for node in nodes}
@@ -149,7 +149,7 @@ def copy_of(dataset: Any, number: int = 0) -> Any:
     return _dataset_ops._VariantDataset(variant, dataset.element_spec)
 
 
-def written(dataset: Any) -> Any:
+def serialized(dataset: Any) -> Any:
     """Serializes a dataset as a graph.
 
     Args:

@@ -116,10 +116,10 @@ class Inlined:
         shapes = [t.shape for t in inputs]
         for _ in range(_MOST_ROUNDS):
             after = self._inferred(body.name, inputs, shapes)
-            merged = [in_common(pair) for pair in zip(shapes, after, strict=True)]
-            if [s.as_proto() for s in merged] == [s.as_proto() for s in shapes]:
+            common = [in_common(pair) for pair in zip(shapes, after, strict=True)]
+            if [s.as_proto() for s in common] == [s.as_proto() for s in shapes]:
                 return shapes
-            shapes = merged
+            shapes = common
         return [tf.TensorShape(None)] * len(inputs)
 
     def _inferred(self, name: str, inputs: Sequence[Any], shapes: Sequence[Any]) -> list[Any]:

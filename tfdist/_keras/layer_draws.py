@@ -61,11 +61,11 @@ class TransformedRows:
         return tf.gather(self.keys, self.chosen)
 
     def uniform(self) -> Tensor:
-        """LayerDraws a number from 0 to 1 for each example of the share."""
+        """Draws a number from 0 to 1 for each example of the share."""
         return self.numbers((), tf.float32, tf.raw_ops.StatelessRandomUniformV2)
 
     def numbers(self, shape: Any, dtype: Any, op: Callable[..., Any]) -> Tensor:
-        """LayerDraws numbers for each example of the share.
+        """Draws numbers for each example of the share.
 
         Args:
             shape: The shape of an example's numbers.
@@ -106,7 +106,7 @@ class CountingDraws(LayerDraws):
 
 
 class ExampleDraws(LayerDraws):
-    """LayerDraws for one example."""
+    """Draws for one example."""
 
     def __init__(self, example_seed: Tensor) -> None:
         self._example_seed = example_seed
@@ -118,7 +118,7 @@ class ExampleDraws(LayerDraws):
 
 
 class RowDraws(LayerDraws):
-    """LayerDraws for all examples of the share, and returns the rows of the chosen ones."""
+    """Draws for all examples of the share, and returns the rows of the chosen ones."""
 
     def __init__(self, rows: TransformedRows) -> None:
         self._rows = rows

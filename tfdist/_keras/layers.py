@@ -68,7 +68,7 @@ def called_through(layer: Any, function: Callable[..., Any]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def changed(layer: Any, **attributes: Any) -> Iterator[None]:
+def with_attributes(layer: Any, **attributes: Any) -> Iterator[None]:
     """Changes attributes of a layer in this context, bypassing its locked tracker.
 
     Args:
@@ -97,7 +97,7 @@ def in_float32(model: Any) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for layer in layers:
             if layer.compute_dtype in half and layer.quantization_mode is None:
-                stack.enter_context(changed(layer, _dtype_policy=_FLOAT32))
+                stack.enter_context(with_attributes(layer, _dtype_policy=_FLOAT32))
         yield
 
 

@@ -102,7 +102,7 @@ class FirstPass(keras.StatelessScope):  # type: ignore[misc]
             _global_state.set_global_attribute("stateless_scope", self)
         return variable._value
 
-    def others(self, accessed: Sequence[Any]) -> list[Any]:
+    def raw_variables(self, accessed: Sequence[Any]) -> list[Any]:
         """Returns the variables that no `keras.Variable` of this scope is backed by.
 
         Args:

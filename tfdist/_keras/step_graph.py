@@ -40,7 +40,7 @@ def step_graph(model: Any, x: Any, y: Any) -> StepGraph:
         x: Inputs, nested `tf.TensorSpec`s with the size of the batch.
         y: Targets, like `x`, or None to use the sum of the outputs as loss.
     """
-    found: list[Any] = []
+    traced: list[Any] = []
 
     def step(x: Any, y: Any) -> None:
         graph = tf.compat.v1.get_default_graph()
@@ -53,13 +53,12 @@ def step_graph(model: Any, x: Any, y: Any) -> StepGraph:
                 loss = model._compute_loss(x=x, y=y, y_pred=outputs, training=True)
             forward = len(graph.get_operations())
         weights = model.trainable_weights
-        gradients = tape.gradient(loss, weights)
-        known = [gradient for gradient in gradients if gradient is not None]
-        found.extend([forward, known, tf.nest.flatten((x, y))])
+        gradients = [g for g in tape.gradient(loss, weights) if g is not None]
+        traced.extend([forward, gradients, tf.nest.flatten((x, y))])
 
     with keeping_random_state():
         graph = _func_graph.func_graph_from_py_func("memory", step, (x, y), {})
-    forward, gradients, inputs = found
+    forward, gradients, inputs = traced
     ops = tuple(graph.get_operations())
     return StepGraph(ops, forward, tuple(gradients), tuple(t for t in inputs if t is not None))
 

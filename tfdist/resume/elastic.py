@@ -91,10 +91,10 @@ class ElasticRun(Continuation):
                 except (PeerError, MembersChanged) as reason:
                     message = f"tfdist: {reason} Training goes on."
                     if self._state.per_replica:
-                        gone = "were lost" if isinstance(reason, PeerError) else "leave"
+                        predicate = "were lost" if isinstance(reason, PeerError) else "leave"
                         message += (
                             " What compression had kept back to send later is lost for "
-                            f"processes that {gone}."
+                            f"processes that {predicate}."
                         )
                     print(message, file=sys.stderr, flush=True)
                     # The step that failed may have changed some variables, and one process may

@@ -104,9 +104,9 @@ def _with_whole_batches(
 
     def train_and_share(epoch: Epoch) -> Logs:
         with strategy.waiting_for(f"step {epoch.steps_taken + 1}"):
-            stopped, changed, leaves = strategy.sums(stop.requests()).numpy()
+            stopped, members_changed, leaves = strategy.sums(stop.requests()).numpy()
         stop.leaving = bool(leaves)
-        if changed:
+        if members_changed:
             raise MembersChanged("Processes came, or are about to go.")
         if stopped:
             stop.agreed = True

@@ -37,7 +37,7 @@ class StepAgreement:
     Attributes:
         status: Scalar int32. If it is not `GOES_ON`, the step changes nothing.
         leaving: Scalar bool: whether a worker has to leave. The step is made nevertheless.
-        needed: Whether there are other workers.
+        has_peers: Whether there are other workers.
         seconds: Scalar float64: the seconds of reductions, if there are other workers.
     """
 
@@ -50,16 +50,16 @@ class StepAgreement:
         exchange: tuple[Exchange, Hashable] | None = None,
     ) -> None:
         self._strategy = strategy
-        self.needed = strategy.place.num_workers > 1
+        self.has_peers = strategy.place.num_workers > 1
         self.status: Tensor = tf.constant(GOES_ON)
         self.leaving: Tensor = tf.constant(False)
         self.seconds: Tensor = tf.zeros([], tf.float64)
-        self._known = not self.needed
+        self._has_heard = not self.has_peers
         self._exchange = exchange
         self._replicas = float(strategy.place.num_replicas)
-        self._said = tf.concat([stopping, share.check, tf.square(share.check)], 0)
-        if self.needed and strategy.signals_lead(elements):
-            (summed,) = strategy.all_reduce_sum([self._said])
+        self._signals = tf.concat([stopping, share.check, tf.square(share.check)], 0)
+        if self.has_peers and strategy.signals_lead(elements):
+            (summed,) = strategy.all_reduce_sum([self._signals])
             self._hear(summed)
 
     def reduce(
@@ -75,14 +75,14 @@ class StepAgreement:
         """Sums tensors over all replicas. The first reduction also sums the signals."""
         # The signals are the last tensor of the collective. Their position must be the same on
         # all workers, since collectives match tensors by position.
-        signals = [] if self._known else [self._said]
+        signals = [] if self._has_heard else [self._signals]
         exact_tensors = [*others, *signals]
-        began = timers.now([gradients, exact_tensors]) if self.needed else self.seconds
+        began = timers.now([gradients, exact_tensors]) if self.has_peers else self.seconds
         contribution = Contribution(
             gradients, exact_tensors, batch.share, variables, loss_scales, are_rows, is_applied
         )
         (gradients, others), store_state = self._sums(contribution)
-        if self.needed:
+        if self.has_peers:
             self.seconds += timers.now([gradients, others]) - began
         if signals:
             self._hear(others.pop())
@@ -121,7 +121,7 @@ class StepAgreement:
         differ = tf.reduce_any(squares * self._replicas != tf.square(sums))
         status = tf.where(differ, DISAGREED, tf.where(stopping[0] > 0, STOPPED, GOES_ON))
         status = tf.where(stopping[1] > 0, MEMBERS_CHANGED, status)
-        self.status, self.leaving, self._known = status, stopping[2] > 0, True
+        self.status, self.leaving, self._has_heard = status, stopping[2] > 0, True
 
     def do(self, action: Callable[[], None]) -> None:
         """Calls a function if the step counts."""
@@ -130,7 +130,7 @@ class StepAgreement:
             action()
             return tf.constant(True)
 
-        if self.needed:
+        if self.has_peers:
             tf.cond(self.goes_on, act, lambda: tf.constant(False))
         else:
             action()
@@ -284,10 +284,12 @@ class ReducedUpdates:
         scales = [waiting.loss_scale for waiting in self._waiting for _ in waiting.pairs()]
         gradients = [gradient for gradient, _ in pairs]
         are_fixed = [_keras.has_fixed_rows(gradient) for gradient in gradients]
-        sent = [g.values if fixed else g for g, fixed in zip(gradients, are_fixed, strict=True)]
+        contributions = [
+            g.values if fixed else g for g, fixed in zip(gradients, are_fixed, strict=True)
+        ]
         summed, others = self.agreement.reduce(
             self._batch,
-            sent,
+            contributions,
             with_gradients,
             [v for _, v in pairs],
             scales,
@@ -325,7 +327,7 @@ class ReducedUpdates:
         self.agreement.finish()
         changes = reduced[len(differing) :]
         self._assign(differing, reduced)
-        if self.agreement.needed:
+        if self.agreement.has_peers:
             # A step that does not count changes nothing: variables get their values before it.
             changes = [self.agreement.choose(c, tf.zeros_like(c)) for c in changes]
             for variable, before in touched:

@@ -52,8 +52,8 @@ class Session:
             every worker.
         """
         fixed_seed = self.seed if seed is None else seed
-        proposed = _next_seed() if fixed_seed is None else fixed_seed
-        return int(self.strategy.broadcast_object(proposed))
+        local_seed = _next_seed() if fixed_seed is None else fixed_seed
+        return int(self.strategy.broadcast_object(local_seed))
 
     def describe(self, batch_size: int | None) -> str:
         """Returns a line that says which strategy was chosen, why, and how a batch is split.

@@ -316,7 +316,7 @@ def _recording(unit: Any, calls: list[LayerCall], tape: Any) -> Iterator[None]:
 
     def record(call: Any, *args: Any, **kwargs: Any) -> Any:
         seeds = [(v, tf.identity(v.value)) for v in seed_variables]
-        with keras_layers.changed(unit, **overridden):
+        with keras_layers.with_attributes(unit, **overridden):
             outputs = call(*args, **kwargs)
         normalized = None
         if unscaled:

@@ -188,7 +188,7 @@ def _normalization(layer: Any, calls: Sequence[LayerCall]) -> Parts | None:
         if gamma is not None:
             normalized = call.normalized
             if normalized is None:
-                with keras_layers.changed(layer, **_UNSCALED[type(layer)]):
+                with keras_layers.with_attributes(layer, **_UNSCALED[type(layer)]):
                     normalized = tf.cast(layer.call(call.inputs), tf.float32)
             by_gamma.append(tf.reduce_sum(gradients * normalized, summed))
     parts: Parts = []

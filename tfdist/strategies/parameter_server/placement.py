@@ -63,10 +63,10 @@ def place(
         parts = min(servers, size.rows, size.bytes // max(1, min_part_bytes))
         parts = parts if size.can_split and parts > 1 else 1
         edges = [size.rows * i // parts for i in range(parts + 1)]
-        chosen = sorted(sorted(range(servers), key=lambda server: load[server])[:parts])
-        for server in chosen:
+        homes = sorted(sorted(range(servers), key=lambda server: load[server])[:parts])
+        for server in homes:
             load[server] += size.bytes // parts
         placed[index] = tuple(
-            VariableSlice(server, edges[i], edges[i + 1]) for i, server in enumerate(chosen)
+            VariableSlice(server, edges[i], edges[i + 1]) for i, server in enumerate(homes)
         )
     return placed
