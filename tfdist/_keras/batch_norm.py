@@ -48,6 +48,7 @@ def moments(layer: Any, inputs: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         tf.math.divide_no_nan(first, count),
         tf.math.divide_no_nan(second, count),
     )
+    # Rounding may make it negative.
     variance = tf.maximum(second - tf.square(first), 0.0)
     # An empty global batch must not change the moving statistics.
     moving = tf.cast(layer.moving_variance, variance.dtype)

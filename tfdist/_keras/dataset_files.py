@@ -72,6 +72,8 @@ def reads_its_argument(function: Any) -> bool:
         readers = [node for node in inner.node_def if node.op in _READERS]
         if any(node.input[0] not in arguments for node in readers):
             return False
+    # Follows the name of the file back to the argument, through ops that keep it one name, such
+    # as a join with a constant folder.
     name = lists[0].inputs[0]
     while name.op.type in ("ExpandDims", "Identity", "Reshape", "StringJoin"):
         varying = [t for t in name.op.inputs if tf.get_static_value(t) is None]

@@ -133,6 +133,8 @@ def _varying_draw(function: Any, shapes: Sequence[Any], graphs: InlinedGraphs) -
     except ValueError:
         return "set_shape"
     decided = _decided(graph)
+    # A draw advances its generator by the number of its numbers. If an element decides this
+    # number, later elements get other random numbers.
     for op in graph.ops:
         varies = any(t.name in decided for t in op.inputs)
         if varies and op.type in _GENERATORS | _ASSIGNS:

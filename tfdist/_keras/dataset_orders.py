@@ -76,6 +76,8 @@ def _look(dataset: Any, place: _Place, reorderings: list[Reordering]) -> None:
     if _reshuffles(dataset) and place.comes_again:
         operation = "a shuffle that is drawn more than once, each time in another order"
         reorderings.append(Reordering(operation, place.crosses, _KEEP))
+    # The buffer of such a shuffle has elements of two passes. So an example may come twice in a
+    # row.
     if kind in _SHUFFLES and any(_repeats(earlier) for earlier in _inputs(dataset)):
         reorderings.append(Reordering("a shuffle after a repeat", place.batched, _BEFORE))
     place = place._replace(batched=place.batched or "Batch" in kind)

@@ -137,6 +137,7 @@ def _have_common_rows(first: Any, second: Any) -> bool:
     if first.dtype != second.dtype:
         first, second = tf.cast(first, tf.float32), tf.cast(second, tf.float32)
     a_size, b_size = (int(t.shape[1:].num_elements()) for t in (first, second))
+    # Longer rows are cut into pieces: one source may hold batches of the rows of the other.
     size = min(a_size, b_size)
     if size == 0 or a_size % size or b_size % size:
         return False

@@ -169,6 +169,8 @@ def serialized(dataset: Any) -> Any:
 def _set_seed(node: Any, by_name: dict[str, Any], number: int) -> None:
     """Gives a shuffle its own generator of seeds, and seeds that depend on a number."""
     seeds, generator = _SHUFFLES[node.op]
+    # The generator belongs to the original, and would advance with it. With a dummy in its
+    # place, a shuffle makes a generator of its own from its constant seeds.
     handle = by_name.get(node.input[generator].partition(":")[0])
     if handle is not None and handle.op == "Const":
         handle.op = "DummySeedGenerator"

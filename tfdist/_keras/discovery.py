@@ -109,6 +109,8 @@ class _Recorder:
             for variable, gradient in zip(variables, grads, strict=True)
             if isinstance(gradient, tf.IndexedSlices)
         ]
+        # A traced update changes nothing, and shows which variables it assigns. An eager one
+        # would change the weights.
         if not tf.executing_eagerly():
             update(grads)
 
@@ -169,6 +171,7 @@ def _raw_writes(graph: Any, step: StepTrace) -> list[str]:
         resources = [i for i, t in enumerate(op.inputs) if t.dtype == tf.resource]
         read_only = set(_dependencies._get_read_only_resource_input_indices_op(op))
         written_ids |= {id(op.inputs[i]) for i in resources if i not in read_only}
+    # In the graph, a variable is the captured copy of its handle.
     handles = {id(outer): id(inner) for outer, inner in graph.captures}
     return [
         variable.name

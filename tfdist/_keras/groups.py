@@ -108,6 +108,7 @@ class GroupCollectives:
 
     def _launcher(self, groups: Sequence[Sequence[int]]) -> Any:
         key = tuple(map(tuple, groups))
+        # All processes trace the same steps, so they make the groups in the same order.
         if key not in self._launchers:
             self._launchers[key] = self._make(key)
         replica = tf.distribute.get_replica_context()._replica_id_in_sync_group

@@ -49,6 +49,8 @@ class Inlined:
             placed = []
             for old in graph.inputs:
                 outer = captures.get(old.name)
+                # An argument gets its proven shape. The shape in its own graph may come from
+                # `set_shape`.
                 shape = next(argument_shapes, None) if outer is None else outer.shape
                 new = tf.compat.v1.placeholder(old.dtype, shape)
                 _copy_handle_data(old if outer is None else outer, new)
@@ -71,6 +73,8 @@ class Inlined:
                 called = _to_graph(self._library[op.get_attr("f").name])
                 outputs = self._copied(called, inputs)
             else:
+                # Attributes that begin with an underscore are notes of TensorFlow's, such as
+                # claims about shapes.
                 attributes = {k: v for k, v in op.node_def.attr.items() if k[0] != "_"}
                 if "output_shapes" in attributes:
                     attributes["output_shapes"] = self._shapes_of(op, inputs)

@@ -127,6 +127,8 @@ class RowDraws(LayerDraws):
         """Makes the next draw. `shape` is the shape that the layer asks for."""
         self.count += 1
         example_shape = tf.convert_to_tensor(shape)[1:]
+        # Numbers are drawn for all examples of the share. So those of an example do not depend
+        # on which others are chosen.
         numbers = self._rows.of(self.count).numbers(example_shape, dtype, op)
         return tf.gather(numbers, self._rows.chosen)
 
@@ -207,6 +209,8 @@ def _randint(original: Callable[..., Any]) -> Callable[..., Any]:
         draws = _draws()
         if not isinstance(draws, RowDraws):
             return _count(original(shape, minval, maxval, dtype=dtype, seed=seed))
+        # The remainder of 64 random bits. Its bias, at most (high - low) / 2^64, cannot be
+        # seen.
         numbers = draws.numbers(shape, tf.int64, tf.raw_ops.StatelessRandomUniformFullIntV2)
         low, high = tf.cast(minval, tf.int64), tf.cast(maxval, tf.int64)
         return tf.cast(tf.math.floormod(numbers, high - low) + low, dtype)

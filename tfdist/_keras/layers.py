@@ -57,6 +57,7 @@ def called_through(layer: Any, function: Callable[..., Any]) -> Iterator[None]:
     def replacement(*args: Any, **kwargs: Any) -> Any:
         return function(call, *args, **kwargs)
 
+    # Not with `setattr`: Keras would track the function as a part of the layer.
     vars(layer)[name] = replacement
     try:
         yield

@@ -107,6 +107,7 @@ def reduce_weighted_values(
     if batch is None or is_whole:
         return local
     if reduction in ("sum", "none", None):
+        # The later product with the share gives the sum again.
         return local * tf.cast(batch.inverse_share, local.dtype)
     if reduction == "mean_with_sample_weight" and (sample_weight, mask) != (None, None):
         divisor = _keras_reduce_weighted_values(
@@ -116,6 +117,7 @@ def reduce_weighted_values(
         divisor = tf.reduce_sum(tf.cast(mask, local.dtype))
     else:
         return local
+    # A share without rows has one row of padding, which must not count.
     divisor = tf.where(batch.has_rows, tf.cast(divisor, tf.float32), 0.0)
     (total,) = batch.all_reduce([divisor])
     correction = tf.math.divide_no_nan(divisor, total) * batch.inverse_share

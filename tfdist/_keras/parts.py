@@ -81,6 +81,8 @@ class Split:
         Args:
             ids: Row numbers of any shape.
         """
+        # Each server gathers its own rows. `dynamic_stitch` undoes `dynamic_partition`, so the
+        # rows return in the order of `ids`.
         flat = tf.reshape(ids, [-1])
         edges = tf.constant(self.edges[1:-1], flat.dtype)
         owners = tf.searchsorted(edges, flat, side="right")

@@ -131,6 +131,8 @@ class _Walk:
         if kind == "_DirectedInterleaveDataset":
             choice, *inputs = inputs
             self._look_at_choice(choice)
+        # The walk goes towards the sources: before a batch there are single examples, and
+        # before an `unbatch` there are batches.
         level += (kind == "_UnbatchDataset") - (kind in BATCHES | {"_PaddedBatchDataset"})
         if kind in _JOINS:
             mapped = ""

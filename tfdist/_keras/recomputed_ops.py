@@ -59,6 +59,7 @@ def refuse_unrepeatable(layer: Any, graph: Any, ops: Sequence[Any], writes: set[
         ArgumentError: It would.
     """
     for kind, name in _types(graph, ops):
+        # Calls of functions begin with "Stateful" too. `_types` lists what is inside of them.
         if kind in RANDOM_OPS or (kind.startswith(_DRAWS) and kind not in _CALLS):
             raise ArgumentError(
                 "A layer whose activations are recomputed must draw random numbers by "

@@ -93,6 +93,8 @@ class FirstPass(keras.StatelessScope):  # type: ignore[misc]
 
     def _initialized(self, variable: Any) -> Any:
         """Initializes a variable that the layer has just made."""
+        # In a stateless scope Keras puts off the first value of a new variable. The value is
+        # needed now, so the scope is left for a moment.
         waiting = _global_state.get_global_attribute("uninitialized_variables", [])
         waiting[:] = [other for other in waiting if other is not variable]
         _global_state.set_global_attribute("stateless_scope", None)
@@ -142,6 +144,7 @@ class FirstPass(keras.StatelessScope):  # type: ignore[misc]
             layer: The layer.
             losses: Tensors in place of `self.losses`.
         """
+        # A layer knows its losses by the ids of tensors, which are others now.
         for former, loss in zip(self.losses, losses, strict=True):
             parts = [p for p in layer._flatten_layers() if id(former) in p._loss_ids]
             owner = parts[0] if parts else layer

@@ -126,6 +126,8 @@ def _update(
         if isinstance(gradient, tf.IndexedSlices) and by_rows:
             ids, gradient = _summed_by_row(gradient)
             backings = [(v, VariableRows(backing, ids)) for v, backing in backings]
+        # `update_step` reads and assigns `keras.Variable`s. So each of them is backed by its
+        # part on this server meanwhile.
         with _backed_by([*backings, (optimizer._iterations, iterations)]):
             optimizer.update_step(gradient, variable, learning_rate)
 

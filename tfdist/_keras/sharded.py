@@ -134,6 +134,7 @@ def _of_updates(sharding: Sharding) -> list[Replacement]:
         return clip_by_norms(sharding, optimizer, grads, applying.weights)
 
     def is_finite(optimizer: Any, grads: Any) -> Tensor:
+        # All replicas must skip the same steps, also if only one part of a gradient overflows.
         finite = check_finite(optimizer, grads)
         has_parts = any(map(sharding.has_parts, with_nested([optimizer])))
         if current_batch() is None or not has_parts:

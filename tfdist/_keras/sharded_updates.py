@@ -102,6 +102,8 @@ def update_parts(
             if cut is None:
                 optimizer.update_step(grads[i], variable, learning_rate)
                 continue
+            # By the key of the weight, the optimizer finds its slots. They are parts of the
+            # same shape.
             part = Part(own_part(sharding, variable, cut), optimizer._var_key(variable))
             optimizer.update_step(grads[i], part, learning_rate)
             updated.append((variable, cut, part.tensor))
@@ -152,6 +154,7 @@ def update_whole(
             for i in pack:
                 optimizer.update_step(grads[i], variables[i], learning_rate)
         for slot, cut, whole in zip(slots, cuts, wholes, strict=True):
+            # All replicas have computed the same state. Each keeps its own part of it.
             slot.assign(cut.own(whole.tensor, sharding.replica_id()))
 
 
@@ -207,6 +210,8 @@ def clip_by_norms(
         return clipped
     norm = tf.sqrt(tf.reduce_sum(tf.stack([squares[i] for i in present])))
     limit = optimizer.global_clipnorm
+    # As in `tf.clip_by_global_norm`: `norm - norm` is NaN for an infinite norm. So gradients
+    # that overflow become NaN, not 0.
     scale = limit * tf.minimum(1.0 / norm, 1.0 / limit) + (norm - norm)
     for i in present:
         clipped[i] = tf.convert_to_tensor(grads[i]) * scale

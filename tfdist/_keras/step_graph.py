@@ -51,6 +51,7 @@ def step_graph(model: Any, x: Any, y: Any) -> StepGraph:
                 loss = tf.add_n([tf.reduce_sum(tf.cast(o, tf.float32)) for o in leaves])
             else:
                 loss = model._compute_loss(x=x, y=y, y_pred=outputs, training=True)
+            # Ops are listed in the order of the trace, so those of the forward pass come first.
             forward = len(graph.get_operations())
         weights = model.trainable_weights
         gradients = [g for g in tape.gradient(loss, weights) if g is not None]
@@ -94,6 +95,8 @@ def batch_specs(model: Any, rows: int, x: Any, y: Any) -> tuple[Any, Any] | None
         training=True,
     )
     losses = {str(getattr(leaf, "name", leaf)).lower() for leaf in tf.nest.flatten(loss)}
+    # Keras's losses that take class numbers have "sparse" in their names. For other losses with
+    # such targets, the user passes `y`.
     is_sparse = any("sparse" in name for name in losses)
 
     def target(output: Any) -> Any:

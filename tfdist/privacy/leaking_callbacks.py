@@ -46,6 +46,7 @@ def check_callbacks(callbacks: Sequence[Any]) -> None:
         monitor = getattr(callback, "monitor", None)
         if _decides(callback) and not _may_be_public(monitor):
             raise _decides_by_training(callback)
+        # Keras fills the names in from the logs, which have the training loss.
         if not all(map(_may_be_public, _names_in_path(callback).difference(_COUNTS))):
             raise _named_by_training(callback)
         frequency = getattr(callback, "update_freq", "epoch")

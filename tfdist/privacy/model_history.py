@@ -258,6 +258,7 @@ def _places(model: Any) -> list[Any]:
     """Lists the objects to which history is attached. Any of them may be trained later."""
     owners: list[Any] = [model]
     for layer in _keras.layers_of(model):
+        # Seeds are shared and change in each step, and hold nothing of the data.
         weights = [v for v in layer.variables if not keras_layers.is_seed(v)]
         owners += [*weights, layer] if weights else []
     return list({id(owner): owner for owner in owners}.values())

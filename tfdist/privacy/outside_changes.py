@@ -87,6 +87,7 @@ class OutsideChanges:
             return
         if state is None and (sample is None or self._samples() == sample):
             return
+        # A callback may also set the count back.
         updates = max(0, self._count() - self._iterations)
         if updates or not self._training_digests.issuperset(self._digests()):
             self._note(updates)

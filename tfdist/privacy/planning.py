@@ -56,6 +56,7 @@ def plan(privacy: DPSGD, source: Source, epochs: int, at_once: int) -> Plan:
     Raises:
         ArgumentError: The number of steps is unknown, or the plan would not be private.
     """
+    # A training that is complete already plans no steps.
     epochs = max(0, epochs)
     steps = count_steps(source.requested_steps, source.batches, epochs, at_once)
     if isinstance(privacy, DPFTRL):

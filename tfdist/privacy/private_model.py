@@ -93,6 +93,8 @@ def make_private_model(model: Any) -> tuple[Any, list[str]]:
     pairs = zip(_keras.layers_of(model), _keras.layers_of(private_model), strict=True)
     for old, new in pairs:
         inner = _keras.layers_of(old)[1:]
+        # Layers that were replaced have other weights. Layers with inner ones get theirs from
+        # these.
         if type(old) is type(new) and not inner:
             new.set_weights(old.get_weights())
             new.trainable = old.trainable

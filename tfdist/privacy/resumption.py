@@ -115,6 +115,8 @@ class Earlier:
                 "the ledger of the earlier steps as DPSGD(spent=...)."
             )
         earlier = cls.from_dict(saved)
+        # The saved phase is of one step. The checkpoint says how many of them are in the
+        # weights.
         last = replace(Phase(**saved["phase"]), steps=steps_in_weights - int(saved["first"]))
         phases = [last]
         if saved["levels"] is not None:

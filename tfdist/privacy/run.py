@@ -77,8 +77,7 @@ class PrivateRun:
         callbacks = request.callbacks
         if not isinstance(privacy, DPSGD):
             raise ArgumentError(
-                f"`privacy` must be a tfdist.DPSGD or None. Received: privacy={privacy!r}. "
-                "Pass tfdist.DPSGD(...) or tfdist.DPFTRL(...)."
+                f"`privacy` must be a tfdist.DPSGD or None. Received: privacy={privacy!r}."
             )
         validation.check_data(session, x, request.sampler, request.class_weight, privacy)
         validation.check_copies(privacy, request.augment)
@@ -124,13 +123,10 @@ class PrivateRun:
         self._spot_checks: SpotChecks | None = None
 
     def go_on(
-        self,
-        saved: dict[str, Any] | None = None,
-        steps_in_weights: int = 0,
-        directory: Any = None,
+        self, saved: dict[str, Any] | None = None, steps: int = 0, directory: Any = None
     ) -> dict[str, Any]:
         """Reads the records of earlier processes; see `Spending.go_on`."""
-        return self._spending.go_on(saved, steps_in_weights, directory)
+        return self._spending.go_on(saved, steps, directory)
 
     def plan(self, source: data.Source, epochs: int) -> None:
         """Calibrates the noise, and checks the model on a few rows.
@@ -194,15 +190,13 @@ class PrivateRun:
     def _count_noise(self, noise: float, units: float) -> float:
         if self.privacy.target_quantile is None or noise == 0:
             return 0.0
-        count_noise = self.privacy.count_noise
-        if count_noise is None:
-            count_noise = units / 20
+        user_noise = self.privacy.count_noise
+        count_noise = units / 20 if user_noise is None else user_noise
         if 2 * count_noise <= noise:
             raise ArgumentError(
-                "`count_noise` must be above noise_multiplier / 2: the gradients need the rest "
-                f"of the budget. Received: count_noise={count_noise:g}, "
-                f"noise_multiplier={noise:g}. Pass a larger `count_noise`, or a larger "
-                "`batch_size`."
+                "`count_noise` must be above noise_multiplier / 2: gradients need the rest of "
+                f"the budget. Received: count_noise={count_noise:g}, noise_multiplier="
+                f"{noise:g}. Pass a larger `count_noise`, or a larger `batch_size`."
             )
         return count_noise
 

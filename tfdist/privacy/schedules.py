@@ -207,6 +207,7 @@ def _mapped(schedule: Callable[[int], Any], steps: int) -> Values:
 def _check_closed(name: str, schedule: Callable[[int], Any]) -> None:
     """Refuses a schedule that reads variables, which may depend on the data by training."""
     try:
+        # A variable that the schedule reads is captured by its trace.
         traced = tf.function(schedule).get_concrete_function(tf.TensorSpec([], tf.int64))
     except Exception:
         return  # plain Python code: whether it reads variables cannot be seen

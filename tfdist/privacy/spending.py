@@ -114,16 +114,13 @@ class Spending:
             return
         assert privacy.delta is not None
         planned_ledger = self.ledger(max(0, steps - self._progress.position))
-        spent = planned_ledger.epsilon(
+        planned_epsilon = planned_ledger.epsilon(
             privacy.delta, accountant=privacy.accountant, relation=privacy.relation
         )
-        self.limit = target if spent > target else None
+        self.limit = target if planned_epsilon > target else None
 
     def go_on(
-        self,
-        saved: dict[str, Any] | None = None,
-        steps_in_weights: int = 0,
-        directory: Any = None,
+        self, saved: dict[str, Any] | None = None, steps: int = 0, directory: Any = None
     ) -> dict[str, Any]:
         """Reads the records of earlier processes of this `fit`.
 
@@ -133,7 +130,7 @@ class Spending:
 
         Args:
             saved: The return value of this method in an earlier process, or None.
-            steps_in_weights: The number of steps of this `fit` in the saved weights.
+            steps: The number of steps of this `fit` in the saved weights.
             directory: The directory of the `Checkpoint`, or None.
 
         Returns:
@@ -146,11 +143,12 @@ class Spending:
         if directory is not None:
             self._journal = Journal(directory) if self._is_secret else None
         journaled = None if self._journal is None else self._journal.read()
+        # Names are random, so all workers take those of the chief.
         strategy = self._session.strategy
         if self._journal is not None or saved is not None:
             journaled, self._run_id = strategy.broadcast_object((journaled, self._run_id))
         if saved is not None:
-            self._go_on_with(saved, steps_in_weights, journaled)
+            self._go_on_with(saved, steps, journaled)
         elif journaled is not None:
             # The journal of a `BackupAndRestore`, which has no state of ours.
             self._earlier = journaled
@@ -161,25 +159,21 @@ class Spending:
         else:
             self.before = model_history.with_changes(self._model, self.before)
         bands = self._privacy.bands or 1
-        noise = self._progress.go_on(
-            None if saved is None else saved["noise"], steps_in_weights, bands
-        )
+        noise = self._progress.go_on(None if saved is None else saved["noise"], steps, bands)
         before = dataclasses.replace(self._earlier, spent=self._spent, history=self.before)
-        self._saved = saved_state(before, self._run_id, steps_in_weights)
+        self._saved = saved_state(before, self._run_id, steps)
         self._saved["noise"] = noise if self._progress.correlated else None
         return self._saved
 
-    def _go_on_with(
-        self, saved: dict[str, Any], steps_in_weights: int, journaled: Earlier | None
-    ) -> None:
+    def _go_on_with(self, saved: dict[str, Any], steps: int, journaled: Earlier | None) -> None:
         """Reads the record of a checkpoint, and of steps since it was written."""
-        earlier = Earlier.of_checkpoint(saved, steps_in_weights)
+        earlier = Earlier.of_checkpoint(saved, steps)
         self._spent = self._spent.renamed(earlier.names_of(self._spent)).merged(earlier.spent)
         # Steps after the checkpoint are not in the weights, but they have been released to
         # whoever saw the lost weights. So they count, unless the same noise repeats them.
         self._earlier = earlier.completed(journaled) if self._is_secret else earlier
         self.before = self._history_before()
-        self._restored = steps_in_weights
+        self._restored = steps
 
     def earlier_noise(self, phase: Phase, levels: Levels | None = None) -> float | None:
         """Returns the noise of the interrupted training that this one continues, or None.
@@ -256,6 +250,8 @@ class Spending:
         """
         of_this_run = [p for p in history.ledger.phases if p.run_id == self._run_id]
         steps = sum(phase.steps for phase in of_this_run)
+        # A file may have more steps of this run than this process has made: then another
+        # process made them.
         self._progress.restored_steps = max(
             self._progress.restored_steps, steps - self._progress.process_steps
         )
@@ -295,11 +291,10 @@ class Spending:
     def callbacks_began(self) -> None:
         """Counts the steps that callbacks have restored; see `Listener`."""
         self._agree()
-        counted_steps = (
-            self.before.ledger.steps + self._progress.steps_made - self._counted_at_first
-        )
+        progress = self._progress
+        counted_steps = self.before.ledger.steps + progress.steps_made - self._counted_at_first
         # If a backup has no record of its steps, they are counted as steps of this training.
-        self._progress.restored_steps += max(0, self._progress.moved() - counted_steps)
+        progress.restored_steps += max(0, progress.moved() - counted_steps)
         self._begin_levels()
 
     def _begin_levels(self) -> None:
@@ -319,15 +314,8 @@ class Spending:
         if strategy.place.num_workers == 1:
             return
         progress = self._progress
-        records = strategy.gather_objects(
-            (
-                self._run_id,
-                self._spent,
-                self.before,
-                progress.restored_steps,
-                progress.process_steps,
-            )
-        )
+        counts = progress.restored_steps, progress.process_steps
+        records = strategy.gather_objects((self._run_id, self._spent, self.before, *counts))
         self._run_id, spent = records[0][:2]
         assert self._phase is not None
         self._phase = dataclasses.replace(self._phase, run_id=self._run_id)

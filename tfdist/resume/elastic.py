@@ -191,6 +191,7 @@ class ElasticRun(Continuation):
         Args:
             position: The position.
         """
+        # The state comes first. If its copy fails, the position must not be ahead of it.
         self._committed = self._copy_state()
         self.position = position
 

@@ -85,6 +85,7 @@ def why_whole(model: Any, kind: str) -> str | None:
 def _why_indivisible(
     model: Any, kind: str, step: _keras.StepTrace, source: Source
 ) -> str | None:
+    # What the trace shows comes first, since it costs nothing. Trial steps come last.
     if step.updates_in_branch:
         return "its step applies an optimizer in a branch, a loop or a tf.function"
     if step.raw:

@@ -70,6 +70,7 @@ def liveness(step: StepGraph) -> Liveness:
         for root, size in memory.sizes.items()
         if memory.first[root] < step.forward <= memory.last.get(root, -1)
     )
+    # Allocated before freed: while an op runs, its inputs and outputs are both in memory.
     for index, op in ops:
         allocated = memory.made_by(index, op)
         live += sum(memory.sizes[root] for root in allocated)

@@ -46,6 +46,7 @@ class DeviceMemory:
     @property
     def total(self) -> int:
         """The estimated peak."""
+        # Sums are there only after the backward pass, when no activations are left.
         return self.weights + self.slots + max(self.step, self.gradients + self.exchange)
 
 
@@ -150,6 +151,7 @@ def memory(
             f"strategy={selected.name!r}. tfdist.placement shows what each server holds."
         )
     count = replicas or selected.place.num_replicas
+    # Powers of two show how the memory of a device falls with the number of devices.
     counts = sorted({count, *(2**i for i in range(count.bit_length()) if 2**i < count)})
     steps = [_step(model, -(-batch_size // number), x, y) for number in counts]
     weights, slots = sum(map(_keras.num_bytes, model.variables)), _slots(model)

@@ -164,12 +164,15 @@ def prepare(
     makers = (maker, exchange_maker, round_maker)
     previous = _keras.attached(model).prepared
     usable = previous is not None and previous.fits(model, strategy)
+    # A callback that evaluates names no extension. It must get the functions of the training
+    # that is running, not replace them.
     if usable and (
         not for_training
         or (previous.maker, previous.exchange_maker, previous.round_maker) == makers
     ):
         return previous  # type: ignore[no-any-return]
     stop = StopState()
+    # That of an earlier private training would count as one of the optimizers of this one.
     _keras.attached(model).clip_optimizer = None
     own_step = None if maker is None else maker.make(model, strategy)
     exchange = _exchange(previous, model, strategy, exchange_maker)

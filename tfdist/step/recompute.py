@@ -88,6 +88,7 @@ def recompute(model: Any, layers: str | Iterable[Any] = "blocks") -> Recomputati
     for layer, _ in tree:
         if (id(layer) in ids) != (id(layer) in before):
             _keras.set_recomputed(layer, id(layer) in ids)
+    # A function that is traced already would still use the earlier choice.
     if ids != before and isinstance(model, keras.Model):
         model.train_function = None  # Keras traces it again
     paths = {id(layer): path for layer, path in reversed(tree)}
@@ -162,6 +163,8 @@ def _repeated(layer: Any) -> list[Any]:
     counts = Counter(kinds)
     blocks: list[Any] = []
     for part, kind in zip(parts, kinds, strict=True):
+        # Blocks may be made of blocks. The level with the most equal parts is taken: while a
+        # part is computed again, its activations are in memory, so small parts are better.
         inside = _repeated(part)
         largest = max(Counter(map(_kind, inside)).values(), default=0)
         alone = counts[kind] < 2

@@ -86,6 +86,7 @@ class StepAgreement:
             self.seconds += timers.now([gradients, others]) - began
         if signals:
             self._hear(others.pop())
+        # An exchange changes its state only if the step counts.
         if store_state is not None:
             store_state(self.goes_on)
         return gradients, others
@@ -284,12 +285,10 @@ class ReducedUpdates:
         scales = [waiting.loss_scale for waiting in self._waiting for _ in waiting.pairs()]
         gradients = [gradient for gradient, _ in pairs]
         are_fixed = [_keras.has_fixed_rows(gradient) for gradient in gradients]
-        contributions = [
-            g.values if fixed else g for g, fixed in zip(gradients, are_fixed, strict=True)
-        ]
+        parts = [g.values if fix else g for g, fix in zip(gradients, are_fixed, strict=True)]
         summed, others = self.agreement.reduce(
             self._batch,
-            contributions,
+            parts,
             with_gradients,
             [v for _, v in pairs],
             scales,

@@ -95,6 +95,8 @@ def heed(signals: Signals, stop: StopState, strategy: Strategy, epoch: Epoch) ->
     """
     stop.leaving = bool(signals.leaving)
     status = int(signals.status)
+    # Keras's loop ends at a StopIteration, as if the data had run out. `agreed` tells the
+    # difference.
     if status == STOPPED:
         stop.agreed = True
         raise StopIteration

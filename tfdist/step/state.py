@@ -126,6 +126,7 @@ def variables_of(model: Any) -> list[Any]:
     """
     optimizers = optimizers_of(model)
     parts = [model.variables, *(o.variables for o in optimizers)]
+    # A step may train weights that are in no layer.
     parts += [_keras.trained_variables(o) for o in optimizers]
     if model.compiled:
         parts.append(_keras.metric_variables(model))

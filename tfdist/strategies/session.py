@@ -148,6 +148,7 @@ def _begin(strategy: Any, seed: int | None) -> Session:
     cluster = Cluster.from_environment()
     zero = of_environment()
     key: Any
+    # A process connects once, so it keeps its strategy.
     if isinstance(strategy, str) and strategy == "auto" and _current is not None:
         chosen, reason, zero = _current.strategy, _current.reason, _current.zero
         key = next(key for key, past in _sessions.items() if past.strategy is chosen)

@@ -28,6 +28,7 @@ def check_number(
         ArgumentError: The value is not a number, or out of range.
     """
     number = math.nan
+    # `float` would accept True and "1".
     if not isinstance(value, (bool, bytes, str)):
         with contextlib.suppress(TypeError, ValueError, OverflowError):
             number = float(value)

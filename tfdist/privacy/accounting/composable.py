@@ -46,6 +46,8 @@ def check_unit(phases: Sequence[Phase]) -> None:
             "`group_ids` to each training, or to none."
         )
     of_users = [p for p in phases if p.steps and p.unit == USER]
+    # A phase without a name of its grouping is of another process. The number of users must do
+    # then.
     groupings = {phase.groups for phase in of_users} - {None}
     sizes = {phase.num_rows for phase in of_users} - {None}
     if len(groupings) > 1 or len(sizes) > 1:

@@ -246,5 +246,6 @@ def capacity(
     dp_accounting()
     from scipy import stats  # dp-accounting brings it
 
+    # A union bound over all steps.
     beyond = stats.binom.isf(delta / (1000 * steps), num_rows, sampling_probability)
     return max(1, int(beyond))

@@ -85,6 +85,7 @@ def same_made_again(phases: Iterable[Phase], earlier: Iterable[Phase]) -> dict[s
     """
     phases, earlier = list(phases), list(earlier)
     names_here, names_there = ({p.run_id for p in some} for some in (phases, earlier))
+    # A phase that both processes know by name is the same one, and matched already.
     free = [p for p in earlier if p.run_id.startswith(_BY_HAND) and p.run_id not in names_here]
     names: dict[str, str] = {}
     for phase in phases:

@@ -189,6 +189,8 @@ class Ledger:
         self.check_relation(relation)
         steps_of: dict[Phase, int] = {}
         all_phases = self.mechanisms
+        # Each phase with correlated noise is a mechanism of its own. All others with equal
+        # settings become one phase, which is composed at once.
         phases = [phase for phase in all_phases if phase.bands is not None]
         for phase in all_phases:
             if phase.bands is None:
@@ -287,6 +289,7 @@ def most_within(cost: Callable[[int], float], max_epsilon: float, most_steps: in
     """
 
     def gap(steps: float) -> float:
+        # An infinite epsilon would stop the search.
         return min(cost(round(steps)), 1e9) - max_epsilon
 
     if gap(0) > 0:
@@ -295,6 +298,7 @@ def most_within(cost: Callable[[int], float], max_epsilon: float, most_steps: in
         return most_steps
     from scipy import optimize  # dp-accounting brings it
 
+    # The cost has steps, so the root is right to one or two. The loops below make it exact.
     count: int = round(optimize.brentq(gap, 0, most_steps, xtol=0.5))
     while gap(count) > 0:
         count -= 1

@@ -157,6 +157,7 @@ class Phase:
             assert self.bands is not None
             norm = sensitivity(self.bands, self.separation, self.steps, self.after)
             return (norm / self.noise_multiplier) ** 2
+        # A mixture over draws, or a sum with a capacity, is not a Gaussian.
         if self.sampling_probability < 1 or self.truncates:
             return 0.0
         noise, times = self.independent
@@ -172,6 +173,7 @@ class Phase:
         noise, times = self.independent
         if self.in_turn:
             assert self.bands is not None
+            # All steps together are one Gaussian mechanism.
             norm = sensitivity(self.bands, self.separation, self.steps, self.after)
             return dp.GaussianDpEvent(self.noise_multiplier / norm)
         if truncated and self.truncates:

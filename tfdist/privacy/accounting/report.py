@@ -106,6 +106,7 @@ class Report:
         epsilon = self.ledger.epsilon(
             self.delta, accountant=self.accountant, relation=self.relation, coarse=True
         )
+        # The coarse bound may be above a target that the training keeps.
         if within is not None and epsilon > within:
             epsilon = self.epsilon
         if math.isinf(epsilon):

@@ -211,6 +211,8 @@ def recorded(
     """
     units = _units(model)
     folding = foldings(model, units, x)
+    # A layer that is called without the batch has no rows of examples. So the layer around it
+    # is recorded, and runs again.
     enclosing = {id(layer): layer for layer in folding.around.values() if layer is not None}
     recorded_layers = [*units, *enclosing.values()]
     calls: dict[int, list[LayerCall]] = {id(layer): [] for layer in recorded_layers}

@@ -147,6 +147,7 @@ class Groups(ClippingGroups):
 
     def __init__(self, groups: Tensor, max_rows: int, copies: int = 1) -> None:
         self.max_rows, self.scale = max_rows * copies, 1 / copies
+        # The rows of a unit are neighbours, so the number of changes before a row is its unit.
         changes = tf.cast(groups[1:] != groups[:-1], tf.int32)
         self._unit = tf.concat([[0], tf.cumsum(changes)], 0)
         self._count = self._unit[-1] + 1

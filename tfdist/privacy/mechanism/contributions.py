@@ -100,6 +100,8 @@ def pinned(model: Any, keys: RowKeys) -> Iterator[None]:
     """
     with drawing(keys) as batch:
         yield
+    # Seeds get their values back as well: a comparison must not change the random numbers of
+    # the training.
     with _keras.seeding():
         for variable, value in list(batch.touched.values()):
             variable.assign(value)

@@ -192,6 +192,8 @@ def _rows_of(outputs: Sequence[Any]) -> int | None:
     sizes = {out.shape[0] if len(out.shape) else 0 for out in outputs}
     if None in sizes or len({size % _EXAMPLES for size in sizes}) > 1 or len(sizes) > 1:
         return None
+    # Only the batch brings the prime into a size. So the quotient is the number of rows of an
+    # example.
     (size,) = sizes
     return int(size) // _EXAMPLES if size % _EXAMPLES == 0 else 0
 

@@ -84,6 +84,7 @@ def _by_row(rows: Tensor, outputs: Tensor) -> Tensor:
     sums *= 1 + gamma(outputs.shape[2])
     magnitudes = tf.linalg.matvec(is_same_row, lengths) * (1 + product_gamma(positions))
     largest = sums + (product_gamma(positions) + gamma(positions + 2)) * magnitudes
+    # The first position of a row has no equal position before it.
     is_first = tf.reduce_sum(tf.linalg.band_part(is_same_row, -1, 0), 2) == 1
     squares = tf.where(is_first, tf.square(largest), 0.0)
     return tf.reduce_sum(squares, 1) * (1 + gamma(positions + 4))

@@ -221,6 +221,7 @@ class _Comparison:
         weights = self._weights(half)
         numbers = np.arange(self._rows)
         among_all = self._added(columns, numbers, weights)
+        # The caller then tries smaller changes of the inputs.
         if not np.isfinite(among_all.squares.numpy()[half]).all():
             raise ValueError("norms that are not finite")
         order = self._compare_alone(columns, half, weights, among_all)

@@ -61,6 +61,8 @@ def of_kernel(
     p, leading = inputs.shape[2], outputs.shape[2] // last
     positions = _known_or(outputs.shape[1], tf.shape(outputs)[1])
     split = tf.reshape(outputs, [-1, positions * leading, last])
+    # By the chain rule. For inputs x and output gradients g, the gradient by A is x^T (g B^T),
+    # and that by B is (x A)^T g.
     by_first = tf.reshape(
         tf.matmul(split, second, transpose_b=True), [-1, positions, leading * rank]
     )

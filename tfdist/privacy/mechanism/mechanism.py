@@ -64,6 +64,7 @@ class Mechanism:
         Args:
             replicas: The number of replicas over which a step's rows are split.
         """
+        # With `group_ids`, a step has fewer units than rows. The larger number bounds both.
         rows = max(self.expected_batch, self.expected_units)
         return 2 * rows + (64 + replicas) * (self.rows_of_user or 1)
 

@@ -133,6 +133,7 @@ class _Pieces:
             ).write(0, part)
             for part in first
         ]
+        # One piece at a time, or the memory of all pieces would be needed at once.
         _, sums, arrays = tf.while_loop(
             lambda index, *_: index < count,
             body,

@@ -35,6 +35,7 @@ def computed_again(
     """
     _check_repeatable(unit)
     values = [tf.convert_to_tensor(v) for v in variables]
+    # A layer may be called several times in a pass. Its gradient is the sum over the calls.
     totals: list[Any] = [0.0] * len(variables)
     for call in calls:
         examples = tf.shape(tf.nest.flatten(call.outputs)[0])[0] // folded

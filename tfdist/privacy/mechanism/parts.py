@@ -219,6 +219,7 @@ class Lookup(GradientPart):
         """Sums by unit and row. A unit of many examples has too many pairs of positions."""
         count, size = self.variable.shape
         units = tf.cast(grouping.unit, tf.int64)[:, None]
+        # One key for each pair of a unit and a row of the table.
         keys = tf.reshape(units * count + tf.cast(self._rows, tf.int64), [-1])
         distinct, places = tf.unique(keys)
         outputs = tf.reshape(self._outputs, [-1, size])

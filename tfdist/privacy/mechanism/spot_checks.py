@@ -54,6 +54,8 @@ class SpotChecks:
             steps: The steps of an epoch, or None if unknown.
         """
         steps = steps or _LEAST_PERIOD
+        # Whole epochs: the first step of an epoch is due, but not more often than every 16
+        # steps.
         self._period.assign(-(-_LEAST_PERIOD // steps) * steps)
         self._failed.assign(False)
 

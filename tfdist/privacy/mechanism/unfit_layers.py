@@ -125,6 +125,8 @@ def check_metrics(model: Any, x: Any, y: Any, sample_weight: Any = None) -> None
         metric.reset_state()
     for name, values in states[0].items():
         for first, second in zip(values, states[1][name], strict=True):
+            # Sums in another order differ by rounding only, a last value or a running mean by
+            # much more.
             if not np.allclose(first, second, rtol=1e-3, atol=1e-5, equal_nan=True):
                 raise ArgumentError(
                     "A metric of private training must sum or count examples, in any order. "

@@ -65,6 +65,7 @@ class CyclicPoisson(Accounted):
 @functools.lru_cache(maxsize=4)
 def _members(num_rows: int, groups: int, seed: int) -> list[NDArray[np.int64]]:
     """Returns the rows of each group, in order."""
+    # From another stream than the draws, so a row's group says nothing of its coins.
     group_of = generator((seed, *b"groups")).randint(0, groups, num_rows)
     return [np.flatnonzero(group_of == group) for group in range(groups)]
 

@@ -66,6 +66,7 @@ class Users:
         for user in users:
             rows = self._order[self._first[user] : self._first[user + 1]]
             if len(rows) > self.limit:
+                # A random choice, as a fixed one would never train on the other rows.
                 rows = np.sort(random.permutation(rows)[: self.limit])
             parts.append(rows)
         return np.concatenate([np.zeros(0, np.int64), *parts])

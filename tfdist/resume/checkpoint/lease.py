@@ -112,6 +112,8 @@ class Lease:
             if owner is None:
                 continue  # it was released just now
             waited = time.monotonic() - begin_time
+            # A process on another host cannot be looked at. It lives if it renews the lease,
+            # and counts as dead if it has not done so for long enough.
             if owner.has_ended or (owner == first_owner and waited > EXPIRES_AFTER_S):
                 self._remove(owner)
                 continue
@@ -193,6 +195,8 @@ class Lease:
         """Makes the file of the lease, complete, unless there is one."""
         file = self._draft(owner)
         try:
+            # A hard link appears with its contents, and fails if the name exists. So of two
+            # processes at most one gets the lease.
             os.link(file, self._file)
         except FileExistsError:
             return False
@@ -216,6 +220,7 @@ class Lease:
         return file
 
     def _owner(self) -> Owner | None:
+        # Where hard links are missing, the file may be read while it is written.
         for _ in range(2):
             try:
                 return Owner(**json.loads(self._file.read_text()))
@@ -227,6 +232,8 @@ class Lease:
 
     def _remove(self, owner: Owner) -> None:
         """Removes the lease of an owner that has ended, but not one that came after it."""
+        # Between a look at the file and its removal, another training may have taken the lease.
+        # So the file is moved aside first, and put back if it is not the one.
         aside = self._directory / f"{_NAME}-{uuid.uuid4().hex}"
         with contextlib.suppress(FileNotFoundError):
             self._file.rename(aside)

@@ -59,6 +59,8 @@ def last_checkpoint(lease: Lease, path: Path, strategy: Strategy) -> LastCheckpo
         except CheckpointError as error:
             problem = str(error)
             lease.release()
+    # An error of the chief is sent as well. Otherwise the other workers would wait for a state
+    # that never comes.
     problem, state, arrays = strategy.broadcast_object((problem, state, arrays))
     if problem is not None:
         raise CheckpointError(problem)
@@ -93,6 +95,7 @@ def check_before_training(
                 tensors.check(prepared.state, last.read, last.specs, last.state)
         except CheckpointError as error:
             problem = str(error)
+    # On all workers, or the others would begin a training that the chief has refused.
     problem = strategy.broadcast_object(problem)
     if problem is not None:
         raise CheckpointError(problem)

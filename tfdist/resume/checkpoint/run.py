@@ -273,7 +273,7 @@ class CheckpointRun(Continuation):
             # In the middle of an epoch. Keras's loop has just reset the metrics, and callbacks
             # have begun the epoch a second time: both get the checkpoint's state again.
             self.restore(callback_state)
-        self._last = LastCheckpoint()
+        self._last = LastCheckpoint()  # frees the tensors, which are restored by now
 
     def after_step(self, callback_state: CallbackState, logs: Any) -> None:
         """Saves, if a checkpoint is due.

@@ -117,6 +117,7 @@ class Horovod(Connected):
     def reconnect(self) -> None:
         """Connects to the ranks that are there now."""
         self._joined = False
+        # Horovod must begin again to learn who is there. Rank and size may be others then.
         self._hvd.shutdown()
         self._hvd.init()
         self._take_place()

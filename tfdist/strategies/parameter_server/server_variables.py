@@ -34,6 +34,8 @@ def plan(
     for optimizer in optimizers:
         if not optimizer.built:
             continue
+        # An optimizer that combines the elements of a variable, for example by a norm, needs
+        # all rows on one server.
         can_split = served_updates.is_elementwise(optimizer)
         for variable, slots in served_updates.trained_by(optimizer):
             if id(variable) in grouped_ids:  # two optimizers train it: it has its place already

@@ -91,7 +91,9 @@ class ParameterServer(TFDistribute):
                 f"Parameter servers must be able to run here. Received: {obstacle}."
             )
         if cluster.job != CHIEF:
+            # Does not return: workers and servers run no script.
             serve(cluster)
+        # A later instance uses the connection of the first one.
         if not connect.cache_info().currsize:
             require_unused_tensorflow(cluster)
         self._servers = connect(cluster)
@@ -206,6 +208,7 @@ class ParameterServer(TFDistribute):
         """Returns each worker's per-replica batch."""
         if not self.synchronous:
             return iterator.get_next()
+        # The data are on the chief, which draws for each worker in turn.
         shares = [iterator.get_next() for _ in range(self.place.num_replicas)]
         return tf.nest.map_structure(
             lambda *leaves: self.strategy.experimental_distribute_values_from_function(

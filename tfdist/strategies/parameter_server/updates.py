@@ -110,6 +110,7 @@ def move_packed(tensors: Sequence[Tensor], device: str) -> list[Tensor]:
 
 def _to_servers(grads: Sequence[Tensor], variables: Sequence[Any], server: str) -> list[Tensor]:
     """Moves gradients to the servers of their variables, before the lock is taken."""
+    # By server, so that the small gradients of a server travel in one message.
     by_device: dict[str, list[tuple[int, int, Tensor]]] = {}
     for index, (gradient, variable) in enumerate(zip(grads, variables, strict=True)):
         if gradient is None:
