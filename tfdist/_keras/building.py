@@ -186,6 +186,7 @@ def has_own_code(model: Any) -> bool:
     ]
     parts = [*layers_of(model), *model.metrics, *keras.tree.flatten(user_parts)]
     return any(
+        # A function has a module of its own, an object has that of its class.
         not _is_keras(part if callable(part) and hasattr(part, "__module__") else type(part))
         for part in parts
         if part is not None and not isinstance(part, str)
@@ -223,4 +224,5 @@ def step_of(model: Any, kind: str) -> Callable[[Any], Any]:
         return step
     with contextlib.suppress(Exception):  # as tf.function does for code without source
         plain = tf.autograph.to_graph(plain)
+    # The plain function is one of the class, so it is bound here.
     return types.MethodType(plain, model)

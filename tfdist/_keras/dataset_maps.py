@@ -121,6 +121,7 @@ def state_of(function: Any, shapes: Sequence[Any], graphs: InlinedGraphs) -> str
 def _is_pure(kind: str) -> bool:
     """Returns whether the outputs of an op depend on its inputs alone."""
     op_def = _op_defs.get(kind)
+    # An op of a custom library is unknown, and may do anything.
     if op_def is None or kind in _IMPURE:
         return False
     return not op_def.is_stateful and not any(arg.is_ref for arg in op_def.input_arg)
@@ -180,6 +181,7 @@ def looks_up_rows(
     # A variable that the function advances is a counter, by which it may choose rows.
     counts = {"ReadVariableOp"} if any(op.type in _ASSIGNS for op in graph.ops) else set()
     decided = _decided(graph, _DRAWS | PYTHON | counts)
+    # A table counts from one row for every eighth example on: it may hold the examples.
     least = max(_FEW_ROWS, count // _PART) if count >= 0 else _MANY_ROWS
     for op in graph.ops:
         if op.type == "ReadFile" and op.inputs[0].name not in decided:
@@ -218,6 +220,7 @@ def _table_rows(table: Any) -> int:
 def _table_shape(table: Any) -> Any:
     if table.dtype != tf.resource:
         return table.shape
+    # Of a variable, the handle knows the shape.
     data = _handle_data(table)
     return tf.TensorShape(data.shape_and_type[0].shape if data.is_set else None)
 

@@ -67,6 +67,8 @@ class Sources:
         for tensor in tf.nest.flatten(vars(source).get("_tensors", [])) if read else []:
             if tensor.dtype == tf.string and tensor.shape.rank == 1:
                 names = tensor.numpy().tolist()
+                # Texts may be anything. They count as files if the first one is the name of a
+                # file.
                 if names and os.path.exists(names[0]):
                     return any(dataset_files.is_seen(name, self.paths) for name in names)
         return False

@@ -201,6 +201,7 @@ def _is_random(node: Any, functions: dict[str, Any]) -> bool:
 def _make_sequential(node: Any) -> None:
     """Turns a parallel map into a sequential one, without the number of parallel calls."""
     node.op = "MapDataset"
+    # The number of parallel calls is the last input that is no control input.
     del node.input[len([i for i in node.input if not i.startswith("^")]) - 1]
     for name in [name for name in node.attr if name not in _MAP_ATTRIBUTES]:
         del node.attr[name]

@@ -102,6 +102,7 @@ class Elements:
         rows: Hashable = id(dataset)  # the last batch may be short
         if drops or (count >= 0 and count % size == 0):
             rows = size
+        # Equal for all parts with as many elements, also if the last batch is short.
         elif count >= 0:
             rows = (size, count)
         specs = tf.nest.flatten(dataset.element_spec)

@@ -66,6 +66,7 @@ class Inlined:
         """Copies the operations of a graph, and returns the copies of its outputs."""
         copies = {old.name: new for old, new in zip(graph.inputs, arguments, strict=True)}
         for op in graph.get_operations():
+            # The placeholder of an argument.
             if op.outputs and op.outputs[0].name in copies:
                 continue
             inputs = [copies[t.name] for t in op.inputs]

@@ -179,6 +179,7 @@ def _uniform(original: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Tensor:
         draws = _draws()
         if not isinstance(draws, RowDraws):
+            # The draw is only counted, or of one example, for which `draw_seed` gives the seed.
             return _count(original(shape, minval, maxval, dtype=dtype, seed=seed))
         dtype = dtype or keras.config.floatx()
         numbers = draws.numbers(shape, dtype, tf.raw_ops.StatelessRandomUniformV2)

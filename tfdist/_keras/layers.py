@@ -97,6 +97,7 @@ def in_float32(model: Any) -> Iterator[None]:
     half = ("bfloat16", "float16")
     with contextlib.ExitStack() as stack:
         for layer in layers:
+            # The type of computations follows from the policy. Weights keep their type.
             if layer.compute_dtype in half and layer.quantization_mode is None:
                 stack.enter_context(with_attributes(layer, _dtype_policy=_FLOAT32))
         yield
@@ -236,6 +237,7 @@ def is_mean_over_examples(loss: Any, weighted: bool) -> bool:
         if loss.lower() in ("crossentropy", "ce"):  # Keras chooses one of three
             return True
         loss = _losses.get(loss)
+    # Keras takes the mean of what a function returns.
     if loss in _FUNCTIONS:
         return True
     if type(loss) not in _OF_EXAMPLES:

@@ -47,6 +47,8 @@ def sees_whole_batch(function: Callable[..., Any], value: Any, *rows: Tensor) ->
     """
     if not all(isinstance(part, tf.Tensor) and part.shape.rank for part in rows):
         return False
+    # Where the test is not possible, a scalar is taken to compare rows, which is always right
+    # but slower. A number for each row is taken to be one.
     is_scalar = tf.convert_to_tensor(value).shape.rank == 0
     is_known_mean = is_mean(function, *rows)
     return not is_known_mean if is_scalar else is_known_mean is False

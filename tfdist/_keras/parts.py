@@ -132,6 +132,7 @@ class Split:
             )
             self._joined = (whole, tf.split(whole, [int(p.shape[0]) for p in self.parts]))
             return whole
+        # All parts were only looked up, so the whole gradient has rows too.
         slices = [
             (p, edge) for p, edge in zip(parts, self.edges, strict=False) if p is not None
         ]

@@ -82,6 +82,7 @@ class FirstPass(keras.StatelessScope):  # type: ignore[misc]
     def _note(self, variable: Any) -> None:
         if id(variable) in self.values:
             return
+        # In the graph of the layer, even if a loop is the first to use the variable.
         with self._graph.as_default():
             value = None if self._outer is None else self._outer.get_current_value(variable)
             if value is None:

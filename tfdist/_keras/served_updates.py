@@ -139,6 +139,7 @@ class _ServerCopies:
         # With gradient accumulation, `iterations` counts updates and `_iterations` steps.
         values = [tf.convert_to_tensor(v) for v in (learning_rate, optimizer._iterations)]
         self._dtypes = [tensor.dtype for tensor in values]
+        # Together, so that each server gets one message. float64 holds both exactly.
         self._packed = tf.stack([tf.cast(tensor, tf.float64) for tensor in values])
         self._copies: dict[str, tuple[Tensor, FixedValue]] = {}
 

@@ -117,7 +117,9 @@ def _of_updates(sharding: Sharding) -> list[Replacement]:
                 "train_on_batch or fit in a callback. Do it after `fit`, or leave `Zero` out."
             )
         before = getattr(applying, "weights", None)
+        # `clip_gradients` gets gradients only, and must know which of them are parts.
         applying.weights = list(variables)
+        # Before Keras clips and accumulates gradients, so that it does so with parts.
         if updates_parts(optimizer):
             grads = [
                 own_gradient(sharding, g, v) for g, v in zip(grads, variables, strict=True)
@@ -194,6 +196,7 @@ def _of_reading(sharding: Sharding) -> list[Replacement]:
             store[str(number)] = sharding.read(variable)
 
     def serialize_to_tensors(variable: Any) -> Any:
+        # `tf.train.Checkpoint` asks each variable by itself, and must get whole ones.
         cut = sharding.cut_of(variable)
         if cut is None or tuple(variable.shape) == cut.shape:
             return serialize(variable)

@@ -50,6 +50,7 @@ def built_unfilled(optimizers: Sequence[Any]) -> Iterator[None]:
         with replaced(_BaseOptimizer, "add_variable_from_reference", add):
             yield
     finally:
+        # Also if an error ends the build: no variable must be left without a value.
         for optimizer in with_nested(optimizers):
             for variable in optimizer.variables:
                 fill(variable)

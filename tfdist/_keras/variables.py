@@ -156,6 +156,7 @@ def is_empty(variable: Any) -> bool:
     Args:
         variable: The `keras.Variable`.
     """
+    # The shape of the present value. `Variable.shape` is that of the first one.
     shape = tf.raw_ops.VariableShape(input=_copies(variable._value)[0].handle)
     return bool(shape.numpy().tolist() == [0])
 

@@ -173,6 +173,7 @@ class ElasticRun(Continuation):
         self._copy_state = tf.function(
             lambda: [tf.identity(v.value) for v in variables], autograph=False
         )
+        # The `History` of the first attempt goes on, since Keras makes a new one for each.
         history = [
             callback
             for callback in self._begun_callbacks.values()

@@ -58,6 +58,7 @@ def compose(
             reason = _why_indivisible(model, kind, step, source)
         composition = Composition(_keras.compiled_state(model), step, reason)
         compositions[kind] = composition
+    # An argument of the user is followed, whatever the trial says.
     is_whole = composition.indivisible is not None if whole_batch is None else whole_batch
     return whole(strategy) if is_whole and strategy.place.num_replicas > 1 else strategy
 

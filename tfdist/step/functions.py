@@ -184,6 +184,7 @@ def _traced_steps(
         return result
 
     alone = strategy.place.num_replicas == 1
+    # XLA cannot compile the collectives of several replicas.
     compiled = alone and model.jit_compile and compiles
     compiled_step = _trace(model, on_replicas, jit_compile=compiled)
 
@@ -200,6 +201,7 @@ def _traced_steps(
         def next_step(completed: Tensor, _: Any) -> tuple[Tensor, Result]:
             return completed + 1, one_step(iterator, stopping)
 
+        # The first step runs outside of the loop, which needs the types of its results.
         started = (tf.constant(1), one_step(iterator, stopping))
         _, last = tf.while_loop(lambda completed, _: completed < steps, next_step, started)
         return last  # type: ignore[no-any-return]

@@ -76,6 +76,8 @@ class PreparedModel:
     def end_training(self) -> None:
         """Drops what holds the data of a training: rounds, which no other training can use."""
         if self.own_round is not None:
+            # Rounds hold the data of this training, which would stay in memory as long as the
+            # model.
             self.functions = replace(self.functions, train=_dropped)
             self.own_round, self.round_maker = None, _Dropped()
 

@@ -105,6 +105,7 @@ class TrainState:
         Args:
             model: A built `keras.Model`.
         """
+        # In the same order as well: a checkpoint names tensors by their positions.
         return [id(v) for v in self.of_model] == [id(v) for v in variables_of(model)]
 
 

@@ -80,6 +80,7 @@ def _connect(cluster: Cluster) -> Any:
     )
     jobs = {job: list(cluster.jobs[job]) for job in cluster.jobs if job in ("chief", "worker")}
     spec = tf.train.ClusterSpec(jobs)
+    # The coordination service runs in the chief, or in worker 0 if no task is the chief.
     leader = next(job for job in ("chief", "worker") if job in jobs)
     counts = {job: len(tasks) for job, tasks in jobs.items()}
     # Before the strategy, which uses a configuration that is there already.

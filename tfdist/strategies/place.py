@@ -82,6 +82,7 @@ class Place:
             replicas += f" ({self.mesh})"
         if batch_size is None:
             return replicas
+        # As `data.source.bounds` cuts a batch.
         edges = [batch_size * share // shares for share in range(shares + 1)]
         sizes = [end - begin for begin, end in itertools.pairwise(edges)]
         split = (

@@ -52,6 +52,7 @@ def check_count(name: str, value: Any, low: int) -> None:
     Raises:
         ArgumentError: The value is not a whole number, or out of range.
     """
+    # NumPy's integers have it, floats do not. True and False do.
     is_whole = hasattr(value, "__index__") and not isinstance(value, bool)
     if not is_whole or value < low:
         raise ArgumentError(

@@ -75,6 +75,7 @@ def inverse(factors: tuple[float, ...], steps: int) -> tuple[float, ...]:
     column = [1.0]
     for step in range(1, steps):
         lags = range(1, min(step + 1, len(factors)))
+        # By C times its inverse, whose rows below the diagonal are 0.
         column.append(-sum(factors[lag] * column[step - lag] for lag in lags))
     return tuple(column)
 

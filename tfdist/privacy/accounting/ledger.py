@@ -59,6 +59,7 @@ class Ledger:
     phases: tuple[Phase, ...] = ()
 
     def __post_init__(self) -> None:
+        # Named once, so that all copies of the ledger have the same names.
         if not all(phase.run_id for phase in self.phases):
             object.__setattr__(self, "phases", tuple(map(named, self.phases)))
 
@@ -122,6 +123,7 @@ class Ledger:
         continues_last = bool(self.phases and phase.run_id) and (
             (run_of(last), last.groups) == (run_of(phase), phase.groups)
         )
+        # A training adds its steps in many small phases, which are one.
         if continues_last and phase.bands is None:
             joined = replace(last, steps=last.steps + phase.steps)
             return Ledger((*self.phases[:-1], joined))

@@ -301,5 +301,6 @@ def _rounded_up(value: float) -> str:
     """Rounds up to three digits."""
     if value == 0:
         return "0"
+    # Up, since a smaller number would promise more than is true.
     unit = 10.0 ** (math.floor(math.log10(value)) - 2)
     return f"{math.ceil(value / unit - 1e-9) * unit:.3g}"

@@ -161,6 +161,8 @@ class ParameterServer(TFDistribute):
         """
         on_servers, on_workers = list(variables), []
         if self.synchronous:
+            # Metrics are small, and each step changes all of them: a copy on each worker is
+            # faster.
             server_ids = {id(v) for o in optimizers for v in o.variables}
             server_ids |= {id(v) for o in optimizers for v in _keras.trained_variables(o)}
             on_servers = [v for v in variables if id(v) in server_ids]
