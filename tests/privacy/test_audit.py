@@ -353,7 +353,7 @@ def test_a_bound_needs_fair_coins() -> None:
     [
         (lambda: AuditReport(np.zeros(3), np.ones(3, bool)), "members and non-members"),
         (lambda: AuditReport(np.zeros(3), np.ones(2, bool)), "one number for each example"),
-        (lambda: report([math.nan], [0.0]), "1 of 2 are NaN"),
+        (lambda: report([math.nan], [0.0]), "1 NaN of 2"),
         (lambda: report(np.ones(9), np.zeros(9)).threshold_attack(0.0), "at least 20"),
         (lambda: report([1], [0], True).epsilon_lower_bound(0.0, guesses=(2, 1)), "`guesses`"),
         (lambda: bound(10, 5, 6, 0.0), "`right` must be at most `guesses`"),

@@ -200,7 +200,7 @@ def dp_accounting() -> Any:
         import dp_accounting as module
     except ImportError as error:
         raise MissingPackageError(
-            f"Privacy accounting needs the package dp-accounting. Received: {error}. Install "
-            'it: pip install "tfdist[privacy]"'
+            "Privacy accounting must have the package dp-accounting. Received: "
+            f'{error}. Install it: pip install "tfdist[privacy]"'
         ) from None
     return module
