@@ -132,25 +132,25 @@ class _Surroundings:
 
 def _recomputed(layer: Any, call: Call, args: Any, kwargs: Any) -> Any:
     """Calls a layer such that the backward pass calls it again."""
-    given = _Leaves((args, kwargs))
+    arguments = _Leaves((args, kwargs))
     surroundings = _Surroundings.now()
     graph = tf.compat.v1.get_default_graph()
-    made = ops_of_thread(graph)
-    begin = len(made)
+    thread_ops = ops_of_thread(graph)
+    begin = len(thread_ops)
     with FirstPass() as first, _record.VariableWatcher() as watcher:
         outputs = call(*args, **kwargs)
-    ops = made[begin:]
+    ops = thread_ops[begin:]
     first.refuse_changes_inside(layer)
     refuse_unrepeatable(layer, graph, ops, first.writes)
     results = [*tf.nest.flatten(outputs, expand_composites=True), *first.losses]
-    chosen = [i for i, result in enumerate(results) if _has_gradient(result)]
-    if not chosen:
+    differentiable = [i for i, result in enumerate(results) if _has_gradient(result)]
+    if not differentiable:
         first.hand_over_losses(layer, first.losses)
         return outputs
     # All that the results can be differentiated by, wherever the layer has it from.
-    tensors, values = given.tensors, first.values
+    tensors, values = arguments.tensors, first.values
     hidden = _hidden(graph, ops, tensors)
-    raw = first.others(watcher.watched_variables())
+    raw = first.raw_variables(watcher.watched_variables())
 
     def gradient(*upstream: Tensor) -> list[Any]:
         dense = [tf.convert_to_tensor(gradient) for gradient in upstream]
@@ -160,24 +160,24 @@ def _recomputed(layer: Any, call: Call, args: Any, kwargs: Any) -> Any:
             tape.watch([t for t in [*later, *hidden] if _has_gradient(t)])
             scope = SecondPass(dict(zip(values, later_values, strict=True)))
             with scope:
-                second_args, second_kwargs = given.replaced(again)
+                second_args, second_kwargs = arguments.replaced(again)
                 repeated = call(*second_args, **second_kwargs)
         repeats = [*tf.nest.flatten(repeated, expand_composites=True), *scope.losses]
         scope.forget_losses(layer)
         _check_same(layer, results, repeats)
         sources = [*(t for t in later if _has_gradient(t)), *hidden, *raw]
-        found: list[Any] = tape.gradient(
-            [repeats[i] for i in chosen], sources, output_gradients=dense
+        gradients: list[Any] = tape.gradient(
+            [repeats[i] for i in differentiable], sources, output_gradients=dense
         )
-        return found
+        return gradients
 
     @tf.custom_gradient  # type: ignore[untyped-decorator]
     def tied(*inputs: Tensor) -> tuple[list[Tensor], Callable[..., list[Any]]]:
-        return [results[i] for i in chosen], gradient
+        return [results[i] for i in differentiable], gradient
 
     anchors = [t for t in [*tensors, *values.values()] if _has_gradient(t)]
     anchors += [*hidden, *map(tf.identity, raw)]
-    for i, result in zip(chosen, tied(*anchors), strict=True):
+    for i, result in zip(differentiable, tied(*anchors), strict=True):
         mask = getattr(results[i], "_keras_mask", None)
         if mask is not None:
             result._keras_mask = mask
@@ -207,8 +207,10 @@ class _Leaves:
         Args:
             tensors: As many as `tensors`.
         """
-        rest = iter(tensors)
-        leaves = [next(rest) if tf.is_symbolic_tensor(old) else old for old in self._leaves]
+        remaining = iter(tensors)
+        leaves = [
+            next(remaining) if tf.is_symbolic_tensor(leaf) else leaf for leaf in self._leaves
+        ]
         for leaf, mask in zip(leaves, self._masks, strict=True):
             if mask is not None:
                 leaf._keras_mask = mask
@@ -222,11 +224,11 @@ def _has_gradient(value: Any) -> bool:
 
 def _hidden(graph: Any, ops: Sequence[Any], tensors: Sequence[Tensor]) -> list[Tensor]:
     """Lists tensors that a layer uses and that are neither its arguments nor made by it."""
-    made = {output.name for op in ops if op.type != "Placeholder" for output in op.outputs}
-    made |= {tensor.name for tensor in tensors if tensor.graph is graph}
+    inside = {output.name for op in ops if op.type != "Placeholder" for output in op.outputs}
+    inside |= {tensor.name for tensor in tensors if tensor.graph is graph}
     used = [output for op in ops if op.type == "Placeholder" for output in op.outputs]
     used += [tensor for op in ops for tensor in op.inputs]
-    hidden = {t.name: t for t in used if t.name not in made and t.op.type != "Const"}
+    hidden = {t.name: t for t in used if t.name not in inside and t.op.type != "Const"}
     return [tensor for tensor in hidden.values() if _has_gradient(tensor)]
 
 
@@ -252,8 +254,8 @@ def _after(
     is_any = tf.cast(tf.reduce_max(tf.math.real(first)), tf.bool)
     zero = tf.where(tf.equal(is_any, is_any), 0.0, float("nan"))
 
-    def later(given: Sequence[Tensor]) -> list[Tensor]:
-        return [t + tf.cast(zero, t.dtype) if _has_gradient(t) else t for t in given]
+    def later(tensors_now: Sequence[Tensor]) -> list[Tensor]:
+        return [t + tf.cast(zero, t.dtype) if _has_gradient(t) else t for t in tensors_now]
 
     if any(map(_has_gradient, tensors)):
         return later(tensors), list(values)

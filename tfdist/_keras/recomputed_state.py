@@ -82,6 +82,7 @@ class FirstPass(keras.StatelessScope):  # type: ignore[misc]
     def _note(self, variable: Any) -> None:
         if id(variable) in self.values:
             return
+        # In the graph of the layer, even if a loop is the first to use the variable.
         with self._graph.as_default():
             value = None if self._outer is None else self._outer.get_current_value(variable)
             if value is None:
@@ -93,6 +94,8 @@ class FirstPass(keras.StatelessScope):  # type: ignore[misc]
 
     def _initialized(self, variable: Any) -> Any:
         """Initializes a variable that the layer has just made."""
+        # In a stateless scope Keras puts off the first value of a new variable. The value is
+        # needed now, so the scope is left for a moment.
         waiting = _global_state.get_global_attribute("uninitialized_variables", [])
         waiting[:] = [other for other in waiting if other is not variable]
         _global_state.set_global_attribute("stateless_scope", None)
@@ -102,7 +105,7 @@ class FirstPass(keras.StatelessScope):  # type: ignore[misc]
             _global_state.set_global_attribute("stateless_scope", self)
         return variable._value
 
-    def others(self, accessed: Sequence[Any]) -> list[Any]:
+    def raw_variables(self, accessed: Sequence[Any]) -> list[Any]:
         """Returns the variables that no `keras.Variable` of this scope is backed by.
 
         Args:
@@ -142,6 +145,7 @@ class FirstPass(keras.StatelessScope):  # type: ignore[misc]
             layer: The layer.
             losses: Tensors in place of `self.losses`.
         """
+        # A layer knows its losses by the ids of tensors, which are others now.
         for former, loss in zip(self.losses, losses, strict=True):
             parts = [p for p in layer._flatten_layers() if id(former) in p._loss_ids]
             owner = parts[0] if parts else layer

@@ -215,6 +215,7 @@ class ReplicaBatch:
             The metric and the index of the value among the tensors of its result, or None.
         """
         record = self._results.get(id(value))
+        # By identity, not by id alone: a tensor that is gone may have had the same id.
         return None if record is None or record[0] is not value else record[1:]
 
 

@@ -118,7 +118,9 @@ def _of_updates(sharding: Sharding) -> list[Replacement]:
                 "train_on_batch or fit in a callback. Do it after `fit`, or leave `Zero` out."
             )
         before = getattr(applying, "weights", None)
+        # `clip_gradients` gets gradients only, and must know which of them are parts.
         applying.weights = list(variables)
+        # Before Keras clips and accumulates gradients, so that it does so with parts.
         if updates_parts(optimizer):
             grads = [
                 own_gradient(sharding, g, v) for g, v in zip(grads, variables, strict=True)
@@ -135,6 +137,7 @@ def _of_updates(sharding: Sharding) -> list[Replacement]:
         return clip_by_norms(sharding, optimizer, grads, applying.weights)
 
     def is_finite(optimizer: Any, grads: Any) -> Tensor:
+        # All replicas must skip the same steps, also if only one part of a gradient overflows.
         finite = check_finite(optimizer, grads)
         has_parts = any(map(sharding.has_parts, with_nested([optimizer])))
         if current_batch() is None or not has_parts:
@@ -205,6 +208,7 @@ def _of_reading(sharding: Sharding) -> list[Replacement]:
         load(optimizer, store)
 
     def serialize_to_tensors(variable: Any) -> Any:
+        # `tf.train.Checkpoint` asks each variable by itself, and must get whole ones.
         cut = sharding.cut_of(variable)
         if cut is None or tuple(variable.shape) == cut.shape:
             return serialize(variable)

@@ -102,6 +102,8 @@ def update_parts(
             if cut is None:
                 optimizer.update_step(grads[i], variable, learning_rate)
                 continue
+            # By the key of the weight, the optimizer finds its slots. They are parts of the
+            # same shape.
             part = Part(own_part(sharding, variable, cut), optimizer._var_key(variable))
             optimizer.update_step(grads[i], part, learning_rate)
             updated.append((variable, cut, part.tensor))
@@ -152,6 +154,7 @@ def update_whole(
             for i in pack:
                 optimizer.update_step(grads[i], variables[i], learning_rate)
         for slot, cut, whole in zip(slots, cuts, wholes, strict=True):
+            # All replicas have computed the same state. Each keeps its own part of it.
             slot.assign(cut.own(whole.tensor, sharding.replica_id()))
 
 
@@ -175,8 +178,8 @@ def overwrite_by_parts(sharding: Sharding, optimizer: Any, variables: Any) -> No
         if a is not None and (cut := sharding.cut_of(a)) is not None
     ]
     for pack in sharding.packs([v for v, *_ in in_parts]):
-        chosen = [in_parts[i] for i in pack]
-        _assign_gathered(sharding, [(v, cut, tf.convert_to_tensor(a)) for v, cut, a in chosen])
+        members = [in_parts[i] for i in pack]
+        _assign_gathered(sharding, [(v, cut, tf.convert_to_tensor(a)) for v, cut, a in members])
     for variable, average in pairs:
         if average is not None and sharding.cut_of(average) is None:
             variable.assign(average)
@@ -190,9 +193,9 @@ def clip_by_norms(
     Keras takes the norm of the rows of a sparse gradient as they come. With `global_clipnorm`
     it also makes the gradient dense.
     """
-    given = [i for i, gradient in enumerate(grads) if gradient is not None]
-    squares = {i: tf.reduce_sum(tf.square(_values(grads[i]))) for i in given}
-    in_parts = [i for i in given if sharding.cut_of(weights[i]) is not None]
+    present = [i for i, gradient in enumerate(grads) if gradient is not None]
+    squares = {i: tf.reduce_sum(tf.square(_values(grads[i]))) for i in present}
+    in_parts = [i for i in present if sharding.cut_of(weights[i]) is not None]
     if in_parts:
         dtype = squares[in_parts[0]].dtype
         local = tf.stack([tf.cast(squares[i], dtype) for i in in_parts])
@@ -202,13 +205,15 @@ def clip_by_norms(
         }
     clipped = list(grads)
     if optimizer.clipnorm:
-        for i in given:
+        for i in present:
             clipped[i] = _clipped(grads[i], squares[i], optimizer.clipnorm)
         return clipped
-    norm = tf.sqrt(tf.reduce_sum(tf.stack([squares[i] for i in given])))
+    norm = tf.sqrt(tf.reduce_sum(tf.stack([squares[i] for i in present])))
     limit = optimizer.global_clipnorm
+    # As in `tf.clip_by_global_norm`: `norm - norm` is NaN for an infinite norm. So gradients
+    # that overflow become NaN, not 0.
     scale = limit * tf.minimum(1.0 / norm, 1.0 / limit) + (norm - norm)
-    for i in given:
+    for i in present:
         clipped[i] = tf.convert_to_tensor(grads[i]) * scale
     return clipped
 

@@ -80,6 +80,7 @@ def swap_value(variable: Any, value: Any) -> Any:
         The former backing `tf.Variable`.
     """
     before = variable._value
+    # Only of the first backing variable: Keras never knew the later ones.
     if not hasattr(variable, _FIRST):
         name, key = getattr(before, "name", variable.name), getattr(before, "_unique_id", None)
         setattr(variable, _FIRST, FirstBacking(name, key))
@@ -111,6 +112,7 @@ def exchange_value(variable: Any, value: Any, shape: tuple[int, ...]) -> Any:
     Returns:
         The former backing `tf.Variable`.
     """
+    # Keras compares the shape of each assigned value with these.
     variable._shape = tuple(shape)
     variable._ndim = len(shape)
     return swap_value(variable, value)
@@ -124,6 +126,8 @@ def empty(value: Any) -> None:
     Args:
         value: A `tf.Variable`, mirrored or not.
     """
+    # An empty value frees the memory of the former one. The handle, which traced functions have
+    # captured, stays the same.
     for local in _copies(value):
         with tf.device(local.device):
             _replace(local, tf.zeros([0], local.dtype))
@@ -152,6 +156,7 @@ def is_empty(variable: Any) -> bool:
     Args:
         variable: The `keras.Variable`.
     """
+    # The shape of the present value. `Variable.shape` is that of the first one.
     shape = tf.raw_ops.VariableShape(input=_copies(variable._value)[0].handle)
     return bool(shape.numpy().tolist() == [0])
 

@@ -104,9 +104,9 @@ def _with_whole_batches(
 
     def train_and_share(epoch: Epoch) -> Logs:
         with strategy.waiting_for(f"step {epoch.steps_taken + 1}"):
-            stopped, changed, leaves, saves = strategy.sums(stop.requests()).numpy()
+            stopped, members_changed, leaves, saves = strategy.sums(stop.requests()).numpy()
         stop.leaving, stop.saving = bool(leaves), bool(saves)
-        if changed:
+        if members_changed:
             raise MembersChanged("Processes came, or are about to go.")
         if stopped:
             stop.agreed = True
@@ -185,6 +185,7 @@ def _traced_steps(
         return result
 
     alone = strategy.place.num_replicas == 1
+    # XLA cannot compile the collectives of several replicas.
     compiled = alone and model.jit_compile and compiles
     compiled_step = _trace(model, on_replicas, jit_compile=compiled)
 
@@ -201,6 +202,7 @@ def _traced_steps(
         def next_step(completed: Tensor, _: Any) -> tuple[Tensor, Result]:
             return completed + 1, one_step(iterator, stopping)
 
+        # The first step runs outside of the loop, which needs the types of its results.
         started = (tf.constant(1), one_step(iterator, stopping))
         _, last = tf.while_loop(lambda completed, _: completed < steps, next_step, started)
         return last  # type: ignore[no-any-return]

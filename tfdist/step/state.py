@@ -105,6 +105,7 @@ class TrainState:
         Args:
             model: A built `keras.Model`.
         """
+        # In the same order as well: a checkpoint names tensors by their positions.
         return [id(v) for v in self.of_model] == [id(v) for v in variables_of(model)]
 
 
@@ -126,6 +127,7 @@ def variables_of(model: Any) -> list[Any]:
     """
     optimizers = optimizers_of(model)
     parts = [model.variables, *(o.variables for o in optimizers)]
+    # A step may train weights that are in no layer.
     parts += [_keras.trained_variables(o) for o in optimizers]
     if model.compiled:
         parts.append(_keras.metric_variables(model))

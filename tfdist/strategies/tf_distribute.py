@@ -334,6 +334,7 @@ def adopt(strategy: Any) -> TFDistribute:
     replicas = strategy.num_replicas_in_sync
     local = len(strategy.extended.worker_devices)
     resolver = strategy.cluster_resolver
+    # An instance of several workers has more replicas than devices in this process.
     workers, index = 1, 0
     if replicas != local:
         workers = replicas // local

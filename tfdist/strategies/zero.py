@@ -41,6 +41,7 @@ class Zero:
                 f"`on` must be the strategy that connects the replicas. Received: {self.on!r}. "
                 "Pass its name."
             )
+        # Named apart from other wrong values, since users know these stages from elsewhere.
         if self.stage in (2, 3) and not isinstance(self.stage, bool):
             raise ArgumentError(
                 "`stage` must be 1, the optimizer's state in parts: the other stages are not "

@@ -74,6 +74,8 @@ def last_checkpoint(lease: Lease, path: Path, strategy: Strategy) -> LastCheckpo
         except CheckpointError as error:
             problem = str(error)
             lease.release()
+    # An error of the chief is sent as well. Otherwise the other workers would wait for a state
+    # that never comes.
     problem, state, arrays, token = strategy.broadcast_object(
         (problem, state, arrays, lease.token)
     )
@@ -152,6 +154,7 @@ def check_before_training(
                 tensors.check(prepared.state, last.reader, last.state)
         except CheckpointError as error:
             problem = str(error)
+    # On all workers, or the others would begin a training that the chief has refused.
     problem = strategy.broadcast_object(problem)
     if problem is not None:
         raise CheckpointError(problem)
