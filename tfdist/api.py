@@ -12,6 +12,7 @@ from tfdist.compression.settings import PowerSGD
 from tfdist.federated.extension import FederatedTraining
 from tfdist.federated.settings import FedAvg
 from tfdist.privacy import model_history
+from tfdist.privacy.client_extension import ClientPrivacy
 from tfdist.privacy.extension import PrivateTraining
 from tfdist.privacy.settings import DPSGD
 from tfdist.resume import elastic
@@ -166,11 +167,15 @@ def fit(
     extensions: list[Extension] = [Verification(verify_every)]
     if privacy is not None:
         extensions.append(PrivateTraining(privacy))
+    of_clients: ClientPrivacy | None = None
+    if getattr(federated, "privacy", None) is not None:
+        of_clients = ClientPrivacy(federated)
+        extensions.append(of_clients)
     if compression is None:
         compression = session.strategy.compression
     extensions.append(CompressedTraining(compression))
     if federated is not None:
-        extensions.append(FederatedTraining(federated))
+        extensions.append(FederatedTraining(federated, of_clients))
     if session.zero is not None:
         extensions.append(ShardedOptimizer(session.zero, compression))
     continuation = Continuation(extensions)

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 import tfdist
 from tests.behaviour.checkpoint_checks import Stop, StoppedError
-from tests.behaviour.checks import ORDERED, everywhere, place
+from tests.behaviour.checks import ORDERED, everywhere, level, place
 from tests.behaviour.registry import HOROVOD, MIRRORED, MULTI_WORKER, check
 from tests.equivalence.cases import crossentropy, mlp, sequences, table
 from tfdist import _keras
 from tfdist.errors import ArgumentError, StrategyError
+from tfdist.sharding import slots
+from tfdist.step.state import variables_of
 
 L = keras.layers
 
@@ -102,17 +106,59 @@ def zero_resumes_with_and_without_parts(folder: Path) -> None:
         assert_same_bits(train(adam(), after, checkpoint=checkpoint), expected)
 
 
-@check(MULTI_WORKER)
-def zero_says_that_state_was_lost(folder: Path) -> None:
+@check(MULTI_WORKER, full=(HOROVOD,))
+def zero_saves_slices_of_which_no_process_has_all(folder: Path) -> None:
+    model = adam()
+    expected = train(model, False)
+
+    def again(directory: Path, *callbacks: Any, **options: Any) -> None:
+        level(model, adam())  # the model is traced already
+        checkpoint = tfdist.Checkpoint(directory, **options)
+        train(model, True, *callbacks, checkpoint=checkpoint)
+
+    shared, own = folder / "shared", folder / f"{place().worker_index}"
+    for directory in (shared, own):
+        with pytest.raises(StoppedError):
+            again(directory, Stop(5), every=3)
+    everywhere(None)
+    assert shared.exists()
+    assert own.exists() == place().is_chief
+    for directory in (shared, own) if place().is_chief else (shared,):
+        (saved,) = directory.glob("epoch-*")
+        assert len(list(saved.glob("tensors.data-*"))) == 2
+        shapes = dict(tf.train.list_variables(str(saved / "tensors")))
+        for number, variable in enumerate(variables_of(model)):
+            assert shapes[f"variables/{number}"] == list(variable.shape)
+    for directory in (shared, own):
+        again(directory)
+        assert_same_bits(state_of(model), expected)
+    # A slice that is missing is damage: training goes on from the checkpoint before it.
+    everywhere(None)
+    if place().is_chief:
+        max(shared.glob("epoch-*/tensors.data-00001-*")).unlink()
+    again(shared)
+    assert_same_bits(state_of(model), expected)
+    assert list(shared.glob("damaged-epoch-00002-*"))
+
+
+@check(MULTI_WORKER, full=(HOROVOD,))
+def zero_keeps_state_if_all_processes_end_by_an_error(folder: Path) -> None:
     model = adam()
     with pytest.raises(StoppedError):
+        train(model, True, Stop(2))
+    assert not any(_keras.is_empty(v) for v in model.optimizer.variables)
+    other = adam()
+    with pytest.raises(StoppedError):
+        train(other, False, Stop(2))
+    assert_same_bits(state_of(model), state_of(other))
+    with mock.patch.object(slots, "all_ended", return_value=False), pytest.raises(StoppedError):
         train(model, True, Stop(2))
     with pytest.raises(StrategyError, match="has lost"):
         train(model, True)
 
 
 @check(MIRRORED)
-def zero_refuses_updates_outside_of_the_steps(folder: Path) -> None:
+def zero_refuses_updates_and_loading_outside_of_the_steps(folder: Path) -> None:
     class Updates(keras.callbacks.Callback):  # type: ignore[misc]
         def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
             L.Dense(1)  # saving makes a layer too, which may be the first one during `fit`
@@ -122,6 +168,16 @@ def zero_refuses_updates_outside_of_the_steps(folder: Path) -> None:
     with pytest.raises(StrategyError, match="train_on_batch"):
         train(model, True, Updates())
     model.train_on_batch(*table(20))
+    model.save(folder / "whole.keras")
+
+    class Loads(keras.callbacks.Callback):  # type: ignore[misc]
+        def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+            self.model.load_weights(folder / "whole.keras")
+
+    # Keras puts the reasons why a file was not loaded into an error of its own.
+    with pytest.raises(ValueError, match="loaded only while its state is whole"):
+        train(model, True, Loads())
+    model.load_weights(folder / "whole.keras")
 
 
 @check(MIRRORED)

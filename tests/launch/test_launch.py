@@ -34,7 +34,7 @@ LIMIT_S = 60
 
 # The launcher as a process of its own, without the bootstrap and so without TensorFlow.
 LAUNCHER = """
-import json, sys
+import json, os, sys
 from pathlib import Path
 from contextlib import nullcontext
 from tfdist.launch import Restarts, Roster, connect_launchers
@@ -57,6 +57,7 @@ if most and options["hosts"]:
         options["hosts"],
         options["node_rank"],
         options["port"],
+        os.environ.get("TFDIST_TOKEN", "a token"),
         max_restarts=most,
         limit=limit,
         min_workers=least,
@@ -299,7 +300,7 @@ class TestNothingIsLeft:
         script = RANK + "import signal; os.kill(os.getpid(), signal.SIGSTOP) if rank else 0"
         status, output = scripts.run(script, workers=2)
         assert status == 128 + signal.SIGKILL
-        assert "worker 1 is stopped (SIGSTOP), and all others have ended." in output
+        assert "worker 1 has been stopped (SIGSTOP) for " in output
 
     def test_reader_of_the_output_is_gone(self, scripts):
         launcher = scripts.start(
@@ -1059,4 +1060,4 @@ Path("end" if is_chief else f"served-{name}").touch()
         second = start(1, "stay")
         output, _ = second.communicate(timeout=LIMIT_S)
         assert second.returncode == 1
-        assert "TFDIST_TOKEN must be the same on all hosts." in output
+        assert "The token of all launchers must be the same." in output

@@ -150,7 +150,9 @@ class Meddles(keras.callbacks.Callback):  # type: ignore[misc]
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         if self.model.optimizer.iterations == 6:
-            self.model.set_weights([self._first[0] - 1])
+            weights = self.model.get_weights()
+            weights[0][3, 7] += 1e-3  # a single number
+            self.model.set_weights(weights)
 
 
 def test_what_callbacks_do_to_the_weights_is_noted(tmp_path: Path) -> None:

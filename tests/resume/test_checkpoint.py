@@ -22,6 +22,7 @@ from tfdist import watchdog
 from tfdist.errors import ArgumentError, CheckpointError
 from tfdist.resume.checkpoint import files, plain
 from tfdist.resume.checkpoint.callbacks import CallbackState
+from tfdist.resume.checkpoint.shards import Piece
 
 STEPS = 7  # of an epoch
 quick = pytest.mark.quick
@@ -464,8 +465,8 @@ def test_a_directory_that_cannot_be_written_is_refused_before_training(tmp_path)
 
 @quick
 def test_tensors_are_in_tensorflows_own_format(tmp_path) -> None:
-    files.write(tmp_path, 0, 5, {"a": tf.range(3)}, {"b": 1}, keep=1)
-    files.write(tmp_path, 1, 0, {"a": tf.range(4)}, {"b": 2}, keep=1)
+    files.write(tmp_path, 0, 5, [Piece("a", tf.range(3))], {"b": 1}, keep=1)
+    files.write(tmp_path, 1, 0, [Piece("a", tf.range(4))], {"b": 2}, keep=1)
     (folder,) = tmp_path.iterdir()
     reader = tf.train.load_checkpoint(str(folder / "tensors"))
     assert reader.get_tensor("a").tolist() == [0, 1, 2, 3]

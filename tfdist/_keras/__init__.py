@@ -91,6 +91,7 @@ from tfdist._keras.runtime import (
     has_devices,
     is_deterministic,
     key_value_store,
+    without_retracing_warning,
 )
 from tfdist._keras.saving import carry_in_files
 from tfdist._keras.scopes import (
@@ -103,6 +104,7 @@ from tfdist._keras.served_updates import is_elementwise
 from tfdist._keras.sharded import slots_in_parts, updating_parts
 from tfdist._keras.sharded_updates import Sharding
 from tfdist._keras.slices import has_fixed_rows, has_unique_rows, once_each
+from tfdist._keras.snapshots import Snapshot
 from tfdist._keras.step_graph import StepGraph, batch_specs, step_graph
 from tfdist._keras.traces import keeping_variable_scope, map_fn
 from tfdist._keras.unfilled import built_unfilled, fill, note_filled, unfilled_value
@@ -127,6 +129,7 @@ __all__ = [
     "ReplicaBatch",
     "RowKeys",
     "Sharding",
+    "Snapshot",
     "StepGraph",
     "StepTrace",
     "StreamAdapter",
@@ -211,4 +214,5 @@ __all__ = [
     "watch_updates",
     "what_is_no_mean",
     "with_nested",
+    "without_retracing_warning",
 ]

@@ -10,6 +10,7 @@ clipping by norm                  the squares of all parts are summed over repli
 the check of loss scaling         a replica's gradients are not finite if another's are not
 the average of weights (EMA)      is of this replica's parts; it is gathered to overwrite them
 saving an optimizer               reads whole variables
+loading an optimizer              is refused
 ================================  ======================================================
 
 All else that Keras does in `apply` (weight decay, constraints, the count) it does with whole
@@ -181,8 +182,8 @@ def _of_averages(sharding: Sharding) -> list[Replacement]:
 
 
 def _of_reading(sharding: Sharding) -> list[Replacement]:
-    """Lists the replacements for saving an optimizer."""
-    save = _BaseOptimizer.save_own_variables
+    """Lists the replacements for saving and loading an optimizer."""
+    save, load = _BaseOptimizer.save_own_variables, _BaseOptimizer.load_own_variables
     serialize = _Variable._serialize_to_tensors
 
     def save_own_variables(optimizer: Any, store: Any) -> None:
@@ -192,6 +193,17 @@ def _of_reading(sharding: Sharding) -> list[Replacement]:
         for number, variable in enumerate(optimizer.variables):
             store[str(number)] = sharding.read(variable)
 
+    def load_own_variables(optimizer: Any, store: Any) -> None:
+        for variable in optimizer.variables:
+            cut = sharding.cut_of(variable)
+            if cut is not None and tuple(variable.shape) != cut.shape:
+                raise StrategyError(
+                    "An optimizer can be loaded only while its state is whole. Received: a "
+                    f"callback that loads {optimizer.name!r}, whose state `Zero` has in parts "
+                    "while training. Load it before `fit`, or leave `Zero` out."
+                )
+        load(optimizer, store)
+
     def serialize_to_tensors(variable: Any) -> Any:
         cut = sharding.cut_of(variable)
         if cut is None or tuple(variable.shape) == cut.shape:
@@ -200,5 +212,6 @@ def _of_reading(sharding: Sharding) -> list[Replacement]:
 
     return [
         (_BaseOptimizer, "save_own_variables", save_own_variables),
+        (_BaseOptimizer, "load_own_variables", load_own_variables),
         (_Variable, "_serialize_to_tensors", serialize_to_tensors),
     ]

@@ -17,6 +17,7 @@ from tfdist.launch import (
     DEFAULT_PORT,
     NODE_TIMEOUT_S,
     SAVING_S,
+    TOKEN,
     CoordinatorClient,
     Journal,
     Outcome,
@@ -27,6 +28,7 @@ from tfdist.launch import (
     check_names,
     connect_launchers,
     events_name,
+    exposed_ports,
     health_of,
     open_standard_streams,
     parse_elastic,
@@ -35,6 +37,7 @@ from tfdist.launch import (
     run_workers,
     say_last,
     script_command,
+    share_token,
 )
 
 # TensorFlow quotes generated code in its tracebacks, with lines of thousands of characters.
@@ -207,6 +210,8 @@ def run(
         os.environ[PREEMPT_STATUS] = str(on_preempt_status)
     restart_limit = _restart_limit(max_restarts, servers, elastic)
     machines = parse_hosts(hosts) if hosts is not None else ()
+    if strategy == "horovod":
+        share_token(machines, node_rank, node_timeout)  # for the secret of its ranks
     roster = Roster(
         script_command((script, *arguments), module=module),
         workers=workers,
@@ -223,10 +228,12 @@ def run(
     is_asked_for = max_restarts is not None or elastic is not None
     if is_asked_for and restart_limit.count and len(machines) > 1:
         # The launchers of several machines must agree on each restart.
+        share_token(machines, node_rank, node_timeout)
         connection = connect_launchers(
             machines,
             node_rank or 0,
             port,
+            os.environ[TOKEN],
             max_restarts=restart_limit,
             limit=node_timeout,
             min_workers=None if roster.elastic is None else roster.elastic[0],
@@ -237,6 +244,9 @@ def run(
     restarts = Restarts(restart_limit, of_exceptions=is_asked_for)
     journal = Journal(log_dir, events_name(roster.workers))
     with health_of(journal, health), journal.ended_by_errors(), connection as client:
+        is_met_here = client is not None and node_rank == 0
+        if exposed := exposed_ports(roster.workers, port - 1 if is_met_here else None):
+            click.echo(exposed, err=True)
         outcome = run_workers(
             roster.workers,
             log_dir=log_dir,

@@ -10,6 +10,8 @@ import mmap
 import os
 import struct
 import tempfile
+import threading
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +19,16 @@ HEARTBEAT_FD = "TFDIST_HEARTBEAT_FD"
 
 # Written by the worker: the process's steps, the epoch, its steps in that epoch, and flags.
 _PROGRESS = struct.Struct("<4Q")
+# Also by the worker: the number after that of a worker that does not answer, or 0; and what the
+# script has set as the limit of a hang, in seconds, less than 0 for none, and 0 if nothing.
+_LOST = struct.Struct("<Q")
+_LOST_OFFSET = 32
+_LIMIT = struct.Struct("<d")
+_LIMIT_OFFSET = 40
+# When the worker's process last did anything, by `time.monotonic()`; 0 if it does not tell.
+_BEAT = struct.Struct("<d")
+_BEAT_OFFSET = 56
+_BEAT_S = 1.0
 # Written by the launcher, at this byte: whether SIGTERM ends the worker without saving.
 _MUST_END_OFFSET = 48
 _SIZE = 64
@@ -33,6 +45,7 @@ class WorkerProgress:
         step: Steps that it has made in that epoch.
         saves: Whether it saves its training when SIGTERM ends it.
         preempted: Whether SIGTERM came and the training is saved.
+        lost: The number of a worker that does not answer, in a run that hangs.
     """
 
     steps_made: int = 0
@@ -40,6 +53,7 @@ class WorkerProgress:
     step: int = 0
     saves: bool = False
     preempted: bool = False
+    lost: int | None = None
 
     @property
     def where(self) -> str:
@@ -96,6 +110,26 @@ class Heartbeat:
         self._flags = _SAVES * saves | _PREEMPTED * preempted
         self._write()
 
+    def record_lost(self, worker: int) -> None:
+        """Records that a worker does not answer, before this process ends for that reason.
+
+        Args:
+            worker: The worker's number.
+        """
+        _LOST.pack_into(self._content, _LOST_OFFSET, worker + 1)
+
+    def record_hang_limit(self, seconds: float) -> None:
+        """Records the limit of a hang that the script has set.
+
+        Args:
+            seconds: The limit; 0 if hangs are not to end the run.
+        """
+        _LIMIT.pack_into(self._content, _LIMIT_OFFSET, seconds or -1.0)
+
+    def beat(self) -> None:
+        """Records that this process is alive."""
+        _BEAT.pack_into(self._content, _BEAT_OFFSET, time.monotonic())
+
     @property
     def must_end(self) -> bool:
         """Whether the worker must end at once, without saving."""
@@ -111,9 +145,30 @@ class Heartbeat:
     def read(self) -> WorkerProgress:
         """Returns the progress that the worker has recorded."""
         steps_made, epoch, step, flags = _PROGRESS.unpack_from(self._content, 0)
+        (lost,) = _LOST.unpack_from(self._content, _LOST_OFFSET)
         return WorkerProgress(
-            steps_made, epoch, step, bool(flags & _SAVES), bool(flags & _PREEMPTED)
+            steps_made,
+            epoch,
+            step,
+            bool(flags & _SAVES),
+            bool(flags & _PREEMPTED),
+            lost - 1 if lost else None,
         )
+
+    @property
+    def last_beat(self) -> float | None:
+        """When the process last recorded that it is alive; None if it never has."""
+        (at,) = _BEAT.unpack_from(self._content, _BEAT_OFFSET)
+        return float(at) or None
+
+    def hang_limit(self, default: float) -> float:
+        """Returns the limit of a hang, in seconds; 0 if hangs are not to end the run.
+
+        Args:
+            default: The limit if the script has set none.
+        """
+        (seconds,) = _LIMIT.unpack_from(self._content, _LIMIT_OFFSET)
+        return max(0.0, seconds) if seconds else default
 
     def ask_for_end(self) -> None:
         """Lets the next SIGTERM end the worker at once."""
@@ -141,3 +196,10 @@ def share_with_launcher() -> None:
     fd_text = os.environ.pop(HEARTBEAT_FD, None)
     if fd_text is not None:
         here = Heartbeat.of(int(fd_text))
+        threading.Thread(target=_beat, args=(here,), name="tfdist-beat", daemon=True).start()
+
+
+def _beat(heartbeat: Heartbeat) -> None:
+    while True:
+        heartbeat.beat()
+        time.sleep(_BEAT_S)

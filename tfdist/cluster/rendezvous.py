@@ -6,17 +6,15 @@ interrupted. It does not name the missing workers either.
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
 import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
 
 from tfdist.cluster import Cluster
 from tfdist.cluster.environment import limit_of
+from tfdist.cluster.greetings import Greeting, Greetings
 from tfdist.errors import StrategyError
 
 START_TIMEOUT = "TFDIST_START_TIMEOUT"
@@ -24,7 +22,6 @@ START_TIMEOUT = "TFDIST_START_TIMEOUT"
 
 
 _POLL_S = 0.2
-_MOST_GREETING_BYTES = 1 << 20
 # After this many seconds a message names the missing workers.
 _NOTICE_S = 10.0
 # After it has found a mistake, a worker greets the other workers for this many seconds more.
@@ -128,11 +125,11 @@ def meet(cluster: Cluster, seconds: float, versions: str = "") -> None:
     addresses = dict(enumerate(cluster.workers))
     local_address = addresses.pop(cluster.worker_index)
     unreached, not_called_back = dict.fromkeys(addresses, "no answer yet"), set(addresses)
-    greeting = _Greeting(cluster.worker_index, cluster.workers, versions)
+    greeting = Greeting(cluster.worker_index, tuple(cluster.workers), versions)
     wait, problem, deadline = _Wait(cluster.task, seconds), "", math.inf
     # Both directions are tried, since a firewall may allow only one of them. TensorFlow would
     # wait without a message.
-    with _listening(cluster, local_address) as listener:
+    with Greetings(cluster, local_address) as greetings:
         while (unreached or not_called_back) and time.monotonic() < deadline:
             for worker in tuple(unreached):
                 reason = _try_to_connect(addresses[worker], greeting.line())
@@ -140,12 +137,13 @@ def meet(cluster: Cluster, seconds: float, versions: str = "") -> None:
                     del unreached[worker]
                 else:
                     unreached[worker] = reason
-            received = _accept_greeting(listener)
-            if received is not None and not problem:
-                problem = _difference(received, greeting, cluster)
-                # The other workers need this worker's greeting too, to find the same mistake.
-                deadline = time.monotonic() + _PARTING_S if problem else math.inf
-            if received is not None:
+                if wait.is_over:
+                    break
+            for received in greetings.received():
+                if not problem:
+                    problem = _difference(received, greeting, cluster)
+                    # The other workers need this one's greeting too, to find the same mistake.
+                    deadline = time.monotonic() + _PARTING_S if problem else math.inf
                 not_called_back.discard(received.worker)
             if problem and not unreached:
                 break
@@ -167,6 +165,11 @@ class _Wait:
         self._seconds = seconds
         self._began = time.monotonic()
         self._has_printed = False
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the limit is reached."""
+        return time.monotonic() - self._began > self._seconds
 
     def check(self, missing: Sequence[str]) -> None:
         """Prints who is missing after a while, and raises at the limit."""
@@ -190,18 +193,7 @@ class _Wait:
             )
 
 
-class _Greeting(NamedTuple):
-    """What a worker sends to another worker about itself."""
-
-    worker: int
-    addresses: Sequence[str]
-    versions: str
-
-    def line(self) -> bytes:
-        return json.dumps(self).encode() + b"\n"
-
-
-def _difference(received: _Greeting, local: _Greeting, cluster: Cluster) -> str:
+def _difference(received: Greeting, local: Greeting, cluster: Cluster) -> str:
     """Returns why a worker cannot train with this one; "" if it can."""
     if received.worker == local.worker:
         return (
@@ -228,25 +220,6 @@ def _difference(received: _Greeting, local: _Greeting, cluster: Cluster) -> str:
     return ""
 
 
-@contextlib.contextmanager
-def _listening(cluster: Cluster, address: str) -> Iterator[socket.socket]:
-    host, port = _split(address)
-    # A pod's name may belong to a service in front of it: then only "" can be bound.
-    interface = host if host == "localhost" or host.startswith("127.") else ""
-    with socket.socket() as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind((interface, port))
-        except OSError as error:
-            raise StrategyError(
-                f"The port of this worker must be free. Received: {cluster.task} at {address}, "
-                f"but port {port}: {error.strerror}. Stop what uses it, or choose another."
-            ) from error
-        listener.listen(cluster.num_workers)
-        listener.settimeout(0.1)
-        yield listener
-
-
 def _try_to_connect(address: str, greeting: bytes = b"") -> str | None:
     """Connects to an address; returns None, or the reason why nobody answered."""
     try:
@@ -257,18 +230,6 @@ def _try_to_connect(address: str, greeting: bytes = b"") -> str | None:
         return "its name does not resolve"
     except OSError as error:
         return error.strerror or str(error)
-
-
-def _accept_greeting(listener: socket.socket) -> _Greeting | None:
-    """Waits a moment for the greeting of another worker."""
-    try:
-        connection, _ = listener.accept()
-        with connection, connection.makefile("rb") as stream:
-            connection.settimeout(1.0)
-            worker, addresses, versions = json.loads(stream.readline(_MOST_GREETING_BYTES))
-            return _Greeting(int(worker), tuple(map(str, addresses)), str(versions))
-    except (OSError, ValueError, TypeError):  # nobody called, or another program did
-        return None
 
 
 def _split(address: str) -> tuple[str, int]:

@@ -99,6 +99,7 @@ class Factors:
         dtype = "float64" if variable.dtype == "float64" else "float32"
         self._settings = settings
         self._number = number
+        self._fixed_parts: dict[int, Tensor] = {}
         self._shape = tuple(variable.shape)
         self._matrix = rows, columns
         name = variable.name
@@ -131,6 +132,19 @@ class Factors:
         )
         return tf.reduce_sum(tf.cast(bits, self.left.dtype) / 2.0**31, 0)
 
+    def _fixed(self, size: int) -> Tensor:
+        """Returns fixed vectors, whose lengths together are `_TILT`.
+
+        They are computed once, outside of the step. As a part of it, each replica's copy would
+        be folded into a constant at another moment, and TensorFlow would then round the
+        replicas' products differently.
+        """
+        with tf.init_scope():
+            if size not in self._fixed_parts:
+                drawn = self._drawn(size, tf.constant(0, tf.int64)).numpy()
+                self._fixed_parts[size] = tf.constant(_TILT / np.linalg.norm(drawn) * drawn)
+        return self._fixed_parts[size]
+
     def _tilted(self, vectors: Tensor) -> Tensor:
         """Adds a small part of fixed vectors.
 
@@ -138,8 +152,7 @@ class Factors:
         rounding errors, which depend on the number of replicas. The QR decomposition would make
         them as long as the others. With the fixed part, they have a fixed direction.
         """
-        fixed = self._drawn(vectors.shape[0], tf.constant(0, tf.int64))
-        return vectors + _TILT * tf.norm(vectors) / tf.norm(fixed) * fixed
+        return vectors + tf.norm(vectors) * self._fixed(vectors.shape[0])
 
     def compress(
         self, gradient: Tensor, side: str, step: Tensor, scale: Tensor | None = None

@@ -3,6 +3,7 @@
 from tfdist.launch.cause import Failure
 from tfdist.launch.client import CoordinatorClient
 from tfdist.launch.console import say_last
+from tfdist.launch.exposure import exposed_ports
 from tfdist.launch.health import health_of
 from tfdist.launch.hosts import Host, check_names, parse_hosts
 from tfdist.launch.journal import Journal, events_name
@@ -14,12 +15,14 @@ from tfdist.launch.roster import Roster
 from tfdist.launch.several_machines import NODE_TIMEOUT_S, connect_launchers
 from tfdist.launch.slots import parse_elastic
 from tfdist.launch.standard_streams import open_standard_streams
+from tfdist.launch.token import TOKEN, share_token
 from tfdist.launch.worker import Worker, script_command
 
 __all__ = [
     "DEFAULT_PORT",
     "NODE_TIMEOUT_S",
     "SAVING_S",
+    "TOKEN",
     "CoordinatorClient",
     "Failure",
     "Host",
@@ -32,6 +35,7 @@ __all__ = [
     "check_names",
     "connect_launchers",
     "events_name",
+    "exposed_ports",
     "health_of",
     "open_standard_streams",
     "parse_elastic",
@@ -41,4 +45,5 @@ __all__ = [
     "run_workers",
     "say_last",
     "script_command",
+    "share_token",
 ]

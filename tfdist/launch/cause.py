@@ -38,6 +38,7 @@ class Failure:
         lines: The last lines that it wrote.
         progress: How far the worker was; for a worker that only serves, how far the chief was.
         ended: The time of its end, in seconds since 1970.
+        reason: Why the launcher has killed it, in one sentence; empty if it has not.
         memory_ran_out: Whether the system has killed processes of this machine for want of
             memory since the worker started; None if it does not say.
     """
@@ -47,6 +48,13 @@ class Failure:
     lines: tuple[str, ...]
     progress: WorkerProgress = field(default_factory=WorkerProgress)
     ended: float = 0.0
+    reason: str = ""
+
+    @property
+    def lost_worker(self) -> int | None:
+        """The worker whose loss this one has reported as a hang, if it has."""
+        return self.progress.lost if self.returncode == HUNG else None
+
     memory_ran_out: bool | None = None
 
     @property
@@ -82,6 +90,13 @@ class Failure:
             return (
                 f"{self.worker.task} has saved its training and ended, after SIGTERM to a "
                 f"worker of the run. Exit status {START_ME_AGAIN} asks for a restart."
+            )
+        if self.reason:
+            return self.reason
+        if self.lost_worker is not None:
+            return (
+                f"worker {self.lost_worker} does not answer. {self.worker.task} has reported "
+                f"it, and ended with exit status {HUNG}."
             )
         if self.returncode >= 0:
             return f"{self.worker.task} ended with exit status {self.returncode}."

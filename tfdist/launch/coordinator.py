@@ -6,19 +6,18 @@ a machine is lost. It waits for a lost machine to come back, and decides when th
 
 from __future__ import annotations
 
-import hmac
-import secrets
-import selectors
-import socket
+import sys
 import threading
 import time
+import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
-from tfdist.errors import START_ME_AGAIN, LaunchError
+from tfdist.errors import START_ME_AGAIN
+from tfdist.launch.callers import Caller, Callers
 from tfdist.launch.hosts import Host
-from tfdist.launch.protocol import BEAT_S, SILENCE_S, Connection, proof
+from tfdist.launch.messages import Message
+from tfdist.launch.protocol import BEAT_S
 from tfdist.launch.restarts import RestartCause, Restarts
 
 _TICK_S = 0.1
@@ -28,35 +27,27 @@ _FAREWELL_S = 5.0
 _INTERRUPTED = 130
 
 
-@dataclass
-class _Launcher:
-    """A connection; after its hello message, the launcher of a machine."""
-
-    connection: Connection
-    nonce: str = field(default_factory=lambda: secrets.token_hex(16))
-    last_message_at: float = field(default_factory=time.monotonic)
-    rank: int | None = None
-    identity: str = ""
-    is_ready: bool = False
-    is_done: bool = False
-
-
 class Coordinator:
     """Decides for the launchers of all machines when to start, to start again and to end.
 
     Args:
         port: The port to listen on.
+        token: The token of the run.
         hosts: The machines.
         settings: Settings that must be the same on all machines.
         restarts: How often the workers may start again.
         limit: Seconds that a machine may take to come, or to come back.
         min_workers: The least workers that start without a missing machine; None if all
             machines are needed.
+
+    Raises:
+        LaunchError: The port is in use.
     """
 
     def __init__(
         self,
         port: int,
+        token: str,
         hosts: Sequence[Host],
         settings: dict[str, Any],
         restarts: Restarts,
@@ -68,25 +59,11 @@ class Coordinator:
         self._min_workers = min_workers
         self._active: set[int] = set()
         self._refusals: dict[int, str] = {}  # the last one of each machine
-        self._launchers: list[_Launcher] = []
         self._causes: list[RestartCause] = []
         self._failed_at = 0.0
         self._phase, self._since, self._beat = "meeting", time.monotonic(), 0.0
         self._closing = False
-        self._listener = socket.socket()
-        self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            self._listener.bind(("", port))
-        except OSError as error:
-            self._listener.close()
-            raise LaunchError(
-                "The port at which the launchers of all hosts meet must be free on the first. "
-                f"Received: port {port}, one below --port ({error.strerror}). Choose another "
-                "--port, the same on every host."
-            ) from None
-        self._listener.listen()
-        self._selector = selectors.DefaultSelector()
-        self._selector.register(self._listener, selectors.EVENT_READ)
+        self._callers = Callers(port, token)
         self._thread = threading.Thread(
             target=self._serve, name="tfdist-coordinator", daemon=True
         )
@@ -97,21 +74,18 @@ class Coordinator:
         self._closing = True
         self._thread.join(_FAREWELL_S + 2)
 
+    @property
+    def _launchers(self) -> list[Caller]:
+        return self._callers.all
+
     def _serve(self) -> None:
         ends: float | None = None
         while True:
-            for key, _ in self._selector.select(_TICK_S):
-                if key.fileobj is self._listener:
-                    self._accept()
-                else:
-                    self._read(key.data)
+            for launcher, message in self._callers.messages(_TICK_S):
+                self._take(launcher, message)
+            for launcher in self._callers.drop_lost():
+                self._note_loss(launcher)
             now = time.monotonic()
-            for launcher in list(self._launchers):
-                if (
-                    not launcher.connection.is_open
-                    or now - launcher.last_message_at > SILENCE_S
-                ):
-                    self._drop(launcher)
             if now - self._beat > BEAT_S:
                 self._send_to_all("alive")
                 self._beat = now
@@ -121,26 +95,26 @@ class Coordinator:
                 self._run(now)
             if self._closing:
                 ends = ends or now + _FAREWELL_S
-                if not self._launchers or self._phase != "over" or now > ends:
+                has_launchers = any(c.connection.is_admitted for c in self._launchers)
+                if not has_launchers or self._phase != "over" or now > ends:
                     break
-        for launcher in list(self._launchers):
-            launcher.connection.close()
-        self._listener.close()
-        self._selector.close()
+        self._callers.close()
 
-    # --- connections --------------------------------------------------------------------
+    # --- launchers ----------------------------------------------------------------------
 
-    def _accept(self) -> None:
-        tcp_socket, _ = self._listener.accept()
-        launcher = _Launcher(Connection(tcp_socket))
-        self._launchers.append(launcher)
-        self._selector.register(tcp_socket, selectors.EVENT_READ, launcher)
-        launcher.connection.send("welcome", nonce=launcher.nonce)
+    def _take(self, launcher: Caller, message: Message) -> None:
+        try:
+            if message["kind"] == "join":
+                self._join(launcher, message)
+            elif launcher.rank is not None:
+                self._handle(launcher, message)
+        except Exception:
+            # A mistake here must not end the run: it costs this launcher its connection.
+            print("tfdist: error in the launchers' coordinator:", file=sys.stderr)
+            traceback.print_exc()
+            launcher.connection.is_open = False
 
-    def _drop(self, launcher: _Launcher) -> None:
-        self._launchers.remove(launcher)
-        self._selector.unregister(launcher.connection.socket)
-        launcher.connection.close()
+    def _note_loss(self, launcher: Caller) -> None:
         is_needed = launcher.rank in self._active and not launcher.is_done
         if launcher.rank is not None and self._phase == "running" and is_needed:
             self._record_cause(
@@ -152,30 +126,18 @@ class Coordinator:
                 )
             )
 
-    def _read(self, launcher: _Launcher) -> None:
-        try:
-            for message in launcher.connection.received():
-                launcher.last_message_at = time.monotonic()
-                if message["kind"] == "hello":
-                    self._handle_hello(launcher, message)
-                elif launcher.rank is not None:
-                    self._handle(launcher, message)
-        except (KeyError, TypeError, ValueError):
-            launcher.connection.is_open = False  # it is not a launcher of this run
-
-    def _handle_hello(self, launcher: _Launcher, hello: dict[str, Any]) -> None:
-        problem = self._refusal(launcher, hello)
+    def _join(self, launcher: Caller, join: Message) -> None:
+        problem = self._refusal(join)
         if problem is not None:
-            if isinstance(hello.get("rank"), int):
-                self._refusals[hello["rank"]] = problem
+            self._refusals[join["rank"]] = problem
             launcher.connection.send("refused", why=problem)
             return
         for other in self._launchers:
-            if other.rank == hello["rank"]:
+            if other.rank == join["rank"] and other is not launcher:
                 other.rank = None  # the machine came back before its loss was noticed
                 other.last_message_at = 0.0
-        launcher.rank, launcher.identity = hello["rank"], hello["identity"]
-        earlier_causes = [RestartCause.from_json(fields) for fields in hello["restarts"]]
+        launcher.rank, launcher.identity = join["rank"], join["identity"]
+        earlier_causes = [RestartCause.from_json(fields) for fields in join["restarts"]]
         if len(earlier_causes) > len(self._restarts.history):
             # The first machine itself was lost, so this coordinator is new.
             self._restarts.adopt(earlier_causes)
@@ -186,13 +148,8 @@ class Coordinator:
         text = f"{self._name(rank)} was lost and has come back."
         return RestartCause(text, "while running", time.time(), START_ME_AGAIN)
 
-    def _refusal(self, launcher: _Launcher, hello: dict[str, Any]) -> str | None:
-        if not hmac.compare_digest(str(hello.get("proof")), proof(launcher.nonce)):
-            return (
-                "TFDIST_TOKEN must be the same on all hosts. Received: another one, or none. "
-                "Set it for every launcher."
-            )
-        rank, peer_settings = hello.get("rank"), hello.get("settings", {})
+    def _refusal(self, join: Message) -> str | None:
+        rank, peer_settings = join["rank"], join["settings"]
         for name in sorted({*self._settings, *peer_settings}):
             local_value, peer_value = self._settings.get(name), peer_settings.get(name)
             if local_value != peer_value:
@@ -201,12 +158,12 @@ class Coordinator:
                     f"node 0, {peer_value!r} on node {rank}. Make them alike and start that "
                     "node again."
                 )
-        if not isinstance(rank, int) or not 0 <= rank < len(self._hosts):
+        if not 0 <= rank < len(self._hosts):
             return f"`--node-rank` must be one of the hosts'. Received: {rank!r}."
         for other in self._launchers:
             if (
                 other.rank == rank
-                and other.identity != hello["identity"]
+                and other.identity != join["identity"]
                 and time.monotonic() - other.last_message_at < 3 * BEAT_S
             ):
                 return (
@@ -222,7 +179,7 @@ class Coordinator:
     # does not only blame a peer decides. "again" leads back to the meeting, "over" ends the
     # run. All launchers get the same decision, so none of them restarts alone.
 
-    def _handle(self, launcher: _Launcher, message: dict[str, Any]) -> None:
+    def _handle(self, launcher: Caller, message: Message) -> None:
         kind = message["kind"]
         if kind == "ready":
             launcher.is_ready, launcher.is_done = True, False
@@ -318,7 +275,8 @@ class Coordinator:
 
     def _send_to_all(self, kind: str, **fields: Any) -> None:
         for launcher in self._launchers:
-            launcher.connection.send(kind, **fields)
+            if launcher.connection.is_admitted:
+                launcher.connection.send(kind, **fields)
 
     def _name(self, rank: int) -> str:
         return f"node {rank} ({self._hosts[rank].name})"

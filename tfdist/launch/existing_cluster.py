@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import os
 
 from tfdist.cluster import EVALUATOR, PS, Cluster
 from tfdist.cluster.rendezvous import start_timeout, wait_until_resolved
 from tfdist.errors import LaunchError
-from tfdist.launch.horovod import rank_environments
+from tfdist.launch.horovod import rank_environments, secret_for
 from tfdist.launch.hosts import Host
 
 ONE_PROCESS_STRATEGIES = ("single", "mirrored", "tpu")
@@ -60,7 +61,8 @@ def variables(cluster: Cluster, strategy: str | None) -> dict[str, str]:
     node = next(i for i, end in enumerate(ends) if rank < end)
     # The name of a pod resolves only once the pod exists.
     wait_until_resolved([host.name for host in hosts[:2]], start_timeout())
-    return {**of_strategy, **rank_environments(hosts, node, cluster.workers[0])[rank]}
+    secret = secret_for(os.environ, is_alone=False)
+    return {**of_strategy, **rank_environments(hosts, node, cluster.workers[0], secret)[rank]}
 
 
 def hosts_of(cluster: Cluster) -> tuple[Host, ...]:

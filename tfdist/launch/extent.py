@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Sequence
 
 from tfdist.cluster import CHIEF, EVALUATOR, WORKER, Cluster, strategy_names
+from tfdist.cluster.listening import bound_everywhere
 from tfdist.errors import LaunchError
 from tfdist.launch.existing_cluster import ONE_PROCESS_STRATEGIES
 from tfdist.launch.hosts import Host
@@ -149,15 +149,13 @@ def check_ports(addresses: Sequence[str]) -> None:
     """
     for address in addresses:
         port = int(address.rpartition(":")[2])
-        with socket.socket() as probe:
-            # TensorFlow's server sets this option too, so a port in TIME_WAIT can be used.
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("", port))
-            except OSError as error:
-                raise LaunchError(
-                    "The port of each worker on this machine must be free. "
-                    f"Received: port {port}, for {address} ({error.strerror}). "
-                    "End the program that listens there, or choose another --port, "
-                    "the same on every host."
-                ) from None
+        try:
+            # As TensorFlow's server binds it, so a port in TIME_WAIT can be used.
+            bound_everywhere(port).close()
+        except OSError as error:
+            raise LaunchError(
+                "The port of each worker on this machine must be free. "
+                f"Received: port {port}, for {address} ({error.strerror}). "
+                "End the program that listens there, or choose another --port, "
+                "the same on every host."
+            ) from None

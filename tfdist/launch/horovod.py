@@ -1,22 +1,47 @@
-"""Launches Horovod's ranks: their environment variables, and their rendezvous server."""
+"""Launches Horovod's ranks: the environment variables by which they find each other."""
 
 from __future__ import annotations
 
+import ipaddress
+import secrets
 import socket
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
 
 from tfdist.errors import LaunchError
 from tfdist.launch.hosts import Host
+from tfdist.launch.token import TOKEN, derived
 
-_HOST, _PORT = "HOROVOD_GLOO_RENDEZVOUS_ADDR", "HOROVOD_GLOO_RENDEZVOUS_PORT"
+ADDRESS = "HOROVOD_GLOO_RENDEZVOUS_ADDR"
+"""Environment variable: the address of the server at which the ranks meet.
+
+Horovod makes URLs of it, `http://ADDRESS:PORT/scope/key`, and splits those again. So the secret
+of the run can come with it: `10.0.0.1:17380/secret` is read as that address and port, and a
+path that begins with the secret. Horovod has no other place for one.
+"""
+
+PORT = "HOROVOD_GLOO_RENDEZVOUS_PORT"
+
+
+def secret_for(environ: Mapping[str, str], is_alone: bool) -> str:
+    """Returns the secret that the rendezvous server asks for.
+
+    Args:
+        environ: The environment variables.
+        is_alone: Whether this launcher starts all ranks.
+
+    Returns:
+        The secret; empty if the launchers have no token.
+    """
+    if is_alone:
+        return secrets.token_hex(16)
+    token = environ.get(TOKEN, "")
+    return derived(token, "rendezvous of Horovod")[:32] if token else ""
 
 
 def rank_environments(
-    hosts: Sequence[Host], node_rank: int, address: str
+    hosts: Sequence[Host], node_rank: int, address: str, secret: str = ""
 ) -> tuple[dict[str, str], ...]:
     """Returns the environment variables that Horovod reads, for each rank.
 
@@ -24,6 +49,7 @@ def rank_environments(
         hosts: The machines, in order of their node rank.
         node_rank: This machine's position in `hosts`.
         address: "host:port" of the rendezvous server, on the first host.
+        secret: The secret that the server asks for; empty if it asks for none.
 
     Returns:
         The variables of all ranks. Only this machine's ranks have the right network interface.
@@ -32,14 +58,18 @@ def rank_environments(
         LaunchError: Horovod is not installed, or an interface cannot be found.
     """
     host, _, port = address.rpartition(":")
+    server = _resolved(host)
     # On the first host, its own name may resolve to a loopback address only.
-    towards = hosts[1].name if node_rank == 0 and len(hosts) > 1 else host
+    is_first = node_rank == 0 and len(hosts) > 1
+    own_address = _own_address_towards(hosts[1].name if is_first else host)
+    if is_first and not _is_usable(server, own_address):
+        server = own_address
     shared = {
         "HOROVOD_CONTROLLER": "gloo",
         "HOROVOD_CPU_OPERATIONS": "gloo",
-        "HOROVOD_GLOO_IFACE": _interface_towards(towards),
-        _HOST: _resolved(host),
-        _PORT: port,
+        "HOROVOD_GLOO_IFACE": _interface_of(own_address),
+        ADDRESS: f"{server}:{port}/{secret}" if secret else server,
+        PORT: port,
     }
     return tuple(
         {
@@ -52,74 +82,8 @@ def rank_environments(
             "HOROVOD_CROSS_RANK": str(slot.cross_rank),
             "HOROVOD_CROSS_SIZE": str(slot.cross_size),
         }
-        for slot in _slots(hosts)
+        for slot in slots_of(hosts)
     )
-
-
-@contextmanager
-def rendezvous(first: Mapping[str, str], hosts: Sequence[Host]) -> Iterator[None]:
-    """Runs the rendezvous server if this machine starts rank 0.
-
-    Args:
-        first: The variables of the first rank that this machine starts.
-        hosts: The machines; empty if there is only this one.
-
-    Raises:
-        LaunchError: The port is in use.
-    """
-    if first["HOROVOD_RANK"] != "0":
-        yield
-        return
-    from horovod.runner.http.http_server import RendezvousHTTPServer
-
-    port = int(first[_PORT])
-    try:
-        interface = "" if len(hosts) > 1 else first[_HOST]
-        server = RendezvousHTTPServer((interface, port), _handler(), verbose=0)
-    except OSError as error:
-        raise LaunchError(
-            "The port at which Horovod's ranks meet must be free on the first host. Received: "
-            f"port {port} ({error.strerror}). Choose another --port, the same on every host."
-        ) from None
-    server.init(_slots(hosts or one_host(int(first["HOROVOD_SIZE"]))))
-    thread = threading.Thread(
-        target=server.serve_forever, name="tfdist-rendezvous", daemon=True
-    )
-    thread.start()
-    try:
-        yield
-    finally:
-        server.shutdown()
-        server.server_close()
-
-
-def _handler() -> type:
-    """Returns the class that answers a rank's requests at the server."""
-    from horovod.runner.http.http_server import RendezvousHandler
-
-    class Handler(RendezvousHandler):  # type: ignore[misc]
-        """Forgets the addresses of a scope when all its ranks have finished there.
-
-        Horovod's own handler then forgets the finished ranks of all other scopes too, and so
-        never clears those scopes. Ranks that connect again, in process sets, may then find
-        outdated addresses.
-        """
-
-        def do_DELETE(self) -> None:  # noqa: N802, the name that the server calls
-            scope, _, key = self.path.lstrip("/").partition("/")
-            size = self.server.scope_size.get(scope)
-            if size is None or not key:
-                super().do_DELETE()
-                return
-            with self.server.finished_list_lock, self.server.cache_lock:
-                finished_ranks = self.server.finished_list[scope]
-                finished_ranks.append(key)
-                if len(finished_ranks) == size:
-                    finished_ranks.clear()
-                    self.server.cache.get(scope, {}).clear()
-            self.send_status_code(200)
-
-    return Handler
 
 
 def one_host(slots: int) -> tuple[Host, ...]:
@@ -131,7 +95,15 @@ def one_host(slots: int) -> tuple[Host, ...]:
     return (Host("127.0.0.1", slots),)
 
 
-def _slots(hosts: Sequence[Host]) -> list[Any]:
+def slots_of(hosts: Sequence[Host]) -> list[Any]:
+    """Returns Horovod's assignment of ranks to hosts.
+
+    Args:
+        hosts: The machines, in order of their node rank.
+
+    Raises:
+        LaunchError: Horovod is not installed.
+    """
     if find_spec("horovod") is None:
         raise LaunchError(
             "Horovod must be installed for --strategy horovod. Received: no package of that "
@@ -146,19 +118,43 @@ def _slots(hosts: Sequence[Host]) -> list[Any]:
 
 
 def _resolved(host: str) -> str:
+    """Returns the IPv4 address of a host: Horovod knows no other."""
+    name = host.strip("[]")
     try:
-        return socket.gethostbyname(host)
+        return str(socket.getaddrinfo(name, None, socket.AF_INET)[0][4][0])
     except OSError as error:
+        is_of_ipv6 = _has_ipv6(name)
         raise LaunchError(
-            f"Each of --hosts must be a name that this machine knows. Received: {host!r} "
+            "Each of --hosts must have an address of IPv4 with --strategy horovod: Horovod "
+            f"knows no IPv6. Received: {host!r}. Give IPv4 addresses, or use --strategy "
+            "multi_worker."
+            if is_of_ipv6
+            else f"Each of --hosts must be a name that this machine knows. Received: {host!r} "
             f"({error.strerror}). Correct --hosts."
         ) from None
 
 
-def _interface_towards(host: str) -> str:
-    """Finds the network interface by which this machine reaches a host."""
-    import psutil
+def _has_ipv6(name: str) -> bool:
+    try:
+        return bool(socket.getaddrinfo(name, None, socket.AF_INET6))
+    except OSError:
+        return False
 
+
+def _is_usable(server: str, own_address: str) -> bool:
+    """Tells whether the first host can listen at an address so that the others reach it."""
+    if ipaddress.ip_address(server).is_loopback:
+        return ipaddress.ip_address(own_address).is_loopback
+    with socket.socket() as probe:
+        try:
+            probe.bind((server, 0))
+        except OSError:  # of a service in front of this machine
+            return False
+    return True
+
+
+def _own_address_towards(host: str) -> str:
+    """Finds the address from which this machine reaches a host."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect((_resolved(host), 9))  # sends nothing
@@ -167,7 +163,13 @@ def _interface_towards(host: str) -> str:
                 f"The hosts must be able to reach each other. Received: {host!r} "
                 f"({error.strerror}). Correct --hosts."
             ) from None
-        own_address = probe.getsockname()[0]
+        return str(probe.getsockname()[0])
+
+
+def _interface_of(own_address: str) -> str:
+    """Finds the network interface that has an address of this machine."""
+    import psutil
+
     for interface, addresses in psutil.net_if_addrs().items():
         if any(address.address == own_address for address in addresses):
             return str(interface)

@@ -43,6 +43,7 @@ class StartedWorker:
         self.hidden_output = hidden_output
         self.ended_at: float | None = None
         self.has_group = True
+        self.reason = ""  # why the launcher has killed it
 
     def signal_group(self, number: int) -> None:
         """Signals the worker and its children, and records when none of them is left."""

@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from tfdist.cluster import CHIEF, PS, WORKER, Cluster
 from tfdist.launch.existing_cluster import check_strategy, variables
 from tfdist.launch.extent import check_alone, check_ports, check_request, extent, label
-from tfdist.launch.horovod import one_host, rank_environments
+from tfdist.launch.horovod import one_host, rank_environments, secret_for
 from tfdist.launch.hosts import Host, check_names, worker_addresses
 from tfdist.launch.resources import gpu_environments, thread_environment, visible_gpus
 from tfdist.launch.worker import Worker
@@ -78,7 +78,7 @@ def plan_workers(
     else:
         local_workers = range(first, first + local)
         places, other_tasks = _places(
-            hosts, node_rank or 0, total, local_workers, servers, port, strategy
+            hosts, node_rank or 0, total, local_workers, servers, port, strategy, environ
         )
 
     shared = _shared_environment(local, None if is_joined else strategy, drop_in, environ)
@@ -117,6 +117,7 @@ def _places(
     servers: int,
     port: int,
     strategy: str | None,
+    environ: Mapping[str, str],
 ) -> tuple[Sequence[Mapping[str, str]], list[Cluster]]:
     """Returns the environment variables that tell each worker of the run its place.
 
@@ -131,7 +132,8 @@ def _places(
     elif strategy == "horovod":
         check_names(hosts)
         address = f"{hosts[0].name}:{port}" if hosts else free_addresses(1)[0]
-        return rank_environments(hosts or one_host(total), node_rank, address), []
+        secret = secret_for(environ, is_alone=len(hosts) < 2)
+        return rank_environments(hosts or one_host(total), node_rank, address, secret), []
     elif total > 1:
         addresses = worker_addresses(hosts, port) if hosts else free_addresses(total)
         if hosts:

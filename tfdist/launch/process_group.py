@@ -236,10 +236,12 @@ class ProcessGroup:
             self.pump()
 
     def end_stopped(self) -> None:
-        """Kills workers that stay stopped once all others have ended."""
-        for member, line in self._stopped.lost(self._members):
-            self.say(member.position, line)
-            member.signal_group(signal.SIGKILL)
+        """Kills workers that stay stopped, and names those that are silent."""
+        for notice in self._stopped.notices(self._members):
+            self.say(notice.member.position, f"tfdist: {notice.text}")
+            if notice.is_lost:
+                notice.member.reason = notice.text
+                notice.member.signal_group(signal.SIGKILL)
 
     def end(self, steps: Sequence[tuple[int, float]], received: Sequence[int] = ()) -> None:
         """Ends all workers and their children.
@@ -301,6 +303,7 @@ class ProcessGroup:
             tuple(member.lines.last),
             progress,
             time.time(),
+            member.reason,
             None if killed is None or before is None else killed > before,
         )
         self.failures.append(failure)

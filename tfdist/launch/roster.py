@@ -10,7 +10,7 @@ from typing import Any
 from tfdist.cluster import Cluster
 from tfdist.errors import LaunchError
 from tfdist.launch.existing_cluster import hosts_of
-from tfdist.launch.horovod import rendezvous
+from tfdist.launch.horovod_rendezvous import rendezvous
 from tfdist.launch.hosts import Host
 from tfdist.launch.plan import plan_workers
 from tfdist.launch.slots import Slots

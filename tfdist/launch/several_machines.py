@@ -25,6 +25,7 @@ def connect_launchers(
     hosts: Sequence[Host],
     node_rank: int,
     port: int,
+    token: str,
     *,
     max_restarts: int | RestartLimit,
     limit: float,
@@ -39,6 +40,7 @@ def connect_launchers(
         hosts: The machines.
         node_rank: The position of this machine.
         port: The port of worker 0.
+        token: The secret that all launchers of the run share.
         max_restarts: How often all workers may be started again.
         limit: Seconds that a machine may take to come, or to come back.
         min_workers: The least workers that start without a missing machine; None if all
@@ -67,11 +69,16 @@ def connect_launchers(
     with contextlib.ExitStack() as stack:
         if node_rank == 0:
             coordinator = Coordinator(
-                port - 1, hosts, settings, Restarts(restart_limit), limit, min_workers
+                port - 1, token, hosts, settings, Restarts(restart_limit), limit, min_workers
             )
             stack.callback(coordinator.close)
         client = CoordinatorClient(
-            (coordinator_host, port - 1), node_rank, settings, Restarts(restart_limit), limit
+            (coordinator_host, port - 1),
+            token,
+            node_rank,
+            settings,
+            Restarts(restart_limit),
+            limit,
         )
         stack.callback(client.close)
         yield client

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 from tfdist.cluster.environment import whole_number
-from tfdist.errors import LaunchError
+from tfdist.errors import HUNG, LaunchError
 from tfdist.launch.cause import Failure
 from tfdist.launch.worker import Worker
 
@@ -45,10 +45,8 @@ class Slots:
         Args:
             failure: The worker's failure.
         """
-        if failure.progress.preempted or failure.blames_peer:
-            return False  # such a failure says nothing about this slot
-        slot = self._slot(failure)
-        is_bad = slot == self._failed_slot or slot in self._suspect_slots
+        slot = self._slot_at_fault(failure)
+        is_bad = slot is not None and (slot == self._failed_slot or slot in self._suspect_slots)
         return is_bad and len(self._all) - 1 >= self._least
 
     def plan_next_start(self, failure: Failure) -> None:
@@ -57,8 +55,8 @@ class Slots:
         Args:
             failure: The failure for which all workers start again.
         """
-        slot = self._slot(failure)
-        if self.leaves_out(failure):
+        slot = self._slot_at_fault(failure)
+        if slot is not None and self.leaves_out(failure):
             self._suspect_slots.add(slot)
             self._omitted_slot, self._failed_slot = slot, None
         else:
@@ -77,8 +75,18 @@ class Slots:
             for worker, s in zip(workers, self._active, strict=True)
         ]
 
-    def _slot(self, failure: Failure) -> int:
-        return self._active[list(self.workers).index(failure.worker)]
+    def _slot_at_fault(self, failure: Failure) -> int | None:
+        """Returns the slot of the worker at fault; None if the failure does not tell it."""
+        if failure.progress.preempted or failure.blames_peer:
+            return None
+        if failure.returncode != HUNG:
+            return self._slot(failure.worker)
+        # Who reports a hang is healthy.
+        lost = (worker for worker in self.workers if worker.index == failure.lost_worker)
+        return next(map(self._slot, lost), None)
+
+    def _slot(self, worker: Worker) -> int:
+        return self._active[list(self.workers).index(worker)]
 
 
 def parse_elastic(text: str) -> tuple[int, int]:

@@ -9,14 +9,18 @@ import keras
 from tfdist.errors import ArgumentError
 from tfdist.privacy.accounting.arguments import check_number
 from tfdist.privacy.accounting.ledger import Ledger, most_within
+from tfdist.privacy.client_dp import ClientDP
 from tfdist.privacy.settings import DPSGD
 
 
 class AccountedRun(Protocol):
     """The properties of a private `fit` that the callback uses."""
 
-    privacy: DPSGD
     planned_steps: int
+
+    @property
+    def privacy(self) -> DPSGD | ClientDP:
+        """The settings."""
 
     @property
     def steps_made(self) -> int:

@@ -25,6 +25,7 @@ class PrivateTraining(Extension):
 
     name = "privacy"
     needs_state = True
+    keeps_secrets = True
     run: PrivateRun
 
     def __init__(self, privacy: Any) -> None:

@@ -63,8 +63,11 @@ class Journal:
         # A new file replaces the old one in one operation, so a crash never leaves half a file.
         new = self._path.with_name(f"{NAME}.{os.getpid()}")
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with new.open("w") as file:
+            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            # The noise of correlated steps follows from a secret that the file keeps.
+            fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            with os.fdopen(fd, "w") as file:
+                os.fchmod(fd, 0o600)
                 json.dump(record.to_dict(), file)
                 file.flush()
                 os.fsync(file.fileno())

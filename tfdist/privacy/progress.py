@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import keras
 
 from tfdist import _keras
 from tfdist.errors import ArgumentError
+from tfdist.privacy.client_dp import ClientDP
 from tfdist.privacy.dpftrl import DPFTRL
-from tfdist.privacy.mechanism.step import PrivateStep
+from tfdist.privacy.mechanism.counter import StepCounter
 from tfdist.privacy.settings import DPSGD
 
 
@@ -28,6 +30,17 @@ class Listener(Protocol):
         """Called after all callbacks have begun. They may have restored the model."""
 
 
+class CountedStep(Protocol):
+    """A private step, which counts how often it is made."""
+
+    counter: StepCounter
+
+    def restart(
+        self, seed: int | None, first: int, correlated: Sequence[tuple[int, int]] | None
+    ) -> None:
+        """Begins a `fit`; see `PrivateStep.restart`."""
+
+
 class StepProgress:
     """Counts the steps of a private training, and chooses their noise.
 
@@ -36,6 +49,7 @@ class StepProgress:
     Args:
         model: A compiled `keras.Model`.
         privacy: The settings.
+        updates: How far a step moves the optimizer's count.
 
     Attributes:
         correlated: Whether a step subtracts noise of steps before it.
@@ -43,16 +57,17 @@ class StepProgress:
         counted_from: The place in a schedule of the first step that `steps_made` counts.
     """
 
-    def __init__(self, model: Any, privacy: DPSGD) -> None:
+    def __init__(self, model: Any, privacy: DPSGD | ClientDP, updates: int = 1) -> None:
         self.correlated = isinstance(privacy, DPFTRL)
         self.kept = self.counted_from = 0
         self._model = model
+        self._updates = updates
         self._seed = privacy.seed
         # Pairs of a step and the secret of the noise from this step on.
         self._secrets = [(0, self._new_secret())]
         self._first = 0
         self._steps_before_step = 0
-        self._step: PrivateStep | None = None
+        self._step: CountedStep | None = None
         self._last_iterations = 0
 
     def _new_secret(self) -> int:
@@ -61,7 +76,7 @@ class StepProgress:
     @property
     def iterations(self) -> int:
         """The steps that the optimizer has counted."""
-        return int(self._model.optimizer.iterations.numpy())
+        return int(self._model.optimizer.iterations.numpy()) // self._updates
 
     @property
     def made_here(self) -> int:
@@ -129,7 +144,7 @@ class StepProgress:
         """
         self._steps_before_step = made_here
 
-    def restart(self, step: PrivateStep) -> None:
+    def restart(self, step: CountedStep) -> None:
         """Sets the noise of a step function. Steps that were made before stay counted.
 
         Args:

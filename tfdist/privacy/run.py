@@ -77,7 +77,8 @@ class PrivateRun:
         callbacks = request.callbacks
         if not isinstance(privacy, DPSGD):
             raise ArgumentError(
-                f"`privacy` must be a tfdist.DPSGD or None. Received: privacy={privacy!r}."
+                f"`privacy` must be a tfdist.DPSGD or None. Received: privacy={privacy!r}. "
+                "A tfdist.ClientDP is the `privacy` of tfdist.FedAvg."
             )
         validation.check_data(session, x, request.sampler, request.class_weight, privacy)
         validation.check_copies(privacy, request.augment)

@@ -13,6 +13,7 @@ from tfdist.privacy import groupings, model_history
 from tfdist.privacy.accounting.identity import like_steps, same_made_again
 from tfdist.privacy.accounting.ledger import Ledger, Phase
 from tfdist.privacy.accounting.levels import Levels
+from tfdist.privacy.client_dp import ClientDP
 from tfdist.privacy.journal import Journal, backup_of, steps_ahead
 from tfdist.privacy.model_history import History
 from tfdist.privacy.outside_changes import OutsideChanges
@@ -45,7 +46,7 @@ class Spending:
 
     def __init__(
         self,
-        privacy: DPSGD,
+        privacy: DPSGD | ClientDP,
         session: Session,
         model: Any,
         progress: StepProgress,

@@ -48,18 +48,42 @@ def check_data(
         )
     elif sampler is not None:
         _check_sampler(sampler, privacy)
-    if class_weight is not None and not isinstance(class_weight, dict):
-        raise ArgumentError(
-            "`class_weight` must be a dict in private training: a rule counts the classes of "
-            f"the data, without noise. Received: class_weight={class_weight!r}. Pass "
-            "weights that were chosen without these data; they are applied before clipping."
-        )
+    check_class_weight(class_weight)
     if session.strategy.elastic and (privacy.is_scheduled or privacy.bands is not None):
         raise ArgumentError(
             "Steps must be alike in an elastic run: who joins does not know their number, nor "
             "the noise before. Received: a schedule, or `bands`. Use a fixed number of "
             "processes."
         )
+    check_sums(session)
+
+
+def check_class_weight(class_weight: Any) -> None:
+    """Refuses weights that are computed from the data.
+
+    Args:
+        class_weight: As in `fit`.
+
+    Raises:
+        ArgumentError: They are.
+    """
+    if class_weight is not None and not isinstance(class_weight, dict):
+        raise ArgumentError(
+            "`class_weight` must be a dict in private training: a rule counts the classes of "
+            f"the data, without noise. Received: class_weight={class_weight!r}. Pass "
+            "weights that were chosen without these data; they are applied before clipping."
+        )
+
+
+def check_sums(session: Session) -> None:
+    """Refuses strategies that change what they sum.
+
+    Args:
+        session: The session of `fit`.
+
+    Raises:
+        ArgumentError: The strategy is such a one.
+    """
     if not session.strategy.sums_exactly:
         raise ArgumentError(
             "Private gradients must be summed as they are: noise is added before. Received: "

@@ -20,7 +20,14 @@ from typing import NoReturn
 from tfdist.cluster import heartbeat, launched_config
 from tfdist.cluster.rendezvous import start_timeout, wait_until_up
 from tfdist.cluster.warning_signals import survive_warnings
-from tfdist.errors import HUNG, START_ME_AGAIN, HungError, ServerLostError, TfdistError
+from tfdist.errors import (
+    HUNG,
+    START_ME_AGAIN,
+    HungError,
+    ServerLostError,
+    StrategyError,
+    TfdistError,
+)
 
 _EXIT_HANDLERS_S = 3.0
 
@@ -81,9 +88,19 @@ def _wait_for_rendezvous() -> None:
     """Waits for the rendezvous server of Horovod's ranks. Horovod itself waits only 2 s."""
     host = os.environ.get("HOROVOD_GLOO_RENDEZVOUS_ADDR")
     port = os.environ.get("HOROVOD_GLOO_RENDEZVOUS_PORT")
-    if host and port:
-        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        wait_until_up({"the launcher of rank 0": address}, start_timeout())
+    if not host or not port:
+        return
+    address = host.partition("/")[0]  # the secret of the run may follow it, after the port
+    address = address if ":" in address else f"{address}:{port}"
+    wait_until_up({"the launcher of rank 0": address}, start_timeout())
+    from tfdist.strategies.horovod.store import refuses
+
+    if refuses(f"{host}:{port}"):
+        raise StrategyError(
+            "All ranks must know the secret of the server at which they meet. Received: the "
+            f"launcher of rank 0 at {address} refuses this rank's. Set TFDIST_TOKEN to the "
+            "same secret for all launchers."
+        )
 
 
 def _import_tensorflow() -> None:

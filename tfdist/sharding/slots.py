@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,7 @@ import tensorflow as tf
 from tfdist import _keras
 from tfdist.errors import StrategyError
 from tfdist.sharding.cuts import Cut
+from tfdist.sharding.ended import all_ended
 from tfdist.strategies.base import Strategy
 
 Tensor = Any
@@ -61,23 +63,25 @@ class Slots:
         """Makes a context in which each replica has only its part of each variable.
 
         Where it ends, all processes gather the parts. If it ends by an error, another process
-        may not take part in that: then the state of a training on several processes is lost.
+        may not come to that: then the state of a training on several processes is lost.
 
         Raises:
             StrategyError: The state was lost in an earlier training.
         """
         self._check_whole()
-        self._agree()
+        token = self._agree()
         cut: list[Slot] = []
         try:
             for slot in self._slots:
                 self._cut(slot)
                 cut.append(slot)
             yield
-        except BaseException:
+        except BaseException as error:
             is_alone = self._strategy.place.num_workers == 1
+            are_all = len(cut) == len(self._slots)
+            gathers = is_alone or (are_all and all_ended(self._strategy, token, error))
             for slot in cut:
-                self._restore(slot, self.join(slot) if is_alone else None)
+                self._restore(slot, self.join(slot) if gathers else None)
             raise
         for slot in cut:
             self._restore(slot, self.join(slot))
@@ -95,16 +99,24 @@ class Slots:
                 "model again, or resume from a checkpoint in a new process."
             )
 
-    def _agree(self) -> None:
-        """Takes the chief's values, unless an optimizer is new on all workers."""
+    def _agree(self) -> str:
+        """Takes the chief's values, unless an optimizer is new on all workers.
+
+        Returns:
+            A text that all processes have for this training alone.
+        """
         are_new = [_keras.unfilled_value(slot.variable) is not None for slot in self._slots]
-        everywhere = zip(*self._strategy.gather_objects(are_new), strict=True)
+        tokens, news = zip(
+            *self._strategy.gather_objects((uuid.uuid4().hex, are_new)), strict=True
+        )
+        everywhere = zip(*news, strict=True)
         old = [
             s.variable for s, new in zip(self._slots, everywhere, strict=True) if not all(new)
         ]
         for variable in old:
             _keras.fill(variable)
         self._strategy.agree(old)
+        return str(tokens[0])
 
     def _cut(self, slot: Slot) -> None:
         place = self._strategy.place

@@ -131,7 +131,8 @@ def _trace(model: Any, function: Callable[..., Any], **options: Any) -> Callable
     if model.run_eagerly:
         return function
     traced: Callable[..., Any] = tf.function(function, reduce_retracing=True, **options)
-    return traced
+    # Rounds of federated training are traced anew in each `fit`, since they hold its data.
+    return _keras.without_retracing_warning(traced)  # type: ignore[no-any-return]
 
 
 ReplicaStep = Callable[[Any, Tensor, Hashable], Result]

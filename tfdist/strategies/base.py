@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import keras
 import numpy as np
 import tensorflow as tf
 
@@ -222,13 +221,21 @@ class Strategy(Collectives):
         """
         return tf.Variable(value, trainable=False, name=name)
 
+    def local_tensors(self, variable: Any) -> list[Tensor]:
+        """Returns a variable's value on each replica of this process, not copied.
+
+        Args:
+            variable: A `keras.Variable`, inside `hold`.
+        """
+        return [tf.convert_to_tensor(variable)]
+
     def copies(self, variable: Any) -> list[Any]:
         """Returns a variable's value on each replica of this process, as arrays.
 
         Args:
             variable: A `keras.Variable`, inside `hold`.
         """
-        return [np.asarray(keras.ops.convert_to_numpy(variable))]
+        return [np.asarray(value) for value in self.local_tensors(variable)]
 
     def assign_copies(self, variable: Any, values: Sequence[Any]) -> None:
         """Assigns a value of its own to each replica of this process.

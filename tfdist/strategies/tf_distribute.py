@@ -158,10 +158,10 @@ class TFDistribute(Connected):
                 value, trainable=False, name=name, aggregation=tf.VariableAggregation.NONE
             )
 
-    def copies(self, variable: Any) -> list[Any]:
+    def local_tensors(self, variable: Any) -> list[Tensor]:
         """Returns the value of a variable on each device of this process."""
         local_values = self.strategy.experimental_local_results(variable.value)
-        return [np.asarray(value) for value in local_values]
+        return [tf.convert_to_tensor(value) for value in local_values]
 
     def assign_copies(self, variable: Any, values: Sequence[Any]) -> None:
         """Assigns a value of its own to each device of this process."""

@@ -27,6 +27,8 @@ class Extension:
     Attributes:
         name: The extension's key in a checkpoint.
         needs_state: Whether the model must have all its variables before training begins.
+        keeps_secrets: Whether its state holds a secret, so that other users of the machine may
+            not read a checkpoint.
         exchange_maker: Makes what wraps the reduction of gradients, or None.
         step_maker: Makes the step that replaces Keras's, or None.
         round_maker: Makes rounds of local steps that replace Keras's step, or None.
@@ -34,6 +36,7 @@ class Extension:
 
     name: ClassVar[str] = ""
     needs_state: bool = False
+    keeps_secrets: ClassVar[bool] = False
     exchange_maker: ExchangeMaker | None = None
     step_maker: StepMaker | None = None
     round_maker: RoundMaker | None = None

@@ -20,7 +20,7 @@ class Request:
         is_seeded: Whether the user has chosen `seed`.
         seed_is_secret: Whether a privacy guarantee needs `seed` to stay secret.
         copies: Number of copies of each example, each with an augmentation of its own.
-        is_private: Whether the training must protect single examples.
+        is_private: Whether workers must exchange nothing about single examples, but sums.
 
     All other attributes are arguments of `tfdist.fit`.
     """

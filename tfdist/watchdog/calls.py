@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-from tfdist.cluster import launched_config
+from tfdist.cluster import heartbeat, launched_config
 from tfdist.cluster.evaluator import leave_training
 from tfdist.errors import PeerError
 from tfdist.watchdog.local import LocalStatus
@@ -43,6 +43,9 @@ def configure(hang_limit: float | None = None, on_hang: str | None = None) -> No
     )
     if _watcher is not None:
         _watcher.settings = _settings
+    # The launcher watches too: it sees processes that are stopped.
+    ends = _settings.on_hang == "end"
+    heartbeat.here.record_hang_limit(_settings.limit if ends else 0.0)
 
 
 @contextlib.contextmanager

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
+from typing import Any
 
+from tfdist.cluster import strict_json
 from tfdist.watchdog.progress import FIRST_STEP, OUTSIDE, STEP
 
 ENDED = "ended"
+
+_MOST_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -87,7 +93,8 @@ class StatusMessage:
 
     def text(self) -> str:
         """Returns the message as JSON."""
-        return json.dumps(asdict(self))
+        # A path may hold bytes that are no characters.
+        return json.dumps(asdict(self), ensure_ascii=False).encode("utf-8", "replace").decode()
 
     @classmethod
     def read(cls, text: str) -> StatusMessage:
@@ -95,8 +102,86 @@ class StatusMessage:
 
         Args:
             text: The JSON that the method `text` returned.
+
+        Raises:
+            ValueError: It is none.
         """
-        field_names = {f.name for f in fields(cls)}
-        content = {k: v for k, v in json.loads(text).items() if k in field_names}
+        content = _loaded(text)
+        types = {f.name: str(f.type) for f in fields(cls)}
+        content = {k: v for k, v in content.items() if k in types}
+        for name, value in content.items():
+            if not _CHECKS[types[name]](value):
+                raise ValueError(f"{name} of a status message is {str(value)[:40]}")
+        if not {"worker", "task"} <= content.keys():
+            raise ValueError("a status message names no worker")
         content["stack"] = tuple(content.get("stack", ()))
         return cls(**content)
+
+
+@dataclass(frozen=True)
+class HangRequest:
+    """What a watcher asks of all workers, because the run hangs.
+
+    Attributes:
+        name: The name of the request, another one for each.
+        state: "ask" for their stacks, or "end".
+        by: The number of the worker that asks for the end.
+    """
+
+    name: str
+    state: str
+    by: int | None = None
+
+    def text(self) -> str:
+        """Returns the request as JSON."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def read(cls, text: str) -> HangRequest:
+        """Reads a request.
+
+        Args:
+            text: The JSON that the method `text` returned.
+
+        Raises:
+            ValueError: It is none.
+        """
+        content = _loaded(text)
+        name, state, by = (content.get(key) for key in ("name", "state", "by"))
+        if (
+            not isinstance(name, str)
+            or not isinstance(state, str)
+            or not _is_number_or_none(by)
+        ):
+            raise ValueError("not a request of a watcher")
+        return cls(name, state, by)
+
+
+def _loaded(text: str) -> dict[str, Any]:
+    content = strict_json.loads(text.encode(), _MOST_BYTES, most_depth=4)
+    if not isinstance(content, dict):
+        raise ValueError("not a message of a watcher")
+    return content
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) is int and abs(value) < 1 << 62
+
+
+def _is_number_or_none(value: Any) -> bool:
+    return value is None or _is_number(value)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+_CHECKS: Mapping[str, Callable[[Any], bool]] = {
+    "int": _is_number,
+    "int | None": _is_number_or_none,
+    "float": lambda value: type(value) in (int, float) and math.isfinite(value),
+    "bool": lambda value: isinstance(value, bool),
+    "str": _is_text,
+    "str | None": lambda value: value is None or _is_text(value),
+    "tuple[str, ...]": lambda value: isinstance(value, list) and all(map(_is_text, value)),
+}

@@ -88,6 +88,12 @@ class Peers:
         return {keeper: LostWorker(time.monotonic() - read_at, state_of(status))}
 
     def _record(self, worker: int, text: str) -> None:
-        status, previous = StatusMessage.read(text), self._statuses.get(worker)
+        try:
+            status = StatusMessage.read(text)
+        except ValueError:
+            return  # what is no message says nothing about its worker
+        if status.worker != worker:
+            return
+        previous = self._statuses.get(worker)
         if previous is None or (previous[0].beat, previous[0].pid) != (status.beat, status.pid):
             self._statuses[worker] = (status, time.monotonic())

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import json
 import os
 import threading
 import time
 from collections.abc import Callable
 
+from tfdist.cluster import heartbeat
 from tfdist.cluster.key_value_store import KeyValueStore
 from tfdist.errors import HUNG, HungError, PeerError
 from tfdist.watchdog import diagnosis, ending
 from tfdist.watchdog.diagnosis import LostWorker
 from tfdist.watchdog.local import LocalStatus
-from tfdist.watchdog.messages import ENDED, StatusMessage
+from tfdist.watchdog.messages import ENDED, HangRequest, StatusMessage
 from tfdist.watchdog.peers import STATUS_PREFIX, Peers, state_of
 from tfdist.watchdog.progress import OUTSIDE, here
 from tfdist.watchdog.settings import WatchdogSettings
@@ -24,6 +24,7 @@ _HANG = "hang"  # the key of the request that all workers read
 _BEAT_S = 5.0  # between two status messages of a worker
 _ASKED_S = 2.0  # between two readings of the request
 _SUSPENDED_S = 6.0  # a longer pause of this thread means that the process was stopped
+_CANNOT_ANSWER = ("T", "Z", "X", None)  # states of processes of this machine
 _LEAD_S = 4.0  # the worker that wrote the report ends first, so that the launcher shows it
 
 
@@ -208,16 +209,19 @@ class Watcher:
         text = None if self._store is None else self._store.read(_HANG)
         if text is None:
             return
-        request = json.loads(text)
-        if request["state"] == "end":
-            self._leave("worker 0" if request["by"] is None else f"worker {request['by']}")
-        elif request["name"] != self._answered_request and self._reported_since != here.since:
-            self._answer(request["name"])
+        try:
+            request = HangRequest.read(text)
+        except ValueError:
+            return
+        if request.state == "end":
+            self._leave(f"worker {request.by or 0}")
+        elif request.name != self._answered_request and self._reported_since != here.since:
+            self._answer(request.name)
 
     def _request_report(self) -> None:
         name = f"{self._worker} {time.time()}"
         if self._store is not None:
-            self._store.post(_HANG, json.dumps({"name": name, "state": "ask"}))
+            self._store.post(_HANG, HangRequest(name, "ask").text())
         self._answer(name)
 
     def _answer(self, name: str) -> None:
@@ -234,10 +238,11 @@ class Watcher:
         deadline = time.monotonic() + 2 * min(_ASKED_S, self._beat_s) + 2.0
         statuses, lost = self._read_statuses(local)
         while time.monotonic() < deadline and self._store is not None:
-            answered = [
-                w for w, status in statuses.items() if status.stack or status.at == ENDED
+            settled = [
+                status.stack or status.at == ENDED or state_of(status) in _CANNOT_ANSWER
+                for status in statuses.values()
             ]
-            if len(answered) == self._workers:
+            if sum(map(bool, settled)) == self._workers:
                 break
             time.sleep(0.3)
             statuses, lost = self._read_statuses(local)
@@ -250,6 +255,8 @@ class Watcher:
         if not self._peers.keeper_answers:
             lost = self._peers.keeper_lost(self._store, self._worker)
         self._lost = lost
+        if lost:
+            heartbeat.here.record_lost(min(lost))  # for the launcher
         first = min((w for w in statuses if w not in lost), default=self._worker)
         if first != self._worker and self._peers.keeper_answers:
             ending.tell(f"tfdist: the run hangs. worker {first} has written the report.")
@@ -274,8 +281,8 @@ class Watcher:
         if why:
             ending.tell(f"tfdist: {why} The run ends with status {HUNG}; its report is above.")
         if self._store is not None:
-            request = {"name": self._answered_request, "state": "end", "by": self._worker}
-            self._store.post(_HANG, json.dumps(request))
+            request = HangRequest(self._answered_request, "end", self._worker)
+            self._store.post(_HANG, request.text())
         os._exit(HUNG)
 
     def _leave(self, who: str) -> None:

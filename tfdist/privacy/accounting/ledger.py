@@ -15,9 +15,18 @@ from tfdist.privacy.accounting import composable
 from tfdist.privacy.accounting.arguments import check_choice, check_number
 from tfdist.privacy.accounting.chains import mechanisms
 from tfdist.privacy.accounting.identity import named, run_of, union
-from tfdist.privacy.accounting.phase import EXAMPLE, USER, Phase, dp_accounting
+from tfdist.privacy.accounting.phase import CLIENT, EXAMPLE, USER, Phase, dp_accounting
 
-__all__ = ["ACCOUNTANTS", "EXAMPLE", "RELATIONS", "USER", "Ledger", "Phase", "dp_accounting"]
+__all__ = [
+    "ACCOUNTANTS",
+    "CLIENT",
+    "EXAMPLE",
+    "RELATIONS",
+    "USER",
+    "Ledger",
+    "Phase",
+    "dp_accounting",
+]
 
 ACCOUNTANTS = ("pld", "rdp")
 RELATIONS = ("add_or_remove_one", "replace_special", "replace_one")
@@ -86,7 +95,7 @@ class Ledger:
 
     @property
     def unit(self) -> str:
-        """The protected unit, "example" or "user"; see `check_unit`."""
+        """The protected unit: "example", "user" or "client"; see `check_unit`."""
         self.check_unit()
         return next((phase.unit for phase in self.phases if phase.steps), EXAMPLE)
 
@@ -106,7 +115,7 @@ class Ledger:
         """Refuses steps that protect different units.
 
         Raises:
-            ArgumentError: Some steps protect examples and some protect users.
+            ArgumentError: Some steps protect examples, and others users or clients.
         """
         composable.check_unit(self.phases)
 

@@ -14,7 +14,7 @@ from tfdist.privacy.accounting.arguments import (
 )
 from tfdist.privacy.accounting.correlated import banded_norm, sensitivity
 
-EXAMPLE, USER = "example", "user"
+EXAMPLE, USER, CLIENT = "example", "user", "client"
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,10 @@ class Phase:
         capacity: The most examples of a step, or None if there is no limit. If more are drawn,
             a random choice of `capacity` of them stays.
         num_rows: The number of examples in the data. Required with `capacity`.
-        unit: "example" or "user". With "user", users are drawn instead of examples, and the
-            gradients of a user's examples are summed before they are clipped.
+        unit: "example", "user" or "client". With "user", users are drawn instead of examples,
+            and the gradients of a user's examples are summed before they are clipped. With
+            "client", a step is a round of federated averaging: clients are drawn, and each
+            client's update of the weights is clipped; see `tfdist.ClientDP`.
         bands: For correlated noise, as in `tfdist.DPFTRL`: the number of steps whose noise a
             step combines. All examples then take part in turn, and `sampling_probability` must
             be 1, unless `cyclic`. Such phases do not join: each is a separate mechanism.
@@ -49,8 +51,8 @@ class Phase:
             which subtract a part of its noise.
         run_id: A random text that names the process and the `fit` of these steps. See `Ledger`.
         continues: With `after`, the `run_id` of the steps just before these.
-        groups: With users, a random text that names the grouping of examples. Steps with
-            different groupings do not compose.
+        groups: With users and clients, a random text that names the grouping of examples.
+            Steps with different groupings do not compose.
         secret: Whether the random numbers came from the operating system. Otherwise there is no
             guarantee.
 
@@ -87,7 +89,7 @@ class Phase:
             check_type(name, getattr(self, name), str, "a text")
         check_type("groups", self.groups, (str, type(None)), "a text or None")
         self._check_correlated()
-        check_choice("unit", self.unit, (EXAMPLE, USER))
+        check_choice("unit", self.unit, (EXAMPLE, USER, CLIENT))
         check_number("sampling_probability", self.sampling_probability, 0, 1)
         check_number("noise_multiplier", self.noise_multiplier, 0)
         check_count("steps", self.steps, 0)

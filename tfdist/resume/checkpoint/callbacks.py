@@ -9,14 +9,10 @@ from typing import Any
 import keras
 import numpy as np
 
-from tfdist.errors import ArgumentError
+from tfdist.errors import ArgumentError, CheckpointError
+from tfdist.resume.checkpoint.callback_attributes import is_state
 from tfdist.resume.checkpoint.plain import NotPlain, decode, encode
 
-# Keras sets these in each process.
-_NOT_STATE = ("_model", "model", "params", "validation_data")
-# Keras changes the sign of `min_delta` when it chooses `monitor_op`, a function: at the end of
-# the first epoch of each process.
-_NOT_STATE_OF_MONITORS = ("min_delta",)
 _WITHOUT_STATE = (keras.callbacks.ProgbarLogger,)
 _Attributes = dict[str, tuple[Any, list[Any]]]
 
@@ -72,7 +68,19 @@ class CallbackState:
         Args:
             state: The result of `state`.
             arrays: Returns an array by its index.
+
+        Raises:
+            CheckpointError: The state is not as `state` returns it.
         """
+        try:
+            self._restore(state, arrays)
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                "The state of callbacks in a checkpoint must be as tfdist writes it. Received: "
+                f"{type(error).__name__}: {error}. Continue from another checkpoint."
+            ) from error
+
+    def _restore(self, state: dict[str, Any], arrays: Callable[[int], Any]) -> None:
         state = {_stable(name): encoded for name, encoded in state.items()}
         for name, callback in self._named:
             encoded = state.get(name, {})
@@ -81,8 +89,10 @@ class CallbackState:
                     callback.restore_checkpoint_state(decode(encoded["own"], arrays))
                 continue
             for attribute, value in encoded.items():
-                current = getattr(callback, attribute, None)
                 restored = decode(value, arrays)
+                if not is_state(callback, attribute, restored):
+                    continue
+                current = getattr(callback, attribute, None)
                 if isinstance(current, dict) and type(current) is not dict:
                     current.clear()  # keeps its class, such as defaultdict
                     current.update(restored)
@@ -123,11 +133,9 @@ def _stable(name: str) -> str:
 
 def _attributes(callback: Any) -> _Attributes:
     attributes: _Attributes = {}
-    is_monitor = "monitor_op" in vars(callback)
-    left_out = _NOT_STATE + (_NOT_STATE_OF_MONITORS if is_monitor else ())
     for attribute, value in vars(callback).items():
         arrays: list[Any] = []
-        if attribute not in left_out:
+        if is_state(callback, attribute, value):
             try:
                 attributes[attribute] = (encode(value, arrays), arrays)
             except NotPlain:

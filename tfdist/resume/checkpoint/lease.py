@@ -106,6 +106,11 @@ class Lease:
         self._file = directory / _NAME
         self._mine: Owner | None = None
 
+    @property
+    def token(self) -> str:
+        """The token of this training's lease, "" without one."""
+        return "" if self._mine is None else self._mine.token
+
     def take(self) -> None:
         """Takes the lease, as soon as its owner has ended or was silent for too long.
 
@@ -264,6 +269,18 @@ class Lease:
                 with contextlib.suppress(OSError):
                     os.link(aside, self._file)
         aside.unlink(missing_ok=True)
+
+
+def token_in(directory: Path) -> str:
+    """Returns the token of the lease in a directory, "" if there is none.
+
+    Args:
+        directory: The directory of the checkpoints.
+    """
+    with contextlib.suppress(OSError):
+        owner = _owner_in((directory / _NAME).read_bytes())
+        return "" if owner is None else owner.token
+    return ""
 
 
 def _owner_in(content: bytes) -> Owner | None:

@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tfdist.errors import CheckpointError
 from tfdist.resume.checkpoint import files, same, tensors
-from tfdist.resume.checkpoint.lease import Lease
+from tfdist.resume.checkpoint.lease import Lease, token_in
+from tfdist.resume.checkpoint.shards import Specs, TensorReader
 from tfdist.step.prepared import PreparedModel
 from tfdist.strategies.base import Strategy
 
 FORMAT = 3
+
+_FIELDS_OF_ALL: Mapping[str, type] = {"format": int, "tfdist": str, "arrays": int}
+_FIELDS: Mapping[str, type] = {
+    "position": list,
+    "initial_epoch": int,
+    "steps": int,
+    "stopped": bool,
+    "setup": dict,
+    "others": dict,
+    "callbacks": dict,
+    "global_seed": bool,
+}
 
 
 @dataclass(frozen=True)
@@ -24,14 +37,14 @@ class LastCheckpoint:
     Attributes:
         state: The state without tensors; None if there is no checkpoint.
         arrays: The arrays to which `state` refers, by number.
-        read: Returns a tensor by its name. None on other workers than the chief.
-        specs: Shape and type of each tensor, by name. Empty on other workers.
+        token: The token of the chief's lease.
+        reader: Reads the tensors. None on other workers than the chief.
     """
 
     state: dict[str, Any] | None = None
     arrays: dict[int, Any] = field(default_factory=dict)
-    read: Callable[[str], Any] | None = None
-    specs: files.Specs = field(default_factory=dict)
+    token: str = ""
+    reader: TensorReader | None = None
 
 
 def last_checkpoint(lease: Lease, path: Path, strategy: Strategy) -> LastCheckpoint:
@@ -45,8 +58,7 @@ def last_checkpoint(lease: Lease, path: Path, strategy: Strategy) -> LastCheckpo
     Raises:
         CheckpointError: The directory or the checkpoint cannot be used.
     """
-    problem, state, arrays, read = None, None, {}, None
-    specs: files.Specs = {}
+    problem, state, arrays, reader = None, None, {}, None
     if strategy.place.is_chief:
         try:
             files.make_directory(path)
@@ -54,13 +66,17 @@ def last_checkpoint(lease: Lease, path: Path, strategy: Strategy) -> LastCheckpo
             files.remove_unfinished(path)
             saved = files.latest(path)
             if saved is not None:
-                read, state, specs = saved.tensors(), saved.state, saved.specs()
+                reader, state = saved.tensors, saved.state
                 state["folder"] = str(saved.folder)
-                arrays = {i: read(f"arrays/{i}") for i in range(state["arrays"])}
+                _check(state, _FIELDS_OF_ALL)
+                names = _arrays(state, reader.specs)
+                arrays = {i: reader.whole(name) for i, name in enumerate(names)}
         except CheckpointError as error:
             problem = str(error)
             lease.release()
-    problem, state, arrays = strategy.broadcast_object((problem, state, arrays))
+    problem, state, arrays, token = strategy.broadcast_object(
+        (problem, state, arrays, lease.token)
+    )
     if problem is not None:
         raise CheckpointError(problem)
     if state is not None and state["format"] != FORMAT:
@@ -68,7 +84,49 @@ def last_checkpoint(lease: Lease, path: Path, strategy: Strategy) -> LastCheckpo
             f"A checkpoint must be of format {FORMAT}. Received: {state['folder']} of "
             f"format {state['format']}. Use tfdist {state['tfdist']}, which wrote it."
         )
-    return LastCheckpoint(state, arrays, read, specs)
+    if state is not None:
+        _check(state, _FIELDS)
+    return LastCheckpoint(state, arrays, token, reader)
+
+
+def is_shared(path: Path, token: str, strategy: Strategy) -> bool:
+    """Returns whether all workers can read and write the chief's directory. All must call it.
+
+    Args:
+        path: The directory.
+        token: The token of the chief's lease.
+        strategy: The strategy that connects the workers.
+    """
+    sees_it = token != "" and token_in(path) == token
+    if sees_it:
+        try:
+            files.make_directory(path)
+        except CheckpointError:
+            sees_it = False
+    return all(strategy.gather_objects(sees_it))
+
+
+def _check(state: dict[str, Any], kinds: Mapping[str, type]) -> None:
+    """Refuses a state that lacks fields, or has other ones than tfdist writes."""
+    wrong = [name for name, kind in kinds.items() if type(state.get(name)) is not kind]
+    if wrong:
+        raise CheckpointError(
+            "The state of a checkpoint must be as tfdist writes it. Received: "
+            f"{state['folder']} with {wrong[0]}={str(state.get(wrong[0]))[:40]}. Continue from "
+            "another checkpoint."
+        )
+
+
+def _arrays(state: dict[str, Any], specs: Specs) -> list[str]:
+    """Returns the names of the arrays that a state refers to."""
+    names = [f"arrays/{i}" for i in range(min(state["arrays"], len(specs)))]
+    if len(names) < state["arrays"] or not specs.keys() >= {*names}:
+        raise CheckpointError(
+            "The arrays of a checkpoint must be among its tensors. Received: "
+            f"{state['folder']}, which lacks some of {state['arrays']}. Continue from another "
+            "checkpoint."
+        )
+    return names
 
 
 def check_before_training(
@@ -90,8 +148,8 @@ def check_before_training(
         try:
             replicas = prepared.strategy.place.num_replicas
             files.check_room(path, tensors.size_of(prepared.state, replicas))
-            if last.state is not None and last.read is not None:
-                tensors.check(prepared.state, last.read, last.specs, last.state)
+            if last.state is not None and last.reader is not None:
+                tensors.check(prepared.state, last.reader, last.state)
         except CheckpointError as error:
             problem = str(error)
     problem = strategy.broadcast_object(problem)

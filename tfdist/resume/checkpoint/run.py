@@ -3,31 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NoReturn
 
-import tensorflow as tf
-
 from tfdist import _keras, data, watchdog
 from tfdist._version import __version__
 from tfdist.errors import CheckpointError
-from tfdist.resume.checkpoint import files, reading, same, tensors
+from tfdist.resume.checkpoint import reading, same
 from tfdist.resume.checkpoint.callbacks import CallbackState
 from tfdist.resume.checkpoint.lease import Lease
 from tfdist.resume.checkpoint.plain import decode, plain_logs
 from tfdist.resume.checkpoint.preemption import WARNED, Preemption
 from tfdist.resume.checkpoint.reading import LastCheckpoint
+from tfdist.resume.checkpoint.saver import Saver
 from tfdist.resume.checkpoint.saving import SavingCallbacks
 from tfdist.resume.checkpoint.schedule import SavingSchedule
 from tfdist.resume.checkpoint.settings import Checkpoint
-from tfdist.resume.checkpoint.writer import Writer
 from tfdist.resume.position import Position
 from tfdist.step.prepared import PreparedModel
 from tfdist.step.signals import StopState
-from tfdist.step.state import TrainState, variables_of
+from tfdist.step.state import variables_of
 from tfdist.strategies.base import Strategy
 from tfdist.training.extension import Begins, Continuation, Extension
 from tfdist.training.request import Request
@@ -36,8 +33,9 @@ from tfdist.training.request import Request
 class CheckpointRun(Continuation):
     """The checkpoints of one `fit`, from the one it begins at to the last it writes.
 
-    Only the chief reads and writes files. It sends what it has read to every worker.
-    Replicated state is written without an exchange between workers.
+    The chief reads and writes files, and sends what it has read to every worker. Parts that
+    replicas have of the state are written and read by their own processes, if these can use the
+    directory; see `Saver`.
 
     Args:
         checkpoint: The argument `checkpoint` of `fit`.
@@ -59,10 +57,10 @@ class CheckpointRun(Continuation):
         self._strategy, self._is_alone = strategy, strategy.place.num_workers == 1
         self._settings.check_strategy(strategy)
         self._states: dict[str, Any] = {}
-        self._writer = Writer()
         self._preemption, self._stop = Preemption(), StopState()
         self._model: Any = None
         self._lease = Lease(self._settings.path)
+        self._saver = Saver(self._settings, strategy, self._lease)
         self._last = reading.last_checkpoint(self._lease, self._settings.path, strategy)
         self._position: Position | None = None
         self._steps_made = 0 if self._last.state is None else self._last.state["steps"]
@@ -70,7 +68,6 @@ class CheckpointRun(Continuation):
         self._initial_epoch = self._epochs = 0
         self._where: Callable[[], data.DataPosition] = data.DataPosition
         self._setup: dict[str, Any] = {}
-        self._train_state, self._computing = TrainState(()), strategy
 
     def close(self) -> None:
         """Releases the directory."""
@@ -152,9 +149,9 @@ class CheckpointRun(Continuation):
         Raises:
             CheckpointError: The disk has no room, or the checkpoint cannot be restored.
         """
-        self._train_state, self._where, self._stop = prepared.state, where, prepared.stop
-        self._computing, self._model = prepared.strategy, prepared.model
+        self._where = where
         reading.check_before_training(self._settings.path, self._last, prepared, self._strategy)
+        self._saver.begin(prepared, self._last.token)
         self._epochs = options["epochs"]
         self._preemption.on_request = self._note_preemption
         self._note_preemption()
@@ -173,13 +170,14 @@ class CheckpointRun(Continuation):
             try:
                 yield
             except BaseException:
+                self._saver.writer.give_up()
                 with contextlib.suppress(Exception):  # the first failure is the one to show
-                    self._writer.finish()
+                    self._saver.writer.finish()
                 raise
             finally:
-                self._writer.close()
+                self._saver.writer.close()
                 self._stop.preempted = self._stop.warned = False
-            self._writer.finish()
+            self._saver.writer.finish()
             if any(self._strategy.gather_objects(self._preemption.is_requested)):
                 self._leave("training had come to its end, and is saved")
 
@@ -210,7 +208,7 @@ class CheckpointRun(Continuation):
         try:
             if not self._schedule.has_saved(self._steps_made):
                 self._save(self._position, callback_state, logs)
-            self._writer.finish()
+            self._saver.writer.finish()
         except CheckpointError as error:
             problem = str(error)
         # The workers wait for the chief: a launcher ends all workers when the first one leaves.
@@ -246,8 +244,7 @@ class CheckpointRun(Continuation):
         """
         if self._last.state is None:
             return
-        has_seed = bool(self._last.state["global_seed"])
-        tensors.put_back(self._computing, self._train_state, self._last.read, has_seed)
+        self._saver.restore(self._last)
         callback_state.restore(self._last.state["callbacks"], self._last.arrays.__getitem__)
 
     def note_restored(self) -> None:
@@ -285,10 +282,10 @@ class CheckpointRun(Continuation):
             if self._strategy.place.is_chief:
                 print(WARNED, flush=True)
         # Training does not wait for the disk. If the writer is busy, a later step is saved.
-        is_ready = self._writer.is_idle
-        if not self._train_state.is_everywhere:
-            # All workers gather this state, so all must save at the same step. Neither a busy
-            # disk nor a process's own clock may decide.
+        is_ready = self._saver.writer.is_idle
+        if self._saver.is_joint:
+            # Each worker saves its part of the state, so all must do so at the same step.
+            # Neither a busy disk nor a process's own clock may decide.
             is_ready = True
             if schedule.is_timed:
                 schedule.is_due = self._strategy.broadcast_object(schedule.is_due)
@@ -317,34 +314,23 @@ class CheckpointRun(Continuation):
         is_stopped: bool = False,
     ) -> None:
         self._schedule.note_saved(self._steps_made)
-        # State that is not everywhere is gathered, so every worker takes part in `take`.
-        if not self._strategy.place.is_chief and self._train_state.is_everywhere:
-            return
-        # One checkpoint is written at a time. An error of the previous one is raised here.
-        self._writer.finish()
-        content = tensors.take(self._computing, self._train_state)
-        if not self._strategy.place.is_chief:
-            return
-        arrays: list[Any] = []
-        state = {
-            "format": reading.FORMAT,
-            "tfdist": __version__,
-            "position": position.to_json(),
-            "initial_epoch": self._initial_epoch,
-            "steps": self._steps_made,
-            "stopped": is_stopped,
-            "setup": self._setup,
-            "others": self._states,
-            "logs": plain_logs(logs, arrays),
-            "callbacks": callback_state.state(arrays),
-            "global_seed": _keras.has_global_seed(),
-            "arrays": len(arrays),
-        }
-        content |= {f"arrays/{i}": tf.convert_to_tensor(a) for i, a in enumerate(arrays)}
-        path, keep = self._settings.path, self._settings.keep
+
+        def state_of(arrays: list[Any]) -> dict[str, Any]:
+            state = {
+                "format": reading.FORMAT,
+                "tfdist": __version__,
+                "position": position.to_json(),
+                "initial_epoch": self._initial_epoch,
+                "steps": self._steps_made,
+                "stopped": is_stopped,
+                "setup": self._setup,
+                "others": self._states,
+                "logs": plain_logs(logs, arrays),
+                "callbacks": callback_state.state(arrays),
+                "global_seed": _keras.has_global_seed(),
+            }
+            return state | {"arrays": len(arrays)}
+
         epoch, step, _ = position
-        self._writer.begin(
-            functools.partial(
-                files.write, path, epoch, step, content, state, keep, self._lease.check
-            )
-        )
+        is_secret = any(other.keeps_secrets for other in self._others)
+        self._saver.save(epoch, step, state_of, is_secret)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Mapping
@@ -10,6 +11,7 @@ from collections.abc import Mapping
 from tfdist.cluster.key_value_store import KeyValueStore
 
 _TIMEOUT_S = 5.0
+_FORBIDDEN = 403
 
 
 class RendezvousStore(KeyValueStore):
@@ -19,7 +21,7 @@ class RendezvousStore(KeyValueStore):
     the ranks run.
 
     Args:
-        address: "host:port" of the server.
+        address: "host:port" of the server, or with a secret as in `launch.horovod.ADDRESS`.
         group: Name of the group of ranks that train together.
         size: Number of ranks in the group.
     """
@@ -63,3 +65,20 @@ class RendezvousStore(KeyValueStore):
                 return str(response.read().decode())
         except (OSError, ValueError):
             return None
+
+
+def refuses(address: str) -> bool:
+    """Returns whether the rendezvous server refuses the secret of this process.
+
+    Args:
+        address: As for `RendezvousStore`.
+    """
+    without_proxy = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        without_proxy.open(f"http://{address}/tfdist/secret", timeout=_TIMEOUT_S).close()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code == _FORBIDDEN
+    except (OSError, ValueError):
+        return False
+    return False

@@ -141,9 +141,9 @@ class ParameterServer(TFDistribute):
         """Names the workers and servers that do not answer now."""
         return self._servers.silent()
 
-    def copies(self, variable: Any) -> list[Any]:
+    def local_tensors(self, variable: Any) -> list[Any]:
         """Returns the one value of a variable, which is on the servers."""
-        return Strategy.copies(self, variable)
+        return Strategy.local_tensors(self, variable)
 
     def placed(self, variables: Sequence[Any], optimizers: Sequence[Any]) -> Any:
         """Plans the servers of variables; see `plan`."""
