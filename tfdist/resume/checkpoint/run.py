@@ -149,7 +149,7 @@ class CheckpointRun(Continuation):
         Raises:
             CheckpointError: The disk has no room, or the checkpoint cannot be restored.
         """
-        self._where = where
+        self._where, self._stop, self._model = where, prepared.stop, prepared.model
         reading.check_before_training(self._settings.path, self._last, prepared, self._strategy)
         self._saver.begin(prepared, self._last.token)
         self._epochs = options["epochs"]
