@@ -203,15 +203,15 @@ def test_what_a_callback_has_stopped_stays_stopped(tmp_path) -> None:
 def test_what_a_checkpoint_leaves_to_train_is_said(tmp_path, capsys) -> None:
     x, y = table(32)
 
-    def said(epochs: int, x: Any = x, callbacks: Any = None) -> str:
+    def said(epochs: int, x: Any = x, callbacks: Any = None, verbose: int = 2) -> str:
         net = keras.Sequential([keras.Input((20,)), keras.layers.Dense(3)])
         net.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
         history = tfdist.fit(
-            net, x, y, epochs=epochs, checkpoint=tmp_path, callbacks=callbacks, verbose=2
+            net, x, y, epochs=epochs, checkpoint=tmp_path, callbacks=callbacks, verbose=verbose
         )
-        printed = capsys.readouterr().out
-        assert len(history.epoch) == min(epochs, 2)
-        return printed
+        printed = capsys.readouterr()
+        assert len(history.epoch) == (min(epochs, 2) if verbose else 2)
+        return printed.out if verbose else printed.err
 
     assert "tfdist: training goes on" not in said(1)
     assert "has all 1 epochs: nothing is left to train. Raise `epochs`" in said(1)
@@ -219,6 +219,12 @@ def test_what_a_checkpoint_leaves_to_train_is_said(tmp_path, capsys) -> None:
     assert "training goes on from" in again
     assert "other values" not in again
     assert "nothing is left" in said(2, x + 1.0)
+    assert said(2, verbose=0) == ""
+    # The weights are others than asked for, so it is said in any case.
+    fewer = said(1, verbose=0)
+    assert "tfdist: warning: " in fewer
+    assert "has 2 epochs, and 1 are asked for: nothing is left" in fewer
+    assert "the weights are those after epoch 2." in fewer
     stop = keras.callbacks.LambdaCallback()
     stop.on_epoch_end = lambda *_: setattr(stop.model, "stop_training", True)
     for folder in tmp_path.iterdir():

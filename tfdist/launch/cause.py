@@ -49,13 +49,12 @@ class Failure:
     progress: WorkerProgress = field(default_factory=WorkerProgress)
     ended: float = 0.0
     reason: str = ""
+    memory_ran_out: bool | None = None
 
     @property
     def lost_worker(self) -> int | None:
         """The worker whose loss this one has reported as a hang, if it has."""
         return self.progress.lost if self.returncode == HUNG else None
-
-    memory_ran_out: bool | None = None
 
     @property
     def is_from_outside(self) -> bool:
@@ -88,7 +87,7 @@ class Failure:
         """Returns how the worker ended, in one sentence."""
         if self.progress.preempted and self.returncode == START_ME_AGAIN:
             return (
-                f"{self.worker.task} has saved its training and ended, after SIGTERM to a "
+                f"{self.worker.task} has saved its training and ended, after a signal to a "
                 f"worker of the run. Exit status {START_ME_AGAIN} asks for a restart."
             )
         if self.reason:

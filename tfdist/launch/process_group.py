@@ -130,11 +130,7 @@ class ProcessGroup:
         self._screen.check()
 
     def rename(self, tasks: Sequence[str]) -> None:
-        """Shows the workers under other names.
-
-        Args:
-            tasks: The names.
-        """
+        """Shows the workers under other names."""
         self._screen.name(tasks)
 
     def say(self, position: int, line: str) -> None:
