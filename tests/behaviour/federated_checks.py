@@ -179,8 +179,18 @@ def secure_sums_are_those_of_plain_whole_numbers(folder: Path) -> None:
         same_everywhere(model)
         return model.get_weights(), history.history
 
+    strategy, sent = tfdist.strategies.session.current().strategy, set()
+    reduce_step = strategy.reduce_step
+
+    def recorded(gradients: Any, exact_tensors: Any, *rest: Any) -> Any:
+        sent.add((len(gradients), *(tensor.dtype.name for tensor in exact_tensors)))
+        return reduce_step(gradients, exact_tensors, *rest)
+
     with in_float64():
-        ours, history = trained(tfdist.SecureSum())
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(strategy, "reduce_step", recorded)
+            ours, history = trained(tfdist.SecureSum())
+        assert sent == {(0, "int64", "int64", "float32")}  # the last one has signals
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(masks.PairwiseMasks, "add_to", plain)
             theirs, without_masks = trained(tfdist.SecureSum())
