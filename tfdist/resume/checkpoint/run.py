@@ -251,7 +251,8 @@ class CheckpointRun(Continuation):
         if self._last.state is None:
             return
         has_seed = bool(self._last.state["global_seed"])
-        tensors.put_back(self._computing, self._train_state, self._last.read, has_seed)
+        with self._train_state.showing_parts():
+            tensors.put_back(self._computing, self._train_state, self._last.read, has_seed)
         callback_state.restore(self._last.state["callbacks"], self._last.arrays.__getitem__)
 
     def note_restored(self) -> None:
@@ -321,7 +322,8 @@ class CheckpointRun(Continuation):
             return
         # One checkpoint is written at a time. An error of the previous one is raised here.
         self._writer.finish()
-        content = tensors.take(self._computing, self._train_state)
+        with self._train_state.showing_parts():
+            content = tensors.take(self._computing, self._train_state)
         if not self._strategy.place.is_chief:
             return
         arrays: list[Any] = []
