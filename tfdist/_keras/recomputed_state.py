@@ -10,6 +10,7 @@ import tensorflow as tf
 from keras.src.backend.common import global_state as _global_state
 
 from tfdist._keras.recomputed_ops import ops_of_thread
+from tfdist._keras.sharded_weights import InParts
 from tfdist.errors import ArgumentError
 
 Tensor = Any
@@ -24,15 +25,18 @@ class FirstPass(keras.StatelessScope):  # type: ignore[misc]
 
     Relies on `keras.Variable`, which asks the scope for its value and passes it assignments.
 
+    Args:
+        values: Values of variables that are read already, by the variables' ids.
+
     Attributes:
         values: The value of each variable before the layer was called, by the variable's id.
         writes: Names of the ops that assign variables.
         losses: The losses that the layer's parts have added.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, values: dict[int, Tensor] | None = None) -> None:
         super().__init__(collect_losses=True, initialize_variables=False)
-        self.values: dict[int, Tensor] = {}
+        self.values: dict[int, Tensor] = dict(values or {})
         self.writes: set[str] = set()
         self._variables: dict[int, Any] = {}
         self._assigned: set[int] = set()
@@ -114,8 +118,9 @@ class FirstPass(keras.StatelessScope):  # type: ignore[misc]
         backing: list[Any] = []
         for variable in self._variables.values():
             value = variable._value
+            value = value.part if isinstance(value, InParts) else value
             is_split = isinstance(value, tf.distribute.DistributedValues)
-            backing += value.values if is_split else [value]
+            backing += [value, *value.values] if is_split else [value]
         ids = {id(value) for value in backing}
         return [variable for variable in accessed if id(variable) not in ids]
 

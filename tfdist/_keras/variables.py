@@ -128,7 +128,7 @@ def empty(value: Any) -> None:
     """
     # An empty value frees the memory of the former one. The handle, which traced functions have
     # captured, stays the same.
-    for local in _copies(value):
+    for local in local_copies(value):
         with tf.device(local.device):
             _replace(local, tf.zeros([0], local.dtype))
 
@@ -140,7 +140,7 @@ def refill(value: Any, tensors: Sequence[Any]) -> None:
         value: A `tf.Variable`, mirrored or not.
         tensors: The value of each of its copies.
     """
-    for local, tensor in zip(_copies(value), tensors, strict=True):
+    for local, tensor in zip(local_copies(value), tensors, strict=True):
         with tf.device(local.device):
             _replace(local, tf.convert_to_tensor(tensor, local.dtype))
 
@@ -156,10 +156,14 @@ def is_empty(variable: Any) -> bool:
     Args:
         variable: The `keras.Variable`.
     """
-    # The shape of the present value. `Variable.shape` is that of the first one.
-    shape = tf.raw_ops.VariableShape(input=_copies(variable._value)[0].handle)
+    shape = tf.raw_ops.VariableShape(input=local_copies(variable._value)[0].handle)
     return bool(shape.numpy().tolist() == [0])
 
 
-def _copies(value: Any) -> Any:
+def local_copies(value: Any) -> Any:
+    """Returns a `tf.Variable`'s copies on the devices of this process.
+
+    Args:
+        value: A `tf.Variable`, mirrored or not.
+    """
     return value.values if isinstance(value, tf.distribute.DistributedValues) else (value,)

@@ -263,6 +263,8 @@ class ReducedUpdates:
         # Before the backward pass: collectives inside the model (synchronized
         # BatchNormalization) then carry gradients of the global loss.
         self._scaled.add(id(optimizer))
+        # An own `train_step` may take gradients of other losses too.
+        self._batch.is_weighed = not self._at_once
         return loss * tf.cast(self._batch.share, loss.dtype)
 
     def apply(

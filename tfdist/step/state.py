@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
 from dataclasses import dataclass
 from typing import Any
@@ -74,6 +75,10 @@ class TrainState:
             variable: A variable of `named`.
         """
         return next((role for v, role in self.parts if v is variable), None)
+
+    def showing_parts(self) -> contextlib.AbstractContextManager[None]:
+        """Makes a context in which each variable in parts has the shape of its part."""
+        return _keras.showing_parts([variable for variable, _ in self.parts])
 
     @property
     def per_replica(self) -> tuple[Any, ...]:

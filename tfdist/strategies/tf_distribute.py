@@ -149,13 +149,13 @@ class TFDistribute(Connected):
             return contextlib.nullcontext()
         return MirroredVariables(self.strategy, variables, optimizers)
 
-    def make_variable(self, value: Tensor, name: str) -> Any:
+    def make_variable(self, value: Tensor, name: str, trainable: bool = False) -> Any:
         """Makes a variable with a copy on each device of this process."""
         if self.place.local_replicas == 1:
-            return super().make_variable(value, name)
+            return super().make_variable(value, name, trainable)
         with self.strategy.scope():
             return tf.Variable(
-                value, trainable=False, name=name, aggregation=tf.VariableAggregation.NONE
+                value, trainable=trainable, name=name, aggregation=tf.VariableAggregation.NONE
             )
 
     def local_tensors(self, variable: Any) -> list[Tensor]:

@@ -151,7 +151,8 @@ def check_before_training(
             replicas = prepared.strategy.place.num_replicas
             files.check_room(path, tensors.size_of(prepared.state, replicas))
             if last.state is not None and last.reader is not None:
-                tensors.check(prepared.state, last.reader, last.state)
+                with prepared.state.showing_parts():
+                    tensors.check(prepared.state, last.reader, last.state)
         except CheckpointError as error:
             problem = str(error)
     # On all workers, or the others would begin a training that the chief has refused.
