@@ -72,7 +72,7 @@ class SpotChecks:
         Args:
             data: `x`, `y` and `sample_weight` of a replica's batch.
             batch: Its description, with the keys of the rows.
-            stopping: The worker's signals to the other workers, float32 of shape [3].
+            stopping: The worker's signals to the other workers, see `StopState`.
             step: The number of steps of this `fit` before this one, by tfdist's own count.
             l2_norm_clip: The clipping norm of this step.
 
@@ -94,8 +94,8 @@ class SpotChecks:
         with tf.device("CPU:0"):
             failed = tf.logical_or(self._failed.read_value(), ~has_passed)
             with tf.control_dependencies([self._failed.assign(failed)]):
-                request = tf.stack([tf.cast(~has_passed, tf.float32), 0.0, 0.0])
-        return data, stopping + request
+                stops = tf.cast(~has_passed, stopping.dtype)
+        return data, tf.concat([stopping[:1] + stops, stopping[1:]], 0)
 
     def _is_due(self, keys: RowKeys, step: Tensor) -> Tensor:
         with tf.device("CPU:0"):
