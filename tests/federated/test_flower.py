@@ -74,8 +74,10 @@ def reference(model_fn: Any, averaging: Any, rounds: int = 2, keep: Any = None) 
 
 
 def assert_equal(ours: Any, theirs: Any, limit: float = 1e-13) -> None:
-    for a, b in zip(ours.get_weights(), theirs.get_weights(), strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=limit)
+    """Compares weights, statistics of layers, and the states of random numbers."""
+    variables = [[*m.trainable_variables, *m.non_trainable_variables] for m in (ours, theirs)]
+    for a, b in zip(*variables, strict=True):
+        np.testing.assert_allclose(a.numpy(), b.numpy(), rtol=0, atol=limit)
 
 
 @pytest.mark.parametrize(
