@@ -309,6 +309,7 @@ class TestRuns:
         assert "worker 0 │ end" in shown
         last = (runs.folder / "logs" / "events.jsonl").read_text().splitlines()[-1]
         assert json.loads(last)["status"] == 99
+        assert json.loads(last)["what"] == "The launcher got SIGUSR2."
 
     def test_a_reader_that_a_signal_ends_too_does_not_end_the_saving(self, runs: Runs) -> None:
         script = WORKER + (
