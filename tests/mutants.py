@@ -92,7 +92,7 @@ MUTANTS = {
     ),
     "steps made again have the noise of the first time": Mutant(
         "privacy/progress.py",
-        "[*needed, (kept, self._new_secret())]",
+        "[*reachable, (steps_in_weights, self._new_secret())]",
         "pairs",
         "tests/privacy/test_counting.py -k made_again",
     ),

@@ -137,7 +137,6 @@ def fit(
     preflight.check_counts(epochs=epochs, initial_epoch=initial_epoch)
     preflight.check_steps(steps_per_epoch=steps_per_epoch, validation_steps=validation_steps)
     session, model = current(strategy), preflight.compiled_model(model)
-    model_history.check_idle(model)
     request = Request(
         session=session,
         model=model,
@@ -162,8 +161,21 @@ def fit(
         shard=shard,
         seed=seed,
         whole_batch=whole_batch,
-        is_seeded=seed is not None or session.seed is not None,
     )
+    return _train(request, privacy, compression, federated, checkpoint, verify_every)
+
+
+def _train(
+    request: Request,
+    privacy: DPSGD | None,
+    compression: str | PowerSGD | None,
+    federated: FedAvg | None,
+    checkpoint: Checkpoint | str | os.PathLike[str] | None,
+    verify_every: int | None,
+) -> Any:
+    """Lists the extensions that the arguments ask for, and trains with them."""
+    session = request.session
+    model_history.check_idle(request.model)
     extensions: list[Extension] = [Verification(verify_every)]
     if privacy is not None:
         extensions.append(PrivateTraining(privacy))
@@ -183,5 +195,7 @@ def fit(
         continuation = CheckpointRun(checkpoint, session.strategy, extensions)
     elif session.strategy.elastic:
         continuation = elastic.ElasticRun(session.strategy, extensions)
+    # Seeds come after privacy, which may need a secret seed, and before the continuation, which
+    # restores the seed of an earlier process.
     with contextlib.closing(continuation):
         return Training(request, [*extensions, Seeds(), continuation], continuation).run()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import functools
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from tfdist import _keras, api
 from tfdist.errors import ArgumentError
 from tfdist.federated.flower import client, messages, server
 from tfdist.federated.flower.messages import Task
+from tfdist.federated.flower.settings import ServerSettings
 from tfdist.federated.settings import FedAvg
 from tfdist.federated.state import state_of
 from tfdist.privacy.accounting.ledger import Ledger
@@ -151,7 +154,7 @@ def server_app(
         ...     model_fn, federated=tfdist.FedAvg(local_steps=8), rounds=20
         ... )
     """
-    settings = server.ServerSettings(
+    settings = ServerSettings(
         federated=federated,
         rounds=rounds,
         batch_size=batch_size,
@@ -224,8 +227,9 @@ def _train_privately(
     before = [variable.numpy() for variable in state.of_model]
     rows = task.sizes[task.client]
     steps = settings.steps_of(-(-rows // task.batch_size))
-    earlier = _read(path)
-    with _keras.schedules_after(state.optimizers, tf.constant(iterations, tf.int64)):
+    before_first = tf.constant(iterations, tf.int64)
+    with _locked(path), _keras.schedules_after(state.optimizers, before_first):
+        earlier = _read(path)
         history = api.fit(
             model,
             x,
@@ -237,8 +241,8 @@ def _train_privately(
             strategy=strategy,
             privacy=replace(privacy, spent=privacy.spent.merged(earlier)),
         )
-    # The weights leave this process only after their steps are on the disk.
-    _write(path, history.privacy.ledger.merged(earlier))
+        # The weights leave this process only after their steps are on the disk.
+        _write(path, history.privacy.ledger.merged(earlier))
     values = [variable.numpy() for variable in state.of_model]
     trained = len(state.trained)
     values[trained:] = before[trained:]  # the guarantee is of trained weights alone
@@ -250,6 +254,18 @@ def _unknown(variable: Any) -> Any:
     """Returns a state that tells nothing: the metrics of examples are not private."""
     value = np.zeros_like(variable.numpy())
     return np.full_like(value, np.nan) if value.dtype.kind == "f" else value
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Makes a context in which no other process uses the ledger: none forgets another's steps.
+
+    Nodes that share a ledger wait for each other, and each counts the steps of all.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_name(path.name + ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _read(path: Path) -> Ledger:
@@ -266,7 +282,6 @@ def _read(path: Path) -> Ledger:
 
 
 def _write(path: Path, ledger: Ledger) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(path.name + ".new")
     with new.open("w") as file:
         json.dump(ledger.to_dict(), file)

@@ -86,7 +86,7 @@ class TestRun:
         monkeypatch.setenv("TFDIST_ZERO", "")  # so that it is as before afterwards
         assert invoke("run", "-n", "2", "--zero", "1", str(script)).exit_code == 0
         assert {w.environment["TFDIST_ZERO"] for w in planned[0][0]} == {"1"}
-        for refused in (["--zero", "3"], ["--zero", "1", "--ps", "1"]):
+        for refused in (["--zero", "2"], ["--zero", "1", "--ps", "1"]):
             result = invoke("run", *refused, str(script))
             assert result.exit_code == 2
             assert "--zero must" in result.output

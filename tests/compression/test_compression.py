@@ -288,7 +288,7 @@ def test_vectors_are_drawn_alike_with_xla_and_without():
     (factors,) = begun(tfdist.PowerSGD(2, 0, 0.0), 1).exchanges[0]._factors.values()
 
     def drawn_at(step: Any) -> Any:  # an argument: what is constant is computed without XLA
-        return factors._drawn(12, step)
+        return factors._random_vectors(12, step)
 
     step = tf.constant(5, tf.int64)
     vectors = drawn_at(step)

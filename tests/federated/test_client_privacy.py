@@ -11,6 +11,7 @@ import pytest
 import tensorflow as tf
 
 import tfdist
+from tests.behaviour.checkpoint_checks import Stop, StoppedError
 from tests.federated.reference import federated_averaging, in_float64, model_of, rows_of
 from tests.strategies.devices import Devices
 from tfdist.errors import ArgumentError
@@ -24,6 +25,10 @@ PARTS = rows_of(*SIZES)
 X, Y = (np.concatenate(arrays) for arrays in zip(*PARTS, strict=True))
 IDS = np.repeat(range(len(SIZES)), SIZES)
 OPTIONS: dict[str, Any] = {"batch_size": 16, "shuffle": False, "seed": 5, "verbose": 0}
+
+
+def adam() -> Any:
+    return keras.optimizers.Adam(0.05)
 
 
 def averaging(**settings: Any) -> Any:
@@ -265,3 +270,44 @@ def test_layers_whose_state_would_show_clients_are_refused():
         model.compile("sgd", "mse")
         with pytest.raises(ArgumentError, match=match):
             tfdist.fit(model, X, np.eye(3)[Y], federated=averaging(), **OPTIONS)
+
+
+@pytest.mark.full
+def test_a_stopped_training_goes_on_and_counts_all_rounds(tmp_path):
+    """With a known seed bit by bit; with secret ones, rounds that were lost count too."""
+
+    def trained(*callbacks: Any, **options: Any) -> Any:
+        model = model_of(keras.optimizers.SGD(0.1), dropout=0.3)
+        federated = averaging(
+            sampling_probability=0.7, server_optimizer=adam(), seed=options.get("seed", 5)
+        )
+        options = {**OPTIONS, "epochs": 5, "callbacks": list(callbacks), **options}
+        return model, tfdist.fit(model, X, Y, federated=federated, **options).privacy
+
+    expected, _ = trained()
+    known, secret = tmp_path / "known", tmp_path / "secret"
+    with pytest.raises(StoppedError):
+        trained(Stop(3), checkpoint=known)
+    ours, report = trained(checkpoint=known)
+    for a, b in zip(ours.get_weights(), expected.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert report.ledger.steps == 5
+    every = tfdist.Checkpoint(secret, every=2)
+    with pytest.raises(StoppedError):
+        trained(Stop(3), checkpoint=every, seed=None)  # the third round is lost
+    _, report = trained(checkpoint=every, seed=None)
+    assert report.ledger.steps == 6
+    assert report.secret
+
+
+@pytest.mark.full
+def test_a_budget_ends_training_before_it_is_exceeded():
+    model = model_of(keras.optimizers.SGD(0.1))
+    budget = tfdist.PrivacyBudget(2.0)
+    federated = averaging(noise_multiplier=4.0)
+    history = tfdist.fit(
+        model, X, Y, epochs=50, verbose=0, federated=federated, callbacks=[budget]
+    )
+    assert 1.8 < history.privacy.epsilon <= 2.0
+    assert history.privacy.ledger.steps == len(history.epoch) < 50
+    assert history.history["epsilon"] == sorted(history.history["epsilon"])

@@ -120,6 +120,10 @@ def make_plain() -> Any:
     return model_of(momentum())
 
 
+def make_decaying() -> Any:
+    return model_of(decaying())
+
+
 def make_dropping() -> Any:
     return model_of(momentum(), dropout=0.4)
 
@@ -184,18 +188,14 @@ def test_a_private_client_counts_all_rounds_and_runs_and_sends_no_metrics(flwr, 
     }
     averaging = tfdist.FedAvg(local_steps=3)
     for rounds in (1, 2):  # two runs
-        ours, history, _ = run(flwr, make_plain, averaging, rounds, **options)
+        ours, history, _ = run(flwr, make_decaying, averaging, rounds, **options)
     assert np.isnan(history.history["loss"]).all()
     assert all(np.isfinite(weight).all() for weight in ours.get_weights())
     for partition in range(3):
         file = tmp_path / f"{partition}.json"
         ledger = tfdist.privacy.Ledger.from_dict(json.loads(file.read_text()))
         expected = tfdist.privacy.epsilon(
-            sample_size=SIZES[partition],
-            batch_size=4,
-            steps=9,
-            noise_multiplier=2.0,
-            delta=1e-3,
+            sampling_probability=4 / SIZES[partition], noise_multiplier=2.0, steps=9, delta=1e-3
         )
         assert ledger.steps == 9
         assert ledger.epsilon(1e-3) == pytest.approx(expected, rel=1e-6)

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ class Started:
             **os.environ,
             "FLWR_HOME": str(home),
             "FLWR_TELEMETRY_ENABLED": "0",
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": os.environ["PYTHONPATH"],
             "TF_CPP_MIN_LOG_LEVEL": "3",
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         }
@@ -100,6 +100,7 @@ def test_two_nodes_train_as_fit_does(flower: Started, tmp_path: Path) -> None:
         "flower-superlink", "--insecure", "--disable-runtime-dependency-installation",
         "--port", str(port),
     )  # fmt: skip
+    wait(lambda: "startup complete" in flower.logs(), flower)
     for partition in range(2):
         flower.start(
             "flower-supernode", "--insecure", "--superlink", address,
@@ -107,10 +108,7 @@ def test_two_nodes_train_as_fit_does(flower: Started, tmp_path: Path) -> None:
             "--node-config", f"partition-id={partition} num-partitions=2",
         )  # fmt: skip
     flower.start("flwr", "run", str(app), "here", "--stream")
-    end = time.monotonic() + LIMIT_S
-    while not weights.exists():
-        assert time.monotonic() < end, flower.logs()
-        time.sleep(1)
+    wait(weights.exists, flower)
     time.sleep(1)
     with np.load(weights) as saved:
         ours = [saved[name] for name in saved.files if name != "loss"]
@@ -119,6 +117,13 @@ def test_two_nodes_train_as_fit_does(flower: Started, tmp_path: Path) -> None:
     for a, b in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
+
+
+def wait(ready: Callable[[], bool], flower: Started) -> None:
+    end = time.monotonic() + LIMIT_S
+    while not ready():
+        assert time.monotonic() < end, flower.logs()
+        time.sleep(1)
 
 
 def in_one_process() -> tuple[list[Any], list[float]]:

@@ -132,6 +132,8 @@ def messages(settings: Any, are_whole: bool = False) -> tuple[list[Any], list[An
 @pytest.mark.parametrize("bits", [64, 32])
 def test_tensors_are_read_from_a_sum(bits):
     made, sums = messages(tfdist.SecureSum(bits=bits, max_value=2.0))
+    sent = [np.concatenate([vector.numpy() for vector in m.vectors]) for m in made]
+    assert all(np.abs(vector.astype(float)).min() > 2.0**10 for vector in sent)  # all masked
     updates, others, clipped = made[1].read(sums)
     np.testing.assert_array_equal(updates[0], [[1.5, -6.0]])  # -3.25 is clipped
     assert float(updates[1]) == 4.5

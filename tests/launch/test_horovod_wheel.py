@@ -81,7 +81,8 @@ PROJECT = {
         """,
     "horovod/tensorflow/mpi_ops.cc": "int one() { return 1; }\n",
     "horovod/common/gloo/gloo_controller.cc": "  global_ranks_.reserve(size_);\n",
-    "horovod/__init__.py": "",
+    "horovod/common/gloo/gloo_context.cc": "  assert(global_context.IsEnabled());\n",
+    "horovod/__init__.py": "__version__ = '0.28.1'\n",
     "setup.py": SETUP,
 }
 
@@ -337,28 +338,36 @@ class TestProgress:
 
 @quick
 class TestChanges:
-    LISTS, CONTROLLER = (change.file for change in CHANGES)
+    LISTS, CONTROLLER, CONTEXT, PACKAGE = (change.file for change in CHANGES)
 
     @pytest.fixture
     def tree(self, tmp_path):
         lines = {
             self.LISTS: 'a\nlist(APPEND S "x/xla_mpi_ops.cc")\nb # mpi_ops.cc\n',
             self.CONTROLLER: "a\n  global_ranks_.reserve(size_);\n  data();\n",
+            self.CONTEXT: "  assert(global_context.IsEnabled());\n",
+            self.PACKAGE: "__version__ = '0.28.1'\n",
         }
         for name, text in lines.items():
-            (tmp_path / name).parent.mkdir(parents=True)
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / name).write_text(text)
         return tmp_path
 
-    def test_only_two_lines(self, tree):
+    def test_only_these_lines(self, tree):
         change_source(tree)
         assert (tree / self.LISTS).read_text() == "a\nb # mpi_ops.cc\n"
         mended = "a\n  global_ranks_.resize(size_);\n  data();\n"
         assert (tree / self.CONTROLLER).read_text() == mended
+        first, second = (tree / self.CONTEXT).read_text().splitlines()
+        assert first == "  assert(global_context.IsEnabled());"
+        assert second == "  gloo_iface_ = global_context.gloo_iface_;"
+        told, version = (tree / self.PACKAGE).read_text().splitlines()
+        assert told.startswith("keeps_to_interface = True")
+        assert version == "__version__ = '0.28.1'"
         with pytest.raises(BuildError, match=r"must hold xla_mpi_ops\.cc\. Received: 0"):
             change_source(tree)
 
-    @pytest.mark.parametrize("name", [LISTS, CONTROLLER])
+    @pytest.mark.parametrize("name", [LISTS, CONTROLLER, CONTEXT, PACKAGE])
     def test_another_source(self, tree, name):
         (tree / name).unlink()
         with pytest.raises(BuildError, match="Received: 0"):

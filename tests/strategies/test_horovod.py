@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import http.client
 import re
+import socket
 import subprocess
 import sys
 import textwrap
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.jobs import QUIET, finished, free_port, tfdist_run
-from tfdist.errors import LaunchError
+from tfdist.errors import LaunchError, StrategyError
 from tfdist.launch import Host, plan_workers
 from tfdist.launch.horovod import rank_environments
 from tfdist.launch.horovod_rendezvous import rendezvous
 from tfdist.launch.plan import free_addresses
+from tfdist.strategies.horovod.start import _check_own_name
 
 LIMIT_S = 180
 SCRIPT = """
@@ -183,3 +187,26 @@ def test_a_scope_in_which_all_have_met_is_forgotten_whatever_others_did() -> Non
             assert ask("DELETE", met) == 200
         assert [ask("GET", f"local_127.0.0.1/{rank}") for rank in "01"] == [404, 404]
         assert [ask("GET", f"global/{rank}") for rank in "01"] == [200, 200]
+
+
+@pytest.mark.parametrize(
+    ("interface", "address", "is_mended", "is_refused"),
+    [
+        ("eth0", "127.0.1.1", False, True),  # as Debian's /etc/hosts has it
+        ("eth0", "127.0.1.1", True, False),
+        ("eth0", "10.0.0.1", False, False),
+        ("lo", "127.0.1.1", False, False),
+    ],
+)
+def test_a_name_that_is_this_machine_s_alone(
+    interface: str, address: str, is_mended: bool, is_refused: bool, monkeypatch: Any
+) -> None:
+    horovod = pytest.importorskip("horovod")
+    monkeypatch.setenv("HOROVOD_GLOO_IFACE", interface)
+    monkeypatch.setattr(socket, "gethostbyname", lambda name: address)
+    monkeypatch.delattr(horovod, "keeps_to_interface", raising=False)
+    if is_mended:
+        monkeypatch.setattr(horovod, "keeps_to_interface", True, raising=False)
+    context = pytest.raises(StrategyError, match="own name") if is_refused else nullcontext()
+    with context:
+        _check_own_name()

@@ -1,4 +1,4 @@
-"""Replacements in Keras while an optimizer's variables are in parts.
+"""Replacements in Keras while an optimizer's variables, and maybe weights, are in parts.
 
 ================================  ======================================================
 place                             what changes
@@ -11,10 +11,12 @@ the check of loss scaling         a replica's gradients are not finite if anothe
 the average of weights (EMA)      is of this replica's parts; it is gathered to overwrite them
 saving an optimizer               reads whole variables
 loading an optimizer              is refused
+weight decay                      of a weight in parts, it is of this replica's part
+`GradientTape`                    the gradient of a weight in parts; see `sharded_tapes`
 ================================  ======================================================
 
-All else that Keras does in `apply` (weight decay, constraints, the count) it does with whole
-weights on every replica, as without parts.
+All else that Keras does in `apply` (constraints, the count) it does with whole weights on every
+replica, as without parts.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ from tfdist._keras.optimizers import with_nested
 from tfdist._keras.parts import FixedValue
 from tfdist._keras.replica import Tensor, current_batch, replaced
 from tfdist._keras.served_updates import is_elementwise, trained_by
+from tfdist._keras.sharded_tapes import replacements as _of_tapes
 from tfdist._keras.sharded_updates import (
     AVERAGES,
     Sharding,
@@ -45,6 +48,7 @@ from tfdist._keras.sharded_updates import (
     update_parts,
     update_whole,
 )
+from tfdist._keras.sharded_weights import showing_parts
 from tfdist.errors import StrategyError
 
 _ACCUMULATORS = "_accumulated_gradients"
@@ -87,7 +91,12 @@ def updating_parts(sharding: Sharding) -> Iterator[None]:
 
 def replacements(sharding: Sharding) -> list[Replacement]:
     """Lists the replacements; see `updating_parts`."""
-    return [*_of_updates(sharding), *_of_averages(sharding), *_of_reading(sharding)]
+    return [
+        *_of_updates(sharding),
+        *_of_averages(sharding),
+        *_of_reading(sharding),
+        *_of_tapes(),
+    ]
 
 
 def _of_updates(sharding: Sharding) -> list[Replacement]:
@@ -95,6 +104,7 @@ def _of_updates(sharding: Sharding) -> list[Replacement]:
     applying = threading.local()  # the weights that this thread's optimizer updates
     update = _TFOptimizer._backend_update_step
     apply_gradients = _BaseOptimizer._backend_apply_gradients
+    decay = _TFOptimizer._apply_weight_decay
     clip = _BaseOptimizer._clip_gradients
     check_finite = keras.optimizers.LossScaleOptimizer.check_finite
 
@@ -118,15 +128,24 @@ def _of_updates(sharding: Sharding) -> list[Replacement]:
                 "train_on_batch or fit in a callback. Do it after `fit`, or leave `Zero` out."
             )
         before = getattr(applying, "weights", None)
+        # `clip_gradients` gets gradients only, and must know which of them are parts.
         applying.weights = list(variables)
+        shown: list[Any] = []
+        # Before Keras clips and accumulates gradients, so that it does so with parts.
         if updates_parts(optimizer):
             grads = [
                 own_gradient(sharding, g, v) for g, v in zip(grads, variables, strict=True)
             ]
+            shown = [*variables, *optimizer._trainable_variables]
         try:
-            apply_gradients(optimizer, grads, variables)
+            with showing_parts(shown):
+                apply_gradients(optimizer, grads, variables)
         finally:
             applying.weights = before
+
+    def apply_weight_decay(optimizer: Any, variables: Any) -> None:
+        with showing_parts(variables):
+            decay(optimizer, variables)
 
     def clip_gradients(optimizer: Any, grads: Any) -> Any:
         has_norm = optimizer.clipnorm or optimizer.global_clipnorm
@@ -135,6 +154,7 @@ def _of_updates(sharding: Sharding) -> list[Replacement]:
         return clip_by_norms(sharding, optimizer, grads, applying.weights)
 
     def is_finite(optimizer: Any, grads: Any) -> Tensor:
+        # All replicas must skip the same steps, also if only one part of a gradient overflows.
         finite = check_finite(optimizer, grads)
         has_parts = any(map(sharding.has_parts, with_nested([optimizer])))
         if current_batch() is None or not has_parts:
@@ -144,6 +164,7 @@ def _of_updates(sharding: Sharding) -> list[Replacement]:
     return [
         (_TFOptimizer, "_backend_update_step", update_step),
         (_BaseOptimizer, "_backend_apply_gradients", backend_apply_gradients),
+        (_TFOptimizer, "_apply_weight_decay", apply_weight_decay),
         (_BaseOptimizer, "_clip_gradients", clip_gradients),
         (keras.optimizers.LossScaleOptimizer, "check_finite", is_finite),
     ]
@@ -155,14 +176,15 @@ def _of_averages(sharding: Sharding) -> list[Replacement]:
     overwrite = _TFOptimizer._overwrite_model_variables_with_average_value
 
     def update_average(optimizer: Any, variables: Any) -> None:
-        if sharding.has_parts(optimizer):
-            averages = getattr(optimizer, AVERAGES, None) or [None] * len(variables)
-            cuts = [None if a is None else sharding.cut_of(a) for a in averages]
-            variables = [
-                v if cut is None else FixedValue(own_part(sharding, v, cut))
-                for v, cut in zip(variables, cuts, strict=True)
-            ]
-        average(optimizer, variables)
+        with showing_parts(variables):
+            if sharding.has_parts(optimizer):
+                averages = getattr(optimizer, AVERAGES, None) or [None] * len(variables)
+                cuts = [None if a is None else sharding.cut_of(a) for a in averages]
+                variables = [
+                    v if cut is None else FixedValue(own_part(sharding, v, cut))
+                    for v, cut in zip(variables, cuts, strict=True)
+                ]
+            average(optimizer, variables)
 
     def overwrite_weights(optimizer: Any, variables: Any) -> None:
         if not sharding.has_parts(optimizer):
@@ -173,7 +195,8 @@ def _of_averages(sharding: Sharding) -> list[Replacement]:
                     is_cut = sharding.cut_of(mean) is not None
                     variable.assign(sharding.join(mean) if is_cut else mean)
         else:
-            overwrite_by_parts(sharding, optimizer, variables)
+            with showing_parts(variables):
+                overwrite_by_parts(sharding, optimizer, variables)
 
     return [
         (_BaseOptimizer, "_update_model_variables_moving_average", update_average),
@@ -205,6 +228,7 @@ def _of_reading(sharding: Sharding) -> list[Replacement]:
         load(optimizer, store)
 
     def serialize_to_tensors(variable: Any) -> Any:
+        # `tf.train.Checkpoint` asks each variable by itself, and must get whole ones.
         cut = sharding.cut_of(variable)
         if cut is None or tuple(variable.shape) == cut.shape:
             return serialize(variable)

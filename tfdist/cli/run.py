@@ -79,7 +79,7 @@ _MAX_LINE_LENGTH = 240
     "--zero",
     type=int,
     metavar="STAGE",
-    help="1: each worker keeps only its part of the optimizer's state.",
+    help="1: each worker keeps only its part of the optimizer's state. 3: of the weights too.",
 )
 @click.option(
     "--drop-in",
@@ -282,9 +282,10 @@ def _check_options(
             "--synchronous must come with parameter servers. Received: --synchronous without "
             "--ps. Add --ps 1, or leave it out: other strategies are synchronous."
         )
-    if zero is not None and zero != 1:
+    if zero not in (None, 1, 3):
         raise click.BadParameter(
-            f"--zero must be 1: the other stages are not built yet. Received: --zero {zero}."
+            "--zero must be 1, the optimizer's state in parts, or 3, the weights too. "
+            f"Received: --zero {zero}."
         )
     if zero is not None and servers:
         raise click.BadParameter(

@@ -119,10 +119,10 @@ class Factors:
         # Both sides are drawn. If the first gradients are not finite, that step stores nothing,
         # and the second step begins with the other side.
         for variable in (self.left, self.right):
-            variable.assign(self._drawn(variable.shape[0], tf.constant(0, tf.int64)))
+            variable.assign(self._random_vectors(variable.shape[0], tf.constant(0, tf.int64)))
         self.residual.assign(tf.zeros(self.residual.shape, self.residual.dtype))
 
-    def _drawn(self, size: int, step: Tensor) -> Tensor:
+    def _random_vectors(self, size: int, step: Tensor) -> Tensor:
         """Draws vectors that are equal on all replicas. Their lengths do not matter."""
         seed = tf.stack([tf.constant(_SEED + self._number, tf.int64), step])
         # XLA, which compiles the step of a single replica, draws other real numbers from the
@@ -141,7 +141,7 @@ class Factors:
         """
         with tf.init_scope():
             if size not in self._fixed_parts:
-                drawn = self._drawn(size, tf.constant(0, tf.int64)).numpy()
+                drawn = self._random_vectors(size, tf.constant(0, tf.int64)).numpy()
                 self._fixed_parts[size] = tf.constant(_TILT / np.linalg.norm(drawn) * drawn)
         return self._fixed_parts[size]
 
@@ -171,7 +171,7 @@ class Factors:
         if self._settings.warm_start:
             vectors = self._tilted(vectors)
         else:
-            vectors = self._drawn(vectors.shape[0], step)
+            vectors = self._random_vectors(vectors.shape[0], step)
         basis = tf.linalg.qr(vectors).q
         matrix = tf.reshape(tf.cast(gradient, self.residual.dtype), self._matrix)
         if scale is not None:
@@ -271,7 +271,7 @@ class LowRankExchange(Exchange):
     ) -> tuple[Sums, Callable[[Tensor], None]]:
         """Sums compressed gradients; see `Exchange`."""
         side, step = str(phase), tf.convert_to_tensor(self._count)
-        sent: dict[int, tuple[Factors, Sent]] = {}
+        compressed_gradients: dict[int, tuple[Factors, Sent]] = {}
         for i, (gradient, variable) in enumerate(
             zip(contribution.gradients, contribution.variables, strict=True)
         ):
@@ -279,16 +279,16 @@ class LowRankExchange(Exchange):
             if side == PLAIN or factors is None or not _is_whole(gradient, variable):
                 continue
             compressed = factors.compress(gradient, side, step, contribution.loss_scales[i])
-            sent[i] = factors, compressed
+            compressed_gradients[i] = factors, compressed
         tensors = [
-            sent[i][1].vectors if i in sent else gradient
+            compressed_gradients[i][1].vectors if i in compressed_gradients else gradient
             for i, gradient in enumerate(contribution.gradients)
         ]
         summed, others = strategy.reduce_step(
             tensors, contribution.others, contribution.share, contribution.variables
         )
         totals = list(summed)
-        for i, (factors, compressed) in sent.items():
+        for i, (factors, compressed) in compressed_gradients.items():
             total = factors.decompress(compressed, summed[i], contribution.loss_scales[i])
             totals[i] = tf.cast(total, contribution.gradients[i].dtype)
 
@@ -299,7 +299,7 @@ class LowRankExchange(Exchange):
             values = [t.values if isinstance(t, tf.IndexedSlices) else t for t in summed]
             finite = [tf.reduce_all(tf.math.is_finite(value)) for value in values]
             counts = tf.reduce_all(tf.stack([counts, *finite]))
-            for i, (factors, compressed) in sent.items():
+            for i, (factors, compressed) in compressed_gradients.items():
                 factors.keep(compressed, summed[i], counts)
 
         return (totals, others), keep

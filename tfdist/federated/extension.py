@@ -10,7 +10,7 @@ import tensorflow as tf
 from tfdist import data
 from tfdist.data.arrays import Arrays
 from tfdist.data.local import LocalArrays
-from tfdist.errors import ArgumentError
+from tfdist.errors import ArgumentError, DisagreementError
 from tfdist.federated import clients as of
 from tfdist.federated import masks
 from tfdist.federated.clients import Clients
@@ -86,9 +86,19 @@ class FederatedTraining(Extension):
         """Refuses models whose local steps are not known, and prepares the rounds."""
         assert isinstance(source, Rounds)
         check_model(request, source)
+        self._check_alike(request)
         mechanism = None if self._protecting is None else self._protecting.mechanism
         agreed = None if self._settings.secure is None else self._agree_on_masks(request)
         self.round_maker = Federation(self._settings, source, mechanism, agreed)
+
+    def _check_alike(self, request: Request) -> None:
+        """Compares what decides about collectives, before the first of them differs."""
+        found = request.session.strategy.gather_objects(repr(self._settings.secure))
+        if len(set(found)) > 1:
+            listed = ", ".join(f"worker {n}: {secure}" for n, secure in enumerate(found))
+            raise DisagreementError(
+                f"`secure` must be the same on all workers. Received: {listed}."
+            )
 
     def _agree_on_masks(self, request: Request) -> masks.PairwiseMasks:
         strategy = request.session.strategy

@@ -233,10 +233,11 @@ class ProcessGroup:
     def end_stopped(self) -> None:
         """Kills workers that stay stopped, and names those that are silent."""
         for notice in self._stopped.notices(self._members):
-            self.say(notice.member.position, f"tfdist: {notice.text}")
-            if notice.is_lost:
+            if notice.is_lost:  # the text is told with its failure
                 notice.member.reason = notice.text
                 notice.member.signal_group(signal.SIGKILL)
+            else:
+                self.say(notice.member.position, f"tfdist: {notice.text}")
 
     def end(self, steps: Sequence[tuple[int, float]], received: Sequence[int] = ()) -> None:
         """Ends all workers and their children.

@@ -18,7 +18,7 @@ def find_noise(
     privacy: DPSGD | ClientDP,
     session: Session,
     spending: Spending,
-    planned: Plan,
+    step_plan: Plan,
     phase: Phase,
 ) -> tuple[float, StepSchedule | None]:
     """Returns the noise of the settings, or calibrates it for the target.
@@ -27,7 +27,7 @@ def find_noise(
         privacy: The settings.
         session: The session, whose workers must have equal noise.
         spending: The steps that were made before.
-        planned: The plan.
+        step_plan: The plan.
         phase: The phase of the coming steps, without noise.
 
     Returns:
@@ -37,7 +37,7 @@ def find_noise(
     Raises:
         ArgumentError: No noise is enough, or a schedule cannot be private.
     """
-    schedule = schedule_of(privacy, planned.steps) if isinstance(privacy, DPSGD) else None
+    schedule = schedule_of(privacy, step_plan.steps) if isinstance(privacy, DPSGD) else None
     if privacy.target_epsilon is None:
         if schedule is not None:
             return schedule.least, schedule
@@ -52,7 +52,7 @@ def find_noise(
         schedule = schedule.scaled(1 / schedule.least)
         noise = spending.earlier_noise(phase, schedule)
     if noise is None:
-        noise = _noise_within(privacy, session, spending, planned.steps, phase, schedule)
+        noise = _noise_within(privacy, session, spending, step_plan.steps, phase, schedule)
     if schedule is None:
         return noise, None
     schedule = schedule.scaled(noise)

@@ -43,7 +43,6 @@ class ClientPrivacy(Extension):
             request,
             is_private=True,
             seed=run.seed,
-            is_seeded=run.is_seeded,
             seed_is_secret=not run.is_seeded,
         )
 

@@ -153,9 +153,9 @@ class ClientRun:
         return self._progress.steps_made
 
     @property
-    def kept(self) -> int:
+    def restored_steps(self) -> int:
         """The number of rounds of earlier processes."""
-        return self._progress.kept
+        return self._progress.restored_steps
 
     def ledger(self, steps: int) -> Ledger:
         """Returns all private rounds with these clients.

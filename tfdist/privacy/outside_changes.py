@@ -42,7 +42,7 @@ class OutsideChanges:
 
     def __init__(self, model: Any, note: Callable[[int], None]) -> None:
         self._model, self._note = model, note
-        self._known: set[bytes] = set()
+        self._training_digests: set[bytes] = set()
         self._marks: list[_Mark] = []  # a callback may evaluate, which calls others
 
     def watched(self, callbacks: Any) -> Any:
@@ -76,7 +76,7 @@ class OutsideChanges:
     def mark_known(self) -> None:
         """Notes the present weights, to which a callback may go back later."""
         self.mark()
-        self._known.update(self._digests())
+        self._training_digests.update(self._digests())
 
     def settle(self) -> None:
         """Reports a change since the last `mark`, if there is one."""
@@ -85,8 +85,9 @@ class OutsideChanges:
         mark = self._marks.pop()
         if mark.weights.is_current():
             return
+        # A callback may also set the count back.
         updates = max(0, self._count() - mark.updates)
-        if updates or not self._known.issuperset(self._digests()):
+        if updates or not self._training_digests.issuperset(self._digests()):
             self._note(updates)
 
     def accept(self) -> None:

@@ -101,8 +101,11 @@ def heed(signals: Signals, stop: StopState, strategy: Strategy, epoch: Epoch) ->
         MembersChanged: Processes came, or are about to go.
         DisagreementError: The workers drew different batches.
     """
+    # No error: the step counts, and the training is saved after it.
     stop.leaving, stop.saving = bool(signals.leaving), bool(signals.saving)
     status = int(signals.status)
+    # Keras's loop ends at a StopIteration, as if the data had run out. `agreed` tells the
+    # difference.
     if status == STOPPED:
         stop.agreed = True
         raise StopIteration

@@ -212,14 +212,15 @@ class Strategy(Collectives):
         """
         return contextlib.nullcontext()
 
-    def make_variable(self, value: Tensor, name: str) -> Any:
+    def make_variable(self, value: Tensor, name: str, trainable: bool = False) -> Any:
         """Makes a backing variable of which each replica of this process has its own value.
 
         Args:
             value: The initial value on all of them.
             name: Its name.
+            trainable: Whether a `tf.GradientTape` watches it by itself.
         """
-        return tf.Variable(value, trainable=False, name=name)
+        return tf.Variable(value, trainable=trainable, name=name)
 
     def local_tensors(self, variable: Any) -> list[Tensor]:
         """Returns a variable's value on each replica of this process, not copied.

@@ -196,7 +196,6 @@ def request_of(
         shard=None,
         seed=seed,
         whole_batch=None,
-        is_seeded=seed is not None or session.seed is not None,
     )
 
 

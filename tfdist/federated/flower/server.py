@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -14,19 +13,18 @@ import tensorflow as tf
 from tfdist import data
 from tfdist.data.arrays import Arrays
 from tfdist.errors import ArgumentError
-from tfdist.federated.client import ClientSteps
 from tfdist.federated.clients import Clients
 from tfdist.federated.extension import FederatedTraining
 from tfdist.federated.flower import messages
-from tfdist.federated.flower.client import request_of, sent_by_server
+from tfdist.federated.flower.client import request_of
 from tfdist.federated.flower.messages import TAKEN, Task
 from tfdist.federated.flower.nodes import Nodes
+from tfdist.federated.flower.server_round import ServerRound
+from tfdist.federated.flower.settings import ServerSettings
 from tfdist.federated.plan import OfReplica, Plan
-from tfdist.federated.round import FederatedRound, Federation
-from tfdist.federated.settings import FedAvg, check
+from tfdist.federated.round import Federation
 from tfdist.federated.source import Rounds
 from tfdist.step.exchange import Exchange
-from tfdist.step.signals import Signals
 from tfdist.strategies.base import Strategy
 from tfdist.strategies.session import current
 from tfdist.training import preflight
@@ -36,55 +34,6 @@ from tfdist.training.run import Seeds, Training
 from tfdist.training.verification import Verification
 
 Tensor = Any
-
-
-@dataclass(frozen=True, kw_only=True)
-class ServerSettings:
-    """The arguments of `tfdist.flower.server_app`, with the same meaning.
-
-    Raises:
-        ArgumentError: An argument is not valid, or is not there on Flower.
-    """
-
-    federated: FedAvg
-    rounds: int
-    batch_size: int | None
-    num_clients: int
-    lost: str
-    timeout: float
-    shuffle: bool
-    seed: int | None
-    callbacks: Any
-    validation_data: Any
-    verbose: Any
-    has_checkpoint: bool
-
-    def __post_init__(self) -> None:
-        settings = check(self.federated)
-        preflight.check_counts(rounds=self.rounds, num_clients=self.num_clients)
-        if self.lost not in ("repeat", "skip"):
-            raise ArgumentError(
-                "`lost` must be 'repeat', to ask clients again that do not answer, or 'skip', "
-                f"to make a round without them. Received: lost={self.lost!r}."
-            )
-        if settings.clients is not None:
-            raise ArgumentError(
-                "On Flower, each node is a client. Received: FedAvg(clients=...). Leave "
-                "`clients` out; `data_fn` returns a node's rows."
-            )
-        for field in dataclasses.fields(FedAvg):
-            is_set = getattr(settings, field.name) is not field.default
-            if is_set and field.name not in (*TAKEN, "server_optimizer"):
-                raise ArgumentError(
-                    f"On Flower, `FedAvg` is used without `{field.name}`. Received: "
-                    f"{field.name}={getattr(settings, field.name)!r}. Use tfdist.fit for it."
-                )
-        if settings.keep_optimizer and self.has_checkpoint:
-            raise ArgumentError(
-                "On Flower, what clients keep belongs to one run, so another run cannot go on "
-                "with it. Received: keep_optimizer=True and a checkpoint. Leave one of them "
-                "out."
-            )
 
 
 def serve(
@@ -254,17 +203,7 @@ class _Server(FederatedTraining):
         return made
 
     def ask(self, number: Any, clients: Any, weights: Any, *values: Any) -> Any:
-        """Makes the exchange of a round.
-
-        Args:
-            number: The number of the round.
-            clients: Its clients.
-            weights: The weight of each.
-            *values: Of the variables that the server sends.
-
-        Returns:
-            The weights of those that have answered, and 0 for the others.
-        """
+        """Makes the exchange of a round; see `Asking`."""
         try:
             return self._ask(int(number), [int(client) for client in clients], weights, values)
         except Exception as error:
@@ -305,13 +244,7 @@ class _Server(FederatedTraining):
         )
 
     def answer(self, number: int, model: Any, metrics: Any) -> list[Any]:
-        """Returns what a client has trained: values of the model, and the state of metrics.
-
-        Args:
-            number: Which of the round's clients it is.
-            model: The model's values before the round, and their dtypes.
-            metrics: Zeros, of the metrics' shapes and dtypes.
-        """
+        """Returns what a client has trained; see `Asking`."""
         content = self._answers[number]
         if content is None:  # its weight is 0
             return [*model, *metrics]
@@ -323,76 +256,3 @@ class _Server(FederatedTraining):
         except Exception as error:
             self.failure = error
             raise
-
-
-class ServerRound(FederatedRound):
-    """A round whose clients train by messages."""
-
-    _received: _Received
-    _asking: _Server
-
-    def asks(self, asking: _Server, model: Any) -> None:
-        """Sets who asks the clients.
-
-        Args:
-            asking: It sends the messages.
-            model: The model.
-        """
-        self._asking = asking
-        self._steps = self._received = _Received(model, self._state, 0.0)
-        self._received.asking = asking
-
-    def train(self, share: OfReplica, stopping: Tensor, phase: Hashable) -> tuple[Any, Signals]:
-        """Asks the clients, and updates the server's model; see `OwnRound`."""
-        values = [tf.convert_to_tensor(v) for v in sent_by_server(self._state)]
-        inputs = [share.rows[0, 0], share.clients, share.weights, *values]
-        weights = tf.numpy_function(self._asking.ask, inputs, tf.float64)
-        weights = tf.ensure_shape(weights, share.weights.shape)
-        self._received.begin(share.clients, weights)
-        return super().train(share._replace(weights=weights), stopping, phase)
-
-
-class _Received(ClientSteps):
-    """Takes what a client has trained elsewhere, in place of local steps."""
-
-    asking: _Server
-
-    def begin(self, clients: Tensor, weights: Tensor) -> None:
-        """Begins a round.
-
-        Args:
-            clients: Its clients.
-            weights: What the exchange has returned, so that no answer is taken before it.
-        """
-        self._clients, self._weights = clients, weights
-
-    def make(self, batch: Any, start: Sequence[Tensor], steps_before: Tensor) -> None:
-        """Takes an answer.
-
-        Args:
-            batch: Which of the round's clients it is.
-            start: Not needed.
-            steps_before: Not needed.
-        """
-        state = self._state
-        kept = [*state.of_model]
-        zeros = [np.zeros(v.shape, tf.as_dtype(v.dtype).as_numpy_dtype) for v in state.metrics]
-
-        def answer(number: Any, _: Any, *before: Any) -> list[Any]:
-            return self.asking.answer(int(number), before, zeros)
-
-        variables = [*kept, *state.metrics]
-        client = self._clients[batch]
-        before = [tf.convert_to_tensor(variable) for variable in kept]
-        floats = len(state.trained) + len(state.averaged)
-        # The client has counted from the server's values, without seeds of its own.
-        before[floats:] = state.seeds_of(-client, before[floats:])
-        values = tf.numpy_function(
-            answer, [batch, self._weights, *before], [tf.as_dtype(v.dtype) for v in variables]
-        )
-        values = [tf.ensure_shape(a, v.shape) for a, v in zip(values, variables, strict=True)]
-        values[floats : len(kept)] = state.seeds_of(client, values[floats : len(kept)])
-        for variable, value in zip(kept, values[: len(kept)], strict=True):
-            variable.assign(value)
-        for variable, value in zip(state.metrics, values[len(kept) :], strict=True):
-            variable.assign(tf.convert_to_tensor(variable) + value)

@@ -33,6 +33,19 @@ CHANGES = (
         "global_ranks_.reserve(size_);",
         "global_ranks_.resize(size_);",
     ),
+    # The context of a process set forgets the interface, and takes the address to which this
+    # machine's own name resolves: often one that other machines cannot reach.
+    SourceChange(
+        "horovod/common/gloo/gloo_context.cc",
+        "assert(global_context.IsEnabled());",
+        "assert(global_context.IsEnabled());\n  gloo_iface_ = global_context.gloo_iface_;",
+    ),
+    # So that a wheel with the change above can be told from one without it.
+    SourceChange(
+        "horovod/__init__.py",
+        "__version__ =",
+        "keeps_to_interface = True  # in process sets; changed by tfdist\n__version__ =",
+    ),
 )
 CHANGES_KEY = hashlib.sha256(repr(CHANGES).encode()).hexdigest()[:8]
 """A hash of the changes, part of the name of a wheel's folder."""

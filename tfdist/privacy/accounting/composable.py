@@ -21,7 +21,7 @@ def check_relation(phases: Sequence[Phase], relation: str) -> None:
     if relation == "add_or_remove_one" and any(p.in_turn and p.steps for p in phases):
         raise ArgumentError(
             "`relation` must be 'replace_special' or 'replace_one' for a model that was "
-            "trained by DPFTRL: an example more would move all others to other batches. "
+            "trained with DPFTRL: an added example would move all others to other batches. "
             f"Received: relation={relation!r}. Pass one of these to DPSGD, epsilon or "
             "statement."
         )

@@ -96,8 +96,9 @@ class Phase:
         check_count("after", self.after, 0)
         if self.capacity is not None and self.num_rows is None:
             raise ArgumentError(
-                "`num_rows` must come with `capacity`: the cost of leaving examples out "
-                f"depends on it. Received: capacity={self.capacity!r}, num_rows=None."
+                "`num_rows` must be given with `capacity`: the cost of leaving examples out "
+                f"depends on it. Received: capacity={self.capacity!r}, num_rows=None. Pass the "
+                "number of examples in the data."
             )
         for name in ("capacity", "num_rows"):
             if getattr(self, name) is not None:
@@ -109,14 +110,15 @@ class Phase:
                 check_count(name, getattr(self, name), 1)
         if self.cyclic and (self.bands is None or self.separation or self.after):
             raise ArgumentError(
-                "`cyclic` must come with `bands`, and without `separation` and `after`. "
+                "`cyclic` must be given with `bands`, and without `separation` and `after`. "
                 f"Received: bands={self.bands!r}, separation={self.separation!r}, "
-                f"after={self.after!r}."
+                f"after={self.after!r}. Pass `bands` alone."
             )
         if self.in_turn and self.sampling_probability != 1:
             raise ArgumentError(
-                "`sampling_probability` must be 1 with `bands`: nothing is sampled. Received: "
-                f"sampling_probability={self.sampling_probability!r}."
+                "`sampling_probability` must be 1 with `bands`: all examples take part in "
+                "turn, and none is drawn. Received: "
+                f"sampling_probability={self.sampling_probability!r}. Pass 1, or cyclic=True."
             )
 
     @property
@@ -157,6 +159,7 @@ class Phase:
             assert self.bands is not None
             norm = sensitivity(self.bands, self.separation, self.steps, self.after)
             return (norm / self.noise_multiplier) ** 2
+        # A mixture over draws, or a sum with a capacity, is not a Gaussian.
         if self.sampling_probability < 1 or self.truncates:
             return 0.0
         noise, times = self.independent
@@ -172,6 +175,7 @@ class Phase:
         noise, times = self.independent
         if self.in_turn:
             assert self.bands is not None
+            # All steps together are one Gaussian mechanism.
             norm = sensitivity(self.bands, self.separation, self.steps, self.after)
             return dp.GaussianDpEvent(self.noise_multiplier / norm)
         if truncated and self.truncates:
@@ -199,6 +203,6 @@ def dp_accounting() -> Any:
     except ImportError as error:
         raise MissingPackageError(
             "Privacy accounting must have the package dp-accounting. Received: "
-            f'{error}. Install it with: pip install "tfdist[privacy]"'
+            f'{error}. Install it: pip install "tfdist[privacy]"'
         ) from None
     return module

@@ -112,6 +112,7 @@ class Report:
         epsilon = self.ledger.epsilon(
             self.delta, accountant=self.accountant, relation=self.relation, coarse=True
         )
+        # The coarse bound may be above a target that the training keeps.
         if within is not None and epsilon > within:
             epsilon = self.epsilon
         unit = self.ledger.unit
@@ -293,7 +294,7 @@ def _describe(phase: Phase, group: Sequence[Phase] = ()) -> str:
             f"{phase.noise_multiplier:.6g} C for each step, of which the {phase.bands - 1} "
             "steps after it take a part back"
         )
-    most = "at most " if phase.at_most else ""
+    at_most = "at most " if phase.at_most else ""
     clipped = "gradient" if phase.unit == EXAMPLE else "gradients added up and"
     noise = f"{phase.noise_multiplier:.6g} C"
     if len(group) > 1:
@@ -309,9 +310,9 @@ def _describe(phase: Phase, group: Sequence[Phase] = ()) -> str:
         )
     return (
         f"{steps} steps of DP-SGD, each {phase.unit} drawn into each step independently "
-        f"with probability {most}{phase.sampling_probability:.6g}{limit}, each {phase.unit}'s "
-        f"{clipped} clipped to a norm C, and Gaussian noise of standard deviation {noise} "
-        "added to their sum"
+        f"with probability {at_most}{phase.sampling_probability:.6g}{limit}, each "
+        f"{phase.unit}'s {clipped} clipped to a norm C, and Gaussian noise of standard "
+        f"deviation {noise} added to their sum"
     )
 
 
@@ -319,5 +320,6 @@ def _rounded_up(value: float) -> str:
     """Rounds up to three digits."""
     if value == 0:
         return "0"
+    # Up, since a smaller number would promise more than is true.
     unit = 10.0 ** (math.floor(math.log10(value)) - 2)
     return f"{math.ceil(value / unit - 1e-9) * unit:.3g}"

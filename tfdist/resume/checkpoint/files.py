@@ -96,21 +96,21 @@ def remove_unfinished(directory: Path) -> None:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def check_room(directory: Path, needed: int) -> None:
+def check_room(directory: Path, num_bytes: int) -> None:
     """Checks that the disk has room for a checkpoint.
 
     Args:
         directory: The directory of the checkpoints.
-        needed: Number of bytes of a checkpoint.
+        num_bytes: Number of bytes of a checkpoint.
 
     Raises:
         CheckpointError: The disk has less room.
     """
     free = shutil.disk_usage(directory).free
-    if free < needed:
+    if free < num_bytes:
         raise CheckpointError(
             "`checkpoint` must be a directory with room for a checkpoint of "
-            f"{needed / 2**20:.1f} MiB. Received: {str(directory)!r} with "
+            f"{num_bytes / 2**20:.1f} MiB. Received: {str(directory)!r} with "
             f"{free / 2**20:.1f} MiB left. Make room, or choose another one."
         )
 

@@ -104,12 +104,12 @@ class Lease:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._file = directory / _NAME
-        self._mine: Owner | None = None
+        self._owned: Owner | None = None
 
     @property
     def token(self) -> str:
         """The token of this training's lease, "" without one."""
-        return "" if self._mine is None else self._mine.token
+        return "" if self._owned is None else self._owned.token
 
     def take(self) -> None:
         """Takes the lease, as soon as its owner has ended or was silent for too long.
@@ -126,29 +126,31 @@ class Lease:
                 f"{str(self._directory)!r} ({error.strerror}). Choose another one."
             ) from None
 
-    def _take(self, mine: Owner) -> None:
-        begun, seen, is_told = time.monotonic(), self._owner(), False
-        while not self._create(mine):
+    def _take(self, owner_here: Owner) -> None:
+        begin_time, first_owner, is_told = time.monotonic(), self._owner(), False
+        while not self._create(owner_here):
             owner = self._owner()
             if owner is None:
                 continue  # it was released just now
-            waited = time.monotonic() - begun
-            if owner.has_ended or (owner == seen and waited > owner.expires_after):
+            waited = time.monotonic() - begin_time
+            # A process on another host cannot be looked at. It lives if it renews the lease,
+            # and counts as dead if it has not done so for long enough.
+            if owner.has_ended or (owner == first_owner and waited > owner.expires_after):
                 self._remove(owner)
                 continue
-            is_renewed = seen is not None and owner != seen
+            is_renewed = first_owner is not None and owner != first_owner
             if is_renewed or (owner.is_of_this_kernel and waited > ENDS_WITHIN_S):
                 raise CheckpointError(
                     "One training at a time must use a checkpoint directory. Received: "
                     f"{str(self._directory)!r}, to which {owner} writes. End it, or choose "
                     "another directory."
                 )
-            seen = seen or owner
+            first_owner = first_owner or owner
             if not is_told and not owner.is_of_this_kernel:
                 is_told = True
                 self._tell(owner)
             time.sleep(_POLL_S)
-        self._mine = mine
+        self._owned = owner_here
 
     def _tell(self, owner: Owner) -> None:
         text = f"{owner} has used {str(self._directory)!r}."
@@ -164,7 +166,7 @@ class Lease:
     @contextlib.contextmanager
     def renewed(self) -> Iterator[None]:
         """Renews the lease now and then in a thread, and releases it at the end."""
-        if self._mine is None:  # on other workers than the chief
+        if self._owned is None:  # on other workers than the chief
             yield
             return
         is_over = threading.Event()
@@ -174,7 +176,7 @@ class Lease:
                 with contextlib.suppress(OSError):  # a full disk: there will be room again
                     self._renew()
 
-        token = self._mine.token
+        token = self._owned.token
         _IN_USE.add(token)
         thread = threading.Thread(target=renew, name="tfdist-lease", daemon=True)
         thread.start()
@@ -193,13 +195,13 @@ class Lease:
             CheckpointError: Another one has taken it.
         """
         owner = self._owner()
-        if self._mine is None or (owner is None and self._create(self._mine)):
+        if self._owned is None or (owner is None and self._create(self._owned)):
             return
         if owner is not None and not owner.is_readable:
             with contextlib.suppress(OSError):
                 self._renew()
             owner = self._owner()
-        if owner is None or owner.token != self._mine.token:
+        if owner is None or owner.token != self._owned.token:
             raise CheckpointError(
                 "A training must have its checkpoint directory for itself. Received: "
                 f"{str(self._directory)!r}, which {owner or 'another process'} has taken. This "
@@ -208,38 +210,40 @@ class Lease:
 
     def release(self) -> None:
         """Removes the lease, if this training still has it."""
-        mine, self._mine = self._mine, None
+        owned, self._owned = self._owned, None
         with contextlib.suppress(OSError):  # a folder that is gone has no lease either
-            if mine is not None and (owner := self._owner()) and owner.token == mine.token:
+            if owned is not None and (owner := self._owner()) and owner.token == owned.token:
                 self._file.unlink(missing_ok=True)
 
     def _renew(self) -> None:
         owner = self._owner()
-        if self._mine is None or owner is None:
+        if self._owned is None or owner is None:
             return
-        if owner.is_readable and owner.token != self._mine.token:
+        if owner.is_readable and owner.token != self._owned.token:
             return
-        self._mine = replace(self._mine, renewals=self._mine.renewals + 1)
-        self._written(self._mine).replace(self._file)
+        self._owned = replace(self._owned, renewals=self._owned.renewals + 1)
+        self._draft(self._owned).replace(self._file)
 
     def _create(self, owner: Owner) -> bool:
         """Makes the file of the lease, complete, unless there is one."""
-        file = self._written(owner)
+        file = self._draft(owner)
         try:
+            # A hard link appears with its contents, and fails if the name exists. So of two
+            # processes at most one gets the lease.
             os.link(file, self._file)
         except FileExistsError:
             return False
         except OSError:  # a file system without hard links
             try:
-                with self._file.open("x") as made:
-                    made.write(file.read_text())
+                with self._file.open("x") as lease_file:
+                    lease_file.write(file.read_text())
             except FileExistsError:
                 return False
         finally:
             file.unlink(missing_ok=True)
         return True
 
-    def _written(self, owner: Owner) -> Path:
+    def _draft(self, owner: Owner) -> Path:
         file = self._directory / f"{_NAME}-{owner.token}"
         try:
             file.write_text(json.dumps(asdict(owner)))
@@ -249,6 +253,7 @@ class Lease:
         return file
 
     def _owner(self) -> Owner | None:
+        # Where hard links are missing, the file may be read while it is written.
         for _ in range(2):
             try:
                 owner = _owner_in(self._file.read_bytes())
@@ -261,6 +266,8 @@ class Lease:
 
     def _remove(self, owner: Owner) -> None:
         """Removes the lease of an owner that has ended, but not one that came after it."""
+        # Between a look at the file and its removal, another training may have taken the lease.
+        # So the file is moved aside first, and put back if it is not the one.
         aside = self._directory / f"{_NAME}-{uuid.uuid4().hex}"
         with contextlib.suppress(FileNotFoundError):
             self._file.rename(aside)

@@ -74,6 +74,8 @@ def last_checkpoint(lease: Lease, path: Path, strategy: Strategy) -> LastCheckpo
         except CheckpointError as error:
             problem = str(error)
             lease.release()
+    # An error of the chief is sent as well. Otherwise the other workers would wait for a state
+    # that never comes.
     problem, state, arrays, token = strategy.broadcast_object(
         (problem, state, arrays, lease.token)
     )
@@ -149,9 +151,11 @@ def check_before_training(
             replicas = prepared.strategy.place.num_replicas
             files.check_room(path, tensors.size_of(prepared.state, replicas))
             if last.state is not None and last.reader is not None:
-                tensors.check(prepared.state, last.reader, last.state)
+                with prepared.state.showing_parts():
+                    tensors.check(prepared.state, last.reader, last.state)
         except CheckpointError as error:
             problem = str(error)
+    # On all workers, or the others would begin a training that the chief has refused.
     problem = strategy.broadcast_object(problem)
     if problem is not None:
         raise CheckpointError(problem)

@@ -83,8 +83,9 @@ class CheckpointRun(Continuation):
             for o in self._others
         }
         saved = None if state is None else state["setup"]["seed"]
-        is_open = not request.is_seeded and not request.seed_is_secret
-        return replace(request, seed=int(saved)) if is_open and saved is not None else request
+        if saved is None or not request.seed_is_random:
+            return request
+        return replace(request, seed=int(saved))
 
     def notice(self, request: Request) -> str | None:
         """Names the checkpoint from which training continues, if there is one."""
@@ -265,7 +266,7 @@ class CheckpointRun(Continuation):
             # In the middle of an epoch. Keras's loop has just reset the metrics, and callbacks
             # have begun the epoch a second time: both get the checkpoint's state again.
             self.restore(callback_state)
-        self._last = LastCheckpoint()
+        self._last = LastCheckpoint()  # frees the tensors, which are restored by now
 
     def after_step(self, callback_state: CallbackState, logs: Any) -> None:
         """Saves, if a checkpoint is due.

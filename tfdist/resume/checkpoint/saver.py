@@ -76,13 +76,9 @@ class Saver:
         reader = last.reader
         if reader is None and self.is_shared:
             reader = TensorReader(self._settings.path / Path(last.state["folder"]).name)
-        tensors.put_back(
-            self._computing,
-            self._state,
-            reader,
-            bool(last.state["global_seed"]),
-            self.is_shared,
-        )
+        has_seed = bool(last.state["global_seed"])
+        with self._state.showing_parts():
+            tensors.put_back(self._computing, self._state, reader, has_seed, self.is_shared)
 
     def save(
         self,
@@ -107,7 +103,8 @@ class Saver:
             return
         # One checkpoint is written at a time. An error of the previous one is raised here.
         self.writer.finish()
-        pieces = tensors.take(self._computing, self._state)
+        with self._state.showing_parts():
+            pieces = tensors.take(self._computing, self._state)
         folder = files.unfinished_folder(path, epoch, step, self._token)
         of_others: Callable[[], Sequence[Shard]] = tuple
         if self.is_shared:
@@ -122,8 +119,9 @@ class Saver:
             of_others = functools.partial(shards.of_others, folder, others, is_given_up)
         elif self.is_joint:
             received = _Received(folder, is_secret)
-            for part in tensors.of_others(self._computing, self._state):
-                received.add(part)
+            with self._state.showing_parts():
+                for part in tensors.of_others(self._computing, self._state):
+                    received.add(part)
             of_others = received.shards
         if not place.is_chief:
             return

@@ -150,10 +150,10 @@ def check(
         CheckpointError: A tensor is missing, has another shape or type, or is not finite.
     """
 
-    def refuse(what: str, received: str) -> NoReturn:
+    def refuse(requirement: str, received: str) -> NoReturn:
         raise CheckpointError(
-            f"A checkpoint must have {what}. Received: {received} in {saved['folder']}. Begin "
-            "with an older checkpoint, or in another directory."
+            f"A checkpoint must have {requirement}. Received: {received} in "
+            f"{saved['folder']}. Begin with an older checkpoint, or in another directory."
         )
 
     def shape_of(variable: Any, role: Sharded | None = None) -> Shape:
@@ -167,9 +167,9 @@ def check(
         "sharded": [(v, shape_of(v, role)) for v, role in state.sharded],
     }
     for kind, variables in kinds.items():
-        found = {name for name in specs if name.startswith(f"{kind}/")}
-        if found != {f"{kind}/{number}" for number in range(len(variables))}:
-            refuse(f"{len(variables)} tensors {kind}/*", f"{len(found)}")
+        names = {name for name in specs if name.startswith(f"{kind}/")}
+        if names != {f"{kind}/{number}" for number in range(len(variables))}:
+            refuse(f"{len(variables)} tensors {kind}/*", f"{len(names)}")
         for number, (variable, expected) in enumerate(variables):
             name = f"{kind}/{number}"
             shape, dtype = specs[name]

@@ -13,6 +13,7 @@ class Writer:
     """Writes checkpoints in a thread."""
 
     def __init__(self) -> None:
+        # One thread, so that checkpoints reach the disk in the order of training.
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="tfdist-checkpoint")
         self._writing: Future[None] | None = None
         self._is_given_up = threading.Event()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import socket
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -34,6 +36,29 @@ def _process_sets(hvd: Any, groups: Sequence[Sequence[int]], ranks: int) -> list
     return [hvd.ProcessSet(list(group)) for group in groups] if len(groups) > 1 else []
 
 
+def _check_own_name() -> None:
+    """Refuses a machine whose own name resolves to an address of this machine alone.
+
+    A Horovod that was not built by `tfdist horovod build`, or by an earlier one, connects
+    process sets by the address of this name, and ends by SIGABRT.
+    """
+    import horovod
+
+    is_on_one_machine = os.environ.get("HOROVOD_GLOO_IFACE", "lo") in ("lo", "lo0")
+    if is_on_one_machine or hasattr(horovod, "keeps_to_interface"):
+        return
+    name = socket.gethostname()
+    with contextlib.suppress(OSError):
+        address = socket.gethostbyname(name)
+        if address.startswith("127."):
+            raise StrategyError(
+                "A machine's own name must resolve to an address that the other machines can "
+                f"reach. Received: {name!r} at {address}. Run `tfdist horovod build` on it "
+                "again, which makes a Horovod that does not need that, or give the name "
+                "another address in /etc/hosts."
+            )
+
+
 def start(cluster: Cluster, groups: Sequence[Sequence[int]]) -> tuple[Any, Any]:
     """Imports Horovod, connects the ranks and gives this one a GPU of its own.
 
@@ -56,6 +81,7 @@ def start(cluster: Cluster, groups: Sequence[Sequence[int]]) -> tuple[Any, Any]:
         # Horovod can add sets later too, but then needs one exchange more in every cycle.
         hvd.shutdown()
     if not hvd.is_initialized():
+        _check_own_name()
         try:
             hvd.init(process_sets=process_sets)
         except (RuntimeError, ValueError) as error:
