@@ -5,8 +5,10 @@ from __future__ import annotations
 import collections
 import datetime
 import json
+import os
 import resource
 import shutil
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ import tensorflow as tf
 import tfdist
 from tests.equivalence.cases import table
 from tfdist import watchdog
-from tfdist.errors import ArgumentError, CheckpointError
+from tfdist.errors import ArgumentError, CheckpointError, Preempted
 from tfdist.resume.checkpoint import files, plain
 from tfdist.resume.checkpoint.callbacks import CallbackState
 from tfdist.resume.checkpoint.shards import Piece
@@ -232,6 +234,28 @@ def test_what_a_checkpoint_leaves_to_train_is_said(tmp_path, capsys) -> None:
     said(1)
     assert "with other values in its arrays" in said(2, x + 1.0, [stop])
     assert "a callback ended the training" in said(3)
+
+
+@quick
+def test_a_warning_saves_and_sigterm_saves_and_ends(tmp_path, capsys) -> None:
+    signals = {3: signal.SIGUSR1, 5: signal.SIGTERM}
+
+    class Signalled(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+            if batch + 1 in signals:
+                os.kill(os.getpid(), signals[batch + 1])
+
+    net = keras.Sequential([keras.Input((20,)), keras.layers.Dense(3)])
+    net.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    options = {"checkpoint": tmp_path, "callbacks": [Signalled()], "verbose": 0}
+    with pytest.raises(Preempted):
+        tfdist.fit(net, *table(64), batch_size=8, **options)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == [f"epoch-00000-step-000000{step}" for step in signals]
+    said = capsys.readouterr()
+    assert "after a warning signal, training is saved and goes on" in said.out
+    assert "saved after step 5 of epoch 1; the run ends with status 75" in said.out
+    assert said.err.count("SIGTERM: when this step is made") == 1
 
 
 class Rearranging(keras.utils.PyDataset):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import click
 
+from tfdist.cli.explanation import explain
 from tfdist.cluster import strategy_names
 from tfdist.cluster.warning_signals import ON_WARNING, PREEMPT_STATUS
 from tfdist.errors import START_ME_AGAIN
@@ -20,11 +20,9 @@ from tfdist.launch import (
     TOKEN,
     CoordinatorClient,
     Journal,
-    Outcome,
     RestartLimit,
     Restarts,
     Roster,
-    Worker,
     check_names,
     connect_launchers,
     events_name,
@@ -33,15 +31,10 @@ from tfdist.launch import (
     open_standard_streams,
     parse_elastic,
     parse_hosts,
-    restart_lines,
     run_workers,
-    say_last,
     script_command,
     share_token,
 )
-
-# TensorFlow quotes generated code in its tracebacks, with lines of thousands of characters.
-_MAX_LINE_LENGTH = 240
 
 
 @click.command(context_settings={"allow_interspersed_args": False})
@@ -263,7 +256,7 @@ def run(
         )
     status = on_preempt_status if outcome.status == START_ME_AGAIN else outcome.status
     journal.note_end(status, outcome.what)
-    _explain(outcome, roster.workers, log_dir, has_other_hosts=len(machines) > 1)
+    explain(outcome, roster.workers, log_dir, has_other_hosts=len(machines) > 1)
     sys.exit(status)
 
 
@@ -299,53 +292,3 @@ def _restart_limit(max_restarts: str | None, servers: int, elastic: str | None) 
     if max_restarts is not None:
         return RestartLimit.parse(max_restarts)
     return RestartLimit(3 if servers or elastic is not None else 0)
-
-
-def _explain(
-    outcome: Outcome,
-    workers: tuple[Worker, ...],
-    log_dir: Path | None,
-    has_other_hosts: bool = False,
-) -> None:
-    if outcome.interrupted == signal.SIGPIPE:
-        # Standard output has no reader any more, and Python would print an error at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return
-    failure, lines = outcome.failure, []
-    if failure is None:
-        if outcome.elsewhere is not None:
-            repetition = (
-                " It happened twice in a row at this step." if outcome.is_repeated else ""
-            )
-            lines.append(
-                click.style("Error: ", fg="red", bold=True)
-                + f"{outcome.elsewhere.what}{repetition} All workers have been ended."
-            )
-        lines += restart_lines(outcome.restarts)
-        if lines:
-            say_last("\n".join(lines))
-        return
-    lines = [click.style("Error: ", fg="red", bold=True) + failure.describe()]
-    excerpt = failure.excerpt()
-    if excerpt:
-        lines[0] += " Its last lines:"
-        bar = click.style("│", fg="red")
-        lines += ["", *(f"  {bar} {line[:_MAX_LINE_LENGTH]}" for line in excerpt), ""]
-    else:
-        lines[0] += " It had written nothing."
-    if failure.blames_peer and outcome.finished:
-        lines.append(
-            f"{' and '.join(outcome.finished)} had ended before, with exit status 0: "
-            "all workers must make the same steps."
-        )
-    elif failure.blames_peer and has_other_hosts:
-        lines.append("It lost another worker: the cause may be in the output of another host.")
-    if outcome.is_repeated:
-        where = failure.progress.where
-        lines.append(f"It came twice in a row {where}: it is not started again.")
-    if log_dir is not None:
-        lines.append(f"Its whole output: {log_dir / failure.worker.log_name}")
-    if len(workers) > 1:
-        lines.append("All workers on this machine have been ended.")
-    lines += restart_lines(outcome.restarts)
-    say_last("\n".join(lines))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from dataclasses import dataclass
 
 from tfdist.launch.cause import Failure
@@ -33,6 +34,9 @@ class Outcome:
     @property
     def what(self) -> str:
         """The cause of the end in a sentence; empty if all workers have succeeded."""
+        if self.interrupted:
+            name = signal.Signals(self.interrupted).name
+            return f"The launcher got {name}."
         if self.failure is not None:
             return self.failure.describe()
         return "" if self.elsewhere is None else self.elsewhere.what

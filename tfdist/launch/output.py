@@ -166,6 +166,9 @@ class Screen:
     """Writes the lines of all workers to one stream, one whole line after the other.
 
     On a terminal the chief's unfinished line, its progress bar, stays at the bottom.
+
+    Attributes:
+        has_explained_hiding: Whether a line has said that the lines of some workers are hidden.
     """
 
     def __init__(
@@ -188,6 +191,7 @@ class Screen:
         self._coloured = self.is_terminal and not environ.get("NO_COLOR")
         self._bar = "│" if _can_encode(stream, "│") else "|"
         self._live = ""
+        self.has_explained_hiding = False
         self.name(tasks)
 
     @property

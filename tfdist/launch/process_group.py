@@ -56,7 +56,6 @@ class ProcessGroup:
         self._screen, self._shows_all = screen, shows_all
         self._journal, self._noted_at = journal or Journal(), 0.0
         self._leader = 0
-        self._has_explained_hiding = False
         self._logs = LogFolder()
         self._members: list[StartedWorker] = []
         self._selector = selectors.DefaultSelector()
@@ -332,8 +331,8 @@ class ProcessGroup:
         if member.hidden_output is None:
             return lines
         visible = member.hidden_output.take(lines)
-        if len(visible) < len(lines) and not self._has_explained_hiding:
-            self._has_explained_hiding = True
+        if len(visible) < len(lines) and not self._screen.has_explained_hiding:
+            self._screen.has_explained_hiding = True
             task = self._members[self._leader].worker.task
             visible.insert(
                 0,

@@ -321,6 +321,8 @@ def _interrupted(group: ProcessGroup, received: Received, grace: float) -> Outco
         is_saved = any(
             f.progress.preempted and f.returncode == START_ME_AGAIN for f in group.failures
         )
+        if not is_saved:
+            group.say(0, f"tfdist: training was not saved within {grace:g} s (--grace).")
     finished = tuple(group.finished)
     group.end(_AFTER_INTERRUPT if first == signal.SIGINT else _AFTER_FAILURE, received)
     # A warning asks to be started again, whether or not there was something to save.
