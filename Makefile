@@ -6,12 +6,14 @@ BIN := $(VENV)/bin
 # The oldest versions that pyproject.toml allows, tested beside the newest.
 OLDEST := "tensorflow==2.20.*" "keras==3.12.0"
 OLDEST_VENV ?= .venv-oldest
+# Flower forces other versions of protobuf and cryptography than TensorFlow's own choice.
+FLOWER_VENV ?= .venv-flower
 
 # One process serves the tests of places, one those that wait, and one computes; see tests/conftest.py.
 PYTEST := -m pytest -n 3 --dist loadgroup --no-loadscope-reorder --durations 15
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full test-newest test-oldest check lint format bench docs clean
+.PHONY: help demo test test-full test-newest test-oldest test-flower check lint format bench docs clean
 
 help:  ## Show this list.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -53,6 +55,12 @@ $(OLDEST_VENV)/.dev: pyproject.toml
 	$(OLDEST_VENV)/bin/python -m pip install --quiet -e ".[test]" $(OLDEST)
 	@touch $@
 
+$(FLOWER_VENV)/.dev: pyproject.toml
+	$(PYTHON) -m venv $(FLOWER_VENV)
+	$(FLOWER_VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(FLOWER_VENV)/bin/python -m pip install --quiet -e ".[test,flower]"
+	@touch $@
+
 demo: $(VENV)/.demo  ## Train a real model over two local worker processes.
 	$(BIN)/tfdist run -n 2 examples/quickstart.py
 
@@ -68,6 +76,9 @@ test-newest: $(VENV)/.dev $(VENV)/.horovod $(VENV)/.tensorflow-privacy
 
 test-oldest: $(OLDEST_VENV)/.dev $(OLDEST_VENV)/.horovod
 	$(OLDEST_VENV)/bin/python $(PYTEST) -m oldest
+
+test-flower: $(FLOWER_VENV)/.dev  ## Run the tests of tfdist.flower with Flower, in an environment of its own.
+	$(FLOWER_VENV)/bin/python -m pytest --full tests/federated/test_flower.py tests/federated/test_flower_engine.py
 
 check: lint  ## Lint, type-check and run the quick tests: for every commit.
 	$(BIN)/python -m pytest -m quick -q -n 2 --dist loadfile
@@ -90,4 +101,4 @@ docs: $(VENV)/.docs  ## Build the documentation into site/.
 	$(BIN)/mkdocs build --strict
 
 clean:  ## Remove what make created.
-	rm -rf $(VENV) $(OLDEST_VENV) site build dist *.egg-info
+	rm -rf $(VENV) $(OLDEST_VENV) $(FLOWER_VENV) site build dist *.egg-info

@@ -92,7 +92,7 @@ MUTANTS = {
     ),
     "steps made again have the noise of the first time": Mutant(
         "privacy/progress.py",
-        "[*needed, (kept, self._new_secret())]",
+        "[*reachable, (steps_in_weights, self._new_secret())]",
         "pairs",
         "tests/privacy/test_counting.py -k made_again",
     ),
@@ -271,7 +271,7 @@ MUTANTS = {
         "tests/federated/test_federated.py -k loop_over",
     ),
     "a client takes another one's optimizer": Mutant(
-        "federated/kept.py",
+        "federated/client_optimizers.py",
         "[tf.convert_to_tensor(table)[slot] for",
         "[tf.convert_to_tensor(table)[slot * 0] for",
         "tests/federated/test_federated.py -k loop_over",
@@ -281,6 +281,30 @@ MUTANTS = {
         "values = [*start.trained, *start.averaged, *counted]",
         "values = [*_values(state.trained), *start.averaged, *counted]",
         "tests/federated/test_federated.py -k loop_over",
+    ),
+    "a client's update is not clipped": Mutant(
+        "privacy/mechanism/client_updates.py",
+        "part * tf.cast(factor, part.dtype)",
+        "part",
+        "tests/federated/test_client_privacy.py -k contributes",
+    ),
+    "the sum over clients is divided by their number": Mutant(
+        "privacy/mechanism/client_updates.py",
+        "self._expected = sampling_probability * num_clients",
+        "self._expected = num_clients",
+        "tests/federated/test_client_privacy.py -k loop_that_clips",
+    ),
+    "noise on the sum over clients is less by sqrt(2)": Mutant(
+        "privacy/mechanism/client_updates.py",
+        "counts(tf.ensure_shape(flat, [sum(sizes)]), normal,",
+        "counts(tf.ensure_shape(flat, [sum(sizes)]), normal * 0.7071,",
+        "tests/federated/test_client_privacy.py -k deviation",
+    ),
+    "a repeated round has the masks of the first": Mutant(
+        "federated/masks.py",
+        "self._attempts[number, lane] += 1",
+        "self._attempts[number, lane] += 0",
+        "tests/federated/test_secure.py -k twice",
     ),
     "moments are those of the share": Mutant(
         "_keras/batch_norm.py",

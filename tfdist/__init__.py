@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 from tfdist._version import __version__
 
 if TYPE_CHECKING:
-    from tfdist import compression, imbalance, privacy, samplers
+    from tfdist import compression, flower, imbalance, privacy, samplers
     from tfdist.api import fit
     from tfdist.compression.settings import PowerSGD
     from tfdist.data import Augment, ByClass, LocalShard
+    from tfdist.federated.secure_sum import SecureSum
     from tfdist.federated.settings import DiLoCo, FedAvg
     from tfdist.privacy.budget import PrivacyBudget
+    from tfdist.privacy.client_dp import ClientDP
     from tfdist.privacy.dpftrl import DPFTRL
     from tfdist.privacy.settings import DPSGD
     from tfdist.resume.checkpoint import Checkpoint
@@ -33,6 +35,7 @@ __all__ = [
     "Augment",
     "ByClass",
     "Checkpoint",
+    "ClientDP",
     "DiLoCo",
     "FedAvg",
     "Horovod",
@@ -43,12 +46,14 @@ __all__ = [
     "PerClassMetrics",
     "PowerSGD",
     "PrivacyBudget",
+    "SecureSum",
     "Zero",
     "__version__",
     "compression",
     "drop_in",
     "evaluate",
     "fit",
+    "flower",
     "imbalance",
     "init",
     "is_chief",
@@ -65,6 +70,7 @@ _HOMES = {
     "Augment": "tfdist.data",
     "ByClass": "tfdist.data",
     "Checkpoint": "tfdist.resume.checkpoint.settings",
+    "ClientDP": "tfdist.privacy.client_dp",
     "DPFTRL": "tfdist.privacy.dpftrl",
     "DPSGD": "tfdist.privacy.settings",
     "DiLoCo": "tfdist.federated.settings",
@@ -77,6 +83,7 @@ _HOMES = {
     "PerClassMetrics": "tfdist.imbalance.per_class",
     "PowerSGD": "tfdist.compression.settings",
     "PrivacyBudget": "tfdist.privacy.budget",
+    "SecureSum": "tfdist.federated.secure_sum",
     "Zero": "tfdist.strategies.zero",
     "drop_in": "tfdist.scripts.drop_in",
     "evaluate": "tfdist.training.evaluation",
@@ -120,7 +127,7 @@ def _follow_files() -> None:
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("compression", "imbalance", "privacy", "samplers"):
+    if name in ("compression", "flower", "imbalance", "privacy", "samplers"):
         return importlib.import_module(f"tfdist.{name}")
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)

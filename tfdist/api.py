@@ -12,6 +12,7 @@ from tfdist.compression.settings import PowerSGD
 from tfdist.federated.extension import FederatedTraining
 from tfdist.federated.settings import FedAvg
 from tfdist.privacy import model_history
+from tfdist.privacy.client_extension import ClientPrivacy
 from tfdist.privacy.extension import PrivateTraining
 from tfdist.privacy.settings import DPSGD
 from tfdist.resume import elastic
@@ -136,7 +137,6 @@ def fit(
     preflight.check_counts(epochs=epochs, initial_epoch=initial_epoch)
     preflight.check_steps(steps_per_epoch=steps_per_epoch, validation_steps=validation_steps)
     session, model = current(strategy), preflight.compiled_model(model)
-    model_history.check_idle(model)
     request = Request(
         session=session,
         model=model,
@@ -161,16 +161,33 @@ def fit(
         shard=shard,
         seed=seed,
         whole_batch=whole_batch,
-        is_seeded=seed is not None or session.seed is not None,
     )
+    return _train(request, privacy, compression, federated, checkpoint, verify_every)
+
+
+def _train(
+    request: Request,
+    privacy: DPSGD | None,
+    compression: str | PowerSGD | None,
+    federated: FedAvg | None,
+    checkpoint: Checkpoint | str | os.PathLike[str] | None,
+    verify_every: int | None,
+) -> Any:
+    """Lists the extensions that the arguments ask for, and trains with them."""
+    session = request.session
+    model_history.check_idle(request.model)
     extensions: list[Extension] = [Verification(verify_every)]
     if privacy is not None:
         extensions.append(PrivateTraining(privacy))
+    of_clients: ClientPrivacy | None = None
+    if getattr(federated, "privacy", None) is not None:
+        of_clients = ClientPrivacy(federated)
+        extensions.append(of_clients)
     if compression is None:
         compression = session.strategy.compression
     extensions.append(CompressedTraining(compression))
     if federated is not None:
-        extensions.append(FederatedTraining(federated))
+        extensions.append(FederatedTraining(federated, of_clients))
     if session.zero is not None:
         extensions.append(ShardedOptimizer(session.zero, compression))
     continuation = Continuation(extensions)
@@ -178,5 +195,7 @@ def fit(
         continuation = CheckpointRun(checkpoint, session.strategy, extensions)
     elif session.strategy.elastic:
         continuation = elastic.ElasticRun(session.strategy, extensions)
+    # Seeds come after privacy, which may need a secret seed, and before the continuation, which
+    # restores the seed of an earlier process.
     with contextlib.closing(continuation):
         return Training(request, [*extensions, Seeds(), continuation], continuation).run()

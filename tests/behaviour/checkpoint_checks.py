@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -13,7 +15,15 @@ import pytest
 
 import tfdist
 from tests.behaviour.checks import level, place
-from tests.behaviour.registry import MIRRORED, WORKERS, check
+from tests.behaviour.registry import (
+    HOROVOD,
+    MIRRORED,
+    MULTI_WORKER,
+    SERVERS,
+    SINGLE,
+    WORKERS,
+    check,
+)
 from tests.equivalence.cases import clipped_sgd, mlp, table
 from tfdist.errors import CheckpointError
 
@@ -75,6 +85,30 @@ def a_stopped_training_ends_with_the_same_bits(folder: Path) -> None:
             np.testing.assert_array_equal(ours, theirs)
         assert logs == history
         assert own.exists() == place().is_chief
+
+
+class Warned(keras.callbacks.Callback):
+    """Gets a signal at its tenth step, on one worker."""
+
+    steps = 0
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        self.steps += 1
+        if self.steps == 10 and place().worker_index == place().num_workers - 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+
+@check(MULTI_WORKER, full=(SINGLE, HOROVOD, SERVERS))
+def a_warning_to_one_worker_saves_and_training_goes_on(folder: Path) -> None:
+    checkpoint = tfdist.Checkpoint(folder / "c", every=1000, keep=9)
+    _, history = train(untrained(), checkpoint, Warned())
+    assert len(history["loss"]) > 1
+    if place().is_chief:
+        # With others, the next step tells them. The end of training is always saved.
+        step = 2 if place().num_workers == 1 else 3
+        names = sorted(path.name for path in (folder / "c").iterdir())
+        assert names[0] == f"epoch-00001-step-{step:07d}"
+        assert len(names) > 1
 
 
 @check(*WORKERS)

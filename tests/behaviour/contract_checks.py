@@ -25,6 +25,7 @@ from tests.behaviour.registry import (
     check,
 )
 from tfdist.resume.checkpoint import tensors
+from tfdist.resume.checkpoint.shards import TensorReader, merge, write_shard
 from tfdist.step.state import Role, Sharded, TrainState
 from tfdist.strategies import connected, tf_distribute
 from tfdist.strategies.mesh import Mesh
@@ -202,18 +203,32 @@ def what_replicas_have_of_their_own_is_saved_and_restored(folder: Path) -> None:
     with strategy().hold(of_role, []):
         for variable in of_role:
             strategy().assign_copies(variable, [parts[r] for r in local])
-        saved = tensors.take(strategy(), state)
+        own = write_shard(folder, place.worker_index, tensors.take(strategy(), state))
+        written = strategy().gather_objects(own)
         if place.is_chief:
-            np.testing.assert_array_equal(saved["sharded/0"], whole)
-            np.testing.assert_array_equal(saved["per_replica/0"], parts)
-        for variable in of_role:
-            strategy().assign_copies(variable, [np.zeros((2, 3))] * len(local))
-        read = (lambda name: saved[name].numpy()) if place.is_chief else None
-        tensors.put_back(strategy(), state, read, has_global_seed=False)
-        for variable in of_role:
-            np.testing.assert_array_equal(
-                strategy().copies(variable), [parts[r] for r in local]
-            )
+            merge(folder, written)
+        strategy().gather_objects(None)
+        reader = TensorReader(folder)
+        np.testing.assert_array_equal(reader.whole("sharded/0"), whole)
+        np.testing.assert_array_equal(reader.whole("per_replica/0"), parts)
+        # The chief gets the same if the others cannot write.
+        sent = [piece for part in tensors.of_others(strategy(), state) for piece in part]
+        names = [(piece.name, piece.slice.spec) for piece in sent]
+        others = range(place.local_replicas, place.num_replicas) if place.is_chief else ()
+        assert len(set(names)) == len(names) == 2 * len(others)
+        for piece in sent:
+            axes = zip(piece.slice.begin, piece.slice.sizes, strict=True)
+            expected = reader.whole(piece.name)[tuple(slice(b, b + n) for b, n in axes)]
+            np.testing.assert_array_equal(piece.tensor, expected)
+        for is_shared in (True, False):
+            for variable in of_role:
+                strategy().assign_copies(variable, [np.zeros((2, 3))] * len(local))
+            here = reader if is_shared or place.is_chief else None
+            tensors.put_back(strategy(), state, here, False, is_shared)
+            for variable in of_role:
+                np.testing.assert_array_equal(
+                    strategy().copies(variable), [parts[r] for r in local]
+                )
 
 
 @check(*WORKERS, "multi_worker-3", full=FULL)

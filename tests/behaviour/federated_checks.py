@@ -12,10 +12,16 @@ import pytest
 
 import tfdist
 from tests.behaviour.checkpoint_checks import Stop, StoppedError
-from tests.behaviour.checks import assert_weights_close, place, same_everywhere
+from tests.behaviour.checks import (
+    assert_weights_close,
+    everywhere,
+    place,
+    same_everywhere,
+)
 from tests.behaviour.registry import HOROVOD, MIRRORED, MULTI_WORKER, check
 from tests.federated.reference import federated_averaging, in_float64, model_of, rows_of
 from tfdist.federated import clients as of
+from tfdist.federated import masks
 from tfdist.strategies.base import Place
 
 SIZES = (40, 7, 70, 1, 33, 20)
@@ -157,3 +163,104 @@ def updates_travel_compressed(folder: Path) -> None:
     for model in (half, low_rank):
         pairs = zip(model.get_weights(), plain.get_weights(), strict=True)
         assert any((a != b).any() for a, b in pairs)
+
+
+CUTS = slice(0, 47), slice(47, 118), slice(118, None)
+
+
+def trained_by_three(settings: Any) -> tuple[Any, Any]:
+    """Trains where three workers have their own rows; gives the model and the history."""
+    own = CUTS[place().worker_index]
+    model = model_of(momentum(), norm=True, dropout=0.4)
+    averaging = tfdist.FedAvg(local_epochs=1, secure=settings)
+    options = {**OPTIONS, "epochs": 2, "shard": "local", "federated": averaging}
+    history = tfdist.fit(model, X[own], Y[own], **options)
+    same_everywhere(model)
+    return model, history.history
+
+
+@check("multi_worker-3", full=("horovod-3",))
+def secure_sums_are_those_of_plain_whole_numbers(folder: Path) -> None:
+    """Bit by bit, of what each worker had before it masked; and nothing else is sent."""
+    strategy, types, seen = tfdist.strategies.session.current().strategy, set(), []
+    reduce_step, add_masks = strategy.reduce_step, masks.PairwiseMasks.add_to
+
+    def recorded_types(gradients: Any, exact_tensors: Any, *rest: Any) -> Any:
+        types.add((len(gradients), *(tensor.dtype.name for tensor in exact_tensors)))
+        return reduce_step(gradients, exact_tensors, *rest)
+
+    def recorded(self: Any, number: int, lane: int, vectors: Any) -> Any:
+        masked = add_masks(self, number, lane, vectors)
+        assert all(np.mean(m == v) < 0.01 for m, v in zip(masked, vectors, strict=True))
+        seen.append((number, vectors[0].copy()))
+        return masked
+
+    with in_float64(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(strategy, "reduce_step", recorded_types)
+        patch.setattr(masks.PairwiseMasks, "add_to", recorded)
+        first = model_of(momentum(), norm=True, dropout=0.4)
+        ours, history = trained_by_three(tfdist.SecureSum())
+        theirs = model_of(momentum(), norm=True, dropout=0.4)
+        parts = [(X[cut], Y[cut]) for cut in CUTS]
+        losses = federated_averaging(theirs, parts, 2, optimizer=momentum, batch_size=16)
+    assert types == {(0, "int64", "int64", "float32")}  # the last one has signals
+    assert [number for number, _ in seen] == [0, 1]
+    order = [(m.trainable_variables, statistics_of(m)) for m in (first, ours)]
+    expected, found = (np.concatenate([v.numpy().ravel() for v in a + b]) for a, b in order)
+    for rounds in zip(*everywhere(seen), strict=True):
+        expected = expected - np.sum([sent for _, sent in rounds], 0) * 2.0**-32
+    np.testing.assert_array_equal(found, expected)
+    assert_weights_close(ours, theirs, 1e-8)
+    np.testing.assert_allclose(history["loss"], losses, rtol=1e-7)
+    assert history["secure_sum_clipped"] == [0.0, 0.0]
+
+
+def statistics_of(model: Any) -> list[Any]:
+    return [v for v in model.non_trainable_variables if "seed" not in v.name]
+
+
+@check(full=("multi_worker-3",))
+def clipped_values_of_secure_sums_are_reported(folder: Path) -> None:
+    with in_float64():
+        _, history = trained_by_three(tfdist.SecureSum(bits=32, max_value=1e-3))
+    assert 0 < history["secure_sum_clipped"][0] < 1
+
+
+@check(full=(MIRRORED, MULTI_WORKER, HOROVOD))
+def clients_are_protected_as_on_one_process(folder: Path) -> None:
+    """Without noise the weights are those of a loop."""
+    privacy = tfdist.ClientDP(0.2, noise_multiplier=0.0, delta=1e-2, sampling_probability=0.7)
+    with in_float64():
+        averaging = tfdist.FedAvg(
+            clients=IDS, local_steps=2, weighting="uniform", privacy=privacy
+        )
+        ours, theirs = (model_of(momentum()) for _ in range(2))
+        tfdist.fit(ours, X, Y, epochs=3, federated=averaging, **OPTIONS)
+        clients = of.of_ids(IDS, len(IDS), tfdist.strategies.session.current().strategy, False)
+        plan = tfdist.federated.plan.Plan(
+            averaging, clients, Place(), tfdist.samplers.Sequential(), 16, 5
+        )
+        drawn = [plan.chosen(number).tolist() for number in range(3)]
+        federated_averaging(
+            theirs, PARTS, 3, optimizer=momentum, batch_size=16, local_steps=2,
+            chosen=drawn.__getitem__, clip=(0.2, 0.7 * 6),
+        )  # fmt: skip
+        assert_weights_close(ours, theirs, 2e-6)
+
+
+@check(MIRRORED, full=(MULTI_WORKER, HOROVOD))
+def noise_on_the_sum_over_clients_is_added_once(folder: Path) -> None:
+    """Not by each replica. Of 30000 numbers the deviation is known within 2 %."""
+    model = keras.Sequential([keras.Input((6,)), keras.layers.Dense(5000, use_bias=False)])
+    model.compile(keras.optimizers.SGD(0.0), "mse")
+    before = model.get_weights()[0]
+    noisy = tfdist.ClientDP(0.7, noise_multiplier=1.5, delta=1e-2, sampling_probability=0.5)
+    averaging = tfdist.FedAvg(clients=IDS, local_steps=2, weighting="uniform", privacy=noisy)
+    report = tfdist.fit(
+        model, X, np.zeros((len(X), 5000)), epochs=1, verbose=0, federated=averaging
+    ).privacy
+    same_everywhere(model)
+    moved = (model.get_weights()[0] - before) * (0.5 * 6) / (1.5 * 0.7)
+    assert moved.std() == pytest.approx(1.0, rel=0.02)
+    assert report.secret
+    assert report.ledger.steps == 1

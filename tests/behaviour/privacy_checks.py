@@ -185,7 +185,7 @@ def gradients_that_are_not_summed_as_they_are_are_refused(folder: Path) -> None:
 @check(SERVERS)
 def asynchronous_servers_are_refused(folder: Path) -> None:
     strategy = tfdist.ParameterServer(min_part_bytes=256)
-    refused(StrategyError, "must be synchronous", strategy=strategy)
+    refused(StrategyError, "needs a synchronous strategy", strategy=strategy)
 
 
 class Late(L.Layer):

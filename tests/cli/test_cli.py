@@ -41,7 +41,7 @@ def planned(monkeypatch, most) -> list[tuple]:
     runs: list[tuple] = []
 
     def note(workers, log_dir=None, restarts=None, **options):
-        most.append(restarts.limit)
+        most.append(restarts.limit.count)
         runs.append((workers, log_dir))
         return Outcome(0)
 
@@ -87,7 +87,7 @@ class TestRun:
         monkeypatch.setenv("TFDIST_ZERO", "")  # so that it is as before afterwards
         assert invoke("run", "-n", "2", "--zero", "1", str(script)).exit_code == 0
         assert {w.environment["TFDIST_ZERO"] for w in planned[0][0]} == {"1"}
-        for refused in (["--zero", "3"], ["--zero", "1", "--ps", "1"]):
+        for refused in (["--zero", "2"], ["--zero", "1", "--ps", "1"]):
             result = invoke("run", *refused, str(script))
             assert result.exit_code == 2
             assert "--zero must" in result.output
@@ -130,10 +130,12 @@ class TestRun:
                 "MAX of --elastic must be the sum of the slots in --hosts, 2.",
             ),
             (["--hosts", "a,b", "SCRIPT"], 1, "Error: `--node-rank` must say"),
+            (["--max-restarts", "3/x", "SCRIPT"], 1, "Error: `--max-restarts` must be"),
+            (["--health", "0", "SCRIPT"], 1, "Error: `--health` must be a port"),
             (
                 ["--hosts", "localhost,nowhere.invalid", "--node-rank", "0", "SCRIPT"],
                 1,
-                "Received: nowhere.invalid, which no name service knows.",
+                "Received: nowhere.invalid, which no name service knows after 0 s",
             ),
             (["not_there.py"], 2, "Received: 'not_there.py', which is not there."),
             ([".."], 2, "which is no file"),
@@ -141,7 +143,8 @@ class TestRun:
             (["--unknown", "SCRIPT"], 2, "No such option '--unknown'"),
         ],
     )
-    def test_wrong_use(self, arguments, status, message, script, planned):
+    def test_wrong_use(self, arguments, status, message, script, planned, monkeypatch):
+        monkeypatch.setenv("TFDIST_START_TIMEOUT", "0")
         result = invoke("run", *(str(script) if a == "SCRIPT" else a for a in arguments))
         assert result.exit_code == status
         assert message in result.output

@@ -19,6 +19,8 @@ from tfdist.cluster.environment import limit_of
 from tfdist.errors import CheckpointError, ClusterError, LaunchError
 from tfdist.launch import parse_elastic, parse_hosts, plan_workers
 from tfdist.resume.checkpoint import files
+from tfdist.resume.checkpoint.shards import Piece, write_shard
+from tfdist.resume.checkpoint.slices import Slice
 
 pytestmark = pytest.mark.quick
 # Each example takes milliseconds; a second is what a user would notice.
@@ -188,14 +190,23 @@ def test_limits_of_waits(value: str) -> None:
 def written() -> Any:
     with tempfile.TemporaryDirectory() as folder:
         for epoch in (1, 2):
-            tensors = {"variables/0": tf.fill([100], float(epoch))}
-            files.write(Path(folder), epoch, 0, tensors, {"format": 1, "epoch": epoch}, keep=3)
+            halves = [Slice((100,), (begin,), (50,)) for begin in (0, 50)]
+            value = tf.fill([50], float(epoch))
+            first, second = ([Piece("variables/0", value, half)] for half in halves)
+            other = files.unfinished_folder(Path(folder), epoch, 0, "token")
+            other.mkdir()
+            of_others = [write_shard(other, 1, second)]
+            state = {"format": 1, "epoch": epoch}
+            files.write(
+                Path(folder), epoch, 0, first, state, 3, token="token",
+                of_others=lambda shards=of_others: shards,
+            )  # fmt: skip
         yield Path(folder)
 
 
 damages = st.tuples(
     st.integers(0, 1),  # of which checkpoint
-    st.integers(0, 3),  # which file
+    st.integers(0, 4),  # which file
     st.sampled_from(["delete", "cut", "flip", "append", "folder", "empty", "text"]),
     st.integers(0, 10_000),
     st.binary(min_size=1, max_size=20),
@@ -246,4 +257,4 @@ def test_damaged_checkpoints(written: Path, what: list[Any]) -> None:
         assert found is not None
         assert found.state["epoch"] >= whole[0]
         epoch = found.state["epoch"]
-        assert (found.tensors()("variables/0") == epoch).all()
+        assert (found.tensors.whole("variables/0") == epoch).all()

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import tempfile
+import warnings
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -19,6 +22,7 @@ from tfdist.compression.half import HalfExchange, HalfPrecision
 from tfdist.compression.power_sgd import LowRankExchange
 from tfdist.errors import ArgumentError, CheckpointError
 from tfdist.resume.checkpoint import files, tensors
+from tfdist.resume.checkpoint.shards import Piece, TensorReader, merge, write_shard
 from tfdist.step.exchange import Contribution
 from tfdist.step.prepared import prepare
 from tfdist.step.state import Role, Sharded, TrainState
@@ -284,12 +288,22 @@ def test_vectors_are_drawn_alike_with_xla_and_without():
     (factors,) = begun(tfdist.PowerSGD(2, 0, 0.0), 1).exchanges[0]._factors.values()
 
     def drawn_at(step: Any) -> Any:  # an argument: what is constant is computed without XLA
-        return factors._drawn(12, step)
+        return factors._random_vectors(12, step)
 
     step = tf.constant(5, tf.int64)
     vectors = drawn_at(step)
     np.testing.assert_array_equal(tf.function(drawn_at, jit_compile=True)(step), vectors)
     assert np.abs(vectors - drawn_at(step + 1)).min() > 0
+
+
+def test_the_fixed_part_is_no_part_of_the_step():
+    # TensorFlow folded it into a constant, on each replica at another moment, and rounded the
+    # products with it differently: replicas' weights differed in the last bit.
+    (factors,) = begun(tfdist.PowerSGD(2, 0, 0.0), 1).exchanges[0]._factors.values()
+    traced = tf.function(factors._tilted).get_concrete_function(tf.zeros_like(factors.left))
+    kinds = {operation.type for operation in traced.graph.get_operations()}
+    assert not {kind for kind in kinds if "Random" in kind or kind == "RealDiv"}
+    assert [kind.type for kind in traced.graph.get_operations()].count("Mul") <= 2
 
 
 def test_rows_of_a_matrix_travel_as_they_are():
@@ -504,6 +518,17 @@ def test_private_training_is_refused():
             )
 
 
+def test_momentum_with_vectors_that_are_drawn_anew_is_warned_of():
+    compression = tfdist.PowerSGD(warm_start=False)
+    for momentum, number in ((0.9, 1), (0.0, 0)):
+        model = small_model()
+        model.compile(keras.optimizers.SGD(0.1, momentum=momentum), crossentropy())
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            tfdist.fit(model, *table(64), compression=compression, steps_per_epoch=1, verbose=0)
+        assert len([w for w in caught if "hardly trains" in str(w.message)]) == number
+
+
 def test_bytes_are_those_of_the_vectors():
     layers = [keras.Input((1000,)), L.Dense(500), L.Dense(2, use_bias=False)]
     model = keras.Sequential(layers)
@@ -596,9 +621,11 @@ def test_tensors_that_do_not_fit_are_refused(name, change, message):
     values["keras/global_seed_generator"] = np.zeros(2, "int32")
 
     def checked() -> None:
-        specs = {key: (value.shape, value.dtype.name) for key, value in values.items()}
-        about = {"global_seed": True, "folder": "here"}
-        tensors.check(state, values.__getitem__, specs, about)
+        with tempfile.TemporaryDirectory() as folder:
+            pieces = [Piece(key, tf.constant(value)) for key, value in values.items()]
+            merge(Path(folder), [write_shard(Path(folder), 0, pieces)])
+            about = {"global_seed": True, "folder": "here"}
+            tensors.check(state, TensorReader(Path(folder)), about)
 
     checked()
     changed = change(values.pop(name, None))
@@ -614,11 +641,12 @@ def test_what_replicas_keep_is_checked_before_a_training_goes_on(tmp_path):
     (folder,) = tmp_path.iterdir()
     saved = files.latest(tmp_path)
     assert saved is not None
-    read = saved.tensors()
-    values = {name: tf.constant(read(name)) for name in saved.specs()}
+    read = saved.tensors.whole
+    values = {name: tf.constant(read(name)) for name in saved.tensors.specs}
     values["per_replica/0"] *= np.nan
     epoch, step, _ = saved.state["position"]
-    files.write(tmp_path, epoch, step, values, saved.state, keep=1)
+    pieces = [Piece(name, value) for name, value in values.items()]
+    files.write(tmp_path, epoch, step, pieces, saved.state, keep=1)
     assert list(tmp_path.iterdir()) == [folder]
     with pytest.raises(CheckpointError, match=r"finite numbers in per_replica/0\. Received"):
         tfdist.fit(small_model(), *table(128), epochs=2, **options)

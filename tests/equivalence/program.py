@@ -12,10 +12,12 @@ import tfdist
 from tests.equivalence.own_code import CASES
 from tests.places.program import SEED
 
+ZERO = {"zero": tfdist.Zero(), "zero3": tfdist.Zero(stage=3)}
+
 
 def do(name: str, folder: Path) -> dict[str, Any]:
     name, _, zero = name.partition(" ")
-    options = {"strategy": tfdist.Zero()} if zero else {}
+    options = {"strategy": ZERO[zero]} if zero else {}
     models, history = CASES[name](
         functools.partial(tfdist.fit, seed=SEED, verbose=0, **options)
     )

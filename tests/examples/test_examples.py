@@ -219,6 +219,24 @@ def test_federated_digits_do_not_depend_on_the_number_of_workers(clusters):
     assert float(facts_of(one)["held-out accuracy"].rstrip("%")) > 85
 
 
+@on("multi_worker-3", example("federated_hospitals.py"))
+@pytest.mark.full
+def test_federated_hospitals_train_a_model_that_none_has_alone(clusters):
+    facts = facts_of(printed_on(clusters, "multi_worker-3", "federated_hospitals.py"))
+    assert facts["clipped values"] == "0.0%"
+    assert float(facts["held-out accuracy"].rstrip("%")) > 93
+
+
+@on(SINGLE, example("federated_clients.py"))
+@pytest.mark.full
+def test_federated_clients_are_protected(clusters):
+    printed = printed_on(clusters, SINGLE, "federated_clients.py")
+    facts = facts_of(printed)
+    assert 3.9 < float(facts["epsilon, of whole clients"]) <= 4.0
+    assert float(facts["held-out accuracy"].rstrip("%")) > 75
+    assert "60 rounds of federated averaging" in printed
+
+
 @on(SINGLE, example("smote.py"))
 @pytest.mark.full  # which needs a package of its own
 def test_smote_finds_the_rare_digits(clusters):

@@ -5,11 +5,24 @@ A few pairs of kind, moment and place; `python -m benchmarks.chaos` draws many.
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
-from tests.faults.strikes import LIMIT_S, TOLERANCE, train
+from tests.faults.strikes import (
+    LIMIT_S,
+    LIMITS,
+    TOLERANCE,
+    TRAINING,
+    distance_of,
+    state_of,
+    train,
+)
 from tests.faults.training import STEPS_PER_EPOCH, Fault
 from tests.places.clusters import Clusters, on
 
@@ -59,3 +72,26 @@ def test_training_ends_with_the_same_weights(
         assert STEPS_PER_EPOCH < made <= int(path.read_text()) <= made + 2
     if any(fault.kind == "stop" for fault in faults):
         assert "is stopped (SIGSTOP" in outcome.printed
+
+
+@pytest.mark.full
+@on("multi_worker-2", UNDISTURBED)
+def test_a_killed_training_in_parts_goes_on_with_other_workers(clusters, tmp_path) -> None:
+    faults = [Fault("kill", "saving", 20, "worker 1"), Fault("kill", "step", 40, "worker 2")]
+    (tmp_path / "faults.json").write_text(json.dumps([asdict(fault) for fault in faults]))
+    for workers, options in ((2, ("--zero", "1")), (3, ("--zero", "1")), (1, ())):
+        command = [sys.executable, "-m", "tfdist.cli", "run", "--output", "all"]
+        command += ["-n", str(workers), "--strategy", "multi_worker", *options]
+        done = subprocess.run(
+            [*command, str(TRAINING), str(tmp_path)],
+            env={**os.environ, **LIMITS},
+            capture_output=True,
+            text=True,
+            timeout=LIMIT_S,
+            check=False,
+        )
+        printed = done.stdout + done.stderr
+        assert (done.returncode == 0) == (workers == 1), printed
+        assert ("training goes on from" in printed) == (workers != 2), printed
+    expected = clusters.outcomes("multi_worker-2", UNDISTURBED)
+    assert distance_of(state_of(tmp_path), expected[:1]) < 1e-5

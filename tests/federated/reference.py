@@ -46,8 +46,12 @@ def federated_averaging(
     uniform: bool = False,
     keeps: bool = False,
     chosen: Callable[[int], Sequence[int]] | None = None,
+    clip: tuple[float, float] | None = None,
 ) -> list[float]:
-    """Trains a compiled model in place; gives the mean loss of each round."""
+    """Trains a compiled model in place; gives the mean loss of each round.
+
+    With `clip`, a norm and a divisor, updates are clipped, added up and divided.
+    """
     weights, losses = model.trainable_variables, []
     statistics = [v for v in model.non_trainable_variables if "seed" not in v.name]
     seeds = [v for v in model.non_trainable_variables if "seed" in v.name]
@@ -79,10 +83,12 @@ def federated_averaging(
                 loss = local_step(model, optimizers[client], x[rows], y[rows], proximal, start)
                 loss_sum, seen = loss_sum + loss * len(x[rows]), seen + len(x[rows])
             taken[client] += steps
-            delta = [
-                d + part * (w - v.numpy())
-                for d, w, v in zip(delta, start[0], weights, strict=True)
-            ]
+            update = [w - v.numpy() for w, v in zip(start[0], weights, strict=True)]
+            scale = part
+            if clip is not None:
+                norm = np.sqrt(sum(float((u**2).sum()) for u in update))
+                scale = min(1.0, clip[0] / norm) / clip[1]
+            delta = [d + scale * u for d, u in zip(delta, update, strict=True)]
             average = [a + part * v.numpy() for a, v in zip(average, statistics, strict=True)]
             draws = [d + v.numpy() - s for d, v, s in zip(draws, seeds, own_seeds, strict=True)]
         assign(seeds, [s + d for s, d in zip(seeds_start, draws, strict=True)])
@@ -92,7 +98,7 @@ def federated_averaging(
         else:
             assign(weights, start[0])
             server.apply([tf.constant(d) for d in delta], weights)
-        losses.append(loss_sum / seen)
+        losses.append(loss_sum / max(seen, 1))
     return losses
 
 

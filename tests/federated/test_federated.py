@@ -291,3 +291,12 @@ def test_models_that_cannot_be_federated_are_refused():
     dataset = tf.data.Dataset.from_tensor_slices((X, Y)).batch(16)
     with pytest.raises(ArgumentError, match="arrays"):
         tfdist.fit(model_of(momentum()), dataset, federated=averaging, verbose=0)
+
+
+def test_the_drop_in_takes_federated():
+    ours, theirs = model_of(momentum()), model_of(momentum())
+    options = {**OPTIONS, "federated": tfdist.FedAvg(local_steps=1, clients=IDS)}
+    with tfdist.drop_in("single"):
+        ours.fit(X, Y, **options)
+    tfdist.fit(theirs, X, Y, **options)
+    assert largest_difference(ours, theirs) == 0.0

@@ -115,15 +115,15 @@ def test_a_worker_without_rows_does_not_train():
 
 
 class Workers(Devices):
-    """Two workers, each with a table of clients."""
+    """Workers, each with what it tells: a problem, a table of clients, whether it counts."""
 
-    def __init__(self, *tables: Any) -> None:
+    def __init__(self, *told: Any) -> None:
         super().__init__(1)
-        self.tables = tables
+        self.told = [(None, each, True) if isinstance(each, list) else each for each in told]
 
     def gather_objects(self, value: Any) -> list[Any]:
-        assert value in self.tables
-        return list(self.tables)
+        assert value in self.told
+        return list(self.told)
 
 
 def test_ids_of_workers_own_rows():
@@ -132,9 +132,28 @@ def test_ids_of_workers_own_rows():
     assert clients.sizes.tolist() == [2, 3, 1]
     assert clients.workers.tolist() == [0, 1, 0]
     assert {c: r.tolist() for c, r in clients.members.items()} == {0: [1, 2], 2: [0]}
-    assert of.of_ids([], 0, Workers([], [("b", 3)]), is_local=True).number == 1
     with pytest.raises(ArgumentError, match="client 'a' on workers 0 and 1"):
         of.of_ids(["a", "a"], 2, Workers([("a", 2)], [("a", 1)]), is_local=True)
+
+
+def test_a_worker_without_rows_needs_no_ids():
+    for ids, empty in (([], (None, [], False)), (None, (None, None, False))):
+        workers = Workers(empty, [("b", 3)])
+        assert of.of_ids(ids, 0, workers, is_local=True).sizes.tolist() == [3]
+        assert of.of_ids(ids, 0, Workers(empty, (None, None, True)), is_local=True) is None
+    assert of.of_ids(None, 4, Devices(1), is_local=False) is None
+
+
+def test_what_is_wrong_on_one_worker_is_refused_on_all():
+    unfit = "clients of shape (3,) and dtype int64, for 2 rows", None, True
+    for ids, rows in (([1, 1, 1], 2), (["a"], 1)):
+        workers = Workers([("a", 1)], unfit)
+        with pytest.raises(ArgumentError, match=r"shape \(3,\) .* for 2 rows on worker 1\."):
+            of.of_ids(ids, rows, workers, is_local=True)
+    for ids in (None, ["a"]):
+        workers = Workers([("a", 1)], (None, None, True))
+        with pytest.raises(ArgumentError, match=r"none on worker 1 of 2\."):
+            of.of_ids(ids, 1, workers, is_local=True)
 
 
 @pytest.mark.parametrize(

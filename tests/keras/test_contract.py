@@ -38,6 +38,7 @@ from tfdist._keras import (
 )
 from tfdist._keras.random import uniform_rows
 from tfdist._keras.replicated import replacements
+from tfdist._keras.snapshots import memory_of
 
 pytestmark = [pytest.mark.quick, pytest.mark.oldest]
 
@@ -145,6 +146,32 @@ def test_variable_lives_in_value() -> None:
     variable.assign([5.0, 6.0])
     np.testing.assert_array_equal(other.numpy(), [5.0, 6.0])
     assert "_direct_assign" in vars(Variable)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int64", "bool"])
+def test_a_value_that_is_held_keeps_its_memory(dtype: str) -> None:
+    """`_keras/snapshots.py` takes the same memory for the same value."""
+    variable = keras.Variable(np.ones([4, 3]), dtype=dtype, trainable=False)
+    other = keras.Variable(np.ones([4, 3]), dtype=dtype, trainable=False)
+    zeros = tf.zeros([4, 3], dtype)
+    before = tf.convert_to_tensor(variable.value)
+    again = tf.convert_to_tensor(variable.value)
+    assert memory_of(before).ctypes.data == memory_of(again).ctypes.data
+    row = tf.IndexedSlices(zeros[:1], tf.constant([1]))
+    for write in (
+        lambda: variable.assign(other),
+        lambda: variable.assign(zeros),
+        lambda: tf.function(lambda: variable.assign(tf.cast(tf.ones([4, 3]), dtype)))(),
+        lambda: variable.value.scatter_update(row),
+        lambda: variable.value.scatter_nd_update([[0, 0]], zeros[0, :1]),
+    ):
+        snapshot = _keras.Snapshot([variable])
+        bits = memory_of(before).tobytes()
+        assert snapshot.is_current()
+        old = variable.numpy()
+        write()
+        assert snapshot.is_current() == (old == variable.numpy()).all()
+        assert memory_of(before).tobytes() == bits
 
 
 def test_optimizer_finds_swapped_variables() -> None:

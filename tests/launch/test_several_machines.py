@@ -146,6 +146,33 @@ def test_a_node_twice_is_refused(coordinator: Coordinator, port: int) -> None:
         one.close()
 
 
+def test_a_host_that_was_refused_is_not_only_missing(port: int) -> None:
+    coordinator = Coordinator(port, "token", HOSTS, {"version": 1}, Restarts(1), limit=60)
+    first = CoordinatorClient(
+        ("127.0.0.1", port), "token", 0, {"version": 1}, Restarts(1), limit=20
+    )
+    other = CoordinatorClient(
+        ("127.0.0.1", port), "token", 1, {"version": 2}, Restarts(1), limit=20
+    )
+    try:
+        with pytest.raises(LaunchError, match="`version` must be the same on all hosts"):
+            other.meet((), print)
+        with ThreadPoolExecutor(1) as pool:
+            meeting = pool.submit(first.meet, (), print)
+            while not any(c.rank == 0 for c in coordinator._launchers):
+                time.sleep(0.02)
+            coordinator._limit = 0
+            decision = meeting.result(20)
+        assert decision is not None
+        assert decision.cause is not None
+        assert "node 1 (b) did not come within 0 s" in decision.cause.what
+        assert "node 1 (b) was refused: `version` must be the same" in decision.cause.what
+    finally:
+        first.close()
+        other.close()
+        coordinator.close()
+
+
 def test_the_first_host_must_answer(port: int) -> None:
     lonely = CoordinatorClient(("127.0.0.1", port), "token", 1, {}, Restarts(1), limit=1)
     with pytest.raises(LaunchError, match=r"no answer from 127\.0\.0\.1"):

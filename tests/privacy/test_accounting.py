@@ -106,10 +106,13 @@ class TestEpsilon:
             ({"delta": 1}, "Received: delta=1"),
             ({"accountant": "moments"}, r"one of \('pld', 'rdp'\). Received"),
             ({"relation": "any"}, "`relation` must be one of"),
-            ({"capacity": 5}, "`num_rows` must come with `capacity`"),
+            ({"capacity": 5}, "`num_rows` must be given with `capacity`"),
             ({"capacity": 0, "num_rows": 9}, "`capacity` must be a whole number of at least 1"),
             ({"capacity": 5, "num_rows": 9, "accountant": "rdp"}, "Use accountant='pld'"),
-            ({"relation": "replace_one", "accountant": "rdp"}, "cannot do Poisson sampling"),
+            (
+                {"relation": "replace_one", "accountant": "rdp"},
+                "must be 'pld' for Poisson sampling",
+            ),
         ],
     )
     def test_wrong_arguments(self, changes, message):
@@ -149,7 +152,9 @@ class TestNoiseMultiplier:
         noise = noise_multiplier(target_epsilon=2 * already, spent=spent, **options)
         together = spent.add(Phase(0.01, noise, 1000)).epsilon(1e-5)
         assert 0.99 * 2 * already < together <= 2 * already
-        with pytest.raises(ArgumentError, match="must leave something for the steps to come"):
+        with pytest.raises(
+            ArgumentError, match="must be above the epsilon of the steps before"
+        ):
             noise_multiplier(target_epsilon=already, spent=spent, **options)
 
     @pytest.mark.quick
@@ -237,7 +242,7 @@ class TestLedger:
         ledger = Ledger().add(Phase(0.01, 4.0, 1000)).add(Phase(0.02, 1.0, 3, 50, 1000))
         assert Ledger.from_dict(json.loads(json.dumps(ledger.to_dict()))) == ledger
         for broken in (None, 3, {}, {"phases": {}}, {"phases": [{"steps": 1}]}):
-            with pytest.raises(ArgumentError, match=r"what `Ledger.to_dict` gave"):
+            with pytest.raises(ArgumentError, match=r"a result of `Ledger.to_dict`"):
                 Ledger.from_dict(broken)
 
     @pytest.mark.quick

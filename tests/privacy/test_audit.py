@@ -353,7 +353,7 @@ def test_a_bound_needs_fair_coins() -> None:
     [
         (lambda: AuditReport(np.zeros(3), np.ones(3, bool)), "members and non-members"),
         (lambda: AuditReport(np.zeros(3), np.ones(2, bool)), "one number for each example"),
-        (lambda: report([math.nan], [0.0]), "1 of 2 are NaN"),
+        (lambda: report([math.nan], [0.0]), "1 NaN of 2"),
         (lambda: report(np.ones(9), np.zeros(9)).threshold_attack(0.0), "at least 20"),
         (lambda: report([1], [0], True).epsilon_lower_bound(0.0, guesses=(2, 1)), "`guesses`"),
         (lambda: bound(10, 5, 6, 0.0), "`right` must be at most `guesses`"),
@@ -479,7 +479,7 @@ def test_members_and_non_members_are_both_needed() -> None:
     pair = (np.zeros((2, 1)), np.zeros((2, 1)))
     with pytest.raises(ArgumentError, match=r"`non_members` must be a pair \(x, y\)"):
         audit(None, pair)
-    with pytest.raises(ArgumentError, match="must be left out with Canaries"):
+    with pytest.raises(ArgumentError, match="must be None with Canaries"):
         audit(None, canaries(*pair, rows=2), pair)
 
 

@@ -342,7 +342,7 @@ def test_a_layer_that_mixes_examples_is_found(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"privacy": None}, "`privacy` must be a tfdist.DPSGD or DPFTRL"),
+        ({"privacy": None}, "`privacy` must be a tfdist.DPSGD or tfdist.DPFTRL"),
         ({"model": keras.Sequential([keras.Input((8,))])}, "`model` must be a compiled"),
         ({"x": tf.data.Dataset.range(3)}, "`x` must be arrays"),
         ({"effort": 0}, "`effort` must be a number above 0"),

@@ -121,7 +121,7 @@ def test_no_callback_trains_what_trains_privately(privacy: Any) -> None:
     inner = keras.callbacks.LambdaCallback(
         on_epoch_end=lambda epoch, logs: tfdist.fit(model, *ZEROS, verbose=0, privacy=privacy)
     )
-    with pytest.raises(ArgumentError, match="must not be trained by a callback"):
+    with pytest.raises(ArgumentError, match="A callback must not train"):
         train(model, callbacks=[inner])
     assert train(model).privacy.ledger.steps == 8
 
@@ -136,7 +136,7 @@ class Meddles(keras.callbacks.Callback):  # type: ignore[misc]
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         model = self.model
         for trains in (model.train_on_batch, functools.partial(keras.Model.fit, model)):
-            with pytest.raises(ArgumentError, match="must not be trained by a callback"):
+            with pytest.raises(ArgumentError, match="A callback must not train"):
                 trains(*ZEROS)
         if epoch == 0:
             self._first = model.get_weights()
@@ -150,7 +150,9 @@ class Meddles(keras.callbacks.Callback):  # type: ignore[misc]
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         if self.model.optimizer.iterations == 6:
-            self.model.set_weights([self._first[0] - 1])
+            weights = self.model.get_weights()
+            weights[0][3, 7] += 1e-3  # a single number
+            self.model.set_weights(weights)
 
 
 def test_what_callbacks_do_to_the_weights_is_noted(tmp_path: Path) -> None:
@@ -198,7 +200,7 @@ def test_a_killed_training_counts_every_step(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="must lie beside the checkpoints"):
         train(still(), steps=44, checkpoint=tmp_path / "copy")
     (tmp_path / "copy" / "privacy.json").write_text("{")
-    with pytest.raises(CheckpointError, match="must be whole"):
+    with pytest.raises(CheckpointError, match="must be readable"):
         train(still(), steps=44, checkpoint=tmp_path / "copy")
 
 

@@ -99,7 +99,7 @@ def test_wrong_settings_are_refused() -> None:
     with pytest.raises(ArgumentError, match="must be numbers with `bands`"):
         tfdist.DPSGD(1.0, lambda step: 1.0, delta=1e-3, bands=2)
     for more in ({}, {"bands": 2, "separation": 3}, {"bands": 2, "after": 3}):
-        with pytest.raises(ArgumentError, match="`cyclic` must come with"):
+        with pytest.raises(ArgumentError, match="`cyclic` must be given with"):
             Phase(0.5, 1.0, 5, cyclic=True, **more)
     with pytest.raises(ArgumentError, match="`sampler` must be None with `bands`"):
         train(still(), privacy=sgd(), sampler=Poisson())

@@ -266,7 +266,7 @@ def test_a_target_is_kept_to_with_what_was_spent() -> None:
     report = private_fit(model, epochs=2, privacy=target, steps_per_epoch=7).privacy
     assert report.ledger.steps == 20  # Keras makes whole executions
     assert 0.99 < report.epsilon <= 1.0
-    with pytest.raises(ArgumentError, match="must leave something for the steps to come"):
+    with pytest.raises(ArgumentError, match="must be above the epsilon of the steps before"):
         private_fit(model, privacy=tfdist.DPSGD(CLIP, target_epsilon=0.9, delta=1e-3))
 
 
@@ -359,7 +359,7 @@ def test_the_budget_stops_before_it_is_exceeded(at_once: int) -> None:
     beyond = Ledger().add(Phase(0.1, 2.0, phase.steps + 2 * at_once, None, 60))
     assert beyond.epsilon(1e-3) > 0.8
     assert history == sorted(history)
-    with pytest.raises(ArgumentError, match="`max_epsilon` must leave something"):
+    with pytest.raises(ArgumentError, match="`max_epsilon` must be large enough"):
         private_fit(model, callbacks=[tfdist.PrivacyBudget(0.8)])
 
 

@@ -115,7 +115,7 @@ def test_logarithm_and_directions_are_right_to_the_last_places() -> None:
 @pytest.mark.parametrize("size", [300, 20_000])  # the second is compiled
 def test_a_sum_with_noise_is_rounded_to_the_nearest_of_the_grid(size: int) -> None:
     rng = np.random.default_rng(size)
-    rounding = Rounding(1.5, most=2 * 256 + 64, replicas=1)
+    rounding = Rounding(1.5, bound=2 * 256 + 64, replicas=1)
     value, drawn = rng.normal(size=size).astype("float32"), rng.normal(size=size + 9)
     value[:2] = 1e9, -1e9
     counts = rounding.counts(value, tf.constant(drawn), 0.7).numpy()
@@ -125,7 +125,7 @@ def test_a_sum_with_noise_is_rounded_to_the_nearest_of_the_grid(size: int) -> No
 
 @pytest.mark.parametrize("replicas", [1, 3, 64, 1000])
 def test_replicas_numbers_add_up_without_rounding(replicas: int) -> None:
-    rounding = Rounding(1.5, most=2 * 256 + 64, replicas=replicas)
+    rounding = Rounding(1.5, bound=2 * 256 + 64, replicas=replicas)
     rng = np.random.default_rng(0)
     values = rng.normal(size=(replicas, 2000)).astype("float32")
     values[:, 0] = 1e9  # more than there can be
@@ -163,9 +163,9 @@ def test_the_sum_of_rounded_parts_tells_no_more_than_the_whole() -> None:
 
 
 def test_too_little_noise_for_exact_sums_is_refused() -> None:
-    assert Rounding(1e-6, most=600, replicas=1).step > 0
+    assert Rounding(1e-6, bound=600, replicas=1).step > 0
     with pytest.raises(ArgumentError, match="large enough for sums over replicas"):
-        Rounding(1e-6, most=600, replicas=2)
+        Rounding(1e-6, bound=600, replicas=2)
 
 
 def test_the_sum_is_divided_by_batch_size_even_if_there_are_fewer_examples() -> None:

@@ -191,7 +191,7 @@ def test_users_are_what_is_counted_and_said(capsys: Any) -> None:
     assert Ledger.from_dict(report.ledger.to_dict()) == report.ledger
     plain = tfdist.DPSGD(CLIP, noise_multiplier=2.0, delta=1e-2)
     before = model.get_weights()
-    with pytest.raises(ArgumentError, match="must protect the same: examples or users"):
+    with pytest.raises(ArgumentError, match="must protect the same unit: examples or users"):
         tfdist.fit(model, x, y, batch_size=15, verbose=0, privacy=plain)
     for a, b in zip(model.get_weights(), before, strict=True):
         np.testing.assert_array_equal(a, b)
@@ -214,8 +214,8 @@ def test_a_quantile_is_of_users() -> None:
     ("settings", "options", "message"),
     [
         ({"group_ids": np.zeros(5)}, {}, "whole number or a name for each example"),
-        ({"group_ids": np.zeros(59, int)}, {}, "must have one for each example"),
-        ({"max_rows_per_group": 2}, {}, "must come with `group_ids`"),
+        ({"group_ids": np.zeros(59, int)}, {}, "must have one number or name for each example"),
+        ({"max_rows_per_group": 2}, {}, "must be given with `group_ids`"),
         ({"max_rows_per_group": 0, "group_ids": np.zeros(60, int)}, {}, "`max_rows_per_group`"),
         ({"group_ids": np.zeros(60, int)}, {"shard": "local"}, "Leave `shard` out"),
         ({"group_ids": np.zeros(60, int)}, {"validation_split": 0.5}, "of other users"),
@@ -285,5 +285,5 @@ def test_the_mean_over_augmented_copies_is_clipped(name: str) -> None:
 def test_copies_need_something_that_changes_them() -> None:
     x, y, _ = rows()
     privacy = tfdist.DPSGD(CLIP, noise_multiplier=1.0, delta=1e-2, augmentations=2)
-    with pytest.raises(ArgumentError, match="must come with an `augment`"):
+    with pytest.raises(ArgumentError, match="must be given with `augment`"):
         tfdist.fit(classifier(), x, y, verbose=0, privacy=privacy)

@@ -304,7 +304,7 @@ def test_a_callback_must_not_move_the_noise(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"relation": "add_or_remove_one"}, "moves others to other batches"),
+        ({"relation": "add_or_remove_one"}, "would move all others"),
         ({"group_ids": [1, 2]}, "`group_ids` must be None with DPFTRL"),
         ({"target_quantile": 0.5}, "`target_quantile` must be None with DPFTRL"),
         ({"bands": 0}, "`bands` must be a whole number"),
@@ -344,5 +344,5 @@ def test_noise_that_goes_on_is_refused_where_processes_come_and_go(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(type(tfdist.init().strategy), "elastic", True)
-    with pytest.raises(ArgumentError, match="must run on processes that stay"):
+    with pytest.raises(ArgumentError, match="must run on a fixed set of processes"):
         tfdist.fit(classifier(), *rows()[:2], verbose=0, privacy=ftrl())

@@ -341,5 +341,5 @@ def test_state_of_the_examples_is_refused_wherever_it_is_kept(
     model.compile("sgd", loss())
     x = np.random.default_rng(0).normal(size=(40, 4)).astype("float32")
     privacy = tfdist.DPSGD(1.0, noise_multiplier=1.0, delta=1e-3)
-    with pytest.raises(ArgumentError, match="must keep no state of the examples"):
+    with pytest.raises(ArgumentError, match="must keep no state of its examples"):
         tfdist.fit(model, x, x[:, :1], batch_size=10, verbose=0, privacy=privacy)

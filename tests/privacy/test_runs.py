@@ -120,7 +120,7 @@ class Tree:
                 said, true = self.files[load % len(self.files)]
                 spending.absorb(History.from_dict(json.loads(said)))
                 folder.true |= true
-            spending.begun()
+            spending.callbacks_began()
             begins = folder.kept
             for made in range(1, steps + 1):
                 spending.before_steps(made)
@@ -141,7 +141,7 @@ class Tree:
             processes = [self.process(folder) for _ in range(2)]
         begins = folder.kept
         for spending, _, _ in processes:
-            spending.begun()
+            spending.callbacks_began()
         for made in range(1, steps + 1):
             for spending, progress, state in processes:
                 spending.before_steps(made)
@@ -221,7 +221,7 @@ def test_steps_of_a_backup_that_says_nothing_count(kind: str, tmp_path: Path) ->
         spending, progress, _ = tree.process(tree.folders[0])
         with spending.counting():
             MODEL.optimizer.iterations.assign(4)  # as a callback does
-            spending.begun()
+            spending.callbacks_began()
             progress.settle(5)
             ledger = spending.ledger(progress.steps_made)
         MODEL.optimizer.iterations.assign(0)
@@ -246,7 +246,7 @@ def test_phases_that_all_workers_make_by_hand_are_the_same() -> None:
                 progress = StepProgress(MODEL, privacy)
                 spending = Spending(privacy, session, MODEL, progress, [], secret=True)
                 spending.plan(spending.named(Phase(0.1, 1.0, 1), None), PLANNED)
-                spending.begun()
+                spending.callbacks_began()
                 ledgers.append(spending.ledger(4))
     assert [ledger.steps for ledger in ledgers] == [GIVEN + 4] * 2
     assert ledgers[0].to_dict() == ledgers[1].to_dict()

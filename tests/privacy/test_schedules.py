@@ -96,9 +96,12 @@ def test_many_values_are_rounded_to_less_noise() -> None:
     ("settings", "message"),
     [
         ({"noise": lambda step: 1.0 - step / 10}, "`noise_multiplier` must be a number above"),
-        ({"noise": lambda step: math.inf}, "must give finite numbers"),
-        ({"noise": lambda step: "much"}, "must give a number for each"),
-        ({"noise": lambda step: np.random.uniform(1, 2)}, "must give the same for the same"),
+        ({"noise": lambda step: math.inf}, "must return finite numbers"),
+        ({"noise": lambda step: "much"}, "must return a number for the number"),
+        (
+            {"noise": lambda step: np.random.uniform(1, 2)},
+            "must return the same number for the same",
+        ),
         ({"clip": lambda step: 10.0 ** (5 - step)}, "`l2_norm_clip` must be a number between"),
         ({"noise": 1.0, "clip": keras.optimizers.schedules.LearningRateSchedule()}, "raised"),
     ],

@@ -46,7 +46,7 @@ def stopping(**options: Any) -> Any:
     ],
 )
 def test_no_callback_decides_by_private_data(options: dict[str, Any]) -> None:
-    with pytest.raises(ArgumentError, match="must not depend on validation on the data"):
+    with pytest.raises(ArgumentError, match="must not depend on validation on protected data"):
         private_fit(stopping(), **options)
 
 
@@ -79,7 +79,7 @@ def test_a_training_metric_decides_under_no_name(name: str) -> None:
     privacy = tfdist.DPSGD(1.0, noise_multiplier=8.0, delta=1e-4)
     named = keras.callbacks.ModelCheckpoint(f"{{{name}}}.keras")
     if name.startswith("val_"):
-        with pytest.raises(ArgumentError, match="The name of a file"):
+        with pytest.raises(ArgumentError, match="names of weight files"):
             leaking_callbacks.check_names([named], ["loss", name])
     made = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: pytest.fail("late"))
     with pytest.raises(ArgumentError, match=f"EarlyStopping with monitor='{name}'"):
@@ -132,7 +132,7 @@ def test_rows_are_found_rounded_repeated_and_among_others() -> None:
 @pytest.mark.parametrize("x", [X, tf.data.Dataset.from_tensor_slices((X, Y)).batch(60)])
 def test_metrics_of_classes_are_not_of_private_rows(x: Any) -> None:
     labels = np.arange(40) % 2
-    with pytest.raises(ArgumentError, match="PerClassMetrics must not be of the training data"):
+    with pytest.raises(ArgumentError, match="PerClassMetrics must not use the training data"):
         check_callbacks([tfdist.PerClassMetrics(X[:40].copy(), labels)], x)
     check_callbacks([tfdist.PerClassMetrics(OTHERS[0], labels)], x)
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import collections
 import datetime
 import json
+import os
 import resource
 import shutil
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -19,9 +21,10 @@ import tensorflow as tf
 import tfdist
 from tests.equivalence.cases import table
 from tfdist import watchdog
-from tfdist.errors import ArgumentError, CheckpointError
+from tfdist.errors import ArgumentError, CheckpointError, Preempted
 from tfdist.resume.checkpoint import files, plain
 from tfdist.resume.checkpoint.callbacks import CallbackState
+from tfdist.resume.checkpoint.shards import Piece
 
 STEPS = 7  # of an epoch
 quick = pytest.mark.quick
@@ -202,15 +205,15 @@ def test_what_a_callback_has_stopped_stays_stopped(tmp_path) -> None:
 def test_what_a_checkpoint_leaves_to_train_is_said(tmp_path, capsys) -> None:
     x, y = table(32)
 
-    def said(epochs: int, x: Any = x, callbacks: Any = None) -> str:
+    def said(epochs: int, x: Any = x, callbacks: Any = None, verbose: int = 2) -> str:
         net = keras.Sequential([keras.Input((20,)), keras.layers.Dense(3)])
         net.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
         history = tfdist.fit(
-            net, x, y, epochs=epochs, checkpoint=tmp_path, callbacks=callbacks, verbose=2
+            net, x, y, epochs=epochs, checkpoint=tmp_path, callbacks=callbacks, verbose=verbose
         )
-        printed = capsys.readouterr().out
-        assert len(history.epoch) == min(epochs, 2)
-        return printed
+        printed = capsys.readouterr()
+        assert len(history.epoch) == (min(epochs, 2) if verbose else 2)
+        return printed.out if verbose else printed.err
 
     assert "tfdist: training goes on" not in said(1)
     assert "has all 1 epochs: nothing is left to train. Raise `epochs`" in said(1)
@@ -218,6 +221,12 @@ def test_what_a_checkpoint_leaves_to_train_is_said(tmp_path, capsys) -> None:
     assert "training goes on from" in again
     assert "other values" not in again
     assert "nothing is left" in said(2, x + 1.0)
+    assert said(2, verbose=0) == ""
+    # The weights are others than asked for, so it is said in any case.
+    fewer = said(1, verbose=0)
+    assert "tfdist: warning: " in fewer
+    assert "has 2 epochs, and 1 are asked for: nothing is left" in fewer
+    assert "the weights are those after epoch 2." in fewer
     stop = keras.callbacks.LambdaCallback()
     stop.on_epoch_end = lambda *_: setattr(stop.model, "stop_training", True)
     for folder in tmp_path.iterdir():
@@ -225,6 +234,28 @@ def test_what_a_checkpoint_leaves_to_train_is_said(tmp_path, capsys) -> None:
     said(1)
     assert "with other values in its arrays" in said(2, x + 1.0, [stop])
     assert "a callback ended the training" in said(3)
+
+
+@quick
+def test_a_warning_saves_and_sigterm_saves_and_ends(tmp_path, capsys) -> None:
+    signals = {3: signal.SIGUSR1, 5: signal.SIGTERM}
+
+    class Signalled(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+            if batch + 1 in signals:
+                os.kill(os.getpid(), signals[batch + 1])
+
+    net = keras.Sequential([keras.Input((20,)), keras.layers.Dense(3)])
+    net.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    options = {"checkpoint": tmp_path, "callbacks": [Signalled()], "verbose": 0}
+    with pytest.raises(Preempted):
+        tfdist.fit(net, *table(64), batch_size=8, **options)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == [f"epoch-00000-step-000000{step}" for step in signals]
+    said = capsys.readouterr()
+    assert "after a warning signal, training is saved and goes on" in said.out
+    assert "saved after step 5 of epoch 1; the run ends with status 75" in said.out
+    assert said.err.count("SIGTERM: when this step is made") == 1
 
 
 class Rearranging(keras.utils.PyDataset):
@@ -458,8 +489,8 @@ def test_a_directory_that_cannot_be_written_is_refused_before_training(tmp_path)
 
 @quick
 def test_tensors_are_in_tensorflows_own_format(tmp_path) -> None:
-    files.write(tmp_path, 0, 5, {"a": tf.range(3)}, {"b": 1}, keep=1)
-    files.write(tmp_path, 1, 0, {"a": tf.range(4)}, {"b": 2}, keep=1)
+    files.write(tmp_path, 0, 5, [Piece("a", tf.range(3))], {"b": 1}, keep=1)
+    files.write(tmp_path, 1, 0, [Piece("a", tf.range(4))], {"b": 2}, keep=1)
     (folder,) = tmp_path.iterdir()
     reader = tf.train.load_checkpoint(str(folder / "tensors"))
     assert reader.get_tensor("a").tolist() == [0, 1, 2, 3]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -24,6 +26,7 @@ pytestmark = pytest.mark.quick
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease, "RENEWED_EVERY_S", 0.05)
     monkeypatch.setattr(lease, "EXPIRES_AFTER_S", 0.6)
+    monkeypatch.setattr(lease, "UNREADABLE_S", 0.2)
     monkeypatch.setattr(lease, "ENDS_WITHIN_S", 0.3)
     monkeypatch.setattr(lease, "_POLL_S", 0.02)
 
@@ -113,9 +116,27 @@ def test_two_trainings_of_one_process_do_not_share_it(tmp_path) -> None:
         tmp_path.touch()  # what then fails to be removed must not hide what training raises
 
 
-def test_a_file_that_makes_no_sense_expires_too(tmp_path) -> None:
-    (tmp_path / ".lease").write_text("{")
-    Lease(tmp_path).take()
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[" * 100_000, b'{"token": 1}'])
+def test_a_file_that_makes_no_sense_expires_soon(content, tmp_path, capsys) -> None:
+    (tmp_path / ".lease").write_bytes(content)
+    begun = time.monotonic()
+    late = Lease(tmp_path)
+    late.take()
+    assert time.monotonic() - begun < 0.5
+    assert "/.lease' is empty or damaged" in capsys.readouterr().err
+    (tmp_path / ".lease").write_bytes(content)
+    late.check()  # it is damaged under a training, which writes it again
+    (tmp_path / ".lease").write_bytes(content)
+    with late.renewed(), pytest.raises(CheckpointError, match="One training at a time"):
+        Lease(tmp_path).take()
+
+
+def test_a_stopped_owner_is_said_to_be_stopped(tmp_path, process) -> None:
+    owned(tmp_path, of(process))
+    process.send_signal(signal.SIGSTOP)
+    os.waitpid(process.pid, os.WUNTRACED)
+    with pytest.raises(CheckpointError, match="stopped, by SIGSTOP say"):
+        Lease(tmp_path).take()
 
 
 RACE = """

@@ -75,6 +75,14 @@ if case == "data":
     if is_last:  # as if little memory was left
         memory.PROC = type(memory.PROC)(sys.argv[2])
     fit_rows(100)
+if case == "short data":
+    x, y = table(640)
+    batches = ((x[:32], y[:32]) for _ in range(10 if is_last else 20))
+    tfdist.fit(model, batches, verbose=0)
+if case == "leaves" and is_last:
+    sys.exit()
+if case == "leaves":
+    fit()
 if case == "slow data":
     fit_rows(14)
 if case == "callback":
@@ -103,6 +111,24 @@ def hanging(tmp_path: Path, case: str, command: list[str], limit: float = 2) -> 
         ),
         pytest.param(  # the next one is of the same kind
             *("horovod", "times", 1, ["worker 1 has ended, after 2 calls", "call number 3"]),
+            marks=pytest.mark.full,
+        ),
+        pytest.param(
+            *(
+                "multi_worker",
+                "short data",
+                HUNG,
+                ["data of worker 1 has ended before step 11"],
+            ),
+            marks=pytest.mark.full,
+        ),
+        pytest.param(
+            *(
+                "multi_worker",
+                "leaves",
+                1,
+                ["worker 1 has ended, after 0 calls, while worker 0"],
+            ),
             marks=pytest.mark.full,
         ),
         ("multi_worker", "function", 1, ["worker 0: `fit`; worker 1: `evaluate`"]),

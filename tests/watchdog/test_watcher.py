@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +24,8 @@ from tfdist.launch.cause import Failure
 from tfdist.launch.worker import Worker
 from tfdist.strategies.base import Place
 from tfdist.strategies.connected import Connected
-from tfdist.watchdog import diagnosis, memory, progress, stacks
+from tfdist.training.stragglers import StragglerCallback
+from tfdist.watchdog import calls, diagnosis, memory, progress, stacks
 from tfdist.watchdog.diagnosis import LostWorker
 from tfdist.watchdog.local import LocalStatus
 from tfdist.watchdog.messages import ENDED, HangRequest, StatusMessage
@@ -52,6 +55,11 @@ def first_cause(*notes: StatusMessage, lost: dict[int, LostWorker] | None = None
         ({"at": ENDED}, "The script of worker 1 has ended, after 2 calls", True),
         ({"at": START, "number": 3, "call": "evaluate"}, "different functions", True),
         ({"at": BETWEEN, "is_exchanging": True, "phase": "X.on_epoch_end"}, "callback", True),
+        (
+            {"at": BETWEEN, "is_exchanging": True, "ends_epoch": True},
+            "The data of worker 1 has ended before step 7, in which worker 0 waits.",
+            True,
+        ),
         ({"waits_for_data": True}, "worker 1 waits for its data", False),
         ({"left_mib": 30, "all_mib": 4000, "used_mib": 3000}, "out of memory", False),
         ({"at": BETWEEN, "phase": "in X.on_epoch_end", "idle": 999.0}, "X.on_epoch_end", False),
@@ -199,9 +207,45 @@ def test_stacks_show_a_users_frames_first() -> None:
     assert lines[0].endswith("in on_epoch_end: go.wait(20)"), lines
     assert here.name in lines[0]
     assert lines[-1].startswith("(inside threading.py:")
-    assert named == "Mine.on_epoch_end"
+    assert named == ("Mine.on_epoch_end", False)
     assert not debugged
     assert any("in another thread" in line and "on_epoch_end" in line for line in others)
+
+
+def test_a_callback_of_tfdist_is_not_blamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    statuses = []
+
+    class Timers:
+        def read(self) -> None:
+            statuses.append(LocalStatus().now(0, WatchdogSettings()))
+            raise KeyError
+
+    monkeypatch.setattr(progress.here, "at", BETWEEN)
+    monkeypatch.setattr(progress.here, "call", progress.LoopCall("fit", 1, False, 7))
+    callback = StragglerCallback(None, Timers(), shows=False, log_dir=None)
+    with pytest.raises(KeyError), progress.here.while_doing(progress.EXCHANGING):
+        callback.on_epoch_end(0)
+    (status,) = statuses
+    assert (status.phase, status.ends_epoch) == ("`fit`, at the end of its epoch", True)
+
+
+def test_a_script_that_ends_before_its_first_call_tells_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    posted: dict[str, str] = {}
+    at_exit: list[Callable[[], None]] = []
+    monkeypatch.setattr(atexit, "register", at_exit.append)
+    monkeypatch.setattr(calls, "_watcher", None)
+    monkeypatch.setattr(progress.here, "calls", 0)
+    store = SimpleNamespace(post=posted.__setitem__)
+    place = SimpleNamespace(worker_index=1, num_workers=2)
+    calls.tell_end(SimpleNamespace(place=place, key_value_store=lambda: store))
+    at_exit[0]()
+    status = StatusMessage.read(posted["watch/1"])
+    waiting = StatusMessage(0, "worker 0", at=START, call="fit", number=1, is_exchanging=True)
+    (cause,) = diagnosis.causes({0: waiting, 1: status}, {})
+    assert "worker 1 has ended, after 0 calls, while worker 0 is in `fit`" in cause.text
+    assert cause.certain
 
 
 def test_memory_of_a_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

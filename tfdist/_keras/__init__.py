@@ -82,7 +82,7 @@ from tfdist._keras.optimizers import (
     with_nested,
 )
 from tfdist._keras.probe import metric_that_is_no_sum, what_is_no_mean
-from tfdist._keras.recomputation import recomputed_calls, set_recomputed
+from tfdist._keras.recomputation import recomputed_calls, regathered, set_recomputed
 from tfdist._keras.replica import ReplicaBatch, on_replica, replaced, seeding
 from tfdist._keras.replicated import alone, replicated
 from tfdist._keras.runtime import (
@@ -91,6 +91,7 @@ from tfdist._keras.runtime import (
     has_devices,
     is_deterministic,
     key_value_store,
+    without_retracing_warning,
 )
 from tfdist._keras.saving import carry_in_files
 from tfdist._keras.scopes import (
@@ -102,7 +103,17 @@ from tfdist._keras.scopes import (
 from tfdist._keras.served_updates import is_elementwise
 from tfdist._keras.sharded import slots_in_parts, updating_parts
 from tfdist._keras.sharded_updates import Sharding
+from tfdist._keras.sharded_weights import (
+    Gathering,
+    InParts,
+    LostWeight,
+    is_lost,
+    register_parts_of_weights,
+    showing_parts,
+    weights_of_layers,
+)
 from tfdist._keras.slices import has_fixed_rows, has_unique_rows, once_each
+from tfdist._keras.snapshots import Snapshot
 from tfdist._keras.step_graph import StepGraph, batch_specs, step_graph
 from tfdist._keras.traces import keeping_variable_scope, map_fn
 from tfdist._keras.unfilled import built_unfilled, fill, note_filled, unfilled_value
@@ -122,11 +133,15 @@ __all__ = [
     "PREDICT",
     "CheckpointSaver",
     "EagerTensor",
+    "Gathering",
     "GroupCollectives",
+    "InParts",
+    "LostWeight",
     "OwnNoise",
     "ReplicaBatch",
     "RowKeys",
     "Sharding",
+    "Snapshot",
     "StepGraph",
     "StepTrace",
     "StreamAdapter",
@@ -162,6 +177,7 @@ __all__ = [
     "is_deterministic",
     "is_elementwise",
     "is_empty",
+    "is_lost",
     "is_seeded",
     "iterations_of",
     "keeping_random_state",
@@ -186,6 +202,8 @@ __all__ = [
     "rates_of",
     "recomputed_calls",
     "refill",
+    "regathered",
+    "register_parts_of_weights",
     "reindex_optimizer",
     "replaced",
     "replicated",
@@ -196,6 +214,7 @@ __all__ = [
     "scope_of",
     "seeding",
     "set_recomputed",
+    "showing_parts",
     "slots_in_parts",
     "statistics_of",
     "step_graph",
@@ -209,6 +228,8 @@ __all__ = [
     "unfilled_value",
     "updating_parts",
     "watch_updates",
+    "weights_of_layers",
     "what_is_no_mean",
     "with_nested",
+    "without_retracing_warning",
 ]

@@ -28,16 +28,16 @@ def moments(layer: Any, inputs: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     shape = [1] * len(inputs.shape)
     shape[layer.axis] = inputs.shape[layer.axis]
     shift = tf.stop_gradient(tf.reshape(tf.cast(layer.moving_mean, inputs.dtype), shape))
-    counted = tf.ones_like(inputs)
+    weights = tf.ones_like(inputs)
     if mask is not None:
-        counted *= tf.cast(tf.expand_dims(mask, -1), inputs.dtype)
-    counted *= tf.cast(batch.has_rows, inputs.dtype)
-    shifted = tf.where(counted > 0, inputs - shift, 0.0)
+        weights *= tf.cast(tf.expand_dims(mask, -1), inputs.dtype)
+    weights *= tf.cast(batch.has_rows, inputs.dtype)
+    shifted = tf.where(weights > 0, inputs - shift, 0.0)
     sums = tf.stack(
         [
             tf.reduce_sum(shifted, axes),
             tf.reduce_sum(tf.square(shifted), axes),
-            tf.reduce_sum(counted, axes),
+            tf.reduce_sum(weights, axes),
         ]
     )
     (reduced,) = batch.all_reduce([sums])
@@ -48,6 +48,7 @@ def moments(layer: Any, inputs: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         tf.math.divide_no_nan(first, count),
         tf.math.divide_no_nan(second, count),
     )
+    # Rounding may make it negative.
     variance = tf.maximum(second - tf.square(first), 0.0)
     # An empty global batch must not change the moving statistics.
     moving = tf.cast(layer.moving_variance, variance.dtype)

@@ -180,10 +180,13 @@ def has_own_code(model: Any) -> bool:
         model: A compiled `keras.Model`.
     """
     compiled = [getattr(model, "_compile_loss", None), getattr(model, "_compile_metrics", None)]
-    passed = [getattr(part, "_user_loss", None) for part in compiled if part is not None]
-    passed += [getattr(part, "_user_metrics", None) for part in compiled if part is not None]
-    parts = [*layers_of(model), *model.metrics, *keras.tree.flatten(passed)]
+    user_parts = [getattr(part, "_user_loss", None) for part in compiled if part is not None]
+    user_parts += [
+        getattr(part, "_user_metrics", None) for part in compiled if part is not None
+    ]
+    parts = [*layers_of(model), *model.metrics, *keras.tree.flatten(user_parts)]
     return any(
+        # A function has a module of its own, an object has that of its class.
         not _is_keras(part if callable(part) and hasattr(part, "__module__") else type(part))
         for part in parts
         if part is not None and not isinstance(part, str)
@@ -221,4 +224,5 @@ def step_of(model: Any, kind: str) -> Callable[[Any], Any]:
         return step
     with contextlib.suppress(Exception):  # as tf.function does for code without source
         plain = tf.autograph.to_graph(plain)
+    # The plain function is one of the class, so it is bound here.
     return types.MethodType(plain, model)

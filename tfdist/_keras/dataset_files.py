@@ -35,16 +35,16 @@ def reads_files(function: Any) -> bool:
     return reads_a_file and not dataset_maps.captures_datasets(function)
 
 
-def reads_alone(one: Any, function: Any) -> bool:
+def reads_alone(dataset: Any, function: Any) -> bool:
     """Returns whether a function of a file's name returns all of the file's records, in order.
 
     It may skip a fixed number of records at the beginning.
 
     Args:
-        one: The dataset that applies the function.
+        dataset: The dataset that applies the function.
         function: The function.
     """
-    names = tf.nest.flatten(one._inputs()[0].element_spec)
+    names = tf.nest.flatten(dataset._inputs()[0].element_spec)
     if [(leaf.dtype, leaf.shape.rank) for leaf in names] != [(tf.string, 0)]:
         return False
     for op in function.graph.get_operations():
@@ -72,6 +72,8 @@ def reads_its_argument(function: Any) -> bool:
         readers = [node for node in inner.node_def if node.op in _READERS]
         if any(node.input[0] not in arguments for node in readers):
             return False
+    # Follows the name of the file back to the argument, through ops that keep it one name, such
+    # as a join with a constant folder.
     name = lists[0].inputs[0]
     while name.op.type in ("ExpandDims", "Identity", "Reshape", "StringJoin"):
         varying = [t for t in name.op.inputs if tf.get_static_value(t) is None]
@@ -82,17 +84,17 @@ def reads_its_argument(function: Any) -> bool:
     return any(name is tensor for tensor in own_inputs)
 
 
-def names_twice(names: Any, seen: set[Hashable]) -> bool:
+def names_twice(names: Any, paths: set[Hashable]) -> bool:
     """Returns whether a dataset of files' names may name a file twice.
 
     Args:
         names: The dataset. A copy of it is read, so that its shuffles do not advance.
-        seen: The paths, or inode numbers, of other files. Those of these files are added.
+        paths: The paths, or inode numbers, of other files. Those of these files are added.
     """
     count = 0
     try:
         for name in itertools.islice(copy_of(names).as_numpy_iterator(), _MOST_NAMES):
-            if is_seen(name, seen):
+            if is_seen(name, paths):
                 return True
             count += 1
     except (tf.errors.OpError, TypeError):
@@ -100,12 +102,12 @@ def names_twice(names: Any, seen: set[Hashable]) -> bool:
     return count >= _MOST_NAMES
 
 
-def is_seen(name: bytes, seen: set[Hashable]) -> bool:
+def is_seen(name: bytes, paths: set[Hashable]) -> bool:
     """Returns whether a file is among others, and adds it to them.
 
     Args:
         name: Its name.
-        seen: The paths, or inode numbers, of the others.
+        paths: The paths, or inode numbers, of the others.
     """
     path: Hashable = name
     if b"://" not in name:
@@ -113,29 +115,29 @@ def is_seen(name: bytes, seen: set[Hashable]) -> bool:
         if os.path.exists(path):
             status = os.stat(path)  # a file may have several paths
             path = (status.st_dev, status.st_ino)
-    is_repeated = path in seen
-    seen.add(path)
+    is_repeated = path in paths
+    paths.add(path)
     return is_repeated
 
 
-def saved_spec(one: Any) -> Any:
+def saved_spec(dataset: Any) -> Any:
     """Reads the element spec of a saved dataset from its files.
 
     `element_spec=` of `Dataset.load` is only a claim of the user.
 
     Args:
-        one: The dataset of `Dataset.load`.
+        dataset: The dataset of `Dataset.load`.
     """
-    return tf.data.Dataset.load(one._path, compression=one._compression).element_spec
+    return tf.data.Dataset.load(dataset._path, compression=dataset._compression).element_spec
 
 
-def loads_all(one: Any) -> bool:
+def loads_all(dataset: Any) -> bool:
     """Returns whether a saved dataset is loaded with each of its elements once.
 
     Args:
-        one: The dataset of `Dataset.load`.
+        dataset: The dataset of `Dataset.load`.
     """
-    function = one._reader_func.function
+    function = dataset._reader_func.function
     ops = function.graph.get_operations()
     dataset_ops = [op for op in ops if "Dataset" in op.type]
     joins = [op for op in dataset_ops if op.type in _JOINS]

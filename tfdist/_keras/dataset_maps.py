@@ -93,7 +93,7 @@ def state_of(function: Any, shapes: Sequence[Any], graphs: InlinedGraphs) -> str
     seeds = all("seed_generator_state" in v.name for v in function.graph.variables)
     allowed = _READS | _DRAWS | PYTHON | (_ASSIGNS if seeds else frozenset())
 
-    def look(nodes: Any, in_branch: bool, seen: tuple[str, ...]) -> str | None:
+    def look(nodes: Any, in_branch: bool, callers: tuple[str, ...]) -> str | None:
         for node in nodes:
             if not _is_pure(node.op) and node.op not in allowed:
                 return str(node.op)
@@ -104,9 +104,9 @@ def state_of(function: Any, shapes: Sequence[Any], graphs: InlinedGraphs) -> str
             if called and node.op not in CALLS | _BRANCHES | PYTHON:
                 return str(node.op)
             for name in [node.op, *called]:
-                if name in functions and name not in seen:
+                if name in functions and name not in callers:
                     branches = in_branch or node.op in _BRANCHES
-                    stateful_op = look(functions[name], branches, (*seen, name))
+                    stateful_op = look(functions[name], branches, (*callers, name))
                     if stateful_op is not None:
                         return stateful_op
         return None
@@ -121,6 +121,7 @@ def state_of(function: Any, shapes: Sequence[Any], graphs: InlinedGraphs) -> str
 def _is_pure(kind: str) -> bool:
     """Returns whether the outputs of an op depend on its inputs alone."""
     op_def = _op_defs.get(kind)
+    # An op of a custom library is unknown, and may do anything.
     if op_def is None or kind in _IMPURE:
         return False
     return not op_def.is_stateful and not any(arg.is_ref for arg in op_def.input_arg)
@@ -133,6 +134,8 @@ def _varying_draw(function: Any, shapes: Sequence[Any], graphs: InlinedGraphs) -
     except ValueError:
         return "set_shape"
     decided = _decided(graph)
+    # A draw advances its generator by the number of its numbers. If an element decides this
+    # number, later elements get other random numbers.
     for op in graph.ops:
         varies = any(t.name in decided for t in op.inputs)
         if varies and op.type in _GENERATORS | _ASSIGNS:
@@ -178,6 +181,7 @@ def looks_up_rows(
     # A variable that the function advances is a counter, by which it may choose rows.
     counts = {"ReadVariableOp"} if any(op.type in _ASSIGNS for op in graph.ops) else set()
     decided = _decided(graph, _DRAWS | PYTHON | counts)
+    # A table counts from one row for every eighth example on: it may hold the examples.
     least = max(_FEW_ROWS, count // _PART) if count >= 0 else _MANY_ROWS
     for op in graph.ops:
         if op.type == "ReadFile" and op.inputs[0].name not in decided:
@@ -216,6 +220,7 @@ def _table_rows(table: Any) -> int:
 def _table_shape(table: Any) -> Any:
     if table.dtype != tf.resource:
         return table.shape
+    # Of a variable, the handle knows the shape.
     data = _handle_data(table)
     return tf.TensorShape(data.shape_and_type[0].shape if data.is_set else None)
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from tfdist._keras.dataset_sources import SOURCES, Sources
-from tfdist._keras.datasets import written
+from tfdist._keras.datasets import serialized
 
 # Names of dataset classes.
 _SHUFFLES = frozenset({"_GlobalShuffleDataset", "_ShuffleAndRepeatDataset", "_ShuffleDataset"})
@@ -59,66 +59,71 @@ def reordering(dataset: Any, comes_again: bool) -> Reordering | None:
     Returns:
         The operation that does most, or None.
     """
-    found: list[Reordering] = []
-    _look(dataset, _Place(comes_again), found)
-    if any(_shuffles(one) for one in _upstream(dataset)) and _has_source_twice(dataset):
+    reorderings: list[Reordering] = []
+    _look(dataset, _Place(comes_again), reorderings)
+    if any(_shuffles(earlier) for earlier in _upstream(dataset)) and _has_source_twice(dataset):
         in_one_batch = _joins_in_a_batch(dataset, batched=False)
         operation = "a shuffle, and one source in several places"
-        found.append(Reordering(operation, in_one_batch, _ONCE))
-    return max(found, key=lambda one: one.in_one_batch, default=None)
+        reorderings.append(Reordering(operation, in_one_batch, _ONCE))
+    return max(reorderings, key=lambda r: r.in_one_batch, default=None)
 
 
-def _look(one: Any, place: _Place, found: list[Reordering]) -> None:
+def _look(dataset: Any, place: _Place, reorderings: list[Reordering]) -> None:
     """Adds the reorderings of a dataset and all its inputs."""
-    kind = type(one).__name__
-    if kind in _REPEATS and int(one._count) not in (0, 1):
+    kind = type(dataset).__name__
+    if kind in _REPEATS and int(dataset._count) not in (0, 1):
         place = place._replace(comes_again=True, crosses=place.crosses or place.batched)
-    if _reshuffles(one) and place.comes_again:
+    if _reshuffles(dataset) and place.comes_again:
         operation = "a shuffle that is drawn more than once, each time in another order"
-        found.append(Reordering(operation, place.crosses, _KEEP))
-    if kind in _SHUFFLES and any(_repeats(earlier) for earlier in _inputs(one)):
-        found.append(Reordering("a shuffle after a repeat", place.batched, _BEFORE))
+        reorderings.append(Reordering(operation, place.crosses, _KEEP))
+    # The buffer of such a shuffle has elements of two passes. So an example may come twice in a
+    # row.
+    if kind in _SHUFFLES and any(_repeats(earlier) for earlier in _inputs(dataset)):
+        reorderings.append(Reordering("a shuffle after a repeat", place.batched, _BEFORE))
     place = place._replace(batched=place.batched or "Batch" in kind)
-    for source in _inputs(one):
-        _look(source, place, found)
+    for source in _inputs(dataset):
+        _look(source, place, reorderings)
 
 
-def _inputs(one: Any) -> list[Any]:
+def _inputs(dataset: Any) -> list[Any]:
     """Lists the inputs of a dataset, also one of files' names."""
-    names = vars(one).get("_filenames")
-    return [*one._inputs(), *([names] if isinstance(names, tf.data.Dataset) else [])]
+    names = vars(dataset).get("_filenames")
+    return [*dataset._inputs(), *([names] if isinstance(names, tf.data.Dataset) else [])]
 
 
-def _upstream(one: Any) -> list[Any]:
-    return [one, *(upstream for source in _inputs(one) for upstream in _upstream(source))]
+def _upstream(dataset: Any) -> list[Any]:
+    return [
+        dataset,
+        *(upstream for source in _inputs(dataset) for upstream in _upstream(source)),
+    ]
 
 
-def _repeats(one: Any) -> bool:
+def _repeats(dataset: Any) -> bool:
     return any(
         type(upstream).__name__ in _REPEATS and int(upstream._count) not in (0, 1)
-        for upstream in _upstream(one)
+        for upstream in _upstream(dataset)
     )
 
 
-def _reshuffles(one: Any) -> bool:
+def _reshuffles(dataset: Any) -> bool:
     """Returns whether an operation has another order in each iteration."""
-    kind = type(one).__name__
+    kind = type(dataset).__name__
     if kind in ("_GlobalShuffleDataset", "_ShuffleDataset"):
-        return bool(one._reshuffle_each_iteration)
+        return bool(dataset._reshuffle_each_iteration)
     if kind == "_RandomDataset":  # choices of `sample_from_datasets`
-        return bool(one._rerandomize)
-    return _shuffles(one)
+        return bool(dataset._rerandomize)
+    return _shuffles(dataset)
 
 
-def _shuffles(one: Any) -> bool:
-    kind = type(one).__name__
+def _shuffles(dataset: Any) -> bool:
+    kind = type(dataset).__name__
     if kind == "_VariantDataset":  # made by `choose_from_datasets`
         try:
-            return any("Shuffle" in node.op for node in written(one).node)
+            return any("Shuffle" in node.op for node in serialized(dataset).node)
         except tf.errors.OpError:
             return True
     if kind == "_LoadDataset":
-        operations = one._reader_func.function.graph.get_operations()
+        operations = dataset._reader_func.function.graph.get_operations()
         return any("Shuffle" in op.type for op in operations)
     return kind in _SHUFFLES
 
@@ -127,21 +132,21 @@ def _has_source_twice(dataset: Any) -> bool:
     """Returns whether one source, a part of it or one file is in several places."""
     sources = Sources()
     return any(
-        sources.has_rows_of(one) or sources.has_files_of(one, read=True)
-        for one in _sources_of(dataset)
+        sources.has_rows_of(source) or sources.has_files_of(source, read=True)
+        for source in _sources_of(dataset)
     )
 
 
-def _sources_of(one: Any) -> list[Any]:
-    if type(one).__name__ in SOURCES:
-        return [one]
-    return [source for earlier in one._inputs() for source in _sources_of(earlier)]
+def _sources_of(dataset: Any) -> list[Any]:
+    if type(dataset).__name__ in SOURCES:
+        return [dataset]
+    return [source for earlier in dataset._inputs() for source in _sources_of(earlier)]
 
 
-def _joins_in_a_batch(one: Any, batched: bool) -> bool:
+def _joins_in_a_batch(dataset: Any, batched: bool) -> bool:
     """Returns whether a batch may have elements of several datasets."""
-    kind = type(one).__name__
+    kind = type(dataset).__name__
     if kind in _JOINS and (batched or kind == "_ZipDataset"):
         return True
     batched = batched or "Batch" in kind
-    return any(_joins_in_a_batch(source, batched) for source in _inputs(one))
+    return any(_joins_in_a_batch(source, batched) for source in _inputs(dataset))

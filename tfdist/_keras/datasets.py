@@ -136,7 +136,7 @@ def copy_of(dataset: Any, number: int = 0) -> Any:
     Raises:
         tf.errors.OpError: The dataset cannot be serialized, for instance for its size.
     """
-    graph = written(dataset)
+    graph = serialized(dataset)
     functions = {function.signature.name: function for function in graph.library.function}
     for nodes in (graph.node, *(f.node_def for f in functions.values())):
         by_name = {node.name: node for node in nodes}
@@ -149,7 +149,7 @@ def copy_of(dataset: Any, number: int = 0) -> Any:
     return _dataset_ops._VariantDataset(variant, dataset.element_spec)
 
 
-def written(dataset: Any) -> Any:
+def serialized(dataset: Any) -> Any:
     """Serializes a dataset as a graph.
 
     Args:
@@ -169,6 +169,8 @@ def written(dataset: Any) -> Any:
 def _set_seed(node: Any, by_name: dict[str, Any], number: int) -> None:
     """Gives a shuffle its own generator of seeds, and seeds that depend on a number."""
     seeds, generator = _SHUFFLES[node.op]
+    # The generator belongs to the original, and would advance with it. With a dummy in its
+    # place, a shuffle makes a generator of its own from its constant seeds.
     handle = by_name.get(node.input[generator].partition(":")[0])
     if handle is not None and handle.op == "Const":
         handle.op = "DummySeedGenerator"
@@ -199,6 +201,7 @@ def _is_random(node: Any, functions: dict[str, Any]) -> bool:
 def _make_sequential(node: Any) -> None:
     """Turns a parallel map into a sequential one, without the number of parallel calls."""
     node.op = "MapDataset"
+    # The number of parallel calls is the last input that is no control input.
     del node.input[len([i for i in node.input if not i.startswith("^")]) - 1]
     for name in [name for name in node.attr if name not in _MAP_ATTRIBUTES]:
         del node.attr[name]

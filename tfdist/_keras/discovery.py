@@ -109,6 +109,8 @@ class _Recorder:
             for variable, gradient in zip(variables, grads, strict=True)
             if isinstance(gradient, tf.IndexedSlices)
         ]
+        # A traced update changes nothing, and shows which variables it assigns. An eager one
+        # would change the weights.
         if not tf.executing_eagerly():
             update(grads)
 
@@ -167,8 +169,10 @@ def _raw_writes(graph: Any, step: StepTrace) -> list[str]:
     written_ids: set[int] = set()
     for op in graph.get_operations():
         resources = [i for i, t in enumerate(op.inputs) if t.dtype == tf.resource]
+        # TensorFlow knows of each op which of its resources it only reads.
         read_only = set(_dependencies._get_read_only_resource_input_indices_op(op))
         written_ids |= {id(op.inputs[i]) for i in resources if i not in read_only}
+    # In the graph, a variable is the captured copy of its handle.
     handles = {id(outer): id(inner) for outer, inner in graph.captures}
     return [
         variable.name
@@ -213,6 +217,7 @@ def recording(batch: ReplicaBatch) -> Iterator[_Recorder]:
         finally:
             touched = list(batch.touched.values())
             if tf.executing_eagerly():
+                # Within `updating`, these assignments are not recorded as those of the step.
                 with batch.updating():
                     for variable, value in [*touched, *recorder.before]:
                         variable.assign(value)

@@ -67,6 +67,8 @@ def draws_by_row(layer: Any, spec: Any) -> bool:
         with drawing(draws):
             return layer(batch, training=True)
 
+    # Traced, never run. No layer has the size PROBE by itself, so a draw with a first axis of
+    # this size has a number for each example.
     traced = tf.function(probe, autograph=False).get_concrete_function(
         tf.TensorSpec((PROBE, *spec.shape[1:]), spec.dtype)
     )
@@ -82,6 +84,7 @@ def draws_by_row(layer: Any, spec: Any) -> bool:
             "A layer of `Augment` must draw by keras.random, from a SeedGenerator. "
             f"Received: {name}, which draws by TensorFlow's {stateful_ops[0]}."
         )
+    # A graph lists its captured tensors after its arguments.
     arguments = traced.graph.inputs[: len(traced.graph.inputs) - len(traced.graph.captures)]
     shapes = [tensor.shape for tensor in arguments]
     state = dataset_maps.state_of(traced, shapes, InlinedGraphs())
@@ -120,6 +123,8 @@ def transform(layer: Any, batch: Tensor, rows: TransformedRows, by_row: bool) ->
         with drawing(RowDraws(rows)):
             return layer(batch, training=True)
 
+    # A layer that draws once for a whole batch would change all examples alike, and otherwise
+    # on each replica. Here each example is a batch of its own.
     def transform_one(example_and_identity: tuple[Tensor, Tensor]) -> Tensor:
         example, identity = example_and_identity
         with drawing(ExampleDraws(fold(rows.seed, identity))):

@@ -45,25 +45,25 @@ class Elements:
         self.proofs: dict[int, row_wise.Proof] = {}
         self.graphs = InlinedGraphs()
 
-    def of(self, one: Any, level: int) -> list[Leaf]:
+    def of(self, dataset: Any, level: int) -> list[Leaf]:
         """Describes each part of a dataset's elements.
 
         Args:
-            one: A dataset.
+            dataset: A dataset.
             level: How many times its elements are batched.
         """
-        key = (id(one), level > 0)
+        key = (id(dataset), level > 0)
         if key not in self._leaves:
-            self._leaves[key] = self._look(one, level)
+            self._leaves[key] = self._look(dataset, level)
         return self._leaves[key]
 
-    def _look(self, one: Any, level: int) -> list[Leaf]:
-        kind, inputs = type(one).__name__, one._inputs()
+    def _look(self, dataset: Any, level: int) -> list[Leaf]:
+        kind, inputs = type(dataset).__name__, dataset._inputs()
         if kind in SAME:
             return self.of(inputs[0], level)
         if kind == "_DenseToRaggedDataset":
             pairs = zip(
-                tf.nest.flatten(one.element_spec), self.of(inputs[0], level), strict=True
+                tf.nest.flatten(dataset.element_spec), self.of(inputs[0], level), strict=True
             )
             return [
                 leaf if isinstance(spec, tf.TensorSpec) else Leaf(_UNKNOWN, leaf.rows)
@@ -73,36 +73,41 @@ class Elements:
             leaves = self.of(inputs[0], level)
             if kind == "_RebatchDataset":
                 leaves = [Leaf(_batched(leaf.shape[1:], None), leaf.rows) for leaf in leaves]
-            return _anew(one, leaves)
+            return _anew(dataset, leaves)
         if kind in BATCHES or kind == "_PaddedBatchDataset":
-            return self._of_batches(one, level)
+            return self._of_batches(dataset, level)
         if kind == "_UnbatchDataset":
-            return [Leaf(leaf.shape[1:], id(one)) for leaf in self.of(inputs[0], level + 1)]
+            return [Leaf(leaf.shape[1:], id(dataset)) for leaf in self.of(inputs[0], level + 1)]
         if kind == "_ZipDataset":
             return [leaf for inner in inputs for leaf in self.of(inner, level)]
         if kind in ("_ConcatenateDataset", "_DirectedInterleaveDataset"):
             joined = inputs[kind.startswith("_D") :]
-            return _merged(one, [self.of(inner, level) for inner in joined])
+            return _of_choices(dataset, [self.of(inner, level) for inner in joined])
         if kind in MAPS:
-            return self._mapped(one, level)
-        spec = dataset_files.saved_spec(one) if kind == "_LoadDataset" else one.element_spec
+            return self._mapped(dataset, level)
+        spec = (
+            dataset_files.saved_spec(dataset)
+            if kind == "_LoadDataset"
+            else dataset.element_spec
+        )
         specs = tf.nest.flatten(spec)
-        rows = None if kind in _NUMBERS else id(one)
+        rows = None if kind in _NUMBERS else id(dataset)
         return [Leaf(_shape(spec), rows) for spec in specs]
 
-    def _of_batches(self, one: Any, level: int) -> list[Leaf]:
-        source = one._inputs()[0]
-        size, count = int(one._batch_size), int(source.cardinality())
-        drops = bool(one._drop_remainder)
+    def _of_batches(self, dataset: Any, level: int) -> list[Leaf]:
+        source = dataset._inputs()[0]
+        size, count = int(dataset._batch_size), int(source.cardinality())
+        drops = bool(dataset._drop_remainder)
         always = size if drops else None
-        rows: Hashable = id(one)  # the last batch may be short
+        rows: Hashable = id(dataset)  # the last batch may be short
         if drops or (count >= 0 and count % size == 0):
             rows = size
+        # Equal for all parts with as many elements, also if the last batch is short.
         elif count >= 0:
             rows = (size, count)
-        specs = tf.nest.flatten(one.element_spec)
+        specs = tf.nest.flatten(dataset.element_spec)
         inner = self.of(source, level - 1)
-        if type(one).__name__ == "_PaddedBatchDataset":
+        if type(dataset).__name__ == "_PaddedBatchDataset":
             return [Leaf(_batched(_shape(spec)[1:], always), rows) for spec in specs]
         return [
             Leaf(
@@ -112,22 +117,22 @@ class Elements:
             for spec, leaf in zip(specs, inner, strict=True)
         ]
 
-    def _mapped(self, one: Any, level: int) -> list[Leaf]:
-        leaves, function = self.of(one._inputs()[0], level), one._map_func.function
-        specs = tf.nest.flatten(one.element_spec)
+    def _mapped(self, dataset: Any, level: int) -> list[Leaf]:
+        leaves, function = self.of(dataset._inputs()[0], level), dataset._map_func.function
+        specs = tf.nest.flatten(dataset.element_spec)
         if level > 0:
-            self.proofs[id(one)] = proof = row_wise.proof(function, leaves, self.graphs)
+            self.proofs[id(dataset)] = proof = row_wise.proof(function, leaves, self.graphs)
             if proof.mixing is None and len(proof.outputs) == len(specs):
                 return list(proof.outputs)
-            return [Leaf(_UNKNOWN, id(one)) for _ in specs]
+            return [Leaf(_UNKNOWN, id(dataset)) for _ in specs]
         try:
             outputs = self.graphs.of(function, [leaf.shape for leaf in leaves]).outputs
         except ValueError:
             outputs = []
         if len(outputs) != len(specs):
-            return [Leaf(_UNKNOWN, id(one)) for _ in specs]
+            return [Leaf(_UNKNOWN, id(dataset)) for _ in specs]
         return [
-            Leaf(t.shape if isinstance(spec, tf.TensorSpec) else _UNKNOWN, id(one))
+            Leaf(t.shape if isinstance(spec, tf.TensorSpec) else _UNKNOWN, id(dataset))
             for t, spec in zip(outputs, specs, strict=True)
         ]
 
@@ -140,22 +145,25 @@ def _batched(shape: Any, size: int | None) -> Any:
     return tf.TensorShape([size]).concatenate(shape)
 
 
-def _anew(one: Any, leaves: Sequence[Leaf]) -> list[Leaf]:
+def _anew(dataset: Any, leaves: Sequence[Leaf]) -> list[Leaf]:
     """Returns the leaves of a dataset that moves elements.
 
     Leaves with equal numbers of rows still have equal numbers, but only within this dataset.
     """
     return [
-        leaf if leaf.rows is None else Leaf(leaf.shape, (id(one), leaf.size)) for leaf in leaves
+        leaf if leaf.rows is None else Leaf(leaf.shape, (id(dataset), leaf.size))
+        for leaf in leaves
     ]
 
 
-def _merged(one: Any, parts: Sequence[Sequence[Leaf]]) -> list[Leaf]:
+def _of_choices(dataset: Any, parts: Sequence[Sequence[Leaf]]) -> list[Leaf]:
     """Returns the leaves of a dataset that takes each element from one of several datasets."""
     are_equal = all(len({leaf.size for leaf in part}) == 1 for part in parts)
-    merged = []
+    joined_leaves = []
     for number, leaves in enumerate(zip(*parts, strict=True)):
         shape = in_common([leaf.shape for leaf in leaves])
         public = all(leaf.rows is None for leaf in leaves)
-        merged.append(Leaf(shape, None if public else (id(one), 0 if are_equal else number)))
-    return merged
+        joined_leaves.append(
+            Leaf(shape, None if public else (id(dataset), 0 if are_equal else number))
+        )
+    return joined_leaves

@@ -37,14 +37,14 @@ class GroupCollectives:
 
     def __init__(self, strategy: Any, first_replica: int) -> None:
         extended = strategy.extended
-        own = getattr(extended, "_collective_ops", None) or extended._cross_device_ops
-        if not hasattr(own, "_launchers"):
+        collectives = getattr(extended, "_collective_ops", None) or extended._cross_device_ops
+        if not hasattr(collectives, "_launchers"):
             raise StrategyError(
                 "A strategy must have collective operations between its devices. Received: "
-                f"{type(strategy).__name__} with {type(own).__name__}. Make it without the "
-                "argument `cross_device_ops`."
+                f"{type(strategy).__name__} with {type(collectives).__name__}. Make it without "
+                "the argument `cross_device_ops`."
             )
-        self._own_launchers = own._launchers
+        self._own_launchers = collectives._launchers
         self._first_replica = first_replica
         self._next_key = _FIRST_KEY
         self._launchers: dict[Any, list[Any]] = {}
@@ -108,6 +108,7 @@ class GroupCollectives:
 
     def _launcher(self, groups: Sequence[Sequence[int]]) -> Any:
         key = tuple(map(tuple, groups))
+        # All processes trace the same steps, so they make the groups in the same order.
         if key not in self._launchers:
             self._launchers[key] = self._make(key)
         replica = tf.distribute.get_replica_context()._replica_id_in_sync_group
@@ -115,17 +116,17 @@ class GroupCollectives:
 
     def _make(self, groups: tuple[tuple[int, ...], ...]) -> list[Any]:
         launchers = []
-        for local, own in enumerate(self._own_launchers):
+        for local, original in enumerate(self._own_launchers):
             (number,) = (n for n, g in enumerate(groups) if self._first_replica + local in g)
             keys = CollectiveKeys(self._next_key + number)
             launcher = CollectiveReplicaLauncher(
-                keys.get_group_key([own._device]),
+                keys.get_group_key([original._device]),
                 len(groups[number]),
                 keys,
-                own._device,
-                own._options,
+                original._device,
+                original._options,
             )
-            launcher._ordering_token = own._ordering_token
+            launcher._ordering_token = original._ordering_token
             launchers.append(launcher)
         self._next_key += len(groups)
         return launchers

@@ -49,6 +49,8 @@ class Inlined:
             placed = []
             for old in graph.inputs:
                 outer = captures.get(old.name)
+                # An argument gets its proven shape. The shape in its own graph may come from
+                # `set_shape`.
                 shape = next(argument_shapes, None) if outer is None else outer.shape
                 new = tf.compat.v1.placeholder(old.dtype, shape)
                 _copy_handle_data(old if outer is None else outer, new)
@@ -64,6 +66,7 @@ class Inlined:
         """Copies the operations of a graph, and returns the copies of its outputs."""
         copies = {old.name: new for old, new in zip(graph.inputs, arguments, strict=True)}
         for op in graph.get_operations():
+            # The placeholder of an argument.
             if op.outputs and op.outputs[0].name in copies:
                 continue
             inputs = [copies[t.name] for t in op.inputs]
@@ -71,6 +74,8 @@ class Inlined:
                 called = _to_graph(self._library[op.get_attr("f").name])
                 outputs = self._copied(called, inputs)
             else:
+                # Attributes that begin with an underscore are notes of TensorFlow's, such as
+                # claims about shapes.
                 attributes = {k: v for k, v in op.node_def.attr.items() if k[0] != "_"}
                 if "output_shapes" in attributes:
                     attributes["output_shapes"] = self._shapes_of(op, inputs)
@@ -116,10 +121,10 @@ class Inlined:
         shapes = [t.shape for t in inputs]
         for _ in range(_MOST_ROUNDS):
             after = self._inferred(body.name, inputs, shapes)
-            merged = [in_common(pair) for pair in zip(shapes, after, strict=True)]
-            if [s.as_proto() for s in merged] == [s.as_proto() for s in shapes]:
+            common = [in_common(pair) for pair in zip(shapes, after, strict=True)]
+            if [s.as_proto() for s in common] == [s.as_proto() for s in shapes]:
                 return shapes
-            shapes = merged
+            shapes = common
         return [tf.TensorShape(None)] * len(inputs)
 
     def _inferred(self, name: str, inputs: Sequence[Any], shapes: Sequence[Any]) -> list[Any]:

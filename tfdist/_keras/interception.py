@@ -26,12 +26,14 @@ def in_family(base: type, name: str, wrap: Callable[[Method], Method]) -> list[R
     """
     classes: dict[type, None] = {base: None}
     _add_derived(base, classes)
+    # Only classes that define the method themselves. All others inherit the replacement.
     return [(cls, name, wrap(vars(cls)[name])) for cls in classes if name in vars(cls)]
 
 
 def _add_derived(cls: type, classes: dict[type, None]) -> None:
     derived: type
     for derived in cls.__subclasses__():
+        # A class that inherits along two lines is listed once.
         if derived not in classes:
             classes[derived] = None
             _add_derived(derived, classes)

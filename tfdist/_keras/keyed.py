@@ -68,9 +68,12 @@ class RowKeys:
         size, static = _shapes(shape)
         rows = tf.size(self.rows, tf.int64)
         is_by_row = self._is_by_row(size, static, rows)
+        # Without an axis of rows there is one key, 0, so all rows get the same numbers.
         keys = tf.where(is_by_row, self.rows[: tf.where(is_by_row, rows, 1)], 0)
         positions = tf.reduce_prod(size) // tf.maximum(tf.size(keys, tf.int64), 1)
         seed_words = tf.bitcast(tf.cast(seed, tf.int32), tf.uint32)
+        # One half of the secret is the key of Philox. The other half and the seed of the draw
+        # are the upper half of its counter, so draws with different seeds share no bits.
         high = tf.cast(seed_words[0], tf.uint64) * tf.constant(2**32, tf.uint64)
         secret = tf.bitcast(self.secret, tf.uint64)
         high = (high + tf.cast(seed_words[1], tf.uint64)) ^ secret[1]
@@ -107,6 +110,7 @@ class RowKeys:
         """
         of_row = RowKeys(rows[None], self.secret)
         words = of_row.words(tf.constant([1, 2], tf.int64), seed, fine=True)[0]
+        # 31 bits each: the seeds of stateless draws are int32, and not negative here.
         return tf.cast(tf.bitwise.right_shift(words, tf.constant(33, tf.uint64)), tf.int64)
 
 
@@ -138,6 +142,7 @@ def row_numbers(data: Any, offset: Tensor, copies: int = 1) -> Tensor:
         if column.shape.rank == 1:
             column = column[:, None]
         fingerprint = tf.bitcast(tf.fingerprint(column), tf.int64)
+        # An odd factor: no bits are lost, and the order of the columns matters.
         number = number * 0x2127599BF4325C37 + fingerprint
     return number
 

@@ -61,11 +61,11 @@ class TransformedRows:
         return tf.gather(self.keys, self.chosen)
 
     def uniform(self) -> Tensor:
-        """LayerDraws a number from 0 to 1 for each example of the share."""
+        """Draws a number from 0 to 1 for each example of the share."""
         return self.numbers((), tf.float32, tf.raw_ops.StatelessRandomUniformV2)
 
     def numbers(self, shape: Any, dtype: Any, op: Callable[..., Any]) -> Tensor:
-        """LayerDraws numbers for each example of the share.
+        """Draws numbers for each example of the share.
 
         Args:
             shape: The shape of an example's numbers.
@@ -106,7 +106,7 @@ class CountingDraws(LayerDraws):
 
 
 class ExampleDraws(LayerDraws):
-    """LayerDraws for one example."""
+    """Draws for one example."""
 
     def __init__(self, example_seed: Tensor) -> None:
         self._example_seed = example_seed
@@ -118,7 +118,7 @@ class ExampleDraws(LayerDraws):
 
 
 class RowDraws(LayerDraws):
-    """LayerDraws for all examples of the share, and returns the rows of the chosen ones."""
+    """Draws for all examples of the share, and returns the rows of the chosen ones."""
 
     def __init__(self, rows: TransformedRows) -> None:
         self._rows = rows
@@ -127,6 +127,8 @@ class RowDraws(LayerDraws):
         """Makes the next draw. `shape` is the shape that the layer asks for."""
         self.count += 1
         example_shape = tf.convert_to_tensor(shape)[1:]
+        # Numbers are drawn for all examples of the share. So those of an example do not depend
+        # on which others are chosen.
         numbers = self._rows.of(self.count).numbers(example_shape, dtype, op)
         return tf.gather(numbers, self._rows.chosen)
 
@@ -177,6 +179,7 @@ def _uniform(original: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Tensor:
         draws = _draws()
         if not isinstance(draws, RowDraws):
+            # The draw is only counted, or of one example, for which `draw_seed` gives the seed.
             return _count(original(shape, minval, maxval, dtype=dtype, seed=seed))
         dtype = dtype or keras.config.floatx()
         numbers = draws.numbers(shape, dtype, tf.raw_ops.StatelessRandomUniformV2)
@@ -207,6 +210,8 @@ def _randint(original: Callable[..., Any]) -> Callable[..., Any]:
         draws = _draws()
         if not isinstance(draws, RowDraws):
             return _count(original(shape, minval, maxval, dtype=dtype, seed=seed))
+        # The remainder of 64 random bits. Its bias, at most (high - low) / 2^64, cannot be
+        # seen.
         numbers = draws.numbers(shape, tf.int64, tf.raw_ops.StatelessRandomUniformFullIntV2)
         low, high = tf.cast(minval, tf.int64), tf.cast(maxval, tf.int64)
         return tf.cast(tf.math.floormod(numbers, high - low) + low, dtype)

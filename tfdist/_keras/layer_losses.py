@@ -34,8 +34,8 @@ def _losses(layer: Any) -> list[Any]:
         # Keras asks for the attribute before it exists, if a layer is made during training.
         if "_losses" not in vars(layer):
             raise AttributeError("_losses")
-        own: list[Any] = vars(layer)["_losses"]
-        return own
+        losses: list[Any] = vars(layer)["_losses"]
+        return losses
     return batch.losses.setdefault(id(layer), [])
 
 

@@ -57,6 +57,7 @@ def called_through(layer: Any, function: Callable[..., Any]) -> Iterator[None]:
     def replacement(*args: Any, **kwargs: Any) -> Any:
         return function(call, *args, **kwargs)
 
+    # Not with `setattr`: Keras would track the function as a part of the layer.
     vars(layer)[name] = replacement
     try:
         yield
@@ -68,7 +69,7 @@ def called_through(layer: Any, function: Callable[..., Any]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def changed(layer: Any, **attributes: Any) -> Iterator[None]:
+def with_attributes(layer: Any, **attributes: Any) -> Iterator[None]:
     """Changes attributes of a layer in this context, bypassing its locked tracker.
 
     Args:
@@ -96,8 +97,9 @@ def in_float32(model: Any) -> Iterator[None]:
     half = ("bfloat16", "float16")
     with contextlib.ExitStack() as stack:
         for layer in layers:
+            # The type of computations follows from the policy. Weights keep their type.
             if layer.compute_dtype in half and layer.quantization_mode is None:
-                stack.enter_context(changed(layer, _dtype_policy=_FLOAT32))
+                stack.enter_context(with_attributes(layer, _dtype_policy=_FLOAT32))
         yield
 
 
@@ -235,6 +237,7 @@ def is_mean_over_examples(loss: Any, weighted: bool) -> bool:
         if loss.lower() in ("crossentropy", "ce"):  # Keras chooses one of three
             return True
         loss = _losses.get(loss)
+    # Keras takes the mean of what a function returns.
     if loss in _FUNCTIONS:
         return True
     if type(loss) not in _OF_EXAMPLES:

@@ -134,6 +134,7 @@ def loop_functions(
             else:
                 if name == "train_function" and before_other_training is not None:
                     before_other_training()
+                # Keras makes its own function only if the attribute is None.
                 if name not in keras_functions:
                     setattr(model, name, None)
                     getattr(model, f"make_{name}")()
@@ -176,6 +177,7 @@ def _refusing_compile(model: Any) -> Callable[..., Any]:
 @contextlib.contextmanager
 def _replaced_attribute(model: Any, name: str, replacement: Any) -> Iterator[None]:
     """Replaces an attribute of a model itself. Its class's attribute shows again at the end."""
+    # Not with `setattr`, through which Keras would track the replacement.
     is_own = name in vars(model)
     original = vars(model).get(name)
     vars(model)[name] = replacement

@@ -47,6 +47,8 @@ def sees_whole_batch(function: Callable[..., Any], value: Any, *rows: Tensor) ->
     """
     if not all(isinstance(part, tf.Tensor) and part.shape.rank for part in rows):
         return False
+    # Where the test is not possible, a scalar is taken to compare rows, which is always right
+    # but slower. A number for each row is taken to be one.
     is_scalar = tf.convert_to_tensor(value).shape.rank == 0
     is_known_mean = is_mean(function, *rows)
     return not is_known_mean if is_scalar else is_known_mean is False
@@ -107,6 +109,7 @@ def reduce_weighted_values(
     if batch is None or is_whole:
         return local
     if reduction in ("sum", "none", None):
+        # The later product with the share gives the sum again.
         return local * tf.cast(batch.inverse_share, local.dtype)
     if reduction == "mean_with_sample_weight" and (sample_weight, mask) != (None, None):
         divisor = _keras_reduce_weighted_values(
@@ -116,6 +119,7 @@ def reduce_weighted_values(
         divisor = tf.reduce_sum(tf.cast(mask, local.dtype))
     else:
         return local
+    # A share without rows has one row of padding, which must not count.
     divisor = tf.where(batch.has_rows, tf.cast(divisor, tf.float32), 0.0)
     (total,) = batch.all_reduce([divisor])
     correction = tf.math.divide_no_nan(divisor, total) * batch.inverse_share

@@ -33,6 +33,7 @@ def replacements() -> list[Replacement]:
 
 
 def _recorded_update(original: Method) -> Method:
+    # These two are also updated with one number for a batch, such as its loss.
     counts_scalars = original in (
         keras.metrics.Mean.update_state,
         keras.metrics.Sum.update_state,

@@ -40,6 +40,8 @@ class OwnNoise:
         """Makes a context in which a step is traced, or runs eagerly."""
         if self._worker == 0:
             yield
+        # An eager step draws from the generators themselves. The ops of a traced step get their
+        # seeds from the seed of the graph, so that seed is moved instead.
         elif tf.executing_eagerly():
             with self._swapped():
                 yield
@@ -58,6 +60,8 @@ class OwnNoise:
         seeds = generator()
         script_seeds = None if seeds is None else seeds.getstate()
         if self._numpy is None:
+            # Derived from the script's own state, so that a script that seeds NumPy is
+            # repeatable.
             seed = (int(script_state[1][0]) + self._worker * _STRIDE) % 2**31
             self._numpy = np.random.RandomState(seed).get_state()
             self._tensorflow = random.Random(seed).getstate()

@@ -81,6 +81,8 @@ class Split:
         Args:
             ids: Row numbers of any shape.
         """
+        # Each server gathers its own rows. `dynamic_stitch` undoes `dynamic_partition`, so the
+        # rows return in the order of `ids`.
         flat = tf.reshape(ids, [-1])
         edges = tf.constant(self.edges[1:-1], flat.dtype)
         owners = tf.searchsorted(edges, flat, side="right")
@@ -130,6 +132,7 @@ class Split:
             )
             self._joined = (whole, tf.split(whole, [int(p.shape[0]) for p in self.parts]))
             return whole
+        # All parts were only looked up, so the whole gradient has rows too.
         slices = [
             (p, edge) for p, edge in zip(parts, self.edges, strict=False) if p is not None
         ]

@@ -14,7 +14,7 @@ from tensorflow.python.framework import op_def_registry as _op_defs
 
 from tfdist._keras import dataset_files, dataset_maps
 from tfdist._keras.dataset_sources import SOURCES, Sources
-from tfdist._keras.datasets import written
+from tfdist._keras.datasets import serialized
 from tfdist._keras.elements import BATCHES, MAPS, MOVED, SAME, Elements
 
 # Names of dataset classes. These keep the order, or choose by position.
@@ -93,49 +93,51 @@ class _Walk:
         self._most_rows = 0
         self._elements = Elements()
 
-    def look(self, one: Any, level: int, mapped: str) -> None:
+    def look(self, dataset: Any, level: int, mapped: str) -> None:
         """Checks a dataset and all its inputs.
 
         Args:
-            one: The dataset.
+            dataset: The dataset.
             level: How many times its elements are batched: 0 for single examples.
             mapped: What later functions do with its elements before they are joined: nothing,
                 "mapped", or "read" files or call Python.
         """
-        kind, inputs = type(one).__name__, one._inputs()
+        kind, inputs = type(dataset).__name__, dataset._inputs()
         allowed = _UNCHANGED | BATCHES | MAPS | _FILE_MAPS | _JOINS | _NUMBERS | SOURCES
         if kind in ("_PaddedBatchDataset", "_UnbatchDataset"):
-            self._look_at_sizes(one, inputs[0], level)
-        elif kind == "_VariantDataset" and _are_numbers(one):
+            self._look_at_sizes(dataset, inputs[0], level)
+        elif kind == "_VariantDataset" and _are_numbers(dataset):
             return  # made by `enumerate` or `choose_from_datasets`
         elif kind not in allowed:
             self._note(f"the operation {_plain(kind)}", _REMEDIES.get(kind, _SAVE_FIRST))
         if kind in MAPS:
-            self._look_at_map(one, level)
+            self._look_at_map(dataset, level)
         elif kind in _FILE_MAPS:
-            self._look_at_files(one)
-        elif kind == "CacheDataset" and self._sources.is_cached_before(one):
+            self._look_at_files(dataset)
+        elif kind == "CacheDataset" and self._sources.is_cached_before(dataset):
             self._may_come_again("one file of `cache` in several places")
-        elif kind == "_LoadDataset" and not dataset_files.loads_all(one):
+        elif kind == "_LoadDataset" and not dataset_files.loads_all(dataset):
             self._note("Dataset.load with a reader_func that may change elements", _READ_ALL)
-        if getattr(one, "_deterministic", None) == "false":
+        if getattr(dataset, "_deterministic", None) == "false":
             self._note(f"{_plain(kind)}(deterministic=False)", "Leave `deterministic` out.")
         if self.problem is not None:
             return
         if kind in SOURCES or (kind == "_RangeDataset" and mapped):
-            self._look_at_source(one, mapped)
+            self._look_at_source(dataset, mapped)
             by_number = kind == "_RangeDataset" or mapped == "read"
-            if mapped and by_number and _has_numbers_alone(one):
+            if mapped and by_number and _has_numbers_alone(dataset):
                 self._may_come_again("a map that may choose examples by their numbers")
             return  # a source's inputs are names of files and options
         if kind == "_DirectedInterleaveDataset":
             choice, *inputs = inputs
             self._look_at_choice(choice)
+        # The walk goes towards the sources: before a batch there are single examples, and
+        # before an `unbatch` there are batches.
         level += (kind == "_UnbatchDataset") - (kind in BATCHES | {"_PaddedBatchDataset"})
         if kind in _JOINS:
             mapped = ""
         elif kind in MAPS | _FILE_MAPS:
-            reads = mapped == "read" or dataset_maps.reads(one._map_func.function)
+            reads = mapped == "read" or dataset_maps.reads(dataset._map_func.function)
             mapped = "read" if reads else "mapped"
         for inner in inputs:
             self.look(inner, level, mapped)
@@ -158,42 +160,42 @@ class _Walk:
         elif len(sizes) > 1 and not all(_is_selected(size) for size in sizes):
             self._note("parts that may have different numbers of rows", _ZIP_FIRST)
 
-    def _look_at_sizes(self, one: Any, source: Any, level: int) -> None:
+    def _look_at_sizes(self, dataset: Any, source: Any, level: int) -> None:
         """Checks that padding and unbatching do not depend on the contents of examples."""
-        if type(one).__name__ == "_UnbatchDataset":
+        if type(dataset).__name__ == "_UnbatchDataset":
             sizes = [leaf.shape[:1] for leaf in self._elements.of(source, level + 1)]
             if not all(shape.is_fully_defined() for shape in sizes):
                 self._note("unbatch of batches whose sizes may differ", _SAVE_FIRST)
             return
-        shapes = [leaf.shape[1:] for leaf in tf.nest.flatten(one.element_spec)]
+        shapes = [leaf.shape[1:] for leaf in tf.nest.flatten(dataset.element_spec)]
         if not all(shape.is_fully_defined() for shape in shapes):
             remedy = "Pass padded_batch(..., padded_shapes=...) of known sizes."
             self._note("padded_batch to the longest example of a batch", remedy)
 
-    def _look_at_files(self, one: Any) -> None:
-        function = one._map_func.function
+    def _look_at_files(self, dataset: Any) -> None:
+        function = dataset._map_func.function
         dataset_ops = {n.op for n in dataset_maps.nodes(function) if "Dataset" in n.op}
         if dataset_ops == {"GeneratorDataset"}:
             self._may_come_again("a Python generator")
         elif not dataset_files.reads_files(function):
-            name = _plain(type(one).__name__)
+            name = _plain(type(dataset).__name__)
             self._note(f"{name} of other things than files' names", _READ_ALONE)
-        elif not dataset_files.reads_alone(one, function):
+        elif not dataset_files.reads_alone(dataset, function):
             self._note("a function of files in which a record may decide", _READ_ALONE)
         elif not dataset_files.reads_its_argument(function):
             self._may_come_again("a function that may read a file twice")
-        elif dataset_files.names_twice(one._inputs()[0], self._sources.paths):
+        elif dataset_files.names_twice(dataset._inputs()[0], self._sources.paths):
             self._may_come_again("a file that is named twice")
 
     def _look_at_choice(self, choice: Any) -> None:
         if not _are_numbers(choice):
             self._note("choices that come from data", _CHOOSE_BY_RANGE)
 
-    def _look_at_source(self, one: Any, mapped: str) -> None:
-        if self._sources.has_rows_of(one):
+    def _look_at_source(self, dataset: Any, mapped: str) -> None:
+        if self._sources.has_rows_of(dataset):
             remedy = "Give each source once: map(lambda x: (x, x)) rather than zip. "
             self._may_come_again("one source in several places", remedy + _PROMISE)
-        if self._sources.has_files_of(one, read=mapped == "read"):
+        if self._sources.has_files_of(dataset, read=mapped == "read"):
             self._may_come_again("a file that is named twice")
 
     def look_at_tables(self) -> None:
@@ -201,8 +203,8 @@ class _Walk:
         if self._most_rows >= self._sources.most_rows > 0:
             self._may_come_again("a map with a table of as many rows as there are examples")
 
-    def _look_at_map(self, one: Any, level: int) -> None:
-        function, source = one._map_func.function, one._inputs()[0]
+    def _look_at_map(self, dataset: Any, level: int) -> None:
+        function, source = dataset._map_func.function, dataset._inputs()[0]
         self._most_rows = max(self._most_rows, dataset_maps.most_rows(function))
         specs = tf.nest.flatten(source.element_spec)
         leaves = self._elements.of(source, level)
@@ -220,12 +222,12 @@ class _Walk:
         if dataset_maps.looks_up_rows(function, shapes, int(source.cardinality()), graphs):
             self._may_come_again("a map that may choose examples by their numbers")
         if level == 1:
-            self._look_at_map_of_batches(one, leaves, specs, varying)
+            self._look_at_map_of_batches(dataset, leaves, specs, varying)
         elif level > 1:
             self._note("a map of batches of batches", _MAP_FIRST)
 
     def _look_at_map_of_batches(
-        self, one: Any, leaves: Any, specs: Any, varying: str | None
+        self, dataset: Any, leaves: Any, specs: Any, varying: str | None
     ) -> None:
         if not all(isinstance(spec, tf.TensorSpec) for spec in specs):
             self._note("a map of batches that are ragged or sparse", _MAP_FIRST)
@@ -237,8 +239,8 @@ class _Walk:
             operation = "a map of batches, a part of which is of unknown shape or has no rows"
             self._note(operation, "Let `map` come before `batch`, and end in tf.ensure_shape.")
         else:
-            self._elements.of(one, 1)
-            mixing = self._elements.proofs[id(one)].mixing
+            self._elements.of(dataset, 1)
+            mixing = self._elements.proofs[id(dataset)].mixing
             if mixing is not None:
                 operation = f"a map of batches in which a row may depend on others ({mixing})"
                 self._note(operation, _MAP_FIRST)
@@ -249,13 +251,13 @@ def _is_selected(size: Any) -> bool:
     return isinstance(size, tuple) and size[0] == "selected"
 
 
-def _are_numbers(one: Any) -> bool:
+def _are_numbers(dataset: Any) -> bool:
     """Returns whether a dataset consists of ranges and random numbers only.
 
     A dataset with a table does not: the table may hold the examples' labels.
     """
     try:
-        graph = written(one)
+        graph = serialized(dataset)
     except tf.errors.OpError:
         return False
     nodes = [*graph.node, *(node for f in graph.library.function for node in f.node_def)]
@@ -272,9 +274,9 @@ def _makes_numbers(node: Any) -> bool:
     return node.op in _STATEFUL_NUMBERS or (op_def is not None and not op_def.is_stateful)
 
 
-def _has_numbers_alone(one: Any) -> bool:
+def _has_numbers_alone(dataset: Any) -> bool:
     """Returns whether the elements of a source are whole numbers, such as row numbers."""
-    leaves = tf.nest.flatten(one.element_spec)
+    leaves = tf.nest.flatten(dataset.element_spec)
     return all(
         isinstance(leaf, tf.TensorSpec) and leaf.dtype.is_integer and leaf.shape.rank == 0
         for leaf in leaves

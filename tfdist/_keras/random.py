@@ -53,7 +53,10 @@ def draw_seed(seed: Any) -> Tensor:
     if batch is None:
         return common_seed
     if batch.keys is not None:
+        # The same on all replicas. The keys of rows make the numbers of rows differ.
         return common_seed + tf.cast(batch.keys.secret % (2**31 - 1), common_seed.dtype)
+    # Keras adds 1 to the second word at each draw. With 7919 for each row before the share,
+    # replicas do not meet for thousands of draws.
     offset = tf.cast(batch.offset, common_seed.dtype)
     return common_seed + tf.stack([tf.zeros_like(offset), offset * 7919])
 
@@ -203,6 +206,8 @@ def dropout(inputs: Tensor, rate: float, noise_shape: Any = None, seed: Any = No
     batch = current_batch()
     if batch is not None and batch.keys is not None:
         return _dropout_by_key(batch.keys, inputs, rate, noise_shape, seed)
+    # While replicas train, `_random.draw_seed` is the function above, whose seeds differ
+    # between replicas. A mask of the global batch needs the common seed.
     next_seed = _random.draw_seed if batch is None else _keras_draw_seed
     op_seed = _random._cast_seed(next_seed(seed))
     shape = _random._get_concrete_noise_shape(inputs, noise_shape)
@@ -273,6 +278,7 @@ def uniform_rows(
     """
     per_count = 2 if tf.as_dtype(dtype).size == 8 else 4
     elements, start = tf.reduce_prod(shape), first * tf.reduce_prod(shape[1:])
+    # The share may begin within the numbers of one count. Those before it are cut off.
     skipped = start % per_count
     key, counter = tf.raw_ops.StatelessRandomGetKeyCounter(seed=seed)
     counter += tf.stack([tf.cast(start // per_count, tf.uint64), tf.constant(0, tf.uint64)])

@@ -29,8 +29,10 @@ from tensorflow.python.ops import control_flow_util as _control_flow
 
 from tfdist._keras.recomputed_ops import ops_of_thread, refuse_unrepeatable
 from tfdist._keras.recomputed_state import FirstPass, SecondPass
+from tfdist._keras.regathering import LayerWeights, frees_weights
 from tfdist._keras.replica import current_batch, on_replica
 from tfdist._keras.served import StepScope
+from tfdist.errors import ArgumentError
 
 Tensor = Any
 Call = Callable[..., Any]
@@ -55,17 +57,20 @@ def set_recomputed(layer: Any, recomputed: bool) -> None:
 
 
 def recomputed_calls(model: Any) -> list[Any]:
-    """Lists the objects that replace the calls of recomputed layers.
+    """Lists the objects that replace the calls of layers that `set_recomputed` has changed.
 
     Args:
         model: A `keras.Layer` or model.
     """
     calls = (vars(layer).get(_NAMES[0]) for layer in model._flatten_layers())
-    return [call for call in calls if isinstance(call, _RecomputedCall)]
+    chosen = [call for call in calls if isinstance(call, _RecomputedCall)]
+    return [call for call in chosen if not call.is_optional]
 
 
 class _RecomputedCall:
     """Takes the place of a layer's `call`."""
+
+    is_optional = False
 
     def __init__(self, layer: Any, original: Call) -> None:
         functools.update_wrapper(self, original)
@@ -74,9 +79,43 @@ class _RecomputedCall:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         leaves = tf.nest.flatten((args, kwargs), expand_composites=True)
-        if not _is_trained(leaves):
+        weights = LayerWeights.of(self.layer)
+        if _is_trained(leaves) and (weights.backings or not self.is_optional):
+            call = self._original
+            return _recomputed(self.layer, call, args, kwargs, weights, self.is_optional)
+        wholes = weights.gathered_after([t for t in leaves if tf.is_symbolic_tensor(t)])
+        with weights.used(wholes):
             return self._original(*args, **kwargs)
-        return _recomputed(self.layer, self._original, args, kwargs)
+
+
+class _RegatheringCall(_RecomputedCall):
+    """Takes the place of a layer's `call` while weights are in parts."""
+
+    is_optional = True
+
+
+@contextlib.contextmanager
+def regathered(model: Any) -> Iterator[None]:
+    """Makes a context in which layers free whole weights between forward and backward pass.
+
+    Args:
+        model: A built `keras.Model`, some of whose weights are in parts.
+    """
+    chosen = [
+        layer
+        for layer in model._flatten_layers()
+        if frees_weights(layer) and not isinstance(vars(layer).get("call"), _RecomputedCall)
+    ]
+    for layer in chosen:
+        for name in _NAMES:
+            vars(layer)[name] = _RegatheringCall(layer, getattr(layer, name))
+    try:
+        yield
+    finally:
+        for layer in chosen:
+            for name in _NAMES:
+                if isinstance(vars(layer).get(name), _RegatheringCall):
+                    del vars(layer)[name]
 
 
 def _is_trained(leaves: Sequence[Any]) -> bool:
@@ -130,54 +169,69 @@ class _Surroundings:
         np.random.set_state(self.numpy_random)
 
 
-def _recomputed(layer: Any, call: Call, args: Any, kwargs: Any) -> Any:
+def _recomputed(
+    layer: Any, call: Call, args: Any, kwargs: Any, weights: LayerWeights, is_optional: bool
+) -> Any:
     """Calls a layer such that the backward pass calls it again."""
-    given = _Leaves((args, kwargs))
+    arguments = _Leaves((args, kwargs))
     surroundings = _Surroundings.now()
     graph = tf.compat.v1.get_default_graph()
-    made = ops_of_thread(graph)
-    begin = len(made)
-    with FirstPass() as first, _record.VariableWatcher() as watcher:
+    thread_ops = ops_of_thread(graph)
+    wholes = weights.gathered_after(arguments.tensors)
+    weights.note(wholes)
+    begin = len(thread_ops)
+    read = dict(zip(weights.ids, wholes, strict=True))
+    with FirstPass(read) as first, _record.VariableWatcher() as watcher:
         outputs = call(*args, **kwargs)
-    ops = made[begin:]
-    first.refuse_changes_inside(layer)
-    refuse_unrepeatable(layer, graph, ops, first.writes)
+    ops = thread_ops[begin:]
+    try:
+        first.refuse_changes_inside(layer)
+        refuse_unrepeatable(layer, graph, ops, first.writes)
+    except ArgumentError:
+        if not is_optional:
+            raise
+        first.hand_over_losses(layer, first.losses)
+        return outputs
     results = [*tf.nest.flatten(outputs, expand_composites=True), *first.losses]
-    chosen = [i for i, result in enumerate(results) if _has_gradient(result)]
-    if not chosen:
+    differentiable = [i for i, result in enumerate(results) if _has_gradient(result)]
+    if not differentiable:
         first.hand_over_losses(layer, first.losses)
         return outputs
     # All that the results can be differentiated by, wherever the layer has it from.
-    tensors, values = given.tensors, first.values
-    hidden = _hidden(graph, ops, tensors)
-    raw = first.others(watcher.watched_variables())
+    tensors, values = arguments.tensors, first.values
+    hidden = _hidden(graph, ops, [*tensors, *wholes])
+    raw = first.raw_variables(watcher.watched_variables())
 
     def gradient(*upstream: Tensor) -> list[Any]:
         dense = [tf.convert_to_tensor(gradient) for gradient in upstream]
-        again, later_values = _after(dense, tensors, list(values.values()))
+        kept = list(values.values())[len(wholes) :]  # the whole weights are the first ones
+        again, later_kept = _after(dense, tensors, kept)
+        later_values = [*weights.gathered_after(dense), *later_kept]
         later = [*again, *later_values]
         with surroundings.restored(), tf.GradientTape() as tape:
             tape.watch([t for t in [*later, *hidden] if _has_gradient(t)])
             scope = SecondPass(dict(zip(values, later_values, strict=True)))
             with scope:
-                second_args, second_kwargs = given.replaced(again)
+                second_args, second_kwargs = arguments.replaced(again)
                 repeated = call(*second_args, **second_kwargs)
         repeats = [*tf.nest.flatten(repeated, expand_composites=True), *scope.losses]
         scope.forget_losses(layer)
         _check_same(layer, results, repeats)
         sources = [*(t for t in later if _has_gradient(t)), *hidden, *raw]
-        found: list[Any] = tape.gradient(
-            [repeats[i] for i in chosen], sources, output_gradients=dense
+        gradients: list[Any] = tape.gradient(
+            [repeats[i] for i in differentiable], sources, output_gradients=dense
         )
-        return found
+        begin = sum(map(_has_gradient, again))
+        end = begin + len(wholes)
+        return [*gradients[:begin], *weights.scattered(gradients[begin:end]), *gradients[end:]]
 
     @tf.custom_gradient  # type: ignore[untyped-decorator]
     def tied(*inputs: Tensor) -> tuple[list[Tensor], Callable[..., list[Any]]]:
-        return [results[i] for i in chosen], gradient
+        return [results[i] for i in differentiable], gradient
 
     anchors = [t for t in [*tensors, *values.values()] if _has_gradient(t)]
     anchors += [*hidden, *map(tf.identity, raw)]
-    for i, result in zip(chosen, tied(*anchors), strict=True):
+    for i, result in zip(differentiable, tied(*anchors), strict=True):
         mask = getattr(results[i], "_keras_mask", None)
         if mask is not None:
             result._keras_mask = mask
@@ -207,8 +261,10 @@ class _Leaves:
         Args:
             tensors: As many as `tensors`.
         """
-        rest = iter(tensors)
-        leaves = [next(rest) if tf.is_symbolic_tensor(old) else old for old in self._leaves]
+        remaining = iter(tensors)
+        leaves = [
+            next(remaining) if tf.is_symbolic_tensor(leaf) else leaf for leaf in self._leaves
+        ]
         for leaf, mask in zip(leaves, self._masks, strict=True):
             if mask is not None:
                 leaf._keras_mask = mask
@@ -222,11 +278,11 @@ def _has_gradient(value: Any) -> bool:
 
 def _hidden(graph: Any, ops: Sequence[Any], tensors: Sequence[Tensor]) -> list[Tensor]:
     """Lists tensors that a layer uses and that are neither its arguments nor made by it."""
-    made = {output.name for op in ops if op.type != "Placeholder" for output in op.outputs}
-    made |= {tensor.name for tensor in tensors if tensor.graph is graph}
+    inside = {output.name for op in ops if op.type != "Placeholder" for output in op.outputs}
+    inside |= {tensor.name for tensor in tensors if tensor.graph is graph}
     used = [output for op in ops if op.type == "Placeholder" for output in op.outputs]
     used += [tensor for op in ops for tensor in op.inputs]
-    hidden = {t.name: t for t in used if t.name not in made and t.op.type != "Const"}
+    hidden = {t.name: t for t in used if t.name not in inside and t.op.type != "Const"}
     return [tensor for tensor in hidden.values() if _has_gradient(tensor)]
 
 
@@ -252,8 +308,8 @@ def _after(
     is_any = tf.cast(tf.reduce_max(tf.math.real(first)), tf.bool)
     zero = tf.where(tf.equal(is_any, is_any), 0.0, float("nan"))
 
-    def later(given: Sequence[Tensor]) -> list[Tensor]:
-        return [t + tf.cast(zero, t.dtype) if _has_gradient(t) else t for t in given]
+    def later(tensors_now: Sequence[Tensor]) -> list[Tensor]:
+        return [t + tf.cast(zero, t.dtype) if _has_gradient(t) else t for t in tensors_now]
 
     if any(map(_has_gradient, tensors)):
         return later(tensors), list(values)

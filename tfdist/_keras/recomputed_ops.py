@@ -59,6 +59,7 @@ def refuse_unrepeatable(layer: Any, graph: Any, ops: Sequence[Any], writes: set[
         ArgumentError: It would.
     """
     for kind, name in _types(graph, ops):
+        # Calls of functions begin with "Stateful" too. `_types` lists what is inside of them.
         if kind in RANDOM_OPS or (kind.startswith(_DRAWS) and kind not in _CALLS):
             raise ArgumentError(
                 "A layer whose activations are recomputed must draw random numbers by "
@@ -88,12 +89,12 @@ def _types(graph: Any, ops: Sequence[Any]) -> Iterator[tuple[str, str | None]]:
     if not called:
         return
     library = {f.signature.name: f for f in graph.as_graph_def().library.function}
-    seen: set[str] = set()
+    visited: set[str] = set()
     while called:
         name = called.pop()
-        if name in seen or name not in library:
+        if name in visited or name not in library:
             continue
-        seen.add(name)
+        visited.add(name)
         for node in library[name].node_def:
             if not node.op.startswith(_WRITES):  # those of keras.Variables are refused before
                 yield node.op, None

@@ -10,6 +10,7 @@ import tensorflow as tf
 from keras.src.backend.common import global_state as _global_state
 
 from tfdist._keras.recomputed_ops import ops_of_thread
+from tfdist._keras.sharded_weights import InParts
 from tfdist.errors import ArgumentError
 
 Tensor = Any
@@ -24,15 +25,18 @@ class FirstPass(keras.StatelessScope):  # type: ignore[misc]
 
     Relies on `keras.Variable`, which asks the scope for its value and passes it assignments.
 
+    Args:
+        values: Values of variables that are read already, by the variables' ids.
+
     Attributes:
         values: The value of each variable before the layer was called, by the variable's id.
         writes: Names of the ops that assign variables.
         losses: The losses that the layer's parts have added.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, values: dict[int, Tensor] | None = None) -> None:
         super().__init__(collect_losses=True, initialize_variables=False)
-        self.values: dict[int, Tensor] = {}
+        self.values: dict[int, Tensor] = dict(values or {})
         self.writes: set[str] = set()
         self._variables: dict[int, Any] = {}
         self._assigned: set[int] = set()
@@ -82,6 +86,7 @@ class FirstPass(keras.StatelessScope):  # type: ignore[misc]
     def _note(self, variable: Any) -> None:
         if id(variable) in self.values:
             return
+        # In the graph of the layer, even if a loop is the first to use the variable.
         with self._graph.as_default():
             value = None if self._outer is None else self._outer.get_current_value(variable)
             if value is None:
@@ -93,6 +98,8 @@ class FirstPass(keras.StatelessScope):  # type: ignore[misc]
 
     def _initialized(self, variable: Any) -> Any:
         """Initializes a variable that the layer has just made."""
+        # In a stateless scope Keras puts off the first value of a new variable. The value is
+        # needed now, so the scope is left for a moment.
         waiting = _global_state.get_global_attribute("uninitialized_variables", [])
         waiting[:] = [other for other in waiting if other is not variable]
         _global_state.set_global_attribute("stateless_scope", None)
@@ -102,7 +109,7 @@ class FirstPass(keras.StatelessScope):  # type: ignore[misc]
             _global_state.set_global_attribute("stateless_scope", self)
         return variable._value
 
-    def others(self, accessed: Sequence[Any]) -> list[Any]:
+    def raw_variables(self, accessed: Sequence[Any]) -> list[Any]:
         """Returns the variables that no `keras.Variable` of this scope is backed by.
 
         Args:
@@ -111,8 +118,9 @@ class FirstPass(keras.StatelessScope):  # type: ignore[misc]
         backing: list[Any] = []
         for variable in self._variables.values():
             value = variable._value
+            value = value.part if isinstance(value, InParts) else value
             is_split = isinstance(value, tf.distribute.DistributedValues)
-            backing += value.values if is_split else [value]
+            backing += [value, *value.values] if is_split else [value]
         ids = {id(value) for value in backing}
         return [variable for variable in accessed if id(variable) not in ids]
 
@@ -142,6 +150,7 @@ class FirstPass(keras.StatelessScope):  # type: ignore[misc]
             layer: The layer.
             losses: Tensors in place of `self.losses`.
         """
+        # A layer knows its losses by the ids of tensors, which are others now.
         for former, loss in zip(self.losses, losses, strict=True):
             parts = [p for p in layer._flatten_layers() if id(former) in p._loss_ids]
             owner = parts[0] if parts else layer

@@ -60,6 +60,11 @@ class ReplicaBatch:
         losses: The losses that each layer has added, by the layer's id.
         by_value: The ids of variables that were assigned outside of `seeding`.
         is_seeding: Whether assignments are within `seeding`.
+        reads: The whole values of weights in parts that the step has read, by the id of the
+            weight's backing.
+        gathered: Those of them that can be used again.
+        is_weighed: Whether all gradients that are taken now are parts of the global gradient,
+            which is their sum over all replicas.
     """
 
     rows: Tensor
@@ -76,6 +81,9 @@ class ReplicaBatch:
     by_value: set[int] = field(default_factory=set, init=False)
     is_updating: bool = field(default=False, init=False)
     is_seeding: bool = field(default=False, init=False)
+    reads: dict[int, list[Tensor]] = field(default_factory=dict, init=False)
+    gathered: dict[int, Tensor] = field(default_factory=dict, init=False)
+    is_weighed: bool = field(default=False, init=False)
     _results: dict[int, tuple[Tensor, Any, int]] = field(default_factory=dict, init=False)
     _whole: dict[int, Tensor] = field(default_factory=dict, init=False)
     _of_metrics: set[int] = field(default_factory=set, init=False)
@@ -181,8 +189,28 @@ class ReplicaBatch:
         if key in self.touched or key in self._of_metrics:
             return
         # If a branch assigns it, the value is read outside of the branch.
-        with contextlib.nullcontext() if tf.executing_eagerly() else self._graph.as_default():
+        with self.outermost():
             self.touched[key] = variable, tf.identity(variable._value)
+
+    @property
+    def is_outermost(self) -> bool:
+        """Whether the step's own graph is traced, not that of a branch or loop."""
+        return tf.executing_eagerly() or tf.compat.v1.get_default_graph() is self._graph
+
+    @contextlib.contextmanager
+    def outermost(self, check: Callable[[Any], None] | None = None) -> Iterator[None]:
+        """Makes a context of the step's own graph, also while a branch or loop is traced.
+
+        Args:
+            check: Called with the graph that is being traced, if it is another one.
+        """
+        if self.is_outermost:
+            yield
+            return
+        if check is not None:
+            check(tf.compat.v1.get_default_graph())
+        with self._graph.as_default():
+            yield
 
     def begin_metric(self, metric: Any) -> None:
         """Records a metric that is about to be updated, if `metrics` is set.
@@ -215,6 +243,7 @@ class ReplicaBatch:
             The metric and the index of the value among the tensors of its result, or None.
         """
         record = self._results.get(id(value))
+        # By identity, not by id alone: a tensor that is gone may have had the same id.
         return None if record is None or record[0] is not value else record[1:]
 
 

@@ -47,6 +47,8 @@ def replicated(has_servers: bool = False) -> Iterator[None]:
     _depth += 1
     with contextlib.ExitStack() as stack:
         stack.callback(_leave)
+        # Only the outermost context replaces anything. An inner one would take the replacements
+        # for Keras's own methods, and wrap them again.
         if _depth == 1:
             for owner, name, value in replacements(has_servers):
                 stack.enter_context(replaced(owner, name, value))

@@ -286,11 +286,11 @@ def _broadcasts_by_row(inputs: Sequence[Any], rows: Mapping[str, Leaf]) -> bool:
     row for all. Otherwise a single row of the batch could be broadcast to several rows.
     """
     with_rows = {t.shape.rank for t in inputs if t.name in rows}
-    others = [t.shape for t in inputs if t.name not in rows]
-    if len(with_rows) != 1 or any(shape.rank is None for shape in others):
+    without_rows = [t.shape for t in inputs if t.name not in rows]
+    if len(with_rows) != 1 or any(shape.rank is None for shape in without_rows):
         return False
     (rank,) = with_rows
-    return all(s.rank < rank or (s.rank == rank and s[0] == 1) for s in others)
+    return all(s.rank < rank or (s.rank == rank and s[0] == 1) for s in without_rows)
 
 
 def _looks_up(op: Any, has_rows: Sequence[bool]) -> bool:

@@ -49,3 +49,16 @@ def configure_coordination(jobs: Mapping[str, int], leader: str, seconds: float)
         heartbeat_timeout_in_ms=60_000,
         coordinated_jobs=[coordinated(name=job, num_tasks=n) for job, n in jobs.items()],
     )
+
+
+def without_retracing_warning(function: Any) -> Any:
+    """Switches off TensorFlow's warning that a function is traced often, and returns it.
+
+    The warning counts the traces of all functions with the same code, so several models would
+    cause it, and advises users to change a `tf.function` that is not theirs.
+
+    Args:
+        function: A result of `tf.function`.
+    """
+    function._omit_frequent_tracing_warning = True
+    return function

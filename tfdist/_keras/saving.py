@@ -38,6 +38,7 @@ def carry_in_files(
         **options: Any,
     ) -> Any:  # fmt: skip
         result = save(saveable, weights_store, assets_store, inner_path, *args, **options)
+        # Keras visits each part of a model with its path. The entry is of the whole model.
         if not inner_path and isinstance(saveable, keras.Layer) and weights_store:
             entry = write(saveable)
             if entry is not None:
@@ -55,4 +56,6 @@ def carry_in_files(
             read(saveable, bytes(np.asarray(entries[_ENTRY], np.uint8)))
         return result
 
+    # For good, not in a context: a script may save and load at any time, and the entry must not
+    # get lost.
     _saving_lib._save_state, _saving_lib._load_state = save_state, load_state

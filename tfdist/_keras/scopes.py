@@ -20,6 +20,8 @@ def outside_scopes() -> Iterator[None]:
     if not tf.distribute.has_strategy():
         yield
         return
+    # A scope does two things: it sets the strategy of the thread, and a stack of creators in
+    # the graph makes each new `tf.Variable` a distributed one. Both are undone here.
     graph = tf.compat.v1.get_default_graph()
     creators = graph._variable_creator_stack
     _distribute._push_per_thread_mode(_distribute._get_default_replica_mode())
@@ -52,6 +54,8 @@ def leave_scope(model: Any, variables: Sequence[Any], optimizers: Sequence[Any])
         if scope_of(layer) is not None:
             layer._distribute_strategy = None
     for variable in variables:
+        # In a scope, variables are mirrored already. `hold` expects plain ones, which it moves
+        # itself.
         value = variable._value
         if isinstance(value, tf.distribute.DistributedValues):
             local = value.distribute_strategy.experimental_local_results(value)[0]
@@ -63,6 +67,7 @@ def leave_scope(model: Any, variables: Sequence[Any], optimizers: Sequence[Any])
             )
             swap_value(variable, plain)
     for optimizer in optimizers:
+        # An optimizer assigns through the strategy in whose scope it was made.
         swap_strategy(optimizer, _distribute._get_default_strategy())
         reindex_optimizer(optimizer)
 

@@ -102,9 +102,11 @@ def _enter(tape: Any) -> Any:
 
 
 def _gradient(tape: Any, target: Any, sources: Any, *args: Any, **options: Any) -> Any:
+    # The loss depends on the tensor that a weight was read into, not on its variable.
     weights = _weights_read()
     flat = [weights.get(id(source), source) for source in tf.nest.flatten(sources)]
     splits = [getattr(source, "_value", None) for source in flat]
+    # TensorFlow knows the parts of a split variable, not the whole.
     nested = [v.parts if isinstance(v, Split) else s for s, v in zip(flat, splits, strict=True)]
     gradients = _tensorflow_gradient(tape, target, nested, *args, **options)
     joined = [
@@ -181,12 +183,15 @@ def read_packed(
         Pairs of a `keras.Variable` and its value, without split variables and without
         embedding tables, which are read by rows.
     """
+    # Each read from a server is a message. The small weights of a server share one.
     layers = model._flatten_layers()
     tables = {id(la.__dict__.get("_embeddings")) for la in layers if hasattr(la, "embeddings")}
     packs: dict[Any, list[Any]] = {}
     for variable in model.trainable_variables:
         value = variable._value
         if isinstance(value, tf.Variable) and id(variable) not in tables:
+            # A large weight has a key of its own: to copy it into a pack would cost more than a
+            # message.
             single = id(value) if value.shape.num_elements() > largest else None
             packs.setdefault((value.device, value.dtype, single), []).append(variable)
     weights = []

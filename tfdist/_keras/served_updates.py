@@ -126,6 +126,8 @@ def _update(
         if isinstance(gradient, tf.IndexedSlices) and by_rows:
             ids, gradient = _summed_by_row(gradient)
             backings = [(v, VariableRows(backing, ids)) for v, backing in backings]
+        # `update_step` reads and assigns `keras.Variable`s. So each of them is backed by its
+        # part on this server meanwhile.
         with _backed_by([*backings, (optimizer._iterations, iterations)]):
             optimizer.update_step(gradient, variable, learning_rate)
 
@@ -137,6 +139,7 @@ class _ServerCopies:
         # With gradient accumulation, `iterations` counts updates and `_iterations` steps.
         values = [tf.convert_to_tensor(v) for v in (learning_rate, optimizer._iterations)]
         self._dtypes = [tensor.dtype for tensor in values]
+        # Together, so that each server gets one message. float64 holds both exactly.
         self._packed = tf.stack([tf.cast(tensor, tf.float64) for tensor in values])
         self._copies: dict[str, tuple[Tensor, FixedValue]] = {}
 

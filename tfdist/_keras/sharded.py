@@ -1,4 +1,4 @@
-"""Replacements in Keras while an optimizer's variables are in parts.
+"""Replacements in Keras while an optimizer's variables, and maybe weights, are in parts.
 
 ================================  ======================================================
 place                             what changes
@@ -10,10 +10,13 @@ clipping by norm                  the squares of all parts are summed over repli
 the check of loss scaling         a replica's gradients are not finite if another's are not
 the average of weights (EMA)      is of this replica's parts; it is gathered to overwrite them
 saving an optimizer               reads whole variables
+loading an optimizer              is refused
+weight decay                      of a weight in parts, it is of this replica's part
+`GradientTape`                    the gradient of a weight in parts; see `sharded_tapes`
 ================================  ======================================================
 
-All else that Keras does in `apply` (weight decay, constraints, the count) it does with whole
-weights on every replica, as without parts.
+All else that Keras does in `apply` (constraints, the count) it does with whole weights on every
+replica, as without parts.
 """
 
 from __future__ import annotations
@@ -34,6 +37,7 @@ from tfdist._keras.optimizers import with_nested
 from tfdist._keras.parts import FixedValue
 from tfdist._keras.replica import Tensor, current_batch, replaced
 from tfdist._keras.served_updates import is_elementwise, trained_by
+from tfdist._keras.sharded_tapes import replacements as _of_tapes
 from tfdist._keras.sharded_updates import (
     AVERAGES,
     Sharding,
@@ -44,6 +48,7 @@ from tfdist._keras.sharded_updates import (
     update_parts,
     update_whole,
 )
+from tfdist._keras.sharded_weights import showing_parts
 from tfdist.errors import StrategyError
 
 _ACCUMULATORS = "_accumulated_gradients"
@@ -86,7 +91,12 @@ def updating_parts(sharding: Sharding) -> Iterator[None]:
 
 def replacements(sharding: Sharding) -> list[Replacement]:
     """Lists the replacements; see `updating_parts`."""
-    return [*_of_updates(sharding), *_of_averages(sharding), *_of_reading(sharding)]
+    return [
+        *_of_updates(sharding),
+        *_of_averages(sharding),
+        *_of_reading(sharding),
+        *_of_tapes(),
+    ]
 
 
 def _of_updates(sharding: Sharding) -> list[Replacement]:
@@ -94,6 +104,7 @@ def _of_updates(sharding: Sharding) -> list[Replacement]:
     applying = threading.local()  # the weights that this thread's optimizer updates
     update = _TFOptimizer._backend_update_step
     apply_gradients = _BaseOptimizer._backend_apply_gradients
+    decay = _TFOptimizer._apply_weight_decay
     clip = _BaseOptimizer._clip_gradients
     check_finite = keras.optimizers.LossScaleOptimizer.check_finite
 
@@ -117,15 +128,24 @@ def _of_updates(sharding: Sharding) -> list[Replacement]:
                 "train_on_batch or fit in a callback. Do it after `fit`, or leave `Zero` out."
             )
         before = getattr(applying, "weights", None)
+        # `clip_gradients` gets gradients only, and must know which of them are parts.
         applying.weights = list(variables)
+        shown: list[Any] = []
+        # Before Keras clips and accumulates gradients, so that it does so with parts.
         if updates_parts(optimizer):
             grads = [
                 own_gradient(sharding, g, v) for g, v in zip(grads, variables, strict=True)
             ]
+            shown = [*variables, *optimizer._trainable_variables]
         try:
-            apply_gradients(optimizer, grads, variables)
+            with showing_parts(shown):
+                apply_gradients(optimizer, grads, variables)
         finally:
             applying.weights = before
+
+    def apply_weight_decay(optimizer: Any, variables: Any) -> None:
+        with showing_parts(variables):
+            decay(optimizer, variables)
 
     def clip_gradients(optimizer: Any, grads: Any) -> Any:
         has_norm = optimizer.clipnorm or optimizer.global_clipnorm
@@ -134,6 +154,7 @@ def _of_updates(sharding: Sharding) -> list[Replacement]:
         return clip_by_norms(sharding, optimizer, grads, applying.weights)
 
     def is_finite(optimizer: Any, grads: Any) -> Tensor:
+        # All replicas must skip the same steps, also if only one part of a gradient overflows.
         finite = check_finite(optimizer, grads)
         has_parts = any(map(sharding.has_parts, with_nested([optimizer])))
         if current_batch() is None or not has_parts:
@@ -143,6 +164,7 @@ def _of_updates(sharding: Sharding) -> list[Replacement]:
     return [
         (_TFOptimizer, "_backend_update_step", update_step),
         (_BaseOptimizer, "_backend_apply_gradients", backend_apply_gradients),
+        (_TFOptimizer, "_apply_weight_decay", apply_weight_decay),
         (_BaseOptimizer, "_clip_gradients", clip_gradients),
         (keras.optimizers.LossScaleOptimizer, "check_finite", is_finite),
     ]
@@ -154,14 +176,15 @@ def _of_averages(sharding: Sharding) -> list[Replacement]:
     overwrite = _TFOptimizer._overwrite_model_variables_with_average_value
 
     def update_average(optimizer: Any, variables: Any) -> None:
-        if sharding.has_parts(optimizer):
-            averages = getattr(optimizer, AVERAGES, None) or [None] * len(variables)
-            cuts = [None if a is None else sharding.cut_of(a) for a in averages]
-            variables = [
-                v if cut is None else FixedValue(own_part(sharding, v, cut))
-                for v, cut in zip(variables, cuts, strict=True)
-            ]
-        average(optimizer, variables)
+        with showing_parts(variables):
+            if sharding.has_parts(optimizer):
+                averages = getattr(optimizer, AVERAGES, None) or [None] * len(variables)
+                cuts = [None if a is None else sharding.cut_of(a) for a in averages]
+                variables = [
+                    v if cut is None else FixedValue(own_part(sharding, v, cut))
+                    for v, cut in zip(variables, cuts, strict=True)
+                ]
+            average(optimizer, variables)
 
     def overwrite_weights(optimizer: Any, variables: Any) -> None:
         if not sharding.has_parts(optimizer):
@@ -172,7 +195,8 @@ def _of_averages(sharding: Sharding) -> list[Replacement]:
                     is_cut = sharding.cut_of(mean) is not None
                     variable.assign(sharding.join(mean) if is_cut else mean)
         else:
-            overwrite_by_parts(sharding, optimizer, variables)
+            with showing_parts(variables):
+                overwrite_by_parts(sharding, optimizer, variables)
 
     return [
         (_BaseOptimizer, "_update_model_variables_moving_average", update_average),
@@ -181,8 +205,8 @@ def _of_averages(sharding: Sharding) -> list[Replacement]:
 
 
 def _of_reading(sharding: Sharding) -> list[Replacement]:
-    """Lists the replacements for saving an optimizer."""
-    save = _BaseOptimizer.save_own_variables
+    """Lists the replacements for saving and loading an optimizer."""
+    save, load = _BaseOptimizer.save_own_variables, _BaseOptimizer.load_own_variables
     serialize = _Variable._serialize_to_tensors
 
     def save_own_variables(optimizer: Any, store: Any) -> None:
@@ -192,7 +216,19 @@ def _of_reading(sharding: Sharding) -> list[Replacement]:
         for number, variable in enumerate(optimizer.variables):
             store[str(number)] = sharding.read(variable)
 
+    def load_own_variables(optimizer: Any, store: Any) -> None:
+        for variable in optimizer.variables:
+            cut = sharding.cut_of(variable)
+            if cut is not None and tuple(variable.shape) != cut.shape:
+                raise StrategyError(
+                    "An optimizer can be loaded only while its state is whole. Received: a "
+                    f"callback that loads {optimizer.name!r}, whose state `Zero` has in parts "
+                    "while training. Load it before `fit`, or leave `Zero` out."
+                )
+        load(optimizer, store)
+
     def serialize_to_tensors(variable: Any) -> Any:
+        # `tf.train.Checkpoint` asks each variable by itself, and must get whole ones.
         cut = sharding.cut_of(variable)
         if cut is None or tuple(variable.shape) == cut.shape:
             return serialize(variable)
@@ -200,5 +236,6 @@ def _of_reading(sharding: Sharding) -> list[Replacement]:
 
     return [
         (_BaseOptimizer, "save_own_variables", save_own_variables),
+        (_BaseOptimizer, "load_own_variables", load_own_variables),
         (_Variable, "_serialize_to_tensors", serialize_to_tensors),
     ]

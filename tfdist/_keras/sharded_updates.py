@@ -1,4 +1,7 @@
-"""What an optimizer does with variables in parts; see `sharded`."""
+"""What an optimizer does with variables in parts; see `sharded`.
+
+Weights may be in parts too. Then they have the shape of their part here (`showing_parts`).
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import tensorflow as tf
 
 from tfdist._keras.replica import Tensor
 from tfdist._keras.served_updates import trained_by
+from tfdist._keras.sharded_weights import cut_in_parts, showing_parts
 
 AVERAGES = "_model_variables_moving_average"  # of an optimizer, a list
 
@@ -24,7 +28,7 @@ class Sharding(Protocol):
         """Returns the cut of a weight or of an optimizer's variable in parts, or None."""
 
     def replica_id(self) -> Tensor:
-        """Returns the number of this replica's parts."""
+        """Returns the number of the running replica's parts."""
 
     def packs(self, variables: Sequence[Any]) -> list[list[int]]:
         """Groups variables into packs, whose parts are gathered together."""
@@ -39,7 +43,7 @@ class Sharding(Protocol):
         """Returns the whole value of an optimizer's variable. All processes must call it."""
 
     def read(self, variable: Any) -> Any:
-        """Returns the whole value of an optimizer's variable as an array."""
+        """Returns the whole value of a variable as an array, if this process can have it."""
 
 
 class Part:
@@ -93,15 +97,17 @@ class Part:
 def update_parts(
     sharding: Sharding, optimizer: Any, grads: Any, variables: Any, learning_rate: Any
 ) -> None:
-    """Updates this replica's part of each weight, and gathers the parts."""
+    """Updates this replica's part of each weight, and gathers the parts of whole weights."""
     for pack in sharding.packs(variables):
         updated = []
         for i in pack:
             variable = variables[i]
             cut = sharding.cut_of(variable)
-            if cut is None:
+            if cut is None or is_in_parts(variable, cut):
                 optimizer.update_step(grads[i], variable, learning_rate)
                 continue
+            # By the key of the weight, the optimizer finds its slots. They are parts of the
+            # same shape.
             part = Part(own_part(sharding, variable, cut), optimizer._var_key(variable))
             optimizer.update_step(grads[i], part, learning_rate)
             updated.append((variable, cut, part.tensor))
@@ -120,9 +126,15 @@ def own_gradient(sharding: Sharding, gradient: Tensor, variable: Any) -> Tensor:
     return cut.own(gradient, sharding.replica_id())
 
 
+def is_in_parts(variable: Any, cut: Any) -> bool:
+    """Tells whether a variable has the shape of a part now."""
+    return tuple(variable.shape) == tuple(cut.part_shape)
+
+
 def own_part(sharding: Sharding, variable: Any, cut: Any) -> Tensor:
-    """Returns this replica's part of a weight."""
-    return cut.own(tf.convert_to_tensor(variable), sharding.replica_id())
+    """Returns this replica's part of a weight, which may be in parts already."""
+    value = tf.convert_to_tensor(variable)
+    return value if is_in_parts(variable, cut) else cut.own(value, sharding.replica_id())
 
 
 def _assign_gathered(sharding: Sharding, updated: Sequence[tuple[Any, Any, Tensor]]) -> None:
@@ -139,20 +151,26 @@ def update_whole(
     slots_of = {id(weight): slots for weight, slots in trained_by(optimizer)}
     averages = {id(v) for v in getattr(optimizer, AVERAGES, ()) or ()}
     for pack in sharding.packs(variables):
-        slots = [
-            slot
-            for i in pack
-            for slot in slots_of[id(variables[i])]
-            if sharding.cut_of(slot) is not None and id(slot) not in averages
+        weights = [(variables[i], cut) for i in pack if (cut := cut_in_parts(variables[i]))]
+        in_parts = [
+            *weights,
+            *(
+                (slot, cut)
+                for i in pack
+                for slot in slots_of[id(variables[i])]
+                if (cut := sharding.cut_of(slot)) is not None and id(slot) not in averages
+            ),
         ]
-        cuts = [sharding.cut_of(slot) for slot in slots]
-        parts = [tf.convert_to_tensor(slot) for slot in slots]
-        wholes = [Part(whole) for whole in sharding.gather(cuts, parts)]
-        with _backed_by(slots, wholes):
-            for i in pack:
-                optimizer.update_step(grads[i], variables[i], learning_rate)
-        for slot, cut, whole in zip(slots, cuts, wholes, strict=True):
-            slot.assign(cut.own(whole.tensor, sharding.replica_id()))
+        shown, cuts = [v for v, _ in in_parts], [cut for _, cut in in_parts]
+        keys = [optimizer._var_key(v) for v, _ in weights] + [""] * (len(shown) - len(weights))
+        with showing_parts(shown):
+            parts = [tf.convert_to_tensor(variable) for variable in shown]
+            wholes = list(map(Part, sharding.gather(cuts, parts), keys))
+            with _backed_by(shown, wholes):
+                for i in pack:
+                    optimizer.update_step(grads[i], variables[i], learning_rate)
+            for variable, cut, whole in zip(shown, cuts, wholes, strict=True):
+                variable.assign(cut.own(whole.tensor, sharding.replica_id()))
 
 
 @contextlib.contextmanager
@@ -168,17 +186,19 @@ def _backed_by(variables: Sequence[Any], values: Sequence[Any]) -> Iterator[None
 
 
 def overwrite_by_parts(sharding: Sharding, optimizer: Any, variables: Any) -> None:
+    """Overwrites weights, whole or in parts, with their moving averages."""
     pairs = list(zip(variables, getattr(optimizer, AVERAGES), strict=True))
     in_parts = [
         (v, cut, a)
         for v, a in pairs
-        if a is not None and (cut := sharding.cut_of(a)) is not None
+        if a is not None and (cut := sharding.cut_of(a)) is not None and not is_in_parts(v, cut)
     ]
+    gathered = {id(v) for v, *_ in in_parts}
     for pack in sharding.packs([v for v, *_ in in_parts]):
-        chosen = [in_parts[i] for i in pack]
-        _assign_gathered(sharding, [(v, cut, tf.convert_to_tensor(a)) for v, cut, a in chosen])
+        members = [in_parts[i] for i in pack]
+        _assign_gathered(sharding, [(v, cut, tf.convert_to_tensor(a)) for v, cut, a in members])
     for variable, average in pairs:
-        if average is not None and sharding.cut_of(average) is None:
+        if average is not None and id(variable) not in gathered:
             variable.assign(average)
 
 
@@ -190,9 +210,9 @@ def clip_by_norms(
     Keras takes the norm of the rows of a sparse gradient as they come. With `global_clipnorm`
     it also makes the gradient dense.
     """
-    given = [i for i, gradient in enumerate(grads) if gradient is not None]
-    squares = {i: tf.reduce_sum(tf.square(_values(grads[i]))) for i in given}
-    in_parts = [i for i in given if sharding.cut_of(weights[i]) is not None]
+    present = [i for i, gradient in enumerate(grads) if gradient is not None]
+    squares = {i: tf.reduce_sum(tf.square(_values(grads[i]))) for i in present}
+    in_parts = [i for i in present if sharding.cut_of(weights[i]) is not None]
     if in_parts:
         dtype = squares[in_parts[0]].dtype
         local = tf.stack([tf.cast(squares[i], dtype) for i in in_parts])
@@ -202,13 +222,15 @@ def clip_by_norms(
         }
     clipped = list(grads)
     if optimizer.clipnorm:
-        for i in given:
+        for i in present:
             clipped[i] = _clipped(grads[i], squares[i], optimizer.clipnorm)
         return clipped
-    norm = tf.sqrt(tf.reduce_sum(tf.stack([squares[i] for i in given])))
+    norm = tf.sqrt(tf.reduce_sum(tf.stack([squares[i] for i in present])))
     limit = optimizer.global_clipnorm
+    # As in `tf.clip_by_global_norm`: `norm - norm` is NaN for an infinite norm. So gradients
+    # that overflow become NaN, not 0.
     scale = limit * tf.minimum(1.0 / norm, 1.0 / limit) + (norm - norm)
-    for i in given:
+    for i in present:
         clipped[i] = tf.convert_to_tensor(grads[i]) * scale
     return clipped
 

@@ -40,7 +40,7 @@ def step_graph(model: Any, x: Any, y: Any) -> StepGraph:
         x: Inputs, nested `tf.TensorSpec`s with the size of the batch.
         y: Targets, like `x`, or None to use the sum of the outputs as loss.
     """
-    found: list[Any] = []
+    traced: list[Any] = []
 
     def step(x: Any, y: Any) -> None:
         graph = tf.compat.v1.get_default_graph()
@@ -51,15 +51,15 @@ def step_graph(model: Any, x: Any, y: Any) -> StepGraph:
                 loss = tf.add_n([tf.reduce_sum(tf.cast(o, tf.float32)) for o in leaves])
             else:
                 loss = model._compute_loss(x=x, y=y, y_pred=outputs, training=True)
+            # Ops are listed in the order of the trace, so those of the forward pass come first.
             forward = len(graph.get_operations())
         weights = model.trainable_weights
-        gradients = tape.gradient(loss, weights)
-        known = [gradient for gradient in gradients if gradient is not None]
-        found.extend([forward, known, tf.nest.flatten((x, y))])
+        gradients = [g for g in tape.gradient(loss, weights) if g is not None]
+        traced.extend([forward, gradients, tf.nest.flatten((x, y))])
 
     with keeping_random_state():
         graph = _func_graph.func_graph_from_py_func("memory", step, (x, y), {})
-    forward, gradients, inputs = found
+    forward, gradients, inputs = traced
     ops = tuple(graph.get_operations())
     return StepGraph(ops, forward, tuple(gradients), tuple(t for t in inputs if t is not None))
 
@@ -95,6 +95,8 @@ def batch_specs(model: Any, rows: int, x: Any, y: Any) -> tuple[Any, Any] | None
         training=True,
     )
     losses = {str(getattr(leaf, "name", leaf)).lower() for leaf in tf.nest.flatten(loss)}
+    # Keras's losses that take class numbers have "sparse" in their names. For other losses with
+    # such targets, the user passes `y`.
     is_sparse = any("sparse" in name for name in losses)
 
     def target(output: Any) -> Any:

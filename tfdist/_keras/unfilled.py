@@ -30,7 +30,7 @@ def built_unfilled(optimizers: Sequence[Any]) -> Iterator[None]:
     Args:
         optimizers: `keras.Optimizer`s, with those that they wrap.
     """
-    known = {id(optimizer) for optimizer in optimizers}
+    optimizer_ids = {id(optimizer) for optimizer in optimizers}
     original = _BaseOptimizer.add_variable_from_reference
 
     @functools.wraps(original)
@@ -40,8 +40,8 @@ def built_unfilled(optimizers: Sequence[Any]) -> Iterator[None]:
         variable = original(optimizer, reference_variable, name=name, initializer=initializer)
         value = _fill_value(initializer)
         # Others may assign a variable in their `build`, as ScheduleFreeAdamW does.
-        is_known = id(optimizer) in known and is_elementwise(optimizer)
-        if is_known and value is not None and tf.executing_eagerly():
+        may_be_empty = id(optimizer) in optimizer_ids and is_elementwise(optimizer)
+        if may_be_empty and value is not None and tf.executing_eagerly():
             setattr(variable, _FILL, value)
             empty(variable._value)
         return variable
@@ -50,6 +50,7 @@ def built_unfilled(optimizers: Sequence[Any]) -> Iterator[None]:
         with replaced(_BaseOptimizer, "add_variable_from_reference", add):
             yield
     finally:
+        # Also if an error ends the build: no variable must be left without a value.
         for optimizer in with_nested(optimizers):
             for variable in optimizer.variables:
                 fill(variable)

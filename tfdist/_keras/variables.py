@@ -80,6 +80,7 @@ def swap_value(variable: Any, value: Any) -> Any:
         The former backing `tf.Variable`.
     """
     before = variable._value
+    # Only of the first backing variable: Keras never knew the later ones.
     if not hasattr(variable, _FIRST):
         name, key = getattr(before, "name", variable.name), getattr(before, "_unique_id", None)
         setattr(variable, _FIRST, FirstBacking(name, key))
@@ -111,6 +112,7 @@ def exchange_value(variable: Any, value: Any, shape: tuple[int, ...]) -> Any:
     Returns:
         The former backing `tf.Variable`.
     """
+    # Keras compares the shape of each assigned value with these.
     variable._shape = tuple(shape)
     variable._ndim = len(shape)
     return swap_value(variable, value)
@@ -124,7 +126,9 @@ def empty(value: Any) -> None:
     Args:
         value: A `tf.Variable`, mirrored or not.
     """
-    for local in _copies(value):
+    # An empty value frees the memory of the former one. The handle, which traced functions have
+    # captured, stays the same.
+    for local in local_copies(value):
         with tf.device(local.device):
             _replace(local, tf.zeros([0], local.dtype))
 
@@ -136,7 +140,7 @@ def refill(value: Any, tensors: Sequence[Any]) -> None:
         value: A `tf.Variable`, mirrored or not.
         tensors: The value of each of its copies.
     """
-    for local, tensor in zip(_copies(value), tensors, strict=True):
+    for local, tensor in zip(local_copies(value), tensors, strict=True):
         with tf.device(local.device):
             _replace(local, tf.convert_to_tensor(tensor, local.dtype))
 
@@ -152,9 +156,14 @@ def is_empty(variable: Any) -> bool:
     Args:
         variable: The `keras.Variable`.
     """
-    shape = tf.raw_ops.VariableShape(input=_copies(variable._value)[0].handle)
+    shape = tf.raw_ops.VariableShape(input=local_copies(variable._value)[0].handle)
     return bool(shape.numpy().tolist() == [0])
 
 
-def _copies(value: Any) -> Any:
+def local_copies(value: Any) -> Any:
+    """Returns a `tf.Variable`'s copies on the devices of this process.
+
+    Args:
+        value: A `tf.Variable`, mirrored or not.
+    """
     return value.values if isinstance(value, tf.distribute.DistributedValues) else (value,)

@@ -3,37 +3,38 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import click
 
+from tfdist.cli.explanation import explain
 from tfdist.cluster import strategy_names
+from tfdist.cluster.warning_signals import ON_WARNING, PREEMPT_STATUS
+from tfdist.errors import START_ME_AGAIN
 from tfdist.launch import (
     DEFAULT_PORT,
     NODE_TIMEOUT_S,
     SAVING_S,
     TOKEN,
     CoordinatorClient,
-    Outcome,
+    Journal,
+    RestartLimit,
     Restarts,
     Roster,
-    Worker,
     check_names,
     connect_launchers,
+    events_name,
     exposed_ports,
+    health_of,
+    open_standard_streams,
     parse_elastic,
     parse_hosts,
-    restart_lines,
     run_workers,
     script_command,
     share_token,
 )
-
-# TensorFlow quotes generated code in its tracebacks, with lines of thousands of characters.
-_MAX_LINE_LENGTH = 240
 
 
 @click.command(context_settings={"allow_interspersed_args": False})
@@ -71,7 +72,7 @@ _MAX_LINE_LENGTH = 240
     "--zero",
     type=int,
     metavar="STAGE",
-    help="1: each worker keeps only its part of the optimizer's state.",
+    help="1: each worker keeps only its part of the optimizer's state. 3: of the weights too.",
 )
 @click.option(
     "--drop-in",
@@ -90,13 +91,14 @@ _MAX_LINE_LENGTH = 240
     "--log-dir",
     type=click.Path(file_okay=False, path_type=Path),
     metavar="DIR",
-    help="Also write the output of each worker to DIR/worker-<i>.log.",
+    help="Also write the output of each worker to DIR/worker-<i>.log, and events of the run to "
+    "DIR/events.jsonl. Logs of earlier starts are kept as worker-<i>.attempt-<k>.log.",
 )
 @click.option(
     "--max-restarts",
-    type=click.IntRange(min=0),
-    metavar="N",
-    help="Maximum number of restarts after failures.  [default: 0; 3 with --ps or --elastic]",
+    metavar="N[/TIME]",
+    help="Maximum number of restarts after failures; 3/10m: 3 in any 10 minutes.  "
+    "[default: 0; 3 with --ps or --elastic]",
 )
 @click.option(
     "--elastic",
@@ -110,6 +112,28 @@ _MAX_LINE_LENGTH = 240
     show_default=True,
     metavar="SECONDS",
     help="After SIGTERM: time in which workers with a checkpoint may save.",
+)
+@click.option(
+    "--on-warning",
+    type=click.Choice(("save", "end")),
+    default="save",
+    show_default=True,
+    help="What SIGUSR1 and SIGUSR2, SLURM's warnings, do in a fit with checkpoints. save: "
+    "training is saved and goes on. end: it is saved and ends, as after SIGTERM.",
+)
+@click.option(
+    "--on-preempt-status",
+    type=click.IntRange(min=0, max=255),
+    default=START_ME_AGAIN,
+    show_default=True,
+    metavar="STATUS",
+    help="Exit status that asks for the run to be started again.",
+)
+@click.option(
+    "--health",
+    metavar="PORT|FILE",
+    help="Answer probes: at PORT by HTTP (/livez, /readyz), or in FILE, which is written anew "
+    "every 5 s.",
 )
 @click.option(
     "--node-timeout",
@@ -134,9 +158,12 @@ def run(
     drop_in: bool,
     output: str,
     log_dir: Path | None,
-    max_restarts: int | None,
+    max_restarts: str | None,
     elastic: str | None,
     grace: float,
+    on_warning: str,
+    on_preempt_status: int,
+    health: str | None,
     node_timeout: float,
     module: bool,
     script: str,
@@ -147,27 +174,34 @@ def run(
     All arguments after SCRIPT are passed to the script. The workers of a machine share its
     cores and GPUs. The first failure ends all workers. With --max-restarts they are
     then started again, unless the same failure happens twice in a row at the same step. If the
-    script calls `fit(..., checkpoint=...)`, training continues from its last checkpoint, and
-    SIGTERM saves and ends with status 75.
+    script calls `fit(..., checkpoint=...)`, training continues from its last checkpoint,
+    SIGTERM saves and ends with status 75, and SIGUSR1 and SIGUSR2 save.
 
     \b
     Examples:
       tfdist run -n 2 train.py --epochs 5
       tfdist run -n 2 --ps 1 train.py      with a parameter server
-      tfdist run -n 2 --max-restarts 5 train.py
+      tfdist run -n 2 --max-restarts 5/1h train.py
       tfdist run --hosts node1:4,node2:4 --node-rank 0 train.py    on node1
       tfdist run --hosts node1:4,node2:4 --node-rank 1 train.py    on node2
 
     Exit status: 0 if every worker succeeded, else that of the worker that failed first
-    (128 + n if signal n ended it). 75: start the run again, because training was saved after
-    SIGTERM or another worker was lost. 76: the run hung; a report says where each worker was.
-    130: Ctrl-C. 1: tfdist could not start the workers. 2: the command line is wrong.
+    (128 + n if signal n ended it). 75, or --on-preempt-status: start the run again, because
+    training was saved after a signal or another worker was lost. 76: the run hung; a report
+    says where each worker was. 130: Ctrl-C. 1: tfdist could not start the workers. 2: the
+    command line is wrong.
     """  # noqa: D301
+    open_standard_streams()
     _check_options(script, module, synchronous, servers, zero)
     if synchronous:
         os.environ["TFDIST_SYNCHRONOUS"] = "1"  # the workers inherit it
     if zero is not None:
         os.environ["TFDIST_ZERO"] = str(zero)
+    if on_warning == "end":
+        os.environ[ON_WARNING] = "end"
+    if on_preempt_status != START_ME_AGAIN:
+        os.environ[PREEMPT_STATUS] = str(on_preempt_status)
+    restart_limit = _restart_limit(max_restarts, servers, elastic)
     machines = parse_hosts(hosts) if hosts is not None else ()
     if strategy == "horovod":
         share_token(machines, node_rank, node_timeout)  # for the secret of its ranks
@@ -183,10 +217,9 @@ def run(
         servers=servers,
     )
     check_names(machines)
-    if max_restarts is None and elastic is not None:
-        max_restarts = 3
     connection: AbstractContextManager[CoordinatorClient | None] = nullcontext()
-    if max_restarts and len(machines) > 1:
+    is_asked_for = max_restarts is not None or elastic is not None
+    if is_asked_for and restart_limit.count and len(machines) > 1:
         # The launchers of several machines must agree on each restart.
         share_token(machines, node_rank, node_timeout)
         connection = connect_launchers(
@@ -194,42 +227,37 @@ def run(
             node_rank or 0,
             port,
             os.environ[TOKEN],
-            max_restarts=max_restarts,
+            max_restarts=restart_limit,
             limit=node_timeout,
             min_workers=None if roster.elastic is None else roster.elastic[0],
             strategy=strategy,
             ps=servers,
         )
-    restarts, shows_all = _restarts(max_restarts, servers), output == "all"
-    with connection as client:
+    # With servers a lost worker is usual. Exceptions cause a restart only if the user asked.
+    restarts = Restarts(restart_limit, of_exceptions=is_asked_for)
+    journal = Journal(log_dir, events_name(roster.workers))
+    with health_of(journal, health), journal.ended_by_errors(), connection as client:
         is_met_here = client is not None and node_rank == 0
         if exposed := exposed_ports(roster.workers, port - 1 if is_met_here else None):
             click.echo(exposed, err=True)
-        outcome = _run(roster, log_dir, restarts, grace, client, shows_all)
-    _explain(outcome, roster.workers, log_dir, has_other_hosts=len(machines) > 1)
-    sys.exit(outcome.status)
-
-
-def _run(
-    roster: Roster,
-    log_dir: Path | None,
-    restarts: Restarts,
-    grace: float,
-    client: CoordinatorClient | None,
-    shows_all: bool,
-) -> Outcome:
-    """Runs the workers of this machine to their end."""
-    return run_workers(
-        roster.workers,
-        log_dir=log_dir,
-        restarts=restarts,
-        grace=grace,
-        client=client,
-        slots=roster.slots,
-        plan=None if roster.elastic is None else roster.of_hosts,
-        meeting=roster.meeting,
-        shows_all=shows_all,
-    )
+        outcome = run_workers(
+            roster.workers,
+            log_dir=log_dir,
+            restarts=restarts,
+            grace=grace,
+            client=client,
+            slots=roster.slots,
+            plan=None if roster.elastic is None else roster.of_hosts,
+            meeting=roster.meeting,
+            shows_all=output == "all",
+            plan_again=roster.again,
+            warnings_end=on_warning == "end",
+            journal=journal,
+        )
+    status = on_preempt_status if outcome.status == START_ME_AGAIN else outcome.status
+    journal.note_end(status, outcome.what)
+    explain(outcome, roster.workers, log_dir, has_other_hosts=len(machines) > 1)
+    sys.exit(status)
 
 
 def _check_options(
@@ -247,9 +275,10 @@ def _check_options(
             "--synchronous must come with parameter servers. Received: --synchronous without "
             "--ps. Add --ps 1, or leave it out: other strategies are synchronous."
         )
-    if zero is not None and zero != 1:
+    if zero not in (None, 1, 3):
         raise click.BadParameter(
-            f"--zero must be 1: the other stages are not built yet. Received: --zero {zero}."
+            "--zero must be 1, the optimizer's state in parts, or 3, the weights too. "
+            f"Received: --zero {zero}."
         )
     if zero is not None and servers:
         raise click.BadParameter(
@@ -258,59 +287,8 @@ def _check_options(
         )
 
 
-def _restarts(max_restarts: int | None, servers: int) -> Restarts:
+def _restart_limit(max_restarts: str | None, servers: int, elastic: str | None) -> RestartLimit:
     """Returns how often failed workers are started again."""
     if max_restarts is not None:
-        return Restarts(max_restarts)
-    # With servers a lost worker is usual. Exceptions cause a restart only if the user asked.
-    return Restarts(3 if servers else 0, of_exceptions=False)
-
-
-def _explain(
-    outcome: Outcome,
-    workers: tuple[Worker, ...],
-    log_dir: Path | None,
-    has_other_hosts: bool = False,
-) -> None:
-    if outcome.interrupted == signal.SIGPIPE:
-        # Standard output has no reader any more, and Python would print an error at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return
-    failure = outcome.failure
-    if failure is None:
-        if outcome.elsewhere is not None:
-            repetition = (
-                " It happened twice in a row at this step." if outcome.is_repeated else ""
-            )
-            click.echo(
-                click.style("Error: ", fg="red", bold=True)
-                + f"{outcome.elsewhere.what}{repetition} All workers have been ended.",
-                err=True,
-            )
-        for line in restart_lines(outcome.restarts):
-            click.echo(line, err=True)
-        return
-    lines = [click.style("Error: ", fg="red", bold=True) + failure.describe()]
-    excerpt = failure.excerpt()
-    if excerpt:
-        lines[0] += " Its last lines:"
-        bar = click.style("│", fg="red")
-        lines += ["", *(f"  {bar} {line[:_MAX_LINE_LENGTH]}" for line in excerpt), ""]
-    else:
-        lines[0] += " It had written nothing."
-    if failure.blames_peer and outcome.finished:
-        lines.append(
-            f"{' and '.join(outcome.finished)} had ended before, with exit status 0: "
-            "all workers must make the same steps."
-        )
-    elif failure.blames_peer and has_other_hosts:
-        lines.append("It lost another worker: the cause may be in the output of another host.")
-    if outcome.is_repeated:
-        where = failure.progress.where
-        lines.append(f"It came twice in a row {where}: it is not started again.")
-    if log_dir is not None:
-        lines.append(f"Its whole output: {log_dir / failure.worker.log_name}")
-    if len(workers) > 1:
-        lines.append("All workers on this machine have been ended.")
-    lines += restart_lines(outcome.restarts)
-    click.echo("\n".join(lines), err=True)
+        return RestartLimit.parse(max_restarts)
+    return RestartLimit(3 if servers or elastic is not None else 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from tfdist.compression.half import HalfPrecision
@@ -61,7 +62,17 @@ class CompressedTraining(Extension):
                 "only its part of the noise, and must not be changed before it is added up. "
                 f"Received: compression={self._compression!r} with `privacy`. Leave one out."
             )
+        self._warn(getattr(request.model.optimizer, "momentum", 0.0))
         return request
+
+    def _warn(self, momentum: Any) -> None:
+        compression = self._compression
+        if isinstance(compression, PowerSGD) and not compression.warm_start and momentum:
+            warnings.warn(
+                f"`PowerSGD(warm_start=False)` with momentum={momentum} hardly trains: see "
+                "docs/compression.md. Use warm_start=True, or an optimizer without momentum.",
+                stacklevel=2,
+            )
 
     def facts(self) -> dict[str, Any]:
         """Returns the compression, which must be equal on all workers."""

@@ -99,6 +99,7 @@ class Factors:
         dtype = "float64" if variable.dtype == "float64" else "float32"
         self._settings = settings
         self._number = number
+        self._fixed_parts: dict[int, Tensor] = {}
         self._shape = tuple(variable.shape)
         self._matrix = rows, columns
         name = variable.name
@@ -118,10 +119,10 @@ class Factors:
         # Both sides are drawn. If the first gradients are not finite, that step stores nothing,
         # and the second step begins with the other side.
         for variable in (self.left, self.right):
-            variable.assign(self._drawn(variable.shape[0], tf.constant(0, tf.int64)))
+            variable.assign(self._random_vectors(variable.shape[0], tf.constant(0, tf.int64)))
         self.residual.assign(tf.zeros(self.residual.shape, self.residual.dtype))
 
-    def _drawn(self, size: int, step: Tensor) -> Tensor:
+    def _random_vectors(self, size: int, step: Tensor) -> Tensor:
         """Draws vectors that are equal on all replicas. Their lengths do not matter."""
         seed = tf.stack([tf.constant(_SEED + self._number, tf.int64), step])
         # XLA, which compiles the step of a single replica, draws other real numbers from the
@@ -131,6 +132,19 @@ class Factors:
         )
         return tf.reduce_sum(tf.cast(bits, self.left.dtype) / 2.0**31, 0)
 
+    def _fixed(self, size: int) -> Tensor:
+        """Returns fixed vectors, whose lengths together are `_TILT`.
+
+        They are computed once, outside of the step. As a part of it, each replica's copy would
+        be folded into a constant at another moment, and TensorFlow would then round the
+        replicas' products differently.
+        """
+        with tf.init_scope():
+            if size not in self._fixed_parts:
+                drawn = self._random_vectors(size, tf.constant(0, tf.int64)).numpy()
+                self._fixed_parts[size] = tf.constant(_TILT / np.linalg.norm(drawn) * drawn)
+        return self._fixed_parts[size]
+
     def _tilted(self, vectors: Tensor) -> Tensor:
         """Adds a small part of fixed vectors.
 
@@ -138,8 +152,7 @@ class Factors:
         rounding errors, which depend on the number of replicas. The QR decomposition would make
         them as long as the others. With the fixed part, they have a fixed direction.
         """
-        fixed = self._drawn(vectors.shape[0], tf.constant(0, tf.int64))
-        return vectors + _TILT * tf.norm(vectors) / tf.norm(fixed) * fixed
+        return vectors + tf.norm(vectors) * self._fixed(vectors.shape[0])
 
     def compress(
         self, gradient: Tensor, side: str, step: Tensor, scale: Tensor | None = None
@@ -158,7 +171,7 @@ class Factors:
         if self._settings.warm_start:
             vectors = self._tilted(vectors)
         else:
-            vectors = self._drawn(vectors.shape[0], step)
+            vectors = self._random_vectors(vectors.shape[0], step)
         basis = tf.linalg.qr(vectors).q
         matrix = tf.reshape(tf.cast(gradient, self.residual.dtype), self._matrix)
         if scale is not None:
@@ -258,7 +271,7 @@ class LowRankExchange(Exchange):
     ) -> tuple[Sums, Callable[[Tensor], None]]:
         """Sums compressed gradients; see `Exchange`."""
         side, step = str(phase), tf.convert_to_tensor(self._count)
-        sent: dict[int, tuple[Factors, Sent]] = {}
+        compressed_gradients: dict[int, tuple[Factors, Sent]] = {}
         for i, (gradient, variable) in enumerate(
             zip(contribution.gradients, contribution.variables, strict=True)
         ):
@@ -266,16 +279,16 @@ class LowRankExchange(Exchange):
             if side == PLAIN or factors is None or not _is_whole(gradient, variable):
                 continue
             compressed = factors.compress(gradient, side, step, contribution.loss_scales[i])
-            sent[i] = factors, compressed
+            compressed_gradients[i] = factors, compressed
         tensors = [
-            sent[i][1].vectors if i in sent else gradient
+            compressed_gradients[i][1].vectors if i in compressed_gradients else gradient
             for i, gradient in enumerate(contribution.gradients)
         ]
         summed, others = strategy.reduce_step(
             tensors, contribution.others, contribution.share, contribution.variables
         )
         totals = list(summed)
-        for i, (factors, compressed) in sent.items():
+        for i, (factors, compressed) in compressed_gradients.items():
             total = factors.decompress(compressed, summed[i], contribution.loss_scales[i])
             totals[i] = tf.cast(total, contribution.gradients[i].dtype)
 
@@ -286,7 +299,7 @@ class LowRankExchange(Exchange):
             values = [t.values if isinstance(t, tf.IndexedSlices) else t for t in summed]
             finite = [tf.reduce_all(tf.math.is_finite(value)) for value in values]
             counts = tf.reduce_all(tf.stack([counts, *finite]))
-            for i, (factors, compressed) in sent.items():
+            for i, (factors, compressed) in compressed_gradients.items():
                 factors.keep(compressed, summed[i], counts)
 
         return (totals, others), keep

@@ -134,6 +134,7 @@ class Arrays(Source):
         if self.rows_multiple > 1 and self._group_of is None:
             size = tf.size(rows)
             rounded = -(-size // self.rows_multiple) * self.rows_multiple
+            # The last row fills up: any valid row does, because it does not count.
             rows = tf.gather(rows, tf.minimum(tf.range(rounded), size - 1))
         if copies > 1:
             rows = tf.repeat(rows, copies)
@@ -174,10 +175,10 @@ class Arrays(Source):
 
         def draw_padded(first: np.int64) -> tuple[Any, Any]:
             batches, facts = self._draw(int(first))
-            first_row = np.zeros((at_once, max(1, *map(len, batches))), np.int64)
-            for row, batch in zip(first_row, batches, strict=True):
+            padded_rows = np.zeros((at_once, max(1, *map(len, batches))), np.int64)
+            for row, batch in zip(padded_rows, batches, strict=True):
                 row[: len(batch)] = batch
-            return first_row, np.array(facts)
+            return padded_rows, np.array(facts)
 
         @without_autograph
         def draw_tensors(first: Tensor) -> tuple[Tensor, Tensor]:
@@ -186,6 +187,8 @@ class Arrays(Source):
             return tf.ensure_shape(rows, [at_once, None]), facts
 
         numbers = tf.data.Dataset.range(self._first_step(position), FOREVER, at_once)
+        # One call at a time: `numpy_function` holds the interpreter's lock, so two gain
+        # nothing.
         batches = numbers.map(draw_tensors, 1).prefetch(2).unbatch()
         if self.spans_passes:
             return batches

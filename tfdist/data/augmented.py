@@ -78,8 +78,8 @@ class Augmented(Source):
         """Returns a text that differs if the data or the layers differ."""
         configs = [f"{step.name}: {_config(step.layer)}" for step in self._steps]
         digest = hashlib.sha256("\n".join(configs).encode()).hexdigest()[:12]
-        chosen = f"classes={self.augment.classes}, repeated={self.augment.repeated}"
-        return f"{self.source.fingerprint()}, augmented by {digest} ({chosen})"
+        selection = f"classes={self.augment.classes}, repeated={self.augment.repeated}"
+        return f"{self.source.fingerprint()}, augmented by {digest} ({selection})"
 
     @property
     def common_data(self) -> Any:

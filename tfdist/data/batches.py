@@ -188,7 +188,7 @@ class GeneratorBatches(Batches):
             )
         self._first = self._peeked[0]
         self._later = generator
-        self._rest = itertools.chain(self._peeked, generator)
+        self._unread = itertools.chain(self._peeked, generator)
 
     def sample(self, rows: int = FEW) -> Any:
         """Returns the first batch."""
@@ -196,12 +196,12 @@ class GeneratorBatches(Batches):
 
     def stream(self, position: DataPosition) -> Any:
         """Wraps the rest of the generator, after the batches that an earlier process drew."""
-        for _ in itertools.islice(self._rest, position.num_drawn):
+        for _ in itertools.islice(self._unread, position.num_drawn):
             pass
 
         def batches() -> Iterator[Any]:
             if self.spans_passes:
-                return self._rest
+                return self._unread
             return itertools.islice(itertools.chain(self._peeked, self._later), self.steps)
 
         return without_tuning(

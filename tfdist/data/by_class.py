@@ -199,6 +199,8 @@ class _ClassCounter:
                     part = tf.nest.map_structure(lambda v, p=places: tf.gather(v, p), (x, y))
                     self._small_classes.setdefault(number, []).append(part)
                 else:
+                    # The count only grows: a class that is once too large is never collected
+                    # again.
                     self._small_classes.pop(number, None)
         return self
 

@@ -56,6 +56,8 @@ class EffectiveNumber:
         """
         if self.beta == 0:
             return [1.0 for _ in counts]
+        # `expm1` keeps the digits that 1 - beta**n loses for a beta near 1. The result is
+        # rounded, because the quotient of an n of 1 may miss 1 by a last bit.
         logarithm = math.log(self.beta)
         return [round(-math.expm1(int(n) * logarithm) / (1.0 - self.beta), 9) for n in counts]
 
@@ -204,6 +206,7 @@ def _count(targets: Iterable[Any], whole: bool = True) -> NDArray[np.int64]:
                 f"Received: y={shortened(np.asarray(y))}."
             )
         class_counts = np.bincount(labels.ravel(), minlength=len(counts))
+        # `minlength` made the new counts at least as long as the old ones.
         class_counts[: len(counts)] += counts
         counts = class_counts
     return counts

@@ -10,9 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfdist.data import leaves
-from tfdist.data.source import (
-    shortened,
-)
+from tfdist.data.source import shortened
 from tfdist.errors import ArgumentError
 
 
@@ -197,6 +195,7 @@ def split(
         for c, n in ((x, "x"), (y, "y"), (sample_weight, "sample_weight"))
     ]
     rows = count_rows(may_be_empty, x=columns[0], y=columns[1], sample_weight=columns[2])
+    # Keras's expression: another order of the float operations could split one row apart.
     at = int(rows * (1.0 - fraction))
     if not 0 < at < rows and not may_be_empty:
         raise ArgumentError(

@@ -183,6 +183,8 @@ class LocalArrays(Arrays):
 
     def _share(self, place: Place, rows: Tensor, facts: Tensor, replica: Tensor) -> Share:
         """Gathers a local replica's part of the worker's rows."""
+        # Here the rows of a global batch are counted worker by worker: a share begins after
+        # the rows of earlier workers and replicas.
         num_own, before, total = tf.unstack(facts)
         number, replicas = replica - place.first_replica, place.local_replicas
         begin, end = num_own * number // replicas, num_own * (number + 1) // replicas

@@ -152,10 +152,10 @@ def check_places(dataset: Any, separation: int | None, comes_again: bool = False
         )
     if separation is None:
         return
-    found = dataset_orders.reordering(dataset, comes_again)
-    if found is not None:
-        data = f"a tf.data.Dataset with {found.operation}"
-        check_shuffled(data, found.remedy, separation, found.in_one_batch)
+    reordering = dataset_orders.reordering(dataset, comes_again)
+    if reordering is not None:
+        data = f"a tf.data.Dataset with {reordering.operation}"
+        check_shuffled(data, reordering.remedy, separation, reordering.in_one_batch)
 
 
 def check_shuffled(data: str, remedy: str, separation: int, in_one_batch: bool) -> None:

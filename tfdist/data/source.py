@@ -61,6 +61,8 @@ def bounds(total: Tensor, replica: Tensor, place: Place) -> tuple[Tensor, Tensor
     Returns:
         The first row and the row after the last one.
     """
+    # Neighbouring shares meet, also where the rows do not divide: each bound is rounded down
+    # from the same product. So sizes differ by one at most.
     share, shares = place.share_of(replica), place.num_shares
     return total * share // shares, total * (share + 1) // shares
 
@@ -181,6 +183,8 @@ class Source(abc.ABC):
                 shape[0] = rows
             if tf.as_dtype(spec.dtype) == tf.string:
                 return tf.fill(shape, "a")
+            # Between 0 and 1, a float is valid as a probability too. A whole number becomes 0
+            # or 1, which every table of classes or words has.
             numbers = random.uniform(0.05, 0.95, shape)
             is_float = tf.as_dtype(spec.dtype).is_floating
             return tf.cast(numbers if is_float else numbers > 0.5, spec.dtype)

@@ -82,36 +82,41 @@ def of_workers(rows_per_worker: list[int], worker: int) -> Clients:
     return Clients(sizes, np.arange(len(sizes)), members, "worker")
 
 
-def of_ids(ids: Any, num_rows: int, strategy: Strategy, is_local: bool) -> Clients:
+def of_ids(ids: Any, num_rows: int, strategy: Strategy, is_local: bool) -> Clients | None:
     """Makes a client of all rows with the same id.
 
+    All workers call it, also those without ids: what is wrong on one is told to all.
+
     Args:
-        ids: The id of each row, shape [rows].
+        ids: The id of each row, shape [rows], or None.
         num_rows: Rows of this process's data.
         strategy: The strategy of the workers.
         is_local: Whether each worker has its own rows. Otherwise all have all rows.
 
+    Returns:
+        The clients, or None if no worker has ids.
+
     Raises:
-        ArgumentError: The ids do not fit the rows, or two workers hold rows of one client.
+        ArgumentError: The ids do not fit the rows, some workers have ids and others have none,
+            or two workers hold rows of one client.
     """
-    ids = np.asarray(ids)
-    if ids.dtype == object and all(isinstance(name, str) for name in ids.flat):
-        ids = ids.astype(str)
-    if ids.ndim != 1 or len(ids) != num_rows or (ids.dtype.kind not in "iuU" and len(ids)):
-        raise ArgumentError(
-            "`clients` must be a whole number or a string for each row, shape "
-            f"[{num_rows}]. Received: clients of shape {ids.shape} and dtype {ids.dtype}."
-        )
-    names, inverse = np.unique(ids, return_inverse=True)
-    order = np.argsort(inverse, kind="stable")
-    counts = np.bincount(inverse, minlength=len(names))
-    rows = np.split(order, np.cumsum(counts)[:-1]) if len(names) else []
+    by_name, problem = None, None
+    if ids is not None:
+        ids = as_ids(ids)
+        problem = _why_unfit(ids, num_rows)
+        by_name = None if problem else _rows_by_name(ids)
+    table = None
+    if by_name is not None:  # ids stay where all workers have all rows
+        table = [(n, len(r)) for n, r in by_name.items()] if is_local else []
+    told = strategy.gather_objects((problem, table, bool(num_rows) or not is_local))
+    if not _have_ids(told):
+        return None
+    by_name = by_name or {}
     if not is_local:
-        members = dict(enumerate(rows))
-        return Clients(counts, np.full(len(names), ANYWHERE), members, "id")
-    by_name = dict(zip(names.tolist(), rows, strict=True))
-    tables = strategy.gather_objects([(n, len(r)) for n, r in by_name.items()])
-    entries = [(n, w, size) for w, table in enumerate(tables) for n, size in table]
+        counts = np.array([len(rows) for rows in by_name.values()], np.int64)
+        members = dict(enumerate(by_name.values()))
+        return Clients(counts, np.full(len(counts), ANYWHERE), members, "id")
+    entries = [(n, w, size) for w, (_, table, _) in enumerate(told) for n, size in table or []]
     entries.sort(key=lambda entry: (isinstance(entry[0], str), *entry))
     for (name, worker, _), (following, other, _) in itertools.pairwise(entries):
         if name == following:
@@ -123,3 +128,63 @@ def of_ids(ids: Any, num_rows: int, strategy: Strategy, is_local: bool) -> Clien
     members = {i: by_name[n] for i, (n, _, _) in enumerate(entries) if n in by_name}
     _, workers, sizes = zip(*entries, strict=True)
     return Clients(np.array(sizes, np.int64), np.array(workers), members, "id")
+
+
+def as_ids(ids: Any) -> Any:
+    """Returns ids as an array, of shape [] if they are none. That is refused on all workers.
+
+    Args:
+        ids: What the user passed.
+    """
+    try:
+        return np.asarray(ids)
+    except ValueError:  # lists of different lengths
+        return np.asarray(None)
+
+
+def _why_unfit(ids: Any, num_rows: int) -> str | None:
+    """Returns what was received, if the ids do not fit the rows."""
+    is_named = ids.dtype == object and all(isinstance(name, str) for name in ids.flat)
+    fits = ids.ndim == 1 and len(ids) == num_rows
+    if fits and (not len(ids) or is_named or ids.dtype.kind in "iuU"):
+        return None
+    return f"clients of shape {ids.shape} and dtype {ids.dtype}, for {num_rows} rows"
+
+
+def _rows_by_name(ids: Any) -> dict[Any, Rows]:
+    """Returns the numbers of the rows of each id, in the order of the ids."""
+    if ids.dtype == object:
+        ids = ids.astype(str)
+    names, inverse = np.unique(ids, return_inverse=True)
+    order = np.argsort(inverse, kind="stable")
+    counts = np.bincount(inverse, minlength=len(names))
+    rows = np.split(order, np.cumsum(counts)[:-1]) if len(names) else []
+    return dict(zip(names.tolist(), rows, strict=True))
+
+
+def _have_ids(told: list[Any]) -> bool:
+    """Returns whether the workers have ids. What is wrong on one is refused on all.
+
+    Args:
+        told: From each worker: what is wrong with its ids, or None; the ids, or None without
+            any; and whether it must have ids if the others have some. Without rows it need not.
+    """
+    unfit = [
+        problem + (f" on worker {worker}" if len(told) > 1 else "")
+        for worker, (problem, _, _) in enumerate(told)
+        if problem
+    ]
+    if unfit:
+        raise ArgumentError(
+            "`clients` must be a whole number or a string for each row. Received: "
+            f"{'; '.join(unfit)}."
+        )
+    have = [ids is not None for _, ids, counts in told if counts]
+    without = [str(w) for w, (_, ids, counts) in enumerate(told) if counts and ids is None]
+    if without and any(have):
+        raise ArgumentError(
+            "Either all workers that hold rows must pass `clients`, or none. Received: none on "
+            f"worker {', '.join(without)} of {len(told)}. Pass the id of each row on every "
+            "worker."
+        )
+    return any(have)

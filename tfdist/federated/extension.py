@@ -5,20 +5,26 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import tensorflow as tf
 
 from tfdist import data
 from tfdist.data.arrays import Arrays
 from tfdist.data.local import LocalArrays
-from tfdist.errors import ArgumentError
+from tfdist.errors import ArgumentError, DisagreementError
 from tfdist.federated import clients as of
+from tfdist.federated import masks
 from tfdist.federated.clients import Clients
 from tfdist.federated.plan import Plan
+from tfdist.federated.protection import Protecting
 from tfdist.federated.round import Federation
 from tfdist.federated.settings import check
 from tfdist.federated.source import Rounds
-from tfdist.federated.validation import check_model, check_request
+from tfdist.federated.validation import (
+    check_clients,
+    check_model,
+    check_request,
+    check_secure,
+)
 from tfdist.training.extension import Extension
 from tfdist.training.request import Request
 
@@ -28,6 +34,7 @@ class FederatedTraining(Extension):
 
     Args:
         federated: The argument `federated` of `fit`.
+        protecting: The extension that protects clients, or None. It is bound before.
 
     Raises:
         ArgumentError: `federated` is not valid.
@@ -36,14 +43,20 @@ class FederatedTraining(Extension):
     name = "federated"
     needs_state = True
 
-    def __init__(self, federated: Any) -> None:
+    def __init__(self, federated: Any, protecting: Protecting | None = None) -> None:
         self._settings = check(federated)
+        self._protecting = protecting
         self._clients: Clients | None = None
 
     def choose(self, request: Request) -> Request:
         """Refuses what cannot be federated. Each client computes its own, whole batches."""
-        check_request(request)
-        return replace(request, whole_batch=False)
+        check_request(request, self._protecting is not None)
+        if self._settings.secure is None:
+            return replace(request, whole_batch=False)
+        check_secure(request, self._settings.secure)
+        masks.require_cryptography()
+        # Workers with rows of their own must not tell each other of which classes they are.
+        return replace(request, whole_batch=False, is_private=True)
 
     def source(self, request: Request, source: data.Source) -> data.Source:
         """Makes rounds of the rows."""
@@ -51,6 +64,7 @@ class FederatedTraining(Extension):
         assert request.sampler is not None
         assert request.seed is not None
         self._clients = self._find_clients(request, source)
+        check_clients(self._clients, self._settings)
         holders = int((self._clients.sizes > 0).sum())
         wanted = self._settings.clients_per_round
         if wanted is not None and wanted > holders:
@@ -72,11 +86,36 @@ class FederatedTraining(Extension):
         """Refuses models whose local steps are not known, and prepares the rounds."""
         assert isinstance(source, Rounds)
         check_model(request, source)
-        self.round_maker = Federation(self._settings, source)
+        self._check_alike(request)
+        mechanism = None if self._protecting is None else self._protecting.mechanism
+        agreed = None if self._settings.secure is None else self._agree_on_masks(request)
+        self.round_maker = Federation(self._settings, source, mechanism, agreed)
+
+    def _check_alike(self, request: Request) -> None:
+        """Compares what decides about collectives, before the first of them differs."""
+        found = request.session.strategy.gather_objects(repr(self._settings.secure))
+        if len(set(found)) > 1:
+            listed = ", ".join(f"worker {n}: {secure}" for n, secure in enumerate(found))
+            raise DisagreementError(
+                f"`secure` must be the same on all workers. Received: {listed}."
+            )
+
+    def _agree_on_masks(self, request: Request) -> masks.PairwiseMasks:
+        strategy = request.session.strategy
+        worker, workers = strategy.place.worker_index, strategy.place.num_workers
+        agreed, fingerprint = masks.agree(worker, strategy.gather_objects)
+        if request.verbose != 0:  # on each worker, since only people can compare them
+            print(
+                f"tfdist: secure sum: worker {worker} has the keys of {workers} workers, "
+                f"fingerprint {fingerprint}. It is the same on all, unless somebody between "
+                "them has exchanged keys.",
+                flush=True,
+            )
+        return agreed
 
     def facts(self) -> dict[str, Any]:
         """Returns the settings, which must be equal on all workers."""
-        return {"federated": self.settings()}
+        return {"federated": self.settings(), "secure": repr(self._settings.secure)}
 
     def settings(self) -> Any:
         """Returns the settings and the clients, which must not change when it continues."""
@@ -98,6 +137,9 @@ class FederatedTraining(Extension):
         devices = request.session.strategy.place.local_replicas
         if self._clients.kind == "worker" and devices > 1:
             text += f"; each trains on one of the {devices} devices of its worker"
+        if settings.privacy is not None:
+            probability = settings.privacy.sampling_probability
+            text += f"; a round draws each client with probability {probability:g}"
         return text
 
     def _find_clients(self, request: Request, source: Arrays) -> Clients:
@@ -107,10 +149,12 @@ class FederatedTraining(Extension):
         if isinstance(source, LocalArrays):
             num_rows = source.holdings.rows[source.worker]
         if ids is not None:
-            ids = np.asarray(ids)
-            if request.validation_split and len(ids) == _num_rows(request.x):
+            ids = of.as_ids(ids)
+            if request.validation_split and ids.shape == (_num_rows(request.x),):
                 ids = ids[:num_rows]
-            return of.of_ids(ids, num_rows, strategy, is_local)
+        clients = of.of_ids(ids, num_rows, strategy, is_local)
+        if clients is not None:
+            return clients
         if isinstance(source, LocalArrays):
             return of.of_workers(source.holdings.rows, source.worker)
         if request.shard is not None:

@@ -18,9 +18,11 @@ from numpy.typing import NDArray
 from tfdist.federated.clients import ANYWHERE, Clients
 from tfdist.federated.settings import FedAvg
 from tfdist.samplers import Rows, Sampler, permute
+from tfdist.samplers.permutation import generator
 from tfdist.strategies.base import Place
 
 _DRAWING = 0xD4A3
+_STREAMS = 0x57E4
 
 
 @dataclass(frozen=True)
@@ -60,9 +62,11 @@ class OfReplica(NamedTuple):
         weights: The weight of each, float64 of shape [n].
         slots: The place of each among the clients whose optimizers this replica keeps, int64
             of shape [n].
+        streams: The number of each client's random numbers, int64 of shape [n].
         held: Rows that the replica's clients hold, and those of all clients of the round,
             int64 of shape [2].
         longest: The most local steps of a client of the round, on any replica, scalar int64.
+        number: The number of the round, scalar int64.
         check: See `Round.check`, float32 of shape [4].
     """
 
@@ -72,8 +76,10 @@ class OfReplica(NamedTuple):
     steps: Any
     weights: Any
     slots: Any
+    streams: Any
     held: Any
     longest: Any
+    number: Any
     check: Any
 
 
@@ -146,11 +152,24 @@ class Plan:
         Args:
             number: The number of the round.
         """
-        wanted = self._settings.clients_per_round
-        if wanted is None or wanted >= len(self._eligible):
+        privacy, wanted = self._settings.privacy, self._settings.clients_per_round
+        if privacy is not None:
+            # Each client is drawn by itself: the accounting is of Poisson sampling.
+            random = generator((self._seed, _DRAWING, number))
+            drawn = random.random_sample(self.clients.number) < privacy.sampling_probability
+            return self._eligible[drawn[self._eligible]]
+        if wanted is None or self._takes_all:
             return self._eligible
         key = (self._seed, _DRAWING, number)
         return np.sort(self._eligible[permute(np.arange(wanted), len(self._eligible), key)])
+
+    @property
+    def _takes_all(self) -> bool:
+        """Whether all clients that hold rows take part in each round."""
+        privacy, wanted = self._settings.privacy, self._settings.clients_per_round
+        if privacy is not None:
+            return privacy.sampling_probability == 1
+        return wanted is None or wanted >= len(self._eligible)
 
     def round(self, number: int) -> Round:
         """Returns a round.
@@ -170,7 +189,7 @@ class Plan:
         if self._settings.weighting == "examples":
             parts = self.clients.sizes[clients].astype(np.float64)
         replicas = self._homes[clients] if self._is_fixed else self._deal(clients, steps)
-        return Round(clients, steps, first_steps, parts / parts.sum(), replicas)
+        return Round(clients, steps, first_steps, parts / max(1.0, parts.sum()), replicas)
 
     @property
     def _is_fixed(self) -> bool:
@@ -179,7 +198,7 @@ class Plan:
 
     def _rounds_made(self, number: int) -> Rows:
         """Counts each client's earlier rounds."""
-        if len(self.chosen(0)) == len(self._eligible):
+        if self._takes_all:
             return np.full(self.clients.number, number)
         if number < self._drawn_up_to:
             self._drawn, self._drawn_up_to = np.zeros_like(self._drawn), 0
@@ -223,6 +242,9 @@ class Plan:
             )
         clients = planned.clients[own]
         held = [self.clients.sizes[clients].sum(), self.clients.sizes[planned.clients].sum()]
+        longest = planned.steps.max(initial=0)
+        if self._settings.privacy is not None:
+            longest = np.int64(self.longest)  # it must not show who was drawn
         return OfReplica(
             _padded(batches),
             np.array([len(batch) for batch in batches], np.int64),
@@ -230,16 +252,28 @@ class Plan:
             planned.steps[own],
             planned.weights[own],
             self._slots[clients],
+            self._streams(number, clients),
             np.array(held, np.int64),
-            planned.steps.max(),
+            longest,
+            np.int64(number),
             planned.check,
         )
+
+    def _streams(self, number: int, clients: Rows) -> Rows:
+        if self._settings.privacy is None:
+            return clients
+        # The number of a client depends on which others there are, and nothing that others
+        # contribute may. So these numbers come from the secret seed.
+        keys = [(self._seed, _STREAMS, number, int(client)) for client in clients]
+        words = [np.random.SeedSequence(key).generate_state(1)[0] for key in keys]
+        return np.array(words, np.int64)
 
     def _batches(self, client: int, first: int, count: int) -> list[Rows]:
         members = self.clients.members[client]
         # The first client has the seed of the training: alone, it draws what `fit` draws.
         words = np.random.SeedSequence((self._seed, client)).generate_state(1, np.uint64)
-        seed = int(words[0] >> 1) if client else self._seed
+        alike = not client and self._settings.privacy is None
+        seed = self._seed if alike else int(words[0] >> 1)
         batches = self._sampler.batches(
             first, count, num_rows=len(members), batch_size=self.batch_size, seed=seed
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,12 +12,16 @@ import numpy as np
 import tensorflow as tf
 
 from tfdist import _keras
+from tfdist.errors import ArgumentError, DisagreementError
 from tfdist.federated.client import ClientSteps
-from tfdist.federated.kept import KeptOptimizers
+from tfdist.federated.client_optimizers import KeptOptimizers
+from tfdist.federated.masks import PairwiseMasks
 from tfdist.federated.plan import OfReplica
+from tfdist.federated.protection import UpdateMechanism
 from tfdist.federated.settings import FedAvg
 from tfdist.federated.source import Rounds
-from tfdist.federated.state import LocalState, state_of
+from tfdist.federated.state import SEEDS_OF_ROUND, LocalState, state_of
+from tfdist.federated.sums import NOT_CANCELLED, RoundSums, Sums
 from tfdist.step.exchange import Exchange
 from tfdist.step.reduction import StepAgreement
 from tfdist.step.signals import Signals, signals_of
@@ -35,10 +39,14 @@ class Federation:
     Attributes:
         settings: The settings.
         source: The rounds' input.
+        protection: What protects clients, or None.
+        masks: The masks of secure sums, or None.
     """
 
     settings: FedAvg
     source: Rounds
+    protection: UpdateMechanism | None = None
+    masks: PairwiseMasks | None = None
 
     def make(self, model: Any, strategy: Strategy, exchange: Exchange | None) -> FederatedRound:
         """Makes the rounds of a model.
@@ -47,8 +55,16 @@ class Federation:
             model: A compiled, built `keras.Model`.
             strategy: The strategy on whose replicas it trains.
             exchange: Another extension's wrapper of the reduction, or None.
+
+        Raises:
+            ArgumentError: The reduction is compressed, and sums are secure.
         """
-        return FederatedRound(self.settings, self.source, model, strategy, exchange)
+        if self.settings.secure is not None and exchange is not None:
+            raise ArgumentError(
+                "Secure sums must be of whole numbers. Received: `secure` of "
+                f"`{type(self.settings).__name__}` and compression. Leave one of them out."
+            )
+        return FederatedRound(self, model, strategy, exchange)
 
 
 class _Start(NamedTuple):
@@ -60,37 +76,26 @@ class _Start(NamedTuple):
     steps_before: Tensor
 
 
-class _Sums(NamedTuple):
-    """What the clients of a replica, or of all, have contributed; in the order of `_Start`."""
-
-    trained: list[Tensor]
-    averaged: list[Tensor]
-    counted: list[Tensor]
-
-
 class FederatedRound:
     """Rounds of one model on one strategy; see `OwnRound`.
 
     Args:
-        settings: The settings.
-        source: The rounds' input.
+        federation: The settings, and the rounds' input.
         model: A compiled, built `keras.Model`.
         strategy: The strategy on whose replicas it trains.
         exchange: Another extension's wrapper of the reduction, or None.
     """
 
     def __init__(
-        self,
-        settings: FedAvg,
-        source: Rounds,
-        model: Any,
-        strategy: Strategy,
-        exchange: Exchange | None,
+        self, federation: Federation, model: Any, strategy: Strategy, exchange: Exchange | None
     ) -> None:
+        settings, source = federation.settings, federation.source
         self._source = source
         self._strategy = strategy
         self._exchange = exchange
-        self._state: LocalState = state_of(model)
+        self._protection = federation.protection
+        state = state_of(model)
+        self._state: LocalState = state if self._protection is None else state.protected(model)
         self._steps = ClientSteps(model, self._state, settings.proximal)
         plan = source.plan
         self._kept: KeptOptimizers | None = None
@@ -101,8 +106,12 @@ class FederatedRound:
         if settings.server_optimizer is not None:
             self._server = _keras.built_copy(settings.server_optimizer, self._state.trained)
         # The only client's values are taken as they are: w - (w - y) is not y in floats.
-        alone = plan.clients.number == 1
+        alone = plan.clients.number == 1 and self._protection is None
         self._takes_values = alone and self._server is None and exchange is None
+        secure = None
+        if settings.secure is not None and federation.masks is not None:
+            secure = settings.secure, federation.masks
+        self._sums = RoundSums(strategy, self._state.trained, self._protection, secure)
 
     @property
     def state(self) -> Sequence[tuple[Any, AnyRole]]:
@@ -121,9 +130,19 @@ class FederatedRound:
         if self._kept is not None:
             self._kept.reset()
 
-    def running(self) -> contextlib.AbstractContextManager[None]:
-        """Does nothing."""
-        return contextlib.nullcontext()
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Explains an error of a secure sum."""
+        try:
+            yield
+        except tf.errors.InvalidArgumentError as error:
+            if NOT_CANCELLED not in error.message:
+                raise
+            raise DisagreementError(
+                "All workers must make the same rounds in a secure sum, or its masks do not "
+                "cancel. Received: a sum with masks left. The round changed nothing. Start the "
+                "workers again."
+            ) from None
 
     def train(self, share: OfReplica, stopping: Tensor, phase: Hashable) -> tuple[Any, Signals]:
         """Trains the replica's clients, and updates the server's model; see `OwnRound`."""
@@ -141,7 +160,10 @@ class FederatedRound:
             sum(int(np.prod(v.shape)) for v in state.trained),
             None if self._exchange is None else (self._exchange, phase),
         )
-        sums, of_metrics = self._sum(agreement, share, own)
+        of_replica = _values(state.metrics)
+        sums, of_metrics, more_logs = self._sums.over_replicas(
+            agreement, share, own, of_replica
+        )
         agreement.finish()
         self._update_model(agreement, start, sums)
         longest = agreement.choose(share.longest, tf.zeros_like(share.longest))
@@ -153,7 +175,9 @@ class FederatedRound:
             state.metrics, metrics_before, of_metrics, strict=True
         ):
             variable.assign(value + agreement.choose(change, tf.zeros_like(change)))
-        return self._steps.logs(), signals_of(agreement, share)  # type: ignore[arg-type]
+        logs = self._steps.logs()
+        logs = {**logs, **more_logs} if more_logs else logs
+        return logs, signals_of(agreement, share)  # type: ignore[arg-type]
 
     def _start(self, iterations: Sequence[Tensor]) -> _Start:
         state = self._state
@@ -163,7 +187,7 @@ class FederatedRound:
             _values(state.trained), _values(state.averaged), _values(state.counted), before
         )
 
-    def _train_clients(self, share: OfReplica, start: _Start) -> _Sums:
+    def _train_clients(self, share: OfReplica, start: _Start) -> Sums:
         """Trains the replica's clients one after the other.
 
         Returns:
@@ -173,7 +197,7 @@ class FederatedRound:
         batch_of = self._source.batch_of(share)
         number = tf.size(share.clients, tf.int64)
         zero = tf.constant(0, tf.int64)
-        sums = _Sums(
+        sums = Sums(
             [tf.zeros_like(_wide(value)) for value in start.trained],
             [tf.zeros_like(_wide(value)) for value in start.averaged],
             [tf.zeros_like(value, tf.int64) for value in start.counted],
@@ -183,7 +207,7 @@ class FederatedRound:
             self._steps.make(batch_of(step), start.trained, start.steps_before)
             return (step + 1,)
 
-        def train_client(i: Tensor, step: Tensor, sums: _Sums) -> tuple[Tensor, Tensor, _Sums]:
+        def train_client(i: Tensor, step: Tensor, sums: Sums) -> tuple[Tensor, Tensor, Sums]:
             self._begin_client(share, i, start)
             end = step + share.steps[i]
             _loop(lambda step: step < end, local_step, (step,))
@@ -193,7 +217,7 @@ class FederatedRound:
 
     def _begin_client(self, share: OfReplica, i: Tensor, start: _Start) -> None:
         state = self._state
-        counted = state.seeds_of(share.clients[i], start.counted)
+        counted = state.seeds_of(share.streams[i], start.counted)
         values = [*start.trained, *start.averaged, *counted]
         for variable, value in zip(state.of_model, values, strict=True):
             variable.assign(value)
@@ -203,53 +227,47 @@ class FederatedRound:
         for variable, value in zip(state.of_optimizers, first, strict=True):
             variable.assign(tf.broadcast_to(tf.cast(value, variable.dtype), variable.shape))
 
-    def _add(self, sums: _Sums, share: OfReplica, i: Tensor, start: _Start) -> _Sums:
+    def _add(self, sums: Sums, share: OfReplica, i: Tensor, start: _Start) -> Sums:
         """Adds what a client contributes when it has made its local steps."""
         state = self._state
         if self._kept is not None:
             self._kept.write(share.slots[i], _values(state.of_optimizers))
         weight = share.weights[i]
+        if self._protection is not None:
+            return self._add_protected(self._protection, sums, start)
 
         def weighted(variable: Any, value: Tensor) -> Tensor:
             own, value = _wide(tf.convert_to_tensor(variable)), _wide(value)
             update = own if self._takes_values else value - own
             return tf.cast(weight, update.dtype) * update
 
-        counted = state.seeds_of(share.clients[i], start.counted)
+        counted = state.seeds_of(share.streams[i], start.counted)
         added = [
             tf.cast(tf.convert_to_tensor(variable) - value, tf.int64)
             for variable, value in zip(state.counted, counted, strict=True)
         ]
-        return _Sums(
+        return Sums(
             _plus(sums.trained, map(weighted, state.trained, start.trained)),
             _plus(sums.averaged, map(weighted, state.averaged, start.averaged)),
             _plus(sums.counted, added),
         )
 
-    def _sum(
-        self, agreement: StepAgreement, share: OfReplica, own: _Sums
-    ) -> tuple[_Sums, list[Tensor]]:
-        """Sums over all replicas. The weights of the clients add up to 1, so it is the mean."""
-        held, of_all = tf.unstack(share.held, 2)
-        batch = _keras.ReplicaBatch(
-            held,
-            of_all,
-            tf.constant(0, tf.int64),
-            self._strategy.all_reduce_sum,
-            self._strategy.all_gather,
+    def _add_protected(self, protection: UpdateMechanism, sums: Sums, start: _Start) -> Sums:
+        """Adds the bounded update of a client: of weights and statistics together."""
+        variables = [*self._state.trained, *self._state.averaged]
+        values = [*start.trained, *start.averaged]
+        update = [
+            _wide(value) - _wide(tf.convert_to_tensor(variable))
+            for variable, value in zip(variables, values, strict=True)
+        ]
+        bounded, number = protection.clip(update), len(sums.trained)
+        return Sums(
+            _plus(sums.trained, bounded[:number]),
+            _plus(sums.averaged, bounded[number:]),
+            sums.counted,
         )
-        trained, others = agreement.reduce(
-            batch,
-            own.trained,
-            [*own.averaged, *own.counted, *_values(self._state.metrics)],
-            self._state.trained,
-            [None] * len(own.trained),
-        )
-        averaged, counted = len(own.averaged), len(own.counted)
-        rest = others[averaged : averaged + counted]
-        return _Sums(trained, others[:averaged], rest), others[averaged + counted :]
 
-    def _update_model(self, agreement: StepAgreement, start: _Start, sums: _Sums) -> None:
+    def _update_model(self, agreement: StepAgreement, start: _Start, sums: Sums) -> None:
         state = self._state
 
         def mean(value: Tensor, total: Tensor) -> Tensor:
@@ -260,9 +278,10 @@ class FederatedRound:
             state.averaged, start.averaged, sums.averaged, strict=True
         ):
             variable.assign(mean(value, total))
-        for variable, value, added in zip(
-            state.counted, start.counted, sums.counted, strict=True
-        ):
+        counted = sums.counted
+        if self._protection is not None:  # how much clients have drawn must not show
+            counted = [tf.constant([0, SEEDS_OF_ROUND]) for _ in counted]
+        for variable, value, added in zip(state.counted, start.counted, counted, strict=True):
             variable.assign(agreement.choose(value + tf.cast(added, value.dtype), value))
         for variable, value, total in zip(
             state.trained, start.trained, sums.trained, strict=True

@@ -11,6 +11,8 @@ from typing import Any
 import keras
 
 from tfdist.errors import ArgumentError
+from tfdist.federated.protection import ClientProtection
+from tfdist.federated.secure_sum import SecureSum
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -47,6 +49,10 @@ class FedAvg:
             "uniform": all clients of a round weigh the same.
         keep_optimizer: Whether each client keeps its optimizer's state from round to round.
             Otherwise it begins each round with a new optimizer.
+        secure: A `tfdist.SecureSum`: workers see the sum of all updates only.
+        privacy: A `tfdist.ClientDP`: the weights are differentially private, and protect all
+            rows of a client together. It draws the clients of a round, and needs `local_steps`
+            and weighting="uniform".
 
     Raises:
         ArgumentError: An argument is not valid.
@@ -76,6 +82,8 @@ class FedAvg:
     clients_per_round: int | None = None
     weighting: str = "examples"
     keep_optimizer: bool = False
+    secure: SecureSum | None = None
+    privacy: ClientProtection | None = None
 
     def __post_init__(self) -> None:
         for name in ("local_steps", "local_epochs", "clients_per_round"):
@@ -104,6 +112,57 @@ class FedAvg:
         keeps: Any = self.keep_optimizer
         if not isinstance(keeps, bool):
             self._refuse("needs True or False as `keep_optimizer`", "keep_optimizer")
+        self._check_secure()
+        self._check_privacy()
+
+    def _check_secure(self) -> None:
+        secure: Any = self.secure
+        if secure is None:
+            return
+        if not isinstance(secure, SecureSum):
+            self._refuse("needs a tfdist.SecureSum, or None, as `secure`", "secure")
+        if self.keep_optimizer:
+            self._refuse(
+                "needs keep_optimizer=False with `secure`: a checkpoint collects what clients "
+                "keep, without masks",
+                "keep_optimizer",
+            )
+
+    def _check_privacy(self) -> None:
+        privacy: Any = self.privacy
+        if privacy is None:
+            return
+        if not isinstance(privacy, ClientProtection):
+            self._refuse(
+                "needs a tfdist.ClientDP, or None, as `privacy`; a tfdist.DPSGD, which "
+                "protects examples, is the `privacy` of `fit`, without `federated`",
+                "privacy",
+            )
+        if self.clients_per_round is not None:
+            self._refuse(
+                "needs clients_per_round=None with `privacy`: the accounting is of clients "
+                "that are drawn independently, not of a fixed number. Set the "
+                "sampling_probability of ClientDP",
+                "clients_per_round",
+            )
+        if self.weighting != "uniform":
+            self._refuse(
+                "needs weighting='uniform' with `privacy`: otherwise a client with many rows "
+                "could contribute more than the norm to which it is clipped",
+                "weighting",
+            )
+        if self.keep_optimizer:
+            self._refuse(
+                "needs keep_optimizer=False with `privacy`: what clients keep has no noise, "
+                "and would be in checkpoints",
+                "keep_optimizer",
+            )
+        if self.local_steps is None:
+            self._refuse(
+                "needs `local_steps` with `privacy`: the model's optimizer counts steps, and "
+                "must not show how many rows a client has",
+                "local_steps",
+            )
 
     def _check_whole(self, name: str) -> None:
         value = getattr(self, name)

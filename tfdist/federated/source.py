@@ -24,8 +24,10 @@ _SPECS = OfReplica(
     steps=tf.TensorSpec([None], tf.int64),
     weights=tf.TensorSpec([None], tf.float64),
     slots=tf.TensorSpec([None], tf.int64),
+    streams=tf.TensorSpec([None], tf.int64),
     held=tf.TensorSpec([2], tf.int64),
     longest=tf.TensorSpec([], tf.int64),
+    number=tf.TensorSpec([], tf.int64),
     check=tf.TensorSpec([4], tf.float32),
 )
 

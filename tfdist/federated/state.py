@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import keras
 import numpy as np
 import tensorflow as tf
 
@@ -18,6 +19,8 @@ Tensor = Any
 _SEED_NAME = "seed_generator_state"
 # Clients are far apart in the space of seeds, since users seed layers with small numbers.
 _SEEDS_APART = 1_000_003
+SEEDS_OF_ROUND = 2**20
+"""How far a round of protected clients moves seeds, whatever clients have drawn."""
 
 
 @dataclass(frozen=True)
@@ -68,15 +71,43 @@ class LocalState:
                     f"{variable.dtype}. Make it a non-trainable weight of a layer."
                 )
 
-    def seeds_of(self, client: Tensor, values: Sequence[Tensor]) -> list[Tensor]:
+    def protected(self, model: Any) -> LocalState:
+        """Returns the state of a model whose clients are protected as wholes.
+
+        Statistics that no step assigns are left out, such as those of a frozen
+        BatchNormalization: they would get noise. All others are a part of the update.
+
+        Args:
+            model: The model.
+
+        Raises:
+            ArgumentError: The model has state that cannot be protected.
+        """
+        for layer in _keras.layers_of(model):
+            if isinstance(layer, keras.layers.BatchNormalization) and layer.trainable:
+                raise ArgumentError(
+                    "With `privacy` of FedAvg no layer may keep a variance, which noise could "
+                    f"make negative. Received: the BatchNormalization {layer.name!r}. Use "
+                    "GroupNormalization or LayerNormalization, or freeze the layer."
+                )
+        counts = [v.path for v in self.counted if not _is_seed(v)]
+        if counts:
+            raise ArgumentError(
+                "With `privacy` of FedAvg no layer may count in whole numbers: the sum over "
+                f"clients has no noise. Received: {counts[0]!r}. Leave the layer out."
+            )
+        assigned = {id(v) for step in traced_steps(model) for v in step.assigned}
+        return replace(self, averaged=tuple(v for v in self.averaged if id(v) in assigned))
+
+    def seeds_of(self, stream: Tensor, values: Sequence[Tensor]) -> list[Tensor]:
         """Gives a client's first values of `counted`: seeds of its own, other numbers as are.
 
         Args:
-            client: The number of the client, scalar int64.
+            stream: The number of the client's random numbers, scalar int64.
             values: The values of `counted`.
         """
         return [
-            value + tf.cast(tf.stack([client * _SEEDS_APART, 0]), value.dtype)
+            value + tf.cast(tf.stack([stream * _SEEDS_APART, 0]), value.dtype)
             if _is_seed(variable)
             else value
             for variable, value in zip(self.counted, values, strict=True)

@@ -7,6 +7,9 @@ from typing import Any
 from tfdist import _keras, data
 from tfdist.data.local import LocalShard
 from tfdist.errors import ArgumentError
+from tfdist.federated.clients import Clients
+from tfdist.federated.secure_sum import LEAST_WORKERS, SecureSum
+from tfdist.federated.settings import FedAvg
 from tfdist.federated.source import Rounds
 from tfdist.samplers import Sequential, Uniform
 from tfdist.step.composition import compose, traced_steps, why_whole
@@ -19,11 +22,12 @@ from tfdist.training.request import Request
 _ROWS = 8
 
 
-def check_request(request: Request) -> None:
+def check_request(request: Request, protects_clients: bool = False) -> None:
     """Refuses arguments of `fit` that federated training does not take.
 
     Args:
         request: The arguments of `fit`.
+        protects_clients: Whether `FedAvg` has `privacy`.
 
     Raises:
         ArgumentError: There is such an argument.
@@ -35,8 +39,12 @@ def check_request(request: Request) -> None:
             f"strategy={request.session.zero!r}",
             "Use the strategy without `Zero`.",
         )
-    if request.is_private:
-        _refuse("trains without `privacy`", "privacy", "Leave one of them out.")
+    if request.is_private and not protects_clients:
+        _refuse(
+            "trains without the `privacy` of `fit`",
+            "privacy",
+            "Leave one of them out, or protect whole clients: FedAvg(privacy=ClientDP(...)).",
+        )
     if not data.is_arrays(request.x):
         _refuse(
             "needs arrays, whose rows belong to clients",
@@ -102,6 +110,51 @@ def _check_strategy(strategy: Strategy) -> None:
             "needs replicas that each have the whole model, and a sum over them",
             f"{strategy.name}, {obstacle}",
             "Use single, mirrored, multi_worker, or horovod that is not elastic.",
+        )
+
+
+def check_secure(request: Request, secure: SecureSum) -> None:
+    """Refuses secure sums that would tell what they should hide.
+
+    Args:
+        request: The arguments of `fit`.
+        secure: The settings.
+
+    Raises:
+        ArgumentError: There are too few workers, or an argument needs more than sums.
+    """
+    place = request.session.strategy.place
+    if place.num_workers < LEAST_WORKERS:
+        _refuse(
+            f"needs at least {LEAST_WORKERS} workers for a secure sum: of two, the sum tells "
+            "each the other's update",
+            f"{place.num_workers} with secure={secure!r}",
+            "Use more workers, or leave `secure` out.",
+        )
+    secure.check_width(place.num_replicas)
+    if request.class_weight is not None and not isinstance(request.class_weight, dict):
+        _refuse(
+            "counts no classes over workers with a secure sum",
+            f"class_weight={request.class_weight!r}",
+            "Pass a dict.",
+        )
+
+
+def check_clients(clients: Clients, settings: FedAvg) -> None:
+    """Refuses clients that depend on the replicas, if they are to be protected.
+
+    Args:
+        clients: The clients.
+        settings: The settings.
+
+    Raises:
+        ArgumentError: They are such clients.
+    """
+    if settings.privacy is not None and clients.kind == "replica":
+        _refuse(
+            "must know whose rows are whose to protect clients",
+            "`privacy` of FedAvg without `clients`",
+            "Pass FedAvg(clients=ids), or shard='local'.",
         )
 
 

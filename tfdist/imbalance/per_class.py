@@ -176,8 +176,8 @@ class PerClassMetrics(keras.callbacks.Callback):  # type: ignore[misc]
             predicted = (outputs[:, 0] > self.threshold).astype(np.int64)
         else:
             predicted = outputs.argmax(1)
-        counted = np.bincount(self.labels * size + predicted, minlength=size * size)
-        matrix: Counts = counted.reshape(size, size)
+        pair_counts = np.bincount(self.labels * size + predicted, minlength=size * size)
+        matrix: Counts = pair_counts.reshape(size, size)
         return matrix
 
 

@@ -58,8 +58,8 @@ class ImbalanceReport:
         for name, count, share, effective in zip(
             self.classes, self.counts, self.shares, self.effective, strict=True
         ):
-            shown = "no label" if name is None else str(name)
-            table.add_row(shown, f"{count:,}", f"{share:.3%}", f"{effective:,.1f}")
+            label = "no label" if name is None else str(name)
+            table.add_row(label, f"{count:,}", f"{share:.3%}", f"{effective:,.1f}")
         return table
 
     def __str__(self) -> str:

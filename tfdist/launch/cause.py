@@ -21,6 +21,11 @@ _PEER_IS_GONE = re.compile(
     r"|PeerError|Horovod has been shut down|Horovod background loop"
     r"|Connection reset by peer|Socket closed|failed to connect to all addresses"
 )
+_HINTS = {
+    None: " The system does so when memory runs out.",
+    True: " Memory ran out: the system has killed a process meanwhile.",
+    False: " Memory did not run out: another program or a user has sent it.",
+}
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,8 @@ class Failure:
         progress: How far the worker was; for a worker that only serves, how far the chief was.
         ended: The time of its end, in seconds since 1970.
         reason: Why the launcher has killed it, in one sentence; empty if it has not.
+        memory_ran_out: Whether the system has killed processes of this machine for want of
+            memory since the worker started; None if it does not say.
     """
 
     worker: Worker
@@ -42,11 +49,24 @@ class Failure:
     progress: WorkerProgress = field(default_factory=WorkerProgress)
     ended: float = 0.0
     reason: str = ""
+    memory_ran_out: bool | None = None
 
     @property
     def lost_worker(self) -> int | None:
         """The worker whose loss this one has reported as a hang, if it has."""
         return self.progress.lost if self.returncode == HUNG else None
+
+    @property
+    def is_from_outside(self) -> bool:
+        """Whether something else has ended the worker, which may well happen twice.
+
+        A program does not send itself these signals, but a scheduler does, and a user. If
+        memory runs out at a step, it will do so again.
+        """
+        if self.returncode == -signal.SIGKILL:
+            unknown = self.memory_ran_out is None and not self.progress.steps_made
+            return unknown or self.memory_ran_out is False
+        return self.returncode in (-signal.SIGTERM, -signal.SIGHUP)
 
     @property
     def status(self) -> int:
@@ -67,7 +87,7 @@ class Failure:
         """Returns how the worker ended, in one sentence."""
         if self.progress.preempted and self.returncode == START_ME_AGAIN:
             return (
-                f"{self.worker.task} has saved its training and ended, after SIGTERM to a "
+                f"{self.worker.task} has saved its training and ended, after a signal to a "
                 f"worker of the run. Exit status {START_ME_AGAIN} asks for a restart."
             )
         if self.reason:
@@ -84,7 +104,7 @@ class Failure:
             name = signal.Signals(number).name
         except ValueError:
             name = "unknown"
-        hint = " The system does so when memory runs out." if name == "SIGKILL" else ""
+        hint = _HINTS[self.memory_ran_out] if name == "SIGKILL" else ""
         return f"{self.worker.task} was ended by signal {number} ({name}).{hint}"
 
     @property

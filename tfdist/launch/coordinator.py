@@ -58,6 +58,7 @@ class Coordinator:
         self._restarts, self._limit = restarts, limit
         self._min_workers = min_workers
         self._active: set[int] = set()
+        self._refusals: dict[int, str] = {}  # the last one of each machine
         self._causes: list[RestartCause] = []
         self._failed_at = 0.0
         self._phase, self._since, self._beat = "meeting", time.monotonic(), 0.0
@@ -128,6 +129,7 @@ class Coordinator:
     def _join(self, launcher: Caller, join: Message) -> None:
         problem = self._refusal(join)
         if problem is not None:
+            self._refusals[join["rank"]] = problem
             launcher.connection.send("refused", why=problem)
             return
         for other in self._launchers:
@@ -222,10 +224,16 @@ class Coordinator:
                     launcher.connection.send("start", active=sorted(ready))
         elif is_late:
             listed = " and ".join(self._name(rank) for rank in missing)
+            refusals = "".join(
+                f" {self._name(rank)} was refused: {self._refusals[rank]}"
+                for rank in missing
+                if rank in self._refusals
+            )
             self._end(
                 "over",
                 RestartCause(
-                    f"{listed} did not come within {self._limit:g} s (--node-timeout).",
+                    f"{listed} did not come within {self._limit:g} s (--node-timeout)."
+                    + refusals,
                     "while waiting for all hosts",
                     time.time(),
                     START_ME_AGAIN,

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import re
 import socket
+import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tfdist.cluster.environment import whole_number
+from tfdist.cluster.rendezvous import START_TIMEOUT, start_timeout
 from tfdist.errors import ClusterError
+
+_POLL_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -68,21 +73,34 @@ def parse_hosts(text: str) -> tuple[Host, ...]:
 
 
 def check_names(hosts: Sequence[Host]) -> None:
-    """Refuses names that do not resolve, before anything waits for their machines.
+    """Waits until the names of all hosts resolve, for at most `TFDIST_START_TIMEOUT` seconds.
+
+    The name of a pod resolves only once the pod exists.
 
     Args:
         hosts: The hosts.
 
     Raises:
-        ClusterError: One or more names do not resolve.
+        ClusterError: One or more names do not resolve in time.
     """
-    unknown = [host.name for host in hosts if not _resolves(host.name)]
-    if unknown:
-        raise ClusterError(
-            "`--hosts` must name machines whose addresses can be found from here. Received: "
-            f"{', '.join(unknown)}, which no name service knows. Correct the name, or give "
-            "the IP address."
-        )
+    began, is_told = time.monotonic(), False
+    while unknown := [host.name for host in hosts if not _resolves(host.name)]:
+        limit, listed = start_timeout(), ", ".join(unknown)
+        if time.monotonic() - began >= limit:
+            raise ClusterError(
+                "`--hosts` must name machines whose addresses can be found from here. "
+                f"Received: {listed}, which no name service knows after {limit} s "
+                f"({START_TIMEOUT}). Correct the name, or give the IP address."
+            )
+        if not is_told:
+            is_told = True
+            print(
+                f"tfdist: no name service knows {listed} yet. This launcher waits up to "
+                f"{limit} s ({START_TIMEOUT}).",
+                file=sys.stderr,
+                flush=True,
+            )
+        time.sleep(_POLL_S)
 
 
 def _resolves(name: str) -> bool:

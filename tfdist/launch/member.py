@@ -8,12 +8,12 @@ import subprocess
 import sys
 import termios
 from contextlib import suppress
-from typing import BinaryIO
 
 from tfdist.cluster.heartbeat import HEARTBEAT_FD, Heartbeat, shared_memory
 from tfdist.errors import LaunchError
+from tfdist.launch.child import first_steps
 from tfdist.launch.hidden_output import HiddenOutput
-from tfdist.launch.output import LineSplitter, Screen
+from tfdist.launch.output import LineSplitter, Log, Screen
 from tfdist.launch.worker import Worker
 
 LAUNCHER_FD = "TFDIST_LAUNCHER_FD"
@@ -62,7 +62,7 @@ def start_member(
     screen: Screen,
     lifeline: int,
     *,
-    log: BinaryIO | None,
+    log: Log | None,
     hidden_output: HiddenOutput | None,
 ) -> StartedWorker:
     """Starts a worker.
@@ -95,6 +95,7 @@ def start_member(
             stderr=writing,
             pass_fds=(lifeline, memory),
             start_new_session=True,
+            preexec_fn=first_steps(lifeline),
         )
     except OSError as error:
         os.close(reading)

@@ -7,9 +7,11 @@ import os
 import re
 from collections import deque
 from collections.abc import Mapping, Sequence
-from typing import BinaryIO, TextIO
+from typing import Protocol, TextIO
 
 import click
+
+from tfdist.launch.background_writer import BackgroundWriter
 
 _COLOURS = ("cyan", "magenta", "green", "yellow", "blue", "bright_cyan", "bright_magenta")
 _STYLE = re.compile(r"\x1b\[[\d;:]*m")
@@ -18,6 +20,9 @@ _OTHER_ESCAPES = re.compile(
     r"\x1b\](?:[^\x07\x1b]*)(?:\x07|\x1b\\)|\x1b\[[0-?]*[ -/]*[@-ln-~]|\x1b[@-Z\\^_=>78]"
 )
 _MOST_LINES = 400
+# A longer line is cut into lines of this length: what is not complete is looked at each time
+# that something comes.
+_MOST_CHARACTERS = 1 << 14
 # The chief of parameter servers writes these hundreds of times when a worker is lost. The run
 # recovers from that, and the launcher reports it in one line.
 _LOST_WORKER_NOISE = re.compile(
@@ -57,6 +62,9 @@ def settled(line: str) -> str:
     """
     shown = ""
     for part in line.split("\r"):
+        if "\b" not in part:
+            shown = part or shown
+            continue
         written: list[str] = []
         # Backspaces at the end only move the cursor; they erase nothing.
         for character in part.rstrip("\b"):
@@ -75,6 +83,16 @@ def plain(text: str) -> str:
     return _STYLE.sub("", text)
 
 
+class Log(Protocol):
+    """A file for the whole output of a worker."""
+
+    def write(self, data: bytes, /) -> object:
+        """Writes output, in the end."""
+
+    def close(self) -> None:
+        """Ends the file."""
+
+
 class LineSplitter:
     """Cuts the bytes of one worker into lines.
 
@@ -82,7 +100,7 @@ class LineSplitter:
         last: The last lines, without colours.
     """
 
-    def __init__(self, log: BinaryIO | None = None, hide_start_up: bool = False) -> None:
+    def __init__(self, log: Log | None = None, hide_start_up: bool = False) -> None:
         """Starts with nothing written.
 
         Args:
@@ -102,17 +120,19 @@ class LineSplitter:
             data: Some bytes, cut anywhere.
 
         Returns:
-            The lines that are now complete, as a terminal would show them.
+            The lines that are now complete, as a terminal would show them. Lines of more than
+            16384 characters come in pieces.
         """
         if self._log is not None:
             self._log.write(data)
-            self._log.flush()
         *complete, rest = (self._rest + self._decoder.decode(data)).split("\n")
         # A progress bar redraws one line for a whole epoch: keep only the latest state.
         parts = rest.split("\r")
         written = [i for i, part in enumerate(parts) if part.strip("\b")]
-        self._rest = "\r".join(parts[written[-1] if written else -1 :])
-        lines = [settled(line) for line in complete]
+        rest = "\r".join(parts[written[-1] if written else -1 :])
+        *full, self._rest = _pieces(rest)
+        lines = [piece for line in complete for piece in _pieces(settled(line))]
+        lines += map(settled, full)
         if self._hide_start_up:
             lines = [line for line in lines if not _is_noise(line)]
         self.last.extend(map(plain, lines))
@@ -136,14 +156,27 @@ class LineSplitter:
         return [rest]
 
 
+def _pieces(line: str) -> list[str]:
+    """Cuts a line that is too long."""
+    starts = range(0, len(line) or 1, _MOST_CHARACTERS)
+    return [line[start : start + _MOST_CHARACTERS] for start in starts]
+
+
 class Screen:
     """Writes the lines of all workers to one stream, one whole line after the other.
 
     On a terminal the chief's unfinished line, its progress bar, stays at the bottom.
+
+    Attributes:
+        has_explained_hiding: Whether a line has said that the lines of some workers are hidden.
     """
 
     def __init__(
-        self, stream: TextIO, tasks: Sequence[str], environ: Mapping[str, str] = os.environ
+        self,
+        stream: TextIO,
+        tasks: Sequence[str],
+        environ: Mapping[str, str] = os.environ,
+        writer: BackgroundWriter | None = None,
     ) -> None:
         """Prepares one prefix for each worker.
 
@@ -151,13 +184,29 @@ class Screen:
             stream: The stream to write to.
             tasks: The workers' names.
             environ: The launcher's variables, of which NO_COLOR and TERM are read.
+            writer: Writes to the stream in a thread; None to write to it at once.
         """
-        self._stream = stream
+        self._stream, self._writer = stream, writer
         self.is_terminal = stream.isatty() and environ.get("TERM") != "dumb"
         self._coloured = self.is_terminal and not environ.get("NO_COLOR")
         self._bar = "│" if _can_encode(stream, "│") else "|"
         self._live = ""
+        self.has_explained_hiding = False
         self.name(tasks)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether to show nothing more for a moment, since the reader is slow."""
+        return self._writer is not None and self._writer.is_full
+
+    def check(self) -> None:
+        """Checks that somebody reads.
+
+        Raises:
+            BrokenPipeError: The reader of the output is gone, as after `tfdist run ... | head`.
+        """
+        if self._writer is not None and self._writer.is_broken:
+            raise BrokenPipeError
 
     def name(self, tasks: Sequence[str]) -> None:
         """Changes the prefixes.
@@ -218,6 +267,9 @@ class Screen:
 
     def _write(self, text: str) -> None:
         encoding = self._stream.encoding or "utf-8"
+        if self._writer is not None:
+            self._writer.write(text.encode(encoding, "replace"))
+            return
         self._stream.write(text.encode(encoding, "replace").decode(encoding))
         self._stream.flush()
 

@@ -11,7 +11,7 @@ from tfdist.cluster import CHIEF, PS, WORKER, Cluster
 from tfdist.launch.existing_cluster import check_strategy, variables
 from tfdist.launch.extent import check_alone, check_ports, check_request, extent, label
 from tfdist.launch.horovod import one_host, rank_environments, secret_for
-from tfdist.launch.hosts import Host, worker_addresses
+from tfdist.launch.hosts import Host, check_names, worker_addresses
 from tfdist.launch.resources import gpu_environments, thread_environment, visible_gpus
 from tfdist.launch.worker import Worker
 
@@ -56,6 +56,7 @@ def plan_workers(
         The workers to start here.
 
     Raises:
+        ClusterError: With Horovod, a host's name does not resolve in time.
         LaunchError: The arguments contradict each other or the environment, or a port that
             a worker needs is in use.
     """
@@ -129,6 +130,7 @@ def _places(
             hosts, node_rank, total, servers, port, local_workers
         )
     elif strategy == "horovod":
+        check_names(hosts)
         address = f"{hosts[0].name}:{port}" if hosts else free_addresses(1)[0]
         secret = secret_for(environ, is_alone=len(hosts) < 2)
         return rank_environments(hosts or one_host(total), node_rank, address, secret), []

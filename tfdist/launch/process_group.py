@@ -10,18 +10,23 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO
 
 from tfdist.cluster.heartbeat import WorkerProgress
-from tfdist.errors import LaunchError
 from tfdist.launch.cause import Failure
 from tfdist.launch.hidden_output import HiddenOutput, leader
+from tfdist.launch.journal import Journal, state_of_worker
+from tfdist.launch.logs import LogFolder
 from tfdist.launch.member import StartedWorker, start_member
 from tfdist.launch.output import Screen
+from tfdist.launch.resources import killed_for_memory
+from tfdist.launch.restarts import RestartCause
 from tfdist.launch.stopped import StoppedWorkers
 from tfdist.launch.worker import Worker
 
 _POLL_S = 0.05
+# While the reader of the output is slower than the workers, which wait for it.
+_FULL_POLL_S = 0.005
+_NOTED_EVERY_S = 0.5
 # The children of a worker that has ended get this many seconds to end by themselves.
 _CHILDREN_S = 2.0
 
@@ -34,25 +39,28 @@ class ProcessGroup:
         finished: The tasks that ended with exit status 0.
     """
 
-    def __init__(self, screen: Screen, shows_all: bool = True) -> None:
+    def __init__(
+        self, screen: Screen, shows_all: bool = True, journal: Journal | None = None
+    ) -> None:
         """Starts with no worker.
 
         Args:
             screen: Shows the workers' lines.
+            journal: Gets starts and failures, and the state of the workers.
             shows_all: Whether to show the lines of all workers. Otherwise the leader's lines
                 are shown, and of the others tfdist's own lines and those of a worker that
                 fails.
         """
         self.failures: list[Failure] = []
         self.finished: list[str] = []
-        self._screen = screen
-        self._shows_all = shows_all
+        self._screen, self._shows_all = screen, shows_all
+        self._journal, self._noted_at = journal or Journal(), 0.0
         self._leader = 0
-        self._has_explained_hiding = False
-        self._log_dir: Path | None = None
+        self._logs = LogFolder()
         self._members: list[StartedWorker] = []
         self._selector = selectors.DefaultSelector()
         self._stopped = StoppedWorkers()
+        self._killed_before = killed_for_memory()
         # Workers have the reading end: it reports the end of the file when the launcher dies.
         self._lifeline, self._launcher_end = os.pipe()
 
@@ -93,10 +101,11 @@ class ProcessGroup:
         Raises:
             LaunchError: A worker could not be started, or a log file could not be written.
         """
-        self._log_dir = log_dir
+        self._logs = LogFolder(log_dir)
         self._leader = leader(workers)
         for position, worker in enumerate(workers):
             self._members.append(self._start(position, worker))
+        self._journal.note_start(map(state_of_worker, self._members))
 
     def start_again(self, failure: Failure) -> int:
         """Starts a failed worker again, in its place.
@@ -110,15 +119,17 @@ class ProcessGroup:
         self.failures.remove(failure)
         (position,) = (i for i, m in enumerate(self._members) if m.worker == failure.worker)
         self._members[position].signal_group(signal.SIGKILL)
-        self._members[position] = self._start(position, failure.worker, again=True)
+        self._members[position] = self._start(position, failure.worker)
+        self._journal.note_restart(RestartCause.of(failure), [failure.worker.task])
+        self._journal.note_start([state_of_worker(self._members[position])])
         return position
 
-    def rename(self, tasks: Sequence[str]) -> None:
-        """Shows the workers under other names.
+    def check_reader(self) -> None:
+        """Raises BrokenPipeError if the reader of the output is gone, as after `| head`."""
+        self._screen.check()
 
-        Args:
-            tasks: The names.
-        """
+    def rename(self, tasks: Sequence[str]) -> None:
+        """Shows the workers under other names."""
         self._screen.name(tasks)
 
     def say(self, position: int, line: str) -> None:
@@ -150,33 +161,19 @@ class ProcessGroup:
                 lines = [f"tfdist: it lost another worker. {failure.last_error}"]
             self._screen.show(member.position, lines)
 
-    def _start(self, position: int, worker: Worker, again: bool = False) -> StartedWorker:
+    def _start(self, position: int, worker: Worker) -> StartedWorker:
         is_shown = self._shows_all or position == self._leader
         member = start_member(
             position,
             worker,
             self._screen,
             self._lifeline,
-            log=self._open_log(worker, again),
+            log=self._logs.open(position, worker),
             hidden_output=None if is_shown else HiddenOutput(),
         )
         assert member.fd is not None
         self._selector.register(member.fd, selectors.EVENT_READ, member)
         return member
-
-    def _open_log(self, worker: Worker, again: bool) -> BinaryIO | None:
-        log_dir = self._log_dir
-        if log_dir is None:
-            return None
-        try:
-            log_dir.mkdir(parents=True, exist_ok=True)
-            return (log_dir / worker.log_name).open("ab" if again else "wb")
-        except OSError as error:
-            raise LaunchError(
-                "`--log-dir` must be a folder that can be written. "
-                f"Received: --log-dir={str(log_dir)!r} ({error.strerror}). "
-                "Choose another folder."
-            ) from None
 
     def pump(self, wait: float = _POLL_S) -> None:
         """Shows new output, and records which workers have ended.
@@ -184,12 +181,16 @@ class ProcessGroup:
         Args:
             wait: Seconds to wait at most if nothing happens.
         """
-        if self._selector.get_map():
+        self._tell_log_problems()
+        if self._screen.is_full or self._logs.is_full:
+            time.sleep(min(wait, _FULL_POLL_S))
+        elif self._selector.get_map():
             for key, _ in self._selector.select(wait):
                 self._read(key.data)
         else:
             time.sleep(wait)
         now = time.monotonic()
+        self._note_state(now)
         for member in self._members:
             if member.ended_at is None and member.process.poll() is not None:
                 member.ended_at = now
@@ -201,6 +202,12 @@ class ProcessGroup:
                 if overdue:
                     # After SIGKILL, only zombies can be left of the group.
                     member.has_group = False
+
+    def pass_on(self, number: int) -> None:
+        """Sends a signal to the workers that drive the run, but not to their children."""
+        for member in self._members:
+            if member.ended_at is None and not member.worker.serves:
+                member.process.send_signal(number)
 
     def signal_and_wait(self, number: int, grace: float, received: Sequence[int]) -> None:
         """Sends a signal to the workers that drive the run, and waits until they have ended.
@@ -265,17 +272,39 @@ class ProcessGroup:
         self._selector.close()
         os.close(self._launcher_end)
         os.close(self._lifeline)
+        self._logs.close()
         with suppress(BrokenPipeError):
+            self._tell_log_problems()
             self._screen.close()
+
+    def _note_state(self, now: float) -> None:
+        if now - self._noted_at >= _NOTED_EVERY_S:
+            self._noted_at = now
+            self._journal.note_alive("running")
+            self._journal.note_workers([state_of_worker(member) for member in self._members])
+
+    def _tell_log_problems(self) -> None:
+        for position, problem in self._logs.take_problems():
+            self.say(position, problem)
 
     def _record_end(self, member: StartedWorker) -> None:
         if member.process.returncode == 0:
             self.finished.append(member.worker.task)
             return
-        lines = tuple(member.lines.last)
         progress = self.progress if member.worker.serves else member.heartbeat.read()
-        code, reason = member.process.returncode, member.reason
-        self.failures.append(Failure(member.worker, code, lines, progress, time.time(), reason))
+        killed, before = killed_for_memory(), self._killed_before
+        failure = Failure(
+            member.worker,
+            member.process.returncode,
+            tuple(member.lines.last),
+            progress,
+            time.time(),
+            member.reason,
+            None if killed is None or before is None else killed > before,
+        )
+        self.failures.append(failure)
+        if not member.heartbeat.must_end:  # else the launcher has ended it
+            self._journal.note_failure(failure)
 
     def _read(self, member: StartedWorker) -> bool:
         """Reads once; returns whether there may be more."""
@@ -302,8 +331,8 @@ class ProcessGroup:
         if member.hidden_output is None:
             return lines
         visible = member.hidden_output.take(lines)
-        if len(visible) < len(lines) and not self._has_explained_hiding:
-            self._has_explained_hiding = True
+        if len(visible) < len(lines) and not self._screen.has_explained_hiding:
+            self._screen.has_explained_hiding = True
             task = self._members[self._leader].worker.task
             visible.insert(
                 0,

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 from typing import Any, TextIO
 
+from tfdist.cluster.warning_signals import WARNINGS
 from tfdist.errors import START_ME_AGAIN
 from tfdist.launch.cause import Failure, root_cause
 from tfdist.launch.client import CoordinatorClient, Decision
+from tfdist.launch.console import background
+from tfdist.launch.journal import Journal
+from tfdist.launch.outcome import Outcome
 from tfdist.launch.output import Screen
 from tfdist.launch.process_group import ProcessGroup
-from tfdist.launch.restarts import Restart, RestartCause, Restarts
-from tfdist.launch.signals import handling
+from tfdist.launch.restarts import RestartCause, Restarts
+from tfdist.launch.signals import Received, collecting
 from tfdist.launch.slots import Slots
 from tfdist.launch.worker import Worker
 
@@ -29,29 +33,6 @@ SAVING_S = 25.0
 
 _AFTER_FAILURE = ((signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0))
 _AFTER_INTERRUPT = ((signal.SIGINT, 3.0), *_AFTER_FAILURE)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a run ended.
-
-    Attributes:
-        status: The exit status for the launcher.
-        failure: The worker's failure that ended the run; None if no worker failed.
-        finished: The tasks that had already ended well when it failed.
-        interrupted: The signal sent to the launcher, 0 if there was none.
-        restarts: The restarts of the run.
-        is_repeated: Whether the failure came twice in a row at the same step.
-        elsewhere: The cause of the end, if it was on another machine.
-    """
-
-    status: int
-    failure: Failure | None = None
-    finished: tuple[str, ...] = ()
-    interrupted: int = 0
-    restarts: tuple[Restart, ...] = ()
-    is_repeated: bool = False
-    elsewhere: RestartCause | None = None
 
 
 def run_workers(
@@ -66,6 +47,9 @@ def run_workers(
     plan: Callable[[Sequence[int]], Sequence[Worker]] | None = None,
     meeting: Callable[[Worker], AbstractContextManager[Any]] = nullcontext,
     shows_all: bool = True,
+    plan_again: Callable[[], Sequence[Worker]] | None = None,
+    warnings_end: bool = False,
+    journal: Journal | None = None,
 ) -> Outcome:
     """Runs the workers of this machine until all have ended, or the first has failed.
 
@@ -75,7 +59,7 @@ def run_workers(
 
     Args:
         workers: The workers to start.
-        log_dir: A folder for each worker's whole output, `worker-<i>.log`.
+        log_dir: A folder for the log files.
         stream: The stream for the workers' lines; standard output by default.
         restarts: How often failed workers are started again; never by default. A worker that
             only serves is started again alone, any other worker together with all.
@@ -89,6 +73,11 @@ def run_workers(
         shows_all: Whether to show the lines of all workers. Otherwise the lines of the chief,
             or of this machine's first worker, are shown, and of the others tfdist's own lines
             and those of a worker that fails.
+        plan_again: Returns the workers of each start after the first, with other ports: a port
+            may have been taken meanwhile. By default they are `workers`.
+        warnings_end: Whether SIGUSR1 and SIGUSR2 to the launcher save and end the run with
+            status 75. Otherwise they are passed on to the workers.
+        journal: Gets what happens.
 
     Returns:
         How the run ended.
@@ -97,11 +86,12 @@ def run_workers(
         LaunchError: A worker could not be started, a log file could not be written, or the
             launchers of other machines do not come.
     """
-    screen = Screen(stream or sys.stdout, [worker.task for worker in workers])
     restarts = restarts or Restarts()
-    with _signals() as received:
+    stream, journal = stream or sys.stdout, journal or Journal()
+    with collecting(warnings_end) as received, background(stream, received) as writer:
+        screen = Screen(stream, [worker.task for worker in workers], writer=writer)
         while True:
-            group = ProcessGroup(screen, shows_all)
+            group = ProcessGroup(screen, shows_all, journal)
             try:
                 if client is not None:
                     outcome = _run_with_peers(
@@ -114,8 +104,10 @@ def run_workers(
                         client,
                         plan,
                         meeting,
+                        journal,
                     )
                     if outcome is None:
+                        journal.note_restart(client.restarts.history[-1].cause)
                         continue
                     return replace(outcome, restarts=tuple(client.restarts.history))
                 with meeting(workers[0]):
@@ -123,7 +115,9 @@ def run_workers(
                     outcome = _watch(group, received, restarts, grace)
                 failure = outcome.failure
                 restart = (
-                    None if failure is None else _restart(failure, workers, restarts, slots)
+                    None
+                    if failure is None
+                    else _restart(failure, workers, restarts, slots, plan_again)
                 )
                 if failure is None or restart is None:
                     return replace(
@@ -132,6 +126,7 @@ def run_workers(
                         is_repeated=failure is not None
                         and restarts.repeats(RestartCause.of(failure)),
                     )
+                journal.note_restart(restarts.history[-1].cause)
                 position = list(workers).index(failure.worker)
                 workers, line = restart
                 group.say(position, line)
@@ -143,7 +138,11 @@ def run_workers(
 
 
 def _restart(
-    failure: Failure, workers: Sequence[Worker], restarts: Restarts, slots: Slots | None
+    failure: Failure,
+    workers: Sequence[Worker],
+    restarts: Restarts,
+    slots: Slots | None,
+    plan_again: Callable[[], Sequence[Worker]] | None,
 ) -> tuple[Sequence[Worker], str] | None:
     """Returns the workers of the next start and a line for the user; None if there is none."""
     cause = RestartCause.of(failure)
@@ -157,15 +156,17 @@ def _restart(
         workers = slots.workers
         if leaves_out or len(workers) != before:
             action = f"{action}, now {len(workers)} in all"
+    elif plan_again is not None:
+        workers = plan_again()
     return workers, restarts.record(cause, action)
 
 
 def _watch(
-    group: ProcessGroup, received: list[int], restarts: Restarts, grace: float
+    group: ProcessGroup, received: Received, restarts: Restarts, grace: float
 ) -> Outcome:
     has_made_step = False
     while group.is_running and not received and not group.failures and not group.is_done:
-        has_made_step = _pump(group, restarts, restarts, has_made_step)
+        has_made_step = _pump(group, received, restarts, restarts, has_made_step)
     if group.failures and not received:
         deadline = time.monotonic() + _PEER_FAILURE_S
         while (
@@ -187,7 +188,7 @@ def _watch(
 
 
 def _end_after(
-    group: ProcessGroup, failures: Sequence[Failure], cause: Failure, received: list[int]
+    group: ProcessGroup, failures: Sequence[Failure], cause: Failure, received: Received
 ) -> None:
     """Ends the workers that are left after failures, and shows what the failed ones wrote."""
     group.reveal(failures, cause)
@@ -200,9 +201,22 @@ def _end_after(
     group.reveal([f for f in late if not f.blames_peer])
 
 
-def _pump(group: ProcessGroup, of_all: Restarts, of_one: Restarts, has_made_step: bool) -> bool:
+def _pump(
+    group: ProcessGroup,
+    received: Received,
+    of_all: Restarts,
+    of_one: Restarts,
+    has_made_step: bool,
+) -> bool:
     """Shows output and replaces failed workers; tells whether training has made a step."""
     group.pump()
+    # Not after a signal: it may have ended the reader too (`| tee`), while workers still save.
+    group.check_reader()
+    while received.warnings:
+        number = received.warnings.pop(0)
+        name = signal.Signals(number).name
+        group.say(0, f"tfdist: {name}: workers in a `fit` with checkpoints save now.")
+        group.pass_on(number)
     group.end_stopped()
     if not has_made_step and group.progress.steps_made:
         has_made_step = True
@@ -220,17 +234,19 @@ def _run_with_peers(
     group: ProcessGroup,
     workers: Sequence[Worker],
     log_dir: Path | None,
-    received: list[int],
+    received: Received,
     replacements: Restarts,
     grace: float,
     client: CoordinatorClient,
     plan: Callable[[Sequence[int]], Sequence[Worker]] | None,
     meeting: Callable[[Worker], AbstractContextManager[Any]],
+    journal: Journal,
 ) -> Outcome | None:
     """Runs workers together with those of other machines; None if all start again."""
     # Each machine reports once how its own workers ended, and then goes on with their output
     # until the coordinator has decided for all machines.
     failure, has_reported, has_made_step = None, False, False
+    journal.note_alive("waiting for hosts", math.inf)  # the client has a limit
     decision = client.meet(received, lambda line: group.say(0, line))
     if plan is not None and client.active:
         workers = plan(client.active)
@@ -241,7 +257,7 @@ def _run_with_peers(
             group.start(workers, log_dir)
         failed_at = 0.0
         while decision is None and not received:
-            has_made_step = _pump(group, client.restarts, replacements, has_made_step)
+            has_made_step = _pump(group, received, client.restarts, replacements, has_made_step)
             decision = client.decision
             if has_reported:
                 continue
@@ -296,27 +312,19 @@ def _decided(
     )
 
 
-def _interrupted(group: ProcessGroup, received: list[int], grace: float) -> Outcome:
+def _interrupted(group: ProcessGroup, received: Received, grace: float) -> Outcome:
     """Ends the workers after a signal to the launcher, and lets them save if they can."""
     first, is_saved = received[0], False
-    if first == signal.SIGTERM and group.saves:
-        group.signal_and_wait(first, grace, received)
+    is_warning = first in WARNINGS
+    if (first == signal.SIGTERM or is_warning) and group.saves:
+        group.signal_and_wait(signal.SIGTERM, grace, received)
         is_saved = any(
             f.progress.preempted and f.returncode == START_ME_AGAIN for f in group.failures
         )
+        if not is_saved:
+            group.say(0, f"tfdist: training was not saved within {grace:g} s (--grace).")
     finished = tuple(group.finished)
     group.end(_AFTER_INTERRUPT if first == signal.SIGINT else _AFTER_FAILURE, received)
-    status = START_ME_AGAIN if is_saved else 128 + first
+    # A warning asks to be started again, whether or not there was something to save.
+    status = START_ME_AGAIN if is_saved or is_warning else 128 + first
     return Outcome(status, finished=finished, interrupted=first)
-
-
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collects the signals that usually end a program."""
-    received: list[int] = []
-
-    def collect(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-
-    with handling((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), collect):
-        yield received

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from tfdist.errors import LaunchError
 
@@ -17,6 +18,19 @@ def usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def killed_for_memory() -> int | None:
+    """Returns how many processes this machine's kernel has killed because memory ran out.
+
+    Those of containers with a limit of memory count too. None if the kernel does not say.
+    """
+    try:
+        lines = Path("/proc/vmstat").read_text().splitlines()
+    except OSError:
+        return None
+    counts = [line.split()[1] for line in lines if line.startswith("oom_kill ")]
+    return int(counts[0]) if counts else None
 
 
 def thread_environment(local_workers: int, environ: Mapping[str, str]) -> dict[str, str]:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 import signal
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tfdist.errors import HUNG, START_ME_AGAIN
+from tfdist.cluster.environment import whole_number
+from tfdist.errors import HUNG, START_ME_AGAIN, LaunchError
 from tfdist.launch.cause import Failure
 
 _INTERRUPTED = (-signal.SIGINT, 128 + signal.SIGINT)
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ class RestartCause:
             is_lost=returncode < 0 or returncode in (START_ME_AGAIN, HUNG),
             is_final=returncode in _INTERRUPTED,
             blames_peer=failure.blames_peer,
-            signature=() if progress.preempted else signature,
+            signature=() if progress.preempted or failure.is_from_outside else signature,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -97,6 +101,56 @@ class Restart:
         return f"{number}. {clock}, {self.cause.where}: {self.cause.what}{later}"
 
 
+@dataclass(frozen=True)
+class RestartLimit:
+    """The most restarts of a run.
+
+    Attributes:
+        count: The most restarts, or the most within a time.
+        seconds: That time; infinite if all restarts of the run count.
+    """
+
+    count: int = 0
+    seconds: float = math.inf
+
+    @classmethod
+    def parse(cls, text: str) -> RestartLimit:
+        """Reads the value of `--max-restarts`.
+
+        Args:
+            text: A number, or a number and a time, such as "3/10m".
+
+        Raises:
+            LaunchError: The text is malformed.
+
+        Example:
+            >>> RestartLimit.parse("3/10m")
+            RestartLimit(count=3, seconds=600.0)
+        """
+        number, slash, time_text = text.partition("/")
+        count = whole_number(number)
+        match = re.fullmatch(r"(\d{1,9})([smhd])", time_text.strip())
+        seconds = float(int(match[1]) * _UNITS[match[2]]) if match else 0.0
+        if count is None or (slash and not seconds):
+            raise LaunchError(
+                "`--max-restarts` must be a number, or a number and a time in which so many "
+                f"are allowed, in s, m, h or d. Received: --max-restarts={text[:40]!r}. "
+                "Write it like 3 or 3/10m."
+            )
+        return cls(count, seconds if slash else math.inf)
+
+    @property
+    def setting(self) -> int | str:
+        """The value of `--max-restarts`: a number, or a text if there is a time."""
+        return self.count if self.seconds == math.inf else str(self)
+
+    def __str__(self) -> str:
+        if self.seconds == math.inf:
+            return str(self.count)
+        unit = max((u for u in _UNITS if self.seconds % _UNITS[u] == 0), key=_UNITS.__getitem__)
+        return f"{self.count}/{self.seconds / _UNITS[unit]:g}{unit}"
+
+
 class Restarts:
     """The restarts of a run.
 
@@ -110,9 +164,9 @@ class Restarts:
         history: The restarts so far, in their order.
     """
 
-    def __init__(self, limit: int = 0, of_exceptions: bool = True) -> None:
+    def __init__(self, limit: int | RestartLimit = 0, of_exceptions: bool = True) -> None:
         self.history: list[Restart] = []
-        self.limit = limit
+        self.limit = limit if isinstance(limit, RestartLimit) else RestartLimit(limit)
         self._of_exceptions = of_exceptions
 
     def adopt(self, causes: Sequence[RestartCause]) -> None:
@@ -135,8 +189,14 @@ class Restarts:
         return (
             is_eligible
             and not cause.is_final
-            and len(self.history) < self.limit
+            and self._counting(cause) < self.limit.count
             and (changes or not self.repeats(cause))
+        )
+
+    def _counting(self, cause: RestartCause) -> int:
+        """Returns how many of the restarts were within the time that counts, before a cause."""
+        return sum(
+            cause.ended - restart.cause.ended < self.limit.seconds for restart in self.history
         )
 
     def repeats(self, cause: RestartCause) -> bool:
@@ -161,8 +221,9 @@ class Restarts:
         Returns:
             The line that tells the user.
         """
+        count = self._counting(cause) + 1
         self.history.append(Restart(cause))
-        return f"tfdist: {cause.what} {action} ({len(self.history)} of {self.limit})."
+        return f"tfdist: {cause.what} {action} ({count} of {self.limit})."
 
     def record_step(self) -> None:
         """Records that training made a step after the last restart."""

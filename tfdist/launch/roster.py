@@ -50,6 +50,7 @@ class Roster:
         self.elastic = elastic
         self._command, self._options = command, options
         self._hosts, self._active_hosts, self._node_rank = hosts, tuple(hosts), node_rank
+        self._count = workers
         if elastic is not None:
             self._check(elastic, workers)
             workers = elastic[1]
@@ -57,6 +58,10 @@ class Roster:
         self.workers: tuple[Worker, ...] = (
             self._plan(workers) if self.slots is None else tuple(self.slots.workers)
         )
+
+    def again(self) -> Sequence[Worker]:
+        """Returns this machine's workers for a further start; on one machine with new ports."""
+        return self.workers if self._hosts else self._plan(self._count)
 
     def of_hosts(self, ranks: Sequence[int]) -> Sequence[Worker]:
         """Returns this machine's workers for a start with some of the hosts.

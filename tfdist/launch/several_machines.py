@@ -12,7 +12,7 @@ from tfdist.errors import LaunchError
 from tfdist.launch.client import CoordinatorClient
 from tfdist.launch.coordinator import Coordinator
 from tfdist.launch.hosts import Host
-from tfdist.launch.restarts import Restarts
+from tfdist.launch.restarts import RestartLimit, Restarts
 
 _COMPARED = ("tensorflow", "keras", "horovod")
 
@@ -27,7 +27,7 @@ def connect_launchers(
     port: int,
     token: str,
     *,
-    max_restarts: int,
+    max_restarts: int | RestartLimit,
     limit: float,
     min_workers: int | None = None,
     **options: Any,
@@ -55,12 +55,13 @@ def connect_launchers(
             "`--port` must be 2 or more with --max-restarts: the launchers meet one below. "
             f"Received: --port={port}. Choose another port."
         )
+    restart_limit = Restarts(max_restarts).limit
     settings = {
         "tfdist version": __version__,
         **{f"{name} version": _version(name) for name in _COMPARED},
         "--hosts": ",".join(f"{host.name}:{host.slots}" for host in hosts),
         "--port": port,
-        "--max-restarts": max_restarts,
+        "--max-restarts": restart_limit.setting,
         "--elastic": min_workers,
         **{f"--{name}": value for name, value in options.items()},
     }
@@ -68,7 +69,7 @@ def connect_launchers(
     with contextlib.ExitStack() as stack:
         if node_rank == 0:
             coordinator = Coordinator(
-                port - 1, token, hosts, settings, Restarts(max_restarts), limit, min_workers
+                port - 1, token, hosts, settings, Restarts(restart_limit), limit, min_workers
             )
             stack.callback(coordinator.close)
         client = CoordinatorClient(
@@ -76,7 +77,7 @@ def connect_launchers(
             token,
             node_rank,
             settings,
-            Restarts(max_restarts),
+            Restarts(restart_limit),
             limit,
         )
         stack.callback(client.close)

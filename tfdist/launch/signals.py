@@ -1,4 +1,4 @@
-"""Changes for a while what a program does on signals that end it."""
+"""Changes for a while what a program does on signals that end it, or warn it of the end."""
 
 from __future__ import annotations
 
@@ -7,6 +7,39 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
+
+from tfdist.cluster.warning_signals import WARNINGS
+
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Received(list[int]):
+    """The signals that ask the launcher to end, in their order.
+
+    Attributes:
+        warnings: Warning signals that are to be passed on to the workers.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.warnings: list[int] = []
+
+
+@contextmanager
+def collecting(warnings_end: bool = False) -> Iterator[Received]:
+    """Collects the signals that usually end a program, while the context lasts.
+
+    Args:
+        warnings_end: Whether a warning signal asks to end, too.
+    """
+    received = Received()
+
+    def collect(number: int, frame: FrameType | None) -> None:
+        is_passed_on = number in WARNINGS and not warnings_end
+        (received.warnings if is_passed_on else received).append(number)
+
+    with handling((*_ENDING, *WARNINGS), collect):
+        yield received
 
 
 @contextmanager

@@ -61,9 +61,7 @@ class Slots:
             self._omitted_slot, self._failed_slot = slot, None
         else:
             self._omitted_slot, self._failed_slot = None, slot
-        if self._omitted_slot is None:
-            self.workers = self._all
-            return
+        # Planned anew even if all take part: their ports may have been taken meanwhile.
         workers = self._plan(len(self._active))
         # Each worker keeps the GPUs of its slot: the GPUs of the omitted slot may be broken.
         self.workers = [

@@ -87,22 +87,23 @@ def canaries(x: Any, y: Any, rows: Any, seed: int | None = None) -> Canaries:
         check_count("rows", rows, 2)
         if rows > total:
             raise ArgumentError(
-                f"`rows` must be at most the number of rows, {total}. Received: rows={rows}."
+                f"`rows` must be at most the number of rows, {total}. Received: rows={rows}. "
+                "Pass a smaller number."
             )
-        chosen = np.sort(rng.choice(total, int(rows), replace=False))
+        row_numbers = np.sort(rng.choice(total, int(rows), replace=False))
     else:
-        chosen = np.asarray(rows)
-        _check_rows(chosen, total)
-    included = rng.integers(0, 2, len(chosen)).astype(bool)
+        row_numbers = np.asarray(rows)
+        _check_rows(row_numbers, total)
+    included = rng.integers(0, 2, len(row_numbers)).astype(bool)
     in_training = np.ones(total, bool)
-    in_training[chosen[~included]] = False
+    in_training[row_numbers[~included]] = False
     return Canaries(
         _rows_of(x, in_training),
         _rows_of(y, in_training),
-        chosen.astype(np.int64),
+        row_numbers.astype(np.int64),
         included,
-        _rows_of(x, chosen),
-        _rows_of(y, chosen),
+        _rows_of(x, row_numbers),
+        _rows_of(y, row_numbers),
     )
 
 
@@ -156,8 +157,9 @@ def audit(
     if isinstance(members, Canaries):
         if non_members is not None:
             raise ArgumentError(
-                "`non_members` must be left out with Canaries, which know who was left out. "
-                "Received: both."
+                "`non_members` must be None with Canaries, which contain the non-members. "
+                f"Received: Canaries and non_members of type {type(non_members).__name__}. "
+                "Leave `non_members` out."
             )
         parts = [(members.canary_x, members.canary_y)]
         included = members.included
@@ -190,8 +192,8 @@ def audit(
 def _minus_loss(model: Any) -> Callable[[Any, Any], Any]:
     if not model.compiled or model.loss is None:
         raise ArgumentError(
-            "`model` must be compiled with a loss. Received: a model without one. Compile it, "
-            "or pass `score`."
+            "`model` must be compiled with a loss. Received: a model without a loss. Compile "
+            "it, or pass `score`."
         )
 
     @tf.function(autograph=False, reduce_retracing=True)  # type: ignore[untyped-decorator]
@@ -222,7 +224,7 @@ def _num_rows(x: Any, y: Any) -> int:
     if len(counts) != 1:
         raise ArgumentError(
             "`x` and `y` must have the same number of rows. Received: arrays of "
-            f"{sorted(counts)} rows."
+            f"{sorted(counts)} rows. Pass one row of each for an example."
         )
     return int(counts.pop())
 
@@ -237,5 +239,5 @@ def _check_rows(rows: Any, total: int) -> None:
     ):
         raise ArgumentError(
             f"`rows` must be at least two different row numbers below {total}. Received: "
-            f"rows={rows!r}."
+            f"rows={rows!r}. Pass their number instead to draw them at random."
         )

@@ -9,21 +9,25 @@ import keras
 from tfdist.errors import ArgumentError
 from tfdist.privacy.accounting.arguments import check_number
 from tfdist.privacy.accounting.ledger import Ledger, most_within
+from tfdist.privacy.client_dp import ClientDP
 from tfdist.privacy.settings import DPSGD
 
 
 class AccountedRun(Protocol):
     """The properties of a private `fit` that the callback uses."""
 
-    privacy: DPSGD
     planned_steps: int
+
+    @property
+    def privacy(self) -> DPSGD | ClientDP:
+        """The settings."""
 
     @property
     def steps_made(self) -> int:
         """The number of steps so far, with those of earlier processes."""
 
     @property
-    def kept(self) -> int:
+    def restored_steps(self) -> int:
         """The number of steps of earlier processes."""
 
     def ledger(self, steps: int) -> Ledger:
@@ -67,20 +71,20 @@ class PrivacyBudget(keras.callbacks.Callback):  # type: ignore[misc]
             check_number("max_epsilon", max_epsilon, 0)
         self.max_epsilon = max_epsilon
         self._affordable: int | None = None
-        self._counted: Ledger | None = None
+        self._ledger_before: Ledger | None = None
 
     def _started(self) -> AccountedRun:
         if self.run is None:
             raise ArgumentError(
-                "PrivacyBudget must be used in private training. Received: a `fit` without "
-                "privacy. Pass privacy=tfdist.DPSGD(...) to tfdist.fit."
+                "PrivacyBudget must be used in private training. Received: privacy=None. Pass "
+                "privacy=tfdist.DPSGD(...) to tfdist.fit."
             )
         return self.run
 
     def on_train_begin(self, logs: Any = None) -> None:
         """Resets the callback."""
         self._started()
-        self._affordable, self._counted = None, None
+        self._affordable, self._ledger_before = None, None
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         """Finds how many steps the budget allows, after callbacks have restored the model."""
@@ -110,13 +114,13 @@ class PrivacyBudget(keras.callbacks.Callback):  # type: ignore[misc]
         run = self._started()
         if self.max_epsilon is None or not run.planned_steps:
             return False
-        earlier = run.ledger(0)
-        if earlier is self._counted or earlier == self._counted:
-            self._counted = earlier
+        ledger_before = run.ledger(0)
+        if ledger_before is self._ledger_before or ledger_before == self._ledger_before:
+            self._ledger_before = ledger_before
             return False
-        self._counted = earlier
-        most = run.planned_steps + run.kept
-        self._affordable = most_within(self._epsilon, self.max_epsilon, most)
+        self._ledger_before = ledger_before
+        most_steps = run.planned_steps + run.restored_steps
+        self._affordable = most_within(self._epsilon, self.max_epsilon, most_steps)
         return True
 
     def _check(self) -> None:
@@ -128,7 +132,7 @@ class PrivacyBudget(keras.callbacks.Callback):  # type: ignore[misc]
         steps = run.steps_made
         if self._affordable < steps + min(self.model.steps_per_execution, run.planned_steps):
             raise ArgumentError(
-                "`max_epsilon` must leave something for the steps to come. Received: "
+                "`max_epsilon` must be large enough for the next steps. Received: "
                 f"max_epsilon={self.max_epsilon!r}, with {self._epsilon(steps):.4g} spent "
                 "before. Raise it, or add more noise."
             )

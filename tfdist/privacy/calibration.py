@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from tfdist.privacy.accounting.dp_sgd import noise_for
 from tfdist.privacy.accounting.ledger import Phase
+from tfdist.privacy.client_dp import ClientDP
 from tfdist.privacy.planning import Plan
 from tfdist.privacy.schedules import StepSchedule, schedule_of
 from tfdist.privacy.settings import DPSGD
@@ -14,7 +15,11 @@ from tfdist.strategies.session import Session
 
 
 def find_noise(
-    privacy: DPSGD, session: Session, spending: Spending, planned: Plan, phase: Phase
+    privacy: DPSGD | ClientDP,
+    session: Session,
+    spending: Spending,
+    step_plan: Plan,
+    phase: Phase,
 ) -> tuple[float, StepSchedule | None]:
     """Returns the noise of the settings, or calibrates it for the target.
 
@@ -22,7 +27,7 @@ def find_noise(
         privacy: The settings.
         session: The session, whose workers must have equal noise.
         spending: The steps that were made before.
-        planned: The plan.
+        step_plan: The plan.
         phase: The phase of the coming steps, without noise.
 
     Returns:
@@ -32,7 +37,7 @@ def find_noise(
     Raises:
         ArgumentError: No noise is enough, or a schedule cannot be private.
     """
-    schedule = schedule_of(privacy, planned.steps)
+    schedule = schedule_of(privacy, step_plan.steps) if isinstance(privacy, DPSGD) else None
     if privacy.target_epsilon is None:
         if schedule is not None:
             return schedule.least, schedule
@@ -47,7 +52,7 @@ def find_noise(
         schedule = schedule.scaled(1 / schedule.least)
         noise = spending.earlier_noise(phase, schedule)
     if noise is None:
-        noise = _noise_within(privacy, session, spending, planned.steps, phase, schedule)
+        noise = _noise_within(privacy, session, spending, step_plan.steps, phase, schedule)
     if schedule is None:
         return noise, None
     schedule = schedule.scaled(noise)
@@ -55,7 +60,7 @@ def find_noise(
 
 
 def _noise_within(
-    privacy: DPSGD,
+    privacy: DPSGD | ClientDP,
     session: Session,
     spending: Spending,
     steps: int,

@@ -66,22 +66,24 @@ class DPFTRL(DPSGD):
             check_count("min_separation", self.min_separation, 1)
         if self.relation == "add_or_remove_one":
             raise ArgumentError(
-                "`relation` must be 'replace_special' or 'replace_one' without sampling: an "
-                "example that is added moves others to other batches. Received: "
-                f"relation={self.relation!r}."
+                "`relation` must be 'replace_special' or 'replace_one' with DPFTRL: an added "
+                "example would move all others to other batches. Received: "
+                f"relation={self.relation!r}. Use one of the two."
             )
         if self.is_scheduled:
             raise ArgumentError(
-                "`noise_multiplier` and `l2_norm_clip` must be numbers with DPFTRL: noise that "
-                "is taken back must be as large as when it was given. Received: a schedule. "
-                "Use DPSGD."
+                "`noise_multiplier` and `l2_norm_clip` must be numbers with DPFTRL: later "
+                "steps subtract noise, so it must have the same size in all steps. Received: a "
+                "schedule. Pass numbers, or use DPSGD."
             )
-        for name in ("group_ids", "target_quantile"):
-            if getattr(self, name) is not None:
+        for name, reason in (
+            ("group_ids", "a user may come in several steps of an epoch"),
+            ("target_quantile", "later steps subtract noise, which must be of the same norm"),
+        ):
+            if (value := getattr(self, name)) is not None:
                 raise ArgumentError(
-                    f"`{name}` must be None with DPFTRL: a user may come in several steps of "
-                    "an epoch, and noise that is taken back must be of one norm. Received: "
-                    f"{name}. Use DPSGD."
+                    f"`{name}` must be None with DPFTRL: {reason}. Received: {name} of type "
+                    f"{type(value).__name__}. Leave it out, or use DPSGD."
                 )
 
 

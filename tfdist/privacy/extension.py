@@ -41,12 +41,12 @@ class PrivateTraining(Extension):
         strategy = request.session.strategy
         if not strategy.synchronous:
             raise StrategyError(
-                "Private training must be synchronous: the accounting does not cover gradients "
-                "of weights that another worker has changed meanwhile. Received: asynchronous "
-                f"strategy {strategy.name!r}. Use "
+                "Private training needs a synchronous strategy: epsilon does not cover "
+                "gradients of weights that another worker has changed meanwhile. Received: "
+                f"strategy={strategy.name!r}, which is asynchronous. Use "
                 "strategy=tfdist.ParameterServer(synchronous=True)."
             )
-        changed = dataclasses.replace(
+        private_request = dataclasses.replace(
             request,
             sampler=run.sampler,
             whole_batch=False,
@@ -54,11 +54,10 @@ class PrivateTraining(Extension):
             is_private=True,
         )
         if not run.draws_secretly:
-            return changed
+            return private_request
         return dataclasses.replace(
-            changed,
+            private_request,
             seed=run.sampling_seed,
-            is_seeded=run.is_seeded,
             seed_is_secret=not run.is_seeded,
         )
 
@@ -76,10 +75,10 @@ class PrivateTraining(Extension):
         """Returns warnings: a `delta` that is too large, and slow parts of the model."""
         return self.run.notice()
 
-    def callbacks(self, request: Request, given: Any, prepared: PreparedModel) -> Any:
+    def callbacks(self, request: Request, callbacks: Any, prepared: PreparedModel) -> Any:
         """Adds callbacks that count steps, and renews the noise."""
         step = prepared.own_step
-        return self.run.watched(given, step) if isinstance(step, PrivateStep) else given
+        return self.run.watched(callbacks, step) if isinstance(step, PrivateStep) else callbacks
 
     def running(self) -> contextlib.AbstractContextManager[None]:
         """Returns a context for the training. Its steps count even if it fails."""

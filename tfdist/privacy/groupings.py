@@ -28,6 +28,7 @@ def comparable(history: History) -> History:
     Args:
         history: The history of a model, or of a file.
     """
+    # A name is known only in the process that has drawn it.
     names = set(_NAMES.values())
     phases = tuple(
         dataclasses.replace(p, groups=p.groups if p.groups in names else None)

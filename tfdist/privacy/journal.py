@@ -40,9 +40,9 @@ class Journal:
             return None
         except (OSError, ValueError, KeyError) as error:
             raise CheckpointError(
-                "The file that counts private steps must be whole, or how many were made is "
-                f"not known. Received: {str(self._path)!r} ({error}). Begin anew in another "
-                "directory, and pass what was spent as DPSGD(spent=...)."
+                "The file that counts private steps must be readable: without it, their number "
+                f"is unknown. Received: {str(self._path)!r} ({error}). Start again in another "
+                "directory, and pass the ledger of the earlier steps as DPSGD(spent=...)."
             ) from None
 
     def write(self, record: Earlier) -> None:
@@ -57,27 +57,27 @@ class Journal:
         Raises:
             CheckpointError: The file cannot be written.
         """
-        written = self.read()
-        if written is not None:
-            record = record.beside(written)
+        other_record = self.read()
+        if other_record is not None:
+            record = record.beside(other_record)
         # A new file replaces the old one in one operation, so a crash never leaves half a file.
-        new = self._path.with_name(f"{NAME}.{os.getpid()}")
+        temporary = self._path.with_name(f"{NAME}.{os.getpid()}")
         try:
             self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             # The noise of correlated steps follows from a secret that the file keeps.
-            fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
             with os.fdopen(fd, "w") as file:
                 os.fchmod(fd, 0o600)
                 json.dump(record.to_dict(), file)
                 file.flush()
                 os.fsync(file.fileno())
-            new.replace(self._path)
+            temporary.replace(self._path)
         except OSError as error:
             with contextlib.suppress(OSError):
-                new.unlink()
+                temporary.unlink()
             raise CheckpointError(
-                "The number of private steps must be written down before they are made. "
-                f"Received: {str(self._path)!r} ({error.strerror}). Make room, or choose "
+                "The number of private steps must be written to disk before the steps. "
+                f"Received: {str(self._path)!r} ({error.strerror}). Free some space, or choose "
                 "another directory."
             ) from error
 
@@ -87,17 +87,17 @@ class Journal:
         return self._path.exists()
 
 
-def steps_ahead(planned: int, at_once: int) -> int:
+def steps_ahead(planned_steps: int, at_once: int) -> int:
     """Returns how many coming steps are written at once.
 
     It is a hundredth of a training. So a crash counts at most 1 % of the steps too many, and
     the file is written about a hundred times.
 
     Args:
-        planned: The planned steps of the training.
+        planned_steps: The planned steps of the training.
         at_once: The steps of one execution.
     """
-    return max(at_once, -(-planned // _PARTS))
+    return max(at_once, -(-planned_steps // _PARTS))
 
 
 def backup_of(callbacks: Any) -> Any:

@@ -39,13 +39,14 @@ def check_callbacks(callbacks: Sequence[Any]) -> None:
         kind = type(callback).__name__
         if isinstance(callback, keras_callbacks.TerminateOnNaN):
             raise ArgumentError(
-                "When private training ends must not depend on a loss without noise. Received: "
-                f"{kind}, by which one example could end it. Leave it out: examples whose "
-                "gradient is not finite count as 0."
+                "The end of private training must not depend on a loss without noise. "
+                f"Received: {kind}, with which one example can end it. Leave it out: examples "
+                "whose gradient is not finite count as 0."
             )
         monitor = getattr(callback, "monitor", None)
         if _decides(callback) and not _may_be_public(monitor):
             raise _decides_by_training(callback)
+        # Keras fills the names in from the logs, which have the training loss.
         if not all(map(_may_be_public, _names_in_path(callback).difference(_COUNTS))):
             raise _named_by_training(callback)
         frequency = getattr(callback, "update_freq", "epoch")
@@ -53,8 +54,8 @@ def check_callbacks(callbacks: Sequence[Any]) -> None:
             raise ArgumentError(
                 "Private training must not save the losses of single batches, which have no "
                 f"noise and may be of one example. Received: {kind} with "
-                f"update_freq={frequency!r}. Use update_freq='epoch', and keep the files to "
-                "yourself."
+                f"update_freq={frequency!r}. Use update_freq='epoch', and do not publish the "
+                "files."
             )
 
 
@@ -94,17 +95,17 @@ class StepLogs(keras.callbacks.Callback):  # type: ignore[misc]
 
 def _decides_by_training(callback: Any) -> ArgumentError:
     return ArgumentError(
-        "What private training does must not depend on a loss or metric of the training data, "
-        f"which has no noise. Received: {type(callback).__name__} with "
-        f"monitor={callback.monitor!r}. Use one of data that need not be protected, such as "
-        "monitor='val_loss' with validation_data."
+        "Private training must not depend on a loss or metric of the training data, which has "
+        f"no noise. Received: {type(callback).__name__} with monitor={callback.monitor!r}. Use "
+        "one of data that need not be protected, such as monitor='val_loss' with "
+        "validation_data."
     )
 
 
 def _named_by_training(callback: Any) -> ArgumentError:
     return ArgumentError(
-        "The name of a file of weights must not have a loss or metric of the training data in "
-        f"private training, which has no noise. Received: {type(callback).__name__} with "
+        "In private training, names of weight files must not contain a loss or metric of the "
+        f"training data, which has no noise. Received: {type(callback).__name__} with "
         f"filepath={callback.filepath!r}. Use {{epoch}}, or a metric of data that need not be "
         "protected, such as {val_loss} with validation_data."
     )

@@ -89,8 +89,9 @@ class History:
         check_type("a record of private steps", saved, dict, "a dict")
         if saved.get("format") != _FORMAT:
             raise ArgumentError(
-                "What a file says of private steps must be read by the version of tfdist that "
-                f"wrote it, or a later one. Received: format {saved.get('format')!r}."
+                "The private steps in a file must be read by the version of tfdist that wrote "
+                f"it, or a later one. Received: format {saved.get('format')!r}. Install a "
+                "later version of tfdist."
             )
         secret, uncounted, changes = map(saved.get, ("secret", "uncounted", "changes"))
         check_type("secret", secret, bool, "True or False")
@@ -160,8 +161,8 @@ def trained_meanwhile(received: str) -> ArgumentError:
         received: What it does.
     """
     return ArgumentError(
-        "A model that trains privately must not be trained by a callback meanwhile: its steps "
-        f"could not be counted. Received: {received}. Train one after the other, or another "
+        "A callback must not train the model that is in private training: these steps could "
+        f"not be counted. Received: {received}. Train it after this `fit`, or train another "
         "model."
     )
 
@@ -236,35 +237,36 @@ def forgotten(model: Any) -> Iterator[None]:
     Args:
         model: A `keras.Model`.
     """
-    attached = [(thing, vars(thing).pop(_ATTRIBUTE, None)) for thing in _places(model)]
+    attached = [(owner, vars(owner).pop(_ATTRIBUTE, None)) for owner in _places(model)]
     try:
         yield
     finally:
-        for thing in _places(model):
-            vars(thing).pop(_ATTRIBUTE, None)
-        for thing, value in attached:
+        for owner in _places(model):
+            vars(owner).pop(_ATTRIBUTE, None)
+        for owner, value in attached:
             if value is not None:
-                vars(thing)[_ATTRIBUTE] = value
+                vars(owner)[_ATTRIBUTE] = value
 
 
 def _attach(model: Any, holder: _Holder) -> None:
-    for thing in _places(model):
-        is_variable = isinstance(thing, keras.Variable)
-        vars(thing)[_ATTRIBUTE] = holder, digest(thing) if is_variable else None
+    for owner in _places(model):
+        is_variable = isinstance(owner, keras.Variable)
+        vars(owner)[_ATTRIBUTE] = holder, digest(owner) if is_variable else None
 
 
 def _places(model: Any) -> list[Any]:
     """Lists the objects to which history is attached. Any of them may be trained later."""
-    things: list[Any] = [model]
+    owners: list[Any] = [model]
     for layer in _keras.layers_of(model):
+        # Seeds are shared and change in each step, and hold nothing of the data.
         weights = [v for v in layer.variables if not keras_layers.is_seed(v)]
-        things += [*weights, layer] if weights else []
-    return list({id(thing): thing for thing in things}.values())
+        owners += [*weights, layer] if weights else []
+    return list({id(owner): owner for owner in owners}.values())
 
 
 def _holders(model: Any) -> Iterator[_Holder]:
-    things = [*model.variables, *_keras.layers_of(model)]
-    holders = [vars(thing)[_ATTRIBUTE][0] for thing in things if _ATTRIBUTE in vars(thing)]
+    owners = [*model.variables, *_keras.layers_of(model)]
+    holders = [vars(owner)[_ATTRIBUTE][0] for owner in owners if _ATTRIBUTE in vars(owner)]
     yield from {id(holder): holder for holder in holders}.values()
 
 
@@ -283,15 +285,15 @@ def digest(variable: Any) -> bytes:
     return hashlib.blake2b(value.view(np.uint8).data, digest_size=16).digest()
 
 
-def _written(model: Any) -> bytes | None:
+def _serialized(model: Any) -> bytes | None:
     """Returns the history for a file of the model, or None if it is empty."""
     history = of(model)
     return json.dumps(history.to_dict()).encode() if history != History() else None
 
 
-def _read(model: Any, written: bytes) -> None:
+def _attach_serialized(model: Any, serialized: bytes) -> None:
     """Attaches the history of a file to the model that was loaded from it."""
-    history = History.from_dict(json.loads(written))
+    history = History.from_dict(json.loads(serialized))
     running = [h.source for h in _holders(model) if not isinstance(h.source, History)]
     for run in running:
         run.absorb(history)
@@ -299,4 +301,4 @@ def _read(model: Any, written: bytes) -> None:
         keep(model, of(model).merged(history))
 
 
-carry_in_files("_tfdist_privacy", _written, _read)
+carry_in_files("_tfdist_privacy", _serialized, _attach_serialized)

@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
-import numpy as np
-import tensorflow as tf
 
+from tfdist import _keras
 from tfdist.privacy.model_history import digest
 
-# All weights are compared here, ...
 _HOOKS = (
     "on_train_begin", "on_train_end", "on_epoch_begin", "on_epoch_end", "on_test_begin",
     "on_test_end",
 )  # fmt: skip
-# ... and a sample of them here.
 _STEP_HOOKS = (
     "on_train_batch_begin", "on_train_batch_end", "on_test_batch_begin", "on_test_batch_end",
     "on_batch_begin", "on_batch_end",
 )  # fmt: skip
-_SAMPLE = 256
+
+
+class _Mark(NamedTuple):
+    """The weights before a callback, and how many updates the optimizer had counted."""
+
+    weights: _keras.Snapshot
+    updates: int
 
 
 class OutsideChanges:
@@ -39,10 +42,8 @@ class OutsideChanges:
 
     def __init__(self, model: Any, note: Callable[[int], None]) -> None:
         self._model, self._note = model, note
-        self._known: set[bytes] = set()
-        self._state: list[bytes] | None = None
-        self._sample: list[bytes] | None = None
-        self._iterations = 0
+        self._training_digests: set[bytes] = set()
+        self._marks: list[_Mark] = []  # a callback may evaluate, which calls others
 
     def watched(self, callbacks: Any) -> Any:
         """Adds callbacks before and after each of the user's own ones.
@@ -50,7 +51,7 @@ class OutsideChanges:
         Args:
             callbacks: A list of callbacks, or a `CallbackList`.
         """
-        self._state = self._sample = None  # of an attempt that was interrupted
+        self._marks.clear()  # of an attempt that was interrupted
         watched: list[Any] = []
         for callback in getattr(callbacks, "callbacks", callbacks):
             watched += self._around(callback) if _is_own(callback) else [callback]
@@ -64,60 +65,51 @@ class OutsideChanges:
         before: dict[str, Callable[[], None]] = {}
         after: dict[str, Callable[[], None]] = {}
         for name in filter(functools.partial(_overrides, callback), (*_HOOKS, *_STEP_HOOKS)):
-            before[name] = self.mark_sample if name in _STEP_HOOKS else self.mark
+            before[name] = self.mark if name in _STEP_HOOKS else self.mark_known
             after[name] = self.accept_restored if name == "on_train_begin" else self.settle
         return [_Calls(before), callback, _Calls(after)]
 
     def mark(self) -> None:
-        """Notes the present weights as those of the training."""
-        self._iterations = self._count()
-        self._state = self._digests()
-        self._known.update(self._state)
+        """Notes the present weights."""
+        self._marks.append(_Mark(_keras.Snapshot(self._model.weights), self._count()))
 
-    def mark_sample(self) -> None:
-        """Notes a sample of the present weights, which is quick enough for every step."""
-        self._iterations = self._count()
-        self._sample = self._samples()
+    def mark_known(self) -> None:
+        """Notes the present weights, to which a callback may go back later."""
+        self.mark()
+        self._training_digests.update(self._digests())
 
     def settle(self) -> None:
-        """Reports a change since `mark` or `mark_sample`, if there is one."""
-        state, sample = self._state, self._sample
-        self._state = self._sample = None
-        if state is not None and self._digests() == state:
+        """Reports a change since the last `mark`, if there is one."""
+        if not self._marks:
             return
-        if state is None and (sample is None or self._samples() == sample):
+        mark = self._marks.pop()
+        if mark.weights.is_current():
             return
-        updates = max(0, self._count() - self._iterations)
-        if updates or not self._known.issuperset(self._digests()):
+        # A callback may also set the count back.
+        updates = max(0, self._count() - mark.updates)
+        if updates or not self._training_digests.issuperset(self._digests()):
             self._note(updates)
 
     def accept(self) -> None:
         """Called when weights of a file were loaded whose history is known."""
-        if self._state is not None:
-            self.mark()
-        if self._sample is not None:
-            self.mark_sample()
+        if self._marks:
+            number = len(self._marks)
+            self._marks.clear()
+            self.mark_known()
+            self._marks *= number
 
     def accept_restored(self) -> None:
         """Settles at the beginning, where a callback may restore weights and optimizer."""
-        if self._count() != self._iterations:
-            self._state = None
-        self.settle()
+        if self._marks and self._count() != self._marks[-1].updates:
+            self._marks.pop()
+        else:
+            self.settle()
 
     def _count(self) -> int:
         return int(self._model.optimizer.iterations.numpy())
 
     def _digests(self) -> list[bytes]:
         return [digest(variable) for variable in self._model.weights]
-
-    def _samples(self) -> list[bytes]:
-        samples = []
-        for variable in self._model.weights:
-            size = int(np.prod(variable.shape))
-            numbers = np.linspace(0, size - 1, min(size, _SAMPLE)).astype(np.int64)
-            flat = tf.reshape(variable.value, [-1])
-            samples.append(tf.gather(flat, numbers).numpy().tobytes())
-        return samples
 
 
 class _Calls(keras.callbacks.Callback):  # type: ignore[misc]

@@ -56,6 +56,7 @@ def plan(privacy: DPSGD, source: Source, epochs: int, at_once: int) -> Plan:
     Raises:
         ArgumentError: The number of steps is unknown, or the plan would not be private.
     """
+    # A training that is complete already plans no steps.
     epochs = max(0, epochs)
     steps = count_steps(source.requested_steps, source.batches, epochs, at_once)
     if isinstance(privacy, DPFTRL):
@@ -150,20 +151,21 @@ def _check_separation(
     if separation is None and (epochs > 1 or repeated or endless):
         received = "data that repeats itself" if repeated or endless else f"{epochs} epochs"
         raise ArgumentError(
-            "`min_separation` must be given where batches come more than once: how many steps "
-            f"lie between two that an example takes part in. Received: {received} and "
-            "min_separation=None. Without reshuffling it is the number of batches."
+            "`min_separation` must be given if a batch comes more than once: it is the least "
+            f"number of steps between two that use an example. Received: {received} and "
+            "min_separation=None. Without reshuffling, pass the number of batches."
         )
     if separation is None:
         return
     # A row of repeated rows comes again after `count // batch_size` batches, or one more.
     distances = [count // batch_size if of_rows else count for count, of_rows in repeated]
     distances += [source.batches] if source.batches is not None else []
-    most = min((count for count in distances if count >= 0), default=None)
-    if most is not None and separation > max(1, most):
+    most_batches = min((count for count in distances if count >= 0), default=None)
+    if most_batches is not None and separation > max(1, most_batches):
         raise ArgumentError(
             "`min_separation` must not be above the number of batches in which each example "
-            f"comes once. Received: min_separation={separation!r} and {most} batches."
+            f"comes once. Received: min_separation={separation!r} and {most_batches} batches. "
+            "Pass a smaller number."
         )
 
 
@@ -172,15 +174,15 @@ def _in_turn(privacy: DPFTRL, source: Source, epochs: int, steps: int) -> Plan:
     inner = source.drawn_from
     if source.steps is None:
         raise ArgumentError(
-            "The steps of an epoch must be known in private training. Received: data of "
-            "unknown length. Pass steps_per_epoch."
+            "The steps of an epoch must be known in private training. Received: "
+            "steps_per_epoch=None, with data of unknown length. Pass steps_per_epoch."
         )
     separation, rows = privacy.min_separation, None
     if isinstance(inner, Arrays):
         if separation is not None:
             raise ArgumentError(
                 "`min_separation` must be None for arrays, whose order is known. Received: "
-                f"min_separation={separation!r}."
+                f"min_separation={separation!r}. Leave it out."
             )
         rows, batch_size = inner.num_rows, inner.batch_size
         separation = inner.sampler.steps_per_epoch(rows, batch_size)

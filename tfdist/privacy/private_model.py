@@ -46,16 +46,16 @@ def make_private_model(model: Any) -> tuple[Any, list[str]]:
     """
     if not keras_layers.is_graph_of_layers(model):
         raise ArgumentError(
-            "`model` must be a Sequential or functional model. Received: a "
+            "`model` must be a Sequential or functional model. Received: model of type "
             f"{type(model).__name__}, whose layers only its class can replace. Use "
-            "keras.layers.GroupNormalization there."
+            "keras.layers.GroupNormalization in the class."
         )
     if not model.built:
         raise ArgumentError(
-            "`model` must be built. Received: one without an input shape. Begin it with "
+            "`model` must be built. Received: a model without an input shape. Begin it with "
             "keras.Input(shape)."
         )
-    changed: list[str] = []
+    replacements: list[str] = []
 
     def replace(layer: Any) -> Any:
         if keras_layers.is_graph_of_layers(layer):
@@ -64,7 +64,7 @@ def make_private_model(model: Any) -> tuple[Any, list[str]]:
             return layer.__class__.from_config(layer.get_config())
         channels = int(layer.moving_mean.shape[0])
         groups = _groups(channels)
-        changed.append(
+        replacements.append(
             f"{layer.name}: BatchNormalization became GroupNormalization(groups={groups})"
         )
         return layers.GroupNormalization(
@@ -93,13 +93,15 @@ def make_private_model(model: Any) -> tuple[Any, list[str]]:
     pairs = zip(_keras.layers_of(model), _keras.layers_of(private_model), strict=True)
     for old, new in pairs:
         inner = _keras.layers_of(old)[1:]
+        # Layers that were replaced have other weights. Layers with inner ones get theirs from
+        # these.
         if type(old) is type(new) and not inner:
             new.set_weights(old.get_weights())
             new.trainable = old.trainable
     if model.compiled:
         private_model.compile_from_config(model.get_compile_config())
     model_history.pass_on(model, private_model)
-    return private_model, changed
+    return private_model, replacements
 
 
 def _groups(channels: int) -> int:

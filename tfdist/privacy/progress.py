@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import keras
 
 from tfdist import _keras
 from tfdist.errors import ArgumentError
+from tfdist.privacy.client_dp import ClientDP
 from tfdist.privacy.dpftrl import DPFTRL
-from tfdist.privacy.mechanism.step import PrivateStep
+from tfdist.privacy.mechanism.counter import StepCounter
 from tfdist.privacy.settings import DPSGD
 
 
@@ -24,8 +26,19 @@ class Listener(Protocol):
             steps: The number of steps of this training after the coming ones.
         """
 
-    def begun(self) -> None:
+    def callbacks_began(self) -> None:
         """Called after all callbacks have begun. They may have restored the model."""
+
+
+class CountedStep(Protocol):
+    """A private step, which counts how often it is made."""
+
+    counter: StepCounter
+
+    def restart(
+        self, seed: int | None, first: int, correlated: Sequence[tuple[int, int]] | None
+    ) -> None:
+        """Begins a `fit`; see `PrivateStep.restart`."""
 
 
 class StepProgress:
@@ -36,23 +49,25 @@ class StepProgress:
     Args:
         model: A compiled `keras.Model`.
         privacy: The settings.
+        updates: How far a step moves the optimizer's count.
 
     Attributes:
         correlated: Whether a step subtracts noise of steps before it.
-        kept: The number of steps of this run that another process has made.
+        restored_steps: The number of steps of this run that another process has made.
         counted_from: The place in a schedule of the first step that `steps_made` counts.
     """
 
-    def __init__(self, model: Any, privacy: DPSGD) -> None:
+    def __init__(self, model: Any, privacy: DPSGD | ClientDP, updates: int = 1) -> None:
         self.correlated = isinstance(privacy, DPFTRL)
-        self.kept = self.counted_from = 0
+        self.restored_steps = self.counted_from = 0
         self._model = model
+        self._updates = updates
         self._seed = privacy.seed
         # Pairs of a step and the secret of the noise from this step on.
         self._secrets = [(0, self._new_secret())]
         self._first = 0
         self._steps_before_step = 0
-        self._step: PrivateStep | None = None
+        self._step: CountedStep | None = None
         self._last_iterations = 0
 
     def _new_secret(self) -> int:
@@ -61,24 +76,26 @@ class StepProgress:
     @property
     def iterations(self) -> int:
         """The steps that the optimizer has counted."""
-        return int(self._model.optimizer.iterations.numpy())
+        return int(self._model.optimizer.iterations.numpy()) // self._updates
 
     @property
-    def made_here(self) -> int:
+    def process_steps(self) -> int:
         """The number of steps that this process has made."""
         return self._steps_before_step + (0 if self._step is None else self._step.counter.steps)
 
     @property
     def steps_made(self) -> int:
         """The number of steps of this run, without those of earlier runs in a checkpoint."""
-        return self.kept + self.made_here
+        return self.restored_steps + self.process_steps
 
     @property
     def position(self) -> int:
         """The number of steps of this training, with those of earlier runs in a checkpoint."""
         return self._first + self.steps_made
 
-    def go_on(self, saved: dict[str, Any] | None, kept: int, bands: int) -> dict[str, Any]:
+    def go_on(
+        self, saved: dict[str, Any] | None, steps_in_weights: int, bands: int
+    ) -> dict[str, Any]:
         """Continues a training.
 
         The noise of steps in the weights is subtracted with the secrets that made it. New steps
@@ -87,29 +104,31 @@ class StepProgress:
 
         Args:
             saved: The return value of this method in an earlier process, or None.
-            kept: The number of steps in the weights.
+            steps_in_weights: The number of steps in the weights.
             bands: The number of steps whose noise a step combines.
 
         Returns:
             Plain data to be saved.
         """
-        self._first = self.counted_from = kept
+        self._first = self.counted_from = steps_in_weights
         if saved is not None:
             pairs = [(int(begin), int(secret)) for begin, secret in saved["secrets"]]
-            pairs = [(begin, secret) for begin, secret in pairs if begin < kept]
+            pairs = [(begin, secret) for begin, secret in pairs if begin < steps_in_weights]
             # Secrets of steps that no coming step reaches back to are dropped.
-            needed = [
+            reachable = [
                 pair
-                for pair, following in zip(pairs, [*pairs[1:], (kept, 0)], strict=True)
-                if following[0] > kept - bands + 1
+                for pair, following in zip(
+                    pairs, [*pairs[1:], (steps_in_weights, 0)], strict=True
+                )
+                if following[0] > steps_in_weights - bands + 1
             ]
-            self._secrets = [*needed, (kept, self._new_secret())]
+            self._secrets = [*reachable, (steps_in_weights, self._new_secret())]
         return {"secrets": [[begin, str(secret)] for begin, secret in self._secrets]}
 
     @property
     def place(self) -> int:
         """The place in a schedule at which this process begins: the steps in the weights."""
-        return self._first + max(0, self.moved(), self.kept)
+        return self._first + max(0, self.moved(), self.restored_steps)
 
     def begin_at(self, place: int) -> None:
         """Sets the place in a schedule at which this process begins.
@@ -117,19 +136,19 @@ class StepProgress:
         Args:
             place: The value of `place`, equal on all workers.
         """
-        self.counted_from = place - self.kept
+        self.counted_from = place - self.restored_steps
         if self._step is not None:
             self._step.counter.count_from(place + self._steps_before_step)
 
-    def settle(self, made_here: int) -> None:
+    def settle(self, process_steps: int) -> None:
         """Sets the number of steps on which all workers have agreed.
 
         Args:
-            made_here: The value of `made_here`, before the step function runs again.
+            process_steps: The value of `process_steps`, before the step function runs again.
         """
-        self._steps_before_step = made_here
+        self._steps_before_step = process_steps
 
-    def restart(self, step: PrivateStep) -> None:
+    def restart(self, step: CountedStep) -> None:
         """Sets the noise of a step function. Steps that were made before stay counted.
 
         Args:
@@ -163,10 +182,10 @@ class StepProgress:
         """
         if self.correlated and self.moved():
             raise ArgumentError(
-                "No callback may set the optimizer's `iterations` with DPFTRL: the noise that "
-                "a step takes back must be in the weights. Received: "
-                f"{self.iterations} in place of {self._last_iterations}. "
-                "To go on after an interruption use fit(checkpoint=...)."
+                "No callback may set the optimizer's `iterations` with DPFTRL: a step "
+                "subtracts noise of earlier steps, which must be in the weights. Received: "
+                f"iterations={self.iterations} in place of {self._last_iterations}. To "
+                "continue after an interruption, use fit(checkpoint=...)."
             )
 
 
@@ -212,7 +231,7 @@ class _Last(keras.callbacks.Callback):  # type: ignore[misc]
 
     def on_train_begin(self, logs: Any = None) -> None:
         self._progress.check_unmoved()
-        self._listener.begun()
+        self._listener.callbacks_began()
         self._progress.number_by_optimizer()
         self._progress.look()
 

@@ -47,22 +47,23 @@ class Earlier:
             return ""
         return self.last.run_id if self.last.steps else self.last.continues
 
-    def completed(self, written: Earlier | None) -> Earlier:
+    def completed(self, record: Earlier | None) -> Earlier:
         """Returns the processes of a checkpoint with the steps that were made since.
 
         Args:
-            written: The content of the `Journal` beside the checkpoint.
+            record: The content of the `Journal` beside the checkpoint.
 
         Raises:
             CheckpointError: There is no journal.
         """
-        if written is None:
+        if record is None:
             raise CheckpointError(
-                "The file that counts private steps must lie beside the checkpoints: some may "
-                "have been made after the last one. Received: none. Put it back, or begin anew "
-                "in another directory, and pass what was spent as DPSGD(spent=...)."
+                "The file that counts private steps must lie beside the checkpoints: it has "
+                "the steps since the last one. Received: a directory without it. Put it back, "
+                "or start again in another directory and pass the ledger of the earlier steps "
+                "as DPSGD(spent=...)."
             )
-        return self._with(written.runs, written.history)
+        return self._with(record.runs, record.history)
 
     def beside(self, other: Earlier) -> Earlier:
         """Merges two records. The steps of the last run are those of this record.
@@ -97,24 +98,26 @@ class Earlier:
         return cls(tuple(runs), Ledger.from_dict(saved.get("spent")), history)
 
     @classmethod
-    def of_checkpoint(cls, saved: dict[str, Any], kept: int) -> Earlier:
+    def of_checkpoint(cls, saved: dict[str, Any], steps_in_weights: int) -> Earlier:
         """Reads the record of a checkpoint.
 
         Args:
             saved: The result of `saved_state`, with the phase.
-            kept: The number of steps in the weights.
+            steps_in_weights: The number of steps in the weights.
 
         Raises:
             CheckpointError: An older version of tfdist has written it.
         """
         if "phase" not in saved:
             raise CheckpointError(
-                "A checkpoint of private training must be of this version of tfdist. "
-                "Received: one of an older version. Begin anew in another directory, and "
-                "pass what was spent as DPSGD(spent=...)."
+                "A checkpoint of private training must be of this version of tfdist. Received: "
+                "a checkpoint of an older version. Start again in another directory, and pass "
+                "the ledger of the earlier steps as DPSGD(spent=...)."
             )
         earlier = cls.from_dict(saved)
-        last = replace(Phase(**saved["phase"]), steps=kept - int(saved["first"]))
+        # The saved phase is of one step. The checkpoint says how many of them are in the
+        # weights.
+        last = replace(Phase(**saved["phase"]), steps=steps_in_weights - int(saved["first"]))
         phases = [last]
         if saved["levels"] is not None:
             levels = Levels.from_dict(saved["levels"])
@@ -135,22 +138,22 @@ class Earlier:
         renamed = spent.renamed(names)
         if spent.phases and renamed.merged(self.spent).steps != renamed.steps:
             raise ArgumentError(
-                "`spent` must hold what it held when this training began, or be left out: the "
+                "`spent` must be what it was when this training began, or be left out: the "
                 f"checkpoint has it. Received: {spent.steps} steps, and {self.spent.steps} in "
-                "the checkpoint."
+                "the checkpoint. Leave it out."
             )
         return names
 
 
-def saved_state(before: Earlier, run_id: str, kept: int) -> dict[str, Any]:
+def saved_state(before: Earlier, run_id: str, steps_in_weights: int) -> dict[str, Any]:
     """Returns the record for a checkpoint, without the phase of the coming steps.
 
     Args:
         before: The earlier processes, and the steps before them.
         run_id: The run of this process.
-        kept: The number of steps in the weights when it begins.
+        steps_in_weights: The number of steps in the weights when it begins.
     """
-    return {**replace(before, runs=(*before.runs, run_id)).to_dict(), "first": kept}
+    return {**replace(before, runs=(*before.runs, run_id)).to_dict(), "first": steps_in_weights}
 
 
 def with_phase(

@@ -77,7 +77,8 @@ class PrivateRun:
         callbacks = request.callbacks
         if not isinstance(privacy, DPSGD):
             raise ArgumentError(
-                f"`privacy` must be a tfdist.DPSGD or None. Received: privacy={privacy!r}."
+                f"`privacy` must be a tfdist.DPSGD or None. Received: privacy={privacy!r}. "
+                "A tfdist.ClientDP is the `privacy` of tfdist.FedAvg."
             )
         validation.check_data(session, x, request.sampler, request.class_weight, privacy)
         validation.check_copies(privacy, request.augment)
@@ -123,10 +124,10 @@ class PrivateRun:
         self._spot_checks: SpotChecks | None = None
 
     def go_on(
-        self, saved: dict[str, Any] | None = None, kept: int = 0, directory: Any = None
+        self, saved: dict[str, Any] | None = None, steps: int = 0, directory: Any = None
     ) -> dict[str, Any]:
         """Reads the records of earlier processes; see `Spending.go_on`."""
-        return self._spending.go_on(saved, kept, directory)
+        return self._spending.go_on(saved, steps, directory)
 
     def plan(self, source: data.Source, epochs: int) -> None:
         """Calibrates the noise, and checks the model on a few rows.
@@ -143,14 +144,14 @@ class PrivateRun:
         for step in traced_steps(self._model):
             if step.raw:
                 raise unfit_layers.keeps_state(step.raw[0])
-        planned = plan(privacy, source, epochs, int(self._model.steps_per_execution))
-        self.planned_steps, phase, expected, units = planned
+        step_plan = plan(privacy, source, epochs, int(self._model.steps_per_execution))
+        self.planned_steps, phase, expected, units = step_plan
         users = None if self._users is None else self._users.fingerprint
         phase = self._spending.named(phase, users)
         with_first_step = self.ledger(0).add(dataclasses.replace(phase, steps=1))
         with_first_step.check_unit()
         with_first_step.check_relation(privacy.relation)
-        noise, schedule = find_noise(privacy, self._session, self._spending, planned, phase)
+        noise, schedule = find_noise(privacy, self._session, self._spending, step_plan, phase)
         phase = dataclasses.replace(phase, noise_multiplier=noise)
         self._spending.plan(phase, self.planned_steps, schedule)
         self.mechanism = Mechanism(
@@ -163,7 +164,7 @@ class PrivateRun:
             privacy.clip_learning_rate,
             self._count_noise(noise, units),
             units,
-            None if self._users is None else self._users.most,
+            None if self._users is None else self._users.limit,
             privacy.augmentations,
             phase.bands,
             phase.cyclic,
@@ -190,13 +191,13 @@ class PrivateRun:
     def _count_noise(self, noise: float, units: float) -> float:
         if self.privacy.target_quantile is None or noise == 0:
             return 0.0
-        chosen = self.privacy.count_noise
-        count_noise = units / 20 if chosen is None else chosen
+        user_noise = self.privacy.count_noise
+        count_noise = units / 20 if user_noise is None else user_noise
         if 2 * count_noise <= noise:
             raise ArgumentError(
-                "`count_noise` must be above noise_multiplier / 2, or nothing is left for the "
-                f"gradients. Received: {count_noise:g}, and noise_multiplier={noise:g}. Pass a "
-                "larger `count_noise`, or a larger `batch_size`."
+                "`count_noise` must be above noise_multiplier / 2: gradients need the rest of "
+                f"the budget. Received: count_noise={count_noise:g}, noise_multiplier="
+                f"{noise:g}. Pass a larger `count_noise`, or a larger `batch_size`."
             )
         return count_noise
 
@@ -279,9 +280,9 @@ class PrivateRun:
         return self._progress.steps_made
 
     @property
-    def kept(self) -> int:
+    def restored_steps(self) -> int:
         """The number of steps of earlier processes."""
-        return self._progress.kept
+        return self._progress.restored_steps
 
     def ledger(self, steps: int) -> Ledger:
         """Returns all private steps on the data.
@@ -325,8 +326,8 @@ class PrivateRun:
                 callback.run = self
         noisy = () if self.privacy.target_quantile is None else ("l2_norm_clip",)
         names = StepLogs(self._callbacks, noisy)
-        counted = watched(callbacks, self._progress, self._spending, names)
-        return self._spending.outside.watched(counted)
+        with_counters = watched(callbacks, self._progress, self._spending, names)
+        return self._spending.outside.watched(with_counters)
 
     @contextlib.contextmanager
     def counting(self) -> Iterator[None]:

@@ -160,23 +160,23 @@ def _values(name: str, schedule: float | Callable[[int], Any], steps: int) -> Va
         repeated = np.array([float(schedule(int(step))) for step in samples])
     except Exception as error:
         raise ArgumentError(
-            f"A schedule of `{name}` must give a number for each step's number. Received: "
+            f"A schedule of `{name}` must return a number for the number of a step. Received: "
             f"{schedule!r}, which raised {type(error).__name__}: {error}"
         ) from error
     if not np.isfinite(values).all():
         step = int(np.flatnonzero(~np.isfinite(values))[0])
         raise ArgumentError(
-            f"A schedule of `{name}` must give finite numbers. Received: {values[step]} for "
-            f"step {step}."
+            f"A schedule of `{name}` must return finite numbers. Received: {values[step]} for "
+            f"step {step}. Return a number for each step of the training."
         )
     # Vectors and scalars may round differently, so equality is not required.
     is_repeated = np.isclose(values[samples], repeated, rtol=1e-5)
     if not is_repeated.all():
         step = int(samples[~is_repeated][0])
         raise ArgumentError(
-            f"A schedule of `{name}` must give the same for the same step. Received: "
-            f"{values[step]:g} and {float(schedule(step)):g} for step {step}. It must depend "
-            "on nothing but the step."
+            f"A schedule of `{name}` must return the same number for the same step. Received: "
+            f"{values[step]:g} and {float(schedule(step)):g} for step {step}. Let it depend on "
+            "nothing but the step."
         )
     return values
 
@@ -207,14 +207,15 @@ def _mapped(schedule: Callable[[int], Any], steps: int) -> Values:
 def _check_closed(name: str, schedule: Callable[[int], Any]) -> None:
     """Refuses a schedule that reads variables, which may depend on the data by training."""
     try:
+        # A variable that the schedule reads is captured by its trace.
         traced = tf.function(schedule).get_concrete_function(tf.TensorSpec([], tf.int64))
     except Exception:
         return  # plain Python code: whether it reads variables cannot be seen
     if any(t.dtype == tf.resource for t in traced.captured_inputs):
         raise ArgumentError(
             f"A schedule of `{name}` must depend on nothing but the step. Received: "
-            f"{schedule!r}, which reads variables. What follows the data needs a budget of its "
-            "own: `target_quantile` moves the norm privately."
+            f"{schedule!r}, which reads variables. To follow the data, use `target_quantile`, "
+            "which moves the norm privately."
         )
 
 

@@ -124,7 +124,8 @@ class DPSGD:
             raise ArgumentError(
                 "Exactly one of `noise_multiplier` and `target_epsilon` must be given. "
                 f"Received: noise_multiplier={self.noise_multiplier!r}, "
-                f"target_epsilon={self.target_epsilon!r}. With a target the noise is found."
+                f"target_epsilon={self.target_epsilon!r}. With `target_epsilon`, tfdist "
+                "chooses the noise."
             )
         if self.noise_multiplier is not None and not callable(self.noise_multiplier):
             check_number("noise_multiplier", self.noise_multiplier, 0)
@@ -132,8 +133,8 @@ class DPSGD:
             check_number("target_epsilon", self.target_epsilon, 0)
         if self.delta is None:
             raise ArgumentError(
-                "`delta` must be given: the probability with which the guarantee may fail. "
-                "Received: delta=None. Take one far below 1 / the number of examples."
+                "`delta` must be given: it is the probability with which the guarantee may "
+                "fail. Received: delta=None. Choose one far below 1 / the number of examples."
             )
         check_number("delta", self.delta, 0, 1, open_ends=True)
         check_choice("accountant", self.accountant, ACCOUNTANTS)
@@ -146,8 +147,9 @@ class DPSGD:
             check_count("max_rows_per_group", self.max_rows_per_group, 1)
             if self.group_ids is None:
                 raise ArgumentError(
-                    "`max_rows_per_group` must come with `group_ids`. Received: "
-                    f"max_rows_per_group={self.max_rows_per_group!r} and group_ids=None."
+                    "`max_rows_per_group` must be given with `group_ids`. Received: "
+                    f"max_rows_per_group={self.max_rows_per_group!r} and group_ids=None. Pass "
+                    "`group_ids`, or leave it out."
                 )
         check_count("augmentations", self.augmentations, 1)
         if self.samples and self.bands is not None:
@@ -164,16 +166,18 @@ class DPSGD:
         check_count("bands", self.bands, 1)
         if self.is_scheduled:
             raise ArgumentError(
-                "`noise_multiplier` and `l2_norm_clip` must be numbers with `bands`: noise is "
-                "taken back as large as it was given. Received: a schedule. Leave one of them "
-                "out."
+                "`noise_multiplier` and `l2_norm_clip` must be numbers with `bands`: later "
+                "steps subtract noise, so it must have the same size in all steps. Received: a "
+                f"schedule, and bands={self.bands!r}. Leave one of them out."
             )
-        for name in ("group_ids", "target_quantile"):
-            if getattr(self, name) is not None:
+        for name, reason in (
+            ("group_ids", "correlated noise protects single examples"),
+            ("target_quantile", "later steps subtract noise, which must be of the same norm"),
+        ):
+            if (value := getattr(self, name)) is not None:
                 raise ArgumentError(
-                    f"`{name}` must be None with `bands`: correlated noise is of single "
-                    f"examples, and of one norm. Received: {name} and bands={self.bands!r}. "
-                    "Leave one of them out."
+                    f"`{name}` must be None with `bands`: {reason}. Received: {name} of type "
+                    f"{type(value).__name__}, and bands={self.bands!r}. Leave one of them out."
                 )
 
     def _check_adaptive(self) -> None:
@@ -183,13 +187,15 @@ class DPSGD:
         if self.is_scheduled:
             raise ArgumentError(
                 "`target_quantile` must be None with a schedule: it moves the norm itself, and "
-                "shares the noise of each step. Received: target_quantile="
-                f"{self.target_quantile!r} and a schedule. Leave one of them out."
+                "takes a part of each step's budget. Received: "
+                f"target_quantile={self.target_quantile!r} and a schedule. Leave one of them "
+                "out."
             )
         if self.clipping == "per_layer":
             raise ArgumentError(
-                "`target_quantile` is of the norm over all variables. Received: "
-                "target_quantile and clipping='per_layer'. Leave one of them out."
+                "`target_quantile` must be None with clipping='per_layer': it follows the norm "
+                f"over all variables. Received: target_quantile={self.target_quantile!r} and "
+                "clipping='per_layer'. Leave one of them out."
             )
         check_number("clip_learning_rate", self.clip_learning_rate, 0)
         if self.count_noise is not None:

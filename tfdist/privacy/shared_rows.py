@@ -51,20 +51,23 @@ def are_rows_of(some: Any, x: Any) -> bool:
     pairs = _pairs(some, x)
     if not pairs:
         return False
-    found = _counts(pairs)
+    matches = _counts(pairs)
     halves = [_half(pairs, first) for first in (0, 1)]
     if all(halves):
-        counts = zip(found, *map(_counts, halves), strict=True)
-        certain = sum(whole > 0 and whole == one == other for whole, one, other in counts)
-        if certain >= max(1, _PART_OF_CERTAIN * len(found)):
+        counts = zip(matches, *map(_counts, halves), strict=True)
+        certain = sum(
+            of_row > 0 and of_row == of_half == of_other_half
+            for of_row, of_half, of_other_half in counts
+        )
+        if certain >= max(1, _PART_OF_CERTAIN * len(matches)):
             return True
-    own = _counts(
+    matches_within = _counts(
         [(x_rows[_spread(x_rows)].astype(rows.dtype), x_rows) for rows, x_rows in pairs]
     )
-    chance = sum(count > 1 for count in own) / len(own)
-    margin = 3 * math.sqrt(len(found) * chance * (1 - chance))
-    most = len(found) * chance + max(margin, _PART_ABOVE_CHANCE * len(found))
-    return sum(count > 0 for count in found) >= max(1, most)
+    chance = sum(count > 1 for count in matches_within) / len(matches_within)
+    margin = 3 * math.sqrt(len(matches) * chance * (1 - chance))
+    threshold = len(matches) * chance + max(margin, _PART_ABOVE_CHANCE * len(matches))
+    return sum(count > 0 for count in matches) >= max(1, threshold)
 
 
 def _pairs(some: Any, x: Any) -> list[_Pair]:
@@ -91,14 +94,14 @@ def _spread(rows: Any) -> Any:
     return np.unique(np.linspace(0, len(rows) - 1, _ROWS_SOUGHT).astype(int))
 
 
-def _common_type(one: Any, other: Any) -> Any:
+def _common_type(first: Any, second: Any) -> Any:
     """Returns a type in which numbers stay equal if one was rounded to the other's type."""
-    if one.kind in "US" or other.kind in "US":
-        return np.result_type(one, other)
-    floats = [kind for kind in (one, other) if tf.as_dtype(kind).is_floating]
+    if first.kind in "US" or second.kind in "US":
+        return np.result_type(first, second)
+    floats = [kind for kind in (first, second) if tf.as_dtype(kind).is_floating]
     if len(floats) == 2:
         floats.append(np.dtype(keras.config.floatx()))
-    return min(floats, key=lambda kind: kind.itemsize, default=np.result_type(one, other))
+    return min(floats, key=lambda kind: kind.itemsize, default=np.result_type(first, second))
 
 
 def _half(pairs: Sequence[_Pair], first: int) -> list[_Pair]:
@@ -129,8 +132,8 @@ def _bytes(parts: Sequence[Any]) -> list[bytes]:
     ]
     parts = [np.ascontiguousarray(part).view(np.uint8).reshape(rows, -1) for part in parts]
     joined = np.concatenate(parts, 1)
-    written, width = joined.tobytes(), joined.shape[1]
-    return [written[row * width : (row + 1) * width] for row in range(rows)]
+    buffer, width = joined.tobytes(), joined.shape[1]
+    return [buffer[row * width : (row + 1) * width] for row in range(rows)]
 
 
 def _candidates(pairs: Sequence[_Pair]) -> Any:
@@ -140,10 +143,10 @@ def _candidates(pairs: Sequence[_Pair]) -> Any:
     """
     columns = [(pair, column) for pair in pairs for column in range(pair[0].shape[1])]
     spread = np.unique(np.linspace(0, len(columns) - 1, 64).astype(int))
-    chosen = [columns[number] for number in spread]
-    chosen.sort(key=lambda place: -len(np.unique(place[0][0][:, place[1]])))
+    sample = [columns[number] for number in spread]
+    sample.sort(key=lambda place: -len(np.unique(place[0][0][:, place[1]])))
     may_match = np.ones(len(pairs[0][1]), bool)
-    for (rows, x_rows), column in chosen[:3]:
+    for (rows, x_rows), column in sample[:3]:
         may_match &= np.isin(x_rows[:, column].astype(rows.dtype), rows[:, column])
     return np.flatnonzero(may_match)
 

@@ -13,6 +13,7 @@ from tfdist.privacy import groupings, model_history
 from tfdist.privacy.accounting.identity import like_steps, same_made_again
 from tfdist.privacy.accounting.ledger import Ledger, Phase
 from tfdist.privacy.accounting.levels import Levels
+from tfdist.privacy.client_dp import ClientDP
 from tfdist.privacy.journal import Journal, backup_of, steps_ahead
 from tfdist.privacy.model_history import History
 from tfdist.privacy.outside_changes import OutsideChanges
@@ -45,7 +46,7 @@ class Spending:
 
     def __init__(
         self,
-        privacy: DPSGD,
+        privacy: DPSGD | ClientDP,
         session: Session,
         model: Any,
         progress: StepProgress,
@@ -61,7 +62,7 @@ class Spending:
         self._run_id = secrets.token_hex(8)
         self._phase: Phase | None = None
         self._levels: Levels | None = None
-        self._planned = self._ahead = 0
+        self._planned_steps = self._journaled_steps = 0
         self._earlier = Earlier()
         self._noise: float | None = None
         self._saved: dict[str, Any] = {}
@@ -107,20 +108,20 @@ class Spending:
             steps: The number of planned steps, with those in a checkpoint.
             levels: The levels of the noise if it follows a schedule, else None.
         """
-        self._phase, self._planned, self._levels = phase, steps, levels
+        self._phase, self._planned_steps, self._levels = phase, steps, levels
         with_phase(self._saved, phase, levels, self._progress.counted_from)
         privacy, target = self._privacy, self._privacy.target_epsilon
         if target is None or self._noise is None:
             return
         assert privacy.delta is not None
-        planned = self.ledger(max(0, steps - self._progress.position))
-        spent = planned.epsilon(
+        planned_ledger = self.ledger(max(0, steps - self._progress.position))
+        planned_epsilon = planned_ledger.epsilon(
             privacy.delta, accountant=privacy.accountant, relation=privacy.relation
         )
-        self.limit = target if spent > target else None
+        self.limit = target if planned_epsilon > target else None
 
     def go_on(
-        self, saved: dict[str, Any] | None = None, kept: int = 0, directory: Any = None
+        self, saved: dict[str, Any] | None = None, steps: int = 0, directory: Any = None
     ) -> dict[str, Any]:
         """Reads the records of earlier processes of this `fit`.
 
@@ -130,7 +131,7 @@ class Spending:
 
         Args:
             saved: The return value of this method in an earlier process, or None.
-            kept: The number of steps of this `fit` in the saved weights.
+            steps: The number of steps of this `fit` in the saved weights.
             directory: The directory of the `Checkpoint`, or None.
 
         Returns:
@@ -142,37 +143,38 @@ class Spending:
         """
         if directory is not None:
             self._journal = Journal(directory) if self._is_secret else None
-        written = None if self._journal is None else self._journal.read()
+        journaled = None if self._journal is None else self._journal.read()
+        # Names are random, so all workers take those of the chief.
         strategy = self._session.strategy
         if self._journal is not None or saved is not None:
-            written, self._run_id = strategy.broadcast_object((written, self._run_id))
+            journaled, self._run_id = strategy.broadcast_object((journaled, self._run_id))
         if saved is not None:
-            self._go_on_with(saved, kept, written)
-        elif written is not None:
+            self._go_on_with(saved, steps, journaled)
+        elif journaled is not None:
             # The journal of a `BackupAndRestore`, which has no state of ours.
-            self._earlier = written
-            names = same_made_again(self._spent.phases, written.spent.phases)
+            self._earlier = journaled
+            names = same_made_again(self._spent.phases, journaled.spent.phases)
             self._spent = self._spent.renamed(names)
             self.before = self._history_before()
-            self._restored = sum(phase.steps for phase in written.phases)
+            self._restored = sum(phase.steps for phase in journaled.phases)
         else:
             self.before = model_history.with_changes(self._model, self.before)
         bands = self._privacy.bands or 1
-        noise = self._progress.go_on(None if saved is None else saved["noise"], kept, bands)
+        noise = self._progress.go_on(None if saved is None else saved["noise"], steps, bands)
         before = dataclasses.replace(self._earlier, spent=self._spent, history=self.before)
-        self._saved = saved_state(before, self._run_id, kept)
+        self._saved = saved_state(before, self._run_id, steps)
         self._saved["noise"] = noise if self._progress.correlated else None
         return self._saved
 
-    def _go_on_with(self, saved: dict[str, Any], kept: int, written: Earlier | None) -> None:
+    def _go_on_with(self, saved: dict[str, Any], steps: int, journaled: Earlier | None) -> None:
         """Reads the record of a checkpoint, and of steps since it was written."""
-        earlier = Earlier.of_checkpoint(saved, kept)
+        earlier = Earlier.of_checkpoint(saved, steps)
         self._spent = self._spent.renamed(earlier.names_of(self._spent)).merged(earlier.spent)
         # Steps after the checkpoint are not in the weights, but they have been released to
         # whoever saw the lost weights. So they count, unless the same noise repeats them.
-        self._earlier = earlier.completed(written) if self._is_secret else earlier
+        self._earlier = earlier.completed(journaled) if self._is_secret else earlier
         self.before = self._history_before()
-        self._restored = kept
+        self._restored = steps
 
     def earlier_noise(self, phase: Phase, levels: Levels | None = None) -> float | None:
         """Returns the noise of the interrupted training that this one continues, or None.
@@ -224,7 +226,7 @@ class Spending:
             return [self.phase(steps)]
         # A backup without a record has steps of another process. Correlated noise does not
         # continue over processes, so these steps are a mechanism of their own.
-        from_backup = min(progress.kept, steps)
+        from_backup = min(progress.restored_steps, steps)
         earlier = dataclasses.replace(self.phase(from_backup), run_id=f"{self._run_id}-before")
         return [earlier, self.phase(steps - from_backup)]
 
@@ -249,10 +251,14 @@ class Spending:
         """
         of_this_run = [p for p in history.ledger.phases if p.run_id == self._run_id]
         steps = sum(phase.steps for phase in of_this_run)
-        self._progress.kept = max(self._progress.kept, steps - self._progress.made_here)
+        # A file may have more steps of this run than this process has made: then another
+        # process made them.
+        self._progress.restored_steps = max(
+            self._progress.restored_steps, steps - self._progress.process_steps
+        )
         self.before = self.before.merged(groupings.comparable(history.without(self._run_id)))
         self.outside.accept()
-        self._write(max(self._ahead, self._progress.steps_made))
+        self._write(max(self._journaled_steps, self._progress.steps_made))
 
     def _note_outside(self, updates: int) -> None:
         """Notes that a callback has changed the weights between steps."""
@@ -263,7 +269,7 @@ class Spending:
             self.before = dataclasses.replace(before, changes=before.changes + 1)
         else:
             self.before = dataclasses.replace(before, uncounted=before.uncounted + updates)
-        self._write(max(self._ahead, self._progress.steps_made))
+        self._write(max(self._journaled_steps, self._progress.steps_made))
 
     def before_steps(self, steps: int) -> None:
         """Writes coming steps to the journal; see `Listener`.
@@ -271,11 +277,11 @@ class Spending:
         Args:
             steps: The number of steps of this training after the coming ones.
         """
-        if self._journal is None or steps <= self._ahead:
+        if self._journal is None or steps <= self._journaled_steps:
             return
         at_once = int(self._model.steps_per_execution)
-        self._ahead = steps - at_once + steps_ahead(self._planned, at_once)
-        self._write(self._ahead)
+        self._journaled_steps = steps - at_once + steps_ahead(self._planned_steps, at_once)
+        self._write(self._journaled_steps)
 
     def _write(self, steps: int) -> None:
         if self._journal is not None and self._session.is_chief:
@@ -283,12 +289,13 @@ class Spending:
             history = dataclasses.replace(self.before, ledger=self.ledger(steps))
             self._journal.write(Earlier(runs, self._spent, history))
 
-    def begun(self) -> None:
+    def callbacks_began(self) -> None:
         """Counts the steps that callbacks have restored; see `Listener`."""
         self._agree()
-        counted = self.before.ledger.steps + self._progress.steps_made - self._counted_at_first
+        progress = self._progress
+        counted_steps = self.before.ledger.steps + progress.steps_made - self._counted_at_first
         # If a backup has no record of its steps, they are counted as steps of this training.
-        self._progress.kept += max(0, self._progress.moved() - counted)
+        progress.restored_steps += max(0, progress.moved() - counted_steps)
         self._begin_levels()
 
     def _begin_levels(self) -> None:
@@ -308,21 +315,20 @@ class Spending:
         if strategy.place.num_workers == 1:
             return
         progress = self._progress
-        records = strategy.gather_objects(
-            (self._run_id, self._spent, self.before, progress.kept, progress.made_here)
-        )
+        counts = progress.restored_steps, progress.process_steps
+        records = strategy.gather_objects((self._run_id, self._spent, self.before, *counts))
         self._run_id, spent = records[0][:2]
         assert self._phase is not None
         self._phase = dataclasses.replace(self._phase, run_id=self._run_id)
         # Each worker runs the same script, so phases that each made by hand are the same.
         _AGREED.update(same_made_again(self._spent.phases, spent.phases))
         self._spent, self.before = spent, records[0][2]
-        for _, worker_spent, worker_before, kept, made_here in records:
+        for _, worker_spent, worker_before, restored_steps, process_steps in records:
             names = same_made_again(worker_spent.phases, spent.phases)
             ledger = worker_before.ledger.renamed(names)
             self.before = self.before.merged(dataclasses.replace(worker_before, ledger=ledger))
-            progress.kept = max(progress.kept, kept)
-            progress.settle(max(made_here, progress.made_here))
+            progress.restored_steps = max(progress.restored_steps, restored_steps)
+            progress.settle(max(process_steps, progress.process_steps))
 
     @contextlib.contextmanager
     def counting(self) -> Iterator[None]:

@@ -35,7 +35,7 @@ def check_data(
     if any(map(data.is_composite, tf.nest.flatten(x))):
         raise ArgumentError(
             "`x` must be dense in private training: each example has a gradient of its own. "
-            "Received: x with a sparse or ragged leaf. Convert it: tensor.to_tensor(), "
+            "Received: x with a sparse or ragged leaf. Convert it with tensor.to_tensor() or "
             "matrix.toarray()."
         )
     if isinstance(privacy, DPFTRL):
@@ -44,26 +44,50 @@ def check_data(
         raise ArgumentError(
             "`x` must be arrays in private training: each example is drawn by itself, which a "
             f"stream of batches cannot do. Received: x of type {type(x).__name__}. Pass "
-            "arrays, or privacy=tfdist.DPFTRL(...), which samples nothing."
+            "arrays, or privacy=tfdist.DPFTRL(...), which needs no sampling."
         )
     elif sampler is not None:
         _check_sampler(sampler, privacy)
+    check_class_weight(class_weight)
+    if session.strategy.elastic and (privacy.is_scheduled or privacy.bands is not None):
+        raise ArgumentError(
+            "All steps must be alike in an elastic run: a process that joins knows neither "
+            "their number nor the noise before. Received: a schedule, or `bands`. Use a fixed "
+            "number of processes."
+        )
+    check_sums(session)
+
+
+def check_class_weight(class_weight: Any) -> None:
+    """Refuses weights that are computed from the data.
+
+    Args:
+        class_weight: As in `fit`.
+
+    Raises:
+        ArgumentError: They are.
+    """
     if class_weight is not None and not isinstance(class_weight, dict):
         raise ArgumentError(
             "`class_weight` must be a dict in private training: a rule counts the classes of "
             f"the data, without noise. Received: class_weight={class_weight!r}. Pass "
             "weights that were chosen without these data; they are applied before clipping."
         )
-    if session.strategy.elastic and (privacy.is_scheduled or privacy.bands is not None):
-        raise ArgumentError(
-            "Steps must be alike in an elastic run: who joins does not know their number, nor "
-            "the noise before. Received: a schedule, or `bands`. Use a fixed number of "
-            "processes."
-        )
+
+
+def check_sums(session: Session) -> None:
+    """Refuses strategies that change what they sum.
+
+    Args:
+        session: The session of `fit`.
+
+    Raises:
+        ArgumentError: The strategy is such a one.
+    """
     if not session.strategy.sums_exactly:
         raise ArgumentError(
-            "Private gradients must be summed as they are: noise is added before. Received: "
-            f"strategy {session.strategy.name!r} with compression or Adasum. Use "
+            "Private gradients must be summed as they are: they have noise already. Received: "
+            f"strategy={session.strategy.name!r} with compression or Adasum. Use "
             "tfdist.Horovod() without them."
         )
 
@@ -71,41 +95,43 @@ def check_data(
 def _check_sampler(sampler: Any, privacy: DPSGD) -> None:
     if privacy.bands is not None:
         raise ArgumentError(
-            "`sampler` must be None with `bands`: groups of examples take turns, or less is "
-            f"protected than epsilon says. Received: a {type(sampler).__name__}. Leave one of "
-            "them out."
+            "`sampler` must be None with `bands`: groups of examples must take turns, or "
+            f"epsilon would be too low. Received: sampler of type {type(sampler).__name__} and "
+            f"bands={privacy.bands!r}. Leave one of them out."
         )
     if privacy.group_ids is not None and not isinstance(sampler, Poisson):
         raise ArgumentError(
             "`sampler` must be a tfdist.privacy.Poisson with `group_ids`: it draws users, all "
-            f"alike. Received: a {type(sampler).__name__}. Leave it out."
+            f"alike. Received: sampler of type {type(sampler).__name__}. Leave it out."
         )
     if not isinstance(sampler, Accounted):
         raise ArgumentError(
             "`sampler` must be a tfdist.privacy.Poisson or PoissonLike in private training: "
-            f"the accounting is of their sampling. Received: a {type(sampler).__name__}. Leave "
-            "it out, or pass tfdist.privacy.PoissonLike(sampler), which draws rows by "
-            "themselves, as often on average, and costs what the most frequent one does."
+            "epsilon is computed for their sampling. Received: sampler of type "
+            f"{type(sampler).__name__}. Leave it out, or pass "
+            "tfdist.privacy.PoissonLike(sampler), which draws each row independently and as "
+            "often on average, and costs what the most frequent row does."
         )
 
 
 def _check_data_in_turn(session: Session, x: Any, sampler: Any) -> None:
     if session.strategy.elastic:
         raise ArgumentError(
-            "DPFTRL must run on processes that stay: noise is taken back by the one that gave "
-            "it, which may go. Received: an elastic run. Use tfdist.DPSGD(...), or a fixed "
-            "number of processes."
+            "DPFTRL must run on a fixed set of processes: each subtracts the noise that it has "
+            "added itself. Received: an elastic run. Use tfdist.DPSGD(...), or a fixed number "
+            "of processes."
         )
     if sampler is not None:
         raise ArgumentError(
-            "`sampler` must be None with DPFTRL, which takes all examples in turn. Received: a "
-            f"{type(sampler).__name__}. Use shuffle=False to keep the order of the rows."
+            "`sampler` must be None with DPFTRL, which takes all examples in turn. Received: "
+            f"sampler of type {type(sampler).__name__}. Use shuffle=False to keep the order of "
+            "the rows."
         )
     streams = tf.data.Dataset | keras.utils.PyDataset
     if not data.is_arrays(x) and not isinstance(x, streams):
         raise ArgumentError(
             "`x` must be arrays, a tf.data.Dataset or a keras.utils.PyDataset in private "
-            f"training. Received: x of type {type(x).__name__}."
+            f"training. Received: x of type {type(x).__name__}. Convert it to one of these."
         )
 
 
@@ -122,8 +148,9 @@ def check_copies(privacy: DPSGD, augment: Any, source: data.Source | None = None
     """
     if privacy.augmentations > 1 and augment is None:
         raise ArgumentError(
-            "`augmentations` must come with an `augment` of `fit`, or all copies are the "
-            f"same. Received: augmentations={privacy.augmentations!r} and augment=None."
+            "`augmentations` must be given with `augment` of `fit`, or all copies are the "
+            f"same. Received: augmentations={privacy.augmentations!r} and augment=None. Pass "
+            "`augment`."
         )
     copies = privacy.augmentations if source is None else source.drawn_from.copies
     if copies != privacy.augmentations:
@@ -131,7 +158,7 @@ def check_copies(privacy: DPSGD, augment: Any, source: data.Source | None = None
         raise ArgumentError(
             "`augmentations` must be the number of copies that the data has of each example. "
             f"Received: augmentations={privacy.augmentations!r} and data with {copies}. Pass "
-            "arrays."
+            "arrays, which tfdist copies itself."
         )
 
 
@@ -150,14 +177,14 @@ def check_users(privacy: DPSGD, shard: Any, validation_split: float) -> None:
         return
     if shard is not None:
         raise ArgumentError(
-            "`group_ids` must be of data that all workers pass alike: a user's examples are "
-            f"clipped together, on one replica. Received: shard={shard!r}. Leave `shard` out."
+            "`group_ids` needs data that all workers pass alike: a user's examples are clipped "
+            f"together, on one replica. Received: shard={shard!r}. Leave `shard` out."
         )
     if validation_split:
         raise ArgumentError(
-            "`validation_split` must not cut through a user's examples, of which some would be "
-            f"trained on. Received: validation_split={validation_split!r} and group_ids. Pass "
-            "validation_data of other users."
+            "`validation_split` must not divide a user's examples, of which some would be "
+            f"trained on. Received: validation_split={validation_split!r} with `group_ids`. "
+            "Pass validation_data of other users."
         )
 
 
@@ -177,9 +204,9 @@ def check_callbacks(callbacks: Any, x: Any) -> None:
     for callback in listed:
         if isinstance(callback, PerClassMetrics) and shared_rows.has_rows_of(callback.x, x):
             raise ArgumentError(
-                "PerClassMetrics must not be of the training data in private training: it "
-                "counts single examples, without noise. Received: rows of `x`. Give it data "
-                "that need not be protected."
+                "PerClassMetrics must not use the training data in private training: it counts "
+                "single examples, without noise. Received: PerClassMetrics with rows of `x`. "
+                "Give it data that need not be protected."
             )
 
 
@@ -215,9 +242,9 @@ def check_validation(
     for callback in listed if isinstance(listed, list | tuple) else [listed]:
         if leaking_callbacks.decides_by_validation(callback):
             raise ArgumentError(
-                "What private training does must not depend on validation on the data that are "
-                f"protected, which has no noise. Received: {received}, and "
-                f"{type(callback).__name__} with monitor={callback.monitor!r}. Pass "
-                "validation_data that need not be protected, or leave the callback out."
+                "Private training must not depend on validation on protected data, which has "
+                f"no noise. Received: {received}, and {type(callback).__name__} with "
+                f"monitor={callback.monitor!r}. Pass validation_data that need not be "
+                "protected, or leave the callback out."
             )
     return True

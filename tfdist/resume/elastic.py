@@ -91,10 +91,10 @@ class ElasticRun(Continuation):
                 except (PeerError, MembersChanged) as reason:
                     message = f"tfdist: {reason} Training goes on."
                     if self._state.per_replica:
-                        gone = "were lost" if isinstance(reason, PeerError) else "leave"
+                        predicate = "were lost" if isinstance(reason, PeerError) else "leave"
                         message += (
                             " What compression had kept back to send later is lost for "
-                            f"processes that {gone}."
+                            f"processes that {predicate}."
                         )
                     print(message, file=sys.stderr, flush=True)
                     # The step that failed may have changed some variables, and one process may
@@ -173,6 +173,7 @@ class ElasticRun(Continuation):
         self._copy_state = tf.function(
             lambda: [tf.identity(v.value) for v in variables], autograph=False
         )
+        # The `History` of the first attempt goes on, since Keras makes a new one for each.
         history = [
             callback
             for callback in self._begun_callbacks.values()
@@ -191,6 +192,7 @@ class ElasticRun(Continuation):
         Args:
             position: The position.
         """
+        # The state comes first. If its copy fails, the position must not be ahead of it.
         self._committed = self._copy_state()
         self.position = position
 

@@ -61,6 +61,7 @@ class ContinuedCallbacks(keras.callbacks.CallbackList):  # type: ignore[misc]
         """
         stop = first + int(self.model.steps_per_execution)
         steps = self.params.get("steps")
+        # The last execution of an epoch may have fewer steps than the others.
         return stop <= self.steps_made or (steps is not None and steps <= self.steps_made)
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:

@@ -155,18 +155,18 @@ def apportion(seats: int, shares: NDArray[np.float64]) -> Rows:
     """
     exact = seats * (shares / shares.sum())
     # Rounded to a millionth, so that machines with different last digits agree.
-    whole: Rows = np.maximum(1, np.floor(exact + 1e-6)).astype(np.int64)
-    rest = np.round(exact - whole, 6)
-    order = np.argsort(-rest, kind="stable")
-    missing = seats - int(whole.sum())
+    seats_of: Rows = np.maximum(1, np.floor(exact + 1e-6)).astype(np.int64)
+    remainders = np.round(exact - seats_of, 6)
+    order = np.argsort(-remainders, kind="stable")
+    missing = seats - int(seats_of.sum())
     if missing >= 0:
-        whole[order[:missing]] += 1
-        return whole
+        seats_of[order[:missing]] += 1
+        return seats_of
     for number in order[::-1]:  # the minimum of 1 gave rare classes too many seats
-        num_taken = min(-missing, int(whole[number]) - 1)
-        whole[number] -= num_taken
+        num_taken = min(-missing, int(seats_of[number]) - 1)
+        seats_of[number] -= num_taken
         missing += num_taken
-    return whole
+    return seats_of
 
 
 class Quotas(BoundSampler):

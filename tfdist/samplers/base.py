@@ -153,8 +153,10 @@ class Uniform(Sampler):
             stop = min(steps, start + count - len(batches))
             key = (seed, epoch)
             if self.by_batch:
-                chosen = permute(np.arange(start, stop), steps, key)
-                edges = [(b * batch_size, min((b + 1) * batch_size, num_rows)) for b in chosen]
+                batch_numbers = permute(np.arange(start, stop), steps, key)
+                edges = [
+                    (b * batch_size, min((b + 1) * batch_size, num_rows)) for b in batch_numbers
+                ]
                 batches += [np.arange(begin, end) for begin, end in edges]
             else:
                 positions = np.arange(start * batch_size, min(stop * batch_size, num_rows))

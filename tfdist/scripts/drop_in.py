@@ -152,15 +152,15 @@ def _temporary_path(target: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".saving-") as folder:
         path = Path(folder) / target.name
         yield path
-        for written in sorted(Path(folder).iterdir()):  # a sharded save writes its index last
-            destination = target.parent / written.name
-            if written.is_dir():
-                _move_folder_once(written, destination)
+        for saved in sorted(Path(folder).iterdir()):  # a sharded save writes its index last
+            destination = target.parent / saved.name
+            if saved.is_dir():
+                _move_folder_once(saved, destination)
             else:
-                os.replace(written, destination)
+                os.replace(saved, destination)
 
 
-def _move_folder_once(written: Path, destination: Path) -> None:
+def _move_folder_once(saved: Path, destination: Path) -> None:
     """Moves a folder to its destination, unless another worker has moved its own there.
 
     Somebody may already read the other worker's folder, file by file, and the files of two
@@ -172,7 +172,7 @@ def _move_folder_once(written: Path, destination: Path) -> None:
             with contextlib.suppress(FileNotFoundError):
                 os.rename(destination, Path(old) / destination.name)
             with contextlib.suppress(OSError):  # another worker was faster
-                os.rename(written, destination)
+                os.rename(saved, destination)
     _inodes[key] = destination.stat().st_ino
 
 

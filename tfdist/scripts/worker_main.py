@@ -19,6 +19,7 @@ from typing import NoReturn
 
 from tfdist.cluster import heartbeat, launched_config
 from tfdist.cluster.rendezvous import start_timeout, wait_until_up
+from tfdist.cluster.warning_signals import survive_warnings
 from tfdist.errors import (
     HUNG,
     START_ME_AGAIN,
@@ -62,6 +63,7 @@ def become_worker() -> None:
     """
     _import_tensorflow()
     import tfdist
+    from tfdist import watchdog
     from tfdist.scripts import device_settings
     from tfdist.scripts.guard import guard
     from tfdist.scripts.own_strategies import claim
@@ -69,6 +71,7 @@ def become_worker() -> None:
     _wait_for_rendezvous()
     strategy = tfdist.init(strategy=os.environ.get("TFDIST_STRATEGY", "auto")).strategy
     place = strategy.place
+    watchdog.tell_end(strategy)
     launched_config.remember(place.num_workers > 1, place.is_chief)
     device_settings.explain(place.is_chief)
     if place.num_workers > 1 or strategy.has_servers:
@@ -136,6 +139,7 @@ def main() -> None:
     if len(sys.argv) < 2:
         sys.exit("usage: python -m tfdist.scripts.worker_main [-m] script.py [args]")
     follow_launcher()
+    survive_warnings()
     heartbeat.share_with_launcher()
     arguments = sys.argv[1:]
     try:

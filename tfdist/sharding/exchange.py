@@ -1,4 +1,4 @@
-"""The exchange of replicas that each have a part of the optimizer's state."""
+"""The exchange of replicas that each have a part of the optimizer's state, and of weights."""
 
 from __future__ import annotations
 
@@ -20,11 +20,22 @@ from tfdist.strategies.packing import packs_of
 
 Tensor = Any
 _PACK_BYTES = 2**22  # docs/decisions/0018-packs-of-4-mib.md
+# The smallest weights stay whole if all of them together have at most this part of the bytes:
+# gathering a bias takes about as long as gathering a kernel.
+_KEPT_WHOLE = 1 / 64
 
 
 @dataclass(frozen=True)
 class ShardedUpdates:
-    """Makes the exchange; see `ExchangeMaker`."""
+    """Makes the exchange; see `ExchangeMaker`.
+
+    Attributes:
+        stage: As in `Zero`.
+        gather_again: As in `Zero`.
+    """
+
+    stage: int = 1
+    gather_again: bool = False
 
     def make(self, model: Any, strategy: Strategy) -> ShardedExchange:
         """Makes the exchange.
@@ -33,7 +44,12 @@ class ShardedUpdates:
             model: A built `keras.Model`.
             strategy: The strategy on whose replicas it trains.
         """
-        return ShardedExchange(model, strategy)
+        return ShardedExchange(
+            model,
+            strategy,
+            cuts_weights=self.stage == 3,
+            gathers_again=self.stage == 3 and self.gather_again,
+        )
 
 
 class ShardedExchange(Exchange):
@@ -46,58 +62,106 @@ class ShardedExchange(Exchange):
     Args:
         model: A built `keras.Model`.
         strategy: The strategy on whose replicas it trains.
+        cuts_weights: Whether weights are in parts too.
+        gathers_again: Whether whole weights are freed between the forward and the backward
+            pass.
     """
 
-    def __init__(self, model: Any, strategy: Strategy) -> None:
+    def __init__(
+        self,
+        model: Any,
+        strategy: Strategy,
+        cuts_weights: bool = False,
+        gathers_again: bool = False,
+    ) -> None:
+        self._gathers_again = gathers_again
         self._strategy = strategy
-        replicas = strategy.place.num_replicas
+        self._model = model
         self._cuts: dict[int, Cut] = {}  # of weights whose gradients are scattered
         self._slots: dict[int, Slot] = {}
         self._optimizers: set[int] = set()
+        self._is_training = False
+        if cuts_weights:
+            self._add_weights()
         for optimizer in optimizers_of(model):
             if len(_keras.with_nested([optimizer])) > 1 or not optimizer.built:
                 continue  # the optimizers that it wraps are in the list too
-            _check(optimizer)
-            for weight, variables in _keras.slots_in_parts(optimizer):
-                cut = cut_of(tuple(weight.shape), replicas)
-                if cut is None or not variables:
-                    continue
-                self._optimizers.add(id(optimizer))
-                if _keras.is_elementwise(optimizer):
-                    self._cuts[id(weight)] = cut
-                elif id(weight) in self._cuts:
-                    raise ArgumentError(
-                        "A weight must be trained by optimizers of one kind. Received: "
-                        f"{weight.path!r} of several optimizers, of which {optimizer.name!r} "
-                        "needs whole gradients. Leave `Zero` out."
-                    )
-                for variable in variables:
-                    self._slots[id(variable)] = Slot(variable, cut)
-            for variable in optimizer.variables:
-                if id(variable) not in self._slots:
-                    _keras.fill(variable)
+            self._add(optimizer)
         self._held = Slots(strategy, list(self._slots.values()))
+
+    def _add_weights(self) -> None:
+        """Cuts the weights, but for the smallest ones."""
+        weights = {id(v): v for v in _keras.weights_of_layers(self._model)}
+        for optimizer in optimizers_of(self._model):
+            weights |= {id(v): v for v in _keras.trained_variables(optimizer)}
+        by_size = sorted(weights.values(), key=_keras.num_bytes)
+        left = _KEPT_WHOLE * sum(map(_keras.num_bytes, by_size))
+        for weight in by_size:
+            left -= _keras.num_bytes(weight)
+            cut = cut_of(tuple(weight.shape), self._strategy.place.num_replicas)
+            if left < 0 and cut is not None and tf.as_dtype(weight.dtype).is_floating:
+                self._slots[id(weight)] = Slot(weight, cut, gathering=self)
+
+    def _add(self, optimizer: Any) -> None:
+        """Cuts the state of an optimizer."""
+        _check(optimizer)
+        for weight, variables in _keras.slots_in_parts(optimizer):
+            cut = cut_of(tuple(weight.shape), self._strategy.place.num_replicas)
+            if cut is None or not (variables or id(weight) in self._slots):
+                continue
+            self._optimizers.add(id(optimizer))
+            if _keras.is_elementwise(optimizer):
+                self._cuts[id(weight)] = cut
+            elif id(weight) in self._cuts:
+                raise ArgumentError(
+                    "A weight must be trained by optimizers of one kind. Received: "
+                    f"{weight.path!r} of several optimizers, of which {optimizer.name!r} "
+                    "needs whole gradients. Leave `Zero` out."
+                )
+            for variable in variables:
+                self._slots[id(variable)] = Slot(variable, cut)
+        for variable in optimizer.variables:
+            if id(variable) not in self._slots:
+                _keras.fill(variable)
 
     @property
     def parts(self) -> Sequence[tuple[Any, Sharded]]:
-        """The optimizer's variables in parts."""
+        """The variables in parts."""
         return [(slot.variable, slot.cut.role) for slot in self._slots.values()]
 
     @property
-    def part_bytes(self) -> int:
-        """Number of bytes of all parts on one replica."""
-        return sum(slot.bytes for slot in self._slots.values())
+    def part_bytes(self) -> tuple[int, int]:
+        """Number of bytes of one replica's parts: of the optimizer's state, and of weights."""
+        slots = self._slots.values()
+        return (
+            sum(slot.bytes for slot in slots if slot.gathering is None),
+            sum(slot.bytes for slot in slots if slot.gathering is not None),
+        )
 
     @property
     def held(self) -> Slots:
-        """The optimizer's variables."""
+        """The variables in parts."""
         return self._held
+
+    @property
+    def arrangement(self) -> Hashable:
+        """Whether weights are in parts now."""
+        return self._is_training
 
     @contextlib.contextmanager
     def training(self) -> Iterator[None]:
-        """Makes a context in which the optimizer's variables are in parts."""
-        with self._held.in_parts(), _keras.updating_parts(self):
-            yield
+        """Makes a context in which the variables are in parts."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._held.in_parts())
+            stack.enter_context(_keras.updating_parts(self))
+            if self._gathers_again:
+                stack.enter_context(_keras.regathered(self._model))
+            _keras.register_parts_of_weights(optimizers_of(self._model))
+            self._is_training = True
+            try:
+                yield
+            finally:
+                self._is_training = False
 
     # --- the reduction --------------------------------------------------------------------
 
@@ -106,7 +170,7 @@ class ShardedExchange(Exchange):
     ) -> tuple[Sums, Callable[[Tensor], None]]:
         """Sums the gradients. Of a dense one, each replica gets its part of the sum."""
         gradients, variables = contribution.gradients, contribution.variables
-        scattered = [
+        dense = [
             i
             for i, (gradient, variable) in enumerate(zip(gradients, variables, strict=True))
             if contribution.is_applied
@@ -114,10 +178,15 @@ class ShardedExchange(Exchange):
             and not contribution.are_rows[i]
             and not isinstance(gradient, tf.IndexedSlices)
         ]
+        cuts = {i: self._cuts[id(variables[i])] for i in dense}
+        # Some have been scattered in the backward pass.
+        scattered = [i for i in dense if tuple(gradients[i].shape) != cuts[i].part_shape]
         sums = list(gradients)
         # Before the others: the last layers' gradients come first.
-        self._scatter(sums, scattered, [self._cuts.get(id(v)) for v in variables])
-        rest = [i for i in range(len(gradients)) if i not in set(scattered)]
+        own = self.scatter([cuts[i] for i in scattered], [sums[i] for i in scattered])
+        for i, part in zip(scattered, own, strict=True):
+            sums[i] = part
+        rest = [i for i in range(len(gradients)) if i not in cuts]
         reduced, others = strategy.reduce_step(
             [gradients[i] for i in rest],
             contribution.others,
@@ -128,18 +197,16 @@ class ShardedExchange(Exchange):
             sums[i] = gradient
         return (sums, others), lambda counts: None
 
-    def _scatter(
-        self, sums: list[Tensor], scattered: Sequence[int], cuts: Sequence[Cut | None]
-    ) -> None:
-        """Replaces gradients by this replica's parts of their sums."""
-        for pack in packs_of([sums[i] for i in scattered], pack_bytes=_PACK_BYTES):
-            indices = [scattered[number] for number in pack]
-            chosen = [cut for i in indices if (cut := cuts[i]) is not None]
-            stacked = [cut.stacked(sums[i]) for i, cut in zip(indices, chosen, strict=True)]
-            own = self._strategy.sum_of_part(_concatenated(stacked))
-            parts = tf.split(own, [cut.part_size for cut in chosen])
-            for i, cut, part in zip(indices, chosen, parts, strict=True):
-                sums[i] = tf.reshape(part, cut.part_shape)
+    def scatter(self, cuts: Sequence[Cut], wholes: Sequence[Tensor]) -> list[Tensor]:
+        """Sums whole tensors over all replicas. The running one gets its part of each sum."""
+        own = list(wholes)
+        for pack in packs_of(wholes, pack_bytes=_PACK_BYTES):
+            stacked = [cuts[i].stacked(wholes[i]) for i in pack]
+            summed = self._strategy.sum_of_part(_concatenated(stacked))
+            parts = tf.split(summed, [cuts[i].part_size for i in pack])
+            for i, part in zip(pack, parts, strict=True):
+                own[i] = tf.reshape(part, cuts[i].part_shape)
+        return own
 
     # --- for the replacements in Keras's optimizers -----------------------------------------
 
@@ -150,11 +217,22 @@ class ShardedExchange(Exchange):
     def cut_of(self, variable: Any) -> Cut | None:
         """Returns the cut of a weight or of an optimizer's variable, or None."""
         slot = self._slots.get(id(variable))
-        return self._cuts.get(id(variable)) if slot is None else slot.cut
+        if slot is None or slot.gathering is not None:
+            return self._cuts.get(id(variable))
+        return slot.cut
+
+    def takes_parts(self, variable: Any) -> bool:
+        """Tells whether the optimizer of a weight takes this replica's part of its gradient."""
+        return id(variable) in self._cuts
 
     def replica_id(self) -> Tensor:
         """Returns the number of the running replica's parts."""
         return self._strategy.replica_id()
+
+    def local_numbers(self) -> Sequence[int]:
+        """Returns the numbers of the parts of this process."""
+        place = self._strategy.place
+        return range(place.first_replica, place.first_replica + place.local_replicas)
 
     def packs(self, variables: Sequence[Any]) -> list[list[int]]:
         """Groups variables into packs, whose parts are gathered together."""
@@ -188,7 +266,7 @@ class ShardedExchange(Exchange):
         return self._held.join(self._slots[id(variable)])
 
     def read(self, variable: Any) -> Any:
-        """Returns the whole value of an optimizer's variable as an array."""
+        """Returns the whole value of a variable as an array, if this process can have it."""
         return self._held.read(variable)
 
 

@@ -1,4 +1,4 @@
-"""Sharded optimizer state as a part of `fit`."""
+"""Sharded optimizer state and weights as a part of `fit`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tfdist.training.request import Request
 
 
 class ShardedOptimizer(Extension):
-    """Keeps the optimizer's state in parts.
+    """Keeps the optimizer's state in parts, and with stage 3 the weights.
 
     Args:
         zero: The user's settings.
@@ -31,7 +31,7 @@ class ShardedOptimizer(Extension):
         self._zero = zero
         self._compression = compression
         self._saves = False
-        self.exchange_maker = ShardedUpdates()
+        self.exchange_maker = ShardedUpdates(zero.stage, zero.gather_again)
 
     def choose(self, request: Request) -> Request:
         """Refuses what cannot be exact with parts.
@@ -45,6 +45,11 @@ class ShardedOptimizer(Extension):
                 "`Zero` sends gradients as they are. Received: strategy="
                 f"{self._zero!r} with compression={self._compression!r}. Leave one of them out."
             )
+        if request.is_private and self._zero.stage == 3:
+            raise ArgumentError(
+                "Private training needs whole weights. Received: privacy with "
+                f"strategy={self._zero!r}. Use tfdist.Zero(stage=1)."
+            )
         if request.model.run_eagerly and request.session.strategy.place.num_replicas > 1:
             raise ArgumentError(
                 "`Zero` needs steps that are traced. Received: a model that was compiled with "
@@ -54,7 +59,9 @@ class ShardedOptimizer(Extension):
         callbacks = callbacks if isinstance(callbacks, list | tuple) else [callbacks]
         for callback in callbacks:
             _check_callback(callback)
-        self._saves = any(isinstance(c, _saving()) for c in callbacks)
+            if self._zero.stage == 3 and request.session.strategy.place.num_workers > 1:
+                _check_reader(callback)
+        self._saves = any(isinstance(c, _saving()) or _draws(c) for c in callbacks)
         return request
 
     def around(self, request: Request) -> contextlib.AbstractContextManager[None]:
@@ -70,12 +77,17 @@ class ShardedOptimizer(Extension):
     def notice(self, request: Request) -> str | None:
         """Says in how many parts the optimizer's state is, and how large one is."""
         exchange = _exchange_of(request.model)
+        what = "the optimizer's state" if self._zero.stage == 1 else "the training's state"
         if exchange is None:
-            return "the optimizer's state is whole: there is one replica"
+            return f"{what} is whole: there is one replica"
         if not exchange.parts:
-            return "the optimizer's state is whole: it has nothing that is large enough to cut"
+            return f"{what} is whole: it has nothing that is large enough to cut"
         count = request.session.strategy.place.num_replicas
-        return f"optimizer state in {count} parts of {_size(exchange.part_bytes)}"
+        of_state, of_weights = exchange.part_bytes
+        sizes = [f"weights in {count} parts of {_size(of_weights)}"] if of_weights else []
+        if of_state:
+            sizes.append(f"optimizer state in {count} parts of {_size(of_state)}")
+        return ", ".join(sizes)
 
     def callbacks(self, request: Request, callbacks: Any, prepared: PreparedModel) -> Any:
         """Gathers the state at the end of each epoch, if a callback on the chief saves it."""
@@ -132,6 +144,23 @@ def _check_strategy(strategy: Strategy, zero: Zero) -> None:
 def _saving() -> tuple[type, ...]:
     names = ("ModelCheckpoint", "OrbaxCheckpoint")
     return tuple(getattr(keras.callbacks, n) for n in names if hasattr(keras.callbacks, n))
+
+
+def _draws(callback: Any) -> bool:
+    """Tells whether a callback writes pictures or histograms of weights."""
+    is_board = isinstance(callback, keras.callbacks.TensorBoard)
+    return is_board and bool(callback.histogram_freq or callback.write_images)
+
+
+def _check_reader(callback: Any) -> None:
+    """Refuses a callback that keeps all weights on each process."""
+    is_stopping = isinstance(callback, keras.callbacks.EarlyStopping)
+    if is_stopping and callback.restore_best_weights:
+        raise ArgumentError(
+            "With `Zero(stage=3)` on several processes, a callback must not keep all weights. "
+            "Received: EarlyStopping(restore_best_weights=True). Use a ModelCheckpoint with "
+            "save_best_only=True, and load what it saved."
+        )
 
 
 def _check_callback(callback: Any) -> None:

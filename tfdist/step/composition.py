@@ -58,6 +58,7 @@ def compose(
             reason = _why_indivisible(model, kind, step, source)
         composition = Composition(_keras.compiled_state(model), step, reason)
         compositions[kind] = composition
+    # An argument of the user is followed, whatever the trial says.
     is_whole = composition.indivisible is not None if whole_batch is None else whole_batch
     return whole(strategy) if is_whole and strategy.place.num_replicas > 1 else strategy
 
@@ -85,6 +86,7 @@ def why_whole(model: Any, kind: str) -> str | None:
 def _why_indivisible(
     model: Any, kind: str, step: _keras.StepTrace, source: Source
 ) -> str | None:
+    # What the trace shows comes first, since it costs nothing. Trial steps come last.
     if step.updates_in_branch:
         return "its step applies an optimizer in a branch, a loop or a tf.function"
     if step.raw:

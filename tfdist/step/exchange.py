@@ -61,6 +61,11 @@ class Exchange(abc.ABC):
         """The model's `keras.Variable`s that it keeps in parts while training."""
         return ()
 
+    @property
+    def arrangement(self) -> Hashable:
+        """How the model's variables are stored now. Functions are traced once for each way."""
+        return None
+
     def reset(self) -> None:  # noqa: B027
         """Resets its state, at the beginning of a training."""
 

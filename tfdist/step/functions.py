@@ -67,6 +67,10 @@ def make_functions(
     whole_batch = as_whole(strategy)
     if whole_batch is not None and whole_batch.has_company:
         return _with_whole_batches(whole_batch, replica, stop, variables, exchange)
+
+    def arrangement() -> Hashable:
+        return None if exchange is None else exchange.arrangement
+
     # One process waits for nobody. A chief with servers has no place for clocks in its steps.
     timers = StepTimers() if strategy.place.num_workers > 1 else None
     return Functions(
@@ -80,8 +84,10 @@ def make_functions(
             exchange,
             compiles=own_step is None and own_round is None,
         ),
-        test=_over_epoch(model, strategy, replica.test, StopState(), timers),
-        predict=_over_shares(model, strategy, replica.predict),
+        test=_over_epoch(
+            model, strategy, replica.test, StopState(), timers, arrangement=arrangement
+        ),
+        predict=_over_shares(model, strategy, replica.predict, arrangement),
         timers=timers,
     )
 
@@ -104,9 +110,9 @@ def _with_whole_batches(
 
     def train_and_share(epoch: Epoch) -> Logs:
         with strategy.waiting_for(f"step {epoch.steps_taken + 1}"):
-            stopped, changed, leaves = strategy.sums(stop.requests()).numpy()
-        stop.leaving = bool(leaves)
-        if changed:
+            stopped, members_changed, leaves, saves = strategy.sums(stop.requests()).numpy()
+        stop.leaving, stop.saving = bool(leaves), bool(saves)
+        if members_changed:
             raise MembersChanged("Processes came, or are about to go.")
         if stopped:
             stop.agreed = True
@@ -131,7 +137,8 @@ def _trace(model: Any, function: Callable[..., Any], **options: Any) -> Callable
     if model.run_eagerly:
         return function
     traced: Callable[..., Any] = tf.function(function, reduce_retracing=True, **options)
-    return traced
+    # Rounds of federated training are traced anew in each `fit`, since they hold its data.
+    return _keras.without_retracing_warning(traced)  # type: ignore[no-any-return]
 
 
 ReplicaStep = Callable[[Any, Tensor, Hashable], Result]
@@ -184,6 +191,7 @@ def _traced_steps(
         return result
 
     alone = strategy.place.num_replicas == 1
+    # XLA cannot compile the collectives of several replicas.
     compiled = alone and model.jit_compile and compiles
     compiled_step = _trace(model, on_replicas, jit_compile=compiled)
 
@@ -200,6 +208,7 @@ def _traced_steps(
         def next_step(completed: Tensor, _: Any) -> tuple[Tensor, Result]:
             return completed + 1, one_step(iterator, stopping)
 
+        # The first step runs outside of the loop, which needs the types of its results.
         started = (tf.constant(1), one_step(iterator, stopping))
         _, last = tf.while_loop(lambda completed, _: completed < steps, next_step, started)
         return last  # type: ignore[no-any-return]
@@ -216,15 +225,17 @@ def _over_epoch(
     own_step: OwnStep | None = None,
     exchange: Exchange | None = None,
     compiles: bool = True,
+    arrangement: Callable[[], Hashable] = lambda: None,
 ) -> Callable[[Epoch], Logs]:
     """Wraps a replica's step into a function of an epoch, `steps_per_execution` at a time."""
-    of_phase = functools.cache(
-        functools.partial(_traced_steps, model, strategy, step, timers, own_step, compiles)
-    )
+
+    @functools.cache
+    def of_phase(phase: Hashable, arranged: Hashable) -> _TracedSteps:
+        return _traced_steps(model, strategy, step, timers, own_step, compiles, phase)
 
     def make_step(epoch: Epoch, stopping: Tensor) -> Result:
         phase = None if exchange is None else exchange.next_phase()
-        result = of_phase(phase).one_step(epoch.iterator, stopping)
+        result = of_phase(phase, arrangement()).one_step(epoch.iterator, stopping)
         if exchange is not None:
             exchange.end_step()
         return result
@@ -257,7 +268,7 @@ def _over_epoch(
                         raise
                     steps = completed
             else:
-                several_steps = of_phase(None).several_steps
+                several_steps = of_phase(None, arrangement()).several_steps
                 logs, signals = several_steps(epoch.iterator, tf.constant(steps), stopping)
         # All workers heed the signals of the same step, and before any callback sees its logs.
         if strategy.place.num_workers > 1:
@@ -269,7 +280,10 @@ def _over_epoch(
 
 
 def _over_shares(
-    model: Any, strategy: Strategy, step: Callable[..., Any]
+    model: Any,
+    strategy: Strategy,
+    step: Callable[..., Any],
+    arrangement: Callable[[], Hashable] = lambda: None,
 ) -> Callable[[list[Share]], Any]:
     noise = _keras.OwnNoise(strategy.place.worker_index)
 
@@ -277,9 +291,12 @@ def _over_shares(
         with noise.drawing():
             return strategy.run(step, share)
 
-    one_step = _trace(model, predict_share)
+    @functools.cache
+    def traced(arranged: Hashable) -> Callable[..., Any]:
+        return _trace(model, predict_share)
 
     def function(shares: list[Share]) -> Any:
+        one_step = traced(arrangement())
         with strategy.waiting_for("a step"):
             outputs = [one_step(share) for share in shares]
         return tf.nest.map_structure(lambda *parts: tf.concat(parts, 0), *outputs)

@@ -36,8 +36,8 @@ class Liveness:
     """Bytes of a step's tensors.
 
     Attributes:
-        kept: Bytes of the activations that the backward pass needs, at the end of the forward
-            pass. Without weights and the batch.
+        activations: Bytes of the activations that the backward pass needs, at the end of the
+            forward pass. Without weights and the batch.
         peak: The largest number of bytes at a time, with gradients, without weights.
         gradients: Bytes of the gradients.
         largest: Bytes of the largest tensor that is no gradient.
@@ -46,7 +46,7 @@ class Liveness:
         unsized: Number of tensors whose shapes are unknown, which are not counted.
     """
 
-    kept: int
+    activations: int
     peak: int
     gradients: int
     largest: int
@@ -61,58 +61,59 @@ def liveness(step: StepGraph) -> Liveness:
     Args:
         step: The graph of the step.
     """
-    needed = _needed(step)
-    memory = _Memory(step, needed)
+    ops = _needed_ops(step)
+    memory = _Memory(step, ops)
     live = peak = 0
     largest, largest_name = 0, ""
-    kept = sum(
+    activations = sum(
         size
         for root, size in memory.sizes.items()
-        if memory.made[root] < step.forward <= memory.last.get(root, -1)
+        if memory.first[root] < step.forward <= memory.last.get(root, -1)
     )
-    for index, op in needed:
-        made = memory.made_by(index, op)
-        live += sum(memory.sizes[root] for root in made)
+    # Allocated before freed: while an op runs, its inputs and outputs are both in memory.
+    for index, op in ops:
+        allocated = memory.made_by(index, op)
+        live += sum(memory.sizes[root] for root in allocated)
         peak = max(peak, live)
-        for root in made:
+        for root in allocated:
             if memory.sizes[root] > largest and root not in memory.of_gradients:
                 largest, largest_name = memory.sizes[root], op.name
-        live -= sum(memory.sizes[root] for root in memory.ended_by(index, made))
+        live -= sum(memory.sizes[root] for root in memory.ended_by(index, allocated))
     gradients = sum(map(_bytes, _dense(step.gradients)))
-    loops = tuple(op.name for _, op in needed if op.type in _CALLS)
-    return Liveness(kept, peak, gradients, largest, largest_name, loops, memory.unsized)
+    loops = tuple(op.name for _, op in ops if op.type in _CALLS)
+    return Liveness(activations, peak, gradients, largest, largest_name, loops, memory.unsized)
 
 
 class _Memory:
     """The buffers of a graph: their sizes, and the ops that first and last use them."""
 
-    def __init__(self, step: StepGraph, needed: Sequence[tuple[int, Any]]) -> None:
+    def __init__(self, step: StepGraph, ops: Sequence[tuple[int, Any]]) -> None:
         self.sizes: dict[str, int] = {}
         self.unsized = 0
-        self.made: dict[str, int] = {}
+        self.first: dict[str, int] = {}
         self.last: dict[str, int] = {}
         self._aliases: dict[str, str] = {}
         self._ends: dict[int, list[str]] = {}
-        self._add(needed)
+        self._add(ops)
         end = len(step.ops)
         self.of_gradients = {self._root(t) for t in _dense(step.gradients)}
         for root in self.of_gradients:
             self.last[root] = end
-        self._reuse(needed)
+        self._reuse(ops)
         for root, index in self.last.items():
             self._ends.setdefault(index, []).append(root)
 
-    def _add(self, needed: Sequence[tuple[int, Any]]) -> None:
-        for index, op in needed:
+    def _add(self, ops: Sequence[tuple[int, Any]]) -> None:
+        for index, op in ops:
             for number, output in enumerate(op.outputs):
                 if op.type in _ALIASES and number < len(op.inputs):
                     self._aliases[output.name] = op.inputs[number].name
                     continue
                 self.sizes[output.name] = 0 if op.type in _OUTSIDE else _bytes(output)
                 self.unsized += op.type not in _OUTSIDE and _is_unsized(output)
-                self.made[output.name] = index
+                self.first[output.name] = index
         # The gradient of a loop adds inputs to ops that were made before.
-        for index, op in needed:
+        for index, op in ops:
             if op.type not in _OF_SHAPES:
                 for tensor in op.inputs:
                     self.last[self._root(tensor)] = index
@@ -124,9 +125,9 @@ class _Memory:
             name = self._aliases[name]
         return name
 
-    def _reuse(self, needed: Sequence[tuple[int, Any]]) -> None:
+    def _reuse(self, ops: Sequence[tuple[int, Any]]) -> None:
         """Lets ops write into the memory of inputs that end with them."""
-        for index, op in needed:
+        for index, op in ops:
             if op.type not in _IN_PLACE:
                 continue
             output = op.outputs[0].name
@@ -136,20 +137,20 @@ class _Memory:
                 if fits and self.last.get(root) == index and root not in self.of_gradients:
                     # The input's memory goes on as that of the output.
                     self.last[root] = -1
-                    self.made[output] = self.made[root]
+                    self.first[output] = self.first[root]
                     break
 
     def made_by(self, index: int, op: Any) -> list[str]:
         """Lists the buffers that an op allocates."""
-        return [t.name for t in op.outputs if self.made.get(t.name) == index]
+        return [t.name for t in op.outputs if self.first.get(t.name) == index]
 
-    def ended_by(self, index: int, made: Iterable[str]) -> list[str]:
+    def ended_by(self, index: int, allocated: Iterable[str]) -> list[str]:
         """Lists the buffers that are free after an op."""
-        unused = [name for name in made if name not in self.last]
+        unused = [name for name in allocated if name not in self.last]
         return [*self._ends.get(index, []), *unused]
 
 
-def _needed(step: StepGraph) -> list[tuple[int, Any]]:
+def _needed_ops(step: StepGraph) -> list[tuple[int, Any]]:
     """Lists the ops that gradients and changes of state depend on, with their positions."""
     waiting = [t.op for t in _dense(step.gradients)]
     waiting += [op for op in step.ops if op.type.startswith("Assign")]

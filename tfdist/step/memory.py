@@ -46,6 +46,7 @@ class DeviceMemory:
     @property
     def total(self) -> int:
         """The estimated peak."""
+        # Sums are there only after the backward pass, when no activations are left.
         return self.weights + self.slots + max(self.step, self.gradients + self.exchange)
 
 
@@ -143,13 +144,14 @@ def memory(
         4040
     """
     _check(model, batch_size, replicas)
-    chosen = current(strategy).strategy
-    if chosen.has_servers:
+    selected = current(strategy).strategy
+    if selected.has_servers:
         raise ArgumentError(
             "`memory` needs a strategy whose devices hold all weights. Received: "
-            f"strategy={chosen.name!r}. tfdist.placement shows what each server holds."
+            f"strategy={selected.name!r}. tfdist.placement shows what each server holds."
         )
-    count = replicas or chosen.place.num_replicas
+    count = replicas or selected.place.num_replicas
+    # Powers of two show how the memory of a device falls with the number of devices.
     counts = sorted({count, *(2**i for i in range(count.bit_length()) if 2**i < count)})
     steps = [_step(model, -(-batch_size // number), x, y) for number in counts]
     weights, slots = sum(map(_keras.num_bytes, model.variables)), _slots(model)
@@ -161,7 +163,7 @@ def memory(
             slots=slots,
             gradients=step.gradients,
             exchange=step.gradients if number > 1 else 0,
-            activations=step.kept,
+            activations=step.activations,
             step=step.peak,
             largest=step.largest,
             largest_name=step.largest_name,
@@ -170,7 +172,7 @@ def memory(
     )
     recomputed = len(_keras.recomputed_calls(model))
     loops, unsized = steps[-1].loops, steps[-1].unsized
-    return Memory(chosen.name, batch_size, devices, recomputed, loops, unsized)
+    return Memory(selected.name, batch_size, devices, recomputed, loops, unsized)
 
 
 def _check(model: Any, batch_size: Any, replicas: Any) -> None:

@@ -76,6 +76,8 @@ class PreparedModel:
     def end_training(self) -> None:
         """Drops what holds the data of a training: rounds, which no other training can use."""
         if self.own_round is not None:
+            # Rounds hold the data of this training, which would stay in memory as long as the
+            # model.
             self.functions = replace(self.functions, train=_dropped)
             self.own_round, self.round_maker = None, _Dropped()
 
@@ -92,7 +94,8 @@ class PreparedModel:
                 yield
             return
         stop = self.stop
-        stop.requested = stop.agreed = stop.members_changed = stop.leaving = False
+        stop.requested = stop.agreed = stop.members_changed = False
+        stop.leaving = stop.saving = False
         timers = self.functions.timers
         here.data_counts = None if timers is None else timers.counts
         # The order matters when the contexts end: Keras gets its functions back before the
@@ -164,12 +167,15 @@ def prepare(
     makers = (maker, exchange_maker, round_maker)
     previous = _keras.attached(model).prepared
     usable = previous is not None and previous.fits(model, strategy)
+    # A callback that evaluates names no extension. It must get the functions of the training
+    # that is running, not replace them.
     if usable and (
         not for_training
         or (previous.maker, previous.exchange_maker, previous.round_maker) == makers
     ):
         return previous  # type: ignore[no-any-return]
     stop = StopState()
+    # That of an earlier private training would count as one of the optimizers of this one.
     _keras.attached(model).clip_optimizer = None
     own_step = None if maker is None else maker.make(model, strategy)
     exchange = _exchange(previous, model, strategy, exchange_maker)

@@ -80,35 +80,36 @@ def recompute(model: Any, layers: str | Iterable[Any] = "blocks") -> Recomputati
                 '`layers` must be "blocks", or a list of names or layers. Received: '
                 f"layers={layers!r}. For one layer, pass a list: layers=[{layers!r}]."
             )
-        chosen = _blocks(model)
+        selected = _blocks(model)
     else:
-        chosen = _named(tree, list(layers))
-    ids = {id(layer) for layer in chosen}
+        selected = _named(tree, list(layers))
+    ids = {id(layer) for layer in selected}
     before = {id(call.layer) for call in _keras.recomputed_calls(model)}
     for layer, _ in tree:
         if (id(layer) in ids) != (id(layer) in before):
             _keras.set_recomputed(layer, id(layer) in ids)
+    # A function that is traced already would still use the earlier choice.
     if ids != before and isinstance(model, keras.Model):
         model.train_function = None  # Keras traces it again
-    found = {id(layer): path for layer, path in reversed(tree)}
+    paths = {id(layer): path for layer, path in reversed(tree)}
     return Recomputation(
-        tuple(found[id(layer)] for layer in chosen),
-        tuple(type(layer).__name__ for layer in chosen),
+        tuple(paths[id(layer)] for layer in selected),
+        tuple(type(layer).__name__ for layer in selected),
     )
 
 
 def _tree(model: Any, path: str = "") -> list[tuple[Any, str]]:
     """Lists the layers below a model, each with its path."""
-    found: list[tuple[Any, str]] = []
+    layers: list[tuple[Any, str]] = []
     for layer in _keras.sublayers(model):
         below = f"{path}/{layer.name}" if path else layer.name
-        found += [(layer, below), *_tree(layer, below)]
-    return found
+        layers += [(layer, below), *_tree(layer, below)]
+    return layers
 
 
-def _named(tree: Sequence[tuple[Any, str]], wanted: Sequence[Any]) -> list[Any]:
-    chosen: dict[int, Any] = {}
-    for name in wanted:
+def _named(tree: Sequence[tuple[Any, str]], names_or_layers: Sequence[Any]) -> list[Any]:
+    selected: dict[int, Any] = {}
+    for name in names_or_layers:
         matching = [
             layer for layer, path in tree if name is layer or name in (layer.name, path)
         ]
@@ -119,8 +120,8 @@ def _named(tree: Sequence[tuple[Any, str]], wanted: Sequence[Any]) -> list[Any]:
                 "`layers` must name layers of the model. Received: "
                 f"{name!r}, which is none of them. Names like it: {', '.join(close)}."
             )
-        chosen.update({id(layer): layer for layer in matching})
-    return list(chosen.values())
+        selected.update({id(layer): layer for layer in matching})
+    return list(selected.values())
 
 
 def _blocks(model: Any) -> list[Any]:
@@ -162,6 +163,8 @@ def _repeated(layer: Any) -> list[Any]:
     counts = Counter(kinds)
     blocks: list[Any] = []
     for part, kind in zip(parts, kinds, strict=True):
+        # Blocks may be made of blocks. The level with the most equal parts is taken: while a
+        # part is computed again, its activations are in memory, so small parts are better.
         inside = _repeated(part)
         largest = max(Counter(map(_kind, inside)).values(), default=0)
         alone = counts[kind] < 2

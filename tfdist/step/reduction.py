@@ -37,7 +37,8 @@ class StepAgreement:
     Attributes:
         status: Scalar int32. If it is not `GOES_ON`, the step changes nothing.
         leaving: Scalar bool: whether a worker has to leave. The step is made nevertheless.
-        needed: Whether there are other workers.
+        saving: Scalar bool: whether a worker asks for a checkpoint.
+        has_peers: Whether there are other workers.
         seconds: Scalar float64: the seconds of reductions, if there are other workers.
     """
 
@@ -50,16 +51,17 @@ class StepAgreement:
         exchange: tuple[Exchange, Hashable] | None = None,
     ) -> None:
         self._strategy = strategy
-        self.needed = strategy.place.num_workers > 1
+        self.has_peers = strategy.place.num_workers > 1
         self.status: Tensor = tf.constant(GOES_ON)
         self.leaving: Tensor = tf.constant(False)
+        self.saving: Tensor = tf.constant(False)
         self.seconds: Tensor = tf.zeros([], tf.float64)
-        self._known = not self.needed
+        self._has_heard = not self.has_peers
         self._exchange = exchange
         self._replicas = float(strategy.place.num_replicas)
-        self._said = tf.concat([stopping, share.check, tf.square(share.check)], 0)
-        if self.needed and strategy.signals_lead(elements):
-            (summed,) = strategy.all_reduce_sum([self._said])
+        self._signals = tf.concat([stopping, share.check, tf.square(share.check)], 0)
+        if self.has_peers and strategy.signals_lead(elements):
+            (summed,) = strategy.all_reduce_sum([self._signals])
             self._hear(summed)
 
     def reduce(
@@ -75,17 +77,18 @@ class StepAgreement:
         """Sums tensors over all replicas. The first reduction also sums the signals."""
         # The signals are the last tensor of the collective. Their position must be the same on
         # all workers, since collectives match tensors by position.
-        signals = [] if self._known else [self._said]
+        signals = [] if self._has_heard else [self._signals]
         exact_tensors = [*others, *signals]
-        began = timers.now([gradients, exact_tensors]) if self.needed else self.seconds
+        began = timers.now([gradients, exact_tensors]) if self.has_peers else self.seconds
         contribution = Contribution(
             gradients, exact_tensors, batch.share, variables, loss_scales, are_rows, is_applied
         )
         (gradients, others), store_state = self._sums(contribution)
-        if self.needed:
+        if self.has_peers:
             self.seconds += timers.now([gradients, others]) - began
         if signals:
             self._hear(others.pop())
+        # An exchange changes its state only if the step counts.
         if store_state is not None:
             store_state(self.goes_on)
         return gradients, others
@@ -114,14 +117,15 @@ class StepAgreement:
 
     def _hear(self, summed: Tensor) -> None:
         """Sets the status from the summed signals of all replicas."""
-        stopping, sums, squares = tf.split(summed, [3, 4, 4])
+        stopping, sums, squares = tf.split(summed, [4, 4, 4])
         # Checksums are equal on all R replicas exactly if R times the sum of their squares is
         # the square of their sum: their variance is 0 then. Each part of a checksum is a whole
         # number below 64, so these sums are exact in float32 for up to 4096 replicas.
         differ = tf.reduce_any(squares * self._replicas != tf.square(sums))
         status = tf.where(differ, DISAGREED, tf.where(stopping[0] > 0, STOPPED, GOES_ON))
         status = tf.where(stopping[1] > 0, MEMBERS_CHANGED, status)
-        self.status, self.leaving, self._known = status, stopping[2] > 0, True
+        self.status, self._has_heard = status, True
+        self.leaving, self.saving = stopping[2] > 0, stopping[3] > 0
 
     def do(self, action: Callable[[], None]) -> None:
         """Calls a function if the step counts."""
@@ -130,7 +134,7 @@ class StepAgreement:
             action()
             return tf.constant(True)
 
-        if self.needed:
+        if self.has_peers:
             tf.cond(self.goes_on, act, lambda: tf.constant(False))
         else:
             action()
@@ -259,6 +263,8 @@ class ReducedUpdates:
         # Before the backward pass: collectives inside the model (synchronized
         # BatchNormalization) then carry gradients of the global loss.
         self._scaled.add(id(optimizer))
+        # An own `train_step` may take gradients of other losses too.
+        self._batch.is_weighed = not self._at_once
         return loss * tf.cast(self._batch.share, loss.dtype)
 
     def apply(
@@ -284,10 +290,10 @@ class ReducedUpdates:
         scales = [waiting.loss_scale for waiting in self._waiting for _ in waiting.pairs()]
         gradients = [gradient for gradient, _ in pairs]
         are_fixed = [_keras.has_fixed_rows(gradient) for gradient in gradients]
-        sent = [g.values if fixed else g for g, fixed in zip(gradients, are_fixed, strict=True)]
+        parts = [g.values if fix else g for g, fix in zip(gradients, are_fixed, strict=True)]
         summed, others = self.agreement.reduce(
             self._batch,
-            sent,
+            parts,
             with_gradients,
             [v for _, v in pairs],
             scales,
@@ -325,7 +331,7 @@ class ReducedUpdates:
         self.agreement.finish()
         changes = reduced[len(differing) :]
         self._assign(differing, reduced)
-        if self.agreement.needed:
+        if self.agreement.has_peers:
             # A step that does not count changes nothing: variables get their values before it.
             changes = [self.agreement.choose(c, tf.zeros_like(c)) for c in changes]
             for variable, before in touched:

@@ -33,6 +33,8 @@ class StopState:
             come or will go.
         preempted: Set when this worker has to leave. The next step sends it to the others.
         leaving: Set when a step has received that. All workers leave after this step.
+        warned: Set when this worker asks for a checkpoint. The next step tells the others.
+        saving: Set when a step has received that. All workers save after this step.
     """
 
     requested: bool = False
@@ -40,12 +42,13 @@ class StopState:
     members_changed: bool = False
     preempted: bool = False
     leaving: bool = False
+    warned: bool = False
+    saving: bool = False
 
     def requests(self) -> Tensor:
-        """Returns the requests that this worker sends: float32 of shape [3]."""
-        return tf.constant(
-            [float(signal) for signal in (self.requested, self.members_changed, self.preempted)]
-        )
+        """Returns the requests that this worker sends: float32 of shape [4]."""
+        requests = self.requested, self.members_changed, self.preempted, self.warned
+        return tf.constant([float(request) for request in requests])
 
 
 class Signals(NamedTuple):
@@ -55,18 +58,21 @@ class Signals(NamedTuple):
         status: Scalar int32; see `StepAgreement`.
         check: This worker's `Share.check`.
         leaving: Scalar bool; see `StepAgreement`.
+        saving: Scalar bool; see `StepAgreement`.
         reducing: Scalar float64: seconds that this worker's reduction took. It is not sent.
     """
 
     status: Tensor
     check: Tensor
     leaving: Tensor
+    saving: Tensor
     reducing: Tensor
 
 
 def no_signals() -> Signals:
     """Returns the signals of a process without other workers."""
-    return Signals(tf.constant(0), tf.zeros([4]), tf.constant(False), tf.zeros([], tf.float64))
+    never, seconds = tf.constant(False), tf.zeros([], tf.float64)
+    return Signals(tf.constant(0), tf.zeros([4]), never, never, seconds)
 
 
 def signals_of(agreement: StepAgreement, share: Share) -> Signals:
@@ -76,7 +82,9 @@ def signals_of(agreement: StepAgreement, share: Share) -> Signals:
         agreement: The agreement of the step.
         share: The replica's part of the batch.
     """
-    return Signals(agreement.status, share.check, agreement.leaving, agreement.seconds)
+    return Signals(
+        agreement.status, share.check, agreement.leaving, agreement.saving, agreement.seconds
+    )
 
 
 def heed(signals: Signals, stop: StopState, strategy: Strategy, epoch: Epoch) -> None:
@@ -93,8 +101,11 @@ def heed(signals: Signals, stop: StopState, strategy: Strategy, epoch: Epoch) ->
         MembersChanged: Processes came, or are about to go.
         DisagreementError: The workers drew different batches.
     """
-    stop.leaving = bool(signals.leaving)
+    # No error: the step counts, and the training is saved after it.
+    stop.leaving, stop.saving = bool(signals.leaving), bool(signals.saving)
     status = int(signals.status)
+    # Keras's loop ends at a StopIteration, as if the data had run out. `agreed` tells the
+    # difference.
     if status == STOPPED:
         stop.agreed = True
         raise StopIteration

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
 from dataclasses import dataclass
 from typing import Any
@@ -75,6 +76,10 @@ class TrainState:
         """
         return next((role for v, role in self.parts if v is variable), None)
 
+    def showing_parts(self) -> contextlib.AbstractContextManager[None]:
+        """Makes a context in which each variable in parts has the shape of its part."""
+        return _keras.showing_parts([variable for variable, _ in self.parts])
+
     @property
     def per_replica(self) -> tuple[Any, ...]:
         """Variables of which each replica has its own value."""
@@ -105,6 +110,7 @@ class TrainState:
         Args:
             model: A built `keras.Model`.
         """
+        # In the same order as well: a checkpoint names tensors by their positions.
         return [id(v) for v in self.of_model] == [id(v) for v in variables_of(model)]
 
 
@@ -126,6 +132,7 @@ def variables_of(model: Any) -> list[Any]:
     """
     optimizers = optimizers_of(model)
     parts = [model.variables, *(o.variables for o in optimizers)]
+    # A step may train weights that are in no layer.
     parts += [_keras.trained_variables(o) for o in optimizers]
     if model.compiled:
         parts.append(_keras.metric_variables(model))

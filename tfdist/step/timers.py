@@ -59,6 +59,7 @@ class StepTimers:
             iterator: The iterator.
         """
         began = now()
+        # Otherwise the graph could draw the data before it reads the clock.
         with tf.control_dependencies([began]):
             share = next_share(iterator)
         with tf.control_dependencies(_tensors(share)):

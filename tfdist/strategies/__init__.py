@@ -57,6 +57,7 @@ def choose(name: str, cluster: Cluster) -> tuple[type[Strategy], str]:
                 f"{obstacle}."
             )
         return strategy, "as asked for"
+    # All of them, also those of other packages, are asked in the order of their priority.
     candidates = sorted(map(find, names()), key=lambda s: s.priority, reverse=True)
     for strategy in candidates:
         reason = strategy.chosen_by(cluster)

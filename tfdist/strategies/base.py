@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import keras
 import numpy as np
 import tensorflow as tf
 
@@ -213,14 +212,23 @@ class Strategy(Collectives):
         """
         return contextlib.nullcontext()
 
-    def make_variable(self, value: Tensor, name: str) -> Any:
+    def make_variable(self, value: Tensor, name: str, trainable: bool = False) -> Any:
         """Makes a backing variable of which each replica of this process has its own value.
 
         Args:
             value: The initial value on all of them.
             name: Its name.
+            trainable: Whether a `tf.GradientTape` watches it by itself.
         """
-        return tf.Variable(value, trainable=False, name=name)
+        return tf.Variable(value, trainable=trainable, name=name)
+
+    def local_tensors(self, variable: Any) -> list[Tensor]:
+        """Returns a variable's value on each replica of this process, not copied.
+
+        Args:
+            variable: A `keras.Variable`, inside `hold`.
+        """
+        return [tf.convert_to_tensor(variable)]
 
     def copies(self, variable: Any) -> list[Any]:
         """Returns a variable's value on each replica of this process, as arrays.
@@ -228,7 +236,7 @@ class Strategy(Collectives):
         Args:
             variable: A `keras.Variable`, inside `hold`.
         """
-        return [np.asarray(keras.ops.convert_to_numpy(variable))]
+        return [np.asarray(value) for value in self.local_tensors(variable)]
 
     def assign_copies(self, variable: Any, values: Sequence[Any]) -> None:
         """Assigns a value of its own to each replica of this process.

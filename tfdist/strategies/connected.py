@@ -56,6 +56,7 @@ class Connected(Strategy):
                 self._take_chiefs(group)
 
     def _take_chiefs(self, variables: Sequence[Any]) -> None:
+        # As bytes, which arrive bit by bit: NaN and -0.0 too.
         local_values = [_value(variable) for variable in variables]
         content = b"".join(value.tobytes() for value in local_values)
         received = self.broadcast_bytes(content) if content else b""

@@ -47,6 +47,7 @@ def check_devices(strategy: Any, replicas: int) -> None:
     Raises:
         StrategyError: It is one.
     """
+    # A script may also have chosen a distribution by `set_distribution`.
     if isinstance(strategy, str) and strategy == "auto":
         strategy = keras.distribution.distribution()
     if not isinstance(strategy, _KINDS) or math.prod(strategy.device_mesh.shape) == replicas:

@@ -66,6 +66,7 @@ class Mesh:
         names = [name for name, _ in self.axes]
         if axis not in names:
             return replica * 0
+        # Usual: no operations for a replica index that is a tensor.
         if self.size_of(axis) == self.size:
             return replica
         stride = math.prod(size for _, size in self.axes[names.index(axis) + 1 :])

@@ -29,6 +29,7 @@ class MultiWorker(TFDistribute):
     priority = 30
 
     def __init__(self, cluster: Cluster) -> None:
+        # TensorFlow creates its devices once in a process, and can join a cluster only before.
         require_unused_tensorflow(cluster)
         strategy = _connect(cluster)
         local = len(strategy.extended.worker_devices)
@@ -71,6 +72,7 @@ class MultiWorker(TFDistribute):
 def _connect(cluster: Cluster) -> Any:
     """Starts TensorFlow's server and waits for the other workers, up to a limit."""
     seconds = start_timeout()
+    # TensorFlow itself would wait for a worker that never starts, and not say which one it is.
     meet(
         cluster,
         seconds,
@@ -78,8 +80,10 @@ def _connect(cluster: Cluster) -> Any:
     )
     jobs = {job: list(cluster.jobs[job]) for job in cluster.jobs if job in ("chief", "worker")}
     spec = tf.train.ClusterSpec(jobs)
+    # The coordination service runs in the chief, or in worker 0 if no task is the chief.
     leader = next(job for job in ("chief", "worker") if job in jobs)
     counts = {job: len(tasks) for job, tasks in jobs.items()}
+    # Before the strategy, which uses a configuration that is there already.
     _keras.configure_coordination(counts, leader, seconds)
     try:
         return MultiWorkerMirroredStrategy(

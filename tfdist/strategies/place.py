@@ -37,6 +37,7 @@ class Place:
     mesh: Mesh = _UNNAMED
 
     def __post_init__(self) -> None:
+        # A default that depends on another field, in a frozen class.
         if not self.mesh.axes:
             object.__setattr__(self, "mesh", data_mesh(self.num_replicas))
         if self.mesh.size != self.num_replicas:
@@ -81,6 +82,7 @@ class Place:
             replicas += f" ({self.mesh})"
         if batch_size is None:
             return replicas
+        # As `data.source.bounds` cuts a batch.
         edges = [batch_size * share // shares for share in range(shares + 1)]
         sizes = [end - begin for begin, end in itertools.pairwise(edges)]
         split = (

@@ -90,11 +90,11 @@ def placement(model: Any, strategy: Any = "auto") -> Placement:
         dense/bias         (10,)     ps 1       40           80
         bytes of each server: ps 0: 7,680, ps 1: 120
     """
-    chosen = strategy if isinstance(strategy, ParameterServer) else current(strategy).strategy
-    if not isinstance(chosen, ParameterServer):
+    selected = strategy if isinstance(strategy, ParameterServer) else current(strategy).strategy
+    if not isinstance(selected, ParameterServer):
         raise ArgumentError(
             "`placement` needs the strategy 'parameter_server'. Received: "
-            f"strategy={chosen.name!r}. Start the script with `tfdist run -n 2 --ps 2`."
+            f"strategy={selected.name!r}. Start the script with `tfdist run -n 2 --ps 2`."
         )
     if not isinstance(model, keras.Model) or not model.built:
         raise ArgumentError(
@@ -106,7 +106,7 @@ def placement(model: Any, strategy: Any = "auto") -> Placement:
         if not optimizer.built:
             optimizer.build(model.trainable_variables)
     homes = []
-    for variable, parts, slots in chosen.placed(model.variables, optimizers):
+    for variable, parts, slots in selected.placed(model.variables, optimizers):
         rows = int(variable.shape[0]) if variable.shape.rank else 1
         for part in parts:
             fraction = (part.end - part.begin) / rows if len(parts) > 1 else 1.0
@@ -122,4 +122,4 @@ def placement(model: Any, strategy: Any = "auto") -> Placement:
             )
     order = {v.path: i for i, v in enumerate(model.variables)}
     homes.sort(key=lambda home: order.get(home.path, len(order)))
-    return Placement(tuple(homes), chosen.num_servers)
+    return Placement(tuple(homes), selected.num_servers)

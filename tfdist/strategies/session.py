@@ -52,8 +52,8 @@ class Session:
             every worker.
         """
         fixed_seed = self.seed if seed is None else seed
-        proposed = _next_seed() if fixed_seed is None else fixed_seed
-        return int(self.strategy.broadcast_object(proposed))
+        local_seed = _next_seed() if fixed_seed is None else fixed_seed
+        return int(self.strategy.broadcast_object(local_seed))
 
     def describe(self, batch_size: int | None) -> str:
         """Returns a line that says which strategy was chosen, why, and how a batch is split.
@@ -148,6 +148,7 @@ def _begin(strategy: Any, seed: int | None) -> Session:
     cluster = Cluster.from_environment()
     zero = of_environment()
     key: Any
+    # A process connects once, so it keeps its strategy.
     if isinstance(strategy, str) and strategy == "auto" and _current is not None:
         chosen, reason, zero = _current.strategy, _current.reason, _current.zero
         key = next(key for key, past in _sessions.items() if past.strategy is chosen)

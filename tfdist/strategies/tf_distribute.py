@@ -149,19 +149,19 @@ class TFDistribute(Connected):
             return contextlib.nullcontext()
         return MirroredVariables(self.strategy, variables, optimizers)
 
-    def make_variable(self, value: Tensor, name: str) -> Any:
+    def make_variable(self, value: Tensor, name: str, trainable: bool = False) -> Any:
         """Makes a variable with a copy on each device of this process."""
         if self.place.local_replicas == 1:
-            return super().make_variable(value, name)
+            return super().make_variable(value, name, trainable)
         with self.strategy.scope():
             return tf.Variable(
-                value, trainable=False, name=name, aggregation=tf.VariableAggregation.NONE
+                value, trainable=trainable, name=name, aggregation=tf.VariableAggregation.NONE
             )
 
-    def copies(self, variable: Any) -> list[Any]:
+    def local_tensors(self, variable: Any) -> list[Tensor]:
         """Returns the value of a variable on each device of this process."""
         local_values = self.strategy.experimental_local_results(variable.value)
-        return [np.asarray(value) for value in local_values]
+        return [tf.convert_to_tensor(value) for value in local_values]
 
     def assign_copies(self, variable: Any, values: Sequence[Any]) -> None:
         """Assigns a value of its own to each device of this process."""
@@ -334,6 +334,7 @@ def adopt(strategy: Any) -> TFDistribute:
     replicas = strategy.num_replicas_in_sync
     local = len(strategy.extended.worker_devices)
     resolver = strategy.cluster_resolver
+    # An instance of several workers has more replicas than devices in this process.
     workers, index = 1, 0
     if replicas != local:
         workers = replicas // local

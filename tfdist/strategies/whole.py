@@ -58,6 +58,8 @@ class Whole(Strategy):
         Args:
             variables: `keras.Variable`s, in the same order on every worker.
         """
+        # A sum to which only the chief contributes is a broadcast, which not every strategy
+        # has.
         values = self._summed([tf.convert_to_tensor(v) for v in variables], is_chiefs=True)
         for variable, value in zip(variables, values, strict=True):
             variable.assign(value)
@@ -91,6 +93,8 @@ class Whole(Strategy):
 
 
 def _summable(tensor: Tensor) -> Tensor:
+    # Collectives do not add these types. The bits of a uint32 survive the way to int32 and
+    # back.
     return tf.cast(tensor, tf.int32) if tensor.dtype in (tf.bool, tf.uint32) else tensor
 
 

@@ -17,10 +17,10 @@ class Request:
     Attributes:
         session: The session, with the strategy.
         model: A compiled `keras.Model`.
-        is_seeded: Whether the user has chosen `seed`.
+        seed_is_random: Whether neither the user nor an extension has chosen `seed`.
         seed_is_secret: Whether a privacy guarantee needs `seed` to stay secret.
         copies: Number of copies of each example, each with an augmentation of its own.
-        is_private: Whether the training must protect single examples.
+        is_private: Whether workers must exchange nothing about single examples, but sums.
 
     All other attributes are arguments of `tfdist.fit`.
     """
@@ -48,7 +48,7 @@ class Request:
     shard: Any
     seed: int | None
     whole_batch: bool | None
-    is_seeded: bool = False
+    seed_is_random: bool = False
     seed_is_secret: bool = False
     copies: int = 1
     is_private: bool = False

@@ -25,8 +25,13 @@ class Seeds(Extension):
     def choose(self, request: Request) -> Request:
         """Takes the user's sampler and seed, or chooses them."""
         sampler = request.sampler or from_shuffle(request.shuffle)
-        seed = request.session.sampler_seed(request.seed)
-        return replace(request, sampler=sampler, seed=seed)
+        session = request.session
+        return replace(
+            request,
+            sampler=sampler,
+            seed=session.sampler_seed(request.seed),
+            seed_is_random=request.seed is None and session.seed is None,
+        )
 
 
 class Training:
@@ -87,7 +92,7 @@ class Training:
 
         An elastic run makes further attempts if processes join or leave.
         """
-        request, source, validation = self._request, self._training_data, self._validation_data
+        request, source = self._request, self._training_data
         self._continuation.begin_attempt(source)
         # This compares the facts of all workers. A difference is named here, before it can make
         # a later collective hang.
@@ -124,6 +129,22 @@ class Training:
             add_progbar=verbose != 0,
             model=request.model,
         )
+        history = self._run_keras(prepared, stream, callbacks, epoch, verbose)
+        stream.close()
+        prepared.end_training()
+        self._print_summary()
+        return history
+
+    def _run_keras(
+        self,
+        prepared: PreparedModel,
+        stream: data.Stream,
+        callbacks: Any,
+        epoch: int,
+        verbose: Any,
+    ) -> Any:
+        """Runs Keras's own loop, from the start of an epoch or from a step within it."""
+        request, source, validation = self._request, self._training_data, self._validation_data
 
         def on_epoch_end() -> None:
             stream.on_epoch_end()
@@ -134,7 +155,7 @@ class Training:
             prepared.running(source, trains=True),
             _keras.end_of_data_unless(lambda: prepared.stop.agreed),
         ):
-            history = _keras.FIT(
+            return _keras.FIT(
                 request.model,
                 _keras.StreamAdapter(stream, source.steps, on_epoch_end),
                 epochs=request.epochs,
@@ -145,10 +166,6 @@ class Training:
                 initial_epoch=epoch,
                 validation_freq=request.validation_freq,
             )
-        stream.close()
-        prepared.end_training()
-        self._print_summary()
-        return history
 
     def _print_summary(self) -> None:
         summary = self._request.session.strategy.summary()

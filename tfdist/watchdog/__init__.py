@@ -1,6 +1,6 @@
 """The watchdog notices a hang, reports its cause and ends the run. It needs no TensorFlow."""
 
-from tfdist.watchdog.calls import calling, configure, meet
+from tfdist.watchdog.calls import calling, configure, meet, tell_end
 from tfdist.watchdog.progress import EXCHANGING, SAVING, here
 from tfdist.watchdog.settings import HANG_LIMIT, ON_HANG
 
@@ -13,4 +13,5 @@ __all__ = [
     "configure",
     "here",
     "meet",
+    "tell_end",
 ]

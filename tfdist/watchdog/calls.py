@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 from collections.abc import Iterator
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 from tfdist.cluster import heartbeat, launched_config
 from tfdist.cluster.evaluator import leave_training
 from tfdist.errors import PeerError
+from tfdist.watchdog.local import LocalStatus
+from tfdist.watchdog.peers import STATUS_PREFIX
 from tfdist.watchdog.progress import here
 from tfdist.watchdog.settings import WatchdogSettings
 from tfdist.watchdog.watcher import Watcher
@@ -80,6 +83,24 @@ def calling(name: str, strategy: Any) -> Iterator[None]:
             if hung is None:
                 raise
             raise hung from None
+
+
+def tell_end(strategy: Any) -> None:
+    """Lets a process that ends before its first call tell the others, which may wait for it.
+
+    Args:
+        strategy: The `Strategy` that connects this process with the others.
+    """
+    worker = strategy.place.worker_index
+
+    def post() -> None:
+        if _watcher is None:  # otherwise the watcher does it
+            with contextlib.suppress(Exception):  # the others may be gone
+                store = strategy.key_value_store()
+                store.post(f"{STATUS_PREFIX}/{worker}", LocalStatus().ended(worker).text())
+
+    if strategy.place.num_workers > 1:
+        atexit.register(post)
 
 
 def meet() -> None:

@@ -196,6 +196,13 @@ def _calls(
         in_step = [status for status in in_call if status.at == STEP]
         likely.append(
             HangCause(
+                f"The data of {_tasks(apart)} has ended before step {in_step[0].step}, in "
+                f"which {_tasks(in_step)} waits. Generators, PyDatasets and data sets must "
+                "have equally many batches on all workers.",
+                certain=True,
+            )
+            if apart[0].ends_epoch
+            else HangCause(
                 f"{_tasks(apart)} exchanges something with the others in a callback "
                 f"({apart[0].phase}), while {_tasks(in_step)} is in a step. A callback that "
                 "calls tfdist must do so on all workers.",

@@ -75,6 +75,7 @@ class LocalStatus:
             limit=limit,
             waits_for_data=for_data,
             is_exchanging=exchanging,
+            ends_epoch=at == BETWEEN and _ends_epoch(stacks.callback(frame)),
             is_debugged=late and (here.traced or stacks.is_debugged(frame)),
             used_mib=memory.used_mib(),
             left_mib=memory_left[0],
@@ -103,6 +104,11 @@ class LocalStatus:
         )
 
 
+def _ends_epoch(callback: tuple[str, bool] | None) -> bool:
+    """Returns whether a callback of tfdist's own is running at the end of an epoch."""
+    return callback is not None and callback[1] and callback[0].endswith(".on_epoch_end")
+
+
 def _phase(frame: Any, at: str, call: Any, for_data: bool, exchanging: bool) -> str:
     if call is None:
         return "before its first call"
@@ -113,8 +119,10 @@ def _phase(frame: Any, at: str, call: Any, for_data: bool, exchanging: bool) -> 
     callback = stacks.callback(frame)
     if here.doing == SAVING:
         return f"{where}{after}: saving a checkpoint"
+    if _ends_epoch(callback) and at == BETWEEN:
+        return f"{where}at the end of its epoch"
     if callback is not None and at == BETWEEN:
-        return f"{where}{after}: in {callback}"
+        return f"{where}{after}: in {callback[0]}"
     if exchanging:
         return f"{where}{after}: exchanging settings with the others"
     kind = "validation, after step" if call.validating else "step"

@@ -37,6 +37,7 @@ class StatusMessage:
         limit: The seconds without progress that are allowed.
         waits_for_data: Whether the step still waits for its data.
         is_exchanging: Whether the worker exchanges something with the others outside a step.
+        ends_epoch: Whether one of tfdist's own callbacks runs at the end of an epoch.
         is_debugged: Whether a debugger holds the process.
         used_mib: The memory of the process.
         left_mib: The free memory of its machine.
@@ -60,6 +61,7 @@ class StatusMessage:
     limit: float = 0.0
     waits_for_data: bool = False
     is_exchanging: bool = False
+    ends_epoch: bool = False
     is_debugged: bool = False
     used_mib: int | None = None
     left_mib: int | None = None

@@ -64,11 +64,11 @@ class Peers:
         for worker, text in texts.items():
             self._record(worker, text)
         self._statuses[local.worker] = (local, now)
-        missed = max(2.0, _BEATS_MISSED * beat)
+        silence = max(2.0, _BEATS_MISSED * beat)
         lost = {
             worker: LostWorker(max(now - read_at, time.time() - status.clock), state_of(status))
             for worker, (status, read_at) in self._statuses.items()
-            if now - read_at > missed and status.at != ENDED
+            if now - read_at > silence and status.at != ENDED
         }
         if not self.keeper_answers:
             lost = self.keeper_lost(store, local.worker)

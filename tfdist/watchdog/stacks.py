@@ -52,11 +52,14 @@ def other_threads() -> list[str]:
     return lines_of_all
 
 
-def callback(frame: FrameType | None) -> str | None:
+def callback(frame: FrameType | None) -> tuple[str, bool] | None:
     """Names the Keras callback that is running, with its method.
 
     Args:
         frame: The innermost frame of the thread.
+
+    Returns:
+        The name, and whether the callback is tfdist's own; None if no callback is running.
     """
     for caller in _outwards(frame):
         name = caller.f_code.co_name
@@ -64,7 +67,8 @@ def callback(frame: FrameType | None) -> str | None:
             classes = type(caller.f_locals.get("self")).__mro__
             kinds = [c.__name__ for c in classes if c.__module__.startswith("keras.")]
             if "Callback" in kinds and "CallbackList" not in kinds:
-                return f"{classes[0].__name__}.{name}"
+                is_own = classes[0].__module__.startswith("tfdist.")
+                return f"{classes[0].__name__}.{name}", is_own
     return None
 
 

@@ -197,7 +197,8 @@ class Watcher:
     def _say_if_run_continues(self) -> None:
         if self._has_written_report and self._reported_since != here.since:
             self._has_written_report = False
-            ending.tell("tfdist: the run goes on.")
+            if here.at != OUTSIDE:  # else the call has ended, perhaps with an exception
+                ending.tell("tfdist: the run goes on.")
 
     def _is_at_end(self, status: StatusMessage) -> bool:
         lead = 0.0 if self._has_written_report else _LEAD_S
@@ -316,7 +317,6 @@ class Watcher:
 
     def _post_end(self) -> None:
         self._over = True
-        self._say_if_run_continues()
         if self._store is None or not self.settings.limit or here.calls == 0:
             return
         self._post(self._local.ended(self._worker))

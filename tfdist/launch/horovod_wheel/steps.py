@@ -195,7 +195,7 @@ def run_step(
         OSError: It could not be started.
     """
     deadline = time.monotonic() + limit_s
-    output = LineSplitter(log.open("ab"))
+    output = LineSplitter(log.open("ab", buffering=0))
     process = subprocess.Popen(
         command, cwd=cwd, env=dict(environ), stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,

@@ -35,13 +35,13 @@ def rdp_epsilon(phases: Sequence[Phase], delta: float, relation: str) -> float:
     truncating = [phase for phase in phases if phase.truncates]
     if truncating:
         raise ArgumentError(
-            "The accountant 'rdp' must be given steps without a capacity. Received: "
-            f"{truncating[0]}. Use accountant='pld'."
+            "`accountant` must be 'pld' for steps with a capacity. Received: accountant='rdp' "
+            f"with {truncating[0]}. Use accountant='pld'."
         )
     if relation == "replace_one":
         raise ArgumentError(
-            "The accountant 'rdp' cannot do Poisson sampling for relation='replace_one'. "
-            "Use accountant='pld', or another relation."
+            "`accountant` must be 'pld' for Poisson sampling with relation='replace_one'. "
+            "Received: accountant='rdp'. Use accountant='pld', or another relation."
         )
     accountant = dp.rdp.RdpAccountant(neighboring_relation=_relation(relation))
     for phase in phases:
@@ -148,9 +148,9 @@ def _interval(phases: Sequence[Phase], delta: float) -> float:
     for phase in phases:
         rdp.compose(phase.event(truncated=False))
     scale = float(rdp.get_epsilon(delta))
-    wanted = max(1e-5, 1e-4 * min(1.0, scale), 2e-6 * scale)
+    step = max(1e-5, 1e-4 * min(1.0, scale), 2e-6 * scale)
     # Few different values, so that `_step` finds its results in the cache.
-    return float(2.0 ** (math.floor(2 * math.log2(wanted)) / 2))
+    return float(2.0 ** (math.floor(2 * math.log2(step)) / 2))
 
 
 def _relation(name: str) -> Any:

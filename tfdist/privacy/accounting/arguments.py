@@ -28,16 +28,17 @@ def check_number(
         ArgumentError: The value is not a number, or out of range.
     """
     number = math.nan
+    # `float` would accept True and "1".
     if not isinstance(value, (bool, bytes, str)):
         with contextlib.suppress(TypeError, ValueError, OverflowError):
             number = float(value)
     inside = low < number < high if open_ends else low <= number <= high
     if inside and math.isfinite(number):
         return
-    wanted = f"between {low} and {high}" if math.isfinite(high) else f"of at least {low}"
+    condition = f"between {low} and {high}" if math.isfinite(high) else f"of at least {low}"
     if open_ends:
-        wanted = f"above {low}" + (f" and below {high}" if math.isfinite(high) else "")
-    raise ArgumentError(f"`{name}` must be a number {wanted}. Received: {name}={value!r}.")
+        condition = f"above {low}" + (f" and below {high}" if math.isfinite(high) else "")
+    raise ArgumentError(f"`{name}` must be a number {condition}. Received: {name}={value!r}.")
 
 
 def check_count(name: str, value: Any, low: int) -> None:
@@ -51,6 +52,7 @@ def check_count(name: str, value: Any, low: int) -> None:
     Raises:
         ArgumentError: The value is not a whole number, or out of range.
     """
+    # NumPy's integers have it, floats do not. True and False do.
     is_whole = hasattr(value, "__index__") and not isinstance(value, bool)
     if not is_whole or value < low:
         raise ArgumentError(
@@ -58,24 +60,25 @@ def check_count(name: str, value: Any, low: int) -> None:
         )
     if value > MOST:
         raise ArgumentError(
-            f"`{name}` must be at most 2**53. Received: one of {int(value).bit_length()} bits."
+            f"`{name}` must be at most 2**53. Received: {name} with {int(value).bit_length()} "
+            "bits. Pass a smaller number."
         )
 
 
-def check_type(name: str, value: Any, kinds: type | tuple[type, ...], wanted: str) -> None:
+def check_type(name: str, value: Any, kinds: type | tuple[type, ...], names: str) -> None:
     """Refuses a value of another type.
 
     Args:
         name: The name of the argument.
         value: Its value.
         kinds: The allowed types.
-        wanted: Their names, as a part of a sentence.
+        names: Their names, as a part of a sentence.
 
     Raises:
         ArgumentError: The value has another type.
     """
     if not isinstance(value, kinds):
-        raise ArgumentError(f"`{name}` must be {wanted}. Received: {name}={value!r}.")
+        raise ArgumentError(f"`{name}` must be {names}. Received: {name}={value!r}.")
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:

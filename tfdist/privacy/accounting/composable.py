@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tfdist.errors import ArgumentError
-from tfdist.privacy.accounting.phase import USER, Phase
+from tfdist.privacy.accounting.phase import CLIENT, EXAMPLE, Phase
 
 
 def check_relation(phases: Sequence[Phase], relation: str) -> None:
@@ -21,14 +21,14 @@ def check_relation(phases: Sequence[Phase], relation: str) -> None:
     if relation == "add_or_remove_one" and any(p.in_turn and p.steps for p in phases):
         raise ArgumentError(
             "`relation` must be 'replace_special' or 'replace_one' for a model that was "
-            "trained by DPFTRL: an example more would move all others to other batches. "
+            "trained with DPFTRL: an added example would move all others to other batches. "
             f"Received: relation={relation!r}. Pass one of these to DPSGD, epsilon or "
             "statement."
         )
 
 
 def check_unit(phases: Sequence[Phase]) -> None:
-    """Refuses steps that protect different units: examples, users or other groupings of users.
+    """Refuses steps that protect different units: examples, users, clients or other groupings.
 
     Args:
         phases: The phases of a ledger.
@@ -41,17 +41,19 @@ def check_unit(phases: Sequence[Phase]) -> None:
         # One example may change the clipped sum of a user's examples by twice the norm, so
         # steps with users do not protect examples at the same cost.
         raise ArgumentError(
-            "All steps on the same data must protect the same: examples or users. "
+            "All steps on the same data must protect the same: examples, users or clients. "
             f"Received: {len(phases)} phases, of {' and '.join(sorted(units))}s. "
-            "Pass `group_ids` always, or never."
+            "Pass `group_ids` always, or never, or FedAvg(privacy=...) always."
         )
-    of_users = [p for p in phases if p.steps and p.unit == USER]
-    groupings = {phase.groups for phase in of_users} - {None}
-    sizes = {phase.num_rows for phase in of_users} - {None}
+    grouped = [p for p in phases if p.steps and p.unit != EXAMPLE]
+    groupings = {phase.groups for phase in grouped} - {None}
+    sizes = {phase.num_rows for phase in grouped} - {None}
     if len(groupings) > 1 or len(sizes) > 1:
+        (unit,) = units
+        argument = "clients" if unit == CLIENT else "group_ids"
         raise ArgumentError(
-            "All steps on the same data must have the same `group_ids`: of another "
-            "grouping, a user's examples lie with several others. Received: "
-            f"{max(len(groupings), len(sizes))} groupings. Pass the same `group_ids` "
+            f"All steps on the same data must have the same `{argument}`: of another "
+            f"grouping, a {unit}'s examples lie with several others. Received: "
+            f"{max(len(groupings), len(sizes))} groupings. Pass the same `{argument}` "
             "always."
         )

@@ -26,6 +26,7 @@ def coefficients(bands: int) -> tuple[float, ...]:
     """
     factors = [1.0]
     for lag in range(1, bands):
+        # The quotient of two neighbouring coefficients of the binomial series.
         factors.append(factors[-1] * (2 * lag - 3) / (2 * lag))
     return tuple(factors)
 
@@ -74,6 +75,7 @@ def inverse(factors: tuple[float, ...], steps: int) -> tuple[float, ...]:
     column = [1.0]
     for step in range(1, steps):
         lags = range(1, min(step + 1, len(factors)))
+        # By C times its inverse, whose rows below the diagonal are 0.
         column.append(-sum(factors[lag] * column[step - lag] for lag in lags))
     return tuple(column)
 
@@ -106,6 +108,7 @@ def sensitivity(bands: int, separation: int | None, steps: int, after: int = 0) 
     # Solves C^-1 column = (steps in which the example takes part), row by row.
     for step in range(begin + steps):
         takes_part = step == 0 if separation is None else step % separation == 0
+        # The last numbers of the column, the newest first.
         preceding = column[: -len(factors) - 1 : -1] if factors else []
         correlated = sum(f * c for f, c in zip(factors, preceding, strict=False))
         column.append(float(takes_part) - correlated)

@@ -158,28 +158,28 @@ def noise_for(
         # A coarse epsilon takes a tenth of the time, and is too large by an excess that hardly
         # depends on the noise. So the search is by coarse epsilons, for the target plus the
         # excess, and a few fine ones correct the excess.
-        def above(wanted: float, noise: float) -> float:
-            return cost(noise, capacity, coarse=True) - wanted
+        def above(target: float, noise: float) -> float:
+            return cost(noise, capacity, coarse=True) - target
 
         noise = _least(functools.partial(above, target_epsilon), 1.0, 2.0)
         if len(phases) > _MOST_REFINED:
             return noise
         for _ in range(_REFINEMENTS):
             excess = above(cost(noise, capacity, coarse=False), noise)
-            previous, wanted = noise, target_epsilon + excess
-            noise = _least(functools.partial(above, wanted), noise, 1.01)
+            previous, target = noise, target_epsilon + excess
+            noise = _least(functools.partial(above, target), noise, 1.01)
             if abs(noise - previous) <= 2e-4 * noise:
                 break
         while cost(noise, capacity, coarse=False) > target_epsilon:
             noise *= 1 + 1e-4
         return noise
 
-    already = spent.epsilon(delta, accountant=accountant, relation=relation)
-    if already >= target_epsilon:
+    spent_epsilon = spent.epsilon(delta, accountant=accountant, relation=relation)
+    if spent_epsilon >= target_epsilon:
         raise ArgumentError(
-            "`target_epsilon` must leave something for the steps to come. Received: "
-            f"target_epsilon={target_epsilon!r}, with {already:.4g} spent before, at "
-            f"delta={delta!r}. Raise it."
+            "`target_epsilon` must be above the epsilon of the steps before. Received: "
+            f"target_epsilon={target_epsilon!r}, with {spent_epsilon:.4g} spent before, at "
+            f"delta={delta!r}. Raise `target_epsilon`."
         )
     capacity = phases[0].capacity
     if capacity is not None:
@@ -198,8 +198,8 @@ def _least(gap: Callable[[float], float], start: float, factor: float) -> float:
         low, high = high, high * factor
         if high > _MOST_NOISE:
             raise ArgumentError(
-                "`target_epsilon` must be large enough to be computed. Received a target that "
-                f"noise of {_MOST_NOISE:g} does not reach. Raise it, or `delta`."
+                f"`target_epsilon` must be reachable with noise below {_MOST_NOISE:g}. "
+                "Received: a `target_epsilon` that needs more noise. Raise it, or `delta`."
             )
     while low == high or gap(low) <= 0:
         if low < _LEAST_NOISE:
@@ -246,5 +246,6 @@ def capacity(
     dp_accounting()
     from scipy import stats  # dp-accounting brings it
 
+    # A union bound over all steps.
     beyond = stats.binom.isf(delta / (1000 * steps), num_rows, sampling_probability)
     return max(1, int(beyond))

@@ -40,25 +40,27 @@ def union(first: Iterable[Phase], second: Iterable[Phase]) -> tuple[Phase, ...]:
         first: The phases of one ledger.
         second: The phases of the other one.
     """
-    merged = list(first)
-    first_by_run, second = _by_run(merged), list(second)
+    union_phases = list(first)
+    first_by_run, second = _by_run(union_phases), list(second)
     for run, numbers in _by_run(second).items():
         phases, places = [second[i] for i in numbers], first_by_run.get(run, [])
         if not places:
-            merged += phases
+            union_phases += phases
         elif phases[0].bands is None:
-            more = sum(p.steps for p in phases) - sum(merged[i].steps for i in places)
-            last = merged[places[-1]]
-            merged[places[-1]] = replace(last, steps=last.steps + max(0, more))
+            additional = sum(p.steps for p in phases) - sum(
+                union_phases[i].steps for i in places
+            )
+            last = union_phases[places[-1]]
+            union_phases[places[-1]] = replace(last, steps=last.steps + max(0, additional))
         else:
             # Phases with correlated noise do not join: each is a mechanism. Several of one run
             # exist only if a user gave them the same `run_id`. The longest ones are paired.
-            places = sorted(places, key=lambda i: -merged[i].steps)
+            places = sorted(places, key=lambda i: -union_phases[i].steps)
             phases = sorted(phases, key=lambda p: -p.steps)
             for place, phase in zip(places, phases, strict=False):
-                merged[place] = max(merged[place], phase, key=lambda p: p.steps)
-            merged += phases[len(places) :]
-    return tuple(phase for phase in merged if phase.steps)
+                union_phases[place] = max(union_phases[place], phase, key=lambda p: p.steps)
+            union_phases += phases[len(places) :]
+    return tuple(phase for phase in union_phases if phase.steps)
 
 
 def _by_run(phases: Sequence[Phase]) -> dict[Any, list[int]]:
@@ -83,6 +85,7 @@ def same_made_again(phases: Iterable[Phase], earlier: Iterable[Phase]) -> dict[s
     """
     phases, earlier = list(phases), list(earlier)
     names_here, names_there = ({p.run_id for p in some} for some in (phases, earlier))
+    # A phase that both processes know by name is the same one, and matched already.
     free = [p for p in earlier if p.run_id.startswith(_BY_HAND) and p.run_id not in names_here]
     names: dict[str, str] = {}
     for phase in phases:
@@ -92,15 +95,15 @@ def same_made_again(phases: Iterable[Phase], earlier: Iterable[Phase]) -> dict[s
     return names
 
 
-def like_steps(spent: Sequence[Phase], counted: Sequence[Phase]) -> str | None:
+def like_steps(spent: Sequence[Phase], all_phases: Sequence[Phase]) -> str | None:
     """Warns of phases made by hand that equal other phases, and are counted besides them.
 
     Args:
         spent: The phases that the user passed.
-        counted: All phases that are counted.
+        all_phases: All phases that are counted.
     """
     names = {phase.run_id for phase in spent}
-    repeated = same_made_again(spent, [p for p in counted if p.run_id not in names])
+    repeated = same_made_again(spent, [p for p in all_phases if p.run_id not in names])
     steps = sum(phase.steps for phase in spent if phase.run_id in repeated)
     if not steps:
         return None

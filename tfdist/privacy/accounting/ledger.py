@@ -15,9 +15,18 @@ from tfdist.privacy.accounting import composable
 from tfdist.privacy.accounting.arguments import check_choice, check_number
 from tfdist.privacy.accounting.chains import mechanisms
 from tfdist.privacy.accounting.identity import named, run_of, union
-from tfdist.privacy.accounting.phase import EXAMPLE, USER, Phase, dp_accounting
+from tfdist.privacy.accounting.phase import CLIENT, EXAMPLE, USER, Phase, dp_accounting
 
-__all__ = ["ACCOUNTANTS", "EXAMPLE", "RELATIONS", "USER", "Ledger", "Phase", "dp_accounting"]
+__all__ = [
+    "ACCOUNTANTS",
+    "CLIENT",
+    "EXAMPLE",
+    "RELATIONS",
+    "USER",
+    "Ledger",
+    "Phase",
+    "dp_accounting",
+]
 
 ACCOUNTANTS = ("pld", "rdp")
 RELATIONS = ("add_or_remove_one", "replace_special", "replace_one")
@@ -59,6 +68,7 @@ class Ledger:
     phases: tuple[Phase, ...] = ()
 
     def __post_init__(self) -> None:
+        # Named once, so that all copies of the ledger have the same names.
         if not all(phase.run_id for phase in self.phases):
             object.__setattr__(self, "phases", tuple(map(named, self.phases)))
 
@@ -86,7 +96,7 @@ class Ledger:
 
     @property
     def unit(self) -> str:
-        """The protected unit, "example" or "user"; see `check_unit`."""
+        """The protected unit: "example", "user" or "client"; see `check_unit`."""
         self.check_unit()
         return next((phase.unit for phase in self.phases if phase.steps), EXAMPLE)
 
@@ -106,7 +116,7 @@ class Ledger:
         """Refuses steps that protect different units.
 
         Raises:
-            ArgumentError: Some steps protect examples and some protect users.
+            ArgumentError: Some steps protect examples, and others users or clients.
         """
         composable.check_unit(self.phases)
 
@@ -122,6 +132,7 @@ class Ledger:
         continues_last = bool(self.phases and phase.run_id) and (
             (run_of(last), last.groups) == (run_of(phase), phase.groups)
         )
+        # A training adds its steps in many small phases, which are one.
         if continues_last and phase.bands is None:
             joined = replace(last, steps=last.steps + phase.steps)
             return Ledger((*self.phases[:-1], joined))
@@ -189,6 +200,8 @@ class Ledger:
         self.check_relation(relation)
         steps_of: dict[Phase, int] = {}
         all_phases = self.mechanisms
+        # Each phase with correlated noise is a mechanism of its own. All others with equal
+        # settings become one phase, which is composed at once.
         phases = [phase for phase in all_phases if phase.bands is not None]
         for phase in all_phases:
             if phase.bands is None:
@@ -272,30 +285,32 @@ class Ledger:
             return cls(tuple(Phase(**phase) for phase in phases))
         except (TypeError, KeyError) as error:
             raise ArgumentError(
-                "A ledger must be read from what `Ledger.to_dict` gave. "
-                f"Received: {saved!r} ({error})."
+                f"A ledger must be read from a result of `Ledger.to_dict`. Received: {saved!r} "
+                f"({error}). Write the ledger again with `to_dict`."
             ) from None
 
 
-def most_within(cost: Callable[[int], float], max_epsilon: float, most: int) -> int:
+def most_within(cost: Callable[[int], float], max_epsilon: float, most_steps: int) -> int:
     """Counts how many steps stay within a budget.
 
     Args:
         cost: A function from a number of steps to their epsilon. It must not fall.
         max_epsilon: The budget.
-        most: The most steps.
+        most_steps: The most steps.
     """
 
     def gap(steps: float) -> float:
+        # An infinite epsilon would stop the search.
         return min(cost(round(steps)), 1e9) - max_epsilon
 
     if gap(0) > 0:
         return 0
-    if gap(most) <= 0:
-        return most
+    if gap(most_steps) <= 0:
+        return most_steps
     from scipy import optimize  # dp-accounting brings it
 
-    count: int = round(optimize.brentq(gap, 0, most, xtol=0.5))
+    # The cost has steps, so the root is right to one or two. The loops below make it exact.
+    count: int = round(optimize.brentq(gap, 0, most_steps, xtol=0.5))
     while gap(count) > 0:
         count -= 1
     while gap(count + 1) <= 0:

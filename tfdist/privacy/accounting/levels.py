@@ -43,6 +43,7 @@ class Levels:
             The number of steps by multiplier, in the order of their first steps.
         """
         counts: dict[float, int] = {}
+        # The last level has no end, so it lasts to the last of these steps.
         ends = (*self.begins[1:], first + steps)
         for begin, end, multiplier in zip(self.begins, ends, self.multipliers, strict=True):
             count = min(end, first + steps) - max(begin, first)
@@ -82,6 +83,7 @@ class Levels:
     def _has(self, earlier: Phase, phase: Phase, factor: float) -> bool:
         noise = earlier.noise_multiplier
         unscaled = replace(earlier, noise_multiplier=phase.noise_multiplier, steps=phase.steps)
+        # A phase has one multiplier of the schedule, so any level may fit it.
         levels = (factor * multiplier for multiplier in self.multipliers)
         return unscaled == phase and any(math.isclose(noise, m, rel_tol=1e-9) for m in levels)
 

@@ -14,7 +14,7 @@ from tfdist.privacy.accounting.arguments import (
 )
 from tfdist.privacy.accounting.correlated import banded_norm, sensitivity
 
-EXAMPLE, USER = "example", "user"
+EXAMPLE, USER, CLIENT = "example", "user", "client"
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,10 @@ class Phase:
         capacity: The most examples of a step, or None if there is no limit. If more are drawn,
             a random choice of `capacity` of them stays.
         num_rows: The number of examples in the data. Required with `capacity`.
-        unit: "example" or "user". With "user", users are drawn instead of examples, and the
-            gradients of a user's examples are summed before they are clipped.
+        unit: "example", "user" or "client". With "user", users are drawn instead of examples,
+            and the gradients of a user's examples are summed before they are clipped. With
+            "client", a step is a round of federated averaging: clients are drawn, and each
+            client's update of the weights is clipped; see `tfdist.ClientDP`.
         bands: For correlated noise, as in `tfdist.DPFTRL`: the number of steps whose noise a
             step combines. All examples then take part in turn, and `sampling_probability` must
             be 1, unless `cyclic`. Such phases do not join: each is a separate mechanism.
@@ -49,8 +51,8 @@ class Phase:
             which subtract a part of its noise.
         run_id: A random text that names the process and the `fit` of these steps. See `Ledger`.
         continues: With `after`, the `run_id` of the steps just before these.
-        groups: With users, a random text that names the grouping of examples. Steps with
-            different groupings do not compose.
+        groups: With users and clients, a random text that names the grouping of examples.
+            Steps with different groupings do not compose.
         secret: Whether the random numbers came from the operating system. Otherwise there is no
             guarantee.
 
@@ -87,15 +89,16 @@ class Phase:
             check_type(name, getattr(self, name), str, "a text")
         check_type("groups", self.groups, (str, type(None)), "a text or None")
         self._check_correlated()
-        check_choice("unit", self.unit, (EXAMPLE, USER))
+        check_choice("unit", self.unit, (EXAMPLE, USER, CLIENT))
         check_number("sampling_probability", self.sampling_probability, 0, 1)
         check_number("noise_multiplier", self.noise_multiplier, 0)
         check_count("steps", self.steps, 0)
         check_count("after", self.after, 0)
         if self.capacity is not None and self.num_rows is None:
             raise ArgumentError(
-                "`num_rows` must come with `capacity`: the cost of leaving examples out "
-                f"depends on it. Received: capacity={self.capacity!r}, num_rows=None."
+                "`num_rows` must be given with `capacity`: the cost of leaving examples out "
+                f"depends on it. Received: capacity={self.capacity!r}, num_rows=None. Pass the "
+                "number of examples in the data."
             )
         for name in ("capacity", "num_rows"):
             if getattr(self, name) is not None:
@@ -107,14 +110,15 @@ class Phase:
                 check_count(name, getattr(self, name), 1)
         if self.cyclic and (self.bands is None or self.separation or self.after):
             raise ArgumentError(
-                "`cyclic` must come with `bands`, and without `separation` and `after`. "
+                "`cyclic` must be given with `bands`, and without `separation` and `after`. "
                 f"Received: bands={self.bands!r}, separation={self.separation!r}, "
-                f"after={self.after!r}."
+                f"after={self.after!r}. Pass `bands` alone."
             )
         if self.in_turn and self.sampling_probability != 1:
             raise ArgumentError(
-                "`sampling_probability` must be 1 with `bands`: nothing is sampled. Received: "
-                f"sampling_probability={self.sampling_probability!r}."
+                "`sampling_probability` must be 1 with `bands`: all examples take part in "
+                "turn, and none is drawn. Received: "
+                f"sampling_probability={self.sampling_probability!r}. Pass 1, or cyclic=True."
             )
 
     @property
@@ -155,6 +159,7 @@ class Phase:
             assert self.bands is not None
             norm = sensitivity(self.bands, self.separation, self.steps, self.after)
             return (norm / self.noise_multiplier) ** 2
+        # A mixture over draws, or a sum with a capacity, is not a Gaussian.
         if self.sampling_probability < 1 or self.truncates:
             return 0.0
         noise, times = self.independent
@@ -170,6 +175,7 @@ class Phase:
         noise, times = self.independent
         if self.in_turn:
             assert self.bands is not None
+            # All steps together are one Gaussian mechanism.
             norm = sensitivity(self.bands, self.separation, self.steps, self.after)
             return dp.GaussianDpEvent(self.noise_multiplier / norm)
         if truncated and self.truncates:
@@ -197,6 +203,6 @@ def dp_accounting() -> Any:
     except ImportError as error:
         raise MissingPackageError(
             "Privacy accounting must have the package dp-accounting. Received: "
-            f'{error}. Install it with: pip install "tfdist[privacy]"'
+            f'{error}. Install it: pip install "tfdist[privacy]"'
         ) from None
     return module

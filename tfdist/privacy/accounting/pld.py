@@ -124,19 +124,19 @@ class LossDistributions:
         low = float(sum(p.times * p.first for p in self._losses))
         high = low + sum(p.times * (len(p.probabilities) - 1) for p in self._losses)
         first, last, log_above = low, high, -math.inf
-        wanted = math.log(delta) + _LOG_LEFT_OUT
+        log_wanted = math.log(delta) + _LOG_LEFT_OUT
         for deviations in (0.5, 1.0, 2.0, 4.0, 8.0):
-            more = tilt.value + deviations / tilt.deviation
-            moment = self._log_moment(more)
+            upper_tilt = tilt.value + deviations / tilt.deviation
+            moment = self._log_moment(upper_tilt)
             # Chernoff's bounds of the losses, and of the tilted losses.
-            top = (moment - wanted) / more
-            tilted = (moment - tilt.log_moment - _LOG_ELSEWHERE) / (more - tilt.value)
+            top = (moment - log_wanted) / upper_tilt
+            tilted = (moment - tilt.log_moment - _LOG_ELSEWHERE) / (upper_tilt - tilt.value)
             top = math.ceil(max(top, tilted) / self._interval) + 1
             if top < last:
-                last, log_above = top, moment - more * top * self._interval
-            less = tilt.value - deviations / tilt.deviation
-            moment = tilt.log_moment - self._log_moment(less)
-            bottom = (moment + _LOG_ELSEWHERE) / (tilt.value - less) / self._interval
+                last, log_above = top, moment - upper_tilt * top * self._interval
+            lower_tilt = tilt.value - deviations / tilt.deviation
+            moment = tilt.log_moment - self._log_moment(lower_tilt)
+            bottom = (moment + _LOG_ELSEWHERE) / (tilt.value - lower_tilt) / self._interval
             first = max(first, math.floor(bottom))
         return int(min(first, last)), int(last), log_above
 
@@ -167,8 +167,8 @@ class LossDistributions:
 
         def too_little(begin: int) -> bool:
             """Returns whether an epsilon of this loss is not known to be enough."""
-            one, other = parts(begin)
-            return above + margin * max(0.0, one - other) + 1e-12 * one > delta
+            by_first, by_second = parts(begin)
+            return above + margin * max(0.0, by_first - by_second) + 1e-12 * by_first > delta
 
         low, high = 0, size - 1
         if too_little(high):
@@ -180,11 +180,11 @@ class LossDistributions:
             low, high = (middle, high) if too_little(middle) else (low, middle)
         # For epsilons between two losses of the grid, the same losses are larger, and delta is
         # linear in exp(epsilon). So the exact epsilon follows by interpolation.
-        one, other = parts(high)
-        wanted = one - (delta - above - 1e-12 * one) / margin
-        if wanted <= 0 or other <= 0:
+        by_first, by_second = parts(high)
+        needed_probability = by_first - (delta - above - 1e-12 * by_first) / margin
+        if needed_probability <= 0 or by_second <= 0:
             return float(losses[low])
-        between = float(losses[high]) + math.log(wanted / other)
+        between = float(losses[high]) + math.log(needed_probability / by_second)
         return min(max(between + 1e-12, float(losses[low])), float(losses[high]))
 
     def _convolved(self, tilt: float, least: int) -> _Convolved:

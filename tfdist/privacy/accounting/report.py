@@ -8,19 +8,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tfdist.privacy.accounting.ledger import EXAMPLE, USER, Ledger, Phase
+from tfdist.privacy.accounting.ledger import CLIENT, EXAMPLE, USER, Ledger, Phase
 
 _ALIKE = {
     "add_or_remove_one": "differ by {}, added or removed",
     "replace_special": "differ in {}, replaced by {} that contributes nothing",
     "replace_one": "differ in {}, replaced by any other",
 }
-_ONE = {EXAMPLE: ("one example", "one"), USER: ("all examples of one user", "a user")}
+_ONE = {
+    EXAMPLE: ("one example", "one"),
+    USER: ("all examples of one user", "a user"),
+    CLIENT: ("all examples of one client", "a client"),
+}
 _WHOM = {
     EXAMPLE: "This holds for one example of the data, not for a person who contributed "
     "several.",
     USER: "This holds for all examples together that `group_ids` gave to one user, not for a "
     "person with several ids.",
+    CLIENT: "This holds for all examples together of one client, and so for each of them, not "
+    "for a person whose examples lie with several clients.",
 }
 _MOST_LISTED = 3  # phases that are described one by one
 _LARGE = 10  # the last tier of Ponomareva et al., "How to DP-fy ML", 2023, begins here
@@ -106,17 +112,20 @@ class Report:
         epsilon = self.ledger.epsilon(
             self.delta, accountant=self.accountant, relation=self.relation, coarse=True
         )
+        # The coarse bound may be above a target that the training keeps.
         if within is not None and epsilon > within:
             epsilon = self.epsilon
+        unit = self.ledger.unit
+        steps = "rounds" if unit == CLIENT else "steps"
         if math.isinf(epsilon):
-            spent = f"no privacy, {self.ledger.steps} steps without noise"
+            spent = f"no privacy, {self.ledger.steps} {steps} without noise"
         else:
             spent = (
                 f"epsilon {_rounded_up(epsilon)} at delta {self.delta:g} spent in "
-                f"{self.ledger.steps} steps"
+                f"{self.ledger.steps} {steps}"
             )
-            if self.ledger.unit == USER:
-                spent += ", for each user"
+            if unit != EXAMPLE:
+                spent += f", for each {unit}"
             if epsilon > _LARGE:
                 spent += f"; an epsilon above {_LARGE} promises little"
         if self.uncounted_steps or self.changes:
@@ -230,6 +239,10 @@ def careless_delta(ledger: Ledger, delta: float, num_rows: int | None = None) ->
 
 
 def _public(ledger: Ledger) -> str:
+    if ledger.unit == CLIENT:
+        same = " All rounds are assumed to have had the same `clients`."
+        remark = same if len(ledger.phases) > 1 else ""
+        return f"The number of clients is assumed to be public.{remark}"
     if ledger.unit == USER:
         remark = (
             ""
@@ -281,18 +294,25 @@ def _describe(phase: Phase, group: Sequence[Phase] = ()) -> str:
             f"{phase.noise_multiplier:.6g} C for each step, of which the {phase.bands - 1} "
             "steps after it take a part back"
         )
-    most = "at most " if phase.at_most else ""
+    at_most = "at most " if phase.at_most else ""
     clipped = "gradient" if phase.unit == EXAMPLE else "gradients added up and"
     noise = f"{phase.noise_multiplier:.6g} C"
     if len(group) > 1:
         noises = sorted({p.noise_multiplier for p in group})
         noise = f"{noises[0]:.6g} to {noises[-1]:.6g} C, {len(noises)} values in all,"
     steps = sum(p.steps for p in group) or phase.steps
+    if phase.unit == CLIENT:
+        return (
+            f"{steps} rounds of federated averaging, each client drawn into each round "
+            f"independently with probability {phase.sampling_probability:.6g}, each client's "
+            f"update clipped to a norm C, and Gaussian noise of standard deviation {noise} "
+            "added to their sum"
+        )
     return (
         f"{steps} steps of DP-SGD, each {phase.unit} drawn into each step independently "
-        f"with probability {most}{phase.sampling_probability:.6g}{limit}, each {phase.unit}'s "
-        f"{clipped} clipped to a norm C, and Gaussian noise of standard deviation {noise} "
-        "added to their sum"
+        f"with probability {at_most}{phase.sampling_probability:.6g}{limit}, each "
+        f"{phase.unit}'s {clipped} clipped to a norm C, and Gaussian noise of standard "
+        f"deviation {noise} added to their sum"
     )
 
 
@@ -300,5 +320,6 @@ def _rounded_up(value: float) -> str:
     """Rounds up to three digits."""
     if value == 0:
         return "0"
+    # Up, since a smaller number would promise more than is true.
     unit = 10.0 ** (math.floor(math.log10(value)) - 2)
     return f"{math.ceil(value / unit - 1e-9) * unit:.3g}"

@@ -184,5 +184,6 @@ def check_guesses(num_canaries: int, guesses: int, right: int) -> None:
     if not right <= guesses <= num_canaries:
         raise ArgumentError(
             "`right` must be at most `guesses`, and `guesses` at most `num_canaries`. "
-            f"Received: right={right}, guesses={guesses}, num_canaries={num_canaries}."
+            f"Received: right={right}, guesses={guesses}, num_canaries={num_canaries}. Pass "
+            "the three counts of one audit."
         )

@@ -68,17 +68,18 @@ class AuditReport:
         if scores.ndim != 1 or scores.shape != included.shape:
             raise ArgumentError(
                 "`scores` and `included` must have one number for each example. Received: "
-                f"shapes {scores.shape} and {included.shape}."
+                f"shapes {scores.shape} and {included.shape}. Pass both of shape [examples]."
             )
         if np.isnan(scores).any():
             raise ArgumentError(
-                f"`scores` must be numbers. Received: {int(np.isnan(scores).sum())} of "
-                f"{len(scores)} are NaN. Did training diverge?"
+                "`scores` must be numbers. Received: scores with "
+                f"{int(np.isnan(scores).sum())} NaN of {len(scores)}. Check that training has "
+                "not diverged."
             )
         if included.all() or not included.any():
             raise ArgumentError(
-                "An audit needs members and non-members. Received: "
-                f"{int(included.sum())} members of {len(included)} examples."
+                f"An audit needs members and non-members. Received: {int(included.sum())} "
+                f"members of {len(included)} examples. Pass examples of both kinds."
             )
         object.__setattr__(self, "scores", scores)
         object.__setattr__(self, "included", included)
@@ -99,10 +100,10 @@ class AuditReport:
 
         The area under the ROC curve, equal scores counted half.
         """
-        others = np.sort(self.non_members)
-        below = np.searchsorted(others, self.members, "left")
-        up_to = np.searchsorted(others, self.members, "right")
-        return float((below + up_to).mean() / (2 * len(others)))
+        non_members = np.sort(self.non_members)
+        below = np.searchsorted(non_members, self.members, "left")
+        up_to = np.searchsorted(non_members, self.members, "right")
+        return float((below + up_to).mean() / (2 * len(non_members)))
 
     @property
     def advantage(self) -> float:
@@ -242,7 +243,7 @@ class AuditReport:
         if not self.fair_coins:
             raise ArgumentError(
                 "Each example must have been included by a fair coin of its own. Received: "
-                "members and non-members that were chosen otherwise. Use "
+                "members and non-members that were chosen in another way. Use "
                 "tfdist.privacy.canaries(...), or threshold_attack for an estimate."
             )
         tried = _numbers_of_guesses(len(self.scores)) if guesses is None else [guesses]
@@ -258,8 +259,9 @@ class AuditReport:
     def _right(self, highest: int, lowest: int) -> int:
         if min(highest, lowest) < 0 or highest + lowest > len(self.scores):
             raise ArgumentError(
-                "`guesses` must be two numbers from 0 on, together at most the number of "
-                f"canaries. Received: guesses={(highest, lowest)} of {len(self.scores)}."
+                "`guesses` must be two numbers of at least 0, whose sum is at most the number "
+                f"of canaries. Received: guesses={(highest, lowest)} and {len(self.scores)} "
+                "canaries. Pass smaller numbers, or None."
             )
         # Equal scores are sorted with members first, so that guesses among them are wrong. This
         # can only lower the bound.
@@ -293,21 +295,24 @@ class AuditReport:
         if min(len(self.members), len(self.non_members)) < _FEWEST_SCORES:
             raise ArgumentError(
                 f"A threshold needs at least {_FEWEST_SCORES} members and as many non-members. "
-                f"Received: {len(self.members)} and {len(self.non_members)}."
+                f"Received: {len(self.members)} members and {len(self.non_members)} "
+                "non-members. Audit with more examples."
             )
         rng = np.random.default_rng(seed)
-        members, others = (rng.permutation(s) for s in (self.members, self.non_members))
+        members, non_members = (rng.permutation(s) for s in (self.members, self.non_members))
         thresholds = np.unique(self.scores)
-        chosen = max(
+        best = max(
             (
-                best_threshold(members[::2], others[::2], thresholds, side, delta, confidence)
+                best_threshold(
+                    members[::2], non_members[::2], thresholds, side, delta, confidence
+                )
                 for side in (True, False)
             ),
             key=lambda attack: attack.epsilon,
         )
-        only = np.array([chosen.threshold])
+        only = np.array([best.threshold])
         return best_threshold(
-            members[1::2], others[1::2], only, chosen.says_member, delta, confidence
+            members[1::2], non_members[1::2], only, best.says_member, delta, confidence
         )
 
     def plot(self) -> Any:

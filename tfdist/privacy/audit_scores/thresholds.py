@@ -35,7 +35,7 @@ class ThresholdAttack:
 
 def best_threshold(
     members: Floats,
-    others: Floats,
+    non_members: Floats,
     thresholds: Floats,
     says_member: bool,
     delta: float,
@@ -45,7 +45,7 @@ def best_threshold(
 
     Args:
         members: The scores of members.
-        others: The scores of non-members.
+        non_members: The scores of non-members.
         thresholds: The thresholds.
         says_member: As in `ThresholdAttack`.
         delta: As in `AuditReport.threshold_attack`.
@@ -57,7 +57,9 @@ def best_threshold(
         count = len(scores) - below if says_member else below
         return clopper_pearson(count, len(scores), confidence)
 
-    right, wrong = map(speaks_up, (members, others) if says_member else (others, members))
+    right, wrong = map(
+        speaks_up, (members, non_members) if says_member else (non_members, members)
+    )
     with np.errstate(divide="ignore"):
         implied = np.log(np.maximum(right[0] - delta, 0.0)) - np.log(wrong[1])
     best = int(implied.argmax())

@@ -53,9 +53,9 @@ def is_refuted(
     least_right = error * right / num_canaries
     least_wrong = error * (guesses - right) / num_canaries
     for below in range(right - 1, -1, -1):
-        needed = np.maximum(least_wrong, curve(np.minimum(least_right, 1.0)))
-        least_right = least_right + below / (guesses - below) * (needed - least_wrong)
-        least_wrong = needed
+        raised_wrong = np.maximum(least_wrong, curve(np.minimum(least_right, 1.0)))
+        least_right = least_right + below / (guesses - below) * (raised_wrong - least_wrong)
+        least_wrong = raised_wrong
     exceeds_one: NDArray[np.bool_] = least_right + least_wrong > total * (1 + 1e-12)
     return exceeds_one
 
@@ -162,33 +162,33 @@ def curve_of(epsilons: Sequence[float], deltas: Sequence[float]) -> Curve:
 
     def curve(y: Floats) -> Floats:
         line = np.searchsorted(begins, y, "right")
-        found: Floats = np.maximum(0.0, slopes[line] * y + offsets[line])
-        return found
+        values: Floats = np.maximum(0.0, slopes[line] * y + offsets[line])
+        return values
 
     return curve
 
 
 def _envelope(lines: Sequence[tuple[float, float]]) -> tuple[Floats, Floats, Floats]:
     """Returns the upper envelope of lines, from left to right, and where each line begins."""
-    kept: list[tuple[float, float]] = []
+    envelope: list[tuple[float, float]] = []
     begins: list[float] = []
     for slope, offset in sorted(lines):
-        while kept:
-            gain = slope - kept[-1][0]
-            cross = (kept[-1][1] - offset) / gain if gain > 0 else -math.inf
+        while envelope:
+            gain = slope - envelope[-1][0]
+            cross = (envelope[-1][1] - offset) / gain if gain > 0 else -math.inf
             if begins and cross <= begins[-1]:
-                kept.pop()
+                envelope.pop()
                 begins.pop()
             elif gain <= 0:  # parallel, and not below
-                kept.pop()
+                envelope.pop()
                 if begins:
                     begins.pop()
             else:
                 begins.append(cross)
                 break
-        kept.append((slope, offset))
-    found = np.array(kept)
-    return found[:, 0], found[:, 1], np.array(begins)
+        envelope.append((slope, offset))
+    coefficients = np.array(envelope)
+    return coefficients[:, 0], coefficients[:, 1], np.array(begins)
 
 
 def curve_of_ledger(ledger: Ledger, relation: str = "add_or_remove_one") -> Curve:

@@ -21,7 +21,7 @@ _ASCENT_STEPS = 60
 _ASCENT_RATE = 0.05
 
 
-def families(model: Any, own: Columns, rng: np.random.Generator) -> Columns:
+def families(model: Any, examples: Columns, rng: np.random.Generator) -> Columns:
     """Makes examples from others, each by one rule.
 
     The rules make cases in which norms that are computed from products may be wrong: huge, tiny
@@ -30,10 +30,10 @@ def families(model: Any, own: Columns, rng: np.random.Generator) -> Columns:
 
     Args:
         model: The model of the inputs.
-        own: The examples.
+        examples: The examples.
         rng: The random generator of the rules.
     """
-    x, y, weight = own
+    x, y, weight = examples
     inputs_scale = not _has_embedding(model)
     variants: list[Columns] = []
     for scale in _SCALES:
@@ -68,14 +68,14 @@ def mutated(model: Any, examples: Columns, rng: np.random.Generator) -> Columns:
             grown = leaf * np.exp(rng.normal(size=shape)).astype(leaf.dtype)
             size = np.abs(leaf).mean() * 0.1 * rng.choice([0.0, 0.01, 1.0], size=shape)
             return (grown + rng.normal(size=leaf.shape) * size).astype(leaf.dtype)
-        others = leaf[rng.integers(0, count, count)]
-        return np.where(rng.random(leaf.shape) < 0.3, others, leaf)
+        other_rows = leaf[rng.integers(0, count, count)]
+        return np.where(rng.random(leaf.shape) < 0.3, other_rows, leaf)
 
     changed_y = mapped(lambda leaf: change(leaf, True), y)
     return mapped(lambda leaf: change(leaf, inputs_scale), x), changed_y, weight
 
 
-def cancelled(model: Any, own: Columns) -> Columns | None:
+def cancelled(model: Any, examples: Columns) -> Columns | None:
     """Finds inputs whose gradient is small compared with its parts, by gradient descent.
 
     An example's gradient is a sum over positions. If the parts of the sum cancel, a norm that
@@ -84,12 +84,12 @@ def cancelled(model: Any, own: Columns) -> Columns | None:
 
     Args:
         model: A compiled, built `keras.Model`.
-        own: The examples to begin with.
+        examples: The examples to begin with.
 
     Returns:
         The examples, or None if no input can be changed continuously.
     """
-    x, y, _ = own
+    x, y, _ = examples
     leaves = tf.nest.flatten(x)
     moved = [
         n for n, leaf in enumerate(leaves) if _is_scalable(leaf, not _has_embedding(model))
@@ -127,8 +127,8 @@ def cancelled(model: Any, own: Columns) -> Columns | None:
         return tf.while_loop(lambda i, _: i < _ASCENT_STEPS, step, (tf.constant(0), values))[1]
 
     variants: list[Columns] = []
-    for row in range(rows_of(own)):
-        one_x, one_y, one_weight = selected(own, [row])
+    for row in range(rows_of(examples)):
+        one_x, one_y, one_weight = selected(examples, [row])
         values = [tf.convert_to_tensor(leaf) for leaf in tf.nest.flatten(one_x)]
         later = [leaf.numpy() for leaf in descend(values, one_y)]
         for scale in (1.0, 10.0, 1000.0):

@@ -116,7 +116,9 @@ def check(
         fixed = dataclasses.replace(fixed, bands=None)
         parts = [part for part in parts if part == "contributions"]
     rng = np.random.default_rng(seed)
-    own = np.sort(rng.choice(rows_of(columns), min(_OWN, rows_of(columns)), replace=False))
+    row_numbers = np.sort(
+        rng.choice(rows_of(columns), min(_OWN, rows_of(columns)), replace=False)
+    )
     if isinstance(sampler, PoissonLike):
         sampler = sampler.bind(columns[1], rows_of(columns))
     draws = Draws(fixed, rows_of(columns), batch_size, columns[1], sampler, strategy)
@@ -126,8 +128,8 @@ def check(
         facts += measure_draws(draws, math.ceil(_STEPS * effort), _ALPHA)
     with subject_of(model, strategy) as subject:
         if "contributions" in parts:
-            some = selected(columns, own)
-            neighbours = _contributions(Noiseless(subject, fixed), some, effort, rng)
+            examples = selected(columns, row_numbers)
+            neighbours = _contributions(Noiseless(subject, fixed), examples, effort, rng)
             facts, notes = [*facts, *neighbours.facts], [*notes, *neighbours.notes]
             is_repeatable = neighbours.draws_nothing
         if "noise" in parts and privacy.noise_multiplier == 0:
@@ -135,7 +137,9 @@ def check(
         elif "noise" in parts:
             numbers = math.ceil(_NUMBERS * effort)
             noiseless = Noiseless(subject, privacy)
-            noise = NoiseCheck(noiseless, columns, batch_size, own, is_repeatable, numbers)
+            noise = NoiseCheck(
+                noiseless, columns, batch_size, row_numbers, is_repeatable, numbers
+            )
             facts += noise.facts(_ALPHA, rng)
     return CheckReport(
         tuple(facts),
@@ -181,17 +185,18 @@ def _check_arguments(
 ) -> None:
     if not isinstance(model, keras.Model) or not model.compiled:
         raise ArgumentError(
-            "`model` must be a compiled keras.Model. Received: a "
+            "`model` must be a compiled keras.Model. Received: model of type "
             f"{type(model).__name__}. Call model.compile(...) first."
         )
     if not isinstance(privacy, DPSGD):
         raise ArgumentError(
-            f"`privacy` must be a tfdist.DPSGD or DPFTRL. Received: privacy={privacy!r}."
+            "`privacy` must be a tfdist.DPSGD or tfdist.DPFTRL. Received: "
+            f"privacy={privacy!r}. Pass the settings that you give to `fit`."
         )
     if not data.is_arrays(x):
         raise ArgumentError(
-            "`x` must be arrays: single examples are tried. Received: x of type "
-            f"{type(x).__name__}. Pass some examples of the data set."
+            "`x` must be arrays: the check tries single examples. Received: x of type "
+            f"{type(x).__name__}. Pass some examples of the data set as arrays."
         )
     check_count("batch_size", batch_size, 1)
     check_number("effort", effort, 0, open_ends=True)

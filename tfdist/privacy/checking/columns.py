@@ -21,8 +21,8 @@ def as_columns(x: Any, y: Any, sample_weight: Any) -> Columns:
         y: As in `fit`.
         sample_weight: As in `fit`.
     """
-    read, _ = read_columns(x, y, sample_weight)
-    columns = [tf.nest.map_structure(lambda leaf: leaf.numpy(), column) for column in read]
+    tensors, _ = read_columns(x, y, sample_weight)
+    columns = [tf.nest.map_structure(lambda leaf: leaf.numpy(), column) for column in tensors]
     filled = [*columns, None, None]
     return filled[0], filled[1], filled[2]
 

@@ -74,7 +74,7 @@ class Noiseless:
         """
         penalty: list[Floats] = []
 
-        def read(step: int, gradient: Floats) -> None:
+        def record(step: int, gradient: Floats) -> None:
             if step == 0:  # an empty batch
                 penalty.append(gradient)
             else:
@@ -86,7 +86,7 @@ class Noiseless:
         self.subject.rewind()
         self.subject.fit(
             columns,
-            read,
+            record,
             batch_size=1,  # so that sums are divided by 1
             epochs=1,
             steps_per_epoch=len(batches),
@@ -98,33 +98,33 @@ class Noiseless:
 
 
 def largest_contribution(
-    noiseless: Noiseless, own: Columns, rounds: int, rng: np.random.Generator
+    noiseless: Noiseless, user_examples: Columns, rounds: int, rng: np.random.Generator
 ) -> list[Finding]:
     """Searches for the example with the largest contribution.
 
     Args:
         noiseless: Computes sums without noise.
-        own: Some of the user's examples.
+        user_examples: Some of the user's examples.
         rounds: How often the largest examples are changed and measured again.
         rng: The random generator of the search.
     """
     model = noiseless.subject.model
-    few = selected(own, np.arange(min(4, rows_of(own))))
-    some = selected(own, np.arange(min(12, rows_of(own))))
-    parts = [own, families(model, some, rng)]
-    by_descent = cancelled(model, few)
+    few_examples = selected(user_examples, np.arange(min(4, rows_of(user_examples))))
+    some_examples = selected(user_examples, np.arange(min(12, rows_of(user_examples))))
+    parts = [user_examples, families(model, some_examples, rng)]
+    by_descent = cancelled(model, few_examples)
     if by_descent is not None:
         parts.append(by_descent)
     examples = joined(parts)
-    norms = _norms(noiseless, own, examples)
-    clip, of_own = norm_of(noiseless.privacy), norms[: rows_of(own)]
+    norms = _norms(noiseless, user_examples, examples)
+    clip, of_own = norm_of(noiseless.privacy), norms[: rows_of(user_examples)]
     count = len(norms)
     best, best_norms = examples, norms
     for _ in range(rounds):
         order = np.argsort(-best_norms, kind="stable")[:_KEPT]
         parents = selected(best, np.repeat(order, 4))
         best = joined([selected(best, order), mutated(model, parents, rng)])
-        best_norms = _norms(noiseless, own, best)
+        best_norms = _norms(noiseless, user_examples, best)
         count += len(best_norms) - _KEPT
         norms = np.concatenate([norms, best_norms])
     facts = [
@@ -141,35 +141,35 @@ def largest_contribution(
     ]
     if noiseless.privacy.group_ids is not None:
         order = np.argsort(-norms[: rows_of(examples)], kind="stable")[:_KEPT]
-        facts.append(_of_users(noiseless, own, selected(examples, order), rng))
+        facts.append(_of_users(noiseless, user_examples, selected(examples, order), rng))
     return facts
 
 
-def _norms(noiseless: Noiseless, own: Columns, tried: Columns) -> Any:
+def _norms(noiseless: Noiseless, user_examples: Columns, tried: Columns) -> Any:
     """Measures the contribution of each of some examples.
 
     Some of the user's examples come first, since `fit` checks the model on the first rows.
     """
-    first = selected(own, np.arange(min(3, rows_of(own))))
+    first = selected(user_examples, np.arange(min(3, rows_of(user_examples))))
     ahead, count = rows_of(first), rows_of(tried)
     norms = np.zeros(count)
 
-    def read(step: int, contribution: Floats) -> None:
+    def record(step: int, contribution: Floats) -> None:
         norms[step] = np.linalg.norm(contribution.astype(np.float64))
 
-    noiseless.sums(joined([first, tried]), [[ahead + n] for n in range(count)], read)
+    noiseless.sums(joined([first, tried]), [[ahead + n] for n in range(count)], record)
     return norms
 
 
 def _of_users(
-    noiseless: Noiseless, own: Columns, largest: Columns, rng: np.random.Generator
+    noiseless: Noiseless, user_examples: Columns, largest: Columns, rng: np.random.Generator
 ) -> Finding:
     """Measures users with several examples, equal or different ones."""
-    most = noiseless.privacy.max_rows_per_group or 16
-    rows, users = [np.arange(rows_of(own))], [np.arange(rows_of(own))]
-    data, user = [own], rows_of(own)
+    cap = noiseless.privacy.max_rows_per_group or 16
+    rows, users = [np.arange(rows_of(user_examples))], [np.arange(rows_of(user_examples))]
+    data, user = [user_examples], rows_of(user_examples)
     for n in range(2 * rows_of(largest)):
-        picked = np.full(2 * most, n // 2) if n % 2 else rng.integers(0, rows_of(largest), most)
+        picked = np.full(2 * cap, n // 2) if n % 2 else rng.integers(0, rows_of(largest), cap)
         data.append(selected(largest, picked))
         rows.append(picked)
         users.append(np.full(len(picked), user))
@@ -177,7 +177,7 @@ def _of_users(
     norms: list[float] = []
     noiseless.sums(
         joined(data),
-        [[u] for u in range(rows_of(own), user)],
+        [[u] for u in range(rows_of(user_examples), user)],
         lambda _, c: norms.append(float(np.linalg.norm(c.astype(np.float64)))),
         np.concatenate(users),
     )
@@ -187,7 +187,7 @@ def _of_users(
         1.0,
         -np.inf,
         1 + _TOLERANCE,
-        f"{len(norms)} users of up to {2 * most} examples tried",
+        f"{len(norms)} users of up to {2 * cap} examples tried",
     )
 
 
@@ -206,7 +206,9 @@ class Neighbours:
     draws_nothing: bool
 
 
-def compare_neighbours(noiseless: Noiseless, own: Columns, is_half: bool) -> Neighbours:
+def compare_neighbours(
+    noiseless: Noiseless, user_examples: Columns, is_half: bool
+) -> Neighbours:
     """Removes one example from batches, and checks that nothing else changes.
 
     A layer that mixes examples changes the contributions of other examples. So do random
@@ -215,22 +217,22 @@ def compare_neighbours(noiseless: Noiseless, own: Columns, is_half: bool) -> Nei
 
     Args:
         noiseless: Computes sums without noise.
-        own: Two examples that are removed in turn, a huge one and one that is not a number,
-            followed by some of the user's examples.
+        user_examples: Two examples that are removed in turn, a huge one and one that is not a
+            number, followed by some of the user's examples.
         is_half: Whether the model computes in half precision.
     """
-    count = rows_of(own)
+    count = rows_of(user_examples)
     rng = np.random.default_rng(2)
     batches, without = [], []
     for number in range(_BATCHES):
-        rest = rng.permutation(np.arange(2, count))
-        place = (0, len(rest) // 2, len(rest))[number % 3]
-        batches.append(list(np.insert(rest, place, number % 2)))
-        without.append(list(rest))
+        other_examples = rng.permutation(np.arange(2, count))
+        place = (0, len(other_examples) // 2, len(other_examples))[number % 3]
+        batches.append(list(np.insert(other_examples, place, number % 2)))
+        without.append(list(other_examples))
     alone = [[n] for n in batches[0]]
-    first = _vectors(noiseless, own, [*batches, batches[0], *alone])
-    repeated = _vectors(noiseless, own, batches[:2])
-    second = _vectors(noiseless, own, without)
+    first = _vectors(noiseless, user_examples, [*batches, batches[0], *alone])
+    repeated = _vectors(noiseless, user_examples, batches[:2])
+    second = _vectors(noiseless, user_examples, without)
     clip = norm_of(noiseless.privacy)
     sizes = [float(np.linalg.norm(np.nan_to_num(v))) for v in first[:_BATCHES]]
     size = max(1e-30, *sizes)

@@ -13,32 +13,34 @@ Bools = NDArray[np.bool_]
 _LAGS = (1, 2, 3, 5)
 
 
-def draw_facts(drawn: Bools, probability: Any, alpha: float) -> list[Finding]:
+def draw_facts(participation: Bools, probability: Any, alpha: float) -> list[Finding]:
     """Tests the participation of examples in steps.
 
     Args:
-        drawn: Whether a step drew an example, shape [steps, examples].
+        participation: Whether a step drew an example, shape [steps, examples].
         probability: The expected probability of a draw, a number or of shape [examples].
         alpha: The probability of a false alarm of each test.
 
     Returns:
         At most 5 findings.
     """
-    steps, examples = drawn.shape
-    each = np.broadcast_to(np.asarray(probability, np.float64), [examples])
+    steps, examples = participation.shape
+    probabilities = np.broadcast_to(np.asarray(probability, np.float64), [examples])
     rng = np.random.default_rng(1)  # breaks ties
-    counts = drawn.sum(0)
+    counts = participation.sum(0)
     facts = [
-        _of_counts("draws: of each example", counts, steps, each, rng, alpha),
-        _most(counts, steps, each, alpha),
+        _of_counts("draws: of each example", counts, steps, probabilities, rng, alpha),
+        _extreme_count(counts, steps, probabilities, alpha),
     ]
-    if each.min() == each.max() < 1:
-        one = float(each[0])
-        sizes = drawn.sum(1)
+    if probabilities.min() == probabilities.max() < 1:
+        common_probability = float(probabilities[0])
+        sizes = participation.sum(1)
         facts += [
-            _of_counts("draws: sizes of batches", sizes, examples, one, rng, alpha),
-            _between_steps(drawn, one, alpha),
-            _between_examples(drawn, one, alpha),
+            _of_counts(
+                "draws: sizes of batches", sizes, examples, common_probability, rng, alpha
+            ),
+            _between_steps(participation, common_probability, alpha),
+            _between_examples(participation, common_probability, alpha),
         ]
     return facts
 
@@ -65,11 +67,12 @@ def _of_counts(
     return of_probability(f"{name}, binomial", float(p_value), alpha, detail)
 
 
-def _most(counts: Any, steps: int, each: Any, alpha: float) -> Finding:
+def _extreme_count(counts: Any, steps: int, probabilities: Any, alpha: float) -> Finding:
     """Finds a single example that is drawn too often or too rarely."""
     stats = _stats()
     tails = np.minimum(
-        stats.binom.cdf(counts, steps, each), stats.binom.sf(counts - 1, steps, each)
+        stats.binom.cdf(counts, steps, probabilities),
+        stats.binom.sf(counts - 1, steps, probabilities),
     )
     worst = int(tails.argmin())
     detail = f"example {worst} in {int(counts[worst])} of {steps} steps"
@@ -78,10 +81,10 @@ def _most(counts: Any, steps: int, each: Any, alpha: float) -> Finding:
     )
 
 
-def _between_steps(drawn: Bools, probability: float, alpha: float) -> Finding:
+def _between_steps(participation: Bools, probability: float, alpha: float) -> Finding:
     """Counts examples in both of two steps: none with a shuffle, all with repeated draws."""
-    steps, examples = drawn.shape
-    as_floats = drawn.astype(np.float32)
+    steps, examples = participation.shape
+    as_floats = participation.astype(np.float32)
     shared = (as_floats @ as_floats.T)[np.triu_indices(steps, 1)]
     probabilities = [1.0]
     if len(shared):
@@ -93,21 +96,23 @@ def _between_steps(drawn: Bools, probability: float, alpha: float) -> Finding:
     for lag in lags:
         # No step is in two pairs, so the pairs are independent.
         first = np.array([s for s in range(steps - lag) if s // lag % 2 == 0])
-        count = int((drawn[first] & drawn[first + lag]).sum())
+        count = int((participation[first] & participation[first + lag]).sum())
         trials = len(first) * examples
         probabilities.append(_of_count(count, trials, probability**2) * 2 * len(lags))
     detail = f"{steps} steps, all pairs, and together those {_LAGS} apart"
     return of_probability("draws: independent between steps", min(probabilities), alpha, detail)
 
 
-def _between_examples(drawn: Bools, probability: float, alpha: float) -> Finding:
+def _between_examples(participation: Bools, probability: float, alpha: float) -> Finding:
     """Counts how often neighbouring examples are drawn together."""
-    examples = drawn.shape[1]
+    examples = participation.shape[1]
     probabilities = [1.0]
     for lag in {1, examples // 2} - {0}:
         first = np.array([i for i in range(examples - lag) if i // lag % 2 == 0])
-        count = int((drawn[:, first] & drawn[:, first + lag]).sum())
-        probabilities.append(2 * _of_count(count, len(first) * len(drawn), probability**2))
+        count = int((participation[:, first] & participation[:, first + lag]).sum())
+        probabilities.append(
+            2 * _of_count(count, len(first) * len(participation), probability**2)
+        )
     return of_probability("draws: independent between examples", min(probabilities), alpha)
 
 

@@ -62,8 +62,8 @@ class Draws:
         if self.privacy.group_ids is None:
             return min(1.0, self.batch_size / self.num_rows)
         counts = np.bincount(self.users)
-        kept = np.minimum(counts, self.privacy.max_rows_per_group or counts.max()).sum()
-        return min(1.0, self.batch_size / int(kept))
+        limit = self.privacy.max_rows_per_group or counts.max()
+        return min(1.0, self.batch_size / int(np.minimum(counts, limit).sum()))
 
     @property
     def divisor(self) -> float:

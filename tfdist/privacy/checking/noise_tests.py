@@ -142,9 +142,9 @@ def _pairs(z: Floats, alpha: float) -> Finding:
     if steps > 1 and width > 3:
         centred = z - z.mean(1, keepdims=True)
         centred /= np.maximum(np.linalg.norm(centred, axis=1, keepdims=True), 1e-300)
-        others = np.abs(centred @ centred.T)[np.triu_indices(steps, 1)]
-        largest = float(min(1.0, others.max()))
-        probability = _of_correlation(largest, width - 2) * len(others)
+        correlations = np.abs(centred @ centred.T)[np.triu_indices(steps, 1)]
+        largest = float(min(1.0, correlations.max()))
+        probability = _of_correlation(largest, width - 2) * len(correlations)
     return of_probability(
         "noise: independent between steps",
         probability,

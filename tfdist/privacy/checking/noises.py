@@ -50,12 +50,12 @@ def sampled(variables: Sequence[Any], most: int, rng: np.random.Generator) -> Sa
     """
     sizes = [math.prod(v.shape) for v in variables]
     part = min(1.0, most / max(1, sum(sizes)))
-    columns, blocks, begin, chosen = [], [], 0, 0
+    columns, blocks, begin, sample_size = [], [], 0, 0
     for variable, size in zip(variables, sizes, strict=True):
         count = min(size, max(64, math.ceil(size * part)))
         columns.append(begin + np.sort(rng.choice(size, count, replace=False)))
-        blocks.append(Block(variable.path, slice(chosen, chosen + count)))
-        begin, chosen = begin + size, chosen + count
+        blocks.append(Block(variable.path, slice(sample_size, sample_size + count)))
+        begin, sample_size = begin + size, sample_size + count
     return Sampled(
         np.concatenate(columns), tuple(b for b in blocks if b.columns.stop > b.columns.start)
     )
@@ -69,7 +69,7 @@ class NoiseCheck:
         noiseless: Computes sums without noise.
         columns: The user's data.
         batch_size: As in `fit`.
-        own: The numbers of some rows.
+        row_numbers: The numbers of some rows.
         is_repeatable: Whether a batch has the same sum in every step.
         numbers: About how many random numbers to measure.
     """
@@ -77,7 +77,7 @@ class NoiseCheck:
     noiseless: Noiseless
     columns: Columns
     batch_size: int
-    own: NDArray[np.int64]
+    row_numbers: NDArray[np.int64]
     is_repeatable: bool
     numbers: int
 
@@ -90,7 +90,9 @@ class NoiseCheck:
         """
         subject = self.noiseless.subject
         if not subject.weights:  # which `fit` builds
-            self.noiseless.sums(selected(self.columns, self.own), [], lambda _, __: None)
+            self.noiseless.sums(
+                selected(self.columns, self.row_numbers), [], lambda _, __: None
+            )
         weights = sampled(subject.weights, self.numbers // _FEWEST, rng)
         steps = min(_MOST, max(_FEWEST, self.numbers // len(weights.columns)))
         steps = -(-steps // _CYCLE) * _CYCLE
@@ -113,17 +115,17 @@ class NoiseCheck:
             clip_learning_rate=0.0,
         )
 
-    def _deviations(self, first: int, planned: int) -> list[float]:
+    def _deviations(self, first: int, planned_steps: int) -> list[float]:
         """Returns the expected standard deviations of the noise on the steps of a `fit`.
 
         Args:
             first: The first measured step.
-            planned: The planned steps of the training.
+            planned_steps: The planned steps of the training.
         """
-        schedule = schedule_of(self._settings, planned)
+        schedule = schedule_of(self._settings, planned_steps)
         if schedule is None:
-            return [self._deviation()] * (planned - first)
-        runs = np.searchsorted(schedule.begins, np.arange(first, planned), "right") - 1
+            return [self._deviation()] * (planned_steps - first)
+        runs = np.searchsorted(schedule.begins, np.arange(first, planned_steps), "right") - 1
         deviations = np.array(schedule.multipliers) * np.array(schedule.norms)
         return list(map(float, deviations[runs]))
 
@@ -184,30 +186,31 @@ class NoiseCheck:
         private = self.noiseless.privacy
         moves = callable(private.l2_norm_clip)  # then sums differ between steps
         if self.is_repeatable and private.group_ids is None and not moves:
+            count = len(self.row_numbers)
             batches = [
-                tuple(np.sort(rng.choice(len(self.own), min(_ROWS, len(self.own)), False)))
+                tuple(np.sort(rng.choice(count, min(_ROWS, count), False)))
                 for _ in range(_BATCHES)
             ]
-        subject, some = self.noiseless.subject, selected(self.columns, self.own)
+        subject, examples = self.noiseless.subject, selected(self.columns, self.row_numbers)
         sums: list[Floats] = []
         penalty: Any = 0.0
         if batches or any(v.regularizer is not None for v in subject.weights):
             all_weights = self.noiseless.sums(
-                some, batches, lambda _, v: sums.append(v[weights.columns])
+                examples, batches, lambda _, v: sums.append(v[weights.columns])
             )
             penalty = all_weights[weights.columns]
         # Every other batch is empty, so that it has noise alone.
         kinds = [n for batch in range(len(batches)) for n in (None, batch)] or [None]
         numbered: dict[int | None, tuple[int, ...]] = {
-            n: tuple(self.own[list(batch)].tolist()) for n, batch in enumerate(batches)
+            n: tuple(self.row_numbers[list(batch)].tolist()) for n, batch in enumerate(batches)
         }
         plan = tuple(numbered.get(kinds[step % len(kinds)], ()) for step in range(steps))
         noise: list[Any] = []
 
-        def reading(first: int, planned: int) -> Any:
+        def reading(first: int, planned_steps: int) -> Any:
             # Steps are counted here: in a resumed training their numbers may begin at 0 or
             # continue.
-            coming = enumerate(self._deviations(first, planned))
+            coming = enumerate(self._deviations(first, planned_steps))
 
             def read(_: int, gradient: Floats) -> None:
                 step, deviation = next(coming)
@@ -243,13 +246,13 @@ class NoiseCheck:
         assert isinstance(private, DPFTRL)
         rows = min(rows_of(self.columns), 8 * self.batch_size)
         epochs = -(-steps // (2 * -(-rows // self.batch_size)))
-        some = selected(self.columns, np.arange(rows))
+        examples = selected(self.columns, np.arange(rows))
         if not self.is_repeatable:  # with a sample weight of 0, gradients are 0
-            x, y, weight = some
+            x, y, weight = examples
             none = (
                 np.zeros(rows, np.float32) if weight is None else mapped(np.zeros_like, weight)
             )
-            some = x, y, none
+            examples = x, y, none
         options = {"batch_size": self.batch_size, "epochs": epochs, "shuffle": False, "seed": 1}
         private = dataclasses.replace(private, min_separation=None)
 
@@ -257,12 +260,15 @@ class NoiseCheck:
             settings = dataclasses.replace(
                 private, noise_multiplier=multiplier, target_epsilon=None
             )
-            found: list[Floats] = []
+            gradients: list[Floats] = []
             self.noiseless.subject.rewind()
             self.noiseless.subject.fit(
-                some, lambda _, g: found.append(g[weights.columns]), privacy=settings, **options
+                examples,
+                lambda _, g: gradients.append(g[weights.columns]),
+                privacy=settings,
+                **options,
             )
-            return np.array(found, np.float64)
+            return np.array(gradients, np.float64)
 
         assert private.noise_multiplier is not None
         assert not callable(private.noise_multiplier)

@@ -88,6 +88,8 @@ class DPAdam(keras.optimizers.Adam):  # type: ignore[misc]
                 (self._noise_moments, ops.square(ops.cast(deviation, "float32")), self.beta_2),
             )
         )
+        # The moments of squares and of the noise decay alike, so one bias correction fits their
+        # difference.
         noiseless = (square - ops.cast(noise, dtype)) / corrections[1]
         divisor = ops.sqrt(ops.maximum(noiseless, ops.cast(self.variance_floor, dtype)))
         self.assign_sub(variable, rate * mean / (corrections[0] * divisor))

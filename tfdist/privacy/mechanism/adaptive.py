@@ -38,8 +38,8 @@ class AdaptiveClip:
         self._quantile = mechanism.target_quantile
         self._rounding: Rounding | None = None
         if mechanism.count_noise > 0:
-            most = mechanism.most(replicas) / 2
-            self._rounding = Rounding(mechanism.count_noise, most, replicas)
+            bound = mechanism.sum_bound(replicas) / 2
+            self._rounding = Rounding(mechanism.count_noise, bound, replicas)
         self._log_norm = keras.Variable(
             math.log(mechanism.l2_norm_clip), dtype="float32", name="log_l2_norm_clip"
         )

@@ -69,7 +69,7 @@ def clipped_sum(
     l2_norm_clip: Any,
     sample_weight: Any = None,
     per_layer: bool = False,
-    together: ClippingGroups = _ALONE,
+    grouping: ClippingGroups = _ALONE,
 ) -> Clipped:
     """Sums the gradients of all examples, each clipped to a norm. It can be traced.
 
@@ -87,7 +87,7 @@ def clipped_sum(
             clipping.
         per_layer: Whether each of L layers with weights is clipped separately, to
             `l2_norm_clip` / sqrt(L). The norm over all layers then has the same bound.
-        together: The rows whose gradients are summed, or averaged, before they are clipped.
+        grouping: The rows whose gradients are summed, or averaged, before they are clipped.
 
     Raises:
         ArgumentError: The model has a layer that mixes examples, or a layer without a closed
@@ -105,30 +105,30 @@ def clipped_sum(
     parts, _, outputs = recorded(model, x, y, sample_weight)
     groups = _by_layer(model, parts) if per_layer else [parts]
     squares = [
-        together.scale**2 * tf.add_n([part.squared_norms(together) for part in group])
+        grouping.scale**2 * tf.add_n([part.squared_norms(grouping) for part in group])
         for group in groups
     ]
-    mask = together.all_of(tf.convert_to_tensor(sample_mask))
+    mask = grouping.all_of(tf.convert_to_tensor(sample_mask))
     finite = tf.math.is_finite(tf.add_n(squares))
-    counted = mask & finite
+    counts = mask & finite
     bound = l2_norm_clip / math.sqrt(len(groups))
     factors: dict[int, Tensor] = {}
     for group, of_group in zip(groups, squares, strict=True):
-        norms = _norms(of_group, counted)
+        norms = _norms(of_group, counts)
         # The sum over parts, the root, the quotient and the products below are rounded too.
         norms *= 1 + gamma(len(group) + 8)
         factor = tf.where(norms > 0, tf.minimum(1.0, tf.math.divide_no_nan(bound, norms)), 1.0)
-        factor = tf.where(counted, factor * together.scale, 0.0)
+        factor = tf.where(counts, factor * grouping.scale, 0.0)
         factors |= {id(part.variable): factor for part in group}
-    norms = _norms(tf.add_n(squares), counted)
-    votes = tf.where(counted, tf.where(norms <= l2_norm_clip, 0.5, -0.5), 0.0)
-    sums = weighted_sums(model, parts, factors, tf.reduce_all(finite), together)
+    norms = _norms(tf.add_n(squares), counts)
+    votes = tf.where(counts, tf.where(norms <= l2_norm_clip, 0.5, -0.5), 0.0)
+    sums = weighted_sums(model, parts, factors, tf.reduce_all(finite), grouping)
     return Clipped(sums, norms, tf.reduce_sum(votes), outputs)
 
 
-def _norms(squares: Tensor, counted: Tensor) -> Tensor:
+def _norms(squares: Tensor, counts: Tensor) -> Tensor:
     # Rounding may make a square of almost 0 negative.
-    return tf.sqrt(tf.maximum(tf.where(counted, squares, 0.0), 0.0))
+    return tf.sqrt(tf.maximum(tf.where(counts, squares, 0.0), 0.0))
 
 
 def _by_layer(model: Any, parts: Sequence[GradientPart]) -> list[list[GradientPart]]:
@@ -165,7 +165,7 @@ def weighted_sums(
     parts: Sequence[GradientPart],
     weights: Mapping[int, Tensor],
     all_finite: Tensor,
-    together: ClippingGroups = _ALONE,
+    grouping: ClippingGroups = _ALONE,
 ) -> list[Tensor]:
     """Sums gradients over examples, multiplied by the weights of their variable.
 
@@ -174,10 +174,10 @@ def weighted_sums(
         parts: The gradients of all examples, by variable.
         weights: The weights of the units, by the id of a variable.
         all_finite: As in `GradientPart.weighted_sum`.
-        together: As in `clipped_sum`.
+        grouping: As in `clipped_sum`.
     """
     by_variable = {
-        id(part.variable): part.weighted_sum(weights[id(part.variable)], all_finite, together)
+        id(part.variable): part.weighted_sum(weights[id(part.variable)], all_finite, grouping)
         for part in parts
     }
     return [
@@ -211,6 +211,8 @@ def recorded(
     """
     units = _units(model)
     folding = foldings(model, units, x)
+    # A layer that is called without the batch has no rows of examples. So the layer around it
+    # is recorded, and runs again.
     enclosing = {id(layer): layer for layer in folding.around.values() if layer is not None}
     recorded_layers = [*units, *enclosing.values()]
     calls: dict[int, list[LayerCall]] = {id(layer): [] for layer in recorded_layers}
@@ -250,10 +252,10 @@ def recorded(
         replaced = {id(v) for v in by_example}
         parts = [part for part in parts if id(part.variable) not in replaced]
         parts += of_tied(model, by_example, (x, y, sample_weight), training, seeds)
-    return _one_each(parts), [tf.convert_to_tensor(g) for g in plain], outputs
+    return _joined_by_variable(parts), [tf.convert_to_tensor(g) for g in plain], outputs
 
 
-def _one_each(parts: Sequence[GradientPart]) -> list[GradientPart]:
+def _joined_by_variable(parts: Sequence[GradientPart]) -> list[GradientPart]:
     """Adds up the parts of a variable that several layers use.
 
     The norm of a sum does not follow from the norms of its terms, so the gradients of such a
@@ -261,9 +263,9 @@ def _one_each(parts: Sequence[GradientPart]) -> list[GradientPart]:
     """
     by_variable: dict[int, GradientPart] = {}
     for part in parts:
-        other = by_variable.get(id(part.variable))
-        if other is not None:
-            part = Written(part.variable, part.each() + other.each())
+        earlier_part = by_variable.get(id(part.variable))
+        if earlier_part is not None:
+            part = Written(part.variable, part.each() + earlier_part.each())
         by_variable[id(part.variable)] = part
     return list(by_variable.values())
 
@@ -279,10 +281,11 @@ def _units(model: Any) -> list[Any]:
             )
         if isinstance(layer, layers.SpectralNormalization) and layer.trainable:
             raise ArgumentError(
-                "A layer must not rewrite weights when it is called: a step may call it once, "
-                "or for each piece of a batch of which the examples are secret. Received: the "
-                f"layer {layer.name!r} of type SpectralNormalization. Train what it wraps "
-                "with a `kernel_constraint`, which is applied once a step."
+                "A private model must not have a layer that changes its weights when it is "
+                "called: the number of calls in a step may depend on the drawn examples. "
+                f"Received: the layer {layer.name!r} of type SpectralNormalization. Train the "
+                "wrapped layer with a `kernel_constraint` instead, which is applied once a "
+                "step."
             )
 
     def visit(layer: Any) -> None:
@@ -315,7 +318,7 @@ def _recording(unit: Any, calls: list[LayerCall], tape: Any) -> Iterator[None]:
 
     def record(call: Any, *args: Any, **kwargs: Any) -> Any:
         seeds = [(v, tf.identity(v.value)) for v in seed_variables]
-        with keras_layers.changed(unit, **overridden):
+        with keras_layers.with_attributes(unit, **overridden):
             outputs = call(*args, **kwargs)
         normalized = None
         if unscaled:

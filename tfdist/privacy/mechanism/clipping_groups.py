@@ -31,11 +31,11 @@ class ClippingGroups(abc.ABC):
 
     Attributes:
         scale: The factor of the sum of a unit's gradients, before it is clipped.
-        most: The most rows of a unit.
+        max_rows: The most rows of a unit.
     """
 
     scale: float = 1.0
-    most: int
+    max_rows: int
 
     @abc.abstractmethod
     def sums(self, each: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ class ClippingGroups(abc.ABC):
 class Alone(ClippingGroups):
     """Each row is a unit."""
 
-    most = 1
+    max_rows = 1
 
     def sums(self, each: Tensor) -> Tensor:
         """Returns its argument; see `ClippingGroups`."""
@@ -112,7 +112,7 @@ class CopiesOfExamples(ClippingGroups):
     """
 
     def __init__(self, copies: int) -> None:
-        self.most, self.scale = copies, 1 / copies
+        self.max_rows, self.scale = copies, 1 / copies
 
     def sums(self, each: Tensor) -> Tensor:
         """Sums; see `ClippingGroups`."""
@@ -121,7 +121,7 @@ class CopiesOfExamples(ClippingGroups):
     def joined(self, each: Tensor) -> Tensor:
         """Concatenates rows; see `ClippingGroups`."""
         sizes = each.shape[1] if each.shape[1] is not None else tf.shape(each)[1]
-        return tf.reshape(each, [-1, self.most * sizes, *each.shape[2:]])
+        return tf.reshape(each, [-1, self.max_rows * sizes, *each.shape[2:]])
 
     def all_of(self, rows: Tensor) -> Tensor:
         """Combines all copies; see `ClippingGroups`."""
@@ -129,10 +129,10 @@ class CopiesOfExamples(ClippingGroups):
 
     def by_row(self, units: Tensor) -> Tensor:
         """Repeats; see `ClippingGroups`."""
-        return tf.repeat(units, self.most)
+        return tf.repeat(units, self.max_rows)
 
     def _split(self, each: Tensor) -> Tensor:
-        return tf.reshape(each, [-1, self.most, *each.shape[1:]])
+        return tf.reshape(each, [-1, self.max_rows, *each.shape[1:]])
 
 
 class Groups(ClippingGroups):
@@ -141,12 +141,13 @@ class Groups(ClippingGroups):
     Args:
         groups: The number of each row's group, shape [rows]. Neighbouring groups have different
             numbers.
-        most: The most examples of a group.
+        max_rows: The most examples of a group.
         copies: As in `CopiesOfExamples`.
     """
 
-    def __init__(self, groups: Tensor, most: int, copies: int = 1) -> None:
-        self.most, self.scale = most * copies, 1 / copies
+    def __init__(self, groups: Tensor, max_rows: int, copies: int = 1) -> None:
+        self.max_rows, self.scale = max_rows * copies, 1 / copies
+        # The rows of a unit are neighbours, so the number of changes before a row is its unit.
         changes = tf.cast(groups[1:] != groups[:-1], tf.int32)
         self._unit = tf.concat([[0], tf.cumsum(changes)], 0)
         self._count = self._unit[-1] + 1

@@ -142,6 +142,8 @@ def _embedding(layer: Any, calls: Sequence[LayerCall]) -> Parts:
 def _conv(layer: Any, calls: Sequence[LayerCall]) -> Parts | None:
     if lora.is_enabled(layer) and layer.groups != 1:
         return None
+    # At each position, a convolution multiplies a window of its inputs by the kernel. So it is
+    # a dense layer on windows.
     windows = tf.concat([patches(layer, call.inputs) for call in calls], 1)
     outputs = tf.concat([_positions(channels_last(layer, c.gradients)) for c in calls], 1)
     channels = windows.shape[-1]
@@ -154,6 +156,7 @@ def _conv(layer: Any, calls: Sequence[LayerCall]) -> Parts | None:
         groups = layer.groups
         inputs = tf.reshape(windows, [-1, _length(windows), size, groups, channels // groups])
         by_group = tf.reshape(outputs, [-1, _length(outputs), groups, layer.filters // groups])
+        # A group of channels has its own kernel, so the gradient is not a single product.
         gradients = tf.einsum("btwgi,btgo->bwigo", inputs, by_group)
         parts = [Written(layer.kernel, _shaped(gradients, layer.kernel.shape))]
     if layer.use_bias:
@@ -180,6 +183,8 @@ def _normalization(layer: Any, calls: Sequence[LayerCall]) -> Parts | None:
     for call in calls:
         rank = len(call.inputs.shape)
         axes = _normalized_axes(layer, rank)
+        # The sums below need the axes in order. With the axis of examples among them, an output
+        # would depend on other examples.
         if axes != sorted(axes) or 0 in axes:
             return None
         summed = [a for a in range(1, rank) if a not in axes]
@@ -188,7 +193,7 @@ def _normalization(layer: Any, calls: Sequence[LayerCall]) -> Parts | None:
         if gamma is not None:
             normalized = call.normalized
             if normalized is None:
-                with keras_layers.changed(layer, **_UNSCALED[type(layer)]):
+                with keras_layers.with_attributes(layer, **_UNSCALED[type(layer)]):
                     normalized = tf.cast(layer.call(call.inputs), tf.float32)
             by_gamma.append(tf.reduce_sum(gradients * normalized, summed))
     parts: Parts = []

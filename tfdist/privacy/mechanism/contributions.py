@@ -48,7 +48,7 @@ def added(model: Any, columns: Columns, keys: RowKeys, weights: Tensor) -> Added
 
 
 def is_same(
-    one: Added, other: Added, weights: Tensor, tolerance: float, l2_norm_clip: Any
+    first: Added, second: Added, weights: Tensor, tolerance: float, l2_norm_clip: Any
 ) -> Tensor:
     """Returns whether some rows contribute the same to two batches.
 
@@ -57,8 +57,8 @@ def is_same(
     0. That tolerance is also bounded by `tolerance * l2_norm_clip`.
 
     Args:
-        one: The contribution in one batch.
-        other: The contribution in another batch.
+        first: The contribution in one batch.
+        second: The contribution in another batch.
         weights: The weights of all rows of the other batch.
         tolerance: The largest difference that rounding may cause, relative to norms.
         l2_norm_clip: The clipping norm.
@@ -66,10 +66,10 @@ def is_same(
     Returns:
         Scalar bool. It is true if norms are not finite, since nothing can be compared then.
     """
-    scale = tf.sqrt(tf.reduce_sum(tf.where(weights == 0, 0.0, weights**2 * other.squares)))
+    scale = tf.sqrt(tf.reduce_sum(tf.where(weights == 0, 0.0, weights**2 * second.squares)))
     differences = [
         tf.reduce_sum(tf.square(tf.cast(a, tf.float32) - tf.cast(b, tf.float32)))
-        for a, b in zip(one.sums, other.sums, strict=True)
+        for a, b in zip(first.sums, second.sums, strict=True)
     ]
     distance = tf.sqrt(tf.add_n(differences))
     is_finite = tf.math.is_finite(scale)
@@ -100,6 +100,8 @@ def pinned(model: Any, keys: RowKeys) -> Iterator[None]:
     """
     with drawing(keys) as batch:
         yield
+    # Seeds get their values back as well: a comparison must not change the random numbers of
+    # the training.
     with _keras.seeding():
         for variable, value in list(batch.touched.values()):
             variable.assign(value)
@@ -121,14 +123,14 @@ def drawing(keys: RowKeys) -> Iterator[ReplicaBatch]:
         yield batch
 
 
-def mixes(what: str) -> ArgumentError:
+def mixes(observation: str) -> ArgumentError:
     """Makes the error about a model that mixes examples.
 
     Args:
-        what: A clause that describes the observation.
+        observation: A clause that describes the observation.
     """
     return ArgumentError(
         "No layer and no loss may mix the examples of a batch. Received: a model in which "
-        f"{what}. Leave out the layer that does so; random numbers must be drawn by "
+        f"{observation}. Leave out the layer that does so. Draw random numbers with "
         "`keras.random`, with the batch as their first axis."
     )

@@ -20,7 +20,7 @@ class StepCounter:
     def __init__(self) -> None:
         with tf.init_scope(), tf.device("CPU:0"):
             # Variables, since a function is traced once and may run several steps per call.
-            self._begun = tf.Variable(tf.zeros([], tf.int64), trainable=False)
+            self._started = tf.Variable(tf.zeros([], tf.int64), trainable=False)
             self._finished = tf.Variable(tf.zeros([], tf.int64), trainable=False)
             self._left_out = tf.Variable(tf.zeros([], tf.int64), trainable=False)
             self._first = tf.Variable(tf.zeros([], tf.int64), trainable=False)
@@ -28,7 +28,7 @@ class StepCounter:
 
     def restart(self) -> None:
         """Sets the count to 0."""
-        for variable in (self._begun, self._finished, self._left_out):
+        for variable in (self._started, self._finished, self._left_out):
             variable.assign(0)
 
     def number_from(self, first: int) -> None:
@@ -71,8 +71,8 @@ class StepCounter:
             The number of the step, scalar int64. Each number is returned once.
         """
         with tf.control_dependencies([after]), tf.device("CPU:0"):
-            begun = self._begun.assign_add(1, read_value=True)
-            return tf.identity(begun) - 1 + self._first.read_value()
+            started = self._started.assign_add(1, read_value=True)
+            return tf.identity(started) - 1 + self._first.read_value()
 
     def steps_before(self, number: Tensor) -> Tensor:
         """Returns how many steps have begun before a step, since `restart`.
@@ -97,7 +97,7 @@ class StepCounter:
     @property
     def steps(self) -> int:
         """The number of steps that may have changed the weights."""
-        return int(self._begun.numpy()) - int(self._left_out.numpy())
+        return int(self._started.numpy()) - int(self._left_out.numpy())
 
     @property
     def finished(self) -> int:

@@ -30,6 +30,8 @@ def summed_loss(model: Any, x: Any, y: Any, sample_weight: Any, outputs: Any) ->
     examples = tf.shape(tf.nest.flatten(outputs)[0])[0]
     with _loss_itself(model):
         mean = keras_layers.compiled_loss(model, x, y, outputs, sample_weight)
+    # The mean of single losses times their number: Keras computes the batch at once, without a
+    # loop.
     return mean * tf.cast(examples, mean.dtype)
 
 

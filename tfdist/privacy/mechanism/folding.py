@@ -192,15 +192,17 @@ def _rows_of(outputs: Sequence[Any]) -> int | None:
     sizes = {out.shape[0] if len(out.shape) else 0 for out in outputs}
     if None in sizes or len({size % _EXAMPLES for size in sizes}) > 1 or len(sizes) > 1:
         return None
+    # Only the batch brings the prime into a size. So the quotient is the number of rows of an
+    # example.
     (size,) = sizes
     return int(size) // _EXAMPLES if size % _EXAMPLES == 0 else 0
 
 
 def _in_a_loop(layer: Any) -> ArgumentError:
     return ArgumentError(
-        "A layer with weights must be called by Python code of the model, where each call can "
-        "be seen, and not in a loop, branch or function of TensorFlow. Received: the layer "
-        f"{layer.name!r} of type {type(layer).__name__}, called in one (keras.ops.map, "
+        "A layer with weights must be called by Python code of the model, not in a loop, "
+        "branch or function of TensorFlow, where its calls cannot be recorded. Received: the "
+        f"layer {layer.name!r} of type {type(layer).__name__}, called in one (keras.ops.map, "
         "while_loop, scan, tf.function). Give it all positions at once, with the batch as the "
         "first axis, or use keras.layers.TimeDistributed."
     )

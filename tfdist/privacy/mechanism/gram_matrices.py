@@ -40,7 +40,7 @@ def squared_norms_of_products(inputs: Tensor, outputs: Tensor) -> Tensor:
     Returns:
         float32 of shape [examples].
     """
-    return _chosen(_of_products, inputs, outputs)(inputs, outputs)
+    return _maybe_compiled(_of_products, inputs, outputs)(inputs, outputs)
 
 
 def squared_norms_by_row(rows: Tensor, outputs: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ def squared_norms_by_row(rows: Tensor, outputs: Tensor) -> Tensor:
     Returns:
         float32 of shape [examples].
     """
-    return _chosen(_by_row, outputs)(rows, outputs)
+    return _maybe_compiled(_by_row, outputs)(rows, outputs)
 
 
 def _of_products(inputs: Tensor, outputs: Tensor) -> Tensor:
@@ -84,6 +84,7 @@ def _by_row(rows: Tensor, outputs: Tensor) -> Tensor:
     sums *= 1 + gamma(outputs.shape[2])
     magnitudes = tf.linalg.matvec(is_same_row, lengths) * (1 + product_gamma(positions))
     largest = sums + (product_gamma(positions) + gamma(positions + 2)) * magnitudes
+    # The first position of a row has no equal position before it.
     is_first = tf.reduce_sum(tf.linalg.band_part(is_same_row, -1, 0), 2) == 1
     squares = tf.where(is_first, tf.square(largest), 0.0)
     return tf.reduce_sum(squares, 1) * (1 + gamma(positions + 4))
@@ -137,7 +138,7 @@ def _positions(factor: Tensor) -> Any:
     return static if static is not None else tf.cast(tf.shape(factor)[1], tf.float32)
 
 
-def _chosen(function: Callable[..., Tensor], *factors: Tensor) -> Callable[..., Tensor]:
+def _maybe_compiled(function: Callable[..., Tensor], *factors: Tensor) -> Callable[..., Tensor]:
     """Returns the function, or its compiled form if that is faster."""
     positions, *sizes = factors[0].shape[1], *(factor.shape[2] for factor in factors)
     if tf.executing_eagerly() or positions is None:

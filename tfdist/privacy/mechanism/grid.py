@@ -34,7 +34,7 @@ class Rounding:
     Args:
         noise: The standard deviation of the noise on the global sum, in units of the most that
             one example can change.
-        most: A bound of the absolute sum of all examples, in the same unit.
+        bound: A bound of the absolute sum of all examples, in the same unit.
         replicas: The number of replicas that add noise.
 
     Attributes:
@@ -45,10 +45,10 @@ class Rounding:
         ArgumentError: There is too little noise for so many replicas.
     """
 
-    def __init__(self, noise: float, most: float, replicas: int) -> None:
+    def __init__(self, noise: float, bound: float, replicas: int) -> None:
         # The finest grid on which the sum, plus noise of up to 10 standard deviations on each
         # replica, stays within the whole numbers that float32 adds exactly.
-        room = _EXACT / (most / noise + 10 * math.sqrt(replicas))
+        room = _EXACT / (bound / noise + 10 * math.sqrt(replicas))
         # Each replica's noise must span at least 4 steps of the grid: the error in the class's
         # docstring is then below exp(-(4 pi)^2), about 1e-69.
         least = 4 * math.sqrt(replicas)
@@ -56,7 +56,7 @@ class Rounding:
             raise ArgumentError(
                 "`noise_multiplier` must be large enough for sums over replicas to be exact. "
                 f"Received: noise of {noise:g} on {replicas} replicas, with sums of up to "
-                f"{most:g} norms. Use more noise, smaller batches, or strategy='single'."
+                f"{bound:g} norms. Use more noise, smaller batches, or strategy='single'."
             )
         steps = max(_FINENESS, math.ceil(math.log2(least)))
         self._steps = 2.0 ** min(steps, math.floor(math.log2(room)))

@@ -66,11 +66,11 @@ def check(
     """
     state = model.non_trainable_variables
     values = [tf.identity(v.value) for v in state]
-    few = rows.selected((x, y, sample_weight), np.arange(_ROWS_FOR_SUMS) % rows.count(x))
+    few_rows = rows.selected((x, y, sample_weight), np.arange(_ROWS_FOR_SUMS) % rows.count(x))
     try:
         with _exact_products(), _keras.replicated(), keras_layers.in_float32(model):
             tolerance = tolerance_for(model)
-            _check_sum(model, *few, tolerance)
+            _check_sum(model, *few_rows, tolerance)
             _check_state(state, values)
             _Comparison(model, (x, y, sample_weight), tolerance, l2_norm_clip).make()
     finally:
@@ -96,9 +96,9 @@ def _check_sum(model: Any, x: Any, y: Any, sample_weight: Any, tolerance: float)
     with keras_layers.without_regularizers(model.trainable_variables):
         if model.losses:
             raise ArgumentError(
-                "The loss must come from `compile` and the regularizers of weights alone. "
+                "The loss must come from `compile` and from regularizers of weights alone. "
                 "Received: a model with a layer that calls `add_loss` or has an "
-                "`activity_regularizer`: what they add is of the whole batch. Leave them out."
+                "`activity_regularizer`, whose loss is of the whole batch. Leave them out."
             )
     squares = tf.add_n([part.squared_norms() for part in parts])
     scale = float(tf.sqrt(tf.reduce_sum(squares)))
@@ -111,10 +111,10 @@ def _check_sum(model: Any, x: Any, y: Any, sample_weight: Any, tolerance: float)
         norm = float(tf.norm(tf.cast(expected, tf.float32)))
         if difference > _SUM * norm + _ROUNDING * scale:
             raise ArgumentError(
-                "All weights must be used by the layers that hold them, in their `call`, and "
+                "Each weight must be used only by the layer that holds it, in its `call`, and "
                 "no layer may mix examples. Received: a model in which the gradients by "
-                f"{variable.path!r} of single examples do not add up to the batch's. Let a "
-                "layer be called where its weight is used."
+                f"{variable.path!r} of single examples do not add up to the batch's. Call the "
+                "layer where its weight is used."
             )
 
 
@@ -221,6 +221,7 @@ class _Comparison:
         weights = self._weights(half)
         numbers = np.arange(self._rows)
         among_all = self._added(columns, numbers, weights)
+        # The caller then tries smaller changes of the inputs.
         if not np.isfinite(among_all.squares.numpy()[half]).all():
             raise ValueError("norms that are not finite")
         order = self._compare_alone(columns, half, weights, among_all)
@@ -237,9 +238,9 @@ class _Comparison:
         among_others = self._added(moved, moved_numbers, moved_weights)
         self._check(among_others, among_all, weights, "among others")
 
-    def _check(self, other: Added, among_all: Added, weights: Any, where: str) -> None:
+    def _check(self, contribution: Added, among_all: Added, weights: Any, where: str) -> None:
         weights = tf.constant(weights, tf.float32)
-        if not bool(is_same(other, among_all, weights, self._tolerance, self._norm)):
+        if not bool(is_same(contribution, among_all, weights, self._tolerance, self._norm)):
             raise mixes(f"what examples add to the gradient is another thing {where}")
 
     def _added(self, columns: Columns, numbers: Any, weights: Any) -> Added:
@@ -283,9 +284,9 @@ class _Comparison:
         if operations:
             raise ArgumentError(
                 "The random numbers of a private model must be drawn by `keras.random`: they "
-                "are then a function of a secret and of each example. Received: a layer that "
-                f"draws by TensorFlow's {operations[0]}. Use keras.random.normal and the like, "
-                "with a keras.random.SeedGenerator."
+                "then follow from a secret and from each example. Received: a layer that draws "
+                f"by TensorFlow's {operations[0]}. Use a function of keras.random with a "
+                "keras.random.SeedGenerator."
             )
 
     def _check_derivatives(self, columns: Columns, half: Any) -> None:

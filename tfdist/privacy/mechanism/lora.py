@@ -57,12 +57,14 @@ def of_kernel(
     first, second, scale = _factors(layer, "kernel")
     inputs, outputs = tf.cast(inputs, tf.float32), tf.cast(outputs, tf.float32) * scale
     rank, last = second.shape
-    # `others` is the product of the outputs' axes but the last. B does not see them.
-    p, others = inputs.shape[2], outputs.shape[2] // last
+    # `leading` is the product of the outputs' axes but the last. B does not see them.
+    p, leading = inputs.shape[2], outputs.shape[2] // last
     positions = _known_or(outputs.shape[1], tf.shape(outputs)[1])
-    split = tf.reshape(outputs, [-1, positions * others, last])
+    split = tf.reshape(outputs, [-1, positions * leading, last])
+    # By the chain rule. For inputs x and output gradients g, the gradient by A is x^T (g B^T),
+    # and that by B is (x A)^T g.
     by_first = tf.reshape(
-        tf.matmul(split, second, transpose_b=True), [-1, positions, others * rank]
+        tf.matmul(split, second, transpose_b=True), [-1, positions, leading * rank]
     )
     axes_of_first = None
     if axes is None:
@@ -71,8 +73,8 @@ def of_kernel(
         shape, order = axes
         axes_of_first = [*shape[:-1], rank], order
         inverse = [list(order).index(axis) for axis in range(len(order))]
-        matrix = tf.reshape(tf.transpose(first, inverse), [p, others * rank])
-    hidden = tf.reshape(tf.matmul(inputs, matrix), [-1, positions * others, rank])
+        matrix = tf.reshape(tf.transpose(first, inverse), [p, leading * rank])
+    hidden = tf.reshape(tf.matmul(inputs, matrix), [-1, positions * leading, rank])
     return [
         Product(layer.lora_kernel_a, inputs, by_first, axes_of_first),
         Product(layer.lora_kernel_b, hidden, split),

@@ -54,7 +54,7 @@ class Mechanism:
         bands = self.bands or 1
         return inverse(banded(bands), 16 * bands) if self.cyclic else coefficients(bands)
 
-    def most(self, replicas: int) -> float:
+    def sum_bound(self, replicas: int) -> float:
         """Bounds the norm of a step's sum of clipped gradients, in clipping norms.
 
         The bound fails with a probability below 2^-64: a Poisson sample with mean b has more
@@ -64,6 +64,7 @@ class Mechanism:
         Args:
             replicas: The number of replicas over which a step's rows are split.
         """
+        # With `group_ids`, a step has fewer units than rows. The larger number bounds both.
         rows = max(self.expected_batch, self.expected_units)
         return 2 * rows + (64 + replicas) * (self.rows_of_user or 1)
 

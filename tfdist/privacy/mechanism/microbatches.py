@@ -51,9 +51,9 @@ def clipped_share(
     if mechanism.microbatch_size is None and not compiled:
         mask = tf.range(_examples(columns)) < tf.cast(batch.rows, tf.int32)
         x, y, weight = columns
-        together = _together(mechanism, groups)
+        grouping = _grouping(mechanism, groups)
         clipped = clipped_sum(
-            model, x, y, mask, l2_norm_clip, weight, mechanism.per_layer, together
+            model, x, y, mask, l2_norm_clip, weight, mechanism.per_layer, grouping
         )
         return clipped.outputs, clipped.sums, clipped.votes
     pieces = _Pieces(model, columns, batch, mechanism, l2_norm_clip, compiled, groups)
@@ -61,7 +61,7 @@ def clipped_share(
     return outputs, sums[:-1], sums[-1]
 
 
-def _together(mechanism: Mechanism, groups: Tensor | None) -> ClippingGroups:
+def _grouping(mechanism: Mechanism, groups: Tensor | None) -> ClippingGroups:
     if groups is not None:
         assert mechanism.rows_of_user is not None
         return Groups(groups, mechanism.rows_of_user, mechanism.copies)
@@ -116,11 +116,11 @@ class _Pieces:
                     # Each piece begins with the seeds of the whole batch: random numbers depend
                     # on a row's place in the batch, not on its piece.
                     seed.assign(value)
-            flat, more = self._piece(edges[index], edges[index + 1], size)
+            flat, piece_sums = self._piece(edges[index], edges[index + 1], size)
             arrays = [
                 array.write(index, part) for array, part in zip(arrays, flat, strict=True)
             ]
-            return index + 1, [a + b for a, b in zip(sums, more, strict=True)], arrays
+            return index + 1, [a + b for a, b in zip(sums, piece_sums, strict=True)], arrays
 
         # The first piece is computed outside the loop, which needs the outputs' types.
         first, sums = self._piece(edges[0], edges[1], size)
@@ -133,6 +133,7 @@ class _Pieces:
             ).write(0, part)
             for part in first
         ]
+        # One piece at a time, or the memory of all pieces would be needed at once.
         _, sums, arrays = tf.while_loop(
             lambda index, *_: index < count,
             body,
@@ -177,7 +178,7 @@ class _Pieces:
         batch = self._batch
         start = tf.cast(begin, tf.int64)
         examples = tf.cast(_examples(columns), tf.int64)
-        counted = start + tf.range(examples) < batch.rows
+        mask = start + tf.range(examples) < batch.rows
         piece = ReplicaBatch(
             examples, batch.total, batch.offset + start, batch.all_reduce, batch.all_gather
         )
@@ -189,11 +190,11 @@ class _Pieces:
                 self._model,
                 columns[0],
                 columns[1],
-                counted,
+                mask,
                 self._l2_norm_clip,
                 columns[2],
                 self._mechanism.per_layer,
-                _together(self._mechanism, groups),
+                _grouping(self._mechanism, groups),
             )
         check_untouched(self._model, piece)
         leaves = tf.nest.flatten(clipped.outputs)

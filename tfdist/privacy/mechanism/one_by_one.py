@@ -35,6 +35,7 @@ def computed_again(
     """
     _check_repeatable(unit)
     values = [tf.convert_to_tensor(v) for v in variables]
+    # A layer may be called several times in a pass. Its gradient is the sum over the calls.
     totals: list[Any] = [0.0] * len(variables)
     for call in calls:
         examples = tf.shape(tf.nest.flatten(call.outputs)[0])[0] // folded
@@ -73,7 +74,7 @@ def computed_again(
             tf.range(examples),
             fn_output_signature=[tf.TensorSpec(v.shape, tf.float32) for v in variables],
         )
-        totals = [total + more for total, more in zip(totals, of_call, strict=True)]
+        totals = [total + term for total, term in zip(totals, of_call, strict=True)]
     return [Written(v, gradients) for v, gradients in zip(variables, totals, strict=True)]
 
 
@@ -104,7 +105,7 @@ def _check_repeatable(unit: Any) -> None:
     keys = getattr(current_batch(), "keys", None)
     if is_random and keys is None and keras_layers.seeds(unit):
         raise ArgumentError(
-            "A layer without a closed form must give the same outputs when it is called "
-            f"again. Received: the layer {unit.name!r} of type {type(unit).__name__}, with "
-            "random numbers that do not follow from keys of rows, as they do in `fit`."
+            "A layer without a closed form must give the same outputs when it is called again. "
+            f"Received: the layer {unit.name!r} of type {type(unit).__name__}, whose random "
+            "numbers do not follow from keys of rows. Use it in `fit`, which sets these keys."
         )

@@ -35,19 +35,19 @@ class GradientPart(abc.ABC):
     variable: Any
 
     @abc.abstractmethod
-    def squared_norms(self, together: ClippingGroups = _ALONE) -> Tensor:
+    def squared_norms(self, grouping: ClippingGroups = _ALONE) -> Tensor:
         """Returns the squared norm of the sum of each unit's gradients, shape [units].
 
         The norm bounds what `weighted_sum` adds for a weight of 1, with its rounding errors.
         Only underflow may make it too small, by at most 1e-14.
 
         Args:
-            together: The rows of each unit.
+            grouping: The rows of each unit.
         """
 
     @abc.abstractmethod
     def weighted_sum(
-        self, weights: Tensor, all_finite: Tensor, together: ClippingGroups = _ALONE
+        self, weights: Tensor, all_finite: Tensor, grouping: ClippingGroups = _ALONE
     ) -> Tensor:
         """Returns the sum of the gradients, each times its weight, in the variable's shape.
 
@@ -55,7 +55,7 @@ class GradientPart(abc.ABC):
             weights: Shape [units]. A unit with weight 0 adds nothing, even if it is not finite.
             all_finite: Scalar bool: whether all squared norms are finite, also those of units
                 with weight 0.
-            together: As in `squared_norms`, which must be called before.
+            grouping: As in `squared_norms`, which must be called before.
         """
 
     @abc.abstractmethod
@@ -84,20 +84,20 @@ class Written(GradientPart):
         self._gradients = tf.cast(gradients, tf.float32)
         self._unit_sums: Tensor = None  # set by `squared_norms`
 
-    def squared_norms(self, together: ClippingGroups = _ALONE) -> Tensor:
+    def squared_norms(self, grouping: ClippingGroups = _ALONE) -> Tensor:
         """Squares and sums; see `GradientPart`."""
-        self._unit_sums = together.sums(self._gradients)
+        self._unit_sums = grouping.sums(self._gradients)
         return _of_written(self._unit_sums)
 
     def weighted_sum(
-        self, weights: Tensor, all_finite: Tensor, together: ClippingGroups = _ALONE
+        self, weights: Tensor, all_finite: Tensor, grouping: ClippingGroups = _ALONE
     ) -> Tensor:
         """Contracts with the weights; see `GradientPart`."""
         # The same tensor as in `squared_norms`: if a unit's gradients cancel, another order of
         # additions may give a sum that is larger than the measured norm.
         units = self._unit_sums
         if units is None:
-            units = together.sums(self._gradients)
+            units = grouping.sums(self._gradients)
         (units,) = _finite(all_finite, weights, units)
         return tf.tensordot(weights, units, 1)
 
@@ -134,14 +134,14 @@ class Product(GradientPart):
         self._inputs = tf.cast(inputs, tf.float32)
         self._outputs = tf.cast(outputs, tf.float32)
         self._axes = axes
-        self._written: Tensor = None  # the products, if `squared_norms` has computed them
+        self._products: Tensor = None  # the products, if `squared_norms` has computed them
 
-    def squared_norms(self, together: ClippingGroups = _ALONE) -> Tensor:
+    def squared_norms(self, grouping: ClippingGroups = _ALONE) -> Tensor:
         """Uses Gram matrices if they are smaller than the products; see `GradientPart`."""
         positions = self._inputs.shape[1]
         sizes = self._inputs.shape[2], self._outputs.shape[2]
         if positions is not None:
-            positions *= together.most
+            positions *= grouping.max_rows
         if positions == 1:
             # The norm of an outer product is the product of the norms of its factors.
             squares = [
@@ -149,21 +149,21 @@ class Product(GradientPart):
                 for f in (self._inputs, self._outputs)
             ]
             return squares[0] * squares[1] * _read_again()
-        factors = together.joined(self._inputs), together.joined(self._outputs)
+        factors = grouping.joined(self._inputs), grouping.joined(self._outputs)
         if _gram_is_smaller(positions, *sizes):
             return squared_norms_of_products(*factors)
-        self._written = tf.matmul(*factors, transpose_a=True)
-        return _of_written(self._written)
+        self._products = tf.matmul(*factors, transpose_a=True)
+        return _of_written(self._products)
 
     def weighted_sum(
-        self, weights: Tensor, all_finite: Tensor, together: ClippingGroups = _ALONE
+        self, weights: Tensor, all_finite: Tensor, grouping: ClippingGroups = _ALONE
     ) -> Tensor:
         """Sums over examples and positions in one product; see `GradientPart`."""
-        if self._written is not None:
-            (written,) = _finite(all_finite, weights, self._written)
-            product = tf.tensordot(weights, written, 1)
+        if self._products is not None:
+            (products,) = _finite(all_finite, weights, self._products)
+            product = tf.tensordot(weights, products, 1)
             return self._arranged(product[None])[0]
-        weights = together.by_row(weights)
+        weights = grouping.by_row(weights)
         inputs, outputs = _finite(all_finite, weights, self._inputs, self._outputs)
         p, q = inputs.shape[2], outputs.shape[2]
         # The smaller factor is multiplied by the weights. At equal sizes it is the inputs,
@@ -208,17 +208,18 @@ class Lookup(GradientPart):
         self._rows = rows
         self._outputs = tf.cast(outputs, tf.float32)
 
-    def squared_norms(self, together: ClippingGroups = _ALONE) -> Tensor:
+    def squared_norms(self, grouping: ClippingGroups = _ALONE) -> Tensor:
         """Sums positions with equal rows first; see `GradientPart`."""
-        if isinstance(together, Groups):
-            return self._squared_norms_by_row(together)
-        rows, outputs = together.joined(self._rows), together.joined(self._outputs)
+        if isinstance(grouping, Groups):
+            return self._squared_norms_by_row(grouping)
+        rows, outputs = grouping.joined(self._rows), grouping.joined(self._outputs)
         return squared_norms_by_row(rows, outputs)
 
-    def _squared_norms_by_row(self, together: Groups) -> Tensor:
+    def _squared_norms_by_row(self, grouping: Groups) -> Tensor:
         """Sums by unit and row. A unit of many examples has too many pairs of positions."""
         count, size = self.variable.shape
-        units = tf.cast(together.unit, tf.int64)[:, None]
+        units = tf.cast(grouping.unit, tf.int64)[:, None]
+        # One key for each pair of a unit and a row of the table.
         keys = tf.reshape(units * count + tf.cast(self._rows, tf.int64), [-1])
         distinct, places = tf.unique(keys)
         outputs = tf.reshape(self._outputs, [-1, size])
@@ -229,19 +230,19 @@ class Lookup(GradientPart):
         # Twice gamma: this sum and that of `weighted_sum`, which may add in another order.
         largest = tf.sqrt(sums_of_squares(sums)) + 2 * gamma(positions) * magnitudes
         squares = tf.math.unsorted_segment_sum(
-            tf.square(largest), distinct // count, tf.cast(together.unit[-1], tf.int64) + 1
+            tf.square(largest), distinct // count, tf.cast(grouping.unit[-1], tf.int64) + 1
         )
         return squares * (1 + gamma(positions))
 
     def weighted_sum(
-        self, weights: Tensor, all_finite: Tensor, together: ClippingGroups = _ALONE
+        self, weights: Tensor, all_finite: Tensor, grouping: ClippingGroups = _ALONE
     ) -> Tensor:
         """Sums by row; see `GradientPart`.
 
         The sum is in float64. Large positions of one example may cancel each other, and in
         float32 their partial sum would round away what other examples add.
         """
-        weights = together.by_row(weights)
+        weights = grouping.by_row(weights)
         (outputs,) = _finite(all_finite, weights, self._outputs)
         outputs = tf.cast(outputs * weights[:, None, None], tf.float64)
         count, size = self.variable.shape

@@ -62,6 +62,7 @@ def _gathered(layer: Any, inputs: Tensor, padding: str) -> Tensor:
         places.append(starts[:, None] + np.arange(kernel) * dilation)
     inputs = tf.pad(inputs, [(0, 0), *pads, (0, 0)])
     numbers = np.zeros((1, 1), np.int64)
+    # Row-major numbers of all positions of a window, built up axis by axis.
     for size, place in zip(inputs.shape[1:-1], places, strict=True):
         numbers = numbers[:, None, :, None] * size + place[None, :, None, :]
         numbers = numbers.reshape(numbers.shape[0] * numbers.shape[1], -1)

@@ -35,6 +35,8 @@ def has_form(layer: Any) -> bool:
     if cell.compute_dtype != layer.compute_dtype:
         return False
     drops_all = cell.dropout == 1 or cell.recurrent_dropout == 1
+    # Without `reset_after`, a GRU multiplies h by the reset gate before the kernel does, so the
+    # factor of the kernel is not h.
     return bool(getattr(cell, "reset_after", True)) and not drops_all
 
 
@@ -71,8 +73,8 @@ def _joined(calls: list[list[Tensor]]) -> list[Tensor]:
 
     A call with dropout has one factor for each gate, and a call without has one for all.
     """
-    most = max(len(factors) for factors in calls)
-    repeated = [factors * (most // len(factors)) for factors in calls]
+    most_factors = max(len(factors) for factors in calls)
+    repeated = [factors * (most_factors // len(factors)) for factors in calls]
     return [tf.concat(of_gate, 1) for of_gate in zip(*repeated, strict=True)]
 
 
@@ -80,6 +82,7 @@ def _of_gates(variable: Any, factors: list[Tensor], by: Tensor) -> GradientPart:
     """Returns the gradients by a kernel, whose gates have one factor, or one each."""
     if len(factors) == 1:
         return Product(variable, factors[0], by)
+    # With dropout, each gate has its own mask of the inputs.
     split = zip(factors, tf.split(by, len(factors), 2), strict=True)
     products = [tf.matmul(factor, of_gate, transpose_a=True) for factor, of_gate in split]
     return Written(variable, tf.concat(products, 2))

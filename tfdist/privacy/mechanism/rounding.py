@@ -51,8 +51,8 @@ def factor_unit() -> float:
     for name in _MIXED:
         if options.get(name):
             raise ArgumentError(
-                "Norms of private training must be computed in float32. Received: "
-                f"{name}=True in tf.config.optimizer, which rewrites their products. Use "
+                f"Norms of private training must be computed in float32. Received: {name}=True "
+                "in tf.config.optimizer, which changes the type of their products. Use "
                 "keras.config.set_dtype_policy('mixed_bfloat16') instead."
             )
     if any(os.environ.get(name, "strict").lower() != "strict" for name in _FAST_MATH):

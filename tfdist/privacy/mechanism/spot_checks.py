@@ -36,8 +36,8 @@ class SpotChecks:
         most: The most rows that are computed at once. None is no limit.
     """
 
-    def __init__(self, model: Any, strategy: Any, most: int | None) -> None:
-        self._model, self._strategy, self._most = model, strategy, most
+    def __init__(self, model: Any, strategy: Any, max_rows: int | None) -> None:
+        self._model, self._strategy, self._max_rows = model, strategy, max_rows
         with keras_layers.in_float32(model):
             self._tolerance = max(tolerance_for(model), _LEAST_TOLERANCE)
         if tf.config.list_physical_devices("GPU"):
@@ -54,6 +54,8 @@ class SpotChecks:
             steps: The steps of an epoch, or None if unknown.
         """
         steps = steps or _LEAST_PERIOD
+        # Whole epochs: the first step of an epoch is due, but not more often than every 16
+        # steps.
         self._period.assign(-(-_LEAST_PERIOD // steps) * steps)
         self._failed.assign(False)
 
@@ -70,7 +72,7 @@ class SpotChecks:
         Args:
             data: `x`, `y` and `sample_weight` of a replica's batch.
             batch: Its description, with the keys of the rows.
-            stopping: The worker's signals to the other workers, float32 of shape [3].
+            stopping: The worker's signals to the other workers, see `StopState`.
             step: The number of steps of this `fit` before this one, by tfdist's own count.
             l2_norm_clip: The clipping norm of this step.
 
@@ -78,22 +80,22 @@ class SpotChecks:
             `data`, and `stopping`, which requests a stop if the rows depend on each other.
         """
         assert batch.keys is not None
-        passed = tf.cond(
+        has_passed = tf.cond(
             self._is_due(batch.keys, step) & (batch.rows > 1),
             lambda: self._passes(data, batch, l2_norm_clip),
             lambda: tf.constant(True),
         )
         if self._strategy.place.num_workers == 1:
             # A single worker can fail at once: `data` cannot be read before the assertion.
-            with tf.control_dependencies([tf.debugging.Assert(passed, [MARK])]):
+            with tf.control_dependencies([tf.debugging.Assert(has_passed, [MARK])]):
                 return tf.nest.map_structure(_copied, data), tf.identity(stopping)
         # An assertion on one worker would leave the others waiting in a collective. So all
         # workers learn of the failure by the signals that each step sums, and stop together.
         with tf.device("CPU:0"):
-            failed = tf.logical_or(self._failed.read_value(), ~passed)
+            failed = tf.logical_or(self._failed.read_value(), ~has_passed)
             with tf.control_dependencies([self._failed.assign(failed)]):
-                request = tf.stack([tf.cast(~passed, tf.float32), 0.0, 0.0])
-        return data, stopping + request
+                stops = tf.cast(~has_passed, stopping.dtype)
+        return data, tf.concat([stopping[:1] + stops, stopping[1:]], 0)
 
     def _is_due(self, keys: RowKeys, step: Tensor) -> Tensor:
         with tf.device("CPU:0"):
@@ -105,14 +107,14 @@ class SpotChecks:
         keys = batch.keys
         assert keys is not None
         rows = tf.size(keys.rows)
-        if self._most is not None:
-            rows = tf.minimum(rows, self._most)
+        if self._max_rows is not None:
+            rows = tf.minimum(rows, self._max_rows)
         counting = tf.minimum(tf.cast(batch.rows, tf.int32), rows)
         seed = tf.stack([keys.secret[1], tf.cast(counting, tf.int64)])
         order = tf.argsort(tf.random.stateless_uniform([counting], seed))
-        chosen = tf.sort(order[: tf.maximum(1, tf.minimum(_ROWS, counting // 2))])
-        ones = tf.ones(tf.shape(chosen))
-        weights = tf.scatter_nd(chosen[:, None], ones, [rows])
+        sample = tf.sort(order[: tf.maximum(1, tf.minimum(_ROWS, counting // 2))])
+        ones = tf.ones(tf.shape(sample))
+        weights = tf.scatter_nd(sample[:, None], ones, [rows])
 
         def compute(data: Any, row_keys: Tensor, weights: Tensor) -> Added:
             with keras_layers.in_float32(self._model):
@@ -120,7 +122,7 @@ class SpotChecks:
 
         # The sizes of both batches are not static, so both share one trace.
         added_by = tf.function(compute, autograph=False)
-        alone = added_by(_gathered(data, chosen), keys.at(chosen).rows, ones)
+        alone = added_by(_gathered(data, sample), keys.at(sample).rows, ones)
         numbers = tf.range(rows)
         among_all = added_by(_gathered(data, numbers), keys.at(numbers).rows, weights)
         return is_same(among_all, alone, ones, self._tolerance, l2_norm_clip)

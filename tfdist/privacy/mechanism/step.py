@@ -88,7 +88,7 @@ class PrivateStep:
         if mechanism.noise_multiplier > 0:
             noisy = place.num_replicas if mechanism.bands is None else 1
             self._rounding = Rounding(
-                mechanism.gradient_noise, mechanism.most(place.num_replicas), noisy
+                mechanism.gradient_noise, mechanism.sum_bound(place.num_replicas), noisy
             )
         self.masks = Masks()
         self.spot_checks = SpotChecks(model, strategy, mechanism.microbatch_size)

@@ -87,6 +87,8 @@ def _connected(
                 outputs = model(x, training=True)
             loss_value = loss(outputs)
         gradients = tape.gradient(loss_value, values)
+        # None means that no path leads from the weight to the loss. A zero would still be a
+        # path.
         pairs = zip(variables, gradients, strict=True)
         connected.update(id(v) for v, g in pairs if g is not None)
 

@@ -43,9 +43,9 @@ def keeps_state(name: str) -> ArgumentError:
         name: The name of the variable.
     """
     return ArgumentError(
-        "A private model must keep no state of the examples that it sees: it would be saved "
-        f"with the weights, without noise. Received: {name!r}, which changes when the model, "
-        "its loss or its metrics are computed. Use a layer or a loss without it."
+        "A private model must keep no state of its examples: it would be saved with the "
+        f"weights, without noise. Received: {name!r}, which changes when the model, its loss "
+        "or its metrics are computed. Use a layer or a loss without it."
     )
 
 
@@ -61,30 +61,32 @@ def check_model(model: Any) -> None:
     """
     if _keras.has_own(model, "train_step"):
         raise ArgumentError(
-            "A private model must be trained by Keras's train step, which private training "
+            "A private model must have Keras's own `train_step`, which private training "
             f"replaces. Received: a {type(model).__name__} with a `train_step` of its own. "
-            "Write what differs as `compute_loss`, which is called for one example at a time."
+            "Write the difference as `compute_loss`, which is called for one example at a time."
         )
     recomputed = _keras.recomputed_calls(model)
     if recomputed:
         raise ArgumentError(
-            "A private model must keep its activations, by which each example's gradient is "
-            "measured. Received: a model that recomputes the layer "
-            f"{recomputed[0].layer.name!r}. Call tfdist.recompute(model, layers=[]) before, "
-            "and save memory by DPSGD(microbatch_size=...)."
+            "A private model must keep its activations, from which the norm of each example's "
+            "gradient is computed. Received: a model that recomputes the layer "
+            f"{recomputed[0].layer.name!r}. Call tfdist.recompute(model, layers=[]) before "
+            "`fit`, and save memory with DPSGD(microbatch_size=...)."
         )
     for layer in _keras.layers_of(model):
         if isinstance(layer, layers.BatchNormalization) and layer.trainable:
             raise ArgumentError(
                 "A private model must not mix the examples of a batch. Received: the layer "
-                f"{layer.name!r} of type BatchNormalization. "
-                "tfdist.privacy.make_private_model(model) puts GroupNormalization in its place."
+                f"{layer.name!r} of type BatchNormalization. Call "
+                "tfdist.privacy.make_private_model(model), which puts GroupNormalization in "
+                "its place."
             )
         if getattr(layer, "activity_regularizer", None) is not None:
             raise ArgumentError(
                 "A private model must not have an `activity_regularizer`, which is of the "
-                f"whole batch. Received: one of the layer {layer.name!r}. Write it as "
-                "`compute_loss`, which is called for one example at a time."
+                f"whole batch. Received: the layer {layer.name!r} with an "
+                "`activity_regularizer`. Write it as `compute_loss`, which is called for one "
+                "example at a time."
             )
     _check_optimizer(model.optimizer)
     _check_loss(model)
@@ -122,27 +124,29 @@ def check_metrics(model: Any, x: Any, y: Any, sample_weight: Any = None) -> None
     for metric in metrics:
         metric.reset_state()
     for name, values in states[0].items():
-        for one, other in zip(values, states[1][name], strict=True):
-            if not np.allclose(one, other, rtol=1e-3, atol=1e-5, equal_nan=True):
+        for first, second in zip(values, states[1][name], strict=True):
+            # Sums in another order differ by rounding only, a last value or a running mean by
+            # much more.
+            if not np.allclose(first, second, rtol=1e-3, atol=1e-5, equal_nan=True):
                 raise ArgumentError(
-                    "A metric of private training must sum up or count examples, in any order. "
-                    f"Received: {name!r}, whose state depends on their order: it keeps what "
-                    "single examples did. Compute it afterwards, with tfdist.evaluate."
+                    "A metric of private training must sum or count examples, in any order. "
+                    f"Received: {name!r}, whose state depends on their order and so on single "
+                    "examples. Compute it afterwards, with tfdist.evaluate."
                 )
 
 
 def _check_optimizer(optimizer: Any) -> None:
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
         raise ArgumentError(
-            "A private model must not be trained by a LossScaleOptimizer: it skips steps "
-            "because of what single examples do. Received: one, which Keras also adds "
+            "A private model must not be trained by a LossScaleOptimizer, which skips steps "
+            "because of single examples. Received: a LossScaleOptimizer, which Keras also adds "
             "for the policy 'mixed_float16'. Use 'mixed_bfloat16', or "
             "compile(auto_scale_loss=False)."
         )
     for name in _CLIPPING:
         if getattr(optimizer, name, None) is not None:
             raise ArgumentError(
-                "The optimizer must not clip once more what was clipped example by example. "
+                "The optimizer must not clip: each example's gradient is clipped already. "
                 f"Received: {name}={getattr(optimizer, name)!r} of the optimizer. Leave it "
                 "out: DPSGD's `l2_norm_clip` bounds each example."
             )
@@ -150,8 +154,9 @@ def _check_optimizer(optimizer: Any) -> None:
         steps = optimizer.gradient_accumulation_steps
         raise ArgumentError(
             "A private step must draw all of its examples at once, and add its noise once. "
-            f"Received: gradient_accumulation_steps={steps} of the optimizer. Multiply "
-            "`batch_size` by it and pass DPSGD(microbatch_size=...): the same memory, one step."
+            f"Received: gradient_accumulation_steps={steps} of the optimizer. Leave it out, "
+            "multiply `batch_size` by it, and pass DPSGD(microbatch_size=...), which needs no "
+            "more memory."
         )
 
 
@@ -160,13 +165,14 @@ def _check_loss(model: Any) -> None:
         name = loss if isinstance(loss, str) else getattr(loss, "name", None)
         if str(name).lower() == "circle" or isinstance(loss, keras.losses.Circle):
             raise ArgumentError(
-                "The loss must be of single examples. Received: Circle, which compares those "
-                "of a batch with each other."
+                "The loss must be of single examples. Received: Circle, which compares the "
+                "examples of a batch with each other. Use a loss that has one value for each "
+                "example."
             )
     regularized = any(v.regularizer is not None for v in model.trainable_variables)
     if regularized and keras_layers.has_own_compute_loss(model):
         raise ArgumentError(
-            "A model with a `compute_loss` of its own must have no regularizers: whether it "
-            f"counts them cannot be seen. Received: a {type(model).__name__} with both. Use "
-            "the optimizer's `weight_decay`."
+            "A model with a `compute_loss` of its own must have no regularizers: tfdist cannot "
+            f"know whether `compute_loss` adds them. Received: a {type(model).__name__} with "
+            "both. Use the optimizer's `weight_decay`."
         )

@@ -55,8 +55,8 @@ class CyclicPoisson(Accounted):
         """Returns the rows of one global batch, possibly none; see `Sampler.rows`."""
         members = _members(num_rows, self.groups, seed)[step % self.groups]
         probability = self._probability(num_rows, batch_size)
-        chosen: Rows = members[bernoulli(generator((seed, step)), len(members), probability)]
-        return chosen
+        rows: Rows = members[bernoulli(generator((seed, step)), len(members), probability)]
+        return rows
 
     def _probability(self, num_rows: int, batch_size: float) -> float:
         return min(1.0, self.groups * batch_size / num_rows)
@@ -65,6 +65,7 @@ class CyclicPoisson(Accounted):
 @functools.lru_cache(maxsize=4)
 def _members(num_rows: int, groups: int, seed: int) -> list[NDArray[np.int64]]:
     """Returns the rows of each group, in order."""
+    # From another stream than the draws, so a row's group says nothing of its coins.
     group_of = generator((seed, *b"groups")).randint(0, groups, num_rows)
     return [np.flatnonzero(group_of == group) for group in range(groups)]
 

@@ -116,6 +116,7 @@ class Poisson(Accounted):
         rows = bernoulli(random, num_rows, _probability(num_rows, batch_size))
         capacity = self.capacity_for(num_rows, batch_size)
         if len(rows) > capacity:
+            # The accounting of a capacity assumes that all choices are equally likely.
             rows = np.sort(random.permutation(rows)[:capacity])
         return rows
 

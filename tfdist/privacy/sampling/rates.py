@@ -66,9 +66,9 @@ class PoissonLike(Accounted):
         bound = self.sampler.bind(targets, num_rows)
         if bound.repeats(num_rows) is None:
             raise ArgumentError(
-                "`sampler` of PoissonLike must know how often it draws each row. Received: a "
-                f"{type(self.sampler).__name__}, whose `repeats` gives None. Use "
-                "tfdist.samplers.Weighted(weights)."
+                "`sampler` of PoissonLike must know how often it draws each row. Received: "
+                f"sampler of type {type(self.sampler).__name__}, whose `repeats` returns None. "
+                "Use tfdist.samplers.Weighted(weights)."
             )
         return PoissonLike(bound)
 
@@ -84,8 +84,8 @@ class PoissonLike(Accounted):
         self, *, num_rows: int, batch_size: int, steps: int, noise_multiplier: float
     ) -> Phase:
         """Describes steps of this sampler to the accountant; see `Accounted.phase`."""
-        _, most = self._probabilities(num_rows, batch_size)
-        return Phase(most, noise_multiplier, steps, None, num_rows, at_most=True)
+        _, largest = self._probabilities(num_rows, batch_size)
+        return Phase(largest, noise_multiplier, steps, None, num_rows, at_most=True)
 
     def expected_rows(self, num_rows: int, batch_size: int) -> float:
         """Returns how many rows a step has on average."""
@@ -94,12 +94,12 @@ class PoissonLike(Accounted):
 
     def rows(self, step: int, *, num_rows: int, batch_size: int, seed: int) -> Rows:
         """Returns the rows of one global batch, possibly none; see `Sampler.rows`."""
-        probabilities, most = self._probabilities(num_rows, batch_size)
+        probabilities, largest = self._probabilities(num_rows, batch_size)
         random = generator((seed, step))
         # Each row is drawn with the largest probability, and stays with its fraction of that.
-        candidates = bernoulli(random, num_rows, most)
+        candidates = bernoulli(random, num_rows, largest)
         rows: Rows = candidates[
-            random.random_sample(len(candidates)) * most < probabilities[candidates]
+            random.random_sample(len(candidates)) * largest < probabilities[candidates]
         ]
         return rows
 

@@ -23,39 +23,40 @@ class Users:
 
     Args:
         group_ids: The name or number of each row's user, shape [rows].
-        most: The most rows of a user in a step. None is no limit.
+        limit: The most rows of a user in a step. None is no limit.
 
     Attributes:
         group_of: The number of each row's user, int64 of shape [rows].
         count: The number of users.
-        most: The most rows of a user in a step.
-        kept: The number of rows of all users, with at most `most` of each.
+        limit: The most rows of a user in a step.
+        rows_within_limit: The number of rows of all users, with at most `limit` of each.
 
     Raises:
         ArgumentError: `group_ids` does not have one name or number for each row.
     """
 
-    def __init__(self, group_ids: Any, most: int | None = None) -> None:
+    def __init__(self, group_ids: Any, limit: int | None = None) -> None:
         ids = np.asarray(group_ids)
         if ids.ndim != 1 or ids.dtype == object:
             ids = np.array([str(i) for i in ids]) if ids.ndim == 1 else ids
         if ids.ndim != 1 or not len(ids) or ids.dtype.kind not in "iubUSM":
             raise ArgumentError(
                 "`group_ids` must have a whole number or a name for each example. Received: "
-                f"group_ids of shape {ids.shape} and dtype {ids.dtype}."
+                f"group_ids of shape {ids.shape} and dtype {ids.dtype}. Pass a list, or an "
+                "array of one dimension."
             )
-        if most is not None:
-            check_count("max_rows_per_group", most, 1)
+        if limit is not None:
+            check_count("max_rows_per_group", limit, 1)
         names, numbers, counts = np.unique(ids, return_inverse=True, return_counts=True)
         self.group_of = numbers.reshape(-1).astype(np.int64)
         self.count = len(names)
         self._order = np.argsort(self.group_of, kind="stable").astype(np.int64)
         self._first = np.concatenate([[0], np.cumsum(counts)])
-        self.most = int(counts.max()) if most is None else min(most, int(counts.max()))
-        self.kept = int(np.minimum(counts, self.most).sum())
+        self.limit = int(counts.max()) if limit is None else min(limit, int(counts.max()))
+        self.rows_within_limit = int(np.minimum(counts, self.limit).sum())
 
     def rows(self, users: NDArray[np.int64], random: np.random.RandomState) -> Rows:
-        """Returns the rows of some users, with a new random choice of at most `most` each.
+        """Returns the rows of some users, with a new random choice of at most `limit` each.
 
         Args:
             users: The numbers of the users.
@@ -64,8 +65,9 @@ class Users:
         parts = []
         for user in users:
             rows = self._order[self._first[user] : self._first[user + 1]]
-            if len(rows) > self.most:
-                rows = np.sort(random.permutation(rows)[: self.most])
+            if len(rows) > self.limit:
+                # A random choice, as a fixed one would never train on the other rows.
+                rows = np.sort(random.permutation(rows)[: self.limit])
             parts.append(rows)
         return np.concatenate([np.zeros(0, np.int64), *parts])
 
@@ -99,8 +101,9 @@ class PoissonOfUsers(Accounted):
         """Compares the number of rows; see `Sampler.bind`."""
         if num_rows != len(self.users.group_of):
             raise ArgumentError(
-                "`group_ids` must have one for each example. Received: "
-                f"{len(self.users.group_of)} of them and {num_rows} examples."
+                "`group_ids` must have one number or name for each example. Received: "
+                f"{len(self.users.group_of)} group_ids and {num_rows} examples. Pass as many "
+                "as there are rows in `x`."
             )
         poisson = self.poisson.bind(targets, self.users.count)
         assert isinstance(poisson, Poisson)
@@ -108,7 +111,7 @@ class PoissonOfUsers(Accounted):
 
     def steps_per_epoch(self, num_rows: int, batch_size: int) -> int:
         """Returns the number of steps that draw each user once on average."""
-        return -(-self.users.kept // batch_size)
+        return -(-self.users.rows_within_limit // batch_size)
 
     def phase(
         self, *, num_rows: int, batch_size: int, steps: int, noise_multiplier: float
@@ -125,7 +128,7 @@ class PoissonOfUsers(Accounted):
 
     def expected_rows(self, num_rows: int, batch_size: int) -> float:
         """Returns how many rows a step has on average."""
-        return self._probability(batch_size) * self.users.kept
+        return self._probability(batch_size) * self.users.rows_within_limit
 
     def expected_units(self, num_rows: int, batch_size: int) -> float:
         """Returns how many users a step has on average."""
@@ -142,7 +145,7 @@ class PoissonOfUsers(Accounted):
         return self.users.rows(users, generator((seed, step, *b"rows")))
 
     def _probability(self, batch_size: int) -> float:
-        return min(1.0, batch_size / self.users.kept)
+        return min(1.0, batch_size / self.users.rows_within_limit)
 
     def _expected(self, batch_size: int) -> float:
         return self._probability(batch_size) * self.users.count

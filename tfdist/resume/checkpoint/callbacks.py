@@ -49,16 +49,17 @@ class CallbackState:
             if checkpoint_state is not None:
                 states[name] = {"own": _encode(callback, checkpoint_state(), arrays)}
                 continue
-            first, begun = self._before_begin[name], self._after_begin[name]
-            changed = {
+            first, after_begin = self._before_begin[name], self._after_begin[name]
+            changes = {
                 attribute: value
                 for attribute, value in _attributes(callback).items()
                 if not (
-                    _equal(value, first.get(attribute)) and _equal(value, begun.get(attribute))
+                    _equal(value, first.get(attribute))
+                    and _equal(value, after_begin.get(attribute))
                 )
             }
             states[name] = {
-                attribute: encode(vars(callback)[attribute], arrays) for attribute in changed
+                attribute: encode(vars(callback)[attribute], arrays) for attribute in changes
             }
         return states
 

@@ -6,13 +6,13 @@ is JSON. You can check `SHA256SUMS` with `sha256sum -c`.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+import uuid
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,23 @@ import tensorflow as tf
 
 from tfdist.cluster import strict_json
 from tfdist.errors import CheckpointError
+from tfdist.resume.checkpoint.shards import (
+    INDEX,
+    TENSORS,
+    Piece,
+    Shard,
+    TensorReader,
+    digest_of,
+    make_folder,
+    merge,
+    reason_of,
+    sync,
+    write_shard,
+)
 
-Tensor = Any
-Specs = Mapping[str, tuple[tuple[int, ...], str]]
 _NAME = re.compile(r"epoch-(\d{5,})-step-(\d{7,})")
-_STATE, _TENSORS, _SUMS = "state.json", "tensors", "SHA256SUMS"
+_DATA = re.compile(r"tensors\.data-\d{5}-of-(\d{5})")
+_STATE, _SUMS = "state.json", "SHA256SUMS"
 _MOST_STATE_BYTES, _MOST_DEPTH = 1 << 30, 200
 _UNFINISHED = ".unfinished-"
 _DAMAGED = "damaged-"
@@ -44,27 +56,13 @@ class SavedCheckpoint:
     Attributes:
         folder: Its folder.
         state: The saved state without tensors.
+        tensors: Reads its tensors.
     """
 
     def __init__(self, folder: Path, state: dict[str, Any]) -> None:
         self.folder = folder
         self.state = state
-
-    def tensors(self) -> Callable[[str], Tensor]:
-        """Returns a function that reads a tensor by its name, as a NumPy array."""
-        read: Callable[[str], Tensor] = tf.train.load_checkpoint(
-            str(self.folder / _TENSORS)
-        ).get_tensor
-        return read
-
-    def specs(self) -> Specs:
-        """Returns the shape and the type of each tensor, by name."""
-        reader = tf.train.load_checkpoint(str(self.folder / _TENSORS))
-        types = reader.get_variable_to_dtype_map()
-        return {
-            name: (tuple(shape), types[name].name)
-            for name, shape in reader.get_variable_to_shape_map().items()
-        }
+        self.tensors = TensorReader(folder)
 
 
 def make_directory(directory: Path) -> None:
@@ -76,7 +74,7 @@ def make_directory(directory: Path) -> None:
     Raises:
         CheckpointError: The directory is not writable.
     """
-    probe = directory / f"{_UNFINISHED}probe-{os.getpid()}"
+    probe = directory / f"{_UNFINISHED}probe-{uuid.uuid4().hex}"
     try:
         directory.mkdir(parents=True, exist_ok=True)
         probe.mkdir()
@@ -98,21 +96,21 @@ def remove_unfinished(directory: Path) -> None:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def check_room(directory: Path, needed: int) -> None:
+def check_room(directory: Path, num_bytes: int) -> None:
     """Checks that the disk has room for a checkpoint.
 
     Args:
         directory: The directory of the checkpoints.
-        needed: Number of bytes of a checkpoint.
+        num_bytes: Number of bytes of a checkpoint.
 
     Raises:
         CheckpointError: The disk has less room.
     """
     free = shutil.disk_usage(directory).free
-    if free < needed:
+    if free < num_bytes:
         raise CheckpointError(
             "`checkpoint` must be a directory with room for a checkpoint of "
-            f"{needed / 2**20:.1f} MiB. Received: {str(directory)!r} with "
+            f"{num_bytes / 2**20:.1f} MiB. Received: {str(directory)!r} with "
             f"{free / 2**20:.1f} MiB left. Make room, or choose another one."
         )
 
@@ -160,14 +158,28 @@ def latest(directory: Path) -> SavedCheckpoint | None:
     return None
 
 
+def unfinished_folder(directory: Path, epoch: int, step: int, token: str) -> Path:
+    """Returns the folder in which a checkpoint is written.
+
+    Args:
+        directory: The directory of the checkpoints.
+        epoch: The epoch of the checkpoint.
+        step: Number of completed steps of the epoch.
+        token: A text that no other training has.
+    """
+    return directory / f"{_UNFINISHED}{_name(epoch, step)}-{token}"
+
+
 def write(
     directory: Path,
     epoch: int,
     step: int,
-    tensors: Mapping[str, Tensor],
+    pieces: Sequence[Piece],
     state: Mapping[str, Any],
     keep: int,
     check: Callable[[], None] = lambda: None,
+    token: str = "",
+    of_others: Callable[[], Sequence[Shard]] = tuple,
     is_secret: bool = False,
 ) -> None:
     """Writes a checkpoint, completely or not at all, and removes old ones.
@@ -176,40 +188,36 @@ def write(
         directory: The directory of the checkpoints.
         epoch: The epoch of the checkpoint.
         step: Number of completed steps of the epoch.
-        tensors: The tensors by name.
+        pieces: The tensors.
         state: All other state, for JSON.
         keep: Number of checkpoints to keep, with this one.
         check: Raises an error if this training may no longer write there.
+        token: As in `unfinished_folder`.
+        of_others: Returns the shards of other processes, which are in that folder.
         is_secret: Whether no other user of the machine may read it.
 
     Raises:
         CheckpointError: The checkpoint could not be written.
     """
-    name = f"epoch-{epoch:05d}-step-{step:07d}"
-    unfinished = directory / f"{_UNFINISHED}{name}-{os.getpid()}"
+    name = _name(epoch, step)
+    unfinished = unfinished_folder(directory, epoch, step, token or str(os.getpid()))
     try:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.mkdir(mode=0o700 if is_secret else 0o777)
-        with tf.device("CPU:0"):
-            tf.raw_ops.SaveV2(
-                prefix=str(unfinished / _TENSORS),
-                tensor_names=list(tensors),
-                shape_and_slices=[""] * len(tensors),
-                tensors=list(tensors.values()),
-            )
+        make_folder(unfinished, is_secret)
+        own = write_shard(unfinished, 0, pieces)
+        digests = merge(unfinished, [shard for shard in (own, *of_others()) if shard])
         text = json.dumps(state, default=lambda number: number.item())
         (unfinished / _STATE).write_text(text)
-        sums = [f"{_digest(file)}  {file.name}\n" for file in sorted(unfinished.iterdir())]
-        (unfinished / _SUMS).write_text("".join(sums))
+        digests |= {file: digest_of(unfinished / file) for file in (INDEX, _STATE)}
+        lines = [f"{digest}  {file}\n" for file, digest in sorted(digests.items())]
+        (unfinished / _SUMS).write_text("".join(lines))
         # The rename is the commit: a folder with the final name is complete. So all files, and
         # the folder that lists them, must be on the disk before it. Otherwise a power failure
         # could leave the new name with empty files.
         for path in unfinished.iterdir():
             if is_secret:
                 path.chmod(0o600)
-            _sync(path)
-        _sync(unfinished)
+            sync(path)
+        sync(unfinished)
         final = directory / name
         check()
         if final.exists():
@@ -223,19 +231,23 @@ def write(
         else:
             unfinished.rename(final)
         # Only now is the rename itself on the disk. Old checkpoints are removed after it.
-        _sync(directory)
+        sync(directory)
     except CheckpointError:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
     except (OSError, tf.errors.OpError) as error:
         shutil.rmtree(unfinished, ignore_errors=True)
-        reason = getattr(error, "strerror", None) or getattr(error, "message", None) or error
         raise CheckpointError(
-            f"A checkpoint must be written to {str(directory)!r}. Received: {reason}. The ones "
-            "before it are still there: make room or mend the disk, and start again."
+            f"A checkpoint must be written to {str(directory)!r}. Received: "
+            f"{reason_of(error)}. The ones before it are still there: make room or mend the "
+            "disk, and start again."
         ) from error
     for folder in _folders(directory)[:-keep]:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _name(epoch: int, step: int) -> str:
+    return f"epoch-{epoch:05d}-step-{step:07d}"
 
 
 def _folders(directory: Path) -> list[Path]:
@@ -252,13 +264,20 @@ def _verified(folder: Path) -> dict[str, Any]:
         if any(len(line) < 2 for line in lines):
             raise DamagedCheckpoint(f"{_SUMS} is cut off")
         expected = {name: digest for digest, name in lines}
+        # Of the shards of all processes none may be missing.
+        counts = {int(m[1]) for name in expected if (m := _DATA.fullmatch(name)) is not None}
+        shards = {
+            f"{TENSORS}.data-{shard:05d}-of-{count:05d}"
+            for count in counts
+            for shard in range(count)
+        }
+        missing = ({_STATE, INDEX} | shards) - expected.keys()
         if any("/" in name or name in (".", "..") for name in expected):
             raise DamagedCheckpoint(f"{_SUMS} lists files elsewhere")
-        missing = {_STATE, f"{_TENSORS}.index"} - expected.keys()
         if missing:
             raise DamagedCheckpoint(f"{_SUMS} does not list {min(missing)}")
         for name, digest in expected.items():
-            if _digest(folder / name) != digest:
+            if digest_of(folder / name) != digest:
                 raise DamagedCheckpoint(f"{name} has another checksum")
         content = (folder / _STATE).read_bytes()
         state = strict_json.loads(content, _MOST_STATE_BYTES, _MOST_DEPTH, allow_nan=True)
@@ -276,16 +295,3 @@ def _verified(folder: Path) -> dict[str, Any]:
             f"({error.strerror}). Mend that. To use the one before it, move this one away."
         ) from None
     return dict(state)
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)

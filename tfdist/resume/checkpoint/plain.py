@@ -31,6 +31,8 @@ def encode(value: Any, arrays: list[Any]) -> Any:
     Raises:
         NotPlain: The value contains something else.
     """
+    # Exact types: an instance of a subclass, such as an enum, would come back as a plain
+    # number.
     if value is None or type(value) in (bool, int, float, str):
         return value
     if isinstance(value, bytes):
@@ -47,6 +49,7 @@ def encode(value: Any, arrays: list[Any]) -> Any:
         raise NotPlain
     if value.dtype.kind not in "biufc" and value.dtype.name != "bfloat16":
         raise NotPlain
+    # A copy, since training goes on while the array is written.
     arrays.append(np.array(value))
     return {kind: len(arrays) - 1}
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tfdist.errors import CheckpointError
 from tfdist.resume.checkpoint import files, same, tensors
-from tfdist.resume.checkpoint.lease import Lease
+from tfdist.resume.checkpoint.lease import Lease, token_in
+from tfdist.resume.checkpoint.shards import Specs, TensorReader
 from tfdist.step.prepared import PreparedModel
 from tfdist.strategies.base import Strategy
 
@@ -35,14 +37,14 @@ class LastCheckpoint:
     Attributes:
         state: The state without tensors; None if there is no checkpoint.
         arrays: The arrays to which `state` refers, by number.
-        read: Returns a tensor by its name. None on other workers than the chief.
-        specs: Shape and type of each tensor, by name. Empty on other workers.
+        token: The token of the chief's lease.
+        reader: Reads the tensors. None on other workers than the chief.
     """
 
     state: dict[str, Any] | None = None
     arrays: dict[int, Any] = field(default_factory=dict)
-    read: Callable[[str], Any] | None = None
-    specs: files.Specs = field(default_factory=dict)
+    token: str = ""
+    reader: TensorReader | None = None
 
 
 def last_checkpoint(lease: Lease, path: Path, strategy: Strategy) -> LastCheckpoint:
@@ -56,8 +58,7 @@ def last_checkpoint(lease: Lease, path: Path, strategy: Strategy) -> LastCheckpo
     Raises:
         CheckpointError: The directory or the checkpoint cannot be used.
     """
-    problem, state, arrays, read = None, None, {}, None
-    specs: files.Specs = {}
+    problem, state, arrays, reader = None, None, {}, None
     if strategy.place.is_chief:
         try:
             files.make_directory(path)
@@ -65,14 +66,19 @@ def last_checkpoint(lease: Lease, path: Path, strategy: Strategy) -> LastCheckpo
             files.remove_unfinished(path)
             saved = files.latest(path)
             if saved is not None:
-                read, state, specs = saved.tensors(), saved.state, saved.specs()
+                reader, state = saved.tensors, saved.state
                 state["folder"] = str(saved.folder)
                 _check(state, _FIELDS_OF_ALL)
-                arrays = {i: read(name) for i, name in enumerate(_arrays(state, specs))}
+                names = _arrays(state, reader.specs)
+                arrays = {i: reader.whole(name) for i, name in enumerate(names)}
         except CheckpointError as error:
             problem = str(error)
             lease.release()
-    problem, state, arrays = strategy.broadcast_object((problem, state, arrays))
+    # An error of the chief is sent as well. Otherwise the other workers would wait for a state
+    # that never comes.
+    problem, state, arrays, token = strategy.broadcast_object(
+        (problem, state, arrays, lease.token)
+    )
     if problem is not None:
         raise CheckpointError(problem)
     if state is not None and state["format"] != FORMAT:
@@ -82,7 +88,24 @@ def last_checkpoint(lease: Lease, path: Path, strategy: Strategy) -> LastCheckpo
         )
     if state is not None:
         _check(state, _FIELDS)
-    return LastCheckpoint(state, arrays, read, specs)
+    return LastCheckpoint(state, arrays, token, reader)
+
+
+def is_shared(path: Path, token: str, strategy: Strategy) -> bool:
+    """Returns whether all workers can read and write the chief's directory. All must call it.
+
+    Args:
+        path: The directory.
+        token: The token of the chief's lease.
+        strategy: The strategy that connects the workers.
+    """
+    sees_it = token != "" and token_in(path) == token
+    if sees_it:
+        try:
+            files.make_directory(path)
+        except CheckpointError:
+            sees_it = False
+    return all(strategy.gather_objects(sees_it))
 
 
 def _check(state: dict[str, Any], kinds: Mapping[str, type]) -> None:
@@ -96,7 +119,7 @@ def _check(state: dict[str, Any], kinds: Mapping[str, type]) -> None:
         )
 
 
-def _arrays(state: dict[str, Any], specs: files.Specs) -> list[str]:
+def _arrays(state: dict[str, Any], specs: Specs) -> list[str]:
     """Returns the names of the arrays that a state refers to."""
     names = [f"arrays/{i}" for i in range(min(state["arrays"], len(specs)))]
     if len(names) < state["arrays"] or not specs.keys() >= {*names}:
@@ -127,22 +150,27 @@ def check_before_training(
         try:
             replicas = prepared.strategy.place.num_replicas
             files.check_room(path, tensors.size_of(prepared.state, replicas))
-            if last.state is not None and last.read is not None:
-                tensors.check(prepared.state, last.read, last.specs, last.state)
+            if last.state is not None and last.reader is not None:
+                with prepared.state.showing_parts():
+                    tensors.check(prepared.state, last.reader, last.state)
         except CheckpointError as error:
             problem = str(error)
+    # On all workers, or the others would begin a training that the chief has refused.
     problem = strategy.broadcast_object(problem)
     if problem is not None:
         raise CheckpointError(problem)
 
 
-def notice_of(state: dict[str, Any], setup: dict[str, Any], epochs: int) -> str:
+def notice_of(
+    state: dict[str, Any], setup: dict[str, Any], epochs: int, warns: bool = False
+) -> str:
     """Returns a line about the checkpoint from which a training continues.
 
     Args:
         state: The state of the checkpoint.
         setup: The description of the present training, from `same.describe`.
         epochs: The argument `epochs` of `fit`.
+        warns: Whether to warn, if the line is not shown, that the checkpoint has more epochs.
     """
     folder, epoch = state["folder"], state["position"][0]
     if state["stopped"]:
@@ -150,7 +178,16 @@ def notice_of(state: dict[str, Any], setup: dict[str, Any], epochs: int) -> str:
             f"a callback ended the training in {folder} after epoch {epoch}: nothing is "
             "left to train. Pass another directory to train anew."
         )
-    if epoch >= epochs:
+    if epoch > epochs:
+        text = (
+            f"{folder} has {epoch} epochs, and {epochs} are asked for: nothing is left to "
+            f"train, and the weights are those after epoch {epoch}. Raise `epochs`, or pass "
+            "another directory to train anew."
+        )
+        if warns:
+            print(f"tfdist: warning: {text}", file=sys.stderr, flush=True)
+        return text
+    if epoch == epochs:
         return (
             f"{folder} has all {epochs} epochs: nothing is left to train. Raise `epochs`, "
             "or pass another directory to train anew."

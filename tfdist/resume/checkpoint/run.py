@@ -3,31 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NoReturn
 
-import tensorflow as tf
-
 from tfdist import _keras, data, watchdog
 from tfdist._version import __version__
 from tfdist.errors import CheckpointError
-from tfdist.resume.checkpoint import files, reading, same, tensors
+from tfdist.resume.checkpoint import reading, same
 from tfdist.resume.checkpoint.callbacks import CallbackState
 from tfdist.resume.checkpoint.lease import Lease
 from tfdist.resume.checkpoint.plain import decode, plain_logs
-from tfdist.resume.checkpoint.preemption import Preemption
+from tfdist.resume.checkpoint.preemption import WARNED, Preemption
 from tfdist.resume.checkpoint.reading import LastCheckpoint
+from tfdist.resume.checkpoint.saver import Saver
 from tfdist.resume.checkpoint.saving import SavingCallbacks
 from tfdist.resume.checkpoint.schedule import SavingSchedule
 from tfdist.resume.checkpoint.settings import Checkpoint
-from tfdist.resume.checkpoint.writer import Writer
 from tfdist.resume.position import Position
 from tfdist.step.prepared import PreparedModel
 from tfdist.step.signals import StopState
-from tfdist.step.state import TrainState, variables_of
+from tfdist.step.state import variables_of
 from tfdist.strategies.base import Strategy
 from tfdist.training.extension import Begins, Continuation, Extension
 from tfdist.training.request import Request
@@ -36,8 +33,9 @@ from tfdist.training.request import Request
 class CheckpointRun(Continuation):
     """The checkpoints of one `fit`, from the one it begins at to the last it writes.
 
-    Only the chief reads and writes files. It sends what it has read to every worker.
-    Replicated state is written without an exchange between workers.
+    The chief reads and writes files, and sends what it has read to every worker. Parts that
+    replicas have of the state are written and read by their own processes, if these can use the
+    directory; see `Saver`.
 
     Args:
         checkpoint: The argument `checkpoint` of `fit`.
@@ -56,13 +54,13 @@ class CheckpointRun(Continuation):
     ) -> None:
         super().__init__(others)
         self._settings = Checkpoint.of(checkpoint)
-        self._strategy = strategy
+        self._strategy, self._is_alone = strategy, strategy.place.num_workers == 1
         self._settings.check_strategy(strategy)
         self._states: dict[str, Any] = {}
-        self._writer = Writer()
         self._preemption, self._stop = Preemption(), StopState()
         self._model: Any = None
         self._lease = Lease(self._settings.path)
+        self._saver = Saver(self._settings, strategy, self._lease)
         self._last = reading.last_checkpoint(self._lease, self._settings.path, strategy)
         self._position: Position | None = None
         self._steps_made = 0 if self._last.state is None else self._last.state["steps"]
@@ -70,7 +68,6 @@ class CheckpointRun(Continuation):
         self._initial_epoch = self._epochs = 0
         self._where: Callable[[], data.DataPosition] = data.DataPosition
         self._setup: dict[str, Any] = {}
-        self._train_state, self._computing = TrainState(()), strategy
 
     def close(self) -> None:
         """Releases the directory."""
@@ -86,14 +83,16 @@ class CheckpointRun(Continuation):
             for o in self._others
         }
         saved = None if state is None else state["setup"]["seed"]
-        is_open = not request.is_seeded and not request.seed_is_secret
-        return replace(request, seed=int(saved)) if is_open and saved is not None else request
+        if saved is None or not request.seed_is_random:
+            return request
+        return replace(request, seed=int(saved))
 
     def notice(self, request: Request) -> str | None:
         """Names the checkpoint from which training continues, if there is one."""
         if self._last.state is None:
             return None
-        return reading.notice_of(self._last.state, self._setup, request.epochs)
+        warns = self._strategy.place.is_chief and not request.shows
+        return reading.notice_of(self._last.state, self._setup, request.epochs, warns)
 
     def bind(self, request: Request, source: data.Source) -> None:
         """Refuses a checkpoint of another training.
@@ -119,15 +118,7 @@ class CheckpointRun(Continuation):
             source.go_on_after(state["position"][0] - state["initial_epoch"])
 
     def begin(self, epoch: int, start: Callable[[], data.DataPosition]) -> Begins:
-        """Returns where training begins.
-
-        Args:
-            epoch: The `initial_epoch` of `fit`.
-            start: As in `Continuation.begin`.
-
-        Returns:
-            As in `Continuation.begin`.
-        """
+        """Returns where training begins; see `Continuation.begin`."""
         state, arrays = self._last.state, self._last.arrays
         self._initial_epoch = epoch
         if state is None:
@@ -152,18 +143,17 @@ class CheckpointRun(Continuation):
 
         Args:
             callbacks: This process's callbacks.
-            prepared: The model. Its state is saved.
+            prepared: The model, whose state is saved.
             where: Returns the position of the data, between two epochs.
             **options: Arguments of `keras.callbacks.CallbackList`.
 
         Raises:
             CheckpointError: The disk has no room, or the checkpoint cannot be restored.
         """
-        self._train_state, self._where = prepared.state, where
-        self._computing = prepared.strategy
+        self._where, self._stop, self._model = where, prepared.stop, prepared.model
         reading.check_before_training(self._settings.path, self._last, prepared, self._strategy)
+        self._saver.begin(prepared, self._last.token)
         self._epochs = options["epochs"]
-        self._stop, self._model = prepared.stop, prepared.model
         self._preemption.on_request = self._note_preemption
         self._note_preemption()
         steps_made = 0 if self._position is None else self._position.step
@@ -181,18 +171,20 @@ class CheckpointRun(Continuation):
             try:
                 yield
             except BaseException:
+                self._saver.writer.give_up()
                 with contextlib.suppress(Exception):  # the first failure is the one to show
-                    self._writer.finish()
+                    self._saver.writer.finish()
                 raise
             finally:
-                self._writer.close()
-                self._stop.preempted = False
-            self._writer.finish()
+                self._saver.writer.close()
+                self._stop.preempted = self._stop.warned = False
+            self._saver.writer.finish()
             if any(self._strategy.gather_objects(self._preemption.is_requested)):
                 self._leave("training had come to its end, and is saved")
 
     def _note_preemption(self) -> None:
         self._stop.preempted = self._preemption.is_requested
+        self._stop.warned = self._preemption.is_warned
 
     def leave_if_preempted(self, callback_state: CallbackState, logs: Any) -> None:
         """Saves and ends the process, if one of the workers has received SIGTERM.
@@ -207,19 +199,17 @@ class CheckpointRun(Continuation):
             Preempted: A worker has received SIGTERM, and the training is saved.
             CheckpointError: The training could not be saved.
         """
-        alone = self._strategy.place.num_workers == 1
-        if not (self._stop.preempted if alone else self._stop.leaving):
+        if not (self._stop.preempted if self._is_alone else self._stop.leaving):
             return
         assert self._position is not None
         if any(self._strategy.gather_objects(self._stop.requested)):
             return  # a callback has stopped the training: its end is saved instead
-        if alone:
-            self._model.get_metrics_result()  # waits for asynchronous steps
+        self._wait_for_steps()
         problem = None
         try:
             if not self._schedule.has_saved(self._steps_made):
                 self._save(self._position, callback_state, logs)
-            self._writer.finish()
+            self._saver.writer.finish()
         except CheckpointError as error:
             problem = str(error)
         # The workers wait for the chief: a launcher ends all workers when the first one leaves.
@@ -228,6 +218,11 @@ class CheckpointRun(Continuation):
             raise CheckpointError(problem)
         epoch, step, _ = self._position
         self._leave(f"saved after step {step} of epoch {epoch + 1}")
+
+    def _wait_for_steps(self) -> None:
+        """Waits for asynchronous steps."""
+        if self._is_alone:
+            self._model.get_metrics_result()
 
     def _leave(self, reason: str) -> NoReturn:
         self._preemption.leave(reason if self._strategy.place.is_chief else None)
@@ -250,8 +245,7 @@ class CheckpointRun(Continuation):
         """
         if self._last.state is None:
             return
-        has_seed = bool(self._last.state["global_seed"])
-        tensors.put_back(self._computing, self._train_state, self._last.read, has_seed)
+        self._saver.restore(self._last)
         callback_state.restore(self._last.state["callbacks"], self._last.arrays.__getitem__)
 
     def note_restored(self) -> None:
@@ -272,7 +266,7 @@ class CheckpointRun(Continuation):
             # In the middle of an epoch. Keras's loop has just reset the metrics, and callbacks
             # have begun the epoch a second time: both get the checkpoint's state again.
             self.restore(callback_state)
-        self._last = LastCheckpoint()
+        self._last = LastCheckpoint()  # frees the tensors, which are restored by now
 
     def after_step(self, callback_state: CallbackState, logs: Any) -> None:
         """Saves, if a checkpoint is due.
@@ -283,11 +277,16 @@ class CheckpointRun(Continuation):
         """
         schedule = self._schedule
         schedule.note_step(self._steps_made)
+        if self._preemption.takes_warning(self._stop, self._is_alone):
+            schedule.request()
+            self._wait_for_steps()
+            if self._strategy.place.is_chief:
+                print(WARNED, flush=True)
         # Training does not wait for the disk. If the writer is busy, a later step is saved.
-        is_ready = self._writer.is_idle
-        if not self._train_state.is_everywhere:
-            # All workers gather this state, so all must save at the same step. Neither a busy
-            # disk nor a process's own clock may decide.
+        is_ready = self._saver.writer.is_idle
+        if self._saver.is_joint:
+            # Each worker saves its part of the state, so all must do so at the same step.
+            # Neither a busy disk nor a process's own clock may decide.
             is_ready = True
             if schedule.is_timed:
                 schedule.is_due = self._strategy.broadcast_object(schedule.is_due)
@@ -316,32 +315,23 @@ class CheckpointRun(Continuation):
         is_stopped: bool = False,
     ) -> None:
         self._schedule.note_saved(self._steps_made)
-        # State that is not everywhere is gathered, so every worker takes part in `take`.
-        if not self._strategy.place.is_chief and self._train_state.is_everywhere:
-            return
-        # One checkpoint is written at a time. An error of the previous one is raised here.
-        self._writer.finish()
-        content = tensors.take(self._computing, self._train_state)
-        if not self._strategy.place.is_chief:
-            return
-        arrays: list[Any] = []
-        state = {
-            "format": reading.FORMAT,
-            "tfdist": __version__,
-            "position": position.to_json(),
-            "initial_epoch": self._initial_epoch,
-            "steps": self._steps_made,
-            "stopped": is_stopped,
-            "setup": self._setup,
-            "others": self._states,
-            "logs": plain_logs(logs, arrays),
-            "callbacks": callback_state.state(arrays),
-            "global_seed": _keras.has_global_seed(),
-            "arrays": len(arrays),
-        }
-        content |= {f"arrays/{i}": tf.convert_to_tensor(a) for i, a in enumerate(arrays)}
-        path, keep = self._settings.path, self._settings.keep
+
+        def state_of(arrays: list[Any]) -> dict[str, Any]:
+            state = {
+                "format": reading.FORMAT,
+                "tfdist": __version__,
+                "position": position.to_json(),
+                "initial_epoch": self._initial_epoch,
+                "steps": self._steps_made,
+                "stopped": is_stopped,
+                "setup": self._setup,
+                "others": self._states,
+                "logs": plain_logs(logs, arrays),
+                "callbacks": callback_state.state(arrays),
+                "global_seed": _keras.has_global_seed(),
+            }
+            return state | {"arrays": len(arrays)}
+
         epoch, step, _ = position
-        where = path, epoch, step, content, state, keep
         is_secret = any(other.keeps_secrets for other in self._others)
-        self._writer.begin(functools.partial(files.write, *where, self._lease.check, is_secret))
+        self._saver.save(epoch, step, state_of, is_secret)

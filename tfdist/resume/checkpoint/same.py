@@ -52,6 +52,7 @@ def describe(
     }
     if isinstance(inner, Arrays):
         setup["rows"] = inner.num_rows
+    # The class of a sampler does not say in which order it draws. Its first rows do.
     if type(inner) is Arrays and seed is not None:
         setup["order of rows"] = hashlib.sha256(inner.first_rows()).hexdigest()[:12]
     if type(inner) is Arrays and names_contents:

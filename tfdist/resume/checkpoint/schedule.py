@@ -37,7 +37,11 @@ class SavingSchedule:
             self.is_due |= steps // self._every > self._saved_steps // self._every
         elif isinstance(self._every, datetime.timedelta):
             seconds = time.monotonic() - self._saved_time
-            self.is_due = seconds >= self._every.total_seconds()
+            self.is_due |= seconds >= self._every.total_seconds()
+
+    def request(self) -> None:
+        """Makes a checkpoint due, whatever `every` says."""
+        self.is_due = True
 
     def note_saved(self, steps: int) -> None:
         """Begins to wait for the next checkpoint.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -12,8 +13,19 @@ class Writer:
     """Writes checkpoints in a thread."""
 
     def __init__(self) -> None:
+        # One thread, so that checkpoints reach the disk in the order of training.
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="tfdist-checkpoint")
         self._writing: Future[None] | None = None
+        self._is_given_up = threading.Event()
+
+    @property
+    def is_given_up(self) -> bool:
+        """Whether the training has failed, so that a write should not wait for others."""
+        return self._is_given_up.is_set()
+
+    def give_up(self) -> None:
+        """Notes that the training has failed. A write still comes to its end if it can."""
+        self._is_given_up.set()
 
     @property
     def is_idle(self) -> bool:

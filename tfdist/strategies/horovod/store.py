@@ -59,6 +59,7 @@ class RendezvousStore(KeyValueStore):
         return f"{self._url}/{urllib.parse.quote(name.replace('/', ':'), safe=':')}"
 
     def _send(self, request: urllib.request.Request) -> str | None:
+        # A proxy of the environment would be asked for the launcher, which it cannot reach.
         without_proxy = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         try:
             with without_proxy.open(request, timeout=_TIMEOUT_S) as response:

@@ -117,6 +117,7 @@ class Horovod(Connected):
     def reconnect(self) -> None:
         """Connects to the ranks that are there now."""
         self._joined = False
+        # Horovod must begin again to learn who is there. Rank and size may be others then.
         self._hvd.shutdown()
         self._hvd.init()
         self._take_place()
@@ -180,6 +181,7 @@ class Horovod(Connected):
             gradients = [tf.convert_to_tensor(g) for g in gradients]
         if self._op == "average" and self.predivide == 1.0:
             return super().reduce_step(gradients, exact_tensors, share, variables)
+        # Adasum depends on the directions of whole gradients, so they are not packed.
         if self._op == "adasum":
             reduced = [self._adasum(tf.convert_to_tensor(g), share) for g in gradients]
         else:
@@ -276,6 +278,8 @@ class Horovod(Connected):
             return self._sum(gradient)
         if gradient.dtype in (tf.float16, tf.bfloat16):  # `HalfExchange` has divided it
             return self._sum(gradient)
+        # A gradient is a rank's part of the mean already. Times the size, it is what Horovod
+        # would get, and both factors are Horovod's.
         size = float(self.place.num_replicas)
         return self._sum(gradient, size / self.predivide, self.predivide / size)
 

@@ -56,6 +56,7 @@ def adasum(tensor: Tensor, ranks: int, all_gather: Collective) -> Tensor:
 
 
 def _combine(a: Tensor, b: Tensor) -> Tensor:
+    # Orthogonal gradients are added. Of equal ones, each keeps a half.
     dot = tf.reduce_sum(a * b)
     overlap_a = tf.math.divide_no_nan(dot, 2.0 * tf.reduce_sum(tf.square(a)))
     overlap_b = tf.math.divide_no_nan(dot, 2.0 * tf.reduce_sum(tf.square(b)))

@@ -93,8 +93,10 @@ class Asynchronous:
             results = self._read_results()
             # Keras compares the names with those that a step returned. If a name is missing,
             # it keeps the step's logs instead of these results.
-            others = self._steps.returned[self._kind]
-            return {name: self._logs[name] for name in others & self._logs.keys()} | results
+            other_names = self._steps.returned[self._kind]
+            return {
+                name: self._logs[name] for name in other_names & self._logs.keys()
+            } | results
 
         self._update_log.clear()
         self._number, self._logs, self._logs_read_at = 0, {}, 0.0

@@ -58,15 +58,17 @@ def place(
     """  # noqa: E501
     load = [0] * servers
     placed: list[tuple[VariableSlice, ...]] = [()] * len(sizes)
+    # The largest first: small ones then fill up what is uneven.
     for index in sorted(range(len(sizes)), key=lambda i: -sizes[i].bytes):
         size = sizes[index]
+        # At most one part a server, with at least a row and the least number of bytes.
         parts = min(servers, size.rows, size.bytes // max(1, min_part_bytes))
         parts = parts if size.can_split and parts > 1 else 1
         edges = [size.rows * i // parts for i in range(parts + 1)]
-        chosen = sorted(sorted(range(servers), key=lambda server: load[server])[:parts])
-        for server in chosen:
+        homes = sorted(sorted(range(servers), key=lambda server: load[server])[:parts])
+        for server in homes:
             load[server] += size.bytes // parts
         placed[index] = tuple(
-            VariableSlice(server, edges[i], edges[i + 1]) for i, server in enumerate(chosen)
+            VariableSlice(server, edges[i], edges[i + 1]) for i, server in enumerate(homes)
         )
     return placed

@@ -30,19 +30,21 @@ def plan(
         the variable, have the same parts. Scalars are on the first server.
     """
     groups: list[tuple[Any, list[Any], bool]] = []
-    seen: set[int] = set()
+    grouped_ids: set[int] = set()
     for optimizer in optimizers:
         if not optimizer.built:
             continue
+        # An optimizer that combines the elements of a variable, for example by a norm, needs
+        # all rows on one server.
         can_split = served_updates.is_elementwise(optimizer)
         for variable, slots in served_updates.trained_by(optimizer):
-            if id(variable) in seen:  # trained by two optimizers: it has its place already
+            if id(variable) in grouped_ids:  # two optimizers train it: it has its place already
                 continue
             same_shape = [slot for slot in slots if slot.shape == variable.shape]
-            seen.update(id(v) for v in (variable, *same_shape))
+            grouped_ids.update(id(v) for v in (variable, *same_shape))
             groups.append((variable, same_shape, can_split and bool(variable.shape.rank)))
-    rest = [v for v in variables if id(v) not in seen]
-    groups += [(v, [], False) for v in rest if v.shape.rank]
+    ungrouped = [v for v in variables if id(v) not in grouped_ids]
+    groups += [(v, [], False) for v in ungrouped if v.shape.rank]
     sizes = [
         Size(
             int(variable.shape[0]) if variable.shape.rank else 1,
@@ -54,7 +56,7 @@ def plan(
     parts = place(sizes, servers, min_part_bytes)
     placed = [(v, p, slots) for (v, slots, _), p in zip(groups, parts, strict=True)]
     first = (VariableSlice(0, 0, 1),)
-    return [*placed, *((v, first, []) for v in rest if not v.shape.rank)]
+    return [*placed, *((v, first, []) for v in ungrouped if not v.shape.rank)]
 
 
 class ServerVariables(contextlib.AbstractContextManager[None]):

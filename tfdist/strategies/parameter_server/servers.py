@@ -130,10 +130,10 @@ def serve(cluster: Cluster) -> NoReturn:
             f"{error.message}. Stop what uses it, or choose another."
         ) from error
     wait_until_up({CHIEF: chief}, start_timeout())
-    missed = 0
-    while missed < _MAX_MISSED:
+    missed_polls = 0
+    while missed_polls < _MAX_MISSED:
         time.sleep(_POLL_S)
-        missed = 0 if is_up(chief) else missed + 1
+        missed_polls = 0 if is_up(chief) else missed_polls + 1
     del server
     for stream in (sys.stdout, sys.stderr):
         stream.flush()

@@ -91,7 +91,9 @@ class ParameterServer(TFDistribute):
                 f"Parameter servers must be able to run here. Received: {obstacle}."
             )
         if cluster.job != CHIEF:
+            # Does not return: workers and servers run no script.
             serve(cluster)
+        # A later instance uses the connection of the first one.
         if not connect.cache_info().currsize:
             require_unused_tensorflow(cluster)
         self._servers = connect(cluster)
@@ -141,9 +143,9 @@ class ParameterServer(TFDistribute):
         """Names the workers and servers that do not answer now."""
         return self._servers.silent()
 
-    def copies(self, variable: Any) -> list[Any]:
+    def local_tensors(self, variable: Any) -> list[Any]:
         """Returns the one value of a variable, which is on the servers."""
-        return Strategy.copies(self, variable)
+        return Strategy.local_tensors(self, variable)
 
     def placed(self, variables: Sequence[Any], optimizers: Sequence[Any]) -> Any:
         """Plans the servers of variables; see `plan`."""
@@ -159,6 +161,8 @@ class ParameterServer(TFDistribute):
         """
         on_servers, on_workers = list(variables), []
         if self.synchronous:
+            # Metrics are small, and each step changes all of them: a copy on each worker is
+            # faster.
             server_ids = {id(v) for o in optimizers for v in o.variables}
             server_ids |= {id(v) for o in optimizers for v in _keras.trained_variables(o)}
             on_servers = [v for v in variables if id(v) in server_ids]
@@ -206,6 +210,7 @@ class ParameterServer(TFDistribute):
         """Returns each worker's per-replica batch."""
         if not self.synchronous:
             return iterator.get_next()
+        # The data are on the chief, which draws for each worker in turn.
         shares = [iterator.get_next() for _ in range(self.place.num_replicas)]
         return tf.nest.map_structure(
             lambda *leaves: self.strategy.experimental_distribute_values_from_function(

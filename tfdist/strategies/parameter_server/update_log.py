@@ -80,11 +80,14 @@ class UpdateLog:
             change: Assigns variables.
         """
         with tf.device(self.server):
+            # Copied to the server before the lock is taken.
             number = tf.identity(number)
             slot = number % _LOGGED_STEPS
 
             def apply() -> Tensor:
                 change()
+                # In the critical section as well. So a change and the note of it are both made,
+                # or neither.
                 self._applied.scatter_nd_update([[part, slot]], [number])
                 return tf.constant(True)
 

@@ -58,14 +58,14 @@ class ServerUpdates:
             self.finish(lambda: None, self._number)
 
     def finish(
-        self, change: Callable[[], None], number: Tensor, needed: Sequence[Tensor] = ()
+        self, change: Callable[[], None], number: Tensor, arrivals: Sequence[Tensor] = ()
     ) -> None:
         """Applies the pending updates and a further change in one section.
 
         Args:
             change: Assigns variables.
             number: The step number, on any device.
-            needed: Tensors that `change` needs, on the server already.
+            arrivals: Tensors that `change` needs, on the server already.
         """
         updates, self._pending_updates = self._pending_updates, []
 
@@ -77,7 +77,7 @@ class ServerUpdates:
         if self._applied == MAX_UPDATES:
             raise ValueError(f"A train step may have at most {MAX_UPDATES - 1} updates.")
         # All tensors arrive before the lock is taken, so that it is held only shortly.
-        tensors = tf.nest.flatten([self._gradients, list(needed)], expand_composites=True)
+        tensors = tf.nest.flatten([self._gradients, list(arrivals)], expand_composites=True)
         with stateful(), tf.control_dependencies(tensors):
             self._update_log.once(number, self._applied, apply)
         self._applied += 1
@@ -110,6 +110,7 @@ def move_packed(tensors: Sequence[Tensor], device: str) -> list[Tensor]:
 
 def _to_servers(grads: Sequence[Tensor], variables: Sequence[Any], server: str) -> list[Tensor]:
     """Moves gradients to the servers of their variables, before the lock is taken."""
+    # By server, so that the small gradients of a server travel in one message.
     by_device: dict[str, list[tuple[int, int, Tensor]]] = {}
     for index, (gradient, variable) in enumerate(zip(grads, variables, strict=True)):
         if gradient is None:

@@ -94,19 +94,19 @@ class WorkerSteps:
             logs = self._train_of_model(data)
             batch.updates = None
             averages = served.averaging_variables(model)
-            changed = [v for v in statistics if scope.assigned(v) is not None]
+            changed_statistics = [v for v in statistics if scope.assigned(v) is not None]
             # A moving average is assigned. Adding the differences of several steps that read
             # the same average could push it beyond the values that it averages.
             values = [
                 scope.assigned(v) if id(v) in averages else scope.assigned(v) - before[id(v)]
-                for v in changed
+                for v in changed_statistics
             ]
             *values, version = self._move_to_server([*values, version])
             metric_sums, number_on_server = self._move_metrics(scope, number)
 
             def change() -> None:
                 self._add_metrics(metric_sums)
-                for variable, value in zip(changed, values, strict=True):
+                for variable, value in zip(changed_statistics, values, strict=True):
                     if id(variable) in averages:
                         _keras.backing_variable(variable).assign(value)
                     else:
@@ -179,9 +179,9 @@ class WorkerSteps:
             }
         metrics = {name: batch.metric_of(value) for name, value in logs.items()}
         named = {name: metric for name, metric in metrics.items() if metric is not None}
-        others = set(logs) - set(named)
-        self.named[kind], self.returned[kind] = named, others
-        return {name: tf.convert_to_tensor(logs[name]) for name in sorted(others)}
+        other_names = set(logs) - set(named)
+        self.named[kind], self.returned[kind] = named, other_names
+        return {name: tf.convert_to_tensor(logs[name]) for name in sorted(other_names)}
 
 
 def _gather_rows(batch: Any, columns: Any) -> Any:

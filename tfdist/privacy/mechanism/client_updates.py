@@ -1,0 +1,187 @@
+"""The mechanism of client-level privacy: clipped updates of clients, and noise on their sum."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import tensorflow as tf
+
+from tfdist._keras import ReplicaBatch
+from tfdist.privacy import model_history
+from tfdist.privacy.mechanism.counter import StepCounter
+from tfdist.privacy.mechanism.grid import Rounding
+from tfdist.privacy.mechanism.noise import Noise
+from tfdist.privacy.mechanism.normals import at_once
+from tfdist.privacy.mechanism.rounding import gamma, sums_of_squares
+from tfdist.strategies.base import Strategy
+
+Tensor = Any
+
+
+class ClientUpdates:
+    """Clips updates of clients and adds noise; see `federated.protection.UpdateMechanism`.
+
+    Each replica sums its clients' clipped updates, adds its part of the noise, and rounds the
+    result to whole numbers, as `PrivateStep` does with gradients. The sum over replicas is
+    divided by the expected number of drawn clients, not by their number.
+
+    It counts rounds in the place of a step of its own: see `step.own_step.OwnStep`. The round
+    itself is that of federated training.
+
+    Args:
+        l2_norm_clip: As in `ClientDP`.
+        noise_multiplier: As in `ClientDP`, calibrated if the user set a target.
+        sampling_probability: As in `ClientDP`.
+        num_clients: The number of clients.
+        strategy: The strategy on whose replicas the model trains.
+
+    Attributes:
+        counter: Counts rounds.
+        deviation: The noise's standard deviation on each number of the server's update.
+
+    Raises:
+        ArgumentError: There is too little noise for so many replicas.
+    """
+
+    def __init__(
+        self,
+        l2_norm_clip: float,
+        noise_multiplier: float,
+        sampling_probability: float,
+        num_clients: int,
+        strategy: Strategy,
+    ) -> None:
+        place = strategy.place
+        self._norm = float(l2_norm_clip)
+        self._expected = sampling_probability * num_clients
+        self._strategy = strategy
+        self.counter = StepCounter()
+        self._noise = Noise(place.first_replica, place.local_replicas)
+        self._number: Tensor = None
+        self._rounding: Rounding | None = None
+        self.deviation = 0.0
+        if noise_multiplier > 0:
+            # More clients than these are drawn with a probability below 2^-64, by Chernoff's
+            # bound. All of them may be on one replica.
+            most = min(float(num_clients), 2 * self._expected + 64)
+            replicas = place.num_replicas
+            self._rounding = Rounding(noise_multiplier, most * replicas, replicas)
+            noise = math.hypot(noise_multiplier, self._rounding.deviation)
+            self.deviation = noise * self._norm / self._expected
+
+    # --- the updates of clients; see `UpdateMechanism` ------------------------------------
+
+    @property
+    def sends_whole_numbers(self) -> bool:
+        """Whether the result of `release` consists of whole numbers."""
+        return self._rounding is not None
+
+    def clip(self, update: Sequence[Tensor]) -> list[Tensor]:
+        """Scales a client's update, so that its norm over all variables is at most the clip.
+
+        Args:
+            update: The update of each variable. If it is not finite, it counts as 0.
+        """
+        # In float64, squares of float32 neither overflow nor underflow.
+        wide = [tf.cast(part, tf.float64)[None] for part in update]
+        square = tf.add_n([sums_of_squares(part)[0] for part in wide])
+        # The roots and products below are rounded too, in float32 at worst.
+        norm = tf.sqrt(square) * (1 + gamma(len(wide) + 8))
+        factor = tf.minimum(tf.math.divide_no_nan(tf.constant(self._norm, tf.float64), norm), 1)
+        factor = tf.where(norm > 0, factor, tf.ones_like(factor))
+        counts = tf.math.is_finite(norm)
+        return [
+            tf.where(counts, part * tf.cast(factor, part.dtype), tf.zeros_like(part))
+            for part in update
+        ]
+
+    def release(self, sums: Sequence[Tensor]) -> list[Tensor]:
+        """Adds a replica's part of the noise, and rounds; see `Rounding.counts`.
+
+        Args:
+            sums: The sums of the clipped updates of the replica's clients.
+        """
+        if self._rounding is None:
+            return list(sums)
+        sizes = [math.prod(part.shape) for part in sums]
+        normal = self._noise.normal(
+            at_once(sum(sizes)), self._strategy.replica_id(), self._number
+        )
+        # One vector of all variables needs one rounding operation.
+        flat = tf.concat([tf.reshape(tf.cast(s, tf.float32), [-1]) for s in sums], 0)
+        counts = self._rounding.counts(tf.ensure_shape(flat, [sum(sizes)]), normal, self._norm)
+        parts = tf.split(counts, sizes) if len(sizes) > 1 else [counts]
+        return [tf.reshape(part, s.shape) for part, s in zip(parts, sums, strict=True)]
+
+    def mean(self, total: Sequence[Tensor]) -> list[Tensor]:
+        """Divides by the expected number of clients.
+
+        Args:
+            total: The sum over all replicas of what `release` returned.
+        """
+        unit = 1.0 if self._rounding is None else self._rounding.step * self._norm
+        factor = unit / self._expected
+        return [tf.cast(part, tf.float64) * factor for part in total]
+
+    # --- the count of rounds; see `OwnStep` -----------------------------------------------
+
+    def make(self, model: Any, strategy: Strategy) -> ClientUpdates:
+        """Returns itself: it is made for one training.
+
+        Args:
+            model: Not used.
+            strategy: Not used.
+        """
+        return self
+
+    def restart(self, seed: int | None, first: int, correlated: Any = None) -> None:
+        """Begins a `fit`, with new noise.
+
+        Args:
+            seed: As in `Noise.renew`.
+            first: The number of the first round.
+            correlated: None: the noise of rounds is independent.
+        """
+        self.counter.restart()
+        self.counter.number_from(first)
+        self._noise.renew(seed)
+
+    def running(self) -> contextlib.AbstractContextManager[None]:
+        """Does nothing."""
+        return contextlib.nullcontext()
+
+    def refuse_other_data(self) -> None:
+        """Refuses Keras's own step, which a callback would run on other data.
+
+        Raises:
+            ArgumentError: Always.
+        """
+        raise model_history.trained_meanwhile("`train_on_batch`, or Keras's `fit`")
+
+    def begin(self, share: Any) -> None:
+        """Counts a round of all replicas of this process, before they compute it.
+
+        Args:
+            share: What these replicas do.
+        """
+        self._number = self.counter.begin(tf.nest.flatten(share, expand_composites=True)[0])
+
+    def end(self, is_made: Tensor) -> None:
+        """Ends a round, after the replicas of this process have computed it.
+
+        Args:
+            is_made: Scalar bool: whether the round has changed the weights.
+        """
+        self.counter.end(is_made)
+        self._number = None
+
+    def begin_step(self, data: Any, batch: ReplicaBatch, stopping: Tensor) -> NoReturn:
+        """Is never called: the round has local steps."""
+        raise NotImplementedError
+
+    def train_step(self, data: Any, batch: ReplicaBatch, groups: Tensor) -> NoReturn:
+        """Is never called: the round has local steps."""
+        raise NotImplementedError
