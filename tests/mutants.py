@@ -312,6 +312,24 @@ MUTANTS = {
         "first, second, count = tf.unstack(sums)",
         "tests/keras/test_discovery.py -k replicas_can_share",
     ),
+    "a launcher that does not know the token is admitted": Mutant(
+        "launch/callers.py",
+        'if hmac.compare_digest(message["proof"], handshake.launcher_proof):',
+        "if True:",
+        "tests/launch/test_strangers.py -k nobody",
+    ),
+    "a false coordinator is believed": Mutant(
+        "launch/client.py",
+        'and hmac.compare_digest(message["proof"], handshake.coordinator_proof)',
+        "and True",
+        "tests/launch/test_strangers.py -k false_coordinator",
+    ),
+    "who reports a hang is left out": Mutant(
+        "launch/slots.py",
+        "if failure.returncode != HUNG:",
+        "if True:",
+        "tests/launch/test_stopped.py -k hangs",
+    ),
 }
 
 
