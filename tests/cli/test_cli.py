@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -290,8 +291,12 @@ class TestWorkers:
         )
         ended = self.run(environ, script, "-n", "2", "--log-dir", str(tmp_path / "logs"))
         assert ended.returncode == 1
-        assert ended.stderr.startswith("Error: worker 1 ended with exit status 1.")
-        shown = ended.stderr.splitlines()[2:7]
+        exposed, error = ended.stderr.splitlines()[:2]
+        assert re.match(
+            r"tfdist: ports \d+, \d+ \(TensorFlow\) of this machine can be", exposed
+        )
+        assert error.startswith("Error: worker 1 ended with exit status 1.")
+        shown = ended.stderr.splitlines()[3:8]
         assert shown[0] == "  │ Traceback (most recent call last):"
         assert shown[1] == f'  │   File "{script}", line 3, in <module>'
         assert "  │ ValueError: my mistake" in shown

@@ -145,7 +145,7 @@ def test_callers_that_never_read_and_crowds_keep_nobody_waiting(
 
 
 WITHOUT_DESCRIPTORS = """
-import resource, sys, time
+import resource, sys
 from tfdist.launch import Host, Restarts
 from tfdist.launch import callers
 from tfdist.launch.coordinator import Coordinator
@@ -156,7 +156,7 @@ coordinator = Coordinator(port, "t", [Host("a"), Host("b")], {}, Restarts(1), 60
 resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
 print("up", flush=True)
 sys.stdin.readline()
-print("alive", coordinator._thread.is_alive(), time.process_time(), flush=True)
+print("alive", coordinator._thread.is_alive(), flush=True)
 """
 
 
@@ -173,7 +173,10 @@ def test_exhausted_descriptors_are_survived(port: int) -> None:
     try:
         assert hub.stdout.readline() == "up\n"
         strangers = [called(port) for _ in range(60)]
-        time.sleep(0.5)
+        # The first are served. The last are not left waiting, but sent away.
+        assert b"welcome" in strangers[0].recv(1000)
+        with contextlib.suppress(ConnectionResetError):
+            assert strangers[-1].recv(1000) == b""
         for stranger in strangers:
             stranger.close()
         with called(port) as later:
@@ -185,9 +188,7 @@ def test_exhausted_descriptors_are_survived(port: int) -> None:
     finally:
         hub.kill()
         hub.wait()
-    _, is_alive, seconds = output.split()
-    assert is_alive == "True"
-    assert float(seconds) < 2  # it does not spin
+    assert output == "alive True\n"
 
 
 def false_coordinator(port: int, lines: list[bytes]) -> threading.Thread:
@@ -260,7 +261,7 @@ def admitted(port: int) -> Connection:
                 handshake = Handshake(TOKEN.encode(), message["nonce"], "2" * 32)
                 proof = handshake.launcher_proof
                 connection.send("hello", protocol=PROTOCOL, nonce="2" * 32, proof=proof)
-            else:
+            elif message["kind"] == "admitted":
                 assert message["proof"] == handshake.coordinator_proof
                 keys = handshake.launcher_key, handshake.coordinator_key
                 connection.secure(*keys, TO_LAUNCHER)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import json
 import sys
 import threading
 import time
@@ -14,6 +15,8 @@ from typing import Any
 
 import keras
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.jobs import ROOT
 from tfdist.errors import HUNG, ArgumentError
@@ -25,7 +28,8 @@ from tfdist.training.stragglers import StragglerCallback
 from tfdist.watchdog import calls, diagnosis, memory, progress, stacks
 from tfdist.watchdog.diagnosis import LostWorker
 from tfdist.watchdog.local import LocalStatus
-from tfdist.watchdog.messages import ENDED, StatusMessage
+from tfdist.watchdog.messages import ENDED, HangRequest, StatusMessage
+from tfdist.watchdog.peers import Peers
 from tfdist.watchdog.progress import BETWEEN, OUTSIDE, START, STEP, Progress
 from tfdist.watchdog.settings import WatchdogSettings
 
@@ -270,3 +274,56 @@ def test_the_launcher_repeats_the_report() -> None:
     assert failure.excerpt() == lines[1:]
     assert "worker 2  has sent no status" in report
     assert progress.here.at == OUTSIDE
+
+
+# --- messages that a stranger may have posted ---------------------------------------------
+
+plain = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9)
+values = plain | st.lists(plain, max_size=3) | st.dictionaries(st.text(max_size=5), plain)
+contents = st.fixed_dictionaries(
+    {}, optional=dict.fromkeys(("worker", "task", "beat", "idle", "stack", "call"), values)
+)
+
+
+@given(text=st.text(max_size=40) | (values | contents).map(json.dumps))
+@settings(max_examples=100, deadline=None, database=None)
+def test_any_text_is_a_message_or_a_value_error(text: str) -> None:
+    for kind in (StatusMessage, HangRequest):
+        try:
+            message = kind.read(text)
+        except ValueError:
+            continue
+        assert kind.read(message.text()) == message
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 100_000,
+        "1",
+        "{}",
+        '{"worker": "1", "task": "x"}',
+        '{"worker": 0, "task": "worker 0"}',  # another worker's
+        note(1).text().replace('"idle": 70.0', '"idle": NaN'),
+        note(1).text().replace('"stack": []', '"stack": 7'),
+    ],
+    ids=[*"abcdefg"],
+)
+def test_what_is_no_message_says_nothing_about_its_worker(text: str) -> None:
+    class Store:
+        keeper = None
+
+        def read_all(self, prefix: str) -> dict[int, str]:
+            return {1: posted}
+
+    peers, posted = Peers(), note(1, beat=1).text()
+    statuses, _ = peers.read_all(Store(), note(0), 1.0)  # type: ignore[arg-type]
+    posted = text
+    assert peers.read_all(Store(), note(0), 1.0)[0] == statuses  # type: ignore[arg-type]
+    posted = note(1, beat=2).text()
+    assert peers.read_all(Store(), note(0), 1.0)[0][1].beat == 2  # type: ignore[arg-type]
+
+
+def test_a_status_has_no_bytes_that_are_no_characters() -> None:
+    status = note(1, stack=("file \udcff.py",))
+    assert StatusMessage.read(status.text()).stack == ("file ?.py",)
