@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
-from tfdist import data
+from tfdist import _keras, data
 from tfdist.data.arrays import Arrays
 from tfdist.data.local import LocalArrays
 from tfdist.errors import ArgumentError, DisagreementError
@@ -19,6 +21,7 @@ from tfdist.federated.plan import Plan
 from tfdist.federated.protection import Protecting
 from tfdist.federated.round import Federation
 from tfdist.federated.settings import check
+from tfdist.federated.snapshot import RoundSnapshot
 from tfdist.federated.source import Rounds
 from tfdist.federated.validation import (
     check_clients,
@@ -26,6 +29,7 @@ from tfdist.federated.validation import (
     check_request,
     check_secure,
 )
+from tfdist.step.prepared import PreparedModel
 from tfdist.training.extension import Extension
 from tfdist.training.request import Request
 
@@ -48,6 +52,7 @@ class FederatedTraining(Extension):
         self._settings = check(federated)
         self._protecting = protecting
         self._clients: Clients | None = None
+        self._snapshot = RoundSnapshot()
 
     def choose(self, request: Request) -> Request:
         """Refuses what cannot be federated. Each client computes its own, whole batches."""
@@ -113,6 +118,19 @@ class FederatedTraining(Extension):
                 flush=True,
             )
         return agreed
+
+    def callbacks(self, request: Request, callbacks: Any, prepared: PreparedModel) -> Any:
+        """Adds what keeps the model as it was before a round."""
+        return _keras.around(callbacks, [self._snapshot], [])
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Gives the model the weights before a round that ends by an error."""
+        try:
+            yield
+        except BaseException:
+            self._snapshot.restore()
+            raise
 
     def facts(self) -> dict[str, Any]:
         """Returns the settings, which must be equal on all workers."""
