@@ -23,6 +23,7 @@ from tfdist.federated.round import Federation
 from tfdist.federated.settings import check
 from tfdist.federated.snapshot import RoundSnapshot
 from tfdist.federated.source import Rounds
+from tfdist.federated.sums import CLIPPED
 from tfdist.federated.validation import (
     check_clients,
     check_model,
@@ -160,6 +161,16 @@ class FederatedTraining(Extension):
             probability = settings.privacy.sampling_probability
             text += f"; a round draws each client with probability {probability:g}"
         return text
+
+    def report(self, request: Request, history: Any) -> None:
+        """Warns of clipped values, which change the result."""
+        clipped = max(history.history.get(CLIPPED, [0.0]), default=0.0)
+        if clipped > 0 and request.shows:
+            print(
+                f"tfdist: warning: up to {clipped:.2g} of the values of a round were clipped to "
+                "the max_value of SecureSum, or were not finite",
+                flush=True,
+            )
 
     def _find_clients(self, request: Request, source: Arrays) -> Clients:
         strategy, ids = request.session.strategy, self._settings.clients
