@@ -167,8 +167,8 @@ class FederatedTraining(Extension):
         clipped = max(history.history.get(CLIPPED, [0.0]), default=0.0)
         if clipped > 0 and request.shows:
             print(
-                f"tfdist: warning: up to {clipped:.2g} of the values of a round were clipped to "
-                "the max_value of SecureSum, or were not finite",
+                f"tfdist: warning: up to {clipped:.2g} of the values of a round were clipped "
+                "to the max_value of SecureSum, or were not finite",
                 flush=True,
             )
 
