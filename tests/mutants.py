@@ -306,6 +306,12 @@ MUTANTS = {
         "self._attempts[number, lane] += 0",
         "tests/federated/test_secure.py -k twice",
     ),
+    "a round that fails leaves the weights of a client": Mutant(
+        "federated/snapshot.py",
+        "            variable.assign(value)",
+        "            pass",
+        "tests/federated/test_client_privacy.py -k round_that_fails",
+    ),
     "moments are those of the share": Mutant(
         "_keras/batch_norm.py",
         "first, second, count = tf.unstack(reduced)",
