@@ -218,6 +218,7 @@ def test_a_private_client_counts_all_rounds_and_runs_and_sends_no_metrics(
         ({"federated": tfdist.FedAvg(clients=[0, 1])}, "each node is a client"),
         ({"lost": "ignore"}, "lost='ignore'"),
         ({"rounds": -1}, "rounds=-1"),
+        ({"timeout": 0}, "timeout=0"),
         ({"federated": "FedAvg"}, "FedAvg"),
         ({"federated": tfdist.DiLoCo(), "checkpoint": "c"}, "keep_optimizer=True"),
     ],
