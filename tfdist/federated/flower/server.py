@@ -75,7 +75,7 @@ def serve(
     columns = keras.utils.unpack_x_y_sample_weight(messages.one_row(structures[0]))
     request = dataclasses.replace(
         request_of(
-            session, model, columns, settings.batch_size or 32, settings.shuffle, settings.seed
+            session, model, columns, settings.batch_size, settings.shuffle, settings.seed
         ),
         epochs=settings.rounds,
         verbose=settings.verbose,
@@ -152,6 +152,7 @@ class _Server(FederatedTraining):
         # What clients keep is kept by them.
         super().__init__(dataclasses.replace(settings.federated, keep_optimizer=False))
         self._of_clients = {name: getattr(settings.federated, name) for name in TAKEN}
+        self._batch_size = settings.batch_size
         self._nodes = nodes
         self._say = say
         self._request: Request | None = None
@@ -236,7 +237,7 @@ class _Server(FederatedTraining):
             number,
             client,
             tuple(described.rows for described in self._nodes.clients),
-            self._request.batch_size or 32,
+            self._batch_size,
             self._request.seed,
             self._request.shuffle,
             self._of_clients,
