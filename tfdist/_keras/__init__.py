@@ -72,6 +72,7 @@ from tfdist._keras.metrics import (
     metrics_of,
     note_metrics,
 )
+from tfdist._keras.model_graph import LayerCall, ends, functional_of, layer_calls
 from tfdist._keras.noise import OwnNoise, generator
 from tfdist._keras.optimizers import (
     optimizers_of,
@@ -81,6 +82,9 @@ from tfdist._keras.optimizers import (
     watch_updates,
     with_nested,
 )
+from tfdist._keras.piped import set_piped
+from tfdist._keras.piped_units import PipedStage
+from tfdist._keras.piped_updates import set_updated_in_place
 from tfdist._keras.probe import metric_that_is_no_sum, what_is_no_mean
 from tfdist._keras.recomputation import recomputed_calls, set_recomputed
 from tfdist._keras.replica import ReplicaBatch, on_replica, replaced, seeding
@@ -99,7 +103,7 @@ from tfdist._keras.scopes import (
     scope_of,
     undistributed,
 )
-from tfdist._keras.served_updates import is_elementwise
+from tfdist._keras.served_updates import is_elementwise, trained_by
 from tfdist._keras.sharded import slots_in_parts, updating_parts
 from tfdist._keras.sharded_updates import Sharding
 from tfdist._keras.slices import has_fixed_rows, has_unique_rows, once_each
@@ -123,7 +127,9 @@ __all__ = [
     "CheckpointSaver",
     "EagerTensor",
     "GroupCollectives",
+    "LayerCall",
     "OwnNoise",
+    "PipedStage",
     "ReplicaBatch",
     "RowKeys",
     "Sharding",
@@ -147,9 +153,11 @@ __all__ = [
     "configure_coordination",
     "empty",
     "end_of_data_unless",
+    "ends",
     "exchange_value",
     "fill",
     "first_values",
+    "functional_of",
     "generator",
     "global_seed_variable",
     "has_devices",
@@ -167,6 +175,7 @@ __all__ = [
     "keeping_random_state",
     "keeping_variable_scope",
     "key_value_store",
+    "layer_calls",
     "layers_of",
     "leave_scope",
     "loop_functions",
@@ -195,7 +204,9 @@ __all__ = [
     "schedules_after",
     "scope_of",
     "seeding",
+    "set_piped",
     "set_recomputed",
+    "set_updated_in_place",
     "slots_in_parts",
     "statistics_of",
     "step_graph",
@@ -204,6 +215,7 @@ __all__ = [
     "swap_strategy",
     "swap_value",
     "synchronized_variables",
+    "trained_by",
     "trained_variables",
     "undistributed",
     "unfilled_value",

@@ -169,6 +169,7 @@ def prepare(
         or (previous.maker, previous.exchange_maker, previous.round_maker) == makers
     ):
         return previous  # type: ignore[no-any-return]
+    strategy.examine(model)
     stop = StopState()
     _keras.attached(model).clip_optimizer = None
     own_step = None if maker is None else maker.make(model, strategy)
