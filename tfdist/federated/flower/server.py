@@ -157,8 +157,8 @@ class _Server(FederatedTraining):
         self._say = say
         self._request: Request | None = None
         self.failure: Exception | None = None
-        self._sent: list[Any] = []
         self._answers: list[Any] = []
+        self._trained: set[int] = set()
 
     def source(self, request: Request, source: data.Source) -> data.Source:
         """Makes the plan of the messages."""
@@ -222,6 +222,7 @@ class _Server(FederatedTraining):
             for client in clients
         }
         answers = self._nodes.train(number, contents)
+        self._trained |= set(answers)
         self._answers = [answers.get(client) for client in clients]
         facts = [messages.of_plain(content["facts"]) for content in answers.values()]
         spent = [fact["epsilon"] for fact in facts if "epsilon" in fact]
@@ -242,6 +243,7 @@ class _Server(FederatedTraining):
             self._request.shuffle,
             self._of_clients,
             self._first_step,
+            client in self._trained,
         )
 
     def answer(self, number: int, model: Any, metrics: Any) -> list[Any]:
