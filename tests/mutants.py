@@ -240,10 +240,10 @@ MUTANTS = {
         'return self.sum_in_groups(self.place.mesh.groups("data"), tensors)',
         f"{BEHAVIOUR} -k mirrored-4-sums_and_rows",
     ),
-    "a sharded tensor is saved with its padding": Mutant(
-        "resume/checkpoint/tensors.py",
-        "np.concatenate(parts)[: role.rows]",
-        "np.concatenate(parts)",
+    "a part of a saved tensor begins an element too late": Mutant(
+        "resume/checkpoint/slices.py",
+        "return slices_of_run(shape, begin, min(begin + length, size))",
+        "return slices_of_run(shape, begin + (number > 0), min(begin + length, size))",
         "tests/resume/test_tensors.py -k sharded",
     ),
     "what was not sent is forgotten": Mutant(
@@ -260,8 +260,8 @@ MUTANTS = {
     ),
     "each of other replicas gets a mean of what was not sent": Mutant(
         "resume/checkpoint/tensors.py",
-        "mean = saved.sum(0) / place.num_replicas",
-        "mean = saved.mean(0)",
+        "mean = (total / replicas).astype(total.dtype)",
+        "mean = (total / saved).astype(total.dtype)",
         "tests/resume/test_tensors.py -k dealt_out",
     ),
     "clients have the random numbers of one": Mutant(
@@ -305,6 +305,12 @@ MUTANTS = {
         "self._attempts[number, lane] += 1",
         "self._attempts[number, lane] += 0",
         "tests/federated/test_secure.py -k twice",
+    ),
+    "a round that fails leaves the weights of a client": Mutant(
+        "federated/snapshot.py",
+        "            variable.assign(value)",
+        "            pass",
+        "tests/federated/test_client_privacy.py -k round_that_fails",
     ),
     "moments are those of the share": Mutant(
         "_keras/batch_norm.py",

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from tfdist.privacy.settings import DPSGD
     from tfdist.resume.checkpoint import Checkpoint
     from tfdist.scripts.drop_in import drop_in
+    from tfdist.sharding.pipeline.strategy import Pipeline
     from tfdist.step.memory import memory
     from tfdist.step.recompute import recompute
     from tfdist.strategies.session import init, is_chief
@@ -44,6 +45,7 @@ __all__ = [
     "LocalShard",
     "ParameterServer",
     "PerClassMetrics",
+    "Pipeline",
     "PowerSGD",
     "PrivacyBudget",
     "SecureSum",
@@ -81,6 +83,7 @@ _HOMES = {
     "LocalShard": "tfdist.data",
     "ParameterServer": "tfdist.strategies.parameter_server",
     "PerClassMetrics": "tfdist.imbalance.per_class",
+    "Pipeline": "tfdist.sharding.pipeline.strategy",
     "PowerSGD": "tfdist.compression.settings",
     "PrivacyBudget": "tfdist.privacy.budget",
     "SecureSum": "tfdist.federated.secure_sum",

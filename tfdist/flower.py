@@ -157,7 +157,7 @@ def server_app(
     settings = ServerSettings(
         federated=federated,
         rounds=rounds,
-        batch_size=batch_size,
+        batch_size=32 if batch_size is None else batch_size,
         num_clients=num_clients,
         lost=lost,
         timeout=timeout,

@@ -12,6 +12,7 @@ from tests.behaviour import (
     federated_checks,  # noqa: F401
     horovod_checks,  # noqa: F401
     local_checks,  # noqa: F401
+    pipeline_checks,  # noqa: F401
     privacy_checks,  # noqa: F401
     server_checks,  # noqa: F401
     zero_checks,  # noqa: F401

@@ -259,7 +259,8 @@ def zero_3_has_the_bits_of_plain_training_and_half_of_all(folder: Path) -> None:
     expected = train(wide(), 0, whole, **options)
     parts = Live()
     assert_same_bits(train(wide(), GATHERED, parts, **options), expected)
-    assert 0.48 < parts.bytes / whole.bytes < 0.55
+    # On several devices of one process, plain training keeps its first variables too.
+    assert 0.3 < parts.bytes / whole.bytes < 0.55, parts.bytes / whole.bytes
 
 
 @check(MIRRORED)

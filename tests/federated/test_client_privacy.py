@@ -272,6 +272,26 @@ def test_layers_whose_state_would_show_clients_are_refused():
             tfdist.fit(model, X, np.eye(3)[Y], federated=averaging(), **OPTIONS)
 
 
+def test_a_round_that_fails_leaves_no_weights_of_a_client():
+    model = keras.Sequential([
+        keras.Input((6,)),
+        keras.layers.Lambda(lambda x: tf.debugging.check_numerics(x, "no number")),
+        keras.layers.Dense(3),
+    ])  # fmt: skip
+    model.compile(keras.optimizers.SGD(0.1, momentum=0.9), "mse")
+    x, y = X.astype("float32"), np.eye(3)[Y]
+    x[IDS == 3] = np.nan  # after three clients have trained
+    federated = averaging(sampling_probability=1.0)
+    model.optimizer.build(model.trainable_variables)
+    variables = [*model.variables, *model.optimizer.variables]
+    before = [v.numpy() for v in variables]
+    with pytest.raises(tf.errors.InvalidArgumentError, match="no number"):
+        tfdist.fit(model, x, y, federated=federated, **OPTIONS)
+    for variable, value in zip(variables, before, strict=True):
+        np.testing.assert_array_equal(variable.numpy(), value)
+    assert tfdist.privacy.model_history.of(model).ledger.steps == 1  # it counts nevertheless
+
+
 @pytest.mark.full
 def test_a_stopped_training_goes_on_and_counts_all_rounds(tmp_path):
     """With a known seed bit by bit; with secret ones, rounds that were lost count too."""

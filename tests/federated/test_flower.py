@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from typing import Any
 
 import keras
@@ -180,7 +181,9 @@ def test_another_run_goes_on_with_the_round_and_the_servers_optimizer(flwr, tmp_
 
 
 @pytest.mark.full
-def test_a_private_client_counts_all_rounds_and_runs_and_sends_no_metrics(flwr, tmp_path):
+def test_a_private_client_counts_all_rounds_and_runs_and_sends_no_metrics(
+    flwr, tmp_path, capsys
+):
     pytest.importorskip("dp_accounting")
     privacy = tfdist.DPSGD(l2_norm_clip=1.0, noise_multiplier=2.0, delta=1e-3)
     options: dict[str, Any] = {
@@ -189,18 +192,23 @@ def test_a_private_client_counts_all_rounds_and_runs_and_sends_no_metrics(flwr, 
         "batch_size": 4,
     }
     averaging = tfdist.FedAvg(local_steps=3)
-    for rounds in (1, 2):  # two runs
-        ours, history, _ = run(flwr, make_decaying, averaging, rounds, **options)
+    for _ in range(2):  # two runs
+        ours, history, _ = run(flwr, make_decaying, averaging, 1, verbose=2, **options)
+    printed = capsys.readouterr().out
+    told = [float(e) for e in re.findall(r"epsilon of the clients' examples: (\S+)", printed)]
     assert np.isnan(history.history["loss"]).all()
     assert all(np.isfinite(weight).all() for weight in ours.get_weights())
     for partition in range(3):
         file = tmp_path / f"{partition}.json"
         ledger = tfdist.privacy.Ledger.from_dict(json.loads(file.read_text()))
         expected = tfdist.privacy.epsilon(
-            sampling_probability=4 / SIZES[partition], noise_multiplier=2.0, steps=9, delta=1e-3
+            sampling_probability=4 / SIZES[partition], noise_multiplier=2.0, steps=6, delta=1e-3
         )
-        assert ledger.steps == 9
+        assert ledger.steps == 6
         assert ledger.epsilon(1e-3) == pytest.approx(expected, rel=1e-6)
+        assert told[-1] >= expected * 0.999
+    assert len(told) == 2
+    assert told[1] > told[0]
 
 
 @pytest.mark.quick
@@ -210,6 +218,7 @@ def test_a_private_client_counts_all_rounds_and_runs_and_sends_no_metrics(flwr, 
         ({"federated": tfdist.FedAvg(clients=[0, 1])}, "each node is a client"),
         ({"lost": "ignore"}, "lost='ignore'"),
         ({"rounds": -1}, "rounds=-1"),
+        ({"timeout": 0}, "timeout=0"),
         ({"federated": "FedAvg"}, "FedAvg"),
         ({"federated": tfdist.DiLoCo(), "checkpoint": "c"}, "keep_optimizer=True"),
     ],
@@ -261,12 +270,14 @@ def test_a_client_refuses_what_it_does_not_know(flwr):
     described = messages.of_plain(asked("query").content["description"])
     assert described["rows"] == 7
     assert described["partition"] is None
-    settings = {"local_steps": 1}
-    task = messages.Task(0, 0, (7,), 4, 1, True, settings, 0).to_record()
+    task = messages.Task(0, 0, (7,), 4, 1, True, {"local_steps": 1}, 0, False).to_record()
     with pytest.raises(ArgumentError, match="same model"):
         asked("train", task=task, arrays=messages.arrays([np.zeros(3)]))
     with pytest.raises(ArgumentError, match="same version"):
         asked("train", task=flwr.ConfigRecord({}), arrays=messages.arrays([]))
+    kept = messages.Task(1, 0, (7,), 4, 1, True, {"keep_optimizer": True}, 0, True)
+    with pytest.raises(ArgumentError, match="its node was started again"):
+        asked("train", task=kept.to_record(), arrays=messages.arrays([]))
     parts[0] = PARTS[2]
     with pytest.raises(ArgumentError, match="33 rows, after 7"):
         asked("train", task=task, arrays=messages.arrays([]))

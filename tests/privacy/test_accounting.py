@@ -354,4 +354,4 @@ def test_missing_package_is_named_with_its_command():
         "except ImportError as e: print(type(e).__name__, e)"
     )
     assert ended.stdout.startswith("MissingPackageError Privacy accounting must have the")
-    assert ended.stdout.endswith('Install it with: pip install "tfdist[privacy]"\n')
+    assert ended.stdout.endswith('Install it: pip install "tfdist[privacy]"\n')

@@ -138,6 +138,64 @@ def test_a_row_that_is_left_out_changes_a_sum_by_one_gradient(
     assert moved(0) == pytest.approx(1.0, abs=1e-4)
 
 
+class DropsWeights(L.Layer):
+    """Drops numbers of a kernel: its first axis may be as long as a batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seed = keras.random.SeedGenerator(1)
+
+    def build(self, shape: Any) -> None:
+        self.kernel = self.add_weight(shape=(shape[-1], 6))
+
+    def call(self, x: Any, training: bool = False) -> Any:
+        kernel = keras.random.dropout(self.kernel, 0.5, seed=self.seed)
+        return x @ (kernel if training else self.kernel)
+
+
+@pytest.mark.parametrize(
+    "way", ["batches", "eager", pytest.param("microbatches", marks=pytest.mark.full)]
+)
+def test_numbers_of_a_weight_follow_from_no_row(way: str) -> None:
+    """Not even where the weight has as many rows as the batch: one row moves only itself."""
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(64, 16)).astype("float32"), rng.normal(size=(64, 3))
+    x[:, 5] = 30 * np.sign(x[:, 5])  # a feature in another unit
+    other = x.copy()
+    other[5] *= -1
+    options: dict[str, Any] = {"microbatch_size": 16} if way == "microbatches" else {}
+    privacy = tfdist.DPFTRL(
+        0.1,
+        noise_multiplier=0.0,
+        delta=1e-4,
+        bands=1,
+        seed=7,
+        relation="replace_one",
+        **options,
+    )
+
+    def update(x: Any) -> Any:
+        keras.utils.set_random_seed(1)
+        model = keras.Sequential([keras.Input((16,)), DropsWeights(), L.Dense(3, "tanh")])
+        compiled = {"microbatches": {"jit_compile": True}, "eager": {"run_eagerly": True}}
+        model.compile(keras.optimizers.SGD(1.0), "mse", **compiled.get(way, {}))
+        before = model.get_weights()
+        data: Any = (x, y)
+        size, arguments = 64, {"batch_size": 64, "shuffle": False}
+        if way != "microbatches":
+            data = (tf.data.Dataset.from_tensor_slices(data).batch(16, drop_remainder=True),)
+            size, arguments = 16, {}
+        tfdist.fit(model, *data, steps_per_epoch=1, verbose=0, privacy=privacy, **arguments)
+        changes = [a - b for a, b in zip(before, model.get_weights(), strict=True)]
+        return size * np.concatenate([change.ravel() for change in changes])
+
+    if way == "eager":
+        with pytest.raises(ArgumentError, match="needs traced steps"):
+            update(x)
+    else:
+        assert np.linalg.norm(update(x) - update(other)) <= 2.001 * 0.1
+
+
 def test_masks_are_secret_unless_a_seed_is_given() -> None:
     x, y = np.ones((20, 40), "float32"), np.full((20, 1), 50.0)
 

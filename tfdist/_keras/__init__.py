@@ -72,6 +72,7 @@ from tfdist._keras.metrics import (
     metrics_of,
     note_metrics,
 )
+from tfdist._keras.model_graph import LayerCall, ends, functional_of, layer_calls
 from tfdist._keras.noise import OwnNoise, generator
 from tfdist._keras.optimizers import (
     optimizers_of,
@@ -81,6 +82,9 @@ from tfdist._keras.optimizers import (
     watch_updates,
     with_nested,
 )
+from tfdist._keras.piped import set_piped
+from tfdist._keras.piped_units import PipedStage
+from tfdist._keras.piped_updates import set_updated_in_place
 from tfdist._keras.probe import metric_that_is_no_sum, what_is_no_mean
 from tfdist._keras.recomputation import recomputed_calls, regathered, set_recomputed
 from tfdist._keras.replica import ReplicaBatch, on_replica, replaced, seeding
@@ -100,7 +104,7 @@ from tfdist._keras.scopes import (
     scope_of,
     undistributed,
 )
-from tfdist._keras.served_updates import is_elementwise
+from tfdist._keras.served_updates import is_elementwise, trained_by
 from tfdist._keras.sharded import slots_in_parts, updating_parts
 from tfdist._keras.sharded_updates import Sharding
 from tfdist._keras.sharded_weights import (
@@ -136,8 +140,10 @@ __all__ = [
     "Gathering",
     "GroupCollectives",
     "InParts",
+    "LayerCall",
     "LostWeight",
     "OwnNoise",
+    "PipedStage",
     "ReplicaBatch",
     "RowKeys",
     "Sharding",
@@ -162,9 +168,11 @@ __all__ = [
     "configure_coordination",
     "empty",
     "end_of_data_unless",
+    "ends",
     "exchange_value",
     "fill",
     "first_values",
+    "functional_of",
     "generator",
     "global_seed_variable",
     "has_devices",
@@ -183,6 +191,7 @@ __all__ = [
     "keeping_random_state",
     "keeping_variable_scope",
     "key_value_store",
+    "layer_calls",
     "layers_of",
     "leave_scope",
     "loop_functions",
@@ -213,7 +222,9 @@ __all__ = [
     "schedules_after",
     "scope_of",
     "seeding",
+    "set_piped",
     "set_recomputed",
+    "set_updated_in_place",
     "showing_parts",
     "slots_in_parts",
     "statistics_of",
@@ -223,6 +234,7 @@ __all__ = [
     "swap_strategy",
     "swap_value",
     "synchronized_variables",
+    "trained_by",
     "trained_variables",
     "undistributed",
     "unfilled_value",

@@ -173,6 +173,11 @@ class SecondPass(keras.StatelessScope):  # type: ignore[misc]
         super().__init__(collect_losses=True, initialize_variables=False)
         self._values = dict(values)
 
+    @property
+    def values(self) -> dict[int, Tensor]:
+        """The values of the variables that have one in this scope, by their ids."""
+        return self._values
+
     def get_current_value(self, variable: Any) -> Any:
         """Returns the value of a variable in this scope.
 

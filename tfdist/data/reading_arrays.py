@@ -107,6 +107,12 @@ def read_local(
     data, num_local_rows = read_columns(x, y, sample_weight, may_be_empty=True)
     if shard.weight_by == "workers" and y is None:
         raise ArgumentError("`weight_by='workers'` weighs losses by target. Received: y=None.")
+    if shard.weight_by == "workers" and settings.private:
+        raise ArgumentError(
+            "Private training must weigh examples by themselves: with `weight_by='workers'`, "
+            "the weight of one follows from how many others its worker has. Received: "
+            "LocalShard(weight_by='workers') with `privacy`. Leave one of them out."
+        )
     worker = strategy.place.worker_index
     labels = None
     if settings.training and not settings.private:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import tensorflow as tf
 
-from tfdist import data
+from tfdist import _keras, data
 from tfdist.data.arrays import Arrays
 from tfdist.data.local import LocalArrays
 from tfdist.errors import ArgumentError, DisagreementError
@@ -18,13 +20,16 @@ from tfdist.federated.plan import Plan
 from tfdist.federated.protection import Protecting
 from tfdist.federated.round import Federation
 from tfdist.federated.settings import check
+from tfdist.federated.snapshot import RoundSnapshot
 from tfdist.federated.source import Rounds
+from tfdist.federated.sums import CLIPPED
 from tfdist.federated.validation import (
     check_clients,
     check_model,
     check_request,
     check_secure,
 )
+from tfdist.step.prepared import PreparedModel
 from tfdist.training.extension import Extension
 from tfdist.training.request import Request
 
@@ -47,6 +52,7 @@ class FederatedTraining(Extension):
         self._settings = check(federated)
         self._protecting = protecting
         self._clients: Clients | None = None
+        self._snapshot = RoundSnapshot()
 
     def choose(self, request: Request) -> Request:
         """Refuses what cannot be federated. Each client computes its own, whole batches."""
@@ -113,6 +119,19 @@ class FederatedTraining(Extension):
             )
         return agreed
 
+    def callbacks(self, request: Request, callbacks: Any, prepared: PreparedModel) -> Any:
+        """Adds what keeps the model as it was before a round."""
+        return _keras.around(callbacks, [self._snapshot], [])
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Gives the model the weights before a round that ends by an error."""
+        try:
+            yield
+        except BaseException:
+            self._snapshot.restore()
+            raise
+
     def facts(self) -> dict[str, Any]:
         """Returns the settings, which must be equal on all workers."""
         return {"federated": self.settings(), "secure": repr(self._settings.secure)}
@@ -141,6 +160,16 @@ class FederatedTraining(Extension):
             probability = settings.privacy.sampling_probability
             text += f"; a round draws each client with probability {probability:g}"
         return text
+
+    def report(self, request: Request, history: Any) -> None:
+        """Warns of clipped values, which change the result."""
+        clipped = max(history.history.get(CLIPPED, [0.0]), default=0.0)
+        if clipped > 0 and request.shows:
+            print(
+                f"tfdist: warning: up to {clipped:.2g} of the values of a round were clipped "
+                "to the max_value of SecureSum, or were not finite",
+                flush=True,
+            )
 
     def _find_clients(self, request: Request, source: Arrays) -> Clients:
         strategy, ids = request.session.strategy, self._settings.clients

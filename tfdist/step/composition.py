@@ -83,6 +83,22 @@ def why_whole(model: Any, kind: str) -> str | None:
     return None if composition is None else composition.indivisible
 
 
+def why_rows_mix(model: Any, source: Source) -> str | None:
+    """Returns why a model's outputs for an example depend on other examples, or None.
+
+    Models of Keras's own layers are not tried.
+
+    Args:
+        model: A built `keras.Model`.
+        source: The data.
+    """
+    kind = "predict_step"
+    if not _keras.has_own_code(model):
+        return None
+    step = _keras.build(model, kind, source.spec(), source.sample)
+    return _why_indivisible(model, kind, step, source)
+
+
 def _why_indivisible(
     model: Any, kind: str, step: _keras.StepTrace, source: Source
 ) -> str | None:

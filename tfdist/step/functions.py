@@ -192,7 +192,7 @@ def _traced_steps(
 
     alone = strategy.place.num_replicas == 1
     # XLA cannot compile the collectives of several replicas.
-    compiled = alone and model.jit_compile and compiles
+    compiled = alone and model.jit_compile and compiles and strategy.compiles
     compiled_step = _trace(model, on_replicas, jit_compile=compiled)
 
     def one_step(iterator: Any, stopping: Tensor) -> Result:

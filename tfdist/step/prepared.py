@@ -174,6 +174,7 @@ def prepare(
         or (previous.maker, previous.exchange_maker, previous.round_maker) == makers
     ):
         return previous  # type: ignore[no-any-return]
+    strategy.examine(model)
     stop = StopState()
     # That of an earlier private training would count as one of the optimizers of this one.
     _keras.attached(model).clip_optimizer = None

@@ -63,6 +63,7 @@ class Strategy(Collectives):
         sums_gradients: Whether `reduce_step` is linear in the gradients.
         compression: The compression of gradients that applies if `fit` gets none.
         predivide: The divisor of gradients in half precision before they are summed.
+        compiles: Whether XLA may compile the step of a single replica.
     """
 
     name: ClassVar[str]
@@ -77,6 +78,7 @@ class Strategy(Collectives):
     sums_gradients: bool = True
     compression: str | None = None
     predivide: float = 1.0
+    compiles: bool = True
 
     @classmethod
     @abc.abstractmethod
@@ -196,6 +198,13 @@ class Strategy(Collectives):
             on_change: Called, from any thread, when processes have joined or will leave.
         """
         return contextlib.nullcontext()
+
+    def examine(self, model: Any) -> None:
+        """Prepares for a model, whose variables `hold` gets next.
+
+        Args:
+            model: A built `keras.Model`.
+        """
 
     def hold(
         self, variables: Sequence[Any], optimizers: Sequence[Any]

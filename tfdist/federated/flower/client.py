@@ -117,9 +117,19 @@ def _describe(given: Any) -> tuple[int, Any]:
 
 
 def _kept(context: Any, task: Task) -> list[Any]:
-    """Returns the state of the optimizers before a round, also if it is asked for again."""
+    """Returns the state of the optimizers before a round, also if it is asked for again.
+
+    Raises:
+        ArgumentError: The node has lost it.
+    """
     state = context.state
     if "tfdist-round" not in state:
+        if task.has_trained and task.settings["keep_optimizer"]:
+            raise ArgumentError(
+                "A client must keep its optimizer, and Flower keeps it while its node runs. "
+                f"Received: client {task.client}, which has trained before and has none: its "
+                "node was started again. Begin again, or use keep_optimizer=False."
+            )
         return []
     again = messages.of_plain(state["tfdist-round"])["number"] == task.number
     name = "tfdist-before" if again else "tfdist-optimizer"

@@ -58,6 +58,7 @@ class Task:
         shuffle: As in `fit`.
         settings: The settings `TAKEN` by name.
         first_step: Updates that the model's optimizers had counted before the first round.
+        has_trained: Whether the client has trained in this run before.
     """
 
     number: int
@@ -68,6 +69,7 @@ class Task:
     shuffle: bool | str
     settings: dict[str, Any]
     first_step: int
+    has_trained: bool
 
     def averaging(self) -> FedAvg:
         """Returns the settings, without the server's optimizer."""

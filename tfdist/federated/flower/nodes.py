@@ -64,6 +64,8 @@ class Nodes:
             PeerError: There are too few, or one does not answer.
             ArgumentError: Two have the same partition, or none holds a row.
         """
+        if len(self._online()) < self._wanted:
+            self._say(f"waits for {self._wanted} clients")
         self._wait(lambda: len(self._online()) >= self._wanted, self._too_few)
         self._ask_who(self._online())
         found = list(self._described.values())

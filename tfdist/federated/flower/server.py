@@ -75,7 +75,7 @@ def serve(
     columns = keras.utils.unpack_x_y_sample_weight(messages.one_row(structures[0]))
     request = dataclasses.replace(
         request_of(
-            session, model, columns, settings.batch_size or 32, settings.shuffle, settings.seed
+            session, model, columns, settings.batch_size, settings.shuffle, settings.seed
         ),
         epochs=settings.rounds,
         verbose=settings.verbose,
@@ -152,12 +152,13 @@ class _Server(FederatedTraining):
         # What clients keep is kept by them.
         super().__init__(dataclasses.replace(settings.federated, keep_optimizer=False))
         self._of_clients = {name: getattr(settings.federated, name) for name in TAKEN}
+        self._batch_size = settings.batch_size
         self._nodes = nodes
         self._say = say
         self._request: Request | None = None
         self.failure: Exception | None = None
-        self._sent: list[Any] = []
         self._answers: list[Any] = []
+        self._trained: set[int] = set()
 
     def source(self, request: Request, source: data.Source) -> data.Source:
         """Makes the plan of the messages."""
@@ -221,6 +222,7 @@ class _Server(FederatedTraining):
             for client in clients
         }
         answers = self._nodes.train(number, contents)
+        self._trained |= set(answers)
         self._answers = [answers.get(client) for client in clients]
         facts = [messages.of_plain(content["facts"]) for content in answers.values()]
         spent = [fact["epsilon"] for fact in facts if "epsilon" in fact]
@@ -236,11 +238,12 @@ class _Server(FederatedTraining):
             number,
             client,
             tuple(described.rows for described in self._nodes.clients),
-            self._request.batch_size or 32,
+            self._batch_size,
             self._request.seed,
             self._request.shuffle,
             self._of_clients,
             self._first_step,
+            client in self._trained,
         )
 
     def answer(self, number: int, model: Any, metrics: Any) -> list[Any]:

@@ -22,7 +22,7 @@ class ServerSettings:
 
     federated: FedAvg
     rounds: int
-    batch_size: int | None
+    batch_size: int
     num_clients: int
     lost: str
     timeout: float
@@ -36,6 +36,12 @@ class ServerSettings:
     def __post_init__(self) -> None:
         settings = check(self.federated)
         preflight.check_counts(rounds=self.rounds, num_clients=self.num_clients)
+        is_time = isinstance(self.timeout, int | float) and 0 < self.timeout < float("inf")
+        if not is_time:
+            raise ArgumentError(
+                f"`timeout` must be a number of seconds above 0. Received: "
+                f"timeout={self.timeout!r}."
+            )
         if self.lost not in ("repeat", "skip"):
             raise ArgumentError(
                 "`lost` must be 'repeat', to ask clients again that do not answer, or 'skip', "

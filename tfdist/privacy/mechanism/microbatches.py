@@ -162,12 +162,12 @@ class _Pieces:
         self, begin: Tensor, end: Tensor, size: Tensor
     ) -> tuple[list[Tensor], list[Tensor]]:
         if not self._compiled:
-            columns = _map(lambda leaf: leaf[begin:end], self._columns)
+            columns = _map(lambda leaf: with_any_size(leaf[begin:end]), self._columns)
             groups = None if self._groups is None else self._groups[begin:end]
             return self._computed(columns, begin, groups)
         # Padding by the last row gives many batches the same shape. Padding does not count.
         rows = tf.minimum(begin + tf.range(size), self._examples - 1)
-        columns = _map(lambda leaf: tf.gather(leaf, rows), self._columns)
+        columns = _map(lambda leaf: with_any_size(tf.gather(leaf, rows)), self._columns)
         compiled = tf.function(self._computed, autograph=False, jit_compile=True)
         flat, sums = compiled(columns, begin)
         return [part[: end - begin] for part in flat], sums
@@ -210,6 +210,20 @@ class _Pieces:
             if masked:
                 keras_layers.give_mask(output, next(masks))
         return tf.nest.pack_sequence_as(self._structure, outputs)
+
+
+def with_any_size(column: Any) -> Any:
+    """Forgets the static number of rows of a batch, while a step is traced.
+
+    A random number belongs to a row if the first axis of its tensor is the batch. An axis of
+    the same static length, that of a weight or of positions, must not be taken for it.
+
+    Args:
+        column: A tensor whose first axis is the batch.
+    """
+    if not isinstance(column, tf.Tensor) or tf.executing_eagerly():
+        return column
+    return tf.compat.v1.placeholder_with_default(column, [None, *column.shape[1:]])
 
 
 def _examples(columns: Columns) -> Tensor:

@@ -21,7 +21,7 @@ from tfdist.privacy.mechanism.counter import StepCounter
 from tfdist.privacy.mechanism.grid import Rounding
 from tfdist.privacy.mechanism.masks import Masks
 from tfdist.privacy.mechanism.mechanism import Mechanism
-from tfdist.privacy.mechanism.microbatches import clipped_share
+from tfdist.privacy.mechanism.microbatches import clipped_share, with_any_size
 from tfdist.privacy.mechanism.noise import Noise, like
 from tfdist.privacy.mechanism.normals import at_once
 from tfdist.privacy.mechanism.spot_checks import SpotChecks
@@ -200,6 +200,7 @@ class PrivateStep:
         Returns:
             The result of `SpotChecks.check`.
         """
+        data = tf.nest.map_structure(with_any_size, data)
         batch.keys = self.masks.keys(data, batch.offset, self.mechanism.copies)
         columns = keras.utils.unpack_x_y_sample_weight(data)
         step = self.counter.steps_before(self._number)

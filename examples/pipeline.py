@@ -1,0 +1,42 @@
+"""Trains a model whose layers are on two devices of one process, in micro-batches.
+
+Here the devices are two halves of the CPU. The weights are those of one device.
+
+    python examples/pipeline.py
+"""
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+import tfdist
+
+cpu = tf.config.list_physical_devices("CPU")[0]
+tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+layers = keras.layers
+
+
+def make_model():
+    keras.utils.set_random_seed(1)
+    model = keras.Sequential([keras.Input((64,))])
+    for _ in range(2):
+        model.add(layers.Dense(128, activation="gelu"))
+        model.add(layers.LayerNormalization())
+        model.add(layers.Dropout(0.1))
+    model.add(layers.Dense(10))
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(optimizer=keras.optimizers.Adam(1e-3), loss=loss)
+    return model
+
+
+x = np.random.default_rng(0).normal(size=(512, 64)).astype("float32")
+y = np.argmax(x[:, :10], 1)
+
+expected, model = make_model(), make_model()
+tfdist.fit(expected, x, y, batch_size=64, epochs=2, seed=1, verbose=0)
+strategy = tfdist.Pipeline(stages=2, microbatches=4)
+tfdist.fit(model, x, y, batch_size=64, epochs=2, seed=1, verbose=2, strategy=strategy)
+
+pairs = zip(expected.get_weights(), model.get_weights(), strict=True)
+difference = max(float(np.max(np.abs(a - b))) for a, b in pairs)
+print(f"largest difference from one device: {difference:.1e}")
