@@ -213,6 +213,26 @@ def test_what_callbacks_do_before_the_first_step_is_not_private(tmp_path: Path) 
     assert model_history.of(keras.models.load_model(path)) == model_history.of(model)
 
 
+def test_other_ways_to_change_the_weights_are_noted() -> None:
+    model = still()
+    model.compile(keras.optimizers.SGD(1.0, momentum=0.5), "mse")
+
+    def schedule(epoch: int, rate: float) -> float:
+        if epoch == 1:
+            model.set_weights([np.ones((40, 50))])
+        return rate / 2
+
+    def push(epoch: int, logs: Any) -> None:
+        model.optimizer.learning_rate = 0.5
+        if epoch == 1:
+            model.optimizer.momentums[0].assign(np.ones((40, 50)))
+
+    given = keras.callbacks.LearningRateScheduler(schedule)
+    pushes = keras.callbacks.LambdaCallback(on_epoch_end=push)
+    report = train(model, steps=8, callbacks=[given, pushes]).privacy
+    assert (report.ledger.steps, report.uncounted_steps, report.changes) == (8, 0, 2)
+
+
 # --- crashes ----------------------------------------------------------------------------
 
 

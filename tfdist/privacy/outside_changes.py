@@ -33,8 +33,9 @@ class OutsideChanges:
 
     Callbacks of Keras and tfdist are trusted: they restore or average weights of this training.
     `BackupAndRestore` is not, where it restores: a backup may be of other training, and its
-    file says what is private in it. Weights that the training had at an earlier call of a
-    callback are no change, since what is computed from released weights is private.
+    file says what is private in it. Neither is the function of a `LearningRateScheduler`.
+    Weights that the training had at an earlier call of a callback are no change, since what is
+    computed from released weights is private.
 
     Args:
         model: A compiled `keras.Model`.
@@ -73,23 +74,24 @@ class OutsideChanges:
 
     def mark(self) -> None:
         """Notes the present weights."""
-        self._marks.append(_Mark(_keras.Snapshot(self._model.weights), self._count()))
+        self._marks.append(_Mark(_keras.Snapshot(self._variables()), self._count()))
 
     def mark_known(self) -> None:
         """Notes the present weights, to which a callback may go back later."""
         self.mark()
-        self._training_digests.update(self._digests())
+        self._training_digests.update(map(digest, self._variables()))
 
     def settle(self) -> None:
         """Reports a change since the last `mark`, if there is one."""
         if not self._marks:
             return
         mark = self._marks.pop()
-        if mark.weights.is_current():
+        changed = mark.weights.changed()
+        if not changed:
             return
         # A callback may also set the count back.
         updates = max(0, self._count() - mark.updates)
-        if updates or not self._training_digests.issuperset(self._digests()):
+        if updates or not self._training_digests.issuperset(map(digest, changed)):
             self._note(updates)
 
     def accept(self) -> None:
@@ -112,8 +114,9 @@ class OutsideChanges:
     def _count(self) -> int:
         return int(self._model.optimizer.iterations.numpy())
 
-    def _digests(self) -> list[bytes]:
-        return [digest(variable) for variable in self._model.weights]
+    def _variables(self) -> list[Any]:
+        """Lists the weights, and what the optimizer keeps of gradients, such as momentum."""
+        return [*self._model.weights, *_keras.slots_of(self._model.optimizer)]
 
 
 class _Calls(keras.callbacks.Callback):  # type: ignore[misc]
@@ -146,8 +149,11 @@ def _is_own(callback: Any) -> bool:
 def _watched_hooks(callback: Any) -> tuple[str, ...]:
     if _is_own(callback):
         return (*_HOOKS, *_STEP_HOOKS)
-    is_backup = isinstance(callback, keras.callbacks.BackupAndRestore)
-    return ("on_train_begin",) if is_backup else ()
+    if isinstance(callback, keras.callbacks.BackupAndRestore):
+        return ("on_train_begin",)
+    if isinstance(callback, keras.callbacks.LearningRateScheduler):
+        return ("on_epoch_begin",)
+    return ()
 
 
 def _overrides(callback: Any, name: str) -> bool:
