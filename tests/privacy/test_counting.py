@@ -173,6 +173,66 @@ def test_what_callbacks_do_to_the_weights_is_noted(tmp_path: Path) -> None:
     assert len(watched) == 5
 
 
+ONES = np.ones((20, 40), "float32"), ZEROS[1]
+
+
+def train_plainly(model: Any, *callbacks: Any, **options: Any) -> Any:
+    """Makes 4 updates in each epoch, which move the weights."""
+    return model.fit(*ONES, batch_size=5, verbose=0, callbacks=list(callbacks), **options)
+
+
+class Begins(keras.callbacks.Callback):  # type: ignore[misc]
+    """Makes updates before the first step, and saves the weights that it has set."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._path = path
+
+    def set_model(self, model: Any) -> None:
+        super().set_model(model)
+        self._update(2)
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        self._update(3)
+        self.model.set_weights([np.ones((40, 50))])  # as who restores a training by himself
+        self.model.optimizer.iterations.assign_add(30)
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        self.model.set_weights([np.zeros((40, 50))])
+        self.model.save(self._path)
+
+    def _update(self, times: int) -> None:
+        for _ in range(times):
+            self.model.optimizer.apply([tf.ones((40, 50))], self.model.trainable_variables)
+
+
+def test_what_callbacks_do_before_the_first_step_is_not_private(tmp_path: Path) -> None:
+    model, path = still(), tmp_path / "saved.keras"
+    report = train(model, callbacks=[Begins(path)]).privacy
+    assert (report.ledger.steps, report.uncounted_steps, report.changes) == (4, 35, 1)
+    assert model_history.of(keras.models.load_model(path)) == model_history.of(model)
+
+
+def test_other_ways_to_change_the_weights_are_noted() -> None:
+    model = still()
+    model.compile(keras.optimizers.SGD(1.0, momentum=0.5), "mse")
+
+    def schedule(epoch: int, rate: float) -> float:
+        if epoch == 1:
+            model.set_weights([np.ones((40, 50))])
+        return rate / 2
+
+    def push(epoch: int, logs: Any) -> None:
+        model.optimizer.learning_rate = 0.5
+        if epoch == 1:
+            model.optimizer.momentums[0].assign(np.ones((40, 50)))
+
+    given = keras.callbacks.LearningRateScheduler(schedule)
+    pushes = keras.callbacks.LambdaCallback(on_epoch_end=push)
+    report = train(model, steps=8, callbacks=[given, pushes]).privacy
+    assert (report.ledger.steps, report.uncounted_steps, report.changes) == (8, 0, 2)
+
+
 # --- crashes ----------------------------------------------------------------------------
 
 
@@ -260,9 +320,24 @@ class BreakError(Exception):
 
 
 class Break(keras.callbacks.Callback):  # type: ignore[misc]
+    def __init__(self, epoch: int = 1) -> None:
+        super().__init__()
+        self._epoch = epoch
+
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        if epoch == 1:
+        if epoch == self._epoch:
             raise BreakError
+
+
+class BreakAtOnce(keras.callbacks.Callback):  # type: ignore[misc]
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        raise BreakError
+
+
+def resumed(kind: str, path: Path, *callbacks: Any) -> dict[str, Any]:
+    if kind == "checkpoint":
+        return {"checkpoint": path, "callbacks": list(callbacks)}
+    return {"callbacks": [keras.callbacks.BackupAndRestore(path), *callbacks]}
 
 
 def test_a_target_is_met_by_all_processes_together(tmp_path: Path) -> None:
@@ -292,6 +367,31 @@ def test_what_a_backup_has_lost_counts(tmp_path: Path) -> None:
     assert not kept.exists()
 
 
+def test_a_backup_of_other_training_is_not_private(tmp_path: Path) -> None:
+    def backup() -> Any:
+        return keras.callbacks.BackupAndRestore(tmp_path / "backup")
+
+    with pytest.raises(BreakError):
+        train_plainly(still(), backup(), Break(), epochs=3)
+    with pytest.raises(BreakError):
+        train(still(), steps=12, callbacks=[backup(), Break(2)])
+    report = train(still(), steps=12, callbacks=[backup()]).privacy
+    assert (report.ledger.steps, report.uncounted_steps, report.changes) == (8, 4, 0)
+
+
+@pytest.mark.parametrize("kind", in_part(["callbacks", "checkpoint"], full=["callbacks"]))
+def test_training_between_an_interruption_and_its_continuation(
+    tmp_path: Path, kind: str
+) -> None:
+    model = still()
+    with pytest.raises(BreakError):
+        train(model, **resumed(kind, tmp_path, BreakAtOnce()))
+    assert [path.name for path in tmp_path.iterdir()] == ["privacy.json"]
+    train_plainly(model)
+    report = train(model, **resumed(kind, tmp_path)).privacy
+    assert (report.ledger.steps, report.uncounted_steps, report.changes) == (5, 4, 0)
+
+
 # --- files ------------------------------------------------------------------------------
 
 
@@ -315,6 +415,22 @@ def test_files_say_what_was_spent(tmp_path: Path) -> None:
     around = keras.Sequential([keras.Input((40,)), loaded.get_layer("still")])
     around.compile("sgd", "mse")
     assert train(around).privacy.ledger.steps == 20
+
+
+def test_files_say_what_else_was_trained(tmp_path: Path) -> None:
+    model, weights = still(), str(tmp_path / "w.weights.h5")
+    model_history.keep(model, model_history.History(SPENT))
+    train_plainly(model, keras.callbacks.ModelCheckpoint(tmp_path / "kept.keras"))
+    model.save_weights(weights)
+    loaded = still()
+    loaded.load_weights(weights)
+    saved = keras.models.load_model(tmp_path / "kept.keras")
+    for copied in (loaded, saved, pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        assert model_history.of(copied) == model_history.History(SPENT, uncounted=4)
+    train_plainly(saved)
+    again = pickle.loads(pickle.dumps(saved))
+    assert model_history.of(again).uncounted == 8
+    assert model_history.changed_since(again) == (0, False)
 
 
 def quantized(model: Any) -> Any:

@@ -343,3 +343,27 @@ def test_state_of_the_examples_is_refused_wherever_it_is_kept(
     privacy = tfdist.DPSGD(1.0, noise_multiplier=1.0, delta=1e-3)
     with pytest.raises(ArgumentError, match="must keep no state of its examples"):
         tfdist.fit(model, x, x[:, :1], batch_size=10, verbose=0, privacy=privacy)
+
+
+class ReadsLoss(keras.optimizers.schedules.LearningRateSchedule):  # type: ignore[misc]
+    """A learning rate, or a regularizer, that follows the loss, which has no noise."""
+
+    model: Any = None
+
+    def __call__(self, step: Any) -> Any:
+        if self.model is None:
+            return 0.1 * ops.sum(step * 0 + 1)
+        return ops.sum(step) * ops.convert_to_tensor(self.model.metrics[0].variables[0])
+
+
+@pytest.mark.parametrize("place", ["schedule", "regularizer"])
+def test_an_update_that_reads_the_loss_is_refused(place: str) -> None:
+    reads = ReadsLoss()
+    layer = L.Dense(2, kernel_regularizer=reads if place == "regularizer" else None)
+    model = keras.Sequential([keras.Input((3,)), layer])
+    model.compile(keras.optimizers.SGD(reads if place == "schedule" else 0.1), "mse")
+    reads.model = model
+    rows = np.ones((8, 3), "float32"), np.ones((8, 2), "float32")
+    privacy = tfdist.DPSGD(1.0, noise_multiplier=1.0, delta=1e-3)
+    with pytest.raises(ArgumentError, match="must not read a loss or metric"):
+        tfdist.fit(model, *rows, batch_size=4, verbose=0, privacy=privacy)

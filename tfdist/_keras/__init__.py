@@ -117,7 +117,7 @@ from tfdist._keras.sharded_weights import (
     weights_of_layers,
 )
 from tfdist._keras.slices import has_fixed_rows, has_unique_rows, once_each
-from tfdist._keras.snapshots import Snapshot
+from tfdist._keras.snapshots import Snapshot, slots_of
 from tfdist._keras.step_graph import StepGraph, batch_specs, step_graph
 from tfdist._keras.traces import keeping_variable_scope, map_fn
 from tfdist._keras.unfilled import built_unfilled, fill, note_filled, unfilled_value
@@ -227,6 +227,7 @@ __all__ = [
     "set_updated_in_place",
     "showing_parts",
     "slots_in_parts",
+    "slots_of",
     "statistics_of",
     "step_graph",
     "step_of",

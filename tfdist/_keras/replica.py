@@ -81,6 +81,7 @@ class ReplicaBatch:
     by_value: set[int] = field(default_factory=set, init=False)
     is_updating: bool = field(default=False, init=False)
     is_seeding: bool = field(default=False, init=False)
+    _noted_reads: dict[int, Any] | None = field(default=None, init=False)
     reads: dict[int, list[Tensor]] = field(default_factory=dict, init=False)
     gathered: dict[int, Tensor] = field(default_factory=dict, init=False)
     is_weighed: bool = field(default=False, init=False)
@@ -173,6 +174,28 @@ class ReplicaBatch:
             yield
         finally:
             self.is_updating = before
+
+    @contextlib.contextmanager
+    def noting_reads(self) -> Iterator[dict[int, Any]]:
+        """Makes a context in which reads of `keras.Variable`s are noted.
+
+        Yields:
+            The variables that are read, by id.
+        """
+        before, self._noted_reads = self._noted_reads, {}
+        try:
+            yield self._noted_reads
+        finally:
+            self._noted_reads = before
+
+    def note_read(self, variable: Any) -> None:
+        """Records a `keras.Variable` that is about to be read, if the context asks for it.
+
+        Args:
+            variable: The `keras.Variable`.
+        """
+        if self._noted_reads is not None:
+            self._noted_reads[id(variable)] = variable
 
     def touch(self, variable: Any) -> None:
         """Records the value of a `keras.Variable` that is about to be assigned.

@@ -16,7 +16,7 @@ from tfdist._keras.batch_norm import moments
 from tfdist._keras.interception import Replacement
 from tfdist._keras.layer_losses import losses_by_replica
 from tfdist._keras.replica import replaced
-from tfdist._keras.variables import as_python, direct_assign
+from tfdist._keras.variables import as_python, direct_assign, read_value
 
 _DRAWS = (
     "dropout",
@@ -75,6 +75,7 @@ def replacements(has_servers: bool = False) -> list[Replacement]:
     return [
         (keras.layers.BatchNormalization, "_moments", moments),
         (_Variable, "_direct_assign", direct_assign),
+        (_AnyVariable, "value", property(read_value)),
         (_AnyVariable, "__int__", as_python(int)),
         (_AnyVariable, "__float__", as_python(float)),
         (keras.random.SeedGenerator, "next", draws.next_seed),

@@ -25,12 +25,30 @@ class Snapshot:
         self._variables = list(variables)
         self._values = self._read()
 
-    def is_current(self) -> bool:
-        """Returns whether all variables have the same bits as then."""
-        return all(map(_are_same, self._values, self._read()))
+    def changed(self) -> list[Any]:
+        """Lists the variables that have other bits now."""
+        values = zip(self._variables, self._values, self._read(), strict=True)
+        return [variable for variable, old, new in values if not _are_same(old, new)]
 
     def _read(self) -> list[Any]:
         return [tf.convert_to_tensor(variable.value) for variable in self._variables]
+
+
+def slots_of(optimizer: Any) -> list[Any]:
+    """Lists what an optimizer keeps of gradients: not its count, nor its learning rate.
+
+    Those that processes keep in parts are left out: they cannot be read without the others.
+
+    Args:
+        optimizer: A `keras.optimizers.Optimizer`.
+    """
+    settings = optimizer.iterations, getattr(optimizer, "_learning_rate", None)
+    return [
+        variable
+        for variable in optimizer.variables
+        if isinstance(variable._value, tf.Variable)
+        and not any(variable is setting for setting in settings)
+    ]
 
 
 def _are_same(one: Any, other: Any) -> bool:

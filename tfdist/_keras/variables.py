@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import tensorflow as tf
+from keras.src.backend.common.variables import Variable as _AnyVariable
 from keras.src.backend.tensorflow.core import Variable as _Variable
 
 from tfdist._keras.replica import Tensor, current_batch
 
 _keras_direct_assign = _Variable._direct_assign
+_keras_value = _AnyVariable.value.fget
 _FIRST = "_tfdist_first_backing"  # an attribute of a `keras.Variable`
 
 
@@ -34,6 +36,13 @@ def direct_assign(variable: Any, value: Tensor) -> None:
     if batch is not None:
         batch.touch(variable)
     _keras_direct_assign(variable, value)
+
+
+def read_value(variable: Any) -> Tensor:
+    batch = current_batch()
+    if batch is not None:
+        batch.note_read(variable)
+    return _keras_value(variable)
 
 
 def as_python(kind: Callable[[Any], Any]) -> Callable[[Any], Any]:

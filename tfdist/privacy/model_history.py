@@ -109,6 +109,9 @@ class RunUnderWay(Protocol):
     def absorb(self, history: History) -> None:
         """Adds the history of a file that was loaded during the training."""
 
+    def settle(self) -> None:
+        """Adds what a callback has done to the weights, before it has ended."""
+
 
 @dataclasses.dataclass
 class _Holder:
@@ -185,23 +188,28 @@ def changed_since(model: Any) -> tuple[int, bool]:
         iterations = _iterations(model)
         is_same = holder.optimizer == id(optimizer)
         updates = max(updates, iterations - holder.iterations if is_same else iterations)
+    attached = [(v, *vars(v)[_ATTRIBUTE]) for v in model.variables if _ATTRIBUTE in vars(v)]
     moved = any(
-        vars(v)[_ATTRIBUTE][1] != digest(v) for v in model.variables if _ATTRIBUTE in vars(v)
+        known != digest(variable)
+        for variable, holder, known in attached
+        if isinstance(holder.source, History)  # training in progress notes changes itself
     )
     return max(0, updates), moved
 
 
-def with_changes(model: Any, history: History) -> History:
+def with_changes(model: Any, history: History, explained: int = 0) -> History:
     """Adds the changes of a model since its last private training, which no ledger has.
 
     Args:
         model: A built `keras.Model`.
         history: Its history, with steps that are known from elsewhere.
+        explained: The updates that `DPSGD.spent` explains, if the model itself has no record.
     """
     updates, is_changed = changed_since(model)
     uncounted = history.uncounted + updates
-    if not history.ledger.phases:
-        uncounted = max(history.uncounted, _iterations(model))
+    if not any(holder.history.ledger.phases for holder in _holders(model)):
+        # No private step is in these weights, whatever other processes have made.
+        uncounted = max(history.uncounted, _iterations(model) - explained)
     changes = history.changes + (is_changed and not updates)
     return dataclasses.replace(history, uncounted=uncounted, changes=changes)
 
@@ -287,8 +295,14 @@ def digest(variable: Any) -> bytes:
 
 def _serialized(model: Any) -> bytes | None:
     """Returns the history for a file of the model, or None if it is empty."""
+    for holder in _holders(model):
+        if not isinstance(holder.source, History):
+            holder.source.settle()
     history = of(model)
-    return json.dumps(history.to_dict()).encode() if history != History() else None
+    if history == History():
+        return None
+    # A file has the model's weights as they are now, with all that was done to them.
+    return json.dumps(with_changes(model, history).to_dict()).encode()
 
 
 def _attach_serialized(model: Any, serialized: bytes) -> None:

@@ -55,13 +55,15 @@ class StepProgress:
         correlated: Whether a step subtracts noise of steps before it.
         restored_steps: The number of steps of this run that another process has made.
         counted_from: The place in a schedule of the first step that `steps_made` counts.
+        unrecorded: The part of `moved` that no record calls private.
+        updates: The argument `updates`.
     """
 
     def __init__(self, model: Any, privacy: DPSGD | ClientDP, updates: int = 1) -> None:
         self.correlated = isinstance(privacy, DPFTRL)
-        self.restored_steps = self.counted_from = 0
+        self.restored_steps = self.counted_from = self.unrecorded = 0
         self._model = model
-        self._updates = updates
+        self.updates = updates
         self._seed = privacy.seed
         # Pairs of a step and the secret of the noise from this step on.
         self._secrets = [(0, self._new_secret())]
@@ -76,7 +78,7 @@ class StepProgress:
     @property
     def iterations(self) -> int:
         """The steps that the optimizer has counted."""
-        return int(self._model.optimizer.iterations.numpy()) // self._updates
+        return int(self._model.optimizer.iterations.numpy()) // self.updates
 
     @property
     def process_steps(self) -> int:
@@ -128,7 +130,8 @@ class StepProgress:
     @property
     def place(self) -> int:
         """The place in a schedule at which this process begins: the steps in the weights."""
-        return self._first + max(0, self.moved(), self.restored_steps)
+        recorded = self.moved() - self.unrecorded // self.updates
+        return self._first + max(0, recorded, self.restored_steps)
 
     def begin_at(self, place: int) -> None:
         """Sets the place in a schedule at which this process begins.
@@ -168,7 +171,7 @@ class StepProgress:
 
     def look(self) -> None:
         """Reads the optimizer's count."""
-        self._last_iterations = self.iterations
+        self._last_iterations, self.unrecorded = self.iterations, 0
 
     def moved(self) -> int:
         """Returns how far callbacks have moved the optimizer's count since `look`."""

@@ -68,7 +68,6 @@ class Spending:
         self._saved: dict[str, Any] = {}
         self._spent = privacy.spent.renamed(_AGREED)
         self.before = self._history_before()
-        self._restored = self._counted_at_first = 0
         self._journal: Journal | None = None
         directory = backup_of(callbacks)
         if directory is not None and secret and not session.strategy.elastic:
@@ -156,9 +155,9 @@ class Spending:
             names = same_made_again(self._spent.phases, journaled.spent.phases)
             self._spent = self._spent.renamed(names)
             self.before = self._history_before()
-            self._restored = sum(phase.steps for phase in journaled.phases)
-        else:
-            self.before = model_history.with_changes(self._model, self.before)
+        if saved is None:  # a checkpoint brings other weights
+            explained = self._spent.steps * self._progress.updates
+            self.before = model_history.with_changes(self._model, self.before, explained)
         bands = self._privacy.bands or 1
         noise = self._progress.go_on(None if saved is None else saved["noise"], steps, bands)
         before = dataclasses.replace(self._earlier, spent=self._spent, history=self.before)
@@ -174,7 +173,6 @@ class Spending:
         # whoever saw the lost weights. So they count, unless the same noise repeats them.
         self._earlier = earlier.completed(journaled) if self._is_secret else earlier
         self.before = self._history_before()
-        self._restored = steps
 
     def earlier_noise(self, phase: Phase, levels: Levels | None = None) -> float | None:
         """Returns the noise of the interrupted training that this one continues, or None.
@@ -260,8 +258,16 @@ class Spending:
         self.outside.accept()
         self._write(max(self._journaled_steps, self._progress.steps_made))
 
+    def settle(self) -> None:
+        """Notes what a callback has done so far; see `model_history.RunUnderWay`."""
+        self.outside.settle_meanwhile()
+
     def _note_outside(self, updates: int) -> None:
-        """Notes that a callback has changed the weights between steps."""
+        """Notes that a callback has changed the weights before steps or between them.
+
+        Only steps that the counter has counted, or that a record has, are private.
+        """
+        self._progress.unrecorded += updates
         before = self.before
         if not updates:
             if not self.history().ledger.steps:
@@ -290,12 +296,8 @@ class Spending:
             self._journal.write(Earlier(runs, self._spent, history))
 
     def callbacks_began(self) -> None:
-        """Counts the steps that callbacks have restored; see `Listener`."""
+        """Agrees on what callbacks have restored; see `Listener`."""
         self._agree()
-        progress = self._progress
-        counted_steps = self.before.ledger.steps + progress.steps_made - self._counted_at_first
-        # If a backup has no record of its steps, they are counted as steps of this training.
-        progress.restored_steps += max(0, progress.moved() - counted_steps)
         self._begin_levels()
 
     def _begin_levels(self) -> None:
@@ -334,7 +336,6 @@ class Spending:
     def counting(self) -> Iterator[None]:
         """Returns a context for the training. Its steps count even if it fails."""
         self._progress.look()
-        self._counted_at_first = self.before.ledger.steps - self._restored
         model_history.keep(self._model, self)
         try:
             yield

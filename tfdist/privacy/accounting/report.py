@@ -56,8 +56,8 @@ class Report:
         relation: As in `tfdist.DPSGD`.
         secret: Whether all random numbers came from the operating system. Otherwise there is no
             guarantee.
-        uncounted_steps: The updates that the optimizer had made before the first private step.
-            They may have used these data.
+        uncounted_steps: The updates that the optimizer had made before or between the private
+            steps, as far as they are known. They may have used these data.
         changes: How often the weights were changed between private steps without being counted,
             for example by setting them.
         validated_inside: Whether validation used protected data.

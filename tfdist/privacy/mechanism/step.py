@@ -26,6 +26,7 @@ from tfdist.privacy.mechanism.noise import Noise, like
 from tfdist.privacy.mechanism.normals import at_once
 from tfdist.privacy.mechanism.spot_checks import SpotChecks
 from tfdist.privacy.mechanism.unfit_layers import check_untouched
+from tfdist.privacy.mechanism.update_inputs import penalties, without_metrics
 from tfdist.privacy.sampling.cyclic import Recursion
 from tfdist.privacy.schedules import ScheduledStep
 
@@ -254,17 +255,18 @@ class PrivateStep:
             sums, votes = self._with_noise(batch, sums, votes, norm)
             factor = self._rounding.step * self._factor(norm)
         # Regularizers do not depend on the data, so they are neither clipped nor noisy.
-        penalties = _penalties(variables)
+        with without_metrics(self._model, batch):
+            regularizing = penalties(variables)
 
         def update(summed: list[Tensor]) -> None:
             gradients = [
                 g * factor if r is None else g * factor + r
-                for g, r in zip(summed, penalties, strict=True)
+                for g, r in zip(summed, regularizing, strict=True)
             ]
             # `apply` divides gradients by the factor of a loss that Keras would have scaled.
             if (scale := optimizer.loss_scale_factor) is not None:
                 gradients = [g * scale for g in gradients]
-            with batch.updating():
+            with batch.updating(), without_metrics(self._model, batch):
                 optimizer.apply(gradients, variables)
 
         batch.updates.apply(optimizer, sums, update, variables)
@@ -333,18 +335,3 @@ def _first_rows(rows: Tensor, *structures: Any) -> Any:
         return first
 
     return tf.nest.map_structure(cut, structures)
-
-
-def _penalties(variables: Any) -> list[Tensor | None]:
-    """Returns the gradients of the variables' regularizers."""
-    gradients: list[Tensor | None] = []
-    for variable in variables:
-        if variable.regularizer is None:
-            gradients.append(None)
-            continue
-        value = tf.cast(tf.convert_to_tensor(variable), tf.float32)
-        with tf.GradientTape(watch_accessed_variables=False) as tape:
-            tape.watch(value)
-            penalty = variable.regularizer(value)
-        gradients.append(tape.gradient(penalty, value))
-    return gradients
