@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import keras
@@ -12,7 +13,7 @@ import tensorflow as tf
 import tfdist
 from tfdist.errors import ArgumentError
 from tfdist.privacy import leaking_callbacks
-from tfdist.privacy.shared_rows import are_rows_of
+from tfdist.privacy.shared_rows import are_rows_of, has_rows_of
 from tfdist.privacy.validation import check_callbacks, check_validation
 
 pytestmark = pytest.mark.quick
@@ -114,6 +115,22 @@ def test_rows_that_are_equal_by_chance_do_not_count() -> None:
     assert not are_rows_of(X[:0], X)
     assert not are_rows_of(X[:, :3].copy(), X)
     assert not are_rows_of(tf.data.Dataset.from_tensors(X), X)
+
+
+def test_rows_are_found_in_each_form_that_keras_takes() -> None:
+    words = np.array([f"wörter {number}" for number in range(90)])
+    forms = [words, words.astype(object), np.char.encode(words, "utf-8"), tf.constant(words)]
+    for some, x in itertools.product(forms, forms):
+        assert are_rows_of(some[20:40], x)
+    assert not are_rows_of(np.array(["other"] * 20, object), words)
+    assert are_rows_of({"a": X[20:40].copy()}, {"a": X, "number": np.arange(len(X))})
+    images = RNG.random((60, 5, 5, 1))
+    assert are_rows_of(images[20:40, :, :, 0].copy(), images)
+    stream = tf.data.Dataset.from_tensor_slices((X, Y)).batch(8)
+    assert has_rows_of(X[60:80].copy(), stream)
+    assert has_rows_of(stream.skip(6), stream)
+    assert not has_rows_of(OTHERS[0], stream)
+    assert has_rows_of(X[60:80].copy(), stream.repeat())
 
 
 def test_rows_are_found_rounded_repeated_and_among_others() -> None:

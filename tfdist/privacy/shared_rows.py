@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -14,6 +14,7 @@ import tensorflow as tf
 from tfdist import data
 
 _ROWS_SOUGHT = 200
+_ROWS_OF_STREAM = 2**17
 _AT_ONCE = 4096
 _PART_OF_CERTAIN = 0.05
 _PART_ABOVE_CHANCE = 0.25
@@ -26,13 +27,13 @@ _Pair = tuple[Any, Any]
 def has_rows_of(some: Any, x: Any) -> bool:
     """Returns whether data share memory or rows with the training data.
 
-    Of a stream, the first batch is looked at.
-
     Args:
-        some: Arrays, a `tf.data.Dataset` or a `PyDataset`.
-        x: The training data, as in `fit`.
+        some: Arrays, a `tf.data.Dataset` or a `PyDataset`. Of a stream, the first batch is
+            looked at.
+        x: The training data, as in `fit`. Of a stream, up to 131072 rows are looked at.
     """
-    return _overlap(some, x) or are_rows_of(_rows_at_first(some), _rows_at_first(x))
+    sought = next(_chunks(some), None)
+    return _overlap(some, x) or (sought is not None and _are_rows_of(sought, _chunks(x)))
 
 
 def are_rows_of(some: Any, x: Any) -> bool:
@@ -45,48 +46,89 @@ def are_rows_of(some: Any, x: Any) -> bool:
     would find by chance.
 
     Args:
-        some: Arrays of rows, nested as `x`.
+        some: Arrays of rows, nested as `x`. Of dicts, the keys of both are compared.
         x: Arrays. For other data the result is False.
     """
-    pairs = _pairs(some, x)
-    if not pairs:
+    return _are_rows_of(some, [x])
+
+
+def _are_rows_of(some: Any, chunks: Iterable[Any]) -> bool:
+    counts: list[list[int]] = []
+    number, chance = 0, 0.0
+    for chunk in chunks:
+        pairs = _pairs(some, chunk)
+        if not pairs:
+            return False
+        halves = [_half(pairs, first) for first in (0, 1)]
+        of_chunk = [_counts(part) for part in (pairs, *halves) if part]
+        if not counts:
+            counts, number = of_chunk, len(of_chunk[0])
+            chance = _chance(pairs)
+        else:
+            counts = [
+                [one + more for one, more in zip(before, added, strict=True)]
+                for before, added in zip(counts, of_chunk, strict=True)
+            ]
+    if not counts:
         return False
-    matches = _counts(pairs)
-    halves = [_half(pairs, first) for first in (0, 1)]
-    if all(halves):
-        counts = zip(matches, *map(_counts, halves), strict=True)
-        certain = sum(
-            of_row > 0 and of_row == of_half == of_other_half
-            for of_row, of_half, of_other_half in counts
-        )
-        if certain >= max(1, _PART_OF_CERTAIN * len(matches)):
+    matches, *of_halves = counts
+    if len(of_halves) == 2:
+        rows = zip(*counts, strict=True)
+        certain = sum(of_row > 0 and {of_row} == {*rest} for of_row, *rest in rows)
+        if certain >= max(1, _PART_OF_CERTAIN * number):
             return True
-    matches_within = _counts(
-        [(x_rows[_spread(x_rows)].astype(rows.dtype), x_rows) for rows, x_rows in pairs]
-    )
-    chance = sum(count > 1 for count in matches_within) / len(matches_within)
-    margin = 3 * math.sqrt(len(matches) * chance * (1 - chance))
-    threshold = len(matches) * chance + max(margin, _PART_ABOVE_CHANCE * len(matches))
+    margin = 3 * math.sqrt(number * chance * (1 - chance))
+    threshold = number * chance + max(margin, _PART_ABOVE_CHANCE * number)
     return sum(count > 0 for count in matches) >= max(1, threshold)
+
+
+def _chance(pairs: Sequence[_Pair]) -> float:
+    """Estimates how likely a new row is equal to one of the data."""
+    within = [(x_rows[_spread(x_rows)].astype(rows.dtype), x_rows) for rows, x_rows in pairs]
+    counts = _counts(within)
+    return sum(count > 1 for count in counts) / len(counts)
 
 
 def _pairs(some: Any, x: Any) -> list[_Pair]:
     """Returns rows of `some` and all rows of `x`, or nothing if they cannot be compared."""
     if some is None or x is None or not (data.is_arrays(some) and data.is_arrays(x)):
         return []
+    if isinstance(some, Mapping) and isinstance(x, Mapping):  # Keras ignores other keys
+        common = some.keys() & x.keys()
+        some, x = ({key: part[key] for key in common} for part in (some, x))
     leaves, x_leaves = tf.nest.flatten(some), tf.nest.flatten(x)
     if len(leaves) != len(x_leaves) or any(map(data.is_composite, [*leaves, *x_leaves])):
         return []
     pairs: list[_Pair] = []
-    for leaf, x_leaf in zip(map(np.asarray, leaves), map(np.asarray, x_leaves), strict=True):
+    for leaf, x_leaf in zip(map(_plain, leaves), map(_plain, x_leaves), strict=True):
         if object in (leaf.dtype, x_leaf.dtype) or not (leaf.ndim and x_leaf.ndim):
             return []
-        if leaf.shape[1:] != x_leaf.shape[1:] or not (leaf.size and x_leaf.size):
+        if not (leaf.size and x_leaf.size):
             return []
         rows = leaf[_spread(leaf)].astype(_common_type(leaf.dtype, x_leaf.dtype))
-        pairs.append((rows.reshape(len(rows), -1), x_leaf.reshape(len(x_leaf), -1)))
+        rows, x_rows = rows.reshape(len(rows), -1), x_leaf.reshape(len(x_leaf), -1)
+        if rows.shape[1] != x_rows.shape[1]:  # Keras adds and removes axes of length 1
+            return []
+        pairs.append((rows, x_rows))
     lengths = {(len(rows), len(x_rows)) for rows, x_rows in pairs}
     return pairs if len(lengths) == 1 else []
+
+
+def _plain(leaf: Any) -> Any:
+    """Returns an array of numbers or of UTF-8 texts, or of objects if it has neither."""
+    array = np.asarray(leaf)
+    if array.dtype.kind == "U":
+        return np.char.encode(array, "utf-8")
+    if array.dtype != object:
+        return array
+    values = array.ravel().tolist()
+    if all(isinstance(value, str | bytes) for value in values):
+        texts = [v.encode() if isinstance(v, str) else v for v in values]
+        return np.array(texts, np.bytes_).reshape(array.shape)
+    try:
+        return array.astype(np.float64)
+    except (TypeError, ValueError):
+        return array
 
 
 def _spread(rows: Any) -> Any:
@@ -151,18 +193,25 @@ def _candidates(pairs: Sequence[_Pair]) -> Any:
     return np.flatnonzero(may_match)
 
 
-def _rows_at_first(x: Any) -> Any:
-    """Returns arrays as they are, or the inputs of a stream's first batch, or None."""
-    if isinstance(x, tf.data.Dataset):
-        batch = next(iter(x), None)
-    elif isinstance(x, keras.utils.PyDataset):
-        batch = x[0]
+def _chunks(x: Any) -> Iterator[Any]:
+    """Lists arrays as they are, or the inputs of a stream's batches."""
+    if isinstance(x, keras.utils.PyDataset):
+        batches: Iterator[Any] = (x[number] for number in range(x.num_batches or 1))
+    elif isinstance(x, tf.data.Dataset):
+        batches = iter(x)
     else:
-        return x
-    inputs = None if batch is None else keras.utils.unpack_x_y_sample_weight(batch)[0]
-    if any(map(data.is_composite, tf.nest.flatten(inputs))):
-        return None
-    return tf.nest.map_structure(np.asarray, inputs)
+        yield x
+        return
+    rows = 0
+    for batch in batches:
+        inputs = keras.utils.unpack_x_y_sample_weight(batch)[0]
+        leaves = tf.nest.flatten(inputs)
+        if any(map(data.is_composite, leaves)):
+            return
+        yield tf.nest.map_structure(np.asarray, inputs)
+        rows += len(leaves[0]) if np.ndim(leaves[0]) else 1
+        if rows >= _ROWS_OF_STREAM:
+            return
 
 
 def _overlap(first: Any, second: Any) -> bool:
