@@ -94,6 +94,21 @@ def equals_plain_keras(folder: Path) -> None:
         np.testing.assert_allclose(a.history[name], b.history[name], rtol=1e-5)
 
 
+@check(MIRRORED, full=WORKERS)
+def float16_overflows_where_it_does_in_plain_keras(folder: Path) -> None:
+    keras.mixed_precision.set_global_policy("mixed_float16")
+    try:
+        scaled = keras.optimizers.LossScaleOptimizer
+        ours, theirs = twins(lambda: scaled(keras.optimizers.SGD(1e-4), 2.0**20))
+        tfdist.fit(ours, *table(300), **ORDERED, epochs=4)
+        theirs.fit(*table(300), **ORDERED, epochs=4)
+    finally:
+        keras.mixed_precision.set_global_policy("float32")
+    counts = [int(model.optimizer.inner_optimizer.iterations) for model in (ours, theirs)]
+    assert counts[0] == counts[1] < 20  # steps, of which the first ones are skipped
+    assert_weights_close(ours, theirs, 1e-6)
+
+
 @check(MIRRORED, SERVERS, full=(SINGLE, *WORKERS))
 def evaluate_counts_each_example_once(folder: Path) -> None:
     model = mlp(

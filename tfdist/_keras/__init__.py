@@ -82,6 +82,7 @@ from tfdist._keras.optimizers import (
     watch_updates,
     with_nested,
 )
+from tfdist._keras.overflows import overflowing_as
 from tfdist._keras.piped import set_piped
 from tfdist._keras.piped_units import PipedStage
 from tfdist._keras.piped_updates import set_updated_in_place
@@ -207,6 +208,7 @@ __all__ = [
     "once_each",
     "optimizers_of",
     "outside_scopes",
+    "overflowing_as",
     "random_ops",
     "rates_of",
     "recomputed_calls",

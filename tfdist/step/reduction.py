@@ -247,21 +247,16 @@ class ReducedUpdates:
         self._batch = batch
         self._at_once = _keras.has_own(model, "train_step")
         self._are_parts = are_parts
-        # In float16 a sum over fewer rows overflows later than that of one process. In float32
-        # the sum over all replicas overflows as it does.
-        has_float16 = _keras.computes_in(model, "float16")
-        self._is_afterwards = has_float16 and not _keras.synchronized_variables(model)
+        self._has_float16 = _keras.computes_in(model, "float16")
         self._scaled: set[int] = set()
         self._waiting: list[_Waiting] = []
 
     def scale(self, optimizer: Any, loss: Tensor) -> Tensor:
         """Returns the loss as the replica's part of the global loss."""
-        # In float16 the unscaled mean overflows about where that of one process does. `apply`
-        # scales the gradients instead.
-        if self._is_afterwards and hasattr(optimizer, "dynamic_scale"):
-            return loss
         # Before the backward pass: collectives inside the model (synchronized
-        # BatchNormalization) then carry gradients of the global loss.
+        # BatchNormalization) then carry gradients of the global loss. And gradients of
+        # activations have the size that they have in one process, so that float16 overflows
+        # where it does there.
         self._scaled.add(id(optimizer))
         # An own `train_step` may take gradients of other losses too.
         self._batch.is_weighed = not self._at_once
@@ -300,6 +295,11 @@ class ReducedUpdates:
             are_fixed,
             is_applied=not self._are_parts,  # an extension's own step goes on with the sums
         )
+        if self._has_float16:
+            summed = [
+                s if scale is None else _keras.overflowing_as(gradient, s)
+                for gradient, s, scale in zip(gradients, summed, scales, strict=True)
+            ]
         reduced = iter(map(_of_rows, gradients, summed, are_fixed))
         updates = [
             functools.partial(w.update, [g if g is None else next(reduced) for g in w.grads])
