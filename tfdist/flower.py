@@ -20,6 +20,7 @@ from tfdist import _keras, api
 from tfdist.errors import ArgumentError
 from tfdist.federated.flower import client, messages, server
 from tfdist.federated.flower.messages import Task
+from tfdist.federated.flower.request import request_of
 from tfdist.federated.flower.settings import ServerSettings
 from tfdist.federated.settings import FedAvg
 from tfdist.federated.state import state_of
@@ -214,7 +215,7 @@ def _train_privately(
     x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(given)
     session = current(strategy)
     request = replace(
-        client.request_of(session, model, (x, y, sample_weight), task.batch_size, True, 0),
+        request_of(session, model, (x, y, sample_weight), task.batch_size, True, 0),
         sampler=Sequential(),
     )
     compose(model, "train_step", read(request)[0], session.strategy)

@@ -16,9 +16,9 @@ from tfdist.errors import ArgumentError
 from tfdist.federated.clients import Clients
 from tfdist.federated.extension import FederatedTraining
 from tfdist.federated.flower import messages
-from tfdist.federated.flower.client import request_of
 from tfdist.federated.flower.messages import TAKEN, Task
 from tfdist.federated.flower.nodes import Nodes
+from tfdist.federated.flower.request import request_of
 from tfdist.federated.flower.server_round import ServerRound
 from tfdist.federated.flower.settings import ServerSettings
 from tfdist.federated.plan import OfReplica, Plan
