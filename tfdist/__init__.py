@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from tfdist.scripts.drop_in import drop_in
     from tfdist.step.memory import memory
     from tfdist.step.recompute import recompute
+    from tfdist.strategies.model_parallel import ModelParallel
     from tfdist.strategies.session import init, is_chief
     from tfdist.strategies.zero import Zero
     from tfdist.training.evaluation import evaluate, predict
@@ -39,6 +40,7 @@ __all__ = [
     "LearningRateScaling",
     "LearningRateWarmup",
     "LocalShard",
+    "ModelParallel",
     "ParameterServer",
     "PerClassMetrics",
     "PowerSGD",
@@ -78,6 +80,7 @@ _HOMES = {
     "PowerSGD": "tfdist.compression.settings",
     "PrivacyBudget": "tfdist.privacy.budget",
     "Zero": "tfdist.strategies.zero",
+    "ModelParallel": "tfdist.strategies.model_parallel",
     "drop_in": "tfdist.scripts.drop_in",
     "evaluate": "tfdist.training.evaluation",
     "fit": "tfdist.api",

@@ -94,6 +94,7 @@ from tfdist._keras.runtime import (
 )
 from tfdist._keras.saving import carry_in_files
 from tfdist._keras.scopes import (
+    layout_map_of,
     leave_scope,
     outside_scopes,
     scope_of,
@@ -181,6 +182,7 @@ __all__ = [
     "keeping_variable_scope",
     "key_value_store",
     "layers_of",
+    "layout_map_of",
     "leave_scope",
     "loop_functions",
     "map_fn",
