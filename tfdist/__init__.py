@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from tfdist.sharding.pipeline.strategy import Pipeline
     from tfdist.step.memory import memory
     from tfdist.step.recompute import recompute
+    from tfdist.strategies.model_parallel import ModelParallel
     from tfdist.strategies.session import init, is_chief
     from tfdist.strategies.zero import Zero
     from tfdist.training.evaluation import evaluate, predict
@@ -43,6 +44,7 @@ __all__ = [
     "LearningRateScaling",
     "LearningRateWarmup",
     "LocalShard",
+    "ModelParallel",
     "ParameterServer",
     "PerClassMetrics",
     "Pipeline",
@@ -88,6 +90,7 @@ _HOMES = {
     "PrivacyBudget": "tfdist.privacy.budget",
     "SecureSum": "tfdist.federated.secure_sum",
     "Zero": "tfdist.strategies.zero",
+    "ModelParallel": "tfdist.strategies.model_parallel",
     "drop_in": "tfdist.scripts.drop_in",
     "evaluate": "tfdist.training.evaluation",
     "fit": "tfdist.api",

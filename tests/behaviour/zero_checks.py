@@ -55,7 +55,7 @@ GATHERED = tfdist.Zero(3, gather_again=False)
 
 
 def train(model: Any, stage: Any, *callbacks: Any, **options: Any) -> list[Any]:
-    strategy = {0: "auto", 1: tfdist.Zero(), 3: tfdist.Zero(3), GATHERED: GATHERED}[stage]
+    strategy = {0: "auto", 1: tfdist.Zero(), 3: tfdist.Zero(3)}.get(stage, stage)
     options = {**ORDERED, "epochs": 2, "seed": 1} | options
     x, y = options.pop("data", table(300))
     tfdist.fit(model, x, y, strategy=strategy, callbacks=list(callbacks), **options)
@@ -271,6 +271,16 @@ def zero_3_lets_callbacks_read_and_write_weights_of_one_process(folder: Path) ->
             self.model.set_weights([value / 2 for value in self.model.get_weights()])
 
     assert_close(train(shared(), 3, Halves()), train(shared(), 0, Halves()))
+
+
+@check(MIRRORED)
+def model_parallel_trains_as_one_process(folder: Path) -> None:
+    names = ("batch", "model")
+    mesh = keras.distribution.DeviceMesh((1, 2), names, keras.distribution.list_devices())
+    layouts = keras.distribution.LayoutMap(mesh)
+    layouts[".*kernel"] = (None, "model")
+    ours = keras.distribution.ModelParallel(layout_map=layouts, batch_dim_name="batch")
+    assert_close(train(shared(), ours), train(shared(), 0))
 
 
 @check(HOROVOD, full=(MULTI_WORKER,))

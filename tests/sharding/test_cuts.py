@@ -49,7 +49,7 @@ def test_what_is_small_stays_whole():
 
 
 def test_zero_says_what_is_not_there():
-    for stage in (0, 2, True, "1"):
+    for stage in (0, 2, 4, True, "1"):
         with pytest.raises(ArgumentError, match="`stage` must be 1"):
             Zero(stage)
     with pytest.raises(ArgumentError, match="`on` must be"):

@@ -22,8 +22,9 @@ def _unset() -> Iterator[None]:
     distribution.set_distribution(None)
 
 
-def model_parallel() -> Any:
-    mesh = distribution.DeviceMesh((1, 1), ("batch", "model"), ["cpu:0"])
+def model_parallel(devices: int) -> Any:
+    names = [f"cpu:{number}" for number in range(devices)]
+    mesh = distribution.DeviceMesh((1, devices), ("batch", "model"), names)
     layouts = distribution.LayoutMap(mesh)
     return distribution.ModelParallel(layout_map=layouts, batch_dim_name="batch")
 
@@ -34,17 +35,18 @@ def trained(**options: Any) -> Any:
     return tfdist.fit(model, np.ones((8, 4)), np.ones((8, 1)), verbose=0, **options)
 
 
-def test_model_parallelism_is_refused_rather_than_ignored() -> None:
-    with pytest.raises(StrategyError, match=r"ModelParallel with the mesh .*'model': 1"):
-        trained(strategy=model_parallel())
+def test_model_parallelism_needs_as_many_devices_as_train() -> None:
+    assert trained(strategy=model_parallel(1)).history  # nothing to divide
+    with pytest.raises(StrategyError, match=r"mesh \{'batch': 1, 'model': 2\}, but 1 replica"):
+        trained(strategy=model_parallel(2))
     with tfdist.drop_in():
-        distribution.set_distribution(model_parallel())
+        distribution.set_distribution(model_parallel(2))
         model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
         model.compile("sgd", "mse")
-        with pytest.raises(StrategyError, match="ModelParallel"):
+        with pytest.raises(StrategyError, match="1 replica"):
             model.fit(np.ones((8, 4)), np.ones((8, 1)), verbose=0)
     for options in ({}, {"strategy": "single"}):
-        with pytest.raises(StrategyError, match="ModelParallel"):
+        with pytest.raises(StrategyError, match="1 replica"):
             trained(**options)
 
 

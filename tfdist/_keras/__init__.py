@@ -100,6 +100,7 @@ from tfdist._keras.runtime import (
 )
 from tfdist._keras.saving import carry_in_files
 from tfdist._keras.scopes import (
+    layout_map_of,
     leave_scope,
     outside_scopes,
     scope_of,
@@ -194,6 +195,7 @@ __all__ = [
     "key_value_store",
     "layer_calls",
     "layers_of",
+    "layout_map_of",
     "leave_scope",
     "loop_functions",
     "map_fn",

@@ -81,3 +81,12 @@ def undistributed(dataset: Any) -> Any:
     if isinstance(dataset, tf.distribute.DistributedDataset):
         return getattr(dataset, "_original_dataset", dataset)
     return dataset
+
+
+def layout_map_of(distribution: Any) -> Any:
+    """Returns the layout map of a distribution of Keras's, which has no name for it.
+
+    Args:
+        distribution: A `keras.distribution.ModelParallel`.
+    """
+    return distribution._layout_map

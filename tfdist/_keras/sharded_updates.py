@@ -97,14 +97,22 @@ class Part:
 def update_parts(
     sharding: Sharding, optimizer: Any, grads: Any, variables: Any, learning_rate: Any
 ) -> None:
-    """Updates this replica's part of each weight, and gathers the parts of whole weights."""
+    """Updates this replica's part of each weight, and gathers the parts of whole weights.
+
+    Weights in parts are updated one after the other. TensorFlow would else begin all updates,
+    and keep what each of them computes in between at the same time.
+    """
+    before: list[Tensor] = []
     for pack in sharding.packs(variables):
         updated = []
         for i in pack:
             variable = variables[i]
             cut = sharding.cut_of(variable)
             if cut is None or is_in_parts(variable, cut):
-                optimizer.update_step(grads[i], variable, learning_rate)
+                with tf.control_dependencies(before):
+                    optimizer.update_step(grads[i], variable, learning_rate)
+                if cut is not None:  # reading it waits for its update
+                    before = [tf.convert_to_tensor(variable)]
                 continue
             # By the key of the weight, the optimizer finds its slots. They are parts of the
             # same shape.

@@ -12,10 +12,12 @@ import tensorflow as tf
 from tfdist import _keras
 from tfdist.errors import ArgumentError
 from tfdist.sharding.cuts import Cut, cut_of
+from tfdist.sharding.layouts import named_by
 from tfdist.sharding.slots import Slot, Slots
 from tfdist.step.exchange import Contribution, Exchange, Sums
 from tfdist.step.state import Sharded, optimizers_of
 from tfdist.strategies.base import Strategy
+from tfdist.strategies.model_parallel import Layouts
 from tfdist.strategies.packing import packs_of
 
 Tensor = Any
@@ -32,10 +34,12 @@ class ShardedUpdates:
     Attributes:
         stage: As in `Zero`.
         gather_again: As in `Zero`.
+        layouts: Those of `ModelParallel`, or None to choose weights by their sizes.
     """
 
     stage: int = 1
     gather_again: bool = False
+    layouts: Layouts | None = None
 
     def make(self, model: Any, strategy: Strategy) -> ShardedExchange:
         """Makes the exchange.
@@ -49,6 +53,7 @@ class ShardedUpdates:
             strategy,
             cuts_weights=self.stage == 3,
             gathers_again=self.stage == 3 and self.gather_again,
+            layouts=self.layouts,
         )
 
 
@@ -65,6 +70,7 @@ class ShardedExchange(Exchange):
         cuts_weights: Whether weights are in parts too.
         gathers_again: Whether whole weights are freed between the forward and the backward
             pass.
+        layouts: Which weights are in parts, or None to choose them by their sizes.
     """
 
     def __init__(
@@ -73,6 +79,7 @@ class ShardedExchange(Exchange):
         strategy: Strategy,
         cuts_weights: bool = False,
         gathers_again: bool = False,
+        layouts: Layouts | None = None,
     ) -> None:
         self._gathers_again = gathers_again
         self._strategy = strategy
@@ -82,20 +89,23 @@ class ShardedExchange(Exchange):
         self._optimizers: set[int] = set()
         self._is_training = False
         if cuts_weights:
-            self._add_weights()
+            self._add_weights(layouts)
         for optimizer in optimizers_of(model):
             if len(_keras.with_nested([optimizer])) > 1 or not optimizer.built:
                 continue  # the optimizers that it wraps are in the list too
             self._add(optimizer)
         self._held = Slots(strategy, list(self._slots.values()))
 
-    def _add_weights(self) -> None:
-        """Cuts the weights, but for the smallest ones."""
+    def _add_weights(self, layouts: Layouts | None) -> None:
+        """Cuts the weights that a map names, or else all but the smallest ones."""
         weights = {id(v): v for v in _keras.weights_of_layers(self._model)}
         for optimizer in optimizers_of(self._model):
             weights |= {id(v): v for v in _keras.trained_variables(optimizer)}
         by_size = sorted(weights.values(), key=_keras.num_bytes)
         left = _KEPT_WHOLE * sum(map(_keras.num_bytes, by_size))
+        if layouts is not None:
+            chosen = named_by(layouts, self._model.weights)
+            by_size, left = [v for v in by_size if id(v) in chosen], 0
         for weight in by_size:
             left -= _keras.num_bytes(weight)
             cut = cut_of(tuple(weight.shape), self._strategy.place.num_replicas)

@@ -12,6 +12,7 @@ from tfdist.errors import ArgumentError
 from tfdist.sharding.exchange import ShardedExchange, ShardedUpdates
 from tfdist.step.prepared import PreparedModel
 from tfdist.strategies.base import Strategy
+from tfdist.strategies.model_parallel import ModelParallel
 from tfdist.strategies.zero import Zero
 from tfdist.training.extension import Extension
 from tfdist.training.request import Request
@@ -27,11 +28,13 @@ class ShardedOptimizer(Extension):
 
     needs_state = True
 
-    def __init__(self, zero: Zero, compression: Any) -> None:
+    def __init__(self, zero: Zero | ModelParallel, compression: Any) -> None:
         self._zero = zero
         self._compression = compression
         self._saves = False
-        self.exchange_maker = ShardedUpdates(zero.stage, zero.gather_again)
+        layouts = getattr(zero, "layout_map", "auto")
+        by_map = None if isinstance(layouts, str) else layouts
+        self.exchange_maker = ShardedUpdates(zero.stage, zero.gather_again, by_map)
 
     def choose(self, request: Request) -> Request:
         """Refuses what cannot be exact with parts.
@@ -72,7 +75,7 @@ class ShardedOptimizer(Extension):
 
     def facts(self) -> dict[str, Any]:
         """Returns the settings, and whether a callback saves the optimizer."""
-        return {"zero": self._zero.stage, "saving callbacks": self._saves}
+        return {"zero": self.exchange_maker, "saving callbacks": self._saves}
 
     def notice(self, request: Request) -> str | None:
         """Says in how many parts the optimizer's state is, and how large one is."""
@@ -124,7 +127,7 @@ def _exchange_of(model: Any) -> ShardedExchange | None:
     return exchange if isinstance(exchange, ShardedExchange) else None
 
 
-def _check_strategy(strategy: Strategy, zero: Zero) -> None:
+def _check_strategy(strategy: Strategy, zero: Zero | ModelParallel) -> None:
     why = None
     if not strategy.synchronous or strategy.has_servers:
         why = "whose optimizer state is on servers already"

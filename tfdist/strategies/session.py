@@ -15,6 +15,7 @@ from tfdist.cluster import Cluster
 from tfdist.errors import StrategyError
 from tfdist.strategies.base import Strategy
 from tfdist.strategies.keras_distribution import check_devices, without_distribution
+from tfdist.strategies.model_parallel import ModelParallel
 from tfdist.strategies.tf_distribute import adopt
 from tfdist.strategies.zero import Zero, of_environment
 
@@ -27,13 +28,13 @@ class Session:
         strategy: The strategy.
         reason: Why this strategy was chosen, in a few words.
         seed: The `seed` of `init`, also for the sampler, or None.
-        zero: How the optimizer's state is kept in parts, or None.
+        zero: How weights and the optimizer's state are kept in parts, or None.
     """
 
     strategy: Strategy
     reason: str
     seed: int | None
-    zero: Zero | None = None
+    zero: Zero | ModelParallel | None = None
 
     @property
     def is_chief(self) -> bool:
@@ -110,7 +111,8 @@ def init(
     Args:
         strategy: "auto", a name ("single", "mirrored", "multi_worker", "horovod",
             "parameter_server", "tpu"), or an instance of `tf.distribute.Strategy`,
-            `tfdist.Horovod`, `tfdist.ParameterServer` or `tfdist.Zero`. "auto" keeps the
+            `tfdist.Horovod`, `tfdist.ParameterServer`, `tfdist.Zero`,
+            `tfdist.ModelParallel` or `keras.distribution.ModelParallel`. "auto" keeps the
             strategy that this process has; the first call chooses one that fits the
             environment.
         seed: Seeds Python, NumPy, Keras and TensorFlow, and the sampler of `fit`. With None
@@ -142,11 +144,11 @@ def init(
 
 
 def _begin(strategy: Any, seed: int | None) -> Session:
-    if isinstance(strategy, Zero):
+    if isinstance(strategy, Zero | ModelParallel):
         _sessions[strategy] = replace(_begin(strategy.on, seed), zero=strategy)
         return _sessions[strategy]
     cluster = Cluster.from_environment()
-    zero = of_environment()
+    zero: Zero | ModelParallel | None = of_environment()
     key: Any
     # A process connects once, so it keeps its strategy.
     if isinstance(strategy, str) and strategy == "auto" and _current is not None:
@@ -188,7 +190,7 @@ def current(strategy: Any = "auto") -> Session:
         strategy: As in `init`. "auto" is the strategy that `init` chose, if it was called.
 
     Raises:
-        StrategyError: Keras was asked for model parallelism, or for other devices.
+        StrategyError: Keras was asked for other devices.
     """
     session = _session(without_distribution(strategy))
     check_devices(strategy, session.strategy.place.num_replicas)

@@ -1,0 +1,106 @@
+"""`tfdist.ModelParallel`: the weights that a map of layouts names, in parts on the replicas."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import keras
+
+from tfdist import _keras
+from tfdist.errors import ArgumentError
+
+Layouts = tuple[tuple[str, tuple[str | None, ...]], ...]
+
+
+@dataclass(frozen=True)
+class ModelParallel:
+    """Keeps the weights that a map names in parts on the replicas, as `Zero(stage=3)` does.
+
+    A map says which axes of a weight are divided. tfdist divides such a weight over all devices
+    of the mesh, whichever axes the map names, and gathers it where a layer reads it. Each
+    device computes its own part of each batch. So a device has at most as much of a weight as
+    the map says, no dimension needs to be divisible, and any layer can be used. The trained
+    weights are those of one process.
+
+    Args:
+        layout_map: A `keras.distribution.LayoutMap`; or a dict that maps regular expressions,
+            which match whole paths of variables, to an axis or None for each dimension; or
+            "auto" for all weights but the smallest.
+        mesh: The axes and their sizes, such as `{"batch": 2, "model": 2}`. Their product must
+            be the number of replicas. None takes the mesh of a `LayoutMap`; with "auto", any.
+        on: As in `tfdist.Zero`.
+        gather_again: As in `tfdist.Zero`.
+
+    Raises:
+        ArgumentError: An argument is malformed, or a layout names an axis that is not there.
+
+    Example:
+        >>> import tfdist  # doctest: +SKIP
+        >>> layouts = {".*dense.*/kernel": (None, "model")}
+        >>> strategy = tfdist.ModelParallel(layouts, mesh={"batch": 2, "model": 2})
+        >>> tfdist.fit(model, x, y, strategy=strategy)
+    """
+
+    layout_map: Any
+    mesh: Any = None
+    on: Any = "auto"
+    gather_again: bool = True
+
+    stage: ClassVar[int] = 3
+
+    def __post_init__(self) -> None:
+        layouts, mesh = self.layout_map, self.mesh
+        if isinstance(layouts, keras.distribution.LayoutMap):
+            if mesh is None and layouts.device_mesh is not None:
+                names, sizes = layouts.device_mesh.axis_names, layouts.device_mesh.shape
+                mesh = dict(zip(names, map(int, sizes), strict=True))
+            layouts = {pattern: layout.axes for pattern, layout in layouts.items()}
+        if mesh is not None and not isinstance(mesh, Mapping | tuple):
+            _refuse("`mesh` must map names of axes to sizes", f"mesh={mesh!r}")
+        if isinstance(layouts, Mapping):
+            if mesh is None:
+                _refuse("`mesh` must be given with a map of layouts", "mesh=None")
+            layouts = tuple((str(pattern), tuple(axes)) for pattern, axes in layouts.items())
+        elif layouts != "auto" and not isinstance(layouts, tuple):
+            _refuse(
+                '`layout_map` must be a LayoutMap, a dict or "auto"', f"layout_map={layouts!r}"
+            )
+        # Tuples, by which sessions can be told apart.
+        object.__setattr__(self, "layout_map", layouts)
+        object.__setattr__(self, "mesh", mesh if mesh is None else tuple(dict(mesh).items()))
+        for pattern, axes in layouts if isinstance(layouts, tuple) else ():
+            for axis in filter(None, axes):
+                if axis not in self.axes:
+                    _refuse(
+                        f"Layouts must name axes of the mesh, {self.axes}",
+                        f"{pattern!r}: {axes!r}",
+                    )
+
+    @property
+    def axes(self) -> dict[str, int]:
+        """The axes of the mesh and their sizes."""
+        return dict(self.mesh or ())
+
+    @property
+    def devices(self) -> int | None:
+        """Number of devices of the mesh, or None for any number."""
+        return None if self.mesh is None else math.prod(self.axes.values())
+
+
+def of_keras(distribution: Any) -> ModelParallel:
+    """Returns what a distribution of Keras's asks for.
+
+    Args:
+        distribution: A `keras.distribution.ModelParallel`.
+    """
+    return ModelParallel(_keras.layout_map_of(distribution))
+
+
+def _refuse(expected: str, received: str) -> None:
+    raise ArgumentError(
+        f"{expected}. Received: {received}. For example: tfdist.ModelParallel("
+        '{".*dense.*/kernel": (None, "model")}, mesh={"batch": 1, "model": 2}).'
+    )
