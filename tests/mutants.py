@@ -150,6 +150,18 @@ MUTANTS = {
         "return slot.cut.joined_arrays([parts[0]] * len(parts))",
         f"{BEHAVIOUR} -k horovod-2-zero_has_the_bits",
     ),
+    "a weight in parts is gathered in another order": Mutant(
+        "sharding/exchange.py",
+        "wholes[i] = cuts[i].joined(of_one)",
+        "wholes[i] = cuts[i].joined(of_one[::-1])",
+        f"{EQUIVALENCE} -k mirrored-2-rows_961-zero3",
+    ),
+    "a gradient in the backward pass is not summed": Mutant(
+        "_keras/regathering.py",
+        "parts = gathering.scatter(cuts, [found[i] for i in chosen])",
+        "parts = [c.own(found[i], gathering.replica_id()) for c, i in zip(cuts, chosen)]",
+        f"{EQUIVALENCE} -k mirrored-2-rows_961-zero3",
+    ),
     "what is no mean is not seen": Mutant(
         "_keras/probe.py",
         "if np.linalg.norm(value - expected) > allowed:",
