@@ -50,7 +50,7 @@ def model() -> Any:
 
 
 def parameters(function: Any) -> list[str]:
-    return list(inspect.signature(function).parameters)
+    return list(inspect.signature(getattr(function, "fget", function)).parameters)
 
 
 def test_every_replaced_place_exists() -> None:
