@@ -191,7 +191,7 @@ def test_users_are_what_is_counted_and_said(capsys: Any) -> None:
     assert Ledger.from_dict(report.ledger.to_dict()) == report.ledger
     plain = tfdist.DPSGD(CLIP, noise_multiplier=2.0, delta=1e-2)
     before = model.get_weights()
-    with pytest.raises(ArgumentError, match="must protect the same unit: examples or users"):
+    with pytest.raises(ArgumentError, match="must protect the same unit: examples, users"):
         tfdist.fit(model, x, y, batch_size=15, verbose=0, privacy=plain)
     for a, b in zip(model.get_weights(), before, strict=True):
         np.testing.assert_array_equal(a, b)
