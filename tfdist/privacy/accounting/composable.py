@@ -41,8 +41,8 @@ def check_unit(phases: Sequence[Phase]) -> None:
         # One example may change the clipped sum of a user's examples by twice the norm, so
         # steps with users do not protect examples at the same cost.
         raise ArgumentError(
-            "All steps on the same data must protect the same unit: examples, users or clients. "
-            f"Received: {len(phases)} phases, of {'s and '.join(sorted(units))}s. "
+            "All steps on the same data must protect the same unit: examples, users or "
+            f"clients. Received: {len(phases)} phases, of {'s and '.join(sorted(units))}s. "
             "Pass `group_ids` always, or never, or FedAvg(privacy=...) always."
         )
     grouped = [p for p in phases if p.steps and p.unit != EXAMPLE]
