@@ -109,7 +109,7 @@ def zero_saves_whole_state_at_the_end_of_an_epoch(folder: Path) -> None:
 @check(MIRRORED, full=(MULTI_WORKER,))
 def zero_resumes_with_and_without_parts(folder: Path) -> None:
     expected = train(adam(), 0)
-    for number, (before, after) in enumerate([(1, 0), (0, 3), (3, 1)]):
+    for number, (before, after) in enumerate([(0, 3), (3, 1)]):
         checkpoint = folder / f"{number}"
         train(adam(), before, epochs=1, checkpoint=checkpoint)
         state = train(adam(), after, checkpoint=checkpoint)

@@ -297,6 +297,7 @@ def test_private_digits_keeps_to_its_budget(place, clusters):
     assert "Epoch 100/100" not in printed
 
 
+@pytest.mark.full  # tests/privacy/test_check.py does the same
 @on(SINGLE, example("private_check.py"))
 def test_private_check_finds_nothing_wrong(clusters):
     printed = printed_on(clusters, SINGLE, "private_check.py")

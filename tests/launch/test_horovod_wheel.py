@@ -552,7 +552,8 @@ class TestBuild:
         assert len(cached(environ)) == 1
 
     @pytest.mark.parametrize(
-        ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
+        ("number", "status"),
+        [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.full)],
     )
     def test_interrupted(self, environ, source, tmp_path, number, status):
         source()

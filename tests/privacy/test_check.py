@@ -226,7 +226,11 @@ def the_same_in_every_fit(patch: pytest.MonkeyPatch) -> None:
     ("plant", "expected"),
     [
         (lambda patch: times(patch, 0.5**0.5), "noise: standard deviation over the right one"),
-        (the_same_in_every_step, "noise: independent between steps, p-value"),
+        pytest.param(  # the next one is of the same kind
+            the_same_in_every_step,
+            "noise: independent between steps, p-value",
+            marks=pytest.mark.full,
+        ),
         (the_same_in_every_fit, "noise: independent between steps, p-value"),
     ],
     ids=["by the root of 2", "repeated", "repeated by a second fit"],

@@ -112,7 +112,10 @@ def sum_of_clipped(x: Any, y: Any, layers: Any, **options: Any) -> Any:
     ("layers", "augment", "copies"),
     [
         (lambda: [L.Dropout(0.5, seed=1), L.GaussianNoise(0.5, seed=2)], None, 1),
-        (lambda: [L.RandomFlip(seed=1), L.RandomRotation(0.2, seed=2)], None, 1),
+        pytest.param(
+            *(lambda: [L.RandomFlip(seed=1), L.RandomRotation(0.2, seed=2)], None, 1),
+            marks=pytest.mark.full,
+        ),
         (lambda: [L.Dropout(0.5, seed=1)], lambda: L.RandomFlip(seed=1), 3),
         pytest.param(  # copies are augmented too
             *(list, lambda: L.RandomTranslation(0.3, 0.3, seed=1), 1), marks=pytest.mark.full

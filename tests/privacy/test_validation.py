@@ -130,7 +130,6 @@ def test_rows_are_found_in_each_form_that_keras_takes() -> None:
     assert has_rows_of(X[60:80].copy(), stream)
     assert has_rows_of(stream.skip(6), stream)
     assert not has_rows_of(OTHERS[0], stream)
-    assert has_rows_of(X[60:80].copy(), stream.repeat())
 
 
 def test_rows_are_found_rounded_repeated_and_among_others() -> None:

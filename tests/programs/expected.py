@@ -132,7 +132,8 @@ FROM_THE_COMMAND_LINE = ("custom_loop", "train_on_batch")
 LIKE_OTHERS = (
     "diffusion", "digits_convnet", "distillation", "gan", "generator", "mixed_precision",
     "pydataset", "several_outputs", "siamese", "text", "timeseries", "transformer", "tuner",
-    "vae", "wgan_gp",
+    "vae", "wgan_gp", "feature_space", "lora", "metric_learning", "pairs_in_batch",
+    "stateful_rnn",
 )  # fmt: skip
 
 

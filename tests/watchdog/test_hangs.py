@@ -132,7 +132,7 @@ def hanging(tmp_path: Path, case: str, command: list[str], limit: float = 2) -> 
             marks=pytest.mark.full,
         ),
         ("multi_worker", "function", 1, ["worker 0: `fit`; worker 1: `evaluate`"]),
-        (
+        pytest.param(
             "multi_worker",
             "data",
             HUNG,
@@ -142,8 +142,9 @@ def hanging(tmp_path: Path, case: str, command: list[str], limit: float = 2) -> 
                 "Likely cause: worker 1 is almost out of memory: 50 MiB are left of 4000",
                 "If not within",
             ],
+            marks=pytest.mark.full,
         ),
-        ("horovod", "callback", 0, ["DONE"]),
+        pytest.param("horovod", "callback", 0, ["DONE"], marks=pytest.mark.full),
     ],
 )
 def test_a_hang_has_a_diagnosis(
@@ -170,6 +171,7 @@ def test_a_slow_pipeline_is_reported_and_goes_on(tmp_path: Path) -> None:
     assert "tfdist: the run goes on." in printed
 
 
+@pytest.mark.full
 def test_it_can_be_switched_off(tmp_path: Path) -> None:
     command = [sys.executable]
     found, printed = hanging(tmp_path, "slow data", command, limit=0)

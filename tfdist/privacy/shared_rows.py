@@ -202,16 +202,26 @@ def _chunks(x: Any) -> Iterator[Any]:
     else:
         yield x
         return
-    rows = 0
+    rows, group = 0, 1
+    parts: list[Any] = []
     for batch in batches:
         inputs = keras.utils.unpack_x_y_sample_weight(batch)[0]
-        leaves = tf.nest.flatten(inputs)
-        if any(map(data.is_composite, leaves)):
+        if any(map(data.is_composite, tf.nest.flatten(inputs))):
             return
-        yield tf.nest.map_structure(np.asarray, inputs)
-        rows += len(leaves[0]) if np.ndim(leaves[0]) else 1
+        parts.append(tf.nest.map_structure(np.asarray, inputs))
+        rows += len(np.atleast_1d(tf.nest.flatten(parts[-1])[0]))
+        if rows >= group:  # the first batch by itself: of validation data, nothing else is read
+            yield _together(parts)
+            parts, group = [], rows + _AT_ONCE
         if rows >= _ROWS_OF_STREAM:
             return
+    if parts:
+        yield _together(parts)
+
+
+def _together(parts: Sequence[Any]) -> Any:
+    """Concatenates batches."""
+    return tf.nest.map_structure(lambda *leaves: np.concatenate(leaves), *parts)
 
 
 def _overlap(first: Any, second: Any) -> bool:
