@@ -318,6 +318,12 @@ MUTANTS = {
         "self._attempts[number, lane] += 0",
         "tests/federated/test_secure.py -k twice",
     ),
+    "a metric that is not finite is 0 in a secure sum": Mutant(
+        "federated/secure_sum.py",
+        "return tf.stack([*words, outside])",
+        "return tf.stack([*words, tf.zeros_like(outside)])",
+        "tests/federated/test_secure.py -k sums_of_metrics",
+    ),
     "a round that fails leaves the weights of a client": Mutant(
         "federated/snapshot.py",
         "            variable.assign(value)",

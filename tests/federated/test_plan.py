@@ -136,6 +136,13 @@ def test_ids_of_workers_own_rows():
         of.of_ids(["a", "a"], 2, Workers([("a", 2)], [("a", 1)]), is_local=True)
 
 
+def test_one_client_is_not_two_by_ids_of_two_kinds():
+    tables = [(4, 2)], (None, None, False), [("4", 1)]
+    for ids in ([4, 4], ["4"]):  # on each worker
+        with pytest.raises(ArgumentError, match="int on worker 0, str on worker 2"):
+            of.of_ids(ids, len(ids), Workers(*tables), is_local=True)
+
+
 def test_a_worker_without_rows_needs_no_ids():
     for ids, empty in (([], (None, [], False)), (None, (None, None, False))):
         workers = Workers(empty, [("b", 3)])

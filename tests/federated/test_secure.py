@@ -6,6 +6,7 @@ import hashlib
 import hmac
 import struct
 import threading
+from fractions import Fraction
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +17,7 @@ import tensorflow as tf
 import tfdist
 from tfdist.errors import ArgumentError, DisagreementError
 from tfdist.federated import masks
-from tfdist.federated.secure_sum import FixedPoint
+from tfdist.federated.secure_sum import STATE, FixedPoint
 from tfdist.federated.sums import NOT_CANCELLED, MaskedSums
 from tfdist.federated.validation import check_secure
 from tfdist.strategies.base import Place
@@ -101,10 +102,27 @@ def test_a_worker_without_a_key_is_named():
 def test_rounding_to_whole_numbers():
     numbers = FixedPoint(64, 4, 2.0)
     values = [0.03, 0.04, -0.5, 2.0, 2.1, -9.0, np.inf, np.nan]
-    encoded, clipped = numbers.encode(tf.constant(values, tf.float64))
-    assert encoded.numpy().tolist() == [0, 1, -8, 32, 32, -32, 0, 0]
-    assert int(clipped) == 4
+    for encode in (numbers.encode, tf.function(numbers.encode)):  # NaN is counted in graphs too
+        encoded, clipped = encode(tf.constant(values, tf.float64))
+        assert encoded.numpy().tolist() == [0, 1, -8, 32, 32, -32, 0, 0]
+        assert int(clipped) == 4
     np.testing.assert_array_equal(numbers.decode(encoded)[:4], [0, 1 / 16, -0.5, 2])
+
+
+def test_sums_of_metrics_have_no_limit_that_shows():
+    """As Python adds up fractions; and what has no words is NaN, on all workers."""
+    values = np.array([
+        [3.39e9, -3.0e38, 1e-9, 2.0**100, np.nan, 1.0, 1e300],
+        [1.1e10, 2.99e38, 2e-9, 0.1 - 2.0**100, 1.0, -np.inf, 1.0],
+        [0.25, 1e36, 1 / 3, 2.0**-60, 1.0, np.inf, 1.0],
+    ])  # fmt: skip
+    for encode in (STATE.encode, tf.function(STATE.encode)):
+        sent, without = zip(*(encode(tf.constant(row)) for row in values), strict=True)
+        assert [int(count) for count in without] == [2, 1, 1]
+        total = STATE.decode(tf.add_n(sent)).numpy()
+        exact = [float(sum(map(Fraction, column))) for column in values.T[:4].tolist()]
+        np.testing.assert_allclose(total[:4], exact, rtol=1e-15, atol=3 * 2.0**-72)
+        assert np.isnan(total[4:]).all()
 
 
 class Alone:
@@ -118,7 +136,11 @@ class Alone:
 
 def messages(settings: Any, are_whole: bool = False) -> tuple[list[Any], list[Any]]:
     updates = [tf.constant([[0.5, -3.25]]), tf.constant(1.5)]
-    others = [tf.constant([7], tf.int64), tf.constant(2.5), tf.constant(3, tf.int32)]
+    others = [
+        tf.constant([7], tf.int64),
+        tf.constant([[2e9], [np.nan]]),
+        tf.constant(3, tf.int32),
+    ]
     made = [
         MaskedSums(settings, mask, Alone()).message(
             tf.constant(4, tf.int64), updates, others, are_whole
@@ -137,10 +159,10 @@ def test_tensors_are_read_from_a_sum(bits):
     updates, others, clipped = made[1].read(sums)
     np.testing.assert_array_equal(updates[0], [[1.5, -6.0]])  # -3.25 is clipped
     assert float(updates[1]) == 4.5
-    assert [(o.dtype, o.numpy().tolist()) for o in others] == [
-        (tf.int64, [21]), (tf.float32, 7.5), (tf.int32, 9)
-    ]  # fmt: skip
-    assert float(clipped) == pytest.approx(1 / 6)
+    assert [o.dtype for o in others] == [tf.int64, tf.float32, tf.int32]
+    for other, expected in zip(others, ([21], [[6e9], [np.nan]], 9), strict=True):
+        np.testing.assert_array_equal(other, expected)
+    assert float(clipped) == pytest.approx(2 / 7)
 
 
 def test_masks_that_are_left_are_noticed():

@@ -98,7 +98,8 @@ def of_ids(ids: Any, num_rows: int, strategy: Strategy, is_local: bool) -> Clien
 
     Raises:
         ArgumentError: The ids do not fit the rows, some workers have ids and others have none,
-            or two workers hold rows of one client.
+            two workers hold rows of one client, or the ids of one worker are whole numbers
+            and those of another strings.
     """
     by_name, problem = None, None
     if ids is not None:
@@ -116,8 +117,9 @@ def of_ids(ids: Any, num_rows: int, strategy: Strategy, is_local: bool) -> Clien
         counts = np.array([len(rows) for rows in by_name.values()], np.int64)
         members = dict(enumerate(by_name.values()))
         return Clients(counts, np.full(len(counts), ANYWHERE), members, "id")
+    _check_kinds([table for _, table, _ in told])
     entries = [(n, w, size) for w, (_, table, _) in enumerate(told) for n, size in table or []]
-    entries.sort(key=lambda entry: (isinstance(entry[0], str), *entry))
+    entries.sort()
     for (name, worker, _), (following, other, _) in itertools.pairwise(entries):
         if name == following:
             raise ArgumentError(
@@ -160,6 +162,23 @@ def _rows_by_name(ids: Any) -> dict[Any, Rows]:
     counts = np.bincount(inverse, minlength=len(names))
     rows = np.split(order, np.cumsum(counts)[:-1]) if len(names) else []
     return dict(zip(names.tolist(), rows, strict=True))
+
+
+def _check_kinds(tables: list[Any]) -> None:
+    """Refuses ids of two kinds: with 4 and "4", one client could be counted as two.
+
+    Args:
+        tables: The ids of each worker with their numbers of rows, or None.
+    """
+    kinds = [{type(name).__name__ for name, _ in table or []} for table in tables]
+    if len(set().union(*kinds)) > 1:
+        listed = (
+            f"{kind} on worker {n}" for n, each in enumerate(kinds) for kind in sorted(each)
+        )
+        raise ArgumentError(
+            "`clients` must be whole numbers on all workers, or strings on all. Received: "
+            f"{', '.join(listed)}. Write the ids of all clients in the same way."
+        )
 
 
 def _have_ids(told: list[Any]) -> bool:

@@ -55,12 +55,12 @@ class FixedPoint:
             The whole numbers, and how many values were clipped, a scalar int64. Values that
             are not finite become 0, and count as clipped.
         """
-        is_inside = tf.abs(value) <= self.max_value
+        outside = _outside(value, self.max_value)
         finite = tf.where(tf.math.is_finite(value), value, tf.zeros_like(value))
         clipped = tf.clip_by_value(finite, -self.max_value, self.max_value)
         scaled = tf.round(clipped * 2.0**self.fraction_bits)
         number = tf.cast(tf.cast(scaled, tf.int64), self.dtype)
-        return number, tf.reduce_sum(tf.cast(~is_inside, tf.int64))
+        return number, tf.reduce_sum(outside)
 
     def decode(self, total: Tensor) -> Tensor:
         """Returns a sum of whole numbers as float64.
@@ -71,8 +71,88 @@ class FixedPoint:
         return tf.cast(total, tf.float64) * 2.0**-self.fraction_bits
 
 
-# The state of metrics: sums of losses and counts of rows.
-STATE = FixedPoint(64, 24, 2.0**28)
+@dataclass(frozen=True)
+class WideFixedPoint:
+    """Numbers as several whole numbers each, for values of which no range is known.
+
+    A value is the sum of its words, times a unit each: the last one's is 2^-fraction_bits, and
+    each other one's 2^word_bits times that of the next.
+
+    Attributes:
+        words: Whole numbers of 64 bits that a value has.
+        word_bits: Bits of each, without the sign. The others are for the sum.
+        fraction_bits: Bits after the point.
+    """
+
+    words: int
+    word_bits: int
+    fraction_bits: int
+    bits: int = 64
+
+    @property
+    def max_value(self) -> float:
+        """Larger values have no words."""
+        return 2.0 ** (self.words * self.word_bits - self.fraction_bits)
+
+    def bits_for(self, replicas: int) -> int:
+        """Returns the bits that a sum of words may need.
+
+        Args:
+            replicas: The number of replicas whose numbers are added up.
+        """
+        largest: int = replicas * 2**self.word_bits
+        return 1 + largest.bit_length()
+
+    def encode(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Rounds values.
+
+        Args:
+            value: A float64 vector.
+
+        Returns:
+            The words of the values, int64 of shape [words + 1, values], and how many values
+            have none, since they are too large or not finite: a scalar int64. The last row
+            has a 1 for these, and otherwise 0.
+        """
+        outside = _outside(value, self.max_value)
+        rest = tf.where(outside > 0, tf.zeros_like(value), value) / self._units[0]
+        words = []
+        for _ in range(self.words):
+            word = tf.round(rest)
+            words.append(tf.cast(word, tf.int64))
+            rest = (rest - word) * 2.0**self.word_bits  # exact
+        return tf.stack([*words, outside]), tf.reduce_sum(outside)
+
+    def decode(self, total: Tensor) -> Tensor:
+        """Returns a sum of words as float64, NaN where a value of the sum has none.
+
+        Args:
+            total: The sum, of shape [words + 1, values].
+        """
+        *words, outside = tf.unstack(total)
+        value = tf.zeros_like(words[0], tf.float64)
+        for word, unit in zip(words, self._units, strict=True):
+            # In this order, what large words cancel takes nothing from small ones.
+            value += tf.cast(word, tf.float64) * unit
+        return tf.where(tf.equal(outside, 0), value, tf.constant(math.nan, tf.float64))
+
+    @property
+    def _units(self) -> list[float]:
+        bits = range((self.words - 1) * self.word_bits, -1, -self.word_bits)
+        return [2.0 ** (each - self.fraction_bits) for each in bits]
+
+
+# The state of metrics: sums of losses and counts of rows, up to the largest in float32.
+STATE = WideFixedPoint(words=5, word_bits=40, fraction_bits=72)
+
+
+def _outside(value: Tensor, max_value: float) -> Tensor:
+    """Returns 1 for each value that is larger or not finite, otherwise 0, int64.
+
+    Graphs turn `not a <= b` into `a > b`, which is not the same for NaN.
+    """
+    is_inside = tf.abs(value) <= max_value
+    return tf.where(is_inside, tf.constant(0, tf.int64), tf.constant(1, tf.int64))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -138,7 +138,8 @@ class MaskedSums:
         parts = []
         for other in others:
             if other.dtype.is_floating:
-                part, out_of_range = STATE.encode(_flat([other], tf.float64))
+                words, out_of_range = STATE.encode(_flat([other], tf.float64))
+                part = tf.reshape(words, [-1])
                 clipped += out_of_range
             else:
                 part = _flat([other], tf.int64)
@@ -193,10 +194,14 @@ class Message:
         )
         with tf.control_dependencies([] if check is None else [check]):
             updates, exact = tf.identity(updates), tf.identity(exact)
-        others = []
-        for part, other in zip(_split(exact[:-2], self.others), self.others, strict=True):
+        others, begin = [], 0
+        for other in self.others:
+            size = _size(other)
+            rows = STATE.words + 1 if other.dtype.is_floating else 1
+            part = tf.reshape(exact[begin : begin + rows * size], [rows, size])
             value = STATE.decode(part) if other.dtype.is_floating else part
-            others.append(tf.cast(value, other.dtype))
+            others.append(tf.reshape(tf.cast(value, other.dtype), other.shape))
+            begin += rows * size
         values = self.replicas * sum(_size(t) for t in (*self.updates, *self.others))
         clipped = tf.cast(exact[-2] / values, tf.float32)
         return _split(self.of_updates.decode(updates), self.updates), others, clipped
