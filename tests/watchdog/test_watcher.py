@@ -268,12 +268,13 @@ def test_memory_of_a_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_the_launcher_repeats_the_report() -> None:
+    at = progress.here.at
     report = diagnosis.report({0: note(0), 1: note(1, step=3)}, {}, ["worker 2"], "It ends.")
     lines = ("before", *report.splitlines())
     failure = Failure(Worker(0, ("x",), {}), HUNG, lines)
     assert failure.excerpt() == lines[1:]
     assert "worker 2  has sent no status" in report
-    assert progress.here.at == OUTSIDE
+    assert progress.here.at == at
 
 
 # --- messages that a stranger may have posted ---------------------------------------------
