@@ -11,6 +11,8 @@ import numpy as np
 import tfdist
 from tests.equivalence.own_code import CASES
 from tests.places.program import SEED
+from tfdist import _keras
+from tfdist.strategies.whole import as_whole
 
 ZERO = {"zero": tfdist.Zero(), "zero3": tfdist.Zero(stage=3)}
 
@@ -32,5 +34,12 @@ def do(name: str, folder: Path) -> dict[str, Any]:
             for model, state in zip(models, states, strict=True)
             for v in (*model.variables, *state)
         ),
+        "in_shares": all(map(_is_in_shares, models)),
         "history": history.history,
     }
+
+
+def _is_in_shares(model: Any) -> bool:
+    """Tells whether replicas shared the batches, or each computed all of them."""
+    prepared = _keras.attached(model).prepared
+    return prepared is None or as_whole(prepared.strategy) is None

@@ -14,7 +14,7 @@ import tensorflow as tf
 import tfdist
 from tfdist._keras import datasets
 from tfdist.errors import ArgumentError, StrategyError
-from tfdist.scripts import own_strategies
+from tfdist.scripts import drop_in, own_strategies
 from tfdist.strategies.base import Place
 from tfdist.strategies.session import current
 from tfdist.strategies.single import Single
@@ -81,6 +81,17 @@ def test_callbacks_of_an_unmodified_script_call_keras() -> None:
             model().fit(X, Y, epochs=2, shuffle=False, verbose=0, callbacks=[Curious()])
         records.append(list(seen))
     np.testing.assert_allclose(records[0], records[1], 1e-5)
+
+
+def test_a_call_in_a_callback_waits_for_no_other_worker() -> None:
+    seen: list[str] = []
+    routed = drop_in._routed(
+        lambda *_, **__: seen.append("tfdist"), lambda *_, **__: seen.append("Keras"), "auto"
+    )
+    routed(None)
+    with routing.running():
+        routed(None)
+    assert seen == ["tfdist", "Keras"]
 
 
 def test_a_model_is_not_compiled_while_it_trains() -> None:
