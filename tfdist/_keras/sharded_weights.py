@@ -51,7 +51,26 @@ class Gathering(Protocol):
         """Returns the whole value of a variable as an array, if this process can have it."""
 
 
-class InParts:
+class _Backing:
+    """What Keras asks of the `tf.Variable` behind a `keras.Variable`, but its value.
+
+    Args:
+        variable: The `keras.Variable`.
+        whole: The `tf.Variable` that this stands for.
+        shape: The shape of the whole value.
+    """
+
+    def __init__(self, variable: Any, whole: Any, shape: tf.TensorShape) -> None:
+        self.shape = shape
+        self.dtype = whole.dtype
+        self.device = whole.device
+        self.name = whole.name
+        self.trainable = whole.trainable
+        self._unique_id = whole._unique_id
+        self.variable = variable
+
+
+class InParts(_Backing):
     """The backing of a `keras.Variable` of which each replica has a part.
 
     Keras reads it by `__tf_tensor__`, and writes it by its `assign` methods.
@@ -64,16 +83,9 @@ class InParts:
     """
 
     def __init__(self, variable: Any, part: Any, cut: Any, gathering: Gathering) -> None:
-        whole = variable._value
+        super().__init__(variable, variable._value, tf.TensorShape(cut.shape))
         self.part = part
         self.cut = cut
-        self.shape = tf.TensorShape(cut.shape)
-        self.dtype = whole.dtype
-        self.device = whole.device
-        self.name = whole.name
-        self.trainable = whole.trainable
-        self._unique_id = whole._unique_id
-        self.variable = variable
         self.gathering = gathering
 
     def __tf_tensor__(self, dtype: Any = None, name: str | None = None) -> Tensor:
@@ -197,7 +209,7 @@ def _add_operators() -> None:
 _add_operators()
 
 
-class LostWeight:
+class LostWeight(_Backing):
     """The backing of a `keras.Variable` whose parts could not be joined. It can be assigned.
 
     Args:
@@ -206,13 +218,7 @@ class LostWeight:
     """
 
     def __init__(self, variable: Any, whole: Any) -> None:
-        self.shape = whole.shape
-        self.dtype = whole.dtype
-        self.device = whole.device
-        self.name = whole.name
-        self.trainable = whole.trainable
-        self._unique_id = whole._unique_id
-        self.variable = variable
+        super().__init__(variable, whole, whole.shape)
         self._whole = whole
 
     def __tf_tensor__(self, dtype: Any = None, name: str | None = None) -> Tensor:

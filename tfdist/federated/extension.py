@@ -30,6 +30,7 @@ from tfdist.federated.validation import (
     check_secure,
 )
 from tfdist.step.prepared import PreparedModel
+from tfdist.strategies.base import Place
 from tfdist.training.extension import Extension
 from tfdist.training.request import Request
 
@@ -67,8 +68,6 @@ class FederatedTraining(Extension):
     def source(self, request: Request, source: data.Source) -> data.Source:
         """Makes rounds of the rows."""
         assert isinstance(source, Arrays)
-        assert request.sampler is not None
-        assert request.seed is not None
         self._clients = self._find_clients(request, source)
         check_clients(self._clients, self._settings)
         holders = int((self._clients.sizes > 0).sum())
@@ -78,15 +77,39 @@ class FederatedTraining(Extension):
                 "`clients_per_round` must be at most the number of clients that hold rows. "
                 f"Received: clients_per_round={wanted} and {holders} clients."
             )
-        plan = Plan(
+        return self._make_rounds(request, source, self._clients)
+
+    def _make_rounds(self, request: Request, source: Arrays, clients: Clients) -> Rounds:
+        """Makes the rounds of clients that were checked."""
+        return Rounds(source, self._plan(Plan, request, source, clients))
+
+    def _plan(
+        self,
+        kind: type[Plan],
+        request: Request,
+        source: Arrays,
+        clients: Clients,
+        place: Place | None = None,
+    ) -> Plan:
+        """Makes a plan.
+
+        Args:
+            kind: Its class.
+            request: The arguments of `fit`.
+            source: The rows.
+            clients: The clients.
+            place: The replicas among which clients are divided; None for those of the strategy.
+        """
+        assert request.sampler is not None
+        assert request.seed is not None
+        return kind(
             self._settings,
-            self._clients,
-            request.session.strategy.place,
+            clients,
+            request.session.strategy.place if place is None else place,
             request.sampler,
             source.batch_size,
             request.seed,
         )
-        return Rounds(source, plan)
 
     def bind(self, request: Request, source: data.Source) -> None:
         """Refuses models whose local steps are not known, and prepares the rounds."""

@@ -7,9 +7,9 @@ from typing import ClassVar
 
 from tfdist.errors import ArgumentError
 from tfdist.federated.protection import ClientProtection
-from tfdist.privacy.accounting.arguments import check_choice, check_count, check_number
-from tfdist.privacy.accounting.ledger import ACCOUNTANTS, RELATIONS, Ledger
-from tfdist.privacy.settings import LARGEST_NORM, LEAST_NORM
+from tfdist.privacy.accounting.arguments import check_number
+from tfdist.privacy.accounting.ledger import Ledger
+from tfdist.privacy.settings import check_guarantee
 
 
 @dataclass(frozen=True)
@@ -81,29 +81,9 @@ class ClientDP(ClientProtection):
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        check_number("l2_norm_clip", self.l2_norm_clip, LEAST_NORM, LARGEST_NORM)
-        if (self.noise_multiplier is None) == (self.target_epsilon is None):
-            raise ArgumentError(
-                "Exactly one of `noise_multiplier` and `target_epsilon` must be given. "
-                f"Received: noise_multiplier={self.noise_multiplier!r}, "
-                f"target_epsilon={self.target_epsilon!r}. With a target the noise is found."
-            )
-        if self.noise_multiplier is not None:
-            check_number("noise_multiplier", self.noise_multiplier, 0)
-        if self.target_epsilon is not None:
-            check_number("target_epsilon", self.target_epsilon, 0)
-        if self.delta is None:
-            raise ArgumentError(
-                "`delta` must be given: the probability with which the guarantee may fail. "
-                "Received: delta=None. Take one far below 1 / the number of clients."
-            )
-        check_number("delta", self.delta, 0, 1, open_ends=True)
+        check_guarantee(self, "clients", takes_schedules=False)
         check_number("sampling_probability", self.sampling_probability, 0, 1)
         if self.sampling_probability == 0:
             raise ArgumentError(
                 "`sampling_probability` must be above 0. Received: sampling_probability=0."
             )
-        check_choice("accountant", self.accountant, ACCOUNTANTS)
-        check_choice("relation", self.relation, RELATIONS)
-        if self.seed is not None:
-            check_count("seed", self.seed, 0)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
-import secrets
 from typing import Any
 
 from tfdist import data
@@ -14,20 +12,17 @@ from tfdist.federated.clients import Clients
 from tfdist.federated.settings import FedAvg
 from tfdist.federated.source import Rounds
 from tfdist.privacy import leaking_callbacks, validation
-from tfdist.privacy.accounting.ledger import CLIENT, Ledger, Phase, dp_accounting
-from tfdist.privacy.accounting.report import Report, careless_delta
-from tfdist.privacy.budget import PrivacyBudget
+from tfdist.privacy.accounting.ledger import CLIENT, Phase
+from tfdist.privacy.accounting.report import careless_delta
 from tfdist.privacy.calibration import find_noise
 from tfdist.privacy.client_dp import ClientDP
-from tfdist.privacy.leaking_callbacks import StepLogs
+from tfdist.privacy.counted_run import CountedRun
 from tfdist.privacy.mechanism.client_updates import ClientUpdates
 from tfdist.privacy.planning import Plan
-from tfdist.privacy.progress import StepProgress, watched
-from tfdist.privacy.spending import Spending
 from tfdist.training.request import Request
 
 
-class ClientRun:
+class ClientRun(CountedRun[ClientDP]):
     """A `fit` with client-level privacy, from its arguments to its report.
 
     A step of the ledger is a round.
@@ -37,11 +32,7 @@ class ClientRun:
         request: The other arguments of `fit`.
 
     Attributes:
-        privacy: The settings.
         mechanism: The clipping and the noise. It is set by `plan`.
-        planned_steps: The planned rounds of this `fit`.
-        seed: The seed of all random choices but the noise.
-        is_seeded: Whether the user has chosen it. Otherwise it is secret.
 
     Raises:
         ArgumentError: An argument cannot be used with client-level privacy.
@@ -49,10 +40,8 @@ class ClientRun:
     """
 
     mechanism: ClientUpdates
-    planned_steps: int
 
     def __init__(self, federated: FedAvg, request: Request) -> None:
-        session, model, callbacks = request.session, request.model, request.callbacks
         privacy = federated.privacy
         if not isinstance(privacy, ClientDP):
             raise ArgumentError(
@@ -60,30 +49,9 @@ class ClientRun:
                 f"privacy={privacy!r}."
             )
         _check(request)
-        listed = getattr(callbacks, "callbacks", callbacks)
-        self._callbacks = [*listed] if isinstance(listed, list | tuple) else [listed]
-        validation.check_callbacks(callbacks, request.x)
-        self._validates_inside = validation.check_validation(
-            callbacks, request.x, request.validation_data, request.validation_split
-        )
-        dp_accounting()  # a missing package is reported now, not after training
-        self.privacy = privacy
-        self._model, self._session = model, session
-        user_seed = privacy.seed if request.seed is None else request.seed
-        self.seed = secrets.randbits(127) if user_seed is None else user_seed
-        self.is_seeded = user_seed is not None
+        super().__init__(privacy, request)
         assert federated.local_steps is not None  # `FedAvg` has checked it
-        self._progress = StepProgress(model, privacy, federated.local_steps)
-        secret = privacy.seed is None and user_seed is None
-        self._spending = Spending(
-            privacy, session, model, self._progress, callbacks, secret=secret
-        )
-
-    def go_on(
-        self, saved: dict[str, Any] | None = None, kept: int = 0, directory: Any = None
-    ) -> dict[str, Any]:
-        """Reads the records of earlier processes; see `Spending.go_on`."""
-        return self._spending.go_on(saved, kept, directory)
+        self._begin_count(request, not self.is_seeded, federated.local_steps)
 
     def plan(self, source: data.Source, epochs: int) -> None:
         """Calibrates the noise.
@@ -124,11 +92,6 @@ class ClientRun:
         return "\ntfdist: ".join(filter(None, lines))
 
     @property
-    def _delta(self) -> float:
-        assert self.privacy.delta is not None  # ClientDP has checked it
-        return self.privacy.delta
-
-    @property
     def common_settings(self) -> dict[str, Any]:
         """The settings that must be equal on all workers."""
         return {
@@ -142,42 +105,7 @@ class ClientRun:
     @property
     def settings(self) -> dict[str, Any]:
         """The settings that must not change in a continued training."""
-        described = dataclasses.asdict(self._spending.phase(0))
-        for name in ("run_id", "groups", "after", "continues", "secret"):
-            del described[name]
-        return {"l2_norm_clip": self.privacy.l2_norm_clip, **described}
-
-    @property
-    def steps_made(self) -> int:
-        """The number of rounds of this training, with those of earlier processes."""
-        return self._progress.steps_made
-
-    @property
-    def restored_steps(self) -> int:
-        """The number of rounds of earlier processes."""
-        return self._progress.restored_steps
-
-    def ledger(self, steps: int) -> Ledger:
-        """Returns all private rounds with these clients.
-
-        Args:
-            steps: The number of rounds of this training.
-        """
-        return self._spending.ledger(steps)
-
-    def report(self) -> Report:
-        """Returns the report of all rounds so far."""
-        history = self._spending.history()
-        return Report(
-            history.ledger,
-            delta=self._delta,
-            accountant=self.privacy.accountant,
-            relation=self.privacy.relation,
-            secret=history.is_secret,
-            uncounted_steps=history.uncounted,
-            changes=history.changes,
-            validated_inside=self._validates_inside,
-        )
+        return {"l2_norm_clip": self.privacy.l2_norm_clip, **self._phase_settings()}
 
     def watched(self, callbacks: Any) -> Any:
         """Adds callbacks that count rounds, and renews the noise.
@@ -185,25 +113,7 @@ class ClientRun:
         Args:
             callbacks: A list of callbacks, or a `CallbackList`.
         """
-        self._progress.restart(self.mechanism)
-        listed = getattr(callbacks, "callbacks", callbacks)
-        if self._spending.limit is not None:
-            listed.append(PrivacyBudget(self._spending.limit))
-        for callback in listed:
-            if isinstance(callback, PrivacyBudget):
-                callback.run = self
-        names = StepLogs(self._callbacks, ())
-        counted = watched(callbacks, self._progress, self._spending, names)
-        return self._spending.outside.watched(counted)
-
-    def counting(self) -> contextlib.AbstractContextManager[None]:
-        """Returns a context for the training. Its rounds count even if it fails."""
-        return self._spending.counting()
-
-    def note_restored(self) -> None:
-        """Called after a checkpoint was restored."""
-        self._progress.number_by_optimizer()
-        self._progress.look()
+        return self._counted(callbacks, self.mechanism)
 
 
 def _check(request: Request) -> None:

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from typing import Any
 
 from tfdist import data
 from tfdist.errors import StrategyError
+from tfdist.privacy.counted_training import CountedTraining
 from tfdist.privacy.mechanism.step import PrivateStep, PrivateSteps
 from tfdist.privacy.run import PrivateRun
 from tfdist.privacy.validation import check_copies
 from tfdist.step.prepared import PreparedModel
-from tfdist.training.extension import Extension
 from tfdist.training.request import Request
 
 
-class PrivateTraining(Extension):
+class PrivateTraining(CountedTraining):
     """DP-SGD as a part of `fit`.
 
     Args:
         privacy: The argument `privacy` of `fit`.
     """
 
-    name = "privacy"
     needs_state = True
     keeps_secrets = True
     run: PrivateRun
@@ -57,7 +55,7 @@ class PrivateTraining(Extension):
             return private_request
         return dataclasses.replace(
             private_request,
-            seed=run.sampling_seed,
+            seed=run.seed,
             seed_is_secret=not run.is_seeded,
         )
 
@@ -67,38 +65,7 @@ class PrivateTraining(Extension):
         self.run.plan(source, request.epochs - request.initial_epoch)
         self.step_maker = PrivateSteps(self.run.mechanism)
 
-    def facts(self) -> dict[str, Any]:
-        """Returns the settings that must be equal on all workers."""
-        return self.run.common_settings
-
-    def notice(self, request: Request) -> str | None:
-        """Returns warnings: a `delta` that is too large, and slow parts of the model."""
-        return self.run.notice()
-
     def callbacks(self, request: Request, callbacks: Any, prepared: PreparedModel) -> Any:
         """Adds callbacks that count steps, and renews the noise."""
         step = prepared.own_step
         return self.run.watched(callbacks, step) if isinstance(step, PrivateStep) else callbacks
-
-    def running(self) -> contextlib.AbstractContextManager[None]:
-        """Returns a context for the training. Its steps count even if it fails."""
-        return self.run.counting()
-
-    def report(self, request: Request, history: Any) -> None:
-        """Adds the report to the history, and prints its summary."""
-        history.privacy = self.run.report()
-        if request.shows:
-            line = history.privacy.line(self.run.privacy.target_epsilon)
-            print(f"tfdist: {line}", flush=True)
-
-    def settings(self) -> Any:
-        """Returns the settings that must not change in a continued training."""
-        return self.run.settings
-
-    def go_on(self, saved: Any, steps: int = 0, directory: Any = None) -> Any:
-        """Reads the records of earlier processes."""
-        return self.run.go_on(saved, steps, directory)
-
-    def note_restored(self) -> None:
-        """Called after a checkpoint was restored."""
-        self.run.note_restored()

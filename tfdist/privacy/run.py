@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import secrets
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,24 +16,20 @@ from tfdist.data.arrays import Arrays
 from tfdist.data.separation import SeparationCheck
 from tfdist.errors import ArgumentError
 from tfdist.privacy import leaking_callbacks, validation
-from tfdist.privacy.accounting.ledger import Ledger, dp_accounting
-from tfdist.privacy.accounting.report import Report, careless_delta
-from tfdist.privacy.budget import PrivacyBudget
+from tfdist.privacy.accounting.report import careless_delta
 from tfdist.privacy.calibration import find_noise
+from tfdist.privacy.counted_run import CountedRun
 from tfdist.privacy.dpftrl import SameOrder
-from tfdist.privacy.leaking_callbacks import StepLogs
 from tfdist.privacy.mechanism import clipping, independence, unfit_layers
 from tfdist.privacy.mechanism.mechanism import Mechanism
 from tfdist.privacy.mechanism.spot_checks import SpotChecks
 from tfdist.privacy.mechanism.step import PrivateStep
 from tfdist.privacy.planning import in_its_turn, plan, watch
-from tfdist.privacy.progress import StepProgress, watched
 from tfdist.privacy.sampling.cyclic import CyclicPoisson
 from tfdist.privacy.sampling.poisson import Poisson
 from tfdist.privacy.sampling.users import PoissonOfUsers, Users
 from tfdist.privacy.schedules import norm_of
 from tfdist.privacy.settings import DPSGD
-from tfdist.privacy.spending import Spending
 from tfdist.samplers import Sampler, Sequential
 from tfdist.step.composition import traced_steps
 from tfdist.strategies.base import Place
@@ -49,7 +44,7 @@ class _Everyone(Poisson):
         return Poisson(capacity=num_rows)
 
 
-class PrivateRun:
+class PrivateRun(CountedRun[DPSGD]):
     """A private `fit` from its arguments to its report.
 
     Args:
@@ -58,10 +53,7 @@ class PrivateRun:
 
     Attributes:
         sampler: The sampler of the rows of each step.
-        sampling_seed: The seed of the sampler.
         mechanism: The clipping and the noise. It is set by `plan`.
-        planned_steps: The planned steps of this `fit`.
-        is_seeded: Whether the user has chosen `sampling_seed`. Otherwise it is secret.
         draws_secretly: Whether the guarantee depends on secret sampling.
 
     Raises:
@@ -70,28 +62,21 @@ class PrivateRun:
     """
 
     mechanism: Mechanism
-    planned_steps: int
 
     def __init__(self, privacy: Any, request: Request) -> None:
-        session, model, x, seed = request.session, request.model, request.x, request.seed
-        callbacks = request.callbacks
+        x = request.x
         if not isinstance(privacy, DPSGD):
             raise ArgumentError(
                 f"`privacy` must be a tfdist.DPSGD or None. Received: privacy={privacy!r}. "
                 "A tfdist.ClientDP is the `privacy` of tfdist.FedAvg."
             )
-        validation.check_data(session, x, request.sampler, request.class_weight, privacy)
+        validation.check_data(
+            request.session, x, request.sampler, request.class_weight, privacy
+        )
         validation.check_copies(privacy, request.augment)
         validation.check_users(privacy, request.shard, request.validation_split)
-        listed = getattr(callbacks, "callbacks", callbacks)
-        self._callbacks = [*listed] if isinstance(listed, list | tuple) else [listed]
-        validation.check_callbacks(callbacks, x)
-        self._validates_inside = validation.check_validation(
-            callbacks, x, request.validation_data, request.validation_split
-        )
-        dp_accounting()  # a missing package is reported now, not after training
-        unfit_layers.check_model(model)
-        self.privacy = privacy
+        super().__init__(privacy, request)
+        unfit_layers.check_model(request.model)
         self.draws_secretly = privacy.samples
         self.sampler: Sampler = request.sampler or _Everyone()
         if privacy.samples and privacy.bands is not None:
@@ -104,30 +89,10 @@ class PrivateRun:
         if privacy.group_ids is not None:
             self._users = Users(privacy.group_ids, privacy.max_rows_per_group)
             self.sampler = PoissonOfUsers(self._users, self.sampler)  # type: ignore[arg-type]
-        user_seed = privacy.seed if seed is None else seed
-        self.sampling_seed = secrets.randbits(127) if user_seed is None else user_seed
-        self._model = model
-        self._session = session
-        has_secret_sampling = user_seed is None or not self.draws_secretly
-        self.is_seeded = user_seed is not None
-        self._progress = StepProgress(model, privacy)
-        self._spending = Spending(
-            privacy,
-            session,
-            model,
-            self._progress,
-            callbacks,
-            secret=privacy.seed is None and has_secret_sampling,
-        )
+        self._begin_count(request, not self.is_seeded or not self.draws_secretly)
         self._watch: SeparationCheck | None = None
         self._source: data.Source | None = None
         self._spot_checks: SpotChecks | None = None
-
-    def go_on(
-        self, saved: dict[str, Any] | None = None, steps: int = 0, directory: Any = None
-    ) -> dict[str, Any]:
-        """Reads the records of earlier processes; see `Spending.go_on`."""
-        return self._spending.go_on(saved, steps, directory)
 
     def plan(self, source: data.Source, epochs: int) -> None:
         """Calibrates the noise, and checks the model on a few rows.
@@ -182,11 +147,11 @@ class PrivateRun:
         if self.draws_secretly:
             return int(source.drawn_from.seed)  # type: ignore[attr-defined]  # of `Arrays`
         if self.is_seeded:
-            return self.sampling_seed
+            return self.seed
         strategy = self._session.strategy
         # A worker that joins an elastic run later would be alone in this collective. With a
         # constant seed, random numbers of rows follow from the contents of rows alone.
-        return 0 if strategy.elastic else int(strategy.broadcast_object(self.sampling_seed))
+        return 0 if strategy.elastic else int(strategy.broadcast_object(self.seed))
 
     def _count_noise(self, noise: float, units: float) -> float:
         if self.privacy.target_quantile is None or noise == 0:
@@ -231,11 +196,6 @@ class PrivateRun:
         return "\ntfdist: ".join(filter(None, lines)) or None
 
     @property
-    def _delta(self) -> float:
-        assert self.privacy.delta is not None  # DPSGD has checked it
-        return self.privacy.delta
-
-    @property
     def common_settings(self) -> dict[str, Any]:
         """The settings that must be equal on all workers."""
         return {
@@ -259,53 +219,17 @@ class PrivateRun:
     @property
     def settings(self) -> dict[str, Any]:
         """The settings that must not change in a continued training."""
-        described = dataclasses.asdict(self._spending.phase(0))
-        left_out = ["run_id", "groups", "after", "continues", "secret"]
+        left_out: list[str] = []
         if self._schedule_text is not None and self.privacy.target_epsilon is None:
             left_out.append("noise_multiplier")  # the schedule's least changes with the epochs
-        for name in left_out:
-            del described[name]
         in_turn = self._source if self._progress.correlated else None
         return {
             "l2_norm_clip": self.mechanism.l2_norm_clip,
             "users": None if self._users is None else self._users.fingerprint,
             "augmentations": self.privacy.augmentations,
-            **described,
+            **self._phase_settings(*left_out),
             **({} if in_turn is None else in_its_turn(self._model, in_turn)),
         }
-
-    @property
-    def steps_made(self) -> int:
-        """The number of steps of this training, with those of earlier processes."""
-        return self._progress.steps_made
-
-    @property
-    def restored_steps(self) -> int:
-        """The number of steps of earlier processes."""
-        return self._progress.restored_steps
-
-    def ledger(self, steps: int) -> Ledger:
-        """Returns all private steps on the data.
-
-        Args:
-            steps: The number of steps of this training.
-        """
-        return self._spending.ledger(steps)
-
-    def report(self) -> Report:
-        """Returns the report of all steps so far."""
-        history = self._spending.history()
-        return Report(
-            history.ledger,
-            delta=self._delta,
-            accountant=self.privacy.accountant,
-            relation=self.privacy.relation,
-            secret=history.is_secret,
-            uncounted_steps=history.uncounted,
-            changes=history.changes,
-            validated_inside=self._validates_inside,
-            norm_changes=callable(self.privacy.l2_norm_clip),
-        )
 
     def watched(self, callbacks: Any, step: PrivateStep) -> Any:
         """Adds callbacks that count steps, and renews the noise.
@@ -314,25 +238,16 @@ class PrivateRun:
             callbacks: A list of callbacks, or a `CallbackList`.
             step: The step function of the training.
         """
-        self._progress.restart(step)
         step.masks.renew(self._mask_seed)
         step.spot_checks.begin(self._steps_of_epoch)
         self._spot_checks = step.spot_checks
-        listed = getattr(callbacks, "callbacks", callbacks)
-        if self._spending.limit is not None:
-            listed.append(PrivacyBudget(self._spending.limit))
-        for callback in listed:
-            if isinstance(callback, PrivacyBudget):
-                callback.run = self
         noisy = () if self.privacy.target_quantile is None else ("l2_norm_clip",)
-        names = StepLogs(self._callbacks, noisy)
-        with_counters = watched(callbacks, self._progress, self._spending, names)
-        return self._spending.outside.watched(with_counters)
+        return self._counted(callbacks, step, noisy)
 
     @contextlib.contextmanager
     def counting(self) -> Iterator[None]:
         """Returns a context for the training. Its steps count even if it fails."""
-        with self._spending.counting():
+        with super().counting():
             try:
                 yield
                 if self._spot_checks is not None:
@@ -344,8 +259,3 @@ class PrivateRun:
                 if self._watch is None or self._watch.problem is None:
                     raise
                 raise ArgumentError(self._watch.problem) from None
-
-    def note_restored(self) -> None:
-        """Called after a checkpoint was restored."""
-        self._progress.number_by_optimizer()
-        self._progress.look()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 from tfdist.errors import ArgumentError
 from tfdist.privacy.accounting.arguments import check_choice, check_count, check_number
@@ -12,6 +12,77 @@ from tfdist.privacy.accounting.ledger import ACCOUNTANTS, RELATIONS, Ledger
 
 LEAST_NORM, LARGEST_NORM = 1e-10, 1e15
 """The range of clipping norms. Squares of gradients underflow below and overflow above."""
+
+
+class Guarantee(Protocol):
+    """The settings of a guarantee that those of examples and of clients share."""
+
+    @property
+    def l2_norm_clip(self) -> Any:
+        """The norm, or a schedule of it."""
+
+    @property
+    def noise_multiplier(self) -> Any:
+        """The noise, a schedule of it, or None."""
+
+    @property
+    def target_epsilon(self) -> float | None:
+        """The largest epsilon, or None."""
+
+    @property
+    def delta(self) -> float | None:
+        """The probability with which the guarantee may fail."""
+
+    @property
+    def accountant(self) -> str:
+        """The accountant."""
+
+    @property
+    def relation(self) -> str:
+        """The neighbouring relation."""
+
+    @property
+    def seed(self) -> int | None:
+        """The seed of tests, or None."""
+
+
+def check_guarantee(settings: Guarantee, unit: str, takes_schedules: bool) -> None:
+    """Checks what all private trainings are given.
+
+    Args:
+        settings: The settings.
+        unit: What is protected, in the plural.
+        takes_schedules: Whether the norm and the noise may be functions of the step.
+
+    Raises:
+        ArgumentError: A value is out of its range, or not exactly one of `noise_multiplier`
+            and `target_epsilon` was given.
+    """
+    noise, target = settings.noise_multiplier, settings.target_epsilon
+    if not (takes_schedules and callable(settings.l2_norm_clip)):
+        check_number("l2_norm_clip", settings.l2_norm_clip, LEAST_NORM, LARGEST_NORM)
+    is_schedule = takes_schedules and callable(noise)
+    is_scaled = is_schedule and target is not None
+    if not is_scaled and (noise is None) == (target is None):
+        raise ArgumentError(
+            "Exactly one of `noise_multiplier` and `target_epsilon` must be given. "
+            f"Received: noise_multiplier={noise!r}, target_epsilon={target!r}. With "
+            "`target_epsilon`, tfdist chooses the noise."
+        )
+    if noise is not None and not is_schedule:
+        check_number("noise_multiplier", noise, 0)
+    if target is not None:
+        check_number("target_epsilon", target, 0)
+    if settings.delta is None:
+        raise ArgumentError(
+            "`delta` must be given: it is the probability with which the guarantee may fail. "
+            f"Received: delta=None. Choose one far below 1 / the number of {unit}."
+        )
+    check_number("delta", settings.delta, 0, 1, open_ends=True)
+    check_choice("accountant", settings.accountant, ACCOUNTANTS)
+    check_choice("relation", settings.relation, RELATIONS)
+    if settings.seed is not None:
+        check_count("seed", settings.seed, 0)
 
 
 @dataclass(frozen=True)
@@ -117,28 +188,7 @@ class DPSGD:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        if not callable(self.l2_norm_clip):
-            check_number("l2_norm_clip", self.l2_norm_clip, LEAST_NORM, LARGEST_NORM)
-        is_scaled = callable(self.noise_multiplier) and self.target_epsilon is not None
-        if not is_scaled and (self.noise_multiplier is None) == (self.target_epsilon is None):
-            raise ArgumentError(
-                "Exactly one of `noise_multiplier` and `target_epsilon` must be given. "
-                f"Received: noise_multiplier={self.noise_multiplier!r}, "
-                f"target_epsilon={self.target_epsilon!r}. With `target_epsilon`, tfdist "
-                "chooses the noise."
-            )
-        if self.noise_multiplier is not None and not callable(self.noise_multiplier):
-            check_number("noise_multiplier", self.noise_multiplier, 0)
-        if self.target_epsilon is not None:
-            check_number("target_epsilon", self.target_epsilon, 0)
-        if self.delta is None:
-            raise ArgumentError(
-                "`delta` must be given: it is the probability with which the guarantee may "
-                "fail. Received: delta=None. Choose one far below 1 / the number of examples."
-            )
-        check_number("delta", self.delta, 0, 1, open_ends=True)
-        check_choice("accountant", self.accountant, ACCOUNTANTS)
-        check_choice("relation", self.relation, RELATIONS)
+        check_guarantee(self, "examples", takes_schedules=True)
         check_choice("clipping", self.clipping, ("flat", "per_layer"))
         self._check_adaptive()
         if self.microbatch_size is not None:
@@ -154,8 +204,6 @@ class DPSGD:
         check_count("augmentations", self.augmentations, 1)
         if self.samples and self.bands is not None:
             self._check_cyclic()
-        if self.seed is not None:
-            check_count("seed", self.seed, 0)
 
     @property
     def is_scheduled(self) -> bool:

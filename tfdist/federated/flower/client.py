@@ -200,20 +200,12 @@ class _OneClient(FederatedTraining):
         self._task, self._sent, self._kept = task, sent, kept
         self._round: ClientRound | None = None
 
-    def source(self, request: Request, source: data.Source) -> data.Source:
+    def _make_rounds(self, request: Request, source: Arrays, clients: Clients) -> Rounds:
         """Makes the client's part of the plan of all clients."""
-        super().source(request, source)
-        assert isinstance(source, Arrays)
-        assert self._clients is not None
-        assert request.sampler is not None
-        assert request.seed is not None
         devices = request.session.strategy.place.local_replicas
-        number, client = self._clients.number, self._task.client
+        number, client = clients.number, self._task.client
         place = Place(number * devices, client * devices, devices, number, client)
-        plan = _OwnWork(
-            self._settings, self._clients, place, request.sampler, source.batch_size,
-            request.seed,
-        )  # fmt: skip
+        plan = self._plan(_OwnWork, request, source, clients, place)
         return _OneRound(source, plan, self._task.number)
 
     def _find_clients(self, request: Request, source: Arrays) -> Clients:

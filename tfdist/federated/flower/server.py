@@ -160,23 +160,10 @@ class _Server(FederatedTraining):
         self._answers: list[Any] = []
         self._trained: set[int] = set()
 
-    def source(self, request: Request, source: data.Source) -> data.Source:
+    def _make_rounds(self, request: Request, source: Arrays, clients: Clients) -> Rounds:
         """Makes the plan of the messages."""
-        super().source(request, source)
-        assert isinstance(source, Arrays)
-        assert self._clients is not None
-        assert request.sampler is not None
-        assert request.seed is not None
         self._request = request
-        plan = _Messages(
-            self._settings,
-            self._clients,
-            request.session.strategy.place,
-            request.sampler,
-            source.batch_size,
-            request.seed,
-        )
-        return _Exchanges(source, plan)
+        return _Exchanges(source, self._plan(_Messages, request, source, clients))
 
     def _find_clients(self, request: Request, source: Arrays) -> Clients:
         sizes = np.array([client.rows for client in self._nodes.clients], np.int64)
