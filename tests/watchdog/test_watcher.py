@@ -135,6 +135,14 @@ def test_limits_are_learned() -> None:
         settings.with_values(float("nan"), None)
 
 
+def test_a_step_without_a_call_leaves_nothing_behind() -> None:
+    here = Progress()
+    seen: list[str] = []
+    step = here.recording(lambda data: seen.append(here.at), "training")
+    step(SimpleNamespace(steps_taken=0, begins=True))
+    assert (seen, here.at) == (["first step"], OUTSIDE)
+
+
 def test_progress_of_nested_calls() -> None:
     here = Progress()
     with here.calling("fit", alone=False) as outer:
@@ -268,13 +276,12 @@ def test_memory_of_a_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_the_launcher_repeats_the_report() -> None:
-    at = progress.here.at
     report = diagnosis.report({0: note(0), 1: note(1, step=3)}, {}, ["worker 2"], "It ends.")
     lines = ("before", *report.splitlines())
     failure = Failure(Worker(0, ("x",), {}), HUNG, lines)
     assert failure.excerpt() == lines[1:]
     assert "worker 2  has sent no status" in report
-    assert progress.here.at == at
+    assert progress.here.at == OUTSIDE
 
 
 # --- messages that a stranger may have posted ---------------------------------------------

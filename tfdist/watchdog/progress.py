@@ -142,11 +142,14 @@ class Progress:
                 call.validating = kind == "validation" and call.name == "fit"
                 if not call.validating:
                     call.step = call.step + 1 if steps_taken is None else steps_taken + 1
+            # Rounds on Flower make steps without a call of `fit`. After them, nothing is waited
+            # for.
+            afterwards = OUTSIDE if self.at == OUTSIDE else BETWEEN
             between = self._enter(FIRST_STEP if begins or len(durations) < _WARM_UP else STEP)
             try:
                 result = function(data)
             finally:
-                seconds = self._enter(BETWEEN)
+                seconds = self._enter(afterwards)
             durations.append(seconds)
             if kind == "training" and self.on_step is not None:
                 self.on_step(between, seconds)
