@@ -84,7 +84,7 @@ _HOMES = {
     "LearningRateWarmup": "tfdist.training.learning_rate",
     "LocalShard": "tfdist.data",
     "ParameterServer": "tfdist.strategies.parameter_server",
-    "PerClassMetrics": "tfdist.imbalance.per_class",
+    "PerClassMetrics": "tfdist.data.imbalance.per_class",
     "Pipeline": "tfdist.sharding.pipeline.strategy",
     "PowerSGD": "tfdist.compression.settings",
     "PrivacyBudget": "tfdist.privacy.budget",

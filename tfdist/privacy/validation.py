@@ -8,8 +8,8 @@ import keras
 import tensorflow as tf
 
 from tfdist import data
+from tfdist.data.imbalance.per_class import PerClassMetrics
 from tfdist.errors import ArgumentError
-from tfdist.imbalance.per_class import PerClassMetrics
 from tfdist.privacy import leaking_callbacks, shared_rows
 from tfdist.privacy.dpftrl import DPFTRL
 from tfdist.privacy.sampling.poisson import Accounted, Poisson

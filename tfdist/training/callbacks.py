@@ -9,7 +9,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from tfdist.imbalance.per_class import PerClassMetrics
+from tfdist.data.imbalance.per_class import PerClassMetrics
 from tfdist.step.signals import StopState
 from tfdist.strategies.base import Strategy
 from tfdist.training.learning_rate import LearningRateScaling, RateCallback

@@ -8,8 +8,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from tfdist.data.imbalance.prior import as_shares
 from tfdist.errors import ArgumentError
-from tfdist.imbalance.prior import as_shares
 
 
 @keras.saving.register_keras_serializable(package="tfdist")

@@ -11,8 +11,8 @@ import pytest
 from sklearn import metrics as skl
 
 import tfdist
+from tfdist.data.imbalance.per_class import per_class
 from tfdist.errors import ArgumentError, MissingPackageError
-from tfdist.imbalance.per_class import per_class
 
 pytestmark = pytest.mark.quick
 
