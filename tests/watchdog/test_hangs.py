@@ -41,16 +41,16 @@ def stop():
 def fail():
     raise ValueError("mine")
 
-def rows(stall):
+def rows(stall, late):
     x, y = table(640)
     for i in range(10):
-        if i == 7 and is_last:
+        if i == late and is_last:
             time.sleep(stall)
         yield x[i * 64:i * 64 + 64], y[i * 64:i * 64 + 64]
 
-def fit_rows(stall):
+def fit_rows(stall, late=7):
     spec = (tf.TensorSpec([None, 20]), tf.TensorSpec([None], tf.int32))
-    data = tf.data.Dataset.from_generator(rows, args=[stall], output_signature=spec)
+    data = tf.data.Dataset.from_generator(rows, args=[stall, late], output_signature=spec)
     tfdist.fit(model, data, verbose=0)
 
 if case == "stopped":
@@ -84,7 +84,7 @@ if case == "leaves" and is_last:
 if case == "leaves":
     fit()
 if case == "slow data":
-    fit_rows(14)
+    fit_rows(14, late=9)  # the run ends as soon as the last batch comes
 if case == "callback":
     fit(*[At(12, lambda: time.sleep(8))] * is_last)
 print("DONE")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import sys
 import threading
@@ -32,6 +33,7 @@ from tfdist.watchdog.messages import ENDED, HangRequest, StatusMessage
 from tfdist.watchdog.peers import Peers
 from tfdist.watchdog.progress import BETWEEN, OUTSIDE, START, STEP, Progress
 from tfdist.watchdog.settings import WatchdogSettings
+from tfdist.watchdog.watcher import Watcher
 
 pytestmark = pytest.mark.quick
 
@@ -141,6 +143,28 @@ def test_a_step_without_a_call_leaves_nothing_behind() -> None:
     step = here.recording(lambda data: seen.append(here.at), "training")
     step(SimpleNamespace(steps_taken=0, begins=True))
     assert (seen, here.at) == (["first step"], OUTSIDE)
+
+
+@pytest.mark.parametrize(("fails", "times"), [(False, 1), (True, 0)])
+def test_a_run_that_ends_right_after_its_report_went_on(
+    fails: bool, times: int, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at = progress.here.at
+    watching = Watcher(WatchdogSettings(limit=0.1, on_hang="report"))
+
+    def step(data: Any) -> None:
+        time.sleep(2.0)  # longer than the limit of a first step
+        if fails:
+            raise ValueError("mine")
+
+    monkeypatch.setattr(progress.here, "call", None)
+    with contextlib.suppress(ValueError), progress.here.calling("fit", alone=True):
+        progress.here.recording(step, "training")(SimpleNamespace(steps_taken=0, begins=False))
+    watching.close()
+    printed = capfd.readouterr().err
+    assert printed.count("tfdist: the run hangs: ") == 1, printed
+    assert printed.count("tfdist: the run goes on.") == times
+    assert progress.here.at == at
 
 
 def test_progress_of_nested_calls() -> None:

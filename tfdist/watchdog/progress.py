@@ -64,6 +64,7 @@ class Progress:
         since: When that work began, by `time.monotonic()`.
         call: The innermost call that is under way, or the last one.
         calls: Calls of several workers so far.
+        failed: Whether the last call that ended has raised.
         traced: Whether a debugger or a profiler was tracing when the last call began.
         data_counts: Returns how many batches were drawn and how many steps are complete, also
             while a step runs. None if that cannot be known.
@@ -76,6 +77,7 @@ class Progress:
     since: float = field(default_factory=time.monotonic)
     call: LoopCall | None = None
     calls: int = 0
+    failed: bool = False
     traced: bool = False
     data_counts: Callable[[], tuple[int, int]] | None = None
     durations: dict[str, deque[float]] = field(default_factory=dict)
@@ -117,6 +119,11 @@ class Progress:
         self._enter(START)
         try:
             yield call
+        except BaseException:
+            self.failed = True
+            raise
+        else:
+            self.failed = False
         finally:
             self._enter(at)
             if at != OUTSIDE:

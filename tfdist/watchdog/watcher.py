@@ -68,7 +68,7 @@ class Watcher:
         self._unanswered: set[str] = set()  # servers that did not answer the last time
         self._silent: list[str] = []  # servers that did not answer twice in a row
         self._over = False
-        atexit.register(self._post_end)
+        atexit.register(self.close)
         threading.Thread(target=self._watch, name="tfdist-watch", daemon=True).start()
 
     def move(
@@ -132,6 +132,14 @@ class Watcher:
             f"{max(self._lost[w].seconds for w in stopped):.0f} s "
             f"({type(error).__name__}). See the report above."
         )
+
+    def close(self) -> None:
+        """Stops watching, and tells the other workers that this process ends."""
+        self._over = True
+        self._say_if_run_continues()  # the last steps may be faster than the next look
+        if self._store is None or not self.settings.limit or here.calls == 0:
+            return
+        self._post(self._local.ended(self._worker))
 
     # --- the thread ---------------------------------------------------------------------
 
@@ -197,7 +205,7 @@ class Watcher:
     def _say_if_run_continues(self) -> None:
         if self._has_written_report and self._reported_since != here.since:
             self._has_written_report = False
-            if here.at != OUTSIDE:  # else the call has ended, perhaps with an exception
+            if here.at != OUTSIDE or not here.failed:
                 ending.tell("tfdist: the run goes on.")
 
     def _is_at_end(self, status: StatusMessage) -> bool:
@@ -314,9 +322,3 @@ class Watcher:
         self, local: StatusMessage
     ) -> tuple[dict[int, StatusMessage], dict[int, LostWorker]]:
         return self._peers.read_all(self._store, local, self._beat_s)
-
-    def _post_end(self) -> None:
-        self._over = True
-        if self._store is None or not self.settings.limit or here.calls == 0:
-            return
-        self._post(self._local.ended(self._worker))
