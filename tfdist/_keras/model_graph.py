@@ -96,8 +96,8 @@ def _flops(node: Any) -> int:
         ]
 
         def call(*values: Any) -> Any:
-            known = {id(t): value for t, value in zip(tensors, values, strict=True)}
-            args, kwargs = node.arguments.fill_in(known)
+            by_id = {id(t): value for t, value in zip(tensors, values, strict=True)}
+            args, kwargs = node.arguments.fill_in(by_id)
             return node.operation(*args, **kwargs)
 
         traced = tf.function(call, autograph=False).get_concrete_function(*specs)
@@ -114,24 +114,24 @@ def _flops_of_op(op: Any) -> int:
         or not all(shape.is_fully_defined() for shape in shapes)
     ):
         return 0
-    made = op.outputs[0].shape.num_elements()
+    elements = op.outputs[0].shape.num_elements()
     if op.type in _PRODUCTS:
         kernel = op.inputs[1].shape
         return int(
-            2 * made * math.prod(kernel[: -2 if op.type == "DepthwiseConv2dNative" else -1])
+            2 * elements * math.prod(kernel[: -2 if op.type == "DepthwiseConv2dNative" else -1])
         )
     if op.type in _MATRIX_PRODUCTS:
         is_turned = op.node_def.attr["transpose_a"].b or op.node_def.attr["adj_x"].b
-        return int(2 * made * op.inputs[0].shape[-2 if is_turned else -1])
+        return int(2 * elements * op.inputs[0].shape[-2 if is_turned else -1])
     if op.type == "Einsum":
         given, _ = op.get_attr("equation").decode().split("->")
         sizes: dict[str, int] = {}
         for letters, tensor in zip(given.split(","), op.inputs, strict=True):
             if "." in letters:
-                return int(2 * made)
+                return int(2 * elements)
             sizes |= dict(zip(letters, tensor.shape.as_list(), strict=True))
         return 2 * math.prod(sizes.values())
-    return int(made)
+    return int(elements)
 
 
 def seed_states(layers: Sequence[Any]) -> set[int]:

@@ -25,7 +25,7 @@ from tensorflow.python.eager import record as _record
 from tfdist._keras.model_graph import ends, functional_of
 from tfdist._keras.piped_gradient import Backward
 from tfdist._keras.piped_units import MicroBatches, PipedStage, Unit, keep_changes
-from tfdist._keras.recomputation import _has_gradient, _Surroundings
+from tfdist._keras.second_passes import CallSurroundings, has_gradient
 
 Tensor = Any
 _CALL = "call"
@@ -73,12 +73,12 @@ class _PipedCall:
         is_symbolic = _global_state.get_global_attribute("symbolic_scope") is not None
         if is_symbolic or mask is not None or not all(map(tf.is_symbolic_tensor, leaves)):
             return self._original(inputs, training=training, mask=mask, **kwargs)
-        given = self._functional._standardize_inputs(inputs)
+        standardized = self._functional._standardize_inputs(inputs)
         ids, wanted = ends(self._functional)
         step = _PipedStep(self._stages, wanted, self._recomputes, training, kwargs)
-        outputs = step.run(dict(zip(ids, given, strict=True)), self._microbatches)
-        found = [outputs[key] for key in wanted]
-        packed = keras.tree.pack_sequence_as(self._functional._outputs_struct, found)
+        outputs = step.run(dict(zip(ids, standardized, strict=True)), self._microbatches)
+        results = [outputs[key] for key in wanted]
+        packed = keras.tree.pack_sequence_as(self._functional._outputs_struct, results)
         return packed[0] if isinstance(packed, list | tuple) and len(packed) == 1 else packed
 
 
@@ -106,7 +106,7 @@ class _PipedStep:
         self._recomputes = recomputes
         self._training = training
         self._context = context
-        self._surroundings = _Surroundings.now()
+        self._surroundings = CallSurroundings.now()
         self._is_trained = _record.could_possibly_record()
 
     def run(self, inputs: dict[int, Tensor], microbatches: int) -> dict[int, Tensor]:
@@ -126,13 +126,13 @@ class _PipedStep:
             with tf.device(stage.device):
                 values.append([tf.identity(variable._value) for variable in stage.variables])
         numbers = range(microbatches)
-        known = [self._slices(batches, inputs, number) for number in numbers]
+        tensors_of = [self._slices(batches, inputs, number) for number in numbers]
         described = [batches.batch(number) for number in numbers]
         units: list[list[Unit]] = []
         for stage, of_stage in zip(self._stages, values, strict=True):
             units.append([])
-            for batch, tensors in zip(described, known, strict=True):
-                before = units[-1][-1].made if units[-1] else []
+            for batch, tensors in zip(described, tensors_of, strict=True):
+                before = units[-1][-1].results if units[-1] else []
                 taken = [tensors[key] for key in stage.takes]
                 masks = [getattr(tensor, "_keras_mask", None) for tensor in taken]
                 # A stage takes one micro-batch at a time.
@@ -140,10 +140,10 @@ class _PipedStep:
                     taken = [tf.identity(tensor) for tensor in taken]
                 unit = Unit(stage, batch, of_stage, taken, masks)
                 self._compute(unit)
-                tensors.update(zip(stage.gives, unit.made, strict=True))
+                tensors.update(zip(stage.gives, unit.results, strict=True))
                 units[-1].append(unit)
             keep_changes(units[-1])
-        outputs = self._joined(batches, known)
+        outputs = self._joined(batches, tensors_of)
         if not self._is_trained:
             return outputs
         recall = self._recall if self._recomputes else None
@@ -166,25 +166,25 @@ class _PipedStep:
         """Computes what a stage gives for a micro-batch."""
         options = self._training, self._context
         if self._recomputes or not self._is_trained:
-            unit.made, unit.changed = unit.call(unit.taken, unit.values, *options)
+            unit.results, unit.changed = unit.call(unit.taken, unit.values, *options)
             return
         with tf.GradientTape() as unit.tape:
-            unit.tape.watch([t for t in (*unit.taken, *unit.values) if _has_gradient(t)])
-            unit.made, unit.changed = unit.call(unit.taken, unit.values, *options)
+            unit.tape.watch([t for t in (*unit.taken, *unit.values) if has_gradient(t)])
+            unit.results, unit.changed = unit.call(unit.taken, unit.values, *options)
 
     def _recall(
         self, unit: Unit, taken: Sequence[Tensor], values: Sequence[Tensor]
     ) -> list[Tensor]:
-        made, _ = unit.call(taken, values, self._training, self._context)
-        return made
+        results, _ = unit.call(taken, values, self._training, self._context)
+        return results
 
     def _joined(
-        self, batches: MicroBatches, known: Sequence[dict[int, Tensor]]
+        self, batches: MicroBatches, tensors_of: Sequence[dict[int, Tensor]]
     ) -> dict[int, Tensor]:
         """Joins the model's outputs for all micro-batches."""
         joined = {}
         for key in self._wanted:
-            parts = [tensors[key] for tensors in known]
+            parts = [tensors[key] for tensors in tensors_of]
             masks = [getattr(part, "_keras_mask", None) for part in parts]
             with tf.device(self._stages[-1].device):
                 joined[key] = batches.join(parts)
@@ -200,8 +200,8 @@ class _PipedStep:
         outputs: dict[int, Tensor],
     ) -> dict[int, Tensor]:
         """Returns the outputs, whose gradients are computed stage by stage."""
-        chosen = [key for key, tensor in outputs.items() if _has_gradient(tensor)]
-        of_inputs = [key for key, tensor in inputs.items() if _has_gradient(tensor)]
+        chosen = [key for key, tensor in outputs.items() if has_gradient(tensor)]
+        of_inputs = [key for key, tensor in inputs.items() if has_gradient(tensor)]
         anchors = [inputs[key] for key in of_inputs]
         for stage, of_stage in zip(self._stages, values, strict=True):
             anchors += [of_stage[i] for i in stage.trainable]
@@ -215,10 +215,10 @@ class _PipedStep:
 
         with tf.device(self._stages[-1].device):
             results = tied(*anchors)
-        found = dict(outputs)
+        differentiable = dict(outputs)
         for key, result in zip(chosen, results, strict=True):
             mask = getattr(outputs[key], "_keras_mask", None)
             if mask is not None:
                 result._keras_mask = mask
-            found[key] = result
-        return found
+            differentiable[key] = result
+        return differentiable

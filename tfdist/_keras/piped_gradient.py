@@ -8,7 +8,7 @@ from typing import Any
 import tensorflow as tf
 
 from tfdist._keras.piped_units import MicroBatches, Unit
-from tfdist._keras.recomputation import _after, _has_gradient, _Surroundings
+from tfdist._keras.second_passes import CallSurroundings, after, has_gradient
 
 Tensor = Any
 Recall = Callable[[Unit, Sequence[Tensor], Sequence[Tensor]], list[Tensor]]
@@ -30,7 +30,7 @@ class Backward:
         units: list[list[Unit]],
         batches: MicroBatches,
         recall: Recall | None,
-        surroundings: _Surroundings,
+        surroundings: CallSurroundings,
     ) -> None:
         self._units = units
         self._batches = batches
@@ -44,29 +44,29 @@ class Backward:
             of_inputs: The ids of the inputs.
             upstream: The gradients of the model's outputs, by id.
         """
-        known: list[dict[int, list[Tensor]]] = []
+        of_batches: list[dict[int, list[Tensor]]] = []
         with tf.device(self._units[-1][0].stage.device):
             dense = {key: tf.convert_to_tensor(g) for key, g in upstream.items()}
             for number in range(self._batches.count):
                 own = {k: [self._batches.slice_gradient(g, number)] for k, g in dense.items()}
-                known.append(own)
-        by_stage = [self._of_stage(of_stage, known) for of_stage in reversed(self._units)]
-        found: list[Any] = []
+                of_batches.append(own)
+        by_stage = [self._of_stage(of_stage, of_batches) for of_stage in reversed(self._units)]
+        input_gradients: list[Any] = []
         with tf.device(self._units[0][0].stage.device):
             for key in of_inputs:
-                parts = [_total(gradients.get(key)) for gradients in known]
+                parts = [_total(gradients.get(key)) for gradients in of_batches]
                 is_known = all(part is not None for part in parts)
-                found.append(self._batches.join(parts) if is_known else None)
-        return [*found, *(g for sums in reversed(by_stage) for g in sums)]
+                input_gradients.append(self._batches.join(parts) if is_known else None)
+        return [*input_gradients, *(g for sums in reversed(by_stage) for g in sums)]
 
     def _of_stage(
-        self, units: Sequence[Unit], known: Sequence[dict[int, list[Tensor]]]
+        self, units: Sequence[Unit], of_batches: Sequence[dict[int, list[Tensor]]]
     ) -> list[Any]:
         """Returns the gradients of a stage's variables, and adds those of what it takes."""
         stage = units[0].stage
         sums: list[Any] = [None] * len(stage.trainable)
         before: list[Tensor] = []
-        for unit, gradients in zip(units, known, strict=True):
+        for unit, gradients in zip(units, of_batches, strict=True):
             of_taken, of_variables = self._of_unit(unit, gradients, before)
             for key, gradient in zip(stage.takes, of_taken, strict=True):
                 if gradient is not None:
@@ -74,8 +74,8 @@ class Backward:
             with tf.device(stage.device):
                 sums = [_sum(a, b) for a, b in zip(sums, of_variables, strict=True)]
             # Gradients of the model's inputs are not computed unless they are needed.
-            found = of_variables if any(g is not None for g in of_variables) else of_taken
-            before = [_a_tensor(gradient) for gradient in found if gradient is not None]
+            last = of_variables if any(g is not None for g in of_variables) else of_taken
+            before = [_a_tensor(gradient) for gradient in last if gradient is not None]
         return sums
 
     def _of_unit(
@@ -84,32 +84,32 @@ class Backward:
         """Returns the gradients of what a unit takes, and of its stage's variables."""
         stage = unit.stage
         pairs = [(i, _total(gradients.get(key))) for i, key in enumerate(stage.gives)]
-        pairs = [(i, g) for i, g in pairs if g is not None and _has_gradient(unit.made[i])]
+        pairs = [(i, g) for i, g in pairs if g is not None and has_gradient(unit.results[i])]
         count = len(stage.takes)
         if not pairs:
             return [None] * count, [None] * len(stage.trainable)
         # One micro-batch at a time.
         with tf.device(stage.device), tf.control_dependencies(before):
             upstream = [tf.identity(tf.convert_to_tensor(g)) for _, g in pairs]
-        taken, values, made, tape = unit.taken, unit.values, unit.made, unit.tape
+        taken, values, results, tape = unit.taken, unit.values, unit.results, unit.tape
         if self._recall is not None:
             with self._surroundings.restored(), tf.device(stage.device):
-                taken, values = _after(upstream, taken, values)
+                taken, values = after(upstream, taken, values)
                 with tf.GradientTape() as tape:
-                    tape.watch([t for t in (*taken, *values) if _has_gradient(t)])
-                    made = self._recall(unit, taken, values)
+                    tape.watch([t for t in (*taken, *values) if has_gradient(t)])
+                    results = self._recall(unit, taken, values)
         sources = [*taken, *(values[i] for i in stage.trainable)]
-        numbers = [i for i, source in enumerate(sources) if _has_gradient(source)]
+        numbers = [i for i, source in enumerate(sources) if has_gradient(source)]
         with tf.device(stage.device):
-            found = tape.gradient(
-                [made[i] for i, _ in pairs],
+            gradients_of_sources = tape.gradient(
+                [results[i] for i, _ in pairs],
                 [sources[i] for i in numbers],
                 output_gradients=upstream,
             )
-        results: list[Any] = [None] * len(sources)
-        for number, gradient in zip(numbers, found, strict=True):
-            results[number] = gradient
-        return results[:count], results[count:]
+        by_source: list[Any] = [None] * len(sources)
+        for number, gradient in zip(numbers, gradients_of_sources, strict=True):
+            by_source[number] = gradient
+        return by_source[:count], by_source[count:]
 
 
 def _a_tensor(gradient: Any) -> Tensor:

@@ -115,7 +115,7 @@ class Unit:
         values: The variables' values at the beginning of the step.
         taken: What it takes.
         masks: The masks of what it takes.
-        made: What it gives.
+        results: What it gives.
         tape: The tape that has recorded it, if it is not computed again.
         changed: The variables' values afterwards, by id.
     """
@@ -125,7 +125,7 @@ class Unit:
     values: list[Tensor]
     taken: list[Tensor]
     masks: list[Any]
-    made: list[Tensor] = field(default_factory=list)
+    results: list[Tensor] = field(default_factory=list)
     tape: Any = None
     changed: dict[int, Tensor] = field(default_factory=dict)
 
@@ -147,15 +147,15 @@ class Unit:
         for tensor, mask in zip(taken, self.masks, strict=True):
             if mask is not None:
                 tensor._keras_mask = mask
-        known = dict(zip(stage.takes, taken, strict=True))
-        begun = dict(zip(map(id, stage.variables), values, strict=True))
-        scope = SecondPass(begun)
+        tensors = dict(zip(stage.takes, taken, strict=True))
+        initial = dict(zip(map(id, stage.variables), values, strict=True))
+        scope = SecondPass(initial)
         with tf.device(stage.device), on_replica(self.batch), scope:
             for call in stage.calls:
-                args, kwargs = call.node.arguments.fill_in(known)
+                args, kwargs = call.node.arguments.fill_in(tensors)
                 operation = _operation_fn(call.node.operation, training=training, **context)
-                made = keras.tree.flatten(operation(*args, **kwargs))
-                known.update(zip(call.makes, made, strict=True))
+                results = keras.tree.flatten(operation(*args, **kwargs))
+                tensors.update(zip(call.makes, results, strict=True))
         if scope.losses:
             raise ArgumentError(
                 "In a pipeline, layers must not add losses of their activations. Received: a "
@@ -163,8 +163,8 @@ class Unit:
                 "activity_regularizer and add_loss out, or train without `Pipeline`."
             )
         values_now = scope.values.items()
-        changed = {key: value for key, value in values_now if value is not begun.get(key)}
-        return [known[key] for key in stage.gives], changed
+        changed = {key: value for key, value in values_now if value is not initial.get(key)}
+        return [tensors[key] for key in stage.gives], changed
 
 
 def keep_changes(units: Sequence[Unit]) -> None:

@@ -13,24 +13,20 @@ moving statistics are updated once.
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
-import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import keras
-import numpy as np
 import tensorflow as tf
 from keras.src.backend.common import global_state as _global_state
 from tensorflow.python.eager import record as _record
-from tensorflow.python.ops import control_flow_util as _control_flow
 
 from tfdist._keras.recomputed_ops import ops_of_thread, refuse_unrepeatable
 from tfdist._keras.recomputed_state import FirstPass, SecondPass
 from tfdist._keras.regathering import LayerWeights, frees_weights
-from tfdist._keras.replica import current_batch, on_replica
+from tfdist._keras.second_passes import CallSurroundings, after, has_gradient
 from tfdist._keras.served import StepScope
 from tfdist.errors import ArgumentError
 
@@ -129,52 +125,12 @@ def _is_trained(leaves: Sequence[Any]) -> bool:
     return not any(isinstance(leaf, keras.KerasTensor) for leaf in leaves)
 
 
-@dataclass(frozen=True)
-class _Surroundings:
-    """What a call depends on besides its arguments and variables."""
-
-    autocast: Any
-    context: Any
-    batch: Any
-    python_random: Any
-    numpy_random: Any
-
-    @classmethod
-    def now(cls) -> _Surroundings:
-        """Returns those of the running call."""
-        return cls(
-            _global_state.get_global_attribute("autocast_scope"),
-            copy.copy(_global_state.get_global_attribute("current_call_ctx")),
-            current_batch(),
-            random.getstate(),
-            np.random.get_state(),
-        )
-
-    @contextlib.contextmanager
-    def restored(self) -> Iterator[None]:
-        """Restores them while the context lasts."""
-        before = self.now()
-        try:
-            self._set()
-            with on_replica(self.batch):
-                yield
-        finally:
-            before._set()
-
-    def _set(self) -> None:
-        _global_state.set_global_attribute("autocast_scope", self.autocast)
-        # A copy, as each layer leaves its `training` in it.
-        _global_state.set_global_attribute("current_call_ctx", copy.copy(self.context))
-        random.setstate(self.python_random)
-        np.random.set_state(self.numpy_random)
-
-
 def _recomputed(
     layer: Any, call: Call, args: Any, kwargs: Any, weights: LayerWeights, is_optional: bool
 ) -> Any:
     """Calls a layer such that the backward pass calls it again."""
     arguments = _Leaves((args, kwargs))
-    surroundings = _Surroundings.now()
+    surroundings = CallSurroundings.now()
     graph = tf.compat.v1.get_default_graph()
     thread_ops = ops_of_thread(graph)
     wholes = weights.gathered_after(arguments.tensors)
@@ -193,52 +149,103 @@ def _recomputed(
         first.hand_over_losses(layer, first.losses)
         return outputs
     results = [*tf.nest.flatten(outputs, expand_composites=True), *first.losses]
-    differentiable = [i for i, result in enumerate(results) if _has_gradient(result)]
+    differentiable = [i for i, result in enumerate(results) if has_gradient(result)]
     if not differentiable:
         first.hand_over_losses(layer, first.losses)
         return outputs
     # All that the results can be differentiated by, wherever the layer has it from.
-    tensors, values = arguments.tensors, first.values
-    hidden = _hidden(graph, ops, [*tensors, *wholes])
+    hidden = _hidden(graph, ops, [*arguments.tensors, *wholes])
     raw = first.raw_variables(watcher.watched_variables())
+    second = _SecondCall(
+        layer, call, arguments, surroundings, weights, first.values, hidden, raw, results
+    )
+    anchors = [t for t in [*arguments.tensors, *first.values.values()] if has_gradient(t)]
+    anchors += [*hidden, *map(tf.identity, raw)]
+    results = _tied(results, differentiable, anchors, second.gradient)
+    count = len(results) - len(first.losses)
+    first.hand_over_losses(layer, results[count:])
+    return tf.nest.pack_sequence_as(outputs, results[:count], expand_composites=True)
 
-    def gradient(*upstream: Tensor) -> list[Any]:
-        dense = [tf.convert_to_tensor(gradient) for gradient in upstream]
-        kept = list(values.values())[len(wholes) :]  # the whole weights are the first ones
-        again, later_kept = _after(dense, tensors, kept)
-        later_values = [*weights.gathered_after(dense), *later_kept]
-        later = [*again, *later_values]
-        with surroundings.restored(), tf.GradientTape() as tape:
-            tape.watch([t for t in [*later, *hidden] if _has_gradient(t)])
-            scope = SecondPass(dict(zip(values, later_values, strict=True)))
-            with scope:
-                second_args, second_kwargs = arguments.replaced(again)
-                repeated = call(*second_args, **second_kwargs)
-        repeats = [*tf.nest.flatten(repeated, expand_composites=True), *scope.losses]
-        scope.forget_losses(layer)
-        _check_same(layer, results, repeats)
-        sources = [*(t for t in later if _has_gradient(t)), *hidden, *raw]
-        gradients: list[Any] = tape.gradient(
-            [repeats[i] for i in differentiable], sources, output_gradients=dense
-        )
-        begin = sum(map(_has_gradient, again))
-        end = begin + len(wholes)
-        return [*gradients[:begin], *weights.scattered(gradients[begin:end]), *gradients[end:]]
+
+def _tied(
+    results: Sequence[Tensor],
+    differentiable: Sequence[int],
+    anchors: Sequence[Tensor],
+    gradient: Callable[..., list[Any]],
+) -> list[Tensor]:
+    """Returns the results with a gradient of their own, as functions of the anchors."""
 
     @tf.custom_gradient  # type: ignore[untyped-decorator]
     def tied(*inputs: Tensor) -> tuple[list[Tensor], Callable[..., list[Any]]]:
         return [results[i] for i in differentiable], gradient
 
-    anchors = [t for t in [*tensors, *values.values()] if _has_gradient(t)]
-    anchors += [*hidden, *map(tf.identity, raw)]
+    with_gradient = list(results)
     for i, result in zip(differentiable, tied(*anchors), strict=True):
         mask = getattr(results[i], "_keras_mask", None)
         if mask is not None:
             result._keras_mask = mask
-        results[i] = result
-    count = len(results) - len(first.losses)
-    first.hand_over_losses(layer, results[count:])
-    return tf.nest.pack_sequence_as(outputs, results[:count], expand_composites=True)
+        with_gradient[i] = result
+    return with_gradient
+
+
+@dataclass(frozen=True)
+class _SecondCall:
+    """The backward pass of a call: it calls the layer again, and differentiates that.
+
+    Attributes:
+        layer: The layer.
+        call: The layer's own `__call__`.
+        arguments: The arguments of the first call.
+        surroundings: What else the first call depended on.
+        weights: The layer's weights that are in parts.
+        values: The values that the first call has read, by the ids of the variables. Those of
+            the whole weights come first.
+        hidden: Tensors that the layer uses without getting them as arguments.
+        raw: The `tf.Variable`s that the layer uses.
+        results: The outputs and losses of the first call.
+    """
+
+    layer: Any
+    call: Call
+    arguments: _Leaves
+    surroundings: CallSurroundings
+    weights: LayerWeights
+    values: dict[int, Tensor]
+    hidden: Sequence[Tensor]
+    raw: Sequence[Any]
+    results: Sequence[Tensor]
+
+    def gradient(self, *upstream: Tensor) -> list[Any]:
+        """Returns the gradients of arguments, values, hidden tensors and raw variables.
+
+        Args:
+            upstream: The gradients of the results that can have one.
+        """
+        dense = [tf.convert_to_tensor(gradient) for gradient in upstream]
+        wholes = len(self.weights.ids)
+        of_layer = list(self.values.values())[wholes:]
+        again, later_of_layer = after(dense, self.arguments.tensors, of_layer)
+        later_values = [*self.weights.gathered_after(dense), *later_of_layer]
+        later = [*again, *later_values]
+        with self.surroundings.restored(), tf.GradientTape() as tape:
+            tape.watch([t for t in [*later, *self.hidden] if has_gradient(t)])
+            scope = SecondPass(dict(zip(self.values, later_values, strict=True)))
+            with scope:
+                args, kwargs = self.arguments.replaced(again)
+                repeated = self.call(*args, **kwargs)
+        repeats = [*tf.nest.flatten(repeated, expand_composites=True), *scope.losses]
+        scope.forget_losses(self.layer)
+        _check_same(self.layer, self.results, repeats)
+        sources = [*(t for t in later if has_gradient(t)), *self.hidden, *self.raw]
+        repeats = [
+            second
+            for first, second in zip(self.results, repeats, strict=True)
+            if has_gradient(first)
+        ]
+        gradients: list[Any] = tape.gradient(repeats, sources, output_gradients=dense)
+        begin = sum(map(has_gradient, again))
+        parts = self.weights.scattered(gradients[begin : begin + wholes])
+        return [*gradients[:begin], *parts, *gradients[begin + wholes :]]
 
 
 class _Leaves:
@@ -271,11 +278,6 @@ class _Leaves:
         return tf.nest.pack_sequence_as(self._arguments, leaves, expand_composites=True)
 
 
-def _has_gradient(value: Any) -> bool:
-    is_tensor = tf.is_symbolic_tensor(value)
-    return bool(is_tensor and (value.dtype.is_floating or value.dtype.is_complex))
-
-
 def _hidden(graph: Any, ops: Sequence[Any], tensors: Sequence[Tensor]) -> list[Tensor]:
     """Lists tensors that a layer uses and that are neither its arguments nor made by it."""
     inside = {output.name for op in ops if op.type != "Placeholder" for output in op.outputs}
@@ -283,37 +285,7 @@ def _hidden(graph: Any, ops: Sequence[Any], tensors: Sequence[Tensor]) -> list[T
     used = [output for op in ops if op.type == "Placeholder" for output in op.outputs]
     used += [tensor for op in ops for tensor in op.inputs]
     hidden = {t.name: t for t in used if t.name not in inside and t.op.type != "Const"}
-    return [tensor for tensor in hidden.values() if _has_gradient(tensor)]
-
-
-def _after(
-    upstream: Sequence[Tensor], tensors: Sequence[Tensor], values: Sequence[Tensor]
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Returns the same tensors, available when the gradients of the layer's results are.
-
-    Otherwise the second pass could run at any time, and its activations would be kept, or
-    be found to be those of the first pass.
-
-    Args:
-        upstream: The gradients.
-        tensors: The layer's arguments.
-        values: The values of variables.
-    """
-    if not _control_flow.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph()):
-        with tf.control_dependencies(upstream):
-            return [tf.identity(t) for t in tensors], [tf.identity(v) for v in values]
-    # XLA ignores control dependencies. So, as in `tf.recompute_grad`, a zero is added that XLA
-    # cannot know to be one. A barrier for XLA does not keep the passes apart on a CPU.
-    first = tf.reshape(upstream[0], [-1])[:1]
-    is_any = tf.cast(tf.reduce_max(tf.math.real(first)), tf.bool)
-    zero = tf.where(tf.equal(is_any, is_any), 0.0, float("nan"))
-
-    def later(tensors_now: Sequence[Tensor]) -> list[Tensor]:
-        return [t + tf.cast(zero, t.dtype) if _has_gradient(t) else t for t in tensors_now]
-
-    if any(map(_has_gradient, tensors)):
-        return later(tensors), list(values)
-    return list(tensors), later(values)
+    return [tensor for tensor in hidden.values() if has_gradient(tensor)]
 
 
 def _check_same(layer: Any, results: Sequence[Any], repeats: Sequence[Any]) -> None:

@@ -141,8 +141,8 @@ class Factors:
         """
         with tf.init_scope():
             if size not in self._fixed_parts:
-                drawn = self._random_vectors(size, tf.constant(0, tf.int64)).numpy()
-                self._fixed_parts[size] = tf.constant(_TILT / np.linalg.norm(drawn) * drawn)
+                vectors = self._random_vectors(size, tf.constant(0, tf.int64)).numpy()
+                self._fixed_parts[size] = tf.constant(_TILT / np.linalg.norm(vectors) * vectors)
         return self._fixed_parts[size]
 
     def _tilted(self, vectors: Tensor) -> Tensor:

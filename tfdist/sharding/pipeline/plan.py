@@ -112,9 +112,9 @@ def plan(model: Any, devices: Sequence[str], microbatches: int) -> Plan:
     stages, piped = [], []
     for number, device in enumerate(devices):
         own, later = calls[edges[number] : edges[number + 1]], calls[edges[number + 1] :]
-        made = {key for call in own for key in call.makes}
+        internal = {key for call in own for key in call.makes}
         needed = {key for call in later for key in call.reads} | set(outputs)
-        takes = [key for call in own for key in call.reads if key not in made]
+        takes = [key for call in own for key in call.reads if key not in internal]
         gives = [key for call in own for key in call.makes if key in needed]
         piped.append(
             _keras.PipedStage(
@@ -142,15 +142,15 @@ def _possible_cuts(
     calls: Sequence[_keras.LayerCall], inputs: Sequence[int], outputs: Sequence[int]
 ) -> list[int]:
     """Lists the numbers of calls before which the model can be cut."""
-    found = []
+    possible = []
     for cut in range(1, len(calls)):
         before, after = calls[:cut], calls[cut:]
-        made = {key for call in before for key in call.makes}
-        passed = made & {key for call in after for key in call.reads}
+        outputs_before = {key for call in before for key in call.makes}
+        passed = outputs_before & {key for call in after for key in call.reads}
         own, others = ({id(v) for c in part for v in c.variables} for part in (before, after))
         if len(passed) == 1 and not own & others:
-            found.append(cut)
-    return found
+            possible.append(cut)
+    return possible
 
 
 def _best(
