@@ -14,7 +14,7 @@ Random numbers are those of the examples' positions in the batch.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -25,7 +25,7 @@ from tensorflow.python.eager import record as _record
 from tfdist._keras.model_graph import ends, functional_of
 from tfdist._keras.piped_gradient import Backward
 from tfdist._keras.piped_units import MicroBatches, PipedStage, Unit, keep_changes
-from tfdist._keras.second_passes import CallSurroundings, has_gradient
+from tfdist._keras.second_passes import CallSurroundings, has_gradient, tied
 
 Tensor = Any
 _CALL = "call"
@@ -209,16 +209,6 @@ class _PipedStep:
         def gradient(*upstream: Tensor) -> list[Any]:
             return backward.gradients(of_inputs, dict(zip(chosen, upstream, strict=True)))
 
-        @tf.custom_gradient  # type: ignore[untyped-decorator]
-        def tied(*given: Tensor) -> tuple[list[Tensor], Callable[..., list[Any]]]:
-            return [tf.identity(outputs[key]) for key in chosen], gradient
-
         with tf.device(self._stages[-1].device):
-            results = tied(*anchors)
-        differentiable = dict(outputs)
-        for key, result in zip(chosen, results, strict=True):
-            mask = getattr(outputs[key], "_keras_mask", None)
-            if mask is not None:
-                result._keras_mask = mask
-            differentiable[key] = result
-        return differentiable
+            results = tied(list(outputs.values()), anchors, gradient)
+        return dict(zip(outputs, results, strict=True))

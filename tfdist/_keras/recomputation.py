@@ -26,7 +26,7 @@ from tensorflow.python.eager import record as _record
 from tfdist._keras.recomputed_ops import ops_of_thread, refuse_unrepeatable
 from tfdist._keras.recomputed_state import FirstPass, SecondPass
 from tfdist._keras.regathering import LayerWeights, frees_weights
-from tfdist._keras.second_passes import CallSurroundings, after, has_gradient
+from tfdist._keras.second_passes import CallSurroundings, after, has_gradient, tied
 from tfdist._keras.served import StepScope
 from tfdist.errors import ArgumentError
 
@@ -149,8 +149,7 @@ def _recomputed(
         first.hand_over_losses(layer, first.losses)
         return outputs
     results = [*tf.nest.flatten(outputs, expand_composites=True), *first.losses]
-    differentiable = [i for i, result in enumerate(results) if has_gradient(result)]
-    if not differentiable:
+    if not any(map(has_gradient, results)):
         first.hand_over_losses(layer, first.losses)
         return outputs
     # All that the results can be differentiated by, wherever the layer has it from.
@@ -161,31 +160,10 @@ def _recomputed(
     )
     anchors = [t for t in [*arguments.tensors, *first.values.values()] if has_gradient(t)]
     anchors += [*hidden, *map(tf.identity, raw)]
-    results = _tied(results, differentiable, anchors, second.gradient)
+    results = tied(results, anchors, second.gradient)
     count = len(results) - len(first.losses)
     first.hand_over_losses(layer, results[count:])
     return tf.nest.pack_sequence_as(outputs, results[:count], expand_composites=True)
-
-
-def _tied(
-    results: Sequence[Tensor],
-    differentiable: Sequence[int],
-    anchors: Sequence[Tensor],
-    gradient: Callable[..., list[Any]],
-) -> list[Tensor]:
-    """Returns the results with a gradient of their own, as functions of the anchors."""
-
-    @tf.custom_gradient  # type: ignore[untyped-decorator]
-    def tied(*inputs: Tensor) -> tuple[list[Tensor], Callable[..., list[Any]]]:
-        return [results[i] for i in differentiable], gradient
-
-    with_gradient = list(results)
-    for i, result in zip(differentiable, tied(*anchors), strict=True):
-        mask = getattr(results[i], "_keras_mask", None)
-        if mask is not None:
-            result._keras_mask = mask
-        with_gradient[i] = result
-    return with_gradient
 
 
 @dataclass(frozen=True)
@@ -194,7 +172,7 @@ class _SecondCall:
 
     Attributes:
         layer: The layer.
-        call: The layer's own `__call__`.
+        call: The layer's own `call`.
         arguments: The arguments of the first call.
         surroundings: What else the first call depended on.
         weights: The layer's weights that are in parts.

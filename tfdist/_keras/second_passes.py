@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,3 +93,29 @@ def has_gradient(value: Any) -> bool:
     """Tells whether a value is a tensor of the graph that can have a gradient."""
     is_tensor = tf.is_symbolic_tensor(value)
     return bool(is_tensor and (value.dtype.is_floating or value.dtype.is_complex))
+
+
+def tied(
+    results: Sequence[Tensor], anchors: Sequence[Tensor], gradient: Callable[..., list[Any]]
+) -> list[Tensor]:
+    """Returns results with a gradient of their own, as functions of the anchors.
+
+    Args:
+        results: The results of a first pass. Those without a gradient are returned as they are.
+        anchors: The tensors by which the results are differentiated.
+        gradient: Takes the gradients of the results that have one, and returns those of the
+            anchors.
+    """
+    numbers = [i for i, result in enumerate(results) if has_gradient(result)]
+
+    @tf.custom_gradient  # type: ignore[untyped-decorator]
+    def computed(*_: Tensor) -> tuple[list[Tensor], Callable[..., list[Any]]]:
+        return [results[i] for i in numbers], gradient
+
+    with_gradient = list(results)
+    for i, result in zip(numbers, computed(*anchors), strict=True):
+        mask = getattr(results[i], "_keras_mask", None)
+        if mask is not None:
+            result._keras_mask = mask
+        with_gradient[i] = result
+    return with_gradient
