@@ -358,4 +358,25 @@ def test_sums_of_positions_that_cancel_are_hardly_rounded(alike: bool, apart: fl
     assert np.all(weights * terms < 4096 / math.sqrt(p + q + 4))
     received = part.weighted_sum(tf.constant(weights), tf.constant(True))
     exact = np.einsum("b,btp,btq->pq", *(part.astype("float64") for part in (weights, *given)))
-    assert np.linalg.norm(received - exact) < 1e-3
+    assert np.linalg.norm(received.numpy().astype("float64") - exact) < 1e-3
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("gram", [True, False])
+@pytest.mark.parametrize("examples", [1024, 20_000])
+def test_sums_of_equal_gradients_are_hardly_rounded(
+    form: str, gram: bool, examples: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rounding errors of one sum of n equal numbers add up to a part of n^2."""
+    monkeypatch.setattr(parts, "_gram_is_smaller", lambda *_: gram)
+    case = Case(0, 2, 3, 3, 0)
+    case.inputs, case.outputs = np.abs(case.inputs), np.abs(case.outputs)
+    for name in ("inputs", "outputs", "rows"):
+        value = getattr(case, name)[:1]
+        setattr(case, name, np.broadcast_to(value, (examples, *value.shape[1:])))
+    part, each = FORMS[form](case)
+    weights = (1 / norm(part, Alone())).astype("float32")
+    received = part.weighted_sum(tf.constant(weights), tf.constant(True))
+    exact = np.tensordot(weights.astype("float64"), each, 1)
+    error = np.linalg.norm(received.numpy().astype("float64") - exact)
+    assert error < 1e-3 + examples * 2.0**-24  # the result itself is in float32

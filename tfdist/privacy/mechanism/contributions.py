@@ -48,13 +48,19 @@ def added(model: Any, columns: Columns, keys: RowKeys, weights: Tensor) -> Added
 
 
 def is_same(
-    first: Added, second: Added, weights: Tensor, tolerance: float, l2_norm_clip: Any
+    first: Added,
+    second: Added,
+    weights: Tensor,
+    tolerance: float,
+    l2_norm_clip: Any,
+    rounding: Any = 0.0,
 ) -> Tensor:
     """Returns whether some rows contribute the same to two batches.
 
     Clipping does not enlarge differences: a row of norm g changes what it adds by at most
     `tolerance * min(g, l2_norm_clip)`, besides the absolute tolerance for gradients of almost
-    0. That tolerance is also bounded by `tolerance * l2_norm_clip`.
+    0. That tolerance is also bounded by `tolerance * l2_norm_clip`. Measured rounding may
+    replace it, up to `tolerance * l2_norm_clip` for each row.
 
     Args:
         first: The contribution in one batch.
@@ -62,19 +68,32 @@ def is_same(
         weights: The weights of all rows of the other batch.
         tolerance: The largest difference that rounding may cause, relative to norms.
         l2_norm_clip: The clipping norm.
+        rounding: How far rounding alone moves the contribution, if that was measured.
 
     Returns:
         Scalar bool. It is true if norms are not finite, since nothing can be compared then.
     """
     scale = tf.sqrt(tf.reduce_sum(tf.where(weights == 0, 0.0, weights**2 * second.squares)))
-    differences = [
+    distance = difference(first, second)
+    is_finite = tf.math.is_finite(scale)
+    of_a_row = tolerance * tf.cast(l2_norm_clip, tf.float32)
+    least = tf.minimum(_ABSOLUTE, of_a_row)
+    least = tf.maximum(least, tf.minimum(rounding, of_a_row * tf.norm(weights)))
+    return ~is_finite | (distance <= tolerance * scale + least)
+
+
+def difference(first: Added, second: Added) -> Tensor:
+    """Returns the norm of the difference of two contributions, a float32 scalar.
+
+    Args:
+        first: A contribution.
+        second: Another one.
+    """
+    squares = [
         tf.reduce_sum(tf.square(tf.cast(a, tf.float32) - tf.cast(b, tf.float32)))
         for a, b in zip(first.sums, second.sums, strict=True)
     ]
-    distance = tf.sqrt(tf.add_n(differences))
-    is_finite = tf.math.is_finite(scale)
-    least = tf.minimum(_ABSOLUTE, tolerance * tf.cast(l2_norm_clip, tf.float32))
-    return ~is_finite | (distance <= tolerance * scale + least)
+    return tf.sqrt(tf.add_n(squares))
 
 
 def tolerance_for(model: Any) -> float:

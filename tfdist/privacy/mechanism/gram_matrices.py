@@ -22,9 +22,12 @@ Tensor = Any
 # Operations for an example. XLA takes some 0.1 s to compile each new shape.
 _WORTH_COMPILING = 2**20
 _CHUNK = 512  # columns per product: the error bound grows with their number
+# The most that the norms of an example's products may add up to, in norms of their sum, for a
+# weighted sum in float32.
+_CANCELS = 16.0
 
 
-def squared_norms_of_products(inputs: Tensor, outputs: Tensor) -> Tensor:
+def squared_norms_of_products(inputs: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor]:
     """Returns the squared Frobenius norm of each example's inputs^T outputs, or a little more.
 
     For P positions, p and q columns and S = sum_t |inputs_t| |outputs_t|, the computed square
@@ -38,9 +41,11 @@ def squared_norms_of_products(inputs: Tensor, outputs: Tensor) -> Tensor:
         outputs: float32 of shape [examples, positions, q].
 
     Returns:
-        float32 of shape [examples].
+        The squares, float32 of shape [examples], and whether the products of an example cancel
+        so far that they must be summed in float64, a bool scalar.
     """
-    return _maybe_compiled(_of_products, inputs, outputs)(inputs, outputs)
+    squares, cancels = _maybe_compiled(_of_products, inputs, outputs)(inputs, outputs)
+    return squares, cancels
 
 
 def squared_norms_by_row(rows: Tensor, outputs: Tensor) -> Tensor:
@@ -56,7 +61,7 @@ def squared_norms_by_row(rows: Tensor, outputs: Tensor) -> Tensor:
     return _maybe_compiled(_by_row, outputs)(rows, outputs)
 
 
-def _of_products(inputs: Tensor, outputs: Tensor) -> Tensor:
+def _of_products(inputs: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor]:
     positions = _positions(inputs)
     grams, lengths, error = [], [], gamma(2 * positions + 4)
     for factor in (inputs, outputs):
@@ -72,7 +77,9 @@ def _of_products(inputs: Tensor, outputs: Tensor) -> Tensor:
     # Rows are summed first: the error of one sum over all P^2 terms would grow with P^2.
     by_row = tf.reduce_sum(grams[0] * grams[1], 2) + error * products * total
     squares = tf.maximum(tf.reduce_sum(by_row, 1), 0.0)
-    return tf.square(tf.sqrt(squares) + in_sum(positions) * total[:, 0]) * (1 + gamma(4))
+    norms = tf.sqrt(squares) + in_sum(positions) * total[:, 0]
+    cancels = tf.reduce_any(total[:, 0] > _CANCELS * norms)
+    return tf.square(norms) * (1 + gamma(4)), cancels
 
 
 def _by_row(rows: Tensor, outputs: Tensor) -> Tensor:
@@ -138,7 +145,7 @@ def _positions(factor: Tensor) -> Any:
     return static if static is not None else tf.cast(tf.shape(factor)[1], tf.float32)
 
 
-def _maybe_compiled(function: Callable[..., Tensor], *factors: Tensor) -> Callable[..., Tensor]:
+def _maybe_compiled(function: Callable[..., Any], *factors: Tensor) -> Callable[..., Any]:
     """Returns the function, or its compiled form if that is faster."""
     positions, *sizes = factors[0].shape[1], *(factor.shape[2] for factor in factors)
     if tf.executing_eagerly() or positions is None:
@@ -149,7 +156,7 @@ def _maybe_compiled(function: Callable[..., Tensor], *factors: Tensor) -> Callab
     return _COMPILED[function]
 
 
-_COMPILED: dict[Callable[..., Tensor], Callable[..., Tensor]] = {
+_COMPILED: dict[Callable[..., Any], Callable[..., Any]] = {
     function: tf.function(function, autograph=False, jit_compile=True)
     for function in (_of_products, _by_row)
 }

@@ -120,10 +120,12 @@ class _Pieces:
             arrays = [
                 array.write(index, part) for array, part in zip(arrays, flat, strict=True)
             ]
-            return index + 1, [a + b for a, b in zip(sums, piece_sums, strict=True)], arrays
+            sums = [a + tf.cast(b, a.dtype) for a, b in zip(sums, piece_sums, strict=True)]
+            return index + 1, sums, arrays
 
         # The first piece is computed outside the loop, which needs the outputs' types.
-        first, sums = self._piece(edges[0], edges[1], size)
+        first, of_first = self._piece(edges[0], edges[1], size)
+        sums = [tf.cast(total, tf.float64) for total in of_first]
         arrays = [
             tf.TensorArray(
                 part.dtype,
@@ -141,7 +143,10 @@ class _Pieces:
             maximum_iterations=count,
             parallel_iterations=1,
         )
-        return self._packed([array.concat() for array in arrays]), sums
+        outputs = self._packed([array.concat() for array in arrays])
+        return outputs, [
+            tf.cast(total, part.dtype) for total, part in zip(sums, of_first, strict=True)
+        ]
 
     def _edges(self) -> tuple[Tensor, Tensor]:
         """Returns the first row of each piece, the end, and the most rows of a piece."""
