@@ -21,6 +21,7 @@ from tfdist.launch import parse_hosts, plan_workers
 from tfdist.launch.plan import free_addresses, server_clusters
 from tfdist.strategies.parameter_server.asynchronous import window
 from tfdist.strategies.parameter_server.placement import Size, VariableSlice, place
+from tfdist.strategies.parameter_server.servers import worker_devices
 from tfdist.training.callbacks import look_between_steps
 
 LIMIT_S = 240
@@ -149,6 +150,14 @@ class TestPlan:
         )
         gpus = [w.environment["CUDA_VISIBLE_DEVICES"] for w in planned]
         assert gpus == ["-1", "-1", "0", "1"]
+
+    def test_a_worker_computes_on_its_first_gpu(self):
+        # As TensorFlow names the devices of a cluster, in any order.
+        task = "/job:worker/replica:0/task:{}/device:{}:{}".format
+        chief = "/job:chief/replica:0/task:0/device:GPU:0"
+        gpus = [task(10, "GPU", 0), task(1, "GPU", 1), task(1, "GPU", 0), chief]
+        expected = [task(0, "CPU", 0), task(1, "GPU", 0), task(2, "CPU", 0)]
+        assert list(worker_devices(3, gpus)) == expected
 
     def test_servers_go_to_the_hosts_in_turn(self):
         clusters = server_clusters(parse_hosts("a:2,b"), 3, 3, 100)

@@ -6,6 +6,7 @@ import functools
 import os
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -91,16 +92,30 @@ def connect(cluster: Cluster) -> Servers:
             _spec(cluster), task_type=CHIEF, task_id=0, rpc_layer="grpc"
         )
     )
-    gpus = {d.name.rpartition("/")[0]: d.name for d in tf.config.list_logical_devices("GPU")}
-    tasks = [f"/job:{WORKER}/replica:0/task:{i}" for i in range(len(cluster.jobs[WORKER]))]
+    gpus = [device.name for device in tf.config.list_logical_devices("GPU")]
     return Servers(
         strategy,
-        tuple(gpus.get(f"{task}/device:GPU:0", f"{task}/device:CPU:0") for task in tasks),
+        worker_devices(len(cluster.jobs[WORKER]), gpus),
         tuple(
             f"/job:{PS}/replica:0/task:{i}/device:CPU:0" for i in range(len(cluster.jobs[PS]))
         ),
         addresses,
     )
+
+
+def worker_devices(workers: int, gpus: Sequence[str]) -> tuple[str, ...]:
+    """Returns the device on which each worker computes: its first GPU, or its CPU.
+
+    Args:
+        workers: How many workers there are.
+        gpus: The names of all GPUs of the cluster, as the chief sees them.
+
+    Example:
+        >>> worker_devices(1, ["/job:worker/replica:0/task:0/device:GPU:0"])
+        ('/job:worker/replica:0/task:0/device:GPU:0',)
+    """
+    tasks = [f"/job:{WORKER}/replica:0/task:{index}/device" for index in range(workers)]
+    return tuple(f"{t}:GPU:0" if f"{t}:GPU:0" in gpus else f"{t}:CPU:0" for t in tasks)
 
 
 def serve(cluster: Cluster) -> NoReturn:
