@@ -21,6 +21,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ from tfdist.launch import (
     parse_hosts,
 )
 from tfdist.launch.background_writer import BackgroundWriter
+from tfdist.launch.detached import RunName
 from tfdist.launch.health import health_of
 from tfdist.launch.journal import Journal, WorkerState
 from tfdist.launch.output import LineSplitter
@@ -127,6 +129,96 @@ def await_file(name):
     while not Path(name).exists():
         time.sleep(0.02)
 """
+
+
+DETACHED = """
+def detach(name, *options, shell="exec sleep 300"):
+    # A daemon: another session, and a parent that ends at once.
+    command = " ".join(["setsid", "sh", "-c", f"'echo $$ > {name}; {shell}'"])
+    subprocess.run(["env", *options, "sh", "-c", f"{command} >/dev/null 2>&1 &"])
+    while not (Path(name).exists() and Path(name).read_text()):
+        time.sleep(0.02)
+"""
+
+
+def pid_in(path: Path) -> int:
+    return int(path.read_text())
+
+
+@pytest.mark.waits
+@pytest.mark.cluster
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has /proc")
+class TestDetached:
+    @pytest.mark.parametrize("last", ["", "os.kill(os.getpid(), signal.SIGKILL)"])
+    def test_what_the_script_has_detached_ends_with_the_run(
+        self, last: str, runs: Runs
+    ) -> None:
+        deaf = "trap : TERM; while :; do sleep 1; done"
+        script = WORKER + DETACHED + f"detach('a')\ndetach('b', shell={deaf!r})\n" + last
+        status, shown = runs.run(script)
+        assert status == (128 + signal.SIGKILL if last else 0), shown
+        for name in "ab":
+            pid = pid_in(runs.folder / name)
+            assert is_gone(pid)
+            assert shown.count(f"process {pid} (") == 1
+
+    def test_one_without_the_variable_is_left_alone(self, runs: Runs) -> None:
+        script = WORKER + DETACHED + "detach('a', '-u', 'TFDIST_RUN')"
+        status, shown = runs.run(script)
+        pid = pid_in(runs.folder / "a")
+        assert status == 0, shown
+        assert not is_gone(pid)
+        os.kill(pid, signal.SIGKILL)
+
+    def test_a_restart_begins_without_those_of_the_attempt_before(self, runs: Runs) -> None:
+        script = (
+            WORKER
+            + DETACHED
+            + (
+                "if Path('a').exists():\n"
+                "    from tfdist.cluster import process_ids\n"
+                "    pid = int(Path('a').read_text())\n"
+                "    mark('there' if process_ids.started(pid) else 'gone')\n"
+                "else:\n"
+                "    detach('a')\n"
+                "    os.kill(os.getpid(), signal.SIGKILL)\n"
+            )
+        )
+        status, shown = runs.run(script, "--max-restarts", "1")
+        assert status == 0, shown
+        assert runs.exists("gone-*")
+
+    def test_those_of_a_killed_launcher_end_when_the_next_one_starts(self, runs: Runs) -> None:
+        script = WORKER + DETACHED + "detach('a')\nmark('ready')\ntime.sleep(300)"
+        other = runs.start(script)
+        eventually(lambda: runs.exists("ready-*"))
+        pid = pid_in(runs.folder / "a")
+        status, shown = runs.run(WORKER + "print('x')")
+        assert status == 0, shown
+        assert not is_gone(pid)  # its launcher lives
+        other.kill()
+        other.wait(LIMIT_S)
+        assert not is_gone(pid)
+        status, shown = runs.run(WORKER + "print('x')")
+        assert (status, is_gone(pid)) == (0, True), shown
+        assert f"process {pid} (" in shown
+
+
+@quick
+@pytest.mark.parametrize("text", ["", "1/2/3", "x/1/k/s", "1/2/3/4/5", "9" * 30 + "/1/k/s"])
+def test_a_name_of_a_run_that_tfdist_did_not_write(text: str) -> None:
+    assert RunName.read(text) is None
+
+
+@quick
+def test_the_name_of_a_run_says_whether_its_launcher_has_ended() -> None:
+    name = RunName.new()
+    assert RunName.read(str(name)) == name
+    assert RunName.new() != name
+    assert not name.has_lost_its_launcher
+    assert replace(name, started="1").has_lost_its_launcher  # the number is used again
+    assert not replace(name, started="1", kernel="other").has_lost_its_launcher
+    assert not replace(name, started="").has_lost_its_launcher
 
 
 @pytest.mark.waits

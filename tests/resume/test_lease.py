@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.jobs import ROOT
+from tfdist.cluster import process_ids
 from tfdist.errors import CheckpointError
 from tfdist.resume.checkpoint import lease
 from tfdist.resume.checkpoint.lease import Lease, Owner
@@ -44,7 +45,7 @@ def owned(directory: Path, owner: Owner) -> None:
 
 
 def of(process: subprocess.Popen[bytes]) -> Owner:
-    started = lease._started(process.pid)
+    started = process_ids.started(process.pid)
     return replace(Owner.here(), pid=process.pid, started=started)
 
 

@@ -12,6 +12,7 @@ from contextlib import suppress
 from tfdist.cluster.heartbeat import HEARTBEAT_FD, Heartbeat, shared_memory
 from tfdist.errors import LaunchError
 from tfdist.launch.child import first_steps
+from tfdist.launch.detached import RUN, RunName
 from tfdist.launch.hidden_output import HiddenOutput
 from tfdist.launch.output import LineSplitter, Log, Screen
 from tfdist.launch.worker import Worker
@@ -61,6 +62,7 @@ def start_member(
     worker: Worker,
     screen: Screen,
     lifeline: int,
+    run_name: RunName,
     *,
     log: Log | None,
     hidden_output: HiddenOutput | None,
@@ -72,6 +74,7 @@ def start_member(
         worker: The worker.
         screen: Shows its lines.
         lifeline: A pipe's reading end, which is at its end once the launcher has died.
+        run_name: Names the run in the environment of the worker and of all that it starts.
         log: A file for its whole output, or None.
         hidden_output: Keeps its output if that is not shown, otherwise None.
 
@@ -89,6 +92,7 @@ def start_member(
                 **worker.environment,
                 LAUNCHER_FD: str(lifeline),
                 HEARTBEAT_FD: str(memory),
+                RUN: str(run_name),
             },
             stdin=subprocess.DEVNULL,
             stdout=writing,

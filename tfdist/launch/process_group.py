@@ -13,6 +13,7 @@ from pathlib import Path
 
 from tfdist.cluster.heartbeat import WorkerProgress
 from tfdist.launch.cause import Failure
+from tfdist.launch.detached import RunName, end_detached
 from tfdist.launch.hidden_output import HiddenOutput, leader
 from tfdist.launch.journal import Journal, state_of_worker
 from tfdist.launch.logs import LogFolder
@@ -55,12 +56,10 @@ class ProcessGroup:
         self.finished: list[str] = []
         self._screen, self._shows_all = screen, shows_all
         self._journal, self._noted_at = journal or Journal(), 0.0
-        self._leader = 0
-        self._logs = LogFolder()
+        self._leader, self._logs, self._run_name = 0, LogFolder(), RunName.new()
         self._members: list[StartedWorker] = []
         self._selector = selectors.DefaultSelector()
-        self._stopped = StoppedWorkers()
-        self._killed_before = killed_for_memory()
+        self._stopped, self._killed_before = StoppedWorkers(), killed_for_memory()
         # Workers have the reading end: it reports the end of the file when the launcher dies.
         self._lifeline, self._launcher_end = os.pipe()
 
@@ -168,6 +167,7 @@ class ProcessGroup:
             worker,
             self._screen,
             self._lifeline,
+            self._run_name,
             log=self._logs.open(position, worker),
             hidden_output=None if is_shown else HiddenOutput(),
         )
@@ -273,7 +273,9 @@ class ProcessGroup:
         os.close(self._launcher_end)
         os.close(self._lifeline)
         self._logs.close()
+        groups = [member.process.pid for member in self._members]
         with suppress(BrokenPipeError):
+            self._screen.show(0, end_detached(self._run_name, groups))
             self._tell_log_problems()
             self._screen.close()
 

@@ -17,6 +17,7 @@ from tfdist.errors import START_ME_AGAIN
 from tfdist.launch.cause import Failure, root_cause
 from tfdist.launch.client import CoordinatorClient, Decision
 from tfdist.launch.console import background
+from tfdist.launch.detached import end_forgotten
 from tfdist.launch.journal import Journal
 from tfdist.launch.outcome import Outcome
 from tfdist.launch.output import Screen
@@ -90,6 +91,7 @@ def run_workers(
     stream, journal = stream or sys.stdout, journal or Journal()
     with collecting(warnings_end) as received, background(stream, received) as writer:
         screen = Screen(stream, [worker.task for worker in workers], writer=writer)
+        screen.show(0, end_forgotten())
         while True:
             group = ProcessGroup(screen, shows_all, journal)
             try:

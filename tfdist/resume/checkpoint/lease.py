@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from tfdist.cluster import process_ids
 from tfdist.errors import CheckpointError
 
 RENEWED_EVERY_S = 5.0
@@ -58,12 +59,18 @@ class Owner:
     def here(cls) -> Owner:
         """Returns this process, with a new token."""
         pid = os.getpid()
-        return cls(socket.gethostname(), pid, _started(pid), _kernel(), uuid.uuid4().hex)
+        return cls(
+            socket.gethostname(),
+            pid,
+            process_ids.started(pid),
+            process_ids.kernel(),
+            uuid.uuid4().hex,
+        )
 
     @property
     def is_of_this_kernel(self) -> bool:
         """Whether this process can see the owner's process."""
-        return self.kernel != "" and self.kernel == _kernel()
+        return self.kernel != "" and self.kernel == process_ids.kernel()
 
     @property
     def has_ended(self) -> bool:
@@ -72,7 +79,7 @@ class Owner:
             return False
         if self.pid == os.getpid():
             return self.token not in _IN_USE
-        return _started(self.pid) != self.started
+        return process_ids.started(self.pid) != self.started
 
     @property
     def is_readable(self) -> bool:
@@ -89,7 +96,7 @@ class Owner:
             return "an unknown process"
         if self.is_of_this_kernel and self.pid == os.getpid():
             return "another `fit` of this process"
-        is_stopped = self.is_of_this_kernel and _state(self.pid) == "T"
+        is_stopped = self.is_of_this_kernel and process_ids.state(self.pid) == "T"
         stopped = " (stopped, by SIGSTOP say: `kill -CONT` lets it go on)" if is_stopped else ""
         return f"process {self.pid} on {self.host}{stopped}"
 
@@ -298,31 +305,3 @@ def _owner_in(content: bytes) -> Owner | None:
     except (ValueError, TypeError, RecursionError):
         return None
     return owner if is_sound and owner.token else None
-
-
-def _kernel() -> str:
-    """Names the running kernel and the namespace of process numbers; "" if unknown."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return ""
-
-
-def _started(pid: int) -> str:
-    """Returns when a process started, "" if there is none or it has ended."""
-    fields = _fields(pid)
-    return fields[19] if fields and fields[0] not in "ZX" else ""
-
-
-def _state(pid: int) -> str:
-    """Returns the letter of a process's state, such as "T" for stopped; "" if unknown."""
-    return (_fields(pid) or [""])[0]
-
-
-def _fields(pid: int) -> list[str]:
-    """Returns what the kernel says about a process, from its state on."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return []
