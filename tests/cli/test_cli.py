@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import os
+import py_compile
 import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -101,7 +103,10 @@ class TestRun:
         assert invoke("run", *hosts, str(script)).exit_code == 0
         assert [worker.index for worker in planned[0][0]] == [3, 4]
 
-    def test_module(self, planned):
+    def test_module(self, planned, tmp_path, monkeypatch):
+        (tmp_path / "package").mkdir()
+        (tmp_path / "package" / "train.py").write_text("")
+        monkeypatch.chdir(tmp_path)
         assert invoke("run", "-m", "package.train", "-m").exit_code == 0
         command = planned[0][0][0].command
         assert command[1:] == ("-m", "tfdist.scripts.worker_main", "-m", "package.train", "-m")
@@ -121,6 +126,8 @@ class TestRun:
             (["-n", "x", "SCRIPT"], 2, "'x' is not a valid integer"),
             (["-n", "2", "--strategy", "single", "SCRIPT"], 1, "Error: Strategy 'single'"),
             (["--strategy", "magic", "SCRIPT"], 2, "'magic' is not one of"),
+            (["--strategy", "multi_worker", "SCRIPT"], 1, "Add -n 2, or leave --strategy out"),
+            (["-n", "1", "--strategy", "multi_worker", "SCRIPT"], 1, "with 1 worker"),
             (["--hosts", "a,a", "SCRIPT"], 1, "Error: `--hosts` must name each host once."),
             (["--elastic", "3:2", "SCRIPT"], 1, "Error: `--elastic` must be two numbers"),
             (["-n", "2", "--elastic", "1:2", "SCRIPT"], 1, "--elastic must not come with -n"),
@@ -139,6 +146,10 @@ class TestRun:
             ),
             (["not_there.py"], 2, "Received: 'not_there.py', which is not there."),
             ([".."], 2, "which is no file"),
+            (["-m", "nopackage.mod"], 2, "there is no module 'nopackage'"),
+            (["-m", "json.nothing"], 2, "there is no module 'json.nothing'"),
+            (["-m", "json.tool.x"], 2, "'json.tool' is no package"),
+            (["-m", "json"], 2, "'json' is a package without a module __main__"),
             ([], 2, "Missing argument 'SCRIPT'"),
             (["--unknown", "SCRIPT"], 2, "No such option '--unknown'"),
         ],
@@ -150,6 +161,64 @@ class TestRun:
         assert message in result.output
         assert "Traceback" not in result.output
         assert not planned
+
+    @pytest.mark.parametrize("is_module", [False, True])
+    def test_a_syntax_error_is_shown_as_by_python(
+        self, is_module, script, planned, monkeypatch
+    ):
+        script.write_text("x = 1\nif x = 2:\n    pass\n")
+        monkeypatch.chdir(script.parent)
+        result = invoke("run", *(["-m", "train"] if is_module else [str(script)]))
+        assert result.exit_code == 1
+        assert f'File "{script}", line 2\n    if x = 2:\n' in result.output
+        assert "SyntaxError: invalid syntax" in result.output
+        assert not planned
+
+    def test_packages_that_only_python_can_judge_are_left_to_it(
+        self, tmp_path, planned, monkeypatch
+    ):
+        """None is imported: their code may import TensorFlow, or have effects."""
+        for name, code in (
+            ("grows", "__path__.append('elsewhere')"),
+            ("registers", "import sys; sys.modules[__name__ + '.inner'] = sys"),
+        ):
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "__init__.py").write_text(f"{code}\nraise SystemExit(7)\n")
+        (tmp_path / "namespace" / "deeper").mkdir(parents=True)
+        (tmp_path / "namespace" / "deeper" / "__main__.py").write_text("")
+        monkeypatch.chdir(tmp_path)
+        for module in ("grows.inner", "registers.inner", "namespace.deeper"):
+            assert invoke("run", "-m", module).exit_code == 0
+        assert len(planned) == 3
+        archive, compiled = tmp_path / "program.zip", tmp_path / "program.pyc"
+        with zipfile.ZipFile(archive, "w") as opened:
+            opened.writestr("__main__.py", "print('packed')")
+        source = tmp_path / "program.py"
+        source.write_text("print('compiled')")
+        py_compile.compile(str(source), cfile=str(compiled))
+        for path in (archive, compiled):
+            assert invoke("run", str(path)).exit_code == 0
+        latin = tmp_path / "latin.py"
+        latin.write_bytes("# coding: latin-1\nprint('é')\n".encode("latin-1"))
+        assert invoke("run", str(latin)).exit_code == 0
+
+    def test_more_workers_than_cores(self, script, planned, monkeypatch):
+        monkeypatch.setattr("tfdist.launch.resources.usable_cores", lambda: 2)
+        crowded = invoke("run", "-n", "6", str(script))
+        assert "tfdist: warning: 6 workers share 2 cores of this machine." in crowded.output
+        for options in (["-n", "2"], ["-n", "2", "--ps", "1"]):
+            assert "cores of this machine" not in invoke("run", *options, str(script)).output
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
+        assert "cores of this machine" not in invoke("run", "-n", "3", str(script)).output
+
+    def test_a_level_of_messages_never_shows_more_than_none(self, script, planned, monkeypatch):
+        for level, hides in ((None, True), ("3", True), ("2", True), ("", True), ("0", False)):
+            if level is not None:
+                monkeypatch.setenv("TF_CPP_MIN_LOG_LEVEL", level)
+            else:
+                monkeypatch.delenv("TF_CPP_MIN_LOG_LEVEL", raising=False)
+            assert invoke("run", str(script)).exit_code == 0
+            assert planned[-1][0][0].is_quiet is hides
 
     @pytest.mark.full
     def test_malformed_cluster(self, script, planned, monkeypatch):
@@ -291,12 +360,13 @@ class TestWorkers:
         )
         ended = self.run(environ, script, "-n", "2", "--log-dir", str(tmp_path / "logs"))
         assert ended.returncode == 1
-        exposed, error = ended.stderr.splitlines()[:2]
+        told = [line for line in ended.stderr.splitlines() if "workers share" not in line]
+        exposed, error = told[:2]
         assert re.match(
             r"tfdist: ports \d+, \d+ \(TensorFlow\) of this machine can be", exposed
         )
         assert error.startswith("Error: worker 1 ended with exit status 1.")
-        shown = ended.stderr.splitlines()[3:8]
+        shown = told[3:8]
         assert shown[0] == "  │ Traceback (most recent call last):"
         assert shown[1] == f'  │   File "{script}", line 3, in <module>'
         assert "  │ ValueError: my mistake" in shown

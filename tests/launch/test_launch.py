@@ -42,7 +42,7 @@ from tfdist.launch import parse_hosts, restart_lines, run_workers
 options = json.loads(sys.argv[1])
 log_dir = options.pop("log_dir", None)
 options["hosts"] = hosts = parse_hosts(options["hosts"]) if "hosts" in options else ()
-shows_all = options.pop("shows_all", True)
+shows = options.pop("shows", "all")
 most, limit = options.pop("max_restarts", 0), options.pop("limit", 60)
 least, total = options.pop("least", None), options.pop("workers", None)
 roster = Roster(
@@ -71,7 +71,7 @@ with together as client:
         client=client,
         slots=roster.slots,
         plan=roster.of_hosts if least else None,
-        shows_all=shows_all,
+        shows=shows,
     )
 for line in restart_lines(outcome.restarts):
     print(line)
@@ -333,7 +333,7 @@ class TestOutput:
             "print('mine', rank)\n"
             "if rank: print('tfdist: a report\\n  its second line'); time.sleep(0.5)"
         )
-        status, output = scripts.run(script, workers=3, shows_all=False)
+        status, output = scripts.run(script, workers=3, shows="chief")
         assert status == 0
         assert sorted(output.splitlines()) == sorted(
             [
@@ -351,10 +351,40 @@ class TestOutput:
             "time.sleep(0.2 * rank)\n"
             "raise UnavailableError('Socket closed')"
         )
-        _, output = scripts.run(script, workers=2, shows_all=False)
+        _, output = scripts.run(script, workers=2, shows="chief")
         shown = output.partition("CAUSE")[0]
         assert shown.count("Traceback") == 1
         assert "worker 1 │ tfdist: it failed as worker 0 did. " in shown
+
+    def test_hidden_workers_show_one_reason_once_too(self, scripts):
+        script = RANK + (
+            "if not rank: time.sleep(300)\n"
+            "time.sleep(0.2 * rank)\n"
+            "print('before', rank, flush=True)\n"
+            "raise ConnectionError('Socket closed')"
+        )
+        _, output = scripts.run(script, workers=3, shows="chief")
+        shown = output.partition("CAUSE")[0]
+        assert shown.count("Traceback") == 1
+        assert "worker 1 │ before 1" in shown
+        told = "tfdist: it failed as worker 1 did. ConnectionError: Socket closed"
+        assert f"worker 2 │ {told}" in shown
+
+    def test_only_failed_workers_are_shown(self, scripts):
+        script = RANK + (
+            "print('mine', rank, flush=True)\n"
+            "print('tfdist: told', rank, flush=True)\n"
+            "if rank == 1: time.sleep(0.3); raise ValueError('my mistake')\n"
+            "time.sleep(300)"
+        )
+        status, output = scripts.run(script, workers=2, shows="failed")
+        assert status == 1
+        shown = output.partition("CAUSE")[0]
+        assert "mine 0" not in shown
+        assert "worker 1 │ mine 1\nworker 1 │ Traceback" in shown
+        assert "worker 0 │ tfdist: told 0" in shown
+        hiding = "tfdist: only the output of a worker that fails is shown. --output all"
+        assert shown.count(hiding) == 1
 
     def test_whoever_fails_is_shown_too(self, scripts):
         script = RANK + (
@@ -365,7 +395,7 @@ class TestOutput:
             "if rank == 2: raise ValueError('my mistake')\n"
             "time.sleep(300)"
         )
-        status, output = scripts.run(script, workers=4, shows_all=False)
+        status, output = scripts.run(script, workers=4, shows="chief")
         assert status == 1
         shown = output.partition("CAUSE")[0]
         assert "worker 2 │ mine 2\nworker 2 │ Traceback (most recent call last):" in shown

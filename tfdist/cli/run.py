@@ -12,7 +12,7 @@ import click
 from tfdist.cli.explanation import explain
 from tfdist.cluster import strategy_names
 from tfdist.cluster.warning_signals import ON_WARNING, PREEMPT_STATUS
-from tfdist.errors import START_ME_AGAIN
+from tfdist.errors import START_ME_AGAIN, LaunchError
 from tfdist.launch import (
     DEFAULT_PORT,
     NODE_TIMEOUT_S,
@@ -23,10 +23,15 @@ from tfdist.launch import (
     RestartLimit,
     Restarts,
     Roster,
+    Shows,
     check_names,
+    check_syntax,
     connect_launchers,
+    count_on_processor,
+    crowded_cores,
     events_name,
     exposed_ports,
+    find_script,
     health_of,
     open_standard_streams,
     parse_elastic,
@@ -81,11 +86,11 @@ from tfdist.launch import (
 )
 @click.option(
     "--output",
-    type=click.Choice(("chief", "all")),
+    type=click.Choice(("chief", "all", "failed")),
     default="chief",
     show_default=True,
     help="Whose output to show. chief: the chief's, and on other hosts that of the first "
-    "worker. A worker that fails is always shown.",
+    "worker. failed: only that of workers that fail, which the others show too.",
 )
 @click.option(
     "--log-dir",
@@ -156,7 +161,7 @@ def run(
     strategy: str | None,
     zero: int | None,
     drop_in: bool,
-    output: str,
+    output: Shows,
     log_dir: Path | None,
     max_restarts: str | None,
     elastic: str | None,
@@ -192,7 +197,8 @@ def run(
     command line is wrong.
     """  # noqa: D301
     open_standard_streams()
-    _check_options(script, module, synchronous, servers, zero)
+    _check_script(script, module)
+    _check_options(synchronous, servers, zero)
     if synchronous:
         os.environ["TFDIST_SYNCHRONOUS"] = "1"  # the workers inherit it
     if zero is not None:
@@ -240,6 +246,8 @@ def run(
         is_met_here = client is not None and node_rank == 0
         if exposed := exposed_ports(roster.workers, port - 1 if is_met_here else None):
             click.echo(exposed, err=True)
+        if crowded := crowded_cores(count_on_processor(roster.workers)):
+            click.echo(crowded, err=True)
         outcome = run_workers(
             roster.workers,
             log_dir=log_dir,
@@ -249,7 +257,7 @@ def run(
             slots=roster.slots,
             plan=None if roster.elastic is None else roster.of_hosts,
             meeting=roster.meeting,
-            shows_all=output == "all",
+            shows=output,
             plan_again=roster.again,
             warnings_end=on_warning == "end",
             journal=journal,
@@ -260,16 +268,18 @@ def run(
     sys.exit(status)
 
 
-def _check_options(
-    script: str, module: bool, synchronous: bool, servers: int, zero: int | None
-) -> None:
-    """Refuses a script that is not there, and options that contradict each other."""
-    if not module and not Path(script).is_file():
-        raise click.BadParameter(
-            f"SCRIPT must be a Python file. Received: {script!r}, which is "
-            f"{'no file' if Path(script).exists() else 'not there'}. "
-            "Check the path; the options of `tfdist run` come before it."
-        )
+def _check_script(script: str, module: bool) -> None:
+    """Refuses a script that cannot run, before the workers wait for TensorFlow's import."""
+    try:
+        path = find_script(script, module)
+    except LaunchError as error:
+        raise click.BadParameter(str(error)) from None
+    if path is not None:
+        check_syntax(path)
+
+
+def _check_options(synchronous: bool, servers: int, zero: int | None) -> None:
+    """Refuses options that contradict each other."""
     if synchronous and not servers:
         raise click.BadParameter(
             "--synchronous must come with parameter servers. Received: --synchronous without "

@@ -5,13 +5,16 @@ from tfdist.launch.client import CoordinatorClient
 from tfdist.launch.console import say_last
 from tfdist.launch.exposure import exposed_ports
 from tfdist.launch.health import health_of
+from tfdist.launch.hidden_output import Shows
 from tfdist.launch.hosts import Host, check_names, parse_hosts
 from tfdist.launch.journal import Journal, events_name
 from tfdist.launch.outcome import Outcome
-from tfdist.launch.plan import DEFAULT_PORT, plan_workers
+from tfdist.launch.plan import DEFAULT_PORT, count_on_processor, plan_workers
 from tfdist.launch.processes import SAVING_S, run_workers
+from tfdist.launch.resources import crowded_cores
 from tfdist.launch.restarts import RestartLimit, Restarts, restart_lines
 from tfdist.launch.roster import Roster
+from tfdist.launch.script_check import check_syntax, find_script
 from tfdist.launch.several_machines import NODE_TIMEOUT_S, connect_launchers
 from tfdist.launch.slots import parse_elastic
 from tfdist.launch.standard_streams import open_standard_streams
@@ -31,11 +34,16 @@ __all__ = [
     "RestartLimit",
     "Restarts",
     "Roster",
+    "Shows",
     "Worker",
     "check_names",
+    "check_syntax",
     "connect_launchers",
+    "count_on_processor",
+    "crowded_cores",
     "events_name",
     "exposed_ports",
+    "find_script",
     "health_of",
     "open_standard_streams",
     "parse_elastic",

@@ -111,12 +111,22 @@ def check_request(strategy: str | None, total: int, servers: int, existing: Clus
             f"Strategy {strategy!r} has no parameter servers. Received: --ps={servers} with "
             f"--strategy={strategy}. Leave one of them out."
         )
+    if strategy == "multi_worker" and total == 1 and _is_alone(existing):
+        raise LaunchError(
+            "Strategy 'multi_worker' trains in several processes. "
+            f"Received: --strategy={strategy} with 1 worker, and no TF_CONFIG that describes "
+            "more. Add -n 2, or leave --strategy out to train in one process."
+        )
     if total > 1 and strategy in ONE_PROCESS_STRATEGIES:
         raise LaunchError(
             f"Strategy {strategy!r} trains in one process. "
             f"Received: --strategy={strategy} with {total} workers. "
             "Start one worker, or use --strategy multi_worker or horovod."
         )
+
+
+def _is_alone(existing: Cluster) -> bool:
+    return existing.num_workers < 2 and existing.job == WORKER and not existing.launched
 
 
 def check_alone(total: int, existing: Cluster) -> None:

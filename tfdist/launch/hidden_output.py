@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from typing import Literal
 
+from tfdist.launch.cause import Failure
 from tfdist.launch.worker import Worker
+
+Shows = Literal["chief", "all", "failed"]
+"""Whose output the launcher shows: the chief's or this machine's first worker's, that of all
+workers, or only that of workers that fail."""
 
 _MOST_LINES = 400
 _TFDIST_PREFIX = "tfdist:"
@@ -24,6 +30,46 @@ def leader(workers: Sequence[Worker]) -> int:
     driving = [i for i, worker in enumerate(workers) if not worker.serves]
     busy = [i for i, worker in enumerate(workers) if worker.is_replaceable]
     return (driving or busy or [0])[0]
+
+
+def explain_hiding(shows: Shows, leader: Worker) -> str:
+    """Returns a line which says that lines are hidden, and how to see them.
+
+    Args:
+        shows: Whose lines are shown.
+        leader: The worker whose lines `chief` shows.
+    """
+    others = "a worker that fails" if shows == "failed" else f"{leader.task} is shown, and that"
+    end = "is shown" if shows == "failed" else "of a worker that fails"
+    return f"tfdist: only the output of {others} {end}. --output all shows all."
+
+
+class ShownErrors:
+    """The exceptions whose tracebacks the user has seen, so that none is shown twice."""
+
+    def __init__(self) -> None:
+        self._tasks: dict[str, str] = {}
+
+    def note(self, failure: Failure) -> None:
+        """Remembers that the traceback of a failure is shown."""
+        if failure.last_error:
+            self._tasks.setdefault(failure.last_error, failure.worker.task)
+
+    def shorten(self, lines: list[str], failure: Failure, is_cause: bool) -> list[str]:
+        """Replaces lines that say nothing new by one line.
+
+        Args:
+            lines: The lines of a failed worker.
+            failure: Its failure.
+            is_cause: Whether this failure has ended the run.
+        """
+        like = self._tasks.get(failure.last_error)
+        if like is not None:
+            return [f"tfdist: it failed as {like} did. {failure.last_error}"]
+        if failure.blames_peer and not is_cause:
+            return [f"tfdist: it lost another worker. {failure.last_error}"]
+        self.note(failure)
+        return lines
 
 
 class HiddenOutput:

@@ -56,6 +56,17 @@ class StartedWorker:
             # macOS answers so for a group of which only zombies are left.
             self.has_group = self.ended_at is None
 
+    def receive(self) -> bytes | None:
+        """Returns new output, nothing at its end, and None if there is none now."""
+        assert self.fd is not None
+        try:
+            return os.read(self.fd, 1 << 16)
+        except BlockingIOError:
+            return None
+        except OSError:
+            # On Linux, reading a terminal fails so when its last writer has closed it.
+            return b""
+
 
 def start_member(
     position: int,
@@ -82,7 +93,7 @@ def start_member(
         LaunchError: The worker could not be started.
     """
     # Only the chief draws a progress bar, and the bar is of use only on a terminal.
-    is_live = screen.is_terminal and worker.shows_progress
+    is_live = screen.is_terminal and worker.shows_progress and hidden_output is None
     reading, writing = _terminal(screen) if is_live else os.pipe()
     memory = shared_memory()
     try:

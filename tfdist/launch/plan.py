@@ -82,7 +82,7 @@ def plan_workers(
         )
 
     shared = _shared_environment(local, None if is_joined else strategy, drop_in, environ)
-    is_quiet = "TF_CPP_MIN_LOG_LEVEL" not in environ
+    is_quiet = _hides_start_up(environ)
     all_workers: list[Worker] = []
     for cluster in other_tasks:
         # The chief and the servers leave the GPUs to the workers.
@@ -107,6 +107,12 @@ def plan_workers(
             Worker(index, tuple(command), environment, is_quiet, job, serves=bool(servers))
         )
     return tuple(all_workers)
+
+
+def _hides_start_up(environ: Mapping[str, str]) -> bool:
+    """Returns whether to hide TensorFlow's start-up messages: unless 0 or 1 asks for them."""
+    level = environ.get("TF_CPP_MIN_LOG_LEVEL", "")
+    return level.strip() not in ("0", "1")
 
 
 def _places(
@@ -180,6 +186,19 @@ def _shared_environment(
     if drop_in:
         shared["TFDIST_DROP_IN"] = "1"
     return shared
+
+
+def count_on_processor(workers: Sequence[Worker]) -> int:
+    """Returns how many of this machine's workers compute without a GPU of their own.
+
+    Args:
+        workers: The workers that this machine starts.
+    """
+    on_processor = ("", "-1")
+    return sum(
+        worker.job == WORKER and worker.environment.get(_GPUS, "") in on_processor
+        for worker in workers
+    )
 
 
 def server_clusters(

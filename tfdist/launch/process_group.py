@@ -14,7 +14,7 @@ from pathlib import Path
 from tfdist.cluster.heartbeat import WorkerProgress
 from tfdist.launch.cause import Failure
 from tfdist.launch.detached import RunName, end_detached
-from tfdist.launch.hidden_output import HiddenOutput, leader
+from tfdist.launch.hidden_output import HiddenOutput, ShownErrors, Shows, explain_hiding, leader
 from tfdist.launch.journal import Journal, state_of_worker
 from tfdist.launch.logs import LogFolder
 from tfdist.launch.member import StartedWorker, start_member
@@ -41,22 +41,22 @@ class ProcessGroup:
     """
 
     def __init__(
-        self, screen: Screen, shows_all: bool = True, journal: Journal | None = None
+        self, screen: Screen, shows: Shows = "all", journal: Journal | None = None
     ) -> None:
         """Starts with no worker.
 
         Args:
             screen: Shows the workers' lines.
             journal: Gets starts and failures, and the state of the workers.
-            shows_all: Whether to show the lines of all workers. Otherwise the leader's lines
-                are shown, and of the others tfdist's own lines and those of a worker that
-                fails.
+            shows: Whose lines to show. Of the other workers tfdist's own lines are shown, and
+                all lines of a worker that fails.
         """
         self.failures: list[Failure] = []
         self.finished: list[str] = []
-        self._screen, self._shows_all = screen, shows_all
+        self._screen, self._shows = screen, shows
         self._journal, self._noted_at = journal or Journal(), 0.0
         self._leader, self._logs, self._run_name = 0, LogFolder(), RunName.new()
+        self._shown_errors = ShownErrors()
         self._members: list[StartedWorker] = []
         self._selector = selectors.DefaultSelector()
         self._stopped, self._killed_before = StoppedWorkers(), killed_for_memory()
@@ -147,21 +147,22 @@ class ProcessGroup:
             failures: Their failures. A worker that only lost a peer gets one line.
             cause: The failure whose output is shown in any case.
         """
-        leader = self._members[self._leader].worker
-        leader_errors = {f.last_error for f in self.failures if f.worker == leader} - {""}
+        for failure in self.failures:
+            if self._member_of(failure).hidden_output is None:
+                self._shown_errors.note(failure)
         for failure in failures:
-            (member,) = (m for m in self._members if m.worker == failure.worker)
+            member = self._member_of(failure)
             if member.hidden_output is None:
                 continue
             lines = member.hidden_output.release()
-            if failure.last_error in leader_errors:
-                lines = [f"tfdist: it failed as {leader.task} did. {failure.last_error}"]
-            elif failure.blames_peer and failure is not cause:
-                lines = [f"tfdist: it lost another worker. {failure.last_error}"]
+            lines = self._shown_errors.shorten(lines, failure, is_cause=failure is cause)
             self._screen.show(member.position, lines)
 
+    def _member_of(self, failure: Failure) -> StartedWorker:
+        return next(m for m in self._members if m.worker == failure.worker)
+
     def _start(self, position: int, worker: Worker) -> StartedWorker:
-        is_shown = self._shows_all or position == self._leader
+        is_shown = self._shows == "all" or (self._shows == "chief" and position == self._leader)
         member = start_member(
             position,
             worker,
@@ -310,15 +311,8 @@ class ProcessGroup:
 
     def _read(self, member: StartedWorker) -> bool:
         """Reads once; returns whether there may be more."""
-        if member.fd is None:
+        if member.fd is None or (data := member.receive()) is None:
             return False
-        try:
-            data = os.read(member.fd, 1 << 16)
-        except BlockingIOError:
-            return False
-        except OSError:
-            # On Linux, reading a terminal fails so when its last writer has closed it.
-            data = b""
         if not data:
             self._selector.unregister(member.fd)
             os.close(member.fd)
@@ -335,12 +329,8 @@ class ProcessGroup:
         visible = member.hidden_output.take(lines)
         if len(visible) < len(lines) and not self._screen.has_explained_hiding:
             self._screen.has_explained_hiding = True
-            task = self._members[self._leader].worker.task
-            visible.insert(
-                0,
-                f"tfdist: only the output of {task} is shown, and that of a worker that fails. "
-                "--output all shows all.",
-            )
+            leader = self._members[self._leader].worker
+            visible.insert(0, explain_hiding(self._shows, leader))
         return visible
 
     def _drain(self, member: StartedWorker) -> None:

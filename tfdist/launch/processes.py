@@ -18,6 +18,7 @@ from tfdist.launch.cause import Failure, root_cause
 from tfdist.launch.client import CoordinatorClient, Decision
 from tfdist.launch.console import background
 from tfdist.launch.detached import end_forgotten
+from tfdist.launch.hidden_output import Shows
 from tfdist.launch.journal import Journal
 from tfdist.launch.outcome import Outcome
 from tfdist.launch.output import Screen
@@ -47,7 +48,7 @@ def run_workers(
     slots: Slots | None = None,
     plan: Callable[[Sequence[int]], Sequence[Worker]] | None = None,
     meeting: Callable[[Worker], AbstractContextManager[Any]] = nullcontext,
-    shows_all: bool = True,
+    shows: Shows = "all",
     plan_again: Callable[[], Sequence[Worker]] | None = None,
     warnings_end: bool = False,
     journal: Journal | None = None,
@@ -71,9 +72,8 @@ def run_workers(
         slots: Chooses the workers of each start after the first, in place of `workers`.
         meeting: Makes a context around each start of all workers, such as a rendezvous
             server. Its argument is the first worker.
-        shows_all: Whether to show the lines of all workers. Otherwise the lines of the chief,
-            or of this machine's first worker, are shown, and of the others tfdist's own lines
-            and those of a worker that fails.
+        shows: Whose lines to show. `chief` is the chief, or this machine's first worker. Of the
+            other workers tfdist's own lines are shown, and those of a worker that fails.
         plan_again: Returns the workers of each start after the first, with other ports: a port
             may have been taken meanwhile. By default they are `workers`.
         warnings_end: Whether SIGUSR1 and SIGUSR2 to the launcher save and end the run with
@@ -93,7 +93,7 @@ def run_workers(
         screen = Screen(stream, [worker.task for worker in workers], writer=writer)
         screen.show(0, end_forgotten())
         while True:
-            group = ProcessGroup(screen, shows_all, journal)
+            group = ProcessGroup(screen, shows, journal)
             try:
                 if client is not None:
                     outcome = _run_with_peers(

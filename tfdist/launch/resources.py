@@ -47,6 +47,23 @@ def thread_environment(local_workers: int, environ: Mapping[str, str]) -> dict[s
     return {name: threads for name in _THREAD_POOLS if name not in environ}
 
 
+def crowded_cores(local_workers: int, cores: int | None = None) -> str:
+    """Returns a warning if this machine has fewer cores than workers; empty otherwise.
+
+    Args:
+        local_workers: How many workers that compute on the processor run on this machine.
+        cores: The cores that they may use; by default those of this process.
+    """
+    cores = usable_cores() if cores is None else cores
+    if local_workers <= max(1, cores):
+        return ""
+    cores_text = "1 core" if cores == 1 else f"{cores} cores"
+    return (
+        f"tfdist: warning: {local_workers} workers share {cores_text} of this machine. More "
+        f"than {cores} do not make training faster."
+    )
+
+
 def visible_gpus(environ: Mapping[str, str]) -> tuple[str, ...]:
     """Lists the GPUs that the launcher's own environment allows.
 
