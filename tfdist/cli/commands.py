@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from tfdist._version import __version__
+from tfdist.cli.config import config
 from tfdist.cli.doctor import doctor
 from tfdist.cli.horovod import horovod
 from tfdist.cli.privacy import privacy
@@ -35,11 +36,12 @@ def main() -> None:
     Examples:
       tfdist run -n 2 train.py             train in two worker processes
       tfdist run -n 2 --drop-in train.py   the same, for a plain Keras script
+      tfdist config -n 2                   write tfdist.toml, which `tfdist run` reads
       tfdist doctor                        show what can run on this machine
       tfdist horovod build                 build Horovod for the installed TensorFlow
       tfdist privacy epsilon --help        compute the cost of training with DP-SGD
     """  # noqa: D301
 
 
-for command in (run, doctor, horovod, privacy):
+for command in (run, config, doctor, horovod, privacy):
     main.add_command(command)

@@ -10,6 +10,7 @@ from pathlib import Path
 import click
 
 from tfdist.cli.explanation import explain
+from tfdist.cli.settings_file import CommandWithFile, read_file
 from tfdist.cluster import strategy_names
 from tfdist.cluster.warning_signals import ON_WARNING, PREEMPT_STATUS
 from tfdist.errors import START_ME_AGAIN, LaunchError
@@ -42,7 +43,16 @@ from tfdist.launch import (
 )
 
 
-@click.command(context_settings={"allow_interspersed_args": False})
+@click.command(cls=CommandWithFile, context_settings={"allow_interspersed_args": False})
+@click.option(
+    "--config",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE",
+    is_eager=True,
+    expose_value=False,
+    callback=read_file,
+    help="A file with options.  [default: tfdist.toml, if it is there]",
+)
 @click.option("-n", "--workers", type=int, help="Total number of workers.  [default: 1]")
 @click.option(
     "--ps",

@@ -81,6 +81,7 @@ def _file_of_module(name: str) -> Path | None:
     if not sys.flags.safe_path:
         # The worker's, which has the working directory in place of this program's folder.
         sys.path[0] = os.getcwd()
+    sys.path[1:1] = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
     try:
         spec = _find(name)
     except KeyError:  # a namespace in a namespace asks for the imported outer one
