@@ -24,13 +24,13 @@ from rich.console import Console
 
 from tests.jobs import is_gone
 from tfdist import cli
+from tfdist.cluster.cache import cache_folder
 from tfdist.errors import BuildError
 from tfdist.launch.horovod_wheel import build as horovod_build
 from tfdist.launch.horovod_wheel.progress import progress, time_share
 from tfdist.launch.horovod_wheel.recipe import (
     HOROVOD,
     Recipe,
-    cache_folder,
     cached_wheel,
     check_tools,
     jobs_for_here,

@@ -12,11 +12,11 @@ from pathlib import Path
 
 from rich.console import Console
 
+from tfdist.cluster.cache import cache_folder
 from tfdist.errors import BuildError
 from tfdist.launch.horovod_wheel.recipe import (
     HOROVOD,
     Recipe,
-    cache_folder,
     cached_wheel,
     check_tools,
     jobs_for_here,
