@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from tfdist.privacy.settings import DPSGD
     from tfdist.resume.checkpoint import Checkpoint
     from tfdist.scripts.drop_in import drop_in
+    from tfdist.scripts.recommend import recommend
     from tfdist.sharding.pipeline.strategy import Pipeline
     from tfdist.step.memory import memory
     from tfdist.step.recompute import recompute
@@ -65,6 +66,7 @@ __all__ = [
     "placement",
     "predict",
     "privacy",
+    "recommend",
     "recompute",
     "samplers",
 ]
@@ -99,6 +101,7 @@ _HOMES = {
     "memory": "tfdist.step.memory",
     "placement": "tfdist.strategies.placement",
     "predict": "tfdist.training.evaluation",
+    "recommend": "tfdist.scripts.recommend",
     "recompute": "tfdist.step.recompute",
 }
 

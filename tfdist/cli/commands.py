@@ -9,6 +9,7 @@ import click
 from tfdist._version import __version__
 from tfdist.cli.config import config
 from tfdist.cli.doctor import doctor
+from tfdist.cli.examine import estimate, recommend
 from tfdist.cli.horovod import horovod
 from tfdist.cli.privacy import privacy
 from tfdist.cli.run import run
@@ -37,11 +38,13 @@ def main() -> None:
       tfdist run -n 2 train.py             train in two worker processes
       tfdist run -n 2 --drop-in train.py   the same, for a plain Keras script
       tfdist config -n 2                   write tfdist.toml, which `tfdist run` reads
+      tfdist recommend train.py            say which strategy is best, and why
+      tfdist estimate train.py             say whether it fits into memory
       tfdist doctor                        show what can run on this machine
       tfdist horovod build                 build Horovod for the installed TensorFlow
       tfdist privacy epsilon --help        compute the cost of training with DP-SGD
     """  # noqa: D301
 
 
-for command in (run, config, doctor, horovod, privacy):
+for command in (run, config, recommend, estimate, doctor, horovod, privacy):
     main.add_command(command)

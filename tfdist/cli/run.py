@@ -9,7 +9,8 @@ from pathlib import Path
 
 import click
 
-from tfdist.cli.explanation import explain
+from tfdist.cli.examine import explain_run
+from tfdist.cli.explanation import explain as explain_end
 from tfdist.cli.settings_file import CommandWithFile, read_file
 from tfdist.cluster import strategy_names
 from tfdist.cluster.warning_signals import ON_WARNING, PREEMPT_STATUS
@@ -158,6 +159,11 @@ from tfdist.launch import (
     metavar="SECONDS",
     help="With --hosts and --max-restarts: time to wait for a host to start or come back.",
 )
+@click.option(
+    "--explain",
+    is_flag=True,
+    help="Start no worker: predict each strategy for these workers, as `tfdist recommend` does.",
+)
 @click.option("-m", "--module", is_flag=True, help="SCRIPT is a module, as after python -m.")
 @click.argument("script")
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="[ARGUMENTS]...")
@@ -180,6 +186,7 @@ def run(
     on_preempt_status: int,
     health: str | None,
     node_timeout: float,
+    explain: bool,
     module: bool,
     script: str,
     arguments: tuple[str, ...],
@@ -209,6 +216,8 @@ def run(
     open_standard_streams()
     _check_script(script, module)
     _check_options(synchronous, servers, zero)
+    if explain:
+        sys.exit(explain_run((script, *arguments), module, workers, servers, hosts))
     if synchronous:
         os.environ["TFDIST_SYNCHRONOUS"] = "1"  # the workers inherit it
     if zero is not None:
@@ -274,7 +283,7 @@ def run(
         )
     status = on_preempt_status if outcome.status == START_ME_AGAIN else outcome.status
     journal.note_end(status, outcome.what)
-    explain(outcome, roster.workers, log_dir, has_other_hosts=len(machines) > 1)
+    explain_end(outcome, roster.workers, log_dir, has_other_hosts=len(machines) > 1)
     sys.exit(status)
 
 

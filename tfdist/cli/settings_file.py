@@ -26,7 +26,7 @@ _HEADER = (
 )
 _SETTINGS = "tfdist.settings"
 # These differ from host to host or from run to run.
-_NOT_KEPT = ("config", "node_rank", "module", "help")
+_NOT_KEPT = ("config", "node_rank", "module", "explain", "help")
 # Each says how many workers there are and where: one of the command line replaces the others.
 _REPLACES = {
     "workers": ("hosts", "elastic", "ssh"),

@@ -83,6 +83,17 @@ def why_whole(model: Any, kind: str) -> str | None:
     return None if composition is None else composition.indivisible
 
 
+def why_indivisible(model: Any, source: Source) -> str | None:
+    """Returns why replicas could not share a batch in training, or None.
+
+    Args:
+        model: A compiled `keras.Model`.
+        source: The data.
+    """
+    step = _keras.build(model, "train_step", source.spec(), source.sample)
+    return _why_indivisible(model, "train_step", step, source)
+
+
 def why_rows_mix(model: Any, source: Source) -> str | None:
     """Returns why a model's outputs for an example depend on other examples, or None.
 

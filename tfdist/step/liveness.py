@@ -13,12 +13,12 @@ from typing import Any
 from tfdist._keras import StepGraph
 
 # The output is the input's memory.
-_ALIASES = frozenset(
+ALIASES = frozenset(
     {"Identity", "IdentityN", "Reshape", "Squeeze", "ExpandDims", "StopGradient",
      "PreventGradient", "Snapshot", "XlaOptimizationBarrier"}
 )  # fmt: skip
 # They read shapes only, which are known.
-_OF_SHAPES = frozenset(
+OF_SHAPES = frozenset(
     {"Shape", "ShapeN", "Size", "Rank", "BroadcastGradientArgs", "ZerosLike", "OnesLike"}
 )
 # TensorFlow's kernels write the output into an input that nobody reads later.
@@ -27,7 +27,7 @@ _IN_PLACE = frozenset(
      "Rsqrt", "Tanh", "TanhGrad", "Sigmoid", "SigmoidGrad", "Relu", "ReluGrad", "Elu",
      "EluGrad", "Erf", "Softmax", "Maximum", "Minimum", "Pow", "Softplus", "SelectV2"}
 )  # fmt: skip
-_OUTSIDE = frozenset({"Placeholder", "ReadVariableOp", "VarHandleOp"})
+OUTSIDE = frozenset({"Placeholder", "ReadVariableOp", "VarHandleOp"})
 _CALLS = frozenset({"While", "StatelessWhile"})
 
 
@@ -61,7 +61,7 @@ def liveness(step: StepGraph) -> Liveness:
     Args:
         step: The graph of the step.
     """
-    ops = _needed_ops(step)
+    ops = needed_ops(step)
     memory = _Memory(step, ops)
     live = peak = 0
     largest, largest_name = 0, ""
@@ -106,15 +106,15 @@ class _Memory:
     def _add(self, ops: Sequence[tuple[int, Any]]) -> None:
         for index, op in ops:
             for number, output in enumerate(op.outputs):
-                if op.type in _ALIASES and number < len(op.inputs):
+                if op.type in ALIASES and number < len(op.inputs):
                     self._aliases[output.name] = op.inputs[number].name
                     continue
-                self.sizes[output.name] = 0 if op.type in _OUTSIDE else _bytes(output)
-                self.unsized += op.type not in _OUTSIDE and _is_unsized(output)
+                self.sizes[output.name] = 0 if op.type in OUTSIDE else _bytes(output)
+                self.unsized += op.type not in OUTSIDE and _is_unsized(output)
                 self.first[output.name] = index
         # The gradient of a loop adds inputs to ops that were made before.
         for index, op in ops:
-            if op.type not in _OF_SHAPES:
+            if op.type not in OF_SHAPES:
                 for tensor in op.inputs:
                     self.last[self._root(tensor)] = index
 
@@ -150,8 +150,12 @@ class _Memory:
         return [*self._ends.get(index, []), *unused]
 
 
-def _needed_ops(step: StepGraph) -> list[tuple[int, Any]]:
-    """Lists the ops that gradients and changes of state depend on, with their positions."""
+def needed_ops(step: StepGraph) -> list[tuple[int, Any]]:
+    """Lists the ops that gradients and changes of state depend on, with their positions.
+
+    Args:
+        step: The graph of the step.
+    """
     waiting = [t.op for t in _dense(step.gradients)]
     waiting += [op for op in step.ops if op.type.startswith("Assign")]
     names: set[str] = set()

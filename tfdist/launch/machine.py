@@ -1,0 +1,61 @@
+"""The memory and the GPUs of this machine."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Mapping
+
+from tfdist.launch.resources import visible_gpus
+from tfdist.watchdog.memory import left_mib
+
+_MIB = 2**20
+_UNKNOWN = 2**60
+
+
+def usable_memory() -> int:
+    """Returns how many bytes of memory this machine has, or this container may use.
+
+    A very large number if the system does not say.
+    """
+    found = left_mib()
+    return _UNKNOWN if found is None else found[1] * _MIB
+
+
+def gpus_with_memory(environ: Mapping[str, str] = os.environ) -> tuple[tuple[str, int], ...]:
+    """Lists the GPUs that this process may use: the model of each, and its bytes of memory.
+
+    Args:
+        environ: The environment variables.
+    """
+    count = len(visible_gpus(environ))
+    program = shutil.which("nvidia-smi", path=environ.get("PATH"))
+    if not count or program is None:
+        return ()
+    query = ["--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+    try:
+        text = subprocess.run(
+            [program, *query], capture_output=True, text=True, timeout=20, check=False
+        ).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return ()
+    return read_gpus(text)[:count]
+
+
+def read_gpus(text: str) -> tuple[tuple[str, int], ...]:
+    """Reads the table of `nvidia-smi`.
+
+    Args:
+        text: A line for each GPU: its name, and MiB of memory.
+
+    Example:
+        >>> read_gpus("NVIDIA A100-SXM4-40GB, 40960")
+        (('NVIDIA A100-SXM4-40GB', 42949672960),)
+    """
+    found = []
+    for line in text.splitlines():
+        name, _, mebibytes = line.rpartition(",")
+        if mebibytes.strip().isdecimal():
+            found.append((name.strip(), int(mebibytes) * _MIB))
+    return tuple(found)
