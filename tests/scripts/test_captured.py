@@ -60,9 +60,10 @@ def test_arguments_reach_the_script_and_the_batch_size_is_replaced(run):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("print(1)", "ended without"), (HEAD + "raise ValueError('no file')", "at line 5: no file"),
+    [("print(1)", "ended without"),
+     (HEAD + "raise ValueError('no file')", "at line 5: no file"),
      (COMPILED + "model.train_on_batch(x, y)", "Found: `train_on_batch`"),
-     (COMPILED + "sys.exit(0)", "1 model|model\\(s\\)")],
+     (COMPILED + "sys.exit(0)", r"1 model\(s\)|\d+ model\(s\)")],
 )  # fmt: skip
 def test_a_script_that_does_not_train_gets_a_clear_line(run, text, message):
     with pytest.raises(ArgumentError, match=message):
@@ -89,7 +90,7 @@ def test_saved_models_and_functions(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert call_of(["own_models:net"]).model.count_params() == 4
     assert "Adam and squares are assumed" in capsys.readouterr().err
-    with pytest.raises(ArgumentError, match="must return a keras.Model"):
+    with pytest.raises(ArgumentError, match=r"must return a keras\.Model"):
         call_of(["own_models:none"])
     with pytest.raises(ArgumentError, match="can be imported"):
         call_of(["own_models:missing"])

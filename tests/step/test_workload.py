@@ -79,7 +79,8 @@ def test_weights_and_slots_are_those_of_the_model():
 
 
 def test_compression_is_refused_with_zero_as_fit_refuses_it():
-    from tfdist.scripts.recommend import Call, Where, recommend_call
+    from tfdist.scripts.recommend import Where, recommend_call
+    from tfdist.scripts.refusals import Call
 
     model, x, y = trained()
     call = Call(model, x, y, {"compression": "bf16"})

@@ -162,7 +162,7 @@ from tfdist.launch import (
 @click.option(
     "--explain",
     is_flag=True,
-    help="Start no worker: predict each strategy for these workers, as `tfdist recommend` does.",
+    help="Start no worker: predict each strategy for these workers, as `tfdist recommend`.",
 )
 @click.option("-m", "--module", is_flag=True, help="SCRIPT is a module, as after python -m.")
 @click.argument("script")

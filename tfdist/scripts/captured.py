@@ -15,7 +15,7 @@ import keras
 
 from tfdist import api
 from tfdist.errors import ArgumentError
-from tfdist.scripts.recommend import Call
+from tfdist.scripts.refusals import Call
 from tfdist.scripts.worker_main import run_script
 from tfdist.strategies import session
 from tfdist.training.routing import replacing

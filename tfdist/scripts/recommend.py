@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
@@ -14,28 +13,19 @@ import tensorflow as tf
 from tfdist import _keras, data
 from tfdist.cluster import Cluster, links
 from tfdist.cluster.cost import Rates, network, rates_of_gpu
-from tfdist.compression.settings import PowerSGD
 from tfdist.data.imbalance.report import report
 from tfdist.errors import ArgumentError, TfdistError
 from tfdist.launch.machine import gpus_with_memory, usable_memory
 from tfdist.launch.resources import usable_cores
 from tfdist.samplers import Uniform
-from tfdist.sharding.extension import ShardedOptimizer
-from tfdist.sharding.pipeline.plan import plan
-from tfdist.step.composition import why_rows_mix
+from tfdist.scripts.refusals import Call, refused
 from tfdist.step.workload import describe, first_batch, measured_rates
-from tfdist.strategies.base import Place
 from tfdist.strategies.choice.hardware import Hardware
 from tfdist.strategies.choice.recommendation import Recommendation, recommend_for
 from tfdist.strategies.choice.workload import Workload
-from tfdist.strategies.session import Session
-from tfdist.strategies.single import Single
-from tfdist.strategies.zero import Zero
 from tfdist.training.preflight import compiled_model
-from tfdist.training.request import Request
 
 _MOST_POINTS = 3
-_MICROBATCHES = 8
 
 
 @dataclass(frozen=True)
@@ -107,16 +97,6 @@ def recommend(
     return recommend_call(call, Where(workers, hosts, servers, link), measure=measure)
 
 
-@dataclass(frozen=True)
-class Call:
-    """A call of `fit`: its model, its data and its other arguments by name."""
-
-    model: Any
-    x: Any = None
-    y: Any = None
-    others: Mapping[str, Any] = field(default_factory=dict)
-
-
 def recommend_call(
     call: Call, where: Where, *, measure: bool = True, script: str = "train.py"
 ) -> Recommendation:
@@ -137,7 +117,7 @@ def recommend_call(
     points = _points(batch_size, hardware, where.workers)
     with _keras.keeping_random_state():
         load = describe(model, batch, points, source=source, measure=measure)
-    load = dataclasses.replace(load, refused=_refused(model, source, call, hardware))
+    load = dataclasses.replace(load, refused=refused(model, source, call, hardware))
     load = _with_classes(load, call)
     return recommend_for(
         load, hardware, workers=where.workers, servers=where.servers, script=script
@@ -286,75 +266,6 @@ def _points(batch_size: int, hardware: Hardware, workers: int | None) -> list[tu
         cores = hardware.cores if hardware.gpus else hardware.cores_of_worker(local)
         points[rows, cores] = None
     return list(points)[:_MOST_POINTS]
-
-
-def _refused(
-    model: Any, source: data.Source | None, call: Call, hardware: Hardware
-) -> dict[str, str]:
-    """Asks the code of each strategy what it refuses."""
-    found = {}
-    for name, stage in (("zero 1", 1), ("zero 3", 3), ("model parallel", 3)):
-        sharded = ShardedOptimizer(Zero(stage), call.others.get("compression"))
-        request = _request(model, call, Single(Cluster()))
-        request.session.strategy.place = Place(2, 0, 1, 2)
-        try:
-            sharded.choose(request)
-        except TfdistError as error:
-            found[name] = received(error)
-    others = [n for n in ("privacy", "compression", "federated") if call.others.get(n)]
-    if isinstance(call.others.get("compression"), PowerSGD):
-        found["parameter_server"] = "PowerSGD's state would be on servers"
-    if call.others.get("federated"):
-        found |= dict.fromkeys(
-            ("parameter_server", "zero 1", "zero 3", "model parallel"), "fit has `federated`"
-        )
-    if others:
-        found["pipeline"] = f"fit has `{others[0]}`"
-    elif len(hardware.gpus) > 1:
-        reason = _why_no_pipeline(model, source, len(hardware.gpus))
-        if reason is not None:
-            found["pipeline"] = reason
-    return found
-
-
-def _why_no_pipeline(model: Any, source: data.Source | None, stages: int) -> str | None:
-    if model.run_eagerly:
-        return "the model was compiled with run_eagerly=True"
-    try:
-        plan(model, [f"device:{i}" for i in range(stages)], _MICROBATCHES)
-    except TfdistError as error:
-        return received(error)
-    return None if source is None else why_rows_mix(model, source)
-
-
-def received(error: Exception) -> str:
-    """Returns the part of a message that says what was received.
-
-    Args:
-        error: An error of tfdist's.
-
-    Example:
-        >>> received(ArgumentError("`a` must be 1. Received: a=2. Pass 1."))
-        'a=2'
-    """
-    text = str(error).partition("Received: ")[2] or str(error)
-    return text.partition(". ")[0].rstrip(".")
-
-
-def _request(model: Any, call: Call, strategy: Any) -> Request:
-    names = {f.name for f in dataclasses.fields(Request)}
-    values: dict[str, Any] = dict.fromkeys(names) | {
-        "session": Session(strategy, "", None),
-        "model": model,
-        "x": call.x,
-        "y": call.y,
-        "epochs": 1,
-        "initial_epoch": 0,
-        "copies": 1,
-        "is_private": call.others.get("privacy") is not None,
-    }
-    values |= {name: value for name, value in call.others.items() if name in names}
-    return Request(**values)
 
 
 def _with_classes(load: Workload, call: Call) -> Workload:

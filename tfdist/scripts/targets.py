@@ -14,7 +14,7 @@ import keras
 from tfdist import _keras
 from tfdist.errors import ArgumentError
 from tfdist.scripts.captured import first_fit
-from tfdist.scripts.recommend import Call
+from tfdist.scripts.refusals import Call
 
 
 def call_of(arguments: list[str], batch_size: int | None = None) -> Call:

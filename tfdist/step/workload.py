@@ -105,7 +105,8 @@ def _slots(model: Any) -> int:
 
 
 def _bytes_of_row(leaf: Any) -> int:
-    return math.prod(leaf.shape[1:]) * int(leaf.dtype.size)
+    size: int = math.prod(leaf.shape[1:]) * leaf.dtype.size
+    return size
 
 
 def _rows(source: Source | None, batch_size: int) -> int | None:
