@@ -22,7 +22,7 @@ import tfdist
 from tests.equivalence.cases import table
 from tfdist import watchdog
 from tfdist.errors import ArgumentError, CheckpointError, Preempted
-from tfdist.resume.checkpoint import files, plain
+from tfdist.resume.checkpoint import files, plain, processors
 from tfdist.resume.checkpoint.callbacks import CallbackState
 from tfdist.resume.checkpoint.shards import Piece
 
@@ -234,6 +234,47 @@ def test_what_a_checkpoint_leaves_to_train_is_said(tmp_path, capsys) -> None:
     said(1)
     assert "with other values in its arrays" in said(2, x + 1.0, [stop])
     assert "a callback ended the training" in said(3)
+
+
+@quick
+def test_other_processors_are_said(tmp_path, capsys, monkeypatch) -> None:
+    x, y = table(32)
+
+    def warned(epochs: int) -> str:
+        net = keras.Sequential([keras.Input((20,)), keras.layers.Dense(3)])
+        net.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+        tfdist.fit(net, x, y, epochs=epochs, checkpoint=tmp_path, verbose=0)
+        return capsys.readouterr().err
+
+    monkeypatch.setenv("TF_NUM_INTRAOP_THREADS", "3")
+    warned(1)
+    assert warned(2) == ""
+    monkeypatch.setenv("TF_NUM_INTRAOP_THREADS", "5")
+    assert warned(2) == ""  # nothing is left to train
+    said = warned(3)
+    assert "the workers have 5 threads (" in said
+    assert "and had 3 threads (" in said
+    assert "not bit by bit" in said
+    assert warned(4) == ""  # the last checkpoint is of these processors
+
+
+@quick
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, None),
+        ({"replicas": 4, "workers": [[1, "avx2"]]}, None),
+        ({"strategy": "horovod", "workers": [[1, "avx2"]]}, None),
+        ({"workers": [[2, "avx512f"], [2, "avx512f"]]}, "had 2, 2 threads (avx512f)"),
+        ({"workers": 3}, "had others"),
+        ({"workers": [[1]]}, "had others"),
+    ],
+)
+def test_other_processors_matter_at_as_many_replicas(changes, expected) -> None:
+    now = {"strategy": "multi_worker", "replicas": 2, "workers": [[1, "avx2"], [1, "avx2"]]}
+    warning = processors.warning_of(now, now | changes)
+    assert warning is None if expected is None else expected in warning
+    assert processors.warning_of(now, None) is None
 
 
 @quick

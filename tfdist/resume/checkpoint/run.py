@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 from tfdist import _keras, data, watchdog
 from tfdist._version import __version__
 from tfdist.errors import CheckpointError
-from tfdist.resume.checkpoint import reading, same
+from tfdist.resume.checkpoint import processors, reading, same
 from tfdist.resume.checkpoint.callbacks import CallbackState
 from tfdist.resume.checkpoint.lease import Lease
 from tfdist.resume.checkpoint.plain import decode, plain_logs
@@ -61,6 +61,7 @@ class CheckpointRun(Continuation):
         self._model: Any = None
         self._lease = Lease(self._settings.path)
         self._saver = Saver(self._settings, strategy, self._lease)
+        self._processors = processors.describe(strategy)
         self._last = reading.last_checkpoint(self._lease, self._settings.path, strategy)
         self._position: Position | None = None
         self._steps_made = 0 if self._last.state is None else self._last.state["steps"]
@@ -91,8 +92,12 @@ class CheckpointRun(Continuation):
         """Names the checkpoint from which training continues, if there is one."""
         if self._last.state is None:
             return None
-        warns = self._strategy.place.is_chief and not request.shows
-        return reading.notice_of(self._last.state, self._setup, request.epochs, warns)
+        state, is_chief = self._last.state, self._strategy.place.is_chief
+        other = processors.warning_of(self._processors, state.get("processors"))
+        if other is not None and is_chief and state["position"][0] < request.epochs:
+            print(f"tfdist: warning: {state['folder']}: {other}", file=sys.stderr, flush=True)
+        warns = is_chief and not request.shows
+        return reading.notice_of(state, self._setup, request.epochs, warns)
 
     def bind(self, request: Request, source: data.Source) -> None:
         """Refuses a checkpoint of another training.
@@ -325,6 +330,7 @@ class CheckpointRun(Continuation):
                 "steps": self._steps_made,
                 "stopped": is_stopped,
                 "setup": self._setup,
+                "processors": self._processors,
                 "others": self._states,
                 "logs": plain_logs(logs, arrays),
                 "callbacks": callback_state.state(arrays),
