@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from tfdist.launch import parse_hosts
+from tfdist.launch import is_start_up_noise, parse_hosts
 
 _SETTINGS = {"allow_interspersed_args": False}
 
@@ -145,7 +145,14 @@ def ask(what: str, target: tuple[str, ...], *, as_json: bool = False, **options:
     question = json.dumps({"what": what, "json": as_json, **options})
     environ = {"TF_CPP_MIN_LOG_LEVEL": "2", **os.environ}
     command = [sys.executable, "-m", "tfdist.scripts.examine_main", question, *target]
-    return subprocess.run(command, env=environ, check=False).returncode
+    with subprocess.Popen(
+        command, env=environ, stderr=subprocess.PIPE, text=True, errors="replace"
+    ) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if not is_start_up_noise(line):
+                print(line, end="", file=sys.stderr, flush=True)
+    return process.returncode
 
 
 def explain_run(

@@ -9,6 +9,7 @@ from tfdist.launch.hidden_output import Shows
 from tfdist.launch.hosts import Host, check_names, parse_hosts
 from tfdist.launch.journal import Journal, events_name
 from tfdist.launch.outcome import Outcome
+from tfdist.launch.output import is_start_up_noise
 from tfdist.launch.plan import DEFAULT_PORT, count_on_processor, plan_workers
 from tfdist.launch.processes import SAVING_S, run_workers
 from tfdist.launch.resources import crowded_cores
@@ -44,6 +45,7 @@ __all__ = [
     "events_name",
     "exposed_ports",
     "find_script",
+    "is_start_up_noise",
     "health_of",
     "open_standard_streams",
     "parse_elastic",

@@ -43,8 +43,13 @@ _START_UP_NOISE = re.compile(
 )
 
 
+def is_start_up_noise(line: str) -> bool:
+    """Returns whether TensorFlow writes a line whenever it is imported."""
+    return _START_UP_NOISE.match(line) is not None
+
+
 def _is_noise(line: str) -> bool:
-    return bool(_START_UP_NOISE.match(line) or _LOST_WORKER_NOISE.match(line))
+    return is_start_up_noise(line) or _LOST_WORKER_NOISE.match(line) is not None
 
 
 def settled(line: str) -> str:
