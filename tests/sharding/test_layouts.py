@@ -25,7 +25,7 @@ def weights() -> list[Any]:
 def test_a_map_names_the_weights_that_it_divides() -> None:
     layouts = {".*first/kernel": (None, "model"), ".*second/kernel": (None, None)}
     found = named_by(tfdist.ModelParallel(layouts, MESH).layout_map, variables := weights())
-    assert found == {id(variables[0])}
+    assert found == {id(variables[0]): (None, "model")}
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,7 @@ from tfdist._keras.optimizers import (
     with_nested,
 )
 from tfdist._keras.overflows import overflowing_as
+from tfdist._keras.parallel_plan import ParallelPlan, parallel_plan
 from tfdist._keras.piped import set_piped
 from tfdist._keras.piped_units import PipedStage
 from tfdist._keras.piped_updates import set_updated_in_place
@@ -145,6 +146,7 @@ __all__ = [
     "LayerCall",
     "LostWeight",
     "OwnNoise",
+    "ParallelPlan",
     "PipedStage",
     "ReplicaBatch",
     "RowKeys",
@@ -211,6 +213,7 @@ __all__ = [
     "optimizers_of",
     "outside_scopes",
     "overflowing_as",
+    "parallel_plan",
     "random_ops",
     "rates_of",
     "recomputed_calls",

@@ -210,6 +210,13 @@ def dropout(inputs: Tensor, rate: float, noise_shape: Any = None, seed: Any = No
     # between replicas. A mask of the global batch needs the common seed.
     next_seed = _random.draw_seed if batch is None else _keras_draw_seed
     op_seed = _random._cast_seed(next_seed(seed))
+    dtype = tf.as_dtype(inputs.dtype)
+    if batch is not None and batch.columns is not None and noise_shape is None:
+        mask = batch.columns.draw(
+            lambda shape, first: _is_at_least(rate, shape, first, op_seed, dtype),
+            tf.shape(inputs, tf.int64),
+        )
+        return _apply_mask(inputs, rate, tf.ensure_shape(mask, inputs.shape))
     shape = _random._get_concrete_noise_shape(inputs, noise_shape)
     shape = tf.cast(tf.shape(inputs) if shape is None else shape, tf.int64)
     first = tf.constant(0, tf.int64)
@@ -218,7 +225,7 @@ def dropout(inputs: Tensor, rate: float, noise_shape: Any = None, seed: Any = No
         # A layer may have folded other axes into the first. Then an example has several rows.
         repeats = local // tf.maximum(batch.rows, 1)
         first = tf.where(shape[0] == local, batch.offset * repeats, first)
-    mask = _is_at_least(rate, shape, first, op_seed, tf.as_dtype(inputs.dtype))
+    mask = _is_at_least(rate, shape, first, op_seed, dtype)
     return _apply_mask(inputs, rate, mask)
 
 

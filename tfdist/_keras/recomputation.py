@@ -23,6 +23,7 @@ import tensorflow as tf
 from keras.src.backend.common import global_state as _global_state
 from tensorflow.python.eager import record as _record
 
+from tfdist._keras.parallel_layers import ParallelCall
 from tfdist._keras.recomputed_ops import ops_of_thread, refuse_unrepeatable
 from tfdist._keras.recomputed_state import FirstPass, SecondPass
 from tfdist._keras.regathering import LayerWeights, frees_weights
@@ -100,7 +101,8 @@ def regathered(model: Any) -> Iterator[None]:
     chosen = [
         layer
         for layer in model._flatten_layers()
-        if frees_weights(layer) and not isinstance(vars(layer).get("call"), _RecomputedCall)
+        if frees_weights(layer)
+        and not isinstance(vars(layer).get("call"), _RecomputedCall | ParallelCall)
     ]
     for layer in chosen:
         for name in _NAMES:

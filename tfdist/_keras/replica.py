@@ -63,6 +63,11 @@ class ReplicaBatch:
         reads: The whole values of weights in parts that the step has read, by the id of the
             weight's backing.
         gathered: Those of them that can be used again.
+        own_reads: As `reads`, but this replica's own parts, with which layers in parts
+            compute.
+        team: The `Team` of the replicas that compute layers together, if the step has one.
+        columns: The `Columns` in which a layer computes now, if it has only some of them.
+        cut_outputs: The ids of layers whose last output has only this replica's columns.
         is_weighed: Whether all gradients that are taken now are parts of the global gradient,
             which is their sum over all replicas.
     """
@@ -85,6 +90,10 @@ class ReplicaBatch:
     reads: dict[int, list[Tensor]] = field(default_factory=dict, init=False)
     gathered: dict[int, Tensor] = field(default_factory=dict, init=False)
     is_weighed: bool = field(default=False, init=False)
+    own_reads: dict[int, list[Tensor]] = field(default_factory=dict, init=False)
+    team: Any = field(default=None, init=False)
+    columns: Any = field(default=None, init=False)
+    cut_outputs: set[int] = field(default_factory=set, init=False)
     _results: dict[int, tuple[Tensor, Any, int]] = field(default_factory=dict, init=False)
     _whole: dict[int, Tensor] = field(default_factory=dict, init=False)
     _of_metrics: set[int] = field(default_factory=set, init=False)

@@ -65,15 +65,21 @@ def _gradient(
         return _tensorflow_gradient(
             tape, target, sources, output_gradients, unconnected_gradients
         )
-    reads = _batch_of(weights).reads
+    batch = _batch_of(weights)
     nested = [
-        source if weight is None else reads.get(id(weight), [])
+        source
+        if weight is None
+        else [*batch.reads.get(id(weight), []), *batch.own_reads.get(id(weight), [])]
         for source, weight in zip(flat, weights, strict=True)
     ]
     found = _tensorflow_gradient(tape, target, nested, output_gradients, unconnected_gradients)
     is_zero = unconnected_gradients in (tf.UnconnectedGradients.ZERO, "zero")
     gradients = [
-        gradient if weight is None else _total(gradient, weight, is_zero)
+        gradient
+        if weight is None
+        else _own_total(gradient, weight, is_zero, len(batch.reads.get(id(weight), ())))
+        if weight.is_divided
+        else _total(gradient, weight, is_zero)
         for gradient, weight in zip(found, weights, strict=True)
     ]
     return tf.nest.pack_sequence_as(sources, gradients)
@@ -101,11 +107,41 @@ def _total(gradients: Sequence[Any], weight: InParts, is_zero: bool) -> Any:
         return tf.add_n([_part_of(gradient, weight) for gradient in given])
     if not all(isinstance(gradient, tf.IndexedSlices) for gradient in given):
         return tf.add_n([tf.convert_to_tensor(gradient) for gradient in given])
+    return _joined(given)
+
+
+def _joined(given: Sequence[Any]) -> Any:
+    """Adds sparse gradients, as in one process."""
     return tf.IndexedSlices(
         tf.concat([gradient.values for gradient in given], 0),
         tf.concat([tf.cast(gradient.indices, tf.int64) for gradient in given], 0),
         given[0].dense_shape,
     )
+
+
+def _own_total(gradients: Sequence[Any], weight: InParts, is_zero: bool, wholes: int) -> Any:
+    """Returns the gradient of a divided weight's own part. It is not summed over teams yet.
+
+    Args:
+        gradients: Those of whole values, then those of own parts.
+        weight: The weight.
+        is_zero: Whether a gradient of nothing is 0.
+        wholes: Number of whole values.
+    """
+    shape = weight.cut.part_shape
+    given = [
+        gradient
+        if index >= wholes
+        else weight.gathering.own_gradient(weight.variable, gradient)
+        for index, gradient in enumerate(gradients)
+        if gradient is not None
+    ]
+    if not given:
+        return tf.zeros(shape, weight.dtype) if is_zero else None
+    if all(isinstance(gradient, tf.IndexedSlices) for gradient in given):
+        return given[0] if len(given) == 1 else _joined(given)
+    dense = [tf.ensure_shape(tf.convert_to_tensor(gradient), shape) for gradient in given]
+    return dense[0] if len(dense) == 1 else tf.add_n(dense)
 
 
 def is_part(gradient: Any, weight: InParts) -> bool:

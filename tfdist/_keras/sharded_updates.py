@@ -39,6 +39,12 @@ class Sharding(Protocol):
     def sum(self, tensor: Tensor) -> Tensor:
         """Sums a small tensor over all replicas."""
 
+    def divides(self, variable: Any) -> bool:
+        """Tells whether a team of replicas computes with the parts of a weight."""
+
+    def counted(self, variable: Any, square: Tensor) -> Tensor:
+        """Returns what a part adds to a sum over all replicas, some of which have the same."""
+
     def join(self, variable: Any) -> Any:
         """Returns the whole value of an optimizer's variable. All processes must call it."""
 
@@ -125,7 +131,7 @@ def update_parts(
 def own_gradient(sharding: Sharding, gradient: Tensor, variable: Any) -> Tensor:
     """Returns this replica's part of a gradient, which may be in parts already."""
     cut = sharding.cut_of(variable)
-    if cut is None:
+    if cut is None or sharding.divides(variable):
         return gradient
     if isinstance(gradient, tf.IndexedSlices):
         return cut.own_rows(gradient, sharding.replica_id())
@@ -223,7 +229,8 @@ def clip_by_norms(
     in_parts = [i for i in present if sharding.cut_of(weights[i]) is not None]
     if in_parts:
         dtype = squares[in_parts[0]].dtype
-        local = tf.stack([tf.cast(squares[i], dtype) for i in in_parts])
+        own = [sharding.counted(weights[i], squares[i]) for i in in_parts]
+        local = tf.stack([tf.cast(square, dtype) for square in own])
         summed = tf.unstack(sharding.sum(local))
         squares |= {
             i: tf.cast(s, squares[i].dtype) for i, s in zip(in_parts, summed, strict=True)

@@ -47,6 +47,12 @@ class Gathering(Protocol):
     def takes_parts(self, variable: Any) -> bool:
         """Tells whether the optimizer of a weight takes this replica's part of its gradient."""
 
+    def divides(self, variable: Any) -> bool:
+        """Tells whether a team of replicas computes with the parts of a weight."""
+
+    def own_gradient(self, variable: Any, whole: Tensor) -> Tensor:
+        """Sums the gradient of a whole weight over a team, and returns the own part."""
+
     def read(self, variable: Any) -> Any:
         """Returns the whole value of a variable as an array, if this process can have it."""
 
@@ -87,6 +93,11 @@ class InParts(_Backing):
         self.part = part
         self.cut = cut
         self.gathering = gathering
+
+    @property
+    def is_divided(self) -> bool:
+        """Whether a team of replicas computes with the parts; see `parallel_layers`."""
+        return self.gathering.divides(self.variable)
 
     def __tf_tensor__(self, dtype: Any = None, name: str | None = None) -> Tensor:
         return tf.cast(self._read(), dtype or self.dtype)

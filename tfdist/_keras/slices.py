@@ -24,9 +24,18 @@ def has_fixed_rows(gradient: Any) -> bool:
     """
     if not isinstance(gradient, tf.IndexedSlices) or tf.executing_eagerly():
         return False
-    graph = gradient.indices.graph
-    captured = {id(tensor) for tensor in getattr(graph, "internal_captures", ())}
-    stack, visited = [gradient.indices], set()
+    return is_of_no_example(gradient.indices)
+
+
+def is_of_no_example(tensor: Any) -> bool:
+    """Returns whether a tensor is a constant, or made of constants and shapes.
+
+    Args:
+        tensor: A tensor that is being traced.
+    """
+    graph = tensor.graph
+    captured = {id(captured) for captured in getattr(graph, "internal_captures", ())}
+    stack, visited = [tensor], set()
     while stack:
         tensor = stack.pop()
         if id(tensor) in visited or id(tensor) in captured:

@@ -12,7 +12,8 @@ import tensorflow as tf
 from tfdist import _keras
 from tfdist.errors import ArgumentError
 from tfdist.sharding.cuts import Cut, cut_of
-from tfdist.sharding.layouts import named_by
+from tfdist.sharding.division import Division, divide
+from tfdist.sharding.layouts import divided_along, named_by
 from tfdist.sharding.slots import Slot, Slots
 from tfdist.step.exchange import Contribution, Exchange, Sums
 from tfdist.step.state import Sharded, optimizers_of
@@ -35,11 +36,15 @@ class ShardedUpdates:
         stage: As in `Zero`.
         gather_again: As in `Zero`.
         layouts: Those of `ModelParallel`, or None to choose weights by their sizes.
+        mesh: The axes of the mesh of `layouts`, and their sizes.
+        model_axis: The axis along which teams compute layers, or None.
     """
 
     stage: int = 1
     gather_again: bool = False
     layouts: Layouts | None = None
+    mesh: tuple[tuple[str, int], ...] = ()
+    model_axis: str | None = None
 
     def make(self, model: Any, strategy: Strategy) -> ShardedExchange:
         """Makes the exchange.
@@ -48,12 +53,19 @@ class ShardedUpdates:
             model: A built `keras.Model`.
             strategy: The strategy on whose replicas it trains.
         """
+        layouts, division = self.layouts, None
+        named = None if layouts is None else named_by(layouts, model.weights)
+        if named is not None and self.model_axis is not None:
+            mesh = dict(self.mesh)
+            axes = divided_along(named, self.model_axis, mesh)
+            division = divide(model, strategy, axes, mesh[self.model_axis])
         return ShardedExchange(
             model,
             strategy,
             cuts_weights=self.stage == 3,
             gathers_again=self.stage == 3 and self.gather_again,
-            layouts=self.layouts,
+            named=None if named is None else set(named),
+            division=division,
         )
 
 
@@ -70,7 +82,8 @@ class ShardedExchange(Exchange):
         cuts_weights: Whether weights are in parts too.
         gathers_again: Whether whole weights are freed between the forward and the backward
             pass.
-        layouts: Which weights are in parts, or None to choose them by their sizes.
+        named: The ids of the weights in parts, or None to choose them by their sizes.
+        division: The layers that teams compute, if there are any.
     """
 
     def __init__(
@@ -79,9 +92,11 @@ class ShardedExchange(Exchange):
         strategy: Strategy,
         cuts_weights: bool = False,
         gathers_again: bool = False,
-        layouts: Layouts | None = None,
+        named: set[int] | None = None,
+        division: Division | None = None,
     ) -> None:
         self._gathers_again = gathers_again
+        self._division = division or Division.none(strategy)
         self._strategy = strategy
         self._model = model
         self._cuts: dict[int, Cut] = {}  # of weights whose gradients are scattered
@@ -89,34 +104,37 @@ class ShardedExchange(Exchange):
         self._optimizers: set[int] = set()
         self._is_training = False
         if cuts_weights:
-            self._add_weights(layouts)
+            self._add_weights(named)
         for optimizer in optimizers_of(model):
             if len(_keras.with_nested([optimizer])) > 1 or not optimizer.built:
                 continue  # the optimizers that it wraps are in the list too
             self._add(optimizer)
         self._held = Slots(strategy, list(self._slots.values()))
 
-    def _add_weights(self, layouts: Layouts | None) -> None:
+    def _add_weights(self, named: set[int] | None) -> None:
         """Cuts the weights that a map names, or else all but the smallest ones."""
         weights = {id(v): v for v in _keras.weights_of_layers(self._model)}
         for optimizer in optimizers_of(self._model):
             weights |= {id(v): v for v in _keras.trained_variables(optimizer)}
         by_size = sorted(weights.values(), key=_keras.num_bytes)
         left = _KEPT_WHOLE * sum(map(_keras.num_bytes, by_size))
-        if layouts is not None:
-            chosen = named_by(layouts, self._model.weights)
-            by_size, left = [v for v in by_size if id(v) in chosen], 0
+        if named is not None:
+            by_size, left = [v for v in by_size if id(v) in named], 0
         for weight in by_size:
             left -= _keras.num_bytes(weight)
-            cut = cut_of(tuple(weight.shape), self._strategy.place.num_replicas)
+            cut = self._new_cut(weight)
             if left < 0 and cut is not None and tf.as_dtype(weight.dtype).is_floating:
                 self._slots[id(weight)] = Slot(weight, cut, gathering=self)
+
+    def _new_cut(self, weight: Any) -> Cut | None:
+        own = self._division.cuts.get(id(weight))
+        return own or cut_of(tuple(weight.shape), self._strategy.place.num_replicas)
 
     def _add(self, optimizer: Any) -> None:
         """Cuts the state of an optimizer."""
         _check(optimizer)
         for weight, variables in _keras.slots_in_parts(optimizer):
-            cut = cut_of(tuple(weight.shape), self._strategy.place.num_replicas)
+            cut = self._new_cut(weight)
             if cut is None or not (variables or id(weight) in self._slots):
                 continue
             self._optimizers.add(id(optimizer))
@@ -164,6 +182,7 @@ class ShardedExchange(Exchange):
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._held.in_parts())
             stack.enter_context(_keras.updating_parts(self))
+            stack.enter_context(self._division.computing())
             if self._gathers_again:
                 stack.enter_context(_keras.regathered(self._model))
             _keras.register_parts_of_weights(optimizers_of(self._model))
@@ -180,11 +199,12 @@ class ShardedExchange(Exchange):
     ) -> tuple[Sums, Callable[[Tensor], None]]:
         """Sums the gradients. Of a dense one, each replica gets its part of the sum."""
         gradients, variables = contribution.gradients, contribution.variables
+        divided = [i for i, v in enumerate(variables) if self.divides(v)]
         dense = [
             i
             for i, (gradient, variable) in enumerate(zip(gradients, variables, strict=True))
             if contribution.is_applied
-            and id(variable) in self._cuts
+            and self.takes_parts(variable)
             and not contribution.are_rows[i]
             and not isinstance(gradient, tf.IndexedSlices)
         ]
@@ -196,7 +216,12 @@ class ShardedExchange(Exchange):
         own = self.scatter([cuts[i] for i in scattered], [sums[i] for i in scattered])
         for i, part in zip(scattered, own, strict=True):
             sums[i] = part
-        rest = [i for i in range(len(gradients)) if i not in cuts]
+        of_teams = self._division.links.sum_over_teams([sums[i] for i in divided])
+        for i, gradient in zip(divided, of_teams, strict=True):
+            sums[i] = gradient
+            if id(variables[i]) not in self._cuts:  # its optimizer takes whole gradients
+                (sums[i],) = self.gather([self._division.cuts[id(variables[i])]], [gradient])
+        rest = [i for i in range(len(gradients)) if i not in cuts and i not in divided]
         reduced, others = strategy.reduce_step(
             [gradients[i] for i in rest],
             contribution.others,
@@ -233,7 +258,19 @@ class ShardedExchange(Exchange):
 
     def takes_parts(self, variable: Any) -> bool:
         """Tells whether the optimizer of a weight takes this replica's part of its gradient."""
-        return id(variable) in self._cuts
+        return id(variable) in self._cuts and not self.divides(variable)
+
+    def divides(self, variable: Any) -> bool:
+        """Tells whether a team of replicas computes with the parts of a weight."""
+        return id(variable) in self._division.cuts
+
+    def own_gradient(self, variable: Any, whole: Tensor) -> Tensor:
+        """Sums the gradient of a whole weight over a team, and returns the own part."""
+        return self._division.own_gradient(variable, whole)
+
+    def counted(self, variable: Any, square: Tensor) -> Tensor:
+        """Returns what a part adds to a sum over all replicas, some of which have the same."""
+        return self._division.counted(variable, square)
 
     def replica_id(self) -> Tensor:
         """Returns the number of the running replica's parts."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from typing import Any
 
 import keras
@@ -35,6 +36,10 @@ class ShardedOptimizer(Extension):
         layouts = getattr(zero, "layout_map", "auto")
         by_map = None if isinstance(layouts, str) else layouts
         self.exchange_maker = ShardedUpdates(zero.stage, zero.gather_again, by_map)
+        if isinstance(zero, ModelParallel):
+            self.exchange_maker = replace(
+                self.exchange_maker, mesh=zero.mesh or (), model_axis=zero.model_axis
+            )
 
     def choose(self, request: Request) -> Request:
         """Refuses what cannot be exact with parts.

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tfdist.errors import ArgumentError
 from tfdist.strategies.model_parallel import Layouts
 
 
-def named_by(layouts: Layouts, variables: Sequence[Any]) -> set[int]:
+def named_by(layouts: Layouts, variables: Sequence[Any]) -> dict[int, tuple[str | None, ...]]:
     """Finds the variables that a map divides.
 
     Args:
@@ -18,7 +18,7 @@ def named_by(layouts: Layouts, variables: Sequence[Any]) -> set[int]:
         variables: The `keras.Variable`s of a model.
 
     Returns:
-        Their ids.
+        Their layouts, by the variables' ids.
 
     Raises:
         ArgumentError: A pattern matches no variable, two match the same one, or a layout has
@@ -48,4 +48,24 @@ def named_by(layouts: Layouts, variables: Sequence[Any]) -> set[int]:
                     f"{tuple(variable.shape)}. Give {len(variable.shape)} of them."
                 )
             found[id(variable)] = pattern, axes
-    return {key for key, (_, axes) in found.items() if any(axes)}
+    return {key: axes for key, (_, axes) in found.items() if any(axes)}
+
+
+def divided_along(
+    layouts: Mapping[int, tuple[str | None, ...]], name: str, mesh: Mapping[str, int]
+) -> dict[int, int]:
+    """Finds the variables that are divided along one axis of the mesh, and along no other.
+
+    Args:
+        layouts: The result of `named_by`.
+        name: The axis of the mesh.
+        mesh: The axes of the mesh and their sizes.
+
+    Returns:
+        The variables' own axis that is divided, by their ids.
+    """
+    return {
+        key: axes.index(name)
+        for key, axes in layouts.items()
+        if [axis for axis in axes if axis is not None and mesh[axis] > 1] == [name]
+    }

@@ -23,17 +23,30 @@ class Sharded:
     """The role of a variable whose values on all replicas are parts of one tensor.
 
     The parts have equal shapes. They follow each other along axis 0 in the replicas' order, and
-    padding follows the tensor. As with `Role.PER_REPLICA`, only the first local replica's part
-    of an extension's variable is kept where `hold` ends. A variable of the model is in parts
-    only while `Exchange.training` lasts, and whole before and after it.
+    padding follows the tensor. Or, with `ways`, they are that many slices along an axis:
+    replica r has slice r % ways. As with `Role.PER_REPLICA`, only the first local replica's
+    part of an extension's variable is kept where `hold` ends. A variable of the model is in
+    parts only while `Exchange.training` lasts, and whole before and after it.
 
     Attributes:
         rows: Number of rows of the tensor, without the padding.
         shape: The tensor's shape. None if a part has the tensor's shape but for axis 0.
+        axis: The axis along which it is cut into `ways` slices.
+        ways: Number of slices, or 0.
     """
 
     rows: int
     shape: tuple[int, ...] | None = None
+    axis: int = 0
+    ways: int = 0
+
+    def is_copy(self, replica: int) -> bool:
+        """Tells whether a replica before this one has the same part.
+
+        Args:
+            replica: The replica's global index.
+        """
+        return 0 < self.ways <= replica
 
 
 AnyRole = Role | Sharded

@@ -120,6 +120,34 @@ class Collectives(abc.ABC):
         """
         return tf.reshape(self.all_gather(part), [self.place.num_replicas, -1])
 
+    def stack_in_groups(self, groups: Groups, part: Tensor) -> Tensor:
+        """Stacks a tensor of every replica of a group. Every replica must call it.
+
+        Args:
+            groups: As in `sum_in_groups`.
+            part: A tensor of the same shape on every replica.
+
+        Returns:
+            Shape [size of the group, ...], in the group's order.
+        """
+        return self.gather_in_groups(groups, part[None])
+
+    def swap_in_groups(self, groups: Groups, stacked: Tensor) -> Tensor:
+        """Sends each row of a tensor to one replica of the group. Every replica must call it.
+
+        Args:
+            groups: As in `sum_in_groups`.
+            stacked: Shape [size of the group, ...], the same on every replica.
+
+        Returns:
+            The rows that the replica has received, in the senders' order.
+        """
+        # Right for any strategy, but it moves more than an all-to-all.
+        everything = self.stack_in_groups(groups, stacked)
+        position = {member: at for group in groups for at, member in enumerate(group)}
+        own = tf.gather([position[member] for member in sorted(position)], self.replica_id())
+        return tf.gather(everything, own, axis=1)
+
     @property
     def everyone(self) -> Groups:
         """One group of all replicas."""

@@ -48,6 +48,7 @@ class ModelParallel:
     mesh: Any = None
     on: Any = "auto"
     gather_again: bool = True
+    batch_dim_name: str | None = None
 
     stage: ClassVar[int] = 3
 
@@ -85,6 +86,23 @@ class ModelParallel:
         return dict(self.mesh or ())
 
     @property
+    def batch_axis(self) -> str | None:
+        """The axis of the mesh along which teams differ."""
+        if self.batch_dim_name is not None or not self.axes:
+            return self.batch_dim_name
+        usual = next((name for name in ("batch", "data") if name in self.axes), None)
+        return usual or (next(iter(self.axes)) if len(self.axes) > 1 else None)
+
+    @property
+    def model_axis(self) -> str | None:
+        """The axis of the mesh along which layers are computed in parts, or None."""
+        if not isinstance(self.layout_map, tuple):
+            return None
+        named = {axis for _, axes in self.layout_map for axis in axes if axis is not None}
+        found = [n for n in self.axes if n in named - {self.batch_axis} and self.axes[n] > 1]
+        return found[0] if len(found) == 1 else None
+
+    @property
     def devices(self) -> int | None:
         """Number of devices of the mesh, or None for any number."""
         return None if self.mesh is None else math.prod(self.axes.values())
@@ -96,7 +114,8 @@ def of_keras(distribution: Any) -> ModelParallel:
     Args:
         distribution: A `keras.distribution.ModelParallel`.
     """
-    return ModelParallel(_keras.layout_map_of(distribution))
+    layout_map = _keras.layout_map_of(distribution)
+    return ModelParallel(layout_map, batch_dim_name=distribution.batch_dim_name)
 
 
 def _refuse(expected: str, received: str) -> None:

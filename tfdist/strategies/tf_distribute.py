@@ -127,6 +127,14 @@ class TFDistribute(Connected):
         """Stacks a tensor of every replica. Only traced functions can do it."""
         return self._group_collectives.gather_equal(part[None], self.everyone)
 
+    def stack_in_groups(self, groups: Groups, part: Tensor) -> Tensor:
+        """Stacks a tensor of a group's replicas. Only traced functions can do it."""
+        return self._group_collectives.gather_equal(part[None], groups)
+
+    def swap_in_groups(self, groups: Groups, stacked: Tensor) -> Tensor:
+        """Sends rows to the replicas of a group. Only traced functions can do it."""
+        return self._group_collectives.all_to_all(stacked, groups)
+
     @functools.cached_property
     def _group_collectives(self) -> Any:
         return _keras.GroupCollectives(self.strategy, self.place.first_replica)

@@ -64,6 +64,8 @@ def take(strategy: Strategy, state: TrainState) -> list[Piece]:
     for name, variable, role in _divided(state):
         for local, value in enumerate(strategy.local_tensors(variable)):
             replica = place.first_replica + local
+            if role is not None and role.is_copy(replica):
+                continue
             pieces += _pieces(name, value, _slices(variable, role, replica, place.num_replicas))
     return pieces
 
@@ -85,6 +87,8 @@ def of_others(strategy: Strategy, state: TrainState) -> Iterator[list[Piece]]:
         own = strategy.local_tensors(variable)
         # Before the chief's come none: its replicas are the first ones.
         for replica in range(place.local_replicas, place.num_replicas):
+            if role is not None and role.is_copy(replica):
+                break
             local = replica - place.first_replica
             is_here = not place.is_chief and 0 <= local < place.local_replicas
             value = own[local] if is_here else tf.zeros_like(own[0])
