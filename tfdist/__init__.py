@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from tfdist.resume.checkpoint import Checkpoint
     from tfdist.scripts.drop_in import drop_in
     from tfdist.scripts.recommend import recommend
+    from tfdist.sharding.layout_map import layout_map
     from tfdist.sharding.pipeline.strategy import Pipeline
     from tfdist.step.memory import memory
     from tfdist.step.recompute import recompute
@@ -62,6 +63,7 @@ __all__ = [
     "imbalance",
     "init",
     "is_chief",
+    "layout_map",
     "memory",
     "placement",
     "predict",
@@ -98,8 +100,9 @@ _HOMES = {
     "fit": "tfdist.api",
     "init": "tfdist.strategies.session",
     "is_chief": "tfdist.strategies.session",
+    "layout_map": "tfdist.sharding.layout_map",
     "memory": "tfdist.step.memory",
-    "placement": "tfdist.strategies.placement",
+    "placement": "tfdist.sharding.placement",
     "predict": "tfdist.training.evaluation",
     "recommend": "tfdist.scripts.recommend",
     "recompute": "tfdist.step.recompute",

@@ -83,6 +83,7 @@ from tfdist._keras.optimizers import (
     with_nested,
 )
 from tfdist._keras.overflows import overflowing_as
+from tfdist._keras.parallel_axes import dividing_axes
 from tfdist._keras.parallel_plan import ParallelPlan, parallel_plan
 from tfdist._keras.piped import set_piped
 from tfdist._keras.piped_units import PipedStage
@@ -170,6 +171,7 @@ __all__ = [
     "computes_coarsely",
     "computes_in",
     "configure_coordination",
+    "dividing_axes",
     "empty",
     "end_of_data_unless",
     "ends",

@@ -20,7 +20,7 @@ from tfdist._keras.sharded_weights import InParts
 from tfdist._keras.slices import is_of_no_example
 from tfdist._keras.teams import Links, Team, drawing_columns, team_of
 
-_running = threading.local()  # the functional models that this thread runs
+_running = threading.local()
 
 
 class ParallelCall:
@@ -60,7 +60,7 @@ class ColumnCall(ParallelCall):
         if team is None or batch is None:
             return self.original(inputs, training=training)
         outputs = product(layer, team.gathered(inputs), own_weight(layer, layer._kernel))
-        stays = self.cut_in is not None and self.cut_in in getattr(_running, "models", ())
+        stays = self.cut_in is not None and self.cut_in in running("models")
         adds_own = layer.bias is not None and (stays or is_divided(layer.bias))
         if adds_own:
             outputs += own_bias(layer, team, self.axis)
@@ -172,112 +172,33 @@ def _placed(team: Team, columns: Tensor) -> Tensor:
     )
 
 
-class AttentionCall(ParallelCall):
-    """A MultiHeadAttention or GroupQueryAttention whose heads are divided.
-
-    Its queries, keys and values come of the same gathered rows, so that their gradients are
-    summed over the team together. Keras's own code computes the own heads.
-
-    Args:
-        layer: The layer.
-        links: As in `ParallelCall`.
-        heads_axis: The axis of the heads in the attention scores, a negative number.
-    """
-
-    _tensors = ("query", "value", "key", "query_mask", "value_mask", "key_mask")
-
-    def __init__(self, layer: Any, links: Links, heads_axis: int) -> None:
-        super().__init__(layer, links)
-        self.heads_axis = heads_axis
-
-    def __call__(
-        self, query: Any, value: Any, key: Any = None, *args: Any, **kwargs: Any
-    ) -> Any:
-        names = self._tensors[3:]
-        kwargs |= dict(zip((*names, *_REST), args, strict=False))
-        tensors = [t for t in (query, value, key) if t is not None]
-        masks = [kwargs[n] for n in (*names, "attention_mask") if kwargs.get(n) is not None]
-        team = team_of(self.links, *tensors, *masks)
-        if team is None:
-            return self.original(query, value, key, **kwargs)
-        gathered: dict[int, Tensor] = {}
-
-        def rows_of_team(tensor: Any) -> Any:
-            if tensor is None or (tensor.shape[0] == 1 and query.shape[0] != 1):
-                return tensor  # the same for all examples
-            if id(tensor) not in gathered:
-                gathered[id(tensor)] = team.gathered(tensor)
-            return gathered[id(tensor)]
-
-        mask = getattr(query, "_keras_mask", None)
-        for tensor in tensors:  # as Keras does, which takes the query's mask from there
-            if hasattr(tensor, "_keras_mask"):
-                tensor._keras_mask = None
-        arguments = [rows_of_team(t) for t in (query, value, key)]
-        if mask is not None:
-            arguments[0]._keras_mask = rows_of_team(mask)
-        for name in (*names, "attention_mask"):
-            if kwargs.get(name) is not None:
-                kwargs[name] = rows_of_team(kwargs[name])
-        with drawing_columns(team, self.heads_axis), _computing(self.layer):
-            results = self.original(*arguments, **kwargs)
-        has_scores = isinstance(results, tuple)
-        outputs = team.summed(results[0] if has_scores else results)
-        bias = self.layer._output_dense.bias
-        if bias is not None:
-            outputs = keras.ops.add(outputs, bias)
-        if mask is not None:
-            outputs._keras_mask = mask
-        if not has_scores:
-            return outputs
-        return outputs, team.in_rows(results[1], self.heads_axis)
-
-
-_REST = ("attention_mask", "return_attention_scores", "training", "use_causal_mask")
-
-
-class HeadsCall(ParallelCall):
-    """A projection of an attention layer, to or from the own heads.
-
-    Args:
-        layer: An EinsumDense.
-        links: As in `ParallelCall`.
-        attention: The attention layer.
-        is_last: Whether it is the projection from the heads.
-    """
-
-    def __init__(self, layer: Any, links: Links, attention: Any, is_last: bool) -> None:
-        super().__init__(layer, links)
-        self.attention = attention
-        self.is_last = is_last
-
-    def __call__(self, inputs: Any, training: Any = None) -> Any:
-        batch, layer = current_batch(), self.layer
-        if self.attention not in getattr(_running, "attentions", ()) or batch is None:
-            return self.original(inputs, training=training)
-        outputs = product(layer, inputs, own_weight(layer, layer._kernel))
-        if self.is_last:  # the attention layer adds the bias to the sum
-            return outputs
-        if layer.bias is not None:
-            outputs += own_bias(layer, batch.team, -2)
-        return activated(layer, outputs)
-
-
 class RunningCall(ParallelCall):
     """A functional model, some of whose layers pass on the own columns alone."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with _noted("models", self.layer):
+        with noting("models", self.layer):
             return self.original(*args, **kwargs)
 
 
-def _computing(attention: Any) -> contextlib.AbstractContextManager[None]:
-    return _noted("attentions", attention)
+def running(kind: str) -> Sequence[Any]:
+    """Lists what this thread runs, the innermost last.
+
+    Args:
+        kind: "models" or "attentions".
+    """
+    found: Sequence[Any] = getattr(_running, kind, ())
+    return found
 
 
 @contextlib.contextmanager
-def _noted(kind: str, layer: Any) -> Iterator[None]:
-    before: Sequence[Any] = getattr(_running, kind, ())
+def noting(kind: str, layer: Any) -> Iterator[None]:
+    """Makes a context in which a layer runs.
+
+    Args:
+        kind: As in `running`.
+        layer: The layer.
+    """
+    before = running(kind)
     setattr(_running, kind, (*before, layer))
     try:
         yield

@@ -14,12 +14,12 @@ from typing import Any
 import keras
 
 from tfdist._keras.model_graph import functional_of
+from tfdist._keras.parallel_attention import AttentionCall, HeadsCall
+from tfdist._keras.parallel_chains import ProductCut, chain_of, cut_of_einsum
 from tfdist._keras.parallel_layers import (
-    AttentionCall,
     BetweenCall,
     ColumnCall,
     EmbeddingCall,
-    HeadsCall,
     ParallelCall,
     RowCall,
     RunningCall,
@@ -27,24 +27,7 @@ from tfdist._keras.parallel_layers import (
 from tfdist._keras.teams import Links
 from tfdist.errors import ArgumentError
 
-_ATTENTION = (keras.layers.MultiHeadAttention, keras.layers.GroupQueryAttention)
-_BETWEEN = (
-    keras.layers.Activation,
-    keras.layers.Dropout,
-    keras.layers.ELU,
-    keras.layers.LeakyReLU,
-    keras.layers.ReLU,
-)
-# Activations that treat each element by itself. Others see whole rows.
-_BY_ELEMENT = frozenset(
-    {
-        "celu", "elu", "exponential", "gelu", "hard_shrink", "hard_sigmoid", "hard_silu",
-        "hard_tanh", "leaky_relu", "linear", "log_sigmoid", "mish", "relu", "relu6", "selu",
-        "sigmoid", "silu", "soft_shrink", "softplus", "softsign", "sparse_plus",
-        "squareplus", "tanh", "tanh_shrink", "threshold",
-    }
-)  # fmt: skip
-
+ATTENTION = (keras.layers.MultiHeadAttention, keras.layers.GroupQueryAttention)
 MakeCall = Callable[[Links], ParallelCall]
 
 
@@ -105,10 +88,10 @@ def parallel_plan(
     owners = Counter(id(v) for layer in layers for v in layer._trainable_variables)
     finder = _Finder(plan, axes, ways, owners)
     for layer in layers:
-        if type(layer) in _ATTENTION:
+        if type(layer) in ATTENTION:
             finder.add_attention(layer)
     of_attention = {id(layer) for layer, _ in plan.calls}
-    cut: dict[int, tuple[Any, _Cut]] = {}
+    cut: dict[int, tuple[Any, ProductCut]] = {}
     for layer in layers:
         if id(layer) in of_attention or "call" in vars(layer):
             continue
@@ -122,21 +105,6 @@ def parallel_plan(
     return plan
 
 
-@dataclass(frozen=True)
-class _Cut:
-    """Where a product is cut.
-
-    Attributes:
-        is_column: Whether its output is cut, else its input.
-        axis: The axis of the columns there, a negative number.
-        kernel_axis: The axis of the kernel.
-    """
-
-    is_column: bool
-    axis: int
-    kernel_axis: int
-
-
 @dataclass
 class _Finder:
     plan: ParallelPlan
@@ -144,15 +112,15 @@ class _Finder:
     ways: int
     owners: Counter[int]
 
-    def cut_of(self, layer: Any) -> _Cut | None:
+    def cut_of(self, layer: Any) -> ProductCut | None:
         """Returns where a Dense or EinsumDense is cut, or None if it is not."""
         kernel = getattr(layer, "_kernel", None)
         axis = self._axis(layer, kernel)
         if axis is None or layer.activity_regularizer is not None:
             return None
         if type(layer) is keras.layers.Dense:
-            return _Cut(axis == 1, -1, axis)
-        return _cut_of_einsum(layer.equation, axis)
+            return ProductCut(axis == 1, -1, axis)
+        return cut_of_einsum(layer.equation, axis)
 
     def _axis(self, layer: Any, weight: Any) -> int | None:
         """Returns the axis along which a layer's weight is divided, or None."""
@@ -218,31 +186,18 @@ def _heads_call(dense: Any, attention: Any, is_last: bool) -> MakeCall:
     return lambda links: HeadsCall(dense, links, attention, is_last)
 
 
-def _cut_of_einsum(equation: str, kernel_axis: int) -> _Cut | None:
-    given, made = equation.replace(" ", "").split("->")
-    inputs, kernel = given.split(",")
-    letter = kernel[kernel_axis]
-    # The batch must be the first axis of both.
-    is_batched = inputs[:1] == made[:1] and inputs[:1] not in kernel
-    if not is_batched or "." in kernel:
-        return None
-    for text, other, is_column in ((made, inputs, True), (inputs, made, False)):
-        if letter in text and letter not in other:
-            behind = text[text.index(letter) :]
-            is_counted = "." not in behind
-            return _Cut(is_column, -len(behind), kernel_axis) if is_counted else None
-    return None
-
-
 def _add_products(
-    plan: ParallelPlan, finder: _Finder, layers: list[Any], cut: dict[int, tuple[Any, _Cut]]
+    plan: ParallelPlan,
+    finder: _Finder,
+    layers: list[Any],
+    cut: dict[int, tuple[Any, ProductCut]],
 ) -> None:
     """Adds Dense and EinsumDense layers, and finds those between which columns stay cut."""
     functionals = {id(f): f for layer in layers if (f := functional_of(layer)) is not None}
     sources: dict[int, Any] = {}
     stays: dict[int, Any] = {}
     for layer, where in cut.values():
-        chain = _chain(layer, where, cut, functionals) if where.is_column else None
+        chain = chain_of(layer, where, cut, functionals) if where.is_column else None
         if chain is None:
             continue
         model, between, lasts = chain
@@ -272,74 +227,9 @@ def _running_call(model: Any) -> MakeCall:
     return lambda links: RunningCall(model, links)
 
 
-def _column_call(layer: Any, where: _Cut, model: Any) -> MakeCall:
+def _column_call(layer: Any, where: ProductCut, model: Any) -> MakeCall:
     return lambda links: ColumnCall(layer, links, where.axis, model)
 
 
-def _row_call(layer: Any, where: _Cut, source: Any) -> MakeCall:
+def _row_call(layer: Any, where: ProductCut, source: Any) -> MakeCall:
     return lambda links: RowCall(layer, links, where.axis, source)
-
-
-def _chain(
-    first: Any, where: _Cut, cut: Mapping[int, tuple[Any, _Cut]], models: Mapping[int, Any]
-) -> tuple[Any, list[Any], list[Any]] | None:
-    """Follows a layer's output to layers whose input is cut alike.
-
-    Returns:
-        The functional model of all these layers, the layers in between, and the last ones.
-        None if its columns reach another layer, or the end of a model.
-    """
-    # A layer also keeps nodes of models that are gone.
-    model_of = [(node, m) for m in models.values() for node in _nodes(m)]
-    ends = {id(t) for m in models.values() for t in keras.tree.flatten(m.outputs)}
-
-    def alive(nodes: list[Any]) -> list[tuple[Any, Any]]:
-        wanted = set(map(id, nodes))
-        return [(node, m) for node, m in model_of if id(node) in wanted]
-
-    entering = alive(first._inbound_nodes)
-    if not _is_by_element(first) or len(entering) != 1 or "call" in vars(entering[0][1]):
-        return None
-    model = entering[0][1]
-    between: list[Any] = []
-    lasts: list[Any] = []
-    open_nodes = [entering[0][0]]
-    while open_nodes:
-        node = open_nodes.pop()
-        following = alive(node.operation._outbound_nodes)
-        if not following or any(id(t) in ends for t in node.outputs):
-            return None
-        for next_node, _ in following:
-            layer = next_node.operation
-            is_alone = len(next_node.input_tensors) == len(alive(layer._inbound_nodes)) == 1
-            if not is_alone or "call" in vars(layer):
-                return None
-            other = cut.get(id(layer))
-            if other is not None and not other[1].is_column and other[1].axis == where.axis:
-                lasts.append(layer)
-            elif _is_between(layer):
-                between.append(layer)
-                open_nodes.append(next_node)
-            else:
-                return None
-    return model, between, lasts
-
-
-def _nodes(model: Any) -> list[Any]:
-    return [node for nodes in model._nodes_by_depth.values() for node in nodes]
-
-
-def _is_between(layer: Any) -> bool:
-    if type(layer) not in _BETWEEN or getattr(layer, "activity_regularizer", None) is not None:
-        return False
-    if type(layer) is keras.layers.Dropout and layer.noise_shape is not None:
-        return False
-    return type(layer) is not keras.layers.Activation or _is_by_element(layer)
-
-
-def _is_by_element(layer: Any) -> bool:
-    function = layer.activation
-    if function is None:
-        return True
-    is_keras_s = getattr(function, "__module__", "").startswith("keras.")
-    return is_keras_s and getattr(function, "__name__", "") in _BY_ELEMENT

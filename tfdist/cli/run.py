@@ -13,8 +13,9 @@ from tfdist.cli.examine import explain_run
 from tfdist.cli.explanation import explain as explain_end
 from tfdist.cli.settings_file import CommandWithFile, read_file
 from tfdist.cluster import strategy_names
+from tfdist.cluster.mesh_text import parse_mesh
 from tfdist.cluster.warning_signals import ON_WARNING, PREEMPT_STATUS
-from tfdist.errors import START_ME_AGAIN, LaunchError
+from tfdist.errors import START_ME_AGAIN, ArgumentError, LaunchError
 from tfdist.launch import (
     DEFAULT_PORT,
     NODE_TIMEOUT_S,
@@ -89,6 +90,12 @@ from tfdist.launch import (
     type=int,
     metavar="STAGE",
     help="1: each worker keeps only its part of the optimizer's state. 3: of the weights too.",
+)
+@click.option(
+    "--mesh",
+    metavar="AXES",
+    help="Divide layers over workers, such as batch=2,model=2: each two workers compute them "
+    "together.",
 )
 @click.option(
     "--drop-in",
@@ -176,6 +183,7 @@ def run(
     port: int,
     strategy: str | None,
     zero: int | None,
+    mesh: str | None,
     drop_in: bool,
     output: Shows,
     log_dir: Path | None,
@@ -216,12 +224,15 @@ def run(
     open_standard_streams()
     _check_script(script, module)
     _check_options(synchronous, servers, zero)
+    _check_mesh(mesh, zero, servers)
     if explain:
         sys.exit(explain_run((script, *arguments), module, workers, servers, hosts))
     if synchronous:
         os.environ["TFDIST_SYNCHRONOUS"] = "1"  # the workers inherit it
     if zero is not None:
         os.environ["TFDIST_ZERO"] = str(zero)
+    if mesh is not None:
+        os.environ["TFDIST_MESH"] = mesh
     if on_warning == "end":
         os.environ[ON_WARNING] = "end"
     if on_preempt_status != START_ME_AGAIN:
@@ -314,6 +325,22 @@ def _check_options(synchronous: bool, servers: int, zero: int | None) -> None:
             "--zero must come without parameter servers, which keep the optimizer's state "
             f"already. Received: --zero {zero} --ps {servers}. Leave one of them out."
         )
+
+
+def _check_mesh(mesh: str | None, zero: int | None, servers: int) -> None:
+    """Refuses a mesh that is malformed, or that other options contradict."""
+    if mesh is None:
+        return
+    try:
+        parse_mesh(mesh)
+    except ArgumentError as error:
+        raise click.BadParameter(f"--mesh: {error}") from None
+    for option, value in (("--zero", zero), ("--ps", servers)):
+        if value:
+            raise click.BadParameter(
+                "--mesh must come without --zero and --ps, which keep state in another way. "
+                f"Received: --mesh {mesh} {option} {value}. Leave one of them out."
+            )
 
 
 def _restart_limit(max_restarts: str | None, servers: int, elastic: str | None) -> RestartLimit:

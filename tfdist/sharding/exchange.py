@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import tensorflow as tf
@@ -12,13 +11,11 @@ import tensorflow as tf
 from tfdist import _keras
 from tfdist.errors import ArgumentError
 from tfdist.sharding.cuts import Cut, cut_of
-from tfdist.sharding.division import Division, divide
-from tfdist.sharding.layouts import divided_along, named_by
+from tfdist.sharding.division import Division
 from tfdist.sharding.slots import Slot, Slots
 from tfdist.step.exchange import Contribution, Exchange, Sums
 from tfdist.step.state import Sharded, optimizers_of
 from tfdist.strategies.base import Strategy
-from tfdist.strategies.model_parallel import Layouts
 from tfdist.strategies.packing import packs_of
 
 Tensor = Any
@@ -26,47 +23,6 @@ _PACK_BYTES = 2**22  # docs/decisions/0018-packs-of-4-mib.md
 # The smallest weights stay whole if all of them together have at most this part of the bytes:
 # gathering a bias takes about as long as gathering a kernel.
 _KEPT_WHOLE = 1 / 64
-
-
-@dataclass(frozen=True)
-class ShardedUpdates:
-    """Makes the exchange; see `ExchangeMaker`.
-
-    Attributes:
-        stage: As in `Zero`.
-        gather_again: As in `Zero`.
-        layouts: Those of `ModelParallel`, or None to choose weights by their sizes.
-        mesh: The axes of the mesh of `layouts`, and their sizes.
-        model_axis: The axis along which teams compute layers, or None.
-    """
-
-    stage: int = 1
-    gather_again: bool = False
-    layouts: Layouts | None = None
-    mesh: tuple[tuple[str, int], ...] = ()
-    model_axis: str | None = None
-
-    def make(self, model: Any, strategy: Strategy) -> ShardedExchange:
-        """Makes the exchange.
-
-        Args:
-            model: A built `keras.Model`.
-            strategy: The strategy on whose replicas it trains.
-        """
-        layouts, division = self.layouts, None
-        named = None if layouts is None else named_by(layouts, model.weights)
-        if named is not None and self.model_axis is not None:
-            mesh = dict(self.mesh)
-            axes = divided_along(named, self.model_axis, mesh)
-            division = divide(model, strategy, axes, mesh[self.model_axis])
-        return ShardedExchange(
-            model,
-            strategy,
-            cuts_weights=self.stage == 3,
-            gathers_again=self.stage == 3 and self.gather_again,
-            named=None if named is None else set(named),
-            division=division,
-        )
 
 
 class ShardedExchange(Exchange):
@@ -165,6 +121,16 @@ class ShardedExchange(Exchange):
             sum(slot.bytes for slot in slots if slot.gathering is None),
             sum(slot.bytes for slot in slots if slot.gathering is not None),
         )
+
+    @property
+    def cuts(self) -> dict[int, Cut]:
+        """How each variable in parts is cut, by the id of the `keras.Variable`."""
+        return {id(slot.variable): slot.cut for slot in self._slots.values()}
+
+    @property
+    def division(self) -> Division:
+        """The layers that teams compute."""
+        return self._division
 
     @property
     def held(self) -> Slots:

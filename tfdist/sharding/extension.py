@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import replace
 from typing import Any
 
 import keras
 
 from tfdist import _keras
 from tfdist.errors import ArgumentError
-from tfdist.sharding.exchange import ShardedExchange, ShardedUpdates
+from tfdist.sharding.exchange import ShardedExchange
+from tfdist.sharding.updates import ShardedUpdates
 from tfdist.step.prepared import PreparedModel
 from tfdist.strategies.base import Strategy
 from tfdist.strategies.model_parallel import ModelParallel
@@ -33,13 +33,7 @@ class ShardedOptimizer(Extension):
         self._zero = zero
         self._compression = compression
         self._saves = False
-        layouts = getattr(zero, "layout_map", "auto")
-        by_map = None if isinstance(layouts, str) else layouts
-        self.exchange_maker = ShardedUpdates(zero.stage, zero.gather_again, by_map)
-        if isinstance(zero, ModelParallel):
-            self.exchange_maker = replace(
-                self.exchange_maker, mesh=zero.mesh or (), model_axis=zero.model_axis
-            )
+        self.exchange_maker = ShardedUpdates.of(zero)
 
     def choose(self, request: Request) -> Request:
         """Refuses what cannot be exact with parts.
@@ -93,6 +87,11 @@ class ShardedOptimizer(Extension):
         count = request.session.strategy.place.num_replicas
         of_state, of_weights = exchange.part_bytes
         sizes = [f"weights in {count} parts of {_size(of_weights)}"] if of_weights else []
+        if exchange.division.cuts:
+            layers = len(exchange.division.plan.layers)
+            axis = getattr(self._zero, "model_axis", "")
+            ways = exchange.division.links.ways
+            sizes.append(f"{layers} layers computed by {ways} replicas along {axis!r}")
         if of_state:
             sizes.append(f"optimizer state in {count} parts of {_size(of_state)}")
         return ", ".join(sizes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -10,29 +11,35 @@ from typing import Any, ClassVar
 import keras
 
 from tfdist import _keras
+from tfdist.cluster.mesh_text import parse_mesh
 from tfdist.errors import ArgumentError
 
+_VARIABLE = "TFDIST_MESH"  # set by `tfdist run --mesh`
 Layouts = tuple[tuple[str, tuple[str | None, ...]], ...]
 
 
 @dataclass(frozen=True)
 class ModelParallel:
-    """Keeps the weights that a map names in parts on the replicas, as `Zero(stage=3)` does.
+    """Divides the weights that a map names over devices, and computes their layers in parts.
 
-    A map says which axes of a weight are divided. tfdist divides such a weight over all devices
-    of the mesh, whichever axes the map names, and gathers it where a layer reads it. Each
-    device computes its own part of each batch. So a device has at most as much of a weight as
-    the map says, no dimension needs to be divisible, and any layer can be used. The trained
-    weights are those of one process.
+    A map says along which axis of the mesh a weight is divided. Dense, EinsumDense, Embedding,
+    MultiHeadAttention and GroupedQueryAttention compute with their slices along one axis, that
+    of the model (Shoeybi et al., "Megatron-LM", 2019). Any other weight that the map names is
+    divided over all devices of the mesh, and gathered where a layer reads it, as with
+    `Zero(stage=3)`. Each device has its own part of each batch. The trained weights are those
+    of one process.
 
     Args:
         layout_map: A `keras.distribution.LayoutMap`; or a dict that maps regular expressions,
             which match whole paths of variables, to an axis or None for each dimension; or
-            "auto" for all weights but the smallest.
+            "auto" for `tfdist.layout_map`. Without a mesh, "auto" gathers all weights but the
+            smallest.
         mesh: The axes and their sizes, such as `{"batch": 2, "model": 2}`. Their product must
-            be the number of replicas. None takes the mesh of a `LayoutMap`; with "auto", any.
+            be the number of replicas. None takes the mesh of a `LayoutMap`.
         on: As in `tfdist.Zero`.
-        gather_again: As in `tfdist.Zero`.
+        gather_again: As in `tfdist.Zero`, for layers that gather.
+        batch_dim_name: The axis of the mesh along which weights are not divided by layers. None
+            for "batch" or "data", or else the first one of several.
 
     Raises:
         ArgumentError: An argument is malformed, or a layout names an axis that is not there.
@@ -96,9 +103,9 @@ class ModelParallel:
     @property
     def model_axis(self) -> str | None:
         """The axis of the mesh along which layers are computed in parts, or None."""
-        if not isinstance(self.layout_map, tuple):
-            return None
-        named = {axis for _, axes in self.layout_map for axis in axes if axis is not None}
+        named = set(self.axes)
+        if isinstance(self.layout_map, tuple):
+            named = {axis for _, axes in self.layout_map for axis in axes if axis is not None}
         found = [n for n in self.axes if n in named - {self.batch_axis} and self.axes[n] > 1]
         return found[0] if len(found) == 1 else None
 
@@ -116,6 +123,16 @@ def of_keras(distribution: Any) -> ModelParallel:
     """
     layout_map = _keras.layout_map_of(distribution)
     return ModelParallel(layout_map, batch_dim_name=distribution.batch_dim_name)
+
+
+def mesh_of_environment() -> ModelParallel | None:
+    """Returns what `tfdist run --mesh` asks for, or None.
+
+    Raises:
+        ArgumentError: The environment variable has no meaning.
+    """
+    text = os.environ.get(_VARIABLE)
+    return ModelParallel("auto", parse_mesh(text)) if text else None
 
 
 def _refuse(expected: str, received: str) -> None:

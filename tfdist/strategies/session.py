@@ -15,7 +15,7 @@ from tfdist.cluster import Cluster
 from tfdist.errors import StrategyError
 from tfdist.strategies.base import Strategy
 from tfdist.strategies.keras_distribution import check_devices, without_distribution
-from tfdist.strategies.model_parallel import ModelParallel
+from tfdist.strategies.model_parallel import ModelParallel, mesh_of_environment
 from tfdist.strategies.tf_distribute import adopt
 from tfdist.strategies.zero import Zero, of_environment
 
@@ -139,7 +139,7 @@ def init(
     global _current
     watchdog.configure(hang_limit, on_hang)
     _current = _begin(without_distribution(strategy), seed)
-    check_devices(strategy, _current.strategy.place.num_replicas)
+    _check_devices(strategy, _current)
     return _current
 
 
@@ -148,7 +148,7 @@ def _begin(strategy: Any, seed: int | None) -> Session:
         _sessions[strategy] = replace(_begin(strategy.on, seed), zero=strategy)
         return _sessions[strategy]
     cluster = Cluster.from_environment()
-    zero: Zero | ModelParallel | None = of_environment()
+    zero: Zero | ModelParallel | None = of_environment() or mesh_of_environment()
     key: Any
     # A process connects once, so it keeps its strategy.
     if isinstance(strategy, str) and strategy == "auto" and _current is not None:
@@ -193,8 +193,13 @@ def current(strategy: Any = "auto") -> Session:
         StrategyError: Keras was asked for other devices.
     """
     session = _session(without_distribution(strategy))
-    check_devices(strategy, session.strategy.place.num_replicas)
+    _check_devices(strategy, session)
     return session
+
+
+def _check_devices(strategy: Any, session: Session) -> None:
+    for asked in (strategy, session.zero):
+        check_devices(asked, session.strategy.place.num_replicas)
 
 
 def _session(strategy: Any) -> Session:
