@@ -15,6 +15,7 @@ from tests.behaviour import (
     pipeline_checks,  # noqa: F401
     privacy_checks,  # noqa: F401
     server_checks,  # noqa: F401
+    tensor_parallel_checks,  # noqa: F401
     zero_checks,  # noqa: F401
 )
 from tests.behaviour.registry import CHECKS

@@ -14,7 +14,7 @@ Check = Callable[[Path], None]
 CHECKS: dict[str, tuple[Check, tuple[str, ...], tuple[str, ...]]] = {}
 """What is checked, on which places, and on which in `make test-full` only."""
 
-SINGLE, MIRRORED = "single-1", "mirrored-2"
+SINGLE, MIRRORED, MIRRORED_4 = "single-1", "mirrored-2", "mirrored-4"
 MULTI_WORKER, HOROVOD = "multi_worker-2", "horovod-2"
 SERVERS = "parameter_server-2"
 WORKERS = (MULTI_WORKER, HOROVOD)

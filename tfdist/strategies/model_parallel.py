@@ -23,7 +23,7 @@ class ModelParallel:
     """Divides the weights that a map names over devices, and computes their layers in parts.
 
     A map says along which axis of the mesh a weight is divided. Dense, EinsumDense, Embedding,
-    MultiHeadAttention and GroupedQueryAttention compute with their slices along one axis, that
+    MultiHeadAttention and GroupQueryAttention compute with their slices along one axis, that
     of the model (Shoeybi et al., "Megatron-LM", 2019). Any other weight that the map names is
     divided over all devices of the mesh, and gathered where a layer reads it, as with
     `Zero(stage=3)`. Each device has its own part of each batch. The trained weights are those
