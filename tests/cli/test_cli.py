@@ -85,6 +85,16 @@ class TestRun:
         assert invoke("run", str(script)).exit_code == 0
         assert most == [3, 7, 0]
 
+    def test_a_mesh_comes_to_the_workers(self, script, planned, monkeypatch):
+        monkeypatch.setenv("TFDIST_MESH", "")  # so that it is as before afterwards
+        mesh = ("--mesh", "batch=1,model=2")
+        assert invoke("run", "-n", "2", *mesh, str(script)).exit_code == 0
+        assert {w.environment["TFDIST_MESH"] for w in planned[0][0]} == {"batch=1,model=2"}
+        for refused in (["--mesh", "model=x"], [*mesh, "--zero", "1"], [*mesh, "--ps", "1"]):
+            result = invoke("run", "-n", "2", *refused, str(script))
+            assert result.exit_code == 2
+            assert "--mesh" in result.output
+
     def test_zero_comes_to_the_workers(self, script, planned, monkeypatch):
         monkeypatch.setenv("TFDIST_ZERO", "")  # so that it is as before afterwards
         assert invoke("run", "-n", "2", "--zero", "1", str(script)).exit_code == 0

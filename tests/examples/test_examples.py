@@ -104,6 +104,12 @@ def test_pipeline_ends_with_the_weights_of_one_device():
     assert float(facts["largest difference from one device"]) < 1e-5
 
 
+@pytest.mark.full  # it sets the devices of its process
+def test_tensor_parallel_ends_with_the_weights_of_one_device():
+    facts = facts_of(launched([sys.executable, str(EXAMPLES / "tensor_parallel.py")]))
+    assert float(facts["largest difference from one device"]) < 1e-3
+
+
 @run_on(HOROVOD, command="horovod_digits.py")
 def test_horovod_digits_trains_and_all_ranks_hold_the_same_weights(place, clusters):
     printed = printed_on(clusters, place, "horovod_digits.py")
