@@ -252,6 +252,18 @@ MUTANTS = {
         'return self.sum_in_groups(self.place.mesh.groups("data"), tensors)',
         f"{BEHAVIOUR} -k mirrored-4-sums_and_rows",
     ),
+    "teams are those of the other axis": Mutant(
+        "sharding/teams.py",
+        "return self.mesh.groups(MODEL)",
+        "return self.mesh.groups(DATA)",
+        f"{BEHAVIOUR} -k mirrored-4-layers_in_parts",
+    ),
+    "gradients of slices are summed over the team": Mutant(
+        "sharding/teams.py",
+        "return self._summed(self.mesh.groups(DATA), tensors)",
+        "return self._summed(self.mesh.groups(MODEL), tensors)",
+        f"{BEHAVIOUR} -k mirrored-4-layers_in_parts",
+    ),
     "a part of a saved tensor begins an element too late": Mutant(
         "resume/checkpoint/slices.py",
         "return slices_of_run(shape, begin, min(begin + length, size))",

@@ -100,12 +100,12 @@ def slices_of_part(role: Sharded, part_shape: Shape, number: int) -> list[Slice]
     """
     shape = whole_shape(role, part_shape)
     if role.ways:
-        begin = [0] * len(shape)
-        begin[role.axis] = number % role.ways * part_shape[role.axis]
-        return [Slice(shape, tuple(begin), tuple(part_shape))]
+        corner = [0] * len(shape)
+        corner[role.axis] = number % role.ways * part_shape[role.axis]
+        return [Slice(shape, tuple(corner), tuple(part_shape))]
     size, length = math.prod(shape), math.prod(part_shape)
-    first = min(number * length, size)
-    return slices_of_run(shape, first, min(first + length, size))
+    begin = min(number * length, size)
+    return slices_of_run(shape, begin, min(begin + length, size))
 
 
 def cut(part: Tensor, slices: Sequence[Slice]) -> list[Tensor]:
