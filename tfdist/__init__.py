@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from tfdist.resume.checkpoint import Checkpoint
     from tfdist.scripts.drop_in import drop_in
     from tfdist.scripts.recommend import recommend
+    from tfdist.sharding.deferred import deferred_weights
     from tfdist.sharding.layout_map import layout_map
     from tfdist.sharding.pipeline.strategy import Pipeline
     from tfdist.step.memory import memory
@@ -56,6 +57,7 @@ __all__ = [
     "Zero",
     "__version__",
     "compression",
+    "deferred_weights",
     "drop_in",
     "evaluate",
     "fit",
@@ -95,6 +97,7 @@ _HOMES = {
     "SecureSum": "tfdist.federated.secure_sum",
     "Zero": "tfdist.strategies.zero",
     "ModelParallel": "tfdist.strategies.model_parallel",
+    "deferred_weights": "tfdist.sharding.deferred",
     "drop_in": "tfdist.scripts.drop_in",
     "evaluate": "tfdist.training.evaluation",
     "fit": "tfdist.api",

@@ -9,6 +9,7 @@ from tests.behaviour import (
     checks,  # noqa: F401
     compression_checks,  # noqa: F401
     contract_checks,  # noqa: F401
+    deferred_checks,  # noqa: F401
     federated_checks,  # noqa: F401
     horovod_checks,  # noqa: F401
     local_checks,  # noqa: F401

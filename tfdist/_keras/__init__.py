@@ -52,6 +52,7 @@ from tfdist._keras.clients import (
     schedules_after,
     statistics_of,
 )
+from tfdist._keras.deferred import Deferred, deferred, deferring
 from tfdist._keras.discovery import StepTrace, keeping_random_state, random_ops, rows_of
 from tfdist._keras.groups import GroupCollectives
 from tfdist._keras.keyed import RowKeys, row_numbers
@@ -115,6 +116,7 @@ from tfdist._keras.sharded_weights import (
     Gathering,
     InParts,
     LostWeight,
+    in_parts,
     is_lost,
     register_parts_of_weights,
     showing_parts,
@@ -140,6 +142,7 @@ __all__ = [
     "FIT",
     "PREDICT",
     "CheckpointSaver",
+    "Deferred",
     "EagerTensor",
     "Gathering",
     "GroupCollectives",
@@ -171,6 +174,8 @@ __all__ = [
     "computes_coarsely",
     "computes_in",
     "configure_coordination",
+    "deferred",
+    "deferring",
     "dividing_axes",
     "empty",
     "end_of_data_unless",
@@ -187,6 +192,7 @@ __all__ = [
     "has_own",
     "has_own_code",
     "has_unique_rows",
+    "in_parts",
     "is_compiled_as",
     "is_deterministic",
     "is_elementwise",

@@ -164,8 +164,9 @@ def random_ops(graph: Any) -> list[str]:
 
 def _raw_writes(graph: Any, step: StepTrace) -> list[str]:
     """Names the `tf.Variable`s that a trace assigns and that back no `keras.Variable`."""
-    backing = {id(v._value) for v in step.variables}
-    backing |= {id(v._value) for o in step.optimizers for v in o._trainable_variables}
+    variables = [*step.variables, *(v for o in step.optimizers for v in o._trainable_variables)]
+    # One without a value yet is traced with the `tf.Variable` that it will have.
+    backing = {id(getattr(v._value, "whole", v._value)) for v in variables}
     written_ids: set[int] = set()
     for op in graph.get_operations():
         resources = [i for i, t in enumerate(op.inputs) if t.dtype == tf.resource]

@@ -25,7 +25,7 @@ from tensorflow.python.ops.control_flow_v2_func_graphs import (
 )
 
 from tfdist._keras.replica import Tensor, current_batch
-from tfdist._keras.variables import exchange_value, local_copies, refill
+from tfdist._keras.variables import exchange_value, is_never_run, local_copies, refill
 from tfdist.errors import StrategyError
 
 
@@ -57,7 +57,7 @@ class Gathering(Protocol):
         """Returns the whole value of a variable as an array, if this process can have it."""
 
 
-class _Backing:
+class Backing:
     """What Keras asks of the `tf.Variable` behind a `keras.Variable`, but its value.
 
     Args:
@@ -76,20 +76,24 @@ class _Backing:
         self.variable = variable
 
 
-class InParts(_Backing):
+class InParts(Backing):
     """The backing of a `keras.Variable` of which each replica has a part.
 
     Keras reads it by `__tf_tensor__`, and writes it by its `assign` methods.
 
     Args:
-        variable: The `keras.Variable`, whole.
+        variable: The `keras.Variable`.
+        whole: The `tf.Variable` that this stands for, which is empty.
         part: The `tf.Variable` of the parts, with a copy on each device of this process.
         cut: How it is cut.
         gathering: Joins the parts.
     """
 
-    def __init__(self, variable: Any, part: Any, cut: Any, gathering: Gathering) -> None:
-        super().__init__(variable, variable._value, tf.TensorShape(cut.shape))
+    def __init__(
+        self, variable: Any, whole: Any, part: Any, cut: Any, gathering: Gathering
+    ) -> None:
+        super().__init__(variable, whole, tf.TensorShape(cut.shape))
+        self.whole = whole
         self.part = part
         self.cut = cut
         self.gathering = gathering
@@ -105,6 +109,11 @@ class InParts(_Backing):
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
         return self.numpy().astype(dtype or self.dtype.as_numpy_dtype)
 
+    @property
+    def handle(self) -> Any:
+        """The handle of the empty `tf.Variable`, which names this one in a trace."""
+        return self.whole.handle
+
     def numpy(self) -> Any:
         """Returns the whole value, if this process can have it."""
         return self.gathering.read(self.variable)
@@ -119,6 +128,8 @@ class InParts(_Backing):
     # --- reading --------------------------------------------------------------------------
 
     def _read(self) -> Tensor:
+        if is_never_run():
+            return tf.convert_to_tensor(self.whole)
         batch = current_batch()
         if batch is None:
             return self._read_outside()
@@ -146,14 +157,12 @@ class InParts(_Backing):
         raise StrategyError(
             "A process can read a weight only if it has all of it. Received: a function of "
             f"yours that reads {self.name!r}, which is in parts on several processes, outside "
-            "of the steps of `fit`. Call it after `fit`."
+            "of the steps of `fit`. Use tfdist.evaluate or tfdist.predict after `fit`."
         )
 
     def _refuse_function(self, graph: Any) -> None:
         # It may be kept, and used in another step with the value of this one.
-        # Keras computes shapes in a scratch graph, which it throws away.
-        is_inner = isinstance(graph, _ControlFlowFuncGraph)
-        if not is_inner and not graph.name.startswith("scratch_graph"):
+        if not isinstance(graph, _ControlFlowFuncGraph):
             raise StrategyError(
                 "A weight in parts must be read in the step itself. Received: "
                 f"{self.name!r}, which is read inside of a tf.function of yours. Take the "
@@ -180,6 +189,9 @@ class InParts(_Backing):
 
     def _write(self, method: str, value: Any) -> None:
         value = tf.cast(value, self.dtype)
+        if is_never_run():
+            getattr(self.whole, method)(value)
+            return
         batch = current_batch()
         if batch is not None:
             getattr(self.part, method)(self.cut.own(value, self.gathering.replica_id()))
@@ -220,7 +232,7 @@ def _add_operators() -> None:
 _add_operators()
 
 
-class LostWeight(_Backing):
+class LostWeight(Backing):
     """The backing of a `keras.Variable` whose parts could not be joined. It can be assigned.
 
     Args:
@@ -274,6 +286,15 @@ def weights_of_layers(model: Any) -> list[Any]:
     layers = model._flatten_layers()
     found = {id(v): v for layer in layers for v in layer._trainable_variables}
     return [v for v in found.values() if not getattr(v, "overwrite_with_gradient", False)]
+
+
+def in_parts(variable: Any) -> InParts | None:
+    """Returns the backing of a variable of which each replica has a part, or None.
+
+    Args:
+        variable: A `keras.Variable`.
+    """
+    return variable._value if isinstance(variable._value, InParts) else None
 
 
 def cut_in_parts(variable: Any) -> Any:

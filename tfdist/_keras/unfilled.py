@@ -12,6 +12,7 @@ import numpy as np
 import tensorflow as tf
 from keras.src.optimizers.base_optimizer import BaseOptimizer as _BaseOptimizer
 
+from tfdist._keras.deferred import deferred
 from tfdist._keras.optimizers import with_nested
 from tfdist._keras.replica import replaced
 from tfdist._keras.served_updates import is_elementwise
@@ -38,7 +39,7 @@ def built_unfilled(optimizers: Sequence[Any]) -> Iterator[None]:
         optimizer: Any, reference_variable: Any, name: Any = None, initializer: Any = "zeros"
     ) -> Any:
         variable = original(optimizer, reference_variable, name=name, initializer=initializer)
-        value = _fill_value(initializer)
+        value = None if deferred(variable) else _fill_value(initializer)
         # Others may assign a variable in their `build`, as ScheduleFreeAdamW does.
         may_be_empty = id(optimizer) in optimizer_ids and is_elementwise(optimizer)
         if may_be_empty and value is not None and tf.executing_eagerly():

@@ -15,6 +15,8 @@ from tfdist._keras.replica import Tensor, current_batch
 
 _keras_direct_assign = _Variable._direct_assign
 _keras_value = _AnyVariable.value.fget
+# Keras's graphs for shapes, and those of `discovery` and `step_graph`.
+_NEVER_RUN = ("scratch_graph", "discovery", "memory")
 _FIRST = "_tfdist_first_backing"  # an attribute of a `keras.Variable`
 
 
@@ -125,6 +127,16 @@ def exchange_value(variable: Any, value: Any, shape: tuple[int, ...]) -> Any:
     variable._shape = tuple(shape)
     variable._ndim = len(shape)
     return swap_value(variable, value)
+
+
+def is_never_run() -> bool:
+    """Tells whether what is traced now is traced for its shapes or variables alone."""
+    graph: Any = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
+    while graph is not None:
+        if getattr(graph, "name", "").startswith(_NEVER_RUN):
+            return True
+        graph = getattr(graph, "outer_graph", None)
+    return False
 
 
 def empty(value: Any) -> None:

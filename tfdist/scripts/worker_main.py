@@ -13,7 +13,7 @@ import runpy
 import signal
 import sys
 import threading
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from types import TracebackType
 from typing import NoReturn
 
@@ -30,6 +30,7 @@ from tfdist.errors import (
 )
 
 _EXIT_HANDLERS_S = 3.0
+_for_good = ExitStack()  # contexts that last as long as the process
 
 
 def follow_launcher() -> None:
@@ -79,9 +80,20 @@ def become_worker() -> None:
         guard(strategy)
     if os.environ.get("TFDIST_DROP_IN") == "1":
         tfdist.drop_in()
+        _defer_weights()
     # In a connected process, TensorFlow 2.21's preemption notifier catches SIGTERM, and the
     # worker goes on. Then the launcher would wait for its whole grace period after a failure.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _defer_weights() -> None:
+    """Lets models be built in parts for `--zero 3`, until this process ends."""
+    from tfdist.sharding.deferred import deferred_weights
+    from tfdist.strategies.session import current
+
+    session = current()
+    if session.strategy.place.num_workers > 1 and getattr(session.zero, "stage", 1) == 3:
+        _for_good.enter_context(deferred_weights())
 
 
 def _wait_for_rendezvous() -> None:

@@ -1,8 +1,9 @@
-"""Whether all processes have left a training by an error, so that they can gather its state."""
+"""Whether all processes come to an exchange that some of them may miss."""
 
 from __future__ import annotations
 
 import time
+import uuid
 
 import tensorflow as tf
 
@@ -11,7 +12,7 @@ from tfdist.strategies.base import Strategy
 
 # Processes leave at about the same time where a callback raises on each of them.
 _WITHIN_S = 5.0
-_POLL_S = 0.05
+_POLL_S = 0.02
 
 
 def all_ended(strategy: Strategy, token: str, error: BaseException) -> bool:
@@ -24,20 +25,39 @@ def all_ended(strategy: Strategy, token: str, error: BaseException) -> bool:
         token: A text that all processes have for this training alone.
         error: Why this process leaves.
     """
+    # A collective that fails has lost a process. One that exits needs no state.
+    if isinstance(error, tf.errors.OpError | PeerError | SystemExit):
+        return strategy.place.num_workers == 1
+    return all_here(strategy, f"ended-{token}", _WITHIN_S)
+
+
+def all_here(strategy: Strategy, name: str, within_s: float) -> bool:
+    """Returns whether all processes call this now, for the same thing.
+
+    Args:
+        strategy: The strategy that connects the processes.
+        name: What they come for.
+        within_s: Seconds to wait for the others.
+    """
     place = strategy.place
     if place.num_workers == 1:
         return True
     store = strategy.key_value_store()
-    # A collective that fails has lost a process. One that exits needs no state.
-    if store is None or isinstance(error, tf.errors.OpError | PeerError | SystemExit):
+    if store is None:
         return False
-    # The second round: a process that has given up in the first one does not post again. So
-    # none waits in a gather for one that does not come.
-    for name in (f"ended-{token}", f"gathers-{token}"):
-        end = time.monotonic() + _WITHIN_S
-        store.post(f"{name}/{place.worker_index}", "1")
-        while len(store.read_all(name)) < place.num_workers:
-            if time.monotonic() > end:
-                return False
-            time.sleep(_POLL_S)
-    return True
+    # First each says that it is here, then whom it has seen. So none goes on with one that has
+    # given up: that one does not answer to the number of this call.
+    store.post(f"{name}-here/{place.worker_index}", uuid.uuid4().hex)
+    end, answer = time.monotonic() + within_s, ""
+    while time.monotonic() < end:
+        here = store.read_all(f"{name}-here")
+        if len(here) == place.num_workers:
+            seen = ",".join(here[worker] for worker in sorted(here))
+            if seen != answer:
+                answer = seen
+                store.post(f"{name}-seen/{place.worker_index}", answer)
+            answers = store.read_all(f"{name}-seen")
+            if len(answers) == place.num_workers and set(answers.values()) == {answer}:
+                return True
+        time.sleep(_POLL_S)
+    return False

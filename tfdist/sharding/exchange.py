@@ -58,14 +58,13 @@ class ShardedExchange(Exchange):
         self._cuts: dict[int, Cut] = {}  # of weights whose gradients are scattered
         self._slots: dict[int, Slot] = {}
         self._optimizers: set[int] = set()
-        self._is_training = False
         if cuts_weights:
             self._add_weights(named)
         for optimizer in optimizers_of(model):
             if len(_keras.with_nested([optimizer])) > 1 or not optimizer.built:
                 continue  # the optimizers that it wraps are in the list too
             self._add(optimizer)
-        self._held = Slots(strategy, list(self._slots.values()))
+        self._held = Slots(strategy, list(self._slots.values()), gathering=self)
 
     def _add_weights(self, named: set[int] | None) -> None:
         """Cuts the weights that a map names, or else all but the smallest ones."""
@@ -140,7 +139,7 @@ class ShardedExchange(Exchange):
     @property
     def arrangement(self) -> Hashable:
         """Whether weights are in parts now."""
-        return self._is_training
+        return self._held.are_in_parts
 
     @contextlib.contextmanager
     def training(self) -> Iterator[None]:
@@ -152,11 +151,7 @@ class ShardedExchange(Exchange):
             if self._gathers_again:
                 stack.enter_context(_keras.regathered(self._model))
             _keras.register_parts_of_weights(optimizers_of(self._model))
-            self._is_training = True
-            try:
-                yield
-            finally:
-                self._is_training = False
+            yield
 
     # --- the reduction --------------------------------------------------------------------
 

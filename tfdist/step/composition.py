@@ -130,7 +130,8 @@ def _why_indivisible(
     if elsewhere is not None:
         return f"the metric {elsewhere!r} has a state that is not zero at first"
     elements = sum(math.prod(variable.shape) for variable in model.trainable_variables)
-    if elements > _LARGE and not _keras.has_own_code(model):
+    is_large = elements > _LARGE or any(map(_keras.deferred, model.variables))
+    if is_large and not _keras.has_own_code(model):
         return None  # trial steps would take long, and few of Keras's own layers mix rows
     shapes = [spec.shape for spec in tf.nest.flatten(source.spec())]
     of_row = sum(math.prod(size or 1 for size in s[1:]) if s.rank else 1 for s in shapes)

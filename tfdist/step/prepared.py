@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
 from tfdist import _keras, data
+from tfdist.errors import StrategyError
 from tfdist.step.exchange import Exchange, ExchangeMaker
 from tfdist.step.functions import make_functions
 from tfdist.step.own_round import OwnRound, RoundMaker
@@ -188,6 +189,8 @@ def prepare(
     parts = () if exchange is None else tuple(exchange.parts)
     state = TrainState(tuple(variables_of(model)), of_extensions, parts)
     in_parts = {id(variable) for variable, _ in parts}  # the exchange holds these itself
+    if for_training:
+        _check_parts(state, in_parts)
     placed = [v for v in state.variables if id(v) not in in_parts]
     # Processes with whole batches also take the chief's residuals.
     agreed = state.variables if as_whole(strategy) else state.replicated
@@ -209,6 +212,17 @@ def prepare(
     )
     _keras.attached(model).prepared = prepared
     return prepared
+
+
+def _check_parts(state: TrainState, in_parts: set[int]) -> None:
+    """Refuses to train a weight that is in parts since an earlier training, as a whole one."""
+    for variable in state.of_model:
+        if _keras.in_parts(variable) is not None and id(variable) not in in_parts:
+            raise StrategyError(
+                "A model whose weights stay in parts must be trained in parts again. Received: "
+                f"{variable.path!r}, which is in parts since an earlier `fit`. Pass the same "
+                "tfdist.Zero(stage=3), or save the model and load it."
+            )
 
 
 def _exchange(
