@@ -57,7 +57,12 @@ def a_model_built_in_parts_stays_in_parts_and_trains_as_a_whole_one(folder: Path
     assert_close(train(model, ZERO, **again), train(expected, 0, **again))
     path = folder / f"{place().worker_index}.keras"
     model.save(path)
-    assert_close(state_of(keras.saving.load_model(path)), state_of(expected))
+    saved = keras.saving.load_model(path)  # Keras does not load the state of dropout's seeds
+    assert_close(saved.get_weights(), expected.get_weights())
+    for ours, theirs in zip(
+        saved.optimizer.variables, expected.optimizer.variables, strict=True
+    ):
+        assert_close([ours], [theirs])
 
 
 @check(MULTI_WORKER, full=(HOROVOD,))
@@ -74,8 +79,14 @@ def weights_that_stay_in_parts_are_read_by_all_or_by_none(folder: Path) -> None:
     with pytest.raises(StrategyError, match="must be trained in parts again"):
         train(model, 0)
     # Compiled again, and after an error on all processes, it goes on from there.
-    for one in (model, expected := wide()):
-        one.set_weights([value / 2 for value in state[: len(model.variables)]])
+    halves = [value / 2 for value in model.get_weights()]
+    expected = wide()
+    for seed, of_model in zip(
+        expected.non_trainable_variables, model.non_trainable_variables, strict=True
+    ):
+        seed.assign(of_model)  # of dropout
+    for one in (model, expected):
+        one.set_weights(halves)
         one.compile(keras.optimizers.Adam(0.01), one.loss)
     assert_close(train(model, ZERO), train(expected, 0))
     for one, strategy in ((model, ZERO), (expected, 0)):
