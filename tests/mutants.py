@@ -256,13 +256,13 @@ MUTANTS = {
         "sharding/teams.py",
         "return self.mesh.groups(MODEL)",
         "return self.mesh.groups(DATA)",
-        f"{BEHAVIOUR} -k mirrored-4-layers_in_parts",
+        f"{BEHAVIOUR} -k mirrored-4-a_block_in_parts",
     ),
     "gradients of slices are summed over the team": Mutant(
         "sharding/teams.py",
         "return self._summed(self.mesh.groups(DATA), tensors)",
         "return self._summed(self.mesh.groups(MODEL), tensors)",
-        f"{BEHAVIOUR} -k mirrored-4-layers_in_parts",
+        f"{BEHAVIOUR} -k mirrored-4-a_block_in_parts",
     ),
     "a part of a saved tensor begins an element too late": Mutant(
         "resume/checkpoint/slices.py",

@@ -50,6 +50,21 @@ def test_a_team_computes_what_it_can():
     assert len(plan.weights) == len(axes) - 1  # but that of the Conv1D
 
 
+def test_heads_that_cannot_be_divided_leave_other_axes():
+    x = keras.Input((4, 16))
+    made = keras.Model(x, L.MultiHeadAttention(6, 4, name="heads")(x, x))
+    found = tfdist.layout_map(made, {"batch": 1, "model": 4})
+    kernels = {key: axes for key, axes in found.items() if "kernel" in key}
+    assert kernels == {
+        "heads/query/kernel": ("model", None, None),
+        "heads/key/kernel": ("model", None, None),
+        "heads/value/kernel": ("model", None, None),
+        "heads/attention_output/kernel": (None, None, "model"),
+    }
+    plan = _keras.parallel_plan(made, dict(_keras.dividing_axes(made, 4)), 4)
+    assert sorted(plan.layers) == ["attention_output", "key", "query", "value"]
+
+
 @pytest.mark.parametrize("mesh", [{"batch": 4}, {"batch": 1, "model": 2, "other": 2}])
 def test_a_mesh_must_have_one_axis_for_layers(mesh):
     with pytest.raises(ArgumentError, match="one axis of several devices"):
