@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from tfdist.scripts.recommend import recommend
     from tfdist.sharding.deferred import deferred_weights
     from tfdist.sharding.layout_map import layout_map
+    from tfdist.sharding.memory import memory
     from tfdist.sharding.pipeline.strategy import Pipeline
-    from tfdist.step.memory import memory
     from tfdist.step.recompute import recompute
     from tfdist.strategies.model_parallel import ModelParallel
     from tfdist.strategies.session import init, is_chief
@@ -104,7 +104,7 @@ _HOMES = {
     "init": "tfdist.strategies.session",
     "is_chief": "tfdist.strategies.session",
     "layout_map": "tfdist.sharding.layout_map",
-    "memory": "tfdist.step.memory",
+    "memory": "tfdist.sharding.memory",
     "placement": "tfdist.sharding.placement",
     "predict": "tfdist.training.evaluation",
     "recommend": "tfdist.scripts.recommend",

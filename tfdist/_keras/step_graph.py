@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from keras.src import backend as _backend
 from tensorflow.python.framework import func_graph as _func_graph
 
 from tfdist._keras.discovery import keeping_random_state
+from tfdist._keras.variables import backing_variable
 
 
 @dataclass(frozen=True)
@@ -22,12 +24,16 @@ class StepGraph:
         forward: Number of ops of the forward pass, which come first.
         gradients: The gradients of the weights.
         inputs: The tensors of the batch.
+        weights: The ids of the `keras.Variable`s of the gradients.
+        reads: The ids of the `keras.Variable`s by the names of the tensors that read them.
     """
 
     ops: tuple[Any, ...]
     forward: int
     gradients: tuple[Any, ...]
     inputs: tuple[Any, ...]
+    weights: tuple[int, ...]
+    reads: Mapping[str, int]
 
 
 def step_graph(model: Any, x: Any, y: Any) -> StepGraph:
@@ -54,14 +60,36 @@ def step_graph(model: Any, x: Any, y: Any) -> StepGraph:
             # Ops are listed in the order of the trace, so those of the forward pass come first.
             forward = len(graph.get_operations())
         weights = model.trainable_weights
-        gradients = [g for g in tape.gradient(loss, weights) if g is not None]
-        traced.extend([forward, gradients, tf.nest.flatten((x, y))])
+        gradients = zip(tape.gradient(loss, weights), weights, strict=True)
+        found = [(gradient, id(v)) for gradient, v in gradients if gradient is not None]
+        traced.extend([forward, found, tf.nest.flatten((x, y))])
 
     with keeping_random_state():
         graph = _func_graph.func_graph_from_py_func("memory", step, (x, y), {})
-    forward, gradients, inputs = traced
+    forward, found, inputs = traced
     ops = tuple(graph.get_operations())
-    return StepGraph(ops, forward, tuple(gradients), tuple(t for t in inputs if t is not None))
+    return StepGraph(
+        ops,
+        forward,
+        tuple(gradient for gradient, _ in found),
+        tuple(t for t in inputs if t is not None),
+        tuple(weight for _, weight in found),
+        dict(_reads(model, graph, ops)),
+    )
+
+
+def _reads(model: Any, graph: Any, ops: Sequence[Any]) -> Iterator[tuple[str, int]]:
+    """Finds which op reads which weight: by the placeholders of the variables' handles."""
+    handles = {id(handle): inner.name for handle, inner in graph.captures}
+    weights = {}
+    for variable in model.weights:
+        backing = backing_variable(variable)  # whose `whole` is read if it is in parts
+        handle = getattr(getattr(backing, "whole", backing), "handle", None)
+        if id(handle) in handles:
+            weights[handles[id(handle)]] = id(variable)
+    for op in ops:
+        if op.type == "ReadVariableOp" and op.inputs[0].name in weights:
+            yield op.outputs[0].name, weights[op.inputs[0].name]
 
 
 def batch_specs(model: Any, rows: int, x: Any, y: Any) -> tuple[Any, Any] | None:

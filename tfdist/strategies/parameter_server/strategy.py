@@ -15,6 +15,7 @@ from tfdist._keras import served
 from tfdist.cluster import CHIEF, PS, Cluster
 from tfdist.errors import ArgumentError, ServerLostError, StrategyError
 from tfdist.strategies.base import Functions, Place, Strategy, Tensor
+from tfdist.strategies.mirrored_variables import MirroredVariables
 from tfdist.strategies.parameter_server.asynchronous import Asynchronous
 from tfdist.strategies.parameter_server.server_variables import ServerVariables, plan
 from tfdist.strategies.parameter_server.servers import connect, serve
@@ -28,7 +29,6 @@ from tfdist.strategies.parameter_server.synchronous import (
 )
 from tfdist.strategies.parameter_server.update_log import Staleness
 from tfdist.strategies.tf_distribute import (
-    MirroredVariables,
     TFDistribute,
     require_unused_tensorflow,
 )

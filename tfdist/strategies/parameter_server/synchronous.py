@@ -13,8 +13,9 @@ from typing import Any
 import tensorflow as tf
 
 from tfdist.strategies.base import Tensor
+from tfdist.strategies.mirrored_variables import MirroredVariables
 from tfdist.strategies.parameter_server.server_variables import ServerVariables
-from tfdist.strategies.tf_distribute import MirroredStrategy, MirroredVariables
+from tfdist.strategies.tf_distribute import MirroredStrategy
 
 
 def mirrored_strategy(devices: Sequence[str]) -> Any:

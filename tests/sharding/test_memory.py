@@ -10,6 +10,7 @@ import pytest
 import tensorflow as tf
 
 import tfdist
+from tfdist import _keras
 from tfdist.errors import ArgumentError
 
 L = keras.layers
@@ -86,6 +87,75 @@ def test_what_it_cannot_count_is_said() -> None:
     found = tfdist.memory(model, 4)
     assert found.unsized > 0
     assert f"not counted: {found.unsized} tensors of unknown shape" in str(found)
+
+
+WIDTH, BLOCKS = 64, 4
+KERNELS, BIASES = BLOCKS * WIDTH * WIDTH, BLOCKS * WIDTH
+
+
+def wide() -> Any:
+    made = [L.Dense(WIDTH, "tanh", name=f"dense{n}") for n in range(BLOCKS)]
+    model = keras.Sequential([keras.Input((WIDTH,)), *made])
+    model.compile("adam", "mse")
+    return model
+
+
+def test_parts_are_counted_as_parts() -> None:
+    model = wide()
+    whole = tfdist.memory(model, 32, replicas=4).device
+    one = tfdist.memory(model, 32, tfdist.Zero(1), replicas=4).device
+    three = tfdist.memory(model, 32, tfdist.Zero(3), replicas=4).device
+    weights = FLOAT * (KERNELS + BIASES)
+    assert (one.weights, one.gradients, one.exchange) == (weights, weights, weights / 4)
+    assert one.slots == three.slots == 2 * weights / 4 + 8 + FLOAT
+    assert (one.step, one.gathered) == (whole.step, 0)
+    # The biases are at most 1/64 of the bytes: they stay whole, but not Adam's moments of them.
+    assert BIASES <= (KERNELS + BIASES) / 64
+    parts = FLOAT * (KERNELS / 4 + BIASES)
+    # A bias's gradient is scattered too: its optimizer has a part of the moments.
+    assert three.weights == three.gradients == parts
+    assert three.exchange == 0
+    # One whole kernel at a time, and its gradient before it is scattered.
+    assert three.gathered == FLOAT * WIDTH * WIDTH
+    most = three.gradients + 2 * FLOAT * WIDTH * WIDTH + three.activations
+    assert three.gradients < three.step <= most + 8 * FLOAT * 8 * WIDTH
+    assert three.total < 0.5 * whole.total
+    # Kept between the passes, all but the first kernel, which the backward pass need not read.
+    kept = tfdist.memory(model, 32, tfdist.Zero(3, gather_again=False), replicas=4).device
+    assert kept.gathered == FLOAT * (BLOCKS - 1) * WIDTH * WIDTH
+    # One replica has no parts.
+    alone = tfdist.memory(model, 32, tfdist.Zero(3), replicas=4).devices[0]
+    assert alone == tfdist.memory(model, 32).device
+
+
+def test_slices_of_a_mesh_are_counted() -> None:
+    layouts = {
+        ".*dense0/kernel": (None, "model"),
+        ".*dense0/bias": ("model",),
+        ".*dense1/kernel": ("model", None),
+    }
+    parallel = tfdist.ModelParallel(layouts, {"batch": 2, "model": 2})
+    found = tfdist.memory(wide(), 32, parallel)
+    assert [d.replicas for d in found.devices] == [1, 4]
+    kernels = (2 / 2 + 2) * WIDTH * WIDTH
+    assert found.device.weights == FLOAT * (kernels + (1 / 2 + 3) * WIDTH)
+    assert found.device.gathered == 0
+    assert "not counted: the rows that 2 layers in parts gather" in str(found)
+    with pytest.raises(ArgumentError, match="number of devices of the mesh"):
+        tfdist.memory(wide(), 32, parallel, replicas=2)
+
+
+def test_weights_without_values_stay_so() -> None:
+    with tfdist.deferred_weights():
+        model = wide()
+    found = tfdist.memory(model, 32, tfdist.Zero(3), replicas=2)
+    assert found.device.gathered == FLOAT * WIDTH * WIDTH
+    assert all(_keras.deferred(layer.kernel) is not None for layer in model.layers)
+
+
+def test_stages_of_a_pipeline_are_refused() -> None:
+    with pytest.raises(ArgumentError, match=r"strategy\.plan\(model\)"):
+        tfdist.memory(wide(), 32, tfdist.Pipeline(2, 4))
 
 
 @pytest.mark.parametrize(
