@@ -272,6 +272,97 @@ def test_layers_whose_state_would_show_clients_are_refused():
             tfdist.fit(model, X, np.eye(3)[Y], federated=averaging(), **OPTIONS)
 
 
+class ReadsLoss(keras.Model):
+    """Its own step turns the gradients around if the loss of earlier rows is large."""
+
+    def train_step(self, data: Any) -> Any:
+        x, y = data
+        with tf.GradientTape() as tape:
+            loss = self.compute_loss(x, y, self(x, training=True))
+        gradients = tape.gradient(loss, self.trainable_variables)
+        tracker = self.metrics[0]
+        sign = 1 - 2 * tf.cast(tracker.result() > 1000, "float32")
+        self.optimizer.apply([g * sign for g in gradients], self.trainable_variables)
+        tracker.update_state(loss)
+        return {"loss": tracker.result()}
+
+
+class TurnsAround(keras.optimizers.SGD):
+    """Does the same in an update."""
+
+    tracker: Any = None
+
+    def update_step(self, gradient: Any, variable: Any, rate: Any) -> None:
+        read = 0.0 if self.tracker is None else self.tracker.result()
+        sign = 1 - 2 * keras.ops.cast(read > 1000, "float32")
+        super().update_step(gradient, variable, rate * sign)
+
+
+@pytest.mark.parametrize("reader", ["step", "optimizer"])
+def test_metrics_carry_nothing_from_client_to_client(reader: str) -> None:
+    """With and without the first of six clients, whose loss is large; at most *C*."""
+
+    def update(first: int) -> np.ndarray[Any, Any]:
+        keras.utils.set_random_seed(7)
+        inputs = keras.Input((3,))
+        cls = ReadsLoss if reader == "step" else keras.Model
+        model = cls(inputs, keras.layers.Dense(1)(inputs))
+        optimizer = TurnsAround(0.1) if reader == "optimizer" else keras.optimizers.SGD(0.1)
+        model.compile(optimizer, "mse")
+        vars(optimizer)["tracker"] = model.metrics[0]
+        before = np.concatenate([w.ravel() for w in model.get_weights()])
+        federated = averaging(
+            clients=ids[4 * first :], local_steps=1, l2_norm_clip=1.0, noise_multiplier=0.0
+        )
+        rows = x[4 * first :], y[4 * first :]
+        tfdist.fit(model, *rows, federated=federated, **{**OPTIONS, "batch_size": 4})
+        after = np.concatenate([w.ravel() for w in model.get_weights()])
+        moved: np.ndarray[Any, Any] = (before - after) * (6 - first)
+        return moved
+
+    random = np.random.default_rng(0)
+    x, y = (random.normal(size=(24, n)).astype("float32") * 5 for n in (3, 1))
+    ids = np.repeat(np.arange(6), 4)
+    y[ids == 0] *= 100
+    contribution = float(np.linalg.norm(update(0) - update(1)))
+    assert contribution == pytest.approx(1.0, rel=1e-4)  # it is clipped
+
+
+def remembering() -> Any:
+    remembered = tf.Variable(0.0)
+
+    def call(x: Any) -> Any:
+        remembered.assign(tf.reduce_max(x))
+        return x
+
+    return keras.layers.Lambda(call)
+
+
+def by_python(x: Any) -> Any:
+    return x * tf.ensure_shape(tf.numpy_function(lambda: np.float32(1), [], tf.float32), [])
+
+
+@pytest.mark.parametrize(
+    ("layer", "options", "match"),
+    [
+        (lambda: keras.layers.Lambda(lambda x: x + tf.random.normal([3])), {}, "keras.random"),
+        (lambda: keras.layers.Lambda(by_python), {}, "PyFunc"),
+        (remembering, {}, "AssignVariableOp"),
+        (lambda: keras.layers.Dense(3), {"run_eagerly": True}, "run_eagerly"),
+        (lambda: keras.layers.SpectralNormalization(keras.layers.Dense(3)), {}, "constraint"),
+    ],
+    ids=["random", "Python", "variable", "eager", "spectral"],
+)
+def test_steps_that_may_remember_a_client_are_refused(layer, options, match):
+    model = keras.Sequential([keras.Input((6,)), keras.layers.Dense(3), layer()])
+    model.compile("sgd", "mse", **options)
+    before = model.get_weights()
+    with pytest.raises(ArgumentError, match=match):
+        tfdist.fit(model, X, np.eye(3)[Y], federated=averaging(), **OPTIONS)
+    for a, b in zip(model.get_weights(), before, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_a_round_that_fails_leaves_no_weights_of_a_client():
     model = keras.Sequential([
         keras.Input((6,)),

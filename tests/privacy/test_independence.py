@@ -367,3 +367,101 @@ def test_an_update_that_reads_the_loss_is_refused(place: str) -> None:
     privacy = tfdist.DPSGD(1.0, noise_multiplier=1.0, delta=1e-3)
     with pytest.raises(ArgumentError, match="must not read a loss or metric"):
         tfdist.fit(model, *rows, batch_size=4, verbose=0, privacy=privacy)
+
+
+class ReadsMetric(keras.Model):
+    """Its loss of an example reads the mean loss of earlier ones, in one of several ways."""
+
+    way = "variable"
+
+    @tf.function
+    def remembered(self) -> Any:
+        return self.metrics[0].result()
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        loss = super().compute_loss(*args, **kwargs)
+        if self.way == "variable":
+            return loss * (1 + self.metrics[0].variables[0])
+        if self.way == "tf.function":  # traced before the step is
+            return loss * (1 + self.remembered())
+        if self.way == "own":
+            self.trackers[0].update_state(loss)
+            return loss * (1 + self.trackers[0].result())
+        if self.way == "tracked":  # an honest one
+            self.trackers[0].update_state(loss)
+        return loss
+
+
+class Tracks(L.Layer):
+    """Follows its inputs by a metric, and may use it."""
+
+    def __init__(self, reads: bool) -> None:
+        super().__init__()
+        self.tracker, self.reads = keras.metrics.Mean("seen"), reads
+
+    def call(self, x: Any) -> Any:
+        self.tracker.update_state(ops.abs(x))
+        return x * (1 + self.tracker.result()) if self.reads else x
+
+
+def trained_reader(way: str, layer: Any = None, **options: Any) -> Any:
+    keras.utils.set_random_seed(1)
+    inputs = keras.Input((3,))
+    outputs = L.Dense(2)(inputs)
+    model = ReadsMetric(inputs, outputs if layer is None else layer(outputs))
+    model.way = way
+    if way in ("own", "tracked"):
+        model.trackers = [keras.metrics.Mean("own")]
+    model.compile(keras.optimizers.SGD(0.1), "mse", **options)
+    x = np.random.default_rng(0).normal(size=(32, 3)).astype("float32")
+    privacy = tfdist.DPSGD(1.0, noise_multiplier=1.0, delta=1e-3, seed=4)
+    tfdist.fit(model, x, x[:, :2], batch_size=16, verbose=0, privacy=privacy)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("way", "options"),
+    [
+        ("variable", {}),
+        ("tf.function", {}),
+        ("own", {}),
+        ("layer", {}),
+        pytest.param("variable", {"run_eagerly": True}, marks=pytest.mark.full),
+        pytest.param("tf.function", {"run_eagerly": True}, marks=pytest.mark.full),
+    ],
+)
+def test_a_gradient_that_reads_a_metric_is_refused(way: str, options: Any) -> None:
+    with pytest.raises(ArgumentError, match="must not read a loss or metric"):
+        trained_reader(way, Tracks(reads=True) if way == "layer" else None, **options)
+
+
+def test_metrics_that_are_only_updated_change_nothing() -> None:
+    expected = trained_reader("plain").get_weights()
+    tracked = trained_reader("tracked", Tracks(reads=False))
+    for ours, theirs in zip(tracked.get_weights(), expected, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def written(x: Any) -> Any:
+    SEEN.assign(tf.maximum(SEEN, tf.reduce_max(x)))
+    return x
+
+
+def by_python(x: Any) -> Any:
+    return x * tf.ensure_shape(tf.numpy_function(lambda: np.float32(1), [], tf.float32), [])
+
+
+SEEN = tf.Variable(0.0)
+
+
+@pytest.mark.parametrize(
+    ("call", "match"), [(written, "must keep no state"), (by_python, "Python code")]
+)
+def test_what_a_lambda_may_remember_is_refused(call: Any, match: str) -> None:
+    """tfdist takes a `Lambda` for one of Keras's layers, so no trial step is traced."""
+    model = keras.Sequential([keras.Input((3,)), L.Dense(2), L.Lambda(call)])
+    model.compile("sgd", "mse")
+    x = np.random.default_rng(0).normal(size=(32, 3)).astype("float32")
+    privacy = tfdist.DPSGD(1.0, noise_multiplier=1.0, delta=1e-3)
+    with pytest.raises(ArgumentError, match=match):
+        tfdist.fit(model, x, x[:, :2], batch_size=16, verbose=0, privacy=privacy)

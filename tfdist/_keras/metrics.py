@@ -17,7 +17,7 @@ from keras.src.trainers.compile_utils import CompileMetrics
 from tfdist._keras.attached import attached
 from tfdist._keras.interception import Method, Replacement, in_family
 from tfdist._keras.losses import gathered, sees_whole_batch
-from tfdist._keras.replica import Tensor, current_batch
+from tfdist._keras.replica import Tensor, current_batch, noting_reads
 
 
 def replacements() -> list[Replacement]:
@@ -42,12 +42,12 @@ def _recorded_update(original: Method) -> Method:
     @functools.wraps(original)
     def update_state(metric: Any, *args: Any, **kwargs: Any) -> Any:
         batch = current_batch()
-        if batch is None or not batch.is_shared:
+        if batch is not None and batch.is_shared:
+            batch.begin_metric(metric)
+            if counts_scalars:
+                args, kwargs = _scalar_weighted(args, kwargs, batch.share)
+        with noting_reads(False):  # a metric reads its own state in order to update it
             return original(metric, *args, **kwargs)
-        batch.begin_metric(metric)
-        if counts_scalars:
-            args, kwargs = _scalar_weighted(args, kwargs, batch.share)
-        return original(metric, *args, **kwargs)
 
     return update_state
 

@@ -58,6 +58,7 @@ class ReplicaBatch:
             id. Variables of `metrics` and those that optimizers update are not in it.
         updated: `keras.Variable`s that optimizers have assigned, by id.
         losses: The losses that each layer has added, by the layer's id.
+        of_metrics: The `keras.Variable`s that `metrics` has received, by id.
         by_value: The ids of variables that were assigned outside of `seeding`.
         is_seeding: Whether assignments are within `seeding`.
         reads: The whole values of weights in parts that the step has read, by the id of the
@@ -86,7 +87,6 @@ class ReplicaBatch:
     by_value: set[int] = field(default_factory=set, init=False)
     is_updating: bool = field(default=False, init=False)
     is_seeding: bool = field(default=False, init=False)
-    _noted_reads: dict[int, Any] | None = field(default=None, init=False)
     reads: dict[int, list[Tensor]] = field(default_factory=dict, init=False)
     gathered: dict[int, Tensor] = field(default_factory=dict, init=False)
     is_weighed: bool = field(default=False, init=False)
@@ -96,7 +96,7 @@ class ReplicaBatch:
     cut_outputs: set[int] = field(default_factory=set, init=False)
     _results: dict[int, tuple[Tensor, Any, int]] = field(default_factory=dict, init=False)
     _whole: dict[int, Tensor] = field(default_factory=dict, init=False)
-    _of_metrics: set[int] = field(default_factory=set, init=False)
+    of_metrics: dict[int, Any] = field(default_factory=dict, init=False)
     _graph: Any = field(default_factory=tf.compat.v1.get_default_graph, init=False)
     is_traced: bool = field(default_factory=lambda: not tf.executing_eagerly(), init=False)
 
@@ -184,28 +184,6 @@ class ReplicaBatch:
         finally:
             self.is_updating = before
 
-    @contextlib.contextmanager
-    def noting_reads(self) -> Iterator[dict[int, Any]]:
-        """Makes a context in which reads of `keras.Variable`s are noted.
-
-        Yields:
-            The variables that are read, by id.
-        """
-        before, self._noted_reads = self._noted_reads, {}
-        try:
-            yield self._noted_reads
-        finally:
-            self._noted_reads = before
-
-    def note_read(self, variable: Any) -> None:
-        """Records a `keras.Variable` that is about to be read, if the context asks for it.
-
-        Args:
-            variable: The `keras.Variable`.
-        """
-        if self._noted_reads is not None:
-            self._noted_reads[id(variable)] = variable
-
     def touch(self, variable: Any) -> None:
         """Records the value of a `keras.Variable` that is about to be assigned.
 
@@ -218,7 +196,7 @@ class ReplicaBatch:
             return
         if not self.is_seeding:
             self.by_value.add(key)
-        if key in self.touched or key in self._of_metrics:
+        if key in self.touched or key in self.of_metrics:
             return
         # If a branch assigns it, the value is read outside of the branch.
         with self.outermost():
@@ -252,7 +230,7 @@ class ReplicaBatch:
         """
         if self.metrics is not None:
             variables = metric.variables
-            self._of_metrics.update(id(variable) for variable in variables)
+            self.of_metrics.update({id(variable): variable for variable in variables})
             self.metrics.begin(variables)
 
     def note_result(self, metric: Any, value: Any) -> None:
@@ -288,6 +266,36 @@ def current_batch() -> ReplicaBatch | None:
     if batch is not None and batch.is_traced and tf.executing_eagerly():
         return None
     return batch
+
+
+@contextlib.contextmanager
+def noting_reads(notes: bool = True) -> Iterator[dict[int, Any]]:
+    """Makes a context in which reads of `keras.Variable`s are noted, in this thread.
+
+    Args:
+        notes: Whether they are noted. False ends it for a part of such a context.
+
+    Yields:
+        The variables that are read, by id.
+    """
+    before = getattr(_current, "reads", None)
+    reads: dict[int, Any] = {}
+    _current.reads = reads if notes else None
+    try:
+        yield reads
+    finally:
+        _current.reads = before
+
+
+def note_read(variable: Any) -> None:
+    """Records a `keras.Variable` that is about to be read, if the context asks for it.
+
+    Args:
+        variable: The `keras.Variable`.
+    """
+    reads: dict[int, Any] | None = getattr(_current, "reads", None)
+    if reads is not None:
+        reads[id(variable)] = variable
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ import tensorflow as tf
 from keras.src.backend.common.variables import Variable as _AnyVariable
 from keras.src.backend.tensorflow.core import Variable as _Variable
 
-from tfdist._keras.replica import Tensor, current_batch
+from tfdist._keras.replica import Tensor, current_batch, note_read
 
 _keras_direct_assign = _Variable._direct_assign
 _keras_value = _AnyVariable.value.fget
@@ -41,9 +41,7 @@ def direct_assign(variable: Any, value: Tensor) -> None:
 
 
 def read_value(variable: Any) -> Tensor:
-    batch = current_batch()
-    if batch is not None:
-        batch.note_read(variable)
+    note_read(variable)
     return _keras_value(variable)
 
 

@@ -62,10 +62,14 @@ class ClientSteps:
         model: A compiled, built `keras.Model`.
         state: The state that the steps change.
         proximal: As in `FedAvg`.
+        protected: Whether what one client does must not show in the steps of another.
     """
 
-    def __init__(self, model: Any, state: LocalState, proximal: float) -> None:
+    def __init__(
+        self, model: Any, state: LocalState, proximal: float, protected: bool = False
+    ) -> None:
         self._model = model
+        self._protected = protected
         self._state = state
         self._proximal = proximal
         self._train_step = _keras.step_of(model, "train_step")
@@ -89,9 +93,11 @@ class ClientSteps:
         )
         with _keras.on_replica(of_client), _later(self._state.optimizers, steps_before):
             of_client.updates = _Proximal(self._proximal, of_start)
-            logs = self._train_step(batch.data)
+            with _keras.tracing_part() as part:
+                logs = self._train_step(batch.data)
             of_client.updates = None
         self._state.check_touched([variable for variable, _ in of_client.touched.values()])
+        self._state.check_traced(part, self._protected)
         self._note_logs(of_client, logs)
 
     def _note_logs(self, batch: Any, logs: Any) -> None:

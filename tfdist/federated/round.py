@@ -96,7 +96,9 @@ class FederatedRound:
         self._protection = federation.protection
         state = state_of(model)
         self._state: LocalState = state if self._protection is None else state.protected(model)
-        self._steps = ClientSteps(model, self._state, settings.proximal)
+        self._steps = ClientSteps(
+            model, self._state, settings.proximal, self._protection is not None
+        )
         plan = source.plan
         self._kept: KeptOptimizers | None = None
         if settings.keep_optimizer:
@@ -148,8 +150,6 @@ class FederatedRound:
         """Trains the replica's clients, and updates the server's model; see `OwnRound`."""
         state = self._state
         metrics_before = _values(state.metrics)
-        for variable, value in zip(state.metrics, metrics_before, strict=True):
-            variable.assign(tf.zeros_like(value))
         iterations = _values(state.iterations)
         start = self._start(iterations)
         own = self._train_clients(share, start)
@@ -160,10 +160,7 @@ class FederatedRound:
             sum(int(np.prod(v.shape)) for v in state.trained),
             None if self._exchange is None else (self._exchange, phase),
         )
-        of_replica = _values(state.metrics)
-        sums, of_metrics, more_logs = self._sums.over_replicas(
-            agreement, share, own, of_replica
-        )
+        sums, more_logs = self._sums.over_replicas(agreement, share, own)
         agreement.finish()
         self._update_model(agreement, start, sums)
         longest = agreement.choose(share.longest, tf.zeros_like(share.longest))
@@ -172,7 +169,7 @@ class FederatedRound:
         for variable, value in zip(state.iterations, iterations, strict=True):
             variable.assign(value + tf.cast(longest, value.dtype))
         for variable, value, change in zip(
-            state.metrics, metrics_before, of_metrics, strict=True
+            state.metrics, metrics_before, sums.metrics, strict=True
         ):
             variable.assign(value + agreement.choose(change, tf.zeros_like(change)))
         logs = self._steps.logs()
@@ -192,7 +189,7 @@ class FederatedRound:
 
         Returns:
             Their weighted updates w - y, or values y if `_takes_values`, and what they have
-            added to whole numbers.
+            added to whole numbers and to metrics.
         """
         batch_of = self._source.batch_of(share)
         number = tf.size(share.clients, tf.int64)
@@ -201,6 +198,7 @@ class FederatedRound:
             [tf.zeros_like(_wide(value)) for value in start.trained],
             [tf.zeros_like(_wide(value)) for value in start.averaged],
             [tf.zeros_like(value, tf.int64) for value in start.counted],
+            [tf.zeros_like(value) for value in _values(self._state.metrics)],
         )
 
         def local_step(step: Tensor) -> tuple[Tensor]:
@@ -226,6 +224,9 @@ class FederatedRound:
             first = self._kept.read(share.slots[i])
         for variable, value in zip(state.of_optimizers, first, strict=True):
             variable.assign(tf.broadcast_to(tf.cast(value, variable.dtype), variable.shape))
+        # A step may read a metric. It must not see the clients that came before on the replica.
+        for variable in state.metrics:
+            variable.assign(tf.zeros_like(tf.convert_to_tensor(variable)))
 
     def _add(self, sums: Sums, share: OfReplica, i: Tensor, start: _Start) -> Sums:
         """Adds what a client contributes when it has made its local steps."""
@@ -250,6 +251,7 @@ class FederatedRound:
             _plus(sums.trained, map(weighted, state.trained, start.trained)),
             _plus(sums.averaged, map(weighted, state.averaged, start.averaged)),
             _plus(sums.counted, added),
+            _plus(sums.metrics, _values(state.metrics)),
         )
 
     def _add_protected(self, protection: UpdateMechanism, sums: Sums, start: _Start) -> Sums:
@@ -265,6 +267,7 @@ class FederatedRound:
             _plus(sums.trained, bounded[:number]),
             _plus(sums.averaged, bounded[number:]),
             sums.counted,
+            _plus(sums.metrics, _values(self._state.metrics)),
         )
 
     def _update_model(self, agreement: StepAgreement, start: _Start, sums: Sums) -> None:

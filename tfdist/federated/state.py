@@ -71,6 +71,36 @@ class LocalState:
                     f"{variable.dtype}. Make it a non-trainable weight of a layer."
                 )
 
+    def check_traced(self, step: _keras.TracedPart, protected: bool) -> None:
+        """Checks that a local step leaves nothing behind besides this state.
+
+        Args:
+            step: A local step. Nothing is known of one without a graph.
+            protected: Whether what one client does must not show in the steps of another.
+
+        Raises:
+            ArgumentError: It leaves something behind.
+        """
+        written = step.written((*self.of_model, *self.metrics, *self.of_optimizers))
+        if written is not None:
+            raise ArgumentError(
+                "Federated training must know all that a step changes. Received: a step that "
+                f"writes {written!r} of TensorFlow. Make it a non-trainable weight of a layer."
+            )
+        drawing, python = step.drawing(), step.python()
+        if protected and drawing is not None:
+            raise ArgumentError(
+                "With `privacy` of FedAvg the random numbers of a client must not depend on "
+                "the clients before it. Received: a step that draws by TensorFlow's "
+                f"{drawing}. Use a function of keras.random with a keras.random.SeedGenerator."
+            )
+        if protected and python is not None:
+            raise ArgumentError(
+                "With `privacy` of FedAvg a local step must not call Python code, which may "
+                f"remember a client. Received: a step with TensorFlow's {python}. Use "
+                "operations of Keras or TensorFlow."
+            )
+
     def protected(self, model: Any) -> LocalState:
         """Returns the state of a model whose clients are protected as wholes.
 
@@ -81,14 +111,26 @@ class LocalState:
             model: The model.
 
         Raises:
-            ArgumentError: The model has state that cannot be protected.
+            ArgumentError: The model has state that cannot be protected, or may have it.
         """
+        if model.run_eagerly:
+            raise ArgumentError(
+                "With `privacy` of FedAvg local steps must be traced: Python code that runs in "
+                "each step may remember a client. Received: a model that was compiled with "
+                "run_eagerly=True. Compile it without."
+            )
         for layer in _keras.layers_of(model):
             if isinstance(layer, keras.layers.BatchNormalization) and layer.trainable:
                 raise ArgumentError(
                     "With `privacy` of FedAvg no layer may keep a variance, which noise could "
                     f"make negative. Received: the BatchNormalization {layer.name!r}. Use "
                     "GroupNormalization or LayerNormalization, or freeze the layer."
+                )
+            if isinstance(layer, keras.layers.SpectralNormalization) and layer.trainable:
+                raise ArgumentError(
+                    "With `privacy` of FedAvg no layer may rewrite its kernel when it is "
+                    "called, which noise would not fit. Received: the SpectralNormalization "
+                    f"{layer.name!r}. Use a `kernel_constraint`."
                 )
         counts = [v.path for v in self.counted if not _is_seed(v)]
         if counts:

@@ -29,11 +29,13 @@ class Sums(NamedTuple):
         trained: Updates of trainable weights.
         averaged: Updates of statistics of layers.
         counted: What was added to whole numbers.
+        metrics: What was added to the state of metrics.
     """
 
     trained: list[Tensor]
     averaged: list[Tensor]
     counted: list[Tensor]
+    metrics: list[Tensor]
 
 
 class RoundSums:
@@ -62,18 +64,17 @@ class RoundSums:
             self._secure = MaskedSums(settings, masks, strategy)
 
     def over_replicas(
-        self, agreement: StepAgreement, share: OfReplica, own: Sums, metrics: list[Tensor]
-    ) -> tuple[Sums, list[Tensor], dict[str, Tensor]]:
+        self, agreement: StepAgreement, share: OfReplica, own: Sums
+    ) -> tuple[Sums, dict[str, Tensor]]:
         """Sums up. The weights of clients add up to 1, so the sum is the mean.
 
         Args:
             agreement: The agreement of the workers on the round.
             share: What this replica does in the round.
             own: What its clients have contributed.
-            metrics: What they have added to the state of metrics.
 
         Returns:
-            The sums of all replicas, those of metrics, and values for the logs.
+            The sums of all replicas, and values for the logs.
         """
         held, of_all = tf.unstack(share.held, 2)
         sums = self._strategy.all_reduce_sum, self._strategy.all_gather
@@ -82,7 +83,7 @@ class RoundSums:
         updates = [*own.trained, *own.averaged]
         if self._protection is not None:
             updates = self._protection.release(updates)
-        others = [*own.counted, *metrics]
+        others = [*own.counted, *own.metrics]
         logs: dict[str, Tensor] = {}
         if self._secure is not None:
             are_whole = self._protection is not None and self._protection.sends_whole_numbers
@@ -99,8 +100,8 @@ class RoundSums:
         like = [*own.trained, *own.averaged]
         totals = [tf.cast(t, v.dtype) for t, v in zip(totals, like, strict=True)]
         counted = len(own.counted)
-        of_all_replicas = Sums(totals[:weights], totals[weights:], others[:counted])
-        return of_all_replicas, others[counted:], logs
+        split = totals[:weights], totals[weights:], others[:counted], others[counted:]
+        return Sums(*split), logs
 
 
 class MaskedSums:

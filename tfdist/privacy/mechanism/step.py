@@ -25,8 +25,12 @@ from tfdist.privacy.mechanism.microbatches import clipped_share, with_any_size
 from tfdist.privacy.mechanism.noise import Noise, like
 from tfdist.privacy.mechanism.normals import at_once
 from tfdist.privacy.mechanism.spot_checks import SpotChecks
-from tfdist.privacy.mechanism.unfit_layers import check_untouched
-from tfdist.privacy.mechanism.update_inputs import penalties, without_metrics
+from tfdist.privacy.mechanism.update_inputs import (
+    gradients_alone,
+    keeping_no_state,
+    penalties,
+    updated_alone,
+)
 from tfdist.privacy.sampling.cyclic import Recursion
 from tfdist.privacy.schedules import ScheduledStep
 
@@ -220,28 +224,27 @@ class PrivateStep:
         Returns:
             Logs.
         """
-        model = self._model
+        model, norm = self._model, self._norm()
         x, y, weight = keras.utils.unpack_x_y_sample_weight(data)
         # XLA cannot read variables that are on servers.
         compiled = model.jit_compile and not self._strategy.has_servers
+        users = None if self.mechanism.rows_of_user is None else groups
         columns = x, y, weight
-        norm = self._norm()
-        outputs, sums, votes = clipped_share(
-            model,
-            columns,
-            batch,
-            self.mechanism,
-            norm,
-            compiled,
-            None if self.mechanism.rows_of_user is None else groups,
-        )
-        # A replica's batch may be padded to a static shape. Padding must not enter metrics.
-        (x, y, weight), outputs = _first_rows(batch.rows, (x, y, weight), outputs)
-        loss = keras_layers.compiled_loss(model, x, y, outputs, weight)
-        keras_layers.track_loss(model, loss, tf.shape(tf.nest.flatten(x)[0])[0])
+        with keeping_no_state(model, batch):
+            outputs, sums, votes = gradients_alone(
+                model,
+                batch,
+                lambda: clipped_share(
+                    model, columns, batch, self.mechanism, norm, compiled, users
+                ),
+            )
+            # A replica's batch may be padded to a static shape. Padding must not enter metrics.
+            (x, y, weight), outputs = _first_rows(batch.rows, columns, outputs)
+            loss = keras_layers.compiled_loss(model, x, y, outputs, weight)
+            keras_layers.track_loss(model, loss, tf.shape(tf.nest.flatten(x)[0])[0])
         self._update(batch, sums, votes, norm)
-        logs = model.compute_metrics(x, y, outputs, sample_weight=weight)
-        check_untouched(model, batch)
+        with keeping_no_state(model, batch):
+            logs = model.compute_metrics(x, y, outputs, sample_weight=weight)
         return logs if self.adaptive is None else {**logs, "l2_norm_clip": norm}
 
     def _update(
@@ -255,8 +258,7 @@ class PrivateStep:
             sums, votes = self._with_noise(batch, sums, votes, norm)
             factor = self._rounding.step * self._factor(norm)
         # Regularizers do not depend on the data, so they are neither clipped nor noisy.
-        with without_metrics(self._model, batch):
-            regularizing = penalties(variables)
+        regularizing = updated_alone(self._model, batch, lambda: penalties(variables))
 
         def update(summed: list[Tensor]) -> None:
             gradients = [
@@ -266,8 +268,8 @@ class PrivateStep:
             # `apply` divides gradients by the factor of a loss that Keras would have scaled.
             if (scale := optimizer.loss_scale_factor) is not None:
                 gradients = [g * scale for g in gradients]
-            with batch.updating(), without_metrics(self._model, batch):
-                optimizer.apply(gradients, variables)
+            with batch.updating():
+                updated_alone(self._model, batch, lambda: optimizer.apply(gradients, variables))
 
         batch.updates.apply(optimizer, sums, update, variables)
         if self.adaptive is not None:
