@@ -226,16 +226,20 @@ def clipped_values_of_secure_sums_are_reported(folder: Path) -> None:
     assert 0 < history["secure_sum_clipped"][0] < 1
 
 
-@check(full=(MIRRORED, MULTI_WORKER, HOROVOD))
+@check(MIRRORED, full=(MULTI_WORKER, HOROVOD))
 def clients_are_protected_as_on_one_process(folder: Path) -> None:
-    """Without noise the weights are those of a loop."""
-    privacy = tfdist.ClientDP(0.2, noise_multiplier=0.0, delta=1e-2, sampling_probability=0.7)
+    """Without noise the weights, and an adaptive norm, are those of a loop."""
+    privacy = tfdist.ClientDP(
+        0.02, noise_multiplier=0.0, delta=1e-2, sampling_probability=0.7,
+        target_quantile=0.7, clip_learning_rate=0.9,
+    )  # fmt: skip
+    norms: list[float] = []
     with in_float64():
         averaging = tfdist.FedAvg(
             clients=IDS, local_steps=2, weighting="uniform", privacy=privacy
         )
         ours, theirs = (model_of(momentum()) for _ in range(2))
-        tfdist.fit(ours, X, Y, epochs=3, federated=averaging, **OPTIONS)
+        history = tfdist.fit(ours, X, Y, epochs=3, federated=averaging, **OPTIONS)
         clients = of.of_ids(IDS, len(IDS), tfdist.strategies.session.current().strategy, False)
         plan = tfdist.federated.plan.Plan(
             averaging, clients, Place(), tfdist.samplers.Sequential(), 16, 5
@@ -243,9 +247,10 @@ def clients_are_protected_as_on_one_process(folder: Path) -> None:
         drawn = [plan.chosen(number).tolist() for number in range(3)]
         federated_averaging(
             theirs, PARTS, 3, optimizer=momentum, batch_size=16, local_steps=2,
-            chosen=drawn.__getitem__, clip=(0.2, 0.7 * 6),
+            chosen=drawn.__getitem__, clip=(0.02, 0.7 * 6), quantile=(0.7, 0.9), norms=norms,
         )  # fmt: skip
         assert_weights_close(ours, theirs, 2e-6)
+    np.testing.assert_allclose(history.history["l2_norm_clip"], norms, rtol=1e-5)
 
 
 @check(MIRRORED, full=(MULTI_WORKER, HOROVOD))

@@ -47,10 +47,13 @@ def federated_averaging(
     keeps: bool = False,
     chosen: Callable[[int], Sequence[int]] | None = None,
     clip: tuple[float, float] | None = None,
+    quantile: tuple[float, float] | None = None,
+    norms: list[float] | None = None,
 ) -> list[float]:
     """Trains a compiled model in place; gives the mean loss of each round.
 
-    With `clip`, a norm and a divisor, updates are clipped, added up and divided.
+    With `clip`, a norm and a divisor, updates are clipped, added up and divided. With
+    `quantile` and a learning rate, the norm follows that quantile; `norms` gets all of them.
     """
     weights, losses = model.trainable_variables, []
     statistics = [v for v in model.non_trainable_variables if "seed" not in v.name]
@@ -69,6 +72,7 @@ def federated_averaging(
         seeds_start = [v.numpy() for v in seeds]
         draws = [np.zeros_like(v) for v in seeds_start]
         loss_sum = seen = 0.0
+        within = 0
         for client, part in zip(clients, sizes / sizes.sum(), strict=True):
             assign(weights, start[0])
             assign(statistics, start[1])
@@ -88,6 +92,7 @@ def federated_averaging(
             if clip is not None:
                 norm = np.sqrt(sum(float((u**2).sum()) for u in update))
                 scale = min(1.0, clip[0] / norm) / clip[1]
+                within += 1 if norm <= clip[0] else -1
             delta = [d + scale * u for d, u in zip(delta, update, strict=True)]
             average = [a + part * v.numpy() for a, v in zip(average, statistics, strict=True)]
             draws = [d + v.numpy() - s for d, v, s in zip(draws, seeds, own_seeds, strict=True)]
@@ -99,6 +104,11 @@ def federated_averaging(
             assign(weights, start[0])
             server.apply([tf.constant(d) for d in delta], weights)
         losses.append(loss_sum / max(seen, 1))
+        if clip is not None and norms is not None:
+            norms.append(clip[0])
+        if clip is not None and quantile is not None:
+            fraction = within / 2 / clip[1] + 0.5
+            clip = clip[0] * np.exp(-quantile[1] * (fraction - quantile[0])), clip[1]
     return losses
 
 

@@ -65,6 +65,95 @@ def test_without_noise_it_is_a_loop_that_clips():
     assert math.isinf(history.privacy.epsilon)
 
 
+def test_an_adaptive_norm_follows_a_quantile_as_in_a_loop():
+    settings = {"target_quantile": 0.7, "clip_learning_rate": 0.9}
+    federated = averaging(
+        noise_multiplier=0.0, sampling_probability=0.6, l2_norm_clip=0.02, **settings
+    )
+    plan = plan_of(federated)
+    drawn = [plan.chosen(number).tolist() for number in range(6)]
+    norms: list[float] = []
+    with in_float64():
+        ours, theirs = (model_of(keras.optimizers.SGD(0.3)) for _ in range(2))
+        history = tfdist.fit(ours, X, Y, epochs=6, federated=federated, **OPTIONS)
+        federated_averaging(
+            theirs, PARTS, 6, optimizer=lambda: keras.optimizers.SGD(0.3), batch_size=16,
+            local_steps=2, chosen=drawn.__getitem__, clip=(0.02, 0.6 * 6),
+            quantile=(0.7, 0.9), norms=norms,
+        )  # fmt: skip
+    np.testing.assert_allclose(history.history["l2_norm_clip"], norms, rtol=1e-5)
+    assert max(norms) > 3 * norms[0]
+    for a, b in zip(ours.get_weights(), theirs.get_weights(), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-6)
+
+
+def test_an_adaptive_norm_goes_on_from_a_checkpoint(tmp_path):
+    def trained(epochs: int, checkpoint: Any = None) -> Any:
+        federated = averaging(target_quantile=0.5, l2_norm_clip=0.02, count_noise=1.0, seed=1)
+        model = model_of(keras.optimizers.SGD(0.1))
+        options = {**OPTIONS, "checkpoint": checkpoint}
+        history = tfdist.fit(model, X, Y, epochs=epochs, federated=federated, **options)
+        return history.history["l2_norm_clip"], model.get_weights()
+
+    norms, weights = trained(4)
+    assert len(set(norms)) == 4
+    trained(2, tmp_path)
+    resumed, again = trained(4, tmp_path)
+    assert resumed == norms
+    for a, b in zip(weights, again, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_noise_of_updates_and_of_the_count_cost_what_is_accounted():
+    """Two Gaussian mechanisms: 1 / z^2 = 1 / z_updates^2 + 1 / (2 z_count)^2."""
+    model = keras.Sequential([keras.Input((40,)), keras.layers.Dense(200, use_bias=False)])
+    model.compile(keras.optimizers.SGD(0.0), "mse")
+    x, y = np.zeros((300, 40), "float32"), np.zeros((300, 200), "float32")
+    weights = [model.get_weights()[0]]
+    keep = keras.callbacks.LambdaCallback(
+        on_epoch_end=lambda epoch, logs: weights.append(model.get_weights()[0])
+    )
+    federated = averaging(
+        clients=np.arange(300) // 3, l2_norm_clip=0.7, noise_multiplier=1.5, count_noise=1.0,
+        sampling_probability=1.0, target_quantile=0.5, clip_learning_rate=1.0,
+    )  # fmt: skip
+    history = tfdist.fit(
+        model, x, y, epochs=40, verbose=0, federated=federated, callbacks=[keep]
+    )
+    norms = np.array(history.history["l2_norm_clip"])
+    noise = (1.5**-2 - 2.0**-2) ** -0.5
+    moved = np.diff(np.array(weights), axis=0).reshape(40, -1) * 100 / norms[:, None] / noise
+    square = float((moved[:4] ** 2).sum())
+    assert abs(square - 4 * 8000) < 5 * math.sqrt(2 * 4 * 8000)
+    # All updates are 0, so all clients vote that they are within the norm.
+    votes = -np.diff(np.log(norms)) + 0.5
+    counts = (votes - 1) * 100
+    assert abs((counts**2).sum() - 39) < 5 * math.sqrt(2 * 39)
+    assert abs(counts.mean()) < 5 / math.sqrt(39)
+    plain = tfdist.privacy.epsilon(
+        sampling_probability=1.0, noise_multiplier=1.5, steps=40, delta=1e-2
+    )
+    assert history.privacy.epsilon == plain
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"target_quantile": 1.0}, "target_quantile"),
+        ({"target_quantile": 0.5, "count_noise": 0.5}, "`count_noise` must be above"),
+    ],
+)
+def test_an_adaptive_norm_is_refused_before_training(settings, message):
+    with pytest.raises(ArgumentError, match=message):
+        tfdist.fit(
+            model_of(keras.optimizers.SGD(0.1)),
+            X,
+            Y,
+            federated=averaging(**settings),
+            **OPTIONS,
+        )
+
+
 def mechanism(noise: float = 0.0, clip: float = 0.7, clients: int = 10) -> ClientUpdates:
     return ClientUpdates(clip, noise, 0.5, clients, Devices(1))
 

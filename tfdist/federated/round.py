@@ -117,10 +117,15 @@ class FederatedRound:
 
     @property
     def state(self) -> Sequence[tuple[Any, AnyRole]]:
-        """The server's optimizer, and those that clients keep."""
+        """The server's optimizer, those that clients keep, and what protects clients."""
         of_server = [] if self._server is None else self._server.variables
         of_clients = [] if self._kept is None else self._kept.variables
-        return [*((variable, Role.REPLICATED) for variable in of_server), *of_clients]
+        protecting = [] if self._protection is None else self._protection.state
+        return [
+            *((variable, Role.REPLICATED) for variable in of_server),
+            *of_clients,
+            *protecting,
+        ]
 
     @property
     def optimizers(self) -> Sequence[Any]:
@@ -131,6 +136,8 @@ class FederatedRound:
         """Begins with new optimizers of clients. The server's is new with this object."""
         if self._kept is not None:
             self._kept.reset()
+        if self._protection is not None:
+            self._protection.reset()
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
@@ -162,6 +169,8 @@ class FederatedRound:
         )
         sums, more_logs = self._sums.over_replicas(agreement, share, own)
         agreement.finish()
+        if self._protection is not None:
+            more_logs = {**more_logs, **self._protection.logs()}
         self._update_model(agreement, start, sums)
         longest = agreement.choose(share.longest, tf.zeros_like(share.longest))
         for variable, value in zip(state.of_optimizers, state.first, strict=True):
@@ -196,7 +205,7 @@ class FederatedRound:
         zero = tf.constant(0, tf.int64)
         sums = Sums(
             [tf.zeros_like(_wide(value)) for value in start.trained],
-            [tf.zeros_like(_wide(value)) for value in start.averaged],
+            [*(tf.zeros_like(_wide(value)) for value in start.averaged), *self._no_votes()],
             [tf.zeros_like(value, tf.int64) for value in start.counted],
             [tf.zeros_like(value) for value in _values(self._state.metrics)],
         )
@@ -212,6 +221,10 @@ class FederatedRound:
             return i + 1, end, self._add(sums, share, i, start)
 
         return _loop(lambda i, *_: i < number, train_client, (zero, zero, sums))[2]  # type: ignore[no-any-return]
+
+    def _no_votes(self) -> list[Tensor]:
+        count = 0 if self._protection is None else self._protection.num_votes
+        return [tf.zeros([]) for _ in range(count)]
 
     def _begin_client(self, share: OfReplica, i: Tensor, start: _Start) -> None:
         state = self._state
@@ -277,8 +290,11 @@ class FederatedRound:
             new = total if self._takes_values else _wide(value) - total
             return agreement.choose(tf.cast(new, value.dtype), value)
 
+        number = len(state.averaged)
+        if self._protection is not None:
+            self._protection.follow(sums.averaged[number:], agreement.choose)
         for variable, value, total in zip(
-            state.averaged, start.averaged, sums.averaged, strict=True
+            state.averaged, start.averaged, sums.averaged[:number], strict=True
         ):
             variable.assign(mean(value, total))
         counted = sums.counted

@@ -27,7 +27,7 @@ class Sums(NamedTuple):
 
     Attributes:
         trained: Updates of trainable weights.
-        averaged: Updates of statistics of layers.
+        averaged: Updates of statistics of layers, and votes for what protects clients.
         counted: What was added to whole numbers.
         metrics: What was added to the state of metrics.
     """

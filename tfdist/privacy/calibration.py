@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from tfdist.errors import ArgumentError
 from tfdist.privacy.accounting.dp_sgd import noise_for
 from tfdist.privacy.accounting.ledger import Phase
 from tfdist.privacy.client_dp import ClientDP
@@ -84,3 +85,23 @@ def _noise_within(
     # A worker that joins an elastic run later would be alone in this collective. Elastic runs
     # compare the noise of all workers instead.
     return factor if strategy.elastic else float(strategy.broadcast_object(factor))
+
+
+def check_count_noise(count_noise: float, noise: float, others: str, more: str) -> None:
+    """Refuses a count, for an adaptive norm, whose noise leaves nothing for the rest.
+
+    Args:
+        count_noise: The standard deviation of the noise on the count.
+        noise: The noise multiplier of both together.
+        others: What else is released.
+        more: What makes the default of `count_noise` larger.
+
+    Raises:
+        ArgumentError: The count alone costs as much as both may cost together.
+    """
+    if noise > 0 and 2 * count_noise <= noise:
+        raise ArgumentError(
+            f"`count_noise` must be above noise_multiplier / 2: {others} need the rest of the "
+            f"budget. Received: count_noise={count_noise:g}, noise_multiplier={noise:g}. Pass "
+            f"a larger `count_noise`, or {more}."
+        )

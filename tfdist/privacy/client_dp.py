@@ -25,7 +25,7 @@ class ClientDP(ClientProtection):
 
     Args:
         l2_norm_clip: The norm, over all variables, to which each client's update is clipped;
-            between 1e-10 and 1e15.
+            between 1e-10 and 1e15. With `target_quantile` it is the norm of the first round.
         noise_multiplier: The noise's standard deviation on the sum over all clients, in units
             of `l2_norm_clip`. 0 adds no noise, and then nothing is private.
         target_epsilon: The largest epsilon of all rounds on these clients, with those in
@@ -36,6 +36,14 @@ class ClientDP(ClientProtection):
         accountant: "pld" or "rdp", as in `tfdist.privacy.epsilon`.
         relation: The neighbouring relation, as in `tfdist.privacy.epsilon`, between sets of
             clients.
+        target_quantile: The fraction of clients whose updates shall not be clipped, between 0
+            and 1. A noisy count of clients within the norm then moves it after each round
+            (Andrew et al., "Differentially private learning with adaptive clipping", NeurIPS
+            2021). The noise of both is chosen so that together they cost as much as
+            `noise_multiplier`. None keeps the norm fixed.
+        clip_learning_rate: The learning rate of the norm's logarithm, above 0.
+        count_noise: The standard deviation of the noise on that count. None is a twentieth of
+            the expected number of drawn clients. It must be above `noise_multiplier` / 2.
         spent: Rounds that were made with the same clients before, for example by another
             process. Those of earlier `fit`s of the same model in this process are counted
             anyway.
@@ -77,6 +85,9 @@ class ClientDP(ClientProtection):
     sampling_probability: float = 1.0
     accountant: str = "pld"
     relation: str = "add_or_remove_one"
+    target_quantile: float | None = None
+    clip_learning_rate: float = 0.2
+    count_noise: float | None = None
     spent: Ledger = field(default_factory=Ledger)
     seed: int | None = None
 
@@ -87,3 +98,8 @@ class ClientDP(ClientProtection):
             raise ArgumentError(
                 "`sampling_probability` must be above 0. Received: sampling_probability=0."
             )
+        if self.target_quantile is not None:
+            check_number("target_quantile", self.target_quantile, 0, 1, open_ends=True)
+            check_number("clip_learning_rate", self.clip_learning_rate, 0)
+            if self.count_noise is not None:
+                check_number("count_noise", self.count_noise, 0)

@@ -14,9 +14,10 @@ from tfdist.federated.source import Rounds
 from tfdist.privacy import leaking_callbacks, validation
 from tfdist.privacy.accounting.ledger import CLIENT, Phase
 from tfdist.privacy.accounting.report import careless_delta
-from tfdist.privacy.calibration import find_noise
+from tfdist.privacy.calibration import check_count_noise, find_noise
 from tfdist.privacy.client_dp import ClientDP
 from tfdist.privacy.counted_run import CountedRun
+from tfdist.privacy.mechanism.client_norm import AdaptiveNorm
 from tfdist.privacy.mechanism.client_updates import ClientUpdates
 from tfdist.privacy.planning import Plan
 from tfdist.training.request import Request
@@ -77,14 +78,33 @@ class ClientRun(CountedRun[ClientDP]):
         self._spending.plan(phase, self.planned_steps)
         self.noise_multiplier = noise
         self.mechanism = ClientUpdates(
-            privacy.l2_norm_clip, noise, probability, clients.number, self._session.strategy
+            privacy.l2_norm_clip,
+            noise,
+            probability,
+            clients.number,
+            self._session.strategy,
+            self._adaptive_norm(noise, expected),
         )
         leaking_callbacks.check_names(self._callbacks, self._model.get_metrics_result())
 
+    def _adaptive_norm(self, noise: float, expected: float) -> AdaptiveNorm | None:
+        privacy = self.privacy
+        if privacy.target_quantile is None:
+            return None
+        count_noise = expected / 20 if privacy.count_noise is None else privacy.count_noise
+        check_count_noise(count_noise, noise, "updates", "more clients")
+        return AdaptiveNorm(
+            privacy.l2_norm_clip,
+            privacy.target_quantile,
+            privacy.clip_learning_rate,
+            count_noise,
+        )
+
     def notice(self) -> str | None:
         """Says how large the noise is, and warns of a large `delta`."""
+        which = "each round" if self.privacy.target_quantile is None else "the first round"
         noise = (
-            f"each round adds noise of standard deviation {self.mechanism.deviation:.2g} to "
+            f"{which} adds noise of standard deviation {self.mechanism.deviation:.2g} to "
             "each weight of the server's update"
         )
         careless = careless_delta(self.ledger(self.planned_steps), self._delta)
@@ -99,13 +119,24 @@ class ClientRun(CountedRun[ClientDP]):
             "sampling_probability": self.privacy.sampling_probability,
             "noise_multiplier": self.noise_multiplier,
             "relation": self.privacy.relation,
+            **self._adaptive_settings(),
             "spent before": self.ledger(0),
         }
 
     @property
     def settings(self) -> dict[str, Any]:
         """The settings that must not change in a continued training."""
-        return {"l2_norm_clip": self.privacy.l2_norm_clip, **self._phase_settings()}
+        return {
+            "l2_norm_clip": self.privacy.l2_norm_clip,
+            **self._adaptive_settings(),
+            **self._phase_settings(),
+        }
+
+    def _adaptive_settings(self) -> dict[str, Any]:
+        names = ("target_quantile", "clip_learning_rate", "count_noise")
+        if self.privacy.target_quantile is None:
+            return {}
+        return {name: getattr(self.privacy, name) for name in names}
 
     def watched(self, callbacks: Any) -> Any:
         """Adds callbacks that count rounds, and renews the noise.
@@ -113,7 +144,7 @@ class ClientRun(CountedRun[ClientDP]):
         Args:
             callbacks: A list of callbacks, or a `CallbackList`.
         """
-        return self._counted(callbacks, self.mechanism)
+        return self._counted(callbacks, self.mechanism, [*self.mechanism.logs()])
 
 
 def _check(request: Request) -> None:

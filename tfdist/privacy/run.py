@@ -17,7 +17,7 @@ from tfdist.data.separation import SeparationCheck
 from tfdist.errors import ArgumentError
 from tfdist.privacy import leaking_callbacks, validation
 from tfdist.privacy.accounting.report import careless_delta
-from tfdist.privacy.calibration import find_noise
+from tfdist.privacy.calibration import check_count_noise, find_noise
 from tfdist.privacy.counted_run import CountedRun
 from tfdist.privacy.dpftrl import SameOrder
 from tfdist.privacy.mechanism import clipping, independence, unfit_layers
@@ -158,12 +158,7 @@ class PrivateRun(CountedRun[DPSGD]):
             return 0.0
         user_noise = self.privacy.count_noise
         count_noise = units / 20 if user_noise is None else user_noise
-        if 2 * count_noise <= noise:
-            raise ArgumentError(
-                "`count_noise` must be above noise_multiplier / 2: gradients need the rest of "
-                f"the budget. Received: count_noise={count_noise:g}, noise_multiplier="
-                f"{noise:g}. Pass a larger `count_noise`, or a larger `batch_size`."
-            )
+        check_count_noise(count_noise, noise, "gradients", "a larger `batch_size`")
         return count_noise
 
     @property

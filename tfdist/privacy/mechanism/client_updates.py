@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import tensorflow as tf
 
 from tfdist._keras import ReplicaBatch
 from tfdist.privacy import model_history
+from tfdist.privacy.mechanism.client_norm import AdaptiveNorm
 from tfdist.privacy.mechanism.counter import StepCounter
 from tfdist.privacy.mechanism.grid import Rounding
 from tfdist.privacy.mechanism.noise import Noise
 from tfdist.privacy.mechanism.normals import at_once
 from tfdist.privacy.mechanism.rounding import gamma, sums_of_squares
+from tfdist.step.state import Role
 from tfdist.strategies.base import Strategy
 
 Tensor = Any
+NORM = "l2_norm_clip"  # in the logs
 
 
 class ClientUpdates:
@@ -37,10 +40,13 @@ class ClientUpdates:
         sampling_probability: As in `ClientDP`.
         num_clients: The number of clients.
         strategy: The strategy on whose replicas the model trains.
+        adaptive: What moves the norm. None keeps it fixed.
 
     Attributes:
         counter: Counts rounds.
-        deviation: The noise's standard deviation on each number of the server's update.
+        deviation: The noise's standard deviation on each number of the server's update, in the
+            first round.
+        num_votes: How many numbers `clip` appends to an update: 1 if the norm is adaptive.
 
     Raises:
         ArgumentError: There is too little noise for so many replicas.
@@ -53,24 +59,32 @@ class ClientUpdates:
         sampling_probability: float,
         num_clients: int,
         strategy: Strategy,
+        adaptive: AdaptiveNorm | None = None,
     ) -> None:
         place = strategy.place
-        self._norm = float(l2_norm_clip)
+        self._adaptive = adaptive
+        self._fixed_norm = float(l2_norm_clip)
+        self.num_votes = 0 if adaptive is None else 1
         self._expected = sampling_probability * num_clients
         self._strategy = strategy
         self.counter = StepCounter()
         self._noise = Noise(place.first_replica, place.local_replicas)
         self._number: Tensor = None
         self._rounding: Rounding | None = None
+        self._vote_unit = 1.0
         self.deviation = 0.0
         if noise_multiplier > 0:
             # More clients than these are drawn with a probability below 2^-64, by Chernoff's
             # bound. All of them may be on one replica.
             most = min(float(num_clients), 2 * self._expected + 64)
             replicas = place.num_replicas
+            if adaptive is not None:
+                noise_multiplier = adaptive.gradient_noise(noise_multiplier)
+                # In units in which the votes have the noise of the updates.
+                self._vote_unit = noise_multiplier / adaptive.count_noise
             self._rounding = Rounding(noise_multiplier, most * replicas, replicas)
             noise = math.hypot(noise_multiplier, self._rounding.deviation)
-            self.deviation = noise * self._norm / self._expected
+            self.deviation = noise * self._fixed_norm / self._expected
 
     # --- the updates of clients; see `UpdateMechanism` ------------------------------------
 
@@ -84,35 +98,46 @@ class ClientUpdates:
 
         Args:
             update: The update of each variable. If it is not finite, it counts as 0.
+
+        Returns:
+            The scaled update, and the client's vote if the norm is adaptive.
         """
         # In float64, squares of float32 neither overflow nor underflow.
         wide = [tf.cast(part, tf.float64)[None] for part in update]
         square = tf.add_n([sums_of_squares(part)[0] for part in wide])
         # The roots and products below are rounded too, in float32 at worst.
         norm = tf.sqrt(square) * (1 + gamma(len(wide) + 8))
-        factor = tf.minimum(tf.math.divide_no_nan(tf.constant(self._norm, tf.float64), norm), 1)
+        limit = tf.cast(self._norm(), tf.float64)
+        factor = tf.minimum(tf.math.divide_no_nan(limit, norm), 1)
         factor = tf.where(norm > 0, factor, tf.ones_like(factor))
         counts = tf.math.is_finite(norm)
-        return [
+        bounded = [
             tf.where(counts, part * tf.cast(factor, part.dtype), tf.zeros_like(part))
             for part in update
         ]
+        return bounded if self._adaptive is None else [*bounded, self._adaptive.vote(norm)]
+
+    def _norm(self) -> Any:
+        return self._fixed_norm if self._adaptive is None else self._adaptive.norm()
 
     def release(self, sums: Sequence[Tensor]) -> list[Tensor]:
         """Adds a replica's part of the noise, and rounds; see `Rounding.counts`.
 
         Args:
-            sums: The sums of the clipped updates of the replica's clients.
+            sums: The sums of the clipped updates of the replica's clients, and of their votes.
         """
         if self._rounding is None:
             return list(sums)
+        norm = self._norm()
+        if self._adaptive is not None:
+            sums = [*sums[:-1], sums[-1] * self._vote_unit * norm]
         sizes = [math.prod(part.shape) for part in sums]
         normal = self._noise.normal(
             at_once(sum(sizes)), self._strategy.replica_id(), self._number
         )
         # One vector of all variables needs one rounding operation.
         flat = tf.concat([tf.reshape(tf.cast(s, tf.float32), [-1]) for s in sums], 0)
-        counts = self._rounding.counts(tf.ensure_shape(flat, [sum(sizes)]), normal, self._norm)
+        counts = self._rounding.counts(tf.ensure_shape(flat, [sum(sizes)]), normal, norm)
         parts = tf.split(counts, sizes) if len(sizes) > 1 else [counts]
         return [tf.reshape(part, s.shape) for part, s in zip(parts, sums, strict=True)]
 
@@ -122,9 +147,42 @@ class ClientUpdates:
         Args:
             total: The sum over all replicas of what `release` returned.
         """
-        unit = 1.0 if self._rounding is None else self._rounding.step * self._norm
-        factor = unit / self._expected
-        return [tf.cast(part, tf.float64) * factor for part in total]
+        step = 1.0 if self._rounding is None else self._rounding.step
+        unit = 1.0 if self._rounding is None else self._norm()
+        factor = tf.cast(unit, tf.float64) * (step / self._expected)
+        means = [tf.cast(part, tf.float64) * factor for part in total]
+        if self._adaptive is not None:
+            of_votes = step / self._vote_unit / self._expected
+            means[-1] = tf.cast(total[-1], tf.float64) * of_votes
+        return means
+
+    @property
+    def state(self) -> Sequence[tuple[Any, Role]]:
+        """The logarithm of the norm, if it is adaptive."""
+        return [] if self._adaptive is None else [(self._adaptive.variable, Role.REPLICATED)]
+
+    def reset(self) -> None:
+        """Sets the norm to that of the first round."""
+        if self._adaptive is not None:
+            self._adaptive.reset()
+
+    def logs(self) -> dict[str, Tensor]:
+        """Returns the norm of the present round, if it is adaptive."""
+        return {} if self._adaptive is None else {NORM: self._adaptive.norm()}
+
+    def follow(
+        self, votes: Sequence[Tensor], choose: Callable[[Tensor, Tensor], Tensor]
+    ) -> None:
+        """Moves the norm, if it is adaptive.
+
+        Args:
+            votes: What `mean` returned for the votes: nothing, or one number.
+            choose: Chooses the first value if the round counts, else the second.
+        """
+        if self._adaptive is not None:
+            variable = self._adaptive.variable
+            before = tf.convert_to_tensor(variable)
+            variable.assign(choose(self._adaptive.follow(votes[0]), before))
 
     # --- the count of rounds; see `OwnStep` -----------------------------------------------
 
