@@ -74,6 +74,16 @@ def test_a_value_that_is_written_elsewhere_counts() -> None:
         tf.cond(secret > 0, lambda: raw.assign(1.0), lambda: raw.assign(2.0))
         return tf.constant(1.0)
 
+    def loop(copies: bool) -> Any:
+        def body(n: Any) -> Any:
+            secret.assign(secret + 1)
+            kept.assign(secret * 2 if copies else kept + 1)
+            return n + 1
+
+        return tf.while_loop(lambda n: n < 3, body, (0,))
+
+    assert traced(lambda: loop(copies=True), [secret])[0] is secret
+    assert traced(lambda: loop(copies=False), [secret], [secret, kept]) == (None, None)
     assert traced(add_up, [secret], [secret]) == (None, None)
     assert traced(copy, [secret], [secret, kept]) == (secret, None)
     dependence, written = traced(in_branch, [secret])

@@ -58,11 +58,9 @@ class TracedPart:
         owners = {id(handle): v for v in variables for handle in _handles(v)}
         outer = self._captured()
         found = [t for t in _leaves(tensors) if getattr(t, "graph", None) is self._graph]
-        for op, written in self._writes():
-            if id(outer.get(written.name)) not in owners:
-                found += [t for t in op.inputs if t.dtype != tf.resource]
-                # A branch or a function may read in order to write.
-                found += [t for t in op.inputs if _functions(op) and t.dtype == tf.resource]
+        for op, index in _writes(self._ops):
+            if id(outer.get(op.inputs[index].name)) not in owners:
+                found += _written_from(op, index)
         inside = {op.name for op in self._ops}
         for name in _reached(found, inside):
             if id(outer.get(name)) in owners:
@@ -77,7 +75,8 @@ class TracedPart:
         """
         ids = {id(handle) for variable in known for handle in _handles(variable)}
         outer = self._captured()
-        for op, written in self._writes():
+        for op, index in _writes(self._ops):
+            written = op.inputs[index]
             handle = outer.get(written.name)
             if handle is None and written.op.type in ("StackV2", "TensorArrayV3"):
                 continue  # it lives as long as the step
@@ -111,18 +110,6 @@ class TracedPart:
         """Maps the names of captured tensors in the graph to the tensors outside of it."""
         captures = getattr(self._graph, "captures", ())
         return {inner.name: outer for outer, inner in captures}
-
-    def _writes(self) -> Iterator[tuple[Any, Tensor]]:
-        """Lists ops with a resource that each writes."""
-        for op in self._ops:
-            resources = [i for i, t in enumerate(op.inputs) if t.dtype == tf.resource]
-            if not resources:
-                continue
-            # TensorFlow knows of each op which of its resources it only reads.
-            read_only = set(_dependencies._get_read_only_resource_input_indices_op(op))
-            for index in resources:
-                if index not in read_only:
-                    yield op, op.inputs[index]
 
 
 @contextlib.contextmanager
@@ -200,17 +187,56 @@ def _of_output(graph: Any, output: int) -> set[int]:
     return {number for number, t in enumerate(graph.inputs) if t.name in names}
 
 
+def _writes(ops: Iterable[Any]) -> Iterator[tuple[Any, int]]:
+    """Lists ops with the number of an input which is a resource that each writes."""
+    for op in ops:
+        resources = [i for i, t in enumerate(op.inputs) if t.dtype == tf.resource]
+        if not resources:
+            continue
+        # TensorFlow knows of each op which of its resources it only reads.
+        read_only = set(_dependencies._get_read_only_resource_input_indices_op(op))
+        yield from ((op, index) for index in resources if index not in read_only)
+
+
+def _written_from(op: Any, index: int) -> list[Tensor]:
+    """Lists the inputs of an op on which what it writes to one of them depends."""
+    graphs = _functions(op)
+    if not graphs or op.type not in _CALLS | _IFS | _LOOPS:
+        return [t for t in op.inputs if t.dtype != tf.resource or _calls(op)]
+    first = 1 if op.type in _IFS else 0
+    numbers: set[int] = set()
+    for graph in graphs:
+        handle = graph.inputs[index - first].name
+        roots = [
+            source
+            for inner, place in _writes(graph.get_operations())
+            if inner.inputs[place].name == handle
+            for source in _written_from(inner, place)
+        ]
+        names = _reached(roots)
+        numbers |= {n for n, t in enumerate(graph.inputs) if t.name in names}
+    if op.type in _LOOPS:
+        # How often the body runs matters too, and what it reads may come from an earlier round.
+        numbers |= _of_output(graphs[0], 0)
+        return [t for number in numbers for t in _inputs_of(op, number)]
+    return [*op.inputs[:first], *(op.inputs[first + n] for n in numbers)]
+
+
+def _calls(op: Any) -> list[str]:
+    """Names the attributes of an op that are functions."""
+    attributes = () if op.op_def is None else op.op_def.attr
+    return sorted(a.name for a in attributes if a.type in ("func", "list(func)"))
+
+
 def _functions(op: Any) -> list[Any]:
     """Lists the graphs of the functions that an op calls; of a loop, first its condition.
 
     Returns:
         None of them if one is not known.
     """
-    definition = op.op_def
-    if definition is None:
-        return []
-    attributes = {a.name for a in definition.attr if a.type in ("func", "list(func)")}
-    names = sorted(attributes, key=("cond", "body").index if op.type in _LOOPS else None)
+    names = _calls(op)
+    if op.type in _LOOPS:
+        names = ["cond", "body"]
     functions: list[Any] = []
     for name in names:
         value = op.get_attr(name)
