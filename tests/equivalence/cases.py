@@ -749,3 +749,30 @@ def private_class_weight_and_mixed_precision(train: Train) -> tuple[Any, Any]:
         )
     finally:
         keras.mixed_precision.set_global_policy("float32")
+
+
+@case("losses")
+def double_precision(train: Train) -> tuple[Any, Any]:
+    # A replica has 9 of 17 rows: float32 has no such fraction.
+    weights = np.random.default_rng(1).uniform(0, 3, 61)
+    models = []
+    keras.config.set_floatx("float64")
+    try:
+        for loss in ("sum_over_batch_size", "sum", "mean_with_sample_weight"):
+            model = keras.Sequential(
+                [
+                    keras.Input((20,)),
+                    L.Dense(8, "tanh"),
+                    L.BatchNormalization(synchronized=True),
+                    L.Dropout(0.3),
+                    L.Dense(3),
+                ]
+            )
+            model.compile(
+                keras.optimizers.SGD(0.01, momentum=0.9), crossentropy(reduction=loss)
+            )
+            history = train(model, *table(61), sample_weight=weights, batch_size=22, epochs=2)
+            models.append(model)
+    finally:
+        keras.config.set_floatx("float32")
+    return models, history

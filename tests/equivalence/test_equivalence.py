@@ -85,6 +85,7 @@ TOLERANCE = {
     "mixed_precision": 1e-3,
     "private_class_weight_and_mixed_precision": 1e-3,
     "power_sgd": 1e-9,  # in float64
+    "double_precision": 1e-12,
 }
 # Their steps are no mean over rows, so each replica computes whole batches. All others share
 # them: if they did not, the weights would be right all the same, but nothing would be faster.

@@ -110,7 +110,7 @@ def reduce_weighted_values(
         return local
     if reduction in ("sum", "none", None):
         # The later product with the share gives the sum again.
-        return local * tf.cast(batch.inverse_share, local.dtype)
+        return local * batch.inverse_share_as(local.dtype)
     if reduction == "mean_with_sample_weight" and (sample_weight, mask) != (None, None):
         divisor = _keras_reduce_weighted_values(
             tf.ones_like(values), sample_weight, mask, reduction="sum", dtype=dtype
@@ -120,7 +120,8 @@ def reduce_weighted_values(
     else:
         return local
     # A share without rows has one row of padding, which must not count.
-    divisor = tf.where(batch.has_rows, tf.cast(divisor, tf.float32), 0.0)
+    wide = tf.float64 if local.dtype == tf.float64 else tf.float32
+    divisor = tf.where(batch.has_rows, tf.cast(divisor, wide), tf.zeros([], wide))
     (total,) = batch.all_reduce([divisor])
-    correction = tf.math.divide_no_nan(divisor, total) * batch.inverse_share
+    correction = tf.math.divide_no_nan(divisor, total) * batch.inverse_share_as(wide)
     return local * tf.cast(correction, local.dtype)

@@ -116,16 +116,23 @@ class ReplicaBatch:
 
         It is 0 when the global batch is empty.
         """
-        return tf.math.divide_no_nan(
-            tf.cast(self.rows, tf.float32), tf.cast(self.total, tf.float32)
-        )
+        return self.share_as(tf.float32)
 
-    @property
-    def inverse_share(self) -> Tensor:
-        """Scalar float32 tensor: 1 / `share`, and 0 without examples."""
-        return tf.math.divide_no_nan(
-            tf.cast(self.total, tf.float32), tf.cast(self.rows, tf.float32)
-        )
+    def share_as(self, dtype: Any) -> Tensor:
+        """Returns `share` in a dtype; for float64 it is not rounded to float32 first.
+
+        Args:
+            dtype: A floating-point dtype.
+        """
+        return _quotient(self.rows, self.total, dtype)
+
+    def inverse_share_as(self, dtype: Any) -> Tensor:
+        """Returns 1 / `share` in a dtype, and 0 without examples.
+
+        Args:
+            dtype: A floating-point dtype.
+        """
+        return _quotient(self.total, self.rows, dtype)
 
     def gather(self, rows: Tensor) -> Tensor:
         """Gathers the rows of the global batch from those of the shares.
@@ -144,7 +151,7 @@ class ReplicaBatch:
                 padding = tf.shape(share)[0] - tf.cast(self.rows, tf.int32)
                 paddings = [[0, padding], *([[0, 0]] * (len(share.shape) - 1))]
                 of_share = tf.pad(of_share, paddings)
-                return of_share * tf.cast(self.inverse_share, of_share.dtype)
+                return of_share * self.inverse_share_as(of_share.dtype)
 
             return self.all_gather(share[: self.rows]), gradient
 
@@ -349,3 +356,8 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
         yield
     finally:
         setattr(owner, name, original)
+
+
+def _quotient(part: Tensor, whole: Tensor, dtype: Any) -> Tensor:
+    wide = tf.float64 if tf.as_dtype(dtype) == tf.float64 else tf.float32
+    return tf.cast(tf.math.divide_no_nan(tf.cast(part, wide), tf.cast(whole, wide)), dtype)

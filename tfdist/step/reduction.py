@@ -260,7 +260,7 @@ class ReducedUpdates:
         self._scaled.add(id(optimizer))
         # An own `train_step` may take gradients of other losses too.
         self._batch.is_weighed = not self._at_once
-        return loss * tf.cast(self._batch.share, loss.dtype)
+        return loss * self._batch.share_as(loss.dtype)
 
     def apply(
         self,
@@ -271,8 +271,8 @@ class ReducedUpdates:
     ) -> None:
         """Stores the replica's gradients for the reduction, or reduces and applies them now."""
         if not self._are_parts and id(optimizer) not in self._scaled:
-            share = self._batch.share
-            grads = [g if g is None else g * tf.cast(share, g.dtype) for g in grads]
+            batch = self._batch
+            grads = [g if g is None else g * batch.share_as(g.dtype) for g in grads]
         scale = getattr(optimizer, "dynamic_scale", None)
         scale = None if scale is None else tf.convert_to_tensor(scale)
         self._waiting.append(_Waiting(update, grads, variables, scale))
@@ -343,7 +343,7 @@ class ReducedUpdates:
         return [
             tf.where(
                 self._batch.has_rows,
-                variable.value * tf.cast(self._batch.share, variable.value.dtype),
+                variable.value * self._batch.share_as(variable.value.dtype),
                 tf.zeros_like(variable.value),
             )
             for variable, _ in touched
