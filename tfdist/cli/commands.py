@@ -13,6 +13,7 @@ from tfdist.cli.examine import estimate, recommend
 from tfdist.cli.horovod import horovod
 from tfdist.cli.privacy import privacy
 from tfdist.cli.run import run
+from tfdist.cli.self_test import self_test
 from tfdist.errors import TfdistError
 
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 96}
@@ -40,11 +41,12 @@ def main() -> None:
       tfdist config -n 2                   write tfdist.toml, which `tfdist run` reads
       tfdist recommend train.py            say which strategy is best, and why
       tfdist estimate train.py             say whether it fits into memory
+      tfdist test -n 2                     test and measure training in two workers
       tfdist doctor                        show what can run on this machine
       tfdist horovod build                 build Horovod for the installed TensorFlow
       tfdist privacy epsilon --help        compute the cost of training with DP-SGD
     """  # noqa: D301
 
 
-for command in (run, config, recommend, estimate, doctor, horovod, privacy):
+for command in (run, config, recommend, estimate, self_test, doctor, horovod, privacy):
     main.add_command(command)

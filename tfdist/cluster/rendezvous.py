@@ -50,7 +50,7 @@ def wait_until_up(addresses: Mapping[str, str], seconds: float) -> None:
     wait = _Wait("this process", seconds)
     missing = dict(addresses)
     while missing:
-        reasons = {task: _try_to_connect(address) for task, address in missing.items()}
+        reasons = {task: try_to_connect(address) for task, address in missing.items()}
         missing = {task: missing[task] for task, reason in reasons.items() if reason}
         wait.check([f"{task} at {a} ({reasons[task]})" for task, a in missing.items()])
         if missing:
@@ -88,7 +88,7 @@ def is_up(address: str) -> bool:
     Args:
         address: `host:port`.
     """
-    return _try_to_connect(address) is None
+    return try_to_connect(address) is None
 
 
 def answers(address: str, seconds: float) -> bool:
@@ -132,7 +132,7 @@ def meet(cluster: Cluster, seconds: float, versions: str = "") -> None:
     with Greetings(cluster, local_address) as greetings:
         while (unreached or not_called_back) and time.monotonic() < deadline:
             for worker in tuple(unreached):
-                reason = _try_to_connect(addresses[worker], greeting.line())
+                reason = try_to_connect(addresses[worker], greeting.line())
                 if reason is None:
                     del unreached[worker]
                 else:
@@ -141,7 +141,7 @@ def meet(cluster: Cluster, seconds: float, versions: str = "") -> None:
                     break
             for received in greetings.received():
                 if not problem:
-                    problem = _difference(received, greeting, cluster)
+                    problem = difference(received, greeting, cluster)
                     # The other workers need this one's greeting too, to find the same mistake.
                     deadline = time.monotonic() + _PARTING_S if problem else math.inf
                 not_called_back.discard(received.worker)
@@ -193,8 +193,14 @@ class _Wait:
             )
 
 
-def _difference(received: Greeting, local: Greeting, cluster: Cluster) -> str:
-    """Returns why a worker cannot train with this one; "" if it can."""
+def difference(received: Greeting, local: Greeting, cluster: Cluster) -> str:
+    """Returns why a worker cannot train with this one; "" if it can.
+
+    Args:
+        received: The other worker's greeting.
+        local: The greeting of this one.
+        cluster: The cluster, with this process's place.
+    """
     if received.worker == local.worker:
         return (
             f"Each worker must have a place of its own. Received: two processes with the place "
@@ -220,8 +226,13 @@ def _difference(received: Greeting, local: Greeting, cluster: Cluster) -> str:
     return ""
 
 
-def _try_to_connect(address: str, greeting: bytes = b"") -> str | None:
-    """Connects to an address; returns None, or the reason why nobody answered."""
+def try_to_connect(address: str, greeting: bytes = b"") -> str | None:
+    """Connects to an address; returns None, or the reason why nobody answered.
+
+    Args:
+        address: `host:port`.
+        greeting: What to send there.
+    """
     try:
         with socket.create_connection(_split(address), timeout=1.0) as connection:
             connection.sendall(greeting)

@@ -1,0 +1,1 @@
+"""The program that the workers of `tfdist test` run."""
