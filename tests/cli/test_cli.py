@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import py_compile
 import re
@@ -13,7 +14,9 @@ from click.testing import CliRunner
 
 import tfdist
 from tfdist import cli
+from tfdist.cluster import Cluster
 from tfdist.launch import Outcome
+from tfdist.launch.doctor import Device, DoctorReport, Readiness
 
 LIMIT_S = 240
 COMMAND = [sys.executable, "-m", "tfdist.cli"]
@@ -237,7 +240,9 @@ class TestRun:
         assert result.exit_code == 1
         assert "Error: `TF_CONFIG.cluster.worker[0]` must be" in result.output
 
-    @pytest.mark.parametrize("command", [[], ["run"], ["doctor"], ["privacy", "noise"]])
+    @pytest.mark.parametrize(
+        "command", [[], ["run"], ["test"], ["doctor"], ["privacy", "noise"]]
+    )
     def test_help_has_an_example(self, command):
         result = invoke(*command, "--help")
         assert result.exit_code == 0
@@ -417,9 +422,9 @@ class TestWorkers:
 
 
 class TestDoctor:
-    def run(self, environ, **changes):
+    def run(self, environ, *options, **changes):
         return subprocess.run(
-            [*COMMAND, "doctor"],
+            [*COMMAND, "doctor", *options],
             env=environ | {"COLUMNS": "200"} | changes,
             capture_output=True,
             text=True,
@@ -452,6 +457,43 @@ class TestDoctor:
         ended = self.run(environ, TF_CONFIG=config)
         assert "this is worker 1, from TF_CONFIG" in ended.stdout
         assert "worker 1 of 2, from TF_CONFIG" in ended.stdout
+
+    @pytest.mark.quick
+    def test_a_report_in_types_of_json(self):
+        cluster = Cluster({"worker": ("a:1", "b:1")}, "worker", 1, "TF_CONFIG")
+        report = DoctorReport(
+            {"keras": "3"},
+            (Device("CPU", "/0"),),
+            2,
+            cluster,
+            "",
+            "no",
+            (Readiness("a", True, "b"),),
+        )
+        assert json.loads(json.dumps(report.to_json())) == {
+            "is_healthy": False,
+            "versions": {"keras": "3"},
+            "cores": 2,
+            "devices": [{"kind": "CPU", "name": "/0", "model": ""}],
+            "cluster": {
+                "jobs": {"worker": ["a:1", "b:1"]},
+                "job": "worker",
+                "index": 1,
+                "source": "TF_CONFIG",
+                "launched": 0,
+            },
+            "cluster_error": "",
+            "tensorflow_error": "no",
+            "strategies": [{"strategy": "a", "can_run": True, "reason": "b"}],
+        }
+
+    @pytest.mark.full
+    def test_json(self, environ):
+        ended = self.run(environ, "--json", TF_CONFIG='{"cluster": {"worker": ["a"]}}')
+        report = json.loads(ended.stdout)
+        assert (ended.returncode, report["is_healthy"], report["cluster"]) == (1, False, None)
+        assert report["cluster_error"].startswith("`TF_CONFIG.cluster.worker[0]` must be")
+        assert report["versions"]["tfdist"] == tfdist.__version__
 
     @pytest.mark.full
     def test_other_keras_backend(self, environ):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import sys
 
 import click
 
 
 @click.command()
-def doctor() -> None:
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+def doctor(as_json: bool) -> None:
     """Show versions, devices, the cluster, and which strategies can run here.
 
     \b
@@ -18,10 +20,14 @@ def doctor() -> None:
     Exit status: 0 if training in one process works and the cluster description is valid,
     else 1.
     """  # noqa: D301
-    # Only this command needs the library that draws tables.
     from tfdist.launch.doctor import examine
-    from tfdist.launch.doctor_page import show
 
     report = examine()
-    show(report)
+    if as_json:
+        click.echo(json.dumps(report.to_json(), indent=2))
+    else:
+        # Few commands need the library that draws tables.
+        from tfdist.launch.doctor_page import show
+
+        show(report)
     sys.exit(0 if report.is_healthy else 1)

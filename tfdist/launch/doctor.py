@@ -8,7 +8,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from typing import Any
 
@@ -96,6 +96,26 @@ class DoctorReport:
     def is_healthy(self) -> bool:
         """Whether training in one process works and the cluster's description is valid."""
         return not self.tensorflow_error and self.cluster is not None
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the report in types that JSON has."""
+        cluster = None
+        if self.cluster is not None:
+            names = ("job", "index", "source", "launched")
+            cluster = {
+                "jobs": {job: list(each) for job, each in self.cluster.jobs.items()},
+                **{name: getattr(self.cluster, name) for name in names},
+            }
+        return {
+            "is_healthy": self.is_healthy,
+            "versions": dict(self.versions),
+            "cores": self.cores,
+            "devices": [asdict(device) for device in self.devices],
+            "cluster": cluster,
+            "cluster_error": self.cluster_error,
+            "tensorflow_error": self.tensorflow_error,
+            "strategies": [asdict(readiness) for readiness in self.strategies],
+        }
 
 
 def examine(environ: Mapping[str, str] = os.environ) -> DoctorReport:
