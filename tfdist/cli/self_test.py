@@ -182,7 +182,7 @@ def _test(
             roster.workers,
             stream=stream,
             meeting=roster.meeting,
-            shows_all=shows_all,
+            shows="all" if shows_all else "chief",
         )
     explain(outcome, roster.workers, None, has_other_hosts=len(hosts) > 1)
     return _found(outcome, folder / "result.json", hosts, measured, unmeasured)
