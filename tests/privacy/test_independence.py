@@ -400,8 +400,10 @@ class Tracks(L.Layer):
         self.tracker, self.reads = keras.metrics.Mean("seen"), reads
 
     def call(self, x: Any) -> Any:
+        # What it has of earlier batches: to use this one would mix its examples.
+        used = x * (1 + self.tracker.result()) if self.reads else x
         self.tracker.update_state(ops.abs(x))
-        return x * (1 + self.tracker.result()) if self.reads else x
+        return used
 
 
 def trained_reader(way: str, layer: Any = None, **options: Any) -> Any:
