@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from tfdist.cli.target import check_target
 from tfdist.launch import is_start_up_noise, parse_hosts
 
 _SETTINGS = {"allow_interspersed_args": False}
@@ -64,6 +65,7 @@ def recommend(
 
     Exit status: 0 if there is an answer, else 1; 2 for a wrong command line.
     """  # noqa: D301
+    check_target(target, module)
     sys.exit(
         ask(
             "recommend",
@@ -116,6 +118,7 @@ def estimate(
 
     Exit status: 0 if there is an answer, else 1; 2 for a wrong command line.
     """  # noqa: D301
+    check_target(target, module=False)
     dtypes = ["float32", "bfloat16"] if dtype == "both" else [dtype]
     sys.exit(
         ask(

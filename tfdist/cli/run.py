@@ -12,12 +12,15 @@ import click
 from tfdist.cli.examine import explain_run
 from tfdist.cli.explanation import explain as explain_end
 from tfdist.cli.settings_file import CommandWithFile, read_file
+from tfdist.cli.ssh import check_ssh, task_of
+from tfdist.cli.target import check_script
 from tfdist.cluster import strategy_names
 from tfdist.cluster.mesh_text import parse_mesh
 from tfdist.cluster.warning_signals import ON_WARNING, PREEMPT_STATUS
-from tfdist.errors import START_ME_AGAIN, ArgumentError, LaunchError
+from tfdist.errors import START_ME_AGAIN, ArgumentError
 from tfdist.launch import (
     DEFAULT_PORT,
+    INTERRUPTED_S,
     NODE_TIMEOUT_S,
     SAVING_S,
     TOKEN,
@@ -28,17 +31,16 @@ from tfdist.launch import (
     Roster,
     Shows,
     check_names,
-    check_syntax,
     connect_launchers,
     count_on_processor,
     crowded_cores,
     events_name,
     exposed_ports,
-    find_script,
     health_of,
     open_standard_streams,
     parse_elastic,
     parse_hosts,
+    remote_launchers,
     run_workers,
     script_command,
     share_token,
@@ -72,6 +74,12 @@ from tfdist.launch import (
 @click.option(
     "--hosts", metavar="H:N,...", help="The machines, and the number of workers on each."
 )
+@click.option(
+    "--ssh",
+    is_flag=True,
+    help="With --hosts: start `tfdist run` on the other hosts too, with ssh.",
+)
+@click.option("--joined", is_flag=True, hidden=True, help="Set for the others by --ssh.")
 @click.option("--node-rank", type=int, metavar="I", help="Index of this machine in --hosts.")
 @click.option(
     "--port",
@@ -179,6 +187,8 @@ def run(
     servers: int,
     synchronous: bool,
     hosts: str | None,
+    ssh: bool,
+    joined: bool,
     node_rank: int | None,
     port: int,
     strategy: str | None,
@@ -212,6 +222,7 @@ def run(
       tfdist run -n 2 train.py --epochs 5
       tfdist run -n 2 --ps 1 train.py      with a parameter server
       tfdist run -n 2 --max-restarts 5/1h train.py
+      tfdist run --hosts node1:4,node2:4 --ssh train.py    on node1
       tfdist run --hosts node1:4,node2:4 --node-rank 0 train.py    on node1
       tfdist run --hosts node1:4,node2:4 --node-rank 1 train.py    on node2
 
@@ -222,7 +233,7 @@ def run(
     command line is wrong.
     """  # noqa: D301
     open_standard_streams()
-    _check_script(script, module)
+    check_script(script, module)
     _check_options(synchronous, servers, zero)
     _check_mesh(mesh, zero, servers)
     if explain:
@@ -239,6 +250,10 @@ def run(
         os.environ[PREEMPT_STATUS] = str(on_preempt_status)
     restart_limit = _restart_limit(max_restarts, servers, elastic)
     machines = parse_hosts(hosts) if hosts is not None else ()
+    others = None
+    if ssh:
+        node_rank = check_ssh(machines, node_rank)
+        others = task_of(click.get_current_context(), can_return=restart_limit.count > 0)
     if strategy == "horovod":
         share_token(machines, node_rank, node_timeout)  # for the secret of its ranks
     roster = Roster(
@@ -255,7 +270,8 @@ def run(
     check_names(machines)
     connection: AbstractContextManager[CoordinatorClient | None] = nullcontext()
     is_asked_for = max_restarts is not None or elastic is not None
-    if is_asked_for and restart_limit.count and len(machines) > 1:
+    is_restarted = is_asked_for and restart_limit.count > 0
+    if (is_restarted or ssh or joined) and len(machines) > 1:
         # The launchers of several machines must agree on each restart.
         share_token(machines, node_rank, node_timeout)
         connection = connect_launchers(
@@ -272,7 +288,12 @@ def run(
     # With servers a lost worker is usual. Exceptions cause a restart only if the user asked.
     restarts = Restarts(restart_limit, of_exceptions=is_asked_for)
     journal = Journal(log_dir, events_name(roster.workers))
-    with health_of(journal, health), journal.ended_by_errors(), connection as client:
+    with (
+        health_of(journal, health),
+        journal.ended_by_errors(),
+        connection as client,
+        remote_launchers(machines, others) as remotes,
+    ):
         is_met_here = client is not None and node_rank == 0
         if exposed := exposed_ports(roster.workers, port - 1 if is_met_here else None):
             click.echo(exposed, err=True)
@@ -292,20 +313,12 @@ def run(
             warnings_end=on_warning == "end",
             journal=journal,
         )
+        if remotes is not None and outcome.interrupted:
+            remotes.close(INTERRUPTED_S)
     status = on_preempt_status if outcome.status == START_ME_AGAIN else outcome.status
     journal.note_end(status, outcome.what)
     explain_end(outcome, roster.workers, log_dir, has_other_hosts=len(machines) > 1)
     sys.exit(status)
-
-
-def _check_script(script: str, module: bool) -> None:
-    """Refuses a script that cannot run, before the workers wait for TensorFlow's import."""
-    try:
-        path = find_script(script, module)
-    except LaunchError as error:
-        raise click.BadParameter(str(error)) from None
-    if path is not None:
-        check_syntax(path)
 
 
 def _check_options(synchronous: bool, servers: int, zero: int | None) -> None:

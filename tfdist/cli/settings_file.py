@@ -26,7 +26,7 @@ _HEADER = (
 )
 _SETTINGS = "tfdist.settings"
 # These differ from host to host or from run to run.
-_NOT_KEPT = ("config", "node_rank", "module", "explain", "help")
+_NOT_KEPT = ("config", "node_rank", "module", "explain", "joined", "help")
 # Each says how many workers there are and where: one of the command line replaces the others.
 _REPLACES = {
     "workers": ("hosts", "elastic", "ssh"),
@@ -169,6 +169,12 @@ def check_variable(path: Path, name: str, value: object) -> str:
     if any(ord(character) < 32 or ord(character) == 127 for character in text):
         raise LaunchError(f"An environment variable must be one line of text. {received}")
     return text
+
+
+def file_variables(ctx: click.Context) -> tuple[str, ...]:
+    """Returns the names of the environment variables that the file has set."""
+    settings = ctx.meta.get(_SETTINGS)
+    return tuple(settings.environment) if isinstance(settings, Settings) else ()
 
 
 def _settle(ctx: click.Context) -> None:

@@ -12,6 +12,14 @@ from tfdist.launch.outcome import Outcome
 from tfdist.launch.output import is_start_up_noise
 from tfdist.launch.plan import DEFAULT_PORT, count_on_processor, plan_workers
 from tfdist.launch.processes import SAVING_S, run_workers
+from tfdist.launch.remote_hosts import (
+    INTERRUPTED_S,
+    READY,
+    RemoteTask,
+    check_first_host,
+    forwarded,
+    remote_launchers,
+)
 from tfdist.launch.resources import crowded_cores
 from tfdist.launch.restarts import RestartLimit, Restarts, restart_lines
 from tfdist.launch.roster import Roster
@@ -24,7 +32,9 @@ from tfdist.launch.worker import Worker, script_command
 
 __all__ = [
     "DEFAULT_PORT",
+    "INTERRUPTED_S",
     "NODE_TIMEOUT_S",
+    "READY",
     "SAVING_S",
     "TOKEN",
     "CoordinatorClient",
@@ -32,11 +42,13 @@ __all__ = [
     "Host",
     "Journal",
     "Outcome",
+    "RemoteTask",
     "RestartLimit",
     "Restarts",
     "Roster",
     "Shows",
     "Worker",
+    "check_first_host",
     "check_names",
     "check_syntax",
     "connect_launchers",
@@ -45,12 +57,14 @@ __all__ = [
     "events_name",
     "exposed_ports",
     "find_script",
+    "forwarded",
     "health_of",
     "is_start_up_noise",
     "open_standard_streams",
     "parse_elastic",
     "parse_hosts",
     "plan_workers",
+    "remote_launchers",
     "restart_lines",
     "run_workers",
     "say_last",
