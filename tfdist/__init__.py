@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from tfdist.privacy.settings import DPSGD
     from tfdist.resume.checkpoint import Checkpoint
     from tfdist.scripts.drop_in import drop_in
+    from tfdist.scripts.notebook import notebook_launcher
     from tfdist.scripts.recommend import recommend
     from tfdist.sharding.deferred import deferred_weights
     from tfdist.sharding.layout_map import layout_map
@@ -67,6 +68,7 @@ __all__ = [
     "is_chief",
     "layout_map",
     "memory",
+    "notebook_launcher",
     "placement",
     "predict",
     "privacy",
@@ -105,6 +107,7 @@ _HOMES = {
     "is_chief": "tfdist.strategies.session",
     "layout_map": "tfdist.sharding.layout_map",
     "memory": "tfdist.sharding.memory",
+    "notebook_launcher": "tfdist.scripts.notebook",
     "placement": "tfdist.sharding.placement",
     "predict": "tfdist.training.evaluation",
     "recommend": "tfdist.scripts.recommend",

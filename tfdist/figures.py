@@ -1,7 +1,9 @@
-"""Pictures, for those who have matplotlib."""
+"""Pictures, for those who have matplotlib, and tables of notebooks."""
 
 from __future__ import annotations
 
+import html
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from tfdist.errors import MissingPackageError
@@ -24,3 +26,30 @@ def new_figure(**options: Any) -> Any:
             'Install it: pip install "tfdist[plot]".'
         ) from None
     return Figure(layout="constrained", **options)
+
+
+def html_table(
+    columns: Sequence[str], rows: Iterable[Sequence[str]], above: str = "", below: str = ""
+) -> str:
+    """Returns a table in HTML, as notebooks show it.
+
+    Args:
+        columns: The names of the columns.
+        rows: The text of each cell.
+        above: Lines before the table.
+        below: Lines after it.
+
+    Example:
+        >>> "<td>&lt;1&gt;</td>" in html_table(["a"], [["<1>"]])
+        True
+    """
+    head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
+    body = "".join(
+        f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in rows
+    )
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f"{_paragraph(above)}{table}{_paragraph(below)}"
+
+
+def _paragraph(lines: str) -> str:
+    return f"<p>{'<br>'.join(map(html.escape, lines.splitlines()))}</p>" if lines else ""

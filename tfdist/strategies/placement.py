@@ -9,8 +9,11 @@ import keras
 
 from tfdist import _keras
 from tfdist.errors import ArgumentError
+from tfdist.figures import html_table
 from tfdist.strategies.parameter_server import ParameterServer
 from tfdist.strategies.session import current
+
+_COLUMNS = ("variable", "shape", "server", "bytes", "optimizer's")
 
 
 @dataclass(frozen=True)
@@ -53,11 +56,7 @@ class Placement:
         return sum(h.bytes + h.state_bytes for h in self.homes if h.server == server)
 
     def __str__(self) -> str:
-        rows = [("variable", "shape", "server", "bytes", "optimizer's")]
-        rows += [
-            (h.path, str(h.shape), f"ps {h.server}", f"{h.bytes:,}", f"{h.state_bytes:,}")
-            for h in self.homes
-        ]
+        rows = [_COLUMNS, *self._cells()]
         widths = [max(len(row[i]) for row in rows) for i in range(5)]
         lines = [
             "  ".join(
@@ -66,8 +65,21 @@ class Placement:
             )
             for row in rows
         ]
+        return "\n".join([*lines, self._totals])
+
+    def _repr_html_(self) -> str:
+        return html_table(_COLUMNS, self._cells(), below=self._totals)
+
+    def _cells(self) -> list[tuple[str, ...]]:
+        return [
+            (h.path, str(h.shape), f"ps {h.server}", f"{h.bytes:,}", f"{h.state_bytes:,}")
+            for h in self.homes
+        ]
+
+    @property
+    def _totals(self) -> str:
         totals = ", ".join(f"ps {s}: {self.bytes_of(s):,}" for s in range(self.num_servers))
-        return "\n".join([*lines, f"bytes of each server: {totals}"])
+        return f"bytes of each server: {totals}"
 
 
 def placement(model: Any, strategy: Any = "auto") -> Placement:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tfdist.data.class_weight import EffectiveNumber
-from tfdist.figures import new_figure
+from tfdist.figures import html_table, new_figure
 from tfdist.samplers.classes import count_classes
 
 _MOST_NAMED = 40  # with more bars, there is no space for their names
@@ -50,17 +50,38 @@ class ImbalanceReport:
         return max(self.counts) / min(self.counts)
 
     def __rich__(self) -> Table:
-        title = f"{self.rows:,} rows, {len(self.counts)} classes, ratio {self.ratio:,.1f}"
-        table = Table(title=title, title_justify="left", box=box.ROUNDED)
-        table.add_column("class")
-        for column in ("rows", "share", f"effective (beta {self.beta:g})"):
+        table = Table(title=self._title, title_justify="left", box=box.ROUNDED)
+        name, *numbers = self._columns
+        table.add_column(name)
+        for column in numbers:
             table.add_column(column, justify="right")
-        for name, count, share, effective in zip(
-            self.classes, self.counts, self.shares, self.effective, strict=True
-        ):
-            label = "no label" if name is None else str(name)
-            table.add_row(label, f"{count:,}", f"{share:.3%}", f"{effective:,.1f}")
+        for cells in self._cells():
+            table.add_row(*cells)
         return table
+
+    def _repr_html_(self) -> str:
+        return html_table(self._columns, self._cells(), self._title)
+
+    @property
+    def _title(self) -> str:
+        return f"{self.rows:,} rows, {len(self.counts)} classes, ratio {self.ratio:,.1f}"
+
+    @property
+    def _columns(self) -> tuple[str, ...]:
+        return "class", "rows", "share", f"effective (beta {self.beta:g})"
+
+    def _cells(self) -> list[tuple[str, ...]]:
+        return [
+            (
+                "no label" if name is None else str(name),
+                f"{count:,}",
+                f"{share:.3%}",
+                f"{effective:,.1f}",
+            )
+            for name, count, share, effective in zip(
+                self.classes, self.counts, self.shares, self.effective, strict=True
+            )
+        ]
 
     def __str__(self) -> str:
         text = io.StringIO()

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from tfdist.figures import html_table
 from tfdist.privacy.accounting.ledger import CLIENT, EXAMPLE, USER, Ledger, Phase
 
 _ALIKE = {
@@ -101,6 +102,18 @@ class Report:
                 f"counted ({self.changes} times): it must not have seen these data."
             )
         return " ".join([*introduction, text, *remarks])
+
+    def _repr_html_(self) -> str:
+        units = {CLIENT: "rounds"}.get(self.ledger.unit, "steps")
+        rows = [
+            ("epsilon", "none" if math.isinf(self.epsilon) else _rounded_up(self.epsilon)),
+            ("delta", f"{self.delta:g}"),
+            (units, f"{self.ledger.steps:,}"),
+            ("protected", f"each {self.ledger.unit}"),
+        ]
+        if not self.secret:
+            rows.append(("guarantee", "none: a seed was given"))
+        return html_table(("privacy", ""), rows, below=self.statement())
 
     def line(self, within: float | None = None) -> str:
         """Returns a summary in one line. Its epsilon may be some tenths of a percent too large.
