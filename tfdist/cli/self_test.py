@@ -97,12 +97,8 @@ def self_test(
     Exit status: 0 if it works, else 1; 2 for a wrong command line.
     """  # noqa: D301
     open_standard_streams()
-    if synchronous and not servers:
-        raise click.BadParameter(
-            "--synchronous must come with parameter servers. Received: --synchronous without "
-            "--ps. Add --ps 1, or leave it out: other strategies are synchronous."
-        )
     if synchronous:
+        _check_servers(servers)
         os.environ["TFDIST_SYNCHRONOUS"] = "1"  # the workers inherit it
     machines = parse_hosts(hosts) if hosts is not None else ()
     if strategy == "horovod":
@@ -124,19 +120,33 @@ def self_test(
         stream = sys.stderr if as_json else sys.stdout
         report = _test(roster, peers, folder, stream, shows_all=output == "all")
     _keep(report)
-    has_chief = any(map(_is_chief, roster.workers))
     if as_json:
         click.echo(json.dumps(report.to_json(), indent=2))
-    elif has_chief or not report.works:
-        from tfdist.launch.self_test.page import show
-
-        show(report)
-    elif machines:
-        click.echo(f"tfdist test: works. The report is on {machines[0].name}.")
+    else:
+        _print(report, any(map(_is_chief, roster.workers)), machines)
     sys.exit(0 if report.works else 1)
 
 
 self_test.params = [o for o in run.params if o.name in _AS_RUN] + self_test.params
+
+
+def _print(report: Report, has_chief: bool, machines: Sequence[Host]) -> None:
+    """Prints the report where the chief is; on other hosts only what does not work."""
+    # Few commands need the library that draws tables.
+    from tfdist.launch.self_test.page import show
+
+    if has_chief or not report.works:
+        show(report)
+    elif machines:
+        click.echo(f"tfdist test: works. The report is on {machines[0].name}.")
+
+
+def _check_servers(servers: int) -> None:
+    if not servers:
+        raise click.BadParameter(
+            "--synchronous must come with parameter servers. Received: --synchronous without "
+            "--ps. Add --ps 1, or leave it out: other strategies are synchronous."
+        )
 
 
 def _command(folder: Path, seconds: float, largest: int, workers: int) -> Sequence[str]:
