@@ -94,6 +94,8 @@ def test_one_command_trains_on_both_hosts(ssh, tmp_path):
     assert token not in log
     assert not (tmp_path / ".tfdist-token").exists()
     assert READY not in printed
+    assert "Fatal" not in printed
+    assert "Traceback" not in printed
 
 
 @pytest.mark.full

@@ -18,6 +18,7 @@ from typing import Any
 from tfdist.cli.commands import main as command
 from tfdist.launch import READY, SAVING_S
 
+_STDIN = 0
 _KILL_S = 30.0
 
 
@@ -25,7 +26,7 @@ def follow_input() -> None:
     """Ends this process when its standard input ends, in a thread."""
 
     def wait() -> None:
-        while sys.stdin.buffer.read(1):
+        while os.read(_STDIN, 1):  # not sys.stdin, whose lock Python needs when it ends
             pass
         os.kill(os.getpid(), signal.SIGTERM)  # its workers may save
         time.sleep(SAVING_S + _KILL_S)
@@ -36,7 +37,8 @@ def follow_input() -> None:
 
 def main() -> None:
     """Reads the task, and runs it."""
-    line = sys.stdin.buffer.readline()
+    with open(_STDIN, "rb", buffering=0, closefd=False) as stdin:
+        line = stdin.readline()
     if not line.endswith(b"\n"):
         sys.exit("usage: tfdist run --hosts ... --ssh starts this program")
     task: dict[str, Any] = json.loads(line)
