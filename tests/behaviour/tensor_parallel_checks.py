@@ -11,7 +11,7 @@ import pytest
 
 import tfdist
 from tests.behaviour.checks import place
-from tests.behaviour.registry import HOROVOD, MIRRORED_4, MULTI_WORKER, check
+from tests.behaviour.registry import HOROVOD, MIRRORED, MIRRORED_4, MULTI_WORKER, check
 from tests.equivalence.cases import crossentropy
 from tfdist.errors import ArgumentError
 
@@ -174,6 +174,46 @@ def slices_are_saved_and_resumed_as_whole_weights(folder: Path) -> None:
         train(sgd(), before, epochs=1, checkpoint=checkpoint)
         model, _ = train(sgd(), after, checkpoint=checkpoint)
         assert_equal((model, {}), expected, 2e-6)
+
+
+@keras.saving.register_keras_serializable("tests")
+class Tied(L.Layer):  # type: ignore[misc]
+    """Scores each word by its row of the table, whose rows the embedding has in parts."""
+
+    def __init__(self, table: Any, **options: Any) -> None:
+        super().__init__(**options)
+        self.table = table
+
+    def call(self, inputs: Any) -> Any:
+        return keras.ops.matmul(inputs, keras.ops.transpose(self.table.embeddings))
+
+
+def adapted_model() -> Any:
+    keras.utils.set_random_seed(7)
+    words = keras.Input((LENGTH,), dtype="int32")
+    table = L.Embedding(WORDS, 16, name="words")
+    x = table(words)
+    hidden = L.Dense(32, "tanh", name="up")(x)
+    model = keras.Model(words, Tied(table)(x + L.Dense(16, name="down")(hidden)))
+    model.get_layer("down").enable_lora(2)
+    model.compile(sgd(), crossentropy())
+    return model
+
+
+@check(full=(MIRRORED, MIRRORED_4))
+def adapters_and_tied_tables_train_as_one_process(folder: Path) -> None:
+    (words, _), y = text(14)
+    slices = {
+        k: axes for k, axes in SLICES.items() if any(n in k for n in ("words", "up", "down"))
+    }
+    models = [adapted_model(), adapted_model()]
+    for model, strategy in zip(
+        models, (tfdist.ModelParallel(slices, mesh(2)), "single"), strict=True
+    ):
+        tfdist.fit(
+            model, words, y, batch_size=8, epochs=2, seed=1, strategy=strategy, verbose=0
+        )
+    assert_equal((models[0], {}), (models[1], {}), 2e-6)
 
 
 class Slots(keras.callbacks.Callback):  # type: ignore[misc]

@@ -98,6 +98,21 @@ def test_larger_optimizer_state_has_half_of_it_and_the_same_weights(place, clust
     assert facts["optimizer equal, bit by bit"] == "True"
 
 
+@pytest.mark.full  # it computes with some 250 MiB of weights
+@pytest.mark.parametrize("workers", [1, 2])
+def test_larger_than_memory_trains_on_two_workers_only(workers, monkeypatch):
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", str(2**20))
+    script = EXAMPLES / "larger_than_memory.py"
+    command = [sys.executable, str(script)] if workers == 1 else tfdist_run(2, script)
+    facts = facts_of(launched(command))
+    state, limit = (
+        int(facts[name])
+        for name in ("weights and Adam's state, MiB", "limit of a process, MiB")
+    )
+    assert state > limit
+    assert facts["trained"].startswith(str(workers == 2))
+
+
 @pytest.mark.full  # it sets the devices of its process
 def test_pipeline_ends_with_the_weights_of_one_device():
     facts = facts_of(launched([sys.executable, str(EXAMPLES / "pipeline.py")]))

@@ -70,6 +70,20 @@ def test_a_trace_finds_what_nobody_lists_and_changes_nothing() -> None:
     assert type(model.dense.kernel._value).__name__ == "ResourceVariable"
 
 
+@pytest.mark.parametrize(
+    "error", [MemoryError(), tf.errors.ResourceExhaustedError(None, None, "OOM")]
+)
+def test_a_build_that_needs_too_much_memory_says_so(error: Exception) -> None:
+    class Large(keras.optimizers.Adam):
+        def build(self, variables: Any) -> None:
+            raise error
+
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+    model.compile(Large(), "mse")
+    with pytest.raises(type(error)):
+        _keras.build_from_shapes(model, SPEC)
+
+
 def test_an_update_in_a_branch_is_seen() -> None:
     class Branching(Own):
         def train_step(self, data: Any) -> Any:

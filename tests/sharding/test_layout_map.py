@@ -50,6 +50,14 @@ def test_a_team_computes_what_it_can():
     assert len(plan.weights) == len(axes) - 1  # but that of the Conv1D
 
 
+def test_a_kernel_with_adapters_is_gathered_and_no_columns_stay_cut_for_it():
+    made = model()
+    made.get_layer("down").enable_lora(2)
+    plan = _keras.parallel_plan(made, dict(_keras.dividing_axes(made, 2)), 2)
+    assert sorted(plan.layers) == ["heads", "up", "words"]
+    assert not plan.unchecked
+
+
 def test_heads_that_cannot_be_divided_leave_other_axes():
     x = keras.Input((4, 16))
     made = keras.Model(x, L.MultiHeadAttention(6, 4, name="heads")(x, x))

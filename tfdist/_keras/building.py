@@ -68,9 +68,15 @@ def build_from_shapes(model: Any, spec: Any) -> bool:
 
     Returns:
         Whether it was possible.
+
+    Raises:
+        tf.errors.ResourceExhaustedError: Weights or the optimizer's state need more memory
+            than there is. A variable that is missing would be another error later.
     """
     try:
         model._symbolic_build(data_batch=spec)
+    except (MemoryError, tf.errors.ResourceExhaustedError):
+        raise
     except Exception:  # custom code may fail on shapes without values in any way
         return False
     return True
