@@ -25,6 +25,7 @@ from tfdist.launch import (
     Host,
     Outcome,
     Roster,
+    Shows,
     Worker,
     check_names,
     exposed_ports,
@@ -75,7 +76,7 @@ def self_test(
     node_rank: int | None,
     port: int,
     strategy: str | None,
-    output: str,
+    output: Shows,
     seconds: float,
     largest: int,
     as_json: bool,
@@ -118,7 +119,7 @@ def self_test(
         check_names(machines)
         peers = _peers(roster.workers, machines, node_rank or 0, port, servers)
         stream = sys.stderr if as_json else sys.stdout
-        report = _test(roster, peers, folder, stream, shows_all=output == "all")
+        report = _test(roster, peers, folder, stream, shows=output)
     _keep(report)
     if as_json:
         click.echo(json.dumps(report.to_json(), indent=2))
@@ -172,7 +173,7 @@ def _peers(
 
 
 def _test(
-    roster: Roster, peers: Peers | None, folder: Path, stream: TextIO, shows_all: bool
+    roster: Roster, peers: Peers | None, folder: Path, stream: TextIO, shows: Shows
 ) -> Report:
     """Tries the connections, starts the workers, and gathers what they find."""
     hosts = () if peers is None else peers.hosts
@@ -192,7 +193,7 @@ def _test(
             roster.workers,
             stream=stream,
             meeting=roster.meeting,
-            shows="all" if shows_all else "chief",
+            shows=shows,
         )
     explain(outcome, roster.workers, None, has_other_hosts=len(hosts) > 1)
     return _found(outcome, folder / "result.json", hosts, measured, unmeasured)
