@@ -8,6 +8,7 @@ from typing import Any
 from unittest import mock
 
 import keras
+import numpy as np
 import pytest
 import tensorflow as tf
 
@@ -103,6 +104,32 @@ def a_model_built_in_parts_resumes_from_a_checkpoint(folder: Path) -> None:
     resumed = built_in_parts()
     tfdist.fit(resumed, x, y, epochs=2, strategy=ZERO, **options)
     assert_close(state_of(resumed), train(wide(), 0))
+
+
+def block() -> Any:
+    keras.utils.set_random_seed(7)
+    inputs = keras.Input((64,))
+    hidden = keras.layers.Dense(128, "tanh", name="up")(inputs)
+    hidden = keras.layers.Dense(64, name="down")(hidden)
+    model = keras.Model(inputs, keras.layers.Dense(3, name="odd")(hidden))
+    model.compile(keras.optimizers.Adam(0.01), "mse")
+    return model
+
+
+@check(full=(MULTI_WORKER,))
+def a_model_built_in_parts_trains_on_a_mesh(folder: Path) -> None:
+    mesh = tfdist.ModelParallel("auto", {"batch": 1, "model": 2})
+    expected, model = block(), built_in_parts(block)
+    x = table(22, 64)[0]  # the last batch has 6 rows
+    for epochs in (1, 2):  # again, from where it stays in parts
+        options = {"epochs": epochs, "initial_epoch": epochs - 1, "batch_size": 8}
+        for one, strategy in ((model, mesh), (expected, "auto")):
+            tfdist.fit(one, x, x[:, :3], seed=1, verbose=0, strategy=strategy, **options)
+        assert _keras.in_parts(model.get_layer("down").kernel) is not None
+    evaluated = tfdist.evaluate(model, x, x[:, :3], verbose=0, strategy=mesh)
+    assert evaluated == pytest.approx(expected.evaluate(x, x[:, :3], verbose=0), rel=1e-4)
+    for ours, theirs in zip(model.get_weights(), expected.get_weights(), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-5)
 
 
 @check(MIRRORED)

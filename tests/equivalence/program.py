@@ -14,12 +14,17 @@ from tests.places.program import SEED
 from tfdist import _keras
 from tfdist.strategies.whole import as_whole
 
-ZERO = {"zero": tfdist.Zero(), "zero3": tfdist.Zero(stage=3)}
+PARTS = {
+    "zero": tfdist.Zero(),
+    "zero3": tfdist.Zero(stage=3),
+    "mesh_2x2": tfdist.ModelParallel("auto", {"batch": 2, "model": 2}),
+    "mesh_1x4": tfdist.ModelParallel("auto", {"batch": 1, "model": 4}),
+}
 
 
 def do(name: str, folder: Path) -> dict[str, Any]:
-    name, _, zero = name.partition(" ")
-    options = {"strategy": ZERO[zero]} if zero else {}
+    name, _, parts = name.partition(" ")
+    options = {"strategy": PARTS[parts]} if parts else {}
     models, history = CASES[name](
         functools.partial(tfdist.fit, seed=SEED, verbose=0, **options)
     )

@@ -80,6 +80,19 @@ ZERO_3 = {
     "multi_worker-2": ("two_optimizers",),
     "horovod-2": ("cnn_synchronized_batch_norm",),
 }
+# In `make test-full`, on three and four replicas: uneven cuts, and shares without rows.
+ZERO_3_ON_MORE = {
+    "mirrored-3": ("rows_961", "embedding_lstm"),
+    "mirrored-4": ("rows_961",),
+    "multi_worker-3": ("rows_1",),
+    "horovod-3": ("rows_1",),
+}
+# In `make test-full`, on four replicas: layers in parts, on a mesh of 2 x 2 and one of 1 x 4.
+MESHES = ("mesh_2x2", "mesh_1x4")
+ON_MESHES = (
+    *(name for name in SPINE if name not in ("power_sgd", "private")),  # which are refused
+    "adamw_ema", "loss_scaling", "masked_tagging", "mixed_precision", "sgd_momentum",
+)  # fmt: skip
 # In half precision the sum over a share is rounded to 11 bits before shares are summed.
 TOLERANCE = {
     "mixed_precision": 1e-3,
@@ -133,8 +146,14 @@ def cells() -> Iterator[Any]:
             if name in OLDEST.get(place, ()):
                 marks.append(pytest.mark.oldest)
             yield pytest.param(place, name, task, marks=marks, id=f"{place}-{name}")
+            for kind in MESHES if place == "mirrored-4" and name in ON_MESHES else ():
+                on_mesh = f"{task} {kind}"
+                marks = [on("single-1", task), on(place, on_mesh), pytest.mark.full]
+                cell = f"{place}-{name}-{kind}"
+                yield pytest.param(place, name, on_mesh, marks=marks, id=cell)
             for kind, always_done in (("zero", ZERO), ("zero3", ZERO_3)):
                 is_in_full = place == "mirrored-2" and name not in WITHOUT_ZERO
+                is_in_full |= kind == "zero3" and name in ZERO_3_ON_MORE.get(place, ())
                 is_refused = kind == "zero3" and name.startswith("private")
                 if is_refused or not (is_in_full or name in always_done.get(place, ())):
                     continue
@@ -150,7 +169,7 @@ def cells() -> Iterator[Any]:
 def test_the_training_equals_one_process_s(
     place: str, name: str, task: str, clusters: Clusters
 ) -> None:
-    (expected,) = clusters.outcomes("single-1", task.partition(" zero")[0])
+    (expected,) = clusters.outcomes("single-1", " ".join(task.split()[:2]))
     received, *others = clusters.outcomes(place, task)
     tolerance = TOLERANCE.get(name, 1e-5)
     assert received["in_shares"] or name in WHOLE_BATCHES

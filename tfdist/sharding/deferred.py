@@ -11,10 +11,10 @@ def deferred_weights() -> AbstractContextManager[None]:
     """Makes a context in which models are built without memory for their weights.
 
     A weight gets its value when it is first read, as Keras's initializer would have made it.
-    With `tfdist.Zero(stage=3)` on several processes, `fit` makes each weight, keeps this
-    process's part, and goes on to the next one. So the model may be larger than the memory of
-    a process. Weights and the optimizer's state stay in parts after `fit`: then reading a
-    variable gathers it, and all processes must read it.
+    With `tfdist.Zero(stage=3)` or `tfdist.ModelParallel` on several processes, `fit` makes each
+    weight, keeps this process's part, and goes on to the next one. So the model may be larger
+    than the memory of a process. Weights and the optimizer's state stay in parts after `fit`:
+    then reading a variable gathers it, and all processes must read it.
 
     What has no fixed seed has its value at once: initializers that are not Keras's, or that
     were given a `keras.random.SeedGenerator`. So have variables of fewer than 1024 elements.
