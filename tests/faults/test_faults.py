@@ -76,10 +76,19 @@ def test_training_ends_with_the_same_weights(
 
 @pytest.mark.full
 @on("multi_worker-2", UNDISTURBED)
-def test_a_killed_training_in_parts_goes_on_with_other_workers(clusters, tmp_path) -> None:
+@pytest.mark.parametrize(
+    ("of_two", "of_three"),
+    [
+        ("--zero 1", "--zero 1"),
+        ("--mesh batch=1,model=2", "--mesh batch=1,model=3"),
+    ],
+)
+def test_a_killed_training_in_parts_goes_on_with_other_workers(
+    clusters, tmp_path, of_two, of_three
+) -> None:
     faults = [Fault("kill", "saving", 20, "worker 1"), Fault("kill", "step", 40, "worker 2")]
     (tmp_path / "faults.json").write_text(json.dumps([asdict(fault) for fault in faults]))
-    for workers, options in ((2, ("--zero", "1")), (3, ("--zero", "1")), (1, ())):
+    for workers, options in ((2, of_two.split()), (3, of_three.split()), (1, [])):
         command = [sys.executable, "-m", "tfdist.cli", "run", "--output", "all"]
         command += ["-n", str(workers), *options]
         done = subprocess.run(
