@@ -68,3 +68,4 @@ def test_an_error_of_a_worker_comes_in_the_cell(tmp_path):
     assert error.ename == "LaunchError"
     assert "IndexError: list index out of range" in error.evalue
     assert "return values[step]" in error.evalue  # a line of the cell
+    assert "notebook_main" not in error.evalue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import html
 import io
 import re
@@ -26,13 +27,6 @@ class Cell(io.TextIOBase):
     def write(self, text: str) -> int:
         self.text += text
         return len(text)
-
-
-@pytest.fixture
-def cell(monkeypatch) -> Cell:
-    shown = Cell()
-    monkeypatch.setattr(sys, "stdout", shown)
-    return shown
 
 
 def define(text):
@@ -65,13 +59,14 @@ def train(epochs):
 @pytest.mark.cluster
 @pytest.mark.waits
 @pytest.mark.timeout(900)
-def test_two_workers_train_as_one_process_that_has_used_tensorflow(cell):
+def test_two_workers_train_as_one_process_that_has_used_tensorflow():
     train = define(TRAINS)
     cell_s = train.__globals__
     x, y = cell_s["rows"]()
     model = cell_s["model_of"](4)  # TensorFlow has run here before the workers start
     expected = model.fit(x, y, batch_size=8, epochs=2, shuffle=False, verbose=0)
-    found = tfdist.notebook_launcher(train, num_workers=2, args=(2,))
+    with contextlib.redirect_stdout(Cell()) as cell:
+        found = tfdist.notebook_launcher(train, num_workers=2, args=(2,))
     assert found["workers"] == 2
     assert isinstance(found["history"], keras.callbacks.History)
     assert found["history"].epoch == [0, 1]
@@ -86,11 +81,15 @@ def test_two_workers_train_as_one_process_that_has_used_tensorflow(cell):
 @pytest.mark.cluster
 @pytest.mark.timeout(900)
 class TestErrors:
-    def test_the_first_error_comes_in_the_cell(self, cell):
+    def test_the_first_error_comes_in_the_cell(self):
         with pytest.raises(LaunchError, match="ZeroDivisionError: division by zero"):
             tfdist.notebook_launcher(define("def train():\n    return 1 / 0"), 2)
 
-    def test_a_result_that_cannot_be_pickled(self, cell):
+    def test_a_function_that_ends_the_worker(self):
+        with pytest.raises(LaunchError, match="The function must return"):
+            tfdist.notebook_launcher(define("def train():\n    raise SystemExit"), 1)
+
+    def test_a_result_that_cannot_be_pickled(self):
         text = "import threading\ndef train():\n    return threading.Lock()"
         with pytest.raises(LaunchError, match="What the function returns must be picklable"):
             tfdist.notebook_launcher(define(text), 1)

@@ -9,7 +9,7 @@ import os
 import pickle
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TextIO, cast
@@ -89,8 +89,7 @@ def notebook_launcher(
             print(crowded)
         outcome = run_workers(workers, stream=cast(TextIO, _Cell()), shows=output)
         _check_outcome(outcome)
-        with (folder / RESULT).open("rb") as file:
-            return pickle.load(file)
+        return _result(folder)
 
 
 class _Cell(io.TextIOBase):
@@ -163,7 +162,21 @@ def _pickled(function: Callable[..., Any], args: tuple[Any, ...]) -> bytes:
             f"Received: {_culprit(function, args, cloudpickle)}: {type(error).__name__}: "
             f"{error}. Make it in the function."
         ) from None
-    return pickle.dumps((list(sys.path), sources, task))
+    return pickle.dumps((list(sys.path), sources, _cells_of(function, sources), task))
+
+
+def _cells_of(function: Callable[..., Any], cells: Collection[str]) -> dict[str, str]:
+    """Returns the cell of each function that tracebacks may show: pickling loses it.
+
+    The name of `function` itself is empty.
+    """
+    others = getattr(function, "__globals__", {})
+    named = {**others, "": function}
+    return {
+        name: value.__code__.co_filename
+        for name, value in named.items()
+        if inspect.isfunction(value) and value.__code__.co_filename in cells
+    }
 
 
 def _cloudpickle() -> ModuleType:
@@ -195,6 +208,17 @@ def _parts(function: Any, args: tuple[Any, ...]) -> Iterator[tuple[str, Any]]:
         used = inspect.getclosurevars(function)
         for name, value in {**used.globals, **used.nonlocals}.items():
             yield f"the variable {name!r}", value
+
+
+def _result(folder: Path) -> Any:
+    try:
+        content = (folder / RESULT).read_bytes()
+    except FileNotFoundError:
+        raise LaunchError(
+            "The function must return. Received: worker 0 ended before, with exit status 0. "
+            "Remove sys.exit() from the function."
+        ) from None
+    return pickle.loads(content)
 
 
 def _check_outcome(outcome: Outcome) -> None:

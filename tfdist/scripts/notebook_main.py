@@ -6,12 +6,16 @@ what the function returns.
 
 from __future__ import annotations
 
+import inspect
 import io
 import linecache
 import os
 import pickle
 import sys
+import traceback
+from collections.abc import Mapping
 from pathlib import Path
+from types import CodeType, TracebackType
 from typing import Any
 
 import cloudpickle
@@ -49,11 +53,27 @@ def read_task(folder: Path) -> tuple[Any, tuple[Any, ...]]:
     Args:
         folder: The folder with the task.
     """
-    paths, sources, task = pickle.loads((folder / TASK).read_bytes())
+    paths, sources, cells, task = pickle.loads((folder / TASK).read_bytes())
     sys.path += [path for path in paths if path not in sys.path]
     linecache.cache.update(sources)
     function, args = pickle.loads(task)
+    _name_cells(function, cells)
     return function, args
+
+
+def _name_cells(function: Any, cells: Mapping[str, str]) -> None:
+    named = {**getattr(function, "__globals__", {}), "": function}
+    for name, cell in cells.items():
+        if inspect.isfunction(named.get(name)):
+            named[name].__code__ = _in_cell(named[name].__code__, cell)
+
+
+def _in_cell(code: CodeType, cell: str) -> CodeType:
+    inner = tuple(
+        _in_cell(constant, cell) if isinstance(constant, CodeType) else constant
+        for constant in code.co_consts
+    )
+    return code.replace(co_filename=cell, co_consts=inner)
 
 
 def write_result(folder: Path, result: Any) -> None:
@@ -80,8 +100,25 @@ def write_result(folder: Path, result: Any) -> None:
     os.replace(unfinished, folder / RESULT)
 
 
+def show_error(
+    kind: type[BaseException], error: BaseException, frames: TracebackType | None
+) -> None:
+    """Prints a traceback from the function on, with lines of cells. Python's own has none.
+
+    Args:
+        kind: As in `sys.excepthook`.
+        error: The error.
+        frames: Its traceback.
+    """
+    inner = frames
+    while inner is not None and inner.tb_frame.f_code.co_filename == __file__:
+        inner = inner.tb_next
+    traceback.print_exception(kind, error, inner or frames)
+
+
 def main() -> None:
     """Calls the function of the folder that the command line names."""
+    sys.excepthook = show_error
     folder = Path(sys.argv[1])
     function, args = read_task(folder)
     result = function(*args)
