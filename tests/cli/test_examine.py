@@ -48,7 +48,7 @@ def error_of(result: subprocess.CompletedProcess) -> str:
     return errors[0]
 
 
-@pytest.mark.waits
+@pytest.mark.full
 def test_run_explain_starts_no_worker_and_says_what_to_run(tfdist):
     result = tfdist("run", "-n", "2", "--explain", "train.py")
     assert result.returncode == 0, result.stderr

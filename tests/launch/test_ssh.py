@@ -112,12 +112,15 @@ def test_a_failure_on_another_host_ends_the_run_with_its_status(ssh, tmp_path):
     assert time.monotonic() - began < 200
 
 
+@pytest.mark.waits
 @pytest.mark.parametrize(
     ("case", "message"),
     [('echo "Permission denied (publickey)." >&2; exit 255',
       "must be able to start on localhost. Received: exit status 255"),
-     ("cd /; rm -r {folder}/work; exec env -i sh -c \"$*\"", "must have the folder"),
-     ("exec sh -c 'exec /missing/python -m x'", "Received: exit status 127 of ssh")],
+     pytest.param("cd /; rm -r {folder}/work; exec env -i sh -c \"$*\"",
+                  "must have the folder", marks=pytest.mark.full),
+     pytest.param("exec sh -c 'exec /missing/python -m x'",
+                  "Received: exit status 127 of ssh", marks=pytest.mark.full)],
 )  # fmt: skip
 def test_a_host_on_which_nothing_starts_is_named_at_once(ssh, tmp_path, case, message):
     work = tmp_path / "work"
@@ -139,7 +142,10 @@ def remote_launchers_below(pid: int) -> list[psutil.Process]:
     return [p for p in found if "tfdist.cli.remote" in p.cmdline() and p.name() != "sh"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.waits
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.full)]
+)
 def test_the_others_end_with_the_first_launcher(ssh, tmp_path, number):
     # The third host never comes, so no worker starts TensorFlow.
     (tmp_path / "train.py").write_text("")
