@@ -38,6 +38,7 @@ _SSH = (
 # The launchers end together; this one waits so long for the end of the others.
 _END_S = 30.0
 # A launcher that has ended with a failure has told this one, which then ends by itself.
+_SHOWN_S = 1.0  # a process that ssh has left behind may hold its standard error open
 _TOLD_S = 10.0
 _KILL_S = 5.0
 _FORWARDED = (
@@ -155,6 +156,9 @@ class RemoteLaunchers:
             for remote in self._remotes
             for work in (self._follow, remote.show_errors)
         ]
+
+    def follow(self) -> None:
+        """Begins to show their output. From now on SIGTERM to this process ends the run."""
         for thread in self._threads:
             thread.start()
 
@@ -180,6 +184,7 @@ class RemoteLaunchers:
         """Shows a launcher's output, and ends the run if it cannot go on without it."""
         remote.show_output()
         status = remote.process.wait()
+        remote.has_shown_errors.wait(_SHOWN_S)  # the reason comes before the consequence
         if self._is_over or status == 0:
             return
         if not remote.is_ready:
@@ -208,6 +213,7 @@ class _Remote:
 
     def __init__(self, host: str, line: bytes) -> None:
         self.host, self.is_ready = host, False
+        self.has_shown_errors = threading.Event()
         try:
             self.process = subprocess.Popen(
                 [*_SSH, host, _command()],
@@ -243,6 +249,7 @@ class _Remote:
         for text in self.process.stderr:
             line = text.decode(errors="replace").rstrip("\r\n")
             _say(f"{self.host}: {line}" if line else "")
+        self.has_shown_errors.set()
 
     def ask_for_end(self) -> None:
         """Ends the standard input of the launcher, which ends it."""
@@ -288,10 +295,12 @@ def remote_launchers(
 
     def end(number: int, _: FrameType | None) -> None:
         # Before and after the workers run. While they do, their launcher handles signals.
-        if not remotes.error:
-            sys.exit(128 + number)
+        if remotes.error:
+            raise LaunchError(remotes.error)
+        sys.exit(128 + number)
 
     with handling((signal.SIGTERM,), end):
+        remotes.follow()
         try:
             yield remotes
         except BaseException:
