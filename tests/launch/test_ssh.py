@@ -5,6 +5,8 @@ It passes on the command and the standard streams as ssh does, and no variable o
 
 from __future__ import annotations
 
+import io
+import json
 import os
 import re
 import signal
@@ -18,12 +20,14 @@ import numpy as np
 import psutil
 import pytest
 from click.testing import CliRunner
+from rich.console import Console
 
 from tests.jobs import QUIET, finished, free_port, is_gone
 from tfdist import cli
 from tfdist.cli.run import run
 from tfdist.cli.ssh import task_of
-from tfdist.launch import READY
+from tfdist.launch import READY, parse_hosts
+from tfdist.launch.doctor_hosts import ask_hosts, problems, show
 
 LIMIT_S = 240
 SSH = """#!/bin/sh
@@ -211,3 +215,52 @@ class TestCommandLine:
         assert "CUDA_VISIBLE_DEVICES" not in task.environment
         assert "t" * 32 not in " ".join(task.arguments)
         assert Path(task.folder) == Path.cwd()
+
+
+def report_of(**versions: str) -> str:
+    same = {"python": "3.11.7", "tfdist": "1", "tensorflow": "2", "keras": "3", "horovod": "-"}
+    report = {"versions": {**same, **versions}, "cores": 4, "devices": []}
+    return json.dumps({**report, "tensorflow_error": "", "cluster_error": ""})
+
+
+@pytest.mark.quick
+def test_the_doctor_compares_hosts(ssh, tmp_path, monkeypatch):
+    (tmp_path / "same").write_text(report_of())
+    (tmp_path / "newer").write_text(report_of(keras="4"))
+    cases = (
+        'case $host in same|newer) echo Welcome; cat "{folder}/$host"; exit 0;; esac\n'
+        "case $host in slow) exec sleep 60;; esac\n"
+        'echo "Permission denied" >&2; exit 255'
+    )
+    for name, value in ssh(cases.format(folder=tmp_path)).items():
+        monkeypatch.setenv(name, value)
+    hosts = parse_hosts("127.0.0.1,same,newer,slow,closed")
+    answers = ask_hosts(hosts, json.loads(report_of()), limit=2.0)
+    assert [each.report is not None for each in answers] == [True, True, True, False, False]
+    newer, slow, closed = problems(answers)
+    assert newer.startswith("newer has keras 4, and 127.0.0.1 has 3. Install the same")
+    assert slow.startswith("slow: It must answer over ssh. Received: nothing for 2 s. Try: ssh")
+    assert closed.startswith("closed: It must answer over ssh. Received: Permission denied (")
+    assert closed.endswith("-m tfdist.cli doctor --json")
+    shown = io.StringIO()
+    show(answers, Console(file=shown, width=120))
+    assert shown.getvalue().count("no answer") == 2
+    assert not problems(answers[:2])
+
+
+@pytest.mark.full
+def test_the_doctor_asks_a_host(ssh):
+    asking = [
+        sys.executable,
+        "-m",
+        "tfdist.cli",
+        "doctor",
+        "--hosts",
+        "127.0.0.1,other",
+        "--json",
+    ]
+    status, printed = finished(asking, LIMIT_S, ssh())
+    assert status == 0, printed
+    answers = json.loads(printed[printed.index("{") :])
+    assert answers["problems"] == []
+    assert answers["hosts"]["other"]["versions"] == answers["hosts"]["127.0.0.1"]["versions"]

@@ -109,7 +109,7 @@ def check_first_host(hosts: Sequence[Host]) -> None:
     Raises:
         LaunchError: Another machine is.
     """
-    if not _is_here(hosts[0].name):
+    if not is_here(hosts[0].name):
         raise LaunchError(
             "With --ssh, this machine must be the first of --hosts. Received: --hosts "
             f"{hosts[0].name},..., an address that this machine does not have. Start on "
@@ -117,10 +117,17 @@ def check_first_host(hosts: Sequence[Host]) -> None:
         )
 
 
-def _is_here(name: str) -> bool:
-    for family, kind, protocol, _, address in socket.getaddrinfo(
-        name.strip("[]"), None, type=socket.SOCK_STREAM
-    ):
+def is_here(name: str) -> bool:
+    """Returns whether a host's name is that of an address of this machine.
+
+    Args:
+        name: The name. An alias that only ssh knows is that of another machine.
+    """
+    try:
+        addresses = socket.getaddrinfo(name.strip("[]"), None, type=socket.SOCK_STREAM)
+    except OSError:
+        return False
+    for family, kind, protocol, _, address in addresses:
         with contextlib.suppress(OSError), socket.socket(family, kind, protocol) as held:
             held.bind((address[0], 0, *address[2:]))
             return True
@@ -216,7 +223,7 @@ class _Remote:
         self.has_shown_errors = threading.Event()
         try:
             self.process = subprocess.Popen(
-                [*_SSH, host, _command()],
+                ssh_command(host, "tfdist.cli.remote"),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -311,11 +318,20 @@ def remote_launchers(
         raise LaunchError(remotes.error)
 
 
-def _command() -> str:
-    """Returns the command for the remote shell. It has no secret: anyone sees it there."""
+def ssh_command(host: str, module: str, *arguments: str) -> list[str]:
+    """Returns the command that runs a module of tfdist on another host, by this Python's path.
+
+    It has no secret: anyone sees it there.
+
+    Args:
+        host: The host.
+        module: The module.
+        *arguments: Its arguments.
+    """
     paths = os.environ.get("PYTHONPATH")
     path = ("env", f"PYTHONPATH={paths}") if paths else ()
-    return "exec " + shlex.join([*path, sys.executable, "-m", "tfdist.cli.remote"])
+    command = "exec " + shlex.join([*path, sys.executable, "-m", module, *arguments])
+    return [*_SSH, host, command]
 
 
 def _say(line: str, stream: IO[str] | None = None) -> None:
