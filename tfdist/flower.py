@@ -19,7 +19,7 @@ import tensorflow as tf
 from tfdist import _keras, api
 from tfdist.errors import ArgumentError
 from tfdist.federated.flower import client, messages, server
-from tfdist.federated.flower.messages import Task
+from tfdist.federated.flower.messages import RoundTask
 from tfdist.federated.flower.request import request_of
 from tfdist.federated.flower.settings import ServerSettings
 from tfdist.federated.settings import FedAvg
@@ -187,8 +187,8 @@ def server_app(
 
 
 def _train(
-    task: Task, model: Any, given: Any, sent: Any, kept: Any, context: Any, strategy: Any
-) -> client.Outcome:
+    task: RoundTask, model: Any, given: Any, sent: Any, kept: Any, context: Any, strategy: Any
+) -> client.LocalOutcome:
     return client.train(task, model, given, sent, kept, strategy)
 
 
@@ -196,13 +196,13 @@ def _train_privately(
     privacy: DPSGD,
     ledger: Any,
     strategy: Any,
-    task: Task,
+    task: RoundTask,
     model: Any,
     given: Any,
     sent: Any,
     kept: Any,
     context: Any,
-) -> client.Outcome:
+) -> client.LocalOutcome:
     """Makes the local steps of a round by a private `fit`, and counts them in the ledger."""
     settings = task.averaging()
     for name in ("proximal", "keep_optimizer"):
@@ -248,7 +248,7 @@ def _train_privately(
     trained = len(state.trained)
     values[trained:] = before[trained:]  # the guarantee is of trained weights alone
     metrics = [_unknown(variable) for variable in state.metrics]
-    return client.Outcome(values, metrics, facts={"epsilon": history.privacy.epsilon})
+    return client.LocalOutcome(values, metrics, facts={"epsilon": history.privacy.epsilon})
 
 
 def _unknown(variable: Any) -> Any:

@@ -49,7 +49,7 @@ def simulated_clients_are_those_of_one_process(folder: Path) -> None:
             ours, X, Y, epochs=4, federated=averaging, validation_data=(X, Y), **OPTIONS
         )
         clients = of.of_ids(IDS, len(IDS), tfdist.strategies.session.current().strategy, False)
-        plan = tfdist.federated.plan.Plan(
+        plan = tfdist.federated.plan.RoundPlan(
             averaging, clients, Place(), tfdist.samplers.Sequential(), 16, 5
         )
         drawn = [plan.chosen(number).tolist() for number in range(4)]
@@ -241,7 +241,7 @@ def clients_are_protected_as_on_one_process(folder: Path) -> None:
         ours, theirs = (model_of(momentum()) for _ in range(2))
         history = tfdist.fit(ours, X, Y, epochs=3, federated=averaging, **OPTIONS)
         clients = of.of_ids(IDS, len(IDS), tfdist.strategies.session.current().strategy, False)
-        plan = tfdist.federated.plan.Plan(
+        plan = tfdist.federated.plan.RoundPlan(
             averaging, clients, Place(), tfdist.samplers.Sequential(), 16, 5
         )
         drawn = [plan.chosen(number).tolist() for number in range(3)]

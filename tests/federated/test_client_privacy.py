@@ -16,7 +16,7 @@ from tests.federated.reference import federated_averaging, in_float64, model_of,
 from tests.strategies.devices import Devices
 from tfdist.errors import ArgumentError
 from tfdist.federated import clients as of
-from tfdist.federated.plan import Plan
+from tfdist.federated.plan import RoundPlan
 from tfdist.privacy.mechanism.client_updates import ClientUpdates
 from tfdist.samplers import Sequential
 
@@ -41,10 +41,10 @@ def averaging(**settings: Any) -> Any:
     return tfdist.FedAvg(**{**options, **rest})
 
 
-def plan_of(federated: Any, seed: int = 5) -> Plan:
+def plan_of(federated: Any, seed: int = 5) -> RoundPlan:
     devices = Devices(1)
     clients = of.of_ids(federated.clients, len(federated.clients), devices, is_local=False)
-    return Plan(federated, clients, devices.place, Sequential(), 16, seed)
+    return RoundPlan(federated, clients, devices.place, Sequential(), 16, seed)
 
 
 def test_without_noise_it_is_a_loop_that_clips():

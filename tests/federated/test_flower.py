@@ -270,12 +270,12 @@ def test_a_client_refuses_what_it_does_not_know(flwr):
     described = messages.of_plain(asked("query").content["description"])
     assert described["rows"] == 7
     assert described["partition"] is None
-    task = messages.Task(0, 0, (7,), 4, 1, True, {"local_steps": 1}, 0, False).to_record()
+    task = messages.RoundTask(0, 0, (7,), 4, 1, True, {"local_steps": 1}, 0, False).to_record()
     with pytest.raises(ArgumentError, match="same model"):
         asked("train", task=task, arrays=messages.arrays([np.zeros(3)]))
     with pytest.raises(ArgumentError, match="same version"):
         asked("train", task=flwr.ConfigRecord({}), arrays=messages.arrays([]))
-    kept = messages.Task(1, 0, (7,), 4, 1, True, {"keep_optimizer": True}, 0, True)
+    kept = messages.RoundTask(1, 0, (7,), 4, 1, True, {"keep_optimizer": True}, 0, True)
     with pytest.raises(ArgumentError, match="its node was started again"):
         asked("train", task=kept.to_record(), arrays=messages.arrays([]))
     parts[0] = PARTS[2]

@@ -12,7 +12,7 @@ import tfdist
 from tests.strategies.devices import Devices
 from tfdist.errors import ArgumentError
 from tfdist.federated import clients as of
-from tfdist.federated.plan import Plan
+from tfdist.federated.plan import RoundPlan
 from tfdist.samplers import Sequential, Uniform
 from tfdist.strategies.base import Place
 
@@ -21,14 +21,14 @@ SIZES = (40, 7, 70, 1, 33)
 IDS = np.random.default_rng(1).permutation(np.repeat(list("edcba"), SIZES))
 
 
-def plan_of(replicas: int = 1, sampler: Any = None, **settings: Any) -> Plan:
+def plan_of(replicas: int = 1, sampler: Any = None, **settings: Any) -> RoundPlan:
     devices = Devices(replicas)
     clients = of.of_ids(IDS, len(IDS), devices, is_local=False)
     averaging = tfdist.FedAvg(**settings)
-    return Plan(averaging, clients, devices.place, sampler or Uniform(), 16, seed=4)
+    return RoundPlan(averaging, clients, devices.place, sampler or Uniform(), 16, seed=4)
 
 
-def work_of(plan: Plan, number: int, replicas: int) -> dict[int, tuple[float, list[Any]]]:
+def work_of(plan: RoundPlan, number: int, replicas: int) -> dict[int, tuple[float, list[Any]]]:
     """By client: its weight, and the rows of its local steps; from all replicas."""
     work: dict[int, tuple[float, list[Any]]] = {}
     for replica in range(replicas):
@@ -106,7 +106,7 @@ def test_rows_are_dealt_once():
 def test_a_worker_without_rows_does_not_train():
     clients = of.of_workers([5, 0, 3], worker=1)
     place = Place(6, 2, 2, 3, 1)
-    plan = Plan(tfdist.FedAvg(local_steps=2), clients, place, Sequential(), 4, 1)
+    plan = RoundPlan(tfdist.FedAvg(local_steps=2), clients, place, Sequential(), 4, 1)
     planned = plan.round(7)
     assert planned.clients.tolist() == [0, 2]
     assert planned.replicas.tolist() == [0, 4]  # the first replica of each worker

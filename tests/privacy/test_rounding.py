@@ -25,7 +25,7 @@ from tfdist.privacy.mechanism.clipping_groups import (
     Groups,
 )
 from tfdist.privacy.mechanism.closed_forms import FORMS as OF_LAYERS
-from tfdist.privacy.mechanism.closed_forms import LayerCall
+from tfdist.privacy.mechanism.closed_forms import RecordedCall
 from tfdist.privacy.mechanism.mechanism import Mechanism
 from tfdist.privacy.mechanism.parts import GradientPart, Lookup, Product, Written
 from tfdist.privacy.settings import DPSGD, LARGEST_NORM, LEAST_NORM
@@ -314,7 +314,7 @@ def test_no_layer_adds_more_than_its_norm(name: str, seed: int, part: int) -> No
     made = made * np.where(np.arange(count) % 2, -1, 1)[:, None]
     made += random.normal(size=(2, count, outputs.shape[-1])) * 10.0**-part * np.abs(made)
     gradients = made.reshape(outputs.shape).astype("float32")
-    call = LayerCall((tf.constant(x),), {}, outputs, gradients=tf.constant(gradients))
+    call = RecordedCall((tf.constant(x),), {}, outputs, gradients=tf.constant(gradients))
     found = OF_LAYERS[type(layer)](layer, [call])
     assert found
     norms = np.sqrt(sum(norm(each, Alone()) ** 2 for each in found))

@@ -16,7 +16,7 @@ from tfdist.errors import ArgumentError, DisagreementError
 from tfdist.federated import clients as of
 from tfdist.federated import masks
 from tfdist.federated.clients import Clients
-from tfdist.federated.plan import Plan
+from tfdist.federated.plan import RoundPlan
 from tfdist.federated.protection import Protecting
 from tfdist.federated.round import Federation
 from tfdist.federated.settings import check
@@ -81,16 +81,16 @@ class FederatedTraining(Extension):
 
     def _make_rounds(self, request: Request, source: Arrays, clients: Clients) -> Rounds:
         """Makes the rounds of clients that were checked."""
-        return Rounds(source, self._plan(Plan, request, source, clients))
+        return Rounds(source, self._plan(RoundPlan, request, source, clients))
 
     def _plan(
         self,
-        kind: type[Plan],
+        kind: type[RoundPlan],
         request: Request,
         source: Arrays,
         clients: Clients,
         place: Place | None = None,
-    ) -> Plan:
+    ) -> RoundPlan:
         """Makes a plan.
 
         Args:

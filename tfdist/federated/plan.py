@@ -83,7 +83,7 @@ class OfReplica(NamedTuple):
     check: Any
 
 
-class Plan:
+class RoundPlan:
     """Plans rounds.
 
     Args:

@@ -13,7 +13,7 @@ from tfdist.data.arrays import Arrays
 from tfdist.data.epochs import START, DataPosition
 from tfdist.data.leaves import gather, spec, with_num_rows
 from tfdist.data.source import FOREVER, Source, without_autograph, without_tuning
-from tfdist.federated.plan import OfReplica, Plan
+from tfdist.federated.plan import OfReplica, RoundPlan
 from tfdist.strategies.base import Place
 
 Tensor = Any
@@ -55,7 +55,7 @@ class Rounds(Source):
     batches = 1
     spans_passes = True
 
-    def __init__(self, arrays: Arrays, plan: Plan) -> None:
+    def __init__(self, arrays: Arrays, plan: RoundPlan) -> None:
         self._arrays = arrays
         self.plan = plan
 

@@ -8,7 +8,7 @@ from tfdist.errors import ArgumentError
 from tfdist.privacy.accounting.dp_sgd import noise_for
 from tfdist.privacy.accounting.ledger import Phase
 from tfdist.privacy.client_dp import ClientDP
-from tfdist.privacy.planning import Plan
+from tfdist.privacy.planning import StepPlan
 from tfdist.privacy.schedules import StepSchedule, schedule_of
 from tfdist.privacy.settings import DPSGD
 from tfdist.privacy.spending import Spending
@@ -19,7 +19,7 @@ def find_noise(
     privacy: DPSGD | ClientDP,
     session: Session,
     spending: Spending,
-    step_plan: Plan,
+    step_plan: StepPlan,
     phase: Phase,
 ) -> tuple[float, StepSchedule | None]:
     """Returns the noise of the settings, or calibrates it for the target.

@@ -19,7 +19,7 @@ from tfdist.privacy.client_dp import ClientDP
 from tfdist.privacy.counted_run import CountedRun
 from tfdist.privacy.mechanism.client_norm import AdaptiveNorm
 from tfdist.privacy.mechanism.client_updates import ClientUpdates
-from tfdist.privacy.planning import Plan
+from tfdist.privacy.planning import StepPlan
 from tfdist.training.request import Request
 
 
@@ -72,7 +72,7 @@ class ClientRun(CountedRun[ClientDP]):
         phase = self._spending.named(phase, _fingerprint(clients))
         self.ledger(0).add(phase).check_unit()
         expected = probability * clients.number
-        planned = Plan(self.planned_steps, phase, expected, expected)
+        planned = StepPlan(self.planned_steps, phase, expected, expected)
         noise, _ = find_noise(privacy, self._session, self._spending, planned, phase)
         phase = dataclasses.replace(phase, noise_multiplier=noise)
         self._spending.plan(phase, self.planned_steps)

@@ -18,7 +18,7 @@ NAME = "privacy.json"
 _PARTS = 100  # a training's steps are written in about so many parts
 
 
-class Journal:
+class SpendingJournal:
     """A small file beside a backup, with all steps that any process may have made.
 
     Args:

@@ -27,7 +27,7 @@ from tfdist.privacy.settings import DPSGD
 from tfdist.strategies.base import Place
 
 
-class Plan(NamedTuple):
+class StepPlan(NamedTuple):
     """The plan of a private `fit`.
 
     Attributes:
@@ -44,7 +44,7 @@ class Plan(NamedTuple):
     expected_units: float
 
 
-def plan(privacy: DPSGD, source: Source, epochs: int, at_once: int) -> Plan:
+def plan(privacy: DPSGD, source: Source, epochs: int, at_once: int) -> StepPlan:
     """Plans the steps of a private `fit`.
 
     Args:
@@ -69,7 +69,7 @@ def plan(privacy: DPSGD, source: Source, epochs: int, at_once: int) -> Plan:
     phase = sampler.phase(num_rows=rows, batch_size=batch_size, steps=1, noise_multiplier=0.0)
     if not phase.truncates:
         phase = dataclasses.replace(phase, capacity=None)
-    return Plan(
+    return StepPlan(
         steps,
         phase,
         float(batch_size),
@@ -169,7 +169,7 @@ def _check_separation(
         )
 
 
-def _in_turn(privacy: DPFTRL, source: Source, epochs: int, steps: int) -> Plan:
+def _in_turn(privacy: DPFTRL, source: Source, epochs: int, steps: int) -> StepPlan:
     """Plans steps without sampling, in which each example takes part once an epoch."""
     inner = source.drawn_from
     if source.steps is None:
@@ -193,4 +193,4 @@ def _in_turn(privacy: DPFTRL, source: Source, epochs: int, steps: int) -> Plan:
         batch_size = int(tf.nest.flatten(first_batch.data)[0].shape[0]) // inner.copies
         _check_separation(separation, inner, batch_size, epochs)
     phase = Phase(1.0, 0.0, 1, None, rows, bands=privacy.bands, separation=separation)
-    return Plan(steps, phase, batch_size, batch_size)
+    return StepPlan(steps, phase, batch_size, batch_size)

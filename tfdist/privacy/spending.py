@@ -14,7 +14,7 @@ from tfdist.privacy.accounting.identity import like_steps, same_made_again
 from tfdist.privacy.accounting.ledger import Ledger, Phase
 from tfdist.privacy.accounting.levels import Levels
 from tfdist.privacy.client_dp import ClientDP
-from tfdist.privacy.journal import Journal, backup_of, steps_ahead
+from tfdist.privacy.journal import SpendingJournal, backup_of, steps_ahead
 from tfdist.privacy.model_history import History
 from tfdist.privacy.outside_changes import OutsideChanges
 from tfdist.privacy.progress import StepProgress
@@ -68,10 +68,10 @@ class Spending:
         self._saved: dict[str, Any] = {}
         self._spent = privacy.spent.renamed(_AGREED)
         self.before = self._history_before()
-        self._journal: Journal | None = None
+        self._journal: SpendingJournal | None = None
         directory = backup_of(callbacks)
         if directory is not None and secret and not session.strategy.elastic:
-            self._journal = Journal(directory)
+            self._journal = SpendingJournal(directory)
 
     def _history_before(self) -> History:
         """Merges the steps of earlier processes, of `spent` and of the model."""
@@ -141,7 +141,7 @@ class Spending:
             CheckpointError: The number of steps that were made is unknown.
         """
         if directory is not None:
-            self._journal = Journal(directory) if self._is_secret else None
+            self._journal = SpendingJournal(directory) if self._is_secret else None
         journaled = None if self._journal is None else self._journal.read()
         # Names are random, so all workers take those of the chief.
         strategy = self._session.strategy

@@ -13,7 +13,7 @@ from tfdist.errors import ArgumentError
 from tfdist.sharding.exchange import ShardedExchange
 from tfdist.sharding.pipeline.strategy import Pipeline
 from tfdist.sharding.updates import ShardedUpdates
-from tfdist.step.liveness import InParts, Liveness, liveness
+from tfdist.step.liveness import BytesInParts, Liveness, liveness
 from tfdist.step.state import optimizers_of
 from tfdist.strategies.base import Place, Strategy
 from tfdist.strategies.keras_distribution import without_distribution
@@ -277,13 +277,13 @@ def _with_replicas(strategy: Strategy, number: int) -> Strategy:
 
 def _in_parts(
     model: Any, exchange: ShardedExchange | None, settings: Zero | ModelParallel | None
-) -> InParts | None:
+) -> BytesInParts | None:
     """Returns which weights a step gathers, and which gradients it scatters."""
     if exchange is None or settings is None or settings.stage == 1:
         return None
     cut = [v for v in model.trainable_weights if id(v) in exchange.cuts]
     gathered = [v for v in cut if id(v) not in exchange.division.cuts]
-    return InParts(
+    return BytesInParts(
         {id(v): _keras.num_bytes(v) for v in gathered},
         {id(v): _bytes(v, exchange) for v in cut},
         settings.gather_again,
@@ -324,7 +324,7 @@ def _build(model: Any) -> None:
             optimizer.build(model.trainable_variables)
 
 
-def _step(model: Any, rows: int, x: Any, y: Any, in_parts: InParts | None) -> Liveness:
+def _step(model: Any, rows: int, x: Any, y: Any, in_parts: BytesInParts | None) -> Liveness:
     """Follows a step with some rows."""
     specs = _keras.batch_specs(model, rows, x, y)
     if specs is None:

@@ -58,7 +58,7 @@ class Liveness:
 
 
 @dataclass(frozen=True)
-class InParts:
+class BytesInParts:
     """Weights in parts, which a step gathers where it reads them.
 
     Attributes:
@@ -73,7 +73,7 @@ class InParts:
     again: bool = False
 
 
-def liveness(step: StepGraph, in_parts: InParts | None = None) -> Liveness:
+def liveness(step: StepGraph, in_parts: BytesInParts | None = None) -> Liveness:
     """Follows a step op by op.
 
     Args:
@@ -81,7 +81,7 @@ def liveness(step: StepGraph, in_parts: InParts | None = None) -> Liveness:
         in_parts: What is in parts on the replicas.
     """
     ops = needed_ops(step)
-    memory = _Memory(step, ops, in_parts or InParts())
+    memory = _Memory(step, ops, in_parts or BytesInParts())
     live = peak = gathered = most_gathered = 0
     largest, largest_name = 0, ""
     activations = sum(
@@ -121,7 +121,7 @@ class _Memory:
     """The buffers of a graph: their sizes, and the ops that first and last use them."""
 
     def __init__(
-        self, step: StepGraph, ops: Sequence[tuple[int, Any]], in_parts: InParts
+        self, step: StepGraph, ops: Sequence[tuple[int, Any]], in_parts: BytesInParts
     ) -> None:
         self.sizes: dict[str, int] = {}
         self.unsized = 0
@@ -140,7 +140,7 @@ class _Memory:
         for root, index in self.last.items():
             self._ends.setdefault(index, []).append(root)
 
-    def _add_gradients(self, step: StepGraph, in_parts: InParts) -> None:
+    def _add_gradients(self, step: StepGraph, in_parts: BytesInParts) -> None:
         """Keeps gradients to the end; of those in parts the own parts only."""
         end = len(step.ops)
         self.of_gradients = {self._root(t) for t in _dense(step.gradients)}

@@ -17,9 +17,9 @@ from tfdist.errors import ArgumentError
 from tfdist.federated.clients import Clients
 from tfdist.federated.extension import FederatedTraining
 from tfdist.federated.flower import messages
-from tfdist.federated.flower.messages import Task
+from tfdist.federated.flower.messages import RoundTask
 from tfdist.federated.flower.request import request_of
-from tfdist.federated.plan import OfReplica, Plan
+from tfdist.federated.plan import OfReplica, RoundPlan
 from tfdist.federated.round import FederatedRound, Federation
 from tfdist.federated.source import Rounds
 from tfdist.federated.state import LocalState
@@ -38,7 +38,7 @@ Tensor = Any
 
 
 @dataclass(frozen=True)
-class Outcome:
+class LocalOutcome:
     """What a client has trained.
 
     Attributes:
@@ -54,7 +54,7 @@ class Outcome:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
-Train = Callable[[Task, Any, Any, Any, Sequence[Any], Any], Outcome]
+Train = Callable[[RoundTask, Any, Any, Any, Sequence[Any], Any], LocalOutcome]
 """Trains: the task, a model, the client's data, the server's arrays, kept arrays, context."""
 
 
@@ -77,7 +77,7 @@ def make_app(model_fn: Callable[[], Any], data_fn: Callable[[Any], Any], train: 
         return types.Message(content, reply_to=message)
 
     def do(message: Any, context: Any) -> Any:
-        task = Task.from_record(message.content["task"])
+        task = RoundTask.from_record(message.content["task"])
         kept = _kept(context, task)
         given = message.content["arrays"]
         model = preflight.compiled_model(model_fn)
@@ -117,7 +117,7 @@ def _describe(given: Any) -> tuple[int, Any]:
     return source.num_rows, messages.structure(source.spec())
 
 
-def _kept(context: Any, task: Task) -> list[Any]:
+def _kept(context: Any, task: RoundTask) -> list[Any]:
     """Returns the state of the optimizers before a round, also if it is asked for again.
 
     Raises:
@@ -138,8 +138,13 @@ def _kept(context: Any, task: Task) -> list[Any]:
 
 
 def train(
-    task: Task, model: Any, given: Any, sent: Any, kept: Sequence[Any], strategy: Any = "auto"
-) -> Outcome:
+    task: RoundTask,
+    model: Any,
+    given: Any,
+    sent: Any,
+    kept: Sequence[Any],
+    strategy: Any = "auto",
+) -> LocalOutcome:
     """Makes the local steps of a round, as `fit` does it.
 
     Args:
@@ -170,7 +175,7 @@ def train(
     return training.outcome()
 
 
-class _OwnWork(Plan):
+class _OwnWork(RoundPlan):
     """The plan of all clients, of which this process has the rows of one."""
 
     def of_replica(self, number: int, replica: int) -> OfReplica:
@@ -181,7 +186,7 @@ class _OwnWork(Plan):
 class _OneRound(Rounds):
     """The rounds from one on."""
 
-    def __init__(self, rows: Arrays, plan: Plan, number: int) -> None:
+    def __init__(self, rows: Arrays, plan: RoundPlan, number: int) -> None:
         super().__init__(rows, plan)
         self._number = number
 
@@ -195,7 +200,7 @@ class _OneClient(FederatedTraining):
 
     _rounds: Rounds
 
-    def __init__(self, task: Task, sent: Any, kept: Sequence[Any]) -> None:
+    def __init__(self, task: RoundTask, sent: Any, kept: Sequence[Any]) -> None:
         super().__init__(task.averaging())
         self._task, self._sent, self._kept = task, sent, kept
         self._round: ClientRound | None = None
@@ -231,7 +236,7 @@ class _OneClient(FederatedTraining):
         self._round.begins_with(self._task, self._sent, self._kept)
         return self._round
 
-    def outcome(self) -> Outcome:
+    def outcome(self) -> LocalOutcome:
         """Returns what the client has trained."""
         assert self._round is not None
         return self._round.outcome()
@@ -240,11 +245,11 @@ class _OneClient(FederatedTraining):
 class ClientRound(FederatedRound):
     """The round of one client. Its weights become those of the model, as they are."""
 
-    _task: Task
+    _task: RoundTask
     _sent: Any
     _before: Sequence[Any]
 
-    def begins_with(self, task: Task, sent: Any, kept: Sequence[Any]) -> None:
+    def begins_with(self, task: RoundTask, sent: Any, kept: Sequence[Any]) -> None:
         """Takes what the server has sent.
 
         Args:
@@ -275,10 +280,10 @@ class ClientRound(FederatedRound):
         alone = share._replace(weights=tf.ones_like(share.weights))
         return super().train(alone, stopping, phase)
 
-    def outcome(self) -> Outcome:
+    def outcome(self) -> LocalOutcome:
         """Returns what the client has trained."""
         tables = [] if self._kept is None else self._kept.variables[2:]
-        return Outcome(
+        return LocalOutcome(
             [variable.numpy() for variable in self._state.of_model],
             [variable.numpy() for variable in self._state.metrics],
             [table.numpy() for table, _ in tables],

@@ -46,7 +46,7 @@ def flower(module: str) -> Any:
 
 
 @dataclass(frozen=True)
-class Task:
+class RoundTask:
     """What the server asks of a client in a round.
 
     Attributes:
@@ -80,7 +80,7 @@ class Task:
         return plain(dataclasses.asdict(self))
 
     @classmethod
-    def from_record(cls, record: Any) -> Task:
+    def from_record(cls, record: Any) -> RoundTask:
         """Reads the result of `to_record`."""
         values = of_plain(record)
         return cls(**(values | {"sizes": tuple(values["sizes"])}))

@@ -16,12 +16,12 @@ from tfdist.errors import ArgumentError
 from tfdist.federated.clients import Clients
 from tfdist.federated.extension import FederatedTraining
 from tfdist.federated.flower import messages
-from tfdist.federated.flower.messages import TAKEN, Task
+from tfdist.federated.flower.messages import TAKEN, RoundTask
 from tfdist.federated.flower.nodes import Nodes
 from tfdist.federated.flower.request import request_of
 from tfdist.federated.flower.server_round import ServerRound
 from tfdist.federated.flower.settings import ServerSettings
-from tfdist.federated.plan import OfReplica, Plan
+from tfdist.federated.plan import OfReplica, RoundPlan
 from tfdist.federated.round import Federation
 from tfdist.federated.source import Rounds
 from tfdist.step.exchange import Exchange
@@ -97,7 +97,7 @@ def serve(
     return model, history
 
 
-class _Messages(Plan):
+class _Messages(RoundPlan):
     """A plan in which the only replica asks all clients of a round, in their order."""
 
     def of_replica(self, number: int, replica: int) -> OfReplica:
@@ -218,10 +218,10 @@ class _Server(FederatedTraining):
         weights = np.where([answer is not None for answer in self._answers], weights, 0.0)
         return weights if len(answers) == len(clients) else weights / weights.sum()
 
-    def _task(self, number: int, client: int) -> Task:
+    def _task(self, number: int, client: int) -> RoundTask:
         assert self._request is not None
         assert self._request.seed is not None
-        return Task(
+        return RoundTask(
             number,
             client,
             tuple(described.rows for described in self._nodes.clients),

@@ -22,7 +22,7 @@ from tfdist.errors import ArgumentError
 from tfdist.privacy.mechanism.clipping_groups import Alone, ClippingGroups
 from tfdist.privacy.mechanism.closed_forms import (
     FORMS,
-    LayerCall,
+    RecordedCall,
     has_activation,
     has_form,
     left_out,
@@ -215,7 +215,7 @@ def recorded(
     # is recorded, and runs again.
     enclosing = {id(layer): layer for layer in folding.around.values() if layer is not None}
     recorded_layers = [*units, *enclosing.values()]
-    calls: dict[int, list[LayerCall]] = {id(layer): [] for layer in recorded_layers}
+    calls: dict[int, list[RecordedCall]] = {id(layer): [] for layer in recorded_layers}
     by_example = tied(
         model, units, lambda outs: summed_loss(model, x, y, sample_weight, outs), x
     )
@@ -304,7 +304,7 @@ def _units(model: Any) -> list[Any]:
 
 
 @contextlib.contextmanager
-def _recording(unit: Any, calls: list[LayerCall], tape: Any) -> Iterator[None]:
+def _recording(unit: Any, calls: list[RecordedCall], tape: Any) -> Iterator[None]:
     """Records a layer's calls, and makes the tape watch their outputs.
 
     The activation of a layer with a closed form, and the scale and offset of a normalization,
@@ -327,17 +327,17 @@ def _recording(unit: Any, calls: list[LayerCall], tape: Any) -> Iterator[None]:
         outputs = tf.nest.map_structure(tf.identity, outputs)
         for output in tf.nest.flatten(outputs):
             tape.watch(output)
-        calls.append(LayerCall(args, kwargs, outputs, normalized, seeds=seeds))
+        calls.append(RecordedCall(args, kwargs, outputs, normalized, seeds=seeds))
         return unit.activation(outputs) if activates else outputs
 
     with keras_layers.called_through(unit, record):
         yield
 
 
-def _parts(unit: Any, calls: Sequence[LayerCall], folding: Foldings) -> list[GradientPart]:
+def _parts(unit: Any, calls: Sequence[RecordedCall], folding: Foldings) -> list[GradientPart]:
     """Computes the gradients of a layer from its recorded calls."""
     trained = {id(v) for v in unit.trainable_variables}
-    calls_by_rows: dict[int, list[LayerCall]] = {}
+    calls_by_rows: dict[int, list[RecordedCall]] = {}
     for number, call in enumerate(calls):
         calls_by_rows.setdefault(folding.of(unit, number), []).append(call)
     parts: list[GradientPart] = []

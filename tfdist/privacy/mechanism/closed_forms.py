@@ -25,7 +25,7 @@ Tensor = Any
 Parts = list[GradientPart]
 
 
-class LayerCall(NamedTuple):
+class RecordedCall(NamedTuple):
     """One call of a layer.
 
     Attributes:
@@ -59,7 +59,7 @@ class LayerCall(NamedTuple):
         return self.args[place] if len(self.args) > place else self.kwargs.get(name)
 
 
-def _dense(layer: Any, calls: Sequence[LayerCall]) -> Parts:
+def _dense(layer: Any, calls: Sequence[RecordedCall]) -> Parts:
     inputs = tf.concat([_positions(call.inputs) for call in calls], 1)
     outputs = tf.concat([_positions(call.gradients) for call in calls], 1)
     parts = of_kernel(layer, inputs, outputs)
@@ -68,7 +68,7 @@ def _dense(layer: Any, calls: Sequence[LayerCall]) -> Parts:
     return parts
 
 
-def _einsum_dense(layer: Any, calls: Sequence[LayerCall]) -> Parts | None:
+def _einsum_dense(layer: Any, calls: Sequence[RecordedCall]) -> Parts | None:
     inputs, outputs = [], []
     for call in calls:
         labels = _einsum_labels(layer.equation, len(call.inputs.shape))
@@ -128,7 +128,7 @@ def _einsum_labels(equation: str, rank: int) -> tuple[list[str], list[str], list
     return None
 
 
-def _embedding(layer: Any, calls: Sequence[LayerCall]) -> Parts:
+def _embedding(layer: Any, calls: Sequence[RecordedCall]) -> Parts:
     rows, outputs = [], []
     for call in calls:
         ids = tf.cast(call.inputs, tf.int32)
@@ -139,7 +139,7 @@ def _embedding(layer: Any, calls: Sequence[LayerCall]) -> Parts:
     return of_table(layer, tf.concat(rows, 1), tf.concat(outputs, 1))
 
 
-def _conv(layer: Any, calls: Sequence[LayerCall]) -> Parts | None:
+def _conv(layer: Any, calls: Sequence[RecordedCall]) -> Parts | None:
     if lora.is_enabled(layer) and layer.groups != 1:
         return None
     # At each position, a convolution multiplies a window of its inputs by the kernel. So it is
@@ -164,7 +164,7 @@ def _conv(layer: Any, calls: Sequence[LayerCall]) -> Parts | None:
     return parts
 
 
-def _depthwise_conv(layer: Any, calls: Sequence[LayerCall]) -> Parts:
+def _depthwise_conv(layer: Any, calls: Sequence[RecordedCall]) -> Parts:
     windows = tf.concat([patches(layer, call.inputs) for call in calls], 1)
     outputs = tf.concat([_positions(channels_last(layer, c.gradients)) for c in calls], 1)
     shape = [-1, _length(outputs), windows.shape[-1], layer.depth_multiplier]
@@ -176,7 +176,7 @@ def _depthwise_conv(layer: Any, calls: Sequence[LayerCall]) -> Parts:
     return parts
 
 
-def _normalization(layer: Any, calls: Sequence[LayerCall]) -> Parts | None:
+def _normalization(layer: Any, calls: Sequence[RecordedCall]) -> Parts | None:
     """Returns the gradients by the scale and the offset of a normalization."""
     gamma, beta = _scale_and_offset(layer)
     by_gamma, by_beta = [], []
@@ -253,7 +253,7 @@ def _sum_to(gradients: Tensor, shape: Sequence[int]) -> Tensor:
     return tf.reduce_sum(summed, broadcast, keepdims=True) if broadcast else summed
 
 
-FORMS: dict[type, Callable[[Any, Sequence[LayerCall]], Parts | None]] = {
+FORMS: dict[type, Callable[[Any, Sequence[RecordedCall]], Parts | None]] = {
     layers.Dense: _dense,
     layers.EinsumDense: _einsum_dense,
     layers.Embedding: _embedding,

@@ -13,14 +13,14 @@ from tfdist._keras import ReplicaBatch
 from tfdist._keras import layers as keras_layers
 from tfdist._keras.replica import current_batch
 from tfdist.errors import ArgumentError
-from tfdist.privacy.mechanism.closed_forms import LayerCall
+from tfdist.privacy.mechanism.closed_forms import RecordedCall
 from tfdist.privacy.mechanism.parts import GradientPart, Written
 
 Tensor = Any
 
 
 def computed_again(
-    unit: Any, calls: Sequence[LayerCall], variables: Sequence[Any], folded: int = 1
+    unit: Any, calls: Sequence[RecordedCall], variables: Sequence[Any], folded: int = 1
 ) -> list[GradientPart]:
     """Runs a layer without a closed form on one example after the other. Exact, but slow.
 
@@ -40,7 +40,7 @@ def computed_again(
     for call in calls:
         examples = tf.shape(tf.nest.flatten(call.outputs)[0])[0] // folded
 
-        def gradients_at(index: Tensor, call: LayerCall = call) -> list[Tensor]:
+        def gradients_at(index: Tensor, call: RecordedCall = call) -> list[Tensor]:
             def row(leaf: Any) -> Any:
                 if not tf.is_tensor(leaf) or leaf.shape.rank == 0:
                     return leaf

@@ -45,7 +45,7 @@ def of_recurrent(layer: Any, calls: Sequence[Any]) -> list[GradientPart] | None:
 
     Args:
         layer: A layer for which `has_form` is true.
-        calls: Its calls, as `closed_forms.LayerCall`s.
+        calls: Its calls, as `closed_forms.RecordedCall`s.
 
     Returns:
         The gradients, or None if masks of dropout cannot be drawn again.

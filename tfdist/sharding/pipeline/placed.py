@@ -9,7 +9,7 @@ from typing import Any
 import tensorflow as tf
 
 from tfdist import _keras
-from tfdist.sharding.pipeline.plan import Plan
+from tfdist.sharding.pipeline.plan import PipelinePlan
 
 
 class PlacedVariables(contextlib.AbstractContextManager[None]):
@@ -30,7 +30,7 @@ class PlacedVariables(contextlib.AbstractContextManager[None]):
     def __init__(
         self,
         model: Any,
-        plan: Plan,
+        plan: PipelinePlan,
         recomputes: bool,
         variables: Sequence[Any],
         optimizers: Sequence[Any],

@@ -31,7 +31,7 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Plan:
+class PipelinePlan:
     """The stages of a model.
 
     Attributes:
@@ -73,7 +73,7 @@ class Plan:
         )
 
 
-def plan(model: Any, devices: Sequence[str], microbatches: int) -> Plan:
+def plan(model: Any, devices: Sequence[str], microbatches: int) -> PipelinePlan:
     """Cuts a model into as many stages as there are devices.
 
     A cut is possible where a single tensor goes on, besides the model's inputs, and where no
@@ -124,7 +124,7 @@ def plan(model: Any, devices: Sequence[str], microbatches: int) -> Plan:
         names = tuple(dict.fromkeys(call.name for call in own))
         flops = sum(costs[1][edges[number] : edges[number + 1]])
         stages.append(Stage(device, names, _bytes(piped[-1].variables), flops))
-    return Plan(tuple(stages), tuple(piped), microbatches)
+    return PipelinePlan(tuple(stages), tuple(piped), microbatches)
 
 
 def _check_layers(model: Any) -> None:

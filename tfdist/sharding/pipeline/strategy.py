@@ -11,7 +11,7 @@ import tensorflow as tf
 from tfdist.cluster import Cluster
 from tfdist.errors import ArgumentError, StrategyError
 from tfdist.sharding.pipeline.placed import PlacedVariables
-from tfdist.sharding.pipeline.plan import Plan, plan
+from tfdist.sharding.pipeline.plan import PipelinePlan, plan
 from tfdist.strategies.base import Place, Strategy
 
 
@@ -54,7 +54,7 @@ class Pipeline(Strategy):
         self.microbatches = microbatches
         self.recompute = recompute
         self.place = Place()
-        self._planned: tuple[Any, Plan] | None = None
+        self._planned: tuple[Any, PipelinePlan] | None = None
 
     def __repr__(self) -> str:
         return (
@@ -92,7 +92,7 @@ class Pipeline(Strategy):
             )
         return [device.name for device in devices[: self.stages]]
 
-    def plan(self, model: Any) -> Plan:
+    def plan(self, model: Any) -> PipelinePlan:
         """Cuts a model into stages.
 
         Args:
