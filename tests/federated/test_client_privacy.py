@@ -417,6 +417,38 @@ def test_metrics_carry_nothing_from_client_to_client(reader: str) -> None:
     assert contribution == pytest.approx(1.0, rel=1e-4)  # it is clipped
 
 
+def test_a_server_that_reads_a_metric_is_refused() -> None:
+    model = keras.Sequential([keras.Input((6,)), keras.layers.Dense(1)])
+    model.compile(keras.optimizers.SGD(0.1), "mse")
+    server = TurnsAround(1.0)
+    # Keras makes an optimizer anew for each training, from its settings: this one is not saved.
+    TurnsAround.tracker = model.metrics[0]
+    try:
+        with pytest.raises(ArgumentError, match="server's optimizer must depend on clients by"):
+            tfdist.fit(model, X, Y, federated=averaging(server_optimizer=server), **OPTIONS)
+    finally:
+        TurnsAround.tracker = None
+
+
+def test_sums_over_many_clients_are_hardly_rounded() -> None:
+    """In a float32 chain, each client of the second half would push almost twice as far."""
+    half = 1024
+    pushes = np.repeat([1.0, -1.001 * half * 2.0**-25], half).astype("float32")
+    model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1, use_bias=False)])
+    model.compile(
+        keras.optimizers.SGD(1.0), lambda y_true, y_pred: keras.ops.mean(y_pred, axis=-1)
+    )
+    before = model.get_weights()[0]
+    federated = averaging(
+        clients=np.arange(2 * half), local_steps=1, l2_norm_clip=2.0, noise_multiplier=0.0
+    )
+    options = {**OPTIONS, "batch_size": 1}
+    tfdist.fit(model, pushes[:, None], 0 * pushes, epochs=1, federated=federated, **options)
+    total = float((before - model.get_weights()[0])[0, 0]) * 2 * half
+    exact = float(pushes.astype("float64").sum())
+    assert total == pytest.approx(exact, abs=half * 2.0**-22)  # of the mean, in float32
+
+
 def remembering() -> Any:
     remembered = tf.Variable(0.0)
 

@@ -13,6 +13,7 @@ import tensorflow as tf
 import tfdist
 from tfdist.errors import ArgumentError
 from tfdist.privacy.mechanism import independence
+from tfdist.privacy.mechanism.contributions import Added, is_same
 
 L, R, ops = keras.layers, keras.random, keras.ops
 Tried = tuple[Any, Any, Any]
@@ -435,6 +436,52 @@ def trained_reader(way: str, layer: Any = None, **options: Any) -> Any:
 def test_a_gradient_that_reads_a_metric_is_refused(way: str, options: Any) -> None:
     with pytest.raises(ArgumentError, match="must not read a loss or metric"):
         trained_reader(way, Tracks(reads=True) if way == "layer" else None, **options)
+
+
+class AppliesInMetrics(keras.Model):
+    """Makes an update of its own, without clipping and noise, where metrics are computed."""
+
+    def compute_metrics(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> Any:
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean((self(x) - tf.cast(y, "float32")) ** 2)
+        gradients = tape.gradient(loss, self.trainable_variables)
+        self.optimizer.apply(gradients, self.trainable_variables)
+        return super().compute_metrics(x, y, y_pred, sample_weight)
+
+
+def test_an_update_beside_the_private_one_is_refused() -> None:
+    inputs = keras.Input((3,))
+    model = AppliesInMetrics(inputs, keras.layers.Dense(1)(inputs))
+    model.compile("sgd", "mse")
+    x, y = np.ones((32, 3), "float32"), np.ones((32, 1), "float32")
+    privacy = tfdist.DPSGD(1.0, noise_multiplier=1.0, delta=1e-3)
+    with pytest.raises(ArgumentError, match="Only the private update may change weights"):
+        tfdist.fit(model, x, y, batch_size=8, verbose=0, privacy=privacy)
+
+
+@pytest.mark.quick
+def test_a_row_with_a_large_gradient_hides_no_other() -> None:
+    weights, far = tf.constant([1.0, 1.0]), np.float32(1e6)
+
+    def contribution(small: float, large: float = far) -> Added:
+        rows = np.array([[small, 0.0], [0.0, large]])
+        norms = np.linalg.norm(np.nan_to_num(rows), axis=1)
+        shares = 1.0 / np.maximum(norms, 1.0)
+        clipped = (np.nan_to_num(rows) * shares[:, None]).sum(0)
+        sums = [tf.constant(total, tf.float32) for total in (rows.sum(0), clipped)]
+        squares = tf.constant((rows**2).sum(1), tf.float32)
+        return Added(sums[:1], squares, sums[1:])
+
+    def same(first: Added, second: Added) -> bool:
+        return bool(is_same(first, second, weights, 1e-4, 1.0))
+
+    assert same(contribution(0.5), contribution(0.5))
+    assert same(contribution(0.5, far * (1 + 1e-6)), contribution(0.5))
+    assert not same(contribution(0.6), contribution(0.5))  # 1e-7 of all, and 0.1 C
+    assert not same(contribution(50.0), contribution(5.0, 5.0))  # their directions are the same
+    # Of rows that are not finite nothing is known, but of the others.
+    assert same(contribution(0.5, np.nan), contribution(0.5, np.nan))
+    assert not same(contribution(0.6, np.nan), contribution(0.5, np.nan))
 
 
 def test_metrics_that_are_only_updated_change_nothing() -> None:

@@ -100,6 +100,16 @@ def test_what_only_looks_may_and_is_said() -> None:
     assert "Choices by validation" in outside.privacy.statement()
 
 
+def test_rows_of_a_generator_may_be_any() -> None:
+    x = np.ones((64, 3), "float32")
+    stream = (batch for batch in [(np.zeros((8, 3)), np.zeros(8))])
+    stop = keras.callbacks.EarlyStopping()
+    with pytest.raises(ArgumentError, match="of type generator, which may have rows of `x`"):
+        check_validation([stop], x, stream, 0.0)
+    assert check_validation([], x, stream, 0.0)
+    assert len(list(stream)) == 1  # it was not read
+
+
 def test_rows_that_are_equal_by_chance_do_not_count() -> None:
     bits = RNG.integers(0, 2, (500, 3))
     assert not are_rows_of(RNG.integers(0, 2, (50, 3)), bits)

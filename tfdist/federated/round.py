@@ -204,8 +204,8 @@ class FederatedRound:
         number = tf.size(share.clients, tf.int64)
         zero = tf.constant(0, tf.int64)
         sums = Sums(
-            [tf.zeros_like(_wide(value)) for value in start.trained],
-            [*(tf.zeros_like(_wide(value)) for value in start.averaged), *self._no_votes()],
+            [tf.zeros_like(self._wide(value)) for value in start.trained],
+            [*map(tf.zeros_like, map(self._wide, start.averaged)), *self._no_votes()],
             [tf.zeros_like(value, tf.int64) for value in start.counted],
             [tf.zeros_like(value) for value in _values(self._state.metrics)],
         )
@@ -224,7 +224,15 @@ class FederatedRound:
 
     def _no_votes(self) -> list[Tensor]:
         count = 0 if self._protection is None else self._protection.num_votes
-        return [tf.zeros([]) for _ in range(count)]
+        return [tf.zeros([], tf.float64) for _ in range(count)]
+
+    def _wide(self, value: Tensor) -> Tensor:
+        """Returns a value in a type in which sums over clients are precise enough.
+
+        Rounding errors of float32 add up to several clipping norms in sums of thousands of
+        protected clients, which one client more or less would change.
+        """
+        return _wide(value) if self._protection is None else tf.cast(value, tf.float64)
 
     def _begin_client(self, share: OfReplica, i: Tensor, start: _Start) -> None:
         state = self._state
@@ -275,7 +283,8 @@ class FederatedRound:
             _wide(value) - _wide(tf.convert_to_tensor(variable))
             for variable, value in zip(variables, values, strict=True)
         ]
-        bounded, number = protection.clip(update), len(sums.trained)
+        bounded = [self._wide(part) for part in protection.clip(update)]
+        number = len(sums.trained)
         return Sums(
             _plus(sums.trained, bounded[:number]),
             _plus(sums.averaged, bounded[number:]),
@@ -287,7 +296,7 @@ class FederatedRound:
         state = self._state
 
         def mean(value: Tensor, total: Tensor) -> Tensor:
-            new = total if self._takes_values else _wide(value) - total
+            new = total if self._takes_values else self._wide(value) - total
             return agreement.choose(tf.cast(new, value.dtype), value)
 
         number = len(state.averaged)
@@ -311,8 +320,21 @@ class FederatedRound:
                 tf.cast(total, value.dtype)
                 for value, total in zip(start.trained, sums.trained, strict=True)
             ]
-            apply = functools.partial(self._server.apply, deltas, list(state.trained))
+            apply = functools.partial(self._apply_server, deltas)
             self._strategy.update(functools.partial(agreement.do, apply))
+
+    def _apply_server(self, deltas: list[Tensor]) -> None:
+        with _keras.tracing_part() as part:
+            self._server.apply(deltas, list(self._state.trained))
+        if self._protection is None:
+            return
+        variable = part.dependence((), self._state.metrics)
+        if variable is not None:
+            raise ArgumentError(
+                "With `privacy` of FedAvg the server's optimizer must depend on clients by "
+                "their noisy sum alone, and read no loss or metric. Received: "
+                f"{variable.path!r}, which is read. Leave it out."
+            )
 
 
 def _values(variables: Sequence[Any]) -> list[Tensor]:

@@ -36,6 +36,16 @@ def has_rows_of(some: Any, x: Any) -> bool:
     return _overlap(some, x) or (sought is not None and _are_rows_of(sought, _chunks(x)))
 
 
+def can_compare(*sources: Any) -> bool:
+    """Returns whether all of these can be read more than once: a generator cannot.
+
+    Args:
+        *sources: Data as in `fit`.
+    """
+    streams = keras.utils.PyDataset, tf.data.Dataset
+    return all(isinstance(each, streams) or data.is_arrays(each) for each in sources)
+
+
 def are_rows_of(some: Any, x: Any) -> bool:
     """Returns whether more rows are also rows of `x` than by chance.
 

@@ -7,7 +7,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from tfdist import data
+from tfdist import _keras, data
 from tfdist.data.imbalance.per_class import PerClassMetrics
 from tfdist.errors import ArgumentError
 from tfdist.privacy import leaking_callbacks, shared_rows
@@ -225,7 +225,7 @@ def check_validation(
         validation_split: As in `fit`.
 
     Returns:
-        Whether validation uses protected data.
+        Whether validation uses protected data, or may use it.
 
     Raises:
         ArgumentError: A callback decides by validation on protected data.
@@ -233,8 +233,12 @@ def check_validation(
     received = "validation_split"
     if validation_data is not None:
         validation_x = keras.utils.unpack_x_y_sample_weight(validation_data)[0]
+        validation_x = _keras.undistributed(validation_x)
         received = "validation_data with rows of `x`"
-        if not shared_rows.has_rows_of(validation_x, x):
+        if not shared_rows.can_compare(validation_x, x):
+            kind = type(validation_x).__name__
+            received = f"validation_data of type {kind}, which may have rows of `x`"
+        elif not shared_rows.has_rows_of(validation_x, x):
             return False
     elif not validation_split:
         return False

@@ -130,7 +130,7 @@ class ClientUpdates:
             return list(sums)
         norm = self._norm()
         if self._adaptive is not None:
-            sums = [*sums[:-1], sums[-1] * self._vote_unit * norm]
+            sums = [*sums[:-1], sums[-1] * tf.cast(self._vote_unit * norm, sums[-1].dtype)]
         sizes = [math.prod(part.shape) for part in sums]
         normal = self._noise.normal(
             at_once(sum(sizes)), self._strategy.replica_id(), self._number

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import tensorflow as tf
@@ -24,13 +24,17 @@ class Added(NamedTuple):
     Attributes:
         sums: The weighted sum of the rows' gradients, for each variable.
         squares: The squared norm of each row's gradient, shape [rows].
+        clipped: The same sum of clipped gradients. Those that are not finite are left out.
     """
 
     sums: list[Tensor]
     squares: Tensor
+    clipped: list[Tensor]
 
 
-def added(model: Any, columns: Columns, keys: RowKeys, weights: Tensor) -> Added:
+def added(
+    model: Any, columns: Columns, keys: RowKeys, weights: Tensor, l2_norm_clip: Any
+) -> Added:
     """Computes the contribution of rows in training mode, and leaves the model as it is.
 
     Args:
@@ -38,13 +42,21 @@ def added(model: Any, columns: Columns, keys: RowKeys, weights: Tensor) -> Added
         columns: `x`, `y` and `sample_weight` of some rows.
         keys: The keys of the rows' random numbers.
         weights: The factors of the rows' gradients, shape [rows]. A row with 0 adds nothing.
+        l2_norm_clip: The clipping norm.
     """
     with pinned(model, keys):
         parts, _, _ = clipping.recorded(model, *columns)
     squares = tf.add_n([part.squared_norms() for part in parts])
     finite = tf.reduce_all(tf.math.is_finite(squares))
-    factors = {id(part.variable): weights for part in parts}
-    return Added(clipping.weighted_sums(model, parts, factors, finite), squares)
+    norm = tf.cast(l2_norm_clip, tf.float32)
+    share = tf.minimum(tf.math.divide_no_nan(norm, tf.sqrt(squares)), 1.0)
+    share = tf.where(squares == 0, 1.0, tf.where(tf.math.is_finite(squares), share, 0.0))
+
+    def summed(factors: Tensor) -> list[Tensor]:
+        by_variable = {id(part.variable): factors for part in parts}
+        return clipping.weighted_sums(model, parts, by_variable, finite)
+
+    return Added(summed(weights), squares, summed(weights * share))
 
 
 def is_same(
@@ -55,12 +67,14 @@ def is_same(
     l2_norm_clip: Any,
     rounding: Any = 0.0,
 ) -> Tensor:
-    """Returns whether some rows contribute the same to two batches.
+    """Returns whether some rows contribute the same to two batches, also when they are clipped.
 
-    Clipping does not enlarge differences: a row of norm g changes what it adds by at most
-    `tolerance * min(g, l2_norm_clip)`, besides the absolute tolerance for gradients of almost
-    0. That tolerance is also bounded by `tolerance * l2_norm_clip`. Measured rounding may
-    replace it, up to `tolerance * l2_norm_clip` for each row.
+    A row with a large gradient would hide what others add if rows were only compared as they
+    are. If they were only compared clipped, it would not be seen that they change each other's
+    norms. Clipping does not enlarge differences: a row of norm g changes what it adds by at
+    most `tolerance * min(g, l2_norm_clip)`, besides the absolute tolerance for gradients of
+    almost 0. That tolerance is also bounded by `tolerance * l2_norm_clip`. Measured rounding
+    may replace it, up to `tolerance * l2_norm_clip` for each row.
 
     Args:
         first: The contribution in one batch.
@@ -71,27 +85,32 @@ def is_same(
         rounding: How far rounding alone moves the contribution, if that was measured.
 
     Returns:
-        Scalar bool. It is true if norms are not finite, since nothing can be compared then.
+        Scalar bool. Rows whose norms are not finite are not compared: they count as 0.
     """
-    scale = tf.sqrt(tf.reduce_sum(tf.where(weights == 0, 0.0, weights**2 * second.squares)))
-    distance = difference(first, second)
-    is_finite = tf.math.is_finite(scale)
-    of_a_row = tolerance * tf.cast(l2_norm_clip, tf.float32)
+    norm = tf.cast(l2_norm_clip, tf.float32)
+    of_a_row = tolerance * norm
     least = tf.minimum(_ABSOLUTE, of_a_row)
     least = tf.maximum(least, tf.minimum(rounding, of_a_row * tf.norm(weights)))
-    return ~is_finite | (distance <= tolerance * scale + least)
+    squares = second.squares
+    scale = tf.sqrt(tf.reduce_sum(tf.where(weights == 0, 0.0, weights**2 * squares)))
+    are_same = difference(first.sums, second.sums) <= tolerance * scale + least
+    bounded = tf.minimum(squares, tf.square(norm))
+    counts = (weights != 0) & tf.math.is_finite(squares)
+    clipped = tf.sqrt(tf.reduce_sum(tf.where(counts, weights**2 * bounded, 0.0)))
+    are_same_clipped = difference(first.clipped, second.clipped) <= tolerance * clipped + least
+    return (~tf.math.is_finite(scale) | are_same) & are_same_clipped
 
 
-def difference(first: Added, second: Added) -> Tensor:
-    """Returns the norm of the difference of two contributions, a float32 scalar.
+def difference(first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
+    """Returns the norm of the difference of two sums, a float32 scalar.
 
     Args:
-        first: A contribution.
+        first: A sum for each variable.
         second: Another one.
     """
     squares = [
         tf.reduce_sum(tf.square(tf.cast(a, tf.float32) - tf.cast(b, tf.float32)))
-        for a, b in zip(first.sums, second.sums, strict=True)
+        for a, b in zip(first, second, strict=True)
     ]
     return tf.sqrt(tf.add_n(squares))
 

@@ -264,7 +264,7 @@ class _Comparison:
                     signs = self._random.choice([-1.0, 1.0], value.shape)
                     variable.assign(value * tf.constant(1 + 2.0**-22 * signs, tf.float32))
                 moved = self._added(columns, np.arange(self._rows), weights)
-                most = tf.maximum(most, difference(moved, among_all))
+                most = tf.maximum(most, difference(moved.sums, among_all.sums))
         finally:
             for variable, value in zip(variables, values, strict=True):
                 variable.assign(value)
@@ -290,7 +290,7 @@ class _Comparison:
             filled = tf.nest.map_structure(
                 lambda leaf: None if leaf is None else next(remaining), columns
             )
-            return added(model, filled, RowKeys(numbers, secret), weights)
+            return added(model, filled, RowKeys(numbers, secret), weights, self._norm)
 
         if model.run_eagerly:
             return compute

@@ -116,9 +116,12 @@ class SpotChecks:
         ones = tf.ones(tf.shape(sample))
         weights = tf.scatter_nd(sample[:, None], ones, [rows])
 
-        def compute(data: Any, row_keys: Tensor, weights: Tensor) -> Added:
+        norm = tf.convert_to_tensor(l2_norm_clip, tf.float32)
+
+        def compute(data: Any, row_keys: Any, weights: Tensor) -> Added:
             with keras_layers.in_float32(self._model):
-                return added(self._model, data, RowKeys(row_keys, keys.secret), weights)
+                row_keys = RowKeys(row_keys, keys.secret)
+                return added(self._model, data, row_keys, weights, norm)
 
         # The sizes of both batches are not static, so both share one trace.
         added_by = tf.function(compute, autograph=False)

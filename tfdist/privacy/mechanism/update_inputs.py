@@ -76,10 +76,15 @@ def keeping_no_state(model: Any, batch: ReplicaBatch) -> Iterator[None]:
         batch: The description of the replica's batch.
 
     Raises:
-        ArgumentError: It writes something else, or calls Python code, which may keep anything.
+        ArgumentError: It writes something else, applies an optimizer, or calls Python code,
+            which may keep anything.
     """
-    with _keras.tracing_part() as part:
-        yield
+    updates, batch.updates = batch.updates, _NoUpdates()
+    try:
+        with _keras.tracing_part() as part:
+            yield
+    finally:
+        batch.updates = updates
     check_untouched(model, batch)
     seeds = [v for v in model.variables if keras_layers.is_seed(v)]
     if _keras.has_global_seed():
@@ -94,6 +99,26 @@ def keeping_no_state(model: Any, batch: ReplicaBatch) -> Iterator[None]:
             "A private model must not call Python code in its steps, which may remember "
             f"examples. Received: a step with TensorFlow's {python}. Use operations of Keras "
             "or TensorFlow."
+        )
+
+
+class _NoUpdates:
+    """Refuses updates. They would be made beside the private one, without clipping or noise."""
+
+    def scale(self, optimizer: Any, loss: Tensor) -> Tensor:
+        """Returns the loss as it is."""
+        return loss
+
+    def apply(self, optimizer: Any, *_: Any) -> None:
+        """Refuses an update.
+
+        Raises:
+            ArgumentError: Always.
+        """
+        raise ArgumentError(
+            "Only the private update may change weights. Received: a layer, loss or metric "
+            f"that applies the optimizer {optimizer.name!r}, without clipping or noise. Leave "
+            "it out."
         )
 
 
