@@ -12,6 +12,7 @@ for name in (
     "overhead",
     "input_road",
     "scaling",
+    "recommend",
     "packs",
     "model_parallel",
     "recompute",
