@@ -236,7 +236,7 @@ MUTANTS = {
     ),
     "the optimizer is clipped before the sum": Mutant(
         "step/reduction.py",
-        "grads = [g if g is None else g * tf.cast(share, g.dtype) for g in grads]",
+        "grads = [g if g is None else g * batch.share_as(g.dtype) for g in grads]",
         "grads = tf.clip_by_global_norm(grads, 0.1)[0]",
         f"{EQUIVALENCE} -k mirrored-2-own_train_step",
     ),
