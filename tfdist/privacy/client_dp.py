@@ -9,7 +9,7 @@ from tfdist.errors import ArgumentError
 from tfdist.federated.protection import ClientProtection
 from tfdist.privacy.accounting.arguments import check_number
 from tfdist.privacy.accounting.ledger import Ledger
-from tfdist.privacy.settings import check_guarantee
+from tfdist.privacy.settings import check_adaptive, check_guarantee
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,4 @@ class ClientDP(ClientProtection):
             raise ArgumentError(
                 "`sampling_probability` must be above 0. Received: sampling_probability=0."
             )
-        if self.target_quantile is not None:
-            check_number("target_quantile", self.target_quantile, 0, 1, open_ends=True)
-            check_number("clip_learning_rate", self.clip_learning_rate, 0)
-            if self.count_noise is not None:
-                check_number("count_noise", self.count_noise, 0)
+        check_adaptive(self.target_quantile, self.clip_learning_rate, self.count_noise)

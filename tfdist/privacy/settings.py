@@ -85,6 +85,27 @@ def check_guarantee(settings: Guarantee, unit: str, takes_schedules: bool) -> No
         check_count("seed", settings.seed, 0)
 
 
+def check_adaptive(
+    target_quantile: float | None, clip_learning_rate: float, count_noise: float | None
+) -> None:
+    """Checks the settings of a clipping norm that follows a quantile, if there is one.
+
+    Args:
+        target_quantile: As in `DPSGD`.
+        clip_learning_rate: As in `DPSGD`.
+        count_noise: As in `DPSGD`.
+
+    Raises:
+        ArgumentError: A value is out of its range.
+    """
+    if target_quantile is None:
+        return
+    check_number("target_quantile", target_quantile, 0, 1, open_ends=True)
+    check_number("clip_learning_rate", clip_learning_rate, 0)
+    if count_noise is not None:
+        check_number("count_noise", count_noise, 0)
+
+
 @dataclass(frozen=True)
 class DPSGD:
     """Differentially private training, for `fit(..., privacy=DPSGD(...))`.
@@ -229,9 +250,9 @@ class DPSGD:
                 )
 
     def _check_adaptive(self) -> None:
+        check_adaptive(self.target_quantile, self.clip_learning_rate, self.count_noise)
         if self.target_quantile is None:
             return
-        check_number("target_quantile", self.target_quantile, 0, 1, open_ends=True)
         if self.is_scheduled:
             raise ArgumentError(
                 "`target_quantile` must be None with a schedule: it moves the norm itself, and "
@@ -245,6 +266,3 @@ class DPSGD:
                 f"over all variables. Received: target_quantile={self.target_quantile!r} and "
                 "clipping='per_layer'. Leave one of them out."
             )
-        check_number("clip_learning_rate", self.clip_learning_rate, 0)
-        if self.count_noise is not None:
-            check_number("count_noise", self.count_noise, 0)

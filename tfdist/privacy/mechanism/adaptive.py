@@ -43,7 +43,7 @@ class AdaptiveClip:
         self._log_norm = keras.Variable(
             math.log(mechanism.l2_norm_clip), dtype="float32", name="log_l2_norm_clip"
         )
-        self._log_norm.constraint = _clipped  # the optimizer applies it
+        self._log_norm.constraint = bounded  # the optimizer applies it
         self._optimizer = keras.optimizers.SGD(mechanism.clip_learning_rate)
         self._optimizer.build([self._log_norm])
         # Strategies look for a model's optimizers among its attachments.
@@ -51,7 +51,7 @@ class AdaptiveClip:
 
     def norm(self) -> Tensor:
         """Returns the clipping norm."""
-        return tf.exp(_clipped(tf.convert_to_tensor(self._log_norm)))
+        return tf.exp(bounded(tf.convert_to_tensor(self._log_norm)))
 
     def restart(self) -> None:
         """Sets the clipping norm to that of the settings."""
@@ -86,5 +86,6 @@ class AdaptiveClip:
         batch.updates.apply(self._optimizer, [votes], update, [self._log_norm])
 
 
-def _clipped(log_norm: Tensor) -> Tensor:
+def bounded(log_norm: Tensor) -> Tensor:
+    """Returns the logarithm of a norm, between those of `LEAST_NORM` and `LARGEST_NORM`."""
     return tf.clip_by_value(log_norm, math.log(LEAST_NORM), math.log(LARGEST_NORM))

@@ -8,7 +8,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from tfdist.privacy.settings import LARGEST_NORM, LEAST_NORM
+from tfdist.privacy.mechanism.adaptive import bounded
+from tfdist.privacy.mechanism.mechanism import noise_beside_count
 
 Tensor = Any
 
@@ -57,9 +58,7 @@ class AdaptiveNorm:
         Args:
             noise_multiplier: The noise that is accounted for; at most 2 `count_noise`.
         """
-        if noise_multiplier == 0:
-            return 0.0
-        return float((noise_multiplier**-2 - (2 * self.count_noise) ** -2) ** -0.5)
+        return noise_beside_count(noise_multiplier, self.count_noise)
 
     def vote(self, norm: Tensor) -> Tensor:
         """Returns the vote of a client.
@@ -78,4 +77,4 @@ class AdaptiveNorm:
         """
         fraction = tf.cast(votes, tf.float32) + 0.5
         moved = tf.convert_to_tensor(self.variable) - self._rate * (fraction - self._quantile)
-        return tf.clip_by_value(moved, math.log(LEAST_NORM), math.log(LARGEST_NORM))
+        return bounded(moved)

@@ -76,6 +76,21 @@ class Mechanism:
         at most 1/2. The noise of both is chosen so that the two Gaussian mechanisms together
         cost as much as one with `noise_multiplier` (Andrew et al., theorem 1).
         """
-        if self.target_quantile is None or self.noise_multiplier == 0:
+        if self.target_quantile is None:
             return self.noise_multiplier
-        return float((self.noise_multiplier**-2 - (2 * self.count_noise) ** -2) ** -0.5)
+        return noise_beside_count(self.noise_multiplier, self.count_noise)
+
+
+def noise_beside_count(noise_multiplier: float, count_noise: float) -> float:
+    """Returns the noise on sums that are released with a count for an adaptive norm.
+
+    Args:
+        noise_multiplier: The noise that both together cost; at most 2 `count_noise`.
+        count_noise: The noise on the count, which a unit changes by at most 1/2.
+
+    Returns:
+        The noise in units of the clipping norm (Andrew et al., theorem 1).
+    """
+    if noise_multiplier == 0:
+        return 0.0
+    return float((noise_multiplier**-2 - (2 * count_noise) ** -2) ** -0.5)

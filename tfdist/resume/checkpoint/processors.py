@@ -9,6 +9,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from tfdist.launch.resources import usable_cores
 from tfdist.strategies.base import Strategy
 
 # The extensions of x86 by which TensorFlow chooses its kernels, the widest first.
@@ -73,11 +74,7 @@ def _threads() -> int:
     if not chosen:
         text = os.environ.get("TF_NUM_INTRAOP_THREADS", "")
         chosen = int(text) if text.isdigit() else 0
-    if chosen:
-        return int(chosen)
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return int(chosen) or usable_cores()
 
 
 def _instructions() -> str:
