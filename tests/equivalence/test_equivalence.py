@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import keras
 import numpy as np
 import pytest
 
@@ -101,9 +100,6 @@ TOLERANCE = {
     "power_sgd": 1e-9,  # in float64
     "double_precision": 1e-12,
 }
-# With Keras 3.12 tfdist takes the AUC of this case for no mean over rows, and computes whole
-# batches. The weights are right.
-OF_OLD_KERAS = ("embedding_lstm",) if keras.__version__.startswith("3.12.") else ()
 # Their steps are no mean over rows, so each replica computes whole batches. All others share
 # them: if they did not, the weights would be right all the same, but nothing would be faster.
 WHOLE_BATCHES = (
@@ -176,7 +172,7 @@ def test_the_training_equals_one_process_s(
     (expected,) = clusters.outcomes("single-1", " ".join(task.split()[:2]))
     received, *others = clusters.outcomes(place, task)
     tolerance = TOLERANCE.get(name, 1e-5)
-    assert received["in_shares"] or name in WHOLE_BATCHES + OF_OLD_KERAS
+    assert received["in_shares"] or name in WHOLE_BATCHES
     for what in ("weights", "optimizer"):
         for there, here in zip(received[what], expected[what], strict=True):
             for theirs, ours in zip(there, here, strict=True):

@@ -259,6 +259,11 @@ class ReplicaBatch:
         Returns:
             The metric and the index of the value among the tensors of its result, or None.
         """
+        if type(value) is float:
+            # Without a graph, Keras 3.12 returns numbers in the place of results.
+            equal = (r for r in self._results.values() if _is_number(r[0], value))
+            record = next(equal, None)
+            return None if record is None else record[1:]
         record = self._results.get(id(value))
         # By identity, not by id alone: a tensor that is gone may have had the same id.
         return None if record is None or record[0] is not value else record[1:]
@@ -361,3 +366,11 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 def _quotient(part: Tensor, whole: Tensor, dtype: Any) -> Tensor:
     wide = tf.float64 if tf.as_dtype(dtype) == tf.float64 else tf.float32
     return tf.cast(tf.math.divide_no_nan(tf.cast(part, wide), tf.cast(whole, wide)), dtype)
+
+
+def _is_number(result: Any, number: float) -> bool:
+    """Returns whether a result that was computed without a graph is a number, or both NaN."""
+    if not hasattr(result, "numpy") or result.shape.rank != 0:
+        return False
+    value = float(result)
+    return value == number or (value != value and number != number)
