@@ -30,8 +30,8 @@ from tfdist.step.state import Role, Sharded, TrainState
 from tfdist.strategies import connected, tf_distribute
 from tfdist.strategies.mesh import Mesh
 
-MORE = ("mirrored-4", "multi_worker-3")
-FULL = ("horovod-3",)
+MORE = ("multi_worker-3",)
+FULL = ("horovod-3", "mirrored-4")
 TYPES = (tf.float32, tf.float64, tf.int32, tf.int64, tf.float16)
 
 

@@ -276,6 +276,7 @@ def test_smote_finds_the_rare_digits(clusters):
     assert found["ClassBalanced(), Augment"][2] > recall_of_odd[0] + 10
 
 
+@pytest.mark.full  # tests/keras/test_recomputation.py and equivalence compare weights
 @run_on(SINGLE, command="recompute.py")
 def test_recompute_saves_memory_and_keeps_the_weights(place, clusters):
     printed = printed_on(clusters, place, "recompute.py")
@@ -286,6 +287,7 @@ def test_recompute_saves_memory_and_keeps_the_weights(place, clusters):
     assert printed.count("(Block)") == 4
 
 
+@pytest.mark.full
 @run_on(SINGLE, command="compressed_digits.py")
 def test_compressed_digits_are_small_and_accurate(place, clusters):
     printed = printed_on(clusters, place, "compressed_digits.py")
@@ -326,6 +328,7 @@ def test_private_check_finds_nothing_wrong(clusters):
     assert facts_of(printed)["every check passed"] == "True"
 
 
+@pytest.mark.full
 @on(SINGLE, example("private_embedding.py"))
 def test_private_embedding_hides_which_words_nobody_wrote(clusters):
     printed = printed_on(clusters, SINGLE, "private_embedding.py")
