@@ -18,6 +18,7 @@ import click
 from tfdist._version import __version__
 from tfdist.cli.explanation import explain
 from tfdist.cli.run import run
+from tfdist.cli.run_options import check_synchronous
 from tfdist.cluster import Cluster
 from tfdist.cluster.rendezvous import start_timeout
 from tfdist.launch import (
@@ -98,8 +99,8 @@ def self_test(
     Exit status: 0 if it works, else 1; 2 for a wrong command line.
     """  # noqa: D301
     open_standard_streams()
+    check_synchronous(synchronous, servers)
     if synchronous:
-        _check_servers(servers)
         os.environ["TFDIST_SYNCHRONOUS"] = "1"  # the workers inherit it
     machines = parse_hosts(hosts) if hosts is not None else ()
     if strategy == "horovod":
@@ -140,14 +141,6 @@ def _print(report: Report, has_chief: bool, machines: Sequence[Host]) -> None:
         show(report)
     elif machines:
         click.echo(f"tfdist test: works. The report is on {machines[0].name}.")
-
-
-def _check_servers(servers: int) -> None:
-    if not servers:
-        raise click.BadParameter(
-            "--synchronous must come with parameter servers. Received: --synchronous without "
-            "--ps. Add --ps 1, or leave it out: other strategies are synchronous."
-        )
 
 
 def _command(folder: Path, seconds: float, largest: int, workers: int) -> Sequence[str]:
