@@ -89,6 +89,7 @@ lint: $(VENV)/.dev  ## Lint and type-check.
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m tests.lint.private_parts
+	$(BIN)/python -m tests.lint.length
 
 format: $(VENV)/.dev  ## Format the code.
 	$(BIN)/ruff format .

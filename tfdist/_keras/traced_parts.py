@@ -14,7 +14,8 @@ import tensorflow as tf
 from tensorflow.python.framework import auto_control_deps_utils as _dependencies
 
 from tfdist._keras.discovery import RANDOM_OPS
-from tfdist._keras.replica import Tensor, noting_reads
+from tfdist._keras.reads import noting_reads
+from tfdist._keras.replica import Tensor
 from tfdist._keras.variables import backing_variable, local_copies
 
 PYTHON_OPS = frozenset({"EagerPyFunc", "PyFunc", "PyFuncStateless"})
