@@ -90,6 +90,7 @@ lint: $(VENV)/.dev  ## Lint and type-check.
 	$(BIN)/lint-imports
 	$(BIN)/python -m tests.lint.private_parts
 	$(BIN)/python -m tests.lint.length
+	$(BIN)/python -m tests.lint.class_names
 
 format: $(VENV)/.dev  ## Format the code.
 	$(BIN)/ruff format .

@@ -22,7 +22,7 @@ from tfdist.launch.output import Screen
 from tfdist.launch.process_group import ProcessGroup
 from tfdist.launch.restarts import RestartCause, Restarts
 from tfdist.launch.signals import collecting
-from tfdist.launch.slots import Slots
+from tfdist.launch.slots import ElasticSlots
 from tfdist.launch.supervision import Supervision
 from tfdist.launch.worker import Worker
 
@@ -38,7 +38,7 @@ def run_workers(
     restarts: Restarts | None = None,
     grace: float = SAVING_S,
     client: CoordinatorClient | None = None,
-    slots: Slots | None = None,
+    slots: ElasticSlots | None = None,
     plan: Callable[[Sequence[int]], Sequence[Worker]] | None = None,
     meeting: Callable[[Worker], AbstractContextManager[Any]] = nullcontext,
     shows: Shows = "all",
@@ -118,7 +118,7 @@ class _LocalRun:
         self,
         supervision: Supervision,
         workers: Sequence[Worker],
-        slots: Slots | None,
+        slots: ElasticSlots | None,
         plan_again: Callable[[], Sequence[Worker]] | None,
     ) -> None:
         self._supervision, self._workers = supervision, workers

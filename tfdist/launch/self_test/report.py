@@ -16,7 +16,7 @@ from tfdist.launch.self_test.verdicts import Verdict, verdicts
 
 
 @dataclass(frozen=True)
-class Report:
+class SelfTestReport:
     """What a launcher of `tfdist test` knows at the end.
 
     Attributes:
@@ -78,7 +78,7 @@ def judged(
     links: Sequence[HostLink],
     unmeasured: Sequence[str],
     cores: int,
-) -> Report:
+) -> SelfTestReport:
     """Returns the report of workers that have ended well.
 
     Args:
@@ -99,4 +99,6 @@ def judged(
         Verdict("warning", f"The link to {host} could not be measured: it did not answer.")
         for host in unmeasured
     ]
-    return Report(tuple(names), (), tuple(links), result, tuple(lines.items()), tuple(found))
+    return SelfTestReport(
+        tuple(names), (), tuple(links), result, tuple(lines.items()), tuple(found)
+    )
