@@ -98,7 +98,7 @@ MUTANTS = {
     ),
     "a callback that writes runs on all workers": Mutant(
         "training/callbacks.py",
-        "if strategy.place.is_chief or not _writes(c)",
+        "if strategy.place.is_chief or not writes(c)",
         "if True",
         f"{BEHAVIOUR} -k only_the_chief_writes",
     ),

@@ -10,7 +10,6 @@ from tfdist.sharding.axis_cuts import AxisCut
 from tfdist.sharding.cuts import Cut
 from tfdist.sharding.updates import ShardedUpdates
 from tfdist.strategies import placement as of_servers
-from tfdist.strategies.parameter_server import ParameterServer
 from tfdist.strategies.session import Session, current
 
 
@@ -92,11 +91,9 @@ def placement(model: Any, strategy: Any = "auto") -> of_servers.Placement | Devi
         last/bias    (4,)    whole           16            0
         bytes on each of 1 device(s): 144
     """
-    if isinstance(strategy, ParameterServer):
+    if of_servers.has_servers(strategy):
         return of_servers.placement(model, strategy)
     session = current(strategy)
-    if session.strategy.has_servers:
-        return of_servers.placement(model, session.strategy)
     optimizers = of_servers.built_optimizers(model)
     cuts, divided = _cuts(model, session)
     axis = getattr(session.zero, "model_axis", None)

@@ -10,6 +10,7 @@ import keras
 from tfdist import _keras
 from tfdist.errors import ArgumentError
 from tfdist.figures import html_table, text_table
+from tfdist.strategies.base import Strategy
 from tfdist.strategies.parameter_server import ParameterServer
 from tfdist.strategies.session import current
 
@@ -112,6 +113,20 @@ def built_optimizers(model: Any) -> list[Any]:
     return optimizers
 
 
+def has_servers(strategy: Any) -> bool:
+    """Tells whether variables are on parameter servers.
+
+    Args:
+        strategy: As in `tfdist.fit`. Its session begins, if there is none.
+    """
+    return _selected(strategy).has_servers
+
+
+def _selected(strategy: Any) -> Strategy:
+    # One that is made for looking only may not be one of this process.
+    return strategy if isinstance(strategy, ParameterServer) else current(strategy).strategy
+
+
 def placement(model: Any, strategy: Any = "auto") -> Placement:
     """Shows the server of each variable of a model during training.
 
@@ -132,7 +147,7 @@ def placement(model: Any, strategy: Any = "auto") -> Placement:
         dense/bias         (10,)     ps 1       40           80
         bytes of each server: ps 0: 7,680, ps 1: 120
     """
-    selected = strategy if isinstance(strategy, ParameterServer) else current(strategy).strategy
+    selected = _selected(strategy)
     if not isinstance(selected, ParameterServer):
         raise ArgumentError(
             "`placement` needs the strategy 'parameter_server'. Received: "
