@@ -45,9 +45,9 @@ def read_gpus(text: str) -> tuple[tuple[str, int], ...]:
         >>> read_gpus("NVIDIA A100-SXM4-40GB, 40960")
         (('NVIDIA A100-SXM4-40GB', 42949672960),)
     """
-    found = []
+    gpus = []
     for line in text.splitlines():
         name, _, mebibytes = line.rpartition(",")
         if mebibytes.strip().isdecimal():
-            found.append((name.strip(), int(mebibytes) * _MIB))
-    return tuple(found)
+            gpus.append((name.strip(), int(mebibytes) * _MIB))
+    return tuple(gpus)

@@ -115,10 +115,10 @@ class ShardedOptimizer(Extension):
         if exchange is None or not self._saves or not has_others:
             return callbacks
         first = keras.callbacks.LambdaCallback(
-            on_epoch_end=lambda epoch, logs: exchange.held.collect()
+            on_epoch_end=lambda epoch, logs: exchange.slots.collect()
         )
         last = keras.callbacks.LambdaCallback(
-            on_epoch_end=lambda epoch, logs: exchange.held.drop_collected()
+            on_epoch_end=lambda epoch, logs: exchange.slots.drop_collected()
         )
         return _keras.around(callbacks, first=[first], last=[last])
 

@@ -94,11 +94,11 @@ def judged(
         points = [(t.size, t.seconds) for t in result.timings if t.operation == operation]
         if len(points) > 1:
             lines[operation] = fit_line(points)
-    found = verdicts(result, lines, links, max(1, len(names)), cores)
-    found += [
+    verdict_list = verdicts(result, lines, links, max(1, len(names)), cores)
+    verdict_list += [
         Verdict("warning", f"The link to {host} could not be measured: it did not answer.")
         for host in unmeasured
     ]
     return SelfTestReport(
-        tuple(names), (), tuple(links), result, tuple(lines.items()), tuple(found)
+        tuple(names), (), tuple(links), result, tuple(lines.items()), tuple(verdict_list)
     )
