@@ -158,8 +158,8 @@ MUTANTS = {
     ),
     "a gradient in the backward pass is not summed": Mutant(
         "_keras/regathering.py",
-        "parts = gathering.scatter(cuts, [found[i] for i in chosen])",
-        "parts = [c.own(found[i], gathering.replica_id()) for c, i in zip(cuts, chosen)]",
+        "parts = gathering.scatter(cuts, [results[i] for i in chosen])",
+        "parts = [c.own(results[i], gathering.replica_id()) for c, i in zip(cuts, chosen)]",
         f"{EQUIVALENCE} -k mirrored-2-rows_961-zero3",
     ),
     "what is no mean is not seen": Mutant(

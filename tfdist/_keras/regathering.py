@@ -107,22 +107,22 @@ class LayerWeights:
         Args:
             gradients: Those of the whole weights.
         """
-        reduced, batch = list(gradients), current_batch()
+        results, batch = list(gradients), current_batch()
         if batch is None or not batch.is_weighed:
-            return reduced
+            return results
         chosen = [
             i
-            for i, (gradient, variable) in enumerate(zip(reduced, self.variables, strict=True))
+            for i, (gradient, variable) in enumerate(zip(results, self.variables, strict=True))
             if isinstance(gradient, tf.Tensor)
             and self.backings[i].gathering.takes_parts(variable)
         ]
         if chosen:
             cuts = [self.backings[i].cut for i in chosen]
             gathering = self.backings[0].gathering
-            parts = gathering.scatter(cuts, [reduced[i] for i in chosen])
+            parts = gathering.scatter(cuts, [results[i] for i in chosen])
             for i, part in zip(chosen, parts, strict=True):
-                reduced[i] = part
-        return reduced
+                results[i] = part
+        return results
 
 
 def frees_weights(layer: Any) -> bool:

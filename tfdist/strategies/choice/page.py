@@ -135,9 +135,8 @@ def conclusion(recommendation: Recommendation) -> list[str]:
     name = "nothing" if recommendation.best is None else name_of(recommendation.best)
     lines = [f"Recommended: {name}. {recommendation.reason}"]
     if recommendation.second is not None:
-        lines.append(
-            f"Second: {name_of(recommendation.second)}, {milliseconds(recommendation.second.step_s)} a step."
-        )
+        time = milliseconds(recommendation.second.step_s)
+        lines.append(f"Second: {name_of(recommendation.second)}, {time} a step.")
     lines += [f"- {line}" for line in recommendation.advice]
     return lines + ([f"Run: {recommendation.command}"] if recommendation.command else [])
 
