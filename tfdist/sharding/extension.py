@@ -145,7 +145,7 @@ def _check_strategy(strategy: Strategy, zero: Zero | ModelParallel) -> None:
         why = "whose optimizer state is on servers already"
     elif strategy.elastic:
         why = "whose processes may leave with their parts"
-    elif strategy.name == "tpu":
+    elif not strategy.exchanges_parts:
         why = "which has no collectives of its kind"
     elif not strategy.sums_exactly or strategy.predivide != 1.0:
         why = "which does not sum gradients as they are"

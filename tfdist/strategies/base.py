@@ -64,6 +64,7 @@ class Strategy(Collectives):
         sums_gradients: Whether `reduce_step` is linear in the gradients.
         compression: The compression of gradients that applies if `fit` gets none.
         predivide: The divisor of gradients in half precision before they are summed.
+        exchanges_parts: Whether each replica can get its part of a sum, as in `sum_of_part`.
         strategy: The `tf.distribute.Strategy` that does the work, if there is one.
         compiles: Whether XLA may compile the step of a single replica.
     """
@@ -81,6 +82,7 @@ class Strategy(Collectives):
     sums_gradients: bool = True
     compression: str | None = None
     predivide: float = 1.0
+    exchanges_parts: bool = True
     strategy: Any = None
     compiles: bool = True
 

@@ -104,3 +104,12 @@ def swaps_weights(callback: Any) -> bool:
         callback: The callback.
     """
     return isinstance(callback, keras.callbacks.SwapEMAWeights)
+
+
+def is_history(callback: Any) -> bool:
+    """Tells whether a callback is a `History`, which `fit` returns.
+
+    Args:
+        callback: Any object, also one that is no callback.
+    """
+    return isinstance(callback, keras.callbacks.History)
