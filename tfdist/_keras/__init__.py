@@ -55,6 +55,7 @@ from tfdist._keras.clients import (
 from tfdist._keras.deferred import Deferred, deferred, deferring
 from tfdist._keras.discovery import StepTrace, keeping_random_state, random_ops, rows_of
 from tfdist._keras.groups import GroupCollectives
+from tfdist._keras.interception import replaced
 from tfdist._keras.keyed import RowKeys, row_numbers
 from tfdist._keras.layers import sublayers
 from tfdist._keras.loop import (
@@ -91,7 +92,7 @@ from tfdist._keras.piped_units import PipedStage
 from tfdist._keras.piped_updates import set_updated_in_place
 from tfdist._keras.probe import metric_that_is_no_sum, what_is_no_mean
 from tfdist._keras.recomputation import recomputed_calls, regathered, set_recomputed
-from tfdist._keras.replica import ReplicaBatch, on_replica, replaced, seeding
+from tfdist._keras.replica import ReplicaBatch, on_replica, seeding
 from tfdist._keras.replicated import alone, replicated
 from tfdist._keras.runtime import (
     EagerTensor,

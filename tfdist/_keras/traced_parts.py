@@ -14,7 +14,8 @@ import tensorflow as tf
 from tensorflow.python.framework import auto_control_deps_utils as _dependencies
 
 from tfdist._keras.discovery import RANDOM_OPS
-from tfdist._keras.replica import Tensor, noting_reads
+from tfdist._keras.reads import noting_reads
+from tfdist._keras.replica import Tensor
 from tfdist._keras.variables import backing_variable, local_copies
 
 PYTHON_OPS = frozenset({"EagerPyFunc", "PyFunc", "PyFuncStateless"})
@@ -57,12 +58,14 @@ class TracedPart:
             return next((v for v in variables if id(v) in self.reads), None)
         owners = {id(handle): v for v in variables for handle in _handles(v)}
         outer = self._captured()
-        found = [t for t in _leaves(tensors) if getattr(t, "graph", None) is self._graph]
+        tensors_of_graph = [
+            t for t in _leaves(tensors) if getattr(t, "graph", None) is self._graph
+        ]
         for op, index in _writes(self._ops):
             if id(outer.get(op.inputs[index].name)) not in owners:
-                found += _written_from(op, index)
+                tensors_of_graph += _written_from(op, index)
         inside = {op.name for op in self._ops}
-        for name in _reached(found, inside):
+        for name in _reached(tensors_of_graph, inside):
             if id(outer.get(name)) in owners:
                 return owners[id(outer[name])]
         return None

@@ -22,8 +22,8 @@ from tfdist.federated.settings import FedAvg
 from tfdist.federated.source import Rounds
 from tfdist.federated.state import SEEDS_OF_ROUND, LocalState, state_of
 from tfdist.federated.sums import NOT_CANCELLED, RoundSums, Sums
+from tfdist.step.agreement import StepAgreement
 from tfdist.step.exchange import Exchange
-from tfdist.step.reduction import StepAgreement
 from tfdist.step.signals import Signals, signals_of
 from tfdist.step.state import AnyRole, Role
 from tfdist.strategies.base import Strategy

@@ -41,6 +41,7 @@ class Pipeline(Strategy):
     """
 
     name = "pipeline"
+    has_stages = True
     compiles = False
 
     def __init__(self, stages: int = 2, microbatches: int = 8, recompute: bool = True) -> None:
