@@ -114,9 +114,13 @@ def test_larger_than_memory_trains_on_two_workers_only(workers, monkeypatch):
 
 
 @pytest.mark.full  # it sets the devices of its process
-def test_pipeline_ends_with_the_weights_of_one_device():
-    facts = facts_of(launched([sys.executable, str(EXAMPLES / "pipeline.py")]))
-    assert float(facts["largest difference from one device"]) < 1e-5
+@pytest.mark.parametrize("is_alone", [True, False], ids=["one process", "servers"])
+def test_pipeline_ends_with_the_weights_of_plain_keras(is_alone):
+    script = EXAMPLES / "pipeline.py"
+    on_servers = tfdist_run(1, script, options=["--ps", "1"])
+    printed = launched([sys.executable, str(script)] if is_alone else on_servers)
+    assert float(facts_of(printed)["largest difference from plain Keras"]) < 1e-5
+    assert ("ps 0, CPU:0:" in printed) == (not is_alone)
 
 
 @pytest.mark.full  # it sets the devices of its process

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import keras
+import tensorflow as tf
 
 from tfdist import _keras
 from tfdist.errors import ArgumentError
@@ -196,8 +197,12 @@ def _short(device: str) -> str:
     Example:
         >>> _short("/job:localhost/replica:0/task:0/device:CPU:1")
         'CPU:1'
+        >>> _short("/job:worker/replica:0/task:2/device:GPU:0")
+        'worker 2, GPU:0'
     """
-    return device.rpartition("device:")[2]
+    parsed = tf.DeviceSpec.from_string(device)
+    unit = f"{parsed.device_type}:{parsed.device_index}"
+    return unit if parsed.job == "localhost" else f"{parsed.job} {parsed.task}, {unit}"
 
 
 def _range(layers: Sequence[str]) -> str:
