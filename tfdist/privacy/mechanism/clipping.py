@@ -33,6 +33,7 @@ from tfdist.privacy.mechanism.folding import Foldings, foldings, found_without_b
 from tfdist.privacy.mechanism.one_by_one import computed_again
 from tfdist.privacy.mechanism.parts import GradientPart, Written
 from tfdist.privacy.mechanism.rounding import gamma
+from tfdist.privacy.mechanism.row_sums import summed
 from tfdist.privacy.mechanism.tied import found_tied, of_tied, tied
 
 Tensor = Any
@@ -122,7 +123,7 @@ def clipped_sum(
         factors |= {id(part.variable): factor for part in group}
     norms = _norms(tf.add_n(squares), counts)
     votes = tf.where(counts, tf.where(norms <= l2_norm_clip, 0.5, -0.5), 0.0)
-    sums = weighted_sums(model, parts, factors, tf.reduce_all(finite), grouping)
+    (sums,) = weighted_sums(model, parts, [factors], tf.reduce_all(finite), grouping)
     return Clipped(sums, norms, tf.reduce_sum(votes), outputs)
 
 
@@ -163,27 +164,39 @@ def computed_alone(model: Any) -> list[str]:
 def weighted_sums(
     model: Any,
     parts: Sequence[GradientPart],
-    weights: Mapping[int, Tensor],
+    weightings: Sequence[Mapping[int, Tensor]],
     all_finite: Tensor,
     grouping: ClippingGroups = _ALONE,
-) -> list[Tensor]:
+) -> list[list[Tensor]]:
     """Sums gradients over examples, multiplied by the weights of their variable.
 
     Args:
         model: A built `keras.Model`.
         parts: The gradients of all examples, by variable.
-        weights: The weights of the units, by the id of a variable.
-        all_finite: As in `GradientPart.weighted_sum`.
+        weightings: For each wanted sum, the weights of the units, by the id of a variable.
+        all_finite: Scalar bool: whether all squared norms are finite, also those of units with
+            weight 0.
         grouping: As in `clipped_sum`.
+
+    Returns:
+        For each weighting, the sum for each of the model's trainable variables.
     """
-    by_variable = {
-        id(part.variable): part.weighted_sum(weights[id(part.variable)], all_finite, grouping)
+    wanted = [
+        part.weighted_sum(weights[id(part.variable)], grouping)
+        for weights in weightings
         for part in parts
-    }
-    return [
-        by_variable[id(v)] if id(v) in by_variable else tf.zeros(v.shape)
-        for v in model.trainable_variables
     ]
+    values = iter(summed(wanted, all_finite))
+    results = []
+    for _ in weightings:
+        sums = {id(part.variable): next(values) for part in parts}
+        results.append(
+            [
+                sums[id(v)] if id(v) in sums else tf.zeros(v.shape)
+                for v in model.trainable_variables
+            ]
+        )
+    return results
 
 
 def recorded(

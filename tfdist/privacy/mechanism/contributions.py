@@ -52,11 +52,11 @@ def added(
     share = tf.minimum(tf.math.divide_no_nan(norm, tf.sqrt(squares)), 1.0)
     share = tf.where(squares == 0, 1.0, tf.where(tf.math.is_finite(squares), share, 0.0))
 
-    def summed(factors: Tensor) -> list[Tensor]:
-        by_variable = {id(part.variable): factors for part in parts}
-        return clipping.weighted_sums(model, parts, by_variable, finite)
-
-    return Added(summed(weights), squares, summed(weights * share))
+    weightings = [
+        {id(part.variable): factors for part in parts} for factors in (weights, weights * share)
+    ]
+    sums, clipped = clipping.weighted_sums(model, parts, weightings, finite)
+    return Added(sums, squares, clipped)
 
 
 def is_same(

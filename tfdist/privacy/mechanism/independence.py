@@ -106,7 +106,7 @@ def _check_sum(model: Any, x: Any, y: Any, sample_weight: Any, tolerance: float)
     squares = tf.add_n([part.squared_norms() for part in parts])
     scale = float(tf.sqrt(tf.reduce_sum(squares)))
     ones = {id(part.variable): tf.ones(tf.shape(squares)) for part in parts}
-    received = clipping.weighted_sums(model, parts, ones, tf.constant(True))
+    (received,) = clipping.weighted_sums(model, parts, [ones], tf.constant(True))
     for variable, sums, expected in zip(
         model.trainable_variables, received, plain, strict=True
     ):
