@@ -75,6 +75,38 @@ class TestNumbers:
         np.testing.assert_array_equal(some.reshape(2, times, 3), rows[[3, 1]])
         assert len(np.unique(whole)) == whole.size
 
+    def test_an_axis_of_positions_is_not_the_batch(self) -> None:
+        """Not even where it is as long, or a multiple: then a row would decide for others."""
+
+        def shapes(x: Any) -> dict[str, Any]:
+            turned = tf.transpose(x, (1, 0, 2))
+            return {
+                "element": [tf.shape(x)[1], 2],
+                "from the end": [tf.shape(x)[-2], 2],
+                "of Keras": [keras.ops.shape(x)[1], 2],
+                "computed": [tf.cast(tf.shape(x)[1] * 2 + 1, tf.int64) // 2, 2],
+                "stacked": tf.cast(tf.stack([tf.shape(x, tf.int64)[1], 2]), tf.int32),
+                "batch": [tf.shape(x)[0], 2],
+                "folded": tf.shape(tf.reshape(x, (-1, 2))),
+                "both": [tf.shape(x)[1] * tf.shape(x)[0], 2],
+                "not known": [tf.shape(turned)[0], 2],
+            }
+
+        @tf.function(
+            input_signature=[tf.TensorSpec([None], tf.int64), tf.TensorSpec([None, None, 2])]
+        )
+        def draw(rows: Any, x: Any) -> Any:
+            of = RowKeys(rows, SECRET)
+            return {k: keyed.uniform(of, s, SEED, tf.float32) for k, s in shapes(x).items()}
+
+        rows = tf.constant([5, 6, 7, 8], tf.int64)
+        found, other = (draw(rows + add, tf.zeros([4, 4, 2])) for add in (0, 100))
+        same = {name for name in found if np.array_equal(found[name], other[name])}
+        assert same == {"element", "from the end", "of Keras", "computed", "stacked"}
+        # What is not known goes by its size, and a single row shows it: see `independence`.
+        five = (draw(rows + add, tf.zeros([4, 5, 2]))["not known"] for add in (0, 100))
+        np.testing.assert_array_equal(*five)
+
     def test_equal_contents_have_equal_numbers_wherever_they_are(self) -> None:
         x = np.random.default_rng(0).normal(size=(6, 3)).astype("float32")
         zero = tf.constant(0, tf.int64)

@@ -100,6 +100,13 @@ class LocalState:
                 f"remember a client. Received: a step with TensorFlow's {python}. Use "
                 "operations of Keras or TensorFlow."
             )
+        unseen = step.unseen()
+        if protected and unseen is not None:
+            raise ArgumentError(
+                "With `privacy` of FedAvg a local step must neither keep values for others nor "
+                f"bring any in. Received: a step with TensorFlow's operation {unseen}, which "
+                "may do so. Use operations of Keras or TensorFlow without such effects."
+            )
 
     def protected(self, model: Any) -> LocalState:
         """Returns the state of a model whose clients are protected as wholes.

@@ -156,6 +156,7 @@ class _Comparison:
         if among_all is None:
             return  # examples with gradients that are not finite count as 0
         self._compare_alone(self._columns, half, weights, among_all)
+        self._compare_single_row(half[0])
         self._compare_other_draws(weights)
         other_half = np.setdiff1d(np.arange(self._rows), half)
         for amount, factor in ((1.0, _LARGE), (1e-3, 1.0)):
@@ -207,6 +208,16 @@ class _Comparison:
         alone = self._added(rows.selected(columns, order), order, weights[order])
         self._check(alone, among_all, columns, weights, "without others")
         return order
+
+    def _compare_single_row(self, row: Any) -> None:
+        """Compares one row in a batch with that row alone.
+
+        The size of every axis is a multiple of one row. So random numbers along an axis of
+        unknown size that is not the batch show here, whatever the size is.
+        """
+        weights = np.eye(self._rows)[row]
+        among_all = self._added(self._columns, np.arange(self._rows), weights)
+        self._compare_alone(self._columns, np.array([row]), weights, among_all)
 
     def _compare_other_draws(self, weights: Any) -> None:
         """Compares rows in a batch with the same rows alone, for several random numbers."""
