@@ -327,6 +327,18 @@ def test_updates_made_before_are_named() -> None:
     assert "10 updates before" in report.statement()
 
 
+def test_updates_of_a_model_within_a_model_are_named() -> None:
+    """As in transfer learning, or of a teacher: its weights may be of the same data."""
+    teacher = classifier()
+    teacher.fit(*rows(), batch_size=6, verbose=0)
+    teacher.trainable = False
+    inputs = keras.Input((6,))
+    model = keras.Model(inputs, L.Dense(3)(teacher(inputs)))
+    model.compile("sgd", crossentropy())
+    assert private_fit(model).privacy.uncounted_steps == 10
+    assert private_fit(model).privacy.uncounted_steps == 10  # and not once more
+
+
 def test_one_line_at_the_end(capsys: Any) -> None:
     x, y = rows()
     privacy = tfdist.DPSGD(CLIP, noise_multiplier=2.0, delta=1e-3)

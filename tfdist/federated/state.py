@@ -145,6 +145,13 @@ class LocalState:
                 "With `privacy` of FedAvg no layer may count in whole numbers: the sum over "
                 f"clients has no noise. Received: {counts[0]!r}. Leave the layer out."
             )
+        owned = {id(v) for v in (*model.weights, *self.of_optimizers)}
+        held = [v.path for v in self.metrics if id(v) in owned]
+        if held:
+            raise ArgumentError(
+                "With `privacy` of FedAvg no metric may hold a weight of the model or of an "
+                f"optimizer: metrics have no noise. Received: {held[0]!r}. Leave it out."
+            )
         assigned = {id(v) for step in traced_steps(model) for v in step.assigned}
         return replace(self, averaged=tuple(v for v in self.averaged if id(v) in assigned))
 
