@@ -370,24 +370,29 @@ def test_layers_whose_state_would_show_clients_are_refused():
             tfdist.fit(model, X, np.eye(3)[Y], federated=averaging(), **OPTIONS)
 
 
-class HoldsKernel(keras.metrics.Metric):
-    """Its state is a kernel of the model, which it writes without noise."""
+class Counted(keras.layers.Layer):
+    """Has a count, which a metric holds and writes."""
 
+    def build(self, shape: Any) -> None:
+        self.count = self.add_weight(shape=(), initializer="zeros", trainable=False)
+
+    def call(self, x: Any) -> Any:
+        return x
+
+
+class HoldsCount(keras.metrics.Sum):
     def __init__(self, layer: Any) -> None:
         super().__init__(name="held")
-        self.kernel = layer.kernel
+        self.count = layer.count
 
     def update_state(self, y: Any, p: Any, sample_weight: Any = None) -> None:
-        self.kernel.assign_add(keras.ops.sum(y) * keras.ops.ones_like(self.kernel))
-
-    def result(self) -> Any:
-        return keras.ops.sum(self.kernel)
+        self.count.assign_add(keras.ops.sum(y))
 
 
 def test_a_metric_that_holds_a_weight_is_refused() -> None:
-    layer = keras.layers.Dense(3)
-    model = keras.Sequential([keras.Input((6,)), layer])
-    model.compile("sgd", "mse", metrics=[HoldsKernel(layer)])
+    layer = Counted()
+    model = keras.Sequential([keras.Input((6,)), layer, keras.layers.Dense(3)])
+    model.compile("sgd", "mse", metrics=[HoldsCount(layer)])
     with pytest.raises(ArgumentError, match="no metric may hold a weight"):
         tfdist.fit(model, X, np.eye(3)[Y], federated=averaging(), **OPTIONS)
 

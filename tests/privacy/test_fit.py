@@ -452,6 +452,17 @@ class Adds(L.Layer):  # type: ignore[misc]
         return inputs
 
 
+class Turns(L.Layer):  # type: ignore[misc]
+    """Its gradients have imaginary parts, which no norm in float32 would have."""
+
+    def build(self, shape: Any) -> None:
+        self.turn = self.add_weight(shape=(), dtype="complex64", initializer="ones")
+
+    def call(self, inputs: Any) -> Any:
+        turned = self.turn * tf.complex(inputs, 100 * inputs)
+        return tf.math.real(turned) + tf.math.imag(turned)
+
+
 class OwnStep(keras.Sequential):  # type: ignore[misc]
     def train_step(self, data: Any) -> Any:
         return super().train_step(data)
@@ -481,6 +492,7 @@ REFUSED = {
         lambda: classifier(L.Dense(4, activity_regularizer="l2"), L.Dense(3)),
         "must not have an `activity_regularizer`",
     ),
+    "complex": (lambda: classifier(Turns(), L.Dense(3)), "must be real numbers"),
     "own_step": (own_step, "`train_step` of its own"),
     "step_of_the_instance": (step_of_the_instance, "`train_step` of its own"),
     "circle": (lambda: classifier(L.Dense(3), loss=keras.losses.Circle()), "Circle"),

@@ -139,6 +139,13 @@ class LocalState:
                     "called, which noise would not fit. Received: the SpectralNormalization "
                     f"{layer.name!r}. Use a `kernel_constraint`."
                 )
+        for variable in self.trained:
+            if not tf.as_dtype(variable.dtype).is_floating:
+                raise ArgumentError(
+                    "With `privacy` of FedAvg trained weights must be real numbers. Received: "
+                    f"{variable.path!r} of dtype {variable.dtype}. Keep its real and imaginary "
+                    "parts as two weights, or freeze it."
+                )
         counts = [v.path for v in self.counted if not _is_seed(v)]
         if counts:
             raise ArgumentError(

@@ -88,6 +88,13 @@ def check_model(model: Any) -> None:
                 "`activity_regularizer`. Write it as `compute_loss`, which is called for one "
                 "example at a time."
             )
+    for variable in model.trainable_variables:
+        if not tf.as_dtype(variable.dtype).is_floating:
+            raise ArgumentError(
+                "The trained weights of a private model must be real numbers, whose norm is "
+                f"computed in float32. Received: {variable.path!r} of dtype {variable.dtype}. "
+                "Keep its real and imaginary parts as two weights, or freeze it."
+            )
     _check_optimizer(model.optimizer)
     _check_loss(model)
 
