@@ -81,6 +81,12 @@ def check_model(model: Any) -> None:
                 "tfdist.privacy.make_private_model(model), which puts GroupNormalization in "
                 "its place."
             )
+        if getattr(layer, "quantization_mode", None) == "float8" and layer.trainable:
+            raise ArgumentError(
+                "A private model must not keep the largest values it has seen, as training in "
+                f"float8 does. Received: the layer {layer.name!r}, quantized to 'float8'. "
+                "Use the policy 'mixed_bfloat16'."
+            )
         if getattr(layer, "activity_regularizer", None) is not None:
             raise ArgumentError(
                 "A private model must not have an `activity_regularizer`, which is of the "
