@@ -20,7 +20,7 @@ _KEEPING_NOTHING = frozenset(
         *CALLS, *_IFS, *_LOOPS, "Assert", "CheckNumerics", "CheckNumericsV2", "DeviceIndex",
         "IsTensorFloat32Enabled", "Print",
         "StatelessRandomGetAlg", "StatelessRandomGetKeyCounter",
-        "StatelessRandomGetKeyCounterAlg", "TensorArrayV3", "StackV2",
+        "StatelessRandomGetKeyCounterAlg", "TensorArrayV3", "StackV2", "XlaCallModule",
     }
 )  # fmt: skip
 # Sums over replicas, and the recurrent layers of GPUs.

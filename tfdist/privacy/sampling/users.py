@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -81,9 +80,8 @@ class Users:
 
 def _check_types(ids: Any) -> None:
     """Refuses ids of several types: 1, 1.0 and "1" may mean one user, and would be three."""
-    kinds = {
-        int if isinstance(i, Integral) and not isinstance(i, bool) else type(i) for i in ids
-    }
+    numbers = (int, np.integer)  # a bool is also an int, but its name is another
+    kinds = {int if isinstance(i, numbers) and type(i) is not bool else type(i) for i in ids}
     missing = any(issubclass(kind, float | type(None)) for kind in kinds)  # NaN is a float
     if len(kinds) > 1 or missing:
         names = " and ".join(sorted(kind.__name__ for kind in kinds))
