@@ -155,6 +155,20 @@ def test_only_given_tensors_bring_arguments_in() -> None:
             assert "argument 'rows'" in read, name
 
 
+def test_a_table_is_written_only_where_it_gets_values() -> None:
+    values = tf.lookup.KeyValueTensorInitializer(["a", "b"], [1, 2])
+    fixed = tf.lookup.StaticHashTable(values, 0)
+    growing = tf.lookup.experimental.MutableHashTable(tf.string, tf.int32, 0)
+    words = tf.constant(["a", "c"])
+    assert traced(lambda: fixed.lookup(words) + tf.cast(fixed.size(), tf.int32), []) == (
+        None,
+        None,
+    )
+    assert traced(lambda: growing.lookup(words), []) == (None, None)
+    kept = traced(lambda: growing.insert(words, tf.constant([1, 2])), [])[1]
+    assert kept == "resource of LookupTableInsertV2"
+
+
 def unseen_in(compute: Callable[[Any], Any]) -> str | None:
     found = []
 

@@ -23,6 +23,8 @@ _KEEPING_NOTHING = frozenset(
         "StatelessRandomGetKeyCounterAlg", "TensorArrayV3", "StackV2", "XlaCallModule",
     }
 )  # fmt: skip
+# TensorFlow does not know that they only read.
+_READING_TABLES = frozenset({"LookupTableExportV2", "LookupTableFindV2", "LookupTableSizeV2"})
 # Sums over replicas, and the recurrent layers of GPUs.
 _KINDS_KEEPING_NOTHING = ("Collective", "CudnnRNN", "Horovod", "NcclAllReduce")
 # TensorFlow does not call them stateful, but they bring several calls together, or write to
@@ -152,7 +154,7 @@ def writes(ops: Iterable[Any]) -> Iterator[tuple[Any, int]]:
     """Lists ops with the number of an input which is a resource that each writes."""
     for op in ops:
         resources = [i for i, t in enumerate(op.inputs) if t.dtype == tf.resource]
-        if not resources:
+        if not resources or op.type in _READING_TABLES:
             continue
         # TensorFlow knows of each op which of its resources it only reads.
         read_only = set(_dependencies._get_read_only_resource_input_indices_op(op))
