@@ -156,7 +156,8 @@ class _Comparison:
         if among_all is None:
             return  # examples with gradients that are not finite count as 0
         self._compare_alone(self._columns, half, weights, among_all)
-        self._compare_single_row(half[0])
+        # Of the largest gradient, which is rounded least.
+        self._compare_single_row(half[np.argmax(among_all.squares.numpy()[half])])
         self._compare_other_draws(weights)
         other_half = np.setdiff1d(np.arange(self._rows), half)
         for amount, factor in ((1.0, _LARGE), (1e-3, 1.0)):
@@ -210,11 +211,13 @@ class _Comparison:
         return order
 
     def _compare_single_row(self, row: Any) -> None:
-        """Compares one row in a batch with that row alone.
+        """Compares one row in a batch with that row alone, if there may be random numbers.
 
         The size of every axis is a multiple of one row. So random numbers along an axis of
         unknown size that is not the batch show here, whatever the size is.
         """
+        if not keras_layers.seeds(self._model) and not _keras.has_global_seed():
+            return
         weights = np.eye(self._rows)[row]
         among_all = self._added(self._columns, np.arange(self._rows), weights)
         self._compare_alone(self._columns, np.array([row]), weights, among_all)
