@@ -283,7 +283,8 @@ def _trained_parts(model: Any) -> list[Any]:
     """Lists models within a model that have optimizers of their own, such as a teacher."""
     layers = _keras.layers_of(model)
     parts = [layer for layer in layers if isinstance(layer, keras.Model) and layer is not model]
-    return [part for part in parts if part.optimizer is not getattr(model, "optimizer", None)]
+    own = getattr(model, "optimizer", None)  # a model that is not compiled has none
+    return [part for part in parts if getattr(part, "optimizer", None) is not own]
 
 
 def _iterations(model: Any) -> int:
