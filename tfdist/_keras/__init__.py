@@ -126,7 +126,7 @@ from tfdist._keras.sharded_weights import (
 from tfdist._keras.slices import has_fixed_rows, has_unique_rows, once_each
 from tfdist._keras.snapshots import Snapshot, slots_of
 from tfdist._keras.step_graph import StepGraph, batch_specs, step_graph
-from tfdist._keras.traced_parts import TracedPart, tracing_part
+from tfdist._keras.traced_parts import TracedPart, named, tracing_part
 from tfdist._keras.traces import keeping_variable_scope, map_fn
 from tfdist._keras.unfilled import built_unfilled, fill, note_filled, unfilled_value
 from tfdist._keras.variables import (
@@ -216,6 +216,7 @@ __all__ = [
     "metric_that_is_no_sum",
     "metric_variables",
     "metrics_of",
+    "named",
     "note_filled",
     "note_metrics",
     "num_bytes",

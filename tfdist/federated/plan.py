@@ -97,7 +97,8 @@ class RoundPlan:
     Attributes:
         clients: The clients.
         batch_size: Rows of a local step.
-        full_batch: Rows of each local step, if all have the same number, else None.
+        full_batch: Rows of each local step, if all have the same number and no client is
+            protected, else None.
         slots_per_replica: The most clients whose optimizers one replica keeps.
         num_slots: Number of all slots that may be used.
         longest: The most local steps that any client makes in a round.
@@ -122,7 +123,8 @@ class RoundPlan:
         passes = [int(n) and sampler.steps_per_epoch(int(n), batch_size) for n in clients.sizes]
         self._steps = np.array([settings.steps_of(steps) for steps in passes], np.int64)
         self.longest = int(self._steps.max())
-        is_full = not (clients.sizes % batch_size).any()
+        # A static size would tell a protected client how many rows the others have.
+        is_full = settings.privacy is None and not (clients.sizes % batch_size).any()
         self.full_batch = batch_size if is_full else None
         self._homes, self._slots = self._keep()
         self.slots_per_replica = int(self._slots.max()) + 1

@@ -328,12 +328,12 @@ class FederatedRound:
             self._server.apply(deltas, list(self._state.trained))
         if self._protection is None:
             return
-        variable = part.dependence((), self._state.metrics)
-        if variable is not None:
+        read = part.read_besides(deltas, (), self._state.metrics)
+        if read is not None:
             raise ArgumentError(
                 "With `privacy` of FedAvg the server's optimizer must depend on clients by "
                 "their noisy sum alone, and read no loss or metric. Received: "
-                f"{variable.path!r}, which is read. Leave it out."
+                f"{read}, which is read. Leave it out."
             )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import tensorflow as tf
@@ -31,9 +31,8 @@ from tfdist.privacy.mechanism.closed_forms import (
 from tfdist.privacy.mechanism.example_losses import is_mean, summed_loss
 from tfdist.privacy.mechanism.folding import Foldings, foldings, found_without_batch
 from tfdist.privacy.mechanism.one_by_one import computed_again
-from tfdist.privacy.mechanism.parts import GradientPart, Written
+from tfdist.privacy.mechanism.parts import GradientPart, Written, weighted_sums
 from tfdist.privacy.mechanism.rounding import gamma
-from tfdist.privacy.mechanism.row_sums import summed
 from tfdist.privacy.mechanism.tied import found_tied, of_tied, tied
 
 Tensor = Any
@@ -159,44 +158,6 @@ def computed_alone(model: Any) -> list[str]:
     names += [f"{path}, used outside its layer" for path in found_tied(model)]
     names += [f"{name}, called without the batch" for name in found_without_batch(model)]
     return names if is_mean(model, None, []) else [*names, "the loss"]
-
-
-def weighted_sums(
-    model: Any,
-    parts: Sequence[GradientPart],
-    weightings: Sequence[Mapping[int, Tensor]],
-    all_finite: Tensor,
-    grouping: ClippingGroups = _ALONE,
-) -> list[list[Tensor]]:
-    """Sums gradients over examples, multiplied by the weights of their variable.
-
-    Args:
-        model: A built `keras.Model`.
-        parts: The gradients of all examples, by variable.
-        weightings: For each wanted sum, the weights of the units, by the id of a variable.
-        all_finite: Scalar bool: whether all squared norms are finite, also those of units with
-            weight 0.
-        grouping: As in `clipped_sum`.
-
-    Returns:
-        For each weighting, the sum for each of the model's trainable variables.
-    """
-    wanted = [
-        part.weighted_sum(weights[id(part.variable)], grouping)
-        for weights in weightings
-        for part in parts
-    ]
-    values = iter(summed(wanted, all_finite))
-    results = []
-    for _ in weightings:
-        sums = {id(part.variable): next(values) for part in parts}
-        results.append(
-            [
-                sums[id(v)] if id(v) in sums else tf.zeros(v.shape)
-                for v in model.trainable_variables
-            ]
-        )
-    return results
 
 
 def recorded(

@@ -12,6 +12,7 @@ from tfdist import _keras
 from tfdist._keras import ReplicaBatch, RowKeys
 from tfdist.errors import ArgumentError
 from tfdist.privacy.mechanism import clipping
+from tfdist.privacy.mechanism.parts import weighted_sums
 
 Tensor = Any
 _ABSOLUTE = 1e-6  # rounding of gradients of almost 0, as of a saturated loss
@@ -55,7 +56,7 @@ def added(
     weightings = [
         {id(part.variable): factors for part in parts} for factors in (weights, weights * share)
     ]
-    sums, clipped = clipping.weighted_sums(model, parts, weightings, finite)
+    sums, clipped = weighted_sums(model, parts, weightings, finite)
     return Added(sums, squares, clipped)
 
 

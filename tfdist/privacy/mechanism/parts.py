@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -21,7 +21,7 @@ from tfdist.privacy.mechanism.gram_matrices import (
     squared_norms_of_products,
 )
 from tfdist.privacy.mechanism.rounding import UNDERFLOW, factor_unit, gamma, sums_of_squares
-from tfdist.privacy.mechanism.row_sums import RowSum
+from tfdist.privacy.mechanism.row_sums import RowSum, summed
 
 Tensor = Any
 _ALONE = Alone()
@@ -254,6 +254,44 @@ class Lookup(GradientPart):
         """Turns an example's rows into positions; see `GradientPart`."""
         rows, outputs = _unfolded(self._rows, count), _unfolded(self._outputs, count)
         return Lookup(self.variable, rows, outputs)
+
+
+def weighted_sums(
+    model: Any,
+    parts: Sequence[GradientPart],
+    weightings: Sequence[Mapping[int, Tensor]],
+    all_finite: Tensor,
+    grouping: ClippingGroups = _ALONE,
+) -> list[list[Tensor]]:
+    """Sums gradients over examples, multiplied by the weights of their variable.
+
+    Args:
+        model: A built `keras.Model`.
+        parts: The gradients of all examples, by variable.
+        weightings: For each wanted sum, the weights of the units, by the id of a variable.
+        all_finite: Scalar bool: whether all squared norms are finite, also those of units with
+            weight 0.
+        grouping: As in `clipped_sum`.
+
+    Returns:
+        For each weighting, the sum for each of the model's trainable variables.
+    """
+    wanted = [
+        part.weighted_sum(weights[id(part.variable)], grouping)
+        for weights in weightings
+        for part in parts
+    ]
+    values = iter(summed(wanted, all_finite))
+    results = []
+    for _ in weightings:
+        sums = {id(part.variable): next(values) for part in parts}
+        results.append(
+            [
+                sums[id(v)] if id(v) in sums else tf.zeros(v.shape)
+                for v in model.trainable_variables
+            ]
+        )
+    return results
 
 
 def _weighted_product(weights: Tensor, inputs: Tensor, outputs: Tensor) -> Tensor:
