@@ -145,6 +145,7 @@ def test_rounds_subtract_noise_of_rounds_before() -> None:
     assert report.ledger.steps == 6
 
 
+@pytest.mark.full
 def test_a_stopped_training_goes_on_with_its_noise_and_turns(tmp_path: Any) -> None:
     def trained(*callbacks: Any, noise: int | None = 7, **options: Any) -> Any:
         model = model_of(keras.optimizers.SGD(0.1))

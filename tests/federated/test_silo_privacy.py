@@ -25,6 +25,7 @@ from tfdist.errors import ArgumentError
 from tfdist.federated import clients as of
 from tfdist.federated.plan import RoundPlan
 from tfdist.privacy import Ledger, Phase
+from tfdist.privacy.audit_scores.tradeoffs import curve_of_ledger
 from tfdist.privacy.sampling.poisson import Poisson
 
 SIZES = (40, 7, 70, 1)
@@ -118,6 +119,14 @@ def test_many_clients_cost_the_time_of_few():
     assert [one.parts for one in ledger.dearest()] == [(699,)]
 
 
+@pytest.mark.quick
+def test_an_audit_tests_the_claim_for_the_worst_client():
+    both = of_silos((0.1, 1.0, 5), (0.3, 1.0, 5))
+    y = np.linspace(0.0, 1.0, 11)
+    expected = curve_of_ledger(both.of_part(1))(y)
+    np.testing.assert_array_equal(curve_of_ledger(both)(y), expected)
+
+
 # --- training ---------------------------------------------------------------------------------
 
 
@@ -205,6 +214,7 @@ def test_steps_are_counted_for_each_client():
         tfdist.fit(model, X, Y, verbose=0, federated=averaging(clients=IDS[::-1]))
 
 
+@pytest.mark.full
 def test_a_stopped_training_goes_on_and_counts_the_steps_of_all_clients(tmp_path):
     """With a known seed bit by bit; with secret ones, steps that were lost count too."""
 
@@ -233,6 +243,7 @@ def test_a_stopped_training_goes_on_and_counts_the_steps_of_all_clients(tmp_path
     assert report.secret
 
 
+@pytest.mark.full
 def test_a_budget_ends_training_before_any_client_exceeds_it():
     model = model_of(keras.optimizers.SGD(0.1))
     budget = tfdist.PrivacyBudget(4.0)
@@ -255,6 +266,7 @@ class Mixes(keras.layers.Layer):
         return x - tf.where(tf.abs(self.moved) > 0.01, mean, 0.0) + self.moved
 
 
+@pytest.mark.full
 def test_examples_that_mix_later_end_the_training():
     model = keras.Sequential([keras.Input((6,)), Mixes(), keras.layers.Dense(3)])
     model.compile(keras.optimizers.SGD(5.0), "mse")

@@ -49,12 +49,17 @@ def failed(report: CheckReport) -> set[str]:
     return {fact.name for fact in report.failures}
 
 
-def test_a_sound_mechanism_passes() -> None:
-    report = measured(("draws", "contributions", "noise"))
+@pytest.mark.parametrize("parts", [
+    ("noise",),
+    pytest.param(("draws", "contributions", "noise"), marks=pytest.mark.full),
+])  # fmt: skip
+def test_a_sound_mechanism_passes(parts: tuple[str, ...]) -> None:
+    report = measured(parts)
     assert report.passed, str(report)
-    assert report["contributions"].measured == pytest.approx(1.0, abs=1e-3)  # it was reached
     assert report["noise: standard deviation"].measured == pytest.approx(1.0, abs=0.05)
-    assert len(report.facts) > 15
+    if len(parts) > 1:
+        assert report["contributions"].measured == pytest.approx(1.0, abs=1e-3)  # reached
+        assert len(report.facts) > 15
 
 
 DEVIATION = "noise: standard deviation over the right one"

@@ -111,7 +111,8 @@ class SiloStep(PrivateStep):
         return self.noise.normal(count, tf.cast(self._client, tf.int32), step)
 
 
-def _plus(first: Tensor | None, second: Tensor | None) -> Tensor | None:
-    if first is None or second is None:
-        return second if first is None else first
-    return first + tf.cast(second, first.dtype)
+def _plus(penalty: Tensor | None, pull: Tensor | None) -> Tensor | None:
+    if pull is None:
+        return penalty
+    pull = tf.cast(pull, tf.float32)  # as penalties and clipped sums are
+    return pull if penalty is None else penalty + pull
