@@ -62,8 +62,8 @@ class SiloRun(CountedRun[DPSGD]):
         privacy = federated.privacy
         assert isinstance(privacy, DPSGD)  # `api` has looked
         _check_settings(privacy)
-        _check_sampler(request)
         check_request(request)
+        _check_sampler(request)
         super().__init__(privacy, request)
         unfit_layers.check_model(request.model)
         assert federated.local_steps is not None  # `FedAvg` has checked it
