@@ -270,9 +270,9 @@ class Mixes(keras.layers.Layer):
 def test_examples_that_mix_later_end_the_training():
     model = keras.Sequential([keras.Input((6,)), Mixes(), keras.layers.Dense(3)])
     model.compile(keras.optimizers.SGD(5.0), "mse")
-    federated, x = averaging(l2_norm_clip=1.0), X.astype("float32")
+    federated, x = averaging(l2_norm_clip=1.0, local_steps=16), X.astype("float32")
     with pytest.raises(ArgumentError, match="mix the examples"):
-        tfdist.fit(model, x, np.eye(3)[Y], epochs=3, federated=federated, **OPTIONS)
+        tfdist.fit(model, x, np.eye(3)[Y], epochs=2, federated=federated, **OPTIONS)
 
 
 SILO = tfdist.DPSGD(1.0, noise_multiplier=1.0, delta=1e-3)
