@@ -82,7 +82,7 @@ class ClientCheck:
         count, privacy = _DRAWN, self.privacy
         norm = privacy.l2_norm_clip
         private = dataclasses.replace(
-            _without_noise(privacy), max_examples=None, target_quantile=None
+            privacy, noise_multiplier=0.0, max_examples=None, target_quantile=None
         )
         federated = self._averaging(np.arange(count), private, weighting="uniform")
         number = keras.Input((), dtype="int32", name="tfdist_number")
