@@ -312,6 +312,18 @@ MUTANTS = {
         "part",
         "tests/federated/test_client_privacy.py -k contributes",
     ),
+    "clients that protect their examples have the noise of one": Mutant(
+        "privacy/mechanism/silo_step.py",
+        "tf.cast(self._client, tf.int32)",
+        "tf.cast(0 * self._client, tf.int32)",
+        "tests/federated/test_silo_privacy.py -k each_client_adds",
+    ),
+    "epsilon is that of the client with the most examples": Mutant(
+        "privacy/accounting/parts.py",
+        "one.sampling_probability <= other.sampling_probability",
+        "one.sampling_probability >= other.sampling_probability",
+        "tests/federated/test_silo_privacy.py -k largest",
+    ),
     "the sum over clients is divided by their number": Mutant(
         "privacy/mechanism/client_updates.py",
         "self._expected = sampling_probability * num_clients",

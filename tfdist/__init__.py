@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from tfdist.federated.settings import DiLoCo, FedAvg
     from tfdist.privacy.budget import PrivacyBudget
     from tfdist.privacy.client_dp import ClientDP
+    from tfdist.privacy.client_dpftrl import ClientDPFTRL
     from tfdist.privacy.dpftrl import DPFTRL
     from tfdist.privacy.settings import DPSGD
     from tfdist.resume.checkpoint import Checkpoint
@@ -42,6 +43,7 @@ __all__ = [
     "ByClass",
     "Checkpoint",
     "ClientDP",
+    "ClientDPFTRL",
     "DiLoCo",
     "FedAvg",
     "Horovod",
@@ -83,6 +85,7 @@ _HOMES = {
     "ByClass": "tfdist.data",
     "Checkpoint": "tfdist.resume.checkpoint.settings",
     "ClientDP": "tfdist.privacy.client_dp",
+    "ClientDPFTRL": "tfdist.privacy.client_dpftrl",
     "DPFTRL": "tfdist.privacy.dpftrl",
     "DPSGD": "tfdist.privacy.settings",
     "DiLoCo": "tfdist.federated.settings",

@@ -10,11 +10,13 @@ from tfdist import data
 from tfdist.compression.extension import CompressedTraining
 from tfdist.compression.settings import PowerSGD
 from tfdist.federated.extension import FederatedTraining
-from tfdist.federated.settings import FedAvg
+from tfdist.federated.protection import ExampleProtection
+from tfdist.federated.settings import FedAvg, check
 from tfdist.privacy import model_history
 from tfdist.privacy.client_extension import ClientPrivacy
 from tfdist.privacy.extension import PrivateTraining
 from tfdist.privacy.settings import DPSGD
+from tfdist.privacy.silo_extension import SiloPrivacy
 from tfdist.resume import elastic
 from tfdist.resume.checkpoint import Checkpoint, CheckpointRun
 from tfdist.samplers import Sampler
@@ -180,15 +182,16 @@ def _train(
     extensions: list[Extension] = [Verification(verify_every)]
     if privacy is not None:
         extensions.append(PrivateTraining(privacy))
-    of_clients: ClientPrivacy | None = None
+    protecting: ClientPrivacy | SiloPrivacy | None = None
     if getattr(federated, "privacy", None) is not None:
-        of_clients = ClientPrivacy(federated)
-        extensions.append(of_clients)
+        protects_examples = isinstance(check(federated).privacy, ExampleProtection)
+        protecting = (SiloPrivacy if protects_examples else ClientPrivacy)(federated)
+        extensions.append(protecting)
     if compression is None:
         compression = session.strategy.compression
     extensions.append(CompressedTraining(compression))
     if federated is not None:
-        extensions.append(FederatedTraining(federated, of_clients))
+        extensions.append(FederatedTraining(federated, protecting))
     if session.zero is not None:
         extensions.append(ShardedOptimizer(session.zero, compression))
     if session.strategy.has_stages:

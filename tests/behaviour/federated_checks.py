@@ -19,7 +19,14 @@ from tests.behaviour.checks import (
     same_everywhere,
 )
 from tests.behaviour.registry import HOROVOD, MIRRORED, MULTI_WORKER, check
-from tests.federated.reference import federated_averaging, in_float64, model_of, rows_of
+from tests.federated.reference import (
+    clipped_by_example,
+    federated_averaging,
+    in_float64,
+    model_of,
+    rows_drawn,
+    rows_of,
+)
 from tfdist.federated import clients as of
 from tfdist.federated import masks
 from tfdist.strategies.base import Place
@@ -269,3 +276,50 @@ def noise_on_the_sum_over_clients_is_added_once(folder: Path) -> None:
     assert moved.std() == pytest.approx(1.0, rel=0.02)
     assert report.secret
     assert report.ledger.steps == 1
+
+
+@check(MIRRORED, full=(MULTI_WORKER, HOROVOD))
+def examples_are_protected_by_each_client(folder: Path) -> None:
+    """Without noise as in a loop; with noise, each client adds all of it, on any replica."""
+    privacy = tfdist.DPSGD(0.2, noise_multiplier=0.0, delta=1e-3)
+    averaging = tfdist.FedAvg(local_steps=2, clients=IDS, proximal=0.5, privacy=privacy)
+    with in_float64():
+        ours, theirs = (model_of(keras.optimizers.SGD(0.3)) for _ in range(2))
+        tfdist.fit(ours, X, Y, epochs=2, federated=averaging, **OPTIONS)
+        clipped_by_example(
+            theirs, PARTS, 2, drawn=rows_drawn(averaging, IDS, SIZES, 5), clip=0.2,
+            batch_size=16, proximal=0.5,
+        )  # fmt: skip
+        assert_weights_close(ours, theirs, 5e-6)
+    model = keras.Sequential([keras.Input((6,)), keras.layers.Dense(5000, use_bias=False)])
+    model.compile(keras.optimizers.SGD(1.0), "mse")
+    before = model.get_weights()[0]
+    noisy = tfdist.DPSGD(0.7, noise_multiplier=1.5, delta=1e-3)
+    averaging = tfdist.FedAvg(local_steps=2, clients=IDS, weighting="uniform", privacy=noisy)
+    x, y = np.zeros((len(X), 6)), np.zeros((len(X), 5000))
+    report = tfdist.fit(model, x, y, batch_size=4, verbose=0, federated=averaging).privacy
+    same_everywhere(model)
+    moved = (model.get_weights()[0] - before) / (1.5 * 0.7 / 4 * (2 / 6) ** 0.5)
+    assert moved.std() == pytest.approx(1.0, rel=0.02)
+    assert report.secret
+    assert [(p.part, p.steps) for p in report.ledger.phases] == [(n, 2) for n in range(6)]
+
+
+@check(full=(MULTI_WORKER, HOROVOD))
+def workers_draw_noise_that_others_do_not_know(folder: Path) -> None:
+    """The mean of two workers has noise of both, each with a stream of its own."""
+    model = keras.Sequential([keras.Input((6,)), keras.layers.Dense(5000, use_bias=False)])
+    model.compile(keras.optimizers.SGD(1.0), "mse")
+    before = model.get_weights()[0]
+    noisy = tfdist.DPSGD(0.7, noise_multiplier=1.5, delta=1e-3)
+    x = np.zeros((10, 6))
+    report = tfdist.fit(
+        model, x, np.zeros((10, 5000)), batch_size=4, epochs=1, verbose=0, shard="local",
+        federated=tfdist.FedAvg(local_steps=2, privacy=noisy),
+    ).privacy  # fmt: skip
+    same_everywhere(model)
+    workers = place().num_workers
+    moved = (model.get_weights()[0] - before) / (1.5 * 0.7 / 4 * (2 / workers) ** 0.5)
+    assert moved.std() == pytest.approx(1.0, rel=0.02)
+    assert report.secret
+    assert report.ledger.parts == tuple(range(workers))

@@ -10,6 +10,12 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from tests.strategies.devices import Devices
+from tfdist.federated import clients as of
+from tfdist.federated.plan import RoundPlan
+from tfdist.privacy.sampling.poisson import Poisson
+from tfdist.strategies.base import Place
+
 SEEDS_APART = 1_000_003
 
 
@@ -49,11 +55,13 @@ def federated_averaging(
     clip: tuple[float, float] | None = None,
     quantile: tuple[float, float] | None = None,
     norms: list[float] | None = None,
+    cap: int | None = None,
 ) -> list[float]:
     """Trains a compiled model in place; gives the mean loss of each round.
 
     With `clip`, a norm and a divisor, updates are clipped, added up and divided. With
     `quantile` and a learning rate, the norm follows that quantile; `norms` gets all of them.
+    With `cap`, a client of n rows then has the weight min(n, cap) / cap.
     """
     weights, losses = model.trainable_variables, []
     statistics = [v for v in model.non_trainable_variables if "seed" not in v.name]
@@ -92,6 +100,7 @@ def federated_averaging(
             if clip is not None:
                 norm = np.sqrt(sum(float((u**2).sum()) for u in update))
                 scale = min(1.0, clip[0] / norm) / clip[1]
+                scale *= 1.0 if cap is None else min(len(x), cap) / cap
                 within += 1 if norm <= clip[0] else -1
             delta = [d + scale * u for d, u in zip(delta, update, strict=True)]
             average = [a + part * v.numpy() for a, v in zip(average, statistics, strict=True)]
@@ -110,6 +119,56 @@ def federated_averaging(
             fraction = within / 2 / clip[1] + 0.5
             clip = clip[0] * np.exp(-quantile[1] * (fraction - quantile[0])), clip[1]
     return losses
+
+
+def rows_drawn(federated: Any, ids: Any, sizes: Sequence[int], seed: int) -> Any:
+    """The rows of a client's local steps in a round, if it draws them by independent coins."""
+    place = Place()
+    clients = of.of_ids(ids, len(ids), Devices(1), is_local=False)
+    sampler = Poisson(capacity=len(ids))
+    plan = RoundPlan(federated, clients, place, sampler, 16, seed, seed)
+    first, steps = np.cumsum((0, *sizes)), federated.local_steps
+
+    def drawn(number: int, client: int) -> list[Any]:
+        return [rows - first[client] for rows in plan._batches(client, steps * number, steps)]
+
+    return drawn
+
+
+def clipped_by_example(
+    model: Any,
+    parts: Sequence[tuple[Any, Any]],
+    rounds: int,
+    *,
+    drawn: Callable[[int, int], list[Any]],
+    clip: float,
+    batch_size: int,
+    proximal: float,
+    rate: float = 0.3,
+) -> None:
+    """Averages clients that make steps of SGD with gradients clipped one by one, no noise."""
+    weights = model.trainable_variables
+    rows_in_all = sum(len(x) for x, _ in parts)
+    for number in range(rounds):
+        start = [v.numpy() for v in weights]
+        total = [np.zeros_like(v) for v in start]
+        for client, (x, y) in enumerate(parts):
+            assign(weights, start)
+            for rows in drawn(number, client):
+                gradients = [np.zeros_like(v) for v in start]
+                for row in rows:
+                    with tf.GradientTape() as tape:
+                        loss = model.loss(y[row : row + 1], model(x[row : row + 1]))
+                    each = [g.numpy() for g in tape.gradient(loss, weights)]
+                    norm = np.sqrt(sum(float((g**2).sum()) for g in each))
+                    scale = min(1.0, clip / norm)
+                    gradients = [g + scale * e for g, e in zip(gradients, each, strict=True)]
+                for variable, g, w in zip(weights, gradients, start, strict=True):
+                    pull = proximal * (variable.numpy() - w)
+                    variable.assign_sub(rate * (g / batch_size + pull))
+            part = len(x) / rows_in_all
+            total = [t + part * v.numpy() for t, v in zip(total, weights, strict=True)]
+        assign(weights, total)
 
 
 def local_step(

@@ -34,7 +34,7 @@ def adam() -> Any:
 def averaging(**settings: Any) -> Any:
     """Two local steps of all clients, which are protected."""
     given = {"l2_norm_clip": 0.2, "noise_multiplier": 1.0, "delta": 1e-2}
-    own = ("clients", "server_optimizer", "local_steps")
+    own = ("clients", "server_optimizer", "local_steps", "weighting")
     rest = {name: settings.pop(name) for name in own if name in settings}
     privacy = tfdist.ClientDP(**{**given, **settings})
     options = {"clients": IDS, "local_steps": 2, "weighting": "uniform", "privacy": privacy}
@@ -63,6 +63,21 @@ def test_without_noise_it_is_a_loop_that_clips():
         np.testing.assert_allclose(a, b, atol=2e-6)  # norms are rounded up by 1e-6
     np.testing.assert_allclose(history.history["loss"], losses, rtol=1e-5)
     assert math.isinf(history.privacy.epsilon)
+
+
+def test_clients_weigh_by_their_rows_up_to_a_cap():
+    """The divisor stays that of equal weights: it must not show how many rows clients have."""
+    federated = averaging(noise_multiplier=0.0, max_examples=30, weighting="examples")
+    assert plan_of(federated).round(0).weights.tolist() == [1, 7 / 30, 1, 1 / 30, 1, 20 / 30]
+    with in_float64():
+        ours, theirs = (model_of(keras.optimizers.SGD(0.3)) for _ in range(2))
+        tfdist.fit(ours, X, Y, epochs=3, federated=federated, **OPTIONS)
+        federated_averaging(
+            theirs, PARTS, 3, optimizer=lambda: keras.optimizers.SGD(0.3), batch_size=16,
+            local_steps=2, clip=(0.2, 6), cap=30,
+        )  # fmt: skip
+    for a, b in zip(ours.get_weights(), theirs.get_weights(), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-6)  # norms are rounded up by 1e-6
 
 
 def test_an_adaptive_norm_follows_a_quantile_as_in_a_loop():
@@ -286,6 +301,7 @@ def test_epsilon_of_rounds(clients, probability, rounds, delta, expected):
 
 
 DP = tfdist.ClientDP(1.0, noise_multiplier=1.0, delta=1e-3)
+CAPPED = tfdist.ClientDP(1.0, noise_multiplier=1.0, delta=1e-3, max_examples=10)
 
 
 @pytest.mark.quick
@@ -296,7 +312,8 @@ DP = tfdist.ClientDP(1.0, noise_multiplier=1.0, delta=1e-3)
         ({"weighting": "examples"}, "weighting='examples'"),
         ({"keep_optimizer": True}, "keep_optimizer=True"),
         ({"local_steps": None}, "local_steps=None"),
-        ({"privacy": tfdist.DPSGD(1.0, noise_multiplier=1.0, delta=1e-3)}, "ClientDP"),
+        ({"privacy": "ClientDP"}, "tfdist.ClientDP, a tfdist.DPSGD or None"),
+        ({"privacy": CAPPED}, "weighting='uniform'"),
     ],
 )
 def test_settings_that_do_not_protect_clients_are_refused(settings, match):

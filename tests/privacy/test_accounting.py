@@ -251,7 +251,7 @@ class TestLedger:
         phases = (Phase(0.01, 4.0, 10, 50, 1000), Phase(1.0, 4.0, 10, 50, 99, bands=4))
         good = Ledger(phases).to_dict()
         numbers = {"sampling_probability", "noise_multiplier"}
-        counts = {"steps", "num_rows", "capacity", "bands", "separation", "after"}
+        counts = {"steps", "num_rows", "capacity", "bands", "separation", "after", "part"}
         flags, texts = {"at_most", "cyclic", "secret"}, {"run_id", "continues"}
         wrong: dict[str, tuple[object, ...]] = {
             **dict.fromkeys(numbers, ("3", True, math.nan, math.inf, -1, 10**400, None, ())),

@@ -9,6 +9,7 @@ import tensorflow as tf
 
 from tfdist import _keras
 from tfdist.errors import ArgumentError
+from tfdist.federated.protection import LocalStep
 from tfdist.federated.source import Batch
 from tfdist.federated.state import LocalState
 
@@ -45,11 +46,21 @@ class _Proximal:
             grads = [g if g is None else self._pulled(g, v, scale) for g, v in pairs]
         update(grads)
 
-    def _pulled(self, gradient: Tensor, variable: Any, scale: Any) -> Tensor:
+    def pull(self, variable: Any) -> Tensor | None:
+        """Returns mu * (y - w) for a variable, or None.
+
+        Args:
+            variable: A `keras.Variable`.
+        """
         start = self._start.get(id(variable))
-        if start is None:
+        if start is None or not self._proximal:
+            return None
+        return self._proximal * (tf.convert_to_tensor(variable) - start)
+
+    def _pulled(self, gradient: Tensor, variable: Any, scale: Any) -> Tensor:
+        pull = self.pull(variable)
+        if pull is None:
             return gradient
-        pull = self._proximal * (tf.convert_to_tensor(variable) - start)
         if scale is not None:
             pull *= tf.cast(tf.convert_to_tensor(scale), pull.dtype)
         return tf.convert_to_tensor(gradient) + tf.cast(pull, gradient.dtype)
@@ -63,13 +74,20 @@ class ClientSteps:
         state: The state that the steps change.
         proximal: As in `FedAvg`.
         protected: Whether what one client does must not show in the steps of another.
+        local: The private step that replaces Keras's, or None.
     """
 
     def __init__(
-        self, model: Any, state: LocalState, proximal: float, protected: bool = False
+        self,
+        model: Any,
+        state: LocalState,
+        proximal: float,
+        protected: bool = False,
+        local: LocalStep | None = None,
     ) -> None:
         self._model = model
         self._protected = protected
+        self._local = local
         self._state = state
         self._proximal = proximal
         self._train_step = _keras.step_of(model, "train_step")
@@ -77,13 +95,20 @@ class ClientSteps:
         self._logs: Any = {}
         self._of_metrics: list[tuple[Any, int]] = []
 
-    def make(self, batch: Batch, start: Sequence[Tensor], steps_before: Tensor) -> None:
+    def make(
+        self,
+        batch: Batch,
+        start: Sequence[Tensor],
+        steps_before: Tensor,
+        place: tuple[Tensor, Tensor],
+    ) -> None:
         """Makes a local step.
 
         Args:
             batch: The batch.
             start: The values of `LocalState.trained` from which the client started.
             steps_before: Scalar int64, where schedules of learning rates begin.
+            place: The number of the client, and of its local step in the round.
         """
         variables = self._state.trained
         of_start = {id(v): w for v, w in zip(variables, start, strict=True)}
@@ -91,14 +116,48 @@ class ClientSteps:
         of_client = _keras.ReplicaBatch(
             batch.rows, batch.rows, tf.constant(0, tf.int64), list, lambda tensor: tensor
         )
+        proximal = _Proximal(self._proximal, of_start)
         with _keras.on_replica(of_client), _later(self._state.optimizers, steps_before):
-            of_client.updates = _Proximal(self._proximal, of_start)
-            with _keras.tracing_part() as part:
-                logs = self._train_step(batch.data)
+            if self._local is not None:
+                part, logs = self._private(self._local, batch, of_client, proximal, place)
+            else:
+                of_client.updates = proximal
+                with _keras.tracing_part() as part:
+                    logs = self._train_step(batch.data)
             of_client.updates = None
         self._state.check_touched([variable for variable, _ in of_client.touched.values()])
         self._state.check_traced(part, self._protected)
         self._note_logs(of_client, logs)
+
+    def _private(
+        self,
+        local: LocalStep,
+        batch: Batch,
+        of_client: Any,
+        proximal: _Proximal,
+        place: tuple[Tensor, Tensor],
+    ) -> tuple[Any, Any]:
+        """Makes a private step. One without rows has noise alone, and adds to no metric."""
+        step = local.of_client(*place, proximal.pull)
+        nothing = tf.zeros([4])
+        data, _ = step.begin_step(batch.data, of_client, nothing)
+        # The step adds the proximal term itself, after it has divided the noisy sum.
+        of_client.updates = _Proximal(0.0, {})
+        metrics = [(v, tf.identity(tf.convert_to_tensor(v))) for v in self._state.metrics]
+        with _keras.tracing_part() as part:
+            logs = step.train_step(data, of_client, tf.zeros([0], tf.int64))
+        for variable, before in metrics:
+            after = tf.convert_to_tensor(variable)
+            variable.assign(tf.where(batch.rows > 0, after, before))
+        return part, logs
+
+    def requests(self, stopping: Tensor) -> Tensor:
+        """Returns `stopping`, which asks all workers to stop if a private step must not count.
+
+        Args:
+            stopping: The worker's signals to the other workers, see `StopState`.
+        """
+        return stopping if self._local is None else self._local.requests(stopping)
 
     def _note_logs(self, batch: Any, logs: Any) -> None:
         entries = [batch.metric_of(leaf) for leaf in tf.nest.flatten(logs)]

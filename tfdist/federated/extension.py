@@ -17,7 +17,7 @@ from tfdist.federated import clients as of
 from tfdist.federated import masks
 from tfdist.federated.clients import Clients
 from tfdist.federated.plan import RoundPlan
-from tfdist.federated.protection import Protecting
+from tfdist.federated.protection import LocalProtection, Protecting
 from tfdist.federated.round import Federation
 from tfdist.federated.settings import check
 from tfdist.federated.snapshot import RoundSnapshot
@@ -40,7 +40,8 @@ class FederatedTraining(Extension):
 
     Args:
         federated: The argument `federated` of `fit`.
-        protecting: The extension that protects clients, or None. It is bound before.
+        protecting: The extension that protects clients, or their examples, or None. It is
+            bound before.
 
     Raises:
         ArgumentError: `federated` is not valid.
@@ -102,14 +103,20 @@ class FederatedTraining(Extension):
         """
         assert request.sampler is not None
         assert request.seed is not None
+        local = self._local
         return kind(
             self._settings,
             clients,
             request.session.strategy.place if place is None else place,
-            request.sampler,
+            request.sampler if local is None else local.sampler,
             source.batch_size,
             request.seed,
+            None if local is None else local.row_seed,
         )
+
+    @property
+    def _local(self) -> LocalProtection | None:
+        return None if self._protecting is None else self._protecting.local
 
     def bind(self, request: Request, source: data.Source) -> None:
         """Refuses models whose local steps are not known, and prepares the rounds."""
@@ -118,7 +125,7 @@ class FederatedTraining(Extension):
         self._check_alike(request)
         mechanism = None if self._protecting is None else self._protecting.mechanism
         agreed = None if self._settings.secure is None else self._agree_on_masks(request)
-        self.round_maker = Federation(self._settings, source, mechanism, agreed)
+        self.round_maker = Federation(self._settings, source, mechanism, agreed, self._local)
 
     def _check_alike(self, request: Request) -> None:
         """Compares what decides about collectives, before the first of them differs."""
@@ -179,8 +186,8 @@ class FederatedTraining(Extension):
         devices = request.session.strategy.place.local_replicas
         if self._clients.kind == "worker" and devices > 1:
             text += f"; each trains on one of the {devices} devices of its worker"
-        if settings.privacy is not None:
-            probability = settings.privacy.sampling_probability
+        if settings.of_clients is not None:
+            probability = settings.of_clients.sampling_probability
             text += f"; a round draws each client with probability {probability:g}"
         return text
 

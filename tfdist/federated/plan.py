@@ -23,6 +23,7 @@ from tfdist.strategies.base import Place
 
 _DRAWING = 0xD4A3
 _STREAMS = 0x57E4
+_TURNS = 0x7042
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,8 @@ class Round:
         clients: The clients in ascending order, shape [n].
         steps: Local steps of each, shape [n].
         first_steps: Local steps that each has made in earlier rounds, shape [n].
-        weights: The weight of each in the average, shape [n]; they add up to 1.
+        weights: The weight of each in the average, shape [n]. They add up to 1, unless whole
+            clients are protected: then each is at most 1.
         replicas: The replica on which each trains, shape [n].
     """
 
@@ -93,15 +95,19 @@ class RoundPlan:
         sampler: Chooses the rows of a client's local steps.
         batch_size: Rows of a local step.
         seed: The seed of the training.
+        row_seed: The seed of the rows of local steps; that of the training if None. If clients
+            protect their examples, it is secret, and each worker has its own.
 
     Attributes:
         clients: The clients.
         batch_size: Rows of a local step.
         full_batch: Rows of each local step, if all have the same number and no client is
             protected, else None.
+        may_be_empty: Whether a local step may have no rows.
         slots_per_replica: The most clients whose optimizers one replica keeps.
         num_slots: Number of all slots that may be used.
         longest: The most local steps that any client makes in a round.
+        turn_of: The group of each client, if clients take turns; else 0.
     """
 
     def __init__(
@@ -112,7 +118,9 @@ class RoundPlan:
         sampler: Sampler,
         batch_size: int,
         seed: int,
+        row_seed: int | None = None,
     ) -> None:
+        self._row_seed = seed if row_seed is None else row_seed
         self._settings = settings
         self.clients = clients
         self.batch_size = batch_size
@@ -123,17 +131,29 @@ class RoundPlan:
         passes = [int(n) and sampler.steps_per_epoch(int(n), batch_size) for n in clients.sizes]
         self._steps = np.array([settings.steps_of(steps) for steps in passes], np.int64)
         self.longest = int(self._steps.max())
+        self.may_be_empty = sampler.may_be_empty
         # A static size would tell a protected client how many rows the others have.
-        is_full = settings.privacy is None and not (clients.sizes % batch_size).any()
+        is_whole = not (clients.sizes % batch_size).any() and not sampler.may_be_empty
+        is_full = is_whole and settings.privacy is None
         self.full_batch = batch_size if is_full else None
         self._homes, self._slots = self._keep()
         self.slots_per_replica = int(self._slots.max()) + 1
         is_contiguous = (clients.workers == ANYWHERE).all()
         padded = place.num_replicas * self.slots_per_replica
         self.num_slots = clients.number if is_contiguous else padded
+        self.turn_of = self._take_turns()
         self._drawn = np.zeros(clients.number, np.int64)
         self._drawn_up_to = 0
         self._last: tuple[int, Round] | None = None
+
+    def _take_turns(self) -> Rows:
+        """Chooses the group of each client, once, whether or not it holds rows."""
+        number, privacy = self.clients.number, self._settings.of_clients
+        turns: Rows = np.zeros(number, np.int64)
+        if privacy is not None and privacy.turns > 1:
+            order = permute(np.arange(number), number, (self._seed, _TURNS))
+            turns[order] = np.arange(number) % privacy.turns
+        return turns
 
     def _keep(self) -> tuple[Rows, Rows]:
         """Chooses the replica that keeps a client's optimizer, and the place there."""
@@ -154,7 +174,11 @@ class RoundPlan:
         Args:
             number: The number of the round.
         """
-        privacy, wanted = self._settings.privacy, self._settings.clients_per_round
+        privacy, wanted = self._settings.of_clients, self._settings.clients_per_round
+        if privacy is not None and privacy.turns > 1:
+            is_next = self.turn_of[self._eligible] == number % privacy.turns
+            taking: Rows = self._eligible[is_next]
+            return taking
         if privacy is not None:
             # Each client is drawn by itself: the accounting is of Poisson sampling.
             random = generator((self._seed, _DRAWING, number))
@@ -168,9 +192,9 @@ class RoundPlan:
     @property
     def _takes_all(self) -> bool:
         """Whether all clients that hold rows take part in each round."""
-        privacy, wanted = self._settings.privacy, self._settings.clients_per_round
+        privacy, wanted = self._settings.of_clients, self._settings.clients_per_round
         if privacy is not None:
-            return privacy.sampling_probability == 1
+            return privacy.sampling_probability == 1 and privacy.turns == 1
         return wanted is None or wanted >= len(self._eligible)
 
     def round(self, number: int) -> Round:
@@ -190,8 +214,13 @@ class RoundPlan:
         parts = np.ones(len(clients))
         if self._settings.weighting == "examples":
             parts = self.clients.sizes[clients].astype(np.float64)
+        weights = parts / max(1.0, parts.sum())
+        if self._settings.of_clients is not None:
+            # The divisor is fixed: neither it nor a weight may depend on other clients.
+            most = self._settings.of_clients.max_examples or 1
+            weights = np.minimum(parts, most) / most
         replicas = self._homes[clients] if self._is_fixed else self._deal(clients, steps)
-        return Round(clients, steps, first_steps, parts / max(1.0, parts.sum()), replicas)
+        return Round(clients, steps, first_steps, weights, replicas)
 
     @property
     def _is_fixed(self) -> bool:
@@ -273,9 +302,9 @@ class RoundPlan:
     def _batches(self, client: int, first: int, count: int) -> list[Rows]:
         members = self.clients.members[client]
         # The first client has the seed of the training: alone, it draws what `fit` draws.
-        words = np.random.SeedSequence((self._seed, client)).generate_state(1, np.uint64)
-        alike = not client and self._settings.privacy is None
-        seed = self._seed if alike else int(words[0] >> 1)
+        words = np.random.SeedSequence((self._row_seed, client)).generate_state(1, np.uint64)
+        alike = not client and self._settings.of_clients is None
+        seed = self._row_seed if alike else int(words[0] >> 1)
         batches = self._sampler.batches(
             first, count, num_rows=len(members), batch_size=self.batch_size, seed=seed
         )

@@ -1,4 +1,7 @@
-"""The interface of what protects whole clients. `tfdist.ClientDP` is the only kind there is."""
+"""The interfaces of what protects whole clients, or single examples by each client alone.
+
+`tfdist.ClientDP` is of the first kind, and `tfdist.DPSGD` of the second.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,9 @@ import abc
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+from tfdist.samplers import Sampler
 from tfdist.step.state import AnyRole
+from tfdist.strategies.base import Strategy
 
 Tensor = Any
 
@@ -17,9 +22,65 @@ class ClientProtection(abc.ABC):
     Attributes:
         sampling_probability: The probability with which a round draws each client,
             independently of the others.
+        max_examples: The number of rows from which on a client has the full weight, for
+            weighting="examples". None with weighting="uniform".
     """
 
     sampling_probability: float
+    max_examples: int | None
+
+    @property
+    def turns(self) -> int:
+        """The number of groups of clients that take turns, each in a round."""
+        return 1
+
+
+class ExampleProtection:
+    """The settings of a protection of examples, which each client applies to its own ones."""
+
+
+class LocalStep(Protocol):
+    """A private local step, which replaces Keras's `train_step`."""
+
+    def of_client(
+        self, client: Tensor, index: Tensor, pull: Callable[[Any], Tensor | None]
+    ) -> LocalStep:
+        """Returns the step for one client.
+
+        Args:
+            client: The number of the client, scalar int64.
+            index: The number of its local step in the round, scalar int64.
+            pull: Returns what is added to the gradient of a `keras.Variable`, or None.
+        """
+
+    def begin_step(self, data: Any, batch: Any, stopping: Tensor) -> tuple[Any, Tensor]:
+        """Prepares the rows; see `OwnStep`."""
+
+    def train_step(self, data: Any, batch: Any, groups: Tensor) -> Any:
+        """Makes the step, and returns its logs; see `OwnStep`."""
+
+    def requests(self, stopping: Tensor) -> Tensor:
+        """Returns `stopping`, which asks all workers to stop if a step must not count."""
+
+
+class LocalProtection(Protocol):
+    """How each client protects its examples, in one training.
+
+    Attributes:
+        sampler: Draws the rows of a client's local steps.
+        row_seed: The seed of these draws. It is secret, and each worker has its own.
+    """
+
+    sampler: Sampler
+    row_seed: int
+
+    def step_of(self, model: Any, strategy: Strategy) -> LocalStep:
+        """Returns the step of a model, after the extension was bound.
+
+        Args:
+            model: A compiled, built `keras.Model`.
+            strategy: The strategy on whose replicas it trains.
+        """
 
 
 class UpdateMechanism(Protocol):
@@ -28,6 +89,10 @@ class UpdateMechanism(Protocol):
     @property
     def sends_whole_numbers(self) -> bool:
         """Whether the result of `release` consists of whole numbers."""
+
+    @property
+    def is_correlated(self) -> bool:
+        """Whether later rounds subtract noise, which is added to the sum of all replicas."""
 
     @property
     def num_votes(self) -> int:
@@ -77,8 +142,12 @@ class UpdateMechanism(Protocol):
 
 
 class Protecting(Protocol):
-    """An extension of `fit` that protects clients."""
+    """An extension of `fit` that protects clients, or their examples."""
 
     @property
-    def mechanism(self) -> UpdateMechanism:
-        """The mechanism. It is there when the extension was bound."""
+    def mechanism(self) -> UpdateMechanism | None:
+        """What is done to updates, or None. It is there when the extension was bound."""
+
+    @property
+    def local(self) -> LocalProtection | None:
+        """What each client does in its local steps, or None."""

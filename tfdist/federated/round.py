@@ -17,7 +17,7 @@ from tfdist.federated.client import ClientSteps
 from tfdist.federated.client_optimizers import KeptOptimizers
 from tfdist.federated.masks import PairwiseMasks
 from tfdist.federated.plan import OfReplica
-from tfdist.federated.protection import UpdateMechanism
+from tfdist.federated.protection import LocalProtection, UpdateMechanism
 from tfdist.federated.settings import FedAvg
 from tfdist.federated.source import Rounds
 from tfdist.federated.state import SEEDS_OF_ROUND, LocalState, state_of
@@ -41,12 +41,14 @@ class Federation:
         source: The rounds' input.
         protection: What protects clients, or None.
         masks: The masks of secure sums, or None.
+        local: What protects examples in the local steps of clients, or None.
     """
 
     settings: FedAvg
     source: Rounds
     protection: UpdateMechanism | None = None
     masks: PairwiseMasks | None = None
+    local: LocalProtection | None = None
 
     def make(self, model: Any, strategy: Strategy, exchange: Exchange | None) -> FederatedRound:
         """Makes the rounds of a model.
@@ -94,10 +96,16 @@ class FederatedRound:
         self._strategy = strategy
         self._exchange = exchange
         self._protection = federation.protection
+        local = federation.local
+        self._is_private = self._protection is not None or local is not None
         state = state_of(model)
-        self._state: LocalState = state if self._protection is None else state.protected(model)
+        self._state: LocalState = state.protected(model) if self._is_private else state
         self._steps = ClientSteps(
-            model, self._state, settings.proximal, self._protection is not None
+            model,
+            self._state,
+            settings.proximal,
+            self._is_private,
+            None if local is None else local.step_of(model, strategy),
         )
         plan = source.plan
         self._kept: KeptOptimizers | None = None
@@ -160,6 +168,7 @@ class FederatedRound:
         iterations = _values(state.iterations)
         start = self._start(iterations)
         own = self._train_clients(share, start)
+        stopping = self._steps.requests(stopping)
         agreement = StepAgreement(
             self._strategy,
             share,  # type: ignore[arg-type]
@@ -210,13 +219,15 @@ class FederatedRound:
             [tf.zeros_like(value) for value in _values(self._state.metrics)],
         )
 
-        def local_step(step: Tensor) -> tuple[Tensor]:
-            self._steps.make(batch_of(step), start.trained, start.steps_before)
-            return (step + 1,)
-
         def train_client(i: Tensor, step: Tensor, sums: Sums) -> tuple[Tensor, Tensor, Sums]:
             self._begin_client(share, i, start)
-            end = step + share.steps[i]
+            first, end = step, step + share.steps[i]
+
+            def local_step(step: Tensor) -> tuple[Tensor]:
+                place = share.clients[i], step - first
+                self._steps.make(batch_of(step), start.trained, start.steps_before, place)
+                return (step + 1,)
+
             _loop(lambda step: step < end, local_step, (step,))
             return i + 1, end, self._add(sums, share, i, start)
 
@@ -256,7 +267,7 @@ class FederatedRound:
             self._kept.write(share.slots[i], _values(state.of_optimizers))
         weight = share.weights[i]
         if self._protection is not None:
-            return self._add_protected(self._protection, sums, start)
+            return self._add_protected(self._protection, sums, start, weight)
 
         def weighted(variable: Any, value: Tensor) -> Tensor:
             own, value = _wide(tf.convert_to_tensor(variable)), _wide(value)
@@ -275,15 +286,22 @@ class FederatedRound:
             _plus(sums.metrics, _values(state.metrics)),
         )
 
-    def _add_protected(self, protection: UpdateMechanism, sums: Sums, start: _Start) -> Sums:
-        """Adds the bounded update of a client: of weights and statistics together."""
+    def _add_protected(
+        self, protection: UpdateMechanism, sums: Sums, start: _Start, weight: Tensor
+    ) -> Sums:
+        """Adds the bounded update of a client: of weights and statistics together.
+
+        Its weight is at most 1, so it cannot enlarge what was bounded. Votes have none.
+        """
         variables = [*self._state.trained, *self._state.averaged]
         values = [*start.trained, *start.averaged]
         update = [
             _wide(value) - _wide(tf.convert_to_tensor(variable))
             for variable, value in zip(variables, values, strict=True)
         ]
-        bounded = [self._wide(part) for part in protection.clip(update)]
+        clipped = [self._wide(part) for part in protection.clip(update)]
+        bounded = [part * tf.cast(weight, part.dtype) for part in clipped[: len(update)]]
+        bounded += clipped[len(update) :]
         number = len(sums.trained)
         return Sums(
             _plus(sums.trained, bounded[:number]),
@@ -307,7 +325,7 @@ class FederatedRound:
         ):
             variable.assign(mean(value, total))
         counted = sums.counted
-        if self._protection is not None:  # how much clients have drawn must not show
+        if self._is_private:  # how much clients have drawn must not show
             counted = [tf.constant([0, SEEDS_OF_ROUND]) for _ in counted]
         for variable, value, added in zip(state.counted, start.counted, counted, strict=True):
             variable.assign(agreement.choose(value + tf.cast(added, value.dtype), value))
@@ -326,7 +344,7 @@ class FederatedRound:
     def _apply_server(self, deltas: list[Tensor]) -> None:
         with _keras.tracing_part() as part:
             self._server.apply(deltas, list(self._state.trained))
-        if self._protection is None:
+        if not self._is_private:
             return
         read = part.read_besides(deltas, (), self._state.metrics)
         if read is not None:

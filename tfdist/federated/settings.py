@@ -11,7 +11,7 @@ from typing import Any
 import keras
 
 from tfdist.errors import ArgumentError
-from tfdist.federated.protection import ClientProtection
+from tfdist.federated.protection import ClientProtection, ExampleProtection
 from tfdist.federated.secure_sum import SecureSum
 
 
@@ -46,13 +46,16 @@ class FedAvg:
         clients_per_round: Number of clients of a round, drawn anew for each round; all
             clients that hold rows if None.
         weighting: "examples": p is a client's part of the rows of the round's clients.
-            "uniform": all clients of a round weigh the same.
+            "uniform": all clients of a round weigh the same. With a `tfdist.ClientDP`,
+            "examples" needs its `max_examples`.
         keep_optimizer: Whether each client keeps its optimizer's state from round to round.
             Otherwise it begins each round with a new optimizer.
         secure: A `tfdist.SecureSum`: workers see the sum of all updates only.
-        privacy: A `tfdist.ClientDP`: the weights are differentially private, and protect all
-            rows of a client together. It draws the clients of a round, and needs `local_steps`
-            and weighting="uniform".
+        privacy: The weights are differentially private. A `tfdist.ClientDP` protects all rows
+            of a client together. It draws the clients of a round, and needs `local_steps`, and
+            weighting="uniform" or `max_examples`. A `tfdist.DPSGD` protects single rows: each
+            local step is a private step of its client, with all noise of its own. It needs
+            `local_steps`, and all clients in each round.
 
     Raises:
         ArgumentError: An argument is not valid.
@@ -83,7 +86,7 @@ class FedAvg:
     weighting: str = "examples"
     keep_optimizer: bool = False
     secure: SecureSum | None = None
-    privacy: ClientProtection | None = None
+    privacy: ClientProtection | ExampleProtection | None = None
 
     def __post_init__(self) -> None:
         for name in ("local_steps", "local_epochs", "clients_per_round"):
@@ -132,12 +135,26 @@ class FedAvg:
         privacy: Any = self.privacy
         if privacy is None:
             return
-        if not isinstance(privacy, ClientProtection):
+        if not isinstance(privacy, ClientProtection | ExampleProtection):
             self._refuse(
-                "needs a tfdist.ClientDP, or None, as `privacy`; a tfdist.DPSGD, which "
-                "protects examples, is the `privacy` of `fit`, without `federated`",
-                "privacy",
+                "needs a tfdist.ClientDP, a tfdist.DPSGD or None as `privacy`", "privacy"
             )
+        if self.local_steps is None:
+            self._refuse(
+                "needs `local_steps` with `privacy`: the model's optimizer counts steps, and "
+                "must not show how many rows a client has",
+                "local_steps",
+            )
+        if isinstance(privacy, ClientProtection):
+            self._check_protected_clients()
+        elif self.clients_per_round is not None:
+            self._refuse(
+                "needs clients_per_round=None with privacy=DPSGD(...): the steps of each "
+                "client are counted by rounds, in which all take part",
+                "clients_per_round",
+            )
+
+    def _check_protected_clients(self) -> None:
         if self.clients_per_round is not None:
             self._refuse(
                 "needs clients_per_round=None with `privacy`: the accounting is of clients "
@@ -145,10 +162,18 @@ class FedAvg:
                 "sampling_probability of ClientDP",
                 "clients_per_round",
             )
-        if self.weighting != "uniform":
+        most = None if self.of_clients is None else self.of_clients.max_examples
+        if self.weighting == "examples" and most is None:
             self._refuse(
-                "needs weighting='uniform' with `privacy`: otherwise a client with many rows "
-                "could contribute more than the norm to which it is clipped",
+                "needs weighting='uniform' with `privacy`, or ClientDP(max_examples=...): "
+                "otherwise a client with many rows could contribute more than the norm to "
+                "which it is clipped",
+                "weighting",
+            )
+        if self.weighting == "uniform" and most is not None:
+            self._refuse(
+                "needs weighting='examples' with ClientDP(max_examples=...), which bounds the "
+                "weight of a client with many rows",
                 "weighting",
             )
         if self.keep_optimizer:
@@ -157,12 +182,11 @@ class FedAvg:
                 "and would be in checkpoints",
                 "keep_optimizer",
             )
-        if self.local_steps is None:
-            self._refuse(
-                "needs `local_steps` with `privacy`: the model's optimizer counts steps, and "
-                "must not show how many rows a client has",
-                "local_steps",
-            )
+
+    @property
+    def of_clients(self) -> ClientProtection | None:
+        """What protects whole clients, or None."""
+        return self.privacy if isinstance(self.privacy, ClientProtection) else None
 
     def _check_whole(self, name: str) -> None:
         value = getattr(self, name)

@@ -37,7 +37,7 @@ class Batch(NamedTuple):
 
     Attributes:
         data: The input of Keras's steps: `x`, `(x, y)` or `(x, y, sample_weight)`.
-        rows: Scalar int64, number of rows.
+        rows: Scalar int64, number of rows. If it is 0, `data` has one row of padding.
     """
 
     data: Any
@@ -87,9 +87,11 @@ class Rounds(Source):
 
         def batch(step: Tensor) -> Batch:
             count = share.counts[step]
+            # A batch without rows has one of padding, which does not count.
+            size = tf.maximum(count, 1) if self.plan.may_be_empty else count
             # The arrays are in the memory of the host; only a batch goes to the device.
             with tf.device("CPU:0"):
-                rows = with_num_rows(share.rows[step, :count], self.plan.full_batch)
+                rows = with_num_rows(share.rows[step, :size], self.plan.full_batch)
                 data = tf.nest.map_structure(lambda c: gather(c, rows), self._arrays.data)
             return Batch(data, count)
 

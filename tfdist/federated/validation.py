@@ -22,12 +22,12 @@ from tfdist.training.request import Request
 _ROWS = 8
 
 
-def check_request(request: Request, protects_clients: bool = False) -> None:
+def check_request(request: Request, protects: bool = False) -> None:
     """Refuses arguments of `fit` that federated training does not take.
 
     Args:
         request: The arguments of `fit`.
-        protects_clients: Whether `FedAvg` has `privacy`.
+        protects: Whether `FedAvg` has `privacy`.
 
     Raises:
         ArgumentError: There is such an argument.
@@ -39,11 +39,12 @@ def check_request(request: Request, protects_clients: bool = False) -> None:
             f"strategy={request.session.zero!r}",
             "Use the strategy without `Zero`.",
         )
-    if request.is_private and not protects_clients:
+    if request.is_private and not protects:
         _refuse(
             "trains without the `privacy` of `fit`",
             "privacy",
-            "Leave one of them out, or protect whole clients: FedAvg(privacy=ClientDP(...)).",
+            "Pass it to FedAvg: FedAvg(privacy=DPSGD(...)) protects rows, and "
+            "FedAvg(privacy=ClientDP(...)) whole clients.",
         )
     if not data.is_arrays(request.x):
         _refuse(

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 from tfdist.errors import ArgumentError
 from tfdist.federated.protection import ClientProtection
-from tfdist.privacy.accounting.arguments import check_number
+from tfdist.privacy.accounting.arguments import check_count, check_number
 from tfdist.privacy.accounting.ledger import Ledger
 from tfdist.privacy.settings import check_adaptive, check_guarantee
 
@@ -44,6 +43,11 @@ class ClientDP(ClientProtection):
         clip_learning_rate: The learning rate of the norm's logarithm, above 0.
         count_noise: The standard deviation of the noise on that count. None is a twentieth of
             the expected number of drawn clients. It must be above `noise_multiplier` / 2.
+        max_examples: For weighting="examples" of `FedAvg`: a client with n rows has the weight
+            min(n, max_examples) / max_examples, which is at most 1. So no clipped update counts
+            more than `l2_norm_clip`. The divisor stays that of equal weights, and does not show
+            how many rows clients have: the server's update is smaller by the mean weight, which
+            a larger rate of the `server_optimizer` makes up for.
         spent: Rounds that were made with the same clients before, for example by another
             process. Those of earlier `fit`s of the same model in this process are counted
             anyway.
@@ -76,8 +80,6 @@ class ClientDP(ClientProtection):
         algorithm 1, with the estimator of fixed denominator and flat clipping.
     """
 
-    bands: ClassVar[None] = None
-
     l2_norm_clip: float
     noise_multiplier: float | None = None
     target_epsilon: float | None = None
@@ -88,8 +90,14 @@ class ClientDP(ClientProtection):
     target_quantile: float | None = None
     clip_learning_rate: float = 0.2
     count_noise: float | None = None
+    max_examples: int | None = None
     spent: Ledger = field(default_factory=Ledger)
     seed: int | None = None
+
+    @property
+    def bands(self) -> int | None:
+        """None: the noise of rounds is independent."""
+        return None
 
     def __post_init__(self) -> None:
         check_guarantee(self, "clients", takes_schedules=False)
@@ -98,4 +106,6 @@ class ClientDP(ClientProtection):
             raise ArgumentError(
                 "`sampling_probability` must be above 0. Received: sampling_probability=0."
             )
+        if self.max_examples is not None:
+            check_count("max_examples", self.max_examples, 1)
         check_adaptive(self.target_quantile, self.clip_learning_rate, self.count_noise)

@@ -34,9 +34,16 @@ class ClientPrivacy(CountedTraining):
         """The clipping and the noise, after `bind`."""
         return self.run.mechanism
 
+    @property
+    def local(self) -> None:
+        """None: local steps are not changed."""
+        return None
+
     def choose(self, request: Request) -> Request:
         """Sets the seed of the guarantee."""
         self.run = run = ClientRun(self._federated, request)
+        if run.takes_turns:  # nothing is drawn in secret, and checkpoints keep the seed
+            return dataclasses.replace(request, is_private=True)
         return dataclasses.replace(
             request,
             is_private=True,

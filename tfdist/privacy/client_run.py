@@ -8,18 +8,19 @@ from typing import Any
 
 from tfdist import data
 from tfdist.errors import ArgumentError
-from tfdist.federated.clients import Clients
 from tfdist.federated.settings import FedAvg
 from tfdist.federated.source import Rounds
-from tfdist.privacy import leaking_callbacks, validation
+from tfdist.privacy import leaking_callbacks
 from tfdist.privacy.accounting.ledger import CLIENT, Phase
 from tfdist.privacy.accounting.report import careless_delta
 from tfdist.privacy.calibration import check_count_noise, find_noise
 from tfdist.privacy.client_dp import ClientDP
+from tfdist.privacy.client_dpftrl import ClientDPFTRL
 from tfdist.privacy.counted_run import CountedRun
+from tfdist.privacy.federated_checks import check_request, fingerprint_of
 from tfdist.privacy.mechanism.client_norm import AdaptiveNorm
 from tfdist.privacy.mechanism.client_updates import ClientUpdates
-from tfdist.privacy.planning import StepPlan
+from tfdist.privacy.planning import StepPlan, in_its_turn
 from tfdist.training.request import Request
 
 
@@ -49,10 +50,23 @@ class ClientRun(CountedRun[ClientDP]):
                 "`privacy` of FedAvg must be a tfdist.ClientDP or None. Received: "
                 f"privacy={privacy!r}."
             )
-        _check(request)
+        check_request(request)
         super().__init__(privacy, request)
         assert federated.local_steps is not None  # `FedAvg` has checked it
-        self._begin_count(request, not self.is_seeded, federated.local_steps)
+        is_secret = not self.is_seeded or self.takes_turns
+        self._begin_count(request, is_secret, federated.local_steps)
+        self._source: Rounds | None = None
+        if self.takes_turns and federated.secure is not None:
+            raise ArgumentError(
+                "`secure` must be None with ClientDPFTRL, whose noise is added to the sum of "
+                f"all clients. Received: secure={federated.secure!r}. Leave it out, or use "
+                "ClientDP."
+            )
+
+    @property
+    def takes_turns(self) -> bool:
+        """Whether clients take part in turn, so that no round is drawn in secret."""
+        return isinstance(self.privacy, ClientDPFTRL)
 
     def plan(self, source: data.Source, epochs: int) -> None:
         """Calibrates the noise.
@@ -69,9 +83,13 @@ class ClientRun(CountedRun[ClientDP]):
         probability = privacy.sampling_probability
         self.planned_steps = max(0, epochs)
         phase = Phase(probability, 0.0, 1, num_rows=clients.number, unit=CLIENT)
-        phase = self._spending.named(phase, _fingerprint(clients))
+        if self.takes_turns:
+            self._source = source
+            phase = dataclasses.replace(phase, bands=privacy.bands, separation=privacy.turns)
+        phase = self._spending.named(phase, fingerprint_of(clients))
         self.ledger(0).add(phase).check_unit()
-        expected = probability * clients.number
+        self.ledger(0).add(phase).check_relation(privacy.relation)
+        expected = probability * clients.number / privacy.turns
         planned = StepPlan(self.planned_steps, phase, expected, expected)
         noise, _ = find_noise(privacy, self._session, self._spending, planned, phase)
         phase = dataclasses.replace(phase, noise_multiplier=noise)
@@ -84,6 +102,8 @@ class ClientRun(CountedRun[ClientDP]):
             clients.number,
             self._session.strategy,
             self._adaptive_norm(noise, expected),
+            privacy.turns,
+            privacy.bands,
         )
         leaking_callbacks.check_names(self._callbacks, self._model.get_metrics_result())
 
@@ -120,6 +140,8 @@ class ClientRun(CountedRun[ClientDP]):
             "noise_multiplier": self.noise_multiplier,
             "relation": self.privacy.relation,
             **self._adaptive_settings(),
+            "max_examples": self.privacy.max_examples,
+            "turns": (self.privacy.turns, self.privacy.bands),
             "spent before": self.ledger(0),
         }
 
@@ -129,7 +151,10 @@ class ClientRun(CountedRun[ClientDP]):
         return {
             "l2_norm_clip": self.privacy.l2_norm_clip,
             **self._adaptive_settings(),
+            **self._weights(),
             **self._phase_settings(),
+            # A client's part of earlier rounds is a part of the mechanism of later ones.
+            **self._in_turn(),
         }
 
     def _adaptive_settings(self) -> dict[str, Any]:
@@ -138,6 +163,18 @@ class ClientRun(CountedRun[ClientDP]):
             return {}
         return {name: getattr(self.privacy, name) for name in names}
 
+    def _in_turn(self) -> dict[str, Any]:
+        """Describes the turns of clients, and what they contribute."""
+        if self._source is None:
+            return {}
+        turns = hashlib.sha256(self._source.plan.turn_of.tobytes()).hexdigest()
+        return {"turns": turns, **in_its_turn(self._model, self._source)}
+
+    def _weights(self) -> dict[str, Any]:
+        # Left out if it is None: checkpoints of earlier versions do not have it.
+        most = self.privacy.max_examples
+        return {} if most is None else {"max_examples": most}
+
     def watched(self, callbacks: Any) -> Any:
         """Adds callbacks that count rounds, and renews the noise.
 
@@ -145,22 +182,3 @@ class ClientRun(CountedRun[ClientDP]):
             callbacks: A list of callbacks, or a `CallbackList`.
         """
         return self._counted(callbacks, self.mechanism, [*self.mechanism.logs()])
-
-
-def _check(request: Request) -> None:
-    """Refuses arguments of `fit` that client-level privacy does not cover."""
-    if request.is_private:
-        raise ArgumentError(
-            "Either examples or clients must be protected, not both at once. Received: "
-            "`privacy` of `fit`, and `privacy` of FedAvg. Leave one of them out."
-        )
-    validation.check_class_weight(request.class_weight)
-    validation.check_sums(request.session)
-
-
-def _fingerprint(clients: Clients) -> str:
-    """Returns a hash of which rows of this process belong to which client."""
-    digest = hashlib.sha256(clients.sizes.tobytes() + clients.workers.tobytes())
-    for client in sorted(clients.members):
-        digest.update(clients.members[client].tobytes())
-    return digest.hexdigest()

@@ -11,6 +11,7 @@ import keras
 from tfdist import _keras
 from tfdist.errors import ArgumentError
 from tfdist.privacy.client_dp import ClientDP
+from tfdist.privacy.client_dpftrl import ClientDPFTRL
 from tfdist.privacy.dpftrl import DPFTRL
 from tfdist.privacy.mechanism.counter import StepCounter
 from tfdist.privacy.settings import DPSGD
@@ -60,7 +61,7 @@ class StepProgress:
     """
 
     def __init__(self, model: Any, privacy: DPSGD | ClientDP, updates: int = 1) -> None:
-        self.correlated = isinstance(privacy, DPFTRL)
+        self.correlated = isinstance(privacy, DPFTRL | ClientDPFTRL)
         self.restored_steps = self.counted_from = self.unrecorded = 0
         self._model = model
         self.updates = updates
@@ -185,10 +186,10 @@ class StepProgress:
         """
         if self.correlated and self.moved():
             raise ArgumentError(
-                "No callback may set the optimizer's `iterations` with DPFTRL: a step "
-                "subtracts noise of earlier steps, which must be in the weights. Received: "
-                f"iterations={self.iterations} in place of {self._last_iterations}. To "
-                "continue after an interruption, use fit(checkpoint=...)."
+                "No callback may set the optimizer's `iterations` with correlated noise: a "
+                "step subtracts noise of earlier steps, which must be in the weights. "
+                f"Received: iterations={self.iterations} in place of {self._last_iterations}. "
+                "To continue after an interruption, use fit(checkpoint=...)."
             )
 
 

@@ -10,6 +10,7 @@ from tfdist.privacy.accounting.arguments import check_type
 from tfdist.privacy.accounting.identity import same_made_again
 from tfdist.privacy.accounting.ledger import Ledger, Phase
 from tfdist.privacy.accounting.levels import Levels
+from tfdist.privacy.accounting.silos import Silos
 from tfdist.privacy.model_history import History
 
 
@@ -120,7 +121,7 @@ class Earlier:
         last = replace(Phase(**saved["phase"]), steps=steps_in_weights - int(saved["first"]))
         phases = [last]
         if saved["levels"] is not None:
-            levels = Levels.from_dict(saved["levels"])
+            levels = levels_from(saved["levels"])
             phases = levels.phases(last, int(saved["counted_from"]), last.steps)
         in_weights = History(Ledger(tuple(p for p in phases if p.steps)), last.secret)
         return replace(earlier, history=earlier.history.merged(in_weights), last=last)
@@ -136,13 +137,26 @@ class Earlier:
         """
         names = same_made_again(spent.phases, self.spent.phases)
         renamed = spent.renamed(names)
-        if spent.phases and renamed.merged(self.spent).steps != renamed.steps:
+        if spent.phases and _all_steps(renamed.merged(self.spent)) != _all_steps(renamed):
             raise ArgumentError(
                 "`spent` must be what it was when this training began, or be left out: the "
                 f"checkpoint has it. Received: {spent.steps} steps, and {self.spent.steps} in "
                 "the checkpoint. Leave it out."
             )
         return names
+
+
+def levels_from(saved: dict[str, Any]) -> Levels | Silos:
+    """Reads what steps differ in: their noise, or the client that makes them.
+
+    Args:
+        saved: The result of `to_dict`.
+    """
+    return (Silos if "sizes" in saved else Levels).from_dict(saved)
+
+
+def _all_steps(ledger: Ledger) -> int:
+    return sum(phase.steps for phase in ledger.phases)
 
 
 def saved_state(before: Earlier, run_id: str, steps_in_weights: int) -> dict[str, Any]:
@@ -157,14 +171,15 @@ def saved_state(before: Earlier, run_id: str, steps_in_weights: int) -> dict[str
 
 
 def with_phase(
-    saved: dict[str, Any], phase: Phase, levels: Levels | None, counted_from: int
+    saved: dict[str, Any], phase: Phase, levels: Levels | Silos | None, counted_from: int
 ) -> None:
     """Adds the phase of the coming steps to the result of `saved_state`.
 
     Args:
         saved: The record. It is changed in place, since the checkpoint already refers to it.
         phase: The phase of the coming steps.
-        levels: The levels of their noise if it follows a schedule, else None.
+        levels: The levels of their noise if it follows a schedule, or the clients that make
+            them by themselves, else None.
         counted_from: The place of the first coming step in `levels`.
     """
     saved["phase"] = asdict(phase)

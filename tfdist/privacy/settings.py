@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 from tfdist.errors import ArgumentError
+from tfdist.federated.protection import ExampleProtection
 from tfdist.privacy.accounting.arguments import check_choice, check_count, check_number
 from tfdist.privacy.accounting.ledger import ACCOUNTANTS, RELATIONS, Ledger
 
@@ -107,7 +108,7 @@ def check_adaptive(
 
 
 @dataclass(frozen=True)
-class DPSGD:
+class DPSGD(ExampleProtection):
     """Differentially private training, for `fit(..., privacy=DPSGD(...))`.
 
     Each step draws every example independently with probability `batch_size` / examples. Each
@@ -116,6 +117,11 @@ class DPSGD:
     batch (Abadi et al., "Deep learning with differential privacy", CCS 2016, algorithm 1). The
     optimizer gets nothing else from the data. Pass either `noise_multiplier` or
     `target_epsilon`, or both if `noise_multiplier` is a schedule.
+
+    In federated training, `FedAvg(privacy=DPSGD(...))`, each local step of a client is such a
+    step on the client's own examples, with all noise of its own. Epsilon is then the largest of
+    the clients'. There, schedules, `target_quantile`, `group_ids`, `augmentations` and `bands`
+    cannot be used.
 
     A schedule is a function of the step's number, counted from 0 in each `fit`, such as a
     `keras.optimizers.schedules.LearningRateSchedule`. It is evaluated for all steps before the

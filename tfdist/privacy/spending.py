@@ -11,8 +11,9 @@ from typing import Any
 from tfdist.errors import CheckpointError
 from tfdist.privacy import groupings, model_history
 from tfdist.privacy.accounting.identity import like_steps, same_made_again
-from tfdist.privacy.accounting.ledger import Ledger, Phase
+from tfdist.privacy.accounting.ledger import CLIENT, Ledger, Phase
 from tfdist.privacy.accounting.levels import Levels
+from tfdist.privacy.accounting.silos import Silos
 from tfdist.privacy.client_dp import ClientDP
 from tfdist.privacy.journal import SpendingJournal, backup_of, steps_ahead
 from tfdist.privacy.model_history import History
@@ -61,7 +62,7 @@ class Spending:
         self._is_secret = secret
         self._run_id = secrets.token_hex(8)
         self._phase: Phase | None = None
-        self._levels: Levels | None = None
+        self._levels: Levels | Silos | None = None
         self._planned_steps = self._journaled_steps = 0
         self._earlier = Earlier()
         self._noise: float | None = None
@@ -99,13 +100,14 @@ class Spending:
             continues=self._earlier.newest, secret=self._is_secret,
         )  # fmt: skip
 
-    def plan(self, phase: Phase, steps: int, levels: Levels | None = None) -> None:
+    def plan(self, phase: Phase, steps: int, levels: Levels | Silos | None = None) -> None:
         """Sets the planned steps.
 
         Args:
             phase: The phase in which steps are counted.
             steps: The number of planned steps, with those in a checkpoint.
-            levels: The levels of the noise if it follows a schedule, else None.
+            levels: The levels of the noise if it follows a schedule, or the clients that each
+                make steps of their own, else None.
         """
         self._phase, self._planned_steps, self._levels = phase, steps, levels
         with_phase(self._saved, phase, levels, self._progress.counted_from)
@@ -156,7 +158,8 @@ class Spending:
             self._spent = self._spent.renamed(names)
             self.before = self._history_before()
         if saved is None:  # a checkpoint brings other weights
-            explained = self._spent.steps * self._progress.updates
+            counts_rounds = any(phase.unit == CLIENT for phase in self._spent.phases)
+            explained = self._spent.steps * (self._progress.updates if counts_rounds else 1)
             self.before = model_history.with_changes(self._model, self.before, explained)
         bands = self._privacy.bands or 1
         noise = self._progress.go_on(None if saved is None else saved["noise"], steps, bands)
@@ -174,7 +177,7 @@ class Spending:
         self._earlier = earlier.completed(journaled) if self._is_secret else earlier
         self.before = self._history_before()
 
-    def earlier_noise(self, phase: Phase, levels: Levels | None = None) -> float | None:
+    def earlier_noise(self, phase: Phase, levels: Levels | Silos | None = None) -> float | None:
         """Returns the noise of the interrupted training that this one continues, or None.
 
         If steps were lost, the target leaves room for fewer steps than planned, and training
@@ -182,8 +185,8 @@ class Spending:
 
         Args:
             phase: One step, without noise.
-            levels: The levels of a schedule, or None. With levels the result is the factor by
-                which they were multiplied.
+            levels: The levels of a schedule, or the clients, or None. With levels the result
+                is the factor by which they were multiplied.
         """
         phases = self._earlier.in_order
         if levels is not None:
@@ -249,6 +252,8 @@ class Spending:
         """
         of_this_run = [p for p in history.ledger.phases if p.run_id == self._run_id]
         steps = sum(phase.steps for phase in of_this_run)
+        if self._levels is not None:
+            steps = self._levels.steps_in(of_this_run)
         # A file may have more steps of this run than this process has made: then another
         # process made them.
         self._progress.restored_steps = max(

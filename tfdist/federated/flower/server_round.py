@@ -84,13 +84,16 @@ class AnsweredSteps(ClientSteps):
         """
         self._clients, self._weights = clients, weights
 
-    def make(self, batch: Any, start: Sequence[Tensor], steps_before: Tensor) -> None:
+    def make(
+        self, batch: Any, start: Sequence[Tensor], steps_before: Tensor, place: Any
+    ) -> None:
         """Takes an answer.
 
         Args:
             batch: Which of the round's clients it is.
             start: Not needed.
             steps_before: Not needed.
+            place: Not needed.
         """
         state = self._state
         kept = [*state.of_model]

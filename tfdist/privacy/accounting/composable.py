@@ -45,11 +45,16 @@ def check_unit(phases: Sequence[Phase]) -> None:
             f"clients. Received: {len(phases)} phases, of {'s and '.join(sorted(units))}s. "
             "Pass `group_ids` always, or never, or FedAvg(privacy=...) always."
         )
-    grouped = [p for p in phases if p.steps and p.unit != EXAMPLE]
+    grouped = [p for p in phases if p.steps and (p.unit != EXAMPLE or p.part is not None)]
     groupings = {phase.groups for phase in grouped} - {None}
-    sizes = {phase.num_rows for phase in grouped} - {None}
+    sizes_of: dict[int | None, set[int]] = {}
+    for phase in grouped:
+        if phase.num_rows is not None:
+            sizes_of.setdefault(phase.part, set()).add(phase.num_rows)
+    sizes = max(sizes_of.values(), key=len, default=set())
     if len(groupings) > 1 or len(sizes) > 1:
         (unit,) = units
+        unit = "client" if unit == EXAMPLE else unit
         argument = "clients" if unit == CLIENT else "group_ids"
         raise ArgumentError(
             f"All steps on the same data must have the same `{argument}`: of another "

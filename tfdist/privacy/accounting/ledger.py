@@ -5,15 +5,15 @@ dp-accounting computes the numbers. This file describes the steps to it.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from tfdist.errors import ArgumentError
-from tfdist.privacy.accounting import composable
+from tfdist.privacy.accounting import composable, parts
 from tfdist.privacy.accounting.arguments import check_choice, check_number
 from tfdist.privacy.accounting.chains import mechanisms
+from tfdist.privacy.accounting.costs import epsilon_of
 from tfdist.privacy.accounting.identity import named, run_of, union
 from tfdist.privacy.accounting.phase import CLIENT, EXAMPLE, USER, Phase, dp_accounting
 
@@ -91,8 +91,33 @@ class Ledger:
 
     @property
     def steps(self) -> int:
-        """The number of steps."""
-        return sum(phase.steps for phase in self.phases)
+        """The number of steps, or the most of any part if parts made steps of their own."""
+        return parts.most_steps(self.phases)
+
+    @property
+    def parts(self) -> tuple[int, ...]:
+        """The clients that made steps of their own, as in `Phase.part`; empty without any."""
+        return tuple(parts.parts_of(self.phases))
+
+    def of_part(self, part: int) -> Ledger:
+        """Returns the steps in which the examples of one client may have taken part.
+
+        Args:
+            part: As in `Phase`.
+
+        Example:
+            >>> phases = [Phase(q, 1.0, 10, part=n) for n, q in enumerate((0.01, 0.5))]
+            >>> ledger = Ledger(tuple(phases))
+            >>> ledger.parts, ledger.steps, ledger.of_part(0).epsilon(1e-5) < 1
+            ((0, 1), 10, True)
+            >>> ledger.epsilon(1e-5) == ledger.of_part(1).epsilon(1e-5)  # the largest
+            True
+        """
+        return Ledger(parts.of_part(self.phases, part))
+
+    def dearest(self) -> list[Ledger]:
+        """Returns the ledgers of the clients that may cost most, or this one without parts."""
+        return [Ledger(phases) for phases in parts.dearest(self.phases)]
 
     @property
     def unit(self) -> str:
@@ -198,29 +223,11 @@ class Ledger:
         check_number("delta", delta, 0, 1, open_ends=True)
         self.check_unit()
         self.check_relation(relation)
-        steps_of: dict[Phase, int] = {}
-        all_phases = self.mechanisms
-        # Each phase with correlated noise is a mechanism of its own. All others with equal
-        # settings become one phase, which is composed at once.
-        phases = [phase for phase in all_phases if phase.bands is not None]
-        for phase in all_phases:
-            if phase.bands is None:
-                key = replace(phase, steps=0)
-                steps_of[key] = steps_of.get(key, 0) + phase.steps
-        phases += [
-            replace(p, steps=n) for p, n in steps_of.items() if n and p.sampling_probability
-        ]
-        if not phases:
-            return 0.0
-        if any(phase.noise_multiplier == 0 for phase in phases):
-            return math.inf
-        # A missing dp-accounting is reported before SciPy, which it depends on.
-        dp_accounting()
-        from tfdist.privacy.accounting import accountants
-
-        if accountant == "rdp":
-            return accountants.rdp_epsilon(phases, delta, relation)
-        return accountants.pld_epsilon(phases, delta, relation, 10.0 if coarse else 1.0)
+        factor = 10.0 if coarse else 1.0
+        return max(
+            epsilon_of(ledger.mechanisms, delta, accountant, relation, factor)
+            for ledger in self.dearest()
+        )
 
     def affordable(
         self,

@@ -64,6 +64,14 @@ class Levels:
             for noise, count in self.counts(first, steps).items()
         ]
 
+    def steps_in(self, phases: Iterable[Phase]) -> int:
+        """Counts the steps in phases that `phases` has made.
+
+        Args:
+            phases: Phases of one run.
+        """
+        return sum(phase.steps for phase in phases)
+
     def factor_in(self, phases: Iterable[Phase], phase: Phase) -> float | None:
         """Finds the factor by which the multipliers were scaled in earlier steps.
 

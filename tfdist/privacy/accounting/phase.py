@@ -49,9 +49,12 @@ class Phase:
             drawn less often then. The cost is computed as if all had the largest one.
         after: With `bands`, the number of steps that another process made before these steps,
             which subtract a part of its noise.
+        part: The number of the client whose examples these steps used, if each client of
+            federated training makes steps of its own, with noise of its own. None if the steps
+            used all examples.
         run_id: A random text that names the process and the `fit` of these steps. See `Ledger`.
         continues: With `after`, the `run_id` of the steps just before these.
-        groups: With users and clients, a random text that names the grouping of examples.
+        groups: With users, clients and parts, a random text that names the grouping.
             Steps with different groupings do not compose.
         secret: Whether the random numbers came from the operating system. Otherwise there is no
             guarantee.
@@ -77,6 +80,7 @@ class Phase:
     at_most: bool = False
     after: int = 0
     cyclic: bool = False
+    part: int | None = None
     run_id: str = field(default="", compare=False, repr=False)
     groups: str | None = field(default=None, compare=False, repr=False)
     continues: str = field(default="", compare=False, repr=False)
@@ -100,9 +104,14 @@ class Phase:
                 f"depends on it. Received: capacity={self.capacity!r}, num_rows=None. Pass the "
                 "number of examples in the data."
             )
-        for name in ("capacity", "num_rows"):
+        for name, least in (("capacity", 1), ("num_rows", 1), ("part", 0)):
             if getattr(self, name) is not None:
-                check_count(name, getattr(self, name), 1)
+                check_count(name, getattr(self, name), least)
+        if self.part is not None and self.unit != EXAMPLE:
+            raise ArgumentError(
+                "`part` must be None for users and clients: only examples are protected by "
+                f"each client alone. Received: part={self.part!r}, unit={self.unit!r}."
+            )
 
     def _check_correlated(self) -> None:
         for name in ("bands", "separation"):

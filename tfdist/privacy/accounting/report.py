@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 from tfdist.figures import html_table
-from tfdist.privacy.accounting.ledger import CLIENT, EXAMPLE, USER, Ledger, Phase
+from tfdist.privacy.accounting.descriptions import dearest, described, of_clients, public
+from tfdist.privacy.accounting.ledger import CLIENT, EXAMPLE, USER, Ledger
 
 _ALIKE = {
     "add_or_remove_one": "differ by {}, added or removed",
@@ -29,7 +28,6 @@ _WHOM = {
     CLIENT: "This holds for all examples together of one client, and so for each of them, not "
     "for a person whose examples lie with several clients.",
 }
-_MOST_LISTED = 3  # phases that are described one by one
 _LARGE = 10  # the last tier of Ponomareva et al., "How to DP-fy ML", 2023, begins here
 _FLOATS = (
     "tfdist adds noise in float64, up to 9.49 standard deviations, of 96 random bits for two "
@@ -105,11 +103,14 @@ class Report:
 
     def _repr_html_(self) -> str:
         units = {CLIENT: "rounds"}.get(self.ledger.unit, "steps")
+        whom = f"each {self.ledger.unit}"
+        if self.ledger.parts:
+            whom += f", by each of {len(self.ledger.parts)} clients; the largest epsilon"
         rows = [
             ("epsilon", "none" if math.isinf(self.epsilon) else _rounded_up(self.epsilon)),
             ("delta", f"{self.delta:g}"),
             (units, f"{self.ledger.steps:,}"),
-            ("protected", f"each {self.ledger.unit}"),
+            ("protected", whom),
         ]
         if not self.secret:
             rows.append(("guarantee", "none: a seed was given"))
@@ -139,6 +140,8 @@ class Report:
             )
             if unit != EXAMPLE:
                 spent += f", for each {unit}"
+            if self.ledger.parts:
+                spent += f" of a client, the largest of {len(self.ledger.parts)} clients"
             if epsilon > _LARGE:
                 spent += f"; an epsilon above {_LARGE} promises little"
         if self.uncounted_steps or self.changes:
@@ -214,7 +217,8 @@ def statement(
         else f"The weights have epsilon = {_rounded_up(spent)} at delta = {delta:g}, for data "
         f"sets that {alike}. An epsilon so large protects nobody.",
         _WHOM[unit],
-        f"The weights came from {_described(ledger)}.",
+        f"The weights came from {described(dearest(ledger, delta, accountant, relation))}.",
+        *of_clients(ledger),
         f"Epsilon was computed by {_METHODS[accountant]}.",
         "It holds for the weights of every step, the optimizer's state and whatever is "
         "computed from them, so all of them may be released.",
@@ -222,7 +226,7 @@ def statement(
         "can predict or repeat, that no other step was made on these data, and that choices "
         "made by looking at the data (the model, its settings, the preprocessing) are not "
         "counted.",
-        _public(ledger),
+        public(ledger),
         "Losses and metrics, such as those in `History`, in logs and in progress bars, got no "
         "noise, those of validation neither: they do not protect the rows that they are of. "
         "Choices by validation (when to stop, which settings to take) are covered only if its "
@@ -241,91 +245,16 @@ def careless_delta(ledger: Ledger, delta: float, num_rows: int | None = None) ->
         delta: As in `statement`.
         num_rows: As in `statement`.
     """
-    sizes = [p.num_rows for p in ledger.phases if p.num_rows is not None]
-    rows = num_rows or max(sizes, default=0)
+    sizes: dict[int | None, int] = {}
+    for phase in ledger.phases:
+        sizes[phase.part] = max(sizes.get(phase.part, 0), phase.num_rows or 0)
+    of_all = sizes.pop(None, 0)
+    rows = num_rows or max(of_all, sum(sizes.values()))
     if delta * rows < 1:
         return None
     return (
         f"delta is not below 1 / {rows}, one over the number of {ledger.unit}s: giving away a "
         f"random {ledger.unit} would satisfy this guarantee."
-    )
-
-
-def _public(ledger: Ledger) -> str:
-    if ledger.unit == CLIENT:
-        same = " All rounds are assumed to have had the same `clients`."
-        remark = same if len(ledger.phases) > 1 else ""
-        return f"The number of clients is assumed to be public.{remark}"
-    if ledger.unit == USER:
-        remark = (
-            ""
-            if len(ledger.phases) < 2
-            else " All steps are assumed to have had the same `group_ids`."
-        )
-        return f"The numbers of examples and of users are assumed to be public.{remark}"
-    if any(phase.at_most for phase in ledger.phases):
-        return (
-            "The number of examples is assumed to be public, and so is what else the "
-            "probability of drawing an example follows from, such as the size of each class."
-        )
-    return "The number of examples is assumed to be public."
-
-
-def _described(ledger: Ledger) -> str:
-    if not ledger.steps:
-        return "no step at all"
-    mechanisms = ledger.mechanisms
-    if len(mechanisms) <= _MOST_LISTED:
-        return ", then ".join(map(_describe, mechanisms))
-    # A schedule has many phases that differ only in their noise. They are described together.
-    groups: dict[Any, list[Phase]] = {}
-    for number, phase in enumerate(mechanisms):
-        plain = replace(phase, steps=0, noise_multiplier=0.0)
-        groups.setdefault(number if phase.bands else plain, []).append(phase)
-    return ", then ".join(_describe(phases[0], phases) for phases in groups.values())
-
-
-def _describe(phase: Phase, group: Sequence[Phase] = ()) -> str:
-    limit = "" if phase.capacity is None else f", at most {phase.capacity} of them kept"
-    if phase.cyclic:
-        return (
-            f"{phase.steps} steps of DP-SGD with correlated noise, each example in one of "
-            f"{phase.bands} groups that take turns and drawn into each step of its group "
-            f"independently with probability {phase.sampling_probability:.6g}, each example's "
-            "gradient clipped to a norm C, and Gaussian noise of standard deviation "
-            f"{phase.noise_multiplier:.6g} C for each step, of which later steps take a part "
-            "back"
-        )
-    if phase.bands is not None:
-        often = "takes part in no more than one of them"
-        if phase.separation is not None:
-            often = f"comes in steps that are at least {phase.separation} apart"
-        resumed = "" if not phase.after else f" that went on after {phase.after} others"
-        return (
-            f"{phase.steps} steps of DP-FTRL{resumed}, each example's gradient clipped to a "
-            f"norm C, in which an example {often}, and Gaussian noise of standard deviation "
-            f"{phase.noise_multiplier:.6g} C for each step, of which the {phase.bands - 1} "
-            "steps after it take a part back"
-        )
-    at_most = "at most " if phase.at_most else ""
-    clipped = "gradient" if phase.unit == EXAMPLE else "gradients added up and"
-    noise = f"{phase.noise_multiplier:.6g} C"
-    if len(group) > 1:
-        noises = sorted({p.noise_multiplier for p in group})
-        noise = f"{noises[0]:.6g} to {noises[-1]:.6g} C, {len(noises)} values in all,"
-    steps = sum(p.steps for p in group) or phase.steps
-    if phase.unit == CLIENT:
-        return (
-            f"{steps} rounds of federated averaging, each client drawn into each round "
-            f"independently with probability {phase.sampling_probability:.6g}, each client's "
-            f"update clipped to a norm C, and Gaussian noise of standard deviation {noise} "
-            "added to their sum"
-        )
-    return (
-        f"{steps} steps of DP-SGD, each {phase.unit} drawn into each step independently "
-        f"with probability {at_most}{phase.sampling_probability:.6g}{limit}, each "
-        f"{phase.unit}'s {clipped} clipped to a norm C, and Gaussian noise of standard "
-        f"deviation {noise} added to their sum"
     )
 
 

@@ -203,18 +203,23 @@ def curve_of_ledger(ledger: Ledger, relation: str = "add_or_remove_one") -> Curv
         MissingPackageError: dp-accounting is not installed.
     """
     ledger.check_unit()
-    phases = [phase for phase in ledger.mechanisms if phase.sampling_probability]
-    if any(phase.noise_multiplier == 0 for phase in phases):
-        return curve_of([0.0], [1.0])  # without noise, nothing is refuted
     accounting = dp_accounting()
-    accountant = accounting.pld.PLDAccountant(
-        accounting.NeighboringRelation[relation.upper()], _INTERVAL
-    )
-    for phase in phases:
-        accountant.compose(phase.event())
     epsilons = [0.0, *np.geomspace(1e-3, _MOST_EPSILON, _POINTS)]
     # The accountant's transforms are not exact below `_LEAST_DELTA`.
-    return curve_of(epsilons, [max(_LEAST_DELTA, accountant.get_delta(e)) for e in epsilons])
+    deltas = [_LEAST_DELTA] * len(epsilons)
+    # If clients made steps of their own, an example took part in those of one of them.
+    for of_examples in ledger.dearest():
+        phases = [phase for phase in of_examples.mechanisms if phase.sampling_probability]
+        if any(phase.noise_multiplier == 0 for phase in phases):
+            return curve_of([0.0], [1.0])  # without noise, nothing is refuted
+        accountant = accounting.pld.PLDAccountant(
+            accounting.NeighboringRelation[relation.upper()], _INTERVAL
+        )
+        for phase in phases:
+            accountant.compose(phase.event())
+        found = map(accountant.get_delta, epsilons)
+        deltas = [max(a, b) for a, b in zip(deltas, found, strict=True)]
+    return curve_of(epsilons, deltas)
 
 
 def p_value_of(curve: Curve, *, num_canaries: int, guesses: int, right: int) -> float:

@@ -13,8 +13,10 @@ import numpy as np
 
 from tfdist import _keras, data
 from tfdist.errors import ArgumentError, MissingPackageError
+from tfdist.federated.settings import FedAvg
 from tfdist.privacy.accounting.arguments import check_choice, check_count, check_number
 from tfdist.privacy.checking.adversarial import HUGE, NOT_A_NUMBER, families
+from tfdist.privacy.checking.clients import ClientCheck, check_federated
 from tfdist.privacy.checking.columns import Columns, as_columns, joined, rows_of, selected
 from tfdist.privacy.checking.contributions import (
     Neighbours,
@@ -43,6 +45,7 @@ def check(
     y: Any = None,
     privacy: DPSGD | None = None,
     *,
+    federated: FedAvg | None = None,
     batch_size: int = 32,
     sample_weight: Any = None,
     sampler: Any = None,
@@ -72,6 +75,9 @@ def check(
         y: Targets, as in `fit`.
         privacy: The `tfdist.DPSGD` or `tfdist.DPFTRL` of the training. Its `seed` is not used.
             With a `target_epsilon`, the check uses a noise multiplier of 1.
+        federated: In place of `privacy`: a `tfdist.FedAvg` with `clients` and a
+            `tfdist.ClientDP`. Then rounds are measured, and whole clients in place of examples:
+            the noise on their sum, what one client contributes, and who is drawn.
         batch_size: As in `fit`.
         sample_weight: As in `fit`.
         sampler: As in `fit`.
@@ -102,9 +108,16 @@ def check(
         True
     """
     began = time.monotonic()
-    _check_arguments(model, x, privacy, batch_size, effort, seed)
+    if federated is not None:
+        check_federated(model, x, federated, privacy)
+    _check_arguments(model, x, privacy, batch_size, effort, seed, is_needed=federated is None)
     for part in parts:
         check_choice("parts", part, PARTS)
+    if federated is not None:
+        columns = as_columns(x, y, sample_weight)
+        of_clients = ClientCheck(model, columns, federated, batch_size, strategy)
+        facts, notes = _of_clients(of_clients, parts, effort, np.random.default_rng(seed))
+        return CheckReport(tuple(facts), tuple(notes), FALSE_ALARM, time.monotonic() - began)
     assert privacy is not None
     columns = as_columns(x, y, sample_weight)
     notes = _notes(privacy, sampler)
@@ -122,7 +135,7 @@ def check(
     if isinstance(sampler, PoissonLike):
         sampler = sampler.bind(columns[1], rows_of(columns))
     draws = Draws(fixed, rows_of(columns), batch_size, columns[1], sampler, strategy)
-    facts: list[Finding] = []
+    facts = []
     is_repeatable = False
     if "draws" in parts and getattr(sampler, "capacity", None) is None:
         facts += measure_draws(draws, math.ceil(_STEPS * effort), _ALPHA)
@@ -147,6 +160,23 @@ def check(
         FALSE_ALARM,
         time.monotonic() - began,
     )
+
+
+def _of_clients(
+    clients: ClientCheck, parts: Sequence[str], effort: float, rng: np.random.Generator
+) -> tuple[list[Finding], list[str]]:
+    """Measures rounds of protected clients."""
+    facts: list[Finding] = []
+    notes = ["the noise on the count of an adaptive norm, and the server's optimizer"]
+    if "draws" in parts:
+        facts += clients.draws(max(20, math.ceil(_STEPS * effort)), _ALPHA)
+    if "contributions" in parts:
+        facts += clients.contributions()
+    if "noise" in parts and clients.privacy.noise_multiplier == 0:
+        notes.append("noise: noise_multiplier is 0, and nothing is private")
+    elif "noise" in parts:
+        facts += clients.noise(math.ceil(_NUMBERS * effort), _ALPHA, rng)
+    return facts, notes
 
 
 def _contributions(
@@ -181,14 +211,20 @@ def _notes(privacy: DPSGD, sampler: Any) -> list[str]:
 
 
 def _check_arguments(
-    model: Any, x: Any, privacy: Any, batch_size: Any, effort: Any, seed: Any
+    model: Any,
+    x: Any,
+    privacy: Any,
+    batch_size: Any,
+    effort: Any,
+    seed: Any,
+    is_needed: bool,
 ) -> None:
     if not isinstance(model, keras.Model) or not model.compiled:
         raise ArgumentError(
             "`model` must be a compiled keras.Model. Received: model of type "
             f"{type(model).__name__}. Call model.compile(...) first."
         )
-    if not isinstance(privacy, DPSGD):
+    if is_needed and not isinstance(privacy, DPSGD):
         raise ArgumentError(
             "`privacy` must be a tfdist.DPSGD or tfdist.DPFTRL. Received: "
             f"privacy={privacy!r}. Pass the settings that you give to `fit`."

@@ -11,6 +11,7 @@ import tensorflow as tf
 
 from tfdist._keras import ReplicaBatch
 from tfdist.privacy import model_history
+from tfdist.privacy.accounting.correlated import coefficients
 from tfdist.privacy.mechanism.client_norm import AdaptiveNorm
 from tfdist.privacy.mechanism.counter import StepCounter
 from tfdist.privacy.mechanism.grid import Rounding
@@ -41,6 +42,8 @@ class ClientUpdates:
         num_clients: The number of clients.
         strategy: The strategy on whose replicas the model trains.
         adaptive: What moves the norm. None keeps it fixed.
+        turns: The number of groups of clients that take turns.
+        bands: The number of rounds whose noise a round combines. None is independent noise.
 
     Attributes:
         counter: Counts rounds.
@@ -60,12 +63,15 @@ class ClientUpdates:
         num_clients: int,
         strategy: Strategy,
         adaptive: AdaptiveNorm | None = None,
+        turns: int = 1,
+        bands: int | None = None,
     ) -> None:
         place = strategy.place
+        self._factors = None if bands is None else coefficients(bands)
         self._adaptive = adaptive
         self._fixed_norm = float(l2_norm_clip)
         self.num_votes = 0 if adaptive is None else 1
-        self._expected = sampling_probability * num_clients
+        self._expected = sampling_probability * num_clients / turns
         self._strategy = strategy
         self.counter = StepCounter()
         self._noise = Noise(place.first_replica, place.local_replicas)
@@ -77,13 +83,14 @@ class ClientUpdates:
             # More clients than these are drawn with a probability below 2^-64, by Chernoff's
             # bound. All of them may be on one replica.
             most = min(float(num_clients), 2 * self._expected + 64)
-            replicas = place.num_replicas
+            replicas = 1 if self.is_correlated else place.num_replicas
             if adaptive is not None:
                 noise_multiplier = adaptive.gradient_noise(noise_multiplier)
                 # In units in which the votes have the noise of the updates.
                 self._vote_unit = noise_multiplier / adaptive.count_noise
             self._rounding = Rounding(noise_multiplier, most * replicas, replicas)
-            noise = math.hypot(noise_multiplier, self._rounding.deviation)
+            factors = 1.0 if self._factors is None else math.hypot(*self._factors)
+            noise = math.hypot(factors * noise_multiplier, self._rounding.deviation)
             self.deviation = noise * self._fixed_norm / self._expected
 
     # --- the updates of clients; see `UpdateMechanism` ------------------------------------
@@ -92,6 +99,11 @@ class ClientUpdates:
     def sends_whole_numbers(self) -> bool:
         """Whether the result of `release` consists of whole numbers."""
         return self._rounding is not None
+
+    @property
+    def is_correlated(self) -> bool:
+        """Whether later rounds subtract noise, which is added to the sum of all replicas."""
+        return self._factors is not None
 
     def clip(self, update: Sequence[Tensor]) -> list[Tensor]:
         """Scales a client's update, so that its norm over all variables is at most the clip.
@@ -132,14 +144,32 @@ class ClientUpdates:
         if self._adaptive is not None:
             sums = [*sums[:-1], sums[-1] * tf.cast(self._vote_unit * norm, sums[-1].dtype)]
         sizes = [math.prod(part.shape) for part in sums]
-        normal = self._noise.normal(
-            at_once(sum(sizes)), self._strategy.replica_id(), self._number
-        )
+        correlated = self.is_correlated and self._strategy.place.num_replicas > 1
+        if correlated:  # as in `PrivateStep`: the first replica adds all noise, before rounding
+            sums = self._strategy.all_reduce_sum(list(sums))
+        normal = self._normal(at_once(sum(sizes)))
         # One vector of all variables needs one rounding operation.
         flat = tf.concat([tf.reshape(tf.cast(s, tf.float32), [-1]) for s in sums], 0)
         counts = self._rounding.counts(tf.ensure_shape(flat, [sum(sizes)]), normal, norm)
+        if correlated:
+            # Not a constant of the graph: each process must keep the collective above.
+            zero = tf.cast(tf.minimum(tf.abs(counts[0]), 0), tf.int32)
+            is_first = tf.equal(self._strategy.replica_id() + zero, 0)
+            counts = tf.where(is_first, counts, tf.zeros_like(counts))
         parts = tf.split(counts, sizes) if len(sizes) > 1 else [counts]
         return [tf.reshape(part, s.shape) for part, s in zip(parts, sums, strict=True)]
+
+    def _normal(self, count: int) -> Tensor:
+        """Draws a replica's normal numbers. The first replica draws all correlated noise."""
+        replica, number = self._strategy.replica_id(), self._number
+        factors = self._factors
+        if factors is None:
+            return self._noise.normal(count, replica, number)
+        return tf.cond(
+            tf.equal(replica, 0),
+            lambda: self._noise.correlated(count, replica, number, factors),
+            lambda: tf.zeros([count], tf.float64),
+        )
 
     def mean(self, total: Sequence[Tensor]) -> list[Tensor]:
         """Divides by the expected number of clients.
@@ -201,11 +231,14 @@ class ClientUpdates:
         Args:
             seed: As in `Noise.renew`.
             first: The number of the first round.
-            correlated: None: the noise of rounds is independent.
+            correlated: The argument of `Noise.go_on` if noise is correlated, else None.
         """
         self.counter.restart()
         self.counter.number_from(first)
-        self._noise.renew(seed)
+        if correlated is None:
+            self._noise.renew(seed)
+        else:
+            self._noise.go_on(correlated)
 
     def running(self) -> contextlib.AbstractContextManager[None]:
         """Does nothing."""

@@ -97,6 +97,18 @@ class SpotChecks:
                 stops = tf.cast(~has_passed, stopping.dtype)
         return data, tf.concat([stopping[:1] + stops, stopping[1:]], 0)
 
+    def requests(self, stopping: Tensor) -> Tensor:
+        """Adds a stop to a worker's signals, if a comparison has failed.
+
+        Args:
+            stopping: As in `check`, whose own result cannot leave a loop.
+        """
+        if self._strategy.place.num_workers == 1:
+            return stopping
+        with tf.device("CPU:0"):
+            stops = tf.cast(self._failed.read_value(), stopping.dtype)
+        return tf.concat([stopping[:1] + stops, stopping[1:]], 0)
+
     def _is_due(self, keys: RowKeys, step: Tensor) -> Tensor:
         with tf.device("CPU:0"):
             period = self._period.read_value()

@@ -70,12 +70,22 @@ class PrivateStep:
         model: A compiled, built `keras.Model`.
         mechanism: The clipping and the noise.
         strategy: The strategy on whose replicas the model trains.
+        noise: The streams of noise. None is one for each replica of this process.
+        replicas: The number of replicas whose sums are added up. None is that of the strategy.
     """
 
-    def __init__(self, model: Any, mechanism: Mechanism, strategy: Any) -> None:
+    def __init__(
+        self,
+        model: Any,
+        mechanism: Mechanism,
+        strategy: Any,
+        noise: Noise | None = None,
+        replicas: int | None = None,
+    ) -> None:
         place = strategy.place
+        replicas = place.num_replicas if replicas is None else replicas
         self.mechanism = mechanism
-        self.noise = Noise(place.first_replica, place.local_replicas)
+        self.noise = noise or Noise(place.first_replica, place.local_replicas)
         self.counter = StepCounter()
         self._number: Tensor = None
         self._scheduled: ScheduledStep | None = None
@@ -91,15 +101,15 @@ class PrivateStep:
             self._recursion = Recursion(banded(mechanism.bands or 1), count)
         self._rounding: Rounding | None = None
         if mechanism.noise_multiplier > 0:
-            noisy = place.num_replicas if mechanism.bands is None else 1
+            noisy = replicas if mechanism.bands is None else 1
             self._rounding = Rounding(
-                mechanism.gradient_noise, mechanism.sum_bound(place.num_replicas), noisy
+                mechanism.gradient_noise, mechanism.sum_bound(replicas), noisy
             )
         self.masks = Masks()
         self.spot_checks = SpotChecks(model, strategy, mechanism.microbatch_size)
         self.adaptive: AdaptiveClip | None = None
         if mechanism.target_quantile is not None:
-            self.adaptive = AdaptiveClip(model, mechanism, place.num_replicas)
+            self.adaptive = AdaptiveClip(model, mechanism, replicas)
         self._model = model
         self._strategy = strategy
 
@@ -208,10 +218,14 @@ class PrivateStep:
         data = tf.nest.map_structure(with_any_size, data)
         batch.keys = self.masks.keys(data, batch.offset, self.mechanism.copies)
         columns = keras.utils.unpack_x_y_sample_weight(data)
-        step = self.counter.steps_before(self._number)
         norm = self._norm()
-        columns, stopping = self.spot_checks.check(columns, batch, stopping, step, norm)
+        columns, stopping = self.spot_checks.check(
+            columns, batch, stopping, self._steps_before(), norm
+        )
         return keras.utils.pack_x_y_sample_weight(*columns), stopping
+
+    def _steps_before(self) -> Tensor:
+        return self.counter.steps_before(self._number)
 
     def train_step(self, data: Any, batch: ReplicaBatch, groups: Tensor) -> Any:
         """Makes one step, as `keras.Model.train_step` would.
@@ -259,7 +273,7 @@ class PrivateStep:
             sums, votes = self._with_noise(batch, sums, votes, norm)
             factor = self._rounding.step * self._factor(norm)
         # Regularizers do not depend on the data, so they are neither clipped nor noisy.
-        regularizing = updated_alone(self._model, batch, (), lambda: penalties(variables))
+        regularizing = updated_alone(self._model, batch, (), lambda: self._penalties(variables))
 
         def update(summed: list[Tensor]) -> None:
             gradients = [
@@ -277,6 +291,9 @@ class PrivateStep:
         batch.updates.apply(optimizer, sums, update, variables)
         if self.adaptive is not None:
             self.adaptive.update(batch, votes)
+
+    def _penalties(self, variables: Sequence[Any]) -> list[Tensor | None]:
+        return penalties(variables)
 
     def _with_noise(
         self, batch: ReplicaBatch, sums: list[Tensor], votes: Tensor, norm: Any
