@@ -93,12 +93,16 @@ def a_weight_of_a_pipeline_is_on_one_device_only(folder: Path) -> None:
                 assert tf.raw_ops.VariableShape(input=variable.handle).numpy().tolist() == [0]
 
     tfdist.fit(model, *table(64), strategy=strategy, callbacks=[Live()], **ORDERED)
+    placement = tfdist.placement(model, strategy)
     first, last = strategy.plan(model).piped
     assert set(seen) == {first.device, last.device}
     for stage in (first, last):  # weights and both moments
         weights = [v for v in stage.variables if v.trainable]
         numbers = 12 if stage is last else 0  # the count of steps and the learning rate
         assert seen[stage.device] == 3 * sum(map(_keras.num_bytes, weights)) + numbers
+        others = sum(_keras.num_bytes(v) for v in stage.variables if not v.trainable)
+        predicted = placement.bytes_of(int(stage is last)) - others
+        assert predicted == seen[stage.device] - numbers
     assert [_keras.backing_variable(v) for v in model.variables] == plain
     assert not any(map(_keras.is_empty, (*model.variables, *model.optimizer.variables)))
     tfdist.evaluate(model, *table(50), verbose=0)

@@ -213,7 +213,7 @@ def _resolved(
     if selected.has_stages:
         raise ArgumentError(
             "`memory` needs devices that compute the same layers. Received: "
-            f"strategy={selected!r}. Print `strategy.plan(model)` for the bytes of each stage."
+            f"strategy={selected!r}. tfdist.placement shows the bytes of each stage."
         )
     devices = settings.devices if isinstance(settings, ModelParallel) else None
     if devices is not None:

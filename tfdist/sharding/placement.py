@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from tfdist import _keras
 from tfdist.sharding.axis_cuts import AxisCut
 from tfdist.sharding.cuts import Cut
+from tfdist.sharding.pipeline import placement as of_stages
+from tfdist.sharding.pipeline.strategy import Pipeline
 from tfdist.sharding.updates import ShardedUpdates
 from tfdist.strategies import placement as of_servers
 from tfdist.strategies.session import Session, current
@@ -66,7 +68,9 @@ class DevicePlacement(of_servers.PlacementTable):
         return f"bytes on each of {self.num_devices} device(s): {self.bytes_of_each:,}"
 
 
-def placement(model: Any, strategy: Any = "auto") -> of_servers.Placement | DevicePlacement:
+def placement(
+    model: Any, strategy: Any = "auto"
+) -> of_servers.Placement | of_stages.StagePlacement | DevicePlacement:
     """Shows where each variable of a model is during training, without training.
 
     Args:
@@ -75,7 +79,8 @@ def placement(model: Any, strategy: Any = "auto") -> of_servers.Placement | Devi
 
     Returns:
         The placement. Print it to see a table. With parameter servers, it names the server of
-        each variable. Otherwise it says which part of each variable every device has.
+        each variable, and with `tfdist.Pipeline` the device of its stage. Otherwise it says
+        which part of each variable every device has.
 
     Raises:
         ArgumentError: The model is not built, or a layout map does not fit it.
@@ -95,13 +100,15 @@ def placement(model: Any, strategy: Any = "auto") -> of_servers.Placement | Devi
         return of_servers.placement(model, strategy)
     session = current(strategy)
     optimizers = of_servers.built_optimizers(model)
-    cuts, divided = _cuts(model, session)
-    axis = getattr(session.zero, "model_axis", None)
     slots: dict[int, list[Any]] = {}
     for optimizer in optimizers:
         if len(_keras.with_nested([optimizer])) == 1:
             for weight, variables in _keras.trained_by(optimizer):
                 slots.setdefault(id(weight), []).extend(variables)
+    if session.strategy.has_stages:
+        return of_stages.placement(model, cast(Pipeline, session.strategy).plan(model), slots)
+    cuts, divided = _cuts(model, session)
+    axis = getattr(session.zero, "model_axis", None)
     homes = []
     for variable in model.variables:
         cut = cuts.get(id(variable))

@@ -103,8 +103,8 @@ class Pipeline(Strategy):
         reason = self.unavailable(Cluster.from_environment())
         if reason is not None:
             raise StrategyError(
-                "`Pipeline` must run in a single process, or on the workers and servers of "
-                f"one. Received: {reason}. Start the script without `tfdist run`, or with "
+                "`Pipeline` must run in a single process, or on workers and servers. "
+                f"Received: {reason}. Start the script without `tfdist run`, or with "
                 f"`tfdist run -n {self.stages} --ps 1`, or use another strategy."
             )
         devices = tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")
