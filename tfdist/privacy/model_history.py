@@ -46,6 +46,16 @@ class History:
     uncounted: int = 0
     changes: int = 0
 
+    def changed(self, updates: int) -> History:
+        """Adds a change of the weights from outside of the private steps.
+
+        Args:
+            updates: The number of updates without privacy; 0 if the weights were set.
+        """
+        if updates:
+            return dataclasses.replace(self, uncounted=self.uncounted + updates)
+        return dataclasses.replace(self, changes=self.changes + 1)
+
     def merged(self, other: History) -> History:
         """Merges two histories.
 

@@ -273,14 +273,10 @@ class Spending:
         Only steps that the counter has counted, or that a record has, are private.
         """
         self._progress.unrecorded += updates
-        before = self.before
-        if not updates:
-            if not self.history().ledger.steps:
-                return  # weights that a callback has set before the first private step
-            self.before = dataclasses.replace(before, changes=before.changes + 1)
-        else:
-            self.before = dataclasses.replace(before, uncounted=before.uncounted + updates)
-        self._write(max(self._journaled_steps, self._progress.steps_made))
+        # Weights that a callback sets before the first private step are not noted.
+        if updates or self.history().ledger.steps:
+            self.before = self.before.changed(updates)
+            self._write(max(self._journaled_steps, self._progress.steps_made))
 
     def before_steps(self, steps: int) -> None:
         """Writes coming steps to the journal; see `Listener`.

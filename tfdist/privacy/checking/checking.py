@@ -120,6 +120,24 @@ def check(
         return CheckReport(tuple(facts), tuple(notes), FALSE_ALARM, time.monotonic() - began)
     assert privacy is not None
     columns = as_columns(x, y, sample_weight)
+    facts, notes = _of_examples(
+        model, columns, privacy, batch_size, sampler, strategy, parts, effort, seed
+    )
+    return CheckReport(tuple(facts), tuple(notes), FALSE_ALARM, time.monotonic() - began)
+
+
+def _of_examples(
+    model: Any,
+    columns: Columns,
+    privacy: DPSGD,
+    batch_size: int,
+    sampler: Any,
+    strategy: Any,
+    parts: Sequence[str],
+    effort: float,
+    seed: int,
+) -> tuple[list[Finding], list[str]]:
+    """Measures steps with protected examples."""
     notes = _notes(privacy, sampler)
     if privacy.target_epsilon is not None:
         multiplier = privacy.noise_multiplier or 1.0  # with a target it can only be a schedule
@@ -154,12 +172,7 @@ def check(
                 noiseless, columns, batch_size, row_numbers, is_repeatable, numbers
             )
             facts += noise.facts(_ALPHA, rng)
-    return CheckReport(
-        tuple(facts),
-        tuple(notes),
-        FALSE_ALARM,
-        time.monotonic() - began,
-    )
+    return facts, notes
 
 
 def _of_clients(

@@ -6,6 +6,8 @@ from typing import Any
 
 import tensorflow as tf
 
+from tfdist._keras import layers as keras_layers
+
 Columns = tuple[Any, Any, Any]
 
 
@@ -42,3 +44,23 @@ def joined(*several: Columns) -> Columns:
         lambda *parts: None if parts[0] is None else tf.concat(parts, 0), *several
     )
     return concatenated
+
+
+def first(rows: Any, *structures: Any) -> Any:
+    """Cuts tensors and their masks to their first rows.
+
+    Args:
+        rows: The number of rows, a scalar. At least one row is left.
+        *structures: Nested tensors. None stays None.
+    """
+    rows = tf.maximum(tf.cast(rows, tf.int32), 1)
+
+    def cut(leaf: Any) -> Any:
+        if leaf is None:
+            return None
+        first = leaf[:rows]
+        if keras_layers.has_mask(leaf):
+            keras_layers.give_mask(first, keras_layers.mask_of(leaf)[:rows])
+        return first
+
+    return tf.nest.map_structure(cut, structures)

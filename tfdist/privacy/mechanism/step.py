@@ -15,6 +15,7 @@ from tfdist._keras import ReplicaBatch
 from tfdist._keras import layers as keras_layers
 from tfdist.privacy import model_history
 from tfdist.privacy.accounting.correlated import banded
+from tfdist.privacy.mechanism import rows
 from tfdist.privacy.mechanism.adam import DPAdam
 from tfdist.privacy.mechanism.adaptive import AdaptiveClip
 from tfdist.privacy.mechanism.counter import StepCounter
@@ -254,7 +255,7 @@ class PrivateStep:
                 ),
             )
             # A replica's batch may be padded to a static shape. Padding must not enter metrics.
-            (x, y, weight), outputs = _first_rows(batch.rows, columns, outputs)
+            (x, y, weight), outputs = rows.first(batch.rows, columns, outputs)
             loss = keras_layers.compiled_loss(model, x, y, outputs, weight)
             keras_layers.track_loss(model, loss, tf.shape(tf.nest.flatten(x)[0])[0])
         self._update(batch, sums, votes, norm)
@@ -342,18 +343,3 @@ class PrivateStep:
             return self.noise.correlated(count, replica, step, factors)
 
         return tf.cond(tf.equal(replica, 0), on_first, lambda: tf.zeros([count], tf.float64))
-
-
-def _first_rows(rows: Tensor, *structures: Any) -> Any:
-    """Cuts all tensors and their masks to `rows` rows, but at least one."""
-    rows = tf.maximum(tf.cast(rows, tf.int32), 1)
-
-    def cut(leaf: Any) -> Any:
-        if leaf is None:
-            return None
-        first = leaf[:rows]
-        if keras_layers.has_mask(leaf):
-            keras_layers.give_mask(first, keras_layers.mask_of(leaf)[:rows])
-        return first
-
-    return tf.nest.map_structure(cut, structures)
