@@ -89,6 +89,10 @@ lint: $(VENV)/.dev  ## Lint and type-check.
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m tests.lint.private_parts
+	$(BIN)/python -m tests.lint.length
+	$(BIN)/python -m tests.lint.class_names
+	$(BIN)/python -m tests.lint.capabilities
+	$(BIN)/python -m tests.lint.architecture
 
 format: $(VENV)/.dev  ## Format the code.
 	$(BIN)/ruff format .

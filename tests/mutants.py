@@ -98,7 +98,7 @@ MUTANTS = {
     ),
     "a callback that writes runs on all workers": Mutant(
         "training/callbacks.py",
-        "if strategy.place.is_chief or not _writes(c)",
+        "if strategy.place.is_chief or not writes(c)",
         "if True",
         f"{BEHAVIOUR} -k only_the_chief_writes",
     ),
@@ -158,8 +158,8 @@ MUTANTS = {
     ),
     "a gradient in the backward pass is not summed": Mutant(
         "_keras/regathering.py",
-        "parts = gathering.scatter(cuts, [found[i] for i in chosen])",
-        "parts = [c.own(found[i], gathering.replica_id()) for c, i in zip(cuts, chosen)]",
+        "parts = gathering.scatter(cuts, [results[i] for i in chosen])",
+        "parts = [c.own(results[i], gathering.replica_id()) for c, i in zip(cuts, chosen)]",
         f"{EQUIVALENCE} -k mirrored-2-rows_961-zero3",
     ),
     "what is no mean is not seen": Mutant(

@@ -22,7 +22,6 @@ from tfdist.resume.checkpoint import Checkpoint, CheckpointRun
 from tfdist.samplers import Sampler
 from tfdist.sharding.extension import ShardedOptimizer
 from tfdist.sharding.pipeline.extension import PipelinedTraining
-from tfdist.sharding.pipeline.strategy import Pipeline
 from tfdist.strategies.session import current
 from tfdist.training import preflight
 from tfdist.training.calls import watched
@@ -195,9 +194,9 @@ def _train(
         extensions.append(FederatedTraining(federated, protecting))
     if session.zero is not None:
         extensions.append(ShardedOptimizer(session.zero, compression))
-    if isinstance(session.strategy, Pipeline):
+    if session.strategy.has_stages:
         others = {"privacy": privacy, "compression": compression, "federated": federated}
-        extensions.append(PipelinedTraining(session.strategy, **others))
+        extensions.append(PipelinedTraining(**others))
     continuation = Continuation(extensions)
     if checkpoint is not None:
         continuation = CheckpointRun(checkpoint, session.strategy, extensions)

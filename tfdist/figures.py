@@ -1,4 +1,4 @@
-"""Pictures, for those who have matplotlib, and tables of notebooks."""
+"""Pictures, for those who have matplotlib, and tables of terminals and notebooks."""
 
 from __future__ import annotations
 
@@ -26,6 +26,29 @@ def new_figure(**options: Any) -> Any:
             'Install it: pip install "tfdist[plot]".'
         ) from None
     return Figure(layout="constrained", **options)
+
+
+def text_table(rows: Sequence[Sequence[str]], num_left: int = 0) -> str:
+    """Returns a table as text, such that columns have the width of their longest cell.
+
+    Args:
+        rows: The text of each cell, row by row.
+        num_left: Number of columns, the first ones, that begin at the left. The cells of
+            the others end at the right.
+
+    Example:
+        >>> print(text_table([["a", "1"], ["bb", "10"]], num_left=1))
+        a    1
+        bb  10
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i < num_left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    )
 
 
 def html_table(

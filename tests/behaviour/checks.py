@@ -109,7 +109,7 @@ def float16_overflows_where_it_does_in_plain_keras(folder: Path) -> None:
     assert_weights_close(ours, theirs, 1e-6)
 
 
-@check(MIRRORED, SERVERS, full=(SINGLE, *WORKERS))
+@check(MIRRORED, full=(SINGLE, *WORKERS, SERVERS))
 def evaluate_counts_each_example_once(folder: Path) -> None:
     model = mlp(
         clipped_sgd(),
@@ -124,7 +124,7 @@ def evaluate_counts_each_example_once(folder: Path) -> None:
     assert list(named) == ["accuracy", "loss", "sparse_categorical_crossentropy"]
 
 
-@check(MIRRORED, MULTI_WORKER, SERVERS, full=(SINGLE, HOROVOD))
+@check(MULTI_WORKER, SERVERS, full=(SINGLE, MIRRORED, HOROVOD))
 def predictions_are_in_order(folder: Path) -> None:
     model = mlp(clipped_sgd())
     for rows in (1, 3, 7, 300):
@@ -150,7 +150,7 @@ class Remembering(L.Layer):
         return x
 
 
-@check(MIRRORED, HOROVOD, full=(SERVERS,))
+@check(HOROVOD, full=(MIRRORED, SERVERS))
 def predictions_of_whole_batches(folder: Path) -> None:
     """Outputs that are no rows of their own are those of one process, in number too."""
     inputs, ops = keras.Input((20,)), keras.ops
@@ -306,7 +306,7 @@ class StopAt(keras.callbacks.Callback):
             self.model.stop_training = True
 
 
-@check(MULTI_WORKER, SERVERS, full=(SINGLE, HOROVOD))
+@check(MULTI_WORKER, full=(SINGLE, HOROVOD, SERVERS))
 def a_stop_on_any_worker_takes_effect_at_the_same_step(folder: Path) -> None:
     last = 15  # of batches 0 to 15: then the epoch's end has to carry the news
     ours, theirs = twins()
@@ -430,7 +430,7 @@ class LooksOnAllReplicas(Looks):
         self.seen.append((loss, float(tfdist.predict(self.model, x, verbose=0).sum())))
 
 
-@check(HOROVOD, SERVERS, full=(MIRRORED,))
+@check(HOROVOD, full=(MIRRORED, SERVERS))
 def callbacks_may_evaluate_and_predict(folder: Path) -> None:
     ours, theirs = twins()
     a, b, c = Looks(), Looks(), LooksOnAllReplicas()
@@ -454,7 +454,7 @@ class Counting(keras.Model):
         return self.dense(x)
 
 
-@check(MIRRORED, SERVERS, full=(SINGLE, HOROVOD))
+@check(MIRRORED, full=(SINGLE, HOROVOD, SERVERS))
 def a_second_fit_traces_nothing(folder: Path) -> None:
     model = Counting()
     model.compile(clipped_sgd(), crossentropy())

@@ -180,7 +180,7 @@ def a_step_that_workers_cancel_keeps_nothing(folder: Path) -> None:
     assert before.residual.any()
 
 
-@check(MULTI_WORKER, HOROVOD, full=(MIRRORED,))
+@check(MULTI_WORKER, full=(MIRRORED, HOROVOD))
 def half_precision_is_close(folder: Path) -> None:
     exact: list[Any] = []
     for compression, tolerance in (("bf16", 4e-2), ("fp16", 5e-3)):

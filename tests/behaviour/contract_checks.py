@@ -19,6 +19,7 @@ import tfdist
 from tests.behaviour.registry import (
     EVERYWHERE,
     MIRRORED,
+    MIRRORED_4,
     MULTI_WORKER,
     REPLICAS,
     WORKERS,
@@ -30,8 +31,8 @@ from tfdist.step.state import Role, Sharded, TrainState
 from tfdist.strategies import connected, tf_distribute
 from tfdist.strategies.mesh import Mesh
 
-MORE = ("mirrored-4", "multi_worker-3")
-FULL = ("horovod-3",)
+MORE = ("multi_worker-3",)
+FULL = ("horovod-3", "mirrored-4")
 TYPES = (tf.float32, tf.float64, tf.int32, tf.int64, tf.float16)
 
 
@@ -106,7 +107,7 @@ def rows_are_gathered_in_the_order_of_replicas(folder: Path) -> None:
     np.testing.assert_array_equal(numbers, np.arange(replicas))
 
 
-@check(*EVERYWHERE, *MORE, full=FULL)
+@check(*EVERYWHERE, *MORE, MIRRORED_4, full=("horovod-3",))
 def sums_and_rows_are_of_the_group_along_an_axis(folder: Path) -> None:
     place = strategy().place
     replicas = place.num_replicas

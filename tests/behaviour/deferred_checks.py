@@ -132,7 +132,7 @@ def a_model_built_in_parts_trains_on_a_mesh(folder: Path) -> None:
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-5)
 
 
-@check(MIRRORED)
+@check(full=(MIRRORED,))
 def a_model_built_in_parts_is_whole_after_fit_in_one_process(folder: Path) -> None:
     model = built_in_parts()
     assert_close(train(model, ZERO), train(wide(), 0))

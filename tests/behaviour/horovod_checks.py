@@ -45,7 +45,7 @@ def fp16_compression_is_close(folder: Path) -> None:
     )
 
 
-@check(HOROVOD)
+@check(full=(HOROVOD,))
 def bf16_compression_is_close(folder: Path) -> None:
     assert_weights_close(*trained(tfdist.Horovod(compression="bf16")), 4e-2)
 

@@ -1,4 +1,4 @@
-"""What `tfdist.Pipeline` must do on two devices of a process; see `checks.py`."""
+"""What `tfdist.Pipeline` must do on devices of a process and of servers; see `checks.py`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import tensorflow as tf
 
 import tfdist
 from tests.behaviour.checks import ORDERED, assert_weights_close
-from tests.behaviour.registry import MIRRORED, check
+from tests.behaviour.registry import MIRRORED, SERVERS, check
 from tests.equivalence.cases import clipped_sgd, crossentropy, sequences, table
 from tfdist import _keras
 from tfdist.errors import ArgumentError, StrategyError
@@ -65,18 +65,18 @@ def assert_equal_to_keras(make: Callable[[], Any], data: Any, strategy: Any) -> 
     return ours
 
 
-@check(MIRRORED)
+@check(MIRRORED, SERVERS)
 def a_pipeline_equals_plain_keras(folder: Path) -> None:
     # The last batch has one row, for two micro-batches.
     assert_equal_to_keras(mlp, table(129), tfdist.Pipeline(2, 2))
 
 
-@check(full=(MIRRORED,))
+@check(full=(MIRRORED, SERVERS))
 def a_pipeline_of_rows_masks_and_branches_equals_plain_keras(folder: Path) -> None:
     assert_equal_to_keras(language, sequences(97), tfdist.Pipeline(2, 3, recompute=False))
 
 
-@check(MIRRORED)
+@check(MIRRORED, SERVERS)
 def a_weight_of_a_pipeline_is_on_one_device_only(folder: Path) -> None:
     model = mlp(optimizer=keras.optimizers.Adam(0.01))
     plain = [_keras.backing_variable(v) for v in model.variables]
@@ -93,12 +93,16 @@ def a_weight_of_a_pipeline_is_on_one_device_only(folder: Path) -> None:
                 assert tf.raw_ops.VariableShape(input=variable.handle).numpy().tolist() == [0]
 
     tfdist.fit(model, *table(64), strategy=strategy, callbacks=[Live()], **ORDERED)
+    placement = tfdist.placement(model, strategy)
     first, last = strategy.plan(model).piped
-    assert sorted(seen) == [first.device, last.device]
+    assert set(seen) == {first.device, last.device}
     for stage in (first, last):  # weights and both moments
         weights = [v for v in stage.variables if v.trainable]
         numbers = 12 if stage is last else 0  # the count of steps and the learning rate
         assert seen[stage.device] == 3 * sum(map(_keras.num_bytes, weights)) + numbers
+        others = sum(_keras.num_bytes(v) for v in stage.variables if not v.trainable)
+        predicted = placement.bytes_of(int(stage is last)) - others
+        assert predicted == seen[stage.device] - numbers
     assert [_keras.backing_variable(v) for v in model.variables] == plain
     assert not any(map(_keras.is_empty, (*model.variables, *model.optimizer.variables)))
     tfdist.evaluate(model, *table(50), verbose=0)

@@ -61,7 +61,7 @@ def noise_on_the_sum_has_the_right_deviation(folder: Path) -> None:
     assert np.abs(correlation).max() < 5.5 / math.sqrt(2000)
 
 
-@check(MIRRORED, full=(MULTI_WORKER,))
+@check(full=(MIRRORED, MULTI_WORKER))
 def noise_follows_a_schedule_on_all_replicas(folder: Path) -> None:
     """Of 2000 numbers a step the deviation is known within 8 %."""
     schedules = keras.optimizers.schedules
@@ -85,7 +85,7 @@ def noise_of_groups_that_take_turns_is_given_once(folder: Path) -> None:
     assert np.abs(correlation).max() < 5.5 / math.sqrt(2000)
 
 
-@check(MIRRORED)
+@check(full=(MIRRORED,))
 def the_check_finds_noise_of_one_replica_alone(folder: Path) -> None:
     """And finds nothing where each replica adds its part."""
     model = keras.Sequential([keras.Input((30,)), L.Dense(20)])
@@ -109,7 +109,7 @@ def the_check_finds_noise_of_one_replica_alone(folder: Path) -> None:
     assert found.measured == pytest.approx(place().num_replicas ** -0.5, rel=0.05)
 
 
-@check(MULTI_WORKER, SERVERS, full=(MIRRORED, HOROVOD))
+@check(MULTI_WORKER, full=(MIRRORED, HOROVOD, SERVERS))
 def noise_that_is_taken_back_was_given_once(folder: Path) -> None:
     """With factors 1 and -1/2, of a step's own noise and of that of the step before.
 
@@ -196,7 +196,7 @@ class Late(L.Layer):
         return inputs + is_large * keras.ops.mean(inputs, 0, keepdims=True)
 
 
-@check(HOROVOD, SERVERS, full=(SINGLE, MIRRORED, MULTI_WORKER))
+@check(HOROVOD, full=(SINGLE, MIRRORED, MULTI_WORKER, SERVERS))
 def examples_that_are_mixed_end_the_training_on_all_workers(folder: Path) -> None:
     model = keras.Sequential([keras.Input((20,)), Late(), L.Dense(1)])
     model.compile("sgd", "mse")

@@ -114,9 +114,13 @@ def test_larger_than_memory_trains_on_two_workers_only(workers, monkeypatch):
 
 
 @pytest.mark.full  # it sets the devices of its process
-def test_pipeline_ends_with_the_weights_of_one_device():
-    facts = facts_of(launched([sys.executable, str(EXAMPLES / "pipeline.py")]))
-    assert float(facts["largest difference from one device"]) < 1e-5
+@pytest.mark.parametrize("is_alone", [True, False], ids=["one process", "servers"])
+def test_pipeline_ends_with_the_weights_of_plain_keras(is_alone):
+    script = EXAMPLES / "pipeline.py"
+    on_servers = tfdist_run(1, script, options=["--ps", "1"])
+    printed = launched([sys.executable, str(script)] if is_alone else on_servers)
+    assert float(facts_of(printed)["largest difference from plain Keras"]) < 1e-5
+    assert ("ps 0, CPU:0:" in printed) == (not is_alone)
 
 
 @pytest.mark.full  # it sets the devices of its process
@@ -276,6 +280,7 @@ def test_smote_finds_the_rare_digits(clusters):
     assert found["ClassBalanced(), Augment"][2] > recall_of_odd[0] + 10
 
 
+@pytest.mark.full  # tests/keras/test_recomputation.py and equivalence compare weights
 @run_on(SINGLE, command="recompute.py")
 def test_recompute_saves_memory_and_keeps_the_weights(place, clusters):
     printed = printed_on(clusters, place, "recompute.py")
@@ -286,6 +291,7 @@ def test_recompute_saves_memory_and_keeps_the_weights(place, clusters):
     assert printed.count("(Block)") == 4
 
 
+@pytest.mark.full
 @run_on(SINGLE, command="compressed_digits.py")
 def test_compressed_digits_are_small_and_accurate(place, clusters):
     printed = printed_on(clusters, place, "compressed_digits.py")
@@ -326,6 +332,7 @@ def test_private_check_finds_nothing_wrong(clusters):
     assert facts_of(printed)["every check passed"] == "True"
 
 
+@pytest.mark.full
 @on(SINGLE, example("private_embedding.py"))
 def test_private_embedding_hides_which_words_nobody_wrote(clusters):
     printed = printed_on(clusters, SINGLE, "private_embedding.py")

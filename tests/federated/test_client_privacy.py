@@ -260,6 +260,15 @@ def test_what_is_released_does_not_show_who_was_drawn():
 
 
 @pytest.mark.quick
+def test_a_batch_does_not_show_how_many_rows_other_clients_have() -> None:
+    """Clients of 16 rows each fill batches of 16. A static size would say so to each one."""
+    ids, plain = np.repeat(np.arange(4), 16), tfdist.FedAvg(clients=np.repeat([0, 1], 16))
+    assert plan_of(plain).full_batch == 16
+    assert plan_of(averaging(clients=ids)).full_batch is None
+    assert plan_of(averaging(clients=ids[:-1])).full_batch is None
+
+
+@pytest.mark.quick
 def test_clients_are_drawn_independently():
     """Sizes of rounds are binomial; two clients, and two rounds, are uncorrelated."""
     federated = averaging(clients=np.arange(20), sampling_probability=0.3)
@@ -378,6 +387,33 @@ def test_layers_whose_state_would_show_clients_are_refused():
             tfdist.fit(model, X, np.eye(3)[Y], federated=averaging(), **OPTIONS)
 
 
+class Counted(keras.layers.Layer):
+    """Has a count, which a metric holds and writes."""
+
+    def build(self, shape: Any) -> None:
+        self.count = self.add_weight(shape=(), initializer="zeros", trainable=False)
+
+    def call(self, x: Any) -> Any:
+        return x
+
+
+class HoldsCount(keras.metrics.Sum):
+    def __init__(self, layer: Any) -> None:
+        super().__init__(name="held")
+        self.count = layer.count
+
+    def update_state(self, y: Any, p: Any, sample_weight: Any = None) -> None:
+        self.count.assign_add(keras.ops.sum(y))
+
+
+def test_a_metric_that_holds_a_weight_is_refused() -> None:
+    layer = Counted()
+    model = keras.Sequential([keras.Input((6,)), layer, keras.layers.Dense(3)])
+    model.compile("sgd", "mse", metrics=[HoldsCount(layer)])
+    with pytest.raises(ArgumentError, match="no metric may hold a weight"):
+        tfdist.fit(model, X, np.eye(3)[Y], federated=averaging(), **OPTIONS)
+
+
 class ReadsLoss(keras.Model):
     """Its own step turns the gradients around if the loss of earlier rows is large."""
 
@@ -480,16 +516,22 @@ def by_python(x: Any) -> Any:
     return x * tf.ensure_shape(tf.numpy_function(lambda: np.float32(1), [], tf.float32), [])
 
 
+def staged(x: Any) -> Any:
+    with tf.control_dependencies([tf.raw_ops.Stage(values=[tf.reduce_max(x)])]):
+        return tf.identity(x)
+
+
 @pytest.mark.parametrize(
     ("layer", "options", "match"),
     [
         (lambda: keras.layers.Lambda(lambda x: x + tf.random.normal([3])), {}, "keras.random"),
         (lambda: keras.layers.Lambda(by_python), {}, "PyFunc"),
         (remembering, {}, "AssignVariableOp"),
+        (lambda: keras.layers.Lambda(staged), {}, "operation Stage"),
         (lambda: keras.layers.Dense(3), {"run_eagerly": True}, "run_eagerly"),
         (lambda: keras.layers.SpectralNormalization(keras.layers.Dense(3)), {}, "constraint"),
     ],
-    ids=["random", "Python", "variable", "eager", "spectral"],
+    ids=["random", "Python", "variable", "staged", "eager", "spectral"],
 )
 def test_steps_that_may_remember_a_client_are_refused(layer, options, match):
     model = keras.Sequential([keras.Input((6,)), keras.layers.Dense(3), layer()])

@@ -72,6 +72,7 @@ def trained_together(chief: str, other: str) -> None:
     assert re.findall(r"other ([\d.]+)", other) == [loss]
 
 
+@pytest.mark.full  # tests/cluster reads what they are given
 def test_tasks_of_srun_become_ranks_of_horovod(script: str) -> None:
     environ = {
         "SLURM_JOB_ID": "1",
@@ -88,6 +89,7 @@ def test_tasks_of_srun_become_ranks_of_horovod(script: str) -> None:
     assert "worker 1 │" in other
 
 
+@pytest.mark.full  # tests/cluster reads what they are given
 def test_replicas_of_a_tfjob(script: str) -> None:
     port = free_port()
     cluster = {"chief": [f"127.0.0.1:{port}"], "worker": [f"127.0.0.1:{port + 1}"]}
@@ -121,6 +123,7 @@ def test_a_function_that_a_scheduler_sends(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["digits.weights.h5"]
 
 
+@pytest.mark.full
 def test_a_strategy_that_a_scheduler_has_made() -> None:
     # As spark-tensorflow-distributor calls a function: in the scope of a strategy of two.
     port = free_port()

@@ -118,6 +118,7 @@ def test_a_killed_run_that_is_started_again_ends_with_the_same_bits(
         assert history[name] == pytest.approx(values, rel=1e-4), name
 
 
+@pytest.mark.full  # tests/faults terminates a worker
 def test_sigterm_to_one_worker_saves_on_all_and_asks_to_be_started_again(
     script: Path, never_stopped: Callable[[str], list[Any]], tmp_path: Path
 ) -> None:
@@ -140,6 +141,7 @@ def test_sigterm_to_one_worker_saves_on_all_and_asks_to_be_started_again(
         assert found[1][name] == pytest.approx(values, rel=1e-6), name
 
 
+@pytest.mark.full  # test_launch.py does it with scripts that do not train
 def test_an_elastic_run_goes_on_without_a_worker_that_fails_twice(
     script: Path, never_stopped: Callable[[str], list[Any]], tmp_path: Path
 ) -> None:
@@ -295,6 +297,7 @@ def machines() -> Iterator[Machines]:
         made.remove()
 
 
+@pytest.mark.full  # test_launch.py does it with scripts that do not train
 def test_a_host_that_is_cut_off_and_comes_back(
     machines: Machines,
     script: Path,

@@ -276,6 +276,7 @@ def check(report: dict[str, Any], strategy: str, workers: int, trainings: int) -
 @pytest.mark.cluster
 @pytest.mark.timeout(900)
 class TestRuns:
+    @pytest.mark.full
     def test_a_slow_worker_is_found_and_the_times_are_kept(self, environ):
         process = start(environ, "-n", "2")
         hold_up(process, 1)

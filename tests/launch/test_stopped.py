@@ -17,7 +17,7 @@ from tfdist.cluster.heartbeat import Heartbeat, WorkerProgress
 from tfdist.errors import HUNG
 from tfdist.launch import Failure, Worker, stopped
 from tfdist.launch.restarts import RestartCause
-from tfdist.launch.slots import Slots
+from tfdist.launch.slots import ElasticSlots
 from tfdist.launch.stopped import StoppedWorkers
 
 pytestmark = [pytest.mark.quick, pytest.mark.waits]
@@ -156,7 +156,7 @@ def plan(count: int) -> list[Worker]:
 
 
 def test_who_hangs_is_left_out_and_not_who_says_so() -> None:
-    slots = Slots(plan, 1, 2)
+    slots = ElasticSlots(plan, 1, 2)
     reporter, _ = slots.workers
     hung = Failure(reporter, HUNG, (), WorkerProgress(9, 0, 9, lost=1))
     assert not slots.leaves_out(hung)
@@ -170,7 +170,7 @@ def test_who_hangs_is_left_out_and_not_who_says_so() -> None:
 
 
 def test_a_hang_of_unknown_cause_leaves_nobody_out() -> None:
-    slots = Slots(plan, 1, 2)
+    slots = ElasticSlots(plan, 1, 2)
     hung = Failure(slots.workers[0], HUNG, ())
     for _ in range(3):
         assert not slots.leaves_out(hung)

@@ -168,11 +168,14 @@ def test_a_sound_mechanism_passes_and_the_model_stays_as_it_was() -> None:
             ),
             marks=pytest.mark.full,
         ),
-        (
-            tfdist.DPSGD(
-                0.5, noise_multiplier=2.0, delta=1e-4, target_quantile=0.5, count_noise=1.5
+        pytest.param(
+            *(
+                tfdist.DPSGD(
+                    0.5, noise_multiplier=2.0, delta=1e-4, target_quantile=0.5, count_noise=1.5
+                ),
+                "noise",
             ),
-            "noise",
+            marks=pytest.mark.full,
         ),
         (
             tfdist.DPSGD(
@@ -243,6 +246,7 @@ def test_wrong_noise_is_found(
     assert expected in failed(report), report
 
 
+@pytest.mark.full
 def test_wrong_noise_on_the_count_within_the_norm_is_found(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -277,6 +281,7 @@ def test_clipping_to_twice_the_norm_is_found(monkeypatch: pytest.MonkeyPatch) ->
     assert "contribution: largest found over l2_norm_clip" in failed(report)
 
 
+@pytest.mark.full  # test_clipping.py has such rows
 def test_an_example_without_a_finite_gradient_that_is_not_left_out_is_found(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

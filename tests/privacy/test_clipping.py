@@ -490,28 +490,16 @@ def test_equals_a_loop_over_examples(name: str) -> None:
 # One for each way of computing norms and sums. Tracing all costs 40 s: in `make test-full`.
 TRACED = (
     "dense",
-    "dense_many_positions",
     "dense_long",
     "embedding_long",
-    "einsum_turned",
-    "conv1d_causal",
     "conv2d",
-    "conv2d_wide_dilated",
-    "depthwise2d",
     "embedding",
-    "layer_norm_axes",
     "group_norm",
     "attention",
-    "shared_embedding",
-    "several_outputs",
     "masked_words",
     "gru",
-    "folded_and_not",
-    "lora_conv",
     "custom",
     "time_distributed",
-    "positions_in_a_model",
-    "tied_in_a_model",
     "layers_in_the_loss",
 )
 

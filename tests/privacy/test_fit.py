@@ -85,7 +85,6 @@ def by_hand(per_layer: bool, quantile: float | None) -> tuple[list[Any], float]:
 
 WAYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "plain": ({}, {}),
-    "eager": ({"run_eagerly": True}, {}),
     "microbatches": ({}, {"microbatch_size": 3}),
     "several_steps_at_once": ({"steps_per_execution": 4}, {}),
     "compiled": ({"jit_compile": True}, {}),
@@ -327,6 +326,18 @@ def test_updates_made_before_are_named() -> None:
     assert "10 updates before" in report.statement()
 
 
+def test_updates_of_a_model_within_a_model_are_named() -> None:
+    """As in transfer learning, or of a teacher: its weights may be of the same data."""
+    teacher = classifier()
+    teacher.fit(*rows(), batch_size=6, verbose=0)
+    teacher.trainable = False
+    inputs = keras.Input((6,))
+    model = keras.Model(inputs, L.Dense(3)(teacher(inputs)))
+    model.compile("sgd", crossentropy())
+    assert private_fit(model).privacy.uncounted_steps == 10
+    assert private_fit(model).privacy.uncounted_steps == 10  # and not once more
+
+
 def test_one_line_at_the_end(capsys: Any) -> None:
     x, y = rows()
     privacy = tfdist.DPSGD(CLIP, noise_multiplier=2.0, delta=1e-3)
@@ -440,6 +451,23 @@ class Adds(L.Layer):  # type: ignore[misc]
         return inputs
 
 
+def in_float8() -> Any:
+    model = classifier(L.Dense(4), L.Dense(3))
+    model.layers[0].quantize("float8")
+    return model
+
+
+class Turns(L.Layer):  # type: ignore[misc]
+    """Its gradients have imaginary parts, which no norm in float32 would have."""
+
+    def build(self, shape: Any) -> None:
+        self.turn = self.add_weight(shape=(), dtype="complex64", initializer="ones")
+
+    def call(self, inputs: Any) -> Any:
+        turned = self.turn * tf.complex(inputs, 100 * inputs)
+        return tf.math.real(turned) + tf.math.imag(turned)
+
+
 class OwnStep(keras.Sequential):  # type: ignore[misc]
     def train_step(self, data: Any) -> Any:
         return super().train_step(data)
@@ -469,6 +497,8 @@ REFUSED = {
         lambda: classifier(L.Dense(4, activity_regularizer="l2"), L.Dense(3)),
         "must not have an `activity_regularizer`",
     ),
+    "float8": (in_float8, "float8"),
+    "complex": (lambda: classifier(Turns(), L.Dense(3)), "must be real numbers"),
     "own_step": (own_step, "`train_step` of its own"),
     "step_of_the_instance": (step_of_the_instance, "`train_step` of its own"),
     "circle": (lambda: classifier(L.Dense(3), loss=keras.losses.Circle()), "Circle"),
@@ -495,10 +525,30 @@ def test_what_cannot_be_private_is_refused(name: str) -> None:
         np.testing.assert_array_equal(a, b)
 
 
+class FirstRows(Poisson):
+    """Is taken for Poisson sampling, and always draws the same rows."""
+
+    def rows(self, *args: Any, **options: Any) -> Any:
+        return np.arange(6)
+
+
+def test_steps_without_a_graph_are_refused() -> None:
+    """Python code that runs in each step may remember examples."""
+    with pytest.raises(ArgumentError, match=r"must be traced.*run_eagerly=True"):
+        private_fit(classifier(run_eagerly=True))
+    tf.config.run_functions_eagerly(True)
+    try:
+        with pytest.raises(ArgumentError, match=r"must be traced.*run_functions_eagerly"):
+            private_fit(classifier())
+    finally:
+        tf.config.run_functions_eagerly(False)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"sampler": tfdist.samplers.Uniform()}, "pass tfdist.privacy.PoissonLike"),
+        ({"sampler": FirstRows()}, "of type FirstRows"),
         ({"class_weight": "balanced"}, "`class_weight` must be a dict"),
         ({"privacy": 1.0}, "`privacy` must be a tfdist.DPSGD"),
     ],

@@ -111,7 +111,6 @@ FITS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "microbatches": ({}, {"max_rows_per_group": 3, "microbatch_size": 7}),
     "small_microbatches": ({}, {"microbatch_size": 1}),
     "asked_to_compile": ({"jit_compile": True}, {}),
-    "eager": ({"run_eagerly": True}, {"max_rows_per_group": 3}),
 }
 
 
@@ -214,6 +213,8 @@ def test_a_quantile_is_of_users() -> None:
     ("settings", "options", "message"),
     [
         ({"group_ids": np.zeros(5)}, {}, "whole number or a name for each example"),
+        ({"group_ids": np.array([1, "1"] * 30, object)}, {}, "values of type int and str"),
+        ({"group_ids": np.array(["a", np.nan] * 30, object)}, {}, "none may be missing"),
         ({"group_ids": np.zeros(59, int)}, {}, "must have one number or name for each example"),
         ({"max_rows_per_group": 2}, {}, "must be given with `group_ids`"),
         ({"max_rows_per_group": 0, "group_ids": np.zeros(60, int)}, {}, "`max_rows_per_group`"),

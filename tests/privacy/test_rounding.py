@@ -28,9 +28,11 @@ from tfdist.privacy.mechanism.closed_forms import FORMS as OF_LAYERS
 from tfdist.privacy.mechanism.closed_forms import RecordedCall
 from tfdist.privacy.mechanism.mechanism import Mechanism
 from tfdist.privacy.mechanism.parts import GradientPart, Lookup, Product, Written
+from tfdist.privacy.mechanism.row_sums import summed
 from tfdist.privacy.settings import DPSGD, LARGEST_NORM, LEAST_NORM
 
 UNITS = 3
+ALONE = Alone()
 SLACK = 1e-5
 
 
@@ -99,13 +101,18 @@ def norm(part: GradientPart, together: ClippingGroups) -> Any:
     return np.sqrt(part.squared_norms(together).numpy().astype("float64"))
 
 
+def weighted_sum(part: GradientPart, weights: Any, together: ClippingGroups = ALONE) -> Any:
+    (result,) = summed([part.weighted_sum(tf.constant(weights), together)], tf.constant(True))
+    return result
+
+
 def added(
     part: GradientPart, unit: int, units: int, factor: float, together: ClippingGroups
 ) -> float:
     """Gives the norm of what one unit adds."""
     weights = np.zeros(units, "float32")
     weights[unit] = factor
-    total = part.weighted_sum(tf.constant(weights), tf.constant(True), together)
+    total = weighted_sum(part, weights, together)
     return float(np.linalg.norm(total.numpy().astype("float64")))
 
 
@@ -336,7 +343,7 @@ def test_cancelling_positions_do_not_round_what_others_add_up_to() -> None:
     rows = np.zeros((examples, 3), np.int32)
     table = keras.Variable(np.zeros((1, 1), "float32"))
     part = Lookup(table, tf.constant(rows), tf.constant(outputs))
-    received = part.weighted_sum(tf.ones([examples]), tf.constant(True))
+    received = weighted_sum(part, np.ones(examples, np.float32))
     assert float(received[0, 0]) == pytest.approx(examples * np.float32(1.001), rel=1e-6)
 
 
@@ -356,7 +363,7 @@ def test_sums_of_positions_that_cancel_are_hardly_rounded(alike: bool, apart: fl
     weights = (1 / norm(part, Alone())).astype("float32")  # all are clipped, to a norm of 1
     terms = np.prod([np.linalg.norm(factor, axis=2) for factor in given], axis=0).sum(1)
     assert np.all(weights * terms < 4096 / math.sqrt(p + q + 4))
-    received = part.weighted_sum(tf.constant(weights), tf.constant(True))
+    received = weighted_sum(part, weights)
     exact = np.einsum("b,btp,btq->pq", *(part.astype("float64") for part in (weights, *given)))
     assert np.linalg.norm(received.numpy().astype("float64") - exact) < 1e-3
 
@@ -376,7 +383,7 @@ def test_sums_of_equal_gradients_are_hardly_rounded(
         setattr(case, name, np.broadcast_to(value, (examples, *value.shape[1:])))
     part, each = FORMS[form](case)
     weights = (1 / norm(part, Alone())).astype("float32")
-    received = part.weighted_sum(tf.constant(weights), tf.constant(True))
+    received = weighted_sum(part, weights)
     exact = np.tensordot(weights.astype("float64"), each, 1)
     error = np.linalg.norm(received.numpy().astype("float64") - exact)
     assert error < 1e-3 + examples * 2.0**-24  # the result itself is in float32

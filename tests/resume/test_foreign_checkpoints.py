@@ -206,7 +206,7 @@ def test_any_state_of_callbacks_is_restored_or_refused(encoded: Any) -> None:
     for state in ({name: encoded}, {name: {"wait": encoded, "seen": encoded}}):
         with contextlib.suppress(CheckpointError):
             CallbackState([callback]).restore(state, [np.ones(2)].__getitem__)
-        # Its own attributes may be restored, whatever they are; settings of Keras and methods not.
+        # Its own attributes may be restored, whatever they are. Settings and methods may not.
         assert (callback.monitor, callback.min_delta) == ("loss", 0)
         assert type(callback) is Patient
         assert callback.note.__func__ is Patient.note

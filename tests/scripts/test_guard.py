@@ -36,7 +36,10 @@ def ran(folder: Path, script: str, *options: str) -> tuple[int, str]:
     return finished(tfdist_run(2, path, options=options), 120)
 
 
-@pytest.mark.parametrize(("script", "what"), [(FIT, "`model.fit`"), (LOOP, "a training loop")])
+@pytest.mark.parametrize(
+    ("script", "what"),
+    [(FIT, "`model.fit`"), pytest.param(LOOP, "a training loop", marks=pytest.mark.full)],
+)
 def test_a_script_that_knows_nothing_is_refused(tmp_path: Path, script: str, what: str) -> None:
     status, output = ran(tmp_path, script)
     assert status == 1

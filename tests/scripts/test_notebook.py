@@ -146,6 +146,20 @@ class TestReportsInNotebooks:
         assert "<td>dense/kernel</td><td>(2, 3)</td><td>ps 1</td><td>24</td>" in shown
         assert "ps 0: 0, ps 1: 72" in shown
 
+    def test_placement_on_devices(self):
+        from tfdist.sharding.placement import DeviceHome, DevicePlacement
+
+        homes = (DeviceHome("dense/kernel", (2, 3), "(-, model)", "own slice", 12, 24),)
+        placement = DevicePlacement(homes, 2)
+        shown = placement._repr_html_()
+        assert "<td>dense/kernel</td><td>(2, 3)</td><td>(-, model)</td>" in shown
+        assert "bytes on each of 2 device(s): 36" in shown
+        assert str(placement).splitlines() == [
+            "variable      shape   layout      use        bytes  optimizer's",
+            "dense/kernel  (2, 3)  (-, model)  own slice     12           24",
+            "bytes on each of 2 device(s): 36",
+        ]
+
     def test_privacy_never_shows_less_than_is_spent(self):
         from tfdist.privacy.accounting.ledger import Ledger, Phase
         from tfdist.privacy.accounting.report import Report

@@ -43,7 +43,9 @@ def test_branches_and_shared_layers_are_not_cut():
     # Products, and little for the rest.
     assert flops["first"] == pytest.approx(2 * 64 * 4 * 27, rel=0.1)
     assert flops["last"] == pytest.approx(2 * 256 * 5, rel=0.1)
-    found = plan(model, ["one", "two", "three", "four"], 8)
+    found = plan(
+        model, [f"/job:localhost/replica:0/task:0/device:CPU:{i}" for i in range(4)], 8
+    )
     assert [stage.layers for stage in found.stages] == [
         ("first",), ("shared", "relu"), ("branch", "add"), ("flat", "last")
     ]  # fmt: skip

@@ -129,6 +129,7 @@ class TestRanks:
         assert [node.returncode for node in nodes] == [0, 0], outputs
         assert losses(outputs[0]) == losses(outputs[1]) != []
 
+    @pytest.mark.full  # tests/faults kills one too
     def test_a_rank_that_dies_ends_the_others_and_is_named(self, script):
         status, output = run(ranks(script, "dies"))
         assert status == 128 + 9

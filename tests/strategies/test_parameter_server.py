@@ -217,6 +217,7 @@ class TestLosses:
         assert "It is started again (1 of 3)" in printed
         assert result(printed) == {"w": [-200.0] * 4, "iterations": 200, "epochs": 4}
 
+    @pytest.mark.full  # tests/faults kills one too
     def test_after_a_killed_server_training_goes_on_from_the_backup(self, script, tmp_path):
         command = tfdist_run(1, script, "asynchronous", "ps 0", tmp_path, options=["--ps", "1"])
         status, printed = finished(command, LIMIT_S)

@@ -103,11 +103,12 @@ def hanging(tmp_path: Path, case: str, command: list[str], limit: float = 2) -> 
     [
         ("horovod", "stopped", HUNG, ["worker 1 has not answered", "stopped (SIGSTOP"]),
         ("multi_worker", "chief stopped", HUNG, ["worker 0 has not answered", "`kill -CONT "]),
-        (
+        pytest.param(
             "multi_worker",
             "early",
             HUNG,
             ["worker 1 has left `fit`", "after step 12", "in <module>: time.sleep(100)"],
+            marks=pytest.mark.full,
         ),
         pytest.param(  # the next one is of the same kind
             *("horovod", "times", 1, ["worker 1 has ended, after 2 calls", "call number 3"]),

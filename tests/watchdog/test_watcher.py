@@ -30,7 +30,7 @@ from tfdist.watchdog import calls, diagnosis, memory, progress, stacks
 from tfdist.watchdog.diagnosis import LostWorker
 from tfdist.watchdog.local import LocalStatus
 from tfdist.watchdog.messages import ENDED, HangRequest, StatusMessage
-from tfdist.watchdog.peers import Peers
+from tfdist.watchdog.peers import PeerStatuses
 from tfdist.watchdog.progress import BETWEEN, OUTSIDE, START, STEP, Progress
 from tfdist.watchdog.settings import WatchdogSettings
 from tfdist.watchdog.watcher import Watcher
@@ -348,7 +348,7 @@ def test_what_is_no_message_says_nothing_about_its_worker(text: str) -> None:
         def read_all(self, prefix: str) -> dict[int, str]:
             return {1: posted}
 
-    peers, posted = Peers(), note(1, beat=1).text()
+    peers, posted = PeerStatuses(), note(1, beat=1).text()
     statuses, _ = peers.read_all(Store(), note(0), 1.0)  # type: ignore[arg-type]
     posted = text
     assert peers.read_all(Store(), note(0), 1.0)[0] == statuses  # type: ignore[arg-type]

@@ -55,6 +55,7 @@ from tfdist._keras.clients import (
 from tfdist._keras.deferred import Deferred, deferred, deferring
 from tfdist._keras.discovery import StepTrace, keeping_random_state, random_ops, rows_of
 from tfdist._keras.groups import GroupCollectives
+from tfdist._keras.interception import replaced
 from tfdist._keras.keyed import RowKeys, row_numbers
 from tfdist._keras.layers import sublayers
 from tfdist._keras.loop import (
@@ -91,7 +92,7 @@ from tfdist._keras.piped_units import PipedStage
 from tfdist._keras.piped_updates import set_updated_in_place
 from tfdist._keras.probe import metric_that_is_no_sum, what_is_no_mean
 from tfdist._keras.recomputation import recomputed_calls, regathered, set_recomputed
-from tfdist._keras.replica import ReplicaBatch, on_replica, replaced, seeding
+from tfdist._keras.replica import ReplicaBatch, on_replica, seeding
 from tfdist._keras.replicated import alone, replicated
 from tfdist._keras.runtime import (
     EagerTensor,
@@ -125,7 +126,7 @@ from tfdist._keras.sharded_weights import (
 from tfdist._keras.slices import has_fixed_rows, has_unique_rows, once_each
 from tfdist._keras.snapshots import Snapshot, slots_of
 from tfdist._keras.step_graph import StepGraph, batch_specs, step_graph
-from tfdist._keras.traced_parts import TracedPart, tracing_part
+from tfdist._keras.traced_parts import TracedPart, named, tracing_part
 from tfdist._keras.traces import keeping_variable_scope, map_fn
 from tfdist._keras.unfilled import built_unfilled, fill, note_filled, unfilled_value
 from tfdist._keras.variables import (
@@ -215,6 +216,7 @@ __all__ = [
     "metric_that_is_no_sum",
     "metric_variables",
     "metrics_of",
+    "named",
     "note_filled",
     "note_metrics",
     "num_bytes",

@@ -10,6 +10,7 @@ from tensorflow.python.framework import op_def_registry as _op_defs
 from tensorflow.python.ops.handle_data_util import get_resource_handle_data as _handle_data
 
 from tfdist._keras.discovery import RANDOM_OPS
+from tfdist._keras.graph_flow import IMPURE_OPS
 from tfdist._keras.inlined import CALLS, Inlined, InlinedGraphs
 
 PYTHON = frozenset({"EagerPyFunc", "PyFunc", "PyFuncStateless"})
@@ -32,14 +33,6 @@ _ASSIGNS = frozenset({"AssignAddVariableOp", "AssignVariableOp"})
 _BRANCHES = frozenset(
     {"Case", "If", "MapDefun", "StatelessCase", "StatelessIf", "StatelessWhile", "While"}
 )
-# TensorFlow does not call them stateful, but they bring several calls together, or write to
-# the memory of what they read.
-_IMPURE = frozenset(
-    {
-        "Batch", "BatchFunction", "GetElementAtIndex", "InplaceAdd", "InplaceSub",
-        "InplaceUpdate", "Unbatch", "UnbatchGrad",
-    }
-)  # fmt: skip
 _TABLES = frozenset(
     {"GatherNd", "GatherV2", "ResourceGather", "ResourceGatherNd", "Slice", "StridedSlice"}
 )
@@ -122,7 +115,7 @@ def _is_pure(kind: str) -> bool:
     """Returns whether the outputs of an op depend on its inputs alone."""
     op_def = _op_defs.get(kind)
     # An op of a custom library is unknown, and may do anything.
-    if op_def is None or kind in _IMPURE:
+    if op_def is None or kind in IMPURE_OPS:
         return False
     return not op_def.is_stateful and not any(arg.is_ref for arg in op_def.input_arg)
 

@@ -17,7 +17,8 @@ from typing import Any
 import tensorflow as tf
 from keras.src.backend.tensorflow.core import Variable as _Variable
 
-from tfdist._keras.replica import Tensor, replaced
+from tfdist._keras.interception import replaced
+from tfdist._keras.replica import Tensor
 from tfdist._keras.sharded_weights import Backing
 from tfdist._keras.variables import empty, is_never_run, refill
 

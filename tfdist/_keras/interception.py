@@ -6,11 +6,29 @@ them. So their methods are replaced in the classes, not in the objects.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 Method = Callable[..., Any]
 Replacement = tuple[Any, str, Any]
+
+
+@contextlib.contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Replaces an attribute of a class or module while the context lasts.
+
+    Args:
+        owner: The class or module whose own `__dict__` has the attribute.
+        name: The attribute's name.
+        value: The new value.
+    """
+    original = owner.__dict__[name]
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
 
 
 def in_family(base: type, name: str, wrap: Callable[[Method], Method]) -> list[Replacement]:

@@ -16,6 +16,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from tfdist._keras.axes import first_of, is_of_other_axes
 from tfdist._keras.traces import map_fn
 
 Tensor = Any
@@ -48,8 +49,9 @@ class RowKeys:
         """Draws 64 bits for each number of a tensor.
 
         Each row has its own numbers if the tensor's first axis is as long as the number of
-        rows, or, for a batch of unknown size, a multiple of it. Otherwise all rows have the
-        same numbers.
+        rows, or, for a batch of unknown size, a multiple of it. An axis of unknown size whose
+        size follows from other axes than the first ones of tensors is never the batch.
+        Otherwise all rows have the same numbers.
 
         The number at position j of the row with key k is computed from a[j] * k + b[j]. Philox
         generates a and b. The numbers of any two rows are independent (multiply-shift,
@@ -67,7 +69,7 @@ class RowKeys:
         """
         size, static = _shapes(shape)
         rows = tf.size(self.rows, tf.int64)
-        is_by_row = self._is_by_row(size, static, rows)
+        is_by_row = self._is_by_row(shape, size, static, rows)
         # Without an axis of rows there is one key, 0, so all rows get the same numbers.
         keys = tf.where(is_by_row, self.rows[: tf.where(is_by_row, rows, 1)], 0)
         positions = tf.reduce_prod(size) // tf.maximum(tf.size(keys, tf.int64), 1)
@@ -87,8 +89,15 @@ class RowKeys:
         words = factors[0] * tf.bitcast(keys, tf.uint64)[:, None] + factors[1]
         return tf.ensure_shape(tf.reshape(_mix(words, fine), size), static)
 
-    def _is_by_row(self, size: Tensor, static: tf.TensorShape, rows: Tensor) -> Tensor:
-        """Returns whether a tensor's first axis is the axis of the batch."""
+    def _is_by_row(
+        self, shape: Any, size: Tensor, static: tf.TensorShape, rows: Tensor
+    ) -> Tensor:
+        """Returns whether a tensor's first axis is the axis of the batch.
+
+        A size alone does not show it: an axis of positions may be as long as a batch. The
+        checks of private training therefore also call a model with a single row, of which
+        every size is a multiple.
+        """
         if not static.rank:
             return tf.constant(False)
         if static[0] is not None and not tf.executing_eagerly():
@@ -96,6 +105,8 @@ class RowKeys:
             return tf.constant(static[0] == self.rows.shape[0])
         if static[0] is not None:
             return tf.equal(size[0], rows)
+        if not tf.executing_eagerly() and is_of_other_axes(first_of(shape)):
+            return tf.constant(False)
         return (size[0] % tf.maximum(rows, 1) == 0) & (size[0] >= rows)
 
     def fold(self, seed: Tensor, rows: Tensor) -> Tensor:
@@ -251,7 +262,7 @@ def row_by_row(
     """
     size, static = _shapes(shape)
     rows = tf.size(keys.rows, tf.int64)
-    is_by_row = keys._is_by_row(size, static, rows)
+    is_by_row = keys._is_by_row(shape, size, static, rows)
     row_keys = tf.where(is_by_row, keys.rows[: tf.where(is_by_row, rows, 1)], 0)
     num_keys = tf.size(row_keys, tf.int64)
     split = tf.concat([[num_keys, -1], size[1:]], 0)

@@ -18,8 +18,8 @@ import tensorflow as tf
 from keras.src.backend.tensorflow import random as _random
 
 from tfdist._keras import keyed
+from tfdist._keras.interception import replaced
 from tfdist._keras.random import uniform_rows
-from tfdist._keras.replica import replaced
 
 Tensor = Any
 PROBE = 7919  # examples of a batch that is only traced; no layer has such a size

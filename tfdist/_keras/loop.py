@@ -12,7 +12,7 @@ from keras.src.trainers.data_adapters.data_adapter import DataAdapter as _DataAd
 from keras.src.trainers.epoch_iterator import EpochIterator as _EpochIterator
 
 from tfdist._keras.building import compiled_state, is_compiled_as
-from tfdist._keras.replica import replaced
+from tfdist._keras.interception import replaced
 from tfdist.errors import ArgumentError
 
 

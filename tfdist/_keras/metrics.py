@@ -17,7 +17,8 @@ from keras.src.trainers.compile_utils import CompileMetrics
 from tfdist._keras.attached import attached
 from tfdist._keras.interception import Method, Replacement, in_family
 from tfdist._keras.losses import gathered, sees_whole_batch
-from tfdist._keras.replica import Tensor, current_batch, noting_reads
+from tfdist._keras.reads import noting_reads
+from tfdist._keras.replica import Tensor, current_batch
 
 
 def replacements() -> list[Replacement]:

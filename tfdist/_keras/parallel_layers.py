@@ -155,9 +155,9 @@ class EmbeddingCall(ParallelCall):
         rows = table.shape[0]
         own = ids - tf.cast(team.links.member() * rows, ids.dtype)
         is_own = (own >= 0) & (own < rows)
-        found = tf.gather(table, tf.clip_by_value(own, 0, rows - 1))
-        found = tf.where(is_own[..., None], found, tf.zeros_like(found))
-        outputs = team.summed_copies(found) if is_fixed else team.summed(found)
+        own_rows = tf.gather(table, tf.clip_by_value(own, 0, rows - 1))
+        own_rows = tf.where(is_own[..., None], own_rows, tf.zeros_like(own_rows))
+        outputs = team.summed_copies(own_rows) if is_fixed else team.summed(own_rows)
         return tf.cast(outputs, self.layer.compute_dtype)
 
 

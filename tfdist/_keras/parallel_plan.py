@@ -98,9 +98,9 @@ def parallel_plan(
         if type(layer) is keras.layers.Embedding and divides_tables:
             finder.add_embedding(layer)
         elif type(layer) in (keras.layers.Dense, keras.layers.EinsumDense):
-            found = finder.cut_of(layer)
-            if found is not None:
-                cut[id(layer)] = layer, found
+            layer_cut = finder.cut_of(layer)
+            if layer_cut is not None:
+                cut[id(layer)] = layer, layer_cut
     _add_products(plan, finder, layers, cut)
     return plan
 

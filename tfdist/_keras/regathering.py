@@ -52,13 +52,13 @@ class LayerWeights:
             return cls()
         if _global_state.get_global_attribute("stateless_scope") is not None:
             return cls()  # a layer around it has gathered them
-        found = {
+        weights = {
             id(variable): variable
             for part in layer._flatten_layers()
             for variable in part._trainable_variables
             if isinstance(variable._value, InParts)
         }
-        return cls(tuple(found.values()), tuple(v._value for v in found.values()))
+        return cls(tuple(weights.values()), tuple(v._value for v in weights.values()))
 
     def gathered_after(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Gathers the whole weights when some tensors are available.
@@ -107,22 +107,22 @@ class LayerWeights:
         Args:
             gradients: Those of the whole weights.
         """
-        found, batch = list(gradients), current_batch()
+        results, batch = list(gradients), current_batch()
         if batch is None or not batch.is_weighed:
-            return found
+            return results
         chosen = [
             i
-            for i, (gradient, variable) in enumerate(zip(found, self.variables, strict=True))
+            for i, (gradient, variable) in enumerate(zip(results, self.variables, strict=True))
             if isinstance(gradient, tf.Tensor)
             and self.backings[i].gathering.takes_parts(variable)
         ]
         if chosen:
             cuts = [self.backings[i].cut for i in chosen]
             gathering = self.backings[0].gathering
-            parts = gathering.scatter(cuts, [found[i] for i in chosen])
+            parts = gathering.scatter(cuts, [results[i] for i in chosen])
             for i, part in zip(chosen, parts, strict=True):
-                found[i] = part
-        return found
+                results[i] = part
+        return results
 
 
 def frees_weights(layer: Any) -> bool:

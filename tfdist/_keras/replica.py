@@ -281,36 +281,6 @@ def current_batch() -> ReplicaBatch | None:
 
 
 @contextlib.contextmanager
-def noting_reads(notes: bool = True) -> Iterator[dict[int, Any]]:
-    """Makes a context in which reads of `keras.Variable`s are noted, in this thread.
-
-    Args:
-        notes: Whether they are noted. False ends it for a part of such a context.
-
-    Yields:
-        The variables that are read, by id.
-    """
-    before = getattr(_current, "reads", None)
-    reads: dict[int, Any] = {}
-    _current.reads = reads if notes else None
-    try:
-        yield reads
-    finally:
-        _current.reads = before
-
-
-def note_read(variable: Any) -> None:
-    """Records a `keras.Variable` that is about to be read, if the context asks for it.
-
-    Args:
-        variable: The `keras.Variable`.
-    """
-    reads: dict[int, Any] | None = getattr(_current, "reads", None)
-    if reads is not None:
-        reads[id(variable)] = variable
-
-
-@contextlib.contextmanager
 def seeding() -> Iterator[None]:
     """Makes a context in which seeds advance, or get an earlier value back.
 
@@ -344,23 +314,6 @@ def on_replica(batch: Any) -> Iterator[Any]:
         yield batch
     finally:
         _current.batch = before
-
-
-@contextlib.contextmanager
-def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Replaces an attribute of a class or module while the context lasts.
-
-    Args:
-        owner: The class or module whose own `__dict__` has the attribute.
-        name: The attribute's name.
-        value: The new value.
-    """
-    original = owner.__dict__[name]
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, original)
 
 
 def _quotient(part: Tensor, whole: Tensor, dtype: Any) -> Tensor:

@@ -13,9 +13,8 @@ from keras.src.backend.tensorflow.core import Variable as _Variable
 from tfdist._keras import losses, metrics, optimizers
 from tfdist._keras import random as draws
 from tfdist._keras.batch_norm import moments
-from tfdist._keras.interception import Replacement
+from tfdist._keras.interception import Replacement, replaced
 from tfdist._keras.layer_losses import losses_by_replica
-from tfdist._keras.replica import replaced
 from tfdist._keras.variables import as_python, direct_assign, read_value
 
 _DRAWS = (

@@ -25,8 +25,8 @@ import tensorflow as tf
 from keras.src.backend.common import global_state as _global_state
 from keras.src.backend.tensorflow.optimizer import TFOptimizer as _TFOptimizer
 
+from tfdist._keras.interception import replaced
 from tfdist._keras.parts import Split
-from tfdist._keras.replica import replaced
 from tfdist._keras.served_updates import (
     _apply_weight_decay,
     _on_server,

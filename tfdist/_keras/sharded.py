@@ -32,10 +32,10 @@ from keras.src.backend.tensorflow.core import Variable as _Variable
 from keras.src.backend.tensorflow.optimizer import TFOptimizer as _TFOptimizer
 from keras.src.optimizers.base_optimizer import BaseOptimizer as _BaseOptimizer
 
-from tfdist._keras.interception import Replacement
+from tfdist._keras.interception import Replacement, replaced
 from tfdist._keras.optimizers import with_nested
 from tfdist._keras.parts import FixedValue
-from tfdist._keras.replica import Tensor, current_batch, replaced
+from tfdist._keras.replica import Tensor, current_batch
 from tfdist._keras.served_updates import is_elementwise, trained_by
 from tfdist._keras.sharded_tapes import replacements as _of_tapes
 from tfdist._keras.sharded_updates import (
@@ -105,11 +105,6 @@ def _of_updates(sharding: Sharding) -> list[Replacement]:
     update = _TFOptimizer._backend_update_step
     apply_gradients = _BaseOptimizer._backend_apply_gradients
     decay = _TFOptimizer._apply_weight_decay
-    clip = _BaseOptimizer._clip_gradients
-    check_finite = keras.optimizers.LossScaleOptimizer.check_finite
-
-    def updates_parts(optimizer: Any) -> bool:
-        return sharding.has_parts(optimizer) and is_elementwise(optimizer)
 
     def update_step(optimizer: Any, grads: Any, variables: Any, learning_rate: Any) -> None:
         if not sharding.has_parts(optimizer):
@@ -132,7 +127,7 @@ def _of_updates(sharding: Sharding) -> list[Replacement]:
         applying.weights = list(variables)
         shown: list[Any] = []
         # Before Keras clips and accumulates gradients, so that it does so with parts.
-        if updates_parts(optimizer):
+        if _updates_parts(sharding, optimizer):
             grads = [
                 own_gradient(sharding, g, v) for g, v in zip(grads, variables, strict=True)
             ]
@@ -147,9 +142,31 @@ def _of_updates(sharding: Sharding) -> list[Replacement]:
         with showing_parts(variables):
             decay(optimizer, variables)
 
+    return [
+        (_TFOptimizer, "_backend_update_step", update_step),
+        (_BaseOptimizer, "_backend_apply_gradients", backend_apply_gradients),
+        (_TFOptimizer, "_apply_weight_decay", apply_weight_decay),
+        *_of_gradients(sharding, applying),
+    ]
+
+
+def _updates_parts(sharding: Sharding, optimizer: Any) -> bool:
+    return sharding.has_parts(optimizer) and is_elementwise(optimizer)
+
+
+def _of_gradients(sharding: Sharding, applying: threading.local) -> list[Replacement]:
+    """Lists the replacements for what Keras computes of all gradients together.
+
+    Args:
+        sharding: The parts.
+        applying: Its `weights` are those that this thread's optimizer updates.
+    """
+    clip = _BaseOptimizer._clip_gradients
+    check_finite = keras.optimizers.LossScaleOptimizer.check_finite
+
     def clip_gradients(optimizer: Any, grads: Any) -> Any:
         has_norm = optimizer.clipnorm or optimizer.global_clipnorm
-        if not has_norm or not updates_parts(optimizer):
+        if not has_norm or not _updates_parts(sharding, optimizer):
             return clip(optimizer, grads)
         return clip_by_norms(sharding, optimizer, grads, applying.weights)
 
@@ -162,9 +179,6 @@ def _of_updates(sharding: Sharding) -> list[Replacement]:
         return sharding.sum(tf.cast(tf.logical_not(finite), tf.float32)[None])[0] == 0.0
 
     return [
-        (_TFOptimizer, "_backend_update_step", update_step),
-        (_BaseOptimizer, "_backend_apply_gradients", backend_apply_gradients),
-        (_TFOptimizer, "_apply_weight_decay", apply_weight_decay),
         (_BaseOptimizer, "_clip_gradients", clip_gradients),
         (keras.optimizers.LossScaleOptimizer, "check_finite", is_finite),
     ]

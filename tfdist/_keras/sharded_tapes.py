@@ -45,9 +45,9 @@ def _in_parts(source: Any) -> InParts | None:
 
 def _watch(tape: Any, tensor: Any) -> None:
     flat = tf.nest.flatten(tensor)
-    found = [_in_parts(leaf) for leaf in flat]
+    in_parts = [_in_parts(leaf) for leaf in flat]
     _tensorflow_watch(
-        tape, [leaf if w is None else w.part for leaf, w in zip(flat, found, strict=True)]
+        tape, [leaf if w is None else w.part for leaf, w in zip(flat, in_parts, strict=True)]
     )
 
 

@@ -284,8 +284,8 @@ def weights_of_layers(model: Any) -> list[Any]:
         model: A built `keras.Model`.
     """
     layers = model._flatten_layers()
-    found = {id(v): v for layer in layers for v in layer._trainable_variables}
-    return [v for v in found.values() if not getattr(v, "overwrite_with_gradient", False)]
+    weights = {id(v): v for layer in layers for v in layer._trainable_variables}
+    return [v for v in weights.values() if not getattr(v, "overwrite_with_gradient", False)]
 
 
 def in_parts(variable: Any) -> InParts | None:

@@ -61,19 +61,19 @@ def step_graph(model: Any, x: Any, y: Any) -> StepGraph:
             forward = len(graph.get_operations())
         weights = model.trainable_weights
         gradients = zip(tape.gradient(loss, weights), weights, strict=True)
-        found = [(gradient, id(v)) for gradient, v in gradients if gradient is not None]
-        traced.extend([forward, found, tf.nest.flatten((x, y))])
+        pairs = [(gradient, id(v)) for gradient, v in gradients if gradient is not None]
+        traced.extend([forward, pairs, tf.nest.flatten((x, y))])
 
     with keeping_random_state():
         graph = _func_graph.func_graph_from_py_func("memory", step, (x, y), {})
-    forward, found, inputs = traced
+    forward, pairs, inputs = traced
     ops = tuple(graph.get_operations())
     return StepGraph(
         ops,
         forward,
-        tuple(gradient for gradient, _ in found),
+        tuple(gradient for gradient, _ in pairs),
         tuple(t for t in inputs if t is not None),
-        tuple(weight for _, weight in found),
+        tuple(weight for _, weight in pairs),
         dict(_reads(model, graph, ops)),
     )
 

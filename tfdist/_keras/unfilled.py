@@ -13,8 +13,8 @@ import tensorflow as tf
 from keras.src.optimizers.base_optimizer import BaseOptimizer as _BaseOptimizer
 
 from tfdist._keras.deferred import deferred
+from tfdist._keras.interception import replaced
 from tfdist._keras.optimizers import with_nested
-from tfdist._keras.replica import replaced
 from tfdist._keras.served_updates import is_elementwise
 from tfdist._keras.variables import empty, is_empty, refill
 

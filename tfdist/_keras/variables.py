@@ -11,7 +11,8 @@ import tensorflow as tf
 from keras.src.backend.common.variables import Variable as _AnyVariable
 from keras.src.backend.tensorflow.core import Variable as _Variable
 
-from tfdist._keras.replica import Tensor, current_batch, note_read
+from tfdist._keras.reads import note_read
+from tfdist._keras.replica import Tensor, current_batch
 
 _keras_direct_assign = _Variable._direct_assign
 _keras_value = _AnyVariable.value.fget

@@ -49,10 +49,10 @@ def _compare(machines: Sequence[Host], own: Mapping[str, Any], as_json: bool) ->
     from tfdist.launch.doctor_hosts import ask_hosts, problems, show
 
     reports = ask_hosts(machines, own)
-    found = problems(reports)
+    problem_lines = problems(reports)
     if as_json:
         answers = {each.host: each.report or {"error": each.error} for each in reports}
-        click.echo(json.dumps({"hosts": answers, "problems": found}, indent=2))
+        click.echo(json.dumps({"hosts": answers, "problems": problem_lines}, indent=2))
     else:
         show(reports)
-    return 1 if found else 0
+    return 1 if problem_lines else 0

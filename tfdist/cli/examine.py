@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from tfdist.cli.target import check_target
+from tfdist.cli.target import check_target, program
 from tfdist.launch import is_start_up_noise, parse_hosts
 
 _SETTINGS = {"allow_interspersed_args": False}
@@ -37,9 +37,7 @@ _SETTINGS = {"allow_interspersed_args": False}
 @click.option("-b", "--batch-size", type=click.IntRange(min=1), help="Instead of the script's.")
 @click.option("--no-measure", is_flag=True, help="Predict from FLOPs; time no step here.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@click.option("-m", "--module", is_flag=True, help="TARGET is a module, as after python -m.")
-@click.argument("target")
-@click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="[ARGUMENTS]...")
+@program("target", may_be_module=True)
 def recommend(
     workers: int | None,
     hosts: int,
@@ -96,8 +94,7 @@ def recommend(
     help="What a worker may use, such as 16GiB.  [default: that of a GPU or machine here]",
 )  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@click.argument("target")
-@click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="[ARGUMENTS]...")
+@program("target", may_be_module=False)
 def estimate(
     replicas: int,
     batch_size: int | None,

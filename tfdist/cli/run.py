@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import click
 
 from tfdist.cli.examine import explain_run
 from tfdist.cli.explanation import explain as explain_end
+from tfdist.cli.run_options import RunOptions
 from tfdist.cli.settings_file import CommandWithFile, read_file
 from tfdist.cli.ssh import check_ssh, task_of
-from tfdist.cli.target import check_script
+from tfdist.cli.target import check_script, program
 from tfdist.cluster import strategy_names
-from tfdist.cluster.mesh_text import parse_mesh
-from tfdist.cluster.warning_signals import ON_WARNING, PREEMPT_STATUS
-from tfdist.errors import START_ME_AGAIN, ArgumentError
+from tfdist.errors import START_ME_AGAIN
 from tfdist.launch import (
     DEFAULT_PORT,
     INTERRUPTED_S,
@@ -25,11 +27,12 @@ from tfdist.launch import (
     SAVING_S,
     TOKEN,
     CoordinatorClient,
+    Host,
     Journal,
+    Outcome,
     RestartLimit,
     Restarts,
     Roster,
-    Shows,
     check_names,
     connect_launchers,
     count_on_processor,
@@ -179,36 +182,8 @@ from tfdist.launch import (
     is_flag=True,
     help="Start no worker: predict each strategy for these workers, as `tfdist recommend`.",
 )
-@click.option("-m", "--module", is_flag=True, help="SCRIPT is a module, as after python -m.")
-@click.argument("script")
-@click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="[ARGUMENTS]...")
-def run(
-    workers: int | None,
-    servers: int,
-    synchronous: bool,
-    hosts: str | None,
-    ssh: bool,
-    joined: bool,
-    node_rank: int | None,
-    port: int,
-    strategy: str | None,
-    zero: int | None,
-    mesh: str | None,
-    drop_in: bool,
-    output: Shows,
-    log_dir: Path | None,
-    max_restarts: str | None,
-    elastic: str | None,
-    grace: float,
-    on_warning: str,
-    on_preempt_status: int,
-    health: str | None,
-    node_timeout: float,
-    explain: bool,
-    module: bool,
-    script: str,
-    arguments: tuple[str, ...],
-) -> None:
+@program("script", may_be_module=True)
+def run(**values: Any) -> None:
     """Run SCRIPT in one or more worker processes.
 
     All arguments after SCRIPT are passed to the script. The workers of a machine share its
@@ -233,131 +208,115 @@ def run(
     command line is wrong.
     """  # noqa: D301
     open_standard_streams()
-    check_script(script, module)
-    _check_options(synchronous, servers, zero)
-    _check_mesh(mesh, zero, servers)
-    if explain:
-        sys.exit(explain_run((script, *arguments), module, workers, servers, hosts))
-    if synchronous:
-        os.environ["TFDIST_SYNCHRONOUS"] = "1"  # the workers inherit it
-    if zero is not None:
-        os.environ["TFDIST_ZERO"] = str(zero)
-    if mesh is not None:
-        os.environ["TFDIST_MESH"] = mesh
-    if on_warning == "end":
-        os.environ[ON_WARNING] = "end"
-    if on_preempt_status != START_ME_AGAIN:
-        os.environ[PREEMPT_STATUS] = str(on_preempt_status)
-    restart_limit = _restart_limit(max_restarts, servers, elastic)
-    machines = parse_hosts(hosts) if hosts is not None else ()
-    others = None
-    if ssh:
-        node_rank = check_ssh(machines, node_rank)
-        others = task_of(click.get_current_context(), can_return=restart_limit.count > 0)
-    if strategy == "horovod":
-        share_token(machines, node_rank, node_timeout)  # for the secret of its ranks
-    roster = Roster(
-        script_command((script, *arguments), module=module),
-        workers=workers,
-        hosts=machines,
-        node_rank=node_rank,
-        elastic=None if elastic is None else parse_elastic(elastic),
-        port=port,
-        strategy=strategy,
-        drop_in=drop_in,
-        servers=servers,
-    )
-    check_names(machines)
-    connection: AbstractContextManager[CoordinatorClient | None] = nullcontext()
-    is_asked_for = max_restarts is not None or elastic is not None
-    is_restarted = is_asked_for and restart_limit.count > 0
-    if (is_restarted or ssh or joined) and len(machines) > 1:
-        # The launchers of several machines must agree on each restart.
-        share_token(machines, node_rank, node_timeout)
-        connection = connect_launchers(
-            machines,
-            node_rank or 0,
-            port,
-            os.environ[TOKEN],
-            max_restarts=restart_limit,
-            limit=node_timeout,
-            min_workers=None if roster.elastic is None else roster.elastic[0],
-            strategy=strategy,
-            ps=servers,
+    options = RunOptions(**values)
+    check_script(options.script, options.module)
+    options.check()
+    if options.explain:
+        sys.exit(
+            explain_run(
+                options.program,
+                options.module,
+                options.workers,
+                options.servers,
+                options.hosts,
+            )
         )
-    # With servers a lost worker is usual. Exceptions cause a restart only if the user asked.
-    restarts = Restarts(restart_limit, of_exceptions=is_asked_for)
-    journal = Journal(log_dir, events_name(roster.workers))
+    os.environ.update(options.for_workers())  # the workers inherit them
+    restart_limit = options.restart_limit()
+    machines = parse_hosts(options.hosts) if options.hosts is not None else ()
+    others = None
+    if options.ssh:
+        options = replace(options, node_rank=check_ssh(machines, options.node_rank))
+        others = task_of(click.get_current_context(), can_return=restart_limit.count > 0)
+    if options.strategy == "horovod":
+        # For the secret of its ranks.
+        share_token(machines, options.node_rank, options.node_timeout)
+    roster = _roster(options, machines)
+    check_names(machines)
+    connection = _connection(options, machines, restart_limit, roster)
+    journal = Journal(options.log_dir, events_name(roster.workers))
     with (
-        health_of(journal, health),
+        health_of(journal, options.health),
         journal.ended_by_errors(),
         connection as client,
         remote_launchers(machines, others) as remotes,
     ):
-        is_met_here = client is not None and node_rank == 0
-        if exposed := exposed_ports(roster.workers, port - 1 if is_met_here else None):
-            click.echo(exposed, err=True)
-        if crowded := crowded_cores(count_on_processor(roster.workers)):
-            click.echo(crowded, err=True)
-        outcome = run_workers(
-            roster.workers,
-            log_dir=log_dir,
-            restarts=restarts,
-            grace=grace,
-            client=client,
-            slots=roster.slots,
-            plan=None if roster.elastic is None else roster.of_hosts,
-            meeting=roster.meeting,
-            shows=output,
-            plan_again=roster.again,
-            warnings_end=on_warning == "end",
-            journal=journal,
-        )
+        _warn(roster, options, has_coordinator=client is not None and options.node_rank == 0)
+        outcome = _run(options, restart_limit, roster, client, journal)
         if remotes is not None and outcome.interrupted:
             remotes.close(INTERRUPTED_S)
-    status = on_preempt_status if outcome.status == START_ME_AGAIN else outcome.status
+    status = outcome.status
+    if status == START_ME_AGAIN:
+        status = options.on_preempt_status
     journal.note_end(status, outcome.what)
-    explain_end(outcome, roster.workers, log_dir, has_other_hosts=len(machines) > 1)
+    explain_end(outcome, roster.workers, options.log_dir, has_other_hosts=len(machines) > 1)
     sys.exit(status)
 
 
-def _check_options(synchronous: bool, servers: int, zero: int | None) -> None:
-    """Refuses options that contradict each other."""
-    if synchronous and not servers:
-        raise click.BadParameter(
-            "--synchronous must come with parameter servers. Received: --synchronous without "
-            "--ps. Add --ps 1, or leave it out: other strategies are synchronous."
-        )
-    if zero not in (None, 1, 3):
-        raise click.BadParameter(
-            "--zero must be 1, the optimizer's state in parts, or 3, the weights too. "
-            f"Received: --zero {zero}."
-        )
-    if zero is not None and servers:
-        raise click.BadParameter(
-            "--zero must come without parameter servers, which keep the optimizer's state "
-            f"already. Received: --zero {zero} --ps {servers}. Leave one of them out."
-        )
+def _roster(options: RunOptions, machines: Sequence[Host]) -> Roster:
+    """Plans the workers that this machine starts."""
+    return Roster(
+        script_command(options.program, module=options.module),
+        workers=options.workers,
+        hosts=machines,
+        node_rank=options.node_rank,
+        elastic=None if options.elastic is None else parse_elastic(options.elastic),
+        port=options.port,
+        strategy=options.strategy,
+        drop_in=options.drop_in,
+        servers=options.servers,
+    )
 
 
-def _check_mesh(mesh: str | None, zero: int | None, servers: int) -> None:
-    """Refuses a mesh that is malformed, or that other options contradict."""
-    if mesh is None:
-        return
-    try:
-        parse_mesh(mesh)
-    except ArgumentError as error:
-        raise click.BadParameter(f"--mesh: {error}") from None
-    for option, value in (("--zero", zero), ("--ps", servers)):
-        if value:
-            raise click.BadParameter(
-                "--mesh must come without --zero and --ps, which keep state in another way. "
-                f"Received: --mesh {mesh} {option} {value}. Leave one of them out."
-            )
+def _connection(
+    options: RunOptions, machines: Sequence[Host], limit: RestartLimit, roster: Roster
+) -> AbstractContextManager[CoordinatorClient | None]:
+    """Connects the launchers of several machines, if they must agree on each restart."""
+    is_restarted = options.asks_for_restarts and limit.count > 0
+    if len(machines) < 2 or not (is_restarted or options.ssh or options.joined):
+        return nullcontext()
+    share_token(machines, options.node_rank, options.node_timeout)
+    return connect_launchers(
+        machines,
+        options.node_rank or 0,
+        options.port,
+        os.environ[TOKEN],
+        max_restarts=limit,
+        limit=options.node_timeout,
+        min_workers=None if roster.elastic is None else roster.elastic[0],
+        strategy=options.strategy,
+        ps=options.servers,
+    )
 
 
-def _restart_limit(max_restarts: str | None, servers: int, elastic: str | None) -> RestartLimit:
-    """Returns how often failed workers are started again."""
-    if max_restarts is not None:
-        return RestartLimit.parse(max_restarts)
-    return RestartLimit(3 if servers or elastic is not None else 0)
+def _warn(roster: Roster, options: RunOptions, has_coordinator: bool) -> None:
+    """Warns of ports that others can reach, and of more workers than cores."""
+    coordinator_port = options.port - 1 if has_coordinator else None
+    if exposed := exposed_ports(roster.workers, coordinator_port):
+        click.echo(exposed, err=True)
+    if crowded := crowded_cores(count_on_processor(roster.workers)):
+        click.echo(crowded, err=True)
+
+
+def _run(
+    options: RunOptions,
+    limit: RestartLimit,
+    roster: Roster,
+    client: CoordinatorClient | None,
+    journal: Journal,
+) -> Outcome:
+    """Runs the workers of this machine, from the first start to the end."""
+    return run_workers(
+        roster.workers,
+        log_dir=options.log_dir,
+        restarts=Restarts(limit, of_exceptions=options.asks_for_restarts),
+        grace=options.grace,
+        client=client,
+        slots=roster.slots,
+        plan=None if roster.elastic is None else roster.of_hosts,
+        meeting=roster.meeting,
+        shows=options.output,
+        plan_again=roster.again,
+        warnings_end=options.on_warning == "end",
+        journal=journal,
+    )

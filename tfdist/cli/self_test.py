@@ -18,6 +18,7 @@ import click
 from tfdist._version import __version__
 from tfdist.cli.explanation import explain
 from tfdist.cli.run import run
+from tfdist.cli.run_options import check_synchronous
 from tfdist.cluster import Cluster
 from tfdist.cluster.rendezvous import start_timeout
 from tfdist.launch import (
@@ -39,7 +40,7 @@ from tfdist.launch.resources import usable_cores, visible_gpus
 from tfdist.launch.self_test.link import HostLink, links
 from tfdist.launch.self_test.peers import Peers, peers_of_cluster, peers_of_hosts
 from tfdist.launch.self_test.reach import blockages
-from tfdist.launch.self_test.report import Report, judged
+from tfdist.launch.self_test.report import SelfTestReport, judged
 from tfdist.launch.self_test.result import Result
 
 _MODULE = "tfdist.scripts.self_test"
@@ -98,8 +99,8 @@ def self_test(
     Exit status: 0 if it works, else 1; 2 for a wrong command line.
     """  # noqa: D301
     open_standard_streams()
+    check_synchronous(synchronous, servers)
     if synchronous:
-        _check_servers(servers)
         os.environ["TFDIST_SYNCHRONOUS"] = "1"  # the workers inherit it
     machines = parse_hosts(hosts) if hosts is not None else ()
     if strategy == "horovod":
@@ -131,7 +132,7 @@ def self_test(
 self_test.params = [o for o in run.params if o.name in _AS_RUN] + self_test.params
 
 
-def _print(report: Report, has_chief: bool, machines: Sequence[Host]) -> None:
+def _print(report: SelfTestReport, has_chief: bool, machines: Sequence[Host]) -> None:
     """Prints the report where the chief is; on other hosts only what does not work."""
     # Few commands need the library that draws tables.
     from tfdist.launch.self_test.page import show
@@ -140,14 +141,6 @@ def _print(report: Report, has_chief: bool, machines: Sequence[Host]) -> None:
         show(report)
     elif machines:
         click.echo(f"tfdist test: works. The report is on {machines[0].name}.")
-
-
-def _check_servers(servers: int) -> None:
-    if not servers:
-        raise click.BadParameter(
-            "--synchronous must come with parameter servers. Received: --synchronous without "
-            "--ps. Add --ps 1, or leave it out: other strategies are synchronous."
-        )
 
 
 def _command(folder: Path, seconds: float, largest: int, workers: int) -> Sequence[str]:
@@ -174,7 +167,7 @@ def _peers(
 
 def _test(
     roster: Roster, peers: Peers | None, folder: Path, stream: TextIO, shows: Shows
-) -> Report:
+) -> SelfTestReport:
     """Tries the connections, starts the workers, and gathers what they find."""
     hosts = () if peers is None else peers.hosts
     measured: list[HostLink] = []
@@ -183,7 +176,7 @@ def _test(
         _say(f"This host tries the connections between {len(peers.tasks)} processes.")
         blocked = blockages(peers, start_timeout(), _versions())
         if blocked:
-            return Report(hosts, tuple(blocked))
+            return SelfTestReport(hosts, tuple(blocked))
         measured, unmeasured = links(peers)
     if exposed := exposed_ports(roster.workers):
         click.echo(exposed, err=True)
@@ -205,12 +198,12 @@ def _found(
     hosts: Sequence[str],
     measured: Sequence[HostLink],
     unmeasured: Sequence[str],
-) -> Report:
+) -> SelfTestReport:
     if outcome.status:
         what = outcome.what or f"The workers ended with exit status {outcome.status}."
-        return Report(tuple(hosts), (), tuple(measured), failure=what)
+        return SelfTestReport(tuple(hosts), (), tuple(measured), failure=what)
     if not file.exists():  # the chief is on another host
-        return Report(tuple(hosts), (), tuple(measured))
+        return SelfTestReport(tuple(hosts), (), tuple(measured))
     return judged(Result.read(file), hosts, measured, unmeasured, usable_cores())
 
 
@@ -238,7 +231,7 @@ def _one_process(target: Path) -> Iterator[None]:
         process.wait()
 
 
-def _keep(report: Report) -> None:
+def _keep(report: SelfTestReport) -> None:
     """Keeps what was measured for `tfdist recommend`."""
     from tfdist.cluster.links import record
 

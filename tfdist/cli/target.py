@@ -1,9 +1,14 @@
-"""Refuses a script or a model file that cannot be used, before TensorFlow is imported."""
+"""The program that a command is about: a script, a module or a model file, and its arguments.
+
+What cannot be used is refused before TensorFlow is imported.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -12,6 +17,30 @@ from tfdist.launch import check_syntax, find_script
 
 _MODEL_FILES = (".keras", ".h5")
 _FUNCTION = re.compile(r"[\w.]+:\w+")
+_Function = Callable[..., Any]
+
+
+def program(name: str, may_be_module: bool) -> Callable[[_Function], _Function]:
+    """Gives a command the program and all that follows it, which is the program's.
+
+    Args:
+        name: The name of the program's argument.
+        may_be_module: Whether the command also gets `-m`, which makes it a module.
+    """
+
+    def decorate(command: _Function) -> _Function:
+        # As with decorators, the last comes first.
+        kind = click.UNPROCESSED
+        command = click.argument("arguments", nargs=-1, type=kind, metavar="[ARGUMENTS]...")(
+            command
+        )
+        command = click.argument(name)(command)
+        if may_be_module:
+            help_text = f"{name.upper()} is a module, as after python -m."
+            command = click.option("-m", "--module", is_flag=True, help=help_text)(command)
+        return command
+
+    return decorate
 
 
 def check_script(script: str, module: bool) -> None:

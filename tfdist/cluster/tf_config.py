@@ -19,7 +19,7 @@ _EXAMPLE = (
 
 
 @dataclass(frozen=True)
-class Task:
+class TFConfig:
     """The content of TF_CONFIG.
 
     Attributes:
@@ -33,7 +33,7 @@ class Task:
     index: int = 0
 
 
-def read(text: str) -> Task:
+def read(text: str) -> TFConfig:
     """Reads TF_CONFIG.
 
     Args:
@@ -67,10 +67,10 @@ def read(text: str) -> Task:
                 f"task. Received: TF_CONFIG.cluster={config.get('cluster')!r}. "
                 f"Write it like {_EXAMPLE}, or unset TF_CONFIG to train in one process."
             )
-        return Task({})
+        return TFConfig({})
     if not task:
         if sum(map(len, jobs.values())) == 1 and set(jobs) <= {CHIEF, WORKER}:
-            return Task(jobs, next(iter(jobs)))
+            return TFConfig(jobs, next(iter(jobs)))
         raise ClusterError(
             "`TF_CONFIG.task` must say which process of the cluster this one is. "
             f"Received: TF_CONFIG.task={config.get('task')!r}. "
@@ -79,7 +79,7 @@ def read(text: str) -> Task:
         )
     job = _job(task, jobs)
     index = _index(task, job, jobs)
-    return Task({} if job == EVALUATOR else jobs, job, index)
+    return TFConfig({} if job == EVALUATOR else jobs, job, index)
 
 
 def _jobs(cluster: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:

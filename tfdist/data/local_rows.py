@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from tfdist.errors import ArgumentError
+from tfdist.figures import text_table
 from tfdist.samplers import Rows
 from tfdist.samplers.classes import group_rows
 from tfdist.strategies.base import Strategy
@@ -94,11 +95,7 @@ class RowsPerWorker:
         for worker, rows in enumerate(self.rows):
             shares = _class_shares(self, worker)
             lines.append([str(worker), f"{rows:,}", f"{per_step[worker]:.1f}", *shares])
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        return "\n".join(
-            "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
-            for line in lines
-        )
+        return text_table(lines)
 
 
 def _entropy(shares: Any) -> float:

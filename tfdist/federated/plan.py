@@ -101,7 +101,8 @@ class RoundPlan:
     Attributes:
         clients: The clients.
         batch_size: Rows of a local step.
-        full_batch: Rows of each local step, if all have the same number, else None.
+        full_batch: Rows of each local step, if all have the same number and no client is
+            protected, else None.
         may_be_empty: Whether a local step may have no rows.
         slots_per_replica: The most clients whose optimizers one replica keeps.
         num_slots: Number of all slots that may be used.
@@ -131,7 +132,9 @@ class RoundPlan:
         self._steps = np.array([settings.steps_of(steps) for steps in passes], np.int64)
         self.longest = int(self._steps.max())
         self.may_be_empty = sampler.may_be_empty
-        is_full = not (clients.sizes % batch_size).any() and not sampler.may_be_empty
+        # A static size would tell a protected client how many rows the others have.
+        is_whole = not (clients.sizes % batch_size).any() and not sampler.may_be_empty
+        is_full = is_whole and settings.privacy is None
         self.full_batch = batch_size if is_full else None
         self._homes, self._slots = self._keep()
         self.slots_per_replica = int(self._slots.max()) + 1

@@ -22,8 +22,8 @@ from tfdist.federated.settings import FedAvg
 from tfdist.federated.source import Rounds
 from tfdist.federated.state import SEEDS_OF_ROUND, LocalState, state_of
 from tfdist.federated.sums import NOT_CANCELLED, RoundSums, Sums
+from tfdist.step.agreement import StepAgreement
 from tfdist.step.exchange import Exchange
-from tfdist.step.reduction import StepAgreement
 from tfdist.step.signals import Signals, signals_of
 from tfdist.step.state import AnyRole, Role
 from tfdist.strategies.base import Strategy
@@ -346,12 +346,12 @@ class FederatedRound:
             self._server.apply(deltas, list(self._state.trained))
         if not self._is_private:
             return
-        variable = part.dependence((), self._state.metrics)
-        if variable is not None:
+        read = part.read_besides(deltas, (), self._state.metrics)
+        if read is not None:
             raise ArgumentError(
                 "With `privacy` of FedAvg the server's optimizer must depend on clients by "
                 "their noisy sum alone, and read no loss or metric. Received: "
-                f"{variable.path!r}, which is read. Leave it out."
+                f"{read}, which is read. Leave it out."
             )
 
 

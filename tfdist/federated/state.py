@@ -100,6 +100,13 @@ class LocalState:
                 f"remember a client. Received: a step with TensorFlow's {python}. Use "
                 "operations of Keras or TensorFlow."
             )
+        unseen = step.unseen()
+        if protected and unseen is not None:
+            raise ArgumentError(
+                "With `privacy` of FedAvg a local step must neither keep values for others nor "
+                f"bring any in. Received: a step with TensorFlow's operation {unseen}, which "
+                "may do so. Use operations of Keras or TensorFlow without such effects."
+            )
 
     def protected(self, model: Any) -> LocalState:
         """Returns the state of a model whose clients are protected as wholes.
@@ -132,11 +139,25 @@ class LocalState:
                     "called, which noise would not fit. Received: the SpectralNormalization "
                     f"{layer.name!r}. Use a `kernel_constraint`."
                 )
+        for variable in self.trained:
+            if not tf.as_dtype(variable.dtype).is_floating:
+                raise ArgumentError(
+                    "With `privacy` of FedAvg trained weights must be real numbers. Received: "
+                    f"{variable.path!r} of dtype {variable.dtype}. Keep its real and imaginary "
+                    "parts as two weights, or freeze it."
+                )
         counts = [v.path for v in self.counted if not _is_seed(v)]
         if counts:
             raise ArgumentError(
                 "With `privacy` of FedAvg no layer may count in whole numbers: the sum over "
                 f"clients has no noise. Received: {counts[0]!r}. Leave the layer out."
+            )
+        owned = {id(v) for v in (*model.weights, *self.of_optimizers)}
+        held = [v.path for v in self.metrics if id(v) in owned]
+        if held:
+            raise ArgumentError(
+                "With `privacy` of FedAvg no metric may hold a weight of the model or of an "
+                f"optimizer: metrics have no noise. Received: {held[0]!r}. Leave it out."
             )
         assigned = {id(v) for step in traced_steps(model) for v in step.assigned}
         return replace(self, averaged=tuple(v for v in self.averaged if id(v) in assigned))

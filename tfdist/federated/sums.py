@@ -14,7 +14,7 @@ from tfdist.federated.masks import PairwiseMasks
 from tfdist.federated.plan import OfReplica
 from tfdist.federated.protection import UpdateMechanism
 from tfdist.federated.secure_sum import STATE, FixedPoint, SecureSum
-from tfdist.step.reduction import StepAgreement
+from tfdist.step.agreement import StepAgreement
 from tfdist.strategies.base import Strategy
 
 Tensor = Any

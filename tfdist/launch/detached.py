@@ -98,11 +98,11 @@ def end_forgotten() -> list[str]:
 def _end(is_meant: Callable[[RunName], bool], groups: Collection[int] = ()) -> list[str]:
     """Ends processes: asks them first, then kills them, and those that they have started."""
     begun, told = time.monotonic(), dict[int, str]()
-    while found := dict(_processes(is_meant, groups)):
+    while processes := dict(_processes(is_meant, groups)):
         is_late = time.monotonic() - begun > _TERMINATING_S
         if time.monotonic() - begun > 2 * _TERMINATING_S:
             break  # the kernel does not let them end: they wait for a disk
-        for pid, command in found.items():
+        for pid, command in processes.items():
             if is_late or pid not in told:
                 with suppress(ProcessLookupError, PermissionError):
                     os.kill(pid, signal.SIGKILL if is_late else signal.SIGTERM)

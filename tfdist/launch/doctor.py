@@ -15,6 +15,7 @@ from typing import Any
 from tfdist._version import __version__
 from tfdist.cluster import Cluster, strategy_names
 from tfdist.errors import ClusterError
+from tfdist.launch.programs import ask
 from tfdist.launch.resources import usable_cores
 
 _PACKAGES = ("tensorflow", "keras", "numpy", "horovod")
@@ -163,16 +164,7 @@ def _ask_tensorflow(environ: Mapping[str, str]) -> tuple[dict[str, Any], str]:
     variables = {"TF_CPP_MIN_LOG_LEVEL": "2", **environ}
     variables.pop("TF_CONFIG", None)
     try:
-        process = subprocess.run(
-            [sys.executable, "-c", _ASK_TENSORFLOW],
-            env=variables,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=_ASK_S,
-            check=False,
-        )
+        process = ask([sys.executable, "-c", _ASK_TENSORFLOW], _ASK_S, variables)
     except subprocess.TimeoutExpired:
         return {}, f"TensorFlow did not start within {_ASK_S:.0f} seconds."
     for line in process.stdout.splitlines():

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from tfdist.launch import programs
 from tfdist.launch.hosts import Host
 from tfdist.launch.remote_hosts import is_here, ssh_command
 
@@ -64,15 +65,7 @@ def _asked(host: str, limit: float) -> HostReport:
     command = ssh_command(host, "tfdist.cli", "doctor", "--json")
     shown = f"ssh -o BatchMode=yes {host} {command[-1].removeprefix('exec ')}"
     try:
-        done = subprocess.run(
-            command,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=limit,
-            check=False,
-        )
+        done = programs.ask(command, limit)
     except subprocess.TimeoutExpired:
         return HostReport(host, None, _unanswered(f"nothing for {limit:.0f} s", shown))
     except OSError as error:

@@ -115,10 +115,10 @@ def _server(journal: Journal, host: str, port: int) -> Callable[[threading.Event
             flush=True,
         )
     listener.setblocking(False)
-    return _Server(journal, listener).serve
+    return _ProbeServer(journal, listener).serve
 
 
-class _Server:
+class _ProbeServer:
     """A server for small requests. Nobody can hold it up, or fill its memory.
 
     Args:

@@ -133,37 +133,14 @@ def _handler_class(secret: str) -> type:
             """Reads the head of a request, and answers one that is not to be served."""
             if not super().parse_request():
                 return False
-            status = self._refusal()
+            status, self.path = _checked(self, secret)
             if status:
                 self.send_status_code(status)
             return not status
 
-        def _refusal(self) -> int:
-            """Takes the secret out of the path; returns a status of HTTP, or 0 to go on."""
-            parts = self.path.encode("utf-8", "replace").decode().split("/")[1:]
-            if secret:
-                given = parts.pop(0) if parts else ""
-                if not hmac.compare_digest(given.encode(), secret.encode()):
-                    return 403
-            if self.command not in ("GET", "PUT", "DELETE"):
-                return 405
-            if len(parts) != 2 or not all(map(_PART.fullmatch, parts)):
-                return 400
-            self.path = "/" + "/".join(parts)
-            length = self.headers.get("Content-Length", "")
-            if self.command == "PUT":
-                if not (length.isascii() and length.isdigit() and len(length) < 10):
-                    return 411
-                if int(length) > MOST_BYTES:
-                    return 413
-            return 0
-
         def _put_value(self, scope: str, key: str, value: bytes) -> None:
-            kept = self.server.cache
-            with self.server.cache_lock:
-                total = sum(len(text) for texts in kept.values() for text in texts.values())
             is_whole = len(value) == int(self.headers["Content-Length"])
-            if is_whole and total + len(value) <= _MOST_BYTES_IN_ALL:
+            if is_whole and _bytes_stored(self.server) + len(value) <= _MOST_BYTES_IN_ALL:
                 super()._put_value(scope, key, value)
 
         def do_DELETE(self) -> None:  # noqa: N802, the name that the server calls
@@ -181,3 +158,38 @@ def _handler_class(secret: str) -> type:
             self.send_status_code(200)
 
     return Handler
+
+
+def _checked(request: Any, secret: str) -> tuple[int, str]:
+    """Decides whether a request is served.
+
+    Args:
+        request: Horovod's handler, which has read the head of the request.
+        secret: The first part of the path of each request; empty if there is none.
+
+    Returns:
+        A status of HTTP, or 0 to go on, and the path without the secret.
+    """
+    parts = request.path.encode("utf-8", "replace").decode().split("/")[1:]
+    if secret:
+        given = parts.pop(0) if parts else ""
+        if not hmac.compare_digest(given.encode(), secret.encode()):
+            return 403, request.path
+    if request.command not in ("GET", "PUT", "DELETE"):
+        return 405, request.path
+    if len(parts) != 2 or not all(map(_PART.fullmatch, parts)):
+        return 400, request.path
+    path = "/" + "/".join(parts)
+    length = request.headers.get("Content-Length", "")
+    if request.command == "PUT":
+        if not (length.isascii() and length.isdigit() and len(length) < 10):
+            return 411, path
+        if int(length) > MOST_BYTES:
+            return 413, path
+    return 0, path
+
+
+def _bytes_stored(server: Any) -> int:
+    """Counts the bytes of all texts that Horovod's server keeps."""
+    with server.cache_lock:
+        return sum(len(text) for texts in server.cache.values() for text in texts.values())

@@ -126,8 +126,8 @@ class LogFolder:
 
     def take_problems(self) -> list[tuple[int, str]]:
         """Returns new problems of log files: the worker's position, a line for the user."""
-        found = [(position, log.take_problem()) for position, log in self._open.items()]
-        return [(position, problem) for position, problem in found if problem is not None]
+        problems = [(position, log.take_problem()) for position, log in self._open.items()]
+        return [(position, problem) for position, problem in problems if problem is not None]
 
     def close(self) -> None:
         """Ends all files, and waits until they are written, unless a disk is stuck."""
@@ -139,8 +139,8 @@ class LogFolder:
     def _attempts(self, file: Path) -> int:
         """Returns the number of the last attempt whose file was kept."""
         pattern = re.compile(re.escape(file.stem) + r"\.attempt-(\d{1,9})\.log")
-        found = map(pattern.fullmatch, (path.name for path in file.parent.iterdir()))
-        return max((int(match[1]) for match in found if match), default=0)
+        matches = map(pattern.fullmatch, (path.name for path in file.parent.iterdir()))
+        return max((int(match[1]) for match in matches if match), default=0)
 
     def _refusal(self, error: OSError) -> LaunchError:
         return LaunchError(

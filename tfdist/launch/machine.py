@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-import shutil
-import subprocess
 from collections.abc import Mapping
 
+from tfdist.launch.programs import nvidia_smi
 from tfdist.launch.resources import visible_gpus
 from tfdist.watchdog.memory import left_mib
 
@@ -30,17 +29,10 @@ def gpus_with_memory(environ: Mapping[str, str] = os.environ) -> tuple[tuple[str
         environ: The environment variables.
     """
     count = len(visible_gpus(environ))
-    program = shutil.which("nvidia-smi", path=environ.get("PATH"))
-    if not count or program is None:
+    if not count:
         return ()
-    query = ["--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
-    try:
-        text = subprocess.run(
-            [program, *query], capture_output=True, text=True, timeout=20, check=False
-        ).stdout
-    except (OSError, subprocess.TimeoutExpired):
-        return ()
-    return read_gpus(text)[:count]
+    query = ("--query-gpu=name,memory.total", "--format=csv,noheader,nounits")
+    return read_gpus(nvidia_smi(environ, *query))[:count]
 
 
 def read_gpus(text: str) -> tuple[tuple[str, int], ...]:
@@ -53,9 +45,9 @@ def read_gpus(text: str) -> tuple[tuple[str, int], ...]:
         >>> read_gpus("NVIDIA A100-SXM4-40GB, 40960")
         (('NVIDIA A100-SXM4-40GB', 42949672960),)
     """
-    found = []
+    gpus = []
     for line in text.splitlines():
         name, _, mebibytes = line.rpartition(",")
         if mebibytes.strip().isdecimal():
-            found.append((name.strip(), int(mebibytes) * _MIB))
-    return tuple(found)
+            gpus.append((name.strip(), int(mebibytes) * _MIB))
+    return tuple(gpus)

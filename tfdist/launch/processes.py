@@ -2,39 +2,32 @@
 
 from __future__ import annotations
 
-import math
 import signal
 import sys
-import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
-from tfdist.cluster.warning_signals import WARNINGS
-from tfdist.errors import START_ME_AGAIN
-from tfdist.launch.cause import Failure, root_cause
-from tfdist.launch.client import CoordinatorClient, Decision
+from tfdist.launch.cause import Failure
+from tfdist.launch.client import CoordinatorClient
 from tfdist.launch.console import background
 from tfdist.launch.detached import end_forgotten
 from tfdist.launch.hidden_output import Shows
+from tfdist.launch.joint_run import JointRun
 from tfdist.launch.journal import Journal
 from tfdist.launch.outcome import Outcome
 from tfdist.launch.output import Screen
 from tfdist.launch.process_group import ProcessGroup
 from tfdist.launch.restarts import RestartCause, Restarts
-from tfdist.launch.signals import Received, collecting
-from tfdist.launch.slots import Slots
+from tfdist.launch.signals import collecting
+from tfdist.launch.slots import ElasticSlots
+from tfdist.launch.supervision import Supervision
 from tfdist.launch.worker import Worker
 
-# If a failure only blames a peer, the launcher waits this long for the peer's own failure.
-_PEER_FAILURE_S = 1.0
 SAVING_S = 25.0
 """Seconds for saving after SIGTERM: Kubernetes kills a pod after 30."""
-
-_AFTER_FAILURE = ((signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0))
-_AFTER_INTERRUPT = ((signal.SIGINT, 3.0), *_AFTER_FAILURE)
 
 
 def run_workers(
@@ -45,7 +38,7 @@ def run_workers(
     restarts: Restarts | None = None,
     grace: float = SAVING_S,
     client: CoordinatorClient | None = None,
-    slots: Slots | None = None,
+    slots: ElasticSlots | None = None,
     plan: Callable[[Sequence[int]], Sequence[Worker]] | None = None,
     meeting: Callable[[Worker], AbstractContextManager[Any]] = nullcontext,
     shows: Shows = "all",
@@ -87,51 +80,23 @@ def run_workers(
         LaunchError: A worker could not be started, a log file could not be written, or the
             launchers of other machines do not come.
     """
-    restarts = restarts or Restarts()
-    stream, journal = stream or sys.stdout, journal or Journal()
+    restarts, journal = restarts or Restarts(), journal or Journal()
+    stream = stream or sys.stdout
     with collecting(warnings_end) as received, background(stream, received) as writer:
         screen = Screen(stream, [worker.task for worker in workers], writer=writer)
         screen.show(0, end_forgotten())
+        supervision = Supervision(received, restarts, grace, log_dir, meeting, journal)
+        run: _LocalRun | JointRun
+        if client is None:
+            run = _LocalRun(supervision, workers, slots, plan_again)
+        else:
+            run = JointRun(supervision, workers, client, plan)
         while True:
             group = ProcessGroup(screen, shows, journal)
             try:
-                if client is not None:
-                    outcome = _run_with_peers(
-                        group,
-                        workers,
-                        log_dir,
-                        received,
-                        restarts,
-                        grace,
-                        client,
-                        plan,
-                        meeting,
-                        journal,
-                    )
-                    if outcome is None:
-                        journal.note_restart(client.restarts.history[-1].cause)
-                        continue
-                    return replace(outcome, restarts=tuple(client.restarts.history))
-                with meeting(workers[0]):
-                    group.start(workers, log_dir)
-                    outcome = _watch(group, received, restarts, grace)
-                failure = outcome.failure
-                restart = (
-                    None
-                    if failure is None
-                    else _restart(failure, workers, restarts, slots, plan_again)
-                )
-                if failure is None or restart is None:
-                    return replace(
-                        outcome,
-                        restarts=tuple(restarts.history),
-                        is_repeated=failure is not None
-                        and restarts.repeats(RestartCause.of(failure)),
-                    )
-                journal.note_restart(restarts.history[-1].cause)
-                position = list(workers).index(failure.worker)
-                workers, line = restart
-                group.say(position, line)
+                outcome = run.start(group)
+                if outcome is not None:
+                    return outcome
             except BrokenPipeError:
                 # The reader of the output is gone, as after `tfdist run ... | head`.
                 return Outcome(128 + signal.SIGPIPE, interrupted=signal.SIGPIPE)
@@ -139,194 +104,66 @@ def run_workers(
                 group.close()
 
 
-def _restart(
-    failure: Failure,
-    workers: Sequence[Worker],
-    restarts: Restarts,
-    slots: Slots | None,
-    plan_again: Callable[[], Sequence[Worker]] | None,
-) -> tuple[Sequence[Worker], str] | None:
-    """Returns the workers of the next start and a line for the user; None if there is none."""
-    cause = RestartCause.of(failure)
-    leaves_out = slots is not None and slots.leaves_out(failure)
-    if not restarts.allows(cause, changes=leaves_out):
-        return None
-    action = "All are started again"
-    if slots is not None:
-        before = len(workers)
-        slots.plan_next_start(failure)
-        workers = slots.workers
-        if leaves_out or len(workers) != before:
-            action = f"{action}, now {len(workers)} in all"
-    elif plan_again is not None:
-        workers = plan_again()
-    return workers, restarts.record(cause, action)
+class _LocalRun:
+    """A run whose workers this machine starts again by itself.
 
-
-def _watch(
-    group: ProcessGroup, received: Received, restarts: Restarts, grace: float
-) -> Outcome:
-    has_made_step = False
-    while group.is_running and not received and not group.failures and not group.is_done:
-        has_made_step = _pump(group, received, restarts, restarts, has_made_step)
-    if group.failures and not received:
-        deadline = time.monotonic() + _PEER_FAILURE_S
-        while (
-            group.is_running
-            and not received
-            and time.monotonic() < deadline
-            and all(failure.blames_peer for failure in group.failures)
-        ):
-            group.pump()
-    if received:
-        return _interrupted(group, received, grace)
-    failures, finished = tuple(group.failures), tuple(group.finished)
-    if not failures:
-        group.end(_AFTER_FAILURE, received)
-        return Outcome(0, finished=finished)
-    failure = root_cause(failures)
-    _end_after(group, failures, failure, received)
-    return Outcome(failure.status, failure, finished)
-
-
-def _end_after(
-    group: ProcessGroup, failures: Sequence[Failure], cause: Failure, received: Received
-) -> None:
-    """Ends the workers that are left after failures, and shows what the failed ones wrote."""
-    group.reveal(failures, cause)
-    group.end(_AFTER_FAILURE, received)
-    # A worker may have failed by itself meanwhile, before the signal reached it.
-    launcher_signals = {-number for number, _ in _AFTER_FAILURE}
-    late = [
-        f for f in group.failures if f not in failures and f.returncode not in launcher_signals
-    ]
-    group.reveal([f for f in late if not f.blames_peer])
-
-
-def _pump(
-    group: ProcessGroup,
-    received: Received,
-    of_all: Restarts,
-    of_one: Restarts,
-    has_made_step: bool,
-) -> bool:
-    """Shows output and replaces failed workers; tells whether training has made a step."""
-    group.pump()
-    # Not after a signal: it may have ended the reader too (`| tee`), while workers still save.
-    group.check_reader()
-    while received.warnings:
-        number = received.warnings.pop(0)
-        name = signal.Signals(number).name
-        group.say(0, f"tfdist: {name}: workers in a `fit` with checkpoints save now.")
-        group.pass_on(number)
-    group.end_stopped()
-    if not has_made_step and group.progress.steps_made:
-        has_made_step = True
-        of_all.record_step()
-    for failure in tuple(group.failures):
-        cause = RestartCause.of(failure)
-        if failure.worker.is_replaceable and of_one.allows(cause):
-            group.reveal([failure], failure)
-            line = of_one.record(cause, "It is started again")
-            group.say(group.start_again(failure), line)
-    return has_made_step
-
-
-def _run_with_peers(
-    group: ProcessGroup,
-    workers: Sequence[Worker],
-    log_dir: Path | None,
-    received: Received,
-    replacements: Restarts,
-    grace: float,
-    client: CoordinatorClient,
-    plan: Callable[[Sequence[int]], Sequence[Worker]] | None,
-    meeting: Callable[[Worker], AbstractContextManager[Any]],
-    journal: Journal,
-) -> Outcome | None:
-    """Runs workers together with those of other machines; None if all start again."""
-    # Each machine reports once how its own workers ended, and then goes on with their output
-    # until the coordinator has decided for all machines.
-    failure, has_reported, has_made_step = None, False, False
-    journal.note_alive("waiting for hosts", math.inf)  # the client has a limit
-    decision = client.meet(received, lambda line: group.say(0, line))
-    if plan is not None and client.active:
-        workers = plan(client.active)
-        group.rename([worker.task for worker in workers])
-    # The server may start now: ranks import TensorFlow first, which takes seconds.
-    with meeting(workers[0]):
-        if decision is None and not received:
-            group.start(workers, log_dir)
-        failed_at = 0.0
-        while decision is None and not received:
-            has_made_step = _pump(group, received, client.restarts, replacements, has_made_step)
-            decision = client.decision
-            if has_reported:
-                continue
-            if group.failures:
-                failed_at = failed_at or time.monotonic()
-                failure = root_cause(group.failures)
-                waited = time.monotonic() - failed_at > _PEER_FAILURE_S
-                if waited or not group.is_running or not failure.blames_peer:
-                    client.report_failure(RestartCause.of(failure))
-                    has_reported = True
-            elif not group.is_running or group.is_done:
-                client.report_done()
-                has_reported = True
-        if received:
-            outcome = _interrupted(group, received, grace)
-            client.leave(outcome.status)
-            return outcome
-        assert decision is not None
-        finished = tuple(group.finished)
-        if failure is None:
-            group.end(_AFTER_FAILURE, received)
-        else:
-            _end_after(group, tuple(group.failures), failure, received)
-    return _decided(group, client, decision, failure, finished)
-
-
-def _decided(
-    group: ProcessGroup,
-    client: CoordinatorClient,
-    decision: Decision,
-    failure: Failure | None,
-    finished: tuple[str, ...],
-) -> Outcome | None:
-    """Follows the coordinator's decision after this machine's workers have ended.
-
-    `failure` is this machine's, if it had one. The result is None if all start again.
+    Args:
+        supervision: What all starts share.
+        workers: The workers of the first start.
+        slots: As in `run_workers`.
+        plan_again: As in `run_workers`.
     """
-    if decision.cause is None:
-        return Outcome(0, finished=finished)
-    if decision.again:
-        group.say(
-            0, client.restarts.record(decision.cause, "All are started again on all hosts")
-        )
+
+    def __init__(
+        self,
+        supervision: Supervision,
+        workers: Sequence[Worker],
+        slots: ElasticSlots | None,
+        plan_again: Callable[[], Sequence[Worker]] | None,
+    ) -> None:
+        self._supervision, self._workers = supervision, workers
+        self._slots, self._plan_again = slots, plan_again
+
+    def start(self, group: ProcessGroup) -> Outcome | None:
+        """Starts the workers once, and waits for their end.
+
+        Args:
+            group: Starts their processes.
+
+        Returns:
+            How the run ended; None if all start again.
+        """
+        restarts = self._supervision.restarts
+        outcome = self._supervision.run(group, self._workers)
+        failure = outcome.failure
+        if failure is None:
+            return replace(outcome, restarts=tuple(restarts.history))
+        position = list(self._workers).index(failure.worker)
+        line = self._plan_restart(failure, restarts)
+        if line is None:
+            is_repeated = restarts.repeats(RestartCause.of(failure))
+            return replace(outcome, restarts=tuple(restarts.history), is_repeated=is_repeated)
+        self._supervision.journal.note_restart(restarts.history[-1].cause)
+        group.say(position, line)
         return None
-    is_local = failure is not None and RestartCause.of(failure) == decision.cause
-    return Outcome(
-        decision.cause.status,
-        failure if is_local else None,
-        finished,
-        is_repeated=decision.is_repeated,
-        elsewhere=None if is_local else decision.cause,
-    )
 
+    def _plan_restart(self, failure: Failure, restarts: Restarts) -> str | None:
+        """Chooses the workers of the next start.
 
-def _interrupted(group: ProcessGroup, received: Received, grace: float) -> Outcome:
-    """Ends the workers after a signal to the launcher, and lets them save if they can."""
-    first, is_saved = received[0], False
-    is_warning = first in WARNINGS
-    if (first == signal.SIGTERM or is_warning) and group.saves:
-        group.signal_and_wait(signal.SIGTERM, grace, received)
-        is_saved = any(
-            f.progress.preempted and f.returncode == START_ME_AGAIN for f in group.failures
-        )
-        if not is_saved:
-            group.say(0, f"tfdist: training was not saved within {grace:g} s (--grace).")
-    finished = tuple(group.finished)
-    group.end(_AFTER_INTERRUPT if first == signal.SIGINT else _AFTER_FAILURE, received)
-    # A warning asks to be started again, whether or not there was something to save.
-    status = START_ME_AGAIN if is_saved or is_warning else 128 + first
-    return Outcome(status, finished=finished, interrupted=first)
+        Returns:
+            A line for the user; None if there is no further start.
+        """
+        cause, slots = RestartCause.of(failure), self._slots
+        leaves_out = slots is not None and slots.leaves_out(failure)
+        if not restarts.allows(cause, changes=leaves_out):
+            return None
+        action = "All are started again"
+        if slots is not None:
+            before = len(self._workers)
+            slots.plan_next_start(failure)
+            self._workers = slots.workers
+            if leaves_out or len(self._workers) != before:
+                action = f"{action}, now {len(self._workers)} in all"
+        elif self._plan_again is not None:
+            self._workers = self._plan_again()
+        return restarts.record(cause, action)

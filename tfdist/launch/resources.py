@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import shutil
-import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tfdist.errors import LaunchError
+from tfdist.launch.programs import nvidia_smi
 
 _THREAD_POOLS = ("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS", "OMP_NUM_THREADS")
 
@@ -82,15 +81,7 @@ def visible_gpus(environ: Mapping[str, str]) -> tuple[str, ...]:
                 break
             gpus.append(entry.strip())
         return tuple(gpus)
-    program = shutil.which("nvidia-smi", path=environ.get("PATH"))
-    if program is None:
-        return ()
-    try:
-        listing = subprocess.run(
-            [program, "-L"], capture_output=True, text=True, timeout=20, check=False
-        ).stdout
-    except (OSError, subprocess.TimeoutExpired):
-        return ()
+    listing = nvidia_smi(environ, "-L")
     return tuple(str(i) for i in range(sum(x.startswith("GPU ") for x in listing.splitlines())))
 
 

@@ -13,7 +13,7 @@ from tfdist.launch.existing_cluster import hosts_of
 from tfdist.launch.horovod_rendezvous import rendezvous
 from tfdist.launch.hosts import Host
 from tfdist.launch.plan import plan_workers
-from tfdist.launch.slots import Slots
+from tfdist.launch.slots import ElasticSlots
 from tfdist.launch.worker import Worker
 
 
@@ -54,7 +54,9 @@ class Roster:
         if elastic is not None:
             self._check(elastic, workers)
             workers = elastic[1]
-        self.slots = Slots(self._plan, *elastic) if elastic is not None and not hosts else None
+        self.slots = (
+            ElasticSlots(self._plan, *elastic) if elastic is not None and not hosts else None
+        )
         self.workers: tuple[Worker, ...] = (
             self._plan(workers) if self.slots is None else tuple(self.slots.workers)
         )

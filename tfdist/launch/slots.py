@@ -13,7 +13,7 @@ from tfdist.launch.worker import Worker
 _GPUS = "CUDA_VISIBLE_DEVICES"
 
 
-class Slots:
+class ElasticSlots:
     """The slots for workers of one machine; a slot may be left out for a while.
 
     A slot whose worker fails twice in a row is left out of the next start. At the start after

@@ -50,6 +50,7 @@ class CountedRun(abc.ABC, Generic[Privacy]):
         callbacks = request.callbacks
         listed = getattr(callbacks, "callbacks", callbacks)
         self._callbacks = [*listed] if isinstance(listed, list | tuple) else [listed]
+        validation.check_traced(request.model)
         validation.check_callbacks(callbacks, request.x)
         self._validates_inside = validation.check_validation(
             callbacks, request.x, request.validation_data, request.validation_split

@@ -209,7 +209,8 @@ def with_changes(model: Any, history: History, explained: int = 0) -> History:
     uncounted = history.uncounted + updates
     if not any(holder.history.ledger.phases for holder in _holders(model)):
         # No private step is in these weights, whatever other processes have made.
-        uncounted = max(history.uncounted, _iterations(model) - explained)
+        made = _iterations(model) + sum(map(_iterations, _trained_parts(model)))
+        uncounted = max(history.uncounted, made - explained)
     changes = history.changes + (is_changed and not updates)
     return dataclasses.replace(history, uncounted=uncounted, changes=changes)
 
@@ -276,6 +277,14 @@ def _holders(model: Any) -> Iterator[_Holder]:
     owners = [*model.variables, *_keras.layers_of(model)]
     holders = [vars(owner)[_ATTRIBUTE][0] for owner in owners if _ATTRIBUTE in vars(owner)]
     yield from {id(holder): holder for holder in holders}.values()
+
+
+def _trained_parts(model: Any) -> list[Any]:
+    """Lists models within a model that have optimizers of their own, such as a teacher."""
+    layers = _keras.layers_of(model)
+    parts = [layer for layer in layers if isinstance(layer, keras.Model) and layer is not model]
+    own = getattr(model, "optimizer", None)  # a model that is not compiled has none
+    return [part for part in parts if getattr(part, "optimizer", None) is not own]
 
 
 def _iterations(model: Any) -> int:

@@ -12,9 +12,32 @@ from tfdist.data.imbalance.per_class import PerClassMetrics
 from tfdist.errors import ArgumentError
 from tfdist.privacy import leaking_callbacks, shared_rows
 from tfdist.privacy.dpftrl import DPFTRL
-from tfdist.privacy.sampling.poisson import Accounted, Poisson
+from tfdist.privacy.sampling.poisson import Poisson
+from tfdist.privacy.sampling.rates import PoissonLike
 from tfdist.privacy.settings import DPSGD
 from tfdist.strategies.session import Session
+
+
+def check_traced(model: Any) -> None:
+    """Refuses private training without a graph.
+
+    Only the graph of a step shows what it depends on, and which axes are the batch. Python code
+    that runs in each step may remember examples.
+
+    Args:
+        model: A compiled `keras.Model`.
+
+    Raises:
+        ArgumentError: Steps would not be traced.
+    """
+    everywhere = tf.config.functions_run_eagerly()
+    if model.run_eagerly or everywhere:
+        raise ArgumentError(
+            "Private steps must be traced: Python code that runs in each step may remember "
+            "examples. Received: "
+            + ("tf.config.run_functions_eagerly(True)." if everywhere else "run_eagerly=True.")
+            + " Turn it off, and look for errors without `privacy`."
+        )
 
 
 def check_data(
@@ -99,12 +122,13 @@ def _check_sampler(sampler: Any, privacy: DPSGD) -> None:
             f"epsilon would be too low. Received: sampler of type {type(sampler).__name__} and "
             f"bands={privacy.bands!r}. Leave one of them out."
         )
-    if privacy.group_ids is not None and not isinstance(sampler, Poisson):
+    if privacy.group_ids is not None and type(sampler) is not Poisson:
         raise ArgumentError(
             "`sampler` must be a tfdist.privacy.Poisson with `group_ids`: it draws users, all "
             f"alike. Received: sampler of type {type(sampler).__name__}. Leave it out."
         )
-    if not isinstance(sampler, Accounted):
+    # Not their subclasses, which may draw otherwise.
+    if type(sampler) not in (Poisson, PoissonLike):
         raise ArgumentError(
             "`sampler` must be a tfdist.privacy.Poisson or PoissonLike in private training: "
             "epsilon is computed for their sampling. Received: sampler of type "

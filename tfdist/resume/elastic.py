@@ -25,6 +25,7 @@ from tfdist.step.prepared import PreparedModel
 from tfdist.step.signals import StopState
 from tfdist.step.state import TrainState
 from tfdist.strategies.base import Strategy
+from tfdist.training.callback_kinds import is_history
 from tfdist.training.extension import Begins, Continuation, Extension
 from tfdist.training.request import Request
 
@@ -174,11 +175,7 @@ class ElasticRun(Continuation):
             lambda: [tf.identity(v.value) for v in variables], autograph=False
         )
         # The `History` of the first attempt goes on, since Keras makes a new one for each.
-        history = [
-            callback
-            for callback in self._begun_callbacks.values()
-            if isinstance(callback, keras.callbacks.History)
-        ]
+        history = [c for c in self._begun_callbacks.values() if is_history(c)]
         all_callbacks = _AttemptCallbacks(
             [*callbacks, *history, _Commits(self)], add_history=True, **options
         )

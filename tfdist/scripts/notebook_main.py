@@ -24,13 +24,14 @@ import keras
 import tfdist
 from tfdist.errors import ArgumentError
 from tfdist.scripts.notebook import RESULT, TASK
+from tfdist.training.callback_kinds import is_history
 
 
 class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # it has no types
     """Leaves the model out of a `History`: it is large, and a custom one cannot be pickled."""
 
     def reducer_override(self, value: Any) -> Any:
-        if isinstance(value, keras.callbacks.History):
+        if is_history(value):
             kept = {k: v for k, v in vars(value).items() if not _is_of_training(k, v)}
             return _history, (kept,)
         return super().reducer_override(value)

@@ -37,7 +37,7 @@ def claim(strategy: Strategy) -> Callable[[], None]:
     Returns:
         A function that restores TensorFlow's constructors.
     """
-    existing = None if strategy.has_servers else getattr(strategy, "strategy", None)
+    existing = None if strategy.has_servers else strategy.strategy
     existing = existing or _StandIn(strategy)
     # Returns a function, not a context: a context would end if the caller dropped it.
     with contextlib.ExitStack() as stack:

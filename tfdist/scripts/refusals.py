@@ -48,7 +48,7 @@ def refused(
     Returns:
         The reason, by the strategy's name in the table.
     """
-    found = {}
+    reasons = {}
     for name, stage in (("zero 1", 1), ("zero 3", 3), ("model parallel", 3)):
         sharded = ShardedOptimizer(Zero(stage), call.others.get("compression"))
         request = _request(model, call, Single(Cluster()))
@@ -56,21 +56,21 @@ def refused(
         try:
             sharded.choose(request)
         except TfdistError as error:
-            found[name] = received(error)
+            reasons[name] = received(error)
     others = [n for n in ("privacy", "compression", "federated") if call.others.get(n)]
     if isinstance(call.others.get("compression"), PowerSGD):
-        found["parameter_server"] = "PowerSGD's state would be on servers"
+        reasons["parameter_server"] = "PowerSGD's state would be on servers"
     if call.others.get("federated"):
-        found |= dict.fromkeys(
+        reasons |= dict.fromkeys(
             ("parameter_server", "zero 1", "zero 3", "model parallel"), "fit has `federated`"
         )
     if others:
-        found["pipeline"] = f"fit has `{others[0]}`"
+        reasons["pipeline"] = f"fit has `{others[0]}`"
     elif len(hardware.gpus) > 1:
         reason = _why_no_pipeline(model, source, len(hardware.gpus))
         if reason is not None:
-            found["pipeline"] = reason
-    return found
+            reasons["pipeline"] = reason
+    return reasons
 
 
 def _why_no_pipeline(model: Any, source: data.Source | None, stages: int) -> str | None:

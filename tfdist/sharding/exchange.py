@@ -56,7 +56,7 @@ class ShardedExchange(Exchange):
         self._strategy = strategy
         self._model = model
         self._cuts: dict[int, Cut] = {}  # of weights whose gradients are scattered
-        self._slots: dict[int, Slot] = {}
+        self._slot_of: dict[int, Slot] = {}
         self._optimizers: set[int] = set()
         if cuts_weights:
             self._add_weights(named)
@@ -64,7 +64,7 @@ class ShardedExchange(Exchange):
             if len(_keras.with_nested([optimizer])) > 1 or not optimizer.built:
                 continue  # the optimizers that it wraps are in the list too
             self._add(optimizer)
-        self._held = Slots(strategy, list(self._slots.values()), gathering=self)
+        self._slots = Slots(strategy, list(self._slot_of.values()), gathering=self)
 
     def _add_weights(self, named: set[int] | None) -> None:
         """Cuts the weights that a map names, or else all but the smallest ones."""
@@ -79,7 +79,7 @@ class ShardedExchange(Exchange):
             left -= _keras.num_bytes(weight)
             cut = self._new_cut(weight)
             if left < 0 and cut is not None and tf.as_dtype(weight.dtype).is_floating:
-                self._slots[id(weight)] = Slot(weight, cut, gathering=self)
+                self._slot_of[id(weight)] = Slot(weight, cut, gathering=self)
 
     def _new_cut(self, weight: Any) -> Cut | None:
         own = self._division.cuts.get(id(weight))
@@ -90,7 +90,7 @@ class ShardedExchange(Exchange):
         _check(optimizer)
         for weight, variables in _keras.slots_in_parts(optimizer):
             cut = self._new_cut(weight)
-            if cut is None or not (variables or id(weight) in self._slots):
+            if cut is None or not (variables or id(weight) in self._slot_of):
                 continue
             self._optimizers.add(id(optimizer))
             if _keras.is_elementwise(optimizer):
@@ -102,20 +102,20 @@ class ShardedExchange(Exchange):
                     "needs whole gradients. Leave `Zero` out."
                 )
             for variable in variables:
-                self._slots[id(variable)] = Slot(variable, cut)
+                self._slot_of[id(variable)] = Slot(variable, cut)
         for variable in optimizer.variables:
-            if id(variable) not in self._slots:
+            if id(variable) not in self._slot_of:
                 _keras.fill(variable)
 
     @property
     def parts(self) -> Sequence[tuple[Any, Sharded]]:
         """The variables in parts."""
-        return [(slot.variable, slot.cut.role) for slot in self._slots.values()]
+        return [(slot.variable, slot.cut.role) for slot in self._slot_of.values()]
 
     @property
     def part_bytes(self) -> tuple[int, int]:
         """Number of bytes of one replica's parts: of the optimizer's state, and of weights."""
-        slots = self._slots.values()
+        slots = self._slot_of.values()
         return (
             sum(slot.bytes for slot in slots if slot.gathering is None),
             sum(slot.bytes for slot in slots if slot.gathering is not None),
@@ -124,7 +124,7 @@ class ShardedExchange(Exchange):
     @property
     def cuts(self) -> dict[int, Cut]:
         """How each variable in parts is cut, by the id of the `keras.Variable`."""
-        return {id(slot.variable): slot.cut for slot in self._slots.values()}
+        return {id(slot.variable): slot.cut for slot in self._slot_of.values()}
 
     @property
     def division(self) -> Division:
@@ -132,20 +132,20 @@ class ShardedExchange(Exchange):
         return self._division
 
     @property
-    def held(self) -> Slots:
+    def slots(self) -> Slots:
         """The variables in parts."""
-        return self._held
+        return self._slots
 
     @property
     def arrangement(self) -> Hashable:
         """Whether weights are in parts now."""
-        return self._held.are_in_parts
+        return self._slots.are_in_parts
 
     @contextlib.contextmanager
     def training(self) -> Iterator[None]:
         """Makes a context in which the variables are in parts."""
         with contextlib.ExitStack() as stack:
-            stack.enter_context(self._held.in_parts())
+            stack.enter_context(self._slots.in_parts())
             stack.enter_context(_keras.updating_parts(self))
             stack.enter_context(self._division.computing())
             if self._gathers_again:
@@ -212,7 +212,7 @@ class ShardedExchange(Exchange):
 
     def cut_of(self, variable: Any) -> Cut | None:
         """Returns the cut of a weight or of an optimizer's variable, or None."""
-        slot = self._slots.get(id(variable))
+        slot = self._slot_of.get(id(variable))
         if slot is None or slot.gathering is not None:
             return self._cuts.get(id(variable))
         return slot.cut
@@ -271,11 +271,11 @@ class ShardedExchange(Exchange):
 
     def join(self, variable: Any) -> Any:
         """Returns the whole value of an optimizer's variable. All processes must call it."""
-        return self._held.join(self._slots[id(variable)])
+        return self._slots.join(self._slot_of[id(variable)])
 
     def read(self, variable: Any) -> Any:
         """Returns the whole value of a variable as an array, if this process can have it."""
-        return self._held.read(variable)
+        return self._slots.read(variable)
 
 
 def _check(optimizer: Any) -> None:

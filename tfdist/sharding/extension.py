@@ -15,6 +15,15 @@ from tfdist.step.prepared import PreparedModel
 from tfdist.strategies.base import Strategy
 from tfdist.strategies.model_parallel import ModelParallel
 from tfdist.strategies.zero import Zero
+from tfdist.training.callback_kinds import (
+    backs_up,
+    keeps_weights,
+    listed,
+    saves_between_steps,
+    saves_model,
+    shows_weights,
+    swaps_weights,
+)
 from tfdist.training.extension import Extension
 from tfdist.training.request import Request
 
@@ -57,13 +66,12 @@ class ShardedOptimizer(Extension):
                 "`Zero` needs steps that are traced. Received: a model that was compiled with "
                 "run_eagerly=True. Compile it without."
             )
-        callbacks = getattr(request.callbacks, "callbacks", request.callbacks)
-        callbacks = callbacks if isinstance(callbacks, list | tuple) else [callbacks]
+        callbacks = listed(request.callbacks)
         for callback in callbacks:
             _check_callback(callback)
             if self._zero.stage == 3 and request.session.strategy.place.num_workers > 1:
                 _check_reader(callback)
-        self._saves = any(isinstance(c, _saving()) or _draws(c) for c in callbacks)
+        self._saves = any(saves_model(c) or shows_weights(c) for c in callbacks)
         return request
 
     def around(self, request: Request) -> contextlib.AbstractContextManager[None]:
@@ -107,10 +115,10 @@ class ShardedOptimizer(Extension):
         if exchange is None or not self._saves or not has_others:
             return callbacks
         first = keras.callbacks.LambdaCallback(
-            on_epoch_end=lambda epoch, logs: exchange.held.collect()
+            on_epoch_end=lambda epoch, logs: exchange.slots.collect()
         )
         last = keras.callbacks.LambdaCallback(
-            on_epoch_end=lambda epoch, logs: exchange.held.drop_collected()
+            on_epoch_end=lambda epoch, logs: exchange.slots.drop_collected()
         )
         return _keras.around(callbacks, first=[first], last=[last])
 
@@ -137,7 +145,7 @@ def _check_strategy(strategy: Strategy, zero: Zero | ModelParallel) -> None:
         why = "whose optimizer state is on servers already"
     elif strategy.elastic:
         why = "whose processes may leave with their parts"
-    elif strategy.name == "tpu":
+    elif not strategy.exchanges_parts:
         why = "which has no collectives of its kind"
     elif not strategy.sums_exactly or strategy.predivide != 1.0:
         why = "which does not sum gradients as they are"
@@ -148,21 +156,9 @@ def _check_strategy(strategy: Strategy, zero: Zero | ModelParallel) -> None:
         )
 
 
-def _saving() -> tuple[type, ...]:
-    names = ("ModelCheckpoint", "OrbaxCheckpoint")
-    return tuple(getattr(keras.callbacks, n) for n in names if hasattr(keras.callbacks, n))
-
-
-def _draws(callback: Any) -> bool:
-    """Tells whether a callback writes pictures or histograms of weights."""
-    is_board = isinstance(callback, keras.callbacks.TensorBoard)
-    return is_board and bool(callback.histogram_freq or callback.write_images)
-
-
 def _check_reader(callback: Any) -> None:
     """Refuses a callback that keeps all weights on each process."""
-    is_stopping = isinstance(callback, keras.callbacks.EarlyStopping)
-    if is_stopping and callback.restore_best_weights:
+    if keeps_weights(callback):
         raise ArgumentError(
             "With `Zero(stage=3)` on several processes, a callback must not keep all weights. "
             "Received: EarlyStopping(restore_best_weights=True). Use a ModelCheckpoint with "
@@ -171,11 +167,11 @@ def _check_reader(callback: Any) -> None:
 
 
 def _check_callback(callback: Any) -> None:
-    if isinstance(callback, keras.callbacks.BackupAndRestore | keras.callbacks.SwapEMAWeights):
+    if backs_up(callback) or swaps_weights(callback):
         what, remedy = "reads and writes the optimizer's state", "pass `checkpoint=` to fit"
-        if isinstance(callback, keras.callbacks.SwapEMAWeights):
+        if swaps_weights(callback):
             remedy = "use the optimizer's ema_overwrite_frequency"
-    elif isinstance(callback, _saving()) and getattr(callback, "save_freq", "epoch") != "epoch":
+    elif saves_between_steps(callback):
         what, remedy = "saves between steps", "let it save at the end of each epoch"
     else:
         return

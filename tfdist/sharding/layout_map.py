@@ -57,12 +57,12 @@ def layout_map(model: Any, mesh: Mapping[str, int]) -> dict[str, Axes]:
             "`mesh` must have one axis of several devices besides that of the batch. Received: "
             f'mesh={mesh!r}. For example: {{"batch": 2, "model": 2}}.'
         )
-    found: dict[str, Axes] = {}
+    layouts: dict[str, Axes] = {}
     axes = dict(_keras.dividing_axes(model, dict(mesh)[name]))
     for variable in model.weights:
         axis = axes.get(id(variable))
         if axis is not None:
             layout: list[str | None] = [None] * len(variable.shape)
             layout[axis] = name
-            found[re.escape(variable.path)] = tuple(layout)
-    return found
+            layouts[re.escape(variable.path)] = tuple(layout)
+    return layouts

@@ -24,7 +24,7 @@ def named_by(layouts: Layouts, variables: Sequence[Any]) -> dict[int, tuple[str 
         ArgumentError: A pattern matches no variable, two match the same one, or a layout has
             another number of dimensions than the variable.
     """
-    found: dict[int, tuple[str, tuple[str | None, ...]]] = {}
+    matches: dict[int, tuple[str, tuple[str | None, ...]]] = {}
     for pattern, axes in layouts:
         matching = [v for v in variables if re.fullmatch(pattern, v.path)]
         if not matching:
@@ -35,10 +35,10 @@ def named_by(layouts: Layouts, variables: Sequence[Any]) -> dict[int, tuple[str 
                 f"{some} and so on. Print `v.path` of `model.weights`."
             )
         for variable in matching:
-            if id(variable) in found:
+            if id(variable) in matches:
                 raise ArgumentError(
                     "Each weight must match one pattern of a layout map. Received: "
-                    f"{found[id(variable)][0]!r} and {pattern!r}, which both match "
+                    f"{matches[id(variable)][0]!r} and {pattern!r}, which both match "
                     f"{variable.path!r}. Change one of them."
                 )
             if len(axes) != len(variable.shape):
@@ -47,8 +47,8 @@ def named_by(layouts: Layouts, variables: Sequence[Any]) -> dict[int, tuple[str 
                     f"{pattern!r}: {axes!r} for {variable.path!r} of shape "
                     f"{tuple(variable.shape)}. Give {len(variable.shape)} of them."
                 )
-            found[id(variable)] = pattern, axes
-    return {key: axes for key, (_, axes) in found.items() if any(axes)}
+            matches[id(variable)] = pattern, axes
+    return {key: axes for key, (_, axes) in matches.items() if any(axes)}
 
 
 def divided_along(

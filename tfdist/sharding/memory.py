@@ -11,7 +11,6 @@ import keras
 from tfdist import _keras
 from tfdist.errors import ArgumentError
 from tfdist.sharding.exchange import ShardedExchange
-from tfdist.sharding.pipeline.strategy import Pipeline
 from tfdist.sharding.updates import ShardedUpdates
 from tfdist.step.liveness import BytesInParts, Liveness, liveness
 from tfdist.step.state import optimizers_of
@@ -211,10 +210,10 @@ def _resolved(
             "`memory` needs a strategy whose devices hold all weights. Received: "
             f"strategy={selected.name!r}. tfdist.placement shows what each server holds."
         )
-    if isinstance(selected, Pipeline):
+    if selected.has_stages:
         raise ArgumentError(
             "`memory` needs devices that compute the same layers. Received: "
-            f"strategy={selected!r}. Print `strategy.plan(model)` for the bytes of each stage."
+            f"strategy={selected!r}. tfdist.placement shows the bytes of each stage."
         )
     devices = settings.devices if isinstance(settings, ModelParallel) else None
     if devices is not None:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
-
-import keras
+from typing import Any, cast
 
 from tfdist import _keras
-from tfdist.errors import ArgumentError
 from tfdist.sharding.axis_cuts import AxisCut
 from tfdist.sharding.cuts import Cut
+from tfdist.sharding.pipeline import placement as of_stages
+from tfdist.sharding.pipeline.strategy import Pipeline
 from tfdist.sharding.updates import ShardedUpdates
 from tfdist.strategies import placement as of_servers
-from tfdist.strategies.parameter_server import ParameterServer
 from tfdist.strategies.session import Session, current
 
 
@@ -41,7 +39,7 @@ class DeviceHome:
 
 
 @dataclass(frozen=True)
-class DevicePlacement:
+class DevicePlacement(of_servers.PlacementTable):
     """Where each variable is on devices that all have as much. It prints as a table.
 
     Attributes:
@@ -51,31 +49,28 @@ class DevicePlacement:
 
     homes: tuple[DeviceHome, ...]
     num_devices: int
+    _columns = ("variable", "shape", "layout", "use", "bytes", "optimizer's")
+    _num_left = 4
 
     @property
     def bytes_of_each(self) -> int:
         """Number of bytes on each device, with the optimizer's state."""
         return sum(home.bytes + home.state_bytes for home in self.homes)
 
-    def __str__(self) -> str:
-        rows = [("variable", "shape", "layout", "use", "bytes", "optimizer's")]
-        rows += [
+    def _cells(self) -> list[tuple[str, ...]]:
+        return [
             (h.path, str(h.shape), h.layout, h.use, f"{h.bytes:,}", f"{h.state_bytes:,}")
             for h in self.homes
         ]
-        widths = [max(len(row[i]) for row in rows) for i in range(6)]
-        lines = [
-            "  ".join(
-                cell.rjust(width) if i > 3 else cell.ljust(width)
-                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-            )
-            for row in rows
-        ]
-        total = f"bytes on each of {self.num_devices} device(s): {self.bytes_of_each:,}"
-        return "\n".join([*lines, total])
+
+    @property
+    def _totals(self) -> str:
+        return f"bytes on each of {self.num_devices} device(s): {self.bytes_of_each:,}"
 
 
-def placement(model: Any, strategy: Any = "auto") -> of_servers.Placement | DevicePlacement:
+def placement(
+    model: Any, strategy: Any = "auto"
+) -> of_servers.Placement | of_stages.StagePlacement | DevicePlacement:
     """Shows where each variable of a model is during training, without training.
 
     Args:
@@ -84,7 +79,8 @@ def placement(model: Any, strategy: Any = "auto") -> of_servers.Placement | Devi
 
     Returns:
         The placement. Print it to see a table. With parameter servers, it names the server of
-        each variable. Otherwise it says which part of each variable every device has.
+        each variable, and with `tfdist.Pipeline` the device of its stage. Otherwise it says
+        which part of each variable every device has.
 
     Raises:
         ArgumentError: The model is not built, or a layout map does not fit it.
@@ -100,27 +96,19 @@ def placement(model: Any, strategy: Any = "auto") -> of_servers.Placement | Devi
         last/bias    (4,)    whole           16            0
         bytes on each of 1 device(s): 144
     """
-    if isinstance(strategy, ParameterServer):
+    if of_servers.has_servers(strategy):
         return of_servers.placement(model, strategy)
     session = current(strategy)
-    if session.strategy.has_servers:
-        return of_servers.placement(model, session.strategy)
-    if not isinstance(model, keras.Model) or not model.built:
-        raise ArgumentError(
-            "`model` must be a built keras.Model. Received: "
-            f"model={model!r}. Give it an Input, or call it once."
-        )
-    optimizers = _keras.with_nested(_keras.optimizers_of(model))
-    for optimizer in optimizers:
-        if not optimizer.built:
-            optimizer.build(model.trainable_variables)
-    cuts, divided = _cuts(model, session)
-    axis = getattr(session.zero, "model_axis", None)
+    optimizers = of_servers.built_optimizers(model)
     slots: dict[int, list[Any]] = {}
     for optimizer in optimizers:
         if len(_keras.with_nested([optimizer])) == 1:
             for weight, variables in _keras.trained_by(optimizer):
                 slots.setdefault(id(weight), []).extend(variables)
+    if session.strategy.has_stages:
+        return of_stages.placement(model, cast(Pipeline, session.strategy).plan(model), slots)
+    cuts, divided = _cuts(model, session)
+    axis = getattr(session.zero, "model_axis", None)
     homes = []
     for variable in model.variables:
         cut = cuts.get(id(variable))

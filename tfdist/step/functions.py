@@ -17,10 +17,10 @@ import tensorflow as tf
 from tfdist import _keras
 from tfdist.data import Epoch, Share
 from tfdist.errors import MembersChanged, StrategyError
+from tfdist.step.agreement import GOES_ON
 from tfdist.step.exchange import Exchange
 from tfdist.step.own_round import OwnRound
 from tfdist.step.own_step import OwnStep
-from tfdist.step.reduction import GOES_ON
 from tfdist.step.replica_steps import Logs, ReplicaSteps, Result
 from tfdist.step.signals import StopState, Tensor, heed
 from tfdist.step.timers import StepTimers

@@ -39,13 +39,13 @@ def timed_steps(
         Exception: Any error of the step, as in Keras's own first step.
     """
     step = _compiled(model, batch)
-    found = {}
+    seconds = {}
     with _restored(model), _keras.keeping_random_state():
         for rows, cores in points:
             part = tf.nest.map_structure(lambda leaf, rows=rows: leaf[:rows], batch)
             with on_cores(cores):
-                found[rows, cores] = _median_s(step, part, limit_s)
-    return found
+                seconds[rows, cores] = _median_s(step, part, limit_s)
+    return seconds
 
 
 def _median_s(step: Any, batch: Any, limit_s: float) -> float:

@@ -16,10 +16,8 @@ from tfdist.step.own_step import OwnStep, StepMaker
 from tfdist.step.signals import StopState
 from tfdist.step.state import TrainState, optimizers_of, variables_of
 from tfdist.strategies.base import Functions, Place, Strategy
-from tfdist.strategies.model_parallel import ModelParallel
-from tfdist.strategies.session import current
+from tfdist.strategies.session import connected_by, current, is_left_open
 from tfdist.strategies.whole import as_whole
-from tfdist.strategies.zero import Zero
 from tfdist.watchdog import here
 
 
@@ -262,11 +260,6 @@ def take_out_of_scope(model: Any, strategy: Any) -> Any:
         _keras.leave_scope(model, variables_of(model), optimizers_of(model))
         _keras.attached(model).scope = scope
     scope = _keras.attached(model).scope
-    is_sharded = isinstance(strategy, Zero | ModelParallel)
-    connecting = strategy.on if is_sharded else strategy
-    is_open = isinstance(connecting, str) and connecting == "auto"
-    if scope is None or not is_open or not current().strategy.is_plain:
+    if scope is None or not is_left_open(strategy) or not current().strategy.is_plain:
         return strategy
-    if scope.num_replicas_in_sync == 1:
-        return strategy
-    return replace(strategy, on=scope) if is_sharded else scope
+    return strategy if scope.num_replicas_in_sync == 1 else connected_by(strategy, scope)

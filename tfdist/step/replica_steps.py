@@ -11,9 +11,10 @@ import tensorflow as tf
 from tfdist import _keras
 from tfdist._keras import ReplicaBatch
 from tfdist.data import Share, no_groups
+from tfdist.step.agreement import StepAgreement
 from tfdist.step.exchange import Exchange
 from tfdist.step.own_step import OwnStep
-from tfdist.step.reduction import MetricState, ReducedUpdates, StepAgreement
+from tfdist.step.reduction import MetricState, ReducedUpdates
 from tfdist.step.signals import Signals, Tensor, no_signals, signals_of
 from tfdist.strategies.base import Strategy
 

@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from tfdist.data import Epoch, Share
 from tfdist.errors import DisagreementError, MembersChanged
-from tfdist.step.reduction import (
+from tfdist.step.agreement import (
     DISAGREED,
     MEMBERS_CHANGED,
     STOPPED,

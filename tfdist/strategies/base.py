@@ -57,12 +57,15 @@ class Strategy(Collectives):
         synchronous: Whether all replicas make each step together.
         elastic: Whether processes may join and leave during training.
         has_servers: Whether `hold` moves variables to processes without a replica.
+        has_stages: Whether each device computes some of the layers, of every batch.
         gathers_rows: Whether the functions of `own_functions` take row numbers instead of
             rows, where the data set has rows.
         sums_exactly: Whether `reduce_step` sums gradients without loss.
         sums_gradients: Whether `reduce_step` is linear in the gradients.
         compression: The compression of gradients that applies if `fit` gets none.
         predivide: The divisor of gradients in half precision before they are summed.
+        exchanges_parts: Whether each replica can get its part of a sum, as in `sum_of_part`.
+        strategy: The `tf.distribute.Strategy` that does the work, if there is one.
         compiles: Whether XLA may compile the step of a single replica.
     """
 
@@ -73,11 +76,14 @@ class Strategy(Collectives):
     synchronous: bool = True
     elastic: bool = False
     has_servers: bool = False
+    has_stages: bool = False
     gathers_rows: bool = False
     sums_exactly: bool = True
     sums_gradients: bool = True
     compression: str | None = None
     predivide: float = 1.0
+    exchanges_parts: bool = True
+    strategy: Any = None
     compiles: bool = True
 
     @classmethod

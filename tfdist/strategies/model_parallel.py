@@ -106,8 +106,8 @@ class ModelParallel:
         named = set(self.axes)
         if isinstance(self.layout_map, tuple):
             named = {axis for _, axes in self.layout_map for axis in axes if axis is not None}
-        found = [n for n in self.axes if n in named - {self.batch_axis} and self.axes[n] > 1]
-        return found[0] if len(found) == 1 else None
+        others = [n for n in self.axes if n in named - {self.batch_axis} and self.axes[n] > 1]
+        return others[0] if len(others) == 1 else None
 
     @property
     def devices(self) -> int | None:

@@ -9,11 +9,31 @@ import keras
 
 from tfdist import _keras
 from tfdist.errors import ArgumentError
-from tfdist.figures import html_table
+from tfdist.figures import html_table, text_table
+from tfdist.strategies.base import Strategy
 from tfdist.strategies.parameter_server import ParameterServer
 from tfdist.strategies.session import current
 
-_COLUMNS = ("variable", "shape", "server", "bytes", "optimizer's")
+
+class PlacementTable:
+    """A table of variables, which terminals and notebooks show."""
+
+    _columns: tuple[str, ...]
+    _num_left: int  # The columns of texts. Those of numbers follow.
+
+    def __str__(self) -> str:
+        table = text_table([self._columns, *self._cells()], self._num_left)
+        return f"{table}\n{self._totals}"
+
+    def _repr_html_(self) -> str:
+        return html_table(self._columns, self._cells(), below=self._totals)
+
+    def _cells(self) -> list[tuple[str, ...]]:
+        raise NotImplementedError
+
+    @property
+    def _totals(self) -> str:
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -36,7 +56,7 @@ class Home:
 
 
 @dataclass(frozen=True)
-class Placement:
+class Placement(PlacementTable):
     """The server of each variable. It prints as a table.
 
     Attributes:
@@ -46,6 +66,8 @@ class Placement:
 
     homes: tuple[Home, ...]
     num_servers: int
+    _columns = ("variable", "shape", "server", "bytes", "optimizer's")
+    _num_left = 3
 
     def bytes_of(self, server: int) -> int:
         """Counts the bytes on a server, with the optimizer's state.
@@ -54,21 +76,6 @@ class Placement:
             server: The server's index.
         """
         return sum(h.bytes + h.state_bytes for h in self.homes if h.server == server)
-
-    def __str__(self) -> str:
-        rows = [_COLUMNS, *self._cells()]
-        widths = [max(len(row[i]) for row in rows) for i in range(5)]
-        lines = [
-            "  ".join(
-                cell.rjust(width) if i > 2 else cell.ljust(width)
-                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-            )
-            for row in rows
-        ]
-        return "\n".join([*lines, self._totals])
-
-    def _repr_html_(self) -> str:
-        return html_table(_COLUMNS, self._cells(), below=self._totals)
 
     def _cells(self) -> list[tuple[str, ...]]:
         return [
@@ -80,6 +87,44 @@ class Placement:
     def _totals(self) -> str:
         totals = ", ".join(f"ps {s}: {self.bytes_of(s):,}" for s in range(self.num_servers))
         return f"bytes of each server: {totals}"
+
+
+def built_optimizers(model: Any) -> list[Any]:
+    """Returns the optimizers of a built model, which get their state, if they have none.
+
+    Args:
+        model: The `keras.Model`.
+
+    Returns:
+        As `_keras.optimizers_of`.
+
+    Raises:
+        ArgumentError: It is no model, or not built.
+    """
+    if not isinstance(model, keras.Model) or not model.built:
+        raise ArgumentError(
+            "`model` must be a built keras.Model. Received: "
+            f"model={model!r}. Give it an Input, or call it once."
+        )
+    optimizers = _keras.optimizers_of(model)
+    for optimizer in optimizers:
+        if not optimizer.built:
+            optimizer.build(model.trainable_variables)
+    return optimizers
+
+
+def has_servers(strategy: Any) -> bool:
+    """Tells whether variables are on parameter servers.
+
+    Args:
+        strategy: As in `tfdist.fit`. Its session begins, if there is none.
+    """
+    return _selected(strategy).has_servers
+
+
+def _selected(strategy: Any) -> Strategy:
+    # One that is made for looking only may not be one of this process.
+    return strategy if isinstance(strategy, ParameterServer) else current(strategy).strategy
 
 
 def placement(model: Any, strategy: Any = "auto") -> Placement:
@@ -102,21 +147,13 @@ def placement(model: Any, strategy: Any = "auto") -> Placement:
         dense/bias         (10,)     ps 1       40           80
         bytes of each server: ps 0: 7,680, ps 1: 120
     """
-    selected = strategy if isinstance(strategy, ParameterServer) else current(strategy).strategy
+    selected = _selected(strategy)
     if not isinstance(selected, ParameterServer):
         raise ArgumentError(
             "`placement` needs the strategy 'parameter_server'. Received: "
             f"strategy={selected.name!r}. Start the script with `tfdist run -n 2 --ps 2`."
         )
-    if not isinstance(model, keras.Model) or not model.built:
-        raise ArgumentError(
-            "`model` must be a built keras.Model. Received: "
-            f"model={model!r}. Give it an Input, or call it once."
-        )
-    optimizers = _keras.optimizers_of(model)
-    for optimizer in optimizers:
-        if not optimizer.built:
-            optimizer.build(model.trainable_variables)
+    optimizers = built_optimizers(model)
     homes = []
     for variable, parts, slots in selected.placed(model.variables, optimizers):
         rows = int(variable.shape[0]) if variable.shape.rank else 1

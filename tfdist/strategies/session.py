@@ -197,6 +197,35 @@ def current(strategy: Any = "auto") -> Session:
     return session
 
 
+def is_left_open(strategy: Any) -> bool:
+    """Tells whether tfdist chooses what connects the replicas.
+
+    Args:
+        strategy: As in `init`.
+
+    Example:
+        >>> is_left_open("auto"), is_left_open(Zero(on="mirrored"))
+        (True, False)
+    """
+    connecting = strategy.on if isinstance(strategy, Zero | ModelParallel) else strategy
+    return isinstance(connecting, str) and connecting == "auto"
+
+
+def connected_by(strategy: Any, connecting: Any) -> Any:
+    """Replaces what connects the replicas; what is in parts stays so.
+
+    Args:
+        strategy: As in `init`.
+        connecting: What connects them from now on, as in `init`.
+
+    Returns:
+        The value to pass as `strategy`.
+    """
+    if isinstance(strategy, Zero | ModelParallel):
+        return replace(strategy, on=connecting)
+    return connecting
+
+
 def _check_devices(strategy: Any, session: Session) -> None:
     for asked in (strategy, session.zero):
         check_devices(asked, session.strategy.place.num_replicas)

@@ -16,6 +16,7 @@ class TPU(TFDistribute):
 
     name = "tpu"
     priority = 20
+    exchanges_parts = False
 
     def __init__(self, cluster: Cluster) -> None:
         name = os.environ.get("TPU_NAME", "local")

@@ -12,21 +12,9 @@ import numpy as np
 from tfdist.data.imbalance.per_class import PerClassMetrics
 from tfdist.step.signals import StopState
 from tfdist.strategies.base import Strategy
+from tfdist.training.callback_kinds import is_board, listed, writes
 from tfdist.training.learning_rate import LearningRateScaling, RateCallback
 from tfdist.training.stragglers import StragglerCallback
-
-_WRITERS = tuple(
-    getattr(keras.callbacks, name)
-    for name in (
-        "BackupAndRestore",
-        "CSVLogger",
-        "ModelCheckpoint",
-        "OrbaxCheckpoint",
-        "RemoteMonitor",
-        "TensorBoard",
-    )
-    if hasattr(keras.callbacks, name)
-)
 
 
 def prepare(
@@ -56,12 +44,9 @@ def prepare(
         The value for `callbacks` of `Model.fit`.
     """
     last: list[Any] = []
-    users = getattr(callbacks, "callbacks", callbacks)
-    users = [
-        c for c in (users if isinstance(users, list | tuple) else [users]) if c is not None
-    ]
+    users = listed(callbacks)
     if strategy.place.num_workers > 1 and timers is not None and not strategy.elastic:
-        boards = [c for c in users if isinstance(c, keras.callbacks.TensorBoard)]
+        boards = [c for c in users if is_board(c)]
         log_dir = boards[0].log_dir if boards and strategy.place.is_chief else None
         last.append(StragglerCallback(strategy, timers, shows, log_dir))
     if strategy.place.num_workers > 1:
@@ -103,7 +88,7 @@ def _for_process(callbacks: Sequence[Any], strategy: Strategy) -> list[Any]:
 
     A callback that sets the learning rate comes before those that save or restore it.
     """
-    selected = [c for c in callbacks if strategy.place.is_chief or not _writes(c)]
+    selected = [c for c in callbacks if strategy.place.is_chief or not writes(c)]
     for callback in selected:
         if isinstance(callback, RateCallback):
             callback.num_replicas = strategy.place.num_shares
@@ -115,10 +100,6 @@ def _for_process(callbacks: Sequence[Any], strategy: Strategy) -> list[Any]:
     )
 
 
-def _writes(callback: Any) -> bool:
-    return isinstance(callback, _WRITERS)
-
-
 def writer_that_calls() -> Any:
     """Returns the callback from which this call comes, if only the chief runs it."""
     frame, writer = inspect.currentframe(), None
@@ -126,7 +107,7 @@ def writer_that_calls() -> Any:
         owner = frame.f_locals.get("self")
         if writer is not None and isinstance(owner, keras.callbacks.CallbackList):
             return writer  # Called by Keras, not by the user's own code on every worker.
-        writer = owner if isinstance(owner, _WRITERS) else writer
+        writer = owner if writes(owner) else writer
         frame = frame.f_back
     return None
 

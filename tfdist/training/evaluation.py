@@ -7,8 +7,9 @@ from typing import Any
 import keras
 
 from tfdist import _keras, data
-from tfdist.step.prepared import prepare
-from tfdist.strategies.session import current
+from tfdist.step.prepared import PreparedModel, prepare
+from tfdist.strategies.base import Strategy
+from tfdist.strategies.session import Session, current
 from tfdist.training import preflight
 from tfdist.training.calls import watched
 from tfdist.training.sources import keras_adapter, read_in_order, strategy_for_steps
@@ -72,12 +73,7 @@ def evaluate(
         shard=data.local_shard(shard, session.strategy),
         strategy=session.strategy,
     )
-    preflight.check_batched(model, x, source.spec())
-    step_strategy = strategy_for_steps(model, "test_step", source, session.strategy)
-    prepared = prepare(model, step_strategy)
-    preflight.check_agreement(
-        session, model, {"batch_size": batch_size, "steps": source.steps}, source
-    )
+    prepared, step_strategy = _prepared(model, "test_step", x, source, session, batch_size)
     with prepared.running(source):
         return _keras.EVALUATE(
             model,
@@ -130,12 +126,7 @@ def predict(
     source = read_in_order(
         x, None, None, batch_size=batch_size, steps=steps, strategy=session.strategy
     )
-    preflight.check_batched(model, x, source.spec())
-    step_strategy = strategy_for_steps(model, "predict_step", source, session.strategy)
-    prepared = prepare(model, step_strategy)
-    preflight.check_agreement(
-        session, model, {"batch_size": batch_size, "steps": source.steps}, source
-    )
+    prepared, step_strategy = _prepared(model, "predict_step", x, source, session, batch_size)
     with prepared.running(source):
         return _keras.PREDICT(
             model,
@@ -143,3 +134,27 @@ def predict(
             verbose=verbose if session.is_chief else 0,
             callbacks=callbacks,
         )
+
+
+def _prepared(
+    model: Any, step: str, x: Any, source: data.Source, session: Session, batch_size: int | None
+) -> tuple[PreparedModel, Strategy]:
+    """Makes a model ready for a loop without training, and compares the workers' calls.
+
+    Args:
+        model: The model.
+        step: The name of its method that makes a step.
+        x: The data, as in the call.
+        source: The data.
+        session: The strategy, and the seed.
+        batch_size: As in the call.
+
+    Returns:
+        The model, and the strategy of its steps.
+    """
+    preflight.check_batched(model, x, source.spec())
+    strategy = strategy_for_steps(model, step, source, session.strategy)
+    prepared = prepare(model, strategy)
+    arguments = {"batch_size": batch_size, "steps": source.steps}
+    preflight.check_agreement(session, model, arguments, source)
+    return prepared, strategy

@@ -12,7 +12,7 @@ import keras
 METHODS = ("fit", "evaluate", "predict")
 
 
-class _Calls(threading.local):
+class _RunningCalls(threading.local):
     """The running calls of this thread.
 
     Attributes:
@@ -25,7 +25,7 @@ class _Calls(threading.local):
         self.overriding: list[tuple[Any, str]] = []
 
 
-_calls = _Calls()
+_calls = _RunningCalls()
 _drop_ins = 0
 
 

@@ -12,6 +12,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from tfdist.figures import text_table
 from tfdist.step.timers import StepTimers, StepTimes, has_clocks
 from tfdist.strategies.base import Strategy
 from tfdist.watchdog import here
@@ -104,14 +105,8 @@ def format_table(times: Sequence[WorkerTimes], note: str) -> str:
     """
     head = ["step", "own work", "of it data", "waiting"]
     rows = [[f"worker {i}", *of_worker.row()] for i, of_worker in enumerate(times)]
-    lines = [["", *head], *rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head) + 1)]
-    listed = [
-        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
-        for line in lines
-    ]
     title = f"tfdist: {len(times[0].step)} steps by worker, ms, median / 95th percentile"
-    return "\n".join([title, *listed, f"tfdist: {note}"])
+    return "\n".join([title, text_table([["", *head], *rows]), f"tfdist: {note}"])
 
 
 class StragglerCallback(keras.callbacks.Callback):  # type: ignore[misc]

@@ -25,7 +25,7 @@ def state_of(status: StatusMessage) -> str | None:
     return memory.state_of(status.pid) if status.host == socket.gethostname() else "?"
 
 
-class Peers:
+class PeerStatuses:
     """The last status of each worker, and when it came.
 
     Attributes:

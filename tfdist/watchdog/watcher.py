@@ -16,7 +16,7 @@ from tfdist.watchdog import diagnosis, ending
 from tfdist.watchdog.diagnosis import LostWorker
 from tfdist.watchdog.local import LocalStatus
 from tfdist.watchdog.messages import ENDED, HangRequest, StatusMessage
-from tfdist.watchdog.peers import STATUS_PREFIX, Peers, state_of
+from tfdist.watchdog.peers import STATUS_PREFIX, PeerStatuses, state_of
 from tfdist.watchdog.progress import OUTSIDE, here
 from tfdist.watchdog.settings import WatchdogSettings
 
@@ -56,7 +56,7 @@ class Watcher:
         self._local = LocalStatus()
         self._last_post = 0.0
         self._last_read = 0.0
-        self._peers = Peers()
+        self._peers = PeerStatuses()
         self._has_read_keeper = False
         self._answered_request = ""
         self._reported_since: float | None = None  # `here.since` at the last report

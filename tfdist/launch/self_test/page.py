@@ -6,13 +6,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tfdist.launch.self_test.report import Report
+from tfdist.launch.self_test.report import SelfTestReport
 from tfdist.launch.self_test.result import Result
 
 _STYLES = {"problem": "bold red", "warning": "yellow", "note": ""}
 
 
-def show(report: Report, console: Console | None = None) -> None:
+def show(report: SelfTestReport, console: Console | None = None) -> None:
     """Prints a report, and in the last line whether training works.
 
     Args:
@@ -49,7 +49,7 @@ def show(report: Report, console: Console | None = None) -> None:
     )
 
 
-def _where(report: Report) -> str:
+def _where(report: SelfTestReport) -> str:
     result = report.result
     if result is None:
         return "."
@@ -94,7 +94,7 @@ def _speeds(result: Result) -> Table:
     return table
 
 
-def _links(report: Report) -> Table:
+def _links(report: SelfTestReport) -> Table:
     table = _table(
         f"Links from {report.links[0].source}, over TCP",
         "  host", "round trip", "to it", "from it",
@@ -109,7 +109,7 @@ def _links(report: Report) -> Table:
     return table
 
 
-def _timings(report: Report, result: Result) -> Table:
+def _timings(report: SelfTestReport, result: Result) -> Table:
     operations = list(dict.fromkeys(timing.operation for timing in result.timings))
     table = _table("Collectives, by the bytes of each replica's tensor", "  size", *operations)
     times = {(t.operation, t.size): t.seconds for t in result.timings}

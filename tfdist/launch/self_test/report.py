@@ -16,7 +16,7 @@ from tfdist.launch.self_test.verdicts import Verdict, verdicts
 
 
 @dataclass(frozen=True)
-class Report:
+class SelfTestReport:
     """What a launcher of `tfdist test` knows at the end.
 
     Attributes:
@@ -78,7 +78,7 @@ def judged(
     links: Sequence[HostLink],
     unmeasured: Sequence[str],
     cores: int,
-) -> Report:
+) -> SelfTestReport:
     """Returns the report of workers that have ended well.
 
     Args:
@@ -94,9 +94,11 @@ def judged(
         points = [(t.size, t.seconds) for t in result.timings if t.operation == operation]
         if len(points) > 1:
             lines[operation] = fit_line(points)
-    found = verdicts(result, lines, links, max(1, len(names)), cores)
-    found += [
+    verdict_list = verdicts(result, lines, links, max(1, len(names)), cores)
+    verdict_list += [
         Verdict("warning", f"The link to {host} could not be measured: it did not answer.")
         for host in unmeasured
     ]
-    return Report(tuple(names), (), tuple(links), result, tuple(lines.items()), tuple(found))
+    return SelfTestReport(
+        tuple(names), (), tuple(links), result, tuple(lines.items()), tuple(verdict_list)
+    )

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import tensorflow as tf
@@ -31,7 +31,7 @@ from tfdist.privacy.mechanism.closed_forms import (
 from tfdist.privacy.mechanism.example_losses import is_mean, summed_loss
 from tfdist.privacy.mechanism.folding import Foldings, foldings, found_without_batch
 from tfdist.privacy.mechanism.one_by_one import computed_again
-from tfdist.privacy.mechanism.parts import GradientPart, Written
+from tfdist.privacy.mechanism.parts import GradientPart, Written, weighted_sums
 from tfdist.privacy.mechanism.rounding import gamma
 from tfdist.privacy.mechanism.tied import found_tied, of_tied, tied
 
@@ -122,7 +122,7 @@ def clipped_sum(
         factors |= {id(part.variable): factor for part in group}
     norms = _norms(tf.add_n(squares), counts)
     votes = tf.where(counts, tf.where(norms <= l2_norm_clip, 0.5, -0.5), 0.0)
-    sums = weighted_sums(model, parts, factors, tf.reduce_all(finite), grouping)
+    (sums,) = weighted_sums(model, parts, [factors], tf.reduce_all(finite), grouping)
     return Clipped(sums, norms, tf.reduce_sum(votes), outputs)
 
 
@@ -158,32 +158,6 @@ def computed_alone(model: Any) -> list[str]:
     names += [f"{path}, used outside its layer" for path in found_tied(model)]
     names += [f"{name}, called without the batch" for name in found_without_batch(model)]
     return names if is_mean(model, None, []) else [*names, "the loss"]
-
-
-def weighted_sums(
-    model: Any,
-    parts: Sequence[GradientPart],
-    weights: Mapping[int, Tensor],
-    all_finite: Tensor,
-    grouping: ClippingGroups = _ALONE,
-) -> list[Tensor]:
-    """Sums gradients over examples, multiplied by the weights of their variable.
-
-    Args:
-        model: A built `keras.Model`.
-        parts: The gradients of all examples, by variable.
-        weights: The weights of the units, by the id of a variable.
-        all_finite: As in `GradientPart.weighted_sum`.
-        grouping: As in `clipped_sum`.
-    """
-    by_variable = {
-        id(part.variable): part.weighted_sum(weights[id(part.variable)], all_finite, grouping)
-        for part in parts
-    }
-    return [
-        by_variable[id(v)] if id(v) in by_variable else tf.zeros(v.shape)
-        for v in model.trainable_variables
-    ]
 
 
 def recorded(

@@ -12,6 +12,7 @@ from tfdist import _keras
 from tfdist._keras import ReplicaBatch, RowKeys
 from tfdist.errors import ArgumentError
 from tfdist.privacy.mechanism import clipping
+from tfdist.privacy.mechanism.parts import weighted_sums
 
 Tensor = Any
 _ABSOLUTE = 1e-6  # rounding of gradients of almost 0, as of a saturated loss
@@ -52,11 +53,11 @@ def added(
     share = tf.minimum(tf.math.divide_no_nan(norm, tf.sqrt(squares)), 1.0)
     share = tf.where(squares == 0, 1.0, tf.where(tf.math.is_finite(squares), share, 0.0))
 
-    def summed(factors: Tensor) -> list[Tensor]:
-        by_variable = {id(part.variable): factors for part in parts}
-        return clipping.weighted_sums(model, parts, by_variable, finite)
-
-    return Added(summed(weights), squares, summed(weights * share))
+    weightings = [
+        {id(part.variable): factors for part in parts} for factors in (weights, weights * share)
+    ]
+    sums, clipped = weighted_sums(model, parts, weightings, finite)
+    return Added(sums, squares, clipped)
 
 
 def is_same(

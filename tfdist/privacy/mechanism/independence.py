@@ -34,6 +34,7 @@ from tfdist.privacy.mechanism.contributions import (
     pinned,
     tolerance_for,
 )
+from tfdist.privacy.mechanism.parts import weighted_sums
 from tfdist.privacy.mechanism.unfit_layers import keeps_state
 
 Tensor = Any
@@ -106,7 +107,7 @@ def _check_sum(model: Any, x: Any, y: Any, sample_weight: Any, tolerance: float)
     squares = tf.add_n([part.squared_norms() for part in parts])
     scale = float(tf.sqrt(tf.reduce_sum(squares)))
     ones = {id(part.variable): tf.ones(tf.shape(squares)) for part in parts}
-    received = clipping.weighted_sums(model, parts, ones, tf.constant(True))
+    (received,) = weighted_sums(model, parts, [ones], tf.constant(True))
     for variable, sums, expected in zip(
         model.trainable_variables, received, plain, strict=True
     ):
@@ -156,6 +157,8 @@ class _Comparison:
         if among_all is None:
             return  # examples with gradients that are not finite count as 0
         self._compare_alone(self._columns, half, weights, among_all)
+        # Of the largest gradient, which is rounded least.
+        self._compare_single_row(half[np.argmax(among_all.squares.numpy()[half])])
         self._compare_other_draws(weights)
         other_half = np.setdiff1d(np.arange(self._rows), half)
         for amount, factor in ((1.0, _LARGE), (1e-3, 1.0)):
@@ -207,6 +210,18 @@ class _Comparison:
         alone = self._added(rows.selected(columns, order), order, weights[order])
         self._check(alone, among_all, columns, weights, "without others")
         return order
+
+    def _compare_single_row(self, row: Any) -> None:
+        """Compares one row in a batch with that row alone, if there may be random numbers.
+
+        The size of every axis is a multiple of one row. So random numbers along an axis of
+        unknown size that is not the batch show here, whatever the size is.
+        """
+        if not keras_layers.seeds(self._model) and not _keras.has_global_seed():
+            return
+        weights = np.eye(self._rows)[row]
+        among_all = self._added(self._columns, np.arange(self._rows), weights)
+        self._compare_alone(self._columns, np.array([row]), weights, among_all)
 
     def _compare_other_draws(self, weights: Any) -> None:
         """Compares rows in a batch with the same rows alone, for several random numbers."""

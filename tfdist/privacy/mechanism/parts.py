@@ -9,7 +9,8 @@ sum over examples (Goodfellow, "Efficient per-example gradient computations", 20
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -20,12 +21,10 @@ from tfdist.privacy.mechanism.gram_matrices import (
     squared_norms_of_products,
 )
 from tfdist.privacy.mechanism.rounding import UNDERFLOW, factor_unit, gamma, sums_of_squares
+from tfdist.privacy.mechanism.row_sums import RowSum, summed
 
 Tensor = Any
 _ALONE = Alone()
-# The most rows whose sum may be in float32. The rounding error of a sum of n equal gradients of
-# norm C grows faster than n. On a processor it was 5e-4 C for 1024, and 0.1 C for 65536.
-_LONG = 1024
 
 
 class GradientPart(abc.ABC):
@@ -49,15 +48,11 @@ class GradientPart(abc.ABC):
         """
 
     @abc.abstractmethod
-    def weighted_sum(
-        self, weights: Tensor, all_finite: Tensor, grouping: ClippingGroups = _ALONE
-    ) -> Tensor:
-        """Returns the sum of the gradients, each times its weight, in the variable's shape.
+    def weighted_sum(self, weights: Tensor, grouping: ClippingGroups = _ALONE) -> RowSum:
+        """Returns the sum of the gradients, each times its weight, to be computed.
 
         Args:
             weights: Shape [units]. A unit with weight 0 adds nothing, even if it is not finite.
-            all_finite: Scalar bool: whether all squared norms are finite, also those of units
-                with weight 0.
             grouping: As in `squared_norms`, which must be called before.
         """
 
@@ -92,17 +87,14 @@ class Written(GradientPart):
         self._unit_sums = grouping.sums(self._gradients)
         return _of_written(self._unit_sums)
 
-    def weighted_sum(
-        self, weights: Tensor, all_finite: Tensor, grouping: ClippingGroups = _ALONE
-    ) -> Tensor:
+    def weighted_sum(self, weights: Tensor, grouping: ClippingGroups = _ALONE) -> RowSum:
         """Contracts with the weights; see `GradientPart`."""
         # The same tensor as in `squared_norms`: if a unit's gradients cancel, another order of
         # additions may give a sum that is larger than the measured norm.
         units = self._unit_sums
         if units is None:
             units = grouping.sums(self._gradients)
-        (units,) = _finite(all_finite, weights, units)
-        return _summed(lambda *given: tf.tensordot(*given, 1), weights, units)
+        return RowSum(_contracted, weights, (units,), tf.identity)
 
     def each(self) -> Tensor:
         """Returns the gradients; see `GradientPart`."""
@@ -160,22 +152,21 @@ class Product(GradientPart):
         self._products = tf.matmul(*factors, transpose_a=True)
         return _of_written(self._products)
 
-    def weighted_sum(
-        self, weights: Tensor, all_finite: Tensor, grouping: ClippingGroups = _ALONE
-    ) -> Tensor:
+    def weighted_sum(self, weights: Tensor, grouping: ClippingGroups = _ALONE) -> RowSum:
         """Sums over examples and positions in one product; see `GradientPart`.
 
         Large positions of one example may cancel each other. In float32 their partial sums
-        would round away what other examples add. The sum is then in float64.
+        would round away what other examples add.
         """
+
+        def arranged(product: Tensor) -> Tensor:
+            return tf.reshape(self._arranged(product), self.variable.shape)
+
         if self._products is not None:
-            (products,) = _finite(all_finite, weights, self._products)
-            product = _summed(lambda *given: tf.tensordot(*given, 1), weights, products)
-            return self._arranged(product[None])[0]
-        weights = grouping.by_row(weights)
-        factors = _finite(all_finite, weights, self._inputs, self._outputs)
-        product = _summed(_weighted_product, weights, *factors, cancels=self._cancels)
-        return self._arranged(product[None])[0]
+            return RowSum(_contracted, weights, (self._products,), arranged)
+        factors = self._inputs, self._outputs
+        by_row = grouping.by_row(weights)
+        return RowSum(_weighted_product, by_row, factors, arranged, self._cancels)
 
     def each(self) -> Tensor:
         """Multiplies example by example; see `GradientPart`."""
@@ -234,22 +225,20 @@ class Lookup(GradientPart):
         )
         return squares * (1 + gamma(positions))
 
-    def weighted_sum(
-        self, weights: Tensor, all_finite: Tensor, grouping: ClippingGroups = _ALONE
-    ) -> Tensor:
+    def weighted_sum(self, weights: Tensor, grouping: ClippingGroups = _ALONE) -> RowSum:
         """Sums by row; see `GradientPart`.
 
         The sum is in float64. Large positions of one example may cancel each other, and in
         float32 their partial sum would round away what other examples add.
         """
-        weights = grouping.by_row(weights)
-        (outputs,) = _finite(all_finite, weights, self._outputs)
-        outputs = tf.cast(outputs, tf.float64) * tf.cast(weights, tf.float64)[:, None, None]
         count, size = self.variable.shape
-        sums = tf.math.unsorted_segment_sum(
-            tf.reshape(outputs, [-1, size]), tf.reshape(self._rows, [-1]), count
-        )
-        return tf.cast(sums, tf.float32)
+
+        def by_table_row(weights: Tensor, outputs: Tensor) -> Tensor:
+            weighted = tf.reshape(outputs * tf.reshape(weights, [-1, 1, 1]), [-1, size])
+            return tf.math.unsorted_segment_sum(weighted, tf.reshape(self._rows, [-1]), count)
+
+        by_row = grouping.by_row(weights)
+        return RowSum(by_table_row, by_row, (self._outputs,), tf.identity, is_exact=True)
 
     def each(self) -> Tensor:
         """Writes the tables out, mostly zeros; see `GradientPart`."""
@@ -267,43 +256,63 @@ class Lookup(GradientPart):
         return Lookup(self.variable, rows, outputs)
 
 
+def weighted_sums(
+    model: Any,
+    parts: Sequence[GradientPart],
+    weightings: Sequence[Mapping[int, Tensor]],
+    all_finite: Tensor,
+    grouping: ClippingGroups = _ALONE,
+) -> list[list[Tensor]]:
+    """Sums gradients over examples, multiplied by the weights of their variable.
+
+    Args:
+        model: A built `keras.Model`.
+        parts: The gradients of all examples, by variable.
+        weightings: For each wanted sum, the weights of the units, by the id of a variable.
+        all_finite: Scalar bool: whether all squared norms are finite, also those of units with
+            weight 0.
+        grouping: As in `clipped_sum`.
+
+    Returns:
+        For each weighting, the sum for each of the model's trainable variables.
+    """
+    wanted = [
+        part.weighted_sum(weights[id(part.variable)], grouping)
+        for weights in weightings
+        for part in parts
+    ]
+    values = iter(summed(wanted, all_finite))
+    results = []
+    for _ in weightings:
+        sums = {id(part.variable): next(values) for part in parts}
+        results.append(
+            [
+                sums[id(v)] if id(v) in sums else tf.zeros(v.shape)
+                for v in model.trainable_variables
+            ]
+        )
+    return results
+
+
 def _weighted_product(weights: Tensor, inputs: Tensor, outputs: Tensor) -> Tensor:
     """Sums the products of all examples and positions, each times its example's weight."""
     p, q = inputs.shape[2], outputs.shape[2]
     # The smaller factor is multiplied by the weights. At equal sizes it is the inputs, which
     # several products may share.
     if p <= q:
-        inputs *= weights[:, None, None]
+        inputs *= tf.reshape(weights, [-1, 1, 1])
     else:
-        outputs *= weights[:, None, None]
+        outputs *= tf.reshape(weights, [-1, 1, 1])
     return tf.matmul(
         tf.reshape(inputs, [-1, p]), tf.reshape(outputs, [-1, q]), transpose_a=True
     )
 
 
-def _summed(
-    function: Callable[..., Tensor], *values: Tensor, cancels: Tensor | None = None
-) -> Tensor:
-    """Computes a sum over the first axis, in float64 if float32 would round too much.
-
-    Args:
-        function: What computes the sum.
-        values: Its arguments, float32, with rows as their first axis.
-        cancels: A bool scalar: whether large terms cancel. None if they cannot.
-
-    Returns:
-        float32.
-    """
-    count = values[0].shape[0] if values[0].shape[0] is not None else tf.shape(values[0])[0]
-    is_long = count > _LONG
-    if isinstance(is_long, bool) and cancels is None and not is_long:
-        return function(*values)
-
-    def in_float64() -> Tensor:
-        return tf.cast(function(*(tf.cast(value, tf.float64) for value in values)), tf.float32)
-
-    exact = is_long if cancels is None else tf.logical_or(is_long, cancels)
-    return tf.cond(exact, in_float64, lambda: function(*values))
+def _contracted(weights: Tensor, gradients: Tensor) -> Tensor:
+    """Sums gradients, each times its weight. `tf.tensordot` takes much longer to trace."""
+    shape = gradients.shape[1:]
+    rows = tf.reshape(gradients, [-1, math.prod(shape)])
+    return tf.reshape(tf.matmul(tf.reshape(weights, [1, -1]), rows), shape)
 
 
 def _unfolded(factor: Tensor, count: int) -> Tensor:
@@ -323,18 +332,3 @@ def _of_written(gradients: Tensor) -> Tensor:
 def _read_again() -> float:
     """Bounds the factor by which squares grow when a matrix product rounds its factors."""
     return float((1 + 2 * factor_unit()) ** 2 * (1 + gamma(4)))
-
-
-def _finite(all_finite: Tensor, weights: Tensor, *values: Tensor) -> list[Tensor]:
-    """Sets rows of weight 0 to 0 unless all values are finite, since 0 times NaN is NaN."""
-
-    def zeroed() -> list[Tensor]:
-        counts = weights != 0
-        return [
-            tf.where(tf.reshape(counts, [-1] + [1] * (len(v.shape) - 1)), v, 0.0)
-            for v in values
-        ]
-
-    # Almost always all values are finite, and the pass over them is saved.
-    finite: list[Tensor] = tf.cond(all_finite, lambda: list(values), zeroed)
-    return finite

@@ -248,6 +248,7 @@ class PrivateStep:
             outputs, sums, votes = gradients_alone(
                 model,
                 batch,
+                (columns, norm, groups),
                 lambda: clipped_share(
                     model, columns, batch, self.mechanism, norm, compiled, users
                 ),
@@ -272,7 +273,7 @@ class PrivateStep:
             sums, votes = self._with_noise(batch, sums, votes, norm)
             factor = self._rounding.step * self._factor(norm)
         # Regularizers do not depend on the data, so they are neither clipped nor noisy.
-        regularizing = updated_alone(self._model, batch, lambda: self._penalties(variables))
+        regularizing = updated_alone(self._model, batch, (), lambda: self._penalties(variables))
 
         def update(summed: list[Tensor]) -> None:
             gradients = [
@@ -283,7 +284,9 @@ class PrivateStep:
             if (scale := optimizer.loss_scale_factor) is not None:
                 gradients = [g * scale for g in gradients]
             with batch.updating():
-                updated_alone(self._model, batch, lambda: optimizer.apply(gradients, variables))
+                updated_alone(
+                    self._model, batch, summed, lambda: optimizer.apply(gradients, variables)
+                )
 
         batch.updates.apply(optimizer, sums, update, variables)
         if self.adaptive is not None:

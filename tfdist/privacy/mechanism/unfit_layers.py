@@ -81,12 +81,25 @@ def check_model(model: Any) -> None:
                 "tfdist.privacy.make_private_model(model), which puts GroupNormalization in "
                 "its place."
             )
+        if getattr(layer, "quantization_mode", None) == "float8" and layer.trainable:
+            raise ArgumentError(
+                "A private model must not keep the largest values it has seen, as training in "
+                f"float8 does. Received: the layer {layer.name!r}, quantized to 'float8'. "
+                "Use the policy 'mixed_bfloat16'."
+            )
         if getattr(layer, "activity_regularizer", None) is not None:
             raise ArgumentError(
                 "A private model must not have an `activity_regularizer`, which is of the "
                 f"whole batch. Received: the layer {layer.name!r} with an "
                 "`activity_regularizer`. Write it as `compute_loss`, which is called for one "
                 "example at a time."
+            )
+    for variable in model.trainable_variables:
+        if not tf.as_dtype(variable.dtype).is_floating:
+            raise ArgumentError(
+                "The trained weights of a private model must be real numbers, whose norm is "
+                f"computed in float32. Received: {variable.path!r} of dtype {variable.dtype}. "
+                "Keep its real and imaginary parts as two weights, or freeze it."
             )
     _check_optimizer(model.optimizer)
     _check_loss(model)

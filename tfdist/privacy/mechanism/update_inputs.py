@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import tensorflow as tf
@@ -19,50 +19,62 @@ Result = TypeVar("Result")
 
 
 def gradients_alone(
-    model: Any, batch: ReplicaBatch, compute: Callable[[], tuple[Any, list[Tensor], Tensor]]
+    model: Any,
+    batch: ReplicaBatch,
+    given: Any,
+    compute: Callable[[], tuple[Any, list[Tensor], Tensor]],
 ) -> tuple[Any, list[Tensor], Tensor]:
-    """Computes clipped gradients, which must not depend on what metrics have of others.
+    """Computes clipped gradients, which must depend on this replica's rows alone.
 
     Args:
         model: A compiled, built `keras.Model`.
         batch: The description of the replica's batch.
+        given: The replica's rows, and what else gradients may follow from, nested.
         compute: As `clipped_share`, whose result it returns.
 
     Raises:
-        ArgumentError: They depend on a metric.
+        ArgumentError: They depend on a metric, or on a tensor of another part of the step.
     """
     with _keras.tracing_part() as part:
         outputs, sums, votes = compute()
-    variable = part.dependence((sums, votes), _of_metrics(model, batch))
-    if variable is not None:
+    keys = () if batch.keys is None else (batch.keys.rows, batch.keys.secret)
+    columns = [leaf for leaf in tf.nest.flatten(given) if leaf is not None]
+    masks = [keras_layers.mask_of(leaf) for leaf in columns if keras_layers.has_mask(leaf)]
+    known = [*columns, *masks, *keys, batch.rows, batch.total, batch.offset]
+    read = part.dependence((sums, votes), _of_metrics(model, batch), known)
+    if read is not None:
         raise ArgumentError(
             "An example's gradient must not depend on other examples: layers and losses must "
-            "not read a loss or metric, which has values of all of them and no noise. "
-            f"Received: {variable.path!r}, which is read. Leave it out."
+            "not read a loss or metric, which has values of all of them and no noise, nor a "
+            f"tensor that Python code has kept. Received: {_keras.named(read)}, which is read. "
+            "Leave it out."
         )
     return outputs, sums, votes
 
 
-def updated_alone(model: Any, batch: ReplicaBatch, update: Callable[[], Result]) -> Result:
-    """Computes a part of an update, which must not depend on metrics: they have no noise.
+def updated_alone(
+    model: Any, batch: ReplicaBatch, noisy: Sequence[Tensor], update: Callable[[], Result]
+) -> Result:
+    """Computes a part of an update, which must depend on examples by noisy sums alone.
 
     Args:
         model: A compiled, built `keras.Model`.
         batch: The description of the replica's batch.
+        noisy: The noisy sums over all replicas.
         update: Computes tensors, or assigns variables.
 
     Raises:
-        ArgumentError: It depends on a metric.
+        ArgumentError: It depends on a metric, or on examples in another way.
     """
     with _keras.tracing_part() as part:
         result = update()
-    variable = part.dependence(result, _of_metrics(model, batch))
-    if variable is not None:
+    read = part.read_besides(noisy, result, _of_metrics(model, batch))
+    if read is not None:
         raise ArgumentError(
             "The update must depend on the examples by the noisy gradient alone: the "
-            "optimizer, its learning rate's schedule and regularizers must not read a "
-            f"loss or metric, which has no noise. Received: {variable.path!r}, which is "
-            "read. Leave it out."
+            "optimizer, its learning rate's schedule and regularizers must not read a loss or "
+            "metric, which has no noise, nor a tensor of the step that Python code has kept. "
+            f"Received: {read}, which is read. Leave it out."
         )
     return result
 
@@ -86,6 +98,10 @@ def keeping_no_state(model: Any, batch: ReplicaBatch) -> Iterator[None]:
     finally:
         batch.updates = updates
     check_untouched(model, batch)
+    owned = {id(v) for v in (*model.weights, *model.optimizer.variables)}
+    for variable in _of_metrics(model, batch):
+        if id(variable) in owned:  # metrics may write what is theirs alone
+            raise keeps_state(variable.path)
     seeds = [v for v in model.variables if keras_layers.is_seed(v)]
     if _keras.has_global_seed():
         seeds.append(_keras.global_seed_variable())
@@ -99,6 +115,13 @@ def keeping_no_state(model: Any, batch: ReplicaBatch) -> Iterator[None]:
             "A private model must not call Python code in its steps, which may remember "
             f"examples. Received: a step with TensorFlow's {python}. Use operations of Keras "
             "or TensorFlow."
+        )
+    unseen = part.unseen()
+    if unseen is not None:
+        raise ArgumentError(
+            "A private step must neither keep values for other steps nor bring any in. "
+            f"Received: a step with TensorFlow's operation {unseen}, which may do so. Use "
+            "operations of Keras or TensorFlow without such effects."
         )
 
 

@@ -37,8 +37,9 @@ class Users:
 
     def __init__(self, group_ids: Any, limit: int | None = None) -> None:
         ids = np.asarray(group_ids)
-        if ids.ndim != 1 or ids.dtype == object:
-            ids = np.array([str(i) for i in ids]) if ids.ndim == 1 else ids
+        if ids.ndim == 1 and ids.dtype == object:
+            _check_types(ids)
+            ids = np.array([str(i) for i in ids])
         if ids.ndim != 1 or not len(ids) or ids.dtype.kind not in "iubUSM":
             raise ArgumentError(
                 "`group_ids` must have a whole number or a name for each example. Received: "
@@ -75,6 +76,19 @@ class Users:
     def fingerprint(self) -> str:
         """A short hash of the users of all rows."""
         return hashlib.sha256(self.group_of.tobytes()).hexdigest()[:12]
+
+
+def _check_types(ids: Any) -> None:
+    """Refuses ids of several types: 1, 1.0 and "1" may mean one user, and would be three."""
+    numbers = (int, np.integer)  # a bool is also an int, but its name is another
+    kinds = {int if isinstance(i, numbers) and type(i) is not bool else type(i) for i in ids}
+    missing = any(issubclass(kind, float | type(None)) for kind in kinds)  # NaN is a float
+    if len(kinds) > 1 or missing:
+        names = " and ".join(sorted(kind.__name__ for kind in kinds))
+        raise ArgumentError(
+            "`group_ids` must be all names or all whole numbers, and none may be missing: 1 "
+            f"and '1' would be two users. Received: values of type {names}. Make them one type."
+        )
 
 
 @dataclass(frozen=True, eq=False)

@@ -94,8 +94,8 @@ def of_others(strategy: Strategy, state: TrainState) -> Iterator[list[Piece]]:
             value = own[local] if is_here else tf.zeros_like(own[0])
             value = whole(strategy).sums(value)
             if place.is_chief:
-                found = _slices(variable, role, replica, place.num_replicas)
-                yield _pieces(name, value, found)
+                slices = _slices(variable, role, replica, place.num_replicas)
+                yield _pieces(name, value, slices)
 
 
 def put_back(

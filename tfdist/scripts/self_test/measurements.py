@@ -68,19 +68,19 @@ def timings(strategy: Any, seconds: float, largest: int) -> list[Timing]:
         ALL_REDUCE: lambda tensor: strategy.all_reduce_sum([tensor])[0],
         ALL_GATHER: strategy.all_gather,
     }
-    found: list[Timing] = []
+    timings: list[Timing] = []
     for operation, collective in operations.items():
         left = seconds / len(operations)
         for size in SIZES:
             tensor = tf.ones([size // 4], tf.float32)
             run = _on_replicas(strategy, functools.partial(_first, collective, tensor))
             timed = _timed(strategy, operation, size, run, left)
-            found.append(timed)
+            timings.append(timed)
             left -= timed.seconds * timed.repetitions
             # All workers must go on, or none.
             if strategy.broadcast_object(_is_last(timed, left, seconds, largest)):
                 break
-    return found
+    return timings
 
 
 def _first(collective: Callable[[Any], Any], tensor: Any) -> Any:
@@ -183,18 +183,18 @@ def server_timings(servers: int, seconds: float, largest: int) -> list[Timing]:
         seconds: About how long it may take.
         largest: Bytes of all variables together.
     """
-    found: list[Timing] = []
+    timings: list[Timing] = []
     left = seconds
     for size in SIZES:
         run = _server_step(size // 4 // servers or 1, servers)
         run()
         repetitions = _repetitions(_seconds(run), left)
         median = statistics.median(_seconds(run) for _ in range(repetitions))
-        found.append(Timing(SERVER, size, median, repetitions))
+        timings.append(Timing(SERVER, size, median, repetitions))
         left -= median * repetitions
-        if _is_last(found[-1], left, seconds, largest):
+        if _is_last(timings[-1], left, seconds, largest):
             break
-    return found
+    return timings
 
 
 def _server_step(elements: int, servers: int) -> Callable[[], Any]:
@@ -223,7 +223,7 @@ def server_speeds(workers: int) -> list[Speed]:
     Args:
         workers: Number of workers.
     """
-    found = []
+    speeds = []
     for worker in range(workers):
         prefix = f"/job:worker/task:{worker}"
         remote = [d for d in tf.config.list_logical_devices() if prefix in d.name]
@@ -236,5 +236,5 @@ def server_speeds(workers: int) -> list[Speed]:
         run, operations = _products(kind, placed)
         run()
         threads = int(os.environ.get("TF_NUM_INTRAOP_THREADS") or usable_cores())
-        found.append(Speed(worker, "", kind, operations / _fastest(run), threads))
-    return found
+        speeds.append(Speed(worker, "", kind, operations / _fastest(run), threads))
+    return speeds

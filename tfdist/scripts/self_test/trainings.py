@@ -18,7 +18,7 @@ BATCH, EPOCHS = 25, 2
 
 
 @dataclass(frozen=True)
-class Training:
+class SmallTraining:
     """A training.
 
     Attributes:
@@ -39,14 +39,14 @@ class Training:
 
 
 TRAININGS = (
-    Training("float32", "float32", 2e-5),
-    Training("float64", "float64", 1e-12, floatx="float64"),
-    Training("bfloat16", "mixed_bfloat16", 5e-2),
-    Training("linear", "float32", 2e-5, is_linear=True),
+    SmallTraining("float32", "float32", 2e-5),
+    SmallTraining("float64", "float64", 1e-12, floatx="float64"),
+    SmallTraining("bfloat16", "mixed_bfloat16", 5e-2),
+    SmallTraining("linear", "float32", 2e-5, is_linear=True),
 )
 
 
-def train(training: Training, fit: Callable[..., Any]) -> Weights:
+def train(training: SmallTraining, fit: Callable[..., Any]) -> Weights:
     """Trains a new model.
 
     Args:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from tfdist import data
 from tfdist.errors import ArgumentError
@@ -16,14 +16,12 @@ class PipelinedTraining(Extension):
     """Checks the model and cuts it into stages.
 
     Args:
-        strategy: The strategy.
         **others: What the user has passed for other kinds of training, by argument.
     """
 
     needs_state = True
 
-    def __init__(self, strategy: Pipeline, **others: Any) -> None:
-        self._strategy = strategy
+    def __init__(self, **others: Any) -> None:
         self._others = others
 
     def choose(self, request: Request) -> Request:
@@ -33,12 +31,13 @@ class PipelinedTraining(Extension):
             ArgumentError: The request has such an argument.
             StrategyError: There are too few devices.
         """
-        self._strategy.devices()
+        strategy = _pipeline_of(request)
+        strategy.devices()
         for name, value in self._others.items():
             if value is not None:
                 raise ArgumentError(
                     f"`{name}` must be left out with a pipeline, whose micro-batches it does "
-                    f"not know. Received: {name}={value!r} with {self._strategy!r}."
+                    f"not know. Received: {name}={value!r} with {strategy!r}."
                 )
         if request.model.run_eagerly:
             raise ArgumentError(
@@ -53,7 +52,7 @@ class PipelinedTraining(Extension):
         Raises:
             ArgumentError: The model cannot be cut, or computes examples together.
         """
-        self._strategy.plan(request.model)
+        _pipeline_of(request).plan(request.model)
         reason = why_rows_mix(request.model, source)
         if reason is not None:
             raise ArgumentError(
@@ -63,4 +62,9 @@ class PipelinedTraining(Extension):
 
     def notice(self, request: Request) -> str | None:
         """Says which layers are where, and how much of the time a device waits."""
-        return str(self._strategy.plan(request.model))
+        return str(_pipeline_of(request).plan(request.model))
+
+
+def _pipeline_of(request: Request) -> Pipeline:
+    # Only strategies that declare `has_stages` come here: there is one class of them.
+    return cast(Pipeline, request.session.strategy)

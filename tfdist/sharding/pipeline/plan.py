@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import keras
+import tensorflow as tf
 
 from tfdist import _keras
 from tfdist.errors import ArgumentError
@@ -58,8 +59,8 @@ class PipelinePlan:
     def __str__(self) -> str:
         flops = sum(stage.flops for stage in self.stages) or 1
         lines = [
-            f"  {_short(stage.device)}: {_range(stage.layers)}, {stage.bytes / 2**20:.3g} MiB, "
-            f"{stage.flops / flops:.0%} of the operations"
+            f"  {short_name(stage.device)}: {_range(stage.layers)}, "
+            f"{stage.bytes / 2**20:.3g} MiB, {stage.flops / flops:.0%} of the operations"
             for stage in self.stages
         ]
         waits = len(self.stages) - 1
@@ -190,14 +191,21 @@ def _bytes(variables: Sequence[Any]) -> int:
     return sum(map(_keras.num_bytes, variables))
 
 
-def _short(device: str) -> str:
+def short_name(device: str) -> str:
     """Shortens a device's name.
 
+    Args:
+        device: The full name.
+
     Example:
-        >>> _short("/job:localhost/replica:0/task:0/device:CPU:1")
+        >>> short_name("/device:CPU:1")
         'CPU:1'
+        >>> short_name("/job:worker/replica:0/task:2/device:GPU:0")
+        'worker 2, GPU:0'
     """
-    return device.rpartition("device:")[2]
+    parsed = tf.DeviceSpec.from_string(device)
+    unit = f"{parsed.device_type}:{parsed.device_index}"
+    return unit if parsed.job in (None, "localhost") else f"{parsed.job} {parsed.task}, {unit}"
 
 
 def _range(layers: Sequence[str]) -> str:

@@ -26,30 +26,30 @@ def advice(
         best: The recommended candidate, if there is one.
         others: All candidates.
     """
-    found = []
+    hints = []
     if best is None:
-        found += _to_fit(load, others)
+        hints += _to_fit(load, others)
         best = others[0]
-    found += _batch(load, hardware, best, others)
-    found += _compression(load, hardware, best, others)
+    hints += _batch(load, hardware, best, others)
+    hints += _compression(load, hardware, best, others)
     if best.bottleneck == "input":
-        found.append(
+        hints.append(
             f"The input pipeline takes {load.input_s or 0:.3g} s a batch, longer than the "
             "step: cache or prefetch the data, or store it smaller."
         )
-    found += _device(load, hardware)
+    hints += _device(load, hardware)
     if load.class_ratio is not None and load.class_ratio >= _SKEWED:
-        found.append(
+        hints.append(
             f"The largest class has {load.class_ratio:.3g} times the examples of the smallest: "
             'class_weight="balanced", or sampler=tfdist.samplers.ClassBalanced(). '
             "It changes what is learned, not the speed."
         )
-    return found
+    return hints
 
 
 def _to_fit(load: Workload, others: list[Candidate]) -> list[str]:
     """Says what would let a training fit that no strategy fits."""
-    found = []
+    hints = []
     largest = max(
         ("weights", load.weight_bytes),
         ("optimizer", load.slot_bytes),
@@ -57,16 +57,16 @@ def _to_fit(load: Workload, others: list[Candidate]) -> list[str]:
         key=lambda part: part[1],
     )[0]
     if largest == "activations":
-        found.append(
+        hints.append(
             "Activations take most of the memory: halve batch_size and set "
             "gradient_accumulation_steps=2 of the optimizer, or call tfdist.recompute(model)."
         )
     else:
-        found.append(
+        hints.append(
             "Weights and optimizer take most of the memory: more devices with tfdist.Zero(3), "
             "or an optimizer with less state, such as SGD or Adafactor."
         )
-    return found
+    return hints
 
 
 def _batch(
@@ -129,18 +129,18 @@ def _compression(
 
 def _device(load: Workload, hardware: Hardware) -> list[str]:
     """Says what the device could do better."""
-    found = []
+    hints = []
     if hardware.gpus:
-        found.append(
+        hints.append(
             'Mixed precision: keras.config.set_dtype_policy("mixed_bfloat16") halves '
             "activations, and uses the tensor cores of recent GPUs. It rounds."
         )
-        return found
+        return hints
     rates, work = hardware.rates, load.work
     elsewhere = work.moved_bytes / rates.bytes_per_s + work.ops * rates.op_s
     if elsewhere > 1.0 * work.flops / rates.flops_per_s and work.ops > 50:
-        found.append(
+        hints.append(
             "Most of the step is in small and elementwise ops: compile(jit_compile=True) lets "
             "XLA join them. Its gain is not predicted here; try it."
         )
-    return found
+    return hints

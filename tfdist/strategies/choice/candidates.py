@@ -108,7 +108,7 @@ def candidates(
             for n in several or [2]
         )
 
-    found = [
+    unlimited = [
         alone,
         _mirrored(load, hardware),
         fastest(lambda n, on: _parallel(load, hardware, "multi_worker", n, on)),
@@ -120,7 +120,7 @@ def candidates(
         _pipeline(load, hardware),
         fastest(lambda n, on: _federated(load, hardware, n, on)),
     ]
-    return [_limited(candidate, load, alone, bool(hardware.gpus)) for candidate in found]
+    return [_limited(candidate, load, alone, bool(hardware.gpus)) for candidate in unlimited]
 
 
 def _counts(hardware: Hardware) -> list[int]:

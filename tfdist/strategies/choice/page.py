@@ -70,11 +70,11 @@ def number(seconds: float) -> str:
     return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
-def verdict(found: Recommendation, candidate: Candidate) -> str:
+def verdict(recommendation: Recommendation, candidate: Candidate) -> str:
     """Says in a few words what a candidate is worth.
 
     Args:
-        found: The recommendation.
+        recommendation: The recommendation.
         candidate: One of its candidates.
     """
     if candidate.obstacle is not None:
@@ -83,16 +83,16 @@ def verdict(found: Recommendation, candidate: Candidate) -> str:
         return f"does not fit: {size(candidate.memory_bytes - candidate.limit)} too much"
     if candidate.changes_result is not None:
         return f"another result: {candidate.changes_result}"
-    if candidate is found.best:
+    if candidate is recommendation.best:
         return "best"
     text = f"bottleneck: {candidate.bottleneck}"
-    return f"second; {text}" if candidate is found.second else text
+    return f"second; {text}" if candidate is recommendation.second else text
 
 
-def cells(found: Recommendation, candidate: Candidate) -> list[str]:
+def cells(recommendation: Recommendation, candidate: Candidate) -> list[str]:
     """Returns the cells of a candidate's row."""
     if candidate.obstacle is not None or candidate.memory is None:
-        return [candidate.strategy, *[""] * 8, verdict(found, candidate)]
+        return [candidate.strategy, *[""] * 8, verdict(recommendation, candidate)]
     return [
         candidate.strategy,
         str(candidate.workers),
@@ -103,20 +103,20 @@ def cells(found: Recommendation, candidate: Candidate) -> list[str]:
         number(candidate.communication_s),
         number(candidate.input_s),
         f"{candidate.efficiency:.0%}",
-        verdict(found, candidate),
+        verdict(recommendation, candidate),
     ]
 
 
-def facts(found: Recommendation) -> list[str]:
+def facts(recommendation: Recommendation) -> list[str]:
     """Returns lines about the model, the data and the machine."""
-    load, hardware = found.workload, found.hardware
+    load, hardware = recommendation.workload, recommendation.hardware
     rows = "" if load.rows is None else f" of {load.rows:,}"
     classes = ""
     if load.classes is not None and load.class_ratio is not None:
         classes = f", {load.classes} classes, largest over smallest {load.class_ratio:.3g}"
     device = f"{len(hardware.gpus)} x {hardware.gpus[0]}" if hardware.gpus else "no GPU"
     hosts = "1 host" if hardware.hosts == 1 else f"{hardware.hosts} hosts"
-    links = sorted({c.link_source for c in found.candidates if c.link_source})
+    links = sorted({c.link_source for c in recommendation.candidates if c.link_source})
     step = "measured here" if load.measured_s else f"from FLOPs ({hardware.rates.source})"
     lines = [
         f"model    {load.model}: {load.parameters:,} parameters, "
@@ -128,64 +128,71 @@ def facts(found: Recommendation) -> list[str]:
     return lines + [f"note     {note}" for note in load.notes]
 
 
-def conclusion(found: Recommendation) -> list[str]:
+def conclusion(recommendation: Recommendation) -> list[str]:
     """Returns the lines below the table."""
     from tfdist.strategies.choice.recommendation import name_of
 
-    name = "nothing" if found.best is None else name_of(found.best)
-    lines = [f"Recommended: {name}. {found.reason}"]
-    if found.second is not None:
-        lines.append(
-            f"Second: {name_of(found.second)}, {milliseconds(found.second.step_s)} a step."
-        )
-    lines += [f"- {line}" for line in found.advice]
-    return lines + ([f"Run: {found.command}"] if found.command else [])
+    name = "nothing" if recommendation.best is None else name_of(recommendation.best)
+    lines = [f"Recommended: {name}. {recommendation.reason}"]
+    if recommendation.second is not None:
+        time = milliseconds(recommendation.second.step_s)
+        lines.append(f"Second: {name_of(recommendation.second)}, {time} a step.")
+    lines += [f"- {line}" for line in recommendation.advice]
+    return lines + ([f"Run: {recommendation.command}"] if recommendation.command else [])
 
 
-def as_page(found: Recommendation) -> Any:
+def as_page(recommendation: Recommendation) -> Any:
     """Returns the page for a terminal."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for column in _COLUMNS:
         table.add_column(column, justify="left" if column in ("strategy", "") else "right")
-    for candidate in found.candidates:
-        style = "bold" if candidate is found.best else ""
-        table.add_row(*map(Text, cells(found, candidate)), style=style)
-    above = Text("\n".join(facts(found)))
-    below = Text("\n".join(conclusion(found)))
+    for candidate in recommendation.candidates:
+        style = "bold" if candidate is recommendation.best else ""
+        table.add_row(*map(Text, cells(recommendation, candidate)), style=style)
+    above = Text("\n".join(facts(recommendation)))
+    below = Text("\n".join(conclusion(recommendation)))
     return Group(above, Padding(table, (1, 0)), below)
 
 
-def as_text(found: Recommendation) -> str:
+def as_text(recommendation: Recommendation) -> str:
     """Returns the page as text."""
     text = io.StringIO()
-    Console(file=text, width=140).print(as_page(found))
+    Console(file=text, width=140).print(as_page(recommendation))
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines()).rstrip()
 
 
-def as_html(found: Recommendation) -> str:
+def as_html(recommendation: Recommendation) -> str:
     """Returns the page for a notebook."""
     head = "".join(f"<th>{html.escape(column)}</th>" for column in _COLUMNS)
     rows = []
-    for candidate in found.candidates:
-        tag = "th" if candidate is found.best else "td"
-        row = "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells(found, candidate))
+    for candidate in recommendation.candidates:
+        tag = "th" if candidate is recommendation.best else "td"
+        row = "".join(
+            f"<{tag}>{html.escape(c)}</{tag}>" for c in cells(recommendation, candidate)
+        )
         rows.append(f"<tr>{row}</tr>")
-    above = "<br>".join(html.escape(line) for line in facts(found))
-    below = "<br>".join(html.escape(line) for line in conclusion(found))
+    above = "<br>".join(html.escape(line) for line in facts(recommendation))
+    below = "<br>".join(html.escape(line) for line in conclusion(recommendation))
     table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
     return f"<p>{above}</p>{table}<p>{below}</p>"
 
 
-def as_dict(found: Recommendation) -> dict[str, Any]:
+def as_dict(recommendation: Recommendation) -> dict[str, Any]:
     """Returns what JSON can hold of a recommendation."""
-    load, hardware = found.workload, found.hardware
+    load, hardware = recommendation.workload, recommendation.hardware
     return {
-        "recommended": None if found.best is None else _candidate(found, found.best),
-        "second": None if found.second is None else _candidate(found, found.second),
-        "reason": found.reason,
-        "advice": list(found.advice),
-        "command": found.command,
-        "strategies": [_candidate(found, candidate) for candidate in found.candidates],
+        "recommended": None
+        if recommendation.best is None
+        else _candidate(recommendation, recommendation.best),
+        "second": None
+        if recommendation.second is None
+        else _candidate(recommendation, recommendation.second),
+        "reason": recommendation.reason,
+        "advice": list(recommendation.advice),
+        "command": recommendation.command,
+        "strategies": [
+            _candidate(recommendation, candidate) for candidate in recommendation.candidates
+        ],
         "model": {
             "name": load.model,
             "parameters": load.parameters,
@@ -206,14 +213,14 @@ def as_dict(found: Recommendation) -> dict[str, Any]:
     }
 
 
-def _candidate(found: Recommendation, candidate: Candidate) -> dict[str, Any]:
+def _candidate(recommendation: Recommendation, candidate: Candidate) -> dict[str, Any]:
     predicted = candidate.memory is not None and candidate.obstacle is None
     values: dict[str, Any] = {
         "strategy": candidate.strategy,
         "workers": candidate.workers,
         "servers": candidate.servers,
         "possible": candidate.is_possible,
-        "verdict": verdict(found, candidate),
+        "verdict": verdict(recommendation, candidate),
     }
     if not predicted:
         return values
@@ -230,6 +237,6 @@ def _candidate(found: Recommendation, candidate: Candidate) -> dict[str, Any]:
     }
 
 
-def as_json(found: Recommendation) -> str:
+def as_json(recommendation: Recommendation) -> str:
     """Returns a recommendation as JSON."""
-    return json.dumps(as_dict(found), indent=2)
+    return json.dumps(as_dict(recommendation), indent=2)

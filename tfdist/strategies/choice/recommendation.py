@@ -78,18 +78,18 @@ def recommend_for(
     Returns:
         The recommendation.
     """
-    found = candidates(load, hardware, workers, servers)
-    order = _ordered([c for c in found if c.is_possible])
+    all_candidates = candidates(load, hardware, workers, servers)
+    order = _ordered([c for c in all_candidates if c.is_possible])
     best = order[0] if order else None
     second = order[1] if len(order) > 1 else None
     return Recommendation(
         load,
         hardware,
-        tuple(found),
+        tuple(all_candidates),
         best,
         second,
-        _reason(load, best, second, found),
-        tuple(advice(load, hardware, best, found)),
+        _reason(load, best, second, all_candidates),
+        tuple(advice(load, hardware, best, all_candidates)),
         "" if best is None else command(best, script),
     )
 
@@ -113,17 +113,21 @@ def _ordered(possible: list[Candidate]) -> list[Candidate]:
 
 
 def _reason(
-    load: Workload, best: Candidate | None, second: Candidate | None, found: list[Candidate]
+    load: Workload,
+    best: Candidate | None,
+    second: Candidate | None,
+    all_candidates: list[Candidate],
 ) -> str:
     if best is None:
         least = min(
-            (c for c in found if c.memory), key=lambda c: c.memory_bytes / (c.limit or 1)
+            (c for c in all_candidates if c.memory),
+            key=lambda c: c.memory_bytes / (c.limit or 1),
         )
         return (
             f"No strategy fits. The nearest is {name_of(least)}, which needs "
             f"{page.size(least.memory_bytes)} of {page.size(least.limit)}."
         )
-    alone = next(c for c in found if c.strategy == "single")
+    alone = next(c for c in all_candidates if c.strategy == "single")
     if load.indivisible is not None:
         return (
             f"Replicas cannot share a batch, because {load.indivisible}: more of them compute "

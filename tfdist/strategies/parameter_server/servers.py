@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -15,8 +16,12 @@ import tensorflow as tf
 
 from tfdist.cluster import CHIEF, PS, WORKER, Cluster
 from tfdist.cluster.rendezvous import answers, is_up, start_timeout, wait_until_up
-from tfdist.errors import StrategyError
-from tfdist.strategies.tf_distribute import ClusterCoordinator, ParameterServerStrategy
+from tfdist.errors import ServerLostError, StrategyError
+from tfdist.strategies.tf_distribute import (
+    ClusterCoordinator,
+    ParameterServerStrategy,
+    require_unused_tensorflow,
+)
 
 _POLL_S = 0.5
 _ANSWER_TIMEOUT_S = 5.0
@@ -58,6 +63,31 @@ class Servers:
         # are created. That takes longer than everything else, and is not needed here.
         return self.coordinator._cluster.schedule(function, args=arguments, kwargs={})
 
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """The devices of all workers, and then those of the servers."""
+        return *self.workers, *self.servers
+
+    @contextlib.contextmanager
+    def explaining_losses(self, who: str) -> Iterator[None]:
+        """Makes a context that says which process was lost, and what you can do.
+
+        Args:
+            who: Names the processes that must live until the training ends.
+
+        Raises:
+            ServerLostError: One of them was lost.
+        """
+        try:
+            yield
+        except tf.errors.UnavailableError:
+            lost_tasks = " and ".join(self.silent()) or "one of them"
+            raise ServerLostError(
+                f"{who} must live until training ends. Received: no answer from {lost_tasks}. "
+                "`tfdist run` starts all processes again; with `checkpoint` of `fit` "
+                "training goes on from the last one."
+            ) from None
+
     def silent(self) -> list[str]:
         """Names the tasks that do not answer within some seconds."""
         with ThreadPoolExecutor(len(self.addresses)) as pool:
@@ -69,6 +99,22 @@ class Servers:
                 for task, has_answered in zip(self.addresses, replies, strict=True)
                 if not has_answered
             ]
+
+
+def connected(cluster: Cluster) -> Servers:
+    """Connects the chief to all workers and servers. They serve it, and do not return.
+
+    Args:
+        cluster: The cluster, as this process sees it.
+
+    Raises:
+        StrategyError: It is too late to connect, or a process did not start in time.
+    """
+    if cluster.job != CHIEF:
+        serve(cluster)
+    if not connect.cache_info().currsize:
+        require_unused_tensorflow(cluster)
+    return connect(cluster)
 
 
 @functools.cache

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -13,12 +13,12 @@ import tensorflow as tf
 from tfdist import _keras
 from tfdist._keras import served
 from tfdist.cluster import CHIEF, PS, Cluster
-from tfdist.errors import ArgumentError, ServerLostError, StrategyError
+from tfdist.errors import ArgumentError, StrategyError
 from tfdist.strategies.base import Functions, Place, Strategy, Tensor
 from tfdist.strategies.mirrored_variables import MirroredVariables
 from tfdist.strategies.parameter_server.asynchronous import Asynchronous
 from tfdist.strategies.parameter_server.server_variables import ServerVariables, plan
-from tfdist.strategies.parameter_server.servers import connect, serve
+from tfdist.strategies.parameter_server.servers import connected
 from tfdist.strategies.parameter_server.synchronous import (
     SynchronousVariables,
     concatenate_on_device,
@@ -28,10 +28,7 @@ from tfdist.strategies.parameter_server.synchronous import (
     update_once,
 )
 from tfdist.strategies.parameter_server.update_log import Staleness
-from tfdist.strategies.tf_distribute import (
-    TFDistribute,
-    require_unused_tensorflow,
-)
+from tfdist.strategies.tf_distribute import TFDistribute
 from tfdist.watchdog.timeouts import WaitLimit
 
 
@@ -90,13 +87,7 @@ class ParameterServer(TFDistribute):
             raise StrategyError(
                 f"Parameter servers must be able to run here. Received: {obstacle}."
             )
-        if cluster.job != CHIEF:
-            # Does not return: workers and servers run no script.
-            serve(cluster)
-        # A later instance uses the connection of the first one.
-        if not connect.cache_info().currsize:
-            require_unused_tensorflow(cluster)
-        self._servers = connect(cluster)
+        self._servers = connected(cluster)
         workers = len(self._servers.workers)
         place = Place(workers, 0, workers) if synchronous else Place()
         strategy = mirrored_strategy(self._servers.workers) if synchronous else None
@@ -249,19 +240,11 @@ class ParameterServer(TFDistribute):
         """Updates the variables on the servers, once for all workers."""
         update_once(action, self._servers.servers[0])
 
-    @contextlib.contextmanager
-    def explaining_losses(self) -> Iterator[None]:
-        """Returns which process was lost, and what you can do."""
-        try:
-            yield
-        except tf.errors.UnavailableError:
-            lost_tasks = " and ".join(self.silent()) or "one of them"
-            raise ServerLostError(
-                "All servers, and in synchronous training all workers, must live until "
-                f"training ends. Received: no answer from {lost_tasks}. "
-                "`tfdist run` starts all processes again; with `checkpoint` of `fit` "
-                "training goes on from the last one."
-            ) from None
+    def explaining_losses(self) -> contextlib.AbstractContextManager[None]:
+        """Makes a context that says which process was lost, and what you can do."""
+        return self._servers.explaining_losses(
+            "All servers, and in synchronous training all workers,"
+        )
 
 
 def _check(
