@@ -84,7 +84,8 @@ class ClientCheck:
         private = dataclasses.replace(
             privacy, noise_multiplier=0.0, max_examples=None, target_quantile=None
         )
-        federated = self._averaging(np.arange(count), private, weighting="uniform")
+        ids, options = np.arange(count), {"weighting": "uniform", "local_steps": 1}
+        federated = self._averaging(ids, private, **options)
         number = keras.Input((), dtype="int32", name="tfdist_number")
         table = keras.layers.Embedding(count, 1, "zeros", name="tfdist_table")
         model = keras.Model(number, table(number), name="tfdist_draws")
