@@ -6,7 +6,7 @@ import contextlib
 import functools
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -15,6 +15,7 @@ from tfdist import _keras
 from tfdist.errors import ArgumentError, DisagreementError
 from tfdist.federated.client import ClientSteps
 from tfdist.federated.client_optimizers import KeptOptimizers
+from tfdist.federated.client_values import RoundStart, loop, plus, values_of, wide
 from tfdist.federated.masks import PairwiseMasks
 from tfdist.federated.plan import OfReplica
 from tfdist.federated.protection import LocalProtection, UpdateMechanism
@@ -29,7 +30,6 @@ from tfdist.step.state import AnyRole, Role
 from tfdist.strategies.base import Strategy
 
 Tensor = Any
-_HALVES = (tf.float16, tf.bfloat16)
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,15 +67,6 @@ class Federation:
                 f"`{type(self.settings).__name__}` and compression. Leave one of them out."
             )
         return FederatedRound(self, model, strategy, exchange)
-
-
-class _Start(NamedTuple):
-    """What each client starts from: the values of `LocalState`, and a step of schedules."""
-
-    trained: list[Tensor]
-    averaged: list[Tensor]
-    counted: list[Tensor]
-    steps_before: Tensor
 
 
 class FederatedRound:
@@ -164,8 +155,8 @@ class FederatedRound:
     def train(self, share: OfReplica, stopping: Tensor, phase: Hashable) -> tuple[Any, Signals]:
         """Trains the replica's clients, and updates the server's model; see `OwnRound`."""
         state = self._state
-        metrics_before = _values(state.metrics)
-        iterations = _values(state.iterations)
+        metrics_before = values_of(state.metrics)
+        iterations = values_of(state.iterations)
         start = self._start(iterations)
         own = self._train_clients(share, start)
         stopping = self._steps.requests(stopping)
@@ -194,15 +185,18 @@ class FederatedRound:
         logs = {**logs, **more_logs} if more_logs else logs
         return logs, signals_of(agreement, share)  # type: ignore[arg-type]
 
-    def _start(self, iterations: Sequence[Tensor]) -> _Start:
+    def _start(self, iterations: Sequence[Tensor]) -> RoundStart:
         state = self._state
         now = tf.cast(iterations[0], tf.int64) if iterations else tf.constant(0, tf.int64)
         before = now if self._kept is None else self._kept.begin(now)
-        return _Start(
-            _values(state.trained), _values(state.averaged), _values(state.counted), before
+        return RoundStart(
+            values_of(state.trained),
+            values_of(state.averaged),
+            values_of(state.counted),
+            before,
         )
 
-    def _train_clients(self, share: OfReplica, start: _Start) -> Sums:
+    def _train_clients(self, share: OfReplica, start: RoundStart) -> Sums:
         """Trains the replica's clients one after the other.
 
         Returns:
@@ -216,7 +210,7 @@ class FederatedRound:
             [tf.zeros_like(self._wide(value)) for value in start.trained],
             [*map(tf.zeros_like, map(self._wide, start.averaged)), *self._no_votes()],
             [tf.zeros_like(value, tf.int64) for value in start.counted],
-            [tf.zeros_like(value) for value in _values(self._state.metrics)],
+            [tf.zeros_like(value) for value in values_of(self._state.metrics)],
         )
 
         def train_client(i: Tensor, step: Tensor, sums: Sums) -> tuple[Tensor, Tensor, Sums]:
@@ -228,10 +222,10 @@ class FederatedRound:
                 self._steps.make(batch_of(step), start.trained, start.steps_before, place)
                 return (step + 1,)
 
-            _loop(lambda step: step < end, local_step, (step,))
+            loop(lambda step: step < end, local_step, (step,))
             return i + 1, end, self._add(sums, share, i, start)
 
-        return _loop(lambda i, *_: i < number, train_client, (zero, zero, sums))[2]  # type: ignore[no-any-return]
+        return loop(lambda i, *_: i < number, train_client, (zero, zero, sums))[2]  # type: ignore[no-any-return]
 
     def _no_votes(self) -> list[Tensor]:
         count = 0 if self._protection is None else self._protection.num_votes
@@ -243,9 +237,9 @@ class FederatedRound:
         Rounding errors of float32 add up to several clipping norms in sums of thousands of
         protected clients, which one client more or less would change.
         """
-        return _wide(value) if self._protection is None else tf.cast(value, tf.float64)
+        return wide(value) if self._protection is None else tf.cast(value, tf.float64)
 
-    def _begin_client(self, share: OfReplica, i: Tensor, start: _Start) -> None:
+    def _begin_client(self, share: OfReplica, i: Tensor, start: RoundStart) -> None:
         state = self._state
         counted = state.seeds_of(share.streams[i], start.counted)
         values = [*start.trained, *start.averaged, *counted]
@@ -260,17 +254,17 @@ class FederatedRound:
         for variable in state.metrics:
             variable.assign(tf.zeros_like(tf.convert_to_tensor(variable)))
 
-    def _add(self, sums: Sums, share: OfReplica, i: Tensor, start: _Start) -> Sums:
+    def _add(self, sums: Sums, share: OfReplica, i: Tensor, start: RoundStart) -> Sums:
         """Adds what a client contributes when it has made its local steps."""
         state = self._state
         if self._kept is not None:
-            self._kept.write(share.slots[i], _values(state.of_optimizers))
+            self._kept.write(share.slots[i], values_of(state.of_optimizers))
         weight = share.weights[i]
         if self._protection is not None:
             return self._add_protected(self._protection, sums, start, weight)
 
         def weighted(variable: Any, value: Tensor) -> Tensor:
-            own, value = _wide(tf.convert_to_tensor(variable)), _wide(value)
+            own, value = wide(tf.convert_to_tensor(variable)), wide(value)
             update = own if self._takes_values else value - own
             return tf.cast(weight, update.dtype) * update
 
@@ -280,14 +274,14 @@ class FederatedRound:
             for variable, value in zip(state.counted, counted, strict=True)
         ]
         return Sums(
-            _plus(sums.trained, map(weighted, state.trained, start.trained)),
-            _plus(sums.averaged, map(weighted, state.averaged, start.averaged)),
-            _plus(sums.counted, added),
-            _plus(sums.metrics, _values(state.metrics)),
+            plus(sums.trained, map(weighted, state.trained, start.trained)),
+            plus(sums.averaged, map(weighted, state.averaged, start.averaged)),
+            plus(sums.counted, added),
+            plus(sums.metrics, values_of(state.metrics)),
         )
 
     def _add_protected(
-        self, protection: UpdateMechanism, sums: Sums, start: _Start, weight: Tensor
+        self, protection: UpdateMechanism, sums: Sums, start: RoundStart, weight: Tensor
     ) -> Sums:
         """Adds the bounded update of a client: of weights and statistics together.
 
@@ -296,7 +290,7 @@ class FederatedRound:
         variables = [*self._state.trained, *self._state.averaged]
         values = [*start.trained, *start.averaged]
         update = [
-            _wide(value) - _wide(tf.convert_to_tensor(variable))
+            wide(value) - wide(tf.convert_to_tensor(variable))
             for variable, value in zip(variables, values, strict=True)
         ]
         clipped = [self._wide(part) for part in protection.clip(update)]
@@ -304,13 +298,13 @@ class FederatedRound:
         bounded += clipped[len(update) :]
         number = len(sums.trained)
         return Sums(
-            _plus(sums.trained, bounded[:number]),
-            _plus(sums.averaged, bounded[number:]),
+            plus(sums.trained, bounded[:number]),
+            plus(sums.averaged, bounded[number:]),
             sums.counted,
-            _plus(sums.metrics, _values(self._state.metrics)),
+            plus(sums.metrics, values_of(self._state.metrics)),
         )
 
-    def _update_model(self, agreement: StepAgreement, start: _Start, sums: Sums) -> None:
+    def _update_model(self, agreement: StepAgreement, start: RoundStart, sums: Sums) -> None:
         state = self._state
 
         def mean(value: Tensor, total: Tensor) -> Tensor:
@@ -353,20 +347,3 @@ class FederatedRound:
                 "their noisy sum alone, and read no loss or metric. Received: "
                 f"{read}, which is read. Leave it out."
             )
-
-
-def _values(variables: Sequence[Any]) -> list[Tensor]:
-    return [tf.identity(tf.convert_to_tensor(variable)) for variable in variables]
-
-
-def _wide(value: Tensor) -> Tensor:
-    """Returns a value in a type in which sums over clients are precise enough."""
-    return tf.cast(value, tf.float32) if value.dtype in _HALVES else value
-
-
-def _plus(sums: Sequence[Tensor], values: Any) -> list[Tensor]:
-    return [total + value for total, value in zip(sums, values, strict=True)]
-
-
-def _loop(condition: Any, body: Any, variables: Any) -> Any:
-    return tf.while_loop(condition, body, variables, parallel_iterations=1)

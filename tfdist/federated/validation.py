@@ -46,6 +46,32 @@ def check_request(request: Request, protects: bool = False) -> None:
             "Pass it to FedAvg: FedAvg(privacy=DPSGD(...)) protects rows, and "
             "FedAvg(privacy=ClientDP(...)) whole clients.",
         )
+    _check_data(request)
+    if request.steps_per_epoch is not None:
+        _refuse(
+            "makes a round in each epoch",
+            f"steps_per_epoch={request.steps_per_epoch}",
+            "Set `local_steps` or `local_epochs` of `FedAvg`.",
+        )
+    if request.whole_batch:
+        _refuse("gives each client a batch of its own", "whole_batch=True", "Leave it out.")
+    if request.model.steps_per_execution != 1:
+        _refuse(
+            "makes one round in an execution",
+            f"steps_per_execution={request.model.steps_per_execution}",
+            "Compile without it: a round's local steps run together anyway.",
+        )
+    callbacks = getattr(request.callbacks, "callbacks", request.callbacks)
+    callbacks = callbacks if isinstance(callbacks, list | tuple) else [callbacks]
+    if any(isinstance(callback, LearningRateScaling) for callback in callbacks):
+        _refuse(
+            "has batches whose size does not grow with the number of replicas",
+            "a LearningRateScaling among `callbacks`",
+            "Leave it out.",
+        )
+
+
+def _check_data(request: Request) -> None:
     if not data.is_arrays(request.x):
         _refuse(
             "needs arrays, whose rows belong to clients",
@@ -64,34 +90,12 @@ def check_request(request: Request, protects: bool = False) -> None:
             "augment",
             "Put the preprocessing layers into the model.",
         )
-    if request.steps_per_epoch is not None:
-        _refuse(
-            "makes a round in each epoch",
-            f"steps_per_epoch={request.steps_per_epoch}",
-            "Set `local_steps` or `local_epochs` of `FedAvg`.",
-        )
-    if request.whole_batch:
-        _refuse("gives each client a batch of its own", "whole_batch=True", "Leave it out.")
-    if request.model.steps_per_execution != 1:
-        _refuse(
-            "makes one round in an execution",
-            f"steps_per_execution={request.model.steps_per_execution}",
-            "Compile without it: a round's local steps run together anyway.",
-        )
     shard = request.shard
     if isinstance(shard, LocalShard) and shard.weight_by != "examples":
         _refuse(
             "weighs clients itself",
             f"LocalShard(weight_by={shard.weight_by!r})",
             "Use shard='local' and FedAvg(weighting='uniform').",
-        )
-    callbacks = getattr(request.callbacks, "callbacks", request.callbacks)
-    callbacks = callbacks if isinstance(callbacks, list | tuple) else [callbacks]
-    if any(isinstance(callback, LearningRateScaling) for callback in callbacks):
-        _refuse(
-            "has batches whose size does not grow with the number of replicas",
-            "a LearningRateScaling among `callbacks`",
-            "Leave it out.",
         )
 
 

@@ -20,7 +20,7 @@ from tfdist.privacy.accounting.report import careless_delta
 from tfdist.privacy.calibration import check_count_noise, find_noise
 from tfdist.privacy.counted_run import CountedRun
 from tfdist.privacy.dpftrl import SameOrder
-from tfdist.privacy.mechanism import clipping, independence, unfit_layers
+from tfdist.privacy.mechanism import clipping, comparison, independence, unfit_layers
 from tfdist.privacy.mechanism.mechanism import Mechanism
 from tfdist.privacy.mechanism.spot_checks import SpotChecks
 from tfdist.privacy.mechanism.step import PrivateStep
@@ -163,7 +163,7 @@ class PrivateRun(CountedRun[DPSGD]):
 
     @property
     def _rows_tried(self) -> int:
-        return min(independence.ROWS, max(4, self.privacy.microbatch_size or independence.ROWS))
+        return min(comparison.ROWS, max(4, self.privacy.microbatch_size or comparison.ROWS))
 
     def _try(self, source: data.Source) -> None:
         """Checks the model and its metrics on a few rows."""
@@ -174,7 +174,7 @@ class PrivateRun(CountedRun[DPSGD]):
         else:  # rows of the first batch, with augmentation
             first_batch = next(iter(source.shares(Place())))
             batch = tf.nest.map_structure(
-                lambda column: column[: independence.ROWS], first_batch.data
+                lambda column: column[: comparison.ROWS], first_batch.data
             )
         x, y, weight = keras.utils.unpack_x_y_sample_weight(batch)
         independence.check(self._model, x, y, weight, self.mechanism.l2_norm_clip)

@@ -25,7 +25,7 @@ from tfdist.privacy.accounting.silos import Silos
 from tfdist.privacy.counted_run import CountedRun
 from tfdist.privacy.dpftrl import DPFTRL
 from tfdist.privacy.federated_checks import check_request, fingerprint_of
-from tfdist.privacy.mechanism import clipping, independence, unfit_layers
+from tfdist.privacy.mechanism import clipping, comparison, independence, unfit_layers
 from tfdist.privacy.mechanism.mechanism import Mechanism
 from tfdist.privacy.mechanism.silo_step import SiloStep, SiloSteps
 from tfdist.privacy.sampling.poisson import Poisson
@@ -154,8 +154,8 @@ class SiloRun(CountedRun[DPSGD]):
 
     def _try(self, arrays: Arrays) -> None:
         """Checks the model and its metrics on a few rows of this process."""
-        most = max(4, self.privacy.microbatch_size or independence.ROWS)
-        rows = np.linspace(0, arrays.num_local_rows - 1, min(independence.ROWS, most))
+        most = max(4, self.privacy.microbatch_size or comparison.ROWS)
+        rows = np.linspace(0, arrays.num_local_rows - 1, min(comparison.ROWS, most))
         rows = np.unique(rows.astype(np.int64))  # neighbours may be equal, so not the first
         batch = tf.nest.map_structure(lambda column: tf.gather(column, rows), arrays.data)
         x, y, weight = keras.utils.unpack_x_y_sample_weight(batch)
