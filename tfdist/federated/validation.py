@@ -16,7 +16,7 @@ from tfdist.step.composition import compose, traced_steps, why_whole
 from tfdist.step.state import optimizers_of
 from tfdist.strategies.base import Strategy
 from tfdist.strategies.whole import as_whole
-from tfdist.training.learning_rate import LearningRateScaling
+from tfdist.training import callback_kinds
 from tfdist.training.request import Request
 
 _ROWS = 8
@@ -61,14 +61,13 @@ def check_request(request: Request, protects: bool = False) -> None:
             f"steps_per_execution={request.model.steps_per_execution}",
             "Compile without it: a round's local steps run together anyway.",
         )
-    callbacks = getattr(request.callbacks, "callbacks", request.callbacks)
-    callbacks = callbacks if isinstance(callbacks, list | tuple) else [callbacks]
-    if any(isinstance(callback, LearningRateScaling) for callback in callbacks):
-        _refuse(
-            "has batches whose size does not grow with the number of replicas",
-            "a LearningRateScaling among `callbacks`",
-            "Leave it out.",
-        )
+    for callback in callback_kinds.listed(request.callbacks):
+        if callback_kinds.scales_rate_by_replicas(callback):
+            _refuse(
+                "has batches whose size does not grow with the number of replicas",
+                f"a {type(callback).__name__} among `callbacks`",
+                "Leave it out.",
+            )
 
 
 def _check_data(request: Request) -> None:

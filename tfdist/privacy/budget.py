@@ -11,6 +11,7 @@ from tfdist.privacy.accounting.arguments import check_number
 from tfdist.privacy.accounting.ledger import Ledger, most_within
 from tfdist.privacy.client_dp import ClientDP
 from tfdist.privacy.settings import DPSGD
+from tfdist.training import callback_kinds
 
 
 class AccountedRun(Protocol):
@@ -146,3 +147,12 @@ class PrivacyBudget(keras.callbacks.Callback):  # type: ignore[misc]
             relation=run.privacy.relation,
             coarse=True,
         )
+
+
+def budgets_among(callbacks: Any) -> list[PrivacyBudget]:
+    """Lists the budgets among callbacks.
+
+    Args:
+        callbacks: As in `fit`, or a `CallbackList`.
+    """
+    return [c for c in callback_kinds.listed(callbacks) if isinstance(c, PrivacyBudget)]

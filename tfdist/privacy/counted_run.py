@@ -13,7 +13,7 @@ from tfdist import data
 from tfdist.privacy import validation
 from tfdist.privacy.accounting.ledger import Ledger, dp_accounting
 from tfdist.privacy.accounting.report import Report
-from tfdist.privacy.budget import PrivacyBudget
+from tfdist.privacy.budget import PrivacyBudget, budgets_among
 from tfdist.privacy.client_dp import ClientDP
 from tfdist.privacy.leaking_callbacks import StepLogs
 from tfdist.privacy.progress import StepProgress, watched
@@ -168,12 +168,11 @@ class CountedRun(abc.ABC, Generic[Privacy]):
             noisy: Names of logs that have noise.
         """
         self._progress.restart(step)
-        listed = getattr(callbacks, "callbacks", callbacks)
         if self._spending.limit is not None:
-            listed.append(PrivacyBudget(self._spending.limit))
-        for callback in listed:
-            if isinstance(callback, PrivacyBudget):
-                callback.run = self
+            kept = getattr(callbacks, "callbacks", callbacks)
+            kept.append(PrivacyBudget(self._spending.limit))
+        for budget in budgets_among(callbacks):
+            budget.run = self
         names = StepLogs(self._callbacks, noisy)
         with_counters = watched(callbacks, self._progress, self._spending, names)
         return self._spending.outside.watched(with_counters)

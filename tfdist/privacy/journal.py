@@ -13,6 +13,7 @@ from typing import Any
 
 from tfdist.errors import CheckpointError
 from tfdist.privacy.resumption import Earlier
+from tfdist.training import callback_kinds
 
 NAME = "privacy.json"
 _PARTS = 100  # a training's steps are written in about so many parts
@@ -108,11 +109,8 @@ def backup_of(callbacks: Any) -> Any:
     Args:
         callbacks: The argument `callbacks` of `fit`.
     """
-    import keras
-
-    listed = getattr(callbacks, "callbacks", callbacks)
-    for callback in listed if isinstance(listed, list | tuple) else [listed]:
-        is_backup = isinstance(callback, keras.callbacks.BackupAndRestore)
+    for callback in callback_kinds.listed(callbacks):
+        is_backup = callback_kinds.backs_up(callback)
         if is_backup and "://" not in os.fspath(callback.backup_dir):
             return callback.backup_dir
     return None

@@ -8,7 +8,6 @@ import keras
 import tensorflow as tf
 
 from tfdist import _keras, data
-from tfdist.data.imbalance.per_class import PerClassMetrics
 from tfdist.errors import ArgumentError
 from tfdist.privacy import leaking_callbacks, shared_rows
 from tfdist.privacy.dpftrl import DPFTRL
@@ -16,6 +15,7 @@ from tfdist.privacy.sampling.poisson import Poisson
 from tfdist.privacy.sampling.rates import PoissonLike
 from tfdist.privacy.settings import DPSGD
 from tfdist.strategies.session import Session
+from tfdist.training import callback_kinds
 
 
 def check_traced(model: Any) -> None:
@@ -222,15 +222,16 @@ def check_callbacks(callbacks: Any, x: Any) -> None:
     Raises:
         ArgumentError: A callback is not private.
     """
-    listed = getattr(callbacks, "callbacks", callbacks)
-    listed = listed if isinstance(listed, list | tuple) else [listed]
-    leaking_callbacks.check_callbacks([c for c in listed if c is not None])
+    listed = callback_kinds.listed(callbacks)
+    leaking_callbacks.check_callbacks(listed)
     for callback in listed:
-        if isinstance(callback, PerClassMetrics) and shared_rows.has_rows_of(callback.x, x):
+        counted = callback_kinds.counted_rows(callback)
+        if counted is not None and shared_rows.has_rows_of(counted, x):
+            name = type(callback).__name__
             raise ArgumentError(
-                "PerClassMetrics must not use the training data in private training: it counts "
-                "single examples, without noise. Received: PerClassMetrics with rows of `x`. "
-                "Give it data that need not be protected."
+                f"{name} must not use the training data in private training: it counts single "
+                f"examples, without noise. Received: {name} with rows of `x`. Give it data "
+                "that need not be protected."
             )
 
 

@@ -113,3 +113,25 @@ def is_history(callback: Any) -> bool:
         callback: Any object, also one that is no callback.
     """
     return isinstance(callback, keras.callbacks.History)
+
+
+def counted_rows(callback: Any) -> Any:
+    """Returns the rows of which a callback counts single ones, or None.
+
+    A callback says so by an attribute `counted_rows`, as `tfdist.PerClassMetrics` does.
+
+    Args:
+        callback: The callback.
+    """
+    return getattr(callback, "counted_rows", None)
+
+
+def scales_rate_by_replicas(callback: Any) -> bool:
+    """Tells whether a callback takes the batch to grow with the number of replicas.
+
+    A callback says so by an attribute, as `tfdist.LearningRateScaling` does.
+
+    Args:
+        callback: The callback.
+    """
+    return bool(getattr(callback, "scales_rate_by_replicas", False))

@@ -69,6 +69,8 @@ class LearningRateScaling(RateCallback):
         0.25
     """
 
+    scales_rate_by_replicas = True
+
     def __init__(self, factor: float | None = None, rule: str = "linear") -> None:
         super().__init__()
         if rule not in _RULES:

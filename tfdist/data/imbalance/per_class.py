@@ -87,6 +87,11 @@ class PerClassMetrics(keras.callbacks.Callback):  # type: ignore[misc]
         self.strategy: Strategy | None = None  # set by `tfdist.fit`
         self.confusion: Counts | None = None
 
+    @property
+    def counted_rows(self) -> Any:
+        """The rows that are counted one by one; see `training.callback_kinds`."""
+        return self.x
+
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         """Predicts, counts, and adds the metrics to the logs."""
         self.confusion = self._count(np.asarray(self._predict()))
