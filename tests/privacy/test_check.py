@@ -325,7 +325,10 @@ def test_division_by_the_batch_that_came_is_found(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(step, "clipped_share", divided)
     report = measured(classifier(), *table(8), parts=["draws"])
-    assert any(name.startswith("division") for name in failed(report)), report
+    # The mean may be right by chance; not so the largest part, of a batch that was small.
+    assert "draws: largest part of an example in a step, in units of the right one" in failed(
+        report
+    )
 
 
 class Centre(L.Layer):

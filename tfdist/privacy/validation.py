@@ -11,8 +11,7 @@ from tfdist import _keras, data
 from tfdist.errors import ArgumentError
 from tfdist.privacy import leaking_callbacks, shared_rows
 from tfdist.privacy.dpftrl import DPFTRL
-from tfdist.privacy.sampling.poisson import Poisson
-from tfdist.privacy.sampling.rates import PoissonLike
+from tfdist.privacy.sampling.poisson import Poisson, draws_as_accounted
 from tfdist.privacy.settings import DPSGD
 from tfdist.strategies.session import Session
 from tfdist.training import callback_kinds
@@ -122,13 +121,13 @@ def _check_sampler(sampler: Any, privacy: DPSGD) -> None:
             f"epsilon would be too low. Received: sampler of type {type(sampler).__name__} and "
             f"bands={privacy.bands!r}. Leave one of them out."
         )
-    if privacy.group_ids is not None and type(sampler) is not Poisson:
+    is_accounted = draws_as_accounted(sampler)
+    if privacy.group_ids is not None and not (is_accounted and isinstance(sampler, Poisson)):
         raise ArgumentError(
             "`sampler` must be a tfdist.privacy.Poisson with `group_ids`: it draws users, all "
             f"alike. Received: sampler of type {type(sampler).__name__}. Leave it out."
         )
-    # Not their subclasses, which may draw otherwise.
-    if type(sampler) not in (Poisson, PoissonLike):
+    if not is_accounted:
         raise ArgumentError(
             "`sampler` must be a tfdist.privacy.Poisson or PoissonLike in private training: "
             "epsilon is computed for their sampling. Received: sampler of type "

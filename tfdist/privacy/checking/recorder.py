@@ -61,6 +61,7 @@ class Planned(Poisson):
         plan: The numbers of rows, or of users, for each step.
     """
 
+    draws_as_accounted = True  # as far as the check is concerned: it plans which rows are drawn
     plan: tuple[tuple[int, ...], ...] = ()
 
     def bind(self, targets: Any, num_rows: int) -> Sampler:

@@ -18,9 +18,15 @@ from tfdist.samplers.permutation import generator
 
 
 class Accounted(Sampler):
-    """A sampler whose steps can be described to the accountant."""
+    """A sampler whose steps can be described to the accountant.
+
+    Attributes:
+        draws_as_accounted: Whether it draws as it describes. Each class must say so itself: a
+            subclass may draw otherwise.
+    """
 
     may_be_empty: ClassVar[bool] = True
+    draws_as_accounted: ClassVar[bool] = False
 
     @abc.abstractmethod
     def phase(
@@ -54,6 +60,15 @@ class Accounted(Sampler):
         return self.expected_rows(num_rows, batch_size)
 
 
+def draws_as_accounted(sampler: Sampler) -> bool:
+    """Returns whether the class of a sampler says that it draws as the accountant takes it.
+
+    Args:
+        sampler: Any sampler.
+    """
+    return vars(type(sampler)).get("draws_as_accounted", False) is True
+
+
 @dataclass(frozen=True)
 class Poisson(Accounted):
     """Draws each row into each step independently, with probability batch_size / num_rows.
@@ -80,6 +95,8 @@ class Poisson(Accounted):
         >>> 30 < len(rows) <= 100
         True
     """
+
+    draws_as_accounted = True
 
     capacity: int | None = None
 

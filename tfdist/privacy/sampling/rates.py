@@ -52,6 +52,8 @@ class PoissonLike(Accounted):
         0.1
     """
 
+    draws_as_accounted = True
+
     sampler: Sampler
 
     def __post_init__(self) -> None:
