@@ -383,8 +383,9 @@ for page in pages:
 """
 
 
-def test_python_code_of_the_documentation(tmp_path):
-    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+@pytest.mark.parametrize("half", [0, 1])  # each stays far below the limit on a slow machine
+def test_python_code_of_the_documentation(half, tmp_path):
+    pages = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])[half::2]
     if not (ROOT / "docs").is_dir():
         pytest.skip("the documentation is not part of this copy")
     done = subprocess.run(
@@ -398,4 +399,4 @@ def test_python_code_of_the_documentation(tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert done.stdout.count("running ") >= 8
+    assert done.stdout.count("running ") >= 4
