@@ -44,12 +44,7 @@ class ClientPrivacy(CountedTraining):
         self.run = run = ClientRun(self._federated, request)
         if run.takes_turns:  # nothing is drawn in secret, and checkpoints keep the seed
             return dataclasses.replace(request, is_private=True)
-        return dataclasses.replace(
-            request,
-            is_private=True,
-            seed=run.seed,
-            seed_is_secret=not run.is_seeded,
-        )
+        return self._with_its_seed(request)
 
     def bind(self, request: Request, source: data.Source) -> None:
         """Calibrates the noise."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from typing import Any
 
 from tfdist.privacy.counted_run import CountedRun
@@ -19,6 +20,13 @@ class CountedTraining(Extension):
 
     name = "privacy"
     run: CountedRun[Any]
+
+    def _with_its_seed(self, request: Request) -> Request:
+        """Returns a private request, whose random numbers follow from the seed of the run."""
+        run = self.run
+        return dataclasses.replace(
+            request, is_private=True, seed=run.seed, seed_is_secret=not run.is_seeded
+        )
 
     def facts(self) -> dict[str, Any]:
         """Returns the settings that must be equal on all workers."""

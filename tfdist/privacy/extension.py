@@ -51,13 +51,7 @@ class PrivateTraining(CountedTraining):
             copies=run.privacy.augmentations,
             is_private=True,
         )
-        if not run.draws_secretly:
-            return private_request
-        return dataclasses.replace(
-            private_request,
-            seed=run.seed,
-            seed_is_secret=not run.is_seeded,
-        )
+        return self._with_its_seed(private_request) if run.draws_secretly else private_request
 
     def bind(self, request: Request, source: data.Source) -> None:
         """Calibrates the noise, and checks the model on a few rows."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 from tfdist import data
@@ -37,13 +36,8 @@ class SiloPrivacy(CountedTraining):
 
     def choose(self, request: Request) -> Request:
         """Sets the seed of the guarantee."""
-        self.run = run = SiloRun(self._federated, request)
-        return dataclasses.replace(
-            request,
-            is_private=True,
-            seed=run.seed,
-            seed_is_secret=not run.is_seeded,
-        )
+        self.run = SiloRun(self._federated, request)
+        return self._with_its_seed(request)
 
     def bind(self, request: Request, source: data.Source) -> None:
         """Calibrates the noise, and checks the model on a few rows."""

@@ -221,8 +221,6 @@ class Comparison:
             )
             return added(model, filled, RowKeys(numbers, secret), weights, self._norm)
 
-        if model.run_eagerly:
-            return compute
         signature = [
             [spec_of_rows(leaf) for leaf in leaves],
             tf.TensorSpec([None], tf.int64),
@@ -234,15 +232,6 @@ class Comparison:
 
     def _check_draws(self) -> None:
         """Refuses random operations of TensorFlow, which do not follow from keys of rows."""
-        if self._model.run_eagerly:
-            if any(map(keras_layers.is_seed, self._model.variables)):
-                raise ArgumentError(
-                    "Private training with random numbers needs traced steps: without a trace, "
-                    "an axis that is as long as the batch cannot be told from the batch. "
-                    "Received: a model with a random layer that was compiled with "
-                    "run_eagerly=True. Compile it without."
-                )
-            return
         operations = _keras.random_ops(self._function.graph)
         if operations:
             raise ArgumentError(

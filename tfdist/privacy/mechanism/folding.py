@@ -106,7 +106,7 @@ class _TracedCall:
 
 def _traced_foldings(model: Any, units: Sequence[Any], x: Any) -> Foldings:
     leaves = tf.nest.flatten(x)
-    if model.run_eagerly or not all(_has_rows(leaf) for leaf in leaves):
+    if not all(_has_rows(leaf) for leaf in leaves):
         return Foldings()
     calls = _traced(model, units, x)
     result = Foldings()

@@ -6,7 +6,7 @@ all variables share one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,17 +68,21 @@ def summed(sums: Sequence[RowSum], all_finite: Tensor) -> list[Tensor]:
     for weights in {id(one.weights): one.weights for one in sums}.values():
         is_plain &= tf.size(weights) <= LONG
     together = [one for one in sums if one.cancels is None and not one.is_exact]
-    results: dict[int, Tensor] = {}
+    shared: Iterator[Tensor] = iter(())
     if together:
-        values = tf.cond(
-            is_plain,
-            lambda: [one.plainly() for one in together],
-            lambda: [one.exactly() for one in together],
+        shared = iter(
+            tf.cond(
+                is_plain,
+                lambda: [one.plainly() for one in together],
+                lambda: [one.exactly() for one in together],
+            )
         )
-        results = {id(one): value for one, value in zip(together, values, strict=True)}
-    for one in sums:
+
+    def value(one: RowSum) -> Tensor:
         if one.is_exact:
-            results[id(one)] = one.exactly()
-        elif one.cancels is not None:
-            results[id(one)] = tf.cond(is_plain & ~one.cancels, one.plainly, one.exactly)
-    return [one.arranged(results[id(one)]) for one in sums]
+            return one.exactly()
+        if one.cancels is not None:
+            return tf.cond(is_plain & ~one.cancels, one.plainly, one.exactly)
+        return next(shared)
+
+    return [one.arranged(value(one)) for one in sums]

@@ -92,11 +92,7 @@ def _connected(
         pairs = zip(variables, gradients, strict=True)
         connected.update(id(v) for v, g in pairs if g is not None)
 
-    if model.run_eagerly:  # its code may not work in a graph; assignments are discarded
-        with keras.StatelessScope():
-            trace()
-    else:
-        tf.function(trace, autograph=False).get_concrete_function()
+    tf.function(trace, autograph=False).get_concrete_function()
     return frozenset(connected)
 
 
